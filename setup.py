@@ -1,0 +1,70 @@
+"""The distribution ``megatron-ads``: packages, dependencies and the command line."""
+
+from pathlib import Path
+
+from setuptools import find_namespace_packages, find_packages, setup
+
+EXTRAS = {
+    # Transformer Engine layers; compiled against the CUDA and torch of the machine.
+    "te": ["transformer-engine[pytorch]>=2.6"],
+    # An OpenAI-compatible server on an exported checkpoint.
+    "serve": ["transformers[serving]>=5.17"],
+    # Experiment trackers, next to the TensorBoard and JSONL files that every run writes.
+    "track": ["mlflow-skinny>=3.0", "wandb>=0.20"],
+    "dev": [
+        "mypy>=2.4",
+        "pre-commit>=4.7",
+        "pytest>=9.0",
+        "pytest-timeout>=2.4",
+        "ruff>=0.17",
+        # Independent implementations that the tests compare with.
+        "scikit-learn>=1.7",
+        "types-PyYAML",
+        "types-psutil",
+        "types-tqdm",
+    ],
+}
+
+setup(
+    name="megatron-ads",
+    version="0.1.0",
+    description="Fine-tune DeepSeek-style mixture-of-experts checkpoints on ads tasks with Megatron-Core.",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    package_dir={"": "."},
+    packages=[
+        *find_packages(include=["megatron_ads", "megatron_ads.*", "conversion", "conversion.*"]),
+        *find_namespace_packages(include=["recipes", "recipes.*"]),
+    ],
+    package_data={"": ["*.yaml", "*.jinja", "*.html", "*.css", "py.typed"]},
+    entry_points={"console_scripts": ["megatron-ads = megatron_ads.cli:main"]},
+    install_requires=[
+        "huggingface-hub>=1.31",
+        "hydra-core>=1.3.2",
+        "jinja2>=3.1",
+        # 0.17 and later need Python 3.12 and are not tested yet.
+        "megatron-core>=0.16,<0.17",
+        "numpy>=1.26",
+        "omegaconf>=2.3",
+        "packaging>=24.2",
+        # megatron-core needs it to save a checkpoint, without saying so.
+        "psutil>=5.9",
+        "PyYAML>=6.0",
+        "safetensors>=0.5",
+        "tensorboard>=2.17",
+        "tokenizers>=0.22",
+        "torch>=2.10",
+        "tqdm>=4.66",
+        "transformers>=5.17",
+    ],
+    extras_require=EXTRAS,
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
