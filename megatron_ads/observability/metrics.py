@@ -1,0 +1,146 @@
+"""Numbers of every step, appended to ``metrics.jsonl`` and, by default, to TensorBoard files.
+
+One line per ``write``: ``{"step": 12, "loss": 1.25, ...}``. A value that is not finite is written as ``null``, so
+that every line is standard JSON. A resumed run drops the lines behind the step it resumes from, so that each step
+is there once, as it was last computed.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from megatron_ads.errors import ConfigError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One documented number. ``{task}`` in a name stands for the name of an ads task or data source."""
+
+    name: str
+    unit: str
+    meaning: str
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("loss", "nats/token", "mean over the target tokens of the global batch"),
+    Metric("loss/{task}", "nats/token", "the same, over the rows of one task"),
+    Metric("mtp_loss", "nats/token", "loss of the multi-token-prediction layers, before its weight"),
+    Metric("load_balancing_loss", "1", "auxiliary load-balancing loss, before its coefficient"),
+    Metric("validation_loss", "nats/token", "loss over the held-out rows"),
+    Metric("validation_loss/{task}", "nats/token", "the same, over the rows of one task"),
+    Metric("grad_norm", "1", "L2 norm of the whole gradient before clipping"),
+    Metric("learning_rate", "1", "rate the update of this step used"),
+    Metric("updated", "0 or 1", "0 when the step was skipped because a gradient was not finite"),
+    Metric("target_tokens", "tokens", "tokens of this step that counted in the loss"),
+    Metric("tokens", "tokens", "tokens of this step, prompts included, padding left out"),
+    Metric("samples", "samples", "samples of this step, before packing"),
+    Metric("tokens_per_second", "tokens/s", "tokens through the whole job per second, forward, backward and update"),
+    Metric("model_flops_per_second", "FLOP/s", "arithmetic the model needs (no recomputation), whole job"),
+    Metric("step_seconds", "s", "wall time of the step"),
+    Metric("checkpoint_seconds", "s", "wall time the step spent on saving"),
+    Metric("expert_load_max_over_mean", "1", "busiest expert's tokens over the mean, worst MoE layer; 1 is balanced"),
+    Metric("router_bias_change", "1", "largest change of a router bias in this step"),
+    Metric("memory_bytes", "bytes", "peak memory of the fullest rank: CUDA allocator, or resident memory on a CPU"),
+)
+"""Every name ``MetricsWriter.write`` accepts."""
+
+_NAMES = re.compile("|".join(re.escape(metric.name).replace(r"\{task\}", r"[\w.-]+") for metric in METRICS))
+
+
+class MetricsWriter:
+    """Appends the metrics of a run under ``directory``. Make one, on the rank that reports."""
+
+    def __init__(self, directory: Path, tensorboard: bool = True, resume_step: int = 0) -> None:
+        """Open the files; steps after ``resume_step`` (0: all of them) of an earlier run are dropped.
+
+        Raises:
+            ConfigError: If the folder cannot be written, or holds a damaged ``metrics.jsonl``.
+        """
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _drop_after(directory / METRICS_FILE, resume_step)
+            self._lines = (directory / METRICS_FILE).open("a", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"log.dir {directory} cannot be written ({error.strerror}); choose another.") from None
+        self._tensorboard = _open_tensorboard(directory / "tensorboard", resume_step) if tensorboard else None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the values of one step; every name must be in ``METRICS``.
+
+        Raises:
+            ValueError: If a name is not documented.
+        """
+        for name in values:
+            if not _NAMES.fullmatch(name):
+                raise ValueError(f"metric {name!r} is not documented: add it to METRICS in {__name__}.")
+        numbers = {name: float(value) for name, value in values.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._lines.write(json.dumps({"step": step, **finite}) + "\n")
+        self._lines.flush()
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write out what is buffered. Calling it twice is harmless."""
+        if not self._lines.closed:
+            self._lines.flush()
+            os.fsync(self._lines.fileno())
+            self._lines.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a ``metrics.jsonl`` (the file, or the folder it is in), in the order written.
+
+    A last line without its line end was cut off by a kill and is left out.
+
+    Raises:
+        ConfigError: If the file is missing, or a complete line is not a JSON object with a ``step``.
+    """
+    file = path / METRICS_FILE if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{file} does not exist: no run has written metrics there.") from None
+    complete = text[: text.rfind("\n") + 1]
+    return [_parse(file, number, line) for number, line in enumerate(complete.splitlines(), start=1)]
+
+
+def _parse(file: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(line)
+        int(values["step"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{file} line {number} is not a metrics line ({line[:60]!r}); move the file away.") from None
+    return values
+
+
+def _drop_after(file: Path, step: int) -> None:
+    """Keep the lines up to ``step``; the file is replaced at once, so that a kill loses nothing."""
+    if not file.exists():
+        return
+    kept = [values for values in read_metrics(file) if values["step"] <= step]
+    replacement = file.with_suffix(".jsonl.partial")
+    replacement.write_text("".join(json.dumps(values) + "\n" for values in kept), encoding="utf-8")
+    replacement.replace(file)
+
+
+def _open_tensorboard(directory: Path, resume_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # seconds of imports that a run without it is spared
+
+    return SummaryWriter(str(directory), purge_step=resume_step + 1)

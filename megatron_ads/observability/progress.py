@@ -1,0 +1,82 @@
+"""How far a job is: a bar on a terminal, one plain line now and then in a log, nothing on ranks other than 0."""
+
+import sys
+import time
+from typing import Never, Self, TextIO
+
+from tqdm import tqdm
+
+from megatron_ads.observability.log import rank
+
+LINE_INTERVAL_SECONDS = 10.0
+
+
+class Progress:
+    """Counts from ``initial`` to ``total``. The bar or the lines go to stderr, so that stdout stays for results."""
+
+    def __init__(
+        self, total: int, initial: int = 0, description: str = "", *, stream: TextIO | None = None, unit: str = "step"
+    ) -> None:
+        """Start counting; a resumed job passes the steps already done as ``initial``."""
+        self._stream = stream or sys.stderr
+        self._description, self._unit = description, unit
+        self._total, self._initial, self._done = total, initial, initial
+        self._values: dict[str, float] = {}
+        self._started = time.monotonic()
+        self._last_line = float("-inf")
+        self._speaks = rank() == 0
+        self._bar = self._open_bar() if self._speaks and self._stream.isatty() else None
+
+    def _open_bar(self) -> "tqdm[Never]":
+        return tqdm(
+            total=self._total,
+            initial=self._initial,
+            desc=self._description,
+            unit=self._unit,
+            file=self._stream,
+            dynamic_ncols=True,
+        )
+
+    def update(self, steps: int = 1, **values: float) -> None:
+        """Count ``steps`` more, and show ``values``, such as ``loss=1.25``, beside the count."""
+        self._done += steps
+        self._values.update(values)
+        if self._bar is not None:
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in self._values.items()}, refresh=False)
+            self._bar.update(steps)
+        elif self._speaks:
+            self._print_line_when_due()
+
+    def _print_line_when_due(self) -> None:
+        now = time.monotonic()
+        if now - self._last_line >= LINE_INTERVAL_SECONDS or self._done >= self._total:
+            self._last_line = now
+            print(self._line(now - self._started), file=self._stream, flush=True)
+
+    def _line(self, elapsed_seconds: float) -> str:
+        seconds_per_step = elapsed_seconds / max(self._done - self._initial, 1)
+        parts = [f"{self._description} {self._done}/{self._total}".strip()]
+        parts += [f"{name} {value:.4g}" for name, value in self._values.items()]
+        parts.append(f"{seconds_per_step:.2f} s/{self._unit}")
+        if left := self._total - self._done:
+            parts.append(f"about {readable_duration(left * seconds_per_step)} left")
+        return ", ".join(parts)
+
+    def close(self) -> None:
+        """Leave the finished bar on the screen and end its line."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def readable_duration(seconds: float) -> str:
+    """Write a duration as people say it: ``8.4 s``, ``2 min 05 s``, ``3 h 20 min``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,62 @@
+import io
+
+import pytest
+
+from megatron_ads.observability import progress
+from megatron_ads.observability.progress import Progress, readable_duration
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_log_gets_plain_lines_with_the_count_and_the_values() -> None:
+    log = io.StringIO()
+    with Progress(3, initial=1, description="sft", stream=log) as bar:
+        bar.update(loss=1.25)
+        bar.update(loss=1.0)
+    first, last = log.getvalue().splitlines()
+    assert first.startswith("sft 2/3, loss 1.25, ")
+    assert first.endswith(" left")
+    assert last.startswith("sft 3/3, loss 1, ")
+    assert "left" not in last
+    assert "\r" not in log.getvalue()
+
+
+def test_a_log_is_not_flooded(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))  # each look at the clock is one second after the last
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    log = io.StringIO()
+    with Progress(35, stream=log) as bar:
+        for _ in range(35):
+            bar.update()
+    # steps 1, 11, 21, 31 are ten seconds apart; 35 is the end
+    assert [line.split(",")[0] for line in log.getvalue().splitlines()] == ["1/35", "11/35", "21/35", "31/35", "35/35"]
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    terminal = Terminal()
+    with Progress(2, description="sft", stream=terminal) as bar:
+        bar.update(loss=0.5)
+        bar.update(loss=0.25)
+    assert "\r" in terminal.getvalue()
+    assert "2/2" in terminal.getvalue()
+    assert "loss=0.25" in terminal.getvalue()
+
+
+def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    log, terminal = io.StringIO(), Terminal()
+    for stream in (log, terminal):
+        with Progress(1, stream=stream) as bar:
+            bar.update()
+    assert log.getvalue() == terminal.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(8.44, "8.4 s"), (59.97, "1 min 00 s"), (125, "2 min 05 s"), (3599.6, "1 h 00 min"), (12000, "3 h 20 min")],
+)
+def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
+    assert readable_duration(seconds) == text
