@@ -1,0 +1,219 @@
+"""Let Megatron-Core run where no CUDA device exists. Every change made to torch or Megatron for that is here.
+
+For megatron-core 0.16.1. Each patch says what fails without it; ``tests/runtime/test_cpu_compat.py`` runs the
+unpatched library and fails as soon as a patch is no longer needed. Where a CUDA device exists nothing is touched.
+"""
+
+import contextlib
+import importlib
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+
+_MODULES_THAT_NAME_CUDA = (
+    "megatron.core.distributed.param_and_grad_buffer",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.rerun_state_machine",
+    "megatron.core.transformer.moe.moe_utils",
+    "megatron.core.transformer.utils",
+)
+"""Megatron modules that create tensors with ``device="cuda"`` on the paths of training and checkpointing."""
+
+_MODULES_THAT_WARN = ("megatron.core.models.gpt.gpt_layer_specs", "megatron.core.dist_checkpointing")
+"""Imported here only so that their warnings about absent CUDA libraries are not shown on every rank."""
+
+_installed = False
+
+
+def install() -> None:
+    """Patch torch and import Megatron-Core patched; does nothing with a CUDA device, or when called again.
+
+    Raises:
+        RuntimeError: If Megatron-Core was imported earlier: its modules were then bound to the unpatched torch.
+    """
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("cpu_compat.install() came after the first import of megatron.core; call it before.")
+    for patch in TORCH_PATCHES:
+        patch()
+    with _without_compilation(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in (*_MODULES_THAT_NAME_CUDA, *_MODULES_THAT_WARN):
+            importlib.import_module(name)
+        for patch in MEGATRON_PATCHES:
+            patch()
+    _installed = True
+
+
+def answer_device_queries() -> None:
+    """``device=torch.cuda.current_device()`` is everywhere in Megatron and raises without a driver."""
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.empty_cache = lambda: None
+
+
+def answer_streams_and_events() -> None:
+    """Token dispatcher and gradient buffers order work by streams; on a CPU everything is already in order."""
+    torch.cuda.Stream = torch.cuda.Event = _NoStream  # type: ignore[assignment, misc]
+    torch.cuda.current_stream = lambda device=None: _NO_STREAM  # type: ignore[assignment, return-value]
+    torch.cuda.default_stream = lambda device=None: _NO_STREAM  # type: ignore[assignment, return-value]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment, return-value]
+
+
+def answer_rng_calls() -> None:
+    """Megatron's RNG tracker saves, sets and seeds the CUDA generator; here that is the CPU's generator."""
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state = lambda device="cuda": torch.get_rng_state()
+        module.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)
+        module.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment, return-value]
+
+
+def keep_tensors_on_the_cpu() -> None:
+    """``Tensor.cuda()`` is called on checkpoint loading, tied embeddings and context-parallel rotary slices."""
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+def call_cpu_tensors_cuda_tensors() -> None:
+    """The optimizers compare ``param.type()`` with ``"torch.cuda.FloatTensor"``; only Megatron is told so."""
+    original = torch.Tensor.type
+
+    def type_as_megatron_expects(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if isinstance(answer, str) and caller.startswith("megatron.core."):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    torch.Tensor.type = type_as_megatron_expects  # type: ignore[method-assign, assignment]
+
+
+def map_cuda_factories_to_the_cpu() -> None:
+    """``torch.zeros(1, device="cuda")`` and the like: the modules that say so get a torch that answers for a CPU.
+
+    A ``TorchFunctionMode`` would do this too, at a price on every operation of the model.
+    """
+    for name in _MODULES_THAT_NAME_CUDA:
+        sys.modules[name].torch = _CPU_TORCH  # type: ignore[attr-defined]
+
+
+def set_rng_state_at_once() -> None:
+    """Megatron sets the CUDA generator by a call that torch queues until CUDA starts: never, and the queue grows."""
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+
+
+def define_te_general_gemm() -> None:
+    """The router tests ``te_general_gemm is not None``, a name that is missing without Transformer Engine."""
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def define_te_linear() -> None:
+    """Latent attention asks ``isinstance(linear_proj, TELinear)``, which is None without Transformer Engine."""
+    attention = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    if attention.TELinear is None:
+        attention.TELinear = type("TELinear", (), {"__doc__": "No module is one."})
+
+
+def give_all_to_all_its_splits_as_numbers() -> None:
+    """Split sizes become numbers only on their way from a GPU; all-to-all takes no tensors as split sizes."""
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = _as_numpy_if_asked
+
+
+TORCH_PATCHES: tuple[Callable[[], None], ...] = (
+    answer_device_queries,
+    answer_streams_and_events,
+    answer_rng_calls,
+    keep_tensors_on_the_cpu,
+    call_cpu_tensors_cuda_tensors,
+)
+"""Made before Megatron is imported."""
+
+MEGATRON_PATCHES: tuple[Callable[[], None], ...] = (
+    map_cuda_factories_to_the_cpu,
+    set_rng_state_at_once,
+    define_te_general_gemm,
+    define_te_linear,
+    give_all_to_all_its_splits_as_numbers,
+)
+"""Made on Megatron's modules once they are imported."""
+
+
+@contextlib.contextmanager
+def _without_compilation() -> Iterator[None]:
+    """Make ``jit_fuser``, bound to ``torch.compile`` on import, do nothing: compiling wants a C++ compiler here."""
+    compile_ = torch.compile
+    torch.compile = lambda function=None, **options: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_
+
+
+class _NoStream:
+    """A stream, and an event, on which all work is done as soon as it is issued."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record_event(self, event: "_NoStream | None" = None) -> "_NoStream":
+        return event or self
+
+    def record(self, stream: "_NoStream | None" = None) -> None: ...
+
+    def wait(self, stream: "_NoStream | None" = None) -> None: ...
+
+    def wait_stream(self, stream: "_NoStream") -> None: ...
+
+    def wait_event(self, event: "_NoStream") -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+_NO_STREAM = _NoStream()
+
+
+class _CpuTorch(types.ModuleType):
+    """The torch module, except that its tensor factories take ``device="cuda"`` for the CPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _cpu_torch() -> types.ModuleType:
+    module = _CpuTorch("torch")
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange"):
+        setattr(module, name, _on_cpu(getattr(torch, name)))
+    return module
+
+
+_CPU_TORCH = _cpu_torch()
+
+
+def _as_numpy_if_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
