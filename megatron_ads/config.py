@@ -1,0 +1,540 @@
+"""The typed schema of every recipe, and the checks that one setting alone cannot express.
+
+A recipe is Hydra YAML below ``recipes/``. It is composed onto these dataclasses, so an unknown key or a wrong
+type never reaches the code; :func:`validate` then refuses combinations that cannot work or cannot take effect.
+Importing this module needs neither torch nor Megatron-Core.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from megatron_ads.architecture import ModelShape
+from megatron_ads.errors import ConfigError
+from megatron_ads.layout import ParallelLayout, PipelinePlacement, place_layers
+from megatron_ads.recipe_errors import explain
+from megatron_ads.recipe_files import locate_recipe
+
+# Member names are lower case because OmegaConf reads an enum by its name, and that is what a recipe writes.
+
+
+class LayerSpecChoice(StrEnum):
+    """Which layer implementation Megatron builds."""
+
+    auto = "auto"
+    local = "local"
+    grouped = "grouped"
+    te = "te"
+
+
+class Precision(StrEnum):
+    """Number format of weights and activations in the forward and backward pass."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Recompute(StrEnum):
+    """Which activations are computed again in the backward pass instead of being kept."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class RouterBias(StrEnum):
+    """What fine-tuning does with the router's selection bias."""
+
+    frozen = "frozen"
+    update = "update"
+
+
+class FrozenPart(StrEnum):
+    """A part of the model that can be kept as loaded; layers of MTP count as ``mtp`` only."""
+
+    embedding = "embedding"
+    attention = "attention"
+    """Attention projections, with their norms and the norm before them."""
+    dense = "dense"
+    """Feed-forward of the dense layers, with the norm before it."""
+    router = "router"
+    experts = "experts"
+    """Routed experts."""
+    shared_experts = "shared_experts"
+    mtp = "mtp"
+    """The whole multi-token-prediction block."""
+    output = "output"
+    """Final norm and output layer."""
+
+
+class SourceKind(StrEnum):
+    """Where rows come from."""
+
+    builtin = "builtin"
+    esci = "esci"
+    jsonl = "jsonl"
+
+
+class Schedule(StrEnum):
+    """Course of the learning rate after the warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class Normalize(StrEnum):
+    """What one unit of loss is averaged over."""
+
+    token = "token"
+    sample = "sample"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_at_least(section: str, config: object, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value >= minimum):
+            raise ConfigError(f"{section}.{name} is {value}; it must be at least {minimum:g}.")
+
+
+@dataclass(kw_only=True, slots=True)  # not frozen, here and below: Hydra merges into it
+class ModelConfig:
+    """The weights to start from and how they are run."""
+
+    load: str = MISSING
+    """Folder of weights: a Hugging Face checkpoint, converted shards or a torch_dist checkpoint."""
+    layer_spec: LayerSpecChoice = LayerSpecChoice.auto
+    """``te``: Transformer Engine; ``grouped``: torch with grouped experts; ``local``: torch, experts one by one.
+    ``auto`` takes ``te`` where it is installed and there is a GPU, else ``grouped``."""
+    precision: Precision = Precision.bf16
+    """``bf16`` computes in BF16 and keeps gradients and optimizer state in FP32."""
+    recompute: Recompute = Recompute.none
+    """``selective``: the core attention; ``full``: whole layers."""
+    router_bias: RouterBias = RouterBias.frozen
+    """``update`` moves the bias against the load of each expert after every step (arXiv:2408.15664)."""
+    router_bias_update_rate: float | None = None
+    """Size of one such move; None with a frozen bias. DeepSeek-V3 was pre-trained with 0.001."""
+    aux_loss_coefficient: float = 0.0
+    """Weight of the load-balancing loss; 0 is off."""
+    mtp_loss_weight: float = 0.0
+    """Weight of the multi-token-prediction loss; 0 keeps the MTP layers as loaded and does not run them."""
+    frozen: list[FrozenPart] = field(default_factory=list)
+    """Parts that are not trained; empty trains everything."""
+
+    def check(self) -> None:
+        """Refuse values that are impossible whatever the other sections say."""
+        _require_at_least("model", self, 0, "router_bias_update_rate", "aux_loss_coefficient", "mtp_loss_weight")
+        rate = self.router_bias_update_rate
+        if self.router_bias is RouterBias.frozen:
+            _require(
+                rate is None,
+                f"model.router_bias_update_rate is {rate}, which has no effect while model.router_bias is frozen. "
+                "Remove it, or set model.router_bias=update.",
+            )
+        else:
+            _require(
+                rate is not None and rate > 0,
+                f"model.router_bias is update, but model.router_bias_update_rate is {rate}. Set it, 0.001 for example.",
+            )
+        repeated = sorted({part for part in self.frozen if self.frozen.count(part) > 1})
+        _require(not repeated, f"model.frozen lists {', '.join(repeated)} more than once.")
+        _require(
+            FrozenPart.mtp not in self.frozen or not self.mtp_loss_weight,
+            f"model.frozen lists mtp, but model.mtp_loss_weight is {self.mtp_loss_weight:g}. Set one of them only.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class LayoutConfig:
+    """Parallel sizes a user chooses, in ranks; replicas (dp, edp) follow from the number of ranks launched."""
+
+    tp: int = 1
+    """Tensor parallel, attention and dense layers."""
+    cp: int = 1
+    """Context parallel: ranks sharing one sequence."""
+    pp: int = 1
+    """Pipeline stages."""
+    vpp: int = 1
+    """Virtual chunks per stage; 1 is no interleaving."""
+    ep: int = 1
+    """Expert parallel: ranks the routed experts are spread over."""
+    etp: int = 1
+    """Tensor parallel inside one expert."""
+    pipeline: str | None = None
+    """Layers of every chunk, as ``Et|(tt|)*29tmL``; None spreads them evenly."""
+    first_stage_layers: int | None = None
+    """Decoder layers of the first chunk, where the others share the rest evenly; None is an even share."""
+    last_stage_layers: int | None = None
+    """Decoder layers of the last chunk; None is an even share."""
+
+    def runtime(self, world: int) -> ParallelLayout:
+        """Return the layout for a job of ``world`` ranks.
+
+        Raises:
+            ConfigError: If the sizes do not divide the ranks.
+        """
+        return ParallelLayout(world=world, tp=self.tp, cp=self.cp, pp=self.pp, vpp=self.vpp, ep=self.ep, etp=self.etp)
+
+    def placement(self, shape: ModelShape, layout: ParallelLayout) -> PipelinePlacement:
+        """Return which chunk runs which layers.
+
+        Raises:
+            ConfigError: If the layers do not fit the stages.
+        """
+        return place_layers(
+            shape,
+            layout,
+            pipeline=self.pipeline,
+            first_stage_layers=self.first_stage_layers,
+            last_stage_layers=self.last_stage_layers,
+        )
+
+    def check(self) -> None:
+        """Refuse values that are impossible whatever the other sections say."""
+        for name in ("first_stage_layers", "last_stage_layers"):
+            _require(
+                self.pp * self.vpp > 1 or getattr(self, name) is None,
+                f"layout.{name} is {getattr(self, name)}, which has no effect with layout.pp = 1: one chunk holds "
+                f"every layer. Remove it, or raise layout.pp.",
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """One source of rows."""
+
+    kind: SourceKind = MISSING
+    """``builtin``: generated query-ad pairs; ``esci``: public query-product pairs; ``jsonl``: chat rows in a file."""
+    path: str | None = None
+    """File or folder; None for ``builtin``, and for ``esci`` below the folder that ``MEGATRON_ADS_DATA`` names."""
+    weight: float = 1.0
+    """Share of the rows drawn from this source, relative to the other sources' weights."""
+    rows: int | None = None
+    """Use at most this many rows; None is all (``builtin``: as many as it generates)."""
+
+    def check(self, section: str) -> None:
+        """Refuse impossible values; ``section`` is where this source stands in the recipe."""
+        _require(
+            math.isfinite(self.weight) and self.weight > 0,
+            f"{section}.weight is {self.weight}; it must be above 0. Remove the source to leave it out.",
+        )
+        _require_at_least(section, self, 1, "rows")
+        if self.kind is SourceKind.jsonl:
+            _require(self.path is not None, f"{section}.path is missing; kind jsonl reads a file of chat rows.")
+        if self.kind is SourceKind.builtin:
+            _require(
+                self.path is None,
+                f"{section}.path is {self.path!r}, which has no effect with kind builtin. "
+                "Remove it, or set kind: jsonl.",
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Rows and how they become batches."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Where rows come from; at least one."""
+    seq_length: int = 4096
+    """Tokens of one row of a batch."""
+    packing: bool = True
+    """Put several samples into one row, attention kept inside each."""
+    seed: int = 0
+    """Decides the order of rows and which of them are held out."""
+    validation_rows: int = 0
+    """Rows held out for evaluation; 0 is none."""
+
+    def check(self) -> None:
+        """Refuse values that are impossible whatever the other sections say."""
+        _require(bool(self.sources), "data.sources is empty. Choose data=builtin or data=esci, or list a source.")
+        for index, source in enumerate(self.sources):
+            source.check(f"data.sources[{index}]")
+        _require_at_least("data", self, 2, "seq_length")
+        _require_at_least("data", self, 0, "seed", "validation_rows")
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW (arXiv:1711.05101) and the course of its learning rate."""
+
+    learning_rate: float = MISSING
+    """Highest learning rate, reached after the warm-up."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the last step."""
+    schedule: Schedule = Schedule.cosine
+    """From the highest to the lowest learning rate."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; norms and biases are left out."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the square root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 is off."""
+
+    def check(self) -> None:
+        """Refuse values that are impossible whatever the other sections say."""
+        _require_at_least("optim", self, 0, "learning_rate", "min_learning_rate", "warmup_steps", "weight_decay")
+        _require_at_least("optim", self, 0, "clip_grad")
+        for name in ("learning_rate", "epsilon"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, f"optim.{name} is {value}; it must be above 0.")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optim.{name} is {value}; it must be at least 0 and below 1.")
+        if self.schedule is Schedule.constant:
+            _require(
+                self.min_learning_rate == 0,
+                f"optim.min_learning_rate is {self.min_learning_rate:g}, which has no effect with optim.schedule "
+                "constant. Remove it, or choose cosine or linear.",
+            )
+        _require(
+            self.min_learning_rate <= self.learning_rate,
+            f"optim.min_learning_rate {self.min_learning_rate:g} is above optim.learning_rate {self.learning_rate:g}.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """How long and in which portions."""
+
+    steps: int = MISSING
+    """Optimizer steps of the whole run, over all resumptions."""
+    global_batch_size: int = 8
+    """Rows of ``data.seq_length`` tokens per step, over all ranks."""
+    micro_batch_size: int = 1
+    """Rows one rank runs forward and backward at a time."""
+    seed: int = 0
+    """Seeds every random number generator that is not the data's."""
+    deterministic: bool = False
+    """Ask for bit-equal repetition, slower on a GPU."""
+    log_every: int = 1
+    """Steps between lines of metrics."""
+    evaluate_every: int | None = None
+    """Steps between evaluations on the held-out rows; None is never."""
+
+    def check(self) -> None:
+        """Refuse values that are impossible whatever the other sections say."""
+        _require_at_least("train", self, 1, "steps", "global_batch_size", "micro_batch_size", "log_every")
+        _require_at_least("train", self, 1, "evaluate_every")
+        _require_at_least("train", self, 0, "seed")
+
+    def microbatches(self, layout: ParallelLayout) -> int:
+        """Return how many microbatches each data-parallel rank runs in one step.
+
+        Raises:
+            ConfigError: If the rows of a step cannot be divided evenly.
+        """
+        rows = self.micro_batch_size * layout.dp
+        _require(
+            self.global_batch_size % rows == 0,
+            f"train.global_batch_size = {self.global_batch_size} is not a multiple of train.micro_batch_size * dp = "
+            f"{self.micro_batch_size} * {layout.dp} = {rows}. Choose a multiple of {rows}.",
+        )
+        return self.global_batch_size // rows
+
+
+@dataclass(kw_only=True, slots=True)
+class LossConfig:
+    """How the loss is averaged."""
+
+    normalize: Normalize = Normalize.token
+    """``token``: every target token of a step weighs the same; ``sample``: every sample does."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    dir: str = MISSING
+    """Folder that holds one folder per checkpoint."""
+    save_every: int | None = None
+    """Steps between checkpoints; None saves after the last step only."""
+    keep_last: int = 2
+    """Complete checkpoints kept; older ones are deleted."""
+    resume: bool = True
+    """Go on from the latest complete checkpoint in ``dir`` where there is one."""
+
+    def check(self) -> None:
+        """Refuse values that are impossible whatever the other sections say."""
+        _require_at_least("checkpoint", self, 1, "save_every", "keep_last")
+
+
+@dataclass(kw_only=True, slots=True)
+class RuntimeConfig:
+    """Processes of the job."""
+
+    timeout_seconds: int = 600
+    """A collective that takes longer ends the job."""
+    threads: int = 0
+    """CPU threads per process; 0 divides the cores among the processes of a machine."""
+
+    def check(self) -> None:
+        """Refuse values that are impossible whatever the other sections say."""
+        _require_at_least("runtime", self, 1, "timeout_seconds")
+        _require_at_least("runtime", self, 0, "threads")
+
+
+@dataclass(kw_only=True, slots=True)
+class LogConfig:
+    """What a run leaves behind to look at."""
+
+    dir: str = MISSING
+    """Folder for metrics.jsonl, the resolved recipe and TensorBoard files."""
+    tensorboard: bool = True
+    """Write TensorBoard files besides metrics.jsonl."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SftConfig:
+    """A whole supervised fine-tuning job."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def validate(config: SftConfig, world: int, shape: ModelShape | None = None) -> None:
+    """Refuse a recipe that cannot run, or that holds settings without effect, on ``world`` ranks.
+
+    With ``shape``, what depends on the model is checked too: layers and experts per rank, MTP, sequence length.
+
+    Raises:
+        ConfigError: Naming the settings, their values and what to change.
+    """
+    for section in (config.model, config.layout, config.data, config.optim, config.train):
+        section.check()
+    config.checkpoint.check()
+    config.runtime.check()
+    _check_steps(config)
+    layout = config.layout.runtime(world)
+    _check_batch(config, layout)
+    if shape is not None:
+        _check_model(config, layout, shape)
+
+
+def _check_steps(config: SftConfig) -> None:
+    _require(
+        config.optim.warmup_steps <= config.train.steps,
+        f"optim.warmup_steps = {config.optim.warmup_steps} is more than train.steps = {config.train.steps}: "
+        "the learning rate would never be reached.",
+    )
+    _require(
+        config.train.evaluate_every is None or config.data.validation_rows > 0,
+        f"train.evaluate_every is {config.train.evaluate_every}, but data.validation_rows is 0: there is nothing to "
+        "evaluate on. Set data.validation_rows, or train.evaluate_every to null.",
+    )
+
+
+def _check_batch(config: SftConfig, layout: ParallelLayout) -> None:
+    microbatches = config.train.microbatches(layout)
+    _require(
+        layout.vpp == 1 or microbatches % layout.pp == 0,
+        f"layout.vpp = {layout.vpp} runs microbatches in groups of layout.pp = {layout.pp}, but a step has "
+        f"train.global_batch_size / (train.micro_batch_size * dp) = {config.train.global_batch_size} / "
+        f"({config.train.micro_batch_size} * {layout.dp}) = {microbatches} microbatches. Choose a "
+        f"train.global_batch_size that is a multiple of {layout.pp * layout.dp * config.train.micro_batch_size}.",
+    )
+    # Context parallelism cuts a row into 2 * cp pieces to balance the causal mask; sequence parallelism into tp.
+    pieces = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
+    tokens = config.data.seq_length * config.train.micro_batch_size
+    _require(
+        tokens % pieces == 0,
+        f"data.seq_length * train.micro_batch_size = {config.data.seq_length} * {config.train.micro_batch_size} = "
+        f"{tokens} tokens cannot be cut into {pieces} pieces (layout.tp = {layout.tp}, layout.cp = {layout.cp}). "
+        f"Choose a multiple of {pieces}.",
+    )
+
+
+def _check_model(config: SftConfig, layout: ParallelLayout, shape: ModelShape) -> None:
+    config.layout.placement(shape, layout)
+    layout.check_model(shape)
+    _require(
+        config.data.seq_length <= shape.max_positions,
+        f"data.seq_length = {config.data.seq_length} is longer than the model's {shape.max_positions} positions.",
+    )
+    _require(
+        shape.mtp_layers > 0 or config.model.mtp_loss_weight == 0,
+        f"model.mtp_loss_weight is {config.model.mtp_loss_weight:g}, but the model has no MTP layer. Set it to 0.",
+    )
+    _require(
+        shape.has_expert_bias or config.model.router_bias is RouterBias.frozen,
+        "model.router_bias is update, but the model's router has no selection bias. Set it to frozen.",
+    )
+    _require(
+        shape.num_experts > 0 or config.model.aux_loss_coefficient == 0,
+        f"model.aux_loss_coefficient is {config.model.aux_loss_coefficient:g}, but the model has no routed experts. "
+        "Set it to 0.",
+    )
+    _require_parts(config.model.frozen, shape)
+
+
+def _require_parts(frozen: Sequence[FrozenPart], shape: ModelShape) -> None:
+    """Refuse to freeze what the model does not have."""
+    has = {
+        FrozenPart.dense: shape.first_dense_layers > 0 or shape.num_experts == 0,
+        FrozenPart.router: shape.num_experts > 0,
+        FrozenPart.experts: shape.num_experts > 0,
+        FrozenPart.shared_experts: shape.shared_ffn_size > 0,
+        FrozenPart.mtp: shape.mtp_layers > 0,
+    }
+    absent = [part for part in frozen if not has.get(part, True)]
+    _require(not absent, f"model.frozen lists {', '.join(absent)}, which the model does not have. Remove it.")
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> SftConfig:
+    """Compose a recipe with Hydra and return it as plain dataclasses, not yet validated against a world size.
+
+    Args:
+        name_or_path: A shipped recipe such as ``sft/quickstart``, or a YAML file of one's own.
+        overrides: Hydra overrides, ``train.steps=20`` or ``layout=pp4_ep2``.
+
+    Raises:
+        ConfigError: If there is no such recipe, a key is unknown (the nearest known one is named), a value has
+            the wrong type, or a required one is missing.
+    """
+    ConfigStore.instance().store(name="base_sft", node=SftConfig)
+    folder, name, search = locate_recipe(name_or_path)
+    try:
+        with initialize_config_dir(config_dir=str(folder), version_base=None):
+            composed = compose(config_name=name, overrides=[*search, *overrides])
+        # Merged once more from plain values: an override such as +train.stepz=1 may extend the composed config.
+        merged = OmegaConf.merge(OmegaConf.structured(SftConfig), OmegaConf.to_container(composed))
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise ConfigError(
+                f"{name_or_path}: {', '.join(missing)} must be set. "
+                f"Add {' '.join(f'{path}=...' for path in missing)} to the command, or set it in the recipe."
+            )
+        config = OmegaConf.to_object(merged)
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # Hydra refuses some overrides so
+        raise explain(error, schema=SftConfig, recipe=name_or_path) from None
+    assert isinstance(config, SftConfig)  # to_object instantiates the schema merged onto
+    return config
+
+
+def recipe_yaml(config: SftConfig) -> str:
+    """Return the resolved recipe as YAML, which :func:`load_recipe` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

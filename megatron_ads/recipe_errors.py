@@ -1,0 +1,132 @@
+"""Turn what Hydra and OmegaConf say about a broken recipe into one sentence with the setting, value and remedy."""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from enum import Enum
+from typing import Any
+
+from hydra.errors import MissingConfigException
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_ads.errors import ConfigError
+
+_INDEX = re.compile(r"\[\d*\]")
+
+
+def explain(error: BaseException, *, schema: type, recipe: str) -> ConfigError:
+    """Return the ConfigError that stands for ``error``, raised while ``recipe`` was composed onto ``schema``."""
+    for cause in _causes(error):
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            return ConfigError(f"{recipe}: {_explain_key(cause, schema)}")
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return ConfigError(f"{recipe}: {_explain_missing_file(error)}")
+    return ConfigError(f"{recipe}: {' '.join(str(error).split())}")
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def _explain_key(error: OmegaConfBaseException, schema: type) -> str:
+    path = _full_path(error, schema)
+    expected = field_type(schema, path)
+    if expected is None:
+        return unknown_key(schema, path)
+    reason = " ".join(str(error.msg).split(" full_key:")[0].split())
+    return f"{path} must be {describe_type(expected)}: {reason.rstrip('.')}."
+
+
+def _full_path(error: OmegaConfBaseException, schema: type) -> str:
+    """Return the setting's path from the top: inside a list item OmegaConf counts from the item."""
+    path = str(error.full_key)
+    item = next((name for name, kind in _list_items(schema) if kind is error.object_type), None)
+    return f"{item}[].{path}" if item and not path.startswith(item) else path
+
+
+def _list_items(schema: type, prefix: str = "") -> list[tuple[str, Any]]:
+    """Return the path of every list setting, with the type of its items."""
+    found: list[tuple[str, Any]] = []
+    for name, hint in typing.get_type_hints(schema).items():
+        if typing.get_origin(hint) is list:
+            found.append((prefix + name, typing.get_args(hint)[0]))
+        elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            found += _list_items(hint, f"{prefix}{name}.")
+    return found
+
+
+def _explain_missing_file(error: MissingConfigException) -> str:
+    wanted = str(error.missing_cfg_file)
+    options = [str(option) for option in error.options or ()]
+    near = difflib.get_close_matches(wanted.rsplit("/", 1)[-1], options, n=1, cutoff=0.4)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    return f"there is no recipe part {wanted!r}. {hint}Available: {', '.join(options) or 'none'}."
+
+
+def unknown_key(schema: type, path: str) -> str:
+    """Return the sentence for a key that the schema lacks, with the nearest one that it has."""
+    section, _, key = path.rpartition(".")
+    siblings = field_names(schema, section)
+    if not siblings:
+        return unknown_key(schema, section) if section else f"{path} is not a setting."
+    prefix = f"{section}." if section else ""
+    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
+    elsewhere = [name for name in all_paths(schema) if name.rpartition(".")[2] == key]
+    if elsewhere:
+        return f"{path} is not a setting; did you mean {elsewhere[0]}?"
+    if near:
+        return f"{path} is not a setting; did you mean {prefix}{near[0]}?"
+    return f"{path} is not a setting. Known: {', '.join(prefix + name for name in siblings)}."
+
+
+def all_paths(schema: type, prefix: str = "") -> list[str]:
+    """Return the dotted path of every leaf setting of a schema."""
+    paths: list[str] = []
+    for name, hint in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            paths += all_paths(hint, f"{prefix}{name}.")
+        else:
+            paths.append(prefix + name)
+    return paths
+
+
+def field_names(schema: type, path: str) -> list[str]:
+    """Return the settings directly below ``path``; empty where ``path`` is no section."""
+    section = schema if not path else field_type(schema, path)
+    if isinstance(section, type) and dataclasses.is_dataclass(section):
+        return [field.name for field in dataclasses.fields(section)]
+    return []
+
+
+def field_type(schema: type, path: str) -> Any | None:
+    """Return the annotation at a dotted path such as ``data.sources[0].kind``; None where there is none."""
+    current: Any = schema
+    for part in path.split("."):
+        hints = typing.get_type_hints(current) if dataclasses.is_dataclass(current) else {}
+        name = _INDEX.sub("", part)
+        if name not in hints:
+            return None
+        current = hints[name]
+        for _ in _INDEX.findall(part):
+            current = (typing.get_args(current) or (None,))[0]
+    return current
+
+
+def describe_type(annotation: Any) -> str:
+    """Return an annotation in words: ``int | None`` -> ``a whole number or null``."""
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
+    if annotation in words:
+        return words[annotation]
+    if isinstance(annotation, types.UnionType):
+        return " or ".join(describe_type(part) for part in typing.get_args(annotation))
+    if typing.get_origin(annotation) is list:
+        return f"a list, each item {describe_type(typing.get_args(annotation)[0])}"
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return f"one of {', '.join(member.name for member in annotation)}"
+    return f"a section with {', '.join(field.name for field in dataclasses.fields(annotation))}"
