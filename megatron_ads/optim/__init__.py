@@ -1,0 +1,1 @@
+"""Optimizer construction, the stub MoE optimizer, learning-rate schedules, and optimizer state in checkpoints."""

@@ -1,0 +1,70 @@
+"""AdamW with FusedAdam's conventions, for machines with neither Transformer Engine nor apex.
+
+Transformer Engine's and apex's ``FusedAdam`` keep one ``step`` per parameter group; torch's AdamW keeps one per
+parameter. With the group convention everywhere, a checkpoint is the same whichever of the three wrote it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+
+class GroupStepAdamW(torch.optim.AdamW):
+    """Decoupled AdamW (arXiv:1711.05101) whose groups count the steps.
+
+    An empty group counts its steps too: a rank that owns no parameter of a group must agree with its peers on how
+    many updates the group has seen, or bias correction restarts after a resume.
+    """
+
+    def __init__(self, params: Any, *, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+        super().__init__(params, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient; count one step in every group."""
+        if closure is not None:
+            raise TypeError("GroupStepAdamW.step takes no closure; compute the gradients before the call.")
+        for group in self.param_groups:
+            done = group.get("step", 0)
+            self._update(group, done)
+            group["step"] = done + 1
+
+    def _update(self, group: dict[str, Any], done: int) -> None:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not parameters:
+            return
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [self.state[parameter]["exp_avg"] for parameter in parameters],
+            [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
+            [],
+            [torch.tensor(float(done), device=parameter.device) for parameter in parameters],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def adam_class() -> type[torch.optim.Optimizer]:
+    """Return Transformer Engine's FusedAdam where it is installed, else apex's, else ours."""
+    try:
+        from transformer_engine.pytorch.optimizers import FusedAdam  # type: ignore[import-not-found]
+    except ImportError:
+        try:
+            from apex.optimizers import FusedAdam  # type: ignore[import-not-found]
+        except ImportError:
+            return GroupStepAdamW
+    return FusedAdam  # type: ignore[no-any-return]

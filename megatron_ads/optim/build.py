@@ -1,0 +1,147 @@
+"""Build this rank's optimizer chain over Megatron's gradient buffers."""
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+
+from megatron_ads.config import OptimConfig, Precision
+from megatron_ads.errors import ConfigError
+from megatron_ads.optim.adam import adam_class
+from megatron_ads.optim.chain import OptimizerChain
+from megatron_ads.optim.members import DENSE, EXPERT, OptimizerMember, ShardedMember
+from megatron_ads.optim.stub import StubMoEOptimizer
+
+DECAYED = "decayed"
+UNDECAYED = "undecayed"
+GROUP_NAMES = (DECAYED, UNDECAYED)
+"""Every member has these groups on every rank, empty or not, so that checkpoints do not depend on the layout."""
+
+
+def wrap_for_training(
+    chunks: Sequence[torch.nn.Module], *, overlap: bool, bucket_size: int | None = None
+) -> list[DistributedDataParallel]:
+    """Give each chunk Megatron's gradient buffers: FP32 accumulation, reduce-scatter over the replicas.
+
+    ``overlap`` reduces gradients during the backward pass, in buckets of ``bucket_size`` elements (None: Megatron's
+    default); without it each buffer is one bucket.
+    """
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        bucket_size=bucket_size,
+        check_for_nan_in_grad=False,
+    )
+    return [
+        DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(
+    chunks: Sequence[DistributedDataParallel],
+    settings: OptimConfig,
+    precision: Precision,
+    *,
+    has_expert_member: bool,
+    stub_experts: bool = True,
+) -> OptimizerChain:
+    """Build the chain: a dense member and, with ``has_expert_member``, one for the routed experts.
+
+    ``has_expert_member`` must be the same on all ranks: whether any rank trains routed experts that are spread over
+    expert-parallel ranks. A rank that owns none gets a ``StubMoEOptimizer`` in their place. ``stub_experts=False``
+    leaves that place empty, as trainers without a stub do; it exists to show what then happens.
+
+    Raises:
+        ConfigError: If nothing on this rank is trained at all.
+    """
+    dense, expert = _parameters_by_kind(chunks)
+    if not dense:
+        raise ConfigError(
+            "model.frozen leaves no trained dense parameter on this rank; every pipeline stage needs at least one. "
+            "Train the norms or the attention too."
+        )
+    members: list[OptimizerMember] = [_sharded_member(DENSE, dense, chunks, settings, precision)]
+    if has_expert_member and expert:
+        members.append(_sharded_member(EXPERT, expert, chunks, settings, precision))
+    elif has_expert_member and stub_experts:
+        members.append(StubMoEOptimizer(GROUP_NAMES))
+    return OptimizerChain(members, chunks, clip_grad=settings.clip_grad)
+
+
+Named = list[tuple[str, torch.nn.Parameter]]
+
+
+def _parameters_by_kind(chunks: Sequence[DistributedDataParallel]) -> tuple[Named, Named]:
+    """Divide the trained parameters as Megatron's buffers do: by whether the data-parallel group reduces them."""
+    trained = [
+        (name, parameter) for chunk in chunks for name, parameter in chunk.named_parameters() if parameter.requires_grad
+    ]
+    dense = [(name, parameter) for name, parameter in trained if getattr(parameter, "allreduce", True)]
+    expert = [(name, parameter) for name, parameter in trained if not getattr(parameter, "allreduce", True)]
+    return dense, expert
+
+
+def is_decayed(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Weight decay applies to matrices: not to norms, and not to biases."""
+    return parameter.dim() > 1 and not name.endswith(".bias")
+
+
+def _sharded_member(
+    kind: str,
+    parameters: Named,
+    chunks: Sequence[DistributedDataParallel],
+    settings: OptimConfig,
+    precision: Precision,
+) -> ShardedMember:
+    expert = kind == EXPERT
+    if expert:
+        replicas = parallel_state.get_expert_data_parallel_group()
+        tensor_group = parallel_state.get_expert_tensor_parallel_group()
+        buffers = {index: chunk.expert_parallel_buffers for index, chunk in enumerate(chunks)}
+    else:
+        replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        tensor_group = parallel_state.get_tensor_model_parallel_group()
+        buffers = {index: chunk.buffers for index, chunk in enumerate(chunks)}
+    inner = DistributedOptimizer(
+        _adam(parameters, settings),
+        _upstream_config(settings, precision),
+        grad_scaler=None,
+        init_state_fn=None,
+        model_chunks=list(chunks),
+        per_model_buffers=buffers,
+        data_parallel_group=replicas,
+        data_parallel_group_gloo=None,
+        data_parallel_group_idx=0,
+        distributed_optimizer_instance_id=0,
+    )
+    return ShardedMember(kind, inner, tensor_group=tensor_group)
+
+
+def _adam(parameters: Named, settings: OptimConfig) -> torch.optim.Optimizer:
+    decayed = [parameter for name, parameter in parameters if is_decayed(name, parameter)]
+    undecayed = [parameter for name, parameter in parameters if not is_decayed(name, parameter)]
+    groups = [
+        {"params": decayed, "name": DECAYED, "weight_decay": settings.weight_decay},
+        {"params": undecayed, "name": UNDECAYED, "weight_decay": 0.0},
+    ]
+    return adam_class()(
+        groups, betas=(settings.beta1, settings.beta2), eps=settings.epsilon, weight_decay=settings.weight_decay
+    )
+
+
+def _upstream_config(settings: OptimConfig, precision: Precision) -> OptimizerConfig:
+    bf16 = precision is Precision.bf16
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        use_distributed_optimizer=True,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        clip_grad=settings.clip_grad,
+    )

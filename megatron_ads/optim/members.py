@@ -1,0 +1,111 @@
+"""One optimizer per kind of parameter: Megatron's distributed optimizer, reduced to what each step needs.
+
+A job's optimizer is a chain of members, the same kinds in the same order on every rank. Each member takes part in the
+same collectives wherever it is, so a rank without parameters of a kind has a stub in that place (``optim.stub``).
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
+from torch import Tensor
+from torch.distributed import ProcessGroup, all_reduce
+
+from megatron_ads.runtime.device import device
+
+DENSE = "dense"
+"""Everything that is replicated over data-parallel ranks: attention, dense and shared feed-forward, embeddings."""
+EXPERT = "expert"
+"""Routed experts spread over expert-parallel ranks; each is replicated over the expert-data-parallel ranks only."""
+
+
+class OptimizerMember(Protocol):
+    """What the chain asks of each member. ``updates`` counts the optimizer steps taken, empty or not."""
+
+    kind: str
+    updates: int
+
+    def prepare_gradients(self) -> None:
+        """Bring this rank's reduced gradients into the optimizer's FP32 shards."""
+
+    def reduce_statistics(self) -> Tensor:
+        """Return ``[sum of squares, non-finite count, zero count]`` of all gradients of this kind in the job."""
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply this rank's gradients, to clip them."""
+
+    def update(self, learning_rate: float) -> None:
+        """Take one optimizer step and copy the result into the model's weights."""
+
+    def group_keys(self) -> tuple[tuple[str, int], ...]:
+        """Return ``(group name, parameters in it)`` for the preflight."""
+
+
+class ShardedMember:
+    """The member of a rank that owns parameters of ``kind``, around Megatron's ``DistributedOptimizer``."""
+
+    def __init__(self, kind: str, inner: DistributedOptimizer, *, tensor_group: ProcessGroup) -> None:
+        self.kind = kind
+        self.inner = inner
+        self.updates = 0
+        self._tensor_group = tensor_group
+
+    @property
+    def groups(self) -> list[dict]:
+        """The parameter groups, holding this data-parallel rank's FP32 shards."""
+        return self.inner.optimizer.param_groups
+
+    def prepare_gradients(self) -> None:
+        """See ``OptimizerMember``."""
+        self.inner.prepare_grads()
+
+    def reduce_statistics(self) -> Tensor:
+        """See ``OptimizerMember``; one all-reduce of three numbers over the whole job."""
+        statistics = gradient_statistics([shard.grad for shard in self._shards() if self._counts(shard)])
+        all_reduce(statistics)
+        return statistics
+
+    def scale_gradients(self, factor: float) -> None:
+        """See ``OptimizerMember``."""
+        torch._foreach_mul_([shard.grad for shard in self._shards()], factor)
+
+    def update(self, learning_rate: float) -> None:
+        """See ``OptimizerMember``. The parameter all-gather is the chain's, once for all members."""
+        for group in self.groups:
+            group["lr"] = learning_rate
+        MixedPrecisionOptimizer.step_with_ready_grads(self.inner)
+        self.updates += 1
+
+    def group_keys(self) -> tuple[tuple[str, int], ...]:
+        """See ``OptimizerMember``."""
+        return tuple((group["name"], len(group["params"])) for group in self.groups)
+
+    def _shards(self) -> list[Tensor]:
+        return [shard for group in self.groups for shard in group["params"] if shard.grad is not None]
+
+    def _counts(self, shard: Tensor) -> bool:
+        """Whether this rank's copy is the one that counts in a norm.
+
+        Tensor-parallel ranks repeat what is not divided among them, and the MTP stage repeats the embedding. Experts
+        are judged by the expert-tensor group: judged by the attention's, the experts of all but the first
+        tensor-parallel rank would be left out (Megatron-LM #5916, megatron-core below 0.19).
+        """
+        divided = getattr(shard, "tensor_model_parallel", False)
+        return (divided or self._tensor_group.rank() == 0) and not getattr(shard, "shared", False)
+
+
+def gradient_statistics(gradients: Sequence[Tensor]) -> Tensor:
+    """Return ``[sum of squares, non-finite count, zero count]`` of some gradients as three FP64 numbers.
+
+    FP64, so that a norm is the same whichever way the gradients are divided among ranks.
+    """
+    if not gradients:
+        return torch.zeros(3, dtype=torch.float64, device=device())
+    squares = torch.stack([norm.double().square() for norm in torch._foreach_norm(list(gradients))]).sum()
+    not_finite = torch.zeros((), dtype=torch.float64, device=device())
+    if not bool(torch.isfinite(squares)):
+        not_finite = torch.stack([(~torch.isfinite(gradient)).sum().double() for gradient in gradients]).sum()
+    zeros = torch.stack([gradient.numel() - gradient.count_nonzero() for gradient in gradients]).sum().double()
+    return torch.stack([squares, not_finite, zeros])
