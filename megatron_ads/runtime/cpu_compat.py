@@ -17,18 +17,22 @@ import torch
 _CPU = torch.device("cpu")
 
 _MODULES_THAT_NAME_CUDA = (
+    "megatron.core.dist_checkpointing.exchange_utils",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     "megatron.core.distributed.param_and_grad_buffer",
     "megatron.core.optimizer.clip_grads",
     "megatron.core.optimizer.grad_scaler",
     "megatron.core.optimizer.optimizer",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.rerun_state_machine",
+    "megatron.core.tensor_parallel.data",
     "megatron.core.transformer.moe.moe_utils",
     "megatron.core.transformer.utils",
+    "megatron.core.utils",
 )
 """Megatron modules that create tensors with ``device="cuda"`` on the paths of training and checkpointing."""
 
-_MODULES_THAT_WARN = ("megatron.core.models.gpt.gpt_layer_specs", "megatron.core.dist_checkpointing")
+_MODULES_THAT_WARN = ("megatron.core.models.gpt.gpt_layer_specs", "megatron.core.transformer.moe.moe_layer")
 """Imported here only so that their warnings about absent CUDA libraries are not shown on every rank."""
 
 _installed = False
@@ -122,9 +126,9 @@ def define_te_general_gemm() -> None:
 
 
 def define_te_linear() -> None:
-    """Latent attention asks ``isinstance(linear_proj, TELinear)``, which is None without Transformer Engine."""
+    """Latent attention asks ``isinstance(linear_proj, TELinear)``: a mock object without Transformer Engine."""
     attention = importlib.import_module("megatron.core.transformer.multi_latent_attention")
-    if attention.TELinear is None:
+    if not isinstance(attention.TELinear, type):
         attention.TELinear = type("TELinear", (), {"__doc__": "No module is one."})
 
 
@@ -207,7 +211,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 def _cpu_torch() -> types.ModuleType:
     module = _CpuTorch("torch")
-    for name in ("tensor", "zeros", "ones", "empty", "full", "arange"):
+    for name in ("tensor", "zeros", "ones", "empty", "empty_like", "full", "arange"):
         setattr(module, name, _on_cpu(getattr(torch, name)))
     return module
 
