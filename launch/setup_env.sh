@@ -105,7 +105,10 @@ _explain_pip_failure() {
     if grep -qi 'no space left on device' -- "$_log"; then
         _die 4 "the disk became full while installing $1; free $_needed_mb MB, or set MEGATRON_ADS_VENV to a folder on another disk."
     fi
-    _die 5 "$1 could not be installed: $(_last_error) Check the network and pip's index settings (pip config list), then start again; everything pip said is in $_log."
+    if grep -qiE 'connection broken|connection refused|name resolution|timed out' -- "$_log"; then
+        _die 5 "$1 could not be downloaded: the package index did not answer. Check the network and pip's settings (pip config list), then start again; all that pip said is in $_log."
+    fi
+    _die 5 "$1 could not be installed: $(_last_error) (all that pip said is in $_log). Mend that, then start again."
 }
 
 _last_error() { # the first complaint of the last pip run, in one line
@@ -113,14 +116,12 @@ _last_error() { # the first complaint of the last pip run, in one line
 }
 
 _set_up() {
-    local torch
     : >"$_log" 2>/dev/null || _die 4 "$_log cannot be written; set MEGATRON_ADS_VENV to a folder that can."
     _check_disk
     _make_environment
-    torch="$(grep -E '^(torch|setuptools)==' -- "$MEGATRON_ADS_ROOT/constraints.txt" | tr '\n' ' ')"
-    # torch first, at its exact version: a looser request, made by another package, may take a far larger build.
-    # shellcheck disable=SC2086 # two requirements, split on purpose
-    _pip_install "torch" ${MEGATRON_ADS_TORCH_INDEX:+--extra-index-url "$MEGATRON_ADS_TORCH_INDEX"} $torch
+    # torch first, at the exact version of the constraints: a looser request, made by another package, may take a
+    # build of several GB. setuptools builds what has no wheel.
+    _pip_install "torch" ${MEGATRON_ADS_TORCH_INDEX:+--extra-index-url "$MEGATRON_ADS_TORCH_INDEX"} torch setuptools
     _pip_install "the other packages" --use-pep517 --no-build-isolation -e "$MEGATRON_ADS_ROOT[dev]"
     _wanted_stamp "$(_version_of "$MEGATRON_ADS_VENV/bin/python")" >"$_stamp.partial"
     mv -- "$_stamp.partial" "$_stamp"
