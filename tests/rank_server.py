@@ -1,0 +1,109 @@
+"""The process that ranks of distributed tests are forked from: it has imported torch and Megatron-Core once for all.
+
+Started by ``tests/distributed.py`` as ``python -m tests.rank_server``. It forks a rank for each line on its standard
+input (``fork RANK WORLD ADDRESS FOLDER``, answered with the process id) and tells how one ended (``wait PID``). Ranks
+die with it, and it ends when its standard input closes, so that nothing outlives the test session, however that ends.
+"""
+
+import ctypes
+import faulthandler
+import os
+import pickle
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+STACK_SIGNAL = signal.SIGRTMIN + 3
+"""Makes a rank write the Python stacks of its threads to ``stack-RANK`` in its folder."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Serve until standard input closes."""
+    import torch
+
+    from megatron_ads.runtime import cpu_compat
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the test session, which then ends this process
+    cpu_compat.install()
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        command, *arguments = line.split()
+        if command == "fork":
+            rank, world, address, folder = arguments
+            answer = os.fork() or _live_as_rank(int(rank), int(world), address, Path(folder))
+        else:
+            answer = os.waitstatus_to_exitcode(os.waitpid(int(arguments[0]), 0)[1])
+        print(answer, file=answers, flush=True)
+
+
+def _live_as_rank(rank: int, world: int, address: str, folder: Path) -> NoReturn:
+    """Answer calls in a fresh fork until the other end hangs up."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    log = os.open(folder / f"output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    stack = (folder / f"stack-{rank}").open("w")
+    faulthandler.register(STACK_SIGNAL, file=stack, all_threads=True)
+    with Client(address, "AF_UNIX") as connection:
+        connection.send_bytes(str(rank).encode())
+        _answer_calls(connection, rank, world)
+    os._exit(0)
+
+
+def _answer_calls(connection: Connection, rank: int, world: int) -> None:
+    while True:
+        try:
+            call = connection.recv_bytes()
+        except EOFError:
+            return
+        try:
+            function, args, port, with_group = pickle.loads(call)
+            answer = (True, _call(function, args, rank, world, port, with_group))
+        except BaseException:  # noqa: BLE001 - a process boundary: whatever it was belongs to the test
+            answer = (False, traceback.format_exc())
+        sys.stdout.flush()
+        connection.send_bytes(pickle.dumps(answer))
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world: int, port: int, group: bool) -> Any:
+    import torch.distributed as dist
+
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "0",
+    }  # fmt: skip
+    try:
+        if group:
+            dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+        return function(*args)
+    finally:
+        _forget_job()
+
+
+def _forget_job() -> None:
+    """Leave nothing of one test's process groups, RNG streams and counters to the next."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state, rerun_state_machine
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+    parallel_state.destroy_model_parallel()
+    rerun_state_machine.destroy_rerun_state_machine()
+    get_cuda_rng_tracker().reset()
+    get_moe_layer_wise_logging_tracker().clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
