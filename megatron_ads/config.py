@@ -176,9 +176,9 @@ class LayoutConfig:
     pipeline: str | None = None
     """Layers of every chunk, as ``Et|(tt|)*29tmL``; None spreads them evenly."""
     first_stage_layers: int | None = None
-    """Decoder layers of the first chunk, where the others share the rest evenly; None is an even share."""
+    """Decoder layers of stage 0, where the others share the rest evenly; None is an even share."""
     last_stage_layers: int | None = None
-    """Decoder layers of the last chunk; None is an even share."""
+    """Decoder layers of the last stage; None is an even share."""
 
     def runtime(self, world: int) -> ParallelLayout:
         """Return the layout for a job of ``world`` ranks.
@@ -205,10 +205,11 @@ class LayoutConfig:
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
         for name in ("first_stage_layers", "last_stage_layers"):
+            _require_at_least("layout", self, 0, name)
             _require(
-                self.pp * self.vpp > 1 or getattr(self, name) is None,
-                f"layout.{name} is {getattr(self, name)}, which has no effect with layout.pp = 1: one chunk holds "
-                f"every layer. Remove it, or raise layout.pp.",
+                getattr(self, name) is None or (self.pp > 1 and self.vpp == 1 and self.pipeline is None),
+                f"layout.{name} is {getattr(self, name)}, which has no effect unless layout.pp > 1, layout.vpp = 1 and "
+                f"layout.pipeline is null (they are {self.pp}, {self.vpp}, {self.pipeline!r}). Remove it.",
             )
 
 
@@ -484,20 +485,13 @@ def _check_model(config: SftConfig, layout: ParallelLayout, shape: ModelShape) -
         shape.has_expert_bias or config.model.router_bias is RouterBias.frozen,
         "model.router_bias is update, but the model's router has no selection bias. Set it to frozen.",
     )
-    _require(
-        shape.num_experts > 0 or config.model.aux_loss_coefficient == 0,
-        f"model.aux_loss_coefficient is {config.model.aux_loss_coefficient:g}, but the model has no routed experts. "
-        "Set it to 0.",
-    )
     _require_parts(config.model.frozen, shape)
 
 
 def _require_parts(frozen: Sequence[FrozenPart], shape: ModelShape) -> None:
     """Refuse to freeze what the model does not have."""
     has = {
-        FrozenPart.dense: shape.first_dense_layers > 0 or shape.num_experts == 0,
-        FrozenPart.router: shape.num_experts > 0,
-        FrozenPart.experts: shape.num_experts > 0,
+        FrozenPart.dense: shape.first_dense_layers > 0,
         FrozenPart.shared_experts: shape.shared_ffn_size > 0,
         FrozenPart.mtp: shape.mtp_layers > 0,
     }

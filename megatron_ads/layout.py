@@ -8,8 +8,10 @@ Attention and experts are laid over the same ranks twice:
 which is the rank order of ``megatron.core.parallel_state`` ("tp-cp-ep-dp-pp").
 """
 
+import math
 import re
 from dataclasses import dataclass
+from typing import Self
 
 from megatron_ads.architecture import ModelShape
 from megatron_ads.errors import ConfigError
@@ -65,6 +67,14 @@ class ParallelLayout:
                 f"Launch a multiple of {size} ranks, or lower one of these sizes."
             )
 
+    @classmethod
+    def smallest(cls, *, tp: int = 1, cp: int = 1, pp: int = 1, vpp: int = 1, ep: int = 1, etp: int = 1) -> Self:
+        """Return the layout of these sizes on the fewest ranks: ``pp * lcm(cp * tp, ep * etp)``."""
+        sizes = {"tp": tp, "cp": cp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp}
+        # A size below 1 must reach the check that names it: a world of 0 would be refused first.
+        world = abs(pp * math.lcm(cp * tp, ep * etp)) or 1
+        return cls(world=world, **sizes)
+
     @property
     def dp(self) -> int:
         """Data-parallel replicas of the attention and dense weights."""
@@ -74,11 +84,6 @@ class ParallelLayout:
     def edp(self) -> int:
         """Data-parallel replicas of each routed expert."""
         return self.world // (self.pp * self.ep * self.etp)
-
-    @property
-    def model_ranks(self) -> int:
-        """Smallest world that holds one copy of every weight on this layout's axes."""
-        return self.world // self.dp
 
     def coordinates(self, rank: int) -> Coordinates:
         """Return the position of ``rank`` in both grids."""
@@ -91,6 +96,41 @@ class ParallelLayout:
         ep, rest = rest % self.ep, rest // self.ep
         return Coordinates(pp=pp, dp=dp, cp=cp, tp=tp, edp=rest % self.edp, ep=ep, etp=etp)
 
+    def rank_of(self, at: Coordinates) -> int:
+        """Return the rank at a position: the inverse of :meth:`coordinates`.
+
+        Raises:
+            ConfigError: If an index is outside its axis, or the two grids' indices belong to different ranks.
+        """
+        for name in ("pp", "dp", "cp", "tp", "edp", "ep", "etp"):
+            if not 0 <= getattr(at, name) < getattr(self, name):
+                raise ConfigError(f"{name} {getattr(at, name)} is outside its axis of {getattr(self, name)}.")
+        rank = ((at.pp * self.dp + at.dp) * self.cp + at.cp) * self.tp + at.tp
+        expert_rank = ((at.pp * self.edp + at.edp) * self.ep + at.ep) * self.etp + at.etp
+        if rank != expert_rank:
+            raise ConfigError(
+                f"(pp {at.pp}, dp {at.dp}, cp {at.cp}, tp {at.tp}) is rank {rank}, but (pp {at.pp}, edp {at.edp}, "
+                f"ep {at.ep}, etp {at.etp}) is rank {expert_rank}: no rank has both."
+            )
+        return rank
+
+    def stage_ranks(self, stage: int) -> range:
+        """Return the ranks of pipeline stage ``stage``: they are consecutive."""
+        size = self.world // self.pp
+        return range(stage * size, (stage + 1) * size)
+
+    def local_experts(self, num_experts: int, ep: int) -> range:
+        """Return the global numbers of the routed experts that expert-parallel rank ``ep`` holds."""
+        if num_experts % self.ep:
+            raise ConfigError(
+                f"{num_experts} routed experts cannot be spread evenly over layout.ep = {self.ep} ranks "
+                f"({num_experts} / {self.ep} = {num_experts / self.ep:g}). Choose a divisor of {num_experts}."
+            )
+        if not 0 <= ep < self.ep:
+            raise ConfigError(f"ep {ep} is outside its axis of {self.ep}.")
+        count = num_experts // self.ep
+        return range(ep * count, (ep + 1) * count)
+
     def check_model(self, shape: ModelShape) -> None:
         """Refuse a model whose heads, widths, vocabulary or experts cannot be cut evenly by these sizes.
 
@@ -102,30 +142,14 @@ class ParallelLayout:
             ("vocabulary entries", shape.vocab_size, "tp"),
             ("dense feed-forward columns", shape.dense_ffn_size, "tp"),
             ("shared-expert columns", shape.shared_ffn_size, "tp"),
-            ("routed-expert columns", shape.expert_ffn_size if shape.num_experts else 0, "etp"),
+            ("routed-expert columns", shape.expert_ffn_size, "etp"),
         ):
             if number % getattr(self, name):
                 raise ConfigError(
                     f"The model's {number} {what} cannot be cut into layout.{name} = {getattr(self, name)} equal "
                     f"parts. Choose a divisor of {number}."
                 )
-        if shape.num_experts:
-            self.local_experts(shape.num_experts, 0)
-        elif self.ep > 1 or self.etp > 1:
-            raise ConfigError(
-                f"layout.ep = {self.ep} and layout.etp = {self.etp} have no effect: the model has no routed experts. "
-                "Set both to 1."
-            )
-
-    def local_experts(self, num_experts: int, ep: int) -> range:
-        """Return the global numbers of the routed experts that expert-parallel rank ``ep`` holds."""
-        if num_experts % self.ep:
-            raise ConfigError(
-                f"{num_experts} routed experts cannot be spread evenly over layout.ep = {self.ep} ranks "
-                f"({num_experts} / {self.ep} = {num_experts / self.ep:g}). Choose a divisor of {num_experts}."
-            )
-        count = num_experts // self.ep
-        return range(ep * count, (ep + 1) * count)
+        self.local_experts(shape.num_experts, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +161,7 @@ class Chunk:
     virtual: int
     """Virtual chunk within the stage, 0-based."""
     layers: tuple[int, ...]
-    """Decoder layers, by global number from 0."""
+    """Decoder layers, by global number from 0; may be empty."""
     has_embedding: bool
     has_loss: bool
     """Final norm, output layer and loss are here."""
@@ -176,35 +200,35 @@ class PipelinePlacement:
 
     def expert_less_stages(self, shape: ModelShape) -> tuple[int, ...]:
         """Return the stages whose ranks own no routed expert: dense layers, embedding or loss only."""
-        return tuple(
-            stage
-            for stage in range(self.pp)
-            if not any(
-                chunk.mtp_layers
-                and shape.is_moe_layer(shape.num_layers)
-                or any(shape.is_moe_layer(layer) for layer in chunk.layers)
-                for chunk in self.stage_chunks(stage)
-            )
-        )
+        owners = {
+            chunk.stage
+            for chunk in self.chunks
+            if chunk.mtp_layers or any(shape.is_moe_layer(layer) for layer in chunk.layers)
+        }
+        return tuple(stage for stage in range(self.pp) if stage not in owners)
 
 
-_REPEAT_GROUP = re.compile(r"\(([^()]*)\)\*(\d+)")
-_REPEAT_ONE = re.compile(r"([Etm|L])\*(\d+)")
+# As Megatron-Core unrolls them: groups first, once, then single letters, once; so groups do not nest.
+_REPEATS = (re.compile(r"\(([^()]+)\)\*(\d+)"), re.compile(r"([Etm|L])\*(\d+)"))
 
 
 def expand_pipeline(pipeline: str) -> list[str]:
     """Unroll a pipeline string into one string per chunk: ``"Et|(tt|)*2tL"`` -> ``Et, tt, tt, tL``.
 
     Letters: ``E`` embedding, ``t`` decoder layer, ``m`` MTP layer, ``L`` final norm, head and loss;
-    ``|`` ends a chunk, ``(...)*n`` and ``x*n`` repeat, commas and spaces are ignored.
+    ``|`` ends a chunk, ``(...)*n`` and ``x*n`` repeat, commas are ignored, and so are spaces (Megatron-Core
+    refuses those).
+
+    Raises:
+        ConfigError: If another character is left after unrolling.
     """
     text = re.sub(r"[,\s]", "", pipeline)
-    for pattern in (_REPEAT_GROUP, _REPEAT_ONE):
+    for pattern in _REPEATS:
         text = pattern.sub(lambda match: match[1] * int(match[2]), text)
     if bad := sorted(set(text) - set("Etm|L")):
         raise ConfigError(
             f"layout.pipeline {pipeline!r} holds {''.join(bad)!r}; the letters are E (embedding), t (decoder layer), "
-            "m (MTP layer), L (loss), with | between chunks and (...)*n to repeat."
+            "m (MTP layer), L (loss), with | between chunks and (...)*n or x*n to repeat, not nested."
         )
     return text.split("|")
 
@@ -225,76 +249,92 @@ def place_layers(
     Raises:
         ConfigError: If the layers do not fit the stages; the message carries the equation.
     """
-    if pipeline is not None:
-        if first_stage_layers is not None or last_stage_layers is not None:
-            raise ConfigError(
-                "layout.pipeline already says which layers are on the first and last stage; "
-                "remove layout.first_stage_layers and layout.last_stage_layers."
-            )
+    if pipeline is None:
+        counts = _even_counts(shape.num_layers, layout, first_stage_layers, last_stage_layers)
+        pieces = ["t" * count for count in counts]
+        pieces[0], pieces[-1] = "E" + pieces[0], pieces[-1] + "L"
+    elif first_stage_layers is None and last_stage_layers is None:
         pieces = expand_pipeline(pipeline)
     else:
-        pieces = _even_pieces(shape, layout, first_stage_layers, last_stage_layers)
-    if shape.mtp_layers and not any("m" in piece for piece in pieces):
+        raise ConfigError(
+            "layout.pipeline already says which layers are on the first and last stage; "
+            "remove layout.first_stage_layers and layout.last_stage_layers."
+        )
+    if not any("m" in piece for piece in pieces):
         pieces = [piece.replace("L", "m" * shape.mtp_layers + "L") for piece in pieces]
-    _check_pieces(shape, layout, pieces)
+    _check_letters(shape, layout, pieces)
+    _check_mtp(layout, pieces)
     return PipelinePlacement(pp=layout.pp, chunks=_number_layers(layout.pp, pieces))
 
 
-def _even_pieces(shape: ModelShape, layout: ParallelLayout, first: int | None, last: int | None) -> list[str]:
-    """Spread the decoder layers; with vpp > 1 the first/last counts are those of the first/last chunk."""
+def _even_counts(num_layers: int, layout: ParallelLayout, first: int | None, last: int | None) -> list[int]:
+    """Return the decoder layers of every chunk, in the order a microbatch visits them."""
+    given = [(name, count) for name, count in (("first", first), ("last", last)) if count is not None]
     chunks = layout.pp * layout.vpp
-    if chunks == 1:
-        first = last = None
-    fixed = [count for count in (first, last) if count is not None]
-    rest, left = shape.num_layers - sum(fixed), chunks - len(fixed)
-    if left and (rest < 0 or rest % left):
+    for name, count in given:
+        if layout.pp == 1 or layout.vpp > 1:
+            raise ConfigError(
+                f"layout.{name}_stage_layers is {count}, but layout.pp = {layout.pp} and layout.vpp = {layout.vpp}; it "
+                "needs several stages of one chunk. Remove it, or write layout.pipeline."
+            )
+        if count < 0:
+            raise ConfigError(f"layout.{name}_stage_layers is {count}; it must be at least 0.")
+    rest, takers = num_layers - sum(count for _, count in given), chunks - len(given)
+    if rest < 0 or (rest % takers if takers else rest):
+        minus = "".join(f" - {count} (layout.{name}_stage_layers)" for name, count in given)
         raise ConfigError(
-            f"{shape.num_layers} decoder layers - {sum(fixed)} on the first/last chunk = {rest}, which "
-            f"{left} chunks (layout.pp * layout.vpp = {layout.pp} * {layout.vpp} = {chunks}, less {len(fixed)} given) "
-            "cannot share evenly. "
-            "Set layout.first_stage_layers / layout.last_stage_layers, or write layout.pipeline."
+            f"{num_layers} decoder layers{minus} = {rest}, which {takers} chunks (layout.pp * layout.vpp = "
+            f"{layout.pp} * {layout.vpp} = {chunks}, less {len(given)} given) cannot share evenly. "
+            "Set layout.first_stage_layers and layout.last_stage_layers, or write layout.pipeline."
         )
-    if not left and rest:
-        raise ConfigError(
-            f"layout.first_stage_layers + layout.last_stage_layers = {sum(fixed)}, but the model has "
-            f"{shape.num_layers} decoder layers and no other stage takes the rest."
-        )
-    counts = [rest // left] * left if left else []
-    counts = ([first] if first is not None else []) + counts + ([last] if last is not None else [])
-    pieces = ["t" * count for count in counts]
-    pieces[0] = "E" + pieces[0]
-    pieces[-1] = pieces[-1] + "L"
-    return pieces
+    counts = [rest // takers] * takers if takers else []
+    return [*([] if first is None else [first]), *counts, *([] if last is None else [last])]
 
 
-def _check_pieces(shape: ModelShape, layout: ParallelLayout, pieces: list[str]) -> None:
-    chunks = layout.pp * layout.vpp
-    text = "|".join(pieces)
-    if len(pieces) != chunks:
+def _check_letters(shape: ModelShape, layout: ParallelLayout, pieces: list[str]) -> None:
+    """Refuse a wrong number of chunks or layers, and letters out of order."""
+    if len(pieces) != layout.pp * layout.vpp:
         raise ConfigError(
             f"layout.pipeline has {len(pieces)} chunks, but layout.pp * layout.vpp = "
-            f"{layout.pp} * {layout.vpp} = {chunks}. Write one chunk per stage and virtual stage."
+            f"{layout.pp} * {layout.vpp} = {layout.pp * layout.vpp}. Write one chunk per stage and virtual stage."
         )
-    if text.count("t") != shape.num_layers:
+    flat = "".join(pieces)
+    for letter, what, wanted in (
+        ("E", "embeddings", 1),
+        ("t", "decoder layers", shape.num_layers),
+        ("m", "MTP layers", shape.mtp_layers),
+        ("L", "losses", 1),
+    ):
+        if flat.count(letter) != wanted:
+            raise ConfigError(
+                f"layout.pipeline places {flat.count(letter)} {what} ({letter}), but the model has {wanted}: "
+                f"{flat.count(letter) - wanted:+d}."
+            )
+    if not re.fullmatch("Et*m*L", flat):
         raise ConfigError(
-            f"layout.pipeline places {text.count('t')} decoder layers, but the model has {shape.num_layers}: "
-            f"{abs(shape.num_layers - text.count('t'))} {'missing' if text.count('t') < shape.num_layers else 'too many'}."
+            f"layout.pipeline {'|'.join(pieces)!r} is out of order: first E, then every t, then every m, then L."
         )
-    if text.count("m") != shape.mtp_layers:
+
+
+def _check_mtp(layout: ParallelLayout, pieces: list[str]) -> None:
+    """Refuse MTP layers where Megatron-Core cannot run them.
+
+    Stricter than ``PipelineParallelLayerLayout.validate_layer_layout`` of 0.16 in one point: its check that the
+    first stage holds none leaves out the last virtual chunk.
+    """
+    chunks = [index for index, piece in enumerate(pieces) if "m" in piece]
+    if not chunks or layout.pp == 1:
+        return
+    if len(chunks) > 1:
+        raise ConfigError(f"layout.pipeline spreads the MTP layers (m) over {len(chunks)} chunks; they must share one.")
+    stage, virtual = chunks[0] % layout.pp, chunks[0] // layout.pp
+    if virtual != layout.vpp - 1:
         raise ConfigError(
-            f"layout.pipeline places {text.count('m')} MTP layers (m), but the model has {shape.mtp_layers}."
+            f"layout.pipeline puts the MTP layers (m) into virtual chunk {virtual} of stage {stage}; "
+            f"they must be in the last one, {layout.vpp - 1}."
         )
-    if not re.fullmatch(r"Et*(\|t*)*(\|?t*m*)(\|)?L", text) and not re.fullmatch(r"E[t|]*[m|]*L", text):
-        raise ConfigError(
-            f"layout.pipeline {text!r} is out of order: E first, then every t, then every m, then L, each of E and L once."
-        )
-    with_mtp = [index for index, piece in enumerate(pieces) if "m" in piece]
-    if len(with_mtp) > 1:
-        raise ConfigError("layout.pipeline spreads the MTP layers over several chunks; they must share one.")
-    if with_mtp and layout.pp > 1 and with_mtp[0] < chunks - layout.pp:
-        raise ConfigError("layout.pipeline puts MTP layers (m) before the last virtual chunk; move them to the end.")
-    if with_mtp and layout.pp > 1 and with_mtp[0] % layout.pp == 0:
-        raise ConfigError("layout.pipeline puts MTP layers (m) on the first pipeline stage; move them to a later one.")
+    if stage == 0:
+        raise ConfigError("layout.pipeline puts the MTP layers (m) on pipeline stage 0; move them to a later stage.")
 
 
 def _number_layers(pp: int, pieces: list[str]) -> tuple[Chunk, ...]:
