@@ -145,7 +145,7 @@ def test_a_broken_download_ends_in_one_line_and_is_done_again(machine: Machine) 
         "MEGATRON_ADS_PYTHON": sys.executable,
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
-        "PIP_RETRIES": "0",
+        "PIP_RETRIES": "1",
     }
     for attempt in (1, 2):
         result = machine.run("setup_env.sh")
