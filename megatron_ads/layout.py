@@ -252,7 +252,8 @@ def place_layers(
     if pipeline is None:
         counts = _even_counts(shape.num_layers, layout, first_stage_layers, last_stage_layers)
         pieces = ["t" * count for count in counts]
-        pieces[0], pieces[-1] = "E" + pieces[0], pieces[-1] + "L"
+        pieces[0] = "E" + pieces[0]
+        pieces[-1] += "L"
     elif first_stage_layers is None and last_stage_layers is None:
         pieces = expand_pipeline(pipeline)
     else:
