@@ -1,0 +1,124 @@
+"""Write one large file of known size so that it appears under its name only when it is complete and on disk."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from megatron_ads.errors import ConversionError
+
+PARTIAL_SUFFIX = ".partial"
+_READ_BACK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A finished file."""
+
+    name: str
+    nbytes: int
+    sha256: str
+
+
+class PreallocatedFile:
+    """A file of ``nbytes`` under a temporary name; ``commit`` hashes it, flushes it and gives it its name.
+
+    What is written front to back is hashed on the way, while it is in the processor's cache; what is not is read back.
+    """
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        """Create the temporary file and reserve its disk space."""
+        self.path = path
+        self.nbytes = nbytes
+        self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        self._hash = hashlib.sha256()
+        self._hashed = 0
+        with naming_full_disk(path):
+            self._descriptor = os.open(self._partial, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
+            try:
+                if nbytes:
+                    os.posix_fallocate(self._descriptor, 0, nbytes)
+            except OSError:
+                self._abandon()
+                raise
+
+    def __enter__(self) -> "PreallocatedFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._descriptor >= 0:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        os.close(self._descriptor)
+        self._descriptor = -1
+        self._partial.unlink(missing_ok=True)
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> int:
+        """Write bytes at ``offset`` and return the offset behind them."""
+        view = memoryview(data)
+        if offset == self._hashed:
+            self._hash.update(view)
+            self._hashed += len(view)
+        with naming_full_disk(self.path):
+            while view:
+                written = os.pwrite(self._descriptor, view, offset)
+                view, offset = view[written:], offset + written
+        return offset
+
+    def commit(self) -> FileRecord:
+        """Flush to disk and rename into place."""
+        while block := os.pread(self._descriptor, _READ_BACK_BYTES, self._hashed):
+            self._hash.update(block)
+            self._hashed += len(block)
+        with naming_full_disk(self.path):
+            os.fsync(self._descriptor)
+        os.close(self._descriptor)
+        self._descriptor = -1
+        self._partial.rename(self.path)
+        sync_folder(self.path.parent)
+        return FileRecord(self.path.name, self._hashed, self._hash.hexdigest())
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor, row-major, without copying if it is contiguous."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def write_small(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    data = text.encode()
+    with PreallocatedFile(path, len(data)) as file:
+        file.write_at(0, data)
+        file.commit()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Turn the operating system's out-of-space error into one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConversionError(
+            f"The disk is full at {path.parent} ({error.strerror}) while writing {path.name}. Free some space and run "
+            "the same command with --resume; finished files are kept."
+        ) from None

@@ -1,0 +1,117 @@
+"""Turn planned items into bytes at offsets, a band of rows at a time, so that memory does not grow with the tensor."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from conversion.atomic_file import PreallocatedFile, tensor_bytes
+from conversion.errors import DamagedCheckpointError
+from conversion.fp8 import dequantize, quantize
+from conversion.plan import Quantized, Values
+from conversion.regions import Rectangle, View, bands, fill, value_dtype
+from megatron_ads.errors import ConversionError
+
+Advance = Callable[[int], None]
+"""Called with the number of bytes just written."""
+
+
+def write_values(out: PreallocatedFile, item: Values, advance: Advance) -> None:
+    """Write one tensor's values."""
+    position = item.offset
+    for view in item.views:
+        for data in _bands_of_values(view, item.dtype):
+            position = out.write_at(position, data)
+            advance(len(data))
+
+
+def _bands_of_values(view: View, dtype: torch.dtype) -> Iterator[memoryview]:
+    for band in bands(view.rectangle):
+        direct = _stored_bytes(View(view.regions, band), dtype)
+        if direct is None:
+            values = torch.empty(band.rows, band.columns, dtype=dtype)
+            fill(values, View(view.regions, band))
+            direct = tensor_bytes(values)
+        yield direct
+
+
+def _stored_bytes(view: View, dtype: torch.dtype) -> memoryview | None:
+    """Return the mapped bytes of a rectangle that is stored contiguously in the wanted dtype, else None."""
+    for region in view.regions:
+        common = view.rectangle.overlap(region.covers)
+        if common is None:
+            continue
+        stored = region.stored
+        if common != view.rectangle or stored.scales is not None or stored.data.dtype != dtype:
+            return None
+        if common.columns != stored.data.columns:
+            return None
+        first = common.row - region.covers.row + region.row
+        return tensor_bytes(stored.data.read_rows(first, first + common.rows))
+    return None
+
+
+def write_quantized(out: PreallocatedFile, item: Quantized, advance: Advance) -> float:
+    """Write one weight's FP8 codes and scales.
+
+    Returns:
+        The largest relative error of re-quantising, ``max|value - bf16(code * scale)| / max|value|``; 0 if the
+        reference's codes were kept.
+    """
+    if item.reference is not None and _equals_reference(item):
+        _copy_reference(out, item, advance)
+        return 0.0
+    return _quantize(out, item, advance)
+
+
+def _band_values(item: Quantized) -> Iterator[tuple[Rectangle, torch.Tensor]]:
+    dtype = value_dtype(item.view.regions)
+    for band in bands(item.view.rectangle, multiple_of_rows=item.block[0]):
+        values = torch.empty(band.rows, band.columns, dtype=dtype)
+        fill(values, View(item.view.regions, band))
+        yield band, values
+
+
+def _equals_reference(item: Quantized) -> bool:
+    assert item.reference is not None
+    for band, values in _band_values(item):
+        first = band.row - item.view.rectangle.row
+        kept = item.reference.values(range(first, first + band.rows), range(band.columns))
+        if not torch.equal(kept.view(torch.int16), values.bfloat16().view(torch.int16)):
+            return False
+    return True
+
+
+def _copy_reference(out: PreallocatedFile, item: Quantized, advance: Advance) -> None:
+    assert item.reference is not None and item.reference.scales is not None
+    if item.codes_offset is not None:
+        position = item.codes_offset
+        data = item.reference.data
+        for band in bands(Rectangle(0, 0, data.rows, data.columns)):
+            piece = tensor_bytes(data.read_rows(band.row, band.row + band.rows))
+            position = out.write_at(position, piece)
+            advance(len(piece))
+    if item.scales_offset is not None:
+        piece = tensor_bytes(item.reference.scales.read())
+        out.write_at(item.scales_offset, piece)
+        advance(len(piece))
+
+
+def _quantize(out: PreallocatedFile, item: Quantized, advance: Advance) -> float:
+    codes_at, scales_at = item.codes_offset, item.scales_offset
+    largest_error = largest_value = 0.0
+    for _, values in _band_values(item):
+        try:
+            codes, scales = quantize(values.float(), item.block)
+        except ConversionError as error:
+            raise DamagedCheckpointError(f"{item.name} cannot be written in FP8: {error}.") from None
+        if codes_at is not None:
+            codes_at = out.write_at(codes_at, tensor_bytes(codes))
+            advance(codes.numel())
+        if scales_at is not None:
+            scales_at = out.write_at(scales_at, tensor_bytes(scales))
+            advance(scales.numel() * 4)
+        if item.reference is not None:
+            back = dequantize(codes, scales, block=item.block).float()
+            largest_error = max(largest_error, float((back - values.float()).abs().max()))
+            largest_value = max(largest_value, float(values.float().abs().max()))
+    return largest_error / largest_value if largest_value else 0.0

@@ -1,0 +1,70 @@
+"""Which canonical parameters a module built from one of Megatron-Core's layer specs holds under which name.
+
+local    torch modules; one module per local expert        mlp.experts.local_experts.{i}.linear_fc1.weight
+grouped  torch modules; local experts stacked on dim 0      mlp.experts.weight1, mlp.experts.weight2
+te       Transformer Engine; norms fused into the linears   mlp.experts.linear_fc1.weight{i}
+"""
+
+import re
+from enum import StrEnum
+
+from megatron_ads.errors import ConversionError
+
+
+class LayerSpec(StrEnum):
+    """The layer specs whose parameter names are known."""
+
+    LOCAL = "local"
+    GROUPED = "grouped"
+    TE = "te"
+
+
+_DECODER_LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
+_LOCAL_EXPERT = re.compile(r"(.*\.mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12])\.weight")
+_GROUPED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.weight([12])")
+_TE_EXPERT = re.compile(r"(.*\.mlp\.experts\.linear_fc[12]\.weight)(\d+)")
+_FUSED_NORMS = (
+    (".self_attention.linear_q_up_proj.layer_norm_weight", ".self_attention.q_layernorm.weight"),
+    (".self_attention.linear_kv_up_proj.layer_norm_weight", ".self_attention.kv_layernorm.weight"),
+    (".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight"),
+)
+
+
+def canonical_names(parameter: str, *, spec: LayerSpec, first_layer: int, local_experts: range) -> tuple[str, ...]:
+    """Return the canonical names behind one parameter of a module.
+
+    One name, or for stacked experts one per local expert in order (they stack on dim 0).
+
+    Args:
+        parameter: Name as in ``GPTModel.named_parameters()``, with layers counted from 0 in this module.
+        first_layer: Global number of the module's first decoder layer.
+        local_experts: Global numbers of the routed experts on this rank.
+
+    Raises:
+        ConversionError: If an expert number is outside ``local_experts``.
+    """
+    name = parameter
+    if match := _DECODER_LAYER.fullmatch(name):
+        name = f"{match[1]}{int(match[2]) + first_layer}{match[3]}"
+    if spec is LayerSpec.LOCAL and (match := _LOCAL_EXPERT.fullmatch(name)):
+        expert = _global_expert(int(match[2]), local_experts, parameter)
+        return (f"{match[1]}.{match[3]}.weight{expert}",)
+    if spec is LayerSpec.GROUPED and (match := _GROUPED_EXPERTS.fullmatch(name)):
+        return tuple(f"{match[1]}.linear_fc{match[2]}.weight{expert}" for expert in local_experts)
+    if spec is LayerSpec.TE:
+        if match := _TE_EXPERT.fullmatch(name):
+            return (f"{match[1]}{_global_expert(int(match[2]), local_experts, parameter)}",)
+        for fused, canonical in _FUSED_NORMS:
+            if name.endswith(fused):
+                return (name.removesuffix(fused) + canonical,)
+    return (name,)
+
+
+def _global_expert(local: int, local_experts: range, parameter: str) -> int:
+    if local >= len(local_experts):
+        raise ConversionError(
+            f"The module parameter {parameter!r} is local expert {local}, but this rank holds "
+            f"{len(local_experts)} experts ({local_experts.start} to {local_experts.stop - 1}). "
+            "The module was built with another layout.ep than it is filled for."
+        )
+    return local_experts[local]

@@ -1,0 +1,274 @@
+"""Which Hugging Face tensors make up each Megatron-Core parameter of a DeepSeek-V3-family model.
+
+The table is read from the Megatron side: a dense and an MoE layer store the same HF ``post_attention_layernorm``
+as the same ``pre_mlp_layernorm``, but the fused gate and up projections exist there only.
+
+Canonical names are those of a Megatron-Core ``GPTModel`` with global layer and global expert numbers, whatever the
+layer spec; ``conversion/layer_specs.py`` maps each spec's own names to them. HF names are those of
+``DeepseekV3ForCausalLM`` on disk; the MTP layers follow the decoder layers there.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+
+from megatron_ads.architecture import ModelShape
+from megatron_ads.errors import ConversionError
+
+
+class Split(StrEnum):
+    """How a parameter is divided over the tensor-parallel ranks (expert-tensor-parallel for routed experts)."""
+
+    REPLICATED = "replicated"
+    ROWS = "rows"
+    """Dim 0, the output features (column-parallel linear)."""
+    COLUMNS = "columns"
+    """Dim 1, the input features (row-parallel linear)."""
+    GATE_UP = "gate_up"
+    """Gate over up, stacked on dim 0; each half split by rows."""
+
+
+class Kind(StrEnum):
+    """How a parameter is stored in a published checkpoint."""
+
+    LINEAR = "linear"
+    """A projection inside a layer: FP8 with block scales in an FP8 checkpoint."""
+    PLAIN = "plain"
+    """Never quantised."""
+    ROUTER_BIAS = "router_bias"
+    """Always FP32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One Megatron parameter and the HF tensors it is stacked from on dim 0, in order.
+
+    ``dims`` is the shape of each of those HF tensors, in the words of :func:`dimensions`.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    dims: tuple[str, ...]
+    split: Split = Split.REPLICATED
+    kind: Kind = Kind.PLAIN
+
+
+@dataclass(frozen=True, slots=True)
+class HfPart:
+    """One HF tensor of a parameter, with the shape the config asks for."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One canonical Megatron parameter of a concrete model."""
+
+    name: str
+    parts: tuple[HfPart, ...]
+    split: Split
+    kind: Kind
+    expert: int | None = None
+    """Global number of the routed expert it belongs to."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Full shape, before any tensor-parallel slicing."""
+        first = self.parts[0].shape
+        return (sum(part.shape[0] for part in self.parts), *first[1:])
+
+
+_LAYER = "{layer}"  # replaced by the layer's prefix on either side
+
+OUTSIDE = (
+    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("vocab", "hidden"), Split.ROWS),
+    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",)),
+    Rule("output_layer.weight", ("lm_head.weight",), ("vocab", "hidden"), Split.ROWS),
+)
+
+
+def _linear(megatron: str, hf: tuple[str, ...] | str, dims: tuple[str, str], split: Split) -> Rule:
+    names = (hf,) if isinstance(hf, str) else hf
+    return Rule(f"{_LAYER}.{megatron}", tuple(f"{_LAYER}.{name}" for name in names), dims, split, Kind.LINEAR)
+
+
+def _plain(megatron: str, hf: str, dims: tuple[str, ...], kind: Kind = Kind.PLAIN) -> Rule:
+    return Rule(f"{_LAYER}.{megatron}", (f"{_LAYER}.{hf}",), dims, Split.REPLICATED, kind)
+
+
+# Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1). The down-projections are replicated,
+# as with Transformer Engine: their outputs are normalised over the full width.
+ATTENTION = (
+    _plain("input_layernorm.weight", "input_layernorm.weight", ("hidden",)),
+    _linear(
+        "self_attention.linear_kv_down_proj.weight",
+        "self_attn.kv_a_proj_with_mqa.weight",
+        ("kv_down", "hidden"),
+        Split.REPLICATED,
+    ),
+    _plain("self_attention.kv_layernorm.weight", "self_attn.kv_a_layernorm.weight", ("kv_lora",)),
+    _linear("self_attention.linear_kv_up_proj.weight", "self_attn.kv_b_proj.weight", ("kv_up", "kv_lora"), Split.ROWS),
+    _linear("self_attention.linear_proj.weight", "self_attn.o_proj.weight", ("hidden", "heads_v"), Split.COLUMNS),
+    _plain("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", ("hidden",)),
+)
+QUERY_LOW_RANK = (
+    _linear(
+        "self_attention.linear_q_down_proj.weight", "self_attn.q_a_proj.weight", ("q_lora", "hidden"), Split.REPLICATED
+    ),
+    _plain("self_attention.q_layernorm.weight", "self_attn.q_a_layernorm.weight", ("q_lora",)),
+    _linear("self_attention.linear_q_up_proj.weight", "self_attn.q_b_proj.weight", ("heads_qk", "q_lora"), Split.ROWS),
+)
+QUERY_FULL_RANK = (
+    _linear("self_attention.linear_q_proj.weight", "self_attn.q_proj.weight", ("heads_qk", "hidden"), Split.ROWS),
+)
+
+
+def _feed_forward(megatron: str, hf: str, width: str, suffix: str = "") -> tuple[Rule, Rule]:
+    return (
+        _linear(
+            f"{megatron}.linear_fc1.weight{suffix}",
+            (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"),
+            (width, "hidden"),
+            Split.GATE_UP,
+        ),
+        _linear(f"{megatron}.linear_fc2.weight{suffix}", f"{hf}.down_proj.weight", ("hidden", width), Split.COLUMNS),
+    )
+
+
+DENSE = _feed_forward("mlp", "mlp", "dense_ffn")
+ROUTER = (_plain("mlp.router.weight", "mlp.gate.weight", ("experts", "hidden")),)
+ROUTER_BIAS = (_plain("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias", ("experts",), Kind.ROUTER_BIAS),)
+SHARED_EXPERTS = _feed_forward("mlp.shared_experts", "mlp.shared_experts", "shared_ffn")
+EXPERT = _feed_forward("mlp.experts", "mlp.experts.{expert}", "expert_ffn", "{expert}")
+
+# Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2), around a layer like any other.
+MTP = (
+    _plain("enorm.weight", "enorm.weight", ("hidden",)),
+    _plain("hnorm.weight", "hnorm.weight", ("hidden",)),
+    Rule(f"{_LAYER}.eh_proj.weight", (f"{_LAYER}.eh_proj.weight",), ("hidden", "hidden_twice"), Split.ROWS),
+    _plain("final_layernorm.weight", "shared_head.norm.weight", ("hidden",)),
+)
+MTP_REPEATS = (
+    ("embed_tokens.weight", "embedding.word_embeddings.weight"),
+    ("shared_head.head.weight", "output_layer.weight"),
+)
+"""HF tensors an MTP layer stores again, and the canonical parameters they repeat."""
+
+DERIVED_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+"""Tensors some checkpoints store although the config determines them."""
+
+
+def dimensions(shape: ModelShape) -> dict[str, int]:
+    """Return the sizes behind the words used in ``Rule.dims``."""
+    return {
+        "vocab": shape.vocab_size,
+        "hidden": shape.hidden_size,
+        "hidden_twice": 2 * shape.hidden_size,
+        "q_lora": shape.q_lora_rank or 0,
+        "kv_lora": shape.kv_lora_rank,
+        "kv_down": shape.kv_lora_rank + shape.qk_rope_head_dim,
+        "heads_qk": shape.num_heads * shape.qk_head_dim,
+        "kv_up": shape.num_heads * (shape.qk_nope_head_dim + shape.v_head_dim),
+        "heads_v": shape.num_heads * shape.v_head_dim,
+        "dense_ffn": shape.dense_ffn_size,
+        "shared_ffn": shape.shared_ffn_size,
+        "expert_ffn": shape.expert_ffn_size,
+        "experts": shape.num_experts,
+    }
+
+
+def _concrete(
+    rule: Rule, sizes: dict[str, int], prefixes: tuple[str, str] = ("", ""), expert: int | None = None
+) -> Parameter:
+    megatron_prefix, hf_prefix = prefixes
+    part_shape = tuple(sizes[word] for word in rule.dims)
+    return Parameter(
+        name=rule.megatron.format(layer=megatron_prefix, expert=expert),
+        parts=tuple(HfPart(name.format(layer=hf_prefix, expert=expert), part_shape) for name in rule.hf),
+        split=rule.split,
+        kind=rule.kind,
+        expert=expert,
+    )
+
+
+def _layer_rules(shape: ModelShape, layer: int) -> tuple[Rule, ...]:
+    query = QUERY_FULL_RANK if shape.q_lora_rank is None else QUERY_LOW_RANK
+    if not shape.is_moe_layer(layer):
+        return ATTENTION + query + DENSE
+    bias = ROUTER_BIAS if shape.has_expert_bias else ()
+    shared = SHARED_EXPERTS if shape.num_shared_experts else ()
+    return ATTENTION + query + ROUTER + bias + shared
+
+
+@lru_cache(maxsize=256)
+def layer_parameters(shape: ModelShape, layer: int) -> tuple[Parameter, ...]:
+    """Return every parameter of one layer; numbers from ``num_layers`` on are the MTP layers."""
+    sizes = dimensions(shape)
+    hf_prefix = f"model.layers.{layer}"
+    mtp = layer - shape.num_layers
+    prefix = f"decoder.layers.{layer}" if mtp < 0 else f"mtp.layers.{mtp}.transformer_layer"
+    found = [_concrete(rule, sizes, (prefix, hf_prefix)) for rule in _layer_rules(shape, layer)]
+    if shape.is_moe_layer(layer):
+        found += [
+            _concrete(rule, sizes, (prefix, hf_prefix), expert)
+            for expert in range(shape.num_experts)
+            for rule in EXPERT
+        ]
+    if mtp >= 0:
+        found += [_concrete(rule, sizes, (f"mtp.layers.{mtp}", hf_prefix)) for rule in MTP]
+    return tuple(found)
+
+
+def outside_parameters(shape: ModelShape) -> tuple[Parameter, ...]:
+    """Return the embedding, the final norm and the output layer.
+
+    Raises:
+        ConversionError: If the config ties the output layer to the embedding, which no model of this family does.
+    """
+    if shape.tie_word_embeddings:
+        raise ConversionError(
+            "config.json sets tie_word_embeddings to true, but the DeepSeek-V3 family stores lm_head.weight apart. "
+            "Set it to false if the checkpoint holds lm_head.weight; other checkpoints cannot be converted."
+        )
+    sizes = dimensions(shape)
+    return tuple(_concrete(rule, sizes) for rule in OUTSIDE)
+
+
+@lru_cache(maxsize=8)
+def parameters(shape: ModelShape) -> dict[str, Parameter]:
+    """Return every canonical parameter of a model by name, in model order. Treat the result as read-only."""
+    found = list(outside_parameters(shape))
+    for layer in range(shape.num_layers + shape.mtp_layers):
+        found += layer_parameters(shape, layer)
+    return {parameter.name: parameter for parameter in found}
+
+
+def hf_aliases(shape: ModelShape) -> dict[str, str]:
+    """Return the HF tensors that only repeat another: HF name -> canonical name of what it repeats."""
+    return {
+        f"model.layers.{shape.num_layers + mtp}.{repeat}": canonical
+        for mtp in range(shape.mtp_layers)
+        for repeat, canonical in MTP_REPEATS
+    }
+
+
+def slice_shape(parameter: Parameter, size: int) -> tuple[int, ...]:
+    """Return the shape of one rank's slice when the parameter is split over ``size`` tensor-parallel ranks.
+
+    Raises:
+        ConversionError: If the dimension does not divide; the message carries the numbers.
+    """
+    if size == 1 or parameter.split is Split.REPLICATED:
+        return parameter.shape
+    dim = 1 if parameter.split is Split.COLUMNS else 0
+    unit = 2 if parameter.split is Split.GATE_UP else 1
+    length = parameter.shape[dim]
+    if length % (unit * size):
+        axis = "tp" if parameter.expert is None else "etp"
+        raise ConversionError(
+            f"{parameter.name} of shape {parameter.shape} cannot be split over layout.{axis} = {size} ranks: "
+            f"{length // unit} is not a multiple of {size}. Choose a divisor of {length // unit}."
+        )
+    return tuple(extent // size if index == dim else extent for index, extent in enumerate(parameter.shape))

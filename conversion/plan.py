@@ -1,0 +1,107 @@
+"""What a conversion is going to write: every file, every tensor's offset, and the stored bytes it is made from.
+
+A plan is made from headers alone. It is data: it can be printed, compared with a journal and sent to a worker.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from conversion.fp8 import BLOCK
+from conversion.regions import StoredMatrix, View
+from conversion.safetensors_file import HeaderEntry, build_header, element_count
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Write a tensor's values, converted to ``dtype``: ``views`` stacked on dim 0."""
+
+    name: str
+    offset: int
+    dtype: torch.dtype
+    views: tuple[View, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """Write a weight's FP8 codes, its block scales, or both (None: they are in another file).
+
+    With ``reference``, its codes and scales are kept if its values equal the weight's in BF16.
+    """
+
+    name: str
+    codes_offset: int | None
+    scales_offset: int | None
+    view: View
+    block: tuple[int, int] = BLOCK
+    reference: StoredMatrix | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One file to write: its header and where everything behind it comes from."""
+
+    name: str
+    header: bytes
+    nbytes: int
+    items: tuple[Values | Quantized, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionPlan:
+    """All files of one conversion and the identity of the source they are made from."""
+
+    source: Path
+    target: Path
+    files: tuple[OutputFile, ...]
+    source_state: str
+    """Digest of the source's file names, sizes and modification times."""
+    source_bytes: int
+    tensor_count: int
+    finishing: tuple[str, ...]
+    """Names, relative to the target, that the finishing step writes besides ``files``."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def digest(self) -> str:
+        """Identity of what is to be written: names, headers and sizes."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(f"{file.name} {file.nbytes} ".encode() + file.header)
+        return digest.hexdigest()
+
+
+def offsets(entries: Sequence[HeaderEntry], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """Return (header, file offset of each tensor, file size) for tensors laid out in the given order."""
+    header = build_header(entries, metadata)
+    position, found = len(header), {}
+    for entry in entries:
+        found[entry.name] = position
+        position += entry.nbytes
+    return header, found, position
+
+
+def folder_state(files: Sequence[Path]) -> str:
+    """Return a digest of file names, sizes and modification times, without reading the files."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def stored_files(views: Sequence[View]) -> set[Path]:
+    """Return the files that some views read."""
+    return {region.stored.data.file for view in views for region in view.regions}
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return (rows, columns) of a tensor; a vector is one row."""
+    return (shape[0], element_count(shape[1:])) if len(shape) > 1 else (1, element_count(shape))

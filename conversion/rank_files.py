@@ -1,0 +1,93 @@
+"""Which file of a shards folder holds which slice of which parameter: what that rank of the job owns, and no more."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from conversion.names import Parameter, layer_parameters, outside_parameters, slice_shape
+from megatron_ads.architecture import ModelShape
+from megatron_ads.errors import ConversionError
+from megatron_ads.layout import Chunk, ParallelLayout, PipelinePlacement
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankFile:
+    """One distinct set of weights in a job: ranks with these coordinates hold the same ones."""
+
+    pp: int
+    tp: int
+    ep: int
+    etp: int
+    etp_size: int
+
+    @property
+    def name(self) -> str:
+        """File name inside the shards folder."""
+        suffix = f"-etp{self.etp}" if self.etp_size > 1 else ""
+        return f"pp{self.pp:02d}-tp{self.tp}-ep{self.ep:02d}{suffix}.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardsLayout:
+    """A model laid out over ranks."""
+
+    shape: ModelShape
+    layout: ParallelLayout
+    placement: PipelinePlacement
+
+    def __post_init__(self) -> None:
+        heads, tp = self.shape.num_heads, self.layout.tp
+        if heads % tp:
+            raise ConversionError(
+                f"{heads} attention heads cannot be split over layout.tp = {tp} ranks. Choose a divisor of {heads}."
+            )
+        if self.shape.num_experts:
+            self.layout.local_experts(self.shape.num_experts, 0)
+
+    def rank_files(self) -> tuple[RankFile, ...]:
+        """Return every distinct file, stage by stage: ``lcm(tp, ep * etp)`` of them a stage."""
+        size = self.layout
+        return tuple(
+            RankFile(pp=pp, tp=rank % size.tp, ep=rank // size.etp % size.ep, etp=rank % size.etp, etp_size=size.etp)
+            for pp in range(size.pp)
+            for rank in range(math.lcm(size.tp, size.ep * size.etp))
+        )
+
+    def owned(self, file: RankFile) -> Iterator[Parameter]:
+        """Yield the parameters with a slice in ``file``, in model order."""
+        experts = range(0)
+        if self.shape.num_experts:
+            experts = self.layout.local_experts(self.shape.num_experts, file.ep)
+        stage = self.placement.stage_chunks(file.pp)
+        for parameter in _outside_owned(self.shape, stage):
+            yield parameter
+        for chunk in stage:
+            for layer in (*chunk.layers, *(self.shape.num_layers + mtp for mtp in chunk.mtp_layers)):
+                for parameter in layer_parameters(self.shape, layer):
+                    if parameter.expert is None or parameter.expert in experts:
+                        yield parameter
+
+    def slice_of(self, parameter: Parameter, file: RankFile) -> tuple[int, int]:
+        """Return (rank, size) of the tensor-parallel slice of ``parameter`` in ``file``."""
+        if parameter.expert is None:
+            return file.tp, self.layout.tp
+        return file.etp, self.layout.etp
+
+    def slice_shape(self, parameter: Parameter) -> tuple[int, ...]:
+        """Return the shape that ``parameter`` has in any file that holds it."""
+        return slice_shape(parameter, self.layout.tp if parameter.expert is None else self.layout.etp)
+
+
+def _outside_owned(shape: ModelShape, stage: tuple[Chunk, ...]) -> Iterator[Parameter]:
+    embedding, final_norm, output_layer = outside_parameters(shape)
+    if any(chunk.needs_embedding for chunk in stage):
+        yield embedding
+    if any(_has_final_norm(shape, chunk) for chunk in stage):
+        yield final_norm
+    if any(chunk.has_loss for chunk in stage):
+        yield output_layer
+
+
+def _has_final_norm(shape: ModelShape, chunk: Chunk) -> bool:
+    """Megatron-Core puts the final norm behind the last decoder layer if MTP layers follow, else beside the loss."""
+    return shape.num_layers - 1 in chunk.layers if shape.mtp_layers else chunk.has_loss

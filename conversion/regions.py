@@ -1,0 +1,131 @@
+"""Assemble any rectangle of a parameter from the stored pieces it consists of, a band of rows at a time.
+
+Every container reduces to this: a Hugging Face folder stores a fused parameter as gate over up, a shards folder stores
+tensor-parallel slices, torch_dist stores chunks. A vector is a matrix of one row.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from conversion.errors import DamagedCheckpointError
+from conversion.fp8 import BLOCK, dequantize, has_nan_codes
+from conversion.safetensors_file import StoredTensor
+from megatron_ads.errors import ConversionError
+
+BAND_ELEMENTS = 1 << 20
+"""Elements handled at a time: small enough to stay in a core's cache, large enough to amortise a call."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """A stored tensor with, if it is FP8, the block scales that give it values."""
+
+    name: str
+    data: StoredTensor
+    scales: StoredTensor | None = None
+    block: tuple[int, int] = BLOCK
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """The dtype of the values: BF16 for FP8 codes, else as stored."""
+        return torch.bfloat16 if self.scales is not None else self.data.dtype
+
+    def values(self, rows: range, columns: range) -> torch.Tensor:
+        """Return the values of a rectangle.
+
+        Raises:
+            ConversionError: If an FP8 code is NaN or a scale is not finite.
+        """
+        stored = self.data.read_rows(rows.start, rows.stop)[:, columns.start : columns.stop]
+        if self.scales is None:
+            return stored
+        if has_nan_codes(stored):
+            raise DamagedCheckpointError(
+                f"{self.name} in {self.data.file} holds FP8 NaN codes in rows {rows.start} to {rows.stop - 1}. "
+                "The file is damaged or was quantised wrongly; get a sound copy."
+            )
+        scales = self.scales.read()
+        if not bool(scales.isfinite().all()):
+            raise DamagedCheckpointError(
+                f"The block scales of {self.name} in {self.scales.file} are not all finite; get a sound copy."
+            )
+        return dequantize(stored, scales, first_row=rows.start, first_column=columns.start, block=self.block)
+
+
+@dataclass(frozen=True, slots=True)
+class Rectangle:
+    """Rows ``row`` to ``row + rows`` and columns ``column`` to ``column + columns`` of a matrix."""
+
+    row: int
+    column: int
+    rows: int
+    columns: int
+
+    def overlap(self, other: "Rectangle") -> "Rectangle | None":
+        """Return the common part, or None."""
+        row, column = max(self.row, other.row), max(self.column, other.column)
+        rows = min(self.row + self.rows, other.row + other.rows) - row
+        columns = min(self.column + self.columns, other.column + other.columns) - column
+        return Rectangle(row, column, rows, columns) if rows > 0 and columns > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A rectangle ``covers`` of a parameter and the stored matrix its values are in, from (``row``, ``column``) on."""
+
+    covers: Rectangle
+    stored: StoredMatrix
+    row: int = 0
+    column: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One rectangle of a parameter, to be read from the regions that make up the parameter."""
+
+    regions: tuple[Region, ...]
+    rectangle: Rectangle
+
+
+def whole(shape: Sequence[int]) -> Rectangle:
+    """Return the rectangle of a whole tensor; a vector is one row."""
+    if len(shape) > 1:
+        return Rectangle(0, 0, shape[0], shape[1])
+    return Rectangle(0, 0, 1, shape[0])
+
+
+def value_dtype(regions: Sequence[Region]) -> torch.dtype:
+    """Return the narrowest dtype that holds the values of all regions exactly."""
+    dtype = regions[0].stored.value_dtype
+    for region in regions[1:]:
+        dtype = torch.promote_types(dtype, region.stored.value_dtype)
+    return dtype
+
+
+def fill(out: torch.Tensor, view: View) -> None:
+    """Write the values of ``view`` into ``out``, of the rectangle's shape, converted to its dtype."""
+    target = view.rectangle
+    covered = 0
+    for region in view.regions:
+        common = target.overlap(region.covers)
+        if common is None:
+            continue
+        rows = range(common.row - region.covers.row + region.row, 0)
+        rows = range(rows.start, rows.start + common.rows)
+        first_column = common.column - region.covers.column + region.column
+        values = region.stored.values(rows, range(first_column, first_column + common.columns))
+        row, column = common.row - target.row, common.column - target.column
+        out[row : row + common.rows, column : column + common.columns].copy_(values)
+        covered += common.rows * common.columns
+    if covered != target.rows * target.columns:
+        raise ConversionError(f"The stored pieces cover {covered} of {target.rows * target.columns} elements.")
+
+
+def bands(rectangle: Rectangle, multiple_of_rows: int = 1) -> Iterator[Rectangle]:
+    """Cut a rectangle into bands of whole rows, about ``BAND_ELEMENTS`` each, of a multiple of some row count."""
+    rows = max(BAND_ELEMENTS // max(rectangle.columns, 1), 1)
+    rows = max(rows // multiple_of_rows, 1) * multiple_of_rows
+    for row in range(0, rectangle.rows, rows):
+        yield Rectangle(rectangle.row + row, rectangle.column, min(rows, rectangle.rows - row), rectangle.columns)

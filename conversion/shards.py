@@ -1,0 +1,216 @@
+"""The ``shards`` format: one safetensors file per distinct rank, the side files in ``hf/``, and ``manifest.json`` last.
+
+A folder without a manifest is an unfinished folder. Each rank of a job can write its own file
+(:func:`write_rank_file`); one of them then writes the manifest (:func:`write_manifest`), which checks all files.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conversion.atomic_file import FileRecord, PreallocatedFile, tensor_bytes, write_small
+from conversion.errors import DamagedCheckpointError
+from conversion.names import Parameter, Split, parameters
+from conversion.rank_files import RankFile, ShardsLayout
+from conversion.regions import Region, StoredMatrix
+from conversion.safetensors_file import (
+    CODES,
+    HeaderEntry,
+    StoredTensor,
+    build_header,
+    header_order,
+    read_header,
+)
+from conversion.side_files import copy_side_files
+from conversion.tensor_parallel import slice_rectangles
+from megatron_ads import __version__
+from megatron_ads.architecture import shape_from_config
+from megatron_ads.errors import ConversionError
+from megatron_ads.layout import ParallelLayout, place_layers
+
+MANIFEST = "manifest.json"
+SIDE_FOLDER = "hf"
+FORMAT = "megatron-ads shards"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardsFolder:
+    """A checked shards folder: every file of the layout is there and holds what that rank owns."""
+
+    path: Path
+    manifest: dict[str, Any]
+    layout: ShardsLayout
+    pieces: dict[str, tuple[tuple[RankFile, StoredTensor], ...]]
+    """Every stored copy of every slice, by canonical name."""
+
+    def replicas(self, parameter: Parameter) -> tuple[tuple[Region, ...], ...]:
+        """Return every stored copy of a parameter; each covers it once."""
+        by_rank: dict[int, list[tuple[Region, ...]]] = {}
+        for file, stored in self.pieces[parameter.name]:
+            rank, size = self.layout.slice_of(parameter, file)
+            if parameter.split is Split.REPLICATED:
+                rank = 0
+            by_rank.setdefault(rank, []).append(_regions(parameter, stored, rank, size))
+        return tuple(
+            tuple(region for regions in copy for region in regions) for copy in zip(*by_rank.values(), strict=True)
+        )
+
+    def weight_files(self) -> tuple[Path, ...]:
+        """Return every rank file."""
+        return tuple(self.path / file.name for file in self.layout.rank_files())
+
+    def regions(self, parameter: Parameter) -> tuple[Region, ...]:
+        """Return what a canonical parameter is made of."""
+        return self.replicas(parameter)[0]
+
+
+def _regions(parameter: Parameter, stored: StoredTensor, rank: int, size: int) -> tuple[Region, ...]:
+    matrix, row, found = StoredMatrix(parameter.name, stored), 0, []
+    for rectangle in slice_rectangles(parameter, rank, size):
+        found.append(Region(rectangle, matrix, row=row))
+        row += rectangle.rows
+    return tuple(found)
+
+
+def write_rank_file(
+    folder: Path, file: RankFile, tensors: Mapping[str, torch.Tensor], layout: ShardsLayout
+) -> FileRecord:
+    """Write what one rank owns: canonical names, that rank's slices.
+
+    Raises:
+        ConversionError: If a tensor is missing, not that rank's, or of another shape than its slice.
+    """
+    expected = {parameter.name: layout.slice_shape(parameter) for parameter in layout.owned(file)}
+    _compare_names(file.name, expected.keys(), tensors.keys())
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ConversionError(f"{name} for {file.name} has shape {tuple(tensors[name].shape)}, not {shape}.")
+    entries = header_order([HeaderEntry(name, tensors[name].dtype, shape) for name, shape in expected.items()])
+    header = build_header(entries, {"format": "pt"})
+    folder.mkdir(parents=True, exist_ok=True)
+    with PreallocatedFile(folder / file.name, len(header) + sum(entry.nbytes for entry in entries)) as out:
+        position = out.write_at(0, header)
+        for entry in entries:
+            position = out.write_at(position, tensor_bytes(tensors[entry.name]))
+        return out.commit()
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    layout: ShardsLayout,
+    config: Mapping[str, Any],
+    records: Sequence[FileRecord],
+    side_files_from: Path,
+    aliases: Sequence[str],
+    source: str,
+) -> None:
+    """Carry the side files, check all rank files, and write ``manifest.json``, which makes the folder complete.
+
+    Args:
+        config: The model's config.json, verbatim.
+        records: What each :func:`write_rank_file` returned.
+        side_files_from: Hugging Face folder, or another shards folder's ``hf/``.
+        aliases: HF names of the repeated tensors that an export must write (``WeightSource.aliases``).
+        source: Where the weights came from, for the reader of the manifest.
+    """
+    copy_side_files(side_files_from, folder / SIDE_FOLDER)
+    pieces = _read_pieces(folder, layout)
+    sizes = layout.layout
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tool": f"megatron-ads {__version__}",
+        "source": source,
+        "layout": {axis: getattr(sizes, axis) for axis in ("tp", "pp", "vpp", "ep", "etp")},
+        "pipeline": layout.placement.string,
+        "dtype": _commonest_dtype(pieces),
+        "config": dict(config),
+        "aliases": list(aliases),
+        "files": {record.name: {"bytes": record.nbytes, "sha256": record.sha256} for record in records},
+        "tensors": {
+            name: {
+                "shape": list(parameters(layout.shape)[name].shape),
+                "dtype": CODES[copies[0][1].dtype],
+                "files": [file.name for file, _ in copies],
+            }
+            for name, copies in pieces.items()
+        },
+    }
+    _compare_names(MANIFEST, [file.name for file in layout.rank_files()], manifest["files"])
+    write_small(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def open_shards(path: Path) -> ShardsFolder:
+    """Read a shards folder's manifest and headers and check that they agree.
+
+    Raises:
+        DamagedCheckpointError: If a file or tensor is missing, extra, truncated or of another shape than the layout
+            gives it.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
+            raise DamagedCheckpointError(
+                f"{path / MANIFEST} is {manifest['format']} version {manifest['version']}; this program reads "
+                f"{FORMAT} version {VERSION}."
+            )
+        layout = _layout(manifest)
+        files = manifest["files"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        raise DamagedCheckpointError(f"{path / MANIFEST} is damaged ({error}). Convert again.") from None
+    for name, record in files.items():
+        if (path / name).exists() and (path / name).stat().st_size != record["bytes"]:
+            raise DamagedCheckpointError(
+                f"{path / name} has {(path / name).stat().st_size} bytes, but {MANIFEST} says {record['bytes']}. "
+                "Copy it again, or convert again."
+            )
+    return ShardsFolder(path=path, manifest=manifest, layout=layout, pieces=_read_pieces(path, layout))
+
+
+def _layout(manifest: Mapping[str, Any]) -> ShardsLayout:
+    sizes = manifest["layout"]
+    world = sizes["pp"] * sizes["tp"] * sizes["ep"] * sizes["etp"]
+    shape = shape_from_config(manifest["config"])
+    layout = ParallelLayout(world=world, **sizes)
+    return ShardsLayout(
+        shape=shape, layout=layout, placement=place_layers(shape, layout, pipeline=manifest["pipeline"])
+    )
+
+
+def _read_pieces(path: Path, layout: ShardsLayout) -> dict[str, tuple[tuple[RankFile, StoredTensor], ...]]:
+    pieces: dict[str, list[tuple[RankFile, StoredTensor]]] = {}
+    for file in layout.rank_files():
+        tensors = read_header(path / file.name).tensors
+        owned = list(layout.owned(file))
+        _compare_names(file.name, [parameter.name for parameter in owned], tensors)
+        for parameter in owned:
+            stored = tensors[parameter.name]
+            if stored.shape != layout.slice_shape(parameter):
+                raise DamagedCheckpointError(
+                    f"{parameter.name} in {file.name} has shape {stored.shape}, but the layout gives this rank "
+                    f"{layout.slice_shape(parameter)}. Convert again."
+                )
+            pieces.setdefault(parameter.name, []).append((file, stored))
+    return {name: tuple(copies) for name, copies in pieces.items()}
+
+
+def _compare_names(where: str, expected: Any, found: Any) -> None:
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or extra:
+        what = f"lacks {len(missing)} (first {missing[0]})" if missing else ""
+        more = f"has {len(extra)} too many (first {extra[0]})" if extra else ""
+        raise DamagedCheckpointError(f"{where} {' and '.join(filter(None, (what, more)))}. Convert again.")
+
+
+def _commonest_dtype(pieces: Mapping[str, Sequence[tuple[RankFile, StoredTensor]]]) -> str:
+    counts: dict[str, int] = {}
+    for copies in pieces.values():
+        code = CODES[copies[0][1].dtype]
+        counts[code] = counts.get(code, 0) + copies[0][1].nbytes
+    return max(counts, key=lambda code: counts[code])

@@ -1,0 +1,152 @@
+"""Read canonical parameters out of any checkpoint this project knows, slice by slice, without loading the rest."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from conversion.hf_folder import INDEX, SINGLE, open_hf_folder
+from conversion.names import Kind, Parameter, hf_aliases, parameters
+from conversion.regions import Region, View, bands, fill, value_dtype
+from conversion.shards import MANIFEST, SIDE_FOLDER, open_shards
+from conversion.tensor_parallel import slice_rectangles
+from megatron_ads.architecture import ModelShape
+from megatron_ads.errors import ConversionError
+
+
+class SourceKind(StrEnum):
+    """The checkpoint formats."""
+
+    HF = "Hugging Face folder"
+    SHARDS = "shards folder"
+    TORCH_DIST = "torch_dist folder"
+
+
+class Container(Protocol):
+    """What a format must answer."""
+
+    def regions(self, parameter: Parameter) -> tuple[Region, ...]:
+        """Return the stored pieces that cover a parameter once."""
+        ...
+
+    def weight_files(self) -> tuple[Path, ...]:
+        """Return every file that holds weights."""
+        ...
+
+
+def stored_dtype(parameter: Parameter, regions: Sequence[Region]) -> torch.dtype:
+    """Return the dtype a parameter's values are read in: as stored, BF16 for FP8, FP32 for the router bias."""
+    return torch.float32 if parameter.kind is Kind.ROUTER_BIAS else value_dtype(regions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSource:
+    """An opened checkpoint. Opening reads headers only; every read maps just the bytes it returns."""
+
+    path: Path
+    kind: SourceKind
+    shape: ModelShape
+    config: Mapping[str, Any]
+    """The model's config.json."""
+    side_folder: Path
+    """Where config, tokenizer and custom code are."""
+    aliases: Mapping[str, str]
+    """Repeated HF tensors that belong to the model: HF name -> canonical name."""
+    container: Container
+
+    def names(self) -> tuple[str, ...]:
+        """Return every canonical parameter name, in model order."""
+        return tuple(parameters(self.shape))
+
+    def parameter(self, name: str) -> Parameter:
+        """Return the description of one parameter.
+
+        Raises:
+            ConversionError: If the model has no parameter of this name.
+        """
+        try:
+            return parameters(self.shape)[name]
+        except KeyError:
+            raise ConversionError(f"{self.path} holds a model without a parameter {name!r}.") from None
+
+    def regions(self, name: str) -> tuple[Region, ...]:
+        """Return the stored pieces that cover a parameter once."""
+        return self.container.regions(self.parameter(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that :meth:`read` gives: as stored, BF16 for FP8, FP32 for the router bias."""
+        return stored_dtype(self.parameter(name), self.regions(name))
+
+    def files(self) -> tuple[Path, ...]:
+        """Return every weight file of the checkpoint."""
+        return self.container.weight_files()
+
+    def read(self, name: str, *, rank: int = 0, size: int = 1) -> torch.Tensor:
+        """Return one tensor-parallel slice of a parameter.
+
+        Args:
+            name: Canonical name.
+            rank: Tensor-parallel rank; for routed experts the expert-tensor-parallel one.
+            size: Ranks the parameter is split over.
+
+        Raises:
+            ConversionError: If the name is unknown, the parameter cannot be split so, or an FP8 code is NaN.
+        """
+        parameter, regions = self.parameter(name), self.regions(name)
+        rectangles = slice_rectangles(parameter, rank, size)
+        rows, columns = sum(rectangle.rows for rectangle in rectangles), rectangles[0].columns
+        out, row = torch.empty(rows, columns, dtype=self.dtype(name)), 0
+        for rectangle in rectangles:
+            for band in bands(rectangle):
+                fill(out[row : row + band.rows], View(regions, band))
+                row += band.rows
+        return out if len(parameter.shape) > 1 else out[0]
+
+
+def open_source(path: Path) -> WeightSource:
+    """Open a Hugging Face, shards or torch_dist folder, whichever ``path`` is.
+
+    Raises:
+        ConversionError: If the folder is none of them, or is incomplete or damaged.
+    """
+    if (path / MANIFEST).exists():
+        return _shards_source(path)
+    if (path / INDEX).exists() or (path / SINGLE).exists():
+        return _hf_source(path)
+    if not path.is_dir():
+        raise ConversionError(f"{path} does not exist or is not a folder. Give the folder of a checkpoint.")
+    raise ConversionError(
+        f"{path} is not a checkpoint: it holds neither {MANIFEST} (shards), {INDEX} or {SINGLE} (Hugging Face), "
+        "nor metadata.json (torch_dist). A conversion that was interrupted has no manifest; run it again with --resume."
+    )
+
+
+def _hf_source(path: Path) -> WeightSource:
+    folder = open_hf_folder(path)
+    return WeightSource(
+        path=path,
+        kind=SourceKind.HF,
+        shape=folder.shape,
+        config=folder.config,
+        side_folder=path,
+        aliases=folder.aliases,
+        container=folder,
+    )
+
+
+def _shards_source(path: Path) -> WeightSource:
+    folder = open_shards(path)
+    shape = folder.layout.shape
+    stored = set(folder.manifest["aliases"])
+    return WeightSource(
+        path=path,
+        kind=SourceKind.SHARDS,
+        shape=shape,
+        config=folder.manifest["config"],
+        side_folder=path / SIDE_FOLDER,
+        aliases={name: canonical for name, canonical in hf_aliases(shape).items() if name in stored},
+        container=folder,
+    )

@@ -1,0 +1,188 @@
+"""Plan the conversion of any checkpoint into a Hugging Face folder, in FP32, BF16 or FP8."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conversion.atomic_file import write_small
+from conversion.fp8 import BLOCK, scale_shape
+from conversion.hf_folder import INDEX, SCALE_SUFFIX, SINGLE
+from conversion.names import HfPart, Kind, Parameter, parameters
+from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, folder_state, offsets
+from conversion.regions import Rectangle, Region, View, whole
+from conversion.safetensors_file import HeaderEntry, header_order
+from conversion.side_files import copy_side_files, side_files
+from conversion.sources import WeightSource, stored_dtype
+
+FP8_CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(BLOCK)}
+"""``quantization_config`` as DeepSeek publishes it."""
+
+
+class ExportDtype(StrEnum):
+    """What an export stores. The router bias is FP32 in all of them."""
+
+    STORED = "stored"
+    """Whatever the source's values are."""
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP8 = "fp8"
+    """Projections inside layers in FP8 with block scales, the rest in BF16."""
+
+
+@dataclass(frozen=True, slots=True)
+class HfTensor:
+    """One tensor of the export, with the rectangle of a canonical parameter that it is."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    view: View
+
+    @property
+    def entries(self) -> tuple[HeaderEntry, ...]:
+        """What the export stores for it: one tensor, or codes and scales."""
+        weight = HeaderEntry(self.name, self.dtype, self.shape)
+        if self.dtype is not torch.float8_e4m3fn:
+            return (weight,)
+        return weight, HeaderEntry(self.name + SCALE_SUFFIX, torch.float32, scale_shape(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its entries."""
+        return sum(entry.nbytes for entry in self.entries)
+
+
+def plan_hf(source: WeightSource, target: Path, *, dtype: ExportDtype, max_shard_bytes: int) -> ConversionPlan:
+    """Plan an export into files of at most ``max_shard_bytes`` (a larger tensor gets a file of its own)."""
+    tensors = list(_hf_tensors(source, dtype))
+    groups = _shards(tensors, max_shard_bytes)
+    names = (
+        [SINGLE]
+        if len(groups) == 1
+        else [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    )
+    files = tuple(_plan_file(name, group) for name, group in zip(names, groups, strict=True))
+    stored = source.files()
+    carried = tuple(str(file) for file in side_files(source.side_folder))
+    return ConversionPlan(
+        source=source.path,
+        target=target,
+        files=files,
+        source_state=folder_state(stored),
+        source_bytes=sum(file.stat().st_size for file in stored),
+        tensor_count=len(source.names()),
+        finishing=(INDEX, *carried),
+    )
+
+
+def _hf_tensors(source: WeightSource, dtype: ExportDtype) -> Iterator[HfTensor]:
+    """Yield the tensors in the order a reader meets them: embedding, layers, norm, head."""
+    found: dict[str, HfTensor] = {}
+    for parameter in parameters(source.shape).values():
+        regions, row = source.regions(parameter.name), 0
+        for part in parameter.parts:
+            extent = whole(part.shape)
+            rectangle = Rectangle(row, 0, extent.rows, extent.columns)
+            found[part.name] = _hf_tensor(part, parameter, regions, rectangle, dtype)
+            row += extent.rows
+    for alias, canonical in source.aliases.items():
+        parameter = parameters(source.shape)[canonical]
+        part = HfPart(alias, parameter.shape)
+        found[alias] = _hf_tensor(part, parameter, source.regions(canonical), whole(parameter.shape), dtype)
+    yield from sorted(found.values(), key=lambda tensor: _reading_order(tensor.name))
+
+
+def _hf_tensor(
+    part: HfPart, parameter: Parameter, regions: tuple[Region, ...], rectangle: Rectangle, dtype: ExportDtype
+) -> HfTensor:
+    covering = tuple(region for region in regions if rectangle.overlap(region.covers))
+    return HfTensor(part.name, part.shape, _dtype(parameter, regions, dtype), View(covering, rectangle))
+
+
+def _dtype(parameter: Parameter, regions: Sequence[Region], dtype: ExportDtype) -> torch.dtype:
+    if parameter.kind is Kind.ROUTER_BIAS or dtype is ExportDtype.FP32:
+        return torch.float32
+    if dtype is ExportDtype.STORED:
+        return stored_dtype(parameter, regions)
+    return torch.float8_e4m3fn if (dtype, parameter.kind) == (ExportDtype.FP8, Kind.LINEAR) else torch.bfloat16
+
+
+def _reading_order(hf_name: str) -> tuple[int, int]:
+    """Sort key; names that compare equal keep the table's order."""
+    words = hf_name.split(".")
+    if words[1] == "layers":
+        return 1, int(words[2])
+    return {"embed_tokens": 0, "norm": 2}.get(words[1], 3), 0
+
+
+def _shards(tensors: Sequence[HfTensor], max_shard_bytes: int) -> list[list[HfTensor]]:
+    groups: list[list[HfTensor]] = [[]]
+    room = max_shard_bytes
+    for tensor in tensors:
+        if groups[-1] and tensor.nbytes > room:
+            groups.append([])
+            room = max_shard_bytes
+        groups[-1].append(tensor)
+        room -= tensor.nbytes
+    return groups
+
+
+def _plan_file(name: str, tensors: Sequence[HfTensor]) -> OutputFile:
+    entries = header_order([entry for tensor in tensors for entry in tensor.entries])
+    header, offset_of, nbytes = offsets(entries, {"format": "pt"})
+    items = sorted((_item(tensor, offset_of) for tensor in tensors), key=_first_offset)
+    return OutputFile(name, header, nbytes, tuple(items))
+
+
+def _item(tensor: HfTensor, offset_of: dict[str, int]) -> Values | Quantized:
+    if tensor.dtype is torch.float8_e4m3fn:
+        scales = offset_of[tensor.name + SCALE_SUFFIX]
+        return Quantized(tensor.name, offset_of[tensor.name], scales, tensor.view)
+    return Values(tensor.name, offset_of[tensor.name], tensor.dtype, (tensor.view,))
+
+
+def _first_offset(item: Values | Quantized) -> int:
+    if isinstance(item, Values):
+        return item.offset
+    return item.codes_offset or item.scales_offset or 0
+
+
+def finish_hf(source: WeightSource, plan: ConversionPlan, *, dtype: ExportDtype) -> None:
+    """Carry the side files, write a config that fits the dtype, and the index last."""
+    config = export_config(source.config, dtype)
+    unchanged = config == source.config and (source.side_folder / "config.json").exists()
+    copy_side_files(source.side_folder, plan.target, skip=() if unchanged else ("config.json",))
+    if not unchanged:
+        write_small(plan.target / "config.json", json.dumps(config, indent=2) + "\n")
+    if [file.name for file in plan.files] != [SINGLE]:
+        write_small(plan.target / INDEX, json.dumps(_index(plan), indent=2) + "\n")
+
+
+def export_config(config: Any, dtype: ExportDtype) -> dict[str, Any]:
+    """Return config.json for an export: ``quantization_config`` and the dtype field as the weights are."""
+    result = dict(config)
+    if dtype is ExportDtype.FP8:
+        result.setdefault("quantization_config", FP8_CONFIG)
+    else:
+        result.pop("quantization_config", None)
+    name = {ExportDtype.FP32: "float32", ExportDtype.BF16: "bfloat16", ExportDtype.FP8: "bfloat16"}.get(dtype)
+    for key in ("dtype", "torch_dtype"):
+        if name is not None and key in result:
+            result[key] = name
+    return result
+
+
+def _index(plan: ConversionPlan) -> dict[str, Any]:
+    weight_map, total = {}, 0
+    for file in plan.files:
+        entries = json.loads(file.header[8:])
+        entries.pop("__metadata__", None)
+        for name, entry in entries.items():
+            weight_map[name] = file.name
+            total += entry["data_offsets"][1] - entry["data_offsets"][0]
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
