@@ -1,0 +1,89 @@
+"""The model chunks of one rank, as Megatron-Core modules ready to be loaded with weights."""
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from megatron_ads.architecture import ModelShape
+from megatron_ads.layout import Chunk, ParallelLayout, PipelinePlacement
+from megatron_ads.models.gpt import DeepseekModel
+from megatron_ads.models.settings import ModelSettings
+from megatron_ads.models.specs import decoder_spec, mtp_spec
+from megatron_ads.models.transformer_config import megatron_config
+
+_PARTITIONED_DIM = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
+
+
+def build_chunks(
+    shape: ModelShape, layout: ParallelLayout, placement: PipelinePlacement, settings: ModelSettings
+) -> list[GPTModel]:
+    """Build what this rank runs: one model per virtual chunk, in order.
+
+    Megatron's process groups must exist and agree with ``layout``. The weights are allocated, on the GPU where
+    there is one, and hold nothing yet: ``models.load`` fills them.
+
+    Raises:
+        ConfigError: If Megatron-Core cannot express the model or the layout.
+    """
+    config = megatron_config(shape, layout, placement, settings)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    return [_build(shape, config, chunk, settings) for chunk in placement.stage_chunks(stage)]
+
+
+def _build(shape: ModelShape, config: MLATransformerConfig, chunk: Chunk, settings: ModelSettings) -> GPTModel:
+    model = DeepseekModel(
+        config,
+        decoder_spec(shape, chunk, settings.spec),
+        vocab_size=shape.vocab_size,
+        max_sequence_length=shape.max_positions,
+        pre_process=chunk.has_embedding,
+        post_process=chunk.has_loss,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=shape.tie_word_embeddings,
+        mtp_block_spec=mtp_spec(shape, chunk, settings.spec),
+        vp_stage=chunk.virtual if config.virtual_pipeline_model_parallel_size else None,
+    )
+    _mark_partitioned(model)
+    _mark_experts(model)
+    if chunk.mtp_layers and not settings.mtp_loss_weight:
+        model.mtp.requires_grad_(False)
+    return model
+
+
+def _mark_partitioned(model: GPTModel) -> None:
+    """Say which weights each tensor-parallel rank has a part of; Megatron does so only when it initialises them.
+
+    The gradient norm counts a weight without this mark on the first tensor-parallel rank alone.
+    """
+    for module in model.modules():
+        dim = _PARTITIONED_DIM.get(type(module))
+        if dim is not None and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+
+
+def _mark_experts(model: GPTModel) -> None:
+    """Give routed experts their own gradient reduction and have the gradient norm count every one of them.
+
+    ``allreduce = False`` is Megatron's mark for parameters reduced over the expert-data-parallel group. Megatron sets
+    it with ep > 1 only; set always, optimizer and checkpoint have the same members under every layout, and etp
+    may differ from tp. Each rank of an expert group owns other weights than the rest, so none is a duplicate, also
+    where etp is 1: without ``tensor_model_parallel`` the gradient norm drops those on tensor-parallel ranks
+    above 0 (Megatron-LM #5916, fixed in 0.19).
+    """
+    for parameter in routed_experts(model):
+        parameter.allreduce = False
+        parameter.tensor_model_parallel = True
+
+
+def routed_experts(model: torch.nn.Module) -> Sequence[torch.nn.Parameter]:
+    """Return the parameters of the routed experts on this rank."""
+    return [parameter for name, parameter in model.named_parameters() if ".mlp.experts." in name]

@@ -1,0 +1,135 @@
+"""Routed experts whose weights are stacked and applied by one grouped matrix product.
+
+Shape suffixes: E = experts on this rank, T = tokens routed to them, sorted by expert, H = hidden width,
+F = inner width of one expert on this expert-tensor-parallel rank (gate and up make 2F).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import grouped_mm, silu
+
+
+class GroupedExperts(MegatronModule):
+    """SwiGLU experts as two stacked weights, in place of Megatron-Core's ``SequentialMLP``.
+
+    ``weight1`` is (E, 2F, H), gate over up; ``weight2`` is (E, H, F). Its part of a distributed checkpoint has the
+    keys and global shapes of every stock implementation, so checkpoints do not depend on which one wrote them.
+    """
+
+    def __init__(
+        self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection
+    ) -> None:
+        super().__init__(config)
+        self.num_local_experts = num_local_experts
+        self.ep_group = pg_collection.ep
+        self.tp_group = pg_collection.expt_tp
+        self.dp_group = pg_collection.expt_dp
+        inner = config.moe_ffn_hidden_size // self.tp_group.size()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+
+        def stacked(rows: int, columns: int) -> torch.nn.Parameter:
+            shape = (num_local_experts, rows, columns)
+            return torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
+
+        self.weight1 = stacked(2 * inner, config.hidden_size)
+        self.weight2 = stacked(config.hidden_size, inner)
+        self.weight1.partition_dim, self.weight2.partition_dim = 1, 2
+
+    def forward(self, tokens_TH: Tensor, tokens_per_expert: Tensor, weights_T: Tensor) -> tuple[Tensor, None]:
+        """Return each token's output, times its routing weight, and no bias.
+
+        Args:
+            tokens_TH: Sorted by local expert.
+            tokens_per_expert: (E,) counts, on any device; zeros are allowed.
+            weights_T: Routing weight of each token for its expert.
+        """
+        if not tokens_TH.size(0):
+            return self._touch(tokens_TH, weights_T), None
+        ends_E = tokens_per_expert.to(tokens_TH.device).cumsum(0).to(torch.int32)
+        inner_TF = grouped_mm(tokens_TH, self.weight1.transpose(1, 2), offs=ends_E)
+        inner_TF = _weighted_swiglu(inner_TF, weights_T)
+        return grouped_mm(inner_TF, self.weight2.transpose(1, 2), offs=ends_E), None
+
+    def _touch(self, tokens_TH: Tensor, weights_T: Tensor) -> Tensor:
+        """Compute nothing from no tokens, but reach every weight, so that each has a gradient: of zero."""
+        inner_TF = _weighted_swiglu(tokens_TH @ self.weight1[0].t(), weights_T)
+        return inner_TF @ self.weight2[0].t()
+
+    def backward_dw(self) -> None:
+        """Do nothing: weight gradients are not deferred."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Describe the weights as part of the global ``(experts, rows, columns)`` tensors."""
+        ep = (len(sharded_offsets), self.ep_group.rank(), self.ep_group.size())
+        etp, etp_size, replica = self.tp_group.rank(), self.tp_group.size(), (0, 0, self.dp_group.rank())
+        rows, columns = ep[0] + 1, ep[0] + 2
+
+        def gate_up(key: str, data: Tensor, replica_id: Any, flattened_range: Any) -> list[ShardedTensor]:
+            return [
+                ShardedTensor.from_rank_offsets(
+                    key,
+                    half.contiguous(),
+                    *sharded_offsets,
+                    ep,
+                    (rows, etp + number * etp_size, 2 * etp_size),
+                    replica_id=replica_id,
+                    prepend_axis_num=len(sharded_offsets),
+                )
+                for number, half in enumerate(data.chunk(2, dim=1))
+            ]
+
+        state: dict[str, Any] = {
+            f"{prefix}weight1": ShardedTensorFactory(
+                f"{prefix}experts.linear_fc1.weight", self.weight1, gate_up, _concatenate_rows, replica
+            ),
+            f"{prefix}weight2": ShardedTensor.from_rank_offsets(
+                f"{prefix}experts.linear_fc2.weight",
+                self.weight2,
+                *sharded_offsets,
+                ep,
+                (columns, etp, etp_size),
+                replica_id=replica,
+                prepend_axis_num=len(sharded_offsets),
+            ),
+        }
+        return state | self._extra_states(prefix, sharded_offsets)
+
+    def _extra_states(self, prefix: str, sharded_offsets: tuple) -> dict[str, ShardedObject]:
+        """The empty extra state that each expert's linears have in stock checkpoints, and that stock loading wants."""
+        count = self.ep_group.size() * self.num_local_experts
+        shape, before = (*(size for *_, size in sharded_offsets), count), tuple(at for _, at, _ in sharded_offsets)
+        replica = (0, self.tp_group.rank(), self.dp_group.rank())
+        first = self.ep_group.rank() * self.num_local_experts
+        return {
+            f"{prefix}{linear}._extra_state{expert}": ShardedObject(
+                f"{prefix}experts.{linear}._extra_state", None, shape, (*before, expert), replica
+            )
+            for linear in ("linear_fc1", "linear_fc2")
+            for expert in range(first, first + self.num_local_experts)
+        }
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for key in [key for key in state_dict if key.startswith(prefix) and "._extra_state" in key]:
+            del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _weighted_swiglu(gate_up: Tensor, weights_T: Tensor) -> Tensor:
+    """``silu(gate) * up * weight``, in the dtype of ``gate_up`` although routing weights are FP32."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (silu(gate) * up * weights_T.unsqueeze(-1)).to(gate_up.dtype)
+
+
+@torch.no_grad()
+def _concatenate_rows(halves: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(halves), dim=1)

@@ -1,0 +1,128 @@
+"""Which module stands at each place of a decoder layer, a block and an MTP layer.
+
+local    torch modules, experts one after the other: the readable reference
+grouped  the same, experts in one grouped matrix product
+te       Transformer Engine's modules, imported only when asked for
+"""
+
+import importlib
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from conversion.layer_specs import LayerSpec
+from megatron_ads.architecture import ModelShape
+from megatron_ads.layout import Chunk
+from megatron_ads.models.attention import CausalAttention
+from megatron_ads.models.experts import GroupedExperts
+from megatron_ads.models.norm import RMSNorm
+
+_LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def decoder_spec(shape: ModelShape, chunk: Chunk, spec: LayerSpec) -> TransformerBlockSubmodules:
+    """Return the decoder layers of one chunk, and the norm behind the last layer of the model."""
+    return TransformerBlockSubmodules(
+        layer_specs=[_layer(spec, has_experts=shape.is_moe_layer(layer)) for layer in chunk.layers],
+        layer_norm=_norm(spec),
+    )
+
+
+def mtp_spec(shape: ModelShape, chunk: Chunk, spec: LayerSpec) -> MultiTokenPredictionBlockSubmodules | None:
+    """Return the MTP layers of one chunk, or None where there are none."""
+    if not chunk.mtp_layers:
+        return None
+    norm = _norm(spec)
+    layers = [
+        ModuleSpec(
+            module=MultiTokenPredictionLayer,
+            submodules=MultiTokenPredictionLayerSubmodules(
+                enorm=norm,
+                hnorm=norm,
+                eh_proj=_te("TEColumnParallelLinear") if spec is LayerSpec.TE else ColumnParallelLinear,
+                transformer_layer=_layer(spec, has_experts=shape.is_moe_layer(shape.num_layers + layer)),
+                layer_norm=norm,
+            ),
+        )
+        for layer in chunk.mtp_layers
+    ]
+    return MultiTokenPredictionBlockSubmodules(layer_specs=layers)
+
+
+def _layer(spec: LayerSpec, *, has_experts: bool) -> ModuleSpec:
+    if spec is LayerSpec.TE:
+        return _te_layer(has_experts=has_experts)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=_attention(),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=_mixture(spec) if has_experts else ModuleSpec(module=MLP, submodules=_LINEARS),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _attention() -> ModuleSpec:
+    return ModuleSpec(
+        module=MLASelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=ColumnParallelLinear,
+            linear_q_down_proj=ColumnParallelLinear,
+            linear_q_up_proj=ColumnParallelLinear,
+            linear_kv_down_proj=ColumnParallelLinear,
+            linear_kv_up_proj=ColumnParallelLinear,
+            core_attention=CausalAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm,
+            kv_layernorm=RMSNorm,
+        ),
+    )
+
+
+def _mixture(spec: LayerSpec) -> ModuleSpec:
+    sequential = ModuleSpec(module=SequentialMLP, submodules=_LINEARS)
+    return ModuleSpec(
+        module=MoELayer,
+        submodules=MoESubmodules(
+            experts=GroupedExperts if spec is LayerSpec.GROUPED else sequential,
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_LINEARS),
+        ),
+    )
+
+
+def _te_layer(*, has_experts: bool) -> ModuleSpec:
+    # Megatron reads only whether num_experts is None; how many there are is in the configuration.
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=1 if has_experts else None,
+        moe_grouped_gemm=True,
+        qk_layernorm=True,
+        multi_latent_attention=True,
+    )
+
+
+def _norm(spec: LayerSpec) -> Any:
+    return _te("TENorm") if spec is LayerSpec.TE else RMSNorm
+
+
+def _te(name: str) -> Any:
+    return getattr(importlib.import_module("megatron.core.extensions.transformer_engine"), name)

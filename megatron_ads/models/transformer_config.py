@@ -1,0 +1,186 @@
+"""The Megatron-Core configuration of a DeepSeek-family model under a parallel layout."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from conversion.layer_specs import LayerSpec
+from megatron_ads.architecture import ModelShape
+from megatron_ads.config import Precision, Recompute
+from megatron_ads.errors import ConfigError
+from megatron_ads.layout import ParallelLayout, PipelinePlacement
+from megatron_ads.models.settings import ModelSettings
+
+SELECTIVE_MODULES = ("mla_up_proj", "mlp", "moe")
+"""What selective recomputation drops: up-projected queries, keys and values, and every feed-forward's inside."""
+
+
+def megatron_config(
+    shape: ModelShape, layout: ParallelLayout, placement: PipelinePlacement, settings: ModelSettings
+) -> MLATransformerConfig:
+    """Describe the model to Megatron-Core.
+
+    Weights are allocated and not initialised: they are always loaded (``models.load``). The loss is a sum over
+    tokens and is divided by their global count (``calculate_per_token_loss``).
+
+    Raises:
+        ConfigError: If Megatron-Core cannot express the model or the layout; the message names the field.
+    """
+    _require_expressible(shape, layout, placement, settings)
+    dtype = torch.bfloat16 if settings.precision is Precision.bf16 else torch.float32
+    return MLATransformerConfig(
+        **_attention(shape),
+        **_feed_forward(shape, settings),
+        **_parallelism(layout, placement),
+        **_kernels(shape, settings),
+        **_recomputation(settings.recompute),
+        num_layers=shape.num_layers,
+        mtp_num_layers=shape.mtp_layers or None,
+        mtp_loss_scaling_factor=settings.mtp_loss_weight,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=settings.precision is Precision.bf16,
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+        deterministic_mode=settings.deterministic,
+        init_method_std=shape.initializer_range,
+    )
+
+
+def _attention(shape: ModelShape) -> dict[str, Any]:
+    yarn = shape.yarn
+    positions: dict[str, Any] = {"rope_type": "rope", "rotary_scaling_factor": 1.0}
+    if yarn is not None:
+        positions = {
+            "rope_type": "yarn",
+            "rotary_scaling_factor": yarn.factor,
+            "original_max_position_embeddings": yarn.original_max_positions,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "mscale": yarn.mscale,
+            "mscale_all_dim": yarn.mscale_all_dim,
+        }
+    return positions | {
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_heads,
+        "q_lora_rank": shape.q_lora_rank,
+        "kv_lora_rank": shape.kv_lora_rank,
+        "qk_head_dim": shape.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": shape.qk_rope_head_dim,
+        "v_head_dim": shape.v_head_dim,
+        "rotary_base": shape.rope_theta,
+        "qk_layernorm": True,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.rms_norm_eps,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+
+
+def _feed_forward(shape: ModelShape, settings: ModelSettings) -> dict[str, Any]:
+    dense = {
+        "ffn_hidden_size": shape.dense_ffn_size,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+    }
+    if not shape.num_experts:
+        return dense
+    grouped = shape.num_expert_groups > 1
+    return dense | {
+        "num_moe_experts": shape.num_experts,
+        "moe_layer_freq": [int(shape.is_moe_layer(layer)) for layer in range(shape.num_layers)],
+        "moe_ffn_hidden_size": shape.expert_ffn_size,
+        "moe_shared_expert_intermediate_size": shape.shared_ffn_size or None,
+        "moe_router_topk": shape.experts_per_token,
+        "moe_router_score_function": shape.score_function,
+        # Scores are taken over all experts, then the best are selected; the reverse is Megatron's default.
+        "moe_router_pre_softmax": True,
+        "moe_router_topk_scaling_factor": shape.routed_scaling_factor,
+        "moe_router_num_groups": shape.num_expert_groups if grouped else None,
+        "moe_router_group_topk": shape.groups_per_token if grouped else None,
+        "moe_router_enable_expert_bias": shape.has_expert_bias,
+        "moe_router_bias_update_rate": settings.router_bias_update_rate,
+        "moe_router_load_balancing_type": "seq_aux_loss" if settings.aux_loss_coefficient else "none",
+        "moe_aux_loss_coeff": settings.aux_loss_coefficient,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": settings.spec is not LayerSpec.LOCAL,
+    }
+
+
+def _parallelism(layout: ParallelLayout, placement: PipelinePlacement) -> dict[str, Any]:
+    interleaved = layout.vpp > 1
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "sequence_parallel": layout.tp > 1,
+        "context_parallel_size": layout.cp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if interleaved else None,
+        "pipeline_model_parallel_layout": placement.string,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        # Batched messages pair up wrongly where the next stage is also the previous one (pp 2 with virtual
+        # chunks): the job computes wrong numbers without an error, in megatron-core 0.16.1.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+    }
+
+
+def _kernels(shape: ModelShape, settings: ModelSettings) -> dict[str, Any]:
+    on_gpu = torch.cuda.is_available()
+    with_te = settings.spec is LayerSpec.TE
+    return {
+        "use_cpu_initialization": not on_gpu,
+        "bias_activation_fusion": on_gpu,
+        "bias_dropout_fusion": on_gpu,
+        "apply_rope_fusion": on_gpu and shape.yarn is not None and find_spec("triton") is not None,
+        "moe_permute_fusion": on_gpu and with_te,
+        "gradient_accumulation_fusion": False,  # needs a CUDA extension that only apex builds
+        "masked_softmax_fusion": False,
+        "cross_entropy_loss_fusion": False,
+    }
+
+
+def _recomputation(recompute: Recompute) -> dict[str, Any]:
+    if recompute is Recompute.full:
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute is Recompute.selective:
+        return {"recompute_granularity": "selective", "recompute_modules": list(SELECTIVE_MODULES)}
+    return {}
+
+
+def _require_expressible(
+    shape: ModelShape, layout: ParallelLayout, placement: PipelinePlacement, settings: ModelSettings
+) -> None:
+    if layout.cp > 1 and settings.spec is not LayerSpec.TE:
+        raise ConfigError(
+            f"layout.cp is {layout.cp}, but only Transformer Engine's attention spans several ranks. "
+            "Set layout.cp to 1, or install transformer-engine and set model.layer_spec to te."
+        )
+    if any(chunk.mtp_layers and not chunk.has_loss for chunk in placement.chunks):
+        raise ConfigError(
+            f"layout.pipeline {placement.string!r} puts the MTP layers (m) on another chunk than the loss (L). "
+            "They share the output layer: write mL together."
+        )
+    if shape.num_experts:
+        _require_routing(shape)
+
+
+def _require_routing(shape: ModelShape) -> None:
+    """Refuse routing that Megatron-Core 0.16's ``topk_routing_with_score_function`` computes differently."""
+    best = shape.experts_per_token // shape.groups_per_token
+    if shape.num_expert_groups > 1 and best != (2 if shape.score_function == "sigmoid" else 1):
+        raise ConfigError(
+            f"num_experts_per_tok / topk_group is {shape.experts_per_token} / {shape.groups_per_token}: Megatron-Core "
+            f"ranks expert groups by the sum of their best {best} scores, but this model does so by its best "
+            f"{2 if shape.score_function == 'sigmoid' else 1}. This routing is not supported."
+        )
+    normalizes = shape.score_function == "sigmoid"
+    if shape.normalize_expert_weights != normalizes:
+        raise ConfigError(
+            f"norm_topk_prob is {shape.normalize_expert_weights} with {shape.score_function} scores; Megatron-Core "
+            f"{'always' if normalizes else 'never'} normalises those. This routing is not supported."
+        )
