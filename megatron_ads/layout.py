@@ -315,13 +315,15 @@ def _check_letters(shape: ModelShape, layout: ParallelLayout, pieces: list[str])
         raise ConfigError(
             f"layout.pipeline {'|'.join(pieces)!r} is out of order: first E, then every t, then every m, then L."
         )
+    # Megatron-Core 0.16 takes E and L anywhere, but builds the embedding in the first and the head in the last chunk.
+    if not (pieces[0].startswith("E") and pieces[-1].endswith("L")):
+        raise ConfigError(f"layout.pipeline {'|'.join(pieces)!r} must have E in the first chunk and L in the last one.")
 
 
 def _check_mtp(layout: ParallelLayout, pieces: list[str]) -> None:
     """Refuse MTP layers where Megatron-Core cannot run them.
 
-    Stricter than ``PipelineParallelLayerLayout.validate_layer_layout`` of 0.16 in one point: its check that the
-    first stage holds none leaves out the last virtual chunk.
+    Megatron-Core 0.16 has the same rules, but its check that stage 0 holds none leaves out the last virtual chunk.
     """
     chunks = [index for index, piece in enumerate(pieces) if "m" in piece]
     if not chunks or layout.pp == 1:
