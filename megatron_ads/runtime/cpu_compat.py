@@ -77,10 +77,11 @@ def answer_streams_and_events() -> None:
 
 def answer_rng_calls() -> None:
     """Megatron's RNG tracker saves, sets and seeds the CUDA generator; here that is the CPU's generator."""
-    for module in (torch.cuda, torch.cuda.random):
+    modules: tuple[Any, ...] = (torch.cuda, torch.cuda.random)
+    for module in modules:
         module.get_rng_state = lambda device="cuda": torch.get_rng_state()
         module.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)
-        module.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment, return-value]
+        module.manual_seed = lambda seed: torch.manual_seed(seed)
 
 
 def keep_tensors_on_the_cpu() -> None:
@@ -113,28 +114,28 @@ def map_cuda_factories_to_the_cpu() -> None:
 
 def set_rng_state_at_once() -> None:
     """Megatron sets the CUDA generator by a call that torch queues until CUDA starts: never, and the queue grows."""
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
 
 
 def define_te_general_gemm() -> None:
     """The router tests ``te_general_gemm is not None``, a name that is missing without Transformer Engine."""
-    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 
 
 def define_te_linear() -> None:
     """Latent attention asks ``isinstance(linear_proj, TELinear)``: a mock object without Transformer Engine."""
-    attention = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    attention: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
     if not isinstance(attention.TELinear, type):
         attention.TELinear = type("TELinear", (), {"__doc__": "No module is one."})
 
 
 def give_all_to_all_its_splits_as_numbers() -> None:
     """Split sizes become numbers only on their way from a GPU; all-to-all takes no tensors as split sizes."""
-    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     dispatcher.maybe_move_tensor_to_cpu = _as_numpy_if_asked
 
 

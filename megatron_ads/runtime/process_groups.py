@@ -1,0 +1,107 @@
+"""Start and stop the process groups of a job: torch's default group and those of Megatron-Core.
+
+Every group has the job's timeout, so that no wait is for ever.
+"""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_ads.errors import ConfigError
+from megatron_ads.layout import ParallelLayout
+from megatron_ads.runtime import cpu_compat, upstream_warnings
+from megatron_ads.runtime.device import backend, device
+
+RANK_ORDER = "tp-cp-ep-dp-pp"
+"""Megatron's name for the rank order that ``ParallelLayout.coordinates`` describes."""
+
+EmbeddingRanks = Callable[[list[int]], list[int]]
+"""Given the ranks of one pipeline group, those that hold a copy of the word embedding."""
+
+
+def start(
+    layout: ParallelLayout,
+    *,
+    timeout_seconds: float = 600.0,
+    embedding_ranks: EmbeddingRanks | None = None,
+    create_gloo_process_groups: bool = True,
+) -> None:
+    """Join the job that torchrun's environment describes and build Megatron's groups for ``layout``.
+
+    A default process group that exists already is used as it is. Call before any other use of Megatron-Core.
+
+    Args:
+        timeout_seconds: After which a collective that some member has not joined ends the job.
+        embedding_ranks: None for the first and last of each pipeline group.
+        create_gloo_process_groups: Whether to double the data-parallel groups with gloo, which checkpoints need.
+
+    Raises:
+        ConfigError: If the number of running ranks is not ``layout.world``.
+    """
+    _check_world(layout, dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1")))
+    cpu_compat.install()
+    upstream_warnings.silence()
+    timeout = timedelta(seconds=timeout_seconds)
+    if not dist.is_initialized():
+        _join(timeout)
+    _build_megatron_groups(layout, timeout, embedding_ranks, create_gloo_process_groups)
+    for group in dist.distributed_c10d._world.pg_map:
+        group.set_timeout(timeout)  # Megatron creates one of its gloo groups without a timeout
+
+
+def start_rehearsal(layout: ParallelLayout, rank: int) -> None:
+    """Take the place of one rank of ``layout`` alone in this process: collectives return at once, unchanged."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    cpu_compat.install()
+    upstream_warnings.silence()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
+    _build_megatron_groups(layout, timedelta(minutes=1), None, create_gloo=False)
+
+
+def stop() -> None:
+    """Leave the job: forget Megatron's groups and destroy every process group. Does nothing when none is there."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _check_world(layout: ParallelLayout, world: int) -> None:
+    if world != layout.world:
+        raise ConfigError(
+            f"The layout is for {layout.world} ranks (pp * dp * cp * tp = {layout.pp} * {layout.dp} * {layout.cp} * "
+            f"{layout.tp}), but {world} are running. Launch {layout.world} processes, or change the layout."
+        )
+
+
+def _join(timeout: timedelta) -> None:
+    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        os.environ.setdefault(name, alone)
+    on_cuda = device().type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device())
+    dist.init_process_group(backend(), timeout=timeout, device_id=device() if on_cuda else None)
+
+
+def _build_megatron_groups(
+    layout: ParallelLayout, timeout: timedelta, embedding_ranks: EmbeddingRanks | None, create_gloo: bool
+) -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
+        order=RANK_ORDER,
+        get_embedding_ranks=embedding_ranks,
+        create_gloo_process_groups=create_gloo,
+    )
