@@ -16,10 +16,11 @@ import torch
 
 _CPU = torch.device("cpu")
 
-_MODULES_THAT_NAME_CUDA = (
+MODULES_THAT_NAME_CUDA = (
     "megatron.core.dist_checkpointing.exchange_utils",
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     "megatron.core.distributed.param_and_grad_buffer",
+    "megatron.core.models.common.embeddings.rope_utils",
     "megatron.core.optimizer.clip_grads",
     "megatron.core.optimizer.grad_scaler",
     "megatron.core.optimizer.optimizer",
@@ -30,7 +31,7 @@ _MODULES_THAT_NAME_CUDA = (
     "megatron.core.transformer.utils",
     "megatron.core.utils",
 )
-"""Megatron modules that create tensors with ``device="cuda"`` on the paths of training and checkpointing."""
+"""Megatron modules that create tensors with ``device="cuda"``, or in pinned memory, in training and checkpointing."""
 
 _MODULES_THAT_WARN = ("megatron.core.models.gpt.gpt_layer_specs", "megatron.core.transformer.moe.moe_layer")
 """Imported here only so that their warnings about absent CUDA libraries are not shown on every rank."""
@@ -53,7 +54,7 @@ def install() -> None:
         patch()
     with _without_compilation(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in (*_MODULES_THAT_NAME_CUDA, *_MODULES_THAT_WARN):
+        for name in (*MODULES_THAT_NAME_CUDA, *_MODULES_THAT_WARN):
             importlib.import_module(name)
         for patch in MEGATRON_PATCHES:
             patch()
@@ -104,11 +105,11 @@ def call_cpu_tensors_cuda_tensors() -> None:
 
 
 def map_cuda_factories_to_the_cpu() -> None:
-    """``torch.zeros(1, device="cuda")`` and the like: the modules that say so get a torch that answers for a CPU.
+    """``torch.zeros(1, device="cuda")``, ``pin_memory=True``: modules that say so get a torch that answers for a CPU.
 
     A ``TorchFunctionMode`` would do this too, at a price on every operation of the model.
     """
-    for name in _MODULES_THAT_NAME_CUDA:
+    for name in MODULES_THAT_NAME_CUDA:
         sys.modules[name].torch = _CPU_TORCH  # type: ignore[attr-defined]
 
 
@@ -195,7 +196,7 @@ _NO_STREAM = _NoStream()
 
 
 class _CpuTorch(types.ModuleType):
-    """The torch module, except that its tensor factories take ``device="cuda"`` for the CPU."""
+    """The torch module, except that its tensor factories take ``device="cuda"`` for the CPU and pin no memory."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -205,6 +206,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") == "cuda":
             kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return create
