@@ -260,7 +260,10 @@ class DataConfig:
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
-        _require(bool(self.sources), "data.sources is empty. Choose data=builtin or data=esci, or list a source.")
+        _require(
+            bool(self.sources),
+            "data.sources is empty. Choose data=builtin or data=esci, or 'data.sources=[{kind: jsonl, path: FILE}]'.",
+        )
         for index, source in enumerate(self.sources):
             source.check(f"data.sources[{index}]")
         _require_at_least("data", self, 2, "seq_length")
@@ -516,15 +519,15 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> SftConfig:
         with initialize_config_dir(config_dir=str(folder), version_base=None):
             composed = compose(config_name=name, overrides=[*search, *overrides])
         # Merged once more from plain values: an override such as +train.stepz=1 may extend the composed config.
-        merged = OmegaConf.merge(OmegaConf.structured(SftConfig), OmegaConf.to_container(composed))
-        if missing := sorted(OmegaConf.missing_keys(merged)):
-            raise ConfigError(
-                f"{name_or_path}: {', '.join(missing)} must be set. "
-                f"Add {' '.join(f'{path}=...' for path in missing)} to the command, or set it in the recipe."
-            )
-        config = OmegaConf.to_object(merged)
+        merged = OmegaConf.merge(OmegaConf.structured(SftConfig), OmegaConf.to_container(composed, resolve=True))
+        missing = sorted(OmegaConf.missing_keys(merged))
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # Hydra refuses some overrides so
         raise explain(error, schema=SftConfig, recipe=name_or_path) from None
+    if missing:
+        raise ConfigError(
+            f"{name_or_path}: {', '.join(missing)} must be set, in the recipe or on the command line as KEY=VALUE."
+        )
+    config = OmegaConf.to_object(merged)
     assert isinstance(config, SftConfig)  # to_object instantiates the schema merged onto
     return config
 

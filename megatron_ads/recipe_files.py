@@ -1,25 +1,21 @@
 """Find the file of a recipe: one shipped with the package, or a YAML file of the user's own."""
 
 import difflib
-from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_ads.errors import ConfigError
 
 
 def recipes_folder() -> Path:
-    """Return the folder of shipped recipes: beside this package in a checkout, or installed as ``recipes``.
+    """Return the folder of shipped recipes: beside this package, in a checkout as in an installation.
 
     Raises:
         ConfigError: If the installation lacks it.
     """
-    beside = Path(__file__).resolve().parent.parent / "recipes"
-    if beside.is_dir():
-        return beside
-    spec = find_spec("recipes")
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        return Path(place)
-    raise ConfigError(f"The shipped recipes are missing: {beside} does not exist. Install megatron-ads again.")
+    folder = Path(__file__).resolve().parent.parent / "recipes"
+    if not folder.is_dir():
+        raise ConfigError(f"The shipped recipes are missing: {folder} does not exist. Install megatron-ads again.")
+    return folder
 
 
 def shipped_recipes() -> tuple[str, ...]:

@@ -1,0 +1,93 @@
+"""The command `megatron-ads`. Only the subcommand that is asked for is imported, so that help is instant.
+
+Exit status: 0 done, 1 a check found a difference, 2 the request could not be carried out, 130 interrupted,
+141 the reader of our output went away.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from megatron_ads import __version__
+from megatron_ads.errors import MegatronAdsError
+
+Subparsers = Any  # argparse names its type argparse._SubParsersAction
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One subcommand, and the module that knows the rest of it."""
+
+    name: str
+    summary: str
+    module: str
+    mount: str | None = None
+    """Function of ``module`` that adds the parser itself; None: ``module`` has ``add_arguments`` and ``run``."""
+
+    def add(self, subparsers: Subparsers) -> None:
+        """Import the module and add its parser, which sets ``run`` to what carries the request out."""
+        module = import_module(self.module)
+        if self.mount is not None:
+            getattr(module, self.mount)(subparsers)
+            return
+        parser = subparsers.add_parser(
+            self.name,
+            help=self.summary,
+            description=(module.__doc__ or self.summary).strip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(parser)
+        parser.set_defaults(run=module.run)
+
+
+COMMANDS = (
+    Command("convert", "move weights between Hugging Face and Megatron", "conversion.cli", "add_convert_commands"),
+    Command("verify", "compare two checkpoints tensor by tensor", "conversion.cli", "add_verify_command"),
+    Command("demo-model", "write a small random checkpoint for rehearsals", "megatron_ads.demo_model"),
+    Command("train", "run a recipe on this machine", "megatron_ads.training.launch"),
+    Command("quickstart", "rehearse the whole path on this machine", "megatron_ads.quickstart"),
+)
+
+
+def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser with every command listed and ``chosen`` complete."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-ads", description="Fine-tune DeepSeek-style mixture-of-experts models on ads tasks."
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-ads {__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        if command.name == chosen:
+            command.add(subparsers)
+        else:
+            subparsers.add_parser(command.name, help=command.summary, add_help=False)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    try:
+        args = build_parser(chosen).parse_args(arguments)
+        status: int = args.run(args)
+        sys.stdout.flush()  # a reader that went away is noticed here, not when the interpreter ends
+        return status
+    except MegatronAdsError as error:
+        print(f"megatron-ads: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("megatron-ads: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it ends, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())
