@@ -1,0 +1,88 @@
+import math
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from megatron_ads.observability.chart import Series, line_chart, short, smooth, ticks
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def _parse(svg: str) -> ElementTree.Element:
+    return ElementTree.fromstring(svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
+
+
+def _chart(*series: Series) -> ElementTree.Element:
+    return _parse(line_chart(series, x_label="step", y_label="loss <nats>", size=(172, 152)))
+
+
+def test_points_land_where_the_axes_say() -> None:
+    # 172 x 152 leaves 172 - 56 - 16 = 100 by 152 - 12 - 40 = 100 units, from (56, 112) up to (156, 12)
+    chart = _chart(Series(name="loss", points=[(0, 0.0), (5, 10.0), (10, 5.0)]))
+    path = chart.find(f"{SVG}path")
+    assert path is not None
+    assert path.get("d") == "M56.0 112.0 L106.0 12.0 L156.0 62.0"
+
+
+def test_values_that_are_not_finite_are_gaps() -> None:
+    chart = _chart(Series(name="loss", points=[(0, 1.0), (1, None), (2, math.nan), (3, 2.0)]))
+    assert len(chart.findall(f"{SVG}circle")) == 2
+
+
+def test_each_point_tells_its_value() -> None:
+    chart = _chart(Series(name="loss", points=[(1, 2.5)]))
+    assert [title.text for title in chart.iter(f"{SVG}title")] == ["loss: 2.5 at 1"]
+
+
+def test_text_is_escaped() -> None:
+    assert "<nats>" not in line_chart([Series(name="a", points=[(0, 1)])], x_label="step", y_label="loss <nats>")
+
+
+def test_one_line_needs_no_legend_and_two_have_one() -> None:
+    one, two = Series(name="alpha", points=[(0, 1), (1, 2)]), Series(name="beta", points=[(0, 2), (1, 1)], color=2)
+    assert "alpha" not in {text.text for text in _chart(one).iter(f"{SVG}text")}
+    assert {"alpha", "beta"} <= {text.text for text in _chart(one, two).iter(f"{SVG}text")}
+
+
+def test_nothing_to_draw_is_said_in_words() -> None:
+    assert "No values were recorded" in line_chart([Series(name="a", points=[(0, None)])], x_label="x", y_label="y")
+
+
+def test_long_runs_are_thinned_out_but_end_where_they_end() -> None:
+    svg = line_chart([Series(name="a", points=[(step, step) for step in range(10_001)])], x_label="x", y_label="y")
+    assert svg.count("<circle") <= 402
+    assert "10k at 10k" in svg
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "most", "whole", "expected"),
+    [
+        (0, 10, 5, False, [0, 2, 4, 6, 8, 10]),
+        (0.93, 2.41, 5, False, [1.0, 1.5, 2.0]),
+        (1, 4, 8, True, [1, 2, 3, 4]),
+        (1, 4, 8, False, [1, 1.5, 2, 2.5, 3, 3.5, 4]),
+    ],
+)
+def test_ticks_are_round_numbers(low: float, high: float, most: int, whole: bool, expected: list[float]) -> None:
+    assert ticks(low, high, most, whole=whole) == pytest.approx(expected)
+
+
+def test_a_constant_is_drawn_in_the_middle() -> None:
+    circle = _chart(Series(name="a", points=[(0, 3.0), (1, 3.0)])).find(f"{SVG}circle")
+    assert circle is not None
+    assert 40 < float(circle.get("cy", "0")) < 85
+
+
+def test_smoothing_is_a_weighted_mean_of_what_came_before() -> None:
+    # half-life 1: weights 1, 1/2, 1/4 -> (4*1 + 2*1/2 + 1*1/4) / (7/4) = 3
+    smoothed = smooth([(0, 1.0), (1, 2.0), (2, 4.0)], 1)
+    assert [x for x, _ in smoothed] == [0, 1, 2]
+    assert [y for _, y in smoothed] == pytest.approx([1.0, 5 / 3, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (1500, "1500"), (15000, "15k"), (2.5e6, "2.5M"), (1.23456e12, "1.235T"), (1e-5, "1e-05")],
+)
+def test_numbers_are_short(value: float, text: str) -> None:
+    assert short(value) == text
