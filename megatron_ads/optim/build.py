@@ -7,6 +7,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from torch.distributed import ReduceOp, all_reduce
 
 from megatron_ads.config import OptimConfig, Precision
 from megatron_ads.errors import ConfigError
@@ -14,6 +15,7 @@ from megatron_ads.optim.adam import adam_class
 from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.optim.members import DENSE, EXPERT, OptimizerMember, ShardedMember
 from megatron_ads.optim.stub import StubMoEOptimizer
+from megatron_ads.runtime.device import device
 
 DECAYED = "decayed"
 UNDECAYED = "undecayed"
@@ -52,8 +54,7 @@ def build_optimizer(
 ) -> OptimizerChain:
     """Build the chain: a dense member and, with ``has_expert_member``, one for the routed experts.
 
-    ``has_expert_member`` must be the same on all ranks: whether any rank trains routed experts that are spread over
-    expert-parallel ranks. A rank that owns none gets a ``StubMoEOptimizer`` in their place. ``stub_experts=False``
+    ``has_expert_member`` must be the same on all ranks (``trains_experts_anywhere``). A rank that owns none gets a ``StubMoEOptimizer`` in their place. ``stub_experts=False``
     leaves that place empty, as trainers without a stub do; it exists to show what then happens.
 
     Raises:
@@ -71,6 +72,13 @@ def build_optimizer(
     elif has_expert_member and stub_experts:
         members.append(StubMoEOptimizer(GROUP_NAMES))
     return OptimizerChain(members, chunks, clip_grad=settings.clip_grad)
+
+
+def trains_experts_anywhere(chunks: Sequence[DistributedDataParallel]) -> bool:
+    """Whether any rank of the job has parameters for the expert member; a collective, the same answer everywhere."""
+    here = torch.tensor(float(bool(_parameters_by_kind(chunks)[1])), device=device())
+    all_reduce(here, op=ReduceOp.MAX)
+    return bool(here)
 
 
 Named = list[tuple[str, torch.nn.Parameter]]
@@ -107,8 +115,10 @@ def _sharded_member(
         replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
         tensor_group = parallel_state.get_tensor_model_parallel_group()
         buffers = {index: chunk.buffers for index, chunk in enumerate(chunks)}
+    adam = _adam(parameters, settings)
+    group_keys = tuple((group["name"], len(group["params"])) for group in adam.param_groups)
     inner = DistributedOptimizer(
-        _adam(parameters, settings),
+        adam,
         _upstream_config(settings, precision),
         grad_scaler=None,
         init_state_fn=None,
@@ -119,7 +129,7 @@ def _sharded_member(
         data_parallel_group_idx=0,
         distributed_optimizer_instance_id=0,
     )
-    return ShardedMember(kind, inner, tensor_group=tensor_group)
+    return ShardedMember(kind, inner, tensor_group=tensor_group, group_keys=group_keys)
 
 
 def _adam(parameters: Named, settings: OptimConfig) -> torch.optim.Optimizer:

@@ -40,16 +40,24 @@ class OptimizerMember(Protocol):
         """Take one optimizer step and copy the result into the model's weights."""
 
     def group_keys(self) -> tuple[tuple[str, int], ...]:
-        """Return ``(group name, parameters in it)`` for the preflight."""
+        """Return ``(group name, parameters of this rank's model in it)``, for the preflight."""
 
 
 class ShardedMember:
     """The member of a rank that owns parameters of ``kind``, around Megatron's ``DistributedOptimizer``."""
 
-    def __init__(self, kind: str, inner: DistributedOptimizer, *, tensor_group: ProcessGroup) -> None:
+    def __init__(
+        self,
+        kind: str,
+        inner: DistributedOptimizer,
+        *,
+        tensor_group: ProcessGroup,
+        group_keys: tuple[tuple[str, int], ...],
+    ) -> None:
         self.kind = kind
         self.inner = inner
         self.updates = 0
+        self._group_keys = group_keys
         self._tensor_group = tensor_group
 
     @property
@@ -80,7 +88,7 @@ class ShardedMember:
 
     def group_keys(self) -> tuple[tuple[str, int], ...]:
         """See ``OptimizerMember``."""
-        return tuple((group["name"], len(group["params"])) for group in self.groups)
+        return self._group_keys
 
     def _shards(self) -> list[Tensor]:
         return [shard for group in self.groups for shard in group["params"] if shard.grad is not None]

@@ -11,6 +11,7 @@ mixes up parameters as soon as there are two buckets (Megatron-LM #5077, up to 0
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -44,16 +45,16 @@ def sharded_optimizer_state(chain: OptimizerChain, model_state: dict[str, Any], 
             for key, value in values.items():
                 name = f"optimizer.state.{key}.{entry.key}"
                 dtype = {"dtype": value.dtype} if hasattr(entry, "dtype") else {}
-                tensors[f"{name}@{len(tensors)}"] = replace(entry, key=name, data=value, **dtype)
+                tensors[str(len(tensors))] = replace(entry, key=name, data=value, **dtype)
     return tensors
 
 
 def load_optimizer_state(chain: OptimizerChain, loaded: dict[str, Tensor], *, updates: int) -> None:
     """Copy this rank's share of ``loaded`` (whole tensors, keyed as requested) into the optimizer; set the count."""
-    values = iter(loaded.values())
+    numbers = count()
     for member in _sharded_members(chain):
         for parameter, keys in _trained_parameters(member):
-            whole = {key: next(values) for key in keys}
+            whole = {key: loaded[str(next(numbers))] for key in keys}
             place = _placement(member, parameter)
             if place is not None:
                 _fill_shard(member, parameter, whole, place)
@@ -91,9 +92,7 @@ def _shard(member: ShardedMember, parameter: Tensor) -> Tensor:
     return member.groups[group]["params"][order]
 
 
-def _fill_shard(
-    member: ShardedMember, parameter: Tensor, whole: dict[str, Tensor], place: tuple[int, int]
-) -> None:
+def _fill_shard(member: ShardedMember, parameter: Tensor, whole: dict[str, Tensor], place: tuple[int, int]) -> None:
     shard = _shard(member, parameter)
     state = member.inner.optimizer.state[shard]
     for key, value in whole.items():
