@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,8 @@ class PreallocatedFile:
         """Create the temporary file and reserve its disk space."""
         self.path = path
         self.nbytes = nbytes
-        self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        # A name of this process's own: a writer that outlives a killed run must not write into its successor's file.
+        self._partial = path.with_name(f"{path.name}.{os.getpid():x}-{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
         self._hash = hashlib.sha256()
         self._hashed = 0
         with naming_full_disk(path):
@@ -99,6 +101,15 @@ def write_small(path: Path, text: str) -> None:
     with PreallocatedFile(path, len(data)) as file:
         file.write_at(0, data)
         file.commit()
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BACK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Turn planned items into bytes at offsets, a band of rows at a time, so that memory does not grow with the tensor."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -8,11 +8,9 @@ from conversion.atomic_file import PreallocatedFile, tensor_bytes
 from conversion.errors import DamagedCheckpointError
 from conversion.fp8 import dequantize, quantize
 from conversion.plan import Quantized, Values
-from conversion.regions import Rectangle, View, bands, fill, value_dtype
+from conversion.regions import Rectangle, Region, View, bands, fill, value_dtype
+from conversion.workers import Advance
 from megatron_ads.errors import ConversionError
-
-Advance = Callable[[int], None]
-"""Called with the number of bytes just written."""
 
 
 def write_values(out: PreallocatedFile, item: Values, advance: Advance) -> None:
@@ -26,22 +24,22 @@ def write_values(out: PreallocatedFile, item: Values, advance: Advance) -> None:
 
 def _bands_of_values(view: View, dtype: torch.dtype) -> Iterator[memoryview]:
     for band in bands(view.rectangle):
-        direct = _stored_bytes(View(view.regions, band), dtype)
+        direct = _stored_bytes(view.regions, band, dtype)
         if direct is None:
             values = torch.empty(band.rows, band.columns, dtype=dtype)
-            fill(values, View(view.regions, band))
+            fill(values, view.regions, band)
             direct = tensor_bytes(values)
         yield direct
 
 
-def _stored_bytes(view: View, dtype: torch.dtype) -> memoryview | None:
+def _stored_bytes(regions: tuple[Region, ...], target: Rectangle, dtype: torch.dtype) -> memoryview | None:
     """Return the mapped bytes of a rectangle that is stored contiguously in the wanted dtype, else None."""
-    for region in view.regions:
-        common = view.rectangle.overlap(region.covers)
+    for region in regions:
+        common = target.overlap(region.covers)
         if common is None:
             continue
         stored = region.stored
-        if common != view.rectangle or stored.scales is not None or stored.data.dtype != dtype:
+        if common != target or stored.scales is not None or stored.data.dtype != dtype:
             return None
         if common.columns != stored.data.columns:
             return None
@@ -50,16 +48,16 @@ def _stored_bytes(view: View, dtype: torch.dtype) -> memoryview | None:
     return None
 
 
-def write_quantized(out: PreallocatedFile, item: Quantized, advance: Advance) -> float:
+def write_quantized(out: PreallocatedFile, item: Quantized, advance: Advance) -> float | None:
     """Write one weight's FP8 codes and scales.
 
     Returns:
-        The largest relative error of re-quantising, ``max|value - bf16(code * scale)| / max|value|``; 0 if the
-        reference's codes were kept.
+        None without a reference or if the reference's codes were kept; else the largest relative error of quantising
+        anew, ``max|value - bf16(code * scale)| / max|value|``.
     """
     if item.reference is not None and _equals_reference(item):
         _copy_reference(out, item, advance)
-        return 0.0
+        return None
     return _quantize(out, item, advance)
 
 
@@ -67,7 +65,7 @@ def _band_values(item: Quantized) -> Iterator[tuple[Rectangle, torch.Tensor]]:
     dtype = value_dtype(item.view.regions)
     for band in bands(item.view.rectangle, multiple_of_rows=item.block[0]):
         values = torch.empty(band.rows, band.columns, dtype=dtype)
-        fill(values, View(item.view.regions, band))
+        fill(values, item.view.regions, band)
         yield band, values
 
 
@@ -96,7 +94,7 @@ def _copy_reference(out: PreallocatedFile, item: Quantized, advance: Advance) ->
         advance(len(piece))
 
 
-def _quantize(out: PreallocatedFile, item: Quantized, advance: Advance) -> float:
+def _quantize(out: PreallocatedFile, item: Quantized, advance: Advance) -> float | None:
     codes_at, scales_at = item.codes_offset, item.scales_offset
     largest_error = largest_value = 0.0
     for _, values in _band_values(item):
@@ -114,4 +112,6 @@ def _quantize(out: PreallocatedFile, item: Quantized, advance: Advance) -> float
             back = dequantize(codes, scales, block=item.block).float()
             largest_error = max(largest_error, float((back - values.float()).abs().max()))
             largest_value = max(largest_value, float(values.float().abs().max()))
+    if item.reference is None:
+        return None
     return largest_error / largest_value if largest_value else 0.0

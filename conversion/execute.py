@@ -1,27 +1,109 @@
-"""Carry out a conversion plan: one file at a time per worker, each complete before it gets its name."""
+"""Carry out a conversion plan: parallel workers, each file complete before it gets its name, journalled."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from conversion.atomic_file import FileRecord, PreallocatedFile
-from conversion.encode import Advance, write_quantized, write_values
+from conversion.encode import write_quantized, write_values
+from conversion.journal import open_journal
 from conversion.plan import ConversionPlan, OutputFile, Values
+from conversion.progress import ByteProgress
+from conversion.workers import Advance, run_all
+from megatron_ads.errors import ConversionError
 
 
-def write_output_file(folder: Path, file: OutputFile, advance: Advance) -> tuple[FileRecord, dict[str, float]]:
-    """Write one planned file; return its record and the error of every weight that was quantised anew."""
-    errors: dict[str, float] = {}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Execution:
+    """How to carry out a plan."""
+
+    workers: int = 1
+    resume: bool = False
+    progress: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionReport:
+    """What a conversion did."""
+
+    files: int
+    files_kept: int
+    """Finished by an earlier, interrupted run."""
+    written_bytes: int
+    seconds: float
+    requantized: dict[str, float] = field(default_factory=dict)
+    """With a reference: weights that were quantised anew, and the largest relative error of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    record: FileRecord
+    requantized: dict[str, float]
+
+
+def execute(
+    plan: ConversionPlan, finish: Callable[[tuple[FileRecord, ...]], None], how: Execution | None = None
+) -> ConversionReport:
+    """Write every file of a plan, then call ``finish``, which writes what makes the target complete.
+
+    Raises:
+        ConversionError: If the target cannot be used, the disk is too small, or the source turns out damaged.
+    """
+    how = how or Execution()
+    with open_journal(plan, resume=how.resume) as journal:
+        todo = [file for file in plan.files if file.name not in journal.finished]
+        kept = len(plan.files) - len(todo)
+        check_free_space(plan.target, sum(file.nbytes for file in todo))
+        requantized: dict[str, float] = {}
+        total = sum(file.nbytes for file in todo)
+        with ByteProgress(f"writing {plan.target.name}", total, shown=how.progress) as progress:
+            write = partial(_write_output_file, plan.target)
+            for written in run_all(write, todo, workers=how.workers, advance=progress.advance):
+                journal.add(written.record)
+                requantized |= written.requantized
+            finish(tuple(journal.finished[file.name] for file in plan.files))
+            journal.close_for_good()
+    return ConversionReport(
+        files=len(plan.files),
+        files_kept=kept,
+        written_bytes=total,
+        seconds=progress.seconds,
+        requantized=requantized,
+    )
+
+
+def _write_output_file(folder: Path, file: OutputFile, advance: Advance) -> _Written:
+    requantized: dict[str, float] = {}
     with PreallocatedFile(folder / file.name, file.nbytes) as out:
         out.write_at(0, file.header)
         for item in file.items:
             if isinstance(item, Values):
                 write_values(out, item, advance)
-            elif error := write_quantized(out, item, advance):
-                errors[item.name] = error
-        return out.commit(), errors
+            else:
+                error = write_quantized(out, item, advance)
+                if error is not None:
+                    requantized[item.name] = error
+        return _Written(out.commit(), requantized)
 
 
-def execute(plan: ConversionPlan) -> Sequence[FileRecord]:
-    """Write every file of a plan."""
-    plan.target.mkdir(parents=True, exist_ok=True)
-    return [write_output_file(plan.target, file, lambda _: None)[0] for file in plan.files]
+def check_free_space(target: Path, nbytes: int) -> None:
+    """Refuse to begin what cannot fit.
+
+    Raises:
+        ConversionError: If the disk has less room than ``nbytes``.
+    """
+    free = free_bytes(target)
+    if free < nbytes:
+        raise ConversionError(
+            f"Writing to {target} takes {nbytes / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free. "
+            f"Free {(nbytes - free) / 1e9:.1f} GB, or choose another disk."
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk that ``folder``, or its nearest existing parent, is on."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -53,6 +53,10 @@ class HfFolder:
             row += extent.rows
         return tuple(found)
 
+    def replicas(self, parameter: Parameter) -> tuple[tuple[Region, ...], ...]:
+        """Return every stored copy of a parameter; the repeats of the MTP layers are named apart."""
+        return (self.regions(parameter),)
+
     def weight_files(self) -> tuple[Path, ...]:
         """Return every safetensors file."""
         return tuple(self.path / file for file in self.files)

@@ -39,6 +39,11 @@ class Quantized:
     block: tuple[int, int] = BLOCK
     reference: StoredMatrix | None = None
 
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The one rectangle it is quantised from."""
+        return (self.view,)
+
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:

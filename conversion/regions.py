@@ -85,6 +85,7 @@ class Region:
 class View:
     """One rectangle of a parameter, to be read from the regions that make up the parameter."""
 
+    parameter: str
     regions: tuple[Region, ...]
     rectangle: Rectangle
 
@@ -104,17 +105,16 @@ def value_dtype(regions: Sequence[Region]) -> torch.dtype:
     return dtype
 
 
-def fill(out: torch.Tensor, view: View) -> None:
-    """Write the values of ``view`` into ``out``, of the rectangle's shape, converted to its dtype."""
-    target = view.rectangle
+def fill(out: torch.Tensor, regions: Sequence[Region], target: Rectangle) -> None:
+    """Write the values of a rectangle of a parameter into ``out``, of its shape, converted to its dtype."""
     covered = 0
-    for region in view.regions:
+    for region in regions:
         common = target.overlap(region.covers)
         if common is None:
             continue
-        rows = range(common.row - region.covers.row + region.row, 0)
-        rows = range(rows.start, rows.start + common.rows)
+        first_row = common.row - region.covers.row + region.row
         first_column = common.column - region.covers.column + region.column
+        rows = range(first_row, first_row + common.rows)
         values = region.stored.values(rows, range(first_column, first_column + common.columns))
         row, column = common.row - target.row, common.column - target.column
         out[row : row + common.rows, column : column + common.columns].copy_(values)

@@ -10,7 +10,7 @@ import torch
 
 from conversion.hf_folder import INDEX, SINGLE, open_hf_folder
 from conversion.names import Kind, Parameter, hf_aliases, parameters
-from conversion.regions import Region, View, bands, fill, value_dtype
+from conversion.regions import Region, bands, fill, value_dtype
 from conversion.shards import MANIFEST, SIDE_FOLDER, open_shards
 from conversion.tensor_parallel import slice_rectangles
 from megatron_ads.architecture import ModelShape
@@ -30,6 +30,10 @@ class Container(Protocol):
 
     def regions(self, parameter: Parameter) -> tuple[Region, ...]:
         """Return the stored pieces that cover a parameter once."""
+        ...
+
+    def replicas(self, parameter: Parameter) -> tuple[tuple[Region, ...], ...]:
+        """Return every stored copy of a parameter."""
         ...
 
     def weight_files(self) -> tuple[Path, ...]:
@@ -101,7 +105,7 @@ class WeightSource:
         out, row = torch.empty(rows, columns, dtype=self.dtype(name)), 0
         for rectangle in rectangles:
             for band in bands(rectangle):
-                fill(out[row : row + band.rows], View(regions, band))
+                fill(out[row : row + band.rows], regions, band)
                 row += band.rows
         return out if len(parameter.shape) > 1 else out[0]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from conversion.atomic_file import write_small
+from conversion.atomic_file import FileRecord, write_small
 from conversion.fp8 import BLOCK, scale_shape
 from conversion.hf_folder import INDEX, SCALE_SUFFIX, SINGLE
 from conversion.names import HfPart, Kind, Parameter, parameters
@@ -21,6 +21,8 @@ from conversion.sources import WeightSource, stored_dtype
 
 FP8_CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(BLOCK)}
 """``quantization_config`` as DeepSeek publishes it."""
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
 class ExportDtype(StrEnum):
@@ -57,27 +59,41 @@ class HfTensor:
         return sum(entry.nbytes for entry in self.entries)
 
 
-def plan_hf(source: WeightSource, target: Path, *, dtype: ExportDtype, max_shard_bytes: int) -> ConversionPlan:
-    """Plan an export into files of at most ``max_shard_bytes`` (a larger tensor gets a file of its own)."""
-    tensors = list(_hf_tensors(source, dtype))
-    groups = _shards(tensors, max_shard_bytes)
-    names = (
-        [SINGLE]
-        if len(groups) == 1
-        else [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
-    )
-    files = tuple(_plan_file(name, group) for name, group in zip(names, groups, strict=True))
-    stored = source.files()
-    carried = tuple(str(file) for file in side_files(source.side_folder))
-    return ConversionPlan(
-        source=source.path,
-        target=target,
-        files=files,
-        source_state=folder_state(stored),
-        source_bytes=sum(file.stat().st_size for file in stored),
-        tensor_count=len(source.names()),
-        finishing=(INDEX, *carried),
-    )
+@dataclass(frozen=True, slots=True)
+class HfTarget:
+    """A Hugging Face folder to be written, in files of at most ``max_shard_bytes`` (a larger tensor gets its own)."""
+
+    source: WeightSource
+    target: Path
+    dtype: ExportDtype
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+
+    def plan(self) -> ConversionPlan:
+        """Decide which tensor goes into which file."""
+        groups = _shards(list(_hf_tensors(self.source, self.dtype)), self.max_shard_bytes)
+        count = len(groups)
+        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        stored = self.source.files()
+        carried = tuple(str(file) for file in side_files(self.source.side_folder))
+        return ConversionPlan(
+            source=self.source.path,
+            target=self.target,
+            files=tuple(map(_plan_file, names if count > 1 else [SINGLE], groups)),
+            source_state=folder_state(stored),
+            source_bytes=sum(file.stat().st_size for file in stored),
+            tensor_count=len(self.source.names()),
+            finishing=(INDEX, *carried),
+        )
+
+    def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
+        """Carry the side files, write a config that fits the dtype, and the index last."""
+        config = export_config(self.source.config, self.dtype)
+        unchanged = config == self.source.config
+        copy_side_files(self.source.side_folder, plan.target, skip=() if unchanged else ("config.json",))
+        if not unchanged:
+            write_small(plan.target / "config.json", json.dumps(config, indent=2) + "\n")
+        if len(records) > 1:
+            write_small(plan.target / INDEX, json.dumps(_index(plan), indent=2) + "\n")
 
 
 def _hf_tensors(source: WeightSource, dtype: ExportDtype) -> Iterator[HfTensor]:
@@ -101,7 +117,7 @@ def _hf_tensor(
     part: HfPart, parameter: Parameter, regions: tuple[Region, ...], rectangle: Rectangle, dtype: ExportDtype
 ) -> HfTensor:
     covering = tuple(region for region in regions if rectangle.overlap(region.covers))
-    return HfTensor(part.name, part.shape, _dtype(parameter, regions, dtype), View(covering, rectangle))
+    return HfTensor(part.name, part.shape, _dtype(parameter, regions, dtype), View(parameter.name, covering, rectangle))
 
 
 def _dtype(parameter: Parameter, regions: Sequence[Region], dtype: ExportDtype) -> torch.dtype:
@@ -150,17 +166,6 @@ def _first_offset(item: Values | Quantized) -> int:
     if isinstance(item, Values):
         return item.offset
     return item.codes_offset or item.scales_offset or 0
-
-
-def finish_hf(source: WeightSource, plan: ConversionPlan, *, dtype: ExportDtype) -> None:
-    """Carry the side files, write a config that fits the dtype, and the index last."""
-    config = export_config(source.config, dtype)
-    unchanged = config == source.config and (source.side_folder / "config.json").exists()
-    copy_side_files(source.side_folder, plan.target, skip=() if unchanged else ("config.json",))
-    if not unchanged:
-        write_small(plan.target / "config.json", json.dumps(config, indent=2) + "\n")
-    if [file.name for file in plan.files] != [SINGLE]:
-        write_small(plan.target / INDEX, json.dumps(_index(plan), indent=2) + "\n")
 
 
 def export_config(config: Any, dtype: ExportDtype) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Plan the conversion of any checkpoint into a shards folder of any layout."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from conversion.atomic_file import FileRecord
@@ -13,24 +14,43 @@ from conversion.sources import WeightSource, stored_dtype
 from conversion.tensor_parallel import slice_rectangles
 
 
-def plan_shards(source: WeightSource, target: Path, layout: ShardsLayout) -> ConversionPlan:
-    """Plan one file per distinct rank of ``layout``.
+@dataclass(frozen=True, slots=True)
+class ShardsTarget:
+    """A shards folder to be written: one file per distinct rank of ``layout``."""
 
-    Raises:
-        ConversionError: If a parameter cannot be divided as the layout asks.
-    """
-    regions: dict[str, tuple[Region, ...]] = {name: source.regions(name) for name in source.names()}
-    files = tuple(_plan_file(layout, file, regions) for file in layout.rank_files())
-    stored = source.files()
-    return ConversionPlan(
-        source=source.path,
-        target=target,
-        files=files,
-        source_state=folder_state(stored),
-        source_bytes=sum(file.stat().st_size for file in stored),
-        tensor_count=len(regions),
-        finishing=(MANIFEST, SIDE_FOLDER),
-    )
+    source: WeightSource
+    target: Path
+    layout: ShardsLayout
+
+    def plan(self) -> ConversionPlan:
+        """Decide what each rank's file holds.
+
+        Raises:
+            ConversionError: If a parameter cannot be divided as the layout asks.
+        """
+        regions = {name: self.source.regions(name) for name in self.source.names()}
+        stored = self.source.files()
+        return ConversionPlan(
+            source=self.source.path,
+            target=self.target,
+            files=tuple(_plan_file(self.layout, file, regions) for file in self.layout.rank_files()),
+            source_state=folder_state(stored),
+            source_bytes=sum(file.stat().st_size for file in stored),
+            tensor_count=len(regions),
+            finishing=(MANIFEST, SIDE_FOLDER),
+        )
+
+    def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
+        """Carry the side files and write the manifest."""
+        write_manifest(
+            plan.target,
+            layout=self.layout,
+            config=self.source.config,
+            records=records,
+            side_files_from=self.source.side_folder,
+            aliases=tuple(self.source.aliases),
+            source=str(self.source.path),
+        )
 
 
 def _plan_file(layout: ShardsLayout, file: RankFile, regions: dict[str, tuple[Region, ...]]) -> OutputFile:
@@ -54,19 +74,10 @@ def _views(
 ) -> tuple[View, ...]:
     rectangles = slice_rectangles(parameter, *layout.slice_of(parameter, file))
     return tuple(
-        View(tuple(region for region in regions[parameter.name] if rectangle.overlap(region.covers)), rectangle)
+        View(
+            parameter.name,
+            tuple(region for region in regions[parameter.name] if rectangle.overlap(region.covers)),
+            rectangle,
+        )
         for rectangle in rectangles
-    )
-
-
-def finish_shards(source: WeightSource, target: Path, layout: ShardsLayout, records: tuple[FileRecord, ...]) -> None:
-    """Carry the side files and write the manifest."""
-    write_manifest(
-        target,
-        layout=layout,
-        config=source.config,
-        records=records,
-        side_files_from=source.side_folder,
-        aliases=tuple(source.aliases),
-        source=str(source.path),
     )

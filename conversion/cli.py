@@ -1,0 +1,259 @@
+"""The ``convert`` and ``verify`` subcommands of ``megatron-ads``.
+
+Exit status: 0 done, 1 ``verify`` found a difference, 2 the request could not be carried out.
+"""
+
+import argparse
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from conversion.convert import Target
+    from conversion.execute import ConversionReport
+    from conversion.verify import Verification
+    from megatron_ads.config import LayoutConfig
+
+_TO_MEGATRON_EXAMPLES = """\
+examples:
+  megatron-ads convert to-megatron DeepSeek-R1 r1-shards --pp 31 --ep 8 --last-stage-layers 1 --workers 8
+  megatron-ads convert to-megatron DeepSeek-R1 r1-shards --recipe sft/deepseek_r1 --dry-run
+  megatron-ads convert to-megatron DeepSeek-R1 r1-dist --format torch_dist
+
+DeepSeek-R1 takes 0.69 TB as published (FP8), and 1.39 TB as BF16 shards for pp 31 x ep 8 (1.37 TB of weights, the
+dense ones once per expert-parallel rank). A worker takes under 1 GB of memory. --dry-run says how long it takes here.
+"""
+_TO_HF_EXAMPLES = """\
+examples:
+  megatron-ads convert to-hf r1-tuned R1-ads --dtype fp8 --reference DeepSeek-R1 --workers 8
+  megatron-ads convert to-hf r1-tuned R1-ads-bf16 --dtype bf16 --max-shard-size 10GB
+
+DeepSeek-R1 takes 1.37 TB in BF16 and 0.69 TB in FP8. With --reference, tensors that training did not change keep the
+published codes and scales, byte for byte.
+"""
+_VERIFY_EXAMPLES = """\
+examples:
+  megatron-ads verify DeepSeek-R1 r1-shards --workers 8
+  megatron-ads verify r1-tuned R1-ads --tolerance 0.07 --json
+"""
+_LAYOUT_OPTIONS = (
+    ("tp", "tensor-parallel ranks"),
+    ("pp", "pipeline stages"),
+    ("vpp", "virtual chunks per stage"),
+    ("ep", "expert-parallel ranks"),
+    ("etp", "tensor-parallel ranks inside one expert"),
+)
+
+
+def add_convert_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Mount ``convert to-megatron`` and ``convert to-hf``."""
+    summary = "Convert checkpoints between Hugging Face and Megatron-Core."
+    convert = subparsers.add_parser("convert", help=summary, description=summary)
+    directions = convert.add_subparsers(required=True, metavar="DIRECTION")
+    _add_to_megatron(directions)
+    _add_to_hf(directions)
+
+
+def add_verify_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Mount ``verify``."""
+    summary = "Compare every weight of two checkpoints of any formats, exactly."
+    verify = subparsers.add_parser(
+        "verify",
+        help=summary,
+        description=summary,
+        epilog=_VERIFY_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verify.set_defaults(run=_verify)
+    verify.add_argument("a", metavar="A", help="Hugging Face, shards or torch_dist folder")
+    verify.add_argument("b", metavar="B", help="another of any format")
+    verify.add_argument(
+        "--tolerance", type=float, default=0.0, help="largest |a - b| that is let pass (default 0: bit for bit)"
+    )
+    verify.add_argument("--json", action="store_true", help="print the result as JSON")
+    _add_workers(verify)
+
+
+def _add_direction(
+    directions: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    *,
+    summary: str,
+    source: str,
+    examples: str,
+) -> argparse.ArgumentParser:
+    command = directions.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("source", help=source)
+    command.add_argument("target", type=Path, help="folder to write; empty or absent")
+    command.add_argument("--resume", action="store_true", help="go on with an interrupted conversion into this folder")
+    command.add_argument("--dry-run", action="store_true", help="print what it would take and write nothing")
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    _add_workers(command)
+    return command
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workers", type=_positive, default=1, help="parallel processes (default 1)")
+
+
+def _add_to_megatron(directions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = _add_direction(
+        directions,
+        "to-megatron",
+        summary="Convert a Hugging Face (or any other) checkpoint for a Megatron-Core job.",
+        source="Hugging Face folder or hub id; shards and torch_dist folders are read too",
+        examples=_TO_MEGATRON_EXAMPLES,
+    )
+    command.set_defaults(run=_to_megatron)
+    command.add_argument(
+        "--format", choices=("shards", "torch_dist"), default="shards", help="what to write (default shards)"
+    )
+    command.add_argument("--recipe", help="take the layout from this recipe")
+    for axis, meaning in _LAYOUT_OPTIONS:
+        command.add_argument(f"--{axis}", type=_positive, help=f"{meaning} (default 1)")
+    command.add_argument("--pipeline", help='layers of every chunk, such as "Et|(tt|)*29tmL"')
+    command.add_argument("--first-stage-layers", type=int, help="decoder layers of the first stage")
+    command.add_argument("--last-stage-layers", type=int, help="decoder layers of the last stage")
+
+
+def _add_to_hf(directions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = _add_direction(
+        directions,
+        "to-hf",
+        summary="Export a Megatron-Core checkpoint to a Hugging Face folder.",
+        source="shards or torch_dist folder, or a training checkpoint; Hugging Face folders are read too",
+        examples=_TO_HF_EXAMPLES,
+    )
+    command.set_defaults(run=_to_hf)
+    command.add_argument("--dtype", choices=("stored", "fp32", "bf16", "fp8"), default="stored", help="default: stored")
+    command.add_argument(
+        "--reference", metavar="HF_DIR", help="keep this checkpoint's bytes where values are unchanged"
+    )
+    command.add_argument("--max-shard-size", type=parse_bytes, default="5GB", help="largest file (default 5GB)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes that ``500MB``, ``5GB`` or ``5GiB`` mean."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(k|M|G|T)?(i)?B?", text, re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB, 5GB or 5GiB")
+    exponent = " kmgt".index((match[2] or " ").lower())
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** exponent)
+
+
+def _to_megatron(args: argparse.Namespace) -> int:
+    from conversion.convert import lay_out  # torch is imported from here on: --help stays instant
+    from conversion.hub import local_folder
+    from conversion.sources import open_source
+    from conversion.to_megatron import ShardsTarget
+
+    source = open_source(local_folder(args.source))
+    return _carry_out(args, ShardsTarget(source, args.target, lay_out(source.shape, _sizes(args))))
+
+
+def _to_hf(args: argparse.Namespace) -> int:
+    from conversion.hub import local_folder
+    from conversion.sources import open_source
+    from conversion.to_hf import ExportDtype, HfTarget
+
+    source = open_source(local_folder(args.source))
+    return _carry_out(args, HfTarget(source, args.target, ExportDtype(args.dtype), args.max_shard_size))
+
+
+def _sizes(args: argparse.Namespace) -> "LayoutConfig":
+    """Return the layout of ``--recipe``, with whatever was given beside it on top."""
+    from megatron_ads.config import LayoutConfig, load_recipe
+
+    sizes = load_recipe(args.recipe).layout if args.recipe else LayoutConfig()
+    for name in (*(axis for axis, _ in _LAYOUT_OPTIONS), "pipeline", "first_stage_layers", "last_stage_layers"):
+        if getattr(args, name) is not None:
+            setattr(sizes, name, getattr(args, name))
+    return sizes
+
+
+def _carry_out(args: argparse.Namespace, target: "Target") -> int:
+    from conversion.convert import convert
+    from conversion.dry_run import dry_run
+    from conversion.execute import Execution
+
+    if args.dry_run:
+        expected = dry_run(target.plan(), workers=args.workers)
+        print(json.dumps(asdict(expected)) if args.json else expected)
+        return 0 if expected.fits else 2
+    how = Execution(workers=args.workers, resume=args.resume, progress=not args.json)
+    report = convert(target, how)
+    if args.json:
+        print(json.dumps(asdict(report)))
+    else:
+        print(_describe(report, args.target))
+    return 0
+
+
+def _describe(report: "ConversionReport", target: Path) -> str:
+    rate = report.written_bytes / max(report.seconds, 1e-9) / 1e9
+    lines = [
+        f"{report.files} files in {target}: {report.written_bytes / 1e9:.2f} GB written in {report.seconds:.1f} s "
+        f"({rate:.2f} GB/s){f', {report.files_kept} kept from before' if report.files_kept else ''}"
+    ]
+    if report.requantized:
+        worst = max(report.requantized, key=lambda name: report.requantized[name])
+        lines.append(
+            f"{len(report.requantized)} weights changed and were quantised anew, largest relative error "
+            f"{report.requantized[worst]:.3g} in {worst}"
+        )
+    return "\n".join(lines)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from conversion.hub import local_folder
+    from conversion.verify import verify
+
+    result = verify(
+        local_folder(args.a),
+        local_folder(args.b),
+        tolerance=args.tolerance,
+        workers=args.workers,
+        progress=not args.json,
+    )
+    if args.json:
+        print(json.dumps(asdict(result) | {"equal": result.equal}))
+    else:
+        print(_table(result))
+    return 0 if result.equal else 1
+
+
+_ROWS_SHOWN = 50
+
+
+def _table(result: "Verification") -> str:
+    what = f"{result.compared:,} tensors, {result.compared_bytes / 1e9:.2f} GB compared in {result.seconds:.1f} s"
+    if result.equal:
+        return f"equal: {what}"
+    rows = [("what", "name", "first at", "largest", "detail")]
+    for difference in result.differences[:_ROWS_SHOWN]:
+        index = "" if difference.first_index is None else str(list(difference.first_index))
+        largest = "" if difference.largest is None else f"{difference.largest:.3g}"
+        rows.append((str(difference.kind), difference.name, index, largest, difference.detail))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
+    ]
+    hidden = len(result.differences) - _ROWS_SHOWN
+    if hidden > 0:
+        lines.append(f"and {hidden} more; --json lists them all")
+    return "\n".join([*lines, f"{len(result.differences)} differences: {what}"])

@@ -1,0 +1,220 @@
+"""Compare two checkpoints of any formats: every parameter, every stored copy, every bit."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from conversion.errors import DamagedCheckpointError
+from conversion.hf_folder import HfFolder
+from conversion.progress import ByteProgress
+from conversion.regions import Rectangle, Region, bands, fill, whole
+from conversion.sources import WeightSource, open_source, stored_dtype
+from conversion.workers import Advance, run_all
+
+_BYTES_PER_PIECE_OF_WORK = 256 << 20
+
+
+class DifferenceKind(StrEnum):
+    """What can be wrong."""
+
+    DAMAGED = "damaged"
+    """The checkpoint contradicts itself: truncated, incomplete, stale index, NaN codes."""
+    CONFIG = "config"
+    MISSING = "missing"
+    """In A only."""
+    EXTRA = "extra"
+    """In B only."""
+    SHAPE = "shape"
+    DTYPE = "dtype"
+    VALUES = "values"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """One thing that is not the same."""
+
+    name: str
+    kind: DifferenceKind
+    detail: str
+    first_index: tuple[int, ...] | None = None
+    """Of the full parameter, where values differ first."""
+    largest: float | None = None
+    """Largest ``|a - b|``; NaN if one side is NaN."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    """The result of comparing A with B."""
+
+    compared: int
+    """Tensors compared, repeats included."""
+    compared_bytes: int
+    seconds: float
+    differences: tuple[Difference, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs."""
+        return not self.differences
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One tensor of both checkpoints, with every stored copy of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    a: tuple[tuple[Region, ...], ...]
+    b: tuple[tuple[Region, ...], ...]
+    dtypes: tuple[torch.dtype, torch.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one comparison of it handles."""
+        extent = whole(self.shape)
+        return extent.rows * extent.columns * self.dtypes[0].itemsize * max(len(self.a), len(self.b))
+
+
+def verify(a: Path, b: Path, *, tolerance: float = 0.0, workers: int = 1, progress: bool = False) -> Verification:
+    """Compare two checkpoints exhaustively.
+
+    With ``tolerance`` 0, values must be bit for bit the same after FP8 is dequantised, and dtypes equal. A positive one
+    lets ``|a - b|`` up to it pass, and dtypes differ.
+
+    Raises:
+        ConversionError: If a path is no checkpoint at all. A damaged checkpoint is a difference, not an error.
+    """
+    opened, damage = [], []
+    for label, path in (("A", a), ("B", b)):
+        try:
+            opened.append(open_source(path))
+        except DamagedCheckpointError as error:
+            damage.append(Difference(name=label, kind=DifferenceKind.DAMAGED, detail=str(error)))
+    if damage:
+        return Verification(compared=0, compared_bytes=0, seconds=0.0, differences=tuple(damage))
+    differences = list(_structural_differences(opened[0], opened[1]))
+    pairs = list(_pairs(opened[0], opened[1]))
+    total = sum(pair.nbytes for pair in pairs)
+    with ByteProgress("comparing", total, shown=progress) as shown:
+        compare = partial(_compare_pairs, tolerance)
+        for found in run_all(compare, _pieces(pairs), workers=workers, advance=shown.advance):
+            differences += found
+    order = {pair.name: number for number, pair in enumerate(pairs)}
+    differences.sort(key=lambda difference: order.get(difference.name, -1))
+    return Verification(
+        compared=len(pairs), compared_bytes=total, seconds=shown.seconds, differences=tuple(differences)
+    )
+
+
+def _structural_differences(a: WeightSource, b: WeightSource) -> Iterator[Difference]:
+    shape_a, shape_b = asdict(a.shape), asdict(b.shape)
+    for field, value in shape_a.items():
+        if value != shape_b[field]:
+            yield Difference(name=field, kind=DifferenceKind.CONFIG, detail=f"{value} in A, {shape_b[field]} in B")
+    names_a, names_b = [*a.names(), *a.aliases], [*b.names(), *b.aliases]
+    for kind, here, there in ((DifferenceKind.MISSING, names_a, names_b), (DifferenceKind.EXTRA, names_b, names_a)):
+        absent = set(there)
+        for name in here:
+            if name not in absent:
+                side = "A" if kind is DifferenceKind.MISSING else "B"
+                yield Difference(name=name, kind=kind, detail=f"only in {side}")
+
+
+def _pairs(a: WeightSource, b: WeightSource) -> Iterator[Pair]:
+    names_b = set(b.names())
+    for name in a.names():
+        if name in names_b:
+            left, right = a.parameter(name), b.parameter(name)
+            copies = a.container.replicas(left), b.container.replicas(right)
+            dtypes = stored_dtype(left, copies[0][0]), stored_dtype(right, copies[1][0])
+            yield Pair(name, left.shape, *copies, dtypes)
+    for alias in a.aliases:
+        if alias in b.aliases and (isinstance(a.container, HfFolder) or isinstance(b.container, HfFolder)):
+            regions = _alias_regions(a, alias), _alias_regions(b, alias)
+            dtypes = regions[0][0].stored.value_dtype, regions[1][0].stored.value_dtype
+            yield Pair(alias, a.parameter(a.aliases[alias]).shape, (regions[0],), (regions[1],), dtypes)
+
+
+def _alias_regions(source: WeightSource, alias: str) -> tuple[Region, ...]:
+    if isinstance(source.container, HfFolder):
+        return (Region(whole(source.parameter(source.aliases[alias]).shape), source.container.matrix(alias)),)
+    return source.regions(source.aliases[alias])
+
+
+def _pieces(pairs: Sequence[Pair]) -> list[tuple[Pair, ...]]:
+    pieces: list[list[Pair]] = [[]]
+    room = _BYTES_PER_PIECE_OF_WORK
+    for pair in pairs:
+        if room <= 0:
+            pieces.append([])
+            room = _BYTES_PER_PIECE_OF_WORK
+        pieces[-1].append(pair)
+        room -= pair.nbytes
+    return [tuple(piece) for piece in pieces]
+
+
+def _compare_pairs(tolerance: float, pairs: tuple[Pair, ...], advance: Advance) -> list[Difference]:
+    found = []
+    for pair in pairs:
+        try:
+            difference = _compare(pair, tolerance)
+        except DamagedCheckpointError as error:
+            difference = Difference(name=pair.name, kind=DifferenceKind.DAMAGED, detail=str(error))
+        if difference is not None:
+            found.append(difference)
+        advance(pair.nbytes)
+    return found
+
+
+def _compare(pair: Pair, tolerance: float) -> Difference | None:
+    for regions in (*pair.a, *pair.b):
+        area = sum(region.covers.rows * region.covers.columns for region in regions)
+        extent = whole(pair.shape)
+        if area != extent.rows * extent.columns:
+            detail = f"{pair.shape} in A; the pieces in B have {area} elements"
+            return Difference(name=pair.name, kind=DifferenceKind.SHAPE, detail=detail)
+    if tolerance == 0 and pair.dtypes[0] != pair.dtypes[1]:
+        detail = f"{pair.dtypes[0]} in A, {pair.dtypes[1]} in B"
+        return Difference(name=pair.name, kind=DifferenceKind.DTYPE, detail=detail)
+    comparisons = [(copy, pair.b[0]) for copy in pair.a] + [(pair.a[0], copy) for copy in pair.b[1:]]
+    for left, right in comparisons:
+        difference = _compare_values(pair, left, right, tolerance)
+        if difference is not None:
+            return difference
+    return None
+
+
+def _compare_values(
+    pair: Pair, left: tuple[Region, ...], right: tuple[Region, ...], tolerance: float
+) -> Difference | None:
+    first, count, largest = None, 0, 0.0
+    dtype = torch.promote_types(*pair.dtypes)
+    for band in bands(whole(pair.shape)):
+        a, b = (torch.empty(band.rows, band.columns, dtype=dtype) for _ in range(2))
+        fill(a, left, band)
+        fill(b, right, band)
+        if torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+            continue
+        distance = (a.float() - b.float()).abs()
+        differs = _bits(a) != _bits(b) if tolerance == 0 else ~(distance <= tolerance)
+        if bool(differs.any()):
+            first = first or _first_index(pair.shape, band, differs)
+            count += int(differs.sum())
+            largest = float(torch.maximum(torch.tensor(largest), distance[differs].max()))
+    if first is None:
+        return None
+    detail = f"{count} elements differ, first in {left[0].stored.data.file.name} / {right[0].stored.data.file.name}"
+    return Difference(name=pair.name, kind=DifferenceKind.VALUES, detail=detail, first_index=first, largest=largest)
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize])
+
+
+def _first_index(shape: tuple[int, ...], band: Rectangle, differs: torch.Tensor) -> tuple[int, ...]:
+    row, column = (int(number) for number in differs.nonzero()[0])
+    return (band.row + row, column) if len(shape) > 1 else (column,)

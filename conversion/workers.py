@@ -1,0 +1,95 @@
+"""Run independent pieces of work in this process or in several, with one running count of bytes.
+
+Workers are spawned, not forked (torch's threads do not survive a fork), and leave when their parent is gone.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.sharedctypes import Synchronized
+from typing import TypeVar
+
+import torch
+
+from megatron_ads.errors import ConversionError
+
+Work = TypeVar("Work")
+Result = TypeVar("Result")
+Advance = Callable[[int], None]
+"""Called with the number of bytes just handled."""
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+_counter: "Synchronized[int] | None" = None  # set once in each worker process
+
+
+def run_all(
+    function: Callable[[Work, Advance], Result], pieces: Sequence[Work], *, workers: int, advance: Advance
+) -> Iterator[Result]:
+    """Yield ``function(piece, advance)`` for every piece, as they finish.
+
+    ``function`` must be a module-level function, or a ``functools.partial`` of one, when there are several workers.
+
+    Raises:
+        ConversionError: If a worker process is killed, as the system does when memory runs out.
+    """
+    if workers == 1 or len(pieces) <= 1:
+        for piece in pieces:
+            yield function(piece, advance)
+        return
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value(ctypes.c_longlong, 0)
+    workers = min(workers, len(pieces))
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(counter, os.getpid(), workers)
+    ) as pool:
+        pending: set[Future[Result]] = {pool.submit(_call, function, piece) for piece in pieces}
+        try:
+            yield from _results(pending, counter, advance)
+        except BrokenProcessPool:
+            raise ConversionError(
+                "A worker process was killed; most often the machine ran out of memory. Run again with fewer --workers "
+                "(and with --resume, where the command has it)."
+            ) from None
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _results(pending: set[Future[Result]], counter: "Synchronized[int]", advance: Advance) -> Iterator[Result]:
+    seen = 0
+    while pending:
+        done, still = wait(pending, timeout=_SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
+        pending.intersection_update(still)
+        count = int(counter.value)
+        advance(count - seen)
+        seen = count
+        for future in done:
+            yield future.result()
+
+
+def _start_worker(counter: "Synchronized[int]", parent: int, workers: int) -> None:
+    global _counter
+    _counter = counter
+    torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
+    threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
+
+
+def _leave_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _call(function: Callable[[Work, Advance], Result], piece: Work) -> Result:
+    return function(piece, _count)
+
+
+def _count(nbytes: int) -> None:
+    assert _counter is not None
+    with _counter.get_lock():
+        _counter.value += nbytes
