@@ -1,0 +1,76 @@
+"""Where a number came from: the machine, the versions and the revision of the code, written next to every result."""
+
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("megatron-ads", "megatron-core", "torch", "transformers", "transformer-engine", "safetensors", "numpy")
+
+
+def provenance() -> dict[str, Any]:
+    """Return host, accelerators, versions and git revision as JSON values; what is not there is None."""
+    return {
+        "host": {
+            "cpu": cpu_model(),
+            "cores": usable_cores(),
+            "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            "system": f"{platform.system()} {platform.machine()}",
+            "gpus": gpu_names(),
+        },
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "revision": git_revision(Path(__file__).parent),
+    }
+
+
+def cpu_model() -> str:
+    """Return the processor's name as the kernel tells it, or the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def usable_cores() -> int:
+    """Return the cores this process may run on, which a container can make fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
+
+
+def gpu_names() -> list[str]:
+    """Return the name of every CUDA device this process sees."""
+    import torch  # seconds of import, and only this answer needs it
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def package_versions() -> dict[str, str | None]:
+    """Return the installed version of every package that can move a number; None where not installed."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def git_revision(folder: Path) -> str | None:
+    """Return the commit that ``folder`` is checked out at, ``-dirty`` behind it if tracked files differ from it.
+
+    None outside a checkout or without git.
+    """
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""The main job in small, from a random checkpoint to a report: what `megatron-ads quickstart` runs."""

@@ -1,0 +1,158 @@
+"""Work done in stages that survive interruptions: what is complete is not done again, what has changed is.
+
+Every stage has a fingerprint: of its own settings and of the fingerprints of the stages it builds on. Its record,
+``stages/NAME.json``, is written when the stage is complete and holds the fingerprint and the result. A stage is
+done again when its record is missing, its fingerprint differs, or one of its outputs is gone.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_ads.errors import ConfigError
+
+RECORDS = "stages"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One piece of work that writes files below the folder and returns numbers."""
+
+    name: str
+    title: str
+    """What it does, for people: ``fine-tune on 4 processes``."""
+    settings: Mapping[str, Any]
+    """JSON values that decide the result, apart from the stages before."""
+    after: Sequence[str] = ()
+    """Names of the stages whose outputs it reads."""
+    outputs: Sequence[Path]
+    """Files and folders it writes; removed before it is done anew."""
+    run: Callable[[], Mapping[str, Any]]
+    """Does the work; returns JSON values for the record. Raises to say that the stage is not complete."""
+    resumable: bool = False
+    """Whether ``run`` goes on from outputs that an interrupted run with the same fingerprint left."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageRecord:
+    """What a complete stage leaves behind."""
+
+    fingerprint: str
+    seconds: float
+    """Wall time of the run that completed it."""
+    result: dict[str, Any]
+
+
+class Announcer(Protocol):
+    """Told what happens, to show it."""
+
+    def starting(self, stage: Stage, number: int, total: int, resuming: bool) -> None:
+        """``stage`` is about to run."""
+
+    def finished(self, stage: Stage, record: StageRecord) -> None:
+        """``stage`` ran and is complete."""
+
+    def reused(self, stage: Stage, number: int, total: int, record: StageRecord) -> None:
+        """``stage`` was complete already."""
+
+
+def run_stages(stages: Sequence[Stage], folder: Path, announcer: Announcer) -> dict[str, StageRecord]:
+    """Bring every stage to completion, in order; return the records by name.
+
+    Raises:
+        ConfigError: If the folder cannot be used, or another process is at work in it.
+    """
+    records: dict[str, StageRecord] = {}
+    with _sole_use(folder):
+        for number, stage in enumerate(stages, start=1):
+            fingerprint = _fingerprint(stage, records)
+            record = _read_record(folder, stage.name)
+            if record is not None and record.fingerprint == fingerprint and all(map(Path.exists, stage.outputs)):
+                announcer.reused(stage, number, len(stages), record)
+            else:
+                resuming = _prepare(stage, folder, fingerprint)
+                announcer.starting(stage, number, len(stages), resuming)
+                record = _run(stage, folder, fingerprint)
+                announcer.finished(stage, record)
+            records[stage.name] = record
+    return records
+
+
+def _fingerprint(stage: Stage, before: Mapping[str, StageRecord]) -> str:
+    parts = {"settings": dict(stage.settings), "after": {name: before[name].fingerprint for name in stage.after}}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _record_file(folder: Path, name: str) -> Path:
+    return folder / RECORDS / f"{name}.json"
+
+
+def _started_file(folder: Path, name: str) -> Path:
+    return folder / RECORDS / f"{name}.started"
+
+
+def _read_record(folder: Path, name: str) -> StageRecord | None:
+    """Return a stage's record; None if there is none or it is unreadable, so that the stage is done again."""
+    try:
+        return StageRecord(**json.loads(_record_file(folder, name).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _prepare(stage: Stage, folder: Path, fingerprint: str) -> bool:
+    """Remove what an earlier run left, unless the stage can go on from it; return whether it goes on."""
+    started = _started_file(folder, stage.name)
+    interrupted = started.exists() and started.read_text(encoding="utf-8") == fingerprint
+    resuming = stage.resumable and interrupted and any(map(Path.exists, stage.outputs))
+    _record_file(folder, stage.name).unlink(missing_ok=True)
+    if not resuming:
+        for output in stage.outputs:
+            if output.is_dir() and not output.is_symlink():
+                shutil.rmtree(output)
+            else:
+                output.unlink(missing_ok=True)
+    started.write_text(fingerprint, encoding="utf-8")
+    return resuming
+
+
+def _run(stage: Stage, folder: Path, fingerprint: str) -> StageRecord:
+    start = time.monotonic()
+    result = dict(stage.run())
+    record = StageRecord(fingerprint=fingerprint, seconds=time.monotonic() - start, result=result)
+    file = _record_file(folder, stage.name)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+    _started_file(folder, stage.name).unlink()
+    return record
+
+
+@contextmanager
+def _sole_use(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process; the lock ends with the process, however it ends."""
+    _make_folder(folder)
+    with (folder / RECORDS / "lock").open("w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process is at work in {folder}; wait for it, or choose another --out."
+            ) from None
+        yield
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        if not (folder / RECORDS).is_dir() and folder.is_dir() and any(folder.iterdir()):
+            raise ConfigError(f"{folder} holds something else; choose a new or empty folder with --out.")
+        (folder / RECORDS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written ({error.strerror}); choose another with --out.") from None
