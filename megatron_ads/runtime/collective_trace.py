@@ -1,0 +1,188 @@
+"""Record which collectives each rank makes in each process group, and find where members of a group disagree.
+
+    with trace_collectives() as trace:
+        optimizer.step()
+    mismatches = compare_traces(gathered)          # gathered: {rank: trace}
+
+Calls are seen at torch's ``ProcessGroup`` methods, below every name that ``torch.distributed`` has for an operation,
+and below the aliases that Megatron-Core keeps of those names. The methods are patched inside the context only.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+_POINT_TO_POINT = frozenset({"send", "recv", "recv_anysource"})
+_OWN_SHAPE_ON_EACH_RANK = frozenset({"alltoall", "alltoall_base", "all_to_all_single", "gather", "scatter"})
+_METHODS = (
+    "_allgather_base", "_reduce_scatter_base", "all_gather_single", "all_gather_single_coalesced", "all_to_all_single",
+    "allgather", "allgather_coalesced", "allgather_into_tensor_coalesced", "allreduce", "allreduce_coalesced",
+    "alltoall", "alltoall_base", "barrier", "broadcast", "gather", "monitored_barrier", "recv", "recv_anysource",
+    "reduce", "reduce_scatter", "reduce_scatter_single", "reduce_scatter_single_coalesced",
+    "reduce_scatter_tensor_coalesced", "scatter", "send",
+)  # fmt: skip
+"""Communicating methods of ``ProcessGroup`` in torch 2.13; versions that lack some of them have fewer to record."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Group:
+    """A process group, named as on every other member."""
+
+    name: str
+    """What Megatron calls it, in lower case and without "group": ``expert_data_parallel``."""
+    ranks: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}{list(self.ranks)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """One operation as a member of the group called it."""
+
+    operation: str
+    shapes: tuple[tuple[int, ...], ...]
+    """Of every tensor passed, outputs first."""
+    dtypes: tuple[str, ...]
+    detail: str = ""
+    """Reduction and root, where the operation has them."""
+
+    def __str__(self) -> str:
+        tensors = ", ".join(f"{dtype}{list(shape)}" for dtype, shape in zip(self.dtypes, self.shapes, strict=True))
+        return f"{self.operation}({'; '.join(filter(None, (tensors, self.detail)))})"
+
+    def agrees_with(self, other: "Collective") -> bool:
+        """Whether two members may make these calls as one: some operations take another shape on every rank."""
+        if self.operation in _OWN_SHAPE_ON_EACH_RANK:
+            same_dtypes = set(self.dtypes) == set(other.dtypes)
+            return self.operation == other.operation and same_dtypes and self.detail == other.detail
+        return self == other
+
+
+@dataclass(slots=True)
+class Trace:
+    """What one rank called, in order, by group."""
+
+    collectives: dict[Group, list[Collective]] = field(default_factory=dict)
+    point_to_point: dict[Group, list[Collective]] = field(default_factory=dict)
+    """Sends and receives, which only two members take part in."""
+
+    def count(self) -> int:
+        """Return the number of calls, collectives and point-to-point."""
+        return sum(len(calls) for part in (self.collectives, self.point_to_point) for calls in part.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """The first place in the sequence of one group where its members differ."""
+
+    group: Group
+    position: int
+    """From 0, in the group's sequence of collectives."""
+    calls: dict[int, str]
+    """What each member called there, by rank; "nothing" where its sequence had ended."""
+
+    def __str__(self) -> str:
+        said = "; ".join(f"rank {rank}: {call}" for rank, call in sorted(self.calls.items()))
+        return f"collective {self.position} of {self.group}: {said}"
+
+
+@contextlib.contextmanager
+def trace_collectives() -> Iterator[Trace]:
+    """Record every call that this process makes until the context ends."""
+    trace = Trace()
+
+    def record(group: ProcessGroup, operation: str, arguments: Sequence[Any]) -> None:
+        part = trace.point_to_point if operation in _POINT_TO_POINT else trace.collectives
+        part.setdefault(describe_group(group), []).append(describe_call(operation, arguments))
+
+    with intercept(before=record):
+        yield trace
+
+
+def compare_traces(traces: Mapping[int, Trace]) -> list[Mismatch]:
+    """Return, for each group whose members made different sequences, the first difference.
+
+    Args:
+        traces: The trace of every rank of the job, by rank. A member without any call in a group made none.
+    """
+    groups = sorted({group for trace in traces.values() for group in trace.collectives})
+    found = (_first_difference(group, {rank: traces[rank].collectives.get(group, []) for rank in group.ranks})
+             for group in groups)  # fmt: skip
+    return [mismatch for mismatch in found if mismatch]
+
+
+def _first_difference(group: Group, calls: Mapping[int, list[Collective]]) -> Mismatch | None:
+    for position in range(max(map(len, calls.values()))):
+        here = {rank: made[position] if position < len(made) else None for rank, made in calls.items()}
+        first, *others = here.values()
+        if first is None or not all(other is not None and first.agrees_with(other) for other in others):
+            return Mismatch(group, position, {rank: str(call or "nothing") for rank, call in here.items()})
+    return None
+
+
+@contextlib.contextmanager
+def intercept(
+    before: Callable[[ProcessGroup, str, Sequence[Any]], None] | None = None,
+    after: Callable[[ProcessGroup, str, Sequence[Any], Any], None] | None = None,
+) -> Iterator[None]:
+    """Call ``before(group, operation, arguments)`` ahead of, and ``after(..., work)`` behind, each communication."""
+    originals = {name: ProcessGroup.__dict__[name] for name in _METHODS if name in ProcessGroup.__dict__}
+    for name in originals:
+        setattr(ProcessGroup, name, _observed(name, getattr(ProcessGroup, name), before, after))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(ProcessGroup, name, original)
+
+
+def _observed(name: str, method: Callable[..., Any], before: Any, after: Any) -> Callable[..., Any]:
+    def call(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+        arguments = (*args, *kwargs.values())
+        if before:
+            before(group, name, arguments)
+        work = method(group, *args, **kwargs)
+        if after:
+            after(group, name, arguments, work)
+        return work
+
+    return call
+
+
+def describe_group(group: ProcessGroup) -> Group:
+    """Return the name and the global ranks of ``group``."""
+    name = group.group_desc.removesuffix("_GROUP").lower()
+    return Group("default" if name == "default_pg" else name, tuple(dist.get_process_group_ranks(group)))
+
+
+def describe_call(operation: str, arguments: Sequence[Any]) -> Collective:
+    """Return the record of a call of ``ProcessGroup`` method ``operation``."""
+    tensors = list(_tensors(arguments))
+    return Collective(
+        operation=operation,
+        shapes=tuple(tuple(tensor.shape) for tensor in tensors),
+        dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for tensor in tensors),
+        detail=", ".join(_details(arguments)),
+    )
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from _tensors(argument)
+
+
+def _details(arguments: Sequence[Any]) -> Iterator[str]:
+    for options in arguments:
+        if hasattr(options, "reduceOp"):
+            yield str(options.reduceOp.op.name).lower()
+        if hasattr(options, "rootRank") and options.rootRank >= 0:
+            yield f"root {options.rootRank}"
