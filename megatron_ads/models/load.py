@@ -51,20 +51,11 @@ def _fill(name: str, target: Tensor, source: WeightSource, weight: NamedWeight) 
     rank, size = _tensor_rank(weight)
     values = source.read(name, rank=rank, size=size)
     if values.shape != target.shape:
-        values = _own_rows(values, target, rank, size)
-    if values.shape != target.shape:
         raise ConversionError(
             f"{name} is {tuple(values.shape)} in the checkpoint and {tuple(target.shape)} in the model, for "
             f"tensor-parallel rank {rank} of {size}. The checkpoint is of another model than its config.json says."
         )
     target.copy_(values)
-
-
-def _own_rows(values: Tensor, target: Tensor, rank: int, size: int) -> Tensor:
-    """Megatron's torch layers divide by rows what checkpoints and Transformer Engine replicate: down-projections."""
-    if values.dim() == 2 and values.size(0) == target.size(0) * size:
-        return values.chunk(size)[rank]
-    return values
 
 
 def _tensor_rank(weight: NamedWeight) -> tuple[int, int]:

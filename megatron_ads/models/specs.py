@@ -16,7 +16,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
     MultiTokenPredictionLayer,
@@ -31,6 +31,7 @@ from megatron_ads.architecture import ModelShape
 from megatron_ads.layout import Chunk
 from megatron_ads.models.attention import CausalAttention
 from megatron_ads.models.experts import GroupedExperts
+from megatron_ads.models.latent_attention import LatentAttention
 from megatron_ads.models.norm import RMSNorm
 
 _LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -83,7 +84,7 @@ def _layer(spec: LayerSpec, *, has_experts: bool) -> ModuleSpec:
 
 def _attention() -> ModuleSpec:
     return ModuleSpec(
-        module=MLASelfAttention,
+        module=LatentAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=ColumnParallelLinear,

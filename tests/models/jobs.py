@@ -32,7 +32,7 @@ class Job:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What one rank saw. Gradients are by canonical name, as divided among ranks; the loss only where it is computed."""
+    """What one rank saw: gradients by canonical name, as divided among ranks; a loss only where it is computed."""
 
     loss_sum: float
     grads: dict[str, Tensor]

@@ -19,7 +19,9 @@ FAMILIES = {"v3": V3, "v2_lite": V2_LITE, "moonlight": MOONLIGHT, "kimi_k2": KIM
 
 
 def _reference(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
-    model_class = DeepseekV2ForCausalLM if "deepseek_v2" in (folder / "config.json").read_text() else DeepseekV3ForCausalLM
+    model_class = (
+        DeepseekV2ForCausalLM if "deepseek_v2" in (folder / "config.json").read_text() else DeepseekV3ForCausalLM
+    )
     model, report = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"]
     with torch.no_grad():
