@@ -36,7 +36,8 @@ def locate_recipe(name_or_path: str) -> tuple[Path, str, list[str]]:
         path = path.resolve()
         if path.is_relative_to(shipped):
             return shipped, path.relative_to(shipped).with_suffix("").as_posix(), []
-        return path.parent, path.stem, [f"hydra.searchpath=[file://{shipped}]"]
+        quoted = str(shipped).replace("'", "\\'")
+        return path.parent, path.stem, [f"hydra.searchpath=['file://{quoted}']"]
     if not (shipped / f"{name_or_path}.yaml").is_file():
         names = shipped_recipes()
         near = difflib.get_close_matches(name_or_path, names, n=1, cutoff=0.4)
