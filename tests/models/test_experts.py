@@ -1,0 +1,168 @@
+"""Grouped experts against Megatron-Core's sequential ones: values, gradients, checkpoints, speed."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ads.layout import ParallelLayout
+from megatron_ads.runtime import process_groups
+from megatron_ads.runtime.seeds import seed_everything
+from tests.distributed import run_ranks
+
+TOLERANCE = 1e-5
+"""FP32, values near 1: the same products, summed in another order."""
+EXPERTS, HIDDEN, INNER = 4, 16, 8
+
+
+def _config(dtype: torch.dtype, **sizes: int) -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    widths = {"hidden_size": HIDDEN, "moe_ffn_hidden_size": INNER, "num_moe_experts": EXPERTS} | sizes
+    return TransformerConfig(
+        num_layers=1,
+        num_attention_heads=2,
+        ffn_hidden_size=widths["moe_ffn_hidden_size"],
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        params_dtype=dtype,
+        **widths,
+    )
+
+
+def _both(dtype: torch.dtype = torch.float32, **sizes: int) -> tuple[Any, Any]:
+    """Return sequential and grouped experts with the same random weights."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLPSubmodules
+    from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    from megatron_ads.models.experts import GroupedExperts
+
+    config, groups = _config(dtype, **sizes), get_default_pg_collection()
+    count = config.num_moe_experts // config.expert_model_parallel_size
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    sequential = SequentialMLP(count, config, linears, pg_collection=groups)
+    grouped = GroupedExperts(count, config, pg_collection=groups)
+    with torch.no_grad():
+        for parameter in sequential.parameters():
+            parameter.normal_(0, 0.5)
+        for index, expert in enumerate(sequential.local_experts):
+            grouped.weight1[index].copy_(expert.linear_fc1.weight)
+            grouped.weight2[index].copy_(expert.linear_fc2.weight)
+    return sequential, grouped
+
+
+def _run(experts: Any, counts: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    width = experts.config.hidden_size
+    tokens = torch.randn(sum(counts), width, generator=generator).to(dtype).requires_grad_()
+    weights = torch.rand(sum(counts), generator=generator).requires_grad_()
+    output, bias = experts(tokens, torch.tensor(counts), weights)
+    assert bias is None
+    output.backward(torch.randn(output.shape, generator=generator).to(output.dtype))
+    assert tokens.grad is not None and weights.grad is not None
+    return output.detach(), tokens.grad, weights.grad
+
+
+def _compare(counts: list[int], dtype: torch.dtype) -> list[float]:
+    """Return the largest differences of outputs, input gradients, routing gradients and both weight gradients."""
+    process_groups.start(ParallelLayout(world=1))
+    seed_everything(1)
+    sequential, grouped = _both(dtype)
+    pairs = list(zip(_run(sequential, counts, dtype), _run(grouped, counts, dtype), strict=True))
+    for name, stacked in (("linear_fc1", grouped.weight1), ("linear_fc2", grouped.weight2)):
+        one_by_one = [getattr(expert, name).weight.grad for expert in sequential.local_experts]
+        assert stacked.grad is not None
+        pairs.append((torch.stack(one_by_one), stacked.grad))
+    return [float((ours - theirs).abs().max()) if ours.numel() else 0.0 for theirs, ours in pairs]
+
+
+@pytest.mark.parametrize("counts", [[3, 5, 2, 6], [0, 7, 0, 1], [9, 0, 0, 0], [0, 0, 0, 0]], ids=str)
+def test_grouped_experts_equal_sequential_ones(counts: list[int]) -> None:
+    (differences,) = run_ranks(1, _compare, counts, torch.float32)
+    assert max(differences) < TOLERANCE
+
+
+def test_grouped_experts_equal_sequential_ones_in_bf16() -> None:
+    (differences,) = run_ranks(1, _compare, [3, 5, 2, 6], torch.bfloat16)
+    assert max(differences) < 0.07  # BF16 has 8 bits: values up to 16 are rounded to 1/16
+
+
+def _wrong_order() -> float:
+    process_groups.start(ParallelLayout(world=1))
+    sequential, grouped = _both()
+    with torch.no_grad():
+        grouped.weight1.copy_(grouped.weight1.flip(0))
+    theirs, ours = (_run(experts, [3, 5, 2, 6], torch.float32)[0] for experts in (sequential, grouped))
+    return float((theirs - ours).abs().max())
+
+
+def test_exchanged_experts_are_seen() -> None:
+    (difference,) = run_ranks(1, _wrong_order)
+    assert difference > 100 * TOLERANCE
+
+
+def _checkpoint_entries(layout: ParallelLayout) -> tuple[dict[str, Any], dict[str, Any]]:
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
+    from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+
+    def entries(experts: Any) -> dict[str, Any]:
+        metadata = ensure_metadata_has_dp_cp_group({"singleton_local_shards": False})
+        state = experts.sharded_state_dict("mlp.experts.", (), metadata)
+        apply_factories(state)
+        found: dict[str, Any] = {}
+        for entry in nested_values(state):
+            if isinstance(entry, ShardedObject):
+                found[entry.unique_key] = (entry.global_shape, entry.replica_id)
+            else:
+                values = found.setdefault(entry.key, torch.zeros(entry.global_shape))
+                part = entry.data[None] if entry.prepend_axis_num else entry.data
+                values[entry.global_slice()] = part.reshape(values[entry.global_slice()].shape)
+        return found
+
+    process_groups.start(layout)
+    seed_everything(1)
+    sizes = {"expert_model_parallel_size": layout.ep, "expert_tensor_parallel_size": layout.etp}
+    if layout.tp > 1:
+        sizes |= {"tensor_model_parallel_size": layout.tp, "sequence_parallel": True}
+    sequential, grouped = _both(**sizes)
+    return entries(sequential), entries(grouped)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [ParallelLayout(world=1), ParallelLayout(world=2, ep=2), ParallelLayout(world=2, tp=2, etp=2)],
+    ids=["alone", "ep2", "etp2"],
+)
+def test_checkpoints_of_grouped_and_sequential_experts_are_the_same(layout: ParallelLayout) -> None:
+    for theirs, ours in run_ranks(layout.world, _checkpoint_entries, layout):
+        assert set(ours) == set(theirs) and len(ours) == 2 + 2 * EXPERTS // layout.ep
+        assert ours["mlp.experts.experts.linear_fc1.weight"].shape == (EXPERTS, 2 * INNER, HIDDEN)
+        for key, value in theirs.items():
+            assert torch.equal(ours[key], value) if isinstance(value, Tensor) else ours[key] == value, key
+
+
+def _seconds() -> tuple[float, float]:
+    process_groups.start(ParallelLayout(world=1))
+    both = _both(num_moe_experts=32, hidden_size=64, moe_ffn_hidden_size=32)
+    best = [float("inf"), float("inf")]
+    for _ in range(15):
+        for index, experts in enumerate(both):
+            begin = time.perf_counter()
+            _run(experts, [8] * 32, torch.float32)
+            best[index] = min(best[index], time.perf_counter() - begin)
+    return best[0], best[1]
+
+
+def test_grouped_experts_are_faster_than_sequential_ones() -> None:
+    ((sequential, grouped),) = run_ranks(1, _seconds)
+    print(f"32 experts, forward and backward: sequential {sequential:.2e} s, grouped {grouped:.2e} s")
+    assert grouped < sequential
