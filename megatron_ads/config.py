@@ -13,7 +13,7 @@ from enum import StrEnum
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -513,6 +513,28 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> SftConfig:
         ConfigError: If there is no such recipe, a key is unknown (the nearest known one is named), a value has
             the wrong type, or a required one is missing.
     """
+    composed = _compose(name_or_path, overrides)
+    if missing := sorted(OmegaConf.missing_keys(composed)):
+        raise ConfigError(
+            f"{name_or_path}: {', '.join(missing)} must be set, in the recipe or on the command line as KEY=VALUE."
+        )
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, SftConfig)  # to_object instantiates the schema composed onto
+    return config
+
+
+def load_layout(name_or_path: str, overrides: Sequence[str] = ()) -> LayoutConfig:
+    """Return the layout section of a recipe alone; other settings may still be open.
+
+    Raises:
+        ConfigError: As :func:`load_recipe`, but for missing settings.
+    """
+    layout = OmegaConf.to_object(_compose(name_or_path, overrides).layout)
+    assert isinstance(layout, LayoutConfig)
+    return layout
+
+
+def _compose(name_or_path: str, overrides: Sequence[str]) -> DictConfig:
     ConfigStore.instance().store(name="base_sft", node=SftConfig)
     folder, name, search = locate_recipe(name_or_path)
     try:
@@ -520,16 +542,10 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> SftConfig:
             composed = compose(config_name=name, overrides=[*search, *overrides])
         # Merged once more from plain values: an override such as +train.stepz=1 may extend the composed config.
         merged = OmegaConf.merge(OmegaConf.structured(SftConfig), OmegaConf.to_container(composed, resolve=True))
-        missing = sorted(OmegaConf.missing_keys(merged))
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # Hydra refuses some overrides so
         raise explain(error, schema=SftConfig, recipe=name_or_path) from None
-    if missing:
-        raise ConfigError(
-            f"{name_or_path}: {', '.join(missing)} must be set, in the recipe or on the command line as KEY=VALUE."
-        )
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, SftConfig)  # to_object instantiates the schema merged onto
-    return config
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def recipe_yaml(config: SftConfig) -> str:

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_ads.errors import ConfigError
 
+_REPLACED_SECTION = re.compile(r"is not a subclass of (?P<section>\w+)\. value: (?P<value>.*)")
 _INDEX = re.compile(r"\[\d*\]")
 
 
@@ -23,6 +24,8 @@ def explain(error: BaseException, *, schema: type, recipe: str) -> ConfigError:
             return ConfigError(f"{recipe}: {_explain_key(cause, schema)}")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return ConfigError(f"{recipe}: {_explain_missing_file(error)}")
+    if replaced := _REPLACED_SECTION.search(str(error)):
+        return ConfigError(f"{recipe}: {_explain_replaced_section(schema, replaced['section'], replaced['value'])}")
     return ConfigError(f"{recipe}: {' '.join(str(error).split())}")
 
 
@@ -67,6 +70,14 @@ def _explain_missing_file(error: MissingConfigException) -> str:
     near = difflib.get_close_matches(wanted.rsplit("/", 1)[-1], options, n=1, cutoff=0.4)
     hint = f"Did you mean {near[0]}? " if near else ""
     return f"there is no recipe part {wanted!r}. {hint}Available: {', '.join(options) or 'none'}."
+
+
+def _explain_replaced_section(schema: type, section: str, value: str) -> str:
+    """Return the sentence for a value where a whole section belongs; OmegaConf then knows only the section's class."""
+    for name, hint in typing.get_type_hints(schema).items():
+        if hint.__name__ == section:
+            return f"{name} is {value}; it must be {describe_type(hint)}."
+    return f"{value} stands where a {section} belongs."
 
 
 def unknown_key(schema: type, path: str) -> str:

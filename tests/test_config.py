@@ -1,0 +1,309 @@
+"""Recipes compose onto the schema; what is misspelt, mistyped or impossible is refused with the remedy."""
+
+import re
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_ads.architecture import ModelShape, read_model_shape
+from megatron_ads.config import (
+    FrozenPart,
+    LayerSpecChoice,
+    RouterBias,
+    Schedule,
+    SftConfig,
+    SourceKind,
+    load_layout,
+    load_recipe,
+    recipe_yaml,
+    validate,
+)
+from megatron_ads.errors import ConfigError
+from megatron_ads.recipe_files import recipes_folder, shipped_recipes
+
+CONFIGS = Path(__file__).parent / "fixtures" / "configs"
+OPEN = {
+    # What a shipped recipe leaves to the user.
+    "sft/quickstart": ["model.load=runs/demo"],
+    "sft/deepseek_r1_671b_248gpu": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
+    "sft/deepseek_r1_671b_248gpu_vpp2": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
+}
+
+
+def quickstart(*overrides: str) -> SftConfig:
+    return load_recipe("sft/quickstart", ["model.load=runs/demo", *overrides])
+
+
+def r1() -> ModelShape:
+    return read_model_shape(CONFIGS / "deepseek_r1.json")
+
+
+# ---- the shipped recipes ----
+
+
+def test_every_shipped_recipe_is_covered_here() -> None:
+    assert set(shipped_recipes()) == set(OPEN)
+
+
+@pytest.mark.parametrize("name", sorted(OPEN))
+def test_a_shipped_recipe_validates_on_the_ranks_its_head_comment_names_and_not_on_one_less(name: str) -> None:
+    config = load_recipe(name, OPEN[name])
+    head = (recipes_folder() / f"{name}.yaml").read_text()
+    ranks = int(re.search(r"^# Ranks: (\d+)", head, re.MULTILINE)[1])  # type: ignore[index]
+    validate(config, ranks)
+    with pytest.raises(ConfigError, match=f"does not divide the {ranks - 1} ranks"):
+        validate(config, ranks - 1)
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(OPEN) if "r1" in name])
+def test_the_r1_recipes_fit_r1(name: str) -> None:
+    config = load_recipe(name, OPEN[name])
+    validate(config, 248, r1())
+    layout = config.layout.runtime(248)
+    assert (layout.dp, config.train.microbatches(layout)) == (8, 62)  # 496 rows / (1 row * 8 replicas)
+
+
+def test_the_two_r1_recipes_differ_in_the_layout_and_the_folders_only() -> None:
+    plain, twin = (load_recipe(name, OPEN[name]) for name in sorted(OPEN) if "r1" in name)
+    different = [field.name for field in fields(SftConfig) if getattr(plain, field.name) != getattr(twin, field.name)]
+    assert different == ["layout", "checkpoint", "log"]
+
+
+PARTS = sorted(file for file in recipes_folder().glob("*/*.yaml") if file.parent.name != "sft")
+
+
+def test_every_file_of_the_recipes_starts_with_its_instructions() -> None:
+    files = sorted(recipes_folder().rglob("*.yaml"))
+    assert len(files) == len(PARTS) + len(OPEN) == 16
+    assert [file for file in files if not file.read_text().startswith("# ")] == []
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part.parent.name}/{part.stem}")
+def test_every_setting_of_a_recipe_part_arrives(tmp_path: Path, part: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(f"defaults: [/base_sft, /{part.parent.name}: {part.stem}, _self_]\n")
+    required = {"train.steps": 1, "log.dir": "l", "checkpoint.dir": "c", "model.load": "m", "optim.learning_rate": 0.5}
+    values = {key: value for key, value in yaml.safe_load(part.read_text()).items() if value != "???"}
+    given = [f"{path}={value}" for path, value in required.items() if path.rpartition(".")[2] not in values]
+    composed = yaml.safe_load(recipe_yaml(load_recipe(str(own), given)))[part.parent.name]
+    for source in composed.get("sources", []):
+        for name in ("path", "weight", "rows"):
+            del source[name]  # defaults that the part does not mention
+    assert {key: composed[key] for key in values} == values
+
+
+def test_a_group_chosen_on_the_command_line_arrives() -> None:
+    config = quickstart("layout=pp31_vpp2_ep8", "data=esci", "optim=adamw_constant")
+    assert (config.layout.pp, config.layout.vpp, config.layout.pipeline) == (31, 2, "Et|(t|)*60mL")
+    assert [source.kind for source in config.data.sources] == [SourceKind.esci]
+    assert config.optim.schedule is Schedule.constant
+
+
+def test_plain_objects_come_out_with_interpolations_resolved() -> None:
+    config = quickstart("log.dir=runs/a b")
+    assert config.checkpoint.dir == "runs/a b/checkpoints"
+    assert config.model.layer_spec is LayerSpecChoice.auto
+    assert type(config) is SftConfig
+    assert all(is_dataclass(getattr(config, field.name)) for field in fields(config))
+
+
+def test_a_recipe_of_ones_own_builds_on_a_shipped_one(tmp_path: Path) -> None:
+    folder = tmp_path / "it's my folder"
+    folder.mkdir()
+    own = folder / "mine.yaml"
+    own.write_text("defaults: [/sft/quickstart, override /layout: pp4_ep2, _self_]\nmodel: {load: abc}\n")
+    config = load_recipe(str(own), ["train.steps=7"])
+    assert (config.model.load, config.layout.pp, config.train.steps) == ("abc", 4, 7)
+
+
+def test_a_shipped_recipe_can_be_given_as_a_file() -> None:
+    file = recipes_folder() / "sft" / "quickstart.yaml"
+    assert load_recipe(str(file), ["model.load=runs/demo"]) == quickstart()
+
+
+def test_the_written_recipe_reads_back_to_an_equal_one(tmp_path: Path) -> None:
+    config = quickstart(
+        "model.frozen=[experts,router]", "data.sources=[{kind: jsonl, path: 'a: b', weight: 2.5}]", "layout=pp31_ep8"
+    )
+    file = tmp_path / "resolved.yaml"
+    file.write_text(recipe_yaml(config))
+    assert load_recipe(str(file)) == config
+
+
+def test_importing_the_schema_needs_neither_torch_nor_megatron() -> None:
+    code = (
+        "import sys, megatron_ads.config; print([m for m in ('torch', 'megatron', 'transformers') if m in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert answer.stdout.strip() == "[]"
+
+
+# ---- unknown, mistyped, missing ----
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", r"train\.stepz is not a setting; did you mean train\.steps\?"),
+        ("+train.stepz=3", r"train\.stepz is not a setting; did you mean train\.steps\?"),
+        ("steps=3", r"steps is not a setting; did you mean train\.steps\?"),
+        ("trian.steps=3", r"trian is not a setting; did you mean train\?"),
+        ("+model.zzz=1", r"model\.zzz is not a setting\. Known: model\.load, model\.layer_spec"),
+        ("data.sources=[{kind: builtin, weigth: 2}]", r"data\.sources\[\]\.weigth is not .* data\.sources\[\]\.weight"),
+        ("data.sources=[{kind: esi}]", r"data\.sources\[\]\.kind must be one of builtin, esci, jsonl"),
+        ("data.sources=3", r"data\.sources must be a list"),
+        ("train.steps=many", r"train\.steps must be a whole number: Value 'many'"),
+        ("train.steps=1.5", r"train\.steps must be a whole number: Value '1\.5'"),
+        ("train.steps=null", r"train\.steps must be a whole number"),
+        ("train.deterministic=3.5", r"train\.deterministic must be true or false: .*'3\.5'"),
+        ("train.evaluate_every=often", r"train\.evaluate_every must be a whole number or null"),
+        ("optim.learning_rate=fast", r"optim\.learning_rate must be a number"),
+        ("optim.schedule=cosin", r"optim\.schedule must be one of cosine, linear, constant"),
+        ("model.frozen=[expert]", r"model\.frozen\[0\] must be one of embedding, attention"),
+        ("layout=pp3_ep2", r"there is no recipe part 'layout/pp3_ep2'\. Did you mean pp\w+\? Available: pp1_ep1"),
+        ("layout.pp=[1", r"no viable alternative"),
+        ("log.dir=${logs.root}", r"Interpolation key 'logs\.root' not found"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_its_path_and_the_remedy(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"sft/quickstart: .*{message}"):
+        quickstart(override)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trian: {steps: 3}", r"trian is not a setting; did you mean train\?"),
+        ("train: {stepz: 3}", r"train\.stepz is not a setting; did you mean train\.steps\?"),
+        ("train: {steps: soon}", r"train\.steps must be a whole number: Value 'soon'"),
+        ("train: 3", r"train is 3; it must be a section with steps, global"),
+        ("data: {sources: [{kind: jsonl, file: a}]}", r"data\.sources\[\]\.file is not a setting"),
+        ("train: {steps: 3", r"line \d+"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_path_and_the_remedy(tmp_path: Path, text: str, message: str) -> None:
+    for defaults in ("", "defaults: [/sft/quickstart, _self_]\n"):  # with and without the schema below it
+        own = tmp_path / "mine.yaml"
+        own.write_text(f"{defaults}{text}\n")
+        with pytest.raises(ConfigError, match=rf"mine\.yaml.*{message}"):
+            load_recipe(str(own))
+
+
+def test_the_layout_alone_can_be_read_from_a_recipe_with_open_settings() -> None:
+    layout = load_layout("sft/deepseek_r1_671b_248gpu", ["layout.tp=2"])
+    assert (layout.pp, layout.ep, layout.tp, layout.last_stage_layers) == (31, 8, 2, 1)
+    with pytest.raises(ConfigError, match=r"layout\.pq is not a setting; did you mean layout\.pp\?"):
+        load_layout("sft/quickstart", ["layout.pq=2"])
+
+
+def test_settings_left_open_are_listed_together() -> None:
+    with pytest.raises(ConfigError, match=r"model\.load must be set, in the recipe or on the command line"):
+        load_recipe("sft/quickstart")
+    with pytest.raises(ConfigError, match=r"log\.dir, model\.load must be set"):
+        load_recipe("sft/quickstart", ["log.dir=???", "checkpoint.dir=c"])
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match=r"no recipe 'sft/quickstrat'\. Did you mean sft/quickstart\?"):
+        load_recipe("sft/quickstrat")
+    with pytest.raises(ConfigError, match=r"no recipe 'qqq'\. Shipped: sft/deepseek_r1_671b_248gpu, "):
+        load_recipe("qqq")
+    with pytest.raises(ConfigError, match=r"absent\.yaml does not exist"):
+        load_recipe("absent.yaml")
+
+
+# ---- combinations ----
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["layout=pp1_ep1", "layout.vpp=2"], r"layout\.vpp is 2 with layout\.pp = 1"),
+        (["layout.pp=3"], r"pp \* cp \* tp = 3 \* 1 \* 1 = 3, which does not divide the 4 ranks"),
+        (["layout.tp=0"], r"layout\.tp is 0; it must be at least 1"),
+        (["layout=pp1_ep1", "layout.last_stage_layers=1"], r"layout\.last_stage_layers is 1, which has no effect"),
+        (["layout.pipeline='Et|tL'", "layout.first_stage_layers=1"], r"layout\.first_stage_layers is 1, which has no"),
+        (["train.global_batch_size=6"], r"= 6 is not a multiple of .* 2 \* 2 = 4\. Choose a multiple of 4"),
+        (["train.micro_batch_size=0"], r"train\.micro_batch_size is 0; it must be at least 1"),
+        (["train.steps=0"], r"train\.steps is 0; it must be at least 1"),
+        (["train.steps=5"], r"optim\.warmup_steps = 10 is more than train\.steps = 5"),
+        (["data.validation_rows=0"], r"train\.evaluate_every is 100, but data\.validation_rows is 0"),
+        (["data.sources=[]"], r"data\.sources is empty"),
+        (["data.sources=[{kind: jsonl}]"], r"data\.sources\[0\]\.path is missing"),
+        (["data.sources=[{kind: builtin, path: a}]"], r"data\.sources\[0\]\.path is 'a', which has no effect"),
+        (["data.sources=[{kind: builtin}, {kind: esci, weight: 0}]"], r"data\.sources\[1\]\.weight is 0\.0; .*above 0"),
+        (["data.sources=[{kind: builtin, rows: 0}]"], r"data\.sources\[0\]\.rows is 0; it must be at least 1"),
+        (["layout.cp=2", "layout.pp=1", "data.seq_length=255"], r"255 \* 2 = 510 tokens cannot be cut into 4 pieces"),
+        (["optim.learning_rate=-1"], r"optim\.learning_rate is -1\.0; it must be at least 0"),
+        (["optim.learning_rate=0"], r"optim\.learning_rate is 0\.0; it must be above 0"),
+        (["optim.learning_rate=nan"], r"optim\.learning_rate is nan"),
+        (["optim.beta2=1"], r"optim\.beta2 is 1\.0; it must be at least 0 and below 1"),
+        (["optim.min_learning_rate=1"], r"optim\.min_learning_rate 1 is above optim\.learning_rate 0\.001"),
+        (["optim=adamw_constant", "optim.min_learning_rate=1e-6"], r"min_learning_rate is 1e-06, which has no effect"),
+        (["model.router_bias_update_rate=0.001"], r"router_bias_update_rate is 0\.001, which has no effect"),
+        (["model.router_bias=update"], r"router_bias is update, but model\.router_bias_update_rate is None"),
+        (["model.mtp_loss_weight=-0.1"], r"model\.mtp_loss_weight is -0\.1; it must be at least 0"),
+        (["model.frozen=[mtp]"], r"model\.frozen lists mtp, but model\.mtp_loss_weight is 0\.1"),
+        (["model.frozen=[router,router]"], r"model\.frozen lists router more than once"),
+        (["checkpoint.save_every=0"], r"checkpoint\.save_every is 0; it must be at least 1"),
+        (["runtime.timeout_seconds=0"], r"runtime\.timeout_seconds is 0"),
+    ],
+)
+def test_an_impossible_or_idle_combination_is_refused_with_the_numbers(overrides: list[str], message: str) -> None:
+    config = quickstart(*overrides)
+    with pytest.raises(ConfigError, match=message):
+        validate(config, 4)
+
+
+def test_interleaving_asks_for_microbatches_in_groups_of_the_stages() -> None:
+    # dp 2, 1 row each: 4 rows are 2 microbatches, a group of pp = 2; 6 rows are 3.
+    even = ["layout.vpp=2", "train.micro_batch_size=1", "train.global_batch_size=4"]
+    validate(quickstart(*even), 4)
+    with pytest.raises(ConfigError, match=r"6 / \(1 \* 2\) = 3 microbatches\. .* a multiple of 4"):
+        validate(quickstart(*even, "train.global_batch_size=6"), 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "message"),
+    [
+        (
+            "moonlight_16b_a3b",
+            ["model.mtp_loss_weight=0.1"],
+            r"mtp_loss_weight is 0\.1, but the model has no MTP layer",
+        ),
+        ("moonlight_16b_a3b", ["model.frozen=[mtp]"], r"model\.frozen lists mtp, which the model does not have"),
+        ("moonlight_16b_a3b", ["data.seq_length=8193"], r"data\.seq_length = 8193 is longer than the model's 8192"),
+        ("moonlight_16b_a3b", ["layout.pp=2"], r"27 decoder layers = 27, which 2 chunks"),
+        ("moonlight_16b_a3b", ["layout.ep=3"], r"64 routed experts cannot be spread evenly over layout\.ep = 3"),
+        (
+            "deepseek_v2_lite",
+            ["model.router_bias=update", "model.router_bias_update_rate=0.001"],
+            r"router_bias is update, but the model's router has no selection bias",
+        ),
+    ],
+)
+def test_a_recipe_that_does_not_fit_the_model_is_refused(model: str, overrides: list[str], message: str) -> None:
+    shape = read_model_shape(CONFIGS / f"{model}.json")
+    base = ["layout=pp1_ep1", "model.mtp_loss_weight=0", "train.global_batch_size=12", "train.micro_batch_size=1"]
+    validate(quickstart(*base), 6, shape)
+    config = quickstart(*base, *overrides)
+    validate(config, 6)
+    with pytest.raises(ConfigError, match=message):
+        validate(config, 6, shape)
+
+
+def test_freezing_and_the_moving_router_bias_are_accepted_where_they_have_an_effect() -> None:
+    config = quickstart(
+        "model.mtp_loss_weight=0",
+        "model.frozen=[experts,mtp]",
+        "model.router_bias=update",
+        "model.router_bias_update_rate=0.001",
+        "layout.last_stage_layers=31",
+    )
+    validate(config, 4, r1())
+    assert config.model.frozen == [FrozenPart.experts, FrozenPart.mtp]
+    assert config.model.router_bias is RouterBias.update
