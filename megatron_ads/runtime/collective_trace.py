@@ -50,7 +50,7 @@ class Collective:
     """Of every tensor passed, outputs first."""
     dtypes: tuple[str, ...]
     detail: str = ""
-    """Reduction and root, where the operation has them."""
+    """Reduction, root or peer (by global rank), where the operation has them."""
 
     def __str__(self) -> str:
         tensors = ", ".join(f"{dtype}{list(shape)}" for dtype, shape in zip(self.dtypes, self.shapes, strict=True))
@@ -99,7 +99,8 @@ def trace_collectives() -> Iterator[Trace]:
 
     def record(group: ProcessGroup, operation: str, arguments: Sequence[Any]) -> None:
         part = trace.point_to_point if operation in _POINT_TO_POINT else trace.collectives
-        part.setdefault(describe_group(group), []).append(describe_call(operation, arguments))
+        named = describe_group(group)
+        part.setdefault(named, []).append(describe_call(named, operation, arguments))
 
     with intercept(before=record):
         yield trace
@@ -161,14 +162,14 @@ def describe_group(group: ProcessGroup) -> Group:
     return Group("default" if name == "default_pg" else name, tuple(dist.get_process_group_ranks(group)))
 
 
-def describe_call(operation: str, arguments: Sequence[Any]) -> Collective:
+def describe_call(group: Group, operation: str, arguments: Sequence[Any]) -> Collective:
     """Return the record of a call of ``ProcessGroup`` method ``operation``."""
     tensors = list(_tensors(arguments))
     return Collective(
         operation=operation,
         shapes=tuple(tuple(tensor.shape) for tensor in tensors),
         dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for tensor in tensors),
-        detail=", ".join(_details(arguments)),
+        detail=", ".join(_details(group, operation, arguments)),
     )
 
 
@@ -180,9 +181,11 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors(argument)
 
 
-def _details(arguments: Sequence[Any]) -> Iterator[str]:
+def _details(group: Group, operation: str, arguments: Sequence[Any]) -> Iterator[str]:
+    if operation in ("send", "recv"):
+        yield f"{'to' if operation == 'send' else 'from'} rank {group.ranks[arguments[1]]}"
     for options in arguments:
         if hasattr(options, "reduceOp"):
             yield str(options.reduceOp.op.name).lower()
         if hasattr(options, "rootRank") and options.rootRank >= 0:
-            yield f"root {options.rootRank}"
+            yield f"root {group.ranks[options.rootRank]}"

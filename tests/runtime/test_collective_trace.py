@@ -49,8 +49,8 @@ def test_calls_are_recorded_with_their_shapes_types_reduction_and_root() -> None
     ]
     # An object is gathered by its length first, then by its bytes.
     assert [call.operation for call in first.collectives[group][6:]] == ["allgather", "allgather"]
-    assert [str(call) for call in first.point_to_point[group]] == ["send(float32[4])"]
-    assert [str(call) for call in second.point_to_point[group]] == ["recv(float32[4])"]
+    assert [str(call) for call in first.point_to_point[group]] == ["send(float32[4]; to rank 1)"]
+    assert [str(call) for call in second.point_to_point[group]] == ["recv(float32[4]; from rank 0)"]
     assert compare_traces({0: first, 1: second}) == []
 
 
