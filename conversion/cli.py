@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _TO_MEGATRON_EXAMPLES = """\
 examples:
   megatron-ads convert to-megatron DeepSeek-R1 r1-shards --pp 31 --ep 8 --last-stage-layers 1 --workers 8
-  megatron-ads convert to-megatron DeepSeek-R1 r1-shards --recipe sft/deepseek_r1 --dry-run
+  megatron-ads convert to-megatron DeepSeek-R1 r1-shards --recipe sft/deepseek_r1_671b_248gpu --dry-run
   megatron-ads convert to-megatron DeepSeek-R1 r1-dist --format torch_dist
 
 DeepSeek-R1 takes 0.69 TB as published (FP8), and 1.39 TB as BF16 shards for pp 31 x ep 8 (1.37 TB of weights, the
@@ -170,16 +170,20 @@ def _to_hf(args: argparse.Namespace) -> int:
     from conversion.hub import local_folder
     from conversion.sources import open_source
     from conversion.to_hf import ExportDtype, HfTarget
+    from conversion.to_reference import reference_target
 
     source = open_source(local_folder(args.source))
-    return _carry_out(args, HfTarget(source, args.target, ExportDtype(args.dtype), args.max_shard_size))
+    dtype = ExportDtype(args.dtype)
+    if args.reference is None:
+        return _carry_out(args, HfTarget(source, args.target, dtype, args.max_shard_size))
+    return _carry_out(args, reference_target(source, args.target, local_folder(args.reference), dtype))
 
 
 def _sizes(args: argparse.Namespace) -> "LayoutConfig":
     """Return the layout of ``--recipe``, with whatever was given beside it on top."""
-    from megatron_ads.config import LayoutConfig, load_recipe
+    from megatron_ads.config import LayoutConfig, load_layout
 
-    sizes = load_recipe(args.recipe).layout if args.recipe else LayoutConfig()
+    sizes = load_layout(args.recipe) if args.recipe else LayoutConfig()
     for name in (*(axis for axis, _ in _LAYOUT_OPTIONS), "pipeline", "first_stage_layers", "last_stage_layers"):
         if getattr(args, name) is not None:
             setattr(sizes, name, getattr(args, name))

@@ -9,7 +9,7 @@ from pathlib import Path
 from conversion.atomic_file import FileRecord, PreallocatedFile
 from conversion.encode import write_quantized, write_values
 from conversion.journal import open_journal
-from conversion.plan import ConversionPlan, OutputFile, Values
+from conversion.plan import ConversionPlan, OutputFile, Values, Verbatim
 from conversion.progress import ByteProgress
 from conversion.workers import Advance, run_all
 from megatron_ads.errors import ConversionError
@@ -81,6 +81,8 @@ def _write_output_file(folder: Path, file: OutputFile, advance: Advance) -> _Wri
         for item in file.items:
             if isinstance(item, Values):
                 write_values(out, item, advance)
+            elif isinstance(item, Verbatim):
+                out.write_at(item.offset, item.data)
             else:
                 error = write_quantized(out, item, advance)
                 if error is not None:

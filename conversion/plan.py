@@ -46,13 +46,23 @@ class Quantized:
 
 
 @dataclass(frozen=True, slots=True)
+class Verbatim:
+    """Write the bytes of a small tensor that the config determines and no Megatron model holds."""
+
+    name: str
+    offset: int
+    data: bytes
+    views: tuple[View, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class OutputFile:
     """One file to write: its header and where everything behind it comes from."""
 
     name: str
     header: bytes
     nbytes: int
-    items: tuple[Values | Quantized, ...]
+    items: tuple[Values | Quantized | Verbatim, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

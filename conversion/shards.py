@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from conversion.atomic_file import FileRecord, PreallocatedFile, tensor_bytes, write_small
+from conversion.derived_buffers import DerivedBuffer
 from conversion.errors import DamagedCheckpointError
 from conversion.names import Parameter, Split, parameters
 from conversion.rank_files import RankFile, ShardsLayout
@@ -109,6 +110,7 @@ def write_manifest(
     side_files_from: Path,
     aliases: Sequence[str],
     source: str,
+    derived: Mapping[str, DerivedBuffer] | None = None,
 ) -> None:
     """Carry the side files, check all rank files, and write ``manifest.json``, which makes the folder complete.
 
@@ -118,6 +120,7 @@ def write_manifest(
         side_files_from: Hugging Face folder, or another shards folder's ``hf/``.
         aliases: HF names of the repeated tensors that an export must write (``WeightSource.aliases``).
         source: Where the weights came from, for the reader of the manifest.
+        derived: Tensors to carry for an export (``WeightSource.derived``).
     """
     copy_side_files(side_files_from, folder / SIDE_FOLDER)
     pieces = _read_pieces(folder, layout)
@@ -132,6 +135,7 @@ def write_manifest(
         "dtype": _commonest_dtype(pieces),
         "config": dict(config),
         "aliases": list(aliases),
+        "derived": {name: buffer.as_json() for name, buffer in (derived or {}).items()},
         "files": {record.name: {"bytes": record.nbytes, "sha256": record.sha256} for record in records},
         "tensors": {
             name: {

@@ -1,13 +1,14 @@
 """Read canonical parameters out of any checkpoint this project knows, slice by slice, without loading the rest."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from conversion.derived_buffers import DerivedBuffer
 from conversion.hf_folder import INDEX, SINGLE, open_hf_folder
 from conversion.names import Kind, Parameter, hf_aliases, parameters
 from conversion.regions import Region, bands, fill, value_dtype
@@ -60,6 +61,8 @@ class WeightSource:
     aliases: Mapping[str, str]
     """Repeated HF tensors that belong to the model: HF name -> canonical name."""
     container: Container
+    derived: Mapping[str, DerivedBuffer] = field(default_factory=dict)
+    """Tensors that the Hugging Face checkpoint stores although its config determines them."""
 
     def names(self) -> tuple[str, ...]:
         """Return every canonical parameter name, in model order."""
@@ -138,6 +141,7 @@ def _hf_source(path: Path) -> WeightSource:
         side_folder=path,
         aliases=folder.aliases,
         container=folder,
+        derived={name: DerivedBuffer.of(folder.tensors[name]) for name in folder.derived},
     )
 
 
@@ -153,4 +157,5 @@ def _shards_source(path: Path) -> WeightSource:
         side_folder=path / SIDE_FOLDER,
         aliases={name: canonical for name, canonical in hf_aliases(shape).items() if name in stored},
         container=folder,
+        derived={name: DerivedBuffer.parse(stored) for name, stored in folder.manifest["derived"].items()},
     )

@@ -1,7 +1,7 @@
 """Plan the conversion of any checkpoint into a Hugging Face folder, in FP32, BF16 or FP8."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from conversion.atomic_file import FileRecord, write_small
+from conversion.derived_buffers import DerivedBuffer
 from conversion.fp8 import BLOCK, scale_shape
 from conversion.hf_folder import INDEX, SCALE_SUFFIX, SINGLE
 from conversion.names import HfPart, Kind, Parameter, parameters
-from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, folder_state, offsets
+from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state, offsets
 from conversion.regions import Rectangle, Region, View, whole
 from conversion.safetensors_file import HeaderEntry, header_order
 from conversion.side_files import copy_side_files, side_files
@@ -70,20 +71,24 @@ class HfTarget:
 
     def plan(self) -> ConversionPlan:
         """Decide which tensor goes into which file."""
-        groups = _shards(list(_hf_tensors(self.source, self.dtype)), self.max_shard_bytes)
-        count = len(groups)
-        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
         stored = self.source.files()
         carried = tuple(str(file) for file in side_files(self.source.side_folder))
         return ConversionPlan(
             source=self.source.path,
             target=self.target,
-            files=tuple(map(_plan_file, names if count > 1 else [SINGLE], groups)),
+            files=self._files(),
             source_state=folder_state(stored),
             source_bytes=sum(file.stat().st_size for file in stored),
             tensor_count=len(self.source.names()),
             finishing=(INDEX, *carried),
         )
+
+    def _files(self) -> tuple[OutputFile, ...]:
+        groups = _shards(list(hf_tensors(self.source, self.dtype, self.source.aliases)), self.max_shard_bytes)
+        count = len(groups)
+        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        derived = [self.source.derived, *[{}] * (count - 1)]
+        return tuple(map(_plan_file, names if count > 1 else [SINGLE], groups, derived))
 
     def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
         """Carry the side files, write a config that fits the dtype, and the index last."""
@@ -93,11 +98,11 @@ class HfTarget:
         if not unchanged:
             write_small(plan.target / "config.json", json.dumps(config, indent=2) + "\n")
         if len(records) > 1:
-            write_small(plan.target / INDEX, json.dumps(_index(plan), indent=2) + "\n")
+            write_small(plan.target / INDEX, json.dumps(build_index(plan), indent=2) + "\n")
 
 
-def _hf_tensors(source: WeightSource, dtype: ExportDtype) -> Iterator[HfTensor]:
-    """Yield the tensors in the order a reader meets them: embedding, layers, norm, head."""
+def hf_tensors(source: WeightSource, dtype: ExportDtype, aliases: Mapping[str, str]) -> Iterator[HfTensor]:
+    """Yield the tensors, with these repeats, in the order a reader meets them: embedding, layers, norm, head."""
     found: dict[str, HfTensor] = {}
     for parameter in parameters(source.shape).values():
         regions, row = source.regions(parameter.name), 0
@@ -106,7 +111,7 @@ def _hf_tensors(source: WeightSource, dtype: ExportDtype) -> Iterator[HfTensor]:
             rectangle = Rectangle(row, 0, extent.rows, extent.columns)
             found[part.name] = _hf_tensor(part, parameter, regions, rectangle, dtype)
             row += extent.rows
-    for alias, canonical in source.aliases.items():
+    for alias, canonical in aliases.items():
         parameter = parameters(source.shape)[canonical]
         part = HfPart(alias, parameter.shape)
         found[alias] = _hf_tensor(part, parameter, source.regions(canonical), whole(parameter.shape), dtype)
@@ -148,11 +153,13 @@ def _shards(tensors: Sequence[HfTensor], max_shard_bytes: int) -> list[list[HfTe
     return groups
 
 
-def _plan_file(name: str, tensors: Sequence[HfTensor]) -> OutputFile:
-    entries = header_order([entry for tensor in tensors for entry in tensor.entries])
-    header, offset_of, nbytes = offsets(entries, {"format": "pt"})
+def _plan_file(name: str, tensors: Sequence[HfTensor], derived: Mapping[str, DerivedBuffer]) -> OutputFile:
+    entries = [entry for tensor in tensors for entry in tensor.entries]
+    entries += [buffer.entry(name) for name, buffer in derived.items()]
+    header, offset_of, nbytes = offsets(header_order(entries), {"format": "pt"})
     items = sorted((_item(tensor, offset_of) for tensor in tensors), key=_first_offset)
-    return OutputFile(name, header, nbytes, tuple(items))
+    kept = [Verbatim(name, offset_of[name], buffer.data) for name, buffer in derived.items()]
+    return OutputFile(name, header, nbytes, (*items, *kept))
 
 
 def _item(tensor: HfTensor, offset_of: dict[str, int]) -> Values | Quantized:
@@ -182,7 +189,7 @@ def export_config(config: Any, dtype: ExportDtype) -> dict[str, Any]:
     return result
 
 
-def _index(plan: ConversionPlan) -> dict[str, Any]:
+def build_index(plan: ConversionPlan) -> dict[str, Any]:
     weight_map, total = {}, 0
     for file in plan.files:
         entries = json.loads(file.header[8:])

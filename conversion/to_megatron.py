@@ -50,6 +50,7 @@ class ShardsTarget:
             side_files_from=self.source.side_folder,
             aliases=tuple(self.source.aliases),
             source=str(self.source.path),
+            derived=self.source.derived,
         )
 
 
