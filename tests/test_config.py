@@ -196,8 +196,8 @@ def test_a_wrong_file_is_refused_with_its_path_and_the_remedy(tmp_path: Path, te
 def test_the_layout_alone_can_be_read_from_a_recipe_with_open_settings() -> None:
     layout = load_layout("sft/deepseek_r1_671b_248gpu", ["layout.tp=2"])
     assert (layout.pp, layout.ep, layout.tp, layout.last_stage_layers) == (31, 8, 2, 1)
-    with pytest.raises(ConfigError, match=r"layout\.pq is not a setting; did you mean layout\.pp\?"):
-        load_layout("sft/quickstart", ["layout.pq=2"])
+    with pytest.raises(ConfigError, match=r"layout\.piplin is not a setting; did you mean layout\.pipeline\?"):
+        load_layout("sft/quickstart", ["layout.piplin=2"])
 
 
 def test_settings_left_open_are_listed_together() -> None:
