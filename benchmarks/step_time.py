@@ -165,6 +165,8 @@ def _packed(tokens_BS: Any) -> Any:
         cu_seqlens=torch.arange(0, rows * length + 1, length, dtype=torch.int32),
         sample_count=rows,
         token_count=rows * length,
+        target_count=rows * (length - 1),
+        normalizer=rows * (length - 1),
     )
 
 
@@ -180,7 +182,7 @@ def transformers_step(model: Any, tokens_BS: Any) -> Step:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
