@@ -1,0 +1,1 @@
+"""From files and generators to the batches of one replica: chat rows, tokens, loss masks, packing, mixing."""

@@ -1,0 +1,257 @@
+"""The batches of one replica: which samples form a step, how they share its rows, and where the sequence stands.
+
+Which samples form a step, and how they are packed, depends on the data, the seed and the step alone. Replicas and
+microbatches only divide the rows among themselves.
+
+Shape suffixes: B = rows of a microbatch, S = tokens of a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ads.config import Normalize
+from megatron_ads.data.mixing import Mixture, WeightedRows
+from megatron_ads.data.packing import pack_prefix
+from megatron_ads.data.rows import TokenizedRow
+from megatron_ads.errors import ConfigError, DataError
+
+PADDING_TOKEN = 0
+
+PackedRow = Sequence[TokenizedRow]
+"""The samples of one row, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One microbatch. Every row holds whole samples, then padding."""
+
+    tokens_BS: Tensor
+    """int64; the input token at each position."""
+    labels_BS: Tensor
+    """int64; the token that follows it in its sample."""
+    positions_BS: Tensor
+    """int64; counted from 0 in each sample."""
+    mask_BS: Tensor
+    """float32; weight of the loss of each label, 0 where none is counted."""
+    cu_seqlens: Tensor
+    """int32; where each sample, or the padding that ends a row, begins in the flattened B * S tokens; then B * S."""
+    sample_count: int
+    token_count: int
+    """Tokens that are not padding."""
+    target_count: int
+    """Labels whose weight is not 0."""
+    normalizer: int
+    """What the sum of the weighted losses of a step is divided by, summed over its microbatches and replicas: the
+    target tokens, or the samples that have any."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaShare:
+    """Which rows of a step one replica runs, and in which microbatches."""
+
+    global_batch_size: int
+    """Rows of a step, over all replicas."""
+    micro_batch_size: int
+    """Rows that a replica runs at once."""
+    dp_rank: int
+    dp_size: int
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % (self.micro_batch_size * self.dp_size):
+            raise ConfigError(
+                f"train.global_batch_size = {self.global_batch_size} rows do not divide into train.micro_batch_size * "
+                f"dp = {self.micro_batch_size} * {self.dp_size} = {self.micro_batch_size * self.dp_size}. "
+                "Choose a multiple."
+            )
+
+    def microbatches(self, rows: Sequence[PackedRow]) -> list[Sequence[PackedRow]]:
+        """Return this replica's rows of a step, one entry per microbatch."""
+        size, stride = self.micro_batch_size, self.micro_batch_size * self.dp_size
+        first = self.dp_rank * size
+        return [rows[start : start + size] for start in range(first, len(rows), stride)]
+
+
+class BatchStream:
+    """The endless sequence of steps of one replica. Where it stands is a few integers, the same on every replica."""
+
+    def __init__(
+        self,
+        sources: Sequence[WeightedRows],
+        share: ReplicaShare,
+        *,
+        seq_length: int,
+        packing: bool,
+        seed: int,
+        normalize: Normalize = Normalize.token,
+    ) -> None:
+        """Start at the first step.
+
+        Args:
+            sources: Where samples are drawn from.
+            share: Which rows are this replica's.
+            seq_length: S, in tokens; no sample may predict more.
+            packing: Put as many samples into a row as fit; else one.
+            seed: Decides the order of the samples.
+            normalize: What the loss is averaged over.
+
+        Raises:
+            DataError: If a source has no rows, or one that is too long.
+        """
+        for source in sources:
+            refuse_long_rows(source.rows, seq_length)
+        self._mixture = Mixture(sources, seed=seed)
+        self._share = share
+        self._seq_length = seq_length
+        self._packing = packing
+        self._seed = seed
+        self._normalize = normalize
+
+    def next_step(self) -> list[PackedBatch]:
+        """Return this replica's microbatches of the next step."""
+        rows = self._next_rows()
+        return [
+            collate(micro, seq_length=self._seq_length, normalize=self._normalize)
+            for micro in self._share.microbatches(rows)
+        ]
+
+    def _next_rows(self) -> list[PackedRow]:
+        """Draw and pack the rows of a step; samples that do not fit any more go back."""
+        count = self._share.global_batch_size
+        if not self._packing:
+            return [[self._mixture.draw()[1]] for _ in range(count)]
+        drawn = [self._mixture.draw() for _ in range(count)]
+        room = count * self._seq_length - sum(row.predictions for _, row in drawn)
+        while room >= 0:
+            drawn.append(self._mixture.draw())
+            room -= drawn[-1][1].predictions
+        packed = pack_prefix([row.predictions for _, row in drawn], capacity=self._seq_length, rows=count)
+        used = sum(len(indices) for indices in packed)
+        self._mixture.put_back([source for source, _ in drawn[used:]])
+        return [[drawn[index][1] for index in indices] for indices in packed]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the sequence stands, and of which sequence; independent of the layout."""
+        return {"drawn": list(self._mixture.drawn), "rows": list(self._mixture.sizes), "seed": self._seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken.
+
+        Raises:
+            DataError: If it belongs to other rows or another seed.
+        """
+        for name, here in (("rows", list(self._mixture.sizes)), ("seed", self._seed)):
+            if state[name] != here:
+                raise DataError(
+                    f"The checkpoint was made with data of {name} {state[name]}, this job has {here}: the order of "
+                    "samples cannot go on. Use the same data settings, or start anew with checkpoint.resume=false."
+                )
+        self._mixture.drawn = list(state["drawn"])
+
+
+def batches_of_all(
+    rows: Sequence[TokenizedRow],
+    share: ReplicaShare,
+    *,
+    seq_length: int,
+    packing: bool,
+    normalize: Normalize = Normalize.token,
+) -> list[PackedBatch]:
+    """Return this replica's microbatches of one pass over ``rows``, in order; every replica has as many.
+
+    The last step is filled with rows of padding. ``share.global_batch_size`` rows are packed at a time.
+
+    Raises:
+        DataError: If a row is too long.
+    """
+    refuse_long_rows(rows, seq_length)
+    batches: list[PackedBatch] = []
+    start, count = 0, share.global_batch_size
+    while start < len(rows):
+        packed = _pack_from(rows, start, count, seq_length if packing else None)
+        start += sum(len(row) for row in packed)
+        micros = share.microbatches(packed)
+        batches += [collate(micro, seq_length=seq_length, normalize=normalize) for micro in micros]
+    return batches
+
+
+def _pack_from(rows: Sequence[TokenizedRow], start: int, count: int, capacity: int | None) -> list[PackedRow]:
+    """Return ``count`` packed rows, some of them perhaps empty; ``capacity`` None is one sample a row."""
+    if capacity is None:
+        single: list[PackedRow] = [[row] for row in rows[start : start + count]]
+        return single + [[] for _ in range(count - len(single))]
+    lengths: list[int] = []
+    room = count * capacity
+    for row in rows[start:]:
+        lengths.append(row.predictions)
+        room -= row.predictions
+        if room < 0:
+            break
+    packed = pack_prefix(lengths, capacity=capacity, rows=count)
+    return [[rows[start + index] for index in indices] for indices in packed]
+
+
+def refuse_long_rows(rows: Sequence[TokenizedRow], seq_length: int) -> None:
+    """Raise if a row predicts more tokens than fit.
+
+    Raises:
+        DataError: With the first such row.
+    """
+    for row in rows:
+        if row.predictions > seq_length:
+            raise DataError(
+                f"Row {row.id!r} needs {row.predictions} positions, data.seq_length is {seq_length}. "
+                "Raise data.seq_length, or leave the row out."
+            )
+
+
+def fill_rate(batches: Sequence[PackedBatch]) -> float:
+    """Return the share of positions that are not padding."""
+    return sum(batch.token_count for batch in batches) / sum(batch.tokens_BS.numel() for batch in batches)
+
+
+def collate(rows: Sequence[PackedRow], *, seq_length: int, normalize: Normalize) -> PackedBatch:
+    """Lay samples end to end in each row, shift the labels, and count what the loss is normalised by."""
+    shape = (len(rows), seq_length)
+    tokens_BS = torch.full(shape, PADDING_TOKEN)
+    labels_BS = torch.full(shape, PADDING_TOKEN)
+    positions_BS = torch.zeros(shape, dtype=torch.int64)
+    mask_BS = torch.zeros(shape)
+    boundaries = [0]
+    for b, samples in enumerate(rows):
+        start = 0
+        for sample in samples:
+            place = slice(start, start + sample.predictions)
+            tokens_BS[b, place] = torch.from_numpy(sample.tokens[:-1])
+            labels_BS[b, place] = torch.from_numpy(sample.tokens[1:])
+            positions_BS[b, place] = torch.arange(sample.predictions)
+            mask_BS[b, place] = label_weights(sample, normalize)
+            start = place.stop
+            boundaries.append(b * seq_length + start)
+        if start < seq_length:
+            positions_BS[b, start:] = torch.arange(seq_length - start)
+            boundaries.append((b + 1) * seq_length)
+    samples_in_all = [sample for row in rows for sample in row]
+    targets = [int((sample.loss_weights[1:] != 0).sum()) for sample in samples_in_all]
+    return PackedBatch(
+        tokens_BS=tokens_BS,
+        labels_BS=labels_BS,
+        positions_BS=positions_BS,
+        mask_BS=mask_BS,
+        cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
+        sample_count=len(samples_in_all),
+        token_count=sum(sample.predictions for sample in samples_in_all),
+        target_count=sum(targets),
+        normalizer=sum(targets) if normalize is Normalize.token else sum(count > 0 for count in targets),
+    )
+
+
+def label_weights(sample: TokenizedRow, normalize: Normalize) -> Tensor:
+    """Return the weights of a sample's N - 1 labels; per sample, they are divided by the number of its targets."""
+    weights = torch.from_numpy(sample.loss_weights[1:])
+    if normalize is Normalize.sample:
+        weights = weights / max(int((weights != 0).sum()), 1)
+    return weights

@@ -1,0 +1,68 @@
+"""Turn a conversation into tokens: loss on the target only, reasoning and end token included.
+
+The prompt is rendered by the checkpoint's own chat template up to where the assistant speaks. The target is appended
+as it stands, not rendered: templates of reasoning models drop ``<think>...</think>`` from assistant messages. Some of
+them open ``<think>`` in the prompt already; then the target does not repeat it.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_ads.data.rows import ChatRow, Message, Role, TokenizedRow
+from megatron_ads.data.tokenizer import ChatTokenizer
+from megatron_ads.errors import DataError
+
+THINK = "<think>"
+
+
+def tokenize_row(row: ChatRow, tokenizer: ChatTokenizer) -> TokenizedRow:
+    """Return prompt, target and end token, with the row's weight on target and end token.
+
+    Raises:
+        DataError: If the chat template does not take this conversation.
+    """
+    prompt, target = split_text(row, tokenizer)
+    prompt_tokens = tokenizer.encode(prompt)
+    target_tokens = [*tokenizer.encode(target), tokenizer.end_token_id]
+    weights = np.zeros(len(prompt_tokens) + len(target_tokens), dtype=np.float32)
+    weights[len(prompt_tokens) :] = row.weight
+    tokens = np.array(prompt_tokens + target_tokens, dtype=np.int32)
+    return TokenizedRow(id=row.id, task=row.task, tokens=tokens, loss_weights=weights)
+
+
+def split_text(row: ChatRow, tokenizer: ChatTokenizer) -> tuple[str, str]:
+    """Return the prompt as the model reads it, and the target as the model should go on."""
+    try:
+        prompt = render_prompt(row.prompt, tokenizer)
+    except DataError as error:
+        raise DataError(f"Row {row.id!r}: {error}") from None
+    target = row.target
+    if prompt.rstrip().endswith(THINK):
+        target = target.lstrip().removeprefix(THINK).lstrip("\n")
+    return prompt, target
+
+
+def render_prompt(messages: Sequence[Message], tokenizer: ChatTokenizer) -> str:
+    """Return the text of a conversation up to where the assistant answers.
+
+    Raises:
+        DataError: If the checkpoint's chat template refuses these messages.
+    """
+    from jinja2.exceptions import TemplateError
+
+    if not tokenizer.has_chat_template:
+        return _plain_prompt(messages)
+    try:
+        text: str = tokenizer.fast.apply_chat_template(
+            [message.as_dict() for message in messages], tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise DataError(f"the checkpoint's chat template refuses the conversation: {error}") from None
+    return text
+
+
+def _plain_prompt(messages: Sequence[Message]) -> str:
+    """One paragraph a message, for checkpoints without a chat template (base models)."""
+    turns = [f"{message.role}: {message.content}" for message in messages]
+    return "\n\n".join([*turns, f"{Role.assistant}: "])

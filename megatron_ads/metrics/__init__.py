@@ -1,0 +1,1 @@
+"""How well predictions do: pure functions on lists of predictions and truths."""

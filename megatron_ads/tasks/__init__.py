@@ -1,0 +1,1 @@
+"""One module per ads task: prompt, target, strict parser."""
