@@ -1,0 +1,1 @@
+"""Building, stepping, saving and exporting a fine-tuning job."""

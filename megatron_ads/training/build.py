@@ -1,0 +1,89 @@
+"""Build one rank's part of a fine-tuning job: model, optimizer, and where in the data it stands."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+
+from conversion.layer_specs import LayerSpec
+from conversion.rank_files import ShardsLayout
+from conversion.sources import WeightSource
+from megatron_ads.config import OptimConfig, SftConfig
+from megatron_ads.layout import ParallelLayout
+from megatron_ads.models.build import build_chunks
+from megatron_ads.models.load import load_weights
+from megatron_ads.models.precision import wrap_precision
+from megatron_ads.models.settings import ModelSettings
+from megatron_ads.optim.build import build_optimizer, trains_experts_anywhere, wrap_for_training
+from megatron_ads.optim.chain import OptimizerChain
+from megatron_ads.optim.schedule import LearningRateSchedule
+from megatron_ads.runtime.device import device
+from megatron_ads.training.frozen import freeze
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainedModel:
+    """One rank's chunks and the optimizer over them."""
+
+    spec: LayerSpec
+    models: list[GPTModel]
+    """The bare chunks, in the order a microbatch visits them."""
+    chunks: list[Any]
+    """The same inside Megatron's DistributedDataParallel."""
+    optimizer: OptimizerChain
+    schedule: LearningRateSchedule
+
+
+def build_model(
+    config: SftConfig, source: WeightSource, shards: ShardsLayout, *, stub_experts: bool = True
+) -> TrainedModel:
+    """Build this rank's chunks, fill them from ``source`` and put gradient buffers and the optimizer around them.
+
+    A collective: every rank must call it. ``stub_experts`` is as in ``optim.build.build_optimizer``.
+
+    Raises:
+        ConfigError: If Megatron-Core cannot express the model or the layout.
+        ConversionError: If the weights do not fit the model.
+    """
+    settings = ModelSettings.of(config.model, deterministic=config.train.deterministic)
+    models = build_chunks(shards.shape, shards.layout, shards.placement, settings)
+    load_weights(models, source, settings.spec)
+    freeze(models, config.model.frozen, shards.shape, settings.spec)
+    chunks = wrap_for_training(wrap_precision(models), overlap=device().type == "cuda")
+    for model in models:
+        model.config.finalize_model_grads_func = finalize_model_grads
+    optimizer = build_optimizer(
+        chunks,
+        config.optim,
+        settings.precision,
+        has_expert_member=trains_experts_anywhere(chunks),
+        stub_experts=stub_experts,
+    )
+    return TrainedModel(
+        spec=settings.spec,
+        models=models,
+        chunks=chunks,
+        optimizer=optimizer,
+        schedule=_schedule(config.optim, config.train.steps),
+    )
+
+
+def lay_out(config: SftConfig, source: WeightSource, world: int) -> ShardsLayout:
+    """Return which rank runs and owns what, for ``world`` ranks.
+
+    Raises:
+        ConfigError: If the recipe's layout does not fit the model or the number of ranks.
+    """
+    layout: ParallelLayout = config.layout.runtime(world)
+    return ShardsLayout(shape=source.shape, layout=layout, placement=config.layout.placement(source.shape, layout))
+
+
+def _schedule(settings: OptimConfig, total_steps: int) -> LearningRateSchedule:
+    return LearningRateSchedule(
+        peak=settings.learning_rate,
+        floor=settings.min_learning_rate,
+        warmup_steps=settings.warmup_steps,
+        total_steps=total_steps,
+        shape=settings.schedule,
+    )

@@ -1,0 +1,287 @@
+"""Training checkpoints: Megatron's torch_dist format in a folder that appears under its name only when complete.
+
+    <dir>/step-00000100/            manifest.json names every file with its size and checksum
+    <dir>/.step-00000120.partial/   a save that was cut off; never read, removed by the next save
+
+Model keys and shapes are Megatron's own, so stock ``megatron.core.dist_checkpointing`` reads the model part. Nothing in
+a checkpoint depends on the layout but the random-number states, which are used again on the same layout only.
+"""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from megatron_ads.errors import CheckpointError
+from megatron_ads.layout import ParallelLayout
+from megatron_ads.optim.chain import OptimizerChain
+from megatron_ads.optim.state import load_optimizer_state, sharded_optimizer_state
+from megatron_ads.training.torch_dist_writer import InProcessSave
+
+MANIFEST = "manifest.json"
+FORMAT = "megatron-ads training checkpoint, version 1"
+_COMPLETE = re.compile(r"step-(\d{8})")
+_CHECKSUM_BLOCK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """Where a job stands; the same on every rank and under every layout."""
+
+    step: int
+    """Steps done, skipped updates included."""
+    updates: int
+    """Optimizer updates done."""
+    data: dict[str, Any]
+    """Position in the data, from ``BatchStream.state_dict``."""
+
+
+def complete_checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """Return ``(step, folder)`` of every complete checkpoint, oldest first."""
+    if not directory.is_dir():
+        return []
+    found = [(_COMPLETE.fullmatch(entry.name), entry) for entry in directory.iterdir() if (entry / MANIFEST).is_file()]
+    return sorted((int(match[1]), entry) for match, entry in found if match)
+
+
+def partial_checkpoints(directory: Path) -> list[Path]:
+    """Return the folders that saves left behind when they were cut off."""
+    return sorted(directory.glob(".step-*.partial")) if directory.is_dir() else []
+
+
+def verify_files(folder: Path, *, share: tuple[int, int] = (0, 1)) -> None:
+    """Check every file's size and, for this rank's ``share`` (index, count) of the files, its checksum.
+
+    Raises:
+        CheckpointError: Naming the file that is missing, cut off or changed.
+    """
+    for index, (name, expected) in enumerate(sorted(read_manifest(folder)["files"].items())):
+        file = folder / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != expected["bytes"]:
+            found = "missing" if size is None else f"{size} bytes long instead of {expected['bytes']}"
+            raise _damaged(folder, f"{name} is {found}")
+        if index % share[1] == share[0] and _checksum(file) != expected["crc32"]:
+            raise _damaged(folder, f"the content of {name} changed since it was written (checksum)")
+
+
+def _damaged(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {folder} is damaged: {what}. Delete this folder to go on from the checkpoint before it, "
+        "or restore the file."
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a complete checkpoint.
+
+    Raises:
+        CheckpointError: If there is none, it is cut off, or it is another format's.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {MANIFEST}: the save was cut off; it cannot be loaded.") from None
+    except ValueError as error:
+        raise _damaged(folder, f"{MANIFEST} is not JSON ({error})") from None
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} is a {manifest.get('format')!r}; expected {FORMAT!r}.")
+    return manifest  # type: ignore[no-any-return]
+
+
+def save_checkpoint(
+    directory: Path,
+    chunks: Sequence[Any],
+    optimizer: OptimizerChain,
+    progress: Progress,
+    layout: ParallelLayout,
+    *,
+    side_files: Path | None,
+    keep_last: int,
+) -> Path:
+    """Write one checkpoint; a collective over all ranks. Older ones beyond ``keep_last`` are deleted afterwards.
+
+    ``side_files`` is a folder (config, tokenizer) copied along as ``hf/``, so that an export needs nothing else.
+
+    Raises:
+        CheckpointError: On a full disk, or if a checkpoint of this step is already there.
+        TopologyError: If the ranks disagree about the number of updates.
+    """
+    if optimizer.agreed_updates() != progress.updates:
+        raise CheckpointError(f"progress says {progress.updates} updates, the optimizer {optimizer.updates}.")
+    final = directory / f"step-{progress.step:08d}"
+    partial = directory / f".{final.name}.partial"
+    if dist.get_rank() == 0:
+        _prepare(directory, final, partial, side_files)
+    dist.barrier()
+    state = _sharded_state(chunks, optimizer, loading=False)
+    state["training"] = asdict(progress)
+    _write_tensors(state, partial)
+    entries: list[Any] = [None] * dist.get_world_size()
+    own = partial.glob(f"__{dist.get_rank()}_*.distcp")
+    dist.all_gather_object(entries, _file_entries(partial, own))
+    if dist.get_rank() == 0:
+        _finish(partial, final, {name: entry for part in entries for name, entry in part.items()}, progress, layout)
+        for _, folder in complete_checkpoints(directory)[:-keep_last]:
+            _remove(folder)
+    dist.barrier()
+    return final
+
+
+def _prepare(directory: Path, final: Path, partial: Path, side_files: Path | None) -> None:
+    if final.exists():
+        raise CheckpointError(f"{final} already exists; delete it or choose another checkpoint.dir.")
+    for leftover in partial_checkpoints(directory):
+        shutil.rmtree(leftover)
+    partial.mkdir(parents=True)
+    if side_files is not None:
+        shutil.copytree(side_files, partial / "hf")
+
+
+def _write_tensors(state: dict[str, Any], partial: Path) -> None:
+    try:
+        dist_checkpointing.save(
+            state, str(partial), sharded_strategy=InProcessSave(), content_metadata={"format": FORMAT}
+        )
+    except OSError as error:
+        raise CheckpointError(
+            f"writing {partial} failed ({error.strerror}); earlier checkpoints are untouched. Free some space."
+        ) from error
+
+
+def _file_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, int]]:
+    """Flush the files to disk; return name -> size and checksum."""
+    entries = {}
+    for file in files:
+        with file.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        entries[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "crc32": _checksum(file)}
+    return entries
+
+
+def _checksum(file: Path) -> int:
+    value = 0
+    with file.open("rb") as handle:
+        while block := handle.read(_CHECKSUM_BLOCK_BYTES):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _finish(
+    partial: Path, final: Path, entries: dict[str, dict[str, int]], progress: Progress, layout: ParallelLayout
+) -> None:
+    """Rank 0: add the files nobody else owns, write the manifest last, and give the folder its name."""
+    others = [file for file in partial.rglob("*") if file.is_file() and str(file.relative_to(partial)) not in entries]
+    manifest = {
+        "format": FORMAT,
+        "step": progress.step,
+        "updates": progress.updates,
+        "layout": asdict(layout),
+        "files": dict(sorted((entries | _file_entries(partial, others)).items())),
+    }
+    temporary = partial / f"{MANIFEST}.partial"
+    with temporary.open("w", encoding="utf-8") as handle:
+        json.dump(manifest, handle, indent=1)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.rename(partial / MANIFEST)
+    _sync_folder(partial)
+    partial.rename(final)
+    _sync_folder(final.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint so that a kill in between leaves a folder without its manifest, never a damaged one."""
+    doomed = folder.with_name(f".{folder.name}.partial")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def load_checkpoint(folder: Path, chunks: Sequence[Any], optimizer: OptimizerChain, layout: ParallelLayout) -> Progress:
+    """Load a checkpoint, saved under this or any other layout, into the model and the optimizer; a collective.
+
+    Raises:
+        CheckpointError: If a file is missing, cut off or changed.
+    """
+    verify_files(folder, share=(dist.get_rank(), dist.get_world_size()))
+    same_layout = read_manifest(folder)["layout"] == asdict(layout)
+    state = _sharded_state(chunks, optimizer, loading=True)
+    if not same_layout:
+        del state["rng"]
+    loaded = dist_checkpointing.load(state, str(folder))
+    for index, chunk in enumerate(chunks):
+        _load_model(chunk, loaded[f"model{index}"])
+    progress = Progress(**loaded["training"])
+    load_optimizer_state(optimizer, loaded["optimizer"], updates=progress.updates)
+    if same_layout:
+        _set_random_states(loaded["rng"])
+    return progress
+
+
+def _sharded_state(chunks: Sequence[Any], optimizer: OptimizerChain, *, loading: bool) -> dict[str, Any]:
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    models = {
+        f"model{index}": core_model(chunk).sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)
+    }
+    state = {**models, "optimizer": sharded_optimizer_state(optimizer, models, loading=loading)}
+    if loading:
+        # The linears' _extra_state holds Transformer Engine's FP8 scales, unused here, and is pickled: it is written,
+        # because stock Megatron asks for it, and never read.
+        state = extract_matching_values(state, lambda value: not isinstance(value, ShardedObject))[0]
+    state["rng"] = _random_states()
+    return state
+
+
+def core_model(chunk: Any) -> Any:
+    """Return the GPTModel inside Megatron's wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _load_model(chunk: Any, state: dict[str, Any]) -> None:
+    missing, unexpected = core_model(chunk).load_state_dict(state, strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"the checkpoint does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}."
+        )
+
+
+def _random_states() -> dict[str, ShardedTensor]:
+    """One row per rank. Dropout is off here, so nothing draws from them; they are kept for code that does."""
+    states = {"torch": torch.get_rng_state()}
+    states |= {f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
+    where = (0, dist.get_rank(), dist.get_world_size())
+    return {
+        name: ShardedTensor.from_rank_offsets(f"rng.{name}", state.cpu(), where, prepend_axis_num=1)
+        for name, state in states.items()
+    }
+
+
+def _set_random_states(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["torch"])
+    tracker = get_cuda_rng_tracker()
+    device = next(iter(tracker.get_states().values())).device if tracker.get_states() else torch.device("cpu")
+    tracker.set_states({name: states[f"tracker.{name}"].to(device) for name in tracker.get_states()})

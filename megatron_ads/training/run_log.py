@@ -1,0 +1,128 @@
+"""What a run leaves to look at: metrics of every step, progress, and what exactly was run."""
+
+import dataclasses
+import json
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.distributed as dist
+
+from conversion.rank_files import ShardsLayout
+from megatron_ads.config import SftConfig
+from megatron_ads.models.expert_load import ExpertLoad
+from megatron_ads.models.flops import flops_per_token
+from megatron_ads.observability.metrics import MetricsWriter
+from megatron_ads.observability.progress import Progress
+from megatron_ads.runtime.device import device, peak_memory_bytes
+from megatron_ads.training.build import TrainedModel
+from megatron_ads.training.step import StepReport
+
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "safetensors", "transformers", "hydra-core")
+
+
+class RunLog:
+    """Rank 0 writes; the other ranks take part in the measurements that are collective."""
+
+    def __init__(self, config: SftConfig, model: TrainedModel, shards: ShardsLayout, *, resume_step: int) -> None:
+        self._every = config.train.log_every
+        self._flops_per_token = flops_per_token(
+            shards.shape, config.data.seq_length, with_mtp=config.model.mtp_loss_weight > 0
+        )
+        self._load = ExpertLoad(model.models) if shards.shape.num_experts else None
+        self._writer: MetricsWriter | None = None
+        if dist.get_rank() == 0:
+            directory = Path(config.log.dir)
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / "run.json").write_text(json.dumps(describe_run(config), indent=1) + "\n", encoding="utf-8")
+            self._writer = MetricsWriter(directory, config.log.tensorboard, resume_step)
+        self._progress = Progress(config.train.steps, resume_step, "SFT")
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def step(self, step: int, report: StepReport, learning_rate: float) -> None:
+        """Record one training step; a collective on the steps that are logged."""
+        seconds, self._started = time.monotonic() - self._started, time.monotonic()
+        if step % self._every == 0:
+            self._write(step, self._step_metrics(report, learning_rate, seconds))
+        self._progress.update(1, loss=report.loss)
+
+    def _step_metrics(self, report: StepReport, learning_rate: float, seconds: float) -> dict[str, float]:
+        assert report.update is not None
+        metrics = {
+            "loss": report.loss,
+            "grad_norm": report.update.grad_norm,
+            "learning_rate": learning_rate,
+            "updated": report.update.updated,
+            "target_tokens": report.target_tokens,
+            "tokens": report.tokens,
+            "samples": report.samples,
+            "step_seconds": seconds,
+            "tokens_per_second": report.tokens / seconds,
+            "model_flops_per_second": report.tokens * self._flops_per_token / seconds,
+            "memory_bytes": _largest(peak_memory_bytes()),
+        }
+        if self._load is not None:
+            metrics["expert_load_max_over_mean"] = self._load.measure()
+        return metrics
+
+    def validation(self, step: int, report: StepReport) -> None:
+        """Record an evaluation on the held-out rows; its time does not count as the next step's."""
+        self._write(step, {"validation_loss": report.loss})
+        self._started = time.monotonic()
+
+    def saved(self, step: int, seconds: float) -> None:
+        """Record a checkpoint; its time does not count as the next step's."""
+        self._write(step, {"checkpoint_seconds": seconds})
+        self._started = time.monotonic()
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        if self._writer is not None:
+            self._writer.write(step, metrics)
+
+
+def _largest(value: float) -> float:
+    largest = torch.tensor(float(value), dtype=torch.float64, device=device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
+
+
+def describe_run(config: SftConfig) -> dict[str, object]:
+    """Return the resolved recipe, code revision, package versions and hardware."""
+    return {
+        "recipe": dataclasses.asdict(config),
+        "revision": _git_revision(),
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "ranks": dist.get_world_size(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        answer = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

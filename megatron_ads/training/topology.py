@@ -1,0 +1,1 @@
+"""What every rank is about to do, compared before the first step."""

@@ -1,0 +1,149 @@
+"""What the ranks of the training tests run: a few optimizer steps of a tiny model on fixed rows, under any layout."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conversion.sources import WeightSource, open_source
+from megatron_ads.config import (
+    CheckpointConfig,
+    DataConfig,
+    LayoutConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    Precision,
+    Schedule,
+    SftConfig,
+    SourceConfig,
+    SourceKind,
+    TrainConfig,
+)
+from megatron_ads.data.batches import PackedBatch
+from tests.models.jobs import rows
+
+ROWS_PER_STEP = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The settings a test varies; everything else is fixed."""
+
+    folder: Path
+    layout: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)
+    checkpoints: Path | None = None
+    steps: int = 3
+    stub_experts: bool = True
+
+    def config(self) -> SftConfig:
+        """Return the whole recipe."""
+        return SftConfig(
+            model=ModelConfig(**{"load": str(self.folder), "precision": Precision.fp32} | self.model),
+            layout=LayoutConfig(**self.layout),
+            data=DataConfig(sources=[SourceConfig(kind=SourceKind.builtin)], seq_length=32),
+            optim=OptimConfig(
+                **{"learning_rate": 1e-3, "schedule": Schedule.constant, "weight_decay": 0.1} | self.optim
+            ),
+            train=TrainConfig(steps=self.steps, global_batch_size=ROWS_PER_STEP),
+            checkpoint=CheckpointConfig(dir=str(self.checkpoints or "unused")),
+            log=LogConfig(dir="unused"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Loss and gradient norm of each step, the same on every rank."""
+
+    loss: list[float]
+    grad_norm: list[float]
+
+
+def start(recipe: Recipe) -> tuple[Any, Any, WeightSource]:
+    """Start the groups and build this rank's trained model; return it with its layout and its source."""
+    from megatron_ads.observability.log import world_size
+    from megatron_ads.runtime import process_groups
+    from megatron_ads.runtime.seeds import seed_everything
+    from megatron_ads.training.build import build_model, lay_out
+
+    config, source = recipe.config(), open_source(recipe.folder)
+    shards = lay_out(config, source, world_size())
+    process_groups.start(shards.layout, timeout_seconds=30, create_gloo_process_groups=False)
+    seed_everything(1)
+    return build_model(config, source, shards, stub_experts=recipe.stub_experts), shards, source
+
+
+def batches(vocabulary: int, step: int, layout: Any) -> list[PackedBatch]:
+    """Return this rank's microbatches of a step: the global rows are the same under every layout."""
+    from megatron.core import parallel_state
+
+    mine = rows(vocabulary, seed=100 + step)[parallel_state.get_data_parallel_rank() :: layout.dp]
+    return [
+        PackedBatch(
+            tokens_BS=row["tokens"],
+            labels_BS=row["labels"],
+            positions_BS=row["positions"],
+            mask_BS=row["mask"],
+            cu_seqlens=row["boundaries"],
+            sample_count=len(row["boundaries"]) - 1,
+            token_count=row["tokens"].numel(),
+            target_count=int(row["mask"].count_nonzero()),
+            normalizer=int(row["mask"].count_nonzero()),
+        )
+        for row in mine
+    ]
+
+
+def run_steps(model: Any, shards: Any, first: int, count: int) -> Losses:
+    """Run ``count`` steps from step ``first`` on."""
+    from megatron_ads.training.step import run_step
+
+    reports = [
+        run_step(
+            batches(shards.shape.vocab_size, step, shards.layout), model.chunks, model.optimizer, learning_rate=1e-3
+        )
+        for step in range(first, first + count)
+    ]
+    return Losses([report.loss for report in reports], [report.update.grad_norm for report in reports])
+
+
+def train(recipe: Recipe) -> Losses:
+    """Train from the recipe's weights."""
+    model, shards, _ = start(recipe)
+    return run_steps(model, shards, 0, recipe.steps)
+
+
+def train_and_save(recipe: Recipe) -> Losses:
+    """Train from the recipe's weights and save a checkpoint behind the last step."""
+    model, shards, source = start(recipe)
+    losses = run_steps(model, shards, 0, recipe.steps)
+    save(recipe, model, shards, source)
+    return losses
+
+
+def resume_and_train(recipe: Recipe) -> Losses:
+    """Go on for ``recipe.steps`` from the newest checkpoint."""
+    from megatron_ads.training.checkpoint import complete_checkpoints, load_checkpoint
+
+    model, shards, _ = start(recipe)
+    _, folder = complete_checkpoints(recipe.checkpoints)[-1]
+    progress = load_checkpoint(folder, model.chunks, model.optimizer, shards.layout)
+    return run_steps(model, shards, progress.step, recipe.steps)
+
+
+def save(recipe: Recipe, model: Any, shards: Any, source: WeightSource) -> Path:
+    """Save under the number of updates."""
+    from megatron_ads.training.checkpoint import Progress, save_checkpoint
+
+    updates = model.optimizer.updates
+    progress = Progress(step=updates, updates=updates, data={"position": updates})
+    return save_checkpoint(
+        recipe.checkpoints,
+        model.chunks,
+        model.optimizer,
+        progress,
+        shards.layout,
+        side_files=source.side_folder,
+        keep_last=2,
+    )
