@@ -1,0 +1,68 @@
+"""The numbers of a rehearsal, gathered from the stages' records, the metrics and the machine: ``report.json``."""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from statistics import mean, median
+from typing import Any
+
+from megatron_ads.config import SftConfig
+from megatron_ads.rehearsal.folder import RehearsalFolder
+from megatron_ads.rehearsal.stages import Stage, StageRecord
+
+PARITY_TOLERANCE = 1e-5
+"""Largest difference of any logit, FP32: the two programs order their sums differently, which moves about 1e-6."""
+_ENDS = 10
+"""Steps that the loss at the start and at the end is averaged over."""
+
+
+def gather_facts(
+    folder: RehearsalFolder,
+    stages: Sequence[Stage],
+    records: Mapping[str, StageRecord],
+    metrics: Sequence[Mapping[str, Any]],
+    *,
+    config: SftConfig,
+    data: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return everything the report says, as JSON values.
+
+    ``data`` says what was trained on, ``provenance`` is ``observability.provenance.provenance()``.
+    """
+    parity = {**records["parity"].result, "tolerance": PARITY_TOLERANCE}
+    parity["passed"] = parity["max_abs_difference"] < PARITY_TOLERANCE
+    return {
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data": dict(data),
+        "layout": {name: getattr(config.layout, name) for name in ("tp", "cp", "pp", "vpp", "ep", "etp")},
+        "training": training_facts(metrics),
+        "evaluation": {
+            "before": records["evaluate-before"].result,
+            "after": records["evaluate-after"].result,
+        },
+        "parity": parity,
+        "stages": [{"name": one.name, "title": one.title, "seconds": records[one.name].seconds} for one in stages],
+        "seconds": sum(record.seconds for record in records.values()),
+        **provenance,
+        "files": {str(path): meaning for meaning, path in folder.described()},
+    }
+
+
+def training_facts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Summarise the lines of ``metrics.jsonl``: loss at both ends (mean of up to ten steps), typical speed, memory."""
+
+    def column(name: str) -> list[float]:
+        return [row[name] for row in rows if row.get(name) is not None]
+
+    losses, validation = column("loss"), column("validation_loss")
+    return {
+        "steps": len(losses),
+        "loss_first": mean(losses[:_ENDS]),
+        "loss_last": mean(losses[-_ENDS:]),
+        "loss_averaged_over_steps": min(_ENDS, len(losses)),
+        "validation_loss_last": validation[-1] if validation else None,
+        "tokens_per_second": median(column("tokens_per_second")),
+        "model_flops_per_second": median(column("model_flops_per_second")),
+        "step_seconds": median(column("step_seconds")),
+        "memory_bytes": max(column("memory_bytes"), default=None),
+    }
