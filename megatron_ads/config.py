@@ -70,7 +70,7 @@ class FrozenPart(StrEnum):
     """Routed experts."""
     shared_experts = "shared_experts"
     mtp = "mtp"
-    """The whole multi-token-prediction block."""
+    """The whole multi-token-prediction block; its loss then trains the layers below it only."""
     output = "output"
     """Final norm and output layer."""
 
@@ -152,8 +152,9 @@ class ModelConfig:
         repeated = sorted({part for part in self.frozen if self.frozen.count(part) > 1})
         _require(not repeated, f"model.frozen lists {', '.join(repeated)} more than once.")
         _require(
-            FrozenPart.mtp not in self.frozen or not self.mtp_loss_weight,
-            f"model.frozen lists mtp, but model.mtp_loss_weight is {self.mtp_loss_weight:g}. Set one of them only.",
+            FrozenPart.mtp not in self.frozen or self.mtp_loss_weight > 0,
+            "model.frozen lists mtp, which has no effect: with model.mtp_loss_weight = 0 the MTP layers are kept as "
+            "loaded. Remove mtp.",
         )
 
 
@@ -496,7 +497,6 @@ def _require_parts(frozen: Sequence[FrozenPart], shape: ModelShape) -> None:
     has = {
         FrozenPart.dense: shape.first_dense_layers > 0,
         FrozenPart.shared_experts: shape.shared_ffn_size > 0,
-        FrozenPart.mtp: shape.mtp_layers > 0,
     }
     absent = [part for part in frozen if not has.get(part, True)]
     _require(not absent, f"model.frozen lists {', '.join(absent)}, which the model does not have. Remove it.")

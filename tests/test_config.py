@@ -3,7 +3,7 @@
 import re
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -38,8 +38,8 @@ def quickstart(*overrides: str) -> SftConfig:
     return load_recipe("sft/quickstart", ["model.load=runs/demo", *overrides])
 
 
-def r1() -> ModelShape:
-    return read_model_shape(CONFIGS / "deepseek_r1.json")
+def published(name: str) -> ModelShape:
+    return read_model_shape(CONFIGS / f"{name}.json")
 
 
 # ---- the shipped recipes ----
@@ -62,7 +62,7 @@ def test_a_shipped_recipe_validates_on_the_ranks_its_head_comment_names_and_not_
 @pytest.mark.parametrize("name", [name for name in sorted(OPEN) if "r1" in name])
 def test_the_r1_recipes_fit_r1(name: str) -> None:
     config = load_recipe(name, OPEN[name])
-    validate(config, 248, r1())
+    validate(config, 248, published("deepseek_r1"))
     layout = config.layout.runtime(248)
     assert (layout.dp, config.train.microbatches(layout)) == (8, 62)  # 496 rows / (1 row * 8 replicas)
 
@@ -247,7 +247,7 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_one() -> None:
         (["model.router_bias_update_rate=0.001"], r"router_bias_update_rate is 0\.001, which has no effect"),
         (["model.router_bias=update"], r"router_bias is update, but model\.router_bias_update_rate is None"),
         (["model.mtp_loss_weight=-0.1"], r"model\.mtp_loss_weight is -0\.1; it must be at least 0"),
-        (["model.frozen=[mtp]"], r"model\.frozen lists mtp, but model\.mtp_loss_weight is 0\.1"),
+        (["model.frozen=[mtp]", "model.mtp_loss_weight=0"], r"model\.frozen lists mtp, which has no effect"),
         (["model.frozen=[router,router]"], r"model\.frozen lists router more than once"),
         (["checkpoint.save_every=0"], r"checkpoint\.save_every is 0; it must be at least 1"),
         (["runtime.timeout_seconds=0"], r"runtime\.timeout_seconds is 0"),
@@ -275,7 +275,11 @@ def test_interleaving_asks_for_microbatches_in_groups_of_the_stages() -> None:
             ["model.mtp_loss_weight=0.1"],
             r"mtp_loss_weight is 0\.1, but the model has no MTP layer",
         ),
-        ("moonlight_16b_a3b", ["model.frozen=[mtp]"], r"model\.frozen lists mtp, which the model does not have"),
+        (
+            "no_shared",
+            ["model.frozen=[shared_experts]"],
+            r"model\.frozen lists shared_experts, which the model does not",
+        ),
         ("moonlight_16b_a3b", ["data.seq_length=8193"], r"data\.seq_length = 8193 is longer than the model's 8192"),
         ("moonlight_16b_a3b", ["layout.pp=2"], r"27 decoder layers = 27, which 2 chunks"),
         ("moonlight_16b_a3b", ["layout.ep=3"], r"64 routed experts cannot be spread evenly over layout\.ep = 3"),
@@ -287,7 +291,7 @@ def test_interleaving_asks_for_microbatches_in_groups_of_the_stages() -> None:
     ],
 )
 def test_a_recipe_that_does_not_fit_the_model_is_refused(model: str, overrides: list[str], message: str) -> None:
-    shape = read_model_shape(CONFIGS / f"{model}.json")
+    shape = replace(published("moonlight_16b_a3b"), num_shared_experts=0) if model == "no_shared" else published(model)
     base = ["layout=pp1_ep1", "model.mtp_loss_weight=0", "train.global_batch_size=12", "train.micro_batch_size=1"]
     validate(quickstart(*base), 6, shape)
     config = quickstart(*base, *overrides)
@@ -298,12 +302,11 @@ def test_a_recipe_that_does_not_fit_the_model_is_refused(model: str, overrides: 
 
 def test_freezing_and_the_moving_router_bias_are_accepted_where_they_have_an_effect() -> None:
     config = quickstart(
-        "model.mtp_loss_weight=0",
         "model.frozen=[experts,mtp]",
         "model.router_bias=update",
         "model.router_bias_update_rate=0.001",
         "layout.last_stage_layers=31",
     )
-    validate(config, 4, r1())
+    validate(config, 4, published("deepseek_r1"))
     assert config.model.frozen == [FrozenPart.experts, FrozenPart.mtp]
     assert config.model.router_bias is RouterBias.update
