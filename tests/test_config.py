@@ -1,14 +1,18 @@
 """Recipes compose onto the schema; what is misspelt, mistyped or impossible is refused with the remedy."""
 
+import ast
 import re
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
 
+import megatron_ads.config
+from conversion.layer_specs import LayerSpec
 from megatron_ads.architecture import ModelShape, read_model_shape
 from megatron_ads.config import (
     FrozenPart,
@@ -132,6 +136,23 @@ def test_the_written_recipe_reads_back_to_an_equal_one(tmp_path: Path) -> None:
     file = tmp_path / "resolved.yaml"
     file.write_text(recipe_yaml(config))
     assert load_recipe(str(file)) == config
+
+
+def test_every_setting_is_described_below_it() -> None:
+    tree = ast.parse(Path(megatron_ads.config.__file__).read_text())
+    sections = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Config")]
+    settings = 0
+    for section in sections:
+        for statement, following in pairwise(section.body):
+            if isinstance(statement, ast.AnnAssign) and section.name != "SftConfig":
+                described = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                assert described, f"{section.name}.{ast.unparse(statement.target)} has no description"
+                settings += 1
+    assert settings == 52
+
+
+def test_the_layer_specs_of_a_recipe_are_auto_and_those_of_the_conversion() -> None:
+    assert {*LayerSpecChoice} == {"auto", *LayerSpec}
 
 
 def test_importing_the_schema_needs_neither_torch_nor_megatron() -> None:
