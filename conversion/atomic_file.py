@@ -25,6 +25,8 @@ class FileRecord:
     name: str
     nbytes: int
     sha256: str
+    extents: tuple[tuple[int, int], ...] = ()
+    """Offset and length of every item, for a format whose items are found through an index elsewhere."""
 
 
 class PreallocatedFile:
@@ -76,8 +78,10 @@ class PreallocatedFile:
                 view, offset = view[written:], offset + written
         return offset
 
-    def commit(self) -> FileRecord:
-        """Flush to disk and rename into place."""
+    def commit(self, *, extents: tuple[tuple[int, int], ...] = ()) -> FileRecord:
+        """Flush to disk and rename into place; with ``extents``, the file ends behind the last one."""
+        if extents:
+            os.ftruncate(self._descriptor, sum(extents[-1]))
         while block := os.pread(self._descriptor, _READ_BACK_BYTES, self._hashed):
             self._hash.update(block)
             self._hashed += len(block)
@@ -87,7 +91,7 @@ class PreallocatedFile:
         self._descriptor = -1
         self._partial.rename(self.path)
         sync_folder(self.path.parent)
-        return FileRecord(self.path.name, self._hashed, self._hash.hexdigest())
+        return FileRecord(self.path.name, self._hashed, self._hash.hexdigest(), extents)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

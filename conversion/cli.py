@@ -116,6 +116,9 @@ def _add_to_megatron(directions: "argparse._SubParsersAction[argparse.ArgumentPa
     command.add_argument(
         "--format", choices=("shards", "torch_dist"), default="shards", help="what to write (default shards)"
     )
+    command.add_argument(
+        "--layer-spec", choices=("local", "te"), default="local", help="whose keys torch_dist has (default local)"
+    )
     command.add_argument("--recipe", help="take the layout from this recipe")
     for axis, meaning in _LAYOUT_OPTIONS:
         command.add_argument(f"--{axis}", type=_positive, help=f"{meaning} (default 1)")
@@ -159,10 +162,14 @@ def parse_bytes(text: str) -> int:
 def _to_megatron(args: argparse.Namespace) -> int:
     from conversion.convert import lay_out  # torch is imported from here on: --help stays instant
     from conversion.hub import local_folder
+    from conversion.layer_specs import LayerSpec
     from conversion.sources import open_source
     from conversion.to_megatron import ShardsTarget
+    from conversion.to_torch_dist import TorchDistTarget
 
     source = open_source(local_folder(args.source))
+    if args.format == "torch_dist":
+        return _carry_out(args, TorchDistTarget(source, args.target, LayerSpec(args.layer_spec)))
     return _carry_out(args, ShardsTarget(source, args.target, lay_out(source.shape, _sizes(args))))
 
 

@@ -1,5 +1,6 @@
 """Turn planned items into bytes at offsets, a band of rows at a time, so that memory does not grow with the tensor."""
 
+import io
 from collections.abc import Iterator
 
 import torch
@@ -7,10 +8,29 @@ import torch
 from conversion.atomic_file import PreallocatedFile, tensor_bytes
 from conversion.errors import DamagedCheckpointError
 from conversion.fp8 import dequantize, quantize
-from conversion.plan import Quantized, Values
+from conversion.plan import Quantized, SavedChunk, SavedObject, Values
 from conversion.regions import Rectangle, Region, View, bands, fill, value_dtype
 from conversion.workers import Advance
 from megatron_ads.errors import ConversionError
+
+_EMPTY_EXTRA_STATE = [None]
+"""What Megatron-Core accepts as the extra state of a layer that has none."""
+
+
+def append_saved(out: PreallocatedFile, item: SavedChunk | SavedObject, position: int, advance: Advance) -> int:
+    """Append what ``torch.save`` makes of an item, at ``position``; return where it ends."""
+    archive = io.BytesIO()
+    if isinstance(item, SavedObject):
+        torch.save(_EMPTY_EXTRA_STATE, archive)
+        return out.write_at(position, archive.getbuffer())
+    (view,) = item.views
+    values = torch.empty(view.rectangle.rows, view.rectangle.columns, dtype=item.dtype)
+    for band in bands(view.rectangle):
+        first = band.row - view.rectangle.row
+        fill(values[first : first + band.rows], view.regions, band)
+    torch.save(values.view(item.shape), archive)
+    advance(values.nbytes)
+    return out.write_at(position, archive.getbuffer())
 
 
 def write_values(out: PreallocatedFile, item: Values, advance: Advance) -> None:

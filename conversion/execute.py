@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from conversion.atomic_file import FileRecord, PreallocatedFile
-from conversion.encode import write_quantized, write_values
+from conversion.encode import append_saved, write_quantized, write_values
 from conversion.journal import open_journal
-from conversion.plan import ConversionPlan, OutputFile, Values, Verbatim
+from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim
 from conversion.progress import ByteProgress
 from conversion.workers import Advance, run_all
 from megatron_ads.errors import ConversionError
@@ -76,18 +76,23 @@ def execute(
 
 def _write_output_file(folder: Path, file: OutputFile, advance: Advance) -> _Written:
     requantized: dict[str, float] = {}
+    extents: list[tuple[int, int]] = []
     with PreallocatedFile(folder / file.name, file.nbytes) as out:
-        out.write_at(0, file.header)
+        position = out.write_at(0, file.header)
         for item in file.items:
             if isinstance(item, Values):
                 write_values(out, item, advance)
-            elif isinstance(item, Verbatim):
-                out.write_at(item.offset, item.data)
-            else:
+            elif isinstance(item, Quantized):
                 error = write_quantized(out, item, advance)
                 if error is not None:
                     requantized[item.name] = error
-        return _Written(out.commit(), requantized)
+            elif isinstance(item, Verbatim):
+                out.write_at(item.offset, item.data)
+            else:
+                end = append_saved(out, item, position, advance)
+                extents.append((position, end - position))
+                position = end
+        return _Written(out.commit(extents=tuple(extents)), requantized)
 
 
 def check_free_space(target: Path, nbytes: int) -> None:

@@ -8,8 +8,9 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from conversion.atomic_file import PARTIAL_SUFFIX, FileRecord, hash_file
 from conversion.plan import ConversionPlan, OutputFile
@@ -30,13 +31,13 @@ class Journal:
         """Note a finished file durably."""
         self.finished[record.name] = record
         modified = (self._plan.target / record.name).stat().st_mtime_ns
-        self._append({"name": record.name, "bytes": record.nbytes, "sha256": record.sha256, "mtime_ns": modified})
+        self._append(asdict(record) | {"mtime_ns": modified})
 
     def close_for_good(self) -> None:
         """Delete the journal: the conversion is complete."""
         (self._plan.target / JOURNAL).unlink()
 
-    def _append(self, line: dict[str, object]) -> None:
+    def _append(self, line: dict[str, Any]) -> None:
         self._handle.write(json.dumps(line) + "\n")
         self._handle.flush()
         os.fsync(self._handle.fileno())
@@ -45,7 +46,7 @@ class Journal:
         """Write the line that ties this journal to a plan and a source."""
         self._append({"plan": self._plan.digest, "source": str(self._plan.source), "state": self._plan.source_state})
 
-    def recover(self, lines: list[dict[str, object]]) -> None:
+    def recover(self, lines: list[dict[str, Any]]) -> None:
         """Take over the finished files of an earlier run of the same plan.
 
         A file that was touched since is hashed again, and left out if it differs. A file that got its name just
@@ -61,16 +62,19 @@ class Journal:
                 self.add(record)
 
 
-def _recovered(path: Path, file: OutputFile, line: dict[str, object] | None) -> FileRecord | None:
-    if path.stat().st_size != file.nbytes:
+def _recovered(path: Path, file: OutputFile, line: dict[str, Any] | None) -> FileRecord | None:
+    status = path.stat()
+    if line is not None:
+        untouched = (status.st_size, status.st_mtime_ns) == (line["nbytes"], line["mtime_ns"])
+        extents = tuple((offset, length) for offset, length in line["extents"])
+        record = FileRecord(file.name, line["nbytes"], line["sha256"], extents)
+        return record if untouched or hash_file(path) == record.sha256 else None
+    if not file.header or status.st_size != file.nbytes:
         return None
-    if line is not None and path.stat().st_mtime_ns == line["mtime_ns"]:
-        return FileRecord(file.name, file.nbytes, str(line["sha256"]))
     with path.open("rb") as handle:
         if handle.read(len(file.header)) != file.header:
             return None
-    digest = hash_file(path)
-    return FileRecord(file.name, file.nbytes, digest) if line is None or line["sha256"] == digest else None
+    return FileRecord(file.name, file.nbytes, hash_file(path))
 
 
 @contextmanager
@@ -123,7 +127,7 @@ def _lock(handle: IO[str], target: Path) -> None:
         raise ConversionError(f"Another process is converting into {target}. Wait for it, or stop it.") from None
 
 
-def _read_lines(path: Path) -> list[dict[str, object]]:
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -133,7 +137,7 @@ def _read_lines(path: Path) -> list[dict[str, object]]:
     return lines
 
 
-def _check_same(plan: ConversionPlan, first: dict[str, object]) -> None:
+def _check_same(plan: ConversionPlan, first: dict[str, Any]) -> None:
     if first["plan"] != plan.digest:
         raise ConversionError(
             f"{plan.target} holds an unfinished conversion with other settings or of another model. "

@@ -23,7 +23,7 @@ _DECODER_LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
 _LOCAL_EXPERT = re.compile(r"(.*\.mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12])\.weight")
 _GROUPED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.weight([12])")
 _TE_EXPERT = re.compile(r"(.*\.mlp\.experts\.linear_fc[12]\.weight)(\d+)")
-_FUSED_NORMS = (
+FUSED_NORMS = (
     (".self_attention.linear_q_up_proj.layer_norm_weight", ".self_attention.q_layernorm.weight"),
     (".self_attention.linear_kv_up_proj.layer_norm_weight", ".self_attention.kv_layernorm.weight"),
     (".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight"),
@@ -54,7 +54,7 @@ def canonical_names(parameter: str, *, spec: LayerSpec, first_layer: int, local_
     if spec is LayerSpec.TE:
         if match := _TE_EXPERT.fullmatch(name):
             return (f"{match[1]}{_global_expert(int(match[2]), local_experts, parameter)}",)
-        for fused, canonical in _FUSED_NORMS:
+        for fused, canonical in FUSED_NORMS:
             if name.endswith(fused):
                 return (name.removesuffix(fused) + canonical,)
     return (name,)

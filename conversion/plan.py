@@ -56,13 +56,39 @@ class Verbatim:
 
 
 @dataclass(frozen=True, slots=True)
+class SavedChunk:
+    """Append a rectangle of a tensor as ``torch.save`` writes it, for torch_dist."""
+
+    name: str
+    """Key of the tensor it is a piece of."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    at: tuple[int, ...]
+    """Where in the tensor the piece begins."""
+    views: tuple[View, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedObject:
+    """Append an empty extra state as ``torch.save`` writes it, for torch_dist."""
+
+    name: str
+    views: tuple[View, ...] = ()
+
+
+Item = Values | Quantized | Verbatim | SavedChunk | SavedObject
+
+
+@dataclass(frozen=True, slots=True)
 class OutputFile:
     """One file to write: its header and where everything behind it comes from."""
 
     name: str
     header: bytes
+    """Empty for torch_dist, whose items are appended one after the other."""
     nbytes: int
-    items: tuple[Values | Quantized | Verbatim, ...]
+    """Size; for torch_dist the disk to reserve, a little more than is needed."""
+    items: tuple[Item, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +115,7 @@ class ConversionPlan:
         """Identity of what is to be written: names, headers and sizes."""
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(f"{file.name} {file.nbytes} ".encode() + file.header)
+            digest.update(f"{file.name} {file.nbytes} {len(file.items)} ".encode() + file.header)
         return digest.hexdigest()
 
 

@@ -14,6 +14,7 @@ from conversion.names import Kind, Parameter, hf_aliases, parameters
 from conversion.regions import Region, bands, fill, value_dtype
 from conversion.shards import MANIFEST, SIDE_FOLDER, open_shards
 from conversion.tensor_parallel import slice_rectangles
+from conversion.torch_dist_folder import METADATA, open_torch_dist
 from megatron_ads.architecture import ModelShape
 from megatron_ads.errors import ConversionError
 
@@ -119,6 +120,8 @@ def open_source(path: Path) -> WeightSource:
     Raises:
         ConversionError: If the folder is none of them, or is incomplete or damaged.
     """
+    if (path / METADATA).exists():
+        return _torch_dist_source(path)
     if (path / MANIFEST).exists():
         return _shards_source(path)
     if (path / INDEX).exists() or (path / SINGLE).exists():
@@ -127,7 +130,7 @@ def open_source(path: Path) -> WeightSource:
         raise ConversionError(f"{path} does not exist or is not a folder. Give the folder of a checkpoint.")
     raise ConversionError(
         f"{path} is not a checkpoint: it holds neither {MANIFEST} (shards), {INDEX} or {SINGLE} (Hugging Face), "
-        "nor metadata.json (torch_dist). A conversion that was interrupted has no manifest; run it again with --resume."
+        f"nor {METADATA} (torch_dist). A conversion that was interrupted has no manifest; run it again with --resume."
     )
 
 
@@ -158,4 +161,19 @@ def _shards_source(path: Path) -> WeightSource:
         aliases={name: canonical for name, canonical in hf_aliases(shape).items() if name in stored},
         container=folder,
         derived={name: DerivedBuffer.parse(stored) for name, stored in folder.manifest["derived"].items()},
+    )
+
+
+def _torch_dist_source(path: Path) -> WeightSource:
+    folder = open_torch_dist(path)
+    known = hf_aliases(folder.shape)
+    return WeightSource(
+        path=path,
+        kind=SourceKind.TORCH_DIST,
+        shape=folder.shape,
+        config=folder.config,
+        side_folder=folder.side_folder,
+        aliases={name: known[name] for name in folder.carried.get("aliases", known)},
+        container=folder,
+        derived={name: DerivedBuffer.parse(stored) for name, stored in folder.carried.get("derived", {}).items()},
     )

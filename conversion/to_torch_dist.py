@@ -1,0 +1,140 @@
+"""Plan the conversion of any checkpoint into Megatron-Core's torch_dist format, which knows no layout."""
+
+import json
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conversion.atomic_file import FileRecord, PreallocatedFile, write_small
+from conversion.layer_specs import LayerSpec
+from conversion.names import parameters
+from conversion.plan import ConversionPlan, OutputFile, SavedChunk, SavedObject, folder_state
+from conversion.regions import Rectangle, View, whole
+from conversion.safetensors_file import element_count
+from conversion.side_files import copy_side_files
+from conversion.sources import WeightSource, stored_dtype
+from conversion.torch_dist_folder import CARRIED, METADATA, SIDE_FOLDER
+from conversion.torch_dist_names import KeyedTensor, extra_state_keys, keyed_tensors
+
+BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+_CHUNK_BYTES = 64 << 20
+"""A chunk is serialised in memory, so this bounds what a worker takes."""
+_FILE_BYTES = 4 << 30
+_ARCHIVE_BYTES = 4096
+"""More than ``torch.save`` adds to any chunk."""
+_COMMON = "common.pt"
+_BACKEND = "metadata.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TorchDistTarget:
+    """A torch_dist folder to be written, with the keys of one layer spec (``local`` also serves grouped experts)."""
+
+    source: WeightSource
+    target: Path
+    spec: LayerSpec = LayerSpec.LOCAL
+
+    def plan(self) -> ConversionPlan:
+        """Decide which chunk goes into which file."""
+        stored = self.source.files()
+        model = parameters(self.source.shape)
+        items: list[SavedChunk | SavedObject] = [
+            item for tensor in keyed_tensors(model, self.spec) for item in self._chunks(tensor)
+        ]
+        items += [SavedObject(key) for key in extra_state_keys(model, self.spec)]
+        return ConversionPlan(
+            source=self.source.path,
+            target=self.target,
+            files=tuple(
+                OutputFile(f"__{number}_0.distcp", b"", sum(map(_reserved, group)), tuple(group))
+                for number, group in enumerate(_groups(items))
+            ),
+            source_state=folder_state(stored),
+            source_bytes=sum(file.stat().st_size for file in stored),
+            tensor_count=len(model),
+            finishing=(_BACKEND, _COMMON, METADATA, CARRIED, SIDE_FOLDER),
+        )
+
+    def _chunks(self, tensor: KeyedTensor) -> Iterator[SavedChunk]:
+        """Yield one chunk per routed expert, and row ranges of large tensors."""
+        for number, parameter in enumerate(tensor.parameters):
+            regions = self.source.regions(parameter.name)
+            dtype = stored_dtype(parameter, regions)
+            full, matrix = whole(parameter.shape), len(parameter.shape) > 1
+            rows = max(_CHUNK_BYTES // (full.columns * dtype.itemsize), 1)
+            for row in range(0, full.rows, rows):
+                part = Rectangle(row, 0, min(rows, full.rows - row), full.columns)
+                shape = (part.rows, part.columns) if matrix else (part.columns,)
+                at = (row, 0) if matrix else (0,)
+                if tensor.is_stacked:
+                    shape, at = (1, *shape), (number, *at)
+                covering = tuple(region for region in regions if part.overlap(region.covers))
+                yield SavedChunk(tensor.key, dtype, shape, at, (View(parameter.name, covering, part),))
+
+    def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
+        """Write what Megatron-Core looks for beside the data, ``.metadata`` last."""
+        copy_side_files(self.source.side_folder, plan.target / SIDE_FOLDER)
+        derived = {name: buffer.as_json() for name, buffer in self.source.derived.items()}
+        write_small(plan.target / CARRIED, json.dumps({"aliases": list(self.source.aliases), "derived": derived}))
+        torch.save({"content_metadata": {}}, plan.target / _COMMON)
+        write_small(plan.target / _BACKEND, json.dumps(BACKEND))
+        metadata = pickle.dumps(_metadata(plan, records, self.source, self.spec))
+        with PreallocatedFile(plan.target / METADATA, len(metadata)) as file:
+            file.write_at(0, metadata)
+            file.commit()
+
+
+def _reserved(item: SavedChunk | SavedObject) -> int:
+    if isinstance(item, SavedObject):
+        return _ARCHIVE_BYTES
+    return element_count(item.shape) * item.dtype.itemsize + _ARCHIVE_BYTES
+
+
+def _groups(items: list[SavedChunk | SavedObject]) -> list[list[SavedChunk | SavedObject]]:
+    groups: list[list[SavedChunk | SavedObject]] = [[]]
+    room = _FILE_BYTES
+    for item in items:
+        if groups[-1] and _reserved(item) > room:
+            groups.append([])
+            room = _FILE_BYTES
+        groups[-1].append(item)
+        room -= _reserved(item)
+    return groups
+
+
+def _metadata(plan: ConversionPlan, records: tuple[FileRecord, ...], source: WeightSource, spec: LayerSpec) -> Any:
+    from torch.distributed.checkpoint import metadata as dcp
+    from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+
+    described: dict[str, Any] = {}
+    storage: dict[Any, Any] = {}
+    sizes = {tensor.key: tensor.shape for tensor in keyed_tensors(parameters(source.shape), spec)}
+    for file, record in zip(plan.files, records, strict=True):
+        for item, (offset, length) in zip(file.items, record.extents, strict=True):
+            info = _StorageInfo(record.name, offset, length)
+            if isinstance(item, SavedObject):
+                described[item.name] = dcp.BytesStorageMetadata()
+                storage[dcp.MetadataIndex(item.name)] = info
+            elif isinstance(item, SavedChunk):
+                size = torch.Size(sizes[item.name])
+                properties = dcp.TensorProperties(dtype=item.dtype)
+                tensor = described.setdefault(item.name, dcp.TensorStorageMetadata(properties, size, []))
+                at = torch.Size(item.at)
+                storage[dcp.MetadataIndex(item.name, at, len(tensor.chunks))] = info
+                tensor.chunks.append(dcp.ChunkStorageMetadata(at, torch.Size(item.shape)))
+    return dcp.Metadata(
+        state_dict_metadata=described,
+        planner_data={key: (key,) for key in described},
+        storage_data=storage,
+        storage_meta=dcp.StorageMeta(),
+        version=CURRENT_DCP_VERSION,
+    )

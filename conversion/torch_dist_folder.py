@@ -1,0 +1,152 @@
+"""Read the model part of a torch_dist checkpoint, from a conversion or a training job: headers only, no tensor data."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from conversion.errors import DamagedCheckpointError
+from conversion.layer_specs import LayerSpec
+from conversion.names import Parameter, parameters
+from conversion.regions import Rectangle, Region, StoredMatrix, whole
+from conversion.safetensors_file import StoredTensor, element_count
+from conversion.torch_dist_names import KeyedTensor, keyed_tensors
+from conversion.torch_dist_pickle import locate_saved_tensor, read_metadata
+from megatron_ads.architecture import ModelShape, shape_from_config
+from megatron_ads.errors import ConversionError
+
+METADATA = ".metadata"
+SIDE_FOLDER = "hf"
+CARRIED = "conversion.json"
+"""Beside the weights: what a Hugging Face export needs to have its source's keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchDistFolder:
+    """A checked torch_dist checkpoint: it holds every parameter of its model."""
+
+    path: Path
+    config: dict[str, Any]
+    shape: ModelShape
+    side_folder: Path
+    carried: dict[str, Any]
+    """Contents of ``conversion.json``; empty in a checkpoint that Megatron-Core wrote."""
+    pieces: Mapping[str, tuple[Region, ...]]
+    """The stored pieces of every canonical parameter."""
+
+    def regions(self, parameter: Parameter) -> tuple[Region, ...]:
+        """Return what a canonical parameter is made of."""
+        return self.pieces[parameter.name]
+
+    def replicas(self, parameter: Parameter) -> tuple[tuple[Region, ...], ...]:
+        """Return every stored copy of a parameter: there is one."""
+        return (self.regions(parameter),)
+
+    def weight_files(self) -> tuple[Path, ...]:
+        """Return the files that hold the model."""
+        return tuple(sorted({region.stored.data.file for regions in self.pieces.values() for region in regions}))
+
+
+def open_torch_dist(path: Path, *, config_from: Path | None = None) -> TorchDistFolder:
+    """Open a checkpoint and find every parameter's pieces; optimizer state and extra states are passed over.
+
+    Args:
+        path: The folder with ``.metadata``.
+        config_from: Hugging Face folder to take config and tokenizer from, if the checkpoint has no ``hf/``.
+
+    Raises:
+        ConversionError: If there is no config to go by.
+        DamagedCheckpointError: If a parameter is missing, incomplete or of another shape than the config says.
+    """
+    side_folder = next(
+        (folder for folder in (path / SIDE_FOLDER, config_from) if folder and (folder / "config.json").exists()), None
+    )
+    if side_folder is None:
+        raise ConversionError(
+            f"{path} has no {SIDE_FOLDER}/config.json, so its architecture is unknown. "
+            f"Copy config.json and the tokenizer of the model into {path / SIDE_FOLDER}."
+        )
+    config = json.loads((side_folder / "config.json").read_text(encoding="utf-8"))
+    shape = shape_from_config(config)
+    metadata = read_metadata(path / METADATA)
+    pieces: dict[str, tuple[Region, ...]] = {}
+    for tensor in keyed_tensors(parameters(shape), _spec(metadata)):
+        pieces.update(_locate(path, tensor, metadata))
+    carried = path / CARRIED
+    return TorchDistFolder(
+        path=path,
+        config=config,
+        shape=shape,
+        side_folder=side_folder,
+        carried=json.loads(carried.read_text(encoding="utf-8")) if carried.exists() else {},
+        pieces=pieces,
+    )
+
+
+def _spec(metadata: Any) -> LayerSpec:
+    fused = any(key.endswith(".layer_norm_weight") for key in metadata.state_dict_metadata)
+    return LayerSpec.TE if fused else LayerSpec.LOCAL
+
+
+def _locate(path: Path, tensor: KeyedTensor, metadata: Any) -> dict[str, tuple[Region, ...]]:
+    stored = metadata.state_dict_metadata.get(tensor.key)
+    if stored is None or not hasattr(stored, "chunks"):
+        raise DamagedCheckpointError(
+            f"{path} lacks {tensor.key}, which its config asks for. The checkpoint is of another model, or of a "
+            "Megatron-Core that names it otherwise."
+        )
+    # Megatron pads the vocabulary; rows beyond it hold nothing.
+    padded = tensor.key in ("embedding.word_embeddings.weight", "output_layer.weight")
+    size = tuple(stored.size)
+    if size[1:] != tensor.shape[1:] or not (size[0] == tensor.shape[0] or (padded and size[0] > tensor.shape[0])):
+        raise DamagedCheckpointError(f"{tensor.key} in {path} has shape {size}, but its config gives {tensor.shape}.")
+    found: dict[str, list[Region]] = {parameter.name: [] for parameter in tensor.parameters}
+    for chunk in stored.chunks:
+        for parameter, region in _chunk_regions(path, tensor, chunk, metadata.storage_data):
+            found[parameter.name].append(region)
+    for parameter in tensor.parameters:
+        _check_complete(path, parameter, found[parameter.name])
+    return {name: tuple(regions) for name, regions in found.items()}
+
+
+def _chunk_regions(
+    path: Path, tensor: KeyedTensor, chunk: Any, storage_data: Mapping[Any, Any]
+) -> list[tuple[Parameter, Region]]:
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    info = storage_data[MetadataIndex(tensor.key, chunk.offsets)]
+    file = path / info.relative_path
+    if not file.exists() or file.stat().st_size < info.offset + info.length:
+        raise DamagedCheckpointError(f"{file} is missing or truncated: {tensor.key} should be in it. Copy it again.")
+    data = locate_saved_tensor(file, info.offset, info.length)
+    if data.shape != tuple(chunk.sizes):
+        raise DamagedCheckpointError(f"A piece of {tensor.key} in {file} has shape {data.shape}, not {chunk.sizes}.")
+    offsets = tuple(chunk.offsets)
+    if not tensor.is_stacked:
+        return [(tensor.parameters[0], _region(tensor.parameters[0], data, offsets, data.shape, skip=0))]
+    inner = data.shape[1:]
+    return [
+        (parameter, _region(parameter, data, offsets[1:], inner, skip=local * inner[0]))
+        for local, parameter in enumerate(tensor.parameters[offsets[0] : offsets[0] + data.shape[0]])
+    ]
+
+
+def _region(
+    parameter: Parameter, data: StoredTensor, offsets: tuple[int, ...], sizes: tuple[int, ...], *, skip: int
+) -> Region:
+    """Return the region of one parameter in a stored chunk, whose first ``skip`` rows belong to earlier experts."""
+    if len(sizes) == 1:
+        return Region(Rectangle(0, offsets[0], 1, sizes[0]), StoredMatrix(parameter.name, data))
+    matrix = replace(data, shape=(element_count(data.shape) // sizes[1], sizes[1]))
+    return Region(Rectangle(offsets[0], offsets[1], sizes[0], sizes[1]), StoredMatrix(parameter.name, matrix), row=skip)
+
+
+def _check_complete(path: Path, parameter: Parameter, regions: list[Region]) -> None:
+    full = whole(parameter.shape)
+    covered = [common for region in regions if (common := region.covers.overlap(full))]
+    area = sum(rectangle.rows * rectangle.columns for rectangle in covered)
+    if area != full.rows * full.columns:
+        raise DamagedCheckpointError(
+            f"{path} holds {area} of the {full.rows * full.columns} elements of {parameter.name}. Save it again."
+        )
