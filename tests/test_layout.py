@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -414,7 +415,7 @@ def test_layers_are_spread_evenly_after_the_given_ones() -> None:
     ],
 )
 def test_impossible_placements_are_refused_with_the_numbers(
-    sizes: dict[str, int], kwargs: dict[str, int | str], message: str
+    sizes: dict[str, int], kwargs: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         place_layers(R1, ParallelLayout(world=sizes["pp"], **sizes), **kwargs)
