@@ -7,7 +7,7 @@ from html import escape
 
 WIDTH, HEIGHT = 720, 260
 """Size of a full chart in SVG units; the page scales it to the room there is."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 16, 12, 40
 _MAX_POINTS = 400
 
 
@@ -167,8 +167,11 @@ def _legend(series: Sequence[Series], width: int) -> list[str]:
 
 
 def short(value: float) -> str:
-    """Write a number in at most four digits, large ones with k, M, G, T: ``1.5k``, ``0.0012``, ``1e-05``."""
+    """Write a number in at most four digits, large ones with k, M, G, T: ``15k``, ``0.012``, ``1.2e-5``."""
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
             return f"{value / (1e3 if unit == 'k' else limit):.4g}{unit}"
+    if 0 < abs(value) < 0.01:
+        digits, _, exponent = f"{value:.3e}".partition("e")
+        return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
     return f"{value:.4g}"

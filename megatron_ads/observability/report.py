@@ -25,7 +25,8 @@ class Figure:
 class Table:
     """Rows of text; every cell is escaped. Columns listed in ``numbers`` are set right."""
 
-    head: Sequence[str]
+    head: Sequence[str] = ()
+    """Names of the columns; empty: no heading."""
     rows: Sequence[Sequence[str]]
     numbers: frozenset[int] = frozenset()
 
@@ -115,7 +116,6 @@ def _table(table: Table) -> str:
             for index, cell in enumerate(cells)
         )
 
+    head = f"<thead><tr>{row(table.head, 'th')}</tr></thead>" if table.head else ""
     rows = "".join(f"<tr>{row(cells, 'td')}</tr>\n" for cells in table.rows)
-    return (
-        f'<div class="scroll"><table><thead><tr>{row(table.head, "th")}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
+    return f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>'

@@ -19,7 +19,7 @@ def page(facts: Facts, metrics: Sequence[Mapping[str, Any]]) -> str:
         _parity(facts),
         _circumstances(facts),
         _stages(facts),
-        Section(title="Files", blocks=[Table(head=["what", "where"], rows=_files(facts))]),
+        Section(title="Files", blocks=[Table(rows=_files(facts))]),
     ]
     return render_page("Quickstart report", _lead(facts), _figures(facts), sections)
 
@@ -49,26 +49,27 @@ def _figures(facts: Facts) -> list[Figure]:
     return [
         Figure(
             label="loss",
-            value=f"{training['loss_first']:.3f} → {training['loss_last']:.3f}",
+            value=f"{training['loss_first']:.2f} → {training['loss_last']:.2f}",
             note=f"nats per target token, mean of the first and last {training['loss_averaged_over_steps']} steps",
             state="good" if training["loss_last"] < training["loss_first"] else "bad",
         ),
         Figure(
             label="balanced accuracy",
-            value=f"{before['balanced_accuracy']:.3f} → {after['balanced_accuracy']:.3f}",
-            note=f"{after['rows']} unseen rows; always the commonest label: {after['baseline_balanced_accuracy']:.3f}",
+            value=f"{before['balanced_accuracy']:.2f} → {after['balanced_accuracy']:.2f}",
+            note=f"{after['rows']} unseen rows; always the commonest label: {after['baseline_balanced_accuracy']:.2f}",
             state="good" if improved else "",
         ),
         Figure(
-            label="logits, transformers vs Megatron",
-            value=f"{parity['max_abs_difference']:.1e}",
-            note=f"largest difference in FP32; must be below {parity['tolerance']:.0e}",
+            label="logit difference",
+            value=short(float(f"{parity['max_abs_difference']:.1e}")),
+            note=f"transformers against Megatron, the largest; must be below {short(parity['tolerance'])}",
             state="good" if parity["passed"] else "bad",
         ),
         Figure(
-            label="speed",
-            value=f"{short(training['tokens_per_second'])} tokens/s",
-            note=f"median step {training['step_seconds']:.2f} s, {short(training['model_flops_per_second'])}FLOP/s",
+            label="tokens per second",
+            value=short(training["tokens_per_second"]),
+            note=f"median step {training['step_seconds']:.2f} s, "
+            f"{training['model_flops_per_second'] / 1e9:.3g} GFLOP/s of model arithmetic",
         ),
         Figure(label="time", value=readable_duration(facts["seconds"]), note="all stages, set-up not counted"),
     ]
@@ -137,7 +138,7 @@ def _parity(facts: Facts) -> Section:
         blocks=[
             "The exported folder was loaded in transformers and the trained shards in Megatron-Core; both ran the "
             f"same {parity['tokens']} tokens in FP32. The largest difference of any logit is "
-            f"{parity['max_abs_difference']:.2e}, {verdict} the limit of {parity['tolerance']:.0e}."
+            f"{short(parity['max_abs_difference'])}, {verdict} the limit of {short(parity['tolerance'])}."
         ],
     )
 
@@ -152,7 +153,7 @@ def _circumstances(facts: Facts) -> Section:
         ["code revision", facts["revision"] or "unknown: not a git checkout"],
         ["written", facts["written"]],
     ]
-    return Section(title="What was run, and on what", blocks=[Table(head=["", ""], rows=rows)])
+    return Section(title="What was run, and on what", blocks=[Table(rows=rows)])
 
 
 def _stages(facts: Facts) -> Section:

@@ -13,15 +13,15 @@ def _parse(svg: str) -> ElementTree.Element:
 
 
 def _chart(*series: Series) -> ElementTree.Element:
-    return _parse(line_chart(series, x_label="step", y_label="loss <nats>", size=(172, 152)))
+    return _parse(line_chart(series, x_label="step", y_label="loss <nats>", size=(176, 152)))
 
 
 def test_points_land_where_the_axes_say() -> None:
-    # 172 x 152 leaves 172 - 56 - 16 = 100 by 152 - 12 - 40 = 100 units, from (56, 112) up to (156, 12)
+    # 176 x 152 leaves 176 - 60 - 16 = 100 by 152 - 12 - 40 = 100 units, from (60, 112) up to (160, 12)
     chart = _chart(Series(name="loss", points=[(0, 0.0), (5, 10.0), (10, 5.0)]))
     path = chart.find(f"{SVG}path")
     assert path is not None
-    assert path.get("d") == "M56.0 112.0 L106.0 12.0 L156.0 62.0"
+    assert path.get("d") == "M60.0 112.0 L110.0 12.0 L160.0 62.0"
 
 
 def test_values_that_are_not_finite_are_gaps() -> None:
@@ -82,7 +82,17 @@ def test_smoothing_is_a_weighted_mean_of_what_came_before() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (1500, "1500"), (15000, "15k"), (2.5e6, "2.5M"), (1.23456e12, "1.235T"), (1e-5, "1e-05")],
+    [
+        (0, "0"),
+        (1500, "1500"),
+        (15000, "15k"),
+        (2.5e6, "2.5M"),
+        (1.23456e12, "1.235T"),
+        (1e-5, "1e-5"),
+        (0.0008, "8e-4"),
+        (-0.00123, "-1.23e-3"),
+        (0.5, "0.5"),
+    ],
 )
 def test_numbers_are_short(value: float, text: str) -> None:
     assert short(value) == text
