@@ -1,0 +1,57 @@
+"""The words of the built-in query-ad pairs: categories, brands, price levels, places, and flaws of an ad's text.
+
+Queries and ads word the same thing differently, so that matching strings does not solve the task.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+@dataclass(frozen=True, slots=True)
+class Category:
+    """One kind of product or service."""
+
+    name: str
+    asked_as: tuple[str, ...]
+    """How a searcher words it."""
+    offered_as: tuple[str, ...]
+    """How an advertiser words it."""
+
+
+class Price(StrEnum):
+    """What a searcher wants to spend, and what an ad charges."""
+
+    cheap = "cheap"
+    premium = "premium"
+
+
+CATEGORIES = (
+    Category(
+        "running shoes", ("running shoes", "jogging sneakers", "shoes for a marathon"), ("Road Runner", "Race Trainers")
+    ),
+    Category("laptops", ("laptop", "notebook computer", "portable pc"), ("Ultrabook 14", "Slim Laptop")),
+    Category("hotels", ("hotel", "place to stay", "room for two nights"), ("City Hotel", "Boutique Suites")),
+    Category("coffee makers", ("coffee maker", "espresso machine", "drip brewer"), ("Barista One", "Morning Brewer")),
+    Category("sofas", ("sofa", "couch", "living room seating"), ("Corner Sofa", "Sleeper Couch")),
+    Category("headphones", ("headphones", "earbuds", "wireless headset"), ("Studio Earphones", "Quiet Headset")),
+    Category("car insurance", ("car insurance", "auto policy", "motor cover"), ("Drive Cover", "Auto Insurance")),
+    Category("yoga mats", ("yoga mat", "pilates mat", "exercise mat"), ("Balance Mat", "Studio Mat")),
+    Category("dog food", ("dog food", "puppy kibble", "food for my dog"), ("Happy Paws Kibble", "Canine Dinner")),
+    Category("phones", ("smartphone", "mobile phone", "android handset"), ("Pocket Phone", "Photo Smartphone")),
+    Category("tents", ("camping tent", "tent for four", "hiking shelter"), ("Trail Tent", "Dome Shelter")),
+    Category("pizza delivery", ("pizza delivery", "order a pizza", "pizza tonight"), ("Stone Oven Pizza", "Pizza Box")),
+    Category("dentists", ("dentist", "teeth cleaning", "dental clinic"), ("Bright Smile Clinic", "Family Dental")),
+    Category("watches", ("wrist watch", "chronograph", "watch for a gift"), ("Classic Timepiece", "Steel Chrono")),
+    Category("garden tools", ("garden tools", "hedge trimmer", "spade and rake"), ("Green Thumb Kit", "Hedge Cutter")),
+    Category("baby strollers", ("baby stroller", "pushchair", "buggy for twins"), ("City Pram", "Travel Buggy")),
+)
+BRANDS = ("Norvik", "Altea", "Bramble", "Corvid", "Dunmore", "Elsinor", "Fjord", "Gantry")
+PLACES = ("Boston", "Austin", "Denver", "Seattle", "Chicago", "Miami", "Dublin", "Leeds")
+PRICES_ASKED = {Price.cheap: ("cheap", "affordable", "budget"), Price.premium: ("luxury", "premium", "high end")}
+PRICES_OFFERED = {
+    Price.cheap: ("Low prices all week.", "Everything under $25.", "Half price this month."),
+    Price.premium: ("Handmade, from $900.", "First class in every detail.", "Exclusive designer range."),
+}
+PLACES_OFFERED = ("Pick up in {place}.", "Serving {place} since 1998.", "Our {place} team is here for you.")
+CLEAN_TEXTS = ("Free returns.", "Rated 4.7 of 5.", "Order online today.", "Friendly support.")
+FLAWED_TEXTS = ("CLICK HERE NOW!!!", "U wont beleive this", "100% miracle, guaranteed!!!")

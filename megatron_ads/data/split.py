@@ -1,0 +1,45 @@
+"""Hold rows out for validation so that nothing that identifies them is trained on."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Rows to train on and rows held out; no group is on both sides."""
+
+    training: list[ChatRow]
+    validation: list[ChatRow]
+
+
+def split_by_group(rows: Sequence[ChatRow], *, validation_rows: int, seed: int) -> Split:
+    """Hold out whole groups (queries, users), in an order that ``seed`` decides, until there are enough rows.
+
+    Rows of the last group beyond ``validation_rows`` are on neither side. The order of ``rows`` plays no part in which
+    groups are held out.
+
+    Raises:
+        DataError: If nothing would be left to train on.
+    """
+    groups: dict[str, list[ChatRow]] = defaultdict(list)
+    for row in rows:
+        groups[row.group or row.id].append(row)
+    held_out: set[str] = set()
+    validation: list[ChatRow] = []
+    for group in sorted(groups, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest()):
+        if len(validation) >= validation_rows:
+            break
+        held_out.add(group)
+        validation += groups[group]
+    training = [row for row in rows if (row.group or row.id) not in held_out]
+    if not training:
+        raise DataError(
+            f"data.validation_rows = {validation_rows} leaves none of the {len(rows)} rows ({len(groups)} groups such "
+            "as queries, which stay together) to train on. Lower it, or add rows."
+        )
+    return Split(training=training, validation=validation[:validation_rows])
