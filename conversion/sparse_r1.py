@@ -1,0 +1,151 @@
+"""Write a DeepSeek-R1 repository whose files have the true names, shapes and dtypes and take next to no disk.
+
+The data is a hole in every file, read as zeros: enough to plan, rehearse and time everything that looks at headers.
+How tensors are dealt to the 163 files is this module's own (in model order, filled evenly); the rest is as published.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conversion.atomic_file import write_small
+from conversion.fp8 import scale_shape
+from conversion.hf_folder import INDEX, SCALE_SUFFIX
+from conversion.names import Kind, hf_aliases, parameters
+from conversion.plan import offsets
+from conversion.safetensors_file import HeaderEntry, header_order
+from megatron_ads.architecture import shape_from_config
+from megatron_ads.errors import ConversionError
+
+R1_FILES = 163
+R1_CONFIG: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "initializer_range": 0.02,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.46.3",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+"""config.json of deepseek-ai/DeepSeek-R1, without the references to its custom code."""
+
+
+def write_sparse_r1(folder: Path) -> None:
+    """Write DeepSeek-R1 as 163 sparse files with 91,991 tensors, config and index.
+
+    Raises:
+        ConversionError: If the folder exists and is not empty, or its file system has no sparse files of this size.
+    """
+    write_sparse(folder, R1_CONFIG, files=R1_FILES)
+
+
+def write_sparse(folder: Path, config: dict[str, Any], *, files: int) -> None:
+    """Write any FP8 checkpoint of the family as sparse files; errors as :func:`write_sparse_r1`."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ConversionError(f"{folder} is not empty. Choose a folder that is empty or absent.")
+    folder.mkdir(parents=True, exist_ok=True)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, group in enumerate(_dealt(stored_entries(config), files), start=1):
+        name = f"model-{number:05d}-of-{files:06d}.safetensors"
+        header, _, nbytes = offsets(header_order(group), {"format": "pt"})
+        _write_hole(folder / name, header, nbytes)
+        weight_map |= {entry.name: name for entry in group}
+        total += nbytes - len(header)
+    write_small(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_small(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def stored_entries(config: dict[str, Any]) -> list[tuple[HeaderEntry, ...]]:
+    """Return what a published FP8 checkpoint of this config stores, in model order, weights with their scales."""
+    shape = shape_from_config(config)
+    model = parameters(shape)
+    found = [
+        _entries(part.name, part.shape, parameter.kind) for parameter in model.values() for part in parameter.parts
+    ]
+    return found + [
+        _entries(alias, model[canonical].shape, Kind.PLAIN) for alias, canonical in hf_aliases(shape).items()
+    ]
+
+
+def _entries(name: str, shape: tuple[int, ...], kind: Kind) -> tuple[HeaderEntry, ...]:
+    if kind is Kind.LINEAR:
+        scales = HeaderEntry(name + SCALE_SUFFIX, torch.float32, scale_shape(shape))
+        return HeaderEntry(name, torch.float8_e4m3fn, shape), scales
+    return (HeaderEntry(name, torch.float32 if kind is Kind.ROUTER_BIAS else torch.bfloat16, shape),)
+
+
+def _dealt(tensors: Iterable[tuple[HeaderEntry, ...]], files: int) -> list[list[HeaderEntry]]:
+    """Deal tensors in order into ``files`` groups of about equal bytes."""
+    tensors = list(tensors)
+    total = sum(entry.nbytes for entries in tensors for entry in entries)
+    groups: list[list[HeaderEntry]] = [[] for _ in range(files)]
+    done = 0
+    for entries in tensors:
+        groups[min(done * files // total, files - 1)].extend(entries)
+        done += sum(entry.nbytes for entry in entries)
+    return groups
+
+
+def _write_hole(path: Path, header: bytes, nbytes: int) -> None:
+    try:
+        with path.open("wb") as file:
+            file.write(header)
+            file.truncate(nbytes)
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be made a sparse file of {nbytes} bytes ({error.strerror}).") from None
+    if os.stat(path).st_blocks * 512 > nbytes // 2 + (1 << 20):
+        raise ConversionError(f"The file system of {path} has no sparse files; choose another disk.")
