@@ -62,7 +62,7 @@ def _figures(facts: Facts) -> list[Figure]:
         Figure(
             label="logit difference",
             value=short(float(f"{parity['max_abs_difference']:.1e}")),
-            note=f"transformers against Megatron, the largest; must be below {short(parity['tolerance'])}",
+            note=f"transformers against Megatron, the largest; must be below {short(parity['limit'])}",
             state="good" if parity["passed"] else "bad",
         ),
         Figure(
@@ -138,7 +138,7 @@ def _parity(facts: Facts) -> Section:
         blocks=[
             "The exported folder was loaded in transformers and the trained shards in Megatron-Core; both ran the "
             f"same {parity['tokens']} tokens in FP32. The largest difference of any logit is "
-            f"{short(parity['max_abs_difference'])}, {verdict} the limit of {short(parity['tolerance'])}."
+            f"{short(parity['max_abs_difference'])}, {verdict} the limit of {short(parity['limit'])}."
         ],
     )
 

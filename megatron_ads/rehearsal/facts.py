@@ -8,9 +8,8 @@ from typing import Any
 from megatron_ads.config import SftConfig
 from megatron_ads.rehearsal.folder import RehearsalFolder
 from megatron_ads.rehearsal.stages import Stage, StageRecord
+from megatron_ads.training.compare_logits import LIMIT
 
-PARITY_TOLERANCE = 1e-5
-"""Largest difference of any logit, FP32: the two programs order their sums differently, which moves about 1e-6."""
 _ENDS = 10
 """Steps that the loss at the start and at the end is averaged over."""
 
@@ -29,8 +28,6 @@ def gather_facts(
 
     ``data`` says what was trained on, ``provenance`` is ``observability.provenance.provenance()``.
     """
-    parity = {**records["parity"].result, "tolerance": PARITY_TOLERANCE}
-    parity["passed"] = parity["max_abs_difference"] < PARITY_TOLERANCE
     return {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": dict(data),
@@ -40,7 +37,7 @@ def gather_facts(
             "before": records["evaluate-before"].result,
             "after": records["evaluate-after"].result,
         },
-        "parity": parity,
+        "parity": {**records["compare-logits"].result, "limit": LIMIT},
         "stages": [{"name": one.name, "title": one.title, "seconds": records[one.name].seconds} for one in stages],
         "seconds": sum(record.seconds for record in records.values()),
         **provenance,

@@ -23,14 +23,22 @@ class JobError(MegatronAdsError, RuntimeError):
     """A job that was started ended with an error; the message quotes its log and says where that is."""
 
 
-def run_job(command: Sequence[str], log: Path, *, while_running: Callable[[], None] = lambda: None) -> None:
-    """Run ``command`` to its end, its output appended to ``log``; ``while_running`` is called twice a second.
+def run_job(
+    command: Sequence[str],
+    log: Path,
+    *,
+    accepted: Sequence[int] = (0,),
+    while_running: Callable[[], None] = lambda: None,
+) -> int:
+    """Run ``command`` to its end, its output appended to ``log``; return its exit status.
+
+    ``while_running`` is called twice a second.
 
     When this process is interrupted, the job gets SIGTERM and time to save before the interruption goes on;
     when this process is killed, the kernel sends the job the same signal.
 
     Raises:
-        JobError: If it ends with another status than 0.
+        JobError: If it ends with a status that is not ``accepted``.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -50,8 +58,9 @@ def run_job(command: Sequence[str], log: Path, *, while_running: Callable[[], No
             while_running()
         finally:
             _end(job)
-    if job.returncode:
+    if job.returncode not in accepted:
         raise JobError(f"{_complaint(log, start)} (exit status {job.returncode}; the whole log is {log}).")
+    return job.returncode
 
 
 def follow_metrics(folder: Path, progress: Progress, already_done: int) -> Callable[[], None]:

@@ -15,7 +15,7 @@ from megatron_ads.config import SftConfig, load_recipe, recipe_yaml
 from megatron_ads.observability.metrics import METRICS_FILE, read_metrics
 from megatron_ads.observability.progress import Progress
 from megatron_ads.rehearsal.folder import RehearsalFolder
-from megatron_ads.rehearsal.job import follow_metrics, run_job
+from megatron_ads.rehearsal.job import JobError, follow_metrics, run_job
 from megatron_ads.rehearsal.stages import Stage
 
 RECIPE = "sft/quickstart"
@@ -69,8 +69,8 @@ def make_plan(folder: RehearsalFolder, *, overrides: Sequence[str], identity: Ma
         ),
         stage("export", "export it to Hugging Face format", [folder.tuned], after=["train"]),
         stage(
-            "parity", "compare the export in transformers with the Megatron model", [], after=["export"],
-            run=lambda: _run_apart(commands["parity"], folder.log("parity")),
+            "compare-logits", "compare the export in transformers with the Megatron model", [], after=["export"],
+            run=lambda: _compare_logits(commands["compare-logits"], folder.log("compare-logits")),
         ),
         stage(
             "evaluate-after", "ask it the held-out questions again", [folder.answers("after")],
@@ -91,7 +91,7 @@ def _commands(folder: RehearsalFolder, overrides: Sequence[str], paths: Sequence
         "convert": ["convert", "to-megatron", str(folder.start), str(folder.shards), "--recipe", RECIPE, "--json"],
         "train": ["train", "--recipe", RECIPE, *overrides, *paths],
         "export": ["convert", "to-hf", str(folder.trained_shards), str(folder.tuned), "--json"],
-        "parity": ["parity", str(folder.trained_shards), str(folder.tuned), "--json"],
+        "compare-logits": ["compare-logits", str(folder.trained_shards), str(folder.tuned), "--json"],
         "evaluate-after": evaluate("after", folder.tuned),
     }
     return {name: ["megatron-ads", *words] for name, words in commands.items()}
@@ -108,11 +108,14 @@ def _run_here(command: Sequence[str], log: Path) -> Mapping[str, Any]:
     return _last_json(log)
 
 
-def _run_apart(command: Sequence[str], log: Path) -> Mapping[str, Any]:
-    """Run a command in a process of its own; return the JSON object it printed."""
+def _compare_logits(command: Sequence[str], log: Path) -> Mapping[str, Any]:
+    """Run the comparison in a process of its own, which Megatron-Core's patches and groups end with."""
     log.unlink(missing_ok=True)
-    run_job([sys.executable, "-m", "megatron_ads.cli", *command[1:]], log)
-    return _last_json(log)
+    status = run_job([sys.executable, "-m", "megatron_ads.cli", *command[1:]], log, accepted=(0, 1))
+    result = _last_json(log)
+    if not result:
+        raise JobError(f"the comparison ended with status {status} and without a result; its log is {log}.")
+    return result
 
 
 def _last_json(log: Path) -> Mapping[str, Any]:
