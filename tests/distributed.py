@@ -43,10 +43,18 @@ class RanksFailed(AssertionError):
         self.failures = failures
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Rank:
     pid: int
     connection: Connection
+    status: int | None = None
+    """Exit status once it has ended; the negative number of the signal that killed it."""
+
+    def wait(self) -> int:
+        """Return the exit status of a rank that has ended, or is about to."""
+        if self.status is None:
+            self.status = _ask_server("wait", self.pid)
+        return self.status
 
 
 def run_ranks(
@@ -163,11 +171,12 @@ class _Pool:
     def kill(self) -> None:
         """End the ranks at once and forget their files."""
         for rank in self._ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rank.pid, signal.SIGKILL)
+            if rank.status is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.pid, signal.SIGKILL)
         for rank in self._ranks:
             with contextlib.suppress(RuntimeError):
-                _ask_server("wait", rank.pid)
+                rank.wait()
             rank.connection.close()
         shutil.rmtree(self._folder)
 
@@ -194,7 +203,7 @@ class _Pool:
     def _failure(self, number: int, traceback_text: str | None) -> str:
         if traceback_text is not None:
             return f"raised\n{traceback_text}{self._log(number)}"
-        return f"died without an exception\n{self._log(number)}"
+        return f"died with exit status {self._ranks[number].wait()}\n{self._log(number)}"
 
     def _stacks(self, numbers: list[int]) -> dict[int, str]:
         for number in numbers:

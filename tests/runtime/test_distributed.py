@@ -82,7 +82,7 @@ def test_ranks_that_wait_for_a_failed_one_do_not_hold_up_the_report() -> None:
 
 
 def test_a_death_is_reported_with_the_output_and_the_pool_starts_again() -> None:
-    with pytest.raises(RanksFailed, match=r"rank 0 of 2 died[\s\S]*last words"):
+    with pytest.raises(RanksFailed, match=r"rank 0 of 2 died with exit status 7[\s\S]*last words"):
         run_ranks(2, _die_on_rank_0)
     assert run_ranks(2, _sum_of_ranks, 1) == [1.0, 1.0]
 

@@ -1,0 +1,155 @@
+"""When a rank dies, end the others soon, and let each say which rank it was.
+
+A collective with a dead member may wait for its whole timeout, and ranks that are not in that collective wait longer
+still. Here every rank watches two neighbours (``peer_links``); who loses one tells its other neighbour before it
+exits, so the news runs around the ring from both sides. No rank needs to be alive but the one that is told: neither
+rank 0 nor the store. A rank that is merely slow or busy is left alone; for one that hangs there is the collective's
+timeout.
+
+    with PeerMonitor(layout) as monitor:
+        for step in steps:
+            ...
+            monitor.report_step(step)
+"""
+
+import logging
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch.distributed as dist
+
+from megatron_ads.layout import ParallelLayout
+from megatron_ads.runtime.exit_status import ExitStatus
+from megatron_ads.runtime.hangs import CommunicationError
+from megatron_ads.runtime.peer_links import PeerLink, join_ring
+
+logger = logging.getLogger(__name__)
+
+_OWN_ERROR_SECONDS = 2.0
+"""How long a rank may go on after hearing of a peer's error: it may be about to find the same one itself."""
+_NEWS_SECONDS = 3.0
+"""How long a rank whose communication failed waits to hear which peer has gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """That a rank has left the job without being done."""
+
+    rank: int
+    stage: int
+    step: int | None
+    """The last one that it reported as finished, as far as its neighbour heard."""
+    error: str | None
+    """What it raised; None if its process was killed or its machine lost."""
+
+    def __str__(self) -> str:
+        last = "before its first step ended" if self.step is None else f"after step {self.step}"
+        how = "has gone (killed, or its machine lost)" if self.error is None else f"failed with {self.error}"
+        return f"rank {self.rank} (stage {self.stage}) {how}, {last}"
+
+
+class PeerMonitor:
+    """Watches the neighbours in a thread that sleeps until something happens."""
+
+    def __init__(self, layout: ParallelLayout, *, on_loss: Callable[[Loss], None] | None = None) -> None:
+        """Prepare; ``on_loss`` is called once, in the thread, before the process ends with ``PEER_LOST``."""
+        self._layout = layout
+        self._on_loss = on_loss
+        self._rank = dist.get_rank()
+        self._links: list[PeerLink] = []
+        self._steps: dict[int, int] = {}
+        self._own_step: int | None = None
+        self._is_leaving = False
+        self._stopped_by_error = threading.Event()
+
+    def __enter__(self) -> Self:
+        """Link up with the neighbours; every rank of the job must come here."""
+        if self._layout.world > 1:
+            self._links = join_ring(self._rank, self._layout.world)
+            self._wake, self._woken = socket.socketpair()
+            self._thread = threading.Thread(target=self._watch, name="peer monitor", daemon=True)
+            self._thread.start()
+            os.register_at_fork(after_in_child=self._close)  # a child would keep the connections of a dead rank open
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Leave in peace, or tell the others what was raised here."""
+        if not self._links:
+            return
+        if isinstance(error, CommunicationError):
+            self._stopped_by_error.set()
+            self._thread.join(_NEWS_SECONDS)  # which names the lost peer and ends the process, if it hears of one
+        self._is_leaving = True
+        self._stopped_by_error.set()
+        if error is None or isinstance(error, SystemExit):
+            farewell: dict[str, Any] = {"kind": "done"}
+        else:
+            text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            stage = self._layout.coordinates(self._rank).pp
+            farewell = {"kind": "loss", **asdict(Loss(self._rank, stage, self._own_step, text))}
+        for link in self._links:
+            link.send(farewell)
+        self._wake.send(b"x")
+        self._thread.join()
+        self._close()
+
+    def report_step(self, step: int) -> None:
+        """Let the neighbours know that ``step`` is finished here; costs two small writes."""
+        self._own_step = step
+        for link in self._links:
+            link.send({"kind": "step", "step": step})
+
+    def _close(self) -> None:
+        for each in (*(link.socket for link in self._links), self._wake, self._woken):
+            each.close()
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._woken, selectors.EVENT_READ)
+            for link in self._links:
+                selector.register(link.socket, selectors.EVENT_READ, link)
+            while not self._is_leaving:
+                for key, _ in selector.select():
+                    if key.data is not None and not self._hear(key.data):
+                        selector.unregister(key.fileobj)
+
+    def _hear(self, link: PeerLink) -> bool:
+        """Take in what a neighbour says; return whether it may say more."""
+        try:
+            for message in link.receive():
+                kind = message.pop("kind")
+                if kind == "step":
+                    self._steps[link.rank] = message["step"]
+                elif kind == "done":
+                    return False
+                else:
+                    self._end_over(Loss(**message), heard_from=link)
+        except ConnectionError:
+            stage = self._layout.coordinates(link.rank).pp
+            self._end_over(Loss(link.rank, stage, self._steps.get(link.rank), None), heard_from=link)
+        return True
+
+    def _end_over(self, loss: Loss, *, heard_from: PeerLink) -> None:
+        """Pass the news on and end this process, unless it is leaving anyway."""
+        if loss.rank == self._rank or self._is_leaving:
+            return
+        for link in self._links:
+            if link is not heard_from:
+                link.send({"kind": "loss", **asdict(loss)})
+        if loss.error is not None and self._stopped_by_error.wait(_OWN_ERROR_SECONDS) and self._is_leaving:
+            return
+        logger.critical("%s; this rank cannot go on without it and exits with %d.", loss, ExitStatus.PEER_LOST)
+        if self._on_loss:
+            self._on_loss(loss)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(0.1)  # the news must have left before the connections close
+        os._exit(ExitStatus.PEER_LOST)
