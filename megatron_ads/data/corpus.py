@@ -1,0 +1,127 @@
+"""From the sources of a recipe to tokens: read, split, tokenize, and count what had to be left out and why."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from megatron_ads.config import DataConfig, SourceConfig, SourceKind
+from megatron_ads.data.ads_pairs import DEFAULT_ROWS, builtin_rows
+from megatron_ads.data.chat import tokenize_row
+from megatron_ads.data.esci import esci_file, esci_rows
+from megatron_ads.data.jsonl import jsonl_rows
+from megatron_ads.data.mixing import WeightedRows
+from megatron_ads.data.rows import ChatRow, TokenizedRow
+from megatron_ads.data.split import split_by_group
+from megatron_ads.data.tokenizer import ChatTokenizer
+from megatron_ads.errors import DataError
+
+
+class LeftOut(StrEnum):
+    """Why a row takes no part in training."""
+
+    longer_than_seq_length = "longer_than_seq_length"
+    zero_weight = "zero_weight"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokenized:
+    """Rows in tokens, and how many were left out for which reason."""
+
+    rows: list[TokenizedRow]
+    left_out: Counter[LeftOut]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corpus:
+    """What a recipe's ``data`` section means, before tokens."""
+
+    training: list[list[ChatRow]]
+    """Rows of each source."""
+    validation: list[ChatRow]
+    """Held out of all sources together."""
+    weights: list[float]
+    names: list[str]
+    """What each source is, for people."""
+
+
+def read_corpus(config: DataConfig) -> Corpus:
+    """Read all sources and hold validation rows out, groups such as queries undivided over all sources.
+
+    Raises:
+        DataError: If a source cannot be read, or nothing is left to train on.
+    """
+    sources = [read_source(source, seed=config.seed) for source in config.sources]
+    everything = [row for rows in sources for row in rows]
+    split = split_by_group(everything, validation_rows=config.validation_rows, seed=config.seed)
+    kept = {id(row) for row in split.training}
+    return Corpus(
+        training=[[row for row in rows if id(row) in kept] for rows in sources],
+        validation=split.validation,
+        weights=[source.weight for source in config.sources],
+        names=[describe_source(source) for source in config.sources],
+    )
+
+
+def read_source(source: SourceConfig, *, seed: int) -> list[ChatRow]:
+    """Return the rows of one source.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    if source.kind is SourceKind.builtin:
+        return builtin_rows(DEFAULT_ROWS if source.rows is None else source.rows, seed=seed)
+    if source.kind is SourceKind.esci:
+        return esci_rows(esci_file(source.path), limit=source.rows)
+    assert source.path is not None, "checked with the recipe"
+    return jsonl_rows(Path(source.path), limit=source.rows)
+
+
+def describe_source(source: SourceConfig) -> str:
+    """Return what a report says the data were."""
+    if source.kind is SourceKind.builtin:
+        return "built-in query-ad pairs"
+    if source.kind is SourceKind.esci:
+        return f"ESCI query-product pairs ({esci_file(source.path)})"
+    return f"chat rows ({source.path})"
+
+
+def tokenize(rows: Sequence[ChatRow], tokenizer: ChatTokenizer, *, seq_length: int) -> Tokenized:
+    """Tokenize rows; a row that predicts more than ``seq_length`` tokens is left out and counted, never cut.
+
+    Raises:
+        DataError: If the chat template refuses a conversation.
+    """
+    kept: list[TokenizedRow] = []
+    left_out: Counter[LeftOut] = Counter()
+    for row in rows:
+        tokenized = tokenize_row(row, tokenizer)
+        if row.weight == 0:
+            left_out[LeftOut.zero_weight] += 1
+        elif tokenized.predictions > seq_length:
+            left_out[LeftOut.longer_than_seq_length] += 1
+        else:
+            kept.append(tokenized)
+    return Tokenized(rows=kept, left_out=left_out)
+
+
+def tokenize_training(
+    corpus: Corpus, tokenizer: ChatTokenizer, *, seq_length: int
+) -> tuple[list[WeightedRows], Counter[LeftOut]]:
+    """Tokenize the training rows of every source for a ``BatchStream``; also count what was left out.
+
+    Raises:
+        DataError: If a source has no row that fits.
+    """
+    sources: list[WeightedRows] = []
+    left_out: Counter[LeftOut] = Counter()
+    for rows, weight, name in zip(corpus.training, corpus.weights, corpus.names, strict=True):
+        tokenized = tokenize(rows, tokenizer, seq_length=seq_length)
+        left_out += tokenized.left_out
+        if not tokenized.rows:
+            raise DataError(
+                f"None of the {len(rows)} training rows of {name} fits data.seq_length = {seq_length}. Raise it."
+            )
+        sources.append(WeightedRows(rows=tokenized.rows, weight=weight, name=name))
+    return sources, left_out

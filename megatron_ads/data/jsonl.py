@@ -1,0 +1,135 @@
+"""Read chat rows of your own from a JSONL file, checking every row before it is used.
+
+One object a line:
+
+    {"id": "r1", "task": "relevance", "messages": [{"role": "user", "content": "..."},
+     {"role": "assistant", "content": "<think>...</think><Label>Good</Label>"}],
+     "weight": 1.0, "group": "what validation must not share", "label": "Good"}
+
+``messages`` is required and ends with the assistant's target; the rest has defaults.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from megatron_ads.data.rows import ChatRow, Message, Role
+from megatron_ads.errors import DataError
+
+MAX_LINE_BYTES = 10_000_000
+_KEYS = frozenset({"id", "task", "messages", "weight", "group", "label"})
+_ORDER = {Role.system: (Role.user,), Role.user: (Role.assistant,), Role.assistant: (Role.user,)}
+"""Which roles may follow each role."""
+
+
+def read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, parsed object) of every line that is not empty; memory does not grow with the file.
+
+    Raises:
+        DataError: If there is no such file, or a line is too long, not UTF-8, not JSON, or no object.
+    """
+    if not file.is_file():
+        raise DataError(f"{file} is not a file. Check the path of this source.")
+    with file.open("rb") as lines:
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES + 1), b""), 1):
+            if len(line) > MAX_LINE_BYTES:
+                raise DataError(f"{file}, row {number}: longer than {MAX_LINE_BYTES:,} bytes. Shorten or remove it.")
+            if line.strip():
+                yield number, _parse_line(file, number, line)
+
+
+def _parse_line(file: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}, row {number}: not UTF-8 at byte {error.start}. Save the file as UTF-8.") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}, row {number}: not JSON ({error}). One object per line is expected.") from None
+    if not isinstance(parsed, dict):
+        raise DataError(f"{file}, row {number}: a {type(parsed).__name__}, not an object.")
+    return parsed
+
+
+def jsonl_rows(file: Path, *, limit: int | None = None) -> list[ChatRow]:
+    """Return the rows of a file, the first ``limit`` of them.
+
+    Raises:
+        DataError: With the row number, for the first row that is not a chat row or repeats an id.
+    """
+    rows: list[ChatRow] = []
+    first_seen: dict[str, int] = {}
+    for number, fields in read_objects(file):
+        if len(rows) == limit:
+            break
+        try:
+            row = parse_row(fields, default_id=f"{file.name}-{number}")
+        except DataError as error:
+            raise DataError(f"{file}, row {number}: {error}") from None
+        if row.id in first_seen:
+            raise DataError(f"{file}, row {number}: id {row.id!r} was row {first_seen[row.id]}'s. Ids must differ.")
+        first_seen[row.id] = number
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{file} holds no rows. One object per line is expected.")
+    return rows
+
+
+def parse_row(fields: Mapping[str, Any], *, default_id: str) -> ChatRow:
+    """Check one parsed row.
+
+    Raises:
+        DataError: Naming the field, its value and what is expected.
+    """
+    unknown = sorted(fields.keys() - _KEYS)
+    if unknown:
+        raise DataError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}.")
+    weight = fields.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+        raise DataError(f"weight is {weight!r}; it must be a number, 0 or above.")
+    label = fields.get("label")
+    if label is not None and not isinstance(label, str):
+        raise DataError(f"label is {label!r}; it must be text or null.")
+    return ChatRow(
+        id=_text(fields, "id", default_id),
+        task=_text(fields, "task", "chat"),
+        messages=_parse_messages(fields.get("messages")),
+        weight=float(weight),
+        group=_text(fields, "group", ""),
+        label=label,
+    )
+
+
+def _text(fields: Mapping[str, Any], name: str, default: str) -> str:
+    value = fields.get(name, default)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise DataError(f"{name} is {value!r}; it must be text.")
+    return value
+
+
+def _parse_messages(value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or len(value) < 2:
+        raise DataError("messages must be a list of at least two: a question and the assistant's target.")
+    messages = tuple(_parse_message(item, index) for index, item in enumerate(value))
+    if messages[-1].role is not Role.assistant:
+        raise DataError(f"the last message is the {messages[-1].role}'s; it must be the assistant's, the target.")
+    if messages[0].role is Role.assistant:
+        raise DataError("the first message is the assistant's; it must be the system's or the user's.")
+    for index, (before, after) in enumerate(pairwise(messages)):
+        if after.role not in _ORDER[before.role]:
+            raise DataError(f"messages[{index + 1}] is the {after.role}'s after the {before.role}'s.")
+    return messages
+
+
+def _parse_message(item: Any, index: int) -> Message:
+    if not isinstance(item, dict) or item.keys() != {"role", "content"}:
+        raise DataError(f"messages[{index}] must have exactly the fields role and content.")
+    if item["role"] not in {str(role) for role in Role}:
+        raise DataError(f"messages[{index}].role is {item['role']!r}; known: {', '.join(Role)}.")
+    if not isinstance(item["content"], str) or not item["content"].strip():
+        raise DataError(f"messages[{index}].content is {item['content']!r:.60}; it must be text that is not empty.")
+    return Message(role=Role(item["role"]), content=item["content"])
