@@ -13,7 +13,8 @@ import yaml
 
 import megatron_ads.config
 from conversion.layer_specs import LayerSpec
-from megatron_ads.architecture import ModelShape, read_model_shape
+from megatron_ads import demo_model
+from megatron_ads.architecture import ModelShape, read_model_shape, shape_from_config
 from megatron_ads.config import (
     FrozenPart,
     LayerSpecChoice,
@@ -71,6 +72,16 @@ def test_the_r1_recipes_fit_r1(name: str) -> None:
     assert (layout.dp, config.train.microbatches(layout)) == (8, 62)  # 496 rows / (1 row * 8 replicas)
 
 
+@pytest.mark.parametrize("preset", sorted(demo_model.CONFIGS))
+def test_the_quickstart_fits_the_demo_models_and_leaves_stage_0_without_experts(preset: demo_model.Preset) -> None:
+    shape = shape_from_config(demo_model.CONFIGS[preset])
+    config = quickstart()
+    validate(config, 4, shape)
+    placement = config.layout.placement(shape, config.layout.runtime(4))
+    assert placement.string.startswith("Ett|tttt")
+    assert placement.expert_less_stages(shape) == (0,)
+
+
 def test_the_two_r1_recipes_differ_in_the_layout_and_the_folders_only() -> None:
     plain, twin = (load_recipe(name, OPEN[name]) for name in sorted(OPEN) if "r1" in name)
     different = [field.name for field in fields(SftConfig) if getattr(plain, field.name) != getattr(twin, field.name)]
@@ -82,7 +93,7 @@ PARTS = sorted(file for file in recipes_folder().glob("*/*.yaml") if file.parent
 
 def test_every_file_of_the_recipes_starts_with_its_instructions() -> None:
     files = sorted(recipes_folder().rglob("*.yaml"))
-    assert len(files) == len(PARTS) + len(OPEN) == 16
+    assert len(files) == len(PARTS) + len(OPEN) == 17
     assert [file for file in files if not file.read_text().startswith("# ")] == []
 
 
@@ -258,7 +269,10 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_one() -> None:
         (["data.sources=[{kind: builtin, path: a}]"], r"data\.sources\[0\]\.path is 'a', which has no effect"),
         (["data.sources=[{kind: builtin}, {kind: esci, weight: 0}]"], r"data\.sources\[1\]\.weight is 0\.0; .*above 0"),
         (["data.sources=[{kind: builtin, rows: 0}]"], r"data\.sources\[0\]\.rows is 0; it must be at least 1"),
-        (["layout.cp=2", "layout.pp=1", "data.seq_length=255"], r"255 \* 2 = 510 tokens cannot be cut into 4 pieces"),
+        (
+            ["layout=pp1_ep1", "layout.cp=2", "data.seq_length=255"],
+            r"255 \* 2 = 510 tokens cannot be cut into 4",
+        ),
         (["optim.learning_rate=-1"], r"optim\.learning_rate is -1\.0; it must be at least 0"),
         (["optim.learning_rate=0"], r"optim\.learning_rate is 0\.0; it must be above 0"),
         (["optim.learning_rate=nan"], r"optim\.learning_rate is nan"),
@@ -282,7 +296,7 @@ def test_an_impossible_or_idle_combination_is_refused_with_the_numbers(overrides
 
 def test_interleaving_asks_for_microbatches_in_groups_of_the_stages() -> None:
     # dp 2, 1 row each: 4 rows are 2 microbatches, a group of pp = 2; 6 rows are 3.
-    even = ["layout.vpp=2", "train.micro_batch_size=1", "train.global_batch_size=4"]
+    even = ["layout=pp2_ep2", "layout.vpp=2", "train.micro_batch_size=1", "train.global_batch_size=4"]
     validate(quickstart(*even), 4)
     with pytest.raises(ConfigError, match=r"6 / \(1 \* 2\) = 3 microbatches\. .* a multiple of 4"):
         validate(quickstart(*even, "train.global_batch_size=6"), 4)
@@ -326,7 +340,7 @@ def test_freezing_and_the_moving_router_bias_are_accepted_where_they_have_an_eff
         "model.frozen=[experts,mtp]",
         "model.router_bias=update",
         "model.router_bias_update_rate=0.001",
-        "layout.last_stage_layers=31",
+        "layout.last_stage_layers=59",
     )
     validate(config, 4, published("deepseek_r1"))
     assert config.model.frozen == [FrozenPart.experts, FrozenPart.mtp]
