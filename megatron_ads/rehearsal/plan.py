@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def make_plan(folder: RehearsalFolder, *, overrides: Sequence[str], identity: Ma
     paths = [f"model.load={folder.shards}", f"log.dir={folder.run}"]
     config = load_recipe(RECIPE, [*overrides, *paths])
     commands = _commands(folder, overrides, paths)
-    recipe = recipe_yaml(config)
+    data, layout = asdict(config.data), asdict(config.layout)
 
     def stage(name: str, title: str, outputs: Sequence[Path], **more: Any) -> Stage:
         work: dict[str, Any] = {"run": lambda: _run_here(commands[name], folder.log(name)), "settings": {}} | more
@@ -56,15 +56,15 @@ def make_plan(folder: RehearsalFolder, *, overrides: Sequence[str], identity: Ma
         stage("demo-model", "make a small random DeepSeek-V3-family checkpoint", [folder.start], settings=identity),
         stage(
             "evaluate-before", "ask it the held-out questions", [folder.answers("before")],
-            settings={"recipe": recipe}, after=["demo-model"],
+            settings=data, after=["demo-model"],
         ),
         stage(
             "convert", "convert it to shards, one file per rank", [folder.shards],
-            settings={"recipe": recipe}, after=["demo-model"],
+            settings=layout, after=["demo-model"],
         ),
         stage(
             "train", f"fine-tune it for {config.train.steps} steps", [folder.run],
-            settings={"recipe": recipe}, after=["convert"], resumable=True,
+            settings={"recipe": recipe_yaml(config)}, after=["convert"], resumable=True,
             run=lambda: _train(commands["train"], folder, config),
         ),
         stage("export", "export it to Hugging Face format", [folder.tuned], after=["train"]),
@@ -74,7 +74,7 @@ def make_plan(folder: RehearsalFolder, *, overrides: Sequence[str], identity: Ma
         ),
         stage(
             "evaluate-after", "ask it the held-out questions again", [folder.answers("after")],
-            settings={"recipe": recipe}, after=["export"],
+            settings=data, after=["export"],
         ),
     )  # fmt: skip
     return Plan(stages, commands, config)
@@ -82,8 +82,8 @@ def make_plan(folder: RehearsalFolder, *, overrides: Sequence[str], identity: Ma
 
 def _commands(folder: RehearsalFolder, overrides: Sequence[str], paths: Sequence[str]) -> dict[str, list[str]]:
     def evaluate(when: str, model: Path) -> list[str]:
-        answers = str(folder.answers(when))
-        return ["evaluate", str(model), "--recipe", RECIPE, "--answers", answers, "--json", *overrides]
+        answers = ["--answers", str(folder.answers(when))]
+        return ["evaluate", str(model), "--recipe", RECIPE, *answers, "--json", *_about(overrides, "data")]
 
     commands = {
         "demo-model": ["demo-model", str(folder.start)],
@@ -95,6 +95,10 @@ def _commands(folder: RehearsalFolder, overrides: Sequence[str], paths: Sequence
         "evaluate-after": evaluate("after", folder.tuned),
     }
     return {name: ["megatron-ads", *words] for name, words in commands.items()}
+
+
+def _about(overrides: Sequence[str], section: str) -> list[str]:
+    return [override for override in overrides if override.lstrip("+~").partition("=")[0].split(".")[0] == section]
 
 
 def _run_here(command: Sequence[str], log: Path) -> Mapping[str, Any]:

@@ -1,0 +1,107 @@
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ads import quickstart
+from megatron_ads.errors import ConfigError
+from megatron_ads.rehearsal.announce import Announcements
+from megatron_ads.rehearsal.folder import RehearsalFolder
+from megatron_ads.rehearsal.plan import Plan, make_plan
+from megatron_ads.rehearsal.stages import Stage, run_stages
+
+
+def _plan(root: Path, *overrides: str, **identity: str) -> Plan:
+    return make_plan(RehearsalFolder(root), overrides=["data=builtin", *overrides], identity=identity)
+
+
+def _pretend(stage: Stage) -> Stage:
+    """The same stage, with nothing but its outputs made."""
+
+    def run() -> Mapping[str, Any]:
+        for output in stage.outputs:
+            output.mkdir(parents=True)
+        return {}
+
+    return replace(stage, run=run)
+
+
+def _what_runs(plan: Plan, root: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    capsys.readouterr()
+    run_stages([_pretend(stage) for stage in plan.stages], root, Announcements(plan.commands))
+    titles = {stage.title: stage.name for stage in plan.stages}
+    lines = [line.split("] ", 1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    return [titles[line] for line in lines if line in titles]
+
+
+EVERYTHING = ["demo-model", "evaluate-before", "convert", "train", "export", "compare-logits", "evaluate-after"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "identity", "redone"),
+    [
+        ([], {}, []),
+        (["train.steps=7"], {}, ["train", "export", "compare-logits", "evaluate-after"]),
+        (["optim.learning_rate=0.1"], {}, ["train", "export", "compare-logits", "evaluate-after"]),
+        (["data.seed=9"], {}, ["evaluate-before", "train", "export", "compare-logits", "evaluate-after"]),
+        ([], {"revision": "another"}, EVERYTHING),
+    ],
+    ids=["nothing changed", "steps", "learning rate", "data", "code"],
+)
+def test_a_second_run_redoes_what_depends_on_what_changed(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    identity: dict[str, str],
+    redone: list[str],
+) -> None:
+    assert _what_runs(_plan(tmp_path, revision="one"), tmp_path, capsys) == EVERYTHING
+    second = _plan(tmp_path, *overrides, **{"revision": "one", **identity})
+    assert _what_runs(second, tmp_path, capsys) == redone
+
+
+def test_the_commands_printed_are_the_ones_a_user_can_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = _plan(tmp_path, "train.steps=7")
+    run_stages([_pretend(stage) for stage in plan.stages], tmp_path, Announcements(plan.commands))
+    out = capsys.readouterr().out
+    assert f"      $ megatron-ads demo-model {tmp_path}/model\n" in out
+    assert (
+        f"      $ megatron-ads train --recipe sft/quickstart data=builtin train.steps=7 model.load={tmp_path}/" in out
+    )
+    (evaluation,) = [line for line in out.splitlines() if "evaluate" in line and "answers-after" in line]
+    assert evaluation.endswith("data=builtin")  # the training's settings are not its business
+
+
+def test_an_impossible_setting_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.steps"):
+        _plan(tmp_path, "train.stepz=7")
+
+
+def test_without_real_data_the_built_in_rows_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MEGATRON_ADS_DATA", raising=False)
+    data = quickstart.describe_data()
+    assert (data["source"], "path" in data) == ("builtin", False)
+
+
+def test_real_pairs_are_counted_and_fingerprinted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MEGATRON_ADS_DATA", str(tmp_path))
+    (tmp_path / "esci_us").mkdir()
+    file = tmp_path / "esci_us" / "pairs.jsonl"
+    file.write_text("".join(json.dumps({"query": "q", "asin": str(number)}) + "\n" for number in range(1234)))
+    before = quickstart.describe_data()
+    assert before["source"] == "esci"
+    assert before["description"].startswith("1,234 real query-product pairs")
+    assert before["path"] == str(file)
+    file.write_text(file.read_text() + "{}\n")
+    assert quickstart.describe_data()["sha256"] != before["sha256"]
+
+
+def test_a_data_folder_without_the_pairs_is_not_passed_over_in_silence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MEGATRON_ADS_DATA", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"MEGATRON_ADS_DATA is .*pairs\.jsonl cannot be read"):
+        quickstart.describe_data()
