@@ -103,6 +103,7 @@ _SMALL = _TINY | {
     "n_routed_experts": 32,
     "num_attention_heads": 8,
     "num_hidden_layers": 8,
+    "num_key_value_heads": 8,
     "q_lora_rank": 192,
     "initializer_range": 0.03,
 }
