@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron_ads.architecture import ModelShape
 from megatron_ads.layout import Chunk, ParallelLayout, PipelinePlacement
 from megatron_ads.models.gpt import DeepseekModel
+from megatron_ads.models.latent_attention import set_latent_norm_epsilon
 from megatron_ads.models.settings import ModelSettings
 from megatron_ads.models.specs import decoder_spec, mtp_spec
 from megatron_ads.models.transformer_config import megatron_config
@@ -52,6 +53,7 @@ def _build(shape: ModelShape, config: MLATransformerConfig, chunk: Chunk, settin
         mtp_block_spec=mtp_spec(shape, chunk, settings.spec),
         vp_stage=chunk.virtual if config.virtual_pipeline_model_parallel_size else None,
     )
+    set_latent_norm_epsilon(model)
     _mark_partitioned(model)
     _mark_experts(model)
     if chunk.mtp_layers and not settings.mtp_loss_weight:

@@ -12,6 +12,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -29,7 +30,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from conversion.layer_specs import LayerSpec
 from megatron_ads.architecture import ModelShape
 from megatron_ads.layout import Chunk
-from megatron_ads.models.attention import CausalAttention
 from megatron_ads.models.experts import GroupedExperts
 from megatron_ads.models.latent_attention import LatentAttention
 from megatron_ads.models.norm import RMSNorm
@@ -92,7 +92,7 @@ def _attention() -> ModuleSpec:
             linear_q_up_proj=ColumnParallelLinear,
             linear_kv_down_proj=ColumnParallelLinear,
             linear_kv_up_proj=ColumnParallelLinear,
-            core_attention=CausalAttention,
+            core_attention=IdentityOp,
             linear_proj=RowParallelLinear,
             q_layernorm=RMSNorm,
             kv_layernorm=RMSNorm,

@@ -42,6 +42,7 @@ MOONLIGHT: dict[str, Any] = {key: value for key, value in V3.items() if key != "
     "routed_scaling_factor": 2.446,
     "first_k_dense_replace": 1,
     "rope_theta": 50000.0,
+    "rms_norm_eps": 1e-05,
     "num_nextn_predict_layers": 0,
 }
 """No query low rank, no groups, no YaRN."""

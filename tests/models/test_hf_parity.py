@@ -47,10 +47,10 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, family: str, spec: L
         ("v3", {"n_group": 1, "topk_group": 1}),
         ("v3", {"routed_scaling_factor": 2.4}),
         ("v3", {"rope_scaling": None}),
-        ("v2_lite", {"scoring_func": "sigmoid", "norm_topk_prob": True}),
+        ("v2_lite", {"num_experts_per_tok": 5}),
         ("moonlight", {"rope_theta": 10000.0}),
     ],
-    ids=["group limits", "scaling factor", "yarn", "score function", "rope base"],
+    ids=["group limits", "scaling factor", "yarn", "chosen experts", "rope base"],
 )
 def test_logits_differ_when_a_number_of_the_shape_is_wrong(tmp_path: Path, family: str, wrong: dict[str, Any]) -> None:
     tokens_BS = torch.randint(0, 128, (2, 48), generator=torch.Generator().manual_seed(3))
