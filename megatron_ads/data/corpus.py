@@ -4,15 +4,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 
-from megatron_ads.config import DataConfig, SourceConfig, SourceKind
-from megatron_ads.data.ads_pairs import DEFAULT_ROWS, builtin_rows
+from megatron_ads.config import DataConfig
 from megatron_ads.data.chat import tokenize_row
-from megatron_ads.data.esci import esci_file, esci_rows
-from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.mixing import WeightedRows
 from megatron_ads.data.rows import ChatRow, TokenizedRow
+from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.data.split import split_by_group
 from megatron_ads.data.tokenizer import ChatTokenizer
 from megatron_ads.errors import DataError
@@ -62,29 +59,6 @@ def read_corpus(config: DataConfig) -> Corpus:
         weights=[source.weight for source in config.sources],
         names=[describe_source(source) for source in config.sources],
     )
-
-
-def read_source(source: SourceConfig, *, seed: int) -> list[ChatRow]:
-    """Return the rows of one source.
-
-    Raises:
-        DataError: If it cannot be read.
-    """
-    if source.kind is SourceKind.builtin:
-        return builtin_rows(DEFAULT_ROWS if source.rows is None else source.rows, seed=seed)
-    if source.kind is SourceKind.esci:
-        return esci_rows(esci_file(source.path), limit=source.rows)
-    assert source.path is not None, "checked with the recipe"
-    return jsonl_rows(Path(source.path), limit=source.rows)
-
-
-def describe_source(source: SourceConfig) -> str:
-    """Return what a report says the data were."""
-    if source.kind is SourceKind.builtin:
-        return "built-in query-ad pairs"
-    if source.kind is SourceKind.esci:
-        return f"ESCI query-product pairs ({esci_file(source.path)})"
-    return f"chat rows ({source.path})"
 
 
 def tokenize(rows: Sequence[ChatRow], tokenizer: ChatTokenizer, *, seq_length: int) -> Tokenized:

@@ -1,41 +1,32 @@
-"""Read the rows of one configured source."""
+"""The sources a recipe can name under ``data.sources``, read into chat rows."""
 
-import os
 from pathlib import Path
 
 from megatron_ads.config import SourceConfig, SourceKind
 from megatron_ads.data.ads_pairs import DEFAULT_ROWS, builtin_rows
+from megatron_ads.data.esci import esci_file, esci_rows
+from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.errors import DataError
-
-DATA_ROOT = "MEGATRON_ADS_DATA"
-"""Environment variable that names the folder of public data sets."""
 
 
 def read_source(source: SourceConfig, *, seed: int) -> list[ChatRow]:
-    """Return the rows of ``source``, at most ``source.rows`` of them.
+    """Return the rows of one source.
 
     Raises:
-        DataError: If a file is missing or a row in it is malformed.
+        DataError: If it cannot be read.
     """
     if source.kind is SourceKind.builtin:
-        return builtin_rows(source.rows or DEFAULT_ROWS, seed=seed)
+        return builtin_rows(DEFAULT_ROWS if source.rows is None else source.rows, seed=seed)
     if source.kind is SourceKind.esci:
-        from megatron_ads.data.esci import esci_rows
-
-        rows = esci_rows(Path(source.path) if source.path else _data_root() / "esci_us" / "pairs.jsonl")
-    else:
-        from megatron_ads.data.jsonl import jsonl_rows
-
-        rows = jsonl_rows(Path(source.path or ""))
-    return list(rows)[: source.rows]
+        return esci_rows(esci_file(source.path), limit=source.rows)
+    assert source.path is not None, "checked with the recipe"
+    return jsonl_rows(Path(source.path), limit=source.rows)
 
 
-def _data_root() -> Path:
-    root = os.environ.get(DATA_ROOT)
-    if not root:
-        raise DataError(
-            f"data.sources asks for public data, but {DATA_ROOT} is not set. Point it at the folder with "
-            "esci_us/pairs.jsonl, or choose data=builtin."
-        )
-    return Path(root)
+def describe_source(source: SourceConfig) -> str:
+    """Return what a report says the data were."""
+    if source.kind is SourceKind.builtin:
+        return "built-in query-ad pairs"
+    if source.kind is SourceKind.esci:
+        return f"ESCI query-product pairs ({esci_file(source.path)})"
+    return f"chat rows ({source.path})"
