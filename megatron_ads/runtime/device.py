@@ -7,9 +7,11 @@ import torch
 
 
 def device() -> torch.device:
-    """Return the device of this rank; ``LOCAL_RANK``, as torchrun sets it, chooses among several."""
+    """Return the device of this rank; its number on this machine, from torchrun or srun, chooses among several."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        number = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+        shows_only_own = torch.cuda.device_count() == 1  # as srun does with --gpus-per-task
+        return torch.device("cuda", 0 if shows_only_own else number)
     return torch.device("cpu")
 
 

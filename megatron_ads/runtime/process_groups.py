@@ -29,7 +29,7 @@ def start(
     embedding_ranks: EmbeddingRanks | None = None,
     create_gloo_process_groups: bool = True,
 ) -> None:
-    """Join the job that torchrun's environment describes and build Megatron's groups for ``layout``.
+    """Join the job that the environment of torchrun or srun describes and build Megatron's groups for ``layout``.
 
     A default process group that exists already is used as it is. Call before any other use of Megatron-Core.
 
@@ -39,14 +39,14 @@ def start(
         create_gloo_process_groups: Whether to double the data-parallel groups with gloo, which checkpoints need.
 
     Raises:
-        ConfigError: If the number of running ranks is not ``layout.world``.
+        ConfigError: If the number of running ranks is not ``layout.world``, or no meeting point is given.
     """
-    _check_world(layout, dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1")))
+    _check_world(layout, dist.get_world_size() if dist.is_initialized() else _launched_world())
     cpu_compat.install()
     upstream_warnings.silence()
     timeout = timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
-        _join(timeout)
+        _join(layout.world, timeout)
     _build_megatron_groups(layout, timeout, embedding_ranks, create_gloo_process_groups)
     for group in dist.distributed_c10d._world.pg_map:
         group.set_timeout(timeout)  # Megatron creates one of its gloo groups without a timeout
@@ -79,13 +79,25 @@ def _check_world(layout: ParallelLayout, world: int) -> None:
         )
 
 
-def _join(timeout: timedelta) -> None:
-    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
-        os.environ.setdefault(name, alone)
+def _join(world: int, timeout: timedelta) -> None:
+    os.environ.setdefault("RANK", os.environ.get("SLURM_PROCID", "0"))
+    os.environ.setdefault("WORLD_SIZE", str(world))
+    if world == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ConfigError(
+            f"{' and '.join(missing)} not set for a job of {world} ranks. "
+            "Start it with torchrun, or export the first machine's name and a free port of it."
+        )
     on_cuda = device().type == "cuda"
     if on_cuda:
         torch.cuda.set_device(device())
     dist.init_process_group(backend(), timeout=timeout, device_id=device() if on_cuda else None)
+
+
+def _launched_world() -> int:
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
 
 
 def _build_megatron_groups(

@@ -105,6 +105,29 @@ def test_one_process_needs_no_launcher() -> None:
     assert run_ranks(1, _start_alone, process_group=False) == [1]
 
 
+def _start_under_srun() -> tuple[int, int]:
+    for torchrun, srun in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
+        os.environ[srun] = os.environ.pop(torchrun)
+    process_groups.start(ParallelLayout(world=2))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def test_ranks_started_by_srun_take_their_numbers_from_it() -> None:
+    assert run_ranks(2, _start_under_srun, process_group=False) == [(0, 2), (1, 2)]
+
+
+def _start_without_a_meeting_point() -> str:
+    del os.environ["MASTER_ADDR"]
+    with pytest.raises(ConfigError) as caught:
+        process_groups.start(ParallelLayout(world=2))
+    return str(caught.value)
+
+
+def test_ranks_without_a_meeting_point_are_refused_before_they_wait() -> None:
+    message = run_ranks(2, _start_without_a_meeting_point, process_group=False)[1]
+    assert message.startswith("MASTER_ADDR not set for a job of 2 ranks. Start it with torchrun,")
+
+
 def _wait_for_rank_1(layout: ParallelLayout) -> None:
     process_groups.start(layout, timeout_seconds=1)
     if dist.get_rank() == 0:
