@@ -36,6 +36,7 @@ class Recipe:
     checkpoints: Path | None = None
     steps: int = 3
     stub_experts: bool = True
+    timeout_seconds: float = 30
 
     def config(self) -> SftConfig:
         """Return the whole recipe."""
@@ -69,7 +70,7 @@ def start(recipe: Recipe) -> tuple[Any, Any, WeightSource]:
 
     config, source = recipe.config(), open_source(recipe.folder)
     shards = lay_out(config, source, world_size())
-    process_groups.start(shards.layout, timeout_seconds=30, create_gloo_process_groups=False)
+    process_groups.start(shards.layout, timeout_seconds=recipe.timeout_seconds, create_gloo_process_groups=False)
     seed_everything(1)
     return build_model(config, source, shards, stub_experts=recipe.stub_experts), shards, source
 
