@@ -1,6 +1,7 @@
 """Run independent pieces of work in this process or in several, with one running count of bytes.
 
-Workers are spawned, not forked (torch's threads do not survive a fork), and leave when their parent is gone.
+Workers are forked from a fresh process that has imported torch and nothing more: torch's threads do not survive a
+fork of the caller's process. They leave when their parent is gone.
 """
 
 import ctypes
@@ -41,11 +42,12 @@ def run_all(
         for piece in pieces:
             yield function(piece, advance)
         return
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conversion.execute", "conversion.verify"])
     counter = context.Value(ctypes.c_longlong, 0)
     workers = min(workers, len(pieces))
     with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(counter, os.getpid(), workers)
+        workers, mp_context=context, initializer=_start_worker, initargs=(counter, workers)
     ) as pool:
         pending: set[Future[Result]] = {pool.submit(_call, function, piece) for piece in pieces}
         try:
@@ -72,14 +74,15 @@ def _results(pending: set[Future[Result]], counter: "Synchronized[int]", advance
             yield future.result()
 
 
-def _start_worker(counter: "Synchronized[int]", parent: int, workers: int) -> None:
+def _start_worker(counter: "Synchronized[int]", workers: int) -> None:
     global _counter
     _counter = counter
     torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
-    threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
-def _leave_with_parent(parent: int) -> None:
+def _leave_with_parent() -> None:
+    parent = os.getppid()  # the process workers are forked from, which leaves when the caller is gone
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -1,0 +1,117 @@
+"""FP8 arithmetic against a definition written out with numpy: one FP32 multiply, one rounding to BF16."""
+
+import numpy as np
+import pytest
+import torch
+
+from conversion.fp8 import dequantize, has_nan_codes, quantize, scale_shape
+from megatron_ads.errors import ConversionError
+
+
+def e4m3_value(code: int) -> np.float32:
+    """Decode one code by the format's definition: 1 sign bit, 4 exponent bits of bias 7, 3 mantissa bits, no infinity."""
+    sign = -1.0 if code & 0x80 else 1.0
+    exponent, mantissa = (code >> 3) & 0xF, code & 0x7
+    if exponent == 15 and mantissa == 7:
+        return np.float32(np.nan)
+    if exponent == 0:
+        return np.float32(sign * mantissa / 8 * 2.0**-6)
+    return np.float32(sign * (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+
+
+def round_to_bf16_bits(value: np.float32) -> int:
+    """Round to the nearest BF16, ties to even, and return its 16 bits."""
+    bits = int(np.float32(value).view(np.uint32))
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
+
+
+def bf16_bits(tensor: torch.Tensor) -> list[int]:
+    return (tensor.view(torch.int16).to(torch.int32) & 0xFFFF).flatten().tolist()
+
+
+def all_codes() -> torch.Tensor:
+    return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+def test_every_code_times_random_scales_is_an_fp32_multiply_rounded_once():
+    generator = np.random.default_rng(0)
+    scales = (generator.uniform(1e-6, 3e-2, size=16)).astype(np.float32)  # not powers of two
+    for scale in scales:
+        got = dequantize(all_codes()[None], torch.tensor([[scale, scale]]))
+        finite = [code for code in range(256) if code & 0x7F != 0x7F]
+        expected = [round_to_bf16_bits(e4m3_value(code) * scale) for code in finite]
+        assert [bf16_bits(got)[code] for code in finite] == expected
+        assert got[0, 0x7F].isnan() and got[0, 0xFF].isnan()
+
+
+def test_rounding_before_the_multiply_would_be_seen():
+    # The negative twin: scales rounded to BF16 first, as some converters do, give other numbers.
+    scale = torch.tensor([[0.0123456789, 0.0123456789]])
+    exact = dequantize(all_codes()[None], scale)
+    inexact = dequantize(all_codes()[None], scale.bfloat16().float())
+    assert (exact.nan_to_num() != inexact.nan_to_num()).sum() > 50
+
+
+def test_each_block_has_its_own_scale_up_to_the_edges():
+    # 576 x 200: rows in 4.5 blocks as kv_a_proj_with_mqa has them, columns in one block and a partial one.
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 127, (576, 200), generator=generator, dtype=torch.int32).to(torch.uint8)
+    scales = torch.rand(5, 2, generator=generator) + 0.5
+    got = dequantize(codes.view(torch.float8_e4m3fn), scales)
+    for row, column in [(0, 0), (127, 127), (128, 127), (127, 128), (511, 0), (512, 199), (575, 199), (575, 127)]:
+        value = e4m3_value(int(codes[row, column])) * np.float32(scales[row // 128, column // 128])
+        assert bf16_bits(got[row, column][None]) == [round_to_bf16_bits(value)]
+
+
+@pytest.mark.parametrize(("first_row", "first_column"), [(0, 0), (100, 0), (128, 128), (500, 150)])
+def test_a_rectangle_is_a_cut_out_of_the_whole(first_row, first_column):
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(0, 127, (576, 200), generator=generator, dtype=torch.int32).to(torch.uint8)
+    codes = codes.view(torch.float8_e4m3fn)
+    scales = torch.rand(5, 2, generator=generator) + 0.5
+    part = dequantize(codes[first_row:, first_column:], scales, first_row=first_row, first_column=first_column)
+    assert torch.equal(part, dequantize(codes, scales)[first_row:, first_column:])
+
+
+def test_scales_have_one_entry_per_begun_block():
+    assert scale_shape((576, 7168)) == (5, 56)
+    assert scale_shape((128, 1)) == (1, 1)
+
+
+def test_quantising_scales_the_largest_value_of_a_block_to_448():
+    values = torch.zeros(130, 130)
+    values[0, 0], values[5, 5], values[129, 129] = 89.6, -44.8, 7.0
+    codes, scales = quantize(values)
+    # block (0, 0): 89.6 / 448 = 0.2; block (1, 1): 7 / 448 = 1/64; the others hold zeros only
+    torch.testing.assert_close(scales, torch.tensor([[0.2, 1.0], [1.0, 1 / 64]]), rtol=1e-7, atol=0)
+    assert codes[0, 0].float() == 448 and codes[5, 5].float() == -224 and codes[129, 129].float() == 448
+    assert codes.float().count_nonzero() == 3
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-38, 1.0, 3e38], ids=str)
+def test_quantising_never_gives_nan_or_infinity(magnitude):
+    codes, scales = quantize(torch.full((3, 130), magnitude))
+    assert not has_nan_codes(codes)
+    assert scales.isfinite().all() and (scales > 0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_without_an_fp8_code_are_refused(bad):
+    values = torch.ones(4, 4)
+    values[1, 2] = bad
+    with pytest.raises(ConversionError, match="NaN or infinite"):
+        quantize(values)
+
+
+def test_the_error_of_quantising_is_that_of_three_mantissa_bits():
+    values = torch.randn(256, 256, generator=torch.Generator().manual_seed(3))
+    error = (dequantize(*quantize(values)).float() - values).abs()
+    # half a step of 2**-3 in the largest binade [256, 448] is 16 / 448 of the block's largest value
+    assert error.max() <= values.abs().max() * 16.5 / 448
+    assert error.max() > values.abs().max() * 8 / 448  # the bound is not slack by a factor of two
+
+
+def test_nan_codes_are_recognised_by_both_signs():
+    assert has_nan_codes(torch.tensor([0x00, 0x7F], dtype=torch.uint8).view(torch.float8_e4m3fn))
+    assert has_nan_codes(torch.tensor([0xFF], dtype=torch.uint8).view(torch.float8_e4m3fn))
+    assert not has_nan_codes(torch.tensor([0x7E, 0xFE, 0x80], dtype=torch.uint8).view(torch.float8_e4m3fn))
