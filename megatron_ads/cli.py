@@ -49,6 +49,8 @@ COMMANDS = (
     Command("verify", "compare two checkpoints tensor by tensor", "conversion.cli", "add_verify_command"),
     Command("demo-model", "write a small random checkpoint for rehearsals", "megatron_ads.demo_model"),
     Command("train", "run a recipe on this machine", "megatron_ads.training.launch"),
+    Command("compare-logits", "run one model in transformers and in Megatron", "megatron_ads.training.compare_logits"),
+    Command("evaluate", "judge held-out rows with a checkpoint and score it", "megatron_ads.evaluation.command"),
     Command("quickstart", "rehearse the whole path on this machine", "megatron_ads.quickstart"),
 )
 

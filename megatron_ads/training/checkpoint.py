@@ -25,6 +25,8 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from conversion.shards import SIDE_FOLDER
+from conversion.side_files import copy_side_files
 from megatron_ads.errors import CheckpointError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.optim.chain import OptimizerChain
@@ -125,7 +127,7 @@ def save_checkpoint(
     final = directory / f"step-{progress.step:08d}"
     partial = directory / f".{final.name}.partial"
     if dist.get_rank() == 0:
-        _prepare(directory, final, partial, side_files)
+        _prepare(directory, final, partial)
     dist.barrier()
     state = _sharded_state(chunks, optimizer, loading=False)
     state["training"] = asdict(progress)
@@ -134,6 +136,8 @@ def save_checkpoint(
     own = partial.glob(f"__{dist.get_rank()}_*.distcp")
     dist.all_gather_object(entries, _file_entries(partial, own))
     if dist.get_rank() == 0:
+        if side_files is not None:
+            copy_side_files(side_files, partial / SIDE_FOLDER)
         _finish(partial, final, {name: entry for part in entries for name, entry in part.items()}, progress, layout)
         for _, folder in complete_checkpoints(directory)[:-keep_last]:
             _remove(folder)
@@ -141,14 +145,12 @@ def save_checkpoint(
     return final
 
 
-def _prepare(directory: Path, final: Path, partial: Path, side_files: Path | None) -> None:
+def _prepare(directory: Path, final: Path, partial: Path) -> None:
     if final.exists():
         raise CheckpointError(f"{final} already exists; delete it or choose another checkpoint.dir.")
     for leftover in partial_checkpoints(directory):
         shutil.rmtree(leftover)
     partial.mkdir(parents=True)
-    if side_files is not None:
-        shutil.copytree(side_files, partial / "hf")
 
 
 def _write_tensors(state: dict[str, Any], partial: Path) -> None:

@@ -5,8 +5,6 @@ import os
 from enum import StrEnum
 from pathlib import Path
 
-import torch.distributed as dist
-
 FILE = "outcome.json"
 
 
@@ -25,14 +23,13 @@ def clear_outcome(directory: Path) -> None:
 
 
 def write_outcome(directory: Path, outcome: Outcome, step: int) -> None:
-    """Record the end, from rank 0."""
-    if dist.get_rank() == 0:
-        temporary = directory / f".{FILE}.partial"
-        with temporary.open("w", encoding="utf-8") as handle:
-            json.dump({"outcome": outcome, "step": step}, handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.rename(directory / FILE)
+    """Record the end; one rank does."""
+    temporary = directory / f".{FILE}.partial"
+    with temporary.open("w", encoding="utf-8") as handle:
+        json.dump({"outcome": outcome, "step": step}, handle)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.rename(directory / FILE)
 
 
 def read_outcome(directory: Path) -> Outcome | None:

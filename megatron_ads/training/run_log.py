@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import platform
-import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Self
 
@@ -18,17 +15,26 @@ from megatron_ads.models.expert_load import ExpertLoad
 from megatron_ads.models.flops import flops_per_token
 from megatron_ads.observability.metrics import MetricsWriter
 from megatron_ads.observability.progress import Progress
+from megatron_ads.observability.provenance import provenance
 from megatron_ads.runtime.device import device, peak_memory_bytes
+from megatron_ads.runtime.watchdog import PeerMonitor
 from megatron_ads.training.build import TrainedModel
 from megatron_ads.training.step import StepReport
-
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "safetensors", "transformers", "hydra-core")
 
 
 class RunLog:
     """Rank 0 writes; the other ranks take part in the measurements that are collective."""
 
-    def __init__(self, config: SftConfig, model: TrainedModel, shards: ShardsLayout, *, resume_step: int) -> None:
+    def __init__(
+        self,
+        config: SftConfig,
+        model: TrainedModel,
+        shards: ShardsLayout,
+        peers: PeerMonitor,
+        *,
+        resume_step: int,
+    ) -> None:
+        self._peers = peers
         self._every = config.train.log_every
         self._flops_per_token = flops_per_token(
             shards.shape, config.data.seq_length, with_mtp=config.model.mtp_loss_weight > 0
@@ -57,6 +63,7 @@ class RunLog:
         if step % self._every == 0:
             self._write(step, self._step_metrics(report, learning_rate, seconds))
         self._progress.update(1, loss=report.loss)
+        self._peers.report_step(step)
 
     def _step_metrics(self, report: StepReport, learning_rate: float, seconds: float) -> dict[str, float]:
         assert report.update is not None
@@ -99,30 +106,5 @@ def _largest(value: float) -> float:
 
 
 def describe_run(config: SftConfig) -> dict[str, object]:
-    """Return the resolved recipe, code revision, package versions and hardware."""
-    return {
-        "recipe": dataclasses.asdict(config),
-        "revision": _git_revision(),
-        "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
-        "ranks": dist.get_world_size(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_revision() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        answer = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
+    """Return the resolved recipe, and what it runs on and with."""
+    return {"recipe": dataclasses.asdict(config), "ranks": dist.get_world_size(), **provenance()}

@@ -1,0 +1,111 @@
+"""`megatron-ads compare-logits`: do transformers and Megatron-Core compute the same from two forms of one model?
+
+    megatron-ads compare-logits RUN/export RUN/hf
+    megatron-ads compare-logits RUN/export RUN/hf --tokens 512 --json
+
+One process on this machine, in FP32. Exit status 1 if any logit differs by the limit or more.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_ads.errors import ConversionError
+
+LIMIT = 1e-5
+"""Largest difference of any logit: two orders of summation in FP32 differ by about 1e-6 on logits of size 1 to 10."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megatron-ads compare-logits`."""
+    parser.add_argument("megatron", type=Path, metavar="MEGATRON", help="weights to run in Megatron-Core, any format")
+    parser.add_argument("hf", type=Path, metavar="HF", help="Hugging Face folder to run in transformers")
+    parser.add_argument("--tokens", type=int, default=256, help="length of the random sequence (default 256)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random sequence")
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the comparison; return 0 if it is within ``LIMIT``, else 1."""
+    result = compare_logits(args.megatron, args.hf, tokens=args.tokens, seed=args.seed)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        verdict = "the same" if result["passed"] else "NOT the same"
+        print(
+            f"{verdict}: largest difference {result['max_abs_difference']:.2e} (limit {LIMIT:.0e}) over "
+            f"{result['tokens']} tokens; largest logit {result['max_abs_logit']:.2f}; the same best token "
+            f"{result['same_argmax']:.1%} of the time"
+        )
+    return 0 if result["passed"] else 1
+
+
+def compare_logits(megatron: Path, hf: Path, *, tokens: int, seed: int) -> dict[str, Any]:
+    """Run one random sequence through both and return the differences.
+
+    Raises:
+        ConversionError: If the folder is FP8, which transformers does not run on a CPU.
+    """
+    import torch
+
+    from conversion.sources import open_source
+
+    vocabulary = open_source(hf).shape.vocab_size
+    tokens_BS = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(seed))
+    theirs, ours = hf_logits(hf, tokens_BS), megatron_logits(megatron, tokens_BS)
+    difference = (ours - theirs).abs().max().item()
+    return {
+        "tokens": tokens,
+        "max_abs_difference": difference,
+        "max_abs_logit": theirs.abs().max().item(),
+        "same_argmax": (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
+        "passed": difference < LIMIT,
+    }
+
+
+def hf_logits(folder: Path, tokens_BS: Any) -> Any:
+    """Return transformers' logits ``(B, S, vocabulary)`` in FP32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # it lists every tensor of the MTP layers, which it never loads
+    logging.disable_progress_bar()
+    if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        raise ConversionError(
+            f"{folder} is stored in FP8, which transformers runs on a GPU only. Export it once more with --dtype bf16 "
+            "and compare that; `megatron-ads verify` tells whether the two hold the same weights."
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    with torch.no_grad():
+        return model(tokens_BS).logits
+
+
+def megatron_logits(folder: Path, tokens_BS: Any) -> Any:
+    """Return Megatron-Core's logits ``(B, S, vocabulary)`` in FP32, the whole model in this process."""
+    import torch
+
+    from conversion.layer_specs import LayerSpec
+    from conversion.sources import open_source
+    from megatron_ads.config import Precision
+    from megatron_ads.layout import ParallelLayout, place_layers
+    from megatron_ads.runtime import process_groups
+
+    layout, source = ParallelLayout(world=1), open_source(folder)
+    process_groups.start(layout, create_gloo_process_groups=False)
+    try:
+        from megatron_ads.models.build import build_chunks
+        from megatron_ads.models.load import load_weights
+        from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
+        from megatron_ads.runtime.seeds import seed_everything
+
+        seed_everything(0)
+        settings = ModelSettings(spec=resolve_layer_spec(LayerSpecChoice.grouped), precision=Precision.fp32)
+        (model,) = build_chunks(source.shape, layout, place_layers(source.shape, layout), settings)
+        load_weights([model], source, settings.spec)
+        positions_BS = torch.arange(tokens_BS.size(1)).expand(tokens_BS.shape)
+        with torch.no_grad():
+            return model.eval()(tokens_BS, positions_BS, None)
+    finally:
+        process_groups.stop()
