@@ -11,7 +11,7 @@ import torch
 from torch.optim.adamw import adamw
 
 
-class GroupStepAdamW(torch.optim.AdamW):
+class GroupStepAdamW(torch.optim.Optimizer):
     """Decoupled AdamW (arXiv:1711.05101) whose groups count the steps.
 
     An empty group counts its steps too: a rank that owns no parameter of a group must agree with its peers on how
@@ -19,7 +19,8 @@ class GroupStepAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, params: Any, *, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-        super().__init__(params, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay)
+        # Not torch's AdamW as the base: its ``load_state_dict`` demands a step in every parameter's state.
+        super().__init__(params, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

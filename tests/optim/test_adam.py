@@ -64,3 +64,15 @@ def test_a_restored_count_continues_the_bias_correction():
     for optimizer, parameters in ((first, straight), (second, resumed)):
         _train(optimizer, parameters, steps=1)
     assert not any(torch.equal(mine, theirs) for mine, theirs in zip(straight, resumed, strict=True))
+
+
+def test_a_loaded_state_continues_bit_for_bit():
+    straight, resumed = _parameters(0), _parameters(0)
+    first, second = GroupStepAdamW(straight, **SETTINGS), GroupStepAdamW(resumed, **SETTINGS)
+    _train(first, straight, steps=3)
+    for mine, theirs in zip(resumed, straight, strict=True):
+        mine.data.copy_(theirs.data)
+    second.load_state_dict(first.state_dict())
+    for optimizer, parameters in ((first, straight), (second, resumed)):
+        _train(optimizer, parameters, steps=2)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(straight, resumed, strict=True))

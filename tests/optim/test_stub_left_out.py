@@ -3,8 +3,6 @@
 import time
 from pathlib import Path
 
-import pytest
-
 from megatron_ads.errors import TopologyError
 from megatron_ads.runtime.collective_trace import Trace, compare_traces, trace_collectives
 from tests.distributed import run_ranks
