@@ -83,7 +83,7 @@ def make_plan(folder: RehearsalFolder, *, overrides: Sequence[str], identity: Ma
 def _commands(folder: RehearsalFolder, overrides: Sequence[str], paths: Sequence[str]) -> dict[str, list[str]]:
     def evaluate(when: str, model: Path) -> list[str]:
         answers = ["--answers", str(folder.answers(when))]
-        return ["evaluate", str(model), "--recipe", RECIPE, *answers, "--json", *_about(overrides, "data")]
+        return ["evaluate", "--model", str(model), "--recipe", RECIPE, *answers, "--json", *_about(overrides, "data")]
 
     commands = {
         "demo-model": ["demo-model", str(folder.start)],

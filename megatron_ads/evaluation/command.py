@@ -1,0 +1,113 @@
+"""`megatron-ads evaluate`: let a Hugging Face checkpoint judge the held-out rows of a recipe, and score its answers.
+
+    megatron-ads evaluate --model runs/tuned --recipe sft/quickstart
+    megatron-ads evaluate --model runs/tuned --recipe sft/quickstart data=esci --answers answers.jsonl --json
+
+The held-out rows are those the recipe's training leaves out: same data section, same seed.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_ads.evaluation.relevance_generation import Answer
+
+MAX_NEW_TOKENS = 128
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megatron-ads evaluate`."""
+    parser.add_argument("--model", type=Path, required=True, metavar="HF", help="Hugging Face folder with tokenizer")
+    parser.add_argument("--recipe", required=True, metavar="R", help="whose held-out rows: a shipped name or a file")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="write every answer there, as JSON lines")
+    parser.add_argument("--batch-size", type=int, default=64, help="rows generated at once (default 64)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help=f"longest answer (default {MAX_NEW_TOKENS})"
+    )
+    parser.add_argument("--json", action="store_true", help="print the scores as one line of JSON")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and print; return 0."""
+    scores = evaluate(
+        args.model,
+        recipe=args.recipe,
+        overrides=args.overrides,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        answers_file=args.answers,
+    )
+    print(json.dumps(scores) if args.json else _table(scores))
+    return 0
+
+
+def evaluate(
+    model: Path,
+    *,
+    recipe: str,
+    overrides: Sequence[str],
+    batch_size: int,
+    max_new_tokens: int,
+    answers_file: Path | None = None,
+) -> dict[str, Any]:
+    """Return ``relevance_scores`` of ``model`` on the rows that ``recipe`` holds out, with the seconds it took.
+
+    Raises:
+        ConfigError: If the recipe does not compose.
+        DataError: If it holds no rows out, or one of another task.
+        ConversionError: If transformers cannot load the model.
+    """
+    from megatron_ads.config import load_recipe
+    from megatron_ads.data.corpus import read_corpus
+    from megatron_ads.evaluation.relevance_generation import answer_rows
+    from megatron_ads.evaluation.relevance_scores import relevance_scores
+
+    # The paths and steps of a run play no part here, but a recipe may demand them.
+    corpus = read_corpus(load_recipe(recipe, [*_UNUSED, *overrides]).data)
+    training_labels = [row.label for rows in corpus.training for row in rows if row.label is not None]
+    start = time.monotonic()
+    answers = answer_rows(model, corpus.validation, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    seconds = time.monotonic() - start
+    if answers_file is not None:
+        _write_answers(answers_file, answers)
+    return {**relevance_scores(answers, training_labels=training_labels), "seconds": seconds}
+
+
+_UNUSED = ("model.load=unused",)
+
+
+def _write_answers(file: Path, answers: "Sequence[Answer]") -> None:
+    lines = [
+        json.dumps({
+            "id": answer.id, "query": answer.query, "expected": answer.expected, "label": answer.label,
+            "ended": answer.ended, "text": answer.text,
+        }, ensure_ascii=False)
+        for answer in answers
+    ]  # fmt: skip
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+def _table(scores: dict[str, Any]) -> str:
+    def shown(value: float | None) -> str:
+        return "   –" if value is None else f"{value:.3f}"
+
+    lines = [
+        f"{scores['rows']} held-out rows of {scores['queries']} queries, {scores['seconds']:.0f} s",
+        f"{'':<36}  model  baseline (always {scores['baseline_label']})",
+        f"{'accuracy over all labels':<36}  {shown(scores['accuracy'])}  {shown(scores['baseline_accuracy'])}",
+    ]
+    for name, view in scores["views"].items():
+        model, baseline = view["model"]["balanced_accuracy"], view["baseline"]["balanced_accuracy"]
+        interval = view["balanced_accuracy_95"]
+        between = f"  (95 % of resampled queries: {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+        lines.append(f"{f'balanced accuracy, defect: {name}':<36}  {shown(model)}  {shown(baseline)}{between}")
+    lines.append(f"{'answers that could be read':<36}  {shown(scores['readable_share'])}")
+    return "\n".join(lines)

@@ -1,0 +1,59 @@
+"""From answers to numbers: the relevance metric next to its majority baseline, and why answers could not be read."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_ads.evaluation.relevance_generation import Answer
+from megatron_ads.metrics.classification import (
+    DefectView,
+    balanced_accuracy_interval,
+    binary_metrics,
+    majority_predictions,
+)
+from megatron_ads.tasks.relevance import BAD_VIEW, FAIR_VIEW, Failure
+
+
+def relevance_scores(answers: Sequence[Answer], *, training_labels: Sequence[str]) -> dict[str, Any]:
+    """Return the scores of ``answers`` as JSON values; what is undefined is None.
+
+    ``views`` holds one entry per way to call a label bad (AdNanny, tables 1 to 4): the model's line, the line of the
+    baseline that always answers the most frequent label of ``training_labels``, and a bootstrap interval of the
+    balanced accuracy over queries. An answer that cannot be read counts as wrong.
+    """
+    truths = [str(answer.expected) for answer in answers]
+    predictions = [None if answer.label is None else str(answer.label) for answer in answers]
+    baseline = majority_predictions(truths, learned_from=training_labels)
+    queries = [answer.query for answer in answers]
+    failures = Counter(str(answer.outcome) for answer in answers if isinstance(answer.outcome, Failure))
+    return {
+        "rows": len(answers),
+        "queries": len(set(queries)),
+        "accuracy": _share([truth == guess for truth, guess in zip(truths, predictions, strict=True)]),
+        "baseline_accuracy": _share([truth == guess for truth, guess in zip(truths, baseline, strict=True)]),
+        "baseline_label": baseline[0],
+        "readable_share": _share([guess is not None for guess in predictions]),
+        "ended_share": _share([answer.ended for answer in answers]),
+        "unreadable_because": dict(failures.most_common()),
+        "label_counts": dict(Counter(truths)),
+        "views": {view.name: _in_view(view, truths, predictions, baseline, queries) for view in (BAD_VIEW, FAIR_VIEW)},
+    }
+
+
+def _in_view(
+    view: DefectView,
+    truths: Sequence[str],
+    predictions: Sequence[str | None],
+    baseline: Sequence[str | None],
+    queries: Sequence[str],
+) -> dict[str, Any]:
+    interval = balanced_accuracy_interval(truths, predictions, view, groups=queries)
+    return {
+        "model": binary_metrics(truths, predictions, view).as_dict(),
+        "baseline": binary_metrics(truths, baseline, view).as_dict(),
+        "balanced_accuracy_95": None if interval is None else [interval.low, interval.high],
+    }
+
+
+def _share(values: Sequence[bool]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,55 @@
+import pytest
+
+from megatron_ads.evaluation.relevance_generation import Answer
+from megatron_ads.evaluation.relevance_scores import relevance_scores
+from megatron_ads.tasks.relevance import Failure, Judgement, Label
+
+
+def _answer(expected: Label, given: Label | Failure, query: str = "q") -> Answer:
+    outcome = given if isinstance(given, Failure) else Judgement(label=given, reasoning="r")
+    return Answer(id="1", query=query, expected=expected, text="", outcome=outcome, ended=given is not Failure.empty)
+
+
+ANSWERS = [
+    _answer(Label.bad, Label.bad, "a"),
+    _answer(Label.bad, Label.fair, "a"),
+    _answer(Label.fair, Label.good, "b"),
+    _answer(Label.good, Label.good, "c"),
+    _answer(Label.good, Failure.no_label, "c"),
+    _answer(Label.good, Failure.empty, "d"),
+]
+
+
+def test_scores_worked_out_by_hand() -> None:
+    scores = relevance_scores(ANSWERS, training_labels=["Good", "Good", "Bad"])
+    assert (scores["rows"], scores["queries"]) == (6, 4)
+    assert scores["accuracy"] == pytest.approx(2 / 6)  # the first and the fourth
+    assert scores["readable_share"] == pytest.approx(4 / 6)
+    assert scores["ended_share"] == pytest.approx(5 / 6)
+    assert scores["unreadable_because"] == {"no_label": 1, "empty": 1}
+    # bad against the rest: 1 of 2 bad found, 2 of 4 others called fair or good -> (1/2 + 2/4) / 2
+    assert scores["views"]["bad"]["model"]["balanced_accuracy"] == pytest.approx(0.5)
+    # good against the rest: 1 of 3 good; of bad, bad, fair the third is called good -> (1/3 + 2/3) / 2
+    assert scores["views"]["fair"]["model"]["balanced_accuracy"] == pytest.approx(0.5)
+
+
+def test_the_baseline_is_the_commonest_label_of_the_training_rows() -> None:
+    scores = relevance_scores(ANSWERS, training_labels=["Fair", "Fair", "Good"])
+    assert scores["baseline_label"] == "Fair"
+    assert scores["baseline_accuracy"] == pytest.approx(1 / 6)
+    assert scores["views"]["bad"]["baseline"]["balanced_accuracy"] == 0.5
+
+
+def test_perfect_answers_score_one_and_unreadable_ones_zero() -> None:
+    perfect = [_answer(label, label) for label in Label]
+    unreadable = [_answer(label, Failure.empty) for label in Label]
+    for answers, expected in ((perfect, 1.0), (unreadable, 0.0)):
+        scores = relevance_scores(answers, training_labels=["Good"])
+        assert scores["accuracy"] == expected
+        assert scores["views"]["bad"]["model"]["balanced_accuracy"] == expected
+
+
+def test_the_interval_holds_the_value() -> None:
+    view = relevance_scores(ANSWERS, training_labels=["Good"])["views"]["bad"]
+    low, high = view["balanced_accuracy_95"]
+    assert low <= view["model"]["balanced_accuracy"] <= high
