@@ -93,6 +93,7 @@ def open_journal(plan: ConversionPlan, *, resume: bool) -> Iterator[Journal]:
         lines = _read_lines(path)
         if lines:
             _check_same(plan, lines[0])
+        _check_foreign(plan)
         journal = Journal(plan, handle)
         _remove_partial_files(plan.target)
         handle.truncate(0)
@@ -106,17 +107,25 @@ def _check_target(plan: ConversionPlan, *, resume: bool) -> None:
         return
     if not plan.target.is_dir():
         raise ConversionError(f"{plan.target} is a file. Give a folder that is empty or absent.")
-    found = {file.name for file in plan.target.iterdir()}
-    if not found:
-        return
-    ours = {file.name for file in plan.files} | {Path(name).parts[0] for name in plan.finishing} | {JOURNAL}
-    foreign = sorted(name for name in found - ours if not name.endswith(PARTIAL_SUFFIX))
-    if foreign or JOURNAL not in found:
-        what = f"files of something else, such as {foreign[0]}" if foreign else "a complete checkpoint already"
-        raise ConversionError(f"{plan.target} holds {what}. Choose a folder that is empty or absent.")
-    if not resume:
+    if not (plan.target / JOURNAL).exists():
+        _check_foreign(plan)
+        if any(plan.target.iterdir()):
+            raise ConversionError(
+                f"{plan.target} holds a complete checkpoint already. Choose a folder that is empty or absent."
+            )
+    elif not resume:
         raise ConversionError(
             f"{plan.target} holds an unfinished conversion. Go on with --resume, or delete the folder."
+        )
+
+
+def _check_foreign(plan: ConversionPlan) -> None:
+    ours = {file.name for file in plan.files} | {Path(name).parts[0] for name in plan.finishing} | {JOURNAL}
+    found = (file.name for file in plan.target.iterdir() if not file.name.endswith(PARTIAL_SUFFIX))
+    if foreign := sorted(set(found) - ours):
+        raise ConversionError(
+            f"{plan.target} holds files of something else, such as {foreign[0]}. "
+            "Choose a folder that is empty or absent."
         )
 
 

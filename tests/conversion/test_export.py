@@ -102,7 +102,7 @@ def test_a_dtype_that_contradicts_the_reference_is_refused(published, shards, tm
 def test_fp8_exports_store_what_deepseek_stores_in_fp8(shards, tmp_path):
     to_hf(shards, tmp_path / "hf", dtype=ExportDtype.FP8)
     for name, tensor in stored_tensors(tmp_path / "hf").items():
-        if name.endswith("_scale_inv") or name.endswith("e_score_correction_bias"):
+        if name.endswith(("_scale_inv", "e_score_correction_bias")):
             assert tensor.dtype is torch.float32, name
         else:
             assert tensor.dtype is (torch.float8_e4m3fn if is_fp8_weight(name) else torch.bfloat16), name

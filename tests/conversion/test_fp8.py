@@ -9,7 +9,7 @@ from megatron_ads.errors import ConversionError
 
 
 def e4m3_value(code: int) -> np.float32:
-    """Decode one code by the format's definition: 1 sign bit, 4 exponent bits of bias 7, 3 mantissa bits, no infinity."""
+    """Decode one code by definition: 1 sign bit, 4 exponent bits of bias 7, 3 mantissa bits, no infinity."""
     sign = -1.0 if code & 0x80 else 1.0
     exponent, mantissa = (code >> 3) & 0xF, code & 0x7
     if exponent == 15 and mantissa == 7:

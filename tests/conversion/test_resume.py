@@ -1,0 +1,239 @@
+"""Interrupted conversions go on where they were; every target that is not ours to write is refused."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from conversion import atomic_file, execute
+from conversion.convert import to_hf, to_shards
+from conversion.errors import DamagedCheckpointError
+from conversion.execute import Execution
+from conversion.journal import JOURNAL
+from megatron_ads.config import LayoutConfig
+from megatron_ads.errors import ConversionError
+from tests.conversion.checkpoints import EDGE, bf16_checkpoint, fp8_checkpoint, random_tensors, to_fp8, write_hf
+
+LAYOUT = LayoutConfig(pp=4, ep=2)
+RESUME = Execution(resume=True)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bf16_checkpoint(tmp_path_factory.mktemp("source") / "hf", files=3)
+
+
+class Interrupted(BaseException):
+    """Stands for a kill: nothing in the product may catch it."""
+
+
+@pytest.fixture
+def interrupt_after(monkeypatch):
+    """Make the n-th file's commit fail as if the process had been killed there."""
+
+    def arm(count: int) -> None:
+        commit = atomic_file.PreallocatedFile.commit
+        seen = []
+
+        def commit_or_die(self, **extents):
+            if len(seen) == count and self.path.name.endswith(".safetensors"):
+                raise Interrupted
+            seen.append(self.path.name)
+            return commit(self, **extents)
+
+        monkeypatch.setattr(atomic_file.PreallocatedFile, "commit", commit_or_die)
+
+    yield arm
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("finished", [0, 1, 5, 7])
+def test_an_interrupted_conversion_resumes_without_writing_finished_files_again(
+    source, tmp_path, interrupt_after, monkeypatch, finished
+):
+    to_shards(source, tmp_path / "undisturbed", LAYOUT)
+    interrupt_after(finished)
+    with pytest.raises(Interrupted):
+        to_shards(source, tmp_path / "shards", LAYOUT)
+    assert not (tmp_path / "shards" / "manifest.json").exists()
+    before = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("shards/*.safetensors")}
+    assert len(before) == finished
+    monkeypatch.undo()
+    report = to_shards(source, tmp_path / "shards", LAYOUT, RESUME)
+    assert report.files_kept == finished
+    assert {name: (tmp_path / "shards" / name).stat().st_mtime_ns for name in before} == before
+    assert contents(tmp_path / "shards") == contents(tmp_path / "undisturbed")
+
+
+def test_an_interrupted_export_resumes(source, tmp_path, interrupt_after, monkeypatch):
+    export = partial(to_hf, source, max_shard_bytes=10_000)
+    export(tmp_path / "undisturbed")
+    interrupt_after(2)
+    with pytest.raises(Interrupted):
+        export(tmp_path / "hf")
+    assert not (tmp_path / "hf" / "model.safetensors.index.json").exists()
+    monkeypatch.undo()
+    assert export(tmp_path / "hf", how=RESUME).files_kept == 2
+    assert contents(tmp_path / "hf") == contents(tmp_path / "undisturbed")
+
+
+@pytest.fixture
+def unfinished(source, tmp_path, interrupt_after, monkeypatch) -> Path:
+    """A folder with three of eight files done."""
+    interrupt_after(3)
+    with pytest.raises(Interrupted):
+        to_shards(source, tmp_path / "shards", LAYOUT)
+    monkeypatch.undo()
+    return tmp_path / "shards"
+
+
+def test_a_file_that_got_its_name_but_no_journal_line_is_kept(source, unfinished):
+    journal = unfinished / JOURNAL
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:-1]))
+    assert to_shards(source, unfinished, LAYOUT, RESUME).files_kept == 3
+
+
+def test_a_torn_last_journal_line_is_forgiven(source, unfinished):
+    with (unfinished / JOURNAL).open("a") as journal:
+        journal.write('{"name": "pp0')
+    assert to_shards(source, unfinished, LAYOUT, RESUME).files_kept == 3
+
+
+def test_a_finished_file_that_was_changed_since_is_written_again(source, unfinished, tmp_path):
+    file = next(iter(sorted(unfinished.glob("*.safetensors"))))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert to_shards(source, unfinished, LAYOUT, RESUME).files_kept == 2
+    to_shards(source, tmp_path / "undisturbed", LAYOUT)
+    assert contents(unfinished) == contents(tmp_path / "undisturbed")
+
+
+def test_a_touched_but_unchanged_file_is_kept(source, unfinished):
+    os.utime(next(iter(unfinished.glob("*.safetensors"))))
+    assert to_shards(source, unfinished, LAYOUT, RESUME).files_kept == 3
+
+
+def test_an_unfinished_target_is_not_resumed_unasked(source, unfinished):
+    with pytest.raises(ConversionError, match=r"unfinished conversion\. Go on with --resume"):
+        to_shards(source, unfinished, LAYOUT)
+
+
+def test_resuming_with_another_layout_is_refused(source, unfinished):
+    with pytest.raises(ConversionError, match="other settings"):
+        to_shards(source, unfinished, LayoutConfig(pp=4, ep=2, tp=2), RESUME)
+
+
+def test_a_source_that_changed_since_is_refused(tmp_path, interrupt_after, monkeypatch):
+    source = bf16_checkpoint(tmp_path / "hf")
+    interrupt_after(2)
+    with pytest.raises(Interrupted):
+        to_shards(source, tmp_path / "shards", LAYOUT)
+    monkeypatch.undo()
+    os.utime(source / "model.safetensors")
+    with pytest.raises(ConversionError, match="has changed since the conversion"):
+        to_shards(source, tmp_path / "shards", LAYOUT, RESUME)
+
+
+@pytest.mark.parametrize("how", [Execution(), RESUME], ids=["new", "resumed"])
+def test_foreign_files_are_never_written_over(source, tmp_path, how):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConversionError, match=r"files of something else, such as thesis\.tex"):
+        to_shards(source, tmp_path / "shards", LAYOUT, how)
+    assert contents(tmp_path / "shards") == {"thesis.tex": b"years of work"}
+
+
+@pytest.mark.parametrize("how", [Execution(), RESUME], ids=["new", "resumed"])
+def test_a_complete_target_is_never_written_over(source, tmp_path, how):
+    to_shards(source, tmp_path / "shards", LAYOUT)
+    before = contents(tmp_path / "shards")
+    with pytest.raises(ConversionError, match="a complete checkpoint already"):
+        to_shards(source, tmp_path / "shards", LAYOUT, how)
+    assert contents(tmp_path / "shards") == before
+
+
+def test_two_conversions_into_one_folder_exclude_each_other(source, unfinished):
+    with (unfinished / JOURNAL).open("a") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)
+        with pytest.raises(ConversionError, match="Another process is converting"):
+            to_shards(source, unfinished, LAYOUT, RESUME)
+
+
+def test_too_little_disk_is_noticed_before_writing(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(execute, "free_bytes", lambda _: 1000)
+    with pytest.raises(ConversionError, match=r"disk has 0\.0 GB free"):
+        to_shards(source, tmp_path / "shards", LAYOUT)
+    assert not list(tmp_path.glob("shards/*.safetensors"))
+
+
+def test_a_disk_that_fills_up_is_one_clear_error_and_can_be_resumed(source, tmp_path, monkeypatch):
+    calls = []
+
+    def fallocate(descriptor, offset, length):
+        calls.append(length)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    with pytest.raises(ConversionError, match=r"disk is full at .* run the same command with --resume"):
+        to_shards(source, tmp_path / "shards", LAYOUT)
+    assert not list(tmp_path.glob("shards/*.partial"))
+    monkeypatch.undo()
+    to_shards(source, tmp_path / "shards", LAYOUT, RESUME)
+
+
+def test_nan_codes_stop_the_conversion_and_leave_nothing_that_looks_whole(tmp_path):
+    tensors = to_fp8(random_tensors(EDGE, torch.bfloat16))
+    tensors["model.layers.3.mlp.experts.5.down_proj.weight"].view(torch.uint8)[1, 1] = 0xFF
+    source = write_hf(tmp_path / "hf", EDGE, tensors)
+    with pytest.raises(DamagedCheckpointError, match=r"experts\.5\.down_proj\.weight .* NaN codes"):
+        to_shards(source, tmp_path / "shards", LAYOUT)
+    assert not (tmp_path / "shards" / "manifest.json").exists()
+    assert not list(tmp_path.glob("shards/*.partial"))
+
+
+_KILLED = """
+import sys
+from pathlib import Path
+from conversion.convert import to_shards
+from conversion.execute import Execution
+from megatron_ads.config import LayoutConfig
+if __name__ == "__main__":
+    workers = int(sys.argv[3])
+    to_shards(Path(sys.argv[1]), Path(sys.argv[2]), LayoutConfig(pp=4, ep=2), Execution(workers=workers, resume=True))
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kill_9_then_resume_gives_the_undisturbed_result(tmp_path, workers):
+    config = EDGE | {"n_routed_experts": 64}
+    source = fp8_checkpoint(tmp_path / "hf", config)
+    to_shards(source, tmp_path / "undisturbed", LAYOUT)
+    script = tmp_path / "convert.py"
+    script.write_text(_KILLED)
+    target = tmp_path / "shards"
+    command = [sys.executable, str(script), str(source), str(target), str(workers)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment)
+    deadline = time.monotonic() + 60
+    while len(list(target.glob("*.safetensors"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {file.name: file.stat().st_mtime_ns for file in target.glob("*.safetensors")}
+    if (target / JOURNAL).exists():
+        to_shards(source, target, LAYOUT, RESUME)
+    assert {name: (target / name).stat().st_mtime_ns for name in done} == done
+    assert contents(target) == contents(tmp_path / "undisturbed")
