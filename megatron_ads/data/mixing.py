@@ -37,9 +37,8 @@ class Mixture:
         """
         empty = [source.name for source in sources if not source.rows]
         if empty or not sources:
-            raise DataError(
-                f"No rows to train on in {', '.join(empty) or 'data.sources'}. Check the path and the split."
-            )
+            where = ", ".join(empty) or "data.sources"
+            raise DataError(f"There are no rows to train on in {where}. Check the path, and data.validation_rows.")
         self._sources = tuple(sources)
         total = sum(source.weight for source in sources)
         self._shares = tuple(source.weight / total for source in sources)

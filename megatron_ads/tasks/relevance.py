@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from megatron_ads.data.rows import ChatRow, Message, Role
+from megatron_ads.metrics.classification import DefectView
 
 TASK = "query_ad_relevance"
 
@@ -18,6 +19,12 @@ class Label(StrEnum):
     bad = "Bad"
     fair = "Fair"
     good = "Good"
+
+
+BAD_VIEW = DefectView("bad", frozenset({Label.bad}))
+"""Only clearly unacceptable ads are a defect."""
+FAIR_VIEW = DefectView("fair", frozenset({Label.bad, Label.fair}))
+"""Mediocre matches are a defect as well."""
 
 
 class Failure(StrEnum):

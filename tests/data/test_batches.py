@@ -1,0 +1,201 @@
+"""Batches: what a microbatch holds, that layouts only divide the rows, and exact resume."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ads.config import Normalize
+from megatron_ads.data.batches import (
+    BatchStream,
+    PackedBatch,
+    ReplicaShare,
+    batches_of_all,
+    collate,
+    fill_rate,
+)
+from megatron_ads.data.mixing import WeightedRows
+from megatron_ads.errors import ConfigError, DataError
+from tests.data.rows import row, rows
+
+SEQ_LENGTH = 32
+
+
+def stream(
+    *, dp_rank: int = 0, dp_size: int = 1, micro: int = 2, packing: bool = True, seed: int = 0, count: int = 60
+) -> BatchStream:
+    sources = [WeightedRows(rows(count), 2.0), WeightedRows(rows(20, prefix="s"), 1.0)]
+    share = ReplicaShare(global_batch_size=8, micro_batch_size=micro, dp_rank=dp_rank, dp_size=dp_size)
+    return BatchStream(sources, share, seq_length=SEQ_LENGTH, packing=packing, seed=seed)
+
+
+def samples_of(batch: PackedBatch) -> list[tuple[list[int], list[int], list[int], list[float]]]:
+    """Return tokens, labels, positions and weights of each stretch between boundaries."""
+    flat = [
+        tensor.flatten().tolist() for tensor in (batch.tokens_BS, batch.labels_BS, batch.positions_BS, batch.mask_BS)
+    ]
+    bounds = batch.cu_seqlens.tolist()
+    return [
+        tuple(values[start:stop] for values in flat)  # type: ignore[misc]
+        for start, stop in pairwise(bounds)
+    ]
+
+
+def rows_of(step: list[PackedBatch]) -> list[list[int]]:
+    return [tokens for batch in step for tokens in batch.tokens_BS.tolist()]
+
+
+def equal(first: list[PackedBatch], second: list[PackedBatch]) -> bool:
+    names = ("tokens_BS", "labels_BS", "positions_BS", "mask_BS", "cu_seqlens")
+    return len(first) == len(second) and all(
+        torch.equal(getattr(a, name), getattr(b, name)) for a, b in zip(first, second, strict=True) for name in names
+    )
+
+
+def test_a_row_holds_whole_samples_with_shifted_labels_then_padding():
+    # Two samples of 4 and 3 tokens predict 3 and 2: 5 of 8 positions. The prompt of the first is 2 tokens.
+    batch = collate(
+        [[row("a", 4, first=10, prompt=2), row("b", 3, first=20, prompt=1, weight=0.5)]],
+        seq_length=8,
+        normalize=Normalize.token,
+    )
+    assert batch.tokens_BS.tolist() == [[10, 11, 12, 20, 21, 0, 0, 0]]
+    assert batch.labels_BS.tolist() == [[11, 12, 13, 21, 22, 0, 0, 0]]
+    assert batch.positions_BS.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    assert batch.mask_BS.tolist() == [[0, 1, 1, 0.5, 0.5, 0, 0, 0]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5, 8]
+    assert (batch.sample_count, batch.token_count, batch.target_count, batch.normalizer) == (2, 5, 4, 4)
+
+
+def test_boundaries_of_several_rows_count_on():
+    batch = collate([[row("a", 4)], [row("b", 9)], []], seq_length=8, normalize=Normalize.token)
+    assert batch.cu_seqlens.tolist() == [0, 3, 8, 16, 24]  # row 0: sample, padding; row 1 is full; row 2: padding
+    assert batch.cu_seqlens.dtype is torch.int32
+
+
+def test_per_sample_every_sample_weighs_the_same_whatever_its_length():
+    # 2 targets of weight 1/2 and 6 of weight 1/6: each sums to its sample's weight, 1 and 0.5.
+    batch = collate(
+        [[row("a", 4, prompt=2), row("b", 8, prompt=2, weight=0.5)]], seq_length=16, normalize=Normalize.sample
+    )
+    assert batch.mask_BS[0, :3].sum() == pytest.approx(1.0)
+    assert batch.mask_BS[0, 3:10].sum() == pytest.approx(0.5)
+    assert (batch.normalizer, batch.target_count) == (2, 8)
+
+
+def test_a_sample_without_targets_is_not_counted_per_sample():
+    batch = collate([[row("a", 4, prompt=4), row("b", 4)]], seq_length=8, normalize=Normalize.sample)
+    assert (batch.normalizer, batch.sample_count) == (1, 2)
+
+
+@pytest.mark.parametrize(("dp_size", "micro"), [(1, 1), (1, 8), (2, 2), (4, 1), (8, 1)], ids=str)
+def test_replicas_and_microbatches_only_divide_the_rows_of_a_step(dp_size: int, micro: int):
+    reference = stream()
+    replicas = [stream(dp_rank=rank, dp_size=dp_size, micro=micro) for rank in range(dp_size)]
+    for _ in range(5):
+        expected = sorted(rows_of(reference.next_step()))
+        steps = [replica.next_step() for replica in replicas]
+        assert sorted(tokens for step in steps for tokens in rows_of(step)) == expected
+        assert {len(step) for step in steps} == {8 // (dp_size * micro)}
+        states = [replica.state_dict() for replica in replicas]
+        assert all(state == reference.state_dict() for state in states)
+
+
+def test_no_sample_is_split_lost_or_repeated_within_an_epoch():
+    one_source = [WeightedRows(rows(60))]
+    share = ReplicaShare(global_batch_size=4, micro_batch_size=4, dp_rank=0, dp_size=1)
+    source = BatchStream(one_source, share, seq_length=SEQ_LENGTH, packing=True, seed=0)
+    whole = {tuple(sample.tokens[:-1].tolist()) for sample in rows(60)}
+    seen: list[tuple[int, ...]] = []
+    while len(seen) < 60:
+        for batch in source.next_step():
+            seen += [tuple(tokens) for tokens, *_ in samples_of(batch) if tokens[0]]
+    assert set(seen[:60]) == whole
+    assert source.state_dict()["drawn"] == [len(seen)]
+
+
+def test_packing_fills_more_than_one_sample_a_row():
+    packed = stream().next_step()
+    single = stream(packing=False).next_step()
+    assert fill_rate(packed) > 0.85 > fill_rate(single)
+    assert sum(batch.sample_count for batch in single) == 8
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_resume_goes_on_exactly_where_it_was(packing: bool):
+    uninterrupted = stream(packing=packing)
+    for _ in range(7):
+        uninterrupted.next_step()
+    state = uninterrupted.state_dict()
+    resumed = stream(packing=packing)
+    resumed.load_state_dict(state)
+    for _ in range(20):  # over the end of an epoch
+        assert equal(resumed.next_step(), uninterrupted.next_step())
+
+
+def test_resume_on_another_layout_has_the_same_steps():
+    before = stream()
+    before.next_step()
+    halves = [stream(dp_rank=rank, dp_size=2, micro=1) for rank in range(2)]
+    for half in halves:
+        half.load_state_dict(before.state_dict())
+    together = sorted(tokens for half in halves for tokens in rows_of(half.next_step()))
+    assert together == sorted(rows_of(before.next_step()))
+
+
+def test_state_is_a_few_integers():
+    started = stream()
+    started.next_step()
+    state = started.state_dict()
+    assert state.keys() == {"drawn", "rows", "seed"}
+    assert state["rows"] == [60, 20] and all(type(number) is int for number in state["drawn"])
+
+
+@pytest.mark.parametrize(("other", "named"), [({"seed": 1}, "seed 0"), ({"count": 61}, r"rows \[60, 20\]")])
+def test_a_state_of_other_data_is_refused(other: dict[str, int], named: str):
+    state = stream().state_dict()
+    with pytest.raises(DataError, match=named):
+        stream(**other).load_state_dict(state)  # type: ignore[arg-type]
+
+
+def test_another_seed_gives_another_order():
+    assert not equal(stream().next_step(), stream(seed=1).next_step())
+
+
+def test_a_row_that_is_too_long_is_named():
+    share = ReplicaShare(global_batch_size=1, micro_batch_size=1, dp_rank=0, dp_size=1)
+    fits, too_long = row("fits", SEQ_LENGTH + 1), row("long", SEQ_LENGTH + 2)
+    BatchStream([WeightedRows([fits])], share, seq_length=SEQ_LENGTH, packing=True, seed=0).next_step()
+    with pytest.raises(DataError, match=r"'long' needs 33 positions, data\.seq_length is 32"):
+        BatchStream([WeightedRows([fits, too_long])], share, seq_length=SEQ_LENGTH, packing=True, seed=0)
+
+
+def test_rows_that_do_not_divide_are_refused_with_the_numbers():
+    with pytest.raises(ConfigError, match=r"= 6 rows do not divide into .* = 2 \* 2 = 4"):
+        ReplicaShare(global_batch_size=6, micro_batch_size=2, dp_rank=0, dp_size=2)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("dp_size", [1, 2])
+def test_one_pass_has_every_row_once_and_as_many_microbatches_on_every_replica(packing: bool, dp_size: int):
+    all_rows = rows(21)
+    per_replica = [
+        batches_of_all(all_rows, ReplicaShare(4, 2, rank, dp_size), seq_length=SEQ_LENGTH, packing=packing)
+        for rank in range(dp_size)
+    ]
+    assert len({len(batches) for batches in per_replica}) == 1
+    seen = sorted(
+        tokens for batches in per_replica for batch in batches for tokens, *_ in samples_of(batch) if tokens[0]
+    )
+    assert seen == sorted(sample.tokens[:-1].tolist() for sample in all_rows)
+    targets = sum(int((sample.loss_weights[1:] > 0).sum()) for sample in all_rows)
+    assert sum(batch.normalizer for batches in per_replica for batch in batches) == targets
+
+
+def test_weights_are_those_of_the_labels_not_of_the_inputs():
+    sample = row("a", 5, prompt=2)
+    batch = collate([[sample]], seq_length=4, normalize=Normalize.token)
+    weights = dict(zip(batch.labels_BS[0].tolist(), batch.mask_BS[0].tolist(), strict=True))
+    assert weights == dict(zip(sample.tokens[1:].tolist(), sample.loss_weights[1:].tolist(), strict=True))
+    assert np.count_nonzero(sample.loss_weights) == 3
