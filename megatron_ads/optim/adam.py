@@ -11,16 +11,21 @@ import torch
 from torch.optim.adamw import adamw
 
 
-class GroupStepAdamW(torch.optim.Optimizer):
+class GroupStepAdamW(torch.optim.AdamW):
     """Decoupled AdamW (arXiv:1711.05101) whose groups count the steps.
 
     An empty group counts its steps too: a rank that owns no parameter of a group must agree with its peers on how
     many updates the group has seen, or bias correction restarts after a resume.
+
+    Derived from torch's class only because Megatron-Core's ``DistributedOptimizer`` accepts no other.
     """
 
     def __init__(self, params: Any, *, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-        # Not torch's AdamW as the base: its ``load_state_dict`` demands a step in every parameter's state.
-        super().__init__(params, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a state without a step per parameter, which torch's AdamW would demand here."""
+        torch.optim.Optimizer.__setstate__(self, state)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
