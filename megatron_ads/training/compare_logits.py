@@ -97,11 +97,11 @@ def megatron_logits(folder: Path, tokens_BS: Any) -> Any:
     try:
         from megatron_ads.models.build import build_chunks
         from megatron_ads.models.load import load_weights
-        from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
+        from megatron_ads.models.settings import ModelSettings
         from megatron_ads.runtime.seeds import seed_everything
 
         seed_everything(0)
-        settings = ModelSettings(spec=resolve_layer_spec(LayerSpecChoice.grouped), precision=Precision.fp32)
+        settings = ModelSettings(spec=LayerSpec.GROUPED, precision=Precision.fp32)
         (model,) = build_chunks(source.shape, layout, place_layers(source.shape, layout), settings)
         load_weights([model], source, settings.spec)
         positions_BS = torch.arange(tokens_BS.size(1)).expand(tokens_BS.shape)
