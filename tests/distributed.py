@@ -28,7 +28,7 @@ from typing import Any
 from tests.rank_server import STACK_SIGNAL
 
 MAX_RANKS = 8
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 10.0
 """How long the other ranks may go on after one has failed, before the pool is ended."""
 _ROOT = Path(__file__).resolve().parent.parent
 _LOG_TAIL_CHARACTERS = 2000

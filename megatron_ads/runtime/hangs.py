@@ -68,10 +68,13 @@ class _RecentCalls:
 
     def __init__(self) -> None:
         self._calls: deque[_Call] = deque(maxlen=_REMEMBERED)
+        self._groups: dict[str, Group] = {}
 
     def begin(self, group: ProcessGroup, operation: str, arguments: Sequence[Any]) -> None:
         """Remember a call that is about to be made."""
-        named = describe_group(group)
+        named = self._groups.get(group.group_name)
+        if named is None:
+            named = self._groups[group.group_name] = describe_group(group)
         self._calls.append(_Call(named, describe_call(named, operation, arguments)))
 
     def issued(self, group: ProcessGroup, operation: str, arguments: Sequence[Any], work: Any) -> None:

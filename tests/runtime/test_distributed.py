@@ -77,7 +77,7 @@ def test_ranks_that_wait_for_a_failed_one_do_not_hold_up_the_report() -> None:
     start = time.monotonic()
     with pytest.raises(RanksFailed, match="ValueError: the reason"):
         run_ranks(2, _raise_on_rank_1_while_the_others_wait_for_it)
-    assert time.monotonic() - start < 10  # not the 60 s after which gloo gives up
+    assert time.monotonic() - start < 30  # not the 60 s after which gloo gives up
     assert run_ranks(2, _sum_of_ranks, 1) == [1.0, 1.0]
 
 
@@ -92,7 +92,7 @@ def test_a_hang_is_ended_with_the_stack_of_the_rank_that_hung() -> None:
     with pytest.raises(RanksFailed, match="_sleep_on_rank_1") as caught:
         run_ranks(2, _sleep_on_rank_1, timeout=1)
     assert list(caught.value.failures) == [1]
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30  # not the 60 s for which it sleeps
     assert run_ranks(2, _sum_of_ranks, 1) == [1.0, 1.0]
 
 

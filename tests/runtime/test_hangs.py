@@ -58,7 +58,7 @@ def test_a_lost_peer_is_named_at_once(asynchronous: bool) -> None:
         "was left waiting in recv(float32[5]; from rank 1) of default[0, 1]; look at the logs of rank 1"
         in caught.value.failures[0]
     )
-    assert time.monotonic() - start < 10  # not the 20 s of the timeout
+    assert time.monotonic() - start < 18  # not the 20 s of the timeout
 
 
 def _other_error() -> str:

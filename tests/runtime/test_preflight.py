@@ -165,7 +165,7 @@ def test_a_rank_that_never_comes_is_named_by_the_others_in_time(absent: int) -> 
     for rank, (message, seconds) in enumerate(answers):
         if rank != absent:
             assert message.startswith(f"rank {absent} of 4 did not come to the preflight within 2 s.")
-            assert seconds < 4
+            assert seconds < 10
 
 
 def _come_twice() -> list[str]:

@@ -50,7 +50,7 @@ def test_a_killed_rank_is_named_by_all_others_wherever_they_wait(victim: int, ot
     start = time.monotonic()
     with pytest.raises(RanksFailed) as caught:
         run_ranks(4, _lose_a_rank, victim, others_do)
-    assert time.monotonic() - start < 20  # the requirement is 60 s; nothing here waits for a timeout
+    assert time.monotonic() - start < 30  # the requirement is 60 s; nothing here waits for a timeout
     assert caught.value.failures.pop(victim).startswith("died with exit status -9")
     assert len(caught.value.failures) == 3
     said = f"rank {victim} (stage {STAGE[victim]}) has gone (killed, or its machine lost), after step 7"
@@ -80,7 +80,7 @@ def _die_and_leave_a_child() -> None:
         dist.barrier()
         if dist.get_rank() == 1:
             if os.fork() == 0:
-                time.sleep(8)
+                time.sleep(20)  # longer than the others are given to end
                 os._exit(0)
             os.kill(os.getpid(), signal.SIGKILL)
         _sleep()
@@ -88,7 +88,7 @@ def _die_and_leave_a_child() -> None:
 
 def test_a_surviving_child_process_does_not_hide_the_death_of_its_rank() -> None:
     with pytest.raises(RanksFailed) as caught:
-        run_ranks(4, _die_and_leave_a_child)
+        run_ranks(4, _die_and_leave_a_child, timeout=15)
     assert "rank 1 (stage 0) has gone" in caught.value.failures[3]
 
 
