@@ -1,0 +1,40 @@
+"""Each silenced warning is still given by the library, and is silenced."""
+
+import warnings
+
+import torch
+
+from megatron_ads.runtime import upstream_warnings
+from tests.distributed import run_ranks
+
+
+def _warnings(silenced: bool) -> list[str]:
+    """Do what brings each of them about; return the beginnings of those that were shown."""
+    from megatron.core.distributed.param_and_grad_buffer import dist_all_gather_func, dist_reduce_scatter_func
+    from megatron.core.optimizer.optimizer import _zero_grad_group_helper
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        if silenced:
+            upstream_warnings.silence()
+        dist_all_gather_func(torch.empty(2), torch.ones(2))
+        dist_reduce_scatter_func(torch.empty(2), torch.ones(2))
+        _zero_grad_group_helper([torch.ones(2, requires_grad=True)[:1]], set_to_none=True)
+        TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    return sorted({str(warning.message)[:45] for warning in shown})
+
+
+def test_each_warning_is_still_given() -> None:
+    assert run_ranks(1, _warnings, False) == [
+        [
+            "The .grad attribute of a Tensor that is not a",
+            "`torch.distributed.all_gather_into_tensor` is",
+            "`torch.distributed.reduce_scatter_tensor` is ",
+            "full scope is deprecated. Use empty cuda_grap",
+        ]
+    ]
+
+
+def test_none_of_them_is_shown_once_silenced() -> None:
+    assert run_ranks(1, _warnings, True) == [[]]
