@@ -51,8 +51,10 @@ def build_model(
     load_weights(models, source, settings.spec)
     freeze(models, config.model.frozen, shards.shape, settings.spec)
     chunks = wrap_for_training(wrap_precision(models), overlap=device().type == "cuda")
+    suspend_reduction = [chunk.no_sync for chunk in chunks]  # until the last microbatch of a step
     for model in models:
         model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.no_sync_func = suspend_reduction if len(chunks) > 1 else suspend_reduction[0]
     optimizer = build_optimizer(
         chunks,
         config.optim,

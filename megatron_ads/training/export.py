@@ -28,7 +28,7 @@ def export_shards(
     Raises:
         ConversionError: If a parameter is missing or has another shape than its rank should own.
     """
-    weights = _canonical_weights(chunks, spec, source)
+    weights = canonical_weights(chunks, spec, source)
     file = _own_file(layout)
     record = None if file is None else write_rank_file(folder, file, weights, layout)
     records: list[Any] = [None] * dist.get_world_size()
@@ -54,7 +54,7 @@ def _own_file(layout: ShardsLayout) -> RankFile | None:
     return files[stage * files_per_stage + rank] if rank < files_per_stage else None
 
 
-def _canonical_weights(chunks: Sequence[GPTModel], spec: LayerSpec, source: WeightSource) -> dict[str, Tensor]:
+def canonical_weights(chunks: Sequence[GPTModel], spec: LayerSpec, source: WeightSource) -> dict[str, Tensor]:
     """Return this rank's slices under canonical names, on the CPU; stacked experts one by one."""
     tensor_group = parallel_state.get_tensor_model_parallel_group()
     weights = {}
