@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
 from megatron_ads.models.attention import attend
-from megatron_ads.models.heads import Heads, MakeHeads
+from megatron_ads.models.heads import MakeHeads
 from megatron_ads.models.replicated_linear import ReplicatedLinear
 
 LATENT_NORM_EPSILON = 1e-6
@@ -78,25 +78,25 @@ class LatentAttention(MLASelfAttention):
         )
         if self.config.sequence_parallel:
             key_position = gather_from_sequence_parallel_region(key_position, group=self.tp_group)
+        latents = (query, self.kv_layernorm(latent), key_position)
         turns = self._turns_of(key_position.size(0), packed_seq_params, hidden_SBC.device)
-        heads = self._project_up
-        recomputed = tensor_parallel.CheckpointWithoutOutput() if self.recompute_up_proj and self.training else None
-        if recomputed:
-            query, key, value = recomputed.checkpoint(heads, query, self.kv_layernorm(latent), key_position, turns)
-        else:
-            query, key, value = heads(query, self.kv_layernorm(latent), key_position, turns)
         boundaries = packed_seq_params.cu_seqlens_q if packed_seq_params is not None else None
-        output = attend(query, key, value, scale=self.softmax_scale, boundaries=boundaries)
-        output = output.permute(2, 0, 1, 3).flatten(2)
-        if recomputed:
-            recomputed.discard_output_and_register_recompute(output)
+        if self.recompute_up_proj and self.training:
+            output = tensor_parallel.checkpoint(self._attend_from, False, *latents, turns, boundaries)
+        else:
+            output = self._attend_from(*latents, turns, boundaries)
         return self.linear_proj(output)
 
-    def _project_up(self, query: Tensor, latent: Tensor, key_position: Tensor, turns: Tensor) -> Heads:
+    def _attend_from(
+        self, query: Tensor, latent: Tensor, key_position: Tensor, turns: Tensor, boundaries: Tensor | None
+    ) -> Tensor:
+        """Project the latents up to heads and attend; (S, B, heads * value width)."""
         query, _ = self.linear_q_proj(query) if self.config.q_lora_rank is None else self.linear_q_up_proj(query)
         key_value, _ = self.linear_kv_up_proj(latent)
-        heads = (self.num_attention_heads_per_partition, -1)
-        return MakeHeads.apply(query.unflatten(-1, heads), key_value.unflatten(-1, heads), key_position, turns)
+        shape = (self.num_attention_heads_per_partition, -1)
+        heads = MakeHeads.apply(query.unflatten(-1, shape), key_value.unflatten(-1, shape), key_position, turns)
+        output = attend(*heads, scale=self.softmax_scale, boundaries=boundaries)
+        return output.permute(2, 0, 1, 3).flatten(2)
 
     def _turns_of(self, tokens: int, packed: PackedSeqParams | None, device: torch.device) -> Tensor:
         """Return the complex factor of each token's position and pair of channels, (S, 1, R / 2)."""

@@ -20,7 +20,6 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
-    MultiTokenPredictionLayer,
     MultiTokenPredictionLayerSubmodules,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -32,6 +31,7 @@ from megatron_ads.architecture import ModelShape
 from megatron_ads.layout import Chunk
 from megatron_ads.models.experts import GroupedExperts
 from megatron_ads.models.latent_attention import LatentAttention
+from megatron_ads.models.multi_token import MultiTokenLayer
 from megatron_ads.models.norm import RMSNorm
 
 _LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -52,7 +52,7 @@ def mtp_spec(shape: ModelShape, chunk: Chunk, spec: LayerSpec) -> MultiTokenPred
     norm = _norm(spec)
     layers = [
         ModuleSpec(
-            module=MultiTokenPredictionLayer,
+            module=MultiTokenLayer,
             submodules=MultiTokenPredictionLayerSubmodules(
                 enorm=norm,
                 hnorm=norm,

@@ -14,7 +14,8 @@ from megatron_ads.layout import ParallelLayout, PipelinePlacement
 from megatron_ads.models.settings import ModelSettings
 
 SELECTIVE_MODULES = ("mla_up_proj", "mlp", "moe")
-"""What selective recomputation drops: up-projected queries, keys and values, and every feed-forward's inside."""
+"""What selective recomputation drops: everything between the attention's latents and its output projection (with
+Transformer Engine: the up-projected queries, keys and values), and the inside of every feed-forward."""
 
 
 def megatron_config(

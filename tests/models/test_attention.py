@@ -1,0 +1,107 @@
+"""Attention within samples against a plain computation in double precision, forward and backward."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ads.models.attention import BLOCK, LONGEST_BLOCKED, attend
+from megatron_ads.models.heads import MakeHeads
+
+TOLERANCE = 2e-5
+"""FP32 against FP64, values and gradients up to 10."""
+SCALE = 0.2
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """softmax(scale Q K^T) V in FP64, with a mask that says who may see whom."""
+    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    visible = (sample[:, None] == sample) & torch.ones(len(sample), len(sample)).tril().bool()
+    scores = SCALE * query.double() @ key.double().transpose(2, 3)
+    return scores.masked_fill(~visible, -math.inf).softmax(-1) @ value.double()
+
+
+def _results(output: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    output_grad = torch.randn(output.shape, generator=generator).to(output.dtype)
+    return [output.detach(), *torch.autograd.grad(output, inputs, output_grad)]
+
+
+def _error(lengths: tuple[int, ...], *, width: int = 12, value_width: int = 8, seen_as: tuple[int, ...] = ()) -> float:
+    total = sum(lengths)
+    inputs = _random(1, 2, total, width), _random(1, 2, total, width, seed=1), _random(1, 2, total, value_width, seed=2)
+    boundaries = torch.tensor((0, *(seen_as or lengths))).cumsum(0).to(torch.int32)
+    ours = _results(attend(*inputs, scale=SCALE, boundaries=boundaries), inputs)
+    plain = _results(_plain(*inputs, lengths), inputs)
+    return max(float((a.double() - b.double()).abs().max()) for a, b in zip(ours, plain, strict=True))
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [(5,), (1, 1, 3), (BLOCK,), (BLOCK + 1, 2), (BLOCK - 1, 2 * BLOCK + 7), (LONGEST_BLOCKED + 3, 4)],
+    ids=str,
+)
+def test_packed_attention_equals_a_masked_softmax(lengths: tuple[int, ...]) -> None:
+    assert _error(lengths) < TOLERANCE
+
+
+def test_values_as_wide_as_keys_are_served_too() -> None:
+    assert _error((9, 30), width=8, value_width=8) < TOLERANCE
+
+
+def test_a_boundary_in_the_wrong_place_is_seen() -> None:
+    assert _error((5, 4), seen_as=(6, 3)) > 1000 * TOLERANCE
+
+
+def test_rows_without_boundaries_are_one_sample_each() -> None:
+    inputs = _random(3, 2, 20, 12), _random(3, 2, 20, 12, seed=1), _random(3, 2, 20, 8, seed=2)
+    ours = attend(*inputs, scale=SCALE)
+    assert float((ours - _plain(*inputs, (20,))).detach().abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("longest", [0, 10_000], ids=["torch kernel", "blocks"])
+def test_both_kernels_give_the_same(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_ads.models.attention.LONGEST_BLOCKED", longest)
+    assert _error((200, 30)) < TOLERANCE
+
+
+def test_heads_are_rotated_by_the_angle_of_their_position() -> None:
+    # one head, two plain channels, one pair with positions; position 1 turns by 90 degrees: (1, 0) -> (0, 1)
+    query = torch.tensor([[7.0, 8.0, 1.0, 0.0], [7.0, 8.0, 1.0, 0.0]]).view(2, 1, 1, 4)
+    key_value = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).view(2, 1, 1, 3)
+    key_position = torch.tensor([[0.0, 2.0], [0.0, 2.0]]).view(2, 1, 2)
+    turns = torch.polar(torch.ones(2), torch.tensor([0.0, math.pi / 2])).view(2, 1, 1)
+    q, k, v = MakeHeads.apply(query, key_value, key_position, turns)
+    torch.testing.assert_close(q[0, 0], torch.tensor([[7.0, 8.0, 1.0, 0.0], [7.0, 8.0, 0.0, 1.0]]))
+    torch.testing.assert_close(k[0, 0], torch.tensor([[1.0, 2.0, 0.0, 2.0], [4.0, 5.0, -2.0, 0.0]]))
+    torch.testing.assert_close(v[0, 0], torch.tensor([[3.0], [6.0]]))
+
+
+def test_gradients_of_heads_are_those_of_the_same_steps_under_autograd() -> None:
+    inputs = _random(5, 2, 3, 10), _random(5, 2, 3, 13, seed=1), _random(5, 2, 4, seed=2)
+    turns = torch.polar(torch.full((5, 1, 2), 1.1), torch.linspace(0, 3, 10).view(5, 1, 2))
+
+    def turn(x: Tensor, by: Tensor) -> Tensor:
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * by).flatten(-2)
+
+    query, key_value, key_position = inputs
+    shared = turn(key_position, turns).unsqueeze(2).expand(5, 2, 3, 4)
+    plain = (
+        torch.cat([query[..., :6], turn(query[..., 6:], turns.unsqueeze(1))], -1).permute(1, 2, 0, 3),
+        torch.cat([key_value[..., :6], shared], -1).permute(1, 2, 0, 3),
+        key_value[..., 6:].permute(1, 2, 0, 3),
+    )
+    for ours, theirs in zip(MakeHeads.apply(*inputs, turns), plain, strict=True):
+        for a, b in zip(_results_all(ours, inputs), _results_all(theirs, inputs), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def _results_all(output: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    weights = torch.arange(output.numel(), dtype=torch.float32).view(output.shape)
+    grads = torch.autograd.grad(output, inputs, weights, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return [output.detach(), *grads]
