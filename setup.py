@@ -47,6 +47,8 @@ setup(
         "jinja2>=3.1",
         # 0.17 and later need Python 3.12 and are not tested yet.
         "megatron-core>=0.16,<0.17",
+        # Compiles the FP8 loops of the conversion.
+        "numba>=0.61",
         "numpy>=1.26",
         "omegaconf>=2.3",
         "packaging>=24.2",

@@ -45,7 +45,7 @@ ROOMS = (
 )
 MAY_IMPORT_MEGATRON = {f"megatron_ads.{name}" for name in ("runtime", "models", "optim", "training", "planning")}
 FOUNDATION_NEEDS = {"hydra", "omegaconf", "yaml"}
-CONVERSION_NEEDS = {"torch", "safetensors", "huggingface_hub", "numpy", "tqdm"}
+CONVERSION_NEEDS = {"torch", "safetensors", "huggingface_hub", "numpy", "tqdm", "numba"}
 HF_TENSOR_NAME = re.compile(r"model\.layers\.|self_attn\.|embed_tokens|lm_head|\b(gate|up|down|q_a|q_b)_proj")
 
 
