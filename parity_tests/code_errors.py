@@ -1,0 +1,144 @@
+"""Deliberate small errors in the code, each a context manager; what they break is put back on leaving.
+
+Errors that are wrong numbers in a config or wrong values in a tensor are made in ``checkpoint_errors``.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def bias_in_the_weights() -> Iterator[None]:
+    """The selection bias is added to the scores that become weights."""
+    from megatron.core.transformer.moe import router
+
+    right = router.topk_routing_with_score_function
+
+    def wrong(logits: Tensor, *args: Any, expert_bias: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        weights_TE, map_TE = right(logits, *args, expert_bias=expert_bias, **kwargs)
+        scores_TE = (logits.sigmoid() + (0 if expert_bias is None else expert_bias)) * map_TE
+        return scores_TE / scores_TE.sum(-1, keepdim=True) * kwargs["scaling_factor"], map_TE
+
+    with patch.object(router, "topk_routing_with_score_function", wrong):
+        yield
+
+
+@contextmanager
+def bias_rounded_to_bf16() -> Iterator[None]:
+    """The selection bias loses its FP32 digits, as under a wrapper that rounds every buffer."""
+    from megatron.core.transformer.moe import router
+
+    right = router.topk_routing_with_score_function
+
+    def wrong(logits: Tensor, *args: Any, expert_bias: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        rounded = None if expert_bias is None else expert_bias.bfloat16().float()
+        return right(logits, *args, expert_bias=rounded, **kwargs)
+
+    with patch.object(router, "topk_routing_with_score_function", wrong):
+        yield
+
+
+@contextmanager
+def weights_without_gradient() -> Iterator[None]:
+    """The routing weights are cut off from autograd: logits stay right, the router no longer learns."""
+    from megatron.core.transformer.moe import router
+
+    right = router.topk_routing_with_score_function
+
+    def wrong(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        weights_TE, map_TE = right(*args, **kwargs)
+        return weights_TE.detach(), map_TE
+
+    with patch.object(router, "topk_routing_with_score_function", wrong):
+        yield
+
+
+@contextmanager
+def samples_see_each_other() -> Iterator[None]:
+    """Samples that share a packed row attend to each other."""
+    from megatron_ads.models import latent_attention
+
+    right = latent_attention.attend
+
+    def wrong(*args: Any, boundaries: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return right(*args, boundaries=None, **kwargs)
+
+    with patch.object(latent_attention, "attend", wrong):
+        yield
+
+
+@contextmanager
+def softmax_scale_rounded_to_bf16() -> Iterator[None]:
+    """The factor on the attention scores, YaRN's mscale included, is rounded to BF16."""
+    from megatron_ads.models import latent_attention
+
+    right = latent_attention.attend
+
+    def wrong(*args: Any, scale: float, **kwargs: Any) -> Tensor:
+        return right(*args, scale=float(torch.tensor(scale).bfloat16()), **kwargs)
+
+    with patch.object(latent_attention, "attend", wrong):
+        yield
+
+
+@contextmanager
+def replicated_gradients_not_summed() -> Iterator[None]:
+    """Weights that tensor-parallel ranks hold whole keep each rank's own part of the gradient."""
+    module = import_module("megatron.core.distributed.finalize_model_grads")  # the package has a function of this name
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    with patch.object(module, "_allreduce_non_tensor_model_parallel_grads", nothing):
+        yield
+
+
+@contextmanager
+def mtp_halves_swapped() -> Iterator[None]:
+    """The MTP projection gets the hidden state first and the embedding second."""
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+
+    def wrong(layer: Any, hidden_SBC: Tensor, embedding_SBC: Tensor) -> Tensor:
+        joined = torch.cat((layer.hnorm(hidden_SBC), layer.enorm(embedding_SBC)), -1)
+        return layer.eh_proj(joined)[0]
+
+    with patch.object(MultiTokenPredictionLayer, "_concat_embeddings", wrong):
+        yield
+
+
+@contextmanager
+def decay_in_the_gradient() -> Iterator[None]:
+    """Weight decay is added to the gradient, as in the original Adam, in place of decoupled (AdamW)."""
+    from megatron_ads.optim.adam import GroupStepAdamW
+
+    right = GroupStepAdamW._update
+
+    def wrong(self: Any, group: dict[str, Any], done: int) -> None:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter, alpha=group["weight_decay"])
+        right(self, group | {"weight_decay": 0.0}, done)
+
+    with patch.object(GroupStepAdamW, "_update", wrong):
+        yield
+
+
+CODE_ERRORS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    one.__name__: one
+    for one in (
+        bias_in_the_weights,
+        bias_rounded_to_bf16,
+        weights_without_gradient,
+        samples_see_each_other,
+        softmax_scale_rounded_to_bf16,
+        replicated_gradients_not_summed,
+        mtp_halves_swapped,
+        decay_in_the_gradient,
+    )
+}

@@ -1,0 +1,114 @@
+"""What a rank runs on our side: the same passes as ``reference``, on Megatron-Core.
+
+Shape suffixes: B = rows, S = tokens of a row, C = hidden width, T = B * S tokens, E = experts.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parity_tests.code_errors import CODE_ERRORS
+from parity_tests.reference import Pass, Routing
+from tests.models.jobs import ROW_TOKENS, Job, PassResult, build, packed, rows, train_pass
+
+__all__ = ["ROW_TOKENS", "Job", "PassResult", "rows"]
+
+
+def with_error(error: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Run ``function`` on this rank while a deliberate error of ``code_errors`` is in the code."""
+    with CODE_ERRORS[error]():
+        return function(*args)
+
+
+def forward(job: Job, tokens_BS: Tensor, prepare: Callable[[Any], None] | None = None) -> Pass:
+    """Run one evaluation pass on one rank and keep what every layer and every router gave."""
+    from megatron_ads.models.precision import wrap_precision
+
+    chunks, _, _ = build(job)
+    model = chunks[0]
+    if prepare is not None:
+        prepare(model)
+    (wrapped,) = wrap_precision(chunks)
+    wrapped.eval()
+    layers: list[Tensor] = []
+    routing: list[Routing] = []
+    for layer in model.decoder.layers:
+        layer.register_forward_hook(lambda _m, _i, output: layers.append(output[0].transpose(0, 1).float()))
+        if hasattr(layer.mlp, "router"):
+            layer.mlp.router.register_forward_hook(lambda _m, _i, output: routing.append(_routing(output, tokens_BS)))
+    positions_BS = torch.arange(tokens_BS.size(1)).expand(tokens_BS.shape)
+    with torch.no_grad():
+        logits = wrapped(tokens_BS, positions_BS, None)
+    return Pass(logits.float(), layers, routing)
+
+
+def _routing(output: tuple[Tensor, Tensor], tokens_BS: Tensor) -> Routing:
+    """Return the routing with tokens in the order of ``tokens_BS``; Megatron has them sequence first."""
+    rows_, length = tokens_BS.shape
+    weights_TE, map_TE = (x.unflatten(0, (length, rows_)).transpose(0, 1).flatten(0, 1) for x in output)
+    chosen = map_TE.nonzero()[:, 1].view(map_TE.size(0), -1)
+    return Routing(chosen, weights_TE.float())
+
+
+def greedy_tokens(job: Job, prompt_BS: Tensor, count: int) -> list[int]:
+    """Return the ``count`` most probable tokens behind the one prompt, each from a pass over everything before it."""
+    (model,), _, _ = build(job)
+    model.eval()
+    tokens_BS = prompt_BS
+    with torch.no_grad():
+        for _ in range(count):
+            positions_BS = torch.arange(tokens_BS.size(1))[None]
+            best = model(tokens_BS, positions_BS, None)[:, -1].argmax(-1, keepdim=True)
+            tokens_BS = torch.cat([tokens_BS, best], dim=1)
+    return tokens_BS[0, prompt_BS.size(1) :].tolist()
+
+
+def mtp_logits(job: Job, tokens_BS: Tensor) -> Tensor:
+    """Return the logits of the first MTP layer, (B, S, vocabulary)."""
+    (model,), _, _ = build(job)
+    kept: list[Tensor] = []
+    model.mtp.layers[0].register_forward_hook(lambda _m, _i, output: kept.append(output[0]))
+    positions_BS = torch.arange(tokens_BS.size(1)).expand(tokens_BS.shape)
+    with torch.no_grad():
+        model.train()(tokens_BS, positions_BS, None, labels=tokens_BS, loss_mask=torch.ones(tokens_BS.shape))
+        logits_SBV, _ = model.output_layer(kept[0])
+    return logits_SBV.transpose(0, 1).contiguous()
+
+
+def pipeline_logits(job: Job) -> list[Tensor]:
+    """Return this rank's part of the logits of each of its packed rows, (1, S, vocabulary / tp); last stage only."""
+    chunks, shape, _ = build(job)
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    for chunk in chunks:
+        chunk.eval()
+    mine = rows(shape.vocab_size)[parallel_state.get_data_parallel_rank() :: job.layout.dp]
+
+    def step(data: Any, model: Any) -> tuple[Tensor, Any]:
+        row = next(data)
+        return model(row["tokens"], row["positions"], None, packed_seq_params=packed(row)), partial(_keep)
+
+    with torch.no_grad():
+        kept = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[iter(mine) for _ in chunks] if len(chunks) > 1 else iter(mine),
+            model=chunks,
+            num_microbatches=len(mine),
+            seq_length=ROW_TOKENS,
+            micro_batch_size=1,
+            forward_only=True,
+        )
+    return [one["logits"] for one in kept]
+
+
+def _keep(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    return output.new_zeros(()), torch.ones((), dtype=torch.int), {"logits": output}
+
+
+def gradients(job: Job) -> PassResult:
+    """Run forward and backward over the four packed rows of a step, with Megatron's reduction."""
+    return train_pass(job)

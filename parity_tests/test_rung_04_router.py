@@ -1,0 +1,106 @@
+"""Rung 4: every router chooses the same experts for every token and weighs them alike.
+
+A failure here with logits that agree (rung 3) means a near tie; one with logits that differ means scores, groups, bias
+or scaling: compare ``n_group``, ``topk_group``, ``norm_topk_prob``, ``routed_scaling_factor`` and the router biases.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parity_tests import jobs, reference
+from parity_tests.checkpoint_errors import GROUP_LIMITS_OFF, SCALING_ROUNDED
+from parity_tests.checkpoints import BEYOND_CONTEXT, FAMILIES, V3, altered_copy
+from parity_tests.figures import record
+from parity_tests.jobs import Job
+from parity_tests.reference import Routing
+from parity_tests.tolerances import ROUTER_WEIGHTS
+from tests.distributed import run_ranks
+
+Checkpoint = Callable[[str], Path]
+TOKENS_BS = torch.randint(0, 160, (2, BEYOND_CONTEXT), generator=torch.Generator().manual_seed(4))
+
+
+def _ours(folder: Path, error: str | None = None) -> list[Routing]:
+    job = Job(folder=folder)
+    if error is None:
+        return run_ranks(1, jobs.forward, job, TOKENS_BS)[0].routing
+    return run_ranks(1, jobs.with_error, error, jobs.forward, job, TOKENS_BS)[0].routing
+
+
+def _differing_tokens(ours: list[Routing], theirs: list[Routing]) -> int:
+    """Count the tokens, over all MoE layers, that are sent to another set of experts."""
+    pairs = zip(ours, theirs, strict=True)
+    return sum(int((a.experts_TK != b.experts_TK).any(dim=1).sum()) for a, b in pairs)
+
+
+def _weight_difference(ours: list[Routing], theirs: list[Routing]) -> float:
+    return max(float((a.weights_TE - b.weights_TE).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_token_goes_to_the_same_experts_with_the_same_weights(checkpoint: Checkpoint, family: str) -> None:
+    ours, theirs = _ours(checkpoint(family)), reference.forward(checkpoint(family), TOKENS_BS).routing
+    assert len(ours) == 3  # layer 0 is dense
+    record(4, f"{family}: tokens sent to other experts, of {3 * TOKENS_BS.numel()}", _differing_tokens(ours, theirs))
+    record(4, f"{family}: largest difference of a weight", _weight_difference(ours, theirs), ROUTER_WEIGHTS)
+    assert _differing_tokens(ours, theirs) == 0
+    assert _weight_difference(ours, theirs) < ROUTER_WEIGHTS.value
+
+
+@pytest.mark.parametrize("error", ["bias_in_the_weights", "group limits off", "scaling rounded"])
+def test_a_router_error_is_seen(checkpoint: Checkpoint, tmp_path: Path, error: str) -> None:
+    family = "moonlight" if error == "scaling rounded" else "v3"
+    right = checkpoint(family)
+    if error == "bias_in_the_weights":
+        ours = _ours(right, error)
+    else:
+        ours = _ours((SCALING_ROUNDED if family == "moonlight" else GROUP_LIMITS_OFF).write(right, tmp_path / "wrong"))
+    assert _weight_difference(ours, reference.forward(right, TOKENS_BS).routing) > ROUTER_WEIGHTS.value
+
+
+def test_the_bias_moves_the_selection_and_not_the_weights(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """In layer 1, whose input no router has touched, tokens that keep their experts keep the weights to the bit."""
+    weak, none = (
+        altered_copy(checkpoint("v3"), tmp_path / str(factor), weights=partial(_scale_bias, factor))
+        for factor in (0.02, 0.0)
+    )
+    (biased, *_), (unbiased, *_) = _ours(weak), _ours(none)
+    same_T = (biased.experts_TK == unbiased.experts_TK).all(dim=1)
+    assert 10 < int(same_T.sum()) < same_T.numel() - 10
+    assert torch.equal(biased.weights_TE[same_T], unbiased.weights_TE[same_T])
+
+
+def _scale_bias(factor: float, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t * factor if name.endswith("correction_bias") else t for name, t in tensors.items()}
+
+
+def test_a_bias_rounded_to_bf16_is_seen_in_the_selection(checkpoint: Checkpoint) -> None:
+    ours = _ours(checkpoint("v3"), "bias_rounded_to_bf16")
+    assert _differing_tokens(ours, reference.forward(checkpoint("v3"), TOKENS_BS).routing) > 0
+
+
+def test_ties_are_resolved_alike_or_among_equals(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Experts 3i, 3i + 1, 3i + 2 score the same: 8 of them cut through a triple, and any two of its three are right."""
+    tied = altered_copy(checkpoint("v3"), tmp_path / "tied", weights=_score_in_triples)
+    ours, theirs = _ours(tied)[0], reference.forward(tied, TOKENS_BS).routing[0]
+    differing = (ours.experts_TK != theirs.experts_TK).any(dim=1)
+    record(4, f"v3 with ties: tokens of {differing.numel()} whose tie is resolved otherwise", int(differing.sum()))
+    triples = [one.experts_TK // 3 for one in (ours, theirs)]
+    assert torch.equal(*(x.sort(dim=1).values for x in triples))
+
+
+def _score_in_triples(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give three neighbouring experts the same router row and bias; each group of 32 keeps its last two apart."""
+    experts = torch.arange(V3["n_routed_experts"])
+    representative = experts // 3 * 3
+    changed: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        routes = name.endswith(("mlp.gate.weight", "correction_bias"))
+        changed[name] = tensor[representative] if routes else tensor
+    return changed

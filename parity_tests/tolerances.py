@@ -1,0 +1,97 @@
+"""Every tolerance of the ladder, with its reason and the deliberate error that must exceed it.
+
+Exact comparisons (names, bits, chosen experts, generated tokens) have none; their twins are in the same files.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tolerance:
+    """A limit that a difference must stay below."""
+
+    value: float
+    what: str
+    """The difference it limits, with its unit."""
+    reason: str
+    twins: tuple[str, ...]
+    """Tests in which a deliberate small error must exceed it, ``file::test``."""
+
+
+LOGITS = Tolerance(
+    value=1e-5,
+    what="largest |difference| of any FP32 logit, logits of order 1",
+    reason="Both sides round FP32 sums of up to a few hundred terms in another order: 2^-24 * sqrt(terms) * size, "
+    "a few 1e-7 per layer, 1e-6 at the logits. Ten times that is the limit.",
+    twins=("test_rung_03_logits.py::test_a_small_error_is_seen_in_the_logits",),
+)
+LAYER = Tolerance(
+    value=1e-5,
+    what="largest |difference| of a layer's FP32 output over that output's root mean square",
+    reason="As for the logits; relative, because hidden states grow from layer to layer.",
+    twins=("test_rung_03_logits.py::test_the_bisect_names_the_layer_that_departs",),
+)
+BF16_NOISE = Tolerance(
+    value=1.5,
+    what="root-mean-square error of our BF16 logits over that of transformers' BF16 logits, both against FP32",
+    reason="Two correct BF16 passes differ from FP32 by rounding noise of the same size; where a rounding moves a "
+    "token to another expert one side may be unlucky, which over all tokens averages to well below a half.",
+    twins=("test_rung_03_logits.py::test_a_small_error_is_seen_in_bf16",),
+)
+BF16_KL = Tolerance(
+    value=5e-3,
+    what="mean KL(FP32 || BF16) over positions, nats",
+    reason="A logit error of relative size 2^-8 on logits of order 1 moves probabilities by about 1e-2, whose KL is "
+    "half its square, 1e-4; tokens that change an expert add the rest.",
+    twins=("test_rung_03_logits.py::test_a_small_error_is_seen_in_bf16",),
+)
+ROUTER_WEIGHTS = Tolerance(
+    value=1e-5,
+    what="largest |difference| of a routing weight, weights of order 0.3",
+    reason="The scores differ as much as the hidden states they are computed from, 1e-6.",
+    twins=("test_rung_04_router.py::test_a_router_error_is_seen",),
+)
+GRADIENTS = Tolerance(
+    value=1e-4,
+    what="|difference| of a parameter's FP32 gradient in the 2-norm, over the 2-norm of the gradient",
+    reason="Backward passes sum over tokens too: 1e-6 to 1e-5. The limit leaves a factor of ten.",
+    twins=("test_rung_05_gradients.py::test_an_error_of_the_backward_pass_is_seen",),
+)
+MTP_OUTPUT = Tolerance(
+    value=1e-5,
+    what="largest |difference| of the MTP layer's FP32 logits, of order 1",
+    reason="As for the logits: one more layer of the same kind.",
+    twins=("test_rung_06_mtp.py::test_an_error_in_the_mtp_layer_is_seen",),
+)
+LAYOUT_LOSS = Tolerance(
+    value=1e-6,
+    what="relative difference of the summed loss",
+    reason="A sum of 100 FP32 losses in another order.",
+    twins=("test_rung_08_layouts.py::test_a_missing_reduction_is_seen",),
+)
+LAYOUT_LOGITS = Tolerance(
+    value=1e-5,
+    what="largest |difference| of any FP32 logit",
+    reason="As for the logits: tensor parallelism orders the sums anew.",
+    twins=("test_rung_08_layouts.py::test_an_error_in_the_logits_under_a_layout_is_seen",),
+)
+LAYOUT_GRADIENTS = Tolerance(
+    value=2e-5,
+    what="largest |difference| of a gradient over the largest value of that gradient",
+    reason="FP32 sums over tokens, in another order per layout.",
+    twins=("test_rung_08_layouts.py::test_a_missing_reduction_is_seen",),
+)
+TRAINING_LOSS = Tolerance(
+    value=1e-4,
+    what="relative difference of the loss of any of 50 steps",
+    reason="Adam divides by the root of the second moment, so a gradient near 0 can change sign of its update by "
+    "rounding; over 50 steps that reaches 1e-5 of the loss.",
+    twins=("test_rung_09_training.py::test_an_error_of_the_optimizer_is_seen",),
+)
+AUC = Tolerance(
+    value=0.001,
+    what="|difference| of the area under the ROC curve, of 1",
+    reason="0.1 points: the size of difference that the compared trainings may have by rounding alone.",
+    twins=("test_rung_09_training.py::test_a_model_trained_on_shuffled_labels_misses_the_area",),
+)
+ALL = {name: value for name, value in globals().items() if isinstance(value, Tolerance)}
