@@ -23,7 +23,7 @@ examples:
   megatron-ads convert to-megatron DeepSeek-R1 r1-dist --format torch_dist
 
 DeepSeek-R1 takes 0.69 TB as published (FP8), and 1.62 TB as BF16 shards for pp 31 x ep 8: 1.37 TB of weights, of which
-the dense ones once per expert-parallel rank. A worker takes under 1 GB of memory. --dry-run says how long it takes here.
+the dense ones once per expert-parallel rank. A worker takes under 1 GB of memory. --dry-run tells the time it takes.
 """
 _TO_HF_EXAMPLES = """\
 examples:

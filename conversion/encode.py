@@ -7,9 +7,9 @@ import torch
 
 from conversion.atomic_file import PreallocatedFile, tensor_bytes
 from conversion.errors import DamagedCheckpointError
-from conversion.fp8 import dequantize, quantize
+from conversion.fp8 import dequantize, quantize_rows
 from conversion.plan import Quantized, SavedChunk, SavedObject, Values
-from conversion.regions import Rectangle, Region, View, bands, fill, value_dtype
+from conversion.regions import Rectangle, Region, View, bands, fill, region_values, value_dtype
 from conversion.workers import Advance
 from megatron_ads.errors import ConversionError
 
@@ -44,27 +44,21 @@ def write_values(out: PreallocatedFile, item: Values, advance: Advance) -> None:
 
 def _bands_of_values(view: View, dtype: torch.dtype) -> Iterator[memoryview]:
     for band in bands(view.rectangle):
-        direct = _stored_bytes(view.regions, band, dtype)
-        if direct is None:
+        values = _single_region_values(view.regions, band)
+        if values is None or values.dtype != dtype:
             values = torch.empty(band.rows, band.columns, dtype=dtype)
             fill(values, view.regions, band)
-            direct = tensor_bytes(values)
-        yield direct
+        yield tensor_bytes(values)
 
 
-def _stored_bytes(regions: tuple[Region, ...], target: Rectangle, dtype: torch.dtype) -> memoryview | None:
-    """Return the mapped bytes of a rectangle that is stored contiguously in the wanted dtype, else None."""
+def _single_region_values(regions: tuple[Region, ...], target: Rectangle) -> torch.Tensor | None:
+    """Return the values of a rectangle that lies in one stored piece, mapped rather than copied if they can be."""
     for region in regions:
         common = target.overlap(region.covers)
-        if common is None:
-            continue
-        stored = region.stored
-        if common != target or stored.scales is not None or stored.data.dtype != dtype:
+        if common == target:
+            return region_values(region, target)
+        if common is not None:
             return None
-        if common.columns != stored.data.columns:
-            return None
-        first = common.row - region.covers.row + region.row
-        return tensor_bytes(stored.data.read_rows(first, first + common.rows))
     return None
 
 
@@ -119,7 +113,7 @@ def _quantize(out: PreallocatedFile, item: Quantized, advance: Advance) -> float
     largest_error = largest_value = 0.0
     for _, values in _band_values(item):
         try:
-            codes, scales = quantize(values.float(), item.block)
+            codes, scales = quantize_rows(values, item.block)
         except ConversionError as error:
             raise DamagedCheckpointError(f"{item.name} cannot be written in FP8: {error}.") from None
         if codes_at is not None:

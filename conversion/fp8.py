@@ -6,9 +6,15 @@ Source: DeepSeek-V3, arXiv:2412.19437, section 3.3; the published ``inference/ke
 Shape suffixes: R = rows, C = columns, r = blocks of rows, c = blocks of columns.
 """
 
+import logging
+from functools import cache
+from types import ModuleType
+
 import torch
 
 from megatron_ads.errors import ConversionError
+
+_LOGGER = logging.getLogger(__name__)
 
 BLOCK = (128, 128)
 E4M3_MAX = 448.0
@@ -70,3 +76,69 @@ def quantize(values_RC: torch.Tensor, block: tuple[int, int] = BLOCK) -> tuple[t
 def has_nan_codes(weight: torch.Tensor) -> bool:
     """Whether any e4m3 code is one of the two NaNs (0x7F, 0xFF)."""
     return bool(((weight.view(torch.uint8) & 0x7F) == 0x7F).any())
+
+
+def dequantize_rows(
+    rows_RC: torch.Tensor,
+    scale_rc: torch.Tensor,
+    *,
+    first_row: int,
+    columns: range,
+    block: tuple[int, int] = BLOCK,
+) -> torch.Tensor:
+    """Return what :func:`dequantize` gives for some columns of whole stored rows, by the fastest way there is.
+
+    Raises:
+        ConversionError: If one of the codes is NaN.
+    """
+    kernels = _kernels()
+    if kernels is None:
+        codes_RC = rows_RC[:, columns.start : columns.stop]
+        found_nan = has_nan_codes(codes_RC)
+        values = dequantize(codes_RC, scale_rc, first_row=first_row, first_column=columns.start, block=block)
+    else:
+        values = torch.empty(rows_RC.shape[0], len(columns), dtype=torch.bfloat16)
+        found_nan = kernels.dequantize_rows(
+            rows_RC.view(torch.uint8).reshape(-1).numpy(),
+            rows_RC.shape[1],
+            first_row,
+            (columns.start, columns.stop),
+            scale_rc.contiguous().numpy(),
+            block,
+            _code_values().numpy(),
+            values.view(torch.uint16).view(-1).numpy(),
+        )
+    if found_nan:
+        raise ConversionError("it holds FP8 NaN codes")
+    return values
+
+
+def quantize_rows(values_RC: torch.Tensor, block: tuple[int, int] = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what :func:`quantize` gives, by the fastest way there is; errors as there."""
+    kernels = _kernels()
+    if kernels is None:
+        return quantize(values_RC.float(), block)
+    columns = values_RC.shape[1]
+    values = values_RC.float().contiguous().view(-1).numpy()
+    scale_rc = torch.empty(scale_shape(tuple(values_RC.shape), block))
+    if not kernels.block_scales(values, columns, block, _SMALLEST_SCALE, scale_rc.numpy()):
+        raise ConversionError("a value is NaN or infinite and has no FP8 code")
+    codes_RC = torch.empty(values_RC.shape, dtype=torch.uint8)
+    kernels.encode_rows(values, columns, block, scale_rc.numpy(), codes_RC.view(-1).numpy())
+    return codes_RC.view(torch.float8_e4m3fn), scale_rc
+
+
+@cache
+def _code_values() -> torch.Tensor:
+    return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    """Return the compiled loops, or None where numba is not installed."""
+    try:
+        from conversion import fp8_kernels
+    except ImportError as error:
+        _LOGGER.warning("FP8 conversion is several times slower without numba (%s); install it for full speed.", error)
+        return None
+    return fp8_kernels

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from conversion.errors import DamagedCheckpointError
-from conversion.fp8 import BLOCK, dequantize, has_nan_codes
+from conversion.fp8 import BLOCK, dequantize_rows
 from conversion.safetensors_file import StoredTensor
 from megatron_ads.errors import ConversionError
 
@@ -38,20 +38,21 @@ class StoredMatrix:
         Raises:
             ConversionError: If an FP8 code is NaN or a scale is not finite.
         """
-        stored = self.data.read_rows(rows.start, rows.stop)[:, columns.start : columns.stop]
+        stored = self.data.read_rows(rows.start, rows.stop)
         if self.scales is None:
-            return stored
-        if has_nan_codes(stored):
-            raise DamagedCheckpointError(
-                f"{self.name} in {self.data.file} holds FP8 NaN codes in rows {rows.start} to {rows.stop - 1}. "
-                "The file is damaged or was quantised wrongly; get a sound copy."
-            )
+            return stored[:, columns.start : columns.stop]
         scales = self.scales.read()
         if not bool(scales.isfinite().all()):
             raise DamagedCheckpointError(
                 f"The block scales of {self.name} in {self.scales.file} are not all finite; get a sound copy."
             )
-        return dequantize(stored, scales, first_row=rows.start, first_column=columns.start, block=self.block)
+        try:
+            return dequantize_rows(stored, scales, first_row=rows.start, columns=columns, block=self.block)
+        except ConversionError as error:
+            raise DamagedCheckpointError(
+                f"{self.name} in {self.data.file}, rows {rows.start} to {rows.stop - 1}: {error}. "
+                "The file is damaged or was quantised wrongly; get a sound copy."
+            ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +113,19 @@ def fill(out: torch.Tensor, regions: Sequence[Region], target: Rectangle) -> Non
         common = target.overlap(region.covers)
         if common is None:
             continue
-        first_row = common.row - region.covers.row + region.row
-        first_column = common.column - region.covers.column + region.column
-        rows = range(first_row, first_row + common.rows)
-        values = region.stored.values(rows, range(first_column, first_column + common.columns))
+        values = region_values(region, common)
         row, column = common.row - target.row, common.column - target.column
         out[row : row + common.rows, column : column + common.columns].copy_(values)
         covered += common.rows * common.columns
     if covered != target.rows * target.columns:
         raise ConversionError(f"The stored pieces cover {covered} of {target.rows * target.columns} elements.")
+
+
+def region_values(region: Region, part: Rectangle) -> torch.Tensor:
+    """Return the values of a rectangle of the parameter that lies inside ``region``; treat them as read-only."""
+    row = part.row - region.covers.row + region.row
+    column = part.column - region.covers.column + region.column
+    return region.stored.values(range(row, row + part.rows), range(column, column + part.columns))
 
 
 def bands(rectangle: Rectangle, multiple_of_rows: int = 1) -> Iterator[Rectangle]:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from conversion.fp8 import dequantize, has_nan_codes, quantize, scale_shape
+from conversion import fp8
+from conversion.fp8 import dequantize, dequantize_rows, has_nan_codes, quantize, quantize_rows, scale_shape
 from megatron_ads.errors import ConversionError
 
 
@@ -115,3 +116,52 @@ def test_nan_codes_are_recognised_by_both_signs():
     assert has_nan_codes(torch.tensor([0x00, 0x7F], dtype=torch.uint8).view(torch.float8_e4m3fn))
     assert has_nan_codes(torch.tensor([0xFF], dtype=torch.uint8).view(torch.float8_e4m3fn))
     assert not has_nan_codes(torch.tensor([0x7E, 0xFE, 0x80], dtype=torch.uint8).view(torch.float8_e4m3fn))
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def speed(request, monkeypatch):
+    """Run a test with the compiled loops and with the fallback for machines without numba."""
+    if request.param == "torch":
+        monkeypatch.setattr(fp8, "_kernels", lambda: None)
+    else:
+        pytest.importorskip("numba")
+
+
+@pytest.mark.parametrize(
+    ("first_row", "columns"), [(0, range(200)), (100, range(5, 130)), (128, range(128, 200)), (575, range(127, 129))]
+)
+def test_the_fast_way_is_bit_equal_to_the_definition(speed, first_row, columns):
+    generator = torch.Generator().manual_seed(4)
+    codes = torch.randint(0, 256, (576, 200), generator=generator, dtype=torch.int32).to(torch.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0x80
+    codes = codes.view(torch.float8_e4m3fn)
+    scales = torch.rand(5, 2, generator=generator) * 1e-2
+    fast = dequantize_rows(codes[first_row:], scales, first_row=first_row, columns=columns)
+    assert torch.equal(fast.view(torch.int16), dequantize(codes, scales)[first_row:][:, columns].view(torch.int16))
+
+
+def test_the_fast_way_sees_a_nan_code_in_its_columns_only(speed):
+    codes = torch.zeros(3, 10, dtype=torch.uint8)
+    codes[2, 9] = 0xFF
+    codes, scales = codes.view(torch.float8_e4m3fn), torch.ones(1, 1)
+    dequantize_rows(codes, scales, first_row=0, columns=range(9))
+    with pytest.raises(ConversionError, match="NaN codes"):
+        dequantize_rows(codes, scales, first_row=0, columns=range(9, 10))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spread", [0, 12], ids=["one magnitude", "twelve decades"])
+def test_quantising_fast_is_bit_equal_to_the_definition(speed, dtype, spread):
+    values = torch.randn(300, 200, generator=torch.Generator().manual_seed(6)) * torch.logspace(-spread, 0, 200)
+    values[:128, :128] = 0  # a block of zeros
+    values[0, 130:140] = torch.tensor([1.0625, 1.1875, -1.0625, 448, 432, 440, 2**-10, 2**-9, 3 * 2**-10, -0.0])  # ties
+    values = values.to(dtype)
+    codes, scales = quantize_rows(values)
+    expected_codes, expected_scales = quantize(values.float())
+    assert torch.equal(scales, expected_scales)
+    assert torch.equal(codes.view(torch.uint8), expected_codes.view(torch.uint8))
+
+
+def test_quantising_fast_refuses_what_has_no_code(speed):
+    with pytest.raises(ConversionError, match="NaN or infinite"):
+        quantize_rows(torch.tensor([[1.0, float("nan")]]))
