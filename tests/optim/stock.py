@@ -60,6 +60,8 @@ class StockJob:
     fused_adam: bool = True
     bucket_size: int | None = None
     """Gradients are reduced during the backward pass in buckets of so many elements; None: one bucket."""
+    experts_marked: bool = True
+    """Whether experts have Megatron's mark of a divided weight; Transformer Engine's have not where etp is 1."""
     folder: Path | None = None
     """Where to save, or what to load."""
     metadata: dict[str, Any] = field(default_factory=lambda: dict(FORMAT))
@@ -83,6 +85,9 @@ class StockTrainer:
         seed_everything(1)
         self.job = job
         self.model = _model(job.layout)
+        for name, parameter in self.model.named_parameters():
+            if ".experts." in name:
+                parameter.tensor_model_parallel = job.experts_marked
         reduction = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
             overlap_grad_reduce=job.bucket_size is not None,
