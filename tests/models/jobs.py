@@ -28,6 +28,8 @@ class Job:
     layout: ParallelLayout = field(default_factory=lambda: ParallelLayout(world=1))
     pipeline: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    config_changes: dict[str, Any] = field(default_factory=dict)
+    """Fields of Megatron's configuration to set against the product's choice."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ def build(job: Job) -> tuple[list[Any], Any, LayerSpec]:
     placement = place_layers(source.shape, job.layout, pipeline=job.pipeline)
     chunks = build_chunks(source.shape, job.layout, placement, settings)
     load_weights(chunks, source, settings.spec)
+    for name, value in job.config_changes.items():
+        setattr(chunks[0].config, name, value)
     return chunks, source.shape, settings.spec
 
 

@@ -1,0 +1,167 @@
+"""What is built on a rank: marks on parameters, placement, and refusals of what Megatron-Core cannot express."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conversion.layer_specs import LayerSpec
+from conversion.sources import open_source
+from megatron_ads.config import LayerSpecChoice, ModelConfig, RouterBias
+from megatron_ads.errors import ConfigError
+from megatron_ads.layout import ParallelLayout, place_layers
+from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
+from megatron_ads.runtime import cpu_compat, process_groups
+from megatron_ads.runtime.seeds import seed_everything
+from tests.distributed import run_ranks
+from tests.models import jobs
+from tests.models.checkpoints import V3, write_checkpoint
+from tests.models.jobs import Job
+
+_MARKS = ("tensor_model_parallel", "partition_dim", "partition_stride", "sequence_parallel")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("build") / "hf", V3)
+
+
+def _marks(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the marks of each parameter: ours, and those of a model that Megatron initialised itself."""
+    process_groups.start(job.layout)
+    seed_everything(1)
+    from megatron_ads.models import build, transformer_config
+
+    def marks() -> dict[str, Any]:
+        shape = open_source(job.folder).shape
+        (model,) = build.build_chunks(
+            shape, job.layout, place_layers(shape, job.layout), ModelSettings(spec=LayerSpec.LOCAL)
+        )
+        return {
+            name: [getattr(parameter, mark, None) or None for mark in _MARKS]
+            for name, parameter in model.named_parameters()
+        }
+
+    def initialised(*args: Any) -> Any:
+        return replace(transformer_config.megatron_config(*args), perform_initialization=True)
+
+    ours = marks()
+    build.megatron_config = initialised  # type: ignore[assignment]
+    try:
+        return ours, marks()
+    finally:
+        build.megatron_config = transformer_config.megatron_config
+
+
+def test_weights_carry_the_marks_that_megatron_gives_when_it_initialises_them(folder: Path) -> None:
+    layout = ParallelLayout(world=2, tp=2, etp=2)
+    for ours, stock in run_ranks(2, _marks, Job(folder=folder, layout=layout)):
+        assert ours.keys() == stock.keys() and len(ours) > 300
+        # Megatron marks the stride of gate and up, which nothing reads once weights are made; ours has none.
+        for name, marks in stock.items():
+            assert [mark for mark, kind in zip(ours[name], _MARKS, strict=True) if kind != "partition_stride"] == [
+                mark for mark, kind in zip(marks, _MARKS, strict=True) if kind != "partition_stride"
+            ], name
+
+
+def _expert_marks(job: Job) -> set[tuple[bool, bool]]:
+    (model,), _, _ = jobs.build(job)
+    from megatron_ads.models.build import routed_experts
+
+    return {(parameter.allreduce, parameter.tensor_model_parallel) for parameter in routed_experts(model)}
+
+
+@pytest.mark.parametrize("spec", [LayerSpec.LOCAL, LayerSpec.GROUPED])
+@pytest.mark.parametrize("layout", [ParallelLayout(world=1), ParallelLayout(world=2, ep=2)], ids=["alone", "ep2"])
+def test_experts_are_reduced_apart_and_counted_in_full(folder: Path, spec: LayerSpec, layout: ParallelLayout) -> None:
+    marks = run_ranks(layout.world, _expert_marks, Job(folder=folder, layout=layout, settings={"spec": spec}))
+    assert marks == [{(False, True)}] * layout.world
+
+
+def _held(job: Job) -> list[tuple[str, int]]:
+    chunks, _, spec = jobs.build(job)
+    from megatron_ads.models.naming import named_weights
+
+    return [(name, piece.numel()) for weight in named_weights(chunks, spec) for name, piece in weight.pieces()]
+
+
+def test_the_ranks_of_a_layout_hold_every_weight_of_the_checkpoint(folder: Path) -> None:
+    source = open_source(folder)
+    layout = ParallelLayout(world=4, pp=2, ep=2)
+    held = run_ranks(4, _held, Job(folder=folder, layout=layout, pipeline="Ett|ttmL"))
+    assert {name for rank in held for name, _ in rank} == set(source.names())
+    assert not any(".mlp.experts." in name for name, _ in held[0])  # the first stage is dense
+    assert len([name for name, _ in held[2] if ".mlp.experts." in name]) == 3 * 2 * 64 // 2
+
+
+def _config(folder: Path, layout: ParallelLayout, *, pipeline: str | None = None, **changes: Any) -> Any:
+    cpu_compat.install()
+    from megatron_ads.models.transformer_config import megatron_config
+
+    shape = replace(open_source(folder).shape, **changes)
+    settings = ModelSettings(spec=LayerSpec.GROUPED)
+    return megatron_config(shape, layout, place_layers(shape, layout, pipeline=pipeline), settings)
+
+
+_ALONE = ParallelLayout(world=1)
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        ({"layout": ParallelLayout(world=2, cp=2)}, "layout.cp is 2"),
+        ({"layout": _ALONE, "experts_per_token": 4}, "4 / 4"),
+        ({"layout": _ALONE, "normalize_expert_weights": False}, "norm_topk_prob is False"),
+        ({"layout": ParallelLayout(world=2, pp=2), "pipeline": "Etttt|mL"}, None),
+        ({"layout": ParallelLayout(world=3, pp=3), "pipeline": "Ettt|tm|L"}, "write mL together"),
+    ],
+    ids=["context parallel", "group scores", "no normalisation", "fine", "MTP apart from the loss"],
+)
+def test_what_megatron_computes_differently_is_refused(
+    folder: Path, refused: dict[str, Any], message: str | None
+) -> None:
+    if message is None:
+        assert _config(folder, **refused).num_layers == 4
+        return
+    with pytest.raises(ConfigError, match=message):
+        _config(folder, **refused)
+
+
+def test_interleaved_stages_never_batch_their_messages(folder: Path) -> None:
+    config = _config(folder, ParallelLayout(world=2, pp=2, vpp=2))
+    assert (config.overlap_p2p_comm, config.batch_p2p_comm) == (True, False)
+    assert _config(folder, ParallelLayout(world=2, pp=2)).overlap_p2p_comm is False
+
+
+def test_settings_are_taken_from_a_recipe() -> None:
+    model = ModelConfig(load="x", router_bias=RouterBias.update, router_bias_update_rate=0.001)
+    assert ModelSettings.of(model).router_bias_update_rate == 0.001
+    assert ModelSettings.of(ModelConfig(load="x")).router_bias_update_rate == 0.0
+
+
+def test_layer_spec_follows_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_ads.models.settings.find_spec", lambda name: None)
+    assert resolve_layer_spec(LayerSpecChoice.auto) is LayerSpec.GROUPED
+    assert resolve_layer_spec(LayerSpecChoice.local) is LayerSpec.LOCAL
+    with pytest.raises(ConfigError, match="transformer-engine is not installed"):
+        resolve_layer_spec(LayerSpecChoice.te)
+    monkeypatch.setattr("megatron_ads.models.settings.find_spec", lambda name: object())
+    assert resolve_layer_spec(LayerSpecChoice.auto) is LayerSpec.TE
+
+
+def test_norm_equals_its_definition_and_keeps_the_dtype() -> None:
+    cpu_compat.install()
+    from megatron_ads.models.norm import RMSNorm
+
+    class Config:
+        use_cpu_initialization, sequence_parallel, params_dtype = True, True, torch.float32
+
+    norm = RMSNorm(Config(), 4, eps=0.5)  # type: ignore[arg-type]
+    norm.weight.data.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    # mean of squares (4 + 4 + 4 + 2) / 4 = 3.5, plus 0.5: divided by 2
+    x = torch.tensor([2.0, 2.0, -2.0, 2.0**0.5])
+    torch.testing.assert_close(norm(x), torch.tensor([1.0, 2.0, -3.0, 2 * 2.0**0.5]))
+    assert norm.weight.sequence_parallel is True
+    assert norm.bfloat16()(x.bfloat16()).dtype is torch.bfloat16
