@@ -65,7 +65,7 @@ def test_a_router_error_is_seen(checkpoint: Checkpoint, tmp_path: Path, error: s
 
 
 def test_the_bias_moves_the_selection_and_not_the_weights(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """In layer 1, whose input no router has touched, tokens that keep their experts keep the weights to the bit."""
+    """In layer 1, whose input no router has touched, tokens that keep their experts keep the weights."""
     weak, none = (
         altered_copy(checkpoint("v3"), tmp_path / str(factor), weights=partial(_scale_bias, factor))
         for factor in (0.02, 0.0)
@@ -73,7 +73,8 @@ def test_the_bias_moves_the_selection_and_not_the_weights(checkpoint: Checkpoint
     (biased, *_), (unbiased, *_) = _ours(weak), _ours(none)
     same_T = (biased.experts_TK == unbiased.experts_TK).all(dim=1)
     assert 10 < int(same_T.sum()) < same_T.numel() - 10
-    assert torch.equal(biased.weights_TE[same_T], unbiased.weights_TE[same_T])
+    # not to the bit: the bias orders the eight scores that are summed to normalise them
+    assert float((biased.weights_TE - unbiased.weights_TE)[same_T].abs().max()) < ROUTER_WEIGHTS.value
 
 
 def _scale_bias(factor: float, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
