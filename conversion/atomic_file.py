@@ -4,7 +4,9 @@ import errno
 import hashlib
 import os
 import secrets
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from megatron_ads.errors import ConversionError
 
 PARTIAL_SUFFIX = ".partial"
 _READ_BACK_BYTES = 1 << 22
+_WRITES_IN_FLIGHT = 4
+_FLUSH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,8 @@ class FileRecord:
 class PreallocatedFile:
     """A file of ``nbytes`` under a temporary name; ``commit`` hashes it, flushes it and gives it its name.
 
-    What is written front to back is hashed on the way, while it is in the processor's cache; what is not is read back.
+    A thread hashes and writes while the caller prepares what comes next. What is written front to back is hashed on the
+    way; what is not is read back.
     """
 
     def __init__(self, path: Path, nbytes: int) -> None:
@@ -43,6 +48,9 @@ class PreallocatedFile:
         self._partial = path.with_name(f"{path.name}.{os.getpid():x}-{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
         self._hash = hashlib.sha256()
         self._hashed = 0
+        self._written_since_flush = 0
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: deque[Future[None]] = deque()
         with naming_full_disk(path):
             self._descriptor = os.open(self._partial, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
             try:
@@ -62,24 +70,37 @@ class PreallocatedFile:
             self._abandon()
 
     def _abandon(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
         os.close(self._descriptor)
         self._descriptor = -1
         self._partial.unlink(missing_ok=True)
 
     def write_at(self, offset: int, data: bytes | memoryview) -> int:
-        """Write bytes at ``offset`` and return the offset behind them."""
-        view = memoryview(data)
+        """Write bytes at ``offset`` and return the offset behind them. ``data`` must not change afterwards."""
+        self._pending.append(self._thread.submit(self._write, offset, memoryview(data)))
+        if len(self._pending) > _WRITES_IN_FLIGHT:
+            self._pending.popleft().result()
+        return offset + len(data)
+
+    def _write(self, offset: int, view: memoryview) -> None:
         if offset == self._hashed:
             self._hash.update(view)
             self._hashed += len(view)
+        self._written_since_flush += len(view)
         with naming_full_disk(self.path):
             while view:
                 written = os.pwrite(self._descriptor, view, offset)
                 view, offset = view[written:], offset + written
-        return offset
+        if self._written_since_flush >= _FLUSH_BYTES:
+            # Makes the system begin to write out now, so that the final flush finds little left to do.
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            self._written_since_flush = 0
 
     def commit(self, *, extents: tuple[tuple[int, int], ...] = ()) -> FileRecord:
         """Flush to disk and rename into place; with ``extents``, the file ends behind the last one."""
+        while self._pending:
+            self._pending.popleft().result()
+        self._thread.shutdown()
         if extents:
             os.ftruncate(self._descriptor, sum(extents[-1]))
         while block := os.pread(self._descriptor, _READ_BACK_BYTES, self._hashed):

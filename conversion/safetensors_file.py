@@ -27,6 +27,8 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+_READ_AHEAD_BYTES = 8 << 20
+"""Asked of the system behind every range that is mapped: the next range is most often there."""
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 
@@ -90,6 +92,7 @@ def map_bytes(file: Path, offset: int, length: int) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
     start = offset - offset % mmap.ALLOCATIONGRANULARITY
     with file.open("rb") as handle:
+        os.posix_fadvise(handle.fileno(), offset, length + _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
         # Copy-on-write rather than read-only: torch warns about buffers it could not write to.
         mapped = mmap.mmap(handle.fileno(), offset - start + length, access=mmap.ACCESS_COPY, offset=start)
     return torch.frombuffer(mapped, dtype=torch.uint8, offset=offset - start)
