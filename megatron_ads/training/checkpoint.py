@@ -31,6 +31,7 @@ from megatron_ads.errors import CheckpointError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.optim.state import load_optimizer_state, sharded_optimizer_state
+from megatron_ads.training.shared_errors import failed_writes_named, raised_on_all_ranks
 from megatron_ads.training.torch_dist_writer import InProcessSave
 
 MANIFEST = "manifest.json"
@@ -99,9 +100,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has no {MANIFEST}: the save was cut off; it cannot be loaded.") from None
     except ValueError as error:
         raise _damaged(folder, f"{MANIFEST} is not JSON ({error})") from None
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} is a {manifest.get('format')!r}; expected {FORMAT!r}.")
-    return manifest  # type: ignore[no-any-return]
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{folder / MANIFEST} says that this is a {found!r}; expected {FORMAT!r}.")
+    return manifest
 
 
 def save_checkpoint(
@@ -119,29 +121,32 @@ def save_checkpoint(
     ``side_files`` is a folder (config, tokenizer) copied along as ``hf/``, so that an export needs nothing else.
 
     Raises:
-        CheckpointError: On a full disk, or if a checkpoint of this step is already there.
+        CheckpointError: On a full disk, or if a checkpoint of this step is already there; on every rank.
         TopologyError: If the ranks disagree about the number of updates.
     """
     if optimizer.agreed_updates() != progress.updates:
         raise CheckpointError(f"progress says {progress.updates} updates, the optimizer {optimizer.updates}.")
     final = directory / f"step-{progress.step:08d}"
     partial = directory / f".{final.name}.partial"
-    if dist.get_rank() == 0:
-        _prepare(directory, final, partial)
-    dist.barrier()
+    with raised_on_all_ranks(), failed_writes_named(directory):
+        if dist.get_rank() == 0:
+            _prepare(directory, final, partial)
     state = _sharded_state(chunks, optimizer, loading=False)
     state["training"] = asdict(progress)
-    _write_tensors(state, partial)
     entries: list[Any] = [None] * dist.get_world_size()
-    own = partial.glob(f"__{dist.get_rank()}_*.distcp")
-    dist.all_gather_object(entries, _file_entries(partial, own))
-    if dist.get_rank() == 0:
-        if side_files is not None:
-            copy_side_files(side_files, partial / SIDE_FOLDER)
-        _finish(partial, final, {name: entry for part in entries for name, entry in part.items()}, progress, layout)
-        for _, folder in complete_checkpoints(directory)[:-keep_last]:
-            _remove(folder)
-    dist.barrier()
+    with failed_writes_named(directory):
+        _write_tensors(state, partial)
+    with raised_on_all_ranks(), failed_writes_named(directory):
+        own_entries = _file_entries(partial, partial.glob(f"__{dist.get_rank()}_*.distcp"))
+    dist.all_gather_object(entries, own_entries)
+    with raised_on_all_ranks(), failed_writes_named(directory):
+        if dist.get_rank() == 0:
+            if side_files is not None:
+                copy_side_files(side_files, partial / SIDE_FOLDER)
+            merged = {name: entry for part in entries for name, entry in part.items()}
+            _finish(partial, final, merged, progress, layout)
+            for _, folder in complete_checkpoints(directory)[:-keep_last]:
+                _remove(folder)
     return final
 
 
@@ -154,14 +159,7 @@ def _prepare(directory: Path, final: Path, partial: Path) -> None:
 
 
 def _write_tensors(state: dict[str, Any], partial: Path) -> None:
-    try:
-        dist_checkpointing.save(
-            state, str(partial), sharded_strategy=InProcessSave(), content_metadata={"format": FORMAT}
-        )
-    except OSError as error:
-        raise CheckpointError(
-            f"writing {partial} failed ({error.strerror}); earlier checkpoints are untouched. Free some space."
-        ) from error
+    dist_checkpointing.save(state, str(partial), sharded_strategy=InProcessSave(), content_metadata={"format": FORMAT})
 
 
 def _file_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, int]]:
@@ -226,7 +224,8 @@ def load_checkpoint(folder: Path, chunks: Sequence[Any], optimizer: OptimizerCha
     Raises:
         CheckpointError: If a file is missing, cut off or changed.
     """
-    verify_files(folder, share=(dist.get_rank(), dist.get_world_size()))
+    with raised_on_all_ranks():
+        verify_files(folder, share=(dist.get_rank(), dist.get_world_size()))
     same_layout = read_manifest(folder)["layout"] == asdict(layout)
     state = _sharded_state(chunks, optimizer, loading=True)
     if not same_layout:
