@@ -30,8 +30,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, scale: float, boundarie
     if query.is_cuda and query.dtype is not torch.float32:
         return _attend_varlen(query, key, value, scale, boundaries)
     lengths = boundaries.diff().tolist()
-    samples = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    return torch.cat([_attend_sample(*sample, scale) for sample in samples], dim=2)
+    samples = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    return torch.cat([_attend_sample(q, k, v, scale) for q, k, v in samples], dim=2)
 
 
 def _attend_sample(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -49,7 +49,7 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, scale: float, boun
     wide = pad(value, (0, query.size(-1) - value.size(-1)))
     query_SHD, key_SHD, value_SHD = (x.squeeze(0).transpose(0, 1) for x in (query, key, wide))
     longest = int(boundaries.diff().max())
-    output_SHD = varlen_attn(
+    output_SHD: Any = varlen_attn(
         query_SHD, key_SHD, value_SHD, boundaries, boundaries, longest, longest, scale=scale, window_size=(-1, 0)
     )
     return output_SHD[..., : value.size(-1)].transpose(0, 1).unsqueeze(0)

@@ -41,7 +41,6 @@ class GroupedExperts(MegatronModule):
 
         self.weight1 = stacked(2 * inner, config.hidden_size)
         self.weight2 = stacked(config.hidden_size, inner)
-        self.weight1.partition_dim, self.weight2.partition_dim = 1, 2
 
     def forward(self, tokens_TH: Tensor, tokens_per_expert: Tensor, weights_T: Tensor) -> tuple[Tensor, None]:
         """Return each token's output, times its routing weight, and no bias.

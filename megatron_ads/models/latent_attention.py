@@ -33,7 +33,7 @@ def set_latent_norm_epsilon(model: torch.nn.Module) -> None:
         if isinstance(attention, MLASelfAttention):
             for name in _NORMALISING:
                 module = getattr(attention, name, None)
-                if hasattr(module, "eps"):
+                if module is not None and hasattr(module, "eps"):
                     module.eps = LATENT_NORM_EPSILON
 
 

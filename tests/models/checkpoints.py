@@ -45,7 +45,7 @@ MOONLIGHT: dict[str, Any] = {key: value for key, value in V3.items() if key != "
     "rms_norm_eps": 1e-05,
     "num_nextn_predict_layers": 0,
 }
-"""No query low rank, no groups, no YaRN."""
+"""No query low rank, no groups, no YaRN, norms with another epsilon than those inside attention."""
 KIMI_K2: dict[str, Any] = V3 | {
     "n_routed_experts": 48,
     "n_group": 1,

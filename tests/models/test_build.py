@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from conversion.layer_specs import LayerSpec
 from conversion.sources import open_source
@@ -149,19 +148,3 @@ def test_layer_spec_follows_what_is_installed(monkeypatch: pytest.MonkeyPatch) -
         resolve_layer_spec(LayerSpecChoice.te)
     monkeypatch.setattr("megatron_ads.models.settings.find_spec", lambda name: object())
     assert resolve_layer_spec(LayerSpecChoice.auto) is LayerSpec.TE
-
-
-def test_norm_equals_its_definition_and_keeps_the_dtype() -> None:
-    cpu_compat.install()
-    from megatron_ads.models.norm import RMSNorm
-
-    class Config:
-        use_cpu_initialization, sequence_parallel, params_dtype = True, True, torch.float32
-
-    norm = RMSNorm(Config(), 4, eps=0.5)  # type: ignore[arg-type]
-    norm.weight.data.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    # mean of squares (4 + 4 + 4 + 2) / 4 = 3.5, plus 0.5: divided by 2
-    x = torch.tensor([2.0, 2.0, -2.0, 2.0**0.5])
-    torch.testing.assert_close(norm(x), torch.tensor([1.0, 2.0, -3.0, 2 * 2.0**0.5]))
-    assert norm.weight.sequence_parallel is True
-    assert norm.bfloat16()(x.bfloat16()).dtype is torch.bfloat16
