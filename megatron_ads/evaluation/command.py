@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_ads.data.rows import ChatRow
     from megatron_ads.evaluation.relevance_generation import Answer
 
-MAX_NEW_TOKENS = 128
+MARGIN = 1.25
+"""How much longer than the longest training target an answer may become."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", type=Path, metavar="FILE", help="write every answer there, as JSON lines")
     parser.add_argument("--batch-size", type=int, default=64, help="rows generated at once (default 64)")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help=f"longest answer (default {MAX_NEW_TOKENS})"
+        "--max-new-tokens", type=int, help="longest answer (default: a quarter longer than the longest training target)"
     )
     parser.add_argument("--json", action="store_true", help="print the scores as one line of JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
@@ -53,7 +55,7 @@ def evaluate(
     recipe: str,
     overrides: Sequence[str],
     batch_size: int,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     answers_file: Path | None = None,
 ) -> dict[str, Any]:
     """Return ``relevance_scores`` of ``model`` on the rows that ``recipe`` holds out, with the seconds it took.
@@ -68,11 +70,12 @@ def evaluate(
     from megatron_ads.evaluation.relevance_generation import answer_rows
     from megatron_ads.evaluation.relevance_scores import relevance_scores
 
-    # The paths and steps of a run play no part here, but a recipe may demand them.
     corpus = read_corpus(load_recipe(recipe, [*_UNUSED, *overrides]).data)
-    training_labels = [row.label for rows in corpus.training for row in rows if row.label is not None]
+    training = [row for rows in corpus.training for row in rows]
+    training_labels = [row.label for row in training if row.label is not None]
+    limit = max_new_tokens or _longest_answer(model, training)
     start = time.monotonic()
-    answers = answer_rows(model, corpus.validation, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    answers = answer_rows(model, corpus.validation, max_new_tokens=limit, batch_size=batch_size)
     seconds = time.monotonic() - start
     if answers_file is not None:
         _write_answers(answers_file, answers)
@@ -80,6 +83,15 @@ def evaluate(
 
 
 _UNUSED = ("model.load=unused",)
+"""Settings that a recipe demands and that play no part here."""
+
+
+def _longest_answer(model: Path, training: "Sequence[ChatRow]") -> int:
+    """Return the limit in tokens: what the model was taught to say, and ``MARGIN``."""
+    from megatron_ads.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    return round(MARGIN * max(len(tokenizer.encode(row.target)) for row in training)) + 1
 
 
 def _write_answers(file: Path, answers: "Sequence[Answer]") -> None:

@@ -37,14 +37,14 @@ class GreedyGenerator:
             folder: A checkpoint that ``transformers`` loads by itself.
             end_token: Generation of a prompt stops here.
             pad_token: Fills shorter prompts from the left; it is masked and never seen.
-            dtype: Number format of the weights; None: as stored.
+            dtype: Number format to compute in; None: as stored on a GPU, FP32 on a CPU, where BF16 is slower.
 
         Raises:
             ConversionError: If transformers cannot load the folder, or would have to make up weights.
         """
-        self._model = _load(folder, dtype)
-        self._end_token, self._pad_token = end_token, pad_token
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = _load(folder, dtype or (torch.float32 if self._device.type == "cpu" else "auto"))
+        self._end_token, self._pad_token = end_token, pad_token
         self._model.to(self._device)
 
     def complete(
@@ -95,13 +95,13 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_token: int) -> tuple[Tenso
     return tokens_BS, mask_BS
 
 
-def _load(folder: Path, dtype: torch.dtype | None) -> Any:
+def _load(folder: Path, dtype: torch.dtype | str) -> Any:
     # It reports the MTP layer, which transformers never loads, as an unexpected key at every load.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise ConversionError(f"transformers cannot load {folder}: {error}") from None

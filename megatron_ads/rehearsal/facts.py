@@ -36,8 +36,10 @@ def gather_facts(
         "evaluation": {
             "before": records["evaluate-before"].result,
             "after": records["evaluate-after"].result,
+            "after_fp8": records["evaluate-fp8"].result,
         },
         "parity": {**records["compare-logits"].result, "limit": LIMIT},
+        "fp8_export": records["verify-fp8"].result,
         "stages": [{"name": one.name, "title": one.title, "seconds": records[one.name].seconds} for one in stages],
         "seconds": sum(record.seconds for record in records.values()),
         **provenance,

@@ -12,8 +12,13 @@ class RehearsalFolder:
 
     @property
     def start(self) -> Path:
-        """The random checkpoint, Hugging Face format."""
+        """The random checkpoint, Hugging Face format, FP8 as DeepSeek publishes it."""
         return self.root / "model"
+
+    @property
+    def start_bf16(self) -> Path:
+        """The same in BF16, which transformers runs on a CPU."""
+        return self.root / "model-bf16"
 
     @property
     def shards(self) -> Path:
@@ -32,12 +37,22 @@ class RehearsalFolder:
 
     @property
     def tuned(self) -> Path:
-        """The fine-tuned checkpoint, Hugging Face format."""
+        """The fine-tuned checkpoint, Hugging Face format, FP32 as trained."""
         return self.root / "tuned"
 
-    def answers(self, when: str) -> Path:
-        """What the model wrote for every held-out row, ``before`` or ``after``."""
-        return self.root / f"answers-{when}.jsonl"
+    @property
+    def tuned_fp8(self) -> Path:
+        """The fine-tuned checkpoint in FP8, as DeepSeek publishes it."""
+        return self.root / "tuned-fp8"
+
+    @property
+    def tuned_fp8_bf16(self) -> Path:
+        """What the FP8 checkpoint stands for, in BF16, which transformers runs on a CPU."""
+        return self.root / "tuned-fp8-bf16"
+
+    def answers(self, model: str) -> Path:
+        """What a model wrote for every held-out row: ``before``, ``after`` or ``after-fp8``."""
+        return self.root / f"answers-{model}.jsonl"
 
     def log(self, stage: str) -> Path:
         """What one stage's processes printed."""
@@ -58,12 +73,16 @@ class RehearsalFolder:
         return [
             ("report for people", self.report_html),
             ("report for programs", self.report_json),
-            ("random checkpoint it started from (Hugging Face)", self.start),
+            ("random checkpoint it started from (Hugging Face, FP8)", self.start),
             ("the same as shards, one file per rank", self.shards),
+            ("the same in BF16 for transformers", self.start_bf16),
             ("metrics of every step (JSONL, TensorBoard) and training checkpoints", self.run),
             ("fine-tuned weights as shards", self.trained_shards),
-            ("fine-tuned checkpoint (Hugging Face)", self.tuned),
+            ("fine-tuned checkpoint (Hugging Face, FP32)", self.tuned),
+            ("fine-tuned checkpoint (Hugging Face, FP8)", self.tuned_fp8),
+            ("the FP8 one read back (Hugging Face, BF16)", self.tuned_fp8_bf16),
             ("answers to the held-out rows before", self.answers("before")),
-            ("answers to the held-out rows after", self.answers("after")),
+            ("answers after", self.answers("after")),
+            ("answers after, from the FP8 checkpoint", self.answers("after-fp8")),
             ("output of every stage", self.root / "logs"),
         ]

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Self, TextIO
 
 from megatron_ads.errors import MegatronAdsError
 from megatron_ads.observability.metrics import METRICS_FILE, read_metrics
@@ -63,19 +64,39 @@ def run_job(
     return job.returncode
 
 
-def follow_metrics(folder: Path, progress: Progress, already_done: int) -> Callable[[], None]:
-    """Return a function that moves ``progress`` on to the last step that ``folder``'s metrics tell of."""
-    done = already_done
+class MetricsFollower:
+    """Shows how far the job is that writes ``metrics.jsonl`` in ``folder``; call it now and then."""
 
-    def follow() -> None:
-        nonlocal done
-        rows = [row for row in read_metrics(folder) if "loss" in row] if (folder / METRICS_FILE).exists() else []
-        if rows and (step := int(rows[-1]["step"])) > done:
-            shown = ("loss", "tokens_per_second")
-            progress.update(step - done, **{name: rows[-1][name] for name in shown if rows[-1].get(name) is not None})
-            done = step
+    def __init__(self, folder: Path, total: int, description: str, *, stream: TextIO | None = None) -> None:
+        """``total`` steps are expected; what an earlier run wrote before now is not counted as progress."""
+        self._folder, self._total, self._description, self._stream = folder, total, description, stream
+        self._progress: Progress | None = None
+        self._before = self._last_row()
+        self._step = 0
 
-    return follow
+    def __call__(self) -> None:
+        """Move on to the last step the metrics tell of."""
+        row = self._last_row()
+        if row is None or row == self._before:
+            return
+        step = int(row["step"])
+        if self._progress is None:  # the clock starts with the first step, not with the processes
+            self._progress = Progress(self._total, step, self._description, stream=self._stream)
+        elif step > self._step:
+            values = {name: row[name] for name in ("loss", "tokens_per_second") if row.get(name) is not None}
+            self._progress.update(step - self._step, **values)
+        self._step = step
+
+    def _last_row(self) -> dict[str, Any] | None:
+        rows = read_metrics(self._folder) if (self._folder / METRICS_FILE).exists() else []
+        return next((row for row in reversed(rows) if "loss" in row), None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.close()
 
 
 def _end_with_parent() -> None:

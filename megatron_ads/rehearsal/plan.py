@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.config import SftConfig, load_recipe, recipe_yaml
-from megatron_ads.observability.metrics import METRICS_FILE, read_metrics
-from megatron_ads.observability.progress import Progress
 from megatron_ads.rehearsal.folder import RehearsalFolder
-from megatron_ads.rehearsal.job import JobError, follow_metrics, run_job
+from megatron_ads.rehearsal.job import JobError, MetricsFollower, run_job
 from megatron_ads.rehearsal.stages import Stage
+from megatron_ads.runtime.exit_status import ExitStatus
 
 RECIPE = "sft/quickstart"
 
@@ -49,50 +48,57 @@ def make_plan(folder: RehearsalFolder, *, overrides: Sequence[str], identity: Ma
     data, layout = asdict(config.data), asdict(config.layout)
 
     def stage(name: str, title: str, outputs: Sequence[Path], **more: Any) -> Stage:
-        work: dict[str, Any] = {"run": lambda: _run_here(commands[name], folder.log(name)), "settings": {}} | more
-        return Stage(name=name, title=title, outputs=outputs, **work)
+        work: dict[str, Any] = {"run": lambda: _run_here(commands[name], folder.log(name)), "settings": {}}
+        return Stage(name=name, title=title, outputs=outputs, **work | more)
+
+    def judging(name: str, title: str, when: str, after: str) -> Stage:
+        return stage(name, title, [folder.answers(when)], settings=data, after=[after])
 
     stages = (
-        stage("demo-model", "make a small random DeepSeek-V3-family checkpoint", [folder.start], settings=identity),
-        stage(
-            "evaluate-before", "ask it the held-out questions", [folder.answers("before")],
-            settings=data, after=["demo-model"],
-        ),
-        stage(
-            "convert", "convert it to shards, one file per rank", [folder.shards],
-            settings=layout, after=["demo-model"],
-        ),
-        stage(
-            "train", f"fine-tune it for {config.train.steps} steps", [folder.run],
-            settings={"recipe": recipe_yaml(config)}, after=["convert"], resumable=True,
-            run=lambda: _train(commands["train"], folder, config),
-        ),
+        stage("demo-model", "make a small random DeepSeek-V3-family checkpoint in FP8", [folder.start],
+              settings=identity),
+        stage("to-shards", "convert it to shards, one file per rank", [folder.shards],
+              settings=layout, after=["demo-model"]),
+        stage("to-bf16", "write it in BF16 as well, for transformers on a CPU", [folder.start_bf16],
+              after=["to-shards"]),
+        judging("evaluate-before", "let it judge the held-out rows", "before", "to-bf16"),
+        stage("train", f"fine-tune it for {config.train.steps} steps", [folder.run],
+              settings={"recipe": recipe_yaml(config)}, after=["to-shards"], resumable=True,
+              run=lambda: _train(commands["train"], folder, config)),
         stage("export", "export it to Hugging Face format", [folder.tuned], after=["train"]),
-        stage(
-            "compare-logits", "compare the export in transformers with the Megatron model", [], after=["export"],
-            run=lambda: _compare_logits(commands["compare-logits"], folder.log("compare-logits")),
-        ),
-        stage(
-            "evaluate-after", "ask it the held-out questions again", [folder.answers("after")],
-            settings=data, after=["export"],
-        ),
+        stage("compare-logits", "compare the export in transformers with the Megatron model", [], after=["export"],
+              run=lambda: _compare_logits(commands["compare-logits"], folder.log("compare-logits"))),
+        judging("evaluate-after", "let the export judge the held-out rows", "after", "export"),
+        stage("export-fp8", "export it in FP8 as well", [folder.tuned_fp8], after=["train"]),
+        stage("read-fp8", "read the FP8 export back", [folder.tuned_fp8_bf16], after=["export-fp8"]),
+        stage("verify-fp8", "verify that both hold the same values", [], after=["read-fp8"]),
+        judging("evaluate-fp8", "let the FP8 export judge the held-out rows", "after-fp8", "read-fp8"),
     )  # fmt: skip
     return Plan(stages, commands, config)
 
 
 def _commands(folder: RehearsalFolder, overrides: Sequence[str], paths: Sequence[str]) -> dict[str, list[str]]:
-    def evaluate(when: str, model: Path) -> list[str]:
-        answers = ["--answers", str(folder.answers(when))]
-        return ["evaluate", "--model", str(model), "--recipe", RECIPE, *answers, "--json", *_about(overrides, "data")]
+    def judge(model: Path, when: str) -> list[str]:
+        files = ["--model", str(model), "--answers", str(folder.answers(when))]
+        return ["evaluate", *files, "--json", "--recipe", RECIPE, *_about(overrides, "data")]
 
+    def convert(direction: str, source: Path, target: Path, *options: str) -> list[str]:
+        return ["convert", direction, str(source), str(target), *options]
+
+    fp8 = ["--dtype", "fp8", "--reference", str(folder.start)]
     commands = {
-        "demo-model": ["demo-model", str(folder.start)],
-        "evaluate-before": evaluate("before", folder.start),
-        "convert": ["convert", "to-megatron", str(folder.start), str(folder.shards), "--recipe", RECIPE, "--json"],
+        "demo-model": ["demo-model", str(folder.start), "--fp8"],
+        "to-shards": convert("to-megatron", folder.start, folder.shards, "--recipe", RECIPE),
+        "to-bf16": convert("to-hf", folder.shards, folder.start_bf16, "--dtype", "bf16"),
+        "evaluate-before": judge(folder.start_bf16, "before"),
         "train": ["train", "--recipe", RECIPE, *overrides, *paths],
-        "export": ["convert", "to-hf", str(folder.trained_shards), str(folder.tuned), "--json"],
+        "export": convert("to-hf", folder.trained_shards, folder.tuned),
         "compare-logits": ["compare-logits", str(folder.trained_shards), str(folder.tuned), "--json"],
-        "evaluate-after": evaluate("after", folder.tuned),
+        "evaluate-after": judge(folder.tuned, "after"),
+        "export-fp8": convert("to-hf", folder.trained_shards, folder.tuned_fp8, *fp8),
+        "read-fp8": convert("to-hf", folder.tuned_fp8, folder.tuned_fp8_bf16, "--dtype", "bf16"),
+        "verify-fp8": ["verify", str(folder.tuned_fp8), str(folder.tuned_fp8_bf16), "--json"],
+        "evaluate-fp8": judge(folder.tuned_fp8_bf16, "after-fp8"),
     }
     return {name: ["megatron-ads", *words] for name, words in commands.items()}
 
@@ -102,7 +108,10 @@ def _about(overrides: Sequence[str], section: str) -> list[str]:
 
 
 def _run_here(command: Sequence[str], log: Path) -> Mapping[str, Any]:
-    """Run a command in this process, what it prints to stdout going to ``log``; return the JSON object it printed."""
+    """Run a command in this process, what it prints to stdout going to ``log``; return the JSON object it printed.
+
+    A status of 1, a check that found a difference, is in the object: the report shows it.
+    """
     from megatron_ads.cli import build_parser  # it imports this module when `quickstart` is asked for
 
     args = build_parser(command[1]).parse_args(command[1:])
@@ -132,13 +141,11 @@ def _last_json(log: Path) -> Mapping[str, Any]:
 
 
 def _train(command: Sequence[str], folder: RehearsalFolder, config: SftConfig) -> Mapping[str, Any]:
-    done = _steps_done(folder.run)
-    with Progress(config.train.steps, done, "fine-tuning") as progress:
-        follow = follow_metrics(folder.run, progress, done)
-        run_job([sys.executable, "-m", "megatron_ads.cli", *command[1:]], folder.log("train"), while_running=follow)
+    arguments = [sys.executable, "-m", "megatron_ads.cli", *command[1:]]
+    with MetricsFollower(folder.run, config.train.steps, "fine-tuning") as follow:
+        status = run_job(
+            arguments, folder.log("train"), accepted=(ExitStatus.DONE, ExitStatus.STOPPED), while_running=follow
+        )
+    if status == ExitStatus.STOPPED:
+        raise JobError("the fine-tuning was told to stop, and saved; start again to go on from there.")
     return {}
-
-
-def _steps_done(run: Path) -> int:
-    rows = read_metrics(run) if (run / METRICS_FILE).exists() else []
-    return int(rows[-1]["step"]) if rows else 0

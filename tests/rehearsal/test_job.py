@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.observability.metrics import METRICS_FILE
-from megatron_ads.observability.progress import Progress
-from megatron_ads.rehearsal.job import JobError, follow_metrics, run_job
+from megatron_ads.rehearsal.job import JobError, MetricsFollower, run_job
 
 
 def _python(code: str) -> list[str]:
@@ -95,18 +94,38 @@ def _runs(pid: int) -> bool:
         return False
 
 
+def _write_metrics(folder: Path, steps: range, mode: str = "w") -> None:
+    with (folder / METRICS_FILE).open(mode) as file:
+        for step in steps:
+            file.write(json.dumps({"step": step, "loss": 1.0 / step}) + "\n")
+            file.write(json.dumps({"step": step, "checkpoint_seconds": 0.1}) + "\n")
+
+
 def test_progress_follows_the_metrics(tmp_path: Path) -> None:
     log = io.StringIO()
-    with Progress(4, initial=1, description="sft", stream=log) as progress:
-        follow = follow_metrics(tmp_path, progress, already_done=1)
+    with MetricsFollower(tmp_path, 4, "sft", stream=log) as follow:
         follow()
-        assert log.getvalue() == ""
-        rows = [{"step": step, "loss": 1.0 / step} for step in (1, 2, 3, 4)]
-        (tmp_path / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        _write_metrics(tmp_path, range(1, 2))
+        follow()
+        assert log.getvalue() == ""  # one step says nothing about speed
+        _write_metrics(tmp_path, range(2, 5), mode="a")
         follow()
         follow()
     assert log.getvalue().startswith("sft 4/4, loss 0.25")
     assert log.getvalue().count("\n") == 1
+
+
+def test_what_an_interrupted_run_wrote_is_not_progress(tmp_path: Path) -> None:
+    _write_metrics(tmp_path, range(1, 4))  # killed behind its checkpoint at step 1
+    log = io.StringIO()
+    with MetricsFollower(tmp_path, 4, "sft", stream=log) as follow:
+        follow()
+        _write_metrics(tmp_path, range(1, 3))  # resumed from step 1, now at 2
+        follow()
+        _write_metrics(tmp_path, range(3, 5), mode="a")
+        follow()
+    assert log.getvalue().count("\n") == 1
+    assert log.getvalue().startswith("sft 4/4")
 
 
 def test_no_process_is_left_when_a_job_ignores_the_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

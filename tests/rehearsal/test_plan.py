@@ -37,17 +37,27 @@ def _what_runs(plan: Plan, root: Path, capsys: pytest.CaptureFixture[str]) -> li
     return [titles[line] for line in lines if line in titles]
 
 
-EVERYTHING = ["demo-model", "evaluate-before", "convert", "train", "export", "compare-logits", "evaluate-after"]
+BEFORE = ["demo-model", "to-shards", "to-bf16", "evaluate-before"]
+TRAINED = [
+    "train",
+    "export",
+    "compare-logits",
+    "evaluate-after",
+    "export-fp8",
+    "read-fp8",
+    "verify-fp8",
+    "evaluate-fp8",
+]
 
 
 @pytest.mark.parametrize(
     ("overrides", "identity", "redone"),
     [
         ([], {}, []),
-        (["train.steps=7"], {}, ["train", "export", "compare-logits", "evaluate-after"]),
-        (["optim.learning_rate=0.1"], {}, ["train", "export", "compare-logits", "evaluate-after"]),
-        (["data.seed=9"], {}, ["evaluate-before", "train", "export", "compare-logits", "evaluate-after"]),
-        ([], {"revision": "another"}, EVERYTHING),
+        (["train.steps=20"], {}, TRAINED),
+        (["optim.learning_rate=0.1"], {}, TRAINED),
+        (["data.seed=9"], {}, ["evaluate-before", *TRAINED]),
+        ([], {"revision": "another"}, BEFORE + TRAINED),
     ],
     ids=["nothing changed", "steps", "learning rate", "data", "code"],
 )
@@ -58,7 +68,7 @@ def test_a_second_run_redoes_what_depends_on_what_changed(
     identity: dict[str, str],
     redone: list[str],
 ) -> None:
-    assert _what_runs(_plan(tmp_path, revision="one"), tmp_path, capsys) == EVERYTHING
+    assert _what_runs(_plan(tmp_path, revision="one"), tmp_path, capsys) == BEFORE + TRAINED
     second = _plan(tmp_path, *overrides, **{"revision": "one", **identity})
     assert _what_runs(second, tmp_path, capsys) == redone
 
@@ -67,11 +77,11 @@ def test_the_commands_printed_are_the_ones_a_user_can_type(tmp_path: Path, capsy
     plan = _plan(tmp_path, "train.steps=7")
     run_stages([_pretend(stage) for stage in plan.stages], tmp_path, Announcements(plan.commands))
     out = capsys.readouterr().out
-    assert f"      $ megatron-ads demo-model {tmp_path}/model\n" in out
+    assert f"      $ megatron-ads demo-model {tmp_path}/model --fp8\n" in out
     assert (
         f"      $ megatron-ads train --recipe sft/quickstart data=builtin train.steps=7 model.load={tmp_path}/" in out
     )
-    (evaluation,) = [line for line in out.splitlines() if "evaluate" in line and "answers-after" in line]
+    (evaluation,) = [line for line in out.splitlines() if "evaluate" in line and "answers-after.jsonl" in line]
     assert evaluation.endswith("data=builtin")  # the training's settings are not its business
 
 

@@ -11,7 +11,7 @@ from megatron_ads.rehearsal.facts import gather_facts, training_facts
 from megatron_ads.rehearsal.folder import RehearsalFolder
 from megatron_ads.rehearsal.stages import Stage, StageRecord
 
-NAMES = ("demo-model", "evaluate-before", "convert", "train", "export", "compare-logits", "evaluate-after")
+NAMES = ("demo-model", "evaluate-before", "train", "compare-logits", "evaluate-after", "verify-fp8", "evaluate-fp8")
 
 
 def _metrics(steps: int) -> list[dict[str, Any]]:
@@ -34,18 +34,24 @@ def _metrics(steps: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _evaluation(balanced: float) -> dict[str, Any]:
+def _evaluation(balanced: float | None) -> dict[str, Any]:
+    view = {
+        "model": {"balanced_accuracy": balanced},
+        "baseline": {"balanced_accuracy": 0.5},
+        "balanced_accuracy_95": [0.71, 0.92],
+    }
     return {
-        "rows": 256, "queries": 24, "balanced_accuracy": balanced, "balanced_accuracy_margin": 0.061,
-        "baseline_balanced_accuracy": 0.5, "accuracy": balanced - 0.1, "baseline_accuracy": 0.41,
-        "parsed_share": 0.98, "ended_share": 0.99,
+        "rows": 256, "queries": 50, "accuracy": 0.7, "baseline_accuracy": 0.41, "baseline_label": "Good",
+        "readable_share": 0.98, "label_counts": {"Good": 100, "Bad": 156}, "views": {"bad": view, "fair": view},
     }  # fmt: skip
 
 
-def _facts(folder: Path, *, difference: float = 1.4e-6, after: float = 0.81) -> dict[str, Any]:
+def _facts(folder: Path, *, difference: float = 1.4e-6, after: float | None = 0.81) -> dict[str, Any]:
     results: dict[str, dict[str, Any]] = {
         "evaluate-before": _evaluation(0.0),
         "evaluate-after": _evaluation(after),
+        "evaluate-fp8": _evaluation(after),
+        "verify-fp8": {"equal": True, "compared": 256},
         "compare-logits": {"max_abs_difference": difference, "tokens": 256, "passed": difference < 1e-5},
     }
     records = {name: StageRecord(fingerprint=name, seconds=12.5, result=results.get(name, {})) for name in NAMES}
@@ -105,6 +111,10 @@ def test_the_terminal_shows_the_metric_next_to_its_baseline(tmp_path: Path) -> N
     (line,) = [line for line in summary_lines(_facts(tmp_path)) if "balanced accuracy" in line]
     assert "0.00 → 0.81" in line
     assert line.endswith("always the commonest label: 0.50")
+
+
+def test_an_undefined_metric_is_a_dash(tmp_path: Path) -> None:
+    assert any("0.00 → –" in line for line in summary_lines(_facts(tmp_path, after=None)))
 
 
 def test_a_metric_below_its_baseline_is_not_marked_good(tmp_path: Path) -> None:
