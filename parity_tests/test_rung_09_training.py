@@ -1,0 +1,99 @@
+"""Rung 9: the same training in transformers and torch gives the same loss curve, and the same task metric.
+
+A failure with rungs 5 and 8 green is in the optimizer: decay, clipping, moments, or the schedule. The step at which
+the curves part is in the message: step 1 points at the first update, a later one at the schedule or at clipping.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from parity_tests import jobs, phrase_match, training_jobs
+from parity_tests.checkpoints import SMALL_V3, write_checkpoint
+from parity_tests.figures import record
+from parity_tests.phrase_match import NO, YES, Pairs, draw_pairs
+from parity_tests.tolerances import AUC, TRAINING_LOSS
+from parity_tests.training_jobs import Trained, Training, language_steps, pairs_row
+from tests.distributed import run_ranks
+
+STEPS = 50
+PAIRS_PER_STEP = 48
+QUESTIONS = draw_pairs(2000, seed=2)
+
+
+def _ours(training: Training) -> Trained:
+    return run_ranks(1, training_jobs.train_ours, training, timeout=280)[0]
+
+
+def _curve_difference(ours: Trained, theirs: Trained) -> tuple[float, int]:
+    """Return the largest relative difference of a step's loss, and the step."""
+    assert len(ours.losses) == len(theirs.losses)
+    pairs = enumerate(zip(ours.losses, theirs.losses, strict=True))
+    return max((abs(a / b - 1), step) for step, (a, b) in pairs)
+
+
+@pytest.fixture(scope="module")
+def language(checkpoint: Callable[[str], Path]) -> tuple[Training, Trained]:
+    training = Training(folder=checkpoint("small-v3"), steps=language_steps(STEPS, 160))
+    return training, training_jobs.train_theirs(training)
+
+
+def test_the_loss_curves_are_the_same(language: tuple[Training, Trained]) -> None:
+    training, theirs = language
+    ours = _ours(training)
+    difference, step = _curve_difference(ours, theirs)
+    record(9, f"{STEPS} steps: largest relative difference of the loss", difference, TRAINING_LOSS)
+    assert difference < TRAINING_LOSS.value, f"step {step}: {ours.losses[step]} against {theirs.losses[step]}"
+    assert abs(ours.losses[-1] / ours.losses[0] - 1) > 100 * TRAINING_LOSS.value  # the weights did move
+
+
+def test_an_error_of_the_optimizer_is_seen(language: tuple[Training, Trained]) -> None:
+    training, theirs = language
+    short = replace(training, steps=training.steps[:10])
+    (wrong,) = run_ranks(1, jobs.with_error, "decay_in_the_gradient", training_jobs.train_ours, short)
+    assert _curve_difference(wrong, training_jobs.train_theirs(short))[0] > TRAINING_LOSS.value
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Training:
+    config = SMALL_V3 | {"vocab_size": phrase_match.VOCABULARY, "num_hidden_layers": 3, "n_routed_experts": 16}
+    folder = write_checkpoint(tmp_path_factory.mktemp("task") / "model", config)
+    return Training(
+        folder=folder,
+        steps=_steps(draw_pairs(STEPS * PAIRS_PER_STEP, seed=1)),
+        peak=3e-3,
+        weight_decay=0.01,
+        questions_NS=QUESTIONS.tokens_NS,
+    )
+
+
+def _steps(pairs: Pairs) -> list[list[training_jobs.Row]]:
+    batches = [pairs.batch(step, PAIRS_PER_STEP) for step in range(STEPS)]
+    return [[pairs_row(batch.tokens_NS, batch.labels_N)] for batch in batches]
+
+
+def _area(trained: Trained) -> float:
+    assert trained.answers_NV is not None
+    scores = trained.answers_NV[:, YES] - trained.answers_NV[:, NO]
+    return float(roc_auc_score(QUESTIONS.labels_N == YES, scores))
+
+
+def test_the_phrase_match_area_is_that_of_a_model_trained_in_transformers(task: Training) -> None:
+    ours, theirs = _ours(task), training_jobs.train_theirs(task)
+    difference = abs(_area(ours) - _area(theirs))
+    record(9, "phrase match: AUC ours, of 100", f"{100 * _area(ours):.2f}")
+    record(9, "phrase match: AUC with transformers and torch, of 100", f"{100 * _area(theirs):.2f}")
+    record(9, "phrase match: difference of the AUC, of 1", difference, AUC)
+    record(9, "phrase match: largest relative difference of the loss", f"{_curve_difference(ours, theirs)[0]:.1e}")
+    assert difference < AUC.value
+    assert _area(theirs) > 0.95
+
+
+def test_a_model_trained_on_shuffled_labels_misses_the_area(task: Training) -> None:
+    pairs = draw_pairs(STEPS * PAIRS_PER_STEP, seed=1).shuffled_labels(torch.Generator().manual_seed(5))
+    ours = _ours(replace(task, steps=_steps(pairs)[:10]))
+    assert abs(_area(ours) - _area(training_jobs.train_theirs(task))) > AUC.value
