@@ -1,5 +1,6 @@
 """Write one large file of known size so that it appears under its name only when it is complete and on disk."""
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -20,6 +21,7 @@ PARTIAL_SUFFIX = ".partial"
 _READ_BACK_BYTES = 1 << 22
 _WRITES_IN_FLIGHT = 4
 _FLUSH_BYTES = 64 << 20
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +94,7 @@ class PreallocatedFile:
                 written = os.pwrite(self._descriptor, view, offset)
                 view, offset = view[written:], offset + written
         if self._written_since_flush >= _FLUSH_BYTES:
-            # Makes the system begin to write out now, so that the final flush finds little left to do.
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            start_writing_out(self._descriptor)
             self._written_since_flush = 0
 
     def commit(self, *, extents: tuple[tuple[int, int], ...] = ()) -> FileRecord:
@@ -113,6 +114,14 @@ class PreallocatedFile:
         self._partial.rename(self.path)
         sync_folder(self.path.parent)
         return FileRecord(self.path.name, self._hashed, self._hash.hexdigest(), extents)
+
+
+def start_writing_out(descriptor: int) -> None:
+    """Have the system begin to write a file's dirty pages to disk, so that a later flush finds little left to do."""
+    sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux only; Python does not offer it
+    if sync_file_range is not None:
+        whole_file = ctypes.c_int64(0)
+        sync_file_range(ctypes.c_int(descriptor), whole_file, whole_file, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -198,6 +198,8 @@ def _sizes(args: argparse.Namespace) -> "LayoutConfig":
 
 
 def _carry_out(args: argparse.Namespace, target: "Target") -> int:
+    import torch
+
     from conversion.convert import convert
     from conversion.dry_run import dry_run
     from conversion.execute import Execution
@@ -206,6 +208,7 @@ def _carry_out(args: argparse.Namespace, target: "Target") -> int:
         expected = dry_run(target.plan(), workers=args.workers)
         print(json.dumps(asdict(expected)) if args.json else expected)
         return 0 if expected.fits else 2
+    torch.set_num_threads(1)  # --workers is the parallelism; threads on top of it get in each other's way
     how = Execution(workers=args.workers, resume=args.resume, progress=not args.json)
     report = convert(target, how)
     if args.json:
@@ -231,9 +234,12 @@ def _describe(report: "ConversionReport", target: Path) -> str:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    import torch
+
     from conversion.hub import local_folder
     from conversion.verify import verify
 
+    torch.set_num_threads(1)
     result = verify(
         local_folder(args.a),
         local_folder(args.b),

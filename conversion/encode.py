@@ -78,8 +78,10 @@ def write_quantized(out: PreallocatedFile, item: Quantized, advance: Advance) ->
 def _band_values(item: Quantized) -> Iterator[tuple[Rectangle, torch.Tensor]]:
     dtype = value_dtype(item.view.regions)
     for band in bands(item.view.rectangle, multiple_of_rows=item.block[0]):
-        values = torch.empty(band.rows, band.columns, dtype=dtype)
-        fill(values, item.view.regions, band)
+        values = _single_region_values(item.view.regions, band)
+        if values is None:
+            values = torch.empty(band.rows, band.columns, dtype=dtype)
+            fill(values, item.view.regions, band)
         yield band, values
 
 

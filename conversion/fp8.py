@@ -10,6 +10,7 @@ import logging
 from functools import cache
 from types import ModuleType
 
+import numpy as np
 import torch
 
 from megatron_ads.errors import ConversionError
@@ -118,13 +119,16 @@ def quantize_rows(values_RC: torch.Tensor, block: tuple[int, int] = BLOCK) -> tu
     kernels = _kernels()
     if kernels is None:
         return quantize(values_RC.float(), block)
-    columns = values_RC.shape[1]
-    values = values_RC.float().contiguous().view(-1).numpy()
+    columns, values = values_RC.shape[1], values_RC.contiguous().view(-1)
+    if values.dtype is torch.bfloat16:
+        bits, shift = values.view(torch.uint16).numpy(), np.uint32(16)
+    else:
+        bits, shift = values.float().view(torch.uint32).numpy(), np.uint32(0)
     scale_rc = torch.empty(scale_shape(tuple(values_RC.shape), block))
-    if not kernels.block_scales(values, columns, block, _SMALLEST_SCALE, scale_rc.numpy()):
+    if not kernels.block_scales(bits, shift, columns, block, _SMALLEST_SCALE, scale_rc.numpy()):
         raise ConversionError("a value is NaN or infinite and has no FP8 code")
     codes_RC = torch.empty(values_RC.shape, dtype=torch.uint8)
-    kernels.encode_rows(values, columns, block, scale_rc.numpy(), codes_RC.view(-1).numpy())
+    kernels.encode_rows(bits, shift, columns, block, scale_rc.numpy(), codes_RC.view(-1).numpy())
     return codes_RC.view(torch.float8_e4m3fn), scale_rc
 
 

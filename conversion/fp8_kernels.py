@@ -63,15 +63,21 @@ def dequantize_rows(
 
 @njit(cache=True, nogil=True)
 def block_scales(
-    values: NDArray[np.float32], columns: int, block: tuple[int, int], smallest: float, scales: NDArray[np.float32]
+    bits: NDArray[np.uint32],
+    shift: np.uint32,
+    columns: int,
+    block: tuple[int, int],
+    smallest: float,
+    scales: NDArray[np.float32],
 ) -> bool:
     """Write amax / 448 of every block, 1 for a block of zeros; return whether all values were finite.
 
     Args:
-        values: Flat rows of ``columns``, the first row beginning a block.
+        bits: Flat rows of ``columns``, the first row beginning a block: FP32 values as uint32 with ``shift`` 0, or
+            BF16 values as uint16 with ``shift`` 16.
         smallest: Scales are at least this.
     """
-    rows = len(values) // columns
+    rows = len(bits) // columns
     finite = True
     for row_block in range(scales.shape[0]):
         for column_block in range(scales.shape[1]):
@@ -79,7 +85,7 @@ def block_scales(
             amax = np.uint32(0)  # FP32 magnitudes compare like their bits
             for r in range(row_block * block[0], min(rows, (row_block + 1) * block[0])):
                 for c in range(r * columns + column_block * block[1], r * columns + last_column):
-                    amax = np.uint32(max(amax, np.float32(values[c]).view(np.uint32) & np.uint32(0x7FFFFFFF)))
+                    amax = np.uint32(max(amax, np.uint32(np.uint32(bits[c]) << shift) & np.uint32(0x7FFFFFFF)))
             finite = finite and bool(amax < np.uint32(0x7F800000))
             scale = np.float32(np.uint32(amax).view(np.float32) / np.float32(448.0))
             scales[row_block, column_block] = np.float32(1.0) if amax == 0 else max(scale, np.float32(smallest))
@@ -88,24 +94,29 @@ def block_scales(
 
 @njit(cache=True, nogil=True)
 def encode_rows(
-    values: NDArray[np.float32],
+    bits: NDArray[np.uint32],
+    shift: np.uint32,
     columns: int,
     block: tuple[int, int],
     scales: NDArray[np.float32],
     out: NDArray[np.uint8],
 ) -> None:
-    """Write the e4m3 code of ``value / scale``, rounded to nearest even; magnitudes must be below 464 after scaling."""
-    rows = len(values) // columns
+    """Write the e4m3 code of ``value / scale``, rounded to nearest even; magnitudes must be below 464 after scaling.
+
+    ``bits`` and ``shift`` are as in :func:`block_scales`.
+    """
+    rows = len(bits) // columns
     for r in range(rows):
         for column_block in range(scales.shape[1]):
             scale = scales[r // block[0], column_block]
             last = r * columns + min(columns, (column_block + 1) * block[1])
             for c in range(r * columns + column_block * block[1], last):
-                quotient = np.float32(values[c] / scale)
-                bits = np.float32(quotient).view(np.uint32)
-                magnitude = bits & np.uint32(0x7FFFFFFF)
+                value = np.uint32(np.uint32(bits[c]) << shift).view(np.float32)
+                quotient = np.float32(value / scale)
+                encoded = np.float32(quotient).view(np.uint32)
+                magnitude = encoded & np.uint32(0x7FFFFFFF)
                 to_even = np.uint32(0x7FFFF) + ((magnitude >> _MANTISSA_SHIFT) & np.uint32(1))
                 kept = np.uint32(magnitude + to_even) >> _MANTISSA_SHIFT
                 subnormal = np.uint32(np.rint(np.abs(quotient) * _SUBNORMAL_STEPS))
                 code = subnormal if np.abs(quotient) < _SMALLEST_NORMAL else kept - _REBIAS
-                out[c] = np.uint8(code | ((bits >> np.uint32(24)) & np.uint32(0x80)))
+                out[c] = np.uint8(code | ((encoded >> np.uint32(24)) & np.uint32(0x80)))

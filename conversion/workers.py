@@ -46,9 +46,7 @@ def run_all(
     context.set_forkserver_preload(["conversion.execute", "conversion.verify"])
     counter = context.Value(ctypes.c_longlong, 0)
     workers = min(workers, len(pieces))
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(counter, workers)
-    ) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(counter,)) as pool:
         pending: set[Future[Result]] = {pool.submit(_call, function, piece) for piece in pieces}
         try:
             yield from _results(pending, counter, advance)
@@ -74,10 +72,10 @@ def _results(pending: set[Future[Result]], counter: "Synchronized[int]", advance
             yield future.result()
 
 
-def _start_worker(counter: "Synchronized[int]", workers: int) -> None:
+def _start_worker(counter: "Synchronized[int]") -> None:
     global _counter
     _counter = counter
-    torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
+    torch.set_num_threads(1)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
