@@ -2,12 +2,13 @@
 
 A query asks for a category and up to two of brand, price level and place; an ad states all of these. The rule:
 
-    Bad   if the category differs, or a place was asked for and the ad serves another;
-    Fair  else, if a brand or price level was asked for and differs, or the ad's text is flawed (spam, misspelt);
+    Bad   if the ad's text is spam, or its category differs, or a place was asked for and the ad serves another;
+    Fair  else, if the text is misspelt, or a brand or price level was asked for and differs;
     Good  else.
 
-The reasoning lists the comparisons in that order and stops at the first that makes the pair Bad. The three labels are
-equally frequent, so always answering the most frequent one has a balanced accuracy of 0.5 in either binary view.
+The reasoning states the comparisons in the order text, category, place, brand, price, and stops at the first that
+makes the pair Bad. The three labels are equally frequent, so always answering the most frequent one has a balanced
+accuracy of 0.5 in either binary view.
 """
 
 import random
@@ -18,14 +19,14 @@ from typing import TypeVar
 from megatron_ads.data.ads_world import (
     BRANDS,
     CATEGORIES,
-    CLEAN_TEXTS,
-    FLAWED_TEXTS,
     PLACES,
     PLACES_OFFERED,
     PRICES_ASKED,
     PRICES_OFFERED,
+    TEXTS,
     Category,
     Price,
+    Text,
 )
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.tasks.relevance import Ad, Label, chat_row
@@ -54,8 +55,7 @@ class Offered:
     brand: str
     price: Price
     place: str
-    flawed: bool = False
-    """Its text is spam or misspelt."""
+    text: Text = Text.clean
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +70,26 @@ class Pair:
 
 def judge(wanted: Wanted, offered: Offered) -> tuple[Label, str]:
     """Apply the rule; return the label and the reasoning that leads to it."""
-    steps = [_compare("Category", wanted.category.name, offered.category.name)]
-    if wanted.category != offered.category:
+    steps = [f"Text: {offered.text}."]
+    if offered.text is Text.spam:
         return Label.bad, " ".join(steps)
-    if wanted.place is not None:
-        steps.append(_compare("Place", wanted.place, offered.place))
-        if wanted.place != offered.place:
+    for name, asked, given in _decisive(wanted, offered):
+        steps.append(_compare(name, asked, given))
+        if asked != given:
             return Label.bad, " ".join(steps)
-    label = Label.good
+    label = Label.good if offered.text is Text.clean else Label.fair
     for name, asked, given in (("Brand", wanted.brand, offered.brand), ("Price", wanted.price, offered.price)):
         if asked is not None:
             steps.append(_compare(name, asked, given))
             label = label if asked == given else Label.fair
-    if offered.flawed:
-        steps.append("Text flawed.")
-        label = Label.fair
     return label, " ".join(steps)
+
+
+def _decisive(wanted: Wanted, offered: Offered) -> Iterator[tuple[str, str, str]]:
+    """Yield what must agree: name, asked, offered."""
+    yield "Category", wanted.category.name, offered.category.name
+    if wanted.place is not None:
+        yield "Place", wanted.place, offered.place
 
 
 def _compare(name: str, asked: str, given: str) -> str:
@@ -126,9 +130,9 @@ def _draw_offered(wanted: Wanted, label: Label, draw: random.Random) -> Offered:
     """Draw an ad for which the rule gives ``label``: what must differ first, the rest as asked or at random."""
     wrong: set[str] = set()
     if label is Label.bad:
-        wrong = {draw.choice(["category", "place"] if wanted.place else ["category"])}
+        wrong = {draw.choice(["spam", "category", "place"] if wanted.place else ["spam", "category"])}
     elif label is Label.fair:
-        possible = ["flaw", *(name for name in ("brand", "price") if getattr(wanted, name) is not None)]
+        possible = ["misspelt", *(name for name in ("brand", "price") if getattr(wanted, name) is not None)]
         wrong = set(draw.sample(possible, draw.randint(1, len(possible))))
     other_category = draw.choice([category for category in CATEGORIES if category != wanted.category])
     return Offered(
@@ -136,7 +140,7 @@ def _draw_offered(wanted: Wanted, label: Label, draw: random.Random) -> Offered:
         brand=_draw_value(BRANDS, wanted.brand, "brand" in wrong, draw),
         price=_draw_value(tuple(Price), wanted.price, "price" in wrong, draw),
         place=_draw_value(PLACES, wanted.place, "place" in wrong, draw),
-        flawed="flaw" in wrong or (label is Label.bad and draw.random() < 0.25),
+        text=next((text for text in (Text.spam, Text.misspelt) if text in wrong), Text.clean),
     )
 
 
@@ -161,7 +165,7 @@ def _word_ad(offered: Offered, draw: random.Random) -> Ad:
     sentences = [
         draw.choice(PRICES_OFFERED[offered.price]),
         draw.choice(PLACES_OFFERED).format(place=offered.place),
-        draw.choice(FLAWED_TEXTS if offered.flawed else CLEAN_TEXTS),
+        draw.choice(TEXTS[offered.text]),
     ]
     draw.shuffle(sentences)
     name = draw.choice(offered.category.offered_as)

@@ -25,6 +25,14 @@ class Price(StrEnum):
     premium = "premium"
 
 
+class Text(StrEnum):
+    """Quality of an ad's text."""
+
+    clean = "clean"
+    misspelt = "misspelt"
+    spam = "spam"
+
+
 CATEGORIES = (
     Category(
         "running shoes", ("running shoes", "jogging sneakers", "shoes for a marathon"), ("Road Runner", "Race Trainers")
@@ -53,5 +61,8 @@ PRICES_OFFERED = {
     Price.premium: ("Handmade, from $900.", "First class in every detail.", "Exclusive designer range."),
 }
 PLACES_OFFERED = ("Pick up in {place}.", "Serving {place} since 1998.", "Our {place} team is here for you.")
-CLEAN_TEXTS = ("Free returns.", "Rated 4.7 of 5.", "Order online today.", "Friendly support.")
-FLAWED_TEXTS = ("CLICK HERE NOW!!!", "U wont beleive this", "100% miracle, guaranteed!!!")
+TEXTS = {
+    Text.clean: ("Free returns.", "Rated 4.7 of 5.", "Order online today.", "Friendly support."),
+    Text.misspelt: ("Freindly suport.", "Ordr onlin today.", "Beleive the revews."),
+    Text.spam: ("CLICK HERE NOW!!!", "100% miracle, guaranteed!!!", "You have WON a prize!!!"),
+}

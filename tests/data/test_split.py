@@ -1,0 +1,53 @@
+"""Held-out rows share no query with the rows trained on."""
+
+import pytest
+
+from megatron_ads.data.ads_pairs import builtin_rows
+from megatron_ads.data.rows import ChatRow, Message, Role
+from megatron_ads.data.split import split_by_group
+from megatron_ads.errors import DataError
+
+MESSAGES = (Message(Role.user, "question"), Message(Role.assistant, "answer"))
+
+
+def rows_of_groups(sizes: dict[str, int]) -> list[ChatRow]:
+    return [ChatRow(f"{group}{n}", "test", MESSAGES, group=group) for group, size in sizes.items() for n in range(size)]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_query_is_on_both_sides(seed: int):
+    split = split_by_group(builtin_rows(3000), validation_rows=200, seed=seed)
+    assert len(split.validation) == 200
+    trained = {row.group for row in split.training}
+    held_out = {row.group for row in split.validation}
+    assert not trained & held_out
+    assert len(held_out) > 20
+
+
+def test_the_rest_of_a_group_that_is_cut_is_not_trained_on():
+    split = split_by_group(rows_of_groups({"a": 10, "b": 10}), validation_rows=3, seed=0)
+    assert len(split.validation) == 3
+    assert len(split.training) == 10
+    assert {row.group for row in split.training}.isdisjoint(row.group for row in split.validation)
+
+
+def test_which_groups_are_held_out_does_not_depend_on_the_order_of_rows():
+    rows = rows_of_groups(dict.fromkeys("abcdefghij", 2))
+    forwards = split_by_group(rows, validation_rows=6, seed=0)
+    backwards = split_by_group(rows[::-1], validation_rows=6, seed=0)
+    assert {row.group for row in forwards.validation} == {row.group for row in backwards.validation}
+
+
+def test_rows_without_a_group_are_split_one_by_one():
+    rows = [ChatRow(f"r{n}", "test", MESSAGES) for n in range(10)]
+    split = split_by_group(rows, validation_rows=4, seed=0)
+    assert (len(split.training), len(split.validation)) == (6, 4)
+
+
+def test_nothing_is_held_out_unless_asked():
+    assert split_by_group(builtin_rows(30), validation_rows=0, seed=0).validation == []
+
+
+def test_holding_everything_out_is_refused_with_the_numbers():
+    with pytest.raises(DataError, match=r"validation_rows = 5 leaves none of the 4 rows \(2 groups"):
+        split_by_group(rows_of_groups({"a": 2, "b": 2}), validation_rows=5, seed=0)
