@@ -39,7 +39,10 @@ setup(
         *find_packages(include=["megatron_ads", "megatron_ads.*", "conversion", "conversion.*"]),
         *find_namespace_packages(include=["recipes", "recipes.*"]),
     ],
-    package_data={"": ["*.yaml", "*.jinja", "*.html", "*.css", "py.typed"]},
+    package_data={
+        "": ["*.yaml", "*.jinja", "*.html", "*.css", "py.typed"],
+        "megatron_ads.planning": ["published/*.json"],
+    },
     entry_points={"console_scripts": ["megatron-ads = megatron_ads.cli:main"]},
     install_requires=[
         "huggingface-hub>=1.31",

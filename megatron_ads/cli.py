@@ -48,9 +48,11 @@ COMMANDS = (
     Command("convert", "move weights between Hugging Face and Megatron", "conversion.cli", "add_convert_commands"),
     Command("verify", "compare two checkpoints tensor by tensor", "conversion.cli", "add_verify_command"),
     Command("demo-model", "write a small random checkpoint for rehearsals", "megatron_ads.demo_model"),
+    Command("plan", "say what a recipe takes before a machine is rented", "megatron_ads.planning.command"),
     Command("train", "run a recipe on this machine", "megatron_ads.training.launch"),
     Command("compare-logits", "run one model in transformers and in Megatron", "megatron_ads.training.compare_logits"),
     Command("evaluate", "judge held-out rows with a checkpoint and score it", "megatron_ads.evaluation.command"),
+    Command("parity", "compare a checkpoint in transformers and in Megatron-Core", "megatron_ads.parity.command"),
     Command("quickstart", "rehearse the whole path on this machine", "megatron_ads.quickstart"),
 )
 

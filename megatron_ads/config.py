@@ -116,6 +116,8 @@ class ModelConfig:
 
     load: str = MISSING
     """Folder of weights: a Hugging Face checkpoint, converted shards or a torch_dist checkpoint."""
+    published: str | None = None
+    """Name of the published model this is for, by which a job is planned before ``load`` is at hand; None: unknown."""
     layer_spec: LayerSpecChoice = LayerSpecChoice.auto
     """``te``: Transformer Engine; ``grouped``: torch with grouped experts; ``local``: torch, experts one by one.
     ``auto`` takes ``te`` where it is installed and there is a GPU, else ``grouped``."""

@@ -1,0 +1,290 @@
+"""Hold the planner's memory model against processes that train: predicted and measured peak of every stage.
+
+    python -m benchmarks.memory_model [--case NAME ...] [--out memory_model.json]
+
+Each case is a layout of a small model, trained for two steps by real processes over gloo on this machine's CPU. What
+is measured is the highest resident memory of each process above what it had before the model was built; the imports
+and the process groups are in neither number. glibc is told to return freed memory at once.
+"""
+
+import argparse
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+CONFIG: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 4096,
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "moe_intermediate_size": 384,
+    "num_hidden_layers": 6,
+    "first_k_dense_replace": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "q_lora_rank": 192,
+    "kv_lora_rank": 96,
+    "qk_nope_head_dim": 48,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 48,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "max_position_embeddings": 4096,
+    "num_nextn_predict_layers": 1,
+    "rope_theta": 10000,
+}
+"""50 M parameters: two dense layers, four with 16 experts, an MTP layer."""
+SEQ_LENGTH = 512
+ROWS = 2
+"""Rows of one microbatch."""
+STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One layout to train and to plan."""
+
+    world: int = 1
+    layout: dict[str, int] = field(default_factory=dict)
+    pipeline: str | None = None
+    precision: str = "fp32"
+    recompute: str = "none"
+    microbatches: int = 4
+
+
+CASES = {
+    "pp1": Case(),
+    "pp1 full": Case(recompute="full"),
+    "pp1 bf16 selective": Case(precision="bf16", recompute="selective"),
+    "dp2 ep2": Case(world=2, layout={"ep": 2}),
+    "pp2 ep2": Case(world=4, layout={"pp": 2, "ep": 2}, pipeline="Ettt|tttmL"),
+    "pp4": Case(world=4, layout={"pp": 4}, pipeline="Ett|tt|tt|mL"),
+    "pp2 vpp2": Case(world=2, layout={"pp": 2, "vpp": 2}, pipeline="Ett|tt|t|tmL"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the cases and print what was predicted, what was measured and the difference."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--case", action="append", choices=tuple(CASES), help="only this one; may be repeated")
+    parser.add_argument("--out", type=Path, help="file to write the figures to, as JSON")
+    parser.add_argument("--rank-of", nargs=2, metavar=("CASE", "FILE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.rank_of:
+        name, file = arguments.rank_of
+        Path(file).write_text(str(_train(CASES[name])), encoding="utf-8")
+        return 0
+    rows = [row for name in arguments.case or CASES for row in run_case(name)]
+    for row in rows:
+        print(
+            f"{row['case']:20} stage {row['stage']}  predicted {row['predicted_bytes'] / 1e6:8.1f} MB  "
+            f"measured {row['measured_bytes'] / 1e6:8.1f} MB  {row['error']:+.1%}"
+        )
+    if arguments.out:
+        report = {"workload": _workload(), "rows": rows, **_circumstances()}
+        arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def run_case(name: str) -> list[dict[str, Any]]:
+    """Train one case and return a row for each stage, of its fullest rank."""
+    from megatron_ads.planning.memory import stage_memory
+
+    case, job = CASES[name], planned_job(CASES[name])
+    measured = _measure(name, case)
+    rows = []
+    for stage in range(job.layout.pp):
+        memory = stage_memory(job, stage, gpu=False)
+        peak = max(measured[rank] for rank in job.layout.stage_ranks(stage))
+        rows.append(
+            {
+                "case": name,
+                "stage": stage,
+                "predicted_bytes": memory.peak,
+                "measured_bytes": peak,
+                "error": memory.peak / peak - 1,
+                "parts": asdict(memory),
+            }
+        )
+    return rows
+
+
+def planned_job(case: Case) -> Any:
+    """Return the case as the planner sees it."""
+    from megatron_ads.architecture import shape_from_config
+    from megatron_ads.config import Precision, Recompute
+    from megatron_ads.layout import ParallelLayout, place_layers
+    from megatron_ads.planning.job import Job
+
+    shape = shape_from_config(CONFIG)
+    layout = ParallelLayout(world=case.world, **case.layout)
+    return Job(
+        shape=shape,
+        layout=layout,
+        placement=place_layers(shape, layout, pipeline=case.pipeline),
+        precision=Precision[case.precision],
+        recompute=Recompute[case.recompute],
+        seq_length=SEQ_LENGTH,
+        micro_batch_size=ROWS,
+        microbatches=case.microbatches,
+        mtp_loss_weight=0.1,
+    )
+
+
+def _measure(name: str, case: Case) -> list[int]:
+    """Run every rank in a process of its own; return their peaks in bytes."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        files = [Path(folder) / f"rank{rank}" for rank in range(case.world)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", "benchmarks.memory_model", "--rank-of", name, str(file)],
+                env=_environment(rank, case.world, port),
+            )
+            for rank, file in enumerate(files)
+        ]
+        try:
+            codes = [process.wait(timeout=600) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        if any(codes):
+            raise SystemExit(f"case {name!r}: ranks ended with {codes}; their messages are above")
+        return [int(file.read_text(encoding="utf-8")) for file in files]
+
+
+def _environment(rank: int, world: int, port: int) -> dict[str, str]:
+    own = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": 1,
+        "MALLOC_MMAP_THRESHOLD_": 65536,
+        "MALLOC_TRIM_THRESHOLD_": 65536,
+        "MALLOC_ARENA_MAX": 1,
+    }
+    return os.environ | {name: str(value) for name, value in own.items()}
+
+
+def _train(case: Case) -> int:
+    """As one rank: build, train two steps, and return the peak above the resident memory at the start."""
+    job = planned_job(case)
+    from megatron_ads.runtime import process_groups, seeds
+
+    process_groups.start(job.layout)
+    seeds.seed_everything(0)
+    step = _build(job)  # imports everything; builds when called
+    before = _status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # restarts VmHWM
+    run = step()
+    for _ in range(STEPS):
+        run()
+    peak = _status_bytes("VmHWM") - before
+    process_groups.stop()
+    return peak
+
+
+def _build(job: Any) -> Any:
+    import torch
+    from megatron.core.distributed import finalize_model_grads
+
+    from conversion.layer_specs import LayerSpec
+    from megatron_ads.config import OptimConfig
+    from megatron_ads.models.build import build_chunks
+    from megatron_ads.models.precision import wrap_precision
+    from megatron_ads.models.settings import ModelSettings
+    from megatron_ads.optim.build import build_optimizer, wrap_for_training
+    from megatron_ads.training.step import run_step
+
+    settings = ModelSettings(
+        spec=LayerSpec.GROUPED, precision=job.precision, recompute=job.recompute, mtp_loss_weight=job.mtp_loss_weight
+    )
+    batches = [_batch(job) for _ in range(job.microbatches)]
+
+    def build() -> Any:
+        models = build_chunks(job.shape, job.layout, job.placement, settings)
+        for model in models:
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.02)
+        chunks = wrap_for_training(wrap_precision(models), overlap=False)
+        no_sync = [chunk.no_sync for chunk in chunks]
+        for model in models:
+            model.config.finalize_model_grads_func = finalize_model_grads
+            model.config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        optimizer = build_optimizer(
+            chunks, OptimConfig(learning_rate=1e-4), job.precision, has_expert_member=job.trains_experts
+        )
+        return lambda: run_step(batches, chunks, optimizer, learning_rate=1e-4)
+
+    return build
+
+
+def _batch(job: Any) -> Any:
+    import torch
+
+    from megatron_ads.data.batches import PackedBatch
+
+    rows, length = job.micro_batch_size, job.seq_length
+    tokens_BS = torch.randint(0, job.shape.vocab_size, (rows, length))
+    return PackedBatch(
+        tokens_BS=tokens_BS,
+        labels_BS=tokens_BS.roll(-1, dims=1),
+        positions_BS=torch.arange(length).repeat(rows, 1),
+        mask_BS=torch.ones(rows, length),
+        cu_seqlens=torch.arange(0, rows * length + 1, length, dtype=torch.int32),
+        sample_count=rows,
+        token_count=rows * length,
+        target_count=rows * length,
+        normalizer=rows * length,
+    )
+
+
+def _status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status has no {name}; this benchmark needs Linux")
+
+
+def _workload() -> dict[str, Any]:
+    return {
+        "config": CONFIG,
+        "tokens_per_microbatch": SEQ_LENGTH * ROWS,
+        "cases": {name: asdict(case) for name, case in CASES.items()},
+    }
+
+
+def _circumstances() -> dict[str, Any]:
+    from megatron_ads.observability.provenance import cpu_model, git_revision
+
+    return {
+        "hardware": {"processor": cpu_model(), "cores": os.cpu_count()},
+        "versions": {name: version(name) for name in ("torch", "megatron-core")}
+        | {"python": platform.python_version()},
+        "revision": git_revision(Path(__file__).parent),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Say what a recipe takes before a machine is rented: memory of every rank, pipeline, traffic, speed.
+
+    megatron-ads plan --recipe sft/deepseek_r1_671b_248gpu
+    megatron-ads plan --recipe sft/deepseek_r1_671b_248gpu --gpu h20 --gpu-memory 96GB layout=pp31_vpp2_ep8
+    megatron-ads plan --recipe my.yaml --model DeepSeek-R1 --search
+    megatron-ads plan --recipe sft/deepseek_r1_671b_248gpu --rehearse --shards R1-shards
+
+Neither weights nor a GPU are needed. Exit status 1: it does not fit, or the rehearsal found a fault.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conversion.cli import parse_bytes
+from megatron_ads.errors import ConfigError
+from megatron_ads.planning.calibrate import calibrated
+from megatron_ads.planning.hardware import CARDS, DEFAULT_CARD, card_named
+from megatron_ads.planning.job import Job, load_job
+from megatron_ads.planning.picture import page
+from megatron_ads.planning.plan import Plan, make_plan
+from megatron_ads.planning.search import SearchResult, search
+from megatron_ads.planning.table import plan_lines, plan_values, search_lines, search_values
+
+if TYPE_CHECKING:
+    from megatron_ads.planning.rehearse import Rehearsal
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megatron-ads plan`."""
+    parser.add_argument("--recipe", required=True, metavar="R", help="a name under recipes/, or a YAML file")
+    parser.add_argument("--model", metavar="M", help="a published model's name, or a folder with a config.json")
+    parser.add_argument("--gpus", type=int, metavar="N", help="ranks (default: the fewest the recipe's layout needs)")
+    parser.add_argument("--gpu", default=DEFAULT_CARD, help=f"the card: {', '.join(CARDS)} (default {DEFAULT_CARD})")
+    parser.add_argument("--gpu-memory", type=parse_bytes, metavar="SIZE", help="memory of a card (default: its own)")
+    parser.add_argument("--calibrate", type=Path, metavar="RUN", help="log folder of a run on such cards, for speeds")
+    parser.add_argument("--search", action="store_true", help="try other layouts on as many cards, and rank what fits")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="build a rank of every stage for real, without its weights"
+    )
+    parser.add_argument("--every-rank", action="store_true", help="with --rehearse: build every rank of every stage")
+    parser.add_argument(
+        "--shards", type=Path, metavar="DIR", help="with --rehearse: check this converted checkpoint too"
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the plan as a page with pictures")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's, as layout.vpp=2"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; return 0 if it fits and every check holds, else 1."""
+    if (args.shards is not None or args.every_rank) and not args.rehearse:
+        raise ConfigError("--shards and --every-rank are for the rehearsal; add --rehearse.")
+    card = card_named(args.gpu, args.gpu_memory)
+    if args.calibrate is not None:
+        card = calibrated(card, args.calibrate, args.model)
+    job = load_job(args.recipe, args.overrides, model=args.model, ranks=args.gpus)
+    plan = make_plan(job, card)
+    found = search(job, card) if args.search else None
+    if args.html is not None:
+        args.html.write_text(page(args.recipe, plan), encoding="utf-8")
+    rehearsal = _rehearse(args, job) if args.rehearse else None
+    if args.json:
+        print(json.dumps(_values(plan, found, rehearsal), indent=1))
+    else:
+        print("\n".join(_lines(plan, found, rehearsal)))
+    return 0 if plan.fits and (rehearsal is None or not rehearsal.faults) else 1
+
+
+def _rehearse(args: argparse.Namespace, job: Job) -> "Rehearsal":
+    from megatron_ads.planning.rehearse import rehearse  # imports Megatron-Core: plans do without
+
+    return rehearse(job, every_rank=args.every_rank, shards=args.shards)
+
+
+def _lines(plan: Plan, found: SearchResult | None, rehearsal: "Rehearsal | None") -> list[str]:
+    lines = plan_lines(plan)
+    if found is not None:
+        lines += ["", *search_lines(found, plan.card)]
+    if rehearsal is not None:
+        lines += ["", *rehearsal.lines()]
+    return lines
+
+
+def _values(plan: Plan, found: SearchResult | None, rehearsal: "Rehearsal | None") -> dict[str, Any]:
+    values = plan_values(plan)
+    if found is not None:
+        values["search"] = search_values(found)
+    if rehearsal is not None:
+        values["rehearsal"] = asdict(rehearsal)
+    return values

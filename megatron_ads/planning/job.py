@@ -1,0 +1,201 @@
+"""What is planned: a recipe, the model it is for and the ranks it runs on, without any weights at hand."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+from conversion.rank_files import ShardsLayout
+from megatron_ads.architecture import ModelShape, read_model_shape
+from megatron_ads.config import (
+    FrozenPart,
+    Precision,
+    Recompute,
+    SftConfig,
+    SourceConfig,
+    SourceKind,
+    load_recipe,
+    validate,
+)
+from megatron_ads.errors import ConfigError
+from megatron_ads.layout import ParallelLayout, PipelinePlacement
+
+_NOT_AT_HAND = "not-at-hand"
+"""Stands for what a recipe leaves to the command line of a run and no plan depends on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Every number a plan depends on, apart from the hardware."""
+
+    shape: ModelShape
+    layout: ParallelLayout
+    placement: PipelinePlacement
+    precision: Precision
+    recompute: Recompute
+    seq_length: int
+    """Tokens of one row."""
+    micro_batch_size: int
+    """Rows of one microbatch."""
+    microbatches: int
+    """Microbatches that one replica runs in a step."""
+    mtp_loss_weight: float = 0.0
+    frozen: frozenset[FrozenPart] = frozenset()
+
+    @property
+    def shards(self) -> ShardsLayout:
+        """The layout as the conversion writes it."""
+        return ShardsLayout(shape=self.shape, layout=self.layout, placement=self.placement)
+
+    @property
+    def tokens_per_microbatch(self) -> int:
+        """Tokens of one microbatch, before tensor or context parallelism divides them."""
+        return self.seq_length * self.micro_batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one step over the whole job, padding included."""
+        return self.tokens_per_microbatch * self.microbatches * self.layout.dp
+
+    @property
+    def trains_mtp(self) -> bool:
+        """Whether the multi-token-prediction layers are run."""
+        return self.shape.mtp_layers > 0 and self.mtp_loss_weight > 0
+
+    @property
+    def trains_experts(self) -> bool:
+        """Whether any rank has gradients of routed experts."""
+        in_layers = self.trains(FrozenPart.experts) and self.shape.num_layers > self.shape.first_dense_layers
+        return in_layers or (self.shape.mtp_layers > 0 and self.trains(FrozenPart.mtp))
+
+    def trains(self, part: FrozenPart | None) -> bool:
+        """Whether parameters of ``part`` have gradients and optimizer state."""
+        return part not in self.frozen and (part is not FrozenPart.mtp or self.mtp_loss_weight > 0)
+
+
+def published_models() -> tuple[str, ...]:
+    """Return the names of the models whose published ``config.json`` is shipped."""
+    return tuple(sorted(entry.name.removesuffix(".json") for entry in _published().iterdir()))
+
+
+def _published() -> Path:
+    return Path(str(files(__package__))) / "published"
+
+
+def planned_shape(model: str | None, config: SftConfig) -> ModelShape:
+    """Return the shape of the model to plan for.
+
+    Args:
+        model: Name of a published model, or a ``config.json`` or the folder that holds it. None: the checkpoint that
+            ``model.load`` names, where it exists, else the published model that ``model.published`` names.
+
+    Raises:
+        ConfigError: If there is no such model.
+    """
+    load = Path(config.model.load)
+    if model is None and load.exists():
+        return _shape_of_checkpoint(load)
+    name = model or config.model.published
+    if name in published_models():
+        return read_model_shape(_published() / f"{name}.json")
+    if name is None:
+        raise ConfigError(
+            "The recipe does not say which model it is for, and there is no checkpoint at hand. Give --model NAME "
+            f"({', '.join(published_models())}) or --model FOLDER, or set model.load to a checkpoint that exists."
+        )
+    if not Path(name).exists():
+        raise ConfigError(
+            f"There is no model {name!r}: neither a published one ({', '.join(published_models())}) nor a folder or "
+            "config.json."
+        )
+    return read_model_shape(Path(name))
+
+
+def _shape_of_checkpoint(path: Path) -> ModelShape:
+    if (path / "config.json").is_file():
+        return read_model_shape(path)
+    from conversion.sources import open_source  # imports torch, which a plan needs for converted checkpoints only
+
+    return open_source(path).shape
+
+
+def load_job(recipe: str, overrides: Sequence[str] = (), *, model: str | None = None, ranks: int | None = None) -> Job:
+    """Compose a recipe and lay it out over ``ranks`` (None: the fewest that its layout fits).
+
+    Raises:
+        ConfigError: If recipe, model, layout and ranks do not fit together.
+    """
+    config = load_recipe(recipe, [f"model.load={_NOT_AT_HAND}", *overrides])
+    if not config.data.sources:
+        config.data.sources = [SourceConfig(kind=SourceKind.jsonl, path=_NOT_AT_HAND)]
+    return job_of(config, planned_shape(model, config), ranks)
+
+
+def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Job:
+    """Lay a composed recipe out over ``ranks`` (None: the fewest that its layout fits).
+
+    Raises:
+        ConfigError: If model, layout and ranks do not fit together.
+    """
+    sizes = config.layout
+    if ranks is None:
+        ranks = ParallelLayout.smallest(
+            tp=sizes.tp, cp=sizes.cp, pp=sizes.pp, vpp=sizes.vpp, ep=sizes.ep, etp=sizes.etp
+        ).world
+    elif ranks < 1:
+        raise ConfigError(f"--gpus is {ranks}; it must be at least 1.")
+    layout = sizes.runtime(ranks)
+    placement = sizes.placement(shape, layout)
+    _require_layers(placement)
+    validate(config, ranks, shape)
+    return Job(
+        shape=shape,
+        layout=layout,
+        placement=placement,
+        precision=config.model.precision,
+        recompute=config.model.recompute,
+        seq_length=config.data.seq_length,
+        micro_batch_size=config.train.micro_batch_size,
+        microbatches=config.train.microbatches(layout),
+        mtp_loss_weight=config.model.mtp_loss_weight,
+        frozen=frozenset(config.model.frozen),
+    )
+
+
+def _require_layers(placement: PipelinePlacement) -> None:
+    """Refuse a chunk with nothing in it: its ranks would have no parameter, and so no optimizer."""
+    for number, chunk in enumerate(placement.chunks):
+        if not (chunk.layers or chunk.mtp_layers or chunk.has_embedding or chunk.has_loss):
+            raise ConfigError(
+                f"layout.pipeline {placement.string!r} leaves chunk {number} (stage {chunk.stage}) without any layer. "
+                "Move a layer there, or use fewer stages."
+            )
+
+
+def rearranged(
+    job: Job,
+    *,
+    layout: ParallelLayout,
+    placement: PipelinePlacement,
+    micro_batch_size: int,
+    recompute: Recompute,
+) -> Job:
+    """Return the same step (model, rows, everything trained) under another layout.
+
+    Raises:
+        ConfigError: If the rows of a step cannot be divided so.
+    """
+    rows = job.microbatches * job.micro_batch_size * job.layout.dp
+    microbatches, rest = divmod(rows, micro_batch_size * layout.dp)
+    if rest:
+        raise ConfigError(
+            f"{rows} rows cannot be divided into microbatches of {micro_batch_size} for dp = {layout.dp}."
+        )
+    return replace(
+        job,
+        layout=layout,
+        placement=placement,
+        micro_batch_size=micro_batch_size,
+        microbatches=microbatches,
+        recompute=recompute,
+    )

@@ -1,0 +1,188 @@
+"""The plan of a whole job: every stage's weights, memory and traffic, and how long a step takes."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_ads.config import Precision
+from megatron_ads.layout import Chunk
+from megatron_ads.planning.compute import forward_flops_per_token, model_flops_per_token, recomputed_flops_per_token
+from megatron_ads.planning.hardware import Card
+from megatron_ads.planning.job import Job
+from megatron_ads.planning.memory import RankMemory, stage_memory
+from megatron_ads.planning.schedule import Timeline, play
+from megatron_ads.planning.traffic import GroupTraffic, dispatch_bytes, message_bytes, stage_traffic, tensor_bytes
+from megatron_ads.planning.weights import Weights, stage_weights, total
+
+_MESSAGE_LATENCY_SECONDS = 20e-6
+"""Of one point-to-point message or collective, whatever its size."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan:
+    """What each rank of one pipeline stage holds and does."""
+
+    stage: int
+    chunks: tuple[Chunk, ...]
+    weights: tuple[Weights, ...]
+    memory: RankMemory
+    traffic: tuple[GroupTraffic, ...]
+    flops_per_step: int
+    """Of one rank, forward and backward, what is computed again included."""
+
+    @property
+    def parameters(self) -> int:
+        """Of one rank."""
+        return total(self.weights)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of one rank's routed experts."""
+        return total(self.weights, expert=True)
+
+    @property
+    def contents(self) -> str:
+        """Such as ``E 0-1``, or ``30, 60 m1 L``: embedding, decoder layers, MTP layers, loss."""
+        words = ["E"] if any(chunk.has_embedding for chunk in self.chunks) else []
+        words.append(", ".join(_span(chunk.layers) for chunk in self.chunks if chunk.layers))
+        for chunk in self.chunks:
+            words += [f"m{len(chunk.mtp_layers)}"] if chunk.mtp_layers else []
+            words += ["L"] if chunk.has_loss else []
+        return " ".join(word for word in words if word)
+
+
+def _span(layers: tuple[int, ...]) -> str:
+    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A job on some cards. What takes long to work out is worked out when it is asked for."""
+
+    job: Job
+    card: Card
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def fullest(self) -> StagePlan:
+        """The stage whose ranks need the most memory."""
+        return max(self.stages, key=lambda stage: stage.memory.peak)
+
+    @property
+    def spare_bytes(self) -> int:
+        """Memory left on the fullest rank; negative: by how much the job does not fit."""
+        return self.card.memory_bytes - self.fullest.memory.peak
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank has room."""
+        return self.spare_bytes >= 0
+
+    @property
+    def expert_less_stages(self) -> tuple[int, ...]:
+        """Stages whose ranks own no routed expert."""
+        return self.job.placement.expert_less_stages(self.job.shape)
+
+    @property
+    def imbalance(self) -> float:
+        """Work of the busiest stage over the mean; what is above 1, every other stage waits for."""
+        flops = [stage.flops_per_step for stage in self.stages]
+        return max(flops) * len(flops) / sum(flops)
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The pipeline's step, without the update at its end."""
+        job = self.job
+        passes = [self._chunk_seconds(chunk) for chunk in job.placement.chunks]
+        link = next((group for group in self.stages[0].traffic if group.group == "pp"), None)
+        message = 0.0
+        if link is not None:
+            rate = self.card.network_bytes_per_second if link.off_node else self.card.node_bytes_per_second
+            message = message_bytes(job) / rate + _MESSAGE_LATENCY_SECONDS
+        return play(
+            job.layout.pp,
+            job.layout.vpp,
+            job.microbatches,
+            forward_seconds=[forward for forward, _ in passes],
+            backward_seconds=[backward for _, backward in passes],
+            message_seconds=message,
+        )
+
+    def _chunk_seconds(self, chunk: Chunk) -> tuple[float, float]:
+        """Return (forward, backward) seconds of one microbatch: arithmetic, and tokens on their way to experts."""
+        job, card = self.job, self.card
+        tokens = job.tokens_per_microbatch / (job.layout.tp * job.layout.cp)
+        rate = card.flops_per_second * card.efficiency
+        forward = tokens * forward_flops_per_token(job, chunk) / rate
+        again = tokens * recomputed_flops_per_token(job, chunk) / rate
+        exchanged = 0.0
+        for group in self.stages[chunk.stage].traffic:
+            sent = {"ep": dispatch_bytes, "tp": tensor_bytes}.get(group.group)
+            if sent is not None and group.bytes_per_step:
+                exchanged += sent(job, chunk) / group.bytes_per_step * group.seconds(card)
+        share = forward / (3 * forward + again) if forward else 0.0
+        return forward + share * exchanged, 2 * forward + again + (1 - share) * exchanged
+
+    @property
+    def update_seconds(self) -> float:
+        """Reducing gradients, updating and gathering weights, on the slowest stage."""
+        return max(self._stage_update_seconds(stage) for stage in self.stages)
+
+    def _stage_update_seconds(self, stage: StagePlan) -> float:
+        links = sum(group.seconds(self.card) for group in stage.traffic if group.group in ("dp", "edp"))
+        return links + 2 * (stage.memory.optimizer + stage.memory.gradients) / self.card.memory_bytes_per_second
+
+    @property
+    def step_seconds(self) -> float:
+        """One optimizer step."""
+        return self.timeline.seconds + self.update_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole job, padding included."""
+        return self.job.tokens_per_step / self.step_seconds
+
+    @property
+    def model_flops_utilization(self) -> float:
+        """Model arithmetic (nothing counted twice) over the peak of all cards."""
+        flops = model_flops_per_token(self.job) * self.tokens_per_second
+        return flops / (self.card.flops_per_second * self.job.layout.world)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """A training checkpoint: weights and optimizer state, each once whatever the number of replicas."""
+        job = self.job
+        state, element = (12, 2) if job.precision is Precision.bf16 else (8, 4)
+        ranks = job.layout.ep * job.layout.etp
+        size = 0
+        for stage in self.stages:
+            for weight in stage.weights:
+                copies = ranks if weight.expert else job.layout.tp
+                size += copies * weight.elements * (element + (state if job.trains(weight.part) else 0))
+        return size
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        """Writing it from all nodes at once."""
+        nodes = -(-self.job.layout.world // self.card.cards_per_node)
+        return self.checkpoint_bytes / (nodes * self.card.storage_bytes_per_second)
+
+
+def make_plan(job: Job, card: Card) -> Plan:
+    """Work out what a job takes on ``job.layout.world`` of these cards."""
+    return Plan(job=job, card=card, stages=tuple(_stage_plan(job, card, stage) for stage in range(job.layout.pp)))
+
+
+def _stage_plan(job: Job, card: Card, stage: int) -> StagePlan:
+    chunks = job.placement.stage_chunks(stage)
+    per_token = sum(
+        3 * forward_flops_per_token(job, chunk) + recomputed_flops_per_token(job, chunk) for chunk in chunks
+    )
+    tokens = job.tokens_per_microbatch * job.microbatches // (job.layout.tp * job.layout.cp)
+    return StagePlan(
+        stage=stage,
+        chunks=chunks,
+        weights=stage_weights(job, stage),
+        memory=stage_memory(job, stage, gpu=card.is_gpu, reserved_bytes=card.reserved_bytes),
+        traffic=stage_traffic(job, stage, card),
+        flops_per_step=tokens * per_token,
+    )

@@ -1,0 +1,244 @@
+"""A plan as lines for a terminal, and as values for programs."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from megatron_ads.planning.hardware import Card
+from megatron_ads.planning.plan import Plan, StagePlan, make_plan
+from megatron_ads.planning.schedule import ideal_bubble
+from megatron_ads.planning.search import SearchResult, interleaved
+from megatron_ads.planning.traffic import GroupTraffic
+from megatron_ads.runtime.rank_ranges import describe_ranks
+
+_HEAD = (
+    "stage",
+    "layers",
+    "params B",
+    "experts B",
+    "weights",
+    "grads",
+    "optim",
+    "activ.",
+    "buffers",
+    "peak GB",
+    "PFLOP",
+)
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """Return what the terminal shows. Stages that are equal in all they show share a line."""
+    return [_title(plan), "", *_stage_table(plan), "", *_summary(plan)]
+
+
+def _title(plan: Plan) -> str:
+    job, sizes = plan.job, plan.job.layout
+    axes = " x ".join(
+        f"{name} {size}"
+        for name in ("pp", "vpp", "dp", "cp", "tp", "ep", "edp", "etp")
+        if (size := getattr(sizes, name)) > 1
+    )
+    return (
+        f"{sizes.world} x {plan.card.name} of {plan.card.memory_bytes / 1e9:g} GB: {axes or 'one rank'}; "
+        f"{job.precision.value}, recompute {job.recompute.value}, {job.microbatches} microbatches of "
+        f"{job.micro_batch_size} x {job.seq_length} tokens for each of {sizes.dp} replicas"
+    )
+
+
+def _stage_table(plan: Plan) -> list[str]:
+    rows: list[tuple[str, ...]] = [_HEAD]
+    for cells, equal in groupby(plan.stages, key=_cells):
+        stages = list(equal)
+        number = str(stages[0].stage) if len(stages) == 1 else f"{stages[0].stage}-{stages[-1].stage}"
+        contents = stages[0].contents if len(stages) == 1 else f"{len(stages[0].chunks[0].layers)} each"
+        if len(stages) > 1 and len(stages[0].chunks) > 1:
+            contents = "+".join(str(len(chunk.layers)) for chunk in stages[0].chunks) + " each"
+        rows.append((number, contents, *cells))
+    return align(rows, left=(1,))
+
+
+def _cells(stage: StagePlan) -> tuple[str, ...]:
+    memory = stage.memory
+    return (
+        f"{stage.parameters / 1e9:.4f}",
+        f"{stage.expert_parameters / 1e9:.4f}" if stage.expert_parameters else "none",
+        *(
+            f"{value / 1e9:.1f}"
+            for value in (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.buffers)
+        ),
+        f"{memory.peak / 1e9:.2f}",
+        f"{stage.flops_per_step / 1e15:.3g}",
+    )
+
+
+def align(rows: Sequence[Sequence[str]], *, left: Sequence[int] = ()) -> list[str]:
+    """Return lines with columns of equal width, set right except those in ``left``."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _summary(plan: Plan) -> list[str]:
+    sizes = plan.job.layout
+    ideal = ideal_bubble(sizes.pp, sizes.vpp, plan.job.microbatches)
+    lines = [
+        _verdict(plan),
+        f"work: the busiest stage has {plan.imbalance:.2f} times the mean",
+        f"pipeline: {plan.timeline.bubble:.1%} of the stages' time is waiting ({ideal:.1%} if all stages were equal)",
+        f"step: {plan.step_seconds:.1f} s, {plan.tokens_per_second:,.0f} tokens/s, "
+        f"{plan.model_flops_utilization:.1%} of the cards' peak ({plan.update_seconds:.2f} s of it for the update); "
+        f"assumes that products reach {plan.card.efficiency:.0%} of the peak",
+        f"checkpoint: {plan.checkpoint_bytes / 1e12:.2f} TB, {plan.checkpoint_seconds:.0f} s at "
+        f"{plan.card.storage_bytes_per_second / 1e9:g} GB/s a node",
+        "sent per rank and step, on the stage that sends most:",
+        *_traffic_lines(plan),
+    ]
+    if plan.expert_less_stages:
+        lines.insert(1, _expert_less(plan))
+    twin = interleaved(plan.job, 2) if sizes.vpp == 1 and sizes.pp > 1 else None
+    return lines if twin is None else [*lines, _gain(plan, make_plan(twin, plan.card))]
+
+
+def _gain(plan: Plan, twin: Plan) -> str:
+    """Say what two virtual chunks a stage would change."""
+    sizes = plan.job.layout
+    ideal, twin_ideal = (ideal_bubble(sizes.pp, vpp, plan.job.microbatches) for vpp in (1, 2))
+    room = "fits" if twin.fits else f"does not fit by {-twin.spare_bytes / 1e9:.2f} GB"
+    return (
+        f"with vpp 2 ({_shortened(twin.job.placement.string)}): {plan.timeline.bubble:.1%} -> "
+        f"{twin.timeline.bubble:.1%} waiting (equal stages: {ideal:.1%} -> {twin_ideal:.1%}), "
+        f"step {plan.step_seconds:.1f} -> {twin.step_seconds:.1f} s, fullest rank "
+        f"{plan.fullest.memory.peak / 1e9:.2f} -> {twin.fullest.memory.peak / 1e9:.2f} GB: {room}"
+    )
+
+
+def _verdict(plan: Plan) -> str:
+    fullest, spare = plan.fullest, plan.spare_bytes / 1e9
+    where = f"the fullest ranks, of stage {fullest.stage}, need {fullest.memory.peak / 1e9:.2f} GB"
+    if plan.fits:
+        return f"fits: {where}, {spare:.2f} GB less than a card has"
+    over = [stage.stage for stage in plan.stages if stage.memory.peak > plan.card.memory_bytes]
+    count = f"{len(over)} of {len(plan.stages)} stages are too large"
+    return f"DOES NOT FIT by {-spare:.2f} GB: {where} of {plan.card.memory_bytes / 1e9:g} GB; {count}"
+
+
+def _expert_less(plan: Plan) -> str:
+    stages = plan.expert_less_stages
+    ranks = [rank for stage in stages for rank in plan.job.layout.stage_ranks(stage)]
+    plural = "s" if len(stages) > 1 else ""
+    where = f"stage{plural} {', '.join(map(str, stages))}"
+    return f"no routed experts on {where}: {describe_ranks(ranks)} have a stub optimizer"
+
+
+def _traffic_lines(plan: Plan) -> list[str]:
+    groups: dict[str, GroupTraffic] = {}
+    for stage in plan.stages:
+        for group in stage.traffic:
+            if group.group not in groups or group.bytes_per_step > groups[group.group].bytes_per_step:
+                groups[group.group] = group
+    return [
+        f"  {name:<3} {group.bytes_per_step / 1e9:8.2f} GB over {group.ranks} ranks, {group.off_node:.0%} of the "
+        f"peers on other nodes, {group.seconds(plan.card):.2f} s alone"
+        for name, group in groups.items()
+        if group.bytes_per_step
+    ]
+
+
+def search_lines(result: SearchResult, card: Card) -> list[str]:
+    """Return the ranking of a search."""
+    if result.nearest is not None:
+        missing = -result.nearest.spare_bytes / 1e9
+        return [
+            f"search: none of {result.tried} arrangements fits {card.memory_bytes / 1e9:g} GB; the nearest, "
+            f"{_arrangement(result.nearest)}, lacks {missing:.2f} GB"
+        ]
+    head = ("arrangement", "pipeline", "peak GB", "bubble", "step s", "tokens/s", "of peak")
+    rows = [
+        (
+            _arrangement(plan),
+            _shortened(plan.job.placement.string),
+            f"{plan.fullest.memory.peak / 1e9:.1f}",
+            f"{plan.timeline.bubble:.1%}",
+            f"{plan.step_seconds:.1f}",
+            f"{plan.tokens_per_second:,.0f}",
+            f"{plan.model_flops_utilization:.1%}",
+        )
+        for plan in result.best
+    ]
+    return [
+        f"search: {result.tried} arrangements tried; fastest of those that fit:",
+        *align([head, *rows], left=(0, 1)),
+    ]
+
+
+def _arrangement(plan: Plan) -> str:
+    job, sizes = plan.job, plan.job.layout
+    names = [f"{name}{getattr(sizes, name)}" for name in ("pp", "vpp", "tp", "ep")]
+    return f"{' '.join(names)} micro {job.micro_batch_size} {job.recompute.value}"
+
+
+def _shortened(pipeline: str) -> str:
+    """Write runs of equal chunks as Megatron's ``(...)*n``."""
+    pieces = pipeline.split("|")
+    runs = [(piece, len(list(equal))) for piece, equal in groupby(pieces[:-1])]
+    return "".join(f"({piece}|)*{count}" if count > 1 else f"{piece}|" for piece, count in runs) + pieces[-1]
+
+
+def search_values(result: SearchResult) -> dict[str, Any]:
+    """Return a search for programs."""
+    return {
+        "tried": result.tried,
+        "best": [_brief(plan) for plan in result.best],
+        "nearest": _brief(result.nearest) if result.nearest else None,
+    }
+
+
+def _brief(plan: Plan) -> dict[str, Any]:
+    sizes = plan.job.layout
+    return {
+        "layout": {name: getattr(sizes, name) for name in ("pp", "vpp", "tp", "cp", "ep", "etp")},
+        "pipeline": plan.job.placement.string,
+        "micro_batch_size": plan.job.micro_batch_size,
+        "recompute": plan.job.recompute.value,
+        "peak_bytes": plan.fullest.memory.peak,
+        "spare_bytes": plan.spare_bytes,
+        "bubble": plan.timeline.bubble,
+        "step_seconds": plan.step_seconds,
+        "tokens_per_second": plan.tokens_per_second,
+        "model_flops_utilization": plan.model_flops_utilization,
+    }
+
+
+def plan_values(plan: Plan) -> dict[str, Any]:
+    """Return a plan for programs; bytes, seconds and counts, nothing rounded."""
+    return {
+        "ranks": plan.job.layout.world,
+        "card": asdict(plan.card),
+        "fits": plan.fits,
+        **_brief(plan),
+        "ideal_bubble": ideal_bubble(plan.job.layout.pp, plan.job.layout.vpp, plan.job.microbatches),
+        "expert_less_stages": list(plan.expert_less_stages),
+        "imbalance": plan.imbalance,
+        "checkpoint_bytes": plan.checkpoint_bytes,
+        "checkpoint_seconds": plan.checkpoint_seconds,
+        "stages": [_stage_values(stage) for stage in plan.stages],
+    }
+
+
+def _stage_values(stage: StagePlan) -> dict[str, Any]:
+    return {
+        "stage": stage.stage,
+        "contents": stage.contents,
+        "parameters": stage.parameters,
+        "expert_parameters": stage.expert_parameters,
+        "weights": [asdict(weight) for weight in stage.weights],
+        "memory": asdict(stage.memory) | {"peak": stage.memory.peak},
+        "flops_per_step": stage.flops_per_step,
+        "traffic": [asdict(group) for group in stage.traffic],
+    }

@@ -1,0 +1,107 @@
+"""How many parameters each rank holds, by what they are for; counted from the table the conversion writes by."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from conversion.names import Kind, Parameter, layer_parameters, outside_parameters, slice_shape
+from megatron_ads.architecture import ModelShape
+from megatron_ads.config import FrozenPart
+from megatron_ads.layout import Chunk
+from megatron_ads.planning.job import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Parameters of one rank that share their fate: what they belong to, and over which ranks they are replicated."""
+
+    part: FrozenPart | None
+    """What of ``model.frozen`` they belong to; None for the norm before a mixture of experts, which always trains."""
+    expert: bool
+    """Routed experts: replicated over the expert-data-parallel ranks, not over all data-parallel ones."""
+    elements: int
+
+
+def stage_weights(job: Job, stage: int) -> tuple[Weights, ...]:
+    """Return what each rank of a pipeline stage holds; all its ranks hold equally much.
+
+    Router biases are not counted: they are buffers, not parameters.
+    """
+    return tuple(weight for chunk in job.placement.stage_chunks(stage) for weight in chunk_weights(job, chunk))
+
+
+def chunk_weights(job: Job, chunk: Chunk) -> Iterator[Weights]:
+    """Yield what each rank that runs ``chunk`` holds of it."""
+    shape, sizes = job.shape, job.layout
+    embedding, final_norm, output = outside_parameters(shape)
+    if chunk.needs_embedding:
+        yield Weights(FrozenPart.embedding, False, _elements([embedding], sizes.tp))
+    for layer in (*chunk.layers, *(shape.num_layers + mtp for mtp in chunk.mtp_layers)):
+        yield from _layer_weights(shape, _representative(shape, layer), sizes.tp, sizes.ep, sizes.etp)
+    if chunk.has_loss:
+        yield Weights(FrozenPart.output, False, _elements([output], sizes.tp))
+    holds_last_layer = shape.num_layers - 1 in chunk.layers
+    if holds_last_layer if shape.mtp_layers else chunk.has_loss:
+        yield Weights(FrozenPart.output, False, _elements([final_norm], sizes.tp))
+
+
+def total(weights: Iterable[Weights], *, expert: bool | None = None) -> int:
+    """Return the elements of all ``weights``, or of those that are (not) routed experts."""
+    return sum(weight.elements for weight in weights if expert is None or weight.expert is expert)
+
+
+def largest_tensor(job: Job, stage: int) -> int:
+    """Return the elements of the largest parameter on a rank: stacked experts, or a vocabulary matrix."""
+    shape, sizes = job.shape, job.layout
+    chunks = job.placement.stage_chunks(stage)
+    sizes_of_tensors = [shape.dense_ffn_size * shape.hidden_size * 2 // sizes.tp]
+    if any(chunk.needs_embedding or chunk.has_loss for chunk in chunks):
+        sizes_of_tensors.append(shape.vocab_size * shape.hidden_size // sizes.tp)
+    if stage not in job.placement.expert_less_stages(shape):
+        local = shape.num_experts // sizes.ep
+        sizes_of_tensors.append(local * 2 * shape.expert_ffn_size // sizes.etp * shape.hidden_size)
+    return max(sizes_of_tensors)
+
+
+def _representative(shape: ModelShape, layer: int) -> int:
+    """Return the first layer of the same kind: dense, mixture of experts, or MTP."""
+    if layer >= shape.num_layers:
+        return shape.num_layers
+    return shape.first_dense_layers if shape.is_moe_layer(layer) else 0
+
+
+@lru_cache(maxsize=512)
+def _layer_weights(shape: ModelShape, layer: int, tp: int, ep: int, etp: int) -> tuple[Weights, ...]:
+    counts: Counter[tuple[FrozenPart | None, bool]] = Counter()
+    for parameter in layer_parameters(shape, layer):
+        if parameter.kind is Kind.ROUTER_BIAS:
+            continue
+        expert = parameter.expert is not None
+        if parameter.expert is None or parameter.expert < shape.num_experts // ep:
+            counts[part_of(parameter.name, shape), expert] += _elements([parameter], etp if expert else tp)
+    return tuple(Weights(part, expert, count) for (part, expert), count in counts.items())
+
+
+def _elements(parameters: Iterable[Parameter], size: int) -> int:
+    return sum(math.prod(slice_shape(parameter, size)) for parameter in parameters)
+
+
+def part_of(name: str, shape: ModelShape) -> FrozenPart | None:
+    """Return what of ``model.frozen`` a canonical parameter belongs to; a norm belongs to what it stands before.
+
+    None is the norm before a mixture of experts, which belongs to router and experts alike and always trains.
+    """
+    for words, part in (
+        (("mtp.",), FrozenPart.mtp),
+        (("embedding.",), FrozenPart.embedding),
+        (("output_layer.", "decoder.final_layernorm."), FrozenPart.output),
+        ((".self_attention.", ".input_layernorm."), FrozenPart.attention),
+        ((".mlp.experts.",), FrozenPart.experts),
+        ((".mlp.shared_experts.",), FrozenPart.shared_experts),
+        ((".mlp.router.",), FrozenPart.router),
+    ):
+        if any(word in name for word in words):
+            return part
+    return None if shape.is_moe_layer(int(name.split(".")[2])) else FrozenPart.dense
