@@ -8,6 +8,7 @@ from conversion.sources import WeightSource, open_source
 from megatron_ads.config import (
     CheckpointConfig,
     DataConfig,
+    LayerSpecChoice,
     LayoutConfig,
     LogConfig,
     ModelConfig,
@@ -41,7 +42,7 @@ class Recipe:
     def config(self) -> SftConfig:
         """Return the whole recipe."""
         return SftConfig(
-            model=ModelConfig(**{"load": str(self.folder), "precision": Precision.fp32} | self.model),
+            model=self._model(),
             layout=LayoutConfig(**self.layout),
             data=DataConfig(sources=[SourceConfig(kind=SourceKind.builtin)], seq_length=32),
             optim=OptimConfig(
@@ -51,6 +52,15 @@ class Recipe:
             checkpoint=CheckpointConfig(dir=str(self.checkpoints or "unused")),
             log=LogConfig(dir="unused"),
         )
+
+    def _model(self) -> ModelConfig:
+        """Return the section with choices as enums, as Hydra makes them: elsewhere they are compared by ``is``."""
+        settings = {"load": str(self.folder), "precision": "fp32", "layer_spec": "auto"} | self.model
+        choices = {
+            "precision": Precision(settings["precision"]),
+            "layer_spec": LayerSpecChoice(settings["layer_spec"]),
+        }
+        return ModelConfig(**settings | choices)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,159 @@
+"""A whole training job in processes of its own, started as srun would start it, or by `megatron-ads train`."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_ads.demo_model import _TINY, write_demo_model
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL: dict[str, Any] = _TINY | {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "torch_dtype": "float32",
+}
+
+
+@dataclass(kw_only=True)
+class RealJob:
+    """One run directory, and the processes that work in it."""
+
+    model: Path
+    root: Path
+    ranks: int = 4
+    layout: dict[str, int] = field(default_factory=lambda: {"pp": 2, "ep": 2, "first_stage_layers": 2})
+    """By default stage 0 has dense layers only."""
+    steps: int = 12
+    save_every: int = 2
+    timeout_seconds: int = 40
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the job saves."""
+        return self.root / "checkpoints"
+
+    def _arguments(self) -> list[str]:
+        layout = {"first_stage_layers": "null"} | self.layout
+        return [
+            "--recipe",
+            "sft/quickstart",
+            f"model.load={self.model}",
+            f"log.dir={self.root}",
+            "log.tensorboard=false",
+            f"checkpoint.save_every={self.save_every}",
+            f"train.steps={self.steps}",
+            "train.evaluate_every=null",
+            "data.validation_rows=0",
+            "data.seq_length=128",
+            "train.global_batch_size=4",
+            "train.micro_batch_size=1",
+            "optim.warmup_steps=2",
+            f"runtime.timeout_seconds={self.timeout_seconds}",
+            "runtime.threads=1",
+            *(f"layout.{name}={size}" for name, size in layout.items()),
+        ]
+
+    def start_ranks(self) -> None:
+        """Start every rank as a process of its own, as srun does: nothing but the ranks watches over them."""
+        port = _free_port()
+        for rank in range(self.ranks):
+            environment = _environment() | {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks),
+                "LOCAL_WORLD_SIZE": str(self.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            }  # fmt: skip
+            self._start(["-m", "megatron_ads.training", *self._arguments()], environment, self.log(rank))
+
+    def start_launcher(self) -> None:
+        """Start the job as a user does, under `megatron-ads train`."""
+        command = ["-m", "megatron_ads.cli", "train", "--ranks", str(self.ranks), *self._arguments()]
+        self._start(command, _environment(), self.log("launcher"))
+
+    def _start(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self.processes.append(
+                subprocess.Popen(
+                    [sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+                )
+            )
+
+    def log(self, who: int | str) -> Path:
+        """Return where a rank, or the launcher with all of its ranks, writes its lines."""
+        return self.root / f"output-{who}.txt"
+
+    def logs(self) -> str:
+        """Return all lines of all processes of this job so far."""
+        return "".join(file.read_text(errors="replace") for file in sorted(self.root.glob("output-*.txt")))
+
+    def wait(self, timeout: float) -> list[int]:
+        """Return the exit status of every process.
+
+        Raises:
+            subprocess.TimeoutExpired: If one still runs.
+        """
+        statuses = [process.wait(timeout) for process in self.processes]
+        self.processes.clear()
+        return statuses
+
+    def kill(self) -> None:
+        """End whatever still runs."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.processes.clear()
+
+    def losses(self) -> dict[int, float]:
+        """Return the loss of every step so far."""
+        file = self.root / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+    def weights(self) -> dict[str, int]:
+        """Return a checksum of every file of exported weights."""
+        return {file.name: zlib.crc32(file.read_bytes()) for file in (self.root / "export").glob("*.safetensors")}
+
+    def complete(self) -> list[str]:
+        """Return the names of the complete checkpoints, oldest first."""
+        return sorted(manifest.parent.name for manifest in self.checkpoints.glob("step-*/manifest.json"))
+
+    def damage(self, name: str) -> list[str]:
+        """Return what is wrong with a checkpoint, by its manifest alone."""
+        folder = self.checkpoints / name
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        return [
+            file
+            for file, said in files.items()
+            if not (folder / file).is_file() or zlib.crc32((folder / file).read_bytes()) != said["crc32"]
+        ]
+
+
+def write_small_model(folder: Path) -> Path:
+    """Write the model of these jobs: two dense layers, two with experts, an MTP layer, and a tokenizer."""
+    write_demo_model(folder, SMALL)
+    return folder
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
