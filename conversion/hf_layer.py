@@ -11,7 +11,12 @@ from torch import Tensor
 
 from conversion.hf_folder import SCALE_SUFFIX, HfFolder
 
-_MTP_WORDS = {"enorm.weight": "enorm", "hnorm.weight": "hnorm", "eh_proj.weight": "eh_proj", "shared_head.norm.weight": "norm"}
+_MTP_WORDS = {
+    "enorm.weight": "enorm",
+    "hnorm.weight": "hnorm",
+    "eh_proj.weight": "eh_proj",
+    "shared_head.norm.weight": "norm",
+}
 _OUTSIDE_WORDS = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "norm", "lm_head.weight": "head"}
 
 
@@ -59,6 +64,6 @@ def stored_values(folder: HfFolder, name: str) -> Tensor:
 
 def _dequantized_bands(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Iterator[Tensor]:
     """Yield one row of blocks after the other, so that no FP32 copy of the whole is made."""
-    for band, scale in zip(codes.split(block[0]), scales, strict=True):
+    for band, scale in zip(torch.split(codes, block[0]), scales, strict=True):
         spread = scale.repeat_interleave(block[1])[: codes.size(1)]
         yield (band.float() * spread).bfloat16()

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from parity_tests.checkpoints import V3, altered_copy
 
-
 Tensors = dict[str, Tensor]
 
 

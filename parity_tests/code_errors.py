@@ -21,7 +21,7 @@ def bias_in_the_weights() -> Iterator[None]:
     right = router.topk_routing_with_score_function
 
     def wrong(logits: Tensor, *args: Any, expert_bias: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        weights_TE, map_TE = right(logits, *args, expert_bias=expert_bias, **kwargs)
+        _, map_TE = right(logits, *args, expert_bias=expert_bias, **kwargs)
         scores_TE = (logits.sigmoid() + (0 if expert_bias is None else expert_bias)) * map_TE
         return scores_TE / scores_TE.sum(-1, keepdim=True) * kwargs["scaling_factor"], map_TE
 
@@ -88,6 +88,20 @@ def softmax_scale_rounded_to_bf16() -> Iterator[None]:
 
 
 @contextmanager
+def softmax_scale_halved() -> Iterator[None]:
+    """The factor on the attention scores is half of what it should be, about YaRN's mscale squared."""
+    from megatron_ads.models import latent_attention
+
+    right = latent_attention.attend
+
+    def wrong(*args: Any, scale: float, **kwargs: Any) -> Tensor:
+        return right(*args, scale=scale / 2, **kwargs)
+
+    with patch.object(latent_attention, "attend", wrong):
+        yield
+
+
+@contextmanager
 def replicated_gradients_not_summed() -> Iterator[None]:
     """Weights that tensor-parallel ranks hold whole keep each rank's own part of the gradient."""
     module = import_module("megatron.core.distributed.finalize_model_grads")  # the package has a function of this name
@@ -137,6 +151,7 @@ CODE_ERRORS: dict[str, Callable[[], AbstractContextManager[None]]] = {
         weights_without_gradient,
         samples_see_each_other,
         softmax_scale_rounded_to_bf16,
+        softmax_scale_halved,
         replicated_gradients_not_summed,
         mtp_halves_swapped,
         decay_in_the_gradient,

@@ -23,9 +23,7 @@ def _names(folder: Path, layout: ParallelLayout, pipeline: str | None, spec: Lay
     try:
         seed_everything(1)
         shape = read_model_shape(folder)
-        chunks = build_chunks(
-            shape, layout, place_layers(shape, layout, pipeline=pipeline), ModelSettings(spec=spec)
-        )
+        chunks = build_chunks(shape, layout, place_layers(shape, layout, pipeline=pipeline), ModelSettings(spec=spec))
         return [name for weight in named_weights(chunks, spec) for name in weight.canonical]
     finally:
         process_groups.stop()

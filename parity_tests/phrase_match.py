@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 SEPARATOR, ANSWER, YES, NO = range(4)
-GOODS = ("running shoes", "phone case", "desk lamp", "coffee maker", "winter coat", "office chair", "tea pot", "bike lock")
+GOODS = (
+    "running shoes",
+    "phone case",
+    "desk lamp",
+    "coffee maker",
+    "winter coat",
+    "office chair",
+    "tea pot",
+    "bike lock",
+)
 SERVICES = ("car wash", "house cleaning", "dog walking", "tax advice", "piano lessons", "web design", "lawn care")
 NARROWING = ("red", "cheap", "best", "large", "new", "sale", "brand", "review")
 CHANGING = ("repair", "jobs", "drawing", "history", "pattern", "museum", "lyrics", "recycling")

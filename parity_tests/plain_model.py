@@ -51,7 +51,9 @@ class PlainModel:
         next_S = torch.cat([tokens_S[1:], tokens_S.new_zeros(1)])
         embedded_SC = self.norm(f"{p}.enorm", self.tensors["model.embed_tokens.weight"][next_S])
         joined = torch.cat([embedded_SC, self.norm(f"{p}.hnorm", hidden_SC)], dim=-1)
-        return self.norm(f"{p}.shared_head.norm", self.layer(number, linear(joined, self.tensors[f"{p}.eh_proj.weight"])))
+        return self.norm(
+            f"{p}.shared_head.norm", self.layer(number, linear(joined, self.tensors[f"{p}.eh_proj.weight"]))
+        )
 
     def norm(self, name: str, x: Tensor, epsilon: float | None = None) -> Tensor:
         """RMSNorm."""

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ def _recorded(model: Any) -> Iterator[tuple[list[Tensor], list[Routing]]]:
     for layer in model.model.layers:
         hooks.append(layer.register_forward_hook(lambda _m, _i, output: layers.append(output.float())))
         if hasattr(layer.mlp, "gate"):
-            hooks.append(layer.mlp.gate.register_forward_hook(lambda m, _i, output: routing.append(_routing(m, output))))
+            hooks.append(
+                layer.mlp.gate.register_forward_hook(lambda m, _i, output: routing.append(_routing(m, output)))
+            )
     yield layers, routing
     for hook in hooks:
         hook.remove()
@@ -106,7 +109,7 @@ def gradients(folder: Path, rows: Sequence[dict[str, Any]]) -> tuple[float, dict
 
 def _sample_losses(model: Any, row: dict[str, Any]) -> Iterator[Tensor]:
     starts = row["boundaries"].tolist()
-    for begin, end in zip(starts[:-1], starts[1:], strict=True):
+    for begin, end in pairwise(starts):
         tokens, labels, mask = (row[name][..., begin:end] for name in ("tokens", "labels", "mask"))
         logits_SV = model(tokens).logits[0]
         yield (cross_entropy(logits_SV, labels.flatten(), reduction="none") * mask.flatten()).sum()

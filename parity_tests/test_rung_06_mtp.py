@@ -6,6 +6,7 @@ embedded, which norm stands where, or how its loss is shifted and weighted.
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def _gradients(folder: Path) -> dict[str, Tensor]:
     for row in rows(160):
         targets += int(row["mask"].count_nonzero())
         starts = row["boundaries"].tolist()
-        for begin, end in zip(starts[:-1], starts[1:], strict=True):
+        for begin, end in pairwise(starts):
             tokens, labels, mask = (row[name][0, begin:end] for name in ("tokens", "labels", "mask"))
             logits, mtp_logits = model(tokens)
             total = total + (cross_entropy(logits, labels, reduction="none") * mask).sum()

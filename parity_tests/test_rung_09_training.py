@@ -52,7 +52,7 @@ def test_the_loss_curves_are_the_same(language: tuple[Training, Trained]) -> Non
 
 
 def test_an_error_of_the_optimizer_is_seen(language: tuple[Training, Trained]) -> None:
-    training, theirs = language
+    training, _ = language
     short = replace(training, steps=training.steps[:10])
     (wrong,) = run_ranks(1, jobs.with_error, "decay_in_the_gradient", training_jobs.train_ours, short)
     assert _curve_difference(wrong, training_jobs.train_theirs(short))[0] > TRAINING_LOSS.value

@@ -5,6 +5,9 @@ Exact comparisons (names, bits, chosen experts, generated tokens) have none; the
 
 from dataclasses import dataclass
 
+from megatron_ads.config import Precision
+from megatron_ads.parity.limits import LIMITS
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tolerance:
@@ -93,5 +96,23 @@ AUC = Tolerance(
     what="|difference| of the area under the ROC curve, of 1",
     reason="0.1 points: the size of difference that the compared trainings may have by rounding alone.",
     twins=("test_rung_09_training.py::test_a_model_trained_on_shuffled_labels_misses_the_area",),
+)
+STREAMED_LAYER = Tolerance(
+    value=LIMITS[Precision.fp32].layer,
+    what="root mean square of a layer's FP32 difference over that of its output, given the same input",
+    reason="For real widths: FP32 sums of up to 20,000 terms in another order, 2^-24 * sqrt(20,000) at worst.",
+    twins=("test_rung_11_checkpoint.py::test_wrong_arithmetic_fails_rung_3_with_rung_2_green",),
+)
+STREAMED_LAYER_BF16 = Tolerance(
+    value=LIMITS[Precision.bf16].layer,
+    what="the same in BF16",
+    reason="Each operation rounds to 2^-9 = 2e-3 of its size, and a layer chains some ten of them.",
+    twins=("test_rung_11_checkpoint.py::test_wrong_arithmetic_fails_rung_3_with_rung_2_green",),
+)
+STREAMED_DIVERGENCE = Tolerance(
+    value=LIMITS[Precision.fp32].divergence,
+    what="mean KL(Hugging Face || ours) of the next-token distribution in FP32, nats",
+    reason="Logits off by 1e-5 to 1e-3 after 61 layers move a distribution by the square of that.",
+    twins=("test_rung_11_checkpoint.py::test_values_in_the_wrong_place_fail_rungs_2_and_3_and_name_the_layer",),
 )
 ALL = {name: value for name, value in globals().items() if isinstance(value, Tolerance)}

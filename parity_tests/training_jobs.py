@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -153,5 +154,5 @@ def _loss(model: Any, step: Sequence[Row]) -> Tensor:
 
 def _samples(row: Row) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     starts = row["boundaries"].tolist()
-    for begin, end in zip(starts[:-1], starts[1:], strict=True):
+    for begin, end in pairwise(starts):
         yield row["tokens"][0, begin:end], row["labels"][0, begin:end], row["mask"][0, begin:end]

@@ -40,6 +40,7 @@ ROOMS = (
     "megatron_ads.training",
     "megatron_ads.evaluation",
     "megatron_ads.demo_model",
+    "megatron_ads.parity",
     "megatron_ads.rehearsal",
     "megatron_ads.quickstart",
 )

@@ -1,0 +1,114 @@
+"""One decoder or MTP layer of a model by itself, on one rank, loaded from any checkpoint.
+
+For checks that stream through a model larger than memory. Shape suffixes: S = tokens, C = hidden width, T = tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+
+from conversion.layer_specs import canonical_names
+from conversion.sources import WeightSource
+from megatron_ads.architecture import ModelShape
+from megatron_ads.layout import Chunk, ParallelLayout, place_layers
+from megatron_ads.models.latent_attention import set_latent_norm_epsilon
+from megatron_ads.models.naming import NamedWeight
+from megatron_ads.models.norm import RMSNorm
+from megatron_ads.models.settings import ModelSettings
+from megatron_ads.models.specs import decoder_spec, mtp_spec
+from megatron_ads.models.transformer_config import megatron_config
+
+Router = Callable[[Tensor, Tensor], None]
+"""Takes the weights (T, E) and the chosen experts (T, E) of one pass."""
+
+
+class SingleLayer:
+    """Layer ``layer`` of a model (numbers from ``num_layers`` on: the MTP layers), without autograd.
+
+    Megatron's process groups must exist, for one rank.
+    """
+
+    def __init__(self, source: WeightSource, layer: int, settings: ModelSettings) -> None:
+        """Build the layer and fill it.
+
+        Raises:
+            ConfigError: If Megatron-Core cannot express the model.
+        """
+        shape = source.shape
+        layout = ParallelLayout(world=1)
+        self.config = megatron_config(shape, layout, place_layers(shape, layout), settings)
+        mtp = layer - shape.num_layers
+        self.is_mtp = mtp >= 0
+        self._prefix = f"mtp.layers.{mtp}" if self.is_mtp else "decoder.layers.0"
+        self._module = _build(shape, self.config, layer, settings).eval()
+        set_latent_norm_epsilon(self._module)
+        self._fill(source, layer, settings)
+
+    @torch.no_grad()
+    def _fill(self, source: WeightSource, layer: int, settings: ModelSettings) -> None:
+        experts = range(source.shape.num_experts)
+        for name, tensor in _tensors(self._module):
+            full = f"{self._prefix}.{name}"
+            canonical = canonical_names(full, spec=settings.spec, first_layer=layer, local_experts=experts)
+            for piece, target in NamedWeight(full, canonical, tensor, ".mlp.experts." in name).pieces():
+                target.copy_(source.read(piece))
+
+    @torch.no_grad()
+    def decode(self, hidden_SC: Tensor) -> Tensor:
+        """Return the output of a decoder layer for one row."""
+        output, _ = self._module(hidden_states=hidden_SC[:, None], attention_mask=None)
+        return output[:, 0]
+
+    @torch.no_grad()
+    def predict(self, tokens_S: Tensor, hidden_SC: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the output of an MTP layer, behind its norm, for one row and the model's output for it.
+
+        ``embed`` turns tokens (S,) into (S, C). Behind the last token stands token 0.
+        """
+        output, _, _ = self._module(
+            input_ids=tokens_S[None],
+            position_ids=torch.arange(len(tokens_S), device=tokens_S.device)[None],
+            hidden_states=hidden_SC[:, None],
+            attention_mask=None,
+            embedding=lambda input_ids, position_ids: embed(input_ids[0])[:, None],
+        )
+        return output[:, 0]
+
+    def watch_router(self, router: Router) -> None:
+        """Have ``router`` called after every pass of a layer with experts."""
+        for name, module in self._module.named_modules():
+            if name.endswith("mlp.router"):
+                module.register_forward_hook(lambda _module, _inputs, output: router(*output))
+
+
+def build_norm(source: WeightSource, name: str, settings: ModelSettings) -> RMSNorm:
+    """Return one of the norms outside the layers, by canonical name without ``.weight``, filled."""
+    layout = ParallelLayout(world=1)
+    config = megatron_config(source.shape, layout, place_layers(source.shape, layout), settings)
+    norm = RMSNorm(config, source.shape.hidden_size, source.shape.rms_norm_eps)
+    with torch.no_grad():
+        norm.weight.copy_(source.read(f"{name}.weight"))
+    return norm
+
+
+def _build(shape: ModelShape, config: Any, layer: int, settings: ModelSettings) -> GPTModel:
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    mtp = layer - shape.num_layers
+    layers, mtp_layers = ((), (mtp,)) if mtp >= 0 else ((layer,), ())
+    chunk = Chunk(stage=0, virtual=0, layers=layers, has_embedding=False, has_loss=False, mtp_layers=mtp_layers)
+    found = mtp_spec(shape, chunk, settings.spec) if mtp >= 0 else decoder_spec(shape, chunk, settings.spec)
+    assert found is not None and found.layer_specs is not None
+    number = (mtp if mtp >= 0 else layer) + 1
+    return build_module(found.layer_specs[0], config=config, layer_number=number, pg_collection=groups)
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    for name, buffer in module.named_buffers():
+        if name.endswith(".router.expert_bias"):
+            yield name, buffer

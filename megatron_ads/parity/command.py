@@ -1,0 +1,191 @@
+"""Check that Megatron-Core computes what transformers computes, on any checkpoint of the DeepSeek-V3 family.
+
+The weights of one layer at a time are in memory, and the activations of all prompts: a model larger than memory is
+checked on one machine. Writes parity.json and parity.html.
+
+  megatron-ads parity --hf DeepSeek-R1 --layout sft/deepseek_r1_671b_248gpu --precision bf16
+  megatron-ads parity --hf R1-ads --megatron r1-shards --prompts prompts.txt
+
+Exit status: 0 every rung that was run passed, 1 one failed, 2 the request could not be carried out.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from conversion.rank_files import ShardsLayout
+    from megatron_ads.architecture import ModelShape
+    from megatron_ads.parity.records import Comparison, LayerResult, RungResult
+
+_SIZES = ("tp", "pp", "vpp", "ep", "etp")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder or hub id; the reference")
+    parser.add_argument("--megatron", metavar="DIR", help="what our side loads: any checkpoint (default: --hf itself)")
+    parser.add_argument(
+        "--layout", default="", help="recipe name, or sizes such as tp=2,ep=8,pp=4: whose slices are cut and joined"
+    )
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line (default: random tokens)")
+    parser.add_argument("--tokens", type=_positive, default=256, help="most tokens of a prompt (default 256)")
+    parser.add_argument("--rows", type=_positive, default=2, help="random prompts (default 2)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both sides (default fp32)")
+    parser.add_argument("--out", type=Path, default=Path("parity"), help="folder to write into (default ./parity)")
+    parser.add_argument("--json", action="store_true", help="print parity.json instead of a summary")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the check."""
+    from conversion.hf_folder import open_hf_folder
+    from conversion.hub import local_folder
+    from conversion.sources import open_source
+    from megatron_ads.parity.round_trip import changed_outside
+    from megatron_ads.parity.verdict import names_rung, rungs
+
+    started = time.monotonic()
+    reference = open_hf_folder(local_folder(args.hf))
+    source = open_source(Path(args.megatron) if args.megatron else reference.path)
+    _require_same_model(reference.shape, source.shape, args)
+    layout = _layout(source.shape, args.layout)
+    limits = _limits(args.precision)
+    names = names_rung(source, layout)
+    comparison = _stream(args, source, reference, layout, limits)
+    results = rungs(names, comparison, changed_outside(source, reference, layout.layout), limits)
+    facts = _facts(args, layout, time.monotonic() - started)
+    report = _write(args.out, results, comparison, limits, facts)
+    print(json.dumps(report) if args.json else _summary(results, args.out))
+    return 1 if any(one.passed is False for one in results) else 0
+
+
+def _require_same_model(reference: "ModelShape", ours: "ModelShape", args: argparse.Namespace) -> None:
+    from megatron_ads.errors import ConversionError
+
+    if reference != ours:
+        a, b = asdict(reference), asdict(ours)
+        name = next(name for name in a if a[name] != b[name])
+        raise ConversionError(
+            f"--megatron {args.megatron} is another model than --hf {args.hf}: {name} is {b[name]} instead of "
+            f"{a[name]}. Give checkpoints of one model."
+        )
+
+
+def _layout(shape: "ModelShape", text: str) -> "ShardsLayout":
+    from conversion.convert import lay_out
+    from megatron_ads.config import LayoutConfig, load_layout
+    from megatron_ads.errors import ConfigError
+
+    if text and "=" not in text:
+        return lay_out(shape, load_layout(text))
+    sizes = LayoutConfig()
+    for word in filter(None, text.split(",")):
+        name, _, value = word.strip().partition("=")
+        if name not in _SIZES or not value.isdecimal():
+            raise ConfigError(
+                f"--layout has {word!r}; write sizes of {', '.join(_SIZES)} such as tp=2,ep=8, or a recipe's name."
+            )
+        setattr(sizes, name, int(value))
+    return lay_out(shape, sizes)
+
+
+def _limits(precision: str) -> Any:
+    from megatron_ads.config import Precision
+    from megatron_ads.parity.limits import LIMITS
+
+    return LIMITS[Precision(precision)]
+
+
+def _stream(args: argparse.Namespace, source: Any, reference: Any, layout: "ShardsLayout", limits: Any) -> "Comparison":
+    import torch
+
+    from megatron_ads.config import LayerSpecChoice, Precision
+    from megatron_ads.layout import ParallelLayout
+    from megatron_ads.observability.progress import Progress
+    from megatron_ads.parity.prompts import random_prompts, read_prompts
+    from megatron_ads.runtime import process_groups
+    from megatron_ads.runtime.seeds import seed_everything
+
+    prompts = (
+        read_prompts(args.prompts, reference.path, most_tokens=args.tokens)
+        if args.prompts
+        else random_prompts(source.shape.vocab_size, count=args.rows, tokens=args.tokens)
+    )
+    process_groups.start(ParallelLayout(world=1))
+    try:
+        from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
+        from megatron_ads.parity.stream import Stream
+
+        seed_everything(1)
+        precision = Precision(args.precision)
+        settings = ModelSettings(spec=resolve_layer_spec(LayerSpecChoice.auto), precision=precision)
+        dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
+        stream = Stream(source, reference, settings, dtype=dtype, limits=limits)
+        count = source.shape.num_layers + source.shape.mtp_layers
+        with Progress(count, description="comparing", unit="layer") as progress:
+
+            def show(result: "LayerResult") -> None:
+                progress.update(difference=result.difference)
+
+            return stream.compare(prompts, layout.layout, show)
+    finally:
+        process_groups.stop()
+
+
+def _facts(args: argparse.Namespace, layout: "ShardsLayout", seconds: float) -> dict[str, Any]:
+    from megatron_ads.observability.provenance import provenance
+    from megatron_ads.runtime.device import peak_memory_bytes
+
+    measured = provenance()
+    host = measured["host"]
+    return {
+        "command": " ".join(["megatron-ads", *sys.argv[1:]]),
+        "Hugging Face": str(args.hf),
+        "Megatron": str(args.megatron or args.hf),
+        "layout": ", ".join(f"{name} {getattr(layout.layout, name)}" for name in ("world", *_SIZES)),
+        "precision": args.precision,
+        "seconds": round(seconds, 1),
+        "peak memory, GiB": round(peak_memory_bytes() / 2**30, 2),
+        "processor": f"{host['cpu']}, {host['cores']} cores",
+        "accelerators": ", ".join(host["gpus"]) or "none",
+        "versions": ", ".join(f"{name} {version}" for name, version in measured["versions"].items() if version),
+        "revision": measured["revision"] or "unknown: not a git checkout",
+    }
+
+
+def _write(
+    folder: Path, results: "list[RungResult]", comparison: "Comparison", limits: Any, facts: dict[str, Any]
+) -> dict[str, Any]:
+    from megatron_ads.parity.page import render
+
+    assert comparison.logits is not None
+    report = {
+        "passed": all(one.passed is not False for one in results),
+        "rungs": [asdict(one) for one in results],
+        "limits": asdict(limits),
+        "logits": asdict(comparison.logits),
+        "layers": [asdict(one) for one in comparison.layers],
+        **facts,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "parity.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    page = render(f"Parity of {Path(facts['Hugging Face']).name}", results, comparison, limits, facts)
+    (folder / "parity.html").write_text(page, encoding="utf-8")
+    return report
+
+
+def _summary(results: "list[RungResult]", folder: Path) -> str:
+    words = {True: "passed", False: "FAILED", None: "not run"}
+    lines = [f"  {one.rung:2d}  {one.name:<10}  {words[one.passed]:<7}  {one.detail}" for one in results]
+    return "\n".join([*lines, f"written to {folder / 'parity.json'} and {folder / 'parity.html'}"])

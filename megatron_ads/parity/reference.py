@@ -1,0 +1,131 @@
+"""The Hugging Face side: transformers' own layers, one at a time, each loaded by transformers' own loader.
+
+Shape suffixes: S = tokens of a row, C = hidden width, T = tokens, E = experts, K = experts per token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, linear
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import logging as transformers_logging
+
+from conversion.hf_folder import HfFolder
+from conversion.hf_layer import LayerTensors, layer_tensors, outside_tensors
+from megatron_ads.errors import ConversionError
+
+_CLASSES = {"deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM)}
+_V3 = (DeepseekV3Config, DeepseekV3ForCausalLM)  # kimi_k2 has the same architecture
+_OF_THE_WHOLE_MODEL = (
+    "architectures",
+    "auto_map",
+    "quantization_config",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a router saw and did, (T, E)."""
+
+    weights_TE: Tensor
+    """Zero where an expert was not chosen."""
+    logits_TE: Tensor
+
+
+class ReferenceLayer:
+    """One loaded layer."""
+
+    def __init__(self, model: Any, tensors: LayerTensors, dtype: torch.dtype, epsilon: float) -> None:
+        self._model = model
+        self._around = {word: tensor.to(dtype) for word, tensor in tensors.around.items()}
+        self._epsilon = epsilon
+        model.model.norm = torch.nn.Identity()
+
+    @torch.no_grad()
+    def decode(self, hidden_SC: Tensor) -> Tensor:
+        """Return the output of the layer for one row."""
+        output: Tensor = self._model.model(inputs_embeds=hidden_SC[None], use_cache=False).last_hidden_state
+        return output[0]
+
+    @torch.no_grad()
+    def predict(self, tokens_S: Tensor, hidden_SC: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the output of an MTP layer, behind its norm: arXiv:2412.19437, eq. 21 and 22."""
+        next_S = torch.cat([tokens_S[1:], tokens_S.new_zeros(1)])
+        parts = [self._norm("enorm", embed(next_S)), self._norm("hnorm", hidden_SC)]
+        joined = linear(torch.cat(parts, dim=-1), self._around["eh_proj"])
+        return self._norm("norm", self.decode(joined))
+
+    def _norm(self, word: str, x: Tensor) -> Tensor:
+        return rms_norm(x, self._around[word], self._epsilon)
+
+    def watch_router(self, watch: Callable[[Scores], None]) -> None:
+        """Have ``watch`` called after every pass of a layer with experts."""
+        router = getattr(self._model.model.layers[0].mlp, "gate", None)
+        if router is not None:
+            router.register_forward_hook(lambda _module, _inputs, output: watch(_scores(output)))
+
+
+class Reference:
+    """A checkpoint of which one layer at a time is in memory."""
+
+    def __init__(self, folder: HfFolder, dtype: torch.dtype, device: torch.device) -> None:
+        self._folder, self._dtype, self._device = folder, dtype, device
+        self._outside = {word: tensor.to(device, dtype) for word, tensor in outside_tensors(folder).items()}
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def embed(self, tokens_S: Tensor) -> Tensor:
+        """Return (S, C)."""
+        return embedding(tokens_S, self._outside["embedding"])
+
+    def final_norm(self, hidden_SC: Tensor) -> Tensor:
+        """Return the output of the model behind its last norm."""
+        return rms_norm(hidden_SC, self._outside["norm"], self._folder.shape.rms_norm_eps)
+
+    def logits(self, normed_SC: Tensor) -> Tensor:
+        """Return (S, vocabulary), FP32."""
+        return linear(normed_SC, self._outside["head"]).float()
+
+    def layer(self, layer: int) -> ReferenceLayer:
+        """Load one layer; numbers from ``num_layers`` on are the MTP layers.
+
+        Raises:
+            ConversionError: If transformers would make up a weight of it.
+        """
+        tensors = layer_tensors(self._folder, layer)
+        config_class, model_class = _CLASSES.get(self._folder.shape.model_type, _V3)
+        model, report = model_class.from_pretrained(
+            None,
+            config=config_class(**self._one_layer_config(layer)),
+            state_dict=dict(tensors.decoder),
+            dtype=self._dtype,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+        if missing := sorted(name for name in report["missing_keys"] if ".layers." in name):
+            raise ConversionError(f"Layer {layer} of {self._folder.path} lacks {missing[0]}, which transformers needs.")
+        return ReferenceLayer(model.eval().to(self._device), tensors, self._dtype, self._folder.shape.rms_norm_eps)
+
+    def _one_layer_config(self, layer: int) -> dict[str, Any]:
+        fields = {name: value for name, value in self._folder.config.items() if name not in _OF_THE_WHOLE_MODEL}
+        dense = not self._folder.shape.is_moe_layer(layer)
+        tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        return fields | tokens | {"num_hidden_layers": 1, "first_k_dense_replace": int(dense), "vocab_size": 1}
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Return ``weight * x / sqrt(mean(x^2) + epsilon)``, the quotient in FP32."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+def _scores(output: Any) -> Scores:
+    logits_TE, weights_TK, experts_TK = output
+    weights_TE = torch.zeros_like(logits_TE, dtype=torch.float32).scatter(1, experts_TK, weights_TK.float())
+    return Scores(weights_TE, logits_TE.float())

@@ -1,0 +1,174 @@
+"""Run prompts through both sides layer by layer: weights of one layer at a time, activations of all prompts kept.
+
+Each layer gets the same input on both sides, which shows its own error, and our own output of the layer before, which
+shows what has gathered. Shape suffixes: S = tokens of a prompt, C = hidden width, T = tokens, E = experts.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, kl_div, linear, log_softmax
+
+from conversion.hf_folder import HfFolder
+from conversion.sources import WeightSource
+from megatron_ads.layout import ParallelLayout
+from megatron_ads.models.settings import ModelSettings
+from megatron_ads.models.single_layer import SingleLayer, build_norm
+from megatron_ads.parity.limits import Limits
+from megatron_ads.parity.records import Comparison, Kind, LayerResult, LogitResult, RouterResult
+from megatron_ads.parity.reference import Reference, ReferenceLayer, Scores
+from megatron_ads.parity.round_trip import changed_in_layer
+from megatron_ads.runtime.device import device
+
+Rows = list[Tensor]
+"""One tensor a prompt."""
+
+
+class Stream:
+    """The two sides of one checkpoint and where they stand."""
+
+    def __init__(
+        self, source: WeightSource, folder: HfFolder, settings: ModelSettings, *, dtype: torch.dtype, limits: Limits
+    ) -> None:
+        """Megatron's process groups must exist, for one rank; ``dtype`` is that of ``settings.precision``."""
+        self._source, self._folder, self._settings, self._limits = source, folder, settings, limits
+        self._dtype, self._device = dtype, device()
+        self._reference = Reference(folder, dtype, self._device)
+
+    def compare(
+        self, prompts: Sequence[Tensor], layout: ParallelLayout, advance: Callable[[LayerResult], None]
+    ) -> Comparison:
+        """Go through all layers; ``advance`` is told each one's result.
+
+        Args:
+            prompts: Token rows (S,), of any lengths.
+            layout: Whose slices are cut and joined again.
+        """
+        shape = self._source.shape
+        tokens = [prompt.to(self._device) for prompt in prompts]
+        theirs, ours = [self._reference.embed(row) for row in tokens], [self._embed(row) for row in tokens]
+        comparison = Comparison()
+
+        def add(layer: int, their_input: Rows, our_input: Rows) -> tuple[Rows, Rows]:
+            result, their_output, our_output = self._layer(layer, tokens, their_input, our_input, layout)
+            comparison.layers.append(result)
+            advance(result)
+            return their_output, our_output
+
+        for layer in range(shape.num_layers):
+            theirs, ours = add(layer, theirs, ours)
+        norm = build_norm(self._source, "decoder.final_layernorm", self._settings).to(self._device)
+        theirs, ours = [self._reference.final_norm(x) for x in theirs], [norm(x).detach() for x in ours]
+        comparison.logits = self._compare_logits(theirs, ours)
+        for layer in range(shape.num_layers, shape.num_layers + shape.mtp_layers):
+            theirs, ours = add(layer, theirs, ours)
+        return comparison
+
+    def _embed(self, tokens_S: Tensor) -> Tensor:
+        return embedding(tokens_S.cpu(), self._source.read("embedding.word_embeddings.weight")).to(
+            self._device, self._dtype
+        )
+
+    def _layer(
+        self, layer: int, tokens: Rows, theirs: Rows, ours: Rows, layout: ParallelLayout
+    ) -> tuple[LayerResult, Rows, Rows]:
+        """Return the result and both sides' outputs for their own inputs."""
+        started = time.monotonic()
+        their_output, scores = self._run_theirs(layer, tokens, theirs)
+        same_input, weights, our_output = self._run_ours(layer, tokens, theirs, ours)
+        shape = self._source.shape
+        kind = Kind.MTP if layer >= shape.num_layers else Kind.EXPERTS if shape.is_moe_layer(layer) else Kind.DENSE
+        result = LayerResult(
+            layer=layer,
+            kind=kind,
+            difference=_relative(same_input, their_output),
+            carried=_relative(our_output, their_output),
+            largest=_largest(same_input, their_output),
+            changed_tensors=changed_in_layer(self._source, self._folder, layer, layout),
+            router=self._compare_routing(layer, weights, scores) if scores else None,
+            seconds=time.monotonic() - started,
+        )
+        return result, their_output, our_output
+
+    def _run_theirs(self, layer: int, tokens: Rows, inputs: Rows) -> tuple[Rows, list[Scores]]:
+        module, scores = self._reference.layer(layer), list[Scores]()
+        module.watch_router(scores.append)
+        return self._run(module, layer, tokens, inputs, self._reference.embed), scores
+
+    def _run_ours(self, layer: int, tokens: Rows, theirs: Rows, ours: Rows) -> tuple[Rows, Rows, Rows]:
+        """Return the outputs for their inputs, the routing weights of those passes, and the outputs for our inputs."""
+        module, weights = SingleLayer(self._source, layer, self._settings), list[Tensor]()
+        module.watch_router(lambda weights_TE, chosen_TE: weights.append((weights_TE * chosen_TE).float()))
+        same_input = self._run(module, layer, tokens, theirs, self._embed)
+        routed = list(weights)
+        return same_input, routed, self._run(module, layer, tokens, ours, self._embed)
+
+    def _run(
+        self,
+        module: ReferenceLayer | SingleLayer,
+        layer: int,
+        tokens: Rows,
+        inputs: Rows,
+        embed: Callable[[Tensor], Tensor],
+    ) -> Rows:
+        if layer < self._source.shape.num_layers:
+            return [module.decode(row) for row in inputs]
+        return [module.predict(ids, row, embed) for ids, row in zip(tokens, inputs, strict=True)]
+
+    def _compare_routing(self, layer: int, weights: Rows, scores: list[Scores]) -> RouterResult:
+        ours_TE, theirs_TE = torch.cat(weights), torch.cat([one.weights_TE for one in scores])
+        ranked_TE = self._ranked(layer, torch.cat([one.logits_TE for one in scores]))
+        mine, yours = (ours_TE != 0) & (theirs_TE == 0), (ours_TE == 0) & (theirs_TE != 0)
+        moved_T = (mine | yours).any(dim=1)
+        # how far apart the scores of what was exchanged lie, over the spread of all scores
+        most = ranked_TE.masked_fill(~(mine | yours), -torch.inf).amax(dim=1)
+        least = ranked_TE.masked_fill(~(mine | yours), torch.inf).amin(dim=1)
+        near_T = moved_T & (most - least < self._limits.near_tie)
+        kept = (ours_TE - theirs_TE).abs().amax(dim=1).masked_fill(moved_T, 0.0)
+        return RouterResult(
+            tokens=len(moved_T),
+            rerouted=int((moved_T & ~near_T).sum()),
+            near_ties=int(near_T.sum()),
+            weight_difference=float(kept.max()),
+        )
+
+    def _ranked(self, layer: int, logits_TE: Tensor) -> Tensor:
+        """Return the scores by which experts are selected."""
+        shape = self._source.shape
+        if shape.score_function == "softmax":
+            return logits_TE.softmax(-1)
+        mtp = layer - shape.num_layers
+        prefix = f"decoder.layers.{layer}" if mtp < 0 else f"mtp.layers.{mtp}.transformer_layer"
+        return logits_TE.sigmoid() + self._source.read(f"{prefix}.mlp.router.expert_bias").to(logits_TE.device)
+
+    def _compare_logits(self, theirs: Rows, ours: Rows) -> LogitResult:
+        head = self._source.read("output_layer.weight").to(self._device, self._dtype)
+        by_position = torch.zeros(max(len(row) for row in theirs))
+        divergence, agreeing, tokens = 0.0, 0, 0
+        for their_SC, our_SC in zip(theirs, ours, strict=True):
+            right_SV, other_SV = self._reference.logits(their_SC), linear(our_SC, head).float()
+            difference_S = (right_SV - other_SV).abs().amax(dim=-1).cpu()
+            by_position[: len(difference_S)] = torch.maximum(by_position[: len(difference_S)], difference_S)
+            p, q = log_softmax(right_SV.double(), -1), log_softmax(other_SV.double(), -1)
+            divergence += float(kl_div(q, p, reduction="sum", log_target=True))
+            agreeing += int((right_SV.argmax(-1) == other_SV.argmax(-1)).sum())
+            tokens += len(their_SC)
+        return LogitResult(
+            tokens=tokens,
+            max_abs_difference=float(by_position.max()),
+            divergence=max(divergence / tokens, 0.0),
+            agreement=agreeing / tokens,
+            by_position=tuple(by_position.tolist()),
+        )
+
+
+def _relative(ours: Rows, theirs: Rows) -> float:
+    a, b = torch.cat(ours).float(), torch.cat(theirs).float()
+    return float((a - b).pow(2).mean().sqrt() / b.pow(2).mean().sqrt())
+
+
+def _largest(ours: Rows, theirs: Rows) -> float:
+    a, b = torch.cat(ours).float(), torch.cat(theirs).float()
+    return float((a - b).abs().max() / b.pow(2).mean().sqrt())

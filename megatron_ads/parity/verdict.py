@@ -1,0 +1,89 @@
+"""Turn what was measured into one result for each rung of the ladder."""
+
+from collections.abc import Sequence
+
+from conversion.coverage import check_coverage
+from conversion.rank_files import ShardsLayout
+from conversion.sources import WeightSource
+from conversion.to_megatron import ShardsTarget
+from megatron_ads.errors import ConversionError
+from megatron_ads.parity.limits import Limits
+from megatron_ads.parity.records import Comparison, Kind, LayerResult, LogitResult, RungResult
+
+NOT_HERE = (
+    (5, "gradients", "needs optimizer-sized memory; run pytest parity_tests"),
+    (7, "generation", "needs the whole model in memory; run pytest parity_tests"),
+    (8, "layouts", "needs one process per rank; run pytest parity_tests"),
+    (9, "training", "needs optimizer-sized memory; run pytest parity_tests"),
+    (10, "pipeline", "a script of its own: parity_tests/rung_10_pipeline.py"),
+)
+
+
+def names_rung(source: WeightSource, layout: ShardsLayout) -> RungResult:
+    """Check, from headers alone, that the layout's files hold every element of the model."""
+    try:
+        plan = ShardsTarget(source, source.path, layout).plan()
+        check_coverage(plan, source)
+    except ConversionError as error:
+        return RungResult(rung=1, name="names", passed=False, detail=str(error))
+    detail = f"{plan.tensor_count} parameters, each filled once, in {len(plan.files)} rank files"
+    return RungResult(rung=1, name="names", passed=True, detail=detail)
+
+
+def rungs(names: RungResult, comparison: Comparison, outside: Sequence[str], limits: Limits) -> list[RungResult]:
+    """Return every rung in order; those that do not fit a checkpoint check have no verdict."""
+    assert comparison.logits is not None
+    decoder = [one for one in comparison.layers if one.kind is not Kind.MTP]
+    mtp = [one for one in comparison.layers if one.kind is Kind.MTP]
+    found = [
+        names,
+        _round_trip(comparison.layers, outside),
+        _logits(decoder, comparison.logits, limits),
+        _router(decoder, limits),
+        _mtp(mtp, limits),
+        *(RungResult(rung=number, name=name, passed=None, detail=why) for number, name, why in NOT_HERE),
+    ]
+    return sorted(found, key=lambda one: one.rung)
+
+
+def first_departure(layers: Sequence[LayerResult], limits: Limits) -> LayerResult | None:
+    """Return the first layer whose output differs although its input is the same."""
+    return next((one for one in layers if not one.difference < limits.layer), None)
+
+
+def _round_trip(layers: Sequence[LayerResult], outside: Sequence[str]) -> RungResult:
+    changed = [*outside, *(name for one in layers for name in one.changed_tensors)]
+    detail = f"{len(changed)} parameters differ, first {changed[0]}" if changed else "every bit comes back"
+    return RungResult(rung=2, name="round trip", passed=not changed, detail=detail)
+
+
+def _logits(layers: Sequence[LayerResult], logits: LogitResult, limits: Limits) -> RungResult:
+    departure = first_departure(layers, limits)
+    worst = max(layers, key=lambda one: one.difference)
+    detail = (
+        f"KL {logits.divergence:.1e} nats (limit {limits.divergence:.0e}), largest logit difference "
+        f"{logits.max_abs_difference:.1e}; worst layer {worst.layer}: {worst.difference:.1e} (limit {limits.layer:.0e})"
+    )
+    if departure is not None:
+        detail = f"layer {departure.layer} departs first, by {departure.difference:.1e} of its size; {detail}"
+    passed = departure is None and logits.divergence < limits.divergence
+    return RungResult(rung=3, name="logits", passed=passed, detail=detail)
+
+
+def _router(layers: Sequence[LayerResult], limits: Limits) -> RungResult:
+    routers = [one.router for one in layers if one.router is not None]
+    tokens, rerouted = sum(one.tokens for one in routers), sum(one.rerouted for one in routers)
+    ties, weight = sum(one.near_ties for one in routers), max(one.weight_difference for one in routers)
+    detail = (
+        f"{rerouted} of {tokens} choices differ, {ties} more at near ties; "
+        f"weights of equal choices differ by {weight:.1e} at most"
+    )
+    return RungResult(rung=4, name="router", passed=rerouted <= limits.rerouted * tokens, detail=detail)
+
+
+def _mtp(layers: Sequence[LayerResult], limits: Limits) -> RungResult:
+    if not layers:
+        return RungResult(rung=6, name="MTP", passed=None, detail="the checkpoint has no MTP layer")
+    worst = max(one.difference for one in layers)
+    detail = f"difference {worst:.1e} of its size (limit {limits.layer:.0e})"
+    return RungResult(rung=6, name="MTP", passed=worst < limits.layer, detail=detail)
