@@ -12,6 +12,7 @@ from torch.distributed import ReduceOp, all_reduce
 from megatron_ads.config import OptimConfig, Precision
 from megatron_ads.errors import ConfigError
 from megatron_ads.optim.adam import adam_class
+from megatron_ads.optim.alone import skip_collectives_of_one
 from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.optim.members import DENSE, EXPERT, OptimizerMember, ShardedMember
 from megatron_ads.optim.stub import StubMoEOptimizer
@@ -38,10 +39,12 @@ def wrap_for_training(
         bucket_size=bucket_size,
         check_for_nan_in_grad=False,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    skip_collectives_of_one(wrapped)
+    return wrapped
 
 
 def build_optimizer(
