@@ -128,6 +128,10 @@ def open_source(path: Path) -> WeightSource:
         return _hf_source(path)
     if not path.is_dir():
         raise ConversionError(f"{path} does not exist or is not a folder. Give the folder of a checkpoint.")
+    if inside := sorted(
+        file.parent.name for file in path.glob(f"*/{METADATA}") if not file.parent.name.startswith(".")
+    ):
+        raise ConversionError(f"{path} holds checkpoints and is none itself. Give one of them, such as {inside[-1]}.")
     raise ConversionError(
         f"{path} is not a checkpoint: it holds neither {MANIFEST} (shards), {INDEX} or {SINGLE} (Hugging Face), "
         f"nor {METADATA} (torch_dist). A conversion that was interrupted has no manifest; run it again with --resume."

@@ -34,6 +34,8 @@ def test_what_is_quantised_is_what_deepseek_publishes_in_fp8():
         # The index of the public repository: 46,183 weight tensors, 684,489,845,504 values, repeats included.
         ("deepseek_r1.json", 46_183, 684_489_845_504),
         ("deepseek_r1_transformers5.json", 46_183, 684_489_845_504),
+        # Half the total_size of the public index, which is BF16: 31,412,968,448 bytes.
+        ("deepseek_v2_lite.json", 5_291, 15_706_484_224),
     ],
 )
 def test_a_published_repository_is_covered_to_the_last_value(config, weights, values):

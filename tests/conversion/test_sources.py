@@ -57,3 +57,11 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         open_source(tmp_path)
     with pytest.raises(ConversionError, match="does not exist"):
         open_source(tmp_path / "absent")
+
+
+def test_a_folder_of_training_checkpoints_points_to_the_latest(tmp_path):
+    for step in ("step-00000010", "step-00000020", ".step-00000030.partial"):
+        (tmp_path / step).mkdir()
+        (tmp_path / step / ".metadata").touch()
+    with pytest.raises(ConversionError, match="such as step-00000020"):
+        open_source(tmp_path)

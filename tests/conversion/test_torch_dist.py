@@ -51,6 +51,7 @@ def test_hf_to_torch_dist_and_back_is_the_source(source, tmp_path, spec):
 def _load_and_save_with_stock_megatron(folder: str, saved: str, spec: LayerSpec) -> dict[str, torch.Tensor]:
     """On a rank: load the folder into an emptied GPTModel, save that, return the weights by canonical name."""
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
 
     from megatron_ads.models.build import build_chunks
     from megatron_ads.models.settings import ModelSettings
@@ -65,7 +66,8 @@ def _load_and_save_with_stock_megatron(folder: str, saved: str, spec: LayerSpec)
                 parameter.zero_()
         model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), folder), strict=False)
         os.mkdir(saved)
-        dist_checkpointing.save(model.sharded_state_dict(), saved)
+        moment = ShardedTensor.from_rank_offsets("optimizer.state.exp_avg.output_layer.weight", torch.ones(64, 16))
+        dist_checkpointing.save({"model": model.sharded_state_dict(), "moment": moment, "iteration": 5}, saved)
     finally:
         process_groups.stop()
     held = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n.endswith("expert_bias")}
