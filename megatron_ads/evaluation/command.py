@@ -97,7 +97,7 @@ def _longest_answer(model: Path, training: "Sequence[ChatRow]") -> int:
 def _write_answers(file: Path, answers: "Sequence[Answer]") -> None:
     lines = [
         json.dumps({
-            "id": answer.id, "query": answer.query, "expected": answer.expected, "label": answer.label,
+            "id": answer.id, "prompt": answer.prompt, "expected": answer.expected, "label": answer.label,
             "ended": answer.ended, "text": answer.text,
         }, ensure_ascii=False)
         for answer in answers

@@ -18,9 +18,11 @@ class Answer:
 
     id: str
     query: str
+    prompt: str
+    """What it was asked, without the chat template."""
     expected: Label
     text: str
-    """Prompt left out; special tokens too."""
+    """What it said; special tokens are left out."""
     outcome: Judgement | Failure
     ended: bool
     """The model ended the answer itself; False: it was cut off at the limit."""
@@ -64,7 +66,15 @@ def answer_rows(
         opened = THINK if prompt.rstrip().endswith(THINK) else ""  # some chat templates open the reasoning themselves
         text = opened + tokenizer.decode(completion.tokens)
         answers.append(
-            Answer(id=row.id, query=row.group, expected=label, text=text, outcome=parse(text), ended=completion.ended)
+            Answer(
+                id=row.id,
+                query=row.group,
+                prompt=row.prompt[-1].content,
+                expected=label,
+                text=text,
+                outcome=parse(text),
+                ended=completion.ended,
+            )
         )
     return answers
 

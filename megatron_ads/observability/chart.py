@@ -29,9 +29,13 @@ class _Scale:
     high: float
     start: float
     end: float
+    logarithmic: bool = False
 
     def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+        low, high = self.low, self.high
+        if self.logarithmic:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
 
 
 def line_chart(
@@ -40,22 +44,28 @@ def line_chart(
     x_label: str,
     y_label: str,
     y_from_zero: bool = False,
+    y_logarithmic: bool = False,
     size: tuple[int, int] = (WIDTH, HEIGHT),
 ) -> str:
     """Draw ``series`` over one pair of axes; return an ``<svg>`` element, or a sentence when there is nothing to draw.
 
-    A legend is drawn when there is more than one series.
+    A legend is drawn when there is more than one series. A logarithmic axis leaves out values that are not positive.
     """
     drawn = [(one, _thinned(_finite(one.points))) for one in series]
+    if y_logarithmic:
+        drawn = [(one, [(x, y) for x, y in points if y > 0]) for one, points in drawn]
     drawn = [(one, points) for one, points in drawn if points]
     if not drawn:
         return '<p class="empty">No values were recorded.</p>'
     width, height = size
     x_ticks = ticks(*_extent([x for _, points in drawn for x, _ in points]), 8, whole=True)
     values = [y for _, points in drawn for _, y in points]
-    y_ticks = ticks(*_extent([0.0, *values] if y_from_zero else values), 5)
+    extent = _extent([0.0, *values] if y_from_zero else values)
+    y_ticks = logarithmic_ticks(*extent) if y_logarithmic else ticks(*extent, 5)
     x_scale = _Scale(*_extent([x for _, points in drawn for x, _ in points]), _LEFT, width - _RIGHT)
-    y_scale = _Scale(min(y_ticks[0], *values), max(y_ticks[-1], *values), height - _BOTTOM, _TOP)
+    y_scale = _Scale(
+        min(y_ticks[0], *values), max(y_ticks[-1], *values), height - _BOTTOM, _TOP, logarithmic=y_logarithmic
+    )
     body = [
         *_axes(x_ticks, y_ticks, x_scale, y_scale, size),
         *_labels(x_label, y_label, size),
@@ -89,6 +99,17 @@ def ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[fl
     step = max(step, 1.0) if whole else step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)] or [low]
+
+
+def logarithmic_ticks(low: float, high: float) -> list[float]:
+    """Return 1, 2 and 5 times the powers of ten within ``low`` .. ``high``; only the powers over three decades or more.
+
+    At least one number is returned, whatever the limits.
+    """
+    factors = (1,) if high / low > 1e3 else (1, 2, 5)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [factor * 10.0**power for power in powers for factor in factors]
+    return [tick for tick in found if low <= tick <= high] or [low]
 
 
 def _finite(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float]]:

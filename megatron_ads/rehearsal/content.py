@@ -51,6 +51,11 @@ def _shown(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def _tiny(value: float) -> str:
+    """Write a small number so that no line break comes into its exponent."""
+    return short(value).replace("-", "\N{NON-BREAKING HYPHEN}")
+
+
 def _figures(facts: Facts) -> list[Figure]:
     training, parity = facts["training"], facts["parity"]
     before, after = (_balanced_accuracy(facts["evaluation"][when]) for when in ("before", "after"))
@@ -71,8 +76,8 @@ def _figures(facts: Facts) -> list[Figure]:
         ),
         Figure(
             label="logit difference",
-            value=short(float(f"{parity['max_abs_difference']:.1e}")),
-            note=f"transformers against Megatron, the largest; must be below {short(parity['limit'])}",
+            value=_tiny(float(f"{parity['max_abs_difference']:.1e}")),
+            note=f"transformers against Megatron, the largest; must be below {_tiny(parity['limit'])}",
             state="good" if parity["passed"] else "bad",
         ),
         Figure(
@@ -93,10 +98,10 @@ def _training(facts: Facts, metrics: Sequence[Mapping[str, Any]]) -> Section:
     loss = _points(metrics, "loss")
     main = [
         Series(name="each step", points=loss, style="faint"),
-        Series(name="smoothed", points=smooth(loss, 5)),
+        Series(name="smoothed", points=smooth(loss, 3)),
         Series(name="held-out rows", points=_points(metrics, "validation_loss"), style="dots", color=2),
     ]
-    caption = "Mean over the target tokens (rationale and labels) of a step; smoothed with a half-life of 5 steps."
+    caption = "Mean over the target tokens (rationale and labels) of a step; smoothed with a half-life of 3 steps."
     small = [
         _small_chart(metrics, "grad_norm", "gradient norm", "Before clipping."),
         _small_chart(metrics, "learning_rate", "learning rate", "Warm-up, then the recipe's schedule."),
@@ -105,7 +110,9 @@ def _training(facts: Facts, metrics: Sequence[Mapping[str, Any]]) -> Section:
             metrics, "expert_load_max_over_mean", "busiest / mean expert", "Worst MoE layer; 1 is perfectly balanced."
         ),
     ]
-    chart = Chart(svg=line_chart(main, x_label="step", y_label="loss, nats per token"), caption=caption)
+    chart = Chart(
+        svg=line_chart(main, x_label="step", y_label="loss, nats per token", y_logarithmic=True), caption=caption
+    )
     return Section(title="Fine-tuning", blocks=[chart, small])
 
 
@@ -137,7 +144,11 @@ def _task(facts: Facts) -> Section:
         rows=[[label, *values] for label, values in (balanced | shares).items()],
         numbers=frozenset({1, 2, 3, 4}),
     )
-    return Section(title="Relevance task", blocks=[_task_text(after), table])
+    shown = Table(
+        head=["question", "true label", "answer after fine-tuning"],
+        rows=[[example["prompt"], example["expected"], example["text"]] for example in facts["examples"]],
+    )
+    return Section(title="Relevance task", blocks=[_task_text(after), table, "One held-out row of each label:", shown])
 
 
 def _task_text(after: Facts) -> str:
@@ -165,7 +176,7 @@ def _parity(facts: Facts) -> Section:
         blocks=[
             "The exported folder was loaded in transformers and the trained shards in Megatron-Core; both ran the "
             f"same {parity['tokens']} tokens in FP32. The largest difference of any logit is "
-            f"{short(parity['max_abs_difference'])}, {verdict} the limit of {short(parity['limit'])}.",
+            f"{_tiny(parity['max_abs_difference'])}, {verdict} the limit of {_tiny(parity['limit'])}.",
             _fp8_text(facts["fp8_export"]),
         ],
     )

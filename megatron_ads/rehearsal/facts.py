@@ -1,7 +1,9 @@
 """The numbers of a rehearsal, gathered from the stages' records, the metrics and the machine: ``report.json``."""
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
@@ -39,6 +41,7 @@ def gather_facts(
             "after_fp8": records["evaluate-fp8"].result,
         },
         "parity": {**records["compare-logits"].result, "limit": LIMIT},
+        "examples": examples(folder.answers("after")),
         "fp8_export": records["verify-fp8"].result,
         "stages": [{"name": one.name, "title": one.title, "seconds": records[one.name].seconds} for one in stages],
         "seconds": sum(record.seconds for record in records.values()),
@@ -65,3 +68,10 @@ def training_facts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "step_seconds": median(column("step_seconds")),
         "memory_bytes": max(column("memory_bytes"), default=None),
     }
+
+
+def examples(answers: Path) -> list[dict[str, Any]]:
+    """Return the first answer to a row of each label, as the evaluation wrote them."""
+    rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    first = {row["expected"]: row for row in reversed(rows)}
+    return [first[label] for label in sorted(first)]

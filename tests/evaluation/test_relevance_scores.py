@@ -7,7 +7,9 @@ from megatron_ads.tasks.relevance import Failure, Judgement, Label
 
 def _answer(expected: Label, given: Label | Failure, query: str = "q") -> Answer:
     outcome = given if isinstance(given, Failure) else Judgement(label=given, reasoning="r")
-    return Answer(id="1", query=query, expected=expected, text="", outcome=outcome, ended=given is not Failure.empty)
+    return Answer(
+        id="1", query=query, prompt="p", expected=expected, text="", outcome=outcome, ended=given is not Failure.empty
+    )
 
 
 ANSWERS = [

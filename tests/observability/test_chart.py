@@ -3,7 +3,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from megatron_ads.observability.chart import Series, line_chart, short, smooth, ticks
+from megatron_ads.observability.chart import Series, line_chart, logarithmic_ticks, short, smooth, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -65,6 +65,21 @@ def test_long_runs_are_thinned_out_but_end_where_they_end() -> None:
 )
 def test_ticks_are_round_numbers(low: float, high: float, most: int, whole: bool, expected: list[float]) -> None:
     assert ticks(low, high, most, whole=whole) == pytest.approx(expected)
+
+
+def test_a_logarithmic_axis_gives_each_factor_the_same_room() -> None:
+    series = Series(name="loss", points=[(0, 0.01), (1, 0.1), (2, 1.0), (3, -1.0)])
+    svg = line_chart([series], x_label="x", y_label="y", y_logarithmic=True, size=(176, 152))
+    heights = [float(circle.get("cy", "nan")) for circle in _parse(svg).findall(f"{SVG}circle")]
+    assert heights == [112.0, 62.0, 12.0]  # what is not positive has no place on it
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.18, 7.4, [0.2, 0.5, 1, 2, 5]), (0.001, 20, [0.001, 0.01, 0.1, 1, 10]), (3.1, 3.9, [3.1])],
+)
+def test_logarithmic_ticks_are_round_numbers(low: float, high: float, expected: list[float]) -> None:
+    assert logarithmic_ticks(low, high) == pytest.approx(expected)
 
 
 def test_a_constant_is_drawn_in_the_middle() -> None:

@@ -55,6 +55,10 @@ def _facts(folder: Path, *, difference: float = 1.4e-6, after: float | None = 0.
         "compare-logits": {"max_abs_difference": difference, "tokens": 256, "passed": difference < 1e-5},
     }
     records = {name: StageRecord(fingerprint=name, seconds=12.5, result=results.get(name, {})) for name in NAMES}
+    answers = [
+        {"prompt": f"Is it {label}?", "expected": label, "text": f"<{label}>"} for label in ("Good", "Bad", "Good")
+    ]
+    RehearsalFolder(folder).answers("after").write_text("\n".join(map(json.dumps, answers)))
     stages = [Stage(name=name, title=name, settings={}, outputs=[], run=dict) for name in NAMES]
     provenance = {
         "host": {"cpu": "Some CPU <1>", "cores": 2, "memory_bytes": 24 * 2**30, "system": "Linux", "gpus": []},
@@ -99,6 +103,11 @@ def test_the_page_tells_data_machine_versions_and_revision(tmp_path: Path) -> No
     ):
         assert part in text
     assert "transformer-engine" not in text  # not installed
+
+
+def test_one_example_of_each_label_is_shown(tmp_path: Path) -> None:
+    assert [example["expected"] for example in _facts(tmp_path)["examples"]] == ["Bad", "Good"]
+    assert "&lt;Bad&gt;" in page(_facts(tmp_path), _metrics(20))
 
 
 @pytest.mark.parametrize(("difference", "passed"), [(9.9e-6, True), (0.2, False)])
