@@ -106,7 +106,6 @@ def dequantize_rows(
             (columns.start, columns.stop),
             scale_rc.contiguous().numpy(),
             block,
-            _code_values().numpy(),
             values.view(torch.uint16).view(-1).numpy(),
         )
     if found_nan:
@@ -130,11 +129,6 @@ def quantize_rows(values_RC: torch.Tensor, block: tuple[int, int] = BLOCK) -> tu
     codes_RC = torch.empty(values_RC.shape, dtype=torch.uint8)
     kernels.encode_rows(bits, shift, columns, block, scale_rc.numpy(), codes_RC.view(-1).numpy())
     return codes_RC.view(torch.float8_e4m3fn), scale_rc
-
-
-@cache
-def _code_values() -> torch.Tensor:
-    return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 @cache

@@ -1,16 +1,21 @@
 """FP8 loops compiled with numba: one pass over the bytes, no temporaries. The definition is in ``conversion/fp8.py``.
 
-Arrays are flat and contiguous, with a row stride where a rectangle is cut out, so that the inner loops vectorise.
+Arrays are flat and contiguous, with a row stride where a rectangle is cut out. The inner loops run over slices of one
+block's row and in 32-bit arithmetic without branches: that is what lets the compiler vectorise them.
 """
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+_U = np.uint32
 _MANTISSA_SHIFT = np.uint32(20)  # an e4m3 mantissa has 3 of FP32's 23 bits
 _REBIAS = np.uint32((127 - 7) << 3)  # FP32's exponent bias less e4m3's, in front of 3 mantissa bits
-_SMALLEST_NORMAL = np.float32(2.0**-6)
+_REBIAS_FP32 = np.uint32((127 - 7) << 23)
+_FIRST_NORMAL = np.uint32(8)  # the codes below it have no implicit leading one
+_SUBNORMAL_STEP = np.float32(2.0**-9)
 _SUBNORMAL_STEPS = np.float32(2.0**9)
+_SMALLEST_NORMAL = np.float32(2.0**-6)
 
 
 @njit(cache=True, nogil=True)
@@ -21,44 +26,37 @@ def dequantize_rows(
     columns: tuple[int, int],
     scales: NDArray[np.float32],
     block: tuple[int, int],
-    code_values: NDArray[np.float32],
     out: NDArray[np.uint16],
 ) -> bool:
     """Write the BF16 bits of the codes in ``columns`` of every row; return whether a code was NaN.
-
-    A block has 16,384 codes of 256 kinds, so its products are rounded once into a table and then looked up.
 
     Args:
         codes: Whole rows, ``stride`` codes each, the first being row ``first_row`` of the stored weight.
         columns: As (start, stop).
         scales: Of the whole stored weight.
-        code_values: FP32 value of each of the 256 codes.
-        out: ``rows * len(columns)``.
+        out: ``rows * (stop - start)``.
     """
     start, stop = columns
-    rows, width = len(codes) // stride, stop - start
-    table = np.empty(256, np.uint16)
-    largest = np.uint8(0)
-    row = 0
-    while row < rows:
+    largest = _U(0)
+    for row in range(len(codes) // stride):
         row_block = (first_row + row) // block[0]
-        last_row = min(rows, (row_block + 1) * block[0] - first_row)
-        column = start
-        while column < stop:
-            column_block = column // block[1]
-            last_column = min(stop, (column_block + 1) * block[1])
-            for code in range(256):
-                bits = np.float32(code_values[code] * scales[row_block, column_block]).view(np.uint32)
-                table[code] = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            for r in range(row, last_row):
-                source, target = r * stride, r * width - start
-                for c in range(column, last_column):
-                    code = codes[source + c]
-                    largest = np.uint8(max(largest, code & np.uint8(0x7F)))
-                    out[target + c] = table[code]
-            column = last_column
-        row = last_row
-    return bool(largest == np.uint8(0x7F))
+        for column_block in range(start // block[1], (stop + block[1] - 1) // block[1]):
+            first, last = max(start, column_block * block[1]), min(stop, (column_block + 1) * block[1])
+            source = codes[row * stride + first : row * stride + last]
+            target = out[row * (stop - start) + first - start : row * (stop - start) + last - start]
+            scale = scales[row_block, column_block]
+            for index in range(len(source)):
+                code = _U(source[index])
+                magnitude = _U(code & _U(0x7F))
+                largest = _U(max(largest, magnitude))
+                normal = _U(_U(magnitude << _MANTISSA_SHIFT) + _REBIAS_FP32).view(np.float32)
+                subnormal = np.float32(np.float32(magnitude) * _SUBNORMAL_STEP)
+                value = normal if magnitude >= _FIRST_NORMAL else subnormal
+                bits = np.float32(value * scale).view(np.uint32)
+                rounded = _U(bits + _U(_U(0x7FFF) + _U(_U(bits >> _U(16)) & _U(1))))  # ties to even
+                sign = _U(_U(code & _U(0x80)) << _U(8))
+                target[index] = np.uint16(_U(rounded >> _U(16)) ^ sign)
+    return bool(largest == _U(0x7F))
 
 
 @njit(cache=True, nogil=True)
@@ -82,12 +80,13 @@ def block_scales(
     for row_block in range(scales.shape[0]):
         for column_block in range(scales.shape[1]):
             last_column = min(columns, (column_block + 1) * block[1])
-            amax = np.uint32(0)  # FP32 magnitudes compare like their bits
-            for r in range(row_block * block[0], min(rows, (row_block + 1) * block[0])):
-                for c in range(r * columns + column_block * block[1], r * columns + last_column):
-                    amax = np.uint32(max(amax, np.uint32(np.uint32(bits[c]) << shift) & np.uint32(0x7FFFFFFF)))
-            finite = finite and bool(amax < np.uint32(0x7F800000))
-            scale = np.float32(np.uint32(amax).view(np.float32) / np.float32(448.0))
+            amax = _U(0)  # FP32 magnitudes compare like their bits
+            for row in range(row_block * block[0], min(rows, (row_block + 1) * block[0])):
+                source = bits[row * columns + column_block * block[1] : row * columns + last_column]
+                for index in range(len(source)):
+                    amax = _U(max(amax, _U(_U(_U(source[index]) << shift) & _U(0x7FFFFFFF))))
+            finite = finite and bool(amax < _U(0x7F800000))
+            scale = np.float32(_U(amax).view(np.float32) / np.float32(448.0))
             scales[row_block, column_block] = np.float32(1.0) if amax == 0 else max(scale, np.float32(smallest))
     return finite
 
@@ -105,18 +104,20 @@ def encode_rows(
 
     ``bits`` and ``shift`` are as in :func:`block_scales`.
     """
-    rows = len(bits) // columns
-    for r in range(rows):
+    for row in range(len(bits) // columns):
         for column_block in range(scales.shape[1]):
-            scale = scales[r // block[0], column_block]
-            last = r * columns + min(columns, (column_block + 1) * block[1])
-            for c in range(r * columns + column_block * block[1], last):
-                value = np.uint32(np.uint32(bits[c]) << shift).view(np.float32)
+            first = row * columns + column_block * block[1]
+            last = row * columns + min(columns, (column_block + 1) * block[1])
+            source, target = bits[first:last], out[first:last]
+            scale = scales[row // block[0], column_block]
+            for index in range(len(source)):
+                value = _U(_U(source[index]) << shift).view(np.float32)
                 quotient = np.float32(value / scale)
                 encoded = np.float32(quotient).view(np.uint32)
-                magnitude = encoded & np.uint32(0x7FFFFFFF)
-                to_even = np.uint32(0x7FFFF) + ((magnitude >> _MANTISSA_SHIFT) & np.uint32(1))
-                kept = np.uint32(magnitude + to_even) >> _MANTISSA_SHIFT
-                subnormal = np.uint32(np.rint(np.abs(quotient) * _SUBNORMAL_STEPS))
-                code = subnormal if np.abs(quotient) < _SMALLEST_NORMAL else kept - _REBIAS
-                out[c] = np.uint8(code | ((encoded >> np.uint32(24)) & np.uint32(0x80)))
+                magnitude = _U(encoded & _U(0x7FFFFFFF))
+                size = np.float32(abs(quotient))
+                to_even = _U(_U(0x7FFFF) + _U(_U(magnitude >> _MANTISSA_SHIFT) & _U(1)))
+                normal = _U(_U(_U(magnitude + to_even) >> _MANTISSA_SHIFT) - _REBIAS)
+                subnormal = _U(np.int32(np.rint(np.float32(size * _SUBNORMAL_STEPS))))
+                code = _U(subnormal if size < _SMALLEST_NORMAL else normal)
+                target[index] = np.uint8(code | _U(_U(encoded >> _U(24)) & _U(0x80)))
