@@ -116,8 +116,6 @@ class ModelConfig:
 
     load: str = MISSING
     """Folder of weights: a Hugging Face checkpoint, converted shards or a torch_dist checkpoint."""
-    published: str | None = None
-    """Name of the published model this is for, by which a job is planned before ``load`` is at hand; None: unknown."""
     layer_spec: LayerSpecChoice = LayerSpecChoice.auto
     """``te``: Transformer Engine; ``grouped``: torch with grouped experts; ``local``: torch, experts one by one.
     ``auto`` takes ``te`` where it is installed and there is a GPU, else ``grouped``."""
@@ -135,6 +133,8 @@ class ModelConfig:
     """Weight of the multi-token-prediction loss; 0 keeps the MTP layers as loaded and does not run them."""
     frozen: list[FrozenPart] = field(default_factory=list)
     """Parts that are not trained; empty trains everything."""
+    published: str | None = None
+    """Name of the published model this is for, by which a job is planned before ``load`` is at hand; None: unknown."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""

@@ -1,10 +1,10 @@
 """The plan of a whole job: every stage's weights, memory and traffic, and how long a step takes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_ads.config import Precision
-from megatron_ads.layout import Chunk
+from megatron_ads.layout import Chunk, ParallelLayout, place_layers
 from megatron_ads.planning.compute import forward_flops_per_token, model_flops_per_token, recomputed_flops_per_token
 from megatron_ads.planning.hardware import Card
 from megatron_ads.planning.job import Job
@@ -150,15 +150,13 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """A training checkpoint: weights and optimizer state, each once whatever the number of replicas."""
-        job = self.job
+        job, alone = self.job, ParallelLayout(world=1)
         state, element = (12, 2) if job.precision is Precision.bf16 else (8, 4)
-        ranks = job.layout.ep * job.layout.etp
-        size = 0
-        for stage in self.stages:
-            for weight in stage.weights:
-                copies = ranks if weight.expert else job.layout.tp
-                size += copies * weight.elements * (element + (state if job.trains(weight.part) else 0))
-        return size
+        whole = replace(job, layout=alone, placement=place_layers(job.shape, alone))
+        return sum(
+            weight.elements * (element + (state if job.trains(weight.part) else 0))
+            for weight in stage_weights(whole, 0)
+        )
 
     @property
     def checkpoint_seconds(self) -> float:
