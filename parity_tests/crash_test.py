@@ -5,15 +5,16 @@
 A small model is trained on 4 processes, pp 2 x ep 2, stage 0 without routed experts: once undisturbed, then once for
 each repetition, in which a random rank gets SIGKILL at a random moment: while the job starts, between two steps, or
 (every second time) inside a save. Most repetitions start the ranks on their own, as srun does, so that nothing but
-the ranks themselves ends the rest of the job; every fifth runs under `megatron-ads train`. Then it must hold that
+the ranks themselves ends the rest of the job, forked from a process that has imported Megatron-Core already; every
+fifth runs under `megatron-ads train`. Then it must hold that
 
 - the other ranks exit within 60 s, with status 74 once the ranks have linked up, and say which rank has gone
 - every checkpoint that was complete before the kill and is not superseded is there, with every checksum right
 - the same command goes on from the newest complete checkpoint to the end
 - the losses of all steps and the exported weights equal those of the undisturbed job, bit for bit
 
-Exit status: 0 all of it held each time, 1 something did not (the run's folder is kept and named). About half a minute
-a repetition on two cores; no wait is longer than 180 s.
+Exit status: 0 all of it held each time, 1 something did not (the run's folder is kept and named). About 20 s a
+repetition on two cores; no wait is longer than --longest-wait.
 """
 
 import argparse
@@ -27,14 +28,14 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 from megatron_ads.runtime.exit_status import ExitStatus
-from tests.training.real_job import RealJob, write_small_model
+from tests.training.real_job import ROOT, RealJob
 
 EXIT_SECONDS = 60.0
 """How long the other ranks may take to exit."""
-LONGEST_WAIT_SECONDS = 180.0
 STEPS, SAVE_EVERY = 12, 2
 
 
@@ -75,7 +76,7 @@ def carry_out(kill: Kill, job: RealJob) -> list[str]:
     if kill.under_launcher:
         job.start_launcher()
     else:
-        job.start_ranks()
+        job.start_ranks(forked=True)
     if kill.phase == "step":
         _wait_until(job, lambda: max(job.losses(), default=0) >= kill.step)
     elif kill.phase == "save":
@@ -90,7 +91,7 @@ def carry_out(kill: Kill, job: RealJob) -> list[str]:
 
 
 def _wait_until(job: RealJob, reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LONGEST_WAIT_SECONDS
+    deadline = time.monotonic() + job.longest_wait
     while not reached():
         if time.monotonic() > deadline or any(process.poll() is not None for process in job.processes):
             raise BrokenPromiseError("the job ended, or stood still, before the kill")
@@ -146,8 +147,8 @@ def check_checkpoints(before: Sequence[str], job: RealJob) -> None:
 def check_resume(job: RealJob, undisturbed: RealJob) -> None:
     """Run the same command again; compare its end with that of the undisturbed job."""
     newest = job.complete()[-1:]
-    job.start_ranks()
-    statuses = job.wait(LONGEST_WAIT_SECONDS)
+    job.start_ranks(forked=True)
+    statuses = job.wait(job.longest_wait)
     if statuses != [ExitStatus.DONE] * 4:
         raise BrokenPromiseError(f"exit statuses {statuses} after resuming")
     if newest and f"resumed from {job.checkpoints / newest[0]}," not in job.logs():
@@ -160,8 +161,8 @@ def check_resume(job: RealJob, undisturbed: RealJob) -> None:
 
 def run_undisturbed(job: RealJob) -> float:
     """Run the job to its end; return the seconds of its longest save."""
-    job.start_ranks()
-    statuses = job.wait(LONGEST_WAIT_SECONDS)
+    job.start_ranks(forked=True)
+    statuses = job.wait(job.longest_wait)
     if statuses != [ExitStatus.DONE] * 4:
         raise BrokenPromiseError(f"exit statuses {statuses} of the undisturbed job:\n{job.logs()}")
     return max(record.get("checkpoint_seconds", 0.0) for record in job.metrics())
@@ -187,19 +188,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--repetitions", type=int, default=20, metavar="N", help="kills (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="decides ranks and moments (default 0)")
+    parser.add_argument(
+        "--longest-wait", type=float, default=180.0, metavar="SECONDS", help="for a job to start, or end (default 180)"
+    )
     parser.add_argument("--out", type=Path, help="folder to work in (default: a temporary one, removed unless broken)")
     args = parser.parse_args(argv)
     root = args.out or Path(tempfile.mkdtemp(prefix="crash-test-"))
-    broken = run_repetitions(args.repetitions, root, random.Random(args.seed))
+    broken = run_repetitions(args.repetitions, root, random.Random(args.seed), args.longest_wait)
     _say(f"{args.repetitions - broken} of {args.repetitions} kills survived")
     if args.out is None and not broken:
         shutil.rmtree(root)
     return 1 if broken else 0
 
 
-def run_repetitions(repetitions: int, root: Path, generator: random.Random) -> int:
+def run_repetitions(repetitions: int, root: Path, generator: random.Random, longest_wait: float) -> int:
     """Return how many repetitions broke a promise; the folders of the others are removed."""
-    undisturbed = RealJob(model=write_small_model(root / "model"), root=root / "undisturbed")
+    _import_what_ranks_need()
+    model = _write_model_elsewhere(root / "model")
+    undisturbed = RealJob(model=model, root=root / "undisturbed", longest_wait=longest_wait)
     save_seconds = run_undisturbed(undisturbed)
     _say(f"undisturbed: {STEPS} steps, losses {undisturbed.losses()[1]:.4f} to {undisturbed.losses()[STEPS]:.4f}")
     broken = 0
@@ -213,6 +219,20 @@ def run_repetitions(repetitions: int, root: Path, generator: random.Random) -> i
             broken += 1
             _say(f"{number + 1}/{repetitions} {kill}: BROKEN: {error}; see {job.root}")
     return broken
+
+
+def _import_what_ranks_need() -> None:
+    """Import without running anything: threads do not survive a fork."""
+    from megatron_ads.runtime import cpu_compat
+
+    cpu_compat.install()
+    import_module("megatron_ads.training.sft")
+
+
+def _write_model_elsewhere(folder: Path) -> Path:
+    code = f"from tests.training.real_job import *; write_small_model(Path({str(folder)!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    return folder
 
 
 def _say(line: str) -> None:

@@ -18,7 +18,6 @@ def render(
     title: str, results: Sequence[RungResult], comparison: Comparison, limits: Limits, facts: Mapping[str, Any]
 ) -> str:
     """Return the page. ``facts`` are the rows of its last table."""
-    assert comparison.logits is not None
     sections = [
         _verdicts(results),
         _layers(comparison.layers, limits),

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.errors import DataError
 
 
@@ -14,21 +15,14 @@ def read_prompts(file: Path, folder: Path, *, most_tokens: int) -> list[Tensor]:
     Raises:
         DataError: If the file is missing or empty, or there is no tokenizer.
     """
-    from transformers import AutoTokenizer
-
     try:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
         raise DataError(f"--prompts {file} cannot be read: {error.strerror}.") from None
     if not lines:
         raise DataError(f"--prompts {file} holds no line of text; write one prompt a line.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{folder} has no tokenizer that transformers can load ({error}). Leave out --prompts for random tokens."
-        ) from None
-    return [torch.tensor(tokenizer(line)["input_ids"][:most_tokens], dtype=torch.long) for line in lines]
+    tokenizer = load_tokenizer(folder)
+    return [torch.tensor(tokenizer.encode(line)[:most_tokens], dtype=torch.long) for line in lines]
 
 
 def random_prompts(vocabulary: int, *, count: int, tokens: int, seed: int = 1) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """What a parity check found: plain records that become ``parity.json``."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -68,9 +68,9 @@ class RungResult:
     detail: str
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """Everything measured by streaming once through the layers."""
 
-    layers: list[LayerResult] = field(default_factory=list)
-    logits: LogitResult | None = None
+    layers: tuple[LayerResult, ...]
+    logits: LogitResult

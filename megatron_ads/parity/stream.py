@@ -49,11 +49,11 @@ class Stream:
         shape = self._source.shape
         tokens = [prompt.to(self._device) for prompt in prompts]
         theirs, ours = [self._reference.embed(row) for row in tokens], [self._embed(row) for row in tokens]
-        comparison = Comparison()
+        results: list[LayerResult] = []
 
         def add(layer: int, their_input: Rows, our_input: Rows) -> tuple[Rows, Rows]:
             result, their_output, our_output = self._layer(layer, tokens, their_input, our_input, layout)
-            comparison.layers.append(result)
+            results.append(result)
             advance(result)
             return their_output, our_output
 
@@ -61,10 +61,10 @@ class Stream:
             theirs, ours = add(layer, theirs, ours)
         norm = build_norm(self._source, "decoder.final_layernorm", self._settings).to(self._device)
         theirs, ours = [self._reference.final_norm(x) for x in theirs], [norm(x).detach() for x in ours]
-        comparison.logits = self._compare_logits(theirs, ours)
+        logits = self._compare_logits(theirs, ours)
         for layer in range(shape.num_layers, shape.num_layers + shape.mtp_layers):
             theirs, ours = add(layer, theirs, ours)
-        return comparison
+        return Comparison(tuple(results), logits)
 
     def _embed(self, tokens_S: Tensor) -> Tensor:
         return embedding(tokens_S.cpu(), self._source.read("embedding.word_embeddings.weight")).to(

@@ -1,0 +1,29 @@
+"""The page of a parity check."""
+
+from megatron_ads.config import Precision
+from megatron_ads.parity.limits import LIMITS
+from megatron_ads.parity.page import render
+from megatron_ads.parity.records import Comparison, RungResult
+from tests.parity.test_verdict import EXPERTS, LAYER, LOGITS, MTP
+
+COMPARISON = Comparison((LAYER, EXPERTS, MTP), LOGITS)
+
+
+def _page(passed: bool | None) -> str:
+    results = [RungResult(rung=3, name="logits", passed=passed, detail="layer <0>")]
+    return render("Parity of <model>", results, COMPARISON, LIMITS[Precision.fp32], {"precision": "fp32"})
+
+
+def test_the_page_has_three_pictures_and_escapes_what_it_is_given() -> None:
+    page = _page(True)
+    assert page.count("<svg") == 3
+    assert "&lt;model&gt;" in page
+    assert "layer &lt;0&gt;" in page
+    assert "<td>passed</td>" in page
+
+
+def test_a_failed_rung_is_the_headline() -> None:
+    page = _page(False)
+    assert "rung 3 failed" in page
+    assert "<td>FAILED</td>" in page
+    assert "not run" in _page(None)

@@ -1,0 +1,63 @@
+"""One result for each rung, from measurements made up by hand."""
+
+from dataclasses import replace
+
+from megatron_ads.config import Precision
+from megatron_ads.parity.limits import LIMITS
+from megatron_ads.parity.records import Comparison, Kind, LayerResult, LogitResult, RouterResult, RungResult
+from megatron_ads.parity.verdict import first_departure, rungs
+
+LIMIT = LIMITS[Precision.fp32]
+NAMES = RungResult(rung=1, name="names", passed=True, detail="")
+LAYER = LayerResult(
+    layer=0, kind=Kind.DENSE, difference=1e-7, carried=2e-7, largest=1e-6, changed_tensors=(), router=None, seconds=1.0
+)
+ROUTER = RouterResult(tokens=100, rerouted=0, near_ties=1, weight_difference=1e-7)
+EXPERTS = replace(LAYER, layer=1, kind=Kind.EXPERTS, router=ROUTER)
+MTP = replace(LAYER, layer=2, kind=Kind.MTP, router=ROUTER)
+LOGITS = LogitResult(tokens=100, max_abs_difference=1e-6, divergence=1e-9, agreement=1.0, by_position=(1e-7, 1e-6))
+
+
+def _passed(
+    *layers: LayerResult, logits: LogitResult = LOGITS, outside: tuple[str, ...] = ()
+) -> dict[int, bool | None]:
+    results = rungs(NAMES, Comparison(layers, logits), outside, LIMIT)
+    return {one.rung: one.passed for one in results}
+
+
+def test_a_right_checkpoint_passes_and_what_does_not_fit_has_no_verdict() -> None:
+    expected = {1: True, 2: True, 3: True, 4: True, 5: None, 6: True, 7: None, 8: None, 9: None, 10: None}
+    assert _passed(LAYER, EXPERTS, MTP) == expected
+
+
+def test_changed_bits_fail_the_round_trip_alone() -> None:
+    changed = replace(EXPERTS, changed_tensors=("decoder.layers.1.mlp.router.weight",))
+    assert [rung for rung, passed in _passed(LAYER, changed, MTP).items() if passed is False] == [2]
+    assert _passed(LAYER, EXPERTS, outside=("output_layer.weight",))[2] is False
+
+
+def test_the_first_layer_beyond_the_limit_is_named() -> None:
+    wrong = replace(EXPERTS, difference=1e-3)
+    results = rungs(NAMES, Comparison((LAYER, wrong, replace(wrong, layer=7)), LOGITS), (), LIMIT)
+    assert results[2].detail.startswith("layer 1 departs first, by 1.0e-03 of its size")
+    assert first_departure([LAYER, EXPERTS], LIMIT) is None
+
+
+def test_a_difference_that_is_not_a_number_fails() -> None:
+    assert _passed(replace(LAYER, difference=float("nan")), EXPERTS)[3] is False
+
+
+def test_a_large_divergence_fails_with_every_layer_right() -> None:
+    assert _passed(LAYER, EXPERTS, logits=replace(LOGITS, divergence=1e-3))[3] is False
+
+
+def test_tokens_sent_elsewhere_fail_the_router_and_near_ties_do_not() -> None:
+    elsewhere = replace(EXPERTS, router=replace(ROUTER, rerouted=1))
+    assert _passed(LAYER, elsewhere)[4] is False
+    assert _passed(LAYER, replace(EXPERTS, router=replace(ROUTER, near_ties=50)))[4] is True
+
+
+def test_an_error_of_the_mtp_layer_fails_its_rung_alone() -> None:
+    verdicts = _passed(LAYER, EXPERTS, replace(MTP, difference=1e-3))
+    assert [rung for rung, passed in verdicts.items() if passed is False] == [6]
+    assert _passed(LAYER, EXPERTS)[6] is None
