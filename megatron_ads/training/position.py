@@ -9,6 +9,7 @@ import torch.distributed as dist
 from conversion.sources import WeightSource
 from megatron_ads.config import SftConfig
 from megatron_ads.data.batches import BatchStream
+from megatron_ads.errors import CheckpointError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.observability.log import get_logger
 from megatron_ads.training import checkpoint
@@ -40,10 +41,15 @@ class Position:
         """Start where the latest complete checkpoint ends, or at step 0; a collective.
 
         Raises:
-            CheckpointError: If that checkpoint is damaged.
+            CheckpointError: If that checkpoint is damaged, or is there although it is not to be resumed from.
         """
         position = cls(step=0, config=config, model=model, stream=stream, layout=layout, source=source)
-        folder = _latest(Path(config.checkpoint.dir)) if config.checkpoint.resume else None
+        folder = _latest(Path(config.checkpoint.dir))
+        if folder is not None and not config.checkpoint.resume:
+            raise CheckpointError(
+                f"checkpoint.resume is false, but checkpoint.dir holds {folder}. Choose another folder, remove what is "
+                "there, or set checkpoint.resume=true to go on from it."
+            )
         if folder is not None:
             progress = checkpoint.load_checkpoint(folder, model.chunks, model.optimizer, layout)
             stream.load_state_dict(progress.data)

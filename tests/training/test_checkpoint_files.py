@@ -195,6 +195,23 @@ def test_complete_checkpoints_are_found_among_others(tmp_path: Path) -> None:
     assert run_ranks(1, _complete_steps, tmp_path / "absent") == [[]]
 
 
+def _start_afresh(recipe: Recipe) -> str:
+    from megatron_ads.training.position import Position
+
+    model, shards, source = start(recipe)
+    config = recipe.config()
+    config.checkpoint.resume = False
+    with pytest.raises(CheckpointError) as caught:
+        Position.resumed(config, model, None, shards.layout, source)
+    return str(caught.value)
+
+
+def test_a_fresh_start_refuses_a_folder_with_checkpoints_before_the_first_step(recipe: Recipe) -> None:
+    run_ranks(2, train_and_save, recipe)
+    for message in run_ranks(2, _start_afresh, recipe):
+        assert f"checkpoint.resume is false, but checkpoint.dir holds {recipe.checkpoints / 'step-00000001'}" in message
+
+
 # A full disk
 
 
