@@ -93,7 +93,7 @@ def _decisive(wanted: Wanted, offered: Offered) -> Iterator[tuple[str, str, str]
 
 
 def _compare(name: str, asked: str, given: str) -> str:
-    return f"{name}: asks {asked}, offers {given}, {'match' if asked == given else 'mismatch'}."
+    return f"{name}: {asked} vs {given} {'agree' if asked == given else 'differ'}."
 
 
 def generate_pairs(seed: int) -> Iterator[Pair]:

@@ -12,6 +12,7 @@ class Category:
     """One kind of product or service."""
 
     name: str
+    """One word: what reasoning calls it."""
     asked_as: tuple[str, ...]
     """How a searcher words it."""
     offered_as: tuple[str, ...]
@@ -34,24 +35,22 @@ class Text(StrEnum):
 
 
 CATEGORIES = (
-    Category(
-        "running shoes", ("running shoes", "jogging sneakers", "shoes for a marathon"), ("Road Runner", "Race Trainers")
-    ),
+    Category("shoes", ("running shoes", "jogging sneakers", "shoes for a marathon"), ("Road Runner", "Race Trainers")),
     Category("laptops", ("laptop", "notebook computer", "portable pc"), ("Ultrabook 14", "Slim Laptop")),
     Category("hotels", ("hotel", "place to stay", "room for two nights"), ("City Hotel", "Boutique Suites")),
-    Category("coffee makers", ("coffee maker", "espresso machine", "drip brewer"), ("Barista One", "Morning Brewer")),
+    Category("coffee", ("coffee maker", "espresso machine", "drip brewer"), ("Barista One", "Morning Brewer")),
     Category("sofas", ("sofa", "couch", "living room seating"), ("Corner Sofa", "Sleeper Couch")),
     Category("headphones", ("headphones", "earbuds", "wireless headset"), ("Studio Earphones", "Quiet Headset")),
-    Category("car insurance", ("car insurance", "auto policy", "motor cover"), ("Drive Cover", "Auto Insurance")),
-    Category("yoga mats", ("yoga mat", "pilates mat", "exercise mat"), ("Balance Mat", "Studio Mat")),
-    Category("dog food", ("dog food", "puppy kibble", "food for my dog"), ("Happy Paws Kibble", "Canine Dinner")),
+    Category("insurance", ("car insurance", "auto policy", "motor cover"), ("Drive Cover", "Auto Insurance")),
+    Category("mats", ("yoga mat", "pilates mat", "exercise mat"), ("Balance Mat", "Studio Mat")),
+    Category("kibble", ("dog food", "puppy kibble", "food for my dog"), ("Happy Paws Kibble", "Canine Dinner")),
     Category("phones", ("smartphone", "mobile phone", "android handset"), ("Pocket Phone", "Photo Smartphone")),
     Category("tents", ("camping tent", "tent for four", "hiking shelter"), ("Trail Tent", "Dome Shelter")),
-    Category("pizza delivery", ("pizza delivery", "order a pizza", "pizza tonight"), ("Stone Oven Pizza", "Pizza Box")),
+    Category("pizza", ("pizza delivery", "order a pizza", "pizza tonight"), ("Stone Oven Pizza", "Pizza Box")),
     Category("dentists", ("dentist", "teeth cleaning", "dental clinic"), ("Bright Smile Clinic", "Family Dental")),
     Category("watches", ("wrist watch", "chronograph", "watch for a gift"), ("Classic Timepiece", "Steel Chrono")),
-    Category("garden tools", ("garden tools", "hedge trimmer", "spade and rake"), ("Green Thumb Kit", "Hedge Cutter")),
-    Category("baby strollers", ("baby stroller", "pushchair", "buggy for twins"), ("City Pram", "Travel Buggy")),
+    Category("tools", ("garden tools", "hedge trimmer", "spade and rake"), ("Green Thumb Kit", "Hedge Cutter")),
+    Category("strollers", ("baby stroller", "pushchair", "buggy for twins"), ("City Pram", "Travel Buggy")),
 )
 BRANDS = ("Norvik", "Altea", "Bramble", "Corvid", "Dunmore", "Elsinor", "Fjord", "Gantry")
 PLACES = ("Boston", "Austin", "Denver", "Seattle", "Chicago", "Miami", "Dublin", "Leeds")

@@ -53,14 +53,14 @@ def test_target_carries_the_label_after_reasoning():
 @pytest.mark.parametrize(
     ("wanted", "offered", "label", "last_step"),
     [
-        (Wanted(SHOES), Offered(SHOES, "Norvik", Price.cheap, "Leeds"), Label.good, "match."),
-        (Wanted(SHOES), Offered(HOTELS, "Norvik", Price.cheap, "Leeds"), Label.bad, "mismatch."),
+        (Wanted(SHOES), Offered(SHOES, "Norvik", Price.cheap, "Leeds"), Label.good, "agree."),
+        (Wanted(SHOES), Offered(HOTELS, "Norvik", Price.cheap, "Leeds"), Label.bad, "differ."),
         (Wanted(SHOES), Offered(SHOES, "Norvik", Price.cheap, "Leeds", Text.spam), Label.bad, "Text: spam."),
-        (Wanted(SHOES), Offered(SHOES, "Norvik", Price.cheap, "Leeds", Text.misspelt), Label.fair, "match."),
-        (Wanted(SHOES, place="Leeds"), Offered(SHOES, "Norvik", Price.cheap, "Miami"), Label.bad, "mismatch."),
-        (Wanted(SHOES, brand="Fjord"), Offered(SHOES, "Norvik", Price.cheap, "Leeds"), Label.fair, "mismatch."),
-        (Wanted(SHOES, price=Price.premium), Offered(SHOES, "Fjord", Price.cheap, "Leeds"), Label.fair, "mismatch."),
-        (Wanted(SHOES, brand="Fjord"), Offered(HOTELS, "Norvik", Price.cheap, "Leeds"), Label.bad, "mismatch."),
+        (Wanted(SHOES), Offered(SHOES, "Norvik", Price.cheap, "Leeds", Text.misspelt), Label.fair, "agree."),
+        (Wanted(SHOES, place="Leeds"), Offered(SHOES, "Norvik", Price.cheap, "Miami"), Label.bad, "differ."),
+        (Wanted(SHOES, brand="Fjord"), Offered(SHOES, "Norvik", Price.cheap, "Leeds"), Label.fair, "differ."),
+        (Wanted(SHOES, price=Price.premium), Offered(SHOES, "Fjord", Price.cheap, "Leeds"), Label.fair, "differ."),
+        (Wanted(SHOES, brand="Fjord"), Offered(HOTELS, "Norvik", Price.cheap, "Leeds"), Label.bad, "differ."),
     ],
     ids=["all", "category", "spam", "misspelt", "place", "brand", "price", "category-before-brand"],
 )

@@ -1,0 +1,73 @@
+"""Sources of a recipe, split over all of them and tokenized; what is left out is counted."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_ads.config import DataConfig, SourceConfig, SourceKind
+from megatron_ads.data.corpus import LeftOut, read_corpus, tokenize, tokenize_training
+from megatron_ads.data.sources import describe_source, read_source
+from megatron_ads.errors import DataError
+from tests.data.tokenizers import tokenizer_in
+
+BUILTIN = SourceConfig(kind=SourceKind.builtin, rows=300)
+
+
+def own_rows(file: Path, queries: list[str]) -> SourceConfig:
+    lines = [
+        json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "a"}], "group": q})
+        for q in queries
+    ]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return SourceConfig(kind=SourceKind.jsonl, path=str(file), weight=2.0)
+
+
+def test_a_query_of_two_sources_is_on_one_side(tmp_path: Path):
+    built_in = read_source(BUILTIN, seed=0)
+    own = own_rows(tmp_path / "own.jsonl", sorted({row.group for row in built_in}))
+    corpus = read_corpus(DataConfig(sources=[BUILTIN, own], validation_rows=60))
+    assert len(corpus.validation) == 60
+    held_out = {row.group for row in corpus.validation}
+    assert {row.task for row in corpus.validation} == {"query_ad_relevance", "chat"}
+    for rows in corpus.training:
+        assert rows
+        assert held_out.isdisjoint(row.group for row in rows)
+    assert corpus.weights == [1.0, 2.0]
+
+
+def test_rows_that_do_not_fit_or_have_no_weight_are_counted(tmp_path: Path):
+    tokenizer = tokenizer_in(tmp_path)
+    rows = read_source(BUILTIN, seed=0)
+    everything = tokenize(rows, tokenizer, seq_length=512)
+    assert (len(everything.rows), everything.left_out.total()) == (300, 0)
+    median = sorted(row.predictions for row in everything.rows)[150]
+    rows[0] = replace(rows[0], weight=0.0)
+    some = tokenize(rows, tokenizer, seq_length=median)
+    assert some.left_out[LeftOut.zero_weight] == 1
+    assert 100 < some.left_out[LeftOut.longer_than_seq_length] < 150
+    assert len(some.rows) + some.left_out.total() == 300
+    assert max(row.predictions for row in some.rows) == median
+
+
+def test_a_source_of_which_nothing_fits_is_named(tmp_path: Path):
+    corpus = read_corpus(DataConfig(sources=[BUILTIN]))
+    with pytest.raises(DataError, match=r"None of the 300 training rows of built-in .*seq_length = 8\."):
+        tokenize_training(corpus, tokenizer_in(tmp_path), seq_length=8)
+
+
+def test_training_sources_keep_weight_and_name(tmp_path: Path):
+    sources, left_out = tokenize_training(
+        read_corpus(DataConfig(sources=[BUILTIN], validation_rows=50)), tokenizer_in(tmp_path), seq_length=256
+    )
+    assert [(source.weight, source.name) for source in sources] == [(1.0, "built-in query-ad pairs")]
+    assert left_out.total() == 0
+
+
+def test_sources_are_described_for_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MEGATRON_ADS_DATA", "/data")
+    assert describe_source(SourceConfig(kind=SourceKind.esci)) == (
+        "ESCI query-product pairs (/data/esci_us/pairs.jsonl)"
+    )
+    assert describe_source(own_rows(tmp_path / "own.jsonl", ["q"])) == f"chat rows ({tmp_path}/own.jsonl)"

@@ -1,0 +1,105 @@
+"""Real query-product pairs: records become rows; the real file is used where it is."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ads.data.esci import DATA_ROOT, FILE, esci_file, esci_rows, reason
+from megatron_ads.data.split import split_by_group
+from megatron_ads.errors import DataError
+from megatron_ads.tasks.relevance import Ad, Judgement, Label, parse
+
+RECORD: dict[str, Any] = {
+    "query": "red dog bowl",
+    "asin": "B01",
+    "esci": "S",
+    "title": "Folding Bowls for Dogs",
+    "brand": "Acme",
+    "category": ["Pet Supplies", "Travel Bowls"],
+}
+
+
+def write(folder: Path, *records: dict[str, Any]) -> Path:
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return file
+
+
+def test_a_record_becomes_a_row(tmp_path: Path):
+    (row,) = esci_rows(write(tmp_path, RECORD))
+    assert (row.id, row.group, row.label) == ("red dog bowl/B01", "red dog bowl", "Fair")
+    assert row.prompt[0].content.splitlines()[1:] == [
+        "Query: red dog bowl",
+        "Ad: Folding Bowls for Dogs",
+        "Seller: Acme",
+        "Text: Travel Bowls",
+    ]
+    # dog ~ Dogs, bowl ~ Bowls; red is nowhere.
+    assert row.target == (
+        "<think>Found: dog, bowl. Missing: red. Kind: Travel Bowls. It could serve instead, or along with it.</think>"
+        "<Label>Fair</Label>"
+    )
+
+
+@pytest.mark.parametrize(("judgment", "label"), [("E", "Good"), ("S", "Fair"), ("C", "Fair"), ("I", "Bad")])
+def test_judgments_map_to_three_labels(tmp_path: Path, judgment: str, label: str):
+    (row,) = esci_rows(write(tmp_path, RECORD | {"esci": judgment}))
+    assert row.label == label
+
+
+def test_reasoning_says_none_where_nothing_was_found_or_is_missing():
+    assert reason("lamp", Ad("Sofa"), Label.bad) == "Found: none. Missing: lamp. It is something else."
+    assert reason("sofa", Ad("Sofa"), Label.good) == "Found: sofa. Missing: none. It is what the query asks for."
+
+
+def test_long_titles_are_cut_at_a_word(tmp_path: Path):
+    (row,) = esci_rows(write(tmp_path, RECORD | {"title": "abcdefghi " * 20}))
+    title = row.prompt[0].content.splitlines()[2].removeprefix("Ad: ")
+    assert len(title) <= 100
+    assert set(title.split()) == {"abcdefghi"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"esci": "X"}, "row 2: esci is 'X'; known: E, S, C, I"),
+        ({"query": " "}, "row 2: query is ' '"),
+        ({"title": None}, "row 2: title is None"),
+        ({"category": "Pets"}, "row 2: brand is 'Acme' and category 'Pets'"),
+    ],
+)
+def test_a_record_that_cannot_be_used_is_named(tmp_path: Path, change: dict[str, Any], message: str):
+    with pytest.raises(DataError, match=message):
+        esci_rows(write(tmp_path, RECORD, RECORD | change))
+
+
+def test_limit_reads_no_further(tmp_path: Path):
+    assert len(esci_rows(write(tmp_path, RECORD, RECORD, {}), limit=2)) == 2
+
+
+def test_the_file_is_the_given_path_or_below_the_data_root(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(DATA_ROOT, "/data")
+    assert esci_file(None) == Path("/data/esci_us/pairs.jsonl")
+    assert esci_file("/elsewhere") == Path("/elsewhere/pairs.jsonl")
+    assert esci_file("/elsewhere/mine.jsonl") == Path("/elsewhere/mine.jsonl")
+    monkeypatch.delenv(DATA_ROOT)
+    with pytest.raises(DataError, match="Set MEGATRON_ADS_DATA"):
+        esci_file(None)
+
+
+REAL = Path(os.environ.get(DATA_ROOT, "")) / FILE
+
+
+@pytest.mark.skipif(
+    not (os.environ.get(DATA_ROOT) and REAL.exists()), reason=f"{DATA_ROOT} names no folder with {FILE}"
+)
+def test_the_real_pairs_are_all_read_and_split_by_query():
+    rows = esci_rows(REAL)
+    assert len(rows) > 1000
+    assert {row.label for row in rows} == set(Label)
+    assert all(isinstance(parse(row.target), Judgement) for row in rows)
+    split = split_by_group(rows, validation_rows=256, seed=0)
+    assert {row.group for row in split.training}.isdisjoint(row.group for row in split.validation)

@@ -1,0 +1,116 @@
+"""Chat rows of one's own: what is accepted, and what each mistake is called."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ads.data import jsonl
+from megatron_ads.data.jsonl import jsonl_rows, parse_row, read_objects
+from megatron_ads.data.rows import Role
+from megatron_ads.errors import DataError
+
+USER = {"role": "user", "content": "question"}
+ASSISTANT = {"role": "assistant", "content": "<think>Because.</think>answer"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def write(folder: Path, *rows: Any) -> Path:
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def test_a_full_row_is_read_as_it_stands(tmp_path: Path):
+    named = {"id": "r1", "task": "relevance", "group": "q", "label": "Good", "weight": 0.5}
+    full = named | {"messages": [SYSTEM, USER, ASSISTANT]}
+    (row,) = jsonl_rows(write(tmp_path, full))
+    assert (row.id, row.task, row.weight, row.group, row.label) == ("r1", "relevance", 0.5, "q", "Good")
+    assert [message.role for message in row.messages] == [Role.system, Role.user, Role.assistant]
+    assert row.target == "<think>Because.</think>answer"
+
+
+def test_only_messages_are_required(tmp_path: Path):
+    (row,) = jsonl_rows(write(tmp_path, {"messages": [USER, ASSISTANT]}))
+    assert (row.id, row.task, row.weight, row.group, row.label) == ("rows.jsonl-1", "chat", 1.0, "", None)
+
+
+def test_limit_reads_no_further(tmp_path: Path):
+    file = write(tmp_path, {"messages": [USER, ASSISTANT]}, {"messages": [USER, ASSISTANT]}, {"broken": 1})
+    assert len(jsonl_rows(file, limit=2)) == 2
+
+
+def test_empty_lines_are_skipped_and_counted_in_row_numbers(tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"a": 1}\n\n{"b": 2}\n', encoding="utf-8")
+    assert list(read_objects(file)) == [(1, {"a": 1}), (3, {"b": 2})]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "messages must be a list"),
+        ({"messages": [USER]}, "at least two"),
+        ({"messages": "hello"}, "messages must be a list"),
+        ({"messages": [USER, USER]}, "the last message is the user's"),
+        ({"messages": [ASSISTANT, USER, ASSISTANT]}, "the first message is the assistant's"),
+        ({"messages": [USER, USER, ASSISTANT]}, r"messages\[1\] is the user's after the user's"),
+        ({"messages": [USER, SYSTEM, ASSISTANT]}, r"messages\[1\] is the system's after the user's"),
+        ({"messages": [USER, {"role": "assistant"}]}, r"messages\[1\] must have exactly the fields"),
+        ({"messages": [USER, {"role": "bot", "content": "x"}]}, r"messages\[1\]\.role is 'bot'"),
+        ({"messages": [{"role": "user", "content": " "}, ASSISTANT]}, r"messages\[0\]\.content is ' '"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, r"messages\[1\]\.content is None"),
+        ({"messages": [USER, ASSISTANT], "wieght": 1}, "unknown field 'wieght'; known: .*weight"),
+        ({"messages": [USER, ASSISTANT], "weight": -1}, "weight is -1"),
+        ({"messages": [USER, ASSISTANT], "weight": float("nan")}, "weight is nan"),
+        ({"messages": [USER, ASSISTANT], "weight": True}, "weight is True"),
+        ({"messages": [USER, ASSISTANT], "weight": "1"}, "weight is '1'"),
+        ({"messages": [USER, ASSISTANT], "id": None}, "id is None"),
+        ({"messages": [USER, ASSISTANT], "label": 2}, "label is 2"),
+    ],
+)
+def test_each_mistake_is_named(fields: dict[str, Any], message: str):
+    with pytest.raises(DataError, match=message):
+        parse_row(fields, default_id="r")
+
+
+def test_errors_carry_file_and_row_number(tmp_path: Path):
+    file = write(tmp_path, {"messages": [USER, ASSISTANT]}, {"messages": [USER]})
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 2: messages must"):
+        jsonl_rows(file)
+
+
+def test_a_repeated_id_names_both_rows(tmp_path: Path):
+    row = {"id": "same", "messages": [USER, ASSISTANT]}
+    with pytest.raises(DataError, match=r"row 3: id 'same' was row 1's"):
+        jsonl_rows(write(tmp_path, row, {"messages": [USER, ASSISTANT]}, row))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"id": \n', "row 2: not JSON"),
+        (b"[1, 2]\n", "row 2: a list, not an object"),
+        (b'{"id": "\xff"}\n', "row 2: not UTF-8 at byte 8"),
+    ],
+    ids=["cut", "list", "latin-1"],
+)
+def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, line: bytes, message: str):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"a": 1}\n' + line)
+    with pytest.raises(DataError, match=message):
+        list(read_objects(file))
+
+
+def test_a_huge_line_is_refused_without_reading_it_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1000)
+    with pytest.raises(DataError, match="row 1: longer than 1,000 bytes"):
+        list(read_objects(write(tmp_path, {"a": "x" * 2000})))
+
+
+def test_a_missing_or_empty_file_is_named(tmp_path: Path):
+    with pytest.raises(DataError, match="is not a file"):
+        jsonl_rows(tmp_path / "absent.jsonl")
+    with pytest.raises(DataError, match="holds no rows"):
+        jsonl_rows(write(tmp_path))
