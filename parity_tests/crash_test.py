@@ -230,8 +230,8 @@ def _import_what_ranks_need() -> None:
 
 
 def _write_model_elsewhere(folder: Path) -> Path:
-    code = f"from tests.training.real_job import *; write_small_model(Path({str(folder)!r}))"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    code = "import sys; from tests.training.real_job import write_small_model; write_small_model(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(folder.absolute())], check=True, cwd=ROOT)
     return folder
 
 
