@@ -7,8 +7,8 @@ fork of the caller's process. They leave when their parent is gone.
 import ctypes
 import multiprocessing
 import os
+import select
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -46,7 +46,9 @@ def run_all(
     context.set_forkserver_preload(["conversion.execute", "conversion.verify"])
     counter = context.Value(ctypes.c_longlong, 0)
     workers = min(workers, len(pieces))
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(counter,)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(counter, os.getpid())
+    ) as pool:
         pending: set[Future[Result]] = {pool.submit(_call, function, piece) for piece in pieces}
         try:
             yield from _results(pending, counter, advance)
@@ -72,17 +74,16 @@ def _results(pending: set[Future[Result]], counter: "Synchronized[int]", advance
             yield future.result()
 
 
-def _start_worker(counter: "Synchronized[int]") -> None:
+def _start_worker(counter: "Synchronized[int]", caller: int) -> None:
     global _counter
     _counter = counter
     torch.set_num_threads(1)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_leave_with, args=(os.pidfd_open(caller),), daemon=True).start()
 
 
-def _leave_with_parent() -> None:
-    parent = os.getppid()  # the process workers are forked from, which leaves when the caller is gone
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _leave_with(caller: int) -> None:
+    """Wait for the process behind a file descriptor to end, then end this one."""
+    select.select([caller], [], [])
     os._exit(1)
 
 
