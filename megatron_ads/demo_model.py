@@ -256,7 +256,7 @@ def _write_weights(folder: Path, tensors: "Iterator[tuple[str, Tensor]]") -> Non
         files[-1][name] = tensor.contiguous()
         filled += tensor.nbytes
         total += tensor.nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, content in enumerate(files, 1):
         file = f"model-{number:05d}-of-{len(files):06d}.safetensors"
         save_file(content, folder / file, metadata={"format": "pt"})

@@ -78,10 +78,9 @@ def judge(wanted: Wanted, offered: Offered) -> tuple[Label, str]:
         if asked != given:
             return Label.bad, " ".join(steps)
     label = Label.good if offered.text is Text.clean else Label.fair
-    for name, asked, given in (("Brand", wanted.brand, offered.brand), ("Price", wanted.price, offered.price)):
-        if asked is not None:
-            steps.append(_compare(name, asked, given))
-            label = label if asked == given else Label.fair
+    for name, asked, given in _desirable(wanted, offered):
+        steps.append(_compare(name, asked, given))
+        label = label if asked == given else Label.fair
     return label, " ".join(steps)
 
 
@@ -90,6 +89,14 @@ def _decisive(wanted: Wanted, offered: Offered) -> Iterator[tuple[str, str, str]
     yield "Category", wanted.category.name, offered.category.name
     if wanted.place is not None:
         yield "Place", wanted.place, offered.place
+
+
+def _desirable(wanted: Wanted, offered: Offered) -> Iterator[tuple[str, str, str]]:
+    """Yield what should agree: name, asked, offered."""
+    if wanted.brand is not None:
+        yield "Brand", wanted.brand, offered.brand
+    if wanted.price is not None:
+        yield "Price", wanted.price, offered.price
 
 
 def _compare(name: str, asked: str, given: str) -> str:

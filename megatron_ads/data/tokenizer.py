@@ -24,7 +24,8 @@ class ChatTokenizer:
     @property
     def size(self) -> int:
         """One more than the highest token id."""
-        return max(self.fast.get_vocab().values()) + 1
+        vocabulary: dict[str, int] = self.fast.get_vocab()
+        return max(vocabulary.values()) + 1
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of ``text``, with no begin or end token added."""
