@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_ads.rehearsal.announce import Announcements
     from megatron_ads.rehearsal.facts import gather_facts
     from megatron_ads.rehearsal.folder import RehearsalFolder
+    from megatron_ads.rehearsal.job import termination_as_interrupt
     from megatron_ads.rehearsal.plan import make_plan
     from megatron_ads.rehearsal.stages import run_stages
 
@@ -47,11 +48,12 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(
         folder,
         overrides=_overrides(args, data),
-        identity={"revision": machine["revision"], "versions": machine["versions"], "data": data},
+        identity={"code": _code(), "versions": machine["versions"], "data": data},
     )
     print(f"quickstart: on {data['description']}; everything goes to {folder.root}")
     announcements = Announcements(plan.commands)
-    records = run_stages(plan.stages, folder.root, announcements)
+    with termination_as_interrupt():
+        records = run_stages(plan.stages, folder.root, announcements)
     metrics = read_metrics(folder.run)
     facts = gather_facts(folder, plan.stages, records, metrics, config=plan.config, data=data, provenance=machine)
     write_report(folder.root, content.page(facts, metrics), facts)
@@ -80,6 +82,15 @@ def describe_data() -> dict[str, Any]:
         "path": str(file),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
+
+
+def _code() -> str:
+    """Return a digest of everything of ours that a stage runs."""
+    import conversion
+    from megatron_ads.observability.provenance import code_digest
+    from megatron_ads.recipe_files import recipes_folder
+
+    return code_digest(Path(__file__).parent, Path(conversion.__file__).parent, recipes_folder())
 
 
 def _overrides(args: argparse.Namespace, data: dict[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """Where a number came from: the machine, the versions and the revision of the code, written next to every result."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -58,6 +59,16 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def code_digest(*folders: Path) -> str:
+    """Return a digest of every Python file and recipe below ``folders``: it changes when the code does, git or not."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(path for pattern in ("*.py", "*.yaml") for path in folder.rglob(pattern)):
+            digest.update(f"{file.relative_to(folder)}\0{file.stat().st_size}\0".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 @cache

@@ -6,8 +6,10 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Self, TextIO
 
 from megatron_ads.errors import MegatronAdsError
@@ -50,6 +52,7 @@ def run_job(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            close_fds=False,  # what this process marked inheritable, the folder's lock, is the job's too
             preexec_fn=_end_with_parent,
         )
         try:
@@ -97,6 +100,20 @@ class MetricsFollower:
     def __exit__(self, *_: object) -> None:
         if self._progress is not None:
             self._progress.close()
+
+
+@contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, so that jobs are ended and not left behind."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _end_with_parent() -> None:

@@ -37,7 +37,7 @@ def make_plan(folder: RehearsalFolder, *, overrides: Sequence[str], identity: Ma
     Args:
         folder: Where everything goes.
         overrides: Settings that replace the recipe's, ``train.steps=100``.
-        identity: JSON values outside the recipe that decide the result: code revision, data fingerprint.
+        identity: JSON values outside the recipe that decide the result: code and data digests, versions.
 
     Raises:
         ConfigError: If the recipe with these settings does not compose.

@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from megatron_ads.errors import ConfigError
 
 RECORDS = "stages"
+WAIT_SECONDS = 60.0
+"""How long to wait for an earlier process to leave the folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,16 +139,27 @@ def _run(stage: Stage, folder: Path, fingerprint: str) -> StageRecord:
 
 @contextmanager
 def _sole_use(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process; the lock ends with the process, however it ends."""
+    """Hold ``folder`` for this process and the jobs it starts; the lock ends with them, however they end.
+
+    A job that was interrupted a moment ago may still be saving: it is waited for.
+    """
     _make_folder(folder)
     with (folder / RECORDS / "lock").open("w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another process is at work in {folder}; wait for it, or choose another --out."
-            ) from None
+        os.set_inheritable(lock.fileno(), True)
+        give_up = time.monotonic() + WAIT_SECONDS
+        while not _locked(lock):
+            if time.monotonic() > give_up:
+                raise ConfigError(f"another process is at work in {folder}; wait for it, or choose another --out.")
+            time.sleep(0.2)
         yield
+
+
+def _locked(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _make_folder(folder: Path) -> None:

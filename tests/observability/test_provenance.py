@@ -3,7 +3,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from megatron_ads.observability.provenance import git_revision, provenance
+from megatron_ads.observability.provenance import code_digest, git_revision, provenance
 
 
 def _git(folder: Path, *arguments: str) -> str:
@@ -38,6 +38,18 @@ def test_the_revision_tells_a_changed_checkout_from_a_clean_one(tmp_path: Path) 
     (tmp_path / "file").write_text("2")
     git_revision.cache_clear()
     assert git_revision(tmp_path) == f"{commit}-dirty"
+
+
+def test_the_code_digest_changes_with_the_code_and_with_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "code.py").write_text("1")
+    before = code_digest(tmp_path)
+    (tmp_path / "README.md").write_text("words")
+    assert code_digest(tmp_path) == before
+    (tmp_path / "a" / "code.py").write_text("2")
+    changed = code_digest(tmp_path)
+    (tmp_path / "a" / "code.py").rename(tmp_path / "code.py")
+    assert len({before, changed, code_digest(tmp_path)}) == 3
 
 
 def test_outside_a_checkout_there_is_no_revision(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ TRAINED = [
         (["train.steps=20"], {}, TRAINED),
         (["optim.learning_rate=0.1"], {}, TRAINED),
         (["data.seed=9"], {}, ["evaluate-before", *TRAINED]),
-        ([], {"revision": "another"}, BEFORE + TRAINED),
+        ([], {"code": "another"}, BEFORE + TRAINED),
     ],
     ids=["nothing changed", "steps", "learning rate", "data", "code"],
 )
@@ -68,8 +68,8 @@ def test_a_second_run_redoes_what_depends_on_what_changed(
     identity: dict[str, str],
     redone: list[str],
 ) -> None:
-    assert _what_runs(_plan(tmp_path, revision="one"), tmp_path, capsys) == BEFORE + TRAINED
-    second = _plan(tmp_path, *overrides, **{"revision": "one", **identity})
+    assert _what_runs(_plan(tmp_path, code="one"), tmp_path, capsys) == BEFORE + TRAINED
+    second = _plan(tmp_path, *overrides, **{"code": "one", **identity})
     assert _what_runs(second, tmp_path, capsys) == redone
 
 

@@ -1,5 +1,6 @@
 import fcntl
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_ads.errors import ConfigError
+from megatron_ads.rehearsal import stages
 from megatron_ads.rehearsal.stages import Stage, StageRecord, run_stages
 
 
@@ -51,15 +53,15 @@ def _run(folder: Path, *stages: Stage) -> tuple[list[str], dict[str, StageRecord
 
 
 def test_complete_stages_are_not_done_again(tmp_path: Path) -> None:
-    stages = [_stage(tmp_path, "a"), _stage(tmp_path, "b", after=("a",))]
-    assert _run(tmp_path, *stages)[0] == ["run a 1/2", "run b 2/2"]
-    seen, records = _run(tmp_path, *stages)
+    both = [_stage(tmp_path, "a"), _stage(tmp_path, "b", after=("a",))]
+    assert _run(tmp_path, *both)[0] == ["run a 1/2", "run b 2/2"]
+    seen, records = _run(tmp_path, *both)
     assert seen == ["reuse a 1/2", "reuse b 2/2"]
     assert records["b"].result == {"lines": 1}
 
 
 def test_a_changed_setting_redoes_what_depends_on_it_and_nothing_else(tmp_path: Path) -> None:
-    def stages(steps: int) -> list[Stage]:
+    def four(steps: int) -> list[Stage]:
         return [
             _stage(tmp_path, "model"),
             _stage(tmp_path, "before", after=("model",)),
@@ -67,8 +69,8 @@ def test_a_changed_setting_redoes_what_depends_on_it_and_nothing_else(tmp_path: 
             _stage(tmp_path, "after", after=("train",)),
         ]
 
-    _run(tmp_path, *stages(10))
-    seen, records = _run(tmp_path, *stages(20))
+    _run(tmp_path, *four(10))
+    seen, records = _run(tmp_path, *four(20))
     assert seen == ["reuse model 1/4", "reuse before 2/4", "run train 3/4", "run after 4/4"]
     assert records["train"].result == {"lines": 1}  # the old output was removed first
 
@@ -122,12 +124,23 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
         _run(tmp_path, _stage(tmp_path, "a"))
 
 
-def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
+def test_two_processes_do_not_work_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "WAIT_SECONDS", 0.1)
     (tmp_path / "stages").mkdir()
     with (tmp_path / "stages" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="another process is at work"):
             _run(tmp_path, _stage(tmp_path, "a"))
+
+
+def test_a_process_that_is_about_to_leave_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "stages").mkdir()
+    with (tmp_path / "stages" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        leaving = threading.Timer(0.3, fcntl.flock, (lock, fcntl.LOCK_UN))
+        leaving.start()
+        assert _run(tmp_path, _stage(tmp_path, "a"))[0] == ["run a 1/1"]
+        leaving.join()
 
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
