@@ -1,22 +1,25 @@
-"""Time a training step of one process against transformers: same model, weights, batch and threads.
+"""Time a training step of one process against transformers: same model, weights, samples and threads.
 
-    python -m benchmarks.step_time [--rounds 15] [--rows 4] [--seq-length 256] [--threads 2] [--out step_time.json]
+    python -m benchmarks.step_time [--rounds 15] [--threads 2] [--out step_time.json]
 
-Ours is the project's own step: Megatron-Core model with grouped experts, gradient buffers, optimizer chain. The other
-side is ``DeepseekV3ForCausalLM`` as transformers builds it, with ``torch.optim.AdamW``. The steps alternate, so that a
-machine that speeds up or slows down does so for both. The first losses must agree, or nothing is reported.
+Two batches of 1024 tokens: ``full`` has four samples of 256 tokens; ``mixed`` has samples of many lengths, as
+fine-tuning data does, which transformers pads to the longest and this project packs. Ours is the project's own step:
+Megatron-Core model with grouped experts, gradient buffers, optimizer chain. The other side is
+``DeepseekV3ForCausalLM`` as transformers builds it, with ``torch.optim.AdamW``. Steps alternate, so that a machine that
+speeds up or slows down does so for both. The first losses must agree, or nothing is timed.
 """
 
 import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,24 +49,16 @@ CONFIG: dict[str, Any] = {
 }
 """18 M parameters: six layers, the last four with 16 experts, routed as in DeepSeek-V3."""
 LEARNING_RATE = 1e-4
+SIDES = ("megatron_ads", "transformers")
 LOSS_TOLERANCE = 1e-5
 """Relative, of the first step: the same function of the same weights."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Workload:
-    """What one step is given."""
-
-    rows: int
-    seq_length: int
-    threads: int
-    rounds: int
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in one step."""
-        return self.rows * self.seq_length
-
+BATCHES: dict[str, tuple[int, ...]] = {
+    "full": (256, 256, 256, 256),
+    "mixed": (256, 190, 141, 122, 95, 81, 60, 47, 32),
+}
+"""Lengths of the samples in each batch, in tokens; both have 1024."""
 
 Step = Callable[[], float]
 """Runs one training step and returns its loss in nats per token."""
@@ -72,18 +67,16 @@ Step = Callable[[], float]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; exit status 1 if the two sides do not compute the same."""
     arguments = _parse(argv)
-    workload = Workload(
-        rows=arguments.rows, seq_length=arguments.seq_length, threads=arguments.threads, rounds=arguments.rounds
-    )
-    os.environ["OMP_NUM_THREADS"] = str(workload.threads)  # read when torch is imported
-    steps, losses, parameters = _build(workload)
-    ours, theirs = losses
-    if abs(ours - theirs) > LOSS_TOLERANCE * abs(theirs):
-        print(f"the first losses differ: ours {ours:.7f}, transformers {theirs:.7f}; nothing was timed", file=sys.stderr)
-        return 1
-    seconds = _time_alternately(steps, workload.rounds)
-    report = _report(workload, parameters, losses, seconds)
-    _print(report)
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # read when torch is imported
+    report = {"threads": arguments.threads, "rounds": arguments.rounds, **_machine(), "batches": {}}
+    for name, (steps, parameters) in _build(arguments.threads).items():
+        ours, theirs = (step() for step in steps)
+        if abs(ours - theirs) > LOSS_TOLERANCE * abs(theirs):
+            print(f"{name}: the first losses differ, {ours:.7f} and {theirs:.7f}; not timed", file=sys.stderr)
+            return 1
+        figures = _figures(_time_alternately(steps, arguments.rounds), tokens=sum(BATCHES[name]))
+        report["batches"][name] = {"parameters": parameters, "samples": BATCHES[name], **figures}
+        _print(name, figures)
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
@@ -92,42 +85,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each side (default 15)")
-    parser.add_argument("--rows", type=int, default=4, help="rows in a batch (default 4)")
-    parser.add_argument("--seq-length", type=int, default=256, help="tokens in a row (default 256)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side (default 2)")
     parser.add_argument("--out", type=Path, help="file to write the figures to, as JSON")
     return parser.parse_args(argv)
 
 
-def _build(workload: Workload) -> tuple[tuple[Step, Step], tuple[float, float], int]:
-    """Return both sides' steps, their first losses, and the number of parameters."""
+def _build(threads: int) -> dict[str, tuple[tuple[Step, Step], int]]:
+    """Return, for each batch, our step and theirs on equal models, and the number of parameters."""
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    torch.set_num_threads(workload.threads)
-    torch.manual_seed(0)
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**CONFIG)).float().train()
-    tokens_BS = torch.randint(0, CONFIG["vocab_size"], (workload.rows, workload.seq_length))
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        ours = our_step(Path(folder), tokens_BS)
-    theirs = transformers_step(model, tokens_BS)
-    return (ours, theirs), (ours(), theirs()), sum(parameter.numel() for parameter in model.parameters())
-
-
-def our_step(folder: Path, tokens_BS: Any) -> Step:
-    """Build the project's training step for a checkpoint and a fixed batch."""
     from megatron_ads.layout import ParallelLayout
     from megatron_ads.runtime import process_groups, seeds
 
+    torch.set_num_threads(threads)
     process_groups.start(ParallelLayout(world=1))
     seeds.seed_everything(0)
+    built = {}
+    for name, lengths in BATCHES.items():
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(**CONFIG)).float().train()
+        samples = [torch.randint(1, CONFIG["vocab_size"], (length,)) for length in lengths]
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            steps = (our_step(Path(folder), samples), transformers_step(model, samples))
+        built[name] = (steps, sum(parameter.numel() for parameter in model.parameters()))
+    return built
+
+
+def our_step(folder: Path, samples: Sequence[Any]) -> Step:
+    """Build the project's training step for a checkpoint and a fixed batch."""
     from megatron.core.distributed import finalize_model_grads
 
     from conversion.layer_specs import LayerSpec
     from conversion.sources import open_source
     from megatron_ads.config import OptimConfig, Precision
-    from megatron_ads.layout import place_layers
+    from megatron_ads.layout import ParallelLayout, place_layers
     from megatron_ads.models.build import build_chunks
     from megatron_ads.models.load import load_weights
     from megatron_ads.models.settings import ModelSettings
@@ -144,41 +136,44 @@ def our_step(folder: Path, tokens_BS: Any) -> Step:
     optimizer = build_optimizer(
         chunks, OptimConfig(learning_rate=LEARNING_RATE), Precision.fp32, has_expert_member=True
     )
-    batch = _packed(tokens_BS)
+    batch = _packed(samples)
     return lambda: run_step([batch], chunks, optimizer, learning_rate=LEARNING_RATE).loss
 
 
-def _packed(tokens_BS: Any) -> Any:
-    """Return the batch in our form: labels shifted, the last token of a row without one."""
+def _packed(samples: Sequence[Any]) -> Any:
+    """Return the batch in our form: samples end to end, labels shifted, the last token of a sample without one."""
     import torch
 
     from megatron_ads.data.batches import PackedBatch
 
-    rows, length = tokens_BS.shape
-    mask_BS = torch.ones(rows, length)
-    mask_BS[:, -1] = 0
+    lengths = torch.tensor([len(sample) for sample in samples])
+    targets = torch.cat([torch.arange(len(sample)) < len(sample) - 1 for sample in samples])
     return PackedBatch(
-        tokens_BS=tokens_BS,
-        labels_BS=tokens_BS.roll(-1, dims=1),
-        positions_BS=torch.arange(length).repeat(rows, 1),
-        mask_BS=mask_BS,
-        cu_seqlens=torch.arange(0, rows * length + 1, length, dtype=torch.int32),
-        sample_count=rows,
-        token_count=rows * length,
-        target_count=rows * (length - 1),
-        normalizer=rows * (length - 1),
+        tokens_BS=torch.cat(list(samples))[None],
+        labels_BS=torch.cat([sample.roll(-1) for sample in samples])[None],
+        positions_BS=torch.cat([torch.arange(len(sample)) for sample in samples])[None],
+        mask_BS=targets.float()[None],
+        cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32),
+        sample_count=len(samples),
+        token_count=len(targets),
+        target_count=int(targets.sum()),
+        normalizer=int(targets.sum()),
     )
 
 
-def transformers_step(model: Any, tokens_BS: Any) -> Step:
-    """Build the step that a user of transformers and torch would write."""
+def transformers_step(model: Any, samples: Sequence[Any]) -> Step:
+    """Build the step that a user of transformers and torch would write: samples padded to the longest."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    tokens_BS = pad_sequence(list(samples), batch_first=True)
+    labels_BS = pad_sequence(list(samples), batch_first=True, padding_value=-100)
+    mask_BS = None if labels_BS.min() >= 0 else (labels_BS >= 0).long()
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = model(input_ids=tokens_BS, labels=tokens_BS).loss
+        loss = model(input_ids=tokens_BS, labels=labels_BS, attention_mask=mask_BS).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -198,26 +193,43 @@ def _time_alternately(steps: tuple[Step, Step], rounds: int) -> tuple[list[float
     return seconds
 
 
-def _report(
-    workload: Workload, parameters: int, losses: tuple[float, float], seconds: tuple[list[float], list[float]]
-) -> dict[str, Any]:
+def _figures(seconds: tuple[list[float], list[float]], *, tokens: int) -> dict[str, Any]:
+    """Summarise the times of both sides; tokens per second count samples only, not what pads them."""
     sides = {
         name: {
-            "first_loss": loss,
             "median_seconds": statistics.median(values),
             "quartiles_seconds": statistics.quantiles(values, n=4),
-            "tokens_per_second": workload.tokens / statistics.median(values),
+            "tokens_per_second": tokens / statistics.median(values),
         }
-        for name, loss, values in zip(("megatron_ads", "transformers"), losses, seconds, strict=True)
+        for name, values in zip(SIDES, seconds, strict=True)
     }
+    return {**sides, "ratio": statistics.median(seconds[1]) / statistics.median(seconds[0])}
+
+
+def _print(name: str, figures: dict[str, Any]) -> None:
+    for side in SIDES:
+        times = figures[side]
+        milliseconds, speed = times["median_seconds"] * 1e3, times["tokens_per_second"]
+        print(f"{name:6} {side:13} {milliseconds:8.1f} ms/step {speed:8.0f} tokens/s")
+    print(f"{name:6} ratio {figures['ratio']:.2f}", flush=True)
+
+
+def _machine() -> dict[str, Any]:
     return {
-        "workload": asdict(workload) | {"parameters": parameters},
-        **sides,
-        "ratio": statistics.median(seconds[1]) / statistics.median(seconds[0]),
-        "hardware": {"processor": _processor(), "cores": os.cpu_count()},
+        "hardware": {"processor": _processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
         "versions": {name: version(name) for name in ("torch", "megatron-core", "transformers")}
         | {"python": platform.python_version()},
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """Return the revision that was measured, where git and a repository are at hand."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    answer = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or None
 
 
 def _processor() -> str:
@@ -226,17 +238,6 @@ def _processor() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "unknown"
-
-
-def _print(report: dict[str, Any]) -> None:
-    for name in ("megatron_ads", "transformers"):
-        side = report[name]
-        print(f"{name:14} {side['median_seconds'] * 1e3:8.1f} ms/step  {side['tokens_per_second']:8.0f} tokens/s")
-    work = report["workload"]
-    print(
-        f"ratio {report['ratio']:.2f}  ({work['parameters'] / 1e6:.1f} M parameters, {work['rows']} x "
-        f"{work['seq_length']} tokens, {work['threads']} threads, median of {work['rounds']})"
-    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def megatron_config(
     dtype = torch.bfloat16 if settings.precision is Precision.bf16 else torch.float32
     return MLATransformerConfig(
         **_attention(shape),
-        **_feed_forward(shape, settings),
+        **_feed_forward(shape, layout, settings),
         **_parallelism(layout, placement),
         **_kernels(shape, settings),
         **_recomputation(settings.recompute),
@@ -80,7 +80,7 @@ def _attention(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _feed_forward(shape: ModelShape, settings: ModelSettings) -> dict[str, Any]:
+def _feed_forward(shape: ModelShape, layout: ParallelLayout, settings: ModelSettings) -> dict[str, Any]:
     dense = {
         "ffn_hidden_size": shape.dense_ffn_size,
         "gated_linear_unit": True,
@@ -105,7 +105,9 @@ def _feed_forward(shape: ModelShape, settings: ModelSettings) -> dict[str, Any]:
         "moe_router_enable_expert_bias": shape.has_expert_bias,
         "moe_router_bias_update_rate": settings.router_bias_update_rate,
         "moe_router_load_balancing_type": "seq_aux_loss" if settings.aux_loss_coefficient else "none",
-        "moe_aux_loss_coeff": settings.aux_loss_coefficient,
+        # Under calculate_per_token_loss, megatron-core 0.16.1 multiplies the balancing loss by the tokens of this rank,
+        # but the gradient is divided by those of the whole row: 1 / (tp * cp) of the loss would be left.
+        "moe_aux_loss_coeff": settings.aux_loss_coefficient * layout.tp * layout.cp,
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": settings.spec is not LayerSpec.LOCAL,
@@ -137,7 +139,7 @@ def _kernels(shape: ModelShape, settings: ModelSettings) -> dict[str, Any]:
         "use_cpu_initialization": not on_gpu,
         "bias_activation_fusion": on_gpu,
         "bias_dropout_fusion": on_gpu,
-        "apply_rope_fusion": on_gpu and shape.yarn is not None and find_spec("triton") is not None,
+        "apply_rope_fusion": on_gpu and with_te and shape.yarn is not None and find_spec("triton") is not None,
         "moe_permute_fusion": on_gpu and with_te,
         "gradient_accumulation_fusion": False,  # needs a CUDA extension that only apex builds
         "masked_softmax_fusion": False,

@@ -79,3 +79,13 @@ def test_a_pass_is_the_same_with_stages_without_experts_or_layers(
 ) -> None:
     layout = ParallelLayout(world=4, pp=4)
     _check(Job(folder=folder, layout=layout, pipeline=pipeline, settings=SETTINGS), alone)
+
+
+@pytest.mark.parametrize("name", ["pp2 ep2", "dp2", "tp2"])
+def test_the_balancing_loss_is_the_same_under_every_layout(folder: Path, name: str) -> None:
+    settings = {"aux_loss_coefficient": 0.1}
+    (balanced,) = run_ranks(1, train_pass, Job(folder=folder, settings=settings))
+    (plain,) = run_ranks(1, train_pass, Job(folder=folder))
+    router = "decoder.layers.3.mlp.router.weight"
+    assert float((balanced.grads[router] - plain.grads[router]).abs().max()) > 1e-4
+    _check(Job(folder=folder, layout=ParallelLayout(**LAYOUTS[name]), settings=settings), balanced)
