@@ -129,9 +129,9 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def write_small(path: Path, text: str) -> None:
-    """Write a small text file atomically."""
-    data = text.encode()
+def write_small(path: Path, content: str | bytes) -> None:
+    """Write a small file atomically."""
+    data = content.encode() if isinstance(content, str) else content
     with PreallocatedFile(path, len(data)) as file:
         file.write_at(0, data)
         file.commit()

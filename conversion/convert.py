@@ -15,6 +15,7 @@ from conversion.to_hf import DEFAULT_SHARD_BYTES, ExportDtype, HfTarget
 from conversion.to_megatron import ShardsTarget
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config import LayoutConfig
+from megatron_ads.errors import ConversionError
 
 
 class Target(Protocol):
@@ -27,6 +28,10 @@ class Target(Protocol):
 
     def plan(self) -> ConversionPlan:
         """Decide what is written, from headers alone."""
+        ...
+
+    def prepare(self, plan: ConversionPlan) -> None:
+        """Write what accompanies the weights, before them."""
         ...
 
     def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
@@ -43,7 +48,17 @@ def convert(target: Target, how: Execution | None = None) -> ConversionReport:
     plan = target.plan()
     check_coverage(plan, target.source)
     check_aliases(target.source)
-    return execute(plan, lambda records: target.finish(plan, records), how)
+    try:
+        return execute(
+            plan,
+            prepare=lambda: target.prepare(plan),
+            finish=lambda records: target.finish(plan, records),
+            how=how,
+        )
+    except PermissionError as error:
+        raise ConversionError(
+            f"{error.filename} cannot be written ({error.strerror}). Choose another folder."
+        ) from None
 
 
 def lay_out(shape: ModelShape, sizes: LayoutConfig) -> ShardsLayout:

@@ -44,9 +44,13 @@ class _Written:
 
 
 def execute(
-    plan: ConversionPlan, finish: Callable[[tuple[FileRecord, ...]], None], how: Execution | None = None
+    plan: ConversionPlan,
+    *,
+    prepare: Callable[[], None],
+    finish: Callable[[tuple[FileRecord, ...]], None],
+    how: Execution | None = None,
 ) -> ConversionReport:
-    """Write every file of a plan, then call ``finish``, which writes what makes the target complete.
+    """Call ``prepare``, write every file of a plan, call ``finish``, which writes what makes the target complete.
 
     Raises:
         ConversionError: If the target cannot be used, the disk is too small, or the source turns out damaged.
@@ -56,6 +60,7 @@ def execute(
         todo = [file for file in plan.files if file.name not in journal.finished]
         kept = len(plan.files) - len(todo)
         check_free_space(plan.target, sum(file.nbytes for file in todo))
+        prepare()
         requantized: dict[str, float] = {}
         total = sum(file.nbytes for file in todo)
         with ByteProgress(f"writing {plan.target.name}", total, shown=how.progress) as progress:

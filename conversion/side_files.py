@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from conversion.atomic_file import sync_folder
+from conversion.atomic_file import naming_full_disk, sync_folder
 
 _NOT_CARRIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".partial")
 
@@ -24,9 +24,10 @@ def _is_left_behind(file: Path) -> bool:
 
 def copy_side_files(source: Path, target: Path, *, skip: tuple[str, ...] = ()) -> None:
     """Copy the side files of ``source`` into ``target``, but those named in ``skip``."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in side_files(source):
-        if str(file) not in skip:
-            (target / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / file, target / file)
-    sync_folder(target)
+    with naming_full_disk(target):
+        target.mkdir(parents=True, exist_ok=True)
+        for file in side_files(source):
+            if str(file) not in skip:
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / file, target / file)
+        sync_folder(target)

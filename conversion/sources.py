@@ -10,6 +10,7 @@ import torch
 
 from conversion.derived_buffers import DerivedBuffer
 from conversion.hf_folder import INDEX, SINGLE, open_hf_folder
+from conversion.journal import JOURNAL
 from conversion.names import Kind, Parameter, hf_aliases, parameters
 from conversion.regions import Region, bands, fill, value_dtype
 from conversion.shards import MANIFEST, SIDE_FOLDER, open_shards
@@ -120,6 +121,10 @@ def open_source(path: Path) -> WeightSource:
     Raises:
         ConversionError: If the folder is none of them, or is incomplete or damaged.
     """
+    if (path / JOURNAL).exists():
+        raise ConversionError(
+            f"{path} is the target of a conversion that has not finished. Wait for it, or run it again with --resume."
+        )
     if (path / METADATA).exists():
         return _torch_dist_source(path)
     if (path / MANIFEST).exists():

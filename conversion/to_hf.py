@@ -90,13 +90,16 @@ class HfTarget:
         derived = [self.source.derived, *[{}] * (count - 1)]
         return tuple(map(_plan_file, names if count > 1 else [SINGLE], groups, derived))
 
-    def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
-        """Carry the side files, write a config that fits the dtype, and the index last."""
+    def prepare(self, plan: ConversionPlan) -> None:
+        """Carry the side files and write a config that fits the dtype: a single weight file is itself the last."""
         config = export_config(self.source.config, self.dtype)
         unchanged = config == self.source.config
         copy_side_files(self.source.side_folder, plan.target, skip=() if unchanged else ("config.json",))
         if not unchanged:
             write_small(plan.target / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
+        """Write the index, if there are several files."""
         if len(records) > 1:
             write_small(plan.target / INDEX, json.dumps(build_index(plan), indent=2) + "\n")
 

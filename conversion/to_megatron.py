@@ -40,6 +40,9 @@ class ShardsTarget:
             finishing=(MANIFEST, SIDE_FOLDER),
         )
 
+    def prepare(self, plan: ConversionPlan) -> None:
+        """Leave everything to :func:`write_manifest`, which live jobs use too."""
+
     def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
         """Carry the side files and write the manifest."""
         write_manifest(

@@ -1,12 +1,11 @@
 """Plan an export in the image of a published checkpoint: its files and order, its bytes where values are unchanged."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from conversion.atomic_file import FileRecord, sync_folder
+from conversion.atomic_file import FileRecord, write_small
 from conversion.derived_buffers import DerivedBuffer
 from conversion.hf_folder import INDEX, SCALE_SUFFIX, HfFolder, open_hf_folder
 from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state
@@ -102,12 +101,12 @@ class ReferenceTarget:
             self.reference.matrix(tensor.name),
         )
 
-    def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
-        """Carry the side files, the source's over the reference's; config and index are the reference's."""
+    def prepare(self, plan: ConversionPlan) -> None:
+        """Carry the side files, the source's over the reference's; the config is the reference's."""
         copy_side_files(self.reference.path, plan.target)
         copy_side_files(self.source.side_folder, plan.target, skip=("config.json",))
+
+    def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
+        """Write the reference's index, if it has one."""
         if (self.reference.path / INDEX).exists():
-            partial = plan.target / f"{INDEX}.partial"
-            shutil.copyfile(self.reference.path / INDEX, partial)
-            partial.rename(plan.target / INDEX)
-            sync_folder(plan.target)
+            write_small(plan.target / INDEX, (self.reference.path / INDEX).read_bytes())

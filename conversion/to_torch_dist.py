@@ -1,5 +1,6 @@
 """Plan the conversion of any checkpoint into Megatron-Core's torch_dist format, which knows no layout."""
 
+import io
 import json
 import pickle
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from conversion.atomic_file import FileRecord, PreallocatedFile, write_small
+from conversion.atomic_file import FileRecord, write_small
 from conversion.layer_specs import LayerSpec
 from conversion.names import parameters
 from conversion.plan import ConversionPlan, OutputFile, SavedChunk, SavedObject, folder_state
@@ -80,17 +81,19 @@ class TorchDistTarget:
                 covering = tuple(region for region in regions if part.overlap(region.covers))
                 yield SavedChunk(tensor.key, dtype, shape, at, (View(parameter.name, covering, part),))
 
-    def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
-        """Write what Megatron-Core looks for beside the data, ``.metadata`` last."""
+    def prepare(self, plan: ConversionPlan) -> None:
+        """Write what stands beside the data."""
         copy_side_files(self.source.side_folder, plan.target / SIDE_FOLDER)
         derived = {name: buffer.as_json() for name, buffer in self.source.derived.items()}
         write_small(plan.target / CARRIED, json.dumps({"aliases": list(self.source.aliases), "derived": derived}))
-        torch.save({"content_metadata": {}}, plan.target / _COMMON)
+        common = io.BytesIO()
+        torch.save({"content_metadata": {}}, common)
+        write_small(plan.target / _COMMON, common.getvalue())
         write_small(plan.target / _BACKEND, json.dumps(BACKEND))
-        metadata = pickle.dumps(_metadata(plan, records, self.source, self.spec))
-        with PreallocatedFile(plan.target / METADATA, len(metadata)) as file:
-            file.write_at(0, metadata)
-            file.commit()
+
+    def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
+        """Write ``.metadata``, without which the folder is no checkpoint."""
+        write_small(plan.target / METADATA, pickle.dumps(_metadata(plan, records, self.source, self.spec)))
 
 
 def _reserved(item: SavedChunk | SavedObject) -> int:

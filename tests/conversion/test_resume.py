@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversion import atomic_file, execute
-from conversion.convert import to_hf, to_shards
+from conversion import atomic_file, execute, to_torch_dist
+from conversion.convert import convert, to_hf, to_shards
 from conversion.errors import DamagedCheckpointError
 from conversion.execute import Execution
 from conversion.journal import JOURNAL
+from conversion.sources import open_source
+from conversion.to_torch_dist import TorchDistTarget
+from conversion.verify import verify
 from megatron_ads.config import LayoutConfig
 from megatron_ads.errors import ConversionError
 from tests.conversion.checkpoints import EDGE, bf16_checkpoint, fp8_checkpoint, random_tensors, to_fp8, write_hf
@@ -44,9 +47,10 @@ def interrupt_after(monkeypatch):
         seen = []
 
         def commit_or_die(self, **extents):
-            if len(seen) == count and self.path.name.endswith(".safetensors"):
-                raise Interrupted
-            seen.append(self.path.name)
+            if self.path.suffix in (".safetensors", ".distcp"):
+                if len(seen) == count:
+                    raise Interrupted
+                seen.append(self.path.name)
             return commit(self, **extents)
 
         monkeypatch.setattr(atomic_file.PreallocatedFile, "commit", commit_or_die)
@@ -86,6 +90,36 @@ def test_an_interrupted_export_resumes(source, tmp_path, interrupt_after, monkey
     monkeypatch.undo()
     assert export(tmp_path / "hf", how=RESUME).files_kept == 2
     assert contents(tmp_path / "hf") == contents(tmp_path / "undisturbed")
+
+
+def test_an_interrupted_torch_dist_resumes(source, tmp_path, interrupt_after, monkeypatch):
+    monkeypatch.setattr(to_torch_dist, "_FILE_BYTES", 200_000)
+    opened = open_source(source)
+    convert(TorchDistTarget(opened, tmp_path / "undisturbed"))
+    interrupt_after(2)
+    with pytest.raises(Interrupted):
+        convert(TorchDistTarget(opened, tmp_path / "dist"))
+    assert not (tmp_path / "dist" / ".metadata").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(to_torch_dist, "_FILE_BYTES", 200_000)
+    assert convert(TorchDistTarget(opened, tmp_path / "dist"), RESUME).files_kept == 2
+    data, expected = (contents(tmp_path / folder) for folder in ("dist", "undisturbed"))
+    assert data.keys() == expected.keys()
+    assert {name for name in data if data[name] != expected[name]} <= {"common.pt"}  # holds a serialisation id
+    assert verify(source, tmp_path / "dist").equal
+
+
+def test_a_single_file_export_is_not_whole_before_its_weights_are(source, tmp_path, interrupt_after, monkeypatch):
+    interrupt_after(0)
+    with pytest.raises(Interrupted):
+        to_hf(source, tmp_path / "hf")
+    assert {file.name for file in (tmp_path / "hf").iterdir()} >= {"config.json", "tokenizer.json"}
+    assert not (tmp_path / "hf" / "model.safetensors").exists()
+    with pytest.raises(ConversionError, match="has not finished"):
+        open_source(tmp_path / "hf")
+    monkeypatch.undo()
+    to_hf(source, tmp_path / "hf", how=RESUME)
+    assert verify(source, tmp_path / "hf").equal
 
 
 @pytest.fixture
@@ -164,6 +198,13 @@ def test_a_complete_target_is_never_written_over(source, tmp_path, how):
     assert contents(tmp_path / "shards") == before
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_one_clear_error(source, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConversionError, match="cannot be written"):
+        to_shards(source, tmp_path / "shards", LAYOUT)
+
+
 def test_two_conversions_into_one_folder_exclude_each_other(source, unfinished):
     with (unfinished / JOURNAL).open("a") as journal:
         fcntl.flock(journal, fcntl.LOCK_EX)
@@ -227,13 +268,13 @@ def test_kill_9_then_resume_gives_the_undisturbed_result(tmp_path, workers):
     command = [sys.executable, str(script), str(source), str(target), str(workers)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while len(list(target.glob("*.safetensors"))) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = {file.name: file.stat().st_mtime_ns for file in target.glob("*.safetensors")}
-    if (target / JOURNAL).exists():
+    if (target / JOURNAL).exists() or not target.exists():
         to_shards(source, target, LAYOUT, RESUME)
     assert {name: (target / name).stat().st_mtime_ns for name in done} == done
     assert contents(target) == contents(tmp_path / "undisturbed")
