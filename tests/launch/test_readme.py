@@ -1,0 +1,50 @@
+"""What the README tells people to type is accepted, and what it names is there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megatron_ads.cli import build_parser
+
+PROJECT = Path(__file__).parents[2]
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+
+
+def _commands() -> list[str]:
+    """Every command line of ``megatron-ads`` in the code blocks, continued lines joined."""
+    blocks = re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("megatron-ads ")]
+
+
+def test_the_readme_holds_commands() -> None:
+    assert len(_commands()) >= 12
+
+
+@pytest.mark.parametrize("line", _commands())
+def test_each_command_is_one_the_program_accepts(line: str) -> None:
+    arguments = shlex.split(line)[1:]
+    assert callable(build_parser(arguments[0]).parse_args(arguments).run)
+
+
+def test_every_path_it_names_exists() -> None:
+    named = re.findall(r"`((?:megatron_ads|conversion|recipes|launch|benchmarks|parity_tests|tests)/[\w./*]*)`", README)
+    assert len(named) >= 10
+    assert [path for path in named if not list(PROJECT.glob(path.rstrip("/")))] == []
+
+
+def test_every_recipe_it_names_exists() -> None:
+    named = set(re.findall(r"\bsft/\w+", README))
+    assert len(named) >= 3
+    assert [name for name in named if not (PROJECT / "recipes" / f"{name}.yaml").exists()] == []
+
+
+def test_every_metric_it_names_is_documented() -> None:
+    from megatron_ads.observability.metrics import METRICS
+
+    table = README.split("| metric | unit |")[1].split("\n\n")[0]
+    named = re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in table.splitlines()[2:]))
+    assert len(named) >= 10
+    assert set(named) <= {metric.name for metric in METRICS}
