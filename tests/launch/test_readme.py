@@ -36,7 +36,7 @@ def test_every_path_it_names_exists() -> None:
 
 
 def test_every_recipe_it_names_exists() -> None:
-    named = set(re.findall(r"\bsft/\w+", README))
+    named = set(re.findall(r"(?:--recipe |`)(sft/\w+)", README))
     assert len(named) >= 3
     assert [name for name in named if not (PROJECT / "recipes" / f"{name}.yaml").exists()] == []
 
