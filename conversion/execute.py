@@ -9,7 +9,7 @@ from pathlib import Path
 from conversion.atomic_file import FileRecord, PreallocatedFile
 from conversion.encode import append_saved, write_quantized, write_values
 from conversion.journal import open_journal
-from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim
+from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state
 from conversion.progress import ByteProgress
 from conversion.workers import Advance, run_all
 from megatron_ads.errors import ConversionError
@@ -68,6 +68,7 @@ def execute(
             for written in run_all(write, todo, workers=how.workers, advance=progress.advance):
                 journal.add(written.record)
                 requantized |= written.requantized
+            check_source_unchanged(plan)
             finish(tuple(journal.finished[file.name] for file in plan.files))
             journal.close_for_good()
     return ConversionReport(
@@ -98,6 +99,18 @@ def _write_output_file(folder: Path, file: OutputFile, advance: Advance) -> _Wri
                 extents.append((position, end - position))
                 position = end
         return _Written(out.commit(extents=tuple(extents)), requantized)
+
+
+def check_source_unchanged(plan: ConversionPlan) -> None:
+    """Refuse to complete what was read from files that changed meanwhile.
+
+    Raises:
+        ConversionError: If a source file's size or modification time is not what it was when the plan was made.
+    """
+    if folder_state(plan.source_files) != plan.source_state:
+        raise ConversionError(
+            f"The source {plan.source} was changed while it was converted. Delete {plan.target} and convert again."
+        )
 
 
 def check_free_space(target: Path, nbytes: int) -> None:

@@ -98,9 +98,10 @@ class ConversionPlan:
     source: Path
     target: Path
     files: tuple[OutputFile, ...]
+    source_files: tuple[Path, ...]
+    """Every weight file that is read."""
     source_state: str
-    """Digest of the source's file names, sizes and modification times."""
-    source_bytes: int
+    """:func:`folder_state` of them when the plan was made."""
     tensor_count: int
     finishing: tuple[str, ...]
     """Names, relative to the target, that the finishing step writes besides ``files``."""
@@ -109,6 +110,11 @@ class ConversionPlan:
     def nbytes(self) -> int:
         """Bytes of all files."""
         return sum(file.nbytes for file in self.files)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all files that are read."""
+        return sum(file.stat().st_size for file in self.source_files)
 
     @property
     def digest(self) -> str:
@@ -133,8 +139,8 @@ def folder_state(files: Sequence[Path]) -> str:
     """Return a digest of file names, sizes and modification times, without reading the files."""
     digest = hashlib.sha256()
     for file in sorted(files):
-        status = file.stat()
-        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        status = file.stat() if file.exists() else None
+        digest.update(f"{file.name} {status and (status.st_size, status.st_mtime_ns)}\n".encode())
     return digest.hexdigest()
 
 

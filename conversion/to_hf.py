@@ -77,8 +77,8 @@ class HfTarget:
             source=self.source.path,
             target=self.target,
             files=self._files(),
+            source_files=stored,
             source_state=folder_state(stored),
-            source_bytes=sum(file.stat().st_size for file in stored),
             tensor_count=len(self.source.names()),
             finishing=(INDEX, *carried),
         )

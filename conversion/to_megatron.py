@@ -34,8 +34,8 @@ class ShardsTarget:
             source=self.source.path,
             target=self.target,
             files=tuple(_plan_file(self.layout, file, regions) for file in self.layout.rank_files()),
+            source_files=stored,
             source_state=folder_state(stored),
-            source_bytes=sum(file.stat().st_size for file in stored),
             tensor_count=len(regions),
             finishing=(MANIFEST, SIDE_FOLDER),
         )

@@ -55,7 +55,7 @@ class ReferenceTarget:
             )
         wanted = hf_tensors(self.source, ExportDtype.BF16, self.reference.aliases)
         tensors = {tensor.name: tensor for tensor in wanted}
-        stored = self.source.files()
+        stored = (*self.source.files(), *self.reference.weight_files())
         finishing = {INDEX} | {
             str(file) for folder in (self.source.side_folder, self.reference.path) for file in side_files(folder)
         }
@@ -63,8 +63,8 @@ class ReferenceTarget:
             source=self.source.path,
             target=self.target,
             files=tuple(self._plan_file(file, tensors) for file in self.reference.files),
-            source_state=folder_state((*stored, *self.reference.weight_files())),
-            source_bytes=sum(file.stat().st_size for file in stored),
+            source_files=stored,
+            source_state=folder_state(stored),
             tensor_count=len(self.source.names()),
             finishing=tuple(finishing),
         )

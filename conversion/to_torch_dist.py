@@ -59,8 +59,8 @@ class TorchDistTarget:
                 OutputFile(f"__{number}_0.distcp", b"", sum(map(_reserved, group)), tuple(group))
                 for number, group in enumerate(_groups(items))
             ),
+            source_files=stored,
             source_state=folder_state(stored),
-            source_bytes=sum(file.stat().st_size for file in stored),
             tensor_count=len(model),
             finishing=(_BACKEND, _COMMON, METADATA, CARRIED, SIDE_FOLDER),
         )

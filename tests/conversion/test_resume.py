@@ -180,6 +180,20 @@ def test_a_source_that_changed_since_is_refused(tmp_path, interrupt_after, monke
         to_shards(source, tmp_path / "shards", LAYOUT, RESUME)
 
 
+def test_a_source_that_changes_meanwhile_is_noticed_before_the_target_is_complete(tmp_path, monkeypatch):
+    source = bf16_checkpoint(tmp_path / "hf")
+    commit = atomic_file.PreallocatedFile.commit
+
+    def commit_and_touch(self, **extents):
+        os.utime(source / "model.safetensors")
+        return commit(self, **extents)
+
+    monkeypatch.setattr(atomic_file.PreallocatedFile, "commit", commit_and_touch)
+    with pytest.raises(ConversionError, match="was changed while it was converted"):
+        to_shards(source, tmp_path / "shards", LAYOUT)
+    assert not (tmp_path / "shards" / "manifest.json").exists()
+
+
 @pytest.mark.parametrize("how", [Execution(), RESUME], ids=["new", "resumed"])
 def test_foreign_files_are_never_written_over(source, tmp_path, how):
     (tmp_path / "shards").mkdir()
