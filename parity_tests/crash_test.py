@@ -77,6 +77,7 @@ def carry_out(kill: Kill, job: RealJob) -> list[str]:
         job.start_launcher()
     else:
         job.start_ranks(forked=True)
+    _wait_until(job, lambda: job.rank_pid(kill.rank) is not None)
     if kill.phase == "step":
         _wait_until(job, lambda: max(job.losses(), default=0) >= kill.step)
     elif kill.phase == "save":
@@ -84,9 +85,10 @@ def carry_out(kill: Kill, job: RealJob) -> list[str]:
         _wait_until(job, lambda: (job.checkpoints / partial).exists() or (job.checkpoints / final).exists())
     time.sleep(kill.delay_seconds)
     complete = job.complete()
-    pid = _pid_of_rank(kill.rank, job.processes[0].pid) if kill.under_launcher else job.processes[kill.rank].pid
-    if pid is not None:
-        os.kill(pid, signal.SIGKILL)
+    pid = job.rank_pid(kill.rank)
+    if pid is None:
+        raise BrokenPromiseError("the job ended before the kill")
+    os.kill(pid, signal.SIGKILL)
     return complete
 
 
@@ -96,24 +98,6 @@ def _wait_until(job: RealJob, reached: Callable[[], bool]) -> None:
         if time.monotonic() > deadline or any(process.poll() is not None for process in job.processes):
             raise BrokenPromiseError("the job ended, or stood still, before the kill")
         time.sleep(0.005)
-
-
-def _pid_of_rank(rank: int, launcher: int) -> int | None:
-    """Find a rank among the descendants of the launcher; None if it is not there (yet)."""
-    parents = [launcher]
-    while parents:
-        listing = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", ",".join(map(str, parents))], capture_output=True, text=True, check=False
-        )
-        parents = [int(pid) for pid in listing.stdout.split()]
-        for pid in parents:
-            try:
-                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if f"RANK={rank}".encode() in variables:
-                return pid
-    return None
 
 
 def check_the_others(kill: Kill, job: RealJob, reached: int) -> float:

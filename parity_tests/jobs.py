@@ -16,6 +16,9 @@ from tests.models.jobs import ROW_TOKENS, Job, PassResult, build, packed, rows, 
 
 __all__ = ["ROW_TOKENS", "Job", "PassResult", "rows"]
 
+PATIENCE = 240.0
+"""Seconds that a call on several ranks may take where the machine has other work; alone it takes ten."""
+
 
 def with_error(error: str, function: Callable[..., Any], *args: Any) -> Any:
     """Run ``function`` on this rank while a deliberate error of ``code_errors`` is in the code."""

@@ -17,7 +17,7 @@ from megatron_ads.layout import ParallelLayout
 from parity_tests import jobs
 from parity_tests.checkpoint_errors import EPSILON_CHANGED
 from parity_tests.figures import record
-from parity_tests.jobs import Job, PassResult
+from parity_tests.jobs import PATIENCE, Job, PassResult
 from parity_tests.tolerances import LAYOUT_GRADIENTS, LAYOUT_LOGITS, LAYOUT_LOSS
 from tests.distributed import run_ranks
 from tests.models.jobs import own_slice
@@ -79,10 +79,11 @@ def test_logits_loss_and_gradients_are_those_of_one_process(
     alone: tuple[Job, PassResult, list[torch.Tensor]], name: str
 ) -> None:
     job, right, right_logits = _on(alone[0], name), alone[1], alone[2]
-    results = run_ranks(job.layout.world, jobs.gradients, job)
+    results = run_ranks(job.layout.world, jobs.gradients, job, timeout=PATIENCE)
     loss = abs(_loss(job.layout, results) / right.loss_sum - 1)
     gradient, where = _gradient_difference(job.layout, results, right)
-    logits = _logit_difference(job, run_ranks(job.layout.world, jobs.pipeline_logits, job), right_logits)
+    logits_by_rank = run_ranks(job.layout.world, jobs.pipeline_logits, job, timeout=PATIENCE)
+    logits = _logit_difference(job, logits_by_rank, right_logits)
     record(8, f"{name}: relative difference of the loss", loss, LAYOUT_LOSS)
     record(8, f"{name}: largest difference of a gradient", gradient, LAYOUT_GRADIENTS)
     record(8, f"{name}: largest difference of a logit", logits, LAYOUT_LOGITS)
