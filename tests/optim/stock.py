@@ -81,7 +81,7 @@ class StockTrainer:
         from megatron_ads.runtime import process_groups
         from megatron_ads.runtime.seeds import seed_everything
 
-        process_groups.start(job.layout, timeout_seconds=30)
+        process_groups.start(job.layout, timeout_seconds=100)
         seed_everything(1)
         self.job = job
         self.model = _model(job.layout)

@@ -75,7 +75,7 @@ def test_members_of_a_group_make_the_same_collectives_in_step_save_and_load(name
         optim=dict(case.optim),
         checkpoints=tmp_path / "checkpoints",
     )
-    answers = run_ranks(case.world, _traced, recipe)
+    answers = run_ranks(case.world, _traced, recipe, timeout=240)
     members = [members for _, members, _ in answers]
     assert all(len(chain) == case.members for chain in members)
     assert tuple(rank for rank, chain in enumerate(members) if "StubMoEOptimizer" in chain) == case.stubs

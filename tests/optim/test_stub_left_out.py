@@ -36,8 +36,8 @@ def _step(recipe: Recipe) -> tuple[Trace, str, float]:
 def test_without_the_stub_the_first_step_deadlocks_until_the_timeout(tmp_path: Path) -> None:
     answers = run_ranks(4, _step, _recipe(tmp_path, stub_experts=False))
     assert all(ending != "done" for _, ending, _ in answers)
-    first_to_give_up = min(answers, key=lambda answer: answer[2])
-    assert "Timed out waiting 5000ms" in first_to_give_up[1] and first_to_give_up[2] >= TIMEOUT_SECONDS
+    # Who gives up first closes its connections, which the others may notice before their own time is over.
+    assert any("Timed out waiting 5000ms" in ending and seconds >= TIMEOUT_SECONDS for _, ending, seconds in answers)
     # Stage 1 waits in the experts' statistics; stage 0, which has none, is already at the step's report.
     (mismatch,) = compare_traces({rank: trace for rank, (trace, _, _) in enumerate(answers)})
     assert str(mismatch) == (

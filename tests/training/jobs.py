@@ -37,7 +37,7 @@ class Recipe:
     checkpoints: Path | None = None
     steps: int = 3
     stub_experts: bool = True
-    timeout_seconds: float = 30
+    timeout_seconds: float = 100
 
     def config(self) -> SftConfig:
         """Return the whole recipe."""

@@ -1,5 +1,6 @@
 """A whole training job in processes of its own, started as srun would start it, or by `megatron-ads train`."""
 
+import contextlib
 import json
 import os
 import signal
@@ -116,11 +117,22 @@ class RealJob:
         self.processes.clear()
         return statuses
 
+    def rank_pid(self, rank: int) -> int | None:
+        """Return the process id of a rank, also below the launcher; None if it is not there yet, or any more."""
+        if len(self.processes) == self.ranks:
+            return self.processes[rank].pid
+        ranks = [pid for pid in descendants(self.processes[0].pid) if f"RANK={rank}" in _variables(pid)]
+        return ranks[0] if ranks else None
+
     def kill(self) -> None:
-        """End whatever still runs."""
+        """End whatever still runs, ranks below the launcher included."""
         for process in self.processes:
+            below = descendants(process.pid) if process.poll() is None else []
             process.kill()
             process.wait()
+            for pid in below:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self.processes.clear()
 
     def losses(self) -> dict[int, float]:
@@ -205,6 +217,22 @@ def _run_rank() -> int:
     except BaseException:  # noqa: BLE001 - a process boundary: what the interpreter would have printed
         traceback.print_exc()
         return 1
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the children of a process, and theirs, and so on."""
+    try:
+        listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [each for child in map(int, listed) for each in (child, *descendants(child))]
+
+
+def _variables(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+    except OSError:
+        return []
 
 
 def write_small_model(folder: Path | str) -> Path:
