@@ -3,10 +3,14 @@
 A failure with rungs 1 to 6 green is in the streaming itself; the command is then no judge of a large checkpoint.
 """
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from parity_tests import commands
 from parity_tests.checkpoint_errors import GATE_AND_UP_SWAPPED
@@ -79,3 +83,16 @@ def test_a_bias_in_the_weights_fails_the_router(checkpoint: Checkpoint, tmp_path
 def test_one_layer_of_one_side_is_in_memory_at_a_time(checkpoint: Checkpoint, tmp_path: Path) -> None:
     arguments = ["--hf", str(checkpoint("small-v3")), "--tokens", "8"]
     assert run_ranks(1, commands.most_layers_alive, arguments, tmp_path, process_group=False) == [1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_computes_the_same(checkpoint: Checkpoint, tmp_path: Path, precision: str) -> None:
+    """In a process of its own: the ladder's ranks do not see the GPU."""
+    words = ["parity", "--hf", str(checkpoint("v3")), "--precision", precision, "--out", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "megatron_ads.cli", *words], check=True, timeout=280)
+    report = json.loads((tmp_path / "parity.json").read_text())
+    worst = max(layer["difference"] for layer in report["layers"])
+    record(11, f"GPU, {precision}: worst layer given the same input", worst)
+    assert report["passed"]
