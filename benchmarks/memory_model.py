@@ -90,12 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, file = arguments.rank_of
         Path(file).write_text(str(_train(CASES[name])), encoding="utf-8")
         return 0
-    rows = [row for name in arguments.case or CASES for row in run_case(name)]
-    for row in rows:
-        print(
-            f"{row['case']:20} stage {row['stage']}  predicted {row['predicted_bytes'] / 1e6:8.1f} MB  "
-            f"measured {row['measured_bytes'] / 1e6:8.1f} MB  {row['error']:+.1%}"
-        )
+    rows = []
+    for name in arguments.case or CASES:
+        for row in run_case(name):
+            rows.append(row)
+            print(
+                f"{row['case']:20} stage {row['stage']}  predicted {row['predicted_bytes'] / 1e6:8.1f} MB  "
+                f"measured {row['measured_bytes'] / 1e6:8.1f} MB  {row['error']:+.1%}",
+                flush=True,
+            )
     if arguments.out:
         report = {"workload": _workload(), "rows": rows, **_circumstances()}
         arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

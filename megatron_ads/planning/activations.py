@@ -97,8 +97,8 @@ class ActivationModel:
         return b * max(widths)
 
     def _norm(self, width: int) -> int:
-        """Input in FP32, one FP32 factor, and the normalised input."""
-        return 4 * width + 4 + self.element_bytes * width
+        """Return the bytes of the input and one FP32 factor."""
+        return self.element_bytes * width + 4
 
     def _latents(self) -> int:
         """h to the down-projections, the latent norms, their outputs, and the rotation of every position."""
@@ -106,7 +106,8 @@ class ActivationModel:
         query = 0
         if shape.q_lora_rank is not None:
             query = self._norm(shape.q_lora_rank) + b * shape.q_lora_rank
-        key = self._norm(shape.kv_lora_rank) + b * shape.kv_lora_rank + (b - 2) // 2 * 4 * shape.qk_rope_head_dim
+        # The norm's input is part of the down-projection's output, which holds the positions' channels too.
+        key = self._norm(shape.kv_lora_rank + shape.qk_rope_head_dim) + b * shape.kv_lora_rank
         return b * shape.hidden_size + query + key + 4 * shape.qk_rope_head_dim
 
     def _heads(self) -> int:

@@ -146,6 +146,7 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Jo
         raise ConfigError(f"--gpus is {ranks}; it must be at least 1.")
     layout = sizes.runtime(ranks)
     placement = sizes.placement(shape, layout)
+    layout.check_model(shape)
     _require_layers(placement)
     validate(config, ranks, shape)
     return Job(

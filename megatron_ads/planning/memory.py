@@ -105,9 +105,7 @@ def _kept_by_chunk(job: Job, chunk: Chunk, model: ActivationModel) -> int:
         kept += _losses(job, chunk) * (model.head() - model.logits())
     else:
         kept += hidden  # the output that was sent on
-    # The input that was received: a layer or norm keeps it, unless the norm made an FP32 copy.
-    received = job.precision is Precision.bf16 and job.recompute is not Recompute.full and not chunk.has_embedding
-    return kept + received * hidden
+    return kept
 
 
 def _losses(job: Job, chunk: Chunk) -> int:
