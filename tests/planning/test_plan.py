@@ -191,7 +191,7 @@ def test_the_command_prints_the_plan_and_says_by_exit_status_whether_it_fits(
     html = page.read_text()
     assert html.count("<rect") == 248 + 31 * 62 * 2  # every rank, and both passes of every microbatch on every stage
     assert main(["plan", "--recipe", "sft/deepseek_r1_671b_248gpu", "--gpu-memory", "64GB"]) == 1
-    assert "DOES NOT FIT by 15." in capsys.readouterr().out
+    assert "DOES NOT FIT by 14.96 GB" in capsys.readouterr().out
 
 
 def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
