@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conversion import sparse_r1
 from conversion.hf_folder import open_hf_folder
 from conversion.names import Kind, hf_aliases, parameters
 from megatron_ads.architecture import read_model_shape
@@ -165,3 +166,14 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path: Path, capsys: py
     assert main(["demo-model", str(tmp_path)]) == 2
     assert "not an empty folder" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_sparse_deepseek_r1_is_dispatched_and_takes_no_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    written: list[Path] = []
+    monkeypatch.setattr(sparse_r1, "write_sparse_r1", written.append)
+    make(tmp_path / "r1", "--preset", "deepseek-r1", "--sparse")
+    assert written == [tmp_path / "r1"]
+    assert main(["demo-model", str(tmp_path / "r1"), "--preset", "deepseek-r1", "--sparse", "--seed", "3"]) == 2
+    assert "--dtype and --seed have no effect" in capsys.readouterr().err
