@@ -6,7 +6,7 @@ from megatron_ads.observability.progress import readable_duration
 from megatron_ads.observability.report import Chart, Figure, Section, Table, render_page
 from megatron_ads.planning.plan import Plan, StagePlan
 from megatron_ads.planning.schedule import Span
-from megatron_ads.planning.table import plan_lines
+from megatron_ads.planning.table import plan_lines, summary_lines
 
 _WIDTH = 900
 _LEFT = 46
@@ -34,7 +34,7 @@ def page(recipe: str, plan: Plan) -> str:
                 ],
             ),
             Section(title="Stages", blocks=[_stage_table(plan)]),
-            Section(title="In words", blocks=[line.strip() for line in plan_lines(plan)[3 + sizes.pp :] if line]),
+            Section(title="In words", blocks=[line.strip() for line in summary_lines(plan)]),
         ],
     )
 

@@ -29,7 +29,7 @@ _HEAD = (
 
 def plan_lines(plan: Plan) -> list[str]:
     """Return what the terminal shows. Stages that are equal in all they show share a line."""
-    return [_title(plan), "", *_stage_table(plan), "", *_summary(plan)]
+    return [_title(plan), "", *_stage_table(plan), "", *summary_lines(plan)]
 
 
 def _title(plan: Plan) -> str:
@@ -84,7 +84,8 @@ def align(rows: Sequence[Sequence[str]], *, left: Sequence[int] = ()) -> list[st
     ]
 
 
-def _summary(plan: Plan) -> list[str]:
+def summary_lines(plan: Plan) -> list[str]:
+    """Return what there is to say below the table of stages."""
     sizes = plan.job.layout
     ideal = ideal_bubble(sizes.pp, sizes.vpp, plan.job.microbatches)
     lines = [
