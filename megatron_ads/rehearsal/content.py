@@ -26,7 +26,10 @@ def page(facts: Facts, metrics: Sequence[Mapping[str, Any]]) -> str:
 
 def summary_lines(facts: Facts) -> list[str]:
     """Return what the terminal shows at the end."""
-    rows = [(figure.label, figure.value, figure.note) for figure in _figures(facts)]
+    rows = [
+        [text.replace("\N{NON-BREAKING HYPHEN}", "-") for text in (figure.label, figure.value, figure.note)]
+        for figure in _figures(facts)
+    ]
     width = max(len(label) for label, _, _ in rows)
     value_width = max(len(value) for _, value, _ in rows)
     return [f"  {label:<{width}}  {value:<{value_width}}  {note}".rstrip() for label, value, note in rows]

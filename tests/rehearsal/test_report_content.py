@@ -122,6 +122,10 @@ def test_the_terminal_shows_the_metric_next_to_its_baseline(tmp_path: Path) -> N
     assert line.endswith("always the commonest label: 0.50")
 
 
+def test_numbers_on_the_terminal_can_be_copied(tmp_path: Path) -> None:
+    assert any("1.4e-6" in line for line in summary_lines(_facts(tmp_path)))
+
+
 def test_an_undefined_metric_is_a_dash(tmp_path: Path) -> None:
     assert any("0.00 → –" in line for line in summary_lines(_facts(tmp_path, after=None)))
 
