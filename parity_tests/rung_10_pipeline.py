@@ -14,6 +14,7 @@ Exit status: 0 equal, 1 not.
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -48,22 +49,39 @@ MEMORY_BYTES = 16 << 30
 
 
 class Memory:
-    """The most memory the machine has given out since the start, sampled."""
+    """The most memory that this process and all it started held at once, sampled; pages they share count once."""
 
     def __init__(self) -> None:
-        self._start = _available_bytes()
         self.most_bytes = 0
 
     def sample(self) -> None:
         """Look again."""
-        self.most_bytes = max(self.most_bytes, self._start - _available_bytes())
+        self.most_bytes = max(self.most_bytes, sum(map(_proportional_bytes, _family())))
 
 
-def _available_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable; this script needs Linux.")
+def _family() -> set[int]:
+    """Return the ids of this process and its descendants."""
+    parents = {int(entry.name): _parent(entry) for entry in Path("/proc").iterdir() if entry.name.isdecimal()}
+    family = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    return family
+
+
+def _parent(entry: Path) -> int:
+    try:
+        return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it ended meanwhile
+        return 0
+
+
+def _proportional_bytes(pid: int) -> int:
+    """Return the process's memory, each page divided by the number of processes that share it."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
 @contextmanager
@@ -71,7 +89,7 @@ def _watched() -> Iterator[Memory]:
     memory, done = Memory(), threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.5):
+        while not done.wait(2.0):
             memory.sample()
 
     thread = threading.Thread(target=watch, daemon=True)
