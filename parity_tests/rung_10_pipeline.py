@@ -110,9 +110,7 @@ def measure(root: Path) -> dict[str, Any]:
 
     (straight,) = _timed("one process", 1, pipeline_jobs.train_straight, alone, 2, root / "alone")
     saved = _timed("31 processes: train, save", STAGES, pipeline_jobs.train_and_save, deep, 1)
-    distributed.stop(STAGES)  # the job is over; another one resumes
     resumed = _timed("31: resume, train, export", STAGES, pipeline_jobs.resume_and_export, deep, 1, root / "deep")
-    distributed.stop(STAGES)
     wrong = replace(alone, folder=EPSILON_CHANGED.write(folder, root / "wrong"))
     (twin,) = _timed("one process, one epsilon changed", 1, pipeline_jobs.train_straight, wrong, 2, root / "twin")
 

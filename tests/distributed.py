@@ -3,8 +3,9 @@
     def _sum_of_ranks() -> float: ...            # at module level, so that a rank can import it
     assert run_ranks(4, _sum_of_ranks) == [6.0, 6.0, 6.0, 6.0]
 
-Ranks are forked from one process that has imported torch and Megatron-Core, and kept for the next call with the same
-world size; at most ``MAX_RANKS`` stay alive between calls.
+Ranks are forked from one process that has imported torch and Megatron-Core, so that starting them takes a moment. Each
+call has its own: a trained model cannot be freed (Megatron's DistributedDataParallel refers to itself through
+autograd), nor can its process groups, each with a thread of gloo that wakes 100 times a second.
 """
 
 import contextlib
@@ -27,7 +28,6 @@ from typing import Any
 
 from tests.rank_server import STACK_SIGNAL
 
-MAX_RANKS = 8
 _GRACE_SECONDS = 10.0
 """How long the other ranks may go on after one has failed, before the pool is ended."""
 _ROOT = Path(__file__).resolve().parent.parent
@@ -63,8 +63,7 @@ def run_ranks(
     """Call ``function(*args)`` on ``world`` ranks at the same time and return what each returned, by rank.
 
     ``function`` belongs to the top level of a test module. It finds the default process group (gloo) initialised,
-    or, with ``process_group=False``, only the environment that torchrun would have set. Afterwards Megatron's
-    parallel state and every process group are destroyed.
+    or, with ``process_group=False``, only the environment that torchrun would have set.
 
     Args:
         timeout: Seconds until ranks that have not finished are killed, and their Python stacks reported.
@@ -72,37 +71,15 @@ def run_ranks(
     Raises:
         RanksFailed: With the traceback, exit status or stack of every rank that failed.
     """
-    pool = _pool(world)
+    ranks = _Ranks(world)
     try:
-        return pool.call(function, args, timeout, process_group)
-    except BaseException:
-        if not pool.idle:
-            stop(world)
-        raise
-
-
-_pools: dict[int, "_Pool"] = {}
-
-
-def _pool(world: int) -> "_Pool":
-    """Return the ranks for ``world``, the most recently used one last; the least recently used ones make room."""
-    pool = _pools.pop(world, None)
-    while pool is None and _pools and sum(_pools) + world > MAX_RANKS:
-        stop(next(iter(_pools)))
-    _pools[world] = pool or _Pool(world)
-    return _pools[world]
-
-
-def stop(world: int) -> None:
-    """End the ranks kept for ``world``, if there are any."""
-    if pool := _pools.pop(world, None):
-        pool.kill()
+        return ranks.call(function, args, timeout, process_group)
+    finally:
+        ranks.kill()
 
 
 def stop_all() -> None:
-    """End every rank and the process they were forked from."""
-    for world in list(_pools):
-        stop(world)
+    """End the process that ranks are forked from."""
     if _server.cache_info().currsize:
         with _server():  # leaving closes its standard input, on which it ends
             pass
@@ -133,12 +110,10 @@ def _ask_server(*words: object) -> int:
     return int(answer)
 
 
-class _Pool:
-    """The living ranks of one world size."""
+class _Ranks:
+    """The processes of one call."""
 
     def __init__(self, world: int) -> None:
-        self.idle = True
-        """Whether every rank waits for a call: false after a failure that left some of them busy or dead."""
         self._folder = Path(tempfile.mkdtemp(prefix=f"ranks-{world}-"))
         address = str(self._folder / "socket")
         with Listener(address, "AF_UNIX", backlog=world) as listener:
@@ -153,15 +128,11 @@ class _Pool:
         self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float, process_group: bool
     ) -> list[Any]:
         """Run one call on every rank; see ``run_ranks``."""
-        for path in self._folder.glob("output-*"):
-            os.truncate(path, 0)
         message = pickle.dumps((function, args, _free_port(), process_group))
-        self.idle = False
         for rank in self._ranks:
             rank.connection.send_bytes(message)
         results, failures = self._collect(time.monotonic() + timeout)
         pending = [rank for rank in range(len(self._ranks)) if rank not in results and rank not in failures]
-        self.idle = not pending and not any("died" in text.partition("\n")[0] for text in failures.values())
         if pending or failures:
             stacks = self._stacks(pending)
             failures |= {rank: f"did not finish; its stack was\n{stacks[rank]}{self._log(rank)}" for rank in pending}

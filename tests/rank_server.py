@@ -82,27 +82,13 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world:
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "0",
     }  # fmt: skip
+    if group:
+        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
     try:
-        if group:
-            dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
         return function(*args)
     finally:
-        _forget_job()
-
-
-def _forget_job() -> None:
-    """Leave nothing of one test's process groups, RNG streams and counters to the next."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state, rerun_state_machine
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
-
-    parallel_state.destroy_model_parallel()
-    rerun_state_machine.destroy_rerun_state_machine()
-    get_cuda_rng_tracker().reset()
-    get_moe_layer_wise_logging_tracker().clear()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
