@@ -57,8 +57,9 @@ def build_optimizer(
 ) -> OptimizerChain:
     """Build the chain: a dense member and, with ``has_expert_member``, one for the routed experts.
 
-    ``has_expert_member`` must be the same on all ranks (``trains_experts_anywhere``). A rank that owns none gets a ``StubMoEOptimizer`` in their place. ``stub_experts=False``
-    leaves that place empty, as trainers without a stub do; it exists to show what then happens.
+    ``has_expert_member`` must be the same on all ranks (``trains_experts_anywhere``). A rank that owns none gets a
+    ``StubMoEOptimizer`` in their place. ``stub_experts=False`` leaves that place empty, as trainers without a stub do;
+    it exists to show what then happens.
 
     Raises:
         ConfigError: If nothing on this rank is trained at all.

@@ -71,13 +71,13 @@ class ShardedMember:
 
     def reduce_statistics(self) -> Tensor:
         """See ``OptimizerMember``; one all-reduce of three numbers over the whole job."""
-        statistics = gradient_statistics([shard.grad for shard in self._shards() if self._counts(shard)])
+        statistics = gradient_statistics([grad for shard, grad in self._gradients() if self._counts(shard)])
         all_reduce(statistics)
         return statistics
 
     def scale_gradients(self, factor: float) -> None:
         """See ``OptimizerMember``."""
-        torch._foreach_mul_([shard.grad for shard in self._shards()], factor)
+        torch._foreach_mul_([grad for _, grad in self._gradients()], factor)
 
     def update(self, learning_rate: float) -> None:
         """See ``OptimizerMember``. The parameter all-gather is the chain's, once for all members."""
@@ -90,8 +90,9 @@ class ShardedMember:
         """See ``OptimizerMember``."""
         return self._group_keys
 
-    def _shards(self) -> list[Tensor]:
-        return [shard for group in self.groups for shard in group["params"] if shard.grad is not None]
+    def _gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """Return this rank's shards that have a gradient, each with it."""
+        return [(shard, shard.grad) for group in self.groups for shard in group["params"] if shard.grad is not None]
 
     def _counts(self, shard: Tensor) -> bool:
         """Whether this rank's copy is the one that counts in a norm.

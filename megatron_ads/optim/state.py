@@ -35,8 +35,9 @@ def sharded_optimizer_state(chain: OptimizerChain, model_state: dict[str, Any], 
     ``model_state`` is the model's sharded state dict, whose entries hold the parameters themselves. A collective over
     the replicas of every bucket, unless ``loading``, when the tensors are empty and of the right shapes.
     """
-    tensors, factories = {}, extract_sharded_tensors_and_factories(model_state)[0]
-    by_parameter = {id(entry.data): entry for entry in nested_values(factories)}
+    tensors: dict[str, Any] = {}
+    entries = extract_sharded_tensors_and_factories(model_state)[0]
+    by_parameter = {id(entry.data): entry for entry in nested_values(entries)}
     for member in _sharded_members(chain):
         for parameter, values in _whole_states(member, loading=loading):
             entry = by_parameter.get(id(parameter))
@@ -58,10 +59,10 @@ def load_optimizer_state(chain: OptimizerChain, loaded: dict[str, Tensor], *, up
             place = _placement(member, parameter)
             if place is not None:
                 _fill_shard(member, parameter, whole, place)
-    for member in chain.members:
-        member.updates = updates
-        if isinstance(member, ShardedMember):
-            for group in member.groups:
+    for each in chain.members:
+        each.updates = updates
+        if isinstance(each, ShardedMember):
+            for group in each.groups:
                 group["step"] = updates
 
 

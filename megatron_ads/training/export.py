@@ -4,14 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from conversion.layer_specs import LayerSpec
-from conversion.names import Split
 from conversion.rank_files import RankFile, ShardsLayout
 from conversion.shards import write_manifest, write_rank_file
 from conversion.sources import WeightSource
@@ -28,7 +25,7 @@ def export_shards(
     Raises:
         ConversionError: If a parameter is missing or has another shape than its rank should own.
     """
-    weights = canonical_weights(chunks, spec, source)
+    weights = canonical_weights(chunks, spec)
     file = _own_file(layout)
     record = None if file is None else write_rank_file(folder, file, weights, layout)
     records: list[Any] = [None] * dist.get_world_size()
@@ -41,6 +38,7 @@ def export_shards(
             records=[entry for entry in records if entry is not None],
             side_files_from=source.side_folder,
             aliases=tuple(source.aliases),
+            derived=source.derived,
             source=f"training from {source.path.name}",
         )
     dist.barrier()
@@ -54,26 +52,6 @@ def _own_file(layout: ShardsLayout) -> RankFile | None:
     return files[stage * files_per_stage + rank] if rank < files_per_stage else None
 
 
-def canonical_weights(chunks: Sequence[GPTModel], spec: LayerSpec, source: WeightSource) -> dict[str, Tensor]:
+def canonical_weights(chunks: Sequence[GPTModel], spec: LayerSpec) -> dict[str, Tensor]:
     """Return this rank's slices under canonical names, on the CPU; stacked experts one by one."""
-    tensor_group = parallel_state.get_tensor_model_parallel_group()
-    weights = {}
-    for weight in named_weights(chunks, spec):
-        for name, tensor in weight.pieces():
-            value = tensor.detach()
-            if _is_split_replica(name, value, source):
-                value = _gather_rows(value, tensor_group)
-            weights[name] = value.cpu()
-    return weights
-
-
-def _is_split_replica(name: str, value: Tensor, source: WeightSource) -> bool:
-    """Whether Megatron's torch layers divide by rows what a checkpoint replicates: the down-projections under tp."""
-    parameter = source.parameter(name)
-    return parameter.split is Split.REPLICATED and tuple(value.shape) != parameter.shape
-
-
-def _gather_rows(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    whole = torch.empty((value.size(0) * group.size(), *value.shape[1:]), dtype=value.dtype, device=value.device)
-    dist.all_gather_into_tensor(whole, value.contiguous(), group=group)
-    return whole
+    return {name: tensor.detach().cpu() for weight in named_weights(chunks, spec) for name, tensor in weight.pieces()}

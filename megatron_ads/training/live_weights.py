@@ -45,7 +45,7 @@ def iterate_hf_tensors(
     A collective: all ranks must take all tensors. A tensor is this rank's own copy, on its device, and in the dtype
     that is trained; the router bias is FP32. A bucket exceeds ``bucket_bytes`` only for a parameter that is larger.
     """
-    own = canonical_weights(models, spec, source)
+    own = canonical_weights(models, spec)
     repeats: dict[str, list[str]] = {}
     for alias, canonical in source.aliases.items():
         repeats.setdefault(canonical, []).append(alias)

@@ -22,8 +22,8 @@ CONVERSIONS = {
 def _loaded(recipe: Recipe) -> dict[str, torch.Tensor]:
     from megatron_ads.training.export import canonical_weights
 
-    model, _, source = start(recipe)
-    return canonical_weights(model.models, model.spec, source)
+    model, _, _ = start(recipe)
+    return canonical_weights(model.models, model.spec)
 
 
 @pytest.fixture(scope="module")
