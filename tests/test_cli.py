@@ -20,6 +20,10 @@ COMMAND_LINES = [
     ["verify"],
     ["demo-model"],
     ["train"],
+    ["compare-logits"],
+    ["evaluate"],
+    ["parity"],
+    ["plan"],
     ["quickstart"],
 ]
 HEAVY = ("torch", "megatron", "transformers", "safetensors", "numpy", "tokenizers")

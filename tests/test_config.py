@@ -163,7 +163,7 @@ def test_every_setting_is_described_below_it() -> None:
                 described = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
                 assert described, f"{section.name}.{ast.unparse(statement.target)} has no description"
                 settings += 1
-    assert settings == 52
+    assert settings == 53
 
 
 def test_the_layer_specs_of_a_recipe_are_auto_and_those_of_the_conversion() -> None:
@@ -281,7 +281,7 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_one() -> None:
         (["optim.learning_rate=0"], r"optim\.learning_rate is 0\.0; it must be above 0"),
         (["optim.learning_rate=nan"], r"optim\.learning_rate is nan"),
         (["optim.beta2=1"], r"optim\.beta2 is 1\.0; it must be at least 0 and below 1"),
-        (["optim.min_learning_rate=1"], r"optim\.min_learning_rate 1 is above optim\.learning_rate 0\.001"),
+        (["optim.min_learning_rate=1"], r"optim\.min_learning_rate 1 is above optim\.learning_rate 0\.002"),
         (["optim=adamw_constant", "optim.min_learning_rate=1e-6"], r"min_learning_rate is 1e-06, which has no effect"),
         (["model.router_bias_update_rate=0.001"], r"router_bias_update_rate is 0\.001, which has no effect"),
         (["model.router_bias=update"], r"router_bias is update, but model\.router_bias_update_rate is None"),
