@@ -25,8 +25,10 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from conversion.atomic_file import sync_folder
 from conversion.shards import SIDE_FOLDER
 from conversion.side_files import copy_side_files
+from conversion.torch_dist_pickle import read_metadata
 from megatron_ads.errors import CheckpointError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.optim.chain import OptimizerChain
@@ -198,17 +200,9 @@ def _finish(
         handle.flush()
         os.fsync(handle.fileno())
     temporary.rename(partial / MANIFEST)
-    _sync_folder(partial)
+    sync_folder(partial)
     partial.rename(final)
-    _sync_folder(final.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(final.parent)
 
 
 def _remove(folder: Path) -> None:
@@ -223,9 +217,11 @@ def load_checkpoint(folder: Path, chunks: Sequence[Any], optimizer: OptimizerCha
 
     Raises:
         CheckpointError: If a file is missing, cut off or changed.
+        ConversionError: If the pickled index of the checkpoint refers to anything but tensors.
     """
     with raised_on_all_ranks():
         verify_files(folder, share=(dist.get_rank(), dist.get_world_size()))
+    read_metadata(folder / ".metadata")  # torch unpickles it freely; this refuses any class that is not the format's
     same_layout = read_manifest(folder)["layout"] == asdict(layout)
     state = _sharded_state(chunks, optimizer, loading=True)
     if not same_layout:

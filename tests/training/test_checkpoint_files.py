@@ -5,16 +5,19 @@ import errno
 import json
 import logging
 import os
+import pickle
 import signal
 import subprocess
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 
-from megatron_ads.errors import CheckpointError
+from megatron_ads.errors import CheckpointError, MegatronAdsError
 from tests.distributed import RanksFailed, run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
 from tests.training.jobs import Losses, Recipe, run_steps, save, start, train, train_and_save
@@ -73,7 +76,7 @@ POINTS = {
     "_write_tensors": (2, 1),
     "_file_entries": (2, 1),
     "_finish": (2, 1),
-    "_sync_folder": (2, 1),  # the manifest is written; the folder has not got its name
+    "sync_folder": (2, 1),  # the manifest is written; the folder has not got its name
     "_remove": (3, 0),  # it has; the oldest checkpoint is still there
 }
 """Functions of the save in the order in which they are entered: step to resume from, and partial folders left."""
@@ -160,7 +163,7 @@ def _refusal(recipe: Recipe, folder: Path) -> str:
     model, shards, _ = start(recipe)
     try:
         load_checkpoint(folder, model.chunks, model.optimizer, shards.layout)
-    except CheckpointError as error:
+    except MegatronAdsError as error:
         return str(error)
     return "loaded"
 
@@ -178,6 +181,31 @@ def test_damage_is_named_and_refused_on_every_rank(name: str, recipe: Recipe) ->
 def test_an_undamaged_checkpoint_is_loaded(recipe: Recipe) -> None:
     run_ranks(2, train_and_save, recipe)
     assert run_ranks(2, _refusal, recipe, recipe.checkpoints / "step-00000001") == ["loaded"] * 2
+
+
+class _Payload:
+    """Pickled, a call that leaves a file behind when it is unpickled freely."""
+
+    def __init__(self, trace: Path) -> None:
+        self._trace = trace
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, (str(self._trace),)
+
+
+def test_a_checkpoint_whose_index_would_run_code_is_refused_before_it_does(recipe: Recipe, tmp_path: Path) -> None:
+    run_ranks(2, train_and_save, recipe)
+    checkpoint, trace = recipe.checkpoints / "step-00000001", tmp_path / "trace"
+    content = pickle.dumps(_Payload(trace))
+    (checkpoint / ".metadata").write_bytes(content)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"][".metadata"] = {"bytes": len(content), "crc32": zlib.crc32(content)}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    messages = run_ranks(2, _refusal, recipe, checkpoint)
+    assert all("cannot be read safely" in message for message in messages)
+    assert not trace.exists()
+    pickle.loads(content)  # the negative twin: unpickled freely, it runs
+    assert trace.exists()
 
 
 def _complete_steps(directory: Path) -> list[int]:
