@@ -1,7 +1,6 @@
 """How a job ended, in a file: torchrun's exit status cannot tell "stopped on request" from "failed"."""
 
 import json
-import os
 from enum import StrEnum
 from pathlib import Path
 
@@ -24,12 +23,9 @@ def clear_outcome(directory: Path) -> None:
 
 def write_outcome(directory: Path, outcome: Outcome, step: int) -> None:
     """Record the end; one rank does."""
-    temporary = directory / f".{FILE}.partial"
-    with temporary.open("w", encoding="utf-8") as handle:
-        json.dump({"outcome": outcome, "step": step}, handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.rename(directory / FILE)
+    from conversion.atomic_file import write_small  # imports torch, which the launcher does without
+
+    write_small(directory / FILE, json.dumps({"outcome": outcome, "step": step}))
 
 
 def read_outcome(directory: Path) -> Outcome | None:
