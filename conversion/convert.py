@@ -1,6 +1,5 @@
 """Whole conversions, from checkpoint to checkpoint: plan, check, execute, finish."""
 
-import math
 from pathlib import Path
 from typing import Protocol
 
@@ -68,7 +67,7 @@ def lay_out(shape: ModelShape, sizes: LayoutConfig) -> ShardsLayout:
         ConfigError: If the layers do not fit the stages.
         ConversionError: If the heads or experts do not divide.
     """
-    layout = sizes.runtime(sizes.pp * math.lcm(sizes.tp * sizes.cp, sizes.ep * sizes.etp))
+    layout = sizes.runtime(sizes.fewest_ranks())
     return ShardsLayout(shape=shape, layout=layout, placement=sizes.placement(shape, layout))
 
 

@@ -191,6 +191,10 @@ class LayoutConfig:
         """
         return ParallelLayout(world=world, tp=self.tp, cp=self.cp, pp=self.pp, vpp=self.vpp, ep=self.ep, etp=self.etp)
 
+    def fewest_ranks(self) -> int:
+        """Return the smallest number of ranks that holds every weight once."""
+        return ParallelLayout.smallest(tp=self.tp, cp=self.cp, pp=self.pp, vpp=self.vpp, ep=self.ep, etp=self.etp).world
+
     def placement(self, shape: ModelShape, layout: ParallelLayout) -> PipelinePlacement:
         """Return which chunk runs which layers.
 

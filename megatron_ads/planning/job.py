@@ -139,9 +139,7 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Jo
     """
     sizes = config.layout
     if ranks is None:
-        ranks = ParallelLayout.smallest(
-            tp=sizes.tp, cp=sizes.cp, pp=sizes.pp, vpp=sizes.vpp, ep=sizes.ep, etp=sizes.etp
-        ).world
+        ranks = sizes.fewest_ranks()
     elif ranks < 1:
         raise ConfigError(f"--gpus is {ranks}; it must be at least 1.")
     layout = sizes.runtime(ranks)

@@ -7,7 +7,6 @@ Under Slurm, or on several machines, run ``python -m megatron_ads.training --rec
 """
 
 import argparse
-import math
 import os
 import signal
 import subprocess
@@ -40,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from there), 1 when it failed.
     """
     config = load_recipe(args.recipe, args.overrides)
-    ranks = fewest_ranks(config) if args.ranks is None else args.ranks
+    ranks = config.layout.fewest_ranks() if args.ranks is None else args.ranks
     _check(config, ranks)
     log_directory = Path(config.log.dir)
     clear_outcome(log_directory)
@@ -55,12 +54,6 @@ def run(args: argparse.Namespace) -> int:
     if outcome is Outcome.STOPPED:
         return ExitStatus.STOPPED
     return ExitStatus.DONE if outcome is Outcome.FINISHED and not failed else ExitStatus.CRASHED
-
-
-def fewest_ranks(config: SftConfig) -> int:
-    """Return the smallest world the recipe's layout fits: one replica of every weight."""
-    layout = config.layout
-    return layout.pp * math.lcm(layout.tp * layout.cp, layout.ep * layout.etp)
 
 
 def _check(config: SftConfig, ranks: int) -> None:
