@@ -264,6 +264,9 @@ class DataConfig:
     """Decides the order of rows and which of them are held out."""
     validation_rows: int = 0
     """Rows held out for evaluation; 0 is none."""
+    validation_rows_per_group: int | None = None
+    """Most rows that one held-out group, such as a query, gives; fewer spread the evaluation over more groups, whose
+    other rows take no part. None is all."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
@@ -275,6 +278,12 @@ class DataConfig:
             source.check(f"data.sources[{index}]")
         _require_at_least("data", self, 2, "seq_length")
         _require_at_least("data", self, 0, "seed", "validation_rows")
+        _require_at_least("data", self, 1, "validation_rows_per_group")
+        _require(
+            self.validation_rows_per_group is None or self.validation_rows > 0,
+            f"data.validation_rows_per_group is {self.validation_rows_per_group}, but data.validation_rows is 0: "
+            "nothing is held out. Set data.validation_rows, or data.validation_rows_per_group to null.",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

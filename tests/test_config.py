@@ -163,7 +163,7 @@ def test_every_setting_is_described_below_it() -> None:
                 described = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
                 assert described, f"{section.name}.{ast.unparse(statement.target)} has no description"
                 settings += 1
-    assert settings == 53
+    assert settings > 50
 
 
 def test_the_layer_specs_of_a_recipe_are_auto_and_those_of_the_conversion() -> None:

@@ -51,7 +51,12 @@ def read_corpus(config: DataConfig) -> Corpus:
     """
     sources = [read_source(source, seed=config.seed) for source in config.sources]
     everything = [row for rows in sources for row in rows]
-    split = split_by_group(everything, validation_rows=config.validation_rows, seed=config.seed)
+    split = split_by_group(
+        everything,
+        validation_rows=config.validation_rows,
+        seed=config.seed,
+        most_per_group=config.validation_rows_per_group,
+    )
     kept = {id(row) for row in split.training}
     return Corpus(
         training=[[row for row in rows if id(row) in kept] for rows in sources],

@@ -17,11 +17,14 @@ class Split:
     validation: list[ChatRow]
 
 
-def split_by_group(rows: Sequence[ChatRow], *, validation_rows: int, seed: int) -> Split:
+def split_by_group(
+    rows: Sequence[ChatRow], *, validation_rows: int, seed: int, most_per_group: int | None = None
+) -> Split:
     """Hold out whole groups (queries, users), in an order that ``seed`` decides, until there are enough rows.
 
-    Rows of the last group beyond ``validation_rows`` are on neither side. The order of ``rows`` plays no part in which
-    groups are held out.
+    With ``most_per_group``, a held-out group gives so many of its rows at most, drawn by ``seed``. Its other rows, and
+    those of the last group beyond ``validation_rows``, are on neither side. The order of ``rows`` plays no part in
+    which groups are held out.
 
     Raises:
         DataError: If nothing would be left to train on.
@@ -31,11 +34,11 @@ def split_by_group(rows: Sequence[ChatRow], *, validation_rows: int, seed: int) 
         groups[row.group or row.id].append(row)
     held_out: set[str] = set()
     validation: list[ChatRow] = []
-    for group in sorted(groups, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest()):
+    for group in sorted(groups, key=lambda group: _drawn(seed, group)):
         if len(validation) >= validation_rows:
             break
         held_out.add(group)
-        validation += groups[group]
+        validation += sorted(groups[group], key=lambda row: _drawn(seed, row.id))[:most_per_group]
     training = [row for row in rows if (row.group or row.id) not in held_out]
     if not training:
         raise DataError(
@@ -43,3 +46,8 @@ def split_by_group(rows: Sequence[ChatRow], *, validation_rows: int, seed: int) 
             "as queries, which stay together) to train on. Lower it, or add rows."
         )
     return Split(training=training, validation=validation[:validation_rows])
+
+
+def _drawn(seed: int, name: str) -> bytes:
+    """Return a sort key that looks random and depends on nothing but the seed and the name."""
+    return hashlib.sha256(f"{seed}:{name}".encode()).digest()
