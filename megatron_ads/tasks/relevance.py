@@ -1,14 +1,20 @@
 """Query-ad relevance: how well an ad answers a query, as bad, fair or good, with the reasoning before the label.
 
-Source: AdNanny, sections 2 and 3.2; the label's tag is the paper's.
+A row asks for that label alone, or for three: whether the place fits and whether the ad is well made, too.
+
+Source: AdNanny, sections 2 and 3.2; the labels' tags and their order are the paper's.
 """
 
-import re
 from dataclasses import dataclass
 from enum import StrEnum
 
-from megatron_ads.data.rows import ChatRow, Message, Role
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.errors import DataError
 from megatron_ads.metrics.classification import DefectView
+from megatron_ads.tasks.conversation import single_turn
+from megatron_ads.tasks.elements import count_of, element, read_elements
+from megatron_ads.tasks.prompt_templates import Template
+from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
 
 TASK = "query_ad_relevance"
 
@@ -21,10 +27,34 @@ class Label(StrEnum):
     good = "Good"
 
 
+class Flag(StrEnum):
+    """Whether the place fits, whether the ad is well made."""
+
+    bad = "Bad"
+    good = "Good"
+
+
 BAD_VIEW = DefectView("bad", frozenset({Label.bad}))
 """Only clearly unacceptable ads are a defect."""
 FAIR_VIEW = DefectView("fair", frozenset({Label.bad, Label.fair}))
 """Mediocre matches are a defect as well."""
+LOCATION_VIEW = DefectView("location", frozenset({Flag.bad}))
+QUALITY_VIEW = DefectView("quality", frozenset({Flag.bad}))
+
+TEMPLATE = Template(task=TASK, version=1, paraphrases=("Is the ad relevant to the query?",))
+THREE_LABELS_TEMPLATE = Template(
+    task=TASK,
+    version=2,
+    paraphrases=(
+        "Judge the ad for the query: is it relevant, does the place fit, is the ad well made?",
+        "What makes this ad relevant to the query, or not? Judge the place and the ad's writing too.",
+        "Would the ad serve the person who typed the query? Judge relevance, place and ad quality.",
+    ),
+    answer_form=(
+        "Answer with <LocationLabel>Bad or Good</LocationLabel><Label>Bad, Fair or Good</Label>"
+        "<AdQuality>Bad or Good</AdQuality>."
+    ),
+)
 
 
 class Failure(StrEnum):
@@ -40,7 +70,9 @@ class Failure(StrEnum):
     several_labels = "several_labels"
     unknown_label = "unknown_label"
     text_around_label = "text_around_label"
-    """Something other than the label follows the reasoning."""
+    """Something other than the labels follows the reasoning."""
+    incomplete_labels = "incomplete_labels"
+    """Neither the label alone nor all three in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +81,9 @@ class Judgement:
 
     label: Label
     reasoning: str
+    location: Flag | None = None
+    """None: the answer is the label alone."""
+    quality: Flag | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +96,9 @@ class Ad:
     """Brand, advertiser or domain; empty if unknown."""
 
 
-def render_prompt(query: str, ad: Ad) -> str:
+def render_prompt(query: str, ad: Ad, instruction: str = TEMPLATE.instruction()) -> str:
     """Return the user's message: the instruction in one line, then query and ad."""
-    lines = ["Is the ad relevant to the query?", f"Query: {query}", f"Ad: {ad.title}"]
+    lines = [instruction, f"Query: {query}", f"Ad: {ad.title}"]
     if ad.seller:
         lines.append(f"Seller: {ad.seller}")
     if ad.description:
@@ -71,46 +106,68 @@ def render_prompt(query: str, ad: Ad) -> str:
     return "\n".join(lines)
 
 
-def render_target(label: Label, reasoning: str) -> str:
-    """Return the assistant's message: reasoning, then the tagged label."""
-    return f"<think>{reasoning}</think><Label>{label}</Label>"
+def render_target(label: Label, reasoning: str, *, location: Flag | None = None, quality: Flag | None = None) -> str:
+    """Return the assistant's message: reasoning, then the tagged label, or the three of them.
+
+    Raises:
+        DataError: If one of location and quality is there and the other is not.
+    """
+    if (location is None) != (quality is None):
+        raise DataError(f"location is {location}, quality is {quality}; both are needed, or neither.")
+    answer = element("Label", label)
+    if location is not None and quality is not None:
+        answer = element("LocationLabel", location) + answer + element("AdQuality", quality)
+    return render_reasoned(reasoning, answer)
 
 
-def chat_row(row_id: str, query: str, ad: Ad, label: Label, reasoning: str) -> ChatRow:
-    """Return one example; rows of one query stay on one side of any split."""
-    messages = (
-        Message(Role.user, render_prompt(query, ad)),
-        Message(Role.assistant, render_target(label, reasoning)),
-    )
-    return ChatRow(id=row_id, task=TASK, messages=messages, group=query, label=str(label))
+def chat_row(
+    row_id: str,
+    query: str,
+    ad: Ad,
+    label: Label,
+    reasoning: str,
+    *,
+    location: Flag | None = None,
+    quality: Flag | None = None,
+) -> ChatRow:
+    """Return one example, of one label or of three; rows of one query stay on one side of any split.
+
+    Raises:
+        DataError: If one of location and quality is there and the other is not.
+    """
+    template = TEMPLATE if location is None else THREE_LABELS_TEMPLATE
+    prompt = render_prompt(query, ad, template.instruction_of(row_id))
+    target = render_target(label, reasoning, location=location, quality=quality)
+    return single_turn(row_id, TASK, prompt, target, group=query, label=str(label))
 
 
-_LABEL = re.compile(r"<Label>(.*?)</Label>", re.DOTALL)
+_ONE, _THREE = ["Label"], ["LocationLabel", "Label", "AdQuality"]
 
 
-def parse(text: str) -> Judgement | Failure:
-    """Read an answer strictly: one ``<think>`` block, then one label of the three, and nothing else."""
-    answer = text.strip()
-    if not answer:
-        return Failure.empty
-    if not answer.startswith("<think>"):
-        return Failure.no_reasoning
-    reasoning, closing, rest = answer.removeprefix("<think>").partition("</think>")
-    if not closing:
-        return Failure.unclosed_reasoning
-    if not reasoning.strip():
-        return Failure.no_reasoning
-    return _parse_label(reasoning.strip(), rest.strip())
-
-
-def _parse_label(reasoning: str, rest: str) -> Judgement | Failure:
-    found = _LABEL.findall(rest)
-    if not found:
-        return Failure.no_label
-    if len(found) > 1:
-        return Failure.several_labels
-    if found[0] not in {str(label) for label in Label}:
-        return Failure.unknown_label
-    if _LABEL.sub("", rest):
+def parse(text: str, *, reasoning_required: bool = True) -> Judgement | Failure:
+    """Read an answer strictly: one ``<think>`` block, then the label alone or all three in order, and nothing else."""
+    parts = split_reasoning(text, required=reasoning_required)
+    if isinstance(parts, ReasoningFailure):
+        return Failure(parts.value)
+    labels = count_of("Label", parts.answer)
+    if labels != 1:
+        return Failure.several_labels if labels else Failure.no_label
+    elements = read_elements(parts.answer)
+    names = [name for name, _ in elements or []]
+    if elements is None or not set(names) <= set(_THREE):
         return Failure.text_around_label
-    return Judgement(label=Label(found[0]), reasoning=reasoning)
+    if names not in (_ONE, _THREE):
+        return Failure.incomplete_labels
+    return _read_labels(dict(elements), parts.reasoning)
+
+
+def _read_labels(given: dict[str, str], reasoning: str) -> Judgement | Failure:
+    try:
+        return Judgement(
+            label=Label(given["Label"]),
+            reasoning=reasoning,
+            location=Flag(given["LocationLabel"]) if "LocationLabel" in given else None,
+            quality=Flag(given["AdQuality"]) if "AdQuality" in given else None,
+        )
+    except ValueError:
+        return Failure.unknown_label

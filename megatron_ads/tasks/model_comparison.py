@@ -1,0 +1,117 @@
+"""Model comparison: may a new system replace the current one, judged on what both said to the same request.
+
+One answer judges one request; ``replacement_report`` adds many up. Which output is shown first is drawn from the row's
+id, so that a preference for a place cannot look like a preference for a system.
+
+Source: AdNanny, section 2 (strengths, weaknesses, risks, aggregated into a report); tags and scales are ours.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.tasks.conversation import filled, single_turn
+from megatron_ads.tasks.elements import element, listed
+from megatron_ads.tasks.prompt_templates import Template
+from megatron_ads.tasks.reasoning import render_reasoned
+
+TASK = "model_comparison"
+
+
+class Verdict(StrEnum):
+    """The new system's output against the current one's."""
+
+    worse = "Worse"
+    same = "Same"
+    better = "Better"
+
+
+class Risk(StrEnum):
+    """What showing the new system's output could do: policy, safety, plain wrong matches."""
+
+    none = "None"
+    low = "Low"
+    high = "High"
+
+
+TEMPLATE = Template(
+    task=TASK,
+    version=1,
+    paraphrases=(
+        "Two systems answered the same request. Judge the new one against the current one.",
+        "Compare the outputs: is the new system's better than the current system's?",
+        "Could the new system replace the current one, going by this request?",
+    ),
+    answer_form=(
+        "Answer with <Strengths>, <Weaknesses> (of the new one, lists separated by ';', or none), "
+        "<Risk>None, Low or High</Risk> and <Verdict>Better, Same or Worse</Verdict>."
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRequest:
+    """One request and what the two systems made of it."""
+
+    request: str
+    current: str
+    """Output of the system in production."""
+    new: str
+    """Output of the system that may replace it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assessment:
+    """What is said of the new system's output."""
+
+    strengths: tuple[str, ...] = ()
+    weaknesses: tuple[str, ...] = ()
+    risk: Risk
+    verdict: Verdict
+    reasoning: str = ""
+
+
+def new_is_first(row_id: str) -> bool:
+    """Return whether a row shows the new system's output first."""
+    return _ORDER.wording_of(row_id) == 1
+
+
+_ORDER = Template(task=f"{TASK}/order", version=1, paraphrases=("current first", "new first"))
+
+
+def render_prompt(shared: SharedRequest, instruction: str = TEMPLATE.instruction(), *, new_first: bool = False) -> str:
+    """Return the user's message: the instruction, the request, the outputs.
+
+    Raises:
+        DataError: If a text is empty.
+    """
+    current = f"Current system: {filled('the current output', shared.current)}"
+    new = f"New system: {filled('the new output', shared.new)}"
+    request = f"Request: {filled('the request', shared.request)}"
+    return "\n".join([instruction, request, *((new, current) if new_first else (current, new))])
+
+
+def render_target(assessment: Assessment) -> str:
+    """Return the assistant's message: reasoning, then one line per part.
+
+    Raises:
+        DataError: If a value cannot stand in a list.
+    """
+    lines = [
+        element("Strengths", listed(assessment.strengths)),
+        element("Weaknesses", listed(assessment.weaknesses)),
+        element("Risk", assessment.risk),
+        element("Verdict", assessment.verdict),
+    ]
+    return render_reasoned(assessment.reasoning, "\n".join(lines))
+
+
+def chat_row(row_id: str, shared: SharedRequest, assessment: Assessment, *, group: str = "") -> ChatRow:
+    """Return one example; rows of one ``group``, by default of one request, stay on one side of any split.
+
+    Raises:
+        DataError: If a text is empty.
+    """
+    prompt = render_prompt(shared, TEMPLATE.instruction_of(row_id), new_first=new_is_first(row_id))
+    target = render_target(assessment)
+    return single_turn(row_id, TASK, prompt, target, group=group or shared.request, label=assessment.verdict)

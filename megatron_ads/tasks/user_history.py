@@ -1,0 +1,192 @@
+"""What is known of a user before the anchor day, and how a prompt shows it: sections, newest first, within limits.
+
+Source: the advertiser paper, sections 3.2.3 (sections) and 4.1 (windows); AdNanny, section 3.2 (clicks, page views).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class EventKind(StrEnum):
+    """What a user did. On-site is on the platform that shows the ads."""
+
+    onsite_search = "onsite_search"
+    click = "click"
+    page_view = "page_view"
+    attributed_conversion = "attributed_conversion"
+    """A conversion that an ad of the platform led to."""
+    matched_conversion = "matched_conversion"
+    """A conversion elsewhere, matched to the user."""
+    offsite_search = "offsite_search"
+    offsite_url = "offsite_url"
+
+
+CONVERSIONS = frozenset({EventKind.attributed_conversion, EventKind.matched_conversion})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """One thing a user did before the anchor day; what is unknown is empty."""
+
+    kind: EventKind
+    days_ago: float
+    """Days before the anchor; 0 or more."""
+    text: str
+    """The search, the page's or item's title, the URL."""
+    category: str = ""
+    brand: str = ""
+    advertiser: str = ""
+    semantic_id: str = ""
+    """Codes of the item, as one text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demographics:
+    """What a user said about themselves; empty is unknown."""
+
+    age: str = ""
+    gender: str = ""
+    state: str = ""
+    """How active the user is: new, casual, core."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UserHistory:
+    """One user at one anchor day. The order of events does not matter."""
+
+    user_id: str
+    events: tuple[Event, ...] = ()
+    demographics: Demographics = field(default_factory=Demographics)
+
+
+class Section(StrEnum):
+    """A part of the prompt that can be left out; the value is its heading's key."""
+
+    past_advertisers = "past_advertisers"
+    profile = "profile"
+    attributed_conversions = "attributed_conversions"
+    matched_conversions = "matched_conversions"
+    onsite_searches = "onsite_searches"
+    clicks = "clicks"
+    page_views = "page_views"
+    offsite_searches = "offsite_searches"
+    offsite_urls = "offsite_urls"
+    top_categories = "top_categories"
+    top_brands = "top_brands"
+    semantic_ids = "semantic_ids"
+
+
+HEADINGS = {
+    Section.past_advertisers: "Bought from",
+    Section.profile: "Profile",
+    Section.attributed_conversions: "Bought after an ad",
+    Section.matched_conversions: "Bought elsewhere",
+    Section.onsite_searches: "Searched here",
+    Section.clicks: "Clicked",
+    Section.page_views: "Viewed",
+    Section.offsite_searches: "Searched elsewhere",
+    Section.offsite_urls: "Visited",
+    Section.top_categories: "Top categories",
+    Section.top_brands: "Top brands",
+    Section.semantic_ids: "Recent items",
+}
+_KINDS = {
+    Section.attributed_conversions: EventKind.attributed_conversion,
+    Section.matched_conversions: EventKind.matched_conversion,
+    Section.onsite_searches: EventKind.onsite_search,
+    Section.clicks: EventKind.click,
+    Section.page_views: EventKind.page_view,
+    Section.offsite_searches: EventKind.offsite_search,
+    Section.offsite_urls: EventKind.offsite_url,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HistoryView:
+    """How much of a history a prompt shows. The defaults are the paper's windows, and ours for the rest."""
+
+    without: frozenset[Section] = frozenset()
+    """Sections left out: the ablations."""
+    window_days: Mapping[Section, float] = field(
+        default_factory=lambda: {Section.onsite_searches: 90.0, Section.offsite_urls: 14.0}
+    )
+    """Events of a section that are older are not shown; a section not named here has no limit."""
+    most_entries: int = 10
+    """Most entries of a section; the oldest are left out, of the top lists the rarest."""
+
+
+FULL_VIEW = HistoryView()
+
+
+def sections(history: UserHistory, view: HistoryView = FULL_VIEW) -> dict[Section, tuple[str, ...]]:
+    """Return the entries of every section that has any, each once: the newest first, in top lists the most frequent."""
+    newest_first = sorted(history.events, key=lambda event: event.days_ago)
+    found = {
+        section: tuple(dict.fromkeys(entries))[: view.most_entries]
+        for section in Section
+        if section not in view.without
+        for entries in [_entries(section, newest_first, history.demographics, view)]
+    }
+    return {section: entries for section, entries in found.items() if entries}
+
+
+def past_advertisers(history: UserHistory) -> tuple[str, ...]:
+    """Return whom the user bought from, the most recent first, each once."""
+    newest_first = sorted(history.events, key=lambda event: event.days_ago)
+    return tuple(dict.fromkeys(event.advertiser for event in newest_first if _is_purchase(event)))
+
+
+def render_history(shown: Mapping[Section, tuple[str, ...]]) -> str:
+    """Return one line per section, as the prompt has it."""
+    return "\n".join(f"{HEADINGS[section]}: {'; '.join(entries)}" for section, entries in shown.items())
+
+
+def fit_history(
+    shown: Mapping[Section, tuple[str, ...]], *, most_tokens: int, count_tokens: Callable[[str], int]
+) -> dict[Section, tuple[str, ...]]:
+    """Shorten sections until ``render_history`` takes at most ``most_tokens``.
+
+    The longest section gives its last entry, the oldest or rarest; of several equally long the one that comes last.
+    """
+    kept = dict(shown)
+    while kept and count_tokens(render_history(kept)) > most_tokens:
+        longest = max(reversed(kept), key=lambda section: len(kept[section]))
+        kept[longest] = kept[longest][:-1]
+        if not kept[longest]:
+            del kept[longest]
+    return kept
+
+
+def _entries(
+    section: Section, newest_first: Iterable[Event], demographics: Demographics, view: HistoryView
+) -> list[str]:
+    oldest = view.window_days.get(section, float("inf"))
+    recent = [event for event in newest_first if event.days_ago <= oldest]
+    match section:
+        case Section.profile:
+            return [value for value in (demographics.age, demographics.gender, demographics.state) if value]
+        case Section.past_advertisers:
+            return [event.advertiser for event in recent if _is_purchase(event)]
+        case Section.top_categories:
+            return _most_frequent(event.category for event in recent)
+        case Section.top_brands:
+            return _most_frequent(event.brand for event in recent)
+        case Section.semantic_ids:
+            return [event.semantic_id for event in recent if event.semantic_id]
+        case _:
+            return [_worded(event) for event in recent if event.kind is _KINDS[section]]
+
+
+def _is_purchase(event: Event) -> bool:
+    return event.kind in CONVERSIONS and bool(event.advertiser)
+
+
+def _worded(event: Event) -> str:
+    return f"{event.text} ({event.advertiser})" if event.kind in CONVERSIONS and event.advertiser else event.text
+
+
+def _most_frequent(values: Iterable[str]) -> list[str]:
+    """Return values by frequency; of equally frequent ones the more recent first."""
+    return [value for value, _ in Counter(value for value in values if value).most_common()]

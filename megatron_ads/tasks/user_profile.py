@@ -1,0 +1,78 @@
+"""User profile generation: interests, intents, constraints and what to avoid, from what a user did.
+
+Source: AdNanny, section 2; the tags are ours.
+"""
+
+from dataclasses import dataclass
+
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.tasks.conversation import single_turn
+from megatron_ads.tasks.elements import element, listed
+from megatron_ads.tasks.prompt_templates import Template
+from megatron_ads.tasks.reasoning import render_reasoned
+from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory, render_history, sections
+
+TASK = "user_profile"
+
+TEMPLATE = Template(
+    task=TASK,
+    version=1,
+    paraphrases=(
+        "Describe this user's interests, intents, constraints and what to avoid.",
+        "Write a profile of this user from what they did.",
+        "What does this user like, plan and not want? Summarise it as a profile.",
+    ),
+    answer_form=(
+        "Answer with <Summary>, <Interests>, <Intents>, <Constraints> and <Avoid>; lists separated by ';', or none."
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """What is said of a user; a list may be empty."""
+
+    summary: str
+    """One or two sentences."""
+    interests: tuple[str, ...]
+    """Categories or topics, the strongest first."""
+    intents: tuple[str, ...] = ()
+    """What the user seems about to do or buy."""
+    constraints: tuple[str, ...] = ()
+    """Price level, place, brand."""
+    avoid: tuple[str, ...] = ()
+    """Topics that should not be shown."""
+    reasoning: str = ""
+
+
+def render_prompt(
+    user: UserHistory, instruction: str = TEMPLATE.instruction(), *, view: HistoryView = FULL_VIEW
+) -> str:
+    """Return the user's message: the instruction, then the history section by section."""
+    return f"{instruction}\n{render_history(sections(user, view)) or 'Nothing is known of the user.'}"
+
+
+def render_target(profile: Profile) -> str:
+    """Return the assistant's message: reasoning, then one line per part.
+
+    Raises:
+        DataError: If the summary is empty, or a value cannot stand in a list.
+    """
+    lines = [
+        element("Summary", profile.summary),
+        element("Interests", listed(profile.interests)),
+        element("Intents", listed(profile.intents)),
+        element("Constraints", listed(profile.constraints)),
+        element("Avoid", listed(profile.avoid)),
+    ]
+    return render_reasoned(profile.reasoning, "\n".join(lines))
+
+
+def chat_row(row_id: str, user: UserHistory, profile: Profile, *, view: HistoryView = FULL_VIEW) -> ChatRow:
+    """Return one example; rows of one user stay on one side of any split.
+
+    Raises:
+        DataError: If a part of the profile cannot be written.
+    """
+    prompt = render_prompt(user, TEMPLATE.instruction_of(row_id), view=view)
+    return single_turn(row_id, TASK, prompt, render_target(profile), group=user.user_id)
