@@ -20,6 +20,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_ads.metrics.intervals import Interval
+
 
 @dataclass(frozen=True, slots=True)
 class DefectView:
@@ -49,15 +51,6 @@ class BinaryMetrics:
     def as_dict(self) -> dict[str, float | int | None]:
         """Return the fields by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """Percentile bootstrap interval."""
-
-    low: float
-    high: float
-    confidence: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,93 @@
+"""Bootstrap intervals: how far a number could have come out otherwise, had other rows been drawn.
+
+Rows that belong together, such as the rows of one query or user, are drawn together: they are not independent.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Percentile bootstrap interval."""
+
+    low: float
+    high: float
+    confidence: float
+
+
+def mean_interval(
+    values: Sequence[float],
+    *,
+    groups: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval | None:
+    """Bootstrap the mean over rows. For two models on the same rows, give the differences of their values.
+
+    Returns:
+        None without rows.
+    """
+    if not values:
+        return None
+    numbers = _numbered(groups or range(len(values)))
+    clusters = int(numbers.max()) + 1
+    sums_G = np.bincount(numbers, weights=np.asarray(values, dtype=np.float64), minlength=clusters)
+    rows_G = np.bincount(numbers, minlength=clusters)
+    draw, evenly = np.random.default_rng(seed), np.full(clusters, 1 / clusters)
+    means = np.empty(resamples)
+    for resample in range(resamples):  # one at a time: all together would take resamples x groups numbers
+        times_G = draw.multinomial(clusters, evenly)
+        means[resample] = (times_G @ sums_G) / (times_G @ rows_G)
+    return _between(means, confidence)
+
+
+def statistic_interval(
+    statistic: Callable[[NDArray[np.int64]], float | None],
+    rows: int,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 500,
+    seed: int = 0,
+) -> Interval | None:
+    """Bootstrap any statistic of a selection of rows.
+
+    Args:
+        statistic: Takes the numbers of the drawn rows, with repetitions; None where it is undefined.
+        rows: How many there are.
+        groups: One value a row; rows of equal value are drawn together.
+        confidence: Share of the resamples inside the interval.
+        resamples: How often rows are drawn.
+        seed: Decides the draws.
+
+    Returns:
+        None if the statistic was undefined in every resample.
+    """
+    if rows == 0:
+        return None
+    numbers = _numbered(groups or range(rows))
+    members = [np.flatnonzero(numbers == number) for number in range(int(numbers.max()) + 1)]
+    draw = np.random.default_rng(seed)
+    values = []
+    for _ in range(resamples):
+        chosen = draw.integers(len(members), size=len(members))
+        value = statistic(np.concatenate([members[number] for number in chosen]))
+        if value is not None:
+            values.append(value)
+    return _between(np.asarray(values), confidence) if values else None
+
+
+def _numbered(groups: Sequence[Hashable]) -> NDArray[np.int64]:
+    """Return, per row, the number of its group."""
+    index = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return np.asarray([index[group] for group in groups], dtype=np.int64)
+
+
+def _between(values: NDArray[np.float64], confidence: float) -> Interval:
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(low=float(low), high=float(high), confidence=confidence)
