@@ -279,6 +279,8 @@ def _batch(job: Any) -> Any:
         labels_BS=tokens_BS.roll(-1, dims=1),
         positions_BS=torch.arange(length).repeat(rows, 1),
         mask_BS=torch.ones(rows, length),
+        sample_BS=torch.zeros_like(tokens_BS),
+        step_samples=1,
         cu_seqlens=torch.arange(0, rows * length + 1, length, dtype=torch.int32),
         sample_count=rows,
         token_count=rows * length,

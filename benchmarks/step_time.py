@@ -153,6 +153,8 @@ def _packed(samples: Sequence[Any]) -> Any:
         labels_BS=torch.cat([sample.roll(-1) for sample in samples])[None],
         positions_BS=torch.cat([torch.arange(len(sample)) for sample in samples])[None],
         mask_BS=targets.float()[None],
+        sample_BS=torch.zeros(1, len(targets), dtype=torch.int64),
+        step_samples=1,
         cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32),
         sample_count=len(samples),
         token_count=len(targets),

@@ -232,6 +232,9 @@ class SourceConfig:
     """Share of the rows drawn from this source, relative to the other sources' weights."""
     rows: int | None = None
     """Use at most this many rows; None is all (``builtin``: as many as it generates)."""
+    keep_share: bool = False
+    """Keep the share in all samples that ``weight`` gives when ``reweight.tasks`` moves the others': for general-domain
+    rows."""
 
     def check(self, section: str) -> None:
         """Refuse impossible values; ``section`` is where this source stands in the recipe."""
@@ -380,6 +383,38 @@ class LossConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ReweightConfig:
+    """Weights that follow what the model has learned; formulas in ``megatron_ads/data/adaptive_weights.py``."""
+
+    instances: bool = False
+    """Multiply each sample's loss by a weight that falls as its perplexity does."""
+    interval: int = 50
+    """Steps between renewals of the instance weights."""
+    beta: float = 1.0
+    """How strongly a change of perplexity changes an instance weight."""
+    lowest: float = 0.2
+    """Smallest instance weight."""
+    highest: float = 5.0
+    """Largest instance weight."""
+    tasks: bool = False
+    """Draw more samples of the tasks whose validation metric is low, renewed at each evaluation."""
+    alpha: float = 1.0
+    """How strongly a low validation metric raises a task's share; 1 is in proportion to what is missing to 1."""
+
+    def check(self) -> None:
+        """Refuse values that are impossible whatever the other sections say."""
+        _require_at_least("reweight", self, 1, "interval", "alpha")
+        for name in ("beta", "lowest"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, f"reweight.{name} is {value:g}; it must be above 0.")
+        _require(
+            self.lowest <= 1 <= self.highest < math.inf,
+            f"reweight.lowest = {self.lowest:g} and reweight.highest = {self.highest:g} must have 1 between them: it "
+            "is the weight of a sample whose perplexity has not changed.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
     """Saving and resuming."""
 
@@ -432,6 +467,7 @@ class SftConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    reweight: ReweightConfig = field(default_factory=ReweightConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -447,6 +483,7 @@ def validate(config: SftConfig, world: int, shape: ModelShape | None = None) -> 
     """
     for section in (config.model, config.layout, config.data, config.optim, config.train):
         section.check()
+    config.reweight.check()
     config.checkpoint.check()
     config.runtime.check()
     _check_steps(config)
@@ -466,6 +503,10 @@ def _check_steps(config: SftConfig) -> None:
         config.train.evaluate_every is None or config.data.validation_rows > 0,
         f"train.evaluate_every is {config.train.evaluate_every}, but data.validation_rows is 0: there is nothing to "
         "evaluate on. Set data.validation_rows, or train.evaluate_every to null.",
+    )
+    _require(
+        not config.reweight.tasks or config.train.evaluate_every is not None,
+        "reweight.tasks needs a validation metric of each task, but train.evaluate_every is null. Set it.",
     )
 
 

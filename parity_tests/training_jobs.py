@@ -73,7 +73,9 @@ def _packed(row: Row) -> PackedBatch:
         labels_BS=row["labels"],
         positions_BS=row["positions"],
         mask_BS=row["mask"],
+        sample_BS=torch.zeros_like(row["tokens"]),
         cu_seqlens=row["boundaries"],
+        step_samples=1,  # losses of single samples are not looked at
         sample_count=len(row["boundaries"]) - 1,
         token_count=row["tokens"].numel(),
         target_count=targets,

@@ -109,9 +109,9 @@ def test_every_setting_of_a_recipe_part_arrives(tmp_path: Path, part: Path) -> N
     values = {key: value for key, value in yaml.safe_load(part.read_text()).items() if value != "???"}
     given = [f"{path}={value}" for path, value in required.items() if path.rpartition(".")[2] not in values]
     composed = yaml.safe_load(recipe_yaml(load_recipe(str(own), given)))[part.parent.name]
-    for source in composed.get("sources", []):
-        for name in ("path", "weight", "rows"):
-            del source[name]  # defaults that the part does not mention
+    if "sources" in values:  # without the defaults that the part does not mention
+        pairs = zip(composed["sources"], values["sources"], strict=True)
+        composed["sources"] = [{key: source[key] for key in declared} for source, declared in pairs]
     assert {key: composed[key] for key in values} == values
 
 
@@ -288,6 +288,14 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_one() -> None:
         (["model.mtp_loss_weight=-0.1"], r"model\.mtp_loss_weight is -0\.1; it must be at least 0"),
         (["model.frozen=[mtp]", "model.mtp_loss_weight=0"], r"model\.frozen lists mtp, which has no effect"),
         (["model.frozen=[router,router]"], r"model\.frozen lists router more than once"),
+        (["reweight.interval=0"], r"reweight\.interval is 0; it must be at least 1"),
+        (["reweight.beta=0"], r"reweight\.beta is 0; it must be above 0"),
+        (["reweight.lowest=1.5"], r"reweight\.lowest = 1\.5 and reweight\.highest = 5 must have 1 between them"),
+        (["reweight.tasks=true", "train.evaluate_every=null"], r"reweight\.tasks needs a validation metric"),
+        (
+            ["data.validation_rows_per_group=4", "data.validation_rows=0", "train.evaluate_every=null"],
+            r"validation_rows_per_group is 4, but data\.validation_rows is 0",
+        ),
         (["checkpoint.save_every=0"], r"checkpoint\.save_every is 0; it must be at least 1"),
         (["runtime.timeout_seconds=0"], r"runtime\.timeout_seconds is 0"),
     ],

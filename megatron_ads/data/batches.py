@@ -6,23 +6,24 @@ microbatches only divide the rows among themselves.
 Shape suffixes: B = rows of a microbatch, S = tokens of a row.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_ads.config import Normalize
-from megatron_ads.data.mixing import Mixture, WeightedRows
+from megatron_ads.data.adaptive_weights import InstanceWeights, task_shares
+from megatron_ads.data.mixing import Draw, Mixture, WeightedRows
 from megatron_ads.data.packing import pack_prefix
 from megatron_ads.data.rows import TokenizedRow
 from megatron_ads.errors import ConfigError, DataError
 
 PADDING_TOKEN = 0
 
-PackedRow = Sequence[TokenizedRow]
-"""The samples of one row, in order."""
+PackedRow = Sequence[int]
+"""The samples of one row, in order: each by its number in its step (or in a pass over all rows)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,12 @@ class PackedBatch:
     """int64; counted from 0 in each sample."""
     mask_BS: Tensor
     """float32; weight of the loss of each label, 0 where none is counted."""
+    sample_BS: Tensor
+    """int64; number in the step of the sample that each position belongs to; 0 at padding, where ``mask_BS`` is 0."""
     cu_seqlens: Tensor
     """int32; where each sample, or the padding that ends a row, begins in the flattened B * S tokens; then B * S."""
+    step_samples: int
+    """Samples of the whole step, of which ``sample_BS`` counts."""
     sample_count: int
     token_count: int
     """Tokens that are not padding."""
@@ -87,6 +92,7 @@ class BatchStream:
         packing: bool,
         seed: int,
         normalize: Normalize = Normalize.token,
+        weights: InstanceWeights | None = None,
     ) -> None:
         """Start at the first step.
 
@@ -97,6 +103,7 @@ class BatchStream:
             packing: Put as many samples into a row as fit; else one.
             seed: Decides the order of the samples.
             normalize: What the loss is averaged over.
+            weights: Multiply the loss of each sample; numbered as ``Mixture`` does. None is 1 for all.
 
         Raises:
             DataError: If a source has no rows, or one that is too long.
@@ -109,39 +116,72 @@ class BatchStream:
         self._packing = packing
         self._seed = seed
         self._normalize = normalize
+        self._weights = weights
+        self._step: list[Draw] = []
 
     def next_step(self) -> list[PackedBatch]:
         """Return this replica's microbatches of the next step."""
-        rows = self._next_rows()
+        packed = self._draw_rows()
+        samples = [draw.row for draw in self._step]
         return [
-            collate(micro, seq_length=self._seq_length, normalize=self._normalize)
-            for micro in self._share.microbatches(rows)
+            self._weighted(collate(samples, micro, seq_length=self._seq_length, normalize=self._normalize))
+            for micro in self._share.microbatches(packed)
         ]
 
-    def _next_rows(self) -> list[PackedRow]:
-        """Draw and pack the rows of a step; samples that do not fit any more go back."""
+    def _draw_rows(self) -> list[PackedRow]:
+        """Draw and pack the samples of a step; those that do not fit any more go back."""
         count = self._share.global_batch_size
-        if not self._packing:
-            return [[self._mixture.draw()[1]] for _ in range(count)]
         drawn = [self._mixture.draw() for _ in range(count)]
-        room = count * self._seq_length - sum(row.predictions for _, row in drawn)
-        while room >= 0:
-            drawn.append(self._mixture.draw())
-            room -= drawn[-1][1].predictions
-        packed = pack_prefix([row.predictions for _, row in drawn], capacity=self._seq_length, rows=count)
-        used = sum(len(indices) for indices in packed)
-        self._mixture.put_back([source for source, _ in drawn[used:]])
-        return [[drawn[index][1] for index in indices] for indices in packed]
+        packed: list[PackedRow] = [[number] for number in range(count)]
+        if self._packing:
+            room = count * self._seq_length - sum(draw.row.predictions for draw in drawn)
+            while room >= 0:
+                drawn.append(self._mixture.draw())
+                room -= drawn[-1].row.predictions
+            packed = [*pack_prefix([draw.row.predictions for draw in drawn], capacity=self._seq_length, rows=count)]
+        used = sum(len(numbers) for numbers in packed)
+        self._mixture.put_back([draw.source for draw in drawn[used:]])
+        self._step = drawn[:used]
+        return packed
+
+    def _weighted(self, batch: PackedBatch) -> PackedBatch:
+        if self._weights is None:
+            return batch
+        weights = torch.from_numpy(self._weights.of([draw.number for draw in self._step])).float()
+        return replace(batch, mask_BS=batch.mask_BS * weights[batch.sample_BS])
+
+    def observe(self, sample_losses: Sequence[float]) -> dict[str, float]:
+        """Take in the summed loss of each sample of the latest step; return the mean over target tokens by task."""
+        rows = [draw.row for draw in self._step]
+        if self._weights is not None:
+            targets = [row.target_count for row in rows]
+            self._weights.observe([draw.number for draw in self._step], sample_losses, targets)
+        return losses_by_task(rows, sample_losses)
+
+    def adapt(self, metrics: Mapping[str, float], *, alpha: float) -> dict[str, float]:
+        """Renew the shares of the adaptive tasks from their validation metrics; return them.
+
+        Raises:
+            DataError: If a task has no metric, because none of its rows is held out.
+        """
+        tasks = self._mixture.adaptive_tasks
+        if missing := [task for task in tasks if task not in metrics]:
+            raise DataError(
+                f"reweight.tasks needs held-out rows of every task; there are none of {', '.join(missing)}. Raise "
+                "data.validation_rows."
+            )
+        return self._mixture.adapt(task_shares({task: metrics[task] for task in tasks}, alpha=alpha))
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the sequence stands, and of which sequence; independent of the layout."""
-        return {"drawn": list(self._mixture.drawn), "rows": list(self._mixture.sizes), "seed": self._seed}
+        weights = {} if self._weights is None else {"weights": self._weights.state_dict()}
+        return {**self._mixture.state_dict(), "rows": list(self._mixture.sizes), "seed": self._seed, **weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken.
 
         Raises:
-            DataError: If it belongs to other rows or another seed.
+            DataError: If it belongs to other rows or another seed, or only one of the two has instance weights.
         """
         for name, here in (("rows", list(self._mixture.sizes)), ("seed", self._seed)):
             if state[name] != here:
@@ -149,7 +189,14 @@ class BatchStream:
                     f"The checkpoint was made with data of {name} {state[name]}, this job has {here}: the order of "
                     "samples cannot go on. Use the same data settings, or start anew with checkpoint.resume=false."
                 )
-        self._mixture.drawn = list(state["drawn"])
+        if ("weights" in state) != (self._weights is not None):
+            raise DataError(
+                f"The checkpoint was made with{'' if 'weights' in state else 'out'} instance weights, this job is the "
+                "other way round. Set reweight.instances as it was, or start anew with checkpoint.resume=false."
+            )
+        self._mixture.load_state_dict(state)
+        if self._weights is not None:
+            self._weights.load_state_dict(state["weights"])
 
 
 def batches_of_all(
@@ -173,15 +220,16 @@ def batches_of_all(
     while start < len(rows):
         packed = _pack_from(rows, start, count, seq_length if packing else None)
         start += sum(len(row) for row in packed)
-        micros = share.microbatches(packed)
-        batches += [collate(micro, seq_length=seq_length, normalize=normalize) for micro in micros]
+        batches += [
+            collate(rows, micro, seq_length=seq_length, normalize=normalize) for micro in share.microbatches(packed)
+        ]
     return batches
 
 
 def _pack_from(rows: Sequence[TokenizedRow], start: int, count: int, capacity: int | None) -> list[PackedRow]:
     """Return ``count`` packed rows, some of them perhaps empty; ``capacity`` None is one sample a row."""
     if capacity is None:
-        single: list[PackedRow] = [[row] for row in rows[start : start + count]]
+        single: list[PackedRow] = [[number] for number in range(start, min(start + count, len(rows)))]
         return single + [[] for _ in range(count - len(single))]
     lengths: list[int] = []
     room = count * capacity
@@ -191,7 +239,17 @@ def _pack_from(rows: Sequence[TokenizedRow], start: int, count: int, capacity: i
         if room < 0:
             break
     packed = pack_prefix(lengths, capacity=capacity, rows=count)
-    return [[rows[start + index] for index in indices] for indices in packed]
+    return [[start + index for index in indices] for indices in packed]
+
+
+def losses_by_task(rows: Sequence[TokenizedRow], sample_losses: Sequence[float]) -> dict[str, float]:
+    """Return the mean loss per target token of each task, given each row's summed loss; unweighted."""
+    sums: dict[str, list[float]] = {}
+    for row, loss in zip(rows, sample_losses, strict=True):
+        total = sums.setdefault(row.task, [0.0, 0.0])
+        total[0] += loss
+        total[1] += row.target_count
+    return {task: loss / max(count, 1.0) for task, (loss, count) in sorted(sums.items())}
 
 
 def refuse_long_rows(rows: Sequence[TokenizedRow], seq_length: int) -> None:
@@ -213,37 +271,47 @@ def fill_rate(batches: Sequence[PackedBatch]) -> float:
     return sum(batch.token_count for batch in batches) / sum(batch.tokens_BS.numel() for batch in batches)
 
 
-def collate(rows: Sequence[PackedRow], *, seq_length: int, normalize: Normalize) -> PackedBatch:
-    """Lay samples end to end in each row, shift the labels, and count what the loss is normalised by."""
+def collate(
+    samples: Sequence[TokenizedRow], rows: Sequence[PackedRow], *, seq_length: int, normalize: Normalize
+) -> PackedBatch:
+    """Lay samples end to end in each row, shift the labels, and count what the loss is normalised by.
+
+    ``samples`` are those of the whole step, of which ``rows`` lists the ones of this microbatch.
+    """
     shape = (len(rows), seq_length)
     tokens_BS = torch.full(shape, PADDING_TOKEN)
     labels_BS = torch.full(shape, PADDING_TOKEN)
     positions_BS = torch.zeros(shape, dtype=torch.int64)
     mask_BS = torch.zeros(shape)
+    sample_BS = torch.zeros(shape, dtype=torch.int64)
     boundaries = [0]
-    for b, samples in enumerate(rows):
+    for b, numbers in enumerate(rows):
         start = 0
-        for sample in samples:
+        for number in numbers:
+            sample = samples[number]
             place = slice(start, start + sample.predictions)
             tokens_BS[b, place] = torch.from_numpy(sample.tokens[:-1])
             labels_BS[b, place] = torch.from_numpy(sample.tokens[1:])
             positions_BS[b, place] = torch.arange(sample.predictions)
             mask_BS[b, place] = label_weights(sample, normalize)
+            sample_BS[b, place] = number
             start = place.stop
             boundaries.append(b * seq_length + start)
         if start < seq_length:
             positions_BS[b, start:] = torch.arange(seq_length - start)
             boundaries.append((b + 1) * seq_length)
-    samples_in_all = [sample for row in rows for sample in row]
-    targets = [int((sample.loss_weights[1:] != 0).sum()) for sample in samples_in_all]
+    here = [samples[number] for numbers in rows for number in numbers]
+    targets = [sample.target_count for sample in here]
     return PackedBatch(
         tokens_BS=tokens_BS,
         labels_BS=labels_BS,
         positions_BS=positions_BS,
         mask_BS=mask_BS,
+        sample_BS=sample_BS,
         cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
-        sample_count=len(samples_in_all),
-        token_count=sum(sample.predictions for sample in samples_in_all),
+        step_samples=len(samples),
+        sample_count=len(here),
+        token_count=sum(sample.predictions for sample in here),
         target_count=sum(targets),
         normalizer=sum(targets) if normalize is Normalize.token else sum(count > 0 for count in targets),
     )
@@ -253,5 +321,5 @@ def label_weights(sample: TokenizedRow, normalize: Normalize) -> Tensor:
     """Return the weights of a sample's N - 1 labels; per sample, they are divided by the number of its targets."""
     weights = torch.from_numpy(sample.loss_weights[1:])
     if normalize is Normalize.sample:
-        weights = weights / max(int((weights != 0).sum()), 1)
+        weights = weights / max(sample.target_count, 1)
     return weights

@@ -1,6 +1,6 @@
 """From the sources of a recipe to tokens: read, split, tokenize, and count what had to be left out and why."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -39,6 +39,8 @@ class Corpus:
     validation: list[ChatRow]
     """Held out of all sources together."""
     weights: list[float]
+    keep_share: list[bool]
+    """Of each source: whether its share is left alone when the tasks' shares adapt."""
     names: list[str]
     """What each source is, for people."""
 
@@ -62,6 +64,7 @@ def read_corpus(config: DataConfig) -> Corpus:
         training=[[row for row in rows if id(row) in kept] for rows in sources],
         validation=split.validation,
         weights=[source.weight for source in config.sources],
+        keep_share=[source.keep_share for source in config.sources],
         names=[describe_source(source) for source in config.sources],
     )
 
@@ -86,21 +89,40 @@ def tokenize(rows: Sequence[ChatRow], tokenizer: ChatTokenizer, *, seq_length: i
 
 
 def tokenize_training(
-    corpus: Corpus, tokenizer: ChatTokenizer, *, seq_length: int
+    corpus: Corpus, tokenizer: ChatTokenizer, *, seq_length: int, by_task: bool = False
 ) -> tuple[list[WeightedRows], Counter[LeftOut]]:
     """Tokenize the training rows of every source for a ``BatchStream``; also count what was left out.
+
+    With ``by_task``, a source is divided by task, in proportion to its rows, so that the tasks' shares can adapt.
 
     Raises:
         DataError: If a source has no row that fits.
     """
     sources: list[WeightedRows] = []
     left_out: Counter[LeftOut] = Counter()
-    for rows, weight, name in zip(corpus.training, corpus.weights, corpus.names, strict=True):
+    described = zip(corpus.training, corpus.weights, corpus.keep_share, corpus.names, strict=True)
+    for rows, weight, keep_share, name in described:
         tokenized = tokenize(rows, tokenizer, seq_length=seq_length)
         left_out += tokenized.left_out
         if not tokenized.rows:
             raise DataError(
                 f"None of the {len(rows)} training rows of {name} fits data.seq_length = {seq_length}. Raise it."
             )
-        sources.append(WeightedRows(rows=tokenized.rows, weight=weight, name=name))
+        source = WeightedRows(rows=tokenized.rows, weight=weight, name=name)
+        sources += [source] if keep_share or not by_task else _divide_by_task(source)
     return sources, left_out
+
+
+def _divide_by_task(source: WeightedRows) -> list[WeightedRows]:
+    tasks: dict[str, list[TokenizedRow]] = defaultdict(list)
+    for row in source.rows:
+        tasks[row.task].append(row)
+    return [
+        WeightedRows(
+            rows=rows,
+            weight=source.weight * len(rows) / len(source.rows),
+            name=f"{source.name}, {task}",
+            adaptive_task=task,
+        )
+        for task, rows in sorted(tasks.items())
+    ]

@@ -4,12 +4,14 @@ Source k with weight w_k is drawn next if it is the furthest behind its share,
 
     k = argmax_k ( w_k / sum(w) * (n + 1) - drawn_k ),
 
-so that a prefix of any length holds the shares to within a sample or so. Inside a source every epoch has its own
-shuffled order.
+so that a prefix of any length holds the shares to within a sample or so; n and drawn_k count from where the shares were
+last changed. Inside a source every epoch has its own shuffled order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from megatron_ads.data.rows import TokenizedRow
 from megatron_ads.data.shuffle import key_of, shuffled
@@ -24,6 +26,17 @@ class WeightedRows:
     weight: float = 1.0
     """Share of the samples drawn from this source, relative to the others."""
     name: str = "rows"
+    adaptive_task: str | None = None
+    """The task whose validation metric decides over the share; None keeps the share."""
+
+
+class Draw(NamedTuple):
+    """One sample, as it was drawn."""
+
+    source: int
+    row: TokenizedRow
+    number: int
+    """Of the row, counted through all sources."""
 
 
 class Mixture:
@@ -40,27 +53,77 @@ class Mixture:
             where = ", ".join(empty) or "data.sources"
             raise DataError(f"There are no rows to train on in {where}. Check the path, and data.validation_rows.")
         self._sources = tuple(sources)
-        total = sum(source.weight for source in sources)
-        self._shares = tuple(source.weight / total for source in sources)
+        self._first_number = [0, *accumulate(self.sizes)]
+        self._shares = _normalized([source.weight for source in sources])
         self._seed = seed
         self.drawn = [0] * len(sources)
+        self._drawn_before = [0] * len(sources)
+        """Under earlier shares."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Rows of each source."""
         return tuple(len(source.rows) for source in self._sources)
 
-    def draw(self) -> tuple[int, TokenizedRow]:
-        """Return the next sample, and the number of its source."""
-        upcoming = sum(self.drawn) + 1
-        behind = [share * upcoming - drawn for share, drawn in zip(self._shares, self.drawn, strict=True)]
+    def draw(self) -> Draw:
+        """Return the next sample."""
+        drawn = [now - before for now, before in zip(self.drawn, self._drawn_before, strict=True)]
+        upcoming = sum(drawn) + 1
+        behind = [share * upcoming - count for share, count in zip(self._shares, drawn, strict=True)]
         chosen = behind.index(max(behind))
         rows = self._sources[chosen].rows
         epoch, place = divmod(self.drawn[chosen], len(rows))
         self.drawn[chosen] += 1
-        return chosen, rows[shuffled(place, len(rows), key_of(self._seed, chosen, epoch))]
+        index = shuffled(place, len(rows), key_of(self._seed, chosen, epoch))
+        return Draw(chosen, rows[index], self._first_number[chosen] + index)
 
     def put_back(self, sources: Sequence[int]) -> None:
         """Undo the latest draws, given the sources they came from."""
         for source in sources:
             self.drawn[source] -= 1
+
+    @property
+    def adaptive_tasks(self) -> tuple[str, ...]:
+        """Tasks whose share may change."""
+        return tuple(sorted({source.adaptive_task for source in self._sources if source.adaptive_task is not None}))
+
+    def adapt(self, task_shares: Mapping[str, float]) -> dict[str, float]:
+        """From the next draw on, divide among the adaptive tasks what they have together.
+
+        Sources of one task keep their proportions; those that are not adaptive keep their share of the whole.
+
+        Args:
+            task_shares: Of every adaptive task; they sum to 1.
+
+        Returns:
+            The share of each adaptive task in all samples.
+        """
+        declared = dict.fromkeys(self.adaptive_tasks, 0.0)
+        for source in self._sources:
+            if source.adaptive_task is not None:
+                declared[source.adaptive_task] += source.weight
+        together = sum(declared.values())
+        weights = [
+            source.weight
+            if source.adaptive_task is None
+            else source.weight / declared[source.adaptive_task] * together * task_shares[source.adaptive_task]
+            for source in self._sources
+        ]
+        total = sum(weights)
+        self._shares = _normalized(weights)
+        self._drawn_before = list(self.drawn)
+        return {task: together * task_shares[task] / total for task in declared}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the sequence stands."""
+        return {"drawn": list(self.drawn), "drawn_before": list(self._drawn_before), "shares": list(self._shares)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken."""
+        self.drawn, self._drawn_before = list(state["drawn"]), list(state["drawn_before"])
+        self._shares = tuple(state["shares"])
+
+
+def _normalized(weights: Sequence[float]) -> tuple[float, ...]:
+    total = sum(weights)
+    return tuple(weight / total for weight in weights)

@@ -68,3 +68,8 @@ class TokenizedRow:
     def predictions(self) -> int:
         """Positions the row occupies in a batch."""
         return len(self.tokens) - 1
+
+    @property
+    def target_count(self) -> int:
+        """Predictions that count in the loss."""
+        return int(np.count_nonzero(self.loss_weights[1:]))

@@ -29,12 +29,15 @@ class Metric:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("loss", "nats/token", "mean over the target tokens of the global batch"),
-    Metric("loss/{task}", "nats/token", "the same, over the rows of one task"),
-    Metric("mtp_loss", "nats/token", "loss of the multi-token-prediction layers, before its weight"),
-    Metric("load_balancing_loss", "1", "auxiliary load-balancing loss, before its coefficient"),
+    Metric("loss", "nats/token", "what is minimised: mean over the target tokens of the global batch, weights applied"),
+    Metric("loss/{task}", "nats/token", "mean over the target tokens of one task, without weights"),
+    Metric("instance_weight_lowest", "1", "lowest weight of a training sample (reweight.instances)"),
+    Metric("instance_weight_mean", "1", "mean weight of the training samples"),
+    Metric("instance_weight_highest", "1", "highest weight of a training sample"),
+    Metric("task_share/{task}", "1", "share of the task in the samples drawn from here on (reweight.tasks)"),
+    Metric("task_metric/{task}", "0 to 1", "mean of 1 / perplexity over the task's held-out rows"),
     Metric("validation_loss", "nats/token", "loss over the held-out rows"),
-    Metric("validation_loss/{task}", "nats/token", "the same, over the rows of one task"),
+    Metric("validation_loss/{task}", "nats/token", "mean over the target tokens of one task's held-out rows"),
     Metric("grad_norm", "1", "L2 norm of the whole gradient before clipping"),
     Metric("learning_rate", "1", "rate the update of this step used"),
     Metric("updated", "0 or 1", "0 when the step was skipped because a gradient was not finite"),
@@ -46,7 +49,6 @@ METRICS: tuple[Metric, ...] = (
     Metric("step_seconds", "s", "wall time of the step"),
     Metric("checkpoint_seconds", "s", "wall time the step spent on saving"),
     Metric("expert_load_max_over_mean", "1", "busiest expert's tokens over the mean, worst MoE layer; 1 is balanced"),
-    Metric("router_bias_change", "1", "largest change of a router bias in this step"),
     Metric("memory_bytes", "bytes", "peak memory of the fullest rank: CUDA allocator, or resident memory on a CPU"),
 )
 """Every name ``MetricsWriter.write`` accepts."""

@@ -1,9 +1,11 @@
 """From a recipe's `data` section to this replica's batches, to train on and to evaluate on."""
 
 from conversion.sources import WeightSource
-from megatron_ads.config import SftConfig
-from megatron_ads.data.batches import BatchStream, PackedBatch, ReplicaShare, batches_of_all
+from megatron_ads.config import ReweightConfig, SftConfig
+from megatron_ads.data.adaptive_weights import InstanceWeights
+from megatron_ads.data.batches import BatchStream, ReplicaShare, batches_of_all
 from megatron_ads.data.corpus import read_corpus, tokenize, tokenize_training
+from megatron_ads.data.held_out import HeldOut
 from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.observability.log import get_logger, rank
@@ -11,9 +13,7 @@ from megatron_ads.observability.log import get_logger, rank
 logger = get_logger(__name__)
 
 
-def open_streams(
-    config: SftConfig, source: WeightSource, layout: ParallelLayout
-) -> tuple[BatchStream, list[PackedBatch]]:
+def open_streams(config: SftConfig, source: WeightSource, layout: ParallelLayout) -> tuple[BatchStream, HeldOut]:
     """Return the endless steps of this replica, and its share of the held-out rows (none without ``evaluate_every``).
 
     Every rank of a replica reads the same rows: pipeline stages in the middle need the sample boundaries.
@@ -29,7 +29,9 @@ def open_streams(
         dp_size=layout.dp,
     )
     corpus = read_corpus(config.data)
-    training, left_out = tokenize_training(corpus, tokenizer, seq_length=config.data.seq_length)
+    training, left_out = tokenize_training(
+        corpus, tokenizer, seq_length=config.data.seq_length, by_task=config.reweight.tasks
+    )
     for reason, count in left_out.items():
         logger.warning("%d training rows are left out: %s", count, reason)
     stream = BatchStream(
@@ -39,9 +41,10 @@ def open_streams(
         packing=config.data.packing,
         seed=config.data.seed,
         normalize=config.loss.normalize,
+        weights=_instance_weights(config.reweight, sum(len(source.rows) for source in training)),
     )
     if config.train.evaluate_every is None:
-        return stream, []
+        return stream, HeldOut([], [])
     held_out = tokenize(corpus.validation, tokenizer, seq_length=config.data.seq_length).rows
     validation = batches_of_all(
         held_out,
@@ -50,4 +53,12 @@ def open_streams(
         packing=config.data.packing,
         normalize=config.loss.normalize,
     )
-    return stream, validation
+    return stream, HeldOut(held_out, validation)
+
+
+def _instance_weights(config: ReweightConfig, samples: int) -> InstanceWeights | None:
+    if not config.instances:
+        return None
+    return InstanceWeights(
+        samples, interval=config.interval, beta=config.beta, lowest=config.lowest, highest=config.highest
+    )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from conversion.rank_files import ShardsLayout
 from megatron_ads.config import SftConfig
+from megatron_ads.data.held_out import HeldOut
 from megatron_ads.models.expert_load import ExpertLoad
 from megatron_ads.models.flops import flops_per_token
 from megatron_ads.observability.metrics import MetricsWriter
@@ -57,11 +59,11 @@ class RunLog:
         if self._writer is not None:
             self._writer.close()
 
-    def step(self, step: int, report: StepReport, learning_rate: float) -> None:
+    def step(self, step: int, report: StepReport, learning_rate: float, task_losses: Mapping[str, float]) -> None:
         """Record one training step; a collective on the steps that are logged."""
         seconds, self._started = time.monotonic() - self._started, time.monotonic()
         if step % self._every == 0:
-            self._write(step, self._step_metrics(report, learning_rate, seconds))
+            self._write(step, self._step_metrics(report, learning_rate, seconds) | _by_task("loss", task_losses))
         self._progress.update(1, loss=report.loss)
         self._peers.report_step(step)
 
@@ -84,15 +86,21 @@ class RunLog:
             metrics["expert_load_max_over_mean"] = self._load.measure()
         return metrics
 
-    def validation(self, step: int, report: StepReport) -> None:
+    def validation(self, step: int, report: StepReport, held_out: HeldOut) -> None:
         """Record an evaluation on the held-out rows; its time does not count as the next step's."""
-        self._write(step, {"validation_loss": report.loss})
+        losses = _by_task("validation_loss", held_out.task_losses(report.sample_losses))
+        metrics = _by_task("task_metric", held_out.task_metrics(report.sample_losses))
+        self._write(step, {"validation_loss": report.loss} | losses | metrics)
         self._started = time.monotonic()
 
     def saved(self, step: int, seconds: float) -> None:
         """Record a checkpoint; its time does not count as the next step's."""
         self._write(step, {"checkpoint_seconds": seconds})
         self._started = time.monotonic()
+
+    def shares(self, step: int, shares: Mapping[str, float]) -> None:
+        """Record the shares of the tasks in the samples drawn from here on."""
+        self._write(step, _by_task("task_share", shares))
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         if self._writer is not None:
@@ -103,6 +111,10 @@ def _largest(value: float) -> float:
     largest = torch.tensor(float(value), dtype=torch.float64, device=device())
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return float(largest)
+
+
+def _by_task(name: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{name}/{task}": value for task, value in values.items()}
 
 
 def describe_run(config: SftConfig) -> dict[str, object]:

@@ -1,6 +1,5 @@
 """Reasoning SFT: what every rank does, from joining the job to exported weights."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -8,7 +7,8 @@ import torch.distributed as dist
 from conversion.rank_files import ShardsLayout
 from conversion.sources import WeightSource, open_source
 from megatron_ads.config import SftConfig, validate
-from megatron_ads.data.batches import BatchStream, PackedBatch
+from megatron_ads.data.batches import BatchStream
+from megatron_ads.data.held_out import HeldOut
 from megatron_ads.observability.log import world_size
 from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.device import set_threads
@@ -67,7 +67,7 @@ def train(
     config: SftConfig,
     model: TrainedModel,
     training: BatchStream,
-    validation: Sequence[PackedBatch],
+    validation: HeldOut,
     position: Position,
     log: RunLog,
     stop: StopRequest,
@@ -83,9 +83,13 @@ def train(
             stop_requested=stop.received is not None,
         )
         position.step += 1
-        log.step(position.step, report, learning_rate)
-        if validation and position.is_due(config.train.evaluate_every):
-            log.validation(position.step, run_evaluation(validation, model.chunks))
+        log.step(position.step, report, learning_rate, training.observe(report.sample_losses))
+        if validation.batches and position.is_due(config.train.evaluate_every):
+            evaluation = run_evaluation(validation.batches, model.chunks)
+            log.validation(position.step, evaluation, validation)
+            if config.reweight.tasks:
+                metrics = validation.task_metrics(evaluation.sample_losses)
+                log.shares(position.step, training.adapt(metrics, alpha=config.reweight.alpha))
         if (
             report.stop_requested
             or position.is_due(config.checkpoint.save_every)

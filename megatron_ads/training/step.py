@@ -32,6 +32,8 @@ class StepReport:
     tokens: int
     """Tokens that are not padding."""
     samples: int
+    sample_losses: list[float]
+    """Nats over the target tokens of each sample of the step, in the step's order, whatever the sample weighs."""
     stop_requested: bool
     """Some rank was asked to save and stop."""
     update: UpdateReport | None
@@ -95,7 +97,13 @@ def forward_step(batches: Iterator[PackedBatch], chunk: Any) -> tuple[Tensor, Ca
         loss_mask=mask_T,
         packed_seq_params=packed_sequences(batch),
     )
-    return output, partial(sum_over_targets, mask_T=mask_T, count=batch.normalizer)
+    return output, partial(
+        sum_over_targets,
+        mask_T=mask_T,
+        sample_T=batch.sample_BS.view(-1).to(device()),
+        step_samples=batch.step_samples,
+        count=batch.normalizer,
+    )
 
 
 def packed_sequences(batch: PackedBatch) -> PackedSeqParams:
@@ -111,14 +119,20 @@ def packed_sequences(batch: PackedBatch) -> PackedSeqParams:
     )
 
 
-def sum_over_targets(loss_T: Tensor, *, mask_T: Tensor, count: int) -> tuple[Tensor, Tensor, LossReport]:
+def sum_over_targets(
+    loss_T: Tensor, *, mask_T: Tensor, sample_T: Tensor, step_samples: int, count: int
+) -> tuple[Tensor, Tensor, LossReport]:
     """Return (weighted sum of losses, count, report), as Megatron-Core expects with ``calculate_per_token_loss``.
 
     A sum and not a mean: Megatron divides the gradient by the count of the global batch, so a target token weighs the
     same whichever microbatch it is in.
     """
     loss_sum = (loss_T.float() * mask_T).sum()
-    return loss_sum, torch.tensor(count, dtype=torch.int, device=loss_T.device), {"loss_sum": loss_sum.detach()}
+    counted_T = torch.where(mask_T != 0, loss_T.detach().double(), 0.0).view(-1)
+    sample_losses = torch.zeros(step_samples, dtype=torch.float64, device=loss_T.device)
+    sample_losses.index_add_(0, sample_T, counted_T)
+    report = {"loss_sum": loss_sum.detach(), "sample_losses": sample_losses}
+    return loss_sum, torch.tensor(count, dtype=torch.int, device=loss_T.device), report
 
 
 def _global_report(
@@ -129,7 +143,7 @@ def _global_report(
     update: UpdateReport | None,
 ) -> StepReport:
     """Sum the counts over the replicas and spread them to all ranks, in one all-reduce."""
-    counts = torch.zeros(6, dtype=torch.float64, device=device())
+    counts = torch.zeros(6 + batches[0].step_samples, dtype=torch.float64, device=device())
     if (
         parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -139,14 +153,16 @@ def _global_report(
         counts[2] = sum(batch.target_count for batch in batches)
         counts[3] = sum(batch.token_count for batch in batches)
         counts[4] = sum(batch.sample_count for batch in batches)
+        counts[6:] = sum(report["sample_losses"] for report in reports)
     counts[5] = stop_requested
     dist.all_reduce(counts)
-    loss_sum, normalizer, targets, tokens, samples, stops = counts.tolist()
+    loss_sum, normalizer, targets, tokens, samples, stops, *sample_losses = counts.tolist()
     return StepReport(
         loss=loss_sum / max(normalizer, 1.0),
         target_tokens=int(targets),
         tokens=int(tokens),
         samples=int(samples),
+        sample_losses=sample_losses,
         stop_requested=stops > 0,
         update=update,
     )

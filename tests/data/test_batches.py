@@ -1,5 +1,6 @@
 """Batches: what a microbatch holds, that layouts only divide the rows, and exact resume."""
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from megatron_ads.config import Normalize
+from megatron_ads.data.adaptive_weights import InstanceWeights
 from megatron_ads.data.batches import (
     BatchStream,
     PackedBatch,
@@ -16,6 +18,7 @@ from megatron_ads.data.batches import (
     fill_rate,
 )
 from megatron_ads.data.mixing import WeightedRows
+from megatron_ads.data.rows import TokenizedRow
 from megatron_ads.errors import ConfigError, DataError
 from tests.data.rows import row, rows
 
@@ -42,6 +45,13 @@ def samples_of(batch: PackedBatch) -> list[tuple[list[int], list[int], list[int]
     ]
 
 
+def collate_rows(samples: list[list[TokenizedRow]], *, seq_length: int, normalize: Normalize) -> PackedBatch:
+    """Collate rows given by their samples; these are the whole step."""
+    numbers = iter(range(sum(len(row) for row in samples)))
+    places = [[next(numbers) for _ in row] for row in samples]
+    return collate([each for row in samples for each in row], places, seq_length=seq_length, normalize=normalize)
+
+
 def rows_of(step: list[PackedBatch]) -> list[list[int]]:
     return [tokens for batch in step for tokens in batch.tokens_BS.tolist()]
 
@@ -55,7 +65,7 @@ def equal(first: list[PackedBatch], second: list[PackedBatch]) -> bool:
 
 def test_a_row_holds_whole_samples_with_shifted_labels_then_padding():
     # Two samples of 4 and 3 tokens predict 3 and 2: 5 of 8 positions. The prompt of the first is 2 tokens.
-    batch = collate(
+    batch = collate_rows(
         [[row("a", 4, first=10, prompt=2), row("b", 3, first=20, prompt=1, weight=0.5)]],
         seq_length=8,
         normalize=Normalize.token,
@@ -69,14 +79,14 @@ def test_a_row_holds_whole_samples_with_shifted_labels_then_padding():
 
 
 def test_boundaries_of_several_rows_count_on():
-    batch = collate([[row("a", 4)], [row("b", 9)], []], seq_length=8, normalize=Normalize.token)
+    batch = collate_rows([[row("a", 4)], [row("b", 9)], []], seq_length=8, normalize=Normalize.token)
     assert batch.cu_seqlens.tolist() == [0, 3, 8, 16, 24]  # row 0: sample, padding; row 1 is full; row 2: padding
     assert batch.cu_seqlens.dtype is torch.int32
 
 
 def test_per_sample_every_sample_weighs_the_same_whatever_its_length():
     # 2 targets of weight 1/2 and 6 of weight 1/6: each sums to its sample's weight, 1 and 0.5.
-    batch = collate(
+    batch = collate_rows(
         [[row("a", 4, prompt=2), row("b", 8, prompt=2, weight=0.5)]], seq_length=16, normalize=Normalize.sample
     )
     assert batch.mask_BS[0, :3].sum() == pytest.approx(1.0)
@@ -85,7 +95,7 @@ def test_per_sample_every_sample_weighs_the_same_whatever_its_length():
 
 
 def test_a_sample_without_targets_is_not_counted_per_sample():
-    batch = collate([[row("a", 4, prompt=4), row("b", 4)]], seq_length=8, normalize=Normalize.sample)
+    batch = collate_rows([[row("a", 4, prompt=4), row("b", 4)]], seq_length=8, normalize=Normalize.sample)
     assert (batch.normalizer, batch.sample_count) == (1, 2)
 
 
@@ -144,11 +154,11 @@ def test_resume_on_another_layout_has_the_same_steps():
     assert together == sorted(rows_of(before.next_step()))
 
 
-def test_state_is_a_few_integers():
+def test_state_is_a_few_numbers_whatever_the_rows():
     started = stream()
     started.next_step()
     state = started.state_dict()
-    assert state.keys() == {"drawn", "rows", "seed"}
+    assert state.keys() == {"drawn", "drawn_before", "shares", "rows", "seed"}
     assert state["rows"] == [60, 20] and all(type(number) is int for number in state["drawn"])
 
 
@@ -195,7 +205,52 @@ def test_one_pass_has_every_row_once_and_as_many_microbatches_on_every_replica(p
 
 def test_weights_are_those_of_the_labels_not_of_the_inputs():
     sample = row("a", 5, prompt=2)
-    batch = collate([[sample]], seq_length=4, normalize=Normalize.token)
+    batch = collate_rows([[sample]], seq_length=4, normalize=Normalize.token)
     weights = dict(zip(batch.labels_BS[0].tolist(), batch.mask_BS[0].tolist(), strict=True))
     assert weights == dict(zip(sample.tokens[1:].tolist(), sample.loss_weights[1:].tolist(), strict=True))
     assert np.count_nonzero(sample.loss_weights) == 3
+
+
+def weighted_stream(dp_rank: int = 0, dp_size: int = 1) -> BatchStream:
+    share = ReplicaShare(global_batch_size=8, micro_batch_size=2, dp_rank=dp_rank, dp_size=dp_size)
+    weights = InstanceWeights(20, interval=1, beta=1.0, lowest=0.1, highest=10.0)
+    return BatchStream([WeightedRows(rows(20))], share, seq_length=SEQ_LENGTH, packing=True, seed=0, weights=weights)
+
+
+def test_each_label_is_multiplied_by_the_weight_of_its_sample():
+    source = weighted_stream()
+    sizes = {number: sample.target_count for number, sample in enumerate(rows(20))}
+    weights = [1.0] * 20
+    for step in range(5):
+        seen = []
+        for batch in source.next_step():
+            for tokens, _, _, mask in samples_of(batch):
+                if tokens[0]:  # else padding
+                    seen.append(tokens[0] // 1000 - 1)
+                    assert [weight for weight in mask if weight] == pytest.approx([weights[seen[-1]]] * sizes[seen[-1]])
+        drawn = [draw.number for draw in source._step]
+        assert sorted(drawn) == sorted(seen)
+        source.observe([sizes[number] * math.log(step + 2) for number in drawn])
+        assert source._weights is not None
+        weights = source._weights.of(range(20)).tolist()
+    assert len(set(weights)) > 1
+
+
+def test_a_checkpoint_with_instance_weights_and_a_job_without_are_told_apart():
+    with pytest.raises(DataError, match="made with instance weights"):
+        plain = BatchStream(
+            [WeightedRows(rows(20))], ReplicaShare(8, 2, 0, 1), seq_length=SEQ_LENGTH, packing=True, seed=0
+        )
+        plain.load_state_dict(weighted_stream().state_dict())
+
+
+def test_a_task_without_held_out_rows_cannot_adapt():
+    source = BatchStream(
+        [WeightedRows(rows(20), adaptive_task="profile")],
+        ReplicaShare(8, 2, 0, 1),
+        seq_length=SEQ_LENGTH,
+        packing=True,
+        seed=0,
+    )
+    with pytest.raises(DataError, match=r"there are none of profile\. Raise data\.validation_rows"):
+        source.adapt({"relevance": 0.5}, alpha=1.0)

@@ -1,0 +1,122 @@
+"""Weights that follow what the model has learned: of single samples, and of whole tasks (AdNanny, section 4.2).
+
+Instance weights. With l_i the summed loss of sample i's K_i target tokens,
+
+    ppl_i = exp(l_i / K_i),    Delta_i = ppl_i before - ppl_i now,    w_i = clip(exp(-beta * Delta_i), w_min, w_max),
+
+so that a sample the model makes progress on weighs less, and one that stagnates or gets worse weighs more. "Before" and
+"now" are the ends of two measuring intervals. A sample's perplexity is that of its latest training forward passes (no
+second pass is made); a sample that has not been measured twice weighs 1.
+
+Task shares. With M_t in [0, 1] the validation metric of task t,
+
+    d_t = 1 - M_t,    lambda_t = d_t^alpha / sum_u d_u^alpha.
+
+Ours: M_t is the mean over the task's held-out rows of 1 / ppl_i, which every layout can measure while it trains.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_ads.errors import DataError
+
+Vector = NDArray[np.float64]
+
+
+def instance_weights(before: Vector, now: Vector, *, beta: float, lowest: float, highest: float) -> Vector:
+    """Return w for perplexities before and now: (N,), (N,) -> (N,)."""
+    # The exponent is clipped instead of its exponential, which could overflow.
+    exponent = np.clip(-beta * (before - now), math.log(lowest), math.log(highest))
+    return np.clip(np.exp(exponent), lowest, highest)
+
+
+def task_shares(metrics: Mapping[str, float], *, alpha: float) -> dict[str, float]:
+    """Return lambda for each task's metric; equal shares if every task is learned."""
+    distances = {task: (1.0 - metric) ** alpha for task, metric in metrics.items()}
+    total = sum(distances.values())
+    if total == 0:
+        return dict.fromkeys(metrics, 1.0 / len(metrics))
+    return {task: distance / total for task, distance in distances.items()}
+
+
+def perplexity(loss_sum: Vector, targets: Vector) -> Vector:
+    """Return ppl from summed losses and counts of target tokens."""
+    exponent = np.minimum(loss_sum / np.maximum(targets, 1), 700.0)  # above, a double overflows
+    result: Vector = np.exp(exponent)
+    return result
+
+
+class InstanceWeights:
+    """The weight of every training sample, the same on every rank, renewed every ``interval`` steps."""
+
+    def __init__(self, samples: int, *, interval: int, beta: float, lowest: float, highest: float) -> None:
+        """Start with weight 1 for ``samples`` samples, numbered from 0."""
+        self._interval, self._beta, self._lowest, self._highest = interval, beta, lowest, highest
+        self._steps = 0
+        self._weights = np.ones(samples)
+        self._before = np.full(samples, np.nan)
+        self._loss_sums = np.zeros(samples)
+        self._targets = np.zeros(samples)
+
+    def of(self, samples: Sequence[int]) -> Vector:
+        """Return the weights of these samples."""
+        weights: Vector = self._weights[np.asarray(samples, dtype=np.int64)]
+        return weights
+
+    def observe(self, samples: Sequence[int], loss_sums: Sequence[float], targets: Sequence[int]) -> None:
+        """Take in what one step measured of its samples; at the end of an interval, renew the weights."""
+        numbers = np.asarray(samples, dtype=np.int64)
+        np.add.at(self._loss_sums, numbers, np.asarray(loss_sums, dtype=np.float64))
+        np.add.at(self._targets, numbers, np.asarray(targets, dtype=np.float64))
+        self._steps += 1
+        if self._steps % self._interval == 0:
+            self._renew()
+
+    def _renew(self) -> None:
+        measured = self._targets > 0
+        now = perplexity(self._loss_sums, self._targets)
+        both = measured & ~np.isnan(self._before)
+        self._weights[both] = instance_weights(
+            self._before[both], now[both], beta=self._beta, lowest=self._lowest, highest=self._highest
+        )
+        self._before[measured] = now[measured]
+        self._loss_sums[:] = 0
+        self._targets[:] = 0
+
+    @property
+    def spread(self) -> tuple[float, float, float]:
+        """Lowest, mean and highest weight of all samples."""
+        return float(self._weights.min()), float(self._weights.mean()), float(self._weights.max())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that decides future weights."""
+        arrays = {name: torch.from_numpy(array.copy()) for name, array in self._arrays().items()}
+        return {"steps": self._steps, **arrays}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken.
+
+        Raises:
+            DataError: If it belongs to another number of samples.
+        """
+        for name, array in self._arrays().items():
+            if len(state[name]) != len(array):
+                raise DataError(
+                    f"The checkpoint holds weights of {len(state[name])} samples, this job has {len(array)}. Use the "
+                    "same data settings, or start anew with checkpoint.resume=false."
+                )
+            array[:] = state[name].numpy()
+        self._steps = state["steps"]
+
+    def _arrays(self) -> dict[str, Vector]:
+        return {
+            "weights": self._weights,
+            "before": self._before,
+            "loss_sums": self._loss_sums,
+            "targets": self._targets,
+        }

@@ -1,0 +1,127 @@
+"""Adaptive weights in a real job: the same under data parallelism and packing as in a plain computation."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ads.data.adaptive_weights import InstanceWeights
+from megatron_ads.data.batches import BatchStream, ReplicaShare
+from megatron_ads.data.mixing import WeightedRows
+from megatron_ads.data.rows import TokenizedRow
+from tests.distributed import run_ranks
+from tests.models.checkpoints import V3, write_checkpoint
+from tests.training.jobs import Recipe, start
+
+STEPS, SAMPLES = 5, 12
+BETA, LOWEST, HIGHEST = 2.0, 0.5, 2.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one rank saw of each step."""
+
+    losses: list[float]
+    samples: list[list[int]]
+    sample_losses: list[list[float]]
+    weights: list[list[float]]
+    """Of the samples of the step, as they were used in it."""
+
+
+def samples(vocabulary: int) -> list[TokenizedRow]:
+    draw = np.random.default_rng(0)
+    made = []
+    for number in range(SAMPLES):
+        length = 6 + number % 5
+        weights = np.ones(length, dtype=np.float32)
+        weights[: 2 + number % 3] = 0
+        tokens = draw.integers(1, vocabulary, length).astype(np.int32)
+        made.append(TokenizedRow(f"r{number}", "test", tokens, weights))
+    return made
+
+
+def train_reweighted(recipe: Recipe, packing: bool, rows_per_step: int) -> Measured:
+    """Train with instance weights renewed every step."""
+    from megatron_ads.observability.log import rank
+    from megatron_ads.training.step import run_step
+
+    model, shards, _ = start(recipe)
+    layout = shards.layout
+    share = ReplicaShare(rows_per_step, 1, layout.coordinates(rank()).dp, layout.dp)
+    stream = BatchStream(
+        [WeightedRows(samples(shards.shape.vocab_size))],
+        share,
+        seq_length=32,
+        packing=packing,
+        seed=0,
+        weights=InstanceWeights(SAMPLES, interval=2, beta=BETA, lowest=LOWEST, highest=HIGHEST),
+    )
+    measured = Measured([], [], [], [])
+    for _ in range(STEPS):
+        batches = stream.next_step()
+        drawn = [draw.number for draw in stream._step]
+        assert stream._weights is not None
+        measured.weights.append(stream._weights.of(drawn).tolist())
+        report = run_step(batches, model.chunks, model.optimizer, learning_rate=3e-3)
+        stream.observe(report.sample_losses)
+        measured.losses.append(report.loss)
+        measured.samples.append(drawn)
+        measured.sample_losses.append(report.sample_losses)
+    return measured
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return write_checkpoint(tmp_path_factory.mktemp("reweighting") / "hf", V3)
+
+
+@pytest.fixture(scope="module")
+def replicas(folder: Path) -> list[Measured]:
+    """Two replicas, rows packed."""
+    return run_ranks(2, train_reweighted, Recipe(folder=folder), True, 4)
+
+
+def test_all_ranks_have_the_same_losses_and_weights(replicas: list[Measured]) -> None:
+    assert replicas[0] == replicas[1]
+
+
+def test_the_weights_are_those_of_the_equations_computed_plainly(replicas: list[Measured]) -> None:
+    measured, rows = replicas[0], samples(1000)
+    before: dict[int, float] = {}
+    weight = dict.fromkeys(range(SAMPLES), 1.0)
+    interval: dict[int, tuple[float, int]] = {}
+    for step in range(STEPS):
+        assert measured.weights[step] == pytest.approx([weight[number] for number in measured.samples[step]])
+        for number, loss in zip(measured.samples[step], measured.sample_losses[step], strict=True):
+            targets = sum(1 for value in rows[number].loss_weights if value)
+            total, count = interval.get(number, (0.0, 0))
+            interval[number] = (total + loss, count + targets)
+        if step % 2 == 1:
+            for number, (total, count) in interval.items():
+                now = math.exp(total / count)
+                if number in before:
+                    weight[number] = min(max(math.exp(-BETA * (before[number] - now)), LOWEST), HIGHEST)
+                before[number] = now
+            interval = {}
+    assert any(value != 1 for value in weight.values())
+
+
+def test_the_objective_is_the_weighted_mean(replicas: list[Measured]) -> None:
+    measured, rows = replicas[0], samples(1000)
+    for step in range(STEPS):
+        targets = sum(rows[number].target_count for number in measured.samples[step])
+        weighted = np.dot(measured.weights[step], measured.sample_losses[step])
+        assert measured.losses[step] == pytest.approx(weighted / targets, rel=1e-6)
+
+
+def test_losses_of_samples_do_not_depend_on_packing_and_replicas(folder: Path, replicas: list[Measured]) -> None:
+    """The first step of one process without packing has the same weights: each sample's loss must agree."""
+    (alone,) = run_ranks(1, train_reweighted, Recipe(folder=folder), False, SAMPLES)
+    of_sample = dict(zip(alone.samples[0], alone.sample_losses[0], strict=True))
+    assert len(of_sample) == SAMPLES
+    expected = [of_sample[number] for number in replicas[0].samples[0]]
+    assert replicas[0].sample_losses[0] == pytest.approx(expected, rel=1e-5)
