@@ -3,17 +3,22 @@
 Source: AdNanny, sections 2 and 3.2; the scale and the tag are the paper's, the words for the scale ours.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
-from megatron_ads.metrics.classification import DefectView
+from megatron_ads.metrics.classification import DefectView, binary_metrics
+from megatron_ads.metrics.graded import accuracy, mean_distance, quadratic_kappa
+from megatron_ads.metrics.probabilities import auc
 from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import element
+from megatron_ads.tasks.elements import count_of, element, read_elements
 from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import render_reasoned
+from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
 from megatron_ads.tasks.relevance import Ad
+from megatron_ads.tasks.truths import Metrics, readable, truth_of
 from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory, render_history, sections
 
 TASK = "ad_user_relevance"
@@ -42,6 +47,20 @@ TEMPLATE = Template(
     ),
     answer_form="Answer with <Score>0 to 3</Score>: 0 irrelevant, 1 weakly related, 2 relevant, 3 highly relevant.",
 )
+
+
+class Failure(StrEnum):
+    """Why an answer cannot be read; the first that applies is reported."""
+
+    empty = "empty"
+    no_reasoning = "no_reasoning"
+    unclosed_reasoning = "unclosed_reasoning"
+    no_score = "no_score"
+    """No ``<Score>...</Score>`` after the reasoning."""
+    several_scores = "several_scores"
+    score_outside_scale = "score_outside_scale"
+    """Not one of 0, 1, 2, 3: another number, or no number."""
+    text_around_score = "text_around_score"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,3 +115,39 @@ def chat_row(
     prompt = render_prompt(user, ad, TEMPLATE.instruction_of(row_id), view=view)
     target = render_target(score, reasoning)
     return single_turn(row_id, TASK, prompt, target, group=user.user_id, label=as_score(score))
+
+
+def parse(text: str, *, reasoning_required: bool = True) -> Judgement | Failure:
+    """Read an answer strictly: one ``<think>`` block, then one score of the scale, and nothing else."""
+    parts = split_reasoning(text, required=reasoning_required)
+    if isinstance(parts, ReasoningFailure):
+        return Failure(parts.value)
+    scores = count_of("Score", parts.answer)
+    if scores != 1:
+        return Failure.several_scores if scores else Failure.no_score
+    elements = read_elements(parts.answer)
+    if elements is None or len(elements) > 1:
+        return Failure.text_around_score
+    score = elements[0][1]
+    return Judgement(Score(score), parts.reasoning) if score in set(Score) else Failure.score_outside_scale
+
+
+def metrics(rows: Sequence[ChatRow], answers: Sequence[Judgement | Failure]) -> Metrics:
+    """Return the paper's table 5, where RR is ``bad/defect_rate``, and the agreement on the whole scale.
+
+    For the AUC an unreadable answer ranks below all others if the ad is a match, and above all others if not (ours).
+    """
+    truths = [truth_of(row, parse).score for row in rows]
+    given = [readable(answer) for answer in answers]
+    scores = [answer.score if answer else None for answer in given]
+    positives = [truth not in BAD_VIEW.defects for truth in truths]
+    worst = [-math.inf if positive else math.inf for positive in positives]
+    ranked = [bad if score is None else float(score) for score, bad in zip(scores, worst, strict=True)]
+    binary = binary_metrics(truths, scores, BAD_VIEW).as_dict()
+    return {
+        **{f"{BAD_VIEW.name}/{name}": value for name, value in binary.items()},
+        "auc": auc(positives, ranked),
+        "accuracy": accuracy(truths, scores),
+        "quadratic_kappa": quadratic_kappa(truths, scores, list(Score)),
+        "mean_distance": mean_distance(truths, scores, list(Score)),
+    }

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from enum import StrEnum
 
 from megatron_ads.errors import DataError
 
@@ -9,6 +10,17 @@ _ELEMENT = re.compile(r"\s*<([A-Za-z]\w*)>(.*?)</\1>\s*", re.DOTALL)
 _LIST_SEPARATOR = ";"
 NOTHING = "none"
 """How an empty list is written."""
+
+
+class PartsFailure(StrEnum):
+    """Why a fixed sequence of elements cannot be read. Tasks with such answers have these failures too."""
+
+    missing_part = "missing_part"
+    repeated_part = "repeated_part"
+    empty_part = "empty_part"
+    unknown_part = "unknown_part"
+    parts_out_of_order = "parts_out_of_order"
+    text_around_parts = "text_around_parts"
 
 
 def element(name: str, text: str) -> str:
@@ -35,6 +47,25 @@ def read_elements(text: str) -> list[tuple[str, str]] | None:
         found.append((match[1], match[2].strip()))
         position = match.end()
     return found
+
+
+def read_parts(text: str, names: Sequence[str]) -> dict[str, str] | PartsFailure:
+    """Read elements that must be ``names``, each once, in this order, none empty."""
+    if any(count_of(name, text) == 0 for name in names):
+        return PartsFailure.missing_part
+    elements = read_elements(text)
+    if elements is None:
+        return PartsFailure.text_around_parts
+    found = [name for name, _ in elements]
+    if set(found) - set(names):
+        return PartsFailure.unknown_part
+    if len(found) > len(names):
+        return PartsFailure.repeated_part
+    if found != list(names):
+        return PartsFailure.parts_out_of_order
+    if not all(value for _, value in elements):
+        return PartsFailure.empty_part
+    return dict(elements)
 
 
 def count_of(name: str, text: str) -> int:

@@ -1,19 +1,23 @@
 """Model comparison: may a new system replace the current one, judged on what both said to the same request.
 
-One answer judges one request; ``replacement_report`` adds many up. Which output is shown first is drawn from the row's
-id, so that a preference for a place cannot look like a preference for a system.
+One answer judges one request; ``tasks.replacement_report`` adds many up. Which output is shown first is drawn from the
+row's id, so that a preference for a place cannot look like a preference for a system.
 
 Source: AdNanny, section 2 (strengths, weaknesses, risks, aggregated into a report); tags and scales are ours.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from megatron_ads.data.rows import ChatRow
+from megatron_ads.metrics.graded import accuracy, macro_recall, quadratic_kappa
+from megatron_ads.metrics.overlap import overlap
 from megatron_ads.tasks.conversation import filled, single_turn
-from megatron_ads.tasks.elements import element, listed
+from megatron_ads.tasks.elements import PartsFailure, element, listed, read_parts, unlisted
 from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import render_reasoned
+from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
+from megatron_ads.tasks.truths import Metrics, mean, readable, truth_of
 
 TASK = "model_comparison"
 
@@ -47,6 +51,22 @@ TEMPLATE = Template(
         "<Risk>None, Low or High</Risk> and <Verdict>Better, Same or Worse</Verdict>."
     ),
 )
+
+
+class Failure(StrEnum):
+    """Why an answer cannot be read; the first that applies is reported."""
+
+    empty = "empty"
+    no_reasoning = "no_reasoning"
+    unclosed_reasoning = "unclosed_reasoning"
+    missing_part = "missing_part"
+    repeated_part = "repeated_part"
+    empty_part = "empty_part"
+    unknown_part = "unknown_part"
+    parts_out_of_order = "parts_out_of_order"
+    text_around_parts = "text_around_parts"
+    unknown_risk = "unknown_risk"
+    unknown_verdict = "unknown_verdict"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +135,50 @@ def chat_row(row_id: str, shared: SharedRequest, assessment: Assessment, *, grou
     prompt = render_prompt(shared, TEMPLATE.instruction_of(row_id), new_first=new_is_first(row_id))
     target = render_target(assessment)
     return single_turn(row_id, TASK, prompt, target, group=group or shared.request, label=assessment.verdict)
+
+
+_PARTS = ("Strengths", "Weaknesses", "Risk", "Verdict")
+
+
+def parse(text: str, *, reasoning_required: bool = True) -> Assessment | Failure:
+    """Read an answer strictly: one ``<think>`` block, then the four parts in order, and nothing else."""
+    parts = split_reasoning(text, required=reasoning_required)
+    if isinstance(parts, ReasoningFailure):
+        return Failure(parts.value)
+    given = read_parts(parts.answer, _PARTS)
+    if isinstance(given, PartsFailure):
+        return Failure(given.value)
+    if given["Risk"] not in set(Risk):
+        return Failure.unknown_risk
+    if given["Verdict"] not in set(Verdict):
+        return Failure.unknown_verdict
+    return Assessment(
+        strengths=unlisted(given["Strengths"]),
+        weaknesses=unlisted(given["Weaknesses"]),
+        risk=Risk(given["Risk"]),
+        verdict=Verdict(given["Verdict"]),
+        reasoning=parts.reasoning,
+    )
+
+
+def metrics(rows: Sequence[ChatRow], answers: Sequence[Assessment | Failure]) -> Metrics:
+    """Return how well verdict and risk are met, and the F1 of the points made (ours). Unreadable answers are wrong."""
+    truths = [truth_of(row, parse) for row in rows]
+    given = [readable(answer) for answer in answers]
+    true_verdicts, verdicts = (
+        [truth.verdict for truth in truths],
+        [answer.verdict if answer else None for answer in given],
+    )
+    points = [
+        overlap((*truth.strengths, *truth.weaknesses), (*answer.strengths, *answer.weaknesses)).f1 if answer else 0.0
+        for truth, answer in zip(truths, given, strict=True)
+    ]
+    return {
+        "verdict/accuracy": accuracy(true_verdicts, verdicts),
+        "verdict/macro_recall": macro_recall(true_verdicts, verdicts),
+        "verdict/quadratic_kappa": quadratic_kappa(true_verdicts, verdicts, list(Verdict)),
+        "risk/macro_recall": macro_recall(
+            [truth.risk for truth in truths], [answer.risk if answer else None for answer in given]
+        ),
+        "points/f1": mean(points),
+    }

@@ -5,12 +5,16 @@ Source: the advertiser paper, sections 3.2 and 3.3; its listings of the prompts 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 from megatron_ads.data.rows import ChatRow
+from megatron_ads.metrics.ranking import RECALLS, distinct_rate, ndcg_at, position_of, recall_at, reciprocal_rank
 from megatron_ads.tasks.conversation import filled, single_turn
 from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import render_reasoned
+from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
+from megatron_ads.tasks.truths import Metrics, readable, share, truth_of
 from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory, render_history, sections
 
 TASK = "next_advertiser"
@@ -41,6 +45,27 @@ RANKING_TEMPLATE = Template(
         "<interests><interest>text</interest>...</interests></prediction>."
     ),
 )
+
+
+class Failure(StrEnum):
+    """Why an answer, of either form, cannot be read; the first that applies is reported."""
+
+    empty = "empty"
+    no_reasoning = "no_reasoning"
+    unclosed_reasoning = "unclosed_reasoning"
+    no_advertiser = "no_advertiser"
+    """Nothing after the reasoning, or an empty list."""
+    several_lines = "several_lines"
+    """More than a name, where a name alone was asked for."""
+    not_xml = "not_xml"
+    """Not one well-formed ``<prediction>``; entities and declarations of its own are not read."""
+    no_advertisers = "no_advertisers"
+    """No list of advertisers."""
+    no_interests = "no_interests"
+    """No list of interests; it may be empty."""
+    unknown_part = "unknown_part"
+    """An element or text that the form does not have, or a list twice."""
+    empty_entry = "empty_entry"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +156,80 @@ def ranking_row(
     prompt = render_prompt(request, RANKING_TEMPLATE.instruction_of(row_id), view=view)
     target = render_ranking(advertisers, interests, reasoning)
     return single_turn(row_id, RANKING_TASK, prompt, target, group=request.user.user_id, label=label)
+
+
+def parse(text: str, *, reasoning_required: bool = False) -> Prediction | Failure:
+    """Read the free-text form: one line after the reasoning, which may be missing."""
+    parts = split_reasoning(text, required=reasoning_required)
+    if isinstance(parts, ReasoningFailure):
+        return Failure(parts.value)
+    if not parts.answer:
+        return Failure.no_advertiser
+    if "\n" in parts.answer:
+        return Failure.several_lines
+    return Prediction(advertiser=parts.answer, reasoning=parts.reasoning)
+
+
+def parse_ranking(text: str, *, reasoning_required: bool = False) -> Ranking | Failure:
+    """Read the XML form: well-formed, both lists, nothing else. Too many or too few entries are no failure."""
+    parts = split_reasoning(text, required=reasoning_required)
+    if isinstance(parts, ReasoningFailure):
+        return Failure(parts.value)
+    if "<!" in parts.answer or "<?" in parts.answer:
+        return Failure.not_xml
+    try:
+        root = ElementTree.fromstring(parts.answer)
+    except ElementTree.ParseError:
+        return Failure.not_xml
+    if root.tag != "prediction":
+        return Failure.not_xml
+    for name, failure in (("advertisers", Failure.no_advertisers), ("interests", Failure.no_interests)):
+        if root.find(name) is None:
+            return failure
+    if [child.tag for child in root] != ["advertisers", "interests"]:
+        return Failure.unknown_part
+    advertisers, interests = _entries(root[0], "advertiser"), _entries(root[1], "interest")
+    if isinstance(advertisers, Failure):
+        return advertisers
+    if isinstance(interests, Failure):
+        return interests
+    if not advertisers:
+        return Failure.no_advertiser
+    return Ranking(tuple(advertisers), tuple(interests), parts.reasoning)
+
+
+def _entries(part: ElementTree.Element, name: str) -> list[str] | Failure:
+    if any(child.tag != name or len(child) for child in part):
+        return Failure.unknown_part
+    texts = [(child.text or "").strip() for child in part]
+    return texts if all(texts) else Failure.empty_entry
+
+
+def metrics(rows: Sequence[ChatRow], answers: Sequence[Prediction | Failure]) -> Metrics:
+    """Return how often the one name is the right one. Case and white space do not count."""
+    truths = [truth_of(row, parse).advertiser for row in rows]
+    given = [readable(answer) for answer in answers]
+    positions = [
+        position_of(truth, [answer.advertiser] if answer else []) for truth, answer in zip(truths, given, strict=True)
+    ]
+    return {"recall@1": recall_at(positions, 1)}
+
+
+def ranking_metrics(rows: Sequence[ChatRow], answers: Sequence[Ranking | Failure]) -> Metrics:
+    """Return the paper's recalls, with NDCG and MRR; the truth is the row's label. Unreadable answers find nothing."""
+    given = [readable(answer) for answer in answers]
+    rankings = [answer.advertisers if answer else () for answer in given]
+    positions = [position_of(row.label or "", ranking) for row, ranking in zip(rows, rankings, strict=True)]
+    return {
+        **{f"recall@{k}": recall_at(positions, k) for k in RECALLS},
+        f"ndcg@{RANKED}": ndcg_at(positions, RANKED),
+        "mrr": reciprocal_rank(positions),
+        "distinct_rate": distinct_rate(rankings),
+        "complete_rate": share([answer is not None and is_complete(answer) for answer in given]),
+    }
+
+
+def is_complete(ranking: Ranking) -> bool:
+    """Return whether a ranking has exactly the entries asked for, no advertiser twice."""
+    distinct = len(set(ranking.advertisers)) == len(ranking.advertisers) == RANKED
+    return distinct and len(ranking.interests) <= MOST_INTERESTS

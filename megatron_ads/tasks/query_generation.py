@@ -5,14 +5,18 @@ Source: AdNanny, section 3.2 (rules); the tags are ours.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
+from megatron_ads.metrics.generated_queries import distinct_n, is_narrower, near_duplicates
+from megatron_ads.metrics.text_similarity import words_of
 from megatron_ads.tasks.conversation import filled, single_turn
-from megatron_ads.tasks.elements import element
+from megatron_ads.tasks.elements import count_of, element, read_elements
 from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import render_reasoned
+from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
 from megatron_ads.tasks.relevance import Ad
+from megatron_ads.tasks.truths import Metrics, mean, readable, share, truth_of
 
 TASK = "query_generation"
 
@@ -26,6 +30,21 @@ TEMPLATE = Template(
     ),
     answer_form="Answer with <Query>text</Query><Reason>why</Reason> for each.",
 )
+
+
+class Failure(StrEnum):
+    """Why an answer cannot be read; the first that applies is reported."""
+
+    empty = "empty"
+    no_reasoning = "no_reasoning"
+    unclosed_reasoning = "unclosed_reasoning"
+    no_query = "no_query"
+    """No ``<Query>...</Query>`` after the reasoning."""
+    text_around_queries = "text_around_queries"
+    unpaired_reason = "unpaired_reason"
+    """Queries and reasons do not take turns."""
+    empty_query = "empty_query"
+    """A query or a reason without text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,3 +114,55 @@ def chat_row(row_id: str, brief: KeywordBrief, queries: Sequence[GeneratedQuery]
     """
     prompt = render_prompt(brief, TEMPLATE.instruction_of(row_id))
     return single_turn(row_id, TASK, prompt, render_target(queries, reasoning), group=brief.keyword)
+
+
+def parse(text: str, *, reasoning_required: bool = True) -> Queries | Failure:
+    """Read an answer strictly: one ``<think>`` block, then queries, each with its reason, and nothing else."""
+    parts = split_reasoning(text, required=reasoning_required)
+    if isinstance(parts, ReasoningFailure):
+        return Failure(parts.value)
+    if not count_of("Query", parts.answer):
+        return Failure.no_query
+    elements = read_elements(parts.answer)
+    if elements is None:
+        return Failure.text_around_queries
+    if [name for name, _ in elements] != ["Query", "Reason"] * (len(elements) // 2):
+        return Failure.unpaired_reason
+    values = [value for _, value in elements]
+    if not all(values):
+        return Failure.empty_query
+    pairs = zip(values[::2], values[1::2], strict=True)
+    return Queries(queries=tuple(GeneratedQuery(*pair) for pair in pairs), reasoning=parts.reasoning)
+
+
+def metrics(rows: Sequence[ChatRow], answers: Sequence[Queries | Failure]) -> Metrics:
+    """Return how far queries follow the rules; the paper's table 6 takes a judge and is ``metrics.generated_queries``.
+
+    A query follows them if it is narrower than the keyword (the row's group), shares a word with the keyword or one of
+    the row's true queries, and does not repeat an earlier one (ours). An unreadable answer follows none.
+    """
+    given = [readable(answer) for answer in answers]
+    texts = [answer.texts if answer else () for answer in given]
+    truths = [truth_of(row, parse).texts for row in rows]
+    narrower = [is_narrower(query, row.group) for row, queries in zip(rows, texts, strict=True) for query in queries]
+    followed = [_follow_rules(row.group, queries, true) for row, queries, true in zip(rows, texts, truths, strict=True)]
+    queries = sum(map(len, texts))
+    return {
+        "follow_rules": mean(followed),
+        "narrower_rate": share(narrower),
+        "repeated_rate": sum(map(near_duplicates, texts)) / queries if queries else None,
+        "distinct_2": distinct_n(texts, 2),
+        "queries_per_answer": mean([float(len(answer.queries)) for answer in given if answer]),
+    }
+
+
+def _follow_rules(keyword: str, queries: Sequence[str], true: Sequence[str]) -> float:
+    """Return the share of one row's queries that follow the rules; 0 without queries."""
+    on_topic = {word for text in (keyword, *true) for word in words_of(text)}
+    seen: set[frozenset[str]] = set()
+    followed = 0
+    for query in queries:
+        words = frozenset(words_of(query))
+        followed += is_narrower(query, keyword) and bool(words & on_topic) and words not in seen
+        seen.add(words)
+    return followed / len(queries) if queries else 0.0

@@ -5,16 +5,19 @@ A row asks for that label alone, or for three: whether the place fits and whethe
 Source: AdNanny, sections 2 and 3.2; the labels' tags and their order are the paper's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
-from megatron_ads.metrics.classification import DefectView
+from megatron_ads.metrics.classification import DefectView, binary_metrics
+from megatron_ads.metrics.graded import accuracy
 from megatron_ads.tasks.conversation import single_turn
 from megatron_ads.tasks.elements import count_of, element, read_elements
 from megatron_ads.tasks.prompt_templates import Template
 from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
+from megatron_ads.tasks.truths import Metrics, readable, truth_of
 
 TASK = "query_ad_relevance"
 
@@ -171,3 +174,26 @@ def _read_labels(given: dict[str, str], reasoning: str) -> Judgement | Failure:
         )
     except ValueError:
         return Failure.unknown_label
+
+
+def metrics(rows: Sequence[ChatRow], answers: Sequence[Judgement | Failure]) -> Metrics:
+    """Return the paper's tables 1 to 4 of a model's answers, each name behind the name of its view.
+
+    The location and quality views are over the rows that ask for three labels.
+    """
+    truths = [truth_of(row, parse) for row in rows]
+    given = [readable(answer) for answer in answers]
+    labels = [answer.label if answer else None for answer in given]
+    found: Metrics = {"accuracy": accuracy([truth.label for truth in truths], labels)}
+    for view in (BAD_VIEW, FAIR_VIEW):
+        found |= _in_view(view, [truth.label for truth in truths], labels)
+    asked = [(truth, answer) for truth, answer in zip(truths, given, strict=True) if truth.location is not None]
+    for view, attribute in ((LOCATION_VIEW, "location"), (QUALITY_VIEW, "quality")):
+        if asked:
+            true_flags = [getattr(truth, attribute) for truth, _ in asked]
+            found |= _in_view(view, true_flags, [getattr(answer, attribute) if answer else None for _, answer in asked])
+    return found
+
+
+def _in_view(view: DefectView, truths: Sequence[str], predictions: Sequence[str | None]) -> Metrics:
+    return {f"{view.name}/{name}": value for name, value in binary_metrics(truths, predictions, view).as_dict().items()}

@@ -3,13 +3,18 @@
 Source: AdNanny, section 2; the tags are ours.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from megatron_ads.data.rows import ChatRow
+from megatron_ads.metrics.overlap import overlap
+from megatron_ads.metrics.text_similarity import words_of
 from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import element, listed
+from megatron_ads.tasks.elements import PartsFailure, element, listed, read_parts, unlisted
 from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import render_reasoned
+from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
+from megatron_ads.tasks.truths import Metrics, mean, readable, truth_of
 from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory, render_history, sections
 
 TASK = "user_profile"
@@ -26,6 +31,20 @@ TEMPLATE = Template(
         "Answer with <Summary>, <Interests>, <Intents>, <Constraints> and <Avoid>; lists separated by ';', or none."
     ),
 )
+
+
+class Failure(StrEnum):
+    """Why an answer cannot be read; the first that applies is reported."""
+
+    empty = "empty"
+    no_reasoning = "no_reasoning"
+    unclosed_reasoning = "unclosed_reasoning"
+    missing_part = "missing_part"
+    repeated_part = "repeated_part"
+    empty_part = "empty_part"
+    unknown_part = "unknown_part"
+    parts_out_of_order = "parts_out_of_order"
+    text_around_parts = "text_around_parts"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,3 +95,42 @@ def chat_row(row_id: str, user: UserHistory, profile: Profile, *, view: HistoryV
     """
     prompt = render_prompt(user, TEMPLATE.instruction_of(row_id), view=view)
     return single_turn(row_id, TASK, prompt, render_target(profile), group=user.user_id)
+
+
+_PARTS = ("Summary", "Interests", "Intents", "Constraints", "Avoid")
+_LISTS = ("interests", "intents", "constraints", "avoid")
+
+
+def parse(text: str, *, reasoning_required: bool = True) -> Profile | Failure:
+    """Read an answer strictly: one ``<think>`` block, then the five parts in order, and nothing else."""
+    parts = split_reasoning(text, required=reasoning_required)
+    if isinstance(parts, ReasoningFailure):
+        return Failure(parts.value)
+    given = read_parts(parts.answer, _PARTS)
+    if isinstance(given, PartsFailure):
+        return Failure(given.value)
+    return Profile(
+        summary=given["Summary"],
+        interests=unlisted(given["Interests"]),
+        intents=unlisted(given["Intents"]),
+        constraints=unlisted(given["Constraints"]),
+        avoid=unlisted(given["Avoid"]),
+        reasoning=parts.reasoning,
+    )
+
+
+def metrics(rows: Sequence[ChatRow], answers: Sequence[Profile | Failure]) -> Metrics:
+    """Return, averaged over rows, precision, recall and F1 of every list and the F1 of the summary's words (ours).
+
+    An unreadable answer has 0 everywhere.
+    """
+    pairs = [(truth_of(row, parse), readable(answer)) for row, answer in zip(rows, answers, strict=True)]
+    found: Metrics = {}
+    for name in _LISTS:
+        overlaps = [overlap(getattr(truth, name), getattr(answer, name)) if answer else None for truth, answer in pairs]
+        for measure in ("precision", "recall", "f1"):
+            found[f"{name}/{measure}"] = mean([getattr(value, measure) if value else 0.0 for value in overlaps])
+    summaries = [
+        overlap(words_of(truth.summary), words_of(answer.summary)).f1 if answer else 0.0 for truth, answer in pairs
+    ]
+    return {**found, "summary/word_f1": mean(summaries)}

@@ -1,0 +1,214 @@
+"""Every task by name, with what all of them have: templates, a strict parser, metrics, one of which leads."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import StrEnum
+from typing import Any
+
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.errors import DataError
+from megatron_ads.metrics.format_rates import format_rates
+from megatron_ads.tasks import (
+    ad_rewriting,
+    ad_user_relevance,
+    model_comparison,
+    next_advertiser,
+    query_generation,
+    relevance,
+    user_profile,
+)
+from megatron_ads.tasks.prompt_templates import Template
+from megatron_ads.tasks.truths import Metrics, Parser
+from megatron_ads.tasks.variants import choose_one, list_ranking, yes_no
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One task."""
+
+    name: str
+    summary: str
+    templates: tuple[Template, ...]
+    parse: Parser[Any]
+    failures: type[StrEnum]
+    metrics: Callable[[Sequence[ChatRow], Sequence[Any]], Metrics]
+    """Takes rows and what ``parse`` made of the answers to them."""
+    headline: tuple[str, ...]
+    """Metric in [0, 1] that stands for the task, as in adaptive task weights; the first that is defined."""
+    reasons: bool = True
+    """The targets reason; False: they may, and answers need not."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskScores:
+    """How a model did on rows of one task."""
+
+    task: str
+    rows: int
+    readable_share: float
+    failures: dict[str, int]
+    """Answers that could not be read, by reason, the most frequent first."""
+    formats: Metrics
+    metrics: Metrics
+    headline: float | None
+    headline_name: str | None
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            name=relevance.TASK,
+            summary="how well an ad answers a query: bad, fair or good, with place and quality",
+            templates=(relevance.TEMPLATE, relevance.THREE_LABELS_TEMPLATE),
+            parse=relevance.parse,
+            failures=relevance.Failure,
+            metrics=relevance.metrics,
+            headline=("bad/balanced_accuracy", "accuracy"),
+        ),
+        Task(
+            name=ad_user_relevance.TASK,
+            summary="how well an ad fits what a user did, from 0 to 3",
+            templates=(ad_user_relevance.TEMPLATE,),
+            parse=ad_user_relevance.parse,
+            failures=ad_user_relevance.Failure,
+            metrics=ad_user_relevance.metrics,
+            headline=("bad/balanced_accuracy", "accuracy"),
+        ),
+        Task(
+            name=query_generation.TASK,
+            summary="queries narrower than a keyword, each with its reason",
+            templates=(query_generation.TEMPLATE,),
+            parse=query_generation.parse,
+            failures=query_generation.Failure,
+            metrics=query_generation.metrics,
+            headline=("follow_rules",),
+        ),
+        Task(
+            name=next_advertiser.TASK,
+            summary="whom a user buys from next: one name",
+            templates=(next_advertiser.TEMPLATE,),
+            parse=next_advertiser.parse,
+            failures=next_advertiser.Failure,
+            metrics=next_advertiser.metrics,
+            headline=("recall@1",),
+            reasons=False,
+        ),
+        Task(
+            name=next_advertiser.RANKING_TASK,
+            summary="whom a user buys from next: 20 ranked, with 5 interests, in XML",
+            templates=(next_advertiser.RANKING_TEMPLATE,),
+            parse=next_advertiser.parse_ranking,
+            failures=next_advertiser.Failure,
+            metrics=next_advertiser.ranking_metrics,
+            headline=("recall@5",),
+            reasons=False,
+        ),
+        Task(
+            name=user_profile.TASK,
+            summary="interests, intents, constraints and what to avoid, from what a user did",
+            templates=(user_profile.TEMPLATE,),
+            parse=user_profile.parse,
+            failures=user_profile.Failure,
+            metrics=user_profile.metrics,
+            headline=("interests/f1",),
+        ),
+        Task(
+            name=model_comparison.TASK,
+            summary="strengths, weaknesses, risk and verdict of a new system's output",
+            templates=(model_comparison.TEMPLATE,),
+            parse=model_comparison.parse,
+            failures=model_comparison.Failure,
+            metrics=model_comparison.metrics,
+            headline=("verdict/macro_recall",),
+        ),
+        Task(
+            name=ad_rewriting.TASK,
+            summary="an ad reworded towards a goal, and further keywords",
+            templates=(ad_rewriting.TEMPLATE,),
+            parse=ad_rewriting.parse,
+            failures=ad_rewriting.Failure,
+            metrics=ad_rewriting.metrics,
+            headline=("quality",),
+        ),
+        Task(
+            name=yes_no.TASK,
+            summary="variant: would it be liked, yes or no",
+            templates=(yes_no.QUERY_AD, yes_no.AD_USER, yes_no.ADVERTISER),
+            parse=yes_no.parse,
+            failures=yes_no.Failure,
+            metrics=yes_no.metrics,
+            headline=("balanced_accuracy", "accuracy"),
+            reasons=False,
+        ),
+        Task(
+            name=choose_one.TASK,
+            summary="variant: the next advertiser out of 20",
+            templates=(choose_one.TEMPLATE,),
+            parse=choose_one.parse,
+            failures=choose_one.Failure,
+            metrics=choose_one.metrics,
+            headline=("hit_rate@1",),
+            reasons=False,
+        ),
+        Task(
+            name=list_ranking.TASK,
+            summary="variant: 20 candidates put in order",
+            templates=(list_ranking.TEMPLATE,),
+            parse=list_ranking.parse,
+            failures=list_ranking.Failure,
+            metrics=list_ranking.metrics,
+            headline=("ndcg@5",),
+            reasons=False,
+        ),
+    )
+}
+
+
+def task_named(name: str) -> Task:
+    """Return a task.
+
+    Raises:
+        DataError: If there is none of that name; the nearest is offered.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    near = get_close_matches(name, TASKS, n=1)
+    offer = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(TASKS)}."
+    raise DataError(f"there is no task {name!r}. {offer}")
+
+
+def score_answers(
+    rows: Sequence[ChatRow], texts: Sequence[str], *, reasoning_required: bool | None = None
+) -> TaskScores:
+    """Parse and score a model's answers to rows of one task.
+
+    Args:
+        rows: With their targets, which hold the truth.
+        texts: One answer a row.
+        reasoning_required: None: as the task has it. False for models that were taught without reasoning.
+
+    Raises:
+        DataError: If there are no rows, they are of several tasks, or a target cannot be read.
+    """
+    tasks = sorted({row.task for row in rows})
+    if len(tasks) != 1:
+        raise DataError(f"{len(rows)} rows of the tasks {tasks}; rows of one task are scored together.")
+    task = task_named(tasks[0])
+    required = task.reasons if reasoning_required is None else reasoning_required
+    answers = [task.parse(text, reasoning_required=required) for text in texts]
+    failures = Counter(str(answer) for answer in answers if isinstance(answer, StrEnum))
+    found = task.metrics(rows, answers)
+    leading = next((name for name in task.headline if found.get(name) is not None), None)
+    return TaskScores(
+        task=task.name,
+        rows=len(rows),
+        readable_share=1 - failures.total() / len(rows),
+        failures=dict(failures.most_common()),
+        formats=format_rates(texts),
+        metrics=found,
+        headline=found[leading] if leading else None,
+        headline_name=leading,
+    )

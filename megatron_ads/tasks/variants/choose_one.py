@@ -1,0 +1,74 @@
+"""Choose from twenty: the next advertiser out of a list with the true one in it.
+
+Source: S-DPO (arXiv:2406.09215), which trains and tests on 20 candidates; the 19 others are its negatives.
+"""
+
+from collections.abc import Sequence
+
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.metrics.ranking import same_name
+from megatron_ads.tasks.conversation import single_turn
+from megatron_ads.tasks.next_advertiser import (
+    Failure,
+    Prediction,
+    Request,
+    parse,
+    render_prompt,
+    render_target,
+)
+from megatron_ads.tasks.prompt_templates import Template
+from megatron_ads.tasks.truths import Metrics, readable, share, truth_of
+from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView
+from megatron_ads.tasks.variants.candidates import CANDIDATES, candidates_of
+
+__all__ = ["TASK", "TEMPLATE", "Failure", "Prediction", "chat_row", "metrics", "parse"]
+
+TASK = "choose_one"
+TEMPLATE = Template(
+    task=TASK,
+    version=1,
+    paraphrases=(
+        "From which of these candidates will the user buy next?",
+        "One of these candidates is the user's next advertiser. Which?",
+    ),
+    answer_form="Answer with the name alone.",
+)
+_LIST = "Candidates:"
+
+
+def chat_row(
+    row_id: str,
+    request: Request,
+    advertiser: str,
+    reasoning: str = "",
+    *,
+    count: int = CANDIDATES,
+    view: HistoryView = FULL_VIEW,
+) -> ChatRow:
+    """Return one example; the others are drawn from the request's pool.
+
+    Raises:
+        DataError: If the pool has too few others.
+    """
+    listed = candidates_of(row_id, advertiser, request.pool, count)
+    prompt = render_prompt(Request(request.user), TEMPLATE.instruction_of(row_id), view=view)
+    prompt += f"\n{_LIST}\n" + "\n".join(listed)
+    target = render_target(advertiser, reasoning)
+    return single_turn(row_id, TASK, prompt, target, group=request.user.user_id, label=advertiser)
+
+
+def listed_in(row: ChatRow) -> tuple[str, ...]:
+    """Return the candidates that a row shows."""
+    return tuple(row.prompt[-1].content.rpartition(f"\n{_LIST}\n")[2].splitlines())
+
+
+def metrics(rows: Sequence[ChatRow], answers: Sequence[Prediction | Failure]) -> Metrics:
+    """Return how often the choice is right, and how often it is one of the list; unreadable answers are neither."""
+    truths = [same_name(truth_of(row, parse).advertiser) for row in rows]
+    given = [readable(answer) for answer in answers]
+    names = [same_name(answer.advertiser) if answer else None for answer in given]
+    listed = [{same_name(name) for name in listed_in(row)} for row in rows]
+    return {
+        "hit_rate@1": share([truth == name for truth, name in zip(truths, names, strict=True)]),
+        "valid_rate": share([name in shown for name, shown in zip(names, listed, strict=True)]),
+    }

@@ -1,0 +1,118 @@
+"""Order a list: candidates by number, the likeliest first. Works without training: the prompt says all there is to do.
+
+Source: LLMRank (arXiv:2305.08845), zero-shot list-wise reranking with history and candidates in the prompt. Numbers
+instead of names in the answer are ours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.metrics.ranking import ndcg_at, recall_at, reciprocal_rank
+from megatron_ads.tasks.conversation import single_turn
+from megatron_ads.tasks.elements import count_of, element, read_elements
+from megatron_ads.tasks.next_advertiser import Request, render_prompt
+from megatron_ads.tasks.prompt_templates import Template
+from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
+from megatron_ads.tasks.truths import Metrics, readable, share, truth_of
+from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView
+from megatron_ads.tasks.variants.candidates import CANDIDATES, candidates_of
+
+TASK = "list_ranking"
+TEMPLATE = Template(
+    task=TASK,
+    version=1,
+    paraphrases=(
+        "Order the candidates by how likely the user is to buy from them next.",
+        "Rank these advertisers for the user, the likeliest next purchase first.",
+    ),
+    answer_form="Answer with all numbers, the likeliest first: <Ranking>2, 3, 1</Ranking>.",
+)
+
+
+class Failure(StrEnum):
+    """Why an answer cannot be read; the first that applies is reported."""
+
+    empty = "empty"
+    no_reasoning = "no_reasoning"
+    unclosed_reasoning = "unclosed_reasoning"
+    no_ranking = "no_ranking"
+    several_rankings = "several_rankings"
+    text_around_ranking = "text_around_ranking"
+    not_numbers = "not_numbers"
+    """Not numbers from 1, separated by commas."""
+    repeated_number = "repeated_number"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """An answer that could be read; whether it names all candidates is for the metrics to judge."""
+
+    numbers: tuple[int, ...]
+    """Candidates from 1, the likeliest first."""
+    reasoning: str
+
+
+def chat_row(
+    row_id: str,
+    request: Request,
+    advertiser: str,
+    reasoning: str = "",
+    *,
+    count: int = CANDIDATES,
+    view: HistoryView = FULL_VIEW,
+) -> ChatRow:
+    """Return one example. Its target has the true advertiser first and the others as listed: nothing orders them.
+
+    Raises:
+        DataError: If the request's pool has too few others.
+    """
+    listed = candidates_of(row_id, advertiser, request.pool, count)
+    prompt = render_prompt(Request(request.user), TEMPLATE.instruction_of(row_id), view=view)
+    prompt += "\nCandidates:\n" + "\n".join(f"{number}. {name}" for number, name in enumerate(listed, 1))
+    best = listed.index(advertiser) + 1
+    numbers = [best, *(number for number in range(1, count + 1) if number != best)]
+    target = render_reasoned(reasoning, element("Ranking", ", ".join(map(str, numbers))))
+    return single_turn(row_id, TASK, prompt, target, group=request.user.user_id, label=str(best))
+
+
+def parse(text: str, *, reasoning_required: bool = False) -> Order | Failure:
+    """Read an answer strictly: reasoning, which may be missing, one list of different numbers, nothing else."""
+    parts = split_reasoning(text, required=reasoning_required)
+    if isinstance(parts, ReasoningFailure):
+        return Failure(parts.value)
+    rankings = count_of("Ranking", parts.answer)
+    if rankings != 1:
+        return Failure.several_rankings if rankings else Failure.no_ranking
+    elements = read_elements(parts.answer)
+    if elements is None or len(elements) > 1:
+        return Failure.text_around_ranking
+    words = [word.strip() for word in elements[0][1].split(",")]
+    if not all(word.isascii() and word.isdigit() and len(word) <= 4 and int(word) > 0 for word in words):
+        return Failure.not_numbers
+    numbers = tuple(int(word) for word in words)
+    return Order(numbers, parts.reasoning) if len(set(numbers)) == len(numbers) else Failure.repeated_number
+
+
+def metrics(rows: Sequence[ChatRow], answers: Sequence[Order | Failure]) -> Metrics:
+    """Return where the true candidate stands; what an answer leaves out, or all of an unreadable one, is not found.
+
+    complete_rate is the share of answers that order exactly the candidates shown.
+    """
+    truths = [truth_of(row, parse).numbers for row in rows]
+    given = [readable(answer) for answer in answers]
+    positions = [
+        answer.numbers.index(truth[0]) + 1 if answer and truth[0] in answer.numbers else None
+        for truth, answer in zip(truths, given, strict=True)
+    ]
+    complete = [
+        answer is not None and set(answer.numbers) == set(truth) for truth, answer in zip(truths, given, strict=True)
+    ]
+    return {
+        "hit_rate@1": recall_at(positions, 1),
+        "hit_rate@5": recall_at(positions, 5),
+        "ndcg@5": ndcg_at(positions, 5),
+        "mrr": reciprocal_rank(positions),
+        "complete_rate": share(complete),
+    }

@@ -1,0 +1,135 @@
+"""Yes or no: would this be liked? Over the records of relevance and of the next advertiser.
+
+Source: TALLRec (arXiv:2305.00447), which asks whether a user will enjoy the next item. Where a grade becomes a yes is
+ours: an ad that is not bad for a query, a score of 2 or 3 for a user.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.metrics.classification import DefectView, binary_metrics
+from megatron_ads.tasks import ad_user_relevance, next_advertiser, relevance
+from megatron_ads.tasks.conversation import filled, single_turn
+from megatron_ads.tasks.elements import count_of, element, read_elements
+from megatron_ads.tasks.prompt_templates import Template
+from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
+from megatron_ads.tasks.truths import Metrics, readable, truth_of
+from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory
+
+TASK = "yes_no"
+
+
+class Answer(StrEnum):
+    """The two answers."""
+
+    no = "No"
+    yes = "Yes"
+
+
+NO_VIEW = DefectView("no", frozenset({Answer.no}))
+_FORM = "Answer with <Answer>Yes</Answer> or <Answer>No</Answer>."
+QUERY_AD = Template(
+    task=f"{TASK}/query_ad",
+    version=1,
+    paraphrases=("Does the ad serve the query?", "Would the ad help the person who typed the query?"),
+    answer_form=_FORM,
+)
+AD_USER = Template(
+    task=f"{TASK}/ad_user",
+    version=1,
+    paraphrases=("Will this user like the ad?", "Given what the user did, is the ad of interest to them?"),
+    answer_form=_FORM,
+)
+ADVERTISER = Template(
+    task=f"{TASK}/advertiser",
+    version=1,
+    paraphrases=("Will this user buy from the advertiser next?", "Is this advertiser the user's next?"),
+    answer_form=_FORM,
+)
+GOOD_SCORES = frozenset({ad_user_relevance.Score.relevant, ad_user_relevance.Score.high})
+
+
+class Failure(StrEnum):
+    """Why an answer cannot be read; the first that applies is reported."""
+
+    empty = "empty"
+    no_reasoning = "no_reasoning"
+    unclosed_reasoning = "unclosed_reasoning"
+    no_answer = "no_answer"
+    several_answers = "several_answers"
+    unknown_answer = "unknown_answer"
+    text_around_answer = "text_around_answer"
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """An answer that could be read."""
+
+    answer: Answer
+    reasoning: str
+
+
+def query_ad_row(row_id: str, query: str, ad: relevance.Ad, label: relevance.Label, reasoning: str = "") -> ChatRow:
+    """Return the question whether an ad serves a query."""
+    prompt = relevance.render_prompt(query, ad, QUERY_AD.instruction_of(row_id))
+    return _row(row_id, prompt, label not in relevance.BAD_VIEW.defects, reasoning, query)
+
+
+def ad_user_row(
+    row_id: str,
+    user: UserHistory,
+    ad: relevance.Ad,
+    score: ad_user_relevance.Score | int,
+    reasoning: str = "",
+    *,
+    view: HistoryView = FULL_VIEW,
+) -> ChatRow:
+    """Return the question whether an ad interests a user."""
+    prompt = ad_user_relevance.render_prompt(user, ad, AD_USER.instruction_of(row_id), view=view)
+    return _row(row_id, prompt, ad_user_relevance.as_score(score) in GOOD_SCORES, reasoning, user.user_id)
+
+
+def advertiser_row(
+    row_id: str,
+    request: next_advertiser.Request,
+    candidate: str,
+    *,
+    is_next: bool,
+    reasoning: str = "",
+    view: HistoryView = FULL_VIEW,
+) -> ChatRow:
+    """Return the question whether ``candidate`` is the user's next advertiser. The pool is not shown."""
+    asked = next_advertiser.Request(request.user)
+    prompt = next_advertiser.render_prompt(asked, ADVERTISER.instruction_of(row_id), view=view)
+    prompt += f"\nAdvertiser: {filled('the candidate', candidate)}"
+    return _row(row_id, prompt, is_next, reasoning, request.user.user_id)
+
+
+def _row(row_id: str, prompt: str, yes: bool, reasoning: str, group: str) -> ChatRow:
+    answer = Answer.yes if yes else Answer.no
+    target = render_reasoned(reasoning, element("Answer", answer))
+    return single_turn(row_id, TASK, prompt, target, group=group, label=answer)
+
+
+def parse(text: str, *, reasoning_required: bool = False) -> Judgement | Failure:
+    """Read an answer strictly: reasoning, which may be missing, then one answer, and nothing else."""
+    parts = split_reasoning(text, required=reasoning_required)
+    if isinstance(parts, ReasoningFailure):
+        return Failure(parts.value)
+    answers = count_of("Answer", parts.answer)
+    if answers != 1:
+        return Failure.several_answers if answers else Failure.no_answer
+    elements = read_elements(parts.answer)
+    if elements is None or len(elements) > 1:
+        return Failure.text_around_answer
+    answer = elements[0][1]
+    return Judgement(Answer(answer), parts.reasoning) if answer in set(Answer) else Failure.unknown_answer
+
+
+def metrics(rows: Sequence[ChatRow], answers: Sequence[Judgement | Failure]) -> Metrics:
+    """Return the binary metrics, yes being the positive class. For an AUC see ``metrics.probabilities``."""
+    truths = [truth_of(row, parse).answer for row in rows]
+    given = [readable(answer) for answer in answers]
+    return {**binary_metrics(truths, [answer.answer if answer else None for answer in given], NO_VIEW).as_dict()}
