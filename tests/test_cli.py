@@ -19,6 +19,7 @@ COMMAND_LINES = [
     ["convert", "to-hf"],
     ["verify"],
     ["demo-model"],
+    ["check"],
     ["train"],
     ["compare-logits"],
     ["evaluate"],

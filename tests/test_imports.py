@@ -38,6 +38,7 @@ ROOMS = (
     "megatron_ads.optim",
     "megatron_ads.planning",
     "megatron_ads.training",
+    "megatron_ads.launching",
     "megatron_ads.evaluation",
     "megatron_ads.demo_model",
     "megatron_ads.parity",

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 4 --module megatron_ads.training --recipe sft/quickstart [key=value ...]
 
-`megatron-ads train` starts this under torchrun on one machine.
+`megatron-ads train` and `launch/torchrun.sh` start this under torchrun, `launch/slurm.sbatch` under srun.
 """
 
 import argparse
@@ -10,9 +10,10 @@ import sys
 
 from megatron_ads.config import load_recipe
 from megatron_ads.errors import MegatronAdsError
-from megatron_ads.observability.log import get_logger, start_logging
-from megatron_ads.runtime import cpu_compat, upstream_warnings
+from megatron_ads.observability.log import get_logger, rank, start_logging
 from megatron_ads.runtime.exit_status import ExitStatus
+from megatron_ads.runtime.rank_record import exit_status, last_lines, refusal_before_restart, write_record
+from megatron_ads.training.signals import StopRequest
 
 logger = get_logger(__name__)
 
@@ -24,15 +25,36 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     start_logging()
+    if refused := refusal_before_restart():
+        status, message = ExitStatus.USER_ERROR, f"not started again after the error of rank {refused.rank}"
+        write_record(rank(), status, message)
+        return exit_status(status)
+    with StopRequest() as stop:  # before the imports, which take seconds: a signal during them must not be lost
+        try:
+            status, message = _run(args, stop)
+        except BaseException as error:
+            write_record(rank(), ExitStatus.CRASHED, last_lines(error))
+            raise
+    write_record(rank(), status, message)
+    return exit_status(status)
+
+
+def _run(args: argparse.Namespace, stop: StopRequest) -> tuple[ExitStatus, str]:
+    from megatron_ads.runtime import cpu_compat, upstream_warnings
+
     cpu_compat.install()  # before anything imports Megatron-Core
     upstream_warnings.silence()
+    from megatron_ads.runtime.hangs import CommunicationError
     from megatron_ads.training.sft import run
 
     try:
-        return run(load_recipe(args.recipe, args.overrides))
+        return run(load_recipe(args.recipe, args.overrides), stop), ""
+    except CommunicationError as error:  # not the user's: the next attempt may succeed
+        logger.error("%s", error)
+        return ExitStatus.PEER_LOST, str(error)
     except MegatronAdsError as error:
         logger.error("%s", error)
-        return ExitStatus.USER_ERROR
+        return ExitStatus.USER_ERROR, str(error)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ a checkpoint depends on the layout but the random-number states, which are used 
 
 import json
 import os
-import re
 import shutil
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,13 +31,17 @@ from megatron_ads.errors import CheckpointError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.optim.state import load_optimizer_state, sharded_optimizer_state
+from megatron_ads.training.checkpoint_folder import (
+    FORMAT,
+    MANIFEST,
+    checksum,
+    complete_checkpoints,
+    partial_checkpoints,
+    read_manifest,
+    verify_files,
+)
 from megatron_ads.training.shared_errors import failed_writes_named, raised_on_all_ranks
 from megatron_ads.training.torch_dist_writer import InProcessSave
-
-MANIFEST = "manifest.json"
-FORMAT = "megatron-ads training checkpoint, version 1"
-_COMPLETE = re.compile(r"step-(\d{8})")
-_CHECKSUM_BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,60 +54,6 @@ class Progress:
     """Optimizer updates done."""
     data: dict[str, Any]
     """Position in the data, from ``BatchStream.state_dict``."""
-
-
-def complete_checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """Return ``(step, folder)`` of every complete checkpoint, oldest first."""
-    if not directory.is_dir():
-        return []
-    found = [(_COMPLETE.fullmatch(entry.name), entry) for entry in directory.iterdir() if (entry / MANIFEST).is_file()]
-    return sorted((int(match[1]), entry) for match, entry in found if match)
-
-
-def partial_checkpoints(directory: Path) -> list[Path]:
-    """Return the folders that saves left behind when they were cut off."""
-    return sorted(directory.glob(".step-*.partial")) if directory.is_dir() else []
-
-
-def verify_files(folder: Path, *, share: tuple[int, int] = (0, 1)) -> None:
-    """Check every file's size and, for this rank's ``share`` (index, count) of the files, its checksum.
-
-    Raises:
-        CheckpointError: Naming the file that is missing, cut off or changed.
-    """
-    for index, (name, expected) in enumerate(sorted(read_manifest(folder)["files"].items())):
-        file = folder / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != expected["bytes"]:
-            found = "missing" if size is None else f"{size} bytes long instead of {expected['bytes']}"
-            raise _damaged(folder, f"{name} is {found}")
-        if index % share[1] == share[0] and _checksum(file) != expected["crc32"]:
-            raise _damaged(folder, f"the content of {name} changed since it was written (checksum)")
-
-
-def _damaged(folder: Path, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"checkpoint {folder} is damaged: {what}. Delete this folder to go on from the checkpoint before it, "
-        "or restore the file."
-    )
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a complete checkpoint.
-
-    Raises:
-        CheckpointError: If there is none, it is cut off, or it is another format's.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {MANIFEST}: the save was cut off; it cannot be loaded.") from None
-    except ValueError as error:
-        raise _damaged(folder, f"{MANIFEST} is not JSON ({error})") from None
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"{folder / MANIFEST} says that this is a {found!r}; expected {FORMAT!r}.")
-    return manifest
 
 
 def save_checkpoint(
@@ -170,16 +118,8 @@ def _file_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, in
     for file in files:
         with file.open("rb+") as handle:
             os.fsync(handle.fileno())
-        entries[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "crc32": _checksum(file)}
+        entries[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "crc32": checksum(file)}
     return entries
-
-
-def _checksum(file: Path) -> int:
-    value = 0
-    with file.open("rb") as handle:
-        while block := handle.read(_CHECKSUM_BLOCK_BYTES):
-            value = zlib.crc32(block, value)
-    return value
 
 
 def _finish(

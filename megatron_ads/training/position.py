@@ -14,6 +14,7 @@ from megatron_ads.layout import ParallelLayout
 from megatron_ads.observability.log import get_logger
 from megatron_ads.training import checkpoint
 from megatron_ads.training.build import TrainedModel
+from megatron_ads.training.checkpoint_folder import complete_checkpoints, partial_checkpoints
 
 logger = get_logger(__name__)
 
@@ -80,9 +81,9 @@ def _latest(directory: Path) -> Path | None:
     """Return the newest complete checkpoint as rank 0 sees it, so that all ranks load the same one."""
     found: list[Path | None] = [None]
     if dist.get_rank() == 0:
-        for leftover in checkpoint.partial_checkpoints(directory):
+        for leftover in partial_checkpoints(directory):
             logger.warning("%s is a save that was cut off; it is not used and goes with the next save", leftover)
-        complete = checkpoint.complete_checkpoints(directory)
+        complete = complete_checkpoints(directory)
         found = [complete[-1][1] if complete else None]
     dist.broadcast_object_list(found, src=0)
     return found[0]

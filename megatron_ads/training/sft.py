@@ -14,8 +14,9 @@ from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.device import set_threads
 from megatron_ads.runtime.exit_status import ExitStatus
 from megatron_ads.runtime.hangs import name_failed_communication
+from megatron_ads.runtime.rank_record import write_record
 from megatron_ads.runtime.seeds import seed_everything
-from megatron_ads.runtime.watchdog import PeerMonitor
+from megatron_ads.runtime.watchdog import Loss, PeerMonitor
 from megatron_ads.training.build import TrainedModel, build_model, lay_out
 from megatron_ads.training.export import export_shards
 from megatron_ads.training.outcome import Outcome, write_outcome
@@ -27,7 +28,7 @@ from megatron_ads.training.step import run_evaluation, run_step
 from megatron_ads.training.topology import preflight
 
 
-def run(config: SftConfig) -> ExitStatus:
+def run(config: SftConfig, stop: StopRequest) -> ExitStatus:
     """Join the job and train; leave checkpoints, metrics and, after the last step, ``<log.dir>/export``.
 
     Raises:
@@ -41,20 +42,29 @@ def run(config: SftConfig) -> ExitStatus:
         shards.layout, timeout_seconds=config.runtime.timeout_seconds, create_gloo_process_groups=False
     )
     try:
-        with PeerMonitor(shards.layout) as peers, name_failed_communication(shards.layout):
-            return _run_together(config, source, shards, peers)
+        with (
+            PeerMonitor(shards.layout, on_loss=_record_loss) as peers,
+            name_failed_communication(shards.layout),
+        ):
+            return _run_together(config, source, shards, peers, stop)
     finally:
         process_groups.stop()
 
 
-def _run_together(config: SftConfig, source: WeightSource, shards: ShardsLayout, peers: PeerMonitor) -> ExitStatus:
+def _record_loss(loss: Loss) -> None:
+    write_record(dist.get_rank(), ExitStatus.PEER_LOST, str(loss))
+
+
+def _run_together(
+    config: SftConfig, source: WeightSource, shards: ShardsLayout, peers: PeerMonitor, stop: StopRequest
+) -> ExitStatus:
     """Build, step, save, export, while the ranks watch over each other."""
     seed_everything(config.train.seed, config.train.deterministic)
     model = build_model(config, source, shards)
     preflight(config, model.optimizer, shards)
     training, validation = open_streams(config, source, shards.layout)
     position = Position.resumed(config, model, training, shards.layout, source)
-    with StopRequest() as stop, RunLog(config, model, shards, peers, resume_step=position.step) as log:
+    with RunLog(config, model, shards, peers, resume_step=position.step) as log:
         stopped = train(config, model, training, validation, position, log, stop)
     if not stopped:
         export_shards(Path(config.log.dir) / "export", model.models, model.spec, source, shards)

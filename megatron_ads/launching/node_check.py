@@ -1,0 +1,111 @@
+"""What one node must have before ranks are started on it. Light: no torch, so that it can run on every node first.
+
+    python -m megatron_ads.launching.node_check --local-ranks 8 --gpus --folder RUN --expect RUN/slurm/7/attempt.json \\
+      --meet HOST:PORT --nodes 31 --node 3
+
+Prints a line for every problem, and exits with 2 if there is one.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_ads.launching.reach import meet
+
+_OLDEST_PYTHON = (3, 11)
+_DRIVER_SECONDS = 60.0
+
+
+def main() -> int:
+    """Check this node."""
+    parser = argparse.ArgumentParser(prog="megatron_ads.launching.node_check")
+    parser.add_argument("--local-ranks", type=int, required=True)
+    parser.add_argument("--gpus", action="store_true", help="each rank needs a GPU")
+    parser.add_argument("--folder", type=Path, action="append", default=[], help="must be writable")
+    parser.add_argument("--expect", type=Path, help="a file that another node has written to shared storage")
+    parser.add_argument("--meet", metavar="HOST:PORT", help="where node 0 listens")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--node", type=int, default=int(os.environ.get("SLURM_NODEID", "0")))
+    args = parser.parse_args()
+    problems = python_problems(sys.version_info[:2])
+    if args.gpus:
+        problems += gpu_problems(args.local_ranks, os.environ)
+    for folder in args.folder:
+        problems += folder_problems(folder)
+    if args.expect is not None and not args.expect.is_file():
+        problems.append(
+            f"{args.expect}, just written on the first node, is not here: log.dir is not on storage that all nodes "
+            "share. Set log.dir and checkpoint.dir to a shared folder."
+        )
+    if args.meet is not None:
+        host, port = args.meet.rsplit(":", 1)
+        problems += meet(host, int(port), number=args.node, count=args.nodes)
+    for problem in problems:
+        print(f"{socket.gethostname()}: {problem}", flush=True)
+    return 2 if problems else 0
+
+
+def python_problems(version: tuple[int, int]) -> list[str]:
+    """Return what is wrong with the Python that runs this."""
+    if version >= _OLDEST_PYTHON:
+        return []
+    return [
+        f"Python is {platform.python_version()} ({sys.executable}), but 3.11 or newer is needed; make an environment "
+        "with ./launch/setup_env.sh, or name one in MEGATRON_ADS_VENV."
+    ]
+
+
+def wants_gpu(environment: Mapping[str, str]) -> bool:
+    """Whether ranks started here will use GPUs: Slurm gave some to the job, or there is a driver and none is hidden."""
+    if environment.get("CUDA_VISIBLE_DEVICES") == "":
+        return False
+    granted = any(environment.get(name) for name in ("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS", "SLURM_GPUS_PER_NODE"))
+    return granted or Path("/proc/driver/nvidia/version").exists()
+
+
+def gpu_problems(local_ranks: int, environment: Mapping[str, str]) -> list[str]:
+    """Return what is wrong with the driver and the GPUs that ranks of this node would see."""
+    if shutil.which("nvidia-smi") is None:
+        return ["nvidia-smi is not there: the NVIDIA driver is not installed on this node. Use nodes with GPUs."]
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=_DRIVER_SECONDS, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return [f"the NVIDIA driver did not answer in {_DRIVER_SECONDS:.0f} s; leave this node out (sbatch --exclude)."]
+    if answer.returncode != 0:
+        said = " ".join((answer.stderr or answer.stdout).split())[:200]
+        return [f"the NVIDIA driver does not work: {said} Leave this node out (sbatch --exclude) and report it."]
+    there = len(answer.stdout.splitlines())
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    count = there if visible is None else min(there, len(visible.split(",")))
+    if count >= local_ranks:
+        return []
+    shown = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible})"
+    return [
+        f"{count} GPUs are visible{shown}, but {local_ranks} ranks are to run here. Ask for as many GPUs as ranks a "
+        "node (sbatch --gpus-per-node), or start fewer ranks."
+    ]
+
+
+def folder_problems(folder: Path) -> list[str]:
+    """Return why a folder cannot be written, if it cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"written")
+    except OSError as error:
+        return [f"{folder} cannot be written: {error.strerror}. Give a folder that every node may write to."]
+    return []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""The batch step of a Slurm job: start the ranks under srun, wait, and decide what comes next.
+
+`launch/slurm.sbatch` runs this on the first node of the allocation. The ranks are Slurm tasks, one each, so that
+Slurm's signals reach them directly.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ads.config import SftConfig, load_recipe
+from megatron_ads.errors import ConfigError, MegatronAdsError
+from megatron_ads.launching.allocation import Allocation
+from megatron_ads.launching.attempts import ATTEMPT, Decision, checkpoint_step, decide, fruitless_attempts, judge
+from megatron_ads.launching.failures import describe_failure
+from megatron_ads.launching.job_check import check_job
+from megatron_ads.launching.node_check import wants_gpu
+from megatron_ads.launching.slurm_steps import check_nodes, meeting_place, rehearse, say
+from megatron_ads.launching.sweep import sweep_overrides
+from megatron_ads.runtime.exit_status import ExitStatus
+from megatron_ads.runtime.rank_record import FOLDER_VARIABLE, read_records
+from megatron_ads.training.outcome import clear_outcome, read_outcome
+
+REHEARSE_VARIABLE = "MEGATRON_ADS_REHEARSE"
+_POLL_SECONDS = 2.0
+_GRACE_SECONDS = 60.0
+"""How long the other ranks may go on after one has failed: they notice within seconds, unless they hang."""
+_REQUEUE_SECONDS = 60.0
+"""How long Slurm may take to end this process after it accepted the job back."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Carry one attempt out; return the exit status of the job if it is not put back into the queue."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _leave_to_the_ranks)
+    try:
+        if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
+            raise ConfigError("usage: sbatch [options] launch/slurm.sbatch RECIPE [key=value ...]")
+        return _run(Allocation.of(os.environ), arguments[0], list(arguments[1:]))
+    except MegatronAdsError as error:
+        say(f"{' '.join(str(error).split())}")
+        return ExitStatus.USER_ERROR
+
+
+def _leave_to_the_ranks(number: int, _: object) -> None:
+    say(f"{signal.Signals(number).name}: waiting for the ranks to save and stop")
+
+
+def _run(allocation: Allocation, recipe: str, overrides: list[str]) -> int:
+    if os.environ.get(REHEARSE_VARIABLE, "0") not in ("", "0"):
+        return rehearse(allocation, recipe, overrides)
+    overrides += sweep_overrides(allocation.array_index, recipe, overrides, os.environ)
+    found = check_job(recipe, overrides, allocation.ranks)
+    for problem in found.problems:
+        say(problem)
+    if found.problems:
+        return ExitStatus.USER_ERROR
+    attempt = Attempt.begin(allocation, recipe, overrides)
+    if not attempt.check_nodes():
+        return ExitStatus.USER_ERROR
+    attempt.run_ranks()
+    decision = attempt.decision()
+    say(decision.reason)
+    if decision.again:
+        _requeue(allocation)
+    return decision.status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One start of the ranks of a job."""
+
+    allocation: Allocation
+    recipe: str
+    overrides: Sequence[str]
+    config: SftConfig
+    folder: Path
+
+    @classmethod
+    def begin(cls, allocation: Allocation, recipe: str, overrides: Sequence[str]) -> "Attempt":
+        """Note where the job stands.
+
+        Raises:
+            ConfigError: If the recipe cannot be composed, or the job does not get on.
+        """
+        config = load_recipe(recipe, overrides)
+        folder = Path(config.log.dir) / "slurm" / allocation.job / f"attempt-{allocation.restarts}"
+        step = checkpoint_step(Path(config.checkpoint.dir))
+        before = fruitless_attempts(folder.parent, step)
+        if before > most_restarts(os.environ):
+            raise ConfigError(
+                f"This job began {before} times at step {step} and never reached another checkpoint. Look at "
+                f"{folder.parent}, and submit it again."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ATTEMPT).write_text(json.dumps({"step": step}), encoding="utf-8")
+        clear_outcome(Path(config.log.dir))
+        return cls(allocation=allocation, recipe=recipe, overrides=overrides, config=config, folder=folder)
+
+    @property
+    def records(self) -> Path:
+        """Where the ranks write down how they ended."""
+        return self.folder / "records"
+
+    def check_nodes(self) -> bool:
+        """Let every node check itself and its connections to the others; return whether all is well."""
+        config, size = self.config, self.allocation
+        folders = dict.fromkeys((config.checkpoint.dir, config.log.dir))
+        arguments = [
+            f"--local-ranks={size.ranks_per_node}",
+            *(f"--folder={folder}" for folder in folders),
+            f"--expect={self.folder / ATTEMPT}",
+            *(["--gpus"] if wants_gpu(os.environ) else []),
+        ]
+        return check_nodes(size, arguments)
+
+    def run_ranks(self) -> None:
+        """Start every rank and wait until all have ended, or until those that hang on are ended."""
+        size = self.allocation
+        say(f"{self.recipe}: {size.ranks} ranks on {size.nodes} nodes, attempt {size.restarts}, logs in {self.folder}")
+        command = [
+            *("srun", "--kill-on-bad-exit=0", "--input=none", f"--output={self.folder}/rank-%4t.log"),
+            *(sys.executable, "-m", "megatron_ads.training", "--recipe", self.recipe, *self.overrides),
+        ]
+        with subprocess.Popen(command, env=rank_environment(size, self.records, os.environ)) as job:
+            _wait(job, lambda: any(record.failed for record in read_records(self.records)))
+
+    def decision(self) -> Decision:
+        """Report what went wrong, first things first, and decide."""
+        ended = read_records(self.records)
+        verdict = judge(ended, self.allocation.ranks, read_outcome(Path(self.config.log.dir)))
+        for line in describe_failure(ended, range(self.allocation.ranks), self.folder):
+            say(line)
+        fruitless = fruitless_attempts(self.folder.parent, checkpoint_step(Path(self.config.checkpoint.dir)))
+        return decide(verdict, fruitless, most_restarts(os.environ))
+
+
+def most_restarts(environment: Mapping[str, str]) -> int:
+    """Return how often a job may be started again without having got on."""
+    return int(environment.get("MEGATRON_ADS_MAX_RESTARTS", "3"))
+
+
+def rank_environment(allocation: Allocation, records: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of the ranks: the given one, where they meet, and where they write down their ends."""
+    host, port = meeting_place(environment)
+    made = {
+        **environment,
+        "MASTER_ADDR": host,
+        "MASTER_PORT": port,
+        "LOCAL_WORLD_SIZE": str(allocation.ranks_per_node),
+        FOLDER_VARIABLE: str(records),
+    }
+    if "SLURM_CPUS_PER_TASK" in environment:  # since Slurm 22.05, srun does not take it from the batch job
+        made.setdefault("SRUN_CPUS_PER_TASK", environment["SLURM_CPUS_PER_TASK"])
+    return made
+
+
+def _wait(job: "subprocess.Popen[bytes]", has_failed: Callable[[], bool]) -> None:
+    give_up: float | None = None
+    while job.poll() is None:
+        time.sleep(_POLL_SECONDS)
+        if give_up is None and has_failed():
+            give_up = time.monotonic() + _GRACE_SECONDS
+        if give_up is not None and time.monotonic() > give_up:
+            say(f"ranks that still run {_GRACE_SECONDS:.0f} s after another one failed are ended")
+            job.terminate()  # srun ends its tasks
+            job.wait()
+
+
+def _requeue(allocation: Allocation) -> None:
+    """Put this job back into the queue, which ends this process."""
+    answer = subprocess.run(
+        ["scontrol", "requeue", allocation.job], capture_output=True, text=True, timeout=60, check=False
+    )
+    if answer.returncode != 0:
+        say(f"Slurm did not take the job back: {answer.stderr.strip()}. Submit it again to go on from the checkpoint.")
+        return
+    time.sleep(_REQUEUE_SECONDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

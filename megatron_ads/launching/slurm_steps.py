@@ -1,0 +1,73 @@
+"""The short steps of a Slurm job: every node checks itself, and every task of a rehearsal reports its place."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_ads.launching.allocation import Allocation
+from megatron_ads.launching.tiling import read_reports, summary, tiling_problems
+from megatron_ads.planning.job import load_job
+from megatron_ads.runtime.exit_status import ExitStatus
+
+_CHECK_SECONDS = 300.0
+_REHEARSAL_SECONDS = 900.0
+
+
+def say(text: str) -> None:
+    """Print a line to the job's log."""
+    print(f"{time.strftime('%H:%M:%S')} [launch] {text}", flush=True)
+
+
+def meeting_place(environment: Mapping[str, str]) -> tuple[str, str]:
+    """Return address and port at which node 0 listens.
+
+    It is the node of the batch step, so its name is ours, and a port that is free here is free there.
+    """
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    return environment.get("MASTER_ADDR", socket.gethostname()), environment.get("MASTER_PORT", port)
+
+
+def check_nodes(allocation: Allocation, arguments: Sequence[str]) -> bool:
+    """Run the check of a node on every node at the same time; problems go to the job's log."""
+    place = meeting_place(os.environ)
+    command = [
+        *("srun", f"--ntasks={allocation.nodes}", "--ntasks-per-node=1", "--input=none", "--kill-on-bad-exit=0"),
+        *(sys.executable, "-m", "megatron_ads.launching.node_check", *arguments),
+        *(["--meet", ":".join(place), f"--nodes={allocation.nodes}"] if allocation.nodes > 1 else []),
+    ]
+    try:
+        answer = subprocess.run(command, timeout=_CHECK_SECONDS, check=False, capture_output=True, text=True)
+    except subprocess.TimeoutExpired:
+        say(f"the nodes did not finish checking themselves within {_CHECK_SECONDS:.0f} s")
+        return False
+    for line in answer.stdout.splitlines():
+        say(line)
+    if answer.returncode != 0 and not answer.stdout.strip():  # else srun's own lines add nothing
+        say(f"the nodes could not check themselves: {' '.join(answer.stderr.split())}")
+    return answer.returncode == 0
+
+
+def rehearse(allocation: Allocation, recipe: str, overrides: Sequence[str]) -> int:
+    """Let every task report its place in the job, and check that the places make up the job."""
+    job = load_job(recipe, overrides, ranks=allocation.ranks)
+    if not check_nodes(allocation, [f"--local-ranks={allocation.ranks_per_node}"]):
+        return ExitStatus.USER_ERROR
+    file = Path(f"rehearsal-{allocation.job}.jsonl")
+    command = [
+        *("srun", "--input=none", "--kill-on-bad-exit=0", sys.executable, "-m", "megatron_ads.launching.rank_report"),
+        *("--recipe", recipe, *overrides),
+    ]
+    with file.open("wb") as output:
+        subprocess.run(command, stdout=output, timeout=_REHEARSAL_SECONDS, check=False)
+    reports, problems = read_reports(file)
+    problems += tiling_problems(reports, job, allocation.nodes)
+    for line in (*summary(reports, job), *problems, f"the reports: {file.absolute()}"):
+        say(line)
+    say("the rehearsal found problems" if problems else "every rank has its place, and nothing is missing or twice")
+    return ExitStatus.USER_ERROR if problems else ExitStatus.DONE

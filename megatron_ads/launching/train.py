@@ -1,0 +1,101 @@
+"""`megatron-ads train`: look at the surroundings, then run the recipe under torchrun, here or on several machines.
+
+    megatron-ads train --recipe sft/quickstart model.load=SHARDS checkpoint.dir=RUN/checkpoints log.dir=RUN/logs
+    megatron-ads train --recipe sft/quickstart --ranks 4 train.steps=100 ...
+    NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 megatron-ads train --recipe ...      # and NODE_RANK=1 on the other one
+
+With MEGATRON_ADS_MAX_RESTARTS=3, up to three failures are followed by a restart of all ranks from the last checkpoint.
+Under Slurm, submit launch/slurm.sbatch instead.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_ads.config import SftConfig, load_recipe
+from megatron_ads.errors import ConfigError
+from megatron_ads.launching.attempts import Verdict, judge
+from megatron_ads.launching.command import surroundings
+from megatron_ads.launching.failures import describe_failure
+from megatron_ads.launching.torchrun import NodePart, wait_passing_signals_on
+from megatron_ads.runtime.exit_status import ExitStatus
+from megatron_ads.runtime.rank_record import FOLDER_VARIABLE, RankRecord, read_records
+from megatron_ads.training.outcome import clear_outcome, read_outcome
+
+_STATUS = {
+    Verdict.FINISHED: ExitStatus.DONE,
+    Verdict.STOPPED: ExitStatus.STOPPED,
+    Verdict.REFUSED: ExitStatus.USER_ERROR,
+    Verdict.FAILED: ExitStatus.CRASHED,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megatron-ads train`."""
+    parser.add_argument("--recipe", required=True, metavar="R", help="a name under recipes/, or a YAML file")
+    parser.add_argument(
+        "--ranks", type=int, help="processes of the whole job (default: the fewest the recipe's layout needs)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's, as train.steps=100"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Start this machine's ranks and wait for them.
+
+    Returns 0 when every step is done, 75 when a signal stopped the job after a saved step (the same command goes on
+    from there), 2 when something has to be mended first, 1 when it failed.
+    """
+    config = load_recipe(args.recipe, args.overrides)
+    part = NodePart.of(os.environ, args.ranks, config.layout.fewest_ranks())
+    _, problems = surroundings(args.recipe, args.overrides, part.ranks, part.ranks_here)
+    if problems:
+        for problem in problems[:-1]:
+            print(f"megatron-ads: {problem}", file=sys.stderr)
+        raise ConfigError(problems[-1])
+    records = _empty_records(config, part)
+    if part.node == 0:
+        clear_outcome(Path(config.log.dir))
+    command = part.command(args.recipe, args.overrides)
+    with subprocess.Popen(command, env=_environment(config, part, records)) as job:
+        failed = wait_passing_signals_on(job) != 0
+    return _report(config, part, records, failed)
+
+
+def _empty_records(config: SftConfig, part: NodePart) -> Path:
+    """Return this node's folder for how its ranks end, without what an earlier job left there."""
+    folder = Path(config.log.dir) / "torchrun" / f"node-{part.node}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _environment(config: SftConfig, part: NodePart, records: Path) -> dict[str, str]:
+    threads = config.runtime.threads or max(1, len(os.sched_getaffinity(0)) // part.ranks_here)
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), FOLDER_VARIABLE: str(records)}
+
+
+def _report(config: SftConfig, part: NodePart, records: Path, failed: bool) -> ExitStatus:
+    """Print what went wrong on this node, the first failure first, and return the exit status."""
+    starts = sorted(records.glob("restart-*"))
+    ended = read_records(starts[-1]) if starts else []
+    verdict = judge(ended, part.ranks_here, read_outcome(Path(config.log.dir)))
+    if failed and verdict is not Verdict.REFUSED:
+        verdict = Verdict.FAILED
+    if verdict in (Verdict.FAILED, Verdict.REFUSED):
+        for line in describe_failure(ended, _ranks_here(ended, part), None):
+            print(f"megatron-ads: {line}", file=sys.stderr)
+    return _STATUS[verdict]
+
+
+def _ranks_here(ended: Sequence[RankRecord], part: NodePart) -> range:
+    """Return the numbers that torchrun gave to this node's ranks: consecutive, in an order of nodes of its own."""
+    if part.nodes > 1 and not ended:
+        return range(0)
+    first = ended[0].rank // part.ranks_here * part.ranks_here if ended else 0
+    return range(first, first + part.ranks_here)

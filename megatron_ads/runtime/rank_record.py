@@ -1,0 +1,97 @@
+"""How each rank of a job ended, in a file per rank: for the launcher, which tells the first failure from its victims.
+
+An exit status alone does not do: Slurm reports the largest one of all ranks, torchrun that of one.
+"""
+
+import json
+import os
+import socket
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_ads.runtime.exit_status import ExitStatus
+
+FOLDER_VARIABLE = "MEGATRON_ADS_RANK_RECORDS"
+"""Environment variable that names the folder; without it nothing is recorded."""
+_TORCHRUN_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+_TRACEBACK_LINES = 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankRecord:
+    """The end of one rank that had time to write it down; a killed one has none."""
+
+    rank: int
+    host: str
+    status: ExitStatus
+    message: str
+    """What was wrong; empty if nothing was."""
+    ended: float
+    """Seconds since the epoch, by the clock of ``host``."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank ended before its time."""
+        return self.status not in (ExitStatus.DONE, ExitStatus.STOPPED)
+
+
+def own_folder() -> Path | None:
+    """Return where this rank writes, below a folder for each restart by torchrun; None: no launcher asked for it."""
+    folder, restart = os.environ.get(FOLDER_VARIABLE), os.environ.get(_TORCHRUN_RESTARTS)
+    if folder is None:
+        return None
+    return Path(folder) if restart is None else Path(folder) / f"restart-{int(restart):03d}"
+
+
+def write_record(rank: int, status: ExitStatus, message: str = "") -> None:
+    """Write down how this rank ends, if a launcher asked for it; the first end counts."""
+    folder = own_folder()
+    if folder is None or (file := folder / f"rank-{rank:04d}.json").exists():
+        return
+    from conversion.atomic_file import write_small  # imports torch, which the reader does without
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    record = RankRecord(rank=rank, host=socket.gethostname(), status=status, message=message, ended=time.time())
+    write_small(file, json.dumps(asdict(record)))
+
+
+def last_lines(error: BaseException) -> str:
+    """Return the end of a traceback, which is the part that says what happened."""
+    return "\n".join("".join(traceback.format_exception(error)).splitlines()[-_TRACEBACK_LINES:])
+
+
+def read_records(folder: Path) -> list[RankRecord]:
+    """Return the records that are there, the earliest end first."""
+    stored = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("rank-*.json"))]
+    records = [RankRecord(**each | {"status": ExitStatus(each["status"])}) for each in stored]
+    return sorted(records, key=lambda record: record.ended)
+
+
+def first_failure(records: Sequence[RankRecord]) -> RankRecord | None:
+    """Return the rank that failed first of its own accord; one that lost a peer only if there is no other."""
+    failed = [record for record in records if record.failed]
+    own = [record for record in failed if record.status is not ExitStatus.PEER_LOST]
+    return next(iter(own or failed), None)
+
+
+def exit_status(status: ExitStatus) -> ExitStatus:
+    """Return the exit status for the launcher.
+
+    torchrun starts all ranks again whenever one does not exit with 0. It must not after a stop or a user's error; the
+    launcher that started torchrun reads the records.
+    """
+    under_torchrun = os.environ.keys() >= {FOLDER_VARIABLE, _TORCHRUN_RESTARTS}
+    return ExitStatus.DONE if under_torchrun and status in (ExitStatus.STOPPED, ExitStatus.USER_ERROR) else status
+
+
+def refusal_before_restart() -> RankRecord | None:
+    """Return the user's error, of any rank, for which an earlier start by torchrun ended: another is of no use."""
+    folder = own_folder()
+    if folder is None or os.environ.get(_TORCHRUN_RESTARTS, "0") == "0":
+        return None
+    nodes = folder.parent.parent  # every node has a folder of its own there
+    records = [record for earlier in sorted(nodes.glob("*/restart-*")) for record in read_records(earlier)]
+    return next((record for record in records if record.status is ExitStatus.USER_ERROR), None)
