@@ -24,7 +24,7 @@ def single_turn(
         if not text.strip():
             raise DataError(f"row {row_id!r}: the {name} is {text!r}; it must be text that is not empty.")
     messages = (Message(Role.user, prompt), Message(Role.assistant, target))
-    return ChatRow(id=row_id, task=task, messages=messages, group=group, label=label)
+    return ChatRow(id=row_id, task=task, messages=messages, group=group, label=None if label is None else str(label))
 
 
 def filled(name: str, text: str) -> str:

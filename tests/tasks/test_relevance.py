@@ -3,14 +3,18 @@
 import pytest
 
 from megatron_ads.data.rows import Role
+from megatron_ads.errors import DataError
 from megatron_ads.tasks.relevance import (
     BAD_VIEW,
     FAIR_VIEW,
+    THREE_LABELS_TEMPLATE,
     Ad,
     Failure,
+    Flag,
     Judgement,
     Label,
     chat_row,
+    metrics,
     parse,
     render_prompt,
     render_target,
@@ -84,3 +88,67 @@ def test_a_row_is_a_conversation_grouped_by_query():
 def test_views_are_the_papers():
     assert Label.fair not in BAD_VIEW.defects and Label.bad in BAD_VIEW.defects
     assert FAIR_VIEW.defects == {Label.bad, Label.fair}
+
+
+def three_labels(row_id: str, label: Label, location: Flag, quality: Flag):
+    return chat_row(row_id, "hotel", AD, label, "Because.", location=location, quality=quality)
+
+
+def test_a_row_of_three_labels_asks_for_them_and_gives_them_in_the_papers_order():
+    row = three_labels("r1", Label.fair, Flag.good, Flag.bad)
+    assert row.prompt[0].content.startswith(THREE_LABELS_TEMPLATE.instruction_of("r1"))
+    assert row.target == (
+        "<think>Because.</think><LocationLabel>Good</LocationLabel><Label>Fair</Label><AdQuality>Bad</AdQuality>"
+    )
+    assert row.label == "Fair"
+    assert parse(row.target) == Judgement(Label.fair, "Because.", location=Flag.good, quality=Flag.bad)
+
+
+def test_location_and_quality_come_together_or_not_at_all():
+    with pytest.raises(DataError, match="location is Good, quality is None; both are needed"):
+        chat_row("r1", "hotel", AD, Label.fair, "Because.", location=Flag.good)
+
+
+@pytest.mark.parametrize(
+    ("answer", "failure"),
+    [
+        ("<LocationLabel>Good</LocationLabel><Label>Fair</Label>", Failure.incomplete_labels),
+        ("<Label>Fair</Label><LocationLabel>Good</LocationLabel><AdQuality>Bad</AdQuality>", Failure.incomplete_labels),
+        ("<LocationLabel>Good</LocationLabel><AdQuality>Bad</AdQuality>", Failure.no_label),
+        ("<LocationLabel>Fair</LocationLabel><Label>Fair</Label><AdQuality>Bad</AdQuality>", Failure.unknown_label),
+        ("<Label>Fair</Label><Price>Bad</Price>", Failure.text_around_label),
+    ],
+)
+def test_each_failure_of_three_labels(answer: str, failure: Failure):
+    assert parse(f"<think>Because.</think>{answer}") is failure
+
+
+def test_a_label_without_reasoning_can_be_admitted():
+    assert parse("<think></think><Label>Good</Label>", reasoning_required=False) == Judgement(Label.good, "")
+
+
+def test_metrics_of_all_four_tables_by_hand():
+    rows = [
+        three_labels("r1", Label.good, Flag.good, Flag.good),
+        three_labels("r2", Label.fair, Flag.bad, Flag.good),
+        three_labels("r3", Label.bad, Flag.good, Flag.bad),
+        chat_row("r4", "hotel", AD, Label.bad, "Because."),
+    ]
+    answers = [
+        Judgement(Label.fair, "x", location=Flag.good, quality=Flag.good),
+        Judgement(Label.fair, "x"),  # one label where three were asked for: unreadable for the other two tables
+        Judgement(Label.bad, "x", location=Flag.good, quality=Flag.good),
+        Failure.no_label,
+    ]
+    found = metrics(rows, answers)
+    assert found["accuracy"] == 0.5
+    assert found["bad/balanced_accuracy"] == (1 + 1 / 2) / 2  # both non-defects; one of two defects
+    assert found["fair/balanced_accuracy"] == (0 + 2 / 3) / 2
+    assert found["location/rows"] == 3
+    assert found["location/balanced_accuracy"] == (1 + 0) / 2
+    assert found["quality/balanced_accuracy"] == (1 / 2 + 0) / 2
+
+
+def test_rows_of_one_label_have_no_location_table():
+    row = chat_row("r4", "hotel", AD, Label.bad, "Because.")
+    assert not any(name.startswith("location") for name in metrics([row], [Judgement(Label.bad, "x")]))

@@ -1,0 +1,93 @@
+"""One worked example of every task, and of every other form: the tests of all of them start from these."""
+
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.tasks import (
+    ad_rewriting,
+    ad_user_relevance,
+    model_comparison,
+    next_advertiser,
+    query_generation,
+    relevance,
+    user_profile,
+)
+from megatron_ads.tasks.relevance import Ad
+from megatron_ads.tasks.user_history import Demographics, Event, EventKind, UserHistory
+from megatron_ads.tasks.variants import choose_one, list_ranking, yes_no
+
+HOTEL = Ad(title="Luxury 5-star hotel in central Paris", description="Premium suites.", seller="www.examplehotel.com")
+SHOES = Ad(title="Lightweight running shoes for new runners", description="Comfortable and cushioned.")
+POOL = tuple(f"Shop {number}" for number in range(1, 25))
+RUNNER = UserHistory(
+    user_id="u1",
+    demographics=Demographics(age="25-34", state="core"),
+    events=(
+        Event(kind=EventKind.onsite_search, days_ago=3, text="beginner 5k training plan", category="Running"),
+        Event(kind=EventKind.click, days_ago=2, text="how to choose running shoes", category="Running"),
+        Event(kind=EventKind.page_view, days_ago=1, text="running socks", category="Clothing", brand="Fleet"),
+        Event(
+            kind=EventKind.attributed_conversion,
+            days_ago=20,
+            text="water bottle",
+            category="Outdoor",
+            brand="Fleet",
+            advertiser="Shop 7",
+        ),
+        Event(kind=EventKind.matched_conversion, days_ago=9, text="head torch", advertiser="Shop 2"),
+    ),
+)
+QUERIES = (
+    query_generation.GeneratedQuery("gaming notebook under 1000", "a synonym with a price"),
+    query_generation.GeneratedQuery("refurbished laptops for students", "condition and target group"),
+)
+PROFILE = user_profile.Profile(
+    summary="Starts to run and buys the first gear.",
+    interests=("running", "outdoor"),
+    intents=("buy running shoes",),
+    constraints=("low price",),
+    reasoning="Searches and clicks are about running.",
+)
+SHARED = model_comparison.SharedRequest("query: red shoes", current="blue hat", new="red running shoes")
+ASSESSMENT = model_comparison.Assessment(
+    strengths=("right category", "right colour"),
+    risk=model_comparison.Risk.low,
+    verdict=model_comparison.Verdict.better,
+    reasoning="The new output is a shoe.",
+)
+BRIEF = ad_rewriting.RewriteBrief(SHOES, keywords=("running shoes",), goal="emphasise the price")
+REWRITE = ad_rewriting.Rewrite(
+    title="Affordable running shoes for beginners",
+    text="Light, cushioned and easy on the budget.",
+    rationale="same intent, emphasises price",
+    keywords=("beginner running shoes", "cheap running shoes"),
+    reasoning="The goal is the price.",
+)
+REQUEST = next_advertiser.Request(RUNNER, POOL)
+
+
+def rows_of_all_tasks() -> list[ChatRow]:
+    """Return at least one row of every task in the registry."""
+    ranking = [f"Shop {number}" for number in range(5, 25)]
+    return [
+        relevance.chat_row("a1", "cheap hotel in Paris", HOTEL, relevance.Label.fair, "The price differs."),
+        relevance.chat_row(
+            "a2",
+            "cheap hotel in Paris",
+            HOTEL,
+            relevance.Label.fair,
+            "The price differs.",
+            location=relevance.Flag.good,
+            quality=relevance.Flag.bad,
+        ),
+        ad_user_relevance.chat_row("b1", RUNNER, SHOES, 3, "All activity is about running."),
+        query_generation.chat_row("c1", query_generation.KeywordBrief("laptop computer"), QUERIES, "Keep the kind."),
+        next_advertiser.chat_row("d1", REQUEST, "Shop 7"),
+        next_advertiser.ranking_row("d2", REQUEST, ranking, ["running", "R&B"], label="Shop 7"),
+        user_profile.chat_row("e1", RUNNER, PROFILE),
+        model_comparison.chat_row("f1", SHARED, ASSESSMENT),
+        ad_rewriting.chat_row("g1", BRIEF, REWRITE),
+        yes_no.query_ad_row("h1", "cheap hotel in Paris", HOTEL, relevance.Label.fair, "It could serve."),
+        yes_no.ad_user_row("h2", RUNNER, SHOES, 1),
+        yes_no.advertiser_row("h3", REQUEST, "Shop 7", is_next=True),
+        choose_one.chat_row("i1", REQUEST, "Shop 7"),
+        list_ranking.chat_row("j1", REQUEST, "Shop 7"),
+    ]

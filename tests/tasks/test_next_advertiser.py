@@ -1,0 +1,129 @@
+"""Next advertiser: one name in free text, twenty in XML."""
+
+import pytest
+
+from megatron_ads.errors import DataError
+from megatron_ads.tasks.next_advertiser import (
+    Failure,
+    Prediction,
+    Ranking,
+    chat_row,
+    is_complete,
+    metrics,
+    parse,
+    parse_ranking,
+    ranking_metrics,
+    ranking_row,
+    render_prompt,
+    render_ranking,
+)
+from tests.tasks.examples import REQUEST
+
+NAMES = tuple(f"Shop {number}" for number in range(1, 21))
+
+
+def test_prompt_shows_history_then_pool():
+    lines = render_prompt(REQUEST).splitlines()
+    assert lines[0] == "Which advertiser will this user buy from next? Answer with the name alone."
+    assert lines[-1].startswith("Advertisers: Shop 1; Shop 2; ")
+
+
+def test_the_one_name_stands_alone_behind_an_empty_or_full_thought():
+    assert chat_row("r", REQUEST, "Shop 7").target == "<think></think>Shop 7"
+    assert parse("<think></think>Shop 7") == Prediction("Shop 7", "")
+    assert parse("Shop 7") == Prediction("Shop 7", "")
+    assert parse("<think>Bought there.</think> Shop 7\n") == Prediction("Shop 7", "Bought there.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "failure"),
+    [
+        ("", Failure.empty),
+        ("<think>a", Failure.unclosed_reasoning),
+        ("<think>a</think> ", Failure.no_advertiser),
+        ("<think>a</think>Shop 7\nShop 8", Failure.several_lines),
+    ],
+)
+def test_each_failure_of_the_one_name(answer: str, failure: Failure):
+    assert parse(answer) is failure
+
+
+def test_reasoning_can_be_required():
+    assert parse("Shop 7", reasoning_required=True) is Failure.no_reasoning
+
+
+def test_an_empty_name_is_refused():
+    with pytest.raises(DataError, match="the advertiser is ' '"):
+        chat_row("r", REQUEST, " ")
+    with pytest.raises(DataError, match="an interest is ''"):
+        render_ranking(NAMES, [""])
+
+
+def test_a_ranking_is_read_back_special_characters_included():
+    target = render_ranking(["B&B <Home>", "Shop 2"], ["R&B"], "Why.")
+    assert "B&amp;B &lt;Home&gt;" in target
+    assert parse_ranking(target) == Ranking(("B&B <Home>", "Shop 2"), ("R&B",), "Why.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "failure"),
+    [
+        ("Shop 1, Shop 2", Failure.not_xml),
+        ("<prediction><advertisers>", Failure.not_xml),
+        (
+            "<prediction><advertisers><advertiser>B&B</advertiser></advertisers><interests/></prediction>",
+            Failure.not_xml,
+        ),
+        ("<ranking/>", Failure.not_xml),
+        ("<prediction><interests/></prediction>", Failure.no_advertisers),
+        ("<prediction><advertisers/></prediction>", Failure.no_interests),
+        ("<prediction><advertisers/><interests/></prediction>", Failure.no_advertiser),
+        ("<prediction><advertisers/><interests/><interests/></prediction>", Failure.unknown_part),
+        ("<prediction><advertisers><a>x</a></advertisers><interests/></prediction>", Failure.unknown_part),
+        (
+            "<prediction><advertisers><advertiser> </advertiser></advertisers><interests/></prediction>",
+            Failure.empty_entry,
+        ),
+    ],
+)
+def test_each_failure_of_the_ranking(answer: str, failure: Failure):
+    assert parse_ranking(answer) is failure
+
+
+def test_entities_of_an_answers_own_are_not_expanded():
+    bomb = '<!DOCTYPE p [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]>'
+    answer = "<prediction><advertisers><advertiser>&b;</advertiser></advertisers><interests/></prediction>"
+    assert parse_ranking(bomb + answer) is Failure.not_xml
+    assert parse_ranking("<?xml version='1.0'?>" + answer) is Failure.not_xml
+
+
+def test_names_are_compared_without_case():
+    rows = [chat_row(f"r{number}", REQUEST, "Shop 7") for number in range(4)]
+    answers = [Prediction("shop 7", ""), Prediction("Shop 8", ""), Failure.empty, Prediction("Shop 7", "")]
+    assert metrics(rows, answers) == {"recall@1": 0.5}
+
+
+def test_ranking_metrics_by_hand():
+    rows = [ranking_row(f"r{n}", REQUEST, NAMES, ["a"], label=label) for n, label in enumerate(("Shop 1", "Shop 3"))]
+    answers = [Ranking(NAMES, ("a",), ""), Ranking(("Shop 1", "Shop 1", "Shop 3"), (), "")]
+    found = ranking_metrics(rows, answers)
+    # Positions 1 and 2: the repeated Shop 1 takes no place.
+    assert (found["recall@1"], found["recall@5"], found["recall@20"]) == (0.5, 1.0, 1.0)
+    assert found["mrr"] == 0.75
+    assert found["ndcg@20"] == pytest.approx((1 + 0.6309) / 2, abs=1e-4)  # 1 / log2(3) = 0.6309
+    assert found["distinct_rate"] == 22 / 23
+    assert found["complete_rate"] == 0.5
+    assert ranking_metrics(rows, [Failure.not_xml] * 2)["recall@20"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("ranking", "complete"),
+    [
+        (Ranking(NAMES, ("a",) * 5, ""), True),
+        (Ranking(NAMES, ("a",) * 6, ""), False),
+        (Ranking(NAMES[:19], (), ""), False),
+        (Ranking((*NAMES[:19], "Shop 1"), (), ""), False),
+    ],
+)
+def test_a_complete_ranking_has_twenty_different_names_and_at_most_five_interests(ranking: Ranking, complete: bool):
+    assert is_complete(ranking) is complete

@@ -1,0 +1,86 @@
+"""Keyword-based query generation: pairs of query and reason, and the rules they follow."""
+
+import pytest
+
+from megatron_ads.errors import DataError
+from megatron_ads.tasks.query_generation import (
+    Failure,
+    GeneratedQuery,
+    KeywordBrief,
+    Queries,
+    chat_row,
+    metrics,
+    parse,
+    render_prompt,
+)
+from tests.tasks.examples import HOTEL, QUERIES
+
+BRIEF = KeywordBrief("laptop computer")
+
+
+def test_prompt_shows_keyword_number_and_ad():
+    lines = render_prompt(KeywordBrief("paris hotel", HOTEL, queries_wanted=3)).splitlines()
+    assert lines[1:] == [
+        "Keyword: paris hotel",
+        "Queries: 3",
+        "Ad: Luxury 5-star hotel in central Paris",
+        "Seller: www.examplehotel.com",
+        "Text: Premium suites.",
+    ]
+
+
+def test_target_has_one_line_per_query_and_is_read_back():
+    row = chat_row("r", BRIEF, QUERIES, "Keep the kind.")
+    assert row.target.splitlines()[1] == (
+        "<Query>refurbished laptops for students</Query><Reason>condition and target group</Reason>"
+    )
+    assert parse(row.target) == Queries(QUERIES, "Keep the kind.")
+    assert row.group == "laptop computer"
+
+
+def test_empty_keyword_query_and_list_are_refused():
+    with pytest.raises(DataError, match="the keyword is ' '"):
+        chat_row("r", KeywordBrief(" "), QUERIES, "So.")
+    with pytest.raises(DataError, match="Query is ''"):
+        chat_row("r", BRIEF, [GeneratedQuery("", "why")], "So.")
+    with pytest.raises(DataError, match="there are no queries"):
+        chat_row("r", BRIEF, [], "So.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "failure"),
+    [
+        ("gaming laptop", Failure.no_query),
+        ("<Reason>why</Reason>", Failure.no_query),
+        ("1. <Query>a b</Query><Reason>why</Reason>", Failure.text_around_queries),
+        ("<Query>a b</Query>", Failure.unpaired_reason),
+        ("<Query>a</Query><Query>b</Query><Reason>c</Reason><Reason>d</Reason>", Failure.unpaired_reason),
+        ("<Reason>why</Reason><Query>a b</Query>", Failure.unpaired_reason),
+        ("<Query> </Query><Reason>why</Reason>", Failure.empty_query),
+        ("<Query>a b</Query><Reason></Reason>", Failure.empty_query),
+    ],
+)
+def test_each_failure_has_its_name(answer: str, failure: Failure):
+    assert parse(f"<think>Why.</think>{answer}") is failure
+
+
+def test_rules_by_hand():
+    row = chat_row("r", BRIEF, QUERIES, "So.")
+    answer = Queries(
+        tuple(
+            GeneratedQuery(text, "why")
+            for text in (
+                "gaming laptop computer",  # follows all
+                "notebook under 500",  # shares "notebook" and "under" with a true query: follows all
+                "computer laptop gaming",  # the words of the first
+                "laptop",  # broader
+                "red running shoes",  # narrower, of another topic
+            )
+        ),
+        "So.",
+    )
+    found = metrics([row, row], [answer, Failure.no_query])
+    assert found["follow_rules"] == pytest.approx((2 / 5 + 0) / 2)
+    assert found["narrower_rate"] == 4 / 5
+    assert found["repeated_rate"] == 1 / 5
+    assert found["queries_per_answer"] == 5.0

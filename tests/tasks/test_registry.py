@@ -1,0 +1,109 @@
+"""What holds for every task alike."""
+
+import re
+
+import pytest
+
+from megatron_ads.data.rows import ChatRow, Role
+from megatron_ads.errors import DataError
+from megatron_ads.tasks.elements import PartsFailure
+from megatron_ads.tasks.reasoning import ReasoningFailure
+from megatron_ads.tasks.registry import TASKS, Task, score_answers, task_named
+from tests.tasks.examples import rows_of_all_tasks
+
+ROWS = rows_of_all_tasks()
+each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.task}-{row.id}")
+each_task = pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+
+
+def test_there_is_an_example_of_every_task():
+    assert {row.task for row in ROWS} == set(TASKS)
+    assert len(TASKS) == 11
+
+
+@each_row
+def test_every_target_is_read_by_its_own_parser_and_scores_full_marks(row: ChatRow):
+    scores = score_answers([row], [row.target], reasoning_required=False)
+    assert scores.readable_share == 1.0
+    assert scores.failures == {}
+    assert scores.headline == pytest.approx(1.0)
+
+
+@each_row
+def test_a_row_is_one_question_and_one_answer(row: ChatRow):
+    assert [message.role for message in row.messages] == [Role.user, Role.assistant]
+    assert row.group
+    assert row.target.startswith("<think>")
+
+
+@each_task
+def test_failures_of_reasoning_have_one_name_in_all_tasks(task: Task):
+    assert {str(failure) for failure in ReasoningFailure} <= {str(failure) for failure in task.failures}
+    assert task.parse("", reasoning_required=True) == "empty"
+    assert task.parse("Acme", reasoning_required=True) == "no_reasoning"
+    assert task.parse("<think>so", reasoning_required=True) == "unclosed_reasoning"
+    assert task.parse("<think> </think>Acme", reasoning_required=True) == "no_reasoning"
+
+
+@each_task
+def test_tasks_whose_answer_has_parts_name_what_is_wrong_with_them(task: Task):
+    names = {str(failure) for failure in task.failures}
+    assert "missing_part" not in names or names >= {str(failure) for failure in PartsFailure}
+
+
+@each_task
+def test_a_model_that_says_nothing_scores_nothing(task: Task):
+    rows = [row for row in ROWS if row.task == task.name]
+    scores = score_answers(rows, [""] * len(rows))
+    assert scores.failures == {"empty": len(rows)}
+    assert scores.readable_share == 0.0
+    assert scores.headline == 0.0
+
+
+@each_task
+def test_templates_are_versioned_and_their_wordings_differ(task: Task):
+    assert len({template.name for template in task.templates}) == len(task.templates)
+    for template in task.templates:
+        assert template.version >= 1
+        assert len(set(template.paraphrases)) == len(template.paraphrases) >= (1 if template.answer_form == "" else 2)
+        assert template.instruction(0).startswith(template.paraphrases[0])
+
+
+@each_task
+def test_the_tags_that_a_form_names_are_those_of_the_target(task: Task):
+    targets = " ".join(row.target for row in ROWS if row.task == task.name)
+    for template in task.templates:
+        for tag in re.findall(r"<(\w+)>", template.answer_form):
+            assert f"<{tag}>" in targets, f"{template.name} asks for <{tag}>"
+
+
+def test_an_unknown_task_is_answered_with_the_nearest():
+    with pytest.raises(DataError, match=r"no task 'next_advertizer'. Did you mean next_advertiser"):
+        task_named("next_advertizer")
+    with pytest.raises(DataError, match="Known: query_ad_relevance, ad_user"):
+        task_named("zzz")
+
+
+def test_rows_of_several_tasks_are_not_scored_together():
+    with pytest.raises(DataError, match="rows of one task"):
+        score_answers(ROWS[:3], ["", "", ""])
+    with pytest.raises(DataError, match="0 rows"):
+        score_answers([], [])
+
+
+def test_a_row_whose_target_cannot_be_read_is_named():
+    row = ROWS[0]
+    broken = ChatRow(id="x9", task=row.task, messages=(row.messages[0], type(row.messages[1])(Role.assistant, "Fair")))
+    with pytest.raises(DataError, match=r"row 'x9'.*query_ad_relevance \(no_label\)"):
+        score_answers([broken], [""])
+
+
+def test_unreadable_answers_are_counted_by_reason():
+    row = next(row for row in ROWS if row.task == "ad_user_relevance")
+    texts = ["", "<think>a</think><Score>7</Score>", "<think>a</think><Score>3</Score>", ""]
+    scores = score_answers([row] * 4, texts)
+    assert scores.failures == {"empty": 2, "score_outside_scale": 1}
+    assert scores.readable_share == 0.25
+    assert scores.formats["think_tag_presence_rate"] == 0.5
+    assert scores.headline_name == "accuracy"  # one class only: no balanced accuracy
+    assert scores.headline == 0.25
