@@ -57,6 +57,8 @@ setup(
         "packaging>=24.2",
         # megatron-core needs it to save a checkpoint, without saying so.
         "psutil>=5.9",
+        # Reads and writes logs as Parquet and CSV.
+        "pyarrow>=17.0",
         "PyYAML>=6.0",
         "safetensors>=0.5",
         "tensorboard>=2.17",

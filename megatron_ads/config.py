@@ -79,8 +79,28 @@ class SourceKind(StrEnum):
     """Where rows come from."""
 
     builtin = "builtin"
+    simulator = "simulator"
     esci = "esci"
+    next_brand = "next_brand"
+    gsm8k = "gsm8k"
     jsonl = "jsonl"
+    table = "table"
+
+
+class AdsTask(StrEnum):
+    """What a row asks the model for."""
+
+    query_ad_relevance = "query_ad_relevance"
+    query_ad_three_labels = "query_ad_three_labels"
+    """Relevance, place and ad quality."""
+    ad_user_relevance = "ad_user_relevance"
+    query_generation = "query_generation"
+    next_advertiser = "next_advertiser"
+    next_advertiser_ranking = "next_advertiser_ranking"
+    """Twenty names and five interests, in XML."""
+    user_profile = "user_profile"
+    model_comparison = "model_comparison"
+    ad_rewriting = "ad_rewriting"
 
 
 class Schedule(StrEnum):
@@ -221,17 +241,58 @@ class LayoutConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class HistoryConfig:
+    """How much of a user's history a prompt shows; sections are those of ``megatron_ads/tasks/user_history.py``."""
+
+    without: list[str] = field(default_factory=list)
+    """Sections left out, such as ``clicks``."""
+    window_days: dict[str, float] = field(default_factory=dict)
+    """Oldest event shown, by section; the built-in windows hold for sections that are not named."""
+    most_entries: int | None = None
+    """Most entries of a section; None is the source's own number."""
+    most_tokens: int | None = None
+    """Sections are shortened until the history takes about so many tokens, counted as words and signs; None is no
+    limit."""
+
+    def check(self, section: str) -> None:
+        """Refuse impossible values; ``section`` is where this stands in the recipe."""
+        _require_at_least(section, self, 1, "most_entries", "most_tokens")
+        for name, days in self.window_days.items():
+            _require(days > 0, f"{section}.window_days.{name} is {days}; it must be above 0.")
+
+
+_TASKS_OF_USERS = (
+    AdsTask.ad_user_relevance,
+    AdsTask.next_advertiser,
+    AdsTask.next_advertiser_ranking,
+    AdsTask.user_profile,
+)
+
+
+@dataclass(kw_only=True, slots=True)
 class SourceConfig:
     """One source of rows."""
 
     kind: SourceKind = MISSING
-    """``builtin``: generated query-ad pairs; ``esci``: public query-product pairs; ``jsonl``: chat rows in a file."""
+    """``builtin``: generated query-ad pairs; ``simulator``: rows of any task from a simulated ads business; ``esci``:
+    public query-product pairs; ``next_brand``: public purchases; ``gsm8k``: school mathematics, for the general mix;
+    ``jsonl``: chat rows in a file; ``table``: a JSONL, Parquet or CSV file with columns of your own."""
     path: str | None = None
-    """File or folder; None for ``builtin``, and for ``esci`` below the folder that ``MEGATRON_ADS_DATA`` names."""
+    """File or folder; None for ``builtin`` and ``simulator``, and for public data below the folder that
+    ``MEGATRON_ADS_DATA`` names."""
+    task: AdsTask | None = None
+    """What ``simulator`` and ``table`` rows ask for; None with ``table``: rows have a prompt and a target already."""
+    history: HistoryConfig = field(default_factory=HistoryConfig)
+    """How much of a user's history the prompts show, where they show any."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """``table``: which column holds each field of the task, ``{query: search_term, title: ad_title, label: grade}``."""
+    rejected: str | None = None
+    """``table``: file that rows which cannot be used are written to, with the reason; None: the first one ends the
+    run."""
     weight: float = 1.0
     """Share of the rows drawn from this source, relative to the other sources' weights."""
     rows: int | None = None
-    """Use at most this many rows; None is all (``builtin``: as many as it generates)."""
+    """Use at most this many rows; None is all (``builtin``, ``simulator``: as many as they generate)."""
     keep_share: bool = False
     """Keep the share in all samples that ``weight`` gives when ``reweight.tasks`` moves the others': for general-domain
     rows."""
@@ -243,14 +304,40 @@ class SourceConfig:
             f"{section}.weight is {self.weight}; it must be above 0. Remove the source to leave it out.",
         )
         _require_at_least(section, self, 1, "rows")
-        if self.kind is SourceKind.jsonl:
-            _require(self.path is not None, f"{section}.path is missing; kind jsonl reads a file of chat rows.")
-        if self.kind is SourceKind.builtin:
+        self.history.check(f"{section}.history")
+        if self.kind in (SourceKind.jsonl, SourceKind.table):
+            _require(self.path is not None, f"{section}.path is missing; kind {self.kind} reads a file of rows.")
+        if self.kind in (SourceKind.builtin, SourceKind.simulator):
             _require(
                 self.path is None,
-                f"{section}.path is {self.path!r}, which has no effect with kind builtin. "
+                f"{section}.path is {self.path!r}, which has no effect with kind {self.kind}. "
                 "Remove it, or set kind: jsonl.",
             )
+        self._check_effects(section)
+
+    def _check_effects(self, section: str) -> None:
+        """Refuse settings that this kind of source does not read."""
+        is_table, shows_users = self.kind is SourceKind.table, self.kind is SourceKind.next_brand
+        if self.kind is SourceKind.simulator:
+            _require(
+                self.task is not None, f"{section}.task is missing; kind simulator needs one of {', '.join(AdsTask)}."
+            )
+            shows_users = self.task in _TASKS_OF_USERS
+        else:
+            _require(
+                self.task is None or is_table,
+                f"{section}.task is {self.task}, which has no effect with kind {self.kind}. Remove it.",
+            )
+        _require(
+            shows_users or self.history == HistoryConfig(),
+            f"{section}.history has no effect: these rows show no user's history. Remove it.",
+        )
+        _require(is_table or not self.columns, f"{section}.columns has no effect with kind {self.kind}. Remove it.")
+        _require(not is_table or bool(self.columns), f"{section}.columns is missing; kind table needs to know them.")
+        _require(
+            is_table or self.rejected is None,
+            f"{section}.rejected is {self.rejected!r}, which has no effect with kind {self.kind}. Remove it.",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -437,13 +524,17 @@ class RuntimeConfig:
     """Processes of the job."""
 
     timeout_seconds: int = 600
-    """A collective that takes longer ends the job."""
+    """A communication, or a step in which nothing moves, that takes longer ends the job, with a report on the cause."""
     threads: int = 0
     """CPU threads per process; 0 divides the cores among the processes of a machine."""
+    straggler_factor: float = 1.5
+    """A rank is named as slow when its own work takes this many times the median of its pipeline stage."""
+    straggler_steps: int = 3
+    """For how many logged steps on end it must."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
-        _require_at_least("runtime", self, 1, "timeout_seconds")
+        _require_at_least("runtime", self, 1, "timeout_seconds", "straggler_factor", "straggler_steps")
         _require_at_least("runtime", self, 0, "threads")
 
 

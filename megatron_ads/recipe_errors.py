@@ -47,9 +47,17 @@ def _explain_key(error: OmegaConfBaseException, schema: type) -> str:
 
 
 def _full_path(error: OmegaConfBaseException, schema: type) -> str:
-    """Return the setting's path from the top: inside a list item OmegaConf counts from the item."""
+    """Return the setting's path from the top: inside a list item, and its sections, OmegaConf counts from the item."""
     path = str(error.full_key)
-    item = next((name for name, kind in _list_items(schema) if kind is error.object_type), None)
+    section = path.rpartition(".")[0]
+    item = next(
+        (
+            name
+            for name, kind in _list_items(schema)
+            if error.object_type in (kind, field_type(kind, section) if section else None)
+        ),
+        None,
+    )
     return f"{item}[].{path}" if item and not path.startswith(item) else path
 
 

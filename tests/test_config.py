@@ -190,7 +190,14 @@ def test_importing_the_schema_needs_neither_torch_nor_megatron() -> None:
         ("trian.steps=3", r"trian is not a setting; did you mean train\?"),
         ("+model.zzz=1", r"model\.zzz is not a setting\. Known: model\.load, model\.layer_spec"),
         ("data.sources=[{kind: builtin, weigth: 2}]", r"data\.sources\[\]\.weigth is not .* data\.sources\[\]\.weight"),
-        ("data.sources=[{kind: esi}]", r"data\.sources\[\]\.kind must be one of builtin, esci, jsonl"),
+        (
+            "data.sources=[{kind: esi}]",
+            r"data\.sources\[\]\.kind must be one of builtin, simulator, esci, next_brand, gsm8k, jsonl, table",
+        ),
+        (
+            "data.sources=[{kind: simulator, history: {mots_entries: 2}}]",
+            r"data\.sources\[\]\.history\.mots_entries is not .* data\.sources\[\]\.history\.most_entries",
+        ),
         ("data.sources=3", r"data\.sources must be a list"),
         ("train.steps=many", r"train\.steps must be a whole number: Value 'many'"),
         ("train.steps=1.5", r"train\.steps must be a whole number: Value '1\.5'"),
@@ -271,6 +278,22 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_one() -> None:
         (["data.sources=[]"], r"data\.sources is empty"),
         (["data.sources=[{kind: jsonl}]"], r"data\.sources\[0\]\.path is missing"),
         (["data.sources=[{kind: builtin, path: a}]"], r"data\.sources\[0\]\.path is 'a', which has no effect"),
+        (["data.sources=[{kind: simulator}]"], r"data\.sources\[0\]\.task is missing; .*next_advertiser"),
+        (
+            ["data.sources=[{kind: esci, task: user_profile}]"],
+            r"data\.sources\[0\]\.task is user_profile, .*effect",
+        ),
+        (
+            ["data.sources=[{kind: simulator, task: query_generation, history: {most_entries: 2}}]"],
+            r"data\.sources\[0\]\.history has no effect",
+        ),
+        (
+            ["data.sources=[{kind: simulator, task: user_profile, history: {window_days: {clicks: 0}}}]"],
+            r"data\.sources\[0\]\.history\.window_days\.clicks is 0",
+        ),
+        (["data.sources=[{kind: table, path: a.csv}]"], r"data\.sources\[0\]\.columns is missing"),
+        (["data.sources=[{kind: esci, columns: {a: b}}]"], r"data\.sources\[0\]\.columns has no effect"),
+        (["data.sources=[{kind: esci, rejected: a}]"], r"data\.sources\[0\]\.rejected is 'a', .* no effect"),
         (["data.sources=[{kind: builtin}, {kind: esci, weight: 0}]"], r"data\.sources\[1\]\.weight is 0\.0; .*above 0"),
         (["data.sources=[{kind: builtin, rows: 0}]"], r"data\.sources\[0\]\.rows is 0; it must be at least 1"),
         (

@@ -7,6 +7,8 @@ from megatron_ads.data.ads_pairs import DEFAULT_ROWS, builtin_rows
 from megatron_ads.data.esci import esci_file, esci_rows
 from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.simulator import simulated_rows
+from megatron_ads.data.user_features import view_chooser
 
 
 def read_source(source: SourceConfig, *, seed: int) -> list[ChatRow]:
@@ -17,16 +19,28 @@ def read_source(source: SourceConfig, *, seed: int) -> list[ChatRow]:
     """
     if source.kind is SourceKind.builtin:
         return builtin_rows(DEFAULT_ROWS if source.rows is None else source.rows, seed=seed)
+    if source.kind is SourceKind.simulator:
+        return _simulated_rows(source, seed)
     if source.kind is SourceKind.esci:
         return esci_rows(esci_file(source.path), limit=source.rows)
     assert source.path is not None, "checked with the recipe"
     return jsonl_rows(Path(source.path), limit=source.rows)
 
 
+def _simulated_rows(source: SourceConfig, seed: int) -> list[ChatRow]:
+    assert source.task is not None, "checked with the recipe"
+    count = simulated_rows.DEFAULT_ROWS if source.rows is None else source.rows
+    view_of = view_chooser(source.history, simulated_rows.DEFAULT_VIEW)
+    examples = simulated_rows.simulated_examples(source.task, count, seed=seed, view_of=view_of)
+    return [example.row for example in examples]
+
+
 def describe_source(source: SourceConfig) -> str:
     """Return what a report says the data were."""
     if source.kind is SourceKind.builtin:
         return "built-in query-ad pairs"
+    if source.kind is SourceKind.simulator:
+        return f"simulated ads business: {source.task}"
     if source.kind is SourceKind.esci:
         return f"ESCI query-product pairs ({esci_file(source.path)})"
     return f"chat rows ({source.path})"

@@ -1,0 +1,54 @@
+"""The examples of one task in a simulated world, as many as asked for."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+
+from megatron_ads.config import AdsTask, HistoryConfig
+from megatron_ads.data.simulator.examples import Example
+from megatron_ads.data.simulator.pair_examples import pair_examples
+from megatron_ads.data.simulator.user_examples import (
+    UserAtAnchor,
+    ad_user_examples,
+    advertiser_ranking_examples,
+    next_advertiser_examples,
+    profile_examples,
+    users_at_anchor,
+)
+from megatron_ads.data.simulator.world import World, draw_world
+from megatron_ads.data.simulator.writing_examples import comparison_examples, query_examples, rewriting_examples
+from megatron_ads.data.user_features import ViewChooser, view_chooser
+from megatron_ads.tasks.user_history import HistoryView
+
+DEFAULT_ROWS = 4000
+DEFAULT_VIEW = HistoryView(most_entries=4)
+"""Shorter than the paper's, so that a row fits a few hundred tokens."""
+DEFAULT_VIEWS = view_chooser(HistoryConfig(), DEFAULT_VIEW)
+
+_WITHOUT_USERS: dict[AdsTask, Callable[[World], Iterator[Example]]] = {
+    AdsTask.query_ad_relevance: partial(pair_examples, three_labels=False),
+    AdsTask.query_ad_three_labels: partial(pair_examples, three_labels=True),
+    AdsTask.query_generation: query_examples,
+    AdsTask.model_comparison: comparison_examples,
+    AdsTask.ad_rewriting: rewriting_examples,
+}
+_OF_USERS: dict[AdsTask, Callable[[World, Iterator[UserAtAnchor], ViewChooser], Iterator[Example]]] = {
+    AdsTask.ad_user_relevance: ad_user_examples,
+    AdsTask.next_advertiser: next_advertiser_examples,
+    AdsTask.next_advertiser_ranking: advertiser_ranking_examples,
+    AdsTask.user_profile: profile_examples,
+}
+
+
+def examples_of(world: World, task: AdsTask, view_of: ViewChooser = DEFAULT_VIEWS) -> Iterator[Example]:
+    """Yield the examples of a task without end; ``view_of`` says how much of a user's history prompts show."""
+    if draw_freely := _WITHOUT_USERS.get(task):
+        return draw_freely(world)
+    return _OF_USERS[task](world, users_at_anchor(world), view_of)
+
+
+def simulated_examples(
+    task: AdsTask, count: int = DEFAULT_ROWS, *, seed: int = 0, view_of: ViewChooser = DEFAULT_VIEWS
+) -> list[Example]:
+    """Return the first ``count`` examples of a task; the same seed gives the same world to every task."""
+    return list(islice(examples_of(draw_world(seed), task, view_of), count))

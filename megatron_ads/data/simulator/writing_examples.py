@@ -1,0 +1,168 @@
+"""Rows about texts of the simulated world: queries for keywords, comparisons of two systems' queries, better ads."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from megatron_ads.data.simulator.examples import Example
+from megatron_ads.data.simulator.judging import SLIP, detail_words, slip
+from megatron_ads.data.simulator.pair_examples import shown_ad
+from megatron_ads.data.simulator.queries import BRANDS_PER_KIND, DETAILS, WORDINGS, Wanted, word_query
+from megatron_ads.data.simulator.vocabulary import KINDS, PLACES, PRICES
+from megatron_ads.data.simulator.world import (
+    CLEAN,
+    MISSPELT,
+    SPAM,
+    TEXTS,
+    AdFacts,
+    World,
+    ad_sentences,
+    close_kind,
+    department_of,
+    pick,
+)
+from megatron_ads.tasks import ad_rewriting, model_comparison, query_generation
+from megatron_ads.tasks.model_comparison import Assessment, Risk, SharedRequest, Verdict
+from megatron_ads.tasks.query_generation import GeneratedQuery, KeywordBrief
+from megatron_ads.tasks.relevance import Ad
+
+QUERIES_WANTED = 3
+_ASPECTS = ("price", "brand", "detail", "place")
+
+
+def query_examples(world: World) -> Iterator[Example]:
+    """Yield keywords, half of them with an ad whose facts the queries take up; the target keeps every rule."""
+    draw = np.random.default_rng([world.seed, 5])
+    number = 0
+    while True:
+        keyword = _draw_keyword(world, draw)
+        ad = _ad_for(keyword, world, draw) if draw.random() < 0.5 else None
+        text = word_query(keyword, world.brand_names, int(draw.integers(WORDINGS)))
+        brief = KeywordBrief(text, None if ad is None else shown_ad(ad, world), QUERIES_WANTED)
+        queries = [
+            _narrow(keyword, aspect, ad, world, draw)
+            for aspect in draw.permutation([name for name in _ASPECTS if getattr(keyword, name) is None])
+        ][:QUERIES_WANTED]
+        reasoning = f"The keyword is about {KINDS[keyword.kind].name}. Each query adds one thing to it."
+        row = query_generation.chat_row(f"simulated-keyword-{number}", brief, queries, reasoning)
+        yield Example(row, best=(row.target,), chances=(1.0,))
+        number += 1
+
+
+def _draw_keyword(world: World, draw: np.random.Generator) -> Wanted:
+    """Draw what advertisers bid on: a kind, or a kind and a brand or price level."""
+    kind = int(draw.integers(len(KINDS)))
+    more = draw.integers(3)
+    if more == 1:
+        return Wanted(kind, brand=int(world.brands_of_kind[kind, draw.integers(BRANDS_PER_KIND)]))
+    return Wanted(kind, price=int(draw.integers(len(PRICES)))) if more == 2 else Wanted(kind)
+
+
+def _ad_for(keyword: Wanted, world: World, draw: np.random.Generator) -> AdFacts | None:
+    """Return an ad that keeps what the keyword asks for, if there is one."""
+    fitting = [
+        ad
+        for ad in world.ads
+        if ad.kind == keyword.kind and keyword.brand in (None, ad.brand) and keyword.price in (None, ad.price)
+    ]
+    return fitting[int(draw.integers(len(fitting)))] if fitting else None
+
+
+def _narrow(
+    keyword: Wanted, aspect: str, ad: AdFacts | None, world: World, draw: np.random.Generator
+) -> GeneratedQuery:
+    """Add one thing to a keyword: the ad's where there is an ad that has it, else any."""
+    choices = {
+        "price": len(PRICES), "brand": BRANDS_PER_KIND, "detail": DETAILS, "place": len(PLACES),
+    }  # fmt: skip
+    given = None if ad is None else getattr(ad, aspect)
+    value = int(draw.integers(choices[aspect])) if given is None else given
+    if aspect == "brand" and given is None:
+        value = int(world.brands_of_kind[keyword.kind, value])
+    wanted = replace(keyword, **{aspect: value})
+    words = {
+        "price": f"{PRICES[value % len(PRICES)]} price level",
+        "brand": f"brand {world.brand_names[value]}",
+        "detail": detail_words(keyword.kind, value % DETAILS),
+        "place": f"in {PLACES[value % len(PLACES)]}",
+    }[aspect]
+    source = "adds" if given is None else "from the ad"
+    return GeneratedQuery(word_query(wanted, world.brand_names, int(draw.integers(WORDINGS))), f"{source}: {words}")
+
+
+_QUALITIES = ("off topic", "substitute", "nothing new", "narrower")
+"""Of a query for a keyword, from the worst to the best."""
+_RISKS = (Risk.high, Risk.low, Risk.none, Risk.none)
+
+
+def comparison_examples(world: World) -> Iterator[Example]:
+    """Yield a keyword and the queries that two systems of different quality wrote for it."""
+    draw = np.random.default_rng([world.seed, 6])
+    verdicts = tuple(Verdict)
+    number = 0
+    while True:
+        keyword = _draw_keyword(world, draw)
+        current, new = int(draw.integers(len(_QUALITIES))), int(draw.integers(len(_QUALITIES)))
+        text = word_query(keyword, world.brand_names, int(draw.integers(WORDINGS)))
+        shared = SharedRequest(
+            f"a query for the keyword: {text}",
+            current=_write_query(keyword, current, world, draw),
+            new=_write_query(keyword, new, world, draw),
+        )
+        true = 1 + int(new > current) - int(new < current)
+        good, words = new >= 2, _QUALITIES[new]
+        assessment = Assessment(
+            strengths=("on topic", words) if new == 3 else ("on topic",) if good else (),
+            weaknesses=() if new == 3 else (words,),
+            risk=_RISKS[new],
+            verdict=verdicts[slip(true, len(verdicts), draw)],
+            reasoning=f"Current: {_QUALITIES[current]}. New: {words}.",
+        )
+        row = model_comparison.chat_row(f"simulated-comparison-{number}", shared, assessment, group=text)
+        yield Example(row, best=(str(verdicts[true]),), chances=(1 - SLIP,))
+        number += 1
+
+
+def _write_query(keyword: Wanted, quality: int, world: World, draw: np.random.Generator) -> str:
+    """Return what a system wrote that reaches ``quality``."""
+    wording = int(draw.integers(WORDINGS))
+    if quality == 3:
+        free = [name for name in ("detail", "place") if getattr(keyword, name) is None]
+        return _narrow(keyword, str(draw.choice(free)), None, world, draw).text
+    if quality == 2:
+        return word_query(keyword, world.brand_names, wording)
+    if quality == 1:
+        return word_query(Wanted(close_kind(keyword.kind), price=keyword.price), world.brand_names, wording)
+    others = [kind for kind in range(len(KINDS)) if department_of(kind) != department_of(keyword.kind)]
+    return word_query(Wanted(int(draw.choice(others)), price=keyword.price), world.brand_names, wording)
+
+
+_GOALS = ("clear and correct writing", "emphasise the price", "emphasise the place")
+
+
+def rewriting_examples(world: World) -> Iterator[Example]:
+    """Yield flawed ads, their clean rewrites and the other words that searchers have for the same thing."""
+    draw = np.random.default_rng([world.seed, 7])
+    number = 0
+    while True:
+        ad = world.ads[int(draw.integers(len(world.ads)))]
+        shop = world.advertisers[ad.advertiser]
+        flaw = int(draw.choice((MISSPELT, SPAM)))
+        price, where, detail, flawed = ad_sentences(shop, ad.kind, int(draw.integers(DETAILS)), flaw, draw)
+        goal = int(draw.integers(len(_GOALS)))
+        facts = {0: [detail, price, where], 1: [price, detail, where], 2: [where, detail, price]}[goal]
+        shuffled = [price, where, detail, flawed]
+        shown = Ad(ad.title, " ".join(shuffled[place] for place in draw.permutation(len(shuffled))), seller=shop.name)
+        asked = [KINDS[ad.kind].asked_as[place] for place in draw.permutation(WORDINGS)]
+        rewrite = ad_rewriting.Rewrite(
+            title=ad.title,
+            text=" ".join([*facts, pick(TEXTS[CLEAN], draw)]),
+            rationale=f"Replaced: {flawed} First comes what the goal asks for.",
+            keywords=tuple(asked[1:]),
+            reasoning=f"{'Spam' if flaw == SPAM else 'Misspelt'}: {flawed} It is about {KINDS[ad.kind].name}.",
+        )
+        brief = ad_rewriting.RewriteBrief(shown, keywords=(asked[0],), goal=_GOALS[goal])
+        row = ad_rewriting.chat_row(f"simulated-rewrite-{number}", brief, rewrite)
+        yield Example(row, best=(row.target,), chances=(1.0,))
+        number += 1
