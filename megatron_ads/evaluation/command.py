@@ -1,4 +1,4 @@
-"""`megatron-ads evaluate`: let a Hugging Face checkpoint judge the held-out rows of a recipe, and score its answers.
+"""`megatron-ads evaluate`: let a Hugging Face checkpoint answer the held-out rows of a recipe, and score the answers.
 
     megatron-ads evaluate --model runs/tuned --recipe sft/quickstart
     megatron-ads evaluate --model runs/tuned --recipe sft/quickstart data=esci --answers answers.jsonl --json
@@ -8,7 +8,6 @@ The held-out rows are those the recipe's training leaves out: same data section,
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_ads.data.rows import ChatRow
-    from megatron_ads.evaluation.relevance_generation import Answer
+    from megatron_ads.evaluation.answers import Answer
 
+RELEVANCE = "query_ad_relevance"
 MARGIN = 1.25
 """How much longer than the longest training target an answer may become."""
 
@@ -58,28 +58,27 @@ def evaluate(
     max_new_tokens: int | None = None,
     answers_file: Path | None = None,
 ) -> dict[str, Any]:
-    """Return ``relevance_scores`` of ``model`` on the rows that ``recipe`` holds out, with the seconds it took.
+    """Return ``task_scores`` of ``model`` on the rows that ``recipe`` holds out, with the seconds it took.
 
     Raises:
         ConfigError: If the recipe does not compose.
-        DataError: If it holds no rows out, or one of another task.
+        DataError: If it holds no rows out, or one of an unknown task.
         ConversionError: If transformers cannot load the model.
     """
     from megatron_ads.config import load_recipe
     from megatron_ads.data.corpus import read_corpus
-    from megatron_ads.evaluation.relevance_generation import answer_rows
-    from megatron_ads.evaluation.relevance_scores import relevance_scores
+    from megatron_ads.evaluation.answers import answer_rows
+    from megatron_ads.evaluation.task_scores import task_scores
 
     corpus = read_corpus(load_recipe(recipe, [*_UNUSED, *overrides]).data)
     training = [row for rows in corpus.training for row in rows]
-    training_labels = [row.label for row in training if row.label is not None]
     limit = max_new_tokens or _longest_answer(model, training)
     start = time.monotonic()
     answers = answer_rows(model, corpus.validation, max_new_tokens=limit, batch_size=batch_size)
     seconds = time.monotonic() - start
     if answers_file is not None:
         _write_answers(answers_file, answers)
-    return {**relevance_scores(answers, training_labels=training_labels), "seconds": seconds}
+    return {"rows": len(answers), "seconds": seconds, "tasks": task_scores(answers, training)}
 
 
 _UNUSED = ("model.load=unused",)
@@ -97,29 +96,51 @@ def _longest_answer(model: Path, training: "Sequence[ChatRow]") -> int:
 def _write_answers(file: Path, answers: "Sequence[Answer]") -> None:
     lines = [
         json.dumps({
-            "id": answer.id, "prompt": answer.prompt, "expected": answer.expected, "label": answer.label,
-            "ended": answer.ended, "text": answer.text,
+            "id": answer.row.id, "task": answer.row.task, "prompt": answer.row.prompt[-1].content,
+            "target": answer.row.target, "expected": answer.row.label, "ended": answer.ended, "text": answer.text,
         }, ensure_ascii=False)
         for answer in answers
     ]  # fmt: skip
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    from conversion.atomic_file import write_small  # imports torch: keep --help instant
+
+    write_small(file, "\n".join(lines) + "\n")
 
 
 def _table(scores: dict[str, Any]) -> str:
-    def shown(value: float | None) -> str:
-        return "   –" if value is None else f"{value:.3f}"
+    tables = [
+        _relevance_table(of_task) if task == RELEVANCE else _task_table(of_task)
+        for task, of_task in scores["tasks"].items()
+    ]
+    return "\n\n".join([f"{scores['rows']} held-out rows, {scores['seconds']:.0f} s", *tables])
 
+
+def _relevance_table(scores: dict[str, Any]) -> str:
     lines = [
-        f"{scores['rows']} held-out rows of {scores['queries']} queries, {scores['seconds']:.0f} s",
+        f"{RELEVANCE}: {scores['rows']} rows of {scores['queries']} queries",
         f"{'':<36}  model  baseline (always {scores['baseline_label']})",
-        f"{'accuracy over all labels':<36}  {shown(scores['accuracy'])}  {shown(scores['baseline_accuracy'])}",
+        f"{'accuracy over all labels':<36}  {_shown(scores['accuracy'])}  {_shown(scores['baseline_accuracy'])}",
     ]
     for name, view in scores["views"].items():
         model, baseline = view["model"]["balanced_accuracy"], view["baseline"]["balanced_accuracy"]
-        interval = view["balanced_accuracy_95"]
-        between = f"  (95 % of resampled queries: {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
-        lines.append(f"{f'balanced accuracy, defect: {name}':<36}  {shown(model)}  {shown(baseline)}{between}")
-    lines.append(f"{'answers that could be read':<36}  {shown(scores['readable_share'])}")
+        between = _between(view["balanced_accuracy_95"], "queries")
+        lines.append(f"{f'balanced accuracy, defect: {name}':<36}  {_shown(model)}  {_shown(baseline)}{between}")
+    lines.append(f"{'answers that could be read':<36}  {_shown(scores['readable_share'])}")
     return "\n".join(lines)
+
+
+def _task_table(scores: dict[str, Any]) -> str:
+    lines = [f"{scores['task']}: {scores['rows']} rows of {scores['groups']} groups"]
+    for name, value in {**scores["metrics"], **scores["formats"]}.items():
+        between = _between(scores["headline_95"], "groups") if name == scores["headline_name"] else ""
+        lines.append(f"{name:<36}  {_shown(value)}{between}")
+    lines.append(f"{'answers that could be read':<36}  {_shown(scores['readable_share'])}")
+    unread = ", ".join(f"{reason} {count}" for reason, count in scores["failures"].items())
+    return "\n".join([*lines, f"  not read: {unread}"] if unread else lines)
+
+
+def _shown(value: float | None) -> str:
+    return "   –" if value is None else f"{value:.3f}"
+
+
+def _between(interval: Sequence[float] | None, what: str) -> str:
+    return f"  (95 % of resampled {what}: {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""

@@ -4,14 +4,16 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_ads.evaluation.relevance_generation import Answer
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.errors import DataError
+from megatron_ads.evaluation.answers import Answer
 from megatron_ads.metrics.classification import (
     DefectView,
     balanced_accuracy_interval,
     binary_metrics,
     majority_predictions,
 )
-from megatron_ads.tasks.relevance import BAD_VIEW, FAIR_VIEW, Failure
+from megatron_ads.tasks.relevance import BAD_VIEW, FAIR_VIEW, TASK, Failure, Label, parse
 
 
 def relevance_scores(answers: Sequence[Answer], *, training_labels: Sequence[str]) -> dict[str, Any]:
@@ -20,12 +22,16 @@ def relevance_scores(answers: Sequence[Answer], *, training_labels: Sequence[str
     ``views`` holds one entry per way to call a label bad (AdNanny, tables 1 to 4): the model's line, the line of the
     baseline that always answers the most frequent label of ``training_labels``, and a bootstrap interval of the
     balanced accuracy over queries. An answer that cannot be read counts as wrong.
+
+    Raises:
+        DataError: If a row is of another task, or has no label.
     """
-    truths = [str(answer.expected) for answer in answers]
-    predictions = [None if answer.label is None else str(answer.label) for answer in answers]
+    truths = [_true_label(answer.row) for answer in answers]
+    outcomes = [parse(answer.text) for answer in answers]
+    predictions = [None if isinstance(outcome, Failure) else str(outcome.label) for outcome in outcomes]
     baseline = majority_predictions(truths, learned_from=training_labels)
-    queries = [answer.query for answer in answers]
-    failures = Counter(str(answer.outcome) for answer in answers if isinstance(answer.outcome, Failure))
+    queries = [answer.row.group for answer in answers]
+    failures = Counter(str(outcome) for outcome in outcomes if isinstance(outcome, Failure))
     return {
         "rows": len(answers),
         "queries": len(set(queries)),
@@ -38,6 +44,15 @@ def relevance_scores(answers: Sequence[Answer], *, training_labels: Sequence[str
         "label_counts": dict(Counter(truths)),
         "views": {view.name: _in_view(view, truths, predictions, baseline, queries) for view in (BAD_VIEW, FAIR_VIEW)},
     }
+
+
+def _true_label(row: ChatRow) -> str:
+    if row.task != TASK or row.label not in set(Label):
+        raise DataError(
+            f"row {row.id!r} is of task {row.task!r} with label {row.label!r}; {TASK} rows are labelled "
+            f"{', '.join(Label)}."
+        )
+    return str(row.label)
 
 
 def _in_view(

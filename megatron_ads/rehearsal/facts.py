@@ -10,6 +10,7 @@ from typing import Any
 from megatron_ads.config import SftConfig
 from megatron_ads.rehearsal.folder import RehearsalFolder
 from megatron_ads.rehearsal.stages import Stage, StageRecord
+from megatron_ads.tasks.relevance import TASK
 from megatron_ads.training.compare_logits import LIMIT
 
 _ENDS = 10
@@ -36,9 +37,9 @@ def gather_facts(
         "layout": {name: getattr(config.layout, name) for name in ("tp", "cp", "pp", "vpp", "ep", "etp")},
         "training": training_facts(metrics),
         "evaluation": {
-            "before": records["evaluate-before"].result,
-            "after": records["evaluate-after"].result,
-            "after_fp8": records["evaluate-fp8"].result,
+            "before": records["evaluate-before"].result["tasks"][TASK],
+            "after": records["evaluate-after"].result["tasks"][TASK],
+            "after_fp8": records["evaluate-fp8"].result["tasks"][TASK],
         },
         "parity": {**records["compare-logits"].result, "limit": LIMIT},
         "examples": examples(folder.answers("after")),

@@ -22,8 +22,9 @@ def test_a_random_model_is_evaluated_on_the_held_out_rows(
     answers = tmp_path / "answers.jsonl"
     arguments = ["evaluate", "--model", str(folder), "--max-new-tokens", "4", "--batch-size", "4", "--json"]
     assert main([*arguments, "--answers", str(answers), *RECIPE]) == 0
-    scores = json.loads(capsys.readouterr().out)
-    assert scores["rows"] == 6
+    result = json.loads(capsys.readouterr().out)
+    scores = result["tasks"]["query_ad_relevance"]
+    assert result["rows"] == scores["rows"] == 6
     assert scores["readable_share"] == 0.0  # four tokens cannot hold reasoning and label
     assert scores["views"]["bad"]["baseline"]["balanced_accuracy"] == 0.5
     written = [json.loads(line) for line in answers.read_text().splitlines()]

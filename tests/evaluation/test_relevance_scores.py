@@ -1,15 +1,19 @@
+from dataclasses import replace
+
 import pytest
 
-from megatron_ads.evaluation.relevance_generation import Answer
+from megatron_ads.errors import DataError
+from megatron_ads.evaluation.answers import Answer
 from megatron_ads.evaluation.relevance_scores import relevance_scores
-from megatron_ads.tasks.relevance import Failure, Judgement, Label
+from megatron_ads.tasks.relevance import Ad, Failure, Label, chat_row, render_target
+
+UNREADABLE = {Failure.no_label: "<think>r</think>", Failure.empty: ""}
 
 
 def _answer(expected: Label, given: Label | Failure, query: str = "q") -> Answer:
-    outcome = given if isinstance(given, Failure) else Judgement(label=given, reasoning="r")
-    return Answer(
-        id="1", query=query, prompt="p", expected=expected, text="", outcome=outcome, ended=given is not Failure.empty
-    )
+    text = UNREADABLE[given] if isinstance(given, Failure) else render_target(given, "r")
+    row = chat_row("1", query, Ad(title="a"), expected, "r")
+    return Answer(row=row, text=text, ended=given is not Failure.empty)
 
 
 ANSWERS = [
@@ -55,3 +59,11 @@ def test_the_interval_holds_the_value() -> None:
     view = relevance_scores(ANSWERS, training_labels=["Good"])["views"]["bad"]
     low, high = view["balanced_accuracy_95"]
     assert low <= view["model"]["balanced_accuracy"] <= high
+
+
+def test_a_row_of_another_task_or_label_is_refused() -> None:
+    answer = ANSWERS[0]
+    with pytest.raises(DataError, match="row '1' is of task 'arithmetic'"):
+        relevance_scores([replace(answer, row=replace(answer.row, task="arithmetic"))], training_labels=["Good"])
+    with pytest.raises(DataError, match="with label 'Superb'"):
+        relevance_scores([replace(answer, row=replace(answer.row, label="Superb"))], training_labels=["Good"])

@@ -40,10 +40,11 @@ def _evaluation(balanced: float | None) -> dict[str, Any]:
         "baseline": {"balanced_accuracy": 0.5},
         "balanced_accuracy_95": [0.71, 0.92],
     }
-    return {
+    scores = {
         "rows": 256, "queries": 50, "accuracy": 0.7, "baseline_accuracy": 0.41, "baseline_label": "Good",
         "readable_share": 0.98, "label_counts": {"Good": 100, "Bad": 156}, "views": {"bad": view, "fair": view},
     }  # fmt: skip
+    return {"rows": 256, "seconds": 9.0, "tasks": {"query_ad_relevance": scores}}
 
 
 def _facts(folder: Path, *, difference: float = 1.4e-6, after: float | None = 0.81) -> dict[str, Any]:

@@ -6,13 +6,11 @@ import pytest
 
 from megatron_ads.data.ads_pairs import builtin_rows
 from megatron_ads.data.demo_tokenizer import write_tokenizer
-from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_ads.errors import DataError
-from megatron_ads.evaluation import relevance_generation
+from megatron_ads.evaluation import answers as answering
+from megatron_ads.evaluation.answers import Answer, answer_rows
 from megatron_ads.evaluation.greedy import Completion
-from megatron_ads.evaluation.relevance_generation import Answer, answer_rows
-from megatron_ads.tasks.relevance import Failure
 
 ROWS = builtin_rows(6)
 
@@ -44,13 +42,12 @@ def _answers(
 ) -> tuple[list[Answer], Parrot, ChatTokenizer]:
     tokenizer = load_tokenizer(folder)
     parrot = Parrot([tokenizer.encode(text) for text in texts])
-    monkeypatch.setattr(relevance_generation, "GreedyGenerator", parrot)
+    monkeypatch.setattr(answering, "GreedyGenerator", parrot)
     return answer_rows(folder, ROWS, max_new_tokens=64, batch_size=8), parrot, tokenizer
 
 
-def test_a_model_that_gives_the_targets_is_right_everywhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_row_is_asked_without_its_target_and_has_its_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers, parrot, tokenizer = _answers(folder, [row.target for row in ROWS], monkeypatch)
-    assert [answer.label for answer in answers] == [answer.expected for answer in answers]
     assert [answer.text for answer in answers] == [row.target for row in ROWS]
     for row, prompt in zip(ROWS, parrot.prompts, strict=True):
         text = tokenizer.fast.decode(prompt)
@@ -58,19 +55,12 @@ def test_a_model_that_gives_the_targets_is_right_everywhere(folder: Path, monkey
         assert "<Label>" not in text  # the truth is not in the question
 
 
-def test_what_cannot_be_read_has_no_label_but_a_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers, _, _ = _answers(folder, ["Good"] * len(ROWS), monkeypatch)
-    assert {answer.label for answer in answers} == {None}
-    assert {answer.outcome for answer in answers} == {Failure.no_reasoning}
-
-
 def test_reasoning_that_the_chat_template_opens_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relevance_generation, "render_prompt", lambda *_: "question<｜Assistant｜><think>\n")
+    monkeypatch.setattr(answering, "render_prompt", lambda *_: "question<｜Assistant｜><think>\n")
     answers, _, _ = _answers(folder, [row.target.removeprefix("<think>") for row in ROWS], monkeypatch)
-    assert [answer.label for answer in answers] == [answer.expected for answer in answers]
+    assert [answer.text for answer in answers] == [row.target for row in ROWS]
 
 
-def test_rows_of_another_task_are_refused(folder: Path) -> None:
-    row = ChatRow(id="7", task="arithmetic", messages=(Message(Role.user, "1+1"), Message(Role.assistant, "2")))
-    with pytest.raises(DataError, match=r"row '7' is of task 'arithmetic'"):
-        answer_rows(folder, [row], max_new_tokens=8, batch_size=1)
+def test_no_rows_are_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"no held-out rows to answer; raise data\.validation_rows"):
+        answer_rows(folder, [], max_new_tokens=8, batch_size=1)
