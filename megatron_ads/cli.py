@@ -50,6 +50,7 @@ COMMANDS = (
     Command("demo-model", "write a small random checkpoint for rehearsals", "megatron_ads.demo_model"),
     Command("plan", "say what a recipe takes before a machine is rented", "megatron_ads.planning.command"),
     Command("check", "say what would stop a job before it is started", "megatron_ads.launching.command"),
+    Command("data", "make rows to train on and look at them", "megatron_ads.data.command"),
     Command("train", "run a recipe, on this machine or on several", "megatron_ads.launching.train"),
     Command("compare-logits", "run one model in transformers and in Megatron", "megatron_ads.training.compare_logits"),
     Command("evaluate", "judge held-out rows with a checkpoint and score it", "megatron_ads.evaluation.command"),

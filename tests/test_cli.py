@@ -20,6 +20,8 @@ COMMAND_LINES = [
     ["verify"],
     ["demo-model"],
     ["check"],
+    ["data"],
+    ["data", "simulate"],
     ["train"],
     ["compare-logits"],
     ["evaluate"],

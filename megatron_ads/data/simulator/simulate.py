@@ -1,8 +1,5 @@
 """Draw the users of a world in pieces of a fixed size: memory is bounded, and more users change no earlier one."""
 
-import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,18 +8,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 from megatron_ads.data.simulator.behaviour import EVENT_TABLES, Behaviour, Columns, Simulation
-from megatron_ads.data.simulator.logs import SCHEMAS, START, still_tables, tables_of
+from megatron_ads.data.simulator.logs import SCHEMAS, still_tables, tables_of
 from megatron_ads.data.simulator.population import Population, draw_population, segment_priors
 from megatron_ads.data.simulator.preferences import Moment
-from megatron_ads.data.simulator.tables import TableFormat, flush_file, open_table
-from megatron_ads.data.simulator.world import World, draw_world
+from megatron_ads.data.simulator.tables import TableFormat, open_table
+from megatron_ads.data.simulator.world import DEFAULT_ADVERTISERS, World
 from megatron_ads.errors import ConfigError
 from megatron_ads.observability.progress import Progress
 
 PIECE = 2048
 """Users drawn at once; decides which users a seed gives, so it is not a setting."""
-MANIFEST = "manifest.json"
-
 _R = TypeVar("_R", Population, Moment | None)
 
 
@@ -69,37 +64,23 @@ def _cut(record: _R, count: int) -> _R:
     return replace(record, **shorter)
 
 
-def write_logs(
-    out: Path, *, users: int, days: int, seed: int, advertisers: int, form: TableFormat = TableFormat.parquet
-) -> dict[str, int]:
-    """Write the logs of a simulation into a new folder, which appears when it is complete; return rows per table.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    """How much is simulated."""
 
-    Raises:
-        ConfigError: If a number is too small, or the folder holds something.
-    """
-    for name, value in (("users", users), ("days", days)):
-        if value < 1:
-            raise ConfigError(f"--{name} is {value}; it must be at least 1.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an empty folder. Choose another one, or remove it.")
-    world = draw_world(seed, advertisers=advertisers)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    rows = _write_tables(partial, world, users=users, days=days, form=form)
-    manifest: dict[str, Any] = {
-        "seed": seed, "users": users, "days": days, "advertisers": advertisers, "first_day": START.date().isoformat(),
-        "format": str(form), "rows": rows,
-    }  # fmt: skip
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    flush_file(partial / MANIFEST)
-    if out.exists():
-        out.rmdir()
-    os.rename(partial, out)
-    return rows
+    users: int
+    days: int
+    seed: int = 0
+    advertisers: int = DEFAULT_ADVERTISERS
+
+    def __post_init__(self) -> None:
+        for name in ("users", "days"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
 
 
-def _write_tables(folder: Path, world: World, *, users: int, days: int, form: TableFormat) -> dict[str, int]:
+def write_logs(folder: Path, world: World, scale: Scale, *, form: TableFormat = TableFormat.parquet) -> dict[str, int]:
+    """Write every table of a simulation into a folder, piece by piece; return the rows of each."""
     rows: dict[str, int] = {}
     for name, table in still_tables(world).items():
         writer = open_table(folder, name, table.schema, form=form)
@@ -108,8 +89,8 @@ def _write_tables(folder: Path, world: World, *, users: int, days: int, form: Ta
         rows[name] = table.num_rows
     rows |= dict.fromkeys(SCHEMAS, 0)
     writers = {name: open_table(folder, name, schema, form=form) for name, schema in SCHEMAS.items()}
-    with Progress(users, description="simulating", unit="user") as progress:
-        for piece in draw_pieces(world, users=users, days=days):
+    with Progress(scale.users, description="simulating", unit="user") as progress:
+        for piece in draw_pieces(world, users=scale.users, days=scale.days):
             for name, table in tables_of(piece.people, piece.behaviour).items():
                 writers[name].append(table)
                 rows[name] += table.num_rows

@@ -8,6 +8,8 @@ from megatron_ads.config import AdsTask, HistoryConfig
 from megatron_ads.data.simulator.examples import Example
 from megatron_ads.data.simulator.pair_examples import pair_examples
 from megatron_ads.data.simulator.user_examples import (
+    ENDLESS,
+    HISTORY_DAYS,
     UserAtAnchor,
     ad_user_examples,
     advertiser_ranking_examples,
@@ -39,12 +41,29 @@ _OF_USERS: dict[AdsTask, Callable[[World, Iterator[UserAtAnchor], ViewChooser], 
     AdsTask.user_profile: profile_examples,
 }
 
+TASKS_OF_USERS = frozenset(_OF_USERS)
 
-def examples_of(world: World, task: AdsTask, view_of: ViewChooser = DEFAULT_VIEWS) -> Iterator[Example]:
-    """Yield the examples of a task without end; ``view_of`` says how much of a user's history prompts show."""
+
+def examples_of(
+    world: World,
+    task: AdsTask,
+    view_of: ViewChooser = DEFAULT_VIEWS,
+    *,
+    history_days: int = HISTORY_DAYS,
+    users: int = ENDLESS,
+) -> Iterator[Example]:
+    """Yield the examples of a task; without end, unless it is about users and there are so many only.
+
+    Args:
+        world: Where they live.
+        task: What is asked.
+        view_of: How much of a user's history prompts show.
+        history_days: Days before the anchor; the next conversion is looked for in the ``LABEL_DAYS`` after it.
+        users: How many there are.
+    """
     if draw_freely := _WITHOUT_USERS.get(task):
         return draw_freely(world)
-    return _OF_USERS[task](world, users_at_anchor(world), view_of)
+    return _OF_USERS[task](world, users_at_anchor(world, days=history_days, users=users), view_of)
 
 
 def simulated_examples(

@@ -6,16 +6,20 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_ads.config import AdsTask
+from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.simulator import simulate
+from megatron_ads.data.simulator.folder import write_simulation
 from megatron_ads.data.simulator.logs import SCHEMAS
-from megatron_ads.data.simulator.simulate import PIECE, write_logs
+from megatron_ads.data.simulator.simulate import PIECE, Scale
+from megatron_ads.data.simulator.simulated_rows import simulated_examples
 from megatron_ads.data.simulator.tables import TableFormat
 from megatron_ads.data.simulator.world import draw_world
 from megatron_ads.errors import ConfigError
 
 
 def write(out: Path, *, users: int = 50, days: int = 5, seed: int = 0, form: TableFormat = TableFormat.parquet) -> Path:
-    write_logs(out, users=users, days=days, seed=seed, advertisers=120, form=form)
+    write_simulation(out, Scale(users=users, days=days, seed=seed), form=form)
     return out
 
 
@@ -23,7 +27,7 @@ def test_every_table_is_written_and_counted(tmp_path: Path) -> None:
     out = write(tmp_path / "logs")
     manifest = json.loads((out / "manifest.json").read_text())
     files = {file.stem: pq.read_table(file).num_rows for file in out.glob("*.parquet")}
-    assert files == manifest["rows"]
+    assert files == manifest["rows_of_tables"]
     assert {"users", "advertisers", "ads", "queries", "kinds", *SCHEMAS} == files.keys()
     assert files["users"] == manifest["users"] == 50
     assert not list(tmp_path.glob("*.partial"))
@@ -87,12 +91,11 @@ def test_an_interrupted_run_leaves_no_folder_under_the_name(tmp_path: Path, monk
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"users": 0}, "--users is 0"), ({"days": -1}, "--days is -1"), ({"advertisers": 3}, "advertisers is 3; the 40")],
+    [({"users": 0}, "users is 0"), ({"days": -1}, "days is -1"), ({"advertisers": 3}, "advertisers is 3; the 40")],
 )
 def test_impossible_sizes_are_refused(tmp_path: Path, change: dict[str, int], message: str) -> None:
-    sizes = {"users": 10, "days": 2, "seed": 0, "advertisers": 120} | change
     with pytest.raises(ConfigError, match=message):
-        write_logs(tmp_path / "logs", **sizes)
+        write_simulation(tmp_path / "logs", Scale(**{"users": 10, "days": 2} | change))
     assert not (tmp_path / "logs").exists()
 
 
@@ -101,6 +104,25 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not an empty folder"):
         write(tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_rows_are_those_of_the_simulator_source_and_can_be_read_as_jsonl(tmp_path: Path) -> None:
+    manifest = write_simulation(tmp_path / "s", Scale(users=200, days=35), tasks=tuple(AdsTask), rows=20)
+    for task in AdsTask:
+        (best,) = (tmp_path / "s" / "rows").glob(f"{task}.best.jsonl")
+        assert jsonl_rows(tmp_path / "s" / "rows" / f"{task}.jsonl") == [
+            example.row for example in simulated_examples(task, 20)
+        ]
+        assert len(best.read_text().splitlines()) == manifest["tasks"][task]["rows"] == 20
+    assert manifest["tasks"]["query_ad_relevance"]["best_reachable"] == {"accuracy": pytest.approx(0.96)}
+    assert set(manifest["tasks"]["next_advertiser"]["best_reachable"]) == {"recall@1", "recall@5", "recall@20"}
+    assert manifest["anchor_day"] == 28
+
+
+def test_rows_about_users_need_days_for_the_answers(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="days is 7; rows about users need at least 8"):
+        write_simulation(tmp_path / "s", Scale(users=5, days=7), tasks=(AdsTask.user_profile,), rows=1)
+    write_simulation(tmp_path / "s", Scale(users=5, days=7), tasks=(AdsTask.query_generation,), rows=1)
 
 
 def test_names_are_different_and_every_kind_is_sold() -> None:
