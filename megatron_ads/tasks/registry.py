@@ -35,6 +35,8 @@ class Task:
     failures: type[StrEnum]
     metrics: Callable[[Sequence[ChatRow], Sequence[Any]], Metrics]
     """Takes rows and what ``parse`` made of the answers to them."""
+    label_of: Callable[[Any], str] | None = None
+    """The label of an answer that was read; None: a row's label, if any, is not part of its target."""
     headline: tuple[str, ...]
     """Metric in [0, 1] that stands for the task, as in adaptive task weights; the first that is defined."""
     reasons: bool = True
@@ -66,6 +68,7 @@ TASKS = {
             parse=relevance.parse,
             failures=relevance.Failure,
             metrics=relevance.metrics,
+            label_of=lambda answer: str(answer.label),
             headline=("bad/balanced_accuracy", "accuracy"),
         ),
         Task(
@@ -75,6 +78,7 @@ TASKS = {
             parse=ad_user_relevance.parse,
             failures=ad_user_relevance.Failure,
             metrics=ad_user_relevance.metrics,
+            label_of=lambda answer: str(answer.score),
             headline=("bad/balanced_accuracy", "accuracy"),
         ),
         Task(
@@ -93,6 +97,7 @@ TASKS = {
             parse=next_advertiser.parse,
             failures=next_advertiser.Failure,
             metrics=next_advertiser.metrics,
+            label_of=lambda answer: answer.advertiser,
             headline=("recall@1",),
             reasons=False,
         ),
@@ -122,6 +127,7 @@ TASKS = {
             parse=model_comparison.parse,
             failures=model_comparison.Failure,
             metrics=model_comparison.metrics,
+            label_of=lambda answer: str(answer.verdict),
             headline=("verdict/macro_recall",),
         ),
         Task(
@@ -140,6 +146,7 @@ TASKS = {
             parse=yes_no.parse,
             failures=yes_no.Failure,
             metrics=yes_no.metrics,
+            label_of=lambda answer: str(answer.answer),
             headline=("balanced_accuracy", "accuracy"),
             reasons=False,
         ),
@@ -150,6 +157,7 @@ TASKS = {
             parse=choose_one.parse,
             failures=choose_one.Failure,
             metrics=choose_one.metrics,
+            label_of=lambda answer: answer.advertiser,
             headline=("hit_rate@1",),
             reasons=False,
         ),
@@ -160,6 +168,7 @@ TASKS = {
             parse=list_ranking.parse,
             failures=list_ranking.Failure,
             metrics=list_ranking.metrics,
+            label_of=lambda answer: str(answer.numbers[0]),
             headline=("ndcg@5",),
             reasons=False,
         ),

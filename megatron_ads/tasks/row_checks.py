@@ -1,0 +1,78 @@
+"""Rows that no model should be trained or judged on: what is wrong with them, by name, and how many there are.
+
+Rows of tasks that the registry does not have, such as general conversations, are checked for texts only.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from megatron_ads.data.rows import ChatRow, Role
+from megatron_ads.tasks.registry import TASKS
+
+
+class RowFault(StrEnum):
+    """Why a row cannot be used; the first that applies is reported."""
+
+    no_target = "no_target"
+    """The conversation does not end with the assistant's message, or has nothing before it."""
+    empty_text = "empty_text"
+    """A message without text."""
+    unreadable_target = "unreadable_target"
+    """The target is no answer of the task: the task's parser says why, an unknown label or one off the scale."""
+    label_differs = "label_differs"
+    """The row's label is not the one in its target."""
+
+
+@dataclass(frozen=True, slots=True)
+class FaultyRow:
+    """One row that was left out."""
+
+    row_id: str
+    task: str
+    fault: RowFault
+    reason: str = ""
+    """The parser's failure, or both labels."""
+
+
+@dataclass(slots=True)
+class CheckedRows:
+    """Rows that can be used, and those that cannot."""
+
+    rows: list[ChatRow] = field(default_factory=list)
+    faulty: list[FaultyRow] = field(default_factory=list)
+
+    def counts(self) -> Counter[RowFault]:
+        """Return how many rows have each fault."""
+        return Counter(row.fault for row in self.faulty)
+
+
+def check_rows(rows: Iterable[ChatRow]) -> CheckedRows:
+    """Separate the rows that can be used from those that cannot; the order is kept."""
+    checked = CheckedRows()
+    for row in rows:
+        faulty = fault_of(row)
+        if faulty is None:
+            checked.rows.append(row)
+        else:
+            checked.faulty.append(faulty)
+    return checked
+
+
+def fault_of(row: ChatRow) -> FaultyRow | None:
+    """Return what is wrong with a row; None if nothing is."""
+    if len(row.messages) < 2 or row.messages[-1].role is not Role.assistant:
+        return FaultyRow(row.id, row.task, RowFault.no_target)
+    if not all(message.content.strip() for message in row.messages):
+        return FaultyRow(row.id, row.task, RowFault.empty_text)
+    task = TASKS.get(row.task)
+    if task is None:
+        return None
+    answer = task.parse(row.target, reasoning_required=False)
+    if isinstance(answer, StrEnum):
+        return FaultyRow(row.id, row.task, RowFault.unreadable_target, str(answer))
+    if row.label is not None and task.label_of is not None and task.label_of(answer) != row.label:
+        reason = f"{row.label!r}, but the target says {task.label_of(answer)!r}"
+        return FaultyRow(row.id, row.task, RowFault.label_differs, reason)
+    return None
