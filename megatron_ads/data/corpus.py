@@ -13,13 +13,21 @@ from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.data.split import split_by_group
 from megatron_ads.data.tokenizer import ChatTokenizer
 from megatron_ads.errors import DataError
+from megatron_ads.tasks.row_checks import CheckedRows, FaultyRow, check_rows
 
 
 class LeftOut(StrEnum):
     """Why a row takes no part in training."""
 
-    longer_than_seq_length = "longer_than_seq_length"
     zero_weight = "zero_weight"
+    target_longer_than_seq_length = "target_longer_than_seq_length"
+    """A shorter prompt would not help."""
+    longer_than_seq_length = "longer_than_seq_length"
+    no_target = "no_target"
+    empty_text = "empty_text"
+    unreadable_target = "unreadable_target"
+    label_differs = "label_differs"
+    """This and the three before: ``tasks.row_checks``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,15 +51,21 @@ class Corpus:
     """Of each source: whether its share is left alone when the tasks' shares adapt."""
     names: list[str]
     """What each source is, for people."""
+    faulty: list[FaultyRow]
+    """Rows of all sources that can be neither trained on nor judged."""
 
 
 def read_corpus(config: DataConfig) -> Corpus:
     """Read all sources and hold validation rows out, groups such as queries undivided over all sources.
 
     Raises:
-        DataError: If a source cannot be read, or nothing is left to train on.
+        DataError: If a source cannot be read or has no usable row, or nothing is left to train on.
     """
-    sources = [read_source(source, seed=config.seed) for source in config.sources]
+    checked = [check_rows(read_source(source, seed=config.seed)) for source in config.sources]
+    names = [describe_source(source) for source in config.sources]
+    for found, name in zip(checked, names, strict=True):
+        _require_usable(found, name)
+    sources = [found.rows for found in checked]
     everything = [row for rows in sources for row in rows]
     split = split_by_group(
         everything,
@@ -65,7 +79,19 @@ def read_corpus(config: DataConfig) -> Corpus:
         validation=split.validation,
         weights=[source.weight for source in config.sources],
         keep_share=[source.keep_share for source in config.sources],
-        names=[describe_source(source) for source in config.sources],
+        names=names,
+        faulty=[row for found in checked for row in found.faulty],
+    )
+
+
+def _require_usable(checked: CheckedRows, name: str) -> None:
+    if checked.rows or not checked.faulty:
+        return
+    first = checked.faulty[0]
+    why = f"{first.fault} ({first.reason})" if first.reason else first.fault
+    raise DataError(
+        f"None of the {len(checked.faulty)} rows of {name} can be used. The first is {first.row_id!r} of task "
+        f"{first.task}: {why}. Correct them, or give rows of another form a task name of their own."
     )
 
 
@@ -81,6 +107,8 @@ def tokenize(rows: Sequence[ChatRow], tokenizer: ChatTokenizer, *, seq_length: i
         tokenized = tokenize_row(row, tokenizer)
         if row.weight == 0:
             left_out[LeftOut.zero_weight] += 1
+        elif (tokenized.loss_weights > 0).sum() > seq_length:
+            left_out[LeftOut.target_longer_than_seq_length] += 1
         elif tokenized.predictions > seq_length:
             left_out[LeftOut.longer_than_seq_length] += 1
         else:
@@ -91,7 +119,7 @@ def tokenize(rows: Sequence[ChatRow], tokenizer: ChatTokenizer, *, seq_length: i
 def tokenize_training(
     corpus: Corpus, tokenizer: ChatTokenizer, *, seq_length: int, by_task: bool = False
 ) -> tuple[list[WeightedRows], Counter[LeftOut]]:
-    """Tokenize the training rows of every source for a ``BatchStream``; also count what was left out.
+    """Tokenize the training rows of every source for a ``BatchStream``; also count what was left out, faulty rows too.
 
     With ``by_task``, a source is divided by task, in proportion to its rows, so that the tasks' shares can adapt.
 
@@ -99,7 +127,7 @@ def tokenize_training(
         DataError: If a source has no row that fits.
     """
     sources: list[WeightedRows] = []
-    left_out: Counter[LeftOut] = Counter()
+    left_out = Counter(LeftOut(row.fault) for row in corpus.faulty)
     described = zip(corpus.training, corpus.weights, corpus.keep_share, corpus.names, strict=True)
     for rows, weight, keep_share, name in described:
         tokenized = tokenize(rows, tokenizer, seq_length=seq_length)

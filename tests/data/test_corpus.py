@@ -51,6 +51,50 @@ def test_rows_that_do_not_fit_or_have_no_weight_are_counted(tmp_path: Path):
     assert max(row.predictions for row in some.rows) == median
 
 
+def test_a_target_that_is_too_long_by_itself_is_counted_apart(tmp_path: Path):
+    tokenizer = tokenizer_in(tmp_path)
+    row = read_source(BUILTIN, seed=0)[0]
+    target = len(tokenizer.encode(row.target)) + 1  # with the end token
+    whole = tokenize([row], tokenizer, seq_length=512).rows[0].predictions
+    for seq_length, reason in (
+        (target - 1, LeftOut.target_longer_than_seq_length),
+        (target, LeftOut.longer_than_seq_length),
+        (whole - 1, LeftOut.longer_than_seq_length),
+    ):
+        assert tokenize([row], tokenizer, seq_length=seq_length).left_out == {reason: 1}
+    assert tokenize([row], tokenizer, seq_length=whole).left_out == {}
+
+
+def ads_row(row_id: str, label: str, target: str) -> dict[str, object]:
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": target}]
+    return {"id": row_id, "task": "query_ad_relevance", "label": label, "messages": messages}
+
+
+def test_rows_with_an_unknown_or_contradicting_label_are_left_out_and_counted(tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        ads_row("good", "Good", "<think>So.</think><Label>Good</Label>"),
+        ads_row("unknown", "Great", "<think>So.</think><Label>Great</Label>"),
+        ads_row("differs", "Bad", "<think>So.</think><Label>Good</Label>"),
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    corpus = read_corpus(DataConfig(sources=[SourceConfig(kind=SourceKind.jsonl, path=str(file))]))
+    assert [(row.row_id, row.reason) for row in corpus.faulty] == [
+        ("unknown", "unknown_label"),
+        ("differs", "'Bad', but the target says 'Good'"),
+    ]
+    sources, left_out = tokenize_training(corpus, tokenizer_in(tmp_path), seq_length=256)
+    assert [len(source.rows) for source in sources] == [1]
+    assert left_out == {LeftOut.unreadable_target: 1, LeftOut.label_differs: 1}
+
+
+def test_a_source_without_a_usable_row_is_named_with_the_first_reason(tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ads_row("r1", "Great", "<Label>Great</Label>")), encoding="utf-8")
+    with pytest.raises(DataError, match=r"None of the 1 rows of chat rows .*'r1'.*unreadable_target \(unknown_label\)"):
+        read_corpus(DataConfig(sources=[SourceConfig(kind=SourceKind.jsonl, path=str(file))]))
+
+
 def test_a_source_of_which_nothing_fits_is_named(tmp_path: Path):
     corpus = read_corpus(DataConfig(sources=[BUILTIN]))
     with pytest.raises(DataError, match=r"None of the 300 training rows of built-in .*seq_length = 8\."):
