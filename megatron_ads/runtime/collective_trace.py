@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Work
 from torch.distributed import ProcessGroup
 
-_POINT_TO_POINT = frozenset({"send", "recv", "recv_anysource"})
+POINT_TO_POINT = frozenset({"send", "recv", "recv_anysource"})
 _OWN_SHAPE_ON_EACH_RANK = frozenset({"alltoall", "alltoall_base", "all_to_all_single", "gather", "scatter"})
 _METHODS = (
     "_allgather_base", "_reduce_scatter_base", "all_gather_single", "all_gather_single_coalesced", "all_to_all_single",
@@ -56,12 +57,15 @@ class Collective:
         tensors = ", ".join(f"{dtype}{list(shape)}" for dtype, shape in zip(self.dtypes, self.shapes, strict=True))
         return f"{self.operation}({'; '.join(filter(None, (tensors, self.detail)))})"
 
-    def agrees_with(self, other: "Collective") -> bool:
-        """Whether two members may make these calls as one: some operations take another shape on every rank."""
+    def signature(self) -> str:
+        """Return what the calls of all members have in common: some operations take another shape on every rank."""
         if self.operation in _OWN_SHAPE_ON_EACH_RANK:
-            same_dtypes = set(self.dtypes) == set(other.dtypes)
-            return self.operation == other.operation and same_dtypes and self.detail == other.detail
-        return self == other
+            return f"{self.operation}({', '.join(sorted(set(self.dtypes)))}; {self.detail})"
+        return str(self)
+
+    def agrees_with(self, other: "Collective") -> bool:
+        """Whether two members may make these calls as one."""
+        return self.signature() == other.signature()
 
 
 @dataclass(slots=True)
@@ -98,7 +102,7 @@ def trace_collectives() -> Iterator[Trace]:
     trace = Trace()
 
     def record(group: ProcessGroup, operation: str, arguments: Sequence[Any]) -> None:
-        part = trace.point_to_point if operation in _POINT_TO_POINT else trace.collectives
+        part = trace.point_to_point if operation in POINT_TO_POINT else trace.collectives
         named = describe_group(group)
         part.setdefault(named, []).append(describe_call(named, operation, arguments))
 
@@ -131,14 +135,24 @@ def _first_difference(group: Group, calls: Mapping[int, list[Collective]]) -> Mi
 def intercept(
     before: Callable[[ProcessGroup, str, Sequence[Any]], None] | None = None,
     after: Callable[[ProcessGroup, str, Sequence[Any], Any], None] | None = None,
+    *,
+    before_wait: Callable[[Any], None] | None = None,
+    after_wait: Callable[[Any], None] | None = None,
 ) -> Iterator[None]:
-    """Call ``before(group, operation, arguments)`` ahead of, and ``after(..., work)`` behind, each communication."""
+    """Call ``before(group, operation, arguments)`` ahead of, and ``after(..., work)`` behind, each communication.
+
+    ``before_wait(work)`` and ``after_wait(work)`` are called around each wait on a communication's handle.
+    """
     originals = {name: ProcessGroup.__dict__[name] for name in _METHODS if name in ProcessGroup.__dict__}
+    original_wait = Work.wait
     for name in originals:
         setattr(ProcessGroup, name, _observed(name, getattr(ProcessGroup, name), before, after))
+    if before_wait and after_wait:
+        Work.wait = _observed_wait(original_wait, before_wait, after_wait)  # type: ignore[method-assign]
     try:
         yield
     finally:
+        Work.wait = original_wait  # type: ignore[method-assign]
         for name, original in originals.items():
             setattr(ProcessGroup, name, original)
 
@@ -154,6 +168,19 @@ def _observed(name: str, method: Callable[..., Any], before: Any, after: Any) ->
         return work
 
     return call
+
+
+def _observed_wait(
+    method: Callable[..., Any], before: Callable[[Any], None], after: Callable[[Any], None]
+) -> Callable[..., Any]:
+    def wait(work: Any, *args: Any, **kwargs: Any) -> Any:
+        before(work)
+        try:
+            return method(work, *args, **kwargs)
+        finally:
+            after(work)
+
+    return wait
 
 
 def describe_group(group: ProcessGroup) -> Group:

@@ -16,3 +16,6 @@ class ExitStatus(IntEnum):
     """Another rank died, failed, or could not be reached; the log names it. Start again from the last checkpoint."""
     STOPPED = 75
     """Stopped by a signal after a whole step, with a checkpoint. Start again to go on (EX_TEMPFAIL)."""
+    HUNG = 76
+    """Nothing moved for the job's timeout; every rank's log names the cause, ``hang.txt`` in the log folder has the
+    report. Start again from the last checkpoint, on other machines if one of them was the cause."""

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,13 +34,14 @@ class PeerLink:
     """Of the neighbour."""
     socket: socket.socket
     _buffer: bytearray = field(default_factory=bytearray)
+    _sending: threading.Lock = field(default_factory=threading.Lock)
+    """Messages of two threads must not be mixed."""
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message; a neighbour that is gone already is no error, for ``receive`` will tell."""
-        try:
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:
-            return
+        line = json.dumps(message).encode() + b"\n"
+        with self._sending, contextlib.suppress(OSError):
+            self.socket.sendall(line)
 
     def receive(self) -> Iterator[dict[str, Any]]:
         """Yield the whole messages that are there.

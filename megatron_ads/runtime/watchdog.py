@@ -3,8 +3,7 @@
 A collective with a dead member may wait for its whole timeout, and ranks that are not in that collective wait longer
 still. Here every rank watches two neighbours (``peer_links``); who loses one tells its other neighbour before it
 exits, so the news runs around the ring from both sides. No rank needs to be alive but the one that is told: neither
-rank 0 nor the store. A rank that is merely slow or busy is left alone; for one that hangs there is the collective's
-timeout.
+rank 0 nor the store. A rank that is merely slow or busy is left alone; for those that hang there is ``hang_watch``.
 
     with PeerMonitor(layout) as monitor:
         for step in steps:
@@ -22,12 +21,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch.distributed as dist
 
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime.exit_status import ExitStatus
+from megatron_ads.runtime.hang_watch import HangWatch
 from megatron_ads.runtime.hangs import CommunicationError
 from megatron_ads.runtime.peer_links import PeerLink, join_ring
 
@@ -59,10 +59,18 @@ class Loss:
 class PeerMonitor:
     """Watches the neighbours in a thread that sleeps until something happens."""
 
-    def __init__(self, layout: ParallelLayout, *, on_loss: Callable[[Loss], None] | None = None) -> None:
+    def __init__(
+        self,
+        layout: ParallelLayout,
+        *,
+        on_loss: Callable[[Loss], None] | None = None,
+        hangs: HangWatch | None = None,
+    ) -> None:
         """Prepare; ``on_loss`` is called once, in the thread, before the process ends with ``PEER_LOST``."""
         self._layout = layout
         self._on_loss = on_loss
+        self._hangs = hangs
+        self._is_watching = layout.world > 1 or hangs is not None
         self._rank = dist.get_rank()
         self._links: list[PeerLink] = []
         self._steps: dict[int, int] = {}
@@ -74,6 +82,9 @@ class PeerMonitor:
         """Link up with the neighbours; every rank of the job must come here."""
         if self._layout.world > 1:
             self._links = join_ring(self._rank, self._layout.world)
+        if self._is_watching:
+            if self._hangs:
+                self._hangs.start(self._links)
             self._wake, self._woken = socket.socketpair()
             self._thread = threading.Thread(target=self._watch, name="peer monitor", daemon=True)
             self._thread.start()
@@ -82,7 +93,7 @@ class PeerMonitor:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Leave in peace, or tell the others what was raised here."""
-        if not self._links:
+        if not self._is_watching:
             return
         if isinstance(error, CommunicationError):
             self._stopped_by_error.set()
@@ -99,6 +110,8 @@ class PeerMonitor:
             link.send(farewell)
         self._wake.send(b"x")
         self._thread.join()
+        if self._hangs:
+            self._hangs.stop()
         self._close()
 
     def report_step(self, step: int) -> None:
@@ -117,9 +130,11 @@ class PeerMonitor:
             for link in self._links:
                 selector.register(link.socket, selectors.EVENT_READ, link)
             while not self._is_leaving:
-                for key, _ in selector.select():
+                for key, _ in selector.select(self._hangs.seconds_to_sleep() if self._hangs else None):
                     if key.data is not None and not self._hear(key.data):
                         selector.unregister(key.fileobj)
+                if self._hangs and not self._is_leaving and (headline := self._hangs.look()):
+                    self._end_hung(headline, heard_from=None)
 
     def _hear(self, link: PeerLink) -> bool:
         """Take in what a neighbour says; return whether it may say more."""
@@ -130,8 +145,12 @@ class PeerMonitor:
                     self._steps[link.rank] = message["step"]
                 elif kind == "done":
                     return False
-                else:
+                elif kind == "loss":
                     self._end_over(Loss(**message), heard_from=link)
+                elif kind == "hang":
+                    self._end_hung(message["headline"], heard_from=link)
+                elif self._hangs:
+                    self._hangs.hear(kind, message, link)
         except ConnectionError:
             stage = self._layout.coordinates(link.rank).pp
             self._end_over(Loss(link.rank, stage, self._steps.get(link.rank), None), heard_from=link)
@@ -149,7 +168,23 @@ class PeerMonitor:
         logger.critical("%s; this rank cannot go on without it and exits with %d.", loss, ExitStatus.PEER_LOST)
         if self._on_loss:
             self._on_loss(loss)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        time.sleep(0.1)  # the news must have left before the connections close
-        os._exit(ExitStatus.PEER_LOST)
+        _exit(ExitStatus.PEER_LOST)
+
+    def _end_hung(self, headline: str, *, heard_from: PeerLink | None) -> None:
+        """Pass on that the job hangs and end this process."""
+        for link in self._links:
+            if link is not heard_from:
+                link.send({"kind": "hang", "headline": headline})
+        if heard_from is not None:
+            logger.critical("%s; this rank exits with %d.", headline, ExitStatus.HUNG)
+        if self._hangs:
+            self._hangs.ends(headline)
+        _exit(ExitStatus.HUNG)
+
+
+def _exit(status: ExitStatus) -> NoReturn:
+    """End the process at once, whatever its other threads do."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(0.1)  # the news must have left before the connections close
+    os._exit(status)
