@@ -49,6 +49,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("step_seconds", "s", "wall time of the step"),
     Metric("checkpoint_seconds", "s", "wall time the step spent on saving"),
     Metric("expert_load_max_over_mean", "1", "busiest expert's tokens over the mean, worst MoE layer; 1 is balanced"),
+    Metric("slowest_rank", "rank", "whose own work, without waiting for others, lags most behind its pipeline stage"),
+    Metric("slowest_rank_seconds", "s", "own work of that rank in this step"),
+    Metric("slowest_rank_over_median", "1", "the same over the median of the other ranks of its stage"),
     Metric("memory_bytes", "bytes", "peak memory of the fullest rank: CUDA allocator, or resident memory on a CPU"),
 )
 """Every name ``MetricsWriter.write`` accepts."""

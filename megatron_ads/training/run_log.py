@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-import torch
 import torch.distributed as dist
 
 from conversion.rank_files import ShardsLayout
@@ -18,9 +17,10 @@ from megatron_ads.models.flops import flops_per_token
 from megatron_ads.observability.metrics import MetricsWriter
 from megatron_ads.observability.progress import Progress
 from megatron_ads.observability.provenance import provenance
-from megatron_ads.runtime.device import device, peak_memory_bytes
+from megatron_ads.runtime.activity import Activity
 from megatron_ads.runtime.watchdog import PeerMonitor
 from megatron_ads.training.build import TrainedModel
+from megatron_ads.training.rank_times import RankTimes
 from megatron_ads.training.step import StepReport
 
 
@@ -33,10 +33,13 @@ class RunLog:
         model: TrainedModel,
         shards: ShardsLayout,
         peers: PeerMonitor,
+        activity: Activity,
         *,
         resume_step: int,
     ) -> None:
         self._peers = peers
+        self._activity = activity
+        self._times = RankTimes(config.runtime, shards.layout, activity)
         self._every = config.train.log_every
         self._flops_per_token = flops_per_token(
             shards.shape, config.data.seq_length, with_mtp=config.model.mtp_loss_weight > 0
@@ -50,6 +53,7 @@ class RunLog:
             self._writer = MetricsWriter(directory, config.log.tensorboard, resume_step)
         self._progress = Progress(config.train.steps, resume_step, "SFT")
         self._started = time.monotonic()
+        self._restart_rank_times(resume_step)
 
     def __enter__(self) -> Self:
         return self
@@ -59,13 +63,25 @@ class RunLog:
         if self._writer is not None:
             self._writer.close()
 
+    def begin(self, step: int) -> None:
+        """Say that a training step begins: from here to its end, this rank is expected to get on."""
+        self._activity.enter_step(step)
+
     def step(self, step: int, report: StepReport, learning_rate: float, task_losses: Mapping[str, float]) -> None:
         """Record one training step; a collective on the steps that are logged."""
         seconds, self._started = time.monotonic() - self._started, time.monotonic()
         if step % self._every == 0:
-            self._write(step, self._step_metrics(report, learning_rate, seconds) | _by_task("loss", task_losses))
+            ranks = self._times.measure(step, seconds)
+            metrics = self._step_metrics(report, learning_rate, seconds)
+            self._write(step, metrics | ranks | _by_task("loss", task_losses))
         self._progress.update(1, loss=report.loss)
         self._peers.report_step(step)
+        self._activity.leave_step(step)
+        self._restart_rank_times(step)
+
+    def _restart_rank_times(self, step: int) -> None:
+        """Let the work for the step after ``step`` begin here: what the log takes is not a rank's own work."""
+        self._times.restart(measured=(step + 1) % self._every == 0)
 
     def _step_metrics(self, report: StepReport, learning_rate: float, seconds: float) -> dict[str, float]:
         assert report.update is not None
@@ -80,7 +96,6 @@ class RunLog:
             "step_seconds": seconds,
             "tokens_per_second": report.tokens / seconds,
             "model_flops_per_second": report.tokens * self._flops_per_token / seconds,
-            "memory_bytes": _largest(peak_memory_bytes()),
         }
         if self._load is not None:
             metrics["expert_load_max_over_mean"] = self._load.measure()
@@ -92,11 +107,13 @@ class RunLog:
         metrics = _by_task("task_metric", held_out.task_metrics(report.sample_losses))
         self._write(step, {"validation_loss": report.loss} | losses | metrics)
         self._started = time.monotonic()
+        self._restart_rank_times(step)
 
     def saved(self, step: int, seconds: float) -> None:
         """Record a checkpoint; its time does not count as the next step's."""
         self._write(step, {"checkpoint_seconds": seconds})
         self._started = time.monotonic()
+        self._restart_rank_times(step)
 
     def shares(self, step: int, shares: Mapping[str, float]) -> None:
         """Record the shares of the tasks in the samples drawn from here on."""
@@ -105,12 +122,6 @@ class RunLog:
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         if self._writer is not None:
             self._writer.write(step, metrics)
-
-
-def _largest(value: float) -> float:
-    largest = torch.tensor(float(value), dtype=torch.float64, device=device())
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return float(largest)
 
 
 def _by_task(name: str, values: Mapping[str, float]) -> dict[str, float]:

@@ -11,8 +11,10 @@ from megatron_ads.data.batches import BatchStream
 from megatron_ads.data.held_out import HeldOut
 from megatron_ads.observability.log import world_size
 from megatron_ads.runtime import process_groups
-from megatron_ads.runtime.device import set_threads
+from megatron_ads.runtime.activity import Activity
+from megatron_ads.runtime.device import device, set_threads
 from megatron_ads.runtime.exit_status import ExitStatus
+from megatron_ads.runtime.hang_watch import HangWatch
 from megatron_ads.runtime.hangs import name_failed_communication
 from megatron_ads.runtime.rank_record import write_record
 from megatron_ads.runtime.seeds import seed_everything
@@ -41,12 +43,21 @@ def run(config: SftConfig, stop: StopRequest) -> ExitStatus:
     process_groups.start(
         shards.layout, timeout_seconds=config.runtime.timeout_seconds, create_gloo_process_groups=False
     )
+    activity = Activity(on_gpu=device().type == "cuda")
+    hangs = HangWatch(
+        activity,
+        shards.layout,
+        dist.get_rank(),
+        timeout_seconds=config.runtime.timeout_seconds,
+        directory=Path(config.log.dir),
+        on_hang=_record_hang,
+    )
     try:
         with (
-            PeerMonitor(shards.layout, on_loss=_record_loss) as peers,
-            name_failed_communication(shards.layout),
+            PeerMonitor(shards.layout, on_loss=_record_loss, hangs=hangs) as peers,
+            name_failed_communication(shards.layout, activity),
         ):
-            return _run_together(config, source, shards, peers, stop)
+            return _run_together(config, source, shards, peers, activity, stop)
     finally:
         process_groups.stop()
 
@@ -55,8 +66,17 @@ def _record_loss(loss: Loss) -> None:
     write_record(dist.get_rank(), ExitStatus.PEER_LOST, str(loss))
 
 
+def _record_hang(headline: str) -> None:
+    write_record(dist.get_rank(), ExitStatus.HUNG, headline)
+
+
 def _run_together(
-    config: SftConfig, source: WeightSource, shards: ShardsLayout, peers: PeerMonitor, stop: StopRequest
+    config: SftConfig,
+    source: WeightSource,
+    shards: ShardsLayout,
+    peers: PeerMonitor,
+    activity: Activity,
+    stop: StopRequest,
 ) -> ExitStatus:
     """Build, step, save, export, while the ranks watch over each other."""
     seed_everything(config.train.seed, config.train.deterministic)
@@ -64,7 +84,7 @@ def _run_together(
     preflight(config, model.optimizer, shards)
     training, validation = open_streams(config, source, shards.layout)
     position = Position.resumed(config, model, training, shards.layout, source)
-    with RunLog(config, model, shards, peers, resume_step=position.step) as log:
+    with RunLog(config, model, shards, peers, activity, resume_step=position.step) as log:
         stopped = train(config, model, training, validation, position, log, stop)
     if not stopped:
         export_shards(Path(config.log.dir) / "export", model.models, model.spec, source, shards)
@@ -85,6 +105,7 @@ def train(
     """Step until the last step, or until some rank is told to stop; return whether it was stopped."""
     while position.step < config.train.steps:
         learning_rate = model.schedule.at(model.optimizer.updates)
+        log.begin(position.step + 1)
         report = run_step(
             training.next_step(),
             model.chunks,

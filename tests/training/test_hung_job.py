@@ -1,0 +1,93 @@
+"""A real job: undisturbed it is silent; a slow rank is named, and so is one that hangs, which ends it."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from megatron_ads.runtime.exit_status import ExitStatus
+from tests.training.real_job import RealJob, write_small_model
+
+TIMEOUT = 8
+SLOW = "holds up the job"
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[RealJob]:
+    job = RealJob(
+        model=write_small_model(tmp_path / "model"),
+        root=tmp_path / "run",
+        ranks=2,
+        layout={"pp": 1, "ep": 2},
+        steps=100_000,
+        save_every=100_000,
+        timeout_seconds=TIMEOUT,
+    )
+    yield job
+    job.kill()
+
+
+def _wait_until(job: RealJob, condition: str, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while condition not in job.logs():
+        assert time.monotonic() < deadline and job.processes[0].poll() is None, job.logs()
+        time.sleep(0.2)
+
+
+def _wait_for_steps(job: RealJob, count: int) -> None:
+    deadline, goal = time.monotonic() + 90, max(job.losses(), default=0) + count
+    while max(job.losses(), default=0) < goal:
+        assert time.monotonic() < deadline and job.processes[0].poll() is None, job.logs()
+        time.sleep(0.1)
+
+
+@contextmanager
+def _slowed_down(job: RealJob, rank: int) -> Iterator[None]:
+    """Let a rank run for a quarter of the time only."""
+    done = threading.Event()
+
+    def pulse() -> None:
+        while not done.is_set():
+            job.processes[rank].send_signal(signal.SIGSTOP)
+            time.sleep(0.06)
+            job.processes[rank].send_signal(signal.SIGCONT)
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=pulse)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.slow
+def test_a_slow_rank_and_a_hung_one_are_named_and_an_undisturbed_job_is_silent(job: RealJob) -> None:
+    job.start_ranks()
+    _wait_for_steps(job, 12)
+    assert SLOW not in job.logs()
+    assert not (job.root / "hang.json").exists()
+
+    with _slowed_down(job, 1):
+        _wait_until(job, SLOW)
+    assert "WARNING rank 1 (stage 0) on " in job.logs()
+
+    _wait_for_steps(job, 2)
+    started = time.monotonic()
+    job.processes[1].send_signal(signal.SIGSTOP)
+    assert job.processes[0].wait(3 * TIMEOUT) == ExitStatus.HUNG
+    assert time.monotonic() - started < TIMEOUT + 2  # the report is written and the process ends
+    report = json.loads((job.root / "hang.json").read_text())
+    assert report["culprits"] == [1]
+    assert "rank 1 (stage 0) on " in report["headline"] and "its process is stopped" in report["headline"]
+    assert report["headline"] in job.log(0).read_text()
+    assert report["seconds_without_progress"] < TIMEOUT
+    with suppress(ProcessLookupError):
+        job.processes[1].send_signal(signal.SIGCONT)
+    assert job.processes[1].wait(20) == ExitStatus.HUNG  # it hears of it when it wakes up

@@ -1,0 +1,55 @@
+"""Real ranks, one of which is slow: its own work is what tells it from those that wait for it."""
+
+import contextlib
+import io
+import time
+
+import torch
+import torch.distributed as dist
+
+from megatron_ads.config import RuntimeConfig
+from megatron_ads.layout import ParallelLayout
+from megatron_ads.observability.log import start_logging
+from megatron_ads.runtime.activity import Activity
+from megatron_ads.training.rank_times import RankTimes
+from tests.distributed import run_ranks
+
+STEPS = 4
+EACH = 0.06
+SLOW_RANK = 2
+
+
+def _steps(slow_seconds: float) -> tuple[list[dict[str, float]], str]:
+    """Work and wait for each other, asynchronously too; rank 2 takes longer. Return the metrics and the log."""
+    layout, activity, metrics = ParallelLayout(world=4, pp=2), Activity(), []
+    with contextlib.redirect_stderr(io.StringIO()) as log, activity.observed():
+        start_logging()
+        times = RankTimes(RuntimeConfig(), layout, activity)
+        for step in range(1, STEPS + 1):
+            dist.barrier()  # where the log of the step before would make rank 0 late
+            times.restart(measured=True)
+            started = time.monotonic()
+            work = dist.all_reduce(torch.ones(3), async_op=True)
+            time.sleep(EACH + (slow_seconds if dist.get_rank() == SLOW_RANK else 0.0))
+            work.wait()
+            dist.all_reduce(torch.ones(3))
+            metrics.append(times.measure(step, time.monotonic() - started))
+    return metrics, log.getvalue()
+
+
+def test_a_slow_rank_is_named_by_its_own_work() -> None:
+    (metrics, said), *others = run_ranks(4, _steps, 3 * EACH)
+    for step in metrics:
+        assert step["slowest_rank"] == SLOW_RANK
+        assert step["slowest_rank_seconds"] >= 4 * EACH
+        assert 1.5 < step["slowest_rank_over_median"] < 4.5
+        assert step["memory_bytes"] > 1e6
+    assert said.count("holds up the job") == 1
+    assert "rank 2 (stage 1) on " in said
+    assert all("slowest_rank" not in step and log == "" for steps, log in others for step in steps)
+
+
+def test_even_ranks_cause_no_word() -> None:
+    for metrics, said in run_ranks(4, _steps, 0.0):
+        assert said == ""
+        assert len(metrics) == STEPS
