@@ -1,7 +1,7 @@
-"""A small byte-level BPE tokenizer in DeepSeek's form, trained on the spot on the built-in rows; always the same one.
+"""A small byte-level BPE tokenizer in DeepSeek's form, trained on the spot on generated rows; always the same one.
 
-Any text can be encoded. The built-in rows take about 65 tokens each; a few hundred common words of shops and ads keep
-real product texts short as well.
+Any text can be encoded. The built-in rows take about 65 tokens each, rows about a simulated user about 250; a few hundred
+common words of shops and ads keep real product texts short as well.
 """
 
 import json
@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_ads.config import AdsTask
 from megatron_ads.data.ads_pairs import builtin_rows
+from megatron_ads.data.simulator.simulated_rows import simulated_examples
 
 BEGIN, END, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT, THINK, END_THINK = "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"
@@ -31,6 +33,8 @@ CHAT_TEMPLATE = (
 """DeepSeek-R1's, without tools: reasoning of earlier answers is left out."""
 
 _TRAINING_ROWS = 3000
+_TRAINING_ROWS_PER_TASK = 60
+"""Of the simulator; with more of them the built-in rows begin to take more tokens."""
 
 _COMMON_WORDS = """
 a about accessories adjustable adult adults air all aluminum an and animal any are around art as at automatic baby
@@ -103,4 +107,8 @@ def _training_texts() -> Iterator[str]:
     for row in builtin_rows(_TRAINING_ROWS):
         for message in row.messages:
             yield message.content
+    for task in AdsTask:
+        for example in simulated_examples(task, _TRAINING_ROWS_PER_TASK):
+            for message in example.row.messages:
+                yield message.content
     yield _COMMON_WORDS.replace("\n", " ")

@@ -23,8 +23,8 @@ from megatron_ads.data.user_features import ViewChooser, view_chooser
 from megatron_ads.tasks.user_history import HistoryView
 
 DEFAULT_ROWS = 4000
-DEFAULT_VIEW = HistoryView(most_entries=4)
-"""Shorter than the paper's, so that a row fits a few hundred tokens."""
+DEFAULT_VIEW = HistoryView(most_entries=3)
+"""Shorter than the paper's, so that most rows fit 256 tokens of the demo tokenizer."""
 DEFAULT_VIEWS = view_chooser(HistoryConfig(), DEFAULT_VIEW)
 
 _WITHOUT_USERS: dict[AdsTask, Callable[[World], Iterator[Example]]] = {

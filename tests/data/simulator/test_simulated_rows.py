@@ -1,10 +1,13 @@
 """Rows of every task: readable targets, frequent labels, no user or query on both sides, and the best answers hold."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from megatron_ads.config import AdsTask, HistoryConfig, SourceConfig, SourceKind
+from megatron_ads.data.chat import tokenize_row
+from megatron_ads.data.demo_tokenizer import write_tokenizer
 from megatron_ads.data.simulator.examples import Example, reachable_recall
 from megatron_ads.data.simulator.judging import SLIP
 from megatron_ads.data.simulator.queries import QUERY_COUNT, wanted_by
@@ -14,6 +17,7 @@ from megatron_ads.data.simulator.user_examples import users_at_anchor
 from megatron_ads.data.simulator.world import World, draw_world
 from megatron_ads.data.sources import read_source
 from megatron_ads.data.split import split_by_group
+from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.data.user_features import view_chooser
 from megatron_ads.tasks import (
     ad_rewriting,
@@ -184,3 +188,19 @@ def test_a_shorter_view_shows_no_more_than_the_default(world: World) -> None:
     short = view_chooser(HistoryConfig(most_tokens=30), DEFAULT_VIEW)(known.user.history)
     assert whole == DEFAULT_VIEW
     assert short != whole
+
+
+def test_the_demo_tokenizer_writes_every_row_and_reads_it_back(
+    examples: dict[AdsTask, list[Example]], tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path, 1536)
+    tokenizer = load_tokenizer(tmp_path)
+    lengths: dict[AdsTask, float] = {}
+    for task, chosen in examples.items():
+        rows = [example.row for example in chosen[-100:]]
+        assert all(tokenizer.decode(tokenizer.encode(row.target)) == row.target for row in rows)
+        lengths[task] = sum(tokenize_row(row, tokenizer).predictions for row in rows) / len(rows)
+    # The longest rows are those with the twenty names; the demo recipe's rows of 256 tokens hold most of the others.
+    assert lengths.pop(AdsTask.next_advertiser_ranking) < 500
+    assert max(lengths.values()) < 300
+    assert lengths[AdsTask.query_ad_relevance] < 128
