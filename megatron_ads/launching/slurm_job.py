@@ -1,7 +1,8 @@
 """The batch step of a Slurm job: start the ranks under srun, wait, and decide what comes next.
 
 `launch/slurm.sbatch` runs this on the first node of the allocation. The ranks are Slurm tasks, one each, so that
-Slurm's signals reach them directly.
+Slurm's signals reach them directly. Only the warning ahead of the time limit comes here (``--signal=B:USR1@...``): it
+may come before there are ranks, and must not be lost then.
 """
 
 import json
@@ -17,11 +18,19 @@ from pathlib import Path
 from megatron_ads.config import SftConfig, load_recipe
 from megatron_ads.errors import ConfigError, MegatronAdsError
 from megatron_ads.launching.allocation import Allocation
-from megatron_ads.launching.attempts import ATTEMPT, Decision, checkpoint_step, decide, fruitless_attempts, judge
+from megatron_ads.launching.attempts import (
+    ATTEMPT,
+    Decision,
+    Verdict,
+    checkpoint_step,
+    decide,
+    fruitless_attempts,
+    judge,
+)
 from megatron_ads.launching.failures import describe_failure
-from megatron_ads.launching.job_check import check_job
+from megatron_ads.launching.job_check import check_job, one_line
 from megatron_ads.launching.node_check import wants_gpu
-from megatron_ads.launching.slurm_steps import check_nodes, meeting_place, rehearse, say
+from megatron_ads.launching.slurm_steps import NodesCheck, check_nodes, meeting_place, rehearse, say
 from megatron_ads.launching.sweep import sweep_overrides
 from megatron_ads.runtime.exit_status import ExitStatus
 from megatron_ads.runtime.rank_record import FOLDER_VARIABLE, read_records
@@ -29,6 +38,10 @@ from megatron_ads.training.outcome import clear_outcome, read_outcome
 
 REHEARSE_VARIABLE = "MEGATRON_ADS_REHEARSE"
 _POLL_SECONDS = 2.0
+_START_SECONDS = 5.0
+"""After which every rank has begun to listen for signals; before, one would kill it."""
+_NOTICE_SECONDS = 30.0
+"""Between repetitions of a stop that the ranks have been told of."""
 _GRACE_SECONDS = 60.0
 """How long the other ranks may go on after one has failed: they notice within seconds, unless they hang."""
 _REQUEUE_SECONDS = 60.0
@@ -37,22 +50,29 @@ _REQUEUE_SECONDS = 60.0
 
 def main(arguments: Sequence[str]) -> int:
     """Carry one attempt out; return the exit status of the job if it is not put back into the queue."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _leave_to_the_ranks)
+    notice = StopNotice()
     try:
         if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
             raise ConfigError("usage: sbatch [options] launch/slurm.sbatch RECIPE [key=value ...]")
-        return _run(Allocation.of(os.environ), arguments[0], list(arguments[1:]))
+        return _run(Allocation.of(os.environ), arguments[0], list(arguments[1:]), notice)
     except MegatronAdsError as error:
-        say(f"{' '.join(str(error).split())}")
+        say(one_line(error))
         return ExitStatus.USER_ERROR
 
 
-def _leave_to_the_ranks(number: int, _: object) -> None:
-    say(f"{signal.Signals(number).name}: waiting for the ranks to save and stop")
+class StopNotice:
+    """Remembers that Slurm is about to end this job."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _: object) -> None:
+        self.received = signal.Signals(number)
 
 
-def _run(allocation: Allocation, recipe: str, overrides: list[str]) -> int:
+def _run(allocation: Allocation, recipe: str, overrides: list[str], notice: StopNotice) -> int:
     if os.environ.get(REHEARSE_VARIABLE, "0") not in ("", "0"):
         return rehearse(allocation, recipe, overrides)
     overrides += sweep_overrides(allocation.array_index, recipe, overrides, os.environ)
@@ -62,10 +82,13 @@ def _run(allocation: Allocation, recipe: str, overrides: list[str]) -> int:
     if found.problems:
         return ExitStatus.USER_ERROR
     attempt = Attempt.begin(allocation, recipe, overrides)
-    if not attempt.check_nodes():
+    check = attempt.check_nodes()
+    if check.problems:
         return ExitStatus.USER_ERROR
-    attempt.run_ranks()
-    decision = attempt.decision()
+    started = check.finished and notice.received is None
+    if started:
+        attempt.run_ranks(notice)
+    decision = attempt.decision(started)
     say(decision.reason)
     if decision.again:
         _requeue(allocation)
@@ -89,6 +112,8 @@ class Attempt:
         Raises:
             ConfigError: If the recipe cannot be composed, or the job does not get on.
         """
+        from conversion.atomic_file import write_small  # imports torch, which the rehearsal does without
+
         config = load_recipe(recipe, overrides)
         folder = Path(config.log.dir) / "slurm" / allocation.job / f"attempt-{allocation.restarts}"
         step = checkpoint_step(Path(config.checkpoint.dir))
@@ -99,7 +124,7 @@ class Attempt:
                 f"{folder.parent}, and submit it again."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ATTEMPT).write_text(json.dumps({"step": step}), encoding="utf-8")
+        write_small(folder / ATTEMPT, json.dumps({"step": step}))
         clear_outcome(Path(config.log.dir))
         return cls(allocation=allocation, recipe=recipe, overrides=overrides, config=config, folder=folder)
 
@@ -108,8 +133,8 @@ class Attempt:
         """Where the ranks write down how they ended."""
         return self.folder / "records"
 
-    def check_nodes(self) -> bool:
-        """Let every node check itself and its connections to the others; return whether all is well."""
+    def check_nodes(self) -> NodesCheck:
+        """Let every node check itself and its connections to the others."""
         config, size = self.config, self.allocation
         folders = dict.fromkeys((config.checkpoint.dir, config.log.dir))
         arguments = [
@@ -120,7 +145,7 @@ class Attempt:
         ]
         return check_nodes(size, arguments)
 
-    def run_ranks(self) -> None:
+    def run_ranks(self, notice: StopNotice) -> None:
         """Start every rank and wait until all have ended, or until those that hang on are ended."""
         size = self.allocation
         say(f"{self.recipe}: {size.ranks} ranks on {size.nodes} nodes, attempt {size.restarts}, logs in {self.folder}")
@@ -129,15 +154,17 @@ class Attempt:
             *(sys.executable, "-m", "megatron_ads.training", "--recipe", self.recipe, *self.overrides),
         ]
         with subprocess.Popen(command, env=rank_environment(size, self.records, os.environ)) as job:
-            _wait(job, lambda: any(record.failed for record in read_records(self.records)))
+            _wait(job, lambda: any(record.failed for record in read_records(self.records)), notice, size.job)
 
-    def decision(self) -> Decision:
-        """Report what went wrong, first things first, and decide."""
-        ended = read_records(self.records)
-        verdict = judge(ended, self.allocation.ranks, read_outcome(Path(self.config.log.dir)))
-        for line in describe_failure(ended, range(self.allocation.ranks), self.folder):
-            say(line)
+    def decision(self, started: bool) -> Decision:
+        """Report what went wrong, first things first, and decide; ``started``: whether there were ranks at all."""
         fruitless = fruitless_attempts(self.folder.parent, checkpoint_step(Path(self.config.checkpoint.dir)))
+        verdict = Verdict.FAILED
+        if started:
+            ended = read_records(self.records)
+            verdict = judge(ended, self.allocation.ranks, read_outcome(Path(self.config.log.dir)))
+            for line in describe_failure(ended, range(self.allocation.ranks), self.folder):
+                say(line)
         return decide(verdict, fruitless, most_restarts(os.environ))
 
 
@@ -161,13 +188,20 @@ def rank_environment(allocation: Allocation, records: Path, environment: Mapping
     return made
 
 
-def _wait(job: "subprocess.Popen[bytes]", has_failed: Callable[[], bool]) -> None:
+def _wait(job: "subprocess.Popen[bytes]", has_failed: Callable[[], bool], notice: StopNotice, number: str) -> None:
+    """Wait for srun; pass a stop on to the ranks, and end those that hang on after a failure."""
     give_up: float | None = None
+    next_notice = time.monotonic() + _START_SECONDS
     while job.poll() is None:
         time.sleep(_POLL_SECONDS)
+        now = time.monotonic()
+        if notice.received is not None and now > next_notice:
+            say(f"{notice.received.name}: the ranks are told to save a checkpoint and stop")
+            subprocess.run(["scancel", "--quiet", "--signal=USR1", number], timeout=60, check=False)
+            next_notice = now + _NOTICE_SECONDS
         if give_up is None and has_failed():
-            give_up = time.monotonic() + _GRACE_SECONDS
-        if give_up is not None and time.monotonic() > give_up:
+            give_up = now + _GRACE_SECONDS
+        if give_up is not None and now > give_up:
             say(f"ranks that still run {_GRACE_SECONDS:.0f} s after another one failed are ended")
             job.terminate()  # srun ends its tasks
             job.wait()

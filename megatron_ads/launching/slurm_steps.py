@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ads.launching.allocation import Allocation
@@ -33,7 +34,16 @@ def meeting_place(environment: Mapping[str, str]) -> tuple[str, str]:
     return environment.get("MASTER_ADDR", socket.gethostname()), environment.get("MASTER_PORT", port)
 
 
-def check_nodes(allocation: Allocation, arguments: Sequence[str]) -> bool:
+@dataclass(frozen=True, slots=True)
+class NodesCheck:
+    """What the nodes said about themselves."""
+
+    problems: tuple[str, ...]
+    finished: bool
+    """Whether every node came to an end; if not, it was interrupted, or a node is out of order."""
+
+
+def check_nodes(allocation: Allocation, arguments: Sequence[str]) -> NodesCheck:
     """Run the check of a node on every node at the same time; problems go to the job's log."""
     place = meeting_place(os.environ)
     command = [
@@ -45,18 +55,19 @@ def check_nodes(allocation: Allocation, arguments: Sequence[str]) -> bool:
         answer = subprocess.run(command, timeout=_CHECK_SECONDS, check=False, capture_output=True, text=True)
     except subprocess.TimeoutExpired:
         say(f"the nodes did not finish checking themselves within {_CHECK_SECONDS:.0f} s")
-        return False
-    for line in answer.stdout.splitlines():
+        return NodesCheck((), finished=False)
+    problems = tuple(answer.stdout.splitlines())
+    for line in problems:
         say(line)
-    if answer.returncode != 0 and not answer.stdout.strip():  # else srun's own lines add nothing
+    if answer.returncode != 0 and not problems:  # else srun's own lines add nothing
         say(f"the nodes could not check themselves: {' '.join(answer.stderr.split())}")
-    return answer.returncode == 0
+    return NodesCheck(problems, finished=answer.returncode == 0)
 
 
 def rehearse(allocation: Allocation, recipe: str, overrides: Sequence[str]) -> int:
     """Let every task report its place in the job, and check that the places make up the job."""
     job = load_job(recipe, overrides, ranks=allocation.ranks)
-    if not check_nodes(allocation, [f"--local-ranks={allocation.ranks_per_node}"]):
+    if not check_nodes(allocation, [f"--local-ranks={allocation.ranks_per_node}"]).finished:
         return ExitStatus.USER_ERROR
     file = Path(f"rehearsal-{allocation.job}.jsonl")
     command = [

@@ -95,7 +95,7 @@ def summary(reports: Sequence[RankReport], job: Job) -> list[str]:
     without = [report.at.pp for report in reports if not report.experts and job.shape.num_experts]
     lines = [
         f"{len(reports)} of {job.layout.world} tasks reported from {len({report.node for report in reports})} nodes: "
-        f"{job.layout.pp} stages, {job.shape.num_layers} layers and {job.shape.mtp_layers} MTP layers, "
+        f"{job.layout.pp} stages, {job.shape.num_layers} decoder layers + {job.shape.mtp_layers} MTP, "
         f"{len({report.file for report in reports})} shard files, {len(without)} ranks without routed experts"
     ]
     for stage in range(job.layout.pp):

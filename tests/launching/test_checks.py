@@ -1,0 +1,147 @@
+"""Everything that would stop a job is found before it starts, each problem in one line."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_ads.launching.job_check import check_job
+from megatron_ads.launching.node_check import folder_problems, gpu_problems, python_problems, wants_gpu
+from megatron_ads.training.checkpoint_folder import FORMAT
+from tests.training.real_job import write_small_model
+
+SMI = "#!/bin/sh\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_model(tmp_path_factory.mktemp("check") / "model")
+
+
+@pytest.fixture
+def words(model: Path, tmp_path: Path) -> list[str]:
+    return [f"model.load={model}", f"log.dir={tmp_path / 'run'}", "layout.first_stage_layers=2"]
+
+
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Put a stand-in for the driver's program first on the path; tests write what it does."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    yield program
+
+
+def _checkpoint(folder: Path, *, listed_bytes: int) -> None:
+    folder.mkdir(parents=True)
+    (folder / "data").write_bytes(b"12345")
+    files = {"data": {"bytes": listed_bytes, "crc32": 0}}
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": 4, "files": files}))
+
+
+def test_a_job_that_can_start_has_no_problem(words: list[str]) -> None:
+    found = check_job("sft/quickstart", words, 4)
+    assert found.problems == ()
+    assert [line.split(":")[0] for line in found.passed] == [
+        "recipe", "weights", "layout", "data", "checkpoint", "disk",
+    ]  # fmt: skip
+    assert "4 ranks: pp 2 x dp 2 x tp 1, experts over 2" in found.passed[2]
+
+
+def test_all_problems_are_found_at_once(words: list[str], tmp_path: Path) -> None:
+    _checkpoint(tmp_path / "run" / "checkpoints" / "step-00000004", listed_bytes=6)
+    wrong = [*words, f"model.load={tmp_path}/none", "data.sources=[{kind: jsonl, path: none.jsonl}]"]
+    problems = check_job("sft/quickstart", wrong, 3).problems
+    for part in ("none does not exist", "does not divide the 3 ranks", "none.jsonl (data.sources)", "5 bytes long"):
+        assert len([problem for problem in problems if part in problem]) == 1, part
+    assert len(problems) == 4
+    assert all("\n" not in problem for problem in problems)
+
+
+def test_a_recipe_that_does_not_compose_is_the_only_problem(words: list[str]) -> None:
+    (problem,) = check_job("sft/quickstart", [*words, "train.stepz=3"], 4).problems
+    assert "train.stepz" in problem
+
+
+def test_a_whole_checkpoint_is_where_the_job_goes_on(words: list[str], tmp_path: Path) -> None:
+    _checkpoint(tmp_path / "run" / "checkpoints" / "step-00000004", listed_bytes=5)
+    found = check_job("sft/quickstart", words, 4)
+    assert any("the job goes on from step 4" in line for line in found.passed)
+    (problem,) = check_job("sft/quickstart", [*words, "checkpoint.resume=false"], 4).problems
+    assert "checkpoint.resume is false" in problem
+
+
+def test_checkpoints_that_the_disk_cannot_hold_are_a_problem(words: list[str]) -> None:
+    (problem,) = check_job("sft/quickstart", [*words, "checkpoint.keep_last=100000000"], 4).problems
+    assert "GB free, but" in problem and "checkpoint.keep_last = 100000000" in problem
+
+
+def test_an_old_python_is_a_problem() -> None:
+    assert python_problems((3, 11)) == python_problems((3, 13)) == []
+    (problem,) = python_problems((3, 10))
+    assert "3.11 or newer is needed" in problem
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "8"}, True),
+        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""}, False),  # hidden on purpose: a run on the CPU
+    ],
+)
+def test_gpus_are_wanted_where_slurm_gave_some(environment: dict[str, str], wanted: bool) -> None:
+    assert wants_gpu(environment) is wanted
+
+
+def test_fewer_gpus_than_ranks_are_a_problem(smi: Path) -> None:
+    smi.write_text(f"{SMI}for i in 1 2 3 4; do echo 'NVIDIA H100, 550.1'; done\n")
+    assert gpu_problems(4, {}) == []
+    (problem,) = gpu_problems(8, {})
+    assert problem.startswith("4 GPUs are visible, but 8 ranks are to run here.")
+    (problem,) = gpu_problems(4, {"CUDA_VISIBLE_DEVICES": "0,1"})
+    assert problem.startswith("2 GPUs are visible (CUDA_VISIBLE_DEVICES is 0,1)")
+
+
+def test_a_driver_that_does_not_work_is_a_problem(smi: Path) -> None:
+    smi.write_text(f"{SMI}echo 'Failed to initialize NVML'; exit 9\n")
+    (problem,) = gpu_problems(1, {})
+    assert "Failed to initialize NVML" in problem
+
+
+def test_a_missing_driver_is_a_problem(smi: Path) -> None:
+    smi.unlink()
+    (problem,) = gpu_problems(1, {})
+    assert "the NVIDIA driver is not installed" in problem
+
+
+def test_a_folder_that_cannot_be_made_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (problem,) = folder_problems(tmp_path / "file" / "run")
+    assert "cannot be written" in problem
+    assert folder_problems(tmp_path / "run") == []
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_storage_that_is_not_shared_is_found_by_the_node(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megatron_ads.launching.node_check", "--local-ranks=1", f"--folder={tmp_path}"]
+    expect = tmp_path / "attempt.json"
+    answer = subprocess.run([*command, f"--expect={expect}"], capture_output=True, text=True, timeout=60, check=False)
+    assert answer.returncode == 2
+    assert "log.dir is not on storage that all nodes share" in answer.stdout
+    expect.touch()
+    assert subprocess.run([*command, f"--expect={expect}"], timeout=60, check=False).returncode == 0
+
+
+def test_the_command_prints_what_is_well_and_exits_2_over_what_is_not(words: list[str]) -> None:
+    command = [sys.executable, "-m", "megatron_ads.cli", "check", "--recipe", "sft/quickstart", *words]
+    well = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if "GPU" not in well.stderr:  # a machine with fewer GPUs than ranks is told so
+        assert (well.returncode, well.stderr) == (0, "")
+    assert "ok    layout: 4 ranks" in well.stdout
+    ill = subprocess.run([*command, "--ranks=3"], capture_output=True, text=True, timeout=120, check=False)
+    assert ill.returncode == 2
+    assert "megatron-ads: layout.pp" in ill.stderr
