@@ -22,6 +22,7 @@ COMMAND_LINES = [
     ["check"],
     ["data"],
     ["data", "simulate"],
+    ["data", "preview"],
     ["train"],
     ["compare-logits"],
     ["evaluate"],

@@ -1,6 +1,7 @@
 """`megatron-ads data`: make rows and look at them.
 
 megatron-ads data simulate --out simulated --users 100000 --days 35 --seed 0
+megatron-ads data preview --task ad_user_relevance
 """
 
 import argparse
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.config import AdsTask
+from megatron_ads.data.preview_command import add_preview
 
 Subparsers = Any  # argparse names its type argparse._SubParsersAction
 
@@ -16,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommands of `megatron-ads data`."""
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_simulate(commands)
+    add_preview(commands)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,185 @@
+"""Rows as the model sees them: the rendered text, which tokens carry loss, and how long rows are.
+
+What is shown is decoded from the tokens of training, not rendered again: chat template, control tokens and all.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from megatron_ads.data.chat import tokenize_row
+from megatron_ads.data.corpus import Tokenized, tokenize
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.tokenizer import ChatTokenizer
+from megatron_ads.tasks.row_checks import CheckedRows, RowFault
+
+MOST_CHARACTERS = 4000
+"""A longer text is cut in its middle, unless it is to be shown whole."""
+
+_LOSS, _NO_LOSS, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+_OPEN, _CLOSE = "[[", "]]"
+_LABELS_SHOWN = 5
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Successive tokens that all carry loss, or all carry none."""
+
+    text: str
+    tokens: int
+    loss_weight: float
+    """Largest weight of the span's tokens; 0 is no loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowPreview:
+    """One row and its spans, in order."""
+
+    row: ChatRow
+    spans: tuple[Span, ...]
+
+    def tokens(self, *, in_loss: bool) -> int:
+        """Return how many tokens carry loss, or how many carry none."""
+        return sum(span.tokens for span in self.spans if (span.loss_weight > 0) is in_loss)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """Tokens of a part of many rows."""
+
+    fewest: int
+    median: int
+    most_of_95_percent: int
+    most: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """What many rows are like."""
+
+    rows: int
+    """Read, whether they can be used or not."""
+    seq_length: int
+    lengths: dict[str, Lengths]
+    """Of the rows that fit: prompt, target with its end token, both."""
+    labels: dict[str, int]
+    """The most frequent first."""
+    left_out: dict[str, int]
+    """By reason, the most frequent first."""
+    first_faulty: str | None
+    """Id of the first row that cannot be used."""
+
+
+def preview_row(row: ChatRow, tokenizer: ChatTokenizer) -> RowPreview:
+    """Return a row as training reads it.
+
+    Raises:
+        DataError: If the chat template refuses the conversation.
+    """
+    tokenized = tokenize_row(row, tokenizer)
+    in_loss = tokenized.loss_weights > 0
+    starts = [0, *(np.flatnonzero(np.diff(in_loss)) + 1).tolist(), len(in_loss)]
+    spans = []
+    for start, end in pairwise(starts):
+        tokens = tokenized.tokens[start:end].tolist()
+        text = tokenizer.fast.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        spans.append(Span(text, len(tokens), float(tokenized.loss_weights[start:end].max())))
+    return RowPreview(row, tuple(spans))
+
+
+def render_preview(preview: RowPreview, *, coloured: bool, whole: bool = False) -> str:
+    """Return a row for people: a line of facts, then the text, where loss is green or stands between ``[[`` and ``]]``.
+
+    Args:
+        preview: The row.
+        coloured: Use terminal colours.
+        whole: Show long texts in full.
+    """
+    row = preview.row
+    facts = [f"{row.id} of {row.task}", f"{preview.tokens(in_loss=False)} tokens without loss"]
+    facts.append(f"{preview.tokens(in_loss=True)} with loss")
+    if row.weight != 1:
+        facts.append(f"weight {row.weight:g}")
+    facts += [f"{name} {value!r}" for name, value in (("group", row.group), ("label", row.label)) if value]
+    texts = [_shown(span, coloured=coloured, whole=whole) for span in preview.spans]
+    return f"{visible(', '.join(facts))}\n{''.join(texts)}"
+
+
+def summarise(checked: CheckedRows, tokenizer: ChatTokenizer, *, seq_length: int) -> Summary:
+    """Count many rows: how long they are, which labels they have, what would be left out and why.
+
+    Raises:
+        DataError: If the chat template refuses a conversation.
+    """
+    tokenized = tokenize(checked.rows, tokenizer, seq_length=seq_length)
+    reasons: Counter[str] = Counter({str(reason): count for reason, count in tokenized.left_out.items()})
+    for row in checked.faulty:
+        reasons[f"{row.fault} ({row.reason})" if row.fault is RowFault.unreadable_target else str(row.fault)] += 1
+    return Summary(
+        rows=len(checked.rows) + len(checked.faulty),
+        seq_length=seq_length,
+        lengths=lengths_of(tokenized),
+        labels=dict(Counter(row.label for row in checked.rows if row.label).most_common()),
+        left_out=dict(reasons.most_common()),
+        first_faulty=checked.faulty[0].row_id if checked.faulty else None,
+    )
+
+
+def render_summary(summary: Summary) -> str:
+    """Return a summary for people."""
+    lines = [f"{summary.rows:,} rows read. Tokens of those that fit:"]
+    if summary.lengths:
+        lines.append(f"  {'':8}{'fewest':>8}{'median':>8}{'95 %':>8}{'most':>8}")
+    for name, found in summary.lengths.items():
+        numbers = (found.fewest, found.median, found.most_of_95_percent, found.most)
+        lines.append(f"  {name:8}" + "".join(f"{number:8,}" for number in numbers))
+    if summary.labels:
+        frequent = [f"{visible(label)} {count:,}" for label, count in summary.labels.items()]
+        others = f", and {len(frequent) - _LABELS_SHOWN:,} others" if len(frequent) > _LABELS_SHOWN else ""
+        lines.append(f"Labels: {', '.join(frequent[:_LABELS_SHOWN])}{others}.")
+    left_out = ", ".join(f"{reason} {count:,}" for reason, count in summary.left_out.items()) or "none"
+    lines.append(f"Left out with data.seq_length = {summary.seq_length:,}: {left_out}.")
+    if summary.first_faulty is not None:
+        lines.append(f"The first that cannot be used: {visible(summary.first_faulty)}.")
+    return "\n".join(lines)
+
+
+def lengths_of(tokenized: Tokenized) -> dict[str, Lengths]:
+    """Return the lengths of prompts, of targets with their end token, and of whole rows; nothing without rows."""
+    if not tokenized.rows:
+        return {}
+    targets = [int((row.loss_weights > 0).sum()) for row in tokenized.rows]
+    rows = [len(row.tokens) for row in tokenized.rows]
+    prompts = [row - target for row, target in zip(rows, targets, strict=True)]
+    return {name: _lengths(values) for name, values in (("prompt", prompts), ("target", targets), ("row", rows))}
+
+
+def visible(text: str) -> str:
+    """Return a text whose control characters cannot act on a terminal."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def _lengths(values: Sequence[int]) -> Lengths:
+    median, most_of_95_percent = np.quantile(values, [0.5, 0.95], method="inverted_cdf")
+    return Lengths(fewest=min(values), median=int(median), most_of_95_percent=int(most_of_95_percent), most=max(values))
+
+
+def _shown(span: Span, *, coloured: bool, whole: bool) -> str:
+    text = visible(span.text if whole else _shortened(span.text))
+    if not coloured:
+        return f"{_OPEN}{text}{_CLOSE}" if span.loss_weight > 0 else text
+    colour = _LOSS if span.loss_weight > 0 else _NO_LOSS
+    # Line by line, so that a pager that is entered in the middle still knows the colour.
+    return "\n".join(f"{colour}{line}{_PLAIN}" if line else "" for line in text.split("\n"))
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    half = MOST_CHARACTERS // 2
+    return f"{text[:half]}\n... {len(text) - 2 * half:,} characters not shown ...\n{text[-half:]}"

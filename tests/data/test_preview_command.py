@@ -1,0 +1,83 @@
+"""`megatron-ads data preview` from the command line."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_ads.cli import main
+from megatron_ads.config import AdsTask
+from megatron_ads.data.demo_tokenizer import write_tokenizer
+
+
+def chat_line(row_id: str, target: str, task: str = "query_ad_relevance") -> str:
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": target}]
+    return json.dumps({"id": row_id, "task": task, "messages": messages})
+
+
+def test_a_task_of_the_simulator_is_shown_with_a_summary(capsys: pytest.CaptureFixture[str]):
+    assert main(["data", "preview", "--task", "query_ad_relevance", "--rows", "2", "--sample", "20"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Rows of: simulated ads business: query_ad_relevance\n")
+    assert len(re.findall(r"\[\[<think>.*?</think><Label>\w+</Label>.*?\]\]", out)) == 2
+    assert "20 rows read." in out
+    assert "\x1b" not in out  # not a terminal
+
+
+@pytest.mark.parametrize("task", list(AdsTask))
+def test_every_task_can_be_previewed(task: AdsTask, capsys: pytest.CaptureFixture[str]):
+    assert main(["data", "preview", "--task", task, "--rows", "1", "--sample", "5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (row,) = found["shown"]
+    assert found["rows"] == 5
+    assert found["left_out"] == {}
+    assert row["tokens_with_loss"] == row["spans"][-1]["tokens"] > 0
+    assert [span["loss_weight"] for span in row["spans"]] == [0.0, 1.0]
+
+
+def test_rows_of_a_file_with_a_tokenizer_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_tokenizer(tmp_path, 600)
+    file = tmp_path / "rows.jsonl"
+    lines = [
+        chat_line("r1", "<Label>Good</Label>"),
+        chat_line("r2", "<Label>Great</Label>"),
+        chat_line("r3", "4", "own"),
+    ]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert main(["data", "preview", "--source", str(file), "--tokenizer", str(tmp_path), "--seq-length", "6"]) == 0
+    out = capsys.readouterr().out
+    assert "r1 of query_ad_relevance" in out and "r3 of own" in out and "r2 of" not in out
+    assert "unreadable_target (unknown_label) 1" in out
+    assert "target_longer_than_seq_length 1" in out
+    assert out.rstrip().endswith("The first that cannot be used: r2.")
+
+
+def test_rows_of_a_recipe_are_those_of_its_sources(capsys: pytest.CaptureFixture[str]):
+    words = ["data", "preview", "--recipe", "sft/quickstart", "data=builtin", "--rows", "1", "--sample", "10"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.startswith("Rows of: built-in query-ad pairs\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--task is None; the simulator draws query_ad_relevance, "),
+        (["--task", "nonsense"], "--task is nonsense; the simulator draws "),
+        (
+            ["--source", "builtin", "--task", "user_profile"],
+            "no row of built-in query-ad pairs is of task 'user_profile'",
+        ),
+        (["--source", "table"], "--source is 'table'; it is one of builtin, esci, gsm8k, next_brand, or a .jsonl file"),
+        (["--source", "absent.jsonl"], "absent.jsonl is not a file"),
+        (["--task", "user_profile", "--rows", "-1"], "--rows is -1; it must be at least 0"),
+        (["--task", "user_profile", "--seq-length", "1"], "--seq-length is 1; it must be at least 2"),
+        (["--task", "user_profile", "data.seed=1"], "'data.seed=1' has no effect without --recipe"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_users_mistake_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["data", "preview", *words]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) == 1
