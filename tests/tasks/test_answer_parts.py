@@ -4,7 +4,7 @@ import pytest
 
 from megatron_ads.errors import DataError
 from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import PartsFailure, element, listed, read_elements, read_parts, unlisted
+from megatron_ads.tasks.elements import PartsFailure, count_of, element, listed, read_elements, read_parts, unlisted
 from megatron_ads.tasks.prompt_templates import Template
 from megatron_ads.tasks.reasoning import Reasoned, ReasoningFailure, render_reasoned, split_reasoning
 
@@ -50,6 +50,20 @@ def test_elements_are_read_in_order_with_white_space_between():
     assert read_elements("") == []
     for text in ("so <A>one</A>", "<A>one</A> so", "<A>one</B>", "<A>one"):
         assert read_elements(text) is None
+
+
+def test_complete_elements_are_counted_wherever_they_stand():
+    assert count_of("A", "so <A>1</A><B><A>2</A></B> <A>3") == 2
+    assert count_of("A", "</A><A>") == 0
+    assert count_of("A", "<A><A>1</A></A>") == 1
+
+
+def test_a_long_hostile_text_takes_no_longer_than_its_length():
+    # Quadratic time would be minutes: a million opening tags, each looked after to the end.
+    hostile = "<A>" * 1_000_000
+    assert count_of("A", hostile) == 0
+    assert read_elements(hostile) is None
+    assert read_parts(hostile, ("A", "B")) is PartsFailure.missing_part
 
 
 def test_an_element_needs_text_and_cannot_end_early():
