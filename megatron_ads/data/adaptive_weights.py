@@ -88,10 +88,13 @@ class InstanceWeights:
         self._loss_sums[:] = 0
         self._targets[:] = 0
 
-    @property
-    def spread(self) -> tuple[float, float, float]:
-        """Lowest, mean and highest weight of all samples."""
-        return float(self._weights.min()), float(self._weights.mean()), float(self._weights.max())
+    def metrics(self) -> dict[str, float]:
+        """Return how far the weights of all samples are apart, by metric name."""
+        return {
+            "instance_weight_lowest": float(self._weights.min()),
+            "instance_weight_mean": float(self._weights.mean()),
+            "instance_weight_highest": float(self._weights.max()),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that decides future weights."""

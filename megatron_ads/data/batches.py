@@ -151,12 +151,14 @@ class BatchStream:
         return replace(batch, mask_BS=batch.mask_BS * weights[batch.sample_BS])
 
     def observe(self, sample_losses: Sequence[float]) -> dict[str, float]:
-        """Take in the summed loss of each sample of the latest step; return the mean over target tokens by task."""
+        """Take in the summed loss of each sample of the latest step; return what it says, by metric name."""
         rows = [draw.row for draw in self._step]
-        if self._weights is not None:
-            targets = [row.target_count for row in rows]
-            self._weights.observe([draw.number for draw in self._step], sample_losses, targets)
-        return losses_by_task(rows, sample_losses)
+        metrics = {f"loss/{task}": loss for task, loss in losses_by_task(rows, sample_losses).items()}
+        if self._weights is None:
+            return metrics
+        targets = [row.target_count for row in rows]
+        self._weights.observe([draw.number for draw in self._step], sample_losses, targets)
+        return metrics | self._weights.metrics()
 
     def adapt(self, metrics: Mapping[str, float], *, alpha: float) -> dict[str, float]:
         """Renew the shares of the adaptive tasks from their validation metrics; return them.

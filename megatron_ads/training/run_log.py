@@ -67,13 +67,13 @@ class RunLog:
         """Say that a training step begins: from here to its end, this rank is expected to get on."""
         self._activity.enter_step(step)
 
-    def step(self, step: int, report: StepReport, learning_rate: float, task_losses: Mapping[str, float]) -> None:
+    def step(self, step: int, report: StepReport, learning_rate: float, of_samples: dict[str, float]) -> None:
         """Record one training step; a collective on the steps that are logged."""
         seconds, self._started = time.monotonic() - self._started, time.monotonic()
         if step % self._every == 0:
             ranks = self._times.measure(step, seconds)
             metrics = self._step_metrics(report, learning_rate, seconds)
-            self._write(step, metrics | ranks | _by_task("loss", task_losses))
+            self._write(step, metrics | ranks | of_samples)
         self._progress.update(1, loss=report.loss)
         self._peers.report_step(step)
         self._activity.leave_step(step)

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from megatron_ads.data.batches import (
 from megatron_ads.data.mixing import WeightedRows
 from megatron_ads.data.rows import TokenizedRow
 from megatron_ads.errors import ConfigError, DataError
+from megatron_ads.observability.metrics import MetricsWriter
 from tests.data.rows import row, rows
 
 SEQ_LENGTH = 32
@@ -234,6 +236,17 @@ def test_each_label_is_multiplied_by_the_weight_of_its_sample():
         assert source._weights is not None
         weights = source._weights.of(range(20)).tolist()
     assert len(set(weights)) > 1
+
+
+def test_what_the_samples_say_has_documented_names(tmp_path: Path):
+    source = weighted_stream()
+    source.next_step()
+    # Half of the sample's tokens are targets; a loss of ln 2 on each is the mean of the only task, "test".
+    metrics = source.observe([draw.row.target_count * math.log(2) for draw in source._step])
+    assert metrics["loss/test"] == pytest.approx(math.log(2))
+    assert (metrics["instance_weight_lowest"], metrics["instance_weight_highest"]) == (1, 1)
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(1, metrics)
 
 
 def test_a_checkpoint_with_instance_weights_and_a_job_without_are_told_apart():
