@@ -87,6 +87,15 @@ class SourceKind(StrEnum):
     table = "table"
 
 
+class SplitBy(StrEnum):
+    """What keeps held-out rows apart from those trained on."""
+
+    group = "group"
+    """Whole groups, such as queries or users, are held out."""
+    time = "time"
+    """The latest rows are held out; rows without a time are all trained on."""
+
+
 class AdsTask(StrEnum):
     """What a row asks the model for."""
 
@@ -244,8 +253,8 @@ class LayoutConfig:
 class HistoryConfig:
     """How much of a user's history a prompt shows; sections are those of ``megatron_ads/tasks/user_history.py``."""
 
-    without: list[str] = field(default_factory=list)
-    """Sections left out, such as ``clicks``."""
+    without: list[str] | None = None
+    """Sections left out, such as ``clicks``; None is the source's own choice."""
     window_days: dict[str, float] = field(default_factory=dict)
     """Oldest event shown, by section; the built-in windows hold for sections that are not named."""
     most_entries: int | None = None
@@ -261,6 +270,7 @@ class HistoryConfig:
             _require(days > 0, f"{section}.window_days.{name} is {days}; it must be above 0.")
 
 
+_NEXT_BRAND_TASKS = (AdsTask.next_advertiser, AdsTask.user_profile)
 _TASKS_OF_USERS = (
     AdsTask.ad_user_relevance,
     AdsTask.next_advertiser,
@@ -281,7 +291,8 @@ class SourceConfig:
     """File or folder; None for ``builtin`` and ``simulator``, and for public data below the folder that
     ``MEGATRON_ADS_DATA`` names."""
     task: AdsTask | None = None
-    """What ``simulator`` and ``table`` rows ask for; None with ``table``: rows have a prompt and a target already."""
+    """What rows of ``simulator``, ``next_brand`` and ``table`` ask for. Without it ``next_brand`` asks for the next
+    advertiser, and rows of ``table`` have a prompt and a target already."""
     history: HistoryConfig = field(default_factory=HistoryConfig)
     """How much of a user's history the prompts show, where they show any."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -325,7 +336,7 @@ class SourceConfig:
             shows_users = self.task in _TASKS_OF_USERS
         else:
             _require(
-                self.task is None or is_table,
+                self.task is None or is_table or (shows_users and self.task in _NEXT_BRAND_TASKS),
                 f"{section}.task is {self.task}, which has no effect with kind {self.kind}. Remove it.",
             )
         _require(
@@ -354,6 +365,8 @@ class DataConfig:
     """Decides the order of rows and which of them are held out."""
     validation_rows: int = 0
     """Rows held out for evaluation; 0 is none."""
+    split_by: SplitBy = SplitBy.group
+    """Which rows are held out: those of whole groups such as queries and users, or the latest."""
     validation_rows_per_group: int | None = None
     """Most rows that one held-out group, such as a query, gives; fewer spread the evaluation over more groups, whose
     other rows take no part. None is all."""
@@ -368,6 +381,11 @@ class DataConfig:
             source.check(f"data.sources[{index}]")
         _require_at_least("data", self, 2, "seq_length")
         _require_at_least("data", self, 0, "seed", "validation_rows")
+        _require(
+            self.split_by is SplitBy.group or self.validation_rows_per_group is None,
+            f"data.validation_rows_per_group is {self.validation_rows_per_group}, which has no effect with "
+            "data.split_by time. Remove it.",
+        )
         _require_at_least("data", self, 1, "validation_rows_per_group")
         _require(
             self.validation_rows_per_group is None or self.validation_rows > 0,

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from megatron_ads.config import DataConfig
+from megatron_ads.config import DataConfig, SplitBy
 from megatron_ads.data.chat import tokenize_row
 from megatron_ads.data.mixing import WeightedRows
 from megatron_ads.data.rows import ChatRow, TokenizedRow
 from megatron_ads.data.sources import describe_source, read_source
-from megatron_ads.data.split import split_by_group
+from megatron_ads.data.split import Split, split_by_group, split_by_time
 from megatron_ads.data.tokenizer import ChatTokenizer
 from megatron_ads.errors import DataError
 from megatron_ads.tasks.row_checks import CheckedRows, FaultyRow, check_rows
@@ -56,7 +56,7 @@ class Corpus:
 
 
 def read_corpus(config: DataConfig) -> Corpus:
-    """Read all sources and hold validation rows out, groups such as queries undivided over all sources.
+    """Read all sources and hold validation rows out, by group or by time over all sources together.
 
     Raises:
         DataError: If a source cannot be read or has no usable row, or nothing is left to train on.
@@ -67,12 +67,7 @@ def read_corpus(config: DataConfig) -> Corpus:
         _require_usable(found, name)
     sources = [found.rows for found in checked]
     everything = [row for rows in sources for row in rows]
-    split = split_by_group(
-        everything,
-        validation_rows=config.validation_rows,
-        seed=config.seed,
-        most_per_group=config.validation_rows_per_group,
-    )
+    split = _split(everything, config)
     kept = {id(row) for row in split.training}
     return Corpus(
         training=[[row for row in rows if id(row) in kept] for rows in sources],
@@ -81,6 +76,17 @@ def read_corpus(config: DataConfig) -> Corpus:
         keep_share=[source.keep_share for source in config.sources],
         names=names,
         faulty=[row for found in checked for row in found.faulty],
+    )
+
+
+def _split(rows: Sequence[ChatRow], config: DataConfig) -> Split:
+    if config.split_by is SplitBy.time:
+        return split_by_time(rows, validation_rows=config.validation_rows, seed=config.seed)
+    return split_by_group(
+        rows,
+        validation_rows=config.validation_rows,
+        seed=config.seed,
+        most_per_group=config.validation_rows_per_group,
     )
 
 

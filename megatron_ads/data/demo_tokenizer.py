@@ -1,7 +1,7 @@
 """A small byte-level BPE tokenizer in DeepSeek's form, trained on the spot on generated rows; always the same one.
 
-Any text can be encoded. The built-in rows take about 65 tokens each, rows about a simulated user about 250; a few hundred
-common words of shops and ads keep real product texts short as well.
+Any text can be encoded. The built-in rows take about 65 tokens each, those about a simulated user about 250; a few
+hundred common words of shops and ads keep real product texts short as well.
 """
 
 import json

@@ -5,18 +5,17 @@ A product stands in for an ad, and product search for an ads log. Exact is good;
 brand cover, and what kind of product its category says it is. The judges' own reasons are not known.
 """
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_ads.data.jsonl import read_objects
+from megatron_ads.data.public_data import locate
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
 from megatron_ads.tasks.relevance import Ad, Label, chat_row
 
-DATA_ROOT = "MEGATRON_ADS_DATA"
 FILE = Path("esci_us") / "pairs.jsonl"
 LABELS = {"E": Label.good, "S": Label.fair, "C": Label.fair, "I": Label.bad}
 
@@ -30,16 +29,7 @@ def esci_file(path: str | None) -> Path:
     Raises:
         DataError: If neither names anything.
     """
-    if path is not None:
-        given = Path(path)
-        return given if given.suffix == ".jsonl" else given / FILE.name
-    root = os.environ.get(DATA_ROOT)
-    if not root:
-        raise DataError(
-            f"The source kind esci reads {FILE} below the folder that the environment variable {DATA_ROOT} names, and "
-            f"it names none. Set {DATA_ROOT}, or the source's path, or choose data=builtin."
-        )
-    return Path(root) / FILE
+    return locate(path, FILE, kind="esci")
 
 
 def esci_rows(file: Path, *, limit: int | None = None) -> list[ChatRow]:

@@ -41,6 +41,8 @@ class ChatRow:
     """What must not be shared between training and validation: the query, the user. Empty: the row itself."""
     label: str | None = None
     """The true answer in the task's own words, for metrics; None where the task has none."""
+    time: float | None = None
+    """When what the target tells happened, in seconds since 1970, for splits by time; None where it has no time."""
 
     @property
     def prompt(self) -> tuple[Message, ...]:

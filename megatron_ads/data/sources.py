@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from megatron_ads.config import SourceConfig, SourceKind
+from megatron_ads.config import AdsTask, SourceConfig, SourceKind
+from megatron_ads.data import next_brand
 from megatron_ads.data.ads_pairs import DEFAULT_ROWS, builtin_rows
 from megatron_ads.data.esci import esci_file, esci_rows
+from megatron_ads.data.gsm8k import gsm8k_file, gsm8k_rows
 from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.simulator import simulated_rows
@@ -23,6 +25,15 @@ def read_source(source: SourceConfig, *, seed: int) -> list[ChatRow]:
         return _simulated_rows(source, seed)
     if source.kind is SourceKind.esci:
         return esci_rows(esci_file(source.path), limit=source.rows)
+    if source.kind is SourceKind.gsm8k:
+        return gsm8k_rows(gsm8k_file(source.path), limit=source.rows)
+    if source.kind is SourceKind.next_brand:
+        return next_brand.next_brand_rows(
+            next_brand.next_brand_file(source.path),
+            source.task or AdsTask.next_advertiser,
+            view_of=view_chooser(source.history, next_brand.DEFAULT_VIEW),
+            limit=source.rows,
+        )
     assert source.path is not None, "checked with the recipe"
     return jsonl_rows(Path(source.path), limit=source.rows)
 
@@ -43,4 +54,8 @@ def describe_source(source: SourceConfig) -> str:
         return f"simulated ads business: {source.task}"
     if source.kind is SourceKind.esci:
         return f"ESCI query-product pairs ({esci_file(source.path)})"
+    if source.kind is SourceKind.gsm8k:
+        return f"GSM8K questions ({gsm8k_file(source.path)})"
+    if source.kind is SourceKind.next_brand:
+        return f"office purchases, {source.task or AdsTask.next_advertiser} ({next_brand.next_brand_file(source.path)})"
     return f"chat rows ({source.path})"

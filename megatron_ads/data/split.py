@@ -48,6 +48,32 @@ def split_by_group(
     return Split(training=training, validation=validation[:validation_rows])
 
 
+def split_by_time(rows: Sequence[ChatRow], *, validation_rows: int, seed: int) -> Split:
+    """Hold out the latest rows: every held-out row is later than every row trained on, except those without a time.
+
+    Rows of one time stay together. Rows of the held-out times beyond ``validation_rows``, drawn by ``seed``, are on
+    neither side. A user may be on both sides: what such a row shows of the user is what was known at its time.
+
+    Raises:
+        DataError: If no row has a time, or nothing would be left to train on.
+    """
+    times = sorted((row.time for row in rows if row.time is not None), reverse=True)
+    if validation_rows and not times:
+        raise DataError(
+            f"data.split_by is time, but none of the {len(rows)} rows has one. Set data.split_by=group, or add a "
+            "source with times, such as next_brand."
+        )
+    cut = times[min(validation_rows, len(times)) - 1] if validation_rows else float("inf")
+    late = [row for row in rows if row.time is not None and row.time >= cut]
+    training = [row for row in rows if row.time is None or row.time < cut]
+    if not training:
+        raise DataError(
+            f"data.validation_rows = {validation_rows} leaves none of the {len(rows)} rows, held out by time, to train "
+            "on. Lower it, or add rows."
+        )
+    return Split(training=training, validation=sorted(late, key=lambda row: _drawn(seed, row.id))[:validation_rows])
+
+
 def _drawn(seed: int, name: str) -> bytes:
     """Return a sort key that looks random and depends on nothing but the seed and the name."""
     return hashlib.sha256(f"{seed}:{name}".encode()).digest()

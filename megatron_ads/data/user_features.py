@@ -74,7 +74,7 @@ def history_view(config: HistoryConfig, default: HistoryView = FULL_VIEW) -> His
         ConfigError: If there is no such section.
     """
     return HistoryView(
-        without=default.without | {_section(name) for name in config.without},
+        without=default.without if config.without is None else frozenset(map(_section, config.without)),
         window_days={**default.window_days, **{_section(name): days for name, days in config.window_days.items()}},
         most_entries=default.most_entries if config.most_entries is None else config.most_entries,
     )

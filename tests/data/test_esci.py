@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_ads.data.esci import DATA_ROOT, FILE, esci_file, esci_rows, reason
+from megatron_ads.data.esci import FILE, esci_file, esci_rows, reason
+from megatron_ads.data.public_data import DATA_ROOT
 from megatron_ads.data.split import split_by_group
 from megatron_ads.errors import DataError
 from megatron_ads.tasks.relevance import Ad, Judgement, Label, parse

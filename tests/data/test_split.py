@@ -1,12 +1,13 @@
 """Held-out rows share no query with the rows trained on."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from megatron_ads.data.ads_pairs import builtin_rows
 from megatron_ads.data.rows import ChatRow, Message, Role
-from megatron_ads.data.split import split_by_group
+from megatron_ads.data.split import split_by_group, split_by_time
 from megatron_ads.errors import DataError
 
 MESSAGES = (Message(Role.user, "question"), Message(Role.assistant, "answer"))
@@ -70,3 +71,35 @@ def test_which_rows_a_group_gives_does_not_depend_on_their_order():
     backwards = split_by_group(rows[::-1], validation_rows=3, seed=0, most_per_group=3)
     assert forwards.validation == backwards.validation
     assert forwards.validation != rows_of_groups({forwards.validation[0].group: 3})
+
+
+def timed(*times: float | None) -> list[ChatRow]:
+    return [replace(row, time=time) for row, time in zip(rows_of_groups({"a": len(times)}), times, strict=True)]
+
+
+def test_by_time_the_latest_rows_are_held_out_and_everything_else_is_earlier():
+    split = split_by_time(timed(5, 1, 4, 2, 3), validation_rows=2, seed=0)
+    assert sorted(row.time for row in split.validation) == [4, 5]
+    assert [row.time for row in split.training] == [1, 2, 3]
+
+
+def test_by_time_rows_of_one_moment_are_not_divided_between_the_sides():
+    split = split_by_time(timed(1, 2, 3, 3, 3), validation_rows=2, seed=0)
+    assert [row.time for row in split.validation] == [3, 3]
+    assert [row.time for row in split.training] == [1, 2]
+
+
+def test_by_time_rows_without_a_time_are_trained_on():
+    split = split_by_time(timed(1, None, 2), validation_rows=1, seed=0)
+    assert [row.time for row in split.training] == [1, None]
+
+
+def test_by_time_nothing_held_out_keeps_every_row():
+    assert len(split_by_time(timed(1, 2), validation_rows=0, seed=0).training) == 2
+
+
+def test_by_time_what_cannot_be_split_is_refused():
+    with pytest.raises(DataError, match=r"data\.split_by is time, but none of the 2 rows has one"):
+        split_by_time(timed(None, None), validation_rows=1, seed=0)
+    with pytest.raises(DataError, match=r"data\.validation_rows = 5 leaves none of the 2 rows, held out by time"):
+        split_by_time(timed(1, 2), validation_rows=5, seed=0)

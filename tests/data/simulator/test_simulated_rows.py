@@ -28,6 +28,7 @@ from megatron_ads.tasks import (
     relevance,
     user_profile,
 )
+from megatron_ads.tasks.row_checks import check_rows
 from megatron_ads.tasks.user_history import HEADINGS, Section
 
 COUNT = 600
@@ -204,3 +205,8 @@ def test_the_demo_tokenizer_writes_every_row_and_reads_it_back(
     assert lengths.pop(AdsTask.next_advertiser_ranking) < 500
     assert max(lengths.values()) < 300
     assert lengths[AdsTask.query_ad_relevance] < 128
+
+
+@pytest.mark.parametrize("task", AdsTask)
+def test_no_row_is_faulty(examples: dict[AdsTask, list[Example]], task: AdsTask) -> None:
+    assert check_rows([example.row for example in examples[task]]).faulty == []

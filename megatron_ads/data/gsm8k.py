@@ -1,0 +1,63 @@
+"""School mathematics (GSM8K, arXiv:2110.14168) as general-domain rows: they keep abilities that ads rows do not train.
+
+The worked solution is the reasoning; the calculator's marks, ``<<3*4=12>>``, are left out. The published training
+questions are read; the test questions are for benchmarks.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_ads.data.jsonl import read_objects
+from megatron_ads.data.public_data import locate
+from megatron_ads.data.rows import ChatRow, Message, Role
+from megatron_ads.errors import DataError
+
+TASK = "gsm8k"
+FILE = Path("gsm8k") / "train.jsonl"
+ANSWER = "####"
+_CALCULATOR = re.compile(r"<<[^>]*>>")
+
+
+def gsm8k_file(path: str | None) -> Path:
+    """Return the file of questions.
+
+    Raises:
+        DataError: If neither ``path`` nor the environment names anything.
+    """
+    return locate(path, FILE, kind=TASK)
+
+
+def gsm8k_rows(file: Path, *, limit: int | None = None) -> list[ChatRow]:
+    """Return the questions of a file, the first ``limit`` of them.
+
+    Raises:
+        DataError: With the row number, for the first record that cannot be used.
+    """
+    rows: list[ChatRow] = []
+    for number, record in read_objects(file):
+        if len(rows) == limit:
+            break
+        try:
+            rows.append(_read_record(record, row_id=f"{TASK}-{file.stem}-{number}"))
+        except DataError as error:
+            raise DataError(f"{file}, row {number}: {error}") from None
+    if not rows:
+        raise DataError(f"{file} holds no rows.")
+    return rows
+
+
+def _read_record(record: Mapping[str, Any], *, row_id: str) -> ChatRow:
+    for name in ("question", "answer"):
+        if not isinstance(record.get(name), str) or not record[name].strip():
+            raise DataError(f"{name} is {record.get(name)!r}; it must be text that is not empty.")
+    solution, mark, number = record["answer"].rpartition(ANSWER)
+    if not mark or not number.strip() or not solution.strip():
+        raise DataError(f"answer is {record['answer']!r:.80}; a solution, then {ANSWER} and the result are expected.")
+    result = number.strip().replace(",", "")
+    messages = (
+        Message(Role.user, record["question"].strip()),
+        Message(Role.assistant, f"<think>{_CALCULATOR.sub('', solution).strip()}</think>{ANSWER} {result}"),
+    )
+    return ChatRow(id=row_id, task=TASK, messages=messages, group=record["question"].strip(), label=result)

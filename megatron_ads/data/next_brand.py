@@ -1,0 +1,147 @@
+"""Real purchases as next-advertiser and profile rows: office products, a brand standing in for an advertiser.
+
+Derived from Amazon reviews of 2016 to 2018 as MiniOneRec processed them; users are those active late, so there is
+selection bias. Dates are days, so purchases of one day have no order: what is known at a target is what happened on
+earlier days, and the first purchase listed for the day is the target. Rows carry their target's time for a split by
+time: train on targets before, evaluate on targets after.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_ads.config import AdsTask
+from megatron_ads.data.jsonl import read_objects
+from megatron_ads.data.public_data import locate
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.user_features import LoggedEvent, ViewChooser, compile_history
+from megatron_ads.errors import DataError
+from megatron_ads.tasks import next_advertiser, user_profile
+from megatron_ads.tasks.user_history import EventKind, HistoryView, Section, UserHistory
+
+FILE = Path("next_brand_office") / "users.jsonl"
+ITEMS = "items.jsonl"
+DEFAULT_VIEW = HistoryView(without=frozenset({Section.semantic_ids}), most_entries=5)
+_MAX_TITLE_CHARACTERS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One product."""
+
+    title: str
+    brand: str
+    """Empty if unknown."""
+    semantic_id: str
+    """Its codes as one text."""
+
+
+def next_brand_file(path: str | None) -> Path:
+    """Return the file of users; the items lie beside it.
+
+    Raises:
+        DataError: If neither ``path`` nor the environment names anything.
+    """
+    return locate(path, FILE, kind="next_brand")
+
+
+def read_items(file: Path) -> dict[int, Item]:
+    """Return the items by number.
+
+    Raises:
+        DataError: With the row number, for the first record that cannot be used.
+    """
+    items: dict[int, Item] = {}
+    for number, record in read_objects(file):
+        codes = record.get("sid")
+        if (
+            not isinstance(record.get("item_id"), int)
+            or not isinstance(record.get("title"), str)
+            or not isinstance(codes, list)
+        ):
+            raise DataError(f"{file}, row {number}: item_id, title or sid is missing or of another type.")
+        brand = record.get("brand") or ""
+        items[record["item_id"]] = Item(record["title"].strip(), brand.strip(), "".join(map(str, codes)))
+    if not items:
+        raise DataError(f"{file} holds no rows.")
+    return items
+
+
+def next_brand_rows(
+    file: Path, task: AdsTask, *, view_of: ViewChooser = lambda history: DEFAULT_VIEW, limit: int | None = None
+) -> list[ChatRow]:
+    """Return one row for every day of a user after the first, in the order of the file; the first ``limit`` of them.
+
+    Raises:
+        DataError: With the row number, for the first record that cannot be used.
+    """
+    items = read_items(file.with_name(ITEMS))
+    make: Callable[[UserHistory, str, ViewChooser], ChatRow]
+    make = _next_brand_row if task is AdsTask.next_advertiser else _profile_row
+    rows: list[ChatRow] = []
+    for number, record in read_objects(file):
+        try:
+            events = _read_events(record, items)
+        except DataError as error:
+            raise DataError(f"{file}, row {number}: {error}") from None
+        for time, history, brand in _targets(str(record["user_id"]), events):
+            if len(rows) == limit:
+                return rows
+            rows.append(replace(make(history, brand, view_of), time=time))
+    if not rows:
+        raise DataError(f"{file} holds no user with purchases on two days.")
+    return rows
+
+
+def _read_events(record: Mapping[str, Any], items: Mapping[int, Item]) -> list[LoggedEvent]:
+    if not isinstance(record.get("user_id"), str) or not isinstance(record.get("events"), list):
+        raise DataError("user_id or events is missing or of another type.")
+    return [_read_event(event, items) for event in record["events"]]
+
+
+def _read_event(event: Any, items: Mapping[int, Item]) -> LoggedEvent:
+    if not isinstance(event, dict) or not isinstance(event.get("t"), int) or event.get("item_id") not in items:
+        raise DataError(f"an event is {event!r:.80}; it needs a time t and the item_id of a known item.")
+    item = items[event["item_id"]]
+    return LoggedEvent(
+        time=event["t"],
+        kind=EventKind.matched_conversion,
+        text=item.title[:_MAX_TITLE_CHARACTERS].rsplit(" ", 1)[0]
+        if len(item.title) > _MAX_TITLE_CHARACTERS
+        else item.title,
+        brand=item.brand,
+        advertiser=item.brand,
+        semantic_id=item.semantic_id,
+    )
+
+
+def _targets(user_id: str, events: list[LoggedEvent]) -> Iterator[tuple[float, UserHistory, str]]:
+    """Yield the time of a target, what was known before it, and its brand; a purchase of no brand is no target."""
+    days = sorted({event.time for event in events})
+    for time in days[1:]:
+        brand = next((event.advertiser for event in events if event.time == time and event.advertiser), None)
+        if brand is not None:
+            yield time, compile_history(user_id, events, anchor=time), brand
+
+
+def _next_brand_row(history: UserHistory, brand: str, view_of: ViewChooser) -> ChatRow:
+    request = next_advertiser.Request(history)
+    return next_advertiser.chat_row(_row_id("next", history), request, brand, view=view_of(history))
+
+
+def _profile_row(history: UserHistory, _: str, view_of: ViewChooser) -> ChatRow:
+    brands = [brand for brand, _ in Counter(event.brand for event in history.events if event.brand).most_common(3)]
+    most = brands[0] if brands else "no known brand"
+    profile = user_profile.Profile(
+        summary=f"Buys office products, mostly of {most}.",
+        interests=tuple(brand.replace(";", ",") for brand in brands),
+        reasoning=f"Bought {len(history.events)} products, most often of {', '.join(brands) or most}.",
+    )
+    return user_profile.chat_row(_row_id("profile", history), history, profile, view=view_of(history))
+
+
+def _row_id(kind: str, history: UserHistory) -> str:
+    """A user's history only grows, so its length tells the rows of a user apart."""
+    return f"{kind}-brand-{history.user_id}-{len(history.events)}"
