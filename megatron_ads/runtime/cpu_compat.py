@@ -1,7 +1,8 @@
 """Let Megatron-Core run where no CUDA device exists. Every change made to torch or Megatron for that is here.
 
 For megatron-core 0.16.1. Each patch says what fails without it; ``tests/runtime/test_cpu_compat.py`` runs the
-unpatched library and fails as soon as a patch is no longer needed. Where a CUDA device exists nothing is touched.
+unpatched library and fails as soon as a patch is no longer needed. Where a CUDA device exists, only the two names are
+defined that Megatron-Core lacks without Transformer Engine, and where that is installed too, nothing is touched.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -40,13 +42,19 @@ _installed = False
 
 
 def install() -> None:
-    """Patch torch and import Megatron-Core patched; does nothing with a CUDA device, or when called again.
+    """Patch torch and import Megatron-Core patched; call it before anything else imports that. May be repeated.
+
+    With a CUDA device nothing stands in for one: only what Transformer Engine leaves open where absent is filled in.
 
     Raises:
         RuntimeError: If Megatron-Core was imported earlier: its modules were then bound to the unpatched torch.
     """
     global _installed
-    if _installed or torch.cuda.is_available():
+    if _installed:
+        return
+    if torch.cuda.is_available():
+        _stand_in_for_transformer_engine()
+        _installed = True
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError("cpu_compat.install() came after the first import of megatron.core; call it before.")
@@ -59,6 +67,14 @@ def install() -> None:
         for patch in MEGATRON_PATCHES:
             patch()
     _installed = True
+
+
+def _stand_in_for_transformer_engine() -> None:
+    if find_spec("transformer_engine") is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # each module that it imports warns of the absence
+            for patch in TRANSFORMER_ENGINE_PATCHES:
+                patch()
 
 
 def answer_device_queries() -> None:
@@ -149,11 +165,13 @@ TORCH_PATCHES: tuple[Callable[[], None], ...] = (
 )
 """Made before Megatron is imported."""
 
+TRANSFORMER_ENGINE_PATCHES: tuple[Callable[[], None], ...] = (define_te_general_gemm, define_te_linear)
+"""Made on Megatron's modules where Transformer Engine is absent, also with a CUDA device."""
+
 MEGATRON_PATCHES: tuple[Callable[[], None], ...] = (
     map_cuda_factories_to_the_cpu,
     set_rng_state_at_once,
-    define_te_general_gemm,
-    define_te_linear,
+    *TRANSFORMER_ENGINE_PATCHES,
     give_all_to_all_its_splits_as_numbers,
 )
 """Made on Megatron's modules once they are imported."""

@@ -207,9 +207,30 @@ def test_installing_after_megatron_is_refused() -> None:
     assert "install() came after the first import of megatron.core" in done.stderr
 
 
-def test_nothing_is_touched_where_a_device_exists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_compat, "_installed", False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    before = torch.cuda.current_device, torch.Tensor.type, torch.Tensor.cuda
-    cpu_compat.install()
-    assert (torch.cuda.current_device, torch.Tensor.type, torch.Tensor.cuda) == before
+_INSTALL_WITH_A_DEVICE = """
+import importlib.util, sys, torch
+torch.cuda.is_available = lambda: True
+before = torch.cuda.current_device, torch.cuda.Stream, torch.Tensor.type, torch.Tensor.cuda
+from megatron_ads.runtime import cpu_compat
+if {with_te}:
+    cpu_compat.find_spec = lambda name: object()
+cpu_compat.install()
+assert (torch.cuda.current_device, torch.cuda.Stream, torch.Tensor.type, torch.Tensor.cuda) == before
+assert ("megatron.core" in sys.modules) is not {with_te}
+"""
+
+
+def test_no_device_is_stood_in_for_where_one_exists() -> None:
+    done = _python(
+        _INSTALL_WITH_A_DEVICE.format(with_te=False)
+        + "from megatron.core.transformer import multi_latent_attention\n"
+        + "from megatron.core.transformer.moe import moe_utils\n"
+        + "assert moe_utils.torch is torch and moe_utils.te_general_gemm is None\n"
+        + "assert isinstance(multi_latent_attention.TELinear, type)\n"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_nothing_is_touched_where_a_device_and_transformer_engine_exist() -> None:
+    done = _python(_INSTALL_WITH_A_DEVICE.format(with_te=True))
+    assert (done.returncode, done.stderr) == (0, "")
