@@ -76,24 +76,34 @@ class Standing:
 
 
 @dataclass(slots=True)
+class _Handle:
+    """What a call returned to wait on; the calls of a coalesced batch share one."""
+
+    work: weakref.ref[Any]
+    """Dies when nobody waits any more."""
+    finished: torch.cuda.Event | None = None
+    """On a GPU: behind the wait in the stream of the computation, which the host does not wait for."""
+
+    def is_done(self) -> bool:
+        if self.finished is not None:
+            return self.finished.query()
+        work = self.work()
+        return work is None or (work.is_completed() and work.exception() is None)
+
+
+@dataclass(slots=True)
 class _Call:
     group: Group
     call: Collective
     channel: str
     number: int
     ranks: tuple[int, ...]
-    work: weakref.ref[Any] | None = None
-    """The handle to wait on, which dies when nobody waits; None if the call itself has not returned one."""
-    finished: torch.cuda.Event | None = None
-    """On a GPU: behind the wait in the stream of the computation, which the host does not wait for."""
+    begun: float
+    handle: _Handle | None = None
+    """None until the call has returned one."""
 
     def is_unfinished(self) -> bool:
-        if self.finished is not None:
-            return not self.finished.query()
-        if self.work is None:
-            return True
-        work = self.work()
-        return work is not None and (not work.is_completed() or work.exception() is not None)
+        return self.handle is None or not self.handle.is_done()
 
     def as_wait(self) -> Wait:
         signature = self.call.signature() if self.call.operation not in POINT_TO_POINT else ""
@@ -108,8 +118,7 @@ class Activity:
 
     def __init__(self, *, on_gpu: bool = False) -> None:
         self.stalls: CpuStalls | CudaStalls = CudaStalls() if on_gpu else CpuStalls()
-        self.progress = 0
-        """Grows with everything that this rank gets done."""
+        self._done = 0
         self.phase = "setting up"
         self.in_step = False
         self._on_gpu = on_gpu
@@ -117,6 +126,8 @@ class Activity:
         self._moved = time.monotonic()
         self._calls: deque[_Call] = deque(maxlen=_REMEMBERED)
         self._counts: Counter[str] = Counter()
+        self._batch: list[_Call] = []
+        """Calls that will share a handle."""
         self._groups: dict[str, Group] = {}
         self._inside: list[_Call | None] = []
         """Calls that the host is inside of, in the call itself or waiting on its handle."""
@@ -124,7 +135,13 @@ class Activity:
     @contextlib.contextmanager
     def observed(self) -> Iterator[None]:
         """See every communication of this process inside the context."""
-        with intercept(before=self.begin, after=self.issued, before_wait=self.wait_begins, after_wait=self.wait_ends):
+        with intercept(
+            before=self.begin,
+            after=self.issued,
+            after_batch=self.batch_issued,
+            before_wait=self.wait_begins,
+            after_wait=self.wait_ends,
+        ):
             yield
 
     def enter_step(self, step: int) -> None:
@@ -139,12 +156,18 @@ class Activity:
 
     def moved(self) -> None:
         """Count something as done."""
-        self.progress += 1
+        self._done += 1
         self._moved = time.monotonic()
+
+    def progress(self) -> object:
+        """Return what changes with everything that this rank gets done; on a GPU, of what it waits for."""
+        oldest = self._oldest_unfinished() if self._on_gpu else None
+        return self._done if oldest is None else (oldest.channel, oldest.number)
 
     def idle_seconds(self) -> float:
         """Return the time since the last progress."""
-        return time.monotonic() - self._moved
+        oldest = self._oldest_unfinished() if self._on_gpu else None
+        return time.monotonic() - (self._moved if oldest is None else oldest.begun)
 
     def is_waiting(self) -> bool:
         """Whether this rank is in a communication."""
@@ -157,28 +180,40 @@ class Activity:
             named = self._groups[group.group_name] = describe_group(group)
         channel, ranks = _channel(group, named, operation, arguments)
         self._counts[channel] += 1
-        call = _Call(named, describe_call(named, operation, arguments), channel, self._counts[channel], ranks)
+        described = describe_call(named, operation, arguments)
+        call = _Call(named, described, channel, self._counts[channel], ranks, time.monotonic())
         self._calls.append(call)
         self._enter(call)
 
     def issued(self, group: ProcessGroup, operation: str, arguments: Sequence[Any], work: Any) -> None:
-        """Remember the handle that the latest call returned."""
+        """Remember the handle that the latest call returned; none if it is over, or part of a coalesced batch."""
         self._leave()
-        if work is None:
+        call = self._calls[-1]
+        if work is not None:
+            call.handle = _Handle(weakref.ref(work))
+        elif operation == "monitored_barrier":
             self._calls.pop()
         else:
-            self._calls[-1].work = weakref.ref(work)
+            self._batch.append(call)
+
+    def batch_issued(self, work: Any) -> None:
+        """Remember the handle of the calls that were made since the last batch."""
+        if work is not None:
+            handle = _Handle(weakref.ref(work))
+            for call in self._batch:
+                call.handle = handle
+        self._batch.clear()
 
     def wait_begins(self, work: Any) -> None:
         """Note that the host, or the stream on a GPU, waits for a call from here on."""
-        self._enter(next((call for call in reversed(self._calls) if call.work and call.work() is work), None))
+        self._enter(next((call for call in reversed(self._calls) if call.handle and call.handle.work() is work), None))
 
     def wait_ends(self, work: Any) -> None:
         """Note the end of the wait."""
         call = self._inside[-1] if self._inside else None
         event = self._leave()
-        if call is not None:
-            call.finished = event
+        if call is not None and call.handle is not None:
+            call.handle.finished = event
 
     def describe(self, rank: int) -> str:
         """Name the calls that have not succeeded, oldest first, and the ranks that they needed."""

@@ -28,6 +28,7 @@ _METHODS = (
     "reduce_scatter_tensor_coalesced", "scatter", "send",
 )  # fmt: skip
 """Communicating methods of ``ProcessGroup`` in torch 2.13; versions that lack some of them have fewer to record."""
+_END_OF_BATCH = "_end_coalescing"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -136,17 +137,22 @@ def intercept(
     before: Callable[[ProcessGroup, str, Sequence[Any]], None] | None = None,
     after: Callable[[ProcessGroup, str, Sequence[Any], Any], None] | None = None,
     *,
+    after_batch: Callable[[Any], None] | None = None,
     before_wait: Callable[[Any], None] | None = None,
     after_wait: Callable[[Any], None] | None = None,
 ) -> Iterator[None]:
     """Call ``before(group, operation, arguments)`` ahead of, and ``after(..., work)`` behind, each communication.
 
-    ``before_wait(work)`` and ``after_wait(work)`` are called around each wait on a communication's handle.
+    ``after_batch(work)`` is called behind communications that the backend coalesced (NCCL does), which have no work
+    of their own; ``before_wait(work)`` and ``after_wait(work)`` around each wait on a communication.
     """
-    originals = {name: ProcessGroup.__dict__[name] for name in _METHODS if name in ProcessGroup.__dict__}
+    methods = (*_METHODS, _END_OF_BATCH)
+    originals = {name: ProcessGroup.__dict__[name] for name in methods if name in ProcessGroup.__dict__}
     original_wait = Work.wait
     for name in originals:
-        setattr(ProcessGroup, name, _observed(name, getattr(ProcessGroup, name), before, after))
+        method = getattr(ProcessGroup, name)
+        wrapped = _ending(method, after_batch) if name == _END_OF_BATCH else _observed(name, method, before, after)
+        setattr(ProcessGroup, name, wrapped)
     if before_wait and after_wait:
         Work.wait = _observed_wait(original_wait, before_wait, after_wait)  # type: ignore[method-assign]
     try:
@@ -168,6 +174,16 @@ def _observed(name: str, method: Callable[..., Any], before: Any, after: Any) ->
         return work
 
     return call
+
+
+def _ending(method: Callable[..., Any], after: Callable[[Any], None] | None) -> Callable[..., Any]:
+    def end_batch(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+        work = method(group, *args, **kwargs)
+        if after:
+            after(work)
+        return work
+
+    return end_batch
 
 
 def _observed_wait(

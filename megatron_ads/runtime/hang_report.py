@@ -64,7 +64,7 @@ class HangReport:
         """Return the page."""
         lines = [self.headline()]
         lines += self._waiting()
-        for rank in self.findings.culprits:
+        for rank in (*self.findings.culprits, *self.findings.circle):
             if rank in self.standings:
                 lines += [f"Python stack of {self._names([rank])}, innermost last:"]
                 lines += [f"  {frame}" for frame in self.standings[rank].stack]

@@ -44,7 +44,7 @@ class _Inquiry:
     """A question that this rank has asked."""
 
     number: int
-    progress: int
+    progress: object
     """Of this rank, when it asked."""
     deadline: float
     standings: dict[int, Standing] = field(default_factory=dict)
@@ -141,7 +141,7 @@ class HangWatch:
 
     def _ask(self, now: float) -> None:
         self._asked += 1
-        self._inquiry = _Inquiry(self._asked, self._activity.progress, now + self._answer_seconds)
+        self._inquiry = _Inquiry(self._asked, self._activity.progress(), now + self._answer_seconds)
         self._collect(self._inquiry, self._own_answer())
         for link in self._links:
             link.send({"kind": "inquiry", "asker": self._rank, "number": self._asked})
@@ -182,7 +182,7 @@ class HangWatch:
                 inquiry.places[int(neighbour)] = seen
 
     def _conclude(self, inquiry: _Inquiry, now: float) -> str | None:
-        if self._activity.progress != inquiry.progress:
+        if self._activity.progress() != inquiry.progress:
             self._inquiry = None
             return None
         if len(inquiry.standings) < self._layout.world and now < inquiry.deadline:

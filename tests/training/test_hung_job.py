@@ -13,7 +13,7 @@ import pytest
 from megatron_ads.runtime.exit_status import ExitStatus
 from tests.training.real_job import RealJob, write_small_model
 
-TIMEOUT = 8
+TIMEOUT = 6
 SLOW = "holds up the job"
 
 
@@ -70,7 +70,7 @@ def _slowed_down(job: RealJob, rank: int) -> Iterator[None]:
 @pytest.mark.slow
 def test_a_slow_rank_and_a_hung_one_are_named_and_an_undisturbed_job_is_silent(job: RealJob) -> None:
     job.start_ranks()
-    _wait_for_steps(job, 12)
+    _wait_for_steps(job, 8)
     assert SLOW not in job.logs()
     assert not (job.root / "hang.json").exists()
 
