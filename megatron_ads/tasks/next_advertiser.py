@@ -20,6 +20,7 @@ from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory,
 TASK = "next_advertiser"
 RANKING_TASK = "next_advertiser_ranking"
 RANKED, MOST_INTERESTS = 20, 5
+POOL_LINE = "Advertisers: "
 
 TEMPLATE = Template(
     task=TASK,
@@ -100,7 +101,7 @@ def render_prompt(request: Request, instruction: str = TEMPLATE.instruction(), *
     """Return the user's message: the instruction, the history section by section, the pool."""
     lines = [instruction, render_history(sections(request.user, view)) or "Nothing is known of the user."]
     if request.pool:
-        lines.append(f"Advertisers: {'; '.join(request.pool)}")
+        lines.append(f"{POOL_LINE}{'; '.join(request.pool)}")
     return "\n".join(lines)
 
 

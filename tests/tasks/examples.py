@@ -13,6 +13,7 @@ from megatron_ads.tasks import (
 from megatron_ads.tasks.relevance import Ad
 from megatron_ads.tasks.user_history import Demographics, Event, EventKind, UserHistory
 from megatron_ads.tasks.variants import choose_one, list_ranking, yes_no
+from megatron_ads.tasks.variants.advertiser_question import question_about
 
 HOTEL = Ad(title="Luxury 5-star hotel in central Paris", description="Premium suites.", seller="www.examplehotel.com")
 SHOES = Ad(title="Lightweight running shoes for new runners", description="Comfortable and cushioned.")
@@ -64,11 +65,21 @@ REWRITE = ad_rewriting.Rewrite(
 REQUEST = next_advertiser.Request(RUNNER, POOL)
 
 
+def query_ad_row(label: relevance.Label) -> ChatRow:
+    """Return the hotel for a query, with a label of choice."""
+    return relevance.chat_row("a1", "cheap hotel in Paris", HOTEL, label, "The price differs.")
+
+
+def ad_user_row(score: int) -> ChatRow:
+    """Return the shoes for the runner, with a score of choice."""
+    return ad_user_relevance.chat_row("b1", RUNNER, SHOES, score, "All activity is about running.")
+
+
 def rows_of_all_tasks() -> list[ChatRow]:
     """Return at least one row of every task in the registry."""
     ranking = [f"Shop {number}" for number in range(5, 25)]
     return [
-        relevance.chat_row("a1", "cheap hotel in Paris", HOTEL, relevance.Label.fair, "The price differs."),
+        query_ad_row(relevance.Label.fair),
         relevance.chat_row(
             "a2",
             "cheap hotel in Paris",
@@ -78,16 +89,16 @@ def rows_of_all_tasks() -> list[ChatRow]:
             location=relevance.Flag.good,
             quality=relevance.Flag.bad,
         ),
-        ad_user_relevance.chat_row("b1", RUNNER, SHOES, 3, "All activity is about running."),
+        ad_user_row(3),
         query_generation.chat_row("c1", query_generation.KeywordBrief("laptop computer"), QUERIES, "Keep the kind."),
         next_advertiser.chat_row("d1", REQUEST, "Shop 7"),
         next_advertiser.ranking_row("d2", REQUEST, ranking, ["running", "R&B"], label="Shop 7"),
         user_profile.chat_row("e1", RUNNER, PROFILE),
         model_comparison.chat_row("f1", SHARED, ASSESSMENT),
         ad_rewriting.chat_row("g1", BRIEF, REWRITE),
-        yes_no.query_ad_row("h1", "cheap hotel in Paris", HOTEL, relevance.Label.fair, "It could serve."),
-        yes_no.ad_user_row("h2", RUNNER, SHOES, 1),
-        yes_no.advertiser_row("h3", REQUEST, "Shop 7", is_next=True),
-        choose_one.chat_row("i1", REQUEST, "Shop 7"),
-        list_ranking.chat_row("j1", REQUEST, "Shop 7"),
+        yes_no.query_ad_row(query_ad_row(relevance.Label.fair), "h1"),
+        yes_no.ad_user_row(ad_user_row(1), "h2"),
+        yes_no.advertiser_row(question_about("h3", REQUEST, "Shop 7")),
+        choose_one.chat_row(question_about("i1", REQUEST, "Shop 7")),
+        list_ranking.chat_row(question_about("j1", REQUEST, "Shop 7")),
     ]

@@ -1,17 +1,23 @@
 """Other questions over the same records."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
+from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.errors import DataError
 from megatron_ads.tasks import next_advertiser
 from megatron_ads.tasks.next_advertiser import Prediction
 from megatron_ads.tasks.relevance import Label
+from megatron_ads.tasks.row_checks import fault_of
 from megatron_ads.tasks.variants import choose_one, list_ranking, several_forms, yes_no
+from megatron_ads.tasks.variants.advertiser_question import question_about, question_of
+from megatron_ads.tasks.variants.asked_again import Variant, ask_again
 from megatron_ads.tasks.variants.candidates import candidates_of
-from megatron_ads.tasks.variants.several_forms import Form
-from tests.tasks.examples import HOTEL, POOL, REQUEST, RUNNER, SHOES
+from tests.tasks.examples import POOL, REQUEST, ad_user_row, query_ad_row
+
+QUESTION = question_about("r", REQUEST, "Shop 7")
 
 
 def test_twenty_different_candidates_with_the_true_one_at_any_place():
@@ -36,16 +42,25 @@ def test_a_pool_that_is_too_small_is_refused():
 
 @pytest.mark.parametrize(("label", "answer"), [(Label.bad, "No"), (Label.fair, "Yes"), (Label.good, "Yes")])
 def test_an_ad_that_is_not_bad_serves_the_query(label: Label, answer: str):
-    row = yes_no.query_ad_row("r", "hotel", HOTEL, label, "So.")
-    assert (row.label, row.group) == (answer, "hotel")
-    assert row.target == f"<think>So.</think><Answer>{answer}</Answer>"
+    row = yes_no.query_ad_row(query_ad_row(label), "r")
+    assert (row.id, row.label, row.group) == ("r", answer, "cheap hotel in Paris")
+    assert row.target == f"<think>The price differs.</think><Answer>{answer}</Answer>"
+    assert row.prompt[0].content.splitlines()[1:] == query_ad_row(label).prompt[0].content.splitlines()[1:]
 
 
 @pytest.mark.parametrize(("score", "answer"), [(0, "No"), (1, "No"), (2, "Yes"), (3, "Yes")])
 def test_two_and_three_are_liked(score: int, answer: str):
-    assert yes_no.ad_user_row("r", RUNNER, SHOES, score).label == answer
-    with pytest.raises(DataError, match="the score is 5"):
-        yes_no.ad_user_row("r", RUNNER, SHOES, 5)
+    assert yes_no.ad_user_row(ad_user_row(score), "r").label == answer
+
+
+def test_half_of_the_advertisers_asked_about_are_the_next_and_only_they_are_argued_for():
+    questions = [question_about(f"r{number}", REQUEST, "Shop 7", "It sells gear.") for number in range(200)]
+    rows = [yes_no.advertiser_row(question) for question in questions]
+    yes = [row for row in rows if row.label == "Yes"]
+    assert 70 < len(yes) < 130  # 100, standard deviation sqrt(200 / 4) = 7
+    for row in rows:
+        assert row.prompt[0].content.endswith("\nAdvertiser: Shop 7") is (row.label == "Yes")
+        assert ("It sells gear." in row.target) is (row.label == "Yes")
 
 
 def test_yes_no_failures_and_metrics():
@@ -54,7 +69,7 @@ def test_yes_no_failures_and_metrics():
     assert yes_no.parse("<Answer>Yes</Answer><Answer>No</Answer>") is Failure.several_answers
     assert yes_no.parse("<Answer>yes</Answer>") is Failure.unknown_answer
     assert yes_no.parse("Well: <Answer>Yes</Answer>") is Failure.text_around_answer
-    rows = [yes_no.ad_user_row(f"r{score}", RUNNER, SHOES, score) for score in (0, 1, 2, 3)]
+    rows = [yes_no.ad_user_row(ad_user_row(score), f"r{score}") for score in (0, 1, 2, 3)]
     answers = [yes_no.Judgement(answer, "") for answer in (no, yes, yes)]
     found = yes_no.metrics(rows, [*answers, Failure.empty])
     assert (found["negative_accuracy"], found["positive_accuracy"]) == (0.5, 0.5)
@@ -62,13 +77,13 @@ def test_yes_no_failures_and_metrics():
 
 
 def test_choosing_shows_the_candidates_and_not_the_pool():
-    row = choose_one.chat_row("r", REQUEST, "Shop 7")
+    row = choose_one.chat_row(QUESTION)
     assert "Advertisers:" not in row.prompt[0].content
-    assert set(choose_one.listed_in(row)) == set(candidates_of("r", "Shop 7", POOL))
+    assert choose_one.listed_in(row) == candidates_of("r", "Shop 7", POOL)
 
 
 def test_a_choice_outside_the_list_is_not_valid():
-    row = choose_one.chat_row("r", REQUEST, "Shop 7")
+    row = choose_one.chat_row(QUESTION)
     other = next(name for name in choose_one.listed_in(row) if name != "Shop 7")
     answers = [Prediction("shop 7", ""), Prediction(other, ""), Prediction("Nowhere", ""), choose_one.Failure.empty]
     found = choose_one.metrics([row] * 4, answers)
@@ -76,7 +91,7 @@ def test_a_choice_outside_the_list_is_not_valid():
 
 
 def test_the_list_to_order_is_numbered_and_the_target_has_the_true_one_first():
-    row = list_ranking.chat_row("r", REQUEST, "Shop 7", count=4)
+    row = list_ranking.chat_row(QUESTION, count=4)
     listed = row.prompt[0].content.partition("Candidates:\n")[2].splitlines()
     best = next(line for line in listed if line.endswith("Shop 7")).partition(".")[0]
     assert row.label == best
@@ -104,7 +119,7 @@ def test_each_failure_of_an_order(answer: str, failure: list_ranking.Failure):
 
 
 def test_order_metrics_by_hand():
-    row = list_ranking.chat_row("r", REQUEST, "Shop 7", count=4)
+    row = list_ranking.chat_row(QUESTION, count=4)
     best = int(row.label or 0)
     others = [number for number in range(1, 5) if number != best]
     answers = [
@@ -122,25 +137,53 @@ def test_order_metrics_by_hand():
 
 
 def test_a_corpus_of_many_instructions_holds_all_forms():
-    rows = [several_forms.chat_row(f"r{number}", REQUEST, "Shop 7") for number in range(400)]
+    rows = [several_forms.chat_row(question_about(f"r{number}", REQUEST, "Shop 7")) for number in range(400)]
     tasks = Counter(row.task for row in rows)
     assert set(tasks) == {next_advertiser.TASK, yes_no.TASK, choose_one.TASK, list_ranking.TASK}
     assert min(tasks.values()) > 65  # 100 each, standard deviation sqrt(400 * 3/16) = 8.7
-    answers = Counter(row.label for row in rows if row.task == yes_no.TASK)
-    assert set(answers) == {"Yes", "No"}
-    assert min(answers.values()) > 30  # half of about 100 each
 
 
-def test_forms_can_be_chosen():
-    rows = [several_forms.chat_row(f"r{number}", REQUEST, "Shop 7", forms=[Form.name]) for number in range(20)]
-    assert {row.task for row in rows} == {next_advertiser.TASK}
-    with pytest.raises(DataError, match="no form is given"):
-        several_forms.chat_row("r", REQUEST, "Shop 7", forms=[])
+def advertiser_rows() -> list[ChatRow]:
+    rows = [next_advertiser.chat_row(f"n{number}", REQUEST, f"Shop {number}", "So.") for number in range(1, 25)]
+    return [replace(row, weight=0.5) for row in rows]
 
 
-def test_a_no_has_no_reasoning_that_argues_for_the_true_one():
-    rows = [
-        several_forms.chat_row(f"r{n}", REQUEST, "Shop 7", "It sells gear.", forms=[Form.yes_no]) for n in range(40)
-    ]
-    for row in rows:
-        assert ("It sells gear." in row.target) is (row.label == "Yes")
+@pytest.mark.parametrize("variant", list(Variant))
+def test_rows_asked_again_keep_record_truth_and_weight(variant: Variant):
+    rows = advertiser_rows()
+    asked = ask_again(rows, variant)
+    assert asked == ask_again(rows, variant)
+    for row, new in zip(rows, asked, strict=True):
+        assert (new.id, new.group, new.weight) == (f"{row.id}/{variant}", row.group, 0.5)
+        assert "Searched here: beginner 5k training plan" in new.prompt[0].content
+        assert "Advertisers:" not in new.prompt[0].content
+        assert fault_of(new) is None
+    if variant is not Variant.several_forms:
+        assert {row.task for row in asked} == {variant}
+
+
+def test_relevance_rows_can_be_asked_as_yes_or_no_and_as_nothing_else():
+    rows = [query_ad_row(Label.good), ad_user_row(0)]
+    assert [row.label for row in ask_again(rows, Variant.yes_no)] == ["Yes", "No"]
+    with pytest.raises(DataError, match="'a1' is of task query_ad_relevance, which cannot be asked as choose_one"):
+        ask_again(rows, Variant.choose_one)
+
+
+def test_a_prompt_of_ones_own_cannot_be_asked_again():
+    row = query_ad_row(Label.good)
+    own = replace(row, messages=(Message(Role.user, "Is it good?\nQuery: x"), row.messages[1]))
+    with pytest.raises(DataError, match=r"'a1' begins with 'Is it good\?', which is no instruction of"):
+        ask_again([own], Variant.yes_no)
+    bare = replace(row, messages=(Message(Role.user, "Is the ad relevant to the query?"), row.messages[1]))
+    with pytest.raises(DataError, match="no instruction of"):
+        ask_again([bare], Variant.yes_no)
+
+
+def test_too_few_advertisers_to_choose_from_is_an_error():
+    with pytest.raises(DataError, match="the pool has 4 others"):
+        ask_again(advertiser_rows()[:5], Variant.choose_one)
+
+
+def test_a_record_and_its_row_give_the_same_question():
+    row = next_advertiser.chat_row("r", REQUEST, "Shop 7", "So.")
+    assert question_of(row, "r", POOL) == question_about("r", REQUEST, "Shop 7", "So.")

@@ -8,17 +8,10 @@ from collections.abc import Sequence
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.metrics.ranking import same_name
 from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.next_advertiser import (
-    Failure,
-    Prediction,
-    Request,
-    parse,
-    render_prompt,
-    render_target,
-)
+from megatron_ads.tasks.next_advertiser import Failure, Prediction, parse, render_target
 from megatron_ads.tasks.prompt_templates import Template
 from megatron_ads.tasks.truths import Metrics, readable, share, truth_of
-from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView
+from megatron_ads.tasks.variants.advertiser_question import AdvertiserQuestion
 from megatron_ads.tasks.variants.candidates import CANDIDATES, candidates_of
 
 __all__ = ["TASK", "TEMPLATE", "Failure", "Prediction", "chat_row", "metrics", "parse"]
@@ -36,25 +29,16 @@ TEMPLATE = Template(
 _LIST = "Candidates:"
 
 
-def chat_row(
-    row_id: str,
-    request: Request,
-    advertiser: str,
-    reasoning: str = "",
-    *,
-    count: int = CANDIDATES,
-    view: HistoryView = FULL_VIEW,
-) -> ChatRow:
-    """Return one example; the others are drawn from the request's pool.
+def chat_row(question: AdvertiserQuestion, *, count: int = CANDIDATES) -> ChatRow:
+    """Return one example; the others are drawn from the question's pool.
 
     Raises:
         DataError: If the pool has too few others.
     """
-    listed = candidates_of(row_id, advertiser, request.pool, count)
-    prompt = render_prompt(Request(request.user), TEMPLATE.instruction_of(row_id), view=view)
-    prompt += f"\n{_LIST}\n" + "\n".join(listed)
-    target = render_target(advertiser, reasoning)
-    return single_turn(row_id, TASK, prompt, target, group=request.user.user_id, label=advertiser)
+    listed = candidates_of(question.row_id, question.advertiser, question.pool, count)
+    lines = [TEMPLATE.instruction_of(question.row_id), question.context, _LIST, *listed]
+    target = render_target(question.advertiser, question.reasoning)
+    return single_turn(question.row_id, TASK, "\n".join(lines), target, group=question.group, label=question.advertiser)
 
 
 def listed_in(row: ChatRow) -> tuple[str, ...]:

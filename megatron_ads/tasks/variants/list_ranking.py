@@ -12,11 +12,10 @@ from megatron_ads.data.rows import ChatRow
 from megatron_ads.metrics.ranking import ndcg_at, recall_at, reciprocal_rank
 from megatron_ads.tasks.conversation import single_turn
 from megatron_ads.tasks.elements import count_of, element, read_elements
-from megatron_ads.tasks.next_advertiser import Request, render_prompt
 from megatron_ads.tasks.prompt_templates import Template
 from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
 from megatron_ads.tasks.truths import Metrics, readable, share, truth_of
-from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView
+from megatron_ads.tasks.variants.advertiser_question import AdvertiserQuestion
 from megatron_ads.tasks.variants.candidates import CANDIDATES, candidates_of
 
 TASK = "list_ranking"
@@ -54,27 +53,19 @@ class Order:
     reasoning: str
 
 
-def chat_row(
-    row_id: str,
-    request: Request,
-    advertiser: str,
-    reasoning: str = "",
-    *,
-    count: int = CANDIDATES,
-    view: HistoryView = FULL_VIEW,
-) -> ChatRow:
+def chat_row(question: AdvertiserQuestion, *, count: int = CANDIDATES) -> ChatRow:
     """Return one example. Its target has the true advertiser first and the others as listed: nothing orders them.
 
     Raises:
-        DataError: If the request's pool has too few others.
+        DataError: If the question's pool has too few others.
     """
-    listed = candidates_of(row_id, advertiser, request.pool, count)
-    prompt = render_prompt(Request(request.user), TEMPLATE.instruction_of(row_id), view=view)
-    prompt += "\nCandidates:\n" + "\n".join(f"{number}. {name}" for number, name in enumerate(listed, 1))
-    best = listed.index(advertiser) + 1
+    listed = candidates_of(question.row_id, question.advertiser, question.pool, count)
+    numbered = [f"{number}. {name}" for number, name in enumerate(listed, 1)]
+    prompt = "\n".join([TEMPLATE.instruction_of(question.row_id), question.context, "Candidates:", *numbered])
+    best = listed.index(question.advertiser) + 1
     numbers = [best, *(number for number in range(1, count + 1) if number != best)]
-    target = render_reasoned(reasoning, element("Ranking", ", ".join(map(str, numbers))))
-    return single_turn(row_id, TASK, prompt, target, group=request.user.user_id, label=str(best))
+    target = render_reasoned(question.reasoning, element("Ranking", ", ".join(map(str, numbers))))
+    return single_turn(question.row_id, TASK, prompt, target, group=question.group, label=str(best))
 
 
 def parse(text: str, *, reasoning_required: bool = False) -> Order | Failure:

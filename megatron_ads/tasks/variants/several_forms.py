@@ -4,61 +4,38 @@ Source: P5 (arXiv:2203.13366) and InstructRec (arXiv:2305.07001), which tune on 
 to do better under new ones. Which form a row has follows from its id, so that a corpus holds all of them.
 """
 
-from collections.abc import Sequence
-from enum import StrEnum
+from collections.abc import Callable
 
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.errors import DataError
 from megatron_ads.tasks import next_advertiser
-from megatron_ads.tasks.next_advertiser import Request
+from megatron_ads.tasks.conversation import single_turn
 from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView
 from megatron_ads.tasks.variants import choose_one, list_ranking, yes_no
-from megatron_ads.tasks.variants.candidates import candidates_of
+from megatron_ads.tasks.variants.advertiser_question import AdvertiserQuestion
 
 
-class Form(StrEnum):
-    """How a next-advertiser record is asked."""
-
-    name = "name"
-    """The next advertiser, in free text."""
-    yes_no = "yes_no"
-    """Half of the rows ask about the true one, half about another."""
-    choose_one = "choose_one"
-    list_ranking = "list_ranking"
+def name_row(question: AdvertiserQuestion) -> ChatRow:
+    """Return the question for the name."""
+    prompt = f"{next_advertiser.TEMPLATE.instruction_of(question.row_id)}\n{question.context}"
+    target = next_advertiser.render_target(question.advertiser, question.reasoning)
+    return single_turn(
+        question.row_id, next_advertiser.TASK, prompt, target, group=question.group, label=question.advertiser
+    )
 
 
-def form_of(row_id: str, forms: Sequence[Form] = tuple(Form)) -> Form:
-    """Return the form that a row has."""
-    return forms[Template(task="several_forms", version=1, paraphrases=tuple(forms)).wording_of(row_id)]
+FORMS: dict[str, Callable[[AdvertiserQuestion], ChatRow]] = {
+    next_advertiser.TASK: name_row,
+    yes_no.TASK: yes_no.advertiser_row,
+    choose_one.TASK: choose_one.chat_row,
+    list_ranking.TASK: list_ranking.chat_row,
+}
+_DRAW = Template(task="several_forms", version=1, paraphrases=tuple(FORMS))
 
 
-def chat_row(
-    row_id: str,
-    request: Request,
-    advertiser: str,
-    reasoning: str = "",
-    *,
-    forms: Sequence[Form] = tuple(Form),
-    view: HistoryView = FULL_VIEW,
-) -> ChatRow:
+def chat_row(question: AdvertiserQuestion) -> ChatRow:
     """Return one example in the form that its id gives; the row's task is that of the form.
 
     Raises:
-        DataError: If no form is given, or the request's pool has too few others for it.
+        DataError: If the question's pool has too few others for the form.
     """
-    if not forms:
-        raise DataError("no form is given; at least one is needed.")
-    match form_of(row_id, forms):
-        case Form.name:
-            return next_advertiser.chat_row(row_id, request, advertiser, reasoning, view=view)
-        case Form.choose_one:
-            return choose_one.chat_row(row_id, request, advertiser, reasoning, view=view)
-        case Form.list_ranking:
-            return list_ranking.chat_row(row_id, request, advertiser, reasoning, view=view)
-        case Form.yes_no:
-            asked = candidates_of(row_id, advertiser, request.pool, 2)[0]
-            is_next = asked == advertiser
-            return yes_no.advertiser_row(
-                row_id, request, asked, is_next=is_next, reasoning=reasoning if is_next else "", view=view
-            )
+    return FORMS[_DRAW.instruction_of(question.row_id)](question)

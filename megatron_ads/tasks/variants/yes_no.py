@@ -10,13 +10,15 @@ from enum import StrEnum
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.metrics.classification import DefectView, binary_metrics
-from megatron_ads.tasks import ad_user_relevance, next_advertiser, relevance
-from megatron_ads.tasks.conversation import filled, single_turn
+from megatron_ads.tasks import ad_user_relevance, relevance
+from megatron_ads.tasks.conversation import single_turn
 from megatron_ads.tasks.elements import count_of, element, read_elements
 from megatron_ads.tasks.prompt_templates import Template
 from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
 from megatron_ads.tasks.truths import Metrics, readable, truth_of
-from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory
+from megatron_ads.tasks.variants.advertiser_question import AdvertiserQuestion
+from megatron_ads.tasks.variants.candidates import candidates_of
+from megatron_ads.tasks.variants.context import context_of
 
 TASK = "yes_no"
 
@@ -71,40 +73,42 @@ class Judgement:
     reasoning: str
 
 
-def query_ad_row(row_id: str, query: str, ad: relevance.Ad, label: relevance.Label, reasoning: str = "") -> ChatRow:
-    """Return the question whether an ad serves a query."""
-    prompt = relevance.render_prompt(query, ad, QUERY_AD.instruction_of(row_id))
-    return _row(row_id, prompt, label not in relevance.BAD_VIEW.defects, reasoning, query)
+def query_ad_row(row: ChatRow, row_id: str) -> ChatRow:
+    """Return the question whether an ad serves a query, from a row that asks how well.
+
+    Raises:
+        DataError: If the row is not of that task or not in its templates' form.
+    """
+    context = context_of(row, relevance.TASK, (relevance.TEMPLATE, relevance.THREE_LABELS_TEMPLATE))
+    truth = truth_of(row, relevance.parse)
+    prompt = f"{QUERY_AD.instruction_of(row_id)}\n{context}"
+    return _row(row_id, prompt, truth.label not in relevance.BAD_VIEW.defects, truth.reasoning, row.group)
 
 
-def ad_user_row(
-    row_id: str,
-    user: UserHistory,
-    ad: relevance.Ad,
-    score: ad_user_relevance.Score | int,
-    reasoning: str = "",
-    *,
-    view: HistoryView = FULL_VIEW,
-) -> ChatRow:
-    """Return the question whether an ad interests a user."""
-    prompt = ad_user_relevance.render_prompt(user, ad, AD_USER.instruction_of(row_id), view=view)
-    return _row(row_id, prompt, ad_user_relevance.as_score(score) in GOOD_SCORES, reasoning, user.user_id)
+def ad_user_row(row: ChatRow, row_id: str) -> ChatRow:
+    """Return the question whether an ad interests a user, from a row that asks how much.
+
+    Raises:
+        DataError: If the row is not of that task or not in its template's form.
+    """
+    context = context_of(row, ad_user_relevance.TASK, (ad_user_relevance.TEMPLATE,))
+    truth = truth_of(row, ad_user_relevance.parse)
+    prompt = f"{AD_USER.instruction_of(row_id)}\n{context}"
+    return _row(row_id, prompt, truth.score in GOOD_SCORES, truth.reasoning, row.group)
 
 
-def advertiser_row(
-    row_id: str,
-    request: next_advertiser.Request,
-    candidate: str,
-    *,
-    is_next: bool,
-    reasoning: str = "",
-    view: HistoryView = FULL_VIEW,
-) -> ChatRow:
-    """Return the question whether ``candidate`` is the user's next advertiser. The pool is not shown."""
-    asked = next_advertiser.Request(request.user)
-    prompt = next_advertiser.render_prompt(asked, ADVERTISER.instruction_of(row_id), view=view)
-    prompt += f"\nAdvertiser: {filled('the candidate', candidate)}"
-    return _row(row_id, prompt, is_next, reasoning, request.user.user_id)
+def advertiser_row(question: AdvertiserQuestion) -> ChatRow:
+    """Return the question whether an advertiser is the next: half of the rows, drawn by id, ask about another.
+
+    A no has no reasoning: that of the question argues for the true one.
+
+    Raises:
+        DataError: If the question's pool has no other.
+    """
+    asked = candidates_of(question.row_id, question.advertiser, question.pool, 2)[0]
+    prompt = f"{ADVERTISER.instruction_of(question.row_id)}\n{question.context}\nAdvertiser: {asked}"
+    is_next = asked == question.advertiser
+    return _row(question.row_id, prompt, is_next, question.reasoning if is_next else "", question.group)
 
 
 def _row(row_id: str, prompt: str, yes: bool, reasoning: str, group: str) -> ChatRow:
