@@ -43,10 +43,12 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
     """Load ``tokenizer.json`` and ``tokenizer_config.json``; code in the folder is never run.
 
     Raises:
-        DataError: If the folder has no ``tokenizer.json``, or names no end token.
+        DataError: If the folder does not exist, has no ``tokenizer.json``, or names no end token.
     """
     from transformers import PreTrainedTokenizerFast  # takes seconds
 
+    if not folder.is_dir():
+        raise DataError(f"{folder} does not exist. Give a checkpoint folder with a tokenizer.")
     if not (folder / "tokenizer.json").exists():
         raise DataError(
             f"{folder} holds no tokenizer.json. Copy it from the checkpoint's repository; a tokenizer that is code "

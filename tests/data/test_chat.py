@@ -101,6 +101,8 @@ def test_training_gives_the_same_tokenizer_every_time(tmp_path: Path):
 def test_a_folder_without_a_tokenizer_says_what_to_copy(tmp_path: Path):
     with pytest.raises(DataError, match=r"holds no tokenizer\.json\. Copy it"):
         load_tokenizer(tmp_path)
+    with pytest.raises(DataError, match=r"absent does not exist\. Give a checkpoint folder"):
+        load_tokenizer(tmp_path / "absent")
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path):
