@@ -13,6 +13,7 @@ class Allocation:
     """The allocation that the environment of a batch script describes."""
 
     job: str
+    """As Slurm's programs name it; an element of an array is ``7_2``: its number alone may mean the whole array."""
     nodes: int
     ranks: int
     restarts: int
@@ -43,9 +44,9 @@ class Allocation:
                 f"The nodes have different numbers of tasks ({environment['SLURM_TASKS_PER_NODE']}); every node must "
                 "have the same. Submit with --nodes and --ntasks-per-node, without --ntasks."
             )
-        index = environment.get("SLURM_ARRAY_TASK_ID")
+        index, job = environment.get("SLURM_ARRAY_TASK_ID"), environment["SLURM_JOB_ID"]
         return cls(
-            job=environment["SLURM_JOB_ID"],
+            job=job if index is None else f"{environment['SLURM_ARRAY_JOB_ID']}_{index}",
             nodes=len(counts),
             ranks=sum(counts),
             restarts=int(environment.get("SLURM_RESTART_COUNT", "0")),

@@ -77,7 +77,14 @@ def _empty_records(config: SftConfig, part: NodePart) -> Path:
 
 def _environment(config: SftConfig, part: NodePart, records: Path) -> dict[str, str]:
     threads = config.runtime.threads or max(1, len(os.sched_getaffinity(0)) // part.ranks_here)
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), FOLDER_VARIABLE: str(records)}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        FOLDER_VARIABLE: str(records),
+        # A new meeting place at each restart. In torch 2.13 the ranks otherwise share torchrun's own, where those that
+        # start again find the addresses of those that have gone.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
 
 
 def _report(config: SftConfig, part: NodePart, records: Path, failed: bool) -> ExitStatus:

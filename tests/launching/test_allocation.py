@@ -16,11 +16,16 @@ def test_slurms_notation_of_tasks(text: str, counts: list[int]) -> None:
 
 
 def test_an_allocation_is_read_from_the_environment() -> None:
-    found = Allocation.of(INSIDE | {"SLURM_RESTART_COUNT": "2", "SLURM_ARRAY_TASK_ID": "5"})
+    found = Allocation.of(INSIDE | {"SLURM_RESTART_COUNT": "2"})
     assert (found.nodes, found.ranks, found.ranks_per_node) == (31, 248, 8)
-    assert (found.job, found.restarts, found.array_index) == ("7", 2, 5)
+    assert (found.job, found.restarts, found.array_index) == ("7", 2, None)
     assert Allocation.of(INSIDE).restarts == 0
-    assert Allocation.of(INSIDE).array_index is None
+
+
+def test_an_element_of_an_array_is_not_taken_for_the_array() -> None:
+    # The last element to start keeps the number of the array as its own: "scontrol requeue 7" would take them all.
+    found = Allocation.of(INSIDE | {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "5"})
+    assert (found.job, found.array_index) == ("7_5", 5)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_a_preempted_job_that_then_loses_a_rank_and_a_node_ends_with_the_same_lo
     assert "ended without a word (killed, out of memory, or its machine lost): rank 3" in said
     assert "rank 3 (stage 1) has gone" in said
 
-    run.wait_for_step(pair, run.saved()[-1] + 2)
+    run.wait_for_step(pair, max(run.losses()) + 2)
     pair.command("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     pair.command("scontrol", "update", "nodename=n2", "state=resume")
     pair.wait_for_requeue(job, 3, run.log)
