@@ -8,17 +8,24 @@ from megatron_ads.data.ads_pairs import DEFAULT_ROWS, builtin_rows
 from megatron_ads.data.esci import esci_file, esci_rows
 from megatron_ads.data.gsm8k import gsm8k_file, gsm8k_rows
 from megatron_ads.data.jsonl import jsonl_rows
+from megatron_ads.data.own_tables import table_rows
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.simulator import simulated_rows
 from megatron_ads.data.user_features import view_chooser
+from megatron_ads.tasks.variants.asked_again import ask_again
 
 
 def read_source(source: SourceConfig, *, seed: int) -> list[ChatRow]:
-    """Return the rows of one source.
+    """Return the rows of one source, asked as its variant.
 
     Raises:
-        DataError: If it cannot be read.
+        DataError: If it cannot be read, or its rows cannot be asked so.
     """
+    rows = _rows_as_they_are(source, seed)
+    return rows if source.variant is None else ask_again(rows, source.variant)
+
+
+def _rows_as_they_are(source: SourceConfig, seed: int) -> list[ChatRow]:
     if source.kind is SourceKind.builtin:
         return builtin_rows(DEFAULT_ROWS if source.rows is None else source.rows, seed=seed)
     if source.kind is SourceKind.simulator:
@@ -35,6 +42,14 @@ def read_source(source: SourceConfig, *, seed: int) -> list[ChatRow]:
             limit=source.rows,
         )
     assert source.path is not None, "checked with the recipe"
+    if source.kind is SourceKind.table:
+        return table_rows(
+            Path(source.path),
+            columns=source.columns,
+            task=source.task,
+            rejected=None if source.rejected is None else Path(source.rejected),
+            limit=source.rows,
+        )
     return jsonl_rows(Path(source.path), limit=source.rows)
 
 
@@ -48,6 +63,11 @@ def _simulated_rows(source: SourceConfig, seed: int) -> list[ChatRow]:
 
 def describe_source(source: SourceConfig) -> str:
     """Return what a report says the data were."""
+    described = _describe_rows(source)
+    return described if source.variant is None else f"{described}, asked as {source.variant}"
+
+
+def _describe_rows(source: SourceConfig) -> str:
     if source.kind is SourceKind.builtin:
         return "built-in query-ad pairs"
     if source.kind is SourceKind.simulator:
@@ -58,4 +78,6 @@ def describe_source(source: SourceConfig) -> str:
         return f"GSM8K questions ({gsm8k_file(source.path)})"
     if source.kind is SourceKind.next_brand:
         return f"office purchases, {source.task or AdsTask.next_advertiser} ({next_brand.next_brand_file(source.path)})"
+    if source.kind is SourceKind.table:
+        return f"own rows, {source.task or 'chat'} ({source.path})"
     return f"chat rows ({source.path})"

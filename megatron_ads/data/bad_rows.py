@@ -1,0 +1,67 @@
+"""Rows of a file that cannot be used: each has a named reason, is counted, and can be written aside with its number."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from megatron_ads.errors import DataError
+
+_SHOWN_CHARACTERS = 200
+
+
+class BadRow(StrEnum):
+    """Why a row of a file cannot be used."""
+
+    unreadable_row = "unreadable_row"
+    """The line is not JSON, or has not as many cells as there are columns."""
+    cell_too_long = "cell_too_long"
+    invalid_utf8 = "invalid_utf8"
+    empty_text = "empty_text"
+    """A field that needs text has none, or the cell is missing."""
+    wrong_type = "wrong_type"
+    """A number where text is needed, or the other way round."""
+    unknown_label = "unknown_label"
+    """The label is none of the task's, or off its scale."""
+    duplicate_id = "duplicate_id"
+    unusable_text = "unusable_text"
+    """The text cannot stand in a row of the task, such as one with a tag of the answer in it."""
+
+
+class BadRowError(DataError):
+    """One row of a file cannot be used."""
+
+    def __init__(self, reason: BadRow, message: str) -> None:
+        """Keep the named reason beside the sentence."""
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(slots=True)
+class RejectedRows:
+    """The rows of one file that cannot be used."""
+
+    file: Path
+    records: list[dict[str, Any]] = field(default_factory=list)
+    counts: Counter[BadRow] = field(default_factory=Counter)
+
+    def add(self, number: int, error: BadRowError, row: object) -> None:
+        """Count a row; of its content no more than a glimpse is kept."""
+        self.counts[error.reason] += 1
+        glimpse = repr(row)
+        if len(glimpse) > _SHOWN_CHARACTERS:
+            glimpse = glimpse[:_SHOWN_CHARACTERS] + "..."
+        self.records.append({"row": number, "reason": str(error.reason), "message": str(error), "content": glimpse})
+
+    def write(self, out: Path) -> None:
+        """Write one JSON object a rejected row; the file is there even if there is none."""
+        from conversion.atomic_file import write_small  # imports torch
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_small(out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records))
+
+    def summary(self) -> str:
+        """Say how many rows were rejected for which reason."""
+        return ", ".join(f"{count} {reason}" for reason, count in sorted(self.counts.items())) or "none"
