@@ -46,16 +46,26 @@ def own_folder() -> Path | None:
     return Path(folder) if restart is None else Path(folder) / f"restart-{int(restart):03d}"
 
 
+def forget_record(rank: int) -> None:
+    """Forget how this rank ended before; torchrun counts only the restarts that it does after a failure of its own."""
+    if (folder := own_folder()) is not None:
+        _file(folder, rank).unlink(missing_ok=True)
+
+
 def write_record(rank: int, status: ExitStatus, message: str = "") -> None:
     """Write down how this rank ends, if a launcher asked for it; the first end counts."""
     folder = own_folder()
-    if folder is None or (file := folder / f"rank-{rank:04d}.json").exists():
+    if folder is None or (file := _file(folder, rank)).exists():
         return
     from conversion.atomic_file import write_small  # imports torch, which the reader does without
 
     file.parent.mkdir(parents=True, exist_ok=True)
     record = RankRecord(rank=rank, host=socket.gethostname(), status=status, message=message, ended=time.time())
     write_small(file, json.dumps(asdict(record)))
+
+
+def _file(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:04d}.json"
 
 
 def last_lines(error: BaseException) -> str:

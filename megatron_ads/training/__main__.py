@@ -12,7 +12,13 @@ from megatron_ads.config import load_recipe
 from megatron_ads.errors import MegatronAdsError
 from megatron_ads.observability.log import get_logger, rank, start_logging
 from megatron_ads.runtime.exit_status import ExitStatus
-from megatron_ads.runtime.rank_record import exit_status, last_lines, refusal_before_restart, write_record
+from megatron_ads.runtime.rank_record import (
+    exit_status,
+    forget_record,
+    last_lines,
+    refusal_before_restart,
+    write_record,
+)
 from megatron_ads.training.signals import StopRequest
 
 logger = get_logger(__name__)
@@ -29,6 +35,7 @@ def main() -> int:
         status, message = ExitStatus.USER_ERROR, f"not started again after the error of rank {refused.rank}"
         write_record(rank(), status, message)
         return exit_status(status)
+    forget_record(rank())
     with StopRequest() as stop:  # before the imports, which take seconds: a signal during them must not be lost
         try:
             status, message = _run(args, stop)

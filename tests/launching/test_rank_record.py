@@ -9,6 +9,7 @@ from megatron_ads.runtime.rank_record import (
     FOLDER_VARIABLE,
     exit_status,
     first_failure,
+    forget_record,
     last_lines,
     read_records,
     refusal_before_restart,
@@ -44,6 +45,9 @@ def test_the_first_end_of_a_rank_counts(tmp_path: Path, monkeypatch: pytest.Monk
     first = first_failure(records)
     assert first is not None and first.rank == 0  # the other one lost a peer
     assert exit_status(ExitStatus.STOPPED) is ExitStatus.STOPPED  # Slurm starts nothing again by itself
+    forget_record(1)  # as a rank does that begins again
+    write_record(1, ExitStatus.DONE)
+    assert {each.rank: each.status for each in read_records(tmp_path / "records")}[1] is ExitStatus.DONE
 
 
 def test_torchrun_is_told_that_all_is_well_when_another_start_is_of_no_use(
