@@ -112,6 +112,18 @@ class AdsTask(StrEnum):
     ad_rewriting = "ad_rewriting"
 
 
+class RowVariant(StrEnum):
+    """Another question over the same rows."""
+
+    yes_no = "yes_no"
+    """Rows of both relevance tasks and of the next advertiser."""
+    choose_one = "choose_one"
+    """One of 20; rows of the next advertiser, as the two below."""
+    list_ranking = "list_ranking"
+    several_forms = "several_forms"
+    """The name and the three above, drawn by the row's id."""
+
+
 class Schedule(StrEnum):
     """Course of the learning rate after the warm-up."""
 
@@ -293,6 +305,9 @@ class SourceConfig:
     task: AdsTask | None = None
     """What rows of ``simulator``, ``next_brand`` and ``table`` ask for. Without it ``next_brand`` asks for the next
     advertiser, and rows of ``table`` have a prompt and a target already."""
+    variant: RowVariant | None = None
+    """Ask the rows another way: ``yes_no``, ``choose_one`` (of 20), ``list_ranking`` (of 20) or ``several_forms``,
+    which mixes these with the plain question; None: as their task has it."""
     history: HistoryConfig = field(default_factory=HistoryConfig)
     """How much of a user's history the prompts show, where they show any."""
     columns: dict[str, str] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_ads.config import SourceConfig
+    from megatron_ads.config import RowVariant, SourceConfig
     from megatron_ads.data.preview import RowPreview
     from megatron_ads.data.rows import ChatRow
     from megatron_ads.data.tokenizer import ChatTokenizer
@@ -22,6 +22,7 @@ green, or between [[ and ]] where there are no colours. Then how long rows are, 
 
     megatron-ads data preview --task ad_user_relevance
     megatron-ads data preview --task next_advertiser --rows 1 --tokenizer DeepSeek-V2-Lite --seq-length 2048
+    megatron-ads data preview --task next_advertiser --variant choose_one
     megatron-ads data preview --source esci --rows 5
     megatron-ads data preview --source rows.jsonl --json
     megatron-ads data preview --recipe sft/quickstart data=esci
@@ -42,6 +43,9 @@ def add_preview(commands: Subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--task", metavar="T", help="rows of this task; needed by the simulator")
+    parser.add_argument(
+        "--variant", metavar="V", help="ask the rows another way: yes_no, choose_one, list_ranking or several_forms"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--source",
@@ -100,6 +104,7 @@ def _read_rows(args: argparse.Namespace) -> "tuple[str, list[ChatRow]]":
     """Return what the rows are, and up to ``--sample`` of them, of ``--task`` if it is given."""
     from megatron_ads.data.sources import describe_source, read_source
     from megatron_ads.errors import DataError
+    from megatron_ads.tasks.variants.asked_again import ask_again
 
     sources, seed = _sources(args)
     rows = [row for source in sources for row in read_source(source, seed=seed)]
@@ -109,6 +114,8 @@ def _read_rows(args: argparse.Namespace) -> "tuple[str, list[ChatRow]]":
         rows = [row for row in rows if row.task == args.task]
         if not rows:
             raise DataError(f"no row of {name} is of task {args.task!r}; they are of {', '.join(tasks)}.")
+    if args.variant is not None:
+        rows, name = ask_again(rows, _variant(args.variant)), f"{name}, asked as {args.variant}"
     return name, rows[: args.sample]
 
 
@@ -132,6 +139,15 @@ def _sources(args: argparse.Namespace) -> "tuple[list[SourceConfig], int]":
             "Other sources take settings: put them into a recipe and preview that with --recipe."
         )
     return [SourceConfig(kind=SourceKind(args.source))], args.seed
+
+
+def _variant(name: str) -> "RowVariant":
+    from megatron_ads.config import RowVariant
+    from megatron_ads.errors import ConfigError
+
+    if name not in set(RowVariant):
+        raise ConfigError(f"--variant is {name}; known: {', '.join(RowVariant)}.")
+    return RowVariant(name)
 
 
 def _tokenizer(folder: Path | None) -> "ChatTokenizer":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.config import DataConfig, SourceConfig, SourceKind
+from megatron_ads.config import DataConfig, RowVariant, SourceConfig, SourceKind
 from megatron_ads.data.corpus import LeftOut, read_corpus, tokenize, tokenize_training
 from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.errors import DataError
@@ -86,6 +86,18 @@ def test_rows_with_an_unknown_or_contradicting_label_are_left_out_and_counted(tm
     sources, left_out = tokenize_training(corpus, tokenizer_in(tmp_path), seq_length=256)
     assert [len(source.rows) for source in sources] == [1]
     assert left_out == {LeftOut.unreadable_target: 1, LeftOut.label_differs: 1}
+
+
+def test_a_source_can_be_asked_another_way_beside_itself():
+    asked = SourceConfig(kind=SourceKind.builtin, rows=300, variant=RowVariant.yes_no)
+    corpus = read_corpus(DataConfig(sources=[BUILTIN, asked], validation_rows=60))
+    assert corpus.names == ["built-in query-ad pairs", "built-in query-ad pairs, asked as yes_no"]
+    assert {row.task for row in corpus.training[1]} == {"yes_no"}
+    assert {row.label for row in corpus.training[1]} == {"Yes", "No"}
+    held_out = {row.group for row in corpus.validation}
+    assert all(held_out.isdisjoint(row.group for row in rows) for rows in corpus.training)
+    ids = [row.id for rows in corpus.training for row in rows]
+    assert len(ids) == len(set(ids))
 
 
 def test_a_source_without_a_usable_row_is_named_with_the_first_reason(tmp_path: Path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.cli import main
-from megatron_ads.config import AdsTask
+from megatron_ads.config import AdsTask, RowVariant
 from megatron_ads.data.demo_tokenizer import write_tokenizer
 
 
@@ -34,6 +34,29 @@ def test_every_task_can_be_previewed(task: AdsTask, capsys: pytest.CaptureFixtur
     assert found["left_out"] == {}
     assert row["tokens_with_loss"] == row["spans"][-1]["tokens"] > 0
     assert [span["loss_weight"] for span in row["spans"]] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("variant", list(RowVariant))
+def test_rows_can_be_asked_another_way(variant: RowVariant, capsys: pytest.CaptureFixture[str]):
+    words = ["data", "preview", "--task", "next_advertiser", "--variant", variant, "--sample", "200", "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["source"] == f"simulated ads business: next_advertiser, asked as {variant}"
+    assert found["left_out"] == {}
+    assert found["rows"] == 200
+    if variant is not RowVariant.several_forms:
+        assert {row["task"] for row in found["shown"]} == {variant}
+
+
+def test_rows_of_one_task_among_others_can_be_asked_another_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    ad = {"role": "user", "content": "Is the ad relevant to the query?\nQuery: hotel\nAd: Hotel"}
+    answer = {"role": "assistant", "content": "<think>So.</think><Label>Good</Label>"}
+    line = json.dumps({"id": "r1", "task": "query_ad_relevance", "messages": [ad, answer]})
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{line}\n{chat_line('r2', '4', 'own')}", encoding="utf-8")
+    words = ["--source", str(file), "--task", "query_ad_relevance", "--variant", "yes_no"]
+    assert main(["data", "preview", *words]) == 0
+    assert "[[<think>So.</think><Answer>Yes</Answer>" in capsys.readouterr().out
 
 
 def test_rows_of_a_file_with_a_tokenizer_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -70,6 +93,8 @@ def test_rows_of_a_recipe_are_those_of_its_sources(capsys: pytest.CaptureFixture
         ),
         (["--source", "table"], "--source is 'table'; it is one of builtin, esci, gsm8k, next_brand, or a .jsonl file"),
         (["--source", "absent.jsonl"], "absent.jsonl is not a file"),
+        (["--task", "user_profile", "--variant", "no"], "--variant is no; known: yes_no, choose_one, list_ranking, "),
+        (["--task", "user_profile", "--variant", "yes_no"], "is of task user_profile, which cannot be asked as yes_no"),
         (["--task", "user_profile", "--rows", "-1"], "--rows is -1; it must be at least 0"),
         (["--task", "user_profile", "--seq-length", "1"], "--seq-length is 1; it must be at least 2"),
         (["--task", "user_profile", "data.seed=1"], "'data.seed=1' has no effect without --recipe"),

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_ads.config import RowVariant
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.errors import DataError
 from megatron_ads.tasks import next_advertiser
@@ -13,7 +14,7 @@ from megatron_ads.tasks.relevance import Label
 from megatron_ads.tasks.row_checks import fault_of
 from megatron_ads.tasks.variants import choose_one, list_ranking, several_forms, yes_no
 from megatron_ads.tasks.variants.advertiser_question import question_about, question_of
-from megatron_ads.tasks.variants.asked_again import Variant, ask_again
+from megatron_ads.tasks.variants.asked_again import ask_again
 from megatron_ads.tasks.variants.candidates import candidates_of
 from tests.tasks.examples import POOL, REQUEST, ad_user_row, query_ad_row
 
@@ -148,8 +149,8 @@ def advertiser_rows() -> list[ChatRow]:
     return [replace(row, weight=0.5) for row in rows]
 
 
-@pytest.mark.parametrize("variant", list(Variant))
-def test_rows_asked_again_keep_record_truth_and_weight(variant: Variant):
+@pytest.mark.parametrize("variant", list(RowVariant))
+def test_rows_asked_again_keep_record_truth_and_weight(variant: RowVariant):
     rows = advertiser_rows()
     asked = ask_again(rows, variant)
     assert asked == ask_again(rows, variant)
@@ -158,30 +159,30 @@ def test_rows_asked_again_keep_record_truth_and_weight(variant: Variant):
         assert "Searched here: beginner 5k training plan" in new.prompt[0].content
         assert "Advertisers:" not in new.prompt[0].content
         assert fault_of(new) is None
-    if variant is not Variant.several_forms:
+    if variant is not RowVariant.several_forms:
         assert {row.task for row in asked} == {variant}
 
 
 def test_relevance_rows_can_be_asked_as_yes_or_no_and_as_nothing_else():
     rows = [query_ad_row(Label.good), ad_user_row(0)]
-    assert [row.label for row in ask_again(rows, Variant.yes_no)] == ["Yes", "No"]
+    assert [row.label for row in ask_again(rows, RowVariant.yes_no)] == ["Yes", "No"]
     with pytest.raises(DataError, match="'a1' is of task query_ad_relevance, which cannot be asked as choose_one"):
-        ask_again(rows, Variant.choose_one)
+        ask_again(rows, RowVariant.choose_one)
 
 
 def test_a_prompt_of_ones_own_cannot_be_asked_again():
     row = query_ad_row(Label.good)
     own = replace(row, messages=(Message(Role.user, "Is it good?\nQuery: x"), row.messages[1]))
     with pytest.raises(DataError, match=r"'a1' begins with 'Is it good\?', which is no instruction of"):
-        ask_again([own], Variant.yes_no)
+        ask_again([own], RowVariant.yes_no)
     bare = replace(row, messages=(Message(Role.user, "Is the ad relevant to the query?"), row.messages[1]))
     with pytest.raises(DataError, match="no instruction of"):
-        ask_again([bare], Variant.yes_no)
+        ask_again([bare], RowVariant.yes_no)
 
 
 def test_too_few_advertisers_to_choose_from_is_an_error():
     with pytest.raises(DataError, match="the pool has 4 others"):
-        ask_again(advertiser_rows()[:5], Variant.choose_one)
+        ask_again(advertiser_rows()[:5], RowVariant.choose_one)
 
 
 def test_a_record_and_its_row_give_the_same_question():

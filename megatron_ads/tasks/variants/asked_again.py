@@ -2,36 +2,23 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from enum import StrEnum
 
+from megatron_ads.config import RowVariant
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
 from megatron_ads.tasks import ad_user_relevance, next_advertiser, relevance
 from megatron_ads.tasks.variants import choose_one, list_ranking, several_forms, yes_no
 from megatron_ads.tasks.variants.advertiser_question import AdvertiserQuestion, question_of
 
-
-class Variant(StrEnum):
-    """Another question over the same rows."""
-
-    yes_no = "yes_no"
-    """Rows of both relevance tasks and of the next advertiser."""
-    choose_one = "choose_one"
-    """One of 20; rows of the next advertiser, as the two below."""
-    list_ranking = "list_ranking"
-    several_forms = "several_forms"
-    """The name and the three above, drawn by the row's id."""
-
-
-_OF_ADVERTISERS: dict[Variant, Callable[[AdvertiserQuestion], ChatRow]] = {
-    Variant.yes_no: yes_no.advertiser_row,
-    Variant.choose_one: choose_one.chat_row,
-    Variant.list_ranking: list_ranking.chat_row,
-    Variant.several_forms: several_forms.chat_row,
+_OF_ADVERTISERS: dict[RowVariant, Callable[[AdvertiserQuestion], ChatRow]] = {
+    RowVariant.yes_no: yes_no.advertiser_row,
+    RowVariant.choose_one: choose_one.chat_row,
+    RowVariant.list_ranking: list_ranking.chat_row,
+    RowVariant.several_forms: several_forms.chat_row,
 }
 
 
-def ask_again(rows: Sequence[ChatRow], variant: Variant) -> list[ChatRow]:
+def ask_again(rows: Sequence[ChatRow], variant: RowVariant) -> list[ChatRow]:
     """Return every row asked as ``variant``; ids get the variant's name, so that both can be in one corpus.
 
     Other candidates are the true advertisers of the other rows.
@@ -48,12 +35,12 @@ def ask_again(rows: Sequence[ChatRow], variant: Variant) -> list[ChatRow]:
     ]
 
 
-def _ask(row: ChatRow, variant: Variant, pool: Sequence[str]) -> ChatRow:
+def _ask(row: ChatRow, variant: RowVariant, pool: Sequence[str]) -> ChatRow:
     row_id = f"{row.id}/{variant}"
     if row.task == next_advertiser.TASK:
         return _OF_ADVERTISERS[variant](question_of(row, row_id, pool))
-    if variant is Variant.yes_no and row.task == relevance.TASK:
+    if variant is RowVariant.yes_no and row.task == relevance.TASK:
         return yes_no.query_ad_row(row, row_id)
-    if variant is Variant.yes_no and row.task == ad_user_relevance.TASK:
+    if variant is RowVariant.yes_no and row.task == ad_user_relevance.TASK:
         return yes_no.ad_user_row(row, row_id)
     raise DataError(f"row {row.id!r} is of task {row.task}, which cannot be asked as {variant}.")
