@@ -22,7 +22,9 @@ def describe_failure(records: Sequence[RankRecord], ranks: Collection[int], logs
     if first is not None and first.status is ExitStatus.PEER_LOST and silent:
         first = None  # the one that was lost comes first
     if first is not None:
-        lines += [f"first failure: rank {first.rank} on {first.host}, {first.status.name}:", *_indented(first.message)]
+        *before, last = first.message.splitlines() or [""]
+        lines += [f"first failure: rank {first.rank} on {first.host}, {first.status.name}: {last}"]
+        lines += _indented("\n".join([*before, last])) if before else []
         lines += [] if logs is None else [f"its log: {_log(logs, first.rank)}"]
     if silent:
         lines.append(f"ended without a word (killed, out of memory, or its machine lost): {_named(silent)}")

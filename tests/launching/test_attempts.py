@@ -82,7 +82,7 @@ def test_the_first_failure_comes_before_its_victims_even_if_they_ended_earlier()
     ]
     lines = describe_failure(records, range(3), Path("/logs"))
     assert lines[:4] == [
-        "first failure: rank 1 on host1, CRASHED:",
+        "first failure: rank 1 on host1, CRASHED: ValueError: a bug",
         "    Traceback",
         "    ValueError: a bug",
         "its log: /logs/rank-0001.log",
