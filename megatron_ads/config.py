@@ -312,6 +312,9 @@ class SourceConfig:
     """How much of a user's history the prompts show, where they show any."""
     columns: dict[str, str] = field(default_factory=dict)
     """``table``: which column holds each field of the task, ``{query: search_term, title: ad_title, label: grade}``."""
+    anchor: str | None = None
+    """``table`` with task next_advertiser: date that histories end at and answers begin with, ``2025-03-01`` (UTC); the
+    file then holds one user event a row."""
     rejected: str | None = None
     """``table``: file that rows which cannot be used are written to, with the reason; None: the first one ends the
     run."""
@@ -344,6 +347,12 @@ class SourceConfig:
     def _check_effects(self, section: str) -> None:
         """Refuse settings that this kind of source does not read."""
         is_table, shows_users = self.kind is SourceKind.table, self.kind is SourceKind.next_brand
+        is_event_log = is_table and self.task is AdsTask.next_advertiser
+        _require(
+            is_event_log == (self.anchor is not None),
+            f"{section}.anchor is {self.anchor}; kind table with task next_advertiser needs one, others have no use "
+            "for it.",
+        )
         if self.kind is SourceKind.simulator:
             _require(
                 self.task is not None, f"{section}.task is missing; kind simulator needs one of {', '.join(AdsTask)}."
@@ -355,7 +364,7 @@ class SourceConfig:
                 f"{section}.task is {self.task}, which has no effect with kind {self.kind}. Remove it.",
             )
         _require(
-            shows_users or self.history == HistoryConfig(),
+            shows_users or is_event_log or self.history == HistoryConfig(),
             f"{section}.history has no effect: these rows show no user's history. Remove it.",
         )
         _require(is_table or not self.columns, f"{section}.columns has no effect with kind {self.kind}. Remove it.")

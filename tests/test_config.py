@@ -292,6 +292,11 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_one() -> None:
             r"data\.sources\[0\]\.history\.window_days\.clicks is 0",
         ),
         (["data.sources=[{kind: table, path: a.csv}]"], r"data\.sources\[0\]\.columns is missing"),
+        (
+            ["data.sources=[{kind: table, path: a.csv, task: next_advertiser, columns: {user: u}}]"],
+            r"data\.sources\[0\]\.anchor is None; kind table with task next_advertiser needs one",
+        ),
+        (["data.sources=[{kind: esci, anchor: 2025-03-01}]"], r"data\.sources\[0\]\.anchor is 2025-03-01; .* no use"),
         (["data.sources=[{kind: esci, columns: {a: b}}]"], r"data\.sources\[0\]\.columns has no effect"),
         (["data.sources=[{kind: esci, rejected: a}]"], r"data\.sources\[0\]\.rejected is 'a', .* no effect"),
         (["data.sources=[{kind: builtin}, {kind: esci, weight: 0}]"], r"data\.sources\[1\]\.weight is 0\.0; .*above 0"),

@@ -5,7 +5,7 @@ reason and its number; it ends the reading, or is counted and written aside wher
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,11 +32,6 @@ class Form:
     optional: tuple[str, ...]
     make: Callable[[str, Cells], ChatRow]
     """From a row's id and its fields."""
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """All fields that a column may hold."""
-        return (*self.required, *self.optional)
 
 
 def table_rows(
@@ -73,22 +68,31 @@ def table_rows(
             row = _make_row(form, {name: cells[column] for name, column in columns.items()}, f"{file.name}-{number}")
             _require_new(row.id, number, first_seen)
         except BadRowError as error:
-            if rejected is None:
-                raise DataError(f"{file}, row {number}: {error.reason}: {error} {_REMEDY}") from None
-            bad.add(number, error, None if isinstance(cells, BadRowError) else dict(cells))
+            stop_or_reject(bad, number, error, cells, stop=rejected is None)
             continue
         rows.append(row)
     if rejected is not None:
-        _write_aside(bad, rejected, used=len(rows))
+        write_aside(bad, rejected, used=len(rows))
     if not rows:
         raise DataError(f"{file} holds no usable row; not used: {bad.summary()}.")
     return rows
 
 
-_REMEDY = "Correct it, or name a file with the source's setting rejected to have such rows written there."
+def stop_or_reject(bad: RejectedRows, number: int, error: BadRowError, cells: object, *, stop: bool) -> None:
+    """Count a row that cannot be used, or end the reading.
+
+    Raises:
+        DataError: If ``stop`` says so.
+    """
+    if stop:
+        raise DataError(
+            f"{bad.file}, row {number}: {error.reason}: {error} Correct it, or name a file with the source's setting "
+            "rejected to have such rows written there."
+        ) from None
+    bad.add(number, error, None if isinstance(cells, BadRowError) else cells)
 
 
-def _write_aside(bad: RejectedRows, out: Path, *, used: int) -> None:
+def write_aside(bad: RejectedRows, out: Path, *, used: int) -> None:
     """Write the rejected rows once, not on every rank."""
     if rank() == 0:
         bad.write(out)
@@ -101,15 +105,25 @@ def _form(task: AdsTask | None, columns: Mapping[str, str]) -> Form:
         known = ", ".join(str(name) for name in FORMS if name is not None)
         raise ConfigError(f"a table cannot be read as rows of {task}; known: {known}, or none for prompt and target.")
     form = FORMS[task]
+    check_columns(columns, required=form.required, optional=form.optional)
+    return form
+
+
+def check_columns(columns: Mapping[str, str], *, required: Sequence[str], optional: Sequence[str]) -> None:
+    """Refuse a mapping that names an unknown field, or leaves a required one out.
+
+    Raises:
+        ConfigError: Naming the field.
+    """
+    known = [*required, *optional]
     for name in columns:
-        if name not in form.fields:
-            near = difflib.get_close_matches(name, form.fields, n=1)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"columns names the field {name!r}; known: {', '.join(form.fields)}.{hint}")
-    missing = [name for name in form.required if name not in columns]
+            raise ConfigError(f"columns names the field {name!r}; known: {', '.join(known)}.{hint}")
+    missing = [name for name in required if name not in columns]
     if missing:
         raise ConfigError(f"columns does not say which column holds {', '.join(missing)}. Add it: {missing[0]}: NAME.")
-    return form
 
 
 def _make_row(form: Form, cells: Cells, default_id: str) -> ChatRow:

@@ -6,6 +6,7 @@ from megatron_ads.config import AdsTask, SourceConfig, SourceKind
 from megatron_ads.data import next_brand
 from megatron_ads.data.ads_pairs import DEFAULT_ROWS, builtin_rows
 from megatron_ads.data.esci import esci_file, esci_rows
+from megatron_ads.data.event_tables import event_rows, read_anchor
 from megatron_ads.data.gsm8k import gsm8k_file, gsm8k_rows
 from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.own_tables import table_rows
@@ -42,6 +43,15 @@ def _rows_as_they_are(source: SourceConfig, seed: int) -> list[ChatRow]:
             limit=source.rows,
         )
     assert source.path is not None, "checked with the recipe"
+    if source.kind is SourceKind.table and source.anchor is not None:
+        return event_rows(
+            Path(source.path),
+            columns=source.columns,
+            anchor=read_anchor(source.anchor),
+            view_of=view_chooser(source.history),
+            rejected=None if source.rejected is None else Path(source.rejected),
+            limit=source.rows,
+        )
     if source.kind is SourceKind.table:
         return table_rows(
             Path(source.path),

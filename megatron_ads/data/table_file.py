@@ -6,6 +6,7 @@ has a head line; row numbers count the rows below it, in JSONL the lines.
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ MAX_ROW_BYTES = 64 << 20
 _BATCH_ROWS = 1000
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
-Cell = str | int | float | bool | None
+Cell = str | int | float | bool | datetime | None
 ReadRow = Mapping[str, Cell] | BadRowError
 """The cells asked for, by column; or why the row cannot be read."""
 

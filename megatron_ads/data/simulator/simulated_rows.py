@@ -24,7 +24,7 @@ from megatron_ads.tasks.user_history import HistoryView
 
 DEFAULT_ROWS = 4000
 DEFAULT_VIEW = HistoryView(most_entries=3)
-"""Shorter than the paper's, so that most rows fit 256 tokens of the demo tokenizer."""
+"""Shorter than the paper's, so that rows fit 512 tokens of the demo tokenizer."""
 DEFAULT_VIEWS = view_chooser(HistoryConfig(), DEFAULT_VIEW)
 
 _WITHOUT_USERS: dict[AdsTask, Callable[[World], Iterator[Example]]] = {

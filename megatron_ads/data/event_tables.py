@@ -1,0 +1,172 @@
+"""A team's own logs of user events as rows about users: one line an event, columns of any names.
+
+A recipe's anchor divides time: events before it are the history that a prompt shows, and the first conversion from it
+on, within ``LABEL_DAYS``, is the next advertiser. All events of the file are held in memory.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from megatron_ads.data.bad_rows import BadRow, BadRowError, RejectedRows
+from megatron_ads.data.own_tables import check_columns, optional_text, stop_or_reject, text_of, write_aside
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.table_file import Cell, read_table
+from megatron_ads.data.user_features import SECONDS_PER_DAY, LoggedEvent, ViewChooser, compile_history
+from megatron_ads.errors import ConfigError, DataError
+from megatron_ads.observability.log import get_logger
+from megatron_ads.tasks import next_advertiser
+from megatron_ads.tasks.user_history import CONVERSIONS, Demographics, EventKind
+
+logger = get_logger(__name__)
+
+LABEL_DAYS = 30
+REQUIRED = ("user", "time", "event")
+OPTIONAL = ("text", "advertiser", "category", "brand", "semantic_id", "age", "gender", "state")
+
+
+@dataclass(slots=True)
+class _User:
+    """What the log tells of one user."""
+
+    events: list[LoggedEvent] = field(default_factory=list)
+    demographics: Demographics = field(default_factory=Demographics)
+
+
+def read_anchor(text: str) -> float:
+    """Return the time of a recipe's anchor, ``2025-03-01`` or ``2025-03-01T12:00``, in seconds since 1970.
+
+    Raises:
+        ConfigError: If it is no date.
+    """
+    try:
+        return _seconds(datetime.fromisoformat(text))
+    except ValueError:
+        raise ConfigError(f"anchor is {text!r}; it must be a date such as 2025-03-01 (UTC).") from None
+
+
+def event_rows(
+    file: Path,
+    *,
+    columns: Mapping[str, str],
+    anchor: float,
+    view_of: ViewChooser,
+    rejected: Path | None = None,
+    limit: int | None = None,
+) -> list[ChatRow]:
+    """Return a next-advertiser row for every user with a history and a conversion after it, in the order of the log.
+
+    Users without either give no row; how many there are is logged.
+
+    Args:
+        file: A JSONL, Parquet, CSV or TSV file, its lines in any order.
+        columns: Field -> the column that holds it.
+        anchor: Where histories end, in seconds since 1970.
+        view_of: How much of a history a prompt shows.
+        rejected: Where to write lines that cannot be used; None: the first one is an error.
+        limit: None is all.
+
+    Raises:
+        ConfigError: If a field is unknown or missing.
+        DataError: If the file cannot be read or gives no row; with the row number, for the first bad line.
+    """
+    check_columns(columns, required=REQUIRED, optional=OPTIONAL)
+    bad = RejectedRows(file)
+    users = _read_users(file, columns, bad, stop=rejected is None)
+    if rejected is not None:
+        write_aside(bad, rejected, used=sum(len(user.events) for user in users.values()))
+    without: Counter[str] = Counter()
+    rows = list(_rows(users, anchor, view_of, without))[:limit]
+    if without:
+        reasons = ", ".join(f"{count} {why}" for why, count in sorted(without.items()))
+        logger.warning("%s: users that give no row: %s", file, reasons)
+    if not rows:
+        raise DataError(
+            f"{file}: none of the {len(users)} users has events before the anchor {_shown(anchor)} and a conversion "
+            f"with an advertiser in the {LABEL_DAYS} days from it. Choose another anchor."
+        )
+    return rows
+
+
+def _read_users(file: Path, columns: Mapping[str, str], bad: RejectedRows, *, stop: bool) -> dict[str, _User]:
+    users: dict[str, _User] = defaultdict(_User)
+    for number, cells in read_table(file, list(dict.fromkeys(columns.values()))):
+        try:
+            if isinstance(cells, BadRowError):
+                raise cells
+            named = {name: cells[column] for name, column in columns.items()}
+            name, event = text_of(named, "user"), _read_event(named)
+        except BadRowError as error:
+            stop_or_reject(bad, number, error, cells, stop=stop)
+            continue
+        users[name].events.append(event)
+        given = {part: optional_text(named, part) for part in ("age", "gender", "state")}
+        users[name].demographics = replace(
+            users[name].demographics, **{part: value for part, value in given.items() if value}
+        )
+    return users
+
+
+def _read_event(cells: Mapping[str, Cell]) -> LoggedEvent:
+    given = text_of(cells, "event")
+    if given not in set(EventKind):
+        raise BadRowError(BadRow.unknown_label, f"event is {given!r:.80}; known: {', '.join(EventKind)}.")
+    kind, advertiser = EventKind(given), optional_text(cells, "advertiser")
+    # A conversion may be told by its advertiser alone.
+    text = optional_text(cells, "text") or (advertiser if kind in CONVERSIONS else text_of(cells, "text"))
+    return LoggedEvent(
+        time=_time(cells["time"]),
+        kind=kind,
+        text=text or text_of(cells, "text"),
+        advertiser=advertiser,
+        category=optional_text(cells, "category"),
+        brand=optional_text(cells, "brand"),
+        semantic_id=optional_text(cells, "semantic_id"),
+    )
+
+
+def _time(cell: Cell) -> float:
+    """Return seconds since 1970 of a number of them, a date as text, or a timestamp; without a zone it is UTC."""
+    if isinstance(cell, datetime):
+        return _seconds(cell)
+    text = text_of({"time": cell}, "time")
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        return _seconds(datetime.fromisoformat(text))
+    except ValueError:
+        message = f"time is {text!r:.80}; it must be seconds since 1970 or a date such as 2025-03-01T12:00."
+        raise BadRowError(BadRow.wrong_type, message) from None
+
+
+def _seconds(moment: datetime) -> float:
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _shown(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
+def _rows(users: Mapping[str, _User], anchor: float, view_of: ViewChooser, without: Counter[str]) -> Iterator[ChatRow]:
+    for name, user in users.items():
+        history = compile_history(name, user.events, anchor=anchor, demographics=user.demographics)
+        bought = [
+            event
+            for event in user.events
+            if event.kind in CONVERSIONS
+            and event.advertiser
+            and anchor <= event.time < anchor + LABEL_DAYS * SECONDS_PER_DAY
+        ]
+        if not history.events:
+            without["without history"] += 1
+        elif not bought:
+            without["without a later conversion"] += 1
+        else:
+            first = min(bought, key=lambda event: event.time)
+            request = next_advertiser.Request(history)
+            row = next_advertiser.chat_row(f"next-{name}", request, first.advertiser, view=view_of(history))
+            yield replace(row, time=first.time)
