@@ -67,6 +67,10 @@ class RunLog:
         """Say that a training step begins: from here to its end, this rank is expected to get on."""
         self._activity.enter_step(step)
 
+    def moved(self) -> None:
+        """Say that this rank gets on; a step of a single rank may be long and have no communication."""
+        self._activity.moved()
+
     def step(self, step: int, report: StepReport, learning_rate: float, of_samples: dict[str, float]) -> None:
         """Record one training step; a collective on the steps that are logged."""
         seconds, self._started = time.monotonic() - self._started, time.monotonic()

@@ -112,6 +112,7 @@ def train(
             model.optimizer,
             learning_rate=learning_rate,
             stop_requested=stop.received is not None,
+            before_microbatch=log.moved,
         )
         position.step += 1
         log.step(position.step, report, learning_rate, training.observe(report.sample_losses))

@@ -47,15 +47,17 @@ def run_step(
     *,
     learning_rate: float,
     stop_requested: bool = False,
+    before_microbatch: Callable[[], None] = lambda: None,
 ) -> StepReport:
     """Accumulate the gradients of this rank's ``batches``, then update the weights once.
 
     The loss of the global batch is divided by its global count of target tokens (or samples), so the result does not
-    depend on how the batch is cut into microbatches or spread over replicas.
+    depend on how the batch is cut into microbatches or spread over replicas. ``before_microbatch`` is called before
+    each forward pass.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    reports = _run_microbatches(batches, chunks, forward_only=False)
+    reports = _run_microbatches(batches, chunks, forward_only=False, before_each=before_microbatch)
     update = optimizer.step(learning_rate)
     return _global_report(reports, batches, stop_requested=stop_requested, update=update)
 
@@ -65,15 +67,17 @@ def run_evaluation(batches: Sequence[PackedBatch], chunks: Sequence[Any]) -> Ste
     """Compute the loss of ``batches`` over the whole job; nothing is updated."""
     for chunk in chunks:
         chunk.eval()
-    reports = _run_microbatches(batches, chunks, forward_only=True)
+    reports = _run_microbatches(batches, chunks, forward_only=True, before_each=lambda: None)
     for chunk in chunks:
         chunk.train()
     return _global_report(reports, batches, stop_requested=False, update=None)
 
 
-def _run_microbatches(batches: Sequence[PackedBatch], chunks: Sequence[Any], *, forward_only: bool) -> list[LossReport]:
+def _run_microbatches(
+    batches: Sequence[PackedBatch], chunks: Sequence[Any], *, forward_only: bool, before_each: Callable[[], None]
+) -> list[LossReport]:
     """Run the pipeline schedule; only the last stage returns reports."""
-    iterators = [iter(batches) for _ in chunks]  # each virtual chunk reads every microbatch once
+    iterators = [_announced(batches, before_each) for _ in chunks]  # each virtual chunk reads every microbatch once
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
@@ -83,6 +87,12 @@ def _run_microbatches(batches: Sequence[PackedBatch], chunks: Sequence[Any], *, 
         seq_length=batches[0].tokens_BS.numel(),
         forward_only=forward_only,
     )
+
+
+def _announced(batches: Sequence[PackedBatch], before_each: Callable[[], None]) -> Iterator[PackedBatch]:
+    for batch in batches:
+        before_each()
+        yield batch
 
 
 def forward_step(batches: Iterator[PackedBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:

@@ -196,21 +196,31 @@ def test_messages_that_go_around_are_left_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def _pause_on_all_ranks(folder: str, in_a_step: bool) -> str:
+def _stand_still_in_a_step(folder: str) -> str:
     def work(activity: Activity) -> None:
         activity.enter_step(3)
-        if not in_a_step:
-            activity.leave_step(3)
-        time.sleep(1.2 * TIMEOUT)
+        time.sleep(LONG)
 
     return _watched(folder, ParallelLayout(world=2), work)
 
 
 def test_ranks_that_all_stand_still_in_a_step_are_named(tmp_path: Path) -> None:
-    _hang(2, _pause_on_all_ranks, str(tmp_path), True)
+    _hang(2, _stand_still_in_a_step, str(tmp_path))
     assert _report(tmp_path)["culprits"] == [0, 1]
 
 
-def test_between_steps_ranks_may_take_their_time(tmp_path: Path) -> None:
-    assert run_ranks(2, _pause_on_all_ranks, str(tmp_path), False) == ["done"] * 2
+def _get_on_without_communication(folder: str) -> str:
+    def work(activity: Activity) -> None:
+        activity.enter_step(3)
+        for _ in range(3):
+            activity.moved()
+            time.sleep(BRIEF)
+        activity.leave_step(3)
+        time.sleep(0.9 * TIMEOUT)
+
+    return _watched(folder, ParallelLayout(world=2), work)
+
+
+def test_a_step_that_gets_on_and_the_time_between_steps_may_be_long(tmp_path: Path) -> None:
+    assert run_ranks(2, _get_on_without_communication, str(tmp_path)) == ["done"] * 2
     assert list(tmp_path.iterdir()) == []

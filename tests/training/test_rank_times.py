@@ -1,8 +1,9 @@
-"""Real ranks, one of which is slow: its own work is what tells it from those that wait for it."""
+"""What ranks tell of their steps: their own work, which tells a slow one from those that wait for it, and progress."""
 
 import contextlib
 import io
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from megatron_ads.observability.log import start_logging
 from megatron_ads.runtime.activity import Activity
 from megatron_ads.training.rank_times import RankTimes
 from tests.distributed import run_ranks
+from tests.models.checkpoints import V3, write_checkpoint
+from tests.training.jobs import Recipe, batches, start
 
 STEPS = 4
 EACH = 0.06
@@ -53,3 +56,18 @@ def test_even_ranks_cause_no_word() -> None:
     for metrics, said in run_ranks(4, _steps, 0.0):
         assert said == ""
         assert len(metrics) == STEPS
+
+
+def _count_microbatches(recipe: Recipe) -> tuple[int, int]:
+    from megatron_ads.training.step import run_step
+
+    model, shards, _ = start(recipe)
+    rows, seen = batches(shards.shape.vocab_size, 0, shards.layout), []
+    run_step(rows, model.chunks, model.optimizer, learning_rate=1e-3, before_microbatch=lambda: seen.append(1))
+    return len(rows), len(seen)
+
+
+def test_a_step_tells_of_each_of_its_microbatches(tmp_path: Path) -> None:
+    recipe = Recipe(folder=write_checkpoint(tmp_path / "v3", V3))
+    [(rows, seen)] = run_ranks(1, _count_microbatches, recipe)
+    assert rows == seen == 4
