@@ -41,8 +41,8 @@ def surroundings(
     recipe: str, overrides: list[str], ranks: int | None, ranks_here: int | None
 ) -> tuple[list[str], list[str]]:
     """Return a line for everything that is as it should be, and one for every problem, of the job and of this node."""
-    from megatron_ads.launching.job_check import check_job
-    from megatron_ads.launching.node_check import folder_problems, gpu_problems, python_problems, wants_gpu
+    from megatron_ads.launching.job_check import check_job, needs_gpu
+    from megatron_ads.launching.node_check import folder_problems, gpu_problems, python_problems
     from megatron_ads.launching.torchrun import rendezvous_problems
 
     found = check_job(recipe, overrides, ranks)
@@ -55,7 +55,7 @@ def surroundings(
     else:
         for folder in dict.fromkeys((config.checkpoint.dir, config.log.dir)):
             here += folder_problems(Path(folder))
-        gpus = wants_gpu(os.environ)
+        gpus = needs_gpu(config, os.environ)
         local = ranks_here or ranks or config.layout.fewest_ranks()
         here += gpu_problems(local, os.environ) if gpus else []
         passed.append(f"gpu: {'driver and GPUs are looked at' if gpus else 'none wanted; the ranks run on the CPU'}")

@@ -6,14 +6,15 @@ Everything is looked at, so that one look finds every problem.
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config import Precision, SftConfig, load_recipe, validate
+from megatron_ads.config import LayerSpecChoice, Precision, SftConfig, load_recipe, validate
 from megatron_ads.errors import CheckpointError, ConfigError, DataError, MegatronAdsError
+from megatron_ads.launching.node_check import wants_gpu
 from megatron_ads.planning.hardware import CARDS
 from megatron_ads.planning.job import job_of
 from megatron_ads.planning.plan import make_plan
@@ -59,6 +60,11 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
         except MegatronAdsError as error:
             problems.append(one_line(error))
     return JobCheck(passed=tuple(passed), problems=tuple(dict.fromkeys(problems)))
+
+
+def needs_gpu(config: SftConfig, environment: Mapping[str, str]) -> bool:
+    """Whether ranks will use GPUs: there are some for them, or the recipe asks for layers that run nowhere else."""
+    return config.model.layer_spec is LayerSpecChoice.te or wants_gpu(environment)
 
 
 def one_line(error: BaseException) -> str:

@@ -28,8 +28,7 @@ from megatron_ads.launching.attempts import (
     judge,
 )
 from megatron_ads.launching.failures import describe_failure
-from megatron_ads.launching.job_check import check_job, one_line
-from megatron_ads.launching.node_check import wants_gpu
+from megatron_ads.launching.job_check import check_job, needs_gpu, one_line
 from megatron_ads.launching.slurm_steps import NodesCheck, check_nodes, meeting_place, rehearse, say
 from megatron_ads.launching.sweep import sweep_overrides
 from megatron_ads.runtime.exit_status import ExitStatus
@@ -141,7 +140,7 @@ class Attempt:
             f"--local-ranks={size.ranks_per_node}",
             *(f"--folder={folder}" for folder in folders),
             f"--expect={self.folder / ATTEMPT}",
-            *(["--gpus"] if wants_gpu(os.environ) else []),
+            *(["--gpus"] if needs_gpu(config, os.environ) else []),
         ]
         return check_nodes(size, arguments)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.launching.job_check import check_job
+from megatron_ads.config import load_recipe
+from megatron_ads.launching.job_check import check_job, needs_gpu
 from megatron_ads.launching.node_check import folder_problems, gpu_problems, python_problems, wants_gpu
 from megatron_ads.training.checkpoint_folder import FORMAT
 from tests.training.real_job import write_small_model
@@ -95,6 +96,12 @@ def test_an_old_python_is_a_problem() -> None:
 )
 def test_gpus_are_wanted_where_slurm_gave_some(environment: dict[str, str], wanted: bool) -> None:
     assert wants_gpu(environment) is wanted
+
+
+def test_transformer_engine_layers_want_gpus_anywhere(words: list[str]) -> None:
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    assert not needs_gpu(load_recipe("sft/quickstart", words), hidden)
+    assert needs_gpu(load_recipe("sft/quickstart", [*words, "model.layer_spec=te"]), hidden)
 
 
 def test_fewer_gpus_than_ranks_are_a_problem(smi: Path) -> None:
