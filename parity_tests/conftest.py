@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # FP32 means FP32 on a GPU too, here and in the ranks
 
 from collections.abc import Callable
 from functools import cache

@@ -7,14 +7,18 @@ import json
 import os
 from pathlib import Path
 
+from parity_tests.machines import CPU_FP32, Machine
 from parity_tests.tolerances import Tolerance
 
 
-def record(rung: int, what: str, value: float | int | str, tolerance: Tolerance | None = None) -> None:
-    """Note one measured value beside the limit it must stay below; None: it must be exact."""
+def record(
+    rung: int, what: str, value: float | int | str, tolerance: Tolerance | None = None, machine: Machine = CPU_FP32
+) -> None:
+    """Note one value measured on ``machine`` beside the limit it must stay below; None: it must be exact."""
     limit = None if tolerance is None else tolerance.value
     shown = f"{value:.2e}" if isinstance(value, float) else str(value)
-    print(f"rung {rung}: {what}: {shown}" + (f" (limit {limit:g})" if limit is not None else ""))
+    print(f"rung {rung}, {machine}: {what}: {shown}" + (f" (limit {limit:g})" if limit is not None else ""))
     if file := os.environ.get("PARITY_FIGURES"):
         with Path(file).open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"rung": rung, "what": what, "value": value, "limit": limit}) + "\n")
+            figure = {"rung": rung, "machine": str(machine), "what": what, "value": value, "limit": limit}
+            lines.write(json.dumps(figure) + "\n")

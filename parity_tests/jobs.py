@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ads.runtime.device import device
 from parity_tests.code_errors import CODE_ERRORS
-from parity_tests.reference import Pass, Routing
-from tests.models.jobs import ROW_TOKENS, Job, PassResult, build, packed, rows, train_pass
+from parity_tests.passes import Pass, Routing
+from tests.models.jobs import ROW_TOKENS, Job, PassResult, build, on_device, packed, rows, train_pass
 
 __all__ = ["ROW_TOKENS", "Job", "PassResult", "rows"]
 
@@ -28,24 +29,34 @@ def with_error(error: str, function: Callable[..., Any], *args: Any) -> Any:
 
 def forward(job: Job, tokens_BS: Tensor, prepare: Callable[[Any], None] | None = None) -> Pass:
     """Run one evaluation pass on one rank and keep what every layer and every router gave."""
-    from megatron_ads.models.precision import wrap_precision
-
-    chunks, _, _ = build(job)
-    model = chunks[0]
+    model, wrapped = _build_one(job)
     if prepare is not None:
         prepare(model)
-    (wrapped,) = wrap_precision(chunks)
     wrapped.eval()
     layers: list[Tensor] = []
     routing: list[Routing] = []
     for layer in model.decoder.layers:
-        layer.register_forward_hook(lambda _m, _i, output: layers.append(output[0].transpose(0, 1).float()))
+        layer.register_forward_hook(lambda _m, _i, output: layers.append(output[0].transpose(0, 1).float().cpu()))
         if hasattr(layer.mlp, "router"):
             layer.mlp.router.register_forward_hook(lambda _m, _i, output: routing.append(_routing(output, tokens_BS)))
-    positions_BS = torch.arange(tokens_BS.size(1)).expand(tokens_BS.shape)
     with torch.no_grad():
-        logits = wrapped(tokens_BS, positions_BS, None)
-    return Pass(logits.float(), layers, routing)
+        logits = wrapped(*_inputs(tokens_BS), None)
+    return Pass(logits.float().cpu(), layers, routing)
+
+
+def _build_one(job: Job) -> tuple[Any, Any]:
+    """Return the whole model on this rank's device, bare, and in the wrapper of its precision."""
+    from megatron_ads.models.precision import wrap_precision
+
+    chunks, _, _ = build(job)
+    (wrapped,) = wrap_precision(chunks)
+    return chunks[0], wrapped
+
+
+def _inputs(tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Return tokens and positions on this rank's device."""
+    positions_BS = torch.arange(tokens_BS.size(1)).expand(tokens_BS.shape)
+    return tokens_BS.to(device()), positions_BS.to(device())
 
 
 def _routing(output: tuple[Tensor, Tensor], tokens_BS: Tensor) -> Routing:
@@ -53,32 +64,32 @@ def _routing(output: tuple[Tensor, Tensor], tokens_BS: Tensor) -> Routing:
     rows_, length = tokens_BS.shape
     weights_TE, map_TE = (x.unflatten(0, (length, rows_)).transpose(0, 1).flatten(0, 1) for x in output)
     chosen = map_TE.nonzero()[:, 1].view(map_TE.size(0), -1)
-    return Routing(chosen, weights_TE.float())
+    return Routing(chosen.cpu(), weights_TE.float().cpu())
 
 
 def greedy_tokens(job: Job, prompt_BS: Tensor, count: int) -> list[int]:
     """Return the ``count`` most probable tokens behind the one prompt, each from a pass over everything before it."""
-    (model,), _, _ = build(job)
+    _, model = _build_one(job)
     model.eval()
     tokens_BS = prompt_BS
     with torch.no_grad():
         for _ in range(count):
-            positions_BS = torch.arange(tokens_BS.size(1))[None]
-            best = model(tokens_BS, positions_BS, None)[:, -1].argmax(-1, keepdim=True)
-            tokens_BS = torch.cat([tokens_BS, best], dim=1)
+            best = model(*_inputs(tokens_BS), None)[:, -1].argmax(-1, keepdim=True)
+            tokens_BS = torch.cat([tokens_BS, best.cpu()], dim=1)
     return tokens_BS[0, prompt_BS.size(1) :].tolist()
 
 
 def mtp_logits(job: Job, tokens_BS: Tensor) -> Tensor:
     """Return the logits of the first MTP layer, (B, S, vocabulary)."""
-    (model,), _, _ = build(job)
+    model, wrapped = _build_one(job)
     kept: list[Tensor] = []
     model.mtp.layers[0].register_forward_hook(lambda _m, _i, output: kept.append(output[0]))
-    positions_BS = torch.arange(tokens_BS.size(1)).expand(tokens_BS.shape)
+    tokens_BS, positions_BS = _inputs(tokens_BS)
     with torch.no_grad():
-        model.train()(tokens_BS, positions_BS, None, labels=tokens_BS, loss_mask=torch.ones(tokens_BS.shape))
+        mask_BS = torch.ones(tokens_BS.shape, device=tokens_BS.device)
+        wrapped.train()(tokens_BS, positions_BS, None, labels=tokens_BS, loss_mask=mask_BS)
         logits_SBV, _ = model.output_layer(kept[0])
-    return logits_SBV.transpose(0, 1).contiguous()
+    return logits_SBV.transpose(0, 1).float().cpu()
 
 
 def pipeline_logits(job: Job) -> list[Tensor]:
@@ -87,12 +98,15 @@ def pipeline_logits(job: Job) -> list[Tensor]:
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    from megatron_ads.models.precision import wrap_precision
+
+    chunks = wrap_precision(chunks)
     for chunk in chunks:
         chunk.eval()
     mine = rows(shape.vocab_size)[parallel_state.get_data_parallel_rank() :: job.layout.dp]
 
     def step(data: Any, model: Any) -> tuple[Tensor, Any]:
-        row = next(data)
+        row = on_device(next(data))
         return model(row["tokens"], row["positions"], None, packed_seq_params=packed(row)), partial(_keep)
 
     with torch.no_grad():
@@ -105,11 +119,11 @@ def pipeline_logits(job: Job) -> list[Tensor]:
             micro_batch_size=1,
             forward_only=True,
         )
-    return [one["logits"] for one in kept]
+    return [one["logits"].float().cpu() for one in kept]
 
 
 def _keep(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    return output.new_zeros(()), torch.ones((), dtype=torch.int), {"logits": output}
+    return output.new_zeros(()), output.new_ones((), dtype=torch.int), {"logits": output}
 
 
 def gradients(job: Job) -> PassResult:

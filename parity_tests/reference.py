@@ -6,7 +6,6 @@ Shape suffixes: B = rows, S = tokens of a row, C = hidden width, T = B * S, K = 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,51 +18,31 @@ from transformers import logging as transformers_logging
 
 from conversion.names import parameters
 from megatron_ads.architecture import read_model_shape
+from parity_tests.machines import CPU_FP32, Machine
+from parity_tests.passes import Pass, Routing
 
 _CLASSES = {"deepseek_v2": DeepseekV2ForCausalLM, "deepseek_v3": DeepseekV3ForCausalLM}
 
 
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """What one router did with every token."""
-
-    experts_TK: Tensor
-    """Sorted by number."""
-    weights_TE: Tensor
-    """Zero where an expert was not chosen."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """One forward pass."""
-
-    logits: Tensor
-    """(B, S, vocabulary)."""
-    layers: list[Tensor]
-    """Output of each decoder layer, (B, S, C)."""
-    routing: list[Routing]
-    """Of each MoE layer."""
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def load(folder: Path, machine: Machine = CPU_FP32) -> Any:
     """Load the checkpoint with transformers, eager attention, and refuse weights that it would make up."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     model, report = _CLASSES[kind].from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        folder, dtype=machine.dtype, attn_implementation="eager", output_loading_info=True
     )
     assert not report["missing_keys"], report["missing_keys"]
-    return model.eval()
+    return model.eval().to(machine.device)
 
 
 @torch.no_grad()
-def forward(folder: Path, tokens_BS: Tensor, dtype: torch.dtype = torch.float32) -> Pass:
+def forward(folder: Path, tokens_BS: Tensor, machine: Machine = CPU_FP32) -> Pass:
     """Run one pass and keep what every layer and every router gave."""
-    model = load(folder, dtype)
+    model = load(folder, machine)
     with _recorded(model) as (layers, routing):
-        logits = model(tokens_BS).logits
-    return Pass(logits.float(), layers, routing)
+        logits = model(tokens_BS.to(machine.device)).logits
+    return Pass(logits.float().cpu(), layers, routing)
 
 
 @contextmanager
@@ -72,7 +51,7 @@ def _recorded(model: Any) -> Iterator[tuple[list[Tensor], list[Routing]]]:
     routing: list[Routing] = []
     hooks = []
     for layer in model.model.layers:
-        hooks.append(layer.register_forward_hook(lambda _m, _i, output: layers.append(output.float())))
+        hooks.append(layer.register_forward_hook(lambda _m, _i, output: layers.append(output.float().cpu())))
         if hasattr(layer.mlp, "gate"):
             hooks.append(
                 layer.mlp.gate.register_forward_hook(lambda m, _i, output: routing.append(_routing(m, output)))
@@ -84,27 +63,34 @@ def _recorded(model: Any) -> Iterator[tuple[list[Tensor], list[Routing]]]:
 
 def _routing(router: Any, output: Any) -> Routing:
     logits_TE, weights_TK, experts_TK = output
-    weights_TE = torch.zeros(logits_TE.shape).scatter(1, experts_TK, weights_TK.float())
-    return Routing(experts_TK.sort(dim=1).values, weights_TE)
+    weights_TE = logits_TE.new_zeros(logits_TE.shape, dtype=torch.float32).scatter(1, experts_TK, weights_TK.float())
+    return Routing(experts_TK.sort(dim=1).values.cpu(), weights_TE.cpu())
 
 
-def gradients(folder: Path, rows: Sequence[dict[str, Any]]) -> tuple[float, dict[str, Tensor]]:
+def gradients(
+    folder: Path, rows: Sequence[dict[str, Any]], machine: Machine = CPU_FP32
+) -> tuple[float, dict[str, Tensor]]:
     """Return the summed loss and, by canonical name, the gradient of its mean per target token.
 
     Every sample of a packed row is run alone, as if it had been a row of its own.
     """
-    model = load(folder)
+    model = load(folder, machine)
     targets = sum(int(row["mask"].count_nonzero()) for row in rows)
-    total = torch.zeros(())
+    total = torch.zeros((), device=machine.device)
     for row in rows:
-        total = total + sum(_sample_losses(model, row), torch.zeros(()))
+        total = total + sum(_sample_losses(model, on_device(row, machine)), torch.zeros_like(total))
     (total / targets).backward()
     shape = read_model_shape(folder)
     found = {}
     for name, parameter in parameters(shape).items():
         if not name.startswith("mtp.") and not name.endswith("expert_bias"):
-            found[name] = torch.cat([hf_view(model, part.name, grad=True) for part in parameter.parts])
+            found[name] = torch.cat([hf_view(model, part.name, grad=True) for part in parameter.parts]).float().cpu()
     return float(total.detach()), found
+
+
+def on_device(row: dict[str, Any], machine: Machine) -> dict[str, Any]:
+    """Return the row on the machine's device."""
+    return {name: value.to(machine.device) for name, value in row.items()}
 
 
 def _sample_losses(model: Any, row: dict[str, Any]) -> Iterator[Tensor]:
@@ -112,7 +98,7 @@ def _sample_losses(model: Any, row: dict[str, Any]) -> Iterator[Tensor]:
     for begin, end in pairwise(starts):
         tokens, labels, mask = (row[name][..., begin:end] for name in ("tokens", "labels", "mask"))
         logits_SV = model(tokens).logits[0]
-        yield (cross_entropy(logits_SV, labels.flatten(), reduction="none") * mask.flatten()).sum()
+        yield (cross_entropy(logits_SV.float(), labels.flatten(), reduction="none") * mask.flatten()).sum()
 
 
 def hf_view(model: Any, hf_name: str, *, grad: bool) -> Tensor:
@@ -135,16 +121,19 @@ def _value(parameter: torch.nn.Parameter, grad: bool) -> Tensor:
 
 
 @torch.no_grad()
-def greedy_tokens(folder: Path, prompt_BS: Tensor, count: int, *, cache: bool) -> list[int]:
+def greedy_tokens(
+    folder: Path, prompt_BS: Tensor, count: int, machine: Machine = CPU_FP32, *, use_cache: bool
+) -> list[int]:
     """Return the ``count`` tokens that transformers generates behind the one prompt."""
-    model = load(folder)
+    model = load(folder, machine)
+    prompt_BS = prompt_BS.to(machine.device)
     output = model.generate(
         prompt_BS,
         attention_mask=torch.ones_like(prompt_BS),
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,
-        use_cache=cache,
+        use_cache=use_cache,
         eos_token_id=None,
         pad_token_id=0,
     )

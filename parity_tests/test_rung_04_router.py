@@ -5,7 +5,7 @@ or scaling: compare ``n_group``, ``topk_group``, ``norm_topk_prob``, ``routed_sc
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,21 @@ from parity_tests import jobs, reference
 from parity_tests.checkpoint_errors import GROUP_LIMITS_OFF, SCALING_ROUNDED
 from parity_tests.checkpoints import BEYOND_CONTEXT, FAMILIES, V3, altered_copy
 from parity_tests.figures import record
-from parity_tests.jobs import Job
-from parity_tests.reference import Routing
-from parity_tests.tolerances import ROUTER_WEIGHTS
-from tests.distributed import run_ranks
+from parity_tests.machines import BF16, CPU_FP32, FP32, Machine
+from parity_tests.noise import noise_ratio
+from parity_tests.passes import Routing
+from parity_tests.tolerances import BF16_ROUTER, ROUTER_WEIGHTS
 
 Checkpoint = Callable[[str], Path]
+Theirs = Callable[[str, Machine], list[Routing]]
 TOKENS_BS = torch.randint(0, 160, (2, BEYOND_CONTEXT), generator=torch.Generator().manual_seed(4))
 
 
-def _ours(folder: Path, error: str | None = None) -> list[Routing]:
-    job = Job(folder=folder)
+def _ours(folder: Path, error: str | None = None, machine: Machine = CPU_FP32) -> list[Routing]:
+    job = machine.job(folder)
     if error is None:
-        return run_ranks(1, jobs.forward, job, TOKENS_BS)[0].routing
-    return run_ranks(1, jobs.with_error, error, jobs.forward, job, TOKENS_BS)[0].routing
+        return machine.run(1, jobs.forward, job, TOKENS_BS)[0].routing
+    return machine.run(1, jobs.with_error, error, jobs.forward, job, TOKENS_BS)[0].routing
 
 
 def _differing_tokens(ours: list[Routing], theirs: list[Routing]) -> int:
@@ -43,25 +44,78 @@ def _weight_difference(ours: list[Routing], theirs: list[Routing]) -> float:
     return max(float((a.weights_TE - b.weights_TE).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.fixture(scope="module")
+def theirs(checkpoint: Checkpoint) -> Theirs:
+    """Return transformers' routing of a family's checkpoint on a machine, each computed once."""
+    return cache(lambda family, machine: reference.forward(checkpoint(family), TOKENS_BS, machine).routing)
+
+
+@pytest.mark.parametrize("machine", FP32, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_token_goes_to_the_same_experts_with_the_same_weights(checkpoint: Checkpoint, family: str) -> None:
-    ours, theirs = _ours(checkpoint(family)), reference.forward(checkpoint(family), TOKENS_BS).routing
+def test_every_token_goes_to_the_same_experts_with_the_same_weights(
+    checkpoint: Checkpoint, theirs: Theirs, family: str, machine: Machine
+) -> None:
+    ours, right = _ours(checkpoint(family), machine=machine), theirs(family, machine)
     assert len(ours) == 3  # layer 0 is dense
-    record(4, f"{family}: tokens sent to other experts, of {3 * TOKENS_BS.numel()}", _differing_tokens(ours, theirs))
-    record(4, f"{family}: largest difference of a weight", _weight_difference(ours, theirs), ROUTER_WEIGHTS)
-    assert _differing_tokens(ours, theirs) == 0
-    assert _weight_difference(ours, theirs) < ROUTER_WEIGHTS.value
+    differing, difference = _differing_tokens(ours, right), _weight_difference(ours, right)
+    record(4, f"{family}: tokens sent to other experts, of {3 * TOKENS_BS.numel()}", differing, machine=machine)
+    record(4, f"{family}: largest difference of a weight", difference, ROUTER_WEIGHTS, machine)
+    assert differing == 0
+    assert difference < ROUTER_WEIGHTS.value
+
+
+def _noise(ours: list[Routing], right: list[Routing], exact: list[Routing]) -> tuple[float, float]:
+    """Return two noises of ``ours`` over that of ``right``, both in BF16 against FP32.
+
+    Of the weights, over the tokens that keep their experts in all three passes; and of the selection, in tokens that
+    are sent to other experts.
+    """
+    kept: tuple[list[Tensor], ...] = ([], [], [])
+    for sides in zip(ours, right, exact, strict=True):
+        same_T = torch.stack([one.experts_TK == sides[2].experts_TK for one in sides[:2]]).all(dim=2).all(dim=0)
+        for weights, one in zip(kept, sides, strict=True):
+            weights.append(one.weights_TE[same_T])
+    moved, moved_there = (_differing_tokens(side, exact) for side in (ours, right))
+    return noise_ratio(*(torch.cat(weights) for weights in kept)), moved / moved_there
+
+
+@pytest.mark.parametrize("machine", BF16, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_disturbs_the_router_no_more_than_in_transformers(
+    checkpoint: Checkpoint, theirs: Theirs, family: str, machine: Machine
+) -> None:
+    ours, right, exact = _ours(checkpoint(family), machine=machine), theirs(family, machine), theirs(family, CPU_FP32)
+    weights, selection = _noise(ours, right, exact)
+    record(4, f"{family}: noise of the weights over that of transformers", weights, BF16_ROUTER, machine)
+    record(4, f"{family}: tokens sent to other experts over those of transformers", selection, BF16_ROUTER, machine)
+    assert weights < BF16_ROUTER.value
+    assert selection < BF16_ROUTER.value
+    assert _differing_tokens(ours, exact) < TOKENS_BS.numel()  # of three layers: most keep their experts
+
+
+@pytest.mark.parametrize("machine", BF16, ids=str)
+def test_a_bias_in_the_weights_is_seen_in_bf16(checkpoint: Checkpoint, theirs: Theirs, machine: Machine) -> None:
+    ours = _ours(checkpoint("v3"), "bias_in_the_weights", machine)
+    assert _noise(ours, theirs("v3", machine), theirs("v3", CPU_FP32))[0] > BF16_ROUTER.value
+
+
+@pytest.mark.parametrize("machine", BF16, ids=str)
+def test_group_limits_off_are_seen_in_bf16(
+    checkpoint: Checkpoint, theirs: Theirs, tmp_path: Path, machine: Machine
+) -> None:
+    ours = _ours(GROUP_LIMITS_OFF.write(checkpoint("v3"), tmp_path / "wrong"), machine=machine)
+    assert _noise(ours, theirs("v3", machine), theirs("v3", CPU_FP32))[1] > BF16_ROUTER.value
 
 
 @pytest.mark.parametrize("error", ["bias_in_the_weights", "group limits off", "scaling rounded"])
-def test_a_router_error_is_seen(checkpoint: Checkpoint, tmp_path: Path, error: str) -> None:
+def test_a_router_error_is_seen(checkpoint: Checkpoint, theirs: Theirs, tmp_path: Path, error: str) -> None:
     family = "moonlight" if error == "scaling rounded" else "v3"
     right = checkpoint(family)
     if error == "bias_in_the_weights":
         ours = _ours(right, error)
     else:
         ours = _ours((SCALING_ROUNDED if family == "moonlight" else GROUP_LIMITS_OFF).write(right, tmp_path / "wrong"))
-    assert _weight_difference(ours, reference.forward(right, TOKENS_BS).routing) > ROUTER_WEIGHTS.value
+    assert _weight_difference(ours, theirs(family, CPU_FP32)) > ROUTER_WEIGHTS.value
 
 
 def test_the_bias_moves_the_selection_and_not_the_weights(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -81,9 +135,8 @@ def _scale_bias(factor: float, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t * factor if name.endswith("correction_bias") else t for name, t in tensors.items()}
 
 
-def test_a_bias_rounded_to_bf16_is_seen_in_the_selection(checkpoint: Checkpoint) -> None:
-    ours = _ours(checkpoint("v3"), "bias_rounded_to_bf16")
-    assert _differing_tokens(ours, reference.forward(checkpoint("v3"), TOKENS_BS).routing) > 0
+def test_a_bias_rounded_to_bf16_is_seen_in_the_selection(checkpoint: Checkpoint, theirs: Theirs) -> None:
+    assert _differing_tokens(_ours(checkpoint("v3"), "bias_rounded_to_bf16"), theirs("v3", CPU_FP32)) > 0
 
 
 def test_ties_are_resolved_alike_or_among_equals(checkpoint: Checkpoint, tmp_path: Path) -> None:

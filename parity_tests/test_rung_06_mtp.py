@@ -21,15 +21,15 @@ from megatron_ads.architecture import read_model_shape
 from parity_tests import jobs, reference
 from parity_tests.checkpoints import BEYOND_CONTEXT
 from parity_tests.figures import record
-from parity_tests.jobs import Job, rows
+from parity_tests.jobs import rows
+from parity_tests.machines import BF16, FP32, Machine
+from parity_tests.noise import mean_kl
 from parity_tests.plain_model import PlainModel
-from parity_tests.tolerances import GRADIENTS, LOGITS, MTP_OUTPUT
-from tests.distributed import run_ranks
+from parity_tests.tolerances import BF16_KL, GRADIENTS, LOGITS, MTP_OUTPUT
 
 Checkpoint = Callable[[str], Path]
 TOKENS_S = torch.randint(0, 160, (BEYOND_CONTEXT,), generator=torch.Generator().manual_seed(6))
 MTP_WEIGHT = 0.3
-SETTINGS = {"mtp_loss_weight": MTP_WEIGHT}
 
 
 def _plain(folder: Path, *, trained: bool = False) -> PlainModel:
@@ -56,19 +56,47 @@ def test_the_plain_reference_is_right_where_transformers_can_tell(
     assert _difference(right, expected[0]) < LOGITS.value
 
 
+def _ours(folder: Path, machine: Machine, error: str | None = None) -> Tensor:
+    job = machine.job(folder, mtp_loss_weight=MTP_WEIGHT)
+    call = [jobs.mtp_logits, job, TOKENS_S[None]]
+    (ours,) = machine.run(1, *call) if error is None else machine.run(1, jobs.with_error, error, *call)
+    return ours
+
+
+@pytest.mark.parametrize("machine", FP32, ids=str)
 def test_the_mtp_layer_equals_the_published_description(
-    checkpoint: Checkpoint, expected: tuple[Tensor, Tensor]
+    checkpoint: Checkpoint, expected: tuple[Tensor, Tensor], machine: Machine
 ) -> None:
-    (ours,) = run_ranks(1, jobs.mtp_logits, Job(folder=checkpoint("v3"), settings=SETTINGS), TOKENS_S[None])
-    difference = _difference(ours, expected[1])
-    record(6, "largest difference of an MTP logit", difference, MTP_OUTPUT)
+    difference = _difference(_ours(checkpoint("v3"), machine), expected[1])
+    record(6, "largest difference of an MTP logit", difference, MTP_OUTPUT, machine)
     assert difference < MTP_OUTPUT.value
 
 
-def test_an_error_in_the_mtp_layer_is_seen(checkpoint: Checkpoint, expected: tuple[Tensor, Tensor]) -> None:
-    job = Job(folder=checkpoint("v3"), settings=SETTINGS)
-    (ours,) = run_ranks(1, jobs.with_error, "mtp_halves_swapped", jobs.mtp_logits, job, TOKENS_S[None])
-    assert _difference(ours, expected[1]) > MTP_OUTPUT.value
+@pytest.mark.parametrize("machine", FP32, ids=str)
+def test_an_error_in_the_mtp_layer_is_seen(
+    checkpoint: Checkpoint, expected: tuple[Tensor, Tensor], machine: Machine
+) -> None:
+    assert _difference(_ours(checkpoint("v3"), machine, "mtp_halves_swapped"), expected[1]) > MTP_OUTPUT.value
+
+
+def _divergence(ours_BSV: Tensor, expected_SV: Tensor) -> float:
+    return mean_kl(expected_SV[None, :-1], ours_BSV[:, :-1])
+
+
+@pytest.mark.parametrize("machine", BF16, ids=str)
+def test_the_mtp_layer_in_bf16_predicts_what_it_does_in_fp32(
+    checkpoint: Checkpoint, expected: tuple[Tensor, Tensor], machine: Machine
+) -> None:
+    divergence = _divergence(_ours(checkpoint("v3"), machine), expected[1])
+    record(6, "mean KL of the MTP layer from FP32, nats", divergence, BF16_KL, machine)
+    assert divergence < BF16_KL.value
+
+
+@pytest.mark.parametrize("machine", BF16, ids=str)
+def test_an_error_in_the_mtp_layer_is_seen_in_bf16(
+    checkpoint: Checkpoint, expected: tuple[Tensor, Tensor], machine: Machine
+) -> None:
+    assert _divergence(_ours(checkpoint("v3"), machine, "mtp_halves_swapped"), expected[1]) > BF16_KL.value
 
 
 def _gradients(folder: Path) -> dict[str, Tensor]:
@@ -96,9 +124,10 @@ def _joined(model: PlainModel, parameter: Any) -> Tensor:
     return torch.cat([torch.zeros_like(t) if t.grad is None else t.grad for t in tensors])
 
 
-def test_every_gradient_with_the_mtp_loss_equals_the_reference(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("machine", FP32, ids=str)
+def test_every_gradient_with_the_mtp_loss_equals_the_reference(checkpoint: Checkpoint, machine: Machine) -> None:
     folder = checkpoint("small-v3")
-    (ours,) = run_ranks(1, jobs.gradients, Job(folder=folder, settings=SETTINGS))
+    (ours,) = machine.run(1, jobs.gradients, machine.job(folder, mtp_loss_weight=MTP_WEIGHT))
     theirs = _gradients(folder)
     assert any(name.startswith("mtp.") for name in ours.grads)
     worst = max(
@@ -106,7 +135,7 @@ def test_every_gradient_with_the_mtp_loss_equals_the_reference(checkpoint: Check
         for name, grad in ours.grads.items()
         if theirs[name].any()
     )
-    record(6, "largest relative difference of a gradient with the MTP loss", worst[0], GRADIENTS)
+    record(6, "largest relative difference of a gradient with the MTP loss", worst[0], GRADIENTS, machine)
     assert worst[0] < GRADIENTS.value, worst
     assert {name for name, grad in ours.grads.items() if grad.any()} == {
         name for name in ours.grads if theirs[name].any()

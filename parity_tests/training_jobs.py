@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from megatron_ads.config import Schedule
+from megatron_ads.config import Precision, Schedule
 from megatron_ads.data.batches import PackedBatch
+from megatron_ads.runtime.device import device
 from parity_tests import reference
+from parity_tests.machines import CPU_FP32, Machine
 from tests.models.jobs import rows
 from tests.training.jobs import Recipe, start
 
@@ -83,7 +85,7 @@ def _packed(row: Row) -> PackedBatch:
     )
 
 
-def train_ours(training: Training) -> Trained:
+def train_ours(training: Training, precision: Precision = Precision.fp32) -> Trained:
     """Train on one rank with the project's own step, optimizer and schedule."""
     from megatron_ads.training.step import run_step
 
@@ -97,7 +99,8 @@ def train_ours(training: Training) -> Trained:
         "epsilon": training.epsilon,
         "clip_grad": training.clip_grad,
     }
-    model, _, _ = start(Recipe(folder=training.folder, optim=optim, steps=len(training.steps)))
+    settings = {"precision": precision, "layer_spec": "grouped"}
+    model, _, _ = start(Recipe(folder=training.folder, model=settings, optim=optim, steps=len(training.steps)))
     losses = [
         run_step(
             [_packed(row) for row in step], model.chunks, model.optimizer, learning_rate=model.schedule.at(number)
@@ -109,12 +112,13 @@ def train_ours(training: Training) -> Trained:
     questions_NS = training.questions_NS
     positions_NS = torch.arange(questions_NS.size(1)).expand(questions_NS.shape)
     with torch.no_grad():
-        return Trained(losses, model.models[0].eval()(questions_NS, positions_NS, None)[:, -1])
+        answers_NSV = model.models[0].eval()(questions_NS.to(device()), positions_NS.to(device()), None)
+        return Trained(losses, answers_NSV[:, -1].float().cpu())
 
 
-def train_theirs(training: Training) -> Trained:
+def train_theirs(training: Training, machine: Machine = CPU_FP32) -> Trained:
     """Train with transformers and ``torch.optim.AdamW``, every sample a row of its own, padded behind its end."""
-    model = reference.load(training.folder)
+    model = reference.load(training.folder, machine)
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -127,7 +131,7 @@ def train_theirs(training: Training) -> Trained:
         for group in optimizer.param_groups:
             group["lr"] = _cosine(training, number)
         optimizer.zero_grad()
-        loss = _loss(model, step)
+        loss = _loss(model, [reference.on_device(row, machine) for row in step])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_grad)
         optimizer.step()
@@ -135,7 +139,7 @@ def train_theirs(training: Training) -> Trained:
     if training.questions_NS is None:
         return Trained(losses, None)
     with torch.no_grad():
-        return Trained(losses, model(training.questions_NS).logits[:, -1])
+        return Trained(losses, model(training.questions_NS.to(machine.device)).logits[:, -1].cpu())
 
 
 def _cosine(training: Training, step: int) -> float:

@@ -13,6 +13,7 @@ from conversion.layer_specs import LayerSpec
 from conversion.sources import open_source
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.runtime import process_groups
+from megatron_ads.runtime.device import device
 from megatron_ads.runtime.seeds import seed_everything
 
 ROW_TOKENS = 32
@@ -118,9 +119,9 @@ def train_pass(job: Job) -> PassResult:
     weights = list(named_weights(chunks, spec))
     return PassResult(
         loss_sum=sum(float(report["loss_sum"]) for report in reports),
-        grads={name: grad.clone() for weight in weights for name, grad in _grads(weight)},
+        grads={name: grad.float().cpu().clone() for weight in weights for name, grad in _grads(weight)},
         load=load.measure(),
-        expert_bias={w.name: w.tensor.clone() for w in weights if w.name.endswith("expert_bias")},
+        expert_bias={w.name: w.tensor.cpu().clone() for w in weights if w.name.endswith("expert_bias")},
     )
 
 
@@ -129,6 +130,11 @@ def _grads(weight: Any) -> Iterator[tuple[str, Tensor]]:
         return
     for index, name in enumerate(weight.canonical):
         yield name, weight.tensor.main_grad[index] if len(weight.canonical) > 1 else weight.tensor.main_grad
+
+
+def on_device(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row on this rank's device."""
+    return {name: value.to(device()) for name, value in row.items()}
 
 
 def packed(row: dict[str, Any]) -> Any:
@@ -146,7 +152,7 @@ def packed(row: dict[str, Any]) -> Any:
 
 
 def _forward(data: Iterator[dict[str, Any]], model: Any) -> tuple[Tensor, Any]:
-    row = next(data)
+    row = on_device(next(data))
     output = model(
         row["tokens"],
         row["positions"],
