@@ -316,8 +316,8 @@ class SourceConfig:
     """``table`` with task next_advertiser: date that histories end at and answers begin with, ``2025-03-01`` (UTC); the
     file then holds one user event a row."""
     rejected: str | None = None
-    """``table``: file that rows which cannot be used are written to, with the reason; None: the first one ends the
-    run."""
+    """``table`` and ``jsonl``: file that rows which cannot be used are written to, with the reason; None: the first one
+    ends the run."""
     weight: float = 1.0
     """Share of the rows drawn from this source, relative to the other sources' weights."""
     rows: int | None = None
@@ -370,7 +370,7 @@ class SourceConfig:
         _require(is_table or not self.columns, f"{section}.columns has no effect with kind {self.kind}. Remove it.")
         _require(not is_table or bool(self.columns), f"{section}.columns is missing; kind table needs to know them.")
         _require(
-            is_table or self.rejected is None,
+            is_table or self.kind is SourceKind.jsonl or self.rejected is None,
             f"{section}.rejected is {self.rejected!r}, which has no effect with kind {self.kind}. Remove it.",
         )
 
@@ -571,7 +571,7 @@ class RuntimeConfig:
     """CPU threads per process; 0 divides the cores among the processes of a machine."""
     straggler_factor: float = 1.5
     """A rank is named as slow when its own work takes this many times the median of its pipeline stage."""
-    straggler_steps: int = 3
+    straggler_steps: int = 5
     """For how many logged steps on end it must."""
 
     def check(self) -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.errors import DataError
+from megatron_ads.observability.log import get_logger, rank
+
+logger = get_logger(__name__)
 
 _SHOWN_CHARACTERS = 200
 
@@ -21,6 +24,9 @@ class BadRow(StrEnum):
     invalid_utf8 = "invalid_utf8"
     empty_text = "empty_text"
     """A field that needs text has none, or the cell is missing."""
+    no_target = "no_target"
+    """A conversation that does not go from a question to the assistant's answer."""
+    unknown_field = "unknown_field"
     wrong_type = "wrong_type"
     """A number where text is needed, or the other way round."""
     unknown_label = "unknown_label"
@@ -55,7 +61,14 @@ class RejectedRows:
             glimpse = glimpse[:_SHOWN_CHARACTERS] + "..."
         self.records.append({"row": number, "reason": str(error.reason), "message": str(error), "content": glimpse})
 
-    def write(self, out: Path) -> None:
+    def write_aside(self, out: Path, *, used: int) -> None:
+        """Write the rejected rows and log their counts, once and not on every rank."""
+        if rank() == 0:
+            self._write(out)
+            if self.counts:
+                logger.warning("%s: %d rows used; written to %s: %s", self.file, used, out, self.summary())
+
+    def _write(self, out: Path) -> None:
         """Write one JSON object a rejected row; the file is there even if there is none."""
         from conversion.atomic_file import write_small  # imports torch
 

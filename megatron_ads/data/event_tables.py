@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from megatron_ads.data.bad_rows import BadRow, BadRowError, RejectedRows
-from megatron_ads.data.own_tables import check_columns, optional_text, stop_or_reject, text_of, write_aside
+from megatron_ads.data.own_tables import check_columns, optional_text, stop_or_reject, text_of
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.table_file import Cell, read_table
 from megatron_ads.data.user_features import SECONDS_PER_DAY, LoggedEvent, ViewChooser, compile_history
@@ -76,7 +76,7 @@ def event_rows(
     bad = RejectedRows(file)
     users = _read_users(file, columns, bad, stop=rejected is None)
     if rejected is not None:
-        write_aside(bad, rejected, used=sum(len(user.events) for user in users.values()))
+        bad.write_aside(rejected, used=sum(len(user.events) for user in users.values()))
     without: Counter[str] = Counter()
     rows = list(_rows(users, anchor, view_of, without))[:limit]
     if without:

@@ -14,8 +14,9 @@ import math
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from megatron_ads.data.bad_rows import BadRow, BadRowError, RejectedRows
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.errors import DataError
 
@@ -31,67 +32,106 @@ def read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         DataError: If there is no such file, or a line is too long, not UTF-8, not JSON, or no object.
     """
+    for number, parsed in read_lines(file):
+        if isinstance(parsed, BadRowError):
+            raise DataError(f"{file}, row {number}: {parsed}") from None
+        yield number, parsed
+
+
+def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | BadRowError]]:
+    """Yield as ``read_objects``, with the reason in place of a line that cannot be read.
+
+    Raises:
+        DataError: If there is no such file.
+    """
     if not file.is_file():
         raise DataError(f"{file} is not a file. Check the path of this source.")
     with file.open("rb") as lines:
         for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES + 1), b""), 1):
-            if len(line) > MAX_LINE_BYTES:
-                raise DataError(f"{file}, row {number}: longer than {MAX_LINE_BYTES:,} bytes. Shorten or remove it.")
+            if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                _skip_line(lines)
             if line.strip():
-                yield number, _parse_line(file, number, line)
+                yield number, _parse_line(line)
 
 
-def _parse_line(file: Path, number: int, line: bytes) -> dict[str, Any]:
+def _skip_line(lines: BinaryIO) -> None:
+    """Read on to the end of a line, without keeping it."""
+    while piece := lines.readline(MAX_LINE_BYTES):
+        if piece.endswith(b"\n"):
+            return
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | BadRowError:
+    if len(line) > MAX_LINE_BYTES:
+        message = f"longer than {MAX_LINE_BYTES:,} bytes. Shorten or remove it."
+        return BadRowError(BadRow.cell_too_long, message)
     try:
         parsed = json.loads(line)
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}, row {number}: not UTF-8 at byte {error.start}. Save the file as UTF-8.") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}, row {number}: not JSON ({error}). One object per line is expected.") from None
+        message = f"not UTF-8 at byte {error.start}. Save the file as UTF-8."
+        return BadRowError(BadRow.invalid_utf8, message)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return BadRowError(BadRow.unreadable_row, f"not JSON ({error}). One object per line is expected.")
     if not isinstance(parsed, dict):
-        raise DataError(f"{file}, row {number}: a {type(parsed).__name__}, not an object.")
+        return BadRowError(BadRow.unreadable_row, f"a {type(parsed).__name__}, not an object.")
     return parsed
 
 
-def jsonl_rows(file: Path, *, limit: int | None = None) -> list[ChatRow]:
+def jsonl_rows(file: Path, *, limit: int | None = None, rejected: Path | None = None) -> list[ChatRow]:
     """Return the rows of a file, the first ``limit`` of them.
 
+    With ``rejected``, rows that cannot be used are counted and written to that file.
+
     Raises:
-        DataError: With the row number, for the first row that is not a chat row or repeats an id.
+        DataError: With the row number, for the first row that is not a chat row or repeats an id, unless ``rejected``
+            says where to write it; if there is no usable row.
     """
+    bad = RejectedRows(file)
     rows: list[ChatRow] = []
     first_seen: dict[str, int] = {}
-    for number, fields in read_objects(file):
+    for number, fields in read_lines(file):
         if len(rows) == limit:
             break
         try:
-            row = parse_row(fields, default_id=f"{file.name}-{number}")
-        except DataError as error:
-            raise DataError(f"{file}, row {number}: {error}") from None
-        if row.id in first_seen:
-            raise DataError(f"{file}, row {number}: id {row.id!r} was row {first_seen[row.id]}'s. Ids must differ.")
+            row = _read_row(fields, f"{file.name}-{number}", first_seen)
+        except BadRowError as error:
+            if rejected is None:
+                raise DataError(f"{file}, row {number}: {error}") from None
+            bad.add(number, error, None if isinstance(fields, BadRowError) else fields)
+            continue
         first_seen[row.id] = number
         rows.append(row)
+    if rejected is not None:
+        bad.write_aside(rejected, used=len(rows))
     if not rows:
-        raise DataError(f"{file} holds no rows. One object per line is expected.")
+        raise DataError(f"{file} holds no rows that can be used; not used: {bad.summary()}.")
     return rows
+
+
+def _read_row(fields: dict[str, Any] | BadRowError, default_id: str, first_seen: Mapping[str, int]) -> ChatRow:
+    if isinstance(fields, BadRowError):
+        raise fields
+    row = parse_row(fields, default_id=default_id)
+    if row.id in first_seen:
+        raise BadRowError(BadRow.duplicate_id, f"id {row.id!r} was row {first_seen[row.id]}'s. Ids must differ.")
+    return row
 
 
 def parse_row(fields: Mapping[str, Any], *, default_id: str) -> ChatRow:
     """Check one parsed row.
 
     Raises:
-        DataError: Naming the field, its value and what is expected.
+        BadRowError: Naming the field, its value and what is expected.
     """
     unknown = sorted(fields.keys() - _KEYS)
     if unknown:
-        raise DataError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}.")
+        raise BadRowError(BadRow.unknown_field, f"unknown field {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}.")
     weight = fields.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-        raise DataError(f"weight is {weight!r}; it must be a number, 0 or above.")
+        raise BadRowError(BadRow.wrong_type, f"weight is {weight!r}; it must be a number, 0 or above.")
     label = fields.get("label")
     if label is not None and not isinstance(label, str):
-        raise DataError(f"label is {label!r}; it must be text or null.")
+        raise BadRowError(BadRow.wrong_type, f"label is {label!r}; it must be text or null.")
     return ChatRow(
         id=_text(fields, "id", default_id),
         task=_text(fields, "task", "chat"),
@@ -107,29 +147,35 @@ def _text(fields: Mapping[str, Any], name: str, default: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise DataError(f"{name} is {value!r}; it must be text.")
+        raise BadRowError(BadRow.wrong_type, f"{name} is {value!r}; it must be text.")
     return value
 
 
 def _parse_messages(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, list) or len(value) < 2:
-        raise DataError("messages must be a list of at least two: a question and the assistant's target.")
+        raise _no_target("messages must be a list of at least two: a question and the assistant's target.")
     messages = tuple(_parse_message(item, index) for index, item in enumerate(value))
     if messages[-1].role is not Role.assistant:
-        raise DataError(f"the last message is the {messages[-1].role}'s; it must be the assistant's, the target.")
+        raise _no_target(f"the last message is the {messages[-1].role}'s; it must be the assistant's, the target.")
     if messages[0].role is Role.assistant:
-        raise DataError("the first message is the assistant's; it must be the system's or the user's.")
+        raise _no_target("the first message is the assistant's; it must be the system's or the user's.")
     for index, (before, after) in enumerate(pairwise(messages)):
         if after.role not in _ORDER[before.role]:
-            raise DataError(f"messages[{index + 1}] is the {after.role}'s after the {before.role}'s.")
+            raise _no_target(f"messages[{index + 1}] is the {after.role}'s after the {before.role}'s.")
     return messages
 
 
+def _no_target(message: str) -> BadRowError:
+    return BadRowError(BadRow.no_target, message)
+
+
 def _parse_message(item: Any, index: int) -> Message:
+    name = f"messages[{index}]"
     if not isinstance(item, dict) or item.keys() != {"role", "content"}:
-        raise DataError(f"messages[{index}] must have exactly the fields role and content.")
+        raise BadRowError(BadRow.wrong_type, f"{name} must have exactly the fields role and content.")
     if item["role"] not in {str(role) for role in Role}:
-        raise DataError(f"messages[{index}].role is {item['role']!r}; known: {', '.join(Role)}.")
-    if not isinstance(item["content"], str) or not item["content"].strip():
-        raise DataError(f"messages[{index}].content is {item['content']!r:.60}; it must be text that is not empty.")
-    return Message(role=Role(item["role"]), content=item["content"])
+        raise BadRowError(BadRow.wrong_type, f"{name}.role is {item['role']!r}; known: {', '.join(Role)}.")
+    content = item["content"]
+    if not isinstance(content, str) or not content.strip():
+        raise BadRowError(BadRow.empty_text, f"{name}.content is {content!r:.60}; it must be text that is not empty.")
+    return Message(role=Role(item["role"]), content=content)

@@ -14,11 +14,8 @@ from megatron_ads.data.bad_rows import BadRow, BadRowError, RejectedRows
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.data.table_file import Cell, read_table
 from megatron_ads.errors import ConfigError, DataError
-from megatron_ads.observability.log import get_logger, rank
 from megatron_ads.tasks import relevance
 from megatron_ads.tasks.relevance import Ad, Flag, Label
-
-logger = get_logger(__name__)
 
 Cells = Mapping[str, Cell]
 """By field, not by column."""
@@ -72,7 +69,7 @@ def table_rows(
             continue
         rows.append(row)
     if rejected is not None:
-        write_aside(bad, rejected, used=len(rows))
+        bad.write_aside(rejected, used=len(rows))
     if not rows:
         raise DataError(f"{file} holds no usable row; not used: {bad.summary()}.")
     return rows
@@ -90,14 +87,6 @@ def stop_or_reject(bad: RejectedRows, number: int, error: BadRowError, cells: ob
             "rejected to have such rows written there."
         ) from None
     bad.add(number, error, None if isinstance(cells, BadRowError) else cells)
-
-
-def write_aside(bad: RejectedRows, out: Path, *, used: int) -> None:
-    """Write the rejected rows once, not on every rank."""
-    if rank() == 0:
-        bad.write(out)
-        if bad.counts:
-            logger.warning("%s: %d rows used; written to %s: %s", bad.file, used, out, bad.summary())
 
 
 def _form(task: AdsTask | None, columns: Mapping[str, str]) -> Form:

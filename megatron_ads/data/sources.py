@@ -60,7 +60,9 @@ def _rows_as_they_are(source: SourceConfig, seed: int) -> list[ChatRow]:
             rejected=None if source.rejected is None else Path(source.rejected),
             limit=source.rows,
         )
-    return jsonl_rows(Path(source.path), limit=source.rows)
+    return jsonl_rows(
+        Path(source.path), limit=source.rows, rejected=None if source.rejected is None else Path(source.rejected)
+    )
 
 
 def _simulated_rows(source: SourceConfig, seed: int) -> list[ChatRow]:

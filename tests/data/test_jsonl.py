@@ -114,3 +114,36 @@ def test_a_missing_or_empty_file_is_named(tmp_path: Path):
         jsonl_rows(tmp_path / "absent.jsonl")
     with pytest.raises(DataError, match="holds no rows"):
         jsonl_rows(write(tmp_path))
+
+
+def test_bad_rows_are_counted_and_written_aside_where_a_file_is_named_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1000)
+    good = {"id": "a", "messages": [USER, ASSISTANT]}
+    bad: list[tuple[bytes, str]] = [
+        (json.dumps(good | {"id": "x" * 3000}).encode(), "cell_too_long"),
+        (b'{"id": "\xff"}', "invalid_utf8"),
+        (b'{"id": ', "unreadable_row"),
+        (json.dumps(good).encode(), "duplicate_id"),
+        (json.dumps({"messages": [USER]}).encode(), "no_target"),
+        (json.dumps({"messages": [USER | {"content": " "}, ASSISTANT]}).encode(), "empty_text"),
+        (json.dumps(good | {"wieght": 1}).encode(), "unknown_field"),
+        (json.dumps(good | {"weight": "1"}).encode(), "wrong_type"),
+    ]
+    lines = [json.dumps(good).encode(), *(line for line, _ in bad), json.dumps(good | {"id": "b"}).encode()]
+    file, aside = tmp_path / "rows.jsonl", tmp_path / "rejected.jsonl"
+    file.write_bytes(b"\n".join(lines))
+    assert [row.id for row in jsonl_rows(file, rejected=aside)] == ["a", "b"]
+    rejected = [json.loads(line) for line in aside.read_text().splitlines()]
+    assert [(entry["row"], entry["reason"]) for entry in rejected] == [
+        (number, reason) for number, (_, reason) in enumerate(bad, 2)
+    ]
+    assert "2 rows used" in caplog.text
+    assert "1 cell_too_long, 1 duplicate_id, 1 empty_text" in caplog.text
+
+
+def test_a_file_of_bad_rows_alone_is_refused_with_their_counts(tmp_path: Path):
+    file = write(tmp_path, {"messages": [USER]}, {"messages": []})
+    with pytest.raises(DataError, match="no rows that can be used; not used: 2 no_target"):
+        jsonl_rows(file, rejected=tmp_path / "rejected.jsonl")
