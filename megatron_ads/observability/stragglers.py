@@ -13,7 +13,7 @@ from megatron_ads.observability.log import get_logger
 
 logger = get_logger(__name__)
 
-_NOTICEABLE = 0.05
+_NOTICEABLE = 0.1
 """Share of the step that a rank must lose before it is worth a line: small times differ by chance."""
 
 

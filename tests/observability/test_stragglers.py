@@ -78,7 +78,7 @@ def test_two_slow_ranks_are_both_named(lines: list[str]) -> None:
 
 
 def test_a_difference_that_costs_the_step_next_to_nothing_is_no_reason(lines: list[str]) -> None:
-    _observe([_with(0, 3.0)] * 5, step_seconds=100.0)  # 2 s of 100 are below a twentieth
+    _observe([_with(0, 3.0)] * 5, step_seconds=100.0)  # 2 s of 100 are below a tenth
     assert lines == []
 
 

@@ -27,7 +27,7 @@ def _steps(slow_seconds: float) -> tuple[list[dict[str, float]], str]:
     layout, activity, metrics = ParallelLayout(world=4, pp=2), Activity(), []
     with contextlib.redirect_stderr(io.StringIO()) as log, activity.observed():
         start_logging()
-        times = RankTimes(RuntimeConfig(), layout, activity)
+        times = RankTimes(RuntimeConfig(straggler_steps=3), layout, activity)
         for step in range(1, STEPS + 1):
             dist.barrier()  # where the log of the step before would make rank 0 late
             times.restart(measured=True)
