@@ -178,4 +178,9 @@ def _parse_message(item: Any, index: int) -> Message:
     content = item["content"]
     if not isinstance(content, str) or not content.strip():
         raise BadRowError(BadRow.empty_text, f"{name}.content is {content!r:.60}; it must be text that is not empty.")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        message = f"{name}.content holds half a surrogate pair at character {error.start}, which is no text."
+        raise BadRowError(BadRow.invalid_utf8, message) from None
     return Message(role=Role(item["role"]), content=content)

@@ -12,6 +12,7 @@ from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.own_tables import table_rows
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.simulator import simulated_rows
+from megatron_ads.data.simulator.examples import Example
 from megatron_ads.data.user_features import view_chooser
 from megatron_ads.tasks.variants.asked_again import ask_again
 
@@ -30,7 +31,7 @@ def _rows_as_they_are(source: SourceConfig, seed: int) -> list[ChatRow]:
     if source.kind is SourceKind.builtin:
         return builtin_rows(DEFAULT_ROWS if source.rows is None else source.rows, seed=seed)
     if source.kind is SourceKind.simulator:
-        return _simulated_rows(source, seed)
+        return [example.row for example in simulated_source(source, seed=seed)]
     if source.kind is SourceKind.esci:
         return esci_rows(esci_file(source.path), limit=source.rows)
     if source.kind is SourceKind.gsm8k:
@@ -65,12 +66,12 @@ def _rows_as_they_are(source: SourceConfig, seed: int) -> list[ChatRow]:
     )
 
 
-def _simulated_rows(source: SourceConfig, seed: int) -> list[ChatRow]:
+def simulated_source(source: SourceConfig, *, seed: int) -> list[Example]:
+    """Return the rows of a source of the simulator with the best answers to each, in the order of ``read_source``."""
     assert source.task is not None, "checked with the recipe"
     count = simulated_rows.DEFAULT_ROWS if source.rows is None else source.rows
     view_of = view_chooser(source.history, simulated_rows.DEFAULT_VIEW)
-    examples = simulated_rows.simulated_examples(source.task, count, seed=seed, view_of=view_of)
-    return [example.row for example in examples]
+    return simulated_rows.simulated_examples(source.task, count, seed=seed, view_of=view_of)
 
 
 def describe_source(source: SourceConfig) -> str:

@@ -61,6 +61,7 @@ def test_empty_lines_are_skipped_and_counted_in_row_numbers(tmp_path: Path):
         ({"messages": [USER, {"role": "bot", "content": "x"}]}, r"messages\[1\]\.role is 'bot'"),
         ({"messages": [{"role": "user", "content": " "}, ASSISTANT]}, r"messages\[0\]\.content is ' '"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, r"messages\[1\]\.content is None"),
+        ({"messages": [USER, {"role": "assistant", "content": "a\ud800"}]}, r"half a surrogate pair at character 1"),
         ({"messages": [USER, ASSISTANT], "wieght": 1}, "unknown field 'wieght'; known: .*weight"),
         ({"messages": [USER, ASSISTANT], "weight": -1}, "weight is -1"),
         ({"messages": [USER, ASSISTANT], "weight": float("nan")}, "weight is nan"),

@@ -15,7 +15,7 @@ from megatron_ads.data.simulator.reading import is_narrower, read_query
 from megatron_ads.data.simulator.simulated_rows import DEFAULT_VIEW, simulated_examples
 from megatron_ads.data.simulator.user_examples import users_at_anchor
 from megatron_ads.data.simulator.world import World, draw_world
-from megatron_ads.data.sources import read_source
+from megatron_ads.data.sources import read_source, simulated_source
 from megatron_ads.data.split import split_by_group
 from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.data.user_features import view_chooser
@@ -177,6 +177,7 @@ def test_a_recipe_chooses_task_rows_and_what_a_history_shows() -> None:
     )
     rows = read_source(source, seed=0)
     assert len(rows) == 40
+    assert [example.row for example in simulated_source(source, seed=0)] == rows
     text = "\n".join(row.messages[0].content for row in rows)
     assert f"\n{HEADINGS[Section.onsite_searches]}: " in text
     assert HEADINGS[Section.clicks] + ": " not in text
@@ -210,3 +211,18 @@ def test_the_demo_tokenizer_writes_every_row_and_reads_it_back(
 @pytest.mark.parametrize("task", AdsTask)
 def test_no_row_is_faulty(examples: dict[AdsTask, list[Example]], task: AdsTask) -> None:
     assert check_rows([example.row for example in examples[task]]).faulty == []
+
+
+def test_shared_words_do_not_tell_bad_pairs_from_others(examples: dict[AdsTask, list[Example]]) -> None:
+    shared: dict[bool, list[float]] = {True: [], False: []}
+    for example in examples[AdsTask.query_ad_relevance]:
+        _, query, *ad = example.row.messages[0].content.lower().replace(".", " ").splitlines()
+        words = set(query.split()[1:])
+        shared[example.best == ("Bad",)].append(len(words & set(" ".join(ad).split())) / len(words))
+    bad, other = shared[True], shared[False]
+    # The best threshold on the share of shared words, for the balanced accuracy; 0.5 is no better than a coin.
+    found = max(
+        (sum(share < limit for share in bad) / len(bad) + sum(share >= limit for share in other) / len(other)) / 2
+        for limit in sorted({*bad, *other})
+    )
+    assert found < 0.6
