@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import random
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -91,15 +93,23 @@ class Cluster:
 @contextlib.contextmanager
 def running_cluster(folder: Path, nodes: int, cpus: int) -> Iterator[Cluster]:
     """Start a cluster, and stop it whatever happens."""
-    subprocess.run([SCRIPT, "up", folder, str(nodes), str(cpus)], check=True, timeout=90)
-    cluster = Cluster(folder)
+    environment = os.environ | {"PORTBASE": str(_free_ports(nodes + 12))}
+    subprocess.run([SCRIPT, "up", folder, str(nodes), str(cpus)], env=environment, check=True, timeout=90)
     try:
-        yield cluster
+        yield Cluster(folder)
     finally:
-        with contextlib.suppress(AssertionError):
-            cluster.command("scancel", "--user=root")
-            time.sleep(2)
-        subprocess.run([SCRIPT, "down", folder], check=True, timeout=60)
+        subprocess.run([SCRIPT, "down", folder], check=True, timeout=120)
+
+
+def _free_ports(count: int) -> int:
+    """Return the first of ``count`` consecutive ports that nobody uses."""
+    for _ in range(100):
+        first = random.randrange(17000, 30000)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.create_server(("", port)))
+            return first
+    raise AssertionError(f"no {count} free ports in a row")
 
 
 def rank_pid(job: str, rank: int) -> int | None:

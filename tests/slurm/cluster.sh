@@ -5,8 +5,9 @@
 #   tests/slurm/cluster.sh down DIR
 #
 # Afterwards "export SLURM_CONF=DIR/slurm.conf" lets sbatch, srun and scontrol find it. GPUs are empty files that Slurm
-# counts. Partition "low" can be preempted by partition "high", with 10 s of grace. Needs root and the packages
-# slurmctld, slurmd, slurm-client and munge. PORTBASE (default 17000) is the first of NODES + 12 ports.
+# counts. Partition "low" can be preempted by partition "high", with 10 s of grace. "down" ends the jobs first. Needs
+# root and the packages slurmctld, slurmd, slurm-client and munge. PORTBASE (default 17000): the first of NODES + 12
+# ports.
 
 set -euo pipefail
 action="${1:?up or down}"
@@ -15,6 +16,12 @@ folder="${2:?a folder}"
 down() {
     local pid
     [[ -f "$folder/pids" ]] || return 0
+    export SLURM_CONF="$folder/slurm.conf"
+    timeout 10 scancel --user=root 2>/dev/null || true
+    for _ in $(seq 60); do # what a job leaves running would report to the next cluster
+        [[ -n "$(timeout 10 squeue --noheader 2>/dev/null)" ]] || break
+        sleep 0.5
+    done
     for pid in $(tac "$folder/pids"); do kill "$pid" 2>/dev/null || true; done
     for _ in $(seq 20); do
         sleep 0.25
