@@ -105,7 +105,7 @@ def render_preview(preview: RowPreview, *, coloured: bool, whole: bool = False) 
     facts.append(f"{preview.tokens(in_loss=True)} with loss")
     if row.weight != 1:
         facts.append(f"weight {row.weight:g}")
-    facts += [f"{name} {value!r}" for name, value in (("group", row.group), ("label", row.label)) if value]
+    facts += [f"{name} {value!r:.80}" for name, value in (("group", row.group), ("label", row.label)) if value]
     texts = [_shown(span, coloured=coloured, whole=whole) for span in preview.spans]
     return f"{visible(', '.join(facts))}\n{''.join(texts)}"
 

@@ -1,5 +1,7 @@
 """What holds for every task alike."""
 
+import hashlib
+import json
 import re
 
 import pytest
@@ -67,6 +69,33 @@ def test_templates_are_versioned_and_their_wordings_differ(task: Task):
         assert template.version >= 1
         assert len(set(template.paraphrases)) == len(template.paraphrases) >= (1 if template.answer_form == "" else 2)
         assert template.instruction(0).startswith(template.paraphrases[0])
+
+
+VERSIONS = {
+    "query_ad_relevance/1": "11a3977fd5fc",
+    "query_ad_relevance/2": "42d56d3d6a56",
+    "ad_user_relevance/1": "ecd88a017410",
+    "query_generation/1": "2dccaad9608e",
+    "next_advertiser/1": "5f6c85fb60f8",
+    "next_advertiser_ranking/1": "5e86672e3924",
+    "user_profile/1": "1a146a94d384",
+    "model_comparison/1": "05544473e37a",
+    "ad_rewriting/1": "cc93087c7480",
+    "yes_no/query_ad/1": "cfe8ce67a1d8",
+    "yes_no/ad_user/1": "61ef3aec4dc8",
+    "yes_no/advertiser/1": "df494956fb3f",
+    "choose_one/1": "078e16e60ac7",
+    "list_ranking/1": "fad2928e6045",
+}
+"""What the wordings of each version hash to. Rows were made with them: a change of wording is a new version."""
+
+
+def test_a_template_keeps_its_words_as_long_as_it_keeps_its_version():
+    found = {}
+    for template in (template for task in TASKS.values() for template in task.templates):
+        words = json.dumps([template.paraphrases, template.answer_form])
+        found[template.name] = hashlib.sha256(words.encode()).hexdigest()[:12]
+    assert found == VERSIONS
 
 
 @each_task

@@ -137,6 +137,16 @@ def test_order_metrics_by_hand():
     assert found["complete_rate"] == 0.25
 
 
+@pytest.mark.parametrize(("place", "found"), [(1, True), (5, True), (6, False)])
+def test_hits_count_up_to_the_fifth_place(place: int, found: bool):
+    row = list_ranking.chat_row(QUESTION)
+    numbers = [number for number in range(1, 21) if number != int(row.label or 0)]
+    numbers.insert(place - 1, int(row.label or 0))
+    measured = list_ranking.metrics([row], [list_ranking.Order(tuple(numbers), "")])
+    assert measured["hit_rate@5"] == found
+    assert measured["complete_rate"] == 1.0
+
+
 def test_a_corpus_of_many_instructions_holds_all_forms():
     rows = [several_forms.chat_row(question_about(f"r{number}", REQUEST, "Shop 7")) for number in range(400)]
     tasks = Counter(row.task for row in rows)
