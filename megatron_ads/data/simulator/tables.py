@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 
@@ -48,19 +49,48 @@ class JsonlTable:
     """One JSON object a line."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("wb")
 
     def append(self, table: pa.Table) -> None:
         """Write one line a row."""
         for batch in table.to_batches(max_chunksize=20_000):
-            lines = [json.dumps(row, ensure_ascii=False, default=_readable) + "\n" for row in batch.to_pylist()]
-            self._file.writelines(lines)
+            self._file.write(_json_lines(batch))
 
     def close(self) -> None:
         """Flush."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+def _json_lines(batch: pa.RecordBatch) -> bytes:
+    """Return the rows of a batch as text, joined column by column: row by row it takes ten times as long."""
+    pieces: list[Any] = []
+    for number, name in enumerate(batch.schema.names):
+        pieces += [f"{', ' if number else '{'}{json.dumps(name)}: ", _as_json(batch.column(number))]
+    lines = pc.binary_join_element_wise(*pieces, "}\n", "")
+    return "".join(lines.to_pylist()).encode()
+
+
+def _as_json(column: pa.Array) -> pa.Array:
+    """Return the values of a column as JSON texts."""
+    if pa.types.is_boolean(column.type):
+        texts = pc.if_else(column, "true", "false")
+    elif pa.types.is_integer(column.type):
+        texts = column.cast(pa.string())
+    elif pa.types.is_floating(column.type):
+        texts = column.cast(pa.float64()).cast(pa.string())
+    elif pa.types.is_timestamp(column.type):
+        texts = pc.strftime(column, format='"%Y-%m-%dT%H:%M:%S+00:00"')
+    elif pa.types.is_string(column.type):
+        distinct = column.dictionary_encode()
+        words = pa.array(
+            [json.dumps(word, ensure_ascii=False) for word in distinct.dictionary.to_pylist()], pa.string()
+        )
+        texts = words.take(distinct.indices)
+    else:
+        texts = pa.array([json.dumps(value) for value in column.to_pylist()], pa.string())
+    return texts.fill_null("null")
 
 
 def open_table(folder: Path, name: str, schema: pa.Schema, *, form: TableFormat) -> TableWriter:
@@ -79,8 +109,3 @@ def flush_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _readable(value: Any) -> str:
-    text: str = value.isoformat()  # the only values JSON does not know are times
-    return text
