@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from conversion.names import Parameter
+    from megatron_ads.architecture import ModelShape
 
+EMBEDDING = "embedding.word_embeddings.weight"
+"""Its canonical name."""
 BYTES_PER_FILE = 4 * 2**20
 """Small enough that the checkpoint has several files and an index, as a large one has."""
 
@@ -212,7 +215,7 @@ def _draw_tensors(config: Mapping[str, Any], *, fp8: bool, seed: int) -> "Iterat
     dtype: torch.dtype = getattr(torch, config["torch_dtype"])
     for parameter in parameters(shape).values():
         for part in parameter.parts:
-            values = _draw_values(parameter, part.name, part.shape, shape.initializer_range, seed)
+            values = _draw_values(parameter, part.name, part.shape, _spread(parameter, shape), seed)
             if parameter.kind is Kind.ROUTER_BIAS:
                 yield part.name, values
             elif fp8 and parameter.kind is Kind.LINEAR:
@@ -224,8 +227,18 @@ def _draw_tensors(config: Mapping[str, Any], *, fp8: bool, seed: int) -> "Iterat
     for alias, canonical in hf_aliases(shape).items():
         parameter = parameters(shape)[canonical]
         source = parameter.parts[0]
-        values = _draw_values(parameter, source.name, source.shape, shape.initializer_range, seed)
+        values = _draw_values(parameter, source.name, source.shape, _spread(parameter, shape), seed)
         yield alias, values.to(dtype)
+
+
+def _spread(parameter: "Parameter", shape: "ModelShape") -> float:
+    """Return the standard deviation of a weight.
+
+    Embeddings have torch's own default for them: what the layers add is then small beside it, and rounding grows less
+    on its way through the model. With narrower ones, two right FP32 implementations differ by 1e-5 in a fine-tuned
+    model's logits.
+    """
+    return 1.0 if parameter.name == EMBEDDING else shape.initializer_range
 
 
 def _draw_values(
