@@ -1,0 +1,62 @@
+"""From answers to numbers, task by task: metrics, an interval of the leading one, and what a baseline gets."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.evaluation.answers import Answer
+from megatron_ads.evaluation.relevance_scores import relevance_scores
+from megatron_ads.metrics.intervals import statistic_interval
+from megatron_ads.tasks import relevance
+from megatron_ads.tasks.registry import score_answers
+
+
+def task_scores(answers: Sequence[Answer], training: Sequence[ChatRow]) -> dict[str, dict[str, Any]]:
+    """Return the scores of each task as JSON values; what is undefined is None.
+
+    Query-ad relevance has a form of its own (``relevance_scores``), with the binary views of the papers' tables.
+
+    Args:
+        answers: Of any tasks.
+        training: Rows trained on, from which baselines learn.
+
+    Raises:
+        DataError: If a row is of an unknown task, or its target cannot be read.
+    """
+    by_task: dict[str, list[Answer]] = defaultdict(list)
+    for answer in answers:
+        by_task[answer.row.task].append(answer)
+    scores = {}
+    for task, of_task in sorted(by_task.items()):
+        if task == relevance.TASK:
+            labels = [row.label for row in training if row.task == task and row.label is not None]
+            scores[task] = relevance_scores(of_task, training_labels=labels)
+        else:
+            scores[task] = _scores(of_task)
+    return scores
+
+
+def _scores(answers: Sequence[Answer]) -> dict[str, Any]:
+    rows, texts = [answer.row for answer in answers], [answer.text for answer in answers]
+    scores = score_answers(rows, texts)
+    leading = scores.headline_name
+
+    def headline(numbers: Any) -> float | None:
+        drawn = [int(number) for number in numbers]
+        found = score_answers([rows[number] for number in drawn], [texts[number] for number in drawn])
+        return found.metrics.get(leading or "")
+
+    groups = [row.group or row.id for row in rows]
+    interval = statistic_interval(headline, len(rows), groups=groups, resamples=_RESAMPLES) if leading else None
+    return {
+        **asdict(scores),
+        "groups": len(set(groups)),
+        "headline_95": None if interval is None else [interval.low, interval.high],
+        "ended_share": sum(answer.ended for answer in answers) / len(answers),
+    }
+
+
+_RESAMPLES = 200
+"""Each scores all answers anew."""
