@@ -55,6 +55,8 @@ def sweep_line(file: Path, index: int) -> str:
         raise ConfigError(f"The sweep {file} does not exist.")
     text = file.read_text(encoding="utf-8").splitlines()
     lines = [line for line in text if line.strip() and not line.lstrip().startswith("#")]
+    if not lines:
+        raise ConfigError(f"The sweep {file} holds no line of overrides. Write one for each element of the array.")
     if not 0 <= index < len(lines):
         raise ConfigError(
             f"The sweep {file} has {len(lines)} lines, 0 to {len(lines) - 1}, but this is element {index}. "

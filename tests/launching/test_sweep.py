@@ -39,6 +39,9 @@ def test_a_sweep_and_an_array_belong_together(sweep: Path) -> None:
 def test_an_element_without_a_line_is_refused(sweep: Path) -> None:
     with pytest.raises(ConfigError, match=r"has 2 lines, 0 to 1, but this is element 2.*--array=0-1"):
         sweep_line(sweep, 2)
+    sweep.with_name("empty").write_text("# nothing\n")
+    with pytest.raises(ConfigError, match="holds no line"):
+        sweep_line(sweep.with_name("empty"), 0)
     with pytest.raises(ConfigError, match="does not exist"):
         sweep_line(sweep.with_name("absent"), 0)
 
