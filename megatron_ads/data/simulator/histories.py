@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ads.data.simulator.behaviour import EVENT_TABLES, MINUTES, Behaviour, Columns
+from megatron_ads.data.simulator.behaviour import EVENT_TABLES, MINUTES, Behaviour
 from megatron_ads.data.simulator.population import Population
 from megatron_ads.data.simulator.queries import wanted_by
+from megatron_ads.data.simulator.sessions import Columns
 from megatron_ads.data.simulator.vocabulary import AGES, GENDERS, KINDS, PLACES, PRICES
 from megatron_ads.data.simulator.world import World
 from megatron_ads.tasks.user_history import Demographics, Event, EventKind, UserHistory

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_ads.data.simulator.behaviour import EVENT_TABLES, Behaviour, Columns
+from megatron_ads.data.simulator.behaviour import EVENT_TABLES, Behaviour
 from megatron_ads.data.simulator.population import Population
 from megatron_ads.data.simulator.queries import wanted_by
+from megatron_ads.data.simulator.sessions import Columns
 from megatron_ads.data.simulator.vocabulary import AGES, DEPARTMENTS, GENDERS, KINDS, PLACES, PRICES
 from megatron_ads.data.simulator.world import World, department_of
 

@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from megatron_ads.data.simulator.behaviour import EVENT_TABLES, Behaviour, Columns, Simulation
+from megatron_ads.data.simulator.behaviour import EVENT_TABLES, Behaviour, Simulation
 from megatron_ads.data.simulator.logs import SCHEMAS, still_tables, tables_of
 from megatron_ads.data.simulator.population import Population, draw_population, segment_priors
 from megatron_ads.data.simulator.preferences import Moment
+from megatron_ads.data.simulator.sessions import Columns
 from megatron_ads.data.simulator.tables import TableFormat, open_table
 from megatron_ads.data.simulator.world import DEFAULT_ADVERTISERS, World
 from megatron_ads.errors import ConfigError
