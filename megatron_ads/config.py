@@ -724,15 +724,24 @@ def load_layout(name_or_path: str, overrides: Sequence[str] = ()) -> LayoutConfi
 
 
 def _compose(name_or_path: str, overrides: Sequence[str]) -> DictConfig:
-    ConfigStore.instance().store(name="base_sft", node=SftConfig)
-    folder, name, search = locate_recipe(name_or_path)
+    return compose_onto(SftConfig, "sft", name_or_path, overrides)
+
+
+def compose_onto(schema: type, kind: str, name_or_path: str, overrides: Sequence[str]) -> DictConfig:
+    """Return a recipe of one kind, ``recipes/KIND/``, composed onto the schema, which it names as ``base_KIND``.
+
+    Raises:
+        ConfigError: If there is no such recipe, a key is unknown, or a value has the wrong type.
+    """
+    ConfigStore.instance().store(name=f"base_{kind}", node=schema)
+    folder, name, search = locate_recipe(name_or_path, kind)
     try:
         with initialize_config_dir(config_dir=str(folder), version_base=None):
             composed = compose(config_name=name, overrides=[*search, *overrides])
         # Merged once more from plain values: an override such as +train.stepz=1 may extend the composed config.
-        merged = OmegaConf.merge(OmegaConf.structured(SftConfig), OmegaConf.to_container(composed, resolve=True))
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(composed, resolve=True))
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # Hydra refuses some overrides so
-        raise explain(error, schema=SftConfig, recipe=name_or_path) from None
+        raise explain(error, schema=schema, recipe=name_or_path) from None
     assert isinstance(merged, DictConfig)
     return merged
 

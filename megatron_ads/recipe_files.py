@@ -18,12 +18,12 @@ def recipes_folder() -> Path:
     return folder
 
 
-def shipped_recipes() -> tuple[str, ...]:
-    """Return the names of the recipes that describe a whole job, as ``sft/quickstart``."""
-    return tuple(f"sft/{file.stem}" for file in sorted((recipes_folder() / "sft").glob("*.yaml")))
+def shipped_recipes(kind: str = "sft") -> tuple[str, ...]:
+    """Return the names of the recipes that describe a whole job of one kind, as ``sft/quickstart``."""
+    return tuple(f"{kind}/{file.stem}" for file in sorted((recipes_folder() / kind).glob("*.yaml")))
 
 
-def locate_recipe(name_or_path: str) -> tuple[Path, str, list[str]]:
+def locate_recipe(name_or_path: str, kind: str = "sft") -> tuple[Path, str, list[str]]:
     """Return Hydra's config folder, the config's name in it, and the overrides that let it find the shipped groups.
 
     Raises:
@@ -39,7 +39,7 @@ def locate_recipe(name_or_path: str) -> tuple[Path, str, list[str]]:
         quoted = str(shipped).replace("'", "\\'")
         return path.parent, path.stem, [f"hydra.searchpath=['file://{quoted}']"]
     if not (shipped / f"{name_or_path}.yaml").is_file():
-        names = shipped_recipes()
+        names = shipped_recipes(kind)
         near = difflib.get_close_matches(name_or_path, names, n=1, cutoff=0.4)
         hint = f"Did you mean {near[0]}?" if near else f"Shipped: {', '.join(names)}."
         raise ConfigError(f"There is no recipe {name_or_path!r}. {hint} A recipe of your own is given as FILE.yaml.")

@@ -23,6 +23,7 @@ COMMAND_LINES = [
     ["data"],
     ["data", "simulate"],
     ["data", "preview"],
+    ["data", "cook"],
     ["train"],
     ["compare-logits"],
     ["evaluate"],

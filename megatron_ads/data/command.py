@@ -2,9 +2,11 @@
 
 megatron-ads data simulate --out simulated --users 100000 --days 35 --seed 0
 megatron-ads data preview --task ad_user_relevance
+megatron-ads data cook --recipe cook/simulated --out cooked teacher.url=http://localhost:8000/v1 teacher.model=NAME
 """
 
 import argparse
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_simulate(commands)
     add_preview(commands)
+    import_module("megatron_ads.cooking.command").add_cook(commands)  # by name: cooking builds on this package
 
 
 def run(args: argparse.Namespace) -> int:

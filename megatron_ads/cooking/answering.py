@@ -1,0 +1,217 @@
+"""Requests to a model and what comes of them, whatever answers: through the journal, in parallel, counted."""
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from megatron_ads.cooking.config import AnsweringConfig
+from megatron_ads.cooking.journal import Journal, key_of
+from megatron_ads.errors import DataError
+from megatron_ads.observability.progress import Progress
+
+GIVE_UPS_IN_A_ROW = 5
+"""After so many requests on end without an answer the run stops: the server is gone, not busy."""
+_MILLION = 1_000_000
+
+
+class Finish(StrEnum):
+    """How an answer ended."""
+
+    ended = "ended"
+    cut_off = "cut_off"
+    """At the limit of tokens."""
+    refused = "refused"
+    """The server calls the request impossible, such as one that is too long. It costs nothing and is not kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One thing to ask. Equal requests have one answer."""
+
+    body: Mapping[str, Any]
+    """As the protocol has it: model, messages, temperature, seed and so on."""
+    candidate: int = 0
+    """Tells requests apart that ask the same thing again."""
+
+    @property
+    def key(self) -> str:
+        """What its answer is found by."""
+        return key_of({"body": self.body, "candidate": self.candidate})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What a model said."""
+
+    text: str
+    finish: Finish = Finish.ended
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    attempts: int = 1
+    seconds: float = 0.0
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Answer":
+        """Return the answer that a journal's record holds."""
+        return cls(**{**record, "finish": Finish(record["finish"])})
+
+
+class Unanswered(DataError):
+    """A request had no answer after all attempts; it is asked again by the next run."""
+
+    def __init__(self, message: str, *, attempts: int) -> None:
+        """Keep how often it was sent beside the sentence."""
+        super().__init__(message)
+        self.attempts = attempts
+
+
+class Answerer(Protocol):
+    """A model that can be asked."""
+
+    def answer(self, request: Request, stop: threading.Event) -> Answer:
+        """Return the answer; waits end early when ``stop`` is set.
+
+        Raises:
+            Unanswered: If there is none after all attempts.
+            ConfigError: If no request can succeed, such as with a wrong key.
+        """
+
+
+@dataclass(slots=True)
+class Usage:
+    """What asking one model took, in this run and in those before."""
+
+    from_journal: int = 0
+    asked: int = 0
+    """Requests answered in this run."""
+    gave_up: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    """Of all answers, those of earlier runs too."""
+    seconds_in_requests: float = 0.0
+    finishes: dict[str, int] = field(default_factory=dict)
+    """How many answers ended how."""
+
+    def count(self, answer: Answer, *, new: bool) -> None:
+        """Add one answer."""
+        self.asked += new
+        self.from_journal += not new
+        self.retries += (answer.attempts - 1) if new else 0
+        self.prompt_tokens += answer.prompt_tokens
+        self.answer_tokens += answer.answer_tokens
+        self.seconds_in_requests += answer.seconds if new else 0.0
+        self.finishes[str(answer.finish)] = self.finishes.get(str(answer.finish), 0) + 1
+
+    @property
+    def answered(self) -> int:
+        """Requests with an answer that is no refusal."""
+        return sum(self.finishes.values()) - self.finishes.get(str(Finish.refused), 0)
+
+    def cost(self, config: AnsweringConfig) -> float | None:
+        """Return what all answers cost; None where no prices are known."""
+        if config.input_price is None or config.output_price is None:
+            return None
+        return (self.prompt_tokens * config.input_price + self.answer_tokens * config.output_price) / _MILLION
+
+
+class Desk:
+    """Asks one model, and never what the journal knows already."""
+
+    def __init__(self, name: str, config: AnsweringConfig, answerer: Answerer, journal: Journal) -> None:
+        """Ask ``answerer``; ``name`` is the model's section in the recipe."""
+        self.usage = Usage()
+        self._name, self._config, self._answerer, self._journal = name, config, answerer, journal
+        self._counted: set[str] = set()
+        self._gave_up_in_a_row = 0
+
+    def ask(self, requests: Iterable[Request], *, description: str) -> dict[str, Answer]:
+        """Return an answer by the key of its request; a request without answer is missing.
+
+        On Ctrl-C, requests in flight are waited for, so that what they cost is not lost.
+
+        Raises:
+            ConfigError: If no request can succeed, such as with a wrong key.
+            DataError: If the model stopped answering, or ``most_cost`` was reached.
+        """
+        wanted = list({request.key: request for request in requests}.items())
+        found: dict[str, Answer] = {}
+        missing: list[tuple[str, Request]] = []
+        for key, request in wanted:
+            record = self._journal.get(key)
+            if record is None:
+                missing.append((key, request))
+            else:
+                found[key] = Answer.from_record(record)
+                self._count(key, found[key], new=False)
+        if missing:
+            found |= self._ask_missing(missing, Progress(len(wanted), len(found), description, unit="request"))
+        return found
+
+    def _count(self, key: str, answer: Answer, *, new: bool) -> None:
+        if key not in self._counted:  # what several stages ask for is paid for once
+            self._counted.add(key)
+            self.usage.count(answer, new=new)
+
+    def _ask_missing(self, missing: Sequence[tuple[str, Request]], progress: Progress) -> dict[str, Answer]:
+        stop = threading.Event()
+        found: dict[str, Answer] = {}
+        left = iter(missing)
+        waiting: dict[Future[Answer], str] = {}
+        with progress, ThreadPoolExecutor(self._config.concurrency) as pool:
+            try:
+                while True:
+                    # No more than can run at a time are handed over, so that a stop leaves nothing queued behind it.
+                    while len(waiting) < self._config.concurrency and (item := next(left, None)) is not None:
+                        self._require_affordable()
+                        waiting[pool.submit(self._answer_and_record, *item, stop)] = item[0]
+                    if not waiting:
+                        return found
+                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                        key = waiting.pop(future)
+                        if (answer := self._outcome(future)) is not None:
+                            found[key] = answer
+                            self._count(key, answer, new=True)
+                        progress.update()
+            except BaseException:
+                stop.set()
+                raise
+
+    def _answer_and_record(self, key: str, request: Request, stop: threading.Event) -> Answer:
+        answer = self._answerer.answer(request, stop)
+        if answer.finish is not Finish.refused:  # a server with other limits may take it
+            self._journal.add(key, asdict(answer))
+        return answer
+
+    def _outcome(self, future: Future[Answer]) -> Answer | None:
+        try:
+            answer = future.result()
+        except Unanswered as error:
+            self.usage.gave_up += 1
+            self.usage.retries += max(0, error.attempts - 1)
+            self._count_give_up(str(error))
+            return None
+        if answer.finish is not Finish.refused:
+            self._gave_up_in_a_row = 0
+        elif not self.usage.answered:  # single refusals, such as of long prompts, are no reason to stop
+            self._count_give_up(answer.text)
+        return answer
+
+    def _count_give_up(self, why: str) -> None:
+        self._gave_up_in_a_row += 1
+        if self._gave_up_in_a_row >= GIVE_UPS_IN_A_ROW:
+            raise DataError(
+                f"the {self._name} left {GIVE_UPS_IN_A_ROW} requests on end without an answer, the last with: {why} "
+                "Every answer so far is kept; start again to go on."
+            )
+
+    def _require_affordable(self) -> None:
+        cost, limit = self.usage.cost(self._config), self._config.most_cost
+        if cost is not None and limit is not None and cost >= limit:
+            raise DataError(
+                f"answers of the {self._name} have cost {cost:.4g}, and {self._name}.most_cost is {limit:g}. Raise it "
+                "and start again: answers that are there are not asked for again."
+            )

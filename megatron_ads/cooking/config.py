@@ -1,0 +1,288 @@
+"""The typed schema of a cooking recipe, below ``recipes/cook/``, and the checks that one setting alone cannot express.
+
+Importing this module needs neither torch nor transformers.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from urllib.parse import urlsplit
+
+from omegaconf import MISSING, OmegaConf
+
+from megatron_ads.config import SourceConfig, compose_onto
+from megatron_ads.errors import ConfigError
+
+# Member names are lower case because OmegaConf reads an enum by its name, and that is what a recipe writes.
+
+
+class ModelKind(StrEnum):
+    """What answers."""
+
+    endpoint = "endpoint"
+    """A server that speaks the OpenAI chat completions protocol."""
+    local = "local"
+    """A Hugging Face checkpoint folder, run by transformers in this process."""
+
+
+class Style(StrEnum):
+    """How a teacher is asked for reasoning."""
+
+    auto = "auto"
+    """``reverse_engineered`` for tasks that ask what somebody will do next, ``label_given`` for the others."""
+    label_given = "label_given"
+    """The label is given; the reasoning explains why it fits."""
+    reverse_engineered = "reverse_engineered"
+    """What happened next is given; the reasoning leads to it from what was known before."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_between(section: str, config: object, lowest: float, highest: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and lowest <= value <= highest):
+            limit = f"at least {lowest:g}" if highest == math.inf else f"from {lowest:g} to {highest:g}"
+            raise ConfigError(f"{section}.{name} is {value}; it must be {limit}.")
+
+
+@dataclass(kw_only=True, slots=True)  # not frozen, here and below: Hydra merges into it
+class AnsweringConfig:
+    """A model that is asked, and how patiently."""
+
+    kind: ModelKind = ModelKind.endpoint
+    """``endpoint``: a server; ``local``: a checkpoint folder, which answers one request at a time."""
+    model: str | None = None
+    """Name the server knows the model by, or the folder; None: there is no such model."""
+    url: str | None = None
+    """Address of the protocol's first version, ``http://localhost:8000/v1``; ``endpoint`` only."""
+    api_key_env: str | None = None
+    """Environment variable that holds the API key; None sends none. The key is never written anywhere."""
+    temperature: float = 0.7
+    """0 takes the likeliest token."""
+    top_p: float = 0.95
+    """Draw from the likeliest tokens that have this probability together."""
+    max_tokens: int = 1024
+    """Longest answer."""
+    token_limit_field: str = "max_tokens"
+    """What the server calls the limit; some want ``max_completion_tokens``."""
+    concurrency: int = 8
+    """Requests in flight at a time; ``endpoint`` only."""
+    requests_per_minute: float | None = None
+    """Start no more requests than that; None is no limit."""
+    timeout_seconds: float = 300.0
+    """Longest wait for one answer."""
+    attempts: int = 5
+    """How often a request is sent at most, where the server is busy, fails or does not answer."""
+    first_wait_seconds: float = 1.0
+    """Pause before the second attempt; it doubles from attempt to attempt, and a server may ask for a longer one."""
+    longest_wait_seconds: float = 60.0
+    """No pause is longer."""
+    input_price: float | None = None
+    """Price of a million prompt tokens, in a currency of your own; None: the cost is not counted."""
+    output_price: float | None = None
+    """Price of a million answer tokens."""
+    most_cost: float | None = None
+    """Ask nothing more once answers have cost that much; a higher limit goes on from there. None is no limit."""
+
+    def check(self, section: str) -> None:
+        """Refuse impossible values; ``section`` is where this stands in the recipe."""
+        _require_between(section, self, 0, math.inf, "temperature", "first_wait_seconds", "longest_wait_seconds")
+        _require_between(section, self, 0, math.inf, "input_price", "output_price", "most_cost")
+        _require_between(section, self, 1, math.inf, "max_tokens", "concurrency", "attempts")
+        for name in ("timeout_seconds", "requests_per_minute", "top_p"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{section}.{name} is {value}; it must be above 0.")
+        _require(self.top_p <= 1, f"{section}.top_p is {self.top_p}; it must be at most 1.")
+        priced = self.input_price is not None and self.output_price is not None
+        _require(
+            (self.input_price is None) == (self.output_price is None),
+            f"{section}.input_price is {self.input_price} and {section}.output_price {self.output_price}; set both, or "
+            "neither.",
+        )
+        _require(
+            priced or self.most_cost is None,
+            f"{section}.most_cost is {self.most_cost}, which has no effect without {section}.input_price and "
+            f"{section}.output_price. Set them, or remove it.",
+        )
+        if self.model is not None:
+            self._check_place(section)
+
+    def _check_place(self, section: str) -> None:
+        if self.kind is ModelKind.local:
+            for name in ("url", "api_key_env", "requests_per_minute"):
+                _require(
+                    getattr(self, name) is None,
+                    f"{section}.{name} is {getattr(self, name)!r}, which has no effect with {section}.kind local. "
+                    "Remove it.",
+                )
+            return
+        _require(
+            self.url is not None,
+            f"{section}.url is missing; kind endpoint needs one, such as http://localhost:8000/v1.",
+        )
+        parts = urlsplit(self.url or "")
+        _require(
+            parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment,
+            f"{section}.url is {self.url!r}; it must be like http://localhost:8000/v1.",
+        )
+        _require(
+            parts.username is None and parts.password is None,
+            f"{section}.url holds a user name or password, which would be written to the report. Put the key into an "
+            f"environment variable and name that in {section}.api_key_env.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class GoldenConfig:
+    """The check of every prompt template on rows whose labels are trusted, before it is used at scale."""
+
+    path: str | None = None
+    """Chat rows in a JSONL file; None draws rows from the sources, which says less."""
+    rows: int = 10
+    """Rows of each task; every wording of every template is asked about each. 0 leaves the check out."""
+    pass_rate: float = 0.8
+    """Share of each wording's answers that must be well formed, repeat the label and mention the input."""
+    agreement: float = 0.0
+    """Mean similarity of the reasoning about one row over the wordings that a template needs; 0 asks for none."""
+
+    def check(self) -> None:
+        """Refuse impossible values."""
+        _require_between("golden", self, 0, math.inf, "rows")
+        _require_between("golden", self, 0, 1, "pass_rate", "agreement")
+        _require(
+            self.path is None or self.rows > 0,
+            f"golden.path is {self.path!r}, which has no effect with golden.rows = 0. Remove it, or raise golden.rows.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class RejectConfig:
+    """What a candidate must be like. Its form and its label are always checked."""
+
+    min_words: int = 8
+    """Shortest reasoning."""
+    min_details: int = 2
+    """Words of the row's own input, which neither the instruction, the answer nor most other rows have, that the
+    reasoning must mention; all of them where there are fewer."""
+    min_similarity: float = 0.1
+    """Mean similarity with the row's other candidates; a candidate that they do not resemble is removed. 0 is off."""
+    max_similarity: float = 0.98
+    """A candidate that is more similar to an earlier one of its row is removed as a repetition; 1 is off."""
+    embedding: str | None = None
+    """A sentence-transformers model by name, for similarities; None is TF-IDF with a truncated SVD."""
+    queries: bool = True
+    """Leave out rows of query_generation with a query that is broader than the keyword, off topic or repeated."""
+
+    def check(self) -> None:
+        """Refuse impossible values."""
+        _require_between("reject", self, 0, math.inf, "min_words", "min_details")
+        _require_between("reject", self, 0, 1, "min_similarity", "max_similarity")
+        _require(
+            self.min_similarity < self.max_similarity,
+            f"reject.min_similarity = {self.min_similarity:g} must be below reject.max_similarity = "
+            f"{self.max_similarity:g}: else every candidate with others is removed.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class PerplexityConfig:
+    """PPL(answer | prompt, reasoning) < R, by a local Hugging Face checkpoint."""
+
+    model: str | None = None
+    """Folder of the checkpoint; None leaves the filter out."""
+    sample: int = 1000
+    """Candidates over which R is found."""
+    quantile: float = 0.5
+    """R is this quantile of the sample; 0.5 is the median."""
+    threshold: float | None = None
+    """R itself; None finds it."""
+
+    def check(self) -> None:
+        """Refuse impossible values."""
+        _require_between("perplexity", self, 1, math.inf, "sample", "threshold")
+        _require_between("perplexity", self, 0, 1, "quantile")
+        _require(
+            self.model is not None or self.threshold is None,
+            f"perplexity.threshold is {self.threshold}, which has no effect without perplexity.model. Remove it.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class CookConfig:
+    """A whole cooking run."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Labelled rows, of tasks that the registry has; at least one source."""
+    out: str = MISSING
+    """Folder of the journal, the corpus and the report; a run that was interrupted goes on there."""
+    seed: int = 0
+    """Decides wordings, draws, the order of the corpus and which rows are held out."""
+    candidates: int = 3
+    """Pieces of reasoning that are asked for, for each row."""
+    style: Style = Style.auto
+    """``label_given`` or ``reverse_engineered``; ``auto`` decides by task."""
+    keep_per_row: int | None = None
+    """Most candidates of a row that enter the corpus, those of the lowest perplexity first; None is all that pass."""
+    validation_rows: int = 0
+    """Rows of the corpus held out, in whole groups such as queries and users; 0 is none."""
+    samples: int = 3
+    """Removed candidates that the report shows for each reason."""
+    teacher: AnsweringConfig = field(default_factory=AnsweringConfig)
+    verifier: AnsweringConfig = field(default_factory=lambda: AnsweringConfig(temperature=0.0, max_tokens=128))
+    """Judges whether reasoning fits its input and holds; without ``verifier.model`` there is none."""
+    golden: GoldenConfig = field(default_factory=GoldenConfig)
+    reject: RejectConfig = field(default_factory=RejectConfig)
+    perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
+
+    def check(self) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            ConfigError: Naming the settings, their values and what to change.
+        """
+        _require(bool(self.sources), "sources is empty. Name one: 'sources=[{kind: jsonl, path: FILE}]'.")
+        for index, source in enumerate(self.sources):
+            source.check(f"sources[{index}]")
+        _require_between("recipe", self, 0, math.inf, "seed", "validation_rows", "samples")
+        _require_between("recipe", self, 1, math.inf, "candidates", "keep_per_row")
+        _require(self.teacher.model is not None, "teacher.model is null. Name the model, or the checkpoint folder.")
+        self.teacher.check("teacher")
+        self.verifier.check("verifier")
+        self.golden.check()
+        self.reject.check()
+        self.perplexity.check()
+
+
+def load_cook_recipe(name_or_path: str, overrides: Sequence[str] = (), *, out: str | None = None) -> CookConfig:
+    """Compose a recipe with Hydra and return it as plain dataclasses, checked.
+
+    Args:
+        name_or_path: A shipped recipe such as ``cook/simulated``, or a YAML file of one's own.
+        overrides: Hydra overrides, ``teacher.url=http://host:8000/v1``.
+        out: Replaces the recipe's ``out``, whatever characters it has; None leaves it.
+
+    Raises:
+        ConfigError: If there is no such recipe, a key is unknown (the nearest known one is named), a value has the
+            wrong type or is impossible, or a required one is missing.
+    """
+    composed = compose_onto(CookConfig, "cook", name_or_path, overrides)
+    if out is not None:
+        composed.out = out
+    if missing := sorted(OmegaConf.missing_keys(composed)):
+        raise ConfigError(
+            f"{name_or_path}: {', '.join(missing)} must be set, in the recipe or on the command line as KEY=VALUE."
+        )
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, CookConfig)  # to_object instantiates the schema composed onto
+    config.check()
+    return config
+
+
+def cook_recipe_yaml(config: CookConfig) -> str:
+    """Return the resolved recipe as YAML, which :func:`load_cook_recipe` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,0 +1,194 @@
+"""The whole run: rows, golden set, candidates, filters, corpus, report. Interrupted, it goes on where it was."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_ads.config import SourceConfig, SourceKind
+from megatron_ads.cooking.agreement import embedder, remove_disagreeing
+from megatron_ads.cooking.answering import Answerer, Desk
+from megatron_ads.cooking.candidates import Candidate, Removed, by_row, details_in, passing, read_candidate
+from megatron_ads.cooking.config import AnsweringConfig, CookConfig, ModelKind
+from megatron_ads.cooking.corpus import Written, write_corpus
+from megatron_ads.cooking.endpoint import Endpoint
+from megatron_ads.cooking.golden import GoldenResult, check_template
+from megatron_ads.cooking.journal import Journal
+from megatron_ads.cooking.perplexity import Scorer, remove_unlikely
+from megatron_ads.cooking.prompts import template_of
+from megatron_ads.cooking.queries import query_fault
+from megatron_ads.cooking.requests import drawn, reasoning_request
+from megatron_ads.cooking.verifier import remove_rejected
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.sources import describe_source, read_source
+from megatron_ads.errors import DataError
+from megatron_ads.tasks.registry import TASKS
+from megatron_ads.tasks.row_checks import check_rows
+
+JOURNAL, PERPLEXITIES = "journal.jsonl", "perplexities.jsonl"
+UNKNOWN_TASK, GOLDEN_FAILED = "unknown_task", "golden_check_failed"
+
+
+@dataclass(kw_only=True, slots=True)
+class Cooked:
+    """What came out."""
+
+    sources: list[str]
+    rows_read: int
+    rows_left_out: Counter[str]
+    """Rows that nothing was asked about, by reason."""
+    golden: list[GoldenResult] = field(default_factory=list)
+    rows_by_task: dict[str, int] = field(default_factory=dict)
+    """Rows that were asked about."""
+    candidates: list[Candidate] = field(default_factory=list)
+    threshold: float | None = None
+    """R of the perplexity filter; None: it was off, or had nothing to measure."""
+    written: Written | None = None
+    """None: no prompt template passed the golden check, so there is no corpus."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kitchen:
+    """The models that a run asks."""
+
+    teacher: Desk
+    verifier: Desk | None
+    scorer: Scorer | None
+
+
+@contextmanager
+def open_kitchen(config: CookConfig) -> Iterator[Kitchen]:
+    """Prepare the models and open the journals below ``config.out``.
+
+    Raises:
+        ConfigError: If a key is missing.
+        DataError: If another run has a journal open, or a checkpoint has no tokenizer.
+    """
+    out = Path(config.out)
+    with ExitStack() as stack:
+        journal = stack.enter_context(Journal(out / JOURNAL))
+        teacher = Desk("teacher", config.teacher, _answerer("teacher", config.teacher), journal)
+        verifier = None
+        if config.verifier.model is not None:
+            verifier = Desk("verifier", config.verifier, _answerer("verifier", config.verifier), journal)
+        scorer: Scorer | None = None
+        if config.perplexity.model is not None:
+            from megatron_ads.cooking.local_model import LocalScorer  # imports torch
+
+            scorer = LocalScorer(Path(config.perplexity.model), stack.enter_context(Journal(out / PERPLEXITIES)))
+        yield Kitchen(teacher, verifier, scorer)
+
+
+def _answerer(section: str, config: AnsweringConfig) -> Answerer:
+    if config.kind is ModelKind.endpoint:
+        return Endpoint(section, config)
+    from megatron_ads.cooking.local_model import LocalTeacher  # imports torch
+
+    return LocalTeacher(config)
+
+
+def cook(config: CookConfig, kitchen: Kitchen) -> Cooked:
+    """Cook, and write the corpus.
+
+    Raises:
+        ConfigError: If no request to a model can succeed.
+        DataError: If a source cannot be read or has no row to cook, ids repeat, or a model stopped answering.
+    """
+    cooked, tasks = _read_rows(config)
+    golden = _golden_rows(config, tasks)
+    for task, rows in tasks.items():
+        if config.golden.rows > 0:
+            template = template_of(task, config.style)
+            result = check_template(task, template, golden[task], kitchen.teacher, config)
+            cooked.golden.append(result)
+            if not result.passed:
+                cooked.rows_left_out[GOLDEN_FAILED] += len(rows)
+                continue
+        cooked.rows_by_task[task] = len(rows)
+        cooked.candidates += _candidates(task, rows, kitchen.teacher, config)
+    _filter(cooked, kitchen, config)
+    if cooked.rows_by_task:
+        cooked.written = write_corpus(Path(config.out), passing(cooked.candidates), config)
+    return cooked
+
+
+def _read_rows(config: CookConfig) -> tuple[Cooked, dict[str, list[ChatRow]]]:
+    """Return the rows to ask about, by task."""
+    tasks: dict[str, list[ChatRow]] = {}
+    cooked = Cooked(
+        sources=[describe_source(source) for source in config.sources], rows_read=0, rows_left_out=Counter()
+    )
+    seen: set[str] = set()
+    for source in config.sources:
+        checked = check_rows(read_source(source, seed=config.seed))
+        cooked.rows_read += len(checked.rows) + len(checked.faulty)
+        cooked.rows_left_out.update({str(fault): count for fault, count in checked.counts().items()})
+        for row in checked.rows:
+            if row.id in seen:
+                raise DataError(f"{describe_source(source)}: id {row.id!r} is another row's too. Ids must differ.")
+            seen.add(row.id)
+            fault = UNKNOWN_TASK if row.task not in TASKS else query_fault(row) if config.reject.queries else None
+            if fault is None:
+                tasks.setdefault(row.task, []).append(row)
+            else:
+                cooked.rows_left_out[str(fault)] += 1
+    if not tasks:
+        why = ", ".join(f"{reason} {count}" for reason, count in cooked.rows_left_out.most_common()) or "no rows"
+        raise DataError(f"none of the {cooked.rows_read} rows can be cooked: {why}. Tasks: {', '.join(TASKS)}.")
+    return cooked, tasks
+
+
+def _golden_rows(config: CookConfig, tasks: dict[str, list[ChatRow]]) -> dict[str, list[ChatRow]]:
+    """Return the golden rows of each task: those of the file, or rows drawn from the sources."""
+    pool = tasks
+    if config.golden.path is not None:
+        source = SourceConfig(kind=SourceKind.jsonl, path=config.golden.path)
+        pool = {}
+        for row in check_rows(read_source(source, seed=config.seed)).rows:
+            pool.setdefault(row.task, []).append(row)
+    if lacking := sorted(tasks.keys() - pool.keys()):
+        raise DataError(
+            f"golden.path = {config.golden.path} has no usable rows of {', '.join(lacking)}. Add some, or set "
+            "golden.path to null to draw golden rows from the sources."
+        )
+    return {
+        task: sorted(pool[task], key=lambda row: drawn(config.seed, "golden", row.id))[: config.golden.rows]
+        for task in tasks
+    }
+
+
+def _candidates(task: str, rows: Sequence[ChatRow], teacher: Desk, config: CookConfig) -> list[Candidate]:
+    template = template_of(task, config.style)
+    asked = [
+        (row, number, reasoning_request(row, template, number, config.teacher, seed=config.seed))
+        for row in rows
+        for number in range(config.candidates)
+    ]
+    answers = teacher.ask([request for *_, request in asked], description=f"reasoning, {task}")
+    known = details_in(rows)
+    return [
+        read_candidate(row, number, answers.get(request.key), details=known.of(row), config=config.reject)
+        for row, number, request in asked
+    ]
+
+
+def _filter(cooked: Cooked, kitchen: Kitchen, config: CookConfig) -> None:
+    candidates = cooked.candidates
+    left = passing(candidates)
+    if left and (config.reject.min_similarity > 0 or config.reject.max_similarity < 1):
+        remove_disagreeing(
+            candidates, embedder(config.reject, [candidate.reasoning for candidate in left]), config.reject
+        )
+    if kitchen.verifier is not None:
+        remove_rejected(candidates, kitchen.verifier, config.verifier, seed=config.seed)
+    if kitchen.scorer is not None:
+        cooked.threshold = remove_unlikely(candidates, kitchen.scorer, config.perplexity, seed=config.seed)
+    if config.keep_per_row is not None:
+        for group in by_row(passing(candidates)).values():
+            for candidate in sorted(group, key=_by_perplexity)[config.keep_per_row :]:
+                candidate.remove(Removed.more_than_kept)
+
+
+def _by_perplexity(candidate: Candidate) -> tuple[float, int]:
+    return (candidate.perplexity if candidate.perplexity is not None else 0.0, candidate.number)

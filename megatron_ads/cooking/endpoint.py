@@ -1,0 +1,199 @@
+"""A model behind the OpenAI chat completions protocol: vLLM, SGLang, `transformers serve`, or a hosted service.
+
+A request that the server is too busy for (429), fails at (5xx) or does not answer in time is sent again after a pause
+that doubles, or that the server asks for, up to a limit. Redirects are not followed: they would carry the key along.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from http.client import HTTPException, HTTPResponse
+from typing import Any
+
+from megatron_ads.cooking.answering import Answer, Finish, Request, Unanswered
+from megatron_ads.cooking.config import AnsweringConfig
+from megatron_ads.errors import ConfigError
+
+_TRY_AGAIN = frozenset({408, 409, 425, 429})
+_HOPELESS = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})
+"""No request would fare better: the key, the address or the model's name is wrong."""
+_LARGEST_ANSWER_BYTES = 32 << 20
+_SHOWN_CHARACTERS = 200
+_BLOCK_BYTES = 1 << 16
+
+
+class _TryAgain(Exception):
+    """An attempt failed in a way that another one may not."""
+
+    def __init__(self, why: str, wait_seconds: float | None = None) -> None:
+        super().__init__(why)
+        self.wait_seconds = wait_seconds
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+class Endpoint:
+    """A server; any number of threads may ask it."""
+
+    def __init__(self, section: str, config: AnsweringConfig) -> None:
+        """Prepare to ask; nothing is sent yet.
+
+        Raises:
+            ConfigError: If the environment variable that should hold the key is not set.
+        """
+        assert config.url is not None, "checked with the recipe"
+        self._section, self._config = section, config
+        self._url = config.url.rstrip("/") + "/chat/completions"
+        self._key = _read_key(section, config.api_key_env)
+        self._opener = urllib.request.build_opener(_NoRedirects())
+        self._starts = _Starts(config.requests_per_minute)
+
+    def answer(self, request: Request, stop: threading.Event) -> Answer:
+        """Return the server's answer.
+
+        Raises:
+            Unanswered: If there is none after all attempts, or ``stop`` was set while waiting for another one.
+            ConfigError: If the key, the address or the model's name is wrong.
+        """
+        data = json.dumps(dict(request.body)).encode()
+        started = time.monotonic()
+        pause = self._config.first_wait_seconds
+        attempt = 0
+        why = "the run was stopped"
+        while attempt < self._config.attempts and not stop.is_set():
+            attempt += 1
+            self._starts.wait(stop)
+            try:
+                return self._parsed(self._post(data), attempt, time.monotonic() - started)
+            except _TryAgain as error:
+                why, asked = str(error), error.wait_seconds
+            if attempt < self._config.attempts:
+                stop.wait(min(max(pause, asked or 0.0), self._config.longest_wait_seconds))
+                pause *= 2
+        said = f"{self._url}, attempt {attempt} of {self._config.attempts}: {self._without_key(why)}."
+        raise Unanswered(said, attempts=attempt)
+
+    def _post(self, data: bytes) -> bytes | Answer:
+        request = urllib.request.Request(self._url, data=data, headers={"Content-Type": "application/json"})
+        if self._key is not None:
+            request.add_header("Authorization", f"Bearer {self._key}")
+        deadline = time.monotonic() + self._config.timeout_seconds
+        try:
+            with self._opener.open(request, timeout=self._config.timeout_seconds) as response:
+                return _read(response, deadline)
+        except urllib.error.HTTPError as error:
+            with error:
+                return self._refused(error)
+        except TimeoutError:
+            raise _TryAgain(f"no answer in {self._config.timeout_seconds:g} s") from None
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, TimeoutError | socket.timeout):
+                raise _TryAgain(f"no answer in {self._config.timeout_seconds:g} s") from None
+            raise _TryAgain(str(error.reason)) from None
+        except (OSError, HTTPException) as error:
+            raise _TryAgain(f"the connection broke: {type(error).__name__} {error}") from None
+
+    def _refused(self, error: urllib.error.HTTPError) -> Answer:
+        """Return the answer to a request that the server calls impossible.
+
+        Raises:
+            _TryAgain: If it may answer later.
+            ConfigError: If no request can succeed.
+        """
+        try:
+            text = error.read(_BLOCK_BYTES).decode(errors="replace")
+        except (OSError, HTTPException):
+            text = ""
+        said = f"HTTP {error.code}: {' '.join(self._without_key(text).split())[:_SHOWN_CHARACTERS]}"
+        if error.code in _TRY_AGAIN or error.code >= 500:
+            raise _TryAgain(said, _seconds(error.headers.get("Retry-After")))
+        if error.code in _HOPELESS:
+            raise ConfigError(
+                f"{self._url} answers {said}. Check {self._section}.url, {self._section}.model = "
+                f"{self._config.model!r} and the key in the variable that {self._section}.api_key_env names."
+            )
+        return Answer(text=said, finish=Finish.refused)
+
+    def _parsed(self, body: bytes | Answer, attempts: int, seconds: float) -> Answer:
+        if isinstance(body, Answer):
+            return Answer(text=body.text, finish=body.finish, attempts=attempts, seconds=seconds)
+        try:
+            parsed = json.loads(body)
+            choice = parsed["choices"][0]
+            text = choice["message"].get("content") or ""
+            usage = parsed.get("usage") or {}
+            return Answer(
+                text=self._without_key(str(text)),
+                finish=Finish.cut_off if choice.get("finish_reason") == "length" else Finish.ended,
+                prompt_tokens=int(usage.get("prompt_tokens") or 0),
+                answer_tokens=int(usage.get("completion_tokens") or 0),
+                attempts=attempts,
+                seconds=seconds,
+            )
+        except (ValueError, LookupError, TypeError, AttributeError):
+            said = self._without_key(body[:_SHOWN_CHARACTERS].decode(errors="replace"))
+            raise _TryAgain(f"the answer is no chat completion: {said!r}") from None
+
+    def _without_key(self, text: str) -> str:
+        """Return a text in which the key, should the server repeat it, cannot be read."""
+        return text.replace(self._key, "***") if self._key else text
+
+
+class _Starts:
+    """Spreads the starts of requests over time."""
+
+    def __init__(self, per_minute: float | None) -> None:
+        self._apart = 60.0 / per_minute if per_minute else 0.0
+        self._next = 0.0
+        self._lock = threading.Lock()
+
+    def wait(self, stop: threading.Event) -> None:
+        """Return when one more request may start."""
+        if not self._apart:
+            return
+        with self._lock:
+            now = time.monotonic()
+            start = max(now, self._next)
+            self._next = start + self._apart
+        stop.wait(start - now)
+
+
+def _read(response: HTTPResponse, deadline: float) -> bytes:
+    """Return the body; a server that sends it drop by drop does not outlast the deadline."""
+    blocks: list[bytes] = []
+    size = 0
+    while block := response.read1(_BLOCK_BYTES):
+        blocks.append(block)
+        size += len(block)
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        if size > _LARGEST_ANSWER_BYTES:
+            raise _TryAgain(f"the answer is longer than {_LARGEST_ANSWER_BYTES:,} bytes")
+    return b"".join(blocks)
+
+
+def _read_key(section: str, variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ConfigError(
+            f"{section}.api_key_env names {variable}, which is not set. Set it to the key, or {section}.api_key_env to "
+            "null for a server that needs none."
+        )
+    return key
+
+
+def _seconds(header: str | None) -> float | None:
+    """Return what a Retry-After header asks for; a date, which few servers send, counts as nothing."""
+    try:
+        return max(0.0, float(header)) if header else None
+    except ValueError:
+        return None

@@ -1,0 +1,45 @@
+"""The bodies of requests: sampling settings, and a seed of each request's own, so that a run can be repeated."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_ads.cooking.answering import Request
+from megatron_ads.cooking.config import AnsweringConfig
+from megatron_ads.cooking.prompts import ReasoningTemplate, teacher_messages
+from megatron_ads.data.rows import ChatRow
+
+_SEEDS = 2**31
+
+
+def chat_request(
+    messages: Sequence[dict[str, str]], config: AnsweringConfig, *, seed: int, candidate: int = 0
+) -> Request:
+    """Return a request for one answer."""
+    body: dict[str, Any] = {
+        "model": config.model,
+        "messages": list(messages),
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        config.token_limit_field: config.max_tokens,
+        "seed": seed,
+    }
+    return Request(body=body, candidate=candidate)
+
+
+def reasoning_request(
+    row: ChatRow, template: ReasoningTemplate, wording: int, config: AnsweringConfig, *, seed: int
+) -> Request:
+    """Return the request for a row's candidate number ``wording``; wordings take turns, seeds differ."""
+    return chat_request(
+        teacher_messages(row, template, wording),
+        config,
+        seed=drawn(seed, row.id, template.name, wording) % _SEEDS,
+        candidate=wording,
+    )
+
+
+def drawn(*parts: object) -> int:
+    """Return a number that looks random and depends on nothing but ``parts``."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "big")

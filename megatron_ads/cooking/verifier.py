@@ -1,0 +1,58 @@
+"""A second model judges each piece of reasoning: does it fit the input, does it support the answer, is it sound?
+
+Source: AdNanny, section 3.4 (textual alignment with the input, logical soundness, faithfulness); the words are ours.
+"""
+
+from collections.abc import Sequence
+
+from megatron_ads.cooking.answering import Answer, Desk, Finish, Request
+from megatron_ads.cooking.candidates import Candidate, Removed, passing
+from megatron_ads.cooking.config import AnsweringConfig
+from megatron_ads.cooking.prompts import answer_of, question_of
+from megatron_ads.cooking.requests import chat_request
+from megatron_ads.data.rows import Role
+from megatron_ads.tasks.elements import PartsFailure, read_parts
+from megatron_ads.tasks.reasoning import CLOSE
+
+ASPECTS = ("Aligned", "Sound", "Faithful")
+_YES, _NO = "yes", "no"
+_TEXT = (
+    "Judge the reasoning. Aligned: everything it says about the case stands in the question. Sound: its steps follow "
+    "from one another. Faithful: it supports the answer and does not contradict it. Answer with "
+    "<Aligned>yes or no</Aligned><Sound>yes or no</Sound><Faithful>yes or no</Faithful> and nothing else."
+)
+
+
+def remove_rejected(candidates: Sequence[Candidate], desk: Desk, config: AnsweringConfig, *, seed: int) -> None:
+    """Ask about every candidate that is left, and remove those that fail in any aspect.
+
+    Raises:
+        DataError: If the verifier stopped answering.
+    """
+    asked = [(candidate, _request(candidate, config, seed)) for candidate in passing(candidates)]
+    answers = desk.ask([request for _, request in asked], description="verifying")
+    for candidate, request in asked:
+        _judge(candidate, answers.get(request.key))
+
+
+def _request(candidate: Candidate, config: AnsweringConfig, seed: int) -> Request:
+    content = (
+        f"A question:\n\n{question_of(candidate.row)}\n\nReasoning:\n\n{candidate.reasoning}\n\nIts answer:\n\n"
+        f"{answer_of(candidate.row)}\n\n{_TEXT}"
+    )
+    return chat_request([{"role": str(Role.user), "content": content}], config, seed=seed)
+
+
+def _judge(candidate: Candidate, answer: Answer | None) -> None:
+    if answer is None or answer.finish is not Finish.ended:
+        candidate.remove(Removed.verifier_unreadable, "no answer" if answer is None else str(answer.finish))
+        return
+    verdicts = read_parts(answer.text.rpartition(CLOSE)[2].strip(), ASPECTS)  # without thoughts of its own
+    if isinstance(verdicts, PartsFailure):
+        candidate.remove(Removed.verifier_unreadable, str(verdicts))
+        return
+    said = {aspect: verdict.lower() for aspect, verdict in verdicts.items()}
+    if not set(said.values()) <= {_YES, _NO}:
+        candidate.remove(Removed.verifier_unreadable, "neither yes nor no")
+    elif failed := [aspect for aspect, verdict in said.items() if verdict == _NO]:
+        candidate.remove(Removed.verifier_rejects, f"not {', not '.join(failed).lower()}")

@@ -1,0 +1,108 @@
+"""A teacher with a script: a real server on loopback that speaks the chat completions protocol and notes requests."""
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """What the server sends back."""
+
+    content: str = ""
+    status: int = 200
+    finish: str = "stop"
+    raw: bytes | None = None
+    """Sent as it is instead of a completion."""
+    headers: dict[str, str] = field(default_factory=dict)
+    delay_seconds: float = 0.0
+
+
+Script = Callable[[dict[str, Any], int], Reply]
+"""Takes a request's body and how often that body came before."""
+
+
+@dataclass(slots=True)
+class Record:
+    """What the server saw."""
+
+    url: str
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    answered: Counter[str] = field(default_factory=Counter)
+    """Completions sent, by body."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    most_at_a_time: int = 0
+    at_a_time: int = 0
+
+
+@contextmanager
+def scripted_server(script: Script) -> Iterator[Record]:
+    """Run the server until the block ends."""
+    seen: Counter[str] = Counter()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            name = json.dumps(body, sort_keys=True)
+            with record.lock:
+                times, seen[name] = seen[name], seen[name] + 1
+                record.bodies.append(body)
+                record.headers.append(dict(self.headers))
+                record.at_a_time += 1
+                record.most_at_a_time = max(record.most_at_a_time, record.at_a_time)
+            reply = script(body, times) if self.path == "/v1/chat/completions" else Reply(status=404)
+            time.sleep(reply.delay_seconds)
+            with record.lock:
+                record.at_a_time -= 1
+                record.answered[name] += reply.status == 200
+            self._send(reply)
+
+        def _send(self, reply: Reply) -> None:
+            data = json.dumps(_completion(reply)).encode() if reply.raw is None else reply.raw
+            try:
+                self.send_response(reply.status)
+                for header, value in reply.headers.items():
+                    self.send_header(header, value)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+            except OSError:
+                pass  # the client no longer waits
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    record = Record(url=f"http://127.0.0.1:{server.server_port}/v1")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield record
+    finally:
+        server.shutdown()
+        thread.join(timeout=10)
+        server.server_close()
+
+
+def _completion(reply: Reply) -> dict[str, Any]:
+    if reply.status != 200:
+        return {"error": {"message": reply.content}}
+    return {
+        "object": "chat.completion",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": reply.content},
+                "finish_reason": reply.finish,
+            }
+        ],
+        "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+    }

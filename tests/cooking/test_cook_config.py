@@ -1,0 +1,72 @@
+"""Cooking recipes: the shipped ones compose, a mistake is refused with the setting and what to do."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ads.cooking.config import CookConfig, Style, cook_recipe_yaml, load_cook_recipe
+from megatron_ads.errors import ConfigError
+from megatron_ads.recipe_files import recipes_folder, shipped_recipes
+
+SHIPPED = shipped_recipes("cook")
+
+
+def load(*overrides: str) -> CookConfig:
+    return load_cook_recipe("cook/simulated", ["teacher.model=m", *overrides])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe_needs_a_teacher_and_nothing_else(name: str) -> None:
+    assert load_cook_recipe(name, ["teacher.model=m"]).teacher.model == "m"
+    with pytest.raises(ConfigError, match=r"teacher\.model is null"):
+        load_cook_recipe(name)
+
+
+def test_there_are_shipped_recipes_with_instructions() -> None:
+    assert len(SHIPPED) == 2
+    for name in SHIPPED:
+        assert f"megatron-ads data cook --recipe {name}" in (recipes_folder() / f"{name}.yaml").read_text()
+
+
+def test_the_resolved_recipe_reads_back(tmp_path: Path) -> None:
+    config = load("style=reverse_engineered", "keep_per_row=2", "golden.path=g.jsonl", "verifier.url='http://h/v1'")
+    own = tmp_path / "own.yaml"
+    own.write_text("defaults: [/base_cook, _self_]\n" + cook_recipe_yaml(config))
+    assert load_cook_recipe(str(own)) == config
+    assert config.style is Style.reverse_engineered
+    assert load_cook_recipe(str(own), out="a=b, c").out == "a=b, c"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teacher.modle=x", "teacher.modle is not a setting; did you mean teacher.model?"),
+        ("golden.pass_rat=1", "did you mean golden.pass_rate?"),
+        ("style=backwards", "style must be one of auto, label_given, reverse_engineered"),
+        ("candidates=0", "candidates is 0; it must be at least 1"),
+        ("sources=[]", "sources is empty"),
+        ("sources=[{kind: jsonl}]", "sources[0].path is missing"),
+        ("teacher.url=null", "teacher.url is missing"),
+        ("teacher.url=localhost", "teacher.url is 'localhost'; it must be like http"),
+        ("teacher.url='http://me:secret@host/v1'", "holds a user name or password"),
+        ("teacher.kind=local", "teacher.url is 'http://localhost:8000/v1', which has no effect"),
+        ("teacher.most_cost=5", "teacher.most_cost is 5.0, which has no effect without"),
+        ("teacher.input_price=5", "set both, or neither"),
+        ("teacher.timeout_seconds=0", "teacher.timeout_seconds is 0.0; it must be above 0"),
+        ("teacher.top_p=2", "teacher.top_p is 2.0; it must be at most 1"),
+        ("verifier.model=v", "verifier.url is missing"),
+        ("reject.min_similarity=0.99", "reject.min_similarity = 0.99 must be below"),
+        ("perplexity.threshold=3", "has no effect without perplexity.model"),
+        ("perplexity.quantile=1.5", "perplexity.quantile is 1.5; it must be from 0 to 1"),
+        ("golden.rows=0; golden.path=x", "has no effect with golden.rows = 0"),
+    ],
+)
+def test_a_mistake_is_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(*override.split("; "))
+    assert message in str(refused.value)
+
+
+def test_the_nearest_recipe_is_offered() -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean cook/simulated\?"):
+        load_cook_recipe("cook/simulate")
