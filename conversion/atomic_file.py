@@ -15,12 +15,16 @@ from types import TracebackType
 
 import torch
 
+from conversion.direct_writer import DirectWriter
 from megatron_ads.errors import ConversionError
 
 PARTIAL_SUFFIX = ".partial"
 _READ_BACK_BYTES = 1 << 22
 _WRITES_IN_FLIGHT = 4
 _FLUSH_BYTES = 64 << 20
+_DIRECT_FROM_BYTES = 64 << 20
+_EARLY_BYTES = 4 << 20
+"""Kept in memory at most, over a file's life, of what comes before its turn, such as the scales of FP8 codes."""
 _SYNC_FILE_RANGE_WRITE = 2
 
 
@@ -39,7 +43,7 @@ class PreallocatedFile:
     """A file of ``nbytes`` under a temporary name; ``commit`` hashes it, flushes it and gives it its name.
 
     A thread hashes and writes while the caller prepares what comes next. What is written front to back is hashed on the
-    way; what is not is read back.
+    way and, in a large file, written past the page cache; what is not is read back.
     """
 
     def __init__(self, path: Path, nbytes: int) -> None:
@@ -53,11 +57,15 @@ class PreallocatedFile:
         self._written_since_flush = 0
         self._thread = ThreadPoolExecutor(1)
         self._pending: deque[Future[None]] = deque()
+        self._direct: DirectWriter | None = None
+        self._early: dict[int, bytes] = {}
+        self._early_bytes = 0
         with naming_full_disk(path):
             self._descriptor = os.open(self._partial, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
             try:
                 if nbytes:
                     os.posix_fallocate(self._descriptor, 0, nbytes)
+                self._direct = DirectWriter.open(self._partial) if nbytes >= _DIRECT_FROM_BYTES else None
             except OSError:
                 self._abandon()
                 raise
@@ -73,6 +81,8 @@ class PreallocatedFile:
 
     def _abandon(self) -> None:
         self._thread.shutdown(cancel_futures=True)
+        if self._direct is not None:
+            self._direct.close()
         os.close(self._descriptor)
         self._descriptor = -1
         self._partial.unlink(missing_ok=True)
@@ -85,14 +95,41 @@ class PreallocatedFile:
         return offset + len(data)
 
     def _write(self, offset: int, view: memoryview) -> None:
-        if offset == self._hashed:
-            self._hash.update(view)
-            self._hashed += len(view)
-        self._written_since_flush += len(view)
         with naming_full_disk(self.path):
-            while view:
-                written = os.pwrite(self._descriptor, view, offset)
-                view, offset = view[written:], offset + written
+            if offset > self._hashed and self._early_bytes + len(view) <= _EARLY_BYTES:
+                self._early[offset] = bytes(view)
+                self._early_bytes += len(view)
+            elif offset == self._hashed:
+                self._append(view)
+                while self._hashed in self._early:
+                    self._append(memoryview(self._early.pop(self._hashed)))
+            else:
+                self._leave_direct()
+                self._write_through_cache(offset, view)
+
+    def _append(self, view: memoryview) -> None:
+        self._hash.update(view)
+        offset, self._hashed = self._hashed, self._hashed + len(view)
+        if self._direct is None:
+            self._write_through_cache(offset, view)
+        else:
+            self._direct.append(view)
+
+    def _leave_direct(self) -> None:
+        """Write what is left over from whole blocks and came early; from here on the page cache serves."""
+        if self._direct is not None:
+            rest = self._direct.finish()
+            self._direct = None
+            self._write_through_cache(rest[0], memoryview(rest[1]))
+        for offset, data in self._early.items():
+            self._write_through_cache(offset, memoryview(data))
+        self._early.clear()
+
+    def _write_through_cache(self, offset: int, view: memoryview) -> None:
+        self._written_since_flush += len(view)
+        while view:
+            written = os.pwrite(self._descriptor, view, offset)
+            view, offset = view[written:], offset + written
         if self._written_since_flush >= _FLUSH_BYTES:
             start_writing_out(self._descriptor)
             self._written_since_flush = 0
@@ -102,6 +139,8 @@ class PreallocatedFile:
         while self._pending:
             self._pending.popleft().result()
         self._thread.shutdown()
+        with naming_full_disk(self.path):
+            self._leave_direct()
         if extents:
             os.ftruncate(self._descriptor, sum(extents[-1]))
         while block := os.pread(self._descriptor, _READ_BACK_BYTES, self._hashed):

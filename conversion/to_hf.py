@@ -159,10 +159,22 @@ def _shards(tensors: Sequence[HfTensor], max_shard_bytes: int) -> list[list[HfTe
 def _plan_file(name: str, tensors: Sequence[HfTensor], derived: Mapping[str, DerivedBuffer]) -> OutputFile:
     entries = [entry for tensor in tensors for entry in tensor.entries]
     entries += [buffer.entry(name) for name, buffer in derived.items()]
-    header, offset_of, nbytes = offsets(header_order(entries), {"format": "pt"})
-    items = sorted((_item(tensor, offset_of) for tensor in tensors), key=_first_offset)
-    kept = [Verbatim(name, offset_of[name], buffer.data) for name, buffer in derived.items()]
-    return OutputFile(name, header, nbytes, (*items, *kept))
+    header, offset_of, nbytes = offsets(_writing_order(entries), {"format": "pt"})
+    items: list[Values | Quantized | Verbatim] = [_item(tensor, offset_of) for tensor in tensors]
+    items += [Verbatim(name, offset_of[name], buffer.data) for name, buffer in derived.items()]
+    items.sort(key=_first_offset)
+    return OutputFile(name, header, nbytes, tuple(items))
+
+
+def _writing_order(entries: Sequence[HeaderEntry]) -> tuple[HeaderEntry, ...]:
+    """Return the order in which a file can be written front to back: scales, known last, behind the codes.
+
+    That is safetensors' own order but for the scales, and all of it where they would not be aligned there.
+    """
+    others = header_order([entry for entry in entries if not entry.name.endswith(SCALE_SUFFIX)])
+    scales = header_order([entry for entry in entries if entry.name.endswith(SCALE_SUFFIX)])
+    aligned = sum(entry.nbytes for entry in others) % torch.float32.itemsize == 0
+    return (*others, *scales) if aligned else header_order(entries)
 
 
 def _item(tensor: HfTensor, offset_of: dict[str, int]) -> Values | Quantized:
@@ -172,8 +184,8 @@ def _item(tensor: HfTensor, offset_of: dict[str, int]) -> Values | Quantized:
     return Values(tensor.name, offset_of[tensor.name], tensor.dtype, (tensor.view,))
 
 
-def _first_offset(item: Values | Quantized) -> int:
-    if isinstance(item, Values):
+def _first_offset(item: Values | Quantized | Verbatim) -> int:
+    if not isinstance(item, Quantized):
         return item.offset
     return item.codes_offset or item.scales_offset or 0
 

@@ -1,0 +1,112 @@
+"""Large files: whichever way past or through the page cache, the bytes, the hash and the name are right."""
+
+import errno
+import hashlib
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from conversion import atomic_file, direct_writer
+from conversion.atomic_file import PreallocatedFile
+from conversion.direct_writer import DirectWriter
+
+BLOCK = 1 << 16
+"""Instead of 8 MB, so that small files have many."""
+NBYTES = 11 * BLOCK + 12345
+
+
+@pytest.fixture(params=["past the page cache", "through it"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    monkeypatch.setattr(direct_writer, "BLOCK_BYTES", BLOCK)
+    if request.param == "past the page cache":
+        monkeypatch.setattr(atomic_file, "_DIRECT_FROM_BYTES", 1)
+        (tmp_path / "probe").touch()
+        writer = DirectWriter.open(tmp_path / "probe")
+        if writer is None:
+            pytest.skip(f"{tmp_path} is on a file system without O_DIRECT; set TMPDIR to a disk")
+        writer.close()
+    return str(request.param)
+
+
+def pieces(data: bytes, sizes: tuple[int, ...]) -> list[tuple[int, bytes]]:
+    cut, position = [], 0
+    while position < len(data):
+        size = sizes[len(cut) % len(sizes)]
+        cut.append((position, data[position : position + size]))
+        position += size
+    return cut
+
+
+def write(path: Path, parts: list[tuple[int, bytes]], nbytes: int = NBYTES) -> str:
+    with PreallocatedFile(path, nbytes) as file:
+        for offset, data in parts:
+            assert file.write_at(offset, data) == offset + len(data)
+        return file.commit().sha256
+
+
+DATA = random.Random(0).randbytes(NBYTES)
+
+
+@pytest.mark.parametrize("sizes", [(NBYTES,), (BLOCK,), (1, 4095, 3 * BLOCK, 77)], ids=["whole", "blocks", "odd"])
+def test_front_to_back(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    assert write(tmp_path / "file", pieces(DATA, sizes)) == hashlib.sha256(DATA).hexdigest()
+    assert (tmp_path / "file").read_bytes() == DATA
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_in_any_order(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic_file, "_EARLY_BYTES", 2 * BLOCK)  # so that some pieces can wait and some cannot
+    parts = pieces(DATA, (BLOCK // 3, 100, 2 * BLOCK))
+    random.Random(seed).shuffle(parts)
+    assert write(tmp_path / "file", parts) == hashlib.sha256(DATA).hexdigest()
+    assert (tmp_path / "file").read_bytes() == DATA
+
+
+def test_small_pieces_that_come_early_wait_for_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = NBYTES - 50
+    parts = [*((end + 5 * number, DATA[end + 5 * number : end + 5 * number + 5]) for number in range(10))]
+    monkeypatch.setattr(PreallocatedFile, "_leave_direct", _only_at_the_end(PreallocatedFile._leave_direct))
+    assert write(tmp_path / "file", [*parts, *pieces(DATA[:end], (BLOCK,))]) == hashlib.sha256(DATA).hexdigest()
+    assert (tmp_path / "file").read_bytes() == DATA
+
+
+def _only_at_the_end(leave: object) -> object:
+    def checked(file: PreallocatedFile) -> None:
+        assert file._hashed == NBYTES, "the way past the page cache was left before the end"
+        leave(file)  # type: ignore[operator]
+
+    return checked
+
+
+def test_what_is_not_committed_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), PreallocatedFile(tmp_path / "file", NBYTES) as file:
+        file.write_at(0, DATA)
+        raise RuntimeError
+    assert list(tmp_path.glob("file*")) == []
+
+
+def test_an_error_of_the_disk_reaches_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(atomic_file.ConversionError, match="full"):
+        write(tmp_path / "file", pieces(DATA, (BLOCK,)))
+    assert list(tmp_path.glob("file*")) == []
+
+
+def test_a_file_system_without_direct_access_is_written_through_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain_open = os.open
+
+    def refusing(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return plain_open(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refusing)
+    assert write(tmp_path / "file", pieces(DATA, (BLOCK,))) == hashlib.sha256(DATA).hexdigest()
+    assert (tmp_path / "file").read_bytes() == DATA
