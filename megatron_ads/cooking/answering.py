@@ -1,7 +1,7 @@
 """Requests to a model and what comes of them, whatever answers: through the journal, in parallel, counted."""
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -128,57 +128,57 @@ class Desk:
         self._counted: set[str] = set()
         self._gave_up_in_a_row = 0
 
-    def ask(self, requests: Iterable[Request], *, description: str) -> dict[str, Answer]:
+    def ask(self, requests: Iterable[Request], *, total: int, description: str) -> dict[str, Answer]:
         """Return an answer by the key of its request; a request without answer is missing.
 
-        On Ctrl-C, requests in flight are waited for, so that what they cost is not lost.
+        Requests are taken as they can be sent, so an iterator may make them one by one; ``total`` is how many come.
+        On Ctrl-C, those in flight are waited for, so that what they cost is not lost.
 
         Raises:
             ConfigError: If no request can succeed, such as with a wrong key.
             DataError: If the model stopped answering, or ``most_cost`` was reached.
         """
-        wanted = list({request.key: request for request in requests}.items())
         found: dict[str, Answer] = {}
-        missing: list[tuple[str, Request]] = []
-        for key, request in wanted:
-            record = self._journal.get(key)
-            if record is None:
-                missing.append((key, request))
-            else:
-                found[key] = Answer.from_record(record)
-                self._count(key, found[key], new=False)
-        if missing:
-            found |= self._ask_missing(missing, Progress(len(wanted), len(found), description, unit="request"))
+        waiting: dict[Future[Answer], str] = {}
+        stop = threading.Event()
+        with (
+            Progress(total, description=description, unit="request") as progress,
+            ThreadPoolExecutor(self._config.concurrency) as pool,
+        ):
+            try:
+                for request in requests:
+                    key = request.key
+                    record = self._journal.get(key)
+                    if record is not None or key in waiting.values():
+                        progress.update()
+                    if record is not None:
+                        found[key] = Answer.from_record(record)
+                        self._count(key, found[key], new=False)
+                    elif key not in waiting.values():
+                        self._require_affordable()
+                        waiting[pool.submit(self._answer_and_record, key, request, stop)] = key
+                    if len(waiting) >= self._config.concurrency:
+                        self._collect(waiting, found, progress)
+                while waiting:
+                    self._collect(waiting, found, progress)
+            except BaseException:
+                stop.set()  # workers finish the attempt they are at, and make no other
+                raise
         return found
+
+    def _collect(self, waiting: dict[Future[Answer], str], found: dict[str, Answer], progress: Progress) -> None:
+        """Wait until an answer is there, and take all that are."""
+        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+            key = waiting.pop(future)
+            if (answer := self._outcome(future)) is not None:
+                found[key] = answer
+                self._count(key, answer, new=True)
+            progress.update()
 
     def _count(self, key: str, answer: Answer, *, new: bool) -> None:
         if key not in self._counted:  # what several stages ask for is paid for once
             self._counted.add(key)
             self.usage.count(answer, new=new)
-
-    def _ask_missing(self, missing: Sequence[tuple[str, Request]], progress: Progress) -> dict[str, Answer]:
-        stop = threading.Event()
-        found: dict[str, Answer] = {}
-        left = iter(missing)
-        waiting: dict[Future[Answer], str] = {}
-        with progress, ThreadPoolExecutor(self._config.concurrency) as pool:
-            try:
-                while True:
-                    # No more than can run at a time are handed over, so that a stop leaves nothing queued behind it.
-                    while len(waiting) < self._config.concurrency and (item := next(left, None)) is not None:
-                        self._require_affordable()
-                        waiting[pool.submit(self._answer_and_record, *item, stop)] = item[0]
-                    if not waiting:
-                        return found
-                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                        key = waiting.pop(future)
-                        if (answer := self._outcome(future)) is not None:
-                            found[key] = answer
-                            self._count(key, answer, new=True)
-                        progress.update()
-            except BaseException:
-                stop.set()
-                raise
 
     def _answer_and_record(self, key: str, request: Request, stop: threading.Event) -> Answer:
         answer = self._answerer.answer(request, stop)

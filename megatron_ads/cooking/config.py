@@ -138,6 +138,26 @@ class AnsweringConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class TemplateConfig:
+    """A prompt of your own; golden check, journal and report know it by its name."""
+
+    name: str = MISSING
+    """With a version: a changed text is a new name."""
+    wordings: list[str] = field(default_factory=list)
+    """What stands behind question and answer: how to reason. Several say the same in other words."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks it is for; empty is all."""
+
+    def check(self, section: str) -> None:
+        """Refuse impossible values; ``section`` is where this stands in the recipe."""
+        _require(bool(self.name.strip()), f"{section}.name is {self.name!r}; the report needs one.")
+        _require(
+            bool(self.wordings) and all(text.strip() for text in self.wordings),
+            f"{section}.wordings is {self.wordings}; it must hold texts that are not empty.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
 class GoldenConfig:
     """The check of every prompt template on rows whose labels are trusted, before it is used at scale."""
 
@@ -226,6 +246,8 @@ class CookConfig:
     """Pieces of reasoning that are asked for, for each row."""
     style: Style = Style.auto
     """``label_given`` or ``reverse_engineered``; ``auto`` decides by task."""
+    templates: list[TemplateConfig] = field(default_factory=list)
+    """Prompts of your own, in place of the built-in one for the tasks they are for."""
     keep_per_row: int | None = None
     """Most candidates of a row that enter the corpus, those of the lowest perplexity first; None is all that pass."""
     validation_rows: int = 0
@@ -250,6 +272,11 @@ class CookConfig:
             source.check(f"sources[{index}]")
         _require_between("recipe", self, 0, math.inf, "seed", "validation_rows", "samples")
         _require_between("recipe", self, 1, math.inf, "candidates", "keep_per_row")
+        for index, template in enumerate(self.templates):
+            template.check(f"templates[{index}]")
+        names = [template.name for template in self.templates]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        _require(not repeated, f"templates has {', '.join(repeated)} more than once. Names must differ.")
         _require(self.teacher.model is not None, "teacher.model is null. Name the model, or the checkpoint folder.")
         self.teacher.check("teacher")
         self.verifier.check("verifier")

@@ -8,22 +8,22 @@ from pathlib import Path
 
 from megatron_ads.config import SourceConfig, SourceKind
 from megatron_ads.cooking.agreement import embedder, remove_disagreeing
-from megatron_ads.cooking.answering import Answerer, Desk
+from megatron_ads.cooking.answering import Answerer, Desk, Request
 from megatron_ads.cooking.candidates import Candidate, Removed, by_row, details_in, passing, read_candidate
 from megatron_ads.cooking.config import AnsweringConfig, CookConfig, ModelKind
-from megatron_ads.cooking.corpus import Written, write_corpus
+from megatron_ads.cooking.corpus import Written, remove_corpus, write_corpus
 from megatron_ads.cooking.endpoint import Endpoint
 from megatron_ads.cooking.golden import GoldenResult, check_template
 from megatron_ads.cooking.journal import Journal
 from megatron_ads.cooking.perplexity import Scorer, remove_unlikely
-from megatron_ads.cooking.prompts import template_of
+from megatron_ads.cooking.prompts import ReasoningTemplate, templates_of
 from megatron_ads.cooking.queries import query_fault
 from megatron_ads.cooking.requests import drawn, reasoning_request
 from megatron_ads.cooking.verifier import remove_rejected
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.errors import DataError
-from megatron_ads.tasks.registry import TASKS
+from megatron_ads.tasks.registry import TASKS, task_named
 from megatron_ads.tasks.row_checks import check_rows
 
 JOURNAL, PERPLEXITIES = "journal.jsonl", "perplexities.jsonl"
@@ -93,23 +93,30 @@ def cook(config: CookConfig, kitchen: Kitchen) -> Cooked:
 
     Raises:
         ConfigError: If no request to a model can succeed.
-        DataError: If a source cannot be read or has no row to cook, ids repeat, or a model stopped answering.
+        DataError: If a source cannot be read or has no row to cook, ids repeat, a template names an unknown task, or
+            a model stopped answering.
     """
+    for template in config.templates:
+        for task in template.tasks:
+            task_named(task)  # an unknown name is an error, not a template without use
     cooked, tasks = _read_rows(config)
     golden = _golden_rows(config, tasks)
     for task, rows in tasks.items():
+        templates = templates_of(task, config.style, config.templates)
         if config.golden.rows > 0:
-            template = template_of(task, config.style)
-            result = check_template(task, template, golden[task], kitchen.teacher, config)
-            cooked.golden.append(result)
-            if not result.passed:
-                cooked.rows_left_out[GOLDEN_FAILED] += len(rows)
-                continue
-        cooked.rows_by_task[task] = len(rows)
-        cooked.candidates += _candidates(task, rows, kitchen.teacher, config)
+            results = [check_template(task, item, golden[task], kitchen.teacher, config) for item in templates]
+            cooked.golden += results
+            templates = [item for item, result in zip(templates, results, strict=True) if result.passed]
+        if templates:
+            cooked.rows_by_task[task] = len(rows)
+            cooked.candidates += _candidates(task, rows, templates, kitchen.teacher, config)
+        else:
+            cooked.rows_left_out[GOLDEN_FAILED] += len(rows)
     _filter(cooked, kitchen, config)
     if cooked.rows_by_task:
         cooked.written = write_corpus(Path(config.out), passing(cooked.candidates), config)
+    else:
+        remove_corpus(Path(config.out))
     return cooked
 
 
@@ -158,18 +165,24 @@ def _golden_rows(config: CookConfig, tasks: dict[str, list[ChatRow]]) -> dict[st
     }
 
 
-def _candidates(task: str, rows: Sequence[ChatRow], teacher: Desk, config: CookConfig) -> list[Candidate]:
-    template = template_of(task, config.style)
-    asked = [
-        (row, number, reasoning_request(row, template, number, config.teacher, seed=config.seed))
-        for row in rows
-        for number in range(config.candidates)
-    ]
-    answers = teacher.ask([request for *_, request in asked], description=f"reasoning, {task}")
+def _candidates(
+    task: str, rows: Sequence[ChatRow], templates: Sequence[ReasoningTemplate], teacher: Desk, config: CookConfig
+) -> list[Candidate]:
+    """Ask for the candidates of each row, by the templates in turn."""
+    wanted = [(row, number) for row in rows for number in range(config.candidates)]
+
+    def request_of(row: ChatRow, number: int) -> Request:
+        template = templates[number % len(templates)]
+        return reasoning_request(row, template, number // len(templates), config.teacher, seed=config.seed)
+
+    requests = (request_of(row, number) for row, number in wanted)
+    answers = teacher.ask(requests, total=len(wanted), description=f"reasoning, {task}")
     known = details_in(rows)
     return [
-        read_candidate(row, number, answers.get(request.key), details=known.of(row), config=config.reject)
-        for row, number, request in asked
+        read_candidate(
+            row, number, answers.get(request_of(row, number).key), details=known.of(row), config=config.reject
+        )
+        for row, number in wanted
     ]
 
 

@@ -39,12 +39,18 @@ def write_corpus(out: Path, kept: Sequence[Candidate], config: CookConfig) -> Wr
     if config.validation_rows:
         _write(out / VALIDATION, validation)
     else:
-        (out / VALIDATION).unlink(missing_ok=True)  # of an earlier run with other settings
+        (out / VALIDATION).unlink(missing_ok=True)  # of an earlier run with other settings, as below
     return Written(
         training_rows=len(training),
         validation_rows=len(validation),
         left_out_by_split=len(rows) - len(training) - len(validation),
     )
+
+
+def remove_corpus(out: Path) -> None:
+    """Remove what an earlier run wrote, so that no corpus stands beside a report that does not describe it."""
+    for name in (TRAINING, VALIDATION):
+        (out / name).unlink(missing_ok=True)
 
 
 def cooked_row(candidate: Candidate) -> ChatRow:

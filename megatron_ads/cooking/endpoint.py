@@ -128,9 +128,11 @@ class Endpoint:
             parsed = json.loads(body)
             choice = parsed["choices"][0]
             text = choice["message"].get("content") or ""
+            if not isinstance(text, str):
+                raise TypeError
             usage = parsed.get("usage") or {}
             return Answer(
-                text=self._without_key(str(text)),
+                text=self._without_key(_whole_characters(text)),
                 finish=Finish.cut_off if choice.get("finish_reason") == "length" else Finish.ended,
                 prompt_tokens=int(usage.get("prompt_tokens") or 0),
                 answer_tokens=int(usage.get("completion_tokens") or 0),
@@ -189,6 +191,11 @@ def _read_key(section: str, variable: str | None) -> str | None:
             "null for a server that needs none."
         )
     return key
+
+
+def _whole_characters(text: str) -> str:
+    """Return a text that can be written: half a surrogate pair, which JSON can hold, becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _seconds(header: str | None) -> float | None:

@@ -53,7 +53,7 @@ def check_template(
         for row in rows
         for wording in wordings
     ]
-    answers = desk.ask([request for *_, request in asked], description=f"golden set, {task}")
+    answers = desk.ask((request for *_, request in asked), total=len(asked), description=f"golden set, {task}")
     known = details_in(rows)
     candidates = [
         read_candidate(row, wording, answers.get(request.key), details=known.of(row), config=config.reject)

@@ -7,10 +7,11 @@ Source: AdNanny, section 3.2 (the label is given, the steps, the repetition); Ta
 engineering). The prompts of neither are public, so the words are ours.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from megatron_ads.cooking.config import Style
+from megatron_ads.cooking.config import Style, TemplateConfig
 from megatron_ads.data.rows import ChatRow, Role
 from megatron_ads.tasks.elements import count_of
 from megatron_ads.tasks.reasoning import CLOSE, OPEN, Reasoned, split_reasoning
@@ -68,9 +69,15 @@ def style_of(task: str, style: Style) -> Style:
     return Style.reverse_engineered if task in OPEN_TASKS else Style.label_given
 
 
-def template_of(task: str, style: Style) -> ReasoningTemplate:
-    """Return the template that rows of a task are asked with."""
-    return LABEL_GIVEN if style_of(task, style) is Style.label_given else REVERSE_ENGINEERED
+def templates_of(task: str, style: Style, own: Sequence[TemplateConfig] = ()) -> list[ReasoningTemplate]:
+    """Return the templates that rows of a task may be asked with: the recipe's own ones, else the built-in one."""
+    decided = style_of(task, style)
+    chosen = [
+        ReasoningTemplate(name=template.name, style=decided, wordings=tuple(template.wordings))
+        for template in own
+        if not template.tasks or task in template.tasks
+    ]
+    return chosen or [LABEL_GIVEN if decided is Style.label_given else REVERSE_ENGINEERED]
 
 
 def answer_of(row: ChatRow) -> str:
@@ -89,15 +96,20 @@ def question_of(row: ChatRow) -> str:
 
 def teacher_messages(row: ChatRow, template: ReasoningTemplate, wording: int) -> list[dict[str, str]]:
     """Return the conversation that asks for one piece of reasoning."""
-    text = template.wordings[wording % len(template.wordings)]
+    text = template.wordings[wording]
     content = f"A question:\n\n{question_of(row)}\n\nIts answer:\n\n{answer_of(row)}\n\n{text} {_SECRET}\n{_FORM}"
     return [{"role": str(Role.user), "content": content}]
+
+
+_BROKEN = "\ufffd"
 
 
 class FormFailure(StrEnum):
     """Why a teacher's answer is not reasoning followed by an answer."""
 
     empty = "empty"
+    broken_characters = "broken_characters"
+    """Half characters, which come of tokens that are cut."""
     no_reasoning = "no_reasoning"
     """No ``<Reasoning>...</Reasoning>``, or nothing in it."""
     several_reasonings = "several_reasonings"
@@ -111,6 +123,8 @@ def read_teacher(text: str) -> Reasoned | FormFailure:
     whole = text.strip()
     if not whole:
         return FormFailure.empty
+    if _BROKEN in whole:
+        return FormFailure.broken_characters
     if CLOSE in whole and count_of(TAG, whole.split(CLOSE)[-1]):  # a chat template may have opened the block
         whole = whole.split(CLOSE)[-1].strip()
     if count_of(TAG, whole) != 1:

@@ -28,14 +28,14 @@ def chat_request(
 
 
 def reasoning_request(
-    row: ChatRow, template: ReasoningTemplate, wording: int, config: AnsweringConfig, *, seed: int
+    row: ChatRow, template: ReasoningTemplate, number: int, config: AnsweringConfig, *, seed: int
 ) -> Request:
-    """Return the request for a row's candidate number ``wording``; wordings take turns, seeds differ."""
+    """Return the request for a row's candidate of that number; the template's wordings take turns, seeds differ."""
     return chat_request(
-        teacher_messages(row, template, wording),
+        teacher_messages(row, template, number % len(template.wordings)),
         config,
-        seed=drawn(seed, row.id, template.name, wording) % _SEEDS,
-        candidate=wording,
+        seed=drawn(seed, row.id, template.name, number) % _SEEDS,
+        candidate=number,
     )
 
 

@@ -29,10 +29,11 @@ def remove_rejected(candidates: Sequence[Candidate], desk: Desk, config: Answeri
     Raises:
         DataError: If the verifier stopped answering.
     """
-    asked = [(candidate, _request(candidate, config, seed)) for candidate in passing(candidates)]
-    answers = desk.ask([request for _, request in asked], description="verifying")
-    for candidate, request in asked:
-        _judge(candidate, answers.get(request.key))
+    left = passing(candidates)
+    requests = (_request(candidate, config, seed) for candidate in left)
+    answers = desk.ask(requests, total=len(left), description="verifying")
+    for candidate in left:
+        _judge(candidate, answers.get(_request(candidate, config, seed).key))
 
 
 def _request(candidate: Candidate, config: AnsweringConfig, seed: int) -> Request:

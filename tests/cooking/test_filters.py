@@ -12,6 +12,7 @@ from megatron_ads.cooking.cook import Cooked, cook, open_kitchen
 from megatron_ads.cooking.prompts import LABEL_GIVEN, teacher_messages
 from megatron_ads.cooking.report import as_report, write_report
 from megatron_ads.data.jsonl import jsonl_rows
+from megatron_ads.errors import DataError
 from megatron_ads.tasks.row_checks import check_rows
 from tests.cooking.kitchens import good_answer, good_reasoning, label_in, number_of, recipe
 from tests.cooking.scripted_server import Reply, scripted_server
@@ -167,6 +168,52 @@ def test_a_template_that_fails_on_the_golden_set_is_not_used(
     assert sum(cooked.rows_by_task.values()) == rows_cooked
     assert report["rows"]["left_out"] == ({} if rows_cooked else {"golden_check_failed": 4})
     assert (report["corpus"] is None) == (rows_cooked == 0)
+
+
+def test_candidates_are_spread_over_the_templates_that_pass(tmp_path: Path) -> None:
+    def teacher(body: dict[str, Any], _: int) -> Reply:
+        content = body["messages"][0]["content"]
+        return Reply(content="I cannot say." if "BAD" in content else good_answer(body))
+
+    wordings = {"a/1": "[PLAIN, FANCY]", "b/1": "[BAD]", "c/1": "[OTHER]"}
+    own = f"templates=[{', '.join(f'{{name: {name}, wordings: {texts}}}' for name, texts in wordings.items())}]"
+    with scripted_server(teacher) as server:
+        config = recipe(tmp_path, server.url, "golden.rows=2", "candidates=4", own)
+        cooked, report = run(config)
+        asked = [body["messages"][0]["content"] for body in server.bodies]
+    assert [(result.template, result.passed) for result in cooked.golden] == [
+        ("a/1", True),
+        ("b/1", False),
+        ("c/1", True),
+    ]
+    # Golden: 2 rows. Candidates: 4 rows; 0 and 2 by a/1 (PLAIN, FANCY), 1 and 3 by c/1. What golden rows were asked
+    # is not asked again.
+    words = ("PLAIN", "FANCY", "BAD", "OTHER")
+    assert {word: sum(word in text for text in asked) for word in words} == {
+        "PLAIN": 4,
+        "FANCY": 4,
+        "BAD": 2,
+        "OTHER": 8,
+    }
+    assert report["candidates"] == 16
+
+
+def test_a_template_for_a_task_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    own = "templates=[{name: a/1, wordings: [x], tasks: [query_ad_relevanse]}]"
+    config = recipe(tmp_path, "http://unused/v1", own)
+    with open_kitchen(config) as kitchen, pytest.raises(DataError, match="Did you mean query_ad_relevance"):
+        cook(config, kitchen)
+
+
+def test_text_that_no_file_can_hold_is_removed_and_reported(tmp_path: Path) -> None:
+    raw = b'{"choices": [{"message": {"content": "<Reasoning>half a pair \\ud83d</Reasoning>"}}]}'
+    with scripted_server(lambda *_: Reply(raw=raw)) as server:
+        config = recipe(tmp_path, server.url, rows=2)
+        with open_kitchen(config) as kitchen:
+            report = write_report(cook(config, kitchen), kitchen, config)
+    (schema,) = (found for found in report["filters"] if found["filter"] == "schema")
+    assert schema["reasons"] == {"broken_characters": 2}
+    assert report["corpus"]["training_rows"] == 0
 
 
 class Scores:
