@@ -26,14 +26,14 @@ MOST_FITTED = 5000
 _ROUNDING = 1e-9
 
 
-def embedder(config: RejectConfig, texts: Sequence[str]) -> Embed:
-    """Return what turns reasoning into vectors: TF-IDF fitted on ``texts``, or the model that the recipe names.
+def embedder(config: RejectConfig, texts: Sequence[str], *, dimensions: int = 64) -> Embed:
+    """Return what turns texts into vectors: TF-IDF fitted on ``texts``, or the model that the recipe names.
 
     Raises:
         ConfigError: If sentence-transformers is not installed or cannot load the model.
     """
     if config.embedding is None:
-        return fit_embedding(list(texts[:MOST_FITTED])).embed
+        return fit_embedding(list(texts[:MOST_FITTED]), dimensions=dimensions).embed
     model = _load_encoder(config.embedding)
     return lambda sentences: np.asarray(model.encode(list(sentences), normalize_embeddings=True), dtype=np.float64)
 

@@ -197,11 +197,13 @@ class RejectConfig:
     """A sentence-transformers model by name, for similarities; None is TF-IDF with a truncated SVD."""
     queries: bool = True
     """Leave out rows of query_generation with a query that is broader than the keyword, off topic or repeated."""
+    query_similarity: float = 0.1
+    """A query without a word of the keyword and the ad is off topic below this similarity with them."""
 
     def check(self) -> None:
         """Refuse impossible values."""
         _require_between("reject", self, 0, math.inf, "min_words", "min_details")
-        _require_between("reject", self, 0, 1, "min_similarity", "max_similarity")
+        _require_between("reject", self, 0, 1, "min_similarity", "max_similarity", "query_similarity")
         _require(
             self.min_similarity < self.max_similarity,
             f"reject.min_similarity = {self.min_similarity:g} must be below reject.max_similarity = "

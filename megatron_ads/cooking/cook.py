@@ -17,12 +17,13 @@ from megatron_ads.cooking.golden import GoldenResult, check_template
 from megatron_ads.cooking.journal import Journal
 from megatron_ads.cooking.perplexity import Scorer, remove_unlikely
 from megatron_ads.cooking.prompts import ReasoningTemplate, templates_of
-from megatron_ads.cooking.queries import query_fault
+from megatron_ads.cooking.queries import TOPICS, queries_of, query_fault, topic_of
 from megatron_ads.cooking.requests import drawn, reasoning_request
 from megatron_ads.cooking.verifier import remove_rejected
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.errors import DataError
+from megatron_ads.tasks import query_generation
 from megatron_ads.tasks.registry import TASKS, task_named
 from megatron_ads.tasks.row_checks import check_rows
 
@@ -135,15 +136,32 @@ def _read_rows(config: CookConfig) -> tuple[Cooked, dict[str, list[ChatRow]]]:
             if row.id in seen:
                 raise DataError(f"{describe_source(source)}: id {row.id!r} is another row's too. Ids must differ.")
             seen.add(row.id)
-            fault = UNKNOWN_TASK if row.task not in TASKS else query_fault(row) if config.reject.queries else None
-            if fault is None:
+            if row.task in TASKS:
                 tasks.setdefault(row.task, []).append(row)
             else:
-                cooked.rows_left_out[str(fault)] += 1
+                cooked.rows_left_out[UNKNOWN_TASK] += 1
+    if config.reject.queries and query_generation.TASK in tasks:
+        _leave_queries_out(tasks, cooked, config)
     if not tasks:
         why = ", ".join(f"{reason} {count}" for reason, count in cooked.rows_left_out.most_common()) or "no rows"
         raise DataError(f"none of the {cooked.rows_read} rows can be cooked: {why}. Tasks: {', '.join(TASKS)}.")
     return cooked, tasks
+
+
+def _leave_queries_out(tasks: dict[str, list[ChatRow]], cooked: Cooked, config: CookConfig) -> None:
+    """Take rows whose queries break the rules out of ``tasks``."""
+    rows = tasks.pop(query_generation.TASK)
+    texts = [text for row in rows for text in (topic_of(row), " ".join(queries_of(row)))]
+    embed = embedder(config.reject, texts, dimensions=TOPICS)
+    good = []
+    for row in rows:
+        fault = query_fault(row, embed, min_similarity=config.reject.query_similarity)
+        if fault is None:
+            good.append(row)
+        else:
+            cooked.rows_left_out[str(fault)] += 1
+    if good:
+        tasks[query_generation.TASK] = good
 
 
 def _golden_rows(config: CookConfig, tasks: dict[str, list[ChatRow]]) -> dict[str, list[ChatRow]]:

@@ -1,7 +1,5 @@
 """What a teacher is asked and how its answers are read, for every task."""
 
-from dataclasses import replace
-
 import pytest
 
 from megatron_ads.cooking.answering import Answer
@@ -18,13 +16,9 @@ from megatron_ads.cooking.prompts import (
     teacher_messages,
     templates_of,
 )
-from megatron_ads.cooking.queries import QueryFault, query_fault
 from megatron_ads.data.rows import ChatRow, Message, Role
-from megatron_ads.tasks import query_generation
-from megatron_ads.tasks.query_generation import GeneratedQuery, KeywordBrief
 from megatron_ads.tasks.reasoning import Reasoned
 from megatron_ads.tasks.registry import TASKS
-from megatron_ads.tasks.relevance import Ad
 from megatron_ads.tasks.row_checks import check_rows
 from tests.tasks.examples import rows_of_all_tasks
 
@@ -145,20 +139,3 @@ def test_details_are_what_is_particular_about_a_row() -> None:
     details = details_in(rows)
     # "tent" is in all three, "k2" in two of three; "red" is in one.
     assert [details.of(row) for row in rows] == [{"red"}, {"wide", "x9"}, {"old"}]
-
-
-@pytest.mark.parametrize(
-    ("queries", "fault"),
-    [
-        (["gaming laptop computer", "cheap laptop computer"], None),
-        (["refurbished Corvo machine"], None),  # the ad's name is on topic
-        (["laptop"], QueryFault.broader_query),
-        (["cheap laptop computer", "laptop computer cheap"], QueryFault.repeated_query),
-        (["garden furniture set"], QueryFault.off_topic_query),
-    ],
-)
-def test_queries_that_break_the_rules_are_no_material(queries: list[str], fault: QueryFault | None) -> None:
-    brief = KeywordBrief("laptop computer", ad=Ad(title="Corvo 13"))
-    row = query_generation.chat_row("q", brief, [GeneratedQuery(text, "why") for text in queries], "r")
-    assert query_fault(row) == fault
-    assert query_fault(replace(row, task="yes_no")) is None
