@@ -34,12 +34,17 @@ def embedder(config: RejectConfig, texts: Sequence[str], *, dimensions: int = 64
     """
     if config.embedding is None:
         return fit_embedding(list(texts[:MOST_FITTED]), dimensions=dimensions).embed
-    model = _load_encoder(config.embedding)
+    model = load_encoder(config.embedding)
     return lambda sentences: np.asarray(model.encode(list(sentences), normalize_embeddings=True), dtype=np.float64)
 
 
 @lru_cache(maxsize=1)
-def _load_encoder(name: str) -> Any:
+def load_encoder(name: str) -> Any:
+    """Return a sentence-transformers model.
+
+    Raises:
+        ConfigError: If sentence-transformers is not installed or cannot load it.
+    """
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ads.config import SourceConfig, SourceKind
-from megatron_ads.cooking.agreement import embedder, remove_disagreeing
+from megatron_ads.cooking.agreement import embedder, load_encoder, remove_disagreeing
 from megatron_ads.cooking.answering import Answerer, Desk, Request
 from megatron_ads.cooking.candidates import Candidate, Removed, by_row, details_in, passing, read_candidate
 from megatron_ads.cooking.config import AnsweringConfig, CookConfig, ModelKind
@@ -63,10 +63,12 @@ def open_kitchen(config: CookConfig) -> Iterator[Kitchen]:
     """Prepare the models and open the journals below ``config.out``.
 
     Raises:
-        ConfigError: If a key is missing.
+        ConfigError: If a key is missing, or the model of ``reject.embedding`` cannot be loaded.
         DataError: If another run has a journal open, or a checkpoint has no tokenizer.
     """
     out = Path(config.out)
+    if config.reject.embedding is not None:
+        load_encoder(config.reject.embedding)  # before anything is paid for
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(out / JOURNAL))
         teacher = Desk("teacher", config.teacher, _answerer("teacher", config.teacher), journal)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from megatron_ads.cooking.cook import Cooked, cook, open_kitchen
 from megatron_ads.cooking.prompts import LABEL_GIVEN, teacher_messages
 from megatron_ads.cooking.report import as_report, write_report
 from megatron_ads.data.jsonl import jsonl_rows
-from megatron_ads.errors import DataError
+from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.tasks.row_checks import check_rows
 from tests.cooking.kitchens import good_answer, good_reasoning, label_in, number_of, recipe
 from tests.cooking.scripted_server import Reply, scripted_server
@@ -203,6 +204,15 @@ def test_a_template_for_a_task_that_does_not_exist_is_refused(tmp_path: Path) ->
     config = recipe(tmp_path, "http://unused/v1", own)
     with open_kitchen(config) as kitchen, pytest.raises(DataError, match="Did you mean query_ad_relevance"):
         cook(config, kitchen)
+
+
+@pytest.mark.skipif(find_spec("sentence_transformers") is not None, reason="sentence-transformers is installed")
+def test_an_embedding_that_is_not_installed_is_named_before_anything_is_asked(tmp_path: Path) -> None:
+    config = recipe(tmp_path, "http://unused/v1", "reject.embedding=all-MiniLM-L6-v2")
+    refused = pytest.raises(ConfigError, match=r"'all-MiniLM-L6-v2', but sentence-transformers is not installed")
+    with refused, open_kitchen(config):
+        pass
+    assert not (tmp_path / "out").exists()
 
 
 def test_text_that_no_file_can_hold_is_removed_and_reported(tmp_path: Path) -> None:
