@@ -112,7 +112,7 @@ def drop_from_page_cache(folder: Path) -> None:
 def convert(source: Path, target: Path, *, direction: str, workers: int) -> Sample:
     """Run one conversion as a user would."""
     arguments = ["convert", direction, str(source), str(target), "--workers", str(workers)]
-    arguments += LAYOUT if direction == "to-megatron" else ("--dtype", "fp8")
+    arguments += LAYOUT if direction == "to-megatron" else ("--dtype", "fp8", "--max-shard-size", "1GB")
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", _MEASURED, *arguments], capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
