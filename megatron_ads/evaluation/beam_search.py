@@ -1,0 +1,154 @@
+"""Beam search over a transformers model: the most probable answers of many prompts, each row by rules of its own.
+
+It is ours because transformers' own gives invalid or repeated beams where fewer than asked for are valid. A beam is
+lengthened until it ends; ended beams keep no place among those that go on, so that as many names are found as asked
+for, or all there are. A row is done when none of its running beams can still be among its best.
+
+Shape suffixes: B = prompts, S = tokens, K = running beams of one row, R = running beams of all rows, V = vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from megatron_ads.evaluation.beam_rules import Rules
+from megatron_ads.evaluation.decoding import LengthRule
+from megatron_ads.evaluation.padding import left_padded
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beam:
+    """One answer that was written, or is being written."""
+
+    tokens: tuple[int, ...] = ()
+    """Without the end token."""
+    log_probability: float = 0.0
+    """The model's, of the tokens and the end token, in nats."""
+    score: float = 0.0
+    """What beams are ordered by; while a beam is running, the sum of its gains."""
+    ended: bool = False
+    choices: int = 0
+    """Tokens that had an alternative."""
+    state: Any = field(default=None, compare=False)
+    """What the rules know of it."""
+
+
+class RowSearch:
+    """The beams of one row, from step to step."""
+
+    def __init__(self, rules: Rules, *, beams: int, limit: int, end_token: int, length: LengthRule) -> None:
+        """Begin with one beam in which nothing is written.
+
+        Args:
+            rules: What may be written.
+            beams: How many are wanted.
+            limit: Most tokens of a beam, end token included.
+            end_token: Ends a beam.
+            length: How beams of different length are compared.
+        """
+        self._rules, self._beams, self._limit = rules, beams, limit
+        self._end_token, self._length = end_token, length
+        self._steps = 0
+        self._ended: list[Beam] = []
+        self.running: list[Beam] = [Beam(state=rules.start)]
+
+    def advance(self, log_probabilities_KV: Tensor) -> list[int]:
+        """Lengthen the running beams by a token; return, for each that runs on, which of the former it comes from."""
+        self._steps += 1
+        found = self._rules.candidates([beam.state for beam in self.running], log_probabilities_KV)
+        totals_C = np.asarray([beam.score for beam in self.running])[found.beams_C] + found.gains_C
+        parents: list[int] = []
+        grown: list[Beam] = []
+        for place in np.argsort(-totals_C, kind="stable").tolist():
+            ends = int(found.tokens_C[place]) == self._end_token
+            if not ends and len(grown) == self._beams:
+                continue
+            parent = int(found.beams_C[place])
+            before = self.running[parent]
+            beam = Beam(
+                tokens=before.tokens if ends else (*before.tokens, int(found.tokens_C[place])),
+                log_probability=before.log_probability + float(found.log_probabilities_C[place]),
+                score=float(totals_C[place]),
+                ended=ends,
+                choices=before.choices + int(not found.forced_C[place]),
+                state=found.states[place],
+            )
+            if ends:
+                self._ended.append(self._judged(beam))
+            else:
+                parents.append(parent)
+                grown.append(beam)
+        self._ended = sorted(self._ended, key=lambda beam: -beam.score)[: self._beams]
+        self.running = [] if self._is_done(grown) else grown
+        return parents if self.running else []
+
+    def best(self) -> list[Beam]:
+        """Return the beams found, the best first; what was cut off at the limit comes after what ended."""
+        return self._ended
+
+    def _is_done(self, grown: Sequence[Beam]) -> bool:
+        if not grown:
+            return True
+        if self._steps == self._limit:
+            cut_off = sorted((self._judged(beam) for beam in grown), key=lambda beam: -beam.score)
+            self._ended = [*self._ended, *cut_off][: self._beams]
+            return True
+        # Gains are not positive: the best score a running beam can still get is that of its sum over the most tokens.
+        most_tokens = 1 if self._length is LengthRule.sum else self._limit
+        return len(self._ended) == self._beams and grown[0].score / most_tokens <= self._ended[-1].score
+
+    def _judged(self, beam: Beam) -> Beam:
+        tokens = {
+            LengthRule.sum: 1,
+            LengthRule.mean: len(beam.tokens) + int(beam.ended),
+            LengthRule.mean_of_choices: max(beam.choices, 1),
+        }[self._length]
+        return Beam(
+            tokens=beam.tokens,
+            log_probability=beam.log_probability,
+            score=beam.score / tokens,
+            ended=beam.ended,
+            choices=beam.choices,
+            state=beam.state,
+        )
+
+
+@torch.inference_mode()
+def search_beams(
+    model: Any, prompts: Sequence[Sequence[int]], searches: Sequence[RowSearch], *, pad_token: int
+) -> list[list[Beam]]:
+    """Carry the searches out, one per prompt; return the beams of each, the best first."""
+    tokens_BS, mask_RS = (tensor.to(model.device) for tensor in left_padded(prompts, pad_token))
+    cache = DynamicCache(config=model.config)
+    # Positions count from the first token that is not padding.
+    positions = (mask_RS.cumsum(1) - 1).clamp(min=0)
+    output = model(tokens_BS, attention_mask=mask_RS, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+    while True:
+        parents, tokens = _advance(searches, output.logits[:, -1].float().log_softmax(-1))
+        if not parents:
+            return [search.best() for search in searches]
+        parents_R = torch.tensor(parents, device=model.device)
+        cache.reorder_cache(parents_R)
+        mask_RS = torch.cat([mask_RS[parents_R], mask_RS.new_ones(len(parents), 1)], 1)
+        tokens_R1 = torch.tensor(tokens, device=model.device)[:, None]
+        positions = mask_RS.sum(1, keepdim=True) - 1
+        output = model(tokens_R1, attention_mask=mask_RS, position_ids=positions, past_key_values=cache)
+
+
+def _advance(searches: Sequence[RowSearch], log_probabilities_RV: Tensor) -> tuple[list[int], list[int]]:
+    """Advance every search; return, over all running beams, where each comes from and its newest token."""
+    parents: list[int] = []
+    tokens: list[int] = []
+    start = 0
+    for search in searches:
+        width = len(search.running)
+        if width:
+            parents += [start + parent for parent in search.advance(log_probabilities_RV[start : start + width])]
+            tokens += [beam.tokens[-1] for beam in search.running]
+        start += width
+    return parents, tokens
