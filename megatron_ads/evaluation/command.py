@@ -2,8 +2,11 @@
 
     megatron-ads evaluate --model runs/tuned --recipe sft/quickstart
     megatron-ads evaluate --model runs/tuned --recipe sft/quickstart data=esci --answers answers.jsonl --json
+    megatron-ads evaluate --model runs/tuned --recipe sft/quickstart data=next_brand --decode constrained-beam
 
-The held-out rows are those the recipe's training leaves out: same data section, same seed.
+The held-out rows are those the recipe's training leaves out: same data section, same seed. With --answers, the same
+command goes on where it was interrupted. A Megatron checkpoint (shards, torch_dist, a training checkpoint) is exported
+to a temporary folder first.
 """
 
 import argparse
@@ -13,30 +16,79 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ads.errors import ConfigError, DataError
+from megatron_ads.evaluation.decoding import GREEDY, Decoding, LengthRule, Method, choose_decoding
+from megatron_ads.evaluation.text_tables import text_tables
+from megatron_ads.observability.log import start_logging
+
 if TYPE_CHECKING:
     from megatron_ads.data.rows import ChatRow
-    from megatron_ads.evaluation.answers import Answer
+    from megatron_ads.evaluation.answer import Answer
+    from megatron_ads.evaluation.asking import Asking
 
-RELEVANCE = "query_ad_relevance"
 MARGIN = 1.25
 """How much longer than the longest training target an answer may become."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-ads evaluate`."""
-    parser.add_argument("--model", type=Path, required=True, metavar="HF", help="Hugging Face folder with tokenizer")
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder, or Megatron checkpoint"
+    )
     parser.add_argument("--recipe", required=True, metavar="R", help="whose held-out rows: a shipped name or a file")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="write every answer there, as JSON lines")
-    parser.add_argument("--batch-size", type=int, default=64, help="rows generated at once (default 64)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write scores and failed answers there, as a page")
+    parser.add_argument("--batch-size", type=int, default=64, help="sequences generated at once (default 64)")
     parser.add_argument(
         "--max-new-tokens", type=int, help="longest answer (default: a quarter longer than the longest training target)"
     )
     parser.add_argument("--json", action="store_true", help="print the scores as one line of JSON")
+    _add_decoding_arguments(parser.add_argument_group("decoding"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+
+
+def _add_decoding_arguments(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--decode",
+        type=Method,
+        choices=list(Method),
+        default=Method.greedy,
+        metavar="METHOD",
+        help="greedy (default), sampled, beam, or constrained-beam: rank valid names, in tasks answered with a name",
+    )
+    group.add_argument("--temperature", type=float, metavar="T", help="sampled: divides the logits (default 1)")
+    group.add_argument("--top-p", type=float, metavar="P", help="sampled: fewest tokens that hold this probability")
+    group.add_argument("--seed", type=int, help="sampled: decides the draws (default 0)")
+    group.add_argument("--beams", type=int, metavar="N", help="beams of a row (default 20)")
+    group.add_argument(
+        "--length",
+        type=LengthRule,
+        choices=list(LengthRule),
+        metavar="RULE",
+        help="compare beams by the sum of their log-probabilities (default), their mean, or mean-of-choices, "
+        "where tokens without an alternative do not count",
+    )
+    group.add_argument(
+        "--collaborative",
+        type=float,
+        metavar="A",
+        help="constrained-beam: share of the score, from 0 to 1, by who buys from whom in training rows (default 0)",
+    )
+    group.add_argument("--names", type=Path, metavar="FILE", help="valid names, one a line (default: training rows')")
+    group.add_argument(
+        "--ground", action="store_true", help="also judge the valid names that are nearest to what the model named"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print; return 0."""
+    start_logging()
+    how = choose_decoding(
+        args.decode,
+        **{name: getattr(args, name) for name in ("temperature", "top_p", "seed", "beams", "length", "collaborative")},
+    )
+    if args.ground and args.decode is Method.constrained_beam:
+        raise ConfigError("--ground has no effect with --decode constrained-beam, whose names are valid; leave it out.")
     scores = evaluate(
         args.model,
         recipe=args.recipe,
@@ -44,8 +96,12 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         answers_file=args.answers,
+        how=how,
+        names_file=args.names,
+        ground=args.ground,
+        html_file=args.html,
     )
-    print(json.dumps(scores) if args.json else _table(scores))
+    print(json.dumps(scores) if args.json else text_tables(scores))
     return 0
 
 
@@ -57,28 +113,77 @@ def evaluate(
     batch_size: int,
     max_new_tokens: int | None = None,
     answers_file: Path | None = None,
+    how: Decoding = GREEDY,
+    names_file: Path | None = None,
+    ground: bool = False,
+    html_file: Path | None = None,
 ) -> dict[str, Any]:
     """Return ``task_scores`` of ``model`` on the rows that ``recipe`` holds out, with the seconds it took.
 
     Raises:
-        ConfigError: If the recipe does not compose.
-        DataError: If it holds no rows out, or one of an unknown task.
+        ConfigError: If a number is impossible, or the recipe does not compose.
+        DataError: If a file cannot be written, the recipe holds no rows out, or one of an unknown task, or the names
+            cannot be used.
         ConversionError: If transformers cannot load the model.
     """
     from megatron_ads.config import load_recipe
     from megatron_ads.data.corpus import read_corpus
-    from megatron_ads.evaluation.answers import answer_rows
+    from megatron_ads.evaluation.asking import Asking
+    from megatron_ads.evaluation.model_folder import hugging_face_folder
+    from megatron_ads.evaluation.name_answers import names_trained_on, read_names
+    from megatron_ads.evaluation.reachable import best_answers
     from megatron_ads.evaluation.task_scores import task_scores
 
-    corpus = read_corpus(load_recipe(recipe, [*_UNUSED, *overrides]).data)
+    for option, value in (("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} is {value}; it must be at least 1.")
+    for file in (answers_file, html_file):
+        if file is not None and not file.parent.is_dir():
+            raise DataError(f"{file} cannot be written: there is no folder {file.parent}. Create it.")
+    data = load_recipe(recipe, [*_UNUSED, *overrides]).data
+    corpus = read_corpus(data)
     training = [row for rows in corpus.training for row in rows]
-    limit = max_new_tokens or _longest_answer(model, training)
+    advertisers = read_names(names_file) if names_file else names_trained_on(training)
+    with hugging_face_folder(model) as folder:
+        asking = Asking(
+            how=how,
+            max_new_tokens=max_new_tokens or _longest_answer(folder, training),
+            batch_size=batch_size,
+            advertisers=advertisers,
+            training=training,
+        )
+        answers, seconds = _answer(model, folder, corpus.validation, asking, answers_file)
+    scores = {
+        "rows": len(answers),
+        "seconds": seconds,
+        "decoding": str(how.method),
+        "tasks": task_scores(answers, training, advertisers, ground=ground, best=best_answers(data)),
+    }
+    if html_file is not None:
+        from conversion.atomic_file import write_small
+        from megatron_ads.evaluation.page import evaluation_page
+
+        about = f"{len(answers)} held-out rows of {' '.join([recipe, *overrides])}, decoded {how.method}."
+        write_small(html_file, evaluation_page(scores, answers, title=f"Evaluation of {model}", about=about))
+    return scores
+
+
+def _answer(
+    model: Path, folder: Path, rows: "Sequence[ChatRow]", asking: "Asking", file: Path | None
+) -> "tuple[list[Answer], float]":
+    """Return the answers and the seconds they took; with a file, go on where an earlier run of the same stopped."""
+    from megatron_ads.evaluation.answer_journal import fingerprint, open_journal
+    from megatron_ads.evaluation.answers import answer_rows
+    from megatron_ads.evaluation.answers_file import write_answers
+
     start = time.monotonic()
-    answers = answer_rows(model, corpus.validation, max_new_tokens=limit, batch_size=batch_size)
-    seconds = time.monotonic() - start
-    if answers_file is not None:
-        _write_answers(answers_file, answers)
-    return {"rows": len(answers), "seconds": seconds, "tasks": task_scores(answers, training)}
+    if file is None:
+        return answer_rows(folder, rows, asking), time.monotonic() - start
+    with open_journal(file, fingerprint(model, rows, asking.settings())) as journal:
+        answers = answer_rows(folder, rows, asking, journal=journal)
+        write_answers(file, answers)
+        journal.close_for_good()
+        return answers, journal.seconds + time.monotonic() - start
 
 
 _UNUSED = ("model.load=unused",)
@@ -91,56 +196,3 @@ def _longest_answer(model: Path, training: "Sequence[ChatRow]") -> int:
 
     tokenizer = load_tokenizer(model)
     return round(MARGIN * max(len(tokenizer.encode(row.target)) for row in training)) + 1
-
-
-def _write_answers(file: Path, answers: "Sequence[Answer]") -> None:
-    lines = [
-        json.dumps({
-            "id": answer.row.id, "task": answer.row.task, "prompt": answer.row.prompt[-1].content,
-            "target": answer.row.target, "expected": answer.row.label, "ended": answer.ended, "text": answer.text,
-        }, ensure_ascii=False)
-        for answer in answers
-    ]  # fmt: skip
-    from conversion.atomic_file import write_small  # imports torch: keep --help instant
-
-    write_small(file, "\n".join(lines) + "\n")
-
-
-def _table(scores: dict[str, Any]) -> str:
-    tables = [
-        _relevance_table(of_task) if task == RELEVANCE else _task_table(of_task)
-        for task, of_task in scores["tasks"].items()
-    ]
-    return "\n\n".join([f"{scores['rows']} held-out rows, {scores['seconds']:.0f} s", *tables])
-
-
-def _relevance_table(scores: dict[str, Any]) -> str:
-    lines = [
-        f"{RELEVANCE}: {scores['rows']} rows of {scores['queries']} queries",
-        f"{'':<36}  model  baseline (always {scores['baseline_label']})",
-        f"{'accuracy over all labels':<36}  {_shown(scores['accuracy'])}  {_shown(scores['baseline_accuracy'])}",
-    ]
-    for name, view in scores["views"].items():
-        model, baseline = view["model"]["balanced_accuracy"], view["baseline"]["balanced_accuracy"]
-        between = _between(view["balanced_accuracy_95"], "queries")
-        lines.append(f"{f'balanced accuracy, defect: {name}':<36}  {_shown(model)}  {_shown(baseline)}{between}")
-    lines.append(f"{'answers that could be read':<36}  {_shown(scores['readable_share'])}")
-    return "\n".join(lines)
-
-
-def _task_table(scores: dict[str, Any]) -> str:
-    lines = [f"{scores['task']}: {scores['rows']} rows of {scores['groups']} groups"]
-    for name, value in {**scores["metrics"], **scores["formats"]}.items():
-        between = _between(scores["headline_95"], "groups") if name == scores["headline_name"] else ""
-        lines.append(f"{name:<36}  {_shown(value)}{between}")
-    lines.append(f"{'answers that could be read':<36}  {_shown(scores['readable_share'])}")
-    unread = ", ".join(f"{reason} {count}" for reason, count in scores["failures"].items())
-    return "\n".join([*lines, f"  not read: {unread}"] if unread else lines)
-
-
-def _shown(value: float | None) -> str:
-    return "   –" if value is None else f"{value:.3f}"
-
-
-def _between(interval: Sequence[float] | None, what: str) -> str:
-    return f"  (95 % of resampled {what}: {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""

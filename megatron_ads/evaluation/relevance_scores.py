@@ -1,12 +1,12 @@
 """From answers to numbers: the relevance metric next to its majority baseline, and why answers could not be read."""
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
-from megatron_ads.evaluation.answers import Answer
+from megatron_ads.evaluation.answer import Answer
 from megatron_ads.metrics.classification import (
     DefectView,
     balanced_accuracy_interval,
@@ -16,12 +16,15 @@ from megatron_ads.metrics.classification import (
 from megatron_ads.tasks.relevance import BAD_VIEW, FAIR_VIEW, TASK, Failure, Label, parse
 
 
-def relevance_scores(answers: Sequence[Answer], *, training_labels: Sequence[str]) -> dict[str, Any]:
+def relevance_scores(
+    answers: Sequence[Answer], *, training_labels: Sequence[str], best: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Any]:
     """Return the scores of ``answers`` as JSON values; what is undefined is None.
 
     ``views`` holds one entry per way to call a label bad (AdNanny, tables 1 to 4): the model's line, the line of the
     baseline that always answers the most frequent label of ``training_labels``, and a bootstrap interval of the
-    balanced accuracy over queries. An answer that cannot be read counts as wrong.
+    balanced accuracy over queries. An answer that cannot be read counts as wrong. Where ``best`` holds the best answers
+    to every row, by its id, there is a line ``reachable`` as well.
 
     Raises:
         DataError: If a row is of another task, or has no label.
@@ -31,6 +34,7 @@ def relevance_scores(answers: Sequence[Answer], *, training_labels: Sequence[str
     predictions = [None if isinstance(outcome, Failure) else str(outcome.label) for outcome in outcomes]
     baseline = majority_predictions(truths, learned_from=training_labels)
     queries = [answer.row.group for answer in answers]
+    reachable = [best[answer.row.id][0] for answer in answers] if _knows_all(best, answers) else None
     failures = Counter(str(outcome) for outcome in outcomes if isinstance(outcome, Failure))
     return {
         "rows": len(answers),
@@ -42,8 +46,18 @@ def relevance_scores(answers: Sequence[Answer], *, training_labels: Sequence[str
         "ended_share": _share([answer.ended for answer in answers]),
         "unreadable_because": dict(failures.most_common()),
         "label_counts": dict(Counter(truths)),
-        "views": {view.name: _in_view(view, truths, predictions, baseline, queries) for view in (BAD_VIEW, FAIR_VIEW)},
+        "views": {
+            view.name: _in_view(view, truths, predictions, baseline, queries)
+            | ({"reachable": binary_metrics(truths, reachable, view).as_dict()} if reachable else {})
+            for view in (BAD_VIEW, FAIR_VIEW)
+        },
     }
+
+
+def _knows_all(
+    best: Mapping[str, Sequence[str]] | None, answers: Sequence[Answer]
+) -> TypeGuard[Mapping[str, Sequence[str]]]:
+    return bool(best) and all(answer.row.id in best for answer in answers)
 
 
 def _true_label(row: ChatRow) -> str:

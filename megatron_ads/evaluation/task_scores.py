@@ -1,26 +1,39 @@
 """From answers to numbers, task by task: metrics, an interval of the leading one, and what a baseline gets."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.evaluation.answers import Answer
+from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.name_answers import AdvertiserNames, names_trained_on
+from megatron_ads.evaluation.ranking_scores import ranking_scores
 from megatron_ads.evaluation.relevance_scores import relevance_scores
 from megatron_ads.metrics.intervals import statistic_interval
-from megatron_ads.tasks import relevance
+from megatron_ads.tasks import next_advertiser, relevance
 from megatron_ads.tasks.registry import score_answers
 
 
-def task_scores(answers: Sequence[Answer], training: Sequence[ChatRow]) -> dict[str, dict[str, Any]]:
+def task_scores(
+    answers: Sequence[Answer],
+    training: Sequence[ChatRow],
+    advertisers: AdvertiserNames | None = None,
+    *,
+    ground: bool = False,
+    best: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, dict[str, Any]]:
     """Return the scores of each task as JSON values; what is undefined is None.
 
-    Query-ad relevance has a form of its own (``relevance_scores``), with the binary views of the papers' tables.
+    Query-ad relevance has a form of its own (``relevance_scores``), with the binary views of the papers' tables. Tasks
+    that name the next advertiser have ``ranking`` as well (``ranking_scores``).
 
     Args:
         answers: Of any tasks.
         training: Rows trained on, from which baselines learn.
+        advertisers: Valid names; None: those in ``training``.
+        best: Best answers to a row by its id, where they are known.
+        ground: Also judge the valid names nearest to the advertiser that an answer names.
 
     Raises:
         DataError: If a row is of an unknown task, or its target cannot be read.
@@ -32,9 +45,12 @@ def task_scores(answers: Sequence[Answer], training: Sequence[ChatRow]) -> dict[
     for task, of_task in sorted(by_task.items()):
         if task == relevance.TASK:
             labels = [row.label for row in training if row.task == task and row.label is not None]
-            scores[task] = relevance_scores(of_task, training_labels=labels)
+            scores[task] = relevance_scores(of_task, training_labels=labels, best=best)
         else:
             scores[task] = _scores(of_task)
+        if task in (next_advertiser.TASK, next_advertiser.RANKING_TASK):
+            names = advertisers or names_trained_on(training)
+            scores[task]["ranking"] = ranking_scores(of_task, training, names, ground=ground, best=best)
     return scores
 
 

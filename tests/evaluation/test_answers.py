@@ -5,14 +5,24 @@ from typing import Any
 import pytest
 
 from megatron_ads.data.ads_pairs import builtin_rows
+from megatron_ads.data.chat import render_prompt
 from megatron_ads.data.demo_tokenizer import write_tokenizer
+from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_ads.errors import DataError
-from megatron_ads.evaluation import answers as answering
-from megatron_ads.evaluation.answers import Answer, answer_rows
-from megatron_ads.evaluation.greedy import Completion
+from megatron_ads.evaluation import asking
+from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.answers import answer_rows
+from megatron_ads.evaluation.asking import Asking, RowAsker
+from megatron_ads.evaluation.decoding import Decoding, Method
+from megatron_ads.evaluation.generator import Completion
+from megatron_ads.evaluation.name_answers import AdvertiserNames, NameForms
+from megatron_ads.tasks import next_advertiser
+from tests.evaluation.advertiser_rows import name_row
 
 ROWS = builtin_rows(6)
+GREEDY = Asking(max_new_tokens=64, batch_size=8)
+NAMES = AdvertiserNames(("Acme", "Acme Tools", "Bolt"), "here")
 
 
 @pytest.fixture(scope="module")
@@ -41,26 +51,58 @@ def _answers(
     folder: Path, texts: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[Answer], Parrot, ChatTokenizer]:
     tokenizer = load_tokenizer(folder)
-    parrot = Parrot([tokenizer.encode(text) for text in texts])
-    monkeypatch.setattr(answering, "GreedyGenerator", parrot)
-    return answer_rows(folder, ROWS, max_new_tokens=64, batch_size=8), parrot, tokenizer
+    ((*batch,),) = RowAsker(folder, ROWS, GREEDY).batches()
+    parrot = Parrot([tokenizer.encode(texts[number]) for number in batch])
+    monkeypatch.setattr(asking, "Generator", parrot)
+    return answer_rows(folder, ROWS, GREEDY), parrot, tokenizer
 
 
 def test_each_row_is_asked_without_its_target_and_has_its_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers, parrot, tokenizer = _answers(folder, [row.target for row in ROWS], monkeypatch)
     assert [answer.text for answer in answers] == [row.target for row in ROWS]
-    for row, prompt in zip(ROWS, parrot.prompts, strict=True):
+    assert [len(prompt) for prompt in parrot.prompts] == sorted(map(len, parrot.prompts))  # so that little is padded
+    for row, prompt in zip(sorted(ROWS, key=lambda row: _length(row, tokenizer)), parrot.prompts, strict=True):
         text = tokenizer.fast.decode(prompt)
         assert text.endswith(row.messages[0].content + "<｜Assistant｜>")
         assert "<Label>" not in text  # the truth is not in the question
 
 
 def test_reasoning_that_the_chat_template_opens_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answering, "render_prompt", lambda *_: "question<｜Assistant｜><think>\n")
+    monkeypatch.setattr(asking, "render_prompt", lambda *_: "question<｜Assistant｜><think>\n")
     answers, _, _ = _answers(folder, [row.target.removeprefix("<think>") for row in ROWS], monkeypatch)
     assert [answer.text for answer in answers] == [row.target for row in ROWS]
 
 
 def test_no_rows_are_refused(folder: Path) -> None:
     with pytest.raises(DataError, match=r"no held-out rows to answer; raise data\.validation_rows"):
-        answer_rows(folder, [], max_new_tokens=8, batch_size=1)
+        answer_rows(folder, [], GREEDY)
+
+
+def _length(row: ChatRow, tokenizer: ChatTokenizer) -> int:
+    return len(tokenizer.encode(render_prompt(row.prompt, tokenizer)))
+
+
+def test_rows_that_are_answered_by_name_have_batches_of_their_own(folder: Path) -> None:
+    rows = [*ROWS[:3], name_row("1", "Acme"), name_row("2", "Bolt"), name_row("3", "Acme")]
+    how = Decoding(method=Method.constrained_beam, beams=4)
+    batches = RowAsker(folder, rows, Asking(how=how, max_new_tokens=8, batch_size=8, advertisers=NAMES)).batches()
+    assert [len(batch) for batch in batches] == [3, 2, 1]  # beams are sequences too: 8 of them are 2 rows
+    assert sorted(number for batch in batches for number in batch) == list(range(6))
+    assert set(batches[0]) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("opened", ["", "<think>"])
+def test_names_have_the_tokens_that_training_rows_have(folder: Path, opened: str) -> None:
+    tokenizer = load_tokenizer(folder)
+    forms = NameForms(tokenizer)
+    trie = forms.trie(NAMES.names, opened)
+    before = forms.before(opened)
+    assert tokenizer.decode(before) == next_advertiser.render_target("x").removesuffix("x").removeprefix(opened)
+    for number, name in enumerate(trie.names):
+        node, tokens = trie.root, list(before)
+        while node.children:
+            place = next(place for place, child in enumerate(node.children) if child.first <= number < child.last)
+            tokens.append(int(node.tokens_C[place]))
+            node = node.children[place]
+        target = next_advertiser.render_target(name).removeprefix(opened)
+        assert tokens == [*tokenizer.encode(target), tokenizer.end_token_id]

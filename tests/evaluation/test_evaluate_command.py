@@ -1,10 +1,15 @@
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from conversion.convert import to_shards
 from megatron_ads.cli import main
+from megatron_ads.config import LayoutConfig
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
+from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.asking import RowAsker
 
 RECIPE = ["--recipe", "sft/quickstart", "data.validation_rows=6"]
 
@@ -39,8 +44,125 @@ def test_for_people_it_prints_model_and_baseline(folder: Path, capsys: pytest.Ca
     assert "baseline (always " in out
 
 
+def test_a_page_is_written_and_a_place_for_it_that_does_not_exist_is_refused_first(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "--model", str(folder), "--max-new-tokens", "2", *RECIPE, "--html"]
+    assert main([*arguments, str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert "query_ad_relevance: confusion" in page
+    capsys.readouterr()
+    assert main([*arguments, str(tmp_path / "absent" / "page.html")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
 def test_no_held_out_rows_is_one_clear_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--model", str(folder), *RECIPE[:-1], "data.validation_rows=0"]) == 2
     err = capsys.readouterr().err
     assert "raise data.validation_rows" in err
     assert err.count("\n") == 1
+
+
+ADVERTISERS = [
+    "--recipe", "sft/quickstart", "data=simulator", "data.validation_rows=6",
+    "data.sources=[{kind: simulator, task: next_advertiser, rows: 60}]",
+]  # fmt: skip
+
+
+def test_advertisers_are_ranked_by_constrained_beams_next_to_baselines(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "answers.jsonl"
+    arguments = ["evaluate", "--model", str(folder), "--decode", "constrained-beam", "--beams", "20", "--json"]
+    assert main([*arguments, "--answers", str(file), *ADVERTISERS]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["decoding"] == "constrained-beam"
+    ranking = result["tasks"]["next_advertiser"]["ranking"]
+    assert set(ranking["methods"]) == {"model", "popular", "recent, then popular", "best reachable"}
+    for method in ranking["methods"].values():
+        assert {"recall@1", "recall@5", "recall@20", "ndcg@20", "ndcg@20_95"} <= set(method)
+    assert (ranking["valid_rate"], ranking["distinct_rate"]) == (1.0, 1.0)
+    answers = [json.loads(line) for line in file.read_text().splitlines()]
+    for answer in answers:
+        texts = [beam["text"] for beam in answer["beams"]]
+        assert len(set(texts)) == min(20, ranking["valid_names"])
+        assert answer["text"] == texts[0]
+        scores = [beam["score"] for beam in answer["beams"]]
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_for_people_rankings_stand_in_one_table_with_baselines(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("Acme\nBolt\n")
+    arguments = ["evaluate", "--model", str(folder), "--decode", "constrained-beam", "--names", str(names)]
+    assert main([*arguments, *ADVERTISERS]) == 0
+    out = capsys.readouterr().out
+    assert "recall@20" in out
+    assert "recent, then popular" in out
+    assert f"of 2 names from {names}; the true one is among them in 0.0% of the rows" in out
+
+
+def test_a_sampled_evaluation_is_repeated_by_its_seed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for number, seed in enumerate(("1", "1", "2")):
+        file = tmp_path / f"{number}.jsonl"
+        arguments = ["evaluate", "--model", str(folder), "--decode", "sampled", "--seed", seed, "--max-new-tokens", "6"]
+        assert main([*arguments, "--answers", str(file), *RECIPE]) == 0
+        texts.append([json.loads(line)["text"] for line in file.read_text().splitlines()])
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_an_option_that_would_do_nothing_is_one_clear_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--model", str(folder), "--beams", "4", *RECIPE]) == 2
+    err = capsys.readouterr().err
+    assert "--beams has no effect with --decode greedy" in err
+    assert err.count("\n") == 1
+    assert main(["evaluate", "--model", str(folder), "--batch-size", "0", *RECIPE]) == 2
+    assert "--batch-size is 0; it must be at least 1." in capsys.readouterr().err
+    assert main(["evaluate", "--model", str(folder), "--decode", "constrained-beam", "--ground", *RECIPE]) == 2
+    assert "--ground has no effect with --decode constrained-beam" in capsys.readouterr().err
+
+
+def _evaluate(model: Path, answers: Path, *arguments: str) -> str:
+    assert main(["evaluate", "--model", str(model), "--answers", str(answers), *arguments, *RECIPE]) == 0
+    return answers.read_text()
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_as_if_it_had_not_been(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--decode", "sampled", "--max-new-tokens", "6", "--batch-size", "2"]
+    expected = _evaluate(folder, tmp_path / "expected.jsonl", *arguments)
+    answer = RowAsker.answer
+    asked: list[int] = []
+
+    def interrupted(self: RowAsker, batch: Sequence[int], *, draw: int) -> list[Answer]:
+        asked.append(draw)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return answer(self, batch, draw=draw)
+
+    monkeypatch.setattr(RowAsker, "answer", interrupted)
+    file = tmp_path / "answers.jsonl"
+    assert main(["evaluate", "--model", str(folder), "--answers", str(file), *arguments, *RECIPE]) == 130
+    assert not file.exists()
+    capsys.readouterr()
+    assert _evaluate(folder, file, *arguments) == expected
+    assert asked == [0, 1, 1, 2]  # of three batches the first is not answered again
+    assert "2 rows were answered before the interruption; going on." in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("answers*")] == ["answers.jsonl"]
+
+
+def test_a_megatron_checkpoint_answers_as_the_folder_it_came_from(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = tmp_path / "shards"
+    to_shards(folder, shards, LayoutConfig(pp=2, ep=2))
+    answers = [_evaluate(model, tmp_path / "answers.jsonl", "--max-new-tokens", "6") for model in (folder, shards)]
+    assert answers[0] == answers[1]
+    assert f"{shards} is a shards folder: exporting it to" in capsys.readouterr().err

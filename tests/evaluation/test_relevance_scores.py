@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_ads.errors import DataError
-from megatron_ads.evaluation.answers import Answer
+from megatron_ads.evaluation.answer import Answer
 from megatron_ads.evaluation.relevance_scores import relevance_scores
 from megatron_ads.tasks.relevance import Ad, Failure, Label, chat_row, render_target
 
@@ -67,3 +67,17 @@ def test_a_row_of_another_task_or_label_is_refused() -> None:
         relevance_scores([replace(answer, row=replace(answer.row, task="arithmetic"))], training_labels=["Good"])
     with pytest.raises(DataError, match="with label 'Superb'"):
         relevance_scores([replace(answer, row=replace(answer.row, label="Superb"))], training_labels=["Good"])
+
+
+def test_the_best_reachable_is_judged_where_every_row_has_a_best_answer() -> None:
+    answers = [
+        replace(answer, row=replace(answer.row, id=str(number))) for number, answer in enumerate(ANSWERS)
+    ]  # bad, bad, fair, good, good, good
+    best = dict(zip("012345", [("Bad", "Fair"), ("Fair",), ("Good",), ("Good",), ("Good",), ("Bad",)], strict=True))
+    views = relevance_scores(answers, training_labels=["Good"], best=best)["views"]
+    # bad against the rest: 1 of 2 bad, 3 of 4 others; good against the rest: 2 of 3 good, 2 of 3 others
+    assert views["bad"]["reachable"]["balanced_accuracy"] == pytest.approx((1 / 2 + 3 / 4) / 2)
+    assert views["fair"]["reachable"]["balanced_accuracy"] == pytest.approx(2 / 3)
+    assert (
+        "reachable" not in relevance_scores(answers[:1], training_labels=["Good"], best={"7": ("Bad",)})["views"]["bad"]
+    )

@@ -1,0 +1,32 @@
+"""Every answer as one JSON line, for people and for other programs."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from conversion.atomic_file import write_small
+from megatron_ads.evaluation.answer import Answer
+
+
+def write_answers(file: Path, answers: Sequence[Answer]) -> None:
+    """Write all answers; the file appears when it is complete."""
+    lines = [json.dumps(_line(answer), ensure_ascii=False) for answer in answers]
+    write_small(file, "\n".join(lines) + "\n")
+
+
+def _line(answer: Answer) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "id": answer.row.id,
+        "task": answer.row.task,
+        "prompt": answer.row.prompt[-1].content,
+        "target": answer.row.target,
+        "expected": answer.row.label,
+        "ended": answer.ended,
+        "text": answer.text,
+    }
+    if answer.beams:
+        line["beams"] = [
+            {"text": beam.text, "log_probability": beam.log_probability, "score": beam.score} for beam in answer.beams
+        ]
+    return line

@@ -1,0 +1,127 @@
+"""Tasks that are answered with a name: which names are valid in a row, and how an answer with one is written."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.tokenizer import ChatTokenizer
+from megatron_ads.errors import DataError
+from megatron_ads.evaluation.name_trie import NameTrie, build_trie
+from megatron_ads.metrics.ranking import same_name
+from megatron_ads.tasks import next_advertiser
+from megatron_ads.tasks.reasoning import OPEN, render_reasoned
+from megatron_ads.tasks.user_history import HEADINGS, Section
+from megatron_ads.tasks.variants import choose_one
+
+_ADVERTISER_TASKS = frozenset({next_advertiser.TASK, next_advertiser.RANKING_TASK})
+_PAST_ADVERTISERS = f"{HEADINGS[Section.past_advertisers]}: "
+
+
+@dataclass(frozen=True, slots=True)
+class AdvertiserNames:
+    """The advertisers there are."""
+
+    names: tuple[str, ...]
+    """Each once; case and white space make no difference."""
+    source: str
+    """Where they come from, for people."""
+
+
+NO_NAMES = AdvertiserNames((), "nowhere")
+
+
+def read_names(file: Path) -> AdvertiserNames:
+    """Read one name a line; empty lines are left out.
+
+    Raises:
+        DataError: If the file cannot be read or holds no name.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); --names takes a file with a name a line.") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{file} is not UTF-8 text; --names takes a file with a name a line.") from None
+    names = _each_once(lines)
+    if not names:
+        raise DataError(f"{file} holds no names; --names takes a file with a name a line.")
+    return AdvertiserNames(names, str(file))
+
+
+def names_trained_on(training: Iterable[ChatRow]) -> AdvertiserNames:
+    """Return whom training rows name: as the truth, or as somebody that a user bought from."""
+    of_task = [row for row in training if row.task in _ADVERTISER_TASKS]
+    labels = [row.label for row in of_task if row.label is not None]
+    past = [name for row in of_task for name in bought_from(row)]
+    return AdvertiserNames(_each_once([*labels, *past]), "the training rows")
+
+
+def bought_from(row: ChatRow) -> tuple[str, ...]:
+    """Return whom a row's prompt says that the user bought from, the most recent first; nobody if it has no such line.
+
+    A name with the separator in it comes apart.
+    """
+    for line in row.prompt[-1].content.splitlines():
+        if line.startswith(_PAST_ADVERTISERS):
+            return tuple(line.removeprefix(_PAST_ADVERTISERS).split("; "))
+    return ()
+
+
+def valid_names(row: ChatRow, advertisers: AdvertiserNames) -> tuple[str, ...] | None:
+    """Return the names that a row may be answered with; None if its task is not answered with a name."""
+    if row.task == next_advertiser.TASK:
+        return advertisers.names
+    return choose_one.listed_in(row) if row.task == choose_one.TASK else None
+
+
+class NameForms:
+    """Answers with a name in tokens: what comes before the name is the same in all of them."""
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        """Take the model's tokenizer."""
+        self._tokenizer = tokenizer
+        self._tries: dict[tuple[tuple[str, ...], str], NameTrie] = {}
+
+    def text(self, name: str) -> str:
+        """Return the whole answer with a name."""
+        return self._text(name, "")
+
+    def before(self, opened: str) -> list[int]:
+        """Return the tokens before the name: a block without reasoning.
+
+        Args:
+            opened: What of the answer the prompt has already: nothing, or the opening tag.
+        """
+        return self._tokenizer.encode(self._text("", opened))
+
+    def trie(self, names: Sequence[str], opened: str) -> NameTrie:
+        """Return the names behind ``before``.
+
+        Raises:
+            DataError: If there are none, or two are the same tokens.
+        """
+        key = (tuple(names), opened)
+        if key not in self._tries:
+            self._tries[key] = build_trie(self._tokens(names, opened), self._tokenizer.end_token_id)
+        return self._tries[key]
+
+    def _tokens(self, names: Sequence[str], opened: str) -> Mapping[str, list[int]]:
+        # Encoded with what comes before, as in training, where it may change how a name begins.
+        before = self.before(opened)
+        whole = {name: self._tokenizer.encode(self._text(name, opened)) for name in names}
+        for name, tokens in whole.items():
+            if tokens[: len(before)] != before:
+                raise DataError(f"the tokenizer joins the end of the reasoning with the beginning of {name!r}.")
+        return {name: tokens[len(before) :] for name, tokens in whole.items()}
+
+    def _text(self, name: str, opened: str) -> str:
+        return render_reasoned("", name).removeprefix(opened and OPEN)
+
+
+def _each_once(names: Iterable[str]) -> tuple[str, ...]:
+    first = {}
+    for name in (name.strip() for name in names):
+        if name:
+            first.setdefault(same_name(name), name)
+    return tuple(first.values())

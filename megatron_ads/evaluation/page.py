@@ -1,0 +1,170 @@
+"""An evaluation as one HTML page: scores beside baselines, confusion, calibration, and answers that failed, by kind."""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.outcomes import Outcome, confusion, judge, samples
+from megatron_ads.evaluation.text_tables import RELEVANCE, shown
+from megatron_ads.metrics.probabilities import calibration_bins, calibration_error
+from megatron_ads.observability.chart import Series, line_chart
+from megatron_ads.observability.report import Chart, Figure, Section, Table, render_page
+
+_MOST_LABELS = 12
+"""A larger confusion matrix is not shown."""
+_MOST_SAMPLES = 3
+_MOST_CHARACTERS = 1500
+_COLUMNS = {
+    "DR": "defect_rate", "Model DR": "model_defect_rate", "BACC": "balanced_accuracy", "Acc": "accuracy",
+    "PosAcc": "positive_accuracy", "PosPrec": "positive_precision", "NegAcc": "negative_accuracy",
+    "NegPrec": "negative_precision", "PosF1": "positive_f1", "NegF1": "negative_f1",
+}  # fmt: skip
+"""Of AdNanny's tables 1 to 4."""
+
+
+def evaluation_page(scores: Mapping[str, Any], answers: Sequence[Answer], *, title: str, about: str) -> str:
+    """Return the page.
+
+    Args:
+        scores: What `megatron-ads evaluate --json` prints.
+        answers: What they were made from.
+        title: What was evaluated.
+        about: One sentence on how.
+    """
+    by_task = groupby(sorted(answers, key=lambda answer: answer.row.task), key=lambda answer: answer.row.task)
+    sections = [
+        section for task, of_task in by_task for section in _task_sections(task, scores["tasks"][task], list(of_task))
+    ]
+    figures = [_figure(task, of_task) for task, of_task in scores["tasks"].items()]
+    return render_page(title, about, figures, sections)
+
+
+def _figure(task: str, scores: Mapping[str, Any]) -> Figure:
+    if task == RELEVANCE:
+        view = scores["views"]["bad"]
+        note = f"balanced accuracy, defect: bad; always {scores['baseline_label']}: " + shown(
+            view["baseline"]["balanced_accuracy"]
+        )
+        return Figure(label=task, value=shown(view["model"]["balanced_accuracy"]), note=note)
+    value = shown(scores["headline"])
+    return Figure(label=task, value=value, note=str(scores["headline_name"] or "undefined"))
+
+
+def _task_sections(task: str, scores: Mapping[str, Any], answers: Sequence[Answer]) -> list[Section]:
+    outcomes = judge(answers)
+    tables = [_views_table(scores), _label_table(scores)] if task == RELEVANCE else [_metrics_table(scores)]
+    blocks: list[str | Table | Chart] = [*tables]
+    if "ranking" in scores:
+        blocks += _ranking_blocks(scores["ranking"])
+    sections = [Section(title=task, blocks=blocks)]
+    truths, given, pairs = confusion(outcomes)
+    if truths and max(len(truths), len(given)) <= _MOST_LABELS:
+        rows = [[truth, *(f"{pairs[truth, label]}" for label in given)] for truth in truths]
+        numbers = frozenset(range(1, len(given) + 1))
+        explained = "Rows are the true labels, columns what the model answered, cells numbers of answers."
+        table = Table(head=["true", *given], rows=rows, numbers=numbers)
+        sections.append(Section(title=f"{task}: confusion", blocks=[explained, table]))
+    if sure := [one for one in outcomes if one.probability is not None and one.right is not None]:
+        sections.append(Section(title=f"{task}: calibration", blocks=_calibration_blocks(sure)))
+    if failed := samples(outcomes, _MOST_SAMPLES):
+        sections.append(Section(title=f"{task}: answers that failed", blocks=_sample_blocks(failed, len(outcomes))))
+    return sections
+
+
+def _views_table(scores: Mapping[str, Any]) -> Table:
+    rows = [
+        [f"defect: {name}", who, *(shown(view[line][field]) for field in _COLUMNS.values())]
+        for name, view in scores["views"].items()
+        for who, line in (
+            ("model", "model"),
+            (f"always {scores['baseline_label']}", "baseline"),
+            ("best reachable", "reachable"),
+        )
+        if line in view
+    ]
+    return Table(head=["view", "", *_COLUMNS], rows=rows, numbers=frozenset(range(2, 2 + len(_COLUMNS))))
+
+
+def _label_table(scores: Mapping[str, Any]) -> Table:
+    rows = [
+        ["accuracy over all labels", shown(scores["accuracy"])],
+        [f"accuracy of always {scores['baseline_label']}", shown(scores["baseline_accuracy"])],
+        ["answers that could be read", shown(scores["readable_share"])],
+        ["answers that the model ended", shown(scores["ended_share"])],
+        *(
+            [f"balanced accuracy, defect: {name}, 95 % of resampled queries", _range(view["balanced_accuracy_95"])]
+            for name, view in scores["views"].items()
+        ),
+    ]
+    return Table(rows=rows, numbers=frozenset({1}))
+
+
+def _metrics_table(scores: Mapping[str, Any]) -> Table:
+    values = {
+        **scores["metrics"],
+        **scores["formats"],
+        "answers that could be read": scores["readable_share"],
+        "answers that the model ended": scores["ended_share"],
+    }
+    rows = [
+        [name, shown(value), _range(scores["headline_95"]) if name == scores["headline_name"] else ""]
+        for name, value in values.items()
+    ]
+    return Table(head=["", "model", "95 % of resampled groups"], rows=rows, numbers=frozenset({1, 2}))
+
+
+def _ranking_blocks(ranking: Mapping[str, Any]) -> list[str | Table]:
+    columns = dict.fromkeys(name for of_method in ranking["methods"].values() for name in of_method)
+    names = [name for name in columns if not name.endswith("_95")]
+    rows = [
+        [method, *(f"{shown(values.get(name))} {_range(values.get(f'{name}_95'))}".strip() for name in names)]
+        for method, values in ranking["methods"].items()
+    ]
+    explained = (
+        f"Rankings, with 95 % of resampled users in brackets. There are {ranking['valid_names']} valid names, from "
+        f"{ranking['names_from']}; the true one is among them in {ranking['truth_is_valid']:.1%} of the rows."
+    )
+    return [explained, Table(head=["method", *names], rows=rows, numbers=frozenset(range(1, len(names) + 1)))]
+
+
+def _calibration_blocks(sure: Sequence[Outcome]) -> list[str | Chart]:
+    truths = [bool(one.right) for one in sure]
+    probabilities = [one.probability or 0.0 for one in sure]
+    bins = calibration_bins(truths, probabilities)
+    points = [(one.mean_probability, one.share_of_positives) for one in bins]
+    chart = line_chart(
+        [
+            Series(name="right as often as sure", points=[(0.0, 0.0), (1.0, 1.0)], style="faint", color=2),
+            Series(name="answers", points=points, style="dots"),
+        ],
+        x_label="share of the first answer among the probabilities of all beams",
+        y_label="share that is right",
+        y_from_zero=True,
+    )
+    error = calibration_error(truths, probabilities)
+    return [Chart(svg=chart, caption=f"{len(sure)} answers; expected calibration error {shown(error)}.")]
+
+
+def _sample_blocks(failed: Sequence[tuple[str, int, Sequence[Outcome]]], total: int) -> list[str | Table]:
+    blocks: list[str | Table] = []
+    for kind, count, chosen in failed:
+        rows = [
+            [
+                one.answer.row.id,
+                _cut(one.answer.row.prompt[-1].content),
+                one.answer.row.label or _cut(one.answer.row.target),
+                _cut(one.answer.text),
+            ]
+            for one in chosen
+        ]
+        blocks += [f"{kind}: {count} of {total}", Table(head=["row", "prompt", "true", "answer"], rows=rows)]
+    return blocks
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} …"
+
+
+def _range(interval: Sequence[float] | None) -> str:
+    return f"({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""

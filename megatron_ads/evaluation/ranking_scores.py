@@ -1,0 +1,115 @@
+"""Rankings of advertisers next to what needs no model: the most popular ones, and those bought from before.
+
+Every method is judged by recall@{1, 5, 20}, as in the advertiser paper, and NDCG@20, with a bootstrap interval over
+users each; recall@k is left out where fewer than k of more valid names were asked for.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.grounding import NearestNames
+from megatron_ads.evaluation.name_answers import AdvertiserNames, bought_from
+from megatron_ads.metrics.intervals import mean_interval
+from megatron_ads.metrics.ranking import (
+    RECALLS,
+    distinct_rate,
+    most_popular,
+    ndcg_at,
+    position_of,
+    recall_at,
+    recent_then_popular,
+    same_name,
+    valid_rate,
+)
+from megatron_ads.tasks import next_advertiser
+
+LONGEST = max(RECALLS)
+_RESAMPLES = 1000
+
+
+def advertiser_rankings(answers: Sequence[Answer]) -> list[list[str]]:
+    """Return whom each answer names, the likeliest first; what cannot be read takes its place as it stands."""
+    return [_ranking(answer) for answer in answers]
+
+
+def ranking_scores(
+    answers: Sequence[Answer],
+    training: Sequence[ChatRow],
+    advertisers: AdvertiserNames,
+    *,
+    ground: bool = False,
+    best: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:
+    """Return the scores of the model's rankings and of the baselines, as JSON values; what is undefined is None.
+
+    Args:
+        answers: To rows of ``next_advertiser`` or ``next_advertiser_ranking``.
+        training: Rows trained on, whose labels say what is popular.
+        advertisers: The valid names.
+        best: Best ranking of a row by its id, where it is known; judged if it is for all rows.
+        ground: Also rank the valid names that are nearest to the model's first one, valid or not.
+    """
+    rows = [answer.row for answer in answers]
+    model = advertiser_rankings(answers)
+    labels = [row.label for row in training if row.task == rows[0].task and row.label is not None]
+    popular = most_popular(labels, LONGEST)
+    baselines = {
+        "popular": [popular for _ in rows],
+        "recent, then popular": [recent_then_popular(bought_from(row), popular, LONGEST) for row in rows],
+    }
+    if best and all(row.id in best for row in rows):
+        baselines["best reachable"] = [list(best[row.id]) for row in rows]
+    known = {same_name(name) for name in advertisers.names}
+    wanted = min(LONGEST, len(known))
+    asked_for = LONGEST if rows[0].task == next_advertiser.RANKING_TASK else max(map(len, model))
+    grounded = _grounded(model, advertisers) if ground and advertisers.names else {}
+    return {
+        "methods": {
+            "model": _judged(rows, model, longest=asked_for, wanted=wanted),
+            **{name: _judged(rows, rankings) for name, rankings in {**grounded, **baselines}.items()},
+        },
+        "valid_rate": valid_rate(model, advertisers.names),
+        "distinct_rate": distinct_rate(model),
+        "valid_names": len(advertisers.names),
+        "names_from": advertisers.source,
+        "truth_is_valid": sum(same_name(row.label or "") in known for row in rows) / len(rows),
+    }
+
+
+def _grounded(model: Sequence[Sequence[str]], advertisers: AdvertiserNames) -> dict[str, list[list[str]]]:
+    first = [ranking[0] if ranking else "" for ranking in model]
+    return {"model, nearest names": NearestNames(advertisers.names).rank(first, LONGEST)}
+
+
+def _ranking(answer: Answer) -> list[str]:
+    if answer.row.task == next_advertiser.RANKING_TASK:
+        read = next_advertiser.parse_ranking(answer.text, reasoning_required=False)
+        return list(read.advertisers) if isinstance(read, next_advertiser.Ranking) else []
+    texts = [beam.text for beam in answer.beams] or [answer.text]
+    found = [(text, next_advertiser.parse(text, reasoning_required=False)) for text in texts]
+    return [read.advertiser if isinstance(read, next_advertiser.Prediction) else text for text, read in found]
+
+
+def _judged(
+    rows: Sequence[ChatRow], rankings: Sequence[Sequence[str]], *, longest: int = LONGEST, wanted: int = LONGEST
+) -> dict[str, Any]:
+    """Score rankings as far as they go; they go all the way if the ``longest`` has what is ``wanted``."""
+    positions = [position_of(row.label or "", ranking) for row, ranking in zip(rows, rankings, strict=True)]
+    groups = [row.group or row.id for row in rows]
+    found: dict[str, Any] = {}
+    for k in RECALLS:
+        if k == 1 or longest >= min(k, wanted):
+            found[f"recall@{k}"] = recall_at(positions, k)
+            found[f"recall@{k}_95"] = _interval([recall_at([position], k) or 0.0 for position in positions], groups)
+    if longest >= wanted:
+        found[f"ndcg@{LONGEST}"] = ndcg_at(positions, LONGEST)
+        gained = [ndcg_at([position], LONGEST) or 0.0 for position in positions]
+        found[f"ndcg@{LONGEST}_95"] = _interval(gained, groups)
+    return found
+
+
+def _interval(values: Sequence[float], groups: Sequence[str]) -> list[float] | None:
+    interval = mean_interval(values, groups=groups, resamples=_RESAMPLES)
+    return None if interval is None else [interval.low, interval.high]

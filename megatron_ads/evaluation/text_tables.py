@@ -1,0 +1,72 @@
+"""The scores of an evaluation as text for a terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+RELEVANCE = "query_ad_relevance"
+_WIDTH = 36
+
+
+def text_tables(scores: Mapping[str, Any]) -> str:
+    """Return one table a task."""
+    tables = [
+        _relevance_table(of_task) if task == RELEVANCE else _task_table(of_task)
+        for task, of_task in scores["tasks"].items()
+    ]
+    return "\n\n".join([f"{scores['rows']} held-out rows, {scores['seconds']:.0f} s", *tables])
+
+
+def _relevance_table(scores: Mapping[str, Any]) -> str:
+    lines = [
+        f"{RELEVANCE}: {scores['rows']} rows of {scores['queries']} queries",
+        f"{'':<{_WIDTH}}  model  baseline (always {scores['baseline_label']})",
+        f"{'accuracy over all labels':<{_WIDTH}}  {shown(scores['accuracy'])}  {shown(scores['baseline_accuracy'])}",
+    ]
+    for name, view in scores["views"].items():
+        model, baseline = view["model"]["balanced_accuracy"], view["baseline"]["balanced_accuracy"]
+        between = _between(view["balanced_accuracy_95"], "queries")
+        lines.append(f"{f'balanced accuracy, defect: {name}':<{_WIDTH}}  {shown(model)}  {shown(baseline)}{between}")
+        if "reachable" in view:
+            lines.append(f"{'  best reachable':<{_WIDTH}}  {shown(view['reachable']['balanced_accuracy'])}")
+    lines.append(f"{'answers that could be read':<{_WIDTH}}  {shown(scores['readable_share'])}")
+    return "\n".join(lines)
+
+
+def _task_table(scores: Mapping[str, Any]) -> str:
+    lines = [f"{scores['task']}: {scores['rows']} rows of {scores['groups']} groups"]
+    for name, value in {**scores["metrics"], **scores["formats"]}.items():
+        between = _between(scores["headline_95"], "groups") if name == scores["headline_name"] else ""
+        lines.append(f"{name:<{_WIDTH}}  {shown(value)}{between}")
+    lines.append(f"{'answers that could be read':<{_WIDTH}}  {shown(scores['readable_share'])}")
+    if unread := ", ".join(f"{reason} {count}" for reason, count in scores["failures"].items()):
+        lines.append(f"  not read: {unread}")
+    return "\n".join([*lines, *_ranking_lines(scores["ranking"])] if "ranking" in scores else lines)
+
+
+def _ranking_lines(ranking: Mapping[str, Any]) -> list[str]:
+    methods = ranking["methods"]
+    columns = dict.fromkeys(name for of_method in methods.values() for name in of_method)
+    names = [name for name in columns if not name.endswith("_95")]
+    head = f"{'(95 % of resampled users)':<{_WIDTH}}" + "".join(f"  {name:<22}" for name in names)
+    lines = [
+        f"{method:<{_WIDTH}}" + "".join(f"  {_with_range(of_method, name):<22}" for name in names)
+        for method, of_method in methods.items()
+    ]
+    truth = f"of {ranking['valid_names']} names from {ranking['names_from']}; the true one is among them in"
+    return [head, *(line.rstrip() for line in lines), f"  {truth} {ranking['truth_is_valid']:.1%} of the rows"]
+
+
+def _with_range(values: Mapping[str, Any], name: str) -> str:
+    if values.get(name) is None:
+        return "–"
+    interval = values.get(f"{name}_95")
+    return f"{values[name]:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+
+
+def shown(value: float | None) -> str:
+    """Return a number as tables have it; undefined is a dash."""
+    return "   –" if value is None else f"{value:.3f}"
+
+
+def _between(interval: Sequence[float] | None, what: str) -> str:
+    return f"  (95 % of resampled {what}: {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
