@@ -30,7 +30,7 @@ class NearestNames:
 
         A text that is a name is nearest to it. Of names that are equally near, those named first come first.
         """
-        found = []
+        found: list[list[str]] = []
         for text, vector_D in zip(texts, self._embedding.embed([_runs(text) for text in texts]), strict=True):
             if not vector_D.any():
                 found.append([])

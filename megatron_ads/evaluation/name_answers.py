@@ -120,7 +120,7 @@ class NameForms:
 
 
 def _each_once(names: Iterable[str]) -> tuple[str, ...]:
-    first = {}
+    first: dict[str, str] = {}
     for name in (name.strip() for name in names):
         if name:
             first.setdefault(same_name(name), name)

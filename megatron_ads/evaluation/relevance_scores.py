@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
@@ -34,7 +34,8 @@ def relevance_scores(
     predictions = [None if isinstance(outcome, Failure) else str(outcome.label) for outcome in outcomes]
     baseline = majority_predictions(truths, learned_from=training_labels)
     queries = [answer.row.group for answer in answers]
-    reachable = [best[answer.row.id][0] for answer in answers] if _knows_all(best, answers) else None
+    known = [best[answer.row.id][0] for answer in answers if best and answer.row.id in best]
+    reachable = known if len(known) == len(answers) else None
     failures = Counter(str(outcome) for outcome in outcomes if isinstance(outcome, Failure))
     return {
         "rows": len(answers),
@@ -52,12 +53,6 @@ def relevance_scores(
             for view in (BAD_VIEW, FAIR_VIEW)
         },
     }
-
-
-def _knows_all(
-    best: Mapping[str, Sequence[str]] | None, answers: Sequence[Answer]
-) -> TypeGuard[Mapping[str, Sequence[str]]]:
-    return bool(best) and all(answer.row.id in best for answer in answers)
 
 
 def _true_label(row: ChatRow) -> str:
