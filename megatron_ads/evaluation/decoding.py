@@ -18,7 +18,8 @@ class Method(StrEnum):
     beam = "beam"
     """The most probable answers, in order."""
     constrained_beam = "constrained-beam"
-    """The same among valid names; tasks that do not answer with a name are answered greedily."""
+    """The same among valid names, behind an empty block of reasoning; tasks that do not answer with a name are answered
+    greedily."""
 
 
 class LengthRule(StrEnum):

@@ -166,3 +166,19 @@ def test_a_megatron_checkpoint_answers_as_the_folder_it_came_from(
     answers = [_evaluate(model, tmp_path / "answers.jsonl", "--max-new-tokens", "6") for model in (folder, shards)]
     assert answers[0] == answers[1]
     assert f"{shards} is a shards folder: exporting it to" in capsys.readouterr().err
+
+
+def test_one_of_twenty_is_chosen_among_those_that_the_row_lists(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    source = "data.sources=[{kind: simulator, task: next_advertiser, rows: 60, variant: choose_one}]"
+    arguments = ["--decode", "constrained-beam", "--beams", "3", "--collaborative", "0.5", "--answers", str(file)]
+    assert main(["evaluate", "--model", str(folder), *arguments, *ADVERTISERS[:-1], source]) == 0
+    answers = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(answers) == 6
+    for answer in answers:
+        listed = answer["prompt"].splitlines()[-20:]
+        names = [beam["text"].removeprefix("<think></think>") for beam in answer["beams"]]
+        assert len(set(names)) == 3
+        assert set(names) <= set(listed)
+        # The score is no longer the model's alone.
+        assert any(beam["score"] != pytest.approx(beam["log_probability"]) for beam in answer["beams"])
