@@ -6,11 +6,8 @@ Each case is a layout of a small model, trained for two steps by real processes 
 is measured is the highest resident memory of each process above what it had before the model was built; the imports
 and the process groups are in neither number. glibc is told to return freed memory at once.
 
-Measured on two cores of a shared server, predicted against measured, FP32: pp1 -1.2 %; the four stages of pp4 +0.4,
-+1.3, +1.2 and -3.0 %. Before kernels were warmed up first: pp1 full -4.0, dp2 ep2 -5.8, pp2 ep2 -7.2 and -7.9, pp2 vpp2
--3.1 and -4.6 %. BF16 on a CPU is far off: pp1 bf16 selective was predicted at 977 MB and measured at 1394 MB. About
-300 MB stay with the process after the first backward pass, which FP32 does not show; the cause is not known. On a GPU:
-not measured.
+What came out is in ``benchmarks/README.md``. BF16 on a CPU is far off: about 450 MB stay with the process after the
+first backward pass, which FP32 does not show; the cause is not known. On a GPU: not measured.
 """
 
 import argparse
