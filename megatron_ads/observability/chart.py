@@ -7,7 +7,7 @@ from html import escape
 
 WIDTH, HEIGHT = 720, 260
 """Size of a full chart in SVG units; the page scales it to the room there is."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 16, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 68, 16, 12, 40
 _MAX_POINTS = 400
 
 

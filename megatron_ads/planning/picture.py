@@ -86,12 +86,14 @@ def _cell(plan: Plan, stage: StagePlan, row: int, x: float, width: float) -> str
     share = stage.memory.peak / plan.card.memory_bytes
     color = "var(--bad)" if share > 1 else "var(--c1)"
     dashed = ' stroke="var(--ink)" stroke-dasharray="2 2"' if stage.stage in plan.expert_less_stages else ""
+    opacity = 0.1 + 0.75 * min(share, 1.0) ** 2
+    ink = "var(--card)" if opacity > 0.45 else "var(--ink)"
     title = f"rank {rank}, ep {sizes.coordinates(rank).ep}: {stage.memory.peak / 1e9:.2f} GB ({stage.contents})"
     return (
         f'<g><title>{escape(title)}</title><rect x="{x + 0.5:.1f}" y="{row * _ROW + 0.5:.1f}" width="{width - 1:.1f}" '
-        f'height="{_ROW - 1}" fill="{color}" fill-opacity="{0.1 + 0.75 * min(share, 1.0) ** 2:.2f}"{dashed}/>'
-        f'<text x="{x + width / 2:.1f}" y="{(row + 0.8) * _ROW:.1f}" text-anchor="middle" font-size="9">'
-        f"{stage.memory.peak / 1e9:.0f}</text></g>"
+        f'height="{_ROW - 1}" fill="{color}" fill-opacity="{opacity:.2f}"{dashed}/>'
+        f'<text x="{x + width / 2:.1f}" y="{(row + 0.8) * _ROW:.1f}" text-anchor="middle" font-size="9" '
+        f'style="fill: {ink}">{stage.memory.peak / 1e9:.0f}</text></g>'
     )
 
 

@@ -13,15 +13,15 @@ def _parse(svg: str) -> ElementTree.Element:
 
 
 def _chart(*series: Series) -> ElementTree.Element:
-    return _parse(line_chart(series, x_label="step", y_label="loss <nats>", size=(176, 152)))
+    return _parse(line_chart(series, x_label="step", y_label="loss <nats>", size=(184, 152)))
 
 
 def test_points_land_where_the_axes_say() -> None:
-    # 176 x 152 leaves 176 - 60 - 16 = 100 by 152 - 12 - 40 = 100 units, from (60, 112) up to (160, 12)
+    # 184 x 152 leaves 184 - 68 - 16 = 100 by 152 - 12 - 40 = 100 units, from (68, 112) up to (168, 12)
     chart = _chart(Series(name="loss", points=[(0, 0.0), (5, 10.0), (10, 5.0)]))
     path = chart.find(f"{SVG}path")
     assert path is not None
-    assert path.get("d") == "M60.0 112.0 L110.0 12.0 L160.0 62.0"
+    assert path.get("d") == "M68.0 112.0 L118.0 12.0 L168.0 62.0"
 
 
 def test_values_that_are_not_finite_are_gaps() -> None:
@@ -69,7 +69,7 @@ def test_ticks_are_round_numbers(low: float, high: float, most: int, whole: bool
 
 def test_a_logarithmic_axis_gives_each_factor_the_same_room() -> None:
     series = Series(name="loss", points=[(0, 0.01), (1, 0.1), (2, 1.0), (3, -1.0)])
-    svg = line_chart([series], x_label="x", y_label="y", y_logarithmic=True, size=(176, 152))
+    svg = line_chart([series], x_label="x", y_label="y", y_logarithmic=True, size=(184, 152))
     heights = [float(circle.get("cy", "nan")) for circle in _parse(svg).findall(f"{SVG}circle")]
     assert heights == [112.0, 62.0, 12.0]  # what is not positive has no place on it
 
