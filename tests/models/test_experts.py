@@ -1,6 +1,5 @@
 """Grouped experts against Megatron-Core's sequential ones: values, gradients, checkpoints, speed."""
 
-import time
 from typing import Any
 
 import pytest
@@ -148,21 +147,3 @@ def test_checkpoints_of_grouped_and_sequential_experts_are_the_same(layout: Para
         assert ours["mlp.experts.experts.linear_fc1.weight"].shape == (EXPERTS, 2 * INNER, HIDDEN)
         for key, value in theirs.items():
             assert torch.equal(ours[key], value) if isinstance(value, Tensor) else ours[key] == value, key
-
-
-def _seconds() -> tuple[float, float]:
-    process_groups.start(ParallelLayout(world=1))
-    both = _both(num_moe_experts=32, hidden_size=64, moe_ffn_hidden_size=32)
-    best = [float("inf"), float("inf")]
-    for _ in range(15):
-        for index, experts in enumerate(both):
-            begin = time.perf_counter()
-            _run(experts, [8] * 32, torch.float32)
-            best[index] = min(best[index], time.perf_counter() - begin)
-    return best[0], best[1]
-
-
-def test_grouped_experts_are_faster_than_sequential_ones() -> None:
-    ((sequential, grouped),) = run_ranks(1, _seconds)
-    print(f"32 experts, forward and backward: sequential {sequential:.2e} s, grouped {grouped:.2e} s")
-    assert grouped < sequential
