@@ -7,11 +7,13 @@ import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_ads.config import SftConfig, load_recipe, recipe_yaml
+from megatron_ads.architecture import shape_from_config
+from megatron_ads.config import LayoutConfig, SftConfig, load_recipe, recipe_yaml, validate
+from megatron_ads.demo_model import CONFIGS, Preset
 from megatron_ads.rehearsal.folder import RehearsalFolder
 from megatron_ads.rehearsal.job import JobError, MetricsFollower, run_job
 from megatron_ads.rehearsal.stages import Stage
@@ -40,11 +42,12 @@ def make_plan(folder: RehearsalFolder, *, overrides: Sequence[str], identity: Ma
         identity: JSON values outside the recipe that decide the result: code and data digests, versions.
 
     Raises:
-        ConfigError: If the recipe with these settings does not compose.
+        ConfigError: If the recipe with these settings does not compose, or cannot run.
     """
     paths = [f"model.load={folder.shards}", f"log.dir={folder.run}"]
     config = load_recipe(RECIPE, [*overrides, *paths])
-    commands = _commands(folder, overrides, paths)
+    validate(config, config.layout.fewest_ranks(), shape_from_config(CONFIGS[Preset.tiny]))
+    commands = _commands(folder, overrides, paths, config.layout)
     data, layout = asdict(config.data), asdict(config.layout)
 
     def stage(name: str, title: str, outputs: Sequence[Path], **more: Any) -> Stage:
@@ -77,7 +80,9 @@ def make_plan(folder: RehearsalFolder, *, overrides: Sequence[str], identity: Ma
     return Plan(stages, commands, config)
 
 
-def _commands(folder: RehearsalFolder, overrides: Sequence[str], paths: Sequence[str]) -> dict[str, list[str]]:
+def _commands(
+    folder: RehearsalFolder, overrides: Sequence[str], paths: Sequence[str], layout: LayoutConfig
+) -> dict[str, list[str]]:
     def judge(model: Path, when: str) -> list[str]:
         files = ["--model", str(model), "--answers", str(folder.answers(when))]
         return ["evaluate", *files, "--json", "--recipe", RECIPE, *_about(overrides, "data")]
@@ -86,9 +91,10 @@ def _commands(folder: RehearsalFolder, overrides: Sequence[str], paths: Sequence
         return ["convert", direction, str(source), str(target), *options]
 
     fp8 = ["--dtype", "fp8", "--reference", str(folder.start)]
+    sizes = _sizes(layout) if _about(overrides, "layout") else ["--recipe", RECIPE]
     commands = {
-        "demo-model": ["demo-model", str(folder.start), "--fp8"],
-        "to-shards": convert("to-megatron", folder.start, folder.shards, "--recipe", RECIPE),
+        "demo-model": ["demo-model", str(folder.start), "--preset", Preset.tiny, "--fp8"],
+        "to-shards": convert("to-megatron", folder.start, folder.shards, *sizes),
         "to-bf16": convert("to-hf", folder.shards, folder.start_bf16, "--dtype", "bf16"),
         "evaluate-before": judge(folder.start_bf16, "before"),
         "train": ["train", "--recipe", RECIPE, *overrides, *paths],
@@ -105,6 +111,17 @@ def _commands(folder: RehearsalFolder, overrides: Sequence[str], paths: Sequence
 
 def _about(overrides: Sequence[str], section: str) -> list[str]:
     return [override for override in overrides if override.lstrip("+~").partition("=")[0].split(".")[0] == section]
+
+
+def _sizes(layout: LayoutConfig) -> list[str]:
+    """Return a layout as options of `convert to-megatron`."""
+    given = {field.name: getattr(layout, field.name) for field in fields(layout) if field.name != "cp"}
+    options = [
+        (f"--{name.replace('_', '-')}", str(value))
+        for name, value in given.items()
+        if value != getattr(LayoutConfig(), name)
+    ]
+    return [word for option in options for word in option]
 
 
 def _run_here(command: Sequence[str], log: Path) -> Mapping[str, Any]:

@@ -74,12 +74,12 @@ def test_a_second_run_redoes_what_depends_on_what_changed(
 
 
 def test_the_commands_printed_are_the_ones_a_user_can_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = _plan(tmp_path, "train.steps=7")
+    plan = _plan(tmp_path, "train.steps=17")
     run_stages([_pretend(stage) for stage in plan.stages], tmp_path, Announcements(plan.commands))
     out = capsys.readouterr().out
-    assert f"      $ megatron-ads demo-model {tmp_path}/model --fp8\n" in out
+    assert f"      $ megatron-ads demo-model {tmp_path}/model --preset tiny --fp8\n" in out
     assert (
-        f"      $ megatron-ads train --recipe sft/quickstart data=builtin train.steps=7 model.load={tmp_path}/" in out
+        f"      $ megatron-ads train --recipe sft/quickstart data=builtin train.steps=17 model.load={tmp_path}/" in out
     )
     (evaluation,) = [line for line in out.splitlines() if "evaluate" in line and "answers-after.jsonl" in line]
     assert evaluation.endswith("data=builtin")  # the training's settings are not its business
@@ -88,6 +88,20 @@ def test_the_commands_printed_are_the_ones_a_user_can_type(tmp_path: Path, capsy
 def test_an_impossible_setting_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.steps"):
         _plan(tmp_path, "train.stepz=7")
+    with pytest.raises(ConfigError, match=r"16 routed experts cannot be spread evenly over layout\.ep = 3"):
+        _plan(tmp_path, "layout.ep=3", "train.global_batch_size=18")
+    with pytest.raises(ConfigError, match=r"data\.validation_rows is 0"):
+        _plan(tmp_path, "data.validation_rows=0")
+
+
+def test_another_layout_is_what_the_checkpoint_is_converted_for(tmp_path: Path) -> None:
+    command = " ".join(
+        _plan(tmp_path, "layout=pp4_ep2", "layout.first_stage_layers=1", "layout.last_stage_layers=1").commands[
+            "to-shards"
+        ]
+    )
+    assert command.endswith("/shards --pp 4 --ep 2 --first-stage-layers 1 --last-stage-layers 1"), command
+    assert " ".join(_plan(tmp_path).commands["to-shards"]).endswith("/shards --recipe sft/quickstart")
 
 
 def test_without_real_data_the_built_in_rows_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
