@@ -134,7 +134,7 @@ def run_case(name: str) -> list[dict[str, Any]]:
 def planned_job(case: Case) -> Any:
     """Return the case as the planner sees it."""
     from megatron_ads.architecture import shape_from_config
-    from megatron_ads.config import Precision, Recompute
+    from megatron_ads.config.model import Precision, Recompute
     from megatron_ads.layout import ParallelLayout, place_layers
     from megatron_ads.planning.job import Job
 
@@ -217,7 +217,7 @@ def _build(job: Any) -> Any:
     from megatron.core.distributed import finalize_model_grads
 
     from conversion.layer_specs import LayerSpec
-    from megatron_ads.config import OptimConfig
+    from megatron_ads.config.optim import OptimConfig
     from megatron_ads.models.build import build_chunks
     from megatron_ads.models.precision import wrap_precision
     from megatron_ads.models.settings import ModelSettings

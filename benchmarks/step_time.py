@@ -118,7 +118,8 @@ def our_step(folder: Path, samples: Sequence[Any]) -> Step:
 
     from conversion.layer_specs import LayerSpec
     from conversion.sources import open_source
-    from megatron_ads.config import OptimConfig, Precision
+    from megatron_ads.config.model import Precision
+    from megatron_ads.config.optim import OptimConfig
     from megatron_ads.layout import ParallelLayout, place_layers
     from megatron_ads.models.build import build_chunks
     from megatron_ads.models.load import load_weights

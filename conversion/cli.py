@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from conversion.convert import Target
     from conversion.execute import ConversionReport
     from conversion.verify import Verification
-    from megatron_ads.config import LayoutConfig
+    from megatron_ads.config.layout import LayoutConfig
 
 _TO_MEGATRON_EXAMPLES = """\
 examples:
@@ -188,7 +188,8 @@ def _to_hf(args: argparse.Namespace) -> int:
 
 def _sizes(args: argparse.Namespace) -> "LayoutConfig":
     """Return the layout of ``--recipe``, with whatever was given beside it on top."""
-    from megatron_ads.config import LayoutConfig, load_layout
+    from megatron_ads.config.layout import LayoutConfig
+    from megatron_ads.config.recipes import load_layout
 
     sizes = load_layout(args.recipe) if args.recipe else LayoutConfig()
     for name in (*(axis for axis, _ in _LAYOUT_OPTIONS), "pipeline", "first_stage_layers", "last_stage_layers"):

@@ -13,7 +13,7 @@ from conversion.sources import WeightSource, open_source
 from conversion.to_hf import DEFAULT_SHARD_BYTES, ExportDtype, HfTarget
 from conversion.to_megatron import ShardsTarget
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config import LayoutConfig
+from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.errors import ConversionError
 
 

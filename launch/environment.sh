@@ -45,7 +45,7 @@ _find_run_python() { # the named environment, else the active one, else the proj
 import sys
 if sys.version_info < (3, 11):
     sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0])
-import megatron_ads.config' 2>&1)" && return
+import megatron_ads.config.recipes' 2>&1)" && return
     printf 'launch: %s cannot run megatron-ads (%s). Make an environment with ./launch/setup_env.sh, or name one in MEGATRON_ADS_VENV.\n' \
         "$MEGATRON_ADS_RUN_PYTHON" "${answer##*$'\n'}" >&2
     exit 2

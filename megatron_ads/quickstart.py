@@ -87,8 +87,8 @@ def describe_data() -> dict[str, Any]:
 def _code() -> str:
     """Return a digest of everything of ours that a stage runs."""
     import conversion
+    from megatron_ads.config.recipe_files import recipes_folder
     from megatron_ads.observability.provenance import code_digest
-    from megatron_ads.recipe_files import recipes_folder
 
     return code_digest(Path(__file__).parent, Path(conversion.__file__).parent, recipes_folder())
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from conversion.layer_specs import LayerSpec
-from megatron_ads.config import Precision
+from megatron_ads.config.model import Precision
 from megatron_ads.layout import ParallelLayout
 from parity_tests.jobs import Job
 from tests.distributed import RanksFailed, run_ranks

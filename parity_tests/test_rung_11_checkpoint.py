@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ads.config import Precision
+from megatron_ads.config.model import Precision
 from parity_tests import commands
 from parity_tests.checkpoint_errors import GATE_AND_UP_SWAPPED
 from parity_tests.figures import record

@@ -5,7 +5,7 @@ Exact comparisons (names, bits, chosen experts, generated tokens) have none; the
 
 from dataclasses import dataclass
 
-from megatron_ads.config import Precision
+from megatron_ads.config.model import Precision
 from megatron_ads.parity.limits import LIMITS
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from megatron_ads.config import Precision, Schedule
+from megatron_ads.config.model import Precision
+from megatron_ads.config.optim import Schedule
 from megatron_ads.data.batches import PackedBatch
 from megatron_ads.runtime.device import device
 from parity_tests import reference

@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 from omegaconf import MISSING, OmegaConf
 
-from megatron_ads.config import SourceConfig, compose_onto
+from megatron_ads.config.data import SourceConfig
+from megatron_ads.config.recipes import compose_onto
 from megatron_ads.errors import ConfigError
 
 # Member names are lower case because OmegaConf reads an enum by its name, and that is what a recipe writes.

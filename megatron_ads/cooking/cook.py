@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_ads.config import SourceConfig, SourceKind
+from megatron_ads.config.data import SourceConfig, SourceKind
 from megatron_ads.cooking.agreement import embedder, load_encoder, remove_disagreeing
 from megatron_ads.cooking.answering import Answerer, Desk, Request
 from megatron_ads.cooking.candidates import Candidate, Removed, by_row, details_in, passing, read_candidate

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from megatron_ads.config import AdsTask
+from megatron_ads.config.data import AdsTask
 from megatron_ads.data.preview_command import add_preview
 
 Subparsers = Any  # argparse names its type argparse._SubParsersAction

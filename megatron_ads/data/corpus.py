@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from megatron_ads.config import DataConfig, SplitBy
+from megatron_ads.config.data import DataConfig, SplitBy
 from megatron_ads.data.chat import tokenize_row
 from megatron_ads.data.mixing import WeightedRows
 from megatron_ads.data.rows import ChatRow, TokenizedRow

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_ads.config import AdsTask
+from megatron_ads.config.data import AdsTask
 from megatron_ads.data.ads_pairs import builtin_rows
 from megatron_ads.data.simulator.simulated_rows import simulated_examples
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ads.config import AdsTask
+from megatron_ads.config.data import AdsTask
 from megatron_ads.data.jsonl import read_objects
 from megatron_ads.data.public_data import locate
 from megatron_ads.data.rows import ChatRow

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_ads.config import AdsTask
+from megatron_ads.config.data import AdsTask
 from megatron_ads.data.bad_rows import BadRow, BadRowError, RejectedRows
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.data.table_file import Cell, read_table

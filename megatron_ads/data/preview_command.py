@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_ads.config import RowVariant, SourceConfig
+    from megatron_ads.config.data import RowVariant, SourceConfig
     from megatron_ads.data.preview import RowPreview
     from megatron_ads.data.rows import ChatRow
     from megatron_ads.data.tokenizer import ChatTokenizer
@@ -121,7 +121,8 @@ def _read_rows(args: argparse.Namespace) -> "tuple[str, list[ChatRow]]":
 
 def _sources(args: argparse.Namespace) -> "tuple[list[SourceConfig], int]":
     """Return the sources to read, and the seed."""
-    from megatron_ads.config import AdsTask, SourceConfig, SourceKind, load_recipe
+    from megatron_ads.config.data import AdsTask, SourceConfig, SourceKind
+    from megatron_ads.config.recipes import load_recipe
     from megatron_ads.errors import ConfigError
 
     if args.recipe is not None:
@@ -142,7 +143,7 @@ def _sources(args: argparse.Namespace) -> "tuple[list[SourceConfig], int]":
 
 
 def _variant(name: str) -> "RowVariant":
-    from megatron_ads.config import RowVariant
+    from megatron_ads.config.data import RowVariant
     from megatron_ads.errors import ConfigError
 
     if name not in set(RowVariant):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_ads.config import AdsTask, SourceConfig, SourceKind
+from megatron_ads.config.data import AdsTask, SourceConfig, SourceKind
 from megatron_ads.data import next_brand
 from megatron_ads.data.ads_pairs import DEFAULT_ROWS, builtin_rows
 from megatron_ads.data.esci import esci_file, esci_rows

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from megatron_ads.config import HistoryConfig
+from megatron_ads.config.data import HistoryConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.tasks.user_history import (
     FULL_VIEW,

@@ -126,7 +126,7 @@ def evaluate(
             cannot be used.
         ConversionError: If transformers cannot load the model.
     """
-    from megatron_ads.config import load_recipe
+    from megatron_ads.config.recipes import load_recipe
     from megatron_ads.data.corpus import read_corpus
     from megatron_ads.evaluation.asking import Asking
     from megatron_ads.evaluation.model_folder import hugging_face_folder

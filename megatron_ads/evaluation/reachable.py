@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from megatron_ads.config import DataConfig, SourceKind
+from megatron_ads.config.data import DataConfig, SourceKind
 from megatron_ads.data.sources import simulated_source
 
 BestAnswers = Mapping[str, tuple[str, ...]]

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_ads.config import load_recipe
+from megatron_ads.config.recipes import load_recipe
 from megatron_ads.errors import MegatronAdsError
 
 

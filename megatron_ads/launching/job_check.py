@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config import LayerSpecChoice, Precision, SftConfig, load_recipe, validate
+from megatron_ads.config.model import LayerSpecChoice, Precision
+from megatron_ads.config.recipes import load_recipe
+from megatron_ads.config.sft import SftConfig, validate
 from megatron_ads.errors import CheckpointError, ConfigError, DataError, MegatronAdsError
 from megatron_ads.launching.node_check import wants_gpu
 from megatron_ads.planning.hardware import CARDS

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ads.config import SftConfig, load_recipe
+from megatron_ads.config.recipes import load_recipe
+from megatron_ads.config.sft import SftConfig
 from megatron_ads.errors import ConfigError, MegatronAdsError
 from megatron_ads.launching.allocation import Allocation
 from megatron_ads.launching.attempts import (

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_ads.config import load_recipe
+from megatron_ads.config.recipes import load_recipe
 from megatron_ads.errors import ConfigError
 
 SWEEP_VARIABLE = "MEGATRON_ADS_SWEEP"

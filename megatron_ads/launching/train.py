@@ -16,7 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_ads.config import SftConfig, load_recipe
+from megatron_ads.config.recipes import load_recipe
+from megatron_ads.config.sft import SftConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.launching.attempts import Verdict, judge
 from megatron_ads.launching.command import surroundings

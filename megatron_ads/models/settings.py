@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from conversion.layer_specs import LayerSpec
-from megatron_ads.config import LayerSpecChoice, ModelConfig, Precision, Recompute
+from megatron_ads.config.model import LayerSpecChoice, ModelConfig, Precision, Recompute
 from megatron_ads.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from conversion.layer_specs import LayerSpec
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config import Precision, Recompute
+from megatron_ads.config.model import Precision, Recompute
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, PipelinePlacement
 from megatron_ads.models.settings import ModelSettings

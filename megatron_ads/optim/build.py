@@ -9,7 +9,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from torch.distributed import ReduceOp, all_reduce
 
-from megatron_ads.config import OptimConfig, Precision
+from megatron_ads.config.model import Precision
+from megatron_ads.config.optim import OptimConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.optim.adam import adam_class
 from megatron_ads.optim.alone import skip_collectives_of_one

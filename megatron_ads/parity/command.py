@@ -84,7 +84,8 @@ def _require_same_model(reference: "ModelShape", ours: "ModelShape", args: argpa
 
 def _layout(shape: "ModelShape", text: str) -> "ShardsLayout":
     from conversion.convert import lay_out
-    from megatron_ads.config import LayoutConfig, load_layout
+    from megatron_ads.config.layout import LayoutConfig
+    from megatron_ads.config.recipes import load_layout
     from megatron_ads.errors import ConfigError
 
     if text and "=" not in text:
@@ -101,7 +102,7 @@ def _layout(shape: "ModelShape", text: str) -> "ShardsLayout":
 
 
 def _limits(precision: str) -> Any:
-    from megatron_ads.config import Precision
+    from megatron_ads.config.model import Precision
     from megatron_ads.parity.limits import LIMITS
 
     return LIMITS[Precision(precision)]
@@ -110,7 +111,7 @@ def _limits(precision: str) -> Any:
 def _stream(args: argparse.Namespace, source: Any, reference: Any, layout: "ShardsLayout", limits: Any) -> "Comparison":
     import torch
 
-    from megatron_ads.config import LayerSpecChoice, Precision
+    from megatron_ads.config.model import LayerSpecChoice, Precision
     from megatron_ads.layout import ParallelLayout
     from megatron_ads.observability.progress import Progress
     from megatron_ads.parity.prompts import random_prompts, read_prompts

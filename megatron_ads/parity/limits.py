@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_ads.config import Precision
+from megatron_ads.config.model import Precision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ inner widths.
 from dataclasses import dataclass
 
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config import Precision, Recompute
+from megatron_ads.config.model import Precision, Recompute
 from megatron_ads.planning.job import Job
 
 _BLOCK = 128

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megatron_ads.config import SftConfig
+from megatron_ads.config.sft import SftConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.planning.compute import model_flops_per_token
 from megatron_ads.planning.hardware import Card, measured_flops_per_second

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from conversion.names import layer_parameters
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config import Recompute
+from megatron_ads.config.model import Recompute
 from megatron_ads.layout import Chunk
 from megatron_ads.planning.job import Job
 

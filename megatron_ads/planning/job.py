@@ -7,16 +7,10 @@ from pathlib import Path
 
 from conversion.rank_files import ShardsLayout
 from megatron_ads.architecture import ModelShape, read_model_shape
-from megatron_ads.config import (
-    FrozenPart,
-    Precision,
-    Recompute,
-    SftConfig,
-    SourceConfig,
-    SourceKind,
-    load_recipe,
-    validate,
-)
+from megatron_ads.config.data import SourceConfig, SourceKind
+from megatron_ads.config.model import FrozenPart, Precision, Recompute
+from megatron_ads.config.recipes import load_recipe
+from megatron_ads.config.sft import SftConfig, validate
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, PipelinePlacement
 

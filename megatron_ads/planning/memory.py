@@ -8,7 +8,7 @@ with BF16 weights an FP32 copy too. Activations are counted in ``activations``, 
 
 from dataclasses import dataclass
 
-from megatron_ads.config import Precision, Recompute
+from megatron_ads.config.model import Precision, Recompute
 from megatron_ads.layout import Chunk
 from megatron_ads.planning.activations import ActivationModel
 from megatron_ads.planning.job import Job

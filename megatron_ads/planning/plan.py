@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from megatron_ads.config import Precision
+from megatron_ads.config.model import Precision
 from megatron_ads.layout import Chunk, ParallelLayout, place_layers
 from megatron_ads.planning.compute import forward_flops_per_token, model_flops_per_token, recomputed_flops_per_token
 from megatron_ads.planning.hardware import Card

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from conversion.rank_files import ShardsLayout
 from conversion.shards import open_shards
-from megatron_ads.config import LayerSpecChoice
+from megatron_ads.config.model import LayerSpecChoice
 from megatron_ads.errors import ConfigError, ConversionError
 from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
 from megatron_ads.planning.job import Job

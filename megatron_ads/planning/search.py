@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config import Recompute
+from megatron_ads.config.model import Recompute
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, PipelinePlacement, place_layers
 from megatron_ads.planning.hardware import Card

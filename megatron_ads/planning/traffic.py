@@ -6,7 +6,7 @@ tokens elsewhere when routing is balanced.
 
 from dataclasses import dataclass
 
-from megatron_ads.config import Precision, Recompute
+from megatron_ads.config.model import Precision, Recompute
 from megatron_ads.layout import Chunk
 from megatron_ads.planning.hardware import Card
 from megatron_ads.planning.job import Job

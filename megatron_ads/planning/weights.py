@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from conversion.names import Kind, Parameter, layer_parameters, outside_parameters, slice_shape
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config import FrozenPart
+from megatron_ads.config.model import FrozenPart
 from megatron_ads.layout import Chunk
 from megatron_ads.planning.job import Job
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from megatron_ads.config import SftConfig
+from megatron_ads.config.sft import SftConfig
 from megatron_ads.rehearsal.folder import RehearsalFolder
 from megatron_ads.rehearsal.stages import Stage, StageRecord
 from megatron_ads.tasks.relevance import TASK

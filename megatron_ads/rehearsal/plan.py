@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.architecture import shape_from_config
-from megatron_ads.config import LayoutConfig, SftConfig, load_recipe, recipe_yaml, validate
+from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.config.recipes import load_recipe, recipe_yaml
+from megatron_ads.config.sft import SftConfig, validate
 from megatron_ads.demo_model import CONFIGS, Preset
 from megatron_ads.rehearsal.folder import RehearsalFolder
 from megatron_ads.rehearsal.job import JobError, MetricsFollower, run_job

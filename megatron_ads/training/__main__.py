@@ -8,7 +8,7 @@
 import argparse
 import sys
 
-from megatron_ads.config import load_recipe
+from megatron_ads.config.recipes import load_recipe
 from megatron_ads.errors import MegatronAdsError
 from megatron_ads.observability.log import get_logger, rank, start_logging
 from megatron_ads.runtime.exit_status import ExitStatus

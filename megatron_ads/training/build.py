@@ -9,7 +9,8 @@ from megatron.core.models.gpt import GPTModel
 from conversion.layer_specs import LayerSpec
 from conversion.rank_files import ShardsLayout
 from conversion.sources import WeightSource
-from megatron_ads.config import OptimConfig, SftConfig
+from megatron_ads.config.optim import OptimConfig
+from megatron_ads.config.sft import SftConfig
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.models.build import build_chunks
 from megatron_ads.models.load import load_weights

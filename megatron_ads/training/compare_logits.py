@@ -88,7 +88,7 @@ def megatron_logits(folder: Path, tokens_BS: Any) -> Any:
 
     from conversion.layer_specs import LayerSpec
     from conversion.sources import open_source
-    from megatron_ads.config import Precision
+    from megatron_ads.config.model import Precision
     from megatron_ads.layout import ParallelLayout, place_layers
     from megatron_ads.runtime import process_groups
 

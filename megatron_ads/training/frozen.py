@@ -8,7 +8,7 @@ from megatron.core.models.gpt import GPTModel
 
 from conversion.layer_specs import LayerSpec
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config import FrozenPart
+from megatron_ads.config.model import FrozenPart
 from megatron_ads.models.naming import named_weights
 
 _PARTS = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from conversion.sources import WeightSource
-from megatron_ads.config import SftConfig
+from megatron_ads.config.sft import SftConfig
 from megatron_ads.data.batches import BatchStream
 from megatron_ads.errors import CheckpointError
 from megatron_ads.layout import ParallelLayout

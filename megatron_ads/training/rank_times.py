@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_ads.config import RuntimeConfig
+from megatron_ads.config.training import RuntimeConfig
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.observability.stragglers import StragglerWatch
 from megatron_ads.runtime.activity import Activity

@@ -1,7 +1,8 @@
 """From a recipe's `data` section to this replica's batches, to train on and to evaluate on."""
 
 from conversion.sources import WeightSource
-from megatron_ads.config import ReweightConfig, SftConfig
+from megatron_ads.config.sft import SftConfig
+from megatron_ads.config.training import ReweightConfig
 from megatron_ads.data.adaptive_weights import InstanceWeights
 from megatron_ads.data.batches import BatchStream, ReplicaShare, batches_of_all
 from megatron_ads.data.corpus import read_corpus, tokenize, tokenize_training

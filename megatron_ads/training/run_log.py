@@ -10,7 +10,7 @@ from typing import Self
 import torch.distributed as dist
 
 from conversion.rank_files import ShardsLayout
-from megatron_ads.config import SftConfig
+from megatron_ads.config.sft import SftConfig
 from megatron_ads.data.held_out import HeldOut
 from megatron_ads.models.expert_load import ExpertLoad
 from megatron_ads.models.flops import flops_per_token

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from conversion.rank_files import ShardsLayout
 from conversion.sources import WeightSource, open_source
-from megatron_ads.config import SftConfig, validate
+from megatron_ads.config.sft import SftConfig, validate
 from megatron_ads.data.batches import BatchStream
 from megatron_ads.data.held_out import HeldOut
 from megatron_ads.observability.log import world_size

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from conversion.rank_files import ShardsLayout
-from megatron_ads.config import SftConfig
+from megatron_ads.config.sft import SftConfig
 from megatron_ads.observability.provenance import git_revision, package_versions
 from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.runtime.preflight import Member, Record, check_records, gather_records

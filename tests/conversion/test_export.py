@@ -15,7 +15,7 @@ from conversion.hf_folder import open_hf_folder
 from conversion.sources import open_source
 from conversion.to_hf import ExportDtype
 from conversion.to_reference import reference_target
-from megatron_ads.config import LayoutConfig
+from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.errors import ConversionError
 from tests.conversion.checkpoints import EDGE, V3, bf16_checkpoint, is_fp8_weight, random_tensors, to_fp8, write_hf
 

@@ -10,7 +10,7 @@ from conversion.dry_run import dry_run
 from conversion.plan import Values
 from conversion.sources import open_source
 from conversion.to_megatron import ShardsTarget
-from megatron_ads.config import LayoutConfig
+from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.errors import ConversionError
 from tests.conversion.checkpoints import bf16_checkpoint
 

@@ -21,7 +21,7 @@ from conversion.journal import JOURNAL
 from conversion.sources import open_source
 from conversion.to_torch_dist import TorchDistTarget
 from conversion.verify import verify
-from megatron_ads.config import LayoutConfig
+from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.errors import ConversionError
 from tests.conversion.checkpoints import EDGE, bf16_checkpoint, fp8_checkpoint, random_tensors, to_fp8, write_hf
 
@@ -264,7 +264,7 @@ import sys
 from pathlib import Path
 from conversion.convert import to_shards
 from conversion.execute import Execution
-from megatron_ads.config import LayoutConfig
+from megatron_ads.config.layout import LayoutConfig
 if __name__ == "__main__":
     workers = int(sys.argv[3])
     to_shards(Path(sys.argv[1]), Path(sys.argv[2]), LayoutConfig(pp=4, ep=2), Execution(workers=workers, resume=True))

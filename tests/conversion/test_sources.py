@@ -8,7 +8,7 @@ import torch
 from conversion.convert import convert, to_shards
 from conversion.sources import open_source
 from conversion.to_torch_dist import TorchDistTarget
-from megatron_ads.config import LayoutConfig
+from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.errors import ConversionError
 from tests.conversion.checkpoints import fp8_checkpoint
 

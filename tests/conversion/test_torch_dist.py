@@ -20,7 +20,7 @@ from conversion.torch_dist_names import extra_state_keys, keyed_tensors
 from conversion.torch_dist_pickle import read_metadata
 from conversion.verify import verify
 from megatron_ads.architecture import shape_from_config
-from megatron_ads.config import LayoutConfig
+from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.errors import ConversionError
 from megatron_ads.layout import ParallelLayout, place_layers
 from tests.conversion.checkpoints import V3, bf16_checkpoint, random_tensors, write_hf

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_ads.config import DataConfig, SourceConfig, SourceKind
+from megatron_ads.config.data import DataConfig, SourceConfig, SourceKind
 from megatron_ads.data.corpus import read_corpus
 from tests.cooking.kitchens import good_answer, write_rows
 from tests.cooking.scripted_server import Reply, scripted_server

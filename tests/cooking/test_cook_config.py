@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ads.config.recipe_files import recipes_folder, shipped_recipes
 from megatron_ads.cooking.config import CookConfig, Style, cook_recipe_yaml, load_cook_recipe
 from megatron_ads.errors import ConfigError
-from megatron_ads.recipe_files import recipes_folder, shipped_recipes
 
 SHIPPED = shipped_recipes("cook")
 

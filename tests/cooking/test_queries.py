@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ads.config import AdsTask, SourceConfig, SourceKind
+from megatron_ads.config.data import AdsTask, SourceConfig, SourceKind
 from megatron_ads.cooking.queries import TOPICS, QueryFault, queries_of, query_fault, topic_of
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.sources import read_source

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ads.config import Normalize
+from megatron_ads.config.training import Normalize
 from megatron_ads.data.adaptive_weights import InstanceWeights
 from megatron_ads.data.batches import (
     BatchStream,

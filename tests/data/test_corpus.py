@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.config import DataConfig, RowVariant, SourceConfig, SourceKind
+from megatron_ads.config.data import DataConfig, RowVariant, SourceConfig, SourceKind
 from megatron_ads.data.corpus import LeftOut, read_corpus, tokenize, tokenize_training
 from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.errors import DataError

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_ads.config import AdsTask, HistoryConfig, SourceConfig, SourceKind
+from megatron_ads.config.data import AdsTask, HistoryConfig, SourceConfig, SourceKind
 from megatron_ads.data.event_tables import LABEL_DAYS, event_rows, read_anchor
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.simulator.simulated_rows import DEFAULT_VIEW

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ads.config import AdsTask, DataConfig, HistoryConfig, SourceConfig, SourceKind, SplitBy
+from megatron_ads.config.data import AdsTask, DataConfig, HistoryConfig, SourceConfig, SourceKind, SplitBy
 from megatron_ads.data.corpus import read_corpus
 from megatron_ads.data.next_brand import DEFAULT_VIEW, FILE, next_brand_rows, read_items
 from megatron_ads.data.public_data import DATA_ROOT

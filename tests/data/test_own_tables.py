@@ -9,7 +9,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_ads.config import AdsTask, SourceConfig, SourceKind
+from megatron_ads.config.data import AdsTask, SourceConfig, SourceKind
 from megatron_ads.data import table_file
 from megatron_ads.data.own_tables import FORMS, table_rows
 from megatron_ads.data.sources import describe_source, read_source

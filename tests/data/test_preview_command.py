@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.cli import main
-from megatron_ads.config import AdsTask, RowVariant
+from megatron_ads.config.data import AdsTask, RowVariant
 from megatron_ads.data.demo_tokenizer import write_tokenizer
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ads.config import HistoryConfig
+from megatron_ads.config.data import HistoryConfig
 from megatron_ads.data.user_features import (
     LoggedEvent,
     compile_history,

@@ -6,7 +6,7 @@ import pytest
 
 from conversion.convert import to_shards
 from megatron_ads.cli import main
-from megatron_ads.config import LayoutConfig
+from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
 from megatron_ads.evaluation.answer import Answer
 from megatron_ads.evaluation.asking import RowAsker

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.config import load_recipe
+from megatron_ads.config.recipes import load_recipe
 from megatron_ads.launching.job_check import check_job, needs_gpu
 from megatron_ads.launching.node_check import folder_problems, gpu_problems, python_problems, wants_gpu
 from megatron_ads.training.checkpoint_folder import FORMAT

@@ -8,7 +8,7 @@ import pytest
 
 from conversion.layer_specs import LayerSpec
 from conversion.sources import open_source
-from megatron_ads.config import LayerSpecChoice, ModelConfig, RouterBias
+from megatron_ads.config.model import LayerSpecChoice, ModelConfig, RouterBias
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.models.settings import ModelSettings, resolve_layer_spec

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ads.config import Precision
+from megatron_ads.config.model import Precision
 from tests.distributed import run_ranks
 from tests.models import jobs
 from tests.models.checkpoints import V3, write_checkpoint

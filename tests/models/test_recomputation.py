@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conversion.layer_specs import LayerSpec
-from megatron_ads.config import Recompute
+from megatron_ads.config.model import Recompute
 from megatron_ads.layout import ParallelLayout
 from tests.distributed import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from conversion.layer_specs import LayerSpec
 from conversion.sources import open_source
-from megatron_ads.config import Recompute
+from megatron_ads.config.model import Recompute
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.seeds import seed_everything

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ads.config import OptimConfig, Precision
+from megatron_ads.config.model import Precision
+from megatron_ads.config.optim import OptimConfig
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime.collective_trace import Trace
 from tests.distributed import run_ranks

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.config import FrozenPart
+from megatron_ads.config.model import FrozenPart
 from megatron_ads.runtime.collective_trace import Trace, compare_traces, trace_collectives
 from tests.distributed import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint

@@ -1,6 +1,6 @@
 """The page of a parity check."""
 
-from megatron_ads.config import Precision
+from megatron_ads.config.model import Precision
 from megatron_ads.parity.limits import LIMITS
 from megatron_ads.parity.page import render
 from megatron_ads.parity.records import Comparison, RungResult

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from megatron_ads.config import Precision
+from megatron_ads.config.model import Precision
 from megatron_ads.parity.limits import LIMITS
 from megatron_ads.parity.records import Comparison, Kind, LayerResult, LogitResult, RouterResult, RungResult
 from megatron_ads.parity.verdict import first_departure, rungs

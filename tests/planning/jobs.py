@@ -4,7 +4,7 @@ from functools import cache
 from typing import Any
 
 from megatron_ads.architecture import shape_from_config
-from megatron_ads.config import Precision, Recompute
+from megatron_ads.config.model import Precision, Recompute
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.planning.job import Job, load_job
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_ads.config import Precision, Recompute
+from megatron_ads.config.model import Precision, Recompute
 from megatron_ads.planning.activations import ActivationModel
 from megatron_ads.planning.job import Job
 from megatron_ads.planning.memory import stage_memory

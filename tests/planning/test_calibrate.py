@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.config import load_recipe
+from megatron_ads.config.recipes import load_recipe
 from megatron_ads.errors import ConfigError
 from megatron_ads.planning.calibrate import calibrated
 from megatron_ads.planning.compute import model_flops_per_token

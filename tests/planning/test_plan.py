@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.cli import main
-from megatron_ads.config import Recompute
+from megatron_ads.config.model import Recompute
+from megatron_ads.config.recipe_files import recipes_folder
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.models.flops import flops_per_token
@@ -17,7 +18,6 @@ from megatron_ads.planning.job import load_job, published_models
 from megatron_ads.planning.plan import make_plan
 from megatron_ads.planning.search import even_pipeline, interleaved, search
 from megatron_ads.planning.traffic import stage_traffic
-from megatron_ads.recipe_files import recipes_folder
 from tests.planning.jobs import r1_job, small_job
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "configs"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from conversion.names import Kind, parameters
-from megatron_ads.config import FrozenPart
+from megatron_ads.config.model import FrozenPart
 from megatron_ads.parameter_count import parameters_by_component
 from megatron_ads.planning.weights import part_of, stage_weights, total
 from tests.planning.jobs import r1_job, small_job

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ads.config import RowVariant
+from megatron_ads.config.data import RowVariant
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.errors import DataError
 from megatron_ads.tasks import next_advertiser

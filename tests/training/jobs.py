@@ -5,21 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from conversion.sources import WeightSource, open_source
-from megatron_ads.config import (
-    CheckpointConfig,
-    DataConfig,
-    LayerSpecChoice,
-    LayoutConfig,
-    LogConfig,
-    ModelConfig,
-    OptimConfig,
-    Precision,
-    Schedule,
-    SftConfig,
-    SourceConfig,
-    SourceKind,
-    TrainConfig,
-)
+from megatron_ads.config.data import DataConfig, SourceConfig, SourceKind
+from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.config.model import LayerSpecChoice, ModelConfig, Precision
+from megatron_ads.config.optim import OptimConfig, Schedule
+from megatron_ads.config.sft import SftConfig
+from megatron_ads.config.training import CheckpointConfig, LogConfig, TrainConfig
 from megatron_ads.data.batches import PackedBatch
 from tests.models.jobs import rows
 

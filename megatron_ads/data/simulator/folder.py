@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_ads.config import AdsTask
+from megatron_ads.config.data import AdsTask
 from megatron_ads.data.simulator.logs import START
 from megatron_ads.data.simulator.row_files import write_examples
 from megatron_ads.data.simulator.simulate import Scale, write_logs

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 
-from megatron_ads.config import AdsTask, HistoryConfig
+from megatron_ads.config.data import AdsTask, HistoryConfig
 from megatron_ads.data.simulator.examples import Example
 from megatron_ads.data.simulator.pair_examples import pair_examples
 from megatron_ads.data.simulator.user_examples import (

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from megatron_ads.config import RowVariant
+from megatron_ads.config.data import RowVariant
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
 from megatron_ads.tasks import ad_user_relevance, next_advertiser, relevance

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_ads.config import AdsTask
+from megatron_ads.config.data import AdsTask
 from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.simulator import simulate
 from megatron_ads.data.simulator.folder import write_simulation

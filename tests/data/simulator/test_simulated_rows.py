@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.config import AdsTask, HistoryConfig, SourceConfig, SourceKind
+from megatron_ads.config.data import AdsTask, HistoryConfig, SourceConfig, SourceKind
 from megatron_ads.data.chat import tokenize_row
 from megatron_ads.data.demo_tokenizer import write_tokenizer
 from megatron_ads.data.simulator.examples import Example, reachable_recall

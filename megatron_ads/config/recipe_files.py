@@ -12,7 +12,7 @@ def recipes_folder() -> Path:
     Raises:
         ConfigError: If the installation lacks it.
     """
-    folder = Path(__file__).resolve().parent.parent / "recipes"
+    folder = Path(__file__).resolve().parents[2] / "recipes"
     if not folder.is_dir():
         raise ConfigError(f"The shipped recipes are missing: {folder} does not exist. Install megatron-ads again.")
     return folder

@@ -1,0 +1,215 @@
+"""``data``: where rows come from, and how they become batches."""
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from omegaconf import MISSING
+
+from megatron_ads.config.checks import require, require_at_least
+
+
+class SourceKind(StrEnum):
+    """Where rows come from."""
+
+    builtin = "builtin"
+    simulator = "simulator"
+    esci = "esci"
+    next_brand = "next_brand"
+    gsm8k = "gsm8k"
+    jsonl = "jsonl"
+    table = "table"
+
+
+class SplitBy(StrEnum):
+    """What keeps held-out rows apart from those trained on."""
+
+    group = "group"
+    """Whole groups, such as queries or users, are held out."""
+    time = "time"
+    """The latest rows are held out; rows without a time are all trained on."""
+
+
+class AdsTask(StrEnum):
+    """What a row asks the model for."""
+
+    query_ad_relevance = "query_ad_relevance"
+    query_ad_three_labels = "query_ad_three_labels"
+    """Relevance, place and ad quality."""
+    ad_user_relevance = "ad_user_relevance"
+    query_generation = "query_generation"
+    next_advertiser = "next_advertiser"
+    next_advertiser_ranking = "next_advertiser_ranking"
+    """Twenty names and five interests, in XML."""
+    user_profile = "user_profile"
+    model_comparison = "model_comparison"
+    ad_rewriting = "ad_rewriting"
+
+
+class RowVariant(StrEnum):
+    """Another question over the same rows."""
+
+    yes_no = "yes_no"
+    """Rows of both relevance tasks and of the next advertiser."""
+    choose_one = "choose_one"
+    """One of 20; rows of the next advertiser, as the two below."""
+    list_ranking = "list_ranking"
+    several_forms = "several_forms"
+    """The name and the three above, drawn by the row's id."""
+
+
+@dataclass(kw_only=True, slots=True)
+class HistoryConfig:
+    """How much of a user's history a prompt shows; sections are those of ``megatron_ads/tasks/user_history.py``."""
+
+    without: list[str] | None = None
+    """Sections left out, such as ``clicks``; None is the source's own choice."""
+    window_days: dict[str, float] = field(default_factory=dict)
+    """Oldest event shown, by section; the built-in windows hold for sections that are not named."""
+    most_entries: int | None = None
+    """Most entries of a section; None is the source's own number."""
+    most_tokens: int | None = None
+    """Sections are shortened until the history takes about so many tokens, counted as words and signs; None is no
+    limit."""
+
+    def check(self, section: str) -> None:
+        """Refuse impossible values; ``section`` is where this stands in the recipe."""
+        require_at_least(section, self, 1, "most_entries", "most_tokens")
+        for name, days in self.window_days.items():
+            require(days > 0, f"{section}.window_days.{name} is {days}; it must be above 0.")
+
+
+_NEXT_BRAND_TASKS = (AdsTask.next_advertiser, AdsTask.user_profile)
+_TASKS_OF_USERS = (
+    AdsTask.ad_user_relevance,
+    AdsTask.next_advertiser,
+    AdsTask.next_advertiser_ranking,
+    AdsTask.user_profile,
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """One source of rows."""
+
+    kind: SourceKind = MISSING
+    """``builtin``: generated query-ad pairs; ``simulator``: rows of any task from a simulated ads business; ``esci``:
+    public query-product pairs; ``next_brand``: public purchases; ``gsm8k``: school mathematics, for the general mix;
+    ``jsonl``: chat rows in a file; ``table``: a JSONL, Parquet or CSV file with columns of your own."""
+    path: str | None = None
+    """File or folder; None for ``builtin`` and ``simulator``, and for public data below the folder that
+    ``MEGATRON_ADS_DATA`` names."""
+    task: AdsTask | None = None
+    """What rows of ``simulator``, ``next_brand`` and ``table`` ask for. Without it ``next_brand`` asks for the next
+    advertiser, and rows of ``table`` have a prompt and a target already."""
+    variant: RowVariant | None = None
+    """Ask the rows another way: ``yes_no``, ``choose_one`` (of 20), ``list_ranking`` (of 20) or ``several_forms``,
+    which mixes these with the plain question; None: as their task has it."""
+    history: HistoryConfig = field(default_factory=HistoryConfig)
+    """How much of a user's history the prompts show, where they show any."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """``table``: which column holds each field of the task, ``{query: search_term, title: ad_title, label: grade}``."""
+    anchor: str | None = None
+    """``table`` with task next_advertiser: date that histories end at and answers begin with, ``2025-03-01`` (UTC); the
+    file then holds one user event a row."""
+    rejected: str | None = None
+    """``table`` and ``jsonl``: file that rows which cannot be used are written to, with the reason; None: the first one
+    ends the run."""
+    weight: float = 1.0
+    """Share of the rows drawn from this source, relative to the other sources' weights."""
+    rows: int | None = None
+    """Use at most this many rows; None is all (``builtin``, ``simulator``: as many as they generate)."""
+    keep_share: bool = False
+    """Keep the share in all samples that ``weight`` gives when ``reweight.tasks`` moves the others': for general-domain
+    rows."""
+
+    def check(self, section: str) -> None:
+        """Refuse impossible values; ``section`` is where this source stands in the recipe."""
+        require(
+            math.isfinite(self.weight) and self.weight > 0,
+            f"{section}.weight is {self.weight}; it must be above 0. Remove the source to leave it out.",
+        )
+        require_at_least(section, self, 1, "rows")
+        self.history.check(f"{section}.history")
+        if self.kind in (SourceKind.jsonl, SourceKind.table):
+            require(self.path is not None, f"{section}.path is missing; kind {self.kind} reads a file of rows.")
+        if self.kind in (SourceKind.builtin, SourceKind.simulator):
+            require(
+                self.path is None,
+                f"{section}.path is {self.path!r}, which has no effect with kind {self.kind}. "
+                "Remove it, or set kind: jsonl.",
+            )
+        self._check_effects(section)
+
+    def _check_effects(self, section: str) -> None:
+        """Refuse settings that this kind of source does not read."""
+        is_table, shows_users = self.kind is SourceKind.table, self.kind is SourceKind.next_brand
+        is_event_log = is_table and self.task is AdsTask.next_advertiser
+        require(
+            is_event_log == (self.anchor is not None),
+            f"{section}.anchor is {self.anchor}; kind table with task next_advertiser needs one, others have no use "
+            "for it.",
+        )
+        if self.kind is SourceKind.simulator:
+            require(
+                self.task is not None, f"{section}.task is missing; kind simulator needs one of {', '.join(AdsTask)}."
+            )
+            shows_users = self.task in _TASKS_OF_USERS
+        else:
+            require(
+                self.task is None or is_table or (shows_users and self.task in _NEXT_BRAND_TASKS),
+                f"{section}.task is {self.task}, which has no effect with kind {self.kind}. Remove it.",
+            )
+        require(
+            shows_users or is_event_log or self.history == HistoryConfig(),
+            f"{section}.history has no effect: these rows show no user's history. Remove it.",
+        )
+        require(is_table or not self.columns, f"{section}.columns has no effect with kind {self.kind}. Remove it.")
+        require(not is_table or bool(self.columns), f"{section}.columns is missing; kind table needs to know them.")
+        require(
+            is_table or self.kind is SourceKind.jsonl or self.rejected is None,
+            f"{section}.rejected is {self.rejected!r}, which has no effect with kind {self.kind}. Remove it.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Rows and how they become batches."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Where rows come from; at least one."""
+    seq_length: int = 4096
+    """Tokens of one row of a batch."""
+    packing: bool = True
+    """Put several samples into one row, attention kept inside each."""
+    seed: int = 0
+    """Decides the order of rows and which of them are held out."""
+    validation_rows: int = 0
+    """Rows held out for evaluation; 0 is none."""
+    split_by: SplitBy = SplitBy.group
+    """Which rows are held out: those of whole groups such as queries and users, or the latest."""
+    validation_rows_per_group: int | None = None
+    """Most rows that one held-out group, such as a query, gives; fewer spread the evaluation over more groups, whose
+    other rows take no part. None is all."""
+
+    def check(self) -> None:
+        """Refuse values that are impossible whatever the other sections say."""
+        require(
+            bool(self.sources),
+            "data.sources is empty. Choose data=builtin or data=esci, or 'data.sources=[{kind: jsonl, path: FILE}]'.",
+        )
+        for index, source in enumerate(self.sources):
+            source.check(f"data.sources[{index}]")
+        require_at_least("data", self, 2, "seq_length")
+        require_at_least("data", self, 0, "seed", "validation_rows")
+        require(
+            self.split_by is SplitBy.group or self.validation_rows_per_group is None,
+            f"data.validation_rows_per_group is {self.validation_rows_per_group}, which has no effect with "
+            "data.split_by time. Remove it.",
+        )
+        require_at_least("data", self, 1, "validation_rows_per_group")
+        require(
+            self.validation_rows_per_group is None or self.validation_rows > 0,
+            f"data.validation_rows_per_group is {self.validation_rows_per_group}, but data.validation_rows is 0: "
+            "nothing is held out. Set data.validation_rows, or data.validation_rows_per_group to null.",
+        )

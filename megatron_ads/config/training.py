@@ -1,0 +1,144 @@
+"""``train``, ``loss``, ``reweight``, ``checkpoint``, ``runtime`` and ``log``: how a job runs, and what it leaves."""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from omegaconf import MISSING
+
+from megatron_ads.config.checks import require, require_at_least
+from megatron_ads.layout import ParallelLayout
+
+
+class Normalize(StrEnum):
+    """What one unit of loss is averaged over."""
+
+    token = "token"
+    sample = "sample"
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """How long and in which portions."""
+
+    steps: int = MISSING
+    """Optimizer steps of the whole run, over all resumptions."""
+    global_batch_size: int = 8
+    """Rows of ``data.seq_length`` tokens per step, over all ranks."""
+    micro_batch_size: int = 1
+    """Rows one rank runs forward and backward at a time."""
+    seed: int = 0
+    """Seeds every random number generator that is not the data's."""
+    deterministic: bool = False
+    """Ask for bit-equal repetition, slower on a GPU."""
+    log_every: int = 1
+    """Steps between lines of metrics."""
+    evaluate_every: int | None = None
+    """Steps between evaluations on the held-out rows; None is never."""
+
+    def check(self) -> None:
+        """Refuse values that are impossible whatever the other sections say."""
+        require_at_least("train", self, 1, "steps", "global_batch_size", "micro_batch_size", "log_every")
+        require_at_least("train", self, 1, "evaluate_every")
+        require_at_least("train", self, 0, "seed")
+
+    def microbatches(self, layout: ParallelLayout) -> int:
+        """Return how many microbatches each data-parallel rank runs in one step.
+
+        Raises:
+            ConfigError: If the rows of a step cannot be divided evenly.
+        """
+        rows = self.micro_batch_size * layout.dp
+        require(
+            self.global_batch_size % rows == 0,
+            f"train.global_batch_size = {self.global_batch_size} is not a multiple of train.micro_batch_size * dp = "
+            f"{self.micro_batch_size} * {layout.dp} = {rows}. Choose a multiple of {rows}.",
+        )
+        return self.global_batch_size // rows
+
+
+@dataclass(kw_only=True, slots=True)
+class LossConfig:
+    """How the loss is averaged."""
+
+    normalize: Normalize = Normalize.token
+    """``token``: every target token of a step weighs the same; ``sample``: every sample does."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ReweightConfig:
+    """Weights that follow what the model has learned; formulas in ``megatron_ads/data/adaptive_weights.py``."""
+
+    instances: bool = False
+    """Multiply each sample's loss by a weight that falls as its perplexity does."""
+    interval: int = 50
+    """Steps between renewals of the instance weights."""
+    beta: float = 1.0
+    """How strongly a change of perplexity changes an instance weight."""
+    lowest: float = 0.2
+    """Smallest instance weight."""
+    highest: float = 5.0
+    """Largest instance weight."""
+    tasks: bool = False
+    """Draw more samples of the tasks whose validation metric is low, renewed at each evaluation."""
+    alpha: float = 1.0
+    """How strongly a low validation metric raises a task's share; 1 is in proportion to what is missing to 1."""
+
+    def check(self) -> None:
+        """Refuse values that are impossible whatever the other sections say."""
+        require_at_least("reweight", self, 1, "interval", "alpha")
+        for name in ("beta", "lowest"):
+            value = getattr(self, name)
+            require(math.isfinite(value) and value > 0, f"reweight.{name} is {value:g}; it must be above 0.")
+        require(
+            self.lowest <= 1 <= self.highest < math.inf,
+            f"reweight.lowest = {self.lowest:g} and reweight.highest = {self.highest:g} must have 1 between them: it "
+            "is the weight of a sample whose perplexity has not changed.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    dir: str = MISSING
+    """Folder that holds one folder per checkpoint."""
+    save_every: int | None = None
+    """Steps between checkpoints; None saves after the last step only."""
+    keep_last: int = 2
+    """Complete checkpoints kept; older ones are deleted."""
+    resume: bool = True
+    """Go on from the latest complete checkpoint in ``dir`` where there is one."""
+
+    def check(self) -> None:
+        """Refuse values that are impossible whatever the other sections say."""
+        require_at_least("checkpoint", self, 1, "save_every", "keep_last")
+
+
+@dataclass(kw_only=True, slots=True)
+class RuntimeConfig:
+    """Processes of the job."""
+
+    timeout_seconds: int = 600
+    """A communication, or a step in which nothing moves, that takes longer ends the job, with a report on the cause."""
+    threads: int = 0
+    """CPU threads per process; 0 divides the cores among the processes of a machine."""
+    straggler_factor: float = 1.5
+    """A rank is named as slow when its own work takes this many times the median of its pipeline stage."""
+    straggler_steps: int = 5
+    """For how many logged steps on end it must."""
+
+    def check(self) -> None:
+        """Refuse values that are impossible whatever the other sections say."""
+        require_at_least("runtime", self, 1, "timeout_seconds", "straggler_factor", "straggler_steps")
+        require_at_least("runtime", self, 0, "threads")
+
+
+@dataclass(kw_only=True, slots=True)
+class LogConfig:
+    """What a run leaves behind to look at."""
+
+    dir: str = MISSING
+    """Folder for metrics.jsonl, the resolved recipe and TensorBoard files."""
+    tensorboard: bool = True
+    """Write TensorBoard files besides metrics.jsonl."""
