@@ -17,6 +17,7 @@ PACKAGES = ("megatron_ads", "conversion")
 FOUNDATION = (
     "megatron_ads.errors",
     "megatron_ads.json_fields",
+    "megatron_ads.journal",
     "megatron_ads.architecture",
     "megatron_ads.parameter_count",
     "megatron_ads.layout",

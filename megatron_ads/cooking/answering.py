@@ -8,8 +8,8 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from megatron_ads.cooking.config import AnsweringConfig
-from megatron_ads.cooking.journal import Journal, key_of
 from megatron_ads.errors import DataError
+from megatron_ads.journal import Journal, digest_of
 from megatron_ads.observability.progress import Progress
 
 GIVE_UPS_IN_A_ROW = 5
@@ -39,7 +39,7 @@ class Request:
     @property
     def key(self) -> str:
         """What its answer is found by."""
-        return key_of({"body": self.body, "candidate": self.candidate})
+        return digest_of({"body": self.body, "candidate": self.candidate})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +148,7 @@ class Desk:
             try:
                 for request in requests:
                     key = request.key
-                    record = self._journal.get(key)
+                    record = self._journal.records.get(key)
                     if record is not None or key in waiting.values():
                         progress.update()
                     if record is not None:

@@ -14,7 +14,6 @@ from megatron_ads.cooking.config import AnsweringConfig, CookConfig, ModelKind
 from megatron_ads.cooking.corpus import Written, remove_corpus, write_corpus
 from megatron_ads.cooking.endpoint import Endpoint
 from megatron_ads.cooking.golden import GoldenResult, check_template
-from megatron_ads.cooking.journal import Journal
 from megatron_ads.cooking.perplexity import Scorer, remove_unlikely
 from megatron_ads.cooking.prompts import ReasoningTemplate, templates_of
 from megatron_ads.cooking.queries import TOPICS, queries_of, query_fault, topic_of
@@ -23,6 +22,7 @@ from megatron_ads.cooking.verifier import remove_rejected
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.errors import DataError
+from megatron_ads.journal import Journal
 from megatron_ads.tasks import query_generation
 from megatron_ads.tasks.registry import TASKS, task_named
 from megatron_ads.tasks.row_checks import check_rows
@@ -64,11 +64,16 @@ def open_kitchen(config: CookConfig) -> Iterator[Kitchen]:
 
     Raises:
         ConfigError: If a key is missing, or the model of ``reject.embedding`` cannot be loaded.
-        DataError: If another run has a journal open, or a checkpoint has no tokenizer.
+        DataError: If ``config.out`` cannot be written, another run has a journal open, or a checkpoint has no
+            tokenizer.
     """
     out = Path(config.out)
     if config.reject.embedding is not None:
         load_encoder(config.reject.embedding)  # before anything is paid for
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{out} cannot be a folder ({error.strerror}). Choose another one with --out.") from None
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(out / JOURNAL))
         teacher = Desk("teacher", config.teacher, _answerer("teacher", config.teacher), journal)

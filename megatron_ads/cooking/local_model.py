@@ -17,12 +17,12 @@ from transformers import logging as transformers_logging
 from megatron_ads.cooking.answering import Answer, Finish, Request
 from megatron_ads.cooking.candidates import Candidate
 from megatron_ads.cooking.config import AnsweringConfig
-from megatron_ads.cooking.journal import Journal, key_of
 from megatron_ads.cooking.prompts import answer_of
 from megatron_ads.data.chat import render_prompt, split_text
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_ads.errors import ConversionError
+from megatron_ads.journal import Journal, digest_of
 
 
 class LocalModel:
@@ -141,8 +141,8 @@ class LocalScorer:
         reasoned = Message(Role.assistant, candidate.target)
         prompt, target = split_text(ChatRow(row.id, row.task, (*row.prompt, reasoned)), self._model.tokenizer)
         before = prompt + target.removesuffix(answer)
-        key = key_of({"model": str(self._model.folder), "before": before, "answer": answer})
-        record = self._journal.get(key)
+        key = digest_of({"model": str(self._model.folder), "before": before, "answer": answer})
+        record = self._journal.records.get(key)
         if record is None:
             record = {"perplexity": self._measure(before, answer)}
             self._journal.add(key, record)

@@ -12,7 +12,6 @@ from megatron_ads.cooking.answering import Finish
 from megatron_ads.cooking.candidates import Candidate, Removed
 from megatron_ads.cooking.config import AnsweringConfig, ModelKind, PerplexityConfig
 from megatron_ads.cooking.cook import cook, open_kitchen
-from megatron_ads.cooking.journal import Journal
 from megatron_ads.cooking.local_model import LocalScorer, LocalTeacher
 from megatron_ads.cooking.perplexity import remove_unlikely
 from megatron_ads.cooking.report import as_report
@@ -20,6 +19,7 @@ from megatron_ads.cooking.requests import chat_request
 from megatron_ads.data.chat import split_text
 from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.tokenizer import load_tokenizer
+from megatron_ads.journal import Journal
 from tests.cooking.kitchens import recipe, write_rows
 from tests.cooking.tiny_model import POSITIONS, write_tiny_model
 

@@ -1,6 +1,5 @@
 """A run that is killed asks nothing twice that it had an answer to."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,9 +13,7 @@ import pytest
 
 from megatron_ads.cooking.config import CookConfig, cook_recipe_yaml
 from megatron_ads.cooking.cook import cook, open_kitchen
-from megatron_ads.cooking.journal import Journal, key_of
 from megatron_ads.cooking.report import as_report
-from megatron_ads.errors import DataError
 from tests.cooking.kitchens import good_answer, recipe
 from tests.cooking.scripted_server import Reply, scripted_server
 
@@ -114,34 +111,3 @@ def test_a_finished_run_asks_nothing_again(tmp_path: Path) -> None:
         assert len(server.bodies) == 8
     assert first["kept"] == again["kept"] == 4
     assert again["models"]["teacher"]["asked"] == 0
-
-
-def test_a_line_that_was_torn_by_a_crash_is_asked_for_again(tmp_path: Path) -> None:
-    file = tmp_path / "journal.jsonl"
-    with Journal(file) as journal:
-        journal.add(key_of({"a": 1}), {"text": "one"})
-        journal.add(key_of({"a": 2}), {"text": "two"})
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-9])
-    with Journal(file) as journal:
-        assert journal.get(key_of({"a": 1})) == {"text": "one"}
-        assert journal.get(key_of({"a": 2})) is None
-        journal.add(key_of({"a": 2}), {"text": "two"})
-    assert file.read_bytes() == whole
-
-
-def test_a_line_that_is_damaged_in_the_middle_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "journal.jsonl"
-    file.write_text('{"key": "a", "text": "x"}\n{"text": "without key"}\n')
-    with pytest.raises(DataError, match=r"journal\.jsonl, line 2 is not a record"):
-        Journal(file)
-
-
-def test_two_runs_do_not_share_a_journal(tmp_path: Path) -> None:
-    with Journal(tmp_path / "journal.jsonl"), pytest.raises(DataError, match="in use by another run"):
-        Journal(tmp_path / "journal.jsonl")
-
-
-def test_a_key_depends_on_all_of_a_request_and_not_on_its_order() -> None:
-    assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1})
-    assert len({key_of({"a": 1}), key_of({"a": 2}), key_of({"b": 1}), key_of(json.loads('{"a": "1"}'))}) == 4

@@ -1,0 +1,113 @@
+"""What a job has done already, on disk as soon as it is done: one JSON object a line, appended, found by its key.
+
+A job that was killed finds every record it had made. A line that it did not finish is cut off at the next opening.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Lock
+from types import MappingProxyType
+from typing import Any, Self
+
+from megatron_ads.errors import DataError
+
+
+def digest_of(value: object) -> str:
+    """Return a hash of JSON values, whatever the order of their fields."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Journal:
+    """One open journal; one process at a time has it, many threads may add to it."""
+
+    def __init__(self, file: Path) -> None:
+        """Open or create ``file`` and read what it holds.
+
+        Raises:
+            DataError: If it cannot be written, another process has it open, or a line but a last, torn one is damaged.
+        """
+        self._file = file
+        self._lock = Lock()
+        try:
+            self._descriptor = os.open(file, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise self._cannot_be_written(error) from None
+        try:
+            self._claim()
+            self._records = self._read()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    @property
+    def records(self) -> Mapping[str, Mapping[str, Any]]:
+        """Everything that was recorded, by key, in the order of its first recording."""
+        return MappingProxyType(self._records)
+
+    def add(self, key: str, record: Mapping[str, Any]) -> None:
+        """Record something, in place of what its key had; it is on disk when this returns.
+
+        Raises:
+            DataError: If it cannot be written, such as on a full disk; records made before are kept.
+        """
+        line = json.dumps({"key": key, **record}, ensure_ascii=True).encode() + b"\n"
+        with self._lock:
+            size = os.fstat(self._descriptor).st_size
+            try:
+                view = memoryview(line)
+                while view:
+                    view = view[os.write(self._descriptor, view) :]
+                os.fsync(self._descriptor)
+            except OSError as error:
+                os.ftruncate(self._descriptor, size)  # no half line in front of what comes later
+                raise self._cannot_be_written(error) from None
+            self._records[key] = dict(record)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            os.ftruncate(self._descriptor, 0)
+            self._records.clear()
+
+    def delete(self) -> None:
+        """Remove the file: nobody will need what it holds."""
+        self._file.unlink(missing_ok=True)
+
+    def _claim(self) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"another process is writing {self._file}. Wait for it, stop it, or choose another place."
+            ) from None
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        data = self._file.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            os.ftruncate(self._descriptor, len(whole))  # the writer was killed within a line
+        records: dict[str, dict[str, Any]] = {}
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                record = json.loads(line)
+                records[record.pop("key")] = record
+            except (ValueError, TypeError, AttributeError, KeyError):
+                raise DataError(
+                    f"{self._file}, line {number} is not a record of this journal. Remove the line; what it held is "
+                    "then done again."
+                ) from None
+        return records
+
+    def _cannot_be_written(self, error: OSError) -> DataError:
+        return DataError(f"{self._file} cannot be written ({error.strerror}). Make room, or choose another place.")
