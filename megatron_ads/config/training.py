@@ -73,8 +73,14 @@ class ReweightConfig:
     """Multiply each sample's loss by a weight that falls as its perplexity does."""
     interval: int = 50
     """Steps between renewals of the instance weights."""
+    exact: bool = False
+    """Measure perplexities by a forward pass over all training rows at each renewal, and one before the first step: all
+    under the same weights, for about a third of the time that training on every row once takes. False takes them from
+    the training steps in between, at no cost."""
     beta: float = 1.0
-    """How strongly a change of perplexity changes an instance weight."""
+    """How strongly a change of perplexity changes an instance weight. The change is a plain difference: where
+    perplexities are in the hundreds, as early in training from random weights, 1.0 drives every weight to ``lowest`` or
+    ``highest``. About 1 over the usual change between renewals keeps them apart."""
     lowest: float = 0.2
     """Smallest instance weight."""
     highest: float = 5.0
@@ -87,6 +93,10 @@ class ReweightConfig:
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
         require_at_least("reweight", self, 1, "interval", "alpha")
+        require(
+            self.instances or not self.exact,
+            "reweight.exact is true, which has no effect while reweight.instances is false. Set both, or neither.",
+        )
         for name in ("beta", "lowest"):
             value = getattr(self, name)
             require(math.isfinite(value) and value > 0, f"reweight.{name} is {value:g}; it must be above 0.")

@@ -5,8 +5,9 @@ Instance weights. With l_i the summed loss of sample i's K_i target tokens,
     ppl_i = exp(l_i / K_i),    Delta_i = ppl_i before - ppl_i now,    w_i = clip(exp(-beta * Delta_i), w_min, w_max),
 
 so that a sample the model makes progress on weighs less, and one that stagnates or gets worse weighs more. "Before" and
-"now" are the ends of two measuring intervals. A sample's perplexity is that of its latest training forward passes (no
-second pass is made); a sample that has not been measured twice weighs 1.
+"now" are measurements at two renewals of the weights. A sample's perplexity is that of its training forward passes
+since the renewal before (no second pass is made), or of a pass over all samples at the renewal; a sample that has not
+been measured twice weighs 1.
 
 Task shares. With M_t in [0, 1] the validation metric of task t,
 
@@ -26,6 +27,9 @@ from numpy.typing import NDArray
 from megatron_ads.errors import DataError
 
 Vector = NDArray[np.float64]
+
+QUANTILES = (10, 50, 90)
+"""Percentiles of the instance weights that are logged."""
 
 
 def instance_weights(before: Vector, now: Vector, *, beta: float, lowest: float, highest: float) -> Vector:
@@ -52,16 +56,21 @@ def perplexity(loss_sum: Vector, targets: Vector) -> Vector:
 
 
 class InstanceWeights:
-    """The weight of every training sample, the same on every rank, renewed every ``interval`` steps."""
+    """The weight of every training sample, the same on every rank, due to be renewed every ``interval`` steps.
 
-    def __init__(self, samples: int, *, interval: int, beta: float, lowest: float, highest: float) -> None:
-        """Start with weight 1 for ``samples`` samples, numbered from 0."""
+    Every rank keeps four doubles a sample, 32 MB for a million, and no rank ever sends more than a step's losses.
+    """
+
+    def __init__(self, tasks: Sequence[str], *, interval: int, beta: float, lowest: float, highest: float) -> None:
+        """Start with weight 1 for every sample, given their tasks."""
+        samples = len(tasks)
         self._interval, self._beta, self._lowest, self._highest = interval, beta, lowest, highest
         self._steps = 0
         self._weights = np.ones(samples)
         self._before = np.full(samples, np.nan)
         self._loss_sums = np.zeros(samples)
         self._targets = np.zeros(samples)
+        self._of_task = {task: np.flatnonzero([other == task for other in tasks]) for task in sorted({*tasks})}
 
     def of(self, samples: Sequence[int]) -> Vector:
         """Return the weights of these samples."""
@@ -69,15 +78,24 @@ class InstanceWeights:
         return weights
 
     def observe(self, samples: Sequence[int], loss_sums: Sequence[float], targets: Sequence[int]) -> None:
-        """Take in what one step measured of its samples; at the end of an interval, renew the weights."""
+        """Take in what one step measured of its samples."""
         numbers = np.asarray(samples, dtype=np.int64)
         np.add.at(self._loss_sums, numbers, np.asarray(loss_sums, dtype=np.float64))
         np.add.at(self._targets, numbers, np.asarray(targets, dtype=np.float64))
         self._steps += 1
-        if self._steps % self._interval == 0:
-            self._renew()
 
-    def _renew(self) -> None:
+    @property
+    def due(self) -> bool:
+        """Whether an interval ends here; before the first step one does, with nothing measured."""
+        return self._steps % self._interval == 0
+
+    def measure_all(self, loss_sums: Sequence[float], targets: Sequence[int]) -> None:
+        """Take in a measurement of every sample, in place of those of the steps since the last renewal."""
+        self._loss_sums[:] = loss_sums
+        self._targets[:] = targets
+
+    def renew(self) -> None:
+        """Make the weights of the samples measured since the last renewal, and forget the measurements."""
         measured = self._targets > 0
         now = perplexity(self._loss_sums, self._targets)
         both = measured & ~np.isnan(self._before)
@@ -88,13 +106,15 @@ class InstanceWeights:
         self._loss_sums[:] = 0
         self._targets[:] = 0
 
-    def metrics(self) -> dict[str, float]:
-        """Return how far the weights of all samples are apart, by metric name."""
-        return {
-            "instance_weight_lowest": float(self._weights.min()),
-            "instance_weight_mean": float(self._weights.mean()),
-            "instance_weight_highest": float(self._weights.max()),
-        }
+    def quantiles(self) -> dict[str, float]:
+        """Return how far the weights are apart within each task, by metric name."""
+        found: dict[str, float] = {}
+        for task, numbers in self._of_task.items():
+            values = np.percentile(self._weights[numbers], QUANTILES).tolist()
+            found |= {
+                f"instance_weight_p{percent}/{task}": value for percent, value in zip(QUANTILES, values, strict=True)
+            }
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that decides future weights."""

@@ -6,7 +6,7 @@ microbatches only divide the rows among themselves.
 Shape suffixes: B = rows of a microbatch, S = tokens of a row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron_ads.data.rows import TokenizedRow
 from megatron_ads.errors import ConfigError, DataError
 
 PADDING_TOKEN = 0
+_ROWS_OF_A_PORTION = 1024
 
 PackedRow = Sequence[int]
 """The samples of one row, in order: each by its number in its step (or in a pass over all rows)."""
@@ -153,12 +154,38 @@ class BatchStream:
     def observe(self, sample_losses: Sequence[float]) -> dict[str, float]:
         """Take in the summed loss of each sample of the latest step; return what it says, by metric name."""
         rows = [draw.row for draw in self._step]
-        metrics = {f"loss/{task}": loss for task, loss in losses_by_task(rows, sample_losses).items()}
-        if self._weights is None:
-            return metrics
-        targets = [row.target_count for row in rows]
-        self._weights.observe([draw.number for draw in self._step], sample_losses, targets)
-        return metrics | self._weights.metrics()
+        if self._weights is not None:
+            targets = [row.target_count for row in rows]
+            self._weights.observe([draw.number for draw in self._step], sample_losses, targets)
+        return {f"loss/{task}": loss for task, loss in losses_by_task(rows, sample_losses).items()}
+
+    @property
+    def weights_are_due(self) -> bool:
+        """Whether the instance weights, if there are any, are to be renewed before the next step."""
+        return self._weights is not None and self._weights.due
+
+    def all_rows(self) -> Iterator[list[PackedBatch]]:
+        """Yield this replica's microbatches of one pass over all rows, by number, in portions that fit in memory."""
+        rows = self._mixture.rows
+        for start in range(0, len(rows), _ROWS_OF_A_PORTION):
+            yield batches_of_all(
+                rows[start : start + _ROWS_OF_A_PORTION],
+                self._share,
+                seq_length=self._seq_length,
+                packing=self._packing,
+            )
+
+    def renew_weights(self, pass_losses: Sequence[float] | None = None) -> dict[str, float]:
+        """Renew the instance weights; return what they are now, by metric name.
+
+        Args:
+            pass_losses: The summed loss of every row, of a pass over ``all_rows``; None: what the steps measured.
+        """
+        assert self._weights is not None
+        if pass_losses is not None:
+            self._weights.measure_all(pass_losses, [row.target_count for row in self._mixture.rows])
+        self._weights.renew()
+        return self._weights.quantiles()
 
     def adapt(self, metrics: Mapping[str, float], *, alpha: float) -> dict[str, float]:
         """Renew the shares of the adaptive tasks from their validation metrics; return them.

@@ -61,6 +61,11 @@ class Mixture:
         """Under earlier shares."""
 
     @property
+    def rows(self) -> list[TokenizedRow]:
+        """Every row of every source, at its number."""
+        return [row for source in self._sources for row in source.rows]
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """Rows of each source."""
         return tuple(len(source.rows) for source in self._sources)

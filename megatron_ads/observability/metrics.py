@@ -31,9 +31,9 @@ class Metric:
 METRICS: tuple[Metric, ...] = (
     Metric("loss", "nats/token", "what is minimised: mean over the target tokens of the global batch, weights applied"),
     Metric("loss/{task}", "nats/token", "mean over the target tokens of one task, without weights"),
-    Metric("instance_weight_lowest", "1", "lowest weight of a training sample (reweight.instances)"),
-    Metric("instance_weight_mean", "1", "mean weight of the training samples"),
-    Metric("instance_weight_highest", "1", "highest weight of a training sample"),
+    Metric("instance_weight_p10/{task}", "1", "weight that a tenth of the task's training samples stay below"),
+    Metric("instance_weight_p50/{task}", "1", "median weight of the task's training samples (reweight.instances)"),
+    Metric("instance_weight_p90/{task}", "1", "weight that nine tenths of the task's training samples stay below"),
     Metric("task_share/{task}", "1", "share of the task in the samples drawn from here on (reweight.tasks)"),
     Metric("task_metric/{task}", "0 to 1", "mean of 1 / perplexity over the task's held-out rows"),
     Metric("validation_loss", "nats/token", "loss over the held-out rows"),
@@ -56,7 +56,7 @@ METRICS: tuple[Metric, ...] = (
 )
 """Every name ``MetricsWriter.write`` accepts."""
 
-_NAMES = re.compile("|".join(re.escape(metric.name).replace(r"\{task\}", r"[\w.-]+") for metric in METRICS))
+_NAMES = re.compile("|".join(re.escape(metric.name).replace(r"\{task\}", ".+") for metric in METRICS))
 
 
 class MetricsWriter:

@@ -1,5 +1,7 @@
 """From a recipe's `data` section to this replica's batches, to train on and to evaluate on."""
 
+from collections.abc import Sequence
+
 from conversion.sources import WeightSource
 from megatron_ads.config.sft import SftConfig
 from megatron_ads.config.training import ReweightConfig
@@ -42,7 +44,7 @@ def open_streams(config: SftConfig, source: WeightSource, layout: ParallelLayout
         packing=config.data.packing,
         seed=config.data.seed,
         normalize=config.loss.normalize,
-        weights=_instance_weights(config.reweight, sum(len(source.rows) for source in training)),
+        weights=_instance_weights(config.reweight, [row.task for source in training for row in source.rows]),
     )
     if config.train.evaluate_every is None:
         return stream, HeldOut([], [])
@@ -57,9 +59,9 @@ def open_streams(config: SftConfig, source: WeightSource, layout: ParallelLayout
     return stream, HeldOut(held_out, validation)
 
 
-def _instance_weights(config: ReweightConfig, samples: int) -> InstanceWeights | None:
+def _instance_weights(config: ReweightConfig, tasks: Sequence[str]) -> InstanceWeights | None:
     if not config.instances:
         return None
     return InstanceWeights(
-        samples, interval=config.interval, beta=config.beta, lowest=config.lowest, highest=config.highest
+        tasks, interval=config.interval, beta=config.beta, lowest=config.lowest, highest=config.highest
     )

@@ -71,13 +71,13 @@ class RunLog:
         """Say that this rank gets on; a step of a single rank may be long and have no communication."""
         self._activity.moved()
 
-    def step(self, step: int, report: StepReport, learning_rate: float, of_samples: dict[str, float]) -> None:
+    def step(self, step: int, report: StepReport, learning_rate: float, losses: dict[str, float]) -> None:
         """Record one training step; a collective on the steps that are logged."""
         seconds, self._started = time.monotonic() - self._started, time.monotonic()
         if step % self._every == 0:
             ranks = self._times.measure(step, seconds)
             metrics = self._step_metrics(report, learning_rate, seconds)
-            self._write(step, metrics | ranks | of_samples)
+            self._write(step, metrics | ranks | losses)
         self._progress.update(1, loss=report.loss)
         self._peers.report_step(step)
         self._activity.leave_step(step)
@@ -109,13 +109,18 @@ class RunLog:
         """Record an evaluation on the held-out rows; its time does not count as the next step's."""
         losses = _by_task("validation_loss", held_out.task_losses(report.sample_losses))
         metrics = _by_task("task_metric", held_out.task_metrics(report.sample_losses))
-        self._write(step, {"validation_loss": report.loss} | losses | metrics)
-        self._started = time.monotonic()
-        self._restart_rank_times(step)
+        self._between_steps(step, {"validation_loss": report.loss} | losses | metrics)
 
     def saved(self, step: int, seconds: float) -> None:
         """Record a checkpoint; its time does not count as the next step's."""
-        self._write(step, {"checkpoint_seconds": seconds})
+        self._between_steps(step, {"checkpoint_seconds": seconds})
+
+    def instance_weights(self, step: int, quantiles: dict[str, float]) -> None:
+        """Record the renewed weights of the samples; the time of measuring them does not count as the next step's."""
+        self._between_steps(step, quantiles)
+
+    def _between_steps(self, step: int, metrics: dict[str, float]) -> None:
+        self._write(step, metrics)
         self._started = time.monotonic()
         self._restart_rank_times(step)
 

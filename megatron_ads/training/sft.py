@@ -1,5 +1,6 @@
 """Reasoning SFT: what every rank does, from joining the job to exported weights."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from megatron_ads.training.position import Position
 from megatron_ads.training.rows import open_streams
 from megatron_ads.training.run_log import RunLog
 from megatron_ads.training.signals import StopRequest
-from megatron_ads.training.step import run_evaluation, run_step
+from megatron_ads.training.step import run_evaluation, run_pass, run_step
 from megatron_ads.training.topology import preflight
 
 
@@ -85,7 +86,8 @@ def _run_together(
     training, validation = open_streams(config, source, shards.layout)
     position = Position.resumed(config, model, training, shards.layout, source)
     with RunLog(config, model, shards, peers, activity, resume_step=position.step) as log:
-        stopped = train(config, model, training, validation, position, log, stop)
+        job = Job(config=config, model=model, training=training, validation=validation, position=position, log=log)
+        stopped = train(job, stop)
     if not stopped:
         export_shards(Path(config.log.dir) / "export", model.models, model.spec, source, shards)
     if dist.get_rank() == 0:
@@ -93,41 +95,64 @@ def _run_together(
     return ExitStatus.STOPPED if stopped else ExitStatus.DONE
 
 
-def train(
-    config: SftConfig,
-    model: TrainedModel,
-    training: BatchStream,
-    validation: HeldOut,
-    position: Position,
-    log: RunLog,
-    stop: StopRequest,
-) -> bool:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What the steps of a job work on."""
+
+    config: SftConfig
+    model: TrainedModel
+    training: BatchStream
+    validation: HeldOut
+    position: Position
+    log: RunLog
+
+
+def train(job: Job, stop: StopRequest) -> bool:
     """Step until the last step, or until some rank is told to stop; return whether it was stopped."""
+    config, position = job.config, job.position
+    if position.step == 0 and config.reweight.exact:
+        _renew_instance_weights(job)
     while position.step < config.train.steps:
-        learning_rate = model.schedule.at(model.optimizer.updates)
-        log.begin(position.step + 1)
-        report = run_step(
-            training.next_step(),
-            model.chunks,
-            model.optimizer,
-            learning_rate=learning_rate,
-            stop_requested=stop.received is not None,
-            before_microbatch=log.moved,
-        )
-        position.step += 1
-        log.step(position.step, report, learning_rate, training.observe(report.sample_losses))
-        if validation.batches and position.is_due(config.train.evaluate_every):
-            evaluation = run_evaluation(validation.batches, model.chunks)
-            log.validation(position.step, evaluation, validation)
-            if config.reweight.tasks:
-                metrics = validation.task_metrics(evaluation.sample_losses)
-                log.shares(position.step, training.adapt(metrics, alpha=config.reweight.alpha))
-        if (
-            report.stop_requested
-            or position.is_due(config.checkpoint.save_every)
-            or position.step == config.train.steps
-        ):
-            log.saved(position.step, position.save())
-        if report.stop_requested:
+        stopped = _step(job, stop)
+        if job.training.weights_are_due:
+            _renew_instance_weights(job)
+        if job.validation.batches and position.is_due(config.train.evaluate_every):
+            _evaluate(job)
+        if stopped or position.is_due(config.checkpoint.save_every) or position.step == config.train.steps:
+            job.log.saved(position.step, position.save())
+        if stopped:
             return True
     return False
+
+
+def _step(job: Job, stop: StopRequest) -> bool:
+    """Run the next step; return whether some rank was told to stop."""
+    model, position, log = job.model, job.position, job.log
+    learning_rate = model.schedule.at(model.optimizer.updates)
+    log.begin(position.step + 1)
+    report = run_step(
+        job.training.next_step(),
+        model.chunks,
+        model.optimizer,
+        learning_rate=learning_rate,
+        stop_requested=stop.received is not None,
+        before_microbatch=log.moved,
+    )
+    position.step += 1
+    log.step(position.step, report, learning_rate, job.training.observe(report.sample_losses))
+    return report.stop_requested
+
+
+def _renew_instance_weights(job: Job) -> None:
+    exact = job.config.reweight.exact
+    pass_losses = run_pass(job.training.all_rows(), job.model.chunks) if exact else None
+    job.log.instance_weights(job.position.step, job.training.renew_weights(pass_losses))
+
+
+def _evaluate(job: Job) -> None:
+    """Measure the held-out rows, and let the tasks' shares follow."""
+    evaluation = run_evaluation(job.validation.batches, job.model.chunks)
+    job.log.validation(job.position.step, evaluation, job.validation)
+    if job.config.reweight.tasks:
+        metrics = job.validation.task_metrics(evaluation.sample_losses)
+        job.log.shares(job.position.step, job.training.adapt(metrics, alpha=job.config.reweight.alpha))

@@ -3,7 +3,7 @@
 Shape suffixes: T = tokens of one microbatch, all its rows laid end to end (Megatron's "thd" form).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,6 +71,11 @@ def run_evaluation(batches: Sequence[PackedBatch], chunks: Sequence[Any]) -> Ste
     for chunk in chunks:
         chunk.train()
     return _global_report(reports, batches, stop_requested=False, update=None)
+
+
+def run_pass(portions: Iterable[Sequence[PackedBatch]], chunks: Sequence[Any]) -> list[float]:
+    """Return the summed loss of every sample of several portions of batches, in order; nothing is updated."""
+    return [loss for batches in portions for loss in run_evaluation(batches, chunks).sample_losses]
 
 
 def _run_microbatches(

@@ -52,30 +52,36 @@ def test_the_metric_of_a_task_is_the_mean_inverse_perplexity_of_its_rows():
 
 
 def weights_of_three(interval: int = 2) -> InstanceWeights:
-    return InstanceWeights(3, interval=interval, beta=1.0, lowest=0.1, highest=10.0)
+    return InstanceWeights(["a", "a", "b"], interval=interval, beta=1.0, lowest=0.1, highest=10.0)
+
+
+def observe(weights: InstanceWeights, samples: list[int], losses: list[float], targets: list[int]) -> None:
+    weights.observe(samples, losses, targets)
+    if weights.due:
+        weights.renew()
 
 
 def test_a_sample_weighs_1_until_it_was_measured_in_two_intervals():
     weights = weights_of_three()
-    weights.observe([0], [math.log(3)], [1])
-    weights.observe([1], [math.log(3)], [1])  # ends the first interval
+    observe(weights, [0], [math.log(3)], [1])
+    observe(weights, [1], [math.log(3)], [1])  # ends the first interval
     assert weights.of([0, 1, 2]).tolist() == [1, 1, 1]
-    weights.observe([0], [math.log(2)], [1])
-    weights.observe([2], [math.log(2)], [1])  # ends the second; sample 0: Delta = 3 - 2
+    observe(weights, [0], [math.log(2)], [1])
+    observe(weights, [2], [math.log(2)], [1])  # ends the second; sample 0: Delta = 3 - 2
     assert weights.of([0, 1, 2]) == pytest.approx([math.exp(-1), 1, 1])
 
 
 def test_visits_of_one_interval_are_pooled_over_their_tokens():
     weights = weights_of_three(interval=1)
-    weights.observe([0], [2 * math.log(3)], [2])
-    weights.observe([0, 0], [math.log(2), 3 * math.log(2)], [1, 3])
+    observe(weights, [0], [2 * math.log(3)], [2])
+    observe(weights, [0, 0], [math.log(2), 3 * math.log(2)], [1, 3])
     assert weights.of([0]) == pytest.approx([math.exp(-1)])
 
 
 def test_learned_samples_lose_weight_and_stagnating_ones_gain_on_them():
     weights = weights_of_three(interval=1)
     for ppl in (4.0, 3.0, 2.5):
-        weights.observe([0, 1, 2], [math.log(ppl), math.log(4.0), math.log(5.0 / ppl + 3)], [1, 1, 1])
+        observe(weights, [0, 1, 2], [math.log(ppl), math.log(4.0), math.log(5.0 / ppl + 3)], [1, 1, 1])
     learned, stagnating, worse = weights.of([0, 1, 2])
     assert learned < stagnating < worse
     assert stagnating == 1
@@ -85,15 +91,40 @@ def test_weights_are_resumed_within_an_interval():
     one, other = weights_of_three(interval=3), weights_of_three(interval=3)
     losses = [[math.log(20 - step), math.log(30 - 2 * step)] for step in range(9)]
     for step in range(4):
-        one.observe([0, step % 3], losses[step], [1, 2])
+        observe(one, [0, step % 3], losses[step], [1, 2])
     other.load_state_dict(one.state_dict())
     for step in range(4, 9):
-        one.observe([0, step % 3], losses[step], [1, 2])
-        other.observe([0, step % 3], losses[step], [1, 2])
+        observe(one, [0, step % 3], losses[step], [1, 2])
+        observe(other, [0, step % 3], losses[step], [1, 2])
     assert one.of([0, 1, 2]).tolist() == other.of([0, 1, 2]).tolist()
     assert one.of([0, 1, 2]).tolist() != [1, 1, 1]
 
 
 def test_weights_of_other_data_are_refused():
     with pytest.raises(DataError, match="weights of 3 samples, this job has 4"):
-        InstanceWeights(4, interval=1, beta=1, lowest=0.5, highest=2).load_state_dict(weights_of_three().state_dict())
+        InstanceWeights(["a"] * 4, interval=1, beta=1, lowest=0.5, highest=2).load_state_dict(
+            weights_of_three().state_dict()
+        )
+
+
+def test_a_measurement_of_all_samples_takes_the_place_of_those_of_the_steps():
+    weights = weights_of_three()
+    weights.measure_all([math.log(4), math.log(3), 0.0], [1, 1, 0])
+    weights.renew()
+    weights.observe([0, 1, 2], [5.0, 5.0, 5.0], [1, 1, 1])
+    weights.measure_all([math.log(3), math.log(3), math.log(9)], [1, 1, 2])
+    weights.renew()
+    # Deltas 4 - 3 and 0; sample 2 has been measured once.
+    assert weights.of([0, 1, 2]) == pytest.approx([math.exp(-1), 1, 1])
+
+
+def test_the_quantiles_are_those_of_each_task():
+    weights = weights_of_three(interval=1)
+    for ppl in (2.0, 1.0):
+        observe(weights, [0, 2], [math.log(ppl), math.log(ppl + 1)], [1, 1])
+    # Task a: weights exp(-1) and 1, of which percentile q lies at exp(-1) + q (1 - exp(-1)). Task b: exp(-1) alone.
+    low = math.exp(-1)
+    assert weights.quantiles() == pytest.approx(
+        {f"instance_weight_p{percent}/a": low + percent / 100 * (1 - low) for percent in (10, 50, 90)}
+        | {f"instance_weight_p{percent}/b": low for percent in (10, 50, 90)}
+    )

@@ -215,7 +215,7 @@ def test_weights_are_those_of_the_labels_not_of_the_inputs():
 
 def weighted_stream(dp_rank: int = 0, dp_size: int = 1) -> BatchStream:
     share = ReplicaShare(global_batch_size=8, micro_batch_size=2, dp_rank=dp_rank, dp_size=dp_size)
-    weights = InstanceWeights(20, interval=1, beta=1.0, lowest=0.1, highest=10.0)
+    weights = InstanceWeights(["test"] * 20, interval=1, beta=1.0, lowest=0.1, highest=10.0)
     return BatchStream([WeightedRows(rows(20))], share, seq_length=SEQ_LENGTH, packing=True, seed=0, weights=weights)
 
 
@@ -233,6 +233,8 @@ def test_each_label_is_multiplied_by_the_weight_of_its_sample():
         drawn = [draw.number for draw in source._step]
         assert sorted(drawn) == sorted(seen)
         source.observe([sizes[number] * math.log(step + 2) for number in drawn])
+        if source.weights_are_due:
+            source.renew_weights()
         assert source._weights is not None
         weights = source._weights.of(range(20)).tolist()
     assert len(set(weights)) > 1
@@ -244,7 +246,8 @@ def test_what_the_samples_say_has_documented_names(tmp_path: Path):
     # Half of the sample's tokens are targets; a loss of ln 2 on each is the mean of the only task, "test".
     metrics = source.observe([draw.row.target_count * math.log(2) for draw in source._step])
     assert metrics["loss/test"] == pytest.approx(math.log(2))
-    assert (metrics["instance_weight_lowest"], metrics["instance_weight_highest"]) == (1, 1)
+    metrics |= source.renew_weights()
+    assert (metrics["instance_weight_p10/test"], metrics["instance_weight_p90/test"]) == (1, 1)
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         writer.write(1, metrics)
 

@@ -18,6 +18,8 @@ from tests.training.jobs import Recipe, start
 
 STEPS, SAMPLES = 5, 12
 BETA, LOWEST, HIGHEST = 2.0, 0.5, 2.0
+SMALL_BETA = 2e-3
+"""For the passes: a model with random weights has perplexities near 1000, and most samples change by hundreds."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Measured:
     sample_losses: list[list[float]]
     weights: list[list[float]]
     """Of the samples of the step, as they were used in it."""
+    passes: list[list[float]]
+    """Losses of all samples in each pass over them."""
 
 
 def samples(vocabulary: int) -> list[TokenizedRow]:
@@ -43,10 +47,10 @@ def samples(vocabulary: int) -> list[TokenizedRow]:
     return made
 
 
-def train_reweighted(recipe: Recipe, packing: bool, rows_per_step: int) -> Measured:
-    """Train with instance weights renewed every step."""
+def train_reweighted(recipe: Recipe, packing: bool, rows_per_step: int, exact: bool = False) -> Measured:
+    """Train with instance weights renewed every other step; if ``exact``, from a pass over all samples."""
     from megatron_ads.observability.log import rank
-    from megatron_ads.training.step import run_step
+    from megatron_ads.training.step import run_pass, run_step
 
     model, shards, _ = start(recipe)
     layout = shards.layout
@@ -57,9 +61,19 @@ def train_reweighted(recipe: Recipe, packing: bool, rows_per_step: int) -> Measu
         seq_length=32,
         packing=packing,
         seed=0,
-        weights=InstanceWeights(SAMPLES, interval=2, beta=BETA, lowest=LOWEST, highest=HIGHEST),
+        weights=InstanceWeights(
+            ["test"] * SAMPLES, interval=2, beta=SMALL_BETA if exact else BETA, lowest=LOWEST, highest=HIGHEST
+        ),
     )
-    measured = Measured([], [], [], [])
+    measured = Measured([], [], [], [], [])
+
+    def renew() -> None:
+        pass_losses = run_pass(stream.all_rows(), model.chunks) if exact else None
+        stream.renew_weights(pass_losses)
+        measured.passes.extend([pass_losses] if pass_losses else [])
+
+    if exact:
+        renew()
     for _ in range(STEPS):
         batches = stream.next_step()
         drawn = [draw.number for draw in stream._step]
@@ -67,6 +81,8 @@ def train_reweighted(recipe: Recipe, packing: bool, rows_per_step: int) -> Measu
         measured.weights.append(stream._weights.of(drawn).tolist())
         report = run_step(batches, model.chunks, model.optimizer, learning_rate=3e-3)
         stream.observe(report.sample_losses)
+        if stream.weights_are_due:
+            renew()
         measured.losses.append(report.loss)
         measured.samples.append(drawn)
         measured.sample_losses.append(report.sample_losses)
@@ -125,3 +141,23 @@ def test_losses_of_samples_do_not_depend_on_packing_and_replicas(folder: Path, r
     assert len(of_sample) == SAMPLES
     expected = [of_sample[number] for number in replicas[0].samples[0]]
     assert replicas[0].sample_losses[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_exact_weights_are_those_of_passes_over_all_samples_whatever_the_layout(folder: Path) -> None:
+    split = run_ranks(2, train_reweighted, Recipe(folder=folder), True, 4, True)
+    assert split[0] == split[1]
+    measured, rows = split[0], samples(1000)
+    assert [len(losses) for losses in measured.passes] == [SAMPLES] * 3  # before the first step, and after 2 and 4
+    weight = [1.0] * SAMPLES
+    for step in range(STEPS):
+        assert measured.weights[step] == pytest.approx([weight[number] for number in measured.samples[step]])
+        if step % 2 == 1:
+            before, now = (
+                [math.exp(loss / row.target_count) for loss, row in zip(losses, rows, strict=True)]
+                for losses in measured.passes[step // 2 : step // 2 + 2]
+            )
+            progress = [b - n for b, n in zip(before, now, strict=True)]
+            weight = [min(max(math.exp(-SMALL_BETA * delta), LOWEST), HIGHEST) for delta in progress]
+    assert len({*weight}) > SAMPLES / 2
+    (alone,) = run_ranks(1, train_reweighted, Recipe(folder=folder), False, SAMPLES, True)
+    assert measured.passes[0] == pytest.approx(alone.passes[0], rel=1e-5)  # under the same weights of the model
