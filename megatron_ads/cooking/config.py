@@ -24,7 +24,7 @@ class ModelKind(StrEnum):
     endpoint = "endpoint"
     """A server that speaks the OpenAI chat completions protocol."""
     local = "local"
-    """A Hugging Face checkpoint folder, run by transformers in this process."""
+    """A checkpoint folder of any kind the project knows, run by transformers in this process."""
 
 
 class Style(StrEnum):
@@ -56,7 +56,8 @@ class AnsweringConfig:
     """A model that is asked, and how patiently."""
 
     kind: ModelKind = ModelKind.endpoint
-    """``endpoint``: a server; ``local``: a checkpoint folder, which answers one request at a time."""
+    """``endpoint``: a server; ``local``: a checkpoint folder, which answers one request at a time, so that a server on
+    the same checkpoint is faster."""
     model: str | None = None
     """Name the server knows the model by, or the folder; None: there is no such model."""
     url: str | None = None
@@ -214,10 +215,13 @@ class RejectConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PerplexityConfig:
-    """PPL(answer | prompt, reasoning) < R, by a local Hugging Face checkpoint."""
+    """PPL(answer | prompt, reasoning) < R, by a checkpoint on this machine."""
 
     model: str | None = None
-    """Folder of the checkpoint; None leaves the filter out."""
+    """A Hugging Face folder, or shards, a torch_dist folder or a training checkpoint, which are exported to a temporary
+    folder when they are needed. None leaves the filter out."""
+    batch_size: int = 8
+    """Texts that are measured at once."""
     sample: int = 1000
     """Candidates over which R is found."""
     quantile: float = 0.5
@@ -227,7 +231,7 @@ class PerplexityConfig:
 
     def check(self) -> None:
         """Refuse impossible values."""
-        _require_between("perplexity", self, 1, math.inf, "sample", "threshold")
+        _require_between("perplexity", self, 1, math.inf, "batch_size", "sample", "threshold")
         _require_between("perplexity", self, 0, 1, "quantile")
         _require(
             self.model is not None or self.threshold is None,

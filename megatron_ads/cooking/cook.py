@@ -64,6 +64,7 @@ def open_kitchen(config: CookConfig) -> Iterator[Kitchen]:
 
     Raises:
         ConfigError: If a key is missing, or the model of ``reject.embedding`` cannot be loaded.
+        ConversionError: If a folder is no checkpoint.
         DataError: If ``config.out`` cannot be written, another run has a journal open, or a checkpoint has no
             tokenizer.
     """
@@ -76,24 +77,27 @@ def open_kitchen(config: CookConfig) -> Iterator[Kitchen]:
         raise DataError(f"{out} cannot be a folder ({error.strerror}). Choose another one with --out.") from None
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(out / JOURNAL))
-        teacher = Desk("teacher", config.teacher, _answerer("teacher", config.teacher), journal)
+        teacher = Desk("teacher", config.teacher, _answerer("teacher", config.teacher, stack), journal)
         verifier = None
         if config.verifier.model is not None:
-            verifier = Desk("verifier", config.verifier, _answerer("verifier", config.verifier), journal)
-        scorer: Scorer | None = None
-        if config.perplexity.model is not None:
-            from megatron_ads.cooking.local_model import LocalScorer  # imports torch
-
-            scorer = LocalScorer(Path(config.perplexity.model), stack.enter_context(Journal(out / PERPLEXITIES)))
+            verifier = Desk("verifier", config.verifier, _answerer("verifier", config.verifier, stack), journal)
+        scorer = None if config.perplexity.model is None else _scorer(config, config.perplexity.model, stack)
         yield Kitchen(teacher, verifier, scorer)
 
 
-def _answerer(section: str, config: AnsweringConfig) -> Answerer:
+def _answerer(section: str, config: AnsweringConfig, stack: ExitStack) -> Answerer:
     if config.kind is ModelKind.endpoint:
         return Endpoint(section, config)
     from megatron_ads.cooking.local_model import LocalTeacher  # imports torch
 
-    return LocalTeacher(config)
+    return LocalTeacher(config, stack)
+
+
+def _scorer(config: CookConfig, model: str, stack: ExitStack) -> Scorer:
+    from megatron_ads.cooking.local_model import LocalScorer  # imports torch
+
+    journal = stack.enter_context(Journal(Path(config.out) / PERPLEXITIES))
+    return LocalScorer(Path(model), journal, stack, batch_size=config.perplexity.batch_size)
 
 
 def cook(config: CookConfig, kitchen: Kitchen) -> Cooked:

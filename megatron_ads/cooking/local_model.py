@@ -1,18 +1,17 @@
-"""A Hugging Face checkpoint on this machine: as a teacher that answers, and as a judge of perplexity.
+"""A checkpoint on this machine, of any kind the project knows: as a teacher that answers, and as a judge of perplexity.
 
-It runs one text at a time, on a GPU where there is one. Weights are loaded at the first use.
+Weights are exported, where they are Megatron's, and loaded at the first use, on a GPU where there is one.
 """
 
+import math
 import threading
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers import logging as transformers_logging
 
 from megatron_ads.cooking.answering import Answer, Finish, Request
 from megatron_ads.cooking.candidates import Candidate
@@ -20,144 +19,121 @@ from megatron_ads.cooking.config import AnsweringConfig
 from megatron_ads.cooking.prompts import answer_of
 from megatron_ads.data.chat import render_prompt, split_text
 from megatron_ads.data.rows import ChatRow, Message, Role
-from megatron_ads.data.tokenizer import ChatTokenizer, load_tokenizer
-from megatron_ads.errors import ConversionError
+from megatron_ads.data.tokenizer import load_tokenizer
+from megatron_ads.evaluation.decoding import GREEDY, Decoding, Method
+from megatron_ads.evaluation.generator import Generator
+from megatron_ads.evaluation.language_model import load_model, log_probabilities, longest_text
+from megatron_ads.evaluation.model_folder import hugging_face_folder, model_state, tokenizer_folder
 from megatron_ads.journal import Journal, digest_of
+from megatron_ads.observability.progress import Progress
 
-
-class LocalModel:
-    """A checkpoint folder."""
-
-    def __init__(self, folder: Path) -> None:
-        """Load the tokenizer.
-
-        Raises:
-            DataError: If the folder has none.
-        """
-        self.folder = folder
-        self.tokenizer: ChatTokenizer = load_tokenizer(folder)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    @cached_property
-    def weights(self) -> Any:
-        """The model; FP32 on a CPU, where BF16 is slower.
-
-        Raises:
-            ConversionError: If transformers cannot load the folder, or would have to make up weights.
-        """
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                self.folder,
-                dtype=torch.float32 if self.device.type == "cpu" else "auto",
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError) as error:
-            raise ConversionError(f"transformers cannot load {self.folder}: {error}") from None
-        if missing := sorted(report["missing_keys"]):
-            raise ConversionError(f"{self.folder} lacks {len(missing)} weights that the model needs: {missing[0]}.")
-        model.generation_config = GenerationConfig()  # the checkpoint's own would add to what the recipe says
-        return model.eval().to(self.device)
-
-    @property
-    def positions(self) -> int:
-        """Longest text in tokens."""
-        return int(getattr(self.weights.config, "max_position_embeddings", 2**31))
+_LARGEST_EXPONENT = 700.0
+"""Of what a float can hold."""
 
 
 class LocalTeacher:
     """A checkpoint that answers as an endpoint would; equal requests have equal answers on equal machines."""
 
-    def __init__(self, config: AnsweringConfig) -> None:
-        """Load the tokenizer.
+    def __init__(self, config: AnsweringConfig, exports: ExitStack) -> None:
+        """Load the tokenizer; ``exports`` is closed when the model is no longer needed.
 
         Raises:
-            DataError: If the folder has none.
+            ConversionError: If the folder is no checkpoint.
+            DataError: If the folder does not exist or has no tokenizer.
         """
         assert config.model is not None, "checked with the recipe"
-        self._config = config
-        self._model = LocalModel(Path(config.model))
+        self._config, self._folder, self._exports = config, Path(config.model), exports
+        self._tokenizer = load_tokenizer(tokenizer_folder(self._folder))
         self._lock = threading.Lock()
 
-    @torch.inference_mode()
+    @cached_property
+    def _generator(self) -> Generator:
+        end = self._tokenizer.end_token_id
+        folder = self._exports.enter_context(hugging_face_folder(self._folder))
+        return Generator(folder, end_token=end, pad_token=end)
+
     def answer(self, request: Request, stop: threading.Event) -> Answer:
-        """Return what the model writes; a prompt that leaves no room for an answer is refused."""
-        tokenizer = self._model.tokenizer
+        """Return what the model writes; a prompt that leaves no room for an answer is refused.
+
+        Raises:
+            ConversionError: If transformers cannot load the checkpoint.
+        """
         messages = [Message(Role(item["role"]), item["content"]) for item in request.body["messages"]]
-        tokens = tokenizer.encode(render_prompt(messages, tokenizer))
+        tokens = self._tokenizer.encode(render_prompt(messages, self._tokenizer))
         with self._lock:
-            room = min(self._config.max_tokens, self._model.positions - len(tokens))
+            room = min(self._config.max_tokens, self._generator.longest_text - len(tokens))
             if room < 1:
                 return Answer(text=f"the prompt takes {len(tokens)} tokens", finish=Finish.refused)
             started = time.monotonic()
-            torch.manual_seed(request.body["seed"])
-            written = self._generate(tokens, room)
-        ended = written[-1:] == [tokenizer.end_token_id]
+            (written,) = self._generator.complete(
+                [tokens], max_new_tokens=room, how=self._decoding, draw=request.body["seed"]
+            )
         return Answer(
-            text=tokenizer.decode(written[:-1] if ended else written),
-            finish=Finish.ended if ended else Finish.cut_off,
+            text=self._tokenizer.decode(written.tokens),
+            finish=Finish.ended if written.ended else Finish.cut_off,
             prompt_tokens=len(tokens),
-            answer_tokens=len(written),
+            answer_tokens=len(written.tokens) + written.ended,
             seconds=time.monotonic() - started,
         )
 
-    def _generate(self, tokens: list[int], room: int) -> list[int]:
-        sampling: dict[str, Any] = {"do_sample": False}
-        if self._config.temperature > 0:
-            sampling = {"do_sample": True, "temperature": self._config.temperature, "top_p": self._config.top_p}
-            sampling["top_k"] = 0
-        input_BS = torch.tensor([tokens], device=self._model.device)
-        end = self._model.tokenizer.end_token_id
-        output_BS = self._model.weights.generate(
-            input_ids=input_BS,
-            attention_mask=torch.ones_like(input_BS),
-            max_new_tokens=room,
-            eos_token_id=end,
-            pad_token_id=end,
-            **sampling,
-        )
-        written: list[int] = output_BS[0, len(tokens) :].tolist()
-        return written
+    @property
+    def _decoding(self) -> Decoding:
+        if self._config.temperature == 0:
+            return GREEDY
+        return Decoding(method=Method.sampled, temperature=self._config.temperature, top_p=self._config.top_p)
 
 
 class LocalScorer:
     """PPL of answers; numbers are kept in a journal, so that a resumed run does not compute them again."""
 
-    def __init__(self, folder: Path, journal: Journal) -> None:
-        """Load the tokenizer.
+    def __init__(self, folder: Path, journal: Journal, exports: ExitStack, *, batch_size: int) -> None:
+        """Load the tokenizer; ``exports`` is closed when the model is no longer needed.
 
         Raises:
-            DataError: If the folder has none.
+            ConversionError: If the folder is no checkpoint.
+            DataError: If the folder does not exist or has no tokenizer.
         """
-        self._model = LocalModel(folder)
-        self._journal = journal
+        self._folder, self._journal, self._exports, self._batch_size = folder, journal, exports, batch_size
+        self._tokenizer = load_tokenizer(tokenizer_folder(folder))
+        self._state = model_state(folder)
 
-    def perplexity(self, candidate: Candidate) -> float | None:
-        """Return PPL(answer | prompt, reasoning); None if they are longer than the model's positions."""
-        row = candidate.row
-        answer = answer_of(row)
+    @cached_property
+    def _model(self) -> Any:
+        return load_model(self._exports.enter_context(hugging_face_folder(self._folder)))
+
+    def perplexities(self, candidates: Sequence[Candidate]) -> list[float | None]:
+        """Return PPL(answer | prompt, reasoning) of each; None if they are longer than the model's positions.
+
+        Raises:
+            ConversionError: If transformers cannot load the checkpoint.
+        """
+        texts = [self._text(candidate) for candidate in candidates]
+        keys = [digest_of({"model": self._state, "text": text}) for text in texts]
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._journal.records}
+        if missing:
+            self._measure(missing)
+        return [self._journal.records[key]["perplexity"] for key in keys]
+
+    def _text(self, candidate: Candidate) -> tuple[str, str]:
+        """Return prompt with reasoning, and the answer: apart, so that no token holds the end of one and the other."""
+        row, answer = candidate.row, answer_of(candidate.row)
         reasoned = Message(Role.assistant, candidate.target)
-        prompt, target = split_text(ChatRow(row.id, row.task, (*row.prompt, reasoned)), self._model.tokenizer)
-        before = prompt + target.removesuffix(answer)
-        key = digest_of({"model": str(self._model.folder), "before": before, "answer": answer})
-        record = self._journal.records.get(key)
-        if record is None:
-            record = {"perplexity": self._measure(before, answer)}
-            self._journal.add(key, record)
-        found: float | None = record["perplexity"]
-        return found
+        prompt, target = split_text(ChatRow(row.id, row.task, (*row.prompt, reasoned)), self._tokenizer)
+        return prompt + target.removesuffix(answer), answer
 
-    @torch.inference_mode()
-    def _measure(self, before: str, answer: str) -> float | None:
-        # Apart, so that no token holds the end of one and the beginning of the other.
-        before_tokens, answer_tokens = map(self._model.tokenizer.encode, (before, answer))
-        tokens = before_tokens + answer_tokens
-        if len(tokens) > self._model.positions:
-            return None
-        input_BS = torch.tensor([tokens], device=self._model.device)
-        logits_BSV: Tensor = self._model.weights(input_ids=input_BS, use_cache=False).logits
-        predicted_SV = logits_BSV[0, len(before_tokens) - 1 : -1].float().log_softmax(-1)
-        likelihood = predicted_SV.gather(1, input_BS[0, len(before_tokens) :, None]).mean()
-        return float(torch.exp(-likelihood))
+    def _measure(self, texts: Mapping[str, tuple[str, str]]) -> None:
+        """Record the perplexity of each text under its key."""
+        encode, longest = self._tokenizer.encode, longest_text(self._model)
+        tokens = {key: (encode(before), encode(answer)) for key, (before, answer) in texts.items()}
+        readable = [key for key, parts in tokens.items() if sum(map(len, parts)) <= longest]
+        readable.sort(key=lambda key: len(tokens[key][0]))  # texts of like length together: little is padded
+        for key in tokens.keys() - set(readable):
+            self._journal.add(key, {"perplexity": None})
+        with Progress(len(readable), description="measuring perplexity", unit="candidate") as progress:
+            for start in range(0, len(readable), self._batch_size):
+                keys = readable[start : start + self._batch_size]
+                befores, answers = zip(*(tokens[key] for key in keys), strict=True)
+                found = log_probabilities(self._model, befores, answers, pad_token=self._tokenizer.end_token_id)
+                for key, said in zip(keys, found, strict=True):
+                    self._journal.add(key, {"perplexity": math.exp(min(-fmean(said), _LARGEST_EXPONENT))})
+                progress.update(len(keys))

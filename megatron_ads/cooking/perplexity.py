@@ -19,8 +19,8 @@ from megatron_ads.cooking.requests import drawn
 class Scorer(Protocol):
     """A model that says how probable an answer is."""
 
-    def perplexity(self, candidate: Candidate) -> float | None:
-        """Return PPL of the row's answer behind the candidate's reasoning; None if the model cannot read that much."""
+    def perplexities(self, candidates: Sequence[Candidate]) -> list[float | None]:
+        """Return PPL of each row's answer behind the candidate's reasoning; None if the model cannot read that much."""
 
 
 def remove_unlikely(
@@ -30,8 +30,9 @@ def remove_unlikely(
 
     R is None where there is nothing to find it from.
     """
-    for candidate in passing(candidates):
-        candidate.perplexity = scorer.perplexity(candidate)
+    left = passing(candidates)
+    for candidate, perplexity in zip(left, scorer.perplexities(left), strict=True):
+        candidate.perplexity = perplexity
         if candidate.perplexity is None:
             candidate.remove(Removed.answer_too_long)
     scored = passing(candidates)

@@ -2,22 +2,22 @@
 
 This is deliberately not the trainer's own model: what is evaluated is what a user of the exported folder gets. How to
 decode is said here and nowhere else: a checkpoint's generation_config.json plays no part.
+
+Shape suffixes: R = running rows, V = vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers import logging as transformers_logging
 
-from megatron_ads.errors import ConversionError
 from megatron_ads.evaluation.beam_rules import AnyToken, Rules
 from megatron_ads.evaluation.beam_search import Beam, RowSearch, search_beams
 from megatron_ads.evaluation.decoding import GREEDY, Decoding, Method
-from megatron_ads.evaluation.padding import left_padded
+from megatron_ads.evaluation.language_model import load_model, longest_text
+from megatron_ads.evaluation.latent_attention import attend_to_latents
+from megatron_ads.evaluation.running_rows import RunningRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,30 +45,38 @@ class Generator:
         Raises:
             ConversionError: If transformers cannot load the folder, or would have to make up weights.
         """
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = _load(folder, dtype or (torch.float32 if device.type == "cpu" else "auto")).to(device)
+        self._model = load_model(folder, dtype)
         self._end_token, self._pad_token = end_token, pad_token
+
+    @property
+    def longest_text(self) -> int:
+        """How many tokens of prompt and answer the model has positions for."""
+        return longest_text(self._model)
 
     @torch.inference_mode()
     def complete(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, how: Decoding = GREEDY, draw: int = 0
     ) -> list[Completion]:
         """Continue every prompt, greedily or sampled; ``draw`` decides, with these prompts, what is sampled."""
-        sampling = {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0, "do_sample": True}
-        tokens_BS, mask_BS = left_padded(prompts, self._pad_token)
-        with torch.random.fork_rng():
-            torch.manual_seed(draw)
-            output_BS = self._model.generate(
-                input_ids=tokens_BS.to(self._model.device),
-                attention_mask=mask_BS.to(self._model.device),
-                max_new_tokens=max_new_tokens,
-                **(sampling if how.method is Method.sampled else {"do_sample": False}),
-                use_cache=True,
-                eos_token_id=self._end_token,
-                pad_token_id=self._pad_token,
-            )
-        return [self._until_end(row) for row in output_BS[:, tokens_BS.size(1) :].tolist()]
+        chance = torch.Generator(self._model.device).manual_seed(draw % 2**63)
+        rows = RunningRows(self._model, prompts, self._pad_token)
+        written: list[list[int]] = [[] for _ in prompts]
+        ended = [False] * len(prompts)
+        running = list(range(len(prompts)))
+        for _ in range(max_new_tokens):
+            chosen = next_tokens(rows.logits_RV, how, chance).tolist()
+            for number, token in zip(running, chosen, strict=True):
+                ended[number] = token == self._end_token
+                if not ended[number]:
+                    written[number].append(token)
+            going_on = [place for place, number in enumerate(running) if not ended[number]]
+            running = [running[place] for place in going_on]
+            if not running or len(written[running[0]]) == max_new_tokens:
+                break
+            rows.go_on(going_on, [chosen[place] for place in going_on])
+        return [Completion(tokens, at_end) for tokens, at_end in zip(written, ended, strict=True)]
 
+    @torch.inference_mode()
     def beams(
         self,
         prompts: Sequence[Sequence[int]],
@@ -101,21 +109,3 @@ class Generator:
         if self._end_token in tokens:
             return Completion(tokens[: tokens.index(self._end_token)], ended=True)
         return Completion(tokens, ended=False)
-
-
-def _load(folder: Path, dtype: torch.dtype | str) -> Any:
-    # It reports the MTP layer, which transformers never loads, as an unexpected key at every load.
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"transformers cannot load {folder}: {error}") from None
-    if missing := sorted(report["missing_keys"]):
-        raise ConversionError(
-            f"{folder} lacks {len(missing)} weights that the model needs, {missing[0]} among them; export it again."
-        )
-    model.generation_config = GenerationConfig()
-    return model.eval()

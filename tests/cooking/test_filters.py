@@ -1,6 +1,7 @@
 """Every filter, with a teacher whose script says which rows fall into it: the counts are exact."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ads.cooking.candidates import Candidate
 from megatron_ads.cooking.config import CookConfig
 from megatron_ads.cooking.cook import Cooked, cook, open_kitchen
 from megatron_ads.cooking.prompts import LABEL_GIVEN, teacher_messages
@@ -229,9 +231,9 @@ def test_text_that_no_file_can_hold_is_removed_and_reported(tmp_path: Path) -> N
 class Scores:
     """A judge whose perplexity of row n is n + 1, so that the median over rows 0 to 4 is 3."""
 
-    def perplexity(self, candidate: Any) -> float | None:
-        number = int(candidate.row.id[1:])
-        return None if number == 5 else float(number + 1)
+    def perplexities(self, candidates: Sequence[Candidate]) -> list[float | None]:
+        numbers = [int(candidate.row.id[1:]) for candidate in candidates]
+        return [None if number == 5 else float(number + 1) for number in numbers]
 
 
 def test_answers_that_do_not_follow_are_removed_at_the_median(tmp_path: Path) -> None:

@@ -1,13 +1,19 @@
 """A checkpoint on this machine: its perplexities equal transformers' own loss, and it can be the teacher."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from conversion.convert import convert, to_shards
+from conversion.sources import open_source
+from conversion.to_torch_dist import TorchDistTarget
+from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.cooking.answering import Finish
 from megatron_ads.cooking.candidates import Candidate, Removed
 from megatron_ads.cooking.config import AnsweringConfig, ModelKind, PerplexityConfig
@@ -19,6 +25,8 @@ from megatron_ads.cooking.requests import chat_request
 from megatron_ads.data.chat import split_text
 from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.tokenizer import load_tokenizer
+from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
+from megatron_ads.errors import ConversionError
 from megatron_ads.journal import Journal
 from tests.cooking.kitchens import recipe, write_rows
 from tests.cooking.tiny_model import POSITIONS, write_tiny_model
@@ -51,42 +59,81 @@ def expected_perplexity(folder: Path, candidate: Candidate) -> float:
     return float(torch.exp(loss))
 
 
+@contextmanager
+def scorer_of(model: Path, folder: Path, *, batch_size: int = 8) -> Iterator[LocalScorer]:
+    with ExitStack() as exports, Journal(folder / "p.jsonl") as journal:
+        yield LocalScorer(model, journal, exports, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3], ids=["one_by_one", "padded"])
 def test_the_perplexity_of_the_answer_is_transformers_own(
-    model: Path, tmp_path: Path, candidate: Callable[[str], Candidate]
+    model: Path, tmp_path: Path, candidate: Callable[[str], Candidate], batch_size: int
 ) -> None:
-    one, other = candidate("The kettle is sturdy."), candidate("Nothing in it fits the wish for a kettle.")
-    with Journal(tmp_path / "p.jsonl") as journal:
-        scorer = LocalScorer(model, journal)
-        found = [scorer.perplexity(one), scorer.perplexity(other)]
-    assert found == pytest.approx(
-        [expected_perplexity(model, one), expected_perplexity(model, other)], rel=CLOSE_TO_TRANSFORMERS
-    )
-    assert abs(found[0] / found[1] - 1) > 100 * CLOSE_TO_TRANSFORMERS  # type: ignore[operator]  # reasoning matters
+    texts = ("The kettle is sturdy.", "Nothing in it fits the wish for a kettle.", "No.")
+    candidates = [candidate(text) for text in texts]
+    with scorer_of(model, tmp_path, batch_size=batch_size) as scorer:
+        found = scorer.perplexities(candidates)
+    wanted = [expected_perplexity(model, item) for item in candidates]
+    assert found == pytest.approx(wanted, rel=CLOSE_TO_TRANSFORMERS)
+    assert min(abs(a / b - 1) for a, b in combinations(wanted, 2)) > 100 * CLOSE_TO_TRANSFORMERS  # reasoning matters
 
 
-def test_perplexities_are_measured_once(model: Path, tmp_path: Path, candidate: Callable[[str], Candidate]) -> None:
+@pytest.mark.parametrize("kind", ["shards", "torch_dist"])
+def test_a_megatron_checkpoint_measures_as_the_checkpoint_that_it_was_converted_from(
+    tmp_path: Path, candidate: Callable[[str], Candidate], kind: str
+) -> None:
+    demo, converted = tmp_path / "demo", tmp_path / kind
+    write_demo_model(demo, CONFIGS[Preset.tiny] | {"torch_dtype": "float32"})
+    if kind == "shards":
+        to_shards(demo, converted, LayoutConfig(pp=2, ep=2))
+    else:
+        convert(TorchDistTarget(open_source(demo), converted))
     known = candidate("The kettle is sturdy.")
-    with Journal(tmp_path / "p.jsonl") as journal:
-        found = LocalScorer(model, journal).perplexity(known)
-    with Journal(tmp_path / "p.jsonl") as journal:
-        scorer = LocalScorer(model, journal)
-        assert scorer.perplexity(known) == found
-        assert "weights" not in vars(scorer._model)  # they are loaded at the first use
+    found = []
+    for number, model in enumerate((demo, converted)):
+        (tmp_path / str(number)).mkdir()
+        with scorer_of(model, tmp_path / str(number)) as scorer:
+            found += scorer.perplexities([known])
+            used = Path(scorer._model.config.name_or_path)
+    assert found[0] == found[1]
+    assert used != converted
+    assert not used.exists()  # the export
+
+
+def test_perplexities_are_measured_once_and_again_if_the_model_has_changed(
+    tmp_path: Path, candidate: Callable[[str], Candidate]
+) -> None:
+    model, known = write_tiny_model(tmp_path / "model"), candidate("The kettle is sturdy.")
+    with scorer_of(model, tmp_path) as scorer:
+        found = scorer.perplexities([known, known])
+    assert found[0] == found[1]
+    with scorer_of(model, tmp_path) as scorer:
+        assert scorer.perplexities([known]) == found[:1]
+        assert "_model" not in vars(scorer)  # it is loaded when it is needed
+    write_tiny_model(model, seed=6)
+    with scorer_of(model, tmp_path) as scorer:
+        assert scorer.perplexities([known]) != found[:1]
 
 
 def test_what_the_model_cannot_read_is_removed(
     model: Path, tmp_path: Path, candidate: Callable[[str], Candidate]
 ) -> None:
     short, long = candidate("The kettle is sturdy."), candidate("kettle " * POSITIONS)
-    with Journal(tmp_path / "p.jsonl") as journal:
-        limit = remove_unlikely([short, long], LocalScorer(model, journal), PerplexityConfig(threshold=1e9), seed=0)
+    with scorer_of(model, tmp_path) as scorer:
+        limit = remove_unlikely([short, long], scorer, PerplexityConfig(threshold=1e9), seed=0)
     assert limit == 1e9
     assert (short.removed, long.removed) == (None, Removed.answer_too_long)
 
 
+def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    config = recipe(tmp_path, "http://unused/v1", f"perplexity.model='{tmp_path}'")
+    with pytest.raises(ConversionError, match="is not a checkpoint"), open_kitchen(config):
+        pass
+
+
 def test_a_checkpoint_answers_as_a_server_would(model: Path) -> None:
     config = AnsweringConfig(kind=ModelKind.local, model=str(model), max_tokens=12, temperature=1.0)
-    teacher, stop = LocalTeacher(config), threading.Event()
+    teacher, stop = LocalTeacher(config, ExitStack()), threading.Event()
     answers = [
         teacher.answer(chat_request([{"role": "user", "content": "Why?"}], config, seed=seed), stop)
         for seed in (1, 1, 2)
