@@ -185,7 +185,7 @@ class DataConfig:
     seed: int = 0
     """Decides the order of rows and which of them are held out."""
     validation_rows: int = 0
-    """Rows held out for evaluation; 0 is none."""
+    """Rows held out for evaluation, from every task in proportion to its rows; 0 is none."""
     split_by: SplitBy = SplitBy.group
     """Which rows are held out: those of whole groups such as queries and users, or the latest."""
     validation_rows_per_group: int | None = None

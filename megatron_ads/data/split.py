@@ -1,7 +1,7 @@
 """Hold rows out for validation so that nothing that identifies them is trained on."""
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,9 +22,9 @@ def split_by_group(
 ) -> Split:
     """Hold out whole groups (queries, users), in an order that ``seed`` decides, until there are enough rows.
 
-    With ``most_per_group``, a held-out group gives so many of its rows at most, drawn by ``seed``. Its other rows, and
-    those of the last group beyond ``validation_rows``, are on neither side. The order of ``rows`` plays no part in
-    which groups are held out.
+    Every task gives validation rows in proportion to its rows. With ``most_per_group``, a held-out
+    group gives so many rows of a task at most, drawn by ``seed``. Rows of held-out groups beyond these numbers are on
+    neither side. The order of ``rows`` plays no part in which groups are held out.
 
     Raises:
         DataError: If nothing would be left to train on.
@@ -32,20 +32,28 @@ def split_by_group(
     groups: dict[str, list[ChatRow]] = defaultdict(list)
     for row in rows:
         groups[row.group or row.id].append(row)
+    wanted = _shared_out(validation_rows, Counter(row.task for row in rows))
     held_out: set[str] = set()
     validation: list[ChatRow] = []
     for group in sorted(groups, key=lambda group: _drawn(seed, group)):
-        if len(validation) >= validation_rows:
+        if not wanted:
             break
-        held_out.add(group)
-        validation += sorted(groups[group], key=lambda row: _drawn(seed, row.id))[:most_per_group]
+        of_task: dict[str, list[ChatRow]] = defaultdict(list)
+        for row in sorted(groups[group], key=lambda row: _drawn(seed, row.id)):
+            of_task[row.task].append(row)
+        for task in sorted(of_task.keys() & wanted):
+            given = of_task[task][:most_per_group][: wanted[task]]
+            held_out.add(group)
+            validation += given
+            wanted[task] -= len(given)
+        wanted = +wanted  # without those that have enough
     training = [row for row in rows if (row.group or row.id) not in held_out]
     if not training:
         raise DataError(
             f"data.validation_rows = {validation_rows} leaves none of the {len(rows)} rows ({len(groups)} groups such "
             "as queries, which stay together) to train on. Lower it, or add rows."
         )
-    return Split(training=training, validation=validation[:validation_rows])
+    return Split(training=training, validation=validation)
 
 
 def split_by_time(rows: Sequence[ChatRow], *, validation_rows: int, seed: int) -> Split:
@@ -72,6 +80,16 @@ def split_by_time(rows: Sequence[ChatRow], *, validation_rows: int, seed: int) -
             "on. Lower it, or add rows."
         )
     return Split(training=training, validation=sorted(late, key=lambda row: _drawn(seed, row.id))[:validation_rows])
+
+
+def _shared_out(validation_rows: int, rows_of_task: Counter[str]) -> Counter[str]:
+    """Return how many rows each task gives, in proportion to its rows; the sum is exact."""
+    left, rows_left = validation_rows, rows_of_task.total()
+    wanted: Counter[str] = Counter()
+    for task, rows in sorted(rows_of_task.items()):
+        wanted[task] = round(left * rows / rows_left)
+        left, rows_left = left - wanted[task], rows_left - rows
+    return +wanted
 
 
 def _drawn(seed: int, name: str) -> bytes:

@@ -73,6 +73,15 @@ def test_which_rows_a_group_gives_does_not_depend_on_their_order():
     assert forwards.validation != rows_of_groups({forwards.validation[0].group: 3})
 
 
+def test_every_task_gives_rows_in_proportion_and_their_groups_are_held_out_of_all():
+    users = [ChatRow(f"{task}{n}", task, MESSAGES, group=f"user{n}") for n in range(200) for task in ("a", "b")]
+    queries = [ChatRow(f"q{n}", "c", MESSAGES, group=f"query{n % 4}") for n in range(100)]
+    split = split_by_group([*users, *queries], validation_rows=25, seed=0)
+    assert Counter(row.task for row in split.validation) == {"a": 10, "b": 10, "c": 5}
+    assert {row.group for row in split.training}.isdisjoint(row.group for row in split.validation)
+    assert Counter(row.task for row in split.training) == {"a": 190, "b": 190, "c": 75}
+
+
 def timed(*times: float | None) -> list[ChatRow]:
     return [replace(row, time=time) for row, time in zip(rows_of_groups({"a": len(times)}), times, strict=True)]
 
