@@ -4,7 +4,7 @@ It is ours because transformers' own gives invalid or repeated beams where fewer
 lengthened until it ends; ended beams keep no place among those that go on, so that as many names are found as asked
 for, or all there are. A row is done when none of its running beams can still be among its best.
 
-Shape suffixes: B = prompts, S = tokens, K = running beams of one row, R = running beams of all rows, V = vocabulary.
+Shape suffixes: K = running beams of one row, R = running beams of all rows, V = vocabulary.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from megatron_ads.evaluation.beam_rules import Rules
 from megatron_ads.evaluation.decoding import LengthRule
-from megatron_ads.evaluation.padding import left_padded
+from megatron_ads.evaluation.running_rows import RunningRows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,25 +118,13 @@ class RowSearch:
 
 
 @torch.inference_mode()
-def search_beams(
-    model: Any, prompts: Sequence[Sequence[int]], searches: Sequence[RowSearch], *, pad_token: int
-) -> list[list[Beam]]:
-    """Carry the searches out, one per prompt; return the beams of each, the best first."""
-    tokens_BS, mask_RS = (tensor.to(model.device) for tensor in left_padded(prompts, pad_token))
-    cache = DynamicCache(config=model.config)
-    # Positions count from the first token that is not padding.
-    positions = (mask_RS.cumsum(1) - 1).clamp(min=0)
-    output = model(tokens_BS, attention_mask=mask_RS, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+def search_beams(rows: RunningRows, searches: Sequence[RowSearch]) -> list[list[Beam]]:
+    """Carry the searches out, one per prompt of ``rows``; return the beams of each, the best first."""
     while True:
-        parents, tokens = _advance(searches, output.logits[:, -1].float().log_softmax(-1))
+        parents, tokens = _advance(searches, rows.logits_RV.log_softmax(-1))
         if not parents:
             return [search.best() for search in searches]
-        parents_R = torch.tensor(parents, device=model.device)
-        cache.reorder_cache(parents_R)
-        mask_RS = torch.cat([mask_RS[parents_R], mask_RS.new_ones(len(parents), 1)], 1)
-        tokens_R1 = torch.tensor(tokens, device=model.device)[:, None]
-        positions = mask_RS.sum(1, keepdim=True) - 1
-        output = model(tokens_R1, attention_mask=mask_RS, position_ids=positions, past_key_values=cache)
+        rows.go_on(parents, tokens)
 
 
 def _advance(searches: Sequence[RowSearch], log_probabilities_RV: Tensor) -> tuple[list[int], list[int]]:

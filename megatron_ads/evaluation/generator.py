@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megatron_ads.evaluation.beam_rules import AnyToken, Rules
 from megatron_ads.evaluation.beam_search import Beam, RowSearch, search_beams
 from megatron_ads.evaluation.decoding import GREEDY, Decoding, Method
 from megatron_ads.evaluation.language_model import load_model, longest_text
-from megatron_ads.evaluation.latent_attention import attend_to_latents
 from megatron_ads.evaluation.running_rows import RunningRows
 
 
@@ -103,9 +103,15 @@ class Generator:
             )
             for row in range(len(prompts))
         ]
-        return search_beams(self._model, prompts, searches, pad_token=self._pad_token)
+        return search_beams(RunningRows(self._model, prompts, self._pad_token), searches)
 
-    def _until_end(self, tokens: list[int]) -> Completion:
-        if self._end_token in tokens:
-            return Completion(tokens[: tokens.index(self._end_token)], ended=True)
-        return Completion(tokens, ended=False)
+
+def next_tokens(logits_RV: Tensor, how: Decoding, chance: torch.Generator) -> Tensor:
+    """Return the next token of every row, (R,): the most probable one, or one drawn."""
+    if how.method is not Method.sampled:
+        return logits_RV.argmax(-1)
+    shares_RV, tokens_RV = (logits_RV / how.temperature).softmax(-1).sort(descending=True)
+    # The most probable token stays whatever top_p is: before it there is nothing.
+    before_RV = shares_RV.cumsum(-1) - shares_RV
+    places_R1 = shares_RV.masked_fill(before_RV >= how.top_p, 0.0).multinomial(1, generator=chance)
+    return tokens_RV.gather(1, places_R1)[:, 0]

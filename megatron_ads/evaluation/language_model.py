@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 from transformers import logging as transformers_logging
 
 from megatron_ads.errors import ConversionError
+from megatron_ads.evaluation.latent_attention import attend_to_latents
 from megatron_ads.evaluation.padding import left_padded
 
 _NO_LIMIT = 2**31
@@ -44,7 +45,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
         raise ConversionError(
             f"{folder} lacks {len(missing)} weights that the model needs, {missing[0]} among them; export it again."
         )
-    model.generation_config = GenerationConfig()  # the checkpoint's own would add to what is asked for
+    attend_to_latents(model)
     return model.eval().to(device)
 
 
