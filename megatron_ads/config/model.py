@@ -1,5 +1,6 @@
-"""``model``: the weights to start from and how they are run."""
+"""``model``: the weights to start from, how they are run, and which of them are trained."""
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -57,9 +58,51 @@ class FrozenPart(StrEnum):
     """Final norm and output layer."""
 
 
+class LoraTarget(StrEnum):
+    """Linears that low-rank adapters can stand beside; layers of MTP have the same ones, where they are trained."""
+
+    attention = "attention"
+    """All five projections of latent attention, four where queries have no low rank."""
+    dense = "dense"
+    """Feed-forward of the dense layers."""
+    shared_experts = "shared_experts"
+    experts = "experts"
+    """Every routed expert, each with adapters of its own."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adaptation (arXiv:2106.09685): ``W + alpha / rank * B A``, where B and A are trained and W is not.
+
+    Embedding, norms, routers and output layer are kept as loaded, too. What is exported are the merged weights.
+    """
+
+    rank: int | None = None
+    """Rows of A and columns of B; gate and up projection share one A. None trains the weights themselves."""
+    alpha: float = 32.0
+    """Times 1 / rank, the weight of what the adapters add."""
+    targets: list[LoraTarget] = field(default_factory=lambda: list(LoraTarget))
+    """What has adapters; by default every linear of attention and feed-forwards that the model has."""
+
+    def check(self) -> None:
+        """Refuse values that are impossible whatever the other sections say."""
+        if self.rank is None:
+            require(
+                self == LoraConfig(),
+                "model.lora has no effect while model.lora.rank is null. Set it, 16 for example, or remove model.lora.",
+            )
+        require_at_least("model.lora", self, 1, "rank")
+        require(
+            math.isfinite(self.alpha) and self.alpha > 0, f"model.lora.alpha is {self.alpha:g}; it must be above 0."
+        )
+        require(bool(self.targets), f"model.lora.targets is empty. Choose from {', '.join(LoraTarget)}.")
+        repeated = sorted({target for target in self.targets if self.targets.count(target) > 1})
+        require(not repeated, f"model.lora.targets lists {', '.join(repeated)} more than once.")
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """The weights to start from and how they are run."""
+    """The weights to start from, how they are run, and which of them are trained."""
 
     load: str = MISSING
     """Folder of weights: a Hugging Face checkpoint, converted shards or a torch_dist checkpoint."""
@@ -80,6 +123,8 @@ class ModelConfig:
     """Weight of the multi-token-prediction loss; 0 keeps the MTP layers as loaded and does not run them."""
     frozen: list[FrozenPart] = field(default_factory=list)
     """Parts that are not trained; empty trains everything."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters that are trained instead of the weights: ``{rank: 16, alpha: 32, targets: [attention]}``."""
     published: str | None = None
     """Name of the published model this is for, by which a job is planned before ``load`` is at hand; None: unknown."""
 
@@ -104,4 +149,19 @@ class ModelConfig:
             FrozenPart.mtp not in self.frozen or self.mtp_loss_weight > 0,
             "model.frozen lists mtp, which has no effect: with model.mtp_loss_weight = 0 the MTP layers are kept as "
             "loaded. Remove mtp.",
+        )
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        self.lora.check()
+        if self.lora.rank is None:
+            return
+        require(
+            not self.frozen,
+            f"model.frozen lists {', '.join(self.frozen)}, but with model.lora every weight is frozen. Remove it; "
+            "what is to have no adapters is left out of model.lora.targets.",
+        )
+        require(
+            self.router_bias is RouterBias.frozen,
+            "model.router_bias is update, but model.lora keeps the routers as loaded. Set model.router_bias=frozen.",
         )

@@ -7,7 +7,7 @@ from megatron_ads.architecture import ModelShape
 from megatron_ads.config.checks import require
 from megatron_ads.config.data import DataConfig
 from megatron_ads.config.layout import LayoutConfig
-from megatron_ads.config.model import FrozenPart, ModelConfig, RouterBias
+from megatron_ads.config.model import FrozenPart, LoraTarget, ModelConfig, RouterBias
 from megatron_ads.config.optim import OptimConfig
 from megatron_ads.config.training import (
     CheckpointConfig,
@@ -108,14 +108,17 @@ def _check_model(config: SftConfig, layout: ParallelLayout, shape: ModelShape) -
         shape.has_expert_bias or config.model.router_bias is RouterBias.frozen,
         "model.router_bias is update, but the model's router has no selection bias. Set it to frozen.",
     )
-    _require_parts(config.model.frozen, shape)
+    _require_parts("model.frozen", config.model.frozen, shape)
+    if set(config.model.lora.targets) != set(LoraTarget):  # all of them: those that there are
+        _require_parts("model.lora.targets", config.model.lora.targets, shape)
 
 
-def _require_parts(frozen: Sequence[FrozenPart], shape: ModelShape) -> None:
-    """Refuse to freeze what the model does not have."""
+def _require_parts(setting: str, parts: Sequence[FrozenPart] | Sequence[LoraTarget], shape: ModelShape) -> None:
+    """Refuse to name what the model does not have."""
     has = {
-        FrozenPart.dense: shape.first_dense_layers > 0,
-        FrozenPart.shared_experts: shape.shared_ffn_size > 0,
+        "dense": shape.first_dense_layers > 0,
+        "shared_experts": shape.shared_ffn_size > 0,
+        "experts": shape.num_experts > 0,
     }
-    absent = [part for part in frozen if not has.get(part, True)]
-    require(not absent, f"model.frozen lists {', '.join(absent)}, which the model does not have. Remove it.")
+    absent = [part for part in parts if not has.get(part, True)]
+    require(not absent, f"{setting} lists {', '.join(absent)}, which the model does not have. Remove it.")

@@ -16,6 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import grouped_mm, silu
 
+from megatron_ads.models.lora import Adapter
+
 
 class GroupedExperts(MegatronModule):
     """SwiGLU experts as two stacked weights, in place of Megatron-Core's ``SequentialMLP``.
@@ -41,6 +43,8 @@ class GroupedExperts(MegatronModule):
 
         self.weight1 = stacked(2 * inner, config.hidden_size)
         self.weight2 = stacked(config.hidden_size, inner)
+        self.adapter1: Adapter | None = None
+        self.adapter2: Adapter | None = None
 
     def forward(self, tokens_TH: Tensor, tokens_per_expert: Tensor, weights_T: Tensor) -> tuple[Tensor, None]:
         """Return each token's output, times its routing weight, and no bias.
@@ -54,13 +58,22 @@ class GroupedExperts(MegatronModule):
             return self._touch(tokens_TH, weights_T), None
         ends_E = tokens_per_expert.to(tokens_TH.device).cumsum(0).to(torch.int32)
         inner_TF = grouped_mm(tokens_TH, self.weight1.transpose(1, 2), offs=ends_E)
+        if self.adapter1 is not None:
+            inner_TF = self.adapter1(tokens_TH, inner_TF, ends_E)
         inner_TF = _weighted_swiglu(inner_TF, weights_T)
-        return grouped_mm(inner_TF, self.weight2.transpose(1, 2), offs=ends_E), None
+        output_TH = grouped_mm(inner_TF, self.weight2.transpose(1, 2), offs=ends_E)
+        if self.adapter2 is not None:
+            output_TH = self.adapter2(inner_TF, output_TH, ends_E)
+        return output_TH, None
 
     def _touch(self, tokens_TH: Tensor, weights_T: Tensor) -> Tensor:
         """Compute nothing from no tokens, but reach every weight, so that each has a gradient: of zero."""
-        inner_TF = _weighted_swiglu(tokens_TH @ self.weight1[0].t(), weights_T)
-        return inner_TF @ self.weight2[0].t()
+        inner_TF = tokens_TH @ self.weight1[0].t()
+        if self.adapter1 is not None:
+            inner_TF = self.adapter1(tokens_TH, inner_TF)
+        inner_TF = _weighted_swiglu(inner_TF, weights_T)
+        output_TH = inner_TF @ self.weight2[0].t()
+        return output_TH if self.adapter2 is None else self.adapter2(inner_TF, output_TH)
 
     def backward_dw(self) -> None:
         """Do nothing: weight gradients are not deferred."""

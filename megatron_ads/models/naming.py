@@ -8,6 +8,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from conversion.layer_specs import LayerSpec, canonical_names
+from megatron_ads.models.lora import named_adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,10 @@ class NamedWeight:
 
 
 def named_weights(chunks: Sequence[GPTModel], spec: LayerSpec) -> Iterator[NamedWeight]:
-    """Yield every parameter and every router bias of this rank's chunks, as Megatron-Core built them (not wrapped)."""
+    """Yield every parameter and every router bias of this rank's chunks, as Megatron-Core built them (not wrapped).
+
+    Low-rank adapters are not among them: a checkpoint of the model has no names for their factors.
+    """
     for chunk in chunks:
         layers = chunk.decoder.layers
         first_layer = layers[0].layer_number - 1 if len(layers) else 0
@@ -40,7 +44,8 @@ def named_weights(chunks: Sequence[GPTModel], spec: LayerSpec) -> Iterator[Named
 
 
 def _tensors(chunk: GPTModel) -> Iterator[tuple[str, Tensor]]:
-    yield from chunk.named_parameters()
+    factors = {id(factor) for _, adapter in named_adapters(chunk) for factor in adapter.parameters()}
+    yield from ((name, weight) for name, weight in chunk.named_parameters() if id(weight) not in factors)
     for name, buffer in chunk.named_buffers():
         if name.endswith(".router.expert_bias"):
             yield name, buffer

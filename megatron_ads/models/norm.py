@@ -42,10 +42,12 @@ class _Normalise(torch.autograd.Function):
         return weight * (wide * scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         normal = x.float() * scale
-        weight_grad = (grad * normal).flatten(0, -2).sum(0).to(weight.dtype)
+        weight_grad = None
+        if ctx.needs_input_grad[1]:
+            weight_grad = (grad * normal).flatten(0, -2).sum(0).to(weight.dtype)
         inner = grad.float() * weight
         mean = vecdot(inner, normal).div_(x.size(-1)).unsqueeze(-1)
         return torch.addcmul(inner, normal, mean, value=-1).mul_(scale).to(x.dtype), weight_grad, None

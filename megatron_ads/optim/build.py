@@ -11,12 +11,11 @@ from torch.distributed import ReduceOp, all_reduce
 
 from megatron_ads.config.model import Precision
 from megatron_ads.config.optim import OptimConfig
-from megatron_ads.errors import ConfigError
 from megatron_ads.optim.adam import adam_class
 from megatron_ads.optim.alone import skip_collectives_of_one
 from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.optim.members import DENSE, EXPERT, OptimizerMember, ShardedMember
-from megatron_ads.optim.stub import StubMoEOptimizer
+from megatron_ads.optim.stub import StubOptimizer
 from megatron_ads.runtime.device import device
 
 DECAYED = "decayed"
@@ -58,24 +57,18 @@ def build_optimizer(
 ) -> OptimizerChain:
     """Build the chain: a dense member and, with ``has_expert_member``, one for the routed experts.
 
-    ``has_expert_member`` must be the same on all ranks (``trains_experts_anywhere``). A rank that owns none gets a
-    ``StubMoEOptimizer`` in their place. ``stub_experts=False`` leaves that place empty, as trainers without a stub do;
-    it exists to show what then happens.
-
-    Raises:
-        ConfigError: If nothing on this rank is trained at all.
+    ``has_expert_member`` must be the same on all ranks (``trains_experts_anywhere``). A rank that trains nothing of a
+    kind gets a ``StubOptimizer`` in its place. ``stub_experts=False`` leaves the experts' place empty, as trainers
+    without a stub do; it exists to show what then happens.
     """
     dense, expert = _parameters_by_kind(chunks)
-    if not dense:
-        raise ConfigError(
-            "model.frozen leaves no trained dense parameter on this rank; every pipeline stage needs at least one. "
-            "Train the norms or the attention too."
-        )
-    members: list[OptimizerMember] = [_sharded_member(DENSE, dense, chunks, settings, precision)]
+    members: list[OptimizerMember] = [
+        _sharded_member(DENSE, dense, chunks, settings, precision) if dense else StubOptimizer(DENSE, GROUP_NAMES)
+    ]
     if has_expert_member and expert:
         members.append(_sharded_member(EXPERT, expert, chunks, settings, precision))
     elif has_expert_member and stub_experts:
-        members.append(StubMoEOptimizer(GROUP_NAMES))
+        members.append(StubOptimizer(EXPERT, GROUP_NAMES))
     return OptimizerChain(members, chunks, clip_grad=settings.clip_grad)
 
 

@@ -171,7 +171,7 @@ def _record(job: Job, rank: int, chunks: Sequence["GPTModel"], settings: ModelSe
     from megatron_ads.models.naming import named_weights
     from megatron_ads.optim.build import DECAYED, GROUP_NAMES, UNDECAYED, is_decayed
     from megatron_ads.optim.members import DENSE, EXPERT
-    from megatron_ads.optim.stub import StubMoEOptimizer
+    from megatron_ads.optim.stub import StubOptimizer
 
     counts = {(kind, group): 0 for kind in (DENSE, EXPERT) for group in GROUP_NAMES}
     for weight in named_weights(chunks, settings.spec):
@@ -185,7 +185,7 @@ def _record(job: Job, rank: int, chunks: Sequence["GPTModel"], settings: ModelSe
     if job.trains_experts:
         experts = tuple((group, counts[EXPERT, group]) for group in GROUP_NAMES)
         owns = any(count for _, count in experts)
-        members.append(Member(EXPERT, experts if owns else StubMoEOptimizer(GROUP_NAMES).group_keys()))
+        members.append(Member(EXPERT, experts if owns else StubOptimizer(EXPERT, GROUP_NAMES).group_keys()))
     return Record(
         rank=rank,
         coordinates=job.layout.coordinates(rank),

@@ -12,6 +12,8 @@ from conversion.sources import WeightSource
 from megatron_ads.config.optim import OptimConfig
 from megatron_ads.config.sft import SftConfig
 from megatron_ads.layout import ParallelLayout
+from megatron_ads.models.adapt import add_adapters, initialise_adapters
+from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.build import build_chunks
 from megatron_ads.models.load import load_weights
 from megatron_ads.models.precision import wrap_precision
@@ -50,7 +52,12 @@ def build_model(
     settings = ModelSettings.of(config.model, deterministic=config.train.deterministic)
     models = build_chunks(shards.shape, shards.layout, shards.placement, settings)
     load_weights(models, source, settings.spec)
-    freeze(models, config.model.frozen, shards.shape, settings.spec)
+    lora = Lora.of(config.model.lora, mtp_loss_weight=config.model.mtp_loss_weight)
+    if lora is None:
+        freeze(models, config.model.frozen, shards.shape, settings.spec)
+    else:
+        add_adapters(models, lora, shards.shape, settings.spec)
+        initialise_adapters(models, config.train.seed)
     chunks = wrap_for_training(wrap_precision(models), overlap=device().type == "cuda")
     suspend_reduction = [chunk.no_sync for chunk in chunks]  # until the last microbatch of a step
     for model in models:

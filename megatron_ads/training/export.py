@@ -12,6 +12,7 @@ from conversion.layer_specs import LayerSpec
 from conversion.rank_files import RankFile, ShardsLayout
 from conversion.shards import write_manifest, write_rank_file
 from conversion.sources import WeightSource
+from megatron_ads.models.lora import named_adapters
 from megatron_ads.models.naming import named_weights
 
 
@@ -53,5 +54,12 @@ def _own_file(layout: ShardsLayout) -> RankFile | None:
 
 
 def canonical_weights(chunks: Sequence[GPTModel], spec: LayerSpec) -> dict[str, Tensor]:
-    """Return this rank's slices under canonical names, on the CPU; stacked experts one by one."""
-    return {name: tensor.detach().cpu() for weight in named_weights(chunks, spec) for name, tensor in weight.pieces()}
+    """Return this rank's slices under canonical names, on the CPU; stacked experts one by one, adapters merged."""
+    adapters = {
+        weight.name: adapter for chunk in chunks for _, adapter in named_adapters(chunk) for weight in adapter.weights
+    }
+    return {
+        name: (adapters[name].merged(name, tensor) if name in adapters else tensor.detach()).cpu()
+        for weight in named_weights(chunks, spec)
+        for name, tensor in weight.pieces()
+    }

@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from conversion.layer_specs import LayerSpec
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import FrozenPart
+from megatron_ads.models.gpt import begin_gradients_at_embedding
 from megatron_ads.models.naming import named_weights
 
 _PARTS = (
@@ -39,3 +40,6 @@ def freeze(chunks: Sequence[GPTModel], parts: Iterable[FrozenPart], shape: Model
     for weight in named_weights(chunks, spec):
         if part_of(weight.canonical[0], shape) in frozen and isinstance(weight.tensor, torch.nn.Parameter):
             weight.tensor.requires_grad_(False)
+    if FrozenPart.embedding in frozen:
+        for chunk in chunks:
+            begin_gradients_at_embedding(chunk)

@@ -1,0 +1,62 @@
+"""Which weights have low-rank adapters, and the shapes of their two factors. No torch.
+
+``W' = W + scale * B A`` (arXiv:2106.09685, section 4.1), with W (out, in), A (rank, in), B (out, rank).
+"""
+
+import re
+from dataclasses import dataclass
+
+from conversion.names import Kind, Parameter, slice_shape
+from megatron_ads.config.model import LoraConfig, LoraTarget
+
+_TARGETS = (
+    (r".+\.self_attention\.linear_\w+\.weight", LoraTarget.attention),
+    (r".+\.mlp\.linear_fc[12]\.weight", LoraTarget.dense),
+    (r".+\.mlp\.shared_experts\.linear_fc[12]\.weight", LoraTarget.shared_experts),
+    (r".+\.mlp\.experts\.linear_fc[12]\.weight\d+", LoraTarget.experts),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lora:
+    """The adapters of a job."""
+
+    rank: int
+    scale: float
+    """alpha / rank."""
+    targets: frozenset[LoraTarget]
+    with_mtp: bool
+    """Whether the layers of MTP have adapters: they have if they are run."""
+
+    @classmethod
+    def of(cls, settings: LoraConfig, *, mtp_loss_weight: float) -> "Lora | None":
+        """Take a recipe's ``model.lora`` section; None where the weights themselves are trained."""
+        if settings.rank is None:
+            return None
+        return cls(
+            rank=settings.rank,
+            scale=settings.alpha / settings.rank,
+            targets=frozenset(settings.targets),
+            with_mtp=mtp_loss_weight > 0,
+        )
+
+    def adapts(self, parameter: Parameter) -> bool:
+        """Whether a canonical parameter has an adapter."""
+        if parameter.kind is not Kind.LINEAR or (parameter.name.startswith("mtp.") and not self.with_mtp):
+            return False
+        return target_of(parameter.name) in self.targets
+
+    def factor_shapes(self, parameter: Parameter, size: int = 1) -> tuple[tuple[int, int], tuple[int, int, int]]:
+        """Return the shapes of A and B on one of ``size`` tensor-parallel ranks (expert-tensor for experts).
+
+        A is (rank, inputs). B is (parts, outputs of a part, rank): gate and up are two parts of one weight, and a rank
+        has the same rows of either. A weight divided by rows has a whole A, one divided by columns a whole B.
+        """
+        rows, columns = slice_shape(parameter, size)
+        parts = len(parameter.parts)
+        return (self.rank, columns), (parts, rows // parts, self.rank)
+
+
+def target_of(canonical: str) -> LoraTarget | None:
+    """Return what of ``model.lora.targets`` a canonical parameter belongs to; None: it never has an adapter."""
+    return next((target for pattern, target in _TARGETS if re.fullmatch(pattern, canonical)), None)

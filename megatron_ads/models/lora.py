@@ -1,0 +1,180 @@
+"""Low-rank adapters beside frozen linears: what they compute, how they are divided among ranks, where they are saved.
+
+``W' = W + scale * B A`` (arXiv:2106.09685, section 4.1). A factor whose side of W is divided over tensor-parallel ranks
+is divided with it; the other is whole on each of them. Which is which, and what the ranks exchange:
+
+    W divided by rows     out = W x: A x of a rank's own tokens, gathered over the sequence; then B's own rows
+    W divided by columns  A's own columns, summed and scattered over the sequence; then B of a rank's own tokens
+    W whole               both, of a rank's own tokens
+    an expert             as W is; its tokens are gathered and its outputs summed by the dispatcher already
+
+Shape suffixes: N = weights that one adapter stands beside, the experts of a stack or 1, R = rank, I = inputs,
+O = outputs of each of P parts of a weight (2 for gate over up), T = tokens, E = experts on this rank.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from torch import Tensor
+from torch.nn.functional import grouped_mm, linear
+
+from conversion.names import Parameter, Split
+from megatron_ads.models.adapter_shapes import Lora
+
+
+class Adapter(torch.nn.Module):
+    """The factors beside one linear, or beside the linears of a stack of experts."""
+
+    def __init__(self, weights: Sequence[Parameter], lora: Lora, like: Tensor, *, num_experts: int) -> None:
+        """Allocate the factors, on the device and in the dtype of the weight that they are ``like``.
+
+        Args:
+            weights: What the adapter stands beside: one weight, or consecutive experts.
+            num_experts: Routed experts of a layer, on all ranks.
+        """
+        super().__init__()
+        self.weights = tuple(weights)
+        self.scale = lora.scale
+        first = weights[0]
+        self.split = first.split
+        self._is_expert = first.expert is not None
+        stacks = num_experts // len(weights) if self._is_expert else 1
+        self._place_among_stacks = ((first.expert or 0) // len(weights), stacks)
+        a_RI, b_POR = lora.factor_shapes(first, self._tensor_group.size())
+        self.a_NRI = torch.nn.Parameter(like.new_empty(len(weights), *a_RI))
+        self.b_NPOR = torch.nn.Parameter(like.new_empty(len(weights), *b_POR))
+        self._mark(self.a_NRI, self._a_divided_dim)
+        self._mark(self.b_NPOR, self._b_divided_dim)
+
+    @property
+    def _tensor_group(self) -> torch.distributed.ProcessGroup:
+        if self._is_expert:
+            return parallel_state.get_expert_tensor_parallel_group()
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def _a_divided_dim(self) -> int | None:
+        return 2 if self.split is Split.COLUMNS else None
+
+    @property
+    def _b_divided_dim(self) -> int | None:
+        return 2 if self.split in (Split.ROWS, Split.GATE_UP) else None
+
+    def _mark(self, factor: torch.nn.Parameter, divided_dim: int | None) -> None:
+        """Tell Megatron's gradient reduction and the gradient norm how a factor is divided.
+
+        The gradient of a whole factor is the sum of what the tensor-parallel ranks have, each from its own tokens:
+        Megatron sums it once a step. Experts have no sequence parallelism; see ``_whole_gradient``.
+        """
+        divided = divided_dim is not None
+        set_tensor_model_parallel_attributes(factor, is_parallel=divided, dim=divided_dim or -1, stride=1)
+        factor.allreduce = not self._is_expert  # type: ignore[attr-defined]
+        factor.sequence_parallel = not (divided or self._is_expert)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw A uniformly from +-1 / sqrt(inputs), as the paper's published code does, and set B to zero.
+
+        Every expert's A has a stream of its own, from ``seed`` and the weight's name, so that no layout changes it.
+        """
+        for weight, own_RI in zip(self.weights, self.a_NRI, strict=True):
+            rank, inputs = own_RI.size(0), weight.shape[1]
+            digest = hashlib.sha256(f"{seed} {weight.name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+            whole_RI = torch.rand(rank, inputs, generator=generator).mul_(2).sub_(1).mul_(inputs**-0.5)
+            parts = whole_RI.chunk(inputs // own_RI.size(1), dim=1)
+            own_RI.copy_(parts[self._tensor_group.rank() % len(parts)])
+        self.b_NPOR.zero_()
+
+    def forward(self, x: Tensor, output: Tensor, ends_E: Tensor | None = None) -> Tensor:
+        """Return ``output``, which is W x, plus scale B A x.
+
+        Args:
+            x: The linear's input, as this rank has it: (..., I).
+            ends_E: For a stack of experts: behind which token of (T, I) each expert's tokens end.
+        """
+        a_NRI = self._whole_gradient(self.a_NRI, self._a_divided_dim)
+        b_NOR = self._whole_gradient(self.b_NPOR, self._b_divided_dim).flatten(1, 2)
+        if ends_E is not None:
+            inner_TR = grouped_mm(x, a_NRI.transpose(1, 2), offs=ends_E)
+            return output.add(grouped_mm(inner_TR, b_NOR.transpose(1, 2), offs=ends_E), alpha=self.scale)
+        inner = self._exchange(linear(x, a_NRI[0]))
+        added = torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), b_NOR[0].t(), alpha=self.scale)
+        return added.view(output.shape)
+
+    def _whole_gradient(self, factor: Tensor, divided_dim: int | None) -> Tensor:
+        """Sum the gradient of an expert's whole factor over the ranks that share the expert: each has a part of it."""
+        if not self._is_expert or divided_dim is not None or self._tensor_group.size() == 1:
+            return factor
+        return copy_to_tensor_model_parallel_region(factor, group=self._tensor_group)
+
+    def _exchange(self, inner: Tensor) -> Tensor:
+        """Do for A x, which is narrow, what the linear does for its input or output under sequence parallelism."""
+        group = self._tensor_group
+        if self._is_expert or self.split is Split.REPLICATED or group.size() == 1:
+            return inner
+        if self.split is Split.COLUMNS:
+            return reduce_scatter_to_sequence_parallel_region(inner, group=group)
+        return gather_from_sequence_parallel_region(inner, group=group)
+
+    @torch.no_grad()
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """Return this rank's slice of ``W + scale B A`` for one of the weights, computed in FP32, in W's dtype."""
+        index = next(index for index, parameter in enumerate(self.weights) if parameter.name == name)
+        product = self.b_NPOR[index].flatten(0, 1).float() @ self.a_NRI[index].float()
+        return weight.float().add(product, alpha=self.scale).to(weight.dtype)
+
+    def sharded_factors(self, prefix: str) -> dict[str, ShardedTensor]:
+        """Describe the factors to a distributed checkpoint, by parameter name; keys and shapes depend on no layout.
+
+        The stacked experts of a layer are one tensor, whichever ranks and modules hold them.
+        """
+        group = self._tensor_group
+        replica = (
+            parallel_state.get_expert_data_parallel_rank()
+            if self._is_expert
+            else parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        )
+        base = self.weights[0].name.rpartition(".weight")[0]
+        described = {}
+        for name, divided_dim in (("a_NRI", self._a_divided_dim), ("b_NPOR", self._b_divided_dim)):
+            offsets = [(0, *self._place_among_stacks)]
+            if divided_dim is not None:
+                offsets.append((divided_dim, group.rank(), group.size()))
+            described[f"{prefix}.{name}"] = ShardedTensor.from_rank_offsets(
+                f"{base}.lora_{name[0]}",
+                getattr(self, name),
+                *offsets,
+                replica_id=(0, group.rank() if divided_dim is None else 0, replica),
+            )
+        return described
+
+
+def named_adapters(chunk: torch.nn.Module) -> Iterator[tuple[str, Adapter]]:
+    """Yield every adapter of a chunk, with its name there."""
+    for name, module in chunk.named_modules():
+        if isinstance(module, Adapter):
+            yield name, module
+
+
+def add_to_output(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook of a linear that has an ``adapter``: add what it computes; a bias behind the output is passed on."""
+    x = inputs[0]
+    if hasattr(module, "layer_norm_weight"):  # Transformer Engine's linears may normalise their input first
+        x = torch.nn.functional.rms_norm(x, (x.size(-1),), module.layer_norm_weight, module.eps)
+    ends_E = None
+    if len(module.adapter.weights) > 1:  # its grouped linears take the tokens of each expert
+        ends_E = torch.as_tensor(inputs[1], device=x.device).cumsum(0).to(torch.int32)
+    if isinstance(output, tuple):
+        return module.adapter(x, output[0], ends_E), *output[1:]
+    return module.adapter(x, output, ends_E)
