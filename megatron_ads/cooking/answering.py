@@ -1,6 +1,7 @@
 """Requests to a model and what comes of them, whatever answers: through the journal, in parallel, counted."""
 
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -23,8 +24,25 @@ class Finish(StrEnum):
     ended = "ended"
     cut_off = "cut_off"
     """At the limit of tokens."""
+    withheld = "withheld"
+    """A content filter of the server's, or the model itself, declined."""
     refused = "refused"
     """The server calls the request impossible, such as one that is too long. It costs nothing and is not kept."""
+
+
+class Failure(StrEnum):
+    """Why an attempt brought no answer, although another one may."""
+
+    rate_limited = "rate_limited"
+    server_error = "server_error"
+    timed_out = "timed_out"
+    not_connected = "not_connected"
+    """No such host, nobody listens, or no encrypted connection."""
+    broken_connection = "broken_connection"
+    no_completion = "no_completion"
+    """What came is no JSON, or not of the protocol's form."""
+    no_choice = "no_choice"
+    """A completion without a choice in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,22 +68,24 @@ class Answer:
     finish: Finish = Finish.ended
     prompt_tokens: int = 0
     answer_tokens: int = 0
-    attempts: int = 1
     seconds: float = 0.0
+    failures: tuple[Failure, ...] = ()
+    """Attempts before it."""
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Answer":
         """Return the answer that a journal's record holds."""
-        return cls(**{**record, "finish": Finish(record["finish"])})
+        changed = {"finish": Finish(record["finish"]), "failures": tuple(map(Failure, record["failures"]))}
+        return cls(**{**record, **changed})
 
 
 class Unanswered(DataError):
     """A request had no answer after all attempts; it is asked again by the next run."""
 
-    def __init__(self, message: str, *, attempts: int) -> None:
-        """Keep how often it was sent beside the sentence."""
+    def __init__(self, message: str, failures: tuple[Failure, ...]) -> None:
+        """Keep why each attempt failed beside the sentence."""
         super().__init__(message)
-        self.attempts = attempts
+        self.failures = failures
 
 
 class Answerer(Protocol):
@@ -88,28 +108,31 @@ class Usage:
     asked: int = 0
     """Requests answered in this run."""
     gave_up: int = 0
-    retries: int = 0
+    """Requests without an answer after all attempts."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Attempts of this run that brought no answer, by reason."""
     prompt_tokens: int = 0
     answer_tokens: int = 0
     """Of all answers, those of earlier runs too."""
     seconds_in_requests: float = 0.0
-    finishes: dict[str, int] = field(default_factory=dict)
+    finishes: Counter[str] = field(default_factory=Counter)
     """How many answers ended how."""
 
     def count(self, answer: Answer, *, new: bool) -> None:
         """Add one answer."""
         self.asked += new
         self.from_journal += not new
-        self.retries += (answer.attempts - 1) if new else 0
         self.prompt_tokens += answer.prompt_tokens
         self.answer_tokens += answer.answer_tokens
-        self.seconds_in_requests += answer.seconds if new else 0.0
-        self.finishes[str(answer.finish)] = self.finishes.get(str(answer.finish), 0) + 1
+        self.finishes[str(answer.finish)] += 1
+        if new:
+            self.failures.update(map(str, answer.failures))
+            self.seconds_in_requests += answer.seconds
 
     @property
     def answered(self) -> int:
         """Requests with an answer that is no refusal."""
-        return sum(self.finishes.values()) - self.finishes.get(str(Finish.refused), 0)
+        return self.finishes.total() - self.finishes[str(Finish.refused)]
 
     def cost(self, config: AnsweringConfig) -> float | None:
         """Return what all answers cost; None where no prices are known."""
@@ -128,8 +151,8 @@ class Desk:
         self._counted: set[str] = set()
         self._gave_up_in_a_row = 0
 
-    def ask(self, requests: Iterable[Request], *, total: int, description: str) -> dict[str, Answer]:
-        """Return an answer by the key of its request; a request without answer is missing.
+    def ask(self, requests: Iterable[Request], *, total: int, description: str) -> list[Answer | None]:
+        """Return the answer to each request, in order; None where there is none after all attempts.
 
         Requests are taken as they can be sent, so an iterator may make them one by one; ``total`` is how many come.
         On Ctrl-C, those in flight are waited for, so that what they cost is not lost.
@@ -138,6 +161,7 @@ class Desk:
             ConfigError: If no request can succeed, such as with a wrong key.
             DataError: If the model stopped answering, or ``most_cost`` was reached.
         """
+        keys: list[str] = []
         found: dict[str, Answer] = {}
         waiting: dict[Future[Answer], str] = {}
         stop = threading.Event()
@@ -148,15 +172,15 @@ class Desk:
             try:
                 for request in requests:
                     key = request.key
-                    record = self._journal.records.get(key)
-                    if record is not None or key in waiting.values():
-                        progress.update()
-                    if record is not None:
+                    keys.append(key)
+                    if (record := self._journal.records.get(key)) is not None:
                         found[key] = Answer.from_record(record)
                         self._count(key, found[key], new=False)
-                    elif key not in waiting.values():
-                        self._require_affordable()
-                        waiting[pool.submit(self._answer_and_record, key, request, stop)] = key
+                    if key in found or key in waiting.values():
+                        progress.update()
+                        continue
+                    self._require_affordable()
+                    waiting[pool.submit(self._answer_and_record, key, request, stop)] = key
                     if len(waiting) >= self._config.concurrency:
                         self._collect(waiting, found, progress)
                 while waiting:
@@ -164,7 +188,7 @@ class Desk:
             except BaseException:
                 stop.set()  # workers finish the attempt they are at, and make no other
                 raise
-        return found
+        return [found.get(key) for key in keys]
 
     def _collect(self, waiting: dict[Future[Answer], str], found: dict[str, Answer], progress: Progress) -> None:
         """Wait until an answer is there, and take all that are."""
@@ -191,7 +215,7 @@ class Desk:
             answer = future.result()
         except Unanswered as error:
             self.usage.gave_up += 1
-            self.usage.retries += max(0, error.attempts - 1)
+            self.usage.failures.update(map(str, error.failures))
             self._count_give_up(str(error))
             return None
         if answer.finish is not Finish.refused:
@@ -205,7 +229,8 @@ class Desk:
         if self._gave_up_in_a_row >= GIVE_UPS_IN_A_ROW:
             raise DataError(
                 f"the {self._name} left {GIVE_UPS_IN_A_ROW} requests on end without an answer, the last with: {why} "
-                "Every answer so far is kept; start again to go on."
+                f"Check that {self._config.url or self._config.model} works, and start again: answers that are there "
+                "are kept and not asked for again."
             )
 
     def _require_affordable(self) -> None:

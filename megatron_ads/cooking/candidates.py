@@ -34,7 +34,9 @@ class Removed(StrEnum):
     """Why a candidate is not used; the first that applies, in this order, is counted."""
 
     no_answer = "no_answer"
-    """The teacher did not answer, or refused."""
+    """The teacher did not answer after all attempts, or called the request impossible."""
+    withheld = "withheld"
+    """By a content filter, or by the teacher itself."""
     cut_off = "cut_off"
     """At the limit of tokens."""
     schema = "schema"
@@ -117,6 +119,8 @@ def read_candidate(
     candidate = Candidate(row=row, number=number, text=answer.text if answer else "")
     if answer is None or answer.finish is Finish.refused:
         candidate.remove(Removed.no_answer, candidate.text or "none after all attempts")
+    elif answer.finish is Finish.withheld:
+        candidate.remove(Removed.withheld)
     elif answer.finish is Finish.cut_off:
         candidate.remove(Removed.cut_off)
     elif (failure := _read_form(candidate)) is not None:

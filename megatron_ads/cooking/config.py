@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from omegaconf import MISSING, OmegaConf
 
+from megatron_ads.config.checks import require
 from megatron_ads.config.data import SourceConfig
 from megatron_ads.config.recipes import compose_onto
 from megatron_ads.errors import ConfigError
@@ -38,17 +39,21 @@ class Style(StrEnum):
     """What happened next is given; the reasoning leads to it from what was known before."""
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
 def _require_between(section: str, config: object, lowest: float, highest: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and lowest <= value <= highest):
             limit = f"at least {lowest:g}" if highest == math.inf else f"from {lowest:g} to {highest:g}"
             raise ConfigError(f"{section}.{name} is {value}; it must be {limit}.")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of the port
+        return False
+    return named and not parts.query and not parts.fragment and url.isascii() and url.isprintable() and " " not in url
 
 
 @dataclass(kw_only=True, slots=True)  # not frozen, here and below: Hydra merges into it
@@ -98,15 +103,15 @@ class AnsweringConfig:
         _require_between(section, self, 1, math.inf, "max_tokens", "concurrency", "attempts")
         for name in ("timeout_seconds", "requests_per_minute", "top_p"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"{section}.{name} is {value}; it must be above 0.")
-        _require(self.top_p <= 1, f"{section}.top_p is {self.top_p}; it must be at most 1.")
+            require(value is None or value > 0, f"{section}.{name} is {value}; it must be above 0.")
+        require(self.top_p <= 1, f"{section}.top_p is {self.top_p}; it must be at most 1.")
         priced = self.input_price is not None and self.output_price is not None
-        _require(
+        require(
             (self.input_price is None) == (self.output_price is None),
             f"{section}.input_price is {self.input_price} and {section}.output_price {self.output_price}; set both, or "
             "neither.",
         )
-        _require(
+        require(
             priced or self.most_cost is None,
             f"{section}.most_cost is {self.most_cost}, which has no effect without {section}.input_price and "
             f"{section}.output_price. Set them, or remove it.",
@@ -117,23 +122,21 @@ class AnsweringConfig:
     def _check_place(self, section: str) -> None:
         if self.kind is ModelKind.local:
             for name in ("url", "api_key_env", "requests_per_minute"):
-                _require(
+                require(
                     getattr(self, name) is None,
                     f"{section}.{name} is {getattr(self, name)!r}, which has no effect with {section}.kind local. "
                     "Remove it.",
                 )
             return
-        _require(
+        require(
             self.url is not None,
             f"{section}.url is missing; kind endpoint needs one, such as http://localhost:8000/v1.",
         )
-        parts = urlsplit(self.url or "")
-        _require(
-            parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment,
-            f"{section}.url is {self.url!r}; it must be like http://localhost:8000/v1.",
+        require(
+            _is_address(self.url or ""), f"{section}.url is {self.url!r}; it must be like http://localhost:8000/v1."
         )
-        _require(
-            parts.username is None and parts.password is None,
+        require(
+            "@" not in urlsplit(self.url or "").netloc,
             f"{section}.url holds a user name or password, which would be written to the report. Put the key into an "
             f"environment variable and name that in {section}.api_key_env.",
         )
@@ -152,8 +155,8 @@ class TemplateConfig:
 
     def check(self, section: str) -> None:
         """Refuse impossible values; ``section`` is where this stands in the recipe."""
-        _require(bool(self.name.strip()), f"{section}.name is {self.name!r}; the report needs one.")
-        _require(
+        require(bool(self.name.strip()), f"{section}.name is {self.name!r}; the report needs one.")
+        require(
             bool(self.wordings) and all(text.strip() for text in self.wordings),
             f"{section}.wordings is {self.wordings}; it must hold texts that are not empty.",
         )
@@ -176,7 +179,7 @@ class GoldenConfig:
         """Refuse impossible values."""
         _require_between("golden", self, 0, math.inf, "rows")
         _require_between("golden", self, 0, 1, "pass_rate", "agreement")
-        _require(
+        require(
             self.path is None or self.rows > 0,
             f"golden.path is {self.path!r}, which has no effect with golden.rows = 0. Remove it, or raise golden.rows.",
         )
@@ -206,7 +209,7 @@ class RejectConfig:
         """Refuse impossible values."""
         _require_between("reject", self, 0, math.inf, "min_words", "min_details")
         _require_between("reject", self, 0, 1, "min_similarity", "max_similarity", "query_similarity")
-        _require(
+        require(
             self.min_similarity < self.max_similarity,
             f"reject.min_similarity = {self.min_similarity:g} must be below reject.max_similarity = "
             f"{self.max_similarity:g}: else every candidate with others is removed.",
@@ -233,7 +236,7 @@ class PerplexityConfig:
         """Refuse impossible values."""
         _require_between("perplexity", self, 1, math.inf, "batch_size", "sample", "threshold")
         _require_between("perplexity", self, 0, 1, "quantile")
-        _require(
+        require(
             self.model is not None or self.threshold is None,
             f"perplexity.threshold is {self.threshold}, which has no effect without perplexity.model. Remove it.",
         )
@@ -274,7 +277,7 @@ class CookConfig:
         Raises:
             ConfigError: Naming the settings, their values and what to change.
         """
-        _require(bool(self.sources), "sources is empty. Name one: 'sources=[{kind: jsonl, path: FILE}]'.")
+        require(bool(self.sources), "sources is empty. Name one: 'sources=[{kind: jsonl, path: FILE}]'.")
         for index, source in enumerate(self.sources):
             source.check(f"sources[{index}]")
         _require_between("recipe", self, 0, math.inf, "seed", "validation_rows", "samples")
@@ -283,8 +286,8 @@ class CookConfig:
             template.check(f"templates[{index}]")
         names = [template.name for template in self.templates]
         repeated = sorted({name for name in names if names.count(name) > 1})
-        _require(not repeated, f"templates has {', '.join(repeated)} more than once. Names must differ.")
-        _require(self.teacher.model is not None, "teacher.model is null. Name the model, or the checkpoint folder.")
+        require(not repeated, f"templates has {', '.join(repeated)} more than once. Names must differ.")
+        require(self.teacher.model is not None, "teacher.model is null. Name the model, or the checkpoint folder.")
         self.teacher.check("teacher")
         self.verifier.check("verifier")
         self.golden.check()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_ads.config.data import SourceConfig, SourceKind
 from megatron_ads.cooking.agreement import embedder, load_encoder, remove_disagreeing
-from megatron_ads.cooking.answering import Answerer, Desk, Request
+from megatron_ads.cooking.answering import Answerer, Desk
 from megatron_ads.cooking.candidates import Candidate, Removed, by_row, details_in, passing, read_candidate
 from megatron_ads.cooking.config import AnsweringConfig, CookConfig, ModelKind
 from megatron_ads.cooking.corpus import Written, remove_corpus, write_corpus
@@ -199,19 +199,17 @@ def _candidates(
 ) -> list[Candidate]:
     """Ask for the candidates of each row, by the templates in turn."""
     wanted = [(row, number) for row in rows for number in range(config.candidates)]
-
-    def request_of(row: ChatRow, number: int) -> Request:
-        template = templates[number % len(templates)]
-        return reasoning_request(row, template, number // len(templates), config.teacher, seed=config.seed)
-
-    requests = (request_of(row, number) for row, number in wanted)
+    requests = (
+        reasoning_request(
+            row, templates[number % len(templates)], number // len(templates), config.teacher, seed=config.seed
+        )
+        for row, number in wanted
+    )
     answers = teacher.ask(requests, total=len(wanted), description=f"reasoning, {task}")
     known = details_in(rows)
     return [
-        read_candidate(
-            row, number, answers.get(request_of(row, number).key), details=known.of(row), config=config.reject
-        )
-        for row, number in wanted
+        read_candidate(row, number, answer, details=known.of(row), config=config.reject)
+        for (row, number), answer in zip(wanted, answers, strict=True)
     ]
 
 

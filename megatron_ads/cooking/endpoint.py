@@ -6,15 +6,17 @@ that doubles, or that the server asks for, up to a limit. Redirects are not foll
 
 import json
 import os
-import socket
 import threading
 import time
 import urllib.error
 import urllib.request
-from http.client import HTTPException, HTTPResponse
+from collections.abc import Mapping
+from dataclasses import replace
+from http import HTTPStatus
+from http.client import HTTPException, HTTPResponse, IncompleteRead
 from typing import Any
 
-from megatron_ads.cooking.answering import Answer, Finish, Request, Unanswered
+from megatron_ads.cooking.answering import Answer, Failure, Finish, Request, Unanswered
 from megatron_ads.cooking.config import AnsweringConfig
 from megatron_ads.errors import ConfigError
 
@@ -29,9 +31,9 @@ _BLOCK_BYTES = 1 << 16
 class _TryAgain(Exception):
     """An attempt failed in a way that another one may not."""
 
-    def __init__(self, why: str, wait_seconds: float | None = None) -> None:
+    def __init__(self, failure: Failure, why: str, wait_seconds: float | None = None) -> None:
         super().__init__(why)
-        self.wait_seconds = wait_seconds
+        self.failure, self.wait_seconds = failure, wait_seconds
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -65,40 +67,53 @@ class Endpoint:
         data = json.dumps(dict(request.body)).encode()
         started = time.monotonic()
         pause = self._config.first_wait_seconds
-        attempt = 0
+        failures: list[Failure] = []
         why = "the run was stopped"
-        while attempt < self._config.attempts and not stop.is_set():
-            attempt += 1
+        while len(failures) < self._config.attempts and not stop.is_set():
             self._starts.wait(stop)
             try:
-                return self._parsed(self._post(data), attempt, time.monotonic() - started)
+                answer = self._ask_once(data)
             except _TryAgain as error:
+                failures.append(error.failure)
                 why, asked = str(error), error.wait_seconds
-            if attempt < self._config.attempts:
+            else:
+                return replace(answer, seconds=time.monotonic() - started, failures=tuple(failures))
+            if len(failures) < self._config.attempts:
                 stop.wait(min(max(pause, asked or 0.0), self._config.longest_wait_seconds))
                 pause *= 2
-        said = f"{self._url}, attempt {attempt} of {self._config.attempts}: {self._without_key(why)}."
-        raise Unanswered(said, attempts=attempt)
+        attempt = f"attempt {len(failures)} of {self._config.attempts}"
+        raise Unanswered(f"{self._url}, {attempt}: {self._without_key(why)}.", tuple(failures))
 
-    def _post(self, data: bytes) -> bytes | Answer:
+    def _ask_once(self, data: bytes) -> Answer:
+        """Send a request and return what comes of it.
+
+        Raises:
+            _TryAgain: If another attempt may fare better.
+            ConfigError: If no request can succeed.
+        """
         request = urllib.request.Request(self._url, data=data, headers={"Content-Type": "application/json"})
         if self._key is not None:
             request.add_header("Authorization", f"Bearer {self._key}")
         deadline = time.monotonic() + self._config.timeout_seconds
         try:
             with self._opener.open(request, timeout=self._config.timeout_seconds) as response:
-                return _read(response, deadline)
+                return self._parsed(_read(response, deadline))
         except urllib.error.HTTPError as error:
             with error:
                 return self._refused(error)
         except TimeoutError:
-            raise _TryAgain(f"no answer in {self._config.timeout_seconds:g} s") from None
+            raise self._timed_out() from None
         except urllib.error.URLError as error:
-            if isinstance(error.reason, TimeoutError | socket.timeout):
-                raise _TryAgain(f"no answer in {self._config.timeout_seconds:g} s") from None
-            raise _TryAgain(str(error.reason)) from None
+            if isinstance(error.reason, TimeoutError):
+                raise self._timed_out() from None
+            raise _TryAgain(Failure.not_connected, str(error.reason)) from None
+        except UnicodeError as error:  # of a host that cannot be written as the name system wants it
+            raise _TryAgain(Failure.not_connected, str(error)) from None
         except (OSError, HTTPException) as error:
-            raise _TryAgain(f"the connection broke: {type(error).__name__} {error}") from None
+            raise _TryAgain(Failure.broken_connection, f"{type(error).__name__} {error}".strip()) from None
+
+    def _timed_out(self) -> _TryAgain:
+        return _TryAgain(Failure.timed_out, f"no answer in {self._config.timeout_seconds:g} s")
 
     def _refused(self, error: urllib.error.HTTPError) -> Answer:
         """Return the answer to a request that the server calls impossible.
@@ -113,7 +128,8 @@ class Endpoint:
             text = ""
         said = f"HTTP {error.code}: {' '.join(self._without_key(text).split())[:_SHOWN_CHARACTERS]}"
         if error.code in _TRY_AGAIN or error.code >= 500:
-            raise _TryAgain(said, _seconds(error.headers.get("Retry-After")))
+            failure = Failure.rate_limited if error.code == HTTPStatus.TOO_MANY_REQUESTS else Failure.server_error
+            raise _TryAgain(failure, said, _seconds(error.headers.get("Retry-After")))
         if error.code in _HOPELESS:
             raise ConfigError(
                 f"{self._url} answers {said}. Check {self._section}.url, {self._section}.model = "
@@ -121,27 +137,23 @@ class Endpoint:
             )
         return Answer(text=said, finish=Finish.refused)
 
-    def _parsed(self, body: bytes | Answer, attempts: int, seconds: float) -> Answer:
-        if isinstance(body, Answer):
-            return Answer(text=body.text, finish=body.finish, attempts=attempts, seconds=seconds)
+    def _parsed(self, body: bytes) -> Answer:
         try:
-            parsed = json.loads(body)
-            choice = parsed["choices"][0]
-            text = choice["message"].get("content") or ""
-            if not isinstance(text, str):
-                raise TypeError
-            usage = parsed.get("usage") or {}
+            completion = json.loads(body)
+            choices = completion["choices"]
+            if not choices:
+                raise _TryAgain(Failure.no_choice, "the completion has no choice")
+            message = choices[0]["message"]
+            usage = completion.get("usage") or {}
             return Answer(
-                text=self._without_key(_whole_characters(text)),
-                finish=Finish.cut_off if choice.get("finish_reason") == "length" else Finish.ended,
+                text=self._without_key(_whole_characters(message.get("content") or message.get("refusal") or "")),
+                finish=_finish(choices[0].get("finish_reason"), message),
                 prompt_tokens=int(usage.get("prompt_tokens") or 0),
                 answer_tokens=int(usage.get("completion_tokens") or 0),
-                attempts=attempts,
-                seconds=seconds,
             )
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
             said = self._without_key(body[:_SHOWN_CHARACTERS].decode(errors="replace"))
-            raise _TryAgain(f"the answer is no chat completion: {said!r}") from None
+            raise _TryAgain(Failure.no_completion, f"the answer is no chat completion: {said!r}") from None
 
     def _without_key(self, text: str) -> str:
         """Return a text in which the key, should the server repeat it, cannot be read."""
@@ -177,7 +189,9 @@ def _read(response: HTTPResponse, deadline: float) -> bytes:
         if time.monotonic() > deadline:
             raise TimeoutError
         if size > _LARGEST_ANSWER_BYTES:
-            raise _TryAgain(f"the answer is longer than {_LARGEST_ANSWER_BYTES:,} bytes")
+            raise _TryAgain(Failure.no_completion, f"the answer is longer than {_LARGEST_ANSWER_BYTES:,} bytes")
+    if response.length:  # what is left of the announced length; read1 does not mind
+        raise IncompleteRead(b"", response.length)
     return b"".join(blocks)
 
 
@@ -190,7 +204,18 @@ def _read_key(section: str, variable: str | None) -> str | None:
             f"{section}.api_key_env names {variable}, which is not set. Set it to the key, or {section}.api_key_env to "
             "null for a server that needs none."
         )
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            f"the key in {variable}, which {section}.api_key_env names, holds a line break or a character that no "
+            "header can carry. Set it again."
+        )
     return key
+
+
+def _finish(reason: object, message: Mapping[str, Any]) -> Finish:
+    if reason == "content_filter" or message.get("refusal"):
+        return Finish.withheld
+    return Finish.cut_off if reason == "length" else Finish.ended
 
 
 def _whole_characters(text: str) -> str:

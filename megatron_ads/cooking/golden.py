@@ -48,16 +48,13 @@ def check_template(
         DataError: If the teacher stopped answering.
     """
     wordings = range(len(template.wordings))
-    asked = [
-        (row, wording, reasoning_request(row, template, wording, config.teacher, seed=config.seed))
-        for row in rows
-        for wording in wordings
-    ]
-    answers = desk.ask((request for *_, request in asked), total=len(asked), description=f"golden set, {task}")
+    asked = [(row, wording) for row in rows for wording in wordings]
+    requests = (reasoning_request(row, template, wording, config.teacher, seed=config.seed) for row, wording in asked)
+    answers = desk.ask(requests, total=len(asked), description=f"golden set, {task}")
     known = details_in(rows)
     candidates = [
-        read_candidate(row, wording, answers.get(request.key), details=known.of(row), config=config.reject)
-        for row, wording, request in asked
+        read_candidate(row, wording, answer, details=known.of(row), config=config.reject)
+        for (row, wording), answer in zip(asked, answers, strict=True)
     ]
     good = passing(candidates)
     rates = tuple(sum(candidate.number == wording for candidate in good) / len(rows) for wording in wordings)

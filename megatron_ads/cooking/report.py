@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,8 @@ def as_report(cooked: Cooked, kitchen: Kitchen, config: CookConfig) -> dict[str,
 
 
 def _usage(desk: Desk, config: AnsweringConfig) -> dict[str, Any]:
-    usage = desk.usage
-    return {"model": config.model, "url": config.url, **asdict(usage), "cost": usage.cost(config)}
+    counted = {field.name: getattr(desk.usage, field.name) for field in fields(desk.usage)}
+    return {"model": config.model, "url": config.url, **counted, "cost": desk.usage.cost(config)}
 
 
 def _filters(candidates: Sequence[Candidate], config: CookConfig) -> list[dict[str, Any]]:
@@ -151,7 +151,7 @@ def render_summary(report: dict[str, Any]) -> str:
         cost = "" if used["cost"] is None else f", cost {used['cost']:.4g}"
         lines.append(
             f"The {name} ({used['model']}) answered {used['asked']:,} requests, {used['from_journal']:,} answers were "
-            f"there already; {used['retries']:,} retries, {used['gave_up']:,} without answer; "
+            f"there already, {used['gave_up']:,} requests have none; failed attempts: {_counts(used['failures'])}; "
             f"{used['prompt_tokens']:,} + {used['answer_tokens']:,} tokens{cost}."
         )
     removed = {found["filter"]: found["removed"] for found in report["filters"] if found["removed"]}

@@ -32,8 +32,8 @@ def remove_rejected(candidates: Sequence[Candidate], desk: Desk, config: Answeri
     left = passing(candidates)
     requests = (_request(candidate, config, seed) for candidate in left)
     answers = desk.ask(requests, total=len(left), description="verifying")
-    for candidate in left:
-        _judge(candidate, answers.get(_request(candidate, config, seed).key))
+    for candidate, answer in zip(left, answers, strict=True):
+        _judge(candidate, answer)
 
 
 def _request(candidate: Candidate, config: AnsweringConfig, seed: int) -> Request:

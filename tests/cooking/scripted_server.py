@@ -17,11 +17,14 @@ class Reply:
 
     content: str = ""
     status: int = 200
+    """0 hangs up."""
     finish: str = "stop"
     raw: bytes | None = None
     """Sent as it is instead of a completion."""
     headers: dict[str, str] = field(default_factory=dict)
     delay_seconds: float = 0.0
+    drops: bool = False
+    """A byte now and then, for ever in effect."""
 
 
 Script = Callable[[dict[str, Any], int], Reply]
@@ -65,14 +68,17 @@ def scripted_server(script: Script) -> Iterator[Record]:
             self._send(reply)
 
         def _send(self, reply: Reply) -> None:
+            if reply.status == 0:
+                return
             data = json.dumps(_completion(reply)).encode() if reply.raw is None else reply.raw
             try:
                 self.send_response(reply.status)
-                for header, value in reply.headers.items():
+                for header, value in ({"Content-Length": str(len(data))} | reply.headers).items():
                     self.send_header(header, value)
-                self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(data)
+                for piece in (data[place : place + 1] for place in range(len(data))) if reply.drops else [data]:
+                    self.wfile.write(piece)
+                    time.sleep(0.05 if reply.drops else 0)
             except OSError:
                 pass  # the client no longer waits
 

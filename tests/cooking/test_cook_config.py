@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.config.recipe_files import recipes_folder, shipped_recipes
-from megatron_ads.cooking.config import CookConfig, Style, cook_recipe_yaml, load_cook_recipe
+from megatron_ads.cooking.config import CookConfig, ModelKind, Style, cook_recipe_yaml, load_cook_recipe
 from megatron_ads.errors import ConfigError
 
 SHIPPED = shipped_recipes("cook")
@@ -28,6 +28,12 @@ def test_there_are_shipped_recipes_with_instructions() -> None:
         assert f"megatron-ads data cook --recipe {name}" in (recipes_folder() / f"{name}.yaml").read_text()
 
 
+def test_a_checkpoint_takes_the_place_of_a_server_as_the_recipe_says() -> None:
+    told = "teacher.kind=local teacher.url=null teacher.model=FOLDER"
+    assert told in (recipes_folder() / "cook/simulated.yaml").read_text()
+    assert load(*told.split()).teacher.kind is ModelKind.local
+
+
 def test_the_resolved_recipe_reads_back(tmp_path: Path) -> None:
     config = load("style=reverse_engineered", "keep_per_row=2", "golden.path=g.jsonl", "verifier.url='http://h/v1'")
     own = tmp_path / "own.yaml"
@@ -48,6 +54,8 @@ def test_the_resolved_recipe_reads_back(tmp_path: Path) -> None:
         ("sources=[{kind: jsonl}]", "sources[0].path is missing"),
         ("teacher.url=null", "teacher.url is missing"),
         ("teacher.url=localhost", "teacher.url is 'localhost'; it must be like http"),
+        ("teacher.url='http://localhost:80a/v1'", "it must be like http"),
+        ("teacher.url='http://local host/v1'", "it must be like http"),
         ("teacher.url='http://me:secret@host/v1'", "holds a user name or password"),
         ("teacher.kind=local", "teacher.url is 'http://localhost:8000/v1', which has no effect"),
         ("teacher.most_cost=5", "teacher.most_cost is 5.0, which has no effect without"),

@@ -74,7 +74,7 @@ def test_a_run_against_a_real_server_counts_every_candidate_and_asks_once(
         with open_kitchen(config) as kitchen:
             report = as_report(cook(config, kitchen), kitchen, config)
         used = report["models"]["teacher"]
-        assert (used["asked"], used["from_journal"], used["gave_up"], used["retries"]) == (asked, known, 0, 0)
+        assert (used["asked"], used["from_journal"], used["gave_up"], used["failures"]) == (asked, known, 0, {})
         assert used["prompt_tokens"] > 6 * 50
         assert 6 <= used["answer_tokens"] <= 6 * 8
         # A random model says nothing that could be kept: every candidate is counted as removed, by its form or length.
