@@ -141,16 +141,16 @@ class PreallocatedFile:
         self._thread.shutdown()
         with naming_full_disk(self.path):
             self._leave_direct()
-        if extents:
-            os.ftruncate(self._descriptor, sum(extents[-1]))
+            if extents:
+                os.ftruncate(self._descriptor, sum(extents[-1]))
         while block := os.pread(self._descriptor, _READ_BACK_BYTES, self._hashed):
             self._hash.update(block)
             self._hashed += len(block)
         with naming_full_disk(self.path):
             os.fsync(self._descriptor)
+        self._partial.rename(self.path)
         os.close(self._descriptor)
         self._descriptor = -1
-        self._partial.rename(self.path)
         sync_folder(self.path.parent)
         return FileRecord(self.path.name, self._hashed, self._hash.hexdigest(), extents)
 
@@ -204,5 +204,5 @@ def naming_full_disk(path: Path) -> Iterator[None]:
             raise
         raise ConversionError(
             f"The disk is full at {path.parent} ({error.strerror}) while writing {path.name}. Free some space and run "
-            "the same command with --resume; finished files are kept."
+            "the same command again, a conversion with --resume; finished files are kept."
         ) from None

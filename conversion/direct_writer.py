@@ -5,6 +5,7 @@ there later; on two cores that takes longer than the disk does.
 """
 
 import errno
+import fcntl
 import mmap
 import os
 from collections import deque
@@ -20,23 +21,22 @@ _BUFFERS = 3
 class DirectWriter:
     """Collects what comes in order into blocks; a thread writes them. Anything else goes through the page cache."""
 
-    def __init__(self, descriptor: int) -> None:
-        """Write to a file opened with ``O_DIRECT``, from its start."""
-        self._descriptor = descriptor
+    def __init__(self, path: Path) -> None:
+        """Open an existing file with ``O_DIRECT``, to write it from its start."""
         self._free = deque(mmap.mmap(-1, BLOCK_BYTES) for _ in range(_BUFFERS))  # page-aligned, as O_DIRECT asks
         self._buffer = self._free.popleft()
         self._start = self._filled = 0
         self._under_way: deque[tuple[Future[None], mmap.mmap]] = deque()
         self._thread = ThreadPoolExecutor(1)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_DIRECT)  # last, so that nothing can fail behind it
 
     @classmethod
     def open(cls, path: Path) -> "DirectWriter | None":
         """Return a writer of an existing file, or None where there is no such way past the page cache."""
-        flag = getattr(os, "O_DIRECT", None)
-        if flag is None:
+        if not hasattr(os, "O_DIRECT"):
             return None
         try:
-            return cls(os.open(path, os.O_WRONLY | flag))
+            return cls(path)
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
                 return None
@@ -62,8 +62,23 @@ class DirectWriter:
     def _write(self, buffer: mmap.mmap, offset: int) -> None:
         view = memoryview(buffer)
         while view:
-            written = os.pwrite(self._descriptor, view, offset)
-            view, offset = view[written:], offset + written
+            try:
+                written = os.pwrite(self._descriptor, view, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._leave_direct():
+                    raise
+            else:
+                view, offset = view[written:], offset + written
+
+    def _leave_direct(self) -> bool:
+        """Go through the page cache from here on; return whether that is a change.
+
+        Some file systems open a file with ``O_DIRECT`` and then refuse to write it so; all do after a write that
+        ended short of a block.
+        """
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        return bool(flags & os.O_DIRECT)
 
     def _next_written(self) -> mmap.mmap:
         done, buffer = self._under_way.popleft()

@@ -1,9 +1,12 @@
 """Large files: whichever way past or through the page cache, the bytes, the hash and the name are right."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import random
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,11 +83,27 @@ def _only_at_the_end(leave: object) -> object:
     return checked
 
 
+def held() -> tuple[int, int]:
+    """Return how many descriptors and threads this process has."""
+    return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
 def test_what_is_not_committed_leaves_nothing(tmp_path: Path) -> None:
+    before = held()
     with pytest.raises(RuntimeError), PreallocatedFile(tmp_path / "file", NBYTES) as file:
         file.write_at(0, DATA)
         raise RuntimeError
     assert list(tmp_path.glob("file*")) == []
+    assert held() == before
+
+
+def test_a_name_that_cannot_be_given_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    before = held()
+    with pytest.raises(IsADirectoryError):
+        write(tmp_path / "file", pieces(DATA, (BLOCK,)))
+    assert list(tmp_path.glob("file?*")) == []
+    assert held() == before
 
 
 def test_an_error_of_the_disk_reaches_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,9 +111,49 @@ def test_an_error_of_the_disk_reaches_the_caller(tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
+    before = held()
     with pytest.raises(atomic_file.ConversionError, match="full"):
         write(tmp_path / "file", pieces(DATA, (BLOCK,)))
     assert list(tmp_path.glob("file*")) == []
+    assert held() == before
+
+
+def _never_direct() -> Callable[..., int]:
+    """Return a ``pwrite`` of a file system that opens with ``O_DIRECT`` and does not write so."""
+    pwrite = os.pwrite
+
+    def refusing(descriptor: int, view: memoryview, offset: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return pwrite(descriptor, view, offset)
+
+    return refusing
+
+
+def _once_short() -> Callable[..., int]:
+    """Return a ``pwrite`` whose first write ends short of a block; the kernel itself refuses to go on from there."""
+    pwrite, writes = os.pwrite, []
+
+    def short(descriptor: int, view: memoryview, offset: int) -> int:
+        writes.append(offset)
+        if len(writes) > 1:
+            return pwrite(descriptor, view, offset)
+        cached = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY)
+        try:
+            return pwrite(cached, view[:1000], offset)
+        finally:
+            os.close(cached)
+
+    return short
+
+
+@pytest.mark.parametrize("pwrite", [_never_direct, _once_short], ids=["never", "once"])
+def test_a_write_that_is_refused_past_the_cache_goes_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pwrite: Callable[[], Callable[..., int]]
+) -> None:
+    monkeypatch.setattr(os, "pwrite", pwrite())
+    assert write(tmp_path / "file", pieces(DATA, (BLOCK // 2,))) == hashlib.sha256(DATA).hexdigest()
+    assert (tmp_path / "file").read_bytes() == DATA
 
 
 def test_a_file_system_without_direct_access_is_written_through_the_cache(
