@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+COLORS = 6
 WIDTH, HEIGHT = 720, 260
 """Size of a full chart in SVG units; the page scales it to the room there is."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 68, 16, 12, 40
+_LEGEND_LINE = 16
 _MAX_POINTS = 400
 
 
@@ -20,7 +22,7 @@ class Series:
     style: str = "line"
     """``line``, ``faint`` (raw values behind a smoothed line) or ``dots`` (few, separate values)."""
     color: int = 1
-    """1, 2 or 3: the page's chart colours."""
+    """1 to ``COLORS``: the page's chart colours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ def line_chart(
 ) -> str:
     """Draw ``series`` over one pair of axes; return an ``<svg>`` element, or a sentence when there is nothing to draw.
 
-    A legend is drawn when there is more than one series. A logarithmic axis leaves out values that are not positive.
+    With more than one series, a legend stands above the chart, which is higher by its lines. A logarithmic axis
+    leaves out values that are not positive.
     """
     drawn = [(one, _thinned(_finite(one.points))) for one in series]
     if y_logarithmic:
@@ -71,10 +74,13 @@ def line_chart(
         *_labels(x_label, y_label, size),
         *(_draw(one, points, x_scale, y_scale) for one, points in drawn),
     ]
-    if len(drawn) > 1:
-        body += _legend([one for one, _ in drawn], width)
+    legend = _legend([one for one, _ in drawn], width) if len(drawn) > 1 else []
+    above = _LEGEND_LINE * len(legend)
+    marks = "".join(body)
+    if above:
+        marks = f'<g transform="translate(0 {above})">{marks}</g>'
     label = escape(f"{y_label} against {x_label}")
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(body)}</svg>'
+    return f'<svg viewBox="0 0 {width} {height + above}" role="img" aria-label="{label}">{marks}{"".join(legend)}</svg>'
 
 
 def smooth(points: Sequence[tuple[float, float | None]], half_life: float) -> list[tuple[float, float | None]]:
@@ -172,19 +178,30 @@ def _draw(series: Series, points: Sequence[tuple[float, float]], x_scale: _Scale
 
 
 def _legend(series: Sequence[Series], width: int) -> list[str]:
-    x, items = width - _RIGHT, []
+    """Return the lines of the legend, set right, as many series in each as there is room for."""
+    lines: list[list[Series]] = [[]]
+    for one in series:
+        if lines[-1] and sum(map(_legend_width, [*lines[-1], one])) > width - _LEFT - _RIGHT:
+            lines.append([])
+        lines[-1].append(one)
+    return [_legend_line(line, width - _RIGHT, 4 + _LEGEND_LINE * number) for number, line in enumerate(lines)]
+
+
+def _legend_width(series: Series) -> int:
+    return 7 * len(series.name) + 40
+
+
+def _legend_line(series: Sequence[Series], x: int, y: int) -> str:
+    items = []
     for one in reversed(series):
-        x -= 7 * len(one.name) + 6
-        items.append(f'<text class="tick" x="{x}" y="{_TOP + 8}">{escape(one.name)}</text>')
-        x -= 22
+        x -= _legend_width(one)
         swatch = (
-            f'<circle class="dots-point c{one.color}" cx="{x + 8}" cy="{_TOP + 4}" r="4"/>'
+            f'<circle class="dots-point c{one.color}" cx="{x + 20}" cy="{y + 4}" r="4"/>'
             if one.style == "dots"
-            else f'<path class="{one.style} c{one.color}" d="M{x} {_TOP + 4} h16"/>'
+            else f'<path class="{one.style} c{one.color}" d="M{x + 12} {y + 4} h16"/>'
         )
-        items.append(swatch)
-        x -= 12
-    return items
+        items.append(f'<text class="tick" x="{x + 34}" y="{y + 8}">{escape(one.name)}</text>{swatch}')
+    return "".join(items)
 
 
 def short(value: float) -> str:

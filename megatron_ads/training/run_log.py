@@ -9,6 +9,7 @@ from typing import Self
 
 import torch.distributed as dist
 
+from conversion.atomic_file import write_small
 from conversion.rank_files import ShardsLayout
 from megatron_ads.config.sft import SftConfig
 from megatron_ads.data.held_out import HeldOut
@@ -17,6 +18,7 @@ from megatron_ads.models.flops import flops_per_token
 from megatron_ads.observability.metrics import MetricsWriter
 from megatron_ads.observability.progress import Progress
 from megatron_ads.observability.provenance import provenance
+from megatron_ads.observability.run_report import REPORT_FILE, RUN_FILE, run_page
 from megatron_ads.runtime.activity import Activity
 from megatron_ads.runtime.watchdog import PeerMonitor
 from megatron_ads.training.build import TrainedModel
@@ -49,8 +51,9 @@ class RunLog:
         if dist.get_rank() == 0:
             directory = Path(config.log.dir)
             directory.mkdir(parents=True, exist_ok=True)
-            (directory / "run.json").write_text(json.dumps(describe_run(config), indent=1) + "\n", encoding="utf-8")
+            write_small(directory / RUN_FILE, json.dumps(describe_run(config), indent=1) + "\n")
             self._writer = MetricsWriter(directory, config.log.tensorboard, resume_step)
+        self._directory = Path(config.log.dir)
         self._progress = Progress(config.train.steps, resume_step, "SFT")
         self._started = time.monotonic()
         self._restart_rank_times(resume_step)
@@ -109,18 +112,22 @@ class RunLog:
         """Record an evaluation on the held-out rows; its time does not count as the next step's."""
         losses = _by_task("validation_loss", held_out.task_losses(report.sample_losses))
         metrics = _by_task("task_metric", held_out.task_metrics(report.sample_losses))
-        self._between_steps(step, {"validation_loss": report.loss} | losses | metrics)
+        self._write(step, {"validation_loss": report.loss} | losses | metrics)
+        self._restart_clock(step)
 
     def saved(self, step: int, seconds: float) -> None:
-        """Record a checkpoint; its time does not count as the next step's."""
-        self._between_steps(step, {"checkpoint_seconds": seconds})
+        """Record a checkpoint, and bring the report up to it; its time does not count as the next step's."""
+        self._write(step, {"checkpoint_seconds": seconds})
+        if self._writer is not None:
+            write_small(self._directory / REPORT_FILE, run_page(self._directory))
+        self._restart_clock(step)
 
     def instance_weights(self, step: int, quantiles: dict[str, float]) -> None:
         """Record the renewed weights of the samples; the time of measuring them does not count as the next step's."""
-        self._between_steps(step, quantiles)
+        self._write(step, quantiles)
+        self._restart_clock(step)
 
-    def _between_steps(self, step: int, metrics: dict[str, float]) -> None:
-        self._write(step, metrics)
+    def _restart_clock(self, step: int) -> None:
         self._started = time.monotonic()
         self._restart_rank_times(step)
 

@@ -44,6 +44,15 @@ def test_one_line_needs_no_legend_and_two_have_one() -> None:
     assert {"alpha", "beta"} <= {text.text for text in _chart(one, two).iter(f"{SVG}text")}
 
 
+def test_a_legend_of_many_names_has_the_lines_it_needs_above_the_chart() -> None:
+    # 184 wide leaves 100 units a line; a name of 5 letters takes 35 + 40: one a line, 16 units each.
+    chart = _chart(*(Series(name=f"line{number}", points=[(0, 1), (1, number)]) for number in range(3)))
+    assert chart.get("viewBox") == f"0 0 184 {152 + 3 * 16}"
+    legend = list(chart.findall(f"{SVG}text"))
+    assert [(text.text, text.get("y")) for text in legend] == [("line0", "12"), ("line1", "28"), ("line2", "44")]
+    assert chart.find(f"{SVG}g").get("transform") == "translate(0 48)"  # type: ignore[union-attr]
+
+
 def test_nothing_to_draw_is_said_in_words() -> None:
     assert "No values were recorded" in line_chart([Series(name="a", points=[(0, None)])], x_label="x", y_label="y")
 

@@ -1,0 +1,139 @@
+"""The report of one training run: its curves and circumstances, from what the run wrote, as one HTML page."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from megatron_ads.observability.chart import COLORS, Series, line_chart, short, smooth
+from megatron_ads.observability.metrics import read_metrics
+from megatron_ads.observability.report import Chart, Figure, Section, Table, render_page
+
+REPORT_FILE = "report.html"
+RUN_FILE = "run.json"
+
+_SMALL = (360, 190)
+_SHARES = (
+    "Share of each task in the samples drawn from the evaluation on: in proportion to (1 - metric) ^ reweight.alpha. A "
+    "task that stagnates gains share, one that is learned loses it."
+)
+_WEIGHTS = (
+    "Weights of a task's training samples, at each renewal: the median, and what a tenth stay below and above. Below 1 "
+    "the perplexity fell since the renewal before; at 1 it stayed; above 1 it rose."
+)
+
+Metrics = Sequence[Mapping[str, Any]]
+
+
+def run_page(folder: Path) -> str:
+    """Return the page of the run whose ``run.json`` and ``metrics.jsonl`` are in ``folder``.
+
+    Raises:
+        ConfigError: If no run has written metrics there.
+    """
+    metrics = read_metrics(folder)
+    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    sections = [
+        Section(title="Loss", blocks=[_loss(metrics)]),
+        *_tasks(metrics),
+        Section(title="Course", blocks=[_course(metrics)]),
+        Section(title="Circumstances", blocks=[Table(rows=[*_leaves(run)])]),
+    ]
+    done, steps = max((row["step"] for row in metrics), default=0), run["recipe"]["train"]["steps"]
+    lead = f"{run['recipe']['model']['load']}: {done} of {steps} steps, {run['ranks']} in parallel."
+    return render_page("Fine-tuning", lead, _figures(metrics), sections)
+
+
+def _points(metrics: Metrics, name: str) -> list[tuple[float, float | None]]:
+    return [(row["step"], row[name]) for row in metrics if name in row]
+
+
+def _figures(metrics: Metrics) -> list[Figure]:
+    figures = []
+    for name, label in (("loss", "loss"), ("validation_loss", "held-out loss")):
+        values = [value for _, value in _points(metrics, name) if value is not None]
+        if values:
+            note = "first and last, nats"
+            figures.append(Figure(label=label, value=f"{values[0]:.3f} → {values[-1]:.3f}", note=note))
+    for name, label in (("step_seconds", "seconds per step"), ("tokens_per_second", "tokens per second")):
+        values = [value for _, value in _points(metrics, name) if value is not None]
+        if values:
+            figures.append(Figure(label=label, value=short(median(values)), note="median"))
+    return figures
+
+
+def _loss(metrics: Metrics) -> Chart:
+    loss = _points(metrics, "loss")
+    series = [
+        Series(name="each step", points=loss, style="faint"),
+        Series(name="smoothed", points=smooth(loss, 3)),
+        Series(name="held-out rows", points=_points(metrics, "validation_loss"), style="dots", color=2),
+    ]
+    svg = line_chart(series, x_label="step", y_label="loss, nats", y_logarithmic=True)
+    caption = (
+        "What is minimised: the mean over the target tokens, or samples, of a step, with the samples' weights applied; "
+        "smoothed with a half-life of 3 steps."
+    )
+    return Chart(svg=svg, caption=caption)
+
+
+def _tasks(metrics: Metrics) -> list[Section]:
+    """Return how each task does and what its samples weigh, as far as the run measured it."""
+    charts = [
+        _by_task(metrics, "validation_loss", "held-out loss", "Mean over the target tokens of a task's held-out rows."),
+        _by_task(metrics, "task_share", "share of samples", _SHARES),
+    ]
+    weights = [_weights(metrics, task) for task in _tasks_with(metrics, "instance_weight_p50")]
+    sections = [Section(title="Tasks", blocks=[chart for chart in charts if chart is not None])]
+    if weights:
+        sections.append(Section(title="Instance weights", blocks=[_WEIGHTS, weights]))
+    return [section for section in sections if section.blocks]
+
+
+def _tasks_with(metrics: Metrics, name: str) -> list[str]:
+    return sorted({key.partition("/")[2] for row in metrics for key in row if key.startswith(f"{name}/")})
+
+
+def _by_task(metrics: Metrics, name: str, label: str, caption: str) -> Chart | None:
+    series = [
+        Series(name=task, points=_points(metrics, f"{name}/{task}"), color=index % COLORS + 1)
+        for index, task in enumerate(_tasks_with(metrics, name))
+    ]
+    return (
+        Chart(svg=line_chart(series, x_label="step", y_label=label, y_from_zero=True), caption=caption)
+        if series
+        else None
+    )
+
+
+def _weights(metrics: Metrics, task: str) -> Chart:
+    series = [
+        Series(name=f"{percent} %", points=_points(metrics, f"instance_weight_p{percent}/{task}"), style=style)
+        for percent, style in ((10, "faint"), (50, "line"), (90, "faint"))
+    ]
+    return Chart(svg=line_chart(series, x_label="step", y_label="weight", size=_SMALL), caption=task)
+
+
+def _course(metrics: Metrics) -> list[Chart]:
+    shown = (
+        ("grad_norm", "gradient norm", "Before clipping."),
+        ("learning_rate", "learning rate", "As the updates used it."),
+        ("tokens_per_second", "tokens/s", "Whole job, prompts included."),
+        ("expert_load_max_over_mean", "busiest / mean expert", "Worst MoE layer; 1 is perfectly balanced."),
+    )
+    return [_small_chart(metrics, *chart) for chart in shown if _points(metrics, chart[0])]
+
+
+def _small_chart(metrics: Metrics, name: str, label: str, caption: str) -> Chart:
+    series = [Series(name=label, points=_points(metrics, name))]
+    return Chart(svg=line_chart(series, x_label="step", y_label=label, y_from_zero=True, size=_SMALL), caption=caption)
+
+
+def _leaves(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
+    """Yield the dotted path and the text of everything in a tree of JSON objects."""
+    if isinstance(value, Mapping) and value:
+        for name, below in value.items():
+            yield from _leaves(below, f"{path}.{name}" if path else name)
+    else:
+        yield path, value if isinstance(value, str) else json.dumps(value)

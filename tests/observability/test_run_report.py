@@ -1,0 +1,31 @@
+"""The report of a run shows what the run wrote: its losses, and what each task weighs."""
+
+import json
+from pathlib import Path
+
+from megatron_ads.observability.run_report import run_page
+
+RUN = {"recipe": {"model": {"load": "runs/demo"}, "train": {"steps": 20}}, "ranks": 4, "revision": None}
+
+
+def page_of(folder: Path, *metrics: dict[str, float]) -> str:
+    (folder / "run.json").write_text(json.dumps(RUN))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    return run_page(folder)
+
+
+def test_the_page_tells_how_far_the_run_is_and_its_losses(tmp_path: Path) -> None:
+    page = page_of(tmp_path, {"step": 1, "loss": 3.0}, {"step": 7, "loss": 2.0}, {"step": 7, "validation_loss": 2.5})
+    assert "runs/demo: 7 of 20 steps" in page
+    assert "3.000 → 2.000" in page and "held-out rows: 2.5 at 7" in page
+    assert "<td>recipe.train.steps</td><td>20</td>" in page
+    assert "Tasks" not in page and "Instance weights" not in page
+
+
+def test_shares_and_weights_of_every_task_are_curves(tmp_path: Path) -> None:
+    weights = {"instance_weight_p10/a": 0.5, "instance_weight_p50/a": 0.75, "instance_weight_p90/a": 1.25}
+    shares = [{"step": 4, "task_share/a": 0.25, "task_share/b <c>": 0.75}, {"step": 8, "task_share/a": 0.125}]
+    page = page_of(tmp_path, {"step": 1, "loss": None}, {"step": 2, **weights}, *shares)
+    for shown in ("a: 0.25 at 4", "a: 0.125 at 8", "b &lt;c&gt;: 0.75 at 4", "50 %: 0.75 at 2"):
+        assert shown in page
+    assert "<c>" not in page
