@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_ads.evaluation.answer import Answer
 from megatron_ads.evaluation.outcomes import Outcome, confusion, judge, samples
-from megatron_ads.evaluation.text_tables import RELEVANCE, shown
+from megatron_ads.evaluation.text_tables import MORE_LINES, RELEVANCE, shown
 from megatron_ads.metrics.probabilities import calibration_bins, calibration_error
 from megatron_ads.observability.chart import Series, line_chart
 from megatron_ads.observability.report import Chart, Figure, Section, Table, render_page
@@ -79,7 +79,7 @@ def _views_table(scores: Mapping[str, Any]) -> Table:
         for who, line in (
             ("model", "model"),
             (f"always {scores['baseline_label']}", "baseline"),
-            ("best reachable", "reachable"),
+            *((name, line) for line, name in MORE_LINES.items()),
         )
         if line in view
     ]

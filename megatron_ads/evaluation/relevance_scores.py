@@ -7,6 +7,7 @@ from typing import Any
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
 from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.text_baseline import text_predictions
 from megatron_ads.metrics.classification import (
     DefectView,
     balanced_accuracy_interval,
@@ -17,14 +18,15 @@ from megatron_ads.tasks.relevance import BAD_VIEW, FAIR_VIEW, TASK, Failure, Lab
 
 
 def relevance_scores(
-    answers: Sequence[Answer], *, training_labels: Sequence[str], best: Mapping[str, Sequence[str]] | None = None
+    answers: Sequence[Answer], *, training: Sequence[ChatRow], best: Mapping[str, Sequence[str]] | None = None
 ) -> dict[str, Any]:
     """Return the scores of ``answers`` as JSON values; what is undefined is None.
 
     ``views`` holds one entry per way to call a label bad (AdNanny, tables 1 to 4): the model's line, the line of the
-    baseline that always answers the most frequent label of ``training_labels``, and a bootstrap interval of the
-    balanced accuracy over queries. An answer that cannot be read counts as wrong. Where ``best`` holds the best answers
-    to every row, by its id, there is a line ``reachable`` as well.
+    baseline that always answers the most frequent label of the training rows, and a bootstrap interval of the balanced
+    accuracy over queries. An answer that cannot be read counts as wrong. Where the training rows have two labels or
+    more, there is a line ``text_baseline`` (``evaluation.text_baseline``), and where ``best`` holds the best answers to
+    every row, by its id, a line ``reachable``.
 
     Raises:
         DataError: If a row is of another task, or has no label.
@@ -32,10 +34,12 @@ def relevance_scores(
     truths = [_true_label(answer.row) for answer in answers]
     outcomes = [parse(answer.text) for answer in answers]
     predictions = [None if isinstance(outcome, Failure) else str(outcome.label) for outcome in outcomes]
-    baseline = majority_predictions(truths, learned_from=training_labels)
-    queries = [answer.row.group for answer in answers]
-    known = [best[answer.row.id][0] for answer in answers if best and answer.row.id in best]
-    reachable = known if len(known) == len(answers) else None
+    rows = [answer.row for answer in answers]
+    baseline = majority_predictions(truths, learned_from=[row.label for row in training if row.label is not None])
+    from_words = text_predictions(training, rows)
+    queries = [row.group for row in rows]
+    known = [best[row.id][0] for row in rows if best and row.id in best]
+    more = {"text_baseline": from_words, "reachable": known if len(known) == len(rows) else None}
     failures = Counter(str(outcome) for outcome in outcomes if isinstance(outcome, Failure))
     return {
         "rows": len(answers),
@@ -49,7 +53,7 @@ def relevance_scores(
         "label_counts": dict(Counter(truths)),
         "views": {
             view.name: _in_view(view, truths, predictions, baseline, queries)
-            | ({"reachable": binary_metrics(truths, reachable, view).as_dict()} if reachable else {})
+            | {line: binary_metrics(truths, labels, view).as_dict() for line, labels in more.items() if labels}
             for view in (BAD_VIEW, FAIR_VIEW)
         },
     }

@@ -44,8 +44,8 @@ def task_scores(
     scores = {}
     for task, of_task in sorted(by_task.items()):
         if task == relevance.TASK:
-            labels = [row.label for row in training if row.task == task and row.label is not None]
-            scores[task] = relevance_scores(of_task, training_labels=labels, best=best)
+            trained_on = [row for row in training if row.task == task]
+            scores[task] = relevance_scores(of_task, training=trained_on, best=best)
         else:
             scores[task] = _scores(of_task)
         if task in (next_advertiser.TASK, next_advertiser.RANKING_TASK):

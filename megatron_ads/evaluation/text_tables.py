@@ -5,6 +5,8 @@ from typing import Any
 
 RELEVANCE = "query_ad_relevance"
 _WIDTH = 36
+MORE_LINES = {"text_baseline": "TF-IDF, logistic regression", "reachable": "best reachable"}
+"""Of a view of the relevance labels, besides the model and the commonest label, where there are such lines."""
 
 
 def text_tables(scores: Mapping[str, Any]) -> str:
@@ -26,8 +28,11 @@ def _relevance_table(scores: Mapping[str, Any]) -> str:
         model, baseline = view["model"]["balanced_accuracy"], view["baseline"]["balanced_accuracy"]
         between = _between(view["balanced_accuracy_95"], "queries")
         lines.append(f"{f'balanced accuracy, defect: {name}':<{_WIDTH}}  {shown(model)}  {shown(baseline)}{between}")
-        if "reachable" in view:
-            lines.append(f"{'  best reachable':<{_WIDTH}}  {shown(view['reachable']['balanced_accuracy'])}")
+        lines += [
+            f"{f'  {name}':<{_WIDTH}}  {shown(view[line]['balanced_accuracy'])}"
+            for line, name in MORE_LINES.items()
+            if line in view
+        ]
     lines.append(f"{'answers that could be read':<{_WIDTH}}  {shown(scores['readable_share'])}")
     return "\n".join(lines)
 

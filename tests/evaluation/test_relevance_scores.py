@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
 from megatron_ads.evaluation.answer import Answer
 from megatron_ads.evaluation.relevance_scores import relevance_scores
@@ -16,6 +17,10 @@ def _answer(expected: Label, given: Label | Failure, query: str = "q") -> Answer
     return Answer(row=row, text=text, ended=given is not Failure.empty)
 
 
+def _labelled(*labels: str) -> list[ChatRow]:
+    return [chat_row(str(n), "q", Ad(title="a"), Label(label), "r") for n, label in enumerate(labels)]
+
+
 ANSWERS = [
     _answer(Label.bad, Label.bad, "a"),
     _answer(Label.bad, Label.fair, "a"),
@@ -27,7 +32,7 @@ ANSWERS = [
 
 
 def test_scores_worked_out_by_hand() -> None:
-    scores = relevance_scores(ANSWERS, training_labels=["Good", "Good", "Bad"])
+    scores = relevance_scores(ANSWERS, training=_labelled("Good", "Good", "Bad"))
     assert (scores["rows"], scores["queries"]) == (6, 4)
     assert scores["accuracy"] == pytest.approx(2 / 6)  # the first and the fourth
     assert scores["readable_share"] == pytest.approx(4 / 6)
@@ -40,7 +45,7 @@ def test_scores_worked_out_by_hand() -> None:
 
 
 def test_the_baseline_is_the_commonest_label_of_the_training_rows() -> None:
-    scores = relevance_scores(ANSWERS, training_labels=["Fair", "Fair", "Good"])
+    scores = relevance_scores(ANSWERS, training=_labelled("Fair", "Fair", "Good"))
     assert scores["baseline_label"] == "Fair"
     assert scores["baseline_accuracy"] == pytest.approx(1 / 6)
     assert scores["views"]["bad"]["baseline"]["balanced_accuracy"] == 0.5
@@ -50,13 +55,13 @@ def test_perfect_answers_score_one_and_unreadable_ones_zero() -> None:
     perfect = [_answer(label, label) for label in Label]
     unreadable = [_answer(label, Failure.empty) for label in Label]
     for answers, expected in ((perfect, 1.0), (unreadable, 0.0)):
-        scores = relevance_scores(answers, training_labels=["Good"])
+        scores = relevance_scores(answers, training=_labelled("Good"))
         assert scores["accuracy"] == expected
         assert scores["views"]["bad"]["model"]["balanced_accuracy"] == expected
 
 
 def test_the_interval_holds_the_value() -> None:
-    view = relevance_scores(ANSWERS, training_labels=["Good"])["views"]["bad"]
+    view = relevance_scores(ANSWERS, training=_labelled("Good"))["views"]["bad"]
     low, high = view["balanced_accuracy_95"]
     assert low <= view["model"]["balanced_accuracy"] <= high
 
@@ -64,9 +69,9 @@ def test_the_interval_holds_the_value() -> None:
 def test_a_row_of_another_task_or_label_is_refused() -> None:
     answer = ANSWERS[0]
     with pytest.raises(DataError, match="row '1' is of task 'arithmetic'"):
-        relevance_scores([replace(answer, row=replace(answer.row, task="arithmetic"))], training_labels=["Good"])
+        relevance_scores([replace(answer, row=replace(answer.row, task="arithmetic"))], training=_labelled("Good"))
     with pytest.raises(DataError, match="with label 'Superb'"):
-        relevance_scores([replace(answer, row=replace(answer.row, label="Superb"))], training_labels=["Good"])
+        relevance_scores([replace(answer, row=replace(answer.row, label="Superb"))], training=_labelled("Good"))
 
 
 def test_the_best_reachable_is_judged_where_every_row_has_a_best_answer() -> None:
@@ -74,10 +79,24 @@ def test_the_best_reachable_is_judged_where_every_row_has_a_best_answer() -> Non
         replace(answer, row=replace(answer.row, id=str(number))) for number, answer in enumerate(ANSWERS)
     ]  # bad, bad, fair, good, good, good
     best = dict(zip("012345", [("Bad", "Fair"), ("Fair",), ("Good",), ("Good",), ("Good",), ("Bad",)], strict=True))
-    views = relevance_scores(answers, training_labels=["Good"], best=best)["views"]
+    views = relevance_scores(answers, training=_labelled("Good"), best=best)["views"]
     # bad against the rest: 1 of 2 bad, 3 of 4 others; good against the rest: 2 of 3 good, 2 of 3 others
     assert views["bad"]["reachable"]["balanced_accuracy"] == pytest.approx((1 / 2 + 3 / 4) / 2)
     assert views["fair"]["reachable"]["balanced_accuracy"] == pytest.approx(2 / 3)
     assert (
-        "reachable" not in relevance_scores(answers[:1], training_labels=["Good"], best={"7": ("Bad",)})["views"]["bad"]
+        "reachable"
+        not in relevance_scores(answers[:1], training=_labelled("Good"), best={"7": ("Bad",)})["views"]["bad"]
     )
+
+
+def test_the_text_baseline_learns_from_the_words_of_training_rows() -> None:
+    words = {Label.bad: "grey", Label.fair: "green", Label.good: "golden"}
+    training = [chat_row(f"{label}{n}", f"{word} thing {n}", Ad(title="a"), label, "r")
+                for label, word in words.items() for n in range(5)]  # fmt: skip
+    answers = [
+        Answer(row=chat_row(label, f"{word} object", Ad(title="a"), label, "r"), text="", ended=True)
+        for label, word in words.items()
+    ]
+    views = relevance_scores(answers, training=training)["views"]
+    assert [view["text_baseline"]["balanced_accuracy"] for view in views.values()] == [1.0, 1.0]
+    assert "text_baseline" not in relevance_scores(answers, training=training[:5])["views"]["bad"]
