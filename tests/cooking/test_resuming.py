@@ -6,10 +6,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from megatron_ads.cooking.config import CookConfig, cook_recipe_yaml
 from megatron_ads.cooking.cook import cook, open_kitchen
@@ -17,28 +16,65 @@ from megatron_ads.cooking.report import as_report
 from tests.cooking.kitchens import good_answer, recipe
 from tests.cooking.scripted_server import Reply, scripted_server
 
-_RUN = """
-import sys
-from megatron_ads.cooking.config import load_cook_recipe
-from megatron_ads.cooking.cook import cook, open_kitchen
-config = load_cook_recipe(sys.argv[1])
-with open_kitchen(config) as kitchen:
-    cook(config, kitchen)
-"""
+AT_A_TIME = 3
 
 
-def start(recipe_file: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", _RUN, str(recipe_file)], stderr=subprocess.DEVNULL)
+class Gate:
+    """A teacher and verifier that answers so many requests and lets the others wait until it is opened further."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._left, self._run = 0, 0
+
+    def allow(self, answers: int) -> None:
+        """Answer so many requests more."""
+        with self._changed:
+            self._left += answers
+            self._changed.notify_all()
+
+    def dismiss(self) -> None:
+        """Answer what is waiting with an error: nobody is there any more."""
+        with self._changed:
+            self._left, self._run = 0, self._run + 1
+            self._changed.notify_all()
+
+    def __call__(self, body: dict[str, Any], _: int) -> Reply:
+        with self._changed:
+            run = self._run
+            self._changed.wait_for(lambda: self._left > 0 or self._run > run, timeout=60)
+            if self._run > run:
+                return Reply(status=503)
+            self._left -= 1
+        return Reply(content=VERDICT if body["model"] == "judge" else good_answer(body))
+
+
+VERDICT = "<Aligned>yes</Aligned><Sound>yes</Sound><Faithful>yes</Faithful>"
+
+
+def kitchen_recipe(tmp_path: Path, url: str) -> CookConfig:
+    """Return 6 rows with 2 candidates, 2 golden rows in 3 wordings, and a verifier that sees 6 different texts."""
+    verifier = [f"verifier.url='{url}'", "verifier.model=judge", f"verifier.concurrency={AT_A_TIME}"]
+    teacher = [f"teacher.concurrency={AT_A_TIME}", "candidates=2", "golden.rows=2", "reject.max_similarity=1"]
+    return recipe(tmp_path, url, *teacher, *verifier, rows=6)
+
+
+ALL = 6 + (12 - 4) + 6
+"""Of the golden check, for candidates that it did not ask for, to the verifier."""
+
+
+def start(recipe_file: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "megatron_ads.cli", "data", "cook", "--recipe", str(recipe_file)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def lines_of(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def wait_for_lines(file: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while lines_of(file) < count:
-        assert time.monotonic() < deadline, f"{lines_of(file)} of {count} answers after 60 s"
+def wait_until(state: Callable[[], object], wanted: object) -> None:
+    deadline = time.monotonic() + 90
+    while (found := state()) != wanted:
+        assert time.monotonic() < deadline, f"{found}, not {wanted}, after 90 s"
         time.sleep(0.05)
 
 
@@ -53,50 +89,58 @@ def report_of(config: CookConfig) -> dict[str, Any]:
         return as_report(cook(config, kitchen), kitchen, config)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "SIGINT"])
-def test_a_killed_run_goes_on_and_no_answer_is_asked_for_twice(tmp_path: Path, how: signal.Signals) -> None:
-    # The first 7 requests are answered, the others hang until the process is gone.
-    gone, first = threading.Event(), iter(range(7))
-    lock = threading.Lock()
+def test_a_run_that_is_killed_again_and_again_asks_nothing_twice_that_was_answered(tmp_path: Path) -> None:
+    # Killed in the golden check, among the candidates, and when the verifier has one answer left to give.
+    kills = {2: AT_A_TIME, 8: AT_A_TIME, ALL - 1: 1}  # answers so far: requests in flight
+    gate, known, lost = Gate(), 0, 0
+    with scripted_server(gate) as server:
+        config = kitchen_recipe(tmp_path, server.url)
+        journal, file = tmp_path / "out" / "journal.jsonl", own_recipe(tmp_path, config)
+        for answers, in_flight in kills.items():
+            gate.allow(answers - known)
+            known, lost = answers, lost + in_flight
+            process = start(file)
+            try:
+                wait_until(lambda: (lines_of(journal), server.at_a_time), (answers, in_flight))
+            finally:
+                process.kill()
+                process.communicate(timeout=10)
+                gate.dismiss()
+            assert lines_of(journal) == server.answered.total() == answers
+            assert len(server.bodies) == answers + lost
+        gate.allow(ALL)
+        report = report_of(config)
+        assert len(server.bodies) == ALL + lost
+        assert set(server.answered.values()) == {1}
+        asked = [(used["from_journal"], used["asked"]) for used in report["models"].values()]
+        assert asked == [(14, 0), (5, 1)]
+        # The same corpus as of a run that nobody disturbed.
+        (tmp_path / "other").mkdir()
+        gate.allow(ALL)
+        report_of(kitchen_recipe(tmp_path / "other", server.url))
+    corpora = [(tmp_path / name / "train.jsonl").read_text() for name in ("out", "other/out")]
+    assert corpora[0] == corpora[1] != ""
 
-    def teacher(body: dict[str, Any], _: int) -> Reply:
-        with lock:
-            hangs = next(first, None) is None and not gone.is_set()
-        if hangs:
-            gone.wait(30)
-            return Reply(status=503)
-        return Reply(content=good_answer(body))
 
-    with scripted_server(teacher) as server:
-        config = recipe(tmp_path, server.url, "candidates=2", "teacher.concurrency=2", rows=8)
-        journal = tmp_path / "out" / "journal.jsonl"
-        process = start(own_recipe(tmp_path, config))
+def test_an_interrupted_run_waits_for_what_is_in_flight_and_keeps_it(tmp_path: Path) -> None:
+    gate, journal = Gate(), tmp_path / "out" / "journal.jsonl"
+    with scripted_server(gate) as server:
+        file = own_recipe(tmp_path, kitchen_recipe(tmp_path, server.url))
+        gate.allow(8)
+        process = start(file)
         try:
-            wait_for_lines(journal, 7)
-            os.kill(process.pid, how)
-            if how is signal.SIGINT:
-                time.sleep(0.3)  # it waits for what is in flight, and sends nothing more
-                gone.set()
-            assert process.wait(timeout=60) != 0
+            wait_until(lambda: (lines_of(journal), server.at_a_time), (8, AT_A_TIME))
+            os.kill(process.pid, signal.SIGINT)
+            time.sleep(0.3)
+            gate.allow(ALL)
+            _, said = process.communicate(timeout=60)
         finally:
             process.kill()
             process.wait(timeout=10)
-            gone.set()
-        assert lines_of(journal) == 7
-        unanswered = len(server.bodies) - 7
-        assert 0 < unanswered <= 2  # in flight when the process ended
-        report = report_of(config)
-        assert len(server.bodies) == 16 + unanswered
-        assert max(server.answered.values()) == 1
-        assert len(server.answered) == 16
-    assert (report["models"]["teacher"]["from_journal"], report["models"]["teacher"]["asked"]) == (7, 9)
-    # The same corpus as of a run that nobody disturbed.
-    with scripted_server(lambda body, _: Reply(content=good_answer(body))) as server:
-        (tmp_path / "other").mkdir()
-        undisturbed = recipe(tmp_path / "other", server.url, "candidates=2", rows=8)
-        report_of(undisturbed)
-    corpora = [(tmp_path / name / "train.jsonl").read_text() for name in ("out", "other/out")]
-    assert corpora[0] == corpora[1] != ""
+        assert len(server.bodies) == 8 + AT_A_TIME == lines_of(journal)
+    assert process.returncode == 130
+    assert said.endswith("megatron-ads: interrupted\n")
+    assert "Traceback" not in said
 
 
 def test_a_finished_run_asks_nothing_again(tmp_path: Path) -> None:
