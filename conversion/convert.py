@@ -6,6 +6,7 @@ from typing import Protocol
 from conversion.aliases import check_aliases
 from conversion.atomic_file import FileRecord
 from conversion.coverage import check_coverage
+from conversion.errors import naming_refusals
 from conversion.execute import ConversionReport, Execution, execute
 from conversion.plan import ConversionPlan
 from conversion.rank_files import ShardsLayout
@@ -14,7 +15,6 @@ from conversion.to_hf import DEFAULT_SHARD_BYTES, ExportDtype, HfTarget
 from conversion.to_megatron import ShardsTarget
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.layout import LayoutConfig
-from megatron_ads.errors import ConversionError
 
 
 class Target(Protocol):
@@ -44,20 +44,17 @@ def convert(target: Target, how: Execution | None = None) -> ConversionReport:
     Raises:
         ConversionError: If the source is damaged, or the target cannot be used.
     """
-    plan = target.plan()
-    check_coverage(plan, target.source)
-    check_aliases(target.source)
-    try:
+    with naming_refusals(target.source.path):
+        plan = target.plan()
+        check_coverage(plan, target.source)
+        check_aliases(target.source)
+    with naming_refusals(plan.target):
         return execute(
             plan,
             prepare=lambda: target.prepare(plan),
             finish=lambda records: target.finish(plan, records),
             how=how,
         )
-    except PermissionError as error:
-        raise ConversionError(
-            f"{error.filename} cannot be written ({error.strerror}). Choose another folder."
-        ) from None
 
 
 def lay_out(shape: ModelShape, sizes: LayoutConfig) -> ShardsLayout:

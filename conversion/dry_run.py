@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from conversion.errors import naming_refusals
 from conversion.execute import free_bytes
 from conversion.plan import ConversionPlan, OutputFile
 from conversion.regions import BAND_ELEMENTS
@@ -54,8 +55,13 @@ class DryRun:
 
 
 def dry_run(plan: ConversionPlan, *, workers: int) -> DryRun:
-    """Estimate a plan's cost; writes and deletes a probe file on the target's disk."""
-    speed = probe_disk(plan.target)
+    """Estimate a plan's cost; writes and deletes a probe file on the target's disk.
+
+    Raises:
+        ConversionError: If the probe cannot be written.
+    """
+    with naming_refusals(plan.target):
+        speed = probe_disk(plan.target)
     return DryRun(
         files=len(plan.files),
         tensors=plan.tensor_count,

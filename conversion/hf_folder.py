@@ -1,6 +1,5 @@
 """Read a Hugging Face checkpoint folder: every header, no data. Old and transformers-5 configs, one file or many."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from conversion.errors import DamagedCheckpointError
 from conversion.fp8 import BLOCK, scale_shape
+from conversion.json_object import read_object
 from conversion.names import DERIVED_BUFFER, HfPart, Kind, Parameter, hf_aliases, parameters
 from conversion.regions import Rectangle, Region, StoredMatrix, whole
 from conversion.safetensors_file import StoredTensor, read_header
@@ -100,13 +100,9 @@ def open_hf_folder(path: Path) -> HfFolder:
 def read_config(path: Path) -> dict[str, Any]:
     """Return the parsed ``config.json`` of a checkpoint folder."""
     file = path / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConversionError(f"{file} does not exist: {path} is not a Hugging Face checkpoint folder.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DamagedCheckpointError(f"{file} is not JSON ({error}). Copy it again.") from None
-    return config
+    if not file.exists():
+        raise ConversionError(f"{file} does not exist: {path} is not a Hugging Face checkpoint folder.")
+    return read_object(file)
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
@@ -114,10 +110,9 @@ def _read_tensors(path: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]
         if not (path / SINGLE).exists():
             raise DamagedCheckpointError(f"{path} holds neither {INDEX} nor {SINGLE}. Copy the checkpoint again.")
         return read_header(path / SINGLE).tensors, (SINGLE,)
-    try:
-        weight_map: dict[str, str] = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
-        raise DamagedCheckpointError(f"{path / INDEX} has no readable weight_map ({error}). Copy it again.") from None
+    weight_map = read_object(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise DamagedCheckpointError(f"{path / INDEX} has no weight_map from tensors to files. Copy it again.")
     files = tuple(dict.fromkeys(weight_map.values()))
     headers = {file: read_header(path / file).tensors for file in files}
     for name, file in weight_map.items():
@@ -137,6 +132,12 @@ def _read_tensors(path: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]
 
 
 def _check_names(folder: HfFolder) -> None:
+    if folder.shape.num_layers + folder.shape.num_experts > len(folder.tensors):  # or to list them all takes forever
+        raise DamagedCheckpointError(
+            f"{folder.path} holds {len(folder.tensors)} tensors, too few for the num_hidden_layers = "
+            f"{folder.shape.num_layers} and n_routed_experts = {folder.shape.num_experts} of its config.json. "
+            "Copy the config and the files from the same revision."
+        )
     expected = {part.name for parameter in parameters(folder.shape).values() for part in parameter.parts}
     known = expected | set(folder.aliases) | set(folder.derived)
     missing = sorted(expected - folder.tensors.keys())

@@ -43,6 +43,11 @@ class ShardsLayout:
             )
         if self.shape.num_experts:
             self.layout.local_experts(self.shape.num_experts, 0)
+        width, etp = self.shape.expert_ffn_size, self.layout.etp
+        if width % etp:
+            raise ConversionError(
+                f"Experts of width {width} cannot be split over layout.etp = {etp} ranks. Choose a divisor of {width}."
+            )
 
     def rank_files(self) -> tuple[RankFile, ...]:
         """Return every distinct file, stage by stage: ``lcm(tp, ep * etp)`` of them a stage."""

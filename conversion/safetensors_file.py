@@ -123,6 +123,8 @@ def _read_json_header(file: Path) -> tuple[int, dict[str, Any], int]:
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
                 raise DamagedCheckpointError(f"{file} is truncated or not safetensors ({size} bytes). Copy it again.")
             header = json.loads(handle.read(length))
+        if not isinstance(header, dict):
+            raise DamagedCheckpointError(f"The header of {file} is not a JSON object. Copy the file again.")
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{file} is missing. Copy it again from where the checkpoint came from.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -131,15 +133,22 @@ def _read_json_header(file: Path) -> tuple[int, dict[str, Any], int]:
 
 
 def _stored(file: Path, name: str, entry: Mapping[str, Any], data_start: int) -> tuple[StoredTensor, int]:
-    begin, end = entry["data_offsets"]
-    if entry["dtype"] not in DTYPES:
+    try:
+        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        code, shape, begin, end = None, (), None, None
+    if not isinstance(code, str) or not all(isinstance(number, int) for number in (begin, end, *shape)):
         raise DamagedCheckpointError(
-            f"{name} in {file} is {entry['dtype']}; the dtypes that can be converted are {', '.join(DTYPES)}."
+            f"The header of {file} describes {name} without a dtype, a shape and data_offsets. Copy the file again."
         )
-    stored = StoredTensor(file, data_start + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    if code not in DTYPES:
+        raise DamagedCheckpointError(
+            f"{name} in {file} is {code}; the dtypes that can be converted are {', '.join(DTYPES)}."
+        )
+    stored = StoredTensor(file, data_start + begin, DTYPES[code], shape)
     if end - begin != stored.nbytes:
         raise DamagedCheckpointError(
-            f"{name} in {file} takes {end - begin} bytes, but {entry['dtype']} of shape {stored.shape} is "
+            f"{name} in {file} takes {end - begin} bytes, but {code} of shape {stored.shape} is "
             f"{stored.nbytes}. Copy the file again."
         )
     return stored, end

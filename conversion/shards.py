@@ -15,6 +15,7 @@ import torch
 from conversion.atomic_file import FileRecord, PreallocatedFile, tensor_bytes, write_small
 from conversion.derived_buffers import DerivedBuffer
 from conversion.errors import DamagedCheckpointError
+from conversion.json_object import read_object
 from conversion.names import Parameter, Split, parameters
 from conversion.rank_files import RankFile, ShardsLayout
 from conversion.regions import Region, StoredMatrix
@@ -157,21 +158,21 @@ def open_shards(path: Path) -> ShardsFolder:
         DamagedCheckpointError: If a file or tensor is missing, extra, truncated or of another shape than the layout
             gives it.
     """
+    manifest = read_object(path / MANIFEST)
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             raise DamagedCheckpointError(
                 f"{path / MANIFEST} is {manifest['format']} version {manifest['version']}; this program reads "
                 f"{FORMAT} version {VERSION}."
             )
         layout = _layout(manifest)
-        files = manifest["files"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        sizes = {name: record["bytes"] for name, record in manifest["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{path / MANIFEST} is damaged ({error}). Convert again.") from None
-    for name, record in files.items():
-        if (path / name).exists() and (path / name).stat().st_size != record["bytes"]:
+    for name, nbytes in sizes.items():
+        if (path / name).exists() and (path / name).stat().st_size != nbytes:
             raise DamagedCheckpointError(
-                f"{path / name} has {(path / name).stat().st_size} bytes, but {MANIFEST} says {record['bytes']}. "
+                f"{path / name} has {(path / name).stat().st_size} bytes, but {MANIFEST} says {nbytes}. "
                 "Copy it again, or convert again."
             )
     return ShardsFolder(path=path, manifest=manifest, layout=layout, pieces=_read_pieces(path, layout))

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from conversion.derived_buffers import DerivedBuffer
+from conversion.errors import naming_refusals
 from conversion.hf_folder import INDEX, SINGLE, open_hf_folder
 from conversion.journal import JOURNAL
 from conversion.names import Kind, Parameter, hf_aliases, parameters
@@ -121,6 +122,11 @@ def open_source(path: Path) -> WeightSource:
     Raises:
         ConversionError: If the folder is none of them, or is incomplete or damaged.
     """
+    with naming_refusals(path):
+        return _open_source(path)
+
+
+def _open_source(path: Path) -> WeightSource:
     if (path / JOURNAL).exists():
         raise ConversionError(
             f"{path} is the target of a conversion that has not finished. Wait for it, or run it again with --resume."
@@ -182,7 +188,7 @@ def _torch_dist_source(path: Path) -> WeightSource:
         shape=folder.shape,
         config=folder.config,
         side_folder=folder.side_folder,
-        aliases={name: known[name] for name in folder.carried.get("aliases", known)},
+        aliases={name: canonical for name, canonical in known.items() if name in folder.carried.get("aliases", known)},
         container=folder,
         derived={name: DerivedBuffer.parse(stored) for name, stored in folder.carried.get("derived", {}).items()},
     )

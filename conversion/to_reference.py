@@ -7,6 +7,7 @@ import torch
 
 from conversion.atomic_file import FileRecord, write_small
 from conversion.derived_buffers import DerivedBuffer
+from conversion.errors import naming_refusals
 from conversion.hf_folder import INDEX, SCALE_SUFFIX, HfFolder, open_hf_folder
 from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state
 from conversion.safetensors_file import SafetensorsHeader, StoredTensor, read_header
@@ -22,7 +23,8 @@ def reference_target(source: WeightSource, target: Path, reference: Path, dtype:
     Raises:
         ConversionError: If ``dtype`` asks for something else than the reference stores.
     """
-    opened = open_hf_folder(reference)
+    with naming_refusals(reference):
+        opened = open_hf_folder(reference)
     if dtype not in (ExportDtype.STORED, ExportDtype.FP8 if opened.is_fp8 else ExportDtype.BF16):
         raise ConversionError(
             f"--dtype {dtype} contradicts --reference {reference}, whose weights are "

@@ -1,12 +1,12 @@
 """Read the model part of a torch_dist checkpoint, from a conversion or a training job: headers only, no tensor data."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from conversion.errors import DamagedCheckpointError
+from conversion.json_object import read_object
 from conversion.layer_specs import LayerSpec
 from conversion.names import Parameter, parameters
 from conversion.regions import Rectangle, Region, StoredMatrix, whole
@@ -67,7 +67,7 @@ def open_torch_dist(path: Path, *, config_from: Path | None = None) -> TorchDist
             f"{path} has no {SIDE_FOLDER}/config.json, so its architecture is unknown. "
             f"Copy config.json and the tokenizer of the model into {path / SIDE_FOLDER}."
         )
-    config = json.loads((side_folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(side_folder / "config.json")
     shape = shape_from_config(config)
     metadata = read_metadata(path / METADATA)
     pieces: dict[str, tuple[Region, ...]] = {}
@@ -79,7 +79,7 @@ def open_torch_dist(path: Path, *, config_from: Path | None = None) -> TorchDist
         config=config,
         shape=shape,
         side_folder=side_folder,
-        carried=json.loads(carried.read_text(encoding="utf-8")) if carried.exists() else {},
+        carried=read_object(carried) if carried.exists() else {},
         pieces=pieces,
     )
 

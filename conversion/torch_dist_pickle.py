@@ -48,13 +48,18 @@ def read_metadata(file: Path) -> Any:
     Raises:
         DamagedCheckpointError: If it is not a pickle of that format, or refers to any other class.
     """
+    from torch.distributed.checkpoint.metadata import Metadata
+
     with file.open("rb") as handle:
         try:
-            return _MetadataUnpickler(handle).load()
+            found = _MetadataUnpickler(handle).load()
         except (EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise DamagedCheckpointError(f"{file} is damaged ({error}).") from None
         except pickle.UnpicklingError as error:
             raise DamagedCheckpointError(f"{file} cannot be read safely: {error}.") from None
+    if not isinstance(found, Metadata):
+        raise DamagedCheckpointError(f"{file} holds a {type(found).__name__}, not the metadata of a checkpoint.")
+    return found
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -108,12 +108,36 @@ def test_a_tensor_in_two_files(tmp_path):
         open_hf_folder(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"metadata": {}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
 def test_an_index_that_cannot_be_read(tmp_path, text):
     folder = bf16_checkpoint(tmp_path / "hf", files=2)
     (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(DamagedCheckpointError, match="no readable weight_map"):
+    with pytest.raises(DamagedCheckpointError, match=r"index\.json (is not JSON|holds a list|has no weight_map)"):
         open_hf_folder(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]"])
+def test_a_config_that_is_no_object(tmp_path, text):
+    folder = bf16_checkpoint(tmp_path / "hf")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(DamagedCheckpointError, match=r"config\.json (is not JSON|holds a list)"):
+        open_hf_folder(folder)
+
+
+@pytest.mark.parametrize("field", ["num_hidden_layers", "n_routed_experts"])
+def test_a_config_of_absurd_size_is_refused_at_once(tmp_path, field):
+    folder = bf16_checkpoint(tmp_path / "hf")
+    (folder / "config.json").write_text(json.dumps(V3 | {field: 10**9}))
+    with pytest.raises(DamagedCheckpointError, match=rf"147 tensors, too few for .*{field} = 1000000000"):
+        open_hf_folder(folder)
+
+
+def test_what_the_system_refuses_to_read_is_named(tmp_path):
+    folder = bf16_checkpoint(tmp_path / "hf")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(ConversionError, match=r"model\.safetensors cannot be read or written \(Is a directory\)"):
+        open_source(folder)
 
 
 def test_a_source_is_a_folder_or_a_hub_id(tmp_path, monkeypatch):

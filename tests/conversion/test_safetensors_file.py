@@ -78,6 +78,17 @@ def test_a_header_that_contradicts_the_file_is_refused(tmp_path, header, data, m
         read_header(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize(
+    "header",
+    [[1], {"a": [1]}, {"a": {}}, {"a": _entry(0, 4) | {"data_offsets": [0]}}, {"a": _entry(0, 4) | {"shape": ["2"]}}],
+    ids=["list", "entry", "empty", "offsets", "shape"],
+)
+def test_a_header_of_another_form_is_refused(tmp_path, header):
+    _write(tmp_path / "x.safetensors", header, b"1234")
+    with pytest.raises(DamagedCheckpointError, match=r"header of .*x\.safetensors (is not a JSON|describes a without)"):
+        read_header(tmp_path / "x.safetensors")
+
+
 @pytest.mark.parametrize("data", [b"", b"\x00" * 4, b"\xff" * 16, b"\x04\x00\x00\x00\x00\x00\x00\x00oops"])
 def test_what_is_not_safetensors_is_refused(tmp_path, data):
     (tmp_path / "x.safetensors").write_bytes(data)

@@ -1,11 +1,15 @@
 """Slices read straight from any checkpoint are those a tensor-parallel rank owns."""
 
+import json
+import pickle
+import shutil
 from functools import partial
 
 import pytest
 import torch
 
 from conversion.convert import convert, to_shards
+from conversion.errors import DamagedCheckpointError
 from conversion.sources import open_source
 from conversion.to_torch_dist import TorchDistTarget
 from megatron_ads.config.layout import LayoutConfig
@@ -50,6 +54,35 @@ def test_starting_from_hf_is_bit_equal_to_converting_first(sources):
 def test_an_unknown_parameter_is_named(sources):
     with pytest.raises(ConversionError, match=r"without a parameter 'decoder\.layers\.99"):
         sources["hf"].read("decoder.layers.99.input_layernorm.weight")
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "data", "message"),
+    [
+        ("shards", "manifest.json", b"[]", "holds a list, not a JSON object"),
+        ("shards", "manifest.json", b"{}", "manifest.json is damaged"),
+        ("dist", "hf/config.json", b"{", "is not JSON"),
+        ("dist", "conversion.json", b"[]", "holds a list, not a JSON object"),
+        ("dist", ".metadata", b"", "is damaged"),
+        ("dist", ".metadata", pickle.dumps({}), "holds a dict, not the metadata"),
+    ],
+    ids=["manifest list", "manifest empty", "config", "carried", "metadata empty", "metadata other"],
+)
+def test_a_description_that_is_damaged_is_refused(sources, tmp_path, kind, file, data, message):
+    shutil.copytree(sources[kind].path, tmp_path / kind)
+    (tmp_path / kind / file).write_bytes(data)
+    with pytest.raises(DamagedCheckpointError, match=message):
+        open_source(tmp_path / kind)
+
+
+@pytest.mark.parametrize(("field", "value"), [("layout", 5), ("layout", {"tp": 1}), ("pipeline", 5), ("files", [])])
+def test_a_manifest_with_a_field_of_another_form_is_refused(sources, tmp_path, field, value):
+    folder = tmp_path / "shards"
+    shutil.copytree(sources["shards"].path, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {field: value}))
+    with pytest.raises(DamagedCheckpointError, match=r"manifest\.json is damaged"):
+        open_source(folder)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
