@@ -120,6 +120,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return ``task_scores`` of ``model`` on the rows that ``recipe`` holds out, with the seconds it took.
 
+    Rows of general domains are not answered; their perplexity is under ``general``.
+
     Raises:
         ConfigError: If a number is impossible, or the recipe does not compose.
         DataError: If a file cannot be written, the recipe holds no rows out, or one of an unknown task, or the names
@@ -129,6 +131,7 @@ def evaluate(
     from megatron_ads.config.recipes import load_recipe
     from megatron_ads.data.corpus import read_corpus
     from megatron_ads.evaluation.asking import Asking
+    from megatron_ads.evaluation.general_rows import GENERAL, general_scores
     from megatron_ads.evaluation.model_folder import hugging_face_folder
     from megatron_ads.evaluation.name_answers import names_trained_on, read_names
     from megatron_ads.evaluation.reachable import best_answers
@@ -152,12 +155,16 @@ def evaluate(
             advertisers=advertisers,
             training=training,
         )
-        answers, seconds = _answer(model, folder, corpus.validation, asking, answers_file)
+        general = [row for row in corpus.validation if row.task in GENERAL]
+        rows = [row for row in corpus.validation if row.task not in GENERAL]
+        answers, seconds = _answer(model, folder, rows, asking, answers_file)
+        perplexities = general_scores(folder, general, batch_size=batch_size)
     scores = {
         "rows": len(answers),
         "seconds": seconds,
         "decoding": str(how.method),
         "tasks": task_scores(answers, training, advertisers, ground=ground, best=best_answers(data)),
+        "general": perplexities,
     }
     if html_file is not None:
         from conversion.atomic_file import write_small

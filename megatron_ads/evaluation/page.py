@@ -37,6 +37,10 @@ def evaluation_page(scores: Mapping[str, Any], answers: Sequence[Answer], *, tit
         section for task, of_task in by_task for section in _task_sections(task, scores["tasks"][task], list(of_task))
     ]
     figures = [_figure(task, of_task) for task, of_task in scores["tasks"].items()]
+    figures += [
+        Figure(label=domain, value=shown(of_domain["perplexity"]), note=f"perplexity, {of_domain['rows']} rows")
+        for domain, of_domain in scores["general"].items()
+    ]
     return render_page(title, about, figures, sections)
 
 

@@ -15,7 +15,11 @@ def text_tables(scores: Mapping[str, Any]) -> str:
         _relevance_table(of_task) if task == RELEVANCE else _task_table(of_task)
         for task, of_task in scores["tasks"].items()
     ]
-    return "\n\n".join([f"{scores['rows']} held-out rows, {scores['seconds']:.0f} s", *tables])
+    general = [
+        f"{domain}: perplexity {of_domain['perplexity']:.3f} of the targets of {of_domain['rows']} rows"
+        for domain, of_domain in scores["general"].items()
+    ]
+    return "\n\n".join([f"{scores['rows']} held-out rows, {scores['seconds']:.0f} s", *tables, *general])
 
 
 def _relevance_table(scores: Mapping[str, Any]) -> str:
