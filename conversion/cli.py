@@ -5,10 +5,14 @@ Exit status: 0 done, 1 ``verify`` found a difference, 2 the request could not be
 
 import argparse
 import json
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from megatron_ads.errors import ConversionError
 
 if TYPE_CHECKING:
     from conversion.convert import Target
@@ -45,6 +49,7 @@ _LAYOUT_OPTIONS = (
     ("ep", "expert-parallel ranks"),
     ("etp", "tensor-parallel ranks inside one expert"),
 )
+_LAYOUT_SETTINGS = (*(axis for axis, _ in _LAYOUT_OPTIONS), "pipeline", "first_stage_layers", "last_stage_layers")
 
 
 def add_convert_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -70,7 +75,7 @@ def add_verify_command(subparsers: "argparse._SubParsersAction[argparse.Argument
     verify.add_argument("a", metavar="A", help="Hugging Face, shards or torch_dist folder")
     verify.add_argument("b", metavar="B", help="another of any format")
     verify.add_argument(
-        "--tolerance", type=float, default=0.0, help="largest |a - b| that is let pass (default 0: bit for bit)"
+        "--tolerance", type=_tolerance, default=0.0, help="largest |a - b| that is let pass (default 0: bit for bit)"
     )
     verify.add_argument("--json", action="store_true", help="print the result as JSON")
     _add_workers(verify)
@@ -116,9 +121,7 @@ def _add_to_megatron(directions: "argparse._SubParsersAction[argparse.ArgumentPa
     command.add_argument(
         "--format", choices=("shards", "torch_dist"), default="shards", help="what to write (default shards)"
     )
-    command.add_argument(
-        "--layer-spec", choices=("local", "te"), default="local", help="whose keys torch_dist has (default local)"
-    )
+    command.add_argument("--layer-spec", choices=("local", "te"), help="whose keys torch_dist has (default local)")
     command.add_argument("--recipe", help="take the layout from this recipe")
     for axis, meaning in _LAYOUT_OPTIONS:
         command.add_argument(f"--{axis}", type=_positive, help=f"{meaning} (default 1)")
@@ -140,13 +143,22 @@ def _add_to_hf(directions: "argparse._SubParsersAction[argparse.ArgumentParser]"
     command.add_argument(
         "--reference", metavar="HF_DIR", help="keep this checkpoint's bytes where values are unchanged"
     )
-    command.add_argument("--max-shard-size", type=parse_bytes, default="5GB", help="largest file (default 5GB)")
+    command.add_argument("--max-shard-size", type=parse_bytes, help="largest file (default 5GB)")
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return value
 
 
@@ -167,23 +179,35 @@ def _to_megatron(args: argparse.Namespace) -> int:
     from conversion.to_megatron import ShardsTarget
     from conversion.to_torch_dist import TorchDistTarget
 
-    source = open_source(local_folder(args.source))
     if args.format == "torch_dist":
-        return _carry_out(args, TorchDistTarget(source, args.target, LayerSpec(args.layer_spec)))
+        _refuse(args, ("recipe", *_LAYOUT_SETTINGS), "torch_dist is the same for every layout")
+        source = open_source(local_folder(args.source))
+        return _carry_out(args, TorchDistTarget(source, args.target, LayerSpec(args.layer_spec or "local")))
+    _refuse(args, ("layer_spec",), "shards have the same names for every layer spec")
+    source = open_source(local_folder(args.source))
     return _carry_out(args, ShardsTarget(source, args.target, lay_out(source.shape, _sizes(args))))
 
 
 def _to_hf(args: argparse.Namespace) -> int:
     from conversion.hub import local_folder
     from conversion.sources import open_source
-    from conversion.to_hf import ExportDtype, HfTarget
+    from conversion.to_hf import DEFAULT_SHARD_BYTES, ExportDtype, HfTarget
     from conversion.to_reference import reference_target
 
+    if args.reference is not None:
+        _refuse(args, ("max_shard_size",), "the files are those of --reference")
     source = open_source(local_folder(args.source))
     dtype = ExportDtype(args.dtype)
     if args.reference is None:
-        return _carry_out(args, HfTarget(source, args.target, dtype, args.max_shard_size))
+        size = DEFAULT_SHARD_BYTES if args.max_shard_size is None else args.max_shard_size
+        return _carry_out(args, HfTarget(source, args.target, dtype, size))
     return _carry_out(args, reference_target(source, args.target, local_folder(args.reference), dtype))
+
+
+def _refuse(args: argparse.Namespace, settings: Sequence[str], reason: str) -> None:
+    """Refuse what was given and cannot take effect."""
+    if given := [f"--{name.replace('_', '-')}" for name in settings if getattr(args, name) is not None]:
+        raise ConversionError(f"{', '.join(given)} cannot take effect: {reason}. Leave it out.")
 
 
 def _sizes(args: argparse.Namespace) -> "LayoutConfig":
@@ -192,7 +216,7 @@ def _sizes(args: argparse.Namespace) -> "LayoutConfig":
     from megatron_ads.config.recipes import load_layout
 
     sizes = load_layout(args.recipe) if args.recipe else LayoutConfig()
-    for name in (*(axis for axis, _ in _LAYOUT_OPTIONS), "pipeline", "first_stage_layers", "last_stage_layers"):
+    for name in _LAYOUT_SETTINGS:
         if getattr(args, name) is not None:
             setattr(sizes, name, getattr(args, name))
     return sizes

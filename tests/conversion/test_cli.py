@@ -55,18 +55,21 @@ def test_a_difference_is_status_1_and_a_table(source, tmp_path, capsys):
         (["convert", "to-megatron", "{source}", "{source}/config.json/out", "--dry-run"], "cannot be read or written"),
         (["convert", "to-megatron", "{source}", "{tmp}/out", "--pp", "3"], "4 decoder layers"),
         (["convert", "to-megatron", "{source}", "{tmp}/out", "--etp", "1000000000"], "Experts of width 136"),
+        (
+            ["convert", "to-megatron", "{source}", "{tmp}/out", "--format", "torch_dist", "--pp", "2"],
+            "--pp cannot take",
+        ),
+        (["convert", "to-megatron", "{source}", "{tmp}/out", "--layer-spec", "te"], "--layer-spec cannot take"),
+        (
+            ["convert", "to-hf", "{source}", "{tmp}/out", "--reference", "{source}", "--max-shard-size", "1MB"],
+            "--max-shard-size cannot take effect",
+        ),
         (["convert", "to-hf", "{tmp}", "{tmp}/out"], "is not a checkpoint"),
         (["verify", "{source}", "{tmp}"], "is not a checkpoint"),
     ],
     ids=[
-        "foreign",
-        "no source",
-        "below a file",
-        "dry run there",
-        "stages",
-        "huge layout",
-        "not a checkpoint",
-        "verify nothing",
+        *("foreign", "no source", "below a file", "dry run", "stages", "etp", "torch_dist layout", "shards layer spec"),
+        *("reference and size", "not a checkpoint", "verify nothing"),
     ],
 )
 def test_what_cannot_be_carried_out_is_one_line_and_status_2(source, tmp_path, capsys, arguments, message):
@@ -89,6 +92,16 @@ def test_a_dry_run_writes_nothing(source, tmp_path, capsys):
     written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     assert expected["written_bytes"] == written
     assert expected["source_bytes"] == sum(file.stat().st_size for file in source.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--workers", "x", "'x' is not a whole number of at least 1"), ("--tolerance", "nan", "'nan' is not a number")],
+)
+def test_a_number_that_is_none_is_refused(source, capsys, option, value, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(["verify", str(source), str(source), option, value])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
