@@ -24,10 +24,17 @@ _METADATA_CLASSES = (
     "TensorProperties",
     "_MEM_FORMAT_ENCODING",
 )
-_IGNORED_MODULES = (
-    "torch.distributed.checkpoint.planner",
-    "megatron.core.dist_checkpointing.strategies.torch",
-)
+_IGNORED_CLASSES = {
+    "torch.distributed.checkpoint.planner": (
+        "SavePlan",
+        "WriteItem",
+        "WriteItemType",
+        "TensorWriteData",
+        "BytesIOWriteData",
+    ),
+    "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
+}
+"""By module, and never all of a module: what it imports, ``torch.os.system`` for one, can be named through it."""
 _DTYPES = tuple(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))
 _LOCAL_HEADER_BYTES = 30
 
@@ -78,7 +85,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return pathlib.PurePosixPath
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
-        if module in _IGNORED_MODULES:
+        if name in _IGNORED_CLASSES.get(module, ()):
             return _Ignored
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which does not belong to the format")
 

@@ -26,7 +26,6 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from conversion.atomic_file import sync_folder
 from conversion.shards import SIDE_FOLDER
 from conversion.side_files import copy_side_files
-from conversion.torch_dist_pickle import read_metadata
 from megatron_ads.errors import CheckpointError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.optim.chain import OptimizerChain
@@ -40,6 +39,7 @@ from megatron_ads.training.checkpoint_folder import (
     read_manifest,
     verify_files,
 )
+from megatron_ads.training.checkpoint_pickles import refuse_foreign_pickles
 from megatron_ads.training.shared_errors import failed_writes_named, raised_on_all_ranks
 from megatron_ads.training.torch_dist_writer import InProcessSave
 
@@ -157,11 +157,11 @@ def load_checkpoint(folder: Path, chunks: Sequence[Any], optimizer: OptimizerCha
 
     Raises:
         CheckpointError: If a file is missing, cut off or changed.
-        ConversionError: If the pickled index of the checkpoint refers to anything but tensors.
+        ConversionError, CheckpointError: If a pickled part refers to anything but plain values and tensors.
     """
     with raised_on_all_ranks():
         verify_files(folder, share=(dist.get_rank(), dist.get_world_size()))
-    read_metadata(folder / ".metadata")  # torch unpickles it freely; this refuses any class that is not the format's
+        refuse_foreign_pickles(folder)
     same_layout = read_manifest(folder)["layout"] == asdict(layout)
     state = _sharded_state(chunks, optimizer, loading=True)
     if not same_layout:

@@ -117,6 +117,23 @@ class Malicious:
         return os.mkdir, ("pwned",)
 
 
+def test_nothing_is_reached_through_a_module_of_the_format(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # What unpickling looks up may have dots: a function of a module that a module of the format imports.
+    module, name = b"torch.distributed.checkpoint.planner", b"torch.os.mkdir"
+    names = b"".join(pickle.SHORT_BINUNICODE + bytes([len(text)]) + text for text in (module, name))
+    call = pickle.SHORT_BINUNICODE + b"\x05pwned" + pickle.TUPLE1 + pickle.REDUCE
+    content = pickle.PROTO + b"\x04" + names + pickle.STACK_GLOBAL + call + pickle.STOP
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(
+        DamagedCheckpointError, match=r"it refers to torch\.distributed\.checkpoint\.planner\.torch\.os\.mkdir"
+    ):
+        read_metadata(tmp_path / ".metadata")
+    assert not (tmp_path / "pwned").exists()
+    pickle.loads(content)  # the negative twin: it would have run
+    assert (tmp_path / "pwned").exists()
+
+
 def test_foreign_classes_are_never_unpickled(dist, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(dist, tmp_path / "dist")

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import os
@@ -193,19 +194,59 @@ class _Payload:
         return os.mkdir, (str(self._trace),)
 
 
-def test_a_checkpoint_whose_index_would_run_code_is_refused_before_it_does(recipe: Recipe, tmp_path: Path) -> None:
+def _replace_file(checkpoint: Path, name: str, content: bytes) -> None:
+    """Replace a file by one that the manifest vouches for."""
+    (checkpoint / name).write_bytes(content)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": len(content), "crc32": zlib.crc32(content)}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _saved(payload: _Payload) -> bytes:
+    """Return what ``torch.save`` writes of it."""
+    import torch
+
+    file = io.BytesIO()
+    torch.save({"training": payload}, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("name", "written"), [(".metadata", pickle.dumps), ("common.pt", _saved)], ids=str)
+def test_a_checkpoint_that_would_run_code_is_refused_before_it_does(
+    name: str, written: Callable[[Any], bytes], recipe: Recipe, tmp_path: Path
+) -> None:
+    import torch
+
     run_ranks(2, train_and_save, recipe)
     checkpoint, trace = recipe.checkpoints / "step-00000001", tmp_path / "trace"
-    content = pickle.dumps(_Payload(trace))
-    (checkpoint / ".metadata").write_bytes(content)
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"][".metadata"] = {"bytes": len(content), "crc32": zlib.crc32(content)}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    content = written(_Payload(trace))
+    _replace_file(checkpoint, name, content)
     messages = run_ranks(2, _refusal, recipe, checkpoint)
-    assert all("cannot be read safely" in message for message in messages)
+    assert all("cannot be read safely" in message for message in messages), messages
     assert not trace.exists()
-    pickle.loads(content)  # the negative twin: unpickled freely, it runs
+    # The negative twin: unpickled freely, it runs.
+    pickle.loads(content) if name == ".metadata" else torch.load(io.BytesIO(content), weights_only=False)
     assert trace.exists()
+
+
+def test_a_weight_that_became_a_pickled_object_is_refused_before_it_runs(recipe: Recipe, tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    run_ranks(2, train_and_save, recipe)
+    checkpoint, trace = recipe.checkpoints / "step-00000001", tmp_path / "trace"
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())  # our own
+    key = next(key for key in metadata.state_dict_metadata if key.endswith("output_layer.weight"))
+    _replace_file(checkpoint, "payload.distcp", _saved(_Payload(trace)))
+    (index,) = (index for index in metadata.storage_data if index.fqn == key)
+    place = metadata.storage_data.pop(index)
+    metadata.state_dict_metadata[key] = BytesStorageMetadata()
+    metadata.storage_data[replace(index, offset=None, index=None)] = replace(
+        place, relative_path="payload.distcp", offset=0, length=(checkpoint / "payload.distcp").stat().st_size
+    )
+    _replace_file(checkpoint, ".metadata", pickle.dumps(metadata))
+    messages = run_ranks(2, _refusal, recipe, checkpoint)
+    assert all(f"has {key} as a pickled object" in message for message in messages), messages
+    assert not trace.exists()
 
 
 def _complete_steps(directory: Path) -> list[int]:
