@@ -26,10 +26,13 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor
-from torch.nn.functional import grouped_mm, linear
+from torch.nn.functional import grouped_mm, linear, pad
 
 from conversion.names import Parameter, Split
 from megatron_ads.models.adapter_shapes import Lora
+
+_GROUPED_ALIGNMENT_BYTES = 16
+"""Of the rows that torch's grouped product takes: a smaller rank is filled up with zeros there."""
 
 
 class Adapter(torch.nn.Module):
@@ -106,6 +109,8 @@ class Adapter(torch.nn.Module):
         a_NRI = self._whole_gradient(self.a_NRI, self._a_divided_dim)
         b_NOR = self._whole_gradient(self.b_NPOR, self._b_divided_dim).flatten(1, 2)
         if ends_E is not None:
+            if spare := -a_NRI.size(1) % (_GROUPED_ALIGNMENT_BYTES // a_NRI.itemsize):
+                a_NRI, b_NOR = pad(a_NRI, (0, 0, 0, spare)), pad(b_NOR, (0, spare))
             inner_TR = grouped_mm(x, a_NRI.transpose(1, 2), offs=ends_E)
             return output.add(grouped_mm(inner_TR, b_NOR.transpose(1, 2), offs=ends_E), alpha=self.scale)
         inner = self._exchange(linear(x, a_NRI[0]))
@@ -132,7 +137,7 @@ class Adapter(torch.nn.Module):
         """Return this rank's slice of ``W + scale B A`` for one of the weights, computed in FP32, in W's dtype."""
         index = next(index for index, parameter in enumerate(self.weights) if parameter.name == name)
         product = self.b_NPOR[index].flatten(0, 1).float() @ self.a_NRI[index].float()
-        return weight.float().add(product, alpha=self.scale).to(weight.dtype)
+        return (weight.float() + self.scale * product).to(weight.dtype)
 
     def sharded_factors(self, prefix: str) -> dict[str, ShardedTensor]:
         """Describe the factors to a distributed checkpoint, by parameter name; keys and shapes depend on no layout.

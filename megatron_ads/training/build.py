@@ -22,6 +22,7 @@ from megatron_ads.optim.build import build_optimizer, trains_experts_anywhere, w
 from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.optim.schedule import LearningRateSchedule
 from megatron_ads.runtime.device import device
+from megatron_ads.training.adapter_record import AdapterRecord
 from megatron_ads.training.frozen import freeze
 
 
@@ -36,6 +37,8 @@ class TrainedModel:
     """The same inside Megatron's DistributedDataParallel."""
     optimizer: OptimizerChain
     schedule: LearningRateSchedule
+    adapters: AdapterRecord | None
+    """The adapters that are trained; None: the weights are."""
 
 
 def build_model(
@@ -76,6 +79,7 @@ def build_model(
         chunks=chunks,
         optimizer=optimizer,
         schedule=_schedule(config.optim, config.train.steps),
+        adapters=None if lora is None else AdapterRecord.of(lora, source, models[0].config.params_dtype),
     )
 
 

@@ -4,7 +4,8 @@
     <dir>/.step-00000120.partial/   a save that was cut off; never read, removed by the next save
 
 Model keys and shapes are Megatron's own, so stock ``megatron.core.dist_checkpointing`` reads the model part. Nothing in
-a checkpoint depends on the layout but the random-number states, which are used again on the same layout only.
+a checkpoint depends on the layout but the random-number states, which are used again on the same layout only. Of a job
+that trains adapters it holds these and their optimizer state: the frozen weights are read from ``model.load`` again.
 """
 
 import json
@@ -30,6 +31,7 @@ from megatron_ads.errors import CheckpointError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.optim.state import load_optimizer_state, sharded_optimizer_state
+from megatron_ads.training.adapter_record import AdapterRecord, require_same_adapters
 from megatron_ads.training.checkpoint_folder import (
     FORMAT,
     MANIFEST,
@@ -65,10 +67,12 @@ def save_checkpoint(
     *,
     side_files: Path | None,
     keep_last: int,
+    adapters: AdapterRecord | None = None,
 ) -> Path:
     """Write one checkpoint; a collective over all ranks. Older ones beyond ``keep_last`` are deleted afterwards.
 
     ``side_files`` is a folder (config, tokenizer) copied along as ``hf/``, so that an export needs nothing else.
+    ``adapters`` describes the adapters that are trained, if it is not the weights: the checkpoint then holds only them.
 
     Raises:
         CheckpointError: On a full disk, or if a checkpoint of this step is already there; on every rank.
@@ -94,7 +98,7 @@ def save_checkpoint(
             if side_files is not None:
                 copy_side_files(side_files, partial / SIDE_FOLDER)
             merged = {name: entry for part in entries for name, entry in part.items()}
-            _finish(partial, final, merged, progress, layout)
+            _finish(partial, final, merged, progress, layout, adapters)
             for _, folder in complete_checkpoints(directory)[:-keep_last]:
                 _remove(folder)
     return final
@@ -123,7 +127,12 @@ def _file_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, in
 
 
 def _finish(
-    partial: Path, final: Path, entries: dict[str, dict[str, int]], progress: Progress, layout: ParallelLayout
+    partial: Path,
+    final: Path,
+    entries: dict[str, dict[str, int]],
+    progress: Progress,
+    layout: ParallelLayout,
+    adapters: AdapterRecord | None,
 ) -> None:
     """Rank 0: add the files nobody else owns, write the manifest last, and give the folder its name."""
     others = [file for file in partial.rglob("*") if file.is_file() and str(file.relative_to(partial)) not in entries]
@@ -132,6 +141,7 @@ def _finish(
         "step": progress.step,
         "updates": progress.updates,
         "layout": asdict(layout),
+        "adapters": None if adapters is None else adapters.as_json(),
         "files": dict(sorted((entries | _file_entries(partial, others)).items())),
     }
     temporary = partial / f"{MANIFEST}.partial"
@@ -152,17 +162,26 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def load_checkpoint(folder: Path, chunks: Sequence[Any], optimizer: OptimizerChain, layout: ParallelLayout) -> Progress:
+def load_checkpoint(
+    folder: Path,
+    chunks: Sequence[Any],
+    optimizer: OptimizerChain,
+    layout: ParallelLayout,
+    *,
+    adapters: AdapterRecord | None = None,
+) -> Progress:
     """Load a checkpoint, saved under this or any other layout, into the model and the optimizer; a collective.
 
     Raises:
-        CheckpointError: If a file is missing, cut off or changed.
+        CheckpointError: If a file is missing, cut off or changed, or if it is not of these ``adapters``.
         ConversionError, CheckpointError: If a pickled part refers to anything but plain values and tensors.
     """
     with raised_on_all_ranks():
         verify_files(folder, share=(dist.get_rank(), dist.get_world_size()))
         refuse_foreign_pickles(folder)
-    same_layout = read_manifest(folder)["layout"] == asdict(layout)
+    manifest = read_manifest(folder)
+    require_same_adapters(folder, manifest.get("adapters"), adapters)
+    same_layout = manifest["layout"] == asdict(layout)
     state = _sharded_state(chunks, optimizer, loading=True)
     if not same_layout:
         del state["rng"]
@@ -198,8 +217,11 @@ def core_model(chunk: Any) -> Any:
 
 
 def _load_model(chunk: Any, state: dict[str, Any]) -> None:
-    missing, unexpected = core_model(chunk).load_state_dict(state, strict=False)
+    model = core_model(chunk)
+    missing, unexpected = model.load_state_dict(state, strict=False)
     missing = [name for name in missing if not name.endswith("_extra_state")]
+    if model.trains_adapters:  # the frozen weights were loaded before
+        missing = [name for name in missing if ".adapter" in name]
     if missing or unexpected:
         raise CheckpointError(
             f"the checkpoint does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}."

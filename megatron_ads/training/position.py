@@ -52,7 +52,9 @@ class Position:
                 "there, or set checkpoint.resume=true to go on from it."
             )
         if folder is not None:
-            progress = checkpoint.load_checkpoint(folder, model.chunks, model.optimizer, layout)
+            progress = checkpoint.load_checkpoint(
+                folder, model.chunks, model.optimizer, layout, adapters=model.adapters
+            )
             stream.load_state_dict(progress.data)
             position.step = progress.step
             logger.info("resumed from %s, after step %d", folder, progress.step)
@@ -73,6 +75,7 @@ class Position:
             self.layout,
             side_files=self.source.side_folder,
             keep_last=self.config.checkpoint.keep_last,
+            adapters=self.model.adapters,
         )
         return time.monotonic() - started
 

@@ -133,7 +133,7 @@ def resume_and_train(recipe: Recipe) -> Losses:
 
     model, shards, _ = start(recipe)
     _, folder = complete_checkpoints(recipe.checkpoints)[-1]
-    progress = load_checkpoint(folder, model.chunks, model.optimizer, shards.layout)
+    progress = load_checkpoint(folder, model.chunks, model.optimizer, shards.layout, adapters=model.adapters)
     return run_steps(model, shards, progress.step, recipe.steps)
 
 
@@ -151,4 +151,5 @@ def save(recipe: Recipe, model: Any, shards: Any, source: WeightSource) -> Path:
         shards.layout,
         side_files=source.side_folder,
         keep_last=2,
+        adapters=model.adapters,
     )
