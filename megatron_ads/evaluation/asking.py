@@ -1,7 +1,7 @@
-"""Ask a checkpoint: rows become prompts, prompts of like length a batch, and what the model writes becomes answers."""
+"""Ask a checkpoint: rows become prompts, like ones a batch, and what the model writes becomes answers."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ class Asking:
     """How rows are answered."""
 
     how: Decoding = GREEDY
-    max_new_tokens: int
-    """Longest answer, reasoning included; valid names may be longer."""
+    max_new_tokens: Mapping[str, int]
+    """Longest answer of each task, reasoning included; valid names may be longer."""
     batch_size: int
     """Sequences generated at once; a row with beams is several."""
     advertisers: AdvertiserNames = NO_NAMES
@@ -37,7 +37,7 @@ class Asking:
         """Return what answers depend on besides the model and the rows, as JSON values."""
         return {
             **asdict(self.how),
-            "max_new_tokens": self.max_new_tokens,
+            "max_new_tokens": dict(sorted(self.max_new_tokens.items())),
             "batch_size": self.batch_size,
             "names": self.advertisers.names if self.how.method is Method.constrained_beam else None,
             "trained_on": [[row.label, row.prompt[-1].content] for row in self.training]
@@ -60,22 +60,23 @@ class RowAsker:
         self._collaborative: CollaborativeModel | None = None
 
     def batches(self) -> list[list[int]]:
-        """Return the numbers of the rows that are answered together: of like length, so that little is padded.
+        """Return the numbers of the rows that are answered together, all of one task, whose answers are of like length.
 
-        They depend on the rows and on how they are asked, not on what has been answered before.
+        Prompts are of like length too, so that little is padded. Batches depend on the rows and on how they are asked,
+        not on what has been answered before.
         """
         how, size = self._asking.how, self._asking.batch_size
         found = []
-        for named in (False, True):
-            rows = [number for number in range(len(self._rows)) if self._answers_by_name(number) is named]
+        for task in sorted({row.task for row in self._rows}):
+            rows = [number for number, row in enumerate(self._rows) if row.task == task]
             rows.sort(key=lambda number: len(self._tokens[number]))
-            with_beams = named or how.method is Method.beam
+            with_beams = self._answers_by_name(rows[0]) or how.method is Method.beam
             width = max(1, size // how.beams) if with_beams else size
             found += [rows[start : start + width] for start in range(0, len(rows), width)]
         return found
 
     def answer(self, batch: Sequence[int], *, draw: int) -> list[Answer]:
-        """Answer the rows of a batch, all of which are answered by name, or none; ``draw`` is the batch's number.
+        """Answer the rows of a batch, which are of one task; ``draw`` is the batch's number.
 
         Raises:
             ConversionError: If transformers cannot load the folder.
@@ -86,7 +87,7 @@ class RowAsker:
             self._generator = Generator(self._folder, end_token=end, pad_token=end)
         if self._answers_by_name(batch[0]):
             return self._names(self._generator, batch)
-        how, limit = self._asking.how, self._asking.max_new_tokens
+        how, limit = self._asking.how, self._asking.max_new_tokens[self._rows[batch[0]].task]
         prompts = [self._tokens[number] for number in batch]
         if how.method is Method.beam:
             found = self._generator.beams(prompts, how=how, max_new_tokens=limit)

@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write scores and failed answers there, as a page")
     parser.add_argument("--batch-size", type=int, default=64, help="sequences generated at once (default 64)")
     parser.add_argument(
-        "--max-new-tokens", type=int, help="longest answer (default: a quarter longer than the longest training target)"
+        "--max-new-tokens",
+        type=int,
+        help="longest answer (default: a quarter longer than the task's longest training target)",
     )
     parser.add_argument("--json", action="store_true", help="print the scores as one line of JSON")
     _add_decoding_arguments(parser.add_argument_group("decoding"))
@@ -150,7 +152,7 @@ def evaluate(
     with hugging_face_folder(model) as folder:
         asking = Asking(
             how=how,
-            max_new_tokens=max_new_tokens or _longest_answer(folder, training),
+            max_new_tokens=_longest_answers(folder, corpus.validation, training, max_new_tokens),
             batch_size=batch_size,
             advertisers=advertisers,
             training=training,
@@ -197,9 +199,18 @@ _UNUSED = ("model.load=unused",)
 """Settings that a recipe demands and that play no part here."""
 
 
-def _longest_answer(model: Path, training: "Sequence[ChatRow]") -> int:
-    """Return the limit in tokens: what the model was taught to say, and ``MARGIN``."""
+def _longest_answers(
+    model: Path, asked: "Sequence[ChatRow]", training: "Sequence[ChatRow]", given: int | None
+) -> dict[str, int]:
+    """Return the limit of each task in tokens: ``given``, or what the model was taught to say there and ``MARGIN``."""
     from megatron_ads.data.tokenizer import load_tokenizer
 
+    tasks = {row.task for row in asked}
+    if given:
+        return dict.fromkeys(tasks, given)
     tokenizer = load_tokenizer(model)
-    return round(MARGIN * max(len(tokenizer.encode(row.target)) for row in training)) + 1
+    taught = dict.fromkeys(tasks, 0)
+    for row in training:
+        taught[row.task] = max(taught.get(row.task, 0), len(tokenizer.encode(row.target)))
+    # A task that is held out only may say as much as any other.
+    return {task: round(MARGIN * (taught[task] or max(taught.values()))) + 1 for task in tasks}

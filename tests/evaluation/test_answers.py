@@ -17,11 +17,11 @@ from megatron_ads.evaluation.asking import Asking, RowAsker
 from megatron_ads.evaluation.decoding import Decoding, Method
 from megatron_ads.evaluation.generator import Completion
 from megatron_ads.evaluation.name_answers import AdvertiserNames, NameForms
-from megatron_ads.tasks import next_advertiser
+from megatron_ads.tasks import next_advertiser, relevance
 from tests.evaluation.advertiser_rows import name_row
 
 ROWS = builtin_rows(6)
-GREEDY = Asking(max_new_tokens=64, batch_size=8)
+GREEDY = Asking(max_new_tokens={relevance.TASK: 64}, batch_size=8)
 NAMES = AdvertiserNames(("Acme", "Acme Tools", "Bolt"), "here")
 
 
@@ -82,13 +82,14 @@ def _length(row: ChatRow, tokenizer: ChatTokenizer) -> int:
     return len(tokenizer.encode(render_prompt(row.prompt, tokenizer)))
 
 
-def test_rows_that_are_answered_by_name_have_batches_of_their_own(folder: Path) -> None:
+def test_each_task_has_batches_of_its_own(folder: Path) -> None:
     rows = [*ROWS[:3], name_row("1", "Acme"), name_row("2", "Bolt"), name_row("3", "Acme")]
     how = Decoding(method=Method.constrained_beam, beams=4)
-    batches = RowAsker(folder, rows, Asking(how=how, max_new_tokens=8, batch_size=8, advertisers=NAMES)).batches()
-    assert [len(batch) for batch in batches] == [3, 2, 1]  # beams are sequences too: 8 of them are 2 rows
+    batches = RowAsker(folder, rows, Asking(how=how, max_new_tokens={}, batch_size=8, advertisers=NAMES)).batches()
+    # Beams are sequences too: 8 of them are 2 rows. Only the next advertiser is answered by name.
+    tasks = [[rows[number].task for number in batch] for batch in batches]
+    assert tasks == [[next_advertiser.TASK] * 2, [next_advertiser.TASK], [relevance.TASK] * 3]
     assert sorted(number for batch in batches for number in batch) == list(range(6))
-    assert set(batches[0]) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("opened", ["", "<think>"])
