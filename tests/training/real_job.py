@@ -38,6 +38,8 @@ class RealJob:
     steps: int = 12
     save_every: int = 2
     timeout_seconds: int = 40
+    overrides: list[str] = field(default_factory=list)
+    """Further settings, ``reweight.tasks=true``; they win over those above."""
     longest_wait: float = 180.0
     """Seconds that starting or finishing may take."""
     processes: list["subprocess.Popen[bytes] | ForkedRank"] = field(default_factory=list)
@@ -66,6 +68,7 @@ class RealJob:
             f"runtime.timeout_seconds={self.timeout_seconds}",
             "runtime.threads=1",
             *(f"layout.{name}={size}" for name, size in layout.items()),
+            *self.overrides,
         ]
 
     def start_ranks(self, *, forked: bool = False) -> None:
