@@ -17,6 +17,8 @@ EXTRAS = {
         "pytest>=9.0",
         "pytest-timeout>=2.4",
         "ruff>=0.17",
+        # An OpenAI-compatible server that cooking is tested with.
+        "transformers[serving]>=5.17",
         "types-PyYAML",
         "types-psutil",
         "types-tqdm",

@@ -5,7 +5,7 @@ Source: AdNanny, section 3.4 (textual alignment with the input, logical soundnes
 
 from collections.abc import Sequence
 
-from megatron_ads.cooking.answering import Answer, Desk, Finish, Request
+from megatron_ads.cooking.answering import Answer, Desk, Finish
 from megatron_ads.cooking.candidates import Candidate, Removed, passing
 from megatron_ads.cooking.config import AnsweringConfig
 from megatron_ads.cooking.prompts import answer_of, question_of
@@ -30,18 +30,19 @@ def remove_rejected(candidates: Sequence[Candidate], desk: Desk, config: Answeri
         DataError: If the verifier stopped answering.
     """
     left = passing(candidates)
-    requests = (_request(candidate, config, seed) for candidate in left)
+    requests = (chat_request(verifier_messages(candidate), config, seed=seed) for candidate in left)
     answers = desk.ask(requests, total=len(left), description="verifying")
     for candidate, answer in zip(left, answers, strict=True):
         _judge(candidate, answer)
 
 
-def _request(candidate: Candidate, config: AnsweringConfig, seed: int) -> Request:
+def verifier_messages(candidate: Candidate) -> list[dict[str, str]]:
+    """Return the conversation that asks for a verdict on one piece of reasoning."""
     content = (
         f"A question:\n\n{question_of(candidate.row)}\n\nReasoning:\n\n{candidate.reasoning}\n\nIts answer:\n\n"
         f"{answer_of(candidate.row)}\n\n{_TEXT}"
     )
-    return chat_request([{"role": str(Role.user), "content": content}], config, seed=seed)
+    return [{"role": str(Role.user), "content": content}]
 
 
 def _judge(candidate: Candidate, answer: Answer | None) -> None:

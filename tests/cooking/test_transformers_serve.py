@@ -1,4 +1,4 @@
-"""A real OpenAI-compatible server as teacher and verifier: `transformers serve` with a tiny random model."""
+"""A real OpenAI-compatible server as teacher and verifier: `transformers serve` with a tiny model."""
 
 import importlib.util
 import os
@@ -13,10 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ads.cooking.candidates import Candidate
 from megatron_ads.cooking.cook import cook, open_kitchen
+from megatron_ads.cooking.prompts import LABEL_GIVEN, teacher_messages
 from megatron_ads.cooking.report import as_report
-from tests.cooking.kitchens import recipe
-from tests.cooking.tiny_model import write_tiny_model
+from megatron_ads.cooking.verifier import verifier_messages
+from megatron_ads.data.jsonl import jsonl_rows
+from tests.cooking.kitchens import recipe, write_rows
+from tests.cooking.tiny_model import write_taught_model
 
 NEEDED = ("fastapi", "uvicorn", "openai", "accelerate")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -27,9 +31,20 @@ pytestmark = [
 ]
 
 
+REASONING = "The wish and the offer are the same thing, and nothing else speaks against it."
+VERDICT = "<Aligned>yes</Aligned><Sound>yes</Sound><Faithful>yes</Faithful>"
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+    """A model that was taught two things: to find every ad good, and to approve of that."""
+    folder = tmp_path_factory.mktemp("taught")
+    rows = jsonl_rows(write_rows(folder / "rows.jsonl", 3))
+    asked = [teacher_messages(row, LABEL_GIVEN, wording) for row in rows for wording in range(3)]
+    said = [(messages[0]["content"], f"<Reasoning>{REASONING}</Reasoning><Label>Good</Label>") for messages in asked]
+    judged = [verifier_messages(Candidate(row=row, number=0, text="", reasoning=REASONING)) for row in rows]
+    said += [(messages[0]["content"], VERDICT) for messages in judged]
+    return write_taught_model(folder, said)
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +80,30 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) 
     pytest.fail(f"transformers serve did not come up:\n{log.read_text()[-3000:]}")
 
 
-def test_a_run_against_a_real_server_counts_every_candidate_and_asks_once(
+def test_a_run_against_a_real_server_keeps_what_is_right_counts_the_rest_and_asks_once(
     model: Path, url: str, tmp_path: Path
 ) -> None:
-    changes = [f"teacher.model='{model}'", "teacher.max_tokens=8", "candidates=2", "golden.rows=0"]
+    changes = [f"teacher.model='{model}'", "teacher.temperature=0", "teacher.max_tokens=128", "candidates=2"]
+    changes += [f"verifier.url='{url}'", f"verifier.model='{model}'", "reject.min_details=0"]
     config = recipe(tmp_path, url, *changes, rows=3)
+    # The model says Good, the labels are Bad, Fair, Good; the second candidate of each row repeats the first.
     for asked, known in ((6, 0), (0, 6)):
         with open_kitchen(config) as kitchen:
             report = as_report(cook(config, kitchen), kitchen, config)
+        removed = {found["filter"]: found["removed"] for found in report["filters"] if found["removed"]}
+        assert removed == {"label_differs": 4, "repeats_another": 1}
         used = report["models"]["teacher"]
         assert (used["asked"], used["from_journal"], used["gave_up"], used["failures"]) == (asked, known, 0, {})
-        assert used["prompt_tokens"] > 6 * 50
-        assert 6 <= used["answer_tokens"] <= 6 * 8
-        # A random model says nothing that could be kept: every candidate is counted as removed, by its form or length.
-        removed = {found["filter"]: found["removed"] for found in report["filters"] if found["removed"]}
-        assert set(removed) <= {"schema", "cut_off"}
-        assert sum(removed.values()) == report["candidates"] == 6
+        assert used["finishes"] == {"ended": 6}
+        assert used["prompt_tokens"] > 6 * 200
+        assert report["models"]["verifier"]["finishes"] == {"ended": 1}
+    (row,) = jsonl_rows(tmp_path / "out" / "train.jsonl")
+    assert row.target == f"<think>{REASONING}</think><Label>Good</Label>"
+
+
+def test_an_answer_that_reaches_the_limit_is_cut_off(model: Path, url: str, tmp_path: Path) -> None:
+    config = recipe(tmp_path, url, f"teacher.model='{model}'", "teacher.temperature=0", "teacher.max_tokens=8", rows=3)
+    with open_kitchen(config) as kitchen:
+        report = as_report(cook(config, kitchen), kitchen, config)
+    assert report["models"]["teacher"]["finishes"] == {"cut_off": 3}
+    assert report["models"]["teacher"]["answer_tokens"] == 3 * 8
