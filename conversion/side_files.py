@@ -1,5 +1,6 @@
 """The files beside the weights of a Hugging Face folder that must travel with them: config, tokenizer, custom code."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -23,11 +24,22 @@ def _is_left_behind(file: Path) -> bool:
 
 
 def copy_side_files(source: Path, target: Path, *, skip: tuple[str, ...] = ()) -> None:
-    """Copy the side files of ``source`` into ``target``, but those named in ``skip``."""
+    """Copy the side files of ``source`` into ``target``, but those named in ``skip``; they are on disk afterwards."""
     with naming_full_disk(target):
         target.mkdir(parents=True, exist_ok=True)
+        folders = {target}
         for file in side_files(source):
             if str(file) not in skip:
-                (target / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source / file, target / file)
-        sync_folder(target)
+                copy = target / file
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                _copy(source / file, copy)
+                folders.add(copy.parent)
+        for folder in folders:
+            sync_folder(folder)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as reader, target.open("wb") as writer:
+        shutil.copyfileobj(reader, writer)
+        writer.flush()
+        os.fsync(writer.fileno())
