@@ -60,45 +60,32 @@ def weights_without_gradient() -> Iterator[None]:
 
 
 @contextmanager
-def samples_see_each_other() -> Iterator[None]:
+def _attend_with(**changes: Callable[[Any], Any]) -> Iterator[None]:
+    """Attention gets some of its keyword arguments changed."""
+    from megatron_ads.models import latent_attention
+
+    right = latent_attention.attend
+
+    def wrong(*args: Any, **kwargs: Any) -> Tensor:
+        return right(*args, **kwargs | {name: change(kwargs[name]) for name, change in changes.items()})
+
+    with patch.object(latent_attention, "attend", wrong):
+        yield
+
+
+def samples_see_each_other() -> AbstractContextManager[None]:
     """Samples that share a packed row attend to each other."""
-    from megatron_ads.models import latent_attention
-
-    right = latent_attention.attend
-
-    def wrong(*args: Any, boundaries: Tensor | None = None, **kwargs: Any) -> Tensor:
-        return right(*args, boundaries=None, **kwargs)
-
-    with patch.object(latent_attention, "attend", wrong):
-        yield
+    return _attend_with(boundaries=lambda _: None)
 
 
-@contextmanager
-def softmax_scale_rounded_to_bf16() -> Iterator[None]:
+def softmax_scale_rounded_to_bf16() -> AbstractContextManager[None]:
     """The factor on the attention scores, YaRN's mscale included, is rounded to BF16."""
-    from megatron_ads.models import latent_attention
-
-    right = latent_attention.attend
-
-    def wrong(*args: Any, scale: float, **kwargs: Any) -> Tensor:
-        return right(*args, scale=float(torch.tensor(scale).bfloat16()), **kwargs)
-
-    with patch.object(latent_attention, "attend", wrong):
-        yield
+    return _attend_with(scale=lambda scale: float(torch.tensor(scale).bfloat16()))
 
 
-@contextmanager
-def softmax_scale_halved() -> Iterator[None]:
+def softmax_scale_halved() -> AbstractContextManager[None]:
     """The factor on the attention scores is half of what it should be, about YaRN's mscale squared."""
-    from megatron_ads.models import latent_attention
-
-    right = latent_attention.attend
-
-    def wrong(*args: Any, scale: float, **kwargs: Any) -> Tensor:
-        return right(*args, scale=scale / 2, **kwargs)
-
-    with patch.object(latent_attention, "attend", wrong):
-        yield
+    return _attend_with(scale=lambda scale: scale / 2)
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from megatron_ads.runtime import cpu_compat
 def main(call: str, answer: str) -> None:
     """Make the call; an exception ends the process with its traceback and status 1."""
     cpu_compat.install()  # nothing where there is a device; first, so that without one the call runs on the CPU
+    # A function and records of this project's own, which only full unpickling restores. The process that started this
+    # one has just written them to a folder that it made for itself alone.
     function, args = torch.load(call, weights_only=False)
     try:
         torch.save(function(*args), answer)
