@@ -122,7 +122,7 @@ _set_up() {
     # torch first, at the exact version of the constraints: a looser request, made by another package, may take a
     # build of several GB. setuptools builds what has no wheel.
     _pip_install "torch" ${MEGATRON_ADS_TORCH_INDEX:+--extra-index-url "$MEGATRON_ADS_TORCH_INDEX"} torch setuptools
-    _pip_install "the other packages" --use-pep517 --no-build-isolation -e "$MEGATRON_ADS_ROOT[dev]"
+    _pip_install "the other packages" --use-pep517 --no-build-isolation -e "${MEGATRON_ADS_ROOT}[dev]"
     _wanted_stamp "$(_version_of "$MEGATRON_ADS_VENV/bin/python")" >"$_stamp.partial"
     mv -- "$_stamp.partial" "$_stamp"
     rm -f -- "$_unfinished"
