@@ -28,9 +28,10 @@ from megatron_ads.launching.attempts import (
     fruitless_attempts,
     judge,
 )
+from megatron_ads.launching.environment_number import environment_number
 from megatron_ads.launching.failures import describe_failure
 from megatron_ads.launching.job_check import check_job, needs_gpu, one_line
-from megatron_ads.launching.slurm_steps import NodesCheck, check_nodes, meeting_place, rehearse, say
+from megatron_ads.launching.slurm_steps import NodesCheck, ask_slurm, check_nodes, meeting_place, rehearse, say
 from megatron_ads.launching.sweep import sweep_overrides
 from megatron_ads.runtime.exit_status import ExitStatus
 from megatron_ads.runtime.rank_record import FOLDER_VARIABLE, read_records
@@ -170,7 +171,7 @@ class Attempt:
 
 def most_restarts(environment: Mapping[str, str]) -> int:
     """Return how often a job may be started again without having got on."""
-    return int(environment.get("MEGATRON_ADS_MAX_RESTARTS", "3"))
+    return environment_number(environment, "MEGATRON_ADS_MAX_RESTARTS", 3)
 
 
 def rank_environment(allocation: Allocation, records: Path, environment: Mapping[str, str]) -> dict[str, str]:
@@ -197,7 +198,8 @@ def _wait(job: "subprocess.Popen[bytes]", has_failed: Callable[[], bool], notice
         now = time.monotonic()
         if notice.received is not None and now > next_notice:
             say(f"{notice.received.name}: the ranks are told to save a checkpoint and stop")
-            subprocess.run(["scancel", "--quiet", "--signal=USR1", number], timeout=60, check=False)
+            if problem := ask_slurm("scancel", "--quiet", "--signal=USR1", number):
+                say(f"they could not be told, and will be again: {problem}")
             next_notice = now + _NOTICE_SECONDS
         if give_up is None and has_failed():
             give_up = now + _GRACE_SECONDS
@@ -209,11 +211,8 @@ def _wait(job: "subprocess.Popen[bytes]", has_failed: Callable[[], bool], notice
 
 def _requeue(allocation: Allocation) -> None:
     """Put this job back into the queue, which ends this process."""
-    answer = subprocess.run(
-        ["scontrol", "requeue", allocation.job], capture_output=True, text=True, timeout=60, check=False
-    )
-    if answer.returncode != 0:
-        say(f"Slurm did not take the job back: {answer.stderr.strip()}. Submit it again to go on from the checkpoint.")
+    if problem := ask_slurm("scontrol", "requeue", allocation.job):
+        say(f"Slurm did not take the job back: {problem}. Submit it again to go on from the checkpoint.")
         return
     time.sleep(_REQUEUE_SECONDS)
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ads.launching.allocation import Allocation
+from megatron_ads.launching.environment_number import environment_number
 from megatron_ads.launching.tiling import read_reports, summary, tiling_problems
 from megatron_ads.planning.job import load_job
 from megatron_ads.runtime.exit_status import ExitStatus
 
 _CHECK_SECONDS = 300.0
 _REHEARSAL_SECONDS = 900.0
+_ANSWER_SECONDS = 60.0
 
 
 def say(text: str) -> None:
@@ -23,15 +25,30 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} [launch] {text}", flush=True)
 
 
+def ask_slurm(*command: str) -> str | None:
+    """Run one of Slurm's own programs; return what went wrong, or None."""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"{command[0]} did not answer in {_ANSWER_SECONDS:.0f} s"
+    if answer.returncode == 0:
+        return None
+    return " ".join(answer.stderr.split()) or f"{command[0]} ended with status {answer.returncode}"
+
+
 def meeting_place(environment: Mapping[str, str]) -> tuple[str, str]:
     """Return address and port at which node 0 listens.
 
     It is the node of the batch step, so its name is ours, and a port that is free here is free there.
+
+    Raises:
+        ConfigError: If MASTER_PORT is given and no number.
     """
     with socket.socket() as probe:
         probe.bind(("", 0))
-        port = str(probe.getsockname()[1])
-    return environment.get("MASTER_ADDR", socket.gethostname()), environment.get("MASTER_PORT", port)
+        free = int(probe.getsockname()[1])
+    port = environment_number(environment, "MASTER_PORT", free)
+    return environment.get("MASTER_ADDR", socket.gethostname()), str(port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +91,11 @@ def rehearse(allocation: Allocation, recipe: str, overrides: Sequence[str]) -> i
         *("srun", "--input=none", "--kill-on-bad-exit=0", sys.executable, "-m", "megatron_ads.launching.rank_report"),
         *("--recipe", recipe, *overrides),
     ]
-    with file.open("wb") as output:
-        subprocess.run(command, stdout=output, timeout=_REHEARSAL_SECONDS, check=False)
+    try:
+        with file.open("wb") as output:
+            subprocess.run(command, stdout=output, timeout=_REHEARSAL_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        say(f"the tasks did not all report within {_REHEARSAL_SECONDS:.0f} s")
     reports, problems = read_reports(file)
     problems += tiling_problems(reports, job, allocation.nodes)
     for line in (*summary(reports, job), *problems, f"the reports: {file.absolute()}"):

@@ -22,7 +22,8 @@ def sweep_overrides(
     """Return the overrides of one element of an array, its folder included; none outside of an array.
 
     Raises:
-        ConfigError: If the array has no sweep file, the file no such line, or the elements would share checkpoints.
+        ConfigError: If the array has no sweep file, the file no such line or one with an open quote, or the elements
+            would share checkpoints.
     """
     file = environment.get(SWEEP_VARIABLE)
     if index is None:
@@ -34,7 +35,11 @@ def sweep_overrides(
             f"This is element {index} of a job array, but {SWEEP_VARIABLE} is not set: all elements would do the same. "
             f"Submit with --export=ALL,{SWEEP_VARIABLE}=FILE, where line N of FILE holds the overrides of element N."
         )
-    line = shlex.split(sweep_line(Path(file), index))
+    text = sweep_line(Path(file), index)
+    try:
+        line = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"The sweep {file} holds {text!r} for element {index}: {error}. Mend this line.") from None
     before = load_recipe(recipe, [*overrides, *line])
     own = [*line, f"log.dir={before.log.dir}/sweep-{index}"]
     if load_recipe(recipe, [*overrides, *own]).checkpoint.dir == before.checkpoint.dir:

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Self
 
 from megatron_ads.errors import ConfigError
+from megatron_ads.launching.environment_number import environment_number
 from megatron_ads.training.signals import STOP_SIGNALS
 
 _RENDEZVOUS_SECONDS = 600
@@ -51,10 +52,10 @@ class NodePart:
         Raises:
             ConfigError: If the numbers do not fit together, or several nodes have nowhere to meet.
         """
-        nodes, node = _number(environment, "NNODES", 1), _number(environment, "NODE_RANK", 0)
+        nodes, node = environment_number(environment, "NNODES", 1), environment_number(environment, "NODE_RANK", 0)
         here = environment.get("NPROC_PER_NODE")
         if ranks is None:
-            ranks = fewest if here is None else nodes * _number(environment, "NPROC_PER_NODE", 1)
+            ranks = fewest if here is None else nodes * environment_number(environment, "NPROC_PER_NODE", 1)
         if ranks < 1:
             raise ConfigError(f"--ranks is {ranks}; it must be at least 1.")
         if nodes < 1 or not 0 <= node < nodes:
@@ -70,8 +71,8 @@ class NodePart:
             node=node,
             ranks_here=ranks // nodes,
             host=environment.get("MASTER_ADDR", "127.0.0.1"),
-            port=_number(environment, "MASTER_PORT", 29500),
-            max_restarts=_number(environment, "MEGATRON_ADS_MAX_RESTARTS", 0),
+            port=environment_number(environment, "MASTER_PORT", 29500),
+            max_restarts=environment_number(environment, "MEGATRON_ADS_MAX_RESTARTS", 0),
         )
 
     @property
@@ -96,22 +97,20 @@ class NodePart:
         ]
 
 
-def _number(environment: Mapping[str, str], name: str, default: int) -> int:
-    text = environment.get(name) or str(default)
-    if not text.isdecimal():
-        raise ConfigError(f"{name} is {text!r}; it must be a whole number.")
-    return int(text)
-
-
 def rendezvous_problems(environment: Mapping[str, str], seconds: float = 300.0) -> list[str]:
     """Return why node 0 cannot be reached from here; node 0 may be started up to ``seconds`` later."""
-    host, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT") or "29500"
-    if not host or environment.get("NODE_RANK", "0") == "0" or int(environment.get("NNODES") or "1") == 1:
+    try:
+        nodes, node = environment_number(environment, "NNODES", 1), environment_number(environment, "NODE_RANK", 0)
+        port = environment_number(environment, "MASTER_PORT", 29500)
+    except ConfigError as error:
+        return [str(error)]
+    host = environment.get("MASTER_ADDR")
+    if not host or node == 0 or nodes == 1:
         return []
     deadline = time.monotonic() + seconds
     while True:
         try:
-            socket.create_connection((host, int(port)), timeout=5).close()
+            socket.create_connection((host, port), timeout=5).close()
             return []
         except OSError as error:
             if time.monotonic() < deadline:

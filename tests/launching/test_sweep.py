@@ -46,6 +46,12 @@ def test_an_element_without_a_line_is_refused(sweep: Path) -> None:
         sweep_line(sweep.with_name("absent"), 0)
 
 
+def test_a_quote_left_open_names_the_line(sweep: Path) -> None:
+    sweep.write_text("train.steps=3 'data.sources=[]\n")
+    with pytest.raises(ConfigError, match=r"train\.steps=3 .* for element 0: No closing quotation"):
+        sweep_overrides(0, RECIPE, BASE, {SWEEP_VARIABLE: str(sweep)})
+
+
 def test_elements_do_not_share_checkpoints(sweep: Path) -> None:
     with pytest.raises(ConfigError, match=r"checkpoint\.dir is /same for every element"):
         sweep_overrides(0, RECIPE, [*BASE, "checkpoint.dir=/same"], {SWEEP_VARIABLE: str(sweep)})

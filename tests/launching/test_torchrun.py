@@ -56,6 +56,8 @@ def test_a_node_0_that_cannot_be_reached_is_a_problem() -> None:
     assert "node 0 cannot be reached at 127.0.0.1" in problem
     assert rendezvous_problems(here | {"NODE_RANK": "0"}, seconds=0) == []
     assert rendezvous_problems({}, seconds=0) == []
+    (problem,) = rendezvous_problems(here | {"MASTER_PORT": "http"}, seconds=0)
+    assert problem == "MASTER_PORT is 'http'; it must be a whole number."
 
 
 def test_the_children_of_a_process_are_found() -> None:

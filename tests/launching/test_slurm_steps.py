@@ -1,0 +1,25 @@
+"""Slurm's own programs are asked with patience that ends, and numbers of the environment are read with care."""
+
+import pytest
+
+from megatron_ads.errors import ConfigError
+from megatron_ads.launching import slurm_steps
+from megatron_ads.launching.slurm_job import most_restarts
+from megatron_ads.launching.slurm_steps import ask_slurm, meeting_place
+
+
+def test_what_went_wrong_with_a_program_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask_slurm("true") is None
+    assert ask_slurm("false") == "false ended with status 1"
+    assert ask_slurm("sh", "-c", "echo first >&2; echo second >&2; exit 3") == "first second"
+    monkeypatch.setattr(slurm_steps, "_ANSWER_SECONDS", 0.2)
+    assert ask_slurm("sleep", "30") == "sleep did not answer in 0 s"
+
+
+def test_a_number_that_is_none_is_refused() -> None:
+    assert most_restarts({}) == most_restarts({"MEGATRON_ADS_MAX_RESTARTS": ""}) == 3
+    with pytest.raises(ConfigError, match="MEGATRON_ADS_MAX_RESTARTS is 'some'; it must be a whole number"):
+        most_restarts({"MEGATRON_ADS_MAX_RESTARTS": "some"})
+    with pytest.raises(ConfigError, match="MASTER_PORT is '-1'"):
+        meeting_place({"MASTER_PORT": "-1"})
+    assert meeting_place({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}) == ("10.0.0.1", "29500")
