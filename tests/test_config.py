@@ -257,6 +257,11 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_one() -> None:
         (["train.global_batch_size=6"], r"= 6 is not a multiple of .* 2 \* 2 = 4\. Choose a multiple of 4"),
         (["train.micro_batch_size=0"], r"train\.micro_batch_size is 0; it must be at least 1"),
         (["train.steps=0"], r"train\.steps is 0; it must be at least 1"),
+        (
+            ["data.sources=[{kind: jsonl, path: a, rejected: r}, {kind: jsonl, path: b, rejected: r}]"],
+            r"r is the rejected file of several of data\.sources",
+        ),
+        (["reweight.exact=true"], r"reweight\.exact is true, which has no effect while reweight\.instances is false"),
         (["train.steps=5"], r"warmup_steps = 10 is more than train\.steps = 5: .* Set optim\.warmup_steps=0, or raise"),
         (["data.validation_rows=0"], r"train\.evaluate_every is 100, but data\.validation_rows is 0"),
         (["data.sources=[]"], r"data\.sources is empty"),

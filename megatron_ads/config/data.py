@@ -200,6 +200,13 @@ class DataConfig:
         )
         for index, source in enumerate(self.sources):
             source.check(f"data.sources[{index}]")
+        aside = [source.rejected for source in self.sources if source.rejected is not None]
+        repeated = next((file for file in aside if aside.count(file) > 1), None)
+        require(
+            repeated is None,
+            f"{repeated} is the rejected file of several of data.sources, each of which would replace it. Name a file "
+            "for each.",
+        )
         require_at_least("data", self, 2, "seq_length")
         require_at_least("data", self, 0, "seed", "validation_rows")
         require(

@@ -47,26 +47,43 @@ class BadRowError(DataError):
 
 @dataclass(slots=True)
 class RejectedRows:
-    """The rows of one file that cannot be used."""
+    """The rows of one file that cannot be used: the first ends the reading, or all are written aside."""
 
     file: Path
+    aside: Path | None
+    """Where they are written; None: the first one is an error."""
     records: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter[BadRow] = field(default_factory=Counter)
 
     def add(self, number: int, error: BadRowError, row: object) -> None:
-        """Count a row; of its content no more than a glimpse is kept."""
+        """Count a row; of its content no more than a glimpse is kept.
+
+        Raises:
+            DataError: If such rows are not written aside.
+        """
+        if self.aside is None:
+            raise DataError(
+                f"{self.file}, row {number}: {error.reason}: {error} Correct it, or name a file with the source's "
+                "setting rejected to have such rows written there."
+            ) from None
         self.counts[error.reason] += 1
         glimpse = repr(row)
         if len(glimpse) > _SHOWN_CHARACTERS:
             glimpse = glimpse[:_SHOWN_CHARACTERS] + "..."
         self.records.append({"row": number, "reason": str(error.reason), "message": str(error), "content": glimpse})
 
-    def write_aside(self, out: Path, *, used: int) -> None:
-        """Write the rejected rows and log their counts, once and not on every rank."""
-        if rank() == 0:
-            self._write(out)
+    def finish(self, *, used: int) -> None:
+        """Write the rejected rows aside and log their counts, once and not on every rank.
+
+        Raises:
+            DataError: If no row was used.
+        """
+        if self.aside is not None and rank() == 0:
+            self._write(self.aside)
             if self.counts:
-                logger.warning("%s: %d rows used; written to %s: %s", self.file, used, out, self.summary())
+                logger.warning("%s: %d rows used; written to %s: %s", self.file, used, self.aside, self._summary())
+        if not used:
+            raise DataError(f"{self.file} holds no usable row; not used: {self._summary()}.")
 
     def _write(self, out: Path) -> None:
         """Write one JSON object a rejected row; the file is there even if there is none."""
@@ -75,6 +92,17 @@ class RejectedRows:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_small(out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records))
 
-    def summary(self) -> str:
+    def _summary(self) -> str:
         """Say how many rows were rejected for which reason."""
         return ", ".join(f"{count} {reason}" for reason, count in sorted(self.counts.items())) or "none"
+
+
+def require_new(row_id: str, number: int, first_seen: dict[str, int]) -> None:
+    """Note the number of the row that has an id.
+
+    Raises:
+        BadRowError: If an earlier row has it.
+    """
+    if row_id in first_seen:
+        raise BadRowError(BadRow.duplicate_id, f"id {row_id!r:.80} was row {first_seen[row_id]}'s; ids must differ.")
+    first_seen[row_id] = number

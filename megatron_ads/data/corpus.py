@@ -13,21 +13,19 @@ from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.data.split import Split, split_by_group, split_by_time
 from megatron_ads.data.tokenizer import ChatTokenizer
 from megatron_ads.errors import DataError
+from megatron_ads.observability.log import get_logger, rank
 from megatron_ads.tasks.row_checks import CheckedRows, FaultyRow, check_rows
+
+logger = get_logger(__name__)
 
 
 class LeftOut(StrEnum):
-    """Why a row takes no part in training."""
+    """Why a row that can be used takes no part, as the job is set up."""
 
     zero_weight = "zero_weight"
     target_longer_than_seq_length = "target_longer_than_seq_length"
     """A shorter prompt would not help."""
     longer_than_seq_length = "longer_than_seq_length"
-    no_target = "no_target"
-    empty_text = "empty_text"
-    unreadable_target = "unreadable_target"
-    label_differs = "label_differs"
-    """This and the three before: ``tasks.row_checks``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,13 +56,18 @@ class Corpus:
 def read_corpus(config: DataConfig) -> Corpus:
     """Read all sources and hold validation rows out, by group or by time over all sources together.
 
+    Rows that cannot be used are counted in a warning.
+
     Raises:
+        ConfigError: If a setting of the section is impossible.
         DataError: If a source cannot be read or has no usable row, or nothing is left to train on.
     """
+    config.check()
     checked = [check_rows(read_source(source, seed=config.seed)) for source in config.sources]
     names = [describe_source(source) for source in config.sources]
     for found, name in zip(checked, names, strict=True):
-        _require_usable(found, name)
+        if found.faulty:
+            _report_faulty(found, name)
     sources = [found.rows for found in checked]
     everything = [row for rows in sources for row in rows]
     split = _split(everything, config)
@@ -90,15 +93,23 @@ def _split(rows: Sequence[ChatRow], config: DataConfig) -> Split:
     )
 
 
-def _require_usable(checked: CheckedRows, name: str) -> None:
-    if checked.rows or not checked.faulty:
-        return
+def _report_faulty(checked: CheckedRows, name: str) -> None:
+    """Log how many rows of a source cannot be used and why, once and not on every rank.
+
+    Raises:
+        DataError: If all of them.
+    """
     first = checked.faulty[0]
     why = f"{first.fault} ({first.reason})" if first.reason else first.fault
-    raise DataError(
-        f"None of the {len(checked.faulty)} rows of {name} can be used. The first is {first.row_id!r} of task "
-        f"{first.task}: {why}. Correct them, or give rows of another form a task name of their own."
-    )
+    told = f"The first is {first.row_id!r:.80} of task {first.task}: {why:.200}."
+    if not checked.rows:
+        raise DataError(
+            f"None of the {len(checked.faulty)} rows of {name} can be used. {told} Correct them, or give rows of "
+            "another form a task name of their own."
+        )
+    if rank() == 0:
+        counts = ", ".join(f"{count} {fault}" for fault, count in checked.counts().most_common())
+        logger.warning("%s: rows that cannot be used: %s. %s", name, counts, told)
 
 
 def tokenize(rows: Sequence[ChatRow], tokenizer: ChatTokenizer, *, seq_length: int) -> Tokenized:
@@ -125,7 +136,7 @@ def tokenize(rows: Sequence[ChatRow], tokenizer: ChatTokenizer, *, seq_length: i
 def tokenize_training(
     corpus: Corpus, tokenizer: ChatTokenizer, *, seq_length: int, by_task: bool = False
 ) -> tuple[list[WeightedRows], Counter[LeftOut]]:
-    """Tokenize the training rows of every source for a ``BatchStream``; also count what was left out, faulty rows too.
+    """Tokenize the training rows of every source for a ``BatchStream``; also count what was left out.
 
     With ``by_task``, a source is divided by task, in proportion to its rows, so that the tasks' shares can adapt.
 
@@ -133,7 +144,7 @@ def tokenize_training(
         DataError: If a source has no row that fits.
     """
     sources: list[WeightedRows] = []
-    left_out = Counter(LeftOut(row.fault) for row in corpus.faulty)
+    left_out: Counter[LeftOut] = Counter()
     described = zip(corpus.training, corpus.weights, corpus.keep_share, corpus.names, strict=True)
     for rows, weight, keep_share, name in described:
         tokenized = tokenize(rows, tokenizer, seq_length=seq_length)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from megatron_ads.data.bad_rows import BadRow, BadRowError, RejectedRows
-from megatron_ads.data.own_tables import check_columns, optional_text, stop_or_reject, text_of
+from megatron_ads.data.own_tables import check_columns, optional_text, text_of
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.table_file import Cell, read_table
 from megatron_ads.data.user_features import SECONDS_PER_DAY, LoggedEvent, ViewChooser, compile_history
@@ -73,10 +73,9 @@ def event_rows(
         DataError: If the file cannot be read or gives no row; with the row number, for the first bad line.
     """
     check_columns(columns, required=REQUIRED, optional=OPTIONAL)
-    bad = RejectedRows(file)
-    users = _read_users(file, columns, bad, stop=rejected is None)
-    if rejected is not None:
-        bad.write_aside(rejected, used=sum(len(user.events) for user in users.values()))
+    bad = RejectedRows(file, rejected)
+    users = _read_users(file, columns, bad)
+    bad.finish(used=sum(len(user.events) for user in users.values()))
     without: Counter[str] = Counter()
     rows = list(_rows(users, anchor, view_of, without))[:limit]
     if without:
@@ -90,7 +89,7 @@ def event_rows(
     return rows
 
 
-def _read_users(file: Path, columns: Mapping[str, str], bad: RejectedRows, *, stop: bool) -> dict[str, _User]:
+def _read_users(file: Path, columns: Mapping[str, str], bad: RejectedRows) -> dict[str, _User]:
     users: dict[str, _User] = defaultdict(_User)
     for number, cells in read_table(file, list(dict.fromkeys(columns.values()))):
         try:
@@ -99,7 +98,7 @@ def _read_users(file: Path, columns: Mapping[str, str], bad: RejectedRows, *, st
             named = {name: cells[column] for name, column in columns.items()}
             name, event = text_of(named, "user"), _read_event(named)
         except BadRowError as error:
-            stop_or_reject(bad, number, error, cells, stop=stop)
+            bad.add(number, error, None if isinstance(cells, BadRowError) else cells)
             continue
         users[name].events.append(event)
         given = {part: optional_text(named, part) for part in ("age", "gender", "state")}

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_ads.data.bad_rows import BadRow, BadRowError, RejectedRows
+from megatron_ads.data.bad_rows import BadRow, BadRowError, RejectedRows, require_new
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.errors import DataError
 
@@ -86,35 +86,23 @@ def jsonl_rows(file: Path, *, limit: int | None = None, rejected: Path | None = 
         DataError: With the row number, for the first row that is not a chat row or repeats an id, unless ``rejected``
             says where to write it; if there is no usable row.
     """
-    bad = RejectedRows(file)
+    bad = RejectedRows(file, rejected)
     rows: list[ChatRow] = []
     first_seen: dict[str, int] = {}
     for number, fields in read_lines(file):
         if len(rows) == limit:
             break
         try:
-            row = _read_row(fields, f"{file.name}-{number}", first_seen)
+            if isinstance(fields, BadRowError):
+                raise fields
+            row = parse_row(fields, default_id=f"{file.name}-{number}")
+            require_new(row.id, number, first_seen)
         except BadRowError as error:
-            if rejected is None:
-                raise DataError(f"{file}, row {number}: {error}") from None
             bad.add(number, error, None if isinstance(fields, BadRowError) else fields)
             continue
-        first_seen[row.id] = number
         rows.append(row)
-    if rejected is not None:
-        bad.write_aside(rejected, used=len(rows))
-    if not rows:
-        raise DataError(f"{file} holds no rows that can be used; not used: {bad.summary()}.")
+    bad.finish(used=len(rows))
     return rows
-
-
-def _read_row(fields: dict[str, Any] | BadRowError, default_id: str, first_seen: Mapping[str, int]) -> ChatRow:
-    if isinstance(fields, BadRowError):
-        raise fields
-    row = parse_row(fields, default_id=default_id)
-    if row.id in first_seen:
-        raise BadRowError(BadRow.duplicate_id, f"id {row.id!r} was row {first_seen[row.id]}'s. Ids must differ.")
-    return row
 
 
 def parse_row(fields: Mapping[str, Any], *, default_id: str) -> ChatRow:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ads.config.data import AdsTask
-from megatron_ads.data.bad_rows import BadRow, BadRowError, RejectedRows
+from megatron_ads.data.bad_rows import BadRow, BadRowError, RejectedRows, require_new
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.data.table_file import Cell, read_table
 from megatron_ads.errors import ConfigError, DataError
@@ -53,7 +53,7 @@ def table_rows(
         DataError: If the file cannot be read or holds no usable row; with the row number, for the first bad row.
     """
     form = _form(task, columns)
-    bad = RejectedRows(file)
+    bad = RejectedRows(file, rejected)
     rows: list[ChatRow] = []
     first_seen: dict[str, int] = {}
     for number, cells in read_table(file, list(dict.fromkeys(columns.values()))):
@@ -63,30 +63,13 @@ def table_rows(
             if isinstance(cells, BadRowError):
                 raise cells
             row = _make_row(form, {name: cells[column] for name, column in columns.items()}, f"{file.name}-{number}")
-            _require_new(row.id, number, first_seen)
+            require_new(row.id, number, first_seen)
         except BadRowError as error:
-            stop_or_reject(bad, number, error, cells, stop=rejected is None)
+            bad.add(number, error, None if isinstance(cells, BadRowError) else cells)
             continue
         rows.append(row)
-    if rejected is not None:
-        bad.write_aside(rejected, used=len(rows))
-    if not rows:
-        raise DataError(f"{file} holds no usable row; not used: {bad.summary()}.")
+    bad.finish(used=len(rows))
     return rows
-
-
-def stop_or_reject(bad: RejectedRows, number: int, error: BadRowError, cells: object, *, stop: bool) -> None:
-    """Count a row that cannot be used, or end the reading.
-
-    Raises:
-        DataError: If ``stop`` says so.
-    """
-    if stop:
-        raise DataError(
-            f"{bad.file}, row {number}: {error.reason}: {error} Correct it, or name a file with the source's setting "
-            "rejected to have such rows written there."
-        ) from None
-    bad.add(number, error, None if isinstance(cells, BadRowError) else cells)
 
 
 def _form(task: AdsTask | None, columns: Mapping[str, str]) -> Form:
@@ -125,12 +108,6 @@ def _make_row(form: Form, cells: Cells, default_id: str) -> ChatRow:
         raise
     except DataError as error:  # from the task: the text holds what the answer's form needs for itself
         raise BadRowError(BadRow.unusable_text, str(error)) from None
-
-
-def _require_new(row_id: str, number: int, first_seen: dict[str, int]) -> None:
-    if row_id in first_seen:
-        raise BadRowError(BadRow.duplicate_id, f"id {row_id!r} was row {first_seen[row_id]}'s.")
-    first_seen[row_id] = number
 
 
 def text_of(cells: Cells, name: str) -> str:

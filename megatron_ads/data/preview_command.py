@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_ads.config.data import RowVariant, SourceConfig
+    from megatron_ads.config.data import DataConfig, RowVariant, SourceConfig
     from megatron_ads.data.preview import RowPreview
     from megatron_ads.data.rows import ChatRow
     from megatron_ads.data.tokenizer import ChatTokenizer
@@ -57,7 +57,9 @@ def add_preview(commands: Subparsers) -> None:
     parser.add_argument("--sample", type=int, default=500, metavar="N", help="how many to read and count (default 500)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of generated rows (default 0)")
     parser.add_argument("--tokenizer", type=Path, metavar="HF", help="Hugging Face folder with tokenizer.json")
-    parser.add_argument("--seq-length", type=int, default=4096, metavar="L", help="longest row (default 4096 tokens)")
+    parser.add_argument(
+        "--seq-length", type=int, metavar="L", help="longest row in tokens (default: the recipe's, or 4096 without one)"
+    )
     parser.add_argument("--whole", action="store_true", help="show long texts in full")
     parser.add_argument("--json", action="store_true", help="print everything as one line of JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
@@ -75,11 +77,12 @@ def run_preview(args: argparse.Namespace) -> int:
     from megatron_ads.tasks.row_checks import check_rows
 
     _check(args)
-    name, rows = _read_rows(args)
+    data = _data(args)
+    name, rows = _read_rows(args, data)
     tokenizer = _tokenizer(args.tokenizer)
     checked = check_rows(rows)
     previews = [preview_row(row, tokenizer) for row in checked.rows[: args.rows]]
-    summary = summarise(checked, tokenizer, seq_length=args.seq_length)
+    summary = summarise(checked, tokenizer, seq_length=args.seq_length or data.seq_length)
     if args.json:
         shown_rows = [_as_json(preview) for preview in previews]
         print(json.dumps({"source": name, "shown": shown_rows, **asdict(summary)}, ensure_ascii=False))
@@ -94,21 +97,21 @@ def _check(args: argparse.Namespace) -> None:
     from megatron_ads.errors import ConfigError
 
     for option, least in (("rows", 0), ("sample", 1), ("seq_length", 2), ("seed", 0)):
-        if getattr(args, option) < least:
-            raise ConfigError(f"--{option.replace('_', '-')} is {getattr(args, option)}; it must be at least {least}.")
+        given = getattr(args, option)
+        if given is not None and given < least:
+            raise ConfigError(f"--{option.replace('_', '-')} is {given}; it must be at least {least}.")
     if args.overrides and args.recipe is None:
         raise ConfigError(f"{args.overrides[0]!r} has no effect without --recipe. Name the recipe that it changes.")
 
 
-def _read_rows(args: argparse.Namespace) -> "tuple[str, list[ChatRow]]":
+def _read_rows(args: argparse.Namespace, data: "DataConfig") -> "tuple[str, list[ChatRow]]":
     """Return what the rows are, and up to ``--sample`` of them, of ``--task`` if it is given."""
     from megatron_ads.data.sources import describe_source, read_source
     from megatron_ads.errors import DataError
     from megatron_ads.tasks.variants.asked_again import ask_again
 
-    sources, seed = _sources(args)
-    rows = [row for source in sources for row in read_source(source, seed=seed)]
-    name = ", ".join(map(describe_source, sources))
+    rows = [row for source in data.sources for row in read_source(source, seed=data.seed)]
+    name = ", ".join(map(describe_source, data.sources))
     if args.task is not None and (args.recipe or args.source):
         tasks = sorted({row.task for row in rows})
         rows = [row for row in rows if row.task == args.task]
@@ -119,27 +122,35 @@ def _read_rows(args: argparse.Namespace) -> "tuple[str, list[ChatRow]]":
     return name, rows[: args.sample]
 
 
-def _sources(args: argparse.Namespace) -> "tuple[list[SourceConfig], int]":
-    """Return the sources to read, and the seed."""
-    from megatron_ads.config.data import AdsTask, SourceConfig, SourceKind
+def _data(args: argparse.Namespace) -> "DataConfig":
+    """Return the recipe's data section, or one that stands for the options."""
+    from megatron_ads.config.data import DataConfig
     from megatron_ads.config.recipes import load_recipe
-    from megatron_ads.errors import ConfigError
 
     if args.recipe is not None:
         data = load_recipe(args.recipe, ["model.load=unused", *args.overrides]).data
-        return data.sources, data.seed
+        data.check()
+        return data
+    return DataConfig(sources=[_source(args)], seed=args.seed)
+
+
+def _source(args: argparse.Namespace) -> "SourceConfig":
+    """Return the source that the options name."""
+    from megatron_ads.config.data import AdsTask, SourceConfig, SourceKind
+    from megatron_ads.errors import ConfigError
+
     if args.source is None:
         if args.task not in set(AdsTask):
             raise ConfigError(f"--task is {args.task}; the simulator draws {', '.join(AdsTask)}.")
-        return [SourceConfig(kind=SourceKind.simulator, task=AdsTask(args.task), rows=args.sample)], args.seed
+        return SourceConfig(kind=SourceKind.simulator, task=AdsTask(args.task), rows=args.sample)
     if args.source.endswith(".jsonl"):
-        return [SourceConfig(kind=SourceKind.jsonl, path=args.source)], args.seed
+        return SourceConfig(kind=SourceKind.jsonl, path=args.source)
     if args.source not in _READABLE_KINDS:
         raise ConfigError(
             f"--source is {args.source!r}; it is one of {', '.join(_READABLE_KINDS)}, or a .jsonl file of chat rows. "
             "Other sources take settings: put them into a recipe and preview that with --recipe."
         )
-    return [SourceConfig(kind=SourceKind(args.source))], args.seed
+    return SourceConfig(kind=SourceKind(args.source))
 
 
 def _variant(name: str) -> "RowVariant":

@@ -1,5 +1,6 @@
 """From a recipe's `data` section to this replica's batches, to train on and to evaluate on."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from conversion.sources import WeightSource
@@ -7,9 +8,10 @@ from megatron_ads.config.sft import SftConfig
 from megatron_ads.config.training import ReweightConfig
 from megatron_ads.data.adaptive_weights import InstanceWeights
 from megatron_ads.data.batches import BatchStream, ReplicaShare, batches_of_all
-from megatron_ads.data.corpus import read_corpus, tokenize, tokenize_training
+from megatron_ads.data.corpus import LeftOut, read_corpus, tokenize, tokenize_training
 from megatron_ads.data.held_out import HeldOut
 from megatron_ads.data.tokenizer import load_tokenizer
+from megatron_ads.errors import DataError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.observability.log import get_logger, rank
 
@@ -22,7 +24,7 @@ def open_streams(config: SftConfig, source: WeightSource, layout: ParallelLayout
     Every rank of a replica reads the same rows: pipeline stages in the middle need the sample boundaries.
 
     Raises:
-        DataError: If a source cannot be read or leaves no rows to train on.
+        DataError: If a source cannot be read, or leaves no rows to train on or none to evaluate on.
     """
     tokenizer = load_tokenizer(source.side_folder)
     share = ReplicaShare(
@@ -35,8 +37,7 @@ def open_streams(config: SftConfig, source: WeightSource, layout: ParallelLayout
     training, left_out = tokenize_training(
         corpus, tokenizer, seq_length=config.data.seq_length, by_task=config.reweight.tasks
     )
-    for reason, count in left_out.items():
-        logger.warning("%d training rows are left out: %s", count, reason)
+    _log_left_out("training", left_out)
     stream = BatchStream(
         training,
         share,
@@ -48,15 +49,28 @@ def open_streams(config: SftConfig, source: WeightSource, layout: ParallelLayout
     )
     if config.train.evaluate_every is None:
         return stream, HeldOut([], [])
-    held_out = tokenize(corpus.validation, tokenizer, seq_length=config.data.seq_length).rows
+    held_out = tokenize(corpus.validation, tokenizer, seq_length=config.data.seq_length)
+    _log_left_out("held-out", held_out.left_out)
+    if not held_out.rows:
+        raise DataError(
+            f"None of the {len(corpus.validation)} held-out rows fits data.seq_length = {config.data.seq_length}. "
+            "Raise it, or set train.evaluate_every to null."
+        )
     validation = batches_of_all(
-        held_out,
+        held_out.rows,
         share,
         seq_length=config.data.seq_length,
         packing=config.data.packing,
         normalize=config.loss.normalize,
     )
-    return stream, HeldOut(held_out, validation)
+    return stream, HeldOut(held_out.rows, validation)
+
+
+def _log_left_out(what: str, left_out: Counter[LeftOut]) -> None:
+    """Count the rows that take no part, once and not on every rank."""
+    if left_out and rank() == 0:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+        logger.warning("%s rows that are left out: %s", what, reasons)
 
 
 def _instance_weights(config: ReweightConfig, tasks: Sequence[str]) -> InstanceWeights | None:

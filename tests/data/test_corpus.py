@@ -70,7 +70,9 @@ def ads_row(row_id: str, label: str, target: str) -> dict[str, object]:
     return {"id": row_id, "task": "query_ad_relevance", "label": label, "messages": messages}
 
 
-def test_rows_with_an_unknown_or_contradicting_label_are_left_out_and_counted(tmp_path: Path):
+def test_rows_with_an_unknown_or_contradicting_label_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     file = tmp_path / "rows.jsonl"
     rows = [
         ads_row("good", "Good", "<think>So.</think><Label>Good</Label>"),
@@ -85,7 +87,8 @@ def test_rows_with_an_unknown_or_contradicting_label_are_left_out_and_counted(tm
     ]
     sources, left_out = tokenize_training(corpus, tokenizer_in(tmp_path), seq_length=256)
     assert [len(source.rows) for source in sources] == [1]
-    assert left_out == {LeftOut.unreadable_target: 1, LeftOut.label_differs: 1}
+    assert left_out == {}
+    assert "cannot be used: 1 unreadable_target, 1 label_differs. The first is 'unknown' of task" in caplog.text
 
 
 def test_a_source_can_be_asked_another_way_beside_itself():

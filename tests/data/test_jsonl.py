@@ -78,13 +78,13 @@ def test_each_mistake_is_named(fields: dict[str, Any], message: str):
 
 def test_errors_carry_file_and_row_number(tmp_path: Path):
     file = write(tmp_path, {"messages": [USER, ASSISTANT]}, {"messages": [USER]})
-    with pytest.raises(DataError, match=r"rows\.jsonl, row 2: messages must"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 2: no_target: messages must .* setting rejected"):
         jsonl_rows(file)
 
 
 def test_a_repeated_id_names_both_rows(tmp_path: Path):
     row = {"id": "same", "messages": [USER, ASSISTANT]}
-    with pytest.raises(DataError, match=r"row 3: id 'same' was row 1's"):
+    with pytest.raises(DataError, match=r"row 3: duplicate_id: id 'same' was row 1's"):
         jsonl_rows(write(tmp_path, row, {"messages": [USER, ASSISTANT]}, row))
 
 
@@ -113,7 +113,7 @@ def test_a_huge_line_is_refused_without_reading_it_all(tmp_path: Path, monkeypat
 def test_a_missing_or_empty_file_is_named(tmp_path: Path):
     with pytest.raises(DataError, match="is not a file"):
         jsonl_rows(tmp_path / "absent.jsonl")
-    with pytest.raises(DataError, match="holds no rows"):
+    with pytest.raises(DataError, match="holds no usable row"):
         jsonl_rows(write(tmp_path))
 
 
@@ -146,5 +146,5 @@ def test_bad_rows_are_counted_and_written_aside_where_a_file_is_named_for_them(
 
 def test_a_file_of_bad_rows_alone_is_refused_with_their_counts(tmp_path: Path):
     file = write(tmp_path, {"messages": [USER]}, {"messages": []})
-    with pytest.raises(DataError, match="no rows that can be used; not used: 2 no_target"):
+    with pytest.raises(DataError, match="holds no usable row; not used: 2 no_target"):
         jsonl_rows(file, rejected=tmp_path / "rejected.jsonl")

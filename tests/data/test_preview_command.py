@@ -106,3 +106,19 @@ def test_a_users_mistake_is_one_line(words: list[str], message: str, capsys: pyt
     err = capsys.readouterr().err
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_the_recipe_decides_how_long_a_row_may_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "rows.jsonl"
+    lines = [chat_line("short", "fine", task="chat"), chat_line("long", "word " * 200, task="chat")]
+    file.write_text("\n".join(lines))
+    recipe = ["--recipe", "sft/quickstart", f"data.sources=[{{kind: jsonl, path: {file}}}]", "data.seq_length=100"]
+    assert main(["data", "preview", "--json", *recipe]) == 0
+    assert json.loads(capsys.readouterr().out)["left_out"] == {"target_longer_than_seq_length": 1}
+    assert main(["data", "preview", "--json", "--seq-length", "1000", *recipe]) == 0
+    assert json.loads(capsys.readouterr().out)["left_out"] == {}
+
+
+def test_a_source_that_is_not_complete_is_one_line(capsys: pytest.CaptureFixture[str]):
+    assert main(["data", "preview", "--recipe", "sft/quickstart", "data.sources=[{kind: jsonl}]"]) == 2
+    assert "data.sources[0].path is missing; kind jsonl reads a file of rows." in capsys.readouterr().err
