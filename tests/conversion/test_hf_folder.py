@@ -142,8 +142,13 @@ def test_what_the_system_refuses_to_read_is_named(tmp_path):
 
 def test_a_source_is_a_folder_or_a_hub_id(tmp_path, monkeypatch):
     assert local_folder(str(tmp_path)) == tmp_path
-    with pytest.raises(ConversionError, match="does not exist"):
-        local_folder("/no/such/folder")
+    for absent in ("/no/such/folder", "./absent", "../absent"):
+        with pytest.raises(ConversionError, match="does not exist"):
+            local_folder(absent)
+    with pytest.raises(ConversionError, match="could not be downloaded from the hub: Cannot have --"):
+        local_folder("owner/two--dashes")
+    with pytest.raises(ConversionError, match=r"cannot be read or written \(File name too long\)"):
+        local_folder("x" * 300)
     import huggingface_hub
 
     asked = []
