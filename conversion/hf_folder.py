@@ -166,7 +166,9 @@ def _check_tensor(folder: HfFolder, part: HfPart, kind: Kind) -> None:
             "The config belongs to another model, or the file is damaged."
         )
     if stored.dtype not in _VALUE_DTYPES:
-        raise DamagedCheckpointError(f"{part.name} in {stored.file} is {stored.dtype}; weights are floating point.")
+        raise DamagedCheckpointError(
+            f"{part.name} in {stored.file} is {stored.dtype}; weights are FP8, BF16, FP16 or FP32."
+        )
     if (stored.dtype is torch.float8_e4m3fn) != (scales is not None):
         state = "is FP8 without" if scales is None else f"is {stored.dtype} and yet has"
         raise DamagedCheckpointError(f"{part.name} in {stored.file} {state} block scales ({part.name}{SCALE_SUFFIX}).")

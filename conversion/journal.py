@@ -82,8 +82,9 @@ def open_journal(plan: ConversionPlan, *, resume: bool) -> Iterator[Journal]:
     """Lock the target folder and open its journal.
 
     Raises:
-        ConversionError: If the folder holds foreign files, is complete, is being written by another process, holds an
-            unfinished conversion and ``resume`` is false, or one of another plan or of a source that has changed.
+        ConversionError: If the folder is inside the source, holds foreign files, is complete, is being written by
+            another process, holds an unfinished conversion and ``resume`` is false, or one of another plan or of a
+            source that has changed.
     """
     _check_target(plan, resume=resume)
     plan.target.mkdir(parents=True, exist_ok=True)
@@ -103,6 +104,8 @@ def open_journal(plan: ConversionPlan, *, resume: bool) -> Iterator[Journal]:
 
 
 def _check_target(plan: ConversionPlan, *, resume: bool) -> None:
+    if plan.source.resolve() in plan.target.resolve().parents:  # or its files would be side files of the source
+        raise ConversionError(f"{plan.target} lies inside the source {plan.source}. Choose a folder outside of it.")
     if not plan.target.exists():
         return
     if not plan.target.is_dir():

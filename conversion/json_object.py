@@ -15,7 +15,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{file} is not JSON ({error}). Copy it again.") from None
     if not isinstance(found, dict):
         raise DamagedCheckpointError(f"{file} holds a {type(found).__name__}, not a JSON object. Copy it again.")

@@ -50,9 +50,10 @@ def test_a_difference_is_status_1_and_a_table(source, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["convert", "to-megatron", "{source}", "{source}"], "holds files of something else"),
+        (["convert", "to-megatron", "{source}", "{source}/out"], "lies inside the source"),
         (["convert", "to-megatron", "{tmp}/absent", "{tmp}/out"], "does not exist"),
-        (["convert", "to-megatron", "{source}", "{source}/config.json/out"], "config.json/out cannot be read or writ"),
-        (["convert", "to-megatron", "{source}", "{source}/config.json/out", "--dry-run"], "cannot be read or written"),
+        (["convert", "to-megatron", "{source}", "{tmp}/file/out"], "file/out cannot be read or written"),
+        (["convert", "to-megatron", "{source}", "{tmp}/file/out", "--dry-run"], "cannot be read or written"),
         (["convert", "to-megatron", "{source}", "{tmp}/out", "--pp", "3"], "4 decoder layers"),
         (["convert", "to-megatron", "{source}", "{tmp}/out", "--etp", "1000000000"], "Experts of width 136"),
         (
@@ -68,11 +69,22 @@ def test_a_difference_is_status_1_and_a_table(source, tmp_path, capsys):
         (["verify", "{source}", "{tmp}"], "is not a checkpoint"),
     ],
     ids=[
-        *("foreign", "no source", "below a file", "dry run", "stages", "etp", "torch_dist layout", "shards layer spec"),
+        *(
+            "foreign",
+            "inside",
+            "no source",
+            "below a file",
+            "dry run",
+            "stages",
+            "etp",
+            "torch_dist layout",
+            "shards layer spec",
+        ),
         *("reference and size", "not a checkpoint", "verify nothing"),
     ],
 )
 def test_what_cannot_be_carried_out_is_one_line_and_status_2(source, tmp_path, capsys, arguments, message):
+    (tmp_path / "file").touch()
     filled = [argument.format(source=source, tmp=tmp_path) for argument in arguments]
     assert main(filled) == 2
     captured = capsys.readouterr()
