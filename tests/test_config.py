@@ -26,6 +26,7 @@ OPEN = {
     # What a shipped recipe leaves to the user.
     "sft/quickstart": ["model.load=runs/demo"],
     "sft/deepseek_r1_671b_248gpu": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
+    "sft/deepseek_r1_lora": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/deepseek_r1_671b_248gpu_vpp2": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/deepseek_r1_671b_256h100": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/deepseek_r1_671b_32xh20": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
@@ -88,7 +89,7 @@ PARTS = sorted(file for file in recipes_folder().glob("*/*.yaml") if file.parent
 
 def test_every_file_of_the_recipes_starts_with_its_instructions() -> None:
     files = sorted(recipes_folder().rglob("*.yaml"))
-    assert len(files) == len(PARTS) + len(OPEN) + len(shipped_recipes("cook")) == 31
+    assert len(files) == len(PARTS) + len(OPEN) + len(shipped_recipes("cook")) == 33
     assert [file for file in files if not file.read_text().startswith("# ")] == []
 
 
@@ -305,6 +306,22 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_one() -> None:
         (["model.mtp_loss_weight=-0.1"], r"model\.mtp_loss_weight is -0\.1; it must be at least 0"),
         (["model.frozen=[mtp]", "model.mtp_loss_weight=0"], r"model\.frozen lists mtp, which has no effect"),
         (["model.frozen=[router,router]"], r"model\.frozen lists router more than once"),
+        (["model.lora.rank=0"], r"model\.lora\.rank is 0; it must be at least 1"),
+        (["model.lora={rank: 4, alpha: 0}"], r"model\.lora\.alpha is 0; it must be above 0"),
+        (
+            ["model.lora={rank: 4, targets: []}"],
+            r"model\.lora\.targets is empty\. Choose from attention, dense",
+        ),
+        (["model.lora={rank: 4, targets: [dense, dense]}"], r"model\.lora\.targets lists dense more than once"),
+        (["model.lora.alpha=8"], r"model\.lora has no effect while model\.lora\.rank is null"),
+        (
+            ["model.lora.rank=4", "model.frozen=[router]"],
+            r"model\.frozen lists router, but with model\.lora every",
+        ),
+        (
+            ["model.lora.rank=4", "model.router_bias=update", "model.router_bias_update_rate=0.001"],
+            r"router_bias is update, but model\.lora keeps the routers",
+        ),
         (["reweight.interval=0"], r"reweight\.interval is 0; it must be at least 1"),
         (["reweight.beta=0"], r"reweight\.beta is 0; it must be above 0"),
         (["reweight.lowest=1.5"], r"reweight\.lowest = 1\.5 and reweight\.highest = 5 must have 1 between them"),
@@ -343,6 +360,11 @@ def test_interleaving_asks_for_microbatches_in_groups_of_the_stages() -> None:
             "no_shared",
             ["model.frozen=[shared_experts]"],
             r"model\.frozen lists shared_experts, which the model does not",
+        ),
+        (
+            "no_shared",
+            ["model.lora={rank: 4, targets: [attention, shared_experts]}"],
+            r"model\.lora\.targets lists shared_experts, which the model does not",
         ),
         ("moonlight_16b_a3b", ["data.seq_length=8193"], r"data\.seq_length = 8193 is longer than the model's 8192"),
         ("moonlight_16b_a3b", ["layout.pp=2"], r"27 decoder layers = 27, which 2 chunks"),

@@ -3,10 +3,12 @@
 ``W' = W + scale * B A`` (arXiv:2106.09685, section 4.1), with W (out, in), A (rank, in), B (out, rank).
 """
 
+import math
 import re
 from dataclasses import dataclass
 
-from conversion.names import Kind, Parameter, slice_shape
+from conversion.names import Kind, Parameter, parameters, slice_shape
+from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import LoraConfig, LoraTarget
 
 _TARGETS = (
@@ -45,6 +47,14 @@ class Lora:
         if parameter.kind is not Kind.LINEAR or (parameter.name.startswith("mtp.") and not self.with_mtp):
             return False
         return target_of(parameter.name) in self.targets
+
+    def elements(self, parameter: Parameter, size: int = 1) -> int:
+        """Return how many values both factors have on one of ``size`` tensor-parallel ranks; 0 without an adapter."""
+        return sum(map(math.prod, self.factor_shapes(parameter, size))) if self.adapts(parameter) else 0
+
+    def parameters(self, shape: ModelShape) -> int:
+        """Return how many values all adapters of a model have."""
+        return sum(map(self.elements, parameters(shape).values()))
 
     def factor_shapes(self, parameter: Parameter, size: int = 1) -> tuple[tuple[int, int], tuple[int, int, int]]:
         """Return the shapes of A and B on one of ``size`` tensor-parallel ranks (expert-tensor for experts).

@@ -9,12 +9,18 @@ does keep. Routing is taken to be balanced, so every rank runs ``experts_per_tok
 
 Under tensor parallelism a rank keeps 1/tp of it all: of the tokens (norms, projections' inputs), or of the heads and
 inner widths.
+
+Adapters keep A x besides, ``rank`` wide, and their input in the place of the weight. The inputs of projections without
+adapters are counted as well, although nothing keeps them: with few targets the sums are too large.
 """
 
 from dataclasses import dataclass
 
+from conversion.names import layer_parameters
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import Precision, Recompute
+from megatron_ads.models.adapter_shapes import Lora
+from megatron_ads.planning.compute import KEPT_BY_SELECTIVE
 from megatron_ads.planning.job import Job
 
 _BLOCK = 128
@@ -47,6 +53,7 @@ class ActivationModel:
     kernels: Kernels
     sample_length: int
     etp: int = 1
+    lora: Lora | None = None
 
     @classmethod
     def of(cls, job: Job, *, gpu: bool) -> "ActivationModel":
@@ -57,6 +64,7 @@ class ActivationModel:
             kernels=Kernels.of(job, gpu=gpu),
             sample_length=job.seq_length,
             etp=job.layout.etp,
+            lora=job.lora,
         )
 
     def layer(self, layer: int, recompute: Recompute) -> int:
@@ -67,19 +75,21 @@ class ActivationModel:
         norms = 2 * self._norm(h)
         moe = self.shape.is_moe_layer(layer)
         if recompute is Recompute.selective:
-            return norms + self._latents() + self._attention_output() + b * h
-        return norms + self._latents() + self._heads() + self._attention_output() + self._feed_forward(moe)
+            return norms + self._latents() + self._attention_output() + b * h + self._beside(layer, *KEPT_BY_SELECTIVE)
+        kept = norms + self._latents() + self._heads() + self._attention_output() + self._feed_forward(moe)
+        return kept + self._beside(layer)
 
     def mtp(self, recompute: Recompute) -> int:
         """Return what one MTP layer keeps besides its decoder layer: three norms and eh_proj's input of 2 h."""
         h, b = self.shape.hidden_size, self.element_bytes
         if recompute is Recompute.full:
             return 2 * b * h  # the hidden state and the next token's embedding
-        return 3 * self._norm(h) + 2 * b * h
+        return 3 * self._norm(h) + (2 * b * h if self.lora is None else 0)
 
     def head(self) -> int:
         """Return what one pass through final norm, output layer and loss keeps: b h, and FP32 probabilities."""
-        return self._norm(self.shape.hidden_size) + self.element_bytes * self.shape.hidden_size + self.logits()
+        inputs = self.element_bytes * self.shape.hidden_size if self.lora is None else 0
+        return self._norm(self.shape.hidden_size) + inputs + self.logits()
 
     def logits(self) -> int:
         """Return the FP32 probabilities of the vocabulary that the loss keeps."""
@@ -95,6 +105,18 @@ class ActivationModel:
             else:
                 widths.append(3 * self.shape.dense_ffn_size + h)
         return b * max(widths)
+
+    def _beside(self, layer: int, *names: str) -> int:
+        """Return what the adapters of a layer, or of these projections, keep of A x."""
+        if self.lora is None:
+            return 0
+        runs = sum(
+            1 if weight.expert is None else self.shape.experts_per_token
+            for weight in layer_parameters(self.shape, layer)
+            if weight.expert in (None, 0) and self.lora.adapts(weight)
+            if not names or any(name in weight.name for name in names)
+        )
+        return runs * self.lora.rank * self.element_bytes
 
     def _norm(self, width: int) -> int:
         """Return the bytes of the input and one FP32 factor."""

@@ -1,64 +1,112 @@
 """How many floating-point operations each chunk costs: the matrix products, counted from the conversion's table.
 
-A product of (1, m) by (m, n) is 2 m n operations; a backward pass is two forward ones. ``models.flops`` counts the same
-for whole models; a test holds the two together.
+A product of (1, m) by (m, n) is 2 m n operations; a backward pass is two such, one of them for the gradient of the
+weight, which a frozen one does without. ``models.flops`` counts the same for whole models; a test holds the two
+together.
 """
 
 import math
 from functools import lru_cache
 
-from conversion.names import layer_parameters
+from conversion.names import Parameter, layer_parameters
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import Recompute
 from megatron_ads.layout import Chunk
+from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.planning.job import Job
+
+KEPT_BY_SELECTIVE = ("linear_q_down_proj", "linear_kv_down_proj", "self_attention.linear_proj", "eh_proj")
+"""Projections that selective recomputation does not run again."""
 
 
 def forward_flops_per_token(job: Job, chunk: Chunk) -> int:
     """Return the operations of one token's forward pass through a chunk, over all its ranks together."""
-    shape = job.shape
-    flops = sum(_layer(shape, layer, job.seq_length) for layer in chunk.layers)
-    output = 2 * shape.hidden_size * shape.vocab_size
-    if chunk.mtp_layers and job.trains_mtp:
-        flops += sum(_layer(shape, shape.num_layers + layer, job.seq_length) + output for layer in chunk.mtp_layers)
-    return flops + (output if chunk.has_loss else 0)
+    layers = _layers(job, chunk)
+    flops = sum(_weights(job.shape, layer) + _adapters(job.shape, layer, job.lora) for layer in layers)
+    return flops + len(layers) * _scores(job.shape, job.seq_length) + _outputs(job, chunk)
+
+
+def backward_flops_per_token(job: Job, chunk: Chunk) -> int:
+    """Return the operations of one token's backward pass, nothing computed again: twice those of the forward pass.
+
+    Where adapters are trained, gradients of the weights beside them are left out.
+    """
+    twice = 2 * forward_flops_per_token(job, chunk)
+    if job.lora is None:
+        return twice
+    return twice - sum(_weights(job.shape, layer) for layer in _layers(job, chunk)) - _outputs(job, chunk)
 
 
 def recomputed_flops_per_token(job: Job, chunk: Chunk) -> int:
     """Return the operations of one token that the backward pass does again, over all ranks of the chunk."""
     if job.recompute is Recompute.none:
         return 0
-    layers = list(chunk.layers)
-    if job.trains_mtp:
-        layers += [job.shape.num_layers + layer for layer in chunk.mtp_layers]
-    whole = sum(_layer(job.shape, layer, job.seq_length) for layer in layers)
+    again = forward_flops_per_token(job, chunk) - _outputs(job, chunk)
     if job.recompute is Recompute.full:
-        return whole
-    return whole - sum(_kept_by_selective(job.shape, layer) for layer in layers)
+        return again
+    kept = [parameter for layer in _layers(job, chunk) for parameter in _kept_by_selective(job.shape, layer)]
+    return again - sum(_product(parameter, job.shape) + _beside(parameter, job.shape, job.lora) for parameter in kept)
 
 
 def model_flops_per_token(job: Job) -> int:
     """Return the forward and backward operations of one token through the whole model, nothing computed twice."""
-    return 3 * sum(forward_flops_per_token(job, chunk) for chunk in job.placement.chunks)
-
-
-@lru_cache(maxsize=512)
-def _layer(shape: ModelShape, layer: int, seq_length: int) -> int:
-    products = 0
-    for parameter in layer_parameters(shape, layer):
-        if len(parameter.shape) == 2 and parameter.expert in (None, 0):
-            runs = 1 if parameter.expert is None else shape.experts_per_token
-            products += 2 * runs * math.prod(parameter.shape)
-    # A causal token sees (S + 1) / 2 keys on average: 2 operations for each channel of the key and of the value.
-    return products + (seq_length + 1) * shape.num_heads * (shape.qk_head_dim + shape.v_head_dim)
-
-
-@lru_cache(maxsize=512)
-def _kept_by_selective(shape: ModelShape, layer: int) -> int:
-    """Down-projections and the attention's output projection; the MTP layer's eh_proj too."""
-    kept = ("linear_q_down_proj", "linear_kv_down_proj", "self_attention.linear_proj", "eh_proj")
     return sum(
-        2 * math.prod(parameter.shape)
-        for parameter in layer_parameters(shape, layer)
-        if any(name in parameter.name for name in kept)
+        forward_flops_per_token(job, chunk) + backward_flops_per_token(job, chunk) for chunk in job.placement.chunks
     )
+
+
+def _layers(job: Job, chunk: Chunk) -> list[int]:
+    """Return the layers that are run; MTP layers count on from the others."""
+    mtp_layers = chunk.mtp_layers if job.trains_mtp else ()
+    return [*chunk.layers, *(job.shape.num_layers + layer for layer in mtp_layers)]
+
+
+def _outputs(job: Job, chunk: Chunk) -> int:
+    """One pass through the output layer, and one for each MTP layer."""
+    passes = chunk.has_loss + (len(chunk.mtp_layers) if job.trains_mtp else 0)
+    return passes * 2 * job.shape.hidden_size * job.shape.vocab_size
+
+
+def _scores(shape: ModelShape, seq_length: int) -> int:
+    """A causal token sees (S + 1) / 2 keys on average: 2 operations for each channel of the key and of the value."""
+    return (seq_length + 1) * shape.num_heads * (shape.qk_head_dim + shape.v_head_dim)
+
+
+@lru_cache(maxsize=512)
+def _weights(shape: ModelShape, layer: int) -> int:
+    return sum(_product(parameter, shape) for parameter in _run_parameters(shape, layer))
+
+
+@lru_cache(maxsize=512)
+def _adapters(shape: ModelShape, layer: int, lora: Lora | None) -> int:
+    return sum(_beside(parameter, shape, lora) for parameter in _run_parameters(shape, layer))
+
+
+def _run_parameters(shape: ModelShape, layer: int) -> list[Parameter]:
+    """Return the matrices of a layer, and of one expert for all of them."""
+    return [
+        parameter
+        for parameter in layer_parameters(shape, layer)
+        if len(parameter.shape) == 2 and parameter.expert in (None, 0)
+    ]
+
+
+def _runs(parameter: Parameter, shape: ModelShape) -> int:
+    return 1 if parameter.expert is None else shape.experts_per_token
+
+
+def _product(parameter: Parameter, shape: ModelShape) -> int:
+    return 2 * _runs(parameter, shape) * math.prod(parameter.shape)
+
+
+def _beside(parameter: Parameter, shape: ModelShape, lora: Lora | None) -> int:
+    """The products with both factors of the adapter beside a weight: one operation of each kind for each value."""
+    return 0 if lora is None else 2 * _runs(parameter, shape) * lora.elements(parameter)
+
+
+def _kept_by_selective(shape: ModelShape, layer: int) -> list[Parameter]:
+    return [
+        parameter
+        for parameter in _run_parameters(shape, layer)
+        if any(name in parameter.name for name in KEPT_BY_SELECTIVE)
+    ]

@@ -5,14 +5,16 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
+from conversion.names import parameters
 from conversion.rank_files import ShardsLayout
 from megatron_ads.architecture import ModelShape, read_model_shape
 from megatron_ads.config.data import SourceConfig, SourceKind
-from megatron_ads.config.model import FrozenPart, Precision, Recompute
+from megatron_ads.config.model import FrozenPart, LoraTarget, Precision, Recompute
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.sft import SftConfig, validate
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, PipelinePlacement
+from megatron_ads.models.adapter_shapes import Lora
 
 _NOT_AT_HAND = "not-at-hand"
 """Stands for what a recipe leaves to the command line of a run and no plan depends on."""
@@ -35,6 +37,8 @@ class Job:
     """Microbatches that one replica runs in a step."""
     mtp_loss_weight: float = 0.0
     frozen: frozenset[FrozenPart] = frozenset()
+    lora: Lora | None = None
+    """Adapters that are trained instead of the weights."""
 
     @property
     def shards(self) -> ShardsLayout:
@@ -59,11 +63,15 @@ class Job:
     @property
     def trains_experts(self) -> bool:
         """Whether any rank has gradients of routed experts."""
+        if self.lora is not None:
+            return any(self.lora.adapts(weight) for weight in parameters(self.shape).values() if weight.expert == 0)
         in_layers = self.trains(FrozenPart.experts) and self.shape.num_layers > self.shape.first_dense_layers
         return in_layers or (self.shape.mtp_layers > 0 and self.trains(FrozenPart.mtp))
 
-    def trains(self, part: FrozenPart | None) -> bool:
-        """Whether parameters of ``part`` have gradients and optimizer state."""
+    def trains(self, part: FrozenPart | LoraTarget | None) -> bool:
+        """Whether parameters of ``part`` have gradients and optimizer state; a ``LoraTarget`` is its adapters."""
+        if self.lora is not None:
+            return isinstance(part, LoraTarget)
         return part not in self.frozen and (part is not FrozenPart.mtp or self.mtp_loss_weight > 0)
 
 
@@ -152,6 +160,7 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Jo
         microbatches=config.train.microbatches(layout),
         mtp_loss_weight=config.model.mtp_loss_weight,
         frozen=frozenset(config.model.frozen),
+        lora=Lora.of(config.model.lora, mtp_loss_weight=config.model.mtp_loss_weight),
     )
 
 

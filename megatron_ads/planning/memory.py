@@ -8,7 +8,7 @@ with BF16 weights an FP32 copy too. Activations are counted in ``activations``, 
 
 from dataclasses import dataclass
 
-from megatron_ads.config.model import Precision, Recompute
+from megatron_ads.config.model import FrozenPart, Precision, Recompute
 from megatron_ads.layout import Chunk
 from megatron_ads.planning.activations import ActivationModel
 from megatron_ads.planning.job import Job
@@ -120,9 +120,11 @@ def _buffers(job: Job, stage: int, model: ActivationModel) -> int:
 
 
 def _loss_moment(job: Job, chunk: Chunk, model: ActivationModel) -> int:
-    """All losses' probabilities, one gradient of logits, and the output layer's weight gradient."""
+    """All losses' probabilities, one gradient of logits, and the output layer's weight gradient if it is trained."""
     gradient = model.element_bytes * job.shape.vocab_size if job.precision is Precision.bf16 else 0
-    weight = model.element_bytes * job.shape.vocab_size * job.shape.hidden_size // job.layout.tp
+    weight = 0
+    if job.trains(FrozenPart.output):
+        weight = model.element_bytes * job.shape.vocab_size * job.shape.hidden_size // job.layout.tp
     return _tokens(job) * (_losses(job, chunk) * model.logits() + gradient) + weight
 
 

@@ -5,7 +5,12 @@ from functools import cached_property
 
 from megatron_ads.config.model import Precision
 from megatron_ads.layout import Chunk, ParallelLayout, place_layers
-from megatron_ads.planning.compute import forward_flops_per_token, model_flops_per_token, recomputed_flops_per_token
+from megatron_ads.planning.compute import (
+    backward_flops_per_token,
+    forward_flops_per_token,
+    model_flops_per_token,
+    recomputed_flops_per_token,
+)
 from megatron_ads.planning.hardware import Card
 from megatron_ads.planning.job import Job
 from megatron_ads.planning.memory import RankMemory, stage_memory
@@ -113,14 +118,14 @@ class Plan:
         tokens = job.tokens_per_microbatch / (job.layout.tp * job.layout.cp)
         rate = card.flops_per_second * card.efficiency
         forward = tokens * forward_flops_per_token(job, chunk) / rate
-        again = tokens * recomputed_flops_per_token(job, chunk) / rate
+        backward = tokens * (backward_flops_per_token(job, chunk) + recomputed_flops_per_token(job, chunk)) / rate
         exchanged = 0.0
         for group in self.stages[chunk.stage].traffic:
             sent = {"ep": dispatch_bytes, "tp": tensor_bytes}.get(group.group)
             if sent is not None and group.bytes_per_step:
                 exchanged += sent(job, chunk) / group.bytes_per_step * group.seconds(card)
-        share = forward / (3 * forward + again) if forward else 0.0
-        return forward + share * exchanged, 2 * forward + again + (1 - share) * exchanged
+        share = forward / (forward + backward) if forward else 0.0
+        return forward + share * exchanged, backward + (1 - share) * exchanged
 
     @property
     def update_seconds(self) -> float:
@@ -149,13 +154,17 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """A training checkpoint: weights and optimizer state, each once whatever the number of replicas."""
+        """A training checkpoint: weights and optimizer state, each once whatever the number of replicas.
+
+        Of adapters it holds these alone.
+        """
         job, alone = self.job, ParallelLayout(world=1)
         state, element = (12, 2) if job.precision is Precision.bf16 else (8, 4)
         whole = replace(job, layout=alone, placement=place_layers(job.shape, alone))
         return sum(
             weight.elements * (element + (state if job.trains(weight.part) else 0))
             for weight in stage_weights(whole, 0)
+            if job.lora is None or job.trains(weight.part)
         )
 
     @property
@@ -173,7 +182,9 @@ def make_plan(job: Job, card: Card) -> Plan:
 def _stage_plan(job: Job, card: Card, stage: int) -> StagePlan:
     chunks = job.placement.stage_chunks(stage)
     per_token = sum(
-        3 * forward_flops_per_token(job, chunk) + recomputed_flops_per_token(job, chunk) for chunk in chunks
+        count(job, chunk)
+        for chunk in chunks
+        for count in (forward_flops_per_token, backward_flops_per_token, recomputed_flops_per_token)
     )
     tokens = job.tokens_per_microbatch * job.microbatches // (job.layout.tp * job.layout.cp)
     return StagePlan(

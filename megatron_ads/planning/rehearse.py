@@ -6,7 +6,7 @@ memory. What is built is what training builds; the checks are in ``rank_facts``.
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +18,10 @@ from conversion.rank_files import ShardsLayout
 from conversion.shards import open_shards
 from megatron_ads.config.model import LayerSpecChoice
 from megatron_ads.errors import ConfigError, ConversionError
+from megatron_ads.models.parts import part_of
 from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
 from megatron_ads.planning.job import Job
 from megatron_ads.planning.rank_facts import RankFacts, check_ranks, checkpoint_keys
-from megatron_ads.planning.weights import part_of
 from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.preflight import Member, Record
 
@@ -105,10 +105,13 @@ def _build_rank(job: Job, rank: int) -> RankFacts:
     )
     process_groups.start_rehearsal(job.layout, rank)
     try:
-        from megatron_ads.models.build import build_chunks  # Megatron-Core only now: the CPU's patches come first
+        from megatron_ads.models.adapt import add_adapters  # Megatron-Core only now: the CPU's patches come first
+        from megatron_ads.models.build import build_chunks
 
         with torch.device("meta"):
             chunks = build_chunks(job.shape, job.layout, job.placement, settings)
+            if job.lora is not None:
+                add_adapters(chunks, job.lora, job.shape, settings.spec)
         return _describe(job, rank, chunks, settings)
     finally:
         process_groups.stop()
@@ -168,19 +171,14 @@ def _message(job: Job, chunk: "GPTModel") -> tuple[tuple[int, ...], str]:
 
 def _record(job: Job, rank: int, chunks: Sequence["GPTModel"], settings: ModelSettings) -> Record:
     """Return what the optimizer chain would be: as ``optim.build`` divides parameters, without its state."""
-    from megatron_ads.models.naming import named_weights
     from megatron_ads.optim.build import DECAYED, GROUP_NAMES, UNDECAYED, is_decayed
     from megatron_ads.optim.members import DENSE, EXPERT
     from megatron_ads.optim.stub import StubOptimizer
 
     counts = {(kind, group): 0 for kind in (DENSE, EXPERT) for group in GROUP_NAMES}
-    for weight in named_weights(chunks, settings.spec):
-        parameter = weight.tensor
-        frozen = not job.trains(part_of(weight.canonical[0], job.shape))
-        if not isinstance(parameter, torch.nn.Parameter) or not parameter.requires_grad or frozen:
-            continue
+    for name, parameter in _trained(job, chunks, settings):
         kind = DENSE if getattr(parameter, "allreduce", True) else EXPERT
-        counts[kind, DECAYED if is_decayed(weight.name, parameter) else UNDECAYED] += 1
+        counts[kind, DECAYED if is_decayed(name, parameter) else UNDECAYED] += 1
     members = [Member(DENSE, tuple((group, counts[DENSE, group]) for group in GROUP_NAMES))]
     if job.trains_experts:
         experts = tuple((group, counts[EXPERT, group]) for group in GROUP_NAMES)
@@ -194,6 +192,21 @@ def _record(job: Job, rank: int, chunks: Sequence["GPTModel"], settings: ModelSe
         config_digest="rehearsal",
         code_revision="rehearsal",
     )
+
+
+def _trained(
+    job: Job, chunks: Sequence["GPTModel"], settings: ModelSettings
+) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    from megatron_ads.models.naming import named_weights
+
+    if job.lora is not None:
+        for chunk in chunks:
+            yield from ((name, factor) for name, factor in chunk.named_parameters() if factor.requires_grad)
+        return
+    for weight in named_weights(chunks, settings.spec):
+        trained = job.trains(part_of(weight.canonical[0], job.shape))
+        if trained and isinstance(weight.tensor, torch.nn.Parameter) and weight.tensor.requires_grad:
+            yield weight.name, weight.tensor
 
 
 def _shard_faults(job: Job, folder: Path) -> list[str]:

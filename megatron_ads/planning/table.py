@@ -5,7 +5,11 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
+from megatron_ads.config.model import LoraTarget
+from megatron_ads.models.adapter_shapes import Lora
+from megatron_ads.parameter_count import parameters_by_component
 from megatron_ads.planning.hardware import Card
+from megatron_ads.planning.job import Job
 from megatron_ads.planning.plan import Plan, StagePlan, make_plan
 from megatron_ads.planning.schedule import ideal_bubble
 from megatron_ads.planning.search import SearchResult, interleaved
@@ -102,8 +106,17 @@ def summary_lines(plan: Plan) -> list[str]:
     ]
     if plan.expert_less_stages:
         lines.insert(1, _expert_less(plan))
+    if plan.job.lora is not None:
+        lines.insert(1, _adapters(plan.job, plan.job.lora))
     twin = interleaved(plan.job, 2) if sizes.vpp == 1 and sizes.pp > 1 else None
     return lines if twin is None else [*lines, _gain(plan, make_plan(twin, plan.card))]
+
+
+def _adapters(job: Job, lora: Lora) -> str:
+    adapters, weights = lora.parameters(job.shape), sum(parameters_by_component(job.shape).values())
+    beside = ", ".join(target for target in LoraTarget if target in lora.targets)
+    count = f"{adapters / 1e9:.3f} B parameters beside {weights / 1e9:.1f} B"
+    return f"trains adapters of rank {lora.rank} ({beside}): {count}"
 
 
 def _gain(plan: Plan, twin: Plan) -> str:

@@ -8,8 +8,10 @@ from functools import lru_cache
 
 from conversion.names import Kind, Parameter, layer_parameters, outside_parameters, slice_shape
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config.model import FrozenPart
+from megatron_ads.config.model import FrozenPart, LoraTarget
 from megatron_ads.layout import Chunk
+from megatron_ads.models.adapter_shapes import Lora, target_of
+from megatron_ads.models.parts import part_of
 from megatron_ads.planning.job import Job
 
 
@@ -17,8 +19,9 @@ from megatron_ads.planning.job import Job
 class Weights:
     """Parameters of one rank that share their fate: what they belong to, and over which ranks they are replicated."""
 
-    part: FrozenPart | None
-    """What of ``model.frozen`` they belong to; None for the norm before a mixture of experts, which always trains."""
+    part: FrozenPart | LoraTarget | None
+    """What of ``model.frozen`` they belong to, or of ``model.lora.targets`` the adapters beside them; None for the norm
+    before a mixture of experts, which none of the parts holds."""
     expert: bool
     """Routed experts: replicated over the expert-data-parallel ranks, not over all data-parallel ones."""
     elements: int
@@ -39,7 +42,7 @@ def chunk_weights(job: Job, chunk: Chunk) -> Iterator[Weights]:
     if chunk.needs_embedding:
         yield Weights(FrozenPart.embedding, False, _elements([embedding], sizes.tp))
     for layer in (*chunk.layers, *(shape.num_layers + mtp for mtp in chunk.mtp_layers)):
-        yield from _layer_weights(shape, _representative(shape, layer), sizes.tp, sizes.ep, sizes.etp)
+        yield from _layer_weights(shape, _representative(shape, layer), sizes.tp, sizes.ep, sizes.etp, job.lora)
     if chunk.has_loss:
         yield Weights(FrozenPart.output, False, _elements([output], sizes.tp))
     holds_last_layer = shape.num_layers - 1 in chunk.layers
@@ -53,8 +56,11 @@ def total(weights: Iterable[Weights], *, expert: bool | None = None) -> int:
 
 
 def largest_tensor(job: Job, stage: int) -> int:
-    """Return the elements of the largest parameter on a rank: stacked experts, or a vocabulary matrix."""
+    """Return the elements of the largest trained parameter on a rank: stacked experts, or a vocabulary matrix."""
     shape, sizes = job.shape, job.layout
+    if job.lora is not None:  # the wider factor of a feed-forward's projections
+        experts = shape.num_experts // sizes.ep * max(shape.hidden_size, 2 * shape.expert_ffn_size)
+        return job.lora.rank * max(experts, 2 * shape.dense_ffn_size)
     chunks = job.placement.stage_chunks(stage)
     sizes_of_tensors = [shape.dense_ffn_size * shape.hidden_size * 2 // sizes.tp]
     if any(chunk.needs_embedding or chunk.has_loss for chunk in chunks):
@@ -73,35 +79,22 @@ def _representative(shape: ModelShape, layer: int) -> int:
 
 
 @lru_cache(maxsize=512)
-def _layer_weights(shape: ModelShape, layer: int, tp: int, ep: int, etp: int) -> tuple[Weights, ...]:
+def _layer_weights(shape: ModelShape, layer: int, tp: int, ep: int, etp: int, lora: Lora | None) -> tuple[Weights, ...]:
     counts: Counter[tuple[FrozenPart | None, bool]] = Counter()
+    adapters: Counter[tuple[LoraTarget | None, bool]] = Counter()
     for parameter in layer_parameters(shape, layer):
         if parameter.kind is Kind.ROUTER_BIAS:
             continue
         expert = parameter.expert is not None
         if parameter.expert is None or parameter.expert < shape.num_experts // ep:
-            counts[part_of(parameter.name, shape), expert] += _elements([parameter], etp if expert else tp)
-    return tuple(Weights(part, expert, count) for (part, expert), count in counts.items())
+            size = etp if expert else tp
+            counts[part_of(parameter.name, shape), expert] += _elements([parameter], size)
+            if lora is not None and lora.adapts(parameter):
+                adapters[target_of(parameter.name), expert] += lora.elements(parameter, size)
+    # Two counters: a part and a target of one name are equal keys.
+    found = (*counts.items(), *adapters.items())
+    return tuple(Weights(part, expert, count) for (part, expert), count in found)
 
 
 def _elements(parameters: Iterable[Parameter], size: int) -> int:
     return sum(math.prod(slice_shape(parameter, size)) for parameter in parameters)
-
-
-def part_of(name: str, shape: ModelShape) -> FrozenPart | None:
-    """Return what of ``model.frozen`` a canonical parameter belongs to; a norm belongs to what it stands before.
-
-    None is the norm before a mixture of experts, which belongs to router and experts alike and always trains.
-    """
-    for words, part in (
-        (("mtp.",), FrozenPart.mtp),
-        (("embedding.",), FrozenPart.embedding),
-        (("output_layer.", "decoder.final_layernorm."), FrozenPart.output),
-        ((".self_attention.", ".input_layernorm."), FrozenPart.attention),
-        ((".mlp.experts.",), FrozenPart.experts),
-        ((".mlp.shared_experts.",), FrozenPart.shared_experts),
-        ((".mlp.router.",), FrozenPart.router),
-    ):
-        if any(word in name for word in words):
-            return part
-    return None if shape.is_moe_layer(int(name.split(".")[2])) else FrozenPart.dense

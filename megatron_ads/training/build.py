@@ -16,14 +16,18 @@ from megatron_ads.models.adapt import add_adapters, initialise_adapters
 from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.build import build_chunks
 from megatron_ads.models.load import load_weights
+from megatron_ads.models.parts import trained_parameters
 from megatron_ads.models.precision import wrap_precision
 from megatron_ads.models.settings import ModelSettings
+from megatron_ads.observability.log import get_logger
 from megatron_ads.optim.build import build_optimizer, trains_experts_anywhere, wrap_for_training
 from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.optim.schedule import LearningRateSchedule
 from megatron_ads.runtime.device import device
 from megatron_ads.training.adapter_record import AdapterRecord
 from megatron_ads.training.frozen import freeze
+
+logger = get_logger(__name__)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,6 +65,8 @@ def build_model(
     else:
         add_adapters(models, lora, shards.shape, settings.spec)
         initialise_adapters(models, config.train.seed)
+    trained, weights = trained_parameters(config.model, shards.shape)
+    logger.info("trains %s parameters; the model has %s", f"{trained:,}", f"{weights:,}")
     chunks = wrap_for_training(wrap_precision(models), overlap=device().type == "cuda")
     suspend_reduction = [chunk.no_sync for chunk in chunks]  # until the last microbatch of a step
     for model in models:

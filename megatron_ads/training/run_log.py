@@ -13,6 +13,7 @@ from conversion.atomic_file import write_small
 from conversion.rank_files import ShardsLayout
 from megatron_ads.config.sft import SftConfig
 from megatron_ads.data.held_out import HeldOut
+from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.expert_load import ExpertLoad
 from megatron_ads.models.flops import flops_per_token
 from megatron_ads.observability.metrics import MetricsWriter
@@ -44,7 +45,10 @@ class RunLog:
         self._times = RankTimes(config.runtime, shards.layout, activity)
         self._every = config.train.log_every
         self._flops_per_token = flops_per_token(
-            shards.shape, config.data.seq_length, with_mtp=config.model.mtp_loss_weight > 0
+            shards.shape,
+            config.data.seq_length,
+            with_mtp=config.model.mtp_loss_weight > 0,
+            lora=Lora.of(config.model.lora, mtp_loss_weight=config.model.mtp_loss_weight),
         )
         self._load = ExpertLoad(model.models) if shards.shape.num_experts else None
         self._writer: MetricsWriter | None = None

@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_ads.architecture import ModelShape, read_model_shape
+from megatron_ads.config.model import LoraConfig, LoraTarget
+from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.flops import flops_per_token
 
 TINY = ModelShape(
@@ -52,6 +54,17 @@ def test_a_tiny_model_counted_by_hand() -> None:
 def test_multi_token_prediction_adds_its_layer_its_projection_and_the_head_again() -> None:
     extra = 132 + 212 + 2 * 4 * 4 + 4 * 10
     assert flops_per_token(TINY, 7, with_mtp=True) - flops_per_token(TINY, 7) == 3 * 2 * extra
+
+
+def test_adapters_spare_the_gradients_of_the_weights() -> None:
+    attention = LoraConfig(rank=1, targets=[LoraTarget.attention])
+    lora = Lora.of(attention, mtp_loss_weight=0.0)
+    assert lora is not None
+    plain = flops_per_token(TINY, 7)
+    scores = 2 * 2 * 48  # both layers; no weight is in these
+    # one value of A and of B for each side of a weight: 4 + 3, 3 + 8, 4 + 4, 2 + 8, 4 + 4 in both layers
+    adapters = 2 * 2 * (7 + 11 + 8 + 10 + 8)
+    assert flops_per_token(TINY, 7, lora=lora) == plain - (plain // 3 - scores) + 3 * adapters
 
 
 def test_a_full_rank_query_is_one_product() -> None:

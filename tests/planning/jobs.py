@@ -4,8 +4,9 @@ from functools import cache
 from typing import Any
 
 from megatron_ads.architecture import shape_from_config
-from megatron_ads.config.model import Precision, Recompute
+from megatron_ads.config.model import LoraConfig, Precision, Recompute
 from megatron_ads.layout import ParallelLayout, place_layers
+from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.planning.job import Job, load_job
 
 SMALL: dict[str, Any] = {
@@ -46,6 +47,7 @@ def small_job(
     microbatches: int = 4,
     mtp_loss_weight: float = 0.1,
     world: int = 1,
+    lora: LoraConfig | None = None,
     **sizes: int,
 ) -> Job:
     """Return a job of a four-layer model, two of them dense, with an MTP layer."""
@@ -61,6 +63,7 @@ def small_job(
         micro_batch_size=1,
         microbatches=microbatches,
         mtp_loss_weight=mtp_loss_weight,
+        lora=Lora.of(lora or LoraConfig(), mtp_loss_weight=mtp_loss_weight),
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_ads.config.model import Precision, Recompute
+from megatron_ads.config.model import LoraConfig, Precision, Recompute
 from megatron_ads.planning.activations import ActivationModel
 from megatron_ads.planning.job import Job
 from megatron_ads.planning.memory import stage_memory
@@ -40,6 +40,7 @@ def _kept_by_autograd(job: Job) -> float:
     from megatron.core.packed_seq_params import PackedSeqParams
 
     from conversion.layer_specs import LayerSpec
+    from megatron_ads.models.adapt import add_adapters
     from megatron_ads.models.build import build_chunks
     from megatron_ads.models.precision import wrap_precision
     from megatron_ads.models.settings import ModelSettings
@@ -48,6 +49,8 @@ def _kept_by_autograd(job: Job) -> float:
         spec=LayerSpec.GROUPED, precision=job.precision, recompute=job.recompute, mtp_loss_weight=job.mtp_loss_weight
     )
     (model,) = build_chunks(job.shape, job.layout, job.placement, settings)
+    if job.lora is not None:
+        add_adapters([model], job.lora, job.shape, settings.spec)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -77,6 +80,7 @@ def _kept_by_autograd(job: Job) -> float:
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values()) / SEQ_LENGTH
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=16)], ids=["weights", "adapters"])
 @pytest.mark.parametrize(
     ("precision", "recompute"),
     [
@@ -87,8 +91,8 @@ def _kept_by_autograd(job: Job) -> float:
     ],
     ids=str,
 )
-def test_the_sums_are_what_autograd_keeps(precision: Precision, recompute: Recompute) -> None:
-    job = small_job(precision=precision, recompute=recompute)
+def test_the_sums_are_what_autograd_keeps(precision: Precision, recompute: Recompute, lora: LoraConfig | None) -> None:
+    job = small_job(precision=precision, recompute=recompute, lora=lora)
     kept = kept_by_autograd(job)
     assert predicted(job) == pytest.approx(kept, rel=TOLERANCE)
     # The tolerance can fail: one hidden state less in each of the five layers is outside it.

@@ -33,6 +33,7 @@ H100 = card_named("h100")
         ("deepseek_r1_671b_248gpu", "h100", 248),
         ("deepseek_r1_671b_256h100", "h100", 256),
         ("deepseek_r1_671b_32xh20", "h20", 256),
+        ("deepseek_r1_lora", "h100", 32),
         ("deepseek_v2_lite_8gpu", "h100", 8),
         ("moonlight_16b_8gpu", "h100", 8),
     ],
@@ -77,6 +78,13 @@ def test_the_last_stage_of_r1_is_the_bottleneck() -> None:
 def test_chunks_add_up_to_the_arithmetic_of_the_model(recipe: str) -> None:
     job = load_job(f"sft/{recipe}")
     assert model_flops_per_token(job) == flops_per_token(job.shape, job.seq_length, with_mtp=job.trains_mtp)
+
+
+@pytest.mark.parametrize("targets", ["[attention]", "[dense,shared_experts,experts]"])
+def test_chunks_with_adapters_add_up_to_the_arithmetic_of_the_model(targets: str) -> None:
+    job = load_job("sft/deepseek_r1_lora", [f"model.lora.targets={targets}"])
+    counted = flops_per_token(job.shape, job.seq_length, with_mtp=job.trains_mtp, lora=job.lora)
+    assert model_flops_per_token(job) == counted
 
 
 def test_recomputing_whole_layers_costs_a_third_forward_pass_of_them() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ads.config.model import LoraConfig, LoraTarget
 from megatron_ads.planning.job import Job, load_job
 from megatron_ads.planning.rank_facts import RankFacts, check_ranks, checkpoint_keys, coverage_faults, expected_groups
 from megatron_ads.planning.rehearse import _build_rank, rehearse
@@ -35,8 +36,11 @@ def built() -> tuple[RankFacts, ...]:
         small_job(world=8, pp=2, vpp=2, ep=2, pipeline="Et|t|t|tmL"),
         small_job(world=8, pp=2, tp=2, ep=2, pipeline="Ett|ttmL"),
         small_job(world=4, tp=2, ep=2, etp=2),
+        small_job(world=4, pp=2, ep=2, pipeline="Ett|ttmL", lora=LoraConfig(rank=4)),
+        # Stage 0 trains nothing.
+        small_job(world=4, pp=2, ep=2, pipeline="Ett|ttmL", lora=LoraConfig(rank=4, targets=[LoraTarget.experts])),
     ],
-    ids=["expert-less", "vpp 2", "tp 2", "etp 2"],
+    ids=["expert-less", "vpp 2", "tp 2", "etp 2", "adapters", "adapters of experts"],
 )
 def test_every_rank_of_a_small_job_is_what_the_layout_says(job: Job) -> None:
     rehearsal = rehearse(job, every_rank=True)
@@ -61,7 +65,14 @@ def test_all_stages_of_r1_in_seconds_and_little_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["deepseek_r1_671b_256h100", "deepseek_r1_671b_32xh20", "deepseek_v2_lite_8gpu", "moonlight_16b_8gpu"]
+    "recipe",
+    [
+        "deepseek_r1_671b_256h100",
+        "deepseek_r1_671b_32xh20",
+        "deepseek_r1_lora",
+        "deepseek_v2_lite_8gpu",
+        "moonlight_16b_8gpu",
+    ],
 )
 def test_the_other_recipes_for_real_machines_rehearse(recipe: str) -> None:
     assert rehearse(load_job(f"sft/{recipe}")).faults == ()

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from conversion.names import Kind, parameters
-from megatron_ads.config.model import FrozenPart
+from megatron_ads.config.model import FrozenPart, LoraConfig, LoraTarget
 from megatron_ads.parameter_count import parameters_by_component
-from megatron_ads.planning.weights import part_of, stage_weights, total
+from megatron_ads.planning.memory import stage_memory
+from megatron_ads.planning.weights import stage_weights, total
 from tests.planning.jobs import r1_job, small_job
 
 
@@ -42,14 +42,38 @@ def test_tensor_and_expert_parallelism_divide_what_they_should(sizes: dict[str, 
     assert (cut_dense == dense) == (cut.layout.tp == 1)
 
 
-def test_parts_are_those_that_training_freezes() -> None:
-    from megatron_ads.training.frozen import part_of as trained_part_of
+ALL = LoraConfig(rank=4)
+EXPERTS = LoraConfig(rank=4, targets=[LoraTarget.experts])
 
-    shape = small_job().shape
-    named = parameters(shape)
-    assert len(named) > 100
-    assert {name for name in named if part_of(name, shape) != trained_part_of(name, shape)} == set()
-    assert any(parameter.kind is Kind.ROUTER_BIAS for parameter in named.values())
+
+@pytest.mark.parametrize("lora", [ALL, EXPERTS], ids=["all", "experts"])
+def test_adapters_are_all_that_trains_and_are_counted_beside_the_weights(lora: LoraConfig) -> None:
+    plain, job = (small_job(lora=settings, world=4, ep=2, tp=2, etp=2) for settings in (None, lora))
+    adapters = [weight for weight in stage_weights(job, 0) if job.trains(weight.part)]
+    assert {weight.part for weight in adapters} == set(lora.targets)
+    assert [weight for weight in stage_weights(job, 0) if weight not in adapters] == list(stage_weights(plain, 0))
+    # An expert of (2 * 96, 256) and (256, 96): A (4, 256) and (4, 96), B (192, 4) and (256, 4). etp 2 halves the B of
+    # the first and the A of the second; a rank has 4 of the 8 experts of each of 2 + 1 layers.
+    assert total(adapters, expert=True) == 3 * 4 * 4 * (256 + 96 + 48 + 256)
+    # and over all ranks, where nothing is divided, what one rank would have
+    assert total(
+        weight for weight in stage_weights(small_job(lora=lora), 0) if isinstance(weight.part, LoraTarget)
+    ) == job.lora.parameters(job.shape)  # type: ignore[union-attr]
+
+
+def test_adapters_take_no_more_than_their_own_gradients_and_optimizer_state() -> None:
+    plain, job = (stage_memory(small_job(lora=lora), 0, gpu=True) for lora in (None, ALL))
+    adapters = small_job(lora=ALL).lora.parameters(small_job().shape)  # type: ignore[union-attr]
+    assert (job.gradients, job.optimizer, job.weights - plain.weights) == (4 * adapters, 8 * adapters, 4 * adapters)
+    assert plain.gradients > 20 * job.gradients
+
+
+def test_layers_of_mtp_have_adapters_if_they_are_run() -> None:
+    run, left_out = (
+        small_job(lora=ALL, mtp_loss_weight=weight).lora.parameters(small_job().shape)  # type: ignore[union-attr]
+        for weight in (0.1, 0.0)
+    )
+    assert left_out < run
 
 
 def test_untrained_mtp_and_frozen_parts_are_not_trained() -> None:

@@ -1,0 +1,60 @@
+"""Every parameter belongs to the part that freezes it, and what a job trains is counted as it is built."""
+
+from typing import Any
+
+import pytest
+
+from conversion.names import parameters
+from megatron_ads.architecture import shape_from_config
+from megatron_ads.config.model import FrozenPart, LoraConfig, LoraTarget, ModelConfig
+from megatron_ads.models.parts import part_of, trained_parameters
+from tests.distributed import run_ranks
+from tests.models.checkpoints import V3, write_checkpoint
+from tests.training.jobs import Recipe, start
+
+SHAPE = shape_from_config(V3)
+# The checkpoint has two dense layers, then two with experts.
+PARTS = {
+    "embedding.word_embeddings.weight": FrozenPart.embedding,
+    "decoder.final_layernorm.weight": FrozenPart.output,
+    "output_layer.weight": FrozenPart.output,
+    "decoder.layers.0.input_layernorm.weight": FrozenPart.attention,
+    "decoder.layers.3.self_attention.kv_layernorm.weight": FrozenPart.attention,
+    "decoder.layers.3.self_attention.linear_proj.weight": FrozenPart.attention,
+    "decoder.layers.1.pre_mlp_layernorm.weight": FrozenPart.dense,
+    "decoder.layers.1.mlp.linear_fc1.weight": FrozenPart.dense,
+    "decoder.layers.2.pre_mlp_layernorm.weight": None,
+    "decoder.layers.2.mlp.router.weight": FrozenPart.router,
+    "decoder.layers.2.mlp.shared_experts.linear_fc2.weight": FrozenPart.shared_experts,
+    "decoder.layers.2.mlp.experts.linear_fc2.weight63": FrozenPart.experts,
+    "mtp.layers.0.eh_proj.weight": FrozenPart.mtp,
+    "mtp.layers.0.transformer_layer.mlp.experts.linear_fc1.weight0": FrozenPart.mtp,
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_parameter_belongs_to_its_part(name: str) -> None:
+    assert name in parameters(SHAPE)
+    assert part_of(name, SHAPE) == PARTS[name]
+
+
+def _built(recipe: Recipe) -> int:
+    model, _, _ = start(recipe)
+    return sum(weight.numel() for chunk in model.models for weight in chunk.parameters() if weight.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mtp_loss_weight": 0.1},
+        {"frozen": [FrozenPart.experts, FrozenPart.embedding]},
+        {"lora": LoraConfig(rank=3)},
+        {"lora": LoraConfig(rank=2, targets=[LoraTarget.dense]), "mtp_loss_weight": 0.1},
+    ],
+    ids=["all", "frozen", "adapters", "adapters of dense layers"],
+)
+def test_what_is_counted_is_what_is_trained(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = write_checkpoint(tmp_path_factory.mktemp("parts") / "v3", V3)
+    trained, weights = trained_parameters(ModelConfig(**settings), SHAPE)
+    assert run_ranks(1, _built, Recipe(folder=folder, model=settings)) == [trained]
+    assert (trained < weights) == (settings != {"mtp_loss_weight": 0.1})
