@@ -81,9 +81,9 @@ def _run_together(
 ) -> ExitStatus:
     """Build, step, save, export, while the ranks watch over each other."""
     seed_everything(config.train.seed, config.train.deterministic)
+    training, validation = open_streams(config, source, shards.layout)  # a broken row is told before weights are read
     model = build_model(config, source, shards)
     preflight(config, model.optimizer, shards)
-    training, validation = open_streams(config, source, shards.layout)
     position = Position.resumed(config, model, training, shards.layout, source)
     with RunLog(config, model, shards, peers, activity, resume_step=position.step) as log:
         job = Job(config=config, model=model, training=training, validation=validation, position=position, log=log)
