@@ -9,7 +9,6 @@ Both sides run on the machine's device. TF32 is off on it (``conftest``), so FP3
 """
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from megatron_ads.config.model import Precision
 from megatron_ads.layout import ParallelLayout
 from parity_tests.jobs import Job
 from tests.distributed import RanksFailed, run_ranks
+from tests.free_port import free_port
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LOG_TAIL_CHARACTERS = 4000
@@ -89,7 +89,7 @@ def _run_on_gpus(world: int, call: tuple[Callable[..., Any], tuple[Any, ...]], t
     with tempfile.TemporaryDirectory(prefix="gpu-ranks-") as folder:
         files = Path(folder)
         torch.save(call, files / "call")
-        port = _free_port()
+        port = free_port()
         ranks = [_start(rank, world, port, files) for rank in range(world)]
         try:
             failures = _wait(ranks, files, time.monotonic() + timeout)
@@ -133,10 +133,3 @@ def _wait(ranks: list[subprocess.Popen[bytes]], files: Path, deadline: float) ->
 def _log(number: int, files: Path) -> str:
     text = (files / f"output-{number}").read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:]
     return f"its output ended with\n{text}" if text else ""
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -11,10 +11,8 @@ autograd), nor can its process groups, each with a thread of gloo that wakes 100
 import contextlib
 import os
 import pickle
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +24,7 @@ from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
+from tests.free_port import free_port
 from tests.rank_server import STACK_SIGNAL
 
 _GRACE_SECONDS = 10.0
@@ -128,7 +127,7 @@ class _Ranks:
         self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float, process_group: bool
     ) -> list[Any]:
         """Run one call on every rank; see ``run_ranks``."""
-        message = pickle.dumps((function, args, _free_port(), process_group))
+        message = pickle.dumps((function, args, free_port(), process_group))
         for rank in self._ranks:
             rank.connection.send_bytes(message)
         results, failures = self._collect(time.monotonic() + timeout)
@@ -187,12 +186,3 @@ class _Ranks:
     def _log(self, number: int) -> str:
         text = (self._folder / f"output-{number}").read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:]
         return f"its output ended with\n{text}" if text else ""
-
-
-def _free_port() -> int:
-    """Return a port below the range (from 32768) from which the system hands out ports to others meanwhile."""
-    while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port

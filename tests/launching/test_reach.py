@@ -6,13 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from megatron_ads.launching.reach import meet
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+from tests.free_port import free_port
 
 
 def test_nodes_that_reach_each_other_say_nothing() -> None:

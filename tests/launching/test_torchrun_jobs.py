@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.runtime.exit_status import ExitStatus
-from tests.launching.test_reach import free_port
+from tests.free_port import free_port
 from tests.training.real_job import descendants, write_small_model
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
+from tests.free_port import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, Any] = dict(CONFIGS[Preset.tiny]) | {
@@ -77,7 +77,7 @@ class RealJob:
         ``forked`` ranks begin with what this process has imported, which takes some 6 CPU seconds a rank.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        port = _free_port()
+        port = free_port()
         for rank in range(self.ranks):
             environment = _environment() | {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks),
@@ -251,10 +251,3 @@ def _environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
