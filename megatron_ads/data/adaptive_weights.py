@@ -49,8 +49,8 @@ def task_shares(metrics: Mapping[str, float], *, alpha: float) -> dict[str, floa
 
 
 def perplexity(loss_sum: Vector, targets: Vector) -> Vector:
-    """Return ppl from summed losses and counts of target tokens."""
-    exponent = np.minimum(loss_sum / np.maximum(targets, 1), 700.0)  # above, a double overflows
+    """Return ppl from summed losses and counts of target tokens; always finite, the largest for a loss of NaN."""
+    exponent = np.fmin(loss_sum / np.maximum(targets, 1), 700.0)  # above, a double overflows; fmin takes 700 for NaN
     result: Vector = np.exp(exponent)
     return result
 

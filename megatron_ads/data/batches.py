@@ -187,19 +187,23 @@ class BatchStream:
         self._weights.renew()
         return self._weights.quantiles()
 
-    def adapt(self, metrics: Mapping[str, float], *, alpha: float) -> dict[str, float]:
-        """Renew the shares of the adaptive tasks from their validation metrics; return them.
+    def require_held_out(self, rows: Sequence[TokenizedRow]) -> None:
+        """Refuse to start if a task whose share adapts will have no metric.
 
         Raises:
-            DataError: If a task has no metric, because none of its rows is held out.
+            DataError: Naming the tasks of which no row is held out.
         """
-        tasks = self._mixture.adaptive_tasks
-        if missing := [task for task in tasks if task not in metrics]:
+        held_out = {row.task for row in rows}
+        if missing := [task for task in self._mixture.adaptive_tasks if task not in held_out]:
             raise DataError(
                 f"reweight.tasks needs held-out rows of every task; there are none of {', '.join(missing)}. Raise "
-                "data.validation_rows."
+                "data.validation_rows, or set keep_share: true for their source."
             )
-        return self._mixture.adapt(task_shares({task: metrics[task] for task in tasks}, alpha=alpha))
+
+    def adapt(self, metrics: Mapping[str, float], *, alpha: float) -> dict[str, float]:
+        """Renew the shares of the adaptive tasks from their validation metrics; return them."""
+        of_tasks = {task: metrics[task] for task in self._mixture.adaptive_tasks}
+        return self._mixture.adapt(task_shares(of_tasks, alpha=alpha))
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the sequence stands, and of which sequence; independent of the layout."""

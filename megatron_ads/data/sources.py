@@ -43,26 +43,23 @@ def _rows_as_they_are(source: SourceConfig, seed: int) -> list[ChatRow]:
             view_of=view_chooser(source.history, next_brand.DEFAULT_VIEW),
             limit=source.rows,
         )
+    return _rows_of_a_file(source)
+
+
+def _rows_of_a_file(source: SourceConfig) -> list[ChatRow]:
     assert source.path is not None, "checked with the recipe"
-    if source.kind is SourceKind.table and source.anchor is not None:
-        return event_rows(
-            Path(source.path),
-            columns=source.columns,
-            anchor=read_anchor(source.anchor),
-            view_of=view_chooser(source.history),
-            rejected=None if source.rejected is None else Path(source.rejected),
-            limit=source.rows,
-        )
-    if source.kind is SourceKind.table:
-        return table_rows(
-            Path(source.path),
-            columns=source.columns,
-            task=source.task,
-            rejected=None if source.rejected is None else Path(source.rejected),
-            limit=source.rows,
-        )
-    return jsonl_rows(
-        Path(source.path), limit=source.rows, rejected=None if source.rejected is None else Path(source.rejected)
+    file, rejected = Path(source.path), None if source.rejected is None else Path(source.rejected)
+    if source.kind is SourceKind.jsonl:
+        return jsonl_rows(file, limit=source.rows, rejected=rejected)
+    if source.anchor is None:
+        return table_rows(file, columns=source.columns, task=source.task, limit=source.rows, rejected=rejected)
+    return event_rows(
+        file,
+        columns=source.columns,
+        anchor=read_anchor(source.anchor),
+        view_of=view_chooser(source.history),
+        limit=source.rows,
+        rejected=rejected,
     )
 
 

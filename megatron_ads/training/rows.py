@@ -56,6 +56,7 @@ def open_streams(config: SftConfig, source: WeightSource, layout: ParallelLayout
             f"None of the {len(corpus.validation)} held-out rows fits data.seq_length = {config.data.seq_length}. "
             "Raise it, or set train.evaluate_every to null."
         )
+    stream.require_held_out(held_out.rows)
     validation = batches_of_all(
         held_out.rows,
         share,

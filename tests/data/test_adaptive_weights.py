@@ -23,11 +23,11 @@ def test_instance_weights_stay_within_their_bounds_whatever_the_perplexity():
     assert weights == pytest.approx([0.2, 5.0, 0.2])
 
 
-def test_perplexity_is_per_target_token_and_never_overflows():
+def test_perplexity_is_per_target_token_and_always_finite():
     # 2 tokens of loss ln 4 each -> 4; a loss of 10^6 on one token is capped, not infinite.
-    values = perplexity(np.array([2 * math.log(4), 1e6]), np.array([2.0, 1.0]))
+    values = perplexity(np.array([2 * math.log(4), 1e6, math.nan]), np.array([2.0, 1.0, 1.0]))
     assert values[0] == pytest.approx(4.0)
-    assert np.isfinite(values).all()
+    assert np.isfinite(values).all() and values[1] == values[2]
 
 
 @pytest.mark.parametrize(
@@ -128,3 +128,10 @@ def test_the_quantiles_are_those_of_each_task():
         {f"instance_weight_p{percent}/a": low + percent / 100 * (1 - low) for percent in (10, 50, 90)}
         | {f"instance_weight_p{percent}/b": low for percent in (10, 50, 90)}
     )
+
+
+def test_one_loss_that_is_not_a_number_does_not_stay_in_the_weights():
+    weights = weights_of_three(interval=1)
+    for loss in (1.0, math.nan, 1.0, 1.0):
+        observe(weights, [0], [loss], [1])
+    assert weights.of([0]).tolist() == [1.0]

@@ -260,7 +260,7 @@ def test_a_checkpoint_with_instance_weights_and_a_job_without_are_told_apart():
         plain.load_state_dict(weighted_stream().state_dict())
 
 
-def test_a_task_without_held_out_rows_cannot_adapt():
+def test_a_task_without_held_out_rows_is_refused_before_the_first_step():
     source = BatchStream(
         [WeightedRows(rows(20), adaptive_task="profile")],
         ReplicaShare(8, 2, 0, 1),
@@ -269,4 +269,4 @@ def test_a_task_without_held_out_rows_cannot_adapt():
         seed=0,
     )
     with pytest.raises(DataError, match=r"there are none of profile\. Raise data\.validation_rows"):
-        source.adapt({"relevance": 0.5}, alpha=1.0)
+        source.require_held_out(rows(5))  # of task "test"

@@ -11,6 +11,8 @@ import pytest
 from megatron_ads.runtime.exit_status import ExitStatus
 from tests.training.real_job import RealJob, write_small_model
 
+pytestmark = pytest.mark.slow
+
 STEPS, SAVED = 30, 10
 LEARNABLE, RANDOM = "says_yes", "random_labels"
 MEASURED_TIME = ("seconds", "per_second", "slowest_rank", "memory_bytes")
