@@ -1,0 +1,17 @@
+"""What the tests of recipes start from."""
+
+from pathlib import Path
+
+from megatron_ads.architecture import ModelShape, read_model_shape
+from megatron_ads.config.recipes import load_recipe
+from megatron_ads.config.sft import SftConfig
+
+CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
+
+
+def quickstart(*overrides: str) -> SftConfig:
+    return load_recipe("sft/quickstart", ["model.load=runs/demo", *overrides])
+
+
+def published(name: str) -> ModelShape:
+    return read_model_shape(CONFIGS / f"{name}.json")

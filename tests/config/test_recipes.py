@@ -1,0 +1,157 @@
+"""Recipes compose onto the schema; what is misspelt, mistyped or missing is refused with the remedy."""
+
+import ast
+from dataclasses import fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from conversion.layer_specs import LayerSpec
+from megatron_ads.config.data import SourceKind
+from megatron_ads.config.model import LayerSpecChoice
+from megatron_ads.config.optim import Schedule
+from megatron_ads.config.recipe_files import recipes_folder
+from megatron_ads.config.recipes import load_layout, load_recipe, recipe_yaml
+from megatron_ads.config.sft import SftConfig
+from megatron_ads.errors import ConfigError
+from tests.config.quickstart import quickstart
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_group_chosen_on_the_command_line_arrives() -> None:
+    config = quickstart("layout=pp31_vpp2_ep8", "data=esci", "optim=adamw_constant")
+    assert (config.layout.pp, config.layout.vpp, config.layout.pipeline) == (31, 2, "Et|(t|)*60mL")
+    assert [source.kind for source in config.data.sources] == [SourceKind.esci]
+    assert config.optim.schedule is Schedule.constant
+
+
+def test_plain_objects_come_out_with_interpolations_resolved() -> None:
+    config = quickstart("log.dir=runs/a b")
+    assert config.checkpoint.dir == "runs/a b/checkpoints"
+    assert config.model.layer_spec is LayerSpecChoice.auto
+    assert type(config) is SftConfig
+    assert all(is_dataclass(getattr(config, field.name)) for field in fields(config))
+
+
+def test_a_recipe_of_ones_own_builds_on_a_shipped_one(tmp_path: Path) -> None:
+    folder = tmp_path / "it's my folder"
+    folder.mkdir()
+    own = folder / "mine.yaml"
+    own.write_text("defaults: [/sft/quickstart, override /layout: pp4_ep2, _self_]\nmodel: {load: abc}\n")
+    config = load_recipe(str(own), ["train.steps=7"])
+    assert (config.model.load, config.layout.pp, config.train.steps) == ("abc", 4, 7)
+
+
+def test_a_shipped_recipe_can_be_given_as_a_file() -> None:
+    file = recipes_folder() / "sft" / "quickstart.yaml"
+    assert load_recipe(str(file), ["model.load=runs/demo"]) == quickstart()
+
+
+def test_the_written_recipe_reads_back_to_an_equal_one(tmp_path: Path) -> None:
+    config = quickstart(
+        "model.frozen=[experts,router]", "data.sources=[{kind: jsonl, path: 'a: b', weight: 2.5}]", "layout=pp31_ep8"
+    )
+    file = tmp_path / "resolved.yaml"
+    file.write_text(recipe_yaml(config))
+    assert load_recipe(str(file)) == config
+
+
+def test_every_setting_is_described_below_it() -> None:
+    files = sorted((ROOT / "megatron_ads" / "config").glob("*.py"))
+    classes = [node for file in files for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
+    sections = [node for node in classes if node.name.endswith("Config")]
+    settings = 0
+    for section in sections:
+        for statement, following in pairwise(section.body):
+            if isinstance(statement, ast.AnnAssign) and section.name != "SftConfig":
+                described = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                assert described, f"{section.name}.{ast.unparse(statement.target)} has no description"
+                settings += 1
+    assert settings > 50
+
+
+def test_the_layer_specs_of_a_recipe_are_auto_and_those_of_the_conversion() -> None:
+    assert {*LayerSpecChoice} == {"auto", *LayerSpec}
+
+
+# ---- unknown, mistyped, missing ----
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", r"train\.stepz is not a setting; did you mean train\.steps\?"),
+        ("+train.stepz=3", r"train\.stepz is not a setting; did you mean train\.steps\?"),
+        ("steps=3", r"steps is not a setting; did you mean train\.steps\?"),
+        ("trian.steps=3", r"trian is not a setting; did you mean train\?"),
+        ("+model.zzz=1", r"model\.zzz is not a setting\. Known: model\.load, model\.layer_spec"),
+        ("data.sources=[{kind: builtin, weigth: 2}]", r"data\.sources\[\]\.weigth is not .* data\.sources\[\]\.weight"),
+        (
+            "data.sources=[{kind: esi}]",
+            r"data\.sources\[\]\.kind must be one of builtin, simulator, esci, next_brand, gsm8k, jsonl, table",
+        ),
+        (
+            "data.sources=[{kind: simulator, history: {mots_entries: 2}}]",
+            r"data\.sources\[\]\.history\.mots_entries is not .* data\.sources\[\]\.history\.most_entries",
+        ),
+        ("data.sources=3", r"data\.sources must be a list"),
+        ("train.steps=many", r"train\.steps must be a whole number: Value 'many'"),
+        ("train.steps=1.5", r"train\.steps must be a whole number: Value '1\.5'"),
+        ("train.steps=null", r"train\.steps must be a whole number"),
+        ("train.deterministic=3.5", r"train\.deterministic must be true or false: .*'3\.5'"),
+        ("train.evaluate_every=often", r"train\.evaluate_every must be a whole number or null"),
+        ("optim.learning_rate=fast", r"optim\.learning_rate must be a number"),
+        ("optim.schedule=cosin", r"optim\.schedule must be one of cosine, linear, constant"),
+        ("model.frozen=[expert]", r"model\.frozen\[0\] must be one of embedding, attention"),
+        ("layout=pp3_ep2", r"there is no recipe part 'layout/pp3_ep2'\. Did you mean pp\w+\? Available: pp16_ep16"),
+        ("layout.pp=[1", r"no viable alternative"),
+        ("log.dir=${logs.root}", r"Interpolation key 'logs\.root' not found"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_its_path_and_the_remedy(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"sft/quickstart: .*{message}"):
+        quickstart(override)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trian: {steps: 3}", r"trian is not a setting; did you mean train\?"),
+        ("train: {stepz: 3}", r"train\.stepz is not a setting; did you mean train\.steps\?"),
+        ("train: {steps: soon}", r"train\.steps must be a whole number: Value 'soon'"),
+        ("train: 3", r"train is 3; it must be a section with steps, global"),
+        ("data: {sources: [{kind: jsonl, file: a}]}", r"data\.sources\[\]\.file is not a setting"),
+        ("train: {steps: 3", r"line \d+"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_path_and_the_remedy(tmp_path: Path, text: str, message: str) -> None:
+    for defaults in ("", "defaults: [/sft/quickstart, _self_]\n"):  # with and without the schema below it
+        own = tmp_path / "mine.yaml"
+        own.write_text(f"{defaults}{text}\n")
+        with pytest.raises(ConfigError, match=rf"mine\.yaml.*{message}"):
+            load_recipe(str(own))
+
+
+def test_the_layout_alone_can_be_read_from_a_recipe_with_open_settings() -> None:
+    layout = load_layout("sft/deepseek_r1_671b_248gpu", ["layout.tp=2"])
+    assert (layout.pp, layout.ep, layout.tp, layout.last_stage_layers) == (31, 8, 2, 1)
+    with pytest.raises(ConfigError, match=r"layout\.piplin is not a setting; did you mean layout\.pipeline\?"):
+        load_layout("sft/quickstart", ["layout.piplin=2"])
+
+
+def test_settings_left_open_are_listed_together() -> None:
+    with pytest.raises(ConfigError, match=r"model\.load must be set, in the recipe or on the command line"):
+        load_recipe("sft/quickstart")
+    with pytest.raises(ConfigError, match=r"log\.dir, model\.load must be set"):
+        load_recipe("sft/quickstart", ["log.dir=???", "checkpoint.dir=c"])
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match=r"no recipe 'sft/quickstrat'\. Did you mean sft/quickstart\?"):
+        load_recipe("sft/quickstrat")
+    with pytest.raises(ConfigError, match=r"no recipe 'qqq'\. Shipped: sft/deepseek_r1_671b_248gpu, "):
+        load_recipe("qqq")
+    with pytest.raises(ConfigError, match=r"absent\.yaml does not exist"):
+        load_recipe("absent.yaml")

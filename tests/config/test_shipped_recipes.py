@@ -1,0 +1,89 @@
+"""Every shipped recipe composes, and runs on the ranks that its head comment names."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_ads import demo_model
+from megatron_ads.architecture import shape_from_config
+from megatron_ads.config.recipe_files import recipes_folder, shipped_recipes
+from megatron_ads.config.recipes import load_recipe, recipe_yaml
+from megatron_ads.config.sft import SftConfig, validate
+from megatron_ads.errors import ConfigError
+from tests.config.quickstart import published, quickstart
+
+OPEN = {
+    # What a shipped recipe leaves to the user.
+    "sft/quickstart": ["model.load=runs/demo"],
+    "sft/deepseek_r1_671b_248gpu": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
+    "sft/deepseek_r1_lora": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
+    "sft/deepseek_r1_671b_248gpu_vpp2": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
+    "sft/deepseek_r1_671b_256h100": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
+    "sft/deepseek_r1_671b_32xh20": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
+    "sft/deepseek_v2_lite_8gpu": ["model.load=V2", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
+    "sft/moonlight_16b_8gpu": ["model.load=M", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
+}
+
+
+def test_every_shipped_recipe_is_covered_here() -> None:
+    assert set(shipped_recipes()) == set(OPEN)
+
+
+@pytest.mark.parametrize("name", sorted(OPEN))
+def test_a_shipped_recipe_validates_on_the_ranks_its_head_comment_names_and_not_on_one_less(name: str) -> None:
+    config = load_recipe(name, OPEN[name])
+    head = (recipes_folder() / f"{name}.yaml").read_text()
+    ranks = int(re.search(r"^# Ranks: (\d+)", head, re.MULTILINE)[1])  # type: ignore[index]
+    validate(config, ranks)
+    with pytest.raises(ConfigError, match=f"does not divide the {ranks - 1} ranks"):
+        validate(config, ranks - 1)
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(OPEN) if "248gpu" in name])
+def test_the_r1_recipes_fit_r1(name: str) -> None:
+    config = load_recipe(name, OPEN[name])
+    validate(config, 248, published("deepseek_r1"))
+    layout = config.layout.runtime(248)
+    assert (layout.dp, config.train.microbatches(layout)) == (8, 62)  # 496 rows / (1 row * 8 replicas)
+
+
+@pytest.mark.parametrize("preset", sorted(demo_model.CONFIGS))
+def test_the_quickstart_fits_the_demo_models_and_leaves_stage_0_without_experts(preset: demo_model.Preset) -> None:
+    shape = shape_from_config(demo_model.CONFIGS[preset])
+    config = quickstart()
+    validate(config, 4, shape)
+    placement = config.layout.placement(shape, config.layout.runtime(4))
+    assert placement.string.startswith("Ett|tttt")
+    assert placement.expert_less_stages(shape) == (0,)
+
+
+def test_the_two_r1_recipes_differ_in_the_layout_and_the_folders_only() -> None:
+    plain, twin = (load_recipe(name, OPEN[name]) for name in sorted(OPEN) if "248gpu" in name)
+    different = [field.name for field in fields(SftConfig) if getattr(plain, field.name) != getattr(twin, field.name)]
+    assert different == ["layout", "checkpoint", "log"]
+
+
+PARTS = sorted(file for file in recipes_folder().glob("*/*.yaml") if file.parent.name not in ("sft", "cook"))
+
+
+def test_every_file_of_the_recipes_starts_with_its_instructions() -> None:
+    files = sorted(recipes_folder().rglob("*.yaml"))
+    assert len(files) == len(PARTS) + len(OPEN) + len(shipped_recipes("cook")) == 33
+    assert [file for file in files if not file.read_text().startswith("# ")] == []
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part.parent.name}/{part.stem}")
+def test_every_setting_of_a_recipe_part_arrives(tmp_path: Path, part: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(f"defaults: [/base_sft, /{part.parent.name}: {part.stem}, _self_]\n")
+    required = {"train.steps": 1, "log.dir": "l", "checkpoint.dir": "c", "model.load": "m", "optim.learning_rate": 0.5}
+    values = {key: value for key, value in yaml.safe_load(part.read_text()).items() if value != "???"}
+    given = [f"{path}={value}" for path, value in required.items() if path.rpartition(".")[2] not in values]
+    composed = yaml.safe_load(recipe_yaml(load_recipe(str(own), given)))[part.parent.name]
+    if "sources" in values:  # without the defaults that the part does not mention
+        pairs = zip(composed["sources"], values["sources"], strict=True)
+        composed["sources"] = [{key: source[key] for key in declared} for source, declared in pairs]
+    assert {key: composed[key] for key in values} == values
