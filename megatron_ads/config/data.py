@@ -180,6 +180,9 @@ class DataConfig:
     """Where rows come from; at least one."""
     seq_length: int = 4096
     """Tokens of one row of a batch."""
+    reasoning: bool = True
+    """False empties the block of reasoning of every ads row: the model learns the answers alone, and its answers are
+    read without reasoning. For comparisons with models that reason."""
     packing: bool = True
     """Put several samples into one row, attention kept inside each."""
     seed: int = 0

@@ -2,18 +2,20 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from megatron_ads.config.data import DataConfig, SplitBy
 from megatron_ads.data.chat import tokenize_row
 from megatron_ads.data.mixing import WeightedRows
-from megatron_ads.data.rows import ChatRow, TokenizedRow
+from megatron_ads.data.rows import ChatRow, Message, Role, TokenizedRow
 from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.data.split import Split, split_by_group, split_by_time
 from megatron_ads.data.tokenizer import ChatTokenizer
 from megatron_ads.errors import DataError
 from megatron_ads.observability.log import get_logger, rank
+from megatron_ads.tasks.reasoning import without_reasoning
+from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.row_checks import CheckedRows, FaultyRow, check_rows
 
 logger = get_logger(__name__)
@@ -68,7 +70,7 @@ def read_corpus(config: DataConfig) -> Corpus:
     for found, name in zip(checked, names, strict=True):
         if found.faulty:
             _report_faulty(found, name)
-    sources = [found.rows for found in checked]
+    sources = [found.rows if config.reasoning else answers_alone(found.rows) for found in checked]
     everything = [row for rows in sources for row in rows]
     split = _split(everything, config)
     kept = {id(row) for row in split.training}
@@ -80,6 +82,16 @@ def read_corpus(config: DataConfig) -> Corpus:
         names=names,
         faulty=[row for found in checked for row in found.faulty],
     )
+
+
+def answers_alone(rows: Sequence[ChatRow]) -> list[ChatRow]:
+    """Return rows whose reasoning is empty; rows of general domains are left as they are."""
+    return [
+        replace(row, messages=(*row.prompt, Message(Role.assistant, without_reasoning(row.target))))
+        if row.task in TASKS
+        else row
+        for row in rows
+    ]
 
 
 def _split(rows: Sequence[ChatRow], config: DataConfig) -> Split:

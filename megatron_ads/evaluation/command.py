@@ -122,7 +122,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return ``task_scores`` of ``model`` on the rows that ``recipe`` holds out, with the seconds it took.
 
-    Rows of general domains are not answered; their perplexity is under ``general``.
+    Rows of general domains are not answered; their perplexity is under ``general``. With ``data.reasoning`` false, as
+    in the training that it was for, answers need no reasoning.
 
     Raises:
         ConfigError: If a number is impossible, or the recipe does not compose.
@@ -165,7 +166,10 @@ def evaluate(
         "rows": len(answers),
         "seconds": seconds,
         "decoding": str(how.method),
-        "tasks": task_scores(answers, training, advertisers, ground=ground, best=best_answers(data)),
+        "reasoning": data.reasoning,
+        "tasks": task_scores(
+            answers, training, advertisers, ground=ground, best=best_answers(data), reasons=data.reasoning
+        ),
         "general": perplexities,
     }
     if html_file is not None:

@@ -28,12 +28,12 @@ class Outcome:
     """Share of the answer among the probabilities of its beams; None without beams."""
 
 
-def judge(answers: Sequence[Answer]) -> list[Outcome]:
-    """Return the outcome of each answer to a row of one task."""
+def judge(answers: Sequence[Answer], *, reasons: bool = True) -> list[Outcome]:
+    """Return the outcome of each answer to a row of one task; without ``reasons`` none needs reasoning."""
     task = task_named(answers[0].row.task)
     outcomes = []
     for answer in answers:
-        read = task.parse(answer.text, reasoning_required=task.reasons)
+        read = task.parse(answer.text, reasoning_required=task.reasons and reasons)
         failed = isinstance(read, StrEnum)
         label = answer.row.label if task.label_of else None
         given = task.label_of(read) if task.label_of and not failed else None

@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron_ads.evaluation.answer import Answer
 from megatron_ads.evaluation.outcomes import Outcome, confusion, judge, samples
-from megatron_ads.evaluation.text_tables import MORE_LINES, RELEVANCE, shown
+from megatron_ads.evaluation.paper_tables import paper_tables
+from megatron_ads.evaluation.text_tables import RELEVANCE, shown
 from megatron_ads.metrics.probabilities import calibration_bins, calibration_error
 from megatron_ads.observability.chart import Series, line_chart
 from megatron_ads.observability.report import Chart, Figure, Section, Table, render_page
@@ -15,12 +16,6 @@ _MOST_LABELS = 12
 """A larger confusion matrix is not shown."""
 _MOST_SAMPLES = 3
 _MOST_CHARACTERS = 1500
-_COLUMNS = {
-    "DR": "defect_rate", "Model DR": "model_defect_rate", "BACC": "balanced_accuracy", "Acc": "accuracy",
-    "PosAcc": "positive_accuracy", "PosPrec": "positive_precision", "NegAcc": "negative_accuracy",
-    "NegPrec": "negative_precision", "PosF1": "positive_f1", "NegF1": "negative_f1",
-}  # fmt: skip
-"""Of AdNanny's tables 1 to 4."""
 
 
 def evaluation_page(scores: Mapping[str, Any], answers: Sequence[Answer], *, title: str, about: str) -> str:
@@ -34,7 +29,9 @@ def evaluation_page(scores: Mapping[str, Any], answers: Sequence[Answer], *, tit
     """
     by_task = groupby(sorted(answers, key=lambda answer: answer.row.task), key=lambda answer: answer.row.task)
     sections = [
-        section for task, of_task in by_task for section in _task_sections(task, scores["tasks"][task], list(of_task))
+        section
+        for task, of_task in by_task
+        for section in _task_sections(task, scores["tasks"][task], judge(list(of_task), reasons=scores["reasoning"]))
     ]
     figures = [_figure(task, of_task) for task, of_task in scores["tasks"].items()]
     figures += [
@@ -55,10 +52,12 @@ def _figure(task: str, scores: Mapping[str, Any]) -> Figure:
     return Figure(label=task, value=value, note=str(scores["headline_name"] or "undefined"))
 
 
-def _task_sections(task: str, scores: Mapping[str, Any], answers: Sequence[Answer]) -> list[Section]:
-    outcomes = judge(answers)
-    tables = [_views_table(scores), _label_table(scores)] if task == RELEVANCE else [_metrics_table(scores)]
-    blocks: list[str | Table | Chart] = [*tables]
+def _task_sections(task: str, scores: Mapping[str, Any], outcomes: Sequence[Outcome]) -> list[Section]:
+    blocks: list[str | Table | Chart] = [_label_table(scores) if task == RELEVANCE else _metrics_table(scores)]
+    for paper in paper_tables(task, scores):
+        numbers = frozenset(range(1, len(paper.head)))
+        blocks += [paper.title, Table(head=paper.head, rows=paper.rows, numbers=numbers)]
+        blocks += [paper.note] if paper.note else []
     if "ranking" in scores:
         blocks += _ranking_blocks(scores["ranking"])
     sections = [Section(title=task, blocks=blocks)]
@@ -76,30 +75,12 @@ def _task_sections(task: str, scores: Mapping[str, Any], answers: Sequence[Answe
     return sections
 
 
-def _views_table(scores: Mapping[str, Any]) -> Table:
-    rows = [
-        [f"defect: {name}", who, *(shown(view[line][field]) for field in _COLUMNS.values())]
-        for name, view in scores["views"].items()
-        for who, line in (
-            ("model", "model"),
-            (f"always {scores['baseline_label']}", "baseline"),
-            *((name, line) for line, name in MORE_LINES.items()),
-        )
-        if line in view
-    ]
-    return Table(head=["view", "", *_COLUMNS], rows=rows, numbers=frozenset(range(2, 2 + len(_COLUMNS))))
-
-
 def _label_table(scores: Mapping[str, Any]) -> Table:
     rows = [
         ["accuracy over all labels", shown(scores["accuracy"])],
         [f"accuracy of always {scores['baseline_label']}", shown(scores["baseline_accuracy"])],
         ["answers that could be read", shown(scores["readable_share"])],
         ["answers that the model ended", shown(scores["ended_share"])],
-        *(
-            [f"balanced accuracy, defect: {name}, 95 % of resampled queries", _range(view["balanced_accuracy_95"])]
-            for name, view in scores["views"].items()
-        ),
     ]
     return Table(rows=rows, numbers=frozenset({1}))
 

@@ -1,62 +1,98 @@
-"""From answers to numbers: the relevance metric next to its majority baseline, and why answers could not be read."""
+"""From answers to numbers: the relevance metric beside its baselines, and why answers could not be read."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
 from megatron_ads.evaluation.answer import Answer
-from megatron_ads.evaluation.text_baseline import text_predictions
-from megatron_ads.metrics.classification import (
-    DefectView,
-    balanced_accuracy_interval,
-    binary_metrics,
-    majority_predictions,
+from megatron_ads.evaluation.defect_views import defect_view, lines_beside
+from megatron_ads.metrics.classification import DefectView
+from megatron_ads.tasks.relevance import (
+    BAD_VIEW,
+    FAIR_VIEW,
+    LOCATION_VIEW,
+    QUALITY_VIEW,
+    TASK,
+    Failure,
+    Judgement,
+    Label,
+    parse,
 )
-from megatron_ads.tasks.relevance import BAD_VIEW, FAIR_VIEW, TASK, Failure, Label, parse
+from megatron_ads.tasks.truths import truth_of
 
 
 def relevance_scores(
-    answers: Sequence[Answer], *, training: Sequence[ChatRow], best: Mapping[str, Sequence[str]] | None = None
+    answers: Sequence[Answer],
+    *,
+    training: Sequence[ChatRow],
+    best: Mapping[str, Sequence[str]] | None = None,
+    reasons: bool = True,
 ) -> dict[str, Any]:
     """Return the scores of ``answers`` as JSON values; what is undefined is None.
 
-    ``views`` holds one entry per way to call a label bad (AdNanny, tables 1 to 4): the model's line, the line of the
-    baseline that always answers the most frequent label of the training rows, and a bootstrap interval of the balanced
-    accuracy over queries. An answer that cannot be read counts as wrong. Where the training rows have two labels or
-    more, there is a line ``text_baseline`` (``evaluation.text_baseline``), and where ``best`` holds the best answers to
-    every row, by its id, a line ``reachable``.
+    ``views`` holds one entry per way to call a label bad (AdNanny, tables 1 to 4), with the lines of
+    ``evaluation.defect_views``; those of place and quality are there if any row asks for them, and are over such rows.
+    An answer that cannot be read counts as wrong.
+
+    Args:
+        answers: To rows of this task.
+        training: Rows of this task that baselines learn from.
+        best: Best answers to a row by its id, where they are known.
+        reasons: Answers must have reasoning.
 
     Raises:
         DataError: If a row is of another task, or has no label.
     """
     truths = [_true_label(answer.row) for answer in answers]
-    outcomes = [parse(answer.text) for answer in answers]
-    predictions = [None if isinstance(outcome, Failure) else str(outcome.label) for outcome in outcomes]
+    outcomes = [parse(answer.text, reasoning_required=reasons) for answer in answers]
+    given = [outcome if isinstance(outcome, Judgement) else None for outcome in outcomes]
+    predictions = [None if outcome is None else str(outcome.label) for outcome in given]
     rows = [answer.row for answer in answers]
-    baseline = majority_predictions(truths, learned_from=[row.label for row in training if row.label is not None])
-    from_words = text_predictions(training, rows)
     queries = [row.group for row in rows]
-    known = [best[row.id][0] for row in rows if best and row.id in best]
-    more = {"text_baseline": from_words, "reachable": known if len(known) == len(rows) else None}
+    lines = lines_beside(predictions, rows, training, best)
     failures = Counter(str(outcome) for outcome in outcomes if isinstance(outcome, Failure))
     return {
         "rows": len(answers),
         "queries": len(set(queries)),
         "accuracy": _share([truth == guess for truth, guess in zip(truths, predictions, strict=True)]),
-        "baseline_accuracy": _share([truth == guess for truth, guess in zip(truths, baseline, strict=True)]),
-        "baseline_label": baseline[0],
+        "baseline_accuracy": _share([truth == guess for truth, guess in zip(truths, lines["baseline"], strict=True)]),
+        "baseline_label": lines["baseline"][0],
         "readable_share": _share([guess is not None for guess in predictions]),
         "ended_share": _share([answer.ended for answer in answers]),
         "unreadable_because": dict(failures.most_common()),
         "label_counts": dict(Counter(truths)),
         "views": {
-            view.name: _in_view(view, truths, predictions, baseline, queries)
-            | {line: binary_metrics(truths, labels, view).as_dict() for line, labels in more.items() if labels}
-            for view in (BAD_VIEW, FAIR_VIEW)
+            **{view.name: defect_view(view, truths, lines, queries) for view in (BAD_VIEW, FAIR_VIEW)},
+            **_flag_view(LOCATION_VIEW, "location", rows, given, training),
+            **_flag_view(QUALITY_VIEW, "quality", rows, given, training),
         },
     }
+
+
+def _flag_view(
+    view: DefectView,
+    flag: str,
+    rows: Sequence[ChatRow],
+    given: Sequence[Judgement | None],
+    training: Sequence[ChatRow],
+) -> dict[str, Any]:
+    """Return the view of a flag under its name; nothing if no row asks for it."""
+    asked = [(row, found) for row, found in zip(_labelled(rows, flag), given, strict=True) if row.label is not None]
+    if not asked:
+        return {}
+    flagged = [row for row, _ in asked]
+    model = [None if found is None else getattr(found, flag) for _, found in asked]
+    lines = lines_beside(model, flagged, _labelled(training, flag))
+    return {view.name: defect_view(view, [row.label or "" for row in flagged], lines, [row.group for row in flagged])}
+
+
+def _labelled(rows: Sequence[ChatRow], flag: str) -> list[ChatRow]:
+    """Return rows whose label is a flag of their target; None where it has none."""
+    flags = [getattr(truth_of(row, parse), flag) for row in rows]
+    return [replace(row, label=None if value is None else str(value)) for row, value in zip(rows, flags, strict=True)]
 
 
 def _true_label(row: ChatRow) -> str:
@@ -66,21 +102,6 @@ def _true_label(row: ChatRow) -> str:
             f"{', '.join(Label)}."
         )
     return str(row.label)
-
-
-def _in_view(
-    view: DefectView,
-    truths: Sequence[str],
-    predictions: Sequence[str | None],
-    baseline: Sequence[str | None],
-    queries: Sequence[str],
-) -> dict[str, Any]:
-    interval = balanced_accuracy_interval(truths, predictions, view, groups=queries)
-    return {
-        "model": binary_metrics(truths, predictions, view).as_dict(),
-        "baseline": binary_metrics(truths, baseline, view).as_dict(),
-        "balanced_accuracy_95": None if interval is None else [interval.low, interval.high],
-    }
 
 
 def _share(values: Sequence[bool]) -> float:

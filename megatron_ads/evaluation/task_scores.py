@@ -1,17 +1,21 @@
 """From answers to numbers, task by task: metrics, an interval of the leading one, and what a baseline gets."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.evaluation.answer import Answer
 from megatron_ads.evaluation.name_answers import AdvertiserNames, names_trained_on
+from megatron_ads.evaluation.query_scores import query_scores
 from megatron_ads.evaluation.ranking_scores import ranking_scores
+from megatron_ads.evaluation.reachable import BestAnswers
 from megatron_ads.evaluation.relevance_scores import relevance_scores
+from megatron_ads.evaluation.replacement_scores import replacement_scores
+from megatron_ads.evaluation.user_views import score_views
 from megatron_ads.metrics.intervals import statistic_interval
-from megatron_ads.tasks import next_advertiser, relevance
+from megatron_ads.tasks import ad_user_relevance, model_comparison, next_advertiser, query_generation, relevance
 from megatron_ads.tasks.registry import score_answers
 
 
@@ -21,12 +25,13 @@ def task_scores(
     advertisers: AdvertiserNames | None = None,
     *,
     ground: bool = False,
-    best: Mapping[str, Sequence[str]] | None = None,
+    best: BestAnswers | None = None,
+    reasons: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Return the scores of each task as JSON values; what is undefined is None.
 
-    Query-ad relevance has a form of its own (``relevance_scores``), with the binary views of the papers' tables. Tasks
-    that name the next advertiser have ``ranking`` as well (``ranking_scores``).
+    Query-ad relevance has a form of its own (``relevance_scores``), with the binary views of the papers' tables. Other
+    tasks have one form and, where a paper has more on them, ``views``, ``ranking``, ``generated`` or ``replacement``.
 
     Args:
         answers: Of any tasks.
@@ -34,6 +39,7 @@ def task_scores(
         advertisers: Valid names; None: those in ``training``.
         best: Best answers to a row by its id, where they are known.
         ground: Also judge the valid names nearest to the advertiser that an answer names.
+        reasons: False: answers need no reasoning, also in tasks that have it otherwise.
 
     Raises:
         DataError: If a row is of an unknown task, or its target cannot be read.
@@ -43,25 +49,34 @@ def task_scores(
         by_task[answer.row.task].append(answer)
     scores = {}
     for task, of_task in sorted(by_task.items()):
+        trained_on = [row for row in training if row.task == task]
         if task == relevance.TASK:
-            trained_on = [row for row in training if row.task == task]
-            scores[task] = relevance_scores(of_task, training=trained_on, best=best)
-        else:
-            scores[task] = _scores(of_task)
-        if task in (next_advertiser.TASK, next_advertiser.RANKING_TASK):
+            scores[task] = relevance_scores(of_task, training=trained_on, best=best, reasons=reasons)
+            continue
+        scores[task] = _scores(of_task, reasons=reasons)
+        if task == ad_user_relevance.TASK:
+            scores[task]["views"] = score_views(of_task, training=trained_on, best=best, reasons=reasons)
+        elif task in (next_advertiser.TASK, next_advertiser.RANKING_TASK):
             names = advertisers or names_trained_on(training)
             scores[task]["ranking"] = ranking_scores(of_task, training, names, ground=ground, best=best)
+        elif task == query_generation.TASK:
+            scores[task]["generated"] = query_scores(of_task, trained_on, reasons=reasons)
+        elif task == model_comparison.TASK:
+            scores[task]["replacement"] = replacement_scores(of_task, reasons=reasons)
     return scores
 
 
-def _scores(answers: Sequence[Answer]) -> dict[str, Any]:
+def _scores(answers: Sequence[Answer], *, reasons: bool) -> dict[str, Any]:
     rows, texts = [answer.row for answer in answers], [answer.text for answer in answers]
-    scores = score_answers(rows, texts)
+    required = None if reasons else False
+    scores = score_answers(rows, texts, reasoning_required=required)
     leading = scores.headline_name
 
     def headline(numbers: Any) -> float | None:
         drawn = [int(number) for number in numbers]
-        found = score_answers([rows[number] for number in drawn], [texts[number] for number in drawn])
+        found = score_answers(
+            [rows[number] for number in drawn], [texts[number] for number in drawn], reasoning_required=required
+        )
         return found.metrics.get(leading or "")
 
     groups = [row.group or row.id for row in rows]

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_ads.evaluation.paper_tables import paper_tables
+
 RELEVANCE = "query_ad_relevance"
 _WIDTH = 36
-MORE_LINES = {"text_baseline": "TF-IDF, logistic regression", "reachable": "best reachable"}
-"""Of a view of the relevance labels, besides the model and the commonest label, where there are such lines."""
 
 
 def text_tables(scores: Mapping[str, Any]) -> str:
@@ -27,29 +27,36 @@ def _relevance_table(scores: Mapping[str, Any]) -> str:
         f"{RELEVANCE}: {scores['rows']} rows of {scores['queries']} queries",
         f"{'':<{_WIDTH}}  model  baseline (always {scores['baseline_label']})",
         f"{'accuracy over all labels':<{_WIDTH}}  {shown(scores['accuracy'])}  {shown(scores['baseline_accuracy'])}",
+        f"{'answers that could be read':<{_WIDTH}}  {shown(scores['readable_share'])}",
+        *_paper_lines(RELEVANCE, scores),
     ]
-    for name, view in scores["views"].items():
-        model, baseline = view["model"]["balanced_accuracy"], view["baseline"]["balanced_accuracy"]
-        between = _between(view["balanced_accuracy_95"], "queries")
-        lines.append(f"{f'balanced accuracy, defect: {name}':<{_WIDTH}}  {shown(model)}  {shown(baseline)}{between}")
-        lines += [
-            f"{f'  {name}':<{_WIDTH}}  {shown(view[line]['balanced_accuracy'])}"
-            for line, name in MORE_LINES.items()
-            if line in view
-        ]
-    lines.append(f"{'answers that could be read':<{_WIDTH}}  {shown(scores['readable_share'])}")
     return "\n".join(lines)
 
 
 def _task_table(scores: Mapping[str, Any]) -> str:
     lines = [f"{scores['task']}: {scores['rows']} rows of {scores['groups']} groups"]
+    in_views = tuple(f"{view}/" for view in scores.get("views", ()))
     for name, value in {**scores["metrics"], **scores["formats"]}.items():
-        between = _between(scores["headline_95"], "groups") if name == scores["headline_name"] else ""
-        lines.append(f"{name:<{_WIDTH}}  {shown(value)}{between}")
+        if not name.startswith(in_views) or name == scores["headline_name"]:
+            between = _between(scores["headline_95"], "groups") if name == scores["headline_name"] else ""
+            lines.append(f"{name:<{_WIDTH}}  {shown(value)}{between}")
     lines.append(f"{'answers that could be read':<{_WIDTH}}  {shown(scores['readable_share'])}")
     if unread := ", ".join(f"{reason} {count}" for reason, count in scores["failures"].items()):
         lines.append(f"  not read: {unread}")
-    return "\n".join([*lines, *_ranking_lines(scores["ranking"])] if "ranking" in scores else lines)
+    lines += _ranking_lines(scores["ranking"]) if "ranking" in scores else []
+    return "\n".join([*lines, *_paper_lines(scores["task"], scores)])
+
+
+def _paper_lines(task: str, scores: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for table in paper_tables(task, scores):
+        widths = [max(map(len, column)) for column in zip(table.head, *table.rows, strict=True)]
+        cells = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (table.head, *table.rows)
+        ]
+        lines += ["", table.title, *cells, *([f"  {table.note}"] if table.note else [])]
+    return lines
 
 
 def _ranking_lines(ranking: Mapping[str, Any]) -> list[str]:

@@ -133,21 +133,25 @@ def parse(text: str, *, reasoning_required: bool = True) -> Judgement | Failure:
 
 
 def metrics(rows: Sequence[ChatRow], answers: Sequence[Judgement | Failure]) -> Metrics:
-    """Return the paper's table 5, where RR is ``bad/defect_rate``, and the agreement on the whole scale.
-
-    For the AUC an unreadable answer ranks below all others if the ad is a match, and above all others if not (ours).
-    """
+    """Return the paper's table 5, where RR is ``bad/defect_rate``, and the agreement on the whole scale."""
     truths = [truth_of(row, parse).score for row in rows]
     given = [readable(answer) for answer in answers]
     scores = [answer.score if answer else None for answer in given]
-    positives = [truth not in BAD_VIEW.defects for truth in truths]
-    worst = [-math.inf if positive else math.inf for positive in positives]
-    ranked = [bad if score is None else float(score) for score, bad in zip(scores, worst, strict=True)]
     binary = binary_metrics(truths, scores, BAD_VIEW).as_dict()
     return {
         **{f"{BAD_VIEW.name}/{name}": value for name, value in binary.items()},
-        "auc": auc(positives, ranked),
+        "auc": match_auc(truths, scores),
         "accuracy": accuracy(truths, scores),
         "quadratic_kappa": quadratic_kappa(truths, scores, list(Score)),
         "mean_distance": mean_distance(truths, scores, list(Score)),
     }
+
+
+def match_auc(truths: Sequence[str], scores: Sequence[str | None]) -> float | None:
+    """Return how well scores order matches above bad ads; None unless both are there.
+
+    An unreadable answer ranks below all others if the ad is a match, and above all others if not (ours).
+    """
+    positives = [truth not in BAD_VIEW.defects for truth in truths]
+    worst = [-math.inf if positive else math.inf for positive in positives]
+    return auc(positives, [bad if score is None else float(score) for score, bad in zip(scores, worst, strict=True)])

@@ -42,6 +42,12 @@ def render_reasoned(reasoning: str, answer: str) -> str:
     return f"{OPEN}{reasoning}{CLOSE}{answer}"
 
 
+def without_reasoning(target: str) -> str:
+    """Return a readable target with an empty block of reasoning."""
+    parts = split_reasoning(target, required=False)
+    return target if isinstance(parts, ReasoningFailure) else render_reasoned("", parts.answer)
+
+
 def split_reasoning(text: str, *, required: bool = True) -> Reasoned | ReasoningFailure:
     """Separate the reasoning from the answer, strictly: nothing may precede ``<think>``.
 

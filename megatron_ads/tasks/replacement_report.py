@@ -8,7 +8,7 @@ it is surely better; undecided in between, and whenever too many comparisons cou
 """
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -85,33 +85,9 @@ def replacement_report(
     )
 
 
-def render_report(report: ReplacementReport) -> str:
-    """Return the report as Markdown."""
-    net, interval = report.net_share, report.net_share_95
-    between = f" (95 %: {interval.low:+.3f} to {interval.high:+.3f})" if interval else ""
-    shown = "undefined" if net is None else f"{net:+.3f}{between}"
-    return "\n".join([
-        f"**Advice: {report.advice}**",
-        "",
-        "| | |",
-        "| --- | --- |",
-        f"| comparisons | {report.comparisons:,} |",
-        f"| verdicts | {_listed(report.verdicts.items())} |",
-        f"| net share of better | {shown} |",
-        f"| risk | {_listed(report.risks.items())} |",
-        f"| could not be read | {_listed(report.failures.items()) or '0'} |",
-        f"| strengths | {_listed(report.strengths)} |",
-        f"| weaknesses | {_listed(report.weaknesses)} |",
-    ])  # fmt: skip
-
-
 def _advise(net: Interval | None, high_risk: float | None, most_high_risk: float) -> Advice:
     if net is None or high_risk is None:
         return Advice.undecided
     if net.high < 0 or high_risk > most_high_risk:
         return Advice.keep_current
     return Advice.test_online if net.low > 0 else Advice.undecided
-
-
-def _listed(counts: Iterable[tuple[str, int]]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts)

@@ -37,6 +37,19 @@ def test_a_query_of_two_sources_is_on_one_side(tmp_path: Path):
     assert corpus.weights == [1.0, 2.0]
 
 
+def test_ads_rows_can_be_without_reasoning_and_others_are_left_alone(tmp_path: Path):
+    own = own_rows(tmp_path / "own.jsonl", ["q"])
+    with_it, without = (
+        read_corpus(DataConfig(sources=[BUILTIN, own], validation_rows=60, reasoning=reasoning))
+        for reasoning in (True, False)
+    )
+    assert [row.id for row in without.validation] == [row.id for row in with_it.validation]
+    for before, after in zip(with_it.training[0], without.training[0], strict=True):
+        assert before.prompt == after.prompt
+        assert after.target == f"<think></think><Label>{before.label}</Label>" != before.target
+    assert without.training[1] == with_it.training[1]
+
+
 def test_rows_that_do_not_fit_or_have_no_weight_are_counted(tmp_path: Path):
     tokenizer = tokenizer_in(tmp_path)
     rows = read_source(BUILTIN, seed=0)

@@ -40,8 +40,19 @@ def test_a_random_model_is_evaluated_on_the_held_out_rows(
 def test_for_people_it_prints_model_and_baseline(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--model", str(folder), "--max-new-tokens", "2", *RECIPE]) == 0
     out = capsys.readouterr().out
-    assert "balanced accuracy, defect: bad" in out
+    assert "AdNanny, table 1: query-ad relevance, bad is a defect" in out
     assert "baseline (always " in out
+
+
+def test_a_recipe_without_reasoning_is_evaluated_without(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = tmp_path / "answers.jsonl"
+    arguments = ["evaluate", "--model", str(folder), "--max-new-tokens", "2", "--json", "--answers", str(answers)]
+    assert main([*arguments, *RECIPE, "data.reasoning=false"]) == 0
+    assert json.loads(capsys.readouterr().out)["reasoning"] is False
+    targets = [json.loads(line)["target"] for line in answers.read_text().splitlines()]
+    assert all(target.startswith("<think></think><Label>") for target in targets)
 
 
 def test_a_page_is_written_and_a_place_for_it_that_does_not_exist_is_refused_first(

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_ads.tasks.model_comparison import Assessment, Failure, Risk, Verdict
-from megatron_ads.tasks.replacement_report import Advice, render_report, replacement_report
+from megatron_ads.tasks.replacement_report import Advice, replacement_report
 
 
 def judged(verdict: Verdict, risk: Risk = Risk.none, **points: tuple[str, ...]) -> Assessment:
@@ -54,11 +54,3 @@ def test_requests_that_belong_together_make_the_advice_less_sure():
     assert replacement_report(answers).advice is Advice.test_online
     # Three queries of twenty requests each: two better, one worse.
     assert replacement_report(answers, groups=[row // 20 for row in range(60)]).advice is Advice.undecided
-
-
-def test_the_page_shows_the_advice_first():
-    lines = render_report(replacement_report([judged(Verdict.better, strengths=("price",))] * 30)).splitlines()
-    assert lines[0] == "**Advice: test online**"
-    assert "| net share of better | +1.000 (95 %: +1.000 to +1.000) |" in lines
-    assert "| strengths | price 30 |" in lines
-    assert "| net share of better | undefined |" in render_report(replacement_report([]))
