@@ -70,7 +70,8 @@ class InstanceWeights:
         self._before = np.full(samples, np.nan)
         self._loss_sums = np.zeros(samples)
         self._targets = np.zeros(samples)
-        self._of_task = {task: np.flatnonzero([other == task for other in tasks]) for task in sorted({*tasks})}
+        names, of_samples = np.unique(tasks, return_inverse=True)
+        self._of_task = {name: np.flatnonzero(of_samples == index) for index, name in enumerate(names.tolist())}
 
     def of(self, samples: Sequence[int]) -> Vector:
         """Return the weights of these samples."""

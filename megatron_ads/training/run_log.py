@@ -16,6 +16,7 @@ from megatron_ads.data.held_out import HeldOut
 from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.expert_load import ExpertLoad
 from megatron_ads.models.flops import flops_per_token
+from megatron_ads.observability.log import get_logger
 from megatron_ads.observability.metrics import MetricsWriter
 from megatron_ads.observability.progress import Progress
 from megatron_ads.observability.provenance import provenance
@@ -25,6 +26,8 @@ from megatron_ads.runtime.watchdog import PeerMonitor
 from megatron_ads.training.build import TrainedModel
 from megatron_ads.training.rank_times import RankTimes
 from megatron_ads.training.step import StepReport
+
+logger = get_logger(__name__)
 
 
 class RunLog:
@@ -48,7 +51,7 @@ class RunLog:
             shards.shape,
             config.data.seq_length,
             with_mtp=config.model.mtp_loss_weight > 0,
-            lora=Lora.of(config.model.lora, mtp_loss_weight=config.model.mtp_loss_weight),
+            lora=Lora.of(config.model),
         )
         self._load = ExpertLoad(model.models) if shards.shape.num_experts else None
         self._writer: MetricsWriter | None = None
@@ -69,6 +72,9 @@ class RunLog:
         self._progress.close()
         if self._writer is not None:
             self._writer.close()
+        report = self._directory / REPORT_FILE
+        if dist.get_rank() == 0 and report.is_file():
+            logger.info("the run so far, as a page: %s", report)
 
     def begin(self, step: int) -> None:
         """Say that a training step begins: from here to its end, this rank is expected to get on."""
