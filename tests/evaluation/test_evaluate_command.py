@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from conversion.convert import to_shards
 from megatron_ads.cli import main
-from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
 from megatron_ads.evaluation.answer import Answer
 from megatron_ads.evaluation.asking import RowAsker
@@ -169,14 +167,17 @@ def test_an_interrupted_evaluation_goes_on_and_ends_as_if_it_had_not_been(
     assert [path.name for path in tmp_path.glob("answers*")] == ["answers.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"), [("shards", ["--pp", "2", "--ep", "2"]), ("torch_dist", ["--format", "torch_dist"])]
+)
 def test_a_megatron_checkpoint_answers_as_the_folder_it_came_from(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, options: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shards = tmp_path / "shards"
-    to_shards(folder, shards, LayoutConfig(pp=2, ep=2))
-    answers = [_evaluate(model, tmp_path / "answers.jsonl", "--max-new-tokens", "6") for model in (folder, shards)]
+    megatron = tmp_path / "megatron"
+    assert main(["convert", "to-megatron", str(folder), str(megatron), *options]) == 0
+    answers = [_evaluate(model, tmp_path / "answers.jsonl", "--max-new-tokens", "6") for model in (folder, megatron)]
     assert answers[0] == answers[1]
-    assert f"{shards} is a shards folder: exporting it to" in capsys.readouterr().err
+    assert f"{megatron} is a {kind} folder: exporting it to" in capsys.readouterr().err
 
 
 def test_one_of_twenty_is_chosen_among_those_that_the_row_lists(folder: Path, tmp_path: Path) -> None:
