@@ -49,8 +49,8 @@ def load_encoder(name: str) -> Any:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise ConfigError(
-            f"reject.embedding is {name!r}, but sentence-transformers is not installed. Install it, or set "
-            "reject.embedding to null for TF-IDF."
+            f"reject.embedding is {name!r}, but sentence-transformers is not installed. Install it (pip install "
+            "sentence-transformers), or set reject.embedding to null for TF-IDF."
         ) from None
     try:
         return SentenceTransformer(name)
@@ -67,7 +67,7 @@ def remove_disagreeing(candidates: Sequence[Candidate], embed: Embed, config: Re
         for candidate, similarity in zip(group, mean_similarities(vectors_ND), strict=True):
             candidate.similarity = float(similarity)
             if config.min_similarity > 0 and similarity < config.min_similarity:
-                candidate.remove(Removed.unlike_the_others, f"similarity {similarity:.3f}")
+                candidate.remove(Removed.unlike_the_others, measured=f"similarity {similarity:.3f}")
         _remove_repetitions(group, vectors_ND, config.max_similarity)
 
 
@@ -80,6 +80,6 @@ def _remove_repetitions(group: Sequence[Candidate], vectors_ND: NDArray[np.float
             continue
         nearest = max(kept, key=lambda other: float(vectors_ND[index] @ vectors_ND[other]), default=None)
         if nearest is not None and vectors_ND[index] @ vectors_ND[nearest] > limit + _ROUNDING:
-            candidate.remove(Removed.repeats_another, f"candidate {group[nearest].number}")
+            candidate.remove(Removed.repeats_another, measured=f"candidate {group[nearest].number}")
         else:
             kept.append(index)

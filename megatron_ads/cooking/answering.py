@@ -1,6 +1,7 @@
 """Requests to a model and what comes of them, whatever answers: through the journal, in parallel, counted."""
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -54,11 +55,6 @@ class Request:
     candidate: int = 0
     """Tells requests apart that ask the same thing again."""
 
-    @property
-    def key(self) -> str:
-        """What its answer is found by."""
-        return digest_of({"body": self.body, "candidate": self.candidate})
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
@@ -91,6 +87,10 @@ class Unanswered(DataError):
 class Answerer(Protocol):
     """A model that can be asked."""
 
+    @property
+    def state(self) -> str:
+        """What its answers depend on besides the request, as far as can be known here."""
+
     def answer(self, request: Request, stop: threading.Event) -> Answer:
         """Return the answer; waits end early when ``stop`` is set.
 
@@ -114,7 +114,10 @@ class Usage:
     prompt_tokens: int = 0
     answer_tokens: int = 0
     """Of all answers, those of earlier runs too."""
+    seconds: float = 0.0
+    """From first to last request of each stage of this run."""
     seconds_in_requests: float = 0.0
+    """Summed over the requests of this run, which overlap."""
     finishes: Counter[str] = field(default_factory=Counter)
     """How many answers ended how."""
 
@@ -133,6 +136,11 @@ class Usage:
     def answered(self) -> int:
         """Requests with an answer that is no refusal."""
         return self.finishes.total() - self.finishes[str(Finish.refused)]
+
+    @property
+    def requests_per_second(self) -> float | None:
+        """Return how fast this run got answers; None if it asked for none."""
+        return self.asked / self.seconds if self.asked and self.seconds else None
 
     def cost(self, config: AnsweringConfig) -> float | None:
         """Return what all answers cost; None where no prices are known."""
@@ -164,31 +172,38 @@ class Desk:
         keys: list[str] = []
         found: dict[str, Answer] = {}
         waiting: dict[Future[Answer], str] = {}
-        stop = threading.Event()
+        stop, started = threading.Event(), time.monotonic()
         with (
             Progress(total, description=description, unit="request") as progress,
             ThreadPoolExecutor(self._config.concurrency) as pool,
         ):
             try:
                 for request in requests:
-                    key = request.key
+                    key = self._key(request)
                     keys.append(key)
-                    if (record := self._journal.records.get(key)) is not None:
-                        found[key] = Answer.from_record(record)
-                        self._count(key, found[key], new=False)
                     if key in found or key in waiting.values():
                         progress.update()
-                        continue
-                    self._require_affordable()
-                    waiting[pool.submit(self._answer_and_record, key, request, stop)] = key
-                    if len(waiting) >= self._config.concurrency:
-                        self._collect(waiting, found, progress)
+                    elif (record := self._journal.records.get(key)) is not None:
+                        found[key] = Answer.from_record(record)
+                        self._count(key, found[key], new=False)
+                        progress.update()
+                    else:
+                        self._require_affordable()
+                        waiting[pool.submit(self._answer_and_record, key, request, stop)] = key
+                        if len(waiting) >= self._config.concurrency:
+                            self._collect(waiting, found, progress)
                 while waiting:
                     self._collect(waiting, found, progress)
             except BaseException:
                 stop.set()  # workers finish the attempt they are at, and make no other
                 raise
+            finally:
+                self.usage.seconds += time.monotonic() - started
         return [found.get(key) for key in keys]
+
+    def _key(self, request: Request) -> str:
+        """Return what an answer is found by: everything that could change it."""
+        return digest_of({"body": request.body, "candidate": request.candidate, "state": self._answerer.state})
 
     def _collect(self, waiting: dict[Future[Answer], str], found: dict[str, Answer], progress: Progress) -> None:
         """Wait until an answer is there, and take all that are."""

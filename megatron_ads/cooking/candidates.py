@@ -55,7 +55,7 @@ class Removed(StrEnum):
     """The verifier gave no verdict."""
     high_perplexity = "high_perplexity"
     """The answer does not follow from the reasoning: PPL(answer | prompt, reasoning) >= R."""
-    answer_too_long = "answer_too_long"
+    too_long_to_measure = "too_long_to_measure"
     """Prompt, reasoning and answer are longer than the perplexity model's positions."""
     more_than_kept = "more_than_kept"
     """It passed, but ``keep_per_row`` others of its row are better."""
@@ -71,7 +71,9 @@ class Candidate:
     reasoning: str = ""
     removed: Removed | None = None
     reason: str = ""
-    """More on the removal: the parser's failure, a number."""
+    """More on the removal, the same for many, such as the parser's failure: the report counts it."""
+    measured: str = ""
+    """What the removal was decided by, in numbers of this candidate's own."""
     similarity: float | None = None
     """Mean similarity with the row's other candidates; None where there are none."""
     perplexity: float | None = None
@@ -86,9 +88,9 @@ class Candidate:
         """The assistant's message: this reasoning, the row's own answer."""
         return render_reasoned(self.reasoning, answer_of(self.row))
 
-    def remove(self, why: Removed, reason: str = "") -> None:
+    def remove(self, why: Removed, reason: str = "", *, measured: str = "") -> None:
         """Take it out."""
-        self.removed, self.reason = why, reason
+        self.removed, self.reason, self.measured = why, reason, measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +157,9 @@ def _judge_content(candidate: Candidate, details: frozenset[str], config: Reject
     if told := _TELLS.search(candidate.reasoning):
         candidate.remove(Removed.tells_the_answer_was_given, told[0])
     elif len(words) < config.min_words:
-        candidate.remove(Removed.too_short, f"{len(words)} words")
+        candidate.remove(Removed.too_short, measured=f"{len(words)} words")
     elif (mentioned := len(details & set(words))) < min(config.min_details, len(details)):
-        candidate.remove(Removed.boilerplate, f"{mentioned} details of {len(details)}")
+        candidate.remove(Removed.boilerplate, measured=f"{mentioned} of {len(details)} details")
 
 
 def _weighty(text: str) -> frozenset[str]:

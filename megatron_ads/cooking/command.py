@@ -10,7 +10,7 @@ _DESCRIPTION = """Let a teacher model write reasoning for rows whose answer is k
 corpus that `kind: jsonl` reads.
 
     megatron-ads data cook --recipe cook/simulated --out cooked teacher.url=http://localhost:8000/v1 teacher.model=NAME
-    megatron-ads train --recipe sft/quickstart model.load=SHARDS \\
+    megatron-ads train --recipe sft/quickstart model.load=MODEL data.seq_length=512 \\
       'data.sources=[{kind: jsonl, path: cooked/train.jsonl}]'
 
 First every prompt is tried on a golden set; then the teacher is asked for several candidates of each row, and filters
@@ -51,13 +51,12 @@ def run_cook(args: argparse.Namespace) -> int:
     config = load_cook_recipe(args.recipe, args.overrides, out=args.out)
 
     from megatron_ads.cooking.cook import cook, open_kitchen
-    from megatron_ads.cooking.report import render_summary, write_report
+    from megatron_ads.cooking.report import summary_lines, write_report
 
     with open_kitchen(config) as kitchen:
         report = write_report(cook(config, kitchen), kitchen, config)
-    print(
-        json.dumps(report, ensure_ascii=False)
-        if args.json
-        else f"{render_summary(report)}\nReport: {config.out}/report.md"
-    )
+    if args.json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        print("\n".join([*summary_lines(report), f"Report: {config.out}/report.md"]))
     return 0 if report["kept"] else 1

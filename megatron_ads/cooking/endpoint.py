@@ -44,6 +44,9 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 class Endpoint:
     """A server; any number of threads may ask it."""
 
+    state = ""
+    """A server does not say what stands behind the name of its model."""
+
     def __init__(self, section: str, config: AnsweringConfig) -> None:
         """Prepare to ask; nothing is sent yet.
 

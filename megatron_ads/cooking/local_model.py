@@ -44,6 +44,7 @@ class LocalTeacher:
         assert config.model is not None, "checked with the recipe"
         self._config, self._folder, self._exports = config, Path(config.model), exports
         self._tokenizer = load_tokenizer(tokenizer_folder(self._folder))
+        self.state = model_state(self._folder)
         self._lock = threading.Lock()
 
     @cached_property

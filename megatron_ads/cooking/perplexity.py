@@ -34,7 +34,7 @@ def remove_unlikely(
     for candidate, perplexity in zip(left, scorer.perplexities(left), strict=True):
         candidate.perplexity = perplexity
         if candidate.perplexity is None:
-            candidate.remove(Removed.answer_too_long)
+            candidate.remove(Removed.too_long_to_measure)
     scored = passing(candidates)
     if not scored:
         return config.threshold
@@ -42,7 +42,7 @@ def remove_unlikely(
     for candidate in scored:
         assert candidate.perplexity is not None, "noted above"
         if not candidate.perplexity < limit:
-            candidate.remove(Removed.high_perplexity, f"PPL {candidate.perplexity:.4g}, R {limit:.4g}")
+            candidate.remove(Removed.high_perplexity, measured=f"PPL {candidate.perplexity:.4g}, R {limit:.4g}")
     return limit
 
 

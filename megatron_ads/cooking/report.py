@@ -13,6 +13,7 @@ from megatron_ads.cooking.answering import Desk
 from megatron_ads.cooking.candidates import Candidate, Removed, by_row, passing
 from megatron_ads.cooking.config import AnsweringConfig, CookConfig, cook_recipe_yaml
 from megatron_ads.cooking.cook import Cooked, Kitchen
+from megatron_ads.cooking.prompts import question_of
 from megatron_ads.cooking.requests import drawn
 
 JSON_FILE, TEXT_FILE, RECIPE_FILE = "report.json", "report.md", "recipe.yaml"
@@ -70,7 +71,8 @@ def as_report(cooked: Cooked, kitchen: Kitchen, config: CookConfig) -> dict[str,
 
 def _usage(desk: Desk, config: AnsweringConfig) -> dict[str, Any]:
     counted = {field.name: getattr(desk.usage, field.name) for field in fields(desk.usage)}
-    return {"model": config.model, "url": config.url, **counted, "cost": desk.usage.cost(config)}
+    derived = {"requests_per_second": desk.usage.requests_per_second, "cost": desk.usage.cost(config)}
+    return {"model": config.model, "url": config.url, **counted, **derived}
 
 
 def _filters(candidates: Sequence[Candidate], config: CookConfig) -> list[dict[str, Any]]:
@@ -84,7 +86,7 @@ def _filters(candidates: Sequence[Candidate], config: CookConfig) -> list[dict[s
                 "filter": str(why),
                 "entered": entered,
                 "removed": len(gone),
-                "reasons": dict(Counter(candidate.reason for candidate in gone).most_common(_REASONS_SHOWN)),
+                "reasons": dict(Counter(item.reason for item in gone if item.reason).most_common(_REASONS_SHOWN)),
                 "samples": [_sample(candidate) for candidate in _drawn(gone, config)],
             }
         )
@@ -101,6 +103,8 @@ def _sample(candidate: Candidate) -> dict[str, Any]:
         "id": candidate.name,
         "task": candidate.row.task,
         "reason": candidate.reason,
+        "measured": candidate.measured,
+        "question": question_of(candidate.row)[:_SHOWN_CHARACTERS],
         "text": candidate.text[:_SHOWN_CHARACTERS],
     }
 
@@ -114,23 +118,15 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
 
 def render_report(report: dict[str, Any]) -> str:
     """Return the report for people, as Markdown."""
-    lines = ["# Cooked reasoning", "", *(f"- {source}" for source in report["sources"]), ""]
-    lines += [render_summary(report), "", "## Golden set", ""]
-    for result in report["golden"]:
-        rates = ", ".join(f"{rate:.2f}" for rate in result["pass_rates"])
-        agreement = "undefined" if result["agreement"] is None else f"{result['agreement']:.2f}"
-        lines.append(
-            f"- {result['task']}, {result['template']}: {'passed' if result['passed'] else 'FAILED'}; pass rates of "
-            f"the wordings {rates} over {result['rows']} rows, agreement {agreement}; failures: "
-            f"{_counts(result['failures'])}"
-        )
-        if result["sample"]:
-            lines += ["", _quoted(result["sample"]), ""]
+    lines = ["# Cooked reasoning", "", *(f"- {source}" for source in report["sources"]), "", "## Summary", ""]
+    lines += [f"- {line}" for line in summary_lines(report)]
+    if report["golden"]:
+        lines += ["", "## Golden set", "", *_golden_lines(report["golden"])]
     lines += ["", "## Filters", "", "| filter | entered | removed | most frequent reasons |"]
     lines.append("| --- | ---: | ---: | --- |")
     for found in report["filters"]:
-        reasons = _counts({name: count for name, count in found["reasons"].items() if name}).replace("|", "\\|")
-        lines.append(f"| {found['filter']} | {found['entered']:,} | {found['removed']:,} | {_one_line(reasons)} |")
+        reasons = _one_line(_counts(found["reasons"], none="")).replace("|", "\\|")
+        lines.append(f"| {found['filter']} | {found['entered']:,} | {found['removed']:,} | {reasons} |")
     for found in report["filters"]:
         if found["samples"]:
             lines += ["", f"### Removed by {found['filter']}"]
@@ -142,26 +138,25 @@ def render_report(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render_summary(report: dict[str, Any]) -> str:
+def summary_lines(report: dict[str, Any]) -> list[str]:
     """Return the numbers that matter, for a terminal too."""
     rows = report["rows"]
     asked = sum(rows["asked_about"].values())
     lines = [f"{rows['read']:,} rows read, {asked:,} asked about; left out: {_counts(rows['left_out'])}."]
-    for name, used in report["models"].items():
-        cost = "" if used["cost"] is None else f", cost {used['cost']:.4g}"
-        lines.append(
-            f"The {name} ({used['model']}) answered {used['asked']:,} requests, {used['from_journal']:,} answers were "
-            f"there already, {used['gave_up']:,} requests have none; failed attempts: {_counts(used['failures'])}; "
-            f"{used['prompt_tokens']:,} + {used['answer_tokens']:,} tokens{cost}."
-        )
+    lines += [_model_line(name, used) for name, used in report["models"].items()]
     removed = {found["filter"]: found["removed"] for found in report["filters"] if found["removed"]}
     lines.append(f"{report['candidates']:,} candidates, {report['kept']:,} kept; removed: {_counts(removed)}.")
     if report["perplexity"]["threshold"] is not None:
         lines.append(f"Perplexity of the answer: kept below R = {report['perplexity']['threshold']:.4g}.")
-    numbers = {f"{kept} kept": count for kept, count in report["rows_by_kept_candidates"].items()}
-    lines.append(f"Rows by candidates: {_counts(numbers)}.")
+    if survivors := report["rows_by_kept_candidates"]:
+        numbers = ", ".join(f"{count:,} rows {kept}" for kept, count in survivors.items())
+        lines.append(f"Candidates kept of a row: {numbers}.")
     if failed := [result["task"] for result in report["golden"] if not result["passed"]]:
-        lines.append(f"The golden check failed for {', '.join(failed)}: nothing was asked at scale about these rows.")
+        lines.append(
+            f"The golden check failed for {', '.join(failed)}: rows whose templates all failed were not asked about. "
+            "Look at the failures in report.md, then give other templates, or lower golden.pass_rate or "
+            "golden.agreement."
+        )
     if report["corpus"] is None:
         lines.append("No corpus was written.")
     else:
@@ -170,16 +165,42 @@ def render_summary(report: dict[str, Any]) -> str:
             f"Written: {written['training_rows']:,} rows to train on, {written['validation_rows']:,} held out"
             + (f", {written['left_out_by_split']:,} on neither side." if written["left_out_by_split"] else ".")
         )
-    return "\n".join(lines)
+    return lines
+
+
+def _model_line(name: str, used: dict[str, Any]) -> str:
+    rate = "" if used["requests_per_second"] is None else f", {used['requests_per_second']:.3g} a second"
+    cost = "" if used["cost"] is None else f", cost {used['cost']:.4g}"
+    return (
+        f"The {name} ({used['model']}): {used['asked']:,} requests answered{rate}, {used['from_journal']:,} before, "
+        f"{used['gave_up']:,} without answer; failed attempts: {_counts(used['failures'])}; "
+        f"{used['prompt_tokens']:,} prompt and {used['answer_tokens']:,} answer tokens{cost}."
+    )
+
+
+def _golden_lines(results: Sequence[dict[str, Any]]) -> list[str]:
+    lines: list[str] = []
+    for result in results:
+        rates = ", ".join(f"{rate:.2f}" for rate in result["pass_rates"])
+        agreement = "undefined" if result["agreement"] is None else f"{result['agreement']:.2f}"
+        lines.append(
+            f"- {result['task']}, {result['template']}: {'passed' if result['passed'] else 'FAILED'}; pass rates of "
+            f"the wordings {rates} over {result['rows']} rows, agreement {agreement}; failures: "
+            f"{_counts(result['failures'])}"
+        )
+        if result["sample"]:
+            lines += ["", _quoted(result["sample"]), ""]
+    return lines
 
 
 def _shown(sample: dict[str, Any]) -> list[str]:
-    why = f": {_one_line(sample['reason'])}" if sample["reason"] else ""
-    return ["", f"{sample['id']} ({sample['task']}){why}", "", _quoted(sample["text"])]
+    why = ", ".join(_one_line(part) for part in (sample["reason"], sample["measured"]) if part)
+    lines = ["", f"{sample['id']} ({sample['task']}){why and ': '}{why}", "", _quoted(sample["question"])]
+    return [*lines, "", "said:", "", _quoted(sample["text"])] if sample["text"] else lines
 
 
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none"
+def _counts(counts: dict[str, int], *, none: str = "none") -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or none
 
 
 def _one_line(text: str) -> str:

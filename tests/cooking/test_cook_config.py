@@ -1,10 +1,12 @@
 """Cooking recipes: the shipped ones compose, a mistake is refused with the setting and what to do."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
 from megatron_ads.config.recipe_files import recipes_folder, shipped_recipes
+from megatron_ads.config.recipes import load_recipe
 from megatron_ads.cooking.config import CookConfig, ModelKind, Style, cook_recipe_yaml, load_cook_recipe
 from megatron_ads.errors import ConfigError
 
@@ -22,10 +24,21 @@ def test_a_shipped_recipe_needs_a_teacher_and_nothing_else(name: str) -> None:
         load_cook_recipe(name)
 
 
-def test_there_are_shipped_recipes_with_instructions() -> None:
+def commands_of(recipe: str) -> list[list[str]]:
+    """Return the words of each command that a recipe's head comment gives, behind ``megatron-ads``."""
+    lines = (recipes_folder() / f"{recipe}.yaml").read_text().replace("\\\n#", "").splitlines()
+    return [shlex.split(line)[2:] for line in lines if line.startswith("#   megatron-ads ")]
+
+
+def test_the_commands_that_recipes_give_compose() -> None:
     assert len(SHIPPED) == 2
-    for name in SHIPPED:
-        assert f"megatron-ads data cook --recipe {name}" in (recipes_folder() / f"{name}.yaml").read_text()
+    given = [command for name in SHIPPED for command in commands_of(name)]
+    for command in given:
+        if command[:3] == ["data", "cook", "--recipe"]:
+            assert load_cook_recipe(command[3], command[4:]).teacher.model == "NAME"
+    (train,) = (command for command in given if command[0] == "train")
+    (source,) = load_recipe(train[2], train[3:]).data.sources
+    assert source.path == f"{load_cook_recipe('cook/simulated', ['teacher.model=m']).out}/train.jsonl"
 
 
 def test_a_checkpoint_takes_the_place_of_a_server_as_the_recipe_says() -> None:

@@ -136,7 +136,7 @@ def test_every_outcome_is_counted_in_the_report(tmp_path: Path) -> None:
     removed = {found["filter"]: found["removed"] for found in report["filters"] if found["removed"]}
     assert removed == {"no_answer": 2, "withheld": 1, "cut_off": 1, "schema": 1}
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "1 requests have none; failed attempts: rate_limited 3, server_error 3;" in text
+    assert "1 without answer; failed attempts: rate_limited 3, server_error 3;" in text
     assert (
         json.loads((tmp_path / "out" / "report.json").read_text())["models"]["teacher"]["failures"] == used["failures"]
     )

@@ -243,7 +243,7 @@ def test_answers_that_do_not_follow_are_removed_at_the_median(tmp_path: Path) ->
             cooked = cook(config, replace(kitchen, scorer=Scores()))
             report = as_report(cooked, kitchen, config)
     assert cooked.threshold == 3.0
-    assert removed(report) == {"high_perplexity": 3, "answer_too_long": 1}  # 3, 4, 5 are not below 3
+    assert removed(report) == {"high_perplexity": 3, "too_long_to_measure": 1}  # 3, 4, 5 are not below 3
     assert [item.row.id for item in cooked.candidates if item.removed is None] == ["r0", "r1"]
 
 

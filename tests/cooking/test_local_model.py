@@ -122,7 +122,7 @@ def test_what_the_model_cannot_read_is_removed(
     with scorer_of(model, tmp_path) as scorer:
         limit = remove_unlikely([short, long], scorer, PerplexityConfig(threshold=1e9), seed=0)
     assert limit == 1e9
-    assert (short.removed, long.removed) == (None, Removed.answer_too_long)
+    assert (short.removed, long.removed) == (None, Removed.too_long_to_measure)
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
@@ -143,6 +143,20 @@ def test_a_checkpoint_answers_as_a_server_would(model: Path) -> None:
         assert answer.finish is (Finish.cut_off if answer.answer_tokens == 12 else Finish.ended)
     long = [{"role": "user", "content": "kettle " * POSITIONS}]
     assert teacher.answer(chat_request(long, config, seed=1), stop).finish is Finish.refused
+
+
+def test_a_teacher_that_was_trained_further_is_asked_again(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    local = ["teacher.kind=local", f"teacher.model='{model}'", "teacher.url=null", "teacher.max_tokens=2"]
+    config = recipe(tmp_path, "http://unused/v1", *local, rows=1)
+    asked = []
+    for trained in (False, False, True):
+        if trained:
+            write_tiny_model(model, seed=6)
+        with open_kitchen(config) as kitchen:
+            cook(config, kitchen)
+            asked.append(kitchen.teacher.usage.asked)
+    assert asked == [1, 0, 1]
 
 
 def test_a_checkpoint_as_teacher_goes_through_the_whole_run(model: Path, tmp_path: Path) -> None:
