@@ -56,7 +56,7 @@ def open_torch_dist(path: Path, *, config_from: Path | None = None) -> TorchDist
         config_from: Hugging Face folder to take config and tokenizer from, if the checkpoint has no ``hf/``.
 
     Raises:
-        ConversionError: If there is no config to go by.
+        ConversionError: If there is no config to go by, or the checkpoint is of adapters alone.
         DamagedCheckpointError: If a parameter is missing, incomplete or of another shape than the config says.
     """
     side_folder = next(
@@ -70,6 +70,11 @@ def open_torch_dist(path: Path, *, config_from: Path | None = None) -> TorchDist
     config = read_object(side_folder / "config.json")
     shape = shape_from_config(config)
     metadata = read_metadata(path / METADATA)
+    if any(key.endswith(".lora_a") for key in metadata.state_dict_metadata):
+        raise ConversionError(
+            f"{path} holds low-rank adapters without the weights beside them. Start its job again with train.steps set "
+            "to this step: it trains no further and writes the merged weights to <log.dir>/export. Give that folder."
+        )
     pieces: dict[str, tuple[Region, ...]] = {}
     for tensor in keyed_tensors(parameters(shape), _spec(metadata)):
         pieces.update(_locate(path, tensor, metadata))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from conversion.names import Kind, Parameter, parameters, slice_shape
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config.model import LoraConfig, LoraTarget
+from megatron_ads.config.model import LoraTarget, ModelConfig
 
 _TARGETS = (
     (r".+\.self_attention\.linear_\w+\.weight", LoraTarget.attention),
@@ -31,15 +31,16 @@ class Lora:
     """Whether the layers of MTP have adapters: they have if they are run."""
 
     @classmethod
-    def of(cls, settings: LoraConfig, *, mtp_loss_weight: float) -> "Lora | None":
-        """Take a recipe's ``model.lora`` section; None where the weights themselves are trained."""
+    def of(cls, model: ModelConfig) -> "Lora | None":
+        """Take a recipe's ``model`` section; None where the weights themselves are trained."""
+        settings = model.lora
         if settings.rank is None:
             return None
         return cls(
             rank=settings.rank,
             scale=settings.alpha / settings.rank,
             targets=frozenset(settings.targets),
-            with_mtp=mtp_loss_weight > 0,
+            with_mtp=model.mtp_loss_weight > 0,
         )
 
     def adapts(self, parameter: Parameter) -> bool:

@@ -30,7 +30,7 @@ def part_of(name: str, shape: ModelShape) -> FrozenPart | None:
 def trained_parameters(settings: ModelConfig, shape: ModelShape) -> tuple[int, int]:
     """Return how many parameters a job trains, and how many its model has without adapters; each counted once."""
     weights = {weight.name: math.prod(weight.shape) for weight in _weights(shape)}
-    lora = Lora.of(settings.lora, mtp_loss_weight=settings.mtp_loss_weight)
+    lora = Lora.of(settings)
     if lora is not None:
         return lora.parameters(shape), sum(weights.values())
     frozen = set(settings.frozen) | (set() if settings.mtp_loss_weight else {FrozenPart.mtp})

@@ -160,7 +160,7 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Jo
         microbatches=config.train.microbatches(layout),
         mtp_loss_weight=config.model.mtp_loss_weight,
         frozen=frozenset(config.model.frozen),
-        lora=Lora.of(config.model.lora, mtp_loss_weight=config.model.mtp_loss_weight),
+        lora=Lora.of(config.model),
     )
 
 

@@ -59,7 +59,7 @@ def build_model(
     settings = ModelSettings.of(config.model, deterministic=config.train.deterministic)
     models = build_chunks(shards.shape, shards.layout, shards.placement, settings)
     load_weights(models, source, settings.spec)
-    lora = Lora.of(config.model.lora, mtp_loss_weight=config.model.mtp_loss_weight)
+    lora = Lora.of(config.model)
     if lora is None:
         freeze(models, config.model.frozen, shards.shape, settings.spec)
     else:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_ads.architecture import ModelShape, read_model_shape
-from megatron_ads.config.model import LoraConfig, LoraTarget
+from megatron_ads.config.model import LoraConfig, LoraTarget, ModelConfig
 from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.flops import flops_per_token
 
@@ -57,8 +57,7 @@ def test_multi_token_prediction_adds_its_layer_its_projection_and_the_head_again
 
 
 def test_adapters_spare_the_gradients_of_the_weights() -> None:
-    attention = LoraConfig(rank=1, targets=[LoraTarget.attention])
-    lora = Lora.of(attention, mtp_loss_weight=0.0)
+    lora = Lora.of(ModelConfig(lora=LoraConfig(rank=1, targets=[LoraTarget.attention])))
     assert lora is not None
     plain = flops_per_token(TINY, 7)
     scores = 2 * 2 * 48  # both layers; no weight is in these

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.config.model import FrozenPart
+from megatron_ads.config.model import FrozenPart, LoraConfig, LoraTarget
 from megatron_ads.runtime.collective_trace import Trace, compare_traces, trace_collectives
 from tests.distributed import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
@@ -17,7 +17,7 @@ THREE_DENSE_LAYERS = {"first_k_dense_replace": 3}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One layout, and which of its ranks have a stub in the place of the experts' optimizer."""
+    """One layout, and which of its ranks have a stub in the place of an optimizer, of the experts' above all."""
 
     world: int
     layout: dict[str, object]
@@ -35,6 +35,14 @@ CASES = {
     "clipping every step": replace(PP2_EP2, optim=(("clip_grad", 1e-3),)),
     "bf16": replace(PP2_EP2, model=(("precision", "bf16"),)),
     "frozen experts": replace(PP2_EP2, model=(("frozen", [FrozenPart.experts]),), members=1, stubs=()),
+    "adapters": replace(PP2_EP2, model=(("lora", LoraConfig(rank=4)),)),
+    "adapters of attention": replace(
+        PP2_EP2, model=(("lora", LoraConfig(rank=4, targets=[LoraTarget.attention])),), members=1, stubs=()
+    ),
+    # Nobody trains a dense parameter, and stage 0 nothing at all.
+    "adapters of experts": replace(
+        PP2_EP2, model=(("lora", LoraConfig(rank=4, targets=[LoraTarget.experts])),), stubs=(0, 1, 2, 3)
+    ),
     # The block is kept as loaded, so nothing on stage 1 trains experts.
     "mtp alone on its stage": replace(PP2_EP2, layout={"pp": 2, "ep": 2, "pipeline": "Etttt|mL"}, stubs=(2, 3)),
     # Two chunks a rank; stage 0 runs layers 0 and 2, both dense.
@@ -59,7 +67,7 @@ def _traced(recipe: Recipe) -> tuple[dict[str, Trace], list[str], list[float]]:
         folder = save(recipe, model, shards, source)
     straight = run_steps(model, shards, 2, 1).loss
     with trace_collectives() as traces["load"]:
-        load_checkpoint(folder, model.chunks, model.optimizer, shards.layout)
+        load_checkpoint(folder, model.chunks, model.optimizer, shards.layout, adapters=model.adapters)
     with trace_collectives() as traces["step after load"]:
         resumed = run_steps(model, shards, 2, 1).loss
     return traces, [type(member).__name__ for member in model.optimizer.members], straight + resumed

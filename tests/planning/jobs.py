@@ -4,7 +4,7 @@ from functools import cache
 from typing import Any
 
 from megatron_ads.architecture import shape_from_config
-from megatron_ads.config.model import LoraConfig, Precision, Recompute
+from megatron_ads.config.model import LoraConfig, ModelConfig, Precision, Recompute
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.planning.job import Job, load_job
@@ -63,7 +63,7 @@ def small_job(
         micro_batch_size=1,
         microbatches=microbatches,
         mtp_loss_weight=mtp_loss_weight,
-        lora=Lora.of(lora or LoraConfig(), mtp_loss_weight=mtp_loss_weight),
+        lora=Lora.of(ModelConfig(lora=lora or LoraConfig(), mtp_loss_weight=mtp_loss_weight)),
     )
 
 

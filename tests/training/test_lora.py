@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ads.config.model import LoraConfig
+from megatron_ads.config.model import FrozenPart, LoraConfig, LoraTarget, Recompute
 from tests.distributed import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
 from tests.training.jobs import Losses, Recipe, run_steps, start
@@ -45,6 +45,29 @@ def test_losses_do_not_depend_on_the_layout(name: str, folder: Path, reference: 
     for losses in run_ranks(world, _train, Recipe(folder=folder, layout=layout, model=MODEL, steps=STEPS)):
         assert losses.loss == pytest.approx(reference.loss, rel=1e-5)
         assert losses.grad_norm == pytest.approx(reference.grad_norm, rel=1e-4)
+
+
+def test_experts_one_by_one_train_as_grouped_ones_do(folder: Path, reference: Losses) -> None:
+    (losses,) = run_ranks(1, _train, Recipe(folder=folder, model=MODEL | {"layer_spec": "local"}, steps=STEPS))
+    assert losses.loss == pytest.approx(reference.loss, rel=1e-5)
+    assert losses.grad_norm == pytest.approx(reference.grad_norm, rel=1e-4)
+
+
+# With an embedding that is not trained, the input of the first layer wants no gradient by itself.
+FROZEN_EMBEDDING: dict[str, dict[str, Any]] = {
+    "all adapters": MODEL,
+    "adapters of experts": MODEL | {"lora": LoraConfig(rank=4, targets=[LoraTarget.experts])},
+    "frozen embedding": {"frozen": [FrozenPart.embedding]},
+}
+
+
+@pytest.mark.parametrize("name", FROZEN_EMBEDDING)
+def test_recomputing_layers_does_not_stop_their_training(name: str, folder: Path) -> None:
+    kept, *computed_again = (
+        run_ranks(1, _train, Recipe(folder=folder, model=FROZEN_EMBEDDING[name] | {"recompute": recompute}, steps=2))[0]
+        for recompute in Recompute
+    )
+    assert computed_again == [kept, kept]
 
 
 def test_the_first_loss_is_the_models_own_and_losses_fall(folder: Path, reference: Losses) -> None:

@@ -13,7 +13,7 @@ from transformers import DeepseekV3ForCausalLM
 from conversion.sources import open_source
 from megatron_ads.cli import main
 from megatron_ads.config.model import LoraConfig
-from megatron_ads.errors import CheckpointError
+from megatron_ads.errors import CheckpointError, ConversionError
 from megatron_ads.training.adapter_record import AdapterRecord, base_digest, require_same_adapters
 from tests.distributed import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
@@ -72,6 +72,8 @@ def test_a_checkpoint_holds_the_adapters_alone(saved: tuple[Recipe, Losses]) -> 
     keys = [key for key in read_metadata(folder / ".metadata").state_dict_metadata if not key.startswith("rng")]
     assert len(keys) > 100
     assert [key for key in keys if not key.endswith(("lora_a", "lora_b"))] == []
+    with pytest.raises(ConversionError, match="holds low-rank adapters without the weights beside them"):
+        open_source(folder)
 
 
 def _refusal(recipe: Recipe) -> str:
