@@ -1,9 +1,10 @@
 """Write a small random DeepSeek-V3-family checkpoint with tokenizer, in the form DeepSeek publishes, for rehearsals.
 
-    megatron-ads demo-model OUT [--preset tiny|small] [--dtype bf16|fp32] [--fp8] [--seed N]
+    megatron-ads demo-model OUT [--preset tiny|shallow|small] [--dtype bf16|fp32] [--fp8] [--seed N]
     megatron-ads demo-model OUT --preset deepseek-r1 --sparse
 
-``tiny`` learns the built-in relevance task on two CPU cores within minutes; ``small`` is about ten times as large.
+``tiny`` learns one task on two CPU cores within minutes, and has layers enough for every layout; ``shallow`` has fewer
+layers and wider latents, and learns several tasks sooner; ``small`` is about ten times as large.
 ``deepseek-r1`` has every name, shape and file of the 671B checkpoint in sparse files that take next to no disk space.
 The same preset, number format and seed give the same bytes.
 """
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from conversion.names import Parameter
-    from megatron_ads.architecture import ModelShape
 
 EMBEDDING = "embedding.word_embeddings.weight"
 """Its canonical name."""
@@ -36,6 +36,7 @@ class Preset(StrEnum):
     """Size of the checkpoint."""
 
     tiny = "tiny"
+    shallow = "shallow"
     small = "small"
     deepseek_r1 = "deepseek-r1"
 
@@ -98,6 +99,19 @@ _TINY: dict[str, Any] = {
     "v_head_dim": 32,
     "vocab_size": 1536,
 }
+_SHALLOW = _TINY | {
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 96,
+    "moe_intermediate_size": 128,
+    "n_group": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 4,
+    "num_nextn_predict_layers": 0,
+    "q_lora_rank": 96,
+    "rope_scaling": None,
+    "topk_group": 1,
+}
 _SMALL = _TINY | {
     "hidden_size": 384,
     "intermediate_size": 1024,
@@ -110,8 +124,18 @@ _SMALL = _TINY | {
     "q_lora_rank": 192,
     "initializer_range": 0.03,
 }
-CONFIGS: Mapping[Preset, dict[str, Any]] = {Preset.tiny: _TINY, Preset.small: _SMALL}
-"""``config.json`` of each preset that has values: two dense layers, the rest with experts, one MTP layer."""
+CONFIGS: Mapping[Preset, dict[str, Any]] = {
+    Preset.tiny: _TINY,
+    Preset.shallow: _SHALLOW,
+    Preset.small: _SMALL,
+}
+"""``config.json`` of each preset that has values."""
+EMBEDDING_SPREADS: Mapping[Preset, float] = {Preset.tiny: 1.0, Preset.shallow: 0.1, Preset.small: 1.0}
+"""Standard deviation of the embeddings of each preset.
+
+1 is torch's own default: what the layers add is then small beside it, and rounding grows less on its way through the
+model. With narrower ones a model learns sooner, but two right FP32 implementations differ by 1e-5 in its logits.
+"""
 
 _GENERATION_CONFIG = {
     "_from_model_config": True,
@@ -147,7 +171,8 @@ def run(args: argparse.Namespace) -> int:
     if args.fp8 and args.dtype is not None:
         raise ConfigError(f"--fp8 and --dtype {args.dtype} are both given; choose one number format.")
     config = CONFIGS[args.preset] | {"torch_dtype": "float32" if args.dtype is Dtype.fp32 else "bfloat16"}
-    parameters = write_demo_model(args.out, config, fp8=args.fp8, seed=args.seed)
+    spread = EMBEDDING_SPREADS[args.preset]
+    parameters = write_demo_model(args.out, config, fp8=args.fp8, seed=args.seed, embedding_spread=spread)
     print(f"{args.out}: {parameters:,} parameters, {'fp8' if args.fp8 else args.dtype or Dtype.bf16}")
     return 0
 
@@ -162,7 +187,9 @@ def _write_sparse(args: argparse.Namespace) -> int:
     return 0
 
 
-def write_demo_model(out: Path, config: Mapping[str, Any], *, fp8: bool = False, seed: int = 0) -> int:
+def write_demo_model(
+    out: Path, config: Mapping[str, Any], *, fp8: bool = False, seed: int = 0, embedding_spread: float = 1.0
+) -> int:
     """Write a checkpoint folder with random weights; it appears when it is complete.
 
     Args:
@@ -170,6 +197,7 @@ def write_demo_model(out: Path, config: Mapping[str, Any], *, fp8: bool = False,
         config: A ``config.json`` of this family; ``torch_dtype`` decides the number format.
         fp8: Store projections inside layers in FP8 with block scales.
         seed: Decides the weights.
+        embedding_spread: Standard deviation of the embeddings; that of other weights is the config's.
 
     Returns:
         The number of parameters, repeated tensors not counted.
@@ -195,27 +223,35 @@ def write_demo_model(out: Path, config: Mapping[str, Any], *, fp8: bool = False,
     for name, content in (("config.json", written), ("generation_config.json", _GENERATION_CONFIG)):
         (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(partial, config["vocab_size"])
-    _write_weights(partial, _draw_tensors(config, fp8=fp8, seed=seed))
+    _write_weights(partial, _draw_tensors(config, fp8=fp8, seed=seed, embedding_spread=embedding_spread))
     if out.exists():
         out.rmdir()
     partial.rename(out)
     return sum(math.prod(parameter.shape) for parameter in parameters(shape).values())
 
 
-def _draw_tensors(config: Mapping[str, Any], *, fp8: bool, seed: int) -> "Iterator[tuple[str, Tensor]]":
+def _draw_tensors(
+    config: Mapping[str, Any], *, fp8: bool, seed: int, embedding_spread: float
+) -> "Iterator[tuple[str, Tensor]]":
     """Yield every HF tensor of a checkpoint in model order, the MTP layer's repeats last."""
     import torch
+    from torch import Tensor
 
     from conversion.fp8 import quantize
     from conversion.hf_folder import SCALE_SUFFIX
-    from conversion.names import Kind, hf_aliases, parameters
+    from conversion.names import Kind, Parameter, hf_aliases, parameters
     from megatron_ads.architecture import shape_from_config
 
     shape = shape_from_config(config)
     dtype: torch.dtype = getattr(torch, config["torch_dtype"])
+
+    def draw(parameter: Parameter, name: str, size: tuple[int, ...]) -> Tensor:
+        spread = embedding_spread if parameter.name == EMBEDDING else shape.initializer_range
+        return _draw_values(parameter, name, size, spread, seed)
+
     for parameter in parameters(shape).values():
         for part in parameter.parts:
-            values = _draw_values(parameter, part.name, part.shape, _spread(parameter, shape), seed)
+            values = draw(parameter, part.name, part.shape)
             if parameter.kind is Kind.ROUTER_BIAS:
                 yield part.name, values
             elif fp8 and parameter.kind is Kind.LINEAR:
@@ -227,18 +263,7 @@ def _draw_tensors(config: Mapping[str, Any], *, fp8: bool, seed: int) -> "Iterat
     for alias, canonical in hf_aliases(shape).items():
         parameter = parameters(shape)[canonical]
         source = parameter.parts[0]
-        values = _draw_values(parameter, source.name, source.shape, _spread(parameter, shape), seed)
-        yield alias, values.to(dtype)
-
-
-def _spread(parameter: "Parameter", shape: "ModelShape") -> float:
-    """Return the standard deviation of a weight.
-
-    Embeddings have torch's own default for them: what the layers add is then small beside it, and rounding grows less
-    on its way through the model. With narrower ones, two right FP32 implementations differ by 1e-5 in a fine-tuned
-    model's logits.
-    """
-    return 1.0 if parameter.name == EMBEDDING else shape.initializer_range
+        yield alias, draw(parameter, source.name, source.shape).to(dtype)
 
 
 def _draw_values(

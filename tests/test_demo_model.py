@@ -14,7 +14,7 @@ from conversion.names import Kind, hf_aliases, parameters
 from megatron_ads.architecture import read_model_shape
 from megatron_ads.cli import main
 from megatron_ads.data.tokenizer import load_tokenizer
-from megatron_ads.demo_model import CONFIGS, Preset
+from megatron_ads.demo_model import CONFIGS, EMBEDDING_SPREADS, Preset
 
 
 def make(folder: Path, *arguments: str) -> Path:
@@ -142,7 +142,13 @@ def test_special_tokens_have_the_ids_that_config_json_names(demo: Path):
 @pytest.mark.parametrize("preset", list(CONFIGS), ids=str)
 def test_every_preset_is_a_valid_shape(preset: Preset, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[preset]))
-    assert read_model_shape(tmp_path).mtp_layers == 1
+    assert read_model_shape(tmp_path).num_layers == CONFIGS[preset]["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("preset", list(CONFIGS), ids=str)
+def test_embeddings_have_the_spread_of_the_preset(preset: Preset, tmp_path: Path):
+    embedding = tensors_of(make(tmp_path / "model", "--preset", str(preset)))["model.embed_tokens.weight"]
+    assert embedding.float().std().item() == pytest.approx(EMBEDDING_SPREADS[preset], rel=0.02)
 
 
 @pytest.mark.parametrize(
