@@ -6,9 +6,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from conversion.atomic_file import write_small
+from megatron_ads.errors import MegatronAdsError
 from megatron_ads.observability.chart import COLORS, Series, line_chart, short, smooth
+from megatron_ads.observability.log import get_logger
 from megatron_ads.observability.metrics import read_metrics
 from megatron_ads.observability.report import Chart, Figure, Section, Table, render_page
+
+logger = get_logger(__name__)
 
 REPORT_FILE = "report.html"
 RUN_FILE = "run.json"
@@ -24,6 +29,14 @@ _WEIGHTS = (
 )
 
 Metrics = Sequence[Mapping[str, Any]]
+
+
+def write_run_report(folder: Path) -> None:
+    """Write the page beside what the run wrote; a page that cannot be made is a warning, not the end of the run."""
+    try:
+        write_small(folder / REPORT_FILE, run_page(folder))
+    except (MegatronAdsError, OSError) as error:
+        logger.warning("%s could not be written: %s", folder / REPORT_FILE, error)
 
 
 def run_page(folder: Path) -> str:

@@ -20,7 +20,7 @@ from megatron_ads.observability.log import get_logger
 from megatron_ads.observability.metrics import MetricsWriter
 from megatron_ads.observability.progress import Progress
 from megatron_ads.observability.provenance import provenance
-from megatron_ads.observability.run_report import REPORT_FILE, RUN_FILE, run_page
+from megatron_ads.observability.run_report import REPORT_FILE, RUN_FILE, write_run_report
 from megatron_ads.runtime.activity import Activity
 from megatron_ads.runtime.watchdog import PeerMonitor
 from megatron_ads.training.build import TrainedModel
@@ -129,7 +129,7 @@ class RunLog:
         """Record a checkpoint, and bring the report up to it; its time does not count as the next step's."""
         self._write(step, {"checkpoint_seconds": seconds})
         if self._writer is not None:
-            write_small(self._directory / REPORT_FILE, run_page(self._directory))
+            write_run_report(self._directory)
         self._restart_clock(step)
 
     def instance_weights(self, step: int, quantiles: dict[str, float]) -> None:

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from megatron_ads.observability.run_report import run_page
+import pytest
+
+from megatron_ads.observability.run_report import run_page, write_run_report
 
 RUN = {"recipe": {"model": {"load": "runs/demo"}, "train": {"steps": 20}}, "ranks": 4, "revision": None}
 
@@ -29,3 +31,11 @@ def test_shares_and_weights_of_every_task_are_curves(tmp_path: Path) -> None:
     for shown in ("a: 0.25 at 4", "a: 0.125 at 8", "b &lt;c&gt;: 0.75 at 4", "50 %: 0.75 at 2"):
         assert shown in page
     assert "<c>" not in page
+
+
+def test_a_run_goes_on_where_its_report_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_run_report(tmp_path)
+    assert "report.html could not be written: " in caplog.text and "no run has written metrics there" in caplog.text
+    page_of(tmp_path, {"step": 1, "loss": 3.0})
+    write_run_report(tmp_path)
+    assert "1 of 20 steps" in (tmp_path / "report.html").read_text()
