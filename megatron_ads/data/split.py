@@ -31,11 +31,12 @@ def split_by_group(
     """
     groups: dict[str, list[ChatRow]] = defaultdict(list)
     for row in rows:
-        groups[row.group or row.id].append(row)
+        groups[_group(row)].append(row)
+    names = {group: min(row.group or row.id for row in rows) for group, rows in groups.items()}
     wanted = _shared_out(validation_rows, Counter(row.task for row in rows))
     held_out: set[str] = set()
     validation: list[ChatRow] = []
-    for group in sorted(groups, key=lambda group: _drawn(seed, group)):
+    for group in sorted(groups, key=lambda group: _drawn(seed, names[group])):
         if not wanted:
             break
         of_task: dict[str, list[ChatRow]] = defaultdict(list)
@@ -47,7 +48,7 @@ def split_by_group(
             validation += given
             wanted[task] -= len(given)
         wanted = +wanted  # without those that have enough
-    training = [row for row in rows if (row.group or row.id) not in held_out]
+    training = [row for row in rows if _group(row) not in held_out]
     if not training:
         raise DataError(
             f"data.validation_rows = {validation_rows} leaves none of the {len(rows)} rows ({len(groups)} groups such "
@@ -90,6 +91,11 @@ def _shared_out(validation_rows: int, rows_of_task: Counter[str]) -> Counter[str
         wanted[task] = round(left * rows / rows_left)
         left, rows_left = left - wanted[task], rows_left - rows
     return +wanted
+
+
+def _group(row: ChatRow) -> str:
+    """Return what must not be on both sides; a query is the same whatever its capitals and spaces."""
+    return " ".join((row.group or row.id).casefold().split())
 
 
 def _drawn(seed: int, name: str) -> bytes:

@@ -41,6 +41,14 @@ def test_which_groups_are_held_out_does_not_depend_on_the_order_of_rows():
     assert {row.group for row in forwards.validation} == {row.group for row in backwards.validation}
 
 
+def test_a_query_is_the_same_whatever_its_capitals_and_spaces():
+    rows = rows_of_groups({"running shoes": 2, "Running  Shoes": 2, "RUNNING SHOES ": 2, "tent": 6})
+    for seed in range(4):
+        split = split_by_group(rows, validation_rows=6, seed=seed)
+        assert len(split.training) == len(split.validation) == 6
+        assert {row.group == "tent" for row in split.training} ^ {row.group == "tent" for row in split.validation}
+
+
 def test_rows_without_a_group_are_split_one_by_one():
     rows = [ChatRow(f"r{n}", "test", MESSAGES) for n in range(10)]
     split = split_by_group(rows, validation_rows=4, seed=0)
