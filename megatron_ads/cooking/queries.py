@@ -15,7 +15,7 @@ from enum import StrEnum
 from megatron_ads.cooking.agreement import Embed
 from megatron_ads.cooking.prompts import question_of
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.metrics.generated_queries import near_duplicates
+from megatron_ads.metrics.generated_queries import is_narrower, near_duplicates
 from megatron_ads.metrics.text_similarity import words_of
 from megatron_ads.tasks import query_generation
 from megatron_ads.tasks.truths import truth_of
@@ -46,8 +46,7 @@ def queries_of(row: ChatRow) -> tuple[str, ...]:
 def query_fault(row: ChatRow, embed: Embed, *, min_similarity: float) -> QueryFault | None:
     """Return what is wrong with the queries of a row; None if nothing is."""
     queries, topic = queries_of(row), topic_of(row)
-    keyword = set(words_of(row.group))
-    if keyword and not all(set(words_of(query)) - keyword for query in queries):
+    if not all(is_narrower(query, row.group) for query in queries):
         return QueryFault.broader_query
     if near_duplicates(queries):
         return QueryFault.repeated_query

@@ -55,9 +55,12 @@ def click_attribute_ratio(generated: Sequence[str], clicked: Sequence[str]) -> f
 
 
 def is_narrower(query: str, keyword: str) -> bool:
-    """Return whether a query says more than the keyword: it has a word that the keyword lacks, and is no shorter."""
-    asked, given = words_of(query), words_of(keyword)
-    return bool(set(asked) - set(given)) and len(asked) >= len(given)
+    """Return whether a query says something that the keyword does not: it has a word that the keyword lacks.
+
+    Its length does not matter, as searchers have longer and shorter names for one thing. That a new word is only
+    another name for the same is beyond a rule on words.
+    """
+    return bool(set(words_of(query)) - set(words_of(keyword)))
 
 
 def near_duplicates(queries: Sequence[str]) -> int:

@@ -19,6 +19,7 @@ from megatron_ads.data.sources import read_source, simulated_source
 from megatron_ads.data.split import split_by_group
 from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.data.user_features import view_chooser
+from megatron_ads.metrics.generated_queries import is_narrower as has_narrower_words
 from megatron_ads.tasks import (
     ad_rewriting,
     ad_user_relevance,
@@ -150,6 +151,7 @@ def test_generated_queries_are_narrower_than_their_keyword(
             query = read_query(text, world)
             assert query is not None
             assert is_narrower(query, keyword), (example.row.group, text)
+            assert has_narrower_words(text, example.row.group)  # the rule for any query agrees with what is meant
     assert not is_narrower(keyword, keyword)
 
 
