@@ -7,7 +7,7 @@ from typing import Any
 from megatron_ads.evaluation.answer import Answer
 from megatron_ads.evaluation.outcomes import Outcome, confusion, judge, samples
 from megatron_ads.evaluation.paper_tables import paper_tables
-from megatron_ads.evaluation.text_tables import RELEVANCE, shown
+from megatron_ads.evaluation.text_tables import RELEVANCE, plain_metrics, shown
 from megatron_ads.metrics.probabilities import calibration_bins, calibration_error
 from megatron_ads.observability.chart import Series, line_chart
 from megatron_ads.observability.report import Chart, Figure, Section, Table, render_page
@@ -87,8 +87,7 @@ def _label_table(scores: Mapping[str, Any]) -> Table:
 
 def _metrics_table(scores: Mapping[str, Any]) -> Table:
     values = {
-        **scores["metrics"],
-        **scores["formats"],
+        **plain_metrics(scores),
         "answers that could be read": scores["readable_share"],
         "answers that the model ended": scores["ended_share"],
     }

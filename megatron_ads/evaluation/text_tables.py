@@ -35,16 +35,24 @@ def _relevance_table(scores: Mapping[str, Any]) -> str:
 
 def _task_table(scores: Mapping[str, Any]) -> str:
     lines = [f"{scores['task']}: {scores['rows']} rows of {scores['groups']} groups"]
-    in_views = tuple(f"{view}/" for view in scores.get("views", ()))
-    for name, value in {**scores["metrics"], **scores["formats"]}.items():
-        if not name.startswith(in_views) or name == scores["headline_name"]:
-            between = _between(scores["headline_95"], "groups") if name == scores["headline_name"] else ""
-            lines.append(f"{name:<{_WIDTH}}  {shown(value)}{between}")
+    for name, value in plain_metrics(scores).items():
+        between = _between(scores["headline_95"], "groups") if name == scores["headline_name"] else ""
+        lines.append(f"{name:<{_WIDTH}}  {shown(value)}{between}")
     lines.append(f"{'answers that could be read':<{_WIDTH}}  {shown(scores['readable_share'])}")
     if unread := ", ".join(f"{reason} {count}" for reason, count in scores["failures"].items()):
         lines.append(f"  not read: {unread}")
     lines += _ranking_lines(scores["ranking"]) if "ranking" in scores else []
     return "\n".join([*lines, *_paper_lines(scores["task"], scores)])
+
+
+def plain_metrics(scores: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the metrics of a task and the rates of its answers' form, but for what is in the papers' tables."""
+    in_views = tuple(f"{view}/" for view in scores.get("views", ()))
+    return {
+        name: value
+        for name, value in {**scores["metrics"], **scores["formats"]}.items()
+        if not name.startswith(in_views) or name == scores["headline_name"]
+    }
 
 
 def _paper_lines(task: str, scores: Mapping[str, Any]) -> list[str]:
