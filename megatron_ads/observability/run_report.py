@@ -65,15 +65,17 @@ def _points(metrics: Metrics, name: str) -> list[tuple[float, float | None]]:
 def _figures(metrics: Metrics) -> list[Figure]:
     figures = []
     for name, label in (("loss", "loss"), ("validation_loss", "held-out loss")):
-        values = [value for _, value in _points(metrics, name) if value is not None]
-        if values:
+        if values := _values(metrics, name):
             note = "first and last, nats"
             figures.append(Figure(label=label, value=f"{values[0]:.3f} → {values[-1]:.3f}", note=note))
     for name, label in (("step_seconds", "seconds per step"), ("tokens_per_second", "tokens per second")):
-        values = [value for _, value in _points(metrics, name) if value is not None]
-        if values:
+        if values := _values(metrics, name):
             figures.append(Figure(label=label, value=short(median(values)), note="median"))
     return figures
+
+
+def _values(metrics: Metrics, name: str) -> list[float]:
+    return [value for _, value in _points(metrics, name) if value is not None]
 
 
 def _loss(metrics: Metrics) -> Chart:
@@ -93,31 +95,28 @@ def _loss(metrics: Metrics) -> Chart:
 
 def _tasks(metrics: Metrics) -> list[Section]:
     """Return how each task does and what its samples weigh, as far as the run measured it."""
+    held_out = "Mean over the target tokens of a task's held-out rows."
     charts = [
-        _by_task(metrics, "validation_loss", "held-out loss", "Mean over the target tokens of a task's held-out rows."),
-        _by_task(metrics, "task_share", "share of samples", _SHARES),
+        *_by_task(metrics, "validation_loss", "held-out loss", held_out),
+        *_by_task(metrics, "task_share", "share of samples", _SHARES),
     ]
     weights = [_weights(metrics, task) for task in _tasks_with(metrics, "instance_weight_p50")]
-    sections = [Section(title="Tasks", blocks=[chart for chart in charts if chart is not None])]
-    if weights:
-        sections.append(Section(title="Instance weights", blocks=[_WEIGHTS, weights]))
-    return [section for section in sections if section.blocks]
+    sections = [Section(title="Tasks", blocks=charts)] if charts else []
+    return sections + ([Section(title="Instance weights", blocks=[_WEIGHTS, weights])] if weights else [])
 
 
 def _tasks_with(metrics: Metrics, name: str) -> list[str]:
     return sorted({key.partition("/")[2] for row in metrics for key in row if key.startswith(f"{name}/")})
 
 
-def _by_task(metrics: Metrics, name: str, label: str, caption: str) -> Chart | None:
+def _by_task(metrics: Metrics, name: str, label: str, caption: str) -> list[Chart]:
+    """Return one chart with a line for each task; none where the run measured nothing of the kind."""
     series = [
         Series(name=task, points=_points(metrics, f"{name}/{task}"), color=index % COLORS + 1)
         for index, task in enumerate(_tasks_with(metrics, name))
     ]
-    return (
-        Chart(svg=line_chart(series, x_label="step", y_label=label, y_from_zero=True), caption=caption)
-        if series
-        else None
-    )
+    svg = line_chart(series, x_label="step", y_label=label, y_from_zero=True)
+    return [Chart(svg=svg, caption=caption)] if series else []
 
 
 def _weights(metrics: Metrics, task: str) -> Chart:

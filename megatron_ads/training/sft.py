@@ -10,7 +10,7 @@ from conversion.sources import WeightSource, open_source
 from megatron_ads.config.sft import SftConfig, validate
 from megatron_ads.data.batches import BatchStream
 from megatron_ads.data.held_out import HeldOut
-from megatron_ads.observability.log import world_size
+from megatron_ads.observability.log import get_logger, world_size
 from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.activity import Activity
 from megatron_ads.runtime.device import device, set_threads
@@ -29,6 +29,8 @@ from megatron_ads.training.run_log import RunLog
 from megatron_ads.training.signals import StopRequest
 from megatron_ads.training.step import run_evaluation, run_pass, run_step
 from megatron_ads.training.topology import preflight
+
+logger = get_logger(__name__)
 
 
 def run(config: SftConfig, stop: StopRequest) -> ExitStatus:
@@ -144,8 +146,10 @@ def _step(job: Job, stop: StopRequest) -> bool:
 
 
 def _renew_instance_weights(job: Job) -> None:
-    exact = job.config.reweight.exact
-    pass_losses = run_pass(job.training.all_rows(), job.model.chunks) if exact else None
+    pass_losses = None
+    if job.config.reweight.exact:
+        logger.info("step %d: measuring the perplexity of every training row", job.position.step)
+        pass_losses = run_pass(job.training.all_rows(), job.model.chunks)
     job.log.instance_weights(job.position.step, job.training.renew_weights(pass_losses))
 
 
