@@ -47,7 +47,9 @@ def run_cook(args: argparse.Namespace) -> int:
         DataError: If rows cannot be read, or a model stopped answering.
     """
     from megatron_ads.cooking.config import load_cook_recipe
+    from megatron_ads.observability.log import start_logging
 
+    start_logging()
     config = load_cook_recipe(args.recipe, args.overrides, out=args.out)
 
     from megatron_ads.cooking.cook import cook, open_kitchen

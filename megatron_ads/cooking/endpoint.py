@@ -19,7 +19,9 @@ from typing import Any
 from megatron_ads.cooking.answering import Answer, Failure, Finish, Request, Unanswered
 from megatron_ads.cooking.config import AnsweringConfig
 from megatron_ads.errors import ConfigError
+from megatron_ads.observability.log import get_logger
 
+logger = get_logger(__name__)
 _TRY_AGAIN = frozenset({408, 409, 425, 429})
 _HOPELESS = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})
 """No request would fare better: the key, the address or the model's name is wrong."""
@@ -59,6 +61,7 @@ class Endpoint:
         self._key = _read_key(section, config.api_key_env)
         self._opener = urllib.request.build_opener(_NoRedirects())
         self._starts = _Starts(config.requests_per_minute)
+        self._failed: set[Failure] = set()
 
     def answer(self, request: Request, stop: threading.Event) -> Answer:
         """Return the server's answer.
@@ -78,14 +81,20 @@ class Endpoint:
                 answer = self._ask_once(data)
             except _TryAgain as error:
                 failures.append(error.failure)
-                why, asked = str(error), error.wait_seconds
+                why, asked = self._without_key(str(error)), error.wait_seconds
+                self._tell_once(error.failure, why)
             else:
                 return replace(answer, seconds=time.monotonic() - started, failures=tuple(failures))
             if len(failures) < self._config.attempts:
                 stop.wait(min(max(pause, asked or 0.0), self._config.longest_wait_seconds))
                 pause *= 2
         attempt = f"attempt {len(failures)} of {self._config.attempts}"
-        raise Unanswered(f"{self._url}, {attempt}: {self._without_key(why)}.", tuple(failures))
+        raise Unanswered(f"{self._url}, {attempt}: {why}.", tuple(failures))
+
+    def _tell_once(self, failure: Failure, why: str) -> None:
+        if failure not in self._failed:
+            self._failed.add(failure)
+            logger.warning("the %s: %s (%s). Such attempts are repeated, and counted.", self._section, failure, why)
 
     def _ask_once(self, data: bytes) -> Answer:
         """Send a request and return what comes of it.

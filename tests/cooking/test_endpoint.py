@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import re
 import threading
 import time
@@ -51,7 +52,7 @@ FAILING = {
         Reply(status=503, headers={"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}),
         Failure.server_error,
     ),
-    "late": (Reply(content="late", delay_seconds=0.6), Failure.timed_out),
+    "late": (Reply(content="late", delay_seconds=3.0), Failure.timed_out),
     "drop_by_drop": (Reply(content="slow", drops=True), Failure.timed_out),
     "hangs_up": (Reply(status=0), Failure.broken_connection),
     "hangs_up_within": (Reply(content="half", headers={"Content-Length": "9999"}), Failure.broken_connection),
@@ -68,16 +69,19 @@ FAILING = {
 def test_a_failure_that_may_pass_is_named_and_tried_again(name: str) -> None:
     failure, named = FAILING[name]
     with scripted_server(failing(2, failure)) as server:
-        answer = ask(server, timeout_seconds=0.2 if named is Failure.timed_out else 5.0)
+        answer = ask(server, timeout_seconds=1.0 if named is Failure.timed_out else 30.0)
         assert (answer.text, answer.failures, answer.finish) == ("here", (named, named), Finish.ended)
         assert (answer.prompt_tokens, answer.answer_tokens) == (100, 10)
         assert len(server.bodies) == 3
 
 
 @pytest.mark.parametrize("name", FAILING)
-def test_a_failure_that_does_not_pass_is_counted_and_ends_in_one_line(tmp_path: Path, name: str) -> None:
+def test_a_failure_that_does_not_pass_is_told_counted_and_ends_in_one_line(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megatron_ads"), "propagate", True)
     failure, named = FAILING[name]
-    seconds = 0.05 if named is Failure.timed_out else 5.0
+    seconds = 0.05 if named is Failure.timed_out else 30.0
     with scripted_server(failing(1000, failure)) as server:
         limits = ["teacher.attempts=2", f"teacher.timeout_seconds={seconds}", "teacher.concurrency=1"]
         config = recipe(tmp_path, server.url, *limits, rows=20)
@@ -85,6 +89,7 @@ def test_a_failure_that_does_not_pass_is_counted_and_ends_in_one_line(tmp_path: 
             cook(config, kitchen)
         assert kitchen.teacher.usage.failures == {str(named): 5 * 2}
         assert kitchen.teacher.usage.gave_up == 5
+    assert [record.message.startswith(f"the teacher: {named} (") for record in caplog.records] == [True]
     assert "\n" not in str(caught.value)
     assert f"Check that {server.url} works, and start again" in str(caught.value)
 

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from megatron_ads.cooking.verifier import verifier_messages
 from megatron_ads.data.jsonl import jsonl_rows
 from tests.cooking.kitchens import recipe, write_rows
 from tests.cooking.tiny_model import write_taught_model
+from tests.free_port import free_port
 
 NEEDED = ("fastapi", "uvicorn", "openai", "accelerate")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -49,9 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("serve") / "log"
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model)]
     command += ["--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
