@@ -5,9 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from megatron_ads.config.data import DataConfig, SourceConfig, SourceKind
+from megatron_ads.cooking.cook import open_kitchen
 from megatron_ads.data.corpus import read_corpus
-from tests.cooking.kitchens import good_answer, write_rows
+from megatron_ads.errors import DataError
+from tests.cooking.kitchens import good_answer, recipe, write_rows
 from tests.cooking.scripted_server import Reply, scripted_server
 
 
@@ -58,3 +62,10 @@ def test_nothing_that_passes_is_status_1_and_a_mistake_status_2_in_one_line(tmp_
     assert wrong.stderr == (
         "megatron-ads: cook/simulated: teacher.modl is not a setting; did you mean teacher.model?\n"
     )
+
+
+def test_a_place_that_is_a_file_is_named_before_anything_is_asked(tmp_path: Path) -> None:
+    config = recipe(tmp_path, "http://unused/v1")
+    (tmp_path / "out").write_text("")
+    with pytest.raises(DataError, match=r"out cannot be a folder \(File exists\)"), open_kitchen(config):
+        pass
