@@ -27,6 +27,18 @@ def read_source(source: SourceConfig, *, seed: int) -> list[ChatRow]:
     return rows if source.variant is None else ask_again(rows, source.variant)
 
 
+def read_with_best(source: SourceConfig, *, seed: int) -> tuple[list[ChatRow], dict[str, tuple[str, ...]]]:
+    """Return the rows of one source and, of simulated rows asked as their task has it, the best answers by row id.
+
+    Raises:
+        DataError: As :func:`read_source`.
+    """
+    if source.kind is not SourceKind.simulator or source.variant is not None:
+        return read_source(source, seed=seed), {}
+    examples = simulated_source(source, seed=seed)
+    return [example.row for example in examples], {example.row.id: example.best for example in examples}
+
+
 def _rows_as_they_are(source: SourceConfig, seed: int) -> list[ChatRow]:
     if source.kind is SourceKind.builtin:
         return builtin_rows(DEFAULT_ROWS if source.rows is None else source.rows, seed=seed)

@@ -137,7 +137,6 @@ def evaluate(
     from megatron_ads.evaluation.general_rows import GENERAL, general_scores
     from megatron_ads.evaluation.model_folder import hugging_face_folder
     from megatron_ads.evaluation.name_answers import names_trained_on, read_names
-    from megatron_ads.evaluation.reachable import best_answers
     from megatron_ads.evaluation.task_scores import task_scores
 
     for option, value in (("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens)):
@@ -167,9 +166,7 @@ def evaluate(
         "seconds": seconds,
         "decoding": str(how.method),
         "reasoning": data.reasoning,
-        "tasks": task_scores(
-            answers, training, advertisers, ground=ground, best=best_answers(data), reasons=data.reasoning
-        ),
+        "tasks": task_scores(answers, training, advertisers, ground=ground, best=corpus.best, reasons=data.reasoning),
         "general": perplexities,
     }
     if html_file is not None:

@@ -1,7 +1,7 @@
 """From answers to numbers, task by task: metrics, an interval of the leading one, and what a baseline gets."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +10,6 @@ from megatron_ads.evaluation.answer import Answer
 from megatron_ads.evaluation.name_answers import AdvertiserNames, names_trained_on
 from megatron_ads.evaluation.query_scores import query_scores
 from megatron_ads.evaluation.ranking_scores import ranking_scores
-from megatron_ads.evaluation.reachable import BestAnswers
 from megatron_ads.evaluation.relevance_scores import relevance_scores
 from megatron_ads.evaluation.replacement_scores import replacement_scores
 from megatron_ads.evaluation.user_views import score_views
@@ -25,7 +24,7 @@ def task_scores(
     advertisers: AdvertiserNames | None = None,
     *,
     ground: bool = False,
-    best: BestAnswers | None = None,
+    best: Mapping[str, Sequence[str]] | None = None,
     reasons: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Return the scores of each task as JSON values; what is undefined is None.
