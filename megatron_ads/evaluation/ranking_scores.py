@@ -1,7 +1,8 @@
 """Rankings of advertisers next to what needs no model: the most popular ones, and those bought from before.
 
 Every method is judged by recall@{1, 5, 20}, as in the advertiser paper, and NDCG@20, with a bootstrap interval over
-users each; recall@k is left out where fewer than k of more valid names were asked for.
+users each; recall@k is left out where fewer than k of more valid names were asked for. Rankings of more than 20 have
+hit rates at 50 and 100 as well, as in Taiji: a hit rate is the recall of the one true name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from megatron_ads.evaluation.grounding import NearestNames
 from megatron_ads.evaluation.name_answers import AdvertiserNames, bought_from
 from megatron_ads.metrics.intervals import mean_interval
 from megatron_ads.metrics.ranking import (
+    HIT_RATES,
     RECALLS,
     distinct_rate,
     most_popular,
@@ -54,21 +56,22 @@ def ranking_scores(
     rows = [answer.row for answer in answers]
     model = advertiser_rankings(answers)
     labels = [row.label for row in training if row.task == rows[0].task and row.label is not None]
-    popular = most_popular(labels, LONGEST)
+    asked_for = LONGEST if rows[0].task == next_advertiser.RANKING_TASK else max(map(len, model))
+    depth = max(LONGEST, asked_for)
+    popular = most_popular(labels, depth)
     baselines = {
         "popular": [popular for _ in rows],
-        "recent, then popular": [recent_then_popular(bought_from(row), popular, LONGEST) for row in rows],
+        "recent, then popular": [recent_then_popular(bought_from(row), popular, depth) for row in rows],
     }
     if best and all(row.id in best for row in rows):
         baselines["best reachable"] = [list(best[row.id]) for row in rows]
     known = {same_name(name) for name in advertisers.names}
     wanted = min(LONGEST, len(known))
-    asked_for = LONGEST if rows[0].task == next_advertiser.RANKING_TASK else max(map(len, model))
     grounded = _grounded(model, advertisers) if ground and advertisers.names else {}
     return {
         "methods": {
             "model": _judged(rows, model, longest=asked_for, wanted=wanted),
-            **{name: _judged(rows, rankings) for name, rankings in {**grounded, **baselines}.items()},
+            **{name: _judged(rows, rankings, longest=depth) for name, rankings in {**grounded, **baselines}.items()},
         },
         "valid_rate": valid_rate(model, advertisers.names),
         "distinct_rate": distinct_rate(model),
@@ -99,10 +102,11 @@ def _judged(
     positions = [position_of(row.label or "", ranking) for row, ranking in zip(rows, rankings, strict=True)]
     groups = [row.group or row.id for row in rows]
     found: dict[str, Any] = {}
-    for k in RECALLS:
-        if k == 1 or longest >= min(k, wanted):
-            found[f"recall@{k}"] = recall_at(positions, k)
-            found[f"recall@{k}_95"] = _interval([recall_at([position], k) or 0.0 for position in positions], groups)
+    shares = {f"recall@{k}": k for k in RECALLS if k == 1 or longest >= min(k, wanted)}
+    shares |= {f"hr@{k}": k for k in HIT_RATES if LONGEST < k <= longest}
+    for name, k in shares.items():
+        found[name] = recall_at(positions, k)
+        found[f"{name}_95"] = _interval([recall_at([position], k) or 0.0 for position in positions], groups)
     if longest >= wanted:
         found[f"ndcg@{LONGEST}"] = ndcg_at(positions, LONGEST)
         gained = [ndcg_at([position], LONGEST) or 0.0 for position in positions]

@@ -37,11 +37,6 @@ def recall_at(positions: Sequence[int | None], k: int) -> float | None:
     return _mean([float(position is not None and position <= k) for position in positions])
 
 
-def hit_rates(positions: Sequence[int | None]) -> dict[str, float | None]:
-    """Return the hit rates at ``HIT_RATES``, for rankings of at least that length, as ``hr@k``."""
-    return {f"hr@{k}": recall_at(positions, k) for k in HIT_RATES}
-
-
 def reciprocal_rank(positions: Sequence[int | None]) -> float | None:
     """Return the mean reciprocal rank; None without rows."""
     return _mean([1 / position if position is not None else 0.0 for position in positions])

@@ -39,6 +39,19 @@ def test_model_and_baselines_worked_out_by_hand() -> None:
     assert low < 0.5 < high
 
 
+def test_longer_rankings_have_hit_rates() -> None:
+    names = [f"N{number}" for number in range(60)]
+    training = [name_row(str(number), name) for number, name in enumerate(names)]
+    answers = [_answer("N0", names), _answer("N49", names), _answer("N50", names), _answer("N3", names)]
+    methods = ranking_scores(answers, training, names_trained_on(training))["methods"]
+    assert methods["model"]["hr@50"] == 3 / 4
+    assert "hr@100" not in methods["model"]  # sixty were asked for
+    # All are equally popular, so they stand by name, N10 before N2: N49 is the 45th, N50 the 47th.
+    assert methods["popular"]["hr@50"] == 1.0
+    shorter = ranking_scores([_answer("N0", names[:20])], training, names_trained_on(training))["methods"]
+    assert not any(name.startswith("hr@") for method in shorter.values() for name in method)
+
+
 def test_one_answer_is_no_ranking_of_five() -> None:
     answers = [_answer("A", ["A"]), _answer("B", ["Nobody"])]
     scores = ranking_scores(answers, TRAINING, names_trained_on(TRAINING))

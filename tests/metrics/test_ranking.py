@@ -10,7 +10,6 @@ from megatron_ads.metrics.ranking import (
     category_accuracy,
     distinct_rate,
     graded_ndcg,
-    hit_rates,
     most_popular,
     ndcg_at,
     position_of,
@@ -39,12 +38,6 @@ def test_recall_counts_positions_up_to_k():
     assert recall_at(POSITIONS, 5) == 2 / 4  # 1 and 3
     assert recall_at(POSITIONS, 20) == 3 / 4
     assert recall_at([], 5) is None
-
-
-def test_hit_rates_go_up_to_a_hundred():
-    positions = [1, 5, 6, 10, 11, 20, 21, 50, 51, 100, 101, None]
-    expected = {"hr@1": 1, "hr@5": 2, "hr@10": 4, "hr@20": 6, "hr@50": 8, "hr@100": 10}
-    assert hit_rates(positions) == {name: hits / 12 for name, hits in expected.items()}
 
 
 def test_mean_reciprocal_rank_by_hand():
