@@ -1,0 +1,249 @@
+"""Fine-tune a small model on ads tasks on a CPU, and see what each ingredient of the recipe is worth.
+
+    python -m benchmarks.sft_small --out DIR [--data simulator|real] [--variant NAME ...] [key=value ...]
+
+A random checkpoint first learns to read: it is trained on the prompts of the training rows, and on the general rows, as
+plain texts, because who fine-tunes starts from a model that knows the language. It sees no answer to an ads task there.
+Every variant goes on from it with the recipe ``sft/small`` and answers the same held-out rows: names by constrained
+beam search, everything else greedily. Each stage is done once; the same command goes on where it was interrupted.
+
+DIR/results.md has the table, DIR/results.json every number, DIR/VARIANT/report.html the curves and
+DIR/VARIANT/answers.html the answers. MEGATRON_ADS_DATA names the public data, which the general rows and
+``--data real`` need.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.sft_small_table import table
+from megatron_ads.errors import ConfigError
+from megatron_ads.rehearsal.stages import Stage, StageRecord
+
+RECIPE = "sft/small"
+TEXT_STEPS = 800
+"""Steps on the texts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to fine-tune."""
+
+    about: str
+    train: tuple[str, ...]
+    """Settings that replace the recipe's."""
+    evaluate: tuple[str, ...]
+    """Settings that say which rows are held out, and how answers are read."""
+
+
+def simulated_variants(data: str) -> dict[str, Variant]:
+    """Return the recipe, and with one ingredient changed; ``data`` names the one with public rows, if there are any."""
+    held_out = (f"data={data}",)
+    adaptive = ("reweight.instances=true", "reweight.tasks=true")
+    return {
+        "recipe": Variant("the recipe", held_out, held_out),
+        "adaptive": Variant("adaptive weights", (*held_out, *adaptive), held_out),
+        "label_only": Variant(
+            "answers alone", (*held_out, "data.reasoning=false"), (*held_out, "data.reasoning=false")
+        ),
+    }
+
+
+# All rows held out with public rows are held out without them, too: every task then gives more.
+NO_PUBLIC = Variant("no public rows", ("data=simulator",), ("data=simulator_general",))
+_ESCI = ("data=esci", "data.seq_length=512", "data.validation_rows=256")
+_NEXT_BRAND = ("data=next_brand", "data.seq_length=512", "data.validation_rows=800")
+REAL = {
+    "esci": Variant("query and product", _ESCI, _ESCI),
+    "next_brand": Variant("next brand", _NEXT_BRAND, _NEXT_BRAND),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is not complete yet, and write and print the table."""
+    from megatron_ads.observability.provenance import provenance
+    from megatron_ads.rehearsal.announce import Announcements
+    from megatron_ads.rehearsal.job import termination_as_interrupt
+    from megatron_ads.rehearsal.stages import run_stages
+
+    arguments = _parse(argv)
+    variants = _variants(arguments.data)
+    names = arguments.variant or list(variants)
+    if unknown := [name for name in names if name not in variants]:
+        raise SystemExit(f"There is no variant {', '.join(unknown)}; there are {', '.join(variants)}.")
+    chosen = {name: variants[name] for name in names}
+    out = arguments.out.resolve()
+    stages = list(_stages(out, chosen, variants, arguments))
+    try:
+        with termination_as_interrupt():
+            records = run_stages(stages, out, Announcements({}))
+    except ConfigError as error:
+        raise SystemExit(str(error)) from None
+    _write(out, {**provenance(), "ranks": arguments.ranks, "variants": _results(chosen, records)})
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for everything it writes")
+    parser.add_argument("--data", choices=["simulator", "real"], default="simulator")
+    parser.add_argument("--variant", nargs="+", metavar="NAME", help="only these (default: all)")
+    parser.add_argument("--ranks", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: 2)")
+    parser.add_argument("--text-steps", type=int, default=TEXT_STEPS, help=f"steps on the texts (default {TEXT_STEPS})")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every variant: train.steps=500")
+    return parser.parse_intermixed_args(argv)
+
+
+def _variants(data: str) -> dict[str, Variant]:
+    public = "MEGATRON_ADS_DATA" in os.environ
+    if data == "real":
+        if not public:
+            raise SystemExit("--data real needs MEGATRON_ADS_DATA: the folder with esci_us and next_brand_office.")
+        return REAL
+    if not public:
+        return simulated_variants("simulator")
+    return {**simulated_variants("simulator_general"), "no_public": NO_PUBLIC}
+
+
+def _stages(
+    out: Path, chosen: Mapping[str, Variant], variants: Mapping[str, Variant], arguments: argparse.Namespace
+) -> Iterator[Stage]:
+    model, texts, language = out / "model", out / "texts.jsonl", out / "language"
+    make = ["demo-model", str(model), "--preset", "shallow", "--dtype", "fp32"]
+    yield _command_stage("model", "make a random checkpoint", make, out, model)
+    sections = sorted(
+        {variant.evaluate for variant in variants.values() if "data.reasoning=false" not in variant.train}
+    )
+    yield Stage(
+        name="texts",
+        title="write the texts to learn from",
+        settings={"sections": sections, "code": _code()},
+        outputs=[texts],
+        run=partial(_write_texts, texts, sections),
+    )
+    learn = [
+        f"model.load={model}", f"log.dir={language}", "data=jsonl", "data.seq_length=512", "data.validation_rows=200",
+        f"data.sources=[{{kind: jsonl, path: {texts}}}]", "loss.normalize=token", "optim.min_learning_rate=4.0e-4",
+        f"train.steps={arguments.text_steps}",
+    ]  # fmt: skip
+    yield _train_stage("language", "learn the language", learn, out, arguments.ranks, after=["model", "texts"])
+    for name, variant in chosen.items():
+        run = out / name
+        settings = [f"model.load={language / 'export'}", f"log.dir={run}", *variant.train, *arguments.overrides]
+        yield _train_stage(name, f"fine-tune: {variant.about}", settings, out, arguments.ranks, after=["language"])
+        yield Stage(
+            name=f"{name}-scores",
+            title="answer the held-out rows",
+            settings={"data": variant.evaluate},
+            after=[name],
+            outputs=[run / "answers.jsonl"],
+            resumable=True,
+            run=partial(_evaluate, run, [*variant.evaluate, *arguments.overrides]),
+        )
+
+
+def _command_stage(name: str, title: str, command: Sequence[str], out: Path, output: Path) -> Stage:
+    from megatron_ads.rehearsal.job import run_job
+
+    def run() -> dict[str, Any]:
+        run_job([sys.executable, "-m", "megatron_ads.cli", *command], out / "logs" / f"{name}.log")
+        return {}
+
+    return Stage(name=name, title=title, settings={"command": command, "code": _code()}, outputs=[output], run=run)
+
+
+def _train_stage(
+    name: str, title: str, settings: Sequence[str], out: Path, ranks: int, *, after: Sequence[str]
+) -> Stage:
+    from megatron_ads.config.recipes import load_recipe
+    from megatron_ads.rehearsal.job import MetricsFollower, run_job
+
+    config = load_recipe(RECIPE, settings)
+
+    def run() -> dict[str, Any]:
+        command = ["train", "--recipe", RECIPE, "--ranks", str(ranks), *settings]
+        with MetricsFollower(out / name, config.train.steps, name) as follow:
+            run_job(
+                [sys.executable, "-m", "megatron_ads.cli", *command], out / "logs" / f"{name}.log", while_running=follow
+            )
+        return {"steps": config.train.steps}
+
+    return Stage(
+        name=name, title=title, settings={"settings": list(settings), "ranks": ranks}, after=after,
+        outputs=[out / name], resumable=True, run=run,
+    )  # fmt: skip
+
+
+def _write_texts(file: Path, sections: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Write the prompt of every training row of some data sections, and general rows whole, as texts to say."""
+    from conversion.atomic_file import write_small
+    from megatron_ads.config.recipes import load_recipe
+    from megatron_ads.data.corpus import read_corpus
+    from megatron_ads.evaluation.general_rows import GENERAL
+
+    corpora = [read_corpus(load_recipe(RECIPE, ["model.load=unused", *section]).data) for section in sections]
+    rows = [row for corpus in corpora for of_source in corpus.training for row in of_source]
+    lines = []
+    for row in rows:
+        text = "\n".join(message.content for message in (row.messages if row.task in GENERAL else row.prompt))
+        messages = [{"role": "user", "content": "Text:"}, {"role": "assistant", "content": text}]
+        lines.append(json.dumps({"id": f"text-{row.id}", "task": "language", "messages": messages}))
+    write_small(file, "\n".join(lines) + "\n")
+    return {"rows": len(rows)}
+
+
+def _evaluate(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    from megatron_ads.evaluation.command import evaluate
+    from megatron_ads.evaluation.decoding import Decoding, Method
+
+    return evaluate(
+        run / "export",
+        recipe=RECIPE,
+        overrides=overrides,
+        batch_size=64,
+        answers_file=run / "answers.jsonl",
+        how=Decoding(method=Method.constrained_beam),
+        html_file=run / "answers.html",
+    )
+
+
+def _results(chosen: Mapping[str, Variant], records: Mapping[str, StageRecord]) -> dict[str, Any]:
+    before = sum(records[name].seconds for name in ("model", "texts", "language"))
+    return {
+        name: {
+            "about": variant.about,
+            "settings": variant.train,
+            "steps": records[name].result["steps"],
+            "minutes": (before + records[name].seconds + records[f"{name}-scores"].seconds) / 60,
+            "scores": records[f"{name}-scores"].result,
+        }
+        for name, variant in chosen.items()
+    }
+
+
+def _code() -> str:
+    import conversion
+    import megatron_ads
+    from megatron_ads.config.recipe_files import recipes_folder
+    from megatron_ads.observability.provenance import code_digest
+
+    return code_digest(Path(megatron_ads.__file__).parent, Path(conversion.__file__).parent, recipes_folder())
+
+
+def _write(out: Path, results: Mapping[str, Any]) -> None:
+    from conversion.atomic_file import write_small
+
+    text = table(results["variants"])
+    write_small(out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_small(out / "results.md", text)
+    print(f"\n{text}\n{out / 'results.json'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
