@@ -14,7 +14,7 @@ from megatron_ads.metrics.classification import DefectView, binary_metrics
 from megatron_ads.metrics.graded import accuracy, mean_distance, quadratic_kappa
 from megatron_ads.metrics.probabilities import auc
 from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import count_of, element, read_elements
+from megatron_ads.tasks.elements import element, read_only
 from megatron_ads.tasks.prompt_templates import Template
 from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
 from megatron_ads.tasks.relevance import Ad
@@ -122,13 +122,9 @@ def parse(text: str, *, reasoning_required: bool = True) -> Judgement | Failure:
     parts = split_reasoning(text, required=reasoning_required)
     if isinstance(parts, ReasoningFailure):
         return Failure(parts.value)
-    scores = count_of("Score", parts.answer)
-    if scores != 1:
-        return Failure.several_scores if scores else Failure.no_score
-    elements = read_elements(parts.answer)
-    if elements is None or len(elements) > 1:
-        return Failure.text_around_score
-    score = elements[0][1]
+    score = read_only("Score", parts.answer, Failure.no_score, Failure.several_scores, Failure.text_around_score)
+    if isinstance(score, Failure):
+        return score
     return Judgement(Score(score), parts.reasoning) if score in set(Score) else Failure.score_outside_scale
 
 

@@ -3,8 +3,11 @@
 import re
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
+from typing import TypeVar
 
 from megatron_ads.errors import DataError
+
+F = TypeVar("F", bound=StrEnum)
 
 _ELEMENT = re.compile(r"\s*<([A-Za-z]\w*)>(.*?)</\1>\s*", re.DOTALL)
 _LIST_SEPARATOR = ";"
@@ -47,6 +50,15 @@ def read_elements(text: str) -> list[tuple[str, str]] | None:
         found.append((match[1], match[2].strip()))
         position = match.end()
     return found
+
+
+def read_only(name: str, text: str, none: F, several: F, around: F) -> str | F:
+    """Read the text of the one element that must be there, with nothing around it; else return what is given."""
+    count = count_of(name, text)
+    if count != 1:
+        return several if count else none
+    elements = read_elements(text)
+    return around if elements is None or len(elements) > 1 else elements[0][1]
 
 
 def read_parts(text: str, names: Sequence[str]) -> dict[str, str] | PartsFailure:

@@ -11,7 +11,7 @@ from enum import StrEnum
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.metrics.ranking import ndcg_at, recall_at, reciprocal_rank
 from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import count_of, element, read_elements
+from megatron_ads.tasks.elements import element, read_only
 from megatron_ads.tasks.prompt_templates import Template
 from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
 from megatron_ads.tasks.truths import Metrics, readable, share, truth_of
@@ -73,13 +73,12 @@ def parse(text: str, *, reasoning_required: bool = False) -> Order | Failure:
     parts = split_reasoning(text, required=reasoning_required)
     if isinstance(parts, ReasoningFailure):
         return Failure(parts.value)
-    rankings = count_of("Ranking", parts.answer)
-    if rankings != 1:
-        return Failure.several_rankings if rankings else Failure.no_ranking
-    elements = read_elements(parts.answer)
-    if elements is None or len(elements) > 1:
-        return Failure.text_around_ranking
-    words = [word.strip() for word in elements[0][1].split(",")]
+    ranking = read_only(
+        "Ranking", parts.answer, Failure.no_ranking, Failure.several_rankings, Failure.text_around_ranking
+    )
+    if isinstance(ranking, Failure):
+        return ranking
+    words = [word.strip() for word in ranking.split(",")]
     if not all(word.isascii() and word.isdigit() and len(word) <= 4 and int(word) > 0 for word in words):
         return Failure.not_numbers
     numbers = tuple(int(word) for word in words)

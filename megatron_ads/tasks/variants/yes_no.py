@@ -12,7 +12,7 @@ from megatron_ads.data.rows import ChatRow
 from megatron_ads.metrics.classification import DefectView, binary_metrics
 from megatron_ads.tasks import ad_user_relevance, relevance
 from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import count_of, element, read_elements
+from megatron_ads.tasks.elements import element, read_only
 from megatron_ads.tasks.prompt_templates import Template
 from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
 from megatron_ads.tasks.truths import Metrics, readable, truth_of
@@ -122,13 +122,9 @@ def parse(text: str, *, reasoning_required: bool = False) -> Judgement | Failure
     parts = split_reasoning(text, required=reasoning_required)
     if isinstance(parts, ReasoningFailure):
         return Failure(parts.value)
-    answers = count_of("Answer", parts.answer)
-    if answers != 1:
-        return Failure.several_answers if answers else Failure.no_answer
-    elements = read_elements(parts.answer)
-    if elements is None or len(elements) > 1:
-        return Failure.text_around_answer
-    answer = elements[0][1]
+    answer = read_only("Answer", parts.answer, Failure.no_answer, Failure.several_answers, Failure.text_around_answer)
+    if isinstance(answer, Failure):
+        return answer
     return Judgement(Answer(answer), parts.reasoning) if answer in set(Answer) else Failure.unknown_answer
 
 
