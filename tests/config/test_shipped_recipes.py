@@ -3,6 +3,7 @@
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from tests.config.quickstart import published, quickstart
 OPEN = {
     # What a shipped recipe leaves to the user.
     "sft/quickstart": ["model.load=runs/demo"],
+    "sft/small": ["model.load=runs/shallow"],
     "sft/deepseek_r1_671b_248gpu": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/deepseek_r1_lora": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/deepseek_r1_671b_248gpu_vpp2": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
@@ -38,8 +40,9 @@ def test_a_shipped_recipe_validates_on_the_ranks_its_head_comment_names_and_not_
     head = (recipes_folder() / f"{name}.yaml").read_text()
     ranks = int(re.search(r"^# Ranks: (\d+)", head, re.MULTILINE)[1])  # type: ignore[index]
     validate(config, ranks)
-    with pytest.raises(ConfigError, match=f"does not divide the {ranks - 1} ranks"):
-        validate(config, ranks - 1)
+    if ranks > 1:
+        with pytest.raises(ConfigError, match=f"does not divide the {ranks - 1} ranks"):
+            validate(config, ranks - 1)
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(OPEN) if "248gpu" in name])
@@ -50,7 +53,7 @@ def test_the_r1_recipes_fit_r1(name: str) -> None:
     assert (layout.dp, config.train.microbatches(layout)) == (8, 62)  # 496 rows / (1 row * 8 replicas)
 
 
-@pytest.mark.parametrize("preset", sorted(demo_model.CONFIGS))
+@pytest.mark.parametrize("preset", [demo_model.Preset.tiny, demo_model.Preset.small])
 def test_the_quickstart_fits_the_demo_models_and_leaves_stage_0_without_experts(preset: demo_model.Preset) -> None:
     shape = shape_from_config(demo_model.CONFIGS[preset])
     config = quickstart()
@@ -66,12 +69,20 @@ def test_the_two_r1_recipes_differ_in_the_layout_and_the_folders_only() -> None:
     assert different == ["layout", "checkpoint", "log"]
 
 
+def _mentioned(composed: dict[str, Any], declared: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that ``declared`` mentions, inside sections too."""
+    return {
+        key: _mentioned(composed[key], value) if isinstance(value, dict) else composed[key]
+        for key, value in declared.items()
+    }
+
+
 PARTS = sorted(file for file in recipes_folder().glob("*/*.yaml") if file.parent.name not in ("sft", "cook"))
 
 
 def test_every_file_of_the_recipes_starts_with_its_instructions() -> None:
     files = sorted(recipes_folder().rglob("*.yaml"))
-    assert len(files) == len(PARTS) + len(OPEN) + len(shipped_recipes("cook")) == 33
+    assert len(files) == len(PARTS) + len(OPEN) + len(shipped_recipes("cook")) == 36
     assert [file for file in files if not file.read_text().startswith("# ")] == []
 
 
@@ -85,5 +96,5 @@ def test_every_setting_of_a_recipe_part_arrives(tmp_path: Path, part: Path) -> N
     composed = yaml.safe_load(recipe_yaml(load_recipe(str(own), given)))[part.parent.name]
     if "sources" in values:  # without the defaults that the part does not mention
         pairs = zip(composed["sources"], values["sources"], strict=True)
-        composed["sources"] = [{key: source[key] for key in declared} for source, declared in pairs]
+        composed["sources"] = [_mentioned(source, declared) for source, declared in pairs]
     assert {key: composed[key] for key in values} == values
