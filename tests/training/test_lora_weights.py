@@ -19,6 +19,7 @@ from tests.distributed import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
 from tests.models.test_hf_parity import LOGIT_TOLERANCE
 from tests.training.jobs import Losses, Recipe, batches, resume_and_train, run_steps, save, start
+from tests.training.real_job import RealJob, write_small_model
 
 TOKENS_BS = torch.randint(0, 128, (2, 48), generator=torch.Generator().manual_seed(3))
 STEPS = 2
@@ -181,3 +182,28 @@ def test_an_export_is_the_formula_bit_by_bit_and_transformers_computes_the_same_
         before = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(TOKENS_BS).logits
     assert float((logits - theirs).abs().max()) < LOGIT_TOLERANCE
     assert float((logits - before).abs().max()) > 1000 * LOGIT_TOLERANCE
+
+
+def test_a_job_of_adapters_that_is_taken_up_again_exports_what_one_in_a_piece_does(tmp_path: Path) -> None:
+    model = write_small_model(tmp_path / "model")
+    settings: dict[str, Any] = {
+        "model": model,
+        "ranks": 1,
+        "layout": {"pp": 1, "ep": 1},
+        # Another schedule than cosine: that one depends on the last step.
+        "overrides": ["model.lora.rank=2", "optim=adamw_constant"],
+    }
+    whole = RealJob(root=tmp_path / "whole", steps=4, **settings)
+    begun, taken_up = (RealJob(root=tmp_path / "parts", steps=steps, **settings) for steps in (2, 4))
+    for job in (whole, begun, taken_up):
+        job.start_ranks(forked=True)
+        try:
+            assert job.wait(job.longest_wait) == [0]
+        finally:
+            job.kill()
+    # Begun anew, the second would have been refused: it would have saved step 2 once more.
+    assert taken_up.complete() == ["step-00000002", "step-00000004"]
+    assert taken_up.losses() == whole.losses()
+    assert taken_up.weights() == whole.weights()
+    name = "decoder.layers.0.mlp.linear_fc1.weight"
+    assert not torch.equal(open_source(whole.root / "export").read(name), open_source(model).read(name))
