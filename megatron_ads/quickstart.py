@@ -6,7 +6,7 @@ Makes a small random DeepSeek-V3-family checkpoint, converts it to shards for pp
 processes, exports it to Hugging Face format, compares it with the Megatron model in transformers, and writes
 report.html and report.json. Started again, it goes on where it was interrupted; a changed setting redoes what
 depends on it. With MEGATRON_ADS_DATA naming a folder with esci_us/pairs.jsonl, the rows are real query-product
-pairs; otherwise they come from the built-in generator.
+pairs; otherwise they are those of a simulated ads business.
 """
 
 import argparse
@@ -64,17 +64,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe_data() -> dict[str, Any]:
-    """Say which rows will be used: the real pairs where ``MEGATRON_ADS_DATA`` has them, else the built-in ones."""
+    """Say which rows will be used: the real pairs where ``MEGATRON_ADS_DATA`` has them, else simulated ones."""
     root = os.environ.get(DATA_ROOT)
     if not root:
-        return {"source": "builtin", "description": "query-ad pairs from the built-in generator"}
+        return {"source": "simulated_pairs", "description": "query-ad pairs of a simulated ads business"}
     file = Path(root) / PAIRS
     try:
         content = file.read_bytes()
     except OSError as error:
         raise ConfigError(
             f"{DATA_ROOT} is {root}, but {file} cannot be read ({error.strerror}). "
-            f"Point {DATA_ROOT} at the folder that has it, or unset it to use built-in rows."
+            f"Point {DATA_ROOT} at the folder that has it, or unset it to use simulated rows."
         ) from None
     return {
         "source": "esci",

@@ -199,7 +199,7 @@ class DataConfig:
         """Refuse values that are impossible whatever the other sections say."""
         require(
             bool(self.sources),
-            "data.sources is empty. Choose data=builtin or data=esci, or 'data.sources=[{kind: jsonl, path: FILE}]'.",
+            "data.sources is empty. Choose data=simulator or data=esci, or 'data.sources=[{kind: jsonl, path: FILE}]'.",
         )
         for index, source in enumerate(self.sources):
             source.check(f"data.sources[{index}]")

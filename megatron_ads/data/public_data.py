@@ -26,6 +26,6 @@ def locate(path: str | None, file: Path, *, kind: str) -> Path:
     if not root:
         raise DataError(
             f"The source kind {kind} reads {file} below the folder that the environment variable {DATA_ROOT} names, "
-            f"and it names none. Set {DATA_ROOT}, or the source's path, or choose data=builtin."
+            f"and it names none. Set {DATA_ROOT}, or the source's path, or choose data=simulator."
         )
     return Path(root) / file

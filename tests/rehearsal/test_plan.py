@@ -15,7 +15,7 @@ from megatron_ads.rehearsal.stages import Stage, run_stages
 
 
 def _plan(root: Path, *overrides: str, **identity: str) -> Plan:
-    return make_plan(RehearsalFolder(root), overrides=["data=builtin", *overrides], identity=identity)
+    return make_plan(RehearsalFolder(root), overrides=["data=simulated_pairs", *overrides], identity=identity)
 
 
 def _pretend(stage: Stage) -> Stage:
@@ -79,10 +79,11 @@ def test_the_commands_printed_are_the_ones_a_user_can_type(tmp_path: Path, capsy
     out = capsys.readouterr().out
     assert f"      $ megatron-ads demo-model {tmp_path}/model --preset tiny --fp8\n" in out
     assert (
-        f"      $ megatron-ads train --recipe sft/quickstart data=builtin train.steps=17 model.load={tmp_path}/" in out
+        f"      $ megatron-ads train --recipe sft/quickstart data=simulated_pairs train.steps=17 model.load={tmp_path}/"
+        in out
     )
     (evaluation,) = [line for line in out.splitlines() if "evaluate" in line and "answers-after.jsonl" in line]
-    assert evaluation.endswith("data=builtin")  # the training's settings are not its business
+    assert evaluation.endswith("data=simulated_pairs")  # the training's settings are not its business
 
 
 def test_an_impossible_setting_is_refused_before_anything_is_made(tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_another_layout_is_what_the_checkpoint_is_converted_for(tmp_path: Path) 
 def test_without_real_data_the_built_in_rows_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEGATRON_ADS_DATA", raising=False)
     data = quickstart.describe_data()
-    assert (data["source"], "path" in data) == ("builtin", False)
+    assert (data["source"], "path" in data) == ("simulated_pairs", False)
 
 
 def test_real_pairs_are_counted_and_fingerprinted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def _check_report(folder: Path) -> None:
     assert report["parity"]["max_abs_difference"] < 1e-5
     assert report["fp8_export"]["equal"] is True
     assert report["evaluation"]["after"]["rows"] == 8
-    assert report["data"]["source"] == "builtin"
+    assert report["data"]["source"] == "simulated_pairs"
     for file in report["files"]:
         assert Path(file).exists(), file
     assert "<svg" in (folder / "report.html").read_text()

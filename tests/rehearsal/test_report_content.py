@@ -66,7 +66,7 @@ def _facts(folder: Path, *, difference: float = 1.4e-6, after: float | None = 0.
         "versions": {"python": "3.11.7", "torch": "2.13.0", "transformer-engine": None},
         "revision": "abc-dirty",
     }
-    data = {"source": "builtin", "description": "query-ad pairs from the built-in generator"}
+    data = {"source": "simulated_pairs", "description": "query-ad pairs of a simulated ads business"}
     facts = gather_facts(
         RehearsalFolder(folder), stages, records, _metrics(200), config=SftConfig(), data=data, provenance=provenance
     )
@@ -96,7 +96,7 @@ def test_the_facts_are_standard_json(tmp_path: Path) -> None:
 def test_the_page_tells_data_machine_versions_and_revision(tmp_path: Path) -> None:
     text = page(_facts(tmp_path), _metrics(200))
     for part in (
-        "built-in generator",
+        "simulated ads business",
         "Some CPU &lt;1&gt;, 2 cores, 24 GiB",
         "torch 2.13.0",
         "abc-dirty",
