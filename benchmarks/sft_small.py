@@ -1,6 +1,6 @@
 """Fine-tune a small model on ads tasks on a CPU, and see what each ingredient of the recipe is worth.
 
-    python -m benchmarks.sft_small --out DIR [--data simulator|real] [--variant NAME ...] [key=value ...]
+    python -m benchmarks.sft_small --out DIR [--data simulator|real] [--variant NAME] [key=value ...]
 
 A random checkpoint first learns to read: it is trained on the prompts of the training rows, and on the general rows, as
 plain texts, because who fine-tunes starts from a model that knows the language. It sees no answer to an ads task there.
@@ -93,7 +93,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for everything it writes")
     parser.add_argument("--data", choices=["simulator", "real"], default="simulator")
-    parser.add_argument("--variant", nargs="+", metavar="NAME", help="only these (default: all)")
+    parser.add_argument("--variant", action="append", metavar="NAME", help="only this; may be repeated (default: all)")
     parser.add_argument("--ranks", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: 2)")
     parser.add_argument("--text-steps", type=int, default=TEXT_STEPS, help=f"steps on the texts (default {TEXT_STEPS})")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every variant: train.steps=500")
