@@ -12,7 +12,10 @@ from typing import Any, Protocol
 from megatron_ads.cooking.config import AnsweringConfig
 from megatron_ads.errors import DataError
 from megatron_ads.journal import Journal, digest_of
+from megatron_ads.observability.log import get_logger
 from megatron_ads.observability.progress import Progress
+
+logger = get_logger(__name__)
 
 GIVE_UPS_IN_A_ROW = 5
 """After so many requests on end without an answer the run stops: the server is gone, not busy."""
@@ -196,6 +199,8 @@ class Desk:
                     self._collect(waiting, found, progress)
             except BaseException:
                 stop.set()  # workers finish the attempt they are at, and make no other
+                if waiting:
+                    logger.info("Ending: waiting for %d requests in flight, to keep their answers.", len(waiting))
                 raise
             finally:
                 self.usage.seconds += time.monotonic() - started

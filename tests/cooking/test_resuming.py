@@ -131,7 +131,8 @@ def test_an_interrupted_run_waits_for_what_is_in_flight_and_keeps_it(tmp_path: P
         try:
             wait_until(lambda: (lines_of(journal), server.at_a_time), (8, AT_A_TIME))
             os.kill(process.pid, signal.SIGINT)
-            time.sleep(0.3)
+            assert process.stderr is not None
+            assert any(f"waiting for {AT_A_TIME} requests in flight" in line for line in process.stderr)
             gate.allow(ALL)
             _, said = process.communicate(timeout=60)
         finally:
