@@ -15,7 +15,7 @@ SAME_LAYOUT = ["--pp", "2", "--ep", "2"]
 CONVERSIONS = {
     "shards of the job's layout": SAME_LAYOUT,
     "shards of another layout": ["--ep", "4"],
-    "torch_dist": ["--format", "torch_dist", *SAME_LAYOUT],
+    "torch_dist": ["--format", "torch_dist"],
 }
 
 
