@@ -47,18 +47,22 @@ class Journal:
         self._append({"plan": self._plan.digest, "source": str(self._plan.source), "state": self._plan.source_state})
 
     def recover(self, lines: list[dict[str, Any]]) -> None:
-        """Take over the finished files of an earlier run of the same plan.
+        """Take over the finished files of an earlier run of the same plan, whose lines stay as they are.
 
         A file that was touched since is hashed again, and left out if it differs. A file that got its name just
         before the earlier run was killed, and so has no line, is complete: it is hashed and noted.
         """
-        known = {str(line["name"]): line for line in lines}
+        known = {str(line["name"]): line for line in lines}  # the last of a file that was made twice
         for file in self._plan.files:
             path = self._plan.target / file.name
             if not path.exists():
                 continue
             record = _recovered(path, file, known.get(file.name))
-            if record is not None:
+            if record is None:
+                continue
+            if file.name in known:
+                self.finished[file.name] = record
+            else:
                 self.add(record)
 
 
@@ -91,14 +95,15 @@ def open_journal(plan: ConversionPlan, *, resume: bool) -> Iterator[Journal]:
     path = plan.target / JOURNAL
     with path.open("a+", encoding="utf-8") as handle:
         _lock(handle, plan.target)
-        lines = _read_lines(path)
+        lines, whole = _read_lines(path)
         if lines:
             _check_same(plan, lines[0])
         _check_foreign(plan)
         journal = Journal(plan, handle)
         _remove_partial_files(plan.target)
-        handle.truncate(0)
-        journal.start()
+        handle.truncate(whole)
+        if not lines:
+            journal.start()
         journal.recover(lines[1:])
         yield journal
 
@@ -139,14 +144,18 @@ def _lock(handle: IO[str], target: Path) -> None:
         raise ConversionError(f"Another process is converting into {target}. Wait for it, or stop it.") from None
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the whole lines and how many bytes they take; the last line of a killed run may be torn."""
+    lines, whole = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break
         try:
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # the last line of a killed run
-    return lines
+        except ValueError:
+            break
+        whole += len(line)
+    return lines, whole
 
 
 def _check_same(plan: ConversionPlan, first: dict[str, Any]) -> None:

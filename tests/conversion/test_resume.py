@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversion import atomic_file, execute, to_torch_dist
+from conversion import atomic_file, execute, journal, to_torch_dist
 from conversion.convert import convert, to_hf, to_shards
 from conversion.errors import DamagedCheckpointError
 from conversion.execute import Execution
@@ -142,6 +142,18 @@ def test_a_torn_last_journal_line_is_forgiven(source, unfinished):
     with (unfinished / JOURNAL).open("a") as journal:
         journal.write('{"name": "pp0')
     assert to_shards(source, unfinished, LAYOUT, RESUME).files_kept == 3
+
+
+def test_a_resume_that_is_killed_at_once_forgets_nothing(source, unfinished, monkeypatch):
+    lines = (unfinished / JOURNAL).read_text()
+
+    def die(self, lines):
+        raise Interrupted
+
+    monkeypatch.setattr(journal.Journal, "recover", die)
+    with pytest.raises(Interrupted):
+        to_shards(source, unfinished, LAYOUT, RESUME)
+    assert (unfinished / JOURNAL).read_text() == lines
 
 
 def test_a_finished_file_that_was_changed_since_is_written_again(source, unfinished, tmp_path):
