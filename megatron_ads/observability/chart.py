@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-COLORS = 6
+COLORS = 8
 WIDTH, HEIGHT = 720, 260
 """Size of a full chart in SVG units; the page scales it to the room there is."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 68, 16, 12, 40

@@ -93,6 +93,10 @@ def _loss(metrics: Metrics) -> Chart:
     return Chart(svg=svg, caption=caption)
 
 
+_CHARTED = ("validation_loss", "task_share")
+"""Metrics that have one chart with a line for each task."""
+
+
 def _tasks(metrics: Metrics) -> list[Section]:
     """Return how each task does and what its samples weigh, as far as the run measured it."""
     held_out = "Mean over the target tokens of a task's held-out rows."
@@ -110,10 +114,15 @@ def _tasks_with(metrics: Metrics, name: str) -> list[str]:
 
 
 def _by_task(metrics: Metrics, name: str, label: str, caption: str) -> list[Chart]:
-    """Return one chart with a line for each task; none where the run measured nothing of the kind."""
+    """Return one chart with a line for each task; none where the run measured nothing of the kind.
+
+    A task has the same colour in every chart.
+    """
+    tasks = sorted({task for each in _CHARTED for task in _tasks_with(metrics, each)})
+    colors = {task: index % COLORS + 1 for index, task in enumerate(tasks)}
     series = [
-        Series(name=task, points=_points(metrics, f"{name}/{task}"), color=index % COLORS + 1)
-        for index, task in enumerate(_tasks_with(metrics, name))
+        Series(name=task, points=_points(metrics, f"{name}/{task}"), color=colors[task])
+        for task in _tasks_with(metrics, name)
     ]
     svg = line_chart(series, x_label="step", y_label=label, y_from_zero=True)
     return [Chart(svg=svg, caption=caption)] if series else []
