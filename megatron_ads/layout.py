@@ -220,9 +220,13 @@ def expand_pipeline(pipeline: str) -> list[str]:
     refuses those).
 
     Raises:
-        ConfigError: If another character is left after unrolling.
+        ConfigError: If another character is left after unrolling, or something is repeated absurdly often.
     """
     text = re.sub(r"[,\s]", "", pipeline)
+    if re.search(r"\*0*[1-9]\d{3}", text):
+        raise ConfigError(
+            f"layout.pipeline {pipeline!r:.200} repeats something 1,000 times or more; no model is so deep."
+        )
     for pattern in _REPEATS:
         text = pattern.sub(lambda match: match[1] * int(match[2]), text)
     if bad := sorted(set(text) - set("Etm|L")):

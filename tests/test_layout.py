@@ -242,6 +242,12 @@ def test_strings_are_unrolled_as_megatron_does(pipeline: str) -> None:
         assert expand_pipeline(pipeline) == expected
 
 
+@pytest.mark.parametrize("pipeline", ["E(t|)*999999999L", "Et*1000L", "Et*" + "9" * 5000 + "L"])
+def test_an_absurd_number_of_repeats_is_refused_at_once(pipeline: str) -> None:
+    with pytest.raises(ConfigError, match="repeats something 1,000 times or more"):
+        expand_pipeline(pipeline)
+
+
 def test_spaces_are_ignored_although_megatron_refuses_them() -> None:
     assert expand_with_megatron("Et | tL") is None
     assert expand_pipeline("Et | tL") == ["Et", "tL"]
