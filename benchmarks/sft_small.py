@@ -45,7 +45,7 @@ class Variant:
 def simulated_variants(data: str) -> dict[str, Variant]:
     """Return the recipe, and with one ingredient changed; ``data`` names the one with public rows, if there are any."""
     held_out = (f"data={data}",)
-    adaptive = ("reweight.instances=true", "reweight.tasks=true")
+    adaptive = ("reweight.instances=true", "reweight.tasks=true", "train.evaluate_every=100")
     return {
         "recipe": Variant("the recipe", held_out, held_out),
         "adaptive": Variant("adaptive weights", (*held_out, *adaptive), held_out),
