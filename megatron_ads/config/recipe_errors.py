@@ -5,6 +5,7 @@ import difflib
 import re
 import types
 import typing
+from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
@@ -24,8 +25,9 @@ def explain(error: BaseException, *, schema: type, recipe: str) -> ConfigError:
             return ConfigError(f"{recipe}: {_explain_key(cause, schema)}")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return ConfigError(f"{recipe}: {_explain_missing_file(error)}")
-    if replaced := _REPLACED_SECTION.search(str(error)):
-        return ConfigError(f"{recipe}: {_explain_replaced_section(schema, replaced['section'], replaced['value'])}")
+    for cause in _causes(error):
+        if replaced := _REPLACED_SECTION.search(str(cause)):
+            return ConfigError(f"{recipe}: {_explain_replaced_section(schema, replaced['section'], replaced['value'])}")
     return ConfigError(f"{recipe}: {' '.join(str(error).split())}")
 
 
@@ -50,26 +52,23 @@ def _full_path(error: OmegaConfBaseException, schema: type) -> str:
     """Return the setting's path from the top: inside a list item, and its sections, OmegaConf counts from the item."""
     path = str(error.full_key)
     section = path.rpartition(".")[0]
-    item = next(
-        (
-            name
-            for name, kind in _list_items(schema)
-            if error.object_type in (kind, field_type(kind, section) if section else None)
-        ),
-        None,
-    )
-    return f"{item}[].{path}" if item and not path.startswith(item) else path
+    for name, kind in _sections(schema):
+        if name.endswith("[]") and not path.startswith(name.removesuffix("[]")):
+            holder = field_type(kind, section) if section else kind
+            if holder is not None and error.object_type is (typing.get_origin(holder) or holder):
+                return f"{name}.{path}"
+    return path
 
 
-def _list_items(schema: type, prefix: str = "") -> list[tuple[str, Any]]:
-    """Return the path of every list setting, with the type of its items."""
-    found: list[tuple[str, Any]] = []
+def _sections(schema: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Yield the path of every section at any depth, with its class; ``data.sources[]`` is each item of a list."""
     for name, hint in typing.get_type_hints(schema).items():
+        path, kind = prefix + name, hint
         if typing.get_origin(hint) is list:
-            found.append((prefix + name, typing.get_args(hint)[0]))
-        elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            found += _list_items(hint, f"{prefix}{name}.")
-    return found
+            path, kind = f"{path}[]", typing.get_args(hint)[0]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield path, kind
+            yield from _sections(kind, f"{path}.")
 
 
 def _explain_missing_file(error: MissingConfigException) -> str:
@@ -82,9 +81,9 @@ def _explain_missing_file(error: MissingConfigException) -> str:
 
 def _explain_replaced_section(schema: type, section: str, value: str) -> str:
     """Return the sentence for a value where a whole section belongs; OmegaConf then knows only the section's class."""
-    for name, hint in typing.get_type_hints(schema).items():
-        if hint.__name__ == section:
-            return f"{name} is {value}; it must be {describe_type(hint)}."
+    for path, kind in _sections(schema):
+        if kind.__name__ == section:
+            return f"{path} is {value}; it must be {describe_type(kind)}."
     return f"{value} stands where a {section} belongs."
 
 
@@ -127,6 +126,9 @@ def field_type(schema: type, path: str) -> Any | None:
     """Return the annotation at a dotted path such as ``data.sources[0].kind``; None where there is none."""
     current: Any = schema
     for part in path.split("."):
+        if typing.get_origin(current) is dict:
+            current = typing.get_args(current)[1]
+            continue
         hints = typing.get_type_hints(current) if dataclasses.is_dataclass(current) else {}
         name = _INDEX.sub("", part)
         if name not in hints:
@@ -146,6 +148,8 @@ def describe_type(annotation: Any) -> str:
         return " or ".join(describe_type(part) for part in typing.get_args(annotation))
     if typing.get_origin(annotation) is list:
         return f"a list, each item {describe_type(typing.get_args(annotation)[0])}"
+    if typing.get_origin(annotation) is dict:
+        return f"a mapping, each value {describe_type(typing.get_args(annotation)[1])}"
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return f"one of {', '.join(member.name for member in annotation)}"
     return f"a section with {', '.join(field.name for field in dataclasses.fields(annotation))}"

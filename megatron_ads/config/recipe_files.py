@@ -30,7 +30,7 @@ def locate_recipe(name_or_path: str, kind: str = "sft") -> tuple[Path, str, list
         ConfigError: If there is neither such a file nor such a recipe.
     """
     shipped, path = recipes_folder(), Path(name_or_path)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix == ".yaml":  # Hydra reads no other
         if not path.is_file():
             raise ConfigError(f"The recipe {name_or_path} does not exist.")
         path = path.resolve()

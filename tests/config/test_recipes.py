@@ -97,6 +97,12 @@ def test_the_layer_specs_of_a_recipe_are_auto_and_those_of_the_conversion() -> N
             r"data\.sources\[\]\.history\.mots_entries is not .* data\.sources\[\]\.history\.most_entries",
         ),
         ("data.sources=3", r"data\.sources must be a list"),
+        ("data.sources=[{kind: esci, history: 3}]", r"data\.sources\[\]\.history is 3; it must be a section with wi"),
+        ("data.sources=[{kind: table, columns: 3}]", r"data\.sources\[\]\.columns must be a mapping, each value text"),
+        (
+            "data.sources=[{kind: esci, history: {window_days: {clicks: soon}}}]",
+            r"data\.sources\[\]\.history\.window_days\.clicks must be a number: Value 'soon'",
+        ),
         ("train.steps=many", r"train\.steps must be a whole number: Value 'many'"),
         ("train.steps=1.5", r"train\.steps must be a whole number: Value '1\.5'"),
         ("train.steps=null", r"train\.steps must be a whole number"),
@@ -155,3 +161,5 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_one() -> None:
         load_recipe("qqq")
     with pytest.raises(ConfigError, match=r"absent\.yaml does not exist"):
         load_recipe("absent.yaml")
+    with pytest.raises(ConfigError, match=r"A recipe of your own is given as FILE\.yaml"):
+        load_recipe("mine.yml")
