@@ -48,7 +48,7 @@ def meeting_place(environment: Mapping[str, str]) -> tuple[str, str]:
         probe.bind(("", 0))
         free = int(probe.getsockname()[1])
     port = environment_number(environment, "MASTER_PORT", free)
-    return environment.get("MASTER_ADDR", socket.gethostname()), str(port)
+    return environment.get("MASTER_ADDR") or socket.gethostname(), str(port)
 
 
 @dataclass(frozen=True, slots=True)

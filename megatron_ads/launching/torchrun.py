@@ -55,7 +55,7 @@ class NodePart:
         nodes, node = environment_number(environment, "NNODES", 1), environment_number(environment, "NODE_RANK", 0)
         here = environment.get("NPROC_PER_NODE")
         if ranks is None:
-            ranks = fewest if here is None else nodes * environment_number(environment, "NPROC_PER_NODE", 1)
+            ranks = nodes * environment_number(environment, "NPROC_PER_NODE", 1) if here else fewest
         if ranks < 1:
             raise ConfigError(f"--ranks is {ranks}; it must be at least 1.")
         if nodes < 1 or not 0 <= node < nodes:

@@ -23,3 +23,5 @@ def test_a_number_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="MASTER_PORT is '-1'"):
         meeting_place({"MASTER_PORT": "-1"})
     assert meeting_place({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}) == ("10.0.0.1", "29500")
+    host, port = meeting_place({"MASTER_ADDR": "", "MASTER_PORT": ""})
+    assert host and int(port)

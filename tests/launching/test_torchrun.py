@@ -32,6 +32,7 @@ def test_several_machines_share_the_ranks() -> None:
     assert any("is_host=false" in word for word in command)
     assert any("is_host=true" in word for word in NodePart.of(TWO | {"NODE_RANK": "0"}, None, 4).command("r", []))
     assert NodePart.of(TWO | {"NPROC_PER_NODE": "8"}, None, fewest=4).ranks == 16
+    assert NodePart.of(TWO | {"NPROC_PER_NODE": ""}, None, fewest=4).ranks == 4
     assert NodePart.of(TWO, 6, fewest=4).ranks_here == 3
 
 
