@@ -27,7 +27,7 @@ from megatron_ads.errors import ConfigError
 from megatron_ads.rehearsal.stages import Stage, StageRecord
 
 RECIPE = "sft/small"
-TEXT_STEPS = 800
+TEXT_STEPS = 600
 """Steps on the texts."""
 
 
