@@ -68,9 +68,27 @@ def _check_steps(config: SftConfig) -> None:
         f"train.evaluate_every is {config.train.evaluate_every}, but data.validation_rows is 0: there is nothing to "
         "evaluate on. Set data.validation_rows, or train.evaluate_every to null.",
     )
+    _check_reweighting(config)
+
+
+def _check_reweighting(config: SftConfig) -> None:
+    """Refuse weights and shares that would never change before the last step."""
+    steps, evaluate_every, reweight = config.train.steps, config.train.evaluate_every, config.reweight
+    if reweight.tasks:
+        require(
+            evaluate_every is not None,
+            "reweight.tasks needs a validation metric of each task, but train.evaluate_every is null. Set it.",
+        )
+        require(
+            evaluate_every is None or evaluate_every < steps,
+            f"reweight.tasks changes the shares at each evaluation, but train.evaluate_every = {evaluate_every} and "
+            f"train.steps = {steps}: no step is left after the first. Lower train.evaluate_every.",
+        )
+    first = reweight.interval if reweight.exact else 2 * reweight.interval  # before it, nothing is measured twice
     require(
-        not config.reweight.tasks or config.train.evaluate_every is not None,
-        "reweight.tasks needs a validation metric of each task, but train.evaluate_every is null. Set it.",
+        not reweight.instances or first < steps,
+        f"reweight.instances has its first weights after step {first} (reweight.interval = {reweight.interval}), but "
+        f"train.steps is {steps}: it would have no effect. Lower reweight.interval.",
     )
 
 

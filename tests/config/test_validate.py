@@ -89,6 +89,12 @@ from tests.config.quickstart import published, quickstart
         (["reweight.beta=0"], r"reweight\.beta is 0; it must be above 0"),
         (["reweight.lowest=1.5"], r"reweight\.lowest = 1\.5 and reweight\.highest = 5 must have 1 between them"),
         (["reweight.tasks=true", "train.evaluate_every=null"], r"reweight\.tasks needs a validation metric"),
+        (["reweight.tasks=true", "train.evaluate_every=300"], r"evaluate_every = 300 and train\.steps = 300: no step"),
+        (["reweight.instances=true", "reweight.interval=150"], r"has its first weights after step 300 .* = 150\), but"),
+        (
+            ["reweight.instances=true", "reweight.exact=true", "reweight.interval=300"],
+            r"first weights after step 300 \(reweight\.interval = 300\), but train\.steps is 300",
+        ),
         (
             ["data.validation_rows_per_group=4", "data.validation_rows=0", "train.evaluate_every=null"],
             r"validation_rows_per_group is 4, but data\.validation_rows is 0",
@@ -147,6 +153,12 @@ def test_a_recipe_that_does_not_fit_the_model_is_refused(model: str, overrides: 
     validate(config, 6)
     with pytest.raises(ConfigError, match=message):
         validate(config, 6, shape)
+
+
+def test_reweighting_is_accepted_where_a_step_is_left_for_it() -> None:
+    tasks = ["reweight.tasks=true", "train.evaluate_every=299"]
+    validate(quickstart(*tasks, "reweight.instances=true", "reweight.interval=149"), 4)
+    validate(quickstart("reweight.instances=true", "reweight.exact=true", "reweight.interval=299"), 4)
 
 
 def test_freezing_and_the_moving_router_bias_are_accepted_where_they_have_an_effect() -> None:
