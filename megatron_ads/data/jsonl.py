@@ -2,8 +2,8 @@
 
 One object a line:
 
-    {"id": "r1", "task": "relevance", "messages": [{"role": "user", "content": "..."},
-     {"role": "assistant", "content": "<think>...</think><Label>Good</Label>"}],
+    {"id": "r1", "task": "query_ad_relevance", "messages": [{"role": "user",
+     "content": "..."}, {"role": "assistant", "content": "<think>...</think><Label>Good</Label>"}],
      "weight": 1.0, "group": "what validation must not share", "label": "Good"}
 
 ``messages`` is required and ends with the assistant's target; the rest has defaults.

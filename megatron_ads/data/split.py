@@ -22,9 +22,9 @@ def split_by_group(
 ) -> Split:
     """Hold out whole groups (queries, users), in an order that ``seed`` decides, until there are enough rows.
 
-    Every task gives validation rows in proportion to its rows. With ``most_per_group``, a held-out
-    group gives so many rows of a task at most, drawn by ``seed``. Rows of held-out groups beyond these numbers are on
-    neither side. The order of ``rows`` plays no part in which groups are held out.
+    Every task gives validation rows in proportion to its rows; one with too few groups may have none left to train on.
+    With ``most_per_group``, a held-out group gives so many rows of a task at most, drawn by ``seed``. Rows of held-out
+    groups beyond these numbers are on neither side. The order of ``rows`` plays no part in which groups are held out.
 
     Raises:
         DataError: If nothing would be left to train on.
