@@ -61,8 +61,7 @@ def lay_out(shape: ModelShape, sizes: LayoutConfig) -> ShardsLayout:
     """Return where everything goes when ``sizes`` are laid over the smallest number of ranks.
 
     Raises:
-        ConfigError: If the layers do not fit the stages.
-        ConversionError: If the heads or experts do not divide.
+        ConfigError: If the layers do not fit the stages, or heads, widths or experts do not divide.
     """
     layout = sizes.runtime(sizes.fewest_ranks())
     return ShardsLayout(shape=shape, layout=layout, placement=sizes.placement(shape, layout))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from conversion.names import Parameter, layer_parameters, outside_parameters, slice_shape
 from megatron_ads.architecture import ModelShape
-from megatron_ads.errors import ConversionError
 from megatron_ads.layout import Chunk, ParallelLayout, PipelinePlacement
 
 
@@ -36,18 +35,7 @@ class ShardsLayout:
     placement: PipelinePlacement
 
     def __post_init__(self) -> None:
-        heads, tp = self.shape.num_heads, self.layout.tp
-        if heads % tp:
-            raise ConversionError(
-                f"{heads} attention heads cannot be split over layout.tp = {tp} ranks. Choose a divisor of {heads}."
-            )
-        if self.shape.num_experts:
-            self.layout.local_experts(self.shape.num_experts, 0)
-        width, etp = self.shape.expert_ffn_size, self.layout.etp
-        if width % etp:
-            raise ConversionError(
-                f"Experts of width {width} cannot be split over layout.etp = {etp} ranks. Choose a divisor of {width}."
-            )
+        self.layout.check_model(self.shape)
 
     def rank_files(self) -> tuple[RankFile, ...]:
         """Return every distinct file, stage by stage: ``lcm(tp, ep * etp)`` of them a stage."""

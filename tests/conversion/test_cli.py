@@ -55,7 +55,7 @@ def test_a_difference_is_status_1_and_a_table(source, tmp_path, capsys):
         (["convert", "to-megatron", "{source}", "{tmp}/file/out"], "file/out cannot be read or written"),
         (["convert", "to-megatron", "{source}", "{tmp}/file/out", "--dry-run"], "cannot be read or written"),
         (["convert", "to-megatron", "{source}", "{tmp}/out", "--pp", "3"], "4 decoder layers"),
-        (["convert", "to-megatron", "{source}", "{tmp}/out", "--etp", "1000000000"], "Experts of width 136"),
+        (["convert", "to-megatron", "{source}", "{tmp}/out", "--etp", "1000000000"], "136 routed-expert columns"),
         (
             ["convert", "to-megatron", "{source}", "{tmp}/out", "--format", "torch_dist", "--pp", "2"],
             "--pp cannot take",

@@ -158,7 +158,7 @@ def test_workers_write_the_same_bytes_as_one_process(bf16, tmp_path):
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (LayoutConfig(tp=3), "4 attention heads cannot be split over layout.tp = 3"),
+        (LayoutConfig(tp=3), r"4 attention heads cannot be cut into layout\.tp = 3"),
         (LayoutConfig(ep=3), "8 routed experts"),
         (LayoutConfig(etp=16), "layout.etp = 16"),
         (LayoutConfig(pp=3), "4 decoder layers"),
