@@ -20,7 +20,7 @@ from megatron_ads.launching.node_check import wants_gpu
 from megatron_ads.planning.hardware import CARDS
 from megatron_ads.planning.job import job_of
 from megatron_ads.planning.plan import make_plan
-from megatron_ads.training.checkpoint_folder import complete_checkpoints, verify_sizes
+from megatron_ads.training.checkpoint_folder import complete_checkpoints, require_resumable, verify_sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,11 +107,7 @@ def _checkpoint(config: SftConfig) -> str:
     if not complete:
         return "none yet; the job begins at step 0"
     step, folder = complete[-1]
-    if not config.checkpoint.resume:
-        raise CheckpointError(
-            f"checkpoint.resume is false, but checkpoint.dir holds {folder}. Choose another folder, remove what is "
-            "there, or set checkpoint.resume=true to go on from it."
-        )
+    require_resumable(folder, resume=config.checkpoint.resume, last_step=config.train.steps)
     verify_sizes(folder)
     return f"{folder} is complete; the job goes on from step {step}"
 

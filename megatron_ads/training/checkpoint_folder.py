@@ -30,6 +30,25 @@ def partial_checkpoints(directory: Path) -> list[Path]:
     return sorted(directory.glob(".step-*.partial")) if directory.is_dir() else []
 
 
+def require_resumable(folder: Path, *, resume: bool, last_step: int) -> None:
+    """Refuse to start a job beside a checkpoint that it is not to go on from, or that is further than it goes.
+
+    Raises:
+        CheckpointError: If ``resume`` is false, or the checkpoint's step is above ``last_step``.
+    """
+    if not resume:
+        raise CheckpointError(
+            f"checkpoint.resume is false, but checkpoint.dir holds {folder}. Choose another folder, remove what is "
+            "there, or set checkpoint.resume=true to go on from it."
+        )
+    step = read_manifest(folder)["step"]
+    if step > last_step:
+        raise CheckpointError(
+            f"checkpoint.dir holds {folder}, but train.steps is {last_step}: the job would train nothing, and export "
+            f"the weights of step {step}. Choose another checkpoint.dir, or raise train.steps."
+        )
+
+
 def verify_sizes(folder: Path) -> None:
     """Check every file's size.
 

@@ -9,12 +9,11 @@ import torch.distributed as dist
 from conversion.sources import WeightSource
 from megatron_ads.config.sft import SftConfig
 from megatron_ads.data.batches import BatchStream
-from megatron_ads.errors import CheckpointError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.observability.log import get_logger
 from megatron_ads.training import checkpoint
 from megatron_ads.training.build import TrainedModel
-from megatron_ads.training.checkpoint_folder import complete_checkpoints, partial_checkpoints
+from megatron_ads.training.checkpoint_folder import complete_checkpoints, partial_checkpoints, require_resumable
 
 logger = get_logger(__name__)
 
@@ -42,16 +41,12 @@ class Position:
         """Start where the latest complete checkpoint ends, or at step 0; a collective.
 
         Raises:
-            CheckpointError: If that checkpoint is damaged, or is there although it is not to be resumed from.
+            CheckpointError: If that checkpoint is damaged, not to be resumed from, or further than the job goes.
         """
         position = cls(step=0, config=config, model=model, stream=stream, layout=layout, source=source)
         folder = _latest(Path(config.checkpoint.dir))
-        if folder is not None and not config.checkpoint.resume:
-            raise CheckpointError(
-                f"checkpoint.resume is false, but checkpoint.dir holds {folder}. Choose another folder, remove what is "
-                "there, or set checkpoint.resume=true to go on from it."
-            )
         if folder is not None:
+            require_resumable(folder, resume=config.checkpoint.resume, last_step=config.train.steps)
             progress = checkpoint.load_checkpoint(
                 folder, model.chunks, model.optimizer, layout, adapters=model.adapters
             )

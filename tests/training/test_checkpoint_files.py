@@ -264,12 +264,12 @@ def test_complete_checkpoints_are_found_among_others(tmp_path: Path) -> None:
     assert run_ranks(1, _complete_steps, tmp_path / "absent") == [[]]
 
 
-def _start_afresh(recipe: Recipe) -> str:
+def _start_with(recipe: Recipe, resume: bool) -> str:
     from megatron_ads.training.position import Position
 
     model, shards, source = start(recipe)
     config = recipe.config()
-    config.checkpoint.resume = False
+    config.checkpoint.resume = resume
     with pytest.raises(CheckpointError) as caught:
         Position.resumed(config, model, None, shards.layout, source)
     return str(caught.value)
@@ -277,8 +277,14 @@ def _start_afresh(recipe: Recipe) -> str:
 
 def test_a_fresh_start_refuses_a_folder_with_checkpoints_before_the_first_step(recipe: Recipe) -> None:
     run_ranks(2, train_and_save, recipe)
-    for message in run_ranks(2, _start_afresh, recipe):
+    for message in run_ranks(2, _start_with, recipe, False):
         assert f"checkpoint.resume is false, but checkpoint.dir holds {recipe.checkpoints / 'step-00000001'}" in message
+
+
+def test_a_job_of_fewer_steps_than_the_checkpoint_has_is_refused_before_it_exports_that(recipe: Recipe) -> None:
+    run_ranks(2, train_and_save, replace(recipe, steps=2))
+    for message in run_ranks(2, _start_with, recipe, True):
+        assert f"checkpoint.dir holds {recipe.checkpoints / 'step-00000002'}, but train.steps is 1: " in message
 
 
 # A full disk
