@@ -38,8 +38,8 @@ class DeepseekModel(GPTModel):
     ) -> dict[str, Any]:
         """Describe what a training checkpoint holds of the chunk: all of it, or the adapters if they alone are trained.
 
-        Frozen weights are read again from where they were loaded: a checkpoint of DeepSeek-R1's adapters is a
-        thousandth of the model's.
+        Frozen weights are read again from where they were loaded: a checkpoint of DeepSeek-R1's adapters is
+        less than a hundredth of the model's.
         """
         if not self.trains_adapters:
             return super().sharded_state_dict(prefix, sharded_offsets, metadata)
