@@ -70,6 +70,7 @@ def as_report(cooked: Cooked, kitchen: Kitchen, config: CookConfig) -> dict[str,
 
 
 def _usage(desk: Desk, config: AnsweringConfig) -> dict[str, Any]:
+    # asdict would make a Counter of the pairs of a Counter.
     counted = {field.name: getattr(desk.usage, field.name) for field in fields(desk.usage)}
     derived = {"requests_per_second": desk.usage.requests_per_second, "cost": desk.usage.cost(config)}
     return {"model": config.model, "url": config.url, **counted, **derived}
