@@ -75,7 +75,8 @@ def save_checkpoint(
     ``adapters`` describes the adapters that are trained, if it is not the weights: the checkpoint then holds only them.
 
     Raises:
-        CheckpointError: On a full disk, or if a checkpoint of this step is already there; on every rank.
+        CheckpointError, ConversionError: On a full disk, or if a checkpoint of this step is already there; on every
+            rank.
         TopologyError: If the ranks disagree about the number of updates.
     """
     if optimizer.agreed_updates() != progress.updates:
@@ -178,6 +179,7 @@ def load_checkpoint(
     """
     with raised_on_all_ranks():
         verify_files(folder, share=(dist.get_rank(), dist.get_world_size()))
+    with raised_on_all_ranks():  # of files that all ranks know to be whole
         refuse_foreign_pickles(folder)
     manifest = read_manifest(folder)
     require_same_adapters(folder, manifest.get("adapters"), adapters)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ads.errors import CheckpointError
+from megatron_ads.errors import CheckpointError, MegatronAdsError
 
 _TORCH_WRITE_ERRORS = ("PytorchStreamWriter failed", "unexpected pos")
 """How torch's C++ file writer says that the system refused a write."""
@@ -22,12 +22,12 @@ def raised_on_all_ranks() -> Iterator[None]:
     """Raise on every rank what a rank raised inside the context; a collective at its end.
 
     Raises:
-        CheckpointError: That of the lowest rank that raised one.
+        MegatronAdsError: A rank's own; on the others, as CheckpointError, that of the lowest rank that raised one.
     """
-    found: CheckpointError | None = None
+    found: MegatronAdsError | None = None
     try:
         yield
-    except CheckpointError as error:
+    except MegatronAdsError as error:
         found = error
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, None if found is None else str(found))

@@ -145,6 +145,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut off": (lambda folder: os.truncate(folder / "__0_0.distcp", 1000), "__0_0.distcp is 1000 bytes long instead"),
     "missing": (lambda folder: (folder / "__1_0.distcp").unlink(), "__1_0.distcp is missing"),
     "changed": (lambda folder: _flip_a_bit(folder / "__1_0.distcp"), "the content of __1_0.distcp changed"),
+    "changed index": (lambda folder: _flip_a_bit(folder / ".metadata"), "the content of .metadata changed"),
     "changed common state": (lambda folder: _flip_a_bit(folder / "common.pt"), "the content of common.pt changed"),
     "manifest cut off": (lambda folder: os.truncate(folder / "manifest.json", 100), "manifest.json is not JSON"),
     "another format": (lambda folder: (folder / "manifest.json").write_text("[]"), "expected 'megatron-ads training"),
@@ -330,22 +331,28 @@ def _save_onto_a_disk_that_is_full_for(recipe: Recipe, point: str) -> str:
     """As above; the system refuses what ``point`` of the save writes, on rank 0 alone."""
     import torch.distributed as dist
 
-    from megatron_ads.training import checkpoint
-
     def refused(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     model, shards, source = start(recipe)
     run_steps(model, shards, 0, 1)
     try:
-        with patch.object(checkpoint, point, refused) if dist.get_rank() == 0 else contextlib.nullcontext():
+        with patch(point, refused) if dist.get_rank() == 0 else contextlib.nullcontext():
             save(recipe, model, shards, source)
-    except CheckpointError as error:
+    except MegatronAdsError as error:
         return str(error)
     return "saved"
 
 
-@pytest.mark.parametrize("point", ["_prepare", "_file_entries", "_finish"])
+FULL_FOR = {
+    "megatron_ads.training.checkpoint._prepare": "writing a checkpoint to {} failed: No space left on device; ",
+    "megatron_ads.training.checkpoint._file_entries": "writing a checkpoint to {} failed: No space left on device; ",
+    "megatron_ads.training.checkpoint._finish": "writing a checkpoint to {} failed: No space left on device; ",
+    "conversion.side_files._copy": "The disk is full at {}/.step-00000001.partial (No space left on device)",
+}
+
+
+@pytest.mark.parametrize("point", FULL_FOR)
 def test_a_disk_that_is_full_for_rank_0_alone_ends_every_rank(point: str, recipe: Recipe) -> None:
     for message in run_ranks(2, _save_onto_a_disk_that_is_full_for, recipe, point):
-        assert f"writing a checkpoint to {recipe.checkpoints} failed: No space left on device; " in message
+        assert FULL_FOR[point].format(recipe.checkpoints) in message
