@@ -48,7 +48,7 @@ def base_digest(source: WeightSource, dtype: torch.dtype) -> str:
     """Return a digest of the first row of every projection, of one expert where there are many, in ``dtype``.
 
     It is the same for every format that a checkpoint is converted to. Two models of one shape, such as a model and what
-    was trained from it, differ in some of these rows.
+    was trained from it, differ in some of these rows, unless ``model.frozen`` kept all projections.
     """
     digest = hashlib.sha256()
     for parameter in parameters(source.shape).values():
@@ -61,6 +61,15 @@ def _first_row(source: WeightSource, parameter: Parameter) -> torch.Tensor:
     row = torch.empty(1, parameter.shape[1], dtype=source.dtype(parameter.name))
     fill(row, source.regions(parameter.name), Rectangle(0, 0, 1, parameter.shape[1]))
     return row
+
+
+_SETTINGS = {
+    "rank": "model.lora.rank",
+    "scale": "model.lora.alpha / model.lora.rank",
+    "targets": "model.lora.targets",
+    "with_mtp": "model.mtp_loss_weight above 0",
+}
+"""What decides each part of a record but its base."""
 
 
 def require_same_adapters(folder: Path, saved: dict[str, Any] | None, wanted: AdapterRecord | None) -> None:
@@ -80,11 +89,12 @@ def require_same_adapters(folder: Path, saved: dict[str, Any] | None, wanted: Ad
     if saved is None or ours is None:
         said, set_to = ("adapters", "unset") if ours is None else ("the whole model", f"set to {ours['rank']}")
         what = f"holds {said}, but model.lora.rank is {set_to}"
-    elif {**saved, "base": ours["base"]} == ours:
-        what = "holds adapters to other weights than model.load has"
+    elif different := [name for name in _SETTINGS if saved.get(name) != ours[name]]:
+        what = "holds adapters with " + ", ".join(
+            f"{_SETTINGS[name]}: {saved.get(name)} instead of {ours[name]}" for name in different
+        )
     else:
-        names = [name for name in ours if saved.get(name) != ours[name]]
-        what = "holds adapters with " + ", ".join(f"{name} {saved.get(name)} instead of {ours[name]}" for name in names)
+        what = "holds adapters to other weights than model.load has, or to weights in another model.precision"
     raise CheckpointError(
         f"checkpoint {folder} {what}. Go on with the settings it was saved with, or choose another checkpoint.dir."
     )

@@ -93,8 +93,12 @@ RECORD = AdapterRecord(rank=4, scale=2.0, targets=("attention",), with_mtp=True,
 REFUSED = {
     "holds adapters, but model.lora.rank is unset": (RECORD, None),
     "holds the whole model, but model.lora.rank is set to 4": (None, RECORD),
-    "adapters with rank 4 instead of 2, scale 2.0 instead of 4.0": (RECORD, replace(RECORD, rank=2, scale=4.0)),
-    "targets ['attention'] instead of ['dense']": (RECORD, replace(RECORD, targets=("dense",))),
+    "adapters with model.lora.rank: 4 instead of 2, model.lora.alpha / model.lora.rank: 2.0 instead of 4.0": (
+        RECORD,
+        replace(RECORD, rank=2, scale=4.0),
+    ),
+    "model.lora.targets: ['attention'] instead of ['dense']": (RECORD, replace(RECORD, targets=("dense",))),
+    "model.mtp_loss_weight above 0: True instead of False": (RECORD, replace(RECORD, with_mtp=False, base="0b")),
 }
 
 
