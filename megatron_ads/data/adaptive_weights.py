@@ -132,7 +132,7 @@ class InstanceWeights:
             if len(state[name]) != len(array):
                 raise DataError(
                     f"The checkpoint holds weights of {len(state[name])} samples, this job has {len(array)}. Use the "
-                    "same data settings, or start anew with checkpoint.resume=false."
+                    "same data settings, or start anew with another checkpoint.dir."
                 )
             array[:] = state[name].numpy()
         self._steps = state["steps"]

@@ -220,12 +220,12 @@ class BatchStream:
             if state[name] != here:
                 raise DataError(
                     f"The checkpoint was made with data of {name} {state[name]}, this job has {here}: the order of "
-                    "samples cannot go on. Use the same data settings, or start anew with checkpoint.resume=false."
+                    "samples cannot go on. Use the same data settings, or start anew with another checkpoint.dir."
                 )
         if ("weights" in state) != (self._weights is not None):
             raise DataError(
                 f"The checkpoint was made with{'' if 'weights' in state else 'out'} instance weights, this job is the "
-                "other way round. Set reweight.instances as it was, or start anew with checkpoint.resume=false."
+                "other way round. Set reweight.instances as it was, or start anew with another checkpoint.dir."
             )
         self._mixture.load_state_dict(state)
         if self._weights is not None:
