@@ -42,7 +42,7 @@ from megatron_ads.training.checkpoint_folder import (
     verify_files,
 )
 from megatron_ads.training.checkpoint_pickles import refuse_foreign_pickles
-from megatron_ads.training.shared_errors import failed_writes_named, raised_on_all_ranks
+from megatron_ads.training.shared_errors import failed_writes_named, misfits_named, raised_on_all_ranks
 from megatron_ads.training.torch_dist_writer import InProcessSave
 
 
@@ -174,7 +174,8 @@ def load_checkpoint(
     """Load a checkpoint, saved under this or any other layout, into the model and the optimizer; a collective.
 
     Raises:
-        CheckpointError: If a file is missing, cut off or changed, or if it is not of these ``adapters``.
+        CheckpointError: If a file is missing, cut off or changed, or if it is not of these ``adapters`` or of what else
+            is trained here.
         ConversionError, CheckpointError: If a pickled part refers to anything but plain values and tensors.
     """
     with raised_on_all_ranks():
@@ -187,7 +188,8 @@ def load_checkpoint(
     state = _sharded_state(chunks, optimizer, loading=True)
     if not same_layout:
         del state["rng"]
-    loaded = dist_checkpointing.load(state, str(folder))
+    with misfits_named(folder):
+        loaded = dist_checkpointing.load(state, str(folder))
     for index, chunk in enumerate(chunks):
         _load_model(chunk, loaded[f"model{index}"])
     progress = Progress(**loaded["training"])

@@ -15,6 +15,8 @@ from megatron_ads.errors import CheckpointError, MegatronAdsError
 
 _TORCH_WRITE_ERRORS = ("PytorchStreamWriter failed", "unexpected pos")
 """How torch's C++ file writer says that the system refused a write."""
+_MISFITS = ("from model not in state dict", "Global shape mismatch")
+"""How Megatron-Core says that a checkpoint lacks a tensor, or has it in another shape."""
 
 
 @contextlib.contextmanager
@@ -56,6 +58,26 @@ def failed_writes_named(directory: Path) -> Iterator[None]:
         if not _is_about_writing(error):
             raise
         raise _failed_write(directory, error, "") from error
+
+
+@contextlib.contextmanager
+def misfits_named(folder: Path) -> Iterator[None]:
+    """Turn the complaint that a checkpoint does not have what the job trains into an error that says what decides it.
+
+    Raises:
+        CheckpointError: Naming a tensor that is missing or has another shape; on every rank.
+    """
+    try:
+        yield
+    except CheckpointException as error:  # torch's, raised on all ranks for what happened on some
+        found = str(error.failures[min(error.failures)][0])
+        if not any(sign in found for sign in _MISFITS):
+            raise
+        what = found.partition(": [")[0].strip("'\"")  # of a KeyError in quotes, with every key there is behind it
+        raise CheckpointError(
+            f"checkpoint {folder} does not fit this job: {what}. Go on with the model.load, model.precision, "
+            "model.frozen and model.mtp_loss_weight that it was saved with, or choose another checkpoint.dir."
+        ) from error
 
 
 def _is_about_writing(error: BaseException) -> bool:

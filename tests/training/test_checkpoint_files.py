@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import pytest
 
+from megatron_ads.config.model import FrozenPart
 from megatron_ads.errors import CheckpointError, MegatronAdsError
 from tests.distributed import RanksFailed, run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
@@ -183,6 +184,25 @@ def test_damage_is_named_and_refused_on_every_rank(name: str, recipe: Recipe) ->
 def test_an_undamaged_checkpoint_is_loaded(recipe: Recipe) -> None:
     run_ranks(2, train_and_save, recipe)
     assert run_ranks(2, _refusal, recipe, recipe.checkpoints / "step-00000001") == ["loaded"] * 2
+
+
+OTHER_JOBS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "frozen": ({"frozen": [FrozenPart.embedding]}, {}, "optimizer.state.exp_avg.embedding.word_embeddings.weight from"),
+    "precision": ({}, {"precision": "bf16"}, "optimizer.state.param."),
+    "mtp": ({}, {"mtp_loss_weight": 0.1}, "optimizer.state.exp_avg.mtp."),
+}
+"""The model section of the job that saves, that of the one that goes on, and what the latter misses."""
+
+
+@pytest.mark.parametrize("name", OTHER_JOBS)
+def test_a_checkpoint_without_what_the_job_trains_is_refused(name: str, recipe: Recipe) -> None:
+    saving, going_on, missed = OTHER_JOBS[name]
+    run_ranks(1, train_and_save, replace(recipe, layout={}, model=saving))
+    checkpoint = recipe.checkpoints / "step-00000001"
+    (message,) = run_ranks(1, _refusal, replace(recipe, layout={}, model=going_on), checkpoint)
+    assert message.startswith(f"checkpoint {checkpoint} does not fit this job: {missed}")
+    assert "model.precision, model.frozen and model.mtp_loss_weight that it was saved with" in message
+    assert len(message) < 600
 
 
 class _Payload:
