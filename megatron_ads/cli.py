@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in arguments if not word.startswith("-")), None)
     try:
-        args = build_parser(chosen).parse_args(arguments)
+        args = _parse(build_parser(chosen), arguments)
         status: int = args.run(args)
         sys.stdout.flush()  # a reader that went away is noticed here, not when the interpreter ends
         return status
@@ -95,6 +95,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The interpreter flushes stdout once more when it ends, and would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Read a command line, in which settings, ``key=value``, may stand on either side of an option.
+
+    argparse takes the positional arguments before the first option that follows them, and leaves the rest over.
+    """
+    args, left = parser.parse_known_args(arguments)
+    if not left:
+        return args
+    if not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in left):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    args.overrides = [*args.overrides, *left]
+    return args
 
 
 if __name__ == "__main__":

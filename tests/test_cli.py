@@ -71,11 +71,28 @@ def test_version_is_the_packages() -> None:
     assert run_cli("--version").stdout == f"megatron-ads {__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["train", "--nonsense"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["train", "--nonsense"],
+        ["train", "--recipe", "r", "a.b=1", "--ranks", "1", "word"],
+        ["train", "--recipe", "r", "a.b=1", "--nonsense=1"],
+        ["verify", "one", "two", "--workers", "1", "a.b=1"],
+    ],
+    ids=" ".join,
+)
 def test_a_command_line_that_cannot_be_read_exits_2(arguments: list[str]) -> None:
     answer = run_cli(*arguments)
     assert answer.returncode == 2
     assert answer.stderr.startswith("usage: megatron-ads")
+
+
+def test_settings_may_stand_on_either_side_of_an_option() -> None:
+    answer = run_cli("train", "--recipe", "sft/small", "model.load=x", "--ranks", "1", "train.stepz=3")
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("megatron-ads: sft/small: train.stepz is not a setting; did you mean train.steps?")
 
 
 def test_a_users_mistake_is_one_line_and_exit_2(tmp_path: Path) -> None:
