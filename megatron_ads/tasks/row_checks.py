@@ -5,11 +5,12 @@ Rows of tasks that the registry does not have, such as general conversations, ar
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from megatron_ads.data.rows import ChatRow, Role
 from megatron_ads.tasks.registry import TASKS
+from megatron_ads.tasks.truths import truth_of
 
 
 class RowFault(StrEnum):
@@ -49,15 +50,25 @@ class CheckedRows:
 
 
 def check_rows(rows: Iterable[ChatRow]) -> CheckedRows:
-    """Separate the rows that can be used from those that cannot; the order is kept."""
+    """Separate the rows that can be used from those that cannot; the order is kept.
+
+    A row that came without a label has the one in its target, if its task has labels.
+    """
     checked = CheckedRows()
     for row in rows:
         faulty = fault_of(row)
         if faulty is None:
-            checked.rows.append(row)
+            checked.rows.append(_labelled(row))
         else:
             checked.faulty.append(faulty)
     return checked
+
+
+def _labelled(row: ChatRow) -> ChatRow:
+    task = TASKS.get(row.task)
+    if row.label is not None or task is None or task.label_of is None:
+        return row
+    return replace(row, label=task.label_of(truth_of(row, task.parse)))
 
 
 def fault_of(row: ChatRow) -> FaultyRow | None:

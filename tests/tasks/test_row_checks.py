@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_ads.data.rows import ChatRow, Message, Role
+from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.row_checks import RowFault, check_rows, fault_of
 from tests.tasks.examples import rows_of_all_tasks
 
@@ -46,6 +47,12 @@ def test_faulty_rows_are_counted_and_the_others_keep_their_order():
     checked = check_rows([*rows, rows[0]])
     assert checked.rows == [ROWS["b1"], ROWS["a1"]]
     assert checked.counts() == {RowFault.label_differs: 2, RowFault.no_target: 1}
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=lambda row: f"{row.task}-{row.id}")
+def test_a_row_without_a_label_has_that_of_its_target(row: ChatRow):
+    (checked,) = check_rows([replace(row, label=None)]).rows
+    assert checked == (replace(row, label=None) if TASKS[row.task].label_of is None else row)
 
 
 def test_label_only_targets_can_be_used():
