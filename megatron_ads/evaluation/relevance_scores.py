@@ -51,7 +51,7 @@ def relevance_scores(
     given = [outcome if isinstance(outcome, Judgement) else None for outcome in outcomes]
     predictions = [None if outcome is None else str(outcome.label) for outcome in given]
     rows = [answer.row for answer in answers]
-    queries = [row.group for row in rows]
+    queries = [row.group or row.id for row in rows]
     lines = lines_beside(predictions, rows, training, best)
     failures = Counter(str(outcome) for outcome in outcomes if isinstance(outcome, Failure))
     return {
@@ -86,7 +86,8 @@ def _flag_view(
     flagged = [row for row, _ in asked]
     model = [None if found is None else getattr(found, flag) for _, found in asked]
     lines = lines_beside(model, flagged, _labelled(training, flag))
-    return {view.name: defect_view(view, [row.label or "" for row in flagged], lines, [row.group for row in flagged])}
+    queries = [row.group or row.id for row in flagged]
+    return {view.name: defect_view(view, [row.label or "" for row in flagged], lines, queries)}
 
 
 def _labelled(rows: Sequence[ChatRow], flag: str) -> list[ChatRow]:

@@ -22,7 +22,7 @@ def score_views(
     truths = [str(truth_of(row, parse).score) for row in rows]
     given = [readable(parse(answer.text, reasoning_required=reasons)) for answer in answers]
     lines = lines_beside([str(found.score) if found else None for found in given], rows, training, best)
-    view = defect_view(BAD_VIEW, truths, lines, [row.group for row in rows])
+    view = defect_view(BAD_VIEW, truths, lines, [row.group or row.id for row in rows])
     for name, labels in lines.items():
         view[name]["auc"] = match_auc(truths, labels)
     return {BAD_VIEW.name: view}

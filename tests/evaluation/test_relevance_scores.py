@@ -66,6 +66,16 @@ def test_the_interval_holds_the_value() -> None:
     assert low <= view["model"]["balanced_accuracy"] <= high
 
 
+def test_rows_without_a_query_are_each_a_query_of_their_own() -> None:
+    answers = [
+        replace(answer, row=replace(answer.row, id=str(number), group="")) for number, answer in enumerate(ANSWERS)
+    ]
+    scores = relevance_scores(answers, training=_labelled("Good"))
+    assert scores["queries"] == 6
+    low, high = scores["views"]["bad"]["balanced_accuracy_95"]
+    assert low < high  # of one query alone, every resample would be the same
+
+
 def test_a_row_of_another_task_or_label_is_refused() -> None:
     answer = ANSWERS[0]
     with pytest.raises(DataError, match="row '1' is of task 'arithmetic'"):
