@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from enum import StrEnum
 
 from megatron_ads.config.data import DataConfig, SplitBy
@@ -74,6 +75,7 @@ def read_corpus(config: DataConfig) -> Corpus:
     for found, name in zip(checked, names, strict=True):
         if found.faulty:
             _report_faulty(found, name)
+        _report_misspelt({row.task for row in found.rows}, name)
     sources = [found.rows if config.reasoning else answers_alone(found.rows) for found in checked]
     everything = [row for rows in sources for row in rows]
     split = _split(everything, config)
@@ -129,6 +131,14 @@ def _report_faulty(checked: CheckedRows, name: str) -> None:
         logger.warning("%s: rows that cannot be used: %s. %s", name, counts, told)
 
 
+def _report_misspelt(tasks: set[str], name: str) -> None:
+    """Log tasks of a source that are none, but are named much like one, once and not on every rank."""
+    for task in sorted(tasks - TASKS.keys()):
+        near = " or ".join(get_close_matches(task, TASKS))
+        if near and rank() == 0:
+            logger.warning("%s: %r is no ads task, so its targets are not checked. Did you mean %s?", name, task, near)
+
+
 def tokenize(rows: Sequence[ChatRow], tokenizer: ChatTokenizer, *, seq_length: int) -> Tokenized:
     """Tokenize rows; a row that predicts more than ``seq_length`` tokens is left out and counted, never cut.
 
@@ -158,12 +168,17 @@ def tokenize_training(
     With ``by_task``, a source is divided by task, in proportion to its rows, so that the tasks' shares can adapt.
 
     Raises:
-        DataError: If a source has no row that fits.
+        DataError: If all rows of a source are held out, or none of the others fits.
     """
     sources: list[WeightedRows] = []
     left_out: Counter[LeftOut] = Counter()
     described = zip(corpus.training, corpus.weights, corpus.keep_share, corpus.names, strict=True)
     for rows, weight, keep_share, name in described:
+        if not rows:
+            raise DataError(
+                f"All rows of {name} are held out, or share a group such as a query with held-out rows. Lower "
+                "data.validation_rows, or add rows."
+            )
         tokenized = tokenize(rows, tokenizer, seq_length=seq_length)
         left_out += tokenized.left_out
         if not tokenized.rows:

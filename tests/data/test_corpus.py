@@ -104,6 +104,16 @@ def test_rows_with_an_unknown_or_contradicting_label_are_left_out_and_counted(
     assert "cannot be used: 1 unreadable_target, 1 label_differs. The first is 'unknown' of task" in caplog.text
 
 
+def test_a_misspelt_task_is_pointed_out_and_one_of_ones_own_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    file = tmp_path / "rows.jsonl"
+    rows = [ads_row(task, "Good", "<Label>Good</Label>") | {"task": task} for task in ("relevance", "chat", "gsm8k")]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    read_corpus(DataConfig(sources=[SourceConfig(kind=SourceKind.jsonl, path=str(file))]))
+    (record,) = caplog.records
+    assert "'relevance' is no ads task" in record.message
+    assert record.message.endswith("Did you mean ad_user_relevance or query_ad_relevance?")
+
+
 def test_a_source_can_be_asked_another_way_beside_itself():
     asked = SourceConfig(kind=SourceKind.builtin, rows=300, variant=RowVariant.yes_no)
     corpus = read_corpus(DataConfig(sources=[BUILTIN, asked], validation_rows=60))
@@ -127,6 +137,13 @@ def test_a_source_of_which_nothing_fits_is_named(tmp_path: Path):
     corpus = read_corpus(DataConfig(sources=[BUILTIN]))
     with pytest.raises(DataError, match=r"None of the 300 training rows of built-in .*seq_length = 8\."):
         tokenize_training(corpus, tokenizer_in(tmp_path), seq_length=8)
+
+
+def test_a_source_of_which_everything_is_held_out_is_named(tmp_path: Path):
+    own = own_rows(tmp_path / "own.jsonl", ["q"] * 300)
+    corpus = read_corpus(DataConfig(sources=[BUILTIN, own], validation_rows=60))
+    with pytest.raises(DataError, match=r"All rows of chat rows .*own\.jsonl\) are held out.* data\.validation_rows"):
+        tokenize_training(corpus, tokenizer_in(tmp_path), seq_length=512)
 
 
 def test_training_sources_keep_weight_and_name(tmp_path: Path):
