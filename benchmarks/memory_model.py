@@ -267,7 +267,7 @@ def _warm_up() -> None:
 def _batch(job: Any) -> Any:
     import torch
 
-    from megatron_ads.data.batches import PackedBatch
+    from megatron_ads.data.packed_batch import PackedBatch
 
     rows, length = job.micro_batch_size, job.seq_length
     tokens_BS = torch.randint(0, job.shape.vocab_size, (rows, length))

@@ -145,7 +145,7 @@ def _packed(samples: Sequence[Any]) -> Any:
     """Return the batch in our form: samples end to end, labels shifted, the last token of a sample without one."""
     import torch
 
-    from megatron_ads.data.batches import PackedBatch
+    from megatron_ads.data.packed_batch import PackedBatch
 
     lengths = torch.tensor([len(sample) for sample in samples])
     targets = torch.cat([torch.arange(len(sample)) < len(sample) - 1 for sample in samples])

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from megatron_ads.config.model import Precision
 from megatron_ads.config.optim import Schedule
-from megatron_ads.data.batches import PackedBatch
+from megatron_ads.data.packed_batch import PackedBatch
 from megatron_ads.runtime.device import device
 from parity_tests import reference
 from parity_tests.machines import CPU_FP32, Machine

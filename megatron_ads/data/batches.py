@@ -11,48 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_ads.config.training import Normalize
 from megatron_ads.data.adaptive_weights import InstanceWeights, task_shares
 from megatron_ads.data.mixing import Draw, Mixture, WeightedRows
+from megatron_ads.data.packed_batch import PackedBatch, PackedRow, collate
 from megatron_ads.data.packing import pack_prefix
 from megatron_ads.data.rows import TokenizedRow
 from megatron_ads.errors import ConfigError, DataError
 
-PADDING_TOKEN = 0
 _ROWS_OF_A_PORTION = 1024
-
-PackedRow = Sequence[int]
-"""The samples of one row, in order: each by its number in its step (or in a pass over all rows)."""
-
-
-@dataclass(frozen=True, slots=True)
-class PackedBatch:
-    """One microbatch. Every row holds whole samples, then padding."""
-
-    tokens_BS: Tensor
-    """int64; the input token at each position."""
-    labels_BS: Tensor
-    """int64; the token that follows it in its sample."""
-    positions_BS: Tensor
-    """int64; counted from 0 in each sample."""
-    mask_BS: Tensor
-    """float32; weight of the loss of each label, 0 where none is counted."""
-    sample_BS: Tensor
-    """int64; number in the step of the sample that each position belongs to; 0 at padding, where ``mask_BS`` is 0."""
-    cu_seqlens: Tensor
-    """int32; where each sample, or the padding that ends a row, begins in the flattened B * S tokens; then B * S."""
-    step_samples: int
-    """Samples of the whole step, of which ``sample_BS`` counts."""
-    sample_count: int
-    token_count: int
-    """Tokens that are not padding."""
-    target_count: int
-    """Labels whose weight is not 0."""
-    normalizer: int
-    """What the sum of the weighted losses of a step is divided by, summed over its microbatches and replicas: the
-    target tokens, or the samples that have any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,62 +265,3 @@ def refuse_long_rows(rows: Sequence[TokenizedRow], seq_length: int) -> None:
                 f"Row {row.id!r} needs {row.predictions} positions, data.seq_length is {seq_length}. "
                 "Raise data.seq_length, or leave the row out."
             )
-
-
-def fill_rate(batches: Sequence[PackedBatch]) -> float:
-    """Return the share of positions that are not padding."""
-    return sum(batch.token_count for batch in batches) / sum(batch.tokens_BS.numel() for batch in batches)
-
-
-def collate(
-    samples: Sequence[TokenizedRow], rows: Sequence[PackedRow], *, seq_length: int, normalize: Normalize
-) -> PackedBatch:
-    """Lay samples end to end in each row, shift the labels, and count what the loss is normalised by.
-
-    ``samples`` are those of the whole step, of which ``rows`` lists the ones of this microbatch.
-    """
-    shape = (len(rows), seq_length)
-    tokens_BS = torch.full(shape, PADDING_TOKEN)
-    labels_BS = torch.full(shape, PADDING_TOKEN)
-    positions_BS = torch.zeros(shape, dtype=torch.int64)
-    mask_BS = torch.zeros(shape)
-    sample_BS = torch.zeros(shape, dtype=torch.int64)
-    boundaries = [0]
-    for b, numbers in enumerate(rows):
-        start = 0
-        for number in numbers:
-            sample = samples[number]
-            place = slice(start, start + sample.predictions)
-            tokens_BS[b, place] = torch.from_numpy(sample.tokens[:-1])
-            labels_BS[b, place] = torch.from_numpy(sample.tokens[1:])
-            positions_BS[b, place] = torch.arange(sample.predictions)
-            mask_BS[b, place] = label_weights(sample, normalize)
-            sample_BS[b, place] = number
-            start = place.stop
-            boundaries.append(b * seq_length + start)
-        if start < seq_length:
-            positions_BS[b, start:] = torch.arange(seq_length - start)
-            boundaries.append((b + 1) * seq_length)
-    here = [samples[number] for numbers in rows for number in numbers]
-    targets = [sample.target_count for sample in here]
-    return PackedBatch(
-        tokens_BS=tokens_BS,
-        labels_BS=labels_BS,
-        positions_BS=positions_BS,
-        mask_BS=mask_BS,
-        sample_BS=sample_BS,
-        cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
-        step_samples=len(samples),
-        sample_count=len(here),
-        token_count=sum(sample.predictions for sample in here),
-        target_count=sum(targets),
-        normalizer=sum(targets) if normalize is Normalize.token else sum(count > 0 for count in targets),
-    )
-
-
-def label_weights(sample: TokenizedRow, normalize: Normalize) -> Tensor:
-    """Return the weights of a sample's N - 1 labels; per sample, they are divided by the number of its targets."""
-    weights = torch.from_numpy(sample.loss_weights[1:])
-    if normalize is Normalize.sample:
-        weights = weights / max(sample.target_count, 1)
-    return weights

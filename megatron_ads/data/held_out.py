@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ads.data.adaptive_weights import perplexity
-from megatron_ads.data.batches import PackedBatch, losses_by_task
+from megatron_ads.data.batches import losses_by_task
+from megatron_ads.data.packed_batch import PackedBatch
 from megatron_ads.data.rows import TokenizedRow
 
 

@@ -15,7 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_ads.data.batches import PackedBatch
+from megatron_ads.data.packed_batch import PackedBatch
 from megatron_ads.optim.chain import OptimizerChain, UpdateReport
 from megatron_ads.runtime.device import device
 
