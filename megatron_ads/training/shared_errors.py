@@ -15,8 +15,6 @@ from megatron_ads.errors import CheckpointError, MegatronAdsError
 
 _TORCH_WRITE_ERRORS = ("PytorchStreamWriter failed", "unexpected pos")
 """How torch's C++ file writer says that the system refused a write."""
-_MISFITS = ("from model not in state dict", "Global shape mismatch")
-"""How Megatron-Core says that a checkpoint lacks a tensor, or has it in another shape."""
 
 
 @contextlib.contextmanager
@@ -70,10 +68,13 @@ def misfits_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:  # torch's, raised on all ranks for what happened on some
-        found = str(error.failures[min(error.failures)][0])
-        if not any(sign in found for sign in _MISFITS):
+        cause = error.failures[min(error.failures)][0]
+        if isinstance(cause, KeyError) and isinstance(cause.args[0], str):
+            what = f"it lacks {cause.args[0].partition(' ')[0]}"  # behind it may be every key that there is
+        elif "Global shape mismatch" in str(cause):
+            what = str(cause)
+        else:
             raise
-        what = found.partition(": [")[0].strip("'\"")  # of a KeyError in quotes, with every key there is behind it
         raise CheckpointError(
             f"checkpoint {folder} does not fit this job: {what}. Go on with the model.load, model.precision, "
             "model.frozen and model.mtp_loss_weight that it was saved with, or choose another checkpoint.dir."

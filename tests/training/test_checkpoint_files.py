@@ -187,7 +187,7 @@ def test_an_undamaged_checkpoint_is_loaded(recipe: Recipe) -> None:
 
 
 OTHER_JOBS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "frozen": ({"frozen": [FrozenPart.embedding]}, {}, "optimizer.state.exp_avg.embedding.word_embeddings.weight from"),
+    "frozen": ({"frozen": [FrozenPart.embedding]}, {}, "optimizer.state.exp_avg.embedding.word_embeddings.weight"),
     "precision": ({}, {"precision": "bf16"}, "optimizer.state.param."),
     "mtp": ({}, {"mtp_loss_weight": 0.1}, "optimizer.state.exp_avg.mtp."),
 }
@@ -200,7 +200,7 @@ def test_a_checkpoint_without_what_the_job_trains_is_refused(name: str, recipe: 
     run_ranks(1, train_and_save, replace(recipe, layout={}, model=saving))
     checkpoint = recipe.checkpoints / "step-00000001"
     (message,) = run_ranks(1, _refusal, replace(recipe, layout={}, model=going_on), checkpoint)
-    assert message.startswith(f"checkpoint {checkpoint} does not fit this job: {missed}")
+    assert message.startswith(f"checkpoint {checkpoint} does not fit this job: it lacks {missed}")
     assert "model.precision, model.frozen and model.mtp_loss_weight that it was saved with" in message
     assert len(message) < 600
 
