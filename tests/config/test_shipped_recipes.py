@@ -1,7 +1,7 @@
 """Every shipped recipe composes, and runs on the ranks that its head comment names."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,14 @@ def test_the_two_r1_recipes_differ_in_the_layout_and_the_folders_only() -> None:
     plain, twin = (load_recipe(name, OPEN[name]) for name in sorted(OPEN) if "248gpu" in name)
     different = [field.name for field in fields(SftConfig) if getattr(plain, field.name) != getattr(twin, field.name)]
     assert different == ["layout", "checkpoint", "log"]
+
+
+def test_the_general_mix_is_the_simulator_and_one_source_more() -> None:
+    # Hydra replaces lists and does not lengthen them, so one file repeats the other.
+    plain, general = (quickstart(f"data={name}").data for name in ("simulator", "simulator_general"))
+    (added,) = general.sources[len(plain.sources) :]
+    assert added.keep_share
+    assert replace(general, sources=general.sources[:-1]) == plain
 
 
 def _mentioned(composed: dict[str, Any], declared: dict[str, Any]) -> dict[str, Any]:
