@@ -54,6 +54,7 @@ def execute(
 
     Raises:
         ConversionError: If the target cannot be used, the disk is too small, or the source turns out damaged.
+        DataError: If another process is writing the target, or the journal of what is finished is damaged.
     """
     how = how or Execution()
     with open_journal(plan, resume=how.resume) as journal:

@@ -7,13 +7,15 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from megatron_ads.errors import DataError
+
+_T = TypeVar("_T")
 
 
 def digest_of(value: object) -> str:
@@ -54,6 +56,21 @@ class Journal:
     def records(self) -> Mapping[str, Mapping[str, Any]]:
         """Everything that was recorded, by key, in the order of its first recording."""
         return MappingProxyType(self._records)
+
+    def read(self, key: str, take: Callable[[Mapping[str, Any]], _T]) -> _T | None:
+        """Return what ``take`` makes of a record; None if there is no record of this key.
+
+        Raises:
+            DataError: If ``take`` does not find what it looks for: somebody has edited the record, or another version
+                wrote it.
+        """
+        record = self._records.get(key)
+        if record is None:
+            return None
+        try:
+            return take(record)
+        except (ValueError, TypeError, LookupError, AttributeError):
+            raise self._damaged(f"the line of {key}") from None
 
     def add(self, key: str, record: Mapping[str, Any]) -> None:
         """Record something, in place of what its key had; it is on disk when this returns.
@@ -103,11 +120,13 @@ class Journal:
                 record = json.loads(line)
                 records[record.pop("key")] = record
             except (ValueError, TypeError, AttributeError, KeyError):
-                raise DataError(
-                    f"{self._file}, line {number} is not a record of this journal. Remove the line; what it held is "
-                    "then done again."
-                ) from None
+                raise self._damaged(f"line {number}") from None
         return records
+
+    def _damaged(self, line: str) -> DataError:
+        return DataError(
+            f"{self._file}, {line} is not a record of this journal. Remove the line; what it held is then done again."
+        )
 
     def _cannot_be_written(self, error: OSError) -> DataError:
         return DataError(f"{self._file} cannot be written ({error.strerror}). Make room, or choose another place.")

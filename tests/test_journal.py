@@ -46,6 +46,15 @@ def test_a_line_that_is_damaged_in_the_middle_is_named(tmp_path: Path) -> None:
         Journal(file)
 
 
+def test_a_record_of_another_form_is_named(tmp_path: Path) -> None:
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        journal.add("a", {"n": 1})
+        assert journal.read("a", lambda record: record["n"] + 1) == 2
+        assert journal.read("b", lambda record: record["n"]) is None
+        with pytest.raises(DataError, match=r"journal\.jsonl, the line of a is not a record of this journal\. Remove"):
+            journal.read("a", lambda record: record["text"])
+
+
 def test_a_disk_that_becomes_full_is_named_and_loses_no_record(tmp_path: Path) -> None:
     file = tmp_path / "journal"
     with Journal(file) as journal:

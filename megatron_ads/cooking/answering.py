@@ -186,9 +186,9 @@ class Desk:
                     keys.append(key)
                     if key in found or key in waiting.values():
                         progress.update()
-                    elif (record := self._journal.records.get(key)) is not None:
-                        found[key] = Answer.from_record(record)
-                        self._count(key, found[key], new=False)
+                    elif (answer := self._journal.read(key, Answer.from_record)) is not None:
+                        found[key] = answer
+                        self._count(key, answer, new=False)
                         progress.update()
                     else:
                         self._require_affordable()

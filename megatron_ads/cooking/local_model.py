@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -113,7 +114,7 @@ class LocalScorer:
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._journal.records}
         if missing:
             self._measure(missing)
-        return [self._journal.records[key]["perplexity"] for key in keys]
+        return [self._journal.read(key, itemgetter("perplexity")) for key in keys]
 
     def _text(self, candidate: Candidate) -> tuple[str, str]:
         """Return prompt with reasoning, and the answer: apart, so that no token holds the end of one and the other."""

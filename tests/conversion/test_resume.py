@@ -22,7 +22,7 @@ from conversion.sources import open_source
 from conversion.to_torch_dist import TorchDistTarget
 from conversion.verify import verify
 from megatron_ads.config.layout import LayoutConfig
-from megatron_ads.errors import ConversionError
+from megatron_ads.errors import ConversionError, DataError
 from tests.conversion.checkpoints import EDGE, bf16_checkpoint, fp8_checkpoint, random_tensors, to_fp8, write_hf
 
 LAYOUT = LayoutConfig(pp=4, ep=2)
@@ -144,13 +144,32 @@ def test_a_torn_last_journal_line_is_forgiven(source, unfinished):
     assert to_shards(source, unfinished, LAYOUT, RESUME).files_kept == 3
 
 
+@pytest.mark.parametrize(
+    ("whole", "damaged"), [("{", "["), ('"mtime_ns"', '"time"'), ('"extents": []', '"extents": 1')]
+)
+def test_a_journal_line_that_somebody_damaged_is_named(source, unfinished, whole, damaged):
+    lines = (unfinished / JOURNAL).read_text().splitlines(keepends=True)
+    lines[2] = lines[2].replace(whole, damaged)
+    (unfinished / JOURNAL).write_text("".join(lines))
+    with pytest.raises(DataError, match=r"line (3|of pp\d.*safetensors) is not a record of this journal"):
+        to_shards(source, unfinished, LAYOUT, RESUME)
+    (unfinished / JOURNAL).write_text("".join([*lines[:2], *lines[3:]]))
+    assert to_shards(source, unfinished, LAYOUT, RESUME).files_kept == 3
+
+
+def test_files_are_not_kept_where_the_journal_no_longer_tells_of_what(source, unfinished):
+    lines = (unfinished / JOURNAL).read_text().splitlines(keepends=True)
+    (unfinished / JOURNAL).write_text("".join(lines[1:]))
+    assert to_shards(source, unfinished, LAYOUT, RESUME).files_kept == 0
+
+
 def test_a_resume_that_is_killed_at_once_forgets_nothing(source, unfinished, monkeypatch):
     lines = (unfinished / JOURNAL).read_text()
 
-    def die(self, lines):
+    def die(self):
         raise Interrupted
 
-    monkeypatch.setattr(journal.Journal, "recover", die)
+    monkeypatch.setattr(journal.ConversionJournal, "recover", die)
     with pytest.raises(Interrupted):
         to_shards(source, unfinished, LAYOUT, RESUME)
     assert (unfinished / JOURNAL).read_text() == lines
@@ -234,7 +253,7 @@ def test_a_folder_that_may_not_be_written_is_one_clear_error(source, tmp_path):
 def test_two_conversions_into_one_folder_exclude_each_other(source, unfinished):
     with (unfinished / JOURNAL).open("a") as journal:
         fcntl.flock(journal, fcntl.LOCK_EX)
-        with pytest.raises(ConversionError, match="Another process is converting"):
+        with pytest.raises(DataError, match="another process is writing"):
             to_shards(source, unfinished, LAYOUT, RESUME)
 
 
