@@ -48,9 +48,9 @@ def run_page(folder: Path) -> str:
     metrics = read_metrics(folder)
     run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     sections = [
-        Section(title="Loss", blocks=[_loss(metrics)]),
+        Section(title="Loss", blocks=[loss_chart(metrics)]),
         *_tasks(metrics),
-        Section(title="Course", blocks=[_course(metrics)]),
+        Section(title="Course", blocks=[course_charts(metrics)]),
         Section(title="Circumstances", blocks=[Table(rows=[*_leaves(run)])]),
     ]
     done, steps = max((row["step"] for row in metrics), default=0), run["recipe"]["train"]["steps"]
@@ -78,7 +78,8 @@ def _values(metrics: Metrics, name: str) -> list[float]:
     return [value for _, value in _points(metrics, name) if value is not None]
 
 
-def _loss(metrics: Metrics) -> Chart:
+def loss_chart(metrics: Metrics) -> Chart:
+    """Draw the loss of each step, smoothed too, and of the held-out rows."""
     loss = _points(metrics, "loss")
     series = [
         Series(name="each step", points=loss, style="faint"),
@@ -136,7 +137,8 @@ def _weights(metrics: Metrics, task: str) -> Chart:
     return Chart(svg=line_chart(series, x_label="step", y_label="weight", size=_SMALL), caption=task)
 
 
-def _course(metrics: Metrics) -> list[Chart]:
+def course_charts(metrics: Metrics) -> list[Chart]:
+    """Draw what tells whether a run goes well besides its losses, as far as it measured that."""
     shown = (
         ("grad_norm", "gradient norm", "Before clipping."),
         ("learning_rate", "learning rate", "As the updates used it."),

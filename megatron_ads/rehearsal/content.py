@@ -3,18 +3,18 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_ads.observability.chart import Series, line_chart, short, smooth
+from megatron_ads.observability.chart import short
 from megatron_ads.observability.progress import readable_duration
-from megatron_ads.observability.report import Chart, Figure, Section, Table, render_page
+from megatron_ads.observability.report import Figure, Section, Table, render_page
+from megatron_ads.observability.run_report import course_charts, loss_chart
 
 Facts = Mapping[str, Any]
-_SMALL = (360, 190)
 
 
 def page(facts: Facts, metrics: Sequence[Mapping[str, Any]]) -> str:
     """Return ``report.html``."""
     sections = [
-        _training(facts, metrics),
+        Section(title="Fine-tuning", blocks=[loss_chart(metrics), course_charts(metrics)]),
         _task(facts),
         _parity(facts),
         _circumstances(facts),
@@ -91,37 +91,6 @@ def _figures(facts: Facts) -> list[Figure]:
         ),
         Figure(label="time", value=readable_duration(facts["seconds"]), note="all stages, set-up not counted"),
     ]
-
-
-def _points(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float | None]]:
-    return [(row["step"], row[name]) for row in metrics if name in row]
-
-
-def _training(facts: Facts, metrics: Sequence[Mapping[str, Any]]) -> Section:
-    loss = _points(metrics, "loss")
-    main = [
-        Series(name="each step", points=loss, style="faint"),
-        Series(name="smoothed", points=smooth(loss, 3)),
-        Series(name="held-out rows", points=_points(metrics, "validation_loss"), style="dots", color=2),
-    ]
-    caption = "Mean over the target tokens (rationale and labels) of a step; smoothed with a half-life of 3 steps."
-    small = [
-        _small_chart(metrics, "grad_norm", "gradient norm", "Before clipping."),
-        _small_chart(metrics, "learning_rate", "learning rate", "Warm-up, then the recipe's schedule."),
-        _small_chart(metrics, "tokens_per_second", "tokens/s", "Whole job, prompts included."),
-        _small_chart(
-            metrics, "expert_load_max_over_mean", "busiest / mean expert", "Worst MoE layer; 1 is perfectly balanced."
-        ),
-    ]
-    chart = Chart(
-        svg=line_chart(main, x_label="step", y_label="loss, nats per token", y_logarithmic=True), caption=caption
-    )
-    return Section(title="Fine-tuning", blocks=[chart, small])
-
-
-def _small_chart(metrics: Sequence[Mapping[str, Any]], name: str, label: str, caption: str) -> Chart:
-    series = [Series(name=label, points=_points(metrics, name))]
-    return Chart(svg=line_chart(series, x_label="step", y_label=label, y_from_zero=True, size=_SMALL), caption=caption)
 
 
 def _task(facts: Facts) -> Section:
