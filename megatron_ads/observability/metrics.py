@@ -139,10 +139,10 @@ def _drop_after(file: Path, step: int) -> None:
     """Keep the lines up to ``step``; the file is replaced at once, so that a kill loses nothing."""
     if not file.exists():
         return
+    from conversion.atomic_file import write_small  # imports torch, which reading metrics does not need
+
     kept = [values for values in read_metrics(file) if values["step"] <= step]
-    replacement = file.with_suffix(".jsonl.partial")
-    replacement.write_text("".join(json.dumps(values) + "\n" for values in kept), encoding="utf-8")
-    replacement.replace(file)
+    write_small(file, "".join(json.dumps(values) + "\n" for values in kept))
 
 
 def _open_tensorboard(directory: Path, resume_step: int) -> Any:

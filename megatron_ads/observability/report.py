@@ -1,7 +1,6 @@
 """A report as one HTML file: styles and charts inside, no scripts, no requests, light and dark, fit to print."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -74,14 +73,10 @@ def render_page(title: str, lead: str, figures: Sequence[Figure], sections: Sequ
 
 def write_report(folder: Path, page: str, values: Mapping[str, Any]) -> None:
     """Write ``report.html`` and ``report.json``, each whole or not at all."""
-    _replace(folder / "report.json", json.dumps(values, indent=2, allow_nan=False) + "\n")
-    _replace(folder / "report.html", page)
+    from conversion.atomic_file import write_small  # imports torch, which a page does not need
 
-
-def _replace(file: Path, text: str) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    write_small(folder / "report.json", json.dumps(values, indent=2, allow_nan=False) + "\n")
+    write_small(folder / "report.html", page)
 
 
 def _figure(figure: Figure) -> str:

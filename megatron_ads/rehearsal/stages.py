@@ -126,13 +126,12 @@ def _prepare(stage: Stage, folder: Path, fingerprint: str) -> bool:
 
 
 def _run(stage: Stage, folder: Path, fingerprint: str) -> StageRecord:
+    from conversion.atomic_file import write_small  # imports torch: keep --help instant
+
     start = time.monotonic()
     result = dict(stage.run())
     record = StageRecord(fingerprint=fingerprint, seconds=time.monotonic() - start, result=result)
-    file = _record_file(folder, stage.name)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    write_small(_record_file(folder, stage.name), json.dumps(asdict(record), indent=2) + "\n")
     _started_file(folder, stage.name).unlink()
     return record
 
