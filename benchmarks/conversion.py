@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -29,6 +28,7 @@ import torch
 from conversion.plan import offsets
 from conversion.safetensors_file import HeaderEntry, header_order
 from conversion.sparse_r1 import R1_CONFIG, stored_entries
+from megatron_ads.observability.provenance import provenance
 
 BLOCK_BYTES = 4 << 20
 POOL_BYTES = 64 << 20
@@ -211,14 +211,7 @@ def main() -> None:
                     print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    described = {
-        "machine": platform.platform(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "commit": revision,
-    }
-    print(json.dumps(described | {"results": results}, indent=1))
+    print(json.dumps(provenance() | {"results": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -13,16 +13,16 @@ first backward pass, which FP32 does not show; the cause is not known. On a GPU:
 import argparse
 import json
 import os
-import platform
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from megatron_ads.observability.provenance import provenance
 
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flush=True,
             )
     if arguments.out:
-        report = {"workload": _workload(), "rows": rows, **_circumstances()}
+        report = {"workload": _workload(), "rows": rows, **provenance()}
         arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
 
@@ -298,17 +298,6 @@ def _workload() -> dict[str, Any]:
         "config": CONFIG,
         "tokens_per_microbatch": SEQ_LENGTH * ROWS,
         "cases": {name: asdict(case) for name, case in CASES.items()},
-    }
-
-
-def _circumstances() -> dict[str, Any]:
-    from megatron_ads.observability.provenance import cpu_model, git_revision
-
-    return {
-        "hardware": {"processor": cpu_model(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in ("torch", "megatron-core")}
-        | {"python": platform.python_version()},
-        "revision": git_revision(Path(__file__).parent),
     }
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks.sft_small_table import table
 from megatron_ads.errors import ConfigError
+from megatron_ads.observability.provenance import own_code_digest, provenance
 from megatron_ads.rehearsal.stages import Stage, StageRecord
 
 RECIPE = "sft/small"
@@ -67,7 +68,6 @@ REAL = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not complete yet, and write and print the table."""
-    from megatron_ads.observability.provenance import provenance
     from megatron_ads.rehearsal.announce import Announcements
     from megatron_ads.rehearsal.job import termination_as_interrupt
     from megatron_ads.rehearsal.stages import run_stages
@@ -123,7 +123,7 @@ def _stages(
     yield Stage(
         name="texts",
         title="write the texts to learn from",
-        settings={"sections": sections, "code": _code()},
+        settings={"sections": sections, "code": own_code_digest()},
         outputs=[texts],
         run=partial(_write_texts, texts, sections),
     )
@@ -155,7 +155,9 @@ def _command_stage(name: str, title: str, command: Sequence[str], out: Path, out
         run_job([sys.executable, "-m", "megatron_ads.cli", *command], out / "logs" / f"{name}.log")
         return {}
 
-    return Stage(name=name, title=title, settings={"command": command, "code": _code()}, outputs=[output], run=run)
+    return Stage(
+        name=name, title=title, settings={"command": command, "code": own_code_digest()}, outputs=[output], run=run
+    )
 
 
 def _train_stage(
@@ -225,15 +227,6 @@ def _results(chosen: Mapping[str, Variant], records: Mapping[str, StageRecord]) 
         }
         for name, variant in chosen.items()
     }
-
-
-def _code() -> str:
-    import conversion
-    import megatron_ads
-    from megatron_ads.config.recipe_files import recipes_folder
-    from megatron_ads.observability.provenance import code_digest
-
-    return code_digest(Path(megatron_ads.__file__).parent, Path(conversion.__file__).parent, recipes_folder())
 
 
 def _write(out: Path, results: Mapping[str, Any]) -> None:

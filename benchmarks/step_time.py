@@ -12,17 +12,15 @@ speeds up or slows down does so for both. The first losses must agree, or nothin
 import argparse
 import json
 import os
-import platform
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from megatron_ads.observability.provenance import provenance
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 2048,
@@ -68,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; exit status 1 if the two sides do not compute the same."""
     arguments = _parse(argv)
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # read when torch is imported
-    report = {"threads": arguments.threads, "rounds": arguments.rounds, **_machine(), "batches": {}}
+    circumstances = {**provenance(), "load": os.getloadavg()[0]}
+    report = {"threads": arguments.threads, "rounds": arguments.rounds, **circumstances, "batches": {}}
     for name, (steps, parameters) in _build(arguments.threads).items():
         ours, theirs = (step() for step in steps)
         if abs(ours - theirs) > LOSS_TOLERANCE * abs(theirs):
@@ -215,32 +214,6 @@ def _print(name: str, figures: dict[str, Any]) -> None:
         milliseconds, speed = times["median_seconds"] * 1e3, times["tokens_per_second"]
         print(f"{name:6} {side:13} {milliseconds:8.1f} ms/step {speed:8.0f} tokens/s")
     print(f"{name:6} ratio {figures['ratio']:.2f}", flush=True)
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "hardware": {"processor": _processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
-        "versions": {name: version(name) for name in ("torch", "megatron-core", "transformers")}
-        | {"python": platform.python_version()},
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    """Return the revision that was measured, where git and a repository are at hand."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    answer = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or None
-
-
-def _processor() -> str:
-    """Return the processor's name; Linux has it in a file."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
 
 
 if __name__ == "__main__":

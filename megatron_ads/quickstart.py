@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Bring every stage to completion and report; return 1 if an export differs from what was trained."""
     from megatron_ads.observability.metrics import read_metrics
-    from megatron_ads.observability.provenance import provenance
+    from megatron_ads.observability.provenance import own_code_digest, provenance
     from megatron_ads.observability.report import write_report
     from megatron_ads.rehearsal import content
     from megatron_ads.rehearsal.announce import Announcements
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(
         folder,
         overrides=_overrides(args, data),
-        identity={"code": _code(), "versions": machine["versions"], "data": data},
+        identity={"code": own_code_digest(), "versions": machine["versions"], "data": data},
     )
     print(f"quickstart: on {data['description']}; everything goes to {folder.root}")
     announcements = Announcements(plan.commands)
@@ -82,15 +82,6 @@ def describe_data() -> dict[str, Any]:
         "path": str(file),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
-
-
-def _code() -> str:
-    """Return a digest of everything of ours that a stage runs."""
-    import conversion
-    from megatron_ads.config.recipe_files import recipes_folder
-    from megatron_ads.observability.provenance import code_digest
-
-    return code_digest(Path(__file__).parent, Path(conversion.__file__).parent, recipes_folder())
 
 
 def _overrides(args: argparse.Namespace, data: dict[str, Any]) -> list[str]:

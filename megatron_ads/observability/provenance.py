@@ -71,6 +71,14 @@ def code_digest(*folders: Path) -> str:
     return digest.hexdigest()
 
 
+def own_code_digest() -> str:
+    """Return the digest of everything of ours that a command runs: both packages and the shipped recipes."""
+    import conversion
+    from megatron_ads.config.recipe_files import recipes_folder
+
+    return code_digest(Path(__file__).parent.parent, Path(conversion.__file__).parent, recipes_folder())
+
+
 @cache
 def git_revision(folder: Path) -> str | None:
     """Return the commit that ``folder`` is checked out at, ``-dirty`` behind it if tracked files differ from it.
