@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sft_small_table import table
+from megatron_ads.cli import exit_status
 from megatron_ads.errors import ConfigError
 from megatron_ads.observability.provenance import own_code_digest, provenance
 from megatron_ads.rehearsal.stages import Stage, StageRecord
@@ -68,23 +69,24 @@ REAL = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not complete yet, and write and print the table."""
+    arguments = _parse(argv)
+    return exit_status("benchmarks.sft_small", partial(_run, arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     from megatron_ads.rehearsal.announce import Announcements
     from megatron_ads.rehearsal.job import termination_as_interrupt
     from megatron_ads.rehearsal.stages import run_stages
 
-    arguments = _parse(argv)
     variants = _variants(arguments.data)
     names = arguments.variant or list(variants)
     if unknown := [name for name in names if name not in variants]:
-        raise SystemExit(f"There is no variant {', '.join(unknown)}; there are {', '.join(variants)}.")
+        raise ConfigError(f"There is no variant {', '.join(unknown)}; there are {', '.join(variants)}.")
     chosen = {name: variants[name] for name in names}
     out = arguments.out.resolve()
     stages = list(_stages(out, chosen, variants, arguments))
-    try:
-        with termination_as_interrupt():
-            records = run_stages(stages, out, Announcements({}))
-    except ConfigError as error:
-        raise SystemExit(str(error)) from None
+    with termination_as_interrupt():
+        records = run_stages(stages, out, Announcements({}))
     _write(out, {**provenance(), "ranks": arguments.ranks, "variants": _results(chosen, records)})
     return 0
 
@@ -104,7 +106,7 @@ def _variants(data: str) -> dict[str, Variant]:
     public = "MEGATRON_ADS_DATA" in os.environ
     if data == "real":
         if not public:
-            raise SystemExit("--data real needs MEGATRON_ADS_DATA: the folder with esci_us and next_brand_office.")
+            raise ConfigError("--data real needs MEGATRON_ADS_DATA: the folder with esci_us and next_brand_office.")
         return REAL
     if not public:
         return simulated_variants("simulator")

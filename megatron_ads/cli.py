@@ -7,7 +7,7 @@ Exit status: 0 done, 1 a check found a difference, 2 the request could not be ca
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -80,16 +80,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in arguments if not word.startswith("-")), None)
-    try:
+
+    def carry_out() -> int:
         args = _parse(build_parser(chosen), arguments)
         status: int = args.run(args)
+        return status
+
+    return exit_status("megatron-ads", carry_out)
+
+
+def exit_status(program: str, work: Callable[[], int]) -> int:
+    """Do what a command line asks for and return its exit status; what a user can cause to end it is one line."""
+    try:
+        status = work()
         sys.stdout.flush()  # a reader that went away is noticed here, not when the interpreter ends
         return status
     except MegatronAdsError as error:
-        print(f"megatron-ads: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("megatron-ads: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The interpreter flushes stdout once more when it ends, and would complain again.
