@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,12 +106,13 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _read_rows(args: argparse.Namespace, data: "DataConfig") -> "tuple[str, list[ChatRow]]":
-    """Return what the rows are, and up to ``--sample`` of them, of ``--task`` if it is given."""
+    """Return what the rows are, and up to ``--sample`` of them from all sources in turn, of ``--task`` if given."""
     from megatron_ads.data.sources import describe_source, read_source
     from megatron_ads.errors import DataError
     from megatron_ads.tasks.variants.asked_again import ask_again
 
-    rows = [row for source in data.sources for row in read_source(source, seed=data.seed)]
+    sources = [read_source(source, seed=data.seed) for source in data.sources]
+    rows = [row for turn in zip_longest(*sources) for row in turn if row is not None]
     name = ", ".join(map(describe_source, data.sources))
     if args.task is not None and (args.recipe or args.source):
         tasks = sorted({row.task for row in rows})

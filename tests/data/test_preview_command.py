@@ -82,6 +82,16 @@ def test_rows_of_a_recipe_are_those_of_its_sources(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.startswith("Rows of: built-in query-ad pairs\n")
 
 
+def test_every_source_of_a_recipe_has_its_share_of_the_sample(capsys: pytest.CaptureFixture[str]):
+    tasks = ("query_ad_relevance", "ad_rewriting")
+    sources = ", ".join(f"{{kind: simulator, task: {task}, rows: 30}}" for task in tasks)
+    recipe = ["--recipe", "sft/quickstart", f"data.sources=[{sources}]"]
+    assert main(["data", "preview", *recipe, "--rows", "4", "--sample", "20", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == 20
+    assert [row["task"] for row in found["shown"]] == [*tasks, *tasks]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
