@@ -119,8 +119,10 @@ def _stages(
     model, texts, language = out / "model", out / "texts.jsonl", out / "language"
     make = ["demo-model", str(model), "--preset", "shallow", "--dtype", "fp32"]
     yield _command_stage("model", "make a random checkpoint", make, out, model)
+    # Settings of the data decide over what is held out, which the texts must not show.
+    of_data = [setting for setting in arguments.overrides if setting.startswith("data")]
     sections = sorted(
-        {variant.evaluate for variant in variants.values() if "data.reasoning=false" not in variant.train}
+        {(*variant.evaluate, *of_data) for variant in variants.values() if "data.reasoning=false" not in variant.train}
     )
     yield Stage(
         name="texts",
@@ -189,13 +191,13 @@ def _write_texts(file: Path, sections: Sequence[Sequence[str]]) -> dict[str, Any
     from conversion.atomic_file import write_small
     from megatron_ads.config.recipes import load_recipe
     from megatron_ads.data.corpus import read_corpus
-    from megatron_ads.evaluation.general_rows import GENERAL
+    from megatron_ads.tasks.registry import TASKS
 
     corpora = [read_corpus(load_recipe(RECIPE, ["model.load=unused", *section]).data) for section in sections]
     rows = [row for corpus in corpora for of_source in corpus.training for row in of_source]
     lines = []
     for row in rows:
-        text = "\n".join(message.content for message in (row.messages if row.task in GENERAL else row.prompt))
+        text = "\n".join(message.content for message in (row.prompt if row.task in TASKS else row.messages))
         messages = [{"role": "user", "content": "Text:"}, {"role": "assistant", "content": text}]
         lines.append(json.dumps({"id": f"text-{row.id}", "task": "language", "messages": messages}))
     write_small(file, "\n".join(lines) + "\n")

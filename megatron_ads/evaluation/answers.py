@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.errors import DataError
 from megatron_ads.evaluation.answer import Answer
 from megatron_ads.evaluation.answer_journal import AnswerJournal
 from megatron_ads.evaluation.asking import Asking, RowAsker
@@ -30,11 +29,9 @@ def answer_rows(
         description: What the progress bar says.
 
     Raises:
-        DataError: If there are no rows, or names that cannot be told apart.
+        DataError: If there are names that cannot be told apart.
         ConversionError: If transformers cannot load the folder.
     """
-    if not rows:
-        raise DataError("there are no held-out rows to answer; raise data.validation_rows.")
     asker = RowAsker(folder, rows, asking)
     answers: dict[int, Answer] = {}
     before = journal.rows if journal else 0

@@ -11,8 +11,7 @@ from megatron_ads.evaluation.answer import Answer
 
 def write_answers(file: Path, answers: Sequence[Answer]) -> None:
     """Write all answers; the file appears when it is complete."""
-    lines = [json.dumps(_line(answer), ensure_ascii=False) for answer in answers]
-    write_small(file, "\n".join(lines) + "\n")
+    write_small(file, "".join(json.dumps(_line(answer), ensure_ascii=False) + "\n" for answer in answers))
 
 
 def _line(answer: Answer) -> dict[str, Any]:

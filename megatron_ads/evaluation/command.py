@@ -122,22 +122,22 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return ``task_scores`` of ``model`` on the rows that ``recipe`` holds out, with the seconds it took.
 
-    Rows of general domains are not answered; their perplexity is under ``general``. With ``data.reasoning`` false, as
-    in the training that it was for, answers need no reasoning.
+    Rows of no ads task, such as general conversations, are not answered; their perplexity is under ``general``. With
+    ``data.reasoning`` false, as in the training that it was for, answers need no reasoning.
 
     Raises:
         ConfigError: If a number is impossible, or the recipe does not compose.
-        DataError: If a file cannot be written, the recipe holds no rows out, or one of an unknown task, or the names
-            cannot be used.
+        DataError: If a file cannot be written, the recipe holds no rows out, or the names cannot be used.
         ConversionError: If transformers cannot load the model.
     """
     from megatron_ads.config.recipes import load_recipe
     from megatron_ads.data.corpus import read_corpus
     from megatron_ads.evaluation.asking import Asking
-    from megatron_ads.evaluation.general_rows import GENERAL, general_scores
+    from megatron_ads.evaluation.general_rows import general_scores
     from megatron_ads.evaluation.model_folder import hugging_face_folder
     from megatron_ads.evaluation.name_answers import names_trained_on, read_names
     from megatron_ads.evaluation.task_scores import task_scores
+    from megatron_ads.tasks.registry import TASKS
 
     for option, value in (("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens)):
         if value is not None and value < 1:
@@ -147,6 +147,8 @@ def evaluate(
             raise DataError(f"{file} cannot be written: there is no folder {file.parent}. Create it.")
     data = load_recipe(recipe, [*_UNUSED, *overrides]).data
     corpus = read_corpus(data)
+    if not corpus.validation:
+        raise DataError("the recipe holds no rows out; raise data.validation_rows.")
     training = [row for rows in corpus.training for row in rows]
     advertisers = read_names(names_file) if names_file else names_trained_on(training)
     with hugging_face_folder(model) as folder:
@@ -157,8 +159,8 @@ def evaluate(
             advertisers=advertisers,
             training=training,
         )
-        general = [row for row in corpus.validation if row.task in GENERAL]
-        rows = [row for row in corpus.validation if row.task not in GENERAL]
+        general = [row for row in corpus.validation if row.task not in TASKS]
+        rows = [row for row in corpus.validation if row.task in TASKS]
         answers, seconds = _answer(model, folder, rows, asking, answers_file)
         perplexities = general_scores(folder, general, batch_size=batch_size)
     scores = {
@@ -173,7 +175,7 @@ def evaluate(
         from conversion.atomic_file import write_small
         from megatron_ads.evaluation.page import evaluation_page
 
-        about = f"{len(answers)} held-out rows of {' '.join([recipe, *overrides])}, decoded {how.method}."
+        about = f"{len(answers)} answers to held-out rows of {' '.join([recipe, *overrides])}, decoded {how.method}."
         write_small(html_file, evaluation_page(scores, answers, title=f"Evaluation of {model}", about=about))
     return scores
 

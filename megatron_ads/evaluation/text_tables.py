@@ -19,7 +19,7 @@ def text_tables(scores: Mapping[str, Any]) -> str:
         f"{domain}: perplexity {of_domain['perplexity']:.3f} of the targets of {of_domain['rows']} rows"
         for domain, of_domain in scores["general"].items()
     ]
-    return "\n\n".join([f"{scores['rows']} held-out rows, {scores['seconds']:.0f} s", *tables, *general])
+    return "\n\n".join([f"{scores['rows']} held-out rows answered, {scores['seconds']:.0f} s", *tables, *general])
 
 
 def _relevance_table(scores: Mapping[str, Any]) -> str:

@@ -73,6 +73,22 @@ def test_no_held_out_rows_is_one_clear_line(folder: Path, capsys: pytest.Capture
     assert err.count("\n") == 1
 
 
+def test_rows_of_no_ads_task_are_not_answered_but_read(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, answers, page = (tmp_path / name for name in ("own.jsonl", "answers.jsonl", "page.html"))
+    turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]
+    own.write_text((json.dumps({"messages": turns}) + "\n") * 12)
+    arguments = ["evaluate", "--model", str(folder), "--answers", str(answers), "--html", str(page), "--json"]
+    source = f"data.sources=[{{kind: jsonl, path: {own}}}]"
+    assert main([*arguments, "--recipe", "sft/quickstart", "data.validation_rows=4", source]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["rows"], result["tasks"], result["general"]["chat"]["rows"]) == (0, {}, 4)
+    assert result["general"]["chat"]["perplexity"] > 1
+    assert answers.read_text() == ""
+    assert "perplexity, 4 rows" in page.read_text()
+
+
 ADVERTISERS = [
     "--recipe", "sft/quickstart", "data=simulator", "data.validation_rows=6",
     "data.sources=[{kind: simulator, task: next_advertiser, rows: 60}]",
