@@ -5,6 +5,7 @@ The journal lies beside the file of answers: what is evaluated, then a record pe
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +36,15 @@ class AnswerJournal:
     def __init__(self, journal: Journal) -> None:
         """Take over what it holds."""
         self._journal = journal
-        done = [record for key, record in journal.records.items() if key != _OF]
-        self.rows = sum(len(record["answers"]) for record in done)
+        done = [journal.read(key, _size) or (0, 0.0) for key in journal.records if key != _OF]
+        self.rows = sum(rows for rows, _ in done)
         """How many rows were answered before."""
-        self.seconds = float(sum(record["seconds"] for record in done))
+        self.seconds = sum(seconds for _, seconds in done)
         """How long the batches answered before took."""
 
     def answered(self, batch: int, rows: Sequence[ChatRow]) -> list[Answer] | None:
         """Return the answers to the rows of a batch, or None if it is still to be answered."""
-        record = self._journal.records.get(str(batch))
-        if record is None:
-            return None
-        return [
-            Answer(row, said["text"], said["ended"], tuple(AnswerBeam(*beam) for beam in said["beams"]))
-            for row, said in zip(rows, record["answers"], strict=True)
-        ]
+        return self._journal.read(str(batch), partial(_answers, rows))
 
     def add(self, batch: int, answers: Sequence[Answer], seconds: float) -> None:
         """Note an answered batch durably."""
@@ -68,12 +63,24 @@ class AnswerJournal:
         self._journal.delete()
 
 
+def _size(record: Mapping[str, Any]) -> tuple[int, float]:
+    """Return how many rows a batch had, and how long it took."""
+    return len(record["answers"]), float(record["seconds"])
+
+
+def _answers(rows: Sequence[ChatRow], record: Mapping[str, Any]) -> list[Answer]:
+    return [
+        Answer(row, said["text"], said["ended"], tuple(AnswerBeam(*beam) for beam in said["beams"]))
+        for row, said in zip(rows, record["answers"], strict=True)
+    ]
+
+
 @contextmanager
 def open_journal(answers_file: Path, of: Mapping[str, str]) -> Iterator[AnswerJournal]:
     """Open and lock the journal of a file of answers; one of another evaluation is begun anew, and that is logged.
 
     Raises:
-        DataError: If it cannot be written or read, or another process is writing it.
+        DataError: If it cannot be written or read, somebody has edited it, or another process is writing it.
     """
     path = answers_file.with_name(f"{answers_file.name}.journal")
     with Journal(path) as journal:

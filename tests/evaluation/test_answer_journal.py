@@ -61,6 +61,19 @@ def test_a_changed_evaluation_begins_anew_and_says_what_changed(
     assert "the model" not in caplog.text
 
 
+@pytest.mark.parametrize(("kept", "now"), [('"answers"', '"answer"'), ('"text"', '"words"')])
+def test_a_record_that_somebody_edited_is_named(tmp_path: Path, kept: str, now: str) -> None:
+    file = tmp_path / "answers.jsonl"
+    _fill(file, 2)
+    journal_file = _journal(file)
+    journal_file.write_text(journal_file.read_text(encoding="utf-8").replace(kept, now), encoding="utf-8")
+    with (
+        pytest.raises(DataError, match=r"answers\.jsonl\.journal, the line of 0 is not a record of this journal"),
+        open_journal(file, OF) as journal,
+    ):
+        journal.answered(0, ROWS[:2])
+
+
 def test_a_journal_without_answers_is_not_left_behind(tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl"
     with pytest.raises(KeyboardInterrupt), open_journal(file, OF):
