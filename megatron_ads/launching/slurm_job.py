@@ -5,6 +5,7 @@ Slurm's signals reach them directly. Only the warning ahead of the time limit co
 may come before there are ranks, and must not be lost then.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -206,7 +207,9 @@ def _wait(job: "subprocess.Popen[bytes]", has_failed: Callable[[], bool], notice
         if give_up is not None and now > give_up:
             say(f"ranks that still run {_GRACE_SECONDS:.0f} s after another one failed are ended")
             job.terminate()  # srun ends its tasks
-            job.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                job.wait(_GRACE_SECONDS)
+            job.kill()
 
 
 def _requeue(allocation: Allocation) -> None:
