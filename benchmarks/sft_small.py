@@ -29,7 +29,7 @@ from megatron_ads.observability.provenance import own_code_digest, provenance
 from megatron_ads.rehearsal.stages import Stage, StageRecord
 
 RECIPE = "sft/small"
-TEXT_STEPS = 600
+TEXT_STEPS = 800
 """Steps on the texts."""
 
 
