@@ -64,7 +64,11 @@ ALL = 6 + (12 - 4) + 6
 
 def start(recipe_file: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "megatron_ads.cli", "data", "cook", "--recipe", str(recipe_file)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a session in the background ignores it
+    try:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def lines_of(file: Path) -> int:
