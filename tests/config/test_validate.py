@@ -155,10 +155,18 @@ def test_a_recipe_that_does_not_fit_the_model_is_refused(model: str, overrides: 
         validate(config, 6, shape)
 
 
-def test_reweighting_is_accepted_where_a_step_is_left_for_it() -> None:
-    tasks = ["reweight.tasks=true", "train.evaluate_every=299"]
-    validate(quickstart(*tasks, "reweight.instances=true", "reweight.interval=149"), 4)
-    validate(quickstart("reweight.instances=true", "reweight.exact=true", "reweight.interval=299"), 4)
+@pytest.mark.parametrize(
+    ("settings", "setting", "most"),
+    [
+        (["reweight.tasks=true"], "train.evaluate_every", 299),
+        (["reweight.instances=true"], "reweight.interval", 149),
+        (["reweight.instances=true", "reweight.exact=true"], "reweight.interval", 299),
+    ],
+)
+def test_reweighting_needs_a_step_that_is_left_for_it(settings: list[str], setting: str, most: int) -> None:
+    validate(quickstart(*settings, "train.steps=300", f"{setting}={most}"), 4)
+    with pytest.raises(ConfigError, match=rf"Lower {setting}\."):
+        validate(quickstart(*settings, "train.steps=300", f"{setting}={most + 1}"), 4)
 
 
 def test_freezing_and_the_moving_router_bias_are_accepted_where_they_have_an_effect() -> None:
