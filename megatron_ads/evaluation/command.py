@@ -12,7 +12,7 @@ to a temporary folder first.
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,12 +139,8 @@ def evaluate(
     from megatron_ads.evaluation.task_scores import task_scores
     from megatron_ads.tasks.registry import TASKS
 
-    for option, value in (("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{option} is {value}; it must be at least 1.")
-    for file in (answers_file, html_file):
-        if file is not None and not file.parent.is_dir():
-            raise DataError(f"{file} cannot be written: there is no folder {file.parent}. Create it.")
+    _require_positive({"--batch-size": batch_size, "--max-new-tokens": max_new_tokens})
+    _require_folders(answers_file, html_file)
     data = load_recipe(recipe, [*_UNUSED, *overrides]).data
     corpus = read_corpus(data)
     if not corpus.validation:
@@ -178,6 +174,19 @@ def evaluate(
         about = f"{len(answers)} answers to held-out rows of {' '.join([recipe, *overrides])}, decoded {how.method}."
         write_small(html_file, evaluation_page(scores, answers, title=f"Evaluation of {model}", about=about))
     return scores
+
+
+def _require_positive(numbers: Mapping[str, int | None]) -> None:
+    for option, value in numbers.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} is {value}; it must be at least 1.")
+
+
+def _require_folders(*files: Path | None) -> None:
+    """Refuse files that could not be written, before hours are spent on what they are to hold."""
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise DataError(f"{file} cannot be written: there is no folder {file.parent}. Create it.")
 
 
 def _answer(
