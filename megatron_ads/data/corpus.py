@@ -79,6 +79,7 @@ def read_corpus(config: DataConfig) -> Corpus:
     sources = [found.rows if config.reasoning else answers_alone(found.rows) for found in checked]
     everything = [row for rows in sources for row in rows]
     split = _split(everything, config)
+    _report_untrained({row.task for row in everything} - {row.task for row in split.training})
     kept = {id(row) for row in split.training}
     return Corpus(
         training=[[row for row in rows if id(row) in kept] for rows in sources],
@@ -137,6 +138,17 @@ def _report_misspelt(tasks: set[str], name: str) -> None:
         near = " or ".join(get_close_matches(task, TASKS))
         if near and rank() == 0:
             logger.warning("%s: %r is no ads task, so its targets are not checked. Did you mean %s?", name, task, near)
+
+
+def _report_untrained(tasks: set[str]) -> None:
+    """Log tasks that have rows, of which the split left none to train on, once and not on every rank."""
+    for task in sorted(tasks):
+        if rank() == 0:
+            logger.warning(
+                "%s: all rows are held out, or share a group with held-out rows, so nothing is trained on. Lower "
+                "data.validation_rows, or add rows of other groups.",
+                task,
+            )
 
 
 def tokenize(rows: Sequence[ChatRow], tokenizer: ChatTokenizer, *, seq_length: int) -> Tokenized:

@@ -139,6 +139,14 @@ def test_a_source_of_which_nothing_fits_is_named(tmp_path: Path):
         tokenize_training(corpus, tokenizer_in(tmp_path), seq_length=8)
 
 
+def test_a_task_that_the_split_leaves_nothing_of_is_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    own = own_rows(tmp_path / "own.jsonl", ["q"] * 300)
+    corpus = read_corpus(DataConfig(sources=[BUILTIN, own], validation_rows=60))
+    lost = {row.task for row in corpus.validation} - {row.task for rows in corpus.training for row in rows}
+    assert [record.message.partition(":")[0] for record in caplog.records] == sorted(lost)
+    assert len(lost) == 1
+
+
 def test_a_source_of_which_everything_is_held_out_is_named(tmp_path: Path):
     own = own_rows(tmp_path / "own.jsonl", ["q"] * 300)
     corpus = read_corpus(DataConfig(sources=[BUILTIN, own], validation_rows=60))
