@@ -222,17 +222,18 @@ def _evaluate(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _results(chosen: Mapping[str, Variant], records: Mapping[str, StageRecord]) -> dict[str, Any]:
-    before = sum(records[name].seconds for name in ("model", "texts", "language"))
-    return {
-        name: {
+    results = {}
+    for name, variant in chosen.items():
+        stages = [records[stage] for stage in ("model", "texts", "language", name, f"{name}-scores")]
+        results[name] = {
             "about": variant.about,
             "settings": variant.train,
             "steps": records[name].result["steps"],
-            "minutes": (before + records[name].seconds + records[f"{name}-scores"].seconds) / 60,
+            "minutes": sum(record.seconds for record in stages) / 60,
+            "interrupted": any(record.resumed for record in stages),
             "scores": records[f"{name}-scores"].result,
         }
-        for name, variant in chosen.items()
-    }
+    return results
 
 
 def _write(out: Path, results: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ def _table(variants: Mapping[str, Any]) -> str:
     first: Scores = next(iter(variants.values()))["scores"]
     columns = [*_relevance_columns(first), *_ranking_columns(first), *_other_columns(first), *_general_columns(first)]
     rows = [
-        [variant["about"], f"{variant['minutes']:.0f}", *(cell(variant["scores"]) for _, cell, _ in columns)]
+        [variant["about"], _minutes(variant), *(cell(variant["scores"]) for _, cell, _ in columns)]
         for variant in variants.values()
     ]
     lines = dict.fromkeys(line for _, _, more in columns for line in more)
@@ -34,6 +34,11 @@ def _table(variants: Mapping[str, Any]) -> str:
     head = ["", "minutes", *(name for name, _, _ in columns)]
     ruler = ["---", *["---:"] * (len(head) - 1)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ruler, *rows))
+
+
+def _minutes(variant: Mapping[str, Any]) -> str:
+    """Return how long it took; of a run that was interrupted, only the minutes since are known."""
+    return f"{'over ' if variant['interrupted'] else ''}{variant['minutes']:.0f}"
 
 
 _Column = tuple[str, Cell, dict[str, str]]

@@ -51,6 +51,8 @@ class StageRecord:
     seconds: float
     """Wall time of the run that completed it."""
     result: dict[str, Any]
+    resumed: bool = False
+    """Whether that run went on where an interrupted one had stopped, so that ``seconds`` are not all it took."""
 
 
 class Announcer(Protocol):
@@ -82,7 +84,7 @@ def run_stages(stages: Sequence[Stage], folder: Path, announcer: Announcer) -> d
             else:
                 resuming = _prepare(stage, folder, fingerprint)
                 announcer.starting(stage, number, len(stages), resuming)
-                record = _run(stage, folder, fingerprint)
+                record = _run(stage, folder, fingerprint, resuming)
                 announcer.finished(stage, record)
             records[stage.name] = record
     return records
@@ -125,12 +127,13 @@ def _prepare(stage: Stage, folder: Path, fingerprint: str) -> bool:
     return resuming
 
 
-def _run(stage: Stage, folder: Path, fingerprint: str) -> StageRecord:
+def _run(stage: Stage, folder: Path, fingerprint: str, resumed: bool) -> StageRecord:
     from conversion.atomic_file import write_small  # imports torch: keep --help instant
 
     start = time.monotonic()
     result = dict(stage.run())
-    record = StageRecord(fingerprint=fingerprint, seconds=time.monotonic() - start, result=result)
+    seconds = time.monotonic() - start
+    record = StageRecord(fingerprint=fingerprint, seconds=seconds, result=result, resumed=resumed)
     write_small(_record_file(folder, stage.name), json.dumps(asdict(record), indent=2) + "\n")
     _started_file(folder, stage.name).unlink()
     return record

@@ -88,6 +88,7 @@ def test_an_interrupted_stage_that_can_goes_on_from_what_it_left(tmp_path: Path)
         _run(tmp_path, _stage(tmp_path, "a", resumable=True, fail=True))
     seen, records = _run(tmp_path, _stage(tmp_path, "a", resumable=True))
     assert seen == ["resume a 1/1"]
+    assert records["a"].resumed
     assert records["a"].result == {"lines": 2}
 
 
