@@ -4,6 +4,7 @@ No Megatron model holds them. They are carried along as they are, so that an exp
 """
 
 import base64
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +28,16 @@ class DerivedBuffer:
 
     @classmethod
     def parse(cls, entry: dict[str, str | list[int]]) -> "DerivedBuffer":
-        """Read one from the form that :meth:`as_json` gives."""
-        shape = tuple(int(extent) for extent in entry["shape"])
-        return cls(DTYPES[str(entry["dtype"])], shape, base64.b64decode(str(entry["base64"])))
+        """Read one from the form that :meth:`as_json` gives.
+
+        Raises:
+            LookupError, TypeError, ValueError: If ``entry`` is of another form.
+        """
+        dtype, shape = DTYPES[str(entry["dtype"])], tuple(int(extent) for extent in entry["shape"])
+        data = base64.b64decode(str(entry["base64"]))
+        if len(data) != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{len(data)} bytes cannot be {dtype} of shape {shape}")
+        return cls(dtype, shape, data)
 
     def as_json(self) -> dict[str, str | list[int]]:
         """Return a form for a manifest."""

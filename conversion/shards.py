@@ -45,8 +45,13 @@ class ShardsFolder:
     """A checked shards folder: every file of the layout is there and holds what that rank owns."""
 
     path: Path
-    manifest: dict[str, Any]
+    config: dict[str, Any]
+    """The model's config.json."""
     layout: ShardsLayout
+    aliases: frozenset[str]
+    """HF names of the repeated tensors that an export must write."""
+    derived: dict[str, DerivedBuffer]
+    """Tensors to carry for an export, by HF name."""
     pieces: dict[str, tuple[tuple[RankFile, StoredTensor], ...]]
     """Every stored copy of every slice, by canonical name."""
 
@@ -167,7 +172,9 @@ def open_shards(path: Path) -> ShardsFolder:
             )
         layout = _layout(manifest)
         sizes = {name: record["bytes"] for name, record in manifest["files"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
+        aliases = frozenset(manifest["aliases"])
+        derived = {name: DerivedBuffer.parse(stored) for name, stored in manifest["derived"].items()}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DamagedCheckpointError(f"{path / MANIFEST} is damaged ({error}). Convert again.") from None
     for name, nbytes in sizes.items():
         if (path / name).exists() and (path / name).stat().st_size != nbytes:
@@ -175,7 +182,14 @@ def open_shards(path: Path) -> ShardsFolder:
                 f"{path / name} has {(path / name).stat().st_size} bytes, but {MANIFEST} says {nbytes}. "
                 "Copy it again, or convert again."
             )
-    return ShardsFolder(path=path, manifest=manifest, layout=layout, pieces=_read_pieces(path, layout))
+    return ShardsFolder(
+        path=path,
+        config=manifest["config"],
+        layout=layout,
+        aliases=aliases,
+        derived=derived,
+        pieces=_read_pieces(path, layout),
+    )
 
 
 def _layout(manifest: Mapping[str, Any]) -> ShardsLayout:

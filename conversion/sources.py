@@ -166,16 +166,15 @@ def _hf_source(path: Path) -> WeightSource:
 def _shards_source(path: Path) -> WeightSource:
     folder = open_shards(path)
     shape = folder.layout.shape
-    stored = set(folder.manifest["aliases"])
     return WeightSource(
         path=path,
         kind=SourceKind.SHARDS,
         shape=shape,
-        config=folder.manifest["config"],
+        config=folder.config,
         side_folder=path / SIDE_FOLDER,
-        aliases={name: canonical for name, canonical in hf_aliases(shape).items() if name in stored},
+        aliases={name: canonical for name, canonical in hf_aliases(shape).items() if name in folder.aliases},
         container=folder,
-        derived={name: DerivedBuffer.parse(stored) for name, stored in folder.manifest["derived"].items()},
+        derived=folder.derived,
     )
 
 

@@ -75,7 +75,18 @@ def test_a_description_that_is_damaged_is_refused(sources, tmp_path, kind, file,
         open_source(tmp_path / kind)
 
 
-@pytest.mark.parametrize(("field", "value"), [("layout", 5), ("layout", {"tp": 1}), ("pipeline", 5), ("files", [])])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("layout", 5),
+        ("layout", {"tp": 1}),
+        ("pipeline", 5),
+        ("files", []),
+        ("aliases", None),
+        ("derived", []),
+        ("derived", {"x": {"dtype": "F32", "shape": [1], "base64": "?"}}),
+    ],
+)
 def test_a_manifest_with_a_field_of_another_form_is_refused(sources, tmp_path, field, value):
     folder = tmp_path / "shards"
     shutil.copytree(sources["shards"].path, folder)
