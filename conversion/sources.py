@@ -165,14 +165,13 @@ def _hf_source(path: Path) -> WeightSource:
 
 def _shards_source(path: Path) -> WeightSource:
     folder = open_shards(path)
-    shape = folder.layout.shape
     return WeightSource(
         path=path,
         kind=SourceKind.SHARDS,
-        shape=shape,
+        shape=folder.layout.shape,
         config=folder.config,
         side_folder=path / SIDE_FOLDER,
-        aliases={name: canonical for name, canonical in hf_aliases(shape).items() if name in folder.aliases},
+        aliases=_stored_aliases(folder.layout.shape, folder.aliases),
         container=folder,
         derived=folder.derived,
     )
@@ -180,14 +179,17 @@ def _shards_source(path: Path) -> WeightSource:
 
 def _torch_dist_source(path: Path) -> WeightSource:
     folder = open_torch_dist(path)
-    known = hf_aliases(folder.shape)
     return WeightSource(
         path=path,
         kind=SourceKind.TORCH_DIST,
         shape=folder.shape,
         config=folder.config,
         side_folder=folder.side_folder,
-        aliases={name: canonical for name, canonical in known.items() if name in folder.carried.get("aliases", known)},
+        aliases=_stored_aliases(folder.shape, folder.aliases),
         container=folder,
-        derived={name: DerivedBuffer.parse(stored) for name, stored in folder.carried.get("derived", {}).items()},
+        derived=folder.derived,
     )
+
+
+def _stored_aliases(shape: ModelShape, stored: frozenset[str]) -> dict[str, str]:
+    return {name: canonical for name, canonical in hf_aliases(shape).items() if name in stored}

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from conversion.derived_buffers import DerivedBuffer
 from conversion.errors import DamagedCheckpointError
 from conversion.json_object import read_object
 from conversion.layer_specs import LayerSpec
-from conversion.names import Parameter, parameters
+from conversion.names import Parameter, hf_aliases, parameters
 from conversion.regions import Rectangle, Region, StoredMatrix, whole
 from conversion.safetensors_file import StoredTensor, element_count
 from conversion.torch_dist_names import KeyedTensor, keyed_tensors
@@ -30,8 +31,10 @@ class TorchDistFolder:
     config: dict[str, Any]
     shape: ModelShape
     side_folder: Path
-    carried: dict[str, Any]
-    """Contents of ``conversion.json``; empty in a checkpoint that Megatron-Core wrote."""
+    aliases: frozenset[str]
+    """HF names of the repeated tensors that an export must write: all, in a checkpoint that Megatron-Core wrote."""
+    derived: dict[str, DerivedBuffer]
+    """Tensors to carry for an export, by HF name."""
     pieces: Mapping[str, tuple[Region, ...]]
     """The stored pieces of every canonical parameter."""
 
@@ -78,15 +81,27 @@ def open_torch_dist(path: Path, *, config_from: Path | None = None) -> TorchDist
     pieces: dict[str, tuple[Region, ...]] = {}
     for tensor in keyed_tensors(parameters(shape), _spec(metadata)):
         pieces.update(_locate(path, tensor, metadata))
-    carried = path / CARRIED
+    aliases, derived = _carried(path / CARRIED, shape)
     return TorchDistFolder(
         path=path,
         config=config,
         shape=shape,
         side_folder=side_folder,
-        carried=read_object(carried) if carried.exists() else {},
+        aliases=aliases,
+        derived=derived,
         pieces=pieces,
     )
+
+
+def _carried(file: Path, shape: ModelShape) -> tuple[frozenset[str], dict[str, DerivedBuffer]]:
+    if not file.exists():
+        return frozenset(hf_aliases(shape)), {}
+    record = read_object(file)
+    try:
+        derived = {name: DerivedBuffer.parse(stored) for name, stored in record["derived"].items()}
+        return frozenset(record["aliases"]), derived
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{file} is damaged ({error}). Convert again.") from None
 
 
 def _spec(metadata: Any) -> LayerSpec:

@@ -63,10 +63,11 @@ def test_an_unknown_parameter_is_named(sources):
         ("shards", "manifest.json", b"{}", "manifest.json is damaged"),
         ("dist", "hf/config.json", b"{", "is not JSON"),
         ("dist", "conversion.json", b"[]", "holds a list, not a JSON object"),
+        ("dist", "conversion.json", b'{"aliases": [], "derived": []}', "conversion.json is damaged"),
         ("dist", ".metadata", b"", "is damaged"),
         ("dist", ".metadata", pickle.dumps({}), "holds a dict, not the metadata"),
     ],
-    ids=["manifest list", "manifest empty", "config", "carried", "metadata empty", "metadata other"],
+    ids=["manifest list", "manifest empty", "config", "carried", "carried field", "metadata empty", "metadata other"],
 )
 def test_a_description_that_is_damaged_is_refused(sources, tmp_path, kind, file, data, message):
     shutil.copytree(sources[kind].path, tmp_path / kind)
