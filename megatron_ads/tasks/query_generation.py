@@ -139,13 +139,14 @@ def metrics(rows: Sequence[ChatRow], answers: Sequence[Queries | Failure]) -> Me
     """Return how far queries follow the rules; the paper's table 6 takes a judge and is ``metrics.generated_queries``.
 
     A query follows them if it is narrower than the keyword (the row's group), shares a word with the keyword or one of
-    the row's true queries, and does not repeat an earlier one (ours). An unreadable answer follows none.
+    the row's true queries, and does not repeat an earlier one (ours). An unreadable answer follows none. A row without
+    group says no keyword to compare with and does not count.
     """
     given = [readable(answer) for answer in answers]
     texts = [answer.texts if answer else () for answer in given]
-    truths = [truth_of(row, parse).texts for row in rows]
-    narrower = [is_narrower(query, row.group) for row, queries in zip(rows, texts, strict=True) for query in queries]
-    followed = [_follow_rules(row.group, queries, true) for row, queries, true in zip(rows, texts, truths, strict=True)]
+    keyed = [(row, queries) for row, queries in zip(rows, texts, strict=True) if row.group]
+    narrower = [is_narrower(query, row.group) for row, queries in keyed for query in queries]
+    followed = [_follow_rules(row.group, queries, truth_of(row, parse).texts) for row, queries in keyed]
     queries = sum(map(len, texts))
     return {
         "follow_rules": mean(followed),

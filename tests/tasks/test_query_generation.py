@@ -1,5 +1,7 @@
 """Keyword-based query generation: pairs of query and reason, and the rules they follow."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_ads.errors import DataError
@@ -84,3 +86,10 @@ def test_rules_by_hand():
     assert found["narrower_rate"] == 4 / 5
     assert found["repeated_rate"] == 1 / 5
     assert found["queries_per_answer"] == 5.0
+
+
+def test_a_row_without_keyword_is_compared_with_none():
+    row = replace(chat_row("r", BRIEF, QUERIES, "So."), group="")
+    found = metrics([row], [Queries((GeneratedQuery("gaming laptop", "why"),), "So.")])
+    assert found["follow_rules"] is None and found["narrower_rate"] is None
+    assert found["queries_per_answer"] == 1.0
