@@ -47,6 +47,17 @@ def test_losses_do_not_depend_on_the_layout(name: str, folder: Path, reference: 
         assert losses.grad_norm == pytest.approx(reference.grad_norm, rel=1e-4)
 
 
+@pytest.mark.parametrize("target", [LoraTarget.dense, LoraTarget.experts])
+def test_a_stage_without_adapters_passes_gradients_on(target: LoraTarget, folder: Path) -> None:
+    """Dense layers are those of the first stage, experts those of the second."""
+    model = MODEL | {"lora": LoraConfig(rank=4, targets=[target])}
+    (alone,) = run_ranks(1, _train, Recipe(folder=folder, model=model, steps=2))
+    staged = Recipe(folder=folder, model=model, steps=2, layout={"pp": 2, "ep": 2})
+    for losses in run_ranks(4, _train, staged):
+        assert losses.loss == pytest.approx(alone.loss, rel=1e-5)
+        assert losses.grad_norm == pytest.approx(alone.grad_norm, rel=1e-4)
+
+
 def test_experts_one_by_one_train_as_grouped_ones_do(folder: Path, reference: Losses) -> None:
     (losses,) = run_ranks(1, _train, Recipe(folder=folder, model=MODEL | {"layer_spec": "local"}, steps=STEPS))
     assert losses.loss == pytest.approx(reference.loss, rel=1e-5)
