@@ -34,6 +34,8 @@ BLOCK_BYTES = 4 << 20
 POOL_BYTES = 64 << 20
 FILE_BYTES = 1 << 30
 LAYOUT = ("--pp", "2", "--ep", "2")
+LIMIT_SECONDS = 3600
+"""What takes longer than this hangs."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def convert(source: Path, target: Path, *, direction: str, workers: int) -> Samp
     arguments = ["convert", direction, str(source), str(target), "--workers", str(workers)]
     arguments += LAYOUT if direction == "to-megatron" else ("--dtype", "fp8", "--max-shard-size", "1GB")
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", _MEASURED, *arguments], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", _MEASURED, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS)
     seconds = time.perf_counter() - start
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed: {done.stderr}")
@@ -138,13 +141,16 @@ def copy(source: Path, target: Path, *, written: int, workers: int) -> Sample:
     ratio = written / weight_bytes(source)
     start = time.perf_counter()
     processes = [
-        multiprocessing.Process(target=_copy_files, args=(files[index::workers], target, ratio))
+        multiprocessing.Process(target=_copy_files, args=(files[index::workers], target, ratio), daemon=True)
         for index in range(workers)
     ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
+        process.join(LIMIT_SECONDS)
+        if process.exitcode != 0:
+            process.kill()
+            raise SystemExit(f"A copy to {target} ended with {process.exitcode}; None: not within {LIMIT_SECONDS} s.")
     seconds = time.perf_counter() - start
     return Sample(seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
 
