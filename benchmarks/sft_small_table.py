@@ -1,6 +1,7 @@
 """The table of ``benchmarks.sft_small``: a line for each variant, then the baselines and the best reachable score."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 Scores = Mapping[str, Any]
@@ -90,22 +91,21 @@ def _ranking_columns(scores: Scores) -> list[_Column]:
 
 
 def _other_columns(scores: Scores) -> list[_Column]:
-    others = [task for task in scores["tasks"] if task not in (RELEVANCE, ADVERTISER)]
+    others = {task: found for task, found in scores["tasks"].items() if task not in (RELEVANCE, ADVERTISER)}
     return [
-        (
-            f"{task}: {scores['tasks'][task]['headline_name']}",
-            lambda of, task=task: _shown(of["tasks"][task]["headline"]),
-            {},
-        )
-        for task in others
+        (f"{task}: {found['headline_name']}", partial(_figure, "tasks", task, "headline"), {})
+        for task, found in others.items()
     ]
 
 
 def _general_columns(scores: Scores) -> list[_Column]:
     return [
-        (f"{domain}: perplexity", lambda of, domain=domain: _shown(of["general"][domain]["perplexity"]), {})
-        for domain in scores["general"]
+        (f"{domain}: perplexity", partial(_figure, "general", domain, "perplexity"), {}) for domain in scores["general"]
     ]
+
+
+def _figure(section: str, name: str, metric: str, of: Scores) -> str:
+    return _shown(of[section][name][metric])
 
 
 def _with_range(value: float | None, interval: Any) -> str:
