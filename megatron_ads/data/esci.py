@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ads.data.jsonl import read_objects
-from megatron_ads.data.public_data import locate
+from megatron_ads.data.public_data import locate, read_rows
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
 from megatron_ads.tasks.relevance import Ad, Label, chat_row
@@ -38,17 +37,7 @@ def esci_rows(file: Path, *, limit: int | None = None) -> list[ChatRow]:
     Raises:
         DataError: With the row number, for the first record that cannot be used.
     """
-    rows: list[ChatRow] = []
-    for number, record in read_objects(file):
-        if len(rows) == limit:
-            break
-        try:
-            rows.append(_read_record(record))
-        except DataError as error:
-            raise DataError(f"{file}, row {number}: {error}") from None
-    if not rows:
-        raise DataError(f"{file} holds no rows.")
-    return rows
+    return read_rows(file, lambda _, record: _read_record(record), limit=limit)
 
 
 def _read_record(record: Mapping[str, Any]) -> ChatRow:

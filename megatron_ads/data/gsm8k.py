@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ads.data.jsonl import read_objects
-from megatron_ads.data.public_data import locate
+from megatron_ads.data.public_data import locate, read_rows
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.errors import DataError
 
@@ -35,17 +34,9 @@ def gsm8k_rows(file: Path, *, limit: int | None = None) -> list[ChatRow]:
     Raises:
         DataError: With the row number, for the first record that cannot be used.
     """
-    rows: list[ChatRow] = []
-    for number, record in read_objects(file):
-        if len(rows) == limit:
-            break
-        try:
-            rows.append(_read_record(record, row_id=f"{TASK}-{file.stem}-{number}"))
-        except DataError as error:
-            raise DataError(f"{file}, row {number}: {error}") from None
-    if not rows:
-        raise DataError(f"{file} holds no rows.")
-    return rows
+    return read_rows(
+        file, lambda number, record: _read_record(record, row_id=f"{TASK}-{file.stem}-{number}"), limit=limit
+    )
 
 
 def _read_record(record: Mapping[str, Any], *, row_id: str) -> ChatRow:
