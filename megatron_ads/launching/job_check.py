@@ -16,7 +16,7 @@ from megatron_ads.config.model import LayerSpecChoice, Precision
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.sft import SftConfig, validate
 from megatron_ads.errors import CheckpointError, ConfigError, DataError, MegatronAdsError
-from megatron_ads.launching.node_check import wants_gpu
+from megatron_ads.launching.node_check import existing, wants_gpu
 from megatron_ads.planning.hardware import CARDS
 from megatron_ads.planning.job import job_of
 from megatron_ads.planning.plan import make_plan
@@ -138,8 +138,3 @@ def _disk(config: SftConfig, ranks: int | None, shape: ModelShape | None) -> str
                 "checkpoint.keep_last, or choose other folders with checkpoint.dir and log.dir."
             )
     return f"room for the checkpoints ({checkpoints / 1e9:.1f} GB still) and the export ({export / 1e9:.1f} GB)"
-
-
-def existing(folder: Path) -> Path:
-    """Return the folder, or its nearest ancestor that is there."""
-    return next(each for each in (folder, *folder.absolute().parents) if each.exists())

@@ -97,14 +97,18 @@ def gpu_problems(local_ranks: int, environment: Mapping[str, str]) -> list[str]:
 
 
 def folder_problems(folder: Path) -> list[str]:
-    """Return why a folder cannot be written, if it cannot."""
+    """Return why a folder cannot be written, or made where it is missing; nothing is left behind."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=existing(folder)) as file:
             file.write(b"written")
     except OSError as error:
         return [f"{folder} cannot be written: {error.strerror}. Give a folder that every node may write to."]
     return []
+
+
+def existing(folder: Path) -> Path:
+    """Return the folder, or its nearest ancestor that is there."""
+    return next(each for each in (folder, *folder.absolute().parents) if each.exists())
 
 
 if __name__ == "__main__":
