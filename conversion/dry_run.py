@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conversion.errors import naming_refusals
-from conversion.execute import free_bytes
 from conversion.plan import ConversionPlan, OutputFile
 from conversion.regions import BAND_ELEMENTS
+from megatron_ads.disk import free_bytes
 
 _PROBE_BYTES = 64 << 20
 _INTERPRETER_BYTES = 400 << 20

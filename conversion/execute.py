@@ -1,6 +1,5 @@
 """Carry out a conversion plan: parallel workers, each file complete before it gets its name, journalled."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +11,7 @@ from conversion.journal import open_journal
 from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state
 from conversion.progress import ByteProgress
 from conversion.workers import Advance, run_all
+from megatron_ads.disk import free_bytes
 from megatron_ads.errors import ConversionError
 
 
@@ -126,10 +126,3 @@ def check_free_space(target: Path, nbytes: int) -> None:
             f"Writing to {target} takes {nbytes / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free. "
             f"Free {(nbytes - free) / 1e9:.1f} GB, or choose another disk."
         )
-
-
-def free_bytes(folder: Path) -> int:
-    """Return the free bytes of the disk that ``folder``, or its nearest existing parent, is on."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

@@ -16,6 +16,7 @@ PACKAGES = ("megatron_ads", "conversion")
 # A module or package imports only what stands before it, or is in the same place. Every one has its place here.
 FOUNDATION = (
     "megatron_ads.errors",
+    "megatron_ads.disk",
     "megatron_ads.json_fields",
     "megatron_ads.journal",
     "megatron_ads.architecture",

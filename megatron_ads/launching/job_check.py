@@ -5,7 +5,6 @@ Everything is looked at, so that one look finds every problem.
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +14,9 @@ from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import LayerSpecChoice, Precision
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.sft import SftConfig, validate
+from megatron_ads.disk import existing, free_bytes
 from megatron_ads.errors import CheckpointError, ConfigError, DataError, MegatronAdsError
-from megatron_ads.launching.node_check import existing, wants_gpu
+from megatron_ads.launching.node_check import wants_gpu
 from megatron_ads.planning.hardware import CARDS
 from megatron_ads.planning.job import job_of
 from megatron_ads.planning.plan import make_plan
@@ -129,7 +129,7 @@ def _disk(config: SftConfig, ranks: int | None, shape: ModelShape | None) -> str
         device = os.stat(there).st_dev
         needs[device] = (there, needs.get(device, (there, 0))[1] + size)
     for there, size in needs.values():
-        free = shutil.disk_usage(there).free
+        free = free_bytes(there)
         if free < size:
             raise CheckpointError(
                 f"{there} has {free / 1e9:.1f} GB free, but {size / 1e9:.1f} GB are needed: a checkpoint is "

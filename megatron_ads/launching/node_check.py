@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_ads.disk import existing
 from megatron_ads.launching.reach import meet
 
 _OLDEST_PYTHON = (3, 11)
@@ -104,11 +105,6 @@ def folder_problems(folder: Path) -> list[str]:
     except OSError as error:
         return [f"{folder} cannot be written: {error.strerror}. Give a folder that every node may write to."]
     return []
-
-
-def existing(folder: Path) -> Path:
-    """Return the folder, or its nearest ancestor that is there."""
-    return next(each for each in (folder, *folder.absolute().parents) if each.exists())
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ A rank that raises alone leaves the others waiting in their next collective, and
 """
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ads.disk import free_bytes
 from megatron_ads.errors import CheckpointError, MegatronAdsError
 
 _TORCH_WRITE_ERRORS = ("PytorchStreamWriter failed", "unexpected pos")
@@ -87,8 +87,7 @@ def _is_about_writing(error: BaseException) -> bool:
 
 def _failed_write(directory: Path, error: BaseException, where: str) -> CheckpointError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-    existing = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free / 1e6
+    free = free_bytes(directory) / 1e6
     return CheckpointError(
         f"writing a checkpoint to {directory} failed{where}: {reason}; {free:.0f} MB are free there now. Checkpoints "
         "written before are untouched. Make room, or choose another checkpoint.dir, and start again."
