@@ -19,6 +19,7 @@ FOUNDATION = (
     "megatron_ads.disk",
     "megatron_ads.json_fields",
     "megatron_ads.journal",
+    "megatron_ads.stable_random",
     "megatron_ads.architecture",
     "megatron_ads.parameter_count",
     "megatron_ads.layout",

@@ -1,6 +1,5 @@
 """The bodies of requests: sampling settings, and a seed of each request's own, so that a run can be repeated."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ from megatron_ads.cooking.answering import Request
 from megatron_ads.cooking.config import AnsweringConfig
 from megatron_ads.cooking.prompts import ReasoningTemplate, teacher_messages
 from megatron_ads.data.rows import ChatRow
+from megatron_ads.stable_random import stable_integer
 
 _SEEDS = 2**31
 
@@ -41,5 +41,4 @@ def reasoning_request(
 
 def drawn(*parts: object) -> int:
     """Return a number that looks random and depends on nothing but ``parts``."""
-    text = "\x1f".join(map(str, parts))
-    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "big")
+    return stable_integer(*parts, separator="\x1f")

@@ -14,8 +14,8 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from megatron_ads.data.rows import TokenizedRow
-from megatron_ads.data.shuffle import key_of, shuffled
 from megatron_ads.errors import DataError
+from megatron_ads.stable_random import key_of, shuffled
 
 
 @dataclass(frozen=True, slots=True)

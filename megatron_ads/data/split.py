@@ -1,12 +1,12 @@
 """Hold rows out for validation so that nothing that identifies them is trained on."""
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
+from megatron_ads.stable_random import stable_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,11 @@ def split_by_group(
     wanted = _shared_out(validation_rows, Counter(row.task for row in rows))
     held_out: set[str] = set()
     validation: list[ChatRow] = []
-    for group in sorted(groups, key=lambda group: _drawn(seed, names[group])):
+    for group in sorted(groups, key=lambda group: stable_key(seed, names[group])):
         if not wanted:
             break
         of_task: dict[str, list[ChatRow]] = defaultdict(list)
-        for row in sorted(groups[group], key=lambda row: _drawn(seed, row.id)):
+        for row in sorted(groups[group], key=lambda row: stable_key(seed, row.id)):
             of_task[row.task].append(row)
         for task in sorted(of_task.keys() & wanted):
             given = of_task[task][:most_per_group][: wanted[task]]
@@ -80,7 +80,7 @@ def split_by_time(rows: Sequence[ChatRow], *, validation_rows: int, seed: int) -
             f"data.validation_rows = {validation_rows} leaves none of the {len(rows)} rows, held out by time, to train "
             "on. Lower it, or add rows."
         )
-    return Split(training=training, validation=sorted(late, key=lambda row: _drawn(seed, row.id))[:validation_rows])
+    return Split(training=training, validation=sorted(late, key=lambda row: stable_key(seed, row.id))[:validation_rows])
 
 
 def _shared_out(validation_rows: int, rows_of_task: Counter[str]) -> Counter[str]:
@@ -96,8 +96,3 @@ def _shared_out(validation_rows: int, rows_of_task: Counter[str]) -> Counter[str
 def _group(row: ChatRow) -> str:
     """Return what must not be on both sides; a query is the same whatever its capitals and spaces."""
     return " ".join((row.group or row.id).casefold().split())
-
-
-def _drawn(seed: int, name: str) -> bytes:
-    """Return a sort key that looks random and depends on nothing but the seed and the name."""
-    return hashlib.sha256(f"{seed}:{name}".encode()).digest()

@@ -1,6 +1,5 @@
 """Ask a checkpoint: rows become prompts, like ones a batch, and what the model writes becomes answers."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from megatron_ads.evaluation.decoding import GREEDY, Decoding, Method
 from megatron_ads.evaluation.generator import Generator
 from megatron_ads.evaluation.name_answers import NO_NAMES, AdvertiserNames, NameForms, valid_names
 from megatron_ads.evaluation.name_trie import NameTrie
+from megatron_ads.stable_random import stable_integer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,9 +95,8 @@ class RowAsker:
                 self._with_beams(number, beams, [self._written(number, list(beam.tokens)) for beam in beams])
                 for number, beams in zip(batch, found, strict=True)
             ]
-        seed = hashlib.sha256(f"{how.seed}:{draw}".encode()).digest()
         completions = self._generator.complete(
-            prompts, max_new_tokens=limit, how=how, draw=int.from_bytes(seed[:8], "big")
+            prompts, max_new_tokens=limit, how=how, draw=stable_integer(how.seed, draw)
         )
         return [
             Answer(self._rows[number], self._written(number, completion.tokens), completion.ended)

@@ -12,7 +12,6 @@ Shape suffixes: N = weights that one adapter stands beside, the experts of a sta
 O = outputs of each of P parts of a weight (2 for gate over up), T = tokens, E = experts on this rank.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from torch.nn.functional import grouped_mm, linear, pad
 
 from conversion.names import Parameter, Split
 from megatron_ads.models.adapter_shapes import Lora
+from megatron_ads.stable_random import stable_integer
 
 _GROUPED_ALIGNMENT_BYTES = 16
 """Of the rows that torch's grouped product takes: a smaller rank is filled up with zeros there."""
@@ -92,8 +92,8 @@ class Adapter(torch.nn.Module):
         """
         for weight, own_RI in zip(self.weights, self.a_NRI, strict=True):
             rank, inputs = own_RI.size(0), weight.shape[1]
-            digest = hashlib.sha256(f"{seed} {weight.name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+            # 56 bits, because the generator takes a signed number.
+            generator = torch.Generator().manual_seed(stable_integer(seed, weight.name, separator=" ") >> 8)
             whole_RI = torch.rand(rank, inputs, generator=generator).mul_(2).sub_(1).mul_(inputs**-0.5)
             parts = whole_RI.chunk(inputs // own_RI.size(1), dim=1)
             own_RI.copy_(parts[self._tensor_group.rank() % len(parts)])

@@ -3,8 +3,9 @@
 A version is never edited once rows were made with it: a change of wording is a new version.
 """
 
-import hashlib
 from dataclasses import dataclass
+
+from megatron_ads.stable_random import stable_integer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,8 +31,7 @@ class Template:
 
     def wording_of(self, row_id: str) -> int:
         """Return which wording a row has; it depends on this template and the id alone."""
-        drawn = hashlib.sha256(f"{self.name}:{row_id}".encode()).digest()
-        return int.from_bytes(drawn[:8], "big") % len(self.paraphrases)
+        return stable_integer(self.name, row_id) % len(self.paraphrases)
 
     def instruction_of(self, row_id: str) -> str:
         """Return the instruction that a row has."""

@@ -1,10 +1,9 @@
 """Lists to choose from: the true one among others drawn by the row's id, in an order drawn by it as well."""
 
-import hashlib
-import random
 from collections.abc import Sequence
 
 from megatron_ads.errors import DataError
+from megatron_ads.stable_random import stable_random
 
 CANDIDATES = 20
 
@@ -24,7 +23,7 @@ def candidates_of(row_id: str, truth: str, pool: Sequence[str], count: int = CAN
     others = [name for name in dict.fromkeys(pool) if name != truth]
     if len(others) < count - 1:
         raise DataError(f"the pool has {len(others)} others than {truth!r}; {count - 1} are needed to choose from.")
-    draw = random.Random(hashlib.sha256(row_id.encode()).digest())
+    draw = stable_random(row_id)
     chosen = [truth, *draw.sample(others, count - 1)]
     draw.shuffle(chosen)
     return tuple(chosen)

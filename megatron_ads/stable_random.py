@@ -1,12 +1,31 @@
-"""A shuffled order that is computed place by place: nothing to store, the same on every machine and version.
+"""Random draws that depend on nothing but names and numbers: the same on every machine, version and layout.
 
-A Feistel network permutes the numbers below the next power of four; numbers that are not below ``size`` are sent
-through again until they are (cycle walking), which keeps it a permutation. Source: Black and Rogaway, "Ciphers with
-arbitrary finite domains", CT-RSA 2002.
+``stable_integer`` and its like are keyed by names, such as a seed and a row's id. ``shuffled`` computes a shuffled
+order place by place, with nothing to store: a Feistel network permutes the numbers below the next power of four;
+numbers that are not below ``size`` are sent through again until they are (cycle walking), which keeps it a permutation.
+Source: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002.
 """
+
+import hashlib
+import random
 
 _ROUNDS = 6
 _MASK = (1 << 64) - 1
+
+
+def stable_key(*names: object, separator: str = ":") -> bytes:
+    """Return 32 bytes to sort by, decided by ``names`` as they are written."""
+    return hashlib.sha256(separator.join(map(str, names)).encode(errors="surrogatepass")).digest()
+
+
+def stable_integer(*names: object, separator: str = ":") -> int:
+    """Return an integer of 64 bits, decided by ``names``."""
+    return int.from_bytes(stable_key(*names, separator=separator)[:8])
+
+
+def stable_random(*names: object) -> random.Random:
+    """Return a source of several draws, decided by ``names``."""
+    return random.Random(stable_key(*names))
 
 
 def mix(value: int) -> int:
