@@ -63,9 +63,8 @@ def _add_simulate(commands: Subparsers) -> None:
 def _simulate(args: argparse.Namespace) -> int:
     import json
 
-    from megatron_ads.data.simulator.folder import write_simulation
-    from megatron_ads.data.simulator.simulate import Scale
-    from megatron_ads.data.simulator.tables import TableFormat
+    from megatron_ads.data.simulator.folder import Scale, write_simulation
+    from megatron_ads.data.simulator.logs import TableFormat
 
     manifest = write_simulation(
         args.out,

@@ -12,7 +12,7 @@ from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.own_tables import table_rows
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.simulator import simulated_rows
-from megatron_ads.data.simulator.examples import Example
+from megatron_ads.data.simulator.judging import Example
 from megatron_ads.data.user_features import view_chooser
 from megatron_ads.tasks.variants.asked_again import ask_again
 

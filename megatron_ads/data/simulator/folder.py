@@ -3,24 +3,46 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megatron_ads.config.data import AdsTask
-from megatron_ads.data.simulator.logs import START
-from megatron_ads.data.simulator.row_files import write_examples
-from megatron_ads.data.simulator.simulate import Scale, write_logs
-from megatron_ads.data.simulator.simulated_rows import TASKS_OF_USERS, examples_of
-from megatron_ads.data.simulator.tables import TableFormat, flush_file
-from megatron_ads.data.simulator.user_examples import LABEL_DAYS
-from megatron_ads.data.simulator.world import draw_world
+from megatron_ads.data.simulator.histories import draw_pieces
+from megatron_ads.data.simulator.judging import Example, reachable_recall
+from megatron_ads.data.simulator.logs import (
+    SCHEMAS,
+    START,
+    TableFormat,
+    flush_file,
+    open_table,
+    still_tables,
+    tables_of,
+)
+from megatron_ads.data.simulator.simulated_rows import LABEL_DAYS, TASKS_OF_USERS, examples_of
+from megatron_ads.data.simulator.world import DEFAULT_ADVERTISERS, World, draw_world
 from megatron_ads.errors import ConfigError
 from megatron_ads.observability.progress import Progress
 
 MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    """How much is simulated."""
+
+    users: int
+    days: int
+    seed: int = 0
+    advertisers: int = DEFAULT_ADVERTISERS
+
+    def __post_init__(self) -> None:
+        for name in ("users", "days"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
 
 
 def write_simulation(
@@ -67,7 +89,7 @@ def write_simulation(
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """Give a folder to write into; it gets the name ``out`` if nothing goes wrong."""
+    """Yield a folder to write into; it is renamed to ``out`` if nothing fails."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder. Choose another one, or remove it.")
     partial = out.with_name(out.name + ".partial")
@@ -77,3 +99,66 @@ def _new_folder(out: Path) -> Iterator[Path]:
     if out.exists():
         out.rmdir()
     os.rename(partial, out)
+
+
+def write_logs(folder: Path, world: World, scale: Scale, *, form: TableFormat = TableFormat.parquet) -> dict[str, int]:
+    """Write every table of a simulation into a folder, piece by piece; return the rows of each."""
+    rows: dict[str, int] = {}
+    for name, table in still_tables(world).items():
+        writer = open_table(folder, name, table.schema, form=form)
+        writer.append(table)
+        writer.close()
+        rows[name] = table.num_rows
+    rows |= dict.fromkeys(SCHEMAS, 0)
+    writers = {name: open_table(folder, name, schema, form=form) for name, schema in SCHEMAS.items()}
+    with Progress(scale.users, description="simulating", unit="user") as progress:
+        for piece in draw_pieces(world, users=scale.users, days=scale.days):
+            for name, table in tables_of(piece.people, piece.behaviour).items():
+                writers[name].append(table)
+                rows[name] += table.num_rows
+            progress.update(len(piece.people.age_U))
+    for writer in writers.values():
+        writer.close()
+    return rows
+
+
+REPORTED = (1, 5, 20)
+
+
+def write_examples(folder: Path, name: str, examples: Iterable[Example]) -> dict[str, Any]:
+    """Write ``name.jsonl`` and ``name.best.jsonl``; return how many rows there are and the best reachable scores."""
+    written = list(examples)
+    for suffix, records in (("", map(_row, written)), (".best", map(_best, written))):
+        path = folder / f"{name}{suffix}.jsonl"
+        _write_lines(path, records)
+        flush_file(path)
+    if not written:
+        return {"rows": 0}
+    return {"rows": len(written), "best_reachable": _best_scores(written)}
+
+
+def _best_scores(examples: Sequence[Example]) -> dict[str, float]:
+    if max(len(example.best) for example in examples) > 1:
+        return {f"recall@{most}": reachable_recall(examples, most) for most in REPORTED}
+    name = "accuracy" if examples[0].row.label is not None else "keeps_every_rule"
+    return {name: reachable_recall(examples, 1)}
+
+
+def _row(example: Example) -> dict[str, Any]:
+    row = example.row
+    return {
+        "id": row.id,
+        "task": row.task,
+        "group": row.group,
+        "label": None if row.label is None else str(row.label),
+        "messages": [message.as_dict() for message in row.messages],
+    }
+
+
+def _best(example: Example) -> dict[str, Any]:
+    return {"id": example.row.id, "best": example.best, "chances": example.chances}
+
+
+def _write_lines(path: Path, records: Iterator[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

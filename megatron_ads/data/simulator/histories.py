@@ -1,18 +1,68 @@
-"""What simulated users did up to the anchor day, as the record that prompts are made from, and what they did next."""
+"""Users of a world, drawn in pieces of a fixed size, and their history up to the anchor day as prompts show it.
+
+Memory is bounded, and more users change no earlier one.
+"""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ads.data.simulator.behaviour import EVENT_TABLES, MINUTES, Behaviour
-from megatron_ads.data.simulator.population import Population
-from megatron_ads.data.simulator.queries import wanted_by
-from megatron_ads.data.simulator.sessions import Columns
-from megatron_ads.data.simulator.vocabulary import AGES, GENDERS, KINDS, PLACES, PRICES
+from megatron_ads.data.simulator.behaviour import EVENT_TABLES, MINUTES, Behaviour, Columns, Simulation
+from megatron_ads.data.simulator.population import Moment, Population, draw_population, segment_priors
+from megatron_ads.data.simulator.vocabulary import AGES, GENDERS, KINDS, PLACES, PRICES, wanted_by
 from megatron_ads.data.simulator.world import World
 from megatron_ads.tasks.user_history import Demographics, Event, EventKind, UserHistory
+
+PIECE = 2048
+"""Users drawn at once; decides which users a seed gives, so it is not a setting."""
+_R = TypeVar("_R", Population, Moment | None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """Some users and what they did."""
+
+    people: Population
+    behaviour: Behaviour
+
+
+def draw_pieces(world: World, *, users: int, days: int, anchor: int | None = None) -> Iterator[Piece]:
+    """Yield the first ``users`` users of a world, ``PIECE`` at a time; the last piece may be smaller.
+
+    Who a user is, and what happens on a day, depends on the world alone: more users or days change nothing earlier.
+    """
+    simulation, priors = Simulation(world), segment_priors(world.seed)
+    for number, first in enumerate(range(0, users, PIECE)):
+        draw = np.random.default_rng([world.seed, 2, number])
+        people = draw_population(draw, priors, first_user=first, count=PIECE)
+        piece = Piece(people=people, behaviour=simulation.run(people, draw, days=days, anchor=anchor))
+        yield piece if users - first >= PIECE else _first_users(piece, users - first)
+
+
+def _first_users(piece: Piece, count: int) -> Piece:
+    """Return a piece without the users from number ``count`` on."""
+    behaviour = piece.behaviour
+    tables: dict[str, Any] = {name: _rows_of(getattr(behaviour, name), count) for name in EVENT_TABLES}
+    moments: dict[str, Any] = {name: _cut(getattr(behaviour, name), count) for name in ("known", "true")}
+    return Piece(people=_cut(piece.people, count), behaviour=replace(behaviour, **tables, **moments))
+
+
+def _rows_of(table: Columns, count: int) -> Columns:
+    end = int(np.searchsorted(table["user"], count))
+    return {name: column[:end] for name, column in table.items()}
+
+
+def _cut(record: _R, count: int) -> _R:
+    """Return a record whose arrays, all of one row a user, are cut."""
+    if record is None:
+        return record
+    values: dict[str, Any] = {field.name: getattr(record, field.name) for field in fields(record)}
+    shorter: dict[str, Any] = {key: value[:count] for key, value in values.items() if isinstance(value, np.ndarray)}
+    return replace(record, **shorter)
+
 
 SHOPPER = dict(zip(PRICES, ("saver", "spender"), strict=True))
 """What a profile calls somebody who buys at each price level."""
@@ -154,7 +204,7 @@ class HistoryReader:
 
 
 class _Table:
-    """One table of events, with where each user's begin."""
+    """One table of events, with the place where each user's events begin."""
 
     def __init__(self, columns: Columns, users: int) -> None:
         self._columns = columns

@@ -1,4 +1,4 @@
-"""How raters of the simulated world judge: fixed rules on the facts, and now and then a slip.
+"""What is right to answer: raters of the simulated world judge by fixed rules, and now and then make a slip.
 
 Query-ad relevance:
 
@@ -16,19 +16,40 @@ Ad-user relevance, from the user's searches and conversions:
 A rater's slip moves a label to a neighbour on its scale, so the best that anybody can reach is to state the rule's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.simulator.histories import SimulatedUser
-from megatron_ads.data.simulator.queries import Wanted
-from megatron_ads.data.simulator.vocabulary import DEPARTMENTS, KINDS, PLACES, PRICES
+from megatron_ads.data.simulator.vocabulary import DEPARTMENTS, KINDS, PLACES, PRICES, Wanted
 from megatron_ads.data.simulator.world import CLEAN, SPAM, AdFacts, World, close_kind, department_of
 from megatron_ads.tasks.relevance import Flag, Label
 
 SLIP = 0.04
 """Share of labels that raters move to a neighbour on the scale."""
 TEXT_WORDS = ("clean", "misspelt", "spam")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A row and what is best to answer to it."""
+
+    row: ChatRow
+    best: tuple[str, ...]
+    """Answers as the row's ``label`` would be written (without a label: as its target), the most likely first."""
+    chances: tuple[float, ...]
+    """Probability that each of ``best`` is the label that the simulation drew, given all that a prompt can show."""
+
+
+def reachable_recall(examples: Sequence[Example], most: int) -> float:
+    """Return the expected share of rows whose label is among the first ``most`` of the best answers.
+
+    With ``most`` = 1 it is the best reachable accuracy. An expectation over what the simulation could have drawn for
+    these users: the same answers score a little more or less on the labels that it did draw.
+    """
+    return sum(sum(example.chances[:most]) for example in examples) / len(examples)
 
 
 @dataclass(frozen=True, slots=True)

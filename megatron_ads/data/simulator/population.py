@@ -1,6 +1,15 @@
-"""The users of the simulated world: who they are, and what they are interested in.
+"""Users: who they are, what they need from day to day, and which advertiser they convert with next.
 
-Letters of array shapes: U users, K kinds.
+A user's need stays the same from session to session with probability ``PERSISTENCE``, else it is drawn from the user's
+interests. A session converts with probability ``CONVERSION``, whatever came before, and then with advertiser a at
+
+    p(a) = LOYALTY * loyal(a) + INTENT * intent(a | need, price level) + REST * popularity(a),
+
+where loyal(a) weighs the remembered conversions by ``DECAY`` ** days; without any, its share goes to the intent. All
+ages grow alike, so that loyal(a) is the same on any later day before the next conversion. The simulation draws from
+these probabilities, and they are reported as the best reachable answer.
+
+Letters of array shapes: U users, K kinds, A advertisers, M remembered conversions, N users of a day.
 """
 
 from dataclasses import dataclass
@@ -17,6 +26,7 @@ from megatron_ads.data.simulator.vocabulary import (
     PLACES,
     PRICES,
 )
+from megatron_ads.data.simulator.world import World
 
 K = len(KINDS)
 CONCENTRATION = 2.0
@@ -73,3 +83,142 @@ def draw_population(
         activity_U=draw.beta(*ACTIVITY_PARAMETERS, size=count),
         prior_UK=prior_UK,
     )
+
+
+PERSISTENCE = 0.75
+CONVERSION = 0.3
+LOYALTY, INTENT, REST = 0.45, 0.5, 0.05
+DECAY = 0.9
+"""What is left of the weight of a conversion after a day."""
+REMEMBERED = 8
+"""Number of latest conversions that count towards loyalty."""
+NOBODY = -1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Moment:
+    """What is known about users at the end of a day."""
+
+    day: int
+    need_U: NDArray[np.int64]
+    """Kind of the latest session; ``NOBODY`` before the first."""
+    recent_UM: NDArray[np.int64]
+    """Advertisers of the latest conversions; ``NOBODY`` where there are fewer."""
+    recent_day_UM: NDArray[np.int64]
+    interest_UK: NDArray[np.float64]
+    """Probability of each kind when a need is drawn: the true one, or what the history suggests."""
+    activity_U: NDArray[np.float64]
+    """Probability of a session on a day: the true one, or what the history suggests."""
+    price_U: NDArray[np.int64]
+
+
+def loyalty_weights(recent_UM: NDArray[np.int64], age_UM: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the share of each remembered conversion, 0 where there is none; a user without any has only zeros."""
+    weights_UM = np.where(recent_UM == NOBODY, 0.0, DECAY ** age_UM.astype(np.float64))
+    total_U = weights_UM.sum(axis=1, keepdims=True)
+    shares: NDArray[np.float64] = weights_UM / np.where(total_U > 0, total_U, 1.0)
+    return shares
+
+
+def next_advertiser(moment: Moment, world: World, *, window_days: int) -> NDArray[np.float64]:
+    """Return (U, A): the probability of each advertiser to be the next, given a conversion within ``window_days``."""
+    same_U = same_need(moment.activity_U, window_days=window_days)
+    same_U = np.where(moment.need_U == NOBODY, 0.0, same_U)
+    need_UK = (1.0 - same_U)[:, None] * moment.interest_UK
+    known = np.flatnonzero(moment.need_U != NOBODY)
+    need_UK[known, moment.need_U[known]] += same_U[known]
+    intent_UA = np.empty((len(same_U), len(world.advertisers)))
+    for price in range(world.intent_KPA.shape[1]):
+        chosen = moment.price_U == price
+        intent_UA[chosen] = need_UK[chosen] @ world.intent_KPA[:, price]
+    shares_UM = loyalty_weights(moment.recent_UM, moment.day - moment.recent_day_UM)
+    has_U = shares_UM.sum(axis=1) > 0
+    chance_UA: NDArray[np.float64] = np.where(has_U, INTENT, INTENT + LOYALTY)[:, None] * intent_UA
+    chance_UA += REST * world.popularity_A
+    users = np.arange(len(has_U))
+    for place in range(REMEMBERED):
+        advertiser_U = moment.recent_UM[:, place]
+        held = advertiser_U != NOBODY
+        np.add.at(chance_UA, (users[held], advertiser_U[held]), LOYALTY * shares_UM[held, place])
+    return chance_UA
+
+
+def same_need(activity_U: NDArray[np.float64], *, window_days: int) -> NDArray[np.float64]:
+    """Return the probability that the need never changed until the next conversion, given one within the window.
+
+    Two states are followed from day to day: not converted yet with the need kept, or with the need drawn anew.
+    """
+    kept, drawn = np.ones_like(activity_U), np.zeros_like(activity_U)
+    converted_kept, converted_drawn = np.zeros_like(activity_U), np.zeros_like(activity_U)
+    for _ in range(window_days):
+        stays, changes = activity_U * PERSISTENCE * kept, activity_U * ((1 - PERSISTENCE) * kept + drawn)
+        converted_kept += CONVERSION * stays
+        converted_drawn += CONVERSION * changes
+        kept = kept * (1 - activity_U) + (1 - CONVERSION) * stays
+        drawn = drawn * (1 - activity_U) + (1 - CONVERSION) * changes
+    same: NDArray[np.float64] = converted_kept / (converted_kept + converted_drawn)
+    return same
+
+
+class UserState:
+    """The current state of users at the end of a day."""
+
+    def __init__(self, people: Population) -> None:
+        """Start before the first day."""
+        count, kinds = people.interest_UK.shape
+        self._people = people
+        self._cumulated_UK = np.cumsum(people.interest_UK, axis=1)
+        self.need_U = np.full(count, NOBODY)
+        self.recent_UM = np.full((count, REMEMBERED), NOBODY)
+        self.recent_day_UM = np.zeros((count, REMEMBERED), dtype=np.int64)
+        self._drawn_UK = np.zeros((count, kinds))
+        """How often each kind was drawn from the interests, as far as the history tells."""
+        self._sessions_U = np.zeros(count)
+
+    def next_needs(self, user: NDArray[np.int64], draw: np.random.Generator) -> NDArray[np.int64]:
+        """Draw the needs of these users' next sessions."""
+        before, cumulated_NK = self.need_U[user], self._cumulated_UK[user]
+        passed_NK = draw.random(len(user))[:, None] * cumulated_NK[:, -1:] >= cumulated_NK
+        fresh = passed_NK.sum(axis=1).clip(max=cumulated_NK.shape[1] - 1)
+        stays = (before != NOBODY) & (draw.random(len(user)) < PERSISTENCE)
+        need: NDArray[np.int64] = np.where(stays, before, fresh)
+        self._learn(user, before, need)
+        self.need_U[user] = need
+        return need
+
+    def _learn(self, user: NDArray[np.int64], before: NDArray[np.int64], need: NDArray[np.int64]) -> None:
+        """Count a changed need as drawn, an unchanged one by the probability that it was (assumed-density filter)."""
+        guess = (self._people.prior_UK[user, need] + self._drawn_UK[user, need]) / (
+            self._people.prior_UK[user].sum(axis=1) + self._drawn_UK[user].sum(axis=1)
+        )
+        share = (1 - PERSISTENCE) * guess
+        self._drawn_UK[user, need] += np.where(need == before, share / (share + PERSISTENCE), 1.0)
+        self._sessions_U[user] += 1
+
+    def remember(self, user: NDArray[np.int64], advertiser: NDArray[np.int64], day: int) -> None:
+        """Put a conversion in front of each of these users' others."""
+        for table, newest in ((self.recent_UM, advertiser), (self.recent_day_UM, np.full(len(user), day))):
+            table[user, 1:] = table[user, :-1]
+            table[user, 0] = newest
+
+    def true(self, day: int) -> Moment:
+        """Return this moment with the users' true interests and activity."""
+        return self._moment(day, self._people.interest_UK, self._people.activity_U)
+
+    def known(self, day: int) -> Moment:
+        """Return this moment with what the history and the model's parameters say of interests and activity."""
+        counts_UK = self._people.prior_UK + self._drawn_UK
+        often, seldom = ACTIVITY_PARAMETERS
+        activity_U = (often + self._sessions_U) / (often + seldom + day + 1)
+        return self._moment(day, counts_UK / counts_UK.sum(axis=1, keepdims=True), activity_U)
+
+    def _moment(self, day: int, interest_UK: NDArray[np.float64], activity_U: NDArray[np.float64]) -> Moment:
+        return Moment(
+            day=day,
+            need_U=self.need_U.copy(),
+            recent_UM=self.recent_UM.copy(),
+            recent_day_UM=self.recent_day_UM.copy(),
+            interest_UK=interest_UK,
+            activity_U=activity_U,
+            price_U=self._people.price_U,
+        )

@@ -1,4 +1,4 @@
-"""What stands still in the simulated world: brands, advertisers, ads and their texts, and who buys what where.
+"""What does not change in the simulated world: brands, advertisers, ads and their texts, and who buys what where.
 
 Letters of array shapes: K kinds, A advertisers, D ads, P price levels.
 """
@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ads.data.simulator.names import invent_names
-from megatron_ads.data.simulator.queries import BRANDS_PER_KIND, word_all_queries
 from megatron_ads.data.simulator.vocabulary import (
+    BRANDS_PER_KIND,
     CLEAN_TEXTS,
     DEPARTMENTS,
     EVERYWHERE_OFFERED,
@@ -22,6 +21,8 @@ from megatron_ads.data.simulator.vocabulary import (
     PRICES,
     PRICES_OFFERED,
     SPAM_TEXTS,
+    invent_names,
+    word_all_queries,
 )
 from megatron_ads.errors import ConfigError
 
@@ -85,7 +86,7 @@ class World:
     first_ad_AK: NDArray[np.int32]
     """First of the ``ADS_PER_OFFER`` ads of an advertiser for a kind; -1 where it does not sell it."""
     popularity_A: NDArray[np.float64]
-    """Probability of an advertiser for somebody who does not look for anything in particular."""
+    """Probability of an advertiser for somebody who looks for nothing in particular."""
     intent_KPA: NDArray[np.float64]
     """Probability of an advertiser for somebody of price level P who looks for a kind."""
     auction_KD: NDArray[np.float64]

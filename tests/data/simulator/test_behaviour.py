@@ -5,11 +5,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from megatron_ads.data.simulator.behaviour import Behaviour
-from megatron_ads.data.simulator.histories import HistoryReader
-from megatron_ads.data.simulator.preferences import NOBODY, Moment, next_advertiser, same_need
-from megatron_ads.data.simulator.sampling import InverseTable
-from megatron_ads.data.simulator.simulate import PIECE, draw_pieces
+from megatron_ads.data.simulator.behaviour import Behaviour, InverseTable
+from megatron_ads.data.simulator.histories import PIECE, HistoryReader, draw_pieces
+from megatron_ads.data.simulator.population import NOBODY, Moment, next_advertiser, same_need
 from megatron_ads.data.simulator.world import World, draw_world
 
 USERS, DAYS, ANCHOR, WINDOW = 4 * PIECE, 35, 27, 7

@@ -8,12 +8,9 @@ import pytest
 from megatron_ads.config.data import AdsTask, HistoryConfig, SourceConfig, SourceKind
 from megatron_ads.data.chat import tokenize_row
 from megatron_ads.data.demo_tokenizer import write_tokenizer
-from megatron_ads.data.simulator.examples import Example, reachable_recall
-from megatron_ads.data.simulator.judging import SLIP
-from megatron_ads.data.simulator.queries import QUERY_COUNT, wanted_by
-from megatron_ads.data.simulator.reading import is_narrower, read_query
-from megatron_ads.data.simulator.simulated_rows import DEFAULT_VIEW, simulated_examples
-from megatron_ads.data.simulator.user_examples import users_at_anchor
+from megatron_ads.data.simulator.judging import SLIP, Example, reachable_recall
+from megatron_ads.data.simulator.simulated_rows import DEFAULT_VIEW, simulated_examples, users_at_anchor
+from megatron_ads.data.simulator.vocabulary import QUERY_COUNT, wanted_by
 from megatron_ads.data.simulator.world import World, draw_world
 from megatron_ads.data.sources import read_source, simulated_source
 from megatron_ads.data.split import split_by_group
@@ -31,6 +28,7 @@ from megatron_ads.tasks import (
 )
 from megatron_ads.tasks.row_checks import check_rows
 from megatron_ads.tasks.user_history import HEADINGS, Section
+from tests.data.simulator.reading import is_narrower, read_query
 
 COUNT = 600
 PARSERS = {

@@ -2,8 +2,7 @@
 
 import re
 
-from megatron_ads.data.simulator.queries import Wanted
-from megatron_ads.data.simulator.vocabulary import DEPARTMENTS, KINDS, PLACES, PRICES_ASKED
+from megatron_ads.data.simulator.vocabulary import DEPARTMENTS, KINDS, PLACES, PRICES_ASKED, Wanted
 from megatron_ads.data.simulator.world import World, department_of
 
 

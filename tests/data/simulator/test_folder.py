@@ -8,12 +8,11 @@ import pytest
 
 from megatron_ads.config.data import AdsTask
 from megatron_ads.data.jsonl import jsonl_rows
-from megatron_ads.data.simulator import simulate
-from megatron_ads.data.simulator.folder import write_simulation
-from megatron_ads.data.simulator.logs import SCHEMAS
-from megatron_ads.data.simulator.simulate import PIECE, Scale
+from megatron_ads.data.simulator import folder
+from megatron_ads.data.simulator.folder import Scale, write_simulation
+from megatron_ads.data.simulator.histories import PIECE
+from megatron_ads.data.simulator.logs import SCHEMAS, TableFormat
 from megatron_ads.data.simulator.simulated_rows import simulated_examples
-from megatron_ads.data.simulator.tables import TableFormat
 from megatron_ads.data.simulator.world import draw_world
 from megatron_ads.errors import ConfigError
 
@@ -82,7 +81,7 @@ def test_an_interrupted_run_leaves_no_folder_under_the_name(tmp_path: Path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(simulate, "tables_of", broken)
+        patch.setattr(folder, "tables_of", broken)
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path / "logs")
     assert not (tmp_path / "logs").exists()
