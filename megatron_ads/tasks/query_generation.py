@@ -9,8 +9,7 @@ from enum import StrEnum
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
-from megatron_ads.metrics.generated_queries import distinct_n, is_narrower, near_duplicates
-from megatron_ads.metrics.text_similarity import words_of
+from megatron_ads.metrics.text import distinct_n, is_narrower, near_duplicates, words_of
 from megatron_ads.tasks.conversation import filled, single_turn
 from megatron_ads.tasks.elements import count_of, element, read_elements
 from megatron_ads.tasks.prompt_templates import Template
