@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_ads.disk import existing
-from megatron_ads.launching.reach import meet
+from megatron_ads.launching.network_check import meet
 
 _OLDEST_PYTHON = (3, 11)
 _DRIVER_SECONDS = 60.0

@@ -1,4 +1,4 @@
-"""The numbers of a rehearsal, gathered from the stages' records, the metrics and the machine: ``report.json``."""
+"""The numbers of a quickstart, gathered from the stages' records, the metrics and the machine: ``report.json``."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ from statistics import mean, median
 from typing import Any
 
 from megatron_ads.config.sft import SftConfig
-from megatron_ads.rehearsal.folder import RehearsalFolder
-from megatron_ads.rehearsal.stages import Stage, StageRecord
+from megatron_ads.quickstart.stages import Stage, StageRecord
+from megatron_ads.quickstart.workflow import QuickstartFolder
 from megatron_ads.tasks.relevance import TASK
 from megatron_ads.training.compare_logits import LIMIT
 
@@ -18,7 +18,7 @@ _ENDS = 10
 
 
 def gather_facts(
-    folder: RehearsalFolder,
+    folder: QuickstartFolder,
     stages: Sequence[Stage],
     records: Mapping[str, StageRecord],
     metrics: Sequence[Mapping[str, Any]],

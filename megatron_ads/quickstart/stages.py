@@ -9,15 +9,17 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from megatron_ads.errors import ConfigError
+from megatron_ads.observability.progress import readable_duration
 
 RECORDS = "stages"
 WAIT_SECONDS = 60.0
@@ -55,20 +57,38 @@ class StageRecord:
     """Whether that run went on where an interrupted one had stopped, so that ``seconds`` are not all it took."""
 
 
-class Announcer(Protocol):
-    """Told what happens, to show it."""
+class Announcements:
+    """Prints to stdout each stage with its command, and how long it took.
+
+    ``commands`` maps a stage's name to the command line that does the same.
+    """
+
+    def __init__(self, commands: Mapping[str, Sequence[str]]) -> None:
+        self._commands = commands
+        self.ran = 0
+        """Stages that were run, as opposed to found complete."""
 
     def starting(self, stage: Stage, number: int, total: int, resuming: bool) -> None:
-        """``stage`` is about to run."""
+        """Say what is about to run."""
+        self.ran += 1
+        going_on = " (going on where it was interrupted)" if resuming else ""
+        self._say(f"[{number}/{total}] {stage.title}{going_on}")
+        if command := self._commands.get(stage.name):
+            self._say(f"      $ {shlex.join(command)}")
 
     def finished(self, stage: Stage, record: StageRecord) -> None:
-        """``stage`` ran and is complete."""
+        """Say how long it took."""
+        self._say(f"      done in {readable_duration(record.seconds)}")
 
     def reused(self, stage: Stage, number: int, total: int, record: StageRecord) -> None:
-        """``stage`` was complete already."""
+        """Say that it is complete already."""
+        self._say(f"[{number}/{total}] {stage.title}: complete, {readable_duration(record.seconds)} at the time")
+
+    def _say(self, line: str) -> None:
+        print(line, flush=True)
 
 
-def run_stages(stages: Sequence[Stage], folder: Path, announcer: Announcer) -> dict[str, StageRecord]:
+def run_stages(stages: Sequence[Stage], folder: Path, announcements: Announcements) -> dict[str, StageRecord]:
     """Bring every stage to completion, in order; return the records by name.
 
     Raises:
@@ -80,12 +100,12 @@ def run_stages(stages: Sequence[Stage], folder: Path, announcer: Announcer) -> d
             fingerprint = _fingerprint(stage, records)
             record = _read_record(folder, stage.name)
             if record is not None and record.fingerprint == fingerprint and all(map(Path.exists, stage.outputs)):
-                announcer.reused(stage, number, len(stages), record)
+                announcements.reused(stage, number, len(stages), record)
             else:
                 resuming = _prepare(stage, folder, fingerprint)
-                announcer.starting(stage, number, len(stages), resuming)
+                announcements.starting(stage, number, len(stages), resuming)
                 record = _run(stage, folder, fingerprint, resuming)
-                announcer.finished(stage, record)
+                announcements.finished(stage, record)
             records[stage.name] = record
     return records
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ads.launching.processes import JobError, MetricsFollower, run_job
 from megatron_ads.observability.metrics import METRICS_FILE
-from megatron_ads.rehearsal.job import JobError, MetricsFollower, run_job
 
 
 def _python(code: str) -> list[str]:
@@ -75,7 +75,7 @@ def test_a_job_does_not_outlive_a_killed_driver(tmp_path: Path) -> None:
     driver = f"""
 import sys
 from pathlib import Path
-from megatron_ads.rehearsal.job import run_job
+from megatron_ads.launching.processes import run_job
 run_job([sys.executable, "-c", {job!r}], Path({str(tmp_path / "job.log")!r}))
 """
     with subprocess.Popen(_python(driver), start_new_session=True) as process:
@@ -129,7 +129,7 @@ def test_what_an_interrupted_run_wrote_is_not_progress(tmp_path: Path) -> None:
 
 
 def test_no_process_is_left_when_a_job_ignores_the_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_ads.rehearsal.job.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("megatron_ads.launching.processes.GRACE_SECONDS", 0.5)
     pid_file = tmp_path / "pid"
     job = f"""
 import os, pathlib, signal, time

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from megatron_ads.config.sft import SftConfig
-from megatron_ads.rehearsal.content import page, summary_lines
-from megatron_ads.rehearsal.facts import gather_facts, training_facts
-from megatron_ads.rehearsal.folder import RehearsalFolder
-from megatron_ads.rehearsal.stages import Stage, StageRecord
+from megatron_ads.quickstart.content import page, summary_lines
+from megatron_ads.quickstart.facts import gather_facts, training_facts
+from megatron_ads.quickstart.stages import Stage, StageRecord
+from megatron_ads.quickstart.workflow import QuickstartFolder
 
 NAMES = ("demo-model", "evaluate-before", "train", "compare-logits", "evaluate-after", "verify-fp8", "evaluate-fp8")
 
@@ -59,7 +59,7 @@ def _facts(folder: Path, *, difference: float = 1.4e-6, after: float | None = 0.
     answers = [
         {"prompt": f"Is it {label}?", "expected": label, "text": f"<{label}>"} for label in ("Good", "Bad", "Good")
     ]
-    RehearsalFolder(folder).answers("after").write_text("\n".join(map(json.dumps, answers)))
+    QuickstartFolder(folder).answers("after").write_text("\n".join(map(json.dumps, answers)))
     stages = [Stage(name=name, title=name, settings={}, outputs=[], run=dict) for name in NAMES]
     provenance = {
         "host": {"cpu": "Some CPU <1>", "cores": 2, "memory_bytes": 24 * 2**30, "system": "Linux", "gpus": []},
@@ -68,7 +68,7 @@ def _facts(folder: Path, *, difference: float = 1.4e-6, after: float | None = 0.
     }
     data = {"source": "simulated_pairs", "description": "query-ad pairs of a simulated ads business"}
     facts = gather_facts(
-        RehearsalFolder(folder), stages, records, _metrics(200), config=SftConfig(), data=data, provenance=provenance
+        QuickstartFolder(folder), stages, records, _metrics(200), config=SftConfig(), data=data, provenance=provenance
     )
     facts["layout"] |= {"pp": 2, "ep": 2}
     return facts

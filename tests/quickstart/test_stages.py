@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 
 from megatron_ads.errors import ConfigError
-from megatron_ads.rehearsal import stages
-from megatron_ads.rehearsal.stages import Stage, StageRecord, run_stages
+from megatron_ads.quickstart import stages
+from megatron_ads.quickstart.stages import Announcements, Stage, StageRecord, run_stages
 
 
-class Events:
-    """Announcer that keeps what it was told."""
+class Events(Announcements):
+    """Keeps what would be printed."""
 
     def __init__(self) -> None:
+        super().__init__({})
         self.seen: list[str] = []
 
     def starting(self, stage: Stage, number: int, total: int, resuming: bool) -> None:

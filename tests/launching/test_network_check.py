@@ -5,7 +5,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from megatron_ads.launching.reach import meet
+from megatron_ads.launching.network_check import meet
 from tests.free_port import free_port
 
 

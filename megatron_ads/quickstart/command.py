@@ -1,4 +1,4 @@
-"""`megatron-ads quickstart`: rehearse the whole path on this machine, from a checkpoint to a better checkpoint.
+"""`megatron-ads quickstart`: run the whole path on this machine, from a checkpoint to a better checkpoint.
 
     megatron-ads quickstart [--out DIR] [--steps N] [key=value ...]
 
@@ -32,18 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Bring every stage to completion and report; return 1 if an export differs from what was trained."""
+    from megatron_ads.launching.processes import termination_as_interrupt
     from megatron_ads.observability.metrics import read_metrics
     from megatron_ads.observability.provenance import own_code_digest, provenance
     from megatron_ads.observability.report import write_report
-    from megatron_ads.rehearsal import content
-    from megatron_ads.rehearsal.announce import Announcements
-    from megatron_ads.rehearsal.facts import gather_facts
-    from megatron_ads.rehearsal.folder import RehearsalFolder
-    from megatron_ads.rehearsal.job import termination_as_interrupt
-    from megatron_ads.rehearsal.plan import make_plan
-    from megatron_ads.rehearsal.stages import run_stages
+    from megatron_ads.quickstart import content
+    from megatron_ads.quickstart.facts import gather_facts
+    from megatron_ads.quickstart.stages import Announcements, run_stages
+    from megatron_ads.quickstart.workflow import QuickstartFolder, make_plan
 
-    folder = RehearsalFolder(args.out.resolve())
+    folder = QuickstartFolder(args.out.resolve())
     machine, data = provenance(), describe_data()
     plan = make_plan(
         folder,

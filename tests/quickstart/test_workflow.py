@@ -6,16 +6,14 @@ from typing import Any
 
 import pytest
 
-from megatron_ads import quickstart
 from megatron_ads.errors import ConfigError
-from megatron_ads.rehearsal.announce import Announcements
-from megatron_ads.rehearsal.folder import RehearsalFolder
-from megatron_ads.rehearsal.plan import Plan, make_plan
-from megatron_ads.rehearsal.stages import Stage, run_stages
+from megatron_ads.quickstart import command
+from megatron_ads.quickstart.stages import Announcements, Stage, run_stages
+from megatron_ads.quickstart.workflow import Plan, QuickstartFolder, make_plan
 
 
 def _plan(root: Path, *overrides: str, **identity: str) -> Plan:
-    return make_plan(RehearsalFolder(root), overrides=["data=simulated_pairs", *overrides], identity=identity)
+    return make_plan(QuickstartFolder(root), overrides=["data=simulated_pairs", *overrides], identity=identity)
 
 
 def _pretend(stage: Stage) -> Stage:
@@ -107,7 +105,7 @@ def test_another_layout_is_what_the_checkpoint_is_converted_for(tmp_path: Path) 
 
 def test_without_real_data_the_built_in_rows_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEGATRON_ADS_DATA", raising=False)
-    data = quickstart.describe_data()
+    data = command.describe_data()
     assert (data["source"], "path" in data) == ("simulated_pairs", False)
 
 
@@ -116,12 +114,12 @@ def test_real_pairs_are_counted_and_fingerprinted(monkeypatch: pytest.MonkeyPatc
     (tmp_path / "esci_us").mkdir()
     file = tmp_path / "esci_us" / "pairs.jsonl"
     file.write_text("".join(json.dumps({"query": "q", "asin": str(number)}) + "\n" for number in range(1234)))
-    before = quickstart.describe_data()
+    before = command.describe_data()
     assert before["source"] == "esci"
     assert before["description"].startswith("1,234 real query-product pairs")
     assert before["path"] == str(file)
     file.write_text(file.read_text() + "{}\n")
-    assert quickstart.describe_data()["sha256"] != before["sha256"]
+    assert command.describe_data()["sha256"] != before["sha256"]
 
 
 def test_a_data_folder_without_the_pairs_is_not_passed_over_in_silence(
@@ -129,4 +127,4 @@ def test_a_data_folder_without_the_pairs_is_not_passed_over_in_silence(
 ) -> None:
     monkeypatch.setenv("MEGATRON_ADS_DATA", str(tmp_path))
     with pytest.raises(ConfigError, match=r"MEGATRON_ADS_DATA is .*pairs\.jsonl cannot be read"):
-        quickstart.describe_data()
+        command.describe_data()
