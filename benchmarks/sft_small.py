@@ -194,7 +194,7 @@ def _write_texts(file: Path, sections: Sequence[Sequence[str]]) -> dict[str, Any
     from megatron_ads.data.corpus import read_corpus
     from megatron_ads.tasks.registry import TASKS
 
-    corpora = [read_corpus(load_recipe(RECIPE, ["model.load=unused", *section]).data) for section in sections]
+    corpora = [read_corpus(load_recipe(RECIPE, section, sections=["data"]).data) for section in sections]
     rows = [row for corpus in corpora for of_source in corpus.training for row in of_source]
     lines = []
     for row in rows:

@@ -1,11 +1,11 @@
 """Compose a recipe, Hydra YAML below ``recipes/``, onto the schema: no unknown key or wrong type reaches the code."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -16,24 +16,31 @@ from megatron_ads.config.sft import SftConfig
 from megatron_ads.errors import ConfigError
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> SftConfig:
+def load_recipe(
+    name_or_path: str, overrides: Sequence[str] = (), *, sections: Collection[str] | None = None
+) -> SftConfig:
     """Compose a recipe with Hydra and return it as plain dataclasses, not yet validated against a world size.
 
     Args:
         name_or_path: A shipped recipe such as ``sft/quickstart``, or a YAML file of one's own.
         overrides: Hydra overrides, ``train.steps=20`` or ``layout=pp4_ep2``.
+        sections: Those that the caller reads; in others required settings may be missing, and are ``"???"`` then.
+            None: all.
 
     Raises:
         ConfigError: If there is no such recipe, a key is unknown (the nearest known one is named), a value has
             the wrong type, or a required one is missing.
     """
     composed = _compose(name_or_path, overrides)
-    if missing := sorted(OmegaConf.missing_keys(composed)):
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing := [key for key in missing if sections is None or key.split(".")[0] in sections]:
         raise ConfigError(
             f"{name_or_path}: {', '.join(missing)} must be set, in the recipe or on the command line as KEY=VALUE."
         )
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, SftConfig)  # to_object instantiates the schema composed onto
+    config = OmegaConf.to_container(
+        composed, resolve=True, throw_on_missing=False, structured_config_mode=SCMode.INSTANTIATE
+    )
+    assert isinstance(config, SftConfig)  # the schema composed onto is instantiated
     return config
 
 
