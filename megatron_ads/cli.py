@@ -49,7 +49,7 @@ COMMANDS = (
     Command("verify", "compare two checkpoints tensor by tensor", "conversion.cli", "add_verify_command"),
     Command("demo-model", "write a small random checkpoint to try things on", "megatron_ads.demo_model"),
     Command("plan", "say what a recipe takes before a machine is rented", "megatron_ads.planning.command"),
-    Command("check", "say what would stop a job before it is started", "megatron_ads.launching.command"),
+    Command("check", "say what would stop a job before it is started", "megatron_ads.launching.job_check"),
     Command("data", "make rows to train on and look at them", "megatron_ads.data.command"),
     Command("train", "run a recipe, on this machine or on several", "megatron_ads.launching.train"),
     Command("compare-logits", "run one model in transformers and in Megatron", "megatron_ads.training.compare_logits"),

@@ -8,10 +8,13 @@ a firewall that would stop these stops the trial. No torch.
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from megatron_ads.errors import ConfigError
+from megatron_ads.launching.environment import environment_number
 
 _PATIENCE_SECONDS = 10.0
 """For one connection, when both ends are known to be there."""
@@ -163,3 +166,28 @@ def _receive(connection: socket.socket) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ValueError("not a message")
     return message
+
+
+def rendezvous_problems(environment: Mapping[str, str], seconds: float = 300.0) -> list[str]:
+    """Return why node 0 cannot be reached from here; node 0 may be started up to ``seconds`` later."""
+    try:
+        nodes, node = environment_number(environment, "NNODES", 1), environment_number(environment, "NODE_RANK", 0)
+        port = environment_number(environment, "MASTER_PORT", 29500)
+    except ConfigError as error:
+        return [str(error)]
+    host = environment.get("MASTER_ADDR")
+    if not host or node == 0 or nodes == 1:
+        return []
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return []
+        except OSError as error:
+            if time.monotonic() < deadline:
+                time.sleep(2)
+                continue
+            return [
+                f"node 0 cannot be reached at {host}:{port} (MASTER_ADDR:MASTER_PORT) within {seconds:.0f} s: {error}. "
+                "Start the job there too, and open the port between the nodes."
+            ]

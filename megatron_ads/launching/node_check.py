@@ -14,14 +14,17 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ads.disk import existing
+from megatron_ads.launching.environment import Allocation, meeting_place
 from megatron_ads.launching.network_check import meet
 
 _OLDEST_PYTHON = (3, 11)
 _DRIVER_SECONDS = 60.0
+_CHECK_SECONDS = 300.0
 
 
 def main() -> int:
@@ -105,6 +108,35 @@ def folder_problems(folder: Path) -> list[str]:
     except OSError as error:
         return [f"{folder} cannot be written: {error.strerror}. Give a folder that every node may write to."]
     return []
+
+
+@dataclass(frozen=True, slots=True)
+class NodesCheck:
+    """What the nodes of an allocation said about themselves."""
+
+    problems: tuple[str, ...]
+    finished: bool
+    """Whether every node came to an end; if not, it was interrupted, or a node is out of order."""
+    failure: str | None = None
+    """Why the check itself could not be carried out."""
+
+
+def check_nodes(allocation: Allocation, arguments: Sequence[str]) -> NodesCheck:
+    """Run this check on every node of a Slurm allocation at the same time."""
+    place = meeting_place(os.environ)
+    command = [
+        *("srun", f"--ntasks={allocation.nodes}", "--ntasks-per-node=1", "--input=none", "--kill-on-bad-exit=0"),
+        *(sys.executable, "-m", "megatron_ads.launching.node_check", *arguments),
+        *(["--meet", ":".join(place), f"--nodes={allocation.nodes}"] if allocation.nodes > 1 else []),
+    ]
+    try:
+        answer = subprocess.run(command, timeout=_CHECK_SECONDS, check=False, capture_output=True, text=True)
+    except subprocess.TimeoutExpired:
+        return NodesCheck((), False, f"the nodes did not finish checking themselves within {_CHECK_SECONDS:.0f} s")
+    problems, failure = tuple(answer.stdout.splitlines()), None
+    if answer.returncode != 0 and not problems:  # else srun's own lines add nothing
+        failure = f"the nodes could not check themselves: {' '.join(answer.stderr.split())}"
+    return NodesCheck(problems, answer.returncode == 0, failure)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any, Self, TextIO
 from megatron_ads.errors import MegatronAdsError
 from megatron_ads.observability.metrics import METRICS_FILE, read_metrics
 from megatron_ads.observability.progress import Progress
+from megatron_ads.training.signals import STOP_SIGNALS
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 60.0
@@ -141,3 +142,41 @@ def _complaint(log: Path, start: int) -> str:
             if match := re.search(pattern, line):
                 return match[1].rstrip(".")
     return lines[-1].rstrip(".") if lines else "it said nothing"
+
+
+def wait_passing_signals_on(job: "subprocess.Popen[bytes]") -> int:
+    """Wait for torchrun; pass signals that ask for a stop on to its ranks.
+
+    Not to torchrun: it would kill the ranks 30 s later, which is too short for a large checkpoint. Ctrl-C reaches the
+    ranks without help.
+    """
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        if number != signal.SIGINT:
+            for pid in children(job.pid) or [job.pid]:
+                _signal(pid, number)
+
+    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        return job.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that ``pid`` has started and that are still there; none where Linux's /proc is missing."""
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += [int(child) for child in file.read_text().split()]
+        except OSError:
+            continue
+    return found
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return

@@ -19,26 +19,30 @@ from pathlib import Path
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.sft import SftConfig
 from megatron_ads.errors import ConfigError, MegatronAdsError
-from megatron_ads.launching.allocation import Allocation
 from megatron_ads.launching.attempts import (
     ATTEMPT,
     Decision,
     Verdict,
     checkpoint_step,
     decide,
+    describe_failure,
     fruitless_attempts,
     judge,
 )
-from megatron_ads.launching.environment_number import environment_number
-from megatron_ads.launching.failures import describe_failure
+from megatron_ads.launching.environment import Allocation, environment_number, meeting_place
 from megatron_ads.launching.job_check import check_job, needs_gpu, one_line
-from megatron_ads.launching.slurm_steps import NodesCheck, ask_slurm, check_nodes, meeting_place, rehearse, say
+from megatron_ads.launching.node_check import NodesCheck, check_nodes
+from megatron_ads.launching.placement import placement_problems, read_reports, summary
 from megatron_ads.launching.sweep import sweep_overrides
+from megatron_ads.planning.job import load_job
 from megatron_ads.runtime.exit_status import ExitStatus
 from megatron_ads.runtime.rank_record import FOLDER_VARIABLE, read_records
 from megatron_ads.training.outcome import clear_outcome, read_outcome
 
-REHEARSE_VARIABLE = "MEGATRON_ADS_REHEARSE"
+PLACEMENT_VARIABLE = "MEGATRON_ADS_CHECK_PLACEMENT"
+_OLD_PLACEMENT_VARIABLE = "MEGATRON_ADS_REHEARSE"
+_PLACEMENT_SECONDS = 900.0
+_ANSWER_SECONDS = 60.0
 _POLL_SECONDS = 2.0
 _START_SECONDS = 5.0
 """After which every rank has begun to listen for signals; before, one would kill it."""
@@ -75,8 +79,8 @@ class StopNotice:
 
 
 def _run(allocation: Allocation, recipe: str, overrides: list[str], notice: StopNotice) -> int:
-    if os.environ.get(REHEARSE_VARIABLE, "0") not in ("", "0"):
-        return rehearse(allocation, recipe, overrides)
+    if wants_placement_check(os.environ):
+        return check_placement(allocation, recipe, overrides)
     overrides += sweep_overrides(allocation.array_index, recipe, overrides, os.environ)
     found = check_job(recipe, overrides, allocation.ranks)
     for problem in found.problems:
@@ -85,6 +89,7 @@ def _run(allocation: Allocation, recipe: str, overrides: list[str], notice: Stop
         return ExitStatus.USER_ERROR
     attempt = Attempt.begin(allocation, recipe, overrides)
     check = attempt.check_nodes()
+    say_nodes(check)
     if check.problems:
         return ExitStatus.USER_ERROR
     started = check.finished and notice.received is None
@@ -95,6 +100,61 @@ def _run(allocation: Allocation, recipe: str, overrides: list[str], notice: Stop
     if decision.again:
         _requeue(allocation)
     return decision.status
+
+
+def say(text: str) -> None:
+    """Print a line to the job's log."""
+    print(f"{time.strftime('%H:%M:%S')} [launch] {text}", flush=True)
+
+
+def ask_slurm(*command: str) -> str | None:
+    """Run one of Slurm's own programs; return what went wrong, or None."""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"{command[0]} did not answer in {_ANSWER_SECONDS:.0f} s"
+    if answer.returncode == 0:
+        return None
+    return " ".join(answer.stderr.split()) or f"{command[0]} ended with status {answer.returncode}"
+
+
+def say_nodes(check: NodesCheck) -> None:
+    """Print what a check of the nodes found."""
+    for line in (*check.problems, *([check.failure] if check.failure else [])):
+        say(line)
+
+
+def wants_placement_check(environment: Mapping[str, str]) -> bool:
+    """Whether the job is to check where its ranks would run, instead of training; a former name is still accepted."""
+    if environment.get(_OLD_PLACEMENT_VARIABLE, "0") not in ("", "0"):
+        say(f"{_OLD_PLACEMENT_VARIABLE} is now called {PLACEMENT_VARIABLE}; the old name will be removed")
+        return True
+    return environment.get(PLACEMENT_VARIABLE, "0") not in ("", "0")
+
+
+def check_placement(allocation: Allocation, recipe: str, overrides: Sequence[str]) -> int:
+    """Let every task report which rank it would be, and check that the ranks make up the job."""
+    job = load_job(recipe, overrides, ranks=allocation.ranks)
+    check = check_nodes(allocation, [f"--local-ranks={allocation.ranks_per_node}"])
+    say_nodes(check)
+    if not check.finished:
+        return ExitStatus.USER_ERROR
+    file = Path(f"placement-{allocation.job}.jsonl")
+    command = [
+        *("srun", "--input=none", "--kill-on-bad-exit=0", sys.executable, "-m", "megatron_ads.launching.placement"),
+        *("--recipe", recipe, *overrides),
+    ]
+    try:
+        with file.open("wb") as output:
+            subprocess.run(command, stdout=output, timeout=_PLACEMENT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        say(f"the tasks did not all report within {_PLACEMENT_SECONDS:.0f} s")
+    reports, problems = read_reports(file)
+    problems += placement_problems(reports, job, allocation.nodes)
+    for line in (*summary(reports, job), *problems, f"the reports: {file.absolute()}"):
+        say(line)
+    say("the placement has problems" if problems else "every rank has its place, and nothing is missing or duplicated")
+    return ExitStatus.USER_ERROR if problems else ExitStatus.DONE
 
 
 @dataclass(frozen=True, kw_only=True)

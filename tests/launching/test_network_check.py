@@ -5,7 +5,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from megatron_ads.launching.network_check import meet
+from megatron_ads.launching.network_check import meet, rendezvous_problems
 from tests.free_port import free_port
 
 
@@ -60,6 +60,16 @@ def test_a_stranger_at_the_door_does_no_harm() -> None:
             stranger.sendall(b"GET / HTTP/1.0\r\n\n")
         other = pool.submit(meet, "127.0.0.1", port, number=1, count=2, seconds=20)
         assert (host.result(30), other.result(30)) == ([], [])
+
+
+def test_a_node_0_that_cannot_be_reached_is_a_problem() -> None:
+    here = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    (problem,) = rendezvous_problems(here, seconds=0)
+    assert "node 0 cannot be reached at 127.0.0.1" in problem
+    assert rendezvous_problems(here | {"NODE_RANK": "0"}, seconds=0) == []
+    assert rendezvous_problems({}, seconds=0) == []
+    (problem,) = rendezvous_problems(here | {"MASTER_PORT": "http"}, seconds=0)
+    assert problem == "MASTER_PORT is 'http'; it must be a whole number."
 
 
 def _connect(port: int) -> socket.socket:

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.launching.rank_report import RankReport, report_of
-from megatron_ads.launching.tiling import read_reports, summary, tiling_problems
+from megatron_ads.launching.placement import RankReport, placement_problems, read_reports, report_of, summary
 from megatron_ads.planning.job import Job, load_job
 
 RECIPE, NODES, RANKS = "sft/deepseek_r1_671b_248gpu", 31, 248
@@ -42,7 +41,7 @@ def reports() -> Reports:
 
 def test_the_places_of_all_ranks_make_up_the_job() -> None:
     found = reports()
-    assert tiling_problems(found, r1(), NODES) == []
+    assert placement_problems(found, r1(), NODES) == []
     assert summary(found, r1())[0] == (
         "248 of 248 tasks reported from 31 nodes: 31 stages, 61 decoder layers + 1 MTP, 248 shard files, "
         "8 ranks without routed experts"
@@ -81,6 +80,10 @@ def _other_file(found: Reports) -> Reports:
     return [*found[:-1], replace(found[-1], file="pp31-tp0-ep00.safetensors")]
 
 
+def _file_of_another_rank(found: Reports) -> Reports:
+    return [replace(found[8], file=found[9].file), *found[:8], *found[9:]]
+
+
 def _one_node(found: Reports) -> Reports:
     return [replace(report, node=0, local_rank=report.rank) for report in found]
 
@@ -92,18 +95,23 @@ def _disagreement(found: Reports) -> Reports:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_without, "2 missing: rank 9, 11"),
-        (_twice, "more than once: rank 5"),
-        (_other_layers, "2 missing: decoder layer 4, 5"),
-        (_other_layers, "more than once: decoder layer 2, 3"),
-        (_other_experts, "32 missing: expert of stage 1, replica 0, 0, 1, 2"),
-        (_other_file, "2 shard files are named by no rank"),
+        (_without, "2 ranks are missing: 9, 11"),
+        (_without, "not held by as many ranks as they should be: decoder.layers.2.input_layernorm.weight (6 of 8)"),
+        (_twice, "reported more than once: rank 5"),
+        (
+            _twice,
+            "weights are not held by as many ranks as they should be: embedding.word_embeddings.weight (17 of 16)",
+        ),
+        (_other_layers, "n3: rank 16 has layers (2, 3), but the recipe says (4, 5) on this node"),
+        (_other_experts, "n2: rank 8 has experts (32, 33, "),
+        (_other_file, "rank 247 names pp31-tp0-ep00.safetensors, which is not a file of this layout"),
+        (_file_of_another_rank, "decoder.layers.3.mlp.experts.linear_fc1.weight0 (0 of 1)"),
         (_one_node, "tasks of 1 nodes reported, not of 31"),
-        (_disagreement, "the ranks of stage 30 disagree"),
+        (_disagreement, "n31: rank 247 has has_loss False, but the recipe says True"),
     ],
 )
 def test_what_does_not_fit_is_named(change: Callable[[Reports], Reports], said: str) -> None:
-    assert any(said in problem for problem in tiling_problems(change(reports()), r1(), NODES))
+    assert any(said in problem for problem in placement_problems(change(reports()), r1(), NODES))
 
 
 def test_a_task_that_slurm_put_elsewhere_says_so() -> None:
@@ -129,7 +137,7 @@ def test_reports_are_read_back_and_broken_lines_are_problems(tmp_path: Path) -> 
     assert problems == ["n3: layout.pp is 0", "a task wrote 'slurmstepd: error' instead of its report"]
 
 
-@pytest.mark.parametrize("module", ["rank_report", "node_check", "tiling", "slurm_job"])
+@pytest.mark.parametrize("module", ["placement", "node_check", "slurm_job"])
 def test_what_runs_once_a_task_or_node_does_not_load_torch(module: str) -> None:
     code = f"import sys, megatron_ads.launching.{module}; print([n for n in ('torch', 'megatron') if n in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
@@ -137,7 +145,7 @@ def test_what_runs_once_a_task_or_node_does_not_load_torch(module: str) -> None:
 
 
 def test_a_task_prints_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "megatron_ads.launching.rank_report", "--recipe", RECIPE]
+    command = [sys.executable, "-m", "megatron_ads.launching.placement", "--recipe", RECIPE]
     right = subprocess.run(command, env=os.environ | task(17), capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(right.stdout)["file"] == "pp02-tp0-ep01.safetensors"
     wrong = subprocess.run(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.launching.processes import JobError, MetricsFollower, run_job
+from megatron_ads.launching.processes import JobError, MetricsFollower, children, run_job
 from megatron_ads.observability.metrics import METRICS_FILE
 
 
@@ -146,3 +146,9 @@ time.sleep(60)
         run_job(_python(job), tmp_path / "job.log", while_running=interrupt_once_started)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)
+
+
+def test_the_children_of_a_process_are_found() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert child.pid in children(os.getpid())
+        child.communicate()

@@ -1,6 +1,5 @@
 """Which part of a job a node runs, and what the launch script says before it."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.errors import ConfigError
-from megatron_ads.launching.torchrun import NodePart, children, rendezvous_problems
-from tests.free_port import free_port
+from megatron_ads.launching.environment import NodePart
+from megatron_ads.launching.train import torchrun_command
 
 ROOT = Path(__file__).parents[2]
 TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
@@ -18,7 +17,7 @@ TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
 def test_one_machine_alone_runs_the_fewest_ranks_and_starts_nothing_again() -> None:
     part = NodePart.of({}, None, fewest=4)
     assert (part.nodes, part.node, part.ranks_here, part.max_restarts) == (1, 0, 4, 0)
-    command = part.command("sft/quickstart", ["train.steps=3"])
+    command = torchrun_command(part, "sft/quickstart", ["train.steps=3"])
     assert "--standalone" in command and "--nproc-per-node=4" in command
     assert command[-3:] == ["--recipe", "sft/quickstart", "train.steps=3"]
 
@@ -26,11 +25,12 @@ def test_one_machine_alone_runs_the_fewest_ranks_and_starts_nothing_again() -> N
 def test_several_machines_share_the_ranks() -> None:
     part = NodePart.of(TWO | {"MEGATRON_ADS_MAX_RESTARTS": "3"}, None, fewest=4)
     assert (part.ranks, part.ranks_here, part.max_restarts) == (4, 2, 3)
-    command = part.command("r", [])
+    command = torchrun_command(part, "r", [])
     for word in ("--nnodes=2", "--rdzv-endpoint=10.0.0.1:29500", "--max-restarts=3"):
         assert word in command
     assert any("is_host=false" in word for word in command)
-    assert any("is_host=true" in word for word in NodePart.of(TWO | {"NODE_RANK": "0"}, None, 4).command("r", []))
+    first = NodePart.of(TWO | {"NODE_RANK": "0"}, None, 4)
+    assert any("is_host=true" in word for word in torchrun_command(first, "r", []))
     assert NodePart.of(TWO | {"NPROC_PER_NODE": "8"}, None, fewest=4).ranks == 16
     assert NodePart.of(TWO | {"NPROC_PER_NODE": ""}, None, fewest=4).ranks == 4
     assert NodePart.of(TWO, 6, fewest=4).ranks_here == 3
@@ -49,22 +49,6 @@ def test_several_machines_share_the_ranks() -> None:
 def test_numbers_that_do_not_fit_are_refused(environment: dict[str, str], ranks: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         NodePart.of(environment, ranks, fewest=4)
-
-
-def test_a_node_0_that_cannot_be_reached_is_a_problem() -> None:
-    here = TWO | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    (problem,) = rendezvous_problems(here, seconds=0)
-    assert "node 0 cannot be reached at 127.0.0.1" in problem
-    assert rendezvous_problems(here | {"NODE_RANK": "0"}, seconds=0) == []
-    assert rendezvous_problems({}, seconds=0) == []
-    (problem,) = rendezvous_problems(here | {"MASTER_PORT": "http"}, seconds=0)
-    assert problem == "MASTER_PORT is 'http'; it must be a whole number."
-
-
-def test_the_children_of_a_process_are_found() -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        assert child.pid in children(os.getpid())
-        child.communicate()
 
 
 def run_bash(command: str, **variables: str) -> subprocess.CompletedProcess[str]:

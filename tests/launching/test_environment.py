@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_ads.errors import ConfigError
-from megatron_ads.launching.allocation import Allocation, tasks_per_node
+from megatron_ads.launching.environment import Allocation, tasks_per_node
 
 INSIDE = {"SLURM_JOB_ID": "7", "SLURM_TASKS_PER_NODE": "8(x31)"}
 
