@@ -20,7 +20,6 @@ FOUNDATION = (
     "megatron_ads.json_fields",
     "megatron_ads.journal",
     "megatron_ads.architecture",
-    "megatron_ads.parameter_count",
     "megatron_ads.layout",
     "megatron_ads.config",
 )

@@ -1,4 +1,4 @@
-"""Rehearsals build what Megatron-Core builds, find nothing where all is right, and name what is wrong."""
+"""Ranks are built as Megatron-Core builds them; the checks find nothing where all is right, and name what is wrong."""
 
 import json
 import subprocess
@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.config.model import LoraConfig, LoraTarget
+from conversion.layer_specs import LayerSpec
+from megatron_ads.config.model import LayerSpecChoice, LoraConfig, LoraTarget, Recompute
+from megatron_ads.planning.build_ranks import _build_rank, build_ranks
+from megatron_ads.planning.check_ranks import RankFacts, check_ranks, checkpoint_keys, coverage_faults, expected_groups
+from megatron_ads.planning.costs import stage_weights, total
 from megatron_ads.planning.job import Job, load_job
-from megatron_ads.planning.rank_facts import RankFacts, check_ranks, checkpoint_keys, coverage_faults, expected_groups
-from megatron_ads.planning.rehearse import _build_rank, rehearse
-from megatron_ads.planning.weights import stage_weights, total
 from megatron_ads.runtime.preflight import Member
 from tests.planning.jobs import r1_job, small_job
 
@@ -36,32 +37,50 @@ def built() -> tuple[RankFacts, ...]:
         small_job(world=8, pp=2, vpp=2, ep=2, pipeline="Et|t|t|tmL"),
         small_job(world=8, pp=2, tp=2, ep=2, pipeline="Ett|ttmL"),
         small_job(world=4, tp=2, ep=2, etp=2),
+        replace(small_job(world=2, ep=2), layer_spec=LayerSpecChoice.local),
         small_job(world=4, pp=2, ep=2, pipeline="Ett|ttmL", lora=LoraConfig(rank=4)),
         # Stage 0 trains nothing.
         small_job(world=4, pp=2, ep=2, pipeline="Ett|ttmL", lora=LoraConfig(rank=4, targets=[LoraTarget.experts])),
     ],
-    ids=["expert-less", "vpp 2", "tp 2", "etp 2", "adapters", "adapters of experts"],
+    ids=["expert-less", "vpp 2", "tp 2", "etp 2", "local layers", "adapters", "adapters of experts"],
 )
 def test_every_rank_of_a_small_job_is_what_the_layout_says(job: Job) -> None:
-    rehearsal = rehearse(job, every_rank=True)
-    assert rehearsal.faults == ()
+    ranks = build_ranks(job, every_rank=True)
+    assert ranks.faults == ()
     counted = [total(stage_weights(job, job.layout.coordinates(rank).pp)) for rank in range(job.layout.world)]
-    assert list(rehearsal.parameters_by_rank.values()) == counted
+    assert list(ranks.parameters_by_rank.values()) == counted
+
+
+def test_the_model_that_is_built_is_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = []
+
+    def stop(*arguments: object) -> None:
+        settings.append(arguments[3])
+        raise InterruptedError
+
+    monkeypatch.setattr("megatron_ads.models.build.build_chunks", stop)
+    overrides = ["model.layer_spec=local", "model.recompute=none", "model.aux_loss_coefficient=0.01"]
+    bias = ["model.router_bias=update", "model.router_bias_update_rate=0.001", "train.deterministic=true"]
+    with pytest.raises(InterruptedError):
+        build_ranks(load_job("sft/moonlight_16b_8gpu", [*overrides, *bias]))
+    (built,) = settings
+    assert (built.spec, built.recompute, built.deterministic) == (LayerSpec.LOCAL, Recompute.none, True)
+    assert (built.aux_loss_coefficient, built.router_bias_update_rate) == (0.01, 0.001)
 
 
 def test_all_stages_of_r1_in_seconds_and_little_memory() -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "megatron_ads.cli", "plan", "--rehearse", "--json"]
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_ads.cli", "plan", "--build-ranks", "--json"]
     done = subprocess.run(
         [*command, "--recipe", "sft/deepseek_r1_671b_248gpu"], capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr
-    rehearsal = json.loads(done.stdout)["rehearsal"]
-    assert rehearsal["faults"] == []
-    assert rehearsal["tensors_of_checkpoint"] == 46_183  # of the published repository
-    figures = {f"{count / 1e9:.4f}" for count in rehearsal["parameters_by_rank"].values()}
-    assert (len(rehearsal["parameters_by_rank"]), figures) == (31, {"2.0936", "2.2258", "3.2846", "5.2407"})
-    assert rehearsal["peak_bytes"] < 1.5e9
-    assert rehearsal["seconds"] < 60  # 5 s where nothing else runs
+    ranks = json.loads(done.stdout)["built_ranks"]
+    assert ranks["faults"] == []
+    assert ranks["tensors_of_checkpoint"] == 46_183  # of the published repository
+    figures = {f"{count / 1e9:.4f}" for count in ranks["parameters_by_rank"].values()}
+    assert (len(ranks["parameters_by_rank"]), figures) == (31, {"2.0936", "2.2258", "3.2846", "5.2407"})
+    assert ranks["peak_bytes"] < 1.5e9
+    assert ranks["seconds"] < 60  # 5 s where nothing else runs
 
 
 @pytest.mark.parametrize(
@@ -74,8 +93,8 @@ def test_all_stages_of_r1_in_seconds_and_little_memory() -> None:
         "moonlight_16b_8gpu",
     ],
 )
-def test_the_other_recipes_for_real_machines_rehearse(recipe: str) -> None:
-    assert rehearse(load_job(f"sft/{recipe}")).faults == ()
+def test_the_other_recipes_for_real_machines_build_ranks(recipe: str) -> None:
+    assert build_ranks(load_job(f"sft/{recipe}")).faults == ()
 
 
 # ---- faults ----
@@ -158,10 +177,10 @@ def test_shards_are_checked_for_layout_and_completeness(tmp_path: Path) -> None:
     assert main(["demo-model", str(model)]) == 0
     assert main(["convert", "to-megatron", str(model), str(shards), "--recipe", "sft/quickstart"]) == 0
     job = load_job("sft/quickstart", [f"model.load={model}"])
-    assert rehearse(job, shards=shards).faults == ()
+    assert build_ranks(job, shards=shards).faults == ()
     other = load_job("sft/quickstart", [f"model.load={model}", "layout=pp1_ep1"])
     assert any(
-        "was converted for layout.pp 2, the recipe has 1" in fault for fault in rehearse(other, shards=shards).faults
+        "was converted for layout.pp 2, the recipe has 1" in fault for fault in build_ranks(other, shards=shards).faults
     )
     (shards / "pp01-tp0-ep01.safetensors").unlink()
-    assert any("pp01-tp0-ep01.safetensors" in fault for fault in rehearse(job, shards=shards).faults)
+    assert any("pp01-tp0-ep01.safetensors" in fault for fault in build_ranks(job, shards=shards).faults)

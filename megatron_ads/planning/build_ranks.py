@@ -1,7 +1,7 @@
-"""Build the real model of one rank after the other in this process, without weights and without the other ranks.
+"""Build the real model of one rank after the other in this process, and check that the ranks make up the job.
 
 torch's fake process group lets a process take any rank's place, and the meta device gives tensors shapes but no
-memory. What is built is what training builds; the checks are in ``rank_facts``.
+memory: neither weights nor the other ranks are needed. What is built is what training builds.
 """
 
 import resource
@@ -16,12 +16,11 @@ import torch.distributed as dist
 
 from conversion.rank_files import ShardsLayout
 from conversion.shards import open_shards
-from megatron_ads.config.model import LayerSpecChoice
 from megatron_ads.errors import ConfigError, ConversionError
 from megatron_ads.models.parts import part_of
 from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
+from megatron_ads.planning.check_ranks import RankFacts, check_ranks, checkpoint_keys
 from megatron_ads.planning.job import Job
-from megatron_ads.planning.rank_facts import RankFacts, check_ranks, checkpoint_keys
 from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.preflight import Member, Record
 
@@ -30,12 +29,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rehearsal:
-    """What was rehearsed, and every fault that was found."""
+class BuiltRanks:
+    """Which ranks were built, and every fault that was found."""
 
     world: int
     parameters_by_rank: dict[int, int]
-    """Elements of the model that each rehearsed rank built."""
+    """Elements of the model on each rank that was built."""
     tensors_of_checkpoint: int
     shards: str | None
     """Converted checkpoint that was checked too."""
@@ -47,7 +46,7 @@ class Rehearsal:
     def lines(self) -> list[str]:
         """Return what the terminal shows."""
         done = (
-            f"rehearsal: {len(self.parameters_by_rank)} of {self.world} ranks built in {self.seconds:.1f} s and "
+            f"build: {len(self.parameters_by_rank)} of {self.world} ranks built in {self.seconds:.1f} s and "
             f"{self.peak_bytes / 1e9:.2f} GB; "
         )
         if self.faults:
@@ -62,7 +61,7 @@ class Rehearsal:
 _FAULTS_SHOWN = 20
 
 
-def rehearse(job: Job, *, every_rank: bool = False, shards: Path | None = None) -> Rehearsal:
+def build_ranks(job: Job, *, every_rank: bool = False, shards: Path | None = None) -> BuiltRanks:
     """Build one rank of every stage (or every rank) and check what was built.
 
     The ranks of a stage differ in which experts they hold; each stage's is taken one further along the stage than the
@@ -72,13 +71,13 @@ def rehearse(job: Job, *, every_rank: bool = False, shards: Path | None = None) 
         ConfigError: If Megatron-Core cannot express the model or the layout, or this process has a job already.
     """
     if dist.is_initialized():
-        raise ConfigError("A rehearsal takes the place of every rank in turn: it cannot run inside a running job.")
+        raise ConfigError("--build-ranks takes the place of every rank in turn: it cannot run inside a running job.")
     started = time.monotonic()
     facts = [_build_rank(job, rank) for rank in _chosen_ranks(job, every_rank)]
     faults = check_ranks(job.shards, facts)
     if shards is not None:
         faults += _shard_faults(job, shards)
-    return Rehearsal(
+    return BuiltRanks(
         world=job.layout.world,
         parameters_by_rank={one.rank: one.parameters for one in facts},
         tensors_of_checkpoint=checkpoint_keys(job.shards),
@@ -98,10 +97,13 @@ def _chosen_ranks(job: Job, every_rank: bool) -> Sequence[int]:
 
 def _build_rank(job: Job, rank: int) -> RankFacts:
     settings = ModelSettings(
-        spec=resolve_layer_spec(LayerSpecChoice.auto),
+        spec=resolve_layer_spec(job.layer_spec),
         precision=job.precision,
         recompute=job.recompute,
+        router_bias_update_rate=job.router_bias_update_rate,
+        aux_loss_coefficient=job.aux_loss_coefficient,
         mtp_loss_weight=job.mtp_loss_weight,
+        deterministic=job.deterministic,
     )
     process_groups.start_rehearsal(job.layout, rank)
     try:
@@ -189,8 +191,8 @@ def _record(job: Job, rank: int, chunks: Sequence["GPTModel"], settings: ModelSe
         coordinates=job.layout.coordinates(rank),
         members=tuple(members),
         versions={},
-        config_digest="rehearsal",
-        code_revision="rehearsal",
+        config_digest="built",
+        code_revision="built",
     )
 
 

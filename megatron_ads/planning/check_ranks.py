@@ -1,15 +1,11 @@
-"""What a rehearsed rank turned out to have, and the checks that hold it against the layout and the other ranks.
-
-Standard library and the conversion's table only: what was built is in ``rehearse``.
-"""
+"""What a rank turned out to have when it was built, compared with the layout and with the other ranks. No torch."""
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from conversion.names import Parameter, Split, hf_aliases, parameters
-from conversion.rank_files import RankFile, ShardsLayout
+from conversion.names import hf_aliases, parameters
+from conversion.rank_files import ShardsLayout, wrong_copies
 from megatron_ads.errors import TopologyError
 from megatron_ads.layout import Coordinates, ParallelLayout
 from megatron_ads.runtime.preflight import Record, check_records
@@ -34,7 +30,7 @@ class RankFacts:
     message: tuple[Shape, str]
     """Shape and dtype that it sends to and expects from its neighbours in the pipeline."""
     record: Record
-    """What it would say in the preflight."""
+    """Its part in the preflight check."""
 
 
 _AXES = {"tp": ("tp",), "dp": ("dp", "cp"), "pp": ("pp",), "ep": ("ep",), "etp": ("etp",), "edp": ("edp",)}
@@ -55,12 +51,6 @@ def expected_groups(layout: ParallelLayout, rank: int) -> dict[str, tuple[int, .
     return groups
 
 
-def rank_file(shards: ShardsLayout, rank: int) -> RankFile:
-    """Return the shard file that a rank of the job reads."""
-    at = shards.layout.coordinates(rank)
-    return RankFile(pp=at.pp, tp=at.tp, ep=at.ep, etp=at.etp, etp_size=shards.layout.etp)
-
-
 def check_ranks(shards: ShardsLayout, ranks: Sequence[RankFacts]) -> list[str]:
     """Return every fault, one line each; empty: what was built is what the layout says, on every rank."""
     return [
@@ -73,14 +63,12 @@ def check_ranks(shards: ShardsLayout, ranks: Sequence[RankFacts]) -> list[str]:
 
 
 def _tensor_faults(shards: ShardsLayout, facts: RankFacts) -> Iterator[str]:
-    expected = {
-        parameter.name: shards.slice_shape(parameter) for parameter in shards.owned(rank_file(shards, facts.rank))
-    }
+    expected = {parameter.name: shards.slice_shape(parameter) for parameter in shards.owned(shards.file_of(facts.rank))}
     for name in sorted(expected.keys() | facts.tensors.keys()):
         if expected.get(name) != facts.tensors.get(name):
             yield (
                 f"rank {facts.rank}: {name} is {facts.tensors.get(name) or 'missing'} in the model, "
-                f"{expected.get(name) or 'not there'} in its shard file"
+                f"{expected.get(name) or 'missing'} in its shard file"
             )
 
 
@@ -116,34 +104,19 @@ def coverage_faults(shards: ShardsLayout, built: Mapping[int, Mapping[str, Shape
     Args:
         built: Shapes on each rank that was built; the other ranks count as their shard file says.
     """
-    held: Counter[str] = Counter()
-    contents: dict[RankFile, dict[str, int]] = {}
-    for rank in range(shards.layout.world):
-        if rank in built:
-            held.update({name: math.prod(shape) for name, shape in built[rank].items()})
-            continue
-        file = rank_file(shards, rank)
-        if file not in contents:
-            contents[file] = {one.name: math.prod(shards.slice_shape(one)) for one in shards.owned(file)}
-        held.update(contents[file])
-    faults = []
-    for name, parameter in parameters(shards.shape).items():
-        expected = math.prod(parameter.shape) * _copies(shards, parameter)
-        if held.pop(name, 0) != expected:
-            faults.append(f"{name}: not held by exactly {_copies(shards, parameter)} replicas")
-    return faults + [f"{name}: held, but not in the checkpoint" for name in held]
-
-
-def _copies(shards: ShardsLayout, parameter: Parameter) -> int:
-    """Return how many whole copies the job holds of a parameter."""
-    sizes = shards.layout
-    tensor = sizes.tp if parameter.expert is None else sizes.etp
-    copies = sizes.dp * sizes.cp if parameter.expert is None else sizes.edp
-    if parameter.split is Split.REPLICATED:
-        copies *= tensor
-    if parameter.name.startswith("embedding."):
-        copies *= len({chunk.stage for chunk in shards.placement.chunks if chunk.needs_embedding})
-    return copies
+    contents = {file: shards.elements(file) for file in shards.rank_files()}
+    held = (
+        {name: math.prod(shape) for name, shape in built[rank].items()}
+        if rank in built
+        else contents[shards.file_of(rank)]
+        for rank in range(shards.layout.world)
+    )
+    return [
+        f"{one.parameter}: held by {one.held:g} replicas instead of {one.expected}"
+        if one.expected
+        else f"{one.parameter}: held, but not in the checkpoint"
+        for one in wrong_copies(shards, held)
+    ]
 
 
 def checkpoint_keys(shards: ShardsLayout) -> int:
