@@ -156,6 +156,8 @@ def test_settings_left_open_are_listed_together() -> None:
 
 def test_a_caller_that_reads_some_sections_does_not_demand_the_others() -> None:
     assert load_recipe("sft/quickstart", sections=["data"]).data == quickstart().data
+    open_steps = load_recipe("sft/quickstart", ["train.steps=???"], sections=["data"])
+    assert (open_steps.model.load, open_steps.train.steps) == ("not set", 0)
     with pytest.raises(ConfigError, match=r"quickstart: log\.dir must be set"):
         load_recipe("sft/quickstart", ["log.dir=???", "checkpoint.dir=c"], sections=["data", "log"])
 
