@@ -1,7 +1,7 @@
 """What is planned: a recipe, the model it is for and the ranks it runs on, without any weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from conversion.names import parameters
@@ -171,32 +171,3 @@ def _require_layers(placement: PipelinePlacement) -> None:
                 f"layout.pipeline {placement.string!r} leaves chunk {number} (stage {chunk.stage}) without any layer. "
                 "Move a layer there, or use fewer stages."
             )
-
-
-def rearranged(
-    job: Job,
-    *,
-    layout: ParallelLayout,
-    placement: PipelinePlacement,
-    micro_batch_size: int,
-    recompute: Recompute,
-) -> Job:
-    """Return the same step (model, rows, everything trained) under another layout.
-
-    Raises:
-        ConfigError: If the rows of a step cannot be divided so.
-    """
-    rows = job.microbatches * job.micro_batch_size * job.layout.dp
-    microbatches, rest = divmod(rows, micro_batch_size * layout.dp)
-    if rest:
-        raise ConfigError(
-            f"{rows} rows cannot be divided into microbatches of {micro_batch_size} for dp = {layout.dp}."
-        )
-    return replace(
-        job,
-        layout=layout,
-        placement=placement,
-        micro_batch_size=micro_batch_size,
-        microbatches=microbatches,
-        recompute=recompute,
-    )
