@@ -24,13 +24,13 @@ _LOG_LINES = 5
 
 
 class Verdict(StrEnum):
-    """What one attempt came to."""
+    """The result of one attempt."""
 
     FINISHED = "finished"
     STOPPED = "stopped"
     """A signal asked for it, and the checkpoint is saved."""
     REFUSED = "refused"
-    """Something the user has to mend; another attempt would end in the same way."""
+    """The user has to fix something; another attempt would end in the same way."""
     FAILED = "failed"
     """A rank crashed, was killed, or lost another one."""
 
@@ -45,7 +45,7 @@ class Decision:
 
 
 def judge(records: Sequence[RankRecord], ranks: int, outcome: Outcome | None) -> Verdict:
-    """Say what an attempt of ``ranks`` ranks came to, from what they wrote down at their ends."""
+    """Return the result of an attempt of ``ranks`` ranks from their records."""
     if any(record.status is ExitStatus.USER_ERROR for record in records):
         return Verdict.REFUSED
     if len(records) < ranks or any(record.failed for record in records) or outcome is None:
@@ -53,32 +53,32 @@ def judge(records: Sequence[RankRecord], ranks: int, outcome: Outcome | None) ->
     return Verdict.FINISHED if outcome is Outcome.FINISHED else Verdict.STOPPED
 
 
-def decide(verdict: Verdict, fruitless: int, most: int) -> Decision:
+def decide(verdict: Verdict, fruitless: int, maximum: int) -> Decision:
     """Return whether to try again.
 
     Args:
         verdict: Of the attempt that has ended.
-        fruitless: Attempts, it included, that began at the checkpoint where the job stands now.
-        most: How often an attempt may be repeated without getting on.
+        fruitless: Attempts, it included, that began at the newest checkpoint.
+        maximum: How often an attempt may be repeated without progress.
     """
     match verdict:
         case Verdict.FINISHED:
             return Decision(again=False, status=ExitStatus.DONE, reason="every step is done")
         case Verdict.REFUSED:
-            reason = "not started again: this has to be mended first"
+            reason = "not started again: this has to be fixed first"
             return Decision(again=False, status=ExitStatus.USER_ERROR, reason=reason)
         case Verdict.STOPPED:
-            reason = "stopped on request, with a checkpoint; going on from it"
+            reason = "stopped on request, with a checkpoint; continuing from it"
             return Decision(again=True, status=ExitStatus.STOPPED, reason=reason)
-    if fruitless > most:
-        reason = f"given up: {fruitless} attempts in a row ended before another checkpoint (at most {most} restarts)"
+    if fruitless > maximum:
+        reason = f"given up: {fruitless} attempts in a row ended before another checkpoint (at most {maximum} restarts)"
         return Decision(again=False, status=ExitStatus.CRASHED, reason=reason)
-    reason = f"starting again from the last checkpoint; {fruitless} of at most {most + 1} attempts from there failed"
+    reason = f"starting again from the last checkpoint; {fruitless} of at most {maximum + 1} attempts from there failed"
     return Decision(again=True, status=ExitStatus.CRASHED, reason=reason)
 
 
 def checkpoint_step(directory: Path) -> int:
-    """Return the step of the newest complete checkpoint; 0 if there is none."""
+    """Return the step of the newest complete checkpoint; 0 without one."""
     return max((step for step, _ in complete_checkpoints(directory)), default=0)
 
 
@@ -88,10 +88,10 @@ def fruitless_attempts(job_folder: Path, step: int) -> int:
 
 
 def describe_failure(records: Sequence[RankRecord], ranks: Collection[int], logs: Path | None) -> list[str]:
-    """Return lines on what went wrong; none if nothing did.
+    """Return lines that describe a failure, the first failing rank first; none if nothing failed.
 
     Args:
-        records: Of the ranks that wrote down how they ended, the earliest first.
+        records: Of the ranks that recorded how they ended, the earliest first.
         ranks: Those that were started.
         logs: Folder of one file per rank; None if they wrote to the terminal.
     """
@@ -105,7 +105,7 @@ def describe_failure(records: Sequence[RankRecord], ranks: Collection[int], logs
         lines += _indented("\n".join([*before, last])) if before else []
         lines += [] if logs is None else [f"its log: {_log(logs, first.rank)}"]
     if silent:
-        lines.append(f"ended without a word (killed, out of memory, or its machine lost): {_named(silent)}")
+        lines.append(f"ended without a record (killed, out of memory, or its machine lost): {_named(silent)}")
         lines += [] if logs is None else [f"the end of {_log(logs, silent[0])}:", *_log_tail(_log(logs, silent[0]))]
     victims = [record for record in records if record.status is ExitStatus.PEER_LOST and record is not first]
     if victims:

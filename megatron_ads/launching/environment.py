@@ -124,7 +124,7 @@ class NodePart:
             fewest: Ranks that the layout needs.
 
         Raises:
-            ConfigError: If the numbers do not fit together, or several nodes have nowhere to meet.
+            ConfigError: If the numbers do not fit together, or several nodes have no rendezvous.
         """
         nodes, node = environment_number(environment, "NNODES", 1), environment_number(environment, "NODE_RANK", 0)
         here = environment.get("NPROC_PER_NODE")

@@ -3,8 +3,8 @@
     megatron-ads check --recipe sft/deepseek_r1_671b_248gpu --ranks 248 --ranks-here 8 model.load=R1-shards ...
 
 Python, GPU driver and GPUs, folders, disk space for the planned checkpoints, weights, layout, data, and the checkpoint
-to go on from. With MASTER_ADDR set and NODE_RANK above 0, the rendezvous too. The launch scripts do this by themselves,
-on every node. Exit status 2: there is a problem; each is one line that says what to do.
+to continue from. With MASTER_ADDR set and NODE_RANK above 0, the rendezvous too. The launch scripts run this check on
+every node. Exit status 2: there is a problem; each is one line that says what to do.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what is as it should be, then what is not; return 2 if anything is not."""
+    """Print what was checked, then the problems; return 2 if there are any."""
     passed, problems = surroundings(args.recipe, args.overrides, args.ranks, args.ranks_here)
     for line in passed:
         print(f"ok    {line}")
@@ -54,21 +54,21 @@ def run(args: argparse.Namespace) -> int:
 def surroundings(
     recipe: str, overrides: list[str], ranks: int | None, ranks_here: int | None
 ) -> tuple[list[str], list[str]]:
-    """Return a line for everything that is as it should be, and one for every problem, of the job and of this node."""
+    """Return a line for every check that passed, and one for every problem, of the job and of this node."""
     found = check_job(recipe, overrides, ranks)
     passed, problems = list(found.passed), list(found.problems)
     here = python_problems(sys.version_info[:2]) + rendezvous_problems(os.environ)
     try:
         config = load_recipe(recipe, overrides)
     except MegatronAdsError:
-        pass  # check_job has said it
+        pass  # already among the problems of check_job
     else:
         for folder in dict.fromkeys((config.checkpoint.dir, config.log.dir)):
             here += folder_problems(Path(folder))
         gpus = needs_gpu(config, os.environ)
         local = ranks_here or ranks or config.layout.fewest_ranks()
         here += gpu_problems(local, os.environ) if gpus else []
-        passed.append(f"gpu: {'driver and GPUs are looked at' if gpus else 'none wanted; the ranks run on the CPU'}")
+        passed.append(f"gpu: {'driver and GPUs are checked' if gpus else 'none wanted; the ranks run on the CPU'}")
     if not here:
         passed.append(f"machine: Python {sys.version.split()[0]}, folders can be written")
     return passed, problems + here
@@ -76,14 +76,14 @@ def surroundings(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobCheck:
-    """What was found: a line for everything that is as it should be, and one for every problem."""
+    """A line for every check that passed, and one for every problem."""
 
     passed: tuple[str, ...]
     problems: tuple[str, ...]
 
 
 def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCheck:
-    """Look at everything that is the same on every node.
+    """Check everything that is the same on every node.
 
     Args:
         recipe: Name or file.
@@ -150,7 +150,7 @@ def _data(config: SftConfig) -> str:
     paths = [source.path for source in config.data.sources if source.path is not None]
     if absent := [path for path in paths if not Path(path).exists()]:
         raise DataError(f"{', '.join(absent)} (data.sources) does not exist. Give the path as every node sees it.")
-    return f"{len(config.data.sources)} sources, {len(paths)} of them in files that are there"
+    return f"{len(config.data.sources)} sources, {len(paths)} of them in files that exist"
 
 
 def _checkpoint(config: SftConfig) -> str:
@@ -160,12 +160,12 @@ def _checkpoint(config: SftConfig) -> str:
     step, folder = complete[-1]
     require_resumable(folder, resume=config.checkpoint.resume, last_step=config.train.steps)
     verify_sizes(folder)
-    return f"{folder} is complete; the job goes on from step {step}"
+    return f"{folder} is complete; the job continues from step {step}"
 
 
 def _disk(config: SftConfig, ranks: int | None, shape: ModelShape | None) -> str:
     if shape is None:
-        return "not looked at without weights"
+        return "not checked without weights"
     job = job_of(config, shape, _world(config, ranks))
     plan = make_plan(job, CARDS["cpu"])
     kept = len(complete_checkpoints(Path(config.checkpoint.dir)))

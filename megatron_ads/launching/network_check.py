@@ -1,8 +1,8 @@
 """Whether the nodes of a job can open connections to each other, tried before any rank is started.
 
-Every node runs :func:`meet`. Node 0 listens where the ranks will meet and tells all nodes where the others listen;
-then each connects to every other one. Ports are the system's choice, as those of the communication libraries are, so
-a firewall that would stop these stops the trial. No torch.
+Every node runs :func:`check_connections`. Node 0 listens at the rendezvous of the ranks and sends all nodes the
+addresses of the others; then each connects to every other one. Ports are the system's choice, as those of the
+communication libraries are, so a firewall that would stop these stops the trial. No torch.
 """
 
 import json
@@ -33,7 +33,7 @@ class Node:
         return f"node {self.number} ({self.name}, {self.address})"
 
 
-def meet(host: str, port: int, *, number: int, count: int, seconds: float = 60.0) -> list[str]:
+def check_connections(host: str, port: int, *, number: int, count: int, seconds: float = 60.0) -> list[str]:
     """Try every connection from this node; return a line for each that fails, and on node 0 for each absent node."""
     deadline = time.monotonic() + seconds
     with _listening("", 0) as own:
@@ -55,7 +55,7 @@ def meet(host: str, port: int, *, number: int, count: int, seconds: float = 60.0
 
 
 def _host(door: socket.socket, first: Node, count: int, deadline: float) -> list[str]:
-    """Node 0: wait for the others, tell all where all are, and wait until they have tried."""
+    """Node 0: wait for the others, send everyone the addresses, and wait until all have tried."""
     nodes, lines = [first], {}
     door.settimeout(1.0)
     while len(nodes) < count and time.monotonic() < deadline:
@@ -144,7 +144,7 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
     try:
         connection.sendall(json.dumps(message).encode() + b"\n")
     except OSError:
-        return  # the other end is gone, which its own log tells
+        return  # the other end is gone, as its own log says
 
 
 def _receive(connection: socket.socket) -> dict[str, Any]:

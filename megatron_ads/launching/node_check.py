@@ -1,7 +1,7 @@
 """What one node must have before ranks are started on it. Light: no torch, so that it can run on every node first.
 
     python -m megatron_ads.launching.node_check --local-ranks 8 --gpus --folder RUN --expect RUN/slurm/7/attempt.json \\
-      --meet HOST:PORT --nodes 31 --node 3
+      --rendezvous HOST:PORT --nodes 31 --node 3
 
 Prints a line for every problem, and exits with 2 if there is one.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_ads.disk import existing
 from megatron_ads.launching.environment import Allocation, meeting_place
-from megatron_ads.launching.network_check import meet
+from megatron_ads.launching.network_check import check_connections
 
 _OLDEST_PYTHON = (3, 11)
 _DRIVER_SECONDS = 60.0
@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--gpus", action="store_true", help="each rank needs a GPU")
     parser.add_argument("--folder", type=Path, action="append", default=[], help="must be writable")
     parser.add_argument("--expect", type=Path, help="a file that another node has written to shared storage")
-    parser.add_argument("--meet", metavar="HOST:PORT", help="where node 0 listens")
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="where node 0 listens")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--node", type=int, default=int(os.environ.get("SLURM_NODEID", "0")))
     args = parser.parse_args()
@@ -48,9 +48,9 @@ def main() -> int:
             f"{args.expect}, just written on the first node, is not here: log.dir is not on storage that all nodes "
             "share. Set log.dir and checkpoint.dir to a shared folder."
         )
-    if args.meet is not None:
-        host, port = args.meet.rsplit(":", 1)
-        problems += meet(host, int(port), number=args.node, count=args.nodes)
+    if args.rendezvous is not None:
+        host, port = args.rendezvous.rsplit(":", 1)
+        problems += check_connections(host, int(port), number=args.node, count=args.nodes)
     for problem in problems:
         print(f"{socket.gethostname()}: {problem}", flush=True)
     return 2 if problems else 0
@@ -77,7 +77,7 @@ def wants_gpu(environment: Mapping[str, str]) -> bool:
 def gpu_problems(local_ranks: int, environment: Mapping[str, str]) -> list[str]:
     """Return what is wrong with the driver and the GPUs that ranks of this node would see."""
     if shutil.which("nvidia-smi") is None:
-        return ["nvidia-smi is not there: the NVIDIA driver is not installed on this node. Use nodes with GPUs."]
+        return ["nvidia-smi is not found: the NVIDIA driver is not installed on this node. Use nodes with GPUs."]
     try:
         answer = subprocess.run(
             ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
@@ -127,7 +127,7 @@ def check_nodes(allocation: Allocation, arguments: Sequence[str]) -> NodesCheck:
     command = [
         *("srun", f"--ntasks={allocation.nodes}", "--ntasks-per-node=1", "--input=none", "--kill-on-bad-exit=0"),
         *(sys.executable, "-m", "megatron_ads.launching.node_check", *arguments),
-        *(["--meet", ":".join(place), f"--nodes={allocation.nodes}"] if allocation.nodes > 1 else []),
+        *(["--rendezvous", ":".join(place), f"--nodes={allocation.nodes}"] if allocation.nodes > 1 else []),
     ]
     try:
         answer = subprocess.run(command, timeout=_CHECK_SECONDS, check=False, capture_output=True, text=True)

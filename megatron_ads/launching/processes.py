@@ -38,8 +38,8 @@ def run_job(
 
     ``while_running`` is called twice a second.
 
-    When this process is interrupted, the job gets SIGTERM and time to save before the interruption goes on;
-    when this process is killed, the kernel sends the job the same signal.
+    When this process is interrupted, the job gets SIGTERM and time to save before the interruption
+    continues; when this process is killed, the kernel sends the job the same signal.
 
     Raises:
         JobError: If it ends with a status that is not ``accepted``.
@@ -79,7 +79,7 @@ class MetricsFollower:
         self._step = 0
 
     def __call__(self) -> None:
-        """Move on to the last step the metrics tell of."""
+        """Advance to the last step in the metrics."""
         row = self._last_row()
         if row is None or row == self._before:
             return
@@ -122,7 +122,7 @@ def _end_with_parent() -> None:
 
 
 def _end(job: "subprocess.Popen[bytes]") -> None:
-    """Make sure that no process of the job is left."""
+    """End the job, by force if it takes too long."""
     if job.poll() is None:
         job.terminate()
         try:
@@ -141,7 +141,7 @@ def _complaint(log: Path, start: int) -> str:
         for line in lines:
             if match := re.search(pattern, line):
                 return match[1].rstrip(".")
-    return lines[-1].rstrip(".") if lines else "it said nothing"
+    return lines[-1].rstrip(".") if lines else "it printed nothing"
 
 
 def wait_passing_signals_on(job: "subprocess.Popen[bytes]") -> int:

@@ -47,9 +47,9 @@ _POLL_SECONDS = 2.0
 _START_SECONDS = 5.0
 """After which every rank has begun to listen for signals; before, one would kill it."""
 _NOTICE_SECONDS = 30.0
-"""Between repetitions of a stop that the ranks have been told of."""
+"""Between repetitions of the signal that asks the ranks to stop."""
 _GRACE_SECONDS = 60.0
-"""How long the other ranks may go on after one has failed: they notice within seconds, unless they hang."""
+"""How long the other ranks may continue after one has failed: they notice within seconds, unless they hang."""
 _REQUEUE_SECONDS = 60.0
 """How long Slurm may take to end this process after it accepted the job back."""
 
@@ -169,10 +169,10 @@ class Attempt:
 
     @classmethod
     def begin(cls, allocation: Allocation, recipe: str, overrides: Sequence[str]) -> "Attempt":
-        """Note where the job stands.
+        """Record the step that the job continues from.
 
         Raises:
-            ConfigError: If the recipe cannot be composed, or the job does not get on.
+            ConfigError: If the recipe cannot be composed, or the job makes no progress.
         """
         from conversion.atomic_file import write_small  # imports torch, which the rehearsal does without
 
@@ -180,7 +180,7 @@ class Attempt:
         folder = Path(config.log.dir) / "slurm" / allocation.job / f"attempt-{allocation.restarts}"
         step = checkpoint_step(Path(config.checkpoint.dir))
         before = fruitless_attempts(folder.parent, step)
-        if before > most_restarts(os.environ):
+        if before > max_restarts(os.environ):
             raise ConfigError(
                 f"This job began {before} times at step {step} and never reached another checkpoint. Look at "
                 f"{folder.parent}, and submit it again."
@@ -192,7 +192,7 @@ class Attempt:
 
     @property
     def records(self) -> Path:
-        """Where the ranks write down how they ended."""
+        """Where the ranks record how they ended."""
         return self.folder / "records"
 
     def check_nodes(self) -> NodesCheck:
@@ -208,7 +208,7 @@ class Attempt:
         return check_nodes(size, arguments)
 
     def run_ranks(self, notice: StopNotice) -> None:
-        """Start every rank and wait until all have ended, or until those that hang on are ended."""
+        """Start every rank and wait until all have ended, or until those that still run after a failure are ended."""
         size = self.allocation
         say(f"{self.recipe}: {size.ranks} ranks on {size.nodes} nodes, attempt {size.restarts}, logs in {self.folder}")
         command = [
@@ -219,7 +219,7 @@ class Attempt:
             _wait(job, lambda: any(record.failed for record in read_records(self.records)), notice, size.job)
 
     def decision(self, started: bool) -> Decision:
-        """Report what went wrong, first things first, and decide; ``started``: whether there were ranks at all."""
+        """Report a failure and decide what to do; ``started``: whether ranks were started at all."""
         fruitless = fruitless_attempts(self.folder.parent, checkpoint_step(Path(self.config.checkpoint.dir)))
         verdict = Verdict.FAILED
         if started:
@@ -227,16 +227,16 @@ class Attempt:
             verdict = judge(ended, self.allocation.ranks, read_outcome(Path(self.config.log.dir)))
             for line in describe_failure(ended, range(self.allocation.ranks), self.folder):
                 say(line)
-        return decide(verdict, fruitless, most_restarts(os.environ))
+        return decide(verdict, fruitless, max_restarts(os.environ))
 
 
-def most_restarts(environment: Mapping[str, str]) -> int:
-    """Return how often a job may be started again without having got on."""
+def max_restarts(environment: Mapping[str, str]) -> int:
+    """Return how often a job may be started again without progress."""
     return environment_number(environment, "MEGATRON_ADS_MAX_RESTARTS", 3)
 
 
 def rank_environment(allocation: Allocation, records: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of the ranks: the given one, where they meet, and where they write down their ends."""
+    """Return the environment of the ranks: the given one, their rendezvous, and the folder of their records."""
     host, port = meeting_place(environment)
     made = {
         **environment,
@@ -251,16 +251,16 @@ def rank_environment(allocation: Allocation, records: Path, environment: Mapping
 
 
 def _wait(job: "subprocess.Popen[bytes]", has_failed: Callable[[], bool], notice: StopNotice, number: str) -> None:
-    """Wait for srun; pass a stop on to the ranks, and end those that hang on after a failure."""
+    """Wait for srun; pass a stop on to the ranks, and end those that still run after a failure."""
     give_up: float | None = None
     next_notice = time.monotonic() + _START_SECONDS
     while job.poll() is None:
         time.sleep(_POLL_SECONDS)
         now = time.monotonic()
         if notice.received is not None and now > next_notice:
-            say(f"{notice.received.name}: the ranks are told to save a checkpoint and stop")
+            say(f"{notice.received.name}: the ranks are asked to save a checkpoint and stop")
             if problem := ask_slurm("scancel", "--quiet", "--signal=USR1", number):
-                say(f"they could not be told, and will be again: {problem}")
+                say(f"they could not be asked, and will be again: {problem}")
             next_notice = now + _NOTICE_SECONDS
         if give_up is None and has_failed():
             give_up = now + _GRACE_SECONDS
@@ -275,7 +275,7 @@ def _wait(job: "subprocess.Popen[bytes]", has_failed: Callable[[], bool], notice
 def _requeue(allocation: Allocation) -> None:
     """Put this job back into the queue, which ends this process."""
     if problem := ask_slurm("scontrol", "requeue", allocation.job):
-        say(f"Slurm did not take the job back: {problem}. Submit it again to go on from the checkpoint.")
+        say(f"Slurm did not take the job back: {problem}. Submit it again to continue from the checkpoint.")
         return
     time.sleep(_REQUEUE_SECONDS)
 

@@ -1,4 +1,4 @@
-"""`megatron-ads train`: look at the surroundings, then run the recipe under torchrun, here or on several machines.
+"""`megatron-ads train`: check the recipe and the machine, then run under torchrun, here or on several machines.
 
     megatron-ads train --recipe sft/quickstart model.load=SHARDS checkpoint.dir=RUN/checkpoints log.dir=RUN/logs
     megatron-ads train --recipe sft/quickstart --ranks 4 train.steps=100 ...
@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Start this machine's ranks and wait for them.
 
-    Returns 0 when every step is done, 75 when a signal stopped the job after a saved step (the same command goes on
-    from there), 2 when something has to be mended first, 1 when it failed.
+    Returns 0 when every step is done, 75 when a signal stopped the job after a saved step (the same command continues
+    from there), 2 when the user has to fix something first, 1 when it failed.
     """
     config = load_recipe(args.recipe, args.overrides)
     part = NodePart.of(os.environ, args.ranks, config.layout.fewest_ranks())

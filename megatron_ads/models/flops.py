@@ -1,7 +1,7 @@
 """How many floating-point operations a token costs: the matrix products, counted from the conversion's table. No torch.
 
 A product of (1, m) by (m, n) is 2 m n operations. The backward pass takes two products for each of the forward pass,
-one for the gradient of either factor, so training costs three times the forward pass; weights beside adapters need no
+one for the gradient of either factor, so training costs three times the forward pass; weights with adapters need no
 gradient. A token in a causal sample of S tokens attends to itself and those before it, (S + 1) / 2 keys on average.
 Norms, activations, routing beyond its one product and the softmax are not counted.
 """
@@ -115,5 +115,5 @@ def _product(parameter: Parameter, shape: ModelShape) -> int:
 
 
 def _adapter(parameter: Parameter, shape: ModelShape, lora: Lora | None) -> int:
-    """2 r (m + n) for the two factors beside a weight of (m, n)."""
+    """2 r (m + n) for the two factors of a weight of (m, n)."""
     return 0 if lora is None else 2 * _runs(parameter, shape) * lora.elements(parameter)

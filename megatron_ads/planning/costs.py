@@ -26,7 +26,7 @@ class Weights:
     """Parameters of one rank that share their fate: what they belong to, and over which ranks they are replicated."""
 
     part: FrozenPart | LoraTarget | None
-    """What of ``model.frozen`` they belong to, or of ``model.lora.targets`` the adapters beside them; None for the norm
+    """What of ``model.frozen`` they belong to, or of ``model.lora.targets`` their adapters; None for the norm
     before a mixture of experts, which none of the parts holds."""
     expert: bool
     """Routed experts: replicated over the expert-data-parallel ranks, not over all data-parallel ones."""

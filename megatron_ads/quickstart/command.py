@@ -4,7 +4,7 @@
 
 Makes a small random DeepSeek-V3-family checkpoint, converts it to shards for pp 2 x ep 2, fine-tunes it on 4
 processes, exports it to Hugging Face format, compares it with the Megatron model in transformers, and writes
-report.html and report.json. Started again, it goes on where it was interrupted; a changed setting redoes what
+report.html and report.json. Started again, it continues where it was interrupted; a changed setting redoes what
 depends on it. With MEGATRON_ADS_DATA naming a folder with esci_us/pairs.jsonl, the rows are real query-product
 pairs; otherwise they are those of a simulated ads business.
 """

@@ -32,17 +32,17 @@ class Stage:
 
     name: str
     title: str
-    """What it does, for people: ``fine-tune on 4 processes``."""
+    """What it does, in words: ``fine-tune on 4 processes``."""
     settings: Mapping[str, Any]
     """JSON values that decide the result, apart from the stages before."""
     after: Sequence[str] = ()
     """Names of the stages whose outputs it reads."""
     outputs: Sequence[Path]
-    """Files and folders it writes; removed before it is done anew."""
+    """Files and folders it writes; removed before it runs again."""
     run: Callable[[], Mapping[str, Any]]
     """Does the work; returns JSON values for the record. Raises to say that the stage is not complete."""
     resumable: bool = False
-    """Whether ``run`` goes on from outputs that an interrupted run with the same fingerprint left."""
+    """Whether ``run`` continues from outputs that an interrupted run with the same fingerprint left."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ class StageRecord:
     """Wall time of the run that completed it."""
     result: dict[str, Any]
     resumed: bool = False
-    """Whether that run went on where an interrupted one had stopped, so that ``seconds`` are not all it took."""
+    """Whether that run continued an interrupted one, so that ``seconds`` are not all it took."""
 
 
 class Announcements:
@@ -71,8 +71,8 @@ class Announcements:
     def starting(self, stage: Stage, number: int, total: int, resuming: bool) -> None:
         """Say what is about to run."""
         self.ran += 1
-        going_on = " (going on where it was interrupted)" if resuming else ""
-        self._say(f"[{number}/{total}] {stage.title}{going_on}")
+        continuing = " (continuing where it was interrupted)" if resuming else ""
+        self._say(f"[{number}/{total}] {stage.title}{continuing}")
         if command := self._commands.get(stage.name):
             self._say(f"      $ {shlex.join(command)}")
 
@@ -82,7 +82,7 @@ class Announcements:
 
     def reused(self, stage: Stage, number: int, total: int, record: StageRecord) -> None:
         """Say that it is complete already."""
-        self._say(f"[{number}/{total}] {stage.title}: complete, {readable_duration(record.seconds)} at the time")
+        self._say(f"[{number}/{total}] {stage.title}: complete, took {readable_duration(record.seconds)}")
 
     def _say(self, line: str) -> None:
         print(line, flush=True)
@@ -124,7 +124,7 @@ def _started_file(folder: Path, name: str) -> Path:
 
 
 def _read_record(folder: Path, name: str) -> StageRecord | None:
-    """Return a stage's record; None if there is none or it is unreadable, so that the stage is done again."""
+    """Return a stage's record; None if it is missing or unreadable, so that the stage runs again."""
     try:
         return StageRecord(**json.loads(_record_file(folder, name).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -132,7 +132,7 @@ def _read_record(folder: Path, name: str) -> StageRecord | None:
 
 
 def _prepare(stage: Stage, folder: Path, fingerprint: str) -> bool:
-    """Remove what an earlier run left, unless the stage can go on from it; return whether it goes on."""
+    """Remove what an earlier run left, unless the stage can continue from it; return whether it does."""
     started = _started_file(folder, stage.name)
     interrupted = started.exists() and started.read_text(encoding="utf-8") == fingerprint
     resuming = stage.resumable and interrupted and any(map(Path.exists, stage.outputs))

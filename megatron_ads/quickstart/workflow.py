@@ -66,7 +66,7 @@ class QuickstartFolder:
 
     @property
     def tuned_fp8_bf16(self) -> Path:
-        """What the FP8 checkpoint stands for, in BF16, which transformers runs on a CPU."""
+        """The values of the FP8 checkpoint in BF16, which transformers runs on a CPU."""
         return self.root / "tuned-fp8-bf16"
 
     def answers(self, model: str) -> Path:
@@ -79,7 +79,7 @@ class QuickstartFolder:
 
     @property
     def report_html(self) -> Path:
-        """The report for people."""
+        """The report as a page."""
         return self.root / "report.html"
 
     @property
@@ -90,7 +90,7 @@ class QuickstartFolder:
     def described(self) -> list[tuple[str, Path]]:
         """Return what there is for a user to look at, with a description each."""
         return [
-            ("report for people", self.report_html),
+            ("report as a page", self.report_html),
             ("report for programs", self.report_json),
             ("random checkpoint it started from (Hugging Face, FP8)", self.start),
             ("the same as shards, one file per rank", self.shards),
@@ -113,7 +113,7 @@ class Plan:
 
     stages: tuple[Stage, ...]
     commands: dict[str, list[str]]
-    """The command line of each stage, for people: ``megatron-ads convert ...``."""
+    """The command line of each stage, as a user types it: ``megatron-ads convert ...``."""
     config: SftConfig
     """The resolved recipe of the fine-tuning."""
 
@@ -234,7 +234,7 @@ def _compare_logits(command: Sequence[str], log: Path) -> Mapping[str, Any]:
 
 
 def _last_json(log: Path) -> Mapping[str, Any]:
-    """Return the last line of ``log`` that is a JSON object; nothing if there is none."""
+    """Return the last line of ``log`` that is a JSON object; empty without one."""
     for line in reversed(log.read_text(encoding="utf-8").splitlines()):
         if line.startswith("{"):
             values: dict[str, Any] = json.loads(line)
@@ -249,5 +249,5 @@ def _train(command: Sequence[str], folder: QuickstartFolder, config: SftConfig) 
             arguments, folder.log("train"), accepted=(ExitStatus.DONE, ExitStatus.STOPPED), while_running=follow
         )
     if status == ExitStatus.STOPPED:
-        raise JobError("the fine-tuning was told to stop, and saved; start again to go on from there.")
+        raise JobError("the fine-tuning was asked to stop, and saved; start again to continue.")
     return {}

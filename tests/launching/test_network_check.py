@@ -5,21 +5,26 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from megatron_ads.launching.network_check import meet, rendezvous_problems
+from megatron_ads.launching.network_check import check_connections, rendezvous_problems
 from tests.free_port import free_port
 
 
 def test_nodes_that_reach_each_other_say_nothing() -> None:
     port = free_port()
     with ThreadPoolExecutor(4) as pool:
-        parts = [pool.submit(meet, "127.0.0.1", port, number=number, count=4, seconds=20) for number in (3, 1, 0, 2)]
+        parts = [
+            pool.submit(check_connections, "127.0.0.1", port, number=number, count=4, seconds=20)
+            for number in (3, 1, 0, 2)
+        ]
         assert [part.result(30) for part in parts] == [[]] * 4
 
 
 def test_a_node_that_does_not_come_is_named_by_node_0() -> None:
     port = free_port()
     with ThreadPoolExecutor(2) as pool:
-        parts = [pool.submit(meet, "127.0.0.1", port, number=number, count=3, seconds=2) for number in (0, 1)]
+        parts = [
+            pool.submit(check_connections, "127.0.0.1", port, number=number, count=3, seconds=2) for number in (0, 1)
+        ]
         first, second = (part.result(30) for part in parts)
     assert first == [f"node 2 did not come to the rendezvous at 127.0.0.1:{port} in time"]
     assert second == []
@@ -28,8 +33,8 @@ def test_a_node_that_does_not_come_is_named_by_node_0() -> None:
 def test_a_node_that_cannot_be_connected_to_is_named_by_the_others() -> None:
     port, closed = free_port(), free_port()
     with ThreadPoolExecutor(2) as pool:
-        host = pool.submit(meet, "127.0.0.1", port, number=0, count=3, seconds=10)
-        honest = pool.submit(meet, "127.0.0.1", port, number=2, count=3, seconds=10)
+        host = pool.submit(check_connections, "127.0.0.1", port, number=0, count=3, seconds=10)
+        honest = pool.submit(check_connections, "127.0.0.1", port, number=2, count=3, seconds=10)
         line = _connect(port)
         line.sendall(json.dumps({"number": 1, "name": "shut", "port": closed}).encode() + b"\n")
         assert b'"nodes"' in line.recv(1 << 16)
@@ -42,23 +47,23 @@ def test_a_node_that_cannot_be_connected_to_is_named_by_the_others() -> None:
 
 
 def test_a_rendezvous_where_nobody_listens_is_named() -> None:
-    (problem,) = meet("127.0.0.1", free_port(), number=1, count=2, seconds=1)
+    (problem,) = check_connections("127.0.0.1", free_port(), number=1, count=2, seconds=1)
     assert "cannot reach the rendezvous at 127.0.0.1" in problem
 
 
 def test_a_port_that_is_taken_is_named() -> None:
     with socket.create_server(("", 0)) as taken:
-        (problem,) = meet("127.0.0.1", taken.getsockname()[1], number=0, count=2, seconds=1)
+        (problem,) = check_connections("127.0.0.1", taken.getsockname()[1], number=0, count=2, seconds=1)
     assert "cannot listen on port" in problem and "MASTER_PORT" in problem
 
 
 def test_a_stranger_at_the_door_does_no_harm() -> None:
     port = free_port()
     with ThreadPoolExecutor(2) as pool:
-        host = pool.submit(meet, "127.0.0.1", port, number=0, count=2, seconds=20)
+        host = pool.submit(check_connections, "127.0.0.1", port, number=0, count=2, seconds=20)
         with _connect(port) as stranger:
             stranger.sendall(b"GET / HTTP/1.0\r\n\n")
-        other = pool.submit(meet, "127.0.0.1", port, number=1, count=2, seconds=20)
+        other = pool.submit(check_connections, "127.0.0.1", port, number=1, count=2, seconds=20)
         assert (host.result(30), other.result(30)) == ([], [])
 
 

@@ -37,7 +37,7 @@ def test_output_goes_to_the_log(tmp_path: Path) -> None:
         ("megatron-ads: model.load is missing.", "model.load is missing (exit"),
         ("Traceback\\ntorch.cuda.OutOfMemoryError: too big\\nbye", "torch.cuda.OutOfMemoryError: too big (exit"),
         ("nothing of note", "nothing of note (exit"),
-        ("", "it said nothing (exit"),
+        ("", "it printed nothing (exit"),
     ],
 )
 def test_a_failed_job_is_quoted_in_one_line(tmp_path: Path, output: str, quoted: str) -> None:

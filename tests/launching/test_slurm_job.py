@@ -5,7 +5,7 @@ import pytest
 from megatron_ads.errors import ConfigError
 from megatron_ads.launching import slurm_job
 from megatron_ads.launching.environment import meeting_place
-from megatron_ads.launching.slurm_job import ask_slurm, most_restarts, wants_placement_check
+from megatron_ads.launching.slurm_job import ask_slurm, max_restarts, wants_placement_check
 
 
 def test_what_went_wrong_with_a_program_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,9 +17,9 @@ def test_what_went_wrong_with_a_program_is_one_line(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_number_that_is_none_is_refused() -> None:
-    assert most_restarts({}) == most_restarts({"MEGATRON_ADS_MAX_RESTARTS": ""}) == 3
+    assert max_restarts({}) == max_restarts({"MEGATRON_ADS_MAX_RESTARTS": ""}) == 3
     with pytest.raises(ConfigError, match="MEGATRON_ADS_MAX_RESTARTS is 'some'; it must be a whole number"):
-        most_restarts({"MEGATRON_ADS_MAX_RESTARTS": "some"})
+        max_restarts({"MEGATRON_ADS_MAX_RESTARTS": "some"})
     with pytest.raises(ConfigError, match="MASTER_PORT is '-1'"):
         meeting_place({"MASTER_PORT": "-1"})
     assert meeting_place({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}) == ("10.0.0.1", "29500")

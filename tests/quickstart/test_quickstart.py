@@ -53,7 +53,7 @@ def test_it_goes_on_where_it_was_interrupted_and_then_is_complete(tmp_path: Path
     status, out, err = _finish(_start(folder))
     assert status == 0, (out, err)
     assert "make a small random DeepSeek-V3-family checkpoint in FP8: complete" in out
-    assert f"fine-tune it for {STEPS} steps (going on where it was interrupted)" in out
+    assert f"fine-tune it for {STEPS} steps (continuing where it was interrupted)" in out
     _check_report(folder)
 
     status, again, _ = _finish(_start(folder))

@@ -111,7 +111,7 @@ def test_a_preempted_job_that_then_loses_a_rank_and_a_node_ends_with_the_same_lo
     os.kill(victim, signal.SIGKILL)
     pair.wait_for_requeue(job, 2, run.log)
     said = run.log.read_text()
-    assert "ended without a word (killed, out of memory, or its machine lost): rank 3" in said
+    assert "ended without a record (killed, out of memory, or its machine lost): rank 3" in said
     assert "rank 3 (stage 1) has gone" in said
 
     run.wait_for_step(pair, max(run.losses()) + 2)
