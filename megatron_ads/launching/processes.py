@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -32,11 +32,12 @@ def run_job(
     log: Path,
     *,
     accepted: Sequence[int] = (0,),
+    environment: Mapping[str, str] | None = None,
     while_running: Callable[[], None] = lambda: None,
 ) -> int:
     """Run ``command`` to its end, its output appended to ``log``; return its exit status.
 
-    ``while_running`` is called twice a second.
+    ``environment`` replaces variables of this process; ``while_running`` is called twice a second.
 
     When this process is interrupted, the job gets SIGTERM and time to save before the interruption
     continues; when this process is killed, the kernel sends the job the same signal.
@@ -52,6 +53,7 @@ def run_job(
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
+            env={**os.environ, **(environment or {})},
             start_new_session=True,
             close_fds=False,  # what this process marked inheritable, the folder's lock, is the job's too
             preexec_fn=_end_with_parent,

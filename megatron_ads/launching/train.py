@@ -63,14 +63,14 @@ def run(args: argparse.Namespace) -> int:
     records = _empty_records(config, part)
     if part.node == 0:
         clear_outcome(Path(config.log.dir))
-    command = torchrun_command(part, args.recipe, args.overrides)
+    command = torchrun_command(part, "megatron_ads.training", ["--recipe", args.recipe, *args.overrides])
     with subprocess.Popen(command, env=_environment(config, part, records)) as job:
         failed = wait_passing_signals_on(job) != 0
     return _report(config, part, records, failed)
 
 
-def torchrun_command(part: NodePart, recipe: str, overrides: Sequence[str]) -> list[str]:
-    """Return torchrun's command line."""
+def torchrun_command(part: NodePart, module: str, arguments: Sequence[str]) -> list[str]:
+    """Return the command line of torchrun that runs a Python module on every rank of a node."""
     if part.nodes == 1:
         meeting = ["--standalone"]
     else:
@@ -82,7 +82,7 @@ def torchrun_command(part: NodePart, recipe: str, overrides: Sequence[str]) -> l
     return [
         *(sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={part.ranks_here}"),
         *(f"--max-restarts={part.max_restarts}", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"),
-        *("--module", "megatron_ads.training", "--recipe", recipe, *overrides),
+        *("--module", module, *arguments),
     ]
 
 
