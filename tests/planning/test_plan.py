@@ -12,6 +12,7 @@ from megatron_ads.config.recipe_files import recipes_folder
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.models.flops import flops_per_token
+from megatron_ads.planning.build_ranks import BuiltRanks
 from megatron_ads.planning.costs import chunk_flops, stage_traffic
 from megatron_ads.planning.hardware import CARDS, card_named
 from megatron_ads.planning.job import Job, load_job
@@ -192,6 +193,8 @@ def test_the_command_prints_the_plan_and_says_by_exit_status_whether_it_fits(
         "vpp 2",
     ):
         assert expected in printed
+    assert max(map(len, printed.splitlines())) <= 120
+    assert "\x1b" not in printed  # no colour in a log
     html = page.read_text()
     assert html.count("<rect") == 248 + 31 * 62 * 2  # every rank, and both passes of every microbatch on every stage
     assert main(["plan", "--recipe", "sft/deepseek_r1_671b_248gpu", "--gpu-memory", "64GB"]) == 1
@@ -203,6 +206,20 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     values = json.loads(capsys.readouterr().out)
     assert (values["ranks"], values["fits"], len(values["stages"])) == (8, True, 1)
     assert values["stages"][0]["memory"]["peak"] == values["peak_bytes"]
+
+
+def test_the_former_name_of_an_option_still_works_and_names_the_new_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = BuiltRanks(
+        world=8, parameters_by_rank={0: 1}, tensors_of_checkpoint=1, shards=None, faults=(), seconds=0.0, peak_bytes=0
+    )
+    monkeypatch.setattr("megatron_ads.planning.build_ranks.build_ranks", lambda *_, **__: built)
+    for option, key, note in (("--build-ranks", "built_ranks", ""), ("--rehearse", "rehearsal", "now called --build")):
+        assert main(["plan", "--recipe", "sft/moonlight_16b_8gpu", "--json", option]) == 0
+        captured = capsys.readouterr()
+        assert json.loads(captured.out)[key]["world"] == 8
+        assert note in captured.err
 
 
 def test_unknown_cards_and_stray_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
