@@ -41,7 +41,7 @@ setup(
     ],
     package_data={
         "": ["*.yaml", "*.jinja", "*.html", "*.css", "py.typed"],
-        "megatron_ads.planning": ["published/*.json"],
+        "conversion": ["published/*.json"],
     },
     entry_points={"console_scripts": ["megatron-ads = megatron_ads.cli:main"]},
     install_requires=[
@@ -60,6 +60,8 @@ setup(
         # Reads and writes logs as Parquet and CSV.
         "pyarrow>=17.0",
         "PyYAML>=6.0",
+        # Tables on the terminal.
+        "rich>=13.7",
         "safetensors>=0.5",
         # The text classifier that evaluations have as a baseline.
         "scikit-learn>=1.7",

@@ -13,8 +13,6 @@ first backward pass, which FP32 does not show; the cause is not known. On a GPU:
 import argparse
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -57,6 +55,14 @@ SEQ_LENGTH = 512
 ROWS = 2
 """Rows of one microbatch."""
 STEPS = 2
+_RANK_ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "ignore",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,11 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--case", action="append", choices=tuple(CASES), help="only this one; may be repeated")
     parser.add_argument("--out", type=Path, help="file to write the figures to, as JSON")
-    parser.add_argument("--rank-of", nargs=2, metavar=("CASE", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--ranks-of", nargs=2, metavar=("CASE", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if arguments.rank_of:
-        name, file = arguments.rank_of
-        Path(file).write_text(str(_train(CASES[name])), encoding="utf-8")
+    if arguments.ranks_of:
+        name, folder = arguments.ranks_of
+        (Path(folder) / f"rank{os.environ['RANK']}").write_text(str(_train(CASES[name])), encoding="utf-8")
         return 0
     rows = []
     for name in arguments.case or CASES:
@@ -155,42 +161,15 @@ def planned_job(case: Case) -> Any:
 
 def _measure(name: str, case: Case) -> list[int]:
     """Run every rank in a process of its own; return their peaks in bytes."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        files = [Path(folder) / f"rank{rank}" for rank in range(case.world)]
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "benchmarks.memory_model", "--rank-of", name, str(file)],
-                env=_environment(rank, case.world, port),
-            )
-            for rank, file in enumerate(files)
-        ]
-        try:
-            codes = [process.wait(timeout=600) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        if any(codes):
-            raise SystemExit(f"case {name!r}: ranks ended with {codes}; their messages are above")
-        return [int(file.read_text(encoding="utf-8")) for file in files]
+    from megatron_ads.launching.environment import NodePart
+    from megatron_ads.launching.processes import run_job
+    from megatron_ads.launching.train import torchrun_command
 
-
-def _environment(rank: int, world: int, port: int) -> dict[str, str]:
-    own = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": world,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": 1,
-        "MALLOC_MMAP_THRESHOLD_": 65536,
-        "MALLOC_TRIM_THRESHOLD_": 65536,
-        "MALLOC_ARENA_MAX": 1,
-    }
-    return os.environ | {name: str(value) for name, value in own.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        part = NodePart.of({}, case.world, case.world)
+        command = torchrun_command(part, "benchmarks.memory_model", ["--ranks-of", name, folder])
+        run_job(command, Path(folder) / "log", environment=_RANK_ENVIRONMENT)
+        return [int((Path(folder) / f"rank{rank}").read_text(encoding="utf-8")) for rank in range(case.world)]
 
 
 def _train(case: Case) -> int:

@@ -26,7 +26,7 @@ from benchmarks.sft_small_table import table
 from megatron_ads.cli import exit_status
 from megatron_ads.errors import ConfigError
 from megatron_ads.observability.provenance import own_code_digest, provenance
-from megatron_ads.rehearsal.stages import Stage, StageRecord
+from megatron_ads.quickstart.stages import Stage, StageRecord
 
 RECIPE = "sft/small"
 TEXT_STEPS = 800
@@ -76,9 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from megatron_ads.rehearsal.announce import Announcements
-    from megatron_ads.rehearsal.job import termination_as_interrupt
-    from megatron_ads.rehearsal.stages import run_stages
+    from megatron_ads.launching.processes import termination_as_interrupt
+    from megatron_ads.quickstart.stages import Announcements, run_stages
 
     variants = _variants(arguments.data)
     names = arguments.variant or list(variants)
@@ -155,7 +154,7 @@ def _stages(
 
 
 def _command_stage(name: str, title: str, command: Sequence[str], out: Path, output: Path) -> Stage:
-    from megatron_ads.rehearsal.job import run_job
+    from megatron_ads.launching.processes import run_job
 
     def run() -> dict[str, Any]:
         run_job([sys.executable, "-m", "megatron_ads.cli", *command], out / "logs" / f"{name}.log")
@@ -170,7 +169,7 @@ def _train_stage(
     name: str, title: str, settings: Sequence[str], out: Path, ranks: int, *, after: Sequence[str]
 ) -> Stage:
     from megatron_ads.config.recipes import load_recipe
-    from megatron_ads.rehearsal.job import MetricsFollower, run_job
+    from megatron_ads.launching.processes import MetricsFollower, run_job
 
     config = load_recipe(RECIPE, settings)
 
@@ -195,7 +194,7 @@ def _write_texts(file: Path, sections: Sequence[Sequence[str]]) -> dict[str, Any
     from megatron_ads.data.corpus import read_corpus
     from megatron_ads.tasks.registry import TASKS
 
-    corpora = [read_corpus(load_recipe(RECIPE, ["model.load=unused", *section]).data) for section in sections]
+    corpora = [read_corpus(load_recipe(RECIPE, section, sections=["data"]).data) for section in sections]
     rows = [row for corpus in corpora for of_source in corpus.training for row in of_source]
     lines = []
     for row in rows:

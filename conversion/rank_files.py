@@ -2,10 +2,11 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from conversion.names import Parameter, Split, layer_parameters, outside_parameters, slice_shape
+from conversion.names import Parameter, Split, layer_parameters, outside_parameters, parameters, slice_shape
 from megatron_ads.architecture import ModelShape
 from megatron_ads.layout import Chunk, ParallelLayout, PipelinePlacement
 
@@ -112,6 +113,10 @@ class ShardsLayout:
         """Return the shape that ``parameter`` has in any file that holds it."""
         return slice_shape(parameter, self.layout.tp if parameter.expert is None else self.layout.etp)
 
+    def elements(self, file: RankFile) -> dict[str, int]:
+        """Return how many elements of each parameter are in ``file``, by name."""
+        return {parameter.name: math.prod(self.slice_shape(parameter)) for parameter in self.owned(file)}
+
 
 _LAYER = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.")
 
@@ -136,3 +141,43 @@ def _outside_owned(shape: ModelShape, stage: tuple[Chunk, ...]) -> Iterator[Para
 def _has_final_norm(shape: ModelShape, chunk: Chunk) -> bool:
     """Megatron-Core puts the final norm behind the last decoder layer if MTP layers follow, else beside the loss."""
     return shape.num_layers - 1 in chunk.layers if shape.mtp_layers else chunk.has_loss
+
+
+@dataclass(frozen=True, slots=True)
+class WrongCopies:
+    """A parameter that the ranks of a job do not hold in as many copies as they should."""
+
+    parameter: str
+    held: float
+    """Elements on all ranks together, over those of one copy (not divided where no copy is expected)."""
+    expected: int
+    """0: it is not a parameter of the checkpoint."""
+
+
+def wrong_copies(shards: ShardsLayout, ranks: Iterable[Mapping[str, int]]) -> list[WrongCopies]:
+    """Check that the ranks tile the checkpoint: each element is held by as many ranks as there are replicas of it.
+
+    Args:
+        ranks: Of every rank of the job, how many elements of each parameter it holds.
+    """
+    held: Counter[str] = Counter()
+    for elements in ranks:
+        held.update(elements)
+    wrong = []
+    for name, parameter in parameters(shards.shape).items():
+        size, expected = math.prod(parameter.shape), _copies(shards, parameter)
+        if (found := held.pop(name, 0)) != expected * size:
+            wrong.append(WrongCopies(name, found / size, expected))
+    return wrong + [WrongCopies(name, count, 0) for name, count in held.items()]
+
+
+def _copies(shards: ShardsLayout, parameter: Parameter) -> int:
+    """Return how many whole copies the job holds of a parameter."""
+    sizes = shards.layout
+    tensor = sizes.tp if parameter.expert is None else sizes.etp
+    copies = sizes.dp * sizes.cp if parameter.expert is None else sizes.edp
+    if parameter.split is Split.REPLICATED:
+        copies *= tensor
+    if parameter.name.startswith("embedding."):
+        copies *= len({chunk.stage for chunk in shards.placement.chunks if chunk.needs_embedding})
+    return copies

@@ -9,7 +9,7 @@
 #   ...          the other options of "megatron-ads quickstart"; after the set-up, --help lists them all
 #
 # With MEGATRON_ADS_DATA naming a folder with esci_us/pairs.jsonl, real query-product pairs are used; otherwise rows
-# of a simulated ads business. Interrupted, it goes on where it was when started again.
+# of a simulated ads business. Interrupted, it continues when it is started again.
 #
 # Exit status: 0 done, 1 a check failed, 2 it could not be carried out, 3 to 6 the set-up failed (see setup_env.sh).
 

@@ -108,7 +108,7 @@ _explain_pip_failure() {
     if grep -qiE 'connection broken|connection refused|name resolution|timed out' -- "$_log"; then
         _die 5 "$1 could not be downloaded: the package index did not answer. Check the network and pip's settings (pip config list), then start again; all that pip said is in $_log."
     fi
-    _die 5 "$1 could not be installed: $(_last_error) (all that pip said is in $_log). Mend that, then start again."
+    _die 5 "$1 could not be installed: $(_last_error) (all that pip said is in $_log). Fix that, then start again."
 }
 
 _last_error() { # the first complaint of the last pip run, in one line

@@ -8,7 +8,7 @@
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 ./launch/torchrun.sh RECIPE [key=value ...]      # NODE_RANK=1 on the other
 #
 # After a failure all ranks start again from the last checkpoint; a machine that was lost joins again when this is started
-# there again. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and stop; the same command goes on from there.
+# there again. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and stop; the same command continues from there.
 #
 # Settings, all optional, from the environment:
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   the machines and where they meet          (default: this one alone)
@@ -16,7 +16,7 @@
 #   MEGATRON_ADS_MAX_RESTARTS  restarts after failures before it gives up                               (default: 3)
 #   MEGATRON_ADS_VENV          the Python environment                (default: the active one, else the project's)
 #
-# Exit status: 0 done, 1 failed, 2 something has to be mended first, 75 stopped with a checkpoint.
+# Exit status: 0 done, 1 failed, 2 something has to be fixed first, 75 stopped with a checkpoint.
 
 set -euo pipefail
 MEGATRON_ADS_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"

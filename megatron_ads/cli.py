@@ -47,9 +47,9 @@ class Command:
 COMMANDS = (
     Command("convert", "move weights between Hugging Face and Megatron", "conversion.cli", "add_convert_commands"),
     Command("verify", "compare two checkpoints tensor by tensor", "conversion.cli", "add_verify_command"),
-    Command("demo-model", "write a small random checkpoint for rehearsals", "megatron_ads.demo_model"),
+    Command("demo-model", "write a small random checkpoint to try things on", "megatron_ads.demo_model"),
     Command("plan", "say what a recipe takes before a machine is rented", "megatron_ads.planning.command"),
-    Command("check", "say what would stop a job before it is started", "megatron_ads.launching.command"),
+    Command("check", "say what would stop a job before it is started", "megatron_ads.launching.job_check"),
     Command("data", "make rows to train on and look at them", "megatron_ads.data.command"),
     Command("train", "run a recipe, on this machine or on several", "megatron_ads.launching.train"),
     Command("compare-logits", "run one model in transformers and in Megatron", "megatron_ads.training.compare_logits"),
@@ -57,7 +57,7 @@ COMMANDS = (
         "evaluate", "let a checkpoint answer held-out rows, and score the answers", "megatron_ads.evaluation.command"
     ),
     Command("parity", "compare a checkpoint in transformers and in Megatron-Core", "megatron_ads.parity.command"),
-    Command("quickstart", "rehearse the whole path on this machine", "megatron_ads.quickstart"),
+    Command("quickstart", "run the whole path on this machine", "megatron_ads.quickstart.command"),
 )
 
 

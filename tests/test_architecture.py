@@ -1,6 +1,7 @@
 """Published config.json files are read number by number, and anything not understood is refused by name.
 
-``fixtures/configs`` holds the published values of each model, and R1's as transformers 5 writes them.
+The published values of the models that the project ships are in ``conversion/published``; ``fixtures/configs`` holds
+those of Kimi K2, and R1's as transformers 5 writes them.
 """
 
 import json
@@ -10,25 +11,16 @@ from typing import Any
 
 import pytest
 
+from conversion.published_models import published_file, published_models
 from megatron_ads.architecture import Fp8Blocks, YarnShape, fp8_blocks, read_model_shape, shape_from_config
 from megatron_ads.errors import ConfigError
-from megatron_ads.parameter_count import parameters_by_component
-
-CONFIGS = Path(__file__).parent / "fixtures" / "configs"
-
-
-def published(name: str, **changes: Any) -> dict[str, Any]:
-    """Return a published config with fields replaced, or removed where the new value is ``...``."""
-    config: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text())
-    config.update(changes)
-    return {key: value for key, value in config.items() if value is not ...}
-
+from tests.published import CONFIGS, published
 
 # ---- what is read ----
 
 
 def test_every_published_config_is_read() -> None:
-    files = sorted(CONFIGS.glob("*.json"))
+    files = [*CONFIGS.glob("*.json"), *map(published_file, published_models())]
     assert len(files) == 5
     for file in files:
         assert read_model_shape(file).num_layers in (27, 61)
@@ -50,7 +42,7 @@ def test_r1_has_the_numbers_of_its_paper() -> None:
 
 def test_the_transformers_5_style_means_the_same() -> None:
     assert read_model_shape(CONFIGS / "deepseek_r1_transformers5.json") == read_model_shape(
-        CONFIGS / "deepseek_r1.json"
+        published_file("deepseek_r1")
     )
 
 
@@ -104,7 +96,7 @@ def test_a_default_rope_section_is_no_scaling() -> None:
 
 def test_a_folder_is_read_by_the_config_in_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(published("moonlight_16b_a3b")))
-    assert read_model_shape(tmp_path) == read_model_shape(CONFIGS / "moonlight_16b_a3b.json")
+    assert read_model_shape(tmp_path) == read_model_shape(published_file("moonlight_16b_a3b"))
 
 
 # ---- what is refused ----
@@ -262,27 +254,3 @@ def test_deepseeks_fp8_blocks_are_recognised() -> None:
 def test_another_quantization_is_refused(quantization: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=rf"quantization_config\.{message}"):
         shape_from_config(published("deepseek_r1", quantization_config=quantization))
-
-
-# ---- parameters ----
-
-
-def test_r1_has_the_published_number_of_parameters() -> None:
-    parts = parameters_by_component(shape_from_config(published("deepseek_r1")))
-    # 58 layers * 256 experts * 3 matrices * 7168 * 2048
-    assert parts["experts"] == 58 * 256 * 3 * 7168 * 2048 == 653_908_770_816
-    assert sum(parts.values()) - parts["mtp"] == 671_026_419_200
-    # The published repository stores 684,489,845,504 values: the embedding and the output layer once more, for MTP.
-    assert sum(parts.values()) + parts["embedding"] + parts["output"] == 684_489_845_504
-
-
-def test_the_parameters_of_moonlight_are_those_transformers_builds() -> None:
-    torch = pytest.importorskip("torch")
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    config = published("moonlight_16b_a3b", architectures=..., auto_map=..., torch_dtype=..., transformers_version=...)
-    with torch.device("meta"):
-        model = DeepseekV3ForCausalLM(DeepseekV3Config(**config))
-    biases = sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias"))
-    built = sum(parameter.numel() for parameter in model.parameters()) + biases
-    assert sum(parameters_by_component(shape_from_config(published("moonlight_16b_a3b"))).values()) == built

@@ -21,7 +21,6 @@ FOUNDATION = (
     "megatron_ads.journal",
     "megatron_ads.stable_random",
     "megatron_ads.architecture",
-    "megatron_ads.parameter_count",
     "megatron_ads.layout",
     "megatron_ads.config",
 )
@@ -44,7 +43,6 @@ ROOMS = (
     "megatron_ads.cooking",  # its command is found by name
     "megatron_ads.demo_model",
     "megatron_ads.parity",
-    "megatron_ads.rehearsal",
     "megatron_ads.quickstart",
 )
 MAY_IMPORT_MEGATRON = {f"megatron_ads.{name}" for name in ("runtime", "models", "optim", "training", "planning")}

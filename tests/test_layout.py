@@ -2,18 +2,17 @@
 
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from conversion.published_models import published_file
 from megatron_ads.architecture import ModelShape, read_model_shape
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import Coordinates, ParallelLayout, expand_pipeline, place_layers
 from megatron_ads.runtime import cpu_compat
 
-CONFIGS = Path(__file__).parent / "fixtures" / "configs"
-R1 = read_model_shape(CONFIGS / "deepseek_r1.json")
+R1 = read_model_shape(published_file("deepseek_r1"))
 
 
 def small_shape(num_layers: int, mtp_layers: int = 0, first_dense_layers: int = 1) -> ModelShape:

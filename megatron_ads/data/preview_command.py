@@ -130,7 +130,7 @@ def _data(args: argparse.Namespace) -> "DataConfig":
     from megatron_ads.config.recipes import load_recipe
 
     if args.recipe is not None:
-        data = load_recipe(args.recipe, ["model.load=unused", *args.overrides]).data
+        data = load_recipe(args.recipe, args.overrides, sections=["data"]).data
         data.check()
         return data
     return DataConfig(sources=[_source(args)], seed=args.seed)

@@ -141,7 +141,7 @@ def evaluate(
 
     _require_positive({"--batch-size": batch_size, "--max-new-tokens": max_new_tokens})
     _require_folders(answers_file, html_file)
-    data = load_recipe(recipe, [*_UNUSED, *overrides]).data
+    data = load_recipe(recipe, overrides, sections=["data"]).data
     corpus = read_corpus(data)
     if not corpus.validation:
         raise DataError("the recipe holds no rows out; raise data.validation_rows.")
@@ -205,10 +205,6 @@ def _answer(
         write_answers(file, answers)
         journal.close_for_good()
         return answers, journal.seconds + time.monotonic() - start
-
-
-_UNUSED = ("model.load=unused",)
-"""Settings that a recipe demands and that play no part here."""
 
 
 def _longest_answers(

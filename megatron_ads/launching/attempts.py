@@ -1,35 +1,36 @@
-"""What an attempt at a job came to, and whether another one is worth it.
+"""The result of one attempt at a job, the report on its failure, and whether to make another attempt.
 
-An attempt that ended with a failure is followed by another, from the last checkpoint, as long as the job gets on:
-only attempts that began at the checkpoint where the job still stands count towards the bound.
+An attempt that failed is followed by another one from the last checkpoint, as long as the job makes progress: only
+attempts that began at the newest checkpoint count towards the maximum.
 
-    <log.dir>/slurm/<job>/attempt-<n>/attempt.json      where it began
+    <log.dir>/slurm/<job>/attempt-<n>/attempt.json      the step where it began
                                      /rank-0003.log     what each rank wrote
                                      /records/          how each rank ended
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from megatron_ads.runtime.exit_status import ExitStatus
-from megatron_ads.runtime.rank_record import RankRecord
+from megatron_ads.runtime.rank_record import RankRecord, first_failure
 from megatron_ads.training.checkpoint_folder import complete_checkpoints
 from megatron_ads.training.outcome import Outcome
 
 ATTEMPT = "attempt.json"
+_LOG_LINES = 5
 
 
 class Verdict(StrEnum):
-    """What one attempt came to."""
+    """The result of one attempt."""
 
     FINISHED = "finished"
     STOPPED = "stopped"
     """A signal asked for it, and the checkpoint is saved."""
     REFUSED = "refused"
-    """Something the user has to mend; another attempt would end in the same way."""
+    """The user has to fix something; another attempt would end in the same way."""
     FAILED = "failed"
     """A rank crashed, was killed, or lost another one."""
 
@@ -44,7 +45,7 @@ class Decision:
 
 
 def judge(records: Sequence[RankRecord], ranks: int, outcome: Outcome | None) -> Verdict:
-    """Say what an attempt of ``ranks`` ranks came to, from what they wrote down at their ends."""
+    """Return the result of an attempt of ``ranks`` ranks from their records."""
     if any(record.status is ExitStatus.USER_ERROR for record in records):
         return Verdict.REFUSED
     if len(records) < ranks or any(record.failed for record in records) or outcome is None:
@@ -52,35 +53,78 @@ def judge(records: Sequence[RankRecord], ranks: int, outcome: Outcome | None) ->
     return Verdict.FINISHED if outcome is Outcome.FINISHED else Verdict.STOPPED
 
 
-def decide(verdict: Verdict, fruitless: int, most: int) -> Decision:
+def decide(verdict: Verdict, fruitless: int, maximum: int) -> Decision:
     """Return whether to try again.
 
     Args:
         verdict: Of the attempt that has ended.
-        fruitless: Attempts, it included, that began at the checkpoint where the job stands now.
-        most: How often an attempt may be repeated without getting on.
+        fruitless: Attempts, it included, that began at the newest checkpoint.
+        maximum: How often an attempt may be repeated without progress.
     """
     match verdict:
         case Verdict.FINISHED:
             return Decision(again=False, status=ExitStatus.DONE, reason="every step is done")
         case Verdict.REFUSED:
-            reason = "not started again: this has to be mended first"
+            reason = "not started again: this has to be fixed first"
             return Decision(again=False, status=ExitStatus.USER_ERROR, reason=reason)
         case Verdict.STOPPED:
-            reason = "stopped on request, with a checkpoint; going on from it"
+            reason = "stopped on request, with a checkpoint; continuing from it"
             return Decision(again=True, status=ExitStatus.STOPPED, reason=reason)
-    if fruitless > most:
-        reason = f"given up: {fruitless} attempts in a row ended before another checkpoint (at most {most} restarts)"
+    if fruitless > maximum:
+        reason = f"given up: {fruitless} attempts in a row ended before another checkpoint (at most {maximum} restarts)"
         return Decision(again=False, status=ExitStatus.CRASHED, reason=reason)
-    reason = f"starting again from the last checkpoint; {fruitless} of at most {most + 1} attempts from there failed"
+    reason = f"starting again from the last checkpoint; {fruitless} of at most {maximum + 1} attempts from there failed"
     return Decision(again=True, status=ExitStatus.CRASHED, reason=reason)
 
 
 def checkpoint_step(directory: Path) -> int:
-    """Return the step of the newest complete checkpoint; 0 if there is none."""
+    """Return the step of the newest complete checkpoint; 0 without one."""
     return max((step for step, _ in complete_checkpoints(directory)), default=0)
 
 
 def fruitless_attempts(job_folder: Path, step: int) -> int:
     """Return how many attempts began at the checkpoint of ``step``."""
     return sum(json.loads(file.read_text())["step"] == step for file in job_folder.glob(f"attempt-*/{ATTEMPT}"))
+
+
+def describe_failure(records: Sequence[RankRecord], ranks: Collection[int], logs: Path | None) -> list[str]:
+    """Return lines that describe a failure, the first failing rank first; none if nothing failed.
+
+    Args:
+        records: Of the ranks that recorded how they ended, the earliest first.
+        ranks: Those that were started.
+        logs: Folder of one file per rank; None if they wrote to the terminal.
+    """
+    lines, silent = [], sorted(set(ranks) - {record.rank for record in records})
+    first = first_failure(records)
+    if first is not None and first.status is ExitStatus.PEER_LOST and silent:
+        first = None  # the one that was lost comes first
+    if first is not None:
+        *before, last = first.message.splitlines() or [""]
+        lines += [f"first failure: rank {first.rank} on {first.host}, {first.status.name}: {last}"]
+        lines += _indented("\n".join([*before, last])) if before else []
+        lines += [] if logs is None else [f"its log: {_log(logs, first.rank)}"]
+    if silent:
+        lines.append(f"ended without a record (killed, out of memory, or its machine lost): {_named(silent)}")
+        lines += [] if logs is None else [f"the end of {_log(logs, silent[0])}:", *_log_tail(_log(logs, silent[0]))]
+    victims = [record for record in records if record.status is ExitStatus.PEER_LOST and record is not first]
+    if victims:
+        lines.append(f"lost a peer: {_named([record.rank for record in victims])}. {victims[0].message}")
+    return lines
+
+
+def _named(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, sorted(ranks)[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+
+
+def _log(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:04d}.log"
+
+
+def _log_tail(file: Path) -> list[str]:
+    return _indented("\n".join(file.read_text(errors="replace").splitlines()[-_LOG_LINES:])) if file.is_file() else []
+
+
+def _indented(text: str) -> list[str]:
+    return [f"    {line}" for line in text.splitlines()]

@@ -1,10 +1,16 @@
-"""What a whole job must have before its ranks are started: a recipe that composes, weights, room, a checkpoint to read.
+"""Say, before a job is started, everything that would stop it: on this machine and in what the recipe names.
 
-Everything is looked at, so that one look finds every problem.
+    megatron-ads check --recipe sft/deepseek_r1_671b_248gpu --ranks 248 --ranks-here 8 model.load=R1-shards ...
+
+Python, GPU driver and GPUs, folders, disk space for the planned checkpoints, weights, layout, data, and the checkpoint
+to continue from. With MASTER_ADDR set and NODE_RANK above 0, the rendezvous too. The launch scripts run this check on
+every node. Exit status 2: there is a problem; each is one line that says what to do.
 """
 
+import argparse
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,23 +22,68 @@ from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.sft import SftConfig, validate
 from megatron_ads.disk import existing, free_bytes
 from megatron_ads.errors import CheckpointError, ConfigError, DataError, MegatronAdsError
-from megatron_ads.launching.node_check import wants_gpu
+from megatron_ads.launching.network_check import rendezvous_problems
+from megatron_ads.launching.node_check import folder_problems, gpu_problems, python_problems, wants_gpu
 from megatron_ads.planning.hardware import CARDS
 from megatron_ads.planning.job import job_of
 from megatron_ads.planning.plan import make_plan
 from megatron_ads.training.checkpoint_folder import complete_checkpoints, require_resumable, verify_sizes
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megatron-ads check`."""
+    parser.add_argument("--recipe", required=True, metavar="R", help="a name under recipes/, or a YAML file")
+    parser.add_argument("--ranks", type=int, help="processes of the whole job (default: the fewest for the layout)")
+    parser.add_argument("--ranks-here", type=int, help="of these, on this machine (default: all)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's, as train.steps=100"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was checked, then the problems; return 2 if there are any."""
+    passed, problems = surroundings(args.recipe, args.overrides, args.ranks, args.ranks_here)
+    for line in passed:
+        print(f"ok    {line}")
+    sys.stdout.flush()
+    for problem in problems:
+        print(f"megatron-ads: {problem}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+def surroundings(
+    recipe: str, overrides: list[str], ranks: int | None, ranks_here: int | None
+) -> tuple[list[str], list[str]]:
+    """Return a line for every check that passed, and one for every problem, of the job and of this node."""
+    found = check_job(recipe, overrides, ranks)
+    passed, problems = list(found.passed), list(found.problems)
+    here = python_problems(sys.version_info[:2]) + rendezvous_problems(os.environ)
+    try:
+        config = load_recipe(recipe, overrides)
+    except MegatronAdsError:
+        pass  # already among the problems of check_job
+    else:
+        for folder in dict.fromkeys((config.checkpoint.dir, config.log.dir)):
+            here += folder_problems(Path(folder))
+        gpus = needs_gpu(config, os.environ)
+        local = ranks_here or ranks or config.layout.fewest_ranks()
+        here += gpu_problems(local, os.environ) if gpus else []
+        passed.append(f"gpu: {'driver and GPUs are checked' if gpus else 'none wanted; the ranks run on the CPU'}")
+    if not here:
+        passed.append(f"machine: Python {sys.version.split()[0]}, folders can be written")
+    return passed, problems + here
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobCheck:
-    """What was found: a line for everything that is as it should be, and one for every problem."""
+    """A line for every check that passed, and one for every problem."""
 
     passed: tuple[str, ...]
     problems: tuple[str, ...]
 
 
 def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCheck:
-    """Look at everything that is the same on every node.
+    """Check everything that is the same on every node.
 
     Args:
         recipe: Name or file.
@@ -99,7 +150,7 @@ def _data(config: SftConfig) -> str:
     paths = [source.path for source in config.data.sources if source.path is not None]
     if absent := [path for path in paths if not Path(path).exists()]:
         raise DataError(f"{', '.join(absent)} (data.sources) does not exist. Give the path as every node sees it.")
-    return f"{len(config.data.sources)} sources, {len(paths)} of them in files that are there"
+    return f"{len(config.data.sources)} sources, {len(paths)} of them in files that exist"
 
 
 def _checkpoint(config: SftConfig) -> str:
@@ -109,12 +160,12 @@ def _checkpoint(config: SftConfig) -> str:
     step, folder = complete[-1]
     require_resumable(folder, resume=config.checkpoint.resume, last_step=config.train.steps)
     verify_sizes(folder)
-    return f"{folder} is complete; the job goes on from step {step}"
+    return f"{folder} is complete; the job continues from step {step}"
 
 
 def _disk(config: SftConfig, ranks: int | None, shape: ModelShape | None) -> str:
     if shape is None:
-        return "not looked at without weights"
+        return "not checked without weights"
     job = job_of(config, shape, _world(config, ranks))
     plan = make_plan(job, CARDS["cpu"])
     kept = len(complete_checkpoints(Path(config.checkpoint.dir)))

@@ -1,7 +1,7 @@
 """What one node must have before ranks are started on it. Light: no torch, so that it can run on every node first.
 
     python -m megatron_ads.launching.node_check --local-ranks 8 --gpus --folder RUN --expect RUN/slurm/7/attempt.json \\
-      --meet HOST:PORT --nodes 31 --node 3
+      --rendezvous HOST:PORT --nodes 31 --node 3
 
 Prints a line for every problem, and exits with 2 if there is one.
 """
@@ -14,14 +14,17 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ads.disk import existing
-from megatron_ads.launching.reach import meet
+from megatron_ads.launching.environment import Allocation, meeting_place
+from megatron_ads.launching.network_check import check_connections
 
 _OLDEST_PYTHON = (3, 11)
 _DRIVER_SECONDS = 60.0
+_CHECK_SECONDS = 300.0
 
 
 def main() -> int:
@@ -31,7 +34,7 @@ def main() -> int:
     parser.add_argument("--gpus", action="store_true", help="each rank needs a GPU")
     parser.add_argument("--folder", type=Path, action="append", default=[], help="must be writable")
     parser.add_argument("--expect", type=Path, help="a file that another node has written to shared storage")
-    parser.add_argument("--meet", metavar="HOST:PORT", help="where node 0 listens")
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="where node 0 listens")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--node", type=int, default=int(os.environ.get("SLURM_NODEID", "0")))
     args = parser.parse_args()
@@ -45,9 +48,9 @@ def main() -> int:
             f"{args.expect}, just written on the first node, is not here: log.dir is not on storage that all nodes "
             "share. Set log.dir and checkpoint.dir to a shared folder."
         )
-    if args.meet is not None:
-        host, port = args.meet.rsplit(":", 1)
-        problems += meet(host, int(port), number=args.node, count=args.nodes)
+    if args.rendezvous is not None:
+        host, port = args.rendezvous.rsplit(":", 1)
+        problems += check_connections(host, int(port), number=args.node, count=args.nodes)
     for problem in problems:
         print(f"{socket.gethostname()}: {problem}", flush=True)
     return 2 if problems else 0
@@ -74,7 +77,7 @@ def wants_gpu(environment: Mapping[str, str]) -> bool:
 def gpu_problems(local_ranks: int, environment: Mapping[str, str]) -> list[str]:
     """Return what is wrong with the driver and the GPUs that ranks of this node would see."""
     if shutil.which("nvidia-smi") is None:
-        return ["nvidia-smi is not there: the NVIDIA driver is not installed on this node. Use nodes with GPUs."]
+        return ["nvidia-smi is not found: the NVIDIA driver is not installed on this node. Use nodes with GPUs."]
     try:
         answer = subprocess.run(
             ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
@@ -105,6 +108,35 @@ def folder_problems(folder: Path) -> list[str]:
     except OSError as error:
         return [f"{folder} cannot be written: {error.strerror}. Give a folder that every node may write to."]
     return []
+
+
+@dataclass(frozen=True, slots=True)
+class NodesCheck:
+    """What the nodes of an allocation said about themselves."""
+
+    problems: tuple[str, ...]
+    finished: bool
+    """Whether every node came to an end; if not, it was interrupted, or a node is out of order."""
+    failure: str | None = None
+    """Why the check itself could not be carried out."""
+
+
+def check_nodes(allocation: Allocation, arguments: Sequence[str]) -> NodesCheck:
+    """Run this check on every node of a Slurm allocation at the same time."""
+    place = meeting_place(os.environ)
+    command = [
+        *("srun", f"--ntasks={allocation.nodes}", "--ntasks-per-node=1", "--input=none", "--kill-on-bad-exit=0"),
+        *(sys.executable, "-m", "megatron_ads.launching.node_check", *arguments),
+        *(["--rendezvous", ":".join(place), f"--nodes={allocation.nodes}"] if allocation.nodes > 1 else []),
+    ]
+    try:
+        answer = subprocess.run(command, timeout=_CHECK_SECONDS, check=False, capture_output=True, text=True)
+    except subprocess.TimeoutExpired:
+        return NodesCheck((), False, f"the nodes did not finish checking themselves within {_CHECK_SECONDS:.0f} s")
+    problems, failure = tuple(answer.stdout.splitlines()), None
+    if answer.returncode != 0 and not problems:  # else srun's own lines add nothing
+        failure = f"the nodes could not check themselves: {' '.join(answer.stderr.split())}"
+    return NodesCheck(problems, answer.returncode == 0, failure)
 
 
 if __name__ == "__main__":

@@ -19,33 +19,37 @@ from pathlib import Path
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.sft import SftConfig
 from megatron_ads.errors import ConfigError, MegatronAdsError
-from megatron_ads.launching.allocation import Allocation
 from megatron_ads.launching.attempts import (
     ATTEMPT,
     Decision,
     Verdict,
     checkpoint_step,
     decide,
+    describe_failure,
     fruitless_attempts,
     judge,
 )
-from megatron_ads.launching.environment_number import environment_number
-from megatron_ads.launching.failures import describe_failure
+from megatron_ads.launching.environment import Allocation, environment_number, meeting_place
 from megatron_ads.launching.job_check import check_job, needs_gpu, one_line
-from megatron_ads.launching.slurm_steps import NodesCheck, ask_slurm, check_nodes, meeting_place, rehearse, say
+from megatron_ads.launching.node_check import NodesCheck, check_nodes
+from megatron_ads.launching.placement import placement_problems, read_reports, summary
 from megatron_ads.launching.sweep import sweep_overrides
+from megatron_ads.planning.job import load_job
 from megatron_ads.runtime.exit_status import ExitStatus
 from megatron_ads.runtime.rank_record import FOLDER_VARIABLE, read_records
 from megatron_ads.training.outcome import clear_outcome, read_outcome
 
-REHEARSE_VARIABLE = "MEGATRON_ADS_REHEARSE"
+PLACEMENT_VARIABLE = "MEGATRON_ADS_CHECK_PLACEMENT"
+_OLD_PLACEMENT_VARIABLE = "MEGATRON_ADS_REHEARSE"
+_PLACEMENT_SECONDS = 900.0
+_ANSWER_SECONDS = 60.0
 _POLL_SECONDS = 2.0
 _START_SECONDS = 5.0
 """After which every rank has begun to listen for signals; before, one would kill it."""
 _NOTICE_SECONDS = 30.0
-"""Between repetitions of a stop that the ranks have been told of."""
+"""Between repetitions of the signal that asks the ranks to stop."""
 _GRACE_SECONDS = 60.0
-"""How long the other ranks may go on after one has failed: they notice within seconds, unless they hang."""
+"""How long the other ranks may continue after one has failed: they notice within seconds, unless they hang."""
 _REQUEUE_SECONDS = 60.0
 """How long Slurm may take to end this process after it accepted the job back."""
 
@@ -75,8 +79,8 @@ class StopNotice:
 
 
 def _run(allocation: Allocation, recipe: str, overrides: list[str], notice: StopNotice) -> int:
-    if os.environ.get(REHEARSE_VARIABLE, "0") not in ("", "0"):
-        return rehearse(allocation, recipe, overrides)
+    if wants_placement_check(os.environ):
+        return check_placement(allocation, recipe, overrides)
     overrides += sweep_overrides(allocation.array_index, recipe, overrides, os.environ)
     found = check_job(recipe, overrides, allocation.ranks)
     for problem in found.problems:
@@ -85,6 +89,7 @@ def _run(allocation: Allocation, recipe: str, overrides: list[str], notice: Stop
         return ExitStatus.USER_ERROR
     attempt = Attempt.begin(allocation, recipe, overrides)
     check = attempt.check_nodes()
+    say_nodes(check)
     if check.problems:
         return ExitStatus.USER_ERROR
     started = check.finished and notice.received is None
@@ -95,6 +100,61 @@ def _run(allocation: Allocation, recipe: str, overrides: list[str], notice: Stop
     if decision.again:
         _requeue(allocation)
     return decision.status
+
+
+def say(text: str) -> None:
+    """Print a line to the job's log."""
+    print(f"{time.strftime('%H:%M:%S')} [launch] {text}", flush=True)
+
+
+def ask_slurm(*command: str) -> str | None:
+    """Run one of Slurm's own programs; return what went wrong, or None."""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"{command[0]} did not answer in {_ANSWER_SECONDS:.0f} s"
+    if answer.returncode == 0:
+        return None
+    return " ".join(answer.stderr.split()) or f"{command[0]} ended with status {answer.returncode}"
+
+
+def say_nodes(check: NodesCheck) -> None:
+    """Print what a check of the nodes found."""
+    for line in (*check.problems, *([check.failure] if check.failure else [])):
+        say(line)
+
+
+def wants_placement_check(environment: Mapping[str, str]) -> bool:
+    """Whether the job is to check where its ranks would run, instead of training; a former name is still accepted."""
+    if environment.get(_OLD_PLACEMENT_VARIABLE, "0") not in ("", "0"):
+        say(f"{_OLD_PLACEMENT_VARIABLE} is now called {PLACEMENT_VARIABLE}; the old name will be removed")
+        return True
+    return environment.get(PLACEMENT_VARIABLE, "0") not in ("", "0")
+
+
+def check_placement(allocation: Allocation, recipe: str, overrides: Sequence[str]) -> int:
+    """Let every task report which rank it would be, and check that the ranks make up the job."""
+    job = load_job(recipe, overrides, ranks=allocation.ranks)
+    check = check_nodes(allocation, [f"--local-ranks={allocation.ranks_per_node}"])
+    say_nodes(check)
+    if not check.finished:
+        return ExitStatus.USER_ERROR
+    file = Path(f"placement-{allocation.job}.jsonl")
+    command = [
+        *("srun", "--input=none", "--kill-on-bad-exit=0", sys.executable, "-m", "megatron_ads.launching.placement"),
+        *("--recipe", recipe, *overrides),
+    ]
+    try:
+        with file.open("wb") as output:
+            subprocess.run(command, stdout=output, timeout=_PLACEMENT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        say(f"the tasks did not all report within {_PLACEMENT_SECONDS:.0f} s")
+    reports, problems = read_reports(file)
+    problems += placement_problems(reports, job, allocation.nodes)
+    for line in (*summary(reports, job), *problems, f"the reports: {file.absolute()}"):
+        say(line)
+    say("the placement has problems" if problems else "every rank has its place, and nothing is missing or duplicated")
+    return ExitStatus.USER_ERROR if problems else ExitStatus.DONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +169,10 @@ class Attempt:
 
     @classmethod
     def begin(cls, allocation: Allocation, recipe: str, overrides: Sequence[str]) -> "Attempt":
-        """Note where the job stands.
+        """Record the step that the job continues from.
 
         Raises:
-            ConfigError: If the recipe cannot be composed, or the job does not get on.
+            ConfigError: If the recipe cannot be composed, or the job makes no progress.
         """
         from conversion.atomic_file import write_small  # imports torch, which the rehearsal does without
 
@@ -120,7 +180,7 @@ class Attempt:
         folder = Path(config.log.dir) / "slurm" / allocation.job / f"attempt-{allocation.restarts}"
         step = checkpoint_step(Path(config.checkpoint.dir))
         before = fruitless_attempts(folder.parent, step)
-        if before > most_restarts(os.environ):
+        if before > max_restarts(os.environ):
             raise ConfigError(
                 f"This job began {before} times at step {step} and never reached another checkpoint. Look at "
                 f"{folder.parent}, and submit it again."
@@ -132,7 +192,7 @@ class Attempt:
 
     @property
     def records(self) -> Path:
-        """Where the ranks write down how they ended."""
+        """Where the ranks record how they ended."""
         return self.folder / "records"
 
     def check_nodes(self) -> NodesCheck:
@@ -148,7 +208,7 @@ class Attempt:
         return check_nodes(size, arguments)
 
     def run_ranks(self, notice: StopNotice) -> None:
-        """Start every rank and wait until all have ended, or until those that hang on are ended."""
+        """Start every rank and wait until all have ended, or until those that still run after a failure are ended."""
         size = self.allocation
         say(f"{self.recipe}: {size.ranks} ranks on {size.nodes} nodes, attempt {size.restarts}, logs in {self.folder}")
         command = [
@@ -159,7 +219,7 @@ class Attempt:
             _wait(job, lambda: any(record.failed for record in read_records(self.records)), notice, size.job)
 
     def decision(self, started: bool) -> Decision:
-        """Report what went wrong, first things first, and decide; ``started``: whether there were ranks at all."""
+        """Report a failure and decide what to do; ``started``: whether ranks were started at all."""
         fruitless = fruitless_attempts(self.folder.parent, checkpoint_step(Path(self.config.checkpoint.dir)))
         verdict = Verdict.FAILED
         if started:
@@ -167,16 +227,16 @@ class Attempt:
             verdict = judge(ended, self.allocation.ranks, read_outcome(Path(self.config.log.dir)))
             for line in describe_failure(ended, range(self.allocation.ranks), self.folder):
                 say(line)
-        return decide(verdict, fruitless, most_restarts(os.environ))
+        return decide(verdict, fruitless, max_restarts(os.environ))
 
 
-def most_restarts(environment: Mapping[str, str]) -> int:
-    """Return how often a job may be started again without having got on."""
+def max_restarts(environment: Mapping[str, str]) -> int:
+    """Return how often a job may be started again without progress."""
     return environment_number(environment, "MEGATRON_ADS_MAX_RESTARTS", 3)
 
 
 def rank_environment(allocation: Allocation, records: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of the ranks: the given one, where they meet, and where they write down their ends."""
+    """Return the environment of the ranks: the given one, their rendezvous, and the folder of their records."""
     host, port = meeting_place(environment)
     made = {
         **environment,
@@ -191,16 +251,16 @@ def rank_environment(allocation: Allocation, records: Path, environment: Mapping
 
 
 def _wait(job: "subprocess.Popen[bytes]", has_failed: Callable[[], bool], notice: StopNotice, number: str) -> None:
-    """Wait for srun; pass a stop on to the ranks, and end those that hang on after a failure."""
+    """Wait for srun; pass a stop on to the ranks, and end those that still run after a failure."""
     give_up: float | None = None
     next_notice = time.monotonic() + _START_SECONDS
     while job.poll() is None:
         time.sleep(_POLL_SECONDS)
         now = time.monotonic()
         if notice.received is not None and now > next_notice:
-            say(f"{notice.received.name}: the ranks are told to save a checkpoint and stop")
+            say(f"{notice.received.name}: the ranks are asked to save a checkpoint and stop")
             if problem := ask_slurm("scancel", "--quiet", "--signal=USR1", number):
-                say(f"they could not be told, and will be again: {problem}")
+                say(f"they could not be asked, and will be again: {problem}")
             next_notice = now + _NOTICE_SECONDS
         if give_up is None and has_failed():
             give_up = now + _GRACE_SECONDS
@@ -215,7 +275,7 @@ def _wait(job: "subprocess.Popen[bytes]", has_failed: Callable[[], bool], notice
 def _requeue(allocation: Allocation) -> None:
     """Put this job back into the queue, which ends this process."""
     if problem := ask_slurm("scontrol", "requeue", allocation.job):
-        say(f"Slurm did not take the job back: {problem}. Submit it again to go on from the checkpoint.")
+        say(f"Slurm did not take the job back: {problem}. Submit it again to continue from the checkpoint.")
         return
     time.sleep(_REQUEUE_SECONDS)
 

@@ -39,7 +39,7 @@ def sweep_overrides(
     try:
         line = shlex.split(text)
     except ValueError as error:
-        raise ConfigError(f"The sweep {file} holds {text!r} for element {index}: {error}. Mend this line.") from None
+        raise ConfigError(f"The sweep {file} holds {text!r} for element {index}: {error}. Fix this line.") from None
     before = load_recipe(recipe, [*overrides, *line])
     own = [*line, f"log.dir={before.log.dir}/sweep-{index}"]
     if load_recipe(recipe, [*overrides, *own]).checkpoint.dir == before.checkpoint.dir:

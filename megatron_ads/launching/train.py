@@ -1,4 +1,4 @@
-"""`megatron-ads train`: look at the surroundings, then run the recipe under torchrun, here or on several machines.
+"""`megatron-ads train`: check the recipe and the machine, then run under torchrun, here or on several machines.
 
     megatron-ads train --recipe sft/quickstart model.load=SHARDS checkpoint.dir=RUN/checkpoints log.dir=RUN/logs
     megatron-ads train --recipe sft/quickstart --ranks 4 train.steps=100 ...
@@ -19,14 +19,15 @@ from pathlib import Path
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.sft import SftConfig
 from megatron_ads.errors import ConfigError
-from megatron_ads.launching.attempts import Verdict, judge
-from megatron_ads.launching.command import surroundings
-from megatron_ads.launching.failures import describe_failure
-from megatron_ads.launching.torchrun import NodePart, wait_passing_signals_on
+from megatron_ads.launching.attempts import Verdict, describe_failure, judge
+from megatron_ads.launching.environment import NodePart
+from megatron_ads.launching.job_check import surroundings
+from megatron_ads.launching.processes import wait_passing_signals_on
 from megatron_ads.runtime.exit_status import ExitStatus
 from megatron_ads.runtime.rank_record import FOLDER_VARIABLE, RankRecord, read_records
 from megatron_ads.training.outcome import clear_outcome, read_outcome
 
+_RENDEZVOUS_SECONDS = 600
 _STATUS = {
     Verdict.FINISHED: ExitStatus.DONE,
     Verdict.STOPPED: ExitStatus.STOPPED,
@@ -49,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Start this machine's ranks and wait for them.
 
-    Returns 0 when every step is done, 75 when a signal stopped the job after a saved step (the same command goes on
-    from there), 2 when something has to be mended first, 1 when it failed.
+    Returns 0 when every step is done, 75 when a signal stopped the job after a saved step (the same command continues
+    from there), 2 when the user has to fix something first, 1 when it failed.
     """
     config = load_recipe(args.recipe, args.overrides)
     part = NodePart.of(os.environ, args.ranks, config.layout.fewest_ranks())
@@ -62,10 +63,27 @@ def run(args: argparse.Namespace) -> int:
     records = _empty_records(config, part)
     if part.node == 0:
         clear_outcome(Path(config.log.dir))
-    command = part.command(args.recipe, args.overrides)
+    command = torchrun_command(part, "megatron_ads.training", ["--recipe", args.recipe, *args.overrides])
     with subprocess.Popen(command, env=_environment(config, part, records)) as job:
         failed = wait_passing_signals_on(job) != 0
     return _report(config, part, records, failed)
+
+
+def torchrun_command(part: NodePart, module: str, arguments: Sequence[str]) -> list[str]:
+    """Return the command line of torchrun that runs a Python module on every rank of a node."""
+    if part.nodes == 1:
+        meeting = ["--standalone"]
+    else:
+        is_host = "true" if part.node == 0 else "false"
+        meeting = [
+            *(f"--nnodes={part.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={part.host}:{part.port}"),
+            *("--rdzv-id=megatron-ads", f"--rdzv-conf=is_host={is_host},join_timeout={_RENDEZVOUS_SECONDS}"),
+        ]
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={part.ranks_here}"),
+        *(f"--max-restarts={part.max_restarts}", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"),
+        *("--module", module, *arguments),
+    ]
 
 
 def _empty_records(config: SftConfig, part: NodePart) -> Path:

@@ -1,8 +1,9 @@
 """Which part of a model each of its parameters belongs to, and which of them a job trains. No torch."""
 
 import math
+from collections import Counter
 
-from conversion.names import Kind, Parameter, parameters
+from conversion.names import Kind, parameters
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import FrozenPart, ModelConfig
 from megatron_ads.models.adapter_shapes import Lora
@@ -27,17 +28,23 @@ def part_of(name: str, shape: ModelShape) -> FrozenPart | None:
     return None if shape.is_moe_layer(int(name.split(".")[2])) else FrozenPart.dense
 
 
+def parameters_by_part(shape: ModelShape) -> Counter[FrozenPart | None]:
+    """Return how many parameters each part of a model has, each counted once; their sum is the whole model.
+
+    Router biases are buffers and not counted.
+    """
+    counts: Counter[FrozenPart | None] = Counter()
+    for parameter in parameters(shape).values():
+        if parameter.kind is not Kind.ROUTER_BIAS:
+            counts[part_of(parameter.name, shape)] += math.prod(parameter.shape)
+    return counts
+
+
 def trained_parameters(settings: ModelConfig, shape: ModelShape) -> tuple[int, int]:
-    """Return how many parameters a job trains, and how many its model has without adapters; each counted once."""
-    weights = {weight.name: math.prod(weight.shape) for weight in _weights(shape)}
+    """Return how many parameters a job trains, and how many its model has without adapters."""
+    counts = parameters_by_part(shape)
     lora = Lora.of(settings)
     if lora is not None:
-        return lora.parameters(shape), sum(weights.values())
+        return lora.parameters(shape), counts.total()
     frozen = set(settings.frozen) | (set() if settings.mtp_loss_weight else {FrozenPart.mtp})
-    trained = sum(count for name, count in weights.items() if part_of(name, shape) not in frozen)
-    return trained, sum(weights.values())
-
-
-def _weights(shape: ModelShape) -> list[Parameter]:
-    """Return every canonical parameter; a router's bias is a buffer."""
-    return [parameter for parameter in parameters(shape).values() if parameter.kind is not Kind.ROUTER_BIAS]
+    return sum(count for part, count in counts.items() if part not in frozen), counts.total()

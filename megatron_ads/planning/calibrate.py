@@ -8,14 +8,14 @@ those are right.
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from megatron_ads.config.sft import SftConfig
 from megatron_ads.errors import ConfigError
-from megatron_ads.planning.compute import model_flops_per_token
-from megatron_ads.planning.hardware import Card, measured_flops_per_second
+from megatron_ads.planning.hardware import Card
 from megatron_ads.planning.job import job_of, planned_shape
 from megatron_ads.planning.plan import make_plan
 
@@ -29,15 +29,14 @@ def calibrated(card: Card, run: Path, model: str | None = None) -> Card:
         ConfigError: If the folder lacks ``run.json`` or ``metrics.jsonl``, or the run was faster than any efficiency
             up to 1 allows: the card is another one.
     """
-    measured = measured_flops_per_second(run / "metrics.jsonl")
+    measured = _measured_flops_per_second(run / "metrics.jsonl")
     described = _described(run / "run.json")
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SftConfig), described["recipe"]))
     assert isinstance(config, SftConfig)  # to_object instantiates the schema
     job = job_of(config, planned_shape(model, config), int(described["ranks"]))
 
     def planned(efficiency: float) -> float:
-        plan = make_plan(job, replace(card, efficiency=efficiency))
-        return plan.tokens_per_second * model_flops_per_token(job)
+        return make_plan(job, replace(card, efficiency=efficiency)).model_flops_per_second
 
     if planned(_HIGHEST) < measured:
         raise ConfigError(
@@ -57,3 +56,19 @@ def _described(file: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"--calibrate {file} cannot be read ({error}); give the log folder of a run.") from None
     return described
+
+
+def _measured_flops_per_second(metrics: Path) -> float:
+    """Return the typical model FLOP/s of a whole run, from its ``metrics.jsonl``; the first step is left out.
+
+    Raises:
+        ConfigError: If the file holds no such measurement.
+    """
+    try:
+        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"--calibrate {metrics} cannot be read ({error}); give a run's metrics.jsonl.") from None
+    measured = [row["model_flops_per_second"] for row in rows if "model_flops_per_second" in row][1:]
+    if not measured:
+        raise ConfigError(f"--calibrate {metrics} has fewer than two steps with model_flops_per_second.")
+    return float(median(measured))

@@ -3,16 +3,18 @@
     megatron-ads plan --recipe sft/deepseek_r1_671b_248gpu
     megatron-ads plan --recipe sft/deepseek_r1_671b_248gpu --gpu h20 --gpu-memory 96GB layout=pp31_vpp2_ep8
     megatron-ads plan --recipe my.yaml --model DeepSeek-R1 --search
-    megatron-ads plan --recipe sft/deepseek_r1_671b_248gpu --rehearse --shards R1-shards
+    megatron-ads plan --recipe sft/deepseek_r1_671b_248gpu --build-ranks --shards R1-shards
 
-Neither weights nor a GPU are needed. Exit status 1: it does not fit, or the rehearsal found a fault.
+Neither weights nor a GPU are needed. Exit status 1: it does not fit, or the ranks that were built have a
+fault.
 """
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from conversion.cli import parse_bytes
 from megatron_ads.errors import ConfigError
@@ -20,12 +22,12 @@ from megatron_ads.planning.calibrate import calibrated
 from megatron_ads.planning.hardware import CARDS, DEFAULT_CARD, card_named
 from megatron_ads.planning.job import Job, load_job
 from megatron_ads.planning.picture import page
-from megatron_ads.planning.plan import Plan, make_plan
-from megatron_ads.planning.search import SearchResult, search
+from megatron_ads.planning.plan import make_plan
+from megatron_ads.planning.search import search
 from megatron_ads.planning.table import plan_lines, plan_values, search_lines, search_values
 
 if TYPE_CHECKING:
-    from megatron_ads.planning.rehearse import Rehearsal
+    from megatron_ads.planning.build_ranks import BuiltRanks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,11 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrate", type=Path, metavar="RUN", help="log folder of a run on such cards, for speeds")
     parser.add_argument("--search", action="store_true", help="try other layouts on as many cards, and rank what fits")
     parser.add_argument(
-        "--rehearse", action="store_true", help="build a rank of every stage for real, without its weights"
+        "--build-ranks", action="store_true", help="build the model of one rank of every stage, without its weights"
     )
-    parser.add_argument("--every-rank", action="store_true", help="with --rehearse: build every rank of every stage")
+    parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)  # the former name
+    parser.add_argument("--every-rank", action="store_true", help="with --build-ranks: of every rank of every stage")
     parser.add_argument(
-        "--shards", type=Path, metavar="DIR", help="with --rehearse: check this converted checkpoint too"
+        "--shards", type=Path, metavar="DIR", help="with --build-ranks: check this converted checkpoint too"
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the plan as a page with pictures")
@@ -53,8 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; return 0 if it fits and every check holds, else 1."""
-    if (args.shards is not None or args.every_rank) and not args.rehearse:
-        raise ConfigError("--shards and --every-rank are for the rehearsal; add --rehearse.")
+    if args.rehearse:
+        print("megatron-ads: --rehearse is now called --build-ranks; the old name will be removed", file=sys.stderr)
+    build = args.build_ranks or args.rehearse
+    if (args.shards is not None or args.every_rank) and not build:
+        raise ConfigError("--shards and --every-rank are for the ranks that are built; add --build-ranks.")
     card = card_named(args.gpu, args.gpu_memory)
     if args.calibrate is not None:
         card = calibrated(card, args.calibrate, args.model)
@@ -63,33 +69,19 @@ def run(args: argparse.Namespace) -> int:
     found = search(job, card) if args.search else None
     if args.html is not None:
         args.html.write_text(page(args.recipe, plan), encoding="utf-8")
-    rehearsal = _rehearse(args, job) if args.rehearse else None
+    built = _build(args, job) if build else None
     if args.json:
-        print(json.dumps(_values(plan, found, rehearsal), indent=1))
+        values = plan_values(plan) | ({} if found is None else {"search": search_values(found)})
+        if built is not None:
+            values["rehearsal" if args.rehearse else "built_ranks"] = asdict(built)
+        print(json.dumps(values, indent=1))
     else:
-        print("\n".join(_lines(plan, found, rehearsal)))
-    return 0 if plan.fits and (rehearsal is None or not rehearsal.faults) else 1
+        lines = [*plan_lines(plan), *([] if found is None else ["", *search_lines(found, card)])]
+        print("\n".join([*lines, *([] if built is None else ["", *built.lines()])]))
+    return 0 if plan.fits and (built is None or not built.faults) else 1
 
 
-def _rehearse(args: argparse.Namespace, job: Job) -> "Rehearsal":
-    from megatron_ads.planning.rehearse import rehearse  # imports Megatron-Core: plans do without
+def _build(args: argparse.Namespace, job: Job) -> "BuiltRanks":
+    from megatron_ads.planning.build_ranks import build_ranks  # imports Megatron-Core: plans do without
 
-    return rehearse(job, every_rank=args.every_rank, shards=args.shards)
-
-
-def _lines(plan: Plan, found: SearchResult | None, rehearsal: "Rehearsal | None") -> list[str]:
-    lines = plan_lines(plan)
-    if found is not None:
-        lines += ["", *search_lines(found, plan.card)]
-    if rehearsal is not None:
-        lines += ["", *rehearsal.lines()]
-    return lines
-
-
-def _values(plan: Plan, found: SearchResult | None, rehearsal: "Rehearsal | None") -> dict[str, Any]:
-    values = plan_values(plan)
-    if found is not None:
-        values["search"] = search_values(found)
-    if rehearsal is not None:
-        values["rehearsal"] = asdict(rehearsal)
-    return values
+    return build_ranks(job, every_rank=args.every_rank, shards=args.shards)

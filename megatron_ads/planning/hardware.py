@@ -4,10 +4,7 @@ Peaks are dense BF16 (no sparsity). ``efficiency`` is the share of the peak that
 reach while a stage works, bubble and exposed communication not counted: an assumption until a run calibrates it.
 """
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
-from statistics import median
 
 from megatron_ads.errors import ConfigError
 
@@ -43,77 +40,58 @@ class Card:
 
 _RESERVED = 2_500_000_000
 """CUDA context about 0.5 GB, NCCL's channels about 1 GB over the groups of such a job, fragments; an assumption."""
-_NIC_400G = 50e9
 
-CARDS = {
-    card.name: card
-    for card in (
-        Card(
-            name="h100",
-            flops_per_second=989e12,
-            memory_bytes=80_000_000_000,
-            memory_bytes_per_second=3.35e12,
-            node_bytes_per_second=450e9,
-            network_bytes_per_second=_NIC_400G,
-            reserved_bytes=_RESERVED,
-            source="NVIDIA H100 SXM5 data sheet; one 400 Gb/s port per card",
-        ),
-        Card(
-            name="h200",
-            flops_per_second=989e12,
-            memory_bytes=141_000_000_000,
-            memory_bytes_per_second=4.8e12,
-            node_bytes_per_second=450e9,
-            network_bytes_per_second=_NIC_400G,
-            reserved_bytes=_RESERVED,
-            source="NVIDIA H200 SXM data sheet; one 400 Gb/s port per card",
-        ),
-        Card(
-            name="h20",
-            flops_per_second=148e12,
-            memory_bytes=96_000_000_000,
-            memory_bytes_per_second=4.0e12,
-            node_bytes_per_second=450e9,
-            network_bytes_per_second=_NIC_400G,
-            efficiency=0.6,  # a seventh of an H100's arithmetic behind the same memory: closer to its peak
-            reserved_bytes=_RESERVED,
-            source="published H20 figures, 96 GB model; one 400 Gb/s port per card",
-        ),
-        Card(
-            name="b200",
-            flops_per_second=2250e12,
-            memory_bytes=180_000_000_000,
-            memory_bytes_per_second=7.7e12,
-            node_bytes_per_second=900e9,
-            network_bytes_per_second=_NIC_400G,
-            efficiency=0.35,
-            reserved_bytes=_RESERVED,
-            source="NVIDIA DGX B200 data sheet, an eighth of it; one 400 Gb/s port per card",
-        ),
-        Card(
-            name="a100",
-            flops_per_second=312e12,
-            memory_bytes=80_000_000_000,
-            memory_bytes_per_second=2.04e12,
-            node_bytes_per_second=300e9,
-            network_bytes_per_second=25e9,
-            efficiency=0.45,
-            reserved_bytes=_RESERVED,
-            source="NVIDIA A100 80GB SXM data sheet; one 200 Gb/s port per card",
-        ),
-        Card(
-            name="cpu",
-            flops_per_second=50e9,
-            memory_bytes=4_000_000_000,
-            memory_bytes_per_second=10e9,
-            node_bytes_per_second=1e9,
-            network_bytes_per_second=1e9,
-            efficiency=0.5,
-            reserved_bytes=700_000_000,  # a Python process that imported torch, transformers and Megatron-Core
-            source="one process on a server core: an order of magnitude to rehearse with; calibrate it",
-        ),
-    )
-}
+
+def _gpu(
+    name: str,
+    *,
+    tflops: float,
+    gigabytes: int,
+    memory_tb: float,
+    node_gb: float,
+    source: str,
+    network_gb: float = 50,
+    efficiency: float = 0.4,
+) -> Card:
+    """Return a GPU from its data sheet: GB and TB per second in one direction, memory in GB."""
+    return Card(
+        name=name,
+        flops_per_second=tflops * 1e12,
+        memory_bytes=gigabytes * 10**9,
+        memory_bytes_per_second=memory_tb * 1e12,
+        node_bytes_per_second=node_gb * 1e9,
+        network_bytes_per_second=network_gb * 1e9,
+        efficiency=efficiency,
+        reserved_bytes=_RESERVED,
+        source=source,
+    )  # fmt: skip
+
+
+_GPUS = (
+    _gpu("h100", tflops=989, gigabytes=80, memory_tb=3.35, node_gb=450,
+         source="NVIDIA H100 SXM5 data sheet; one 400 Gb/s port per card"),
+    _gpu("h200", tflops=989, gigabytes=141, memory_tb=4.8, node_gb=450,
+         source="NVIDIA H200 SXM data sheet; one 400 Gb/s port per card"),
+    # A seventh of an H100's arithmetic with the same memory rate: closer to its peak.
+    _gpu("h20", tflops=148, gigabytes=96, memory_tb=4.0, node_gb=450, efficiency=0.6,
+         source="published H20 figures, 96 GB model; one 400 Gb/s port per card"),
+    _gpu("b200", tflops=2250, gigabytes=180, memory_tb=7.7, node_gb=900, efficiency=0.35,
+         source="NVIDIA DGX B200 data sheet, an eighth of it; one 400 Gb/s port per card"),
+    _gpu("a100", tflops=312, gigabytes=80, memory_tb=2.04, node_gb=300, network_gb=25, efficiency=0.45,
+         source="NVIDIA A100 80GB SXM data sheet; one 200 Gb/s port per card"),
+)  # fmt: skip
+_CPU = Card(
+    name="cpu",
+    flops_per_second=50e9,
+    memory_bytes=4_000_000_000,
+    memory_bytes_per_second=10e9,
+    node_bytes_per_second=1e9,
+    network_bytes_per_second=1e9,
+    efficiency=0.5,
+    reserved_bytes=700_000_000,  # a Python process that imported torch, transformers and Megatron-Core
+    source="one process on a server core: an order of magnitude; calibrate it",
+)
+CARDS = {card.name: card for card in (*_GPUS, _CPU)}
 DEFAULT_CARD = "h100"
 
 
@@ -127,19 +105,3 @@ def card_named(name: str, memory_bytes: int | None = None) -> Card:
         raise ConfigError(f"--gpu is {name!r}; the table has {', '.join(CARDS)}.")
     card = CARDS[name]
     return card if memory_bytes is None else replace(card, memory_bytes=memory_bytes)
-
-
-def measured_flops_per_second(metrics: Path) -> float:
-    """Return the typical model FLOP/s of a whole run, from its ``metrics.jsonl``; the first step is left out.
-
-    Raises:
-        ConfigError: If the file holds no such measurement.
-    """
-    try:
-        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"--calibrate {metrics} cannot be read ({error}); give a run's metrics.jsonl.") from None
-    measured = [row["model_flops_per_second"] for row in rows if "model_flops_per_second" in row][1:]
-    if not measured:
-        raise ConfigError(f"--calibrate {metrics} has fewer than two steps with model_flops_per_second.")
-    return float(median(measured))

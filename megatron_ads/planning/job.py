@@ -1,23 +1,23 @@
-"""What is planned: a recipe, the model it is for and the ranks it runs on, without any weights at hand."""
+"""What is planned: a recipe, the model it is for and the ranks it runs on, without any weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from importlib.resources import files
+from dataclasses import dataclass
 from pathlib import Path
 
 from conversion.names import parameters
+from conversion.published_models import published_file, published_models
 from conversion.rank_files import ShardsLayout
 from megatron_ads.architecture import ModelShape, read_model_shape
 from megatron_ads.config.data import SourceConfig, SourceKind
-from megatron_ads.config.model import FrozenPart, LoraTarget, Precision, Recompute
+from megatron_ads.config.model import FrozenPart, LayerSpecChoice, LoraTarget, Precision, Recompute
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.sft import SftConfig, validate
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, PipelinePlacement
 from megatron_ads.models.adapter_shapes import Lora
 
-_NOT_AT_HAND = "not-at-hand"
-"""Stands for what a recipe leaves to the command line of a run and no plan depends on."""
+_PLANNED = ("layout", "data", "train", "optim")
+"""Sections that a plan reads; of the model, everything but its weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +39,10 @@ class Job:
     frozen: frozenset[FrozenPart] = frozenset()
     lora: Lora | None = None
     """Adapters that are trained instead of the weights."""
+    layer_spec: LayerSpecChoice = LayerSpecChoice.auto
+    router_bias_update_rate: float = 0.0
+    aux_loss_coefficient: float = 0.0
+    deterministic: bool = False
 
     @property
     def shards(self) -> ShardsLayout:
@@ -75,15 +79,6 @@ class Job:
         return part not in self.frozen and (part is not FrozenPart.mtp or self.mtp_loss_weight > 0)
 
 
-def published_models() -> tuple[str, ...]:
-    """Return the names of the models whose published ``config.json`` is shipped."""
-    return tuple(sorted(entry.name.removesuffix(".json") for entry in _published().iterdir()))
-
-
-def _published() -> Path:
-    return Path(str(files(__package__))) / "published"
-
-
 def planned_shape(model: str | None, config: SftConfig) -> ModelShape:
     """Return the shape of the model to plan for.
 
@@ -99,10 +94,10 @@ def planned_shape(model: str | None, config: SftConfig) -> ModelShape:
         return _shape_of_checkpoint(load)
     name = model or config.model.published
     if name in published_models():
-        return read_model_shape(_published() / f"{name}.json")
+        return read_model_shape(published_file(name))
     if name is None:
         raise ConfigError(
-            "The recipe does not say which model it is for, and there is no checkpoint at hand. Give --model NAME "
+            "The recipe does not say which model it is for, and there is no checkpoint yet. Give --model NAME "
             f"({', '.join(published_models())}) or --model FOLDER, or set model.load to a checkpoint that exists."
         )
     if not Path(name).exists():
@@ -127,9 +122,9 @@ def load_job(recipe: str, overrides: Sequence[str] = (), *, model: str | None = 
     Raises:
         ConfigError: If recipe, model, layout and ranks do not fit together.
     """
-    config = load_recipe(recipe, [f"model.load={_NOT_AT_HAND}", *overrides])
-    if not config.data.sources:
-        config.data.sources = [SourceConfig(kind=SourceKind.jsonl, path=_NOT_AT_HAND)]
+    config = load_recipe(recipe, overrides, sections=_PLANNED)
+    if not config.data.sources:  # a recipe may leave them to the command line, and a plan does not depend on them
+        config.data.sources = [SourceConfig(kind=SourceKind.jsonl, path="not given")]
     return job_of(config, planned_shape(model, config), ranks)
 
 
@@ -161,6 +156,10 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Jo
         mtp_loss_weight=config.model.mtp_loss_weight,
         frozen=frozenset(config.model.frozen),
         lora=Lora.of(config.model),
+        layer_spec=config.model.layer_spec,
+        router_bias_update_rate=config.model.router_bias_update_rate or 0.0,
+        aux_loss_coefficient=config.model.aux_loss_coefficient,
+        deterministic=config.train.deterministic,
     )
 
 
@@ -172,32 +171,3 @@ def _require_layers(placement: PipelinePlacement) -> None:
                 f"layout.pipeline {placement.string!r} leaves chunk {number} (stage {chunk.stage}) without any layer. "
                 "Move a layer there, or use fewer stages."
             )
-
-
-def rearranged(
-    job: Job,
-    *,
-    layout: ParallelLayout,
-    placement: PipelinePlacement,
-    micro_batch_size: int,
-    recompute: Recompute,
-) -> Job:
-    """Return the same step (model, rows, everything trained) under another layout.
-
-    Raises:
-        ConfigError: If the rows of a step cannot be divided so.
-    """
-    rows = job.microbatches * job.micro_batch_size * job.layout.dp
-    microbatches, rest = divmod(rows, micro_batch_size * layout.dp)
-    if rest:
-        raise ConfigError(
-            f"{rows} rows cannot be divided into microbatches of {micro_batch_size} for dp = {layout.dp}."
-        )
-    return replace(
-        job,
-        layout=layout,
-        placement=placement,
-        micro_batch_size=micro_batch_size,
-        microbatches=microbatches,
-        recompute=recompute,
-    )

@@ -5,18 +5,22 @@ from functools import cached_property
 
 from megatron_ads.config.model import Precision
 from megatron_ads.layout import Chunk, ParallelLayout, place_layers
-from megatron_ads.planning.compute import (
-    backward_flops_per_token,
-    forward_flops_per_token,
-    model_flops_per_token,
-    recomputed_flops_per_token,
+from megatron_ads.models.flops import flops_per_token
+from megatron_ads.planning.costs import (
+    GroupTraffic,
+    Weights,
+    chunk_flops,
+    dispatch_bytes,
+    message_bytes,
+    stage_traffic,
+    stage_weights,
+    tensor_bytes,
+    total,
 )
 from megatron_ads.planning.hardware import Card
 from megatron_ads.planning.job import Job
 from megatron_ads.planning.memory import RankMemory, stage_memory
 from megatron_ads.planning.schedule import Timeline, play
-from megatron_ads.planning.traffic import GroupTraffic, dispatch_bytes, message_bytes, stage_traffic, tensor_bytes
-from megatron_ads.planning.weights import Weights, stage_weights, total
 
 _MESSAGE_LATENCY_SECONDS = 20e-6
 """Of one point-to-point message or collective, whatever its size."""
@@ -117,8 +121,8 @@ class Plan:
         job, card = self.job, self.card
         tokens = job.tokens_per_microbatch / (job.layout.tp * job.layout.cp)
         rate = card.flops_per_second * card.efficiency
-        forward = tokens * forward_flops_per_token(job, chunk) / rate
-        backward = tokens * (backward_flops_per_token(job, chunk) + recomputed_flops_per_token(job, chunk)) / rate
+        flops = chunk_flops(job, chunk)
+        forward, backward = tokens * flops.forward / rate, tokens * (flops.backward + flops.recomputed) / rate
         exchanged = 0.0
         for group in self.stages[chunk.stage].traffic:
             sent = {"ep": dispatch_bytes, "tp": tensor_bytes}.get(group.group)
@@ -147,10 +151,16 @@ class Plan:
         return self.job.tokens_per_step / self.step_seconds
 
     @property
+    def model_flops_per_second(self) -> float:
+        """Model arithmetic of all cards, nothing counted twice."""
+        job = self.job
+        each = flops_per_token(job.shape, job.seq_length, with_mtp=job.trains_mtp, lora=job.lora)
+        return each * self.tokens_per_second
+
+    @property
     def model_flops_utilization(self) -> float:
-        """Model arithmetic (nothing counted twice) over the peak of all cards."""
-        flops = model_flops_per_token(self.job) * self.tokens_per_second
-        return flops / (self.card.flops_per_second * self.job.layout.world)
+        """Model arithmetic over the peak of all cards."""
+        return self.model_flops_per_second / (self.card.flops_per_second * self.job.layout.world)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -181,11 +191,8 @@ def make_plan(job: Job, card: Card) -> Plan:
 
 def _stage_plan(job: Job, card: Card, stage: int) -> StagePlan:
     chunks = job.placement.stage_chunks(stage)
-    per_token = sum(
-        count(job, chunk)
-        for chunk in chunks
-        for count in (forward_flops_per_token, backward_flops_per_token, recomputed_flops_per_token)
-    )
+    flops = [chunk_flops(job, chunk) for chunk in chunks]
+    per_token = sum(each.forward + each.backward + each.recomputed for each in flops)
     tokens = job.tokens_per_microbatch * job.microbatches // (job.layout.tp * job.layout.cp)
     return StagePlan(
         stage=stage,

@@ -77,13 +77,13 @@ def _visits(pp: int, vpp: int, microbatches: int) -> list[tuple[int, int]]:
     return [visit for group in groups for visit in product(range(vpp), group)]
 
 
-def most_held(order: Iterable[Work], bytes_by_virtual: Sequence[int]) -> int:
-    """Return the most bytes a stage holds between forward and backward passes, each chunk's microbatch at its size."""
-    held = most = 0
+def peak_held(order: Iterable[Work], bytes_by_virtual: Sequence[int]) -> int:
+    """Return the maximum of bytes that a stage holds between the forward and backward passes of its microbatches."""
+    held = peak = 0
     for work in order:
         held += -bytes_by_virtual[work.virtual] if work.backward else bytes_by_virtual[work.virtual]
-        most = max(most, held)
-    return most
+        peak = max(peak, held)
+    return peak
 
 
 def play(

@@ -1,7 +1,7 @@
 """Try layouts, microbatches and recomputation for the same step on as many cards, and rank what fits by speed."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from megatron_ads.architecture import ModelShape
@@ -9,7 +9,7 @@ from megatron_ads.config.model import Recompute
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, PipelinePlacement, place_layers
 from megatron_ads.planning.hardware import Card
-from megatron_ads.planning.job import Job, rearranged
+from megatron_ads.planning.job import Job
 from megatron_ads.planning.plan import Plan, make_plan
 
 _TENSOR_SIZES = (1, 2, 4, 8)
@@ -116,11 +116,17 @@ def even_pipeline(shape: ModelShape, chunks: int) -> str:
 def _rearranged(
     job: Job, layout: ParallelLayout, placement: PipelinePlacement, micro_batch_size: int, recompute: Recompute
 ) -> Job | None:
-    try:
-        candidate = rearranged(
-            job, layout=layout, placement=placement, micro_batch_size=micro_batch_size, recompute=recompute
-        )
-    except ConfigError:
+    """Return the same step (model, rows, everything trained) under another layout; None if it cannot be divided so."""
+    rows = job.microbatches * job.micro_batch_size * job.layout.dp
+    microbatches, rest = divmod(rows, micro_batch_size * layout.dp)
+    uneven = layout.vpp > 1 and microbatches % layout.pp
+    if rest or uneven or job.seq_length * micro_batch_size % layout.tp:
         return None
-    uneven = layout.vpp > 1 and candidate.microbatches % layout.pp
-    return None if uneven or candidate.tokens_per_microbatch % layout.tp else candidate
+    return replace(
+        job,
+        layout=layout,
+        placement=placement,
+        micro_batch_size=micro_batch_size,
+        microbatches=microbatches,
+        recompute=recompute,
+    )

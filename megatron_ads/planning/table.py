@@ -1,39 +1,52 @@
-"""A plan as lines for a terminal, and as values for programs."""
+"""A plan as lines for a terminal or a log of 120 columns, and as values for programs."""
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
+from io import StringIO
 from itertools import groupby
 from typing import Any
 
 from megatron_ads.config.model import LoraTarget
 from megatron_ads.models.adapter_shapes import Lora
-from megatron_ads.parameter_count import parameters_by_component
+from megatron_ads.models.parts import parameters_by_part
+from megatron_ads.planning.costs import GroupTraffic
 from megatron_ads.planning.hardware import Card
 from megatron_ads.planning.job import Job
 from megatron_ads.planning.plan import Plan, StagePlan, make_plan
 from megatron_ads.planning.schedule import ideal_bubble
 from megatron_ads.planning.search import SearchResult, interleaved
-from megatron_ads.planning.traffic import GroupTraffic
 from megatron_ads.runtime.rank_ranges import describe_ranks
 
-_HEAD = (
-    "stage",
-    "layers",
-    "params B",
-    "experts B",
-    "weights",
-    "grads",
-    "optim",
-    "activ.",
-    "buffers",
-    "peak GB",
-    "PFLOP",
-)
+_COLUMNS = 120
+"""Width that tables and paragraphs keep to, on a terminal and in a log."""
 
 
 def plan_lines(plan: Plan) -> list[str]:
     """Return what the terminal shows. Stages that are equal in all they show share a line."""
-    return [_title(plan), "", *_stage_table(plan), "", *summary_lines(plan)]
+    summary = [piece for line in summary_lines(plan) for piece in wrapped(line)]
+    return [_title(plan), "", *_stage_table(plan), "", *summary]
+
+
+def wrapped(line: str) -> list[str]:
+    """Return a paragraph as lines that fit, those after the first indented."""
+    return textwrap.wrap(line, _COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection[str]) -> list[str]:
+    """Return the lines of a table; columns are aligned right except those in ``left``."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in head:
+        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=StringIO(), width=_COLUMNS, color_system=None, markup=False, highlight=False, emoji=False)
+    with console.capture() as lines:
+        console.print(table)
+    return [line.rstrip() for line in lines.get().splitlines()]
 
 
 def _title(plan: Plan) -> str:
@@ -46,20 +59,21 @@ def _title(plan: Plan) -> str:
     return (
         f"{sizes.world} x {plan.card.name} of {plan.card.memory_bytes / 1e9:g} GB: {axes or 'one rank'}; "
         f"{job.precision.value}, recompute {job.recompute.value}, {job.microbatches} microbatches of "
-        f"{job.micro_batch_size} x {job.seq_length} tokens for each of {sizes.dp} replicas"
+        f"{job.micro_batch_size} x {job.seq_length} tokens per replica"
     )
 
 
 def _stage_table(plan: Plan) -> list[str]:
-    rows: list[tuple[str, ...]] = [_HEAD]
+    head = "stage layers params_B experts_B weights grads optim activ. buffers peak_GB PFLOP"
+    rows = []
     for cells, equal in groupby(plan.stages, key=_cells):
         stages = list(equal)
-        number = str(stages[0].stage) if len(stages) == 1 else f"{stages[0].stage}-{stages[-1].stage}"
-        contents = stages[0].contents if len(stages) == 1 else f"{len(stages[0].chunks[0].layers)} each"
-        if len(stages) > 1 and len(stages[0].chunks) > 1:
+        number, contents = str(stages[0].stage), stages[0].contents
+        if len(stages) > 1:
+            number = f"{number}-{stages[-1].stage}"
             contents = "+".join(str(len(chunk.layers)) for chunk in stages[0].chunks) + " each"
         rows.append((number, contents, *cells))
-    return align(rows, left=(1,))
+    return _table([name.replace("_", " ") for name in head.split()], rows, left=["layers"])
 
 
 def _cells(stage: StagePlan) -> tuple[str, ...]:
@@ -76,18 +90,6 @@ def _cells(stage: StagePlan) -> tuple[str, ...]:
     )
 
 
-def align(rows: Sequence[Sequence[str]], *, left: Sequence[int] = ()) -> list[str]:
-    """Return lines with columns of equal width, set right except those in ``left``."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
 def summary_lines(plan: Plan) -> list[str]:
     """Return what there is to say below the table of stages."""
     sizes = plan.job.layout
@@ -95,13 +97,13 @@ def summary_lines(plan: Plan) -> list[str]:
     lines = [
         _verdict(plan),
         f"work: the busiest stage has {plan.imbalance:.2f} times the mean",
-        f"pipeline: {plan.timeline.bubble:.1%} of the stages' time is waiting ({ideal:.1%} if all stages were equal)",
+        f"pipeline: {plan.timeline.bubble:.1%} of the stages' time is idle ({ideal:.1%} if all stages were equal)",
         f"step: {plan.step_seconds:.1f} s, {plan.tokens_per_second:,.0f} tokens/s, "
         f"{plan.model_flops_utilization:.1%} of the cards' peak ({plan.update_seconds:.2f} s of it for the update); "
         f"assumes that products reach {plan.card.efficiency:.0%} of the peak",
         f"checkpoint: {plan.checkpoint_bytes / 1e12:.2f} TB, {plan.checkpoint_seconds:.0f} s at "
         f"{plan.card.storage_bytes_per_second / 1e9:g} GB/s a node",
-        "sent per rank and step, on the stage that sends most:",
+        "sent per rank and step, on the stage that sends the most:",
         *_traffic_lines(plan),
     ]
     if plan.expert_less_stages:
@@ -113,10 +115,10 @@ def summary_lines(plan: Plan) -> list[str]:
 
 
 def _adapters(job: Job, lora: Lora) -> str:
-    adapters, weights = lora.parameters(job.shape), sum(parameters_by_component(job.shape).values())
-    beside = ", ".join(target for target in LoraTarget if target in lora.targets)
-    count = f"{adapters / 1e9:.3f} B parameters beside {weights / 1e9:.1f} B"
-    return f"trains adapters of rank {lora.rank} ({beside}): {count}"
+    adapters, weights = lora.parameters(job.shape), parameters_by_part(job.shape).total()
+    targets = ", ".join(target for target in LoraTarget if target in lora.targets)
+    count = f"{adapters / 1e9:.3f} B parameters, in addition to {weights / 1e9:.1f} B"
+    return f"trains adapters of rank {lora.rank} ({targets}): {count}"
 
 
 def _gain(plan: Plan, twin: Plan) -> str:
@@ -126,7 +128,7 @@ def _gain(plan: Plan, twin: Plan) -> str:
     room = "fits" if twin.fits else f"does not fit by {-twin.spare_bytes / 1e9:.2f} GB"
     return (
         f"with vpp 2 ({_shortened(twin.job.placement.string)}): {plan.timeline.bubble:.1%} -> "
-        f"{twin.timeline.bubble:.1%} waiting (equal stages: {ideal:.1%} -> {twin_ideal:.1%}), "
+        f"{twin.timeline.bubble:.1%} idle (equal stages: {ideal:.1%} -> {twin_ideal:.1%}), "
         f"step {plan.step_seconds:.1f} -> {twin.step_seconds:.1f} s, fullest rank "
         f"{plan.fullest.memory.peak / 1e9:.2f} -> {twin.fullest.memory.peak / 1e9:.2f} GB: {room}"
     )
@@ -187,7 +189,7 @@ def search_lines(result: SearchResult, card: Card) -> list[str]:
     ]
     return [
         f"search: {result.tried} arrangements tried; fastest of those that fit:",
-        *align([head, *rows], left=(0, 1)),
+        *_table(head, rows, left=["arrangement", "pipeline"]),
     ]
 
 

@@ -1,12 +1,9 @@
 """What the tests of recipes start from."""
 
-from pathlib import Path
-
+from conversion.published_models import published_file
 from megatron_ads.architecture import ModelShape, read_model_shape
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.sft import SftConfig
-
-CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
 
 
 def quickstart(*overrides: str) -> SftConfig:
@@ -14,4 +11,4 @@ def quickstart(*overrides: str) -> SftConfig:
 
 
 def published(name: str) -> ModelShape:
-    return read_model_shape(CONFIGS / f"{name}.json")
+    return read_model_shape(published_file(name))

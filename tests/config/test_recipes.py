@@ -154,6 +154,14 @@ def test_settings_left_open_are_listed_together() -> None:
         load_recipe("sft/quickstart", ["log.dir=???", "checkpoint.dir=c"])
 
 
+def test_a_caller_that_reads_some_sections_does_not_demand_the_others() -> None:
+    assert load_recipe("sft/quickstart", sections=["data"]).data == quickstart().data
+    open_steps = load_recipe("sft/quickstart", ["train.steps=???"], sections=["data"])
+    assert (open_steps.model.load, open_steps.train.steps) == ("not set", 0)
+    with pytest.raises(ConfigError, match=r"quickstart: log\.dir must be set"):
+        load_recipe("sft/quickstart", ["log.dir=???", "checkpoint.dir=c"], sections=["data", "log"])
+
+
 def test_an_unknown_recipe_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match=r"no recipe 'sft/quickstrat'\. Did you mean sft/quickstart\?"):
         load_recipe("sft/quickstrat")

@@ -1,16 +1,12 @@
 """The name table against the tensors that the published checkpoints have."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from conversion.names import Kind, Split, dimensions, hf_aliases, parameters, slice_shape
 from megatron_ads.architecture import shape_from_config
 from megatron_ads.errors import ConversionError
 from tests.conversion.checkpoints import EDGE, V2_LITE, V3, hf_shapes, is_fp8_weight
-
-CONFIGS = Path(__file__).parent.parent / "fixtures" / "configs"
+from tests.published import published
 
 
 @pytest.mark.parametrize("config", [V3, V2_LITE, EDGE], ids=["v3", "v2-lite", "edge"])
@@ -32,14 +28,14 @@ def test_what_is_quantised_is_what_deepseek_publishes_in_fp8():
     ("config", "weights", "values"),
     [
         # The index of the public repository: 46,183 weight tensors, 684,489,845,504 values, repeats included.
-        ("deepseek_r1.json", 46_183, 684_489_845_504),
-        ("deepseek_r1_transformers5.json", 46_183, 684_489_845_504),
+        ("deepseek_r1", 46_183, 684_489_845_504),
+        ("deepseek_r1_transformers5", 46_183, 684_489_845_504),
         # Half the total_size of the public index, which is BF16: 31,412,968,448 bytes.
-        ("deepseek_v2_lite.json", 5_291, 15_706_484_224),
+        ("deepseek_v2_lite", 5_291, 15_706_484_224),
     ],
 )
 def test_a_published_repository_is_covered_to_the_last_value(config, weights, values):
-    shape = shape_from_config(json.loads((CONFIGS / config).read_text()))
+    shape = shape_from_config(published(config))
     model = parameters(shape)
     shapes = [part.shape for parameter in model.values() for part in parameter.parts]
     shapes += [model[canonical].shape for canonical in hf_aliases(shape).values()]
@@ -92,6 +88,6 @@ def test_tied_embeddings_are_refused():
 
 
 def test_dimensions_of_r1():
-    sizes = dimensions(shape_from_config(json.loads((CONFIGS / "deepseek_r1.json").read_text())))
+    sizes = dimensions(shape_from_config(published("deepseek_r1")))
     assert sizes["kv_down"] == 576  # 512 + 64: four and a half blocks of 128
     assert sizes["heads_qk"] == 24_576  # 128 heads of 128 + 64

@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.launching.attempts import Verdict, checkpoint_step, decide, fruitless_attempts, judge
-from megatron_ads.launching.failures import describe_failure
+from megatron_ads.launching.attempts import (
+    Verdict,
+    checkpoint_step,
+    decide,
+    describe_failure,
+    fruitless_attempts,
+    judge,
+)
 from megatron_ads.runtime.exit_status import ExitStatus
 from megatron_ads.runtime.rank_record import RankRecord
 from megatron_ads.training.outcome import Outcome
@@ -95,7 +101,7 @@ def test_a_rank_that_was_killed_is_named_before_those_that_lost_it(tmp_path: Pat
     records = [record(0, PEER_LOST, "rank 1 has gone", ended=1.0), record(2, PEER_LOST, "rank 1 has gone", ended=2.0)]
     lines = describe_failure(records, range(3), tmp_path)
     assert lines == [
-        "ended without a word (killed, out of memory, or its machine lost): rank 1",
+        "ended without a record (killed, out of memory, or its machine lost): rank 1",
         f"the end of {tmp_path}/rank-0001.log:",
         "    one",
         "    two",

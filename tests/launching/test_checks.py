@@ -71,7 +71,7 @@ def test_a_recipe_that_does_not_compose_is_the_only_problem(words: list[str]) ->
 def test_a_whole_checkpoint_is_where_the_job_goes_on(words: list[str], tmp_path: Path) -> None:
     _checkpoint(tmp_path / "run" / "checkpoints" / "step-00000004", listed_bytes=5)
     found = check_job("sft/quickstart", words, 4)
-    assert any("the job goes on from step 4" in line for line in found.passed)
+    assert any("the job continues from step 4" in line for line in found.passed)
     (problem,) = check_job("sft/quickstart", [*words, "checkpoint.resume=false"], 4).problems
     assert "checkpoint.resume is false" in problem
     few = [*words, "train.steps=3", "optim.warmup_steps=0"]

@@ -1,8 +1,8 @@
 """The count of floating-point operations against numbers worked out by hand."""
 
 from dataclasses import replace
-from pathlib import Path
 
+from conversion.published_models import published_file
 from megatron_ads.architecture import ModelShape, read_model_shape
 from megatron_ads.config.model import LoraConfig, LoraTarget, ModelConfig
 from megatron_ads.models.adapter_shapes import Lora
@@ -73,6 +73,6 @@ def test_a_full_rank_query_is_one_product() -> None:
 
 def test_671b_activates_37_billion_parameters() -> None:
     # arXiv:2412.19437: 37 B activated of 671 B. Every activated weight but the embedding (0.93 B) is in one product.
-    shape = read_model_shape(Path(__file__).parents[1] / "fixtures" / "configs" / "deepseek_r1.json")
+    shape = read_model_shape(published_file("deepseek_r1"))
     no_attention_scores = flops_per_token(shape, -1)  # a sample of -1 tokens has (S + 1) / 2 = 0 keys to look at
     assert 36.0e9 < no_attention_scores / 6 < 37.0e9

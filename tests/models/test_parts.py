@@ -7,9 +7,10 @@ import pytest
 from conversion.names import parameters
 from megatron_ads.architecture import shape_from_config
 from megatron_ads.config.model import FrozenPart, LoraConfig, LoraTarget, ModelConfig
-from megatron_ads.models.parts import part_of, trained_parameters
+from megatron_ads.models.parts import parameters_by_part, part_of, trained_parameters
 from tests.distributed import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
+from tests.published import published
 from tests.training.jobs import Recipe, start
 
 SHAPE = shape_from_config(V3)
@@ -58,3 +59,25 @@ def test_what_is_counted_is_what_is_trained(settings: dict[str, Any], tmp_path_f
     trained, weights = trained_parameters(ModelConfig(**settings), SHAPE)
     assert run_ranks(1, _built, Recipe(folder=folder, model=settings)) == [trained]
     assert (trained < weights) == (settings != {"mtp_loss_weight": 0.1})
+
+
+def test_r1_has_the_published_number_of_parameters() -> None:
+    parts = parameters_by_part(shape_from_config(published("deepseek_r1")))
+    biases = 58 * 256  # of the routers: buffers, which the published numbers include
+    # 58 layers * 256 experts * 3 matrices * 7168 * 2048
+    assert parts[FrozenPart.experts] == 58 * 256 * 3 * 7168 * 2048 == 653_908_770_816
+    assert parts.total() - parts[FrozenPart.mtp] + biases == 671_026_419_200
+    # The published repository stores 684,489,845,504 values: the embedding and the output layer once more, for MTP.
+    twice = 2 * 129280 * 7168
+    assert parts.total() + biases + 256 + twice == 684_489_845_504
+
+
+def test_the_parameters_of_moonlight_are_those_transformers_builds() -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = published("moonlight_16b_a3b", architectures=..., auto_map=..., torch_dtype=..., transformers_version=...)
+    with torch.device("meta"):
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(**config))
+    built = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters_by_part(shape_from_config(published("moonlight_16b_a3b"))).total() == built

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from megatron_ads.config.model import LoraConfig, Precision, Recompute
-from megatron_ads.planning.activations import ActivationModel
 from megatron_ads.planning.job import Job
-from megatron_ads.planning.memory import stage_memory
+from megatron_ads.planning.memory import ActivationModel, stage_memory
 from tests.planning.jobs import SEQ_LENGTH, r1_job, small_job
 
 TOLERANCE = 0.005

@@ -9,7 +9,6 @@ import pytest
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.errors import ConfigError
 from megatron_ads.planning.calibrate import calibrated
-from megatron_ads.planning.compute import model_flops_per_token
 from megatron_ads.planning.hardware import card_named
 from megatron_ads.planning.job import load_job
 from megatron_ads.planning.plan import make_plan
@@ -28,7 +27,7 @@ def write_run(folder: Path, flops_per_second: float) -> Path:
 def test_a_run_that_reached_some_efficiency_gives_it_back(tmp_path: Path) -> None:
     card, job = card_named("h100"), load_job(RECIPE)
     reached = make_plan(job, replace(card, efficiency=0.31))
-    run = write_run(tmp_path, reached.tokens_per_second * model_flops_per_token(job))
+    run = write_run(tmp_path, reached.model_flops_per_second)
     assert calibrated(card, run).efficiency == pytest.approx(0.31, rel=0.002)
 
 

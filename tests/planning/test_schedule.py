@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ads.planning.schedule import Work, ideal_bubble, most_held, play, stage_order
+from megatron_ads.planning.schedule import Work, ideal_bubble, peak_held, play, stage_order
 
 
 # 30 / (m + 30) and 30 / (2 m + 30) at m = 64: 30 / 94 and 30 / 158.
@@ -60,7 +60,7 @@ def test_the_interleaved_order_is_megatrons(stage: int, vpp: int) -> None:
 
 
 def test_what_is_held_is_the_most_between_forward_and_backward() -> None:
-    assert most_held([Work(False, 0, 0), Work(False, 1, 0), Work(True, 1, 0), Work(True, 0, 0)], [3, 4]) == 7
+    assert peak_held([Work(False, 0, 0), Work(False, 1, 0), Work(True, 1, 0), Work(True, 0, 0)], [3, 4]) == 7
     # 1F1B: stage s of p holds p - s microbatches, never more than there are
-    assert [most_held(stage_order(4, 1, stage, 8), [1]) for stage in range(4)] == [4, 3, 2, 1]
-    assert most_held(stage_order(4, 1, 0, 2), [1]) == 2
+    assert [peak_held(stage_order(4, 1, stage, 8), [1]) for stage in range(4)] == [4, 3, 2, 1]
+    assert peak_held(stage_order(4, 1, 0, 2), [1]) == 2

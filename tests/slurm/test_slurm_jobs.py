@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm with emulated nodes: preempted, robbed of a rank or a node, out of time, rehearsed, swept.
+"""Jobs on a real Slurm with emulated nodes: preempted, robbed of a rank or a node, out of time, only placed, swept.
 
 ./tests/slurm/run.sh        installs Slurm where it may, and runs these tests
 """
@@ -111,7 +111,7 @@ def test_a_preempted_job_that_then_loses_a_rank_and_a_node_ends_with_the_same_lo
     os.kill(victim, signal.SIGKILL)
     pair.wait_for_requeue(job, 2, run.log)
     said = run.log.read_text()
-    assert "ended without a word (killed, out of memory, or its machine lost): rank 3" in said
+    assert "ended without a record (killed, out of memory, or its machine lost): rank 3" in said
     assert "rank 3 (stage 1) has gone" in said
 
     run.wait_for_step(pair, max(run.losses()) + 2)
@@ -173,19 +173,19 @@ def test_the_elements_of_a_job_array_take_the_lines_of_a_sweep(pair: Cluster, mo
 
 def test_248_tasks_on_31_nodes_report_their_places_in_the_deepseek_r1_job(tmp_path: Path) -> None:
     with running_cluster(tmp_path / "cluster", nodes=31, cpus=8) as cluster:
-        log = tmp_path / "rehearsal.log"
+        log = tmp_path / "placement.log"
         options = ("--nodes=31", "--ntasks-per-node=8")
-        rehearse = "MEGATRON_ADS_REHEARSE=1"
-        job = cluster.submit(log, "sft/deepseek_r1_671b_248gpu", options=options, export=rehearse)
+        check = "MEGATRON_ADS_CHECK_PLACEMENT=1"
+        job = cluster.submit(log, "sft/deepseek_r1_671b_248gpu", options=options, export=check)
         assert cluster.wait_for_end(job, log, seconds=400) == "COMPLETED", log.read_text()
         said = log.read_text()
         assert "248 of 248 tasks reported from 31 nodes: 31 stages, 61 decoder layers + 1 MTP, 248 shard files" in said
         assert "8 ranks without routed experts" in said
-        assert "every rank has its place, and nothing is missing or twice" in said
-        reports = (cluster.folder / f"rehearsal-{job}.jsonl").read_text().splitlines()
+        assert "every rank has its place, and nothing is missing or duplicated" in said
+        reports = (cluster.folder / f"placement-{job}.jsonl").read_text().splitlines()
         assert sorted(json.loads(line)["rank"] for line in reports) == list(range(248))
 
         other = tmp_path / "other.log"
-        job = cluster.submit(other, "sft/deepseek_r1_671b_256h100", options=options, export=rehearse)
+        job = cluster.submit(other, "sft/deepseek_r1_671b_256h100", options=options, export=check)
         assert cluster.wait_for_end(job, other) == "FAILED"
         assert "which does not divide the 248 ranks of this job" in other.read_text()

@@ -1,0 +1,184 @@
+"""A job in processes of its own: its output goes to a log file, its metrics to a progress bar."""
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self, TextIO
+
+from megatron_ads.errors import MegatronAdsError
+from megatron_ads.observability.metrics import METRICS_FILE, read_metrics
+from megatron_ads.observability.progress import Progress
+from megatron_ads.training.signals import STOP_SIGNALS
+
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 60.0
+"""How long an interrupted job may take to save and end before it is killed."""
+_PR_SET_PDEATHSIG = 1
+
+
+class JobError(MegatronAdsError, RuntimeError):
+    """A job that was started ended with an error; the message quotes its log and says where that is."""
+
+
+def run_job(
+    command: Sequence[str],
+    log: Path,
+    *,
+    accepted: Sequence[int] = (0,),
+    environment: Mapping[str, str] | None = None,
+    while_running: Callable[[], None] = lambda: None,
+) -> int:
+    """Run ``command`` to its end, its output appended to ``log``; return its exit status.
+
+    ``environment`` replaces variables of this process; ``while_running`` is called twice a second.
+
+    When this process is interrupted, the job gets SIGTERM and time to save before the interruption
+    continues; when this process is killed, the kernel sends the job the same signal.
+
+    Raises:
+        JobError: If it ends with a status that is not ``accepted``.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        start = output.tell()
+        job = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+            close_fds=False,  # what this process marked inheritable, the folder's lock, is the job's too
+            preexec_fn=_end_with_parent,
+        )
+        try:
+            while job.poll() is None:
+                while_running()
+                time.sleep(POLL_SECONDS)
+            while_running()
+        finally:
+            _end(job)
+    if job.returncode not in accepted:
+        raise JobError(f"{_complaint(log, start)} (exit status {job.returncode}; the whole log is {log}).")
+    return job.returncode
+
+
+class MetricsFollower:
+    """Shows how far the job is that writes ``metrics.jsonl`` in ``folder``; call it now and then."""
+
+    def __init__(self, folder: Path, total: int, description: str, *, stream: TextIO | None = None) -> None:
+        """``total`` steps are expected; what an earlier run wrote before now is not counted as progress."""
+        self._folder, self._total, self._description, self._stream = folder, total, description, stream
+        self._progress: Progress | None = None
+        self._before = self._last_row()
+        self._step = 0
+
+    def __call__(self) -> None:
+        """Advance to the last step in the metrics."""
+        row = self._last_row()
+        if row is None or row == self._before:
+            return
+        step = int(row["step"])
+        if self._progress is None:  # the clock starts with the first step, not with the processes
+            self._progress = Progress(self._total, step, self._description, stream=self._stream)
+        elif step > self._step:
+            values = {name: row[name] for name in ("loss", "tokens_per_second") if row.get(name) is not None}
+            self._progress.update(step - self._step, **values)
+        self._step = step
+
+    def _last_row(self) -> dict[str, Any] | None:
+        rows = read_metrics(self._folder) if (self._folder / METRICS_FILE).exists() else []
+        return next((row for row in reversed(rows) if "loss" in row), None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.close()
+
+
+@contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, so that jobs are ended and not left behind."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _end(job: "subprocess.Popen[bytes]") -> None:
+    """End the job, by force if it takes too long."""
+    if job.poll() is None:
+        job.terminate()
+        try:
+            job.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+
+
+def _complaint(log: Path, start: int) -> str:
+    """Return the line of the log, from byte ``start`` on, that most likely says what went wrong."""
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    for pattern in (r"\bERROR (?!.*elastic)(.*)", r"megatron-ads: (.*)", r"((?:\w+\.)*\w*(?:Error|Exception)\b: .*)"):
+        for line in lines:
+            if match := re.search(pattern, line):
+                return match[1].rstrip(".")
+    return lines[-1].rstrip(".") if lines else "it printed nothing"
+
+
+def wait_passing_signals_on(job: "subprocess.Popen[bytes]") -> int:
+    """Wait for torchrun; pass signals that ask for a stop on to its ranks.
+
+    Not to torchrun: it would kill the ranks 30 s later, which is too short for a large checkpoint. Ctrl-C reaches the
+    ranks without help.
+    """
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        if number != signal.SIGINT:
+            for pid in children(job.pid) or [job.pid]:
+                _signal(pid, number)
+
+    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        return job.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that ``pid`` has started and that are still there; none where Linux's /proc is missing."""
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += [int(child) for child in file.read_text().split()]
+        except OSError:
+            continue
+    return found
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return

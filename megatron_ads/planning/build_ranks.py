@@ -1,0 +1,235 @@
+"""Build the real model of one rank after the other in this process, and check that the ranks make up the job.
+
+torch's fake process group lets a process take any rank's place, and the meta device gives tensors shapes but no
+memory: neither weights nor the other ranks are needed. What is built is what training builds.
+"""
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from conversion.rank_files import ShardsLayout
+from conversion.shards import open_shards
+from megatron_ads.errors import ConfigError, ConversionError
+from megatron_ads.models.parts import part_of
+from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
+from megatron_ads.planning.check_ranks import RankFacts, check_ranks, checkpoint_keys
+from megatron_ads.planning.job import Job
+from megatron_ads.runtime import process_groups
+from megatron_ads.runtime.preflight import Member, Record
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuiltRanks:
+    """Which ranks were built, and every fault that was found."""
+
+    world: int
+    parameters_by_rank: dict[int, int]
+    """Elements of the model on each rank that was built."""
+    tensors_of_checkpoint: int
+    shards: str | None
+    """Converted checkpoint that was checked too."""
+    faults: tuple[str, ...]
+    seconds: float
+    peak_bytes: int
+    """Of this process, so far."""
+
+    def lines(self) -> list[str]:
+        """Return what the terminal shows."""
+        done = (
+            f"build: {len(self.parameters_by_rank)} of {self.world} ranks built in {self.seconds:.1f} s and "
+            f"{self.peak_bytes / 1e9:.2f} GB; "
+        )
+        if self.faults:
+            return [f"{done}{len(self.faults)} FAULTS", *(f"  {fault}" for fault in self.faults[:_FAULTS_SHOWN])]
+        shards = f"; every file of {self.shards} is complete" if self.shards else ""
+        return [
+            f"{done}the ranks hold all {self.tensors_of_checkpoint:,} tensors of the checkpoint in exactly the "
+            f"expected copies; groups, messages and optimizers agree{shards}"
+        ]
+
+
+_FAULTS_SHOWN = 20
+
+
+def build_ranks(job: Job, *, every_rank: bool = False, shards: Path | None = None) -> BuiltRanks:
+    """Build one rank of every stage (or every rank) and check what was built.
+
+    The ranks of a stage differ in which experts they hold; each stage's is taken one further along the stage than the
+    one before, so that all positions occur.
+
+    Raises:
+        ConfigError: If Megatron-Core cannot express the model or the layout, or this process has a job already.
+    """
+    if dist.is_initialized():
+        raise ConfigError("--build-ranks takes the place of every rank in turn: it cannot run inside a running job.")
+    started = time.monotonic()
+    facts = [_build_rank(job, rank) for rank in _chosen_ranks(job, every_rank)]
+    faults = check_ranks(job.shards, facts)
+    if shards is not None:
+        faults += _shard_faults(job, shards)
+    return BuiltRanks(
+        world=job.layout.world,
+        parameters_by_rank={one.rank: one.parameters for one in facts},
+        tensors_of_checkpoint=checkpoint_keys(job.shards),
+        shards=None if shards is None else str(shards),
+        faults=tuple(faults),
+        seconds=time.monotonic() - started,
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def _chosen_ranks(job: Job, every_rank: bool) -> Sequence[int]:
+    if every_rank:
+        return range(job.layout.world)
+    stages = [job.layout.stage_ranks(stage) for stage in range(job.layout.pp)]
+    return [ranks[number % len(ranks)] for number, ranks in enumerate(stages)]
+
+
+def _build_rank(job: Job, rank: int) -> RankFacts:
+    settings = ModelSettings(
+        spec=resolve_layer_spec(job.layer_spec),
+        precision=job.precision,
+        recompute=job.recompute,
+        router_bias_update_rate=job.router_bias_update_rate,
+        aux_loss_coefficient=job.aux_loss_coefficient,
+        mtp_loss_weight=job.mtp_loss_weight,
+        deterministic=job.deterministic,
+    )
+    process_groups.start_rehearsal(job.layout, rank)
+    try:
+        from megatron_ads.models.adapt import add_adapters  # Megatron-Core only now: the CPU's patches come first
+        from megatron_ads.models.build import build_chunks
+
+        with torch.device("meta"):
+            chunks = build_chunks(job.shape, job.layout, job.placement, settings)
+            if job.lora is not None:
+                add_adapters(chunks, job.lora, job.shape, settings.spec)
+        return _describe(job, rank, chunks, settings)
+    finally:
+        process_groups.stop()
+
+
+def _describe(job: Job, rank: int, chunks: Sequence["GPTModel"], settings: ModelSettings) -> RankFacts:
+    from megatron.core import parallel_state
+
+    from megatron_ads.models.naming import named_weights
+
+    tensors = {
+        canonical: tuple(piece.shape)
+        for weight in named_weights(chunks, settings.spec)
+        for canonical, piece in weight.pieces()
+    }
+    return RankFacts(
+        rank=rank,
+        coordinates=job.layout.coordinates(rank),
+        parameters=sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
+        tensors=tensors,
+        groups=_groups(),
+        next_rank=parallel_state.get_pipeline_model_parallel_next_rank(),
+        message=_message(job, chunks[0]),
+        record=_record(job, rank, chunks, settings),
+    )
+
+
+def _groups() -> dict[str, tuple[int, ...]]:
+    from megatron.core import parallel_state
+
+    groups = {
+        "tp": parallel_state.get_tensor_model_parallel_group(),
+        "dp": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "pp": parallel_state.get_pipeline_model_parallel_group(),
+        "ep": parallel_state.get_expert_model_parallel_group(),
+        "etp": parallel_state.get_expert_tensor_parallel_group(),
+        "edp": parallel_state.get_expert_data_parallel_group(),
+    }
+    return {name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items()}
+
+
+def _message(job: Job, chunk: "GPTModel") -> tuple[tuple[int, ...], str]:
+    """Return what Megatron's schedules send and receive; rows are laid end to end, so there is one."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
+
+    (shape,) = get_tensor_shapes(
+        seq_length=job.tokens_per_microbatch,
+        micro_batch_size=1,
+        decoder_seq_length=None,
+        config=chunk.config,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
+    )
+    return tuple(shape), str(chunk.config.pipeline_dtype)
+
+
+def _record(job: Job, rank: int, chunks: Sequence["GPTModel"], settings: ModelSettings) -> Record:
+    """Return what the optimizer chain would be: as ``optim.build`` divides parameters, without its state."""
+    from megatron_ads.optim.build import DECAYED, GROUP_NAMES, UNDECAYED, is_decayed
+    from megatron_ads.optim.members import DENSE, EXPERT
+    from megatron_ads.optim.stub import StubOptimizer
+
+    counts = {(kind, group): 0 for kind in (DENSE, EXPERT) for group in GROUP_NAMES}
+    for name, parameter in _trained(job, chunks, settings):
+        kind = DENSE if getattr(parameter, "allreduce", True) else EXPERT
+        counts[kind, DECAYED if is_decayed(name, parameter) else UNDECAYED] += 1
+    members = [Member(DENSE, tuple((group, counts[DENSE, group]) for group in GROUP_NAMES))]
+    if job.trains_experts:
+        experts = tuple((group, counts[EXPERT, group]) for group in GROUP_NAMES)
+        owns = any(count for _, count in experts)
+        members.append(Member(EXPERT, experts if owns else StubOptimizer(EXPERT, GROUP_NAMES).group_keys()))
+    return Record(
+        rank=rank,
+        coordinates=job.layout.coordinates(rank),
+        members=tuple(members),
+        versions={},
+        config_digest="built",
+        code_revision="built",
+    )
+
+
+def _trained(
+    job: Job, chunks: Sequence["GPTModel"], settings: ModelSettings
+) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    from megatron_ads.models.naming import named_weights
+
+    if job.lora is not None:
+        for chunk in chunks:
+            yield from ((name, factor) for name, factor in chunk.named_parameters() if factor.requires_grad)
+        return
+    for weight in named_weights(chunks, settings.spec):
+        trained = job.trains(part_of(weight.canonical[0], job.shape))
+        if trained and isinstance(weight.tensor, torch.nn.Parameter) and weight.tensor.requires_grad:
+            yield weight.name, weight.tensor
+
+
+def _shard_faults(job: Job, folder: Path) -> list[str]:
+    """Check a converted checkpoint: every file there and whole, and made for this layout."""
+    try:
+        found = open_shards(folder).layout
+    except FileNotFoundError as error:
+        return [f"{folder}: {error.filename} does not exist"]
+    except ConversionError as error:
+        return [str(error)]
+    return [
+        f"{folder} was converted for {what} {theirs}, the recipe has {ours}"
+        for what, theirs, ours in _differences(found, job.shards)
+        if theirs != ours
+    ]
+
+
+def _differences(found: ShardsLayout, wanted: ShardsLayout) -> list[tuple[str, object, object]]:
+    sizes = [
+        (f"layout.{name}", getattr(found.layout, name), getattr(wanted.layout, name))
+        for name in ("tp", "pp", "vpp", "ep", "etp")
+    ]
+    pipeline = ("layout.pipeline", found.placement.string, wanted.placement.string)
+    return [*sizes, pipeline, ("the model", found.shape, wanted.shape)]

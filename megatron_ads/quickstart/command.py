@@ -1,0 +1,87 @@
+"""`megatron-ads quickstart`: run the whole path on this machine, from a checkpoint to a better checkpoint.
+
+    megatron-ads quickstart [--out DIR] [--steps N] [key=value ...]
+
+Makes a small random DeepSeek-V3-family checkpoint, converts it to shards for pp 2 x ep 2, fine-tunes it on 4
+processes, exports it to Hugging Face format, compares it with the Megatron model in transformers, and writes
+report.html and report.json. Started again, it continues where it was interrupted; a changed setting redoes what
+depends on it. With MEGATRON_ADS_DATA naming a folder with esci_us/pairs.jsonl, the rows are real query-product
+pairs; otherwise they are those of a simulated ads business.
+"""
+
+import argparse
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_ads.errors import ConfigError
+
+DATA_ROOT = "MEGATRON_ADS_DATA"
+PAIRS = Path("esci_us") / "pairs.jsonl"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megatron-ads quickstart`."""
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything it writes")
+    parser.add_argument("--steps", type=int, help="optimizer steps of the fine-tuning (default: the recipe's)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's, as data.seed=1"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Bring every stage to completion and report; return 1 if an export differs from what was trained."""
+    from megatron_ads.launching.processes import termination_as_interrupt
+    from megatron_ads.observability.metrics import read_metrics
+    from megatron_ads.observability.provenance import own_code_digest, provenance
+    from megatron_ads.observability.report import write_report
+    from megatron_ads.quickstart import content
+    from megatron_ads.quickstart.facts import gather_facts
+    from megatron_ads.quickstart.stages import Announcements, run_stages
+    from megatron_ads.quickstart.workflow import QuickstartFolder, make_plan
+
+    folder = QuickstartFolder(args.out.resolve())
+    machine, data = provenance(), describe_data()
+    plan = make_plan(
+        folder,
+        overrides=_overrides(args, data),
+        identity={"code": own_code_digest(), "versions": machine["versions"], "data": data},
+    )
+    print(f"quickstart: on {data['description']}; everything goes to {folder.root}")
+    announcements = Announcements(plan.commands)
+    with termination_as_interrupt():
+        records = run_stages(plan.stages, folder.root, announcements)
+    metrics = read_metrics(folder.run)
+    facts = gather_facts(folder, plan.stages, records, metrics, config=plan.config, data=data, provenance=machine)
+    write_report(folder.root, content.page(facts, metrics), facts)
+    if not announcements.ran:
+        print("quickstart: everything was complete already; remove the folder to do it all again")
+    print("\n".join(["", *content.summary_lines(facts), "", f"report: {folder.report_html}"]))
+    return 0 if facts["parity"]["passed"] and facts["fp8_export"]["equal"] else 1
+
+
+def describe_data() -> dict[str, Any]:
+    """Say which rows will be used: the real pairs where ``MEGATRON_ADS_DATA`` has them, else simulated ones."""
+    root = os.environ.get(DATA_ROOT)
+    if not root:
+        return {"source": "simulated_pairs", "description": "query-ad pairs of a simulated ads business"}
+    file = Path(root) / PAIRS
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"{DATA_ROOT} is {root}, but {file} cannot be read ({error.strerror}). "
+            f"Point {DATA_ROOT} at the folder that has it, or unset it to use simulated rows."
+        ) from None
+    return {
+        "source": "esci",
+        "description": f"{content.count(10):,} real query-product pairs (Amazon ESCI, split by query)",
+        "path": str(file),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def _overrides(args: argparse.Namespace, data: dict[str, Any]) -> list[str]:
+    steps = [] if args.steps is None else [f"train.steps={args.steps}"]
+    return [f"data={data['source']}", *steps, *args.overrides]

@@ -1,0 +1,193 @@
+"""Work done in stages that survive interruptions: what is complete is not done again, what has changed is.
+
+Every stage has a fingerprint: of its own settings and of the fingerprints of the stages it builds on. Its record,
+``stages/NAME.json``, is written when the stage is complete and holds the fingerprint and the result. A stage is
+done again when its record is missing, its fingerprint differs, or one of its outputs is gone.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_ads.errors import ConfigError
+from megatron_ads.observability.progress import readable_duration
+
+RECORDS = "stages"
+WAIT_SECONDS = 60.0
+"""How long to wait for an earlier process to leave the folder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One piece of work that writes files below the folder and returns numbers."""
+
+    name: str
+    title: str
+    """What it does, in words: ``fine-tune on 4 processes``."""
+    settings: Mapping[str, Any]
+    """JSON values that decide the result, apart from the stages before."""
+    after: Sequence[str] = ()
+    """Names of the stages whose outputs it reads."""
+    outputs: Sequence[Path]
+    """Files and folders it writes; removed before it runs again."""
+    run: Callable[[], Mapping[str, Any]]
+    """Does the work; returns JSON values for the record. Raises to say that the stage is not complete."""
+    resumable: bool = False
+    """Whether ``run`` continues from outputs that an interrupted run with the same fingerprint left."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageRecord:
+    """What a complete stage leaves behind."""
+
+    fingerprint: str
+    seconds: float
+    """Wall time of the run that completed it."""
+    result: dict[str, Any]
+    resumed: bool = False
+    """Whether that run continued an interrupted one, so that ``seconds`` are not all it took."""
+
+
+class Announcements:
+    """Prints to stdout each stage with its command, and how long it took.
+
+    ``commands`` maps a stage's name to the command line that does the same.
+    """
+
+    def __init__(self, commands: Mapping[str, Sequence[str]]) -> None:
+        self._commands = commands
+        self.ran = 0
+        """Stages that were run, as opposed to found complete."""
+
+    def starting(self, stage: Stage, number: int, total: int, resuming: bool) -> None:
+        """Say what is about to run."""
+        self.ran += 1
+        continuing = " (continuing where it was interrupted)" if resuming else ""
+        self._say(f"[{number}/{total}] {stage.title}{continuing}")
+        if command := self._commands.get(stage.name):
+            self._say(f"      $ {shlex.join(command)}")
+
+    def finished(self, stage: Stage, record: StageRecord) -> None:
+        """Say how long it took."""
+        self._say(f"      done in {readable_duration(record.seconds)}")
+
+    def reused(self, stage: Stage, number: int, total: int, record: StageRecord) -> None:
+        """Say that it is complete already."""
+        self._say(f"[{number}/{total}] {stage.title}: complete, took {readable_duration(record.seconds)}")
+
+    def _say(self, line: str) -> None:
+        print(line, flush=True)
+
+
+def run_stages(stages: Sequence[Stage], folder: Path, announcements: Announcements) -> dict[str, StageRecord]:
+    """Bring every stage to completion, in order; return the records by name.
+
+    Raises:
+        ConfigError: If the folder cannot be used, or another process is at work in it.
+    """
+    records: dict[str, StageRecord] = {}
+    with _sole_use(folder):
+        for number, stage in enumerate(stages, start=1):
+            fingerprint = _fingerprint(stage, records)
+            record = _read_record(folder, stage.name)
+            if record is not None and record.fingerprint == fingerprint and all(map(Path.exists, stage.outputs)):
+                announcements.reused(stage, number, len(stages), record)
+            else:
+                resuming = _prepare(stage, folder, fingerprint)
+                announcements.starting(stage, number, len(stages), resuming)
+                record = _run(stage, folder, fingerprint, resuming)
+                announcements.finished(stage, record)
+            records[stage.name] = record
+    return records
+
+
+def _fingerprint(stage: Stage, before: Mapping[str, StageRecord]) -> str:
+    parts = {"settings": dict(stage.settings), "after": {name: before[name].fingerprint for name in stage.after}}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _record_file(folder: Path, name: str) -> Path:
+    return folder / RECORDS / f"{name}.json"
+
+
+def _started_file(folder: Path, name: str) -> Path:
+    return folder / RECORDS / f"{name}.started"
+
+
+def _read_record(folder: Path, name: str) -> StageRecord | None:
+    """Return a stage's record; None if it is missing or unreadable, so that the stage runs again."""
+    try:
+        return StageRecord(**json.loads(_record_file(folder, name).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _prepare(stage: Stage, folder: Path, fingerprint: str) -> bool:
+    """Remove what an earlier run left, unless the stage can continue from it; return whether it does."""
+    started = _started_file(folder, stage.name)
+    interrupted = started.exists() and started.read_text(encoding="utf-8") == fingerprint
+    resuming = stage.resumable and interrupted and any(map(Path.exists, stage.outputs))
+    _record_file(folder, stage.name).unlink(missing_ok=True)
+    if not resuming:
+        for output in stage.outputs:
+            if output.is_dir() and not output.is_symlink():
+                shutil.rmtree(output)
+            else:
+                output.unlink(missing_ok=True)
+    started.write_text(fingerprint, encoding="utf-8")
+    return resuming
+
+
+def _run(stage: Stage, folder: Path, fingerprint: str, resumed: bool) -> StageRecord:
+    from conversion.atomic_file import write_small  # imports torch: keep --help instant
+
+    start = time.monotonic()
+    result = dict(stage.run())
+    seconds = time.monotonic() - start
+    record = StageRecord(fingerprint=fingerprint, seconds=seconds, result=result, resumed=resumed)
+    write_small(_record_file(folder, stage.name), json.dumps(asdict(record), indent=2) + "\n")
+    _started_file(folder, stage.name).unlink()
+    return record
+
+
+@contextmanager
+def _sole_use(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process and the jobs it starts; the lock ends with them, however they end.
+
+    A job that was interrupted a moment ago may still be saving: it is waited for.
+    """
+    _make_folder(folder)
+    with (folder / RECORDS / "lock").open("w", encoding="utf-8") as lock:
+        os.set_inheritable(lock.fileno(), True)
+        give_up = time.monotonic() + WAIT_SECONDS
+        while not _locked(lock):
+            if time.monotonic() > give_up:
+                raise ConfigError(f"another process is at work in {folder}; wait for it, or choose another --out.")
+            time.sleep(0.2)
+        yield
+
+
+def _locked(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        if not (folder / RECORDS).is_dir() and folder.is_dir() and any(folder.iterdir()):
+            raise ConfigError(f"{folder} holds something else; choose a new or empty folder with --out.")
+        (folder / RECORDS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written ({error.strerror}); choose another with --out.") from None

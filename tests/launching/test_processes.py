@@ -1,0 +1,154 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_ads.launching.processes import JobError, MetricsFollower, children, run_job
+from megatron_ads.observability.metrics import METRICS_FILE
+
+
+def _python(code: str) -> list[str]:
+    return [sys.executable, "-u", "-c", code]
+
+
+def _wait_for(file: Path) -> str:
+    give_up = time.monotonic() + 30
+    while not (file.exists() and file.read_text()):
+        assert time.monotonic() < give_up, f"{file} did not appear within 30 s"
+        time.sleep(0.02)
+    return file.read_text()
+
+
+def test_output_goes_to_the_log(tmp_path: Path) -> None:
+    run_job(_python("import sys; print('out'); print('err', file=sys.stderr)"), tmp_path / "logs" / "job.log")
+    assert (tmp_path / "logs" / "job.log").read_text() == "out\nerr\n"
+
+
+@pytest.mark.parametrize(
+    ("output", "quoted"),
+    [
+        ("14:00:01 [rank 2 of 4] ERROR layout.pp is 3.\\nTraceback\\nX: y", "layout.pp is 3 (exit"),
+        ("megatron-ads: model.load is missing.", "model.load is missing (exit"),
+        ("Traceback\\ntorch.cuda.OutOfMemoryError: too big\\nbye", "torch.cuda.OutOfMemoryError: too big (exit"),
+        ("nothing of note", "nothing of note (exit"),
+        ("", "it printed nothing (exit"),
+    ],
+)
+def test_a_failed_job_is_quoted_in_one_line(tmp_path: Path, output: str, quoted: str) -> None:
+    log = tmp_path / "job.log"
+    log.write_text("ERROR of an earlier run\n")
+    with pytest.raises(JobError) as error:
+        run_job(_python(f"print('''{output}'''); raise SystemExit(7)"), log)
+    assert str(error.value).startswith(quoted)
+    assert str(error.value).endswith(f"(exit status 7; the whole log is {log}).")
+
+
+def test_an_interrupted_job_may_save_before_it_ends(tmp_path: Path) -> None:
+    saved, started = tmp_path / "saved", tmp_path / "started"
+    job = f"""
+import pathlib, signal, sys, time
+def save(*_):
+    pathlib.Path({str(saved)!r}).write_text("yes"); sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path({str(started)!r}).write_text("yes")
+time.sleep(60)
+"""
+
+    def interrupt_once_started() -> None:
+        if started.exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(_python(job), tmp_path / "job.log", while_running=interrupt_once_started)
+    assert saved.read_text() == "yes"
+
+
+def test_a_job_does_not_outlive_a_killed_driver(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    job = f"import os, pathlib, time; pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    driver = f"""
+import sys
+from pathlib import Path
+from megatron_ads.launching.processes import run_job
+run_job([sys.executable, "-c", {job!r}], Path({str(tmp_path / "job.log")!r}))
+"""
+    with subprocess.Popen(_python(driver), start_new_session=True) as process:
+        pid = int(_wait_for(pid_file))
+        process.send_signal(signal.SIGKILL)
+    give_up = time.monotonic() + 10
+    while _runs(pid):
+        assert time.monotonic() < give_up, "the job still runs 10 s after its driver was killed"
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _write_metrics(folder: Path, steps: range, mode: str = "w") -> None:
+    with (folder / METRICS_FILE).open(mode) as file:
+        for step in steps:
+            file.write(json.dumps({"step": step, "loss": 1.0 / step}) + "\n")
+            file.write(json.dumps({"step": step, "checkpoint_seconds": 0.1}) + "\n")
+
+
+def test_progress_follows_the_metrics(tmp_path: Path) -> None:
+    log = io.StringIO()
+    with MetricsFollower(tmp_path, 4, "sft", stream=log) as follow:
+        follow()
+        _write_metrics(tmp_path, range(1, 2))
+        follow()
+        assert log.getvalue() == ""  # one step says nothing about speed
+        _write_metrics(tmp_path, range(2, 5), mode="a")
+        follow()
+        follow()
+    assert log.getvalue().startswith("sft 4/4, loss 0.25")
+    assert log.getvalue().count("\n") == 1
+
+
+def test_what_an_interrupted_run_wrote_is_not_progress(tmp_path: Path) -> None:
+    _write_metrics(tmp_path, range(1, 4))  # killed behind its checkpoint at step 1
+    log = io.StringIO()
+    with MetricsFollower(tmp_path, 4, "sft", stream=log) as follow:
+        follow()
+        _write_metrics(tmp_path, range(1, 3))  # resumed from step 1, now at 2
+        follow()
+        _write_metrics(tmp_path, range(3, 5), mode="a")
+        follow()
+    assert log.getvalue().count("\n") == 1
+    assert log.getvalue().startswith("sft 4/4")
+
+
+def test_no_process_is_left_when_a_job_ignores_the_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_ads.launching.processes.GRACE_SECONDS", 0.5)
+    pid_file = tmp_path / "pid"
+    job = f"""
+import os, pathlib, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+
+    def interrupt_once_started() -> None:
+        if pid_file.exists() and pid_file.read_text():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(_python(job), tmp_path / "job.log", while_running=interrupt_once_started)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
+
+
+def test_the_children_of_a_process_are_found() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert child.pid in children(os.getpid())
+        child.communicate()
