@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 from megatron_ads.errors import ConversionError
 
 if TYPE_CHECKING:
-    from conversion.convert import Target
-    from conversion.execute import ConversionReport
+    from conversion.convert import ConversionReport, Target
     from conversion.verify import Verification
     from megatron_ads.config.layout import LayoutConfig
 
@@ -173,10 +172,9 @@ def parse_bytes(text: str) -> int:
 
 def _to_megatron(args: argparse.Namespace) -> int:
     from conversion.convert import lay_out  # torch is imported from here on: --help stays instant
-    from conversion.hub import local_folder
     from conversion.layer_specs import LayerSpec
-    from conversion.sources import open_source
-    from conversion.to_megatron import ShardsTarget
+    from conversion.sources import local_folder, open_source
+    from conversion.to_shards import ShardsTarget
     from conversion.to_torch_dist import TorchDistTarget
 
     if args.format == "torch_dist":
@@ -189,8 +187,7 @@ def _to_megatron(args: argparse.Namespace) -> int:
 
 
 def _to_hf(args: argparse.Namespace) -> int:
-    from conversion.hub import local_folder
-    from conversion.sources import open_source
+    from conversion.sources import local_folder, open_source
     from conversion.to_hf import DEFAULT_SHARD_BYTES, ExportDtype, HfTarget
     from conversion.to_reference import reference_target
 
@@ -225,9 +222,8 @@ def _sizes(args: argparse.Namespace) -> "LayoutConfig":
 def _carry_out(args: argparse.Namespace, target: "Target") -> int:
     import torch
 
-    from conversion.convert import convert
+    from conversion.convert import Execution, convert
     from conversion.dry_run import dry_run
-    from conversion.execute import Execution
 
     if args.dry_run:
         expected = dry_run(target.plan(), workers=args.workers)
@@ -261,7 +257,7 @@ def _describe(report: "ConversionReport", target: Path) -> str:
 def _verify(args: argparse.Namespace) -> int:
     import torch
 
-    from conversion.hub import local_folder
+    from conversion.sources import local_folder
     from conversion.verify import verify
 
     torch.set_num_threads(1)

@@ -1,8 +1,10 @@
-"""Kinds of conversion error that a caller tells apart, and what the operating system refuses as one of them."""
+"""Kinds of conversion error that a caller tells apart, and what else is turned into one of them."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megatron_ads.errors import ConversionError
 
@@ -21,3 +23,18 @@ def naming_refusals(path: Path) -> Iterator[None]:
             f"{error.filename or path} cannot be read or written ({error.strerror or error}). "
             "Mend that, or choose another folder."
         ) from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the object in a file.
+
+    Raises:
+        DamagedCheckpointError: If the file holds anything else.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{file} is not JSON ({error}). Copy it again.") from None
+    if not isinstance(found, dict):
+        raise DamagedCheckpointError(f"{file} holds a {type(found).__name__}, not a JSON object. Copy it again.")
+    return found

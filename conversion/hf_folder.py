@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from conversion.errors import DamagedCheckpointError
+from conversion.errors import DamagedCheckpointError, read_object
 from conversion.fp8 import BLOCK, scale_shape
-from conversion.json_object import read_object
-from conversion.names import DERIVED_BUFFER, HfPart, Kind, Parameter, hf_aliases, parameters
+from conversion.names import DERIVED_BUFFER, HfPart, Parameter, ParameterKind, hf_aliases, parameters
 from conversion.regions import Rectangle, Region, StoredMatrix, whole
 from conversion.safetensors_file import StoredTensor, read_header
 from megatron_ads.architecture import ModelShape, shape_from_config
@@ -93,7 +92,7 @@ def open_hf_folder(path: Path) -> HfFolder:
         for part in parameter.parts:
             _check_tensor(folder, part, parameter.kind)
     for alias, canonical in folder.aliases.items():
-        _check_tensor(folder, HfPart(alias, parameters(folder.shape)[canonical].shape), Kind.PLAIN)
+        _check_tensor(folder, HfPart(alias, parameters(folder.shape)[canonical].shape), ParameterKind.PLAIN)
     return folder
 
 
@@ -158,7 +157,7 @@ def _check_names(folder: HfFolder) -> None:
         )
 
 
-def _check_tensor(folder: HfFolder, part: HfPart, kind: Kind) -> None:
+def _check_tensor(folder: HfFolder, part: HfPart, kind: ParameterKind) -> None:
     stored, scales = folder.tensors[part.name], folder.tensors.get(part.name + SCALE_SUFFIX)
     if stored.shape != part.shape:
         raise DamagedCheckpointError(
@@ -175,7 +174,7 @@ def _check_tensor(folder: HfFolder, part: HfPart, kind: Kind) -> None:
     if scales is None:
         return
     expected = scale_shape(stored.shape, folder.block)
-    if scales.shape != expected or scales.dtype is not torch.float32 or kind is Kind.ROUTER_BIAS:
+    if scales.shape != expected or scales.dtype is not torch.float32 or kind is ParameterKind.ROUTER_BIAS:
         raise DamagedCheckpointError(
             f"{part.name}{SCALE_SUFFIX} in {scales.file} is {scales.dtype} of shape {scales.shape}; blocks of "
             f"{folder.block[0]} x {folder.block[1]} of {stored.shape} need float32 of {expected}."

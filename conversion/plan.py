@@ -12,7 +12,7 @@ import torch
 
 from conversion.fp8 import BLOCK
 from conversion.regions import StoredMatrix, View
-from conversion.safetensors_file import HeaderEntry, build_header, element_count
+from conversion.safetensors_file import HeaderEntry, build_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +142,3 @@ def folder_state(files: Sequence[Path]) -> str:
         status = file.stat() if file.exists() else None
         digest.update(f"{file.name} {status and (status.st_size, status.st_mtime_ns)}\n".encode())
     return digest.hexdigest()
-
-
-def stored_files(views: Sequence[View]) -> set[Path]:
-    """Return the files that some views read."""
-    return {region.stored.data.file for view in views for region in view.regions}
-
-
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Return (rows, columns) of a tensor; a vector is one row."""
-    return (shape[0], element_count(shape[1:])) if len(shape) > 1 else (1, element_count(shape))

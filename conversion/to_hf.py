@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from conversion.atomic_file import FileRecord, write_small
-from conversion.derived_buffers import DerivedBuffer
+from conversion.carried import DerivedBuffer, copy_side_files, side_files
 from conversion.fp8 import BLOCK, scale_shape
 from conversion.hf_folder import INDEX, SCALE_SUFFIX, SINGLE
-from conversion.names import HfPart, Kind, Parameter, parameters
+from conversion.names import HfPart, Parameter, ParameterKind, parameters
 from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state, offsets
 from conversion.regions import Rectangle, Region, View, whole
 from conversion.safetensors_file import HeaderEntry, header_order
-from conversion.side_files import copy_side_files, side_files
 from conversion.sources import WeightSource, stored_dtype
 
 FP8_CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(BLOCK)}
@@ -129,11 +128,11 @@ def _hf_tensor(
 
 
 def _dtype(parameter: Parameter, regions: Sequence[Region], dtype: ExportDtype) -> torch.dtype:
-    if parameter.kind is Kind.ROUTER_BIAS or dtype is ExportDtype.FP32:
+    if parameter.kind is ParameterKind.ROUTER_BIAS or dtype is ExportDtype.FP32:
         return torch.float32
     if dtype is ExportDtype.STORED:
         return stored_dtype(parameter, regions)
-    return torch.float8_e4m3fn if (dtype, parameter.kind) == (ExportDtype.FP8, Kind.LINEAR) else torch.bfloat16
+    return torch.float8_e4m3fn if (dtype, parameter.kind) == (ExportDtype.FP8, ParameterKind.LINEAR) else torch.bfloat16
 
 
 def _reading_order(hf_name: str) -> tuple[int, int]:

@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 
 from conversion.atomic_file import FileRecord, write_small
-from conversion.derived_buffers import DerivedBuffer
+from conversion.carried import DerivedBuffer, copy_side_files, side_files
 from conversion.errors import naming_refusals
 from conversion.hf_folder import INDEX, SCALE_SUFFIX, HfFolder, open_hf_folder
 from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state
 from conversion.safetensors_file import SafetensorsHeader, StoredTensor, read_header
-from conversion.side_files import copy_side_files, side_files
 from conversion.sources import WeightSource
 from conversion.to_hf import ExportDtype, HfTensor, hf_tensors
 from megatron_ads.errors import ConversionError

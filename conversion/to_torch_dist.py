@@ -11,15 +11,14 @@ from typing import Any
 import torch
 
 from conversion.atomic_file import FileRecord, write_small
-from conversion.layer_specs import LayerSpec
+from conversion.carried import copy_side_files
+from conversion.layer_specs import KeyedTensor, LayerSpec, extra_state_keys, keyed_tensors
 from conversion.names import parameters
 from conversion.plan import ConversionPlan, OutputFile, SavedChunk, SavedObject, folder_state
 from conversion.regions import Rectangle, View, whole
 from conversion.safetensors_file import element_count
-from conversion.side_files import copy_side_files
 from conversion.sources import WeightSource, stored_dtype
 from conversion.torch_dist_folder import CARRIED, METADATA, SIDE_FOLDER
-from conversion.torch_dist_names import KeyedTensor, extra_state_keys, keyed_tensors
 
 BACKEND = {
     "sharded_backend": "torch_dist",

@@ -5,14 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conversion.derived_buffers import DerivedBuffer
-from conversion.errors import DamagedCheckpointError
-from conversion.json_object import read_object
-from conversion.layer_specs import LayerSpec
+from conversion.carried import DerivedBuffer
+from conversion.errors import DamagedCheckpointError, read_object
+from conversion.layer_specs import KeyedTensor, LayerSpec, keyed_tensors
 from conversion.names import Parameter, hf_aliases, parameters
 from conversion.regions import Rectangle, Region, StoredMatrix, whole
 from conversion.safetensors_file import StoredTensor, element_count
-from conversion.torch_dist_names import KeyedTensor, keyed_tensors
 from conversion.torch_dist_pickle import locate_saved_tensor, read_metadata
 from megatron_ads.architecture import ModelShape, shape_from_config
 from megatron_ads.errors import ConversionError

@@ -43,7 +43,7 @@ def run_all(
             yield function(piece, advance)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conversion.execute", "conversion.verify"])
+    context.set_forkserver_preload(["conversion.convert", "conversion.verify"])
     counter = context.Value(ctypes.c_longlong, 0)
     workers = min(workers, len(pieces))
     with ProcessPoolExecutor(

@@ -2,7 +2,7 @@
 
 import math
 
-from conversion.names import Kind, Parameter, parameters
+from conversion.names import Parameter, ParameterKind, parameters
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import FrozenPart, ModelConfig
 from megatron_ads.models.adapter_shapes import Lora
@@ -40,4 +40,4 @@ def trained_parameters(settings: ModelConfig, shape: ModelShape) -> tuple[int, i
 
 def _weights(shape: ModelShape) -> list[Parameter]:
     """Return every canonical parameter; a router's bias is a buffer."""
-    return [parameter for parameter in parameters(shape).values() if parameter.kind is not Kind.ROUTER_BIAS]
+    return [parameter for parameter in parameters(shape).values() if parameter.kind is not ParameterKind.ROUTER_BIAS]

@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 from conversion.convert import to_shards
 from conversion.errors import DamagedCheckpointError
 from conversion.hf_folder import open_hf_folder
-from conversion.hub import local_folder
-from conversion.sources import open_source
+from conversion.sources import local_folder, open_source
 from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.errors import ConversionError
 from tests.conversion.checkpoints import EDGE, V3, bf16_checkpoint, fp8_checkpoint, random_tensors, to_fp8, write_hf

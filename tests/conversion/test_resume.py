@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversion import atomic_file, execute, journal, to_torch_dist
-from conversion.convert import convert, to_hf, to_shards
+from conversion import atomic_file, journal, to_torch_dist
+from conversion.convert import Execution, convert, to_hf, to_shards
 from conversion.errors import DamagedCheckpointError
-from conversion.execute import Execution
 from conversion.journal import JOURNAL
 from conversion.sources import open_source
 from conversion.to_torch_dist import TorchDistTarget
@@ -258,7 +257,7 @@ def test_two_conversions_into_one_folder_exclude_each_other(source, unfinished):
 
 
 def test_too_little_disk_is_noticed_before_writing(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(execute, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr("conversion.convert.free_bytes", lambda _: 1000)
     with pytest.raises(ConversionError, match=r"disk has 0\.0 GB free"):
         to_shards(source, tmp_path / "shards", LAYOUT)
     assert not list(tmp_path.glob("shards/*.safetensors"))
@@ -294,7 +293,7 @@ _KILLED = """
 import sys
 from pathlib import Path
 from conversion.convert import to_shards
-from conversion.execute import Execution
+from conversion.convert import Execution
 from megatron_ads.config.layout import LayoutConfig
 if __name__ == "__main__":
     workers = int(sys.argv[3])

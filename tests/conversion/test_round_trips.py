@@ -147,7 +147,7 @@ def test_a_checkpoint_without_the_repeats_comes_back_without_them(tmp_path):
 
 
 def test_workers_write_the_same_bytes_as_one_process(bf16, tmp_path):
-    from conversion.execute import Execution
+    from conversion.convert import Execution
 
     to_shards(bf16, tmp_path / "one", LayoutConfig(pp=2, ep=2))
     to_shards(bf16, tmp_path / "two", LayoutConfig(pp=2, ep=2), Execution(workers=2))

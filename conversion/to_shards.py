@@ -7,11 +7,10 @@ from conversion.atomic_file import FileRecord
 from conversion.names import Parameter
 from conversion.plan import ConversionPlan, OutputFile, Values, folder_state, offsets
 from conversion.rank_files import RankFile, ShardsLayout
-from conversion.regions import Region, View
+from conversion.regions import Region, View, slice_rectangles
 from conversion.safetensors_file import HeaderEntry, header_order
 from conversion.shards import MANIFEST, SIDE_FOLDER, write_manifest
 from conversion.sources import WeightSource, stored_dtype
-from conversion.tensor_parallel import slice_rectangles
 
 
 @dataclass(frozen=True, slots=True)
