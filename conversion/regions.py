@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from conversion.errors import DamagedCheckpointError
-from conversion.fp8 import BLOCK, dequantize_rows
+from conversion.fp8 import BLOCK, dequantize
 from conversion.names import Parameter, Split, slice_shape
 from conversion.safetensors_file import StoredTensor
 from megatron_ads.errors import ConversionError
@@ -48,7 +48,7 @@ class StoredMatrix:
                 f"The block scales of {self.name} in {self.scales.file} are not all finite; get a sound copy."
             )
         try:
-            return dequantize_rows(stored, scales, first_row=rows.start, columns=columns, block=self.block)
+            return dequantize(stored, scales, first_row=rows.start, columns=columns, block=self.block)
         except ConversionError as error:
             raise DamagedCheckpointError(
                 f"{self.name} in {self.data.file}, rows {rows.start} to {rows.stop - 1}: {error}. "

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from conversion.convert import to_shards
 from conversion.errors import DamagedCheckpointError
 from conversion.hf_folder import open_hf_folder
-from conversion.sources import local_folder, open_source
+from conversion.sources import open_source
 from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.errors import ConversionError
 from tests.conversion.checkpoints import EDGE, V3, bf16_checkpoint, fp8_checkpoint, random_tensors, to_fp8, write_hf
@@ -137,38 +137,3 @@ def test_what_the_system_refuses_to_read_is_named(tmp_path):
     (folder / "model.safetensors").mkdir()
     with pytest.raises(ConversionError, match=r"model\.safetensors cannot be read or written \(Is a directory\)"):
         open_source(folder)
-
-
-def test_a_source_is_a_folder_or_a_hub_id(tmp_path, monkeypatch):
-    assert local_folder(str(tmp_path)) == tmp_path
-    for absent in ("/no/such/folder", "./absent", "../absent"):
-        with pytest.raises(ConversionError, match="does not exist"):
-            local_folder(absent)
-    with pytest.raises(ConversionError, match="could not be downloaded from the hub: Cannot have --"):
-        local_folder("owner/two--dashes")
-    with pytest.raises(ConversionError, match=r"cannot be read or written \(File name too long\)"):
-        local_folder("x" * 300)
-    import huggingface_hub
-
-    asked = []
-
-    def download(hub_id, allow_patterns):
-        asked.append((hub_id, allow_patterns))
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.chdir(tmp_path)
-    assert local_folder("deepseek-ai/DeepSeek-R1") == tmp_path
-    assert asked[0][0] == "deepseek-ai/DeepSeek-R1" and "*.safetensors" in asked[0][1]
-
-
-def test_a_download_that_fails_is_one_clear_error(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    def fail(*_, **__):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConversionError, match="could not be downloaded from the hub: no route to host"):
-        local_folder("deepseek-ai/DeepSeek-R1")
