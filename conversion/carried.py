@@ -16,6 +16,8 @@ import torch
 from conversion.atomic_file import naming_full_disk, sync_folder, tensor_bytes
 from conversion.safetensors_file import CODES, DTYPES, HeaderEntry, StoredTensor
 
+SIDE_FOLDER = "hf"
+"""Where a shards or torch_dist folder has them."""
 _NOT_CARRIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".partial")
 
 

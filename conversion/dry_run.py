@@ -9,7 +9,7 @@ from pathlib import Path
 from conversion.errors import naming_refusals
 from conversion.plan import ConversionPlan, OutputFile
 from conversion.regions import BAND_ELEMENTS
-from megatron_ads.disk import free_bytes
+from megatron_ads.disk import existing, free_bytes
 
 _PROBE_BYTES = 64 << 20
 _INTERPRETER_BYTES = 400 << 20
@@ -83,11 +83,8 @@ def _largest_band(files: tuple[OutputFile, ...]) -> int:
 
 def probe_disk(target: Path) -> float:
     """Return bytes per second of writing and flushing a small file on the disk that ``target`` is or will be on."""
-    folder = target
-    while not folder.exists():
-        folder = folder.parent
     data = os.urandom(1 << 20)
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with tempfile.TemporaryFile(dir=existing(target)) as file:
         start = time.perf_counter()
         for _ in range(_PROBE_BYTES // len(data)):
             file.write(data)

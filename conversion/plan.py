@@ -4,15 +4,18 @@ A plan is made from headers alone. It is data: it can be printed, compared with 
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from conversion.fp8 import BLOCK
 from conversion.regions import StoredMatrix, View
 from conversion.safetensors_file import HeaderEntry, build_header
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,19 @@ def offsets(entries: Sequence[HeaderEntry], metadata: Mapping[str, str]) -> tupl
         found[entry.name] = position
         position += entry.nbytes
     return header, found, position
+
+
+def in_groups(items: Iterable[_T], bytes_of: Callable[[_T], int], limit: int) -> list[list[_T]]:
+    """Put items in order into groups of at most ``limit`` bytes; a larger item has a group to itself."""
+    groups: list[list[_T]] = [[]]
+    room = limit
+    for item in items:
+        if groups[-1] and bytes_of(item) > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(item)
+        room -= bytes_of(item)
+    return groups
 
 
 def folder_state(files: Sequence[Path]) -> str:

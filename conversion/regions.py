@@ -91,6 +91,11 @@ class View:
     regions: tuple[Region, ...]
     rectangle: Rectangle
 
+    @classmethod
+    def of(cls, parameter: str, regions: Sequence[Region], rectangle: Rectangle) -> "View":
+        """Return a view that holds only those of a parameter's regions that the rectangle needs."""
+        return cls(parameter, tuple(region for region in regions if rectangle.overlap(region.covers)), rectangle)
+
 
 def whole(shape: Sequence[int]) -> Rectangle:
     """Return the rectangle of a whole tensor; a vector is one row."""

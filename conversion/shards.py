@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from conversion.atomic_file import FileRecord, PreallocatedFile, tensor_bytes, write_small
-from conversion.carried import DerivedBuffer, copy_side_files
+from conversion.carried import SIDE_FOLDER, DerivedBuffer, copy_side_files
 from conversion.errors import DamagedCheckpointError, read_object
 from conversion.names import Parameter, Split, parameters
 from conversion.rank_files import RankFile, ShardsLayout
@@ -32,7 +32,6 @@ from megatron_ads.errors import ConversionError
 from megatron_ads.layout import ParallelLayout, place_layers
 
 MANIFEST = "manifest.json"
-SIDE_FOLDER = "hf"
 FORMAT = "megatron-ads shards"
 VERSION = 1
 

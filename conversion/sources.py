@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 import torch
 
-from conversion.carried import DerivedBuffer
+from conversion.carried import SIDE_FOLDER, DerivedBuffer
 from conversion.errors import naming_refusals
 from conversion.hf_folder import INDEX, SINGLE, open_hf_folder
 from conversion.journal import JOURNAL
 from conversion.names import Parameter, ParameterKind, hf_aliases, parameters
 from conversion.regions import Region, bands, fill, slice_rectangles, value_dtype
-from conversion.shards import MANIFEST, SIDE_FOLDER, open_shards
+from conversion.shards import MANIFEST, open_shards
 from conversion.torch_dist_folder import METADATA, open_torch_dist
 from megatron_ads.architecture import ModelShape
 from megatron_ads.errors import ConversionError

@@ -14,7 +14,7 @@ from conversion.carried import DerivedBuffer, copy_side_files, side_files
 from conversion.fp8 import BLOCK, scale_shape
 from conversion.hf_folder import INDEX, SCALE_SUFFIX, SINGLE
 from conversion.names import HfPart, Parameter, ParameterKind, parameters
-from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state, offsets
+from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state, in_groups, offsets
 from conversion.regions import Rectangle, Region, View, whole
 from conversion.safetensors_file import HeaderEntry, header_order
 from conversion.sources import WeightSource, stored_dtype
@@ -83,7 +83,8 @@ class HfTarget:
         )
 
     def _files(self) -> tuple[OutputFile, ...]:
-        groups = _shards(list(hf_tensors(self.source, self.dtype, self.source.aliases)), self.max_shard_bytes)
+        tensors = hf_tensors(self.source, self.dtype, self.source.aliases)
+        groups = in_groups(tensors, lambda tensor: tensor.nbytes, self.max_shard_bytes)
         count = len(groups)
         names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
         derived = [self.source.derived, *[{}] * (count - 1)]
@@ -123,8 +124,8 @@ def hf_tensors(source: WeightSource, dtype: ExportDtype, aliases: Mapping[str, s
 def _hf_tensor(
     part: HfPart, parameter: Parameter, regions: tuple[Region, ...], rectangle: Rectangle, dtype: ExportDtype
 ) -> HfTensor:
-    covering = tuple(region for region in regions if rectangle.overlap(region.covers))
-    return HfTensor(part.name, part.shape, _dtype(parameter, regions, dtype), View(parameter.name, covering, rectangle))
+    view = View.of(parameter.name, regions, rectangle)
+    return HfTensor(part.name, part.shape, _dtype(parameter, regions, dtype), view)
 
 
 def _dtype(parameter: Parameter, regions: Sequence[Region], dtype: ExportDtype) -> torch.dtype:
@@ -141,18 +142,6 @@ def _reading_order(hf_name: str) -> tuple[int, int]:
     if words[1] == "layers":
         return 1, int(words[2])
     return {"embed_tokens": 0, "norm": 2}.get(words[1], 3), 0
-
-
-def _shards(tensors: Sequence[HfTensor], max_shard_bytes: int) -> list[list[HfTensor]]:
-    groups: list[list[HfTensor]] = [[]]
-    room = max_shard_bytes
-    for tensor in tensors:
-        if groups[-1] and tensor.nbytes > room:
-            groups.append([])
-            room = max_shard_bytes
-        groups[-1].append(tensor)
-        room -= tensor.nbytes
-    return groups
 
 
 def _plan_file(name: str, tensors: Sequence[HfTensor], derived: Mapping[str, DerivedBuffer]) -> OutputFile:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conversion.carried import DerivedBuffer
+from conversion.carried import SIDE_FOLDER, DerivedBuffer
 from conversion.errors import DamagedCheckpointError, read_object
 from conversion.layer_specs import KeyedTensor, LayerSpec, keyed_tensors
 from conversion.names import Parameter, hf_aliases, parameters
@@ -16,7 +16,6 @@ from megatron_ads.architecture import ModelShape, shape_from_config
 from megatron_ads.errors import ConversionError
 
 METADATA = ".metadata"
-SIDE_FOLDER = "hf"
 CARRIED = "conversion.json"
 """Beside the weights: what a Hugging Face export needs to have its source's keys."""
 
