@@ -44,7 +44,7 @@ class ConversionReport:
     written_bytes: int
     seconds: float
     requantized: dict[str, float] = field(default_factory=dict)
-    """With a reference: weights that were quantised anew, and the largest relative error of each."""
+    """With a reference: weights that were quantised again, and the largest relative error of each."""
 
 
 class Target(Protocol):

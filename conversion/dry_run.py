@@ -1,4 +1,4 @@
-"""What a conversion would take, said before it starts: files, bytes, time, memory, disk."""
+"""What a conversion would take, before it starts: files, bytes, time, memory, disk."""
 
 import os
 import tempfile
@@ -49,7 +49,7 @@ class DryRun:
                 f"time     {self.seconds / 60:10.1f} min at {self.probe_bytes_per_second / 1e9:.2f} GB/s "
                 "(disk probed just now)",
                 f"memory   {self.worker_bytes * self.workers / 1e9:10.2f} GB for {self.workers} worker(s), "
-                "whatever the size of the model",
+                "for a model of any size",
             )
         )
 

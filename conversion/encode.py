@@ -67,7 +67,7 @@ def write_quantized(out: PreallocatedFile, item: Quantized, advance: Advance) ->
 
     Returns:
         None without a reference or if the reference's codes were kept; else the largest relative error of quantising
-        anew, ``max|value - bf16(code * scale)| / max|value|``.
+        again, ``max|value - bf16(code * scale)| / max|value|``.
     """
     if item.reference is not None and _equals_reference(item):
         _copy_reference(out, item, advance)

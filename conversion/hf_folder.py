@@ -53,7 +53,7 @@ class HfFolder:
         return tuple(found)
 
     def replicas(self, parameter: Parameter) -> tuple[tuple[Region, ...], ...]:
-        """Return every stored copy of a parameter; the repeats of the MTP layers are named apart."""
+        """Return every stored copy of a parameter; the repeats of the MTP layers have names of their own."""
         return (self.regions(parameter),)
 
     def weight_files(self) -> tuple[Path, ...]:
@@ -131,7 +131,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]
 
 
 def _check_names(folder: HfFolder) -> None:
-    if folder.shape.num_layers + folder.shape.num_experts > len(folder.tensors):  # or to list them all takes forever
+    if folder.shape.num_layers + folder.shape.num_experts > len(folder.tensors):  # listing them all would take forever
         raise DamagedCheckpointError(
             f"{folder.path} holds {len(folder.tensors)} tensors, too few for the num_hidden_layers = "
             f"{folder.shape.num_layers} and n_routed_experts = {folder.shape.num_experts} of its config.json. "
@@ -169,7 +169,7 @@ def _check_tensor(folder: HfFolder, part: HfPart, kind: ParameterKind) -> None:
             f"{part.name} in {stored.file} is {stored.dtype}; weights are FP8, BF16, FP16 or FP32."
         )
     if (stored.dtype is torch.float8_e4m3fn) != (scales is not None):
-        state = "is FP8 without" if scales is None else f"is {stored.dtype} and yet has"
+        state = "is FP8 without" if scales is None else f"is {stored.dtype} but has"
         raise DamagedCheckpointError(f"{part.name} in {stored.file} {state} block scales ({part.name}{SCALE_SUFFIX}).")
     if scales is None:
         return

@@ -163,7 +163,7 @@ DERIVED_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_fre
 
 
 def dimensions(shape: ModelShape) -> dict[str, int]:
-    """Return the sizes behind the words used in ``Rule.dims``."""
+    """Return the size that each word stands for in ``Rule.dims``."""
     return {
         "vocab": shape.vocab_size,
         "hidden": shape.hidden_size,
@@ -231,7 +231,7 @@ def outside_parameters(shape: ModelShape) -> tuple[Parameter, ...]:
     """
     if shape.tie_word_embeddings:
         raise ConversionError(
-            "config.json sets tie_word_embeddings to true, but the DeepSeek-V3 family stores lm_head.weight apart. "
+            "config.json sets tie_word_embeddings to true, but DeepSeek-V3 models store lm_head.weight separately. "
             "Set it to false if the checkpoint holds lm_head.weight; other checkpoints cannot be converted."
         )
     sizes = dimensions(shape)

@@ -84,7 +84,7 @@ Item = Values | Quantized | Verbatim | SavedChunk | SavedObject
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """One file to write: its header and where everything behind it comes from."""
+    """One file to write: its header and where everything after it comes from."""
 
     name: str
     header: bytes
@@ -107,7 +107,7 @@ class ConversionPlan:
     """:func:`folder_state` of them when the plan was made."""
     tensor_count: int
     finishing: tuple[str, ...]
-    """Names, relative to the target, that the finishing step writes besides ``files``."""
+    """Names, relative to the target, that the finishing step writes in addition to ``files``."""
 
     @property
     def nbytes(self) -> int:

@@ -145,7 +145,7 @@ def _open_source(path: Path) -> WeightSource:
     if inside := sorted(
         file.parent.name for file in path.glob(f"*/{METADATA}") if not file.parent.name.startswith(".")
     ):
-        raise ConversionError(f"{path} holds checkpoints and is none itself. Give one of them, such as {inside[-1]}.")
+        raise ConversionError(f"{path} holds checkpoints but is not one. Give one of them, such as {inside[-1]}.")
     raise ConversionError(
         f"{path} is not a checkpoint: it holds neither {MANIFEST} (shards), {INDEX} or {SINGLE} (Hugging Face), "
         f"nor {METADATA} (torch_dist). A conversion that was interrupted has no manifest; run it again with --resume."

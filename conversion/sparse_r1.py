@@ -1,7 +1,7 @@
-"""Write a DeepSeek-R1 repository whose files have the true names, shapes and dtypes and take next to no disk.
+"""Write a DeepSeek-R1 repository whose files have the true names, shapes and dtypes and take almost no disk space.
 
 The data is a hole in every file, read as zeros: enough to plan, rehearse and time everything that looks at headers.
-How tensors are dealt to the 163 files is this module's own (in model order, filled evenly); the rest is as published.
+Which of the 163 files holds which tensor is this module's choice (model order, filled evenly); the rest is published.
 """
 
 import json

@@ -105,7 +105,7 @@ class HfTarget:
 
 
 def hf_tensors(source: WeightSource, dtype: ExportDtype, aliases: Mapping[str, str]) -> Iterator[HfTensor]:
-    """Yield the tensors, with these repeats, in the order a reader meets them: embedding, layers, norm, head."""
+    """Yield the tensors, with these repeats, in reading order: embedding, layers, norm, head."""
     found: dict[str, HfTensor] = {}
     for parameter in parameters(source.shape).values():
         regions, row = source.regions(parameter.name), 0
@@ -155,9 +155,9 @@ def _plan_file(name: str, tensors: Sequence[HfTensor], derived: Mapping[str, Der
 
 
 def _writing_order(entries: Sequence[HeaderEntry]) -> tuple[HeaderEntry, ...]:
-    """Return the order in which a file can be written front to back: scales, known last, behind the codes.
+    """Return the order in which a file can be written front to back: scales, known last, after the codes.
 
-    That is safetensors' own order but for the scales, and all of it where they would not be aligned there.
+    That is safetensors' own order, except that scales come last unless they would not be aligned there.
     """
     others = header_order([entry for entry in entries if not entry.name.endswith(SCALE_SUFFIX)])
     scales = header_order([entry for entry in entries if entry.name.endswith(SCALE_SUFFIX)])

@@ -80,7 +80,7 @@ class TorchDistTarget:
                 yield SavedChunk(tensor.key, dtype, shape, at, (View.of(parameter.name, regions, part),))
 
     def prepare(self, plan: ConversionPlan) -> None:
-        """Write what stands beside the data."""
+        """Write what accompanies the data."""
         copy_side_files(self.source.side_folder, plan.target / SIDE_FOLDER)
         derived = {name: buffer.as_json() for name, buffer in self.source.derived.items()}
         write_small(plan.target / CARRIED, json.dumps({"aliases": list(self.source.aliases), "derived": derived}))

@@ -17,7 +17,7 @@ from megatron_ads.errors import ConversionError
 
 METADATA = ".metadata"
 CARRIED = "conversion.json"
-"""Beside the weights: what a Hugging Face export needs to have its source's keys."""
+"""What a Hugging Face export needs to have its source's keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def open_torch_dist(path: Path, *, config_from: Path | None = None) -> TorchDist
     metadata = read_metadata(path / METADATA)
     if any(key.endswith(".lora_a") for key in metadata.state_dict_metadata):
         raise ConversionError(
-            f"{path} holds low-rank adapters without the weights beside them. Start its job again with train.steps set "
+            f"{path} holds low-rank adapters without the weights they adapt. Start its job again with train.steps set "
             "to this step: it trains no further and writes the merged weights to <log.dir>/export. Give that folder."
         )
     pieces: dict[str, tuple[Region, ...]] = {}

@@ -83,7 +83,7 @@ def verify(a: Path, b: Path, *, tolerance: float = 0.0, workers: int = 1, progre
     """Compare two checkpoints exhaustively.
 
     With ``tolerance`` 0, values must be bit for bit the same after FP8 is dequantised, and dtypes equal. A positive one
-    lets ``|a - b|`` up to it pass, and dtypes differ.
+    allows ``|a - b|`` up to it, and different dtypes.
 
     Raises:
         ConversionError: If a path is no checkpoint at all. A damaged checkpoint is a difference, not an error.
@@ -224,7 +224,7 @@ def check_aliases(source: WeightSource) -> None:
     """Compare every stored repeat with what it repeats.
 
     Raises:
-        DamagedCheckpointError: If one differs: the MTP layer was trained with an embedding or head of its own, which
+        DamagedCheckpointError: If one differs: the MTP layer was trained with its own embedding or head, which
             no Megatron-Core model has.
     """
     folder = source.container

@@ -1,7 +1,7 @@
-"""Run independent pieces of work in this process or in several, with one running count of bytes.
+"""Run independent pieces of work in this process or in several, with one shared count of bytes.
 
 Workers are forked from a fresh process that has imported torch and nothing more: torch's threads do not survive a
-fork of the caller's process. They leave when their parent is gone.
+fork of the caller's process. They exit when their parent is gone.
 """
 
 import ctypes

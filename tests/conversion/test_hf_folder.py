@@ -36,7 +36,7 @@ DOWN = "model.layers.3.mlp.experts.5.down_proj.weight"
         (lambda t: t.update({"model.layers.9.x.weight": torch.ones(1)}), r"no place for, first model\.layers\.9\.x"),
         (lambda t: t.update({NORM: torch.ones(17).bfloat16()}), r"shape \(17,\), but config\.json gives \(16,\)"),
         (lambda t: t.update({NORM: torch.ones(16, dtype=torch.int64)}), r"is torch\.int64"),
-        (lambda t: t.update({NORM + "_scale_inv": torch.ones(1, 1)}), r"is torch\.bfloat16 and yet has block scales"),
+        (lambda t: t.update({NORM + "_scale_inv": torch.ones(1, 1)}), r"is torch\.bfloat16 but has block scales"),
         (lambda t: t.update({DOWN: t[DOWN].float().to(torch.float8_e4m3fn)}), r"is FP8 without block scales"),
     ],
     ids=["missing", "extra", "shape", "dtype", "scales without fp8", "fp8 without scales"],
