@@ -53,9 +53,7 @@ COMMANDS = (
     Command("data", "make rows to train on and look at them", "megatron_ads.data.command"),
     Command("train", "run a recipe, on this machine or on several", "megatron_ads.launching.train"),
     Command("compare-logits", "run one model in transformers and in Megatron", "megatron_ads.training.compare_logits"),
-    Command(
-        "evaluate", "have a checkpoint answer held-out rows, and score the answers", "megatron_ads.evaluation.command"
-    ),
+    Command("evaluate", "have a checkpoint answer held-out rows and score them", "megatron_ads.evaluation.command"),
     Command("parity", "compare a checkpoint in transformers and in Megatron-Core", "megatron_ads.parity.command"),
     Command("quickstart", "rehearse the whole path on this machine", "megatron_ads.quickstart"),
 )
