@@ -24,7 +24,7 @@ _WRITES_IN_FLIGHT = 4
 _FLUSH_BYTES = 64 << 20
 _DIRECT_FROM_BYTES = 64 << 20
 _EARLY_BYTES = 4 << 20
-"""Kept in memory at most, over a file's life, of what comes before its turn, such as the scales of FP8 codes."""
+"""Maximum kept in memory, per file, of data that arrives before its turn, such as the scales of FP8 codes."""
 _SYNC_FILE_RANGE_WRITE = 2
 
 
@@ -88,7 +88,7 @@ class PreallocatedFile:
         self._partial.unlink(missing_ok=True)
 
     def write_at(self, offset: int, data: bytes | memoryview) -> int:
-        """Write bytes at ``offset`` and return the offset behind them. ``data`` must not change afterwards."""
+        """Write bytes at ``offset`` and return the offset after them. ``data`` must not change afterwards."""
         self._pending.append(self._thread.submit(self._write, offset, memoryview(data)))
         if len(self._pending) > _WRITES_IN_FLIGHT:
             self._pending.popleft().result()
@@ -116,7 +116,7 @@ class PreallocatedFile:
             self._direct.append(view)
 
     def _leave_direct(self) -> None:
-        """Write what is left over from whole blocks and came early; from here on the page cache serves."""
+        """Write the incomplete block and the data that arrived early; from here on, write through the page cache."""
         if self._direct is not None:
             rest = self._direct.finish()
             self._direct = None
@@ -135,7 +135,7 @@ class PreallocatedFile:
             self._written_since_flush = 0
 
     def commit(self, *, extents: tuple[tuple[int, int], ...] = ()) -> FileRecord:
-        """Flush to disk and rename into place; with ``extents``, the file ends behind the last one."""
+        """Flush to disk and rename into place; with ``extents``, the file ends after the last one."""
         while self._pending:
             self._pending.popleft().result()
         self._thread.shutdown()

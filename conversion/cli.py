@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 from megatron_ads.errors import ConversionError
 
 if TYPE_CHECKING:
-    from conversion.convert import Target
-    from conversion.execute import ConversionReport
+    from conversion.convert import ConversionReport, Target
     from conversion.verify import Verification
     from megatron_ads.config.layout import LayoutConfig
 
@@ -27,7 +26,7 @@ examples:
   megatron-ads convert to-megatron DeepSeek-R1 r1-dist --format torch_dist
 
 DeepSeek-R1 takes 0.69 TB as published (FP8), and 1.62 TB as BF16 shards for pp 31 x ep 8: 1.37 TB of weights, of which
-the dense ones once per expert-parallel rank. A worker takes under 1 GB of memory. --dry-run tells the time it takes.
+the dense ones once per expert-parallel rank. A worker takes under 1 GB of memory. --dry-run estimates the time.
 """
 _TO_HF_EXAMPLES = """\
 examples:
@@ -75,7 +74,7 @@ def add_verify_command(subparsers: "argparse._SubParsersAction[argparse.Argument
     verify.add_argument("a", metavar="A", help="Hugging Face, shards or torch_dist folder")
     verify.add_argument("b", metavar="B", help="another of any format")
     verify.add_argument(
-        "--tolerance", type=_tolerance, default=0.0, help="largest |a - b| that is let pass (default 0: bit for bit)"
+        "--tolerance", type=_tolerance, default=0.0, help="largest |a - b| that is allowed (default 0: bit for bit)"
     )
     verify.add_argument("--json", action="store_true", help="print the result as JSON")
     _add_workers(verify)
@@ -98,7 +97,7 @@ def _add_direction(
     )
     command.add_argument("source", help=source)
     command.add_argument("target", type=Path, help="folder to write; empty or absent")
-    command.add_argument("--resume", action="store_true", help="go on with an interrupted conversion into this folder")
+    command.add_argument("--resume", action="store_true", help="continue an interrupted conversion into this folder")
     command.add_argument("--dry-run", action="store_true", help="print what it would take and write nothing")
     command.add_argument("--json", action="store_true", help="print the result as JSON")
     _add_workers(command)
@@ -172,11 +171,10 @@ def parse_bytes(text: str) -> int:
 
 
 def _to_megatron(args: argparse.Namespace) -> int:
-    from conversion.convert import lay_out  # torch is imported from here on: --help stays instant
-    from conversion.hub import local_folder
+    from conversion.convert import lay_out  # imports torch, so not at the top: --help stays instant
     from conversion.layer_specs import LayerSpec
-    from conversion.sources import open_source
-    from conversion.to_megatron import ShardsTarget
+    from conversion.sources import local_folder, open_source
+    from conversion.to_shards import ShardsTarget
     from conversion.to_torch_dist import TorchDistTarget
 
     if args.format == "torch_dist":
@@ -189,8 +187,7 @@ def _to_megatron(args: argparse.Namespace) -> int:
 
 
 def _to_hf(args: argparse.Namespace) -> int:
-    from conversion.hub import local_folder
-    from conversion.sources import open_source
+    from conversion.sources import local_folder, open_source
     from conversion.to_hf import DEFAULT_SHARD_BYTES, ExportDtype, HfTarget
     from conversion.to_reference import reference_target
 
@@ -205,13 +202,13 @@ def _to_hf(args: argparse.Namespace) -> int:
 
 
 def _refuse(args: argparse.Namespace, settings: Sequence[str], reason: str) -> None:
-    """Refuse what was given and cannot take effect."""
+    """Refuse options that were given and cannot take effect."""
     if given := [f"--{name.replace('_', '-')}" for name in settings if getattr(args, name) is not None]:
         raise ConversionError(f"{', '.join(given)} cannot take effect: {reason}. Leave it out.")
 
 
 def _sizes(args: argparse.Namespace) -> "LayoutConfig":
-    """Return the layout of ``--recipe``, with whatever was given beside it on top."""
+    """Return the layout of ``--recipe``, overridden by the other options."""
     from megatron_ads.config.layout import LayoutConfig
     from megatron_ads.config.recipes import load_layout
 
@@ -225,15 +222,14 @@ def _sizes(args: argparse.Namespace) -> "LayoutConfig":
 def _carry_out(args: argparse.Namespace, target: "Target") -> int:
     import torch
 
-    from conversion.convert import convert
+    from conversion.convert import Execution, convert
     from conversion.dry_run import dry_run
-    from conversion.execute import Execution
 
     if args.dry_run:
         expected = dry_run(target.plan(), workers=args.workers)
         print(json.dumps(asdict(expected)) if args.json else expected)
         return 0 if expected.fits else 2
-    torch.set_num_threads(1)  # --workers is the parallelism; threads on top of it get in each other's way
+    torch.set_num_threads(1)  # --workers is the parallelism; threads in each would compete
     how = Execution(workers=args.workers, resume=args.resume, progress=not args.json)
     report = convert(target, how)
     if args.json:
@@ -247,12 +243,12 @@ def _describe(report: "ConversionReport", target: Path) -> str:
     rate = report.written_bytes / max(report.seconds, 1e-9) / 1e9
     lines = [
         f"{report.files} files in {target}: {report.written_bytes / 1e9:.2f} GB written in {report.seconds:.1f} s "
-        f"({rate:.2f} GB/s){f', {report.files_kept} kept from before' if report.files_kept else ''}"
+        f"({rate:.2f} GB/s){f', {report.files_kept} kept from the earlier run' if report.files_kept else ''}"
     ]
     if report.requantized:
         worst = max(report.requantized, key=lambda name: report.requantized[name])
         lines.append(
-            f"{len(report.requantized)} weights changed and were quantised anew, largest relative error "
+            f"{len(report.requantized)} weights changed and were quantised again, largest relative error "
             f"{report.requantized[worst]:.3g} in {worst}"
         )
     return "\n".join(lines)
@@ -261,7 +257,7 @@ def _describe(report: "ConversionReport", target: Path) -> str:
 def _verify(args: argparse.Namespace) -> int:
     import torch
 
-    from conversion.hub import local_folder
+    from conversion.sources import local_folder
     from conversion.verify import verify
 
     torch.set_num_threads(1)

@@ -1,20 +1,50 @@
-"""Whole conversions, from checkpoint to checkpoint: plan, check, execute, finish."""
+"""Whole conversions, from checkpoint to checkpoint: plan, check, carry out in parallel workers, finish."""
 
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Protocol
 
-from conversion.aliases import check_aliases
-from conversion.atomic_file import FileRecord
-from conversion.coverage import check_coverage
+from conversion.atomic_file import FileRecord, PreallocatedFile
+from conversion.encode import append_saved, write_quantized, write_values
 from conversion.errors import naming_refusals
-from conversion.execute import ConversionReport, Execution, execute
-from conversion.plan import ConversionPlan
+from conversion.journal import open_journal
+from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state
+from conversion.progress import ByteProgress
 from conversion.rank_files import ShardsLayout
+from conversion.regions import Rectangle, whole
 from conversion.sources import WeightSource, open_source
 from conversion.to_hf import DEFAULT_SHARD_BYTES, ExportDtype, HfTarget
-from conversion.to_megatron import ShardsTarget
+from conversion.to_shards import ShardsTarget
+from conversion.verify import check_aliases
+from conversion.workers import Advance, run_all
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.disk import free_bytes
+from megatron_ads.errors import ConversionError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Execution:
+    """How to carry out a plan."""
+
+    workers: int = 1
+    resume: bool = False
+    progress: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionReport:
+    """What a conversion did."""
+
+    files: int
+    files_kept: int
+    """Finished by an earlier, interrupted run."""
+    written_bytes: int
+    seconds: float
+    requantized: dict[str, float] = field(default_factory=dict)
+    """With a reference: weights that were quantised again, and the largest relative error of each."""
 
 
 class Target(Protocol):
@@ -42,19 +72,15 @@ def convert(target: Target, how: Execution | None = None) -> ConversionReport:
     """Carry out one conversion.
 
     Raises:
-        ConversionError: If the source is damaged, or the target cannot be used.
+        ConversionError: If the source is damaged, the target cannot be used, or its disk is too small.
+        DataError: If another process is writing the target, or the journal of what is finished is damaged.
     """
     with naming_refusals(target.source.path):
         plan = target.plan()
         check_coverage(plan, target.source)
         check_aliases(target.source)
     with naming_refusals(plan.target):
-        return execute(
-            plan,
-            prepare=lambda: target.prepare(plan),
-            finish=lambda records: target.finish(plan, records),
-            how=how,
-        )
+        return _execute(target, plan, how or Execution())
 
 
 def lay_out(shape: ModelShape, sizes: LayoutConfig) -> ShardsLayout:
@@ -83,3 +109,106 @@ def to_hf(
 ) -> ConversionReport:
     """Convert any checkpoint into a Hugging Face folder; errors as :func:`convert`."""
     return convert(HfTarget(open_source(source), target, dtype, max_shard_bytes), how)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    record: FileRecord
+    requantized: dict[str, float]
+
+
+def _execute(target: Target, plan: ConversionPlan, how: Execution) -> ConversionReport:
+    """Write what accompanies the weights, every file of the plan, and last what makes the target complete."""
+    with open_journal(plan, resume=how.resume) as journal:
+        todo = [file for file in plan.files if file.name not in journal.finished]
+        kept = len(plan.files) - len(todo)
+        check_free_space(plan.target, sum(file.nbytes for file in todo))
+        target.prepare(plan)
+        requantized: dict[str, float] = {}
+        total = sum(file.nbytes for file in todo)
+        with ByteProgress(f"writing {plan.target.name}", total, shown=how.progress) as progress:
+            write = partial(_write_output_file, plan.target)
+            for written in run_all(write, todo, workers=how.workers, advance=progress.advance):
+                journal.add(written.record)
+                requantized |= written.requantized
+            check_source_unchanged(plan)
+            target.finish(plan, tuple(journal.finished[file.name] for file in plan.files))
+            journal.close_for_good()
+    return ConversionReport(
+        files=len(plan.files),
+        files_kept=kept,
+        written_bytes=total,
+        seconds=progress.seconds,
+        requantized=requantized,
+    )
+
+
+def _write_output_file(folder: Path, file: OutputFile, advance: Advance) -> _Written:
+    requantized: dict[str, float] = {}
+    extents: list[tuple[int, int]] = []
+    with PreallocatedFile(folder / file.name, file.nbytes) as out:
+        position = out.write_at(0, file.header)
+        for item in file.items:
+            if isinstance(item, Values):
+                write_values(out, item, advance)
+            elif isinstance(item, Quantized):
+                error = write_quantized(out, item, advance)
+                if error is not None:
+                    requantized[item.name] = error
+            elif isinstance(item, Verbatim):
+                out.write_at(item.offset, item.data)
+            else:
+                end = append_saved(out, item, position, advance)
+                extents.append((position, end - position))
+                position = end
+        return _Written(out.commit(extents=tuple(extents)), requantized)
+
+
+def check_source_unchanged(plan: ConversionPlan) -> None:
+    """Refuse to complete what was read from files that changed meanwhile.
+
+    Raises:
+        ConversionError: If a source file's size or modification time is not what it was when the plan was made.
+    """
+    if folder_state(plan.source_files) != plan.source_state:
+        raise ConversionError(
+            f"The source {plan.source} was changed while it was converted. Delete {plan.target} and convert again."
+        )
+
+
+def check_free_space(target: Path, nbytes: int) -> None:
+    """Refuse to begin what cannot fit.
+
+    Raises:
+        ConversionError: If the disk has less room than ``nbytes``.
+    """
+    free = free_bytes(target)
+    if free < nbytes:
+        raise ConversionError(
+            f"Writing to {target} takes {nbytes / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free. "
+            f"Free {(nbytes - free) / 1e9:.1f} GB, or choose another disk."
+        )
+
+
+def check_coverage(plan: ConversionPlan, source: WeightSource) -> None:
+    """Check that the planned pieces of every parameter, copies counted once, tile it without gap or overlap.
+
+    Raises:
+        ConversionError: If they do not; the plan is wrong, and nothing has been written.
+    """
+    pieces: dict[str, set[Rectangle]] = {}
+    for file in plan.files:
+        for item in file.items:
+            for view in item.views:
+                pieces.setdefault(view.parameter, set()).add(view.rectangle)
+    for name in source.names():
+        rectangles, full = pieces.pop(name, set()), whole(source.parameter(name).shape)
+        covered = sum(rectangle.rows * rectangle.columns for rectangle in rectangles)
+        overlap = any(one.overlap(other) for one, other in combinations(rectangles, 2))
+        if overlap or covered != full.rows * full.columns:
+            raise ConversionError(
+                f"The plan writes {covered} of the {full.rows * full.columns} elements of {name}"
+                f"{', some of them twice' if overlap else ''}. Nothing was written; please report this layout."
+            )
+    if pieces:
+        raise ConversionError(f"The plan writes parameters that the source does not have, first {min(pieces)}.")

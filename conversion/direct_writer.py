@@ -28,11 +28,11 @@ class DirectWriter:
         self._start = self._filled = 0
         self._under_way: deque[tuple[Future[None], mmap.mmap]] = deque()
         self._thread = ThreadPoolExecutor(1)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_DIRECT)  # last, so that nothing can fail behind it
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_DIRECT)  # last, so that nothing after it can fail
 
     @classmethod
     def open(cls, path: Path) -> "DirectWriter | None":
-        """Return a writer of an existing file, or None where there is no such way past the page cache."""
+        """Return a writer of an existing file, or None where the page cache cannot be bypassed."""
         if not hasattr(os, "O_DIRECT"):
             return None
         try:

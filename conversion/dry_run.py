@@ -1,4 +1,4 @@
-"""What a conversion would take, said before it starts: files, bytes, time, memory, disk."""
+"""What a conversion would take, before it starts: files, bytes, time, memory, disk."""
 
 import os
 import tempfile
@@ -9,7 +9,7 @@ from pathlib import Path
 from conversion.errors import naming_refusals
 from conversion.plan import ConversionPlan, OutputFile
 from conversion.regions import BAND_ELEMENTS
-from megatron_ads.disk import free_bytes
+from megatron_ads.disk import existing, free_bytes
 
 _PROBE_BYTES = 64 << 20
 _INTERPRETER_BYTES = 400 << 20
@@ -49,7 +49,7 @@ class DryRun:
                 f"time     {self.seconds / 60:10.1f} min at {self.probe_bytes_per_second / 1e9:.2f} GB/s "
                 "(disk probed just now)",
                 f"memory   {self.worker_bytes * self.workers / 1e9:10.2f} GB for {self.workers} worker(s), "
-                "whatever the size of the model",
+                "for a model of any size",
             )
         )
 
@@ -83,11 +83,8 @@ def _largest_band(files: tuple[OutputFile, ...]) -> int:
 
 def probe_disk(target: Path) -> float:
     """Return bytes per second of writing and flushing a small file on the disk that ``target`` is or will be on."""
-    folder = target
-    while not folder.exists():
-        folder = folder.parent
     data = os.urandom(1 << 20)
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with tempfile.TemporaryFile(dir=existing(target)) as file:
         start = time.perf_counter()
         for _ in range(_PROBE_BYTES // len(data)):
             file.write(data)

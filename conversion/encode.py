@@ -7,7 +7,7 @@ import torch
 
 from conversion.atomic_file import PreallocatedFile, tensor_bytes
 from conversion.errors import DamagedCheckpointError
-from conversion.fp8 import dequantize_rows, quantize_rows
+from conversion.fp8 import dequantize, quantize
 from conversion.plan import Quantized, SavedChunk, SavedObject, Values
 from conversion.regions import Rectangle, Region, View, bands, fill, region_values, value_dtype
 from conversion.workers import Advance
@@ -67,7 +67,7 @@ def write_quantized(out: PreallocatedFile, item: Quantized, advance: Advance) ->
 
     Returns:
         None without a reference or if the reference's codes were kept; else the largest relative error of quantising
-        anew, ``max|value - bf16(code * scale)| / max|value|``.
+        again, ``max|value - bf16(code * scale)| / max|value|``.
     """
     if item.reference is not None and _equals_reference(item):
         _copy_reference(out, item, advance)
@@ -115,7 +115,7 @@ def _quantize(out: PreallocatedFile, item: Quantized, advance: Advance) -> float
     largest_error = largest_value = 0.0
     for _, values in _band_values(item):
         try:
-            codes, scales = quantize_rows(values, item.block)
+            codes, scales = quantize(values, item.block)
         except ConversionError as error:
             raise DamagedCheckpointError(f"{item.name} cannot be written in FP8: {error}.") from None
         if codes_at is not None:
@@ -125,7 +125,7 @@ def _quantize(out: PreallocatedFile, item: Quantized, advance: Advance) -> float
             scales_at = out.write_at(scales_at, tensor_bytes(scales))
             advance(scales.numel() * 4)
         if item.reference is not None:
-            back = dequantize_rows(codes, scales, first_row=0, columns=range(codes.shape[1]), block=item.block).float()
+            back = dequantize(codes, scales, block=item.block).float()
             largest_error = max(largest_error, float((back - values.float()).abs().max()))
             largest_value = max(largest_value, float(values.float().abs().max()))
     if item.reference is None:

@@ -1,7 +1,7 @@
 """FP8 loops compiled with numba: one pass over the bytes, no temporaries. The definition is in ``conversion/fp8.py``.
 
 Arrays are flat and contiguous, with a row stride where a rectangle is cut out. The inner loops run over slices of one
-block's row and in 32-bit arithmetic without branches: that is what lets the compiler vectorise them.
+block's row and in 32-bit arithmetic without branches, so that the compiler can vectorise them.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 _U = np.uint32
 _MANTISSA_SHIFT = np.uint32(20)  # an e4m3 mantissa has 3 of FP32's 23 bits
-_REBIAS = np.uint32((127 - 7) << 3)  # FP32's exponent bias less e4m3's, in front of 3 mantissa bits
+_REBIAS = np.uint32((127 - 7) << 3)  # FP32's exponent bias minus e4m3's, above 3 mantissa bits
 _REBIAS_FP32 = np.uint32((127 - 7) << 23)
 _FIRST_NORMAL = np.uint32(8)  # the codes below it have no implicit leading one
 _SUBNORMAL_STEP = np.float32(2.0**-9)

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from conversion.errors import DamagedCheckpointError
+from conversion.errors import DamagedCheckpointError, read_object
 from conversion.fp8 import BLOCK, scale_shape
-from conversion.json_object import read_object
-from conversion.names import DERIVED_BUFFER, HfPart, Kind, Parameter, hf_aliases, parameters
+from conversion.names import DERIVED_BUFFER, HfPart, Parameter, ParameterKind, hf_aliases, parameters
 from conversion.regions import Rectangle, Region, StoredMatrix, whole
 from conversion.safetensors_file import StoredTensor, read_header
 from megatron_ads.architecture import ModelShape, shape_from_config
@@ -54,7 +53,7 @@ class HfFolder:
         return tuple(found)
 
     def replicas(self, parameter: Parameter) -> tuple[tuple[Region, ...], ...]:
-        """Return every stored copy of a parameter; the repeats of the MTP layers are named apart."""
+        """Return every stored copy of a parameter; the repeats of the MTP layers have names of their own."""
         return (self.regions(parameter),)
 
     def weight_files(self) -> tuple[Path, ...]:
@@ -93,7 +92,7 @@ def open_hf_folder(path: Path) -> HfFolder:
         for part in parameter.parts:
             _check_tensor(folder, part, parameter.kind)
     for alias, canonical in folder.aliases.items():
-        _check_tensor(folder, HfPart(alias, parameters(folder.shape)[canonical].shape), Kind.PLAIN)
+        _check_tensor(folder, HfPart(alias, parameters(folder.shape)[canonical].shape), ParameterKind.PLAIN)
     return folder
 
 
@@ -132,7 +131,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]
 
 
 def _check_names(folder: HfFolder) -> None:
-    if folder.shape.num_layers + folder.shape.num_experts > len(folder.tensors):  # or to list them all takes forever
+    if folder.shape.num_layers + folder.shape.num_experts > len(folder.tensors):  # listing them all would take forever
         raise DamagedCheckpointError(
             f"{folder.path} holds {len(folder.tensors)} tensors, too few for the num_hidden_layers = "
             f"{folder.shape.num_layers} and n_routed_experts = {folder.shape.num_experts} of its config.json. "
@@ -158,7 +157,7 @@ def _check_names(folder: HfFolder) -> None:
         )
 
 
-def _check_tensor(folder: HfFolder, part: HfPart, kind: Kind) -> None:
+def _check_tensor(folder: HfFolder, part: HfPart, kind: ParameterKind) -> None:
     stored, scales = folder.tensors[part.name], folder.tensors.get(part.name + SCALE_SUFFIX)
     if stored.shape != part.shape:
         raise DamagedCheckpointError(
@@ -170,12 +169,12 @@ def _check_tensor(folder: HfFolder, part: HfPart, kind: Kind) -> None:
             f"{part.name} in {stored.file} is {stored.dtype}; weights are FP8, BF16, FP16 or FP32."
         )
     if (stored.dtype is torch.float8_e4m3fn) != (scales is not None):
-        state = "is FP8 without" if scales is None else f"is {stored.dtype} and yet has"
+        state = "is FP8 without" if scales is None else f"is {stored.dtype} but has"
         raise DamagedCheckpointError(f"{part.name} in {stored.file} {state} block scales ({part.name}{SCALE_SUFFIX}).")
     if scales is None:
         return
     expected = scale_shape(stored.shape, folder.block)
-    if scales.shape != expected or scales.dtype is not torch.float32 or kind is Kind.ROUTER_BIAS:
+    if scales.shape != expected or scales.dtype is not torch.float32 or kind is ParameterKind.ROUTER_BIAS:
         raise DamagedCheckpointError(
             f"{part.name}{SCALE_SUFFIX} in {scales.file} is {scales.dtype} of shape {scales.shape}; blocks of "
             f"{folder.block[0]} x {folder.block[1]} of {stored.shape} need float32 of {expected}."

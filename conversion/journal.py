@@ -1,6 +1,6 @@
-"""What an interrupted conversion has already finished, so that ``--resume`` need not do it again.
+"""What an interrupted conversion has already finished, so that ``--resume`` does not repeat it.
 
-The journal holds what is converted, then a record of each finished file, made after the file has got its final name.
+The journal holds what is converted, then a record of each finished file, made after the file was renamed into place.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,7 @@ class ConversionJournal:
         self.finished: dict[str, FileRecord] = {}
 
     def add(self, record: FileRecord) -> None:
-        """Note a finished file durably."""
+        """Record a finished file durably."""
         modified = (self._plan.target / record.name).stat().st_mtime_ns
         self._journal.add(record.name, asdict(record) | {"mtime_ns": modified})
         self.finished[record.name] = record
@@ -37,7 +37,7 @@ class ConversionJournal:
         self._journal.delete()
 
     def begin(self) -> None:
-        """Tie this journal to a plan and a source; what it held without being tied is not trusted."""
+        """Tie this journal to a plan and a source; earlier records that are not tied to one are not trusted."""
         self._journal.clear()
         state = {"digest": self._plan.digest, "source": str(self._plan.source), "state": self._plan.source_state}
         self._journal.add(_PLAN, state)
@@ -46,23 +46,23 @@ class ConversionJournal:
         """Take over the finished files of an earlier run of the same plan.
 
         A file that was touched since is hashed again, and left out if it differs. A file that got its name just
-        before the earlier run was killed, and so has no record, is complete: it is hashed and noted.
+        before the earlier run was killed, and so has no record, is complete: it is hashed and recorded.
         """
         for file in self._plan.files:
             path = self._plan.target / file.name
             if not path.exists():
                 continue
-            noted = self._journal.read(file.name, _noted)
-            record = _unnoted(path, file) if noted is None else _unchanged(path, *noted)
+            recorded = self._journal.read(file.name, _recorded)
+            record = _unrecorded(path, file) if recorded is None else _unchanged(path, *recorded)
             if record is None:
                 continue
-            if noted is None:
+            if recorded is None:
                 self.add(record)
             else:
                 self.finished[file.name] = record
 
 
-def _noted(record: Mapping[str, Any]) -> tuple[FileRecord, int]:
+def _recorded(record: Mapping[str, Any]) -> tuple[FileRecord, int]:
     """Return a finished file and when it was modified, in nanoseconds."""
     extents = tuple((int(offset), int(length)) for offset, length in record["extents"])
     file = FileRecord(str(record["name"]), int(record["nbytes"]), str(record["sha256"]), extents)
@@ -75,7 +75,7 @@ def _unchanged(path: Path, record: FileRecord, mtime_ns: int) -> FileRecord | No
     return record if untouched or hash_file(path) == record.sha256 else None
 
 
-def _unnoted(path: Path, file: OutputFile) -> FileRecord | None:
+def _unrecorded(path: Path, file: OutputFile) -> FileRecord | None:
     if not file.header or path.stat().st_size != file.nbytes:
         return None
     with path.open("rb") as handle:
@@ -110,8 +110,8 @@ def open_journal(plan: ConversionPlan, *, resume: bool) -> Iterator[ConversionJo
 
 
 def _check_target(plan: ConversionPlan, *, resume: bool) -> None:
-    if plan.source.resolve() in plan.target.resolve().parents:  # or its files would be side files of the source
-        raise ConversionError(f"{plan.target} lies inside the source {plan.source}. Choose a folder outside of it.")
+    if plan.source.resolve() in plan.target.resolve().parents:  # its files would become side files of the source
+        raise ConversionError(f"{plan.target} is inside the source {plan.source}. Choose a folder outside it.")
     if not plan.target.exists():
         return
     if not plan.target.is_dir():
@@ -120,11 +120,11 @@ def _check_target(plan: ConversionPlan, *, resume: bool) -> None:
         _check_foreign(plan)
         if any(plan.target.iterdir()):
             raise ConversionError(
-                f"{plan.target} holds a complete checkpoint already. Choose a folder that is empty or absent."
+                f"{plan.target} already holds a complete checkpoint. Choose a folder that is empty or absent."
             )
     elif not resume:
         raise ConversionError(
-            f"{plan.target} holds an unfinished conversion. Go on with --resume, or delete the folder."
+            f"{plan.target} holds an unfinished conversion. Continue with --resume, or delete the folder."
         )
 
 
@@ -133,8 +133,7 @@ def _check_foreign(plan: ConversionPlan) -> None:
     found = (file.name for file in plan.target.iterdir() if not file.name.endswith(PARTIAL_SUFFIX))
     if foreign := sorted(set(found) - ours):
         raise ConversionError(
-            f"{plan.target} holds files of something else, such as {foreign[0]}. "
-            "Choose a folder that is empty or absent."
+            f"{plan.target} holds unrelated files, such as {foreign[0]}. Choose a folder that is empty or absent."
         )
 
 

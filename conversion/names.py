@@ -29,7 +29,7 @@ class Split(StrEnum):
     """Gate over up, stacked on dim 0; each half split by rows."""
 
 
-class Kind(StrEnum):
+class ParameterKind(StrEnum):
     """How a parameter is stored in a published checkpoint."""
 
     LINEAR = "linear"
@@ -51,7 +51,7 @@ class Rule:
     hf: tuple[str, ...]
     dims: tuple[str, ...]
     split: Split = Split.REPLICATED
-    kind: Kind = Kind.PLAIN
+    kind: ParameterKind = ParameterKind.PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Parameter:
     name: str
     parts: tuple[HfPart, ...]
     split: Split
-    kind: Kind
+    kind: ParameterKind
     expert: int | None = None
     """Global number of the routed expert it belongs to."""
 
@@ -91,10 +91,10 @@ OUTSIDE = (
 
 def _linear(megatron: str, hf: tuple[str, ...] | str, dims: tuple[str, str], split: Split) -> Rule:
     names = (hf,) if isinstance(hf, str) else hf
-    return Rule(f"{_LAYER}.{megatron}", tuple(f"{_LAYER}.{name}" for name in names), dims, split, Kind.LINEAR)
+    return Rule(f"{_LAYER}.{megatron}", tuple(f"{_LAYER}.{name}" for name in names), dims, split, ParameterKind.LINEAR)
 
 
-def _plain(megatron: str, hf: str, dims: tuple[str, ...], kind: Kind = Kind.PLAIN) -> Rule:
+def _plain(megatron: str, hf: str, dims: tuple[str, ...], kind: ParameterKind = ParameterKind.PLAIN) -> Rule:
     return Rule(f"{_LAYER}.{megatron}", (f"{_LAYER}.{hf}",), dims, Split.REPLICATED, kind)
 
 
@@ -139,7 +139,9 @@ def _feed_forward(megatron: str, hf: str, width: str, suffix: str = "") -> tuple
 
 DENSE = _feed_forward("mlp", "mlp", "dense_ffn")
 ROUTER = (_plain("mlp.router.weight", "mlp.gate.weight", ("experts", "hidden")),)
-ROUTER_BIAS = (_plain("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias", ("experts",), Kind.ROUTER_BIAS),)
+ROUTER_BIAS = (
+    _plain("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias", ("experts",), ParameterKind.ROUTER_BIAS),
+)
 SHARED_EXPERTS = _feed_forward("mlp.shared_experts", "mlp.shared_experts", "shared_ffn")
 EXPERT = _feed_forward("mlp.experts", "mlp.experts.{expert}", "expert_ffn", "{expert}")
 
@@ -161,7 +163,7 @@ DERIVED_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_fre
 
 
 def dimensions(shape: ModelShape) -> dict[str, int]:
-    """Return the sizes behind the words used in ``Rule.dims``."""
+    """Return the size that each word stands for in ``Rule.dims``."""
     return {
         "vocab": shape.vocab_size,
         "hidden": shape.hidden_size,
@@ -229,7 +231,7 @@ def outside_parameters(shape: ModelShape) -> tuple[Parameter, ...]:
     """
     if shape.tie_word_embeddings:
         raise ConversionError(
-            "config.json sets tie_word_embeddings to true, but the DeepSeek-V3 family stores lm_head.weight apart. "
+            "config.json sets tie_word_embeddings to true, but DeepSeek-V3 models store lm_head.weight separately. "
             "Set it to false if the checkpoint holds lm_head.weight; other checkpoints cannot be converted."
         )
     sizes = dimensions(shape)

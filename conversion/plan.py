@@ -4,15 +4,18 @@ A plan is made from headers alone. It is data: it can be printed, compared with 
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from conversion.fp8 import BLOCK
 from conversion.regions import StoredMatrix, View
-from conversion.safetensors_file import HeaderEntry, build_header, element_count
+from conversion.safetensors_file import HeaderEntry, build_header
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ Item = Values | Quantized | Verbatim | SavedChunk | SavedObject
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """One file to write: its header and where everything behind it comes from."""
+    """One file to write: its header and where everything after it comes from."""
 
     name: str
     header: bytes
@@ -104,7 +107,7 @@ class ConversionPlan:
     """:func:`folder_state` of them when the plan was made."""
     tensor_count: int
     finishing: tuple[str, ...]
-    """Names, relative to the target, that the finishing step writes besides ``files``."""
+    """Names, relative to the target, that the finishing step writes in addition to ``files``."""
 
     @property
     def nbytes(self) -> int:
@@ -135,6 +138,19 @@ def offsets(entries: Sequence[HeaderEntry], metadata: Mapping[str, str]) -> tupl
     return header, found, position
 
 
+def in_groups(items: Iterable[_T], bytes_of: Callable[[_T], int], limit: int) -> list[list[_T]]:
+    """Put items in order into groups of at most ``limit`` bytes; a larger item has a group to itself."""
+    groups: list[list[_T]] = [[]]
+    room = limit
+    for item in items:
+        if groups[-1] and bytes_of(item) > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(item)
+        room -= bytes_of(item)
+    return groups
+
+
 def folder_state(files: Sequence[Path]) -> str:
     """Return a digest of file names, sizes and modification times, without reading the files."""
     digest = hashlib.sha256()
@@ -142,13 +158,3 @@ def folder_state(files: Sequence[Path]) -> str:
         status = file.stat() if file.exists() else None
         digest.update(f"{file.name} {status and (status.st_size, status.st_mtime_ns)}\n".encode())
     return digest.hexdigest()
-
-
-def stored_files(views: Sequence[View]) -> set[Path]:
-    """Return the files that some views read."""
-    return {region.stored.data.file for view in views for region in view.regions}
-
-
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Return (rows, columns) of a tensor; a vector is one row."""
-    return (shape[0], element_count(shape[1:])) if len(shape) > 1 else (1, element_count(shape))

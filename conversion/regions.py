@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from conversion.errors import DamagedCheckpointError
-from conversion.fp8 import BLOCK, dequantize_rows
+from conversion.fp8 import BLOCK, dequantize
+from conversion.names import Parameter, Split, slice_shape
 from conversion.safetensors_file import StoredTensor
 from megatron_ads.errors import ConversionError
 
@@ -47,7 +48,7 @@ class StoredMatrix:
                 f"The block scales of {self.name} in {self.scales.file} are not all finite; get a sound copy."
             )
         try:
-            return dequantize_rows(stored, scales, first_row=rows.start, columns=columns, block=self.block)
+            return dequantize(stored, scales, first_row=rows.start, columns=columns, block=self.block)
         except ConversionError as error:
             raise DamagedCheckpointError(
                 f"{self.name} in {self.data.file}, rows {rows.start} to {rows.stop - 1}: {error}. "
@@ -89,6 +90,11 @@ class View:
     parameter: str
     regions: tuple[Region, ...]
     rectangle: Rectangle
+
+    @classmethod
+    def of(cls, parameter: str, regions: Sequence[Region], rectangle: Rectangle) -> "View":
+        """Return a view that holds only those of a parameter's regions that the rectangle needs."""
+        return cls(parameter, tuple(region for region in regions if rectangle.overlap(region.covers)), rectangle)
 
 
 def whole(shape: Sequence[int]) -> Rectangle:
@@ -134,3 +140,21 @@ def bands(rectangle: Rectangle, multiple_of_rows: int = 1) -> Iterator[Rectangle
     rows = max(rows // multiple_of_rows, 1) * multiple_of_rows
     for row in range(0, rectangle.rows, rows):
         yield Rectangle(rectangle.row + row, rectangle.column, min(rows, rectangle.rows - row), rectangle.columns)
+
+
+def slice_rectangles(parameter: Parameter, rank: int, size: int) -> tuple[Rectangle, ...]:
+    """Return the rectangles that, stacked on dim 0, are the slice of ``rank`` out of ``size``.
+
+    Raises:
+        ConversionError: If the parameter cannot be split over ``size`` ranks.
+    """
+    full = whole(parameter.shape)
+    sliced = whole(slice_shape(parameter, size))
+    if parameter.split is Split.ROWS:
+        return (Rectangle(rank * sliced.rows if size > 1 else 0, 0, sliced.rows, full.columns),)
+    if parameter.split is Split.COLUMNS:
+        return (Rectangle(0, rank * sliced.columns, full.rows, sliced.columns),)
+    if parameter.split is Split.GATE_UP:
+        half, part = full.rows // 2, sliced.rows // 2
+        return tuple(Rectangle(start + rank * part, 0, part, full.columns) for start in (0, half))
+    return (full,)

@@ -28,7 +28,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _READ_AHEAD_BYTES = 8 << 20
-"""Asked of the system behind every range that is mapped: the next range is most often there."""
+"""Requested from the system after every mapped range, because the next range usually follows there."""
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 

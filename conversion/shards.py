@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from conversion.atomic_file import FileRecord, PreallocatedFile, tensor_bytes, write_small
-from conversion.derived_buffers import DerivedBuffer
-from conversion.errors import DamagedCheckpointError
-from conversion.json_object import read_object
+from conversion.carried import SIDE_FOLDER, DerivedBuffer, copy_side_files
+from conversion.errors import DamagedCheckpointError, read_object
 from conversion.names import Parameter, Split, parameters
 from conversion.rank_files import RankFile, ShardsLayout
-from conversion.regions import Region, StoredMatrix
+from conversion.regions import Region, StoredMatrix, slice_rectangles
 from conversion.safetensors_file import (
     CODES,
     HeaderEntry,
@@ -27,15 +26,12 @@ from conversion.safetensors_file import (
     header_order,
     read_header,
 )
-from conversion.side_files import copy_side_files
-from conversion.tensor_parallel import slice_rectangles
 from megatron_ads import __version__
 from megatron_ads.architecture import shape_from_config
 from megatron_ads.errors import ConversionError
 from megatron_ads.layout import ParallelLayout, place_layers
 
 MANIFEST = "manifest.json"
-SIDE_FOLDER = "hf"
 FORMAT = "megatron-ads shards"
 VERSION = 1
 

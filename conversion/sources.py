@@ -1,5 +1,6 @@
 """Read canonical parameters out of any checkpoint this project knows, slice by slice, without loading the rest."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -8,20 +9,22 @@ from typing import Any, Protocol
 
 import torch
 
-from conversion.derived_buffers import DerivedBuffer
+from conversion.carried import SIDE_FOLDER, DerivedBuffer
 from conversion.errors import naming_refusals
 from conversion.hf_folder import INDEX, SINGLE, open_hf_folder
 from conversion.journal import JOURNAL
-from conversion.names import Kind, Parameter, hf_aliases, parameters
-from conversion.regions import Region, bands, fill, value_dtype
-from conversion.shards import MANIFEST, SIDE_FOLDER, open_shards
-from conversion.tensor_parallel import slice_rectangles
+from conversion.names import Parameter, ParameterKind, hf_aliases, parameters
+from conversion.regions import Region, bands, fill, slice_rectangles, value_dtype
+from conversion.shards import MANIFEST, open_shards
 from conversion.torch_dist_folder import METADATA, open_torch_dist
 from megatron_ads.architecture import ModelShape
 from megatron_ads.errors import ConversionError
 
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # neither ./name nor ../name, which are folders
+_NEEDED = ("*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "*.txt", "LICENSE*")
 
-class SourceKind(StrEnum):
+
+class CheckpointFormat(StrEnum):
     """The checkpoint formats."""
 
     HF = "Hugging Face folder"
@@ -47,7 +50,7 @@ class Container(Protocol):
 
 def stored_dtype(parameter: Parameter, regions: Sequence[Region]) -> torch.dtype:
     """Return the dtype a parameter's values are read in: as stored, BF16 for FP8, FP32 for the router bias."""
-    return torch.float32 if parameter.kind is Kind.ROUTER_BIAS else value_dtype(regions)
+    return torch.float32 if parameter.kind is ParameterKind.ROUTER_BIAS else value_dtype(regions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ class WeightSource:
     """An opened checkpoint. Opening reads headers only; every read maps just the bytes it returns."""
 
     path: Path
-    kind: SourceKind
+    kind: CheckpointFormat
     shape: ModelShape
     config: Mapping[str, Any]
     """The model's config.json."""
@@ -142,7 +145,7 @@ def _open_source(path: Path) -> WeightSource:
     if inside := sorted(
         file.parent.name for file in path.glob(f"*/{METADATA}") if not file.parent.name.startswith(".")
     ):
-        raise ConversionError(f"{path} holds checkpoints and is none itself. Give one of them, such as {inside[-1]}.")
+        raise ConversionError(f"{path} holds checkpoints but is not one. Give one of them, such as {inside[-1]}.")
     raise ConversionError(
         f"{path} is not a checkpoint: it holds neither {MANIFEST} (shards), {INDEX} or {SINGLE} (Hugging Face), "
         f"nor {METADATA} (torch_dist). A conversion that was interrupted has no manifest; run it again with --resume."
@@ -153,7 +156,7 @@ def _hf_source(path: Path) -> WeightSource:
     folder = open_hf_folder(path)
     return WeightSource(
         path=path,
-        kind=SourceKind.HF,
+        kind=CheckpointFormat.HF,
         shape=folder.shape,
         config=folder.config,
         side_folder=path,
@@ -167,7 +170,7 @@ def _shards_source(path: Path) -> WeightSource:
     folder = open_shards(path)
     return WeightSource(
         path=path,
-        kind=SourceKind.SHARDS,
+        kind=CheckpointFormat.SHARDS,
         shape=folder.layout.shape,
         config=folder.config,
         side_folder=path / SIDE_FOLDER,
@@ -181,7 +184,7 @@ def _torch_dist_source(path: Path) -> WeightSource:
     folder = open_torch_dist(path)
     return WeightSource(
         path=path,
-        kind=SourceKind.TORCH_DIST,
+        kind=CheckpointFormat.TORCH_DIST,
         shape=folder.shape,
         config=folder.config,
         side_folder=folder.side_folder,
@@ -193,3 +196,36 @@ def _torch_dist_source(path: Path) -> WeightSource:
 
 def _stored_aliases(shape: ModelShape, stored: frozenset[str]) -> dict[str, str]:
     return {name: canonical for name, canonical in hf_aliases(shape).items() if name in stored}
+
+
+def local_folder(source: str) -> Path:
+    """Return ``source`` if it is a folder; download it if it looks like a hub id (``deepseek-ai/DeepSeek-R1``).
+
+    Raises:
+        ConversionError: If it is neither, or the download fails.
+    """
+    folder = Path(source)
+    with naming_refusals(folder):
+        if folder.exists():
+            return folder
+    if not _HUB_ID.fullmatch(source):
+        raise ConversionError(f"{source} does not exist. Give a checkpoint folder, or a hub id such as owner/name.")
+    return _download(source)
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise ConversionError(
+            f"{hub_id} is not a folder, and downloading it from the hub needs huggingface-hub, which is not installed."
+        ) from None
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(_NEEDED)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConversionError(
+            f"{hub_id} is not a folder here and could not be downloaded from the hub: {reason}. "
+            "Check the name and the network, or download it elsewhere and give the folder."
+        ) from None

@@ -1,7 +1,7 @@
-"""Write a DeepSeek-R1 repository whose files have the true names, shapes and dtypes and take next to no disk.
+"""Write a DeepSeek-R1 repository whose files have the true names, shapes and dtypes and take almost no disk space.
 
 The data is a hole in every file, read as zeros: enough to plan, rehearse and time everything that looks at headers.
-How tensors are dealt to the 163 files is this module's own (in model order, filled evenly); the rest is as published.
+Which of the 163 files holds which tensor is this module's choice (model order, filled evenly); the rest is published.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 from conversion.atomic_file import write_small
 from conversion.fp8 import scale_shape
 from conversion.hf_folder import INDEX, SCALE_SUFFIX
-from conversion.names import Kind, hf_aliases, parameters
+from conversion.names import ParameterKind, hf_aliases, parameters
 from conversion.plan import offsets
 from conversion.published_models import published_config
 from conversion.safetensors_file import HeaderEntry, header_order
@@ -62,15 +62,15 @@ def stored_entries(config: dict[str, Any]) -> list[tuple[HeaderEntry, ...]]:
         _entries(part.name, part.shape, parameter.kind) for parameter in model.values() for part in parameter.parts
     ]
     return found + [
-        _entries(alias, model[canonical].shape, Kind.PLAIN) for alias, canonical in hf_aliases(shape).items()
+        _entries(alias, model[canonical].shape, ParameterKind.PLAIN) for alias, canonical in hf_aliases(shape).items()
     ]
 
 
-def _entries(name: str, shape: tuple[int, ...], kind: Kind) -> tuple[HeaderEntry, ...]:
-    if kind is Kind.LINEAR:
+def _entries(name: str, shape: tuple[int, ...], kind: ParameterKind) -> tuple[HeaderEntry, ...]:
+    if kind is ParameterKind.LINEAR:
         scales = HeaderEntry(name + SCALE_SUFFIX, torch.float32, scale_shape(shape))
         return HeaderEntry(name, torch.float8_e4m3fn, shape), scales
-    return (HeaderEntry(name, torch.float32 if kind is Kind.ROUTER_BIAS else torch.bfloat16, shape),)
+    return (HeaderEntry(name, torch.float32 if kind is ParameterKind.ROUTER_BIAS else torch.bfloat16, shape),)
 
 
 def _dealt(tensors: Iterable[tuple[HeaderEntry, ...]], files: int) -> list[list[HeaderEntry]]:

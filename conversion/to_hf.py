@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from conversion.atomic_file import FileRecord, write_small
-from conversion.derived_buffers import DerivedBuffer
+from conversion.carried import DerivedBuffer, copy_side_files, side_files
 from conversion.fp8 import BLOCK, scale_shape
 from conversion.hf_folder import INDEX, SCALE_SUFFIX, SINGLE
-from conversion.names import HfPart, Kind, Parameter, parameters
-from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state, offsets
+from conversion.names import HfPart, Parameter, ParameterKind, parameters
+from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state, in_groups, offsets
 from conversion.regions import Rectangle, Region, View, whole
 from conversion.safetensors_file import HeaderEntry, header_order
-from conversion.side_files import copy_side_files, side_files
 from conversion.sources import WeightSource, stored_dtype
 
 FP8_CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(BLOCK)}
@@ -84,7 +83,8 @@ class HfTarget:
         )
 
     def _files(self) -> tuple[OutputFile, ...]:
-        groups = _shards(list(hf_tensors(self.source, self.dtype, self.source.aliases)), self.max_shard_bytes)
+        tensors = hf_tensors(self.source, self.dtype, self.source.aliases)
+        groups = in_groups(tensors, lambda tensor: tensor.nbytes, self.max_shard_bytes)
         count = len(groups)
         names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
         derived = [self.source.derived, *[{}] * (count - 1)]
@@ -105,7 +105,7 @@ class HfTarget:
 
 
 def hf_tensors(source: WeightSource, dtype: ExportDtype, aliases: Mapping[str, str]) -> Iterator[HfTensor]:
-    """Yield the tensors, with these repeats, in the order a reader meets them: embedding, layers, norm, head."""
+    """Yield the tensors, with these repeats, in reading order: embedding, layers, norm, head."""
     found: dict[str, HfTensor] = {}
     for parameter in parameters(source.shape).values():
         regions, row = source.regions(parameter.name), 0
@@ -124,16 +124,16 @@ def hf_tensors(source: WeightSource, dtype: ExportDtype, aliases: Mapping[str, s
 def _hf_tensor(
     part: HfPart, parameter: Parameter, regions: tuple[Region, ...], rectangle: Rectangle, dtype: ExportDtype
 ) -> HfTensor:
-    covering = tuple(region for region in regions if rectangle.overlap(region.covers))
-    return HfTensor(part.name, part.shape, _dtype(parameter, regions, dtype), View(parameter.name, covering, rectangle))
+    view = View.of(parameter.name, regions, rectangle)
+    return HfTensor(part.name, part.shape, _dtype(parameter, regions, dtype), view)
 
 
 def _dtype(parameter: Parameter, regions: Sequence[Region], dtype: ExportDtype) -> torch.dtype:
-    if parameter.kind is Kind.ROUTER_BIAS or dtype is ExportDtype.FP32:
+    if parameter.kind is ParameterKind.ROUTER_BIAS or dtype is ExportDtype.FP32:
         return torch.float32
     if dtype is ExportDtype.STORED:
         return stored_dtype(parameter, regions)
-    return torch.float8_e4m3fn if (dtype, parameter.kind) == (ExportDtype.FP8, Kind.LINEAR) else torch.bfloat16
+    return torch.float8_e4m3fn if (dtype, parameter.kind) == (ExportDtype.FP8, ParameterKind.LINEAR) else torch.bfloat16
 
 
 def _reading_order(hf_name: str) -> tuple[int, int]:
@@ -142,18 +142,6 @@ def _reading_order(hf_name: str) -> tuple[int, int]:
     if words[1] == "layers":
         return 1, int(words[2])
     return {"embed_tokens": 0, "norm": 2}.get(words[1], 3), 0
-
-
-def _shards(tensors: Sequence[HfTensor], max_shard_bytes: int) -> list[list[HfTensor]]:
-    groups: list[list[HfTensor]] = [[]]
-    room = max_shard_bytes
-    for tensor in tensors:
-        if groups[-1] and tensor.nbytes > room:
-            groups.append([])
-            room = max_shard_bytes
-        groups[-1].append(tensor)
-        room -= tensor.nbytes
-    return groups
 
 
 def _plan_file(name: str, tensors: Sequence[HfTensor], derived: Mapping[str, DerivedBuffer]) -> OutputFile:
@@ -167,9 +155,9 @@ def _plan_file(name: str, tensors: Sequence[HfTensor], derived: Mapping[str, Der
 
 
 def _writing_order(entries: Sequence[HeaderEntry]) -> tuple[HeaderEntry, ...]:
-    """Return the order in which a file can be written front to back: scales, known last, behind the codes.
+    """Return the order in which a file can be written front to back: scales, known last, after the codes.
 
-    That is safetensors' own order but for the scales, and all of it where they would not be aligned there.
+    That is safetensors' own order, except that scales come last unless they would not be aligned there.
     """
     others = header_order([entry for entry in entries if not entry.name.endswith(SCALE_SUFFIX)])
     scales = header_order([entry for entry in entries if entry.name.endswith(SCALE_SUFFIX)])

@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 
 from conversion.atomic_file import FileRecord, write_small
-from conversion.derived_buffers import DerivedBuffer
+from conversion.carried import DerivedBuffer, copy_side_files, side_files
 from conversion.errors import naming_refusals
 from conversion.hf_folder import INDEX, SCALE_SUFFIX, HfFolder, open_hf_folder
 from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state
 from conversion.safetensors_file import SafetensorsHeader, StoredTensor, read_header
-from conversion.side_files import copy_side_files, side_files
 from conversion.sources import WeightSource
 from conversion.to_hf import ExportDtype, HfTensor, hf_tensors
 from megatron_ads.errors import ConversionError
@@ -21,14 +20,14 @@ def reference_target(source: WeightSource, target: Path, reference: Path, dtype:
     """Open the reference of an export.
 
     Raises:
-        ConversionError: If ``dtype`` asks for something else than the reference stores.
+        ConversionError: If ``dtype`` is not what the reference stores.
     """
     with naming_refusals(reference):
         opened = open_hf_folder(reference)
     if dtype not in (ExportDtype.STORED, ExportDtype.FP8 if opened.is_fp8 else ExportDtype.BF16):
         raise ConversionError(
             f"--dtype {dtype} contradicts --reference {reference}, whose weights are "
-            f"{'FP8' if opened.is_fp8 else 'BF16'}: the reference decides. Leave out one of the two."
+            f"{'FP8' if opened.is_fp8 else 'BF16'}: the reference decides. Omit one of the two."
         )
     return ReferenceTarget(source, target, opened)
 
@@ -37,7 +36,7 @@ def reference_target(source: WeightSource, target: Path, reference: Path, dtype:
 class ReferenceTarget:
     """A Hugging Face folder to be written like ``reference``, which decides files, order and dtypes.
 
-    Weights equal to the reference's in BF16 keep its codes and scales; an untouched model comes back byte for byte.
+    Weights equal to the reference's in BF16 keep its codes and scales; an unchanged model is reproduced byte for byte.
     """
 
     source: WeightSource

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 
 from conversion.atomic_file import FileRecord, write_small
-from conversion.layer_specs import LayerSpec
+from conversion.carried import SIDE_FOLDER, copy_side_files
+from conversion.layer_specs import KeyedTensor, LayerSpec, extra_state_keys, keyed_tensors
 from conversion.names import parameters
-from conversion.plan import ConversionPlan, OutputFile, SavedChunk, SavedObject, folder_state
+from conversion.plan import ConversionPlan, OutputFile, SavedChunk, SavedObject, folder_state, in_groups
 from conversion.regions import Rectangle, View, whole
 from conversion.safetensors_file import element_count
-from conversion.side_files import copy_side_files
 from conversion.sources import WeightSource, stored_dtype
-from conversion.torch_dist_folder import CARRIED, METADATA, SIDE_FOLDER
-from conversion.torch_dist_names import KeyedTensor, extra_state_keys, keyed_tensors
+from conversion.torch_dist_folder import CARRIED, METADATA
 
 BACKEND = {
     "sharded_backend": "torch_dist",
@@ -57,7 +56,7 @@ class TorchDistTarget:
             target=self.target,
             files=tuple(
                 OutputFile(f"__{number}_0.distcp", b"", sum(map(_reserved, group)), tuple(group))
-                for number, group in enumerate(_groups(items))
+                for number, group in enumerate(in_groups(items, _reserved, _FILE_BYTES))
             ),
             source_files=stored,
             source_state=folder_state(stored),
@@ -78,11 +77,10 @@ class TorchDistTarget:
                 at = (row, 0) if matrix else (0,)
                 if tensor.is_stacked:
                     shape, at = (1, *shape), (number, *at)
-                covering = tuple(region for region in regions if part.overlap(region.covers))
-                yield SavedChunk(tensor.key, dtype, shape, at, (View(parameter.name, covering, part),))
+                yield SavedChunk(tensor.key, dtype, shape, at, (View.of(parameter.name, regions, part),))
 
     def prepare(self, plan: ConversionPlan) -> None:
-        """Write what stands beside the data."""
+        """Write what accompanies the data."""
         copy_side_files(self.source.side_folder, plan.target / SIDE_FOLDER)
         derived = {name: buffer.as_json() for name, buffer in self.source.derived.items()}
         write_small(plan.target / CARRIED, json.dumps({"aliases": list(self.source.aliases), "derived": derived}))
@@ -100,18 +98,6 @@ def _reserved(item: SavedChunk | SavedObject) -> int:
     if isinstance(item, SavedObject):
         return _ARCHIVE_BYTES
     return element_count(item.shape) * item.dtype.itemsize + _ARCHIVE_BYTES
-
-
-def _groups(items: list[SavedChunk | SavedObject]) -> list[list[SavedChunk | SavedObject]]:
-    groups: list[list[SavedChunk | SavedObject]] = [[]]
-    room = _FILE_BYTES
-    for item in items:
-        if groups[-1] and _reserved(item) > room:
-            groups.append([])
-            room = _FILE_BYTES
-        groups[-1].append(item)
-        room -= _reserved(item)
-    return groups
 
 
 def _metadata(plan: ConversionPlan, records: tuple[FileRecord, ...], source: WeightSource, spec: LayerSpec) -> Any:

@@ -5,22 +5,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conversion.derived_buffers import DerivedBuffer
-from conversion.errors import DamagedCheckpointError
-from conversion.json_object import read_object
-from conversion.layer_specs import LayerSpec
+from conversion.carried import SIDE_FOLDER, DerivedBuffer
+from conversion.errors import DamagedCheckpointError, read_object
+from conversion.layer_specs import KeyedTensor, LayerSpec, keyed_tensors
 from conversion.names import Parameter, hf_aliases, parameters
 from conversion.regions import Rectangle, Region, StoredMatrix, whole
 from conversion.safetensors_file import StoredTensor, element_count
-from conversion.torch_dist_names import KeyedTensor, keyed_tensors
 from conversion.torch_dist_pickle import locate_saved_tensor, read_metadata
 from megatron_ads.architecture import ModelShape, shape_from_config
 from megatron_ads.errors import ConversionError
 
 METADATA = ".metadata"
-SIDE_FOLDER = "hf"
 CARRIED = "conversion.json"
-"""Beside the weights: what a Hugging Face export needs to have its source's keys."""
+"""What a Hugging Face export needs to have its source's keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +72,7 @@ def open_torch_dist(path: Path, *, config_from: Path | None = None) -> TorchDist
     metadata = read_metadata(path / METADATA)
     if any(key.endswith(".lora_a") for key in metadata.state_dict_metadata):
         raise ConversionError(
-            f"{path} holds low-rank adapters without the weights beside them. Start its job again with train.steps set "
+            f"{path} holds low-rank adapters without the weights they adapt. Start its job again with train.steps set "
             "to this step: it trains no further and writes the merged weights to <log.dir>/export. Give that folder."
         )
     pieces: dict[str, tuple[Region, ...]] = {}

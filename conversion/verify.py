@@ -11,7 +11,7 @@ import torch
 from conversion.errors import DamagedCheckpointError
 from conversion.hf_folder import HfFolder
 from conversion.progress import ByteProgress
-from conversion.regions import Rectangle, Region, bands, fill, whole
+from conversion.regions import Rectangle, Region, bands, fill, value_dtype, whole
 from conversion.sources import WeightSource, open_source, stored_dtype
 from conversion.workers import Advance, run_all
 
@@ -83,7 +83,7 @@ def verify(a: Path, b: Path, *, tolerance: float = 0.0, workers: int = 1, progre
     """Compare two checkpoints exhaustively.
 
     With ``tolerance`` 0, values must be bit for bit the same after FP8 is dequantised, and dtypes equal. A positive one
-    lets ``|a - b|`` up to it pass, and dtypes differ.
+    allows ``|a - b|`` up to it, and different dtypes.
 
     Raises:
         ConversionError: If a path is no checkpoint at all. A damaged checkpoint is a difference, not an error.
@@ -218,3 +218,24 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
 def _first_index(shape: tuple[int, ...], band: Rectangle, differs: torch.Tensor) -> tuple[int, ...]:
     row, column = (int(number) for number in differs.nonzero()[0])
     return (band.row + row, column) if len(shape) > 1 else (column,)
+
+
+def check_aliases(source: WeightSource) -> None:
+    """Compare every stored repeat with what it repeats.
+
+    Raises:
+        DamagedCheckpointError: If one differs: the MTP layer was trained with its own embedding or head, which
+            no Megatron-Core model has.
+    """
+    folder = source.container
+    if not isinstance(folder, HfFolder):
+        return
+    for alias, canonical in folder.aliases.items():
+        repeat, original = _alias_regions(source, alias), source.regions(canonical)
+        shape, dtypes = source.parameter(canonical).shape, (value_dtype(repeat), value_dtype(original))
+        pair = Pair(alias, shape, (repeat,), (original,), dtypes)
+        if _compare_values(pair, repeat, original, tolerance=0) is not None:
+            raise DamagedCheckpointError(
+                f"{alias} in {folder.tensors[alias].file} differs from {canonical}, which it should repeat: "
+                "Megatron-Core stores them once. The checkpoint was changed after training, or is not of this family."
+            )

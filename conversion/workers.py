@@ -1,7 +1,7 @@
-"""Run independent pieces of work in this process or in several, with one running count of bytes.
+"""Run independent pieces of work in this process or in several, with one shared count of bytes.
 
 Workers are forked from a fresh process that has imported torch and nothing more: torch's threads do not survive a
-fork of the caller's process. They leave when their parent is gone.
+fork of the caller's process. They exit when their parent is gone.
 """
 
 import ctypes
@@ -43,7 +43,7 @@ def run_all(
             yield function(piece, advance)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conversion.execute", "conversion.verify"])
+    context.set_forkserver_preload(["conversion.convert", "conversion.verify"])
     counter = context.Value(ctypes.c_longlong, 0)
     workers = min(workers, len(pieces))
     with ProcessPoolExecutor(

@@ -48,14 +48,12 @@ COMMANDS = (
     Command("convert", "move weights between Hugging Face and Megatron", "conversion.cli", "add_convert_commands"),
     Command("verify", "compare two checkpoints tensor by tensor", "conversion.cli", "add_verify_command"),
     Command("demo-model", "write a small random checkpoint to try things on", "megatron_ads.demo_model"),
-    Command("plan", "say what a recipe takes before a machine is rented", "megatron_ads.planning.command"),
-    Command("check", "say what would stop a job before it is started", "megatron_ads.launching.job_check"),
+    Command("plan", "estimate what a recipe needs before a machine is rented", "megatron_ads.planning.command"),
+    Command("check", "report what would stop a job before it starts", "megatron_ads.launching.job_check"),
     Command("data", "make rows to train on and look at them", "megatron_ads.data.command"),
     Command("train", "run a recipe, on this machine or on several", "megatron_ads.launching.train"),
     Command("compare-logits", "run one model in transformers and in Megatron", "megatron_ads.training.compare_logits"),
-    Command(
-        "evaluate", "let a checkpoint answer held-out rows, and score the answers", "megatron_ads.evaluation.command"
-    ),
+    Command("evaluate", "have a checkpoint answer held-out rows and score them", "megatron_ads.evaluation.command"),
     Command("parity", "compare a checkpoint in transformers and in Megatron-Core", "megatron_ads.parity.command"),
     Command("quickstart", "run the whole path on this machine", "megatron_ads.quickstart.command"),
 )
@@ -90,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def exit_status(program: str, work: Callable[[], int]) -> int:
-    """Do what a command line asks for and return its exit status; what a user can cause to end it is one line."""
+    """Carry out a command line and return its exit status; an error that a user can cause is one line."""
     try:
         status = work()
         sys.stdout.flush()  # a reader that went away is noticed here, not when the interpreter ends
@@ -108,9 +106,9 @@ def exit_status(program: str, work: Callable[[], int]) -> int:
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """Read a command line, in which settings, ``key=value``, may stand on either side of an option.
+    """Read a command line, in which settings, ``key=value``, may come before or after an option.
 
-    argparse takes the positional arguments before the first option that follows them, and leaves the rest over.
+    argparse takes the positional arguments before the first option that follows them, and leaves the rest.
     """
     args, left = parser.parse_known_args(arguments)
     if not left:

@@ -239,7 +239,7 @@ def _draw_tensors(
 
     from conversion.fp8 import quantize
     from conversion.hf_folder import SCALE_SUFFIX
-    from conversion.names import Kind, Parameter, hf_aliases, parameters
+    from conversion.names import Parameter, ParameterKind, hf_aliases, parameters
     from megatron_ads.architecture import shape_from_config
 
     shape = shape_from_config(config)
@@ -252,9 +252,9 @@ def _draw_tensors(
     for parameter in parameters(shape).values():
         for part in parameter.parts:
             values = draw(parameter, part.name, part.shape)
-            if parameter.kind is Kind.ROUTER_BIAS:
+            if parameter.kind is ParameterKind.ROUTER_BIAS:
                 yield part.name, values
-            elif fp8 and parameter.kind is Kind.LINEAR:
+            elif fp8 and parameter.kind is ParameterKind.LINEAR:
                 codes, scales = quantize(values)
                 yield part.name, codes
                 yield part.name + SCALE_SUFFIX, scales
@@ -272,11 +272,11 @@ def _draw_values(
     """Return FP32 values of one tensor. No norm is exactly 1 and no bias 0, so that a mix-up of tensors shows."""
     import torch
 
-    from conversion.names import Kind
+    from conversion.names import ParameterKind
 
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed & 0xFFFFFFFF))
     noise = torch.randn(shape, generator=generator)
-    if parameter.kind is Kind.ROUTER_BIAS:
+    if parameter.kind is ParameterKind.ROUTER_BIAS:
         return noise * 0.01
     return 1 + noise * 0.02 if len(shape) == 1 else noise * standard_deviation
 

@@ -1,11 +1,11 @@
-"""Folders that may not be there yet, and the room on their disks. No torch: nodes are checked with it first."""
+"""Folders that may not exist yet, and the free space on their disks. No torch: it runs first on every node."""
 
 import shutil
 from pathlib import Path
 
 
 def existing(folder: Path) -> Path:
-    """Return the folder, or its nearest ancestor that is there."""
+    """Return the folder, or its nearest existing ancestor."""
     return next(each for each in (folder, *folder.absolute().parents) if each.exists())
 
 

@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 
 
 def digest_of(value: object) -> str:
-    """Return a hash of JSON values, whatever the order of their fields."""
+    """Return a hash of JSON values, independent of the order of their fields."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -61,8 +61,7 @@ class Journal:
         """Return what ``take`` makes of a record; None if there is no record of this key.
 
         Raises:
-            DataError: If ``take`` does not find what it looks for: somebody has edited the record, or another version
-                wrote it.
+            DataError: If ``take`` does not find what it looks for: it was edited, or written by another version.
         """
         record = self._records.get(key)
         if record is None:
@@ -87,7 +86,7 @@ class Journal:
                     view = view[os.write(self._descriptor, view) :]
                 os.fsync(self._descriptor)
             except OSError as error:
-                os.ftruncate(self._descriptor, size)  # no half line in front of what comes later
+                os.ftruncate(self._descriptor, size)  # no half line before what is added later
                 raise self._cannot_be_written(error) from None
             self._records[key] = dict(record)
 
@@ -106,14 +105,14 @@ class Journal:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(
-                f"another process is writing {self._file}. Wait for it, stop it, or choose another place."
+                f"another process is writing {self._file}. Wait for it, stop it, or choose another folder."
             ) from None
 
     def _read(self) -> dict[str, dict[str, Any]]:
         data = self._file.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
-            os.ftruncate(self._descriptor, len(whole))  # the writer was killed within a line
+            os.ftruncate(self._descriptor, len(whole))  # the writer was killed while writing a line
         records: dict[str, dict[str, Any]] = {}
         for number, line in enumerate(whole.splitlines(), 1):
             try:
@@ -125,8 +124,10 @@ class Journal:
 
     def _damaged(self, line: str) -> DataError:
         return DataError(
-            f"{self._file}, {line} is not a record of this journal. Remove the line; what it held is then done again."
+            f"{self._file}, {line} is not a record of this journal. Remove the line; what it recorded is then repeated."
         )
 
     def _cannot_be_written(self, error: OSError) -> DataError:
-        return DataError(f"{self._file} cannot be written ({error.strerror}). Make room, or choose another place.")
+        return DataError(
+            f"{self._file} cannot be written ({error.strerror}). Free some space, or choose another folder."
+        )

@@ -45,7 +45,7 @@ def key_of(*numbers: int) -> int:
 
 
 def shuffled(place: int, size: int, key: int) -> int:
-    """Return which of ``size`` items stands at ``place`` in the order that ``key`` decides."""
+    """Return which of ``size`` items is at ``place`` in the order that ``key`` decides."""
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     item = _feistel(place, half_bits, key)
     while item >= size:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from conversion import sparse_r1
 from conversion.hf_folder import open_hf_folder
-from conversion.names import Kind, hf_aliases, parameters
+from conversion.names import ParameterKind, hf_aliases, parameters
 from megatron_ads.architecture import read_model_shape
 from megatron_ads.cli import main
 from megatron_ads.data.tokenizer import load_tokenizer
@@ -60,7 +60,7 @@ def test_files_are_those_of_a_published_checkpoint(demo: Path):
 def test_every_tensor_is_there_in_bf16_and_the_router_bias_in_fp32(demo: Path):
     open_hf_folder(demo)  # names and shapes against config.json
     shape, tensors = read_model_shape(demo), tensors_of(demo)
-    biases = [p for p in parameters(shape).values() if p.kind is Kind.ROUTER_BIAS]
+    biases = [p for p in parameters(shape).values() if p.kind is ParameterKind.ROUTER_BIAS]
     assert len(biases) == 5  # four MoE layers and the MTP layer
     for bias in biases:
         values = tensors.pop(bias.parts[0].name)
@@ -110,7 +110,9 @@ def test_fp8_is_stored_as_deepseek_does(demo: Path, tmp_path: Path):
         "weight_block_size": [128, 128],
     }
     quantized = {name for name, tensor in opened.tensors.items() if tensor.dtype is torch.float8_e4m3fn}
-    linear = {part.name for p in parameters(opened.shape).values() if p.kind is Kind.LINEAR for part in p.parts}
+    linear = {
+        part.name for p in parameters(opened.shape).values() if p.kind is ParameterKind.LINEAR for part in p.parts
+    }
     assert quantized == linear
 
 

@@ -62,7 +62,7 @@ def test_a_disk_that_becomes_full_is_named_and_loses_no_record(tmp_path: Path) -
         size, limits = file.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))  # the next line fits in part
         try:
-            with pytest.raises(DataError, match=r"journal cannot be written \(File too large\)\. Make room"):
+            with pytest.raises(DataError, match=r"journal cannot be written \(File too large\)\. Free some space"):
                 journal.add("b", {"text": "two"})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

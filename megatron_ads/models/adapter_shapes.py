@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from conversion.names import Kind, Parameter, parameters, slice_shape
+from conversion.names import Parameter, ParameterKind, parameters, slice_shape
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import LoraTarget, ModelConfig
 
@@ -45,7 +45,7 @@ class Lora:
 
     def adapts(self, parameter: Parameter) -> bool:
         """Whether a canonical parameter has an adapter."""
-        if parameter.kind is not Kind.LINEAR or (parameter.name.startswith("mtp.") and not self.with_mtp):
+        if parameter.kind is not ParameterKind.LINEAR or (parameter.name.startswith("mtp.") and not self.with_mtp):
             return False
         return target_of(parameter.name) in self.targets
 

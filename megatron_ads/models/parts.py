@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 
-from conversion.names import Kind, parameters
+from conversion.names import ParameterKind, parameters
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import FrozenPart, ModelConfig
 from megatron_ads.models.adapter_shapes import Lora
@@ -35,7 +35,7 @@ def parameters_by_part(shape: ModelShape) -> Counter[FrozenPart | None]:
     """
     counts: Counter[FrozenPart | None] = Counter()
     for parameter in parameters(shape).values():
-        if parameter.kind is not Kind.ROUTER_BIAS:
+        if parameter.kind is not ParameterKind.ROUTER_BIAS:
             counts[part_of(parameter.name, shape)] += math.prod(parameter.shape)
     return counts
 

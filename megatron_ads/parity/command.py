@@ -50,8 +50,7 @@ def _positive(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Carry out the check."""
     from conversion.hf_folder import open_hf_folder
-    from conversion.hub import local_folder
-    from conversion.sources import open_source
+    from conversion.sources import local_folder, open_source
     from megatron_ads.parity.round_trip import changed_outside
     from megatron_ads.parity.verdict import names_rung, rungs
 

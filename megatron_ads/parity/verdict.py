@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from conversion.coverage import check_coverage
+from conversion.convert import check_coverage
 from conversion.rank_files import ShardsLayout
 from conversion.sources import WeightSource
-from conversion.to_megatron import ShardsTarget
+from conversion.to_shards import ShardsTarget
 from megatron_ads.errors import ConversionError
 from megatron_ads.parity.limits import Limits
 from megatron_ads.parity.records import Comparison, Kind, LayerResult, LogitResult, RungResult

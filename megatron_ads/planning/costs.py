@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from conversion.names import Kind, Parameter, layer_parameters, outside_parameters, slice_shape
+from conversion.names import Parameter, ParameterKind, layer_parameters, outside_parameters, slice_shape
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import FrozenPart, LoraTarget, Precision, Recompute
 from megatron_ads.layout import Chunk
@@ -89,7 +89,7 @@ def _layer_weights(shape: ModelShape, layer: int, tp: int, ep: int, etp: int, lo
     counts: Counter[tuple[FrozenPart | None, bool]] = Counter()
     adapters: Counter[tuple[LoraTarget | None, bool]] = Counter()
     for parameter in layer_parameters(shape, layer):
-        if parameter.kind is Kind.ROUTER_BIAS:
+        if parameter.kind is ParameterKind.ROUTER_BIAS:
             continue
         expert = parameter.expert is not None
         if parameter.expert is None or parameter.expert < shape.num_experts // ep:

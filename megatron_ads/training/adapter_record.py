@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from conversion.names import Kind, Parameter, parameters
+from conversion.names import Parameter, ParameterKind, parameters
 from conversion.regions import Rectangle, fill
 from conversion.sources import WeightSource
 from megatron_ads.errors import CheckpointError
@@ -52,7 +52,7 @@ def base_digest(source: WeightSource, dtype: torch.dtype) -> str:
     """
     digest = hashlib.sha256()
     for parameter in parameters(source.shape).values():
-        if parameter.kind is Kind.LINEAR and parameter.expert in (None, 0):
+        if parameter.kind is ParameterKind.LINEAR and parameter.expert in (None, 0):
             digest.update(_first_row(source, parameter).to(dtype).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -25,8 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from conversion.atomic_file import sync_folder
-from conversion.shards import SIDE_FOLDER
-from conversion.side_files import copy_side_files
+from conversion.carried import SIDE_FOLDER, copy_side_files
 from megatron_ads.errors import CheckpointError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.optim.chain import OptimizerChain

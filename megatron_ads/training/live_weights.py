@@ -12,10 +12,10 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from conversion.layer_specs import LayerSpec
-from conversion.names import Kind, Parameter, parameters
+from conversion.names import Parameter, ParameterKind, parameters
 from conversion.rank_files import OwnedSlice, ShardsLayout
+from conversion.regions import slice_rectangles
 from conversion.sources import WeightSource
-from conversion.tensor_parallel import slice_rectangles
 from megatron_ads.runtime.device import device
 from megatron_ads.training.export import canonical_weights
 
@@ -68,7 +68,7 @@ def _buckets(shards: ShardsLayout, dtype: torch.dtype, bucket_bytes: int) -> Ite
 
 
 def _dtype(parameter: Parameter, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if parameter.kind is Kind.ROUTER_BIAS else dtype
+    return torch.float32 if parameter.kind is ParameterKind.ROUTER_BIAS else dtype
 
 
 def _exchange(

@@ -1,20 +1,18 @@
-"""FP8 arithmetic against a definition written out with numpy: one FP32 multiply, one rounding to BF16."""
+"""FP8 arithmetic against a definition written out with numpy (one FP32 multiply, one rounding to BF16) and torch's."""
 
 import numpy as np
 import pytest
 import torch
 
-from conversion import fp8
-from conversion.fp8 import dequantize, dequantize_rows, has_nan_codes, quantize, quantize_rows, scale_shape
+from conversion.fp8 import dequantize, quantize, scale_shape
 from megatron_ads.errors import ConversionError
+from tests.conversion import fp8_reference
 
 
 def e4m3_value(code: int) -> np.float32:
-    """Decode one code by definition: 1 sign bit, 4 exponent bits of bias 7, 3 mantissa bits, no infinity."""
+    """Decode one code by definition: 1 sign bit, 4 exponent bits of bias 7, 3 mantissa bits; none of the NaNs."""
     sign = -1.0 if code & 0x80 else 1.0
     exponent, mantissa = (code >> 3) & 0xF, code & 0x7
-    if exponent == 15 and mantissa == 7:
-        return np.float32(np.nan)
     if exponent == 0:
         return np.float32(sign * mantissa / 8 * 2.0**-6)
     return np.float32(sign * (1 + mantissa / 8) * 2.0 ** (exponent - 7))
@@ -30,48 +28,65 @@ def bf16_bits(tensor: torch.Tensor) -> list[int]:
     return (tensor.view(torch.int16).to(torch.int32) & 0xFFFF).flatten().tolist()
 
 
-def all_codes() -> torch.Tensor:
-    return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)
+FINITE = [code for code in range(256) if code & 0x7F != 0x7F]
 
 
-def test_every_code_times_random_scales_is_an_fp32_multiply_rounded_once():
+def codes_of(numbers: list[int]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.uint8).view(torch.float8_e4m3fn)
+
+
+def random_codes(seed: int) -> torch.Tensor:
+    """Return 576 x 200 codes without NaN: rows in 4.5 blocks as kv_a_proj_with_mqa has them, columns in 1.6 blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (576, 200), generator=generator, dtype=torch.int32).to(torch.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0x80
+    return codes.view(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("convert", [dequantize, fp8_reference.dequantize], ids=["compiled", "torch"])
+def test_every_code_times_random_scales_is_an_fp32_multiply_rounded_once(convert):
     generator = np.random.default_rng(0)
     scales = (generator.uniform(1e-6, 3e-2, size=16)).astype(np.float32)  # not powers of two
     for scale in scales:
-        got = dequantize(all_codes()[None], torch.tensor([[scale, scale]]))
-        finite = [code for code in range(256) if code & 0x7F != 0x7F]
-        expected = [round_to_bf16_bits(e4m3_value(code) * scale) for code in finite]
-        assert [bf16_bits(got)[code] for code in finite] == expected
-        assert got[0, 0x7F].isnan() and got[0, 0xFF].isnan()
+        got = convert(codes_of(FINITE)[None], torch.tensor([[scale, scale]]))
+        assert bf16_bits(got) == [round_to_bf16_bits(e4m3_value(code) * scale) for code in FINITE]
 
 
 def test_rounding_before_the_multiply_would_be_seen():
     # The negative twin: scales rounded to BF16 first, as some converters do, give other numbers.
     scale = torch.tensor([[0.0123456789, 0.0123456789]])
-    exact = dequantize(all_codes()[None], scale)
-    inexact = dequantize(all_codes()[None], scale.bfloat16().float())
-    assert (exact.nan_to_num() != inexact.nan_to_num()).sum() > 50
+    exact = dequantize(codes_of(FINITE)[None], scale)
+    inexact = dequantize(codes_of(FINITE)[None], scale.bfloat16().float())
+    assert (exact != inexact).sum() > 50
 
 
 def test_each_block_has_its_own_scale_up_to_the_edges():
-    # 576 x 200: rows in 4.5 blocks as kv_a_proj_with_mqa has them, columns in one block and a partial one.
-    generator = torch.Generator().manual_seed(1)
-    codes = torch.randint(0, 127, (576, 200), generator=generator, dtype=torch.int32).to(torch.uint8)
-    scales = torch.rand(5, 2, generator=generator) + 0.5
-    got = dequantize(codes.view(torch.float8_e4m3fn), scales)
+    codes, scales = random_codes(1), torch.rand(5, 2, generator=torch.Generator().manual_seed(1)) + 0.5
+    got = dequantize(codes, scales)
     for row, column in [(0, 0), (127, 127), (128, 127), (127, 128), (511, 0), (512, 199), (575, 199), (575, 127)]:
-        value = e4m3_value(int(codes[row, column])) * np.float32(scales[row // 128, column // 128])
+        value = e4m3_value(int(codes.view(torch.uint8)[row, column])) * np.float32(scales[row // 128, column // 128])
         assert bf16_bits(got[row, column][None]) == [round_to_bf16_bits(value)]
 
 
-@pytest.mark.parametrize(("first_row", "first_column"), [(0, 0), (100, 0), (128, 128), (500, 150)])
-def test_a_rectangle_is_a_cut_out_of_the_whole(first_row, first_column):
-    generator = torch.Generator().manual_seed(2)
-    codes = torch.randint(0, 127, (576, 200), generator=generator, dtype=torch.int32).to(torch.uint8)
-    codes = codes.view(torch.float8_e4m3fn)
-    scales = torch.rand(5, 2, generator=generator) + 0.5
-    part = dequantize(codes[first_row:, first_column:], scales, first_row=first_row, first_column=first_column)
-    assert torch.equal(part, dequantize(codes, scales)[first_row:, first_column:])
+@pytest.mark.parametrize(
+    ("first_row", "columns"), [(0, range(200)), (100, range(5, 130)), (128, range(128, 200)), (575, range(127, 129))]
+)
+def test_a_rectangle_is_cut_out_of_the_whole_and_bit_equal_to_the_reference(first_row, columns):
+    codes, scales = random_codes(4), torch.rand(5, 2, generator=torch.Generator().manual_seed(4)) * 1e-2
+    part = dequantize(codes[first_row:], scales, first_row=first_row, columns=columns)
+    expected = fp8_reference.dequantize(codes, scales)[first_row:][:, columns]
+    assert torch.equal(part.view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_a_nan_code_is_refused_in_the_wanted_columns_only(code):
+    codes = torch.zeros(3, 10, dtype=torch.uint8)
+    codes[2, 9] = code
+    codes, scales = codes.view(torch.float8_e4m3fn), torch.ones(1, 1)
+    dequantize(codes, scales, columns=range(9))
+    with pytest.raises(ConversionError, match="NaN codes"):
+        dequantize(codes, scales, columns=range(9, 10))
+    dequantize(codes_of([0x7E, 0xFE, 0x80])[None], scales)
 
 
 def test_scales_have_one_entry_per_begun_block():
@@ -79,10 +94,11 @@ def test_scales_have_one_entry_per_begun_block():
     assert scale_shape((128, 1)) == (1, 1)
 
 
-def test_quantising_scales_the_largest_value_of_a_block_to_448():
+@pytest.mark.parametrize("convert", [quantize, fp8_reference.quantize], ids=["compiled", "torch"])
+def test_quantising_scales_the_largest_value_of_a_block_to_448(convert):
     values = torch.zeros(130, 130)
     values[0, 0], values[5, 5], values[129, 129] = 89.6, -44.8, 7.0
-    codes, scales = quantize(values)
+    codes, scales = convert(values)
     # block (0, 0): 89.6 / 448 = 0.2; block (1, 1): 7 / 448 = 1/64; the others hold zeros only
     torch.testing.assert_close(scales, torch.tensor([[0.2, 1.0], [1.0, 1 / 64]]), rtol=1e-7, atol=0)
     assert codes[0, 0].float() == 448 and codes[5, 5].float() == -224 and codes[129, 129].float() == 448
@@ -92,7 +108,7 @@ def test_quantising_scales_the_largest_value_of_a_block_to_448():
 @pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-38, 1.0, 3e38], ids=str)
 def test_quantising_never_gives_nan_or_infinity(magnitude):
     codes, scales = quantize(torch.full((3, 130), magnitude))
-    assert not has_nan_codes(codes)
+    assert codes.float().isfinite().all()
     assert scales.isfinite().all() and (scales > 0).all()
 
 
@@ -112,56 +128,14 @@ def test_the_error_of_quantising_is_that_of_three_mantissa_bits():
     assert error.max() > values.abs().max() * 8 / 448  # the bound is not slack by a factor of two
 
 
-def test_nan_codes_are_recognised_by_both_signs():
-    assert has_nan_codes(torch.tensor([0x00, 0x7F], dtype=torch.uint8).view(torch.float8_e4m3fn))
-    assert has_nan_codes(torch.tensor([0xFF], dtype=torch.uint8).view(torch.float8_e4m3fn))
-    assert not has_nan_codes(torch.tensor([0x7E, 0xFE, 0x80], dtype=torch.uint8).view(torch.float8_e4m3fn))
-
-
-@pytest.fixture(params=["compiled", "torch"])
-def speed(request, monkeypatch):
-    """Run a test with the compiled loops and with the fallback for machines without numba."""
-    if request.param == "torch":
-        monkeypatch.setattr(fp8, "_kernels", lambda: None)
-    else:
-        pytest.importorskip("numba")
-
-
-@pytest.mark.parametrize(
-    ("first_row", "columns"), [(0, range(200)), (100, range(5, 130)), (128, range(128, 200)), (575, range(127, 129))]
-)
-def test_the_fast_way_is_bit_equal_to_the_definition(speed, first_row, columns):
-    generator = torch.Generator().manual_seed(4)
-    codes = torch.randint(0, 256, (576, 200), generator=generator, dtype=torch.int32).to(torch.uint8)
-    codes[(codes & 0x7F) == 0x7F] = 0x80
-    codes = codes.view(torch.float8_e4m3fn)
-    scales = torch.rand(5, 2, generator=generator) * 1e-2
-    fast = dequantize_rows(codes[first_row:], scales, first_row=first_row, columns=columns)
-    assert torch.equal(fast.view(torch.int16), dequantize(codes, scales)[first_row:][:, columns].view(torch.int16))
-
-
-def test_the_fast_way_sees_a_nan_code_in_its_columns_only(speed):
-    codes = torch.zeros(3, 10, dtype=torch.uint8)
-    codes[2, 9] = 0xFF
-    codes, scales = codes.view(torch.float8_e4m3fn), torch.ones(1, 1)
-    dequantize_rows(codes, scales, first_row=0, columns=range(9))
-    with pytest.raises(ConversionError, match="NaN codes"):
-        dequantize_rows(codes, scales, first_row=0, columns=range(9, 10))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spread", [0, 12], ids=["one magnitude", "twelve decades"])
-def test_quantising_fast_is_bit_equal_to_the_definition(speed, dtype, spread):
+def test_quantising_is_bit_equal_to_the_reference(dtype, spread):
     values = torch.randn(300, 200, generator=torch.Generator().manual_seed(6)) * torch.logspace(-spread, 0, 200)
     values[:128, :128] = 0  # a block of zeros
     values[0, 130:140] = torch.tensor([1.0625, 1.1875, -1.0625, 448, 432, 440, 2**-10, 2**-9, 3 * 2**-10, -0.0])  # ties
     values = values.to(dtype)
-    codes, scales = quantize_rows(values)
-    expected_codes, expected_scales = quantize(values.float())
+    codes, scales = quantize(values)
+    expected_codes, expected_scales = fp8_reference.quantize(values.float())
     assert torch.equal(scales, expected_scales)
     assert torch.equal(codes.view(torch.uint8), expected_codes.view(torch.uint8))
-
-
-def test_quantising_fast_refuses_what_has_no_code(speed):
-    with pytest.raises(ConversionError, match="NaN or infinite"):
-        quantize_rows(torch.tensor([[1.0, float("nan")]]))

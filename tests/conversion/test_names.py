@@ -2,7 +2,7 @@
 
 import pytest
 
-from conversion.names import Kind, Split, dimensions, hf_aliases, parameters, slice_shape
+from conversion.names import ParameterKind, Split, dimensions, hf_aliases, parameters, slice_shape
 from megatron_ads.architecture import shape_from_config
 from megatron_ads.errors import ConversionError
 from tests.conversion.checkpoints import EDGE, V2_LITE, V3, hf_shapes, is_fp8_weight
@@ -21,7 +21,7 @@ def test_every_hf_tensor_belongs_to_exactly_one_parameter(config):
 def test_what_is_quantised_is_what_deepseek_publishes_in_fp8():
     for parameter in parameters(shape_from_config(V3)).values():
         for part in parameter.parts:
-            assert (parameter.kind is Kind.LINEAR) == is_fp8_weight(part.name)
+            assert (parameter.kind is ParameterKind.LINEAR) == is_fp8_weight(part.name)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from conversion.convert import lay_out, to_shards
-from conversion.coverage import check_coverage
+from conversion.convert import check_coverage, lay_out, to_shards
 from conversion.dry_run import dry_run
 from conversion.plan import Values
 from conversion.sources import open_source
-from conversion.to_megatron import ShardsTarget
+from conversion.to_shards import ShardsTarget
 from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.errors import ConversionError
 from tests.conversion.checkpoints import bf16_checkpoint

@@ -1,4 +1,4 @@
-"""Interrupted conversions go on where they were; every target that is not ours to write is refused."""
+"""Interrupted conversions continue where they were; every target that must not be overwritten is refused."""
 
 import errno
 import fcntl
@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversion import atomic_file, execute, journal, to_torch_dist
-from conversion.convert import convert, to_hf, to_shards
+from conversion import atomic_file, journal, to_torch_dist
+from conversion.convert import Execution, convert, to_hf, to_shards
 from conversion.errors import DamagedCheckpointError
-from conversion.execute import Execution
 from conversion.journal import JOURNAL
 from conversion.sources import open_source
 from conversion.to_torch_dist import TorchDistTarget
@@ -191,7 +190,7 @@ def test_a_touched_but_unchanged_file_is_kept(source, unfinished):
 
 
 def test_an_unfinished_target_is_not_resumed_unasked(source, unfinished):
-    with pytest.raises(ConversionError, match=r"unfinished conversion\. Go on with --resume"):
+    with pytest.raises(ConversionError, match=r"unfinished conversion\. Continue with --resume"):
         to_shards(source, unfinished, LAYOUT)
 
 
@@ -229,7 +228,7 @@ def test_a_source_that_changes_meanwhile_is_noticed_before_the_target_is_complet
 def test_foreign_files_are_never_written_over(source, tmp_path, how):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConversionError, match=r"files of something else, such as thesis\.tex"):
+    with pytest.raises(ConversionError, match=r"unrelated files, such as thesis\.tex"):
         to_shards(source, tmp_path / "shards", LAYOUT, how)
     assert contents(tmp_path / "shards") == {"thesis.tex": b"years of work"}
 
@@ -238,7 +237,7 @@ def test_foreign_files_are_never_written_over(source, tmp_path, how):
 def test_a_complete_target_is_never_written_over(source, tmp_path, how):
     to_shards(source, tmp_path / "shards", LAYOUT)
     before = contents(tmp_path / "shards")
-    with pytest.raises(ConversionError, match="a complete checkpoint already"):
+    with pytest.raises(ConversionError, match="already holds a complete checkpoint"):
         to_shards(source, tmp_path / "shards", LAYOUT, how)
     assert contents(tmp_path / "shards") == before
 
@@ -258,7 +257,7 @@ def test_two_conversions_into_one_folder_exclude_each_other(source, unfinished):
 
 
 def test_too_little_disk_is_noticed_before_writing(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(execute, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr("conversion.convert.free_bytes", lambda _: 1000)
     with pytest.raises(ConversionError, match=r"disk has 0\.0 GB free"):
         to_shards(source, tmp_path / "shards", LAYOUT)
     assert not list(tmp_path.glob("shards/*.safetensors"))
@@ -293,8 +292,7 @@ def test_nan_codes_stop_the_conversion_and_leave_nothing_that_looks_whole(tmp_pa
 _KILLED = """
 import sys
 from pathlib import Path
-from conversion.convert import to_shards
-from conversion.execute import Execution
+from conversion.convert import Execution, to_shards
 from megatron_ads.config.layout import LayoutConfig
 if __name__ == "__main__":
     workers = int(sys.argv[3])
@@ -302,11 +300,17 @@ if __name__ == "__main__":
 """
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that takes long enough to be killed at, in "hf", and what it becomes, in "shards"."""
+    folder = tmp_path_factory.mktemp("large")
+    to_shards(fp8_checkpoint(folder / "hf", EDGE | {"n_routed_experts": 64}), folder / "shards", LAYOUT)
+    return folder
+
+
 @pytest.mark.parametrize("workers", [1, 2])
-def test_kill_9_then_resume_gives_the_undisturbed_result(tmp_path, workers):
-    config = EDGE | {"n_routed_experts": 64}
-    source = fp8_checkpoint(tmp_path / "hf", config)
-    to_shards(source, tmp_path / "undisturbed", LAYOUT)
+def test_kill_9_then_resume_gives_the_undisturbed_result(large, tmp_path, workers):
+    source = large / "hf"
     script = tmp_path / "convert.py"
     script.write_text(_KILLED)
     target = tmp_path / "shards"
@@ -322,4 +326,4 @@ def test_kill_9_then_resume_gives_the_undisturbed_result(tmp_path, workers):
     if (target / JOURNAL).exists() or not target.exists():
         to_shards(source, target, LAYOUT, RESUME)
     assert {name: (target / name).stat().st_mtime_ns for name in done} == done
-    assert contents(target) == contents(tmp_path / "undisturbed")
+    assert contents(target) == contents(large / "shards")

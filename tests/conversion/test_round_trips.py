@@ -56,22 +56,35 @@ def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bf16_checkpoint(tmp_path_factory.mktemp("bf16") / "hf")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_to_megatron_and_back_is_the_source(bf16, tmp_path, layout):
-    to_shards(bf16, tmp_path / "shards", layout)
-    to_hf(tmp_path / "shards", tmp_path / "back")
+@pytest.fixture(scope="module")
+def other(bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source in a layout that no test has, in "shards", and read back from it, in "hf"."""
+    folder = tmp_path_factory.mktemp("other")
+    to_shards(bf16, folder / "shards", LayoutConfig(pp=2, tp=2, ep=4))
+    to_hf(folder / "shards", folder / "hf")
+    return folder
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> LayoutConfig:
+    return LAYOUTS[request.param]
+
+
+@pytest.fixture(scope="module")
+def shards(bf16: Path, layout: LayoutConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    to_shards(bf16, target := tmp_path_factory.mktemp("direct") / "shards", layout)
+    return target
+
+
+def test_to_megatron_and_back_is_the_source(bf16, shards, tmp_path):
+    to_hf(shards, tmp_path / "back")
     assert_same_tensors(bf16, tmp_path / "back")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_by_way_of_another_layout_is_the_same_as_directly(bf16, tmp_path, layout):
-    to_shards(bf16, tmp_path / "first", LayoutConfig(pp=2, tp=2, ep=4))
-    to_shards(bf16, tmp_path / "directly", layout)
-    to_shards(tmp_path / "first", tmp_path / "from shards", layout)
-    to_hf(tmp_path / "first", tmp_path / "hf")
-    to_shards(tmp_path / "hf", tmp_path / "from hf", layout)
-    assert_same_bytes(tmp_path / "directly", tmp_path / "from shards")
-    assert_same_bytes(tmp_path / "directly", tmp_path / "from hf")
+@pytest.mark.parametrize("by_way_of", ["shards", "hf"])
+def test_by_way_of_another_layout_is_the_same_as_directly(other, shards, tmp_path, layout, by_way_of):
+    to_shards(other / by_way_of, tmp_path / "shards", layout)
+    assert_same_bytes(shards, tmp_path / "shards")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +160,7 @@ def test_a_checkpoint_without_the_repeats_comes_back_without_them(tmp_path):
 
 
 def test_workers_write_the_same_bytes_as_one_process(bf16, tmp_path):
-    from conversion.execute import Execution
+    from conversion.convert import Execution
 
     to_shards(bf16, tmp_path / "one", LayoutConfig(pp=2, ep=2))
     to_shards(bf16, tmp_path / "two", LayoutConfig(pp=2, ep=2), Execution(workers=2))

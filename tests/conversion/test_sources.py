@@ -10,7 +10,7 @@ import torch
 
 from conversion.convert import convert, to_shards
 from conversion.errors import DamagedCheckpointError
-from conversion.sources import open_source
+from conversion.sources import local_folder, open_source
 from conversion.to_torch_dist import TorchDistTarget
 from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.errors import ConversionError
@@ -110,3 +110,38 @@ def test_a_folder_of_training_checkpoints_points_to_the_latest(tmp_path):
         (tmp_path / step / ".metadata").touch()
     with pytest.raises(ConversionError, match="such as step-00000020"):
         open_source(tmp_path)
+
+
+def test_a_source_is_a_folder_or_a_hub_id(tmp_path, monkeypatch):
+    assert local_folder(str(tmp_path)) == tmp_path
+    for absent in ("/no/such/folder", "./absent", "../absent"):
+        with pytest.raises(ConversionError, match="does not exist"):
+            local_folder(absent)
+    with pytest.raises(ConversionError, match="could not be downloaded from the hub: Cannot have --"):
+        local_folder("owner/two--dashes")
+    with pytest.raises(ConversionError, match=r"cannot be read or written \(File name too long\)"):
+        local_folder("x" * 300)
+    import huggingface_hub
+
+    asked = []
+
+    def download(hub_id, allow_patterns):
+        asked.append((hub_id, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert local_folder("deepseek-ai/DeepSeek-R1") == tmp_path
+    assert asked[0][0] == "deepseek-ai/DeepSeek-R1" and "*.safetensors" in asked[0][1]
+
+
+def test_a_download_that_fails_is_one_clear_error(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConversionError, match="could not be downloaded from the hub: no route to host"):
+        local_folder("deepseek-ai/DeepSeek-R1")

@@ -11,12 +11,11 @@ import torch
 
 from conversion.convert import convert, to_hf, to_shards
 from conversion.errors import DamagedCheckpointError
-from conversion.layer_specs import LayerSpec, canonical_names
+from conversion.layer_specs import LayerSpec, canonical_names, extra_state_keys, keyed_tensors
 from conversion.names import parameters
 from conversion.sources import open_source
 from conversion.to_hf import ExportDtype
 from conversion.to_torch_dist import TorchDistTarget
-from conversion.torch_dist_names import extra_state_keys, keyed_tensors
 from conversion.torch_dist_pickle import read_metadata
 from conversion.verify import verify
 from megatron_ads.architecture import shape_from_config

@@ -368,7 +368,7 @@ FULL_FOR = {
     "megatron_ads.training.checkpoint._prepare": "writing a checkpoint to {} failed: No space left on device; ",
     "megatron_ads.training.checkpoint._file_entries": "writing a checkpoint to {} failed: No space left on device; ",
     "megatron_ads.training.checkpoint._finish": "writing a checkpoint to {} failed: No space left on device; ",
-    "conversion.side_files._copy": "The disk is full at {}/.step-00000001.partial (No space left on device)",
+    "conversion.carried._copy": "The disk is full at {}/.step-00000001.partial (No space left on device)",
 }
 
 

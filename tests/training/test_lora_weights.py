@@ -73,7 +73,7 @@ def test_a_checkpoint_holds_the_adapters_alone(saved: tuple[Recipe, Losses]) -> 
     keys = [key for key in read_metadata(folder / ".metadata").state_dict_metadata if not key.startswith("rng")]
     assert len(keys) > 100
     assert [key for key in keys if not key.endswith(("lora_a", "lora_b"))] == []
-    with pytest.raises(ConversionError, match="holds low-rank adapters without the weights beside them"):
+    with pytest.raises(ConversionError, match="holds low-rank adapters without the weights they adapt"):
         open_source(folder)
 
 

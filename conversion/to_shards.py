@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conversion.atomic_file import FileRecord
+from conversion.carried import SIDE_FOLDER
 from conversion.names import Parameter
 from conversion.plan import ConversionPlan, OutputFile, Values, folder_state, offsets
 from conversion.rank_files import RankFile, ShardsLayout
-from conversion.regions import Region, View
+from conversion.regions import Region, View, slice_rectangles
 from conversion.safetensors_file import HeaderEntry, header_order
-from conversion.shards import MANIFEST, SIDE_FOLDER, write_manifest
+from conversion.shards import MANIFEST, write_manifest
 from conversion.sources import WeightSource, stored_dtype
-from conversion.tensor_parallel import slice_rectangles
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +77,4 @@ def _views(
     layout: ShardsLayout, file: RankFile, parameter: Parameter, regions: dict[str, tuple[Region, ...]]
 ) -> tuple[View, ...]:
     rectangles = slice_rectangles(parameter, *layout.slice_of(parameter, file))
-    return tuple(
-        View(
-            parameter.name,
-            tuple(region for region in regions[parameter.name] if rectangle.overlap(region.covers)),
-            rectangle,
-        )
-        for rectangle in rectangles
-    )
+    return tuple(View.of(parameter.name, regions[parameter.name], rectangle) for rectangle in rectangles)
