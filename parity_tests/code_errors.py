@@ -62,14 +62,14 @@ def weights_without_gradient() -> Iterator[None]:
 @contextmanager
 def _attend_with(**changes: Callable[[Any], Any]) -> Iterator[None]:
     """Attention gets some of its keyword arguments changed."""
-    from megatron_ads.models import latent_attention
+    from megatron_ads.models import attention
 
-    right = latent_attention.attend
+    right = attention.attend
 
     def wrong(*args: Any, **kwargs: Any) -> Tensor:
         return right(*args, **kwargs | {name: change(kwargs[name]) for name, change in changes.items()})
 
-    with patch.object(latent_attention, "attend", wrong):
+    with patch.object(attention, "attend", wrong):
         yield
 
 

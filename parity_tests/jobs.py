@@ -46,7 +46,7 @@ def forward(job: Job, tokens_BS: Tensor, prepare: Callable[[Any], None] | None =
 
 def _build_one(job: Job) -> tuple[Any, Any]:
     """Return the whole model on this rank's device, bare, and in the wrapper of its precision."""
-    from megatron_ads.models.precision import wrap_precision
+    from megatron_ads.models.build import wrap_precision
 
     chunks, _, _ = build(job)
     (wrapped,) = wrap_precision(chunks)
@@ -98,7 +98,7 @@ def pipeline_logits(job: Job) -> list[Tensor]:
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_ads.models.precision import wrap_precision
+    from megatron_ads.models.build import wrap_precision
 
     chunks = wrap_precision(chunks)
     for chunk in chunks:

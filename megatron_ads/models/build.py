@@ -1,4 +1,4 @@
-"""The model chunks of one rank, as Megatron-Core modules ready to be loaded with weights."""
+"""The model chunks of one rank, as Megatron-Core modules ready to be loaded with weights, and their BF16 wrapping."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,14 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_ads.architecture import ModelShape
 from megatron_ads.layout import Chunk, ParallelLayout, PipelinePlacement
+from megatron_ads.models.attention import set_latent_norm_epsilon
 from megatron_ads.models.gpt import DeepseekModel
-from megatron_ads.models.latent_attention import set_latent_norm_epsilon
 from megatron_ads.models.settings import ModelSettings
 from megatron_ads.models.specs import decoder_spec, mtp_spec
 from megatron_ads.models.transformer_config import megatron_config
@@ -103,3 +104,28 @@ def _spare_sorting(model: GPTModel) -> None:
 def routed_experts(model: torch.nn.Module) -> Sequence[torch.nn.Parameter]:
     """Return the parameters of the routed experts on this rank."""
     return [parameter for name, parameter in model.named_parameters() if ".mlp.experts." in name]
+
+
+_ROUTING_BUFFERS = ("expert_bias", "local_tokens_per_expert")
+
+
+def wrap_precision(chunks: Sequence[GPTModel]) -> list[torch.nn.Module]:
+    """Wrap each chunk to compute in BF16 and return FP32 losses; FP32 chunks are returned as they are.
+
+    Megatron's wrapper also rounds the buffers: a router bias of 0.3711 becomes 0.3711 +- 0.001, and a count of
+    tokens per expert sticks at 256. Both are kept FP32 here, before and after loading weights.
+    """
+    return [_wrap(chunk) if chunk.config.bf16 else chunk for chunk in chunks]
+
+
+def _wrap(chunk: GPTModel) -> torch.nn.Module:
+    kept = [
+        (module, name, getattr(module, name))
+        for module in chunk.modules()
+        for name in _ROUTING_BUFFERS
+        if getattr(module, name, None) is not None
+    ]
+    wrapped = Float16Module(chunk.config, chunk)
+    for module, name, buffer in kept:
+        setattr(module, name, buffer)
+    return wrapped

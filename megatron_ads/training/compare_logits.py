@@ -96,8 +96,8 @@ def megatron_logits(folder: Path, tokens_BS: Any) -> Any:
     process_groups.start(layout, create_gloo_process_groups=False)
     try:
         from megatron_ads.models.build import build_chunks
-        from megatron_ads.models.load import load_weights
         from megatron_ads.models.settings import ModelSettings
+        from megatron_ads.models.weights import load_weights
         from megatron_ads.runtime.seeds import seed_everything
 
         seed_everything(0)

@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ads.models.attention import BLOCK, LONGEST_BLOCKED, attend
-from megatron_ads.models.heads import MakeHeads
+from megatron_ads.runtime import cpu_compat
+
+cpu_compat.install()
+
+from megatron_ads.models.attention import (  # noqa: E402 - after Megatron-Core can be imported
+    BLOCK,
+    LONGEST_BLOCKED,
+    MakeHeads,
+    attend,
+)
 
 TOLERANCE = 2e-5
 """FP32 against FP64, values and gradients up to 10."""

@@ -81,7 +81,7 @@ def test_experts_are_reduced_apart_and_counted_in_full(folder: Path, spec: Layer
 
 def _held(job: Job) -> list[tuple[str, int]]:
     chunks, _, spec = jobs.build(job)
-    from megatron_ads.models.naming import named_weights
+    from megatron_ads.models.weights import named_weights
 
     return [(name, piece.numel()) for weight in named_weights(chunks, spec) for name, piece in weight.pieces()]
 

@@ -36,8 +36,7 @@ class _Changed:
 def _fill(job: Job, changes: dict[str, str]) -> tuple[int, int, bool]:
     """Load into weights of NaN; return how many values were filled, how many there are, and whether all are numbers."""
     chunks, _, spec = jobs.build(job)
-    from megatron_ads.models.load import load_weights
-    from megatron_ads.models.naming import named_weights
+    from megatron_ads.models.weights import load_weights, named_weights
 
     tensors = [weight.tensor for weight in named_weights(chunks, spec)]
     for tensor in tensors:

@@ -24,7 +24,7 @@ def _split(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _gradients(job: Job, form: str) -> dict[str, Tensor]:
     (model,), shape, spec = jobs.build(job)
-    from megatron_ads.models.naming import named_weights
+    from megatron_ads.models.weights import named_weights
 
     for row in jobs.rows(shape.vocab_size):
         if form == "one by one":

@@ -35,7 +35,7 @@ def test_a_bf16_pass_is_near_the_fp32_pass_and_its_gradients_are_fp32(folder: Pa
 def _routing_state(job: Job, how: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     from megatron.core.transformer.module import Float16Module
 
-    from megatron_ads.models.precision import wrap_precision
+    from megatron_ads.models.build import wrap_precision
 
     (model,), _, _ = jobs.build(job)
     before = {name: value.clone() for name, value in model.named_buffers() if "router" in name}

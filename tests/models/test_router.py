@@ -73,7 +73,7 @@ def test_load_is_the_busiest_expert_over_the_average_one(tmp_path: Path, config:
 
 def _loads_of_an_evaluation_and_an_empty_step(job: Job) -> tuple[float, float]:
     (model,), _, _ = jobs.build(job)
-    from megatron_ads.models.expert_load import ExpertLoad
+    from megatron_ads.models.experts import ExpertLoad
 
     load = ExpertLoad([model])
     with torch.no_grad():
