@@ -5,8 +5,8 @@ from pathlib import Path
 from conversion.rank_files import ShardsLayout
 from conversion.sources import open_source
 from megatron_ads.layout import place_layers
+from parity_tests.harness.model_jobs import build
 from parity_tests.jobs import Job
-from tests.models.jobs import build
 
 
 def load_and_export(job: Job, folder: Path) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megatron_ads.runtime.device import device
 from parity_tests.code_errors import CODE_ERRORS
+from parity_tests.harness.model_jobs import ROW_TOKENS, Job, PassResult, build, on_device, packed, rows, train_pass
 from parity_tests.passes import Pass, Routing
-from tests.models.jobs import ROW_TOKENS, Job, PassResult, build, on_device, packed, rows, train_pass
 
 __all__ = ["ROW_TOKENS", "Job", "PassResult", "rows"]
 

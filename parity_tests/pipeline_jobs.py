@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from tests.training.jobs import Losses, Recipe, run_steps, save, start
+from parity_tests.harness.training_jobs import Losses, Recipe, run_steps, save, start
 
 
 def train_straight(recipe: Recipe, steps: int, export: Path) -> Losses:

@@ -34,9 +34,9 @@ from megatron_ads.observability.provenance import provenance
 from parity_tests import pipeline_jobs
 from parity_tests.checkpoint_errors import EPSILON_CHANGED
 from parity_tests.checkpoints import SMALL_V3, write_checkpoint
+from parity_tests.harness import ranks
+from parity_tests.harness.training_jobs import Losses, Recipe
 from parity_tests.tolerances import PIPELINE_LOSS, PIPELINE_WEIGHTS
-from tests import distributed
-from tests.training.jobs import Losses, Recipe
 
 STAGES = 31
 PIPELINE = "Ett|(tt|)*29tmL"
@@ -129,7 +129,7 @@ def measure(root: Path) -> dict[str, Any]:
 
 def _timed(what: str, world: int, function: Any, *args: Any) -> list[Losses]:
     started = time.monotonic()
-    results: list[Losses] = distributed.run_ranks(world, function, *args, timeout=RUN_SECONDS)
+    results: list[Losses] = ranks.run_ranks(world, function, *args, timeout=RUN_SECONDS)
     print(f"{what}: {time.monotonic() - started:.0f} s", flush=True)
     return results
 
@@ -171,7 +171,7 @@ def main() -> int:
         with _watched() as memory:
             figures = measure(root)
     finally:
-        distributed.stop_all()
+        ranks.stop_all()
         shutil.rmtree(root)
     figures |= {"memory_gib": round(memory.most_bytes / 2**30, 2), "seconds": round(time.monotonic() - started)}
     verdict = judge(figures)

@@ -23,9 +23,9 @@ from megatron_ads.layout import ParallelLayout
 from parity_tests import exports
 from parity_tests.checkpoints import FAMILIES
 from parity_tests.figures import record
+from parity_tests.harness.hf_checkpoints import fp8_checkpoint
+from parity_tests.harness.ranks import run_ranks
 from parity_tests.jobs import PATIENCE, Job
-from tests.conversion.checkpoints import fp8_checkpoint
-from tests.distributed import run_ranks
 
 Checkpoint = Callable[[str], Path]
 LAYOUTS = {

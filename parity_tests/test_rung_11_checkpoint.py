@@ -13,9 +13,9 @@ from megatron_ads.config.model import Precision
 from parity_tests import commands
 from parity_tests.checkpoint_errors import GATE_AND_UP_SWAPPED
 from parity_tests.figures import record
+from parity_tests.harness.hf_checkpoints import fp8_checkpoint
 from parity_tests.machines import BF16, CPU_FP32, FP32, Machine
 from parity_tests.tolerances import STREAMED_DIVERGENCE, STREAMED_LAYER, STREAMED_LAYER_BF16
-from tests.conversion.checkpoints import fp8_checkpoint
 
 Checkpoint = Callable[[str], Path]
 

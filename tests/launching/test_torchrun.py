@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ads.errors import ConfigError
 from megatron_ads.launching.torchrun import NodePart, children, rendezvous_problems
-from tests.free_port import free_port
+from parity_tests.harness.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}

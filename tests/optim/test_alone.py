@@ -10,15 +10,15 @@ from megatron_ads.config.model import Precision
 from megatron_ads.config.optim import OptimConfig
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime.collective_trace import Trace
-from tests.distributed import run_ranks
-from tests.models import jobs
+from parity_tests.harness import model_jobs
+from parity_tests.harness.model_jobs import Job
+from parity_tests.harness.ranks import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
-from tests.models.jobs import Job
 
 
 def _one_step(job: Job, skipping: bool) -> tuple[dict[str, Tensor], list[str]]:
     """Return this rank's weights after one update, and the replica collectives that it took."""
-    chunks, shape, _ = jobs.build(job)
+    chunks, shape, _ = model_jobs.build(job)
     from megatron.core.distributed import finalize_model_grads
 
     from megatron_ads.optim import build
@@ -32,11 +32,13 @@ def _one_step(job: Job, skipping: bool) -> tuple[dict[str, Tensor], list[str]]:
     finally:
         build.skip_collectives_of_one = original
     optimizer = build.build_optimizer(wrapped, OptimConfig(), Precision.fp32, has_expert_member=True)
-    row = jobs.rows(shape.vocab_size)[torch.distributed.get_rank()]
-    loss = wrapped[0](row["tokens"], row["positions"], None, labels=row["labels"], packed_seq_params=jobs.packed(row))
+    row = model_jobs.rows(shape.vocab_size)[torch.distributed.get_rank()]
+    loss = wrapped[0](
+        row["tokens"], row["positions"], None, labels=row["labels"], packed_seq_params=model_jobs.packed(row)
+    )
     loss.sum().backward()
     with trace_collectives() as trace:
-        finalize_model_grads(wrapped, num_tokens=torch.tensor(jobs.ROW_TOKENS))
+        finalize_model_grads(wrapped, num_tokens=torch.tensor(model_jobs.ROW_TOKENS))
         optimizer.step(1e-3)
     return {name: value.detach().clone() for name, value in chunks[0].named_parameters()}, _replica_operations(trace)
 

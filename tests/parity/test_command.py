@@ -11,7 +11,7 @@ from megatron_ads.data.demo_tokenizer import write_tokenizer
 from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.errors import DataError
 from megatron_ads.parity.prompts import random_prompts, read_prompts
-from tests.conversion.checkpoints import V2_LITE, V3, bf16_checkpoint
+from parity_tests.harness.hf_checkpoints import V2_LITE, V3, bf16_checkpoint
 
 
 @pytest.fixture(scope="module")

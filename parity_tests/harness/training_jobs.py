@@ -12,7 +12,7 @@ from megatron_ads.config.optim import OptimConfig, Schedule
 from megatron_ads.config.sft import SftConfig
 from megatron_ads.config.training import CheckpointConfig, LogConfig, TrainConfig
 from megatron_ads.data.packed_batch import PackedBatch
-from tests.models.jobs import rows
+from parity_tests.harness.model_jobs import rows
 
 ROWS_PER_STEP = 4
 
