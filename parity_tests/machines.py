@@ -24,8 +24,8 @@ import torch
 from conversion.layer_specs import LayerSpec
 from megatron_ads.config.model import Precision
 from megatron_ads.layout import ParallelLayout
+from parity_tests.harness.model_jobs import Job
 from parity_tests.harness.ranks import RanksFailed, free_port, run_ranks
-from parity_tests.jobs import Job
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LOG_TAIL_CHARACTERS = 4000

@@ -31,11 +31,10 @@ from safetensors.torch import load_file
 
 from conversion.convert import to_hf
 from megatron_ads.observability.provenance import provenance
-from parity_tests import pipeline_jobs
-from parity_tests.checkpoint_errors import EPSILON_CHANGED
 from parity_tests.checkpoints import SMALL_V3, write_checkpoint
+from parity_tests.deliberate_errors import EPSILON_CHANGED
 from parity_tests.harness import ranks
-from parity_tests.harness.training_jobs import Losses, Recipe
+from parity_tests.harness.training_jobs import Losses, Recipe, resume_and_export, train_and_export, train_and_save
 from parity_tests.tolerances import PIPELINE_LOSS, PIPELINE_WEIGHTS
 
 STAGES = 31
@@ -105,14 +104,14 @@ def measure(root: Path) -> dict[str, Any]:
     """Run everything below ``root`` and return the figures."""
     folder = write_checkpoint(root / "model", DEEP)
     model = {"mtp_loss_weight": 0.3, "router_bias_update_rate": 0.001}
-    alone = Recipe(folder=folder, model=model)
-    deep = replace(alone, layout={"pp": STAGES, "pipeline": PIPELINE}, checkpoints=root / "checkpoints")
+    alone = Recipe(folder=folder, model=model, steps=2)
+    deep = replace(alone, layout={"pp": STAGES, "pipeline": PIPELINE}, checkpoints=root / "checkpoints", steps=1)
 
-    (straight,) = _timed("one process", 1, pipeline_jobs.train_straight, alone, 2, root / "alone")
-    saved = _timed("31 processes: train, save", STAGES, pipeline_jobs.train_and_save, deep, 1)
-    resumed = _timed("31: resume, train, export", STAGES, pipeline_jobs.resume_and_export, deep, 1, root / "deep")
+    (straight,) = _timed("one process", 1, train_and_export, alone, root / "alone")
+    saved = _timed("31 processes: train, save", STAGES, train_and_save, deep)
+    resumed = _timed("31: resume, train, export", STAGES, resume_and_export, deep, root / "deep")
     wrong = replace(alone, folder=EPSILON_CHANGED.write(folder, root / "wrong"))
-    (twin,) = _timed("one process, one epsilon changed", 1, pipeline_jobs.train_straight, wrong, 2, root / "twin")
+    (twin,) = _timed("one process, one epsilon changed", 1, train_and_export, wrong, root / "twin")
 
     for name in ("alone", "deep", "twin"):
         to_hf(root / name, root / f"{name}-hf")
