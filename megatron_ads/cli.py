@@ -52,7 +52,7 @@ COMMANDS = (
     Command("check", "say what would stop a job before it is started", "megatron_ads.launching.command"),
     Command("data", "make rows to train on and look at them", "megatron_ads.data.command"),
     Command("train", "run a recipe, on this machine or on several", "megatron_ads.launching.train"),
-    Command("compare-logits", "run one model in transformers and in Megatron", "megatron_ads.training.compare_logits"),
+    Command("compare-logits", "run one model in transformers and in Megatron", "megatron_ads.parity.compare_logits"),
     Command(
         "evaluate", "let a checkpoint answer held-out rows, and score the answers", "megatron_ads.evaluation.command"
     ),

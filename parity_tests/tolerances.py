@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ads.config.model import Precision
-from megatron_ads.parity.limits import LIMITS
+from megatron_ads.parity.verdict import LIMITS
 from parity_tests.machines import CPU_FP32, Machine
 
 
