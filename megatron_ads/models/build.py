@@ -12,7 +12,6 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_ads.architecture import ModelShape
@@ -32,7 +31,7 @@ def build_chunks(
     """Build what this rank runs: one model per virtual chunk, in order.
 
     Megatron's process groups must exist and agree with ``layout``. The weights are allocated, on the GPU where
-    there is one, and hold nothing yet: ``models.load`` fills them.
+    there is one, and hold nothing yet: ``models.weights`` fills them.
 
     Raises:
         ConfigError: If Megatron-Core cannot express the model or the layout.
@@ -58,7 +57,6 @@ def _build(shape: ModelShape, config: MLATransformerConfig, chunk: Chunk, settin
     set_latent_norm_epsilon(model)
     _mark_partitioned(model)
     _mark_experts(model)
-    _spare_sorting(model)
     if chunk.mtp_layers and not settings.mtp_loss_weight:
         model.mtp.requires_grad_(False)
     return model
@@ -87,18 +85,6 @@ def _mark_experts(model: GPTModel) -> None:
     for parameter in routed_experts(model):
         parameter.allreduce = False  # type: ignore[attr-defined]
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-
-
-def _spare_sorting(model: GPTModel) -> None:
-    """Have tokens that come from one rank only left in their order: by expert already.
-
-    Megatron-Core 0.16.1 cuts them into one piece per local expert and joins the pieces again, there and back.
-    """
-    for module in model.modules():
-        if isinstance(module, MoELayer):
-            dispatcher = module.token_dispatcher
-            if dispatcher.ep_size * dispatcher.tp_size == 1:
-                dispatcher.num_local_experts = 1
 
 
 def routed_experts(model: torch.nn.Module) -> Sequence[torch.nn.Parameter]:

@@ -152,7 +152,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class _Normalise(torch.autograd.Function):
-    """The norm in two passes over ``x``, and its gradient in four; torch's takes twice as many on a CPU.
+    """The norm in two passes over ``x``, and its gradient in four.
 
     With n = x r, r = 1 / sqrt(mean(x^2) + eps) and g = weight * dy: dx = r (g - n mean(g n)).
     """
