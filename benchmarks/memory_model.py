@@ -197,8 +197,7 @@ def _build(job: Any) -> Any:
 
     from conversion.layer_specs import LayerSpec
     from megatron_ads.config.optim import OptimConfig
-    from megatron_ads.models.build import build_chunks
-    from megatron_ads.models.precision import wrap_precision
+    from megatron_ads.models.build import build_chunks, wrap_precision
     from megatron_ads.models.settings import ModelSettings
     from megatron_ads.optim.build import build_optimizer, wrap_for_training
     from megatron_ads.training.step import run_step

@@ -121,8 +121,8 @@ def our_step(folder: Path, samples: Sequence[Any]) -> Step:
     from megatron_ads.config.optim import OptimConfig
     from megatron_ads.layout import ParallelLayout, place_layers
     from megatron_ads.models.build import build_chunks
-    from megatron_ads.models.load import load_weights
     from megatron_ads.models.settings import ModelSettings
+    from megatron_ads.models.weights import load_weights
     from megatron_ads.optim.build import build_optimizer, wrap_for_training
     from megatron_ads.training.step import run_step
 

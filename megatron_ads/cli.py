@@ -52,7 +52,7 @@ COMMANDS = (
     Command("check", "report what would stop a job before it starts", "megatron_ads.launching.job_check"),
     Command("data", "make rows to train on and look at them", "megatron_ads.data.command"),
     Command("train", "run a recipe, on this machine or on several", "megatron_ads.launching.train"),
-    Command("compare-logits", "run one model in transformers and in Megatron", "megatron_ads.training.compare_logits"),
+    Command("compare-logits", "run one model in transformers and in Megatron", "megatron_ads.parity.compare_logits"),
     Command("evaluate", "have a checkpoint answer held-out rows and score them", "megatron_ads.evaluation.command"),
     Command("parity", "compare a checkpoint in transformers and in Megatron-Core", "megatron_ads.parity.command"),
     Command("quickstart", "run the whole path on this machine", "megatron_ads.quickstart.command"),

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.conversion.checkpoints import V2_LITE as V2_LITE_FIELDS
-from tests.conversion.checkpoints import V3 as V3_FIELDS
-from tests.conversion.checkpoints import hf_shapes
+from parity_tests.harness.hf_checkpoints import V2_LITE as V2_LITE_FIELDS
+from parity_tests.harness.hf_checkpoints import V3 as V3_FIELDS
+from parity_tests.harness.hf_checkpoints import hf_shapes
 
 ORIGINAL_CONTEXT = 128
 """Positions of the original context; sequences of ``BEYOND_CONTEXT`` tokens go past it, where YaRN matters most."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from parity_tests.checkpoints import FAMILIES, SMALL_V3, write_checkpoint
-from tests import distributed
+from parity_tests.harness import ranks
 
 
 @pytest.fixture(scope="session")
@@ -25,4 +25,4 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """End the ranks, also after Ctrl-C."""
-    distributed.stop_all()
+    ranks.stop_all()

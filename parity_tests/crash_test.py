@@ -32,7 +32,7 @@ from importlib import import_module
 from pathlib import Path
 
 from megatron_ads.runtime.exit_status import ExitStatus
-from tests.training.real_job import ROOT, RealJob
+from parity_tests.harness.real_job import ROOT, RealJob
 
 EXIT_SECONDS = 60.0
 """How long the other ranks may take to exit."""
@@ -214,7 +214,7 @@ def _import_what_ranks_need() -> None:
 
 
 def _write_model_elsewhere(folder: Path) -> Path:
-    code = "import sys; from tests.training.real_job import write_small_model; write_small_model(sys.argv[1])"
+    code = "import sys; from parity_tests.harness.real_job import write_small_model; write_small_model(sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, str(folder.absolute())], check=True, cwd=ROOT)
     return folder
 

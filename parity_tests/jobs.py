@@ -1,19 +1,32 @@
-"""What a rank runs on our side: the same passes as ``reference``, on Megatron-Core.
+"""What a rank runs on our side: the passes of ``reference`` on Megatron-Core, exports, and whole command lines.
 
 Shape suffixes: B = rows, S = tokens of a row, C = hidden width, T = B * S tokens, E = experts.
 """
 
-from collections.abc import Callable
+import gc
+import json
+import weakref
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from conversion.layer_specs import LayerSpec
+from conversion.rank_files import ShardsLayout
+from conversion.sources import open_source
+from megatron_ads import cli
+from megatron_ads.architecture import read_model_shape
+from megatron_ads.layout import ParallelLayout, place_layers
+from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.device import device
-from parity_tests.code_errors import CODE_ERRORS
+from megatron_ads.runtime.seeds import seed_everything
+from parity_tests.deliberate_errors import CODE_ERRORS
+from parity_tests.harness.model_jobs import ROW_TOKENS, Job, PassResult, build, on_device, packed, rows, train_pass
 from parity_tests.passes import Pass, Routing
-from tests.models.jobs import ROW_TOKENS, Job, PassResult, build, on_device, packed, rows, train_pass
 
 __all__ = ["ROW_TOKENS", "Job", "PassResult", "rows"]
 
@@ -22,7 +35,7 @@ PATIENCE = 240.0
 
 
 def with_error(error: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Run ``function`` on this rank while a deliberate error of ``code_errors`` is in the code."""
+    """Run ``function`` on this rank while a deliberate error of ``CODE_ERRORS`` is in the code."""
     with CODE_ERRORS[error]():
         return function(*args)
 
@@ -46,7 +59,7 @@ def forward(job: Job, tokens_BS: Tensor, prepare: Callable[[Any], None] | None =
 
 def _build_one(job: Job) -> tuple[Any, Any]:
     """Return the whole model on this rank's device, bare, and in the wrapper of its precision."""
-    from megatron_ads.models.precision import wrap_precision
+    from megatron_ads.models.build import wrap_precision
 
     chunks, _, _ = build(job)
     (wrapped,) = wrap_precision(chunks)
@@ -98,7 +111,7 @@ def pipeline_logits(job: Job) -> list[Tensor]:
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_ads.models.precision import wrap_precision
+    from megatron_ads.models.build import wrap_precision
 
     chunks = wrap_precision(chunks)
     for chunk in chunks:
@@ -129,3 +142,75 @@ def _keep(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 def gradients(job: Job) -> PassResult:
     """Run forward and backward over the four packed rows of a step, with Megatron's reduction."""
     return train_pass(job)
+
+
+def names_by_rank(folder: Path, layout: ParallelLayout, pipeline: str | None, spec: LayerSpec) -> list[list[str]]:
+    """Take the place of each rank in turn, build its chunks and return their canonical names, rank by rank."""
+    return [_names(folder, layout, pipeline, spec, rank) for rank in range(layout.world)]
+
+
+def _names(folder: Path, layout: ParallelLayout, pipeline: str | None, spec: LayerSpec, rank: int) -> list[str]:
+    process_groups.start_rehearsal(layout, rank)
+    from megatron_ads.models.build import build_chunks
+    from megatron_ads.models.settings import ModelSettings
+    from megatron_ads.models.weights import named_weights
+
+    try:
+        seed_everything(1)
+        shape = read_model_shape(folder)
+        chunks = build_chunks(shape, layout, place_layers(shape, layout, pipeline=pipeline), ModelSettings(spec=spec))
+        return [name for weight in named_weights(chunks, spec) for name in weight.canonical]
+    finally:
+        process_groups.stop()
+
+
+def load_and_export(job: Job, folder: Path) -> None:
+    """Build the model of ``job``, fill it from the checkpoint and write its weights as shards."""
+    chunks, shape, spec = build(job)
+    from megatron_ads.training.export import export_shards
+
+    layout = ShardsLayout(
+        shape=shape, layout=job.layout, placement=place_layers(shape, job.layout, pipeline=job.pipeline)
+    )
+    export_shards(folder, chunks, spec, open_source(job.folder), layout)
+
+
+def parity(arguments: Sequence[str], out: Path, error: str | None = None) -> tuple[int, dict[str, Any]]:
+    """Run ``megatron-ads parity``, with a deliberate error of ``CODE_ERRORS`` or none; return status and report."""
+    words = ["parity", *arguments, "--out", str(out)]
+    if error is None:
+        status = cli.main(words)
+    else:
+        with CODE_ERRORS[error]():
+            status = cli.main(words)
+    return status, json.loads((out / "parity.json").read_text())
+
+
+def most_layers_alive(arguments: Sequence[str], out: Path) -> int:
+    """Run ``megatron-ads parity`` and return how many layers, of either side, were in memory at any one time."""
+    from megatron_ads.models.single_layer import SingleLayer
+    from megatron_ads.parity.reference import ReferenceLayer
+
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    def counted(right: Any) -> Any:
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            nonlocal most
+            right(self, *args, **kwargs)
+            module = self._module if isinstance(self, SingleLayer) else self._model
+            alive.add(module)
+            most = max(most, len(alive))
+
+        return init
+
+    gc.disable()  # what only the collector would free is still in memory
+    try:
+        with (
+            patch.object(SingleLayer, "__init__", counted(SingleLayer.__init__)),
+            patch.object(ReferenceLayer, "__init__", counted(ReferenceLayer.__init__)),
+        ):
+            cli.main(["parity", *arguments, "--out", str(out)])
+    finally:
+        gc.enable()
+    return most

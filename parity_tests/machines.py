@@ -24,9 +24,8 @@ import torch
 from conversion.layer_specs import LayerSpec
 from megatron_ads.config.model import Precision
 from megatron_ads.layout import ParallelLayout
-from parity_tests.jobs import Job
-from tests.distributed import RanksFailed, run_ranks
-from tests.free_port import free_port
+from parity_tests.harness.model_jobs import Job
+from parity_tests.harness.ranks import RanksFailed, free_port, run_ranks
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LOG_TAIL_CHARACTERS = 4000
@@ -109,7 +108,7 @@ def _start(rank: int, world: int, port: int, files: Path) -> subprocess.Popen[by
     }  # fmt: skip
     with (files / f"output-{rank}").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "parity_tests.gpu_rank", files / "call", files / f"answer-{rank}"],
+            [sys.executable, "-m", "parity_tests.harness.gpu_rank", files / "call", files / f"answer-{rank}"],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=_ROOT, env=environment,
         )  # fmt: skip
 

@@ -3,7 +3,6 @@
 Shape suffixes: B = rows, S = tokens of a row, C = hidden width, T = B * S, K = experts per token, E = experts.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -13,27 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
-from transformers import logging as transformers_logging
 
 from conversion.names import parameters
 from megatron_ads.architecture import read_model_shape
+from megatron_ads.parity.reference import load_model
 from parity_tests.machines import CPU_FP32, Machine
 from parity_tests.passes import Pass, Routing
 
-_CLASSES = {"deepseek_v2": DeepseekV2ForCausalLM, "deepseek_v3": DeepseekV3ForCausalLM}
-
 
 def load(folder: Path, machine: Machine = CPU_FP32) -> Any:
-    """Load the checkpoint with transformers, eager attention, and refuse weights that it would make up."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    kind = json.loads((folder / "config.json").read_text())["model_type"]
-    model, report = _CLASSES[kind].from_pretrained(
-        folder, dtype=machine.dtype, attn_implementation="eager", output_loading_info=True
-    )
-    assert not report["missing_keys"], report["missing_keys"]
-    return model.eval().to(machine.device)
+    """Load the checkpoint with transformers, eager attention; a weight that it would make up is an error."""
+    return load_model(folder, machine.dtype, attention="eager").to(machine.device)
 
 
 @torch.no_grad()

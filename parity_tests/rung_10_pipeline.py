@@ -31,12 +31,11 @@ from safetensors.torch import load_file
 
 from conversion.convert import to_hf
 from megatron_ads.observability.provenance import provenance
-from parity_tests import pipeline_jobs
-from parity_tests.checkpoint_errors import EPSILON_CHANGED
 from parity_tests.checkpoints import SMALL_V3, write_checkpoint
+from parity_tests.deliberate_errors import EPSILON_CHANGED
+from parity_tests.harness import ranks
+from parity_tests.harness.training_jobs import Losses, Recipe, resume_and_export, train_and_export, train_and_save
 from parity_tests.tolerances import PIPELINE_LOSS, PIPELINE_WEIGHTS
-from tests import distributed
-from tests.training.jobs import Losses, Recipe
 
 STAGES = 31
 PIPELINE = "Ett|(tt|)*29tmL"
@@ -105,14 +104,14 @@ def measure(root: Path) -> dict[str, Any]:
     """Run everything below ``root`` and return the figures."""
     folder = write_checkpoint(root / "model", DEEP)
     model = {"mtp_loss_weight": 0.3, "router_bias_update_rate": 0.001}
-    alone = Recipe(folder=folder, model=model)
-    deep = replace(alone, layout={"pp": STAGES, "pipeline": PIPELINE}, checkpoints=root / "checkpoints")
+    alone = Recipe(folder=folder, model=model, steps=2)
+    deep = replace(alone, layout={"pp": STAGES, "pipeline": PIPELINE}, checkpoints=root / "checkpoints", steps=1)
 
-    (straight,) = _timed("one process", 1, pipeline_jobs.train_straight, alone, 2, root / "alone")
-    saved = _timed("31 processes: train, save", STAGES, pipeline_jobs.train_and_save, deep, 1)
-    resumed = _timed("31: resume, train, export", STAGES, pipeline_jobs.resume_and_export, deep, 1, root / "deep")
+    (straight,) = _timed("one process", 1, train_and_export, alone, root / "alone")
+    saved = _timed("31 processes: train, save", STAGES, train_and_save, deep)
+    resumed = _timed("31: resume, train, export", STAGES, resume_and_export, deep, root / "deep")
     wrong = replace(alone, folder=EPSILON_CHANGED.write(folder, root / "wrong"))
-    (twin,) = _timed("one process, one epsilon changed", 1, pipeline_jobs.train_straight, wrong, 2, root / "twin")
+    (twin,) = _timed("one process, one epsilon changed", 1, train_and_export, wrong, root / "twin")
 
     for name in ("alone", "deep", "twin"):
         to_hf(root / name, root / f"{name}-hf")
@@ -129,7 +128,7 @@ def measure(root: Path) -> dict[str, Any]:
 
 def _timed(what: str, world: int, function: Any, *args: Any) -> list[Losses]:
     started = time.monotonic()
-    results: list[Losses] = distributed.run_ranks(world, function, *args, timeout=RUN_SECONDS)
+    results: list[Losses] = ranks.run_ranks(world, function, *args, timeout=RUN_SECONDS)
     print(f"{what}: {time.monotonic() - started:.0f} s", flush=True)
     return results
 
@@ -171,7 +170,7 @@ def main() -> int:
         with _watched() as memory:
             figures = measure(root)
     finally:
-        distributed.stop_all()
+        ranks.stop_all()
         shutil.rmtree(root)
     figures |= {"memory_gib": round(memory.most_bytes / 2**30, 2), "seconds": round(time.monotonic() - started)}
     verdict = judge(figures)

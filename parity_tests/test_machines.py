@@ -8,9 +8,9 @@ import torch
 
 from megatron_ads.config.model import Precision
 from parity_tests import machines
+from parity_tests.harness.ranks import RanksFailed
 from parity_tests.machines import BF16, CPU_BF16, CPU_FP32, CUDA_FP32, FP32, Machine
 from parity_tests.record import main, outcome, render
-from tests.distributed import RanksFailed
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from megatron_ads.architecture import read_model_shape
 from megatron_ads.errors import ConversionError
 from megatron_ads.layout import ParallelLayout, place_layers
 from parity_tests.checkpoints import FAMILIES, SMALL_V3, altered_copy, write_checkpoint
-from parity_tests.figures import record
-from parity_tests.modules import names_by_rank
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
+from parity_tests.jobs import names_by_rank
+from parity_tests.tolerances import record
 
 Checkpoint = Callable[[str], Path]
 DEEP = SMALL_V3 | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "n_routed_experts": 16, "n_group": 8}

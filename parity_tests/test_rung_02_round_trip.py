@@ -20,12 +20,12 @@ from conversion.to_hf import ExportDtype
 from conversion.to_reference import reference_target
 from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.layout import ParallelLayout
-from parity_tests import exports
+from parity_tests import jobs
 from parity_tests.checkpoints import FAMILIES
-from parity_tests.figures import record
+from parity_tests.harness.hf_checkpoints import fp8_checkpoint
+from parity_tests.harness.ranks import run_ranks
 from parity_tests.jobs import PATIENCE, Job
-from tests.conversion.checkpoints import fp8_checkpoint
-from tests.distributed import run_ranks
+from parity_tests.tolerances import record
 
 Checkpoint = Callable[[str], Path]
 LAYOUTS = {
@@ -69,7 +69,7 @@ def test_hf_to_a_built_model_to_hf_keeps_every_bit(
     checkpoint: Checkpoint, tmp_path: Path, layout: dict[str, int]
 ) -> None:
     job = Job(folder=checkpoint("small-v3"), layout=ParallelLayout(**layout))
-    run_ranks(job.layout.world, exports.load_and_export, job, tmp_path / "shards", timeout=PATIENCE)
+    run_ranks(job.layout.world, jobs.load_and_export, job, tmp_path / "shards", timeout=PATIENCE)
     to_hf(tmp_path / "shards", tmp_path / "back")
     assert _differing(_tensors(job.folder), _tensors(tmp_path / "back")) == []
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from conversion.layer_specs import LayerSpec
 from parity_tests import jobs, reference
-from parity_tests.bisect import first_departure
-from parity_tests.checkpoint_errors import (
+from parity_tests.checkpoints import BEYOND_CONTEXT, FAMILIES
+from parity_tests.deliberate_errors import (
     EPSILON_CHANGED,
     GATE_AND_UP_SWAPPED,
     GROUP_LIMITS_OFF,
@@ -26,12 +26,9 @@ from parity_tests.checkpoint_errors import (
     YARN_LEFT_OUT,
     CheckpointError,
 )
-from parity_tests.checkpoints import BEYOND_CONTEXT, FAMILIES
-from parity_tests.figures import record
 from parity_tests.machines import BF16, CPU_FP32, FP32, Machine
-from parity_tests.noise import mean_kl, noise_ratio
-from parity_tests.passes import Pass
-from parity_tests.tolerances import BF16_KL, BF16_NOISE, LAYER, LOGITS
+from parity_tests.passes import Pass, first_departure, mean_kl, noise_ratio
+from parity_tests.tolerances import BF16_KL, BF16_NOISE, LAYER, LOGITS, record
 
 Checkpoint = Callable[[str], Path]
 Theirs = Callable[[str, Machine], Pass]

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from parity_tests import jobs, reference
-from parity_tests.checkpoint_errors import GROUP_LIMITS_OFF, SCALING_ROUNDED
 from parity_tests.checkpoints import BEYOND_CONTEXT, FAMILIES, V3, altered_copy
-from parity_tests.figures import record
+from parity_tests.deliberate_errors import GROUP_LIMITS_OFF, SCALING_ROUNDED
 from parity_tests.machines import BF16, CPU_FP32, FP32, Machine
-from parity_tests.noise import noise_ratio
-from parity_tests.passes import Routing
-from parity_tests.tolerances import BF16_ROUTER, ROUTER_WEIGHTS
+from parity_tests.passes import Routing, noise_ratio
+from parity_tests.tolerances import BF16_ROUTER, ROUTER_WEIGHTS, record
 
 Checkpoint = Callable[[str], Path]
 Theirs = Callable[[str, Machine], list[Routing]]

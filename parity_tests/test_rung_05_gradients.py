@@ -12,13 +12,12 @@ import pytest
 from torch import Tensor
 
 from parity_tests import jobs, reference
-from parity_tests.checkpoint_errors import EPSILON_CHANGED, GATE_AND_UP_SWAPPED, CheckpointError
 from parity_tests.checkpoints import FAMILIES
-from parity_tests.figures import record
+from parity_tests.deliberate_errors import EPSILON_CHANGED, GATE_AND_UP_SWAPPED, CheckpointError
 from parity_tests.jobs import rows
 from parity_tests.machines import BF16, CPU_FP32, FP32, Machine
-from parity_tests.noise import largest_noise_ratio
-from parity_tests.tolerances import BF16_GRADIENTS, GRADIENTS
+from parity_tests.passes import largest_noise_ratio
+from parity_tests.tolerances import BF16_GRADIENTS, GRADIENTS, record
 
 Checkpoint = Callable[[str], Path]
 Theirs = Callable[[Machine], dict[str, Tensor]]

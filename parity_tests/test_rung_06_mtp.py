@@ -20,12 +20,11 @@ from conversion.names import parameters
 from megatron_ads.architecture import read_model_shape
 from parity_tests import jobs, reference
 from parity_tests.checkpoints import BEYOND_CONTEXT
-from parity_tests.figures import record
 from parity_tests.jobs import rows
 from parity_tests.machines import BF16, FP32, Machine
-from parity_tests.noise import mean_kl
+from parity_tests.passes import mean_kl
 from parity_tests.plain_model import PlainModel
-from parity_tests.tolerances import BF16_KL, GRADIENTS, LOGITS, MTP_OUTPUT
+from parity_tests.tolerances import BF16_KL, GRADIENTS, LOGITS, MTP_OUTPUT, record
 
 Checkpoint = Callable[[str], Path]
 TOKENS_S = torch.randint(0, 160, (BEYOND_CONTEXT,), generator=torch.Generator().manual_seed(6))

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from parity_tests import jobs, reference
-from parity_tests.checkpoint_errors import GATE_AND_UP_SWAPPED, INTERLEAVING_FLIPPED, MSCALE_LEFT_OUT, CheckpointError
-from parity_tests.figures import record
+from parity_tests.deliberate_errors import GATE_AND_UP_SWAPPED, INTERLEAVING_FLIPPED, MSCALE_LEFT_OUT, CheckpointError
 from parity_tests.machines import BF16, CPU_FP32, FP32, Machine
-from parity_tests.tolerances import BF16_TOKEN_MARGIN
+from parity_tests.tolerances import BF16_TOKEN_MARGIN, record
 
 Checkpoint = Callable[[str], Path]
 COUNT = 64

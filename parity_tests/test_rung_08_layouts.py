@@ -20,13 +20,12 @@ from torch import Tensor
 
 from megatron_ads.layout import ParallelLayout
 from parity_tests import jobs
-from parity_tests.checkpoint_errors import EPSILON_CHANGED
-from parity_tests.figures import record
+from parity_tests.deliberate_errors import EPSILON_CHANGED
+from parity_tests.harness.model_jobs import own_slice
 from parity_tests.jobs import PATIENCE, Job, PassResult
 from parity_tests.machines import CPU_BF16, CPU_FP32, CUDA_BF16, CUDA_MARKS, FP32, Machine
-from parity_tests.noise import largest_noise_ratio, noise_ratio
-from parity_tests.tolerances import BF16_GRADIENTS, BF16_NOISE, LAYOUT_GRADIENTS, LAYOUT_LOGITS, LAYOUT_LOSS
-from tests.models.jobs import own_slice
+from parity_tests.passes import largest_noise_ratio, noise_ratio
+from parity_tests.tolerances import BF16_GRADIENTS, BF16_NOISE, LAYOUT_GRADIENTS, LAYOUT_LOGITS, LAYOUT_LOSS, record
 
 SETTINGS = {"router_bias_update_rate": 0.001, "mtp_loss_weight": 0.3}
 LAYOUTS: dict[str, tuple[dict[str, Any], str | None]] = {

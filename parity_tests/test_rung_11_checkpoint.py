@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 from megatron_ads.config.model import Precision
-from parity_tests import commands
-from parity_tests.checkpoint_errors import GATE_AND_UP_SWAPPED
-from parity_tests.figures import record
+from parity_tests import jobs
+from parity_tests.deliberate_errors import GATE_AND_UP_SWAPPED
+from parity_tests.harness.hf_checkpoints import fp8_checkpoint
 from parity_tests.machines import BF16, CPU_FP32, FP32, Machine
-from parity_tests.tolerances import STREAMED_DIVERGENCE, STREAMED_LAYER, STREAMED_LAYER_BF16
-from tests.conversion.checkpoints import fp8_checkpoint
+from parity_tests.tolerances import STREAMED_DIVERGENCE, STREAMED_LAYER, STREAMED_LAYER_BF16, record
 
 Checkpoint = Callable[[str], Path]
 
@@ -24,7 +23,7 @@ def _parity(
     out: Path, *arguments: str, error: str | None = None, machine: Machine = CPU_FP32
 ) -> tuple[int, dict[str, Any]]:
     words = (*arguments, "--precision", str(machine.precision))
-    return machine.run(1, commands.parity, words, out, error, process_group=False)[0]
+    return machine.run(1, jobs.parity, words, out, error, process_group=False)[0]
 
 
 def _verdicts(report: dict) -> dict[int, bool | None]:
@@ -85,4 +84,4 @@ def test_a_bias_in_the_weights_fails_the_router(checkpoint: Checkpoint, tmp_path
 
 def test_one_layer_of_one_side_is_in_memory_at_a_time(checkpoint: Checkpoint, tmp_path: Path) -> None:
     arguments = ["--hf", str(checkpoint("small-v3")), "--tokens", "8"]
-    assert CPU_FP32.run(1, commands.most_layers_alive, arguments, tmp_path, process_group=False) == [1]
+    assert CPU_FP32.run(1, jobs.most_layers_alive, arguments, tmp_path, process_group=False) == [1]

@@ -1,12 +1,17 @@
-"""Every tolerance of the ladder, with its reason and the deliberate error that must exceed it.
+"""Every tolerance of the ladder, with its reason and the deliberate error that must exceed it; and what was measured.
 
 Exact comparisons (names, bits, chosen experts, generated tokens) have none; their twins are in the same files.
+``PARITY_FIGURES=FILE`` names a file that ``record`` appends every figure to, as JSON lines.
 """
 
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_ads.config.model import Precision
-from megatron_ads.parity.limits import LIMITS
+from megatron_ads.parity.verdict import LIMITS
+from parity_tests.machines import CPU_FP32, Machine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,3 +170,16 @@ STREAMED_DIVERGENCE = Tolerance(
     twins=("test_rung_11_checkpoint.py::test_values_in_the_wrong_place_fail_rungs_2_and_3_and_name_the_layer",),
 )
 ALL = {name: value for name, value in globals().items() if isinstance(value, Tolerance)}
+
+
+def record(
+    rung: int, what: str, value: float | int | str, tolerance: Tolerance | None = None, machine: Machine = CPU_FP32
+) -> None:
+    """Note one value measured on ``machine`` beside the limit it must stay below; None: it must be exact."""
+    limit = None if tolerance is None else tolerance.value
+    shown = f"{value:.2e}" if isinstance(value, float) else str(value)
+    print(f"rung {rung}, {machine}: {what}: {shown}" + (f" (limit {limit:g})" if limit is not None else ""))
+    if file := os.environ.get("PARITY_FIGURES"):
+        with Path(file).open("a", encoding="utf-8") as lines:
+            figure = {"rung": rung, "machine": str(machine), "what": what, "value": value, "limit": limit}
+            lines.write(json.dumps(figure) + "\n")

@@ -8,9 +8,9 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 import pytest
 
-from tests import distributed
+from parity_tests.harness import ranks
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """End the ranks of the distributed tests, also after Ctrl-C."""
-    distributed.stop_all()
+    ranks.stop_all()

@@ -219,3 +219,26 @@ def test_conversion_works_where_megatron_and_transformers_are_not_installed() ->
         "for name in sys.argv[1:]:\n    importlib.import_module(name)\n"
     )
     subprocess.run([sys.executable, "-c", code, *modules], check=True, timeout=120)
+
+
+def imports_of_tests(root: Path) -> list[str]:
+    """Return the files of parity_tests and benchmarks that import ``tests``, also in code that they run elsewhere."""
+    files = sorted(file for name in ("parity_tests", "benchmarks") for file in (root / name).rglob("*.py"))
+    assert files
+    return [str(file.relative_to(root)) for file in files if _IMPORT_OF_TESTS.search(file.read_text(encoding="utf-8"))]
+
+
+_IMPORT_OF_TESTS = re.compile(r"\b(from|import) tests\b")
+
+
+def test_the_release_gate_and_the_benchmarks_need_no_tests() -> None:
+    assert imports_of_tests(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["from tests.a import b", "def f():\n    import tests", "code = 'from tests import a'"]
+)
+def test_a_planted_import_of_tests_is_found(tmp_path: Path, text: str) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "planted.py").write_text(text)
+    assert imports_of_tests(tmp_path) == ["benchmarks/planted.py"]

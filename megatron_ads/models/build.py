@@ -1,4 +1,4 @@
-"""The model chunks of one rank, as Megatron-Core modules ready to be loaded with weights."""
+"""The model chunks of one rank, as Megatron-Core modules ready to be loaded with weights, and their BF16 wrapping."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_ads.architecture import ModelShape
 from megatron_ads.layout import Chunk, ParallelLayout, PipelinePlacement
+from megatron_ads.models.attention import set_latent_norm_epsilon
 from megatron_ads.models.gpt import DeepseekModel
-from megatron_ads.models.latent_attention import set_latent_norm_epsilon
 from megatron_ads.models.settings import ModelSettings
 from megatron_ads.models.specs import decoder_spec, mtp_spec
 from megatron_ads.models.transformer_config import megatron_config
@@ -31,7 +31,7 @@ def build_chunks(
     """Build what this rank runs: one model per virtual chunk, in order.
 
     Megatron's process groups must exist and agree with ``layout``. The weights are allocated, on the GPU where
-    there is one, and hold nothing yet: ``models.load`` fills them.
+    there is one, and hold nothing yet: ``models.weights`` fills them.
 
     Raises:
         ConfigError: If Megatron-Core cannot express the model or the layout.
@@ -57,7 +57,6 @@ def _build(shape: ModelShape, config: MLATransformerConfig, chunk: Chunk, settin
     set_latent_norm_epsilon(model)
     _mark_partitioned(model)
     _mark_experts(model)
-    _spare_sorting(model)
     if chunk.mtp_layers and not settings.mtp_loss_weight:
         model.mtp.requires_grad_(False)
     return model
@@ -88,18 +87,31 @@ def _mark_experts(model: GPTModel) -> None:
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
-def _spare_sorting(model: GPTModel) -> None:
-    """Have tokens that come from one rank only left in their order: by expert already.
-
-    Megatron-Core 0.16.1 cuts them into one piece per local expert and joins the pieces again, there and back.
-    """
-    for module in model.modules():
-        if isinstance(module, MoELayer):
-            dispatcher = module.token_dispatcher
-            if dispatcher.ep_size * dispatcher.tp_size == 1:
-                dispatcher.num_local_experts = 1
-
-
 def routed_experts(model: torch.nn.Module) -> Sequence[torch.nn.Parameter]:
     """Return the parameters of the routed experts on this rank."""
     return [parameter for name, parameter in model.named_parameters() if ".mlp.experts." in name]
+
+
+_ROUTING_BUFFERS = ("expert_bias", "local_tokens_per_expert")
+
+
+def wrap_precision(chunks: Sequence[GPTModel]) -> list[torch.nn.Module]:
+    """Wrap each chunk to compute in BF16 and return FP32 losses; FP32 chunks are returned as they are.
+
+    Megatron's wrapper also rounds the buffers: a router bias of 0.3711 becomes 0.3711 +- 0.001, and a count of
+    tokens per expert sticks at 256. Both are kept FP32 here, before and after loading weights.
+    """
+    return [_wrap(chunk) if chunk.config.bf16 else chunk for chunk in chunks]
+
+
+def _wrap(chunk: GPTModel) -> torch.nn.Module:
+    kept = [
+        (module, name, getattr(module, name))
+        for module in chunk.modules()
+        for name in _ROUTING_BUFFERS
+        if getattr(module, name, None) is not None
+    ]
+    wrapped = Float16Module(chunk.config, chunk)
+    for module, name, buffer in kept:
+        setattr(module, name, buffer)
+    return wrapped

@@ -1,9 +1,14 @@
-"""Megatron-Core's GPT model, able to leave its multi-token-prediction layers out of a pass, and weights untrained."""
+"""Megatron-Core's GPT model and multi-token-prediction layer, with what DeepSeek's training needs of them.
 
+Multi-token prediction (MTP): DeepSeek-V3, arXiv:2412.19437, section 2.2.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
-import torch
+from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from torch import Tensor
 
 from megatron_ads.models.lora import named_adapters
@@ -47,16 +52,17 @@ class DeepseekModel(GPTModel):
         return {name: factor for factors in adapters for name, factor in factors.items()}
 
 
-def begin_gradients_at_embedding(chunk: GPTModel) -> None:
-    """Have gradients flow through every layer of a chunk whose embedding is frozen.
+class MultiTokenLayer(MultiTokenPredictionLayer):
+    """Megatron-Core's layer, able to recompute its activations on packed rows.
 
-    Layers that are computed again in the backward pass get gradients only if their input wants one, in megatron-core
-    0.16.1 and in torch: without this, a frozen embedding silently stops the training of its whole pipeline stage.
+    megatron-core 0.16.1 passes the sample boundaries through autograd's ``save_for_backward``, which takes only
+    tensors, and dies with a TypeError.
     """
-    if chunk.pre_process or chunk.mtp_process:
-        chunk.embedding.register_forward_hook(_want_gradient)
 
+    def _checkpointed_forward(
+        self, forward_func: Callable[..., Tensor], *, hidden_states: Tensor, decoder_input: Tensor, **others: Any
+    ) -> Tensor:
+        def run(hidden_states: Tensor, decoder_input: Tensor) -> Tensor:
+            return forward_func(hidden_states=hidden_states, decoder_input=decoder_input, **others)
 
-def _want_gradient(_module: Any, _inputs: Any, output: Tensor) -> None:
-    if torch.is_grad_enabled():
-        output.requires_grad_()
+        return tensor_parallel.checkpoint(run, False, hidden_states, decoder_input)

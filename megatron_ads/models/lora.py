@@ -12,12 +12,14 @@ Shape suffixes: N = weights that one adapter stands beside, the experts of a sta
 O = outputs of each of P parts of a weight (2 for gate over up), T = tokens, E = experts on this rank.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -27,12 +29,17 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor
 from torch.nn.functional import grouped_mm, linear, pad
 
-from conversion.names import Parameter, Split
+from conversion.layer_specs import LayerSpec
+from conversion.names import Parameter, Split, parameters
+from megatron_ads.architecture import ModelShape
 from megatron_ads.models.adapter_shapes import Lora
+from megatron_ads.models.experts import GroupedExperts
+from megatron_ads.models.weights import named_weights
 from megatron_ads.stable_random import stable_integer
 
 _GROUPED_ALIGNMENT_BYTES = 16
 """Of the rows that torch's grouped product takes: a smaller rank is filled up with zeros there."""
+_WEIGHT = re.compile(r"(.+)\.weight(\d*)")
 
 
 class Adapter(torch.nn.Module):
@@ -183,3 +190,56 @@ def add_to_output(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
     if isinstance(output, tuple):
         return module.adapter(x, output[0], ends_E), *output[1:]
     return module.adapter(x, output, ends_E)
+
+
+def add_adapters(chunks: Sequence[GPTModel], lora: Lora, shape: ModelShape, spec: LayerSpec) -> None:
+    """Freeze every weight of this rank's chunks and put an adapter beside those that ``lora`` names.
+
+    Call it before the gradient buffers are made. The factors hold nothing yet: see ``initialise_adapters``.
+    """
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        begin_gradients_at_embedding(chunk)
+        chunk.trains_adapters = True
+        for place, (like, weights) in _adapted(chunk, lora, shape, spec).items():
+            owner = chunk.get_submodule(place.rpartition(".")[0])
+            setattr(owner, place.rpartition(".")[2], Adapter(weights, lora, like, num_experts=shape.num_experts))
+            if not isinstance(owner, GroupedExperts):
+                owner.register_forward_hook(add_to_output)
+
+
+def _adapted(
+    chunk: GPTModel, lora: Lora, shape: ModelShape, spec: LayerSpec
+) -> dict[str, tuple[Tensor, list[Parameter]]]:
+    """Return where adapters belong in a chunk, by module name, each with its weights and a tensor like them."""
+    found: dict[str, tuple[Tensor, list[Parameter]]] = {}
+    for weight in named_weights([chunk], spec):
+        adapted = [parameters(shape)[name] for name in weight.canonical if lora.adapts(parameters(shape)[name])]
+        if adapted:
+            match = _WEIGHT.fullmatch(weight.name)
+            assert match is not None  # every linear's weight is called so
+            number = match[2] if spec is LayerSpec.GROUPED else ""  # of its two; Transformer Engine counts experts
+            found.setdefault(f"{match[1]}.adapter{number}", (weight.tensor, []))[1].extend(adapted)
+    return found
+
+
+def initialise_adapters(chunks: Iterable[GPTModel], seed: int) -> None:
+    """Fill every adapter so that the model computes what it did without them."""
+    for chunk in chunks:
+        for _, adapter in named_adapters(chunk):
+            adapter.initialise(seed)
+
+
+def begin_gradients_at_embedding(chunk: GPTModel) -> None:
+    """Have gradients flow through every layer of a chunk whose embedding is frozen.
+
+    Layers that are computed again in the backward pass get gradients only if their input wants one, in megatron-core
+    0.16.1 and in torch: without this, a frozen embedding silently stops the training of its whole pipeline stage.
+    """
+    if chunk.pre_process or chunk.mtp_process:
+        chunk.embedding.register_forward_hook(_want_gradient)
+
+
+def _want_gradient(_module: Any, _inputs: Any, output: Tensor) -> None:
+    if torch.is_grad_enabled():
+        output.requires_grad_()

@@ -3,7 +3,7 @@
 For checks that stream through a model larger than memory. Shape suffixes: S = tokens, C = hidden width, T = tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +16,11 @@ from conversion.layer_specs import canonical_names
 from conversion.sources import WeightSource
 from megatron_ads.architecture import ModelShape
 from megatron_ads.layout import Chunk, ParallelLayout, place_layers
-from megatron_ads.models.latent_attention import set_latent_norm_epsilon
-from megatron_ads.models.naming import NamedWeight
-from megatron_ads.models.norm import RMSNorm
+from megatron_ads.models.attention import set_latent_norm_epsilon
 from megatron_ads.models.settings import ModelSettings
-from megatron_ads.models.specs import decoder_spec, mtp_spec
+from megatron_ads.models.specs import RMSNorm, decoder_spec, mtp_spec
 from megatron_ads.models.transformer_config import megatron_config
+from megatron_ads.models.weights import NamedWeight, model_tensors
 
 Router = Callable[[Tensor, Tensor], None]
 """Takes the weights (T, E) and the chosen experts (T, E) of one pass."""
@@ -52,7 +51,7 @@ class SingleLayer:
     @torch.no_grad()
     def _fill(self, source: WeightSource, layer: int, settings: ModelSettings) -> None:
         experts = range(source.shape.num_experts)
-        for name, tensor in _tensors(self._module):
+        for name, tensor in model_tensors(self._module):
             full = f"{self._prefix}.{name}"
             canonical = canonical_names(full, spec=settings.spec, first_layer=layer, local_experts=experts)
             for piece, target in NamedWeight(full, canonical, tensor, ".mlp.experts." in name).pieces():
@@ -105,10 +104,3 @@ def _build(shape: ModelShape, config: Any, layer: int, settings: ModelSettings) 
     assert found is not None and found.layer_specs is not None
     number = (mtp if mtp >= 0 else layer) + 1
     return build_module(found.layer_specs[0], config=config, layer_number=number, pg_collection=groups)
-
-
-def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    for name, buffer in module.named_buffers():
-        if name.endswith(".router.expert_bias"):
-            yield name, buffer

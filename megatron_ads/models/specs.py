@@ -1,4 +1,4 @@
-"""Which module stands at each place of a decoder layer, a block and an MTP layer.
+"""Which module is used at each place of a decoder layer, a block and an MTP layer; the norm of those without TE.
 
 local    torch modules, experts one after the other: the readable reference
 grouped  the same, experts in one grouped matrix product
@@ -8,6 +8,7 @@ te       Transformer Engine's modules, imported only when asked for
 import importlib
 from typing import Any
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -24,15 +25,17 @@ from megatron.core.transformer.multi_token_prediction import (
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+from torch.linalg import vecdot, vector_norm
 
 from conversion.layer_specs import LayerSpec
 from megatron_ads.architecture import ModelShape
 from megatron_ads.layout import Chunk
+from megatron_ads.models.attention import LatentAttention
 from megatron_ads.models.experts import GroupedExperts
-from megatron_ads.models.latent_attention import LatentAttention
-from megatron_ads.models.multi_token import MultiTokenLayer
-from megatron_ads.models.norm import RMSNorm
+from megatron_ads.models.gpt import MultiTokenLayer
 
 _LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
@@ -127,3 +130,48 @@ def _norm(spec: LayerSpec) -> Any:
 
 def _te(name: str) -> Any:
     return getattr(importlib.import_module("megatron.core.extensions.transformer_engine"), name)
+
+
+class RMSNorm(torch.nn.Module):
+    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, computed in FP32 whatever the dtype of ``x``.
+
+    Built as Megatron-Core builds a norm. Under sequence parallelism each tensor-parallel rank sees a part of the
+    tokens, so the weight is marked for Megatron to sum its gradient over those ranks; its own torch norm refuses.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised ``x``, in its shape and dtype."""
+        return _Normalise.apply(x, self.weight, self.eps)
+
+
+class _Normalise(torch.autograd.Function):
+    """The norm in two passes over ``x``, and its gradient in four.
+
+    With n = x r, r = 1 / sqrt(mean(x^2) + eps) and g = weight * dy: dx = r (g - n mean(g n)).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        mean_square = vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.size(-1))
+        scale = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normal = x.float() * scale
+        weight_grad = None
+        if ctx.needs_input_grad[1]:
+            weight_grad = (grad * normal).flatten(0, -2).sum(0).to(weight.dtype)
+        inner = grad.float() * weight
+        mean = vecdot(inner, normal).div_(x.size(-1)).unsqueeze(-1)
+        return torch.addcmul(inner, normal, mean, value=-1).mul_(scale).to(x.dtype), weight_grad, None

@@ -23,7 +23,7 @@ def megatron_config(
 ) -> MLATransformerConfig:
     """Describe the model to Megatron-Core.
 
-    Weights are allocated and not initialised: they are always loaded (``models.load``). The loss is a sum over
+    Weights are allocated and not initialised: they are always loaded (``models.weights``). The loss is a sum over
     tokens and is divided by their global count (``calculate_per_token_loss``).
 
     Raises:

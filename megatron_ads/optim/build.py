@@ -12,7 +12,6 @@ from torch.distributed import ReduceOp, all_reduce
 from megatron_ads.config.model import Precision
 from megatron_ads.config.optim import OptimConfig
 from megatron_ads.optim.adam import adam_class
-from megatron_ads.optim.alone import skip_collectives_of_one
 from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.optim.members import DENSE, EXPERT, OptimizerMember, ShardedMember
 from megatron_ads.optim.stub import StubOptimizer
@@ -39,12 +38,10 @@ def wrap_for_training(
         bucket_size=bucket_size,
         check_for_nan_in_grad=False,
     )
-    wrapped = [
+    return [
         DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
-    skip_collectives_of_one(wrapped)
-    return wrapped
 
 
 def build_optimizer(

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from conversion.rank_files import ShardsLayout
     from megatron_ads.architecture import ModelShape
     from megatron_ads.parity.records import Comparison, LayerResult, RungResult
@@ -32,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout", default="", help="recipe name, or sizes such as tp=2,ep=8,pp=4: whose slices are cut and joined"
     )
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line (default: random tokens)")
-    parser.add_argument("--tokens", type=_positive, default=256, help="most tokens of a prompt (default 256)")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line (default: random tokens)")
+    parser.add_argument("--tokens", type=_positive, default=256, help="maximum tokens of a prompt (default 256)")
     parser.add_argument("--rows", type=_positive, default=2, help="random prompts (default 2)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both sides (default fp32)")
     parser.add_argument("--out", type=Path, default=Path("parity"), help="folder to write into (default ./parity)")
@@ -102,7 +104,7 @@ def _layout(shape: "ModelShape", text: str) -> "ShardsLayout":
 
 def _limits(precision: str) -> Any:
     from megatron_ads.config.model import Precision
-    from megatron_ads.parity.limits import LIMITS
+    from megatron_ads.parity.verdict import LIMITS
 
     return LIMITS[Precision(precision)]
 
@@ -113,12 +115,11 @@ def _stream(args: argparse.Namespace, source: Any, reference: Any, layout: "Shar
     from megatron_ads.config.model import LayerSpecChoice, Precision
     from megatron_ads.layout import ParallelLayout
     from megatron_ads.observability.progress import Progress
-    from megatron_ads.parity.prompts import random_prompts, read_prompts
     from megatron_ads.runtime import process_groups
     from megatron_ads.runtime.seeds import seed_everything
 
     prompts = (
-        read_prompts(args.prompts, reference.path, most_tokens=args.tokens)
+        read_prompts(args.prompts, reference.path, max_tokens=args.tokens)
         if args.prompts
         else random_prompts(source.shape.vocab_size, count=args.rows, tokens=args.tokens)
     )
@@ -141,6 +142,35 @@ def _stream(args: argparse.Namespace, source: Any, reference: Any, layout: "Shar
             return stream.compare(prompts, layout.layout, show)
     finally:
         process_groups.stop()
+
+
+def read_prompts(file: Path, folder: Path, *, max_tokens: int) -> "list[Tensor]":
+    """Return a row of tokens for each line of ``file``, cut at ``max_tokens``; ``folder`` has the tokenizer.
+
+    Raises:
+        DataError: If the file is missing or empty, or there is no tokenizer.
+    """
+    import torch
+
+    from megatron_ads.data.tokenizer import load_tokenizer
+    from megatron_ads.errors import DataError
+
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"--prompts {file} cannot be read: {error.strerror}.") from None
+    if not lines:
+        raise DataError(f"--prompts {file} holds no line of text; write one prompt per line.")
+    tokenizer = load_tokenizer(folder)
+    return [torch.tensor(tokenizer.encode(line)[:max_tokens], dtype=torch.long) for line in lines]
+
+
+def random_prompts(vocabulary: int, *, count: int, tokens: int, seed: int = 1) -> "list[Tensor]":
+    """Return ``count`` rows of random tokens: every embedding and expert has a chance to be used."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocabulary, (tokens,), generator=generator) for _ in range(count)]
 
 
 def _facts(args: argparse.Namespace, layout: "ShardsLayout", seconds: float) -> dict[str, Any]:

@@ -1,16 +1,23 @@
-"""The Hugging Face side: transformers' own layers, one at a time, each loaded by transformers' own loader.
+"""The Hugging Face side: transformers' own models, whole or one layer at a time, loaded by transformers' own loader.
 
 Shape suffixes: S = tokens of a row, C = hidden width, T = tokens, E = experts, K = experts per token.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+)
 from transformers import logging as transformers_logging
 
 from conversion.hf_folder import HfFolder
@@ -27,6 +34,27 @@ _OF_THE_WHOLE_MODEL = (
     "dtype",
     "transformers_version",
 )
+
+
+def load_model(folder: Path, dtype: torch.dtype, *, attention: str | None = None) -> Any:
+    """Load a whole model to evaluate, on the CPU; ``attention`` is transformers' name of a kernel, None its choice.
+
+    Raises:
+        ConversionError: If transformers would make up a weight.
+    """
+    _silence()
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False, output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ConversionError(f"{folder} lacks {missing[0]}, which transformers needs.")
+    return model.eval()
+
+
+def _silence() -> None:
+    """Have transformers not list every tensor of the MTP layers, which it never loads."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +105,7 @@ class Reference:
     def __init__(self, folder: HfFolder, dtype: torch.dtype, device: torch.device) -> None:
         self._folder, self._dtype, self._device = folder, dtype, device
         self._outside = {word: tensor.to(device, dtype) for word, tensor in outside_tensors(folder).items()}
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        _silence()
 
     def embed(self, tokens_S: Tensor) -> Tensor:
         """Return (S, C)."""

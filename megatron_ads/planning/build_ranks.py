@@ -107,8 +107,8 @@ def _build_rank(job: Job, rank: int) -> RankFacts:
     )
     process_groups.start_rehearsal(job.layout, rank)
     try:
-        from megatron_ads.models.adapt import add_adapters  # Megatron-Core only now: the CPU's patches come first
         from megatron_ads.models.build import build_chunks
+        from megatron_ads.models.lora import add_adapters  # Megatron-Core only now: the CPU's patches come first
 
         with torch.device("meta"):
             chunks = build_chunks(job.shape, job.layout, job.placement, settings)
@@ -122,7 +122,7 @@ def _build_rank(job: Job, rank: int) -> RankFacts:
 def _describe(job: Job, rank: int, chunks: Sequence["GPTModel"], settings: ModelSettings) -> RankFacts:
     from megatron.core import parallel_state
 
-    from megatron_ads.models.naming import named_weights
+    from megatron_ads.models.weights import named_weights
 
     tensors = {
         canonical: tuple(piece.shape)
@@ -199,7 +199,7 @@ def _record(job: Job, rank: int, chunks: Sequence["GPTModel"], settings: ModelSe
 def _trained(
     job: Job, chunks: Sequence["GPTModel"], settings: ModelSettings
 ) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    from megatron_ads.models.naming import named_weights
+    from megatron_ads.models.weights import named_weights
 
     if job.lora is not None:
         for chunk in chunks:

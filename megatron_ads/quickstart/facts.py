@@ -8,10 +8,10 @@ from statistics import mean, median
 from typing import Any
 
 from megatron_ads.config.sft import SftConfig
+from megatron_ads.parity.compare_logits import LIMIT
 from megatron_ads.quickstart.stages import Stage, StageRecord
 from megatron_ads.quickstart.workflow import QuickstartFolder
 from megatron_ads.tasks.relevance import TASK
-from megatron_ads.training.compare_logits import LIMIT
 
 _ENDS = 10
 """Steps that the loss at the start and at the end is averaged over."""

@@ -12,13 +12,12 @@ from conversion.sources import WeightSource
 from megatron_ads.config.optim import OptimConfig
 from megatron_ads.config.sft import SftConfig
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.models.adapt import add_adapters, initialise_adapters
 from megatron_ads.models.adapter_shapes import Lora
-from megatron_ads.models.build import build_chunks
-from megatron_ads.models.load import load_weights
+from megatron_ads.models.build import build_chunks, wrap_precision
+from megatron_ads.models.lora import add_adapters, initialise_adapters
 from megatron_ads.models.parts import trained_parameters
-from megatron_ads.models.precision import wrap_precision
 from megatron_ads.models.settings import ModelSettings
+from megatron_ads.models.weights import load_weights
 from megatron_ads.observability.log import get_logger
 from megatron_ads.optim.build import build_optimizer, trains_experts_anywhere, wrap_for_training
 from megatron_ads.optim.chain import OptimizerChain

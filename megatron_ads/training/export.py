@@ -13,7 +13,7 @@ from conversion.rank_files import ShardsLayout
 from conversion.shards import write_manifest, write_rank_file
 from conversion.sources import WeightSource
 from megatron_ads.models.lora import named_adapters
-from megatron_ads.models.naming import named_weights
+from megatron_ads.models.weights import named_weights
 
 
 def export_shards(

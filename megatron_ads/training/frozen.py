@@ -8,9 +8,9 @@ from megatron.core.models.gpt import GPTModel
 from conversion.layer_specs import LayerSpec
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import FrozenPart
-from megatron_ads.models.gpt import begin_gradients_at_embedding
-from megatron_ads.models.naming import named_weights
+from megatron_ads.models.lora import begin_gradients_at_embedding
 from megatron_ads.models.parts import part_of
+from megatron_ads.models.weights import named_weights
 
 
 def freeze(chunks: Sequence[GPTModel], parts: Iterable[FrozenPart], shape: ModelShape, spec: LayerSpec) -> None:

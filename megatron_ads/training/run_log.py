@@ -14,7 +14,7 @@ from conversion.rank_files import ShardsLayout
 from megatron_ads.config.sft import SftConfig
 from megatron_ads.data.held_out import HeldOut
 from megatron_ads.models.adapter_shapes import Lora
-from megatron_ads.models.expert_load import ExpertLoad
+from megatron_ads.models.experts import ExpertLoad
 from megatron_ads.models.flops import flops_per_token
 from megatron_ads.observability.log import get_logger
 from megatron_ads.observability.metrics import MetricsWriter

@@ -10,7 +10,7 @@ import pytest
 from conversion.cli import parse_bytes
 from conversion.sparse_r1 import write_sparse_r1
 from megatron_ads.cli import main
-from tests.conversion.checkpoints import EDGE, fp8_checkpoint
+from parity_tests.harness.hf_checkpoints import EDGE, fp8_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,15 @@ from conversion.to_hf import ExportDtype
 from conversion.to_reference import reference_target
 from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.errors import ConversionError
-from tests.conversion.checkpoints import EDGE, V3, bf16_checkpoint, is_fp8_weight, random_tensors, to_fp8, write_hf
+from parity_tests.harness.hf_checkpoints import (
+    EDGE,
+    V3,
+    bf16_checkpoint,
+    is_fp8_weight,
+    random_tensors,
+    to_fp8,
+    write_hf,
+)
 
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "modeling_deepseek.py")
 

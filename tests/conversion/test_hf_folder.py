@@ -13,7 +13,15 @@ from conversion.hf_folder import open_hf_folder
 from conversion.sources import open_source
 from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.errors import ConversionError
-from tests.conversion.checkpoints import EDGE, V3, bf16_checkpoint, fp8_checkpoint, random_tensors, to_fp8, write_hf
+from parity_tests.harness.hf_checkpoints import (
+    EDGE,
+    V3,
+    bf16_checkpoint,
+    fp8_checkpoint,
+    random_tensors,
+    to_fp8,
+    write_hf,
+)
 
 
 def rewritten(folder: Path, change) -> Path:

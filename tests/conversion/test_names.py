@@ -5,7 +5,7 @@ import pytest
 from conversion.names import ParameterKind, Split, dimensions, hf_aliases, parameters, slice_shape
 from megatron_ads.architecture import shape_from_config
 from megatron_ads.errors import ConversionError
-from tests.conversion.checkpoints import EDGE, V2_LITE, V3, hf_shapes, is_fp8_weight
+from parity_tests.harness.hf_checkpoints import EDGE, V2_LITE, V3, hf_shapes, is_fp8_weight
 from tests.published import published
 
 

@@ -11,7 +11,7 @@ from conversion.sources import open_source
 from conversion.to_shards import ShardsTarget
 from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.errors import ConversionError
-from tests.conversion.checkpoints import bf16_checkpoint
+from parity_tests.harness.hf_checkpoints import bf16_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from conversion.to_torch_dist import TorchDistTarget
 from conversion.verify import verify
 from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.errors import ConversionError, DataError
-from tests.conversion.checkpoints import EDGE, bf16_checkpoint, fp8_checkpoint, random_tensors, to_fp8, write_hf
+from parity_tests.harness.hf_checkpoints import EDGE, bf16_checkpoint, fp8_checkpoint, random_tensors, to_fp8, write_hf
 
 LAYOUT = LayoutConfig(pp=4, ep=2)
 RESUME = Execution(resume=True)

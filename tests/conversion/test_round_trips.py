@@ -12,7 +12,15 @@ from conversion.sources import open_source
 from conversion.to_hf import ExportDtype
 from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.errors import MegatronAdsError
-from tests.conversion.checkpoints import EDGE, V2_LITE, V3, bf16_checkpoint, fp8_checkpoint, random_tensors, write_hf
+from parity_tests.harness.hf_checkpoints import (
+    EDGE,
+    V2_LITE,
+    V3,
+    bf16_checkpoint,
+    fp8_checkpoint,
+    random_tensors,
+    write_hf,
+)
 
 LAYOUTS = {
     "one rank": LayoutConfig(),

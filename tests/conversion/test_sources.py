@@ -14,7 +14,7 @@ from conversion.sources import local_folder, open_source
 from conversion.to_torch_dist import TorchDistTarget
 from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.errors import ConversionError
-from tests.conversion.checkpoints import fp8_checkpoint
+from parity_tests.harness.hf_checkpoints import fp8_checkpoint
 
 
 @pytest.fixture(scope="module")

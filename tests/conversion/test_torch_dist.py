@@ -22,8 +22,8 @@ from megatron_ads.architecture import shape_from_config
 from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.errors import ConversionError
 from megatron_ads.layout import ParallelLayout, place_layers
-from tests.conversion.checkpoints import V3, bf16_checkpoint, random_tensors, write_hf
-from tests.distributed import run_ranks
+from parity_tests.harness.hf_checkpoints import V3, bf16_checkpoint, random_tensors, write_hf
+from parity_tests.harness.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")

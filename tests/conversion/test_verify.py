@@ -15,7 +15,7 @@ from conversion.to_torch_dist import TorchDistTarget
 from conversion.verify import DifferenceKind, verify
 from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.errors import ConversionError
-from tests.conversion.checkpoints import V3, fp8_checkpoint
+from parity_tests.harness.hf_checkpoints import V3, fp8_checkpoint
 
 SQUARE = V3 | {"hidden_size": 32, "v_head_dim": 8}
 """o_proj is 32 x 32, so that its transpose has the right shape."""

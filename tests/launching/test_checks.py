@@ -12,7 +12,7 @@ from megatron_ads.config.recipes import load_recipe
 from megatron_ads.launching.job_check import check_job, needs_gpu
 from megatron_ads.launching.node_check import folder_problems, gpu_problems, python_problems, wants_gpu
 from megatron_ads.training.checkpoint_folder import FORMAT
-from tests.training.real_job import write_small_model
+from parity_tests.harness.real_job import write_small_model
 
 SMI = "#!/bin/sh\n"
 

@@ -6,7 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from megatron_ads.launching.network_check import check_connections, rendezvous_problems
-from tests.free_port import free_port
+from parity_tests.harness.ranks import free_port
 
 
 def test_nodes_that_reach_each_other_say_nothing() -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.runtime.exit_status import ExitStatus
-from tests.free_port import free_port
-from tests.training.real_job import descendants, write_small_model
+from parity_tests.harness.ranks import free_port
+from parity_tests.harness.real_job import descendants, write_small_model
 
 ROOT = Path(__file__).parents[2]
 STEPS = 2000

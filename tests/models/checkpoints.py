@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests.conversion.checkpoints import V2_LITE as _V2_LITE
-from tests.conversion.checkpoints import V3 as _V3
-from tests.conversion.checkpoints import hf_shapes
+from parity_tests.harness.hf_checkpoints import V2_LITE as _V2_LITE
+from parity_tests.harness.hf_checkpoints import V3 as _V3
+from parity_tests.harness.hf_checkpoints import hf_shapes
 
 _WIDTHS: dict[str, Any] = {
     "vocab_size": 128,

@@ -14,10 +14,10 @@ from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
 from megatron_ads.runtime import cpu_compat, process_groups
 from megatron_ads.runtime.seeds import seed_everything
-from tests.distributed import run_ranks
-from tests.models import jobs
+from parity_tests.harness import model_jobs
+from parity_tests.harness.model_jobs import Job
+from parity_tests.harness.ranks import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
-from tests.models.jobs import Job
 
 _MARKS = ("tensor_model_parallel", "partition_dim", "partition_stride", "sequence_parallel")
 
@@ -66,7 +66,7 @@ def test_weights_carry_the_marks_that_megatron_gives_when_it_initialises_them(fo
 
 
 def _expert_marks(job: Job) -> set[tuple[bool, bool]]:
-    (model,), _, _ = jobs.build(job)
+    (model,), _, _ = model_jobs.build(job)
     from megatron_ads.models.build import routed_experts
 
     return {(parameter.allreduce, parameter.tensor_model_parallel) for parameter in routed_experts(model)}
@@ -80,8 +80,8 @@ def test_experts_are_reduced_apart_and_counted_in_full(folder: Path, spec: Layer
 
 
 def _held(job: Job) -> list[tuple[str, int]]:
-    chunks, _, spec = jobs.build(job)
-    from megatron_ads.models.naming import named_weights
+    chunks, _, spec = model_jobs.build(job)
+    from megatron_ads.models.weights import named_weights
 
     return [(name, piece.numel()) for weight in named_weights(chunks, spec) for name, piece in weight.pieces()]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.seeds import seed_everything
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
 
 TOLERANCE = 1e-5
 """FP32, values near 1: the same products, summed in another order."""

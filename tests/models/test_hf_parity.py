@@ -8,9 +8,9 @@ import torch
 from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 
 from conversion.layer_specs import LayerSpec
-from tests.distributed import run_ranks
+from parity_tests.harness.model_jobs import Job, logits
+from parity_tests.harness.ranks import run_ranks
 from tests.models.checkpoints import KIMI_K2, MOONLIGHT, V2_LITE, V3, write_checkpoint
-from tests.models.jobs import Job, logits
 
 LOGIT_TOLERANCE = 1e-5
 """FP32 over four layers of width 64, logits up to 5: sums in another order differ by 1e-6."""

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megatron_ads.layout import ParallelLayout
-from tests.distributed import run_ranks
+from parity_tests.harness.model_jobs import Job, PassResult, own_slice, train_pass
+from parity_tests.harness.ranks import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
-from tests.models.jobs import Job, PassResult, own_slice, train_pass
 
 LOSS_TOLERANCE = 1e-6
 """Relative: a sum of 100 FP32 losses in another order."""

@@ -8,10 +8,10 @@ import torch
 
 from conversion.sources import open_source
 from megatron_ads.layout import ParallelLayout
-from tests.distributed import RanksFailed, run_ranks
-from tests.models import jobs
+from parity_tests.harness import model_jobs
+from parity_tests.harness.model_jobs import Job
+from parity_tests.harness.ranks import RanksFailed, run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
-from tests.models.jobs import Job
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,8 @@ class _Changed:
 
 def _fill(job: Job, changes: dict[str, str]) -> tuple[int, int, bool]:
     """Load into weights of NaN; return how many values were filled, how many there are, and whether all are numbers."""
-    chunks, _, spec = jobs.build(job)
-    from megatron_ads.models.load import load_weights
-    from megatron_ads.models.naming import named_weights
+    chunks, _, spec = model_jobs.build(job)
+    from megatron_ads.models.weights import load_weights, named_weights
 
     tensors = [weight.tensor for weight in named_weights(chunks, spec)]
     for tensor in tensors:

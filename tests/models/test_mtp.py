@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import DeepseekV3ForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
 
-from tests.distributed import run_ranks
+from parity_tests.harness.model_jobs import Job, rows, train_pass
+from parity_tests.harness.ranks import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
-from tests.models.jobs import Job, rows, train_pass
 
 WEIGHT = 0.3
 TOLERANCE = 1e-5

@@ -8,7 +8,7 @@ from megatron_ads.runtime import cpu_compat
 
 cpu_compat.install()
 
-from megatron_ads.models.norm import RMSNorm  # noqa: E402 - after Megatron-Core can be imported
+from megatron_ads.models.specs import RMSNorm  # noqa: E402 - after Megatron-Core can be imported
 
 
 class _Config:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed import run_ranks
-from tests.models import jobs
+from parity_tests.harness import model_jobs
+from parity_tests.harness.model_jobs import Job
+from parity_tests.harness.ranks import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
-from tests.models.jobs import Job
 
 TOLERANCE = 1e-5
 """Relative to the largest value: FP32 sums over tokens in another order."""
@@ -23,16 +23,23 @@ def _split(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _gradients(job: Job, form: str) -> dict[str, Tensor]:
-    (model,), shape, spec = jobs.build(job)
-    from megatron_ads.models.naming import named_weights
+    (model,), shape, spec = model_jobs.build(job)
+    from megatron_ads.models.weights import named_weights
 
-    for row in jobs.rows(shape.vocab_size):
+    for row in model_jobs.rows(shape.vocab_size):
         if form == "one by one":
             pieces: list[tuple[dict[str, Any], Any]] = [(piece, None) for piece in _split(row)]
         elif form == "packed":
-            pieces = [(row, jobs.packed(row))]
+            pieces = [(row, model_jobs.packed(row))]
         else:  # as if the row were one sample
-            pieces = [(row, jobs.packed(row | {"boundaries": torch.tensor([0, jobs.ROW_TOKENS], dtype=torch.int32)}))]
+            pieces = [
+                (
+                    row,
+                    model_jobs.packed(
+                        row | {"boundaries": torch.tensor([0, model_jobs.ROW_TOKENS], dtype=torch.int32)}
+                    ),
+                )
+            ]
         for piece, boundaries in pieces:
             arguments = {"labels": piece["labels"], "loss_mask": piece["mask"], "packed_seq_params": boundaries}
             loss = model(piece["tokens"], piece["positions"], None, **arguments)

@@ -8,10 +8,10 @@ from conversion.names import parameters
 from megatron_ads.architecture import shape_from_config
 from megatron_ads.config.model import FrozenPart, LoraConfig, LoraTarget, ModelConfig
 from megatron_ads.models.parts import parameters_by_part, part_of, trained_parameters
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
+from parity_tests.harness.training_jobs import Recipe, start
 from tests.models.checkpoints import V3, write_checkpoint
 from tests.published import published
-from tests.training.jobs import Recipe, start
 
 SHAPE = shape_from_config(V3)
 # The checkpoint has two dense layers, then two with experts.

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from megatron_ads.config.model import Precision
-from tests.distributed import run_ranks
-from tests.models import jobs
+from parity_tests.harness import model_jobs
+from parity_tests.harness.model_jobs import Job, train_pass
+from parity_tests.harness.ranks import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
-from tests.models.jobs import Job, train_pass
 
 LOSS_TOLERANCE = 0.01
 """Relative: BF16 keeps 8 bits, an error of 0.4 % per value that averages out over tokens."""
@@ -35,9 +35,9 @@ def test_a_bf16_pass_is_near_the_fp32_pass_and_its_gradients_are_fp32(folder: Pa
 def _routing_state(job: Job, how: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     from megatron.core.transformer.module import Float16Module
 
-    from megatron_ads.models.precision import wrap_precision
+    from megatron_ads.models.build import wrap_precision
 
-    (model,), _, _ = jobs.build(job)
+    (model,), _, _ = model_jobs.build(job)
     before = {name: value.clone() for name, value in model.named_buffers() if "router" in name}
     if how == "ours":
         wrap_precision([model])

@@ -8,9 +8,9 @@ import torch
 from conversion.layer_specs import LayerSpec
 from megatron_ads.config.model import Recompute
 from megatron_ads.layout import ParallelLayout
-from tests.distributed import run_ranks
+from parity_tests.harness.model_jobs import Job, train_pass
+from parity_tests.harness.ranks import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
-from tests.models.jobs import Job, train_pass
 
 
 @pytest.mark.parametrize("spec", [LayerSpec.LOCAL, LayerSpec.GROUPED])

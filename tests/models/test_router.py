@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed import run_ranks
-from tests.models import jobs
+from parity_tests.harness import model_jobs
+from parity_tests.harness.model_jobs import Job, train_pass
+from parity_tests.harness.ranks import run_ranks
 from tests.models.checkpoints import MOONLIGHT, V2_LITE, V3, write_checkpoint
-from tests.models.jobs import Job, train_pass
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _loaded_biases(job: Job) -> dict[str, Tensor]:
-    (model,), _, _ = jobs.build(job)
+    (model,), _, _ = model_jobs.build(job)
     return {name: value.clone() for name, value in model.named_buffers() if name.endswith("expert_bias")}
 
 
@@ -72,8 +72,8 @@ def test_load_is_the_busiest_expert_over_the_average_one(tmp_path: Path, config:
 
 
 def _loads_of_an_evaluation_and_an_empty_step(job: Job) -> tuple[float, float]:
-    (model,), _, _ = jobs.build(job)
-    from megatron_ads.models.expert_load import ExpertLoad
+    (model,), _, _ = model_jobs.build(job)
+    from megatron_ads.models.experts import ExpertLoad
 
     load = ExpertLoad([model])
     with torch.no_grad():

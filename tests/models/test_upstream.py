@@ -13,10 +13,10 @@ from megatron_ads.config.model import Recompute
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.seeds import seed_everything
-from tests.distributed import run_ranks
-from tests.models import jobs
+from parity_tests.harness import model_jobs
+from parity_tests.harness.model_jobs import Job, own_slice, train_pass
+from parity_tests.harness.ranks import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
-from tests.models.jobs import Job, own_slice, train_pass
 
 
 @pytest.fixture(scope="module")
@@ -98,18 +98,18 @@ def test_batched_messages_between_two_interleaved_stages_compute_wrong_numbers(f
 
 def _stock_failures(job: Job) -> dict[str, str]:
     """Make the stock classes do what ours were written for; return what they say instead."""
-    (model,), shape, _ = jobs.build(job)
+    (model,), shape, _ = model_jobs.build(job)
     from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
-    row = jobs.rows(shape.vocab_size)[0]
+    row = model_jobs.rows(shape.vocab_size)[0]
     failures = {}
     model.mtp.layers[0].__class__ = MultiTokenPredictionLayer
     try:
-        model(row["tokens"], row["positions"], None, labels=row["labels"], packed_seq_params=jobs.packed(row))
+        model(row["tokens"], row["positions"], None, labels=row["labels"], packed_seq_params=model_jobs.packed(row))
     except TypeError as error:
         failures["recompute"] = str(error)
     model.__class__ = GPTModel

@@ -159,7 +159,7 @@ def _model(layout: ParallelLayout) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_ads.models.norm import RMSNorm
+    from megatron_ads.models.specs import RMSNorm
 
     config = TransformerConfig(
         num_layers=4, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48,

@@ -7,9 +7,9 @@ import pytest
 
 from megatron_ads.config.model import FrozenPart, LoraConfig, LoraTarget
 from megatron_ads.runtime.collective_trace import Trace, compare_traces, trace_collectives
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
+from parity_tests.harness.training_jobs import Recipe, run_steps, save, start
 from tests.models.checkpoints import V3, write_checkpoint
-from tests.training.jobs import Recipe, run_steps, save, start
 
 PHASES = ("step", "save", "load", "step after load")
 THREE_DENSE_LAYERS = {"first_k_dense_replace": 3}

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_ads.layout import ParallelLayout
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
+from parity_tests.harness.training_jobs import Losses, Recipe, resume_and_train, run_steps, save, start
 from tests.models.checkpoints import V3, write_checkpoint
 from tests.optim.stock import StockJob, StockTrainer, fused_adam_installed
-from tests.training.jobs import Losses, Recipe, resume_and_train, run_steps, save, start
 
 LAYOUT = {"ep": 2}
 """Two ranks: the dense parameters have two replicas, the experts one."""

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_ads.layout import ParallelLayout
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
+from parity_tests.harness.training_jobs import Recipe, batches, start
 from tests.models.checkpoints import V3, write_checkpoint
 from tests.optim.stock import StockJob, StockTrainer, fused_adam_installed
-from tests.training.jobs import Recipe, batches, start
 
 
 def _norm_of_expert_gradients(chunks: list[torch.nn.Module]) -> float:

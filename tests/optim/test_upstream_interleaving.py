@@ -5,9 +5,9 @@ megatron-core 0.16 batches point-to-point messages unless told otherwise, and th
 
 import pytest
 
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
+from parity_tests.harness.training_jobs import Losses, Recipe, run_steps, start
 from tests.models.checkpoints import V3, write_checkpoint
-from tests.training.jobs import Losses, Recipe, run_steps, start
 
 
 def _train(recipe: Recipe, batched: bool) -> Losses:

@@ -10,10 +10,10 @@ import pytest
 import torch.distributed as dist
 
 from megatron_ads.layout import ParallelLayout
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
+from parity_tests.harness.training_jobs import Recipe, resume_and_train, run_steps, save, start, train_and_save
 from tests.models.checkpoints import V3, write_checkpoint
 from tests.optim.stock import FORMAT, StockJob, StockTrainer, fused_adam_installed
-from tests.training.jobs import Recipe, resume_and_train, run_steps, save, start, train_and_save
 
 PP2_EP2 = ParallelLayout(world=4, pp=2, ep=2)
 EP2 = ParallelLayout(world=2, ep=2)

@@ -3,9 +3,8 @@
 from dataclasses import replace
 
 from megatron_ads.config.model import Precision
-from megatron_ads.parity.limits import LIMITS
 from megatron_ads.parity.records import Comparison, Kind, LayerResult, LogitResult, RouterResult, RungResult
-from megatron_ads.parity.verdict import first_departure, rungs
+from megatron_ads.parity.verdict import LIMITS, first_departure, rungs
 
 LIMIT = LIMITS[Precision.fp32]
 NAMES = RungResult(rung=1, name="names", passed=True, detail="")

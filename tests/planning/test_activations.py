@@ -39,9 +39,8 @@ def _kept_by_autograd(job: Job) -> float:
     from megatron.core.packed_seq_params import PackedSeqParams
 
     from conversion.layer_specs import LayerSpec
-    from megatron_ads.models.adapt import add_adapters
-    from megatron_ads.models.build import build_chunks
-    from megatron_ads.models.precision import wrap_precision
+    from megatron_ads.models.build import build_chunks, wrap_precision
+    from megatron_ads.models.lora import add_adapters
     from megatron_ads.models.settings import ModelSettings
 
     settings = ModelSettings(

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ads.runtime.activity import Activity, Standing
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
 
 PAUSE = 0.4
 

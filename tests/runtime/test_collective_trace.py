@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.collective_trace import Collective, Group, Trace, compare_traces, trace_collectives
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
 
 EP = Group("expert_model_parallel", (0, 1))
 WORLD = Group("default", (0, 1, 2))

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ads.runtime import cpu_compat
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
 
 
 def _allocate_on_the_current_device() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import RanksFailed, run_ranks
+from parity_tests.harness.ranks import RanksFailed, run_ranks
 
 
 def _sum_of_ranks(factor: int) -> float:

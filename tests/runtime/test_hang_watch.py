@@ -24,7 +24,7 @@ from megatron_ads.runtime.exit_status import ExitStatus
 from megatron_ads.runtime.hang_watch import HangWatch
 from megatron_ads.runtime.hangs import name_failed_communication
 from megatron_ads.runtime.watchdog import PeerMonitor
-from tests.distributed import RanksFailed, run_ranks
+from parity_tests.harness.ranks import RanksFailed, run_ranks
 
 TIMEOUT = 3.0
 LONG = 60.0

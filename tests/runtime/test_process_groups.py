@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import Coordinates, ParallelLayout
 from megatron_ads.runtime import process_groups
-from tests.distributed import RanksFailed, run_ranks
+from parity_tests.harness.ranks import RanksFailed, run_ranks
 
 LAYOUTS = {
     "pp2 ep2 of 4": ParallelLayout(world=4, pp=2, ep=2),

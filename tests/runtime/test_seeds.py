@@ -8,7 +8,7 @@ import torch
 
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime import process_groups, seeds
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
 
 
 def _streams(layout: ParallelLayout, seed: int) -> dict[str, float]:

@@ -5,7 +5,7 @@ import warnings
 import torch
 
 from megatron_ads.runtime import upstream_warnings
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
 
 
 def _warnings(silenced: bool) -> list[str]:

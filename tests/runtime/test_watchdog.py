@@ -14,7 +14,7 @@ from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime.exit_status import ExitStatus
 from megatron_ads.runtime.hangs import name_failed_communication
 from megatron_ads.runtime.watchdog import Loss, PeerMonitor
-from tests.distributed import RanksFailed, run_ranks
+from parity_tests.harness.ranks import RanksFailed, run_ranks
 
 LAYOUT = ParallelLayout(world=4, pp=2, ep=2)
 STAGE = {0: 0, 1: 0, 2: 1, 3: 1}

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from parity_tests.harness.real_job import write_small_model
 from tests.slurm.cluster import Cluster, rank_pid, running_cluster, why_not
-from tests.training.real_job import write_small_model
 
 pytestmark = [
     pytest.mark.slurm,

@@ -20,9 +20,9 @@ import pytest
 
 from megatron_ads.config.model import FrozenPart
 from megatron_ads.errors import CheckpointError, MegatronAdsError
-from tests.distributed import RanksFailed, run_ranks
+from parity_tests.harness.ranks import RanksFailed, run_ranks
+from parity_tests.harness.training_jobs import Losses, Recipe, run_steps, save, start, train, train_and_save
 from tests.models.checkpoints import V3, write_checkpoint
-from tests.training.jobs import Losses, Recipe, run_steps, save, start, train, train_and_save
 
 EP2 = {"ep": 2}
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
+from parity_tests.harness.training_jobs import Recipe, resume_and_train, train, train_and_save
 from tests.models.checkpoints import V3, write_checkpoint
-from tests.training.jobs import Recipe, resume_and_train, train, train_and_save
 
 SAVED_STEPS, MORE_STEPS = 3, 3
 SAVED_LAYOUT = {"pp": 2, "ep": 2}

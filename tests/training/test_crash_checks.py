@@ -17,7 +17,7 @@ from parity_tests.crash_test import (
     check_the_others,
     draw_kill,
 )
-from tests.training.real_job import RealJob
+from parity_tests.harness.real_job import RealJob
 
 NAME = "step-00000002"
 KILL = Kill(rank=1, phase="step", step=3, delay_seconds=0.0, under_launcher=False)

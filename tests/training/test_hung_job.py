@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.runtime.exit_status import ExitStatus
-from tests.training.real_job import RealJob, write_small_model
+from parity_tests.harness.real_job import RealJob, write_small_model
 
 TIMEOUT = 6
 SLOW = "holds up the job"

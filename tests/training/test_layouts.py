@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
+from parity_tests.harness.training_jobs import Recipe, train
 from tests.models.checkpoints import V3, write_checkpoint
-from tests.training.jobs import Recipe, train
 
 STEPS = 10
 LAYOUTS = {

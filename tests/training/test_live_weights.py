@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from conversion.sources import open_source
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
+from parity_tests.harness.training_jobs import Recipe, start
 from tests.models.checkpoints import V2_LITE, V3, write_checkpoint
-from tests.training.jobs import Recipe, start
 
 LAYOUTS = {
     "pp2-ep2": (4, {"pp": 2, "ep": 2}),

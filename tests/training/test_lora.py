@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from megatron_ads.config.model import FrozenPart, LoraConfig, LoraTarget, Recompute
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
+from parity_tests.harness.training_jobs import Losses, Recipe, run_steps, start
 from tests.models.checkpoints import V3, write_checkpoint
-from tests.training.jobs import Losses, Recipe, run_steps, start
 
 STEPS = 5
 LORA = LoraConfig(rank=4, alpha=8)

@@ -15,11 +15,11 @@ from megatron_ads.cli import main
 from megatron_ads.config.model import LoraConfig
 from megatron_ads.errors import CheckpointError, ConversionError
 from megatron_ads.training.adapter_record import AdapterRecord, base_digest, require_same_adapters
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
+from parity_tests.harness.real_job import RealJob, write_small_model
+from parity_tests.harness.training_jobs import Losses, Recipe, batches, resume_and_train, run_steps, save, start
 from tests.models.checkpoints import V3, write_checkpoint
 from tests.models.test_hf_parity import LOGIT_TOLERANCE
-from tests.training.jobs import Losses, Recipe, batches, resume_and_train, run_steps, save, start
-from tests.training.real_job import RealJob, write_small_model
 
 TOKENS_BS = torch.randint(0, 128, (2, 48), generator=torch.Generator().manual_seed(3))
 STEPS = 2

@@ -13,9 +13,9 @@ from megatron_ads.layout import ParallelLayout
 from megatron_ads.observability.log import start_logging
 from megatron_ads.runtime.activity import Activity
 from megatron_ads.training.rank_times import RankTimes
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
+from parity_tests.harness.training_jobs import Recipe, batches, start
 from tests.models.checkpoints import V3, write_checkpoint
-from tests.training.jobs import Recipe, batches, start
 
 STEPS = 4
 EACH = 0.06

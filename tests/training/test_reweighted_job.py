@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.runtime.exit_status import ExitStatus
-from tests.training.real_job import RealJob, write_small_model
+from parity_tests.harness.real_job import RealJob, write_small_model
 
 pytestmark = pytest.mark.slow
 

@@ -12,9 +12,9 @@ from megatron_ads.data.adaptive_weights import InstanceWeights
 from megatron_ads.data.batches import BatchStream, ReplicaShare
 from megatron_ads.data.mixing import WeightedRows
 from megatron_ads.data.rows import TokenizedRow
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
+from parity_tests.harness.training_jobs import Recipe, start
 from tests.models.checkpoints import V3, write_checkpoint
-from tests.training.jobs import Recipe, start
 
 STEPS, SAMPLES = 5, 12
 BETA, LOWEST, HIGHEST = 2.0, 0.5, 2.0

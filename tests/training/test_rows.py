@@ -12,7 +12,7 @@ from megatron_ads.config.recipes import load_recipe
 from megatron_ads.errors import DataError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.training.rows import open_streams
-from tests.training.real_job import write_small_model
+from parity_tests.harness.real_job import write_small_model
 
 LINE_LIMIT = 10_000_000
 

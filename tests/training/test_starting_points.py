@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megatron_ads.cli import main
-from tests.conversion.checkpoints import fp8_checkpoint
-from tests.distributed import run_ranks
-from tests.training.jobs import Recipe, start
+from parity_tests.harness.hf_checkpoints import fp8_checkpoint
+from parity_tests.harness.ranks import run_ranks
+from parity_tests.harness.training_jobs import Recipe, start
 
 LAYOUT = {"pp": 2, "ep": 2}
 SAME_LAYOUT = ["--pp", "2", "--ep", "2"]

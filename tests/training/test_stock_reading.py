@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from conversion.sources import open_source
-from tests.distributed import run_ranks
+from parity_tests.harness.ranks import run_ranks
+from parity_tests.harness.training_jobs import Recipe, run_steps, save, start
 from tests.models.checkpoints import V3, write_checkpoint
-from tests.training.jobs import Recipe, run_steps, save, start
 
 Piece = tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]
 """Key, shape of the whole tensor, where this piece of it begins, and the piece."""

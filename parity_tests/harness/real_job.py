@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
-from tests.free_port import free_port
+from parity_tests.harness.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, Any] = dict(CONFIGS[Preset.tiny]) | {

@@ -12,7 +12,7 @@ from megatron_ads.config.optim import OptimConfig, Schedule
 from megatron_ads.config.sft import SftConfig
 from megatron_ads.config.training import CheckpointConfig, LogConfig, TrainConfig
 from megatron_ads.data.packed_batch import PackedBatch
-from tests.models.jobs import rows
+from parity_tests.harness.model_jobs import rows
 
 ROWS_PER_STEP = 4
 
@@ -128,10 +128,35 @@ def train_and_save(recipe: Recipe) -> Losses:
 
 
 def resume_and_train(recipe: Recipe) -> Losses:
-    """Go on for ``recipe.steps`` from the newest checkpoint."""
+    """Continue for ``recipe.steps`` from the newest checkpoint."""
+    model, shards, _ = start(recipe)
+    return _continue(recipe, model, shards)
+
+
+def train_and_export(recipe: Recipe, export: Path) -> Losses:
+    """Train from the recipe's weights without interruption and export the result."""
+    from megatron_ads.training.export import export_shards
+
+    model, shards, source = start(recipe)
+    losses = run_steps(model, shards, 0, recipe.steps)
+    export_shards(export, model.models, model.spec, source, shards)
+    return losses
+
+
+def resume_and_export(recipe: Recipe, export: Path) -> Losses:
+    """Continue for ``recipe.steps`` from the newest checkpoint and export the result."""
+    from megatron_ads.training.export import export_shards
+
+    model, shards, source = start(recipe)
+    losses = _continue(recipe, model, shards)
+    export_shards(export, model.models, model.spec, source, shards)
+    return losses
+
+
+def _continue(recipe: Recipe, model: Any, shards: Any) -> Losses:
     from megatron_ads.training.checkpoint import complete_checkpoints, load_checkpoint
 
-    model, shards, _ = start(recipe)
+    assert recipe.checkpoints is not None
     _, folder = complete_checkpoints(recipe.checkpoints)[-1]
     progress = load_checkpoint(folder, model.chunks, model.optimizer, shards.layout, adapters=model.adapters)
     return run_steps(model, shards, progress.step, recipe.steps)

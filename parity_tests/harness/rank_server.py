@@ -1,7 +1,7 @@
 """The process that ranks of distributed tests are forked from: it has imported torch and Megatron-Core once for all.
 
-Started by ``tests/distributed.py`` as ``python -m tests.rank_server``. It forks a rank for each line on its standard
-input (``fork RANK WORLD ADDRESS FOLDER``, answered with the process id) and tells how one ended (``wait PID``). Ranks
+Started by ``ranks`` as ``python -m parity_tests.harness.rank_server``. It forks a rank for each line on its standard
+input (``fork RANK WORLD ADDRESS FOLDER``, answered with the process id) and reports how one ended (``wait PID``). Ranks
 die with it, and it ends when its standard input closes, so that nothing outlives the test session, however that ends.
 """
 

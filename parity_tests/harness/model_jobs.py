@@ -68,8 +68,8 @@ def build(job: Job) -> tuple[list[Any], Any, LayerSpec]:
     """Start the groups of the job and return loaded chunks, the model's shape and its layer spec."""
     process_groups.start(job.layout, timeout_seconds=60)
     from megatron_ads.models.build import build_chunks
-    from megatron_ads.models.load import load_weights
     from megatron_ads.models.settings import ModelSettings
+    from megatron_ads.models.weights import load_weights
 
     seed_everything(1)
     source = open_source(job.folder)
@@ -97,9 +97,9 @@ def train_pass(job: Job) -> PassResult:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_ads.models.expert_load import ExpertLoad
-    from megatron_ads.models.naming import named_weights
-    from megatron_ads.models.precision import wrap_precision
+    from megatron_ads.models.build import wrap_precision
+    from megatron_ads.models.experts import ExpertLoad
+    from megatron_ads.models.weights import named_weights
 
     config = chunks[0].config
     config.finalize_model_grads_func = finalize_model_grads

@@ -1,9 +1,9 @@
 """One rank on a CUDA device: make the call that a file holds and write its answer to another.
 
-A process of its own for each call: ``tests/rank_server.py`` forks its ranks, and a CUDA context does not survive a
-fork. The job itself joins its process group (``process_groups.start``) and moves its batch to the device.
+A process of its own for each call: ``rank_server`` forks its ranks, and a CUDA context does not survive a fork. The job
+itself joins its process group (``process_groups.start``) and moves its batch to the device.
 
-    python -m parity_tests.gpu_rank CALL ANSWER      with the variables of torchrun set
+    python -m parity_tests.harness.gpu_rank CALL ANSWER      with the variables of torchrun set
 """
 
 import sys

@@ -16,9 +16,9 @@ from megatron_ads.config.optim import Schedule
 from megatron_ads.data.packed_batch import PackedBatch
 from megatron_ads.runtime.device import device
 from parity_tests import reference
+from parity_tests.harness.model_jobs import rows
+from parity_tests.harness.training_jobs import Recipe, start
 from parity_tests.machines import CPU_FP32, Machine
-from tests.models.jobs import rows
-from tests.training.jobs import Recipe, start
 
 Row = dict[str, Any]
 
@@ -29,7 +29,7 @@ class Training:
 
     folder: Path
     steps: list[list[Row]]
-    """The packed rows of each step: tokens, labels, positions, mask, boundaries, as ``tests.models.jobs.rows``."""
+    """The packed rows of each step: tokens, labels, positions, mask, boundaries, as ``model_jobs.rows``."""
     peak: float = 1e-3
     warmup_steps: int = 5
     weight_decay: float = 0.1

@@ -9,9 +9,12 @@ One process on this machine, in FP32. Exit status 1 if any logit differs by the 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_ads.errors import ConversionError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LIMIT = 1e-5
 """Largest difference of any logit: two orders of summation in FP32 differ by about 1e-6 on logits of size 1 to 10."""
@@ -64,25 +67,23 @@ def compare_logits(megatron: Path, hf: Path, *, tokens: int, seed: int) -> dict[
     }
 
 
-def hf_logits(folder: Path, tokens_BS: Any) -> Any:
+def hf_logits(folder: Path, tokens_BS: "Tensor") -> "Tensor":
     """Return transformers' logits ``(B, S, vocabulary)`` in FP32."""
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()  # it lists every tensor of the MTP layers, which it never loads
-    logging.disable_progress_bar()
+    from megatron_ads.parity.reference import load_model
+
     if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         raise ConversionError(
             f"{folder} is stored in FP8, which transformers runs on a GPU only. Export it once more with --dtype bf16 "
-            "and compare that; `megatron-ads verify` tells whether the two hold the same weights."
+            "and compare that; `megatron-ads verify` checks that the two hold the same weights."
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     with torch.no_grad():
-        return model(tokens_BS).logits
+        logits: Tensor = load_model(folder, torch.float32)(tokens_BS).logits
+        return logits
 
 
-def megatron_logits(folder: Path, tokens_BS: Any) -> Any:
+def megatron_logits(folder: Path, tokens_BS: "Tensor") -> "Tensor":
     """Return Megatron-Core's logits ``(B, S, vocabulary)`` in FP32, the whole model in this process."""
     import torch
 
@@ -96,8 +97,8 @@ def megatron_logits(folder: Path, tokens_BS: Any) -> Any:
     process_groups.start(layout, create_gloo_process_groups=False)
     try:
         from megatron_ads.models.build import build_chunks
-        from megatron_ads.models.load import load_weights
         from megatron_ads.models.settings import ModelSettings
+        from megatron_ads.models.weights import load_weights
         from megatron_ads.runtime.seeds import seed_everything
 
         seed_everything(0)
@@ -106,6 +107,7 @@ def megatron_logits(folder: Path, tokens_BS: Any) -> Any:
         load_weights([model], source, settings.spec)
         positions_BS = torch.arange(tokens_BS.size(1)).expand(tokens_BS.shape)
         with torch.no_grad():
-            return model.eval()(tokens_BS, positions_BS, None)
+            logits: Tensor = model.eval()(tokens_BS, positions_BS, None)
+            return logits
     finally:
         process_groups.stop()

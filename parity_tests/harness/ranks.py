@@ -11,8 +11,10 @@ autograd), nor can its process groups, each with a thread of gloo that wakes 100
 import contextlib
 import os
 import pickle
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,12 +26,11 @@ from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
-from tests.free_port import free_port
-from tests.rank_server import STACK_SIGNAL
+from parity_tests.harness.rank_server import STACK_SIGNAL
 
 _GRACE_SECONDS = 10.0
 """How long the other ranks may go on after one has failed, before the pool is ended."""
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _LOG_TAIL_CHARACTERS = 2000
 
 
@@ -94,7 +95,7 @@ def _server() -> subprocess.Popen[str]:
         "PYTHONPATH": str(_ROOT),
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.rank_server"],
+        [sys.executable, "-m", "parity_tests.harness.rank_server"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=_ROOT, env=environment,
     )  # fmt: skip
 
@@ -186,3 +187,12 @@ class _Ranks:
     def _log(self, number: int) -> str:
         text = (self._folder / f"output-{number}").read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:]
         return f"its output ended with\n{text}" if text else ""
+
+
+def free_port() -> int:
+    """Return a port below the range (from 32768) from which the system hands out ports to others meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
