@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what was checked, then the problems; return 2 if there are any."""
-    passed, problems = surroundings(args.recipe, args.overrides, args.ranks, args.ranks_here)
+    passed, problems = check_job_and_node(args.recipe, args.overrides, args.ranks, args.ranks_here)
     for line in passed:
         print(f"ok    {line}")
     sys.stdout.flush()
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     return 2 if problems else 0
 
 
-def surroundings(
+def check_job_and_node(
     recipe: str, overrides: list[str], ranks: int | None, ranks_here: int | None
 ) -> tuple[list[str], list[str]]:
     """Return a line for every check that passed, and one for every problem, of the job and of this node."""

@@ -21,7 +21,7 @@ from megatron_ads.config.sft import SftConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.launching.attempts import Verdict, describe_failure, judge
 from megatron_ads.launching.environment import NodePart
-from megatron_ads.launching.job_check import surroundings
+from megatron_ads.launching.job_check import check_job_and_node
 from megatron_ads.launching.processes import wait_passing_signals_on
 from megatron_ads.runtime.exit_status import ExitStatus
 from megatron_ads.runtime.rank_record import FOLDER_VARIABLE, RankRecord, read_records
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """
     config = load_recipe(args.recipe, args.overrides)
     part = NodePart.of(os.environ, args.ranks, config.layout.fewest_ranks())
-    _, problems = surroundings(args.recipe, args.overrides, part.ranks, part.ranks_here)
+    _, problems = check_job_and_node(args.recipe, args.overrides, part.ranks, part.ranks_here)
     if problems:
         for problem in problems[:-1]:
             print(f"megatron-ads: {problem}", file=sys.stderr)
