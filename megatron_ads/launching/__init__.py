@@ -1,1 +1,1 @@
-"""How a job is started, watched and started again: checks of its surroundings, torchrun, Slurm. No GPU, no torch."""
+"""How a job is started, watched and started again: checks of recipe and machine, torchrun, Slurm. No GPU, no torch."""

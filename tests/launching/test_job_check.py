@@ -3,18 +3,14 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.launching.job_check import check_job, needs_gpu
-from megatron_ads.launching.node_check import folder_problems, gpu_problems, python_problems, wants_gpu
 from megatron_ads.training.checkpoint_folder import FORMAT
 from parity_tests.harness.real_job import write_small_model
-
-SMI = "#!/bin/sh\n"
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +21,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def words(model: Path, tmp_path: Path) -> list[str]:
     return [f"model.load={model}", f"log.dir={tmp_path / 'run'}", "layout.first_stage_layers=2"]
-
-
-@pytest.fixture
-def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Put a stand-in for the driver's program first on the path; tests write what it does."""
-    program = tmp_path / "bin" / "nvidia-smi"
-    program.parent.mkdir()
-    program.touch(mode=0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
-    yield program
 
 
 def _checkpoint(folder: Path, *, listed_bytes: int) -> None:
@@ -85,66 +71,10 @@ def test_checkpoints_that_the_disk_cannot_hold_are_a_problem(words: list[str]) -
     assert "GB free, but" in problem and "checkpoint.keep_last = 100000000" in problem
 
 
-def test_an_old_python_is_a_problem() -> None:
-    assert python_problems((3, 11)) == python_problems((3, 13)) == []
-    (problem,) = python_problems((3, 10))
-    assert "3.11 or newer is needed" in problem
-
-
-@pytest.mark.parametrize(
-    ("environment", "wanted"),
-    [
-        ({"SLURM_GPUS_ON_NODE": "8"}, True),
-        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""}, False),  # hidden on purpose: a run on the CPU
-    ],
-)
-def test_gpus_are_wanted_where_slurm_gave_some(environment: dict[str, str], wanted: bool) -> None:
-    assert wants_gpu(environment) is wanted
-
-
 def test_transformer_engine_layers_want_gpus_anywhere(words: list[str]) -> None:
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     assert not needs_gpu(load_recipe("sft/quickstart", words), hidden)
     assert needs_gpu(load_recipe("sft/quickstart", [*words, "model.layer_spec=te"]), hidden)
-
-
-def test_fewer_gpus_than_ranks_are_a_problem(smi: Path) -> None:
-    smi.write_text(f"{SMI}for i in 1 2 3 4; do echo 'NVIDIA H100, 550.1'; done\n")
-    assert gpu_problems(4, {}) == []
-    (problem,) = gpu_problems(8, {})
-    assert problem.startswith("4 GPUs are visible, but 8 ranks are to run here.")
-    (problem,) = gpu_problems(4, {"CUDA_VISIBLE_DEVICES": "0,1"})
-    assert problem.startswith("2 GPUs are visible (CUDA_VISIBLE_DEVICES is 0,1)")
-
-
-def test_a_driver_that_does_not_work_is_a_problem(smi: Path) -> None:
-    smi.write_text(f"{SMI}echo 'Failed to initialize NVML'; exit 9\n")
-    (problem,) = gpu_problems(1, {})
-    assert "Failed to initialize NVML" in problem
-
-
-def test_a_missing_driver_is_a_problem(smi: Path) -> None:
-    smi.unlink()
-    (problem,) = gpu_problems(1, {})
-    assert "the NVIDIA driver is not installed" in problem
-
-
-def test_a_folder_that_cannot_be_made_is_a_problem(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    (problem,) = folder_problems(tmp_path / "file" / "run")
-    assert "cannot be written" in problem
-    assert folder_problems(tmp_path / "run") == []
-    assert not (tmp_path / "run").exists()
-
-
-def test_storage_that_is_not_shared_is_found_by_the_node(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "megatron_ads.launching.node_check", "--local-ranks=1", f"--folder={tmp_path}"]
-    expect = tmp_path / "attempt.json"
-    answer = subprocess.run([*command, f"--expect={expect}"], capture_output=True, text=True, timeout=60, check=False)
-    assert answer.returncode == 2
-    assert "log.dir is not on storage that all nodes share" in answer.stdout
-    expect.touch()
-    assert subprocess.run([*command, f"--expect={expect}"], timeout=60, check=False).returncode == 0
 
 
 def test_the_command_prints_what_is_well_and_exits_2_over_what_is_not(words: list[str]) -> None:
