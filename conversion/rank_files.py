@@ -1,10 +1,11 @@
 """Which file of a shards folder holds which slice of which parameter: what that rank of the job owns, and no more."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from conversion.names import Parameter, layer_parameters, outside_parameters, slice_shape
+from conversion.names import Parameter, Split, layer_parameters, outside_parameters, slice_shape
 from megatron_ads.architecture import ModelShape
 from megatron_ads.layout import Chunk, ParallelLayout, PipelinePlacement
 
@@ -26,6 +27,17 @@ class RankFile:
         return f"pp{self.pp:02d}-tp{self.tp}-ep{self.ep:02d}{suffix}.safetensors"
 
 
+@dataclass(frozen=True, slots=True)
+class OwnedSlice:
+    """One tensor-parallel slice of a parameter, and the lowest rank of the job that holds it."""
+
+    owner: int
+    index: int
+    """Which slice it is, from 0 ..."""
+    count: int
+    """... of how many; 1 for the whole parameter."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardsLayout:
     """A model laid out over ranks."""
@@ -45,6 +57,36 @@ class ShardsLayout:
             for pp in range(size.pp)
             for rank in range(math.lcm(size.tp, size.ep * size.etp))
         )
+
+    def file_of(self, rank: int) -> RankFile:
+        """Return the file that holds the weights of a rank of the job."""
+        at = self.layout.coordinates(rank)
+        return RankFile(pp=at.pp, tp=at.tp, ep=at.ep, etp=at.etp, etp_size=self.layout.etp)
+
+    def writes_file(self, rank: int) -> bool:
+        """Whether a rank is the lowest of those with the weights of its file, and so the one that writes it."""
+        return rank % self._ranks_per_stage < math.lcm(self.layout.tp, self.layout.ep * self.layout.etp)
+
+    def owners(self, parameter: Parameter) -> tuple[OwnedSlice, ...]:
+        """Return the ranks that together hold ``parameter`` once, the lowest ones, in the order of its slices.
+
+        A parameter that several stages hold, as the embedding with MTP layers, belongs to the first of them.
+        """
+        first_rank = self._first_stage(parameter) * self._ranks_per_stage
+        count = self.layout.tp
+        if parameter.expert is not None:
+            count = self.layout.etp
+            first_rank += parameter.expert // (self.shape.num_experts // self.layout.ep) * count
+        if parameter.split is Split.REPLICATED:
+            count = 1
+        return tuple(OwnedSlice(first_rank + index, index, count) for index in range(count))
+
+    @property
+    def _ranks_per_stage(self) -> int:
+        return self.layout.world // self.layout.pp
+
+    def _first_stage(self, parameter: Parameter) -> int:
+        return min(chunk.stage for chunk in self.placement.chunks if _chunk_holds(self.shape, chunk, parameter))
 
     def owned(self, file: RankFile) -> Iterator[Parameter]:
         """Yield the parameters with a slice in ``file``, in model order."""
@@ -69,6 +111,16 @@ class ShardsLayout:
     def slice_shape(self, parameter: Parameter) -> tuple[int, ...]:
         """Return the shape that ``parameter`` has in any file that holds it."""
         return slice_shape(parameter, self.layout.tp if parameter.expert is None else self.layout.etp)
+
+
+_LAYER = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.")
+
+
+def _chunk_holds(shape: ModelShape, chunk: Chunk, parameter: Parameter) -> bool:
+    """Whether some rank that runs ``chunk`` holds a slice of ``parameter``."""
+    if (match := _LAYER.match(parameter.name)) is None:
+        return parameter in _outside_owned(shape, (chunk,))
+    return int(match[2]) in (chunk.layers if match[1] == "decoder" else chunk.mtp_layers)
 
 
 def _outside_owned(shape: ModelShape, stage: tuple[Chunk, ...]) -> Iterator[Parameter]:

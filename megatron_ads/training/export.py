@@ -9,7 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from conversion.layer_specs import LayerSpec
-from conversion.rank_files import RankFile, ShardsLayout
+from conversion.rank_files import ShardsLayout
 from conversion.shards import write_manifest, write_rank_file
 from conversion.sources import WeightSource
 from megatron_ads.models.lora import named_adapters
@@ -26,12 +26,12 @@ def export_shards(
     Raises:
         ConversionError: If a parameter is missing or has another shape than its rank should own.
     """
-    weights = canonical_weights(chunks, spec)
-    file = _own_file(layout)
-    record = None if file is None else write_rank_file(folder, file, weights, layout)
+    rank, record = dist.get_rank(), None
+    if layout.writes_file(rank):
+        record = write_rank_file(folder, layout.file_of(rank), canonical_weights(chunks, spec), layout)
     records: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(records, record)
-    if dist.get_rank() == 0:
+    if rank == 0:
         write_manifest(
             folder,
             layout=layout,
@@ -43,14 +43,6 @@ def export_shards(
             source=f"training from {source.path.name}",
         )
     dist.barrier()
-
-
-def _own_file(layout: ShardsLayout) -> RankFile | None:
-    """Return the file this rank writes; None if a lower rank of its stage holds the same weights."""
-    files = layout.rank_files()
-    files_per_stage = len(files) // layout.layout.pp
-    stage, rank = divmod(dist.get_rank(), layout.layout.world // layout.layout.pp)
-    return files[stage * files_per_stage + rank] if rank < files_per_stage else None
 
 
 def canonical_weights(chunks: Sequence[GPTModel], spec: LayerSpec) -> dict[str, Tensor]:

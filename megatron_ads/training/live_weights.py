@@ -5,7 +5,6 @@ up from the ranks that own them. Nothing but one bucket is held besides the mode
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,23 +12,14 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from conversion.layer_specs import LayerSpec
-from conversion.names import Kind, Parameter, Split, parameters
-from conversion.rank_files import ShardsLayout
+from conversion.names import Kind, Parameter, parameters
+from conversion.rank_files import OwnedSlice, ShardsLayout
 from conversion.sources import WeightSource
 from conversion.tensor_parallel import slice_rectangles
 from megatron_ads.runtime.device import device
 from megatron_ads.training.export import canonical_weights
 
 DEFAULT_BUCKET_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class _Slice:
-    """One tensor-parallel slice of a parameter, and the rank that sends it."""
-
-    owner: int
-    rank: int
-    size: int
 
 
 def iterate_hf_tensors(
@@ -60,18 +50,18 @@ def iterate_hf_tensors(
                 yield alias, whole
 
 
-Bucket = list[tuple[Parameter, tuple[_Slice, ...]]]
+Bucket = list[tuple[Parameter, tuple[OwnedSlice, ...]]]
 
 
 def _buckets(shards: ShardsLayout, dtype: torch.dtype, bucket_bytes: int) -> Iterator[Bucket]:
     bucket: Bucket = []
     filled = 0
-    for parameter, slices in _owners(shards).values():
+    for parameter in parameters(shards.shape).values():
         nbytes = torch.Size(parameter.shape).numel() * _dtype(parameter, dtype).itemsize
         if bucket and filled + nbytes > bucket_bytes:
             yield bucket
             bucket, filled = [], 0
-        bucket.append((parameter, slices))
+        bucket.append((parameter, shards.owners(parameter)))
         filled += nbytes
     if bucket:
         yield bucket
@@ -79,25 +69,6 @@ def _buckets(shards: ShardsLayout, dtype: torch.dtype, bucket_bytes: int) -> Ite
 
 def _dtype(parameter: Parameter, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if parameter.kind is Kind.ROUTER_BIAS else dtype
-
-
-def _owners(shards: ShardsLayout) -> dict[str, tuple[Parameter, tuple[_Slice, ...]]]:
-    """Return for every parameter, in model order, the ranks that together hold it once."""
-    files = shards.rank_files()
-    files_per_stage = len(files) // shards.layout.pp
-    ranks_per_stage = shards.layout.world // shards.layout.pp
-    found: dict[str, dict[int, _Slice]] = {name: {} for name in parameters(shards.shape)}
-    for index, file in enumerate(files):
-        stage, within = divmod(index, files_per_stage)
-        for parameter in shards.owned(file):
-            rank, size = shards.slice_of(parameter, file)
-            if parameter.split is Split.REPLICATED:
-                rank, size = 0, 1
-            found[parameter.name].setdefault(rank, _Slice(stage * ranks_per_stage + within, rank, size))
-    return {
-        name: (parameter, tuple(found[name][rank] for rank in sorted(found[name])))
-        for name, parameter in parameters(shards.shape).items()
-    }
 
 
 def _exchange(
@@ -115,11 +86,11 @@ def _exchange(
             ]
             received |= _broadcast(wanted, owner, own, shards, kind)
     for parameter, slices in bucket:
-        yield parameter, _assemble(parameter, [(piece, received[parameter.name, piece.rank]) for piece in slices])
+        yield parameter, _assemble(parameter, [(piece, received[parameter.name, piece.index]) for piece in slices])
 
 
 def _broadcast(
-    wanted: Sequence[tuple[Parameter, _Slice]],
+    wanted: Sequence[tuple[Parameter, OwnedSlice]],
     owner: int,
     own: dict[str, Tensor],
     shards: ShardsLayout,
@@ -135,20 +106,20 @@ def _broadcast(
     dist.broadcast(message, src=owner)
     flat = message.split([shape.numel() for shape in shapes])
     return {
-        (parameter.name, piece.rank): values.view(shape)
+        (parameter.name, piece.index): values.view(shape)
         for (parameter, piece), values, shape in zip(wanted, flat, shapes, strict=True)
     }
 
 
-def _assemble(parameter: Parameter, slices: Sequence[tuple[_Slice, Tensor]]) -> Tensor:
+def _assemble(parameter: Parameter, slices: Sequence[tuple[OwnedSlice, Tensor]]) -> Tensor:
     first_piece, first = slices[0]
-    if first_piece.size == 1:
+    if first_piece.count == 1:
         return first
     whole = torch.empty(parameter.shape, dtype=first.dtype, device=first.device)
     matrix = whole.view(-1, whole.size(-1))
     for piece, values in slices:
         row = 0
-        for rectangle in slice_rectangles(parameter, piece.rank, piece.size):
+        for rectangle in slice_rectangles(parameter, piece.index, piece.count):
             rows = values.view(-1, values.size(-1))[row : row + rectangle.rows]
             matrix[
                 rectangle.row : rectangle.row + rectangle.rows, rectangle.column : rectangle.column + rectangle.columns
