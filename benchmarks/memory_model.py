@@ -271,18 +271,11 @@ def _batch(job: Any) -> Any:
 
     rows, length = job.micro_batch_size, job.seq_length
     tokens_BS = torch.randint(0, job.shape.vocab_size, (rows, length))
-    return PackedBatch(
+    return PackedBatch.unpadded(
         tokens_BS=tokens_BS,
         labels_BS=tokens_BS.roll(-1, dims=1),
-        positions_BS=torch.arange(length).repeat(rows, 1),
         mask_BS=torch.ones(rows, length),
-        sample_BS=torch.zeros_like(tokens_BS),
-        step_samples=1,
         cu_seqlens=torch.arange(0, rows * length + 1, length, dtype=torch.int32),
-        sample_count=rows,
-        token_count=rows * length,
-        target_count=rows * length,
-        normalizer=rows * length,
     )
 
 

@@ -146,20 +146,13 @@ def _packed(samples: Sequence[Any]) -> Any:
 
     from megatron_ads.data.packed_batch import PackedBatch
 
-    lengths = torch.tensor([len(sample) for sample in samples])
+    lengths = torch.tensor([0, *(len(sample) for sample in samples)])
     targets = torch.cat([torch.arange(len(sample)) < len(sample) - 1 for sample in samples])
-    return PackedBatch(
+    return PackedBatch.unpadded(
         tokens_BS=torch.cat(list(samples))[None],
         labels_BS=torch.cat([sample.roll(-1) for sample in samples])[None],
-        positions_BS=torch.cat([torch.arange(len(sample)) for sample in samples])[None],
         mask_BS=targets.float()[None],
-        sample_BS=torch.zeros(1, len(targets), dtype=torch.int64),
-        step_samples=1,
-        cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32),
-        sample_count=len(samples),
-        token_count=len(targets),
-        target_count=int(targets.sum()),
-        normalizer=int(targets.sum()),
+        cu_seqlens=lengths.cumsum(0).to(torch.int32),
     )
 
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from megatron_ads.config.training import Normalize
 from megatron_ads.data.adaptive_weights import InstanceWeights, task_shares
 from megatron_ads.data.mixing import Draw, Mixture, WeightedRows
-from megatron_ads.data.packed_batch import PackedBatch, PackedRow, collate
+from megatron_ads.data.packed_batch import PackedBatch, PackedRow
 from megatron_ads.data.packing import pack_prefix
 from megatron_ads.data.rows import TokenizedRow
 from megatron_ads.errors import ConfigError, DataError
@@ -93,7 +94,7 @@ class BatchStream:
         packed = self._draw_rows()
         samples = [draw.row for draw in self._step]
         return [
-            self._weighted(collate(samples, micro, seq_length=self._seq_length, normalize=self._normalize))
+            self._weighted(PackedBatch.of(samples, micro, seq_length=self._seq_length, normalize=self._normalize))
             for micro in self._share.microbatches(packed)
         ]
 
@@ -207,10 +208,12 @@ def batches_of_all(
     seq_length: int,
     packing: bool,
     normalize: Normalize = Normalize.token,
+    extra: Mapping[str, Sequence[NDArray[Any]]] | None = None,
 ) -> list[PackedBatch]:
     """Return this replica's microbatches of one pass over ``rows``, in order; every replica has as many.
 
-    The last step is filled with rows of padding. ``share.global_batch_size`` rows are packed at a time.
+    The last step is filled with rows of padding. ``share.global_batch_size`` rows are packed at a time. ``extra`` is
+    as in ``PackedBatch.of``, for each of ``rows``.
 
     Raises:
         DataError: If a row is too long.
@@ -222,7 +225,8 @@ def batches_of_all(
         packed = _pack_from(rows, start, count, seq_length if packing else None)
         start += sum(len(row) for row in packed)
         batches += [
-            collate(rows, micro, seq_length=seq_length, normalize=normalize) for micro in share.microbatches(packed)
+            PackedBatch.of(rows, micro, seq_length=seq_length, normalize=normalize, extra=extra)
+            for micro in share.microbatches(packed)
         ]
     return batches
 

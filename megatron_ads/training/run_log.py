@@ -107,7 +107,7 @@ class RunLog:
             "grad_norm": report.update.grad_norm,
             "learning_rate": learning_rate,
             "updated": report.update.updated,
-            "target_tokens": report.target_tokens,
+            "target_tokens": report.loss_tokens,
             "tokens": report.tokens,
             "samples": report.samples,
             "step_seconds": seconds,

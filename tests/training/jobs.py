@@ -78,23 +78,12 @@ def start(recipe: Recipe) -> tuple[Any, Any, WeightSource]:
 
 def batches(vocabulary: int, step: int, layout: Any) -> list[PackedBatch]:
     """Return this rank's microbatches of a step: the global rows are the same under every layout."""
-    import torch
     from megatron.core import parallel_state
 
     mine = rows(vocabulary, seed=100 + step)[parallel_state.get_data_parallel_rank() :: layout.dp]
     return [
-        PackedBatch(
-            tokens_BS=row["tokens"],
-            labels_BS=row["labels"],
-            positions_BS=row["positions"],
-            mask_BS=row["mask"],
-            sample_BS=torch.zeros_like(row["tokens"]),
-            cu_seqlens=row["boundaries"],
-            step_samples=1,  # losses of single samples are not looked at
-            sample_count=len(row["boundaries"]) - 1,
-            token_count=row["tokens"].numel(),
-            target_count=int(row["mask"].count_nonzero()),
-            normalizer=int(row["mask"].count_nonzero()),
+        PackedBatch.unpadded(
+            tokens_BS=row["tokens"], labels_BS=row["labels"], mask_BS=row["mask"], cu_seqlens=row["boundaries"]
         )
         for row in mine
     ]
