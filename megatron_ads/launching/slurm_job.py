@@ -36,7 +36,7 @@ from megatron_ads.launching.slurm_steps import NodesCheck, ask_slurm, check_node
 from megatron_ads.launching.sweep import sweep_overrides
 from megatron_ads.runtime.exit_status import ExitStatus
 from megatron_ads.runtime.rank_record import FOLDER_VARIABLE, read_records
-from megatron_ads.training.outcome import clear_outcome, read_outcome
+from megatron_ads.training.stopping import clear_outcome, read_outcome
 
 REHEARSE_VARIABLE = "MEGATRON_ADS_REHEARSE"
 _POLL_SECONDS = 2.0

@@ -24,7 +24,7 @@ from typing import Self
 
 from megatron_ads.errors import ConfigError
 from megatron_ads.launching.environment_number import environment_number
-from megatron_ads.training.signals import STOP_SIGNALS
+from megatron_ads.training.stopping import STOP_SIGNALS
 
 _RENDEZVOUS_SECONDS = 600
 

@@ -1,22 +1,28 @@
 """Build one rank's part of a fine-tuning job: model, optimizer, and where in the data it stands."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 
 from conversion.layer_specs import LayerSpec
 from conversion.rank_files import ShardsLayout
 from conversion.sources import WeightSource
+from megatron_ads.architecture import ModelShape
+from megatron_ads.config.model import FrozenPart
 from megatron_ads.config.optim import OptimConfig
 from megatron_ads.config.sft import SftConfig
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.models.adapt import add_adapters, initialise_adapters
 from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.build import build_chunks
+from megatron_ads.models.gpt import begin_gradients_at_embedding
 from megatron_ads.models.load import load_weights
-from megatron_ads.models.parts import trained_parameters
+from megatron_ads.models.naming import named_weights
+from megatron_ads.models.parts import part_of, trained_parameters
 from megatron_ads.models.precision import wrap_precision
 from megatron_ads.models.settings import ModelSettings
 from megatron_ads.observability.log import get_logger
@@ -25,7 +31,6 @@ from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.optim.schedule import LearningRateSchedule
 from megatron_ads.runtime.device import device
 from megatron_ads.training.adapter_record import AdapterRecord
-from megatron_ads.training.frozen import freeze
 
 logger = get_logger(__name__)
 
@@ -107,3 +112,14 @@ def _schedule(settings: OptimConfig, total_steps: int) -> LearningRateSchedule:
         total_steps=total_steps,
         shape=settings.schedule,
     )
+
+
+def freeze(chunks: Sequence[GPTModel], parts: Iterable[FrozenPart], shape: ModelShape, spec: LayerSpec) -> None:
+    """Stop training the parameters of ``parts``. Call it before the gradient buffers are made."""
+    frozen = set(parts)
+    for weight in named_weights(chunks, spec):
+        if part_of(weight.canonical[0], shape) in frozen and isinstance(weight.tensor, torch.nn.Parameter):
+            weight.tensor.requires_grad_(False)
+    if FrozenPart.embedding in frozen:
+        for chunk in chunks:
+            begin_gradients_at_embedding(chunk)

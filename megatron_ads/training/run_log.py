@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+import torch
 import torch.distributed as dist
 
 from conversion.atomic_file import write_small
 from conversion.rank_files import ShardsLayout
 from megatron_ads.config.sft import SftConfig
+from megatron_ads.config.training import RuntimeConfig
 from megatron_ads.data.held_out import HeldOut
+from megatron_ads.layout import ParallelLayout
 from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.expert_load import ExpertLoad
 from megatron_ads.models.flops import flops_per_token
@@ -21,10 +25,11 @@ from megatron_ads.observability.metrics import MetricsWriter
 from megatron_ads.observability.progress import Progress
 from megatron_ads.observability.provenance import provenance
 from megatron_ads.observability.run_report import REPORT_FILE, RUN_FILE, write_run_report
+from megatron_ads.observability.stragglers import StragglerWatch
 from megatron_ads.runtime.activity import Activity
+from megatron_ads.runtime.device import device, peak_memory_bytes
 from megatron_ads.runtime.watchdog import PeerMonitor
 from megatron_ads.training.build import TrainedModel
-from megatron_ads.training.rank_times import RankTimes
 from megatron_ads.training.step import StepReport
 
 logger = get_logger(__name__)
@@ -157,3 +162,44 @@ def _by_task(name: str, values: Mapping[str, float]) -> dict[str, float]:
 def describe_run(config: SftConfig) -> dict[str, object]:
     """Return the resolved recipe, and what it runs on and with."""
     return {"recipe": dataclasses.asdict(config), "ranks": dist.get_world_size(), **provenance()}
+
+
+class RankTimes:
+    """A clock on every rank; rank 0 compares them."""
+
+    def __init__(self, config: RuntimeConfig, layout: ParallelLayout, activity: Activity) -> None:
+        """Tell rank 0 where the ranks run; a collective."""
+        hosts = [""] * layout.world
+        dist.all_gather_object(hosts, socket.gethostname())
+        stages = [layout.coordinates(rank).pp for rank in range(layout.world)]
+        self._stragglers = StragglerWatch(stages, hosts, factor=config.straggler_factor, steps=config.straggler_steps)
+        self._activity = activity
+        self._started = time.monotonic()
+
+    def restart(self, *, measured: bool) -> None:
+        """Begin the next step here; ``measured`` says whether ``measure`` will be called at its end."""
+        self._started = time.monotonic()
+        self._activity.stalls.restart(measured=measured)
+
+    def measure(self, step: int, step_seconds: float) -> dict[str, float]:
+        """Return the metrics that compare the ranks; one collective."""
+        own_seconds = time.monotonic() - self._started - self._activity.stalls.seconds()
+        memory, seconds = _of_all_ranks(peak_memory_bytes(), own_seconds)
+        metrics = {"memory_bytes": max(memory)}
+        slowest = self._stragglers.observe(step, seconds, step_seconds) if dist.get_rank() == 0 else None
+        if slowest is not None:
+            metrics |= {
+                "slowest_rank": slowest.rank,
+                "slowest_rank_seconds": slowest.seconds,
+                "slowest_rank_over_median": slowest.over_median,
+            }
+        return metrics
+
+
+def _of_all_ranks(*values: float) -> Sequence[Sequence[float]]:
+    """Return, for each value, that of every rank."""
+    table = torch.zeros(len(values), dist.get_world_size(), dtype=torch.float64, device=device())
+    table[:, dist.get_rank()] = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(table)
+    rows: list[list[float]] = table.tolist()
+    return rows

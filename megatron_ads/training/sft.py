@@ -21,14 +21,13 @@ from megatron_ads.runtime.rank_record import write_record
 from megatron_ads.runtime.seeds import seed_everything
 from megatron_ads.runtime.watchdog import Loss, PeerMonitor
 from megatron_ads.training.build import TrainedModel, build_model, lay_out
+from megatron_ads.training.checkpointer import Checkpointer
 from megatron_ads.training.export import export_shards
-from megatron_ads.training.outcome import Outcome, write_outcome
-from megatron_ads.training.position import Position
-from megatron_ads.training.rows import open_streams
 from megatron_ads.training.run_log import RunLog
-from megatron_ads.training.signals import StopRequest
+from megatron_ads.training.session import preflight
 from megatron_ads.training.step import run_evaluation, run_pass, run_step
-from megatron_ads.training.topology import preflight
+from megatron_ads.training.stopping import Outcome, StopRequest, write_outcome
+from megatron_ads.training.streams import open_streams
 
 logger = get_logger(__name__)
 
@@ -86,7 +85,7 @@ def _run_together(
     training, validation = open_streams(config, source, shards.layout)  # a broken row is told before weights are read
     model = build_model(config, source, shards)
     preflight(config, model.optimizer, shards)
-    position = Position.resumed(config, model, training, shards.layout, source)
+    position = Checkpointer.resumed(config, model, training, shards.layout, source)
     with RunLog(config, model, shards, peers, activity, resume_step=position.step) as log:
         job = Job(config=config, model=model, training=training, validation=validation, position=position, log=log)
         stopped = train(job, stop)
@@ -105,7 +104,7 @@ class Job:
     model: TrainedModel
     training: BatchStream
     validation: HeldOut
-    position: Position
+    position: Checkpointer
     log: RunLog
 
 

@@ -100,7 +100,7 @@ def _killed_entering(recipe: Recipe, point: str) -> None:
 def _resume_from_the_latest(recipe: Recipe) -> tuple[int, list[str], list[float]]:
     """Resume as a job does; return the step resumed from, the warnings, and the losses up to step 5."""
     from megatron_ads.training import checkpoint
-    from megatron_ads.training.position import _latest, logger
+    from megatron_ads.training.checkpointer import _latest, logger
 
     warnings: list[str] = []
     handler = logging.Handler()
@@ -286,13 +286,13 @@ def test_complete_checkpoints_are_found_among_others(tmp_path: Path) -> None:
 
 
 def _start_with(recipe: Recipe, resume: bool) -> str:
-    from megatron_ads.training.position import Position
+    from megatron_ads.training.checkpointer import Checkpointer
 
     model, shards, source = start(recipe)
     config = recipe.config()
     config.checkpoint.resume = resume
     with pytest.raises(CheckpointError) as caught:
-        Position.resumed(config, model, None, shards.layout, source)
+        Checkpointer.resumed(config, model, None, shards.layout, source)
     return str(caught.value)
 
 

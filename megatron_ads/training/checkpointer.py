@@ -19,7 +19,7 @@ logger = get_logger(__name__)
 
 
 @dataclass(kw_only=True, slots=True)
-class Position:
+class Checkpointer:
     """Steps done, and what is needed to save them."""
 
     step: int
@@ -37,7 +37,7 @@ class Position:
         stream: BatchStream,
         layout: ParallelLayout,
         source: WeightSource,
-    ) -> "Position":
+    ) -> "Checkpointer":
         """Start where the latest complete checkpoint ends, or at step 0; a collective.
 
         Raises:

@@ -11,7 +11,7 @@ from conversion.sources import open_source
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.errors import DataError
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.training.rows import open_streams
+from megatron_ads.training.streams import open_streams
 from tests.training.real_job import write_small_model
 
 LINE_LIMIT = 10_000_000

@@ -18,7 +18,7 @@ SMALL_BUCKET_BYTES = 1 << 14
 
 
 def _collect(recipe: Recipe) -> dict[str, torch.Tensor]:
-    from megatron_ads.training.live_weights import iterate_hf_tensors
+    from megatron_ads.training.weight_sync import iterate_hf_tensors
 
     model, shards, source = start(recipe)
     tensors = iterate_hf_tensors(model.models, model.spec, source, shards, bucket_bytes=SMALL_BUCKET_BYTES)
