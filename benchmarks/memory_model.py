@@ -214,14 +214,13 @@ def _train(case: Case) -> int:
 
 def _build(job: Any) -> Any:
     import torch
-    from megatron.core.distributed import finalize_model_grads
 
     from conversion.layer_specs import LayerSpec
     from megatron_ads.config.optim import OptimConfig
     from megatron_ads.models.build import build_chunks
-    from megatron_ads.models.precision import wrap_precision
     from megatron_ads.models.settings import ModelSettings
-    from megatron_ads.optim.build import build_optimizer, wrap_for_training
+    from megatron_ads.optim.build import build_optimizer
+    from megatron_ads.training.build import wrap_chunks
     from megatron_ads.training.step import run_step
 
     settings = ModelSettings(
@@ -234,11 +233,7 @@ def _build(job: Any) -> Any:
         for model in models:
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, std=0.02)
-        chunks = wrap_for_training(wrap_precision(models), overlap=False)
-        no_sync = [chunk.no_sync for chunk in chunks]
-        for model in models:
-            model.config.finalize_model_grads_func = finalize_model_grads
-            model.config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        chunks = wrap_chunks(models, overlap=False)
         optimizer = build_optimizer(
             chunks, OptimConfig(learning_rate=1e-4), job.precision, has_expert_member=job.trains_experts
         )

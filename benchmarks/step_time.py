@@ -113,8 +113,6 @@ def _build(threads: int) -> dict[str, tuple[tuple[Step, Step], int]]:
 
 def our_step(folder: Path, samples: Sequence[Any]) -> Step:
     """Build the project's training step for a checkpoint and a fixed batch."""
-    from megatron.core.distributed import finalize_model_grads
-
     from conversion.layer_specs import LayerSpec
     from conversion.sources import open_source
     from megatron_ads.config.model import Precision
@@ -123,7 +121,8 @@ def our_step(folder: Path, samples: Sequence[Any]) -> Step:
     from megatron_ads.models.build import build_chunks
     from megatron_ads.models.load import load_weights
     from megatron_ads.models.settings import ModelSettings
-    from megatron_ads.optim.build import build_optimizer, wrap_for_training
+    from megatron_ads.optim.build import build_optimizer
+    from megatron_ads.training.build import wrap_chunks
     from megatron_ads.training.step import run_step
 
     source = open_source(folder)
@@ -131,8 +130,7 @@ def our_step(folder: Path, samples: Sequence[Any]) -> Step:
     settings = ModelSettings(spec=LayerSpec.GROUPED)
     models = build_chunks(source.shape, layout, place_layers(source.shape, layout), settings)
     load_weights(models, source, settings.spec)
-    models[0].config.finalize_model_grads_func = finalize_model_grads
-    chunks = wrap_for_training(models, overlap=False)
+    chunks = wrap_chunks(models, overlap=False)
     optimizer = build_optimizer(
         chunks, OptimConfig(learning_rate=LEARNING_RATE), Precision.fp32, has_expert_member=True
     )

@@ -121,12 +121,12 @@ class BatchStream:
         return replace(batch, mask_BS=batch.mask_BS * weights[batch.sample_BS])
 
     def observe(self, sample_losses: Sequence[float]) -> dict[str, float]:
-        """Take in the summed loss of each sample of the latest step; return what it says, by metric name."""
+        """Take in the summed loss of each sample of the latest step; return the mean per target token of each task."""
         rows = [draw.row for draw in self._step]
         if self._weights is not None:
             targets = [row.target_count for row in rows]
             self._weights.observe([draw.number for draw in self._step], sample_losses, targets)
-        return {f"loss/{task}": loss for task, loss in losses_by_task(rows, sample_losses).items()}
+        return losses_by_task(rows, sample_losses)
 
     @property
     def weights_are_due(self) -> bool:

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 
 from conversion.layer_specs import LayerSpec
 from conversion.rank_files import ShardsLayout
 from conversion.sources import WeightSource
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config.model import FrozenPart
+from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.config.model import FrozenPart, ModelConfig
 from megatron_ads.config.optim import OptimConfig
-from megatron_ads.config.sft import SftConfig
-from megatron_ads.layout import ParallelLayout
+from megatron_ads.config.training import TrainConfig
 from megatron_ads.models.adapt import add_adapters, initialise_adapters
 from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.build import build_chunks
@@ -51,7 +51,13 @@ class TrainedModel:
 
 
 def build_model(
-    config: SftConfig, source: WeightSource, shards: ShardsLayout, *, stub_experts: bool = True
+    model: ModelConfig,
+    optim: OptimConfig,
+    train: TrainConfig,
+    source: WeightSource,
+    shards: ShardsLayout,
+    *,
+    stub_experts: bool = True,
 ) -> TrainedModel:
     """Build this rank's chunks, fill them from ``source`` and put gradient buffers and the optimizer around them.
 
@@ -61,25 +67,21 @@ def build_model(
         ConfigError: If Megatron-Core cannot express the model or the layout.
         ConversionError: If the weights do not fit the model.
     """
-    settings = ModelSettings.of(config.model, deterministic=config.train.deterministic)
+    settings = ModelSettings.of(model, deterministic=train.deterministic)
     models = build_chunks(shards.shape, shards.layout, shards.placement, settings)
     load_weights(models, source, settings.spec)
-    lora = Lora.of(config.model)
+    lora = Lora.of(model)
     if lora is None:
-        freeze(models, config.model.frozen, shards.shape, settings.spec)
+        freeze(models, model.frozen, shards.shape, settings.spec)
     else:
         add_adapters(models, lora, shards.shape, settings.spec)
-        initialise_adapters(models, config.train.seed)
-    trained, weights = trained_parameters(config.model, shards.shape)
+        initialise_adapters(models, train.seed)
+    trained, weights = trained_parameters(model, shards.shape)
     logger.info("trains %s parameters; the model has %s", f"{trained:,}", f"{weights:,}")
-    chunks = wrap_for_training(wrap_precision(models), overlap=device().type == "cuda")
-    suspend_reduction = [chunk.no_sync for chunk in chunks]  # until the last microbatch of a step
-    for model in models:
-        model.config.finalize_model_grads_func = finalize_model_grads
-        model.config.no_sync_func = suspend_reduction if len(chunks) > 1 else suspend_reduction[0]
+    chunks = wrap_chunks(models, overlap=device().type == "cuda")
     optimizer = build_optimizer(
         chunks,
-        config.optim,
+        optim,
         settings.precision,
         has_expert_member=trains_experts_anywhere(chunks),
         stub_experts=stub_experts,
@@ -89,19 +91,32 @@ def build_model(
         models=models,
         chunks=chunks,
         optimizer=optimizer,
-        schedule=_schedule(config.optim, config.train.steps),
+        schedule=_schedule(optim, train.steps),
         adapters=None if lora is None else AdapterRecord.of(lora, source, models[0].config.params_dtype),
     )
 
 
-def lay_out(config: SftConfig, source: WeightSource, world: int) -> ShardsLayout:
+def wrap_chunks(models: Sequence[GPTModel], *, overlap: bool) -> list[DistributedDataParallel]:
+    """Put the precision wrapper and gradient buffers around each chunk, and have a step reduce its gradients once.
+
+    ``overlap`` is as in ``optim.build.wrap_for_training``.
+    """
+    chunks = wrap_for_training(wrap_precision(models), overlap=overlap)
+    suspend_reduction = [chunk.no_sync for chunk in chunks]  # until the last microbatch of a step
+    for model in models:
+        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.no_sync_func = suspend_reduction if len(chunks) > 1 else suspend_reduction[0]
+    return chunks
+
+
+def lay_out(settings: LayoutConfig, source: WeightSource, world: int) -> ShardsLayout:
     """Return which rank runs and owns what, for ``world`` ranks.
 
     Raises:
         ConfigError: If the recipe's layout does not fit the model or the number of ranks.
     """
-    layout: ParallelLayout = config.layout.runtime(world)
-    return ShardsLayout(shape=source.shape, layout=layout, placement=config.layout.placement(source.shape, layout))
+    layout = settings.runtime(world)
+    return ShardsLayout(shape=source.shape, layout=layout, placement=settings.placement(source.shape, layout))
 
 
 def _schedule(settings: OptimConfig, total_steps: int) -> LearningRateSchedule:

@@ -1,14 +1,13 @@
-"""Where a job stands: restored from the latest complete checkpoint, saved again as it moves on."""
+"""Saves a job as it proceeds, and restores it from the latest complete checkpoint."""
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from conversion.sources import WeightSource
-from megatron_ads.config.sft import SftConfig
-from megatron_ads.data.batches import BatchStream
+from megatron_ads.config.training import CheckpointConfig
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.observability.log import get_logger
 from megatron_ads.training import checkpoint
@@ -18,58 +17,55 @@ from megatron_ads.training.checkpoint_folder import complete_checkpoints, partia
 logger = get_logger(__name__)
 
 
-@dataclass(kw_only=True, slots=True)
+class DataPosition(Protocol):
+    """Where a job is in its data; the same on every rank and under every layout."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values and tensors."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpointer:
-    """Steps done, and what is needed to save them."""
+    """What belongs into the checkpoints of a job, and where they are."""
 
-    step: int
-    config: SftConfig
+    settings: CheckpointConfig
     model: TrainedModel
-    stream: BatchStream
+    data: DataPosition
     layout: ParallelLayout
-    source: WeightSource
+    side_files: Path | None
+    """Folder with the config and the tokenizer, copied into each checkpoint."""
 
-    @classmethod
-    def resumed(
-        cls,
-        config: SftConfig,
-        model: TrainedModel,
-        stream: BatchStream,
-        layout: ParallelLayout,
-        source: WeightSource,
-    ) -> "Checkpointer":
-        """Start where the latest complete checkpoint ends, or at step 0; a collective.
+    def load_latest(self, *, last_step: int) -> int:
+        """Restore the latest complete checkpoint and return its step; 0 if there is none. A collective.
 
         Raises:
-            CheckpointError: If that checkpoint is damaged, not to be resumed from, or further than the job goes.
+            CheckpointError: If that checkpoint is damaged, not to be resumed from, or after ``last_step``.
         """
-        position = cls(step=0, config=config, model=model, stream=stream, layout=layout, source=source)
-        folder = _latest(Path(config.checkpoint.dir))
-        if folder is not None:
-            require_resumable(folder, resume=config.checkpoint.resume, last_step=config.train.steps)
-            progress = checkpoint.load_checkpoint(
-                folder, model.chunks, model.optimizer, layout, adapters=model.adapters
-            )
-            stream.load_state_dict(progress.data)
-            position.step = progress.step
-            logger.info("resumed from %s, after step %d", folder, progress.step)
-        return position
+        folder = _latest(Path(self.settings.dir))
+        if folder is None:
+            return 0
+        require_resumable(folder, resume=self.settings.resume, last_step=last_step)
+        progress = checkpoint.load_checkpoint(
+            folder, self.model.chunks, self.model.optimizer, self.layout, adapters=self.model.adapters
+        )
+        self.data.load_state_dict(progress.data)
+        logger.info("resumed from %s, after step %d", folder, progress.step)
+        return progress.step
 
-    def is_due(self, every: int | None) -> bool:
-        """Whether something that happens ``every`` so many steps happens now."""
-        return every is not None and self.step % every == 0
-
-    def save(self) -> float:
-        """Write a checkpoint and return the seconds it took; a collective."""
+    def save(self, step: int) -> float:
+        """Write the checkpoint of ``step`` and return the seconds it took; a collective."""
         started = time.monotonic()
         checkpoint.save_checkpoint(
-            Path(self.config.checkpoint.dir),
+            Path(self.settings.dir),
             self.model.chunks,
             self.model.optimizer,
-            checkpoint.Progress(step=self.step, updates=self.model.optimizer.updates, data=self.stream.state_dict()),
+            checkpoint.Progress(step=step, updates=self.model.optimizer.updates, data=self.data.state_dict()),
             self.layout,
-            side_files=self.source.side_folder,
-            keep_last=self.config.checkpoint.keep_last,
+            side_files=self.side_files,
+            keep_last=self.settings.keep_last,
             adapters=self.model.adapters,
         )
         return time.monotonic() - started

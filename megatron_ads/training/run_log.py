@@ -6,16 +6,14 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
 
 import torch
 import torch.distributed as dist
 
 from conversion.atomic_file import write_small
 from conversion.rank_files import ShardsLayout
-from megatron_ads.config.sft import SftConfig
+from megatron_ads.config.run import RunConfig
 from megatron_ads.config.training import RuntimeConfig
-from megatron_ads.data.held_out import HeldOut
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.expert_load import ExpertLoad
@@ -40,14 +38,16 @@ class RunLog:
 
     def __init__(
         self,
-        config: SftConfig,
+        config: RunConfig,
         model: TrainedModel,
         shards: ShardsLayout,
         peers: PeerMonitor,
         activity: Activity,
         *,
+        name: str,
         resume_step: int,
     ) -> None:
+        """Open the files and write down what is run; ``name`` is that of the kind of job. A collective."""
         self._peers = peers
         self._activity = activity
         self._times = RankTimes(config.runtime, shards.layout, activity)
@@ -66,14 +66,12 @@ class RunLog:
             write_small(directory / RUN_FILE, json.dumps(describe_run(config), indent=1) + "\n")
             self._writer = MetricsWriter(directory, config.log.tensorboard, resume_step)
         self._directory = Path(config.log.dir)
-        self._progress = Progress(config.train.steps, resume_step, "SFT")
+        self._progress = Progress(config.train.steps, resume_step, name)
         self._started = time.monotonic()
         self._restart_rank_times(resume_step)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Flush what is written, and say where the report is."""
         self._progress.close()
         if self._writer is not None:
             self._writer.close()
@@ -89,13 +87,12 @@ class RunLog:
         """Say that this rank gets on; a step of a single rank may be long and have no communication."""
         self._activity.moved()
 
-    def step(self, step: int, report: StepReport, learning_rate: float, losses: dict[str, float]) -> None:
-        """Record one training step; a collective on the steps that are logged."""
+    def step(self, step: int, report: StepReport, metrics: Mapping[str, float]) -> None:
+        """Record one training step, and what its job knows of it besides; a collective on the steps that are logged."""
         seconds, self._started = time.monotonic() - self._started, time.monotonic()
         if step % self._every == 0:
             ranks = self._times.measure(step, seconds)
-            metrics = self._step_metrics(report, learning_rate, seconds)
-            self._write(step, metrics | ranks | losses)
+            self._write(step, self._step_metrics(report, seconds) | ranks | dict(metrics))
         self._progress.update(1, loss=report.loss)
         self._peers.report_step(step)
         self._activity.leave_step(step)
@@ -105,12 +102,11 @@ class RunLog:
         """Let the work for the step after ``step`` begin here: what the log takes is not a rank's own work."""
         self._times.restart(measured=(step + 1) % self._every == 0)
 
-    def _step_metrics(self, report: StepReport, learning_rate: float, seconds: float) -> dict[str, float]:
+    def _step_metrics(self, report: StepReport, seconds: float) -> dict[str, float]:
         assert report.update is not None
         metrics = {
             "loss": report.loss,
             "grad_norm": report.update.grad_norm,
-            "learning_rate": learning_rate,
             "updated": report.update.updated,
             "target_tokens": report.loss_tokens,
             "tokens": report.tokens,
@@ -123,11 +119,9 @@ class RunLog:
             metrics["expert_load_max_over_mean"] = self._load.measure()
         return metrics
 
-    def validation(self, step: int, report: StepReport, held_out: HeldOut) -> None:
-        """Record an evaluation on the held-out rows; its time does not count as the next step's."""
-        losses = _by_task("validation_loss", held_out.task_losses(report.sample_losses))
-        metrics = _by_task("task_metric", held_out.task_metrics(report.sample_losses))
-        self._write(step, {"validation_loss": report.loss} | losses | metrics)
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record what was measured between two steps; its time does not count as the next step's."""
+        self._write(step, metrics)
         self._restart_clock(step)
 
     def saved(self, step: int, seconds: float) -> None:
@@ -137,29 +131,16 @@ class RunLog:
             write_run_report(self._directory)
         self._restart_clock(step)
 
-    def instance_weights(self, step: int, quantiles: dict[str, float]) -> None:
-        """Record the renewed weights of the samples; the time of measuring them does not count as the next step's."""
-        self._write(step, quantiles)
-        self._restart_clock(step)
-
     def _restart_clock(self, step: int) -> None:
         self._started = time.monotonic()
         self._restart_rank_times(step)
 
-    def shares(self, step: int, shares: Mapping[str, float]) -> None:
-        """Record the shares of the tasks in the samples drawn from here on."""
-        self._write(step, _by_task("task_share", shares))
-
-    def _write(self, step: int, metrics: dict[str, float]) -> None:
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._writer is not None:
             self._writer.write(step, metrics)
 
 
-def _by_task(name: str, values: Mapping[str, float]) -> dict[str, float]:
-    return {f"{name}/{task}": value for task, value in values.items()}
-
-
-def describe_run(config: SftConfig) -> dict[str, object]:
+def describe_run(config: RunConfig) -> dict[str, object]:
     """Return the resolved recipe, and what it runs on and with."""
     return {"recipe": dataclasses.asdict(config), "ranks": dist.get_world_size(), **provenance()}
 

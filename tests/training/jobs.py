@@ -70,10 +70,11 @@ def start(recipe: Recipe) -> tuple[Any, Any, WeightSource]:
     from megatron_ads.training.build import build_model, lay_out
 
     config, source = recipe.config(), open_source(recipe.folder)
-    shards = lay_out(config, source, world_size())
+    shards = lay_out(config.layout, source, world_size())
     process_groups.start(shards.layout, timeout_seconds=recipe.timeout_seconds, create_gloo_process_groups=False)
     seed_everything(1)
-    return build_model(config, source, shards, stub_experts=recipe.stub_experts), shards, source
+    model = build_model(config.model, config.optim, config.train, source, shards, stub_experts=recipe.stub_experts)
+    return model, shards, source
 
 
 def batches(vocabulary: int, step: int, layout: Any) -> list[PackedBatch]:

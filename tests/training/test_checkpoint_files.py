@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 
@@ -289,10 +289,13 @@ def _start_with(recipe: Recipe, resume: bool) -> str:
     from megatron_ads.training.checkpointer import Checkpointer
 
     model, shards, source = start(recipe)
-    config = recipe.config()
-    config.checkpoint.resume = resume
+    settings = recipe.config().checkpoint
+    settings.resume = resume
+    checkpointer = Checkpointer(
+        settings=settings, model=model, data=Mock(), layout=shards.layout, side_files=source.side_folder
+    )
     with pytest.raises(CheckpointError) as caught:
-        Checkpointer.resumed(config, model, None, shards.layout, source)
+        checkpointer.load_latest(last_step=recipe.steps)
     return str(caught.value)
 
 

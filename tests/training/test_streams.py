@@ -54,7 +54,9 @@ def write_rows(folder: Path) -> Path:
 
 def streams(model: Path, source: str, *overrides: str) -> Any:
     settings = [f"model.load={model}", f"data.sources=[{source}]", "data.seq_length=128", *overrides]
-    return open_streams(load_recipe("sft/quickstart", settings), open_source(model), ParallelLayout(world=1))
+    config = load_recipe("sft/quickstart", settings)
+    layout = ParallelLayout(world=1)
+    return open_streams(config.data, config.train, config.loss, config.reweight, open_source(model), layout)
 
 
 def test_every_kind_of_bad_row_is_counted_and_the_others_are_trained_on(
