@@ -29,8 +29,8 @@ def calibrated(card: Card, run: Path, model: str | None = None) -> Card:
         ConfigError: If the folder lacks ``run.json`` or ``metrics.jsonl``, or the run was faster than any efficiency
             up to 1 allows: the card is another one.
     """
-    measured = measured_flops_per_second(run / "metrics.jsonl")
     described = _described(run / "run.json")
+    measured = measured_flops_per_second(run / "metrics.jsonl", int(described["ranks"]))
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SftConfig), described["recipe"]))
     assert isinstance(config, SftConfig)  # to_object instantiates the schema
     job = job_of(config, planned_shape(model, config), int(described["ranks"]))

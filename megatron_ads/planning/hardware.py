@@ -129,8 +129,8 @@ def card_named(name: str, memory_bytes: int | None = None) -> Card:
     return card if memory_bytes is None else replace(card, memory_bytes=memory_bytes)
 
 
-def measured_flops_per_second(metrics: Path) -> float:
-    """Return the typical model FLOP/s of a whole run, from its ``metrics.jsonl``; the first step is left out.
+def measured_flops_per_second(metrics: Path, ranks: int) -> float:
+    """Return the typical model FLOP/s of all ``ranks`` of a run, from its ``metrics.jsonl``, without the first step.
 
     Raises:
         ConfigError: If the file holds no such measurement.
@@ -139,7 +139,10 @@ def measured_flops_per_second(metrics: Path) -> float:
         rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"--calibrate {metrics} cannot be read ({error}); give a run's metrics.jsonl.") from None
-    measured = [row["model_flops_per_second"] for row in rows if "model_flops_per_second" in row][1:]
+    # Older runs recorded those of the whole job.
+    measured = [row["tflops_per_gpu"] * 1e12 * ranks for row in rows if "tflops_per_gpu" in row][1:] or [
+        row["model_flops_per_second"] for row in rows if "model_flops_per_second" in row
+    ][1:]
     if not measured:
-        raise ConfigError(f"--calibrate {metrics} has fewer than two steps with model_flops_per_second.")
+        raise ConfigError(f"--calibrate {metrics} has fewer than two steps with tflops_per_gpu.")
     return float(median(measured))

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from conversion.atomic_file import write_small
 from conversion.rank_files import ShardsLayout
+from megatron_ads.config.model import Precision
 from megatron_ads.config.run import RunConfig
 from megatron_ads.config.training import RuntimeConfig
 from megatron_ads.layout import ParallelLayout
@@ -24,6 +25,7 @@ from megatron_ads.observability.progress import Progress
 from megatron_ads.observability.provenance import provenance
 from megatron_ads.observability.run_report import REPORT_FILE, RUN_FILE, write_run_report
 from megatron_ads.observability.stragglers import StragglerWatch
+from megatron_ads.planning.hardware import CARDS
 from megatron_ads.runtime.activity import Activity
 from megatron_ads.runtime.device import device, peak_memory_bytes
 from megatron_ads.runtime.watchdog import PeerMonitor
@@ -58,6 +60,7 @@ class RunLog:
             with_mtp=config.model.mtp_loss_weight > 0,
             lora=Lora.of(config.model),
         )
+        self._peak_flops_per_second = _peak_flops_per_second(config.model.precision)
         self._load = ExpertLoad(model.models) if shards.shape.num_experts else None
         self._writer: MetricsWriter | None = None
         if dist.get_rank() == 0:
@@ -104,17 +107,20 @@ class RunLog:
 
     def _step_metrics(self, report: StepReport, seconds: float) -> dict[str, float]:
         assert report.update is not None
+        flops_per_second = report.tokens * self._flops_per_token / seconds / dist.get_world_size()
         metrics = {
             "loss": report.loss,
             "grad_norm": report.update.grad_norm,
-            "updated": report.update.updated,
-            "target_tokens": report.loss_tokens,
+            "skipped_update": not report.update.updated,
+            "loss_tokens": report.loss_tokens,
             "tokens": report.tokens,
             "samples": report.samples,
             "step_seconds": seconds,
             "tokens_per_second": report.tokens / seconds,
-            "model_flops_per_second": report.tokens * self._flops_per_token / seconds,
+            "tflops_per_gpu": flops_per_second / 1e12,
         }
+        if self._peak_flops_per_second is not None:
+            metrics["mfu"] = flops_per_second / self._peak_flops_per_second
         if self._load is not None:
             metrics["expert_load_max_over_mean"] = self._load.measure()
         return metrics
@@ -138,6 +144,14 @@ class RunLog:
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._writer is not None:
             self._writer.write(step, metrics)
+
+
+def _peak_flops_per_second(precision: Precision) -> float | None:
+    """Return the dense BF16 peak of this rank's GPU; None for another precision, or a GPU that no table knows."""
+    if not torch.cuda.is_available() or precision is not Precision.bf16:
+        return None
+    words = torch.cuda.get_device_name(device()).lower().replace("-", " ").split()
+    return next((card.flops_per_second for card in CARDS.values() if card.name in words), None)
 
 
 def describe_run(config: RunConfig) -> dict[str, object]:
@@ -166,7 +180,7 @@ class RankTimes:
         """Return the metrics that compare the ranks; one collective."""
         own_seconds = time.monotonic() - self._started - self._activity.stalls.seconds()
         memory, seconds = _of_all_ranks(peak_memory_bytes(), own_seconds)
-        metrics = {"memory_bytes": max(memory)}
+        metrics = {"max_memory_allocated": max(memory)}
         slowest = self._stragglers.observe(step, seconds, step_seconds) if dist.get_rank() == 0 else None
         if slowest is not None:
             metrics |= {

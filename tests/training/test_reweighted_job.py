@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 STEPS, SAVED = 30, 10
 LEARNABLE, RANDOM = "says_yes", "random_labels"
-MEASURED_TIME = ("seconds", "per_second", "slowest_rank", "memory_bytes")
+MEASURED_TIME = ("seconds", "per_second", "slowest_rank", "max_memory_allocated", "tflops_per_gpu")
 """In names of metrics that tell of the machine, not of the training."""
 
 
