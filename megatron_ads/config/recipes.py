@@ -21,7 +21,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> SftConfig:
 
     Args:
         name_or_path: A shipped recipe such as ``sft/quickstart``, or a YAML file of one's own.
-        overrides: Hydra overrides, ``train.steps=20`` or ``layout=pp4_ep2``.
+        overrides: Hydra overrides, ``train.max_steps=20`` or ``layout=pp4_ep2``.
 
     Raises:
         ConfigError: If there is no such recipe, a key is unknown (the nearest known one is named), a value has

@@ -7,7 +7,7 @@ from megatron_ads.architecture import ModelShape
 from megatron_ads.config.checks import require
 from megatron_ads.config.data import DataConfig
 from megatron_ads.config.layout import LayoutConfig
-from megatron_ads.config.model import FrozenPart, LoraTarget, ModelConfig, RouterBias
+from megatron_ads.config.model import FrozenPart, LoraTarget, ModelConfig
 from megatron_ads.config.optim import OptimConfig
 from megatron_ads.config.training import CheckpointConfig, LogConfig, RuntimeConfig, TrainConfig
 from megatron_ads.layout import ParallelLayout
@@ -48,10 +48,10 @@ def validate_run(config: RunConfig, world: int, shape: ModelShape | None = None)
 
 def _check_steps(config: RunConfig) -> None:
     require(
-        config.optim.warmup_steps <= config.train.steps,
-        f"optim.warmup_steps = {config.optim.warmup_steps} is more than train.steps = {config.train.steps}: "
-        f"optim.learning_rate would never be reached. Set optim.warmup_steps={config.train.steps // 10}, or raise "
-        "train.steps.",
+        config.optim.warmup_steps <= config.train.max_steps,
+        f"optim.warmup_steps = {config.optim.warmup_steps} is more than train.max_steps = {config.train.max_steps}: "
+        f"optim.learning_rate would never be reached. Set optim.warmup_steps={config.train.max_steps // 10}, or raise "
+        "train.max_steps.",
     )
     require(
         config.train.evaluate_every is None or config.data.validation_rows > 0,
@@ -92,8 +92,9 @@ def _check_model(config: RunConfig, layout: ParallelLayout, shape: ModelShape) -
         f"model.mtp_loss_weight is {config.model.mtp_loss_weight:g}, but the model has no MTP layer. Set it to 0.",
     )
     require(
-        shape.has_expert_bias or config.model.router_bias is RouterBias.frozen,
-        "model.router_bias is update, but the model's router has no selection bias. Set it to frozen.",
+        shape.has_expert_bias or config.model.expert_bias_update_rate is None,
+        f"model.expert_bias_update_rate is {config.model.expert_bias_update_rate}, but the model's router has no "
+        "selection bias. Set it to null.",
     )
     _require_parts("model.frozen", config.model.frozen, shape)
     if set(config.model.lora.targets) != set(LoraTarget):  # all of them: those that there are

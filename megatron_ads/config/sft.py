@@ -29,7 +29,7 @@ def validate(config: SftConfig, world: int, shape: ModelShape | None = None) -> 
 
 def _check_reweighting(config: SftConfig) -> None:
     """Refuse weights and shares that would never change before the last step."""
-    steps, evaluate_every, reweight = config.train.steps, config.train.evaluate_every, config.reweight
+    steps, evaluate_every, reweight = config.train.max_steps, config.train.evaluate_every, config.reweight
     if reweight.tasks:
         require(
             evaluate_every is not None,
@@ -38,11 +38,11 @@ def _check_reweighting(config: SftConfig) -> None:
         require(
             evaluate_every is None or evaluate_every < steps,
             f"reweight.tasks changes the shares at each evaluation, but train.evaluate_every = {evaluate_every} and "
-            f"train.steps = {steps}: no step is left after the first. Lower train.evaluate_every.",
+            f"train.max_steps = {steps}: no step is left after the first. Lower train.evaluate_every.",
         )
     first = reweight.interval if reweight.exact else 2 * reweight.interval  # before it, nothing is measured twice
     require(
         not reweight.instances or first < steps,
         f"reweight.instances has its first weights after step {first} (reweight.interval = {reweight.interval}), but "
-        f"train.steps is {steps}: it would have no effect. Lower reweight.interval.",
+        f"train.max_steps is {steps}: it would have no effect. Lower reweight.interval.",
     )

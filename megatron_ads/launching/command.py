@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, help="processes of the whole job (default: the fewest for the layout)")
     parser.add_argument("--ranks-here", type=int, help="of these, on this machine (default: all)")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's, as train.steps=100"
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's, as train.max_steps=100"
     )
 
 

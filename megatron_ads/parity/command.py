@@ -119,7 +119,7 @@ def _stream(args: argparse.Namespace, source: Any, reference: Any, layout: "Shar
     from megatron_ads.runtime.seeds import seed_everything
 
     prompts = (
-        read_prompts(args.prompts, reference.path, most_tokens=args.tokens)
+        read_prompts(args.prompts, reference.path, max_tokens=args.tokens)
         if args.prompts
         else random_prompts(source.shape.vocab_size, count=args.rows, tokens=args.tokens)
     )

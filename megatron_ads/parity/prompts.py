@@ -9,8 +9,8 @@ from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.errors import DataError
 
 
-def read_prompts(file: Path, folder: Path, *, most_tokens: int) -> list[Tensor]:
-    """Return a row of tokens for each line of ``file``, cut at ``most_tokens``; ``folder`` has the tokenizer.
+def read_prompts(file: Path, folder: Path, *, max_tokens: int) -> list[Tensor]:
+    """Return a row of tokens for each line of ``file``, cut at ``max_tokens``; ``folder`` has the tokenizer.
 
     Raises:
         DataError: If the file is missing or empty, or there is no tokenizer.
@@ -22,7 +22,7 @@ def read_prompts(file: Path, folder: Path, *, most_tokens: int) -> list[Tensor]:
     if not lines:
         raise DataError(f"--prompts {file} holds no line of text; write one prompt a line.")
     tokenizer = load_tokenizer(folder)
-    return [torch.tensor(tokenizer.encode(line)[:most_tokens], dtype=torch.long) for line in lines]
+    return [torch.tensor(tokenizer.encode(line)[:max_tokens], dtype=torch.long) for line in lines]
 
 
 def random_prompts(vocabulary: int, *, count: int, tokens: int, seed: int = 1) -> list[Tensor]:

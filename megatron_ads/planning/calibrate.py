@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from megatron_ads.config.renamed import current_settings
 from megatron_ads.config.sft import SftConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.planning.compute import model_flops_per_token
@@ -31,7 +32,9 @@ def calibrated(card: Card, run: Path, model: str | None = None) -> Card:
     """
     described = _described(run / "run.json")
     measured = measured_flops_per_second(run / "metrics.jsonl", int(described["ranks"]))
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SftConfig), described["recipe"]))
+    config = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(SftConfig), current_settings(described["recipe"]))
+    )
     assert isinstance(config, SftConfig)  # to_object instantiates the schema
     job = job_of(config, planned_shape(model, config), int(described["ranks"]))
 

@@ -91,7 +91,7 @@ def build_model(
         models=models,
         chunks=chunks,
         optimizer=optimizer,
-        schedule=_schedule(optim, train.steps),
+        schedule=_schedule(optim, train.max_steps),
         adapters=None if lora is None else AdapterRecord.of(lora, source, models[0].config.params_dtype),
     )
 

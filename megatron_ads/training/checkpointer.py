@@ -65,7 +65,7 @@ class Checkpointer:
             checkpoint.Progress(step=step, updates=self.model.optimizer.updates, data=self.data.state_dict()),
             self.layout,
             side_files=self.side_files,
-            keep_last=self.settings.keep_last,
+            keep_last=self.settings.save_total_limit,
             adapters=self.model.adapters,
         )
         return time.monotonic() - started

@@ -69,7 +69,7 @@ class RunLog:
             write_small(directory / RUN_FILE, json.dumps(describe_run(config), indent=1) + "\n")
             self._writer = MetricsWriter(directory, config.log.tensorboard, resume_step)
         self._directory = Path(config.log.dir)
-        self._progress = Progress(config.train.steps, resume_step, name)
+        self._progress = Progress(config.train.max_steps, resume_step, name)
         self._started = time.monotonic()
         self._restart_rank_times(resume_step)
 

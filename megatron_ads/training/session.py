@@ -119,7 +119,7 @@ class Session:
         checkpointer = Checkpointer(
             settings=config.checkpoint, model=model, data=data, layout=shards.layout, side_files=source.side_folder
         )
-        step = checkpointer.load_latest(last_step=config.train.steps)
+        step = checkpointer.load_latest(last_step=config.train.max_steps)
         log = RunLog(config, model, shards, membership.peers, membership.activity, name=name, resume_step=step)
         return cls(
             config=config,
@@ -140,7 +140,7 @@ class Session:
     @property
     def is_finished(self) -> bool:
         """Whether the last step is done."""
-        return self.step >= self.config.train.steps
+        return self.step >= self.config.train.max_steps
 
     def is_due(self, every: int | None) -> bool:
         """Whether something that happens ``every`` so many steps happens now."""

@@ -47,14 +47,14 @@ def test_prompts_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("running shoes\n")
     with pytest.raises(DataError, match=r"holds no tokenizer\.json"):
-        read_prompts(file, tmp_path, most_tokens=8)
+        read_prompts(file, tmp_path, max_tokens=8)
 
 
 def test_prompts_are_cut_lines_of_text(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, 512)
     file = tmp_path / "prompts.txt"
     file.write_text("running shoes for men\n\nred\n")
-    long, short = read_prompts(file, tmp_path, most_tokens=2)
+    long, short = read_prompts(file, tmp_path, max_tokens=2)
     tokenizer = load_tokenizer(tmp_path)
     assert long.tolist() == tokenizer.encode("running shoes for men")[:2]
     assert short.tolist() == tokenizer.encode("red")[:2]
@@ -66,7 +66,7 @@ def test_prompts_that_are_not_there_are_refused(folder: Path, tmp_path: Path, te
     if text is not None:
         file.write_text(text)
     with pytest.raises(DataError, match=message):
-        read_prompts(file, folder, most_tokens=8)
+        read_prompts(file, folder, max_tokens=8)
 
 
 def test_random_prompts_are_the_same_every_time(folder: Path) -> None:

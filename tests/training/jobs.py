@@ -39,7 +39,7 @@ class Recipe:
             optim=OptimConfig(
                 **{"learning_rate": 1e-3, "schedule": Schedule.constant, "weight_decay": 0.1} | self.optim
             ),
-            train=TrainConfig(steps=self.steps, global_batch_size=ROWS_PER_STEP),
+            train=TrainConfig(max_steps=self.steps, global_batch_size=ROWS_PER_STEP),
             checkpoint=CheckpointConfig(dir=str(self.checkpoints or "unused")),
             log=LogConfig(dir="unused"),
         )

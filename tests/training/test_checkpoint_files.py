@@ -308,7 +308,7 @@ def test_a_fresh_start_refuses_a_folder_with_checkpoints_before_the_first_step(r
 def test_a_job_of_fewer_steps_than_the_checkpoint_has_is_refused_before_it_exports_that(recipe: Recipe) -> None:
     run_ranks(2, train_and_save, replace(recipe, steps=2))
     for message in run_ranks(2, _start_with, recipe, True):
-        assert f"checkpoint.dir holds {recipe.checkpoints / 'step-00000002'}, but train.steps is 1: " in message
+        assert f"checkpoint.dir holds {recipe.checkpoints / 'step-00000002'}, but train.max_steps is 1: " in message
 
 
 # A full disk
