@@ -193,13 +193,13 @@ def _train(case: Case) -> int:
 
 def _build(job: Any) -> Any:
     import torch
-    from megatron.core.distributed import finalize_model_grads
 
     from conversion.layer_specs import LayerSpec
     from megatron_ads.config.optim import OptimConfig
-    from megatron_ads.models.build import build_chunks, wrap_precision
+    from megatron_ads.models.build import build_chunks
     from megatron_ads.models.settings import ModelSettings
-    from megatron_ads.optim.build import build_optimizer, wrap_for_training
+    from megatron_ads.optim.build import build_optimizer
+    from megatron_ads.training.build import wrap_chunks
     from megatron_ads.training.step import run_step
 
     settings = ModelSettings(
@@ -212,11 +212,7 @@ def _build(job: Any) -> Any:
         for model in models:
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, std=0.02)
-        chunks = wrap_for_training(wrap_precision(models), overlap=False)
-        no_sync = [chunk.no_sync for chunk in chunks]
-        for model in models:
-            model.config.finalize_model_grads_func = finalize_model_grads
-            model.config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        chunks = wrap_chunks(models, overlap=False)
         optimizer = build_optimizer(
             chunks, OptimConfig(learning_rate=1e-4), job.precision, has_expert_member=job.trains_experts
         )
@@ -249,18 +245,11 @@ def _batch(job: Any) -> Any:
 
     rows, length = job.micro_batch_size, job.seq_length
     tokens_BS = torch.randint(0, job.shape.vocab_size, (rows, length))
-    return PackedBatch(
+    return PackedBatch.unpadded(
         tokens_BS=tokens_BS,
         labels_BS=tokens_BS.roll(-1, dims=1),
-        positions_BS=torch.arange(length).repeat(rows, 1),
         mask_BS=torch.ones(rows, length),
-        sample_BS=torch.zeros_like(tokens_BS),
-        step_samples=1,
         cu_seqlens=torch.arange(0, rows * length + 1, length, dtype=torch.int32),
-        sample_count=rows,
-        token_count=rows * length,
-        target_count=rows * length,
-        normalizer=rows * length,
     )
 
 

@@ -61,8 +61,8 @@ def simulated_variants(data: str) -> dict[str, Variant]:
 NO_PUBLIC = Variant("no public rows", ("data=simulator",), ("data=simulator_general",))
 # About two passes over the rows: 4,700 pairs, and 13,000 days of purchases.
 _REAL = ("data.seq_length=512", "train.evaluate_every=200")
-_ESCI = ("data=esci", *_REAL, "data.validation_rows=256", "train.steps=400")
-_NEXT_BRAND = ("data=next_brand", *_REAL, "data.validation_rows=800", "train.steps=1200")
+_ESCI = ("data=esci", *_REAL, "data.validation_rows=256", "train.max_steps=400")
+_NEXT_BRAND = ("data=next_brand", *_REAL, "data.validation_rows=800", "train.max_steps=1200")
 REAL = {
     "esci": Variant("query and product", _ESCI, _ESCI),
     "next_brand": Variant("next brand", _NEXT_BRAND, _NEXT_BRAND),
@@ -99,7 +99,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--variant", action="append", metavar="NAME", help="only this; may be repeated (default: all)")
     parser.add_argument("--ranks", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: 2)")
     parser.add_argument("--text-steps", type=int, default=TEXT_STEPS, help=f"steps on the texts (default {TEXT_STEPS})")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every variant: train.steps=500")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings of every variant: train.max_steps=500"
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -135,7 +137,7 @@ def _stages(
     learn = [
         f"model.load={model}", f"log.dir={language}", "data=jsonl", "data.seq_length=512", "data.validation_rows=200",
         f"data.sources=[{{kind: jsonl, path: {texts}}}]", "loss.normalize=token", "optim.min_learning_rate=4.0e-4",
-        f"train.steps={arguments.text_steps}",
+        f"train.max_steps={arguments.text_steps}",
     ]  # fmt: skip
     yield _train_stage("language", "learn the language", learn, out, arguments.ranks, after=["model", "texts"])
     for name, variant in chosen.items():
@@ -175,11 +177,11 @@ def _train_stage(
 
     def run() -> dict[str, Any]:
         command = ["train", "--recipe", RECIPE, "--ranks", str(ranks), *settings]
-        with MetricsFollower(out / name, config.train.steps, name) as follow:
+        with MetricsFollower(out / name, config.train.max_steps, name) as follow:
             run_job(
                 [sys.executable, "-m", "megatron_ads.cli", *command], out / "logs" / f"{name}.log", while_running=follow
             )
-        return {"steps": config.train.steps}
+        return {"steps": config.train.max_steps}
 
     return Stage(
         name=name, title=title, settings={"settings": list(settings), "ranks": ranks}, after=after,

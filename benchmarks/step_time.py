@@ -113,8 +113,6 @@ def _build(threads: int) -> dict[str, tuple[tuple[Step, Step], int]]:
 
 def our_step(folder: Path, samples: Sequence[Any]) -> Step:
     """Build the project's training step for a checkpoint and a fixed batch."""
-    from megatron.core.distributed import finalize_model_grads
-
     from conversion.layer_specs import LayerSpec
     from conversion.sources import open_source
     from megatron_ads.config.model import Precision
@@ -123,7 +121,8 @@ def our_step(folder: Path, samples: Sequence[Any]) -> Step:
     from megatron_ads.models.build import build_chunks
     from megatron_ads.models.settings import ModelSettings
     from megatron_ads.models.weights import load_weights
-    from megatron_ads.optim.build import build_optimizer, wrap_for_training
+    from megatron_ads.optim.build import build_optimizer
+    from megatron_ads.training.build import wrap_chunks
     from megatron_ads.training.step import run_step
 
     source = open_source(folder)
@@ -131,8 +130,7 @@ def our_step(folder: Path, samples: Sequence[Any]) -> Step:
     settings = ModelSettings(spec=LayerSpec.GROUPED)
     models = build_chunks(source.shape, layout, place_layers(source.shape, layout), settings)
     load_weights(models, source, settings.spec)
-    models[0].config.finalize_model_grads_func = finalize_model_grads
-    chunks = wrap_for_training(models, overlap=False)
+    chunks = wrap_chunks(models, overlap=False)
     optimizer = build_optimizer(
         chunks, OptimConfig(learning_rate=LEARNING_RATE), Precision.fp32, has_expert_member=True
     )
@@ -146,20 +144,13 @@ def _packed(samples: Sequence[Any]) -> Any:
 
     from megatron_ads.data.packed_batch import PackedBatch
 
-    lengths = torch.tensor([len(sample) for sample in samples])
+    lengths = torch.tensor([0, *(len(sample) for sample in samples)])
     targets = torch.cat([torch.arange(len(sample)) < len(sample) - 1 for sample in samples])
-    return PackedBatch(
+    return PackedBatch.unpadded(
         tokens_BS=torch.cat(list(samples))[None],
         labels_BS=torch.cat([sample.roll(-1) for sample in samples])[None],
-        positions_BS=torch.cat([torch.arange(len(sample)) for sample in samples])[None],
         mask_BS=targets.float()[None],
-        sample_BS=torch.zeros(1, len(targets), dtype=torch.int64),
-        step_samples=1,
-        cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32),
-        sample_count=len(samples),
-        token_count=len(targets),
-        target_count=int(targets.sum()),
-        normalizer=int(targets.sum()),
+        cu_seqlens=lengths.cumsum(0).to(torch.int32),
     )
 
 

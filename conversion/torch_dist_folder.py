@@ -72,8 +72,9 @@ def open_torch_dist(path: Path, *, config_from: Path | None = None) -> TorchDist
     metadata = read_metadata(path / METADATA)
     if any(key.endswith(".lora_a") for key in metadata.state_dict_metadata):
         raise ConversionError(
-            f"{path} holds low-rank adapters without the weights they adapt. Start its job again with train.steps set "
-            "to this step: it trains no further and writes the merged weights to <log.dir>/export. Give that folder."
+            f"{path} holds low-rank adapters without the weights they adapt. Start its job again with train.max_steps "
+            "set to this step: it trains no further and writes the merged weights to <log.dir>/export. Give that "
+            "folder."
         )
     pieces: dict[str, tuple[Region, ...]] = {}
     for tensor in keyed_tensors(parameters(shape), _spec(metadata)):

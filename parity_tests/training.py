@@ -70,19 +70,8 @@ def pairs_row(tokens_NS: Tensor, labels_N: Tensor) -> Row:
 
 
 def _packed(row: Row) -> PackedBatch:
-    targets = int(row["mask"].count_nonzero())
-    return PackedBatch(
-        tokens_BS=row["tokens"],
-        labels_BS=row["labels"],
-        positions_BS=row["positions"],
-        mask_BS=row["mask"],
-        sample_BS=torch.zeros_like(row["tokens"]),
-        cu_seqlens=row["boundaries"],
-        step_samples=1,  # losses of single samples are not looked at
-        sample_count=len(row["boundaries"]) - 1,
-        token_count=row["tokens"].numel(),
-        target_count=targets,
-        normalizer=targets,
+    return PackedBatch.unpadded(
+        tokens_BS=row["tokens"], labels_BS=row["labels"], mask_BS=row["mask"], cu_seqlens=row["boundaries"]
     )
 
 

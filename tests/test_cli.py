@@ -92,7 +92,9 @@ def test_a_command_line_that_cannot_be_read_exits_2(arguments: list[str]) -> Non
 def test_settings_may_stand_on_either_side_of_an_option() -> None:
     answer = run_cli("train", "--recipe", "sft/small", "model.load=x", "--ranks", "1", "train.stepz=3")
     assert answer.returncode == 2
-    assert answer.stderr.startswith("megatron-ads: sft/small: train.stepz is not a setting; did you mean train.steps?")
+    assert answer.stderr.startswith(
+        "megatron-ads: sft/small: train.stepz is not a setting; did you mean train.max_steps?"
+    )
 
 
 def test_a_users_mistake_is_one_line_and_exit_2(tmp_path: Path) -> None:

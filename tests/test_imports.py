@@ -34,6 +34,7 @@ ROOMS = (
     "megatron_ads.data.rows",  # the record that tasks make and the rest of data consumes
     "megatron_ads.tasks",
     "megatron_ads.data",
+    "megatron_ads.losses",
     "megatron_ads.models",
     "megatron_ads.optim",
     "megatron_ads.planning",

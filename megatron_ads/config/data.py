@@ -66,15 +66,15 @@ class HistoryConfig:
     """Sections left out, such as ``clicks``; None is the source's own choice."""
     window_days: dict[str, float] = field(default_factory=dict)
     """Oldest event shown, by section; the built-in windows hold for sections that are not named."""
-    most_entries: int | None = None
+    max_entries: int | None = None
     """Most entries of a section; None is the source's own number."""
-    most_tokens: int | None = None
+    max_tokens: int | None = None
     """Sections are shortened until the history takes about so many tokens, counted as words and signs; None is no
     limit."""
 
     def check(self, section: str) -> None:
         """Refuse impossible values; ``section`` is where this stands in the recipe."""
-        require_at_least(section, self, 1, "most_entries", "most_tokens")
+        require_at_least(section, self, 1, "max_entries", "max_tokens")
         for name, days in self.window_days.items():
             require(days > 0, f"{section}.window_days.{name} is {days}; it must be above 0.")
 

@@ -33,13 +33,6 @@ class Recompute(StrEnum):
     full = "full"
 
 
-class RouterBias(StrEnum):
-    """What fine-tuning does with the router's selection bias."""
-
-    frozen = "frozen"
-    update = "update"
-
-
 class FrozenPart(StrEnum):
     """A part of the model that can be kept as loaded; layers of MTP count as ``mtp`` only."""
 
@@ -112,11 +105,11 @@ class ModelConfig:
     precision: Precision = Precision.bf16
     """``bf16`` computes in BF16 and keeps gradients and optimizer state in FP32."""
     recompute: Recompute = Recompute.none
-    """``selective``: the core attention; ``full``: whole layers."""
-    router_bias: RouterBias = RouterBias.frozen
-    """``update`` moves the bias against the load of each expert after every step (arXiv:2408.15664)."""
-    router_bias_update_rate: float | None = None
-    """Size of one such move; None with a frozen bias. DeepSeek-V3 was pre-trained with 0.001."""
+    """``selective``: what is between an attention's latents and its output projection, and the inside of every
+    feed-forward, experts included; ``full``: whole layers."""
+    expert_bias_update_rate: float | None = None
+    """How far the router's selection bias of each expert moves against its load after every step (arXiv:2408.15664);
+    DeepSeek-V3 was pre-trained with 0.001. None keeps the bias as loaded."""
     aux_loss_coefficient: float = 0.0
     """Weight of the load-balancing loss; 0 is off."""
     mtp_loss_weight: float = 0.0
@@ -130,19 +123,12 @@ class ModelConfig:
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
-        require_at_least("model", self, 0, "router_bias_update_rate", "aux_loss_coefficient", "mtp_loss_weight")
-        rate = self.router_bias_update_rate
-        if self.router_bias is RouterBias.frozen:
-            require(
-                rate is None,
-                f"model.router_bias_update_rate is {rate}, which has no effect while model.router_bias is frozen. "
-                "Remove it, or set model.router_bias=update.",
-            )
-        else:
-            require(
-                rate is not None and rate > 0,
-                f"model.router_bias is update, but model.router_bias_update_rate is {rate}. Set it, 0.001 for example.",
-            )
+        require_at_least("model", self, 0, "aux_loss_coefficient", "mtp_loss_weight")
+        rate = self.expert_bias_update_rate
+        require(
+            rate is None or (math.isfinite(rate) and rate > 0),
+            f"model.expert_bias_update_rate is {rate}; it must be above 0, or null to keep the bias as loaded.",
+        )
         repeated = sorted({part for part in self.frozen if self.frozen.count(part) > 1})
         require(not repeated, f"model.frozen lists {', '.join(repeated)} more than once.")
         require(
@@ -162,6 +148,7 @@ class ModelConfig:
             "what is to have no adapters is left out of model.lora.targets.",
         )
         require(
-            self.router_bias is RouterBias.frozen,
-            "model.router_bias is update, but model.lora keeps the routers as loaded. Set model.router_bias=frozen.",
+            self.expert_bias_update_rate is None,
+            f"model.expert_bias_update_rate is {self.expert_bias_update_rate}, but model.lora keeps the routers as "
+            "loaded. Set it to null.",
         )

@@ -12,6 +12,7 @@ from typing import Any
 from hydra.errors import MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_ads.config.renamed import RENAMED
 from megatron_ads.errors import ConfigError
 
 _REPLACED_SECTION = re.compile(r"is not a subclass of (?P<section>\w+)\. value: (?P<value>.*)")
@@ -88,7 +89,9 @@ def _explain_replaced_section(schema: type, section: str, value: str) -> str:
 
 
 def unknown_key(schema: type, path: str) -> str:
-    """Return the sentence for a key that the schema lacks, with the nearest one that it has."""
+    """Return the sentence for a key that the schema lacks, with its new name or the nearest one that it has."""
+    if new := RENAMED.get(_INDEX.sub("[]", path)):
+        return f"{path} is called {new}."
     section, _, key = path.rpartition(".")
     siblings = field_names(schema, section)
     if not siblings:

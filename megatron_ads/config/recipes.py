@@ -23,7 +23,7 @@ def load_recipe(
 
     Args:
         name_or_path: A shipped recipe such as ``sft/quickstart``, or a YAML file of one's own.
-        overrides: Hydra overrides, ``train.steps=20`` or ``layout=pp4_ep2``.
+        overrides: Hydra overrides, ``train.max_steps=20`` or ``layout=pp4_ep2``.
         sections: Those that the caller reads; in the others required settings may be missing, and are
             ``"not set"`` or 0 then. None: all.
 

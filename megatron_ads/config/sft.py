@@ -1,79 +1,35 @@
-"""A whole supervised fine-tuning job, and the checks that one section alone cannot express."""
+"""A supervised fine-tuning job."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.checks import require
-from megatron_ads.config.data import DataConfig
-from megatron_ads.config.layout import LayoutConfig
-from megatron_ads.config.model import FrozenPart, LoraTarget, ModelConfig, RouterBias
-from megatron_ads.config.optim import OptimConfig
-from megatron_ads.config.training import (
-    CheckpointConfig,
-    LogConfig,
-    LossConfig,
-    ReweightConfig,
-    RuntimeConfig,
-    TrainConfig,
-)
-from megatron_ads.layout import ParallelLayout
+from megatron_ads.config.run import RunConfig, validate_run
+from megatron_ads.config.training import LossConfig, ReweightConfig
 
 
 @dataclass(kw_only=True, slots=True)
-class SftConfig:
+class SftConfig(RunConfig):
     """A whole supervised fine-tuning job."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    layout: LayoutConfig = field(default_factory=LayoutConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     reweight: ReweightConfig = field(default_factory=ReweightConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    log: LogConfig = field(default_factory=LogConfig)
 
 
 def validate(config: SftConfig, world: int, shape: ModelShape | None = None) -> None:
-    """Refuse a recipe that cannot run, or that holds settings without effect, on ``world`` ranks.
-
-    With ``shape``, what depends on the model is checked too: layers and experts per rank, MTP, sequence length.
+    """Refuse a recipe that cannot run, or that holds settings without effect; as ``validate_run``.
 
     Raises:
         ConfigError: Naming the settings, their values and what to change.
     """
-    for section in (config.model, config.layout, config.data, config.optim, config.train):
-        section.check()
     config.reweight.check()
-    config.checkpoint.check()
-    config.runtime.check()
-    _check_steps(config)
-    layout = config.layout.runtime(world)
-    _check_batch(config, layout)
-    if shape is not None:
-        _check_model(config, layout, shape)
-
-
-def _check_steps(config: SftConfig) -> None:
-    require(
-        config.optim.warmup_steps <= config.train.steps,
-        f"optim.warmup_steps = {config.optim.warmup_steps} is more than train.steps = {config.train.steps}: "
-        f"optim.learning_rate would never be reached. Set optim.warmup_steps={config.train.steps // 10}, or raise "
-        "train.steps.",
-    )
-    require(
-        config.train.evaluate_every is None or config.data.validation_rows > 0,
-        f"train.evaluate_every is {config.train.evaluate_every}, but data.validation_rows is 0: there is nothing to "
-        "evaluate on. Set data.validation_rows, or train.evaluate_every to null.",
-    )
+    validate_run(config, world, shape)
     _check_reweighting(config)
 
 
 def _check_reweighting(config: SftConfig) -> None:
     """Refuse weights and shares that would never change before the last step."""
-    steps, evaluate_every, reweight = config.train.steps, config.train.evaluate_every, config.reweight
+    steps, evaluate_every, reweight = config.train.max_steps, config.train.evaluate_every, config.reweight
     if reweight.tasks:
         require(
             evaluate_every is not None,
@@ -82,62 +38,11 @@ def _check_reweighting(config: SftConfig) -> None:
         require(
             evaluate_every is None or evaluate_every < steps,
             f"reweight.tasks changes the shares at each evaluation, but train.evaluate_every = {evaluate_every} and "
-            f"train.steps = {steps}: no step is left after the first. Lower train.evaluate_every.",
+            f"train.max_steps = {steps}: no step is left after the first. Lower train.evaluate_every.",
         )
     first = reweight.interval if reweight.exact else 2 * reweight.interval  # before it, nothing is measured twice
     require(
         not reweight.instances or first < steps,
         f"reweight.instances has its first weights after step {first} (reweight.interval = {reweight.interval}), but "
-        f"train.steps is {steps}: it would have no effect. Lower reweight.interval.",
+        f"train.max_steps is {steps}: it would have no effect. Lower reweight.interval.",
     )
-
-
-def _check_batch(config: SftConfig, layout: ParallelLayout) -> None:
-    microbatches = config.train.microbatches(layout)
-    require(
-        layout.vpp == 1 or microbatches % layout.pp == 0,
-        f"layout.vpp = {layout.vpp} runs microbatches in groups of layout.pp = {layout.pp}, but a step has "
-        f"train.global_batch_size / (train.micro_batch_size * dp) = {config.train.global_batch_size} / "
-        f"({config.train.micro_batch_size} * {layout.dp}) = {microbatches} microbatches. Choose a "
-        f"train.global_batch_size that is a multiple of {layout.pp * layout.dp * config.train.micro_batch_size}.",
-    )
-    # Context parallelism cuts a row into 2 * cp pieces to balance the causal mask; sequence parallelism into tp.
-    pieces = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
-    tokens = config.data.seq_length * config.train.micro_batch_size
-    require(
-        tokens % pieces == 0,
-        f"data.seq_length * train.micro_batch_size = {config.data.seq_length} * {config.train.micro_batch_size} = "
-        f"{tokens} tokens cannot be cut into {pieces} pieces (layout.tp = {layout.tp}, layout.cp = {layout.cp}). "
-        f"Choose a multiple of {pieces}.",
-    )
-
-
-def _check_model(config: SftConfig, layout: ParallelLayout, shape: ModelShape) -> None:
-    config.layout.placement(shape, layout)
-    layout.check_model(shape)
-    require(
-        config.data.seq_length <= shape.max_positions,
-        f"data.seq_length = {config.data.seq_length} is longer than the model's {shape.max_positions} positions.",
-    )
-    require(
-        shape.mtp_layers > 0 or config.model.mtp_loss_weight == 0,
-        f"model.mtp_loss_weight is {config.model.mtp_loss_weight:g}, but the model has no MTP layer. Set it to 0.",
-    )
-    require(
-        shape.has_expert_bias or config.model.router_bias is RouterBias.frozen,
-        "model.router_bias is update, but the model's router has no selection bias. Set it to frozen.",
-    )
-    _require_parts("model.frozen", config.model.frozen, shape)
-    if set(config.model.lora.targets) != set(LoraTarget):  # all of them: those that there are
-        _require_parts("model.lora.targets", config.model.lora.targets, shape)
-
-
-def _require_parts(setting: str, parts: Sequence[FrozenPart] | Sequence[LoraTarget], shape: ModelShape) -> None:
-    """Refuse to name what the model does not have."""
-    has = {
-        "dense": shape.first_dense_layers > 0,
-        "shared_experts": shape.shared_ffn_size > 0,
-        "experts": shape.num_experts > 0,
-    }
-    absent = [part for part in parts if not has.get(part, True)]
-    require(not absent, f"{setting} lists {', '.join(absent)}, which the model does not have. Remove it.")

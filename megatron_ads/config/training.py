@@ -21,7 +21,7 @@ class Normalize(StrEnum):
 class TrainConfig:
     """How long and in which portions."""
 
-    steps: int = MISSING
+    max_steps: int = MISSING
     """Optimizer steps of the whole run, over all resumptions."""
     global_batch_size: int = 8
     """Rows of ``data.seq_length`` tokens per step, over all ranks."""
@@ -38,7 +38,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
-        require_at_least("train", self, 1, "steps", "global_batch_size", "micro_batch_size", "log_every")
+        require_at_least("train", self, 1, "max_steps", "global_batch_size", "micro_batch_size", "log_every")
         require_at_least("train", self, 1, "evaluate_every")
         require_at_least("train", self, 0, "seed")
 
@@ -115,14 +115,14 @@ class CheckpointConfig:
     """Folder that holds one folder per checkpoint."""
     save_every: int | None = None
     """Steps between checkpoints; None saves after the last step only."""
-    keep_last: int = 2
+    save_total_limit: int = 2
     """Complete checkpoints kept; older ones are deleted."""
     resume: bool = True
     """Go on from the latest complete checkpoint in ``dir`` where there is one."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
-        require_at_least("checkpoint", self, 1, "save_every", "keep_last")
+        require_at_least("checkpoint", self, 1, "save_every", "save_total_limit")
 
 
 @dataclass(kw_only=True, slots=True)

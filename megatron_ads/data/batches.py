@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from megatron_ads.config.training import Normalize
 from megatron_ads.data.adaptive_weights import InstanceWeights, task_shares
 from megatron_ads.data.mixing import Draw, Mixture, WeightedRows
-from megatron_ads.data.packed_batch import PackedBatch, PackedRow, collate
+from megatron_ads.data.packed_batch import PackedBatch, PackedRow
 from megatron_ads.data.packing import pack_prefix
 from megatron_ads.data.rows import TokenizedRow
 from megatron_ads.errors import ConfigError, DataError
@@ -93,7 +94,7 @@ class BatchStream:
         packed = self._draw_rows()
         samples = [draw.row for draw in self._step]
         return [
-            self._weighted(collate(samples, micro, seq_length=self._seq_length, normalize=self._normalize))
+            self._weighted(PackedBatch.of(samples, micro, seq_length=self._seq_length, normalize=self._normalize))
             for micro in self._share.microbatches(packed)
         ]
 
@@ -120,12 +121,12 @@ class BatchStream:
         return replace(batch, mask_BS=batch.mask_BS * weights[batch.sample_BS])
 
     def observe(self, sample_losses: Sequence[float]) -> dict[str, float]:
-        """Take in the summed loss of each sample of the latest step; return what it says, by metric name."""
+        """Take in the summed loss of each sample of the latest step; return the mean per target token of each task."""
         rows = [draw.row for draw in self._step]
         if self._weights is not None:
             targets = [row.target_count for row in rows]
             self._weights.observe([draw.number for draw in self._step], sample_losses, targets)
-        return {f"loss/{task}": loss for task, loss in losses_by_task(rows, sample_losses).items()}
+        return losses_by_task(rows, sample_losses)
 
     @property
     def weights_are_due(self) -> bool:
@@ -207,10 +208,12 @@ def batches_of_all(
     seq_length: int,
     packing: bool,
     normalize: Normalize = Normalize.token,
+    extra: Mapping[str, Sequence[NDArray[Any]]] | None = None,
 ) -> list[PackedBatch]:
     """Return this replica's microbatches of one pass over ``rows``, in order; every replica has as many.
 
-    The last step is filled with rows of padding. ``share.global_batch_size`` rows are packed at a time.
+    The last step is filled with rows of padding. ``share.global_batch_size`` rows are packed at a time. ``extra`` is
+    as in ``PackedBatch.of``, for each of ``rows``.
 
     Raises:
         DataError: If a row is too long.
@@ -222,7 +225,8 @@ def batches_of_all(
         packed = _pack_from(rows, start, count, seq_length if packing else None)
         start += sum(len(row) for row in packed)
         batches += [
-            collate(rows, micro, seq_length=seq_length, normalize=normalize) for micro in share.microbatches(packed)
+            PackedBatch.of(rows, micro, seq_length=seq_length, normalize=normalize, extra=extra)
+            for micro in share.microbatches(packed)
         ]
     return batches
 

@@ -109,7 +109,7 @@ def _split(rows: Sequence[ChatRow], config: DataConfig) -> Split:
         rows,
         validation_rows=config.validation_rows,
         seed=config.seed,
-        most_per_group=config.validation_rows_per_group,
+        max_per_group=config.validation_rows_per_group,
     )
 
 

@@ -23,7 +23,7 @@ from megatron_ads.tasks.user_history import EventKind, HistoryView, Section, Use
 
 FILE = Path("next_brand_office") / "users.jsonl"
 ITEMS = "items.jsonl"
-DEFAULT_VIEW = HistoryView(without=frozenset({Section.semantic_ids}), most_entries=5)
+DEFAULT_VIEW = HistoryView(without=frozenset({Section.semantic_ids}), max_entries=5)
 _MAX_TITLE_CHARACTERS = 60
 
 

@@ -3,10 +3,12 @@
 Shape suffixes: B = rows of a microbatch, S = tokens of a row.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_ads.config.training import Normalize
@@ -44,52 +46,93 @@ class PackedBatch:
     normalizer: int
     """What the sum of the weighted losses of a step is divided by, summed over its microbatches and replicas: the
     target tokens, or the samples that have any."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """(B, S) each: what an objective needs for each label besides, by name; 0 at padding."""
 
+    @classmethod
+    def of(
+        cls,
+        samples: Sequence[TokenizedRow],
+        rows: Sequence[PackedRow],
+        *,
+        seq_length: int,
+        normalize: Normalize = Normalize.token,
+        extra: Mapping[str, Sequence[NDArray[Any]]] | None = None,
+    ) -> "PackedBatch":
+        """Lay samples end to end in each row, shift the labels, and count what the loss is normalised by.
 
-def collate(
-    samples: Sequence[TokenizedRow], rows: Sequence[PackedRow], *, seq_length: int, normalize: Normalize
-) -> PackedBatch:
-    """Lay samples end to end in each row, shift the labels, and count what the loss is normalised by.
+        Args:
+            samples: Those of the whole step.
+            rows: Which of them each row of this microbatch holds.
+            seq_length: S.
+            normalize: What the loss is averaged over.
+            extra: For each name, an array for every sample of the step with one value for each of its N - 1 labels.
+        """
+        shape = (len(rows), seq_length)
+        tokens_BS = torch.full(shape, PADDING_TOKEN)
+        labels_BS = torch.full(shape, PADDING_TOKEN)
+        positions_BS = torch.zeros(shape, dtype=torch.int64)
+        mask_BS = torch.zeros(shape)
+        sample_BS = torch.zeros(shape, dtype=torch.int64)
+        extra_BS = {
+            name: torch.zeros(shape, dtype=torch.from_numpy(values[0]).dtype) for name, values in (extra or {}).items()
+        }
+        boundaries = [0]
+        for b, numbers in enumerate(rows):
+            start = 0
+            for number in numbers:
+                sample = samples[number]
+                place = slice(start, start + sample.predictions)
+                tokens_BS[b, place] = torch.from_numpy(sample.tokens[:-1])
+                labels_BS[b, place] = torch.from_numpy(sample.tokens[1:])
+                positions_BS[b, place] = torch.arange(sample.predictions)
+                mask_BS[b, place] = label_weights(sample, normalize)
+                sample_BS[b, place] = number
+                for name, values_BS in extra_BS.items():
+                    values_BS[b, place] = torch.from_numpy((extra or {})[name][number])
+                start = place.stop
+                boundaries.append(b * seq_length + start)
+            if start < seq_length:
+                positions_BS[b, start:] = torch.arange(seq_length - start)
+                boundaries.append((b + 1) * seq_length)
+        here = [samples[number] for numbers in rows for number in numbers]
+        targets = [sample.target_count for sample in here]
+        return cls(
+            tokens_BS=tokens_BS,
+            labels_BS=labels_BS,
+            positions_BS=positions_BS,
+            mask_BS=mask_BS,
+            sample_BS=sample_BS,
+            cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
+            step_samples=len(samples),
+            sample_count=len(here),
+            token_count=sum(sample.predictions for sample in here),
+            target_count=sum(targets),
+            normalizer=sum(targets) if normalize is Normalize.token else sum(count > 0 for count in targets),
+            extra=extra_BS,
+        )
 
-    ``samples`` are those of the whole step, of which ``rows`` lists the ones of this microbatch.
-    """
-    shape = (len(rows), seq_length)
-    tokens_BS = torch.full(shape, PADDING_TOKEN)
-    labels_BS = torch.full(shape, PADDING_TOKEN)
-    positions_BS = torch.zeros(shape, dtype=torch.int64)
-    mask_BS = torch.zeros(shape)
-    sample_BS = torch.zeros(shape, dtype=torch.int64)
-    boundaries = [0]
-    for b, numbers in enumerate(rows):
-        start = 0
-        for number in numbers:
-            sample = samples[number]
-            place = slice(start, start + sample.predictions)
-            tokens_BS[b, place] = torch.from_numpy(sample.tokens[:-1])
-            labels_BS[b, place] = torch.from_numpy(sample.tokens[1:])
-            positions_BS[b, place] = torch.arange(sample.predictions)
-            mask_BS[b, place] = label_weights(sample, normalize)
-            sample_BS[b, place] = number
-            start = place.stop
-            boundaries.append(b * seq_length + start)
-        if start < seq_length:
-            positions_BS[b, start:] = torch.arange(seq_length - start)
-            boundaries.append((b + 1) * seq_length)
-    here = [samples[number] for numbers in rows for number in numbers]
-    targets = [sample.target_count for sample in here]
-    return PackedBatch(
-        tokens_BS=tokens_BS,
-        labels_BS=labels_BS,
-        positions_BS=positions_BS,
-        mask_BS=mask_BS,
-        sample_BS=sample_BS,
-        cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
-        step_samples=len(samples),
-        sample_count=len(here),
-        token_count=sum(sample.predictions for sample in here),
-        target_count=sum(targets),
-        normalizer=sum(targets) if normalize is Normalize.token else sum(count > 0 for count in targets),
-    )
+    @classmethod
+    def unpadded(cls, *, tokens_BS: Tensor, labels_BS: Tensor, mask_BS: Tensor, cu_seqlens: Tensor) -> "PackedBatch":
+        """Take rows that are given as tensors and have no padding; losses of single samples are not told apart.
+
+        Every label whose weight is not 0 counts. ``cu_seqlens`` is as in the field.
+        """
+        targets = int(mask_BS.count_nonzero())
+        starts_T = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff())
+        return cls(
+            tokens_BS=tokens_BS,
+            labels_BS=labels_BS,
+            positions_BS=(torch.arange(tokens_BS.numel()) - starts_T).view(tokens_BS.shape),
+            mask_BS=mask_BS,
+            sample_BS=torch.zeros_like(tokens_BS),
+            cu_seqlens=cu_seqlens,
+            step_samples=1,
+            sample_count=len(cu_seqlens) - 1,
+            token_count=tokens_BS.numel(),
+            target_count=targets,
+            normalizer=targets,
+        )
 
 
 def label_weights(sample: TokenizedRow, normalize: Normalize) -> Tensor:

@@ -18,12 +18,12 @@ class Split:
 
 
 def split_by_group(
-    rows: Sequence[ChatRow], *, validation_rows: int, seed: int, most_per_group: int | None = None
+    rows: Sequence[ChatRow], *, validation_rows: int, seed: int, max_per_group: int | None = None
 ) -> Split:
     """Hold out whole groups (queries, users), in an order that ``seed`` decides, until there are enough rows.
 
     Every task gives validation rows in proportion to its rows; one with too few groups may have none left to train on.
-    With ``most_per_group``, a held-out group gives so many rows of a task at most, drawn by ``seed``. Rows of held-out
+    With ``max_per_group``, a held-out group gives so many rows of a task at most, drawn by ``seed``. Rows of held-out
     groups beyond these numbers are on neither side. The order of ``rows`` plays no part in which groups are held out.
 
     Raises:
@@ -43,7 +43,7 @@ def split_by_group(
         for row in sorted(groups[group], key=lambda row: stable_key(seed, row.id)):
             of_task[row.task].append(row)
         for task in sorted(of_task.keys() & wanted):
-            given = of_task[task][:most_per_group][: wanted[task]]
+            given = of_task[task][:max_per_group][: wanted[task]]
             held_out.add(group)
             validation += given
             wanted[task] -= len(given)

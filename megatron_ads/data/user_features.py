@@ -76,7 +76,7 @@ def history_view(config: HistoryConfig, default: HistoryView = FULL_VIEW) -> His
     return HistoryView(
         without=default.without if config.without is None else frozenset(map(_section, config.without)),
         window_days={**default.window_days, **{_section(name): days for name, days in config.window_days.items()}},
-        most_entries=default.most_entries if config.most_entries is None else config.most_entries,
+        max_entries=default.max_entries if config.max_entries is None else config.max_entries,
     )
 
 
@@ -95,18 +95,18 @@ def count_pieces(text: str) -> int:
 
 
 def fitting_view(
-    history: UserHistory, view: HistoryView, *, most_tokens: int, count_tokens: Callable[[str], int] = count_pieces
+    history: UserHistory, view: HistoryView, *, max_tokens: int, count_tokens: Callable[[str], int] = count_pieces
 ) -> HistoryView:
-    """Return the widest narrowing of ``view`` with which ``render_history`` takes at most ``most_tokens``.
+    """Return the widest narrowing of ``view`` with which ``render_history`` takes at most ``max_tokens``.
 
     First all sections are allowed ever fewer entries, so that the longest give their oldest ones first; once each is
     down to one, whole sections go, the last one first.
     """
     narrowed = view
-    while count_tokens(render_history(shown := sections(history, narrowed))) > most_tokens and shown:
+    while count_tokens(render_history(shown := sections(history, narrowed))) > max_tokens and shown:
         longest = max(len(entries) for entries in shown.values())
         if longest > 1:
-            narrowed = replace(narrowed, most_entries=longest - 1)
+            narrowed = replace(narrowed, max_entries=longest - 1)
         else:
             narrowed = replace(narrowed, without=narrowed.without | {list(shown)[-1]})
     return narrowed
@@ -118,7 +118,7 @@ def view_chooser(config: HistoryConfig, default: HistoryView = FULL_VIEW) -> Vie
     Raises:
         ConfigError: If there is no such section.
     """
-    view, most_tokens = history_view(config, default), config.most_tokens
-    if most_tokens is None:
+    view, max_tokens = history_view(config, default), config.max_tokens
+    if max_tokens is None:
         return lambda history: view
-    return partial(fitting_view, view=view, most_tokens=most_tokens)
+    return partial(fitting_view, view=view, max_tokens=max_tokens)

@@ -98,8 +98,8 @@ class RowSearch:
             self._ended = [*self._ended, *cut_off][: self._beams]
             return True
         # Gains are not positive: the best score a running beam can still get is that of its sum over the most tokens.
-        most_tokens = 1 if self._length is LengthRule.sum else self._limit
-        return len(self._ended) == self._beams and grown[0].score / most_tokens <= self._ended[-1].score
+        max_tokens = 1 if self._length is LengthRule.sum else self._limit
+        return len(self._ended) == self._beams and grown[0].score / max_tokens <= self._ended[-1].score
 
     def _judged(self, beam: Beam) -> Beam:
         tokens = {

@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_ads.runtime.exit_status import ExitStatus
 from megatron_ads.runtime.rank_record import RankRecord, first_failure
 from megatron_ads.training.checkpoint_folder import complete_checkpoints
-from megatron_ads.training.outcome import Outcome
+from megatron_ads.training.stopping import Outcome
 
 ATTEMPT = "attempt.json"
 _LOG_LINES = 5

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, help="processes of the whole job (default: the fewest for the layout)")
     parser.add_argument("--ranks-here", type=int, help="of these, on this machine (default: all)")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's, as train.steps=100"
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's, as train.max_steps=100"
     )
 
 
@@ -158,7 +158,7 @@ def _checkpoint(config: SftConfig) -> str:
     if not complete:
         return "none yet; the job begins at step 0"
     step, folder = complete[-1]
-    require_resumable(folder, resume=config.checkpoint.resume, last_step=config.train.steps)
+    require_resumable(folder, resume=config.checkpoint.resume, last_step=config.train.max_steps)
     verify_sizes(folder)
     return f"{folder} is complete; the job continues from step {step}"
 
@@ -170,7 +170,7 @@ def _disk(config: SftConfig, ranks: int | None, shape: ModelShape | None) -> str
     plan = make_plan(job, CARDS["cpu"])
     kept = len(complete_checkpoints(Path(config.checkpoint.dir)))
     # A checkpoint is written before the oldest is deleted.
-    checkpoints = plan.checkpoint_bytes * max(1, config.checkpoint.keep_last + 1 - kept)
+    checkpoints = plan.checkpoint_bytes * max(1, config.checkpoint.save_total_limit + 1 - kept)
     files = math.lcm(job.layout.tp, job.layout.ep * job.layout.etp)
     element = 2 if config.model.precision is Precision.bf16 else 4
     export = sum(stage.parameters for stage in plan.stages) * files * element
@@ -184,8 +184,9 @@ def _disk(config: SftConfig, ranks: int | None, shape: ModelShape | None) -> str
         if free < size:
             raise CheckpointError(
                 f"{there} has {free / 1e9:.1f} GB free, but {size / 1e9:.1f} GB are needed: a checkpoint is "
-                f"{plan.checkpoint_bytes / 1e9:.1f} GB (checkpoint.keep_last = {config.checkpoint.keep_last}, {kept} "
-                f"there, one more while it is written) and the export {export / 1e9:.1f} GB. Free some, lower "
-                "checkpoint.keep_last, or choose other folders with checkpoint.dir and log.dir."
+                f"{plan.checkpoint_bytes / 1e9:.1f} GB (checkpoint.save_total_limit = "
+                f"{config.checkpoint.save_total_limit}, {kept} there, one more while it is "
+                f"written) and the export {export / 1e9:.1f} GB. Free some, lower "
+                "checkpoint.save_total_limit, or choose other folders with checkpoint.dir and log.dir."
             )
     return f"room for the checkpoints ({checkpoints / 1e9:.1f} GB still) and the export ({export / 1e9:.1f} GB)"

@@ -37,7 +37,7 @@ from megatron_ads.launching.sweep import sweep_overrides
 from megatron_ads.planning.job import load_job
 from megatron_ads.runtime.exit_status import ExitStatus
 from megatron_ads.runtime.rank_record import FOLDER_VARIABLE, read_records
-from megatron_ads.training.outcome import clear_outcome, read_outcome
+from megatron_ads.training.stopping import clear_outcome, read_outcome
 
 PLACEMENT_VARIABLE = "MEGATRON_ADS_CHECK_PLACEMENT"
 _OLD_PLACEMENT_VARIABLE = "MEGATRON_ADS_REHEARSE"

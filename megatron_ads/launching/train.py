@@ -1,7 +1,7 @@
 """`megatron-ads train`: check the recipe and the machine, then run under torchrun, here or on several machines.
 
     megatron-ads train --recipe sft/quickstart model.load=SHARDS checkpoint.dir=RUN/checkpoints log.dir=RUN/logs
-    megatron-ads train --recipe sft/quickstart --ranks 4 train.steps=100 ...
+    megatron-ads train --recipe sft/quickstart --ranks 4 train.max_steps=100 ...
     NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 megatron-ads train --recipe ...      # and NODE_RANK=1 on the other one
 
 With MEGATRON_ADS_MAX_RESTARTS=3, up to three failures are followed by a restart of all ranks from the last checkpoint.
@@ -25,7 +25,7 @@ from megatron_ads.launching.job_check import check_job_and_node
 from megatron_ads.launching.processes import wait_passing_signals_on
 from megatron_ads.runtime.exit_status import ExitStatus
 from megatron_ads.runtime.rank_record import FOLDER_VARIABLE, RankRecord, read_records
-from megatron_ads.training.outcome import clear_outcome, read_outcome
+from megatron_ads.training.stopping import clear_outcome, read_outcome
 
 _RENDEZVOUS_SECONDS = 600
 _STATUS = {
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", type=int, help="processes of the whole job (default: the fewest the recipe's layout needs)"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's, as train.steps=100"
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's, as train.max_steps=100"
     )
 
 

@@ -31,7 +31,7 @@ class ModelSettings:
             spec=resolve_layer_spec(model.layer_spec),
             precision=model.precision,
             recompute=model.recompute,
-            router_bias_update_rate=model.router_bias_update_rate or 0.0,
+            router_bias_update_rate=model.expert_bias_update_rate or 0.0,
             aux_loss_coefficient=model.aux_loss_coefficient,
             mtp_loss_weight=model.mtp_loss_weight,
             deterministic=deterministic,
@@ -39,7 +39,8 @@ class ModelSettings:
 
 
 def resolve_layer_spec(choice: LayerSpecChoice) -> LayerSpec:
-    """Return the layer spec to build: ``auto`` is Transformer Engine where installed, else grouped torch experts.
+    """Return the layer spec to build: ``auto`` is Transformer Engine where it is installed and there is a GPU, else
+    grouped torch experts.
 
     Raises:
         ConfigError: If Transformer Engine is asked for and not installed.
@@ -51,5 +52,11 @@ def resolve_layer_spec(choice: LayerSpecChoice) -> LayerSpec:
             "Install megatron-ads[te], or set model.layer_spec to auto."
         )
     if choice is LayerSpecChoice.auto:
-        return LayerSpec.TE if installed else LayerSpec.GROUPED
+        return LayerSpec.TE if installed and _has_gpu() else LayerSpec.GROUPED
     return LayerSpec(choice.value)
+
+
+def _has_gpu() -> bool:
+    import torch  # only where Transformer Engine is installed
+
+    return torch.cuda.is_available()

@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from conversion.atomic_file import write_small
+from megatron_ads.config.renamed import current_settings
 from megatron_ads.errors import MegatronAdsError
 from megatron_ads.observability.chart import COLORS, Series, line_chart, short, smooth
 from megatron_ads.observability.log import get_logger
@@ -53,7 +54,10 @@ def run_page(folder: Path) -> str:
         Section(title="Course", blocks=[course_charts(metrics)]),
         Section(title="Circumstances", blocks=[Table(rows=[*_leaves(run)])]),
     ]
-    done, steps = max((row["step"] for row in metrics), default=0), run["recipe"]["train"]["steps"]
+    done, steps = (
+        max((row["step"] for row in metrics), default=0),
+        current_settings(run["recipe"])["train"]["max_steps"],
+    )
     lead = f"{run['recipe']['model']['load']}: {done} of {steps} steps, {run['ranks']} in parallel."
     return render_page("Fine-tuning", lead, _figures(metrics), sections)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from megatron_ads.config.renamed import current_settings
 from megatron_ads.config.sft import SftConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.planning.hardware import Card
@@ -29,9 +30,11 @@ def calibrated(card: Card, run: Path, model: str | None = None) -> Card:
         ConfigError: If the folder lacks ``run.json`` or ``metrics.jsonl``, or the run was faster than any efficiency
             up to 1 allows: the card is another one.
     """
-    measured = _measured_flops_per_second(run / "metrics.jsonl")
     described = _described(run / "run.json")
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SftConfig), described["recipe"]))
+    measured = _measured_flops_per_second(run / "metrics.jsonl", int(described["ranks"]))
+    config = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(SftConfig), current_settings(described["recipe"]))
+    )
     assert isinstance(config, SftConfig)  # to_object instantiates the schema
     job = job_of(config, planned_shape(model, config), int(described["ranks"]))
 
@@ -58,8 +61,8 @@ def _described(file: Path) -> dict[str, Any]:
     return described
 
 
-def _measured_flops_per_second(metrics: Path) -> float:
-    """Return the typical model FLOP/s of a whole run, from its ``metrics.jsonl``; the first step is left out.
+def _measured_flops_per_second(metrics: Path, ranks: int) -> float:
+    """Return the typical model FLOP/s of all ``ranks`` of a run, from its ``metrics.jsonl``, without the first step.
 
     Raises:
         ConfigError: If the file holds no such measurement.
@@ -68,7 +71,10 @@ def _measured_flops_per_second(metrics: Path) -> float:
         rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"--calibrate {metrics} cannot be read ({error}); give a run's metrics.jsonl.") from None
-    measured = [row["model_flops_per_second"] for row in rows if "model_flops_per_second" in row][1:]
+    # Older runs recorded those of the whole job.
+    measured = [row["tflops_per_gpu"] * 1e12 * ranks for row in rows if "tflops_per_gpu" in row][1:] or [
+        row["model_flops_per_second"] for row in rows if "model_flops_per_second" in row
+    ][1:]
     if not measured:
-        raise ConfigError(f"--calibrate {metrics} has fewer than two steps with model_flops_per_second.")
+        raise ConfigError(f"--calibrate {metrics} has fewer than two steps with tflops_per_gpu.")
     return float(median(measured))

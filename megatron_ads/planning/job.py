@@ -157,7 +157,7 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Jo
         frozen=frozenset(config.model.frozen),
         lora=Lora.of(config.model),
         layer_spec=config.model.layer_spec,
-        router_bias_update_rate=config.model.router_bias_update_rate or 0.0,
+        router_bias_update_rate=config.model.expert_bias_update_rate or 0.0,
         aux_loss_coefficient=config.model.aux_loss_coefficient,
         deterministic=config.train.deterministic,
     )

@@ -83,5 +83,5 @@ def describe_data() -> dict[str, Any]:
 
 
 def _overrides(args: argparse.Namespace, data: dict[str, Any]) -> list[str]:
-    steps = [] if args.steps is None else [f"train.steps={args.steps}"]
+    steps = [] if args.steps is None else [f"train.max_steps={args.steps}"]
     return [f"data={data['source']}", *steps, *args.overrides]

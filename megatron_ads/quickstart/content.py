@@ -87,7 +87,7 @@ def _figures(facts: Facts) -> list[Figure]:
             label="tokens per second",
             value=short(training["tokens_per_second"]),
             note=f"median step {training['step_seconds']:.2f} s, "
-            f"{training['model_flops_per_second'] / 1e9:.3g} GFLOP/s of model arithmetic",
+            f"{training['tflops_per_gpu'] * 1e3:.3g} GFLOP/s of model arithmetic per process",
         ),
         Figure(label="time", value=readable_duration(facts["seconds"]), note="all stages, set-up not counted"),
     ]

@@ -65,9 +65,9 @@ def training_facts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "loss_averaged_over_steps": min(_ENDS, len(losses)),
         "validation_loss_last": validation[-1] if validation else None,
         "tokens_per_second": median(column("tokens_per_second")),
-        "model_flops_per_second": median(column("model_flops_per_second")),
+        "tflops_per_gpu": median(column("tflops_per_gpu")),
         "step_seconds": median(column("step_seconds")),
-        "memory_bytes": max(column("memory_bytes"), default=None),
+        "max_memory_allocated": max(column("max_memory_allocated"), default=None),
     }
 
 

@@ -123,7 +123,7 @@ def make_plan(folder: QuickstartFolder, *, overrides: Sequence[str], identity: M
 
     Args:
         folder: Where everything goes.
-        overrides: Settings that replace the recipe's, ``train.steps=100``.
+        overrides: Settings that replace the recipe's, ``train.max_steps=100``.
         identity: JSON values outside the recipe that decide the result: code and data digests, versions.
 
     Raises:
@@ -150,7 +150,7 @@ def make_plan(folder: QuickstartFolder, *, overrides: Sequence[str], identity: M
         stage("to-bf16", "write it in BF16 as well, for transformers on a CPU", [folder.start_bf16],
               after=["to-shards"]),
         judging("evaluate-before", "let it judge the held-out rows", "before", "to-bf16"),
-        stage("train", f"fine-tune it for {config.train.steps} steps", [folder.run],
+        stage("train", f"fine-tune it for {config.train.max_steps} steps", [folder.run],
               settings={"recipe": recipe_yaml(config)}, after=["to-shards"], resumable=True,
               run=lambda: _train(commands["train"], folder, config)),
         stage("export", "export it to Hugging Face format", [folder.tuned], after=["train"]),
@@ -244,7 +244,7 @@ def _last_json(log: Path) -> Mapping[str, Any]:
 
 def _train(command: Sequence[str], folder: QuickstartFolder, config: SftConfig) -> Mapping[str, Any]:
     arguments = [sys.executable, "-m", "megatron_ads.cli", *command[1:]]
-    with MetricsFollower(folder.run, config.train.steps, "fine-tuning") as follow:
+    with MetricsFollower(folder.run, config.train.max_steps, "fine-tuning") as follow:
         status = run_job(
             arguments, folder.log("train"), accepted=(ExitStatus.DONE, ExitStatus.STOPPED), while_running=follow
         )

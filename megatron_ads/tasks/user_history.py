@@ -113,7 +113,7 @@ class HistoryView:
         default_factory=lambda: {Section.onsite_searches: 90.0, Section.offsite_urls: 14.0}
     )
     """Events of a section that are older are not shown; a section not named here has no limit."""
-    most_entries: int = 10
+    max_entries: int = 10
     """Most entries of a section; the oldest are left out, of the top lists the rarest."""
 
 
@@ -124,7 +124,7 @@ def sections(history: UserHistory, view: HistoryView = FULL_VIEW) -> dict[Sectio
     """Return the entries of every section that has any, each once: the newest first, in top lists the most frequent."""
     newest_first = sorted(history.events, key=lambda event: event.days_ago)
     found = {
-        section: tuple(dict.fromkeys(entries))[: view.most_entries]
+        section: tuple(dict.fromkeys(entries))[: view.max_entries]
         for section in Section
         if section not in view.without
         for entries in [_entries(section, newest_first, history.demographics, view)]
@@ -144,14 +144,14 @@ def render_history(shown: Mapping[Section, tuple[str, ...]]) -> str:
 
 
 def fit_history(
-    shown: Mapping[Section, tuple[str, ...]], *, most_tokens: int, count_tokens: Callable[[str], int]
+    shown: Mapping[Section, tuple[str, ...]], *, max_tokens: int, count_tokens: Callable[[str], int]
 ) -> dict[Section, tuple[str, ...]]:
-    """Shorten sections until ``render_history`` takes at most ``most_tokens``.
+    """Shorten sections until ``render_history`` takes at most ``max_tokens``.
 
     The longest section gives its last entry, the oldest or rarest; of several equally long the one that comes last.
     """
     kept = dict(shown)
-    while kept and count_tokens(render_history(kept)) > most_tokens:
+    while kept and count_tokens(render_history(kept)) > max_tokens:
         longest = max(reversed(kept), key=lambda section: len(kept[section]))
         kept[longest] = kept[longest][:-1]
         if not kept[longest]:

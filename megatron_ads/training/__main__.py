@@ -19,7 +19,7 @@ from megatron_ads.runtime.rank_record import (
     refusal_before_restart,
     write_record,
 )
-from megatron_ads.training.signals import StopRequest
+from megatron_ads.training.stopping import StopRequest
 
 logger = get_logger(__name__)
 

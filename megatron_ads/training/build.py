@@ -1,30 +1,33 @@
 """Build one rank's part of a fine-tuning job: model, optimizer, and where in the data it stands."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.distributed import finalize_model_grads
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 
 from conversion.layer_specs import LayerSpec
 from conversion.rank_files import ShardsLayout
 from conversion.sources import WeightSource
+from megatron_ads.architecture import ModelShape
+from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.config.model import FrozenPart, ModelConfig
 from megatron_ads.config.optim import OptimConfig
-from megatron_ads.config.sft import SftConfig
-from megatron_ads.layout import ParallelLayout
+from megatron_ads.config.training import TrainConfig
 from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.build import build_chunks, wrap_precision
-from megatron_ads.models.lora import add_adapters, initialise_adapters
-from megatron_ads.models.parts import trained_parameters
+from megatron_ads.models.lora import add_adapters, begin_gradients_at_embedding, initialise_adapters
+from megatron_ads.models.parts import part_of, trained_parameters
 from megatron_ads.models.settings import ModelSettings
-from megatron_ads.models.weights import load_weights
+from megatron_ads.models.weights import load_weights, named_weights
 from megatron_ads.observability.log import get_logger
 from megatron_ads.optim.build import build_optimizer, trains_experts_anywhere, wrap_for_training
 from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.optim.schedule import LearningRateSchedule
 from megatron_ads.runtime.device import device
 from megatron_ads.training.adapter_record import AdapterRecord
-from megatron_ads.training.frozen import freeze
 
 logger = get_logger(__name__)
 
@@ -45,7 +48,13 @@ class TrainedModel:
 
 
 def build_model(
-    config: SftConfig, source: WeightSource, shards: ShardsLayout, *, stub_experts: bool = True
+    model: ModelConfig,
+    optim: OptimConfig,
+    train: TrainConfig,
+    source: WeightSource,
+    shards: ShardsLayout,
+    *,
+    stub_experts: bool = True,
 ) -> TrainedModel:
     """Build this rank's chunks, fill them from ``source`` and put gradient buffers and the optimizer around them.
 
@@ -55,25 +64,21 @@ def build_model(
         ConfigError: If Megatron-Core cannot express the model or the layout.
         ConversionError: If the weights do not fit the model.
     """
-    settings = ModelSettings.of(config.model, deterministic=config.train.deterministic)
+    settings = ModelSettings.of(model, deterministic=train.deterministic)
     models = build_chunks(shards.shape, shards.layout, shards.placement, settings)
     load_weights(models, source, settings.spec)
-    lora = Lora.of(config.model)
+    lora = Lora.of(model)
     if lora is None:
-        freeze(models, config.model.frozen, shards.shape, settings.spec)
+        freeze(models, model.frozen, shards.shape, settings.spec)
     else:
         add_adapters(models, lora, shards.shape, settings.spec)
-        initialise_adapters(models, config.train.seed)
-    trained, weights = trained_parameters(config.model, shards.shape)
+        initialise_adapters(models, train.seed)
+    trained, weights = trained_parameters(model, shards.shape)
     logger.info("trains %s parameters; the model has %s", f"{trained:,}", f"{weights:,}")
-    chunks = wrap_for_training(wrap_precision(models), overlap=device().type == "cuda")
-    suspend_reduction = [chunk.no_sync for chunk in chunks]  # until the last microbatch of a step
-    for model in models:
-        model.config.finalize_model_grads_func = finalize_model_grads
-        model.config.no_sync_func = suspend_reduction if len(chunks) > 1 else suspend_reduction[0]
+    chunks = wrap_chunks(models, overlap=device().type == "cuda")
     optimizer = build_optimizer(
         chunks,
-        config.optim,
+        optim,
         settings.precision,
         has_expert_member=trains_experts_anywhere(chunks),
         stub_experts=stub_experts,
@@ -83,19 +88,32 @@ def build_model(
         models=models,
         chunks=chunks,
         optimizer=optimizer,
-        schedule=_schedule(config.optim, config.train.steps),
+        schedule=_schedule(optim, train.max_steps),
         adapters=None if lora is None else AdapterRecord.of(lora, source, models[0].config.params_dtype),
     )
 
 
-def lay_out(config: SftConfig, source: WeightSource, world: int) -> ShardsLayout:
+def wrap_chunks(models: Sequence[GPTModel], *, overlap: bool) -> list[DistributedDataParallel]:
+    """Put the precision wrapper and gradient buffers around each chunk, and have a step reduce its gradients once.
+
+    ``overlap`` is as in ``optim.build.wrap_for_training``.
+    """
+    chunks = wrap_for_training(wrap_precision(models), overlap=overlap)
+    suspend_reduction = [chunk.no_sync for chunk in chunks]  # until the last microbatch of a step
+    for model in models:
+        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.no_sync_func = suspend_reduction if len(chunks) > 1 else suspend_reduction[0]
+    return chunks
+
+
+def lay_out(settings: LayoutConfig, source: WeightSource, world: int) -> ShardsLayout:
     """Return which rank runs and owns what, for ``world`` ranks.
 
     Raises:
         ConfigError: If the recipe's layout does not fit the model or the number of ranks.
     """
-    layout: ParallelLayout = config.layout.runtime(world)
-    return ShardsLayout(shape=source.shape, layout=layout, placement=config.layout.placement(source.shape, layout))
+    layout = settings.runtime(world)
+    return ShardsLayout(shape=source.shape, layout=layout, placement=settings.placement(source.shape, layout))
 
 
 def _schedule(settings: OptimConfig, total_steps: int) -> LearningRateSchedule:
@@ -106,3 +124,14 @@ def _schedule(settings: OptimConfig, total_steps: int) -> LearningRateSchedule:
         total_steps=total_steps,
         shape=settings.schedule,
     )
+
+
+def freeze(chunks: Sequence[GPTModel], parts: Iterable[FrozenPart], shape: ModelShape, spec: LayerSpec) -> None:
+    """Stop training the parameters of ``parts``. Call it before the gradient buffers are made."""
+    frozen = set(parts)
+    for weight in named_weights(chunks, spec):
+        if part_of(weight.canonical[0], shape) in frozen and isinstance(weight.tensor, torch.nn.Parameter):
+            weight.tensor.requires_grad_(False)
+    if FrozenPart.embedding in frozen:
+        for chunk in chunks:
+            begin_gradients_at_embedding(chunk)

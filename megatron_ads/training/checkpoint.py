@@ -21,8 +21,16 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from conversion.atomic_file import sync_folder
 from conversion.carried import SIDE_FOLDER, copy_side_files
@@ -31,6 +39,12 @@ from megatron_ads.layout import ParallelLayout
 from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.optim.state import load_optimizer_state, sharded_optimizer_state
 from megatron_ads.training.adapter_record import AdapterRecord, require_same_adapters
+from megatron_ads.training.checkpoint_errors import (
+    failed_writes_named,
+    misfits_named,
+    raised_on_all_ranks,
+    refuse_foreign_pickles,
+)
 from megatron_ads.training.checkpoint_folder import (
     FORMAT,
     MANIFEST,
@@ -40,9 +54,6 @@ from megatron_ads.training.checkpoint_folder import (
     read_manifest,
     verify_files,
 )
-from megatron_ads.training.checkpoint_pickles import refuse_foreign_pickles
-from megatron_ads.training.shared_errors import failed_writes_named, misfits_named, raised_on_all_ranks
-from megatron_ads.training.torch_dist_writer import InProcessSave
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,3 +258,25 @@ def _set_random_states(states: dict[str, torch.Tensor]) -> None:
     tracker = get_cuda_rng_tracker()
     device = next(iter(tracker.get_states().values())).device if tracker.get_states() else torch.device("cpu")
     tracker.set_states({name: states[f"tracker.{name}"].to(device) for name in tracker.get_states()})
+
+
+class InProcessSave(TorchDistSaveShardedStrategy):
+    """The torch_dist save strategy without writer processes (megatron-core 0.16); the bytes written are the same.
+
+    Megatron's own strategy starts processes for every save, so that training can go on meanwhile. A synchronous save
+    gains nothing from them: it waits seconds for them, and a fork of a process with CUDA or gloo threads can deadlock.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path | str) -> None:
+        """Write this rank's tensors to ``__<rank>_0.distcp``, flushed to disk; a collective."""
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        save(
+            mcore_to_pyt_state_dict(by_key, False),
+            storage_writer=FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True),
+            planner=MCoreSavePlanner(
+                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
+            ),
+        )

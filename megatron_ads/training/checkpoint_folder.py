@@ -44,8 +44,8 @@ def require_resumable(folder: Path, *, resume: bool, last_step: int) -> None:
     step = read_manifest(folder)["step"]
     if step > last_step:
         raise CheckpointError(
-            f"checkpoint.dir holds {folder}, but train.steps is {last_step}: the job would train nothing, and export "
-            f"the weights of step {step}. Choose another checkpoint.dir, or raise train.steps."
+            f"checkpoint.dir holds {folder}, but train.max_steps is {last_step}: the job would train nothing, and "
+            f"export the weights of step {step}. Choose another checkpoint.dir, or raise train.max_steps."
         )
 
 

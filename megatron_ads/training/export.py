@@ -1,6 +1,7 @@
 """Write the weights of a live job as a shards folder: each distinct rank its own file, no rank more than its own."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from conversion.layer_specs import LayerSpec
 from conversion.rank_files import ShardsLayout
 from conversion.shards import write_manifest, write_rank_file
 from conversion.sources import WeightSource
-from megatron_ads.models.lora import named_adapters
+from megatron_ads.models.lora import Adapter, named_adapters
 from megatron_ads.models.weights import named_weights
 
 
@@ -47,11 +48,30 @@ def export_shards(
 
 def canonical_weights(chunks: Sequence[GPTModel], spec: LayerSpec) -> dict[str, Tensor]:
     """Return this rank's slices under canonical names, on the CPU; stacked experts one by one, adapters merged."""
+    return {name: weight.current().cpu() for name, weight in live_weights(chunks, spec).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class LiveWeight:
+    """One canonical parameter as this rank holds it, where it is; nothing is copied until it is asked for."""
+
+    name: str
+    tensor: Tensor
+    """A view of the model's own."""
+    adapter: Adapter | None
+
+    def current(self) -> Tensor:
+        """Return this rank's slice with the adapter merged, on the device; without one, a view of the model's own."""
+        return self.tensor.detach() if self.adapter is None else self.adapter.merged(self.name, self.tensor)
+
+
+def live_weights(chunks: Sequence[GPTModel], spec: LayerSpec) -> dict[str, LiveWeight]:
+    """Return what this rank holds by canonical name; stacked experts one by one."""
     adapters = {
         weight.name: adapter for chunk in chunks for _, adapter in named_adapters(chunk) for weight in adapter.weights
     }
     return {
-        name: (adapters[name].merged(name, tensor) if name in adapters else tensor.detach()).cpu()
+        name: LiveWeight(name, tensor, adapters.get(name))
         for weight in named_weights(chunks, spec)
         for name, tensor in weight.pieces()
     }

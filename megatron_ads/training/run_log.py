@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
 
+import torch
 import torch.distributed as dist
 
 from conversion.atomic_file import write_small
 from conversion.rank_files import ShardsLayout
-from megatron_ads.config.sft import SftConfig
-from megatron_ads.data.held_out import HeldOut
+from megatron_ads.config.model import Precision
+from megatron_ads.config.run import RunConfig
+from megatron_ads.config.training import RuntimeConfig
+from megatron_ads.layout import ParallelLayout
 from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.experts import ExpertLoad
 from megatron_ads.models.flops import flops_per_token
@@ -21,10 +24,12 @@ from megatron_ads.observability.metrics import MetricsWriter
 from megatron_ads.observability.progress import Progress
 from megatron_ads.observability.provenance import provenance
 from megatron_ads.observability.run_report import REPORT_FILE, RUN_FILE, write_run_report
+from megatron_ads.observability.stragglers import StragglerWatch
+from megatron_ads.planning.hardware import CARDS
 from megatron_ads.runtime.activity import Activity
+from megatron_ads.runtime.device import device, peak_memory_bytes
 from megatron_ads.runtime.watchdog import PeerMonitor
 from megatron_ads.training.build import TrainedModel
-from megatron_ads.training.rank_times import RankTimes
 from megatron_ads.training.step import StepReport
 
 logger = get_logger(__name__)
@@ -35,14 +40,16 @@ class RunLog:
 
     def __init__(
         self,
-        config: SftConfig,
+        config: RunConfig,
         model: TrainedModel,
         shards: ShardsLayout,
         peers: PeerMonitor,
         activity: Activity,
         *,
+        name: str,
         resume_step: int,
     ) -> None:
+        """Open the files and write down what is run; ``name`` is that of the kind of job. A collective."""
         self._peers = peers
         self._activity = activity
         self._times = RankTimes(config.runtime, shards.layout, activity)
@@ -53,6 +60,7 @@ class RunLog:
             with_mtp=config.model.mtp_loss_weight > 0,
             lora=Lora.of(config.model),
         )
+        self._peak_flops_per_second = _peak_flops_per_second(config.model.precision)
         self._load = ExpertLoad(model.models) if shards.shape.num_experts else None
         self._writer: MetricsWriter | None = None
         if dist.get_rank() == 0:
@@ -61,14 +69,12 @@ class RunLog:
             write_small(directory / RUN_FILE, json.dumps(describe_run(config), indent=1) + "\n")
             self._writer = MetricsWriter(directory, config.log.tensorboard, resume_step)
         self._directory = Path(config.log.dir)
-        self._progress = Progress(config.train.steps, resume_step, "SFT")
+        self._progress = Progress(config.train.max_steps, resume_step, name)
         self._started = time.monotonic()
         self._restart_rank_times(resume_step)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Flush what is written, and say where the report is."""
         self._progress.close()
         if self._writer is not None:
             self._writer.close()
@@ -84,13 +90,12 @@ class RunLog:
         """Say that this rank gets on; a step of a single rank may be long and have no communication."""
         self._activity.moved()
 
-    def step(self, step: int, report: StepReport, learning_rate: float, losses: dict[str, float]) -> None:
-        """Record one training step; a collective on the steps that are logged."""
+    def step(self, step: int, report: StepReport, metrics: Mapping[str, float]) -> None:
+        """Record one training step, and what its job knows of it besides; a collective on the steps that are logged."""
         seconds, self._started = time.monotonic() - self._started, time.monotonic()
         if step % self._every == 0:
             ranks = self._times.measure(step, seconds)
-            metrics = self._step_metrics(report, learning_rate, seconds)
-            self._write(step, metrics | ranks | losses)
+            self._write(step, self._step_metrics(report, seconds) | ranks | dict(metrics))
         self._progress.update(1, loss=report.loss)
         self._peers.report_step(step)
         self._activity.leave_step(step)
@@ -100,29 +105,29 @@ class RunLog:
         """Let the work for the step after ``step`` begin here: what the log takes is not a rank's own work."""
         self._times.restart(measured=(step + 1) % self._every == 0)
 
-    def _step_metrics(self, report: StepReport, learning_rate: float, seconds: float) -> dict[str, float]:
+    def _step_metrics(self, report: StepReport, seconds: float) -> dict[str, float]:
         assert report.update is not None
+        flops_per_second = report.tokens * self._flops_per_token / seconds / dist.get_world_size()
         metrics = {
             "loss": report.loss,
             "grad_norm": report.update.grad_norm,
-            "learning_rate": learning_rate,
-            "updated": report.update.updated,
-            "target_tokens": report.target_tokens,
+            "skipped_update": not report.update.updated,
+            "loss_tokens": report.loss_tokens,
             "tokens": report.tokens,
             "samples": report.samples,
             "step_seconds": seconds,
             "tokens_per_second": report.tokens / seconds,
-            "model_flops_per_second": report.tokens * self._flops_per_token / seconds,
+            "tflops_per_gpu": flops_per_second / 1e12,
         }
+        if self._peak_flops_per_second is not None:
+            metrics["mfu"] = flops_per_second / self._peak_flops_per_second
         if self._load is not None:
             metrics["expert_load_max_over_mean"] = self._load.measure()
         return metrics
 
-    def validation(self, step: int, report: StepReport, held_out: HeldOut) -> None:
-        """Record an evaluation on the held-out rows; its time does not count as the next step's."""
-        losses = _by_task("validation_loss", held_out.task_losses(report.sample_losses))
-        metrics = _by_task("task_metric", held_out.task_metrics(report.sample_losses))
-        self._write(step, {"validation_loss": report.loss} | losses | metrics)
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record what was measured between two steps; its time does not count as the next step's."""
+        self._write(step, metrics)
         self._restart_clock(step)
 
     def saved(self, step: int, seconds: float) -> None:
@@ -132,28 +137,64 @@ class RunLog:
             write_run_report(self._directory)
         self._restart_clock(step)
 
-    def instance_weights(self, step: int, quantiles: dict[str, float]) -> None:
-        """Record the renewed weights of the samples; the time of measuring them does not count as the next step's."""
-        self._write(step, quantiles)
-        self._restart_clock(step)
-
     def _restart_clock(self, step: int) -> None:
         self._started = time.monotonic()
         self._restart_rank_times(step)
 
-    def shares(self, step: int, shares: Mapping[str, float]) -> None:
-        """Record the shares of the tasks in the samples drawn from here on."""
-        self._write(step, _by_task("task_share", shares))
-
-    def _write(self, step: int, metrics: dict[str, float]) -> None:
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._writer is not None:
             self._writer.write(step, metrics)
 
 
-def _by_task(name: str, values: Mapping[str, float]) -> dict[str, float]:
-    return {f"{name}/{task}": value for task, value in values.items()}
+def _peak_flops_per_second(precision: Precision) -> float | None:
+    """Return the dense BF16 peak of this rank's GPU; None for another precision, or a GPU that no table knows."""
+    if not torch.cuda.is_available() or precision is not Precision.bf16:
+        return None
+    words = torch.cuda.get_device_name(device()).lower().replace("-", " ").split()
+    return next((card.flops_per_second for card in CARDS.values() if card.name in words), None)
 
 
-def describe_run(config: SftConfig) -> dict[str, object]:
+def describe_run(config: RunConfig) -> dict[str, object]:
     """Return the resolved recipe, and what it runs on and with."""
     return {"recipe": dataclasses.asdict(config), "ranks": dist.get_world_size(), **provenance()}
+
+
+class RankTimes:
+    """A clock on every rank; rank 0 compares them."""
+
+    def __init__(self, config: RuntimeConfig, layout: ParallelLayout, activity: Activity) -> None:
+        """Tell rank 0 where the ranks run; a collective."""
+        hosts = [""] * layout.world
+        dist.all_gather_object(hosts, socket.gethostname())
+        stages = [layout.coordinates(rank).pp for rank in range(layout.world)]
+        self._stragglers = StragglerWatch(stages, hosts, factor=config.straggler_factor, steps=config.straggler_steps)
+        self._activity = activity
+        self._started = time.monotonic()
+
+    def restart(self, *, measured: bool) -> None:
+        """Begin the next step here; ``measured`` says whether ``measure`` will be called at its end."""
+        self._started = time.monotonic()
+        self._activity.stalls.restart(measured=measured)
+
+    def measure(self, step: int, step_seconds: float) -> dict[str, float]:
+        """Return the metrics that compare the ranks; one collective."""
+        own_seconds = time.monotonic() - self._started - self._activity.stalls.seconds()
+        memory, seconds = _of_all_ranks(peak_memory_bytes(), own_seconds)
+        metrics = {"max_memory_allocated": max(memory)}
+        slowest = self._stragglers.observe(step, seconds, step_seconds) if dist.get_rank() == 0 else None
+        if slowest is not None:
+            metrics |= {
+                "slowest_rank": slowest.rank,
+                "slowest_rank_seconds": slowest.seconds,
+                "slowest_rank_over_median": slowest.over_median,
+            }
+        return metrics
+
+
+def _of_all_ranks(*values: float) -> Sequence[Sequence[float]]:
+    """Return, for each value, that of every rank."""
+    table = torch.zeros(len(values), dist.get_world_size(), dtype=torch.float64, device=device())
+    table[:, dist.get_rank()] = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(table)
+    rows: list[list[float]] = table.tolist()
+    return rows

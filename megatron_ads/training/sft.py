@@ -1,34 +1,18 @@
 """Reasoning SFT: what every rank does, from joining the job to exported weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch.distributed as dist
-
-from conversion.rank_files import ShardsLayout
-from conversion.sources import WeightSource, open_source
 from megatron_ads.config.sft import SftConfig, validate
+from megatron_ads.config.training import ReweightConfig
 from megatron_ads.data.batches import BatchStream
 from megatron_ads.data.held_out import HeldOut
-from megatron_ads.observability.log import get_logger, world_size
-from megatron_ads.runtime import process_groups
-from megatron_ads.runtime.activity import Activity
-from megatron_ads.runtime.device import device, set_threads
+from megatron_ads.observability.log import get_logger
 from megatron_ads.runtime.exit_status import ExitStatus
-from megatron_ads.runtime.hang_watch import HangWatch
-from megatron_ads.runtime.hangs import name_failed_communication
-from megatron_ads.runtime.rank_record import write_record
-from megatron_ads.runtime.seeds import seed_everything
-from megatron_ads.runtime.watchdog import Loss, PeerMonitor
-from megatron_ads.training.build import TrainedModel, build_model, lay_out
-from megatron_ads.training.export import export_shards
-from megatron_ads.training.outcome import Outcome, write_outcome
-from megatron_ads.training.position import Position
-from megatron_ads.training.rows import open_streams
-from megatron_ads.training.run_log import RunLog
-from megatron_ads.training.signals import StopRequest
+from megatron_ads.training.session import Session, join, start_from
 from megatron_ads.training.step import run_evaluation, run_pass, run_step
-from megatron_ads.training.topology import preflight
+from megatron_ads.training.stopping import StopRequest
+from megatron_ads.training.streams import open_streams
 
 logger = get_logger(__name__)
 
@@ -39,124 +23,85 @@ def run(config: SftConfig, stop: StopRequest) -> ExitStatus:
     Raises:
         MegatronAdsError: For anything the user can mend; the message says what and how.
     """
-    source = open_source(Path(config.model.load))
-    shards = lay_out(config, source, world_size())
+    source, shards = start_from(config)
     validate(config, shards.layout.world, source.shape)
-    set_threads(config.runtime.threads)
-    process_groups.start(
-        shards.layout, timeout_seconds=config.runtime.timeout_seconds, create_gloo_process_groups=False
-    )
-    activity = Activity(on_gpu=device().type == "cuda")
-    hangs = HangWatch(
-        activity,
-        shards.layout,
-        dist.get_rank(),
-        timeout_seconds=config.runtime.timeout_seconds,
-        directory=Path(config.log.dir),
-        on_hang=_record_hang,
-    )
-    try:
-        with (
-            PeerMonitor(shards.layout, on_loss=_record_loss, hangs=hangs) as peers,
-            name_failed_communication(shards.layout, activity),
-        ):
-            return _run_together(config, source, shards, peers, activity, stop)
-    finally:
-        process_groups.stop()
-
-
-def _record_loss(loss: Loss) -> None:
-    write_record(dist.get_rank(), ExitStatus.PEER_LOST, str(loss))
-
-
-def _record_hang(headline: str) -> None:
-    write_record(dist.get_rank(), ExitStatus.HUNG, headline)
-
-
-def _run_together(
-    config: SftConfig,
-    source: WeightSource,
-    shards: ShardsLayout,
-    peers: PeerMonitor,
-    activity: Activity,
-    stop: StopRequest,
-) -> ExitStatus:
-    """Build, step, save, export, while the ranks watch over each other."""
-    seed_everything(config.train.seed, config.train.deterministic)
-    training, validation = open_streams(config, source, shards.layout)  # a broken row is told before weights are read
-    model = build_model(config, source, shards)
-    preflight(config, model.optimizer, shards)
-    position = Position.resumed(config, model, training, shards.layout, source)
-    with RunLog(config, model, shards, peers, activity, resume_step=position.step) as log:
-        job = Job(config=config, model=model, training=training, validation=validation, position=position, log=log)
-        stopped = train(job, stop)
-    if not stopped:
-        export_shards(Path(config.log.dir) / "export", model.models, model.spec, source, shards)
-    if dist.get_rank() == 0:
-        write_outcome(Path(config.log.dir), Outcome.STOPPED if stopped else Outcome.FINISHED, position.step)
-    return ExitStatus.STOPPED if stopped else ExitStatus.DONE
+    with join(config, source, shards) as membership:
+        # A broken row is reported before the weights are read.
+        training, held_out = open_streams(
+            config.data, config.train, config.loss, config.reweight, source, shards.layout
+        )
+        with Session.resumed(config, membership, training, stop, name="SFT") as session:
+            stopped = train(Job(session=session, reweight=config.reweight, training=training, held_out=held_out))
+        return session.end(stopped=stopped)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What the steps of a job work on."""
+    """A session, and the rows it trains on and is evaluated on."""
 
-    config: SftConfig
-    model: TrainedModel
+    session: Session
+    reweight: ReweightConfig
     training: BatchStream
-    validation: HeldOut
-    position: Position
-    log: RunLog
+    held_out: HeldOut
 
 
-def train(job: Job, stop: StopRequest) -> bool:
-    """Step until the last step, or until some rank is told to stop; return whether it was stopped."""
-    config, position = job.config, job.position
-    if position.step == 0 and config.reweight.exact:
+def train(job: Job) -> bool:
+    """Step until the last step, or until some rank is asked to stop; return whether it was stopped."""
+    session, evaluate_every = job.session, job.session.config.train.evaluate_every
+    if session.step == 0 and job.reweight.exact:
         _renew_instance_weights(job)
-    while position.step < config.train.steps:
-        stopped = _step(job, stop)
+    stopped = False
+    while not (stopped or session.is_finished):
+        stopped = _step(job)
         if job.training.weights_are_due:
             _renew_instance_weights(job)
-        if job.validation.batches and position.is_due(config.train.evaluate_every):
+        if job.held_out.batches and session.is_due(evaluate_every):
             _evaluate(job)
-        if stopped or position.is_due(config.checkpoint.save_every) or position.step == config.train.steps:
-            job.log.saved(position.step, position.save())
-        if stopped:
-            return True
-    return False
+        session.save_if_due(stopped=stopped)
+    return stopped
 
 
-def _step(job: Job, stop: StopRequest) -> bool:
-    """Run the next step; return whether some rank was told to stop."""
-    model, position, log = job.model, job.position, job.log
+def _step(job: Job) -> bool:
+    """Run the next step; return whether some rank was asked to stop."""
+    session, model, log = job.session, job.session.model, job.session.log
     learning_rate = model.schedule.at(model.optimizer.updates)
-    log.begin(position.step + 1)
+    log.begin(session.step + 1)
     report = run_step(
         job.training.next_step(),
         model.chunks,
         model.optimizer,
         learning_rate=learning_rate,
-        stop_requested=stop.received is not None,
+        stop_requested=session.stop.received is not None,
         before_microbatch=log.moved,
     )
-    position.step += 1
-    log.step(position.step, report, learning_rate, job.training.observe(report.sample_losses))
+    session.step += 1
+    task_losses = _by_task("loss", job.training.observe(report.sample_losses))
+    log.step(session.step, report, {"learning_rate": learning_rate} | task_losses)
     return report.stop_requested
 
 
 def _renew_instance_weights(job: Job) -> None:
-    pass_losses = None
-    if job.config.reweight.exact:
-        logger.info("step %d: measuring the perplexity of every training row", job.position.step)
-        pass_losses = run_pass(job.training.all_rows(), job.model.chunks)
-    job.log.instance_weights(job.position.step, job.training.renew_weights(pass_losses))
+    session, pass_losses = job.session, None
+    if job.reweight.exact:
+        logger.info("step %d: measuring the perplexity of every training row", session.step)
+        pass_losses = run_pass(job.training.all_rows(), session.model.chunks)
+    session.log.record(session.step, job.training.renew_weights(pass_losses))
 
 
 def _evaluate(job: Job) -> None:
     """Measure the held-out rows, and let the tasks' shares follow."""
-    evaluation = run_evaluation(job.validation.batches, job.model.chunks)
-    job.log.validation(job.position.step, evaluation, job.validation)
-    if job.config.reweight.tasks:
-        metrics = job.validation.task_metrics(evaluation.sample_losses)
-        job.log.shares(job.position.step, job.training.adapt(metrics, alpha=job.config.reweight.alpha))
+    session = job.session
+    evaluation = run_evaluation(job.held_out.batches, session.model.chunks)
+    losses = job.held_out.task_losses(evaluation.sample_losses)
+    metrics = job.held_out.task_metrics(evaluation.sample_losses)
+    session.log.record(
+        session.step,
+        {"validation_loss": evaluation.loss} | _by_task("validation_loss", losses) | _by_task("task_metric", metrics),
+    )
+    if job.reweight.tasks:
+        shares = job.training.adapt(metrics, alpha=job.reweight.alpha)
+        session.log.record(session.step, _by_task("task_share", shares))
+
+
+def _by_task(name: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{name}/{task}": value for task, value in values.items()}

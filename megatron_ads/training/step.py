@@ -3,11 +3,14 @@
 Shape suffixes: T = tokens of one microbatch, all its rows laid end to end (Megatron's "thd" form).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -15,7 +18,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_ads.data.batches import ReplicaShare, batches_of_all
 from megatron_ads.data.packed_batch import PackedBatch
+from megatron_ads.data.rows import TokenizedRow
+from megatron_ads.losses.cross_entropy import CROSS_ENTROPY, SAMPLE_LOSSES
+from megatron_ads.losses.loss import Loss, LossValues, TokenValues
 from megatron_ads.optim.chain import OptimizerChain, UpdateReport
 from megatron_ads.runtime.device import device
 
@@ -28,16 +35,24 @@ class StepReport:
 
     loss: float
     """Nats per unit of normalisation: per target token, or per sample."""
-    target_tokens: int
+    loss_tokens: int
+    """Tokens that counted in the loss."""
     tokens: int
     """Tokens that are not padding."""
     samples: int
-    sample_losses: list[float]
-    """Nats over the target tokens of each sample of the step, in the step's order, whatever the sample weighs."""
     stop_requested: bool
     """Some rank was asked to save and stop."""
     update: UpdateReport | None
     """None after an evaluation."""
+    totals: dict[str, float] = field(default_factory=dict)
+    """What the loss reports of the step, by name."""
+    per_sample: dict[str, list[float]] = field(default_factory=dict)
+    """What it reports of each sample, in the step's order, by name."""
+
+    @property
+    def sample_losses(self) -> list[float]:
+        """Nats over the target tokens of each sample, whatever the sample weighs; of cross-entropy only."""
+        return self.per_sample[SAMPLE_LOSSES]
 
 
 def run_step(
@@ -46,6 +61,7 @@ def run_step(
     optimizer: OptimizerChain,
     *,
     learning_rate: float,
+    loss: Loss = CROSS_ENTROPY,
     stop_requested: bool = False,
     before_microbatch: Callable[[], None] = lambda: None,
 ) -> StepReport:
@@ -57,20 +73,16 @@ def run_step(
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    reports = _run_microbatches(batches, chunks, forward_only=False, before_each=before_microbatch)
+    reports = _run_microbatches(batches, chunks, loss, forward_only=False, before_each=before_microbatch)
     update = optimizer.step(learning_rate)
-    return _global_report(reports, batches, stop_requested=stop_requested, update=update)
+    return _global_report(reports, batches, loss, stop_requested=stop_requested, update=update)
 
 
-@torch.no_grad()
-def run_evaluation(batches: Sequence[PackedBatch], chunks: Sequence[Any]) -> StepReport:
+def run_evaluation(batches: Sequence[PackedBatch], chunks: Sequence[Any], *, loss: Loss = CROSS_ENTROPY) -> StepReport:
     """Compute the loss of ``batches`` over the whole job; nothing is updated."""
-    for chunk in chunks:
-        chunk.eval()
-    reports = _run_microbatches(batches, chunks, forward_only=True, before_each=lambda: None)
-    for chunk in chunks:
-        chunk.train()
-    return _global_report(reports, batches, stop_requested=False, update=None)
+    with _evaluating(chunks):
+        reports = _run_microbatches(batches, chunks, loss, forward_only=True)
+    return _global_report(reports, batches, loss, stop_requested=False, update=None)
 
 
 def run_pass(portions: Iterable[Sequence[PackedBatch]], chunks: Sequence[Any]) -> list[float]:
@@ -78,13 +90,61 @@ def run_pass(portions: Iterable[Sequence[PackedBatch]], chunks: Sequence[Any]) -
     return [loss for batches in portions for loss in run_evaluation(batches, chunks).sample_losses]
 
 
+def run_log_probabilities(
+    rows: Sequence[TokenizedRow], share: ReplicaShare, chunks: Sequence[Any], *, seq_length: int, packing: bool = True
+) -> list[Tensor]:
+    """Return log p of every label of every row, prompts included, under the current weights; nothing is updated.
+
+    One FP32 tensor (N - 1,) a row of N tokens, in order, on the CPU, the same on every rank. What the vocabulary-
+    parallel cross-entropy returns is -log p already: no rank ever holds the logits of its microbatch twice. Pass the
+    rows in portions that fit in memory: each rank holds one number for every label.
+
+    Raises:
+        DataError: If a row is longer than ``seq_length``.
+    """
+    ends = [0, *accumulate(row.predictions for row in rows)]
+    # 0 is where padding goes.
+    places = [np.arange(1 + start, 1 + end) for start, end in pairwise(ends)]
+    batches = batches_of_all(rows, share, seq_length=seq_length, packing=packing, extra={"place": places})
+    with _evaluating(chunks):
+        reports = _run_microbatches(batches, chunks, Loss(compute=_log_probabilities), forward_only=True)
+    values = torch.zeros(1 + ends[-1], device=device())
+    if _reports_loss():
+        for report in reports:
+            values[report["place"]] = report["log_p"]
+    dist.all_reduce(values)
+    return list(values[1:].cpu().split([row.predictions for row in rows]))
+
+
+def _log_probabilities(values: TokenValues) -> LossValues:
+    """Return log p of each label beside where it belongs."""
+    log_p_T = -values.negative_log_p_T.detach().float().view(-1)
+    place_T = values.extra["place"].view(-1)
+    return LossValues(sum=log_p_T.new_zeros(()), count=1, report={"log_p": log_p_T, "place": place_T})
+
+
+@contextmanager
+def _evaluating(chunks: Sequence[Any]) -> Iterator[None]:
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        yield
+    for chunk in chunks:
+        chunk.train()
+
+
 def _run_microbatches(
-    batches: Sequence[PackedBatch], chunks: Sequence[Any], *, forward_only: bool, before_each: Callable[[], None]
+    batches: Sequence[PackedBatch],
+    chunks: Sequence[Any],
+    loss: Loss,
+    *,
+    forward_only: bool,
+    before_each: Callable[[], None] = lambda: None,
 ) -> list[LossReport]:
     """Run the pipeline schedule; only the last stage returns reports."""
     iterators = [_announced(batches, before_each) for _ in chunks]  # each virtual chunk reads every microbatch once
     return get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=partial(forward_step, loss=loss),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks),
         num_microbatches=len(batches),
@@ -100,7 +160,9 @@ def _announced(batches: Sequence[PackedBatch], before_each: Callable[[], None]) 
         yield batch
 
 
-def forward_step(batches: Iterator[PackedBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+def forward_step(
+    batches: Iterator[PackedBatch], chunk: Any, *, loss: Loss = CROSS_ENTROPY
+) -> tuple[Tensor, Callable[..., Any]]:
     """Run one microbatch through one chunk; return its output and how the last stage reduces it to a loss."""
     batch = next(batches)
     mask_T = batch.mask_BS.view(1, -1).to(device())
@@ -112,13 +174,25 @@ def forward_step(batches: Iterator[PackedBatch], chunk: Any) -> tuple[Tensor, Ca
         loss_mask=mask_T,
         packed_seq_params=packed_sequences(batch),
     )
-    return output, partial(
-        sum_over_targets,
-        mask_T=mask_T,
-        sample_T=batch.sample_BS.view(-1).to(device()),
-        step_samples=batch.step_samples,
-        count=batch.normalizer,
+    return output, partial(_reduce, loss=loss, batch=batch, mask_T=mask_T)
+
+
+def _reduce(
+    negative_log_p_T: Tensor, *, loss: Loss, batch: PackedBatch, mask_T: Tensor
+) -> tuple[Tensor, Tensor, LossReport]:
+    """Return (sum, count, report) of a microbatch, as Megatron-Core expects with ``calculate_per_token_loss``."""
+    found = loss.compute(
+        TokenValues(
+            negative_log_p_T=negative_log_p_T,
+            mask_T=mask_T,
+            sample_T=batch.sample_BS.view(-1).to(device()),
+            step_samples=batch.step_samples,
+            normalizer=batch.normalizer,
+            extra={name: values_BS.view(1, -1).to(device()) for name, values_BS in batch.extra.items()},
+        )
     )
+    count = torch.tensor(found.count, dtype=torch.int, device=device())
+    return found.sum, count, {"loss_sum": found.sum.detach(), **found.report}
 
 
 def packed_sequences(batch: PackedBatch) -> PackedSeqParams:
@@ -134,50 +208,54 @@ def packed_sequences(batch: PackedBatch) -> PackedSeqParams:
     )
 
 
-def sum_over_targets(
-    loss_T: Tensor, *, mask_T: Tensor, sample_T: Tensor, step_samples: int, count: int
-) -> tuple[Tensor, Tensor, LossReport]:
-    """Return (weighted sum of losses, count, report), as Megatron-Core expects with ``calculate_per_token_loss``.
-
-    A sum and not a mean: Megatron divides the gradient by the count of the global batch, so a target token weighs the
-    same whichever microbatch it is in.
-    """
-    loss_sum = (loss_T.float() * mask_T).sum()
-    counted_T = torch.where(mask_T != 0, loss_T.detach().double(), 0.0).view(-1)
-    sample_losses = torch.zeros(step_samples, dtype=torch.float64, device=loss_T.device)
-    sample_losses.index_add_(0, sample_T, counted_T)
-    report = {"loss_sum": loss_sum.detach(), "sample_losses": sample_losses}
-    return loss_sum, torch.tensor(count, dtype=torch.int, device=loss_T.device), report
+def _reports_loss() -> bool:
+    """Whether this rank is the one of its replica whose reports count."""
+    return (
+        parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+    )
 
 
 def _global_report(
     reports: Sequence[LossReport],
     batches: Sequence[PackedBatch],
+    loss: Loss,
     *,
     stop_requested: bool,
     update: UpdateReport | None,
 ) -> StepReport:
-    """Sum the counts over the replicas and spread them to all ranks, in one all-reduce."""
-    counts = torch.zeros(6 + batches[0].step_samples, dtype=torch.float64, device=device())
-    if (
-        parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        and parallel_state.get_tensor_model_parallel_rank() == 0
-    ):
-        counts[0] = sum(report["loss_sum"].double() for report in reports)
-        counts[1] = sum(batch.normalizer for batch in batches)
-        counts[2] = sum(batch.target_count for batch in batches)
-        counts[3] = sum(batch.token_count for batch in batches)
-        counts[4] = sum(batch.sample_count for batch in batches)
-        counts[6:] = sum(report["sample_losses"] for report in reports)
-    counts[5] = stop_requested
-    dist.all_reduce(counts)
-    loss_sum, normalizer, targets, tokens, samples, stops, *sample_losses = counts.tolist()
+    """Sum the named values over the replicas and spread them to all ranks, in one all-reduce."""
+    here: dict[str, Any] = {"stops": stop_requested}
+    if _reports_loss():
+        here |= {
+            "normalizer": sum(batch.normalizer for batch in batches),
+            "loss_tokens": sum(batch.target_count for batch in batches),
+            "tokens": sum(batch.token_count for batch in batches),
+            "samples": sum(batch.sample_count for batch in batches),
+        }
+        for name in ("loss_sum", *loss.totals, *loss.per_sample):
+            here[name] = sum(report[name].double() for report in reports)
+    sizes = dict.fromkeys(("loss_sum", "normalizer", "loss_tokens", "tokens", "samples", "stops", *loss.totals), 1)
+    sizes |= dict.fromkeys(loss.per_sample, batches[0].step_samples)
+    summed = _sum_over_ranks(here, sizes)
     return StepReport(
-        loss=loss_sum / max(normalizer, 1.0),
-        target_tokens=int(targets),
-        tokens=int(tokens),
-        samples=int(samples),
-        sample_losses=sample_losses,
-        stop_requested=stops > 0,
+        loss=summed["loss_sum"][0] / max(summed["normalizer"][0], 1.0),
+        loss_tokens=int(summed["loss_tokens"][0]),
+        tokens=int(summed["tokens"][0]),
+        samples=int(summed["samples"][0]),
+        stop_requested=summed["stops"][0] > 0,
         update=update,
+        totals={name: summed[name][0] for name in loss.totals},
+        per_sample={name: summed[name] for name in loss.per_sample},
     )
+
+
+def _sum_over_ranks(values: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, list[float]]:
+    """Return the sum of each named value, of so many numbers, over all ranks; a rank without it adds nothing."""
+    vector = torch.zeros(sum(sizes.values()), dtype=torch.float64, device=device())
+    for name, part in zip(sizes, vector.split(list(sizes.values())), strict=True):
+        if name in values:
+            part.copy_(torch.as_tensor(values[name]))
+    dist.all_reduce(vector)
+    parts = vector.cpu().split(list(sizes.values()))
+    return {name: part.tolist() for name, part in zip(sizes, parts, strict=True)}

@@ -58,7 +58,7 @@ class RealJob:
             f"log.dir={self.root}",
             "log.tensorboard=false",
             f"checkpoint.save_every={self.save_every}",
-            f"train.steps={self.steps}",
+            f"train.max_steps={self.steps}",
             "train.evaluate_every=null",
             "data.validation_rows=0",
             "data.seq_length=128",

@@ -39,7 +39,7 @@ class Recipe:
             optim=OptimConfig(
                 **{"learning_rate": 1e-3, "schedule": Schedule.constant, "weight_decay": 0.1} | self.optim
             ),
-            train=TrainConfig(steps=self.steps, global_batch_size=ROWS_PER_STEP),
+            train=TrainConfig(max_steps=self.steps, global_batch_size=ROWS_PER_STEP),
             checkpoint=CheckpointConfig(dir=str(self.checkpoints or "unused")),
             log=LogConfig(dir="unused"),
         )
@@ -70,31 +70,21 @@ def start(recipe: Recipe) -> tuple[Any, Any, WeightSource]:
     from megatron_ads.training.build import build_model, lay_out
 
     config, source = recipe.config(), open_source(recipe.folder)
-    shards = lay_out(config, source, world_size())
+    shards = lay_out(config.layout, source, world_size())
     process_groups.start(shards.layout, timeout_seconds=recipe.timeout_seconds, create_gloo_process_groups=False)
     seed_everything(1)
-    return build_model(config, source, shards, stub_experts=recipe.stub_experts), shards, source
+    model = build_model(config.model, config.optim, config.train, source, shards, stub_experts=recipe.stub_experts)
+    return model, shards, source
 
 
 def batches(vocabulary: int, step: int, layout: Any) -> list[PackedBatch]:
     """Return this rank's microbatches of a step: the global rows are the same under every layout."""
-    import torch
     from megatron.core import parallel_state
 
     mine = rows(vocabulary, seed=100 + step)[parallel_state.get_data_parallel_rank() :: layout.dp]
     return [
-        PackedBatch(
-            tokens_BS=row["tokens"],
-            labels_BS=row["labels"],
-            positions_BS=row["positions"],
-            mask_BS=row["mask"],
-            sample_BS=torch.zeros_like(row["tokens"]),
-            cu_seqlens=row["boundaries"],
-            step_samples=1,  # losses of single samples are not looked at
-            sample_count=len(row["boundaries"]) - 1,
-            token_count=row["tokens"].numel(),
-            target_count=int(row["mask"].count_nonzero()),
-            normalizer=int(row["mask"].count_nonzero()),
+        PackedBatch.unpadded(
+            tokens_BS=row["tokens"], labels_BS=row["labels"], mask_BS=row["mask"], cu_seqlens=row["boundaries"]
         )
         for row in mine
     ]

@@ -40,8 +40,8 @@ def test_a_recipe_of_ones_own_builds_on_a_shipped_one(tmp_path: Path) -> None:
     folder.mkdir()
     own = folder / "mine.yaml"
     own.write_text("defaults: [/sft/quickstart, override /layout: pp4_ep2, _self_]\nmodel: {load: abc}\n")
-    config = load_recipe(str(own), ["train.steps=7"])
-    assert (config.model.load, config.layout.pp, config.train.steps) == ("abc", 4, 7)
+    config = load_recipe(str(own), ["train.max_steps=7"])
+    assert (config.model.load, config.layout.pp, config.train.max_steps) == ("abc", 4, 7)
 
 
 def test_a_shipped_recipe_can_be_given_as_a_file() -> None:
@@ -65,7 +65,7 @@ def test_every_setting_is_described_below_it() -> None:
     settings = 0
     for section in sections:
         for statement, following in pairwise(section.body):
-            if isinstance(statement, ast.AnnAssign) and section.name != "SftConfig":
+            if isinstance(statement, ast.AnnAssign) and section.name not in ("RunConfig", "SftConfig"):
                 described = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
                 assert described, f"{section.name}.{ast.unparse(statement.target)} has no description"
                 settings += 1
@@ -82,10 +82,10 @@ def test_the_layer_specs_of_a_recipe_are_auto_and_those_of_the_conversion() -> N
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.stepz=3", r"train\.stepz is not a setting; did you mean train\.steps\?"),
-        ("+train.stepz=3", r"train\.stepz is not a setting; did you mean train\.steps\?"),
-        ("steps=3", r"steps is not a setting; did you mean train\.steps\?"),
-        ("trian.steps=3", r"trian is not a setting; did you mean train\?"),
+        ("train.stepz=3", r"train\.stepz is not a setting; did you mean train\.max_steps\?"),
+        ("+train.stepz=3", r"train\.stepz is not a setting; did you mean train\.max_steps\?"),
+        ("max_steps=3", r"max_steps is not a setting; did you mean train\.max_steps\?"),
+        ("trian.max_steps=3", r"trian is not a setting; did you mean train\?"),
         ("+model.zzz=1", r"model\.zzz is not a setting\. Known: model\.load, model\.layer_spec"),
         ("data.sources=[{kind: builtin, weigth: 2}]", r"data\.sources\[\]\.weigth is not .* data\.sources\[\]\.weight"),
         (
@@ -94,7 +94,7 @@ def test_the_layer_specs_of_a_recipe_are_auto_and_those_of_the_conversion() -> N
         ),
         (
             "data.sources=[{kind: simulator, history: {mots_entries: 2}}]",
-            r"data\.sources\[\]\.history\.mots_entries is not .* data\.sources\[\]\.history\.most_entries",
+            r"data\.sources\[\]\.history\.mots_entries is not .* data\.sources\[\]\.history\.max_entries",
         ),
         ("data.sources=3", r"data\.sources must be a list"),
         ("data.sources=[{kind: esci, history: 3}]", r"data\.sources\[\]\.history is 3; it must be a section with wi"),
@@ -103,9 +103,9 @@ def test_the_layer_specs_of_a_recipe_are_auto_and_those_of_the_conversion() -> N
             "data.sources=[{kind: esci, history: {window_days: {clicks: soon}}}]",
             r"data\.sources\[\]\.history\.window_days\.clicks must be a number: Value 'soon'",
         ),
-        ("train.steps=many", r"train\.steps must be a whole number: Value 'many'"),
-        ("train.steps=1.5", r"train\.steps must be a whole number: Value '1\.5'"),
-        ("train.steps=null", r"train\.steps must be a whole number"),
+        ("train.max_steps=many", r"train\.max_steps must be a whole number: Value 'many'"),
+        ("train.max_steps=1.5", r"train\.max_steps must be a whole number: Value '1\.5'"),
+        ("train.max_steps=null", r"train\.max_steps must be a whole number"),
         ("train.deterministic=3.5", r"train\.deterministic must be true or false: .*'3\.5'"),
         ("train.evaluate_every=often", r"train\.evaluate_every must be a whole number or null"),
         ("optim.learning_rate=fast", r"optim\.learning_rate must be a number"),
@@ -124,12 +124,12 @@ def test_a_wrong_override_is_refused_with_its_path_and_the_remedy(override: str,
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("trian: {steps: 3}", r"trian is not a setting; did you mean train\?"),
-        ("train: {stepz: 3}", r"train\.stepz is not a setting; did you mean train\.steps\?"),
-        ("train: {steps: soon}", r"train\.steps must be a whole number: Value 'soon'"),
-        ("train: 3", r"train is 3; it must be a section with steps, global"),
+        ("trian: {max_steps: 3}", r"trian is not a setting; did you mean train\?"),
+        ("train: {stepz: 3}", r"train\.stepz is not a setting; did you mean train\.max_steps\?"),
+        ("train: {max_steps: soon}", r"train\.max_steps must be a whole number: Value 'soon'"),
+        ("train: 3", r"train is 3; it must be a section with max_steps, global"),
         ("data: {sources: [{kind: jsonl, file: a}]}", r"data\.sources\[\]\.file is not a setting"),
-        ("train: {steps: 3", r"line \d+"),
+        ("train: {max_steps: 3", r"line \d+"),
     ],
 )
 def test_a_wrong_file_is_refused_with_its_path_and_the_remedy(tmp_path: Path, text: str, message: str) -> None:
@@ -156,8 +156,8 @@ def test_settings_left_open_are_listed_together() -> None:
 
 def test_a_caller_that_reads_some_sections_does_not_demand_the_others() -> None:
     assert load_recipe("sft/quickstart", sections=["data"]).data == quickstart().data
-    open_steps = load_recipe("sft/quickstart", ["train.steps=???"], sections=["data"])
-    assert (open_steps.model.load, open_steps.train.steps) == ("not set", 0)
+    open_steps = load_recipe("sft/quickstart", ["train.max_steps=???"], sections=["data"])
+    assert (open_steps.model.load, open_steps.train.max_steps) == ("not set", 0)
     with pytest.raises(ConfigError, match=r"quickstart: log\.dir must be set"):
         load_recipe("sft/quickstart", ["log.dir=???", "checkpoint.dir=c"], sections=["data", "log"])
 

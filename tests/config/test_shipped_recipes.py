@@ -98,7 +98,13 @@ def test_every_file_of_the_recipes_starts_with_its_instructions() -> None:
 def test_every_setting_of_a_recipe_part_arrives(tmp_path: Path, part: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text(f"defaults: [/base_sft, /{part.parent.name}: {part.stem}, _self_]\n")
-    required = {"train.steps": 1, "log.dir": "l", "checkpoint.dir": "c", "model.load": "m", "optim.learning_rate": 0.5}
+    required = {
+        "train.max_steps": 1,
+        "log.dir": "l",
+        "checkpoint.dir": "c",
+        "model.load": "m",
+        "optim.learning_rate": 0.5,
+    }
     values = {key: value for key, value in yaml.safe_load(part.read_text()).items() if value != "???"}
     given = [f"{path}={value}" for path, value in required.items() if path.rpartition(".")[2] not in values]
     composed = yaml.safe_load(recipe_yaml(load_recipe(str(own), given)))[part.parent.name]

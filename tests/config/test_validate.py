@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ads.config.model import FrozenPart, RouterBias
+from megatron_ads.config.model import FrozenPart
 from megatron_ads.config.sft import validate
 from megatron_ads.errors import ConfigError
 from tests.config.quickstart import published, quickstart
@@ -20,13 +20,16 @@ from tests.config.quickstart import published, quickstart
         (["layout.pipeline='Et|tL'", "layout.first_stage_layers=1"], r"layout\.first_stage_layers is 1, which has no"),
         (["train.global_batch_size=6"], r"= 6 is not a multiple of .* 2 \* 2 = 4\. Choose a multiple of 4"),
         (["train.micro_batch_size=0"], r"train\.micro_batch_size is 0; it must be at least 1"),
-        (["train.steps=0"], r"train\.steps is 0; it must be at least 1"),
+        (["train.max_steps=0"], r"train\.max_steps is 0; it must be at least 1"),
         (
             ["data.sources=[{kind: jsonl, path: a, rejected: r}, {kind: jsonl, path: b, rejected: r}]"],
             r"r is the rejected file of several of data\.sources",
         ),
         (["reweight.exact=true"], r"reweight\.exact is true, which has no effect while reweight\.instances is false"),
-        (["train.steps=5"], r"warmup_steps = 10 is more than train\.steps = 5: .* Set optim\.warmup_steps=0, or raise"),
+        (
+            ["train.max_steps=5"],
+            r"warmup_steps = 10 is more than train\.max_steps = 5: .* Set optim\.warmup_steps=0, or raise",
+        ),
         (["data.validation_rows=0"], r"train\.evaluate_every is 100, but data\.validation_rows is 0"),
         (["data.sources=[]"], r"data\.sources is empty"),
         (["data.sources=[{kind: jsonl}]"], r"data\.sources\[0\]\.path is missing"),
@@ -37,7 +40,7 @@ from tests.config.quickstart import published, quickstart
             r"data\.sources\[0\]\.task is user_profile, .*effect",
         ),
         (
-            ["data.sources=[{kind: simulator, task: query_generation, history: {most_entries: 2}}]"],
+            ["data.sources=[{kind: simulator, task: query_generation, history: {max_entries: 2}}]"],
             r"data\.sources\[0\]\.history has no effect",
         ),
         (
@@ -64,8 +67,7 @@ from tests.config.quickstart import published, quickstart
         (["optim.beta2=1"], r"optim\.beta2 is 1\.0; it must be at least 0 and below 1"),
         (["optim.min_learning_rate=1"], r"optim\.min_learning_rate 1 is above optim\.learning_rate 0\.002"),
         (["optim=adamw_constant", "optim.min_learning_rate=1e-6"], r"min_learning_rate is 1e-06, which has no effect"),
-        (["model.router_bias_update_rate=0.001"], r"router_bias_update_rate is 0\.001, which has no effect"),
-        (["model.router_bias=update"], r"router_bias is update, but model\.router_bias_update_rate is None"),
+        (["model.expert_bias_update_rate=0"], r"expert_bias_update_rate is 0\.0; it must be above 0, or null"),
         (["model.mtp_loss_weight=-0.1"], r"model\.mtp_loss_weight is -0\.1; it must be at least 0"),
         (["model.frozen=[mtp]", "model.mtp_loss_weight=0"], r"model\.frozen lists mtp, which has no effect"),
         (["model.frozen=[router,router]"], r"model\.frozen lists router more than once"),
@@ -82,18 +84,21 @@ from tests.config.quickstart import published, quickstart
             r"model\.frozen lists router, but with model\.lora every",
         ),
         (
-            ["model.lora.rank=4", "model.router_bias=update", "model.router_bias_update_rate=0.001"],
-            r"router_bias is update, but model\.lora keeps the routers",
+            ["model.lora.rank=4", "model.expert_bias_update_rate=0.001"],
+            r"expert_bias_update_rate is 0\.001, but model\.lora keeps the routers",
         ),
         (["reweight.interval=0"], r"reweight\.interval is 0; it must be at least 1"),
         (["reweight.beta=0"], r"reweight\.beta is 0; it must be above 0"),
         (["reweight.lowest=1.5"], r"reweight\.lowest = 1\.5 and reweight\.highest = 5 must have 1 between them"),
         (["reweight.tasks=true", "train.evaluate_every=null"], r"reweight\.tasks needs a validation metric"),
-        (["reweight.tasks=true", "train.evaluate_every=300"], r"evaluate_every = 300 and train\.steps = 300: no step"),
+        (
+            ["reweight.tasks=true", "train.evaluate_every=300"],
+            r"evaluate_every = 300 and train\.max_steps = 300: no step",
+        ),
         (["reweight.instances=true", "reweight.interval=150"], r"has its first weights after step 300 .* = 150\), but"),
         (
             ["reweight.instances=true", "reweight.exact=true", "reweight.interval=300"],
-            r"first weights after step 300 \(reweight\.interval = 300\), but train\.steps is 300",
+            r"first weights after step 300 \(reweight\.interval = 300\), but train\.max_steps is 300",
         ),
         (
             ["data.validation_rows_per_group=4", "data.validation_rows=0", "train.evaluate_every=null"],
@@ -140,8 +145,8 @@ def test_interleaving_asks_for_microbatches_in_groups_of_the_stages() -> None:
         ("moonlight_16b_a3b", ["layout.ep=3"], r"64 routed experts cannot be spread evenly over layout\.ep = 3"),
         (
             "deepseek_v2_lite",
-            ["model.router_bias=update", "model.router_bias_update_rate=0.001"],
-            r"router_bias is update, but the model's router has no selection bias",
+            ["model.expert_bias_update_rate=0.001"],
+            r"expert_bias_update_rate is 0\.001, but the model's router has no selection bias",
         ),
     ],
 )
@@ -164,18 +169,17 @@ def test_a_recipe_that_does_not_fit_the_model_is_refused(model: str, overrides: 
     ],
 )
 def test_reweighting_needs_a_step_that_is_left_for_it(settings: list[str], setting: str, most: int) -> None:
-    validate(quickstart(*settings, "train.steps=300", f"{setting}={most}"), 4)
+    validate(quickstart(*settings, "train.max_steps=300", f"{setting}={most}"), 4)
     with pytest.raises(ConfigError, match=rf"Lower {setting}\."):
-        validate(quickstart(*settings, "train.steps=300", f"{setting}={most + 1}"), 4)
+        validate(quickstart(*settings, "train.max_steps=300", f"{setting}={most + 1}"), 4)
 
 
 def test_freezing_and_the_moving_router_bias_are_accepted_where_they_have_an_effect() -> None:
     config = quickstart(
         "model.frozen=[experts,mtp]",
-        "model.router_bias=update",
-        "model.router_bias_update_rate=0.001",
+        "model.expert_bias_update_rate=0.001",
         "layout.last_stage_layers=59",
     )
     validate(config, 4, published("deepseek_r1"))
     assert config.model.frozen == [FrozenPart.experts, FrozenPart.mtp]
-    assert config.model.router_bias is RouterBias.update
+    assert config.model.expert_bias_update_rate == 0.001

@@ -12,7 +12,7 @@ from megatron_ads.config.training import Normalize
 from megatron_ads.data.adaptive_weights import InstanceWeights
 from megatron_ads.data.batches import BatchStream, ReplicaShare, batches_of_all
 from megatron_ads.data.mixing import WeightedRows
-from megatron_ads.data.packed_batch import PackedBatch, collate
+from megatron_ads.data.packed_batch import PackedBatch
 from megatron_ads.data.rows import TokenizedRow
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.observability.metrics import MetricsWriter
@@ -45,7 +45,7 @@ def collate_rows(samples: list[list[TokenizedRow]], *, seq_length: int, normaliz
     """Collate rows given by their samples; these are the whole step."""
     numbers = iter(range(sum(len(row) for row in samples)))
     places = [[next(numbers) for _ in row] for row in samples]
-    return collate([each for row in samples for each in row], places, seq_length=seq_length, normalize=normalize)
+    return PackedBatch.of([each for row in samples for each in row], places, seq_length=seq_length, normalize=normalize)
 
 
 def rows_of(step: list[PackedBatch]) -> list[list[int]]:

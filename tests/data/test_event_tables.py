@@ -131,7 +131,7 @@ def test_the_simulators_events_in_a_file_give_the_simulators_rows(tmp_path: Path
         path=str(write(tmp_path, *lines)),
         columns=COLUMNS | names,
         anchor="2025-03-01",
-        history=HistoryConfig(most_entries=3),
+        history=HistoryConfig(max_entries=3),
     )
     wanted = [example.row for example in next_advertiser_examples(world, iter(users), lambda _: DEFAULT_VIEW)]
 

@@ -66,7 +66,7 @@ def test_holding_everything_out_is_refused_with_the_numbers():
 
 def test_a_held_out_group_gives_a_few_of_its_rows_and_trains_on_none():
     rows = rows_of_groups(dict.fromkeys("abcdefghij", 10))
-    split = split_by_group(rows, validation_rows=6, seed=0, most_per_group=2)
+    split = split_by_group(rows, validation_rows=6, seed=0, max_per_group=2)
     held_out = [row.group for row in split.validation]
     assert sorted(Counter(held_out).values()) == [2, 2, 2]
     assert len(split.training) == 70
@@ -75,8 +75,8 @@ def test_a_held_out_group_gives_a_few_of_its_rows_and_trains_on_none():
 
 def test_which_rows_a_group_gives_does_not_depend_on_their_order():
     rows = rows_of_groups(dict.fromkeys("abc", 10))
-    forwards = split_by_group(rows, validation_rows=3, seed=0, most_per_group=3)
-    backwards = split_by_group(rows[::-1], validation_rows=3, seed=0, most_per_group=3)
+    forwards = split_by_group(rows, validation_rows=3, seed=0, max_per_group=3)
+    backwards = split_by_group(rows[::-1], validation_rows=3, seed=0, max_per_group=3)
     assert forwards.validation == backwards.validation
     assert forwards.validation != rows_of_groups({forwards.validation[0].group: 3})
 

@@ -75,27 +75,27 @@ def test_an_unknown_section_is_named_with_the_nearest() -> None:
 
 @pytest.mark.parametrize("limit", [200, 60, 20, 5, 0])
 def test_a_history_is_shortened_to_its_limit_and_no_further(limit: int) -> None:
-    view = fitting_view(history(), FULL_VIEW, most_tokens=limit)
+    view = fitting_view(history(), FULL_VIEW, max_tokens=limit)
     size = count_pieces(render_history(sections(history(), view)))
     assert size <= limit
     if view != FULL_VIEW:  # one step wider is too long
-        wider = HistoryView(without=FULL_VIEW.without, most_entries=view.most_entries + 1)
+        wider = HistoryView(without=FULL_VIEW.without, max_entries=view.max_entries + 1)
         assert count_pieces(render_history(sections(history(), wider))) > limit
 
 
 def test_the_oldest_entries_go_first() -> None:
     whole = count_pieces(render_history(sections(history())))
-    shown = sections(history(), fitting_view(history(), FULL_VIEW, most_tokens=whole - 1))
+    shown = sections(history(), fitting_view(history(), FULL_VIEW, max_tokens=whole - 1))
     assert shown[Section.offsite_searches] == ("offsite_search 1", "offsite_search 20")
 
 
 def test_a_recipe_may_count_with_a_tokenizer_of_its_own() -> None:
-    view = fitting_view(history(), FULL_VIEW, most_tokens=300, count_tokens=len)
+    view = fitting_view(history(), FULL_VIEW, max_tokens=300, count_tokens=len)
     assert 200 < len(render_history(sections(history(), view))) <= 300
 
 
 def test_the_chooser_narrows_long_histories_only() -> None:
-    choose = view_chooser(HistoryConfig(most_tokens=20))
+    choose = view_chooser(HistoryConfig(max_tokens=20))
     short = compile_history("u", LOG[:1], anchor=ANCHOR)
     assert choose(short) == FULL_VIEW
     assert choose(history()) != FULL_VIEW

@@ -16,7 +16,7 @@ from megatron_ads.launching.attempts import (
 )
 from megatron_ads.runtime.exit_status import ExitStatus
 from megatron_ads.runtime.rank_record import RankRecord
-from megatron_ads.training.outcome import Outcome
+from megatron_ads.training.stopping import Outcome
 
 DONE, CRASHED, USER_ERROR = ExitStatus.DONE, ExitStatus.CRASHED, ExitStatus.USER_ERROR
 PEER_LOST, STOPPED = ExitStatus.PEER_LOST, ExitStatus.STOPPED

@@ -60,15 +60,15 @@ def test_a_whole_checkpoint_is_where_the_job_goes_on(words: list[str], tmp_path:
     assert any("the job continues from step 4" in line for line in found.passed)
     (problem,) = check_job("sft/quickstart", [*words, "checkpoint.resume=false"], 4).problems
     assert "checkpoint.resume is false" in problem
-    few = [*words, "train.steps=3", "optim.warmup_steps=0"]
+    few = [*words, "train.max_steps=3", "optim.warmup_steps=0"]
     (problem,) = check_job("sft/quickstart", few, 4).problems
-    assert "train.steps is 3: the job would train nothing, and export the weights of step 4" in problem
-    assert check_job("sft/quickstart", [*few, "train.steps=4"], 4).problems == ()
+    assert "train.max_steps is 3: the job would train nothing, and export the weights of step 4" in problem
+    assert check_job("sft/quickstart", [*few, "train.max_steps=4"], 4).problems == ()
 
 
 def test_checkpoints_that_the_disk_cannot_hold_are_a_problem(words: list[str]) -> None:
-    (problem,) = check_job("sft/quickstart", [*words, "checkpoint.keep_last=100000000"], 4).problems
-    assert "GB free, but" in problem and "checkpoint.keep_last = 100000000" in problem
+    (problem,) = check_job("sft/quickstart", [*words, "checkpoint.save_total_limit=100000000"], 4).problems
+    assert "GB free, but" in problem and "checkpoint.save_total_limit = 100000000" in problem
 
 
 def test_transformer_engine_layers_want_gpus_anywhere(words: list[str]) -> None:

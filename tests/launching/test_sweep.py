@@ -47,8 +47,8 @@ def test_an_element_without_a_line_is_refused(sweep: Path) -> None:
 
 
 def test_a_quote_left_open_names_the_line(sweep: Path) -> None:
-    sweep.write_text("train.steps=3 'data.sources=[]\n")
-    with pytest.raises(ConfigError, match=r"train\.steps=3 .* for element 0: No closing quotation"):
+    sweep.write_text("train.max_steps=3 'data.sources=[]\n")
+    with pytest.raises(ConfigError, match=r"train\.max_steps=3 .* for element 0: No closing quotation"):
         sweep_overrides(0, RECIPE, BASE, {SWEEP_VARIABLE: str(sweep)})
 
 

@@ -63,7 +63,7 @@ def job(tmp_path: Path) -> Iterator[TwoNodes]:
         f"log.dir={tmp_path}",
         "log.tensorboard=false",
         "checkpoint.save_every=5",
-        f"train.steps={STEPS}",
+        f"train.max_steps={STEPS}",
         "train.evaluate_every=null",
         "data.validation_rows=0",
         "data.seq_length=128",

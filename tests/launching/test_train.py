@@ -17,9 +17,9 @@ TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
 def test_one_machine_alone_runs_the_fewest_ranks_and_starts_nothing_again() -> None:
     part = NodePart.of({}, None, fewest=4)
     assert (part.nodes, part.node, part.ranks_here, part.max_restarts) == (1, 0, 4, 0)
-    command = torchrun_command(part, "some.module", ["--recipe", "sft/quickstart", "train.steps=3"])
+    command = torchrun_command(part, "some.module", ["--recipe", "sft/quickstart", "train.max_steps=3"])
     assert "--standalone" in command and "--nproc-per-node=4" in command
-    assert command[-5:] == ["--module", "some.module", "--recipe", "sft/quickstart", "train.steps=3"]
+    assert command[-5:] == ["--module", "some.module", "--recipe", "sft/quickstart", "train.max_steps=3"]
 
 
 def test_several_machines_share_the_ranks() -> None:
@@ -89,7 +89,7 @@ def test_slurms_script_outside_of_slurm_says_how_to_submit_it() -> None:
     assert "Submit it with 'sbatch --nodes=N" in answer.stdout
 
 
-@pytest.mark.parametrize(("words", "status"), [("--help", 0), ("", 2), ("train.steps=3", 2)])
+@pytest.mark.parametrize(("words", "status"), [("--help", 0), ("", 2), ("train.max_steps=3", 2)])
 def test_the_script_explains_itself(words: str, status: int) -> None:
     answer = run_bash(f"{ROOT}/launch/torchrun.sh {words}")
     assert answer.returncode == status

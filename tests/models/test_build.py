@@ -8,7 +8,7 @@ import pytest
 
 from conversion.layer_specs import LayerSpec
 from conversion.sources import open_source
-from megatron_ads.config.model import LayerSpecChoice, ModelConfig, RouterBias
+from megatron_ads.config.model import LayerSpecChoice, ModelConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
@@ -135,16 +135,20 @@ def test_interleaved_stages_never_batch_their_messages(folder: Path) -> None:
 
 
 def test_settings_are_taken_from_a_recipe() -> None:
-    model = ModelConfig(load="x", router_bias=RouterBias.update, router_bias_update_rate=0.001)
+    model = ModelConfig(load="x", expert_bias_update_rate=0.001)
     assert ModelSettings.of(model).router_bias_update_rate == 0.001
     assert ModelSettings.of(ModelConfig(load="x")).router_bias_update_rate == 0.0
 
 
-def test_layer_spec_follows_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_spec_follows_what_is_installed_and_whether_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_ads.models.settings.find_spec", lambda name: None)
     assert resolve_layer_spec(LayerSpecChoice.auto) is LayerSpec.GROUPED
     assert resolve_layer_spec(LayerSpecChoice.local) is LayerSpec.LOCAL
     with pytest.raises(ConfigError, match="transformer-engine is not installed"):
         resolve_layer_spec(LayerSpecChoice.te)
     monkeypatch.setattr("megatron_ads.models.settings.find_spec", lambda name: object())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert resolve_layer_spec(LayerSpecChoice.auto) is LayerSpec.GROUPED
+    assert resolve_layer_spec(LayerSpecChoice.te) is LayerSpec.TE
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert resolve_layer_spec(LayerSpecChoice.auto) is LayerSpec.TE

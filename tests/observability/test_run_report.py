@@ -20,7 +20,7 @@ def test_the_page_tells_how_far_the_run_is_and_its_losses(tmp_path: Path) -> Non
     page = page_of(tmp_path, {"step": 1, "loss": 3.0}, {"step": 7, "loss": 2.0}, {"step": 7, "validation_loss": 2.5})
     assert "runs/demo: 7 of 20 steps" in page
     assert "3.000 → 2.000" in page and "held-out rows: 2.5 at 7" in page
-    assert "<td>recipe.train.steps</td><td>20</td>" in page
+    assert "<td>recipe.train.max_steps</td><td>20</td>" in page
     assert "Tasks" not in page and "Instance weights" not in page
 
 

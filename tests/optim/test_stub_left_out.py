@@ -54,7 +54,7 @@ def test_with_the_stub_the_same_step_is_done(tmp_path: Path) -> None:
 
 def _preflight(recipe: Recipe) -> tuple[str, float]:
     """Compare the ranks before the first step; return what was found and the seconds it took."""
-    from megatron_ads.training.topology import preflight
+    from megatron_ads.training.session import preflight
 
     model, shards, _ = start(recipe)
     started = time.monotonic()

@@ -16,18 +16,20 @@ from megatron_ads.planning.plan import make_plan
 RECIPE = "sft/moonlight_16b_8gpu"
 
 
-def write_run(folder: Path, flops_per_second: float) -> Path:
+def write_run(folder: Path, flops_per_second: float, *, old: bool = False) -> Path:
     config = load_recipe(RECIPE, ["model.load=none", "data.sources=[{kind: jsonl, path: rows.jsonl}]"])
     (folder / "run.json").write_text(json.dumps({"recipe": asdict(config), "ranks": 8}))
-    rows = [{"step": step, "model_flops_per_second": flops_per_second * (step > 1)} for step in (1, 2, 3)]
+    speed = {"model_flops_per_second": flops_per_second} if old else {"tflops_per_gpu": flops_per_second / 8 / 1e12}
+    rows = [{"step": step} | {name: value * (step > 1) for name, value in speed.items()} for step in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return folder
 
 
-def test_a_run_that_reached_some_efficiency_gives_it_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("old", [False, True], ids=["tflops_per_gpu", "model_flops_per_second"])
+def test_a_run_that_reached_some_efficiency_gives_it_back(old: bool, tmp_path: Path) -> None:
     card, job = card_named("h100"), load_job(RECIPE)
     reached = make_plan(job, replace(card, efficiency=0.31))
-    run = write_run(tmp_path, reached.model_flops_per_second)
+    run = write_run(tmp_path, reached.model_flops_per_second, old=old)
     assert calibrated(card, run).efficiency == pytest.approx(0.31, rel=0.002)
 
 

@@ -24,10 +24,10 @@ def _metrics(steps: int) -> list[dict[str, Any]]:
             "grad_norm": 0.5 + 4 * math.exp(-step / 20) + 0.2 * math.sin(step),
             "learning_rate": 1e-3 * min(step / 10, 0.5 * (1 + math.cos(math.pi * step / steps))),
             "tokens_per_second": 2500.0 + step % 7,
-            "model_flops_per_second": 3.1e11,
+            "tflops_per_gpu": 0.31,
             "step_seconds": 0.71,
             "expert_load_max_over_mean": 1.8 - 0.5 * step / steps,
-            "memory_bytes": 9.0e8 + step,
+            "max_memory_allocated": 9.0e8 + step,
         })  # fmt: skip
         if step % 50 == 0:
             rows.append({"step": step, "validation_loss": 0.45 + 5.0 * math.exp(-step / 30)})
@@ -75,7 +75,7 @@ def _facts(folder: Path, *, difference: float = 1.4e-6, after: float | None = 0.
 
 
 def test_losses_at_both_ends_are_means_of_ten_steps() -> None:
-    rows = [{"step": step, "loss": float(step), "tokens_per_second": 1.0, "model_flops_per_second": 1.0,
+    rows = [{"step": step, "loss": float(step), "tokens_per_second": 1.0, "tflops_per_gpu": 1.0,
              "step_seconds": 1.0} for step in range(1, 31)]  # fmt: skip
     facts = training_facts(rows)
     assert facts["steps"] == 30
@@ -84,7 +84,7 @@ def test_losses_at_both_ends_are_means_of_ten_steps() -> None:
 
 
 def test_a_short_run_averages_what_it_has() -> None:
-    row = {"tokens_per_second": 1.0, "model_flops_per_second": 1.0, "step_seconds": 1.0}
+    row = {"tokens_per_second": 1.0, "tflops_per_gpu": 1.0, "step_seconds": 1.0}
     facts = training_facts([{"step": 1, "loss": 3.0, **row}, {"step": 2, "loss": 1.0, **row}])
     assert (facts["loss_first"], facts["loss_last"], facts["loss_averaged_over_steps"]) == (2.0, 2.0, 2)
 

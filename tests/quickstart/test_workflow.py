@@ -52,7 +52,7 @@ TRAINED = [
     ("overrides", "identity", "redone"),
     [
         ([], {}, []),
-        (["train.steps=20"], {}, TRAINED),
+        (["train.max_steps=20"], {}, TRAINED),
         (["optim.learning_rate=0.1"], {}, TRAINED),
         (["data.seed=9"], {}, ["evaluate-before", *TRAINED]),
         ([], {"code": "another"}, BEFORE + TRAINED),
@@ -72,20 +72,20 @@ def test_a_second_run_redoes_what_depends_on_what_changed(
 
 
 def test_the_commands_printed_are_the_ones_a_user_can_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = _plan(tmp_path, "train.steps=17")
+    plan = _plan(tmp_path, "train.max_steps=17")
     run_stages([_pretend(stage) for stage in plan.stages], tmp_path, Announcements(plan.commands))
     out = capsys.readouterr().out
     assert f"      $ megatron-ads demo-model {tmp_path}/model --preset tiny --fp8\n" in out
     assert (
-        f"      $ megatron-ads train --recipe sft/quickstart data=simulated_pairs train.steps=17 model.load={tmp_path}/"
-        in out
+        "      $ megatron-ads train --recipe sft/quickstart data=simulated_pairs train.max_steps=17 "
+        f"model.load={tmp_path}/" in out
     )
     (evaluation,) = [line for line in out.splitlines() if "evaluate" in line and "answers-after.jsonl" in line]
     assert evaluation.endswith("data=simulated_pairs")  # the training's settings are not its business
 
 
 def test_an_impossible_setting_is_refused_before_anything_is_made(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train\.steps"):
+    with pytest.raises(ConfigError, match=r"train\.max_steps"):
         _plan(tmp_path, "train.stepz=7")
     with pytest.raises(ConfigError, match=r"16 routed experts cannot be spread evenly over layout\.ep = 3"):
         _plan(tmp_path, "layout.ep=3", "train.global_batch_size=18")

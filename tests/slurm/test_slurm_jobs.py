@@ -56,7 +56,7 @@ class Run:
             f"log.dir={self.folder}",
             "log.tensorboard=false",
             "checkpoint.save_every=10",
-            f"train.steps={self.steps}",
+            f"train.max_steps={self.steps}",
             "train.evaluate_every=null",
             "data.validation_rows=0",
             "data.seq_length=128",

@@ -73,7 +73,7 @@ def test_every_section_can_be_left_out_and_changes_nothing_else(section: Section
 
 def test_only_the_most_recent_entries_are_shown():
     user = UserHistory(user_id="u", events=tuple(searched(day, f"day {day}") for day in range(30)))
-    assert sections(user, HistoryView(most_entries=3))[Section.onsite_searches] == ("day 0", "day 1", "day 2")
+    assert sections(user, HistoryView(max_entries=3))[Section.onsite_searches] == ("day 0", "day 1", "day 2")
 
 
 def test_top_lists_go_by_frequency_then_recency():
@@ -104,7 +104,7 @@ def test_a_user_of_whom_nothing_is_known_has_no_sections():
 def test_a_history_is_shortened_from_the_oldest_of_its_longest_section():
     shown = {Section.onsite_searches: ("a", "b", "c"), Section.clicks: ("d",)}
     # In words: "Searched here: a; b; c" has 5, "Clicked: d" has 2; 6 leave room for one search less.
-    fitted = fit_history(shown, most_tokens=6, count_tokens=lambda text: len(text.split()))
+    fitted = fit_history(shown, max_tokens=6, count_tokens=lambda text: len(text.split()))
     assert fitted == {Section.onsite_searches: ("a", "b"), Section.clicks: ("d",)}
-    assert fit_history(shown, most_tokens=7, count_tokens=lambda text: len(text.split())) == shown
-    assert fit_history(shown, most_tokens=0, count_tokens=lambda text: len(text.split())) == {}
+    assert fit_history(shown, max_tokens=7, count_tokens=lambda text: len(text.split())) == shown
+    assert fit_history(shown, max_tokens=0, count_tokens=lambda text: len(text.split())) == {}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 
@@ -100,7 +100,7 @@ def _killed_entering(recipe: Recipe, point: str) -> None:
 def _resume_from_the_latest(recipe: Recipe) -> tuple[int, list[str], list[float]]:
     """Resume as a job does; return the step resumed from, the warnings, and the losses up to step 5."""
     from megatron_ads.training import checkpoint
-    from megatron_ads.training.position import _latest, logger
+    from megatron_ads.training.checkpointer import _latest, logger
 
     warnings: list[str] = []
     handler = logging.Handler()
@@ -286,13 +286,16 @@ def test_complete_checkpoints_are_found_among_others(tmp_path: Path) -> None:
 
 
 def _start_with(recipe: Recipe, resume: bool) -> str:
-    from megatron_ads.training.position import Position
+    from megatron_ads.training.checkpointer import Checkpointer
 
     model, shards, source = start(recipe)
-    config = recipe.config()
-    config.checkpoint.resume = resume
+    settings = recipe.config().checkpoint
+    settings.resume = resume
+    checkpointer = Checkpointer(
+        settings=settings, model=model, data=Mock(), layout=shards.layout, side_files=source.side_folder
+    )
     with pytest.raises(CheckpointError) as caught:
-        Position.resumed(config, model, None, shards.layout, source)
+        checkpointer.load_latest(last_step=recipe.steps)
     return str(caught.value)
 
 
@@ -305,7 +308,7 @@ def test_a_fresh_start_refuses_a_folder_with_checkpoints_before_the_first_step(r
 def test_a_job_of_fewer_steps_than_the_checkpoint_has_is_refused_before_it_exports_that(recipe: Recipe) -> None:
     run_ranks(2, train_and_save, replace(recipe, steps=2))
     for message in run_ranks(2, _start_with, recipe, True):
-        assert f"checkpoint.dir holds {recipe.checkpoints / 'step-00000002'}, but train.steps is 1: " in message
+        assert f"checkpoint.dir holds {recipe.checkpoints / 'step-00000002'}, but train.max_steps is 1: " in message
 
 
 # A full disk

@@ -123,12 +123,12 @@ def test_the_digest_of_the_weights_is_that_of_every_format_and_of_no_other_model
 
 def _resumed_weights(recipe: Recipe) -> dict[str, torch.Tensor]:
     from megatron_ads.training.checkpoint import complete_checkpoints, load_checkpoint
-    from megatron_ads.training.live_weights import iterate_hf_tensors
+    from megatron_ads.training.weight_sync import WeightSync
 
     model, shards, source = start(recipe)
     ((_, folder),) = complete_checkpoints(recipe.checkpoints or Path())
     load_checkpoint(folder, model.chunks, model.optimizer, shards.layout, adapters=model.adapters)
-    return {name: t.clone() for name, t in iterate_hf_tensors(model.models, model.spec, source, shards)}
+    return {name: tensor.clone() for name, tensor in WeightSync(shards, source).tensors(model.models, model.spec)}
 
 
 def test_live_weights_are_merged_and_the_same_under_every_layout(saved: tuple[Recipe, Losses]) -> None:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 STEPS, SAVED = 30, 10
 LEARNABLE, RANDOM = "says_yes", "random_labels"
-MEASURED_TIME = ("seconds", "per_second", "slowest_rank", "memory_bytes")
+MEASURED_TIME = ("seconds", "per_second", "slowest_rank", "max_memory_allocated", "tflops_per_gpu")
 """In names of metrics that tell of the machine, not of the training."""
 
 
@@ -52,7 +52,7 @@ def run(folder: Path, root: Path) -> RealJob:
             "data.validation_rows=20",
             "data.seq_length=64",
             "train.evaluate_every=5",
-            "checkpoint.keep_last=9",
+            "checkpoint.save_total_limit=9",
             "optim.learning_rate=1e-2",
             "reweight.instances=true",
             "reweight.interval=4",  # so that the checkpoint is in the middle of an interval

@@ -69,7 +69,7 @@ def _stock_model(recipe: Recipe) -> Any:
     from megatron_ads.runtime import process_groups
     from megatron_ads.training.build import lay_out
 
-    shards = lay_out(recipe.config(), open_source(recipe.folder), 1)
+    shards = lay_out(recipe.config().layout, open_source(recipe.folder), 1)
     process_groups.start(shards.layout)
     settings = ModelSettings.of(recipe.config().model)
     config = megatron_config(shards.shape, shards.layout, shards.placement, settings)

@@ -153,7 +153,7 @@ def _profile(user: SimulatedUser) -> user_profile.Profile:
 
 
 DEFAULT_ROWS = 4000
-DEFAULT_VIEW = HistoryView(most_entries=3)
+DEFAULT_VIEW = HistoryView(max_entries=3)
 """Shorter than the paper's, so that rows fit 512 tokens of the demo tokenizer. Who knows the whole history ranks the
 next advertiser no better than 0.01 above who knows so much of it (recall@5)."""
 DEFAULT_VIEWS = view_chooser(HistoryConfig(), DEFAULT_VIEW)

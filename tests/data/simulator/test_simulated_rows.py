@@ -173,7 +173,7 @@ def test_a_recipe_chooses_task_rows_and_what_a_history_shows() -> None:
         kind=SourceKind.simulator,
         task=AdsTask.user_profile,
         rows=40,
-        history=HistoryConfig(without=["clicks", "top_brands"], most_entries=2),
+        history=HistoryConfig(without=["clicks", "top_brands"], max_entries=2),
     )
     rows = read_source(source, seed=0)
     assert len(rows) == 40
@@ -187,7 +187,7 @@ def test_a_recipe_chooses_task_rows_and_what_a_history_shows() -> None:
 def test_a_shorter_view_shows_no_more_than_the_default(world: World) -> None:
     known = next(users_at_anchor(world))
     whole = view_chooser(HistoryConfig(), DEFAULT_VIEW)(known.user.history)
-    short = view_chooser(HistoryConfig(most_tokens=30), DEFAULT_VIEW)(known.user.history)
+    short = view_chooser(HistoryConfig(max_tokens=30), DEFAULT_VIEW)(known.user.history)
     assert whole == DEFAULT_VIEW
     assert short != whole
 

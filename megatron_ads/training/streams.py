@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from conversion.sources import WeightSource
-from megatron_ads.config.sft import SftConfig
-from megatron_ads.config.training import ReweightConfig
+from megatron_ads.config.data import DataConfig
+from megatron_ads.config.training import LossConfig, ReweightConfig, TrainConfig
 from megatron_ads.data.adaptive_weights import InstanceWeights
 from megatron_ads.data.batches import BatchStream, ReplicaShare, batches_of_all
 from megatron_ads.data.corpus import LeftOut, read_corpus, tokenize, tokenize_training
@@ -18,7 +18,14 @@ from megatron_ads.observability.log import get_logger, rank
 logger = get_logger(__name__)
 
 
-def open_streams(config: SftConfig, source: WeightSource, layout: ParallelLayout) -> tuple[BatchStream, HeldOut]:
+def open_streams(
+    data: DataConfig,
+    train: TrainConfig,
+    loss: LossConfig,
+    reweight: ReweightConfig,
+    source: WeightSource,
+    layout: ParallelLayout,
+) -> tuple[BatchStream, HeldOut]:
     """Return the endless steps of this replica, and its share of the held-out rows (none without ``evaluate_every``).
 
     Every rank of a replica reads the same rows: pipeline stages in the middle need the sample boundaries.
@@ -28,41 +35,39 @@ def open_streams(config: SftConfig, source: WeightSource, layout: ParallelLayout
     """
     tokenizer = load_tokenizer(source.side_folder)
     share = ReplicaShare(
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
         dp_rank=layout.coordinates(rank()).dp,
         dp_size=layout.dp,
     )
-    corpus = read_corpus(config.data)
-    training, left_out = tokenize_training(
-        corpus, tokenizer, seq_length=config.data.seq_length, by_task=config.reweight.tasks
-    )
+    corpus = read_corpus(data)
+    training, left_out = tokenize_training(corpus, tokenizer, seq_length=data.seq_length, by_task=reweight.tasks)
     _log_left_out("training", left_out)
     stream = BatchStream(
         training,
         share,
-        seq_length=config.data.seq_length,
-        packing=config.data.packing,
-        seed=config.data.seed,
-        normalize=config.loss.normalize,
-        weights=_instance_weights(config.reweight, [row.task for source in training for row in source.rows]),
+        seq_length=data.seq_length,
+        packing=data.packing,
+        seed=data.seed,
+        normalize=loss.normalize,
+        weights=_instance_weights(reweight, [row.task for source in training for row in source.rows]),
     )
-    if config.train.evaluate_every is None:
+    if train.evaluate_every is None:
         return stream, HeldOut([], [])
-    held_out = tokenize(corpus.validation, tokenizer, seq_length=config.data.seq_length)
+    held_out = tokenize(corpus.validation, tokenizer, seq_length=data.seq_length)
     _log_left_out("held-out", held_out.left_out)
     if not held_out.rows:
         raise DataError(
-            f"None of the {len(corpus.validation)} held-out rows fits data.seq_length = {config.data.seq_length}. "
+            f"None of the {len(corpus.validation)} held-out rows fits data.seq_length = {data.seq_length}. "
             "Raise it, or set train.evaluate_every to null."
         )
     stream.require_held_out(held_out.rows)
     validation = batches_of_all(
         held_out.rows,
         share,
-        seq_length=config.data.seq_length,
-        packing=config.data.packing,
-        normalize=config.loss.normalize,
+        seq_length=data.seq_length,
+        packing=data.packing,
+        normalize=loss.normalize,
     )
     return stream, HeldOut(held_out.rows, validation)
 

@@ -11,7 +11,7 @@ from conversion.sources import open_source
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.errors import DataError
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.training.rows import open_streams
+from megatron_ads.training.streams import open_streams
 from parity_tests.harness.real_job import write_small_model
 
 LINE_LIMIT = 10_000_000
@@ -54,7 +54,9 @@ def write_rows(folder: Path) -> Path:
 
 def streams(model: Path, source: str, *overrides: str) -> Any:
     settings = [f"model.load={model}", f"data.sources=[{source}]", "data.seq_length=128", *overrides]
-    return open_streams(load_recipe("sft/quickstart", settings), open_source(model), ParallelLayout(world=1))
+    config = load_recipe("sft/quickstart", settings)
+    layout = ParallelLayout(world=1)
+    return open_streams(config.data, config.train, config.loss, config.reweight, open_source(model), layout)
 
 
 def test_every_kind_of_bad_row_is_counted_and_the_others_are_trained_on(

@@ -4,15 +4,18 @@ import contextlib
 import io
 import time
 from pathlib import Path
+from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ads.config.model import Precision
 from megatron_ads.config.training import RuntimeConfig
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.observability.log import start_logging
 from megatron_ads.runtime.activity import Activity
-from megatron_ads.training.rank_times import RankTimes
+from megatron_ads.training.run_log import RankTimes, _peak_flops_per_second
 from parity_tests.harness.ranks import run_ranks
 from parity_tests.harness.training_jobs import Recipe, batches, start
 from tests.models.checkpoints import V3, write_checkpoint
@@ -46,7 +49,7 @@ def test_a_slow_rank_is_named_by_its_own_work() -> None:
         assert step["slowest_rank"] == SLOW_RANK
         assert step["slowest_rank_seconds"] >= 4 * EACH
         assert 1.5 < step["slowest_rank_over_median"] < 4.5
-        assert step["memory_bytes"] > 1e6
+        assert step["max_memory_allocated"] > 1e6
     assert said.count("holds up the job") == 1
     assert "rank 2 (stage 1) on " in said
     assert all("slowest_rank" not in step and log == "" for steps, log in others for step in steps)
@@ -71,3 +74,22 @@ def test_a_step_tells_of_each_of_its_microbatches(tmp_path: Path) -> None:
     recipe = Recipe(folder=write_checkpoint(tmp_path / "v3", V3))
     [(rows, seen)] = run_ranks(1, _count_microbatches, recipe)
     assert rows == seen == 4
+
+
+GPUS = {
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H20": 148e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GeForce RTX 4090": None,
+}
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_the_peak_of_a_known_gpu_is_found_by_its_name_and_counts_for_bf16_only(name: str) -> None:
+    with (
+        patch.object(torch.cuda, "is_available", return_value=True),
+        patch.object(torch.cuda, "get_device_name", return_value=name),
+    ):
+        assert _peak_flops_per_second(Precision.bf16) == GPUS[name]
+        assert _peak_flops_per_second(Precision.fp32) is None

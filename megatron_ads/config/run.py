@@ -1,0 +1,112 @@
+"""The sections that every training job has, whatever it minimises, and the checks that one section cannot express."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron_ads.architecture import ModelShape
+from megatron_ads.config.checks import require
+from megatron_ads.config.data import DataConfig
+from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.config.model import FrozenPart, LoraTarget, ModelConfig
+from megatron_ads.config.optim import OptimConfig
+from megatron_ads.config.training import CheckpointConfig, LogConfig, RuntimeConfig, TrainConfig
+from megatron_ads.layout import ParallelLayout
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """A training job; each kind of job adds sections of its own."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def validate_run(config: RunConfig, world: int, shape: ModelShape | None = None) -> None:
+    """Refuse a job that cannot run, or that holds settings without effect, on ``world`` ranks.
+
+    With ``shape``, what depends on the model is checked too: layers and experts per rank, MTP, sequence length.
+
+    Raises:
+        ConfigError: Naming the settings, their values and what to change.
+    """
+    for section in (config.model, config.layout, config.data, config.optim, config.train):
+        section.check()
+    config.checkpoint.check()
+    config.runtime.check()
+    _check_steps(config)
+    layout = config.layout.runtime(world)
+    _check_batch(config, layout)
+    if shape is not None:
+        _check_model(config, layout, shape)
+
+
+def _check_steps(config: RunConfig) -> None:
+    require(
+        config.optim.warmup_steps <= config.train.max_steps,
+        f"optim.warmup_steps = {config.optim.warmup_steps} is more than train.max_steps = {config.train.max_steps}: "
+        f"optim.learning_rate would never be reached. Set optim.warmup_steps={config.train.max_steps // 10}, or raise "
+        "train.max_steps.",
+    )
+    require(
+        config.train.evaluate_every is None or config.data.validation_rows > 0,
+        f"train.evaluate_every is {config.train.evaluate_every}, but data.validation_rows is 0: there is nothing to "
+        "evaluate on. Set data.validation_rows, or train.evaluate_every to null.",
+    )
+
+
+def _check_batch(config: RunConfig, layout: ParallelLayout) -> None:
+    microbatches = config.train.microbatches(layout)
+    require(
+        layout.vpp == 1 or microbatches % layout.pp == 0,
+        f"layout.vpp = {layout.vpp} runs microbatches in groups of layout.pp = {layout.pp}, but a step has "
+        f"train.global_batch_size / (train.micro_batch_size * dp) = {config.train.global_batch_size} / "
+        f"({config.train.micro_batch_size} * {layout.dp}) = {microbatches} microbatches. Choose a "
+        f"train.global_batch_size that is a multiple of {layout.pp * layout.dp * config.train.micro_batch_size}.",
+    )
+    # Context parallelism cuts a row into 2 * cp pieces to balance the causal mask; sequence parallelism into tp.
+    pieces = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
+    tokens = config.data.seq_length * config.train.micro_batch_size
+    require(
+        tokens % pieces == 0,
+        f"data.seq_length * train.micro_batch_size = {config.data.seq_length} * {config.train.micro_batch_size} = "
+        f"{tokens} tokens cannot be cut into {pieces} pieces (layout.tp = {layout.tp}, layout.cp = {layout.cp}). "
+        f"Choose a multiple of {pieces}.",
+    )
+
+
+def _check_model(config: RunConfig, layout: ParallelLayout, shape: ModelShape) -> None:
+    config.layout.placement(shape, layout)
+    layout.check_model(shape)
+    require(
+        config.data.seq_length <= shape.max_positions,
+        f"data.seq_length = {config.data.seq_length} is longer than the model's {shape.max_positions} positions.",
+    )
+    require(
+        shape.mtp_layers > 0 or config.model.mtp_loss_weight == 0,
+        f"model.mtp_loss_weight is {config.model.mtp_loss_weight:g}, but the model has no MTP layer. Set it to 0.",
+    )
+    require(
+        shape.has_expert_bias or config.model.expert_bias_update_rate is None,
+        f"model.expert_bias_update_rate is {config.model.expert_bias_update_rate}, but the model's router has no "
+        "selection bias. Set it to null.",
+    )
+    _require_parts("model.frozen", config.model.frozen, shape)
+    if set(config.model.lora.targets) != set(LoraTarget):  # all of them: those that there are
+        _require_parts("model.lora.targets", config.model.lora.targets, shape)
+
+
+def _require_parts(setting: str, parts: Sequence[FrozenPart] | Sequence[LoraTarget], shape: ModelShape) -> None:
+    """Refuse to name what the model does not have."""
+    has = {
+        "dense": shape.first_dense_layers > 0,
+        "shared_experts": shape.shared_ffn_size > 0,
+        "experts": shape.num_experts > 0,
+    }
+    absent = [part for part in parts if not has.get(part, True)]
+    require(not absent, f"{setting} lists {', '.join(absent)}, which the model does not have. Remove it.")

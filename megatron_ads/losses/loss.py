@@ -1,0 +1,50 @@
+"""What a training objective takes and returns: one record in, one record out. Plain tensors, no Megatron-Core.
+
+Shape suffixes: T = tokens of one microbatch, all its rows laid end to end; N = samples of the whole step.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenValues:
+    """One microbatch on the device, as the last pipeline stage has it."""
+
+    negative_log_p_T: Tensor
+    """(1, T): -log p(label), in nats, with the gradient. The only thing here that depends on the weights."""
+    mask_T: Tensor
+    """(1, T) float32: weight of each label, 0 where none is counted (prompts, padding)."""
+    sample_T: Tensor
+    """(T,) int64: number in the step of the sample that each token belongs to; 0 at padding."""
+    step_samples: int
+    """N."""
+    normalizer: int
+    """This microbatch's part of what the sum of the step is divided by."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """(1, T) each: what the batch carries besides, such as advantages or the log-probabilities of another policy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossValues:
+    """What an objective says of one microbatch."""
+
+    sum: Tensor
+    """Scalar with the gradient. A sum and not a mean: Megatron-Core divides the gradient by the count of the global
+    batch, so that a token weighs the same whichever microbatch it is in."""
+    count: int
+    report: Mapping[str, Tensor] = field(default_factory=dict)
+    """Detached values by name, as the ``Loss`` announces them; they are summed over the whole step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """An objective, and the names of what it reports, which pipeline stages without a loss need to know too."""
+
+    compute: Callable[[TokenValues], LossValues]
+    totals: tuple[str, ...] = ()
+    """Reported scalars."""
+    per_sample: tuple[str, ...] = ()
+    """Reported values of shape (N,): one number for each sample of the step."""

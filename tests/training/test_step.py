@@ -1,0 +1,130 @@
+"""A step with another objective, and log-probabilities of every label, under several layouts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_ads.data.batches import ReplicaShare, batches_of_all
+from megatron_ads.data.rows import TokenizedRow
+from megatron_ads.layout import ParallelLayout
+from megatron_ads.losses.loss import Loss, LossValues, TokenValues
+from parity_tests.harness.ranks import run_ranks
+from parity_tests.harness.training_jobs import Recipe, start
+from tests.models.checkpoints import V3, write_checkpoint
+
+LAYOUTS = {
+    "one": (1, {}),
+    "dp2": (2, {}),
+    "pp2-ep2": (4, {"pp": 2, "ep": 2}),
+    "tp2": (2, {"tp": 2, "etp": 2}),
+    "pp2-vpp2": (2, {"pp": 2, "vpp": 2}),
+}
+SEQ_LENGTH = 24
+
+
+def samples() -> list[TokenizedRow]:
+    """Return seven rows of many lengths; a prompt weighs nothing."""
+    draw, made = np.random.default_rng(3), []
+    for number, length in enumerate((9, 5, 17, 2, 12, 25, 7)):
+        weights = np.ones(length, dtype=np.float32)
+        weights[: length // 2] = 0
+        made.append(TokenizedRow(f"r{number}", "test", draw.integers(1, 128, length).astype(np.int32), weights))
+    return made
+
+
+def _share(layout: ParallelLayout) -> ReplicaShare:
+    from megatron_ads.observability.log import rank
+
+    return ReplicaShare(4, 1, layout.coordinates(rank()).dp, layout.dp)
+
+
+def _log_probabilities(recipe: Recipe) -> list[torch.Tensor]:
+    from megatron_ads.training.step import run_log_probabilities
+
+    model, shards, _ = start(recipe)
+    return run_log_probabilities(samples(), _share(shards.layout), model.chunks, seq_length=SEQ_LENGTH)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "v3", V3)
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> Sequence[torch.Tensor]:
+    """Computed by transformers, row by row."""
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    found = []
+    for row in samples():
+        tokens = torch.from_numpy(row.tokens).long()[None]
+        with torch.no_grad():
+            log_p = model(tokens).logits[0, :-1].float().log_softmax(-1)
+        found.append(log_p.gather(1, tokens[0, 1:, None])[:, 0])
+    return found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_rank_gets_the_log_probability_of_every_label_as_transformers_computes_it(
+    name: str, folder: Path, expected: Sequence[torch.Tensor]
+) -> None:
+    world, layout = LAYOUTS[name]
+    for found in run_ranks(world, _log_probabilities, Recipe(folder=folder, layout=layout)):
+        assert [len(values) for values in found] == [row.predictions for row in samples()]
+        for values, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(values, wanted, rtol=1e-5, atol=2e-5)
+        assert not torch.allclose(found[0][:4], expected[1], atol=1e-2)  # the negative twin: another row's
+
+
+def _advantage_weighted(values: TokenValues) -> LossValues:
+    """sum_t A_t log p_t over the targets, with the sum of |A| as one number and as one for each sample."""
+    advantage_T = values.extra["advantage"] * (values.mask_T != 0)
+    per_sample = torch.zeros(values.step_samples, dtype=torch.float64, device=advantage_T.device)
+    per_sample.index_add_(0, values.sample_T, advantage_T.abs().double().view(-1))
+    total = (advantage_T * -values.negative_log_p_T.float()).sum()
+    report = {"size": advantage_T.abs().sum(), "sample_size": per_sample}
+    return LossValues(sum=total, count=values.normalizer, report=report)
+
+
+ADVANTAGE = Loss(compute=_advantage_weighted, totals=("size",), per_sample=("sample_size",))
+
+
+def _advantages() -> list[np.ndarray]:
+    draw = np.random.default_rng(4)
+    return [draw.normal(size=row.predictions).astype(np.float32) for row in samples()]
+
+
+def _step(recipe: Recipe) -> tuple[float, dict[str, float], list[float], float]:
+    from megatron_ads.training.step import run_step
+
+    model, shards, _ = start(recipe)
+    batches = batches_of_all(
+        samples(),
+        _share(shards.layout),
+        seq_length=SEQ_LENGTH,
+        packing=True,
+        extra={"advantage": _advantages()},
+    )
+    report = run_step(batches, model.chunks, model.optimizer, learning_rate=1e-3, loss=ADVANTAGE)
+    assert report.update is not None
+    return report.loss, report.totals, report.per_sample["sample_size"], report.update.grad_norm
+
+
+def test_another_loss_sees_what_the_batch_carries_and_its_reports_are_summed_by_name(
+    folder: Path, expected: Sequence[torch.Tensor]
+) -> None:
+    masks = [torch.from_numpy(row.loss_weights[1:]) for row in samples()]
+    advantages = [torch.from_numpy(each) * mask for each, mask in zip(_advantages(), masks, strict=True)]
+    objective = sum(float((a * log_p).sum()) for a, log_p in zip(advantages, expected, strict=True))
+    targets = sum(row.target_count for row in samples())
+    sizes = [float(each.abs().sum()) for each in advantages]
+    for world, layout in (LAYOUTS["dp2"], LAYOUTS["pp2-ep2"]):
+        for loss, totals, per_sample, norm in run_ranks(world, _step, Recipe(folder=folder, layout=layout)):
+            assert loss == pytest.approx(objective / targets, rel=1e-4)
+            assert totals == {"size": pytest.approx(sum(sizes), rel=1e-5)}
+            assert per_sample == pytest.approx(sizes, rel=1e-5)
+            assert norm > 0

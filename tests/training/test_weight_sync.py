@@ -1,0 +1,104 @@
+"""Tensors of a running job under their Hugging Face names, on the ranks that feed an engine, and what that takes."""
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from conversion.names import parameters
+from conversion.sources import open_source
+from megatron_ads.config.model import LoraConfig
+from megatron_ads.errors import ConfigError
+from parity_tests.harness.ranks import run_ranks
+from parity_tests.harness.training_jobs import Recipe, start
+from tests.models.checkpoints import V2_LITE, V3, write_checkpoint
+from tests.training.live_bytes import LiveBytes
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any], tuple[int, ...]]] = {
+    "pp2-ep2-every-rank": (4, {"pp": 2, "ep": 2}, (0, 1, 2, 3)),
+    "pp2-ep2-two-ranks": (4, {"pp": 2, "ep": 2}, (1, 3)),
+    "tp2-ep2-rank-1": (2, {"tp": 2, "ep": 2}, (1,)),
+    "tp2-etp2-rank-0": (2, {"tp": 2, "etp": 2}, (0,)),
+    "pp2-vpp2-every-rank": (2, {"pp": 2, "vpp": 2}, (0, 1)),
+}
+SMALL_BUCKET_BYTES = 1 << 14
+
+
+def _collect(recipe: Recipe, destinations: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    from megatron_ads.training.weight_sync import WeightSync
+
+    model, shards, source = start(recipe)
+    sync = WeightSync(shards, source, destinations=destinations, bucket_bytes=SMALL_BUCKET_BYTES)
+    return {name: tensor.clone() for name, tensor in sync.tensors(model.models, model.spec)}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_destination_gets_every_tensor_of_the_source_bit_by_bit_and_no_other_rank_any(
+    name: str, tmp_path: Path
+) -> None:
+    folder = write_checkpoint(tmp_path / "v3", V3)
+    world, layout, destinations = LAYOUTS[name]
+    stored = open_source(folder).container.tensors  # type: ignore[attr-defined]
+    for rank, tensors in enumerate(run_ranks(world, _collect, Recipe(folder=folder, layout=layout), destinations)):
+        assert tensors.keys() == (stored.keys() if rank in destinations else set())
+        for hf_name, tensor in tensors.items():
+            assert torch.equal(tensor, stored[hf_name].read()), hf_name
+
+
+def test_a_model_without_low_rank_queries_comes_out_whole(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "lite", V2_LITE)
+    stored = open_source(folder).container.tensors  # type: ignore[attr-defined]
+    (tensors,) = run_ranks(1, _collect, Recipe(folder=folder), (0,))
+    assert tensors.keys() == stored.keys()
+
+
+def _refusal(recipe: Recipe) -> str:
+    with pytest.raises(ConfigError) as caught:
+        _collect(recipe, (0, 1))
+    return str(caught.value)
+
+
+def test_a_destination_that_is_no_rank_is_refused(tmp_path: Path) -> None:
+    (message,) = run_ranks(1, _refusal, Recipe(folder=write_checkpoint(tmp_path / "v3", V3)))
+    assert message == "destinations are [0, 1]; they must be ranks from 0 to 0."
+
+
+def _on_a_device(tensor: torch.Tensor) -> torch.Tensor:
+    """What ``cpu`` does where the model is on a device: a copy."""
+    return tensor.clone()
+
+
+def _peaks(recipe: Recipe) -> tuple[int, int, int]:
+    """Return the most bytes held beyond the model: by a sync to rank 0, and by one copy of what this rank has.
+
+    The third number is the largest bucket.
+    """
+    from megatron_ads.training.export import canonical_weights
+    from megatron_ads.training.weight_sync import WeightSync
+
+    model, shards, source = start(recipe)
+    own = [*model.models[0].parameters(), *model.models[0].buffers()]
+    sync = WeightSync(shards, source, bucket_bytes=SMALL_BUCKET_BYTES)
+    with patch.object(torch.Tensor, "cpu", _on_a_device):
+        with LiveBytes(own) as synced:
+            for _ in sync.tensors(model.models, model.spec):
+                pass
+        with LiveBytes(own) as copied:
+            canonical_weights(model.models, model.spec)
+    largest = max(4 * torch.Size(parameter.shape).numel() for parameter in parameters(shards.shape).values())
+    return synced.peak, copied.peak, max(largest, SMALL_BUCKET_BYTES)
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=4)], ids=["weights", "adapters"])
+def test_a_sync_holds_no_more_than_a_bucket_and_a_rank_without_a_part_in_it_nothing(
+    lora: LoraConfig, tmp_path: Path
+) -> None:
+    recipe = Recipe(folder=write_checkpoint(tmp_path / "v3", V3), layout={"ep": 2}, model={"lora": lora})
+    destination, owner, *replicas = run_ranks(4, _peaks, recipe)
+    for synced, copied, bucket in (destination, owner):
+        # A bucket of messages, one parameter assembled, and three FP32 temporaries of a merge.
+        assert 0 < synced <= 5 * bucket
+        assert copied > 20 * bucket  # the negative twin: a copy of the shard
+    assert [synced for synced, _, _ in replicas] == [0, 0]
