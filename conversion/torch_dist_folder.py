@@ -76,7 +76,7 @@ def open_torch_dist(path: Path, *, config_from: Path | None = None) -> TorchDist
     if any(key.endswith(".lora_a") for key in metadata.state_dict_metadata):
         raise ConversionError(
             f"{path} holds low-rank adapters without the weights beside them. Start its job again with train.max_steps "
-            "set to this step: it trains no further and writes the merged weights to <log.dir>/export. Give that folder."
+            "set to this step: it trains no further and writes the merged weights to <log.dir>/export. Give that one."
         )
     pieces: dict[str, tuple[Region, ...]] = {}
     for tensor in keyed_tensors(parameters(shape), _spec(metadata)):

@@ -134,7 +134,8 @@ def _disk(config: SftConfig, ranks: int | None, shape: ModelShape | None) -> str
             raise CheckpointError(
                 f"{there} has {free / 1e9:.1f} GB free, but {size / 1e9:.1f} GB are needed: a checkpoint is "
                 f"{plan.checkpoint_bytes / 1e9:.1f} GB (checkpoint.save_total_limit = "
-                f"{config.checkpoint.save_total_limit}, {kept} there, one more while it is written) and the export {export / 1e9:.1f} GB. Free some, lower "
+                f"{config.checkpoint.save_total_limit}, {kept} there, one more "
+                f"while it is written) and the export {export / 1e9:.1f} GB. Free some, lower "
                 "checkpoint.save_total_limit, or choose other folders with checkpoint.dir and log.dir."
             )
     return f"room for the checkpoints ({checkpoints / 1e9:.1f} GB still) and the export ({export / 1e9:.1f} GB)"
