@@ -207,8 +207,8 @@ def _write_texts(file: Path, sections: Sequence[Sequence[str]]) -> dict[str, Any
 
 
 def _evaluate(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    from megatron_ads.config.generation import Decoding, Method
     from megatron_ads.evaluation.command import evaluate
-    from megatron_ads.evaluation.decoding import Decoding, Method
 
     return evaluate(
         run / "export",

@@ -36,6 +36,7 @@ ROOMS = (
     "megatron_ads.data",
     "megatron_ads.models",
     "megatron_ads.optim",
+    "megatron_ads.inference",
     "megatron_ads.planning",
     "megatron_ads.training",
     "megatron_ads.launching",

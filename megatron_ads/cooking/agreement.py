@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_ads.config.synthesis import RejectConfig
 from megatron_ads.cooking.candidates import Candidate, Removed, by_row, passing
-from megatron_ads.cooking.config import RejectConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.metrics.text_similarity import fit_embedding, mean_similarities
 

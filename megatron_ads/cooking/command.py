@@ -46,7 +46,7 @@ def run_cook(args: argparse.Namespace) -> int:
         ConfigError: If a setting is impossible, or no request to a model can succeed.
         DataError: If rows cannot be read, or a model stopped answering.
     """
-    from megatron_ads.cooking.config import load_cook_recipe
+    from megatron_ads.config.synthesis import load_cook_recipe
     from megatron_ads.observability.log import start_logging
 
     start_logging()

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ads.config.data import SourceConfig, SourceKind
+from megatron_ads.config.engine import AnsweringConfig, ModelKind
+from megatron_ads.config.synthesis import CookConfig
 from megatron_ads.cooking.agreement import embedder, load_encoder, remove_disagreeing
-from megatron_ads.cooking.answering import Answerer, Desk
 from megatron_ads.cooking.candidates import Candidate, Removed, by_row, details_in, passing, read_candidate
-from megatron_ads.cooking.config import AnsweringConfig, CookConfig, ModelKind
 from megatron_ads.cooking.corpus import Written, remove_corpus, write_corpus
-from megatron_ads.cooking.endpoint import Endpoint
 from megatron_ads.cooking.golden import GoldenResult, check_template
 from megatron_ads.cooking.perplexity import Scorer, remove_unlikely
 from megatron_ads.cooking.prompts import ReasoningTemplate, templates_of
@@ -22,6 +21,8 @@ from megatron_ads.cooking.verifier import remove_rejected
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.errors import DataError
+from megatron_ads.inference.client import Answerer, Desk
+from megatron_ads.inference.openai_engine import Endpoint
 from megatron_ads.journal import Journal
 from megatron_ads.tasks import query_generation
 from megatron_ads.tasks.registry import TASKS, task_named

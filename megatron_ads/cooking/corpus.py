@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ads.config.synthesis import CookConfig
 from megatron_ads.cooking.candidates import Candidate
-from megatron_ads.cooking.config import CookConfig
 from megatron_ads.cooking.requests import drawn
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.data.split import split_by_group

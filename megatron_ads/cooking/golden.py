@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from megatron_ads.config.synthesis import CookConfig
 from megatron_ads.cooking.agreement import embedder
-from megatron_ads.cooking.answering import Desk
 from megatron_ads.cooking.candidates import Candidate, by_row, details_in, passing, read_candidate
-from megatron_ads.cooking.config import CookConfig
 from megatron_ads.cooking.prompts import ReasoningTemplate
 from megatron_ads.cooking.requests import reasoning_request
 from megatron_ads.data.rows import ChatRow
+from megatron_ads.inference.client import Desk
 from megatron_ads.metrics.text_similarity import mean_similarities
 
 

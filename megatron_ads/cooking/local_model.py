@@ -14,17 +14,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from megatron_ads.cooking.answering import Answer, Finish, Request
+from megatron_ads.config.engine import AnsweringConfig
+from megatron_ads.config.generation import GREEDY, Decoding, Method
 from megatron_ads.cooking.candidates import Candidate
-from megatron_ads.cooking.config import AnsweringConfig
 from megatron_ads.cooking.prompts import answer_of
 from megatron_ads.data.chat import render_prompt, split_text
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.data.tokenizer import load_tokenizer
-from megatron_ads.evaluation.decoding import GREEDY, Decoding, Method
-from megatron_ads.evaluation.generator import Generator
-from megatron_ads.evaluation.language_model import load_model, log_probabilities, longest_text
-from megatron_ads.evaluation.model_folder import hugging_face_folder, model_state, tokenizer_folder
+from megatron_ads.inference.client import Answer, Finish, Request
+from megatron_ads.inference.language_model import load_model, log_probabilities, longest_text
+from megatron_ads.inference.model_folder import hugging_face_folder, model_state, tokenizer_folder
+from megatron_ads.inference.transformers_engine import Generator
 from megatron_ads.journal import Journal, digest_of
 from megatron_ads.observability.progress import Progress
 

@@ -11,8 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_ads.config.synthesis import PerplexityConfig
 from megatron_ads.cooking.candidates import Candidate, Removed, passing
-from megatron_ads.cooking.config import PerplexityConfig
 from megatron_ads.cooking.requests import drawn
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from megatron_ads.cooking.config import Style, TemplateConfig
+from megatron_ads.config.synthesis import Style, TemplateConfig
 from megatron_ads.data.rows import ChatRow, Role
 from megatron_ads.tasks.elements import count_of
 from megatron_ads.tasks.reasoning import CLOSE, OPEN, Reasoned, split_reasoning

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ads.cooking.answering import Desk
+from megatron_ads.config.engine import AnsweringConfig
+from megatron_ads.config.synthesis import CookConfig, cook_recipe_yaml
 from megatron_ads.cooking.candidates import Candidate, Removed, by_row, passing
-from megatron_ads.cooking.config import AnsweringConfig, CookConfig, cook_recipe_yaml
 from megatron_ads.cooking.cook import Cooked, Kitchen
 from megatron_ads.cooking.prompts import question_of
 from megatron_ads.cooking.requests import drawn
+from megatron_ads.inference.client import Desk
 
 JSON_FILE, TEXT_FILE, RECIPE_FILE = "report.json", "report.md", "recipe.yaml"
 _SHOWN_CHARACTERS = 600

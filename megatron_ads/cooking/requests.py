@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_ads.cooking.answering import Request
-from megatron_ads.cooking.config import AnsweringConfig
+from megatron_ads.config.engine import AnsweringConfig
 from megatron_ads.cooking.prompts import ReasoningTemplate, teacher_messages
 from megatron_ads.data.rows import ChatRow
+from megatron_ads.inference.client import Request
 
 _SEEDS = 2**31
 

@@ -5,12 +5,12 @@ Source: AdNanny, section 3.4 (textual alignment with the input, logical soundnes
 
 from collections.abc import Sequence
 
-from megatron_ads.cooking.answering import Answer, Desk, Finish
+from megatron_ads.config.engine import AnsweringConfig
 from megatron_ads.cooking.candidates import Candidate, Removed, passing
-from megatron_ads.cooking.config import AnsweringConfig
 from megatron_ads.cooking.prompts import answer_of, question_of
 from megatron_ads.cooking.requests import chat_request
 from megatron_ads.data.rows import Role
+from megatron_ads.inference.client import Answer, Desk, Finish
 from megatron_ads.tasks.elements import PartsFailure, read_parts
 from megatron_ads.tasks.reasoning import CLOSE
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.evaluation.answer import Answer, AnswerBeam
-from megatron_ads.evaluation.model_folder import model_state
+from megatron_ads.inference.model_folder import model_state
 from megatron_ads.journal import Journal, digest_of
 from megatron_ads.observability.log import get_logger
 

@@ -6,17 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ads.config.generation import GREEDY, Decoding, Method
 from megatron_ads.data.chat import THINK, render_prompt
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.evaluation.answer import Answer, AnswerBeam
-from megatron_ads.evaluation.beam_rules import ValidNames
-from megatron_ads.evaluation.beam_search import Beam
 from megatron_ads.evaluation.collaborative import CollaborativeModel
-from megatron_ads.evaluation.decoding import GREEDY, Decoding, Method
-from megatron_ads.evaluation.generator import Generator
 from megatron_ads.evaluation.name_answers import NO_NAMES, AdvertiserNames, NameForms, valid_names
-from megatron_ads.evaluation.name_trie import NameTrie
+from megatron_ads.inference.beam_rules import NameTrie, ValidNames
+from megatron_ads.inference.beam_search import Beam
+from megatron_ads.inference.transformers_engine import Generator
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ads.config.generation import GREEDY, Decoding, LengthRule, Method, choose_decoding
 from megatron_ads.errors import ConfigError, DataError
-from megatron_ads.evaluation.decoding import GREEDY, Decoding, LengthRule, Method, choose_decoding
 from megatron_ads.evaluation.text_tables import text_tables
 from megatron_ads.observability.log import start_logging
 
@@ -134,9 +134,9 @@ def evaluate(
     from megatron_ads.data.corpus import read_corpus
     from megatron_ads.evaluation.asking import Asking
     from megatron_ads.evaluation.general_rows import general_scores
-    from megatron_ads.evaluation.model_folder import hugging_face_folder
     from megatron_ads.evaluation.name_answers import names_trained_on, read_names
     from megatron_ads.evaluation.task_scores import task_scores
+    from megatron_ads.inference.model_folder import hugging_face_folder
     from megatron_ads.tasks.registry import TASKS
 
     _require_positive({"--batch-size": batch_size, "--max-new-tokens": max_new_tokens})

@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_ads.data.chat import tokenize_row
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.tokenizer import load_tokenizer
-from megatron_ads.evaluation.language_model import load_model, log_probabilities
+from megatron_ads.inference.language_model import load_model, log_probabilities
 from megatron_ads.observability.progress import Progress
 
 

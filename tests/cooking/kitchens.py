@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_ads.cooking.config import CookConfig, load_cook_recipe
+from megatron_ads.config.synthesis import CookConfig, load_cook_recipe
 
 THINGS = ("kettle", "lantern", "saddle", "teapot", "hammock", "telescope", "violin", "toboggan", "anvil", "compass")
 

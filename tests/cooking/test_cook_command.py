@@ -12,7 +12,7 @@ from megatron_ads.cooking.cook import open_kitchen
 from megatron_ads.data.corpus import read_corpus
 from megatron_ads.errors import DataError
 from tests.cooking.kitchens import good_answer, recipe, write_rows
-from tests.cooking.scripted_server import Reply, scripted_server
+from tests.inference.scripted_server import Reply, scripted_server
 
 
 def run_command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:

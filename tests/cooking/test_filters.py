@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from megatron_ads.config.synthesis import CookConfig
 from megatron_ads.cooking.candidates import Candidate
-from megatron_ads.cooking.config import CookConfig
 from megatron_ads.cooking.cook import Cooked, cook, open_kitchen
 from megatron_ads.cooking.prompts import LABEL_GIVEN, teacher_messages
 from megatron_ads.cooking.report import as_report, write_report
@@ -18,7 +18,7 @@ from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.tasks.row_checks import check_rows
 from tests.cooking.kitchens import good_answer, good_reasoning, label_in, number_of, recipe
-from tests.cooking.scripted_server import Reply, scripted_server
+from tests.inference.scripted_server import Reply, scripted_server
 
 OTHER = {"Bad": "Good", "Fair": "Bad", "Good": "Fair"}
 

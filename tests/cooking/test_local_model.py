@@ -13,10 +13,10 @@ from transformers import LlamaForCausalLM
 from conversion.convert import convert, to_shards
 from conversion.sources import open_source
 from conversion.to_torch_dist import TorchDistTarget
+from megatron_ads.config.engine import AnsweringConfig, ModelKind
 from megatron_ads.config.layout import LayoutConfig
-from megatron_ads.cooking.answering import Finish
+from megatron_ads.config.synthesis import PerplexityConfig
 from megatron_ads.cooking.candidates import Candidate, Removed
-from megatron_ads.cooking.config import AnsweringConfig, ModelKind, PerplexityConfig
 from megatron_ads.cooking.cook import cook, open_kitchen
 from megatron_ads.cooking.local_model import LocalScorer, LocalTeacher
 from megatron_ads.cooking.perplexity import remove_unlikely
@@ -27,9 +27,10 @@ from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
 from megatron_ads.errors import ConversionError
+from megatron_ads.inference.client import Finish
 from megatron_ads.journal import Journal
 from tests.cooking.kitchens import recipe, write_rows
-from tests.cooking.tiny_model import POSITIONS, write_tiny_model
+from tests.inference.tiny_model import POSITIONS, write_tiny_model
 
 CLOSE_TO_TRANSFORMERS = 1e-5
 """Relative: the mean is taken in another order."""

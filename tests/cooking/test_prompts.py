@@ -2,9 +2,8 @@
 
 import pytest
 
-from megatron_ads.cooking.answering import Answer
+from megatron_ads.config.synthesis import RejectConfig, Style, TemplateConfig
 from megatron_ads.cooking.candidates import Removed, details_in, read_candidate
-from megatron_ads.cooking.config import RejectConfig, Style, TemplateConfig
 from megatron_ads.cooking.corpus import cooked_row
 from megatron_ads.cooking.prompts import (
     LABEL_GIVEN,
@@ -17,6 +16,7 @@ from megatron_ads.cooking.prompts import (
     templates_of,
 )
 from megatron_ads.data.rows import ChatRow, Message, Role
+from megatron_ads.inference.client import Answer
 from megatron_ads.tasks.reasoning import Reasoned
 from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.row_checks import check_rows

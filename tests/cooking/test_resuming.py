@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_ads.cooking.config import CookConfig, cook_recipe_yaml
+from megatron_ads.config.synthesis import CookConfig, cook_recipe_yaml
 from megatron_ads.cooking.cook import cook, open_kitchen
 from megatron_ads.cooking.report import as_report
 from tests.cooking.kitchens import good_answer, recipe
-from tests.cooking.scripted_server import Reply, scripted_server
+from tests.inference.scripted_server import Reply, scripted_server
 
 AT_A_TIME = 3
 

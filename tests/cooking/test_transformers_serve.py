@@ -19,8 +19,8 @@ from megatron_ads.cooking.report import as_report
 from megatron_ads.cooking.verifier import verifier_messages
 from megatron_ads.data.jsonl import jsonl_rows
 from tests.cooking.kitchens import recipe, write_rows
-from tests.cooking.tiny_model import write_taught_model
 from tests.free_port import free_port
+from tests.inference.tiny_model import write_taught_model
 
 NEEDED = ("fastapi", "uvicorn", "openai", "accelerate")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]

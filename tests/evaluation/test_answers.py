@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ads.config.generation import Decoding, Method
 from megatron_ads.data.ads_pairs import builtin_rows
 from megatron_ads.data.chat import render_prompt
 from megatron_ads.data.demo_tokenizer import write_tokenizer
@@ -13,9 +14,8 @@ from megatron_ads.evaluation import asking
 from megatron_ads.evaluation.answer import Answer
 from megatron_ads.evaluation.answers import answer_rows
 from megatron_ads.evaluation.asking import Asking, RowAsker
-from megatron_ads.evaluation.decoding import Decoding, Method
-from megatron_ads.evaluation.generator import Completion
 from megatron_ads.evaluation.name_answers import AdvertiserNames, NameForms
+from megatron_ads.inference.transformers_engine import Completion
 from megatron_ads.tasks import next_advertiser, relevance
 from tests.evaluation.advertiser_rows import name_row
 

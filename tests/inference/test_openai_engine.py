@@ -13,14 +13,14 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from megatron_ads.cooking.answering import Answer, Failure, Finish, Request, Unanswered
-from megatron_ads.cooking.config import AnsweringConfig
+from megatron_ads.config.engine import AnsweringConfig
 from megatron_ads.cooking.cook import cook, open_kitchen
-from megatron_ads.cooking.endpoint import Endpoint
 from megatron_ads.cooking.report import as_report, write_report
 from megatron_ads.errors import ConfigError, DataError
+from megatron_ads.inference.client import Answer, Failure, Finish, Request, Unanswered
+from megatron_ads.inference.openai_engine import Endpoint
 from tests.cooking.kitchens import good_answer, number_of, recipe
-from tests.cooking.scripted_server import Record, Reply, Script, scripted_server
+from tests.inference.scripted_server import Record, Reply, Script, scripted_server
 
 
 def settings(url: str, **changes: Any) -> AnsweringConfig:

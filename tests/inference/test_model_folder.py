@@ -7,7 +7,7 @@ from conversion.verify import verify
 from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
 from megatron_ads.errors import ConversionError
-from megatron_ads.evaluation.model_folder import hugging_face_folder
+from megatron_ads.inference.model_folder import hugging_face_folder
 
 
 @pytest.fixture(scope="module")

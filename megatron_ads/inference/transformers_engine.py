@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ads.evaluation.beam_rules import AnyToken, Rules
-from megatron_ads.evaluation.beam_search import Beam, RowSearch, search_beams
-from megatron_ads.evaluation.decoding import GREEDY, Decoding, Method
-from megatron_ads.evaluation.language_model import load_model, longest_text
-from megatron_ads.evaluation.running_rows import RunningRows
+from megatron_ads.config.generation import GREEDY, Decoding, Method
+from megatron_ads.inference.beam_rules import AnyToken, Rules
+from megatron_ads.inference.beam_search import Beam, RowSearch, search_beams
+from megatron_ads.inference.language_model import RunningRows, load_model, longest_text
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from megatron_ads.cooking.config import AnsweringConfig
+from megatron_ads.config.engine import AnsweringConfig
 from megatron_ads.errors import DataError
 from megatron_ads.journal import Journal, digest_of
 from megatron_ads.observability.log import get_logger

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ads.evaluation.beam_rules import Rules
-from megatron_ads.evaluation.decoding import LengthRule
-from megatron_ads.evaluation.running_rows import RunningRows
+from megatron_ads.config.generation import LengthRule
+from megatron_ads.inference.beam_rules import Rules
+from megatron_ads.inference.language_model import RunningRows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

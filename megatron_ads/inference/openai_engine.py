@@ -16,9 +16,9 @@ from http import HTTPStatus
 from http.client import HTTPException, HTTPResponse, IncompleteRead
 from typing import Any
 
-from megatron_ads.cooking.answering import Answer, Failure, Finish, Request, Unanswered
-from megatron_ads.cooking.config import AnsweringConfig
+from megatron_ads.config.engine import AnsweringConfig
 from megatron_ads.errors import ConfigError
+from megatron_ads.inference.client import Answer, Failure, Finish, Request, Unanswered
 from megatron_ads.observability.log import get_logger
 
 logger = get_logger(__name__)

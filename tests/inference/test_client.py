@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ads.cooking.answering import Answer, Desk, Request
-from megatron_ads.cooking.config import AnsweringConfig
+from megatron_ads.config.engine import AnsweringConfig
+from megatron_ads.inference.client import Answer, Desk, Request
 from megatron_ads.journal import Journal
 
 

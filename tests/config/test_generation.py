@@ -1,7 +1,7 @@
 import pytest
 
+from megatron_ads.config.generation import GREEDY, LengthRule, Method, choose_decoding
 from megatron_ads.errors import ConfigError
-from megatron_ads.evaluation.decoding import GREEDY, LengthRule, Method, choose_decoding
 
 
 def test_without_options_each_method_has_its_defaults() -> None:

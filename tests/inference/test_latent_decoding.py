@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from megatron_ads.evaluation.latent_attention import attend_to_latents
-from megatron_ads.evaluation.running_rows import RunningRows
+from megatron_ads.inference.language_model import RunningRows
+from megatron_ads.inference.latent_decoding import attend_to_latents
 
 PAD = 0
 PROMPTS = ([5, 6, 7], [9], [3, 1, 4, 1, 5])

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ads.config.engine import ModelKind
 from megatron_ads.config.recipe_files import recipes_folder, shipped_recipes
 from megatron_ads.config.recipes import load_recipe
-from megatron_ads.cooking.config import CookConfig, ModelKind, Style, cook_recipe_yaml, load_cook_recipe
+from megatron_ads.config.synthesis import CookConfig, Style, cook_recipe_yaml, load_cook_recipe
 from megatron_ads.errors import ConfigError
 
 SHIPPED = shipped_recipes("cook")

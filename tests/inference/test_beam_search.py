@@ -9,11 +9,10 @@ import pytest
 import torch
 from transformers import DeepseekV3ForCausalLM
 
-from megatron_ads.evaluation.beam_rules import ValidNames
-from megatron_ads.evaluation.beam_search import Beam, RowSearch
-from megatron_ads.evaluation.decoding import Decoding, LengthRule, Method
-from megatron_ads.evaluation.generator import Generator
-from megatron_ads.evaluation.name_trie import NameTrie, build_trie
+from megatron_ads.config.generation import Decoding, LengthRule, Method
+from megatron_ads.inference.beam_rules import NameTrie, ValidNames, build_trie
+from megatron_ads.inference.beam_search import Beam, RowSearch
+from megatron_ads.inference.transformers_engine import Generator
 
 END, PAD = 31, 0
 PROMPTS = ([5, 6, 7], [9], [3, 1, 4, 1, 5])

@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_ads.errors import DataError
-from megatron_ads.evaluation.name_trie import Node, build_trie
+from megatron_ads.inference.beam_rules import Node, build_trie
 
 END = 9
 

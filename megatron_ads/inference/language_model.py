@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint run by transformers on this machine: load it, and ask how probable a text is.
 
-Shape suffixes: B = texts, S = tokens, V = vocabulary.
+Shape suffixes: B = texts or prompts, R = running rows, S = tokens, V = vocabulary.
 """
 
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers import logging as transformers_logging
 
 from megatron_ads.errors import ConversionError
-from megatron_ads.evaluation.latent_attention import attend_to_latents
-from megatron_ads.evaluation.padding import left_padded
+from megatron_ads.inference.latent_decoding import attend_to_latents
 
 _NO_LIMIT = 2**31
 
@@ -79,3 +79,49 @@ def log_probabilities(
     ).logits[:, :-1]
     said_BS = logits_BSV.float().log_softmax(-1).gather(2, tokens_BS[:, -longest:, None])[..., 0]
     return [row[longest - len(answer) :] for row, answer in zip(said_BS.tolist(), answers, strict=True)]
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_token: int) -> tuple[Tensor, Tensor]:
+    """Return tokens and attention mask, each (B, S): every prompt ends in the last column."""
+    width = max(len(prompt) for prompt in prompts)
+    tokens_BS = torch.full((len(prompts), width), pad_token, dtype=torch.long)
+    mask_BS = torch.zeros_like(tokens_BS)
+    for row, prompt in enumerate(prompts):
+        tokens_BS[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        mask_BS[row, width - len(prompt) :] = 1
+    return tokens_BS, mask_BS
+
+
+class RunningRows:
+    """Rows that are being written, and what the model remembers of them."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_token: int) -> None:
+        """Read the prompts."""
+        self._model = model
+        self._cache = DynamicCache(config=model.config)
+        tokens_BS, self._mask_RS = (tensor.to(model.device) for tensor in left_padded(prompts, pad_token))
+        # Positions count from the first token that is not padding.
+        positions_BS = (self._mask_RS.cumsum(1) - 1).clamp(min=0)
+        self.logits_RV = self._read(tokens_BS, positions_BS)
+        """What the model thinks of the next token of every row, in FP32."""
+
+    def go_on(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Go on with ``rows``, numbers of running rows in any order, a token each; the others are left."""
+        if list(rows) != list(range(len(self._mask_RS))):
+            rows_R = torch.tensor(rows, device=self._mask_RS.device)
+            self._cache.reorder_cache(rows_R)
+            self._mask_RS = self._mask_RS[rows_R]
+        self._mask_RS = torch.cat([self._mask_RS, self._mask_RS.new_ones(len(rows), 1)], 1)
+        tokens_R1 = torch.tensor(tokens, device=self._mask_RS.device)[:, None]
+        self.logits_RV = self._read(tokens_R1, self._mask_RS.sum(1, keepdim=True) - 1)
+
+    def _read(self, tokens_RS: Tensor, positions_RS: Tensor) -> Tensor:
+        output = self._model(
+            tokens_RS,
+            attention_mask=self._mask_RS,
+            position_ids=positions_RS,
+            past_key_values=self._cache,
+            logits_to_keep=1,
+        )
+        logits_RV: Tensor = output.logits[:, -1].float()
+        return logits_RV

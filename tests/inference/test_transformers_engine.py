@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3ForCausalLM
 
+from megatron_ads.config.generation import Decoding, Method
 from megatron_ads.errors import ConversionError
-from megatron_ads.evaluation.decoding import Decoding, Method
-from megatron_ads.evaluation.generator import Generator
-from megatron_ads.evaluation.padding import left_padded
+from megatron_ads.inference.language_model import left_padded
+from megatron_ads.inference.transformers_engine import Generator
 
 PAD = 0
 PROMPTS = ([5, 6, 7], [9], [3, 1, 4, 1, 5], [8, 8])
