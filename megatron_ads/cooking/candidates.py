@@ -14,7 +14,7 @@ from typing import Any
 from megatron_ads.config.synthesis import RejectConfig
 from megatron_ads.cooking.prompts import FormFailure, answer_of, question_of, read_teacher
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.inference.client import Answer, Finish
+from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.metrics.text_similarity import words_of
 from megatron_ads.tasks.reasoning import render_reasoned
 from megatron_ads.tasks.registry import TASKS, task_named
@@ -115,7 +115,7 @@ def details_in(rows: Sequence[ChatRow]) -> Details:
 
 
 def read_candidate(
-    row: ChatRow, number: int, answer: Answer | None, *, details: frozenset[str], config: RejectConfig
+    row: ChatRow, number: int, answer: Completion | None, *, details: frozenset[str], config: RejectConfig
 ) -> Candidate:
     """Return a candidate, removed if its form, its label or its content is not what was asked for."""
     candidate = Candidate(row=row, number=number, text=answer.text if answer else "")

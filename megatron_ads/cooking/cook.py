@@ -21,8 +21,8 @@ from megatron_ads.cooking.verifier import remove_rejected
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.errors import DataError
-from megatron_ads.inference.client import Answerer, Desk
-from megatron_ads.inference.openai_engine import Endpoint
+from megatron_ads.inference.client import Answerer, Client
+from megatron_ads.inference.endpoint import Endpoint
 from megatron_ads.journal import Journal
 from megatron_ads.tasks import query_generation
 from megatron_ads.tasks.registry import TASKS, task_named
@@ -54,8 +54,8 @@ class Cooked:
 class Kitchen:
     """The models that a run asks."""
 
-    teacher: Desk
-    verifier: Desk | None
+    teacher: Client
+    verifier: Client | None
     scorer: Scorer | None
 
 
@@ -78,10 +78,10 @@ def open_kitchen(config: CookConfig) -> Iterator[Kitchen]:
         raise DataError(f"{out} cannot be a folder ({error.strerror}). Choose another one with --out.") from None
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(out / JOURNAL))
-        teacher = Desk("teacher", config.teacher, _answerer("teacher", config.teacher, stack), journal)
+        teacher = Client("teacher", config.teacher, _answerer("teacher", config.teacher, stack), journal)
         verifier = None
         if config.verifier.model is not None:
-            verifier = Desk("verifier", config.verifier, _answerer("verifier", config.verifier, stack), journal)
+            verifier = Client("verifier", config.verifier, _answerer("verifier", config.verifier, stack), journal)
         scorer = None if config.perplexity.model is None else _scorer(config, config.perplexity.model, stack)
         yield Kitchen(teacher, verifier, scorer)
 
@@ -196,7 +196,7 @@ def _golden_rows(config: CookConfig, tasks: dict[str, list[ChatRow]]) -> dict[st
 
 
 def _candidates(
-    task: str, rows: Sequence[ChatRow], templates: Sequence[ReasoningTemplate], teacher: Desk, config: CookConfig
+    task: str, rows: Sequence[ChatRow], templates: Sequence[ReasoningTemplate], teacher: Client, config: CookConfig
 ) -> list[Candidate]:
     """Ask for the candidates of each row, by the templates in turn."""
     wanted = [(row, number) for row in rows for number in range(config.candidates)]

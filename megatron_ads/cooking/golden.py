@@ -17,7 +17,7 @@ from megatron_ads.cooking.candidates import Candidate, by_row, details_in, passi
 from megatron_ads.cooking.prompts import ReasoningTemplate
 from megatron_ads.cooking.requests import reasoning_request
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.inference.client import Desk
+from megatron_ads.inference.client import Client
 from megatron_ads.metrics.text_similarity import mean_similarities
 
 
@@ -40,7 +40,7 @@ class GoldenResult:
 
 
 def check_template(
-    task: str, template: ReasoningTemplate, rows: Sequence[ChatRow], desk: Desk, config: CookConfig
+    task: str, template: ReasoningTemplate, rows: Sequence[ChatRow], desk: Client, config: CookConfig
 ) -> GoldenResult:
     """Ask about every golden row in every wording, and judge the template.
 

@@ -8,28 +8,24 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 from megatron_ads.config.engine import AnsweringConfig
-from megatron_ads.config.generation import GREEDY, Decoding, Method
 from megatron_ads.cooking.candidates import Candidate
 from megatron_ads.cooking.prompts import answer_of
 from megatron_ads.data.chat import render_prompt, split_text
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.data.tokenizer import load_tokenizer
-from megatron_ads.inference.client import Answer, Finish, Request
-from megatron_ads.inference.language_model import load_model, log_probabilities, longest_text
+from megatron_ads.inference.client import Request
+from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.inference.model_folder import hugging_face_folder, model_state, tokenizer_folder
-from megatron_ads.inference.transformers_engine import Generator
+from megatron_ads.inference.transformers_engine import TransformersEngine, open_engine
 from megatron_ads.journal import Journal, digest_of
+from megatron_ads.metrics.perplexity import perplexity
 from megatron_ads.observability.progress import Progress
-
-_LARGEST_EXPONENT = 700.0
-"""Of what a float can hold."""
 
 
 class LocalTeacher:
@@ -49,12 +45,10 @@ class LocalTeacher:
         self._lock = threading.Lock()
 
     @cached_property
-    def _generator(self) -> Generator:
-        end = self._tokenizer.end_token_id
-        folder = self._exports.enter_context(hugging_face_folder(self._folder))
-        return Generator(folder, end_token=end, pad_token=end)
+    def _engine(self) -> TransformersEngine:
+        return open_engine(self._exports.enter_context(hugging_face_folder(self._folder)))
 
-    def answer(self, request: Request, stop: threading.Event) -> Answer:
+    def answer(self, request: Request, stop: threading.Event) -> Completion:
         """Return what the model writes; a prompt that leaves no room for an answer is refused.
 
         Raises:
@@ -62,27 +56,14 @@ class LocalTeacher:
         """
         messages = [Message(Role(item["role"]), item["content"]) for item in request.body["messages"]]
         tokens = self._tokenizer.encode(render_prompt(messages, self._tokenizer))
+        how = self._config.generation(request.body["seed"])
         with self._lock:
-            room = min(self._config.max_tokens, self._generator.longest_text - len(tokens))
+            room = min(self._config.max_tokens, self._engine.longest_text - len(tokens))
             if room < 1:
-                return Answer(text=f"the prompt takes {len(tokens)} tokens", finish=Finish.refused)
+                return Completion(text=f"the prompt takes {len(tokens)} tokens", finish=Finish.refused)
             started = time.monotonic()
-            (written,) = self._generator.complete(
-                [tokens], max_new_tokens=room, how=self._decoding, draw=request.body["seed"]
-            )
-        return Answer(
-            text=self._tokenizer.decode(written.tokens),
-            finish=Finish.ended if written.ended else Finish.cut_off,
-            prompt_tokens=len(tokens),
-            answer_tokens=len(written.tokens) + written.ended,
-            seconds=time.monotonic() - started,
-        )
-
-    @property
-    def _decoding(self) -> Decoding:
-        if self._config.temperature == 0:
-            return GREEDY
-        return Decoding(method=Method.sampled, temperature=self._config.temperature, top_p=self._config.top_p)
+            ((written,),) = self._engine.generate([tokens], replace(how, max_new_tokens=room))
+        return replace(written, token_ids=None, seconds=time.monotonic() - started)
 
 
 class LocalScorer:
@@ -100,8 +81,8 @@ class LocalScorer:
         self._state = model_state(folder)
 
     @cached_property
-    def _model(self) -> Any:
-        return load_model(self._exports.enter_context(hugging_face_folder(self._folder)))
+    def _engine(self) -> TransformersEngine:
+        return open_engine(self._exports.enter_context(hugging_face_folder(self._folder)))
 
     def perplexities(self, candidates: Sequence[Candidate]) -> list[float | None]:
         """Return PPL(answer | prompt, reasoning) of each; None if they are longer than the model's positions.
@@ -125,7 +106,7 @@ class LocalScorer:
 
     def _measure(self, texts: Mapping[str, tuple[str, str]]) -> None:
         """Record the perplexity of each text under its key."""
-        encode, longest = self._tokenizer.encode, longest_text(self._model)
+        encode, longest = self._tokenizer.encode, self._engine.longest_text
         tokens = {key: (encode(before), encode(answer)) for key, (before, answer) in texts.items()}
         readable = [key for key, parts in tokens.items() if sum(map(len, parts)) <= longest]
         readable.sort(key=lambda key: len(tokens[key][0]))  # texts of like length together: little is padded
@@ -135,7 +116,7 @@ class LocalScorer:
             for start in range(0, len(readable), self._batch_size):
                 keys = readable[start : start + self._batch_size]
                 befores, answers = zip(*(tokens[key] for key in keys), strict=True)
-                found = log_probabilities(self._model, befores, answers, pad_token=self._tokenizer.end_token_id)
+                found = self._engine.log_probabilities(befores, answers)
                 for key, said in zip(keys, found, strict=True):
-                    self._journal.add(key, {"perplexity": math.exp(min(-fmean(said), _LARGEST_EXPONENT))})
+                    self._journal.add(key, {"perplexity": perplexity(-math.fsum(said), len(said))})
                 progress.update(len(keys))

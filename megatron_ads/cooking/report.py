@@ -15,7 +15,7 @@ from megatron_ads.cooking.candidates import Candidate, Removed, by_row, passing
 from megatron_ads.cooking.cook import Cooked, Kitchen
 from megatron_ads.cooking.prompts import question_of
 from megatron_ads.cooking.requests import drawn
-from megatron_ads.inference.client import Desk
+from megatron_ads.inference.client import Client
 
 JSON_FILE, TEXT_FILE, RECIPE_FILE = "report.json", "report.md", "recipe.yaml"
 _SHOWN_CHARACTERS = 600
@@ -70,7 +70,7 @@ def as_report(cooked: Cooked, kitchen: Kitchen, config: CookConfig) -> dict[str,
     }
 
 
-def _usage(desk: Desk, config: AnsweringConfig) -> dict[str, Any]:
+def _usage(desk: Client, config: AnsweringConfig) -> dict[str, Any]:
     # asdict would make a Counter of the pairs of a Counter.
     counted = {field.name: getattr(desk.usage, field.name) for field in fields(desk.usage)}
     derived = {"requests_per_second": desk.usage.requests_per_second, "cost": desk.usage.cost(config)}

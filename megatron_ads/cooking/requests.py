@@ -2,12 +2,12 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 from megatron_ads.config.engine import AnsweringConfig
 from megatron_ads.cooking.prompts import ReasoningTemplate, teacher_messages
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.inference.client import Request
+from megatron_ads.inference.openai_engine import request_body
 
 _SEEDS = 2**31
 
@@ -16,14 +16,7 @@ def chat_request(
     messages: Sequence[dict[str, str]], config: AnsweringConfig, *, seed: int, candidate: int = 0
 ) -> Request:
     """Return a request for one answer."""
-    body: dict[str, Any] = {
-        "model": config.model,
-        "messages": list(messages),
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-        config.token_limit_field: config.max_tokens,
-        "seed": seed,
-    }
+    body = request_body({"messages": list(messages)}, config, config.generation(seed), seed=seed)
     return Request(body=body, candidate=candidate)
 
 

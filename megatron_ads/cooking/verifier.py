@@ -10,7 +10,8 @@ from megatron_ads.cooking.candidates import Candidate, Removed, passing
 from megatron_ads.cooking.prompts import answer_of, question_of
 from megatron_ads.cooking.requests import chat_request
 from megatron_ads.data.rows import Role
-from megatron_ads.inference.client import Answer, Desk, Finish
+from megatron_ads.inference.client import Client
+from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.tasks.elements import PartsFailure, read_parts
 from megatron_ads.tasks.reasoning import CLOSE
 
@@ -18,12 +19,12 @@ ASPECTS = ("Aligned", "Sound", "Faithful")
 _YES, _NO = "yes", "no"
 _TEXT = (
     "Judge the reasoning. Aligned: everything it says about the case stands in the question. Sound: its steps follow "
-    "from one another. Faithful: it supports the answer and does not contradict it. Answer with "
+    "from one another. Faithful: it supports the answer and does not contradict it. Completion with "
     "<Aligned>yes or no</Aligned><Sound>yes or no</Sound><Faithful>yes or no</Faithful> and nothing else."
 )
 
 
-def remove_rejected(candidates: Sequence[Candidate], desk: Desk, config: AnsweringConfig, *, seed: int) -> None:
+def remove_rejected(candidates: Sequence[Candidate], desk: Client, config: AnsweringConfig, *, seed: int) -> None:
     """Ask about every candidate that is left, and remove those that fail in any aspect.
 
     Raises:
@@ -45,7 +46,7 @@ def verifier_messages(candidate: Candidate) -> list[dict[str, str]]:
     return [{"role": str(Role.user), "content": content}]
 
 
-def _judge(candidate: Candidate, answer: Answer | None) -> None:
+def _judge(candidate: Candidate, answer: Completion | None) -> None:
     if answer is None or answer.finish is not Finish.ended:
         candidate.remove(Removed.verifier_unreadable, "no answer" if answer is None else str(answer.finish))
         return

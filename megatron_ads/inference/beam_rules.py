@@ -46,6 +46,13 @@ class NameTrie:
     depth: int
     """Tokens of the longest name, end token included."""
 
+    def name_of(self, tokens: Sequence[int]) -> str:
+        """Return the name with these tokens, the end token included."""
+        node = self.root
+        for token in tokens:
+            node = node.children[int(np.searchsorted(node.tokens_C, token))]
+        return self.names[node.first]
+
 
 def build_trie(tokens_of: Mapping[str, Sequence[int]], end_token: int) -> NameTrie:
     """Return the tree of names; ``tokens_of`` does not hold the end token.

@@ -8,7 +8,7 @@ Shape suffixes: K = running beams of one row, R = running beams of all rows, V =
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_ads.config.generation import LengthRule
 from megatron_ads.inference.beam_rules import Rules
+from megatron_ads.inference.engine import sum_in_order
 from megatron_ads.inference.language_model import RunningRows
 
 
@@ -26,7 +27,7 @@ class Beam:
 
     tokens: tuple[int, ...] = ()
     """Without the end token."""
-    log_probability: float = 0.0
+    log_probabilities: tuple[float, ...] = ()
     """The model's, of the tokens and the end token, in nats."""
     score: float = 0.0
     """What beams are ordered by; while a beam is running, the sum of its gains."""
@@ -35,6 +36,11 @@ class Beam:
     """Tokens that had an alternative."""
     state: Any = field(default=None, compare=False)
     """What the rules know of it."""
+
+    @property
+    def log_probability(self) -> float:
+        """Return the model's log-probability of the whole answer, in nats."""
+        return sum_in_order(self.log_probabilities)
 
 
 class RowSearch:
@@ -71,7 +77,7 @@ class RowSearch:
             before = self.running[parent]
             beam = Beam(
                 tokens=before.tokens if ends else (*before.tokens, int(found.tokens_C[place])),
-                log_probability=before.log_probability + float(found.log_probabilities_C[place]),
+                log_probabilities=(*before.log_probabilities, float(found.log_probabilities_C[place])),
                 score=float(totals_C[place]),
                 ended=ends,
                 choices=before.choices + int(not found.forced_C[place]),
@@ -107,14 +113,7 @@ class RowSearch:
             LengthRule.mean: len(beam.tokens) + int(beam.ended),
             LengthRule.mean_of_choices: max(beam.choices, 1),
         }[self._length]
-        return Beam(
-            tokens=beam.tokens,
-            log_probability=beam.log_probability,
-            score=beam.score / tokens,
-            ended=beam.ended,
-            choices=beam.choices,
-            state=beam.state,
-        )
+        return replace(beam, score=beam.score / tokens)
 
 
 @torch.inference_mode()

@@ -1,52 +1,25 @@
-"""Requests to a model and what comes of them, whatever answers: through the journal, in parallel, counted."""
+"""Requests to a model and what comes of them, whatever answers: in parallel, through the journal, counted."""
 
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megatron_ads.config.engine import AnsweringConfig
+from megatron_ads.config.engine import EndpointConfig
 from megatron_ads.errors import DataError
+from megatron_ads.inference.engine import Completion, Failure, Finish
 from megatron_ads.journal import Journal, digest_of
 from megatron_ads.observability.log import get_logger
 from megatron_ads.observability.progress import Progress
 
 logger = get_logger(__name__)
 
-GIVE_UPS_IN_A_ROW = 5
-"""After so many requests on end without an answer the run stops: the server is gone, not busy."""
+MAX_CONSECUTIVE_GIVE_UPS = 5
+"""After so many consecutive requests without an answer the run stops: the server is gone, not busy."""
 _MILLION = 1_000_000
-
-
-class Finish(StrEnum):
-    """How an answer ended."""
-
-    ended = "ended"
-    cut_off = "cut_off"
-    """At the limit of tokens."""
-    withheld = "withheld"
-    """A content filter of the server's, or the model itself, declined."""
-    refused = "refused"
-    """The server calls the request impossible, such as one that is too long. It costs nothing and is not kept."""
-
-
-class Failure(StrEnum):
-    """Why an attempt brought no answer, although another one may."""
-
-    rate_limited = "rate_limited"
-    server_error = "server_error"
-    timed_out = "timed_out"
-    not_connected = "not_connected"
-    """No such host, nobody listens, or no encrypted connection."""
-    broken_connection = "broken_connection"
-    no_completion = "no_completion"
-    """What came is no JSON, or not of the protocol's form."""
-    no_choice = "no_choice"
-    """A completion without a choice in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,30 +32,11 @@ class Request:
     """Tells requests apart that ask the same thing again."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What a model said."""
-
-    text: str
-    finish: Finish = Finish.ended
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
-    seconds: float = 0.0
-    failures: tuple[Failure, ...] = ()
-    """Attempts before it."""
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "Answer":
-        """Return the answer that a journal's record holds."""
-        changed = {"finish": Finish(record["finish"]), "failures": tuple(map(Failure, record["failures"]))}
-        return cls(**{**record, **changed})
-
-
 class Unanswered(DataError):
     """A request had no answer after all attempts; it is asked again by the next run."""
 
     def __init__(self, message: str, failures: tuple[Failure, ...]) -> None:
-        """Keep why each attempt failed beside the sentence."""
+        """Keep why each attempt failed, besides the sentence."""
         super().__init__(message)
         self.failures = failures
 
@@ -94,7 +48,7 @@ class Answerer(Protocol):
     def state(self) -> str:
         """What its answers depend on besides the request, as far as can be known here."""
 
-    def answer(self, request: Request, stop: threading.Event) -> Answer:
+    def answer(self, request: Request, stop: threading.Event) -> Completion:
         """Return the answer; waits end early when ``stop`` is set.
 
         Raises:
@@ -124,7 +78,7 @@ class Usage:
     finishes: Counter[str] = field(default_factory=Counter)
     """How many answers ended how."""
 
-    def count(self, answer: Answer, *, new: bool) -> None:
+    def count(self, answer: Completion, *, new: bool) -> None:
         """Add one answer."""
         self.asked += new
         self.from_journal += not new
@@ -145,24 +99,24 @@ class Usage:
         """Return how fast this run got answers; None if it asked for none."""
         return self.asked / self.seconds if self.asked and self.seconds else None
 
-    def cost(self, config: AnsweringConfig) -> float | None:
+    def cost(self, config: EndpointConfig) -> float | None:
         """Return what all answers cost; None where no prices are known."""
         if config.input_price is None or config.output_price is None:
             return None
         return (self.prompt_tokens * config.input_price + self.answer_tokens * config.output_price) / _MILLION
 
 
-class Desk:
+class Client:
     """Asks one model, and never what the journal knows already."""
 
-    def __init__(self, name: str, config: AnsweringConfig, answerer: Answerer, journal: Journal) -> None:
-        """Ask ``answerer``; ``name`` is the model's section in the recipe."""
+    def __init__(self, name: str, config: EndpointConfig, answerer: Answerer, journal: Journal | None) -> None:
+        """Ask ``answerer``; ``name`` is the model's section in the recipe; without a journal nothing is kept."""
         self.usage = Usage()
         self._name, self._config, self._answerer, self._journal = name, config, answerer, journal
         self._counted: set[str] = set()
-        self._gave_up_in_a_row = 0
+        self._consecutive_give_ups = 0
 
-    def ask(self, requests: Iterable[Request], *, total: int, description: str) -> list[Answer | None]:
+    def ask(self, requests: Iterable[Request], *, total: int, description: str) -> list[Completion | None]:
         """Return the answer to each request, in order; None where there is none after all attempts.
 
         Requests are taken as they can be sent, so an iterator may make them one by one; ``total`` is how many come.
@@ -173,8 +127,8 @@ class Desk:
             DataError: If the model stopped answering, or ``most_cost`` was reached.
         """
         keys: list[str] = []
-        found: dict[str, Answer] = {}
-        waiting: dict[Future[Answer], str] = {}
+        found: dict[str, Completion] = {}
+        waiting: dict[Future[Completion], str] = {}
         stop, started = threading.Event(), time.monotonic()
         with (
             Progress(total, description=description, unit="request") as progress,
@@ -186,7 +140,7 @@ class Desk:
                     keys.append(key)
                     if key in found or key in waiting.values():
                         progress.update()
-                    elif (answer := self._journal.read(key, Answer.from_record)) is not None:
+                    elif (answer := self._known(key)) is not None:
                         found[key] = answer
                         self._count(key, answer, new=False)
                         progress.update()
@@ -206,11 +160,16 @@ class Desk:
                 self.usage.seconds += time.monotonic() - started
         return [found.get(key) for key in keys]
 
+    def _known(self, key: str) -> Completion | None:
+        return self._journal.read(key, Completion.from_record) if self._journal else None
+
     def _key(self, request: Request) -> str:
         """Return what an answer is found by: everything that could change it."""
         return digest_of({"body": request.body, "candidate": request.candidate, "state": self._answerer.state})
 
-    def _collect(self, waiting: dict[Future[Answer], str], found: dict[str, Answer], progress: Progress) -> None:
+    def _collect(
+        self, waiting: dict[Future[Completion], str], found: dict[str, Completion], progress: Progress
+    ) -> None:
         """Wait until an answer is there, and take all that are."""
         for future in wait(waiting, return_when=FIRST_COMPLETED).done:
             key = waiting.pop(future)
@@ -219,18 +178,18 @@ class Desk:
                 self._count(key, answer, new=True)
             progress.update()
 
-    def _count(self, key: str, answer: Answer, *, new: bool) -> None:
+    def _count(self, key: str, answer: Completion, *, new: bool) -> None:
         if key not in self._counted:  # what several stages ask for is paid for once
             self._counted.add(key)
             self.usage.count(answer, new=new)
 
-    def _answer_and_record(self, key: str, request: Request, stop: threading.Event) -> Answer:
+    def _answer_and_record(self, key: str, request: Request, stop: threading.Event) -> Completion:
         answer = self._answerer.answer(request, stop)
-        if answer.finish is not Finish.refused:  # a server with other limits may take it
-            self._journal.add(key, asdict(answer))
+        if self._journal and answer.finish is not Finish.refused:  # a server with other limits may take it
+            self._journal.add(key, answer.as_record())
         return answer
 
-    def _outcome(self, future: Future[Answer]) -> Answer | None:
+    def _outcome(self, future: Future[Completion]) -> Completion | None:
         try:
             answer = future.result()
         except Unanswered as error:
@@ -239,18 +198,18 @@ class Desk:
             self._count_give_up(str(error))
             return None
         if answer.finish is not Finish.refused:
-            self._gave_up_in_a_row = 0
+            self._consecutive_give_ups = 0
         elif not self.usage.answered:  # single refusals, such as of long prompts, are no reason to stop
             self._count_give_up(answer.text)
         return answer
 
     def _count_give_up(self, why: str) -> None:
-        self._gave_up_in_a_row += 1
-        if self._gave_up_in_a_row >= GIVE_UPS_IN_A_ROW:
+        self._consecutive_give_ups += 1
+        if self._consecutive_give_ups >= MAX_CONSECUTIVE_GIVE_UPS:
             raise DataError(
-                f"the {self._name} left {GIVE_UPS_IN_A_ROW} requests on end without an answer, the last with: {why} "
-                f"Check that {self._config.url or self._config.model} works, and start again: answers that are there "
-                "are kept and not asked for again."
+                f"the {self._name} left {MAX_CONSECUTIVE_GIVE_UPS} consecutive requests without an answer, the last "
+                f"with: {why} Check that {self._config.url or self._config.model} works, and start again: answers "
+                "that are there are kept and not asked for again."
             )
 
     def _require_affordable(self) -> None:

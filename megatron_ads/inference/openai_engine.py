@@ -1,243 +1,181 @@
-"""A model behind the OpenAI chat completions protocol: vLLM, SGLang, `transformers serve`, or a hosted service.
+"""The engine behind a server with the OpenAI protocol: vLLM, SGLang, `transformers serve`, or a hosted service.
 
-A request that the server is too busy for (429), fails at (5xx) or does not answer in time is sent again after a pause
-that doubles, or that the server asks for, up to a limit. Redirects are not followed: they would carry the key along.
+Conversations go to ``/chat/completions``, which every such server has. Token ids go to ``/completions`` with the fields
+of vLLM (``prompt`` as ids, ``return_token_ids``, ``logprobs``, ``prompt_logprobs``), so that what is scored and what
+was generated are the same tokens.
 """
 
-import json
-import os
-import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
-from dataclasses import replace
-from http import HTTPStatus
-from http.client import HTTPException, HTTPResponse, IncompleteRead
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from megatron_ads.config.engine import AnsweringConfig
-from megatron_ads.errors import ConfigError
-from megatron_ads.inference.client import Answer, Failure, Finish, Request, Unanswered
-from megatron_ads.observability.log import get_logger
+from megatron_ads.config.engine import EndpointConfig
+from megatron_ads.config.generation import BEAM_METHODS, GenerationConfig, Method
+from megatron_ads.data.rows import Message
+from megatron_ads.errors import DataError
+from megatron_ads.inference.client import Client, Request
+from megatron_ads.inference.endpoint import Endpoint
+from megatron_ads.inference.engine import Completion, Finish, Prompt, UnsupportedError
+from megatron_ads.journal import Journal, digest_of
 
-logger = get_logger(__name__)
-_TRY_AGAIN = frozenset({408, 409, 425, 429})
-_HOPELESS = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})
-"""No request would fare better: the key, the address or the model's name is wrong."""
-_LARGEST_ANSWER_BYTES = 32 << 20
-_SHOWN_CHARACTERS = 200
-_BLOCK_BYTES = 1 << 16
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_ads.inference.beam_rules import Rules
+
+_SEEDS = 2**31
+"""Seeds are below, for servers that keep them in 32 bits."""
 
 
-class _TryAgain(Exception):
-    """An attempt failed in a way that another one may not."""
+class OpenAIEngine:
+    """A model behind a server. Completions that a journal holds are not asked for again."""
 
-    def __init__(self, failure: Failure, why: str, wait_seconds: float | None = None) -> None:
-        super().__init__(why)
-        self.failure, self.wait_seconds = failure, wait_seconds
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
-class Endpoint:
-    """A server; any number of threads may ask it."""
-
-    state = ""
-    """A server does not say what stands behind the name of its model."""
-
-    def __init__(self, section: str, config: AnsweringConfig) -> None:
-        """Prepare to ask; nothing is sent yet.
+    def __init__(self, name: str, config: EndpointConfig, journal: Journal | None = None) -> None:
+        """Prepare to ask; nothing is sent yet. ``name`` is the section of ``config`` in a recipe.
 
         Raises:
             ConfigError: If the environment variable that should hold the key is not set.
         """
-        assert config.url is not None, "checked with the recipe"
-        self._section, self._config = section, config
-        self._url = config.url.rstrip("/") + "/chat/completions"
-        self._key = _read_key(section, config.api_key_env)
-        self._opener = urllib.request.build_opener(_NoRedirects())
-        self._starts = _Starts(config.requests_per_minute)
-        self._failed: set[Failure] = set()
+        self._name, self._config = name, config
+        self._endpoint = Endpoint(name, config)
+        self.client = Client(name, config, self._endpoint, journal)
 
-    def answer(self, request: Request, stop: threading.Event) -> Answer:
-        """Return the server's answer.
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        config: GenerationConfig,
+        *,
+        rules: "Sequence[Rules] | None" = None,
+        description: str = "generating",
+    ) -> list[list[Completion]]:
+        """Return the samples of every prompt. A prompt that the server calls impossible has a refused completion.
+
+        Each completion is a request of its own, whose seed depends on ``config.seed``, the prompt, and how often the
+        prompt came before in this call.
 
         Raises:
-            Unanswered: If there is none after all attempts, or ``stop`` was set while waiting for another one.
+            UnsupportedError: If beams are asked for, or the server does not report what was asked for.
             ConfigError: If the key, the address or the model's name is wrong.
+            DataError: If requests have no answer after all attempts, or the cost limit was reached.
         """
-        data = json.dumps(dict(request.body)).encode()
-        started = time.monotonic()
-        pause = self._config.first_wait_seconds
-        failures: list[Failure] = []
-        why = "the run was stopped"
-        while len(failures) < self._config.attempts and not stop.is_set():
-            self._starts.wait(stop)
-            try:
-                answer = self._ask_once(data)
-            except _TryAgain as error:
-                failures.append(error.failure)
-                why, asked = self._without_key(str(error)), error.wait_seconds
-                self._tell_once(error.failure, why)
-            else:
-                return replace(answer, seconds=time.monotonic() - started, failures=tuple(failures))
-            if len(failures) < self._config.attempts:
-                stop.wait(min(max(pause, asked or 0.0), self._config.longest_wait_seconds))
-                pause *= 2
-        attempt = f"attempt {len(failures)} of {self._config.attempts}"
-        raise Unanswered(f"{self._url}, {attempt}: {why}.", tuple(failures))
+        require_supported(config)
+        samples = config.samples if config.method is Method.sampled else 1
+        times: Counter[str] = Counter()
+        requests = [self._request(prompt, config, times) for prompt in prompts for _ in range(samples)]
+        found = self._ask(requests, description)
+        for completion in found:
+            self._require_reported(completion, config, prompts[0])
+        return [found[start : start + samples] for start in range(0, len(found), samples)]
 
-    def _tell_once(self, failure: Failure, why: str) -> None:
-        if failure not in self._failed:
-            self._failed.add(failure)
-            logger.warning("the %s: %s (%s). Such attempts are repeated, and counted.", self._section, failure, why)
-
-    def _ask_once(self, data: bytes) -> Answer:
-        """Send a request and return what comes of it.
+    def log_probabilities(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """Return the log-probability of every token of every answer, as the server computes it for a prompt.
 
         Raises:
-            _TryAgain: If another attempt may fare better.
-            ConfigError: If no request can succeed.
+            UnsupportedError: If the server does not report log-probabilities of prompts.
+            DataError: If requests have no answer after all attempts.
         """
-        request = urllib.request.Request(self._url, data=data, headers={"Content-Type": "application/json"})
-        if self._key is not None:
-            request.add_header("Authorization", f"Bearer {self._key}")
-        deadline = time.monotonic() + self._config.timeout_seconds
-        try:
-            with self._opener.open(request, timeout=self._config.timeout_seconds) as response:
-                return self._parsed(_read(response, deadline))
-        except urllib.error.HTTPError as error:
-            with error:
-                return self._refused(error)
-        except TimeoutError:
-            raise self._timed_out() from None
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, TimeoutError):
-                raise self._timed_out() from None
-            raise _TryAgain(Failure.not_connected, str(error.reason)) from None
-        except UnicodeError as error:  # of a host that cannot be written as the name system wants it
-            raise _TryAgain(Failure.not_connected, str(error)) from None
-        except (OSError, HTTPException) as error:
-            raise _TryAgain(Failure.broken_connection, f"{type(error).__name__} {error}".strip()) from None
+        requests = [
+            Request(
+                body={
+                    "model": self._config.model,
+                    "prompt": [*prompt, *answer],
+                    "temperature": 0.0,
+                    self._config.token_limit_field: 1,
+                    "prompt_logprobs": 0,
+                }
+            )
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        found = []
+        for completion, answer in zip(self._ask(requests, "reading"), answers, strict=True):
+            if completion.finish is Finish.refused:
+                raise DataError(f"the {self._name} cannot read a text: {completion.text}")
+            if completion.prompt_log_probabilities is None:
+                self._lacks("the log-probabilities of a prompt (prompt_logprobs)")
+            found.append(list(completion.prompt_log_probabilities[-len(answer) :]))
+        return found
 
-    def _timed_out(self) -> _TryAgain:
-        return _TryAgain(Failure.timed_out, f"no answer in {self._config.timeout_seconds:g} s")
-
-    def _refused(self, error: urllib.error.HTTPError) -> Answer:
-        """Return the answer to a request that the server calls impossible.
+    def update_weights(self, weights: "Iterator[tuple[str, Tensor]]") -> NoReturn:
+        """Refuse: the protocol has no request for it.
 
         Raises:
-            _TryAgain: If it may answer later.
-            ConfigError: If no request can succeed.
+            UnsupportedError: Always.
         """
-        try:
-            text = error.read(_BLOCK_BYTES).decode(errors="replace")
-        except (OSError, HTTPException):
-            text = ""
-        said = f"HTTP {error.code}: {' '.join(self._without_key(text).split())[:_SHOWN_CHARACTERS]}"
-        if error.code in _TRY_AGAIN or error.code >= 500:
-            failure = Failure.rate_limited if error.code == HTTPStatus.TOO_MANY_REQUESTS else Failure.server_error
-            raise _TryAgain(failure, said, _seconds(error.headers.get("Retry-After")))
-        if error.code in _HOPELESS:
-            raise ConfigError(
-                f"{self._url} answers {said}. Check {self._section}.url, {self._section}.model = "
-                f"{self._config.model!r} and the key in the variable that {self._section}.api_key_env names."
+        raise UnsupportedError(
+            f"the {self._name} at {self._config.url} cannot take weights: the OpenAI protocol has no request for it. "
+            "Export the new weights and restart the server on them, or generate with the transformers engine."
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._endpoint.close()
+
+    def _request(self, prompt: Prompt, config: GenerationConfig, times: Counter[str]) -> Request:
+        if not prompt or not isinstance(prompt[0], Message):
+            asked: dict[str, Any] = {"prompt": list(cast(Sequence[int], prompt)), "return_token_ids": True}
+            logprobs: dict[str, Any] = {"logprobs": 0}
+        else:
+            asked = {"messages": [message.as_dict() for message in cast(Sequence[Message], prompt)]}
+            logprobs = {"logprobs": True}
+        name, sampled = digest_of(asked), config.method is Method.sampled
+        number, times[name] = times[name], times[name] + 1
+        drawn = int(digest_of([config.seed, name, number])[:16], 16) % _SEEDS
+        body = request_body(asked, self._config, config, seed=drawn if sampled else 0) | (
+            logprobs if config.log_probabilities else {}
+        )
+        return Request(body=body, candidate=number if sampled else 0)
+
+    def _ask(self, requests: Sequence[Request], description: str) -> list[Completion]:
+        answers = self.client.ask(requests, total=len(requests), description=description)
+        found = [answer for answer in answers if answer is not None]
+        if len(found) < len(requests):
+            raise DataError(
+                f"{len(requests) - len(found)} of {len(requests)} requests to the {self._name} have no answer after "
+                f"{self._config.attempts} attempts each. Start again when {self._config.url} works: answers in a "
+                "journal are kept and not asked for again."
             )
-        return Answer(text=said, finish=Finish.refused)
+        return found
 
-    def _parsed(self, body: bytes) -> Answer:
-        try:
-            completion = json.loads(body)
-            choices = completion["choices"]
-            if not choices:
-                raise _TryAgain(Failure.no_choice, "the completion has no choice")
-            message = choices[0]["message"]
-            usage = completion.get("usage") or {}
-            return Answer(
-                text=self._without_key(_whole_characters(message.get("content") or message.get("refusal") or "")),
-                finish=_finish(choices[0].get("finish_reason"), message),
-                prompt_tokens=int(usage.get("prompt_tokens") or 0),
-                answer_tokens=int(usage.get("completion_tokens") or 0),
-            )
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
-            said = self._without_key(body[:_SHOWN_CHARACTERS].decode(errors="replace"))
-            raise _TryAgain(Failure.no_completion, f"the answer is no chat completion: {said!r}") from None
-
-    def _without_key(self, text: str) -> str:
-        """Return a text in which the key, should the server repeat it, cannot be read."""
-        return text.replace(self._key, "***") if self._key else text
-
-
-class _Starts:
-    """Spreads the starts of requests over time."""
-
-    def __init__(self, per_minute: float | None) -> None:
-        self._apart = 60.0 / per_minute if per_minute else 0.0
-        self._next = 0.0
-        self._lock = threading.Lock()
-
-    def wait(self, stop: threading.Event) -> None:
-        """Return when one more request may start."""
-        if not self._apart:
+    def _require_reported(self, completion: Completion, config: GenerationConfig, prompt: Prompt) -> None:
+        if completion.finish in (Finish.refused, Finish.withheld):
             return
-        with self._lock:
-            now = time.monotonic()
-            start = max(now, self._next)
-            self._next = start + self._apart
-        stop.wait(start - now)
+        if config.log_probabilities and completion.log_probabilities is None:
+            self._lacks("log-probabilities (logprobs)")
+        if prompt and not isinstance(prompt[0], Message) and completion.token_ids is None:
+            self._lacks("the token ids of completions (return_token_ids)")
 
-
-def _read(response: HTTPResponse, deadline: float) -> bytes:
-    """Return the body; a server that sends it drop by drop does not outlast the deadline."""
-    blocks: list[bytes] = []
-    size = 0
-    while block := response.read1(_BLOCK_BYTES):
-        blocks.append(block)
-        size += len(block)
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        if size > _LARGEST_ANSWER_BYTES:
-            raise _TryAgain(Failure.no_completion, f"the answer is longer than {_LARGEST_ANSWER_BYTES:,} bytes")
-    if response.length:  # what is left of the announced length; read1 does not mind
-        raise IncompleteRead(b"", response.length)
-    return b"".join(blocks)
-
-
-def _read_key(section: str, variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ConfigError(
-            f"{section}.api_key_env names {variable}, which is not set. Set it to the key, or {section}.api_key_env to "
-            "null for a server that needs none."
+    def _lacks(self, what: str) -> NoReturn:
+        raise UnsupportedError(
+            f"the {self._name} at {self._config.url} does not report {what}. Use a server that does, such as vLLM, or "
+            "the transformers engine."
         )
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigError(
-            f"the key in {variable}, which {section}.api_key_env names, holds a line break or a character that no "
-            "header can carry. Set it again."
+
+
+def require_supported(config: GenerationConfig) -> None:
+    """Refuse what no request of the protocol asks for.
+
+    Raises:
+        UnsupportedError: If beams are asked for.
+    """
+    if config.method in BEAM_METHODS:
+        raise UnsupportedError(
+            f"a server cannot generate by {config.method}: the OpenAI protocol has no beams. Take greedy or sampled, "
+            "or let a checkpoint answer in this process (the transformers engine, --model)."
         )
-    return key
 
 
-def _finish(reason: object, message: Mapping[str, Any]) -> Finish:
-    if reason == "content_filter" or message.get("refusal"):
-        return Finish.withheld
-    return Finish.cut_off if reason == "length" else Finish.ended
-
-
-def _whole_characters(text: str) -> str:
-    """Return a text that can be written: half a surrogate pair, which JSON can hold, becomes U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _seconds(header: str | None) -> float | None:
-    """Return what a Retry-After header asks for; a date, which few servers send, counts as nothing."""
-    try:
-        return max(0.0, float(header)) if header else None
-    except ValueError:
-        return None
+def request_body(
+    asked: Mapping[str, Any], endpoint: EndpointConfig, config: GenerationConfig, *, seed: int
+) -> dict[str, Any]:
+    """Return the body of a request for one completion; ``asked`` has the messages or the prompt."""
+    body: dict[str, Any] = {
+        "model": endpoint.model,
+        **asked,
+        "temperature": config.temperature if config.method is Method.sampled else 0.0,
+        "top_p": config.top_p,
+    }
+    if config.max_new_tokens is not None:
+        body[endpoint.token_limit_field] = config.max_new_tokens
+    return body | {"seed": seed}

@@ -27,7 +27,7 @@ from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
 from megatron_ads.errors import ConversionError
-from megatron_ads.inference.client import Finish
+from megatron_ads.inference.engine import Finish
 from megatron_ads.journal import Journal
 from tests.cooking.kitchens import recipe, write_rows
 from tests.inference.tiny_model import POSITIONS, write_tiny_model
@@ -95,7 +95,7 @@ def test_a_megatron_checkpoint_measures_as_the_checkpoint_that_it_was_converted_
         (tmp_path / str(number)).mkdir()
         with scorer_of(model, tmp_path / str(number)) as scorer:
             found += scorer.perplexities([known])
-            used = Path(scorer._model.config.name_or_path)
+            used = Path(scorer._engine._model.config.name_or_path)
     assert found[0] == found[1]
     assert used != converted
     assert not used.exists()  # the export
@@ -110,7 +110,7 @@ def test_perplexities_are_measured_once_and_again_if_the_model_has_changed(
     assert found[0] == found[1]
     with scorer_of(model, tmp_path) as scorer:
         assert scorer.perplexities([known]) == found[:1]
-        assert "_model" not in vars(scorer)  # it is loaded when it is needed
+        assert "_engine" not in vars(scorer)  # it is loaded when it is needed
     write_tiny_model(model, seed=6)
     with scorer_of(model, tmp_path) as scorer:
         assert scorer.perplexities([known]) != found[:1]

@@ -16,7 +16,7 @@ from megatron_ads.cooking.prompts import (
     templates_of,
 )
 from megatron_ads.data.rows import ChatRow, Message, Role
-from megatron_ads.inference.client import Answer
+from megatron_ads.inference.engine import Completion
 from megatron_ads.tasks.reasoning import Reasoned
 from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.row_checks import check_rows
@@ -29,7 +29,7 @@ ROWS = rows_of_all_tasks()
 def test_a_teacher_that_repeats_the_answer_is_understood_for_every_task() -> None:
     assert {row.task for row in ROWS} == set(TASKS)
     for row in ROWS:
-        answer = Answer(text=f"<Reasoning>It follows.</Reasoning>\n{answer_of(row)}\n")
+        answer = Completion(text=f"<Reasoning>It follows.</Reasoning>\n{answer_of(row)}\n")
         candidate = read_candidate(row, 0, answer, details=frozenset(), config=ANY)
         assert candidate.removed is None, (row.task, candidate.reason)
         cooked = cooked_row(candidate)
@@ -49,7 +49,7 @@ def test_another_answer_of_the_same_task_is_noticed_for_every_task() -> None:
     for row in ROWS:
         if row.task in others:
             text = f"<Reasoning>It follows.</Reasoning>{others[row.task]}"
-            candidate = read_candidate(row, 0, Answer(text=text), details=frozenset(), config=ANY)
+            candidate = read_candidate(row, 0, Completion(text=text), details=frozenset(), config=ANY)
             assert candidate.removed is Removed.label_differs, row.task
             tried += 1
     assert tried == 6
@@ -61,7 +61,7 @@ def test_the_place_of_an_ad_is_part_of_the_label() -> None:
     assert other != answer_of(row)
     for answer in (other, "<Label>Fair</Label>"):
         text = f"<Reasoning>It follows.</Reasoning>{answer}"
-        candidate = read_candidate(row, 0, Answer(text=text), details=frozenset(), config=ANY)
+        candidate = read_candidate(row, 0, Completion(text=text), details=frozenset(), config=ANY)
         assert candidate.removed is Removed.label_differs
 
 
@@ -122,7 +122,7 @@ def test_answers_are_read_strictly(text: str, outcome: Reasoned | FormFailure) -
 )
 def test_reasoning_that_knows_the_answer_beforehand_is_noticed(reasoning: str, tells: bool) -> None:
     text = f"<Reasoning>{reasoning}</Reasoning>{answer_of(ROWS[0])}"
-    candidate = read_candidate(ROWS[0], 0, Answer(text=text), details=frozenset(), config=ANY)
+    candidate = read_candidate(ROWS[0], 0, Completion(text=text), details=frozenset(), config=ANY)
     assert (candidate.removed is Removed.tells_the_answer_was_given) is tells
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import DeepseekV3ForCausalLM
 
-from megatron_ads.config.generation import Decoding, LengthRule, Method
+from megatron_ads.config.generation import GenerationConfig, LengthRule, Method
 from megatron_ads.inference.beam_rules import NameTrie, ValidNames, build_trie
-from megatron_ads.inference.beam_search import Beam, RowSearch
-from megatron_ads.inference.transformers_engine import Generator
+from megatron_ads.inference.beam_search import RowSearch
+from megatron_ads.inference.engine import Completion, Finish
+from megatron_ads.inference.language_model import load_model
+from megatron_ads.inference.transformers_engine import TransformersEngine
 
 END, PAD = 31, 0
 PROMPTS = ([5, 6, 7], [9], [3, 1, 4, 1, 5])
@@ -25,8 +27,8 @@ CLOSE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def generator(random_model: Path) -> Generator:
-    return Generator(random_model, end_token=END, pad_token=PAD)
+def engine(random_model: Path) -> TransformersEngine:
+    return TransformersEngine(load_model(random_model), end_token=END, pad_token=PAD)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +43,20 @@ def _log_probabilities(model: DeepseekV3ForCausalLM, prompt: Sequence[int], answ
     return [float(log_SV[len(prompt) - 1 + step, token]) for step, token in enumerate([*answer, END])]
 
 
-def _search(generator: Generator, trie: NameTrie, beams: int, length: LengthRule = LengthRule.sum) -> list[list[Beam]]:
-    how = Decoding(method=Method.constrained_beam, beams=beams, length=length)
-    rules = [ValidNames(trie)] * len(PROMPTS)
-    return generator.beams(PROMPTS, how=how, max_new_tokens=trie.depth, rules=rules)
+def _search(
+    engine: TransformersEngine, trie: NameTrie, beams: int, length: LengthRule = LengthRule.sum
+) -> list[list[Completion]]:
+    how = GenerationConfig(method=Method.constrained_beam, beams=beams, length=length, max_new_tokens=trie.depth)
+    return engine.generate(PROMPTS, how, rules=[ValidNames(trie)] * len(PROMPTS))
+
+
+def _name(trie: NameTrie, found: Completion) -> str:
+    return trie.name_of(found.token_ids or ())
+
+
+def _tokens(found: Completion) -> list[int]:
+    """Return the tokens without the end token."""
+    return [token for token in found.token_ids or () if token != END]
 
 
 def _choices(name: str) -> int:
@@ -58,10 +70,10 @@ def _choices(name: str) -> int:
 
 @pytest.mark.parametrize("length", list(LengthRule))
 def test_as_many_beams_as_names_are_all_names_in_their_exact_order(
-    generator: Generator, model: DeepseekV3ForCausalLM, length: LengthRule
+    engine: TransformersEngine, model: DeepseekV3ForCausalLM, length: LengthRule
 ) -> None:
     trie = build_trie(NAMES, END)
-    for prompt, found in zip(PROMPTS, _search(generator, trie, len(NAMES), length), strict=True):
+    for prompt, found in zip(PROMPTS, _search(engine, trie, len(NAMES), length), strict=True):
         exact = {name: sum(_log_probabilities(model, prompt, tokens)) for name, tokens in NAMES.items()}
         divisor = {
             LengthRule.sum: dict.fromkeys(NAMES, 1),
@@ -69,82 +81,85 @@ def test_as_many_beams_as_names_are_all_names_in_their_exact_order(
             LengthRule.mean_of_choices: {name: _choices(name) for name in NAMES},
         }[length]
         expected = sorted(NAMES, key=lambda name: -exact[name] / divisor[name])
-        assert [trie.names[beam.state.first] for beam in found] == expected
+        assert [_name(trie, beam) for beam in found] == expected
         for name, beam in zip(expected, found, strict=True):
-            assert list(beam.tokens) == NAMES[name]
+            assert _tokens(beam) == NAMES[name]
             assert beam.log_probability == pytest.approx(exact[name], abs=CLOSE)
             assert beam.score == pytest.approx(exact[name] / divisor[name], abs=CLOSE)
 
 
-def test_the_rules_of_length_order_these_names_differently(generator: Generator) -> None:
+def test_the_rules_of_length_order_these_names_differently(engine: TransformersEngine) -> None:
     trie = build_trie(NAMES, END)
     orders = {
-        length: tuple(beam.tokens for beam in _search(generator, trie, len(NAMES), length)[0]) for length in LengthRule
+        length: tuple(beam.token_ids for beam in _search(engine, trie, len(NAMES), length)[0]) for length in LengthRule
     }
     assert len(set(orders.values())) == 3  # or the test before could not tell them apart
 
 
 @pytest.mark.parametrize("beams", [1, 3, 5, 11])
 def test_fewer_beams_are_valid_distinct_and_exactly_scored(
-    generator: Generator, model: DeepseekV3ForCausalLM, beams: int
+    engine: TransformersEngine, model: DeepseekV3ForCausalLM, beams: int
 ) -> None:
     trie = build_trie(NAMES, END)
-    for prompt, found in zip(PROMPTS, _search(generator, trie, beams), strict=True):
-        names = [trie.names[beam.state.first] for beam in found]
+    for prompt, found in zip(PROMPTS, _search(engine, trie, beams), strict=True):
+        names = [_name(trie, beam) for beam in found]
         assert len(set(names)) == beams
-        assert [list(beam.tokens) for beam in found] == [NAMES[name] for name in names]
+        assert [_tokens(beam) for beam in found] == [NAMES[name] for name in names]
         exact = [sum(_log_probabilities(model, prompt, NAMES[name])) for name in names]
         assert [beam.log_probability for beam in found] == pytest.approx(exact, abs=CLOSE)
         assert exact == sorted(exact, reverse=True)
 
 
-def test_more_beams_than_names_give_every_name_once(generator: Generator) -> None:
+def test_more_beams_than_names_give_every_name_once(engine: TransformersEngine) -> None:
     trie = build_trie(NAMES, END)
-    for found in _search(generator, trie, 50):
-        assert sorted(trie.names[beam.state.first] for beam in found) == sorted(NAMES)
+    for found in _search(engine, trie, 50):
+        assert sorted(_name(trie, beam) for beam in found) == sorted(NAMES)
 
 
-def test_each_row_may_have_names_of_its_own(generator: Generator) -> None:
+def test_each_row_may_have_names_of_its_own(engine: TransformersEngine) -> None:
     tries = [build_trie({name: NAMES[name]}, END) for name in ("a", "cd", "h")]
-    how = Decoding(method=Method.constrained_beam, beams=4)
-    found = generator.beams(PROMPTS, how=how, max_new_tokens=9, rules=[ValidNames(trie) for trie in tries])
-    assert [[list(beam.tokens) for beam in beams] for beams in found] == [[NAMES["a"]], [NAMES["cd"]], [NAMES["h"]]]
+    how = GenerationConfig(method=Method.constrained_beam, beams=4, max_new_tokens=9)
+    found = engine.generate(PROMPTS, how, rules=[ValidNames(trie) for trie in tries])
+    assert [[_tokens(beam) for beam in beams] for beams in found] == [[NAMES["a"]], [NAMES["cd"]], [NAMES["h"]]]
 
 
-def test_a_collaborative_model_counts_by_its_share(generator: Generator, model: DeepseekV3ForCausalLM) -> None:
+def test_a_collaborative_model_counts_by_its_share(engine: TransformersEngine, model: DeepseekV3ForCausalLM) -> None:
     trie = build_trie(NAMES, END)
     draw = torch.Generator().manual_seed(1)
     chances = torch.rand(len(NAMES), generator=draw, dtype=torch.float64).softmax(0).tolist()
-    how = Decoding(method=Method.constrained_beam, beams=len(NAMES))
+    how = GenerationConfig(method=Method.constrained_beam, beams=len(NAMES), max_new_tokens=trie.depth)
     rules = [ValidNames(trie, chances=chances, collaborative=0.3)]
-    (found,) = generator.beams(PROMPTS[:1], how=how, max_new_tokens=trie.depth, rules=rules)
+    (found,) = engine.generate(PROMPTS[:1], how, rules=rules)
     exact = {name: sum(_log_probabilities(model, PROMPTS[0], NAMES[name])) for name in NAMES}
     mixed = {name: 0.7 * exact[name] + 0.3 * math.log(chances[number]) for number, name in enumerate(trie.names)}
-    assert [trie.names[beam.state.first] for beam in found] == sorted(NAMES, key=lambda name: -mixed[name])
+    assert [_name(trie, beam) for beam in found] == sorted(NAMES, key=lambda name: -mixed[name])
     for beam in found:
-        name = trie.names[beam.state.first]
+        name = _name(trie, beam)
         assert beam.score == pytest.approx(mixed[name], abs=CLOSE)
         assert beam.log_probability == pytest.approx(exact[name], abs=CLOSE)
 
 
-def test_free_beams_find_the_best_of_all_short_answers(generator: Generator, model: DeepseekV3ForCausalLM) -> None:
+def test_free_beams_find_the_best_of_all_short_answers(
+    engine: TransformersEngine, model: DeepseekV3ForCausalLM
+) -> None:
     # Enough beams that nothing is pruned: every answer of at most one token, and the end.
     prompt = PROMPTS[0]
     answers = [(), *itertools.product(range(31))]
     exact = {answer: sum(_log_probabilities(model, prompt, answer)) for answer in answers}
-    how = Decoding(method=Method.beam, beams=31)
-    (found,) = generator.beams([prompt], how=how, max_new_tokens=1)
+    how = GenerationConfig(method=Method.beam, beams=31, max_new_tokens=1)
+    (found,) = engine.generate([prompt], how)
     expected = sorted(answers, key=lambda answer: -exact[answer])
-    assert all(beam.ended for beam in found)
-    assert [beam.tokens for beam in found] == expected[:31]
+    assert all(beam.finish is Finish.ended for beam in found)
+    assert [tuple(_tokens(beam)) for beam in found] == expected[:31]
 
 
-def test_free_beams_that_do_not_end_are_cut_off_and_come_last(generator: Generator) -> None:
-    (found,) = generator.beams([PROMPTS[0]], how=Decoding(method=Method.beam, beams=4), max_new_tokens=3)
+def test_free_beams_that_do_not_end_are_cut_off_and_come_last(engine: TransformersEngine) -> None:
+    how = GenerationConfig(method=Method.beam, beams=4, max_new_tokens=3)
+    (found,) = engine.generate([PROMPTS[0]], how)
     assert len(found) == 4
-    ended = [beam.ended for beam in found]
+    ended = [beam.finish is Finish.ended for beam in found]
     assert ended == sorted(ended, reverse=True)
-    assert all(len(beam.tokens) == 4 for beam in found if not beam.ended)
+    assert all(len(_tokens(beam)) == 4 for beam in found if beam.finish is not Finish.ended)
 
 
 def test_a_row_is_done_as_soon_as_no_running_beam_can_win() -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ads.config.engine import AnsweringConfig
-from megatron_ads.inference.client import Answer, Desk, Request
+from megatron_ads.inference.client import Client, Request
+from megatron_ads.inference.engine import Completion
 from megatron_ads.journal import Journal
 
 
@@ -18,15 +19,15 @@ class Echo:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def answer(self, request: Request, stop: threading.Event) -> Answer:
+    def answer(self, request: Request, stop: threading.Event) -> Completion:
         self.asked.append(request.body["text"])
-        return Answer(text=request.body["text"])
+        return Completion(text=request.body["text"])
 
 
 def test_a_request_that_comes_again_is_answered_and_counted_once(tmp_path: Path) -> None:
     echo = Echo()
     with Journal(tmp_path / "journal") as journal:
-        desk = Desk("teacher", AnsweringConfig(concurrency=8), echo, journal)
+        desk = Client("teacher", AnsweringConfig(concurrency=8), echo, journal)
 
         def requests() -> Iterator[Request]:
             yield Request(body={"text": "a"})
@@ -45,7 +46,7 @@ def test_a_request_that_comes_again_is_answered_and_counted_once(tmp_path: Path)
         desk.ask([Request(body={"text": "b"})], total=1, description="asking")  # paid for, and counted, already
         assert (desk.usage.asked, desk.usage.from_journal) == (3, 0)
     with Journal(tmp_path / "journal") as journal:
-        again = Desk("teacher", AnsweringConfig(concurrency=8), echo, journal)
+        again = Client("teacher", AnsweringConfig(concurrency=8), echo, journal)
         again.ask([Request(body={"text": text}) for text in "abc"], total=3, description="asking")
         assert (again.usage.asked, again.usage.from_journal) == (1, 2)
         assert again.usage.requests_per_second is not None

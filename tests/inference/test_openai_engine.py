@@ -17,8 +17,9 @@ from megatron_ads.config.engine import AnsweringConfig
 from megatron_ads.cooking.cook import cook, open_kitchen
 from megatron_ads.cooking.report import as_report, write_report
 from megatron_ads.errors import ConfigError, DataError
-from megatron_ads.inference.client import Answer, Failure, Finish, Request, Unanswered
-from megatron_ads.inference.openai_engine import Endpoint
+from megatron_ads.inference.client import Request, Unanswered
+from megatron_ads.inference.endpoint import Endpoint
+from megatron_ads.inference.engine import Completion, Failure, Finish
 from tests.cooking.kitchens import good_answer, number_of, recipe
 from tests.inference.scripted_server import Record, Reply, Script, scripted_server
 
@@ -35,7 +36,7 @@ def settings(url: str, **changes: Any) -> AnsweringConfig:
     return AnsweringConfig(**(values | changes))
 
 
-def ask(server: Record, **changes: Any) -> Answer:
+def ask(server: Record, **changes: Any) -> Completion:
     endpoint = Endpoint("teacher", settings(server.url, **changes))
     return endpoint.answer(Request(body={"model": "scripted", "messages": []}), threading.Event())
 
@@ -242,7 +243,10 @@ def test_a_server_that_has_gone_ends_the_run_and_keeps_the_answers(tmp_path: Pat
     )
     with scripted_server(script) as server:
         config = recipe(tmp_path, server.url, "teacher.concurrency=1", "teacher.attempts=2", rows=20)
-        with open_kitchen(config) as kitchen, pytest.raises(DataError, match="5 requests on end without an answer"):
+        with (
+            open_kitchen(config) as kitchen,
+            pytest.raises(DataError, match="5 consecutive requests without"),
+        ):
             cook(config, kitchen)
         assert len(server.bodies) == 3 + 5 * 2
     assert len((tmp_path / "out" / "journal.jsonl").read_text().splitlines()) == 3

@@ -10,7 +10,8 @@ from megatron_ads.data.chat import tokenize_row
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
-from megatron_ads.evaluation.general_rows import general_scores
+from megatron_ads.evaluation.general import general_scores
+from megatron_ads.inference.transformers_engine import open_engine
 
 QUESTIONS = {"What is 2 + 3?": "<think>Count on.</think>#### 5", "And 2 times 20?": "#### 40"}
 
@@ -31,6 +32,5 @@ def test_the_perplexity_is_that_of_transformers_own_loss(tmp_path: Path) -> None
         losses += model(tokens, labels=labels).loss.item() * tokenized.target_count
         targets += tokenized.target_count
     rows[0] = replace(rows[0], weight=0.0)  # says how much it is trained on
-    (found,) = general_scores(folder, rows, batch_size=2).items()
+    (found,) = general_scores(open_engine(folder), tokenizer, rows, batch_size=2).items()
     assert found == ("gsm8k", {"rows": 2, "perplexity": pytest.approx(math.exp(losses / targets), rel=1e-4)})
-    assert general_scores(folder, [], batch_size=2) == {}

@@ -1,12 +1,14 @@
 import logging
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from megatron_ads.errors import DataError
-from megatron_ads.evaluation.answer import Answer, AnswerBeam
-from megatron_ads.evaluation.answer_journal import fingerprint, open_journal
+from megatron_ads.evaluation.answer_records import Answer, AnswerBeam, AnswerJournal, fingerprint
+from megatron_ads.evaluation.answer_records import open_journal as open_file
 from tests.evaluation.advertiser_rows import name_row
 
 ROWS = [name_row(str(number), "Acme") for number in range(3)]
@@ -15,6 +17,12 @@ SAID = [
     [Answer(ROWS[0], "a\nb", True), Answer(ROWS[1], "ünï", False, (AnswerBeam("ünï", -1.5, -0.5),))],
     [Answer(ROWS[2], "", True)],
 ]
+
+
+@contextmanager
+def open_journal(file: Path, of: Mapping[str, str]) -> Iterator[AnswerJournal]:
+    with open_file(file, of) as journal:
+        yield AnswerJournal(journal)
 
 
 def _journal(file: Path) -> Path:

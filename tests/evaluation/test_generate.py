@@ -4,18 +4,17 @@ from typing import Any
 
 import pytest
 
-from megatron_ads.config.generation import Decoding, Method
+from megatron_ads.config.generation import GenerationConfig, Method
 from megatron_ads.data.ads_pairs import builtin_rows
 from megatron_ads.data.chat import render_prompt
 from megatron_ads.data.demo_tokenizer import write_tokenizer
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.tokenizer import ChatTokenizer, load_tokenizer
-from megatron_ads.evaluation import asking
-from megatron_ads.evaluation.answer import Answer
-from megatron_ads.evaluation.answers import answer_rows
-from megatron_ads.evaluation.asking import Asking, RowAsker
+from megatron_ads.evaluation import generate
+from megatron_ads.evaluation.answer_records import Answer
+from megatron_ads.evaluation.generate import Asking, RowAsker, answer_rows
 from megatron_ads.evaluation.name_answers import AdvertiserNames, NameForms
-from megatron_ads.inference.transformers_engine import Completion
+from megatron_ads.inference.engine import Completion
 from megatron_ads.tasks import next_advertiser, relevance
 from tests.evaluation.advertiser_rows import name_row
 
@@ -32,32 +31,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Parrot:
-    """Stands in for the model: says what it was told to, and keeps the prompts."""
+    """Stands in for the engine: says what it was told to, and keeps the prompts."""
 
-    def __init__(self, sayings: Sequence[list[int]]) -> None:
-        self.sayings = sayings
+    def __init__(self, tokenizer: ChatTokenizer, sayings: Sequence[list[int]]) -> None:
+        self.tokenizer, self.sayings = tokenizer, sayings
         self.prompts: list[list[int]] = []
 
-    def __call__(self, folder: Path, **_: Any) -> "Parrot":
+    def __call__(self) -> Any:
         return self
 
-    def complete(self, prompts: Sequence[list[int]], **_: Any) -> list[Completion]:
+    def generate(self, prompts: Sequence[list[int]], config: GenerationConfig, **_: Any) -> list[list[Completion]]:
+        assert config.max_new_tokens == 64
         self.prompts = list(prompts)
-        return [Completion(tokens, ended=True) for tokens in self.sayings]
+        return [[Completion(text=self.tokenizer.decode(tokens))] for tokens in self.sayings]
 
 
-def _answers(
-    folder: Path, texts: Sequence[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[list[Answer], Parrot, ChatTokenizer]:
+def _asker(folder: Path, rows: Sequence[ChatRow], asking: Asking, engine: Any = None) -> RowAsker:
+    return RowAsker(load_tokenizer(folder), rows, asking, engine)
+
+
+def _answers(folder: Path, texts: Sequence[str]) -> tuple[list[Answer], Parrot, ChatTokenizer]:
     tokenizer = load_tokenizer(folder)
-    ((*batch,),) = RowAsker(folder, ROWS, GREEDY).batches()
-    parrot = Parrot([tokenizer.encode(texts[number]) for number in batch])
-    monkeypatch.setattr(asking, "Generator", parrot)
-    return answer_rows(folder, ROWS, GREEDY), parrot, tokenizer
+    ((*batch,),) = _asker(folder, ROWS, GREEDY).batches()
+    parrot = Parrot(tokenizer, [tokenizer.encode(texts[number]) for number in batch])
+    return answer_rows(_asker(folder, ROWS, GREEDY, parrot)), parrot, tokenizer
 
 
-def test_each_row_is_asked_without_its_target_and_has_its_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers, parrot, tokenizer = _answers(folder, [row.target for row in ROWS], monkeypatch)
+def test_each_row_is_asked_without_its_target_and_has_its_answer(folder: Path) -> None:
+    answers, parrot, tokenizer = _answers(folder, [row.target for row in ROWS])
     assert [answer.text for answer in answers] == [row.target for row in ROWS]
     assert [len(prompt) for prompt in parrot.prompts] == sorted(map(len, parrot.prompts))  # so that little is padded
     for row, prompt in zip(sorted(ROWS, key=lambda row: _length(row, tokenizer)), parrot.prompts, strict=True):
@@ -67,8 +68,8 @@ def test_each_row_is_asked_without_its_target_and_has_its_answer(folder: Path, m
 
 
 def test_reasoning_that_the_chat_template_opens_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "render_prompt", lambda *_: "question<｜Assistant｜><think>\n")
-    answers, _, _ = _answers(folder, [row.target.removeprefix("<think>") for row in ROWS], monkeypatch)
+    monkeypatch.setattr(generate, "render_prompt", lambda *_: "question<｜Assistant｜><think>\n")
+    answers, _, _ = _answers(folder, [row.target.removeprefix("<think>") for row in ROWS])
     assert [answer.text for answer in answers] == [row.target for row in ROWS]
 
 
@@ -78,8 +79,8 @@ def _length(row: ChatRow, tokenizer: ChatTokenizer) -> int:
 
 def test_each_task_has_batches_of_its_own(folder: Path) -> None:
     rows = [*ROWS[:3], name_row("1", "Acme"), name_row("2", "Bolt"), name_row("3", "Acme")]
-    how = Decoding(method=Method.constrained_beam, beams=4)
-    batches = RowAsker(folder, rows, Asking(how=how, max_new_tokens={}, batch_size=8, advertisers=NAMES)).batches()
+    how = GenerationConfig(method=Method.constrained_beam, beams=4)
+    batches = _asker(folder, rows, Asking(how=how, max_new_tokens={}, batch_size=8, advertisers=NAMES)).batches()
     # Beams are sequences too: 8 of them are 2 rows. Only the next advertiser is answered by name.
     tasks = [[rows[number].task for number in batch] for batch in batches]
     assert tasks == [[next_advertiser.TASK] * 2, [next_advertiser.TASK], [relevance.TASK] * 3]
