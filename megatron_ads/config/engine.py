@@ -6,7 +6,7 @@ from dataclasses import dataclass, make_dataclass
 from enum import StrEnum
 from urllib.parse import urlsplit
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -160,6 +160,7 @@ def load_endpoint(section: str, given: Mapping[str, object], overrides: Sequence
         )
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise explain(error, schema=schema, recipe="--url") from None
+    assert isinstance(merged, DictConfig)
     config = OmegaConf.to_object(merged[section])
     assert isinstance(config, EndpointConfig)
     config.check(section)

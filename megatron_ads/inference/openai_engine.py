@@ -115,7 +115,7 @@ class OpenAIEngine:
     def _request(self, prompt: Prompt, config: GenerationConfig, times: Counter[str]) -> Request:
         if not prompt or not isinstance(prompt[0], Message):
             asked: dict[str, Any] = {"prompt": list(cast(Sequence[int], prompt)), "return_token_ids": True}
-            logprobs: dict[str, Any] = {"logprobs": 0}
+            logprobs: dict[str, Any] = {"logprobs": 1}
         else:
             asked = {"messages": [message.as_dict() for message in cast(Sequence[Message], prompt)]}
             logprobs = {"logprobs": True}

@@ -1,4 +1,7 @@
-"""A teacher with a script: a real server on loopback that speaks the chat completions protocol and notes requests."""
+"""A teacher with a script: a real server on loopback that speaks the OpenAI protocol and notes requests.
+
+Conversations go to ``/chat/completions``; token ids go to ``/completions``, with what vLLM reports of them.
+"""
 
 import json
 import threading
@@ -23,6 +26,8 @@ class Reply:
     """Sent as it is instead of a completion."""
     headers: dict[str, str] = field(default_factory=dict)
     delay_seconds: float = 0.0
+    choice: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the choice, such as ``token_ids``."""
     drops: bool = False
     """A byte now and then, for ever in effect."""
 
@@ -60,7 +65,8 @@ def scripted_server(script: Script) -> Iterator[Record]:
                 record.headers.append(dict(self.headers))
                 record.at_a_time += 1
                 record.most_at_a_time = max(record.most_at_a_time, record.at_a_time)
-            reply = script(body, times) if self.path == "/v1/chat/completions" else Reply(status=404)
+            path = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
+            reply = script(body, times) if self.path == path else Reply(status=404)
             time.sleep(reply.delay_seconds)
             with record.lock:
                 record.at_a_time -= 1
@@ -70,7 +76,8 @@ def scripted_server(script: Script) -> Iterator[Record]:
         def _send(self, reply: Reply) -> None:
             if reply.status == 0:
                 return
-            data = json.dumps(_completion(reply)).encode() if reply.raw is None else reply.raw
+            chat = self.path.endswith("/chat/completions")
+            data = json.dumps(_completion(reply, chat=chat)).encode() if reply.raw is None else reply.raw
             try:
                 self.send_response(reply.status)
                 for header, value in ({"Content-Length": str(len(data))} | reply.headers).items():
@@ -98,17 +105,12 @@ def scripted_server(script: Script) -> Iterator[Record]:
         server.server_close()
 
 
-def _completion(reply: Reply) -> dict[str, Any]:
+def _completion(reply: Reply, *, chat: bool) -> dict[str, Any]:
     if reply.status != 200:
         return {"error": {"message": reply.content}}
+    said = {"message": {"role": "assistant", "content": reply.content}} if chat else {"text": reply.content}
     return {
-        "object": "chat.completion",
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": reply.content},
-                "finish_reason": reply.finish,
-            }
-        ],
+        "object": "chat.completion" if chat else "text_completion",
+        "choices": [{"index": 0, **said, "finish_reason": reply.finish, **reply.choice}],
         "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
     }
