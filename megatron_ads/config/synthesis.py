@@ -1,4 +1,4 @@
-"""The typed schema of a cooking recipe, below ``recipes/cook/``, and the checks that one setting alone cannot express.
+"""The typed schema of a recipe of `data cook`, below ``recipes/cook/``, and checks that one setting cannot express.
 
 Importing this module needs neither torch nor transformers.
 """
@@ -131,13 +131,13 @@ class PerplexityConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class CookConfig:
-    """A whole cooking run."""
+class SynthesisConfig:
+    """A whole run of `data cook`."""
 
     sources: list[SourceConfig] = field(default_factory=list)
     """Labelled rows, of tasks that the registry has; at least one source."""
     out: str = MISSING
-    """Folder of the journal, the corpus and the report; a run that was interrupted goes on there."""
+    """Folder of the journal, the corpus and the report; a run that was interrupted continues there."""
     seed: int = 0
     """Decides wordings, draws, the order of the corpus and which rows are held out."""
     candidates: int = 3
@@ -183,7 +183,9 @@ class CookConfig:
         self.perplexity.check()
 
 
-def load_cook_recipe(name_or_path: str, overrides: Sequence[str] = (), *, out: str | None = None) -> CookConfig:
+def load_synthesis_recipe(
+    name_or_path: str, overrides: Sequence[str] = (), *, out: str | None = None
+) -> SynthesisConfig:
     """Compose a recipe with Hydra and return it as plain dataclasses, checked.
 
     Args:
@@ -195,7 +197,7 @@ def load_cook_recipe(name_or_path: str, overrides: Sequence[str] = (), *, out: s
         ConfigError: If there is no such recipe, a key is unknown (the nearest known one is named), a value has the
             wrong type or is impossible, or a required one is missing.
     """
-    composed = compose_onto(CookConfig, "cook", name_or_path, overrides)
+    composed = compose_onto(SynthesisConfig, "cook", name_or_path, overrides)
     if out is not None:
         composed.out = out
     if missing := sorted(OmegaConf.missing_keys(composed)):
@@ -203,11 +205,11 @@ def load_cook_recipe(name_or_path: str, overrides: Sequence[str] = (), *, out: s
             f"{name_or_path}: {', '.join(missing)} must be set, in the recipe or on the command line as KEY=VALUE."
         )
     config = OmegaConf.to_object(composed)
-    assert isinstance(config, CookConfig)  # to_object instantiates the schema composed onto
+    assert isinstance(config, SynthesisConfig)  # to_object instantiates the schema composed onto
     config.check()
     return config
 
 
-def cook_recipe_yaml(config: CookConfig) -> str:
-    """Return the resolved recipe as YAML, which :func:`load_cook_recipe` reads back to an equal one."""
+def synthesis_recipe_yaml(config: SynthesisConfig) -> str:
+    """Return the resolved recipe as YAML, which :func:`load_synthesis_recipe` reads back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

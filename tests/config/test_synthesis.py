@@ -8,21 +8,21 @@ import pytest
 from megatron_ads.config.engine import ModelKind
 from megatron_ads.config.recipe_files import recipes_folder, shipped_recipes
 from megatron_ads.config.recipes import load_recipe
-from megatron_ads.config.synthesis import CookConfig, Style, cook_recipe_yaml, load_cook_recipe
+from megatron_ads.config.synthesis import Style, SynthesisConfig, load_synthesis_recipe, synthesis_recipe_yaml
 from megatron_ads.errors import ConfigError
 
 SHIPPED = shipped_recipes("cook")
 
 
-def load(*overrides: str) -> CookConfig:
-    return load_cook_recipe("cook/simulated", ["teacher.model=m", *overrides])
+def load(*overrides: str) -> SynthesisConfig:
+    return load_synthesis_recipe("cook/simulated", ["teacher.model=m", *overrides])
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_recipe_needs_a_teacher_and_nothing_else(name: str) -> None:
-    assert load_cook_recipe(name, ["teacher.model=m"]).teacher.model == "m"
+    assert load_synthesis_recipe(name, ["teacher.model=m"]).teacher.model == "m"
     with pytest.raises(ConfigError, match=r"teacher\.model is null"):
-        load_cook_recipe(name)
+        load_synthesis_recipe(name)
 
 
 def commands_of(recipe: str) -> list[list[str]]:
@@ -36,10 +36,10 @@ def test_the_commands_that_recipes_give_compose() -> None:
     given = [command for name in SHIPPED for command in commands_of(name)]
     for command in given:
         if command[:3] == ["data", "cook", "--recipe"]:
-            assert load_cook_recipe(command[3], command[4:]).teacher.model == "NAME"
+            assert load_synthesis_recipe(command[3], command[4:]).teacher.model == "NAME"
     (train,) = (command for command in given if command[0] == "train")
     (source,) = load_recipe(train[2], train[3:]).data.sources
-    assert source.path == f"{load_cook_recipe('cook/simulated', ['teacher.model=m']).out}/train.jsonl"
+    assert source.path == f"{load_synthesis_recipe('cook/simulated', ['teacher.model=m']).out}/train.jsonl"
 
 
 def test_a_checkpoint_takes_the_place_of_a_server_as_the_recipe_says() -> None:
@@ -51,10 +51,10 @@ def test_a_checkpoint_takes_the_place_of_a_server_as_the_recipe_says() -> None:
 def test_the_resolved_recipe_reads_back(tmp_path: Path) -> None:
     config = load("style=reverse_engineered", "keep_per_row=2", "golden.path=g.jsonl", "verifier.url='http://h/v1'")
     own = tmp_path / "own.yaml"
-    own.write_text("defaults: [/base_cook, _self_]\n" + cook_recipe_yaml(config))
-    assert load_cook_recipe(str(own)) == config
+    own.write_text("defaults: [/base_cook, _self_]\n" + synthesis_recipe_yaml(config))
+    assert load_synthesis_recipe(str(own)) == config
     assert config.style is Style.reverse_engineered
-    assert load_cook_recipe(str(own), out="a=b, c").out == "a=b, c"
+    assert load_synthesis_recipe(str(own), out="a=b, c").out == "a=b, c"
 
 
 @pytest.mark.parametrize(
@@ -94,4 +94,4 @@ def test_a_mistake_is_named(override: str, message: str) -> None:
 
 def test_the_nearest_recipe_is_offered() -> None:
     with pytest.raises(ConfigError, match=r"Did you mean cook/simulated\?"):
-        load_cook_recipe("cook/simulate")
+        load_synthesis_recipe("cook/simulate")

@@ -27,7 +27,7 @@ class Echo:
 def test_a_request_that_comes_again_is_answered_and_counted_once(tmp_path: Path) -> None:
     echo = Echo()
     with Journal(tmp_path / "journal") as journal:
-        desk = Client("teacher", AnsweringConfig(concurrency=8), echo, journal)
+        client = Client("teacher", AnsweringConfig(concurrency=8), echo, journal)
 
         def requests() -> Iterator[Request]:
             yield Request(body={"text": "a"})
@@ -39,12 +39,12 @@ def test_a_request_that_comes_again_is_answered_and_counted_once(tmp_path: Path)
             yield Request(body={"text": "b"})
             yield Request(body={"text": "a"}, candidate=1)
 
-        answers = desk.ask(requests(), total=4, description="asking")
+        answers = client.ask(requests(), total=4, description="asking")
         assert [answer and answer.text for answer in answers] == ["a", "a", "b", "a"]
         assert sorted(echo.asked) == ["a", "a", "b"]
-        assert (desk.usage.asked, desk.usage.from_journal) == (3, 0)
-        desk.ask([Request(body={"text": "b"})], total=1, description="asking")  # paid for, and counted, already
-        assert (desk.usage.asked, desk.usage.from_journal) == (3, 0)
+        assert (client.usage.asked, client.usage.from_journal) == (3, 0)
+        client.ask([Request(body={"text": "b"})], total=1, description="asking")  # paid for, and counted, already
+        assert (client.usage.asked, client.usage.from_journal) == (3, 0)
     with Journal(tmp_path / "journal") as journal:
         again = Client("teacher", AnsweringConfig(concurrency=8), echo, journal)
         again.ask([Request(body={"text": text}) for text in "abc"], total=3, description="asking")

@@ -14,14 +14,14 @@ from urllib.parse import urlsplit
 import pytest
 
 from megatron_ads.config.engine import AnsweringConfig
-from megatron_ads.cooking.cook import cook, open_kitchen
-from megatron_ads.cooking.report import as_report, write_report
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.inference.client import Request, Unanswered
 from megatron_ads.inference.endpoint import Endpoint
 from megatron_ads.inference.engine import Completion, Failure, Finish
-from tests.cooking.kitchens import good_answer, number_of, recipe
+from megatron_ads.synthesis.pipeline import open_models, synthesize
+from megatron_ads.synthesis.report import as_report, write_report
 from tests.inference.scripted_server import Record, Reply, Script, scripted_server
+from tests.synthesis.scripted_recipes import good_answer, number_of, recipe
 
 
 def settings(url: str, **changes: Any) -> AnsweringConfig:
@@ -86,10 +86,10 @@ def test_a_failure_that_does_not_pass_is_told_counted_and_ends_in_one_line(
     with scripted_server(failing(1000, failure)) as server:
         limits = ["teacher.attempts=2", f"teacher.timeout_seconds={seconds}", "teacher.concurrency=1"]
         config = recipe(tmp_path, server.url, *limits, rows=20)
-        with open_kitchen(config) as kitchen, pytest.raises(DataError) as caught:
-            cook(config, kitchen)
-        assert kitchen.teacher.usage.failures == {str(named): 5 * 2}
-        assert kitchen.teacher.usage.gave_up == 5
+        with open_models(config) as models, pytest.raises(DataError) as caught:
+            synthesize(config, models)
+        assert models.teacher.usage.failures == {str(named): 5 * 2}
+        assert models.teacher.usage.gave_up == 5
     assert [record.message.startswith(f"the teacher: {named} (") for record in caplog.records] == [True]
     assert "\n" not in str(caught.value)
     assert f"Check that {server.url} works, and start again" in str(caught.value)
@@ -132,8 +132,8 @@ def test_every_outcome_is_counted_in_the_report(tmp_path: Path) -> None:
 
     with scripted_server(teacher) as server:
         config = recipe(tmp_path, server.url, "teacher.attempts=3", rows=8)
-        with open_kitchen(config) as kitchen:
-            report = write_report(cook(config, kitchen), kitchen, config)
+        with open_models(config) as models:
+            report = write_report(synthesize(config, models), models, config)
         assert len(server.bodies) == 4 + 2 + 3 + 3 + 1
     used = report["models"]["teacher"]
     assert used["finishes"] == {"cut_off": 1, "withheld": 1, "refused": 1, "ended": 4}
@@ -193,8 +193,8 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path: Path, monkeypatch
     )
     with scripted_server(replies) as server:
         config = recipe(tmp_path, server.url, "teacher.api_key_env=TEST_TEACHER_KEY")
-        with open_kitchen(config) as kitchen:
-            write_report(cook(config, kitchen), kitchen, config)
+        with open_models(config) as models:
+            write_report(synthesize(config, models), models, config)
         assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {key}"}
     files = [file for file in (tmp_path / "out").iterdir() if file.is_file()]
     assert {file.name for file in files} == {"journal.jsonl", "train.jsonl", "report.json", "report.md", "recipe.yaml"}
@@ -221,8 +221,8 @@ def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(
 def test_requests_run_side_by_side_but_no_more_than_asked_for(tmp_path: Path) -> None:
     with scripted_server(lambda body, _: Reply(content=good_answer(body), delay_seconds=0.05)) as server:
         config = recipe(tmp_path, server.url, "teacher.concurrency=3", rows=12)
-        with open_kitchen(config) as kitchen:
-            cook(config, kitchen)
+        with open_models(config) as models:
+            synthesize(config, models)
         assert server.most_at_a_time == 3
 
 
@@ -230,8 +230,8 @@ def test_starts_are_spread_when_the_rate_is_limited(tmp_path: Path) -> None:
     with scripted_server(lambda body, _: Reply(content=good_answer(body))) as server:
         config = recipe(tmp_path, server.url, "teacher.requests_per_minute=600", rows=5)
         started = time.monotonic()
-        with open_kitchen(config) as kitchen:
-            cook(config, kitchen)
+        with open_models(config) as models:
+            synthesize(config, models)
         assert time.monotonic() - started >= 0.4  # five starts, four gaps of 0.1 s
         assert len(server.bodies) == 5
 
@@ -244,10 +244,10 @@ def test_a_server_that_has_gone_ends_the_run_and_keeps_the_answers(tmp_path: Pat
     with scripted_server(script) as server:
         config = recipe(tmp_path, server.url, "teacher.concurrency=1", "teacher.attempts=2", rows=20)
         with (
-            open_kitchen(config) as kitchen,
+            open_models(config) as models,
             pytest.raises(DataError, match="5 consecutive requests without"),
         ):
-            cook(config, kitchen)
+            synthesize(config, models)
         assert len(server.bodies) == 3 + 5 * 2
     assert len((tmp_path / "out" / "journal.jsonl").read_text().splitlines()) == 3
 
@@ -257,14 +257,14 @@ def test_the_cost_is_counted_and_ends_the_run_at_its_limit(tmp_path: Path) -> No
     with scripted_server(lambda body, _: Reply(content=good_answer(body))) as server:
         config = recipe(tmp_path, server.url, "teacher.concurrency=1", "teacher.most_cost=0.4", *prices, rows=6)
         with (
-            open_kitchen(config) as kitchen,
+            open_models(config) as models,
             pytest.raises(DataError, match=r"have cost 0\.45, and teacher\.most_cost"),
         ):
-            cook(config, kitchen)
+            synthesize(config, models)
         assert len(server.bodies) == 3
         config = recipe(tmp_path, server.url, "teacher.concurrency=1", "teacher.most_cost=9", *prices, rows=6)
-        with open_kitchen(config) as kitchen:
-            used = as_report(cook(config, kitchen), kitchen, config)["models"]["teacher"]
+        with open_models(config) as models:
+            used = as_report(synthesize(config, models), models, config)["models"]["teacher"]
         assert len(server.bodies) == 6  # the limit is no part of a request
     assert used["cost"] == pytest.approx(0.9)
     assert (used["asked"], used["from_journal"]) == (3, 3)

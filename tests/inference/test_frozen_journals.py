@@ -10,7 +10,6 @@ import pytest
 
 from megatron_ads.config.engine import AnsweringConfig
 from megatron_ads.config.generation import GenerationConfig, LengthRule, Method
-from megatron_ads.cooking.requests import chat_request
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.evaluation.answer_records import fingerprint
 from megatron_ads.evaluation.generate import Asking
@@ -18,6 +17,7 @@ from megatron_ads.evaluation.name_answers import AdvertiserNames
 from megatron_ads.inference.client import Client
 from megatron_ads.inference.engine import Completion, Failure, Finish
 from megatron_ads.journal import digest_of
+from megatron_ads.synthesis.requests import chat_request
 
 ROW = ChatRow(
     "r0",

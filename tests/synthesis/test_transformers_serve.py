@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.cooking.candidates import Candidate
-from megatron_ads.cooking.cook import cook, open_kitchen
-from megatron_ads.cooking.prompts import LABEL_GIVEN, teacher_messages
-from megatron_ads.cooking.report import as_report
-from megatron_ads.cooking.verifier import verifier_messages
 from megatron_ads.data.jsonl import jsonl_rows
-from tests.cooking.kitchens import recipe, write_rows
+from megatron_ads.synthesis.candidates import Candidate
+from megatron_ads.synthesis.filters import verifier_messages
+from megatron_ads.synthesis.pipeline import open_models, synthesize
+from megatron_ads.synthesis.prompts import LABEL_GIVEN, teacher_messages
+from megatron_ads.synthesis.report import as_report
 from tests.free_port import free_port
 from tests.inference.tiny_model import write_taught_model
+from tests.synthesis.scripted_recipes import recipe, write_rows
 
 NEEDED = ("fastapi", "uvicorn", "openai", "accelerate")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -86,8 +86,8 @@ def test_a_run_against_a_real_server_keeps_what_is_right_counts_the_rest_and_ask
     config = recipe(tmp_path, url, *changes, rows=3)
     # The model says Good, the labels are Bad, Fair, Good; the second candidate of each row repeats the first.
     for asked, known in ((6, 0), (0, 6)):
-        with open_kitchen(config) as kitchen:
-            report = as_report(cook(config, kitchen), kitchen, config)
+        with open_models(config) as models:
+            report = as_report(synthesize(config, models), models, config)
         removed = {found["filter"]: found["removed"] for found in report["filters"] if found["removed"]}
         assert removed == {"label_differs": 4, "repeats_another": 1}
         used = report["models"]["teacher"]
@@ -101,7 +101,7 @@ def test_a_run_against_a_real_server_keeps_what_is_right_counts_the_rest_and_ask
 
 def test_an_answer_that_reaches_the_limit_is_cut_off(model: Path, url: str, tmp_path: Path) -> None:
     config = recipe(tmp_path, url, f"teacher.model='{model}'", "teacher.temperature=0", "teacher.max_tokens=8", rows=3)
-    with open_kitchen(config) as kitchen:
-        report = as_report(cook(config, kitchen), kitchen, config)
+    with open_models(config) as models:
+        report = as_report(synthesize(config, models), models, config)
     assert report["models"]["teacher"]["finishes"] == {"cut_off": 3}
     assert report["models"]["teacher"]["answer_tokens"] == 3 * 8

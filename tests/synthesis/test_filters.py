@@ -9,24 +9,24 @@ from typing import Any
 
 import pytest
 
-from megatron_ads.config.synthesis import CookConfig
-from megatron_ads.cooking.candidates import Candidate
-from megatron_ads.cooking.cook import Cooked, cook, open_kitchen
-from megatron_ads.cooking.prompts import LABEL_GIVEN, teacher_messages
-from megatron_ads.cooking.report import as_report, write_report
+from megatron_ads.config.synthesis import SynthesisConfig
 from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.errors import ConfigError, DataError
+from megatron_ads.synthesis.candidates import Candidate
+from megatron_ads.synthesis.pipeline import SynthesisResult, open_models, synthesize
+from megatron_ads.synthesis.prompts import LABEL_GIVEN, teacher_messages
+from megatron_ads.synthesis.report import as_report, write_report
 from megatron_ads.tasks.row_checks import check_rows
-from tests.cooking.kitchens import good_answer, good_reasoning, label_in, number_of, recipe
 from tests.inference.scripted_server import Reply, scripted_server
+from tests.synthesis.scripted_recipes import good_answer, good_reasoning, label_in, number_of, recipe
 
 OTHER = {"Bad": "Good", "Fair": "Bad", "Good": "Fair"}
 
 
-def run(config: CookConfig) -> tuple[Cooked, dict[str, Any]]:
-    with open_kitchen(config) as kitchen:
-        cooked = cook(config, kitchen)
-        return cooked, as_report(cooked, kitchen, config)
+def run(config: SynthesisConfig) -> tuple[SynthesisResult, dict[str, Any]]:
+    with open_models(config) as models:
+        result = synthesize(config, models)
+        return result, as_report(result, models, config)
 
 
 def removed(report: dict[str, Any]) -> dict[str, int]:
@@ -66,8 +66,8 @@ def faulty_teacher(body: dict[str, Any], _: int) -> Reply:
 def test_each_filter_removes_its_own_and_the_rest_is_the_corpus(tmp_path: Path) -> None:
     with scripted_server(faulty_teacher) as server:
         config = recipe(tmp_path, server.url, rows=20)
-        with open_kitchen(config) as kitchen:
-            report = write_report(cook(config, kitchen), kitchen, config)
+        with open_models(config) as models:
+            report = write_report(synthesize(config, models), models, config)
     assert removed(report) == {
         "no_answer": 1,  # row 11
         "cut_off": 1,  # row 10
@@ -119,9 +119,9 @@ def test_candidates_unlike_the_others_and_repetitions_go(tmp_path: Path) -> None
 
     with scripted_server(teacher) as server:
         config.teacher.url = server.url
-        cooked, report = run(config)
+        result, report = run(config)
     assert removed(report) == {"unlike_the_others": 1, "repeats_another": 2}
-    assert [item.name for item in cooked.candidates if item.removed is None] == ["r0/0", "r0/1", "r1/0"]
+    assert [item.name for item in result.candidates if item.removed is None] == ["r0/0", "r0/1", "r1/0"]
     assert report["rows_by_kept_candidates"] == {"1": 1, "2": 1}
 
 
@@ -139,9 +139,9 @@ def test_the_verifier_has_the_last_word_on_the_text(tmp_path: Path) -> None:
 
     with scripted_server(both) as server:
         config = recipe(tmp_path, server.url, f"verifier.url='{server.url}'", "verifier.model=judge")
-        cooked, report = run(config)
+        result, report = run(config)
     assert removed(report) == {"verifier_rejects": 1, "verifier_unreadable": 2}
-    assert [item.reason for item in cooked.candidates] == [
+    assert [item.reason for item in result.candidates] == [
         "",
         "not aligned, not faithful",
         "neither yes nor no",
@@ -160,15 +160,15 @@ def test_a_template_that_fails_on_the_golden_set_is_not_used(
 
     with scripted_server(teacher) as server:
         config = recipe(tmp_path, server.url, "golden.rows=10", f"golden.pass_rate={pass_rate}")
-        cooked, report = run(config)
+        result, report = run(config)
         requests = len(server.bodies)
-    (golden,) = cooked.golden
+    (golden,) = result.golden
     assert golden.pass_rates == (0.5, 0.5, 0.5)
     assert golden.failures == {"schema": 6}
     assert golden.passed is (rows_cooked > 0)
     # 4 rows in 3 wordings; candidate 0 of each row is the first of them, and is not asked for again.
     assert requests == 12
-    assert sum(cooked.rows_by_task.values()) == rows_cooked
+    assert sum(result.rows_by_task.values()) == rows_cooked
     assert report["rows"]["left_out"] == ({} if rows_cooked else {"golden_check_failed": 4})
     assert (report["corpus"] is None) == (rows_cooked == 0)
 
@@ -182,9 +182,9 @@ def test_candidates_are_spread_over_the_templates_that_pass(tmp_path: Path) -> N
     own = f"templates=[{', '.join(f'{{name: {name}, wordings: {texts}}}' for name, texts in wordings.items())}]"
     with scripted_server(teacher) as server:
         config = recipe(tmp_path, server.url, "golden.rows=2", "candidates=4", own)
-        cooked, report = run(config)
+        result, report = run(config)
         asked = [body["messages"][0]["content"] for body in server.bodies]
-    assert [(result.template, result.passed) for result in cooked.golden] == [
+    assert [(result.template, result.passed) for result in result.golden] == [
         ("a/1", True),
         ("b/1", False),
         ("c/1", True),
@@ -204,15 +204,15 @@ def test_candidates_are_spread_over_the_templates_that_pass(tmp_path: Path) -> N
 def test_a_template_for_a_task_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     own = "templates=[{name: a/1, wordings: [x], tasks: [query_ad_relevanse]}]"
     config = recipe(tmp_path, "http://unused/v1", own)
-    with open_kitchen(config) as kitchen, pytest.raises(DataError, match="Did you mean query_ad_relevance"):
-        cook(config, kitchen)
+    with open_models(config) as models, pytest.raises(DataError, match="Did you mean query_ad_relevance"):
+        synthesize(config, models)
 
 
 @pytest.mark.skipif(find_spec("sentence_transformers") is not None, reason="sentence-transformers is installed")
 def test_an_embedding_that_is_not_installed_is_named_before_anything_is_asked(tmp_path: Path) -> None:
     config = recipe(tmp_path, "http://unused/v1", "reject.embedding=all-MiniLM-L6-v2")
     refused = pytest.raises(ConfigError, match=r"'all-MiniLM-L6-v2', but sentence-transformers is not installed")
-    with refused, open_kitchen(config):
+    with refused, open_models(config):
         pass
     assert not (tmp_path / "out").exists()
 
@@ -221,8 +221,8 @@ def test_text_that_no_file_can_hold_is_removed_and_reported(tmp_path: Path) -> N
     raw = b'{"choices": [{"message": {"content": "<Reasoning>half a pair \\ud83d</Reasoning>"}}]}'
     with scripted_server(lambda *_: Reply(raw=raw)) as server:
         config = recipe(tmp_path, server.url, rows=2)
-        with open_kitchen(config) as kitchen:
-            report = write_report(cook(config, kitchen), kitchen, config)
+        with open_models(config) as models:
+            report = write_report(synthesize(config, models), models, config)
     (schema,) = (found for found in report["filters"] if found["filter"] == "schema")
     assert schema["reasons"] == {"broken_characters": 2}
     assert report["corpus"]["training_rows"] == 0
@@ -239,12 +239,12 @@ class Scores:
 def test_answers_that_do_not_follow_are_removed_at_the_median(tmp_path: Path) -> None:
     with scripted_server(lambda body, _: Reply(content=good_answer(body))) as server:
         config = recipe(tmp_path, server.url, rows=6)
-        with open_kitchen(config) as kitchen:
-            cooked = cook(config, replace(kitchen, scorer=Scores()))
-            report = as_report(cooked, kitchen, config)
-    assert cooked.threshold == 3.0
+        with open_models(config) as models:
+            result = synthesize(config, replace(models, scorer=Scores()))
+            report = as_report(result, models, config)
+    assert result.threshold == 3.0
     assert removed(report) == {"high_perplexity": 3, "too_long_to_measure": 1}  # 3, 4, 5 are not below 3
-    assert [item.row.id for item in cooked.candidates if item.removed is None] == ["r0", "r1"]
+    assert [item.row.id for item in result.candidates if item.removed is None] == ["r0", "r1"]
 
 
 def test_held_out_rows_share_no_query_with_those_to_train_on(tmp_path: Path) -> None:

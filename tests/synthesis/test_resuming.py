@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_ads.config.synthesis import CookConfig, cook_recipe_yaml
-from megatron_ads.cooking.cook import cook, open_kitchen
-from megatron_ads.cooking.report import as_report
-from tests.cooking.kitchens import good_answer, recipe
+from megatron_ads.config.synthesis import SynthesisConfig, synthesis_recipe_yaml
+from megatron_ads.synthesis.pipeline import open_models, synthesize
+from megatron_ads.synthesis.report import as_report
 from tests.inference.scripted_server import Reply, scripted_server
+from tests.synthesis.scripted_recipes import good_answer, recipe
 
 AT_A_TIME = 3
 
@@ -51,7 +51,7 @@ class Gate:
 VERDICT = "<Aligned>yes</Aligned><Sound>yes</Sound><Faithful>yes</Faithful>"
 
 
-def kitchen_recipe(tmp_path: Path, url: str) -> CookConfig:
+def verified_recipe(tmp_path: Path, url: str) -> SynthesisConfig:
     """Return 6 rows with 2 candidates, 2 golden rows in 3 wordings, and a verifier that sees 6 different texts."""
     verifier = [f"verifier.url='{url}'", "verifier.model=judge", f"verifier.concurrency={AT_A_TIME}"]
     teacher = [f"teacher.concurrency={AT_A_TIME}", "candidates=2", "golden.rows=2", "reject.max_similarity=1"]
@@ -82,15 +82,15 @@ def wait_until(state: Callable[[], object], wanted: object) -> None:
         time.sleep(0.05)
 
 
-def own_recipe(tmp_path: Path, config: CookConfig) -> Path:
+def own_recipe(tmp_path: Path, config: SynthesisConfig) -> Path:
     file = tmp_path / "resolved.yaml"
-    file.write_text("defaults: [/base_cook, _self_]\n" + cook_recipe_yaml(config))
+    file.write_text("defaults: [/base_cook, _self_]\n" + synthesis_recipe_yaml(config))
     return file
 
 
-def report_of(config: CookConfig) -> dict[str, Any]:
-    with open_kitchen(config) as kitchen:
-        return as_report(cook(config, kitchen), kitchen, config)
+def report_of(config: SynthesisConfig) -> dict[str, Any]:
+    with open_models(config) as models:
+        return as_report(synthesize(config, models), models, config)
 
 
 def test_a_run_that_is_killed_again_and_again_asks_nothing_twice_that_was_answered(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_run_that_is_killed_again_and_again_asks_nothing_twice_that_was_answer
     kills = {2: AT_A_TIME, 8: AT_A_TIME, ALL - 1: 1}  # answers so far: requests in flight
     gate, known, lost = Gate(), 0, 0
     with scripted_server(gate) as server:
-        config = kitchen_recipe(tmp_path, server.url)
+        config = verified_recipe(tmp_path, server.url)
         journal, file = tmp_path / "out" / "journal.jsonl", own_recipe(tmp_path, config)
         for answers, in_flight in kills.items():
             gate.allow(answers - known)
@@ -121,7 +121,7 @@ def test_a_run_that_is_killed_again_and_again_asks_nothing_twice_that_was_answer
         # The same corpus as of a run that nobody disturbed.
         (tmp_path / "other").mkdir()
         gate.allow(ALL)
-        report_of(kitchen_recipe(tmp_path / "other", server.url))
+        report_of(verified_recipe(tmp_path / "other", server.url))
     corpora = [(tmp_path / name / "train.jsonl").read_text() for name in ("out", "other/out")]
     assert corpora[0] == corpora[1] != ""
 
@@ -129,7 +129,7 @@ def test_a_run_that_is_killed_again_and_again_asks_nothing_twice_that_was_answer
 def test_an_interrupted_run_waits_for_what_is_in_flight_and_keeps_it(tmp_path: Path) -> None:
     gate, journal = Gate(), tmp_path / "out" / "journal.jsonl"
     with scripted_server(gate) as server:
-        file = own_recipe(tmp_path, kitchen_recipe(tmp_path, server.url))
+        file = own_recipe(tmp_path, verified_recipe(tmp_path, server.url))
         gate.allow(8)
         process = start(file)
         try:

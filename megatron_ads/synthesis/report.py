@@ -10,74 +10,74 @@ from typing import Any
 import numpy as np
 
 from megatron_ads.config.engine import AnsweringConfig
-from megatron_ads.config.synthesis import CookConfig, cook_recipe_yaml
-from megatron_ads.cooking.candidates import Candidate, Removed, by_row, passing
-from megatron_ads.cooking.cook import Cooked, Kitchen
-from megatron_ads.cooking.prompts import question_of
-from megatron_ads.cooking.requests import drawn
+from megatron_ads.config.synthesis import SynthesisConfig, synthesis_recipe_yaml
 from megatron_ads.inference.client import Client
+from megatron_ads.synthesis.candidates import Candidate, Removed, by_row, passing
+from megatron_ads.synthesis.pipeline import SynthesisModels, SynthesisResult
+from megatron_ads.synthesis.prompts import question_of
+from megatron_ads.synthesis.requests import drawn
 
 JSON_FILE, TEXT_FILE, RECIPE_FILE = "report.json", "report.md", "recipe.yaml"
 _SHOWN_CHARACTERS = 600
 _REASONS_SHOWN = 8
 
 
-def write_report(cooked: Cooked, kitchen: Kitchen, config: CookConfig) -> dict[str, Any]:
+def write_report(result: SynthesisResult, models: SynthesisModels, config: SynthesisConfig) -> dict[str, Any]:
     """Write report.json, report.md and the resolved recipe next to the corpus; return what report.json holds."""
     from conversion.atomic_file import write_small  # imports torch
 
     out = Path(config.out)
-    report = as_report(cooked, kitchen, config)
-    write_small(out / RECIPE_FILE, cook_recipe_yaml(config))
+    report = as_report(result, models, config)
+    write_small(out / RECIPE_FILE, synthesis_recipe_yaml(config))
     write_small(out / TEXT_FILE, render_report(report))
     write_small(out / JSON_FILE, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     return report
 
 
-def as_report(cooked: Cooked, kitchen: Kitchen, config: CookConfig) -> dict[str, Any]:
+def as_report(result: SynthesisResult, models: SynthesisModels, config: SynthesisConfig) -> dict[str, Any]:
     """Return the report as plain values."""
-    kept = passing(cooked.candidates)
-    groups = by_row(cooked.candidates)
+    kept = passing(result.candidates)
+    groups = by_row(result.candidates)
     survivors = Counter(len(passing(group)) for group in groups.values())
     return {
-        "sources": cooked.sources,
+        "sources": result.sources,
         "rows": {
-            "read": cooked.rows_read,
-            "left_out": dict(cooked.rows_left_out.most_common()),
-            "asked_about": cooked.rows_by_task,
+            "read": result.rows_read,
+            "left_out": dict(result.rows_left_out.most_common()),
+            "asked_about": result.rows_by_task,
         },
-        "golden": [asdict(result) for result in cooked.golden],
+        "golden": [asdict(checked) for checked in result.golden],
         "models": {
-            name: _usage(desk, settings)
-            for name, desk, settings in (
-                ("teacher", kitchen.teacher, config.teacher),
-                ("verifier", kitchen.verifier, config.verifier),
+            name: _usage(client, settings)
+            for name, client, settings in (
+                ("teacher", models.teacher, config.teacher),
+                ("verifier", models.verifier, config.verifier),
             )
-            if desk is not None
+            if client is not None
         },
-        "candidates": len(cooked.candidates),
-        "filters": _filters(cooked.candidates, config),
-        "similarity": _quantiles([item.similarity for item in cooked.candidates if item.similarity is not None]),
+        "candidates": len(result.candidates),
+        "filters": _filters(result.candidates, config),
+        "similarity": _quantiles([item.similarity for item in result.candidates if item.similarity is not None]),
         "perplexity": {
-            "threshold": cooked.threshold,
-            **_quantiles([item.perplexity for item in cooked.candidates if item.perplexity is not None]),
+            "threshold": result.threshold,
+            **_quantiles([item.perplexity for item in result.candidates if item.perplexity is not None]),
         },
         "kept": len(kept),
         "kept_by_task": dict(sorted(Counter(candidate.row.task for candidate in kept).items())),
         "rows_by_kept_candidates": {str(number): survivors[number] for number in sorted(survivors)},
-        "corpus": None if cooked.written is None else asdict(cooked.written),
+        "corpus": None if result.written is None else asdict(result.written),
         "samples_of_kept": [_sample(item) for item in _drawn(kept, config)],
     }
 
 
-def _usage(desk: Client, config: AnsweringConfig) -> dict[str, Any]:
+def _usage(client: Client, config: AnsweringConfig) -> dict[str, Any]:
     # asdict would make a Counter of the pairs of a Counter.
-    counted = {field.name: getattr(desk.usage, field.name) for field in fields(desk.usage)}
-    derived = {"requests_per_second": desk.usage.requests_per_second, "cost": desk.usage.cost(config)}
+    counted = {field.name: getattr(client.usage, field.name) for field in fields(client.usage)}
+    derived = {"requests_per_second": client.usage.requests_per_second, "cost": client.usage.cost(config)}
     return {"model": config.model, "url": config.url, **counted, **derived}
 
 
-def _filters(candidates: Sequence[Candidate], config: CookConfig) -> list[dict[str, Any]]:
+def _filters(candidates: Sequence[Candidate], config: SynthesisConfig) -> list[dict[str, Any]]:
     """Return, in the order of the filters, how many candidates came to each and how many it removed."""
     entered = len(candidates)
     found = []
@@ -96,7 +96,7 @@ def _filters(candidates: Sequence[Candidate], config: CookConfig) -> list[dict[s
     return found
 
 
-def _drawn(candidates: Sequence[Candidate], config: CookConfig) -> list[Candidate]:
+def _drawn(candidates: Sequence[Candidate], config: SynthesisConfig) -> list[Candidate]:
     return sorted(candidates, key=lambda item: drawn(config.seed, "report", item.name))[: config.samples]
 
 
@@ -120,7 +120,7 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
 
 def render_report(report: dict[str, Any]) -> str:
     """Return the report for people, as Markdown."""
-    lines = ["# Cooked reasoning", "", *(f"- {source}" for source in report["sources"]), "", "## Summary", ""]
+    lines = ["# SynthesisResult reasoning", "", *(f"- {source}" for source in report["sources"]), "", "## Summary", ""]
     lines += [f"- {line}" for line in summary_lines(report)]
     if report["golden"]:
         lines += ["", "## Golden set", "", *_golden_lines(report["golden"])]

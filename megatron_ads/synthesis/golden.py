@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from megatron_ads.config.synthesis import CookConfig
-from megatron_ads.cooking.agreement import embedder
-from megatron_ads.cooking.candidates import Candidate, by_row, details_in, passing, read_candidate
-from megatron_ads.cooking.prompts import ReasoningTemplate
-from megatron_ads.cooking.requests import reasoning_request
+from megatron_ads.config.synthesis import SynthesisConfig
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.inference.client import Client
 from megatron_ads.metrics.text_similarity import mean_similarities
+from megatron_ads.synthesis.candidates import Candidate, by_row, details_in, passing, read_candidate
+from megatron_ads.synthesis.filters import embedder
+from megatron_ads.synthesis.prompts import ReasoningTemplate
+from megatron_ads.synthesis.requests import reasoning_request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class GoldenResult:
 
 
 def check_template(
-    task: str, template: ReasoningTemplate, rows: Sequence[ChatRow], desk: Client, config: CookConfig
+    task: str, template: ReasoningTemplate, rows: Sequence[ChatRow], client: Client, config: SynthesisConfig
 ) -> GoldenResult:
     """Ask about every golden row in every wording, and judge the template.
 
@@ -50,7 +50,7 @@ def check_template(
     wordings = range(len(template.wordings))
     asked = [(row, wording) for row in rows for wording in wordings]
     requests = (reasoning_request(row, template, wording, config.teacher, seed=config.seed) for row, wording in asked)
-    answers = desk.ask(requests, total=len(asked), description=f"golden set, {task}")
+    answers = client.ask(requests, total=len(asked), description=f"golden set, {task}")
     known = details_in(rows)
     candidates = [
         read_candidate(row, wording, answer, details=known.of(row), config=config.reject)
@@ -72,7 +72,7 @@ def check_template(
     )
 
 
-def _agreement(good: Sequence[Candidate], config: CookConfig) -> float | None:
+def _agreement(good: Sequence[Candidate], config: SynthesisConfig) -> float | None:
     groups = [group for group in by_row(good).values() if len(group) > 1]
     if not groups:
         return None

@@ -1,11 +1,11 @@
-"""Rows, recipes and good answers that the tests of cooking share."""
+"""Rows, recipes and good answers that the tests of synthesis share."""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from megatron_ads.config.synthesis import CookConfig, load_cook_recipe
+from megatron_ads.config.synthesis import SynthesisConfig, load_synthesis_recipe
 
 THINGS = ("kettle", "lantern", "saddle", "teapot", "hammock", "telescope", "violin", "toboggan", "anvil", "compass")
 
@@ -29,12 +29,12 @@ def write_rows(file: Path, count: int, *, prefix: str = "r") -> Path:
     return file
 
 
-def recipe(tmp_path: Path, url: str, *overrides: str, rows: int = 4) -> CookConfig:
+def recipe(tmp_path: Path, url: str, *overrides: str, rows: int = 4) -> SynthesisConfig:
     """Return a recipe for a scripted server, without golden check, at one candidate a row unless told otherwise."""
     own = tmp_path / "own.yaml"
     own.write_text("defaults: [/base_cook, _self_]\n")
     source = write_rows(tmp_path / "rows.jsonl", rows)
-    return load_cook_recipe(
+    return load_synthesis_recipe(
         str(own),
         [
             f"sources=[{{kind: jsonl, path: '{source}'}}]",

@@ -16,12 +16,6 @@ from conversion.to_torch_dist import TorchDistTarget
 from megatron_ads.config.engine import AnsweringConfig, ModelKind
 from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.config.synthesis import PerplexityConfig
-from megatron_ads.cooking.candidates import Candidate, Removed
-from megatron_ads.cooking.cook import cook, open_kitchen
-from megatron_ads.cooking.local_model import LocalScorer, LocalTeacher
-from megatron_ads.cooking.perplexity import remove_unlikely
-from megatron_ads.cooking.report import as_report
-from megatron_ads.cooking.requests import chat_request
 from megatron_ads.data.chat import split_text
 from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.tokenizer import load_tokenizer
@@ -29,8 +23,14 @@ from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
 from megatron_ads.errors import ConversionError
 from megatron_ads.inference.engine import Finish
 from megatron_ads.journal import Journal
-from tests.cooking.kitchens import recipe, write_rows
+from megatron_ads.synthesis.candidates import Candidate, Removed
+from megatron_ads.synthesis.filters import remove_unlikely
+from megatron_ads.synthesis.local_model import LocalScorer, LocalTeacher
+from megatron_ads.synthesis.pipeline import open_models, synthesize
+from megatron_ads.synthesis.report import as_report
+from megatron_ads.synthesis.requests import chat_request
 from tests.inference.tiny_model import POSITIONS, write_tiny_model
+from tests.synthesis.scripted_recipes import recipe, write_rows
 
 CLOSE_TO_TRANSFORMERS = 1e-5
 """Relative: the mean is taken in another order."""
@@ -128,7 +128,7 @@ def test_what_the_model_cannot_read_is_removed(
 
 def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
     config = recipe(tmp_path, "http://unused/v1", f"perplexity.model='{tmp_path}'")
-    with pytest.raises(ConversionError, match="is not a checkpoint"), open_kitchen(config):
+    with pytest.raises(ConversionError, match="is not a checkpoint"), open_models(config):
         pass
 
 
@@ -154,9 +154,9 @@ def test_a_teacher_that_was_trained_further_is_asked_again(tmp_path: Path) -> No
     for trained in (False, False, True):
         if trained:
             write_tiny_model(model, seed=6)
-        with open_kitchen(config) as kitchen:
-            cook(config, kitchen)
-            asked.append(kitchen.teacher.usage.asked)
+        with open_models(config) as models:
+            synthesize(config, models)
+            asked.append(models.teacher.usage.asked)
     assert asked == [1, 0, 1]
 
 
@@ -165,8 +165,8 @@ def test_a_checkpoint_as_teacher_goes_through_the_whole_run(model: Path, tmp_pat
     config = recipe(tmp_path, "http://unused/v1", *local, f"perplexity.model='{model}'", rows=2)
     tokens = set()
     for asked, known in ((2, 0), (0, 2)):
-        with open_kitchen(config) as kitchen:
-            report = as_report(cook(config, kitchen), kitchen, config)
+        with open_models(config) as models:
+            report = as_report(synthesize(config, models), models, config)
         assert report["candidates"] == 2
         assert sum(found["removed"] for found in report["filters"]) == 2  # a random model says nothing that is kept
         used = report["models"]["teacher"]

@@ -12,10 +12,10 @@ from enum import StrEnum
 from typing import Any
 
 from megatron_ads.config.synthesis import RejectConfig
-from megatron_ads.cooking.prompts import FormFailure, answer_of, question_of, read_teacher
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.metrics.text_similarity import words_of
+from megatron_ads.synthesis.prompts import FormFailure, answer_of, question_of, read_teacher
 from megatron_ads.tasks.reasoning import render_reasoned
 from megatron_ads.tasks.registry import TASKS, task_named
 

@@ -12,11 +12,11 @@ Source: AdNanny, section 3.4.
 from collections.abc import Sequence
 from enum import StrEnum
 
-from megatron_ads.cooking.agreement import Embed
-from megatron_ads.cooking.prompts import question_of
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.metrics.generated_queries import is_narrower, near_duplicates
 from megatron_ads.metrics.text_similarity import words_of
+from megatron_ads.synthesis.filters import Embed
+from megatron_ads.synthesis.prompts import question_of
 from megatron_ads.tasks import query_generation
 from megatron_ads.tasks.truths import truth_of
 

@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Sequence
 
 from megatron_ads.config.engine import AnsweringConfig
-from megatron_ads.cooking.prompts import ReasoningTemplate, teacher_messages
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.inference.client import Request
 from megatron_ads.inference.openai_engine import request_body
+from megatron_ads.synthesis.prompts import ReasoningTemplate, teacher_messages
 
 _SEEDS = 2**31
 

@@ -3,9 +3,11 @@
 import pytest
 
 from megatron_ads.config.synthesis import RejectConfig, Style, TemplateConfig
-from megatron_ads.cooking.candidates import Removed, details_in, read_candidate
-from megatron_ads.cooking.corpus import cooked_row
-from megatron_ads.cooking.prompts import (
+from megatron_ads.data.rows import ChatRow, Message, Role
+from megatron_ads.inference.engine import Completion
+from megatron_ads.synthesis.candidates import Removed, details_in, read_candidate
+from megatron_ads.synthesis.pipeline import synthesized_row
+from megatron_ads.synthesis.prompts import (
     LABEL_GIVEN,
     REVERSE_ENGINEERED,
     FormFailure,
@@ -15,8 +17,6 @@ from megatron_ads.cooking.prompts import (
     teacher_messages,
     templates_of,
 )
-from megatron_ads.data.rows import ChatRow, Message, Role
-from megatron_ads.inference.engine import Completion
 from megatron_ads.tasks.reasoning import Reasoned
 from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.row_checks import check_rows
@@ -32,9 +32,9 @@ def test_a_teacher_that_repeats_the_answer_is_understood_for_every_task() -> Non
         answer = Completion(text=f"<Reasoning>It follows.</Reasoning>\n{answer_of(row)}\n")
         candidate = read_candidate(row, 0, answer, details=frozenset(), config=ANY)
         assert candidate.removed is None, (row.task, candidate.reason)
-        cooked = cooked_row(candidate)
-        assert cooked.target == f"<think>It follows.</think>{answer_of(row)}"
-        assert check_rows([cooked]).faulty == []
+        result = synthesized_row(candidate)
+        assert result.target == f"<think>It follows.</think>{answer_of(row)}"
+        assert check_rows([result]).faulty == []
 
 
 def test_another_answer_of_the_same_task_is_noticed_for_every_task() -> None:

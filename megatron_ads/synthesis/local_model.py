@@ -14,8 +14,6 @@ from operator import itemgetter
 from pathlib import Path
 
 from megatron_ads.config.engine import AnsweringConfig
-from megatron_ads.cooking.candidates import Candidate
-from megatron_ads.cooking.prompts import answer_of
 from megatron_ads.data.chat import render_prompt, split_text
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.data.tokenizer import load_tokenizer
@@ -26,6 +24,8 @@ from megatron_ads.inference.transformers_engine import TransformersEngine, open_
 from megatron_ads.journal import Journal, digest_of
 from megatron_ads.metrics.perplexity import perplexity
 from megatron_ads.observability.progress import Progress
+from megatron_ads.synthesis.candidates import Candidate
+from megatron_ads.synthesis.prompts import answer_of
 
 
 class LocalTeacher:

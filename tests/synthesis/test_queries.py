@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from megatron_ads.config.data import AdsTask, SourceConfig, SourceKind
-from megatron_ads.cooking.queries import TOPICS, QueryFault, queries_of, query_fault, topic_of
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.sources import read_source
 from megatron_ads.metrics.text_similarity import fit_embedding
+from megatron_ads.synthesis.queries import TOPICS, QueryFault, queries_of, query_fault, topic_of
 from megatron_ads.tasks import query_generation
 from megatron_ads.tasks.query_generation import GeneratedQuery, KeywordBrief
 from megatron_ads.tasks.relevance import Ad

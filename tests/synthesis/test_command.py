@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ads.cli import main
 from megatron_ads.config.data import DataConfig, SourceConfig, SourceKind
-from megatron_ads.cooking.cook import open_kitchen
 from megatron_ads.data.corpus import read_corpus
 from megatron_ads.errors import DataError
-from tests.cooking.kitchens import good_answer, recipe, write_rows
+from megatron_ads.synthesis.pipeline import open_models
 from tests.inference.scripted_server import Reply, scripted_server
+from tests.synthesis.scripted_recipes import good_answer, recipe, write_rows
 
 
 def run_command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -67,5 +68,14 @@ def test_nothing_that_passes_is_status_1_and_a_mistake_status_2_in_one_line(tmp_
 def test_a_place_that_is_a_file_is_named_before_anything_is_asked(tmp_path: Path) -> None:
     config = recipe(tmp_path, "http://unused/v1")
     (tmp_path / "out").write_text("")
-    with pytest.raises(DataError, match=r"out cannot be a folder \(File exists\)"), open_kitchen(config):
+    with pytest.raises(DataError, match=r"out cannot be a folder \(File exists\)"), open_models(config):
         pass
+
+
+def test_synthesize_is_the_same_command(capsys: pytest.CaptureFixture[str]) -> None:
+    helps = []
+    for name in ("cook", "synthesize"):
+        with pytest.raises(SystemExit):
+            main(["data", name, "--help"])
+        helps.append(capsys.readouterr().out)
+    assert helps[0] == helps[1].replace("data synthesize", "data cook")

@@ -9,7 +9,7 @@ Subparsers = Any  # argparse names its type argparse._SubParsersAction
 _DESCRIPTION = """Let a teacher model write reasoning for rows whose answer is known, keep what is good, and write a
 corpus that `kind: jsonl` reads.
 
-    megatron-ads data cook --recipe cook/simulated --out cooked teacher.url=http://localhost:8000/v1 teacher.model=NAME
+    megatron-ads data cook --recipe cook/simulated --out result teacher.url=http://localhost:8000/v1 teacher.model=NAME
     megatron-ads train --recipe sft/quickstart model.load=MODEL data.seq_length=512 \\
       'data.sources=[{kind: jsonl, path: cooked/train.jsonl}]'
 
@@ -22,10 +22,11 @@ same settings, an interrupted run asks only what it has no answer to.
 Exit status: 0 done, 1 nothing passed (the report says why), 2 the request could not be carried out."""
 
 
-def add_cook(commands: Subparsers) -> None:
+def add_synthesize(commands: Subparsers) -> None:
     """Declare the subcommand."""
     parser = commands.add_parser(
         "cook",
+        aliases=["synthesize"],
         help="let a teacher write reasoning for labelled rows, and keep what is good",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -36,27 +37,27 @@ def add_cook(commands: Subparsers) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder of journal, corpus and report (default: the recipe's out)")
     parser.add_argument("--json", action="store_true", help="print the report as one line of JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
-    parser.set_defaults(run_data=run_cook)
+    parser.set_defaults(run_data=run_synthesize)
 
 
-def run_cook(args: argparse.Namespace) -> int:
-    """Cook and print the summary; return 0, or 1 if nothing passed.
+def run_synthesize(args: argparse.Namespace) -> int:
+    """Synthesize and print the summary; return 0, or 1 if nothing passed.
 
     Raises:
         ConfigError: If a setting is impossible, or no request to a model can succeed.
         DataError: If rows cannot be read, or a model stopped answering.
     """
-    from megatron_ads.config.synthesis import load_cook_recipe
+    from megatron_ads.config.synthesis import load_synthesis_recipe
     from megatron_ads.observability.log import start_logging
 
     start_logging()
-    config = load_cook_recipe(args.recipe, args.overrides, out=args.out)
+    config = load_synthesis_recipe(args.recipe, args.overrides, out=args.out)
 
-    from megatron_ads.cooking.cook import cook, open_kitchen
-    from megatron_ads.cooking.report import summary_lines, write_report
+    from megatron_ads.synthesis.pipeline import open_models, synthesize
+    from megatron_ads.synthesis.report import summary_lines, write_report
 
-    with open_kitchen(config) as kitchen:
-        report = write_report(cook(config, kitchen), kitchen, config)
+    with open_models(config) as models:
+        report = write_report(synthesize(config, models), models, config)
     if args.json:
         print(json.dumps(report, ensure_ascii=False))
     else:
