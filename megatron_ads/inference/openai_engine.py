@@ -3,6 +3,9 @@
 Conversations go to ``/chat/completions``, which every such server has. Token ids go to ``/completions`` with the fields
 of vLLM (``prompt`` as ids, ``return_token_ids``, ``logprobs``, ``prompt_logprobs``), so that what is scored and what
 was generated are the same tokens.
+
+What a request does not say, such as top_k, a server may take from the checkpoint's generation_config.json; vLLM started
+with ``--generation-config vllm`` does not.
 """
 
 from collections import Counter
@@ -145,6 +148,9 @@ class OpenAIEngine:
             self._lacks("log-probabilities (logprobs)")
         if prompt and not isinstance(prompt[0], Message) and completion.token_ids is None:
             self._lacks("the token ids of completions (return_token_ids)")
+        tokens, values = completion.token_ids, completion.log_probabilities
+        if tokens is not None and values is not None and len(tokens) != len(values):
+            self._lacks(f"one log-probability a token, but {len(values)} of {len(tokens)} tokens")
 
     def _lacks(self, what: str) -> NoReturn:
         raise UnsupportedError(

@@ -67,6 +67,8 @@ class TransformersEngine:
             ConfigError: If constrained beams have no rules.
             DataError: If the chat template refuses a conversation.
         """
+        if not prompts:
+            return []
         tokens = [self.tokens_of(prompt) for prompt in prompts]
         limit = config.max_new_tokens or max(1, self.longest_text - max(map(len, tokens)))
         if config.method in BEAM_METHODS:

@@ -126,3 +126,12 @@ def test_a_refused_prompt_is_an_outcome_and_a_missing_answer_an_error() -> None:
         assert (refused.finish, fine.finish) == (Finish.refused, Finish.ended)
         with pytest.raises(DataError, match="1 of 2 requests to the server have no answer after 2 attempts each"):
             engine_for(server).generate([[6], [7]], GenerationConfig(max_new_tokens=1))
+
+
+def test_log_probabilities_that_are_not_those_of_the_tokens_are_refused() -> None:
+    choice = {"token_ids": [4, 5, 1], "logprobs": {"token_logprobs": [-0.5, -1.0]}}
+    with (
+        scripted_server(lambda *_: Reply(content="said", choice=choice)) as server,
+        pytest.raises(UnsupportedError, match="one log-probability a token, but 2 of 3 tokens"),
+    ):
+        engine_for(server).generate([[5]], GenerationConfig(max_new_tokens=4, log_probabilities=True))

@@ -1,6 +1,7 @@
 """A real OpenAI-compatible server as teacher and verifier: `transformers serve` with a tiny model."""
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ads.cli import main
 from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.synthesis.candidates import Candidate
 from megatron_ads.synthesis.filters import verifier_messages
@@ -105,3 +107,20 @@ def test_an_answer_that_reaches_the_limit_is_cut_off(model: Path, url: str, tmp_
         report = as_report(synthesize(config, models), models, config)
     assert report["models"]["teacher"]["finishes"] == {"cut_off": 3}
     assert report["models"]["teacher"]["answer_tokens"] == 3 * 8
+
+
+def test_an_evaluation_of_the_server_gets_the_answers_of_the_checkpoint_behind_it(
+    model: Path, url: str, tmp_path: Path
+) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", 12)
+    common = ["--recipe", "sft/quickstart", f"data.sources=[{{kind: jsonl, path: '{source}'}}]"]
+    common += ["data.validation_rows=3", "--max-new-tokens", "12"]
+    answers = []
+    for name, of in (("served", ["--url", url, "--served-model", str(model)]), ("own", ["--model", str(model)])):
+        file = tmp_path / f"{name}.jsonl"
+        assert main(["evaluate", *of, "--answers", str(file), *common]) == 0
+        answers.append(file.read_text())
+    assert answers[0] == answers[1]
+    texts = [json.loads(line)["text"] for line in answers[0].splitlines()]
+    assert len(texts) == 3
+    assert all(texts)
