@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from megatron_ads.cooking import requests
 from megatron_ads.stable_random import key_of, mix, shuffled, stable_integer, stable_key
+from megatron_ads.synthesis import requests
 from megatron_ads.tasks.prompt_templates import Template
 from megatron_ads.tasks.variants.candidates import candidates_of
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.tokenizer import ChatTokenizer
 from megatron_ads.errors import DataError
-from megatron_ads.evaluation.name_trie import NameTrie, build_trie
+from megatron_ads.inference.beam_rules import NameTrie, build_trie
 from megatron_ads.metrics.ranking import same_name
 from megatron_ads.tasks import next_advertiser
 from megatron_ads.tasks.reasoning import OPEN, render_reasoned

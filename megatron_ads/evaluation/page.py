@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.outcomes import Outcome, confusion, judge, samples
 from megatron_ads.evaluation.paper_tables import paper_tables
 from megatron_ads.evaluation.text_tables import RELEVANCE, plain_metrics, shown

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.metrics.intervals import Interval, mean_interval, statistic_interval
 from megatron_ads.metrics.text import (
     LexicalMatcher,

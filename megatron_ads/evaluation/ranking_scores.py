@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.grounding import NearestNames
 from megatron_ads.evaluation.name_answers import AdvertiserNames, bought_from
 from megatron_ads.metrics.intervals import mean_interval

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
-from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.defect_views import defect_view, lines_beside
 from megatron_ads.metrics.classification import DefectView
 from megatron_ads.tasks.relevance import (

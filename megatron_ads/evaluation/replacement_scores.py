@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.tasks.model_comparison import parse
 from megatron_ads.tasks.replacement_report import replacement_report
 from megatron_ads.tasks.truths import truth_of

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.defect_views import defect_view, lines_beside
 from megatron_ads.tasks.ad_user_relevance import BAD_VIEW, match_auc, parse
 from megatron_ads.tasks.truths import readable, truth_of

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from megatron_ads.evaluation.answer import Answer, AnswerBeam
+from megatron_ads.evaluation.answer_records import Answer, AnswerBeam
 from megatron_ads.evaluation.outcomes import NOT_READ, confusion, judge, samples
 from megatron_ads.evaluation.page import evaluation_page
 from megatron_ads.evaluation.task_scores import task_scores

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.paper_tables import PaperTable, paper_tables
 from megatron_ads.evaluation.task_scores import task_scores
 from megatron_ads.evaluation.text_tables import text_tables

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from megatron_ads.evaluation.answer import Answer, AnswerBeam
+from megatron_ads.evaluation.answer_records import Answer, AnswerBeam
 from megatron_ads.evaluation.name_answers import AdvertiserNames, names_trained_on
 from megatron_ads.evaluation.ranking_scores import advertiser_rankings, ranking_scores
 from megatron_ads.tasks import next_advertiser

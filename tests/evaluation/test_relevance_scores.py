@@ -4,7 +4,7 @@ import pytest
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
-from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.relevance_scores import relevance_scores
 from megatron_ads.tasks.relevance import Ad, Failure, Label, chat_row, render_target
 
