@@ -108,11 +108,12 @@ class ModelConfig:
     """Folder of weights: a Hugging Face checkpoint, converted shards or a torch_dist checkpoint."""
     layer_spec: LayerSpecChoice = LayerSpecChoice.auto
     """``te``: Transformer Engine; ``grouped``: torch with grouped experts; ``local``: torch, experts one by one.
-    ``auto`` takes ``te`` where it is installed and there is a GPU, else ``grouped``."""
+    ``auto`` takes ``te`` where it is installed, else ``grouped``."""
     precision: Precision = Precision.bf16
     """``bf16`` computes in BF16 and keeps gradients and optimizer state in FP32."""
     recompute: Recompute = Recompute.none
-    """``selective``: the core attention; ``full``: whole layers."""
+    """``selective``: from the attention's latents to its output projection (with ``te``: the up-projections), and the
+    inside of every feed-forward; ``full``: whole layers."""
     router_bias: RouterBias = RouterBias.frozen
     """``update`` moves the bias against the load of each expert after every step (arXiv:2408.15664)."""
     router_bias_update_rate: float | None = None
