@@ -11,7 +11,7 @@ from megatron_ads.cooking.config import AnsweringConfig
 from megatron_ads.cooking.prompts import answer_of, question_of
 from megatron_ads.cooking.requests import chat_request
 from megatron_ads.data.rows import Role
-from megatron_ads.tasks.elements import PartsFailure, read_parts
+from megatron_ads.tasks.elements import ReadFailure, read_parts
 from megatron_ads.tasks.reasoning import CLOSE
 
 ASPECTS = ("Aligned", "Sound", "Faithful")
@@ -50,7 +50,7 @@ def _judge(candidate: Candidate, answer: Answer | None) -> None:
         candidate.remove(Removed.verifier_unreadable, "no answer" if answer is None else str(answer.finish))
         return
     verdicts = read_parts(answer.text.rpartition(CLOSE)[2].strip(), ASPECTS)  # without thoughts of its own
-    if isinstance(verdicts, PartsFailure):
+    if isinstance(verdicts, ReadFailure):
         candidate.remove(Removed.verifier_unreadable, str(verdicts))
         return
     said = {aspect: verdict.lower() for aspect, verdict in verdicts.items()}

@@ -29,7 +29,8 @@ from megatron_ads.data.ads_world import (
     Text,
 )
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.tasks.relevance import Ad, Label, chat_row
+from megatron_ads.tasks.prompt_templates import Ad
+from megatron_ads.tasks.relevance import Label, chat_row
 
 T = TypeVar("T", bound=str)
 

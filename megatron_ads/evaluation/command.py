@@ -164,7 +164,7 @@ def evaluate(
         "seconds": seconds,
         "decoding": str(how.method),
         "reasoning": data.reasoning,
-        "tasks": task_scores(answers, training, advertisers, ground=ground, best=corpus.best, reasons=data.reasoning),
+        "tasks": task_scores(answers, training, advertisers, ground=ground, reasons=data.reasoning),
         "general": perplexities,
     }
     if html_file is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.evaluation.text_baseline import text_predictions
 from megatron_ads.metrics.classification import (
     DefectView,
@@ -38,18 +38,19 @@ def lines_beside(
     model: Labels,
     rows: Sequence[ChatRow],
     training: Sequence[ChatRow],
-    best: Mapping[str, Sequence[str]] | None = None,
+    *,
+    best: Labels | None = None,
 ) -> dict[str, Labels]:
     """Return the model's labels and those it is compared with, by name.
 
     ``baseline`` always gives the most frequent label of the training rows. ``text_baseline`` is there where these have
-    two labels or more, ``reachable`` where ``best`` holds the best answers to every row by its id.
+    two labels or more, ``reachable`` where the best answers are known.
 
     Args:
         model: Labels that the model gave.
         rows: With their true labels.
         training: Rows of the same task, trained on.
-        best: See above.
+        best: The best answer to each row; None: not known of every one.
     """
     truths = [row.label or "" for row in rows]
     lines: dict[str, Labels] = {
@@ -58,6 +59,19 @@ def lines_beside(
     }
     if from_words := text_predictions(training, rows):
         lines["text_baseline"] = from_words
-    if best and all(row.id in best for row in rows):
-        lines["reachable"] = [best[row.id][0] for row in rows]
+    if best is not None:
+        lines["reachable"] = best
     return lines
+
+
+def best_answers(rows: Sequence[ChatRow]) -> list[tuple[str, ...]] | None:
+    """Return the best answers to each row, the likeliest first; None unless all rows have them."""
+    if not all(Fact.best_answers in row.facts for row in rows):
+        return None
+    return [row.list_fact(Fact.best_answers) for row in rows]
+
+
+def best_labels(rows: Sequence[ChatRow]) -> list[str] | None:
+    """Return the best label of each row; None unless all rows have one."""
+    best = best_answers(rows)
+    return None if best is None else [answers[0] for answers in best]

@@ -4,18 +4,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.data.tokenizer import ChatTokenizer
 from megatron_ads.errors import DataError
 from megatron_ads.evaluation.name_trie import NameTrie, build_trie
 from megatron_ads.metrics.ranking import same_name
 from megatron_ads.tasks import next_advertiser
 from megatron_ads.tasks.reasoning import OPEN, render_reasoned
-from megatron_ads.tasks.user_history import HEADINGS, Section
+from megatron_ads.tasks.user_history import Section, shown_history
 from megatron_ads.tasks.variants import choose_one
 
 _ADVERTISER_TASKS = frozenset({next_advertiser.TASK, next_advertiser.RANKING_TASK})
-_PAST_ADVERTISERS = f"{HEADINGS[Section.past_advertisers]}: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +57,15 @@ def names_trained_on(training: Iterable[ChatRow]) -> AdvertiserNames:
 
 
 def bought_from(row: ChatRow) -> tuple[str, ...]:
-    """Return whom a row's prompt says that the user bought from, the most recent first; nobody if it has no such line.
-
-    A name with the separator in it comes apart.
-    """
-    for line in row.prompt[-1].content.splitlines():
-        if line.startswith(_PAST_ADVERTISERS):
-            return tuple(line.removeprefix(_PAST_ADVERTISERS).split("; "))
-    return ()
+    """Return whom a row shows that the user bought from, the most recent first."""
+    return shown_history(row).get(Section.past_advertisers, ()) if Fact.history in row.facts else ()
 
 
 def valid_names(row: ChatRow, advertisers: AdvertiserNames) -> tuple[str, ...] | None:
     """Return the names that a row may be answered with; None if its task is not answered with a name."""
     if row.task == next_advertiser.TASK:
         return advertisers.names
-    return choose_one.listed_in(row) if row.task == choose_one.TASK else None
+    return row.list_fact(Fact.candidates) if row.task == choose_one.TASK else None
 
 
 class NameForms:

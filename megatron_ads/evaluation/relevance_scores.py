@@ -1,34 +1,33 @@
 """From answers to numbers: the relevance metric beside its baselines, and why answers could not be read."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
 from megatron_ads.evaluation.answer import Answer
-from megatron_ads.evaluation.defect_views import defect_view, lines_beside
+from megatron_ads.evaluation.defect_views import best_labels, defect_view, lines_beside
 from megatron_ads.metrics.classification import DefectView
+from megatron_ads.tasks.elements import ReadFailure
 from megatron_ads.tasks.relevance import (
     BAD_VIEW,
     FAIR_VIEW,
     LOCATION_VIEW,
     QUALITY_VIEW,
     TASK,
-    Failure,
-    Judgement,
     Label,
+    RelevanceJudgement,
     parse,
 )
-from megatron_ads.tasks.truths import truth_of
+from megatron_ads.tasks.truths import ground_truth
 
 
 def relevance_scores(
     answers: Sequence[Answer],
     *,
     training: Sequence[ChatRow],
-    best: Mapping[str, Sequence[str]] | None = None,
     reasons: bool = True,
 ) -> dict[str, Any]:
     """Return the scores of ``answers`` as JSON values; what is undefined is None.
@@ -40,7 +39,6 @@ def relevance_scores(
     Args:
         answers: To rows of this task.
         training: Rows of this task that baselines learn from.
-        best: Best answers to a row by its id, where they are known.
         reasons: Answers must have reasoning.
 
     Raises:
@@ -48,12 +46,12 @@ def relevance_scores(
     """
     truths = [_true_label(answer.row) for answer in answers]
     outcomes = [parse(answer.text, reasoning_required=reasons) for answer in answers]
-    given = [outcome if isinstance(outcome, Judgement) else None for outcome in outcomes]
+    given = [outcome if isinstance(outcome, RelevanceJudgement) else None for outcome in outcomes]
     predictions = [None if outcome is None else str(outcome.label) for outcome in given]
     rows = [answer.row for answer in answers]
     queries = [row.group or row.id for row in rows]
-    lines = lines_beside(predictions, rows, training, best)
-    failures = Counter(str(outcome) for outcome in outcomes if isinstance(outcome, Failure))
+    lines = lines_beside(predictions, rows, training, best=best_labels(rows))
+    failures = Counter(str(outcome) for outcome in outcomes if isinstance(outcome, ReadFailure))
     return {
         "rows": len(answers),
         "queries": len(set(queries)),
@@ -76,7 +74,7 @@ def _flag_view(
     view: DefectView,
     flag: str,
     rows: Sequence[ChatRow],
-    given: Sequence[Judgement | None],
+    given: Sequence[RelevanceJudgement | None],
     training: Sequence[ChatRow],
 ) -> dict[str, Any]:
     """Return the view of a flag under its name; nothing if no row asks for it."""
@@ -92,7 +90,7 @@ def _flag_view(
 
 def _labelled(rows: Sequence[ChatRow], flag: str) -> list[ChatRow]:
     """Return rows whose label is a flag of their target; None where it has none."""
-    flags = [getattr(truth_of(row, parse), flag) for row in rows]
+    flags = [getattr(ground_truth(row, RelevanceJudgement), flag) for row in rows]
     return [replace(row, label=None if value is None else str(value)) for row, value in zip(rows, flags, strict=True)]
 
 

@@ -3,11 +3,8 @@
 import re
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
-from typing import TypeVar
 
 from megatron_ads.errors import DataError
-
-F = TypeVar("F", bound=StrEnum)
 
 _ELEMENT = re.compile(r"\s*<([A-Za-z]\w*)>(.*?)</\1>\s*", re.DOTALL)
 _LIST_SEPARATOR = ";"
@@ -15,15 +12,70 @@ NOTHING = "none"
 """How an empty list is written."""
 
 
-class PartsFailure(StrEnum):
-    """Why a fixed sequence of elements cannot be read. Tasks with such answers have these failures too."""
+class ReadFailure(StrEnum):
+    """Why an answer cannot be read; the first that applies is reported. No task has all of them."""
 
+    empty = "empty"
+    no_reasoning = "no_reasoning"
+    """No ``<think>`` block, or an empty one."""
+    unclosed_reasoning = "unclosed_reasoning"
+    """``<think>`` without ``</think>``: usually the answer was cut off."""
+
+    # A fixed sequence of elements
     missing_part = "missing_part"
     repeated_part = "repeated_part"
     empty_part = "empty_part"
     unknown_part = "unknown_part"
+    """An element or text that the form does not have; in XML, a list twice as well."""
     parts_out_of_order = "parts_out_of_order"
     text_around_parts = "text_around_parts"
+
+    # Labels, scores, verdicts, yes or no
+    no_label = "no_label"
+    several_labels = "several_labels"
+    unknown_label = "unknown_label"
+    text_around_label = "text_around_label"
+    incomplete_labels = "incomplete_labels"
+    """Neither the label alone nor all three in their order."""
+    no_score = "no_score"
+    several_scores = "several_scores"
+    score_outside_scale = "score_outside_scale"
+    """Not one of 0, 1, 2, 3: another number, or no number."""
+    text_around_score = "text_around_score"
+    unknown_risk = "unknown_risk"
+    unknown_verdict = "unknown_verdict"
+    no_answer = "no_answer"
+    several_answers = "several_answers"
+    unknown_answer = "unknown_answer"
+    text_around_answer = "text_around_answer"
+
+    # Names and rankings
+    no_advertiser = "no_advertiser"
+    """Nothing after the reasoning, or an empty list."""
+    several_lines = "several_lines"
+    """More than a name, where a name alone was asked for."""
+    not_xml = "not_xml"
+    """Not one well-formed ``<prediction>``; entities and declarations of its own are not read."""
+    no_advertisers = "no_advertisers"
+    """No list of advertisers."""
+    no_interests = "no_interests"
+    """No list of interests; it may be empty."""
+    empty_entry = "empty_entry"
+    no_ranking = "no_ranking"
+    several_rankings = "several_rankings"
+    text_around_ranking = "text_around_ranking"
+    not_numbers = "not_numbers"
+    """Not numbers from 1, separated by commas."""
+    repeated_number = "repeated_number"
+
+    # Queries and keywords
+    no_query = "no_query"
+    text_around_queries = "text_around_queries"
+    unpaired_reason = "unpaired_reason"
+    """Queries and reasons do not take turns."""
+    empty_query = "empty_query"
+    """A query or a reason without text."""
+    repeated_keyword = "repeated_keyword"
 
 
 def element(name: str, text: str) -> str:
@@ -52,7 +104,7 @@ def read_elements(text: str) -> list[tuple[str, str]] | None:
     return found
 
 
-def read_only(name: str, text: str, none: F, several: F, around: F) -> str | F:
+def read_only(name: str, text: str, none: ReadFailure, several: ReadFailure, around: ReadFailure) -> str | ReadFailure:
     """Read the text of the one element that must be there, with nothing around it; else return what is given."""
     count = count_of(name, text)
     if count != 1:
@@ -61,22 +113,22 @@ def read_only(name: str, text: str, none: F, several: F, around: F) -> str | F:
     return around if elements is None or len(elements) > 1 else elements[0][1]
 
 
-def read_parts(text: str, names: Sequence[str]) -> dict[str, str] | PartsFailure:
+def read_parts(text: str, names: Sequence[str]) -> dict[str, str] | ReadFailure:
     """Read elements that must be ``names``, each once, in this order, none empty."""
     if any(count_of(name, text) == 0 for name in names):
-        return PartsFailure.missing_part
+        return ReadFailure.missing_part
     elements = read_elements(text)
     if elements is None:
-        return PartsFailure.text_around_parts
+        return ReadFailure.text_around_parts
     found = [name for name, _ in elements]
     if set(found) - set(names):
-        return PartsFailure.unknown_part
+        return ReadFailure.unknown_part
     if len(found) > len(names):
-        return PartsFailure.repeated_part
+        return ReadFailure.repeated_part
     if found != list(names):
-        return PartsFailure.parts_out_of_order
+        return ReadFailure.parts_out_of_order
     if not all(value for _, value in elements):
-        return PartsFailure.empty_part
+        return ReadFailure.empty_part
     return dict(elements)
 
 

@@ -7,17 +7,17 @@ Source: AdNanny, section 2 (strengths, weaknesses, risks, aggregated into a repo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.metrics.graded import accuracy, macro_recall, quadratic_kappa
 from megatron_ads.metrics.overlap import overlap
 from megatron_ads.tasks.conversation import filled, single_turn
-from megatron_ads.tasks.elements import PartsFailure, element, listed, read_parts, unlisted
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
-from megatron_ads.tasks.truths import Metrics, mean, readable, truth_of
+from megatron_ads.tasks.elements import ReadFailure, element, listed, read_parts, unlisted
+from megatron_ads.tasks.prompt_templates import Template, line
+from megatron_ads.tasks.reasoning import render_reasoned, split_reasoning
+from megatron_ads.tasks.truths import Metrics, ground_truth, mean, readable, truth_facts
 
 TASK = "model_comparison"
 
@@ -51,22 +51,6 @@ TEMPLATE = Template(
         "<Risk>None, Low or High</Risk> and <Verdict>Better, Same or Worse</Verdict>."
     ),
 )
-
-
-class Failure(StrEnum):
-    """Why an answer cannot be read; the first that applies is reported."""
-
-    empty = "empty"
-    no_reasoning = "no_reasoning"
-    unclosed_reasoning = "unclosed_reasoning"
-    missing_part = "missing_part"
-    repeated_part = "repeated_part"
-    empty_part = "empty_part"
-    unknown_part = "unknown_part"
-    parts_out_of_order = "parts_out_of_order"
-    text_around_parts = "text_around_parts"
-    unknown_risk = "unknown_risk"
-    unknown_verdict = "unknown_verdict"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +89,9 @@ def render_prompt(shared: SharedRequest, instruction: str = TEMPLATE.instruction
     Raises:
         DataError: If a text is empty.
     """
-    current = f"Current system: {filled('the current output', shared.current)}"
-    new = f"New system: {filled('the new output', shared.new)}"
-    request = f"Request: {filled('the request', shared.request)}"
+    current = line(Fact.current, filled("the current output", shared.current))
+    new = line(Fact.new, filled("the new output", shared.new))
+    request = line(Fact.request, filled("the request", shared.request))
     return "\n".join([instruction, request, *((new, current) if new_first else (current, new))])
 
 
@@ -134,24 +118,27 @@ def chat_row(row_id: str, shared: SharedRequest, assessment: Assessment, *, grou
     """
     prompt = render_prompt(shared, TEMPLATE.instruction_of(row_id), new_first=new_is_first(row_id))
     target = render_target(assessment)
-    return single_turn(row_id, TASK, prompt, target, group=group or shared.request, label=assessment.verdict)
+    facts = {**asdict(shared), **truth_facts(assessment)}
+    return single_turn(
+        row_id, TASK, prompt, target, facts=facts, group=group or shared.request, label=assessment.verdict
+    )
 
 
 _PARTS = ("Strengths", "Weaknesses", "Risk", "Verdict")
 
 
-def parse(text: str, *, reasoning_required: bool = True) -> Assessment | Failure:
+def parse(text: str, *, reasoning_required: bool = True) -> Assessment | ReadFailure:
     """Read an answer strictly: one ``<think>`` block, then the four parts in order, and nothing else."""
     parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReasoningFailure):
-        return Failure(parts.value)
+    if isinstance(parts, ReadFailure):
+        return parts
     given = read_parts(parts.answer, _PARTS)
-    if isinstance(given, PartsFailure):
-        return Failure(given.value)
+    if isinstance(given, ReadFailure):
+        return given
     if given["Risk"] not in set(Risk):
-        return Failure.unknown_risk
+        return ReadFailure.unknown_risk
     if given["Verdict"] not in set(Verdict):
-        return Failure.unknown_verdict
+        return ReadFailure.unknown_verdict
     return Assessment(
         strengths=unlisted(given["Strengths"]),
         weaknesses=unlisted(given["Weaknesses"]),
@@ -161,9 +148,9 @@ def parse(text: str, *, reasoning_required: bool = True) -> Assessment | Failure
     )
 
 
-def metrics(rows: Sequence[ChatRow], answers: Sequence[Assessment | Failure]) -> Metrics:
+def metrics(rows: Sequence[ChatRow], answers: Sequence[Assessment | ReadFailure]) -> Metrics:
     """Return how well verdict and risk are met, and the F1 of the points made (ours). Unreadable answers are wrong."""
-    truths = [truth_of(row, parse) for row in rows]
+    truths = [ground_truth(row, Assessment) for row in rows]
     given = [readable(answer) for answer in answers]
     true_verdicts, verdicts = (
         [truth.verdict for truth in truths],

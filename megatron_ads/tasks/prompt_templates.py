@@ -1,10 +1,21 @@
-"""Versioned prompt templates: one instruction in several wordings, of which the row's id picks one for good.
+"""What prompts are made of: versioned instructions, of which a row's id picks a wording, and labelled lines below.
 
 A version is never edited once rows were made with it: a change of wording is a new version.
 """
 
 import hashlib
 from dataclasses import dataclass
+
+from megatron_ads.data.rows import Fact, Facts
+
+SELLER, DESCRIPTION = "seller", "description"
+LABELS: dict[str, str] = {
+    Fact.query: "Query", Fact.ad: "Ad", SELLER: "Seller", DESCRIPTION: "Text", Fact.keyword: "Keyword",
+    Fact.queries_wanted: "Queries", Fact.goal: "Goal", Fact.keywords: "Keywords", Fact.pool: "Advertisers",
+    Fact.request: "Request", Fact.current: "Current system", Fact.new: "New system", Fact.advertiser: "Advertiser",
+    Fact.candidates: "Candidates",
+}  # fmt: skip
+"""What stands before each fact in a prompt; the sections of a user's history have headings of their own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,3 +47,32 @@ class Template:
     def instruction_of(self, row_id: str) -> str:
         """Return the instruction that a row has."""
         return self.instruction(self.wording_of(row_id))
+
+
+@dataclass(frozen=True, slots=True)
+class Ad:
+    """What the judge sees of an ad."""
+
+    title: str
+    description: str = ""
+    seller: str = ""
+    """Brand, advertiser or domain; empty if unknown."""
+
+    def as_fact(self) -> Facts:
+        """Return it as the fact ``ad``."""
+        return {"title": self.title, "seller": self.seller, "description": self.description}
+
+    def lines(self) -> list[str]:
+        """Return the lines of a prompt."""
+        parts = ((Fact.ad, self.title), (SELLER, self.seller), (DESCRIPTION, self.description))
+        return [line(name, text) for name, text in parts if text or name is Fact.ad]
+
+
+def ad_of(fact: Facts) -> Ad:
+    """Return the ad that the fact ``ad`` describes."""
+    return Ad(**{name: str(fact.get(name, "")) for name in ("title", "description", "seller")})
+
+
+def line(name: str, text: str) -> str:
+    """Return a fact as a line of a prompt."""
+    return f"{LABELS[name]}: {text}"

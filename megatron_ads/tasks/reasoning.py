@@ -5,21 +5,11 @@ themselves, and chat templates that open the block, then learn to close it at on
 """
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from megatron_ads.errors import DataError
+from megatron_ads.tasks.elements import ReadFailure
 
 OPEN, CLOSE = "<think>", "</think>"
-
-
-class ReasoningFailure(StrEnum):
-    """Why no reasoning can be read. The failures of every task have these members too, first."""
-
-    empty = "empty"
-    no_reasoning = "no_reasoning"
-    """No ``<think>`` block, or an empty one."""
-    unclosed_reasoning = "unclosed_reasoning"
-    """``<think>`` without ``</think>``: usually the answer was cut off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +35,10 @@ def render_reasoned(reasoning: str, answer: str) -> str:
 def without_reasoning(target: str) -> str:
     """Return a readable target with an empty block of reasoning."""
     parts = split_reasoning(target, required=False)
-    return target if isinstance(parts, ReasoningFailure) else render_reasoned("", parts.answer)
+    return target if isinstance(parts, ReadFailure) else render_reasoned("", parts.answer)
 
 
-def split_reasoning(text: str, *, required: bool = True) -> Reasoned | ReasoningFailure:
+def split_reasoning(text: str, *, required: bool = True) -> Reasoned | ReadFailure:
     """Separate the reasoning from the answer, strictly: nothing may precede ``<think>``.
 
     Args:
@@ -57,12 +47,12 @@ def split_reasoning(text: str, *, required: bool = True) -> Reasoned | Reasoning
     """
     whole = text.strip()
     if not whole:
-        return ReasoningFailure.empty
+        return ReadFailure.empty
     if not whole.startswith(OPEN):
-        return ReasoningFailure.no_reasoning if required else Reasoned("", whole)
+        return ReadFailure.no_reasoning if required else Reasoned("", whole)
     reasoning, closing, answer = whole.removeprefix(OPEN).partition(CLOSE)
     if not closing:
-        return ReasoningFailure.unclosed_reasoning
+        return ReadFailure.unclosed_reasoning
     if required and not reasoning.strip():
-        return ReasoningFailure.no_reasoning
+        return ReadFailure.no_reasoning
     return Reasoned(reasoning.strip(), answer.strip())

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from megatron_ads.metrics.intervals import Interval, mean_interval
-from megatron_ads.tasks.model_comparison import Assessment, Failure, Risk, Verdict
+from megatron_ads.tasks.elements import ReadFailure
+from megatron_ads.tasks.model_comparison import Assessment, Risk, Verdict
 
 MOST_HIGH_RISK = 0.01
 """Largest share of outputs of high risk that a test may have."""
@@ -49,7 +50,7 @@ class ReplacementReport:
 
 
 def replacement_report(
-    answers: Sequence[Assessment | Failure],
+    answers: Sequence[Assessment | ReadFailure],
     *,
     groups: Sequence[Hashable] | None = None,
     most_high_risk: float = MOST_HIGH_RISK,
@@ -73,7 +74,7 @@ def replacement_report(
     enough = len(answers) - len(read) <= most_unreadable * len(answers)
     return ReplacementReport(
         comparisons=len(answers),
-        failures=dict(Counter(str(answer) for answer in answers if isinstance(answer, Failure)).most_common()),
+        failures=dict(Counter(str(answer) for answer in answers if isinstance(answer, ReadFailure)).most_common()),
         verdicts={str(verdict): verdicts[verdict] for verdict in Verdict},
         risks={str(risk): risks[risk] for risk in Risk},
         net_share=sum(worth) / len(worth) if worth else None,

@@ -9,7 +9,7 @@ import pytest
 from megatron_ads.data.ads_pairs import Offered, Wanted, builtin_rows, generate_pairs, judge
 from megatron_ads.data.ads_world import BRANDS, CATEGORIES, PLACES, PRICES_ASKED, PRICES_OFFERED, TEXTS, Price, Text
 from megatron_ads.metrics.classification import binary_metrics, majority_predictions
-from megatron_ads.tasks.relevance import BAD_VIEW, Judgement, Label, parse
+from megatron_ads.tasks.relevance import BAD_VIEW, Label, RelevanceJudgement, parse
 
 SHOES, HOTELS = CATEGORIES[0], CATEGORIES[2]
 
@@ -46,7 +46,7 @@ def test_every_label_follows_from_the_texts_by_the_rule():
 def test_target_carries_the_label_after_reasoning():
     for row in builtin_rows(300):
         judgement = parse(row.target)
-        assert isinstance(judgement, Judgement)
+        assert isinstance(judgement, RelevanceJudgement)
         assert judgement.label == row.label
 
 

@@ -1,13 +1,13 @@
-"""What the next-advertiser variants are made of, from a record or from a row that asks for the name."""
+"""What the next-advertiser variants are made of: a row that asks for the name, and who else it could have been."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ads.data.rows import ChatRow
-from megatron_ads.tasks.next_advertiser import POOL_LINE, TASK, TEMPLATE, Request, parse, render_prompt
-from megatron_ads.tasks.truths import truth_of
-from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView
-from megatron_ads.tasks.variants.context import context_of
+from megatron_ads.data.rows import ChatRow, Fact, Facts
+from megatron_ads.errors import DataError
+from megatron_ads.tasks.next_advertiser import Prediction
+from megatron_ads.tasks.truths import ground_truth
+from megatron_ads.tasks.user_history import render_history, shown_history
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,8 +15,10 @@ class AdvertiserQuestion:
     """One user, the advertiser who came next, and others who could have."""
 
     row_id: str
-    context: str
-    """What a prompt shows of the user, below its instruction; without the pool."""
+    history: str
+    """What a prompt shows of the user."""
+    facts: Facts
+    """What is known of the user."""
     advertiser: str
     pool: tuple[str, ...]
     """Where other candidates come from; may hold the true one."""
@@ -25,35 +27,34 @@ class AdvertiserQuestion:
     reasoning: str = ""
 
 
-def question_about(
-    row_id: str, request: Request, advertiser: str, reasoning: str = "", *, view: HistoryView = FULL_VIEW
-) -> AdvertiserQuestion:
-    """Return the question of a record."""
-    context = render_prompt(Request(request.user), "", view=view).removeprefix("\n")
-    return AdvertiserQuestion(
-        row_id=row_id,
-        context=context,
-        advertiser=advertiser,
-        pool=request.pool,
-        group=request.user.user_id,
-        reasoning=reasoning,
-    )
-
-
 def question_of(row: ChatRow, row_id: str, pool: Sequence[str]) -> AdvertiserQuestion:
     """Return the question of a row that asks for the name.
 
     Raises:
-        DataError: If the row is not of that task or not in its template's form.
+        DataError: If the row's facts do not tell it.
     """
-    truth = truth_of(row, parse)
-    lines = context_of(row, TASK, (TEMPLATE,)).splitlines()
-    context = "\n".join(lines[:-1] if lines[-1].startswith(POOL_LINE) else lines)
+    require_own_form(row)
+    truth = ground_truth(row, Prediction)
+    left_out = {Fact.pool, Fact.best_answers}
     return AdvertiserQuestion(
         row_id=row_id,
-        context=context,
+        history=render_history(shown_history(row)),
+        facts={name: value for name, value in row.facts.items() if name not in left_out},
         advertiser=truth.advertiser,
         pool=tuple(pool),
         group=row.group,
         reasoning=truth.reasoning,
     )
+
+
+def require_own_form(row: ChatRow) -> None:
+    """Refuse a row whose prompt is a text in a form of its own: nothing says what of it another question may show.
+
+    Raises:
+        DataError: If it is.
+    """
+    if Fact.text in row.facts:
+        raise DataError(
+            f"row {row.id!r} begins with {row.prompt[-1].content!r:.60}, and its facts do not say what it shows; a "
+            f"variant asks anew, so it is made from rows with facts or with a prompt of {row.task}."
+        )

@@ -30,7 +30,7 @@ def ask_again(rows: Sequence[ChatRow], variant: RowVariant) -> list[ChatRow]:
     pool = sorted({row.label for row in rows if row.task == next_advertiser.TASK and row.label})
     asked = [_ask(row, variant, pool) for row in rows]
     return [
-        replace(row, id=new.id, task=new.task, messages=new.messages, label=new.label)
+        replace(row, id=new.id, task=new.task, messages=new.messages, label=new.label, facts=new.facts)
         for row, new in zip(rows, asked, strict=True)
     ]
 

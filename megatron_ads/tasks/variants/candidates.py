@@ -2,9 +2,11 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from megatron_ads.data.rows import Fact
 from megatron_ads.errors import DataError
+from megatron_ads.tasks.prompt_templates import LABELS
 
 CANDIDATES = 20
 
@@ -28,3 +30,8 @@ def candidates_of(row_id: str, truth: str, pool: Sequence[str], count: int = CAN
     chosen = [truth, *draw.sample(others, count - 1)]
     draw.shuffle(chosen)
     return tuple(chosen)
+
+
+def candidate_lines(names: Iterable[str]) -> list[str]:
+    """Return the lines of a prompt that list candidates."""
+    return [f"{LABELS[Fact.candidates]}:", *names]

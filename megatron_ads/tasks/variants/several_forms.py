@@ -16,10 +16,14 @@ from megatron_ads.tasks.variants.advertiser_question import AdvertiserQuestion
 
 def name_row(question: AdvertiserQuestion) -> ChatRow:
     """Return the question for the name."""
-    prompt = f"{next_advertiser.TEMPLATE.instruction_of(question.row_id)}\n{question.context}"
-    target = next_advertiser.render_target(question.advertiser, question.reasoning)
     return single_turn(
-        question.row_id, next_advertiser.TASK, prompt, target, group=question.group, label=question.advertiser
+        question.row_id,
+        next_advertiser.TASK,
+        f"{next_advertiser.TEMPLATE.instruction_of(question.row_id)}\n{question.history}",
+        next_advertiser.render_target(question.advertiser, question.reasoning),
+        facts=question.facts,
+        group=question.group,
+        label=question.advertiser,
     )
 
 
@@ -38,4 +42,4 @@ def chat_row(question: AdvertiserQuestion) -> ChatRow:
     Raises:
         DataError: If the question's pool has too few others for the form.
     """
-    return FORMS[_DRAW.instruction_of(question.row_id)](question)
+    return tuple(FORMS.values())[_DRAW.wording_of(question.row_id)](question)

@@ -8,29 +8,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.rows import ChatRow, Fact, Facts
 from megatron_ads.metrics.classification import DefectView, binary_metrics
 from megatron_ads.tasks import ad_user_relevance, relevance
 from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import element, read_only
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
-from megatron_ads.tasks.truths import Metrics, readable, truth_of
-from megatron_ads.tasks.variants.advertiser_question import AdvertiserQuestion
+from megatron_ads.tasks.elements import ReadFailure, element, read_only
+from megatron_ads.tasks.prompt_templates import Template, ad_of, line
+from megatron_ads.tasks.reasoning import render_reasoned, split_reasoning
+from megatron_ads.tasks.truths import Metrics, ground_truth, readable, truth_facts
+from megatron_ads.tasks.user_history import render_history, shown_history
+from megatron_ads.tasks.variants.advertiser_question import AdvertiserQuestion, require_own_form
 from megatron_ads.tasks.variants.candidates import candidates_of
-from megatron_ads.tasks.variants.context import context_of
 
 TASK = "yes_no"
 
 
-class Answer(StrEnum):
+class YesNo(StrEnum):
     """The two answers."""
 
     no = "No"
     yes = "Yes"
 
 
-NO_VIEW = DefectView("no", frozenset({Answer.no}))
+NO_VIEW = DefectView("no", frozenset({YesNo.no}))
 _FORM = "Answer with <Answer>Yes</Answer> or <Answer>No</Answer>."
 QUERY_AD = Template(
     task=f"{TASK}/query_ad",
@@ -53,23 +53,11 @@ ADVERTISER = Template(
 GOOD_SCORES = frozenset({ad_user_relevance.Score.relevant, ad_user_relevance.Score.high})
 
 
-class Failure(StrEnum):
-    """Why an answer cannot be read; the first that applies is reported."""
-
-    empty = "empty"
-    no_reasoning = "no_reasoning"
-    unclosed_reasoning = "unclosed_reasoning"
-    no_answer = "no_answer"
-    several_answers = "several_answers"
-    unknown_answer = "unknown_answer"
-    text_around_answer = "text_around_answer"
-
-
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class YesNoAnswer:
     """An answer that could be read."""
 
-    answer: Answer
+    answer: YesNo
     reasoning: str
 
 
@@ -77,24 +65,26 @@ def query_ad_row(row: ChatRow, row_id: str) -> ChatRow:
     """Return the question whether an ad serves a query, from a row that asks how well.
 
     Raises:
-        DataError: If the row is not of that task or not in its templates' form.
+        DataError: If the row's facts do not tell the query, the ad and the answer.
     """
-    context = context_of(row, relevance.TASK, (relevance.TEMPLATE, relevance.THREE_LABELS_TEMPLATE))
-    truth = truth_of(row, relevance.parse)
-    prompt = f"{QUERY_AD.instruction_of(row_id)}\n{context}"
-    return _row(row_id, prompt, truth.label not in relevance.BAD_VIEW.defects, truth.reasoning, row.group)
+    require_own_form(row)
+    truth = ground_truth(row, relevance.RelevanceJudgement)
+    ad = ad_of(row.object_fact(Fact.ad))
+    prompt = relevance.render_prompt(row.text_fact(Fact.query), ad, QUERY_AD.instruction_of(row_id))
+    return _row(row_id, prompt, truth.label not in relevance.BAD_VIEW.defects, truth.reasoning, row.group, row.facts)
 
 
 def ad_user_row(row: ChatRow, row_id: str) -> ChatRow:
     """Return the question whether an ad interests a user, from a row that asks how much.
 
     Raises:
-        DataError: If the row is not of that task or not in its template's form.
+        DataError: If the row's facts do not tell the user, the ad and the answer.
     """
-    context = context_of(row, ad_user_relevance.TASK, (ad_user_relevance.TEMPLATE,))
-    truth = truth_of(row, ad_user_relevance.parse)
-    prompt = f"{AD_USER.instruction_of(row_id)}\n{context}"
-    return _row(row_id, prompt, truth.score in GOOD_SCORES, truth.reasoning, row.group)
+    require_own_form(row)
+    truth = ground_truth(row, ad_user_relevance.UserRelevanceJudgement)
+    ad, history = ad_of(row.object_fact(Fact.ad)), render_history(shown_history(row))
+    prompt = "\n".join([AD_USER.instruction_of(row_id), history, *ad.lines()])
+    return _row(row_id, prompt, truth.score in GOOD_SCORES, truth.reasoning, row.group, row.facts)
 
 
 def advertiser_row(question: AdvertiserQuestion) -> ChatRow:
@@ -106,30 +96,36 @@ def advertiser_row(question: AdvertiserQuestion) -> ChatRow:
         DataError: If the question's pool has no other.
     """
     asked = candidates_of(question.row_id, question.advertiser, question.pool, 2)[0]
-    prompt = f"{ADVERTISER.instruction_of(question.row_id)}\n{question.context}\nAdvertiser: {asked}"
+    asked_about = line(Fact.advertiser, asked)
+    prompt = "\n".join([ADVERTISER.instruction_of(question.row_id), question.history, asked_about])
     is_next = asked == question.advertiser
-    return _row(question.row_id, prompt, is_next, question.reasoning if is_next else "", question.group)
+    facts = {**question.facts, Fact.advertiser: asked}
+    return _row(question.row_id, prompt, is_next, question.reasoning if is_next else "", question.group, facts)
 
 
-def _row(row_id: str, prompt: str, yes: bool, reasoning: str, group: str) -> ChatRow:
-    answer = Answer.yes if yes else Answer.no
+def _row(row_id: str, prompt: str, yes: bool, reasoning: str, group: str, facts: Facts) -> ChatRow:
+    answer = YesNo.yes if yes else YesNo.no
     target = render_reasoned(reasoning, element("Answer", answer))
-    return single_turn(row_id, TASK, prompt, target, group=group, label=answer)
+    facts = {name: value for name, value in facts.items() if name != Fact.best_answers}
+    facts |= truth_facts(YesNoAnswer(answer, reasoning))
+    return single_turn(row_id, TASK, prompt, target, facts=facts, group=group, label=answer)
 
 
-def parse(text: str, *, reasoning_required: bool = False) -> Judgement | Failure:
+def parse(text: str, *, reasoning_required: bool = False) -> YesNoAnswer | ReadFailure:
     """Read an answer strictly: reasoning, which may be missing, then one answer, and nothing else."""
     parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReasoningFailure):
-        return Failure(parts.value)
-    answer = read_only("Answer", parts.answer, Failure.no_answer, Failure.several_answers, Failure.text_around_answer)
-    if isinstance(answer, Failure):
+    if isinstance(parts, ReadFailure):
+        return parts
+    answer = read_only(
+        "Answer", parts.answer, ReadFailure.no_answer, ReadFailure.several_answers, ReadFailure.text_around_answer
+    )
+    if isinstance(answer, ReadFailure):
         return answer
-    return Judgement(Answer(answer), parts.reasoning) if answer in set(Answer) else Failure.unknown_answer
+    return YesNoAnswer(YesNo(answer), parts.reasoning) if answer in set(YesNo) else ReadFailure.unknown_answer
 
 
-def metrics(rows: Sequence[ChatRow], answers: Sequence[Judgement | Failure]) -> Metrics:
+def metrics(rows: Sequence[ChatRow], answers: Sequence[YesNoAnswer | ReadFailure]) -> Metrics:
     """Return the binary metrics, yes being the positive class. For an AUC see ``metrics.probabilities``."""
-    truths = [truth_of(row, parse).answer for row in rows]
+    truths = [ground_truth(row, YesNoAnswer).answer for row in rows]
     given = [readable(answer) for answer in answers]
     return {**binary_metrics(truths, [answer.answer if answer else None for answer in given], NO_VIEW).as_dict()}
