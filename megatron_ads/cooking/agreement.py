@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from megatron_ads.cooking.candidates import Candidate, Removed, by_row, passing
 from megatron_ads.cooking.config import RejectConfig
 from megatron_ads.errors import ConfigError
-from megatron_ads.metrics.text_similarity import fit_embedding, mean_similarities
+from megatron_ads.metrics.text import fit_embedding, mean_similarities
 
 Embed = Callable[[Sequence[str]], NDArray[np.float64]]
 """One vector of length 1 (0 for a text without known words) per text, (N, D)."""

@@ -13,7 +13,7 @@ from megatron_ads.cooking.answering import Answer, Finish
 from megatron_ads.cooking.config import RejectConfig
 from megatron_ads.cooking.prompts import FormFailure, answer_of, read_teacher
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.metrics.text_similarity import words_of
+from megatron_ads.metrics.text import words_of
 from megatron_ads.tasks.reasoning import render_reasoned
 from megatron_ads.tasks.registry import TASKS, task_named
 from megatron_ads.tasks.truths import agrees

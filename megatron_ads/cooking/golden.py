@@ -18,7 +18,7 @@ from megatron_ads.cooking.config import CookConfig
 from megatron_ads.cooking.prompts import ReasoningTemplate
 from megatron_ads.cooking.requests import reasoning_request
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.metrics.text_similarity import mean_similarities
+from megatron_ads.metrics.text import mean_similarities
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,8 +14,7 @@ from enum import StrEnum
 
 from megatron_ads.cooking.agreement import Embed
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.metrics.generated_queries import is_narrower, near_duplicates
-from megatron_ads.metrics.text_similarity import words_of
+from megatron_ads.metrics.text import is_narrower, near_duplicates, words_of
 from megatron_ads.tasks.query_generation import Queries, keyword_of, subject_of
 from megatron_ads.tasks.truths import ground_truth
 

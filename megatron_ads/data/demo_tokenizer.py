@@ -1,4 +1,4 @@
-"""A small byte-level BPE tokenizer in DeepSeek's form, trained on the spot on generated rows; always the same one.
+"""A small byte-level BPE tokenizer in DeepSeek's form, trained when needed on generated rows; always the same one.
 
 Any text can be encoded. The built-in rows take about 65 tokens each, those about a simulated user about 250; a few
 hundred common words of shops and ads keep real product texts short as well.
@@ -6,6 +6,7 @@ hundred common words of shops and ads keep real product texts short as well.
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,9 @@ asks has lacks
 """
 
 
-def train_tokenizer(vocab_size: int) -> dict[str, Any]:
-    """Return the parsed ``tokenizer.json`` of at most ``vocab_size`` tokens."""
+@cache
+def train_tokenizer(vocab_size: int) -> str:
+    """Return the text of ``tokenizer.json`` with at most ``vocab_size`` tokens; trained once in a process."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -85,7 +87,7 @@ def train_tokenizer(vocab_size: int) -> dict[str, Any]:
     parsed: dict[str, Any] = json.loads(tokenizer.to_str())
     for token in parsed["added_tokens"]:
         token["special"] = token["content"] in _CONTROL
-    return parsed
+    return _as_json(parsed)
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
@@ -99,8 +101,12 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
         "model_max_length": 16384,
         "chat_template": CHAT_TEMPLATE,
     }
-    for name, content in (("tokenizer.json", train_tokenizer(vocab_size)), ("tokenizer_config.json", settings)):
-        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    for name, text in (("tokenizer.json", train_tokenizer(vocab_size)), ("tokenizer_config.json", _as_json(settings))):
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _as_json(content: dict[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False, indent=1)
 
 
 def _training_texts() -> Iterator[str]:

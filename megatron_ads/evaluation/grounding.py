@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_ads.metrics.ranking import same_name
-from megatron_ads.metrics.text_similarity import fit_embedding
+from megatron_ads.metrics.text import fit_embedding
 
 _DIMENSIONS = 256
 _RUN = 3

@@ -21,10 +21,14 @@ from numpy.typing import NDArray
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.evaluation.answer import Answer
-from megatron_ads.metrics.generated_queries import click_attribute_ratio
 from megatron_ads.metrics.intervals import Interval, mean_interval, statistic_interval
-from megatron_ads.metrics.lexical_matcher import LexicalMatcher
-from megatron_ads.metrics.text_similarity import fit_embedding, mean_pairwise_distance, words_of
+from megatron_ads.metrics.text import (
+    LexicalMatcher,
+    click_attribute_ratio,
+    fit_embedding,
+    mean_pairwise_distance,
+    words_of,
+)
 from megatron_ads.tasks.query_generation import Queries, keyword_of, parse, subject_of
 from megatron_ads.tasks.truths import ground_truth, readable
 

@@ -1,6 +1,7 @@
-"""How well graded labels are told apart, as the binary tables of AdNanny (section 5.1, tables 1 to 4) have it.
+"""How well labels, scores and probabilities tell classes apart.
 
-A view calls some labels a defect (the negative class), the others not (the positive class). With the counts
+Binary views of graded labels, as the tables of AdNanny (section 5.1, tables 1 to 4) have them. A view calls some labels
+a defect (the negative class), the others not (the positive class). With the counts
 
     TP, FN, UP   non-defects answered as non-defect, as defect, and not readably
     TN, FP, UN   defects answered as defect, as non-defect, and not readably
@@ -9,18 +10,29 @@ A view calls some labels a defect (the negative class), the others not (the posi
     PosPrec = TP / (TP + FP)          NegPrec = TN / (TN + FN)          Acc  = (TP + TN) / all
     DR      = defects / all           Model DR = (TN + FN) / all        F1   = 2 / (1/Prec + 1/Acc of the class)
 
-An answer that cannot be read is wrong whatever the truth is, and counts as neither prediction (ours; the paper does not
-say). A ratio with denominator 0 is undefined: None.
+Labels on an ordered scale:
+
+    quadratic kappa = 1 - sum_ij w_ij O_ij / sum_ij w_ij E_ij,    w_ij = (i - j)^2
+
+with O_ij the rows of truth i and prediction j, and E_ij what independent draws with the same margins would give.
+
+Scores and probabilities:
+
+    AUC = P(score of a positive > score of a negative) + P(equal) / 2
+    ECE = sum over bins of (share of rows) * |mean probability - share of positives|
+
+An answer that cannot be read is wrong whatever the truth is: in a view it counts as neither prediction, on a scale as
+the label farthest from the truth (ours; the paper does not say). A ratio with denominator 0 is undefined: None.
 """
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ads.metrics.intervals import Interval
+from megatron_ads.metrics.intervals import Interval, percentile_interval, resampled_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,51 +62,34 @@ class BinaryMetrics:
 
     def as_dict(self) -> dict[str, float | int | None]:
         """Return the fields by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-@dataclass(frozen=True, slots=True)
-class _Counts:
-    """TP, FN, UP, TN, FP, UN of the module's head."""
-
-    tp: int = 0
-    fn: int = 0
-    up: int = 0
-    tn: int = 0
-    fp: int = 0
-    un: int = 0
+        return asdict(self)
 
 
 def binary_metrics(truths: Sequence[str], predictions: Sequence[str | None], view: DefectView) -> BinaryMetrics:
     """Score predictions in one view; None is an answer that could not be read."""
-    c = _count(truths, predictions, view)
+    found = Counter(
+        (truth in view.defects, None if prediction is None else prediction in view.defects)
+        for truth, prediction in zip(truths, predictions, strict=True)
+    )
+    tp, fn, up = found[False, False], found[False, True], found[False, None]
+    tn, fp, un = found[True, True], found[True, False], found[True, None]
     total = len(truths)
-    positive_accuracy, negative_accuracy = _ratio(c.tp, c.tp + c.fn + c.up), _ratio(c.tn, c.tn + c.fp + c.un)
-    positive_precision, negative_precision = _ratio(c.tp, c.tp + c.fp), _ratio(c.tn, c.tn + c.fn)
+    positive_accuracy, negative_accuracy = _ratio(tp, tp + fn + up), _ratio(tn, tn + fp + un)
+    positive_precision, negative_precision = _ratio(tp, tp + fp), _ratio(tn, tn + fn)
     return BinaryMetrics(
         rows=total,
-        defect_rate=_ratio(c.tn + c.fp + c.un, total),
-        model_defect_rate=_ratio(c.tn + c.fn, total),
+        defect_rate=_ratio(tn + fp + un, total),
+        model_defect_rate=_ratio(tn + fn, total),
         balanced_accuracy=_mean(positive_accuracy, negative_accuracy),
-        accuracy=_ratio(c.tp + c.tn, total),
+        accuracy=_ratio(tp + tn, total),
         positive_accuracy=positive_accuracy,
         positive_precision=positive_precision,
         negative_accuracy=negative_accuracy,
         negative_precision=negative_precision,
         positive_f1=_f1(positive_precision, positive_accuracy),
         negative_f1=_f1(negative_precision, negative_accuracy),
-        unreadable_rate=_ratio(c.up + c.un, total),
+        unreadable_rate=_ratio(up + un, total),
     )
-
-
-def majority_predictions(truths: Sequence[str], *, learned_from: Sequence[str] | None = None) -> list[str | None]:
-    """Return the baseline that answers every row with the most frequent label, of ``learned_from`` if given.
-
-    Where several are equally frequent it is the first in the alphabet.
-    """
-    counts = Counter(learned_from or truths)
-    majority = min(counts, key=lambda label: (-counts[label], label))
-    return [majority] * len(truths)
 
 
 def balanced_accuracy_interval(
@@ -112,44 +107,122 @@ def balanced_accuracy_interval(
     Returns:
         None if no resample had both classes.
     """
-    counts_GK = _counts_by_group(truths, predictions, view, groups or range(len(truths)))
-    draw = np.random.default_rng(seed)
-    clusters = len(counts_GK)
-    times_RG = draw.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
-    right_positive, positives, right_negative, negatives = (times_RG @ counts_GK).T
-    defined = (positives > 0) & (negatives > 0)
-    if not defined.any():
-        return None
-    values = (right_positive[defined] / positives[defined] + right_negative[defined] / negatives[defined]) / 2
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(low=float(low), high=float(high), confidence=confidence)
+    defect_N = np.array([truth in view.defects for truth in truths])
+    answer_N = np.array([None if answer is None else answer in view.defects for answer in predictions])
+    right_N = answer_N == defect_N
+    columns = [right_N & ~defect_N, ~defect_N, right_N & defect_N, defect_N]
+    sums_KR = resampled_sums(columns, groups=groups, resamples=resamples, seed=seed)
+    right_positive, positives, right_negative, negatives = sums_KR[:, (sums_KR[1] > 0) & (sums_KR[3] > 0)]
+    values = (right_positive / positives + right_negative / negatives) / 2
+    return percentile_interval(values, confidence) if values.size else None
 
 
-def _counts_by_group(
-    truths: Sequence[str], predictions: Sequence[str | None], view: DefectView, groups: Sequence[Hashable]
-) -> NDArray[np.int64]:
-    """Return, per group, (TP, non-defects, TN, defects)."""
-    index = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    counts_GK = np.zeros((len(index), 4), dtype=np.int64)
-    for truth, prediction, group in zip(truths, predictions, groups, strict=True):
-        defect = truth in view.defects
-        right = prediction is not None and (prediction in view.defects) == defect
-        counts_GK[index[group], 2 * defect] += right
-        counts_GK[index[group], 2 * defect + 1] += 1
-    return counts_GK
+def majority_predictions(truths: Sequence[str], *, learned_from: Sequence[str] | None = None) -> list[str | None]:
+    """Return the baseline that answers every row with the most frequent label, of ``learned_from`` if given.
+
+    Where several are equally frequent it is the first in the alphabet.
+    """
+    counts = Counter(learned_from or truths)
+    majority = min(counts, key=lambda label: (-counts[label], label))
+    return [majority] * len(truths)
 
 
-def _count(truths: Sequence[str], predictions: Sequence[str | None], view: DefectView) -> _Counts:
-    found: Counter[str] = Counter()
+def accuracy(truths: Sequence[str], predictions: Sequence[str | None]) -> float | None:
+    """Return the share of rows with exactly the right label; None without rows."""
+    return _ratio(sum(truth == given for truth, given in zip(truths, predictions, strict=True)), len(truths))
+
+
+def macro_recall(truths: Sequence[str], predictions: Sequence[str | None]) -> float | None:
+    """Return the mean over labels of the share of their rows that is right; labels without rows do not count."""
+    rows = Counter(truths)
+    right = Counter(truth for truth, given in zip(truths, predictions, strict=True) if truth == given)
+    return sum(right[label] / rows[label] for label in sorted(rows)) / len(rows) if rows else None
+
+
+def confusion(truths: Sequence[str], predictions: Sequence[str | None], scale: Sequence[str]) -> NDArray[np.int64]:
+    """Return rows counted by truth (first axis) and prediction; the last column holds what could not be read."""
+    place = {label: number for number, label in enumerate(scale)}
+    counts_LP = np.zeros((len(scale), len(scale) + 1), dtype=np.int64)
     for truth, prediction in zip(truths, predictions, strict=True):
-        defect = truth in view.defects
-        if prediction is None:
-            found["un" if defect else "up"] += 1
-        elif prediction in view.defects:
-            found["tn" if defect else "fn"] += 1
-        else:
-            found["fp" if defect else "tp"] += 1
-    return _Counts(**found)
+        counts_LP[place[truth], len(scale) if prediction is None else place[prediction]] += 1
+    return counts_LP
+
+
+def quadratic_kappa(truths: Sequence[str], predictions: Sequence[str | None], scale: Sequence[str]) -> float | None:
+    """Return Cohen's kappa with quadratic weights; ``scale`` lists the labels in order.
+
+    Returns:
+        1 is full agreement, 0 what chance gives; None without rows, or if truth and prediction are one and the same
+        label throughout.
+    """
+    from sklearn.metrics import cohen_kappa_score  # here: importing it takes longer than a command's --help may
+
+    truth_N, given_N = _places(truths, predictions, scale)
+    if len({*truth_N.tolist(), *given_N.tolist()}) < 2:
+        return None
+    return float(cohen_kappa_score(given_N, truth_N, labels=range(len(scale)), weights="quadratic"))
+
+
+def mean_distance(truths: Sequence[str], predictions: Sequence[str | None], scale: Sequence[str]) -> float | None:
+    """Return by how many steps of the scale a prediction is off on average; None without rows."""
+    truth_N, given_N = _places(truths, predictions, scale)
+    return float(np.abs(truth_N - given_N).mean()) if len(truth_N) else None
+
+
+def auc(truths: Sequence[bool], scores: Sequence[float]) -> float | None:
+    """Return the area under the ROC curve; None unless both classes are there.
+
+    Scores may be infinite, which ``sklearn.metrics.roc_auc_score`` refuses.
+    """
+    truth_N, score_N = np.asarray(truths, dtype=bool), np.asarray(scores, dtype=np.float64)
+    positive, negative = score_N[truth_N], np.sort(score_N[~truth_N])
+    below = sum(int(np.searchsorted(negative, positive, side=side).sum()) for side in ("left", "right"))
+    return _ratio(below, 2 * len(positive) * len(negative))
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Rows whose probability lies in one range."""
+
+    rows: int
+    mean_probability: float
+    share_of_positives: float
+
+
+def calibration_bins(truths: Sequence[bool], probabilities: Sequence[float], bins: int = 10) -> list[Bin]:
+    """Return equally wide bins of probability, empty ones left out."""
+    truth_N, p_N = np.asarray(truths, dtype=bool), np.asarray(probabilities, dtype=np.float64)
+    number_N = np.minimum((p_N * bins).astype(np.int64), bins - 1)
+    return [
+        Bin(int(here.sum()), mean_probability=float(p_N[here].mean()), share_of_positives=float(truth_N[here].mean()))
+        for here in (number_N == number for number in range(bins))
+        if here.any()
+    ]
+
+
+def calibration_error(truths: Sequence[bool], probabilities: Sequence[float], bins: int = 10) -> float | None:
+    """Return the expected calibration error; None without rows."""
+    if not len(truths):
+        return None
+    return sum(
+        found.rows / len(truths) * abs(found.mean_probability - found.share_of_positives)
+        for found in calibration_bins(truths, probabilities, bins)
+    )
+
+
+def _places(
+    truths: Sequence[str], predictions: Sequence[str | None], scale: Sequence[str]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where truths and predictions are on a scale; unreadable is the end farthest from the truth."""
+    place = {label: number for number, label in enumerate(scale)}
+    last = len(scale) - 1
+    truth_N = np.array([place[truth] for truth in truths], dtype=np.int64)
+    farthest_N = np.where(2 * truth_N >= last, 0, last)  # the lower one of two
+    given = [
+        far if prediction is None else place[prediction]
+        for prediction, far in zip(predictions, farthest_N.tolist(), strict=True)
+    ]
+    return truth_N, np.array(given, dtype=np.int64)
 
 
 def _ratio(numerator: int, denominator: int) -> float | None:

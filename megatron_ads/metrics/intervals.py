@@ -1,6 +1,9 @@
-"""Bootstrap intervals: how far a number could have come out otherwise, had other rows been drawn.
+"""Bootstrap intervals: how different a number could have been, had other rows been drawn.
 
-Rows that belong together, such as the rows of one query or user, are drawn together: they are not independent.
+Rows that belong together, such as the rows of one query or user, are drawn together: they are not independent. The
+interval is between two percentiles of the resampled values.
+
+Shape suffixes: N = rows, G = groups, R = resamples, K = columns.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -34,16 +37,29 @@ def mean_interval(
     """
     if not values:
         return None
-    numbers = _numbered(groups or range(len(values)))
+    sums_R, rows_R = resampled_sums([values, np.ones(len(values))], groups=groups, resamples=resamples, seed=seed)
+    return percentile_interval(sums_R / rows_R, confidence)
+
+
+def resampled_sums(
+    columns: Sequence[Sequence[float] | NDArray[np.float64]],
+    *,
+    groups: Sequence[Hashable] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """Return (K, R): the sum of each column of N values over the rows of each resample."""
+    numbers = _numbered(groups or range(len(columns[0])))
     clusters = int(numbers.max()) + 1
-    sums_G = np.bincount(numbers, weights=np.asarray(values, dtype=np.float64), minlength=clusters)
-    rows_G = np.bincount(numbers, minlength=clusters)
+    sums_KG = [
+        np.bincount(numbers, weights=np.asarray(column, dtype=np.float64), minlength=clusters) for column in columns
+    ]
     draw, evenly = np.random.default_rng(seed), np.full(clusters, 1 / clusters)
-    means = np.empty(resamples)
+    sums_KR = np.empty((len(columns), resamples))
     for resample in range(resamples):  # one at a time: all together would take resamples x groups numbers
         times_G = draw.multinomial(clusters, evenly)
-        means[resample] = (times_G @ sums_G) / (times_G @ rows_G)
-    return _between(means, confidence)
+        sums_KR[:, resample] = [times_G @ sums_G for sums_G in sums_KG]
+    return sums_KR
 
 
 def statistic_interval(
@@ -59,7 +75,7 @@ def statistic_interval(
 
     Args:
         statistic: Takes the numbers of the drawn rows, with repetitions; None where it is undefined.
-        rows: How many there are.
+        rows: Number of rows.
         groups: One value a row; rows of equal value are drawn together.
         confidence: Share of the resamples inside the interval.
         resamples: How often rows are drawn.
@@ -79,15 +95,16 @@ def statistic_interval(
         value = statistic(np.concatenate([members[number] for number in chosen]))
         if value is not None:
             values.append(value)
-    return _between(np.asarray(values), confidence) if values else None
+    return percentile_interval(np.asarray(values), confidence) if values else None
+
+
+def percentile_interval(values: NDArray[np.float64], confidence: float) -> Interval:
+    """Return the central interval that holds a share ``confidence`` of resampled values."""
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(low=float(low), high=float(high), confidence=confidence)
 
 
 def _numbered(groups: Sequence[Hashable]) -> NDArray[np.int64]:
     """Return, per row, the number of its group."""
     index = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     return np.asarray([index[group] for group in groups], dtype=np.int64)
-
-
-def _between(values: NDArray[np.float64], confidence: float) -> Interval:
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(low=float(low), high=float(high), confidence=confidence)

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 
 from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.errors import DataError
-from megatron_ads.metrics.overlap import overlap
-from megatron_ads.metrics.text_similarity import words_of
+from megatron_ads.metrics.text import overlap, words_of
 from megatron_ads.tasks.conversation import filled, single_turn
 from megatron_ads.tasks.elements import ReadFailure, element, listed, read_elements, read_parts
 from megatron_ads.tasks.prompt_templates import Ad, Template, line

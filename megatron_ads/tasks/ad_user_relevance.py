@@ -10,9 +10,14 @@ from enum import StrEnum
 
 from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.errors import DataError
-from megatron_ads.metrics.classification import DefectView, binary_metrics
-from megatron_ads.metrics.graded import accuracy, mean_distance, quadratic_kappa
-from megatron_ads.metrics.probabilities import auc
+from megatron_ads.metrics.classification import (
+    DefectView,
+    accuracy,
+    auc,
+    binary_metrics,
+    mean_distance,
+    quadratic_kappa,
+)
 from megatron_ads.tasks.conversation import single_turn
 from megatron_ads.tasks.elements import ReadFailure, element, read_only
 from megatron_ads.tasks.prompt_templates import Ad, Template

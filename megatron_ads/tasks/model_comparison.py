@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 from megatron_ads.data.rows import ChatRow, Fact
-from megatron_ads.metrics.graded import accuracy, macro_recall, quadratic_kappa
-from megatron_ads.metrics.overlap import overlap
+from megatron_ads.metrics.classification import accuracy, macro_recall, quadratic_kappa
+from megatron_ads.metrics.text import overlap
 from megatron_ads.tasks.conversation import filled, single_turn
 from megatron_ads.tasks.elements import ReadFailure, element, listed, read_parts, unlisted
 from megatron_ads.tasks.prompt_templates import Template, line

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from megatron_ads.data.rows import ChatRow, Fact, JsonValue
 from megatron_ads.errors import DataError
-from megatron_ads.metrics.generated_queries import distinct_n, is_narrower, near_duplicates
-from megatron_ads.metrics.text_similarity import words_of
+from megatron_ads.metrics.text import distinct_n, is_narrower, near_duplicates, words_of
 from megatron_ads.tasks.conversation import filled, single_turn
 from megatron_ads.tasks.elements import ReadFailure, count_of, element, read_elements
 from megatron_ads.tasks.prompt_templates import Ad, Template, ad_of, line

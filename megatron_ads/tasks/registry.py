@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
-from megatron_ads.metrics.format_rates import format_rates
+from megatron_ads.metrics.text import format_rates
 from megatron_ads.tasks import (
     ad_rewriting,
     ad_user_relevance,

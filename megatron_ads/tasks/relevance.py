@@ -11,8 +11,7 @@ from enum import StrEnum
 
 from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.errors import DataError
-from megatron_ads.metrics.classification import DefectView, binary_metrics
-from megatron_ads.metrics.graded import accuracy
+from megatron_ads.metrics.classification import DefectView, accuracy, binary_metrics
 from megatron_ads.tasks.conversation import single_turn
 from megatron_ads.tasks.elements import ReadFailure, count_of, element, read_elements
 from megatron_ads.tasks.prompt_templates import Ad, Template, line

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.metrics.overlap import overlap
-from megatron_ads.metrics.text_similarity import words_of
+from megatron_ads.metrics.text import overlap, words_of
 from megatron_ads.tasks.conversation import single_turn
 from megatron_ads.tasks.elements import ReadFailure, element, listed, read_parts, unlisted
 from megatron_ads.tasks.prompt_templates import Template

@@ -6,8 +6,21 @@ from itertools import islice
 
 import pytest
 
-from megatron_ads.data.ads_pairs import Offered, Wanted, builtin_rows, generate_pairs, judge
-from megatron_ads.data.ads_world import BRANDS, CATEGORIES, PLACES, PRICES_ASKED, PRICES_OFFERED, TEXTS, Price, Text
+from megatron_ads.data.ads_pairs import (
+    BRANDS,
+    CATEGORIES,
+    PLACES,
+    PRICES_ASKED,
+    PRICES_OFFERED,
+    TEXTS,
+    Offered,
+    Price,
+    Text,
+    Wanted,
+    builtin_rows,
+    generate_pairs,
+    judge,
+)
 from megatron_ads.metrics.classification import binary_metrics, majority_predictions
 from megatron_ads.tasks.relevance import BAD_VIEW, Label, RelevanceJudgement, parse
 

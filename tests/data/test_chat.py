@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.data.chat import split_text, tokenize_row
-from megatron_ads.data.demo_tokenizer import CHAT_TEMPLATE, END
+from megatron_ads.data.demo_tokenizer import CHAT_TEMPLATE, END, train_tokenizer
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_ads.errors import DataError
@@ -94,6 +94,7 @@ def test_any_text_survives_encoding(tokenizer: ChatTokenizer):
 def test_training_gives_the_same_tokenizer_every_time(tmp_path: Path):
     for name in "ab":
         (tmp_path / name).mkdir()
+        train_tokenizer.cache_clear()
         tokenizer_in(tmp_path / name)
     assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
 

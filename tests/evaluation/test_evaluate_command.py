@@ -9,7 +9,8 @@ from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
 from megatron_ads.evaluation.answer import Answer
 from megatron_ads.evaluation.asking import RowAsker
 
-RECIPE = ["--recipe", "sft/quickstart", "data.validation_rows=6"]
+PAIRS = "data.sources=[{kind: simulator, task: query_ad_relevance, rows: 300}]"
+RECIPE = ["--recipe", "sft/quickstart", PAIRS, "data.validation_rows=6"]
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,33 @@
-"""The binary views of graded labels: by hand, against scikit-learn, and against the paper's own arithmetic."""
+"""Labels, their views, scores and probabilities: by hand, against scikit-learn, and against the paper's arithmetic."""
 
+import math
 import random
 
+import numpy as np
 import pytest
-from sklearn.metrics import balanced_accuracy_score, f1_score, precision_score, recall_score
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    cohen_kappa_score,
+    f1_score,
+    mean_absolute_error,
+    precision_score,
+    recall_score,
+    roc_auc_score,
+)
 
 from megatron_ads.metrics.classification import (
     DefectView,
+    accuracy,
+    auc,
     balanced_accuracy_interval,
     binary_metrics,
+    calibration_bins,
+    calibration_error,
+    confusion,
+    macro_recall,
     majority_predictions,
+    mean_distance,
+    quadratic_kappa,
 )
 from megatron_ads.tasks.relevance import BAD_VIEW, FAIR_VIEW
 
@@ -131,3 +149,97 @@ def test_interval_is_the_same_for_the_same_seed_and_undefined_with_one_class():
 def test_a_view_is_any_set_of_labels():
     quality = DefectView("quality", frozenset({"low"}))
     assert binary_metrics(["low", "high"], ["low", "high"], quality).balanced_accuracy == 1.0
+
+
+SCALE = ["0", "1", "2", "3"]
+
+
+def test_quadratic_kappa_by_hand():
+    # Truth 0 0 3 3, prediction 0 1 3 3. Observed: one row off by 1 -> sum w O = 1.
+    # Margins: truth 0: 2, 3: 2; prediction 0: 1, 1: 1, 3: 2. Expected = product / 4:
+    #   (0,0) 0.5 w 0, (0,1) 0.5 w 1, (0,3) 1 w 9, (3,0) 0.5 w 9, (3,1) 0.5 w 4, (3,3) 1 w 0
+    #   sum w E = 0.5 + 9 + 4.5 + 2 = 16;  kappa = 1 - 1 / 16
+    assert quadratic_kappa(["0", "0", "3", "3"], ["0", "1", "3", "3"], SCALE) == pytest.approx(15 / 16)
+
+
+def test_an_unreadable_answer_counts_as_the_label_farthest_from_the_truth():
+    truths = ["0", "1", "2", "3"]
+    silent = [None] * 4
+    farthest = ["3", "3", "0", "0"]
+    assert quadratic_kappa(truths, silent, SCALE) == quadratic_kappa(truths, farthest, SCALE)
+    assert mean_distance(truths, silent, SCALE) == (3 + 2 + 2 + 3) / 4
+    assert accuracy(truths, silent) == 0.0
+
+
+def test_the_scale_agrees_with_scikit_learn():
+    draw = random.Random(0)
+    truths = [draw.choice(SCALE) for _ in range(300)]
+    predictions = [truth if draw.random() < 0.5 else draw.choice(SCALE) for truth in truths]
+    assert quadratic_kappa(truths, predictions, SCALE) == pytest.approx(
+        cohen_kappa_score(truths, predictions, weights="quadratic")
+    )
+    assert mean_distance(truths, predictions, SCALE) == pytest.approx(
+        mean_absolute_error([int(t) for t in truths], [int(p) for p in predictions])
+    )
+    assert macro_recall(truths, predictions) == pytest.approx(balanced_accuracy_score(truths, predictions))
+
+
+def test_confusion_has_a_column_for_what_could_not_be_read():
+    counts = confusion(["0", "0", "2"], ["1", None, "2"], SCALE)
+    assert counts.shape == (4, 5)
+    assert counts[0].tolist() == [0, 1, 0, 0, 1]
+    assert counts[2].tolist() == [0, 0, 1, 0, 0]
+    assert counts.sum() == 3
+
+
+def test_undefined_is_none():
+    assert quadratic_kappa([], [], SCALE) is None
+    assert quadratic_kappa(["1", "1"], ["1", "1"], SCALE) is None  # chance would agree as well
+    assert mean_distance([], [], SCALE) is None
+    assert accuracy([], []) is None and macro_recall([], []) is None
+
+
+def test_macro_recall_weighs_labels_evenly():
+    # 0: 3 of 3 right, 1: 0 of 1 right -> (1 + 0) / 2, though 3 of 4 rows are right
+    assert macro_recall(["0", "0", "0", "1"], ["0", "0", "0", "0"]) == 0.5
+    assert accuracy(["0", "0", "0", "1"], ["0", "0", "0", "0"]) == 0.75
+
+
+def test_a_label_off_the_scale_is_an_error_of_the_caller():
+    with pytest.raises(KeyError):
+        confusion(["4"], ["0"], SCALE)
+    assert np.array_equal(confusion([], [], SCALE), np.zeros((4, 5)))
+
+
+ARE_POSITIVE = [True, False, True, False]
+SCORES = [0.9, 0.8, 0.4, 0.4]
+
+
+def test_auc_counts_ordered_pairs_and_half_of_the_ties():
+    # Pairs (positive, negative): (0.9, 0.8) 1, (0.9, 0.4) 1, (0.4, 0.8) 0, (0.4, 0.4) 0.5 -> 2.5 / 4
+    assert auc(ARE_POSITIVE, SCORES) == 2.5 / 4
+
+
+def test_auc_agrees_with_scikit_learn():
+    draw = random.Random(0)
+    truths = [draw.random() < 0.3 for _ in range(400)]
+    scores = [round(min(max(draw.gauss(0.6 if truth else 0.4, 0.2), 0.01), 0.99), 2) for truth in truths]
+    assert auc(truths, scores) == pytest.approx(roc_auc_score(truths, scores))
+
+
+def test_what_has_one_class_only_is_undefined():
+    assert auc([True, True], [0.1, 0.2]) is None
+    assert calibration_error([], []) is None
+
+
+def test_infinite_scores_are_the_extremes():
+    assert auc([True, False, False], [-math.inf, 0.0, math.inf]) == 0.0
+
+
+def test_calibration_by_hand():
+    # Bin [0.2, 0.3): 0.2 and 0.25, one positive: |0.225 - 0.5|. Bin [0.9, 1]: 0.9 and 1.0, both positive: |0.95 - 1|.
+    truths, probabilities = [True, False, True, True], [0.2, 0.25, 0.9, 1.0]
+    bins = calibration_bins(truths, probabilities)
+    assert [found.rows for found in bins] == [2, 2]
+    assert [found.share_of_positives for found in bins] == [0.5, 1.0]
+    assert calibration_error(truths, probabilities) == pytest.approx(0.5 * 0.275 + 0.5 * 0.05)

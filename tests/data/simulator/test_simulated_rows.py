@@ -16,7 +16,7 @@ from megatron_ads.data.sources import read_source
 from megatron_ads.data.split import split_by_group
 from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.data.user_features import view_chooser
-from megatron_ads.metrics.generated_queries import is_narrower as has_narrower_words
+from megatron_ads.metrics.text import is_narrower as has_narrower_words
 from megatron_ads.tasks import (
     ad_rewriting,
     ad_user_relevance,
