@@ -14,9 +14,9 @@ from megatron_ads.cooking.config import RejectConfig
 from megatron_ads.cooking.prompts import FormFailure, answer_of, read_teacher
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.metrics.text import words_of
-from megatron_ads.tasks.reasoning import render_reasoned
+from megatron_ads.tasks.answer_format import render_reasoned
+from megatron_ads.tasks.ground_truth import agrees
 from megatron_ads.tasks.registry import TASKS, task_named
-from megatron_ads.tasks.truths import agrees
 
 SHORTEST_DETAIL = 3
 """Shorter words are not counted as details, unless they hold a digit."""

@@ -15,8 +15,8 @@ from enum import StrEnum
 from megatron_ads.cooking.agreement import Embed
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.metrics.text import is_narrower, near_duplicates, words_of
+from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.query_generation import Queries, keyword_of, subject_of
-from megatron_ads.tasks.truths import ground_truth
 
 TOPICS = 32
 """Dimensions of the embedding: with fewer all topics look alike, with more synonyms do not. On 300 simulated rows, a

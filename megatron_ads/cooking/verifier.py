@@ -11,8 +11,7 @@ from megatron_ads.cooking.config import AnsweringConfig
 from megatron_ads.cooking.prompts import answer_of, question_of
 from megatron_ads.cooking.requests import chat_request
 from megatron_ads.data.rows import Role
-from megatron_ads.tasks.elements import ReadFailure, read_parts
-from megatron_ads.tasks.reasoning import CLOSE
+from megatron_ads.tasks.answer_format import CLOSE, ReadFailure, read_parts
 
 ASPECTS = ("Aligned", "Sound", "Faithful")
 _YES, _NO = "yes", "no"

@@ -19,7 +19,7 @@ from enum import StrEnum
 from typing import TypeVar
 
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.tasks.prompt_templates import Ad
+from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.relevance import Label, chat_row
 
 T = TypeVar("T", bound=str)

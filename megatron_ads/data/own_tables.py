@@ -15,7 +15,7 @@ from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.data.table_file import Cell, read_table
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.tasks import relevance
-from megatron_ads.tasks.prompt_templates import Ad
+from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.relevance import Flag, Label
 from megatron_ads.tasks.text_rows import facts_of_text_row
 

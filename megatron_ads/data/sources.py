@@ -13,7 +13,7 @@ from megatron_ads.data.own_tables import table_rows
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.simulator import simulated_rows
 from megatron_ads.data.user_features import view_chooser
-from megatron_ads.tasks.variants.asked_again import ask_again
+from megatron_ads.tasks.variants import ask_as
 
 
 def read_source(source: SourceConfig, *, seed: int) -> list[ChatRow]:
@@ -23,7 +23,7 @@ def read_source(source: SourceConfig, *, seed: int) -> list[ChatRow]:
         DataError: If it cannot be read, or its rows cannot be asked so.
     """
     rows = _rows_as_they_are(source, seed)
-    return rows if source.variant is None else ask_again(rows, source.variant)
+    return rows if source.variant is None else ask_as(rows, source.variant)
 
 
 def _rows_as_they_are(source: SourceConfig, seed: int) -> list[ChatRow]:

@@ -9,10 +9,9 @@ from megatron_ads.data.tokenizer import ChatTokenizer
 from megatron_ads.errors import DataError
 from megatron_ads.evaluation.name_trie import NameTrie, build_trie
 from megatron_ads.metrics.ranking import same_name
-from megatron_ads.tasks import next_advertiser
-from megatron_ads.tasks.reasoning import OPEN, render_reasoned
+from megatron_ads.tasks import choose_one, next_advertiser
+from megatron_ads.tasks.answer_format import OPEN, render_reasoned
 from megatron_ads.tasks.user_history import Section, shown_history
-from megatron_ads.tasks.variants import choose_one
 
 _ADVERTISER_TASKS = frozenset({next_advertiser.TASK, next_advertiser.RANKING_TASK})
 

@@ -29,8 +29,8 @@ from megatron_ads.metrics.text import (
     mean_pairwise_distance,
     words_of,
 )
+from megatron_ads.tasks.ground_truth import ground_truth, readable
 from megatron_ads.tasks.query_generation import Queries, keyword_of, parse, subject_of
-from megatron_ads.tasks.truths import ground_truth, readable
 
 _RESAMPLES = 500
 _FIRST = 10

@@ -10,7 +10,8 @@ from megatron_ads.errors import DataError
 from megatron_ads.evaluation.answer import Answer
 from megatron_ads.evaluation.defect_views import best_labels, defect_view, lines_beside
 from megatron_ads.metrics.classification import DefectView
-from megatron_ads.tasks.elements import ReadFailure
+from megatron_ads.tasks.answer_format import ReadFailure
+from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.relevance import (
     BAD_VIEW,
     FAIR_VIEW,
@@ -21,7 +22,6 @@ from megatron_ads.tasks.relevance import (
     RelevanceJudgement,
     parse,
 )
-from megatron_ads.tasks.truths import ground_truth
 
 
 def relevance_scores(

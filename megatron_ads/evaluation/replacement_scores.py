@@ -5,9 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_ads.evaluation.answer import Answer
-from megatron_ads.tasks.model_comparison import Assessment, parse
-from megatron_ads.tasks.replacement_report import replacement_report
-from megatron_ads.tasks.truths import ground_truth
+from megatron_ads.tasks.ground_truth import ground_truth
+from megatron_ads.tasks.model_comparison import Assessment, parse, replacement_report
 
 
 def replacement_scores(answers: Sequence[Answer], *, reasons: bool = True) -> dict[str, Any]:

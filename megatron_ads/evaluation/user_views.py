@@ -7,7 +7,7 @@ from megatron_ads.data.rows import ChatRow
 from megatron_ads.evaluation.answer import Answer
 from megatron_ads.evaluation.defect_views import best_labels, defect_view, lines_beside
 from megatron_ads.tasks.ad_user_relevance import BAD_VIEW, UserRelevanceJudgement, match_auc, parse
-from megatron_ads.tasks.truths import ground_truth, readable
+from megatron_ads.tasks.ground_truth import ground_truth, readable
 
 
 def score_views(

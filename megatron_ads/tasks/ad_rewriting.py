@@ -10,11 +10,17 @@ from dataclasses import dataclass, replace
 from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.text import overlap, words_of
-from megatron_ads.tasks.conversation import filled, single_turn
-from megatron_ads.tasks.elements import ReadFailure, element, listed, read_elements, read_parts
-from megatron_ads.tasks.prompt_templates import Ad, Template, line
-from megatron_ads.tasks.reasoning import render_reasoned, split_reasoning
-from megatron_ads.tasks.truths import Metrics, ground_truth, mean, readable, share, truth_facts
+from megatron_ads.tasks.answer_format import (
+    ReadFailure,
+    element,
+    listed,
+    read_elements,
+    read_parts,
+    render_reasoned,
+    split_reasoning,
+)
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, mean, readable, share, truth_facts
+from megatron_ads.tasks.prompts import Ad, Template, filled, line, single_turn
 
 TASK = "ad_rewriting"
 

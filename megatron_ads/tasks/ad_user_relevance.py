@@ -18,11 +18,9 @@ from megatron_ads.metrics.classification import (
     mean_distance,
     quadratic_kappa,
 )
-from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import ReadFailure, element, read_only
-from megatron_ads.tasks.prompt_templates import Ad, Template
-from megatron_ads.tasks.reasoning import render_reasoned, split_reasoning
-from megatron_ads.tasks.truths import Metrics, ground_truth, readable, truth_facts
+from megatron_ads.tasks.answer_format import ReadFailure, element, read_only, render_reasoned, split_reasoning
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, truth_facts
+from megatron_ads.tasks.prompts import Ad, Template, single_turn
 from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory, render_history, sections, user_facts
 
 TASK = "ad_user_relevance"

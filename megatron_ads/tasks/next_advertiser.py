@@ -10,11 +10,9 @@ from xml.sax.saxutils import escape
 
 from megatron_ads.data.rows import ChatRow, Fact, Facts
 from megatron_ads.metrics.ranking import RECALLS, distinct_rate, ndcg_at, position_of, recall_at, reciprocal_rank
-from megatron_ads.tasks.conversation import filled, single_turn
-from megatron_ads.tasks.elements import ReadFailure
-from megatron_ads.tasks.prompt_templates import Template, line
-from megatron_ads.tasks.reasoning import render_reasoned, split_reasoning
-from megatron_ads.tasks.truths import Metrics, ground_truth, readable, share, truth_facts
+from megatron_ads.tasks.answer_format import ReadFailure, render_reasoned, split_reasoning
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, share, truth_facts
+from megatron_ads.tasks.prompts import Template, filled, line, single_turn
 from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory, render_history, sections, user_facts
 
 TASK = "next_advertiser"

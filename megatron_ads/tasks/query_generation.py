@@ -9,11 +9,16 @@ from dataclasses import dataclass
 from megatron_ads.data.rows import ChatRow, Fact, JsonValue
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.text import distinct_n, is_narrower, near_duplicates, words_of
-from megatron_ads.tasks.conversation import filled, single_turn
-from megatron_ads.tasks.elements import ReadFailure, count_of, element, read_elements
-from megatron_ads.tasks.prompt_templates import Ad, Template, ad_of, line
-from megatron_ads.tasks.reasoning import render_reasoned, split_reasoning
-from megatron_ads.tasks.truths import Metrics, ground_truth, mean, readable, share, truth_facts
+from megatron_ads.tasks.answer_format import (
+    ReadFailure,
+    count_of,
+    element,
+    read_elements,
+    render_reasoned,
+    split_reasoning,
+)
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, mean, readable, share, truth_facts
+from megatron_ads.tasks.prompts import Ad, Template, ad_of, filled, line, single_turn
 
 TASK = "query_generation"
 
@@ -137,7 +142,7 @@ def parse(text: str, *, reasoning_required: bool = True) -> Queries | ReadFailur
 
 
 def metrics(rows: Sequence[ChatRow], answers: Sequence[Queries | ReadFailure]) -> Metrics:
-    """Return how far queries follow the rules; the paper's table 6 takes a judge and is ``metrics.generated_queries``.
+    """Return how far queries follow the rules; the paper's table 6 takes a judge and is ``metrics.text``.
 
     A query follows them if it is narrower than the keyword, shares a word with the keyword or one of the row's true
     queries, and does not repeat an earlier one (ours). An unreadable answer follows none. A row that says no keyword

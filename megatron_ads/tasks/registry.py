@@ -13,16 +13,18 @@ from megatron_ads.metrics.text import format_rates
 from megatron_ads.tasks import (
     ad_rewriting,
     ad_user_relevance,
+    choose_one,
+    list_ranking,
     model_comparison,
     next_advertiser,
     query_generation,
     relevance,
     user_profile,
+    yes_no,
 )
-from megatron_ads.tasks.elements import ReadFailure
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.truths import Metrics, Parser
-from megatron_ads.tasks.variants import choose_one, list_ranking, yes_no
+from megatron_ads.tasks.answer_format import ReadFailure
+from megatron_ads.tasks.ground_truth import Metrics, Parser
+from megatron_ads.tasks.prompts import Template
 
 
 class Scoring(StrEnum):

@@ -12,11 +12,16 @@ from enum import StrEnum
 from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.classification import DefectView, accuracy, binary_metrics
-from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import ReadFailure, count_of, element, read_elements
-from megatron_ads.tasks.prompt_templates import Ad, Template, line
-from megatron_ads.tasks.reasoning import render_reasoned, split_reasoning
-from megatron_ads.tasks.truths import Metrics, ground_truth, readable, truth_facts
+from megatron_ads.tasks.answer_format import (
+    ReadFailure,
+    count_of,
+    element,
+    read_elements,
+    render_reasoned,
+    split_reasoning,
+)
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, truth_facts
+from megatron_ads.tasks.prompts import Ad, Template, line, single_turn
 
 TASK = "query_ad_relevance"
 

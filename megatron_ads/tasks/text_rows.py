@@ -4,13 +4,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from megatron_ads.data.rows import ChatRow, Fact, Facts, JsonValue
-from megatron_ads.tasks import ad_rewriting, ad_user_relevance, next_advertiser, user_profile
-from megatron_ads.tasks.elements import NOTHING, ReadFailure, unlisted
-from megatron_ads.tasks.prompt_templates import DESCRIPTION, LABELS, SELLER, Ad
+from megatron_ads.tasks import (
+    ad_rewriting,
+    ad_user_relevance,
+    choose_one,
+    list_ranking,
+    next_advertiser,
+    user_profile,
+    yes_no,
+)
+from megatron_ads.tasks.answer_format import NOTHING, ReadFailure, unlisted
+from megatron_ads.tasks.ground_truth import truth_facts
+from megatron_ads.tasks.prompts import DESCRIPTION, LABELS, SELLER, Ad
 from megatron_ads.tasks.registry import TASKS
-from megatron_ads.tasks.truths import truth_facts
 from megatron_ads.tasks.user_history import HEADINGS, NOTHING_KNOWN, SEPARATOR
-from megatron_ads.tasks.variants import choose_one, list_ranking, yes_no
 
 _ONE_LINE = frozenset({*HEADINGS, Fact.pool, Fact.keywords, Fact.queries_wanted})
 _OF_PROMPTS = frozenset(Fact) - {Fact.ground_truth, Fact.reasoning, Fact.best_answers}

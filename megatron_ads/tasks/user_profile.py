@@ -8,11 +8,17 @@ from dataclasses import dataclass
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.metrics.text import overlap, words_of
-from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import ReadFailure, element, listed, read_parts, unlisted
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import render_reasoned, split_reasoning
-from megatron_ads.tasks.truths import Metrics, ground_truth, mean, readable, truth_facts
+from megatron_ads.tasks.answer_format import (
+    ReadFailure,
+    element,
+    listed,
+    read_parts,
+    render_reasoned,
+    split_reasoning,
+    unlisted,
+)
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, mean, readable, truth_facts
+from megatron_ads.tasks.prompts import Template, single_turn
 from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory, render_history, sections, user_facts
 
 TASK = "user_profile"

@@ -17,7 +17,7 @@ from megatron_ads.cooking.prompts import (
     templates_of,
 )
 from megatron_ads.data.rows import ChatRow, Message, Role
-from megatron_ads.tasks.reasoning import Reasoned
+from megatron_ads.tasks.answer_format import Reasoned
 from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.row_checks import check_rows
 from megatron_ads.tasks.text_rows import facts_of_text_row

@@ -10,7 +10,7 @@ from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.data.sources import read_source
 from megatron_ads.metrics.text import fit_embedding
 from megatron_ads.tasks import query_generation
-from megatron_ads.tasks.prompt_templates import Ad
+from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.query_generation import GeneratedQuery, KeywordBrief
 
 

@@ -11,7 +11,7 @@ from megatron_ads.data.esci import FILE, esci_file, esci_rows, reason
 from megatron_ads.data.public_data import DATA_ROOT
 from megatron_ads.data.split import split_by_group
 from megatron_ads.errors import DataError
-from megatron_ads.tasks.prompt_templates import Ad
+from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.relevance import Label, RelevanceJudgement, parse
 
 RECORD: dict[str, Any] = {

@@ -9,7 +9,7 @@ from megatron_ads.evaluation.task_scores import task_scores
 from megatron_ads.evaluation.text_tables import text_tables
 from megatron_ads.tasks import ad_user_relevance, model_comparison, next_advertiser, relevance
 from megatron_ads.tasks.model_comparison import Assessment, Risk, SharedRequest, Verdict
-from megatron_ads.tasks.prompt_templates import Ad
+from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.relevance import Flag, Label
 from megatron_ads.tasks.user_history import UserHistory
 

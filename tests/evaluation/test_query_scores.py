@@ -8,7 +8,7 @@ import pytest
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.evaluation.answer import Answer
 from megatron_ads.evaluation.query_scores import TopicJudge, query_scores, subject_of
-from megatron_ads.tasks.prompt_templates import Ad
+from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.query_generation import GeneratedQuery, KeywordBrief, chat_row, render_target
 
 KEYWORDS = ("running shoes", "coffee brewer", "garden chair", "dog treats")

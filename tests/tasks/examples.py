@@ -4,16 +4,18 @@ from megatron_ads.data.rows import ChatRow
 from megatron_ads.tasks import (
     ad_rewriting,
     ad_user_relevance,
+    choose_one,
+    list_ranking,
     model_comparison,
     next_advertiser,
     query_generation,
     relevance,
     user_profile,
+    yes_no,
 )
-from megatron_ads.tasks.prompt_templates import Ad
+from megatron_ads.tasks.advertiser_question import AdvertiserQuestion, question_of
+from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.user_history import Demographics, Event, EventKind, UserHistory
-from megatron_ads.tasks.variants import choose_one, list_ranking, yes_no
-from megatron_ads.tasks.variants.advertiser_question import AdvertiserQuestion, question_of
 
 HOTEL = Ad(title="Luxury 5-star hotel in central Paris", description="Premium suites.", seller="www.examplehotel.com")
 SHOES = Ad(title="Lightweight running shoes for new runners", description="Comfortable and cushioned.")

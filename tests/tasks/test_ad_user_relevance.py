@@ -4,7 +4,7 @@ import pytest
 
 from megatron_ads.errors import DataError
 from megatron_ads.tasks.ad_user_relevance import Score, UserRelevanceJudgement, chat_row, metrics, parse, render_prompt
-from megatron_ads.tasks.elements import ReadFailure
+from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.user_history import HistoryView, Section, UserHistory
 from tests.tasks.examples import RUNNER, SHOES
 

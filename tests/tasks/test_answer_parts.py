@@ -3,10 +3,19 @@
 import pytest
 
 from megatron_ads.errors import DataError
-from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import ReadFailure, count_of, element, listed, read_elements, read_parts, unlisted
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import Reasoned, render_reasoned, split_reasoning
+from megatron_ads.tasks.answer_format import (
+    ReadFailure,
+    Reasoned,
+    count_of,
+    element,
+    listed,
+    read_elements,
+    read_parts,
+    render_reasoned,
+    split_reasoning,
+    unlisted,
+)
+from megatron_ads.tasks.prompts import Template, single_turn
 
 TEMPLATE = Template(task="t", version=1, paraphrases=("One?", "Two?", "Three?"), answer_form="Say so.")
 

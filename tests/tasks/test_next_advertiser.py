@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_ads.errors import DataError
-from megatron_ads.tasks.elements import ReadFailure
+from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.next_advertiser import (
     Prediction,
     Ranking,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_ads.errors import DataError
-from megatron_ads.tasks.elements import ReadFailure
+from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.query_generation import (
     GeneratedQuery,
     KeywordBrief,

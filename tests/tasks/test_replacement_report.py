@@ -2,9 +2,8 @@
 
 import pytest
 
-from megatron_ads.tasks.elements import ReadFailure
-from megatron_ads.tasks.model_comparison import Assessment, Risk, Verdict
-from megatron_ads.tasks.replacement_report import Advice, replacement_report
+from megatron_ads.tasks.answer_format import ReadFailure
+from megatron_ads.tasks.model_comparison import Advice, Assessment, Risk, Verdict, replacement_report
 
 
 def judged(verdict: Verdict, risk: Risk = Risk.none, **points: tuple[str, ...]) -> Assessment:

@@ -15,11 +15,11 @@ from megatron_ads.evaluation.answer import Answer
 from megatron_ads.evaluation.collaborative import CollaborativeModel
 from megatron_ads.evaluation.name_answers import names_trained_on, valid_names
 from megatron_ads.evaluation.task_scores import task_scores
-from megatron_ads.tasks import prompt_templates, user_history
-from megatron_ads.tasks.prompt_templates import Template
+from megatron_ads.tasks import prompts, user_history
+from megatron_ads.tasks.prompts import Template
 from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.row_checks import check_rows
-from megatron_ads.tasks.variants.asked_again import ask_again
+from megatron_ads.tasks.variants import ask_as
 from tests.tasks.examples import rows_of_all_tasks
 
 ROWS = 30
@@ -29,9 +29,9 @@ def rows_of_everything() -> list[ChatRow]:
     """Return rows of every task and every variant, rendered with the words of the moment."""
     drawn = {task: [example.row for example in simulated_examples(task, ROWS)] for task in AdsTask}
     asked = [
-        *ask_again(drawn[AdsTask.query_ad_relevance], RowVariant.yes_no),
-        *ask_again(drawn[AdsTask.ad_user_relevance], RowVariant.yes_no),
-        *(row for variant in RowVariant for row in ask_again(drawn[AdsTask.next_advertiser], variant)),
+        *ask_as(drawn[AdsTask.query_ad_relevance], RowVariant.yes_no),
+        *ask_as(drawn[AdsTask.ad_user_relevance], RowVariant.yes_no),
+        *(row for variant in RowVariant for row in ask_as(drawn[AdsTask.next_advertiser], variant)),
     ]
     return [*rows_of_all_tasks(), *(row for rows in drawn.values() for row in rows), *asked]
 
@@ -46,7 +46,7 @@ def reworded(plain: list[ChatRow]) -> Iterator[list[ChatRow]]:
     """The same rows in other words: instructions, labels of lines, headings of sections."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Template, "instruction", lambda self, wording=0: f"Kindly reply {self.name} {wording}")
-        for words in (prompt_templates.LABELS, user_history.HEADINGS):
+        for words in (prompts.LABELS, user_history.HEADINGS):
             for name in words:
                 patch.setitem(words, name, f"Fresh {name} wording")
         patch.setattr(user_history, "SEPARATOR", " | ")

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_ads.errors import DataError
 from megatron_ads.tasks import ad_rewriting, model_comparison, user_profile
-from megatron_ads.tasks.elements import ReadFailure
+from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.model_comparison import Assessment, Risk, SharedRequest, Verdict, new_is_first
 from tests.tasks.examples import ASSESSMENT, BRIEF, PROFILE, REWRITE, RUNNER, SHARED
 

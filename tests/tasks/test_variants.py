@@ -8,15 +8,14 @@ import pytest
 from megatron_ads.config.data import RowVariant
 from megatron_ads.data.rows import ChatRow, Fact, Message, Role
 from megatron_ads.errors import DataError
-from megatron_ads.tasks import next_advertiser
-from megatron_ads.tasks.elements import ReadFailure
+from megatron_ads.tasks import choose_one, list_ranking, next_advertiser, yes_no
+from megatron_ads.tasks.advertiser_question import candidates_of
+from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.next_advertiser import Prediction
 from megatron_ads.tasks.relevance import Label
 from megatron_ads.tasks.row_checks import fault_of
 from megatron_ads.tasks.text_rows import facts_of_text_row
-from megatron_ads.tasks.variants import choose_one, list_ranking, several_forms, yes_no
-from megatron_ads.tasks.variants.asked_again import ask_again
-from megatron_ads.tasks.variants.candidates import candidates_of
+from megatron_ads.tasks.variants import ask_as, several_forms_row
 from tests.tasks.examples import POOL, REQUEST, ad_user_row, query_ad_row, question_about
 
 QUESTION = question_about("r", "Shop 7")
@@ -149,7 +148,7 @@ def test_hits_count_up_to_the_fifth_place(place: int, found: bool):
 
 
 def test_a_corpus_of_many_instructions_holds_all_forms():
-    rows = [several_forms.chat_row(question_about(f"r{number}", "Shop 7")) for number in range(400)]
+    rows = [several_forms_row(question_about(f"r{number}", "Shop 7")) for number in range(400)]
     tasks = Counter(row.task for row in rows)
     assert set(tasks) == {next_advertiser.TASK, yes_no.TASK, choose_one.TASK, list_ranking.TASK}
     assert min(tasks.values()) > 65  # 100 each, standard deviation sqrt(400 * 3/16) = 8.7
@@ -163,8 +162,8 @@ def advertiser_rows() -> list[ChatRow]:
 @pytest.mark.parametrize("variant", list(RowVariant))
 def test_rows_asked_again_keep_record_truth_and_weight(variant: RowVariant):
     rows = advertiser_rows()
-    asked = ask_again(rows, variant)
-    assert asked == ask_again(rows, variant)
+    asked = ask_as(rows, variant)
+    assert asked == ask_as(rows, variant)
     for row, new in zip(rows, asked, strict=True):
         assert (new.id, new.group, new.weight) == (f"{row.id}/{variant}", row.group, 0.5)
         assert "Searched here: beginner 5k training plan" in new.prompt[0].content
@@ -176,9 +175,9 @@ def test_rows_asked_again_keep_record_truth_and_weight(variant: RowVariant):
 
 def test_relevance_rows_can_be_asked_as_yes_or_no_and_as_nothing_else():
     rows = [query_ad_row(Label.good), ad_user_row(0)]
-    assert [row.label for row in ask_again(rows, RowVariant.yes_no)] == ["Yes", "No"]
+    assert [row.label for row in ask_as(rows, RowVariant.yes_no)] == ["Yes", "No"]
     with pytest.raises(DataError, match="'a1' is of task query_ad_relevance, which cannot be asked as choose_one"):
-        ask_again(rows, RowVariant.choose_one)
+        ask_as(rows, RowVariant.choose_one)
 
 
 def as_text(row: ChatRow, prompt: str | None = None) -> ChatRow:
@@ -190,7 +189,7 @@ def as_text(row: ChatRow, prompt: str | None = None) -> ChatRow:
 @pytest.mark.parametrize("prompt", ["Is it good?\nQuery: x", "Is the ad relevant to the query?"])
 def test_a_prompt_of_ones_own_cannot_be_asked_again(prompt: str):
     with pytest.raises(DataError, match=r"'a1' begins with 'Is .*, and its facts do not say what it shows"):
-        ask_again([as_text(query_ad_row(Label.good), prompt)], RowVariant.yes_no)
+        ask_as([as_text(query_ad_row(Label.good), prompt)], RowVariant.yes_no)
 
 
 @pytest.mark.parametrize("variant", list(RowVariant))
@@ -198,10 +197,10 @@ def test_rows_that_came_as_text_are_asked_as_those_with_facts_are(variant: RowVa
     rows = [*advertiser_rows()]
     if variant is RowVariant.yes_no:
         rows += [query_ad_row(Label.good), ad_user_row(0)]
-    for known, told in zip(ask_again(rows, variant), ask_again(list(map(as_text, rows)), variant), strict=True):
+    for known, told in zip(ask_as(rows, variant), ask_as(list(map(as_text, rows)), variant), strict=True):
         assert replace(known, facts={}) == replace(told, facts={})
 
 
 def test_too_few_advertisers_to_choose_from_is_an_error():
     with pytest.raises(DataError, match="the pool has 4 others"):
-        ask_again(advertiser_rows()[:5], RowVariant.choose_one)
+        ask_as(advertiser_rows()[:5], RowVariant.choose_one)

@@ -34,7 +34,7 @@ from megatron_ads.data.simulator.world import (
 )
 from megatron_ads.tasks import ad_rewriting, model_comparison, query_generation
 from megatron_ads.tasks.model_comparison import Assessment, Risk, SharedRequest, Verdict
-from megatron_ads.tasks.prompt_templates import Ad
+from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.query_generation import GeneratedQuery, KeywordBrief
 from megatron_ads.tasks.relevance import Label, chat_row
 

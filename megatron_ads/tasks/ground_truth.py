@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from megatron_ads.data.rows import ChatRow, Fact, Facts, JsonValue
 from megatron_ads.errors import DataError
-from megatron_ads.tasks.elements import ReadFailure
+from megatron_ads.tasks.answer_format import ReadFailure
 
 A = TypeVar("A")
 A_co = TypeVar("A_co", covariant=True)

@@ -9,13 +9,10 @@ from dataclasses import dataclass
 
 from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.metrics.ranking import ndcg_at, recall_at, reciprocal_rank
-from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import ReadFailure, element, read_only
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import render_reasoned, split_reasoning
-from megatron_ads.tasks.truths import Metrics, ground_truth, readable, share, truth_facts
-from megatron_ads.tasks.variants.advertiser_question import AdvertiserQuestion
-from megatron_ads.tasks.variants.candidates import CANDIDATES, candidate_lines, candidates_of
+from megatron_ads.tasks.advertiser_question import CANDIDATES, AdvertiserQuestion, candidate_lines, candidates_of
+from megatron_ads.tasks.answer_format import ReadFailure, element, read_only, render_reasoned, split_reasoning
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, share, truth_facts
+from megatron_ads.tasks.prompts import Template, single_turn
 
 TASK = "list_ranking"
 TEMPLATE = Template(

@@ -1,12 +1,18 @@
-"""What the next-advertiser variants are made of: a row that asks for the name, and who else it could have been."""
+"""What variants of the next-advertiser question are made of: a row that asks for the name, and lists to choose from.
 
-from collections.abc import Sequence
+Other candidates are drawn by the row's id, and their order is as well.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_ads.data.rows import ChatRow, Fact, Facts
 from megatron_ads.errors import DataError
+from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.next_advertiser import Prediction
-from megatron_ads.tasks.truths import ground_truth
+from megatron_ads.tasks.prompts import LABELS
 from megatron_ads.tasks.user_history import render_history, shown_history
 
 
@@ -58,3 +64,32 @@ def require_own_form(row: ChatRow) -> None:
             f"row {row.id!r} begins with {row.prompt[-1].content!r:.60}, and its facts do not say what it shows; a "
             f"variant asks anew, so it is made from rows with facts or with a prompt of {row.task}."
         )
+
+
+CANDIDATES = 20
+
+
+def candidates_of(row_id: str, truth: str, pool: Sequence[str], count: int = CANDIDATES) -> tuple[str, ...]:
+    """Return ``count`` different names, ``truth`` among them; the others are also the negatives of a preference loss.
+
+    Args:
+        row_id: Decides which names are drawn and their order.
+        truth: The true one.
+        pool: Where the others come from; may hold the true one.
+        count: How many, the true one included.
+
+    Raises:
+        DataError: If the pool has too few others.
+    """
+    others = [name for name in dict.fromkeys(pool) if name != truth]
+    if len(others) < count - 1:
+        raise DataError(f"the pool has {len(others)} others than {truth!r}; {count - 1} are needed to choose from.")
+    draw = random.Random(hashlib.sha256(row_id.encode()).digest())
+    chosen = [truth, *draw.sample(others, count - 1)]
+    draw.shuffle(chosen)
+    return tuple(chosen)
+
+
+def candidate_lines(names: Iterable[str]) -> list[str]:
+    """Return the lines of a prompt that list candidates."""
+    return [f"{LABELS[Fact.candidates]}:", *names]

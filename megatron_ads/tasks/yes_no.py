@@ -11,14 +11,11 @@ from enum import StrEnum
 from megatron_ads.data.rows import ChatRow, Fact, Facts
 from megatron_ads.metrics.classification import DefectView, binary_metrics
 from megatron_ads.tasks import ad_user_relevance, relevance
-from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import ReadFailure, element, read_only
-from megatron_ads.tasks.prompt_templates import Template, ad_of, line
-from megatron_ads.tasks.reasoning import render_reasoned, split_reasoning
-from megatron_ads.tasks.truths import Metrics, ground_truth, readable, truth_facts
+from megatron_ads.tasks.advertiser_question import AdvertiserQuestion, candidates_of, require_own_form
+from megatron_ads.tasks.answer_format import ReadFailure, element, read_only, render_reasoned, split_reasoning
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, truth_facts
+from megatron_ads.tasks.prompts import Template, ad_of, line, single_turn
 from megatron_ads.tasks.user_history import render_history, shown_history
-from megatron_ads.tasks.variants.advertiser_question import AdvertiserQuestion, require_own_form
-from megatron_ads.tasks.variants.candidates import candidates_of
 
 TASK = "yes_no"
 

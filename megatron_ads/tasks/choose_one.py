@@ -7,13 +7,11 @@ from collections.abc import Sequence
 
 from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.metrics.ranking import same_name
-from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import ReadFailure
+from megatron_ads.tasks.advertiser_question import CANDIDATES, AdvertiserQuestion, candidate_lines, candidates_of
+from megatron_ads.tasks.answer_format import ReadFailure
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, share, truth_facts
 from megatron_ads.tasks.next_advertiser import Prediction, parse, render_target
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.truths import Metrics, ground_truth, readable, share, truth_facts
-from megatron_ads.tasks.variants.advertiser_question import AdvertiserQuestion
-from megatron_ads.tasks.variants.candidates import CANDIDATES, candidate_lines, candidates_of
+from megatron_ads.tasks.prompts import Template, single_turn
 
 __all__ = ["TASK", "TEMPLATE", "chat_row", "metrics", "parse"]
 
