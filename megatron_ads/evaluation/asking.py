@@ -12,10 +12,9 @@ from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.evaluation.answer import Answer, AnswerBeam
 from megatron_ads.evaluation.beam_rules import ValidNames
 from megatron_ads.evaluation.beam_search import Beam
-from megatron_ads.evaluation.collaborative import CollaborativeModel
 from megatron_ads.evaluation.decoding import GREEDY, Decoding, Method
 from megatron_ads.evaluation.generator import Generator
-from megatron_ads.evaluation.name_answers import NO_NAMES, AdvertiserNames, NameForms, valid_names
+from megatron_ads.evaluation.name_answers import NO_NAMES, AdvertiserNames, CollaborativeModel, NameForms, valid_names
 from megatron_ads.evaluation.name_trie import NameTrie
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.evaluation.decoding import GREEDY, Decoding, LengthRule, Method, choose_decoding
-from megatron_ads.evaluation.text_tables import text_tables
+from megatron_ads.evaluation.score_tables import text_tables
 from megatron_ads.observability.log import start_logging
 
 if TYPE_CHECKING:

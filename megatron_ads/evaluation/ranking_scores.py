@@ -10,9 +10,8 @@ from typing import Any
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.evaluation.answer import Answer
-from megatron_ads.evaluation.defect_views import best_answers
-from megatron_ads.evaluation.grounding import NearestNames
-from megatron_ads.evaluation.name_answers import AdvertiserNames, bought_from
+from megatron_ads.evaluation.label_scores import best_answers
+from megatron_ads.evaluation.name_answers import AdvertiserNames, NearestNames, bought_from
 from megatron_ads.metrics.intervals import mean_interval
 from megatron_ads.metrics.ranking import (
     HIT_RATES,

@@ -7,13 +7,13 @@ from typing import Any
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.label_scores import relevance_scores, score_views
 from megatron_ads.evaluation.name_answers import AdvertiserNames, names_trained_on
 from megatron_ads.evaluation.query_scores import query_scores
 from megatron_ads.evaluation.ranking_scores import ranking_scores
-from megatron_ads.evaluation.relevance_scores import relevance_scores
-from megatron_ads.evaluation.replacement_scores import replacement_scores
-from megatron_ads.evaluation.user_views import score_views
 from megatron_ads.metrics.intervals import statistic_interval
+from megatron_ads.tasks.ground_truth import ground_truth
+from megatron_ads.tasks.model_comparison import Assessment, parse, replacement_report
 from megatron_ads.tasks.registry import Scoring, score_answers, task_named
 
 
@@ -89,3 +89,18 @@ def _scores(answers: Sequence[Answer], *, reasons: bool) -> dict[str, Any]:
 
 _RESAMPLES = 200
 """Each scores all answers anew."""
+
+
+def replacement_scores(answers: Sequence[Answer], *, reasons: bool = True) -> dict[str, Any]:
+    """Return ``tasks.model_comparison.replacement_report`` by ``model`` and by ``truth`` as JSON values.
+
+    Raises:
+        DataError: If a row's facts have no ground truth.
+    """
+    groups = [answer.row.group or answer.row.id for answer in answers]
+    model = [parse(answer.text, reasoning_required=reasons) for answer in answers]
+    truth = [ground_truth(answer.row, Assessment) for answer in answers]
+    return {
+        "model": asdict(replacement_report(model, groups=groups)),
+        "truth": asdict(replacement_report(truth, groups=groups)),
+    }

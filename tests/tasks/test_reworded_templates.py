@@ -12,8 +12,7 @@ from megatron_ads.cooking.queries import query_fault, topic_of
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.simulator.simulated_rows import simulated_examples
 from megatron_ads.evaluation.answer import Answer
-from megatron_ads.evaluation.collaborative import CollaborativeModel
-from megatron_ads.evaluation.name_answers import names_trained_on, valid_names
+from megatron_ads.evaluation.name_answers import CollaborativeModel, names_trained_on, valid_names
 from megatron_ads.evaluation.task_scores import task_scores
 from megatron_ads.tasks import prompts, user_history
 from megatron_ads.tasks.prompts import Template
