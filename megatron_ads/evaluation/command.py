@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_ads.config.engine import EndpointConfig, load_endpoint
 from megatron_ads.config.generation import GenerationConfig, LengthRule, Method
 from megatron_ads.errors import ConfigError, DataError
-from megatron_ads.evaluation.text_tables import text_tables
+from megatron_ads.evaluation.score_tables import text_tables
 from megatron_ads.observability.log import start_logging
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def evaluate(
         "seconds": seconds,
         "decoding": str(how.method),
         "reasoning": data.reasoning,
-        "tasks": task_scores(answers, training, advertisers, ground=ground, best=corpus.best, reasons=data.reasoning),
+        "tasks": task_scores(answers, training, advertisers, ground=ground, reasons=data.reasoning),
         "general": perplexities,
     }
     if html_file is not None:

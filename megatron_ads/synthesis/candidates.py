@@ -3,20 +3,19 @@
 Source: AdNanny, sections 3.3 and 3.4. Where the paper names an aim (no boilerplate, faithful), the measure is ours.
 """
 
-import dataclasses
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from megatron_ads.config.synthesis import RejectConfig
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.metrics.text import words_of
-from megatron_ads.synthesis.prompts import FormFailure, answer_of, question_of, read_teacher
-from megatron_ads.tasks.reasoning import render_reasoned
+from megatron_ads.synthesis.prompts import FormFailure, answer_of, read_teacher
+from megatron_ads.tasks.answer_format import render_reasoned
+from megatron_ads.tasks.ground_truth import agrees
 from megatron_ads.tasks.registry import TASKS, task_named
 
 SHORTEST_DETAIL = 3
@@ -101,15 +100,15 @@ class Details:
     """Words of instructions, and those that most inputs have."""
 
     def of(self, row: ChatRow) -> frozenset[str]:
-        """Return the words of a row's input that neither most other inputs nor the answer have."""
-        return _weighty(question_of(row)) - self.common - frozenset(words_of(answer_of(row)))
+        """Return the words of what a row shows that neither most other inputs nor the answer have."""
+        return _weighty(row) - self.common - frozenset(words_of(answer_of(row)))
 
 
 def details_in(rows: Sequence[ChatRow]) -> Details:
     """Find which words are common: those of the tasks' templates, and those in more than half of the inputs."""
     templates = [template for task in TASKS.values() for template in task.templates]
     said = " ".join(text for template in templates for text in (*template.paraphrases, template.answer_form))
-    counts = Counter(word for row in rows for word in _weighty(question_of(row)))
+    counts = Counter(word for row in rows for word in _weighty(row))
     frequent = {word for word, count in counts.items() if count > max(1, len(rows) / 2)}
     return Details(common=frozenset(words_of(said)) | frequent)
 
@@ -132,11 +131,6 @@ def read_candidate(
     return candidate
 
 
-def same_answer(left: Any, right: Any) -> bool:
-    """Return whether two answers that were read agree in everything but their reasoning."""
-    return bool(dataclasses.replace(left, reasoning="") == dataclasses.replace(right, reasoning=""))
-
-
 def _read_form(candidate: Candidate) -> tuple[Removed, str] | None:
     """Read the reasoning into the candidate, or return what is wrong with form or label."""
     parts = read_teacher(candidate.text)
@@ -146,7 +140,7 @@ def _read_form(candidate: Candidate) -> tuple[Removed, str] | None:
     said = parse(render_reasoned(parts.reasoning, parts.answer), reasoning_required=True)
     if isinstance(said, StrEnum):
         return Removed.schema, str(said)
-    if not same_answer(said, parse(candidate.row.target, reasoning_required=False)):
+    if not agrees(said, candidate.row):
         return Removed.label_differs, parts.answer
     candidate.reasoning = parts.reasoning
     return None
@@ -162,8 +156,9 @@ def _judge_content(candidate: Candidate, details: frozenset[str], config: Reject
         candidate.remove(Removed.boilerplate, measured=f"{mentioned} of {len(details)} details")
 
 
-def _weighty(text: str) -> frozenset[str]:
-    return frozenset(word for word in words_of(text) if len(word) >= SHORTEST_DETAIL or any(map(str.isdigit, word)))
+def _weighty(row: ChatRow) -> frozenset[str]:
+    words = words_of("\n".join(row.shown_texts()))
+    return frozenset(word for word in words if len(word) >= SHORTEST_DETAIL or any(map(str.isdigit, word)))
 
 
 def passing(candidates: Sequence[Candidate]) -> list[Candidate]:

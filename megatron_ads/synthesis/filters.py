@@ -35,8 +35,7 @@ from megatron_ads.metrics.text import fit_embedding, mean_similarities
 from megatron_ads.synthesis.candidates import Candidate, Removed, by_row, passing
 from megatron_ads.synthesis.prompts import answer_of, question_of
 from megatron_ads.synthesis.requests import chat_request, drawn
-from megatron_ads.tasks.elements import PartsFailure, read_parts
-from megatron_ads.tasks.reasoning import CLOSE
+from megatron_ads.tasks.answer_format import CLOSE, ReadFailure, read_parts
 
 Embed = Callable[[Sequence[str]], NDArray[np.float64]]
 """One vector of length 1 (0 for a text without known words) per text, (N, D)."""
@@ -141,7 +140,7 @@ def _judge(candidate: Candidate, answer: Completion | None) -> None:
         candidate.remove(Removed.verifier_unreadable, "no answer" if answer is None else str(answer.finish))
         return
     verdicts = read_parts(answer.text.rpartition(CLOSE)[2].strip(), ASPECTS)  # without thoughts of its own
-    if isinstance(verdicts, PartsFailure):
+    if isinstance(verdicts, ReadFailure):
         candidate.remove(Removed.verifier_unreadable, str(verdicts))
         return
     said = {aspect: verdict.lower() for aspect, verdict in verdicts.items()}

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_ads.config.data import SourceConfig, SourceKind
 from megatron_ads.config.engine import AnsweringConfig, ModelKind
 from megatron_ads.config.synthesis import SynthesisConfig
-from megatron_ads.data.rows import ChatRow, Message, Role
+from megatron_ads.data.rows import ChatRow, Fact, Message, Role
 from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.data.split import split_by_group
 from megatron_ads.errors import DataError
@@ -294,21 +294,11 @@ def synthesized_row(candidate: Candidate) -> ChatRow:
         weight=row.weight,
         group=row.group or row.id,
         label=row.label,
+        facts={**row.facts, Fact.reasoning: candidate.reasoning},
     )
 
 
 def _write(file: Path, rows: Sequence[ChatRow]) -> None:
     from conversion.atomic_file import write_small  # imports torch
 
-    write_small(file, "".join(json.dumps(_as_json(row), ensure_ascii=False) + "\n" for row in rows))
-
-
-def _as_json(row: ChatRow) -> dict[str, object]:
-    fields: dict[str, object] = {
-        "id": row.id,
-        "task": row.task,
-        "messages": [message.as_dict() for message in row.messages],
-        "weight": row.weight,
-        "group": row.group,
-    }
-    return fields if row.label is None else {**fields, "label": row.label}
+    write_small(file, "".join(json.dumps(row.as_dict(), ensure_ascii=False) + "\n" for row in rows))

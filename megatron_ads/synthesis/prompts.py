@@ -13,8 +13,7 @@ from enum import StrEnum
 
 from megatron_ads.config.synthesis import Style, TemplateConfig
 from megatron_ads.data.rows import ChatRow, Role
-from megatron_ads.tasks.elements import count_of
-from megatron_ads.tasks.reasoning import CLOSE, OPEN, Reasoned, split_reasoning
+from megatron_ads.tasks.answer_format import CLOSE, OPEN, Reasoned, count_of, split_reasoning
 
 TAG = "Reasoning"
 OPEN_TASKS = frozenset({"next_advertiser", "next_advertiser_ranking", "choose_one", "list_ranking"})

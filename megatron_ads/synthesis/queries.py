@@ -15,9 +15,8 @@ from enum import StrEnum
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.metrics.text import is_narrower, near_duplicates, words_of
 from megatron_ads.synthesis.filters import Embed
-from megatron_ads.synthesis.prompts import question_of
-from megatron_ads.tasks import query_generation
-from megatron_ads.tasks.truths import truth_of
+from megatron_ads.tasks.ground_truth import ground_truth
+from megatron_ads.tasks.query_generation import Queries, keyword_of, subject_of
 
 TOPICS = 32
 """Dimensions of the embedding: with fewer all topics look alike, with more synonyms do not. On 300 simulated rows, a
@@ -33,24 +32,24 @@ class QueryFault(StrEnum):
 
 
 def topic_of(row: ChatRow) -> str:
-    """Return keyword and ad, without the first line, the instruction, whose words every row shares."""
-    return f"{row.group}\n{question_of(row).partition(chr(10))[2]}"
+    """Return keyword and ad."""
+    return f"{keyword_of(row)}\n{subject_of(row)}"
 
 
 def queries_of(row: ChatRow) -> tuple[str, ...]:
     """Return the queries of a row's answer."""
-    return truth_of(row, query_generation.parse).texts
+    return ground_truth(row, Queries).texts
 
 
 def query_fault(row: ChatRow, embed: Embed, *, min_similarity: float) -> QueryFault | None:
     """Return what is wrong with the queries of a row; None if nothing is."""
-    queries, topic = queries_of(row), topic_of(row)
-    if not all(is_narrower(query, row.group) for query in queries):
+    queries, topic, keyword = queries_of(row), topic_of(row), keyword_of(row)
+    if not all(is_narrower(query, keyword) for query in queries):
         return QueryFault.broader_query
     if near_duplicates(queries):
         return QueryFault.repeated_query
     unshared = [query for query in queries if not set(words_of(topic)) & set(words_of(query))]
-    return QueryFault.off_topic_query if _any_unlike(unshared, (row.group, topic), embed, min_similarity) else None
+    return QueryFault.off_topic_query if _any_unlike(unshared, (keyword, topic), embed, min_similarity) else None
 
 
 def _any_unlike(queries: Sequence[str], topics: Sequence[str], embed: Embed, min_similarity: float) -> bool:

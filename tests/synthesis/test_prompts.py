@@ -17,9 +17,10 @@ from megatron_ads.synthesis.prompts import (
     teacher_messages,
     templates_of,
 )
-from megatron_ads.tasks.reasoning import Reasoned
+from megatron_ads.tasks.answer_format import Reasoned
 from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.row_checks import check_rows
+from megatron_ads.tasks.text_rows import facts_of_text_row
 from tests.tasks.examples import rows_of_all_tasks
 
 ANY = RejectConfig(min_words=1, min_details=0)
@@ -136,6 +137,7 @@ def test_details_are_what_is_particular_about_a_row() -> None:
         )
         for number, text in enumerate([*prompts, prompts[0].replace("red", "old")])
     ]
+    rows = list(map(facts_of_text_row, rows))
     details = details_in(rows)
     # "tent" is in all three, "k2" in two of three; "red" is in one.
     assert [details.of(row) for row in rows] == [{"red"}, {"wide", "x9"}, {"old"}]

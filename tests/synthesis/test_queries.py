@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 
 from megatron_ads.config.data import AdsTask, SourceConfig, SourceKind
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.data.sources import read_source
 from megatron_ads.metrics.text import fit_embedding
 from megatron_ads.synthesis.queries import TOPICS, QueryFault, queries_of, query_fault, topic_of
 from megatron_ads.tasks import query_generation
+from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.query_generation import GeneratedQuery, KeywordBrief
-from megatron_ads.tasks.relevance import Ad
 
 
 def row_of(keyword: str, queries: list[str], ad: Ad | None = None) -> ChatRow:
@@ -44,8 +44,8 @@ def test_of_simulated_rows_most_are_kept_and_few_that_have_the_queries_of_anothe
     source = SourceConfig(kind=SourceKind.simulator, task=AdsTask.query_generation, rows=300)
     rows = read_source(source, seed=0)
     for index in range(0, 300, 10):
-        answer = rows[(index + 37) % 300].messages[-1]
-        rows[index] = replace(rows[index], messages=(*rows[index].prompt, answer))
+        truth = rows[(index + 37) % 300].facts[Fact.ground_truth]
+        rows[index] = replace(rows[index], facts={**rows[index].facts, Fact.ground_truth: truth})
     texts = [text for row in rows for text in (topic_of(row), " ".join(queries_of(row)))]
     embed = fit_embedding(texts, dimensions=TOPICS).embed
     kept = [query_fault(row, embed, min_similarity=0.1) is None for row in rows]

@@ -6,17 +6,13 @@ instead of names in the answer are ours.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.metrics.ranking import ndcg_at, recall_at, reciprocal_rank
-from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import element, read_only
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
-from megatron_ads.tasks.truths import Metrics, readable, share, truth_of
-from megatron_ads.tasks.variants.advertiser_question import AdvertiserQuestion
-from megatron_ads.tasks.variants.candidates import CANDIDATES, candidates_of
+from megatron_ads.tasks.advertiser_question import CANDIDATES, AdvertiserQuestion, candidate_lines, candidates_of
+from megatron_ads.tasks.answer_format import ReadFailure, element, read_only, render_reasoned, split_reasoning
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, share, truth_facts
+from megatron_ads.tasks.prompts import Template, single_turn
 
 TASK = "list_ranking"
 TEMPLATE = Template(
@@ -28,20 +24,6 @@ TEMPLATE = Template(
     ),
     answer_form="Answer with all numbers, the likeliest first: <Ranking>2, 3, 1</Ranking>.",
 )
-
-
-class Failure(StrEnum):
-    """Why an answer cannot be read; the first that applies is reported."""
-
-    empty = "empty"
-    no_reasoning = "no_reasoning"
-    unclosed_reasoning = "unclosed_reasoning"
-    no_ranking = "no_ranking"
-    several_rankings = "several_rankings"
-    text_around_ranking = "text_around_ranking"
-    not_numbers = "not_numbers"
-    """Not numbers from 1, separated by commas."""
-    repeated_number = "repeated_number"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,36 +43,38 @@ def chat_row(question: AdvertiserQuestion, *, count: int = CANDIDATES) -> ChatRo
     """
     listed = candidates_of(question.row_id, question.advertiser, question.pool, count)
     numbered = [f"{number}. {name}" for number, name in enumerate(listed, 1)]
-    prompt = "\n".join([TEMPLATE.instruction_of(question.row_id), question.context, "Candidates:", *numbered])
+    prompt = "\n".join([TEMPLATE.instruction_of(question.row_id), question.history, *candidate_lines(numbered)])
     best = listed.index(question.advertiser) + 1
     numbers = [best, *(number for number in range(1, count + 1) if number != best)]
     target = render_reasoned(question.reasoning, element("Ranking", ", ".join(map(str, numbers))))
-    return single_turn(question.row_id, TASK, prompt, target, group=question.group, label=str(best))
+    truth = truth_facts(Order(tuple(numbers), question.reasoning))
+    facts = {**question.facts, Fact.candidates: list(listed), **truth}
+    return single_turn(question.row_id, TASK, prompt, target, facts=facts, group=question.group, label=str(best))
 
 
-def parse(text: str, *, reasoning_required: bool = False) -> Order | Failure:
+def parse(text: str, *, reasoning_required: bool = False) -> Order | ReadFailure:
     """Read an answer strictly: reasoning, which may be missing, one list of different numbers, nothing else."""
     parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReasoningFailure):
-        return Failure(parts.value)
+    if isinstance(parts, ReadFailure):
+        return parts
     ranking = read_only(
-        "Ranking", parts.answer, Failure.no_ranking, Failure.several_rankings, Failure.text_around_ranking
+        "Ranking", parts.answer, ReadFailure.no_ranking, ReadFailure.several_rankings, ReadFailure.text_around_ranking
     )
-    if isinstance(ranking, Failure):
+    if isinstance(ranking, ReadFailure):
         return ranking
     words = [word.strip() for word in ranking.split(",")]
     if not all(word.isascii() and word.isdigit() and len(word) <= 4 and int(word) > 0 for word in words):
-        return Failure.not_numbers
+        return ReadFailure.not_numbers
     numbers = tuple(int(word) for word in words)
-    return Order(numbers, parts.reasoning) if len(set(numbers)) == len(numbers) else Failure.repeated_number
+    return Order(numbers, parts.reasoning) if len(set(numbers)) == len(numbers) else ReadFailure.repeated_number
 
 
-def metrics(rows: Sequence[ChatRow], answers: Sequence[Order | Failure]) -> Metrics:
+def metrics(rows: Sequence[ChatRow], answers: Sequence[Order | ReadFailure]) -> Metrics:
     """Return where the true candidate stands; what an answer leaves out, or all of an unreadable one, is not found.
 
     complete_rate is the share of answers that order exactly the candidates shown.
     """
-    truths = [truth_of(row, parse).numbers for row in rows]
+    truths = [ground_truth(row, Order).numbers for row in rows]
     given = [readable(answer) for answer in answers]
     positions = [
         answer.numbers.index(truth[0]) + 1 if answer and truth[0] in answer.numbers else None

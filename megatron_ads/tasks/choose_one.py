@@ -5,16 +5,15 @@ Source: S-DPO (arXiv:2406.09215), which trains and tests on 20 candidates; the 1
 
 from collections.abc import Sequence
 
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.metrics.ranking import same_name
-from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.next_advertiser import Failure, Prediction, parse, render_target
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.truths import Metrics, readable, share, truth_of
-from megatron_ads.tasks.variants.advertiser_question import AdvertiserQuestion
-from megatron_ads.tasks.variants.candidates import CANDIDATES, candidates_of
+from megatron_ads.tasks.advertiser_question import CANDIDATES, AdvertiserQuestion, candidate_lines, candidates_of
+from megatron_ads.tasks.answer_format import ReadFailure
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, share, truth_facts
+from megatron_ads.tasks.next_advertiser import Prediction, parse, render_target
+from megatron_ads.tasks.prompts import Template, single_turn
 
-__all__ = ["TASK", "TEMPLATE", "Failure", "Prediction", "chat_row", "metrics", "parse"]
+__all__ = ["TASK", "TEMPLATE", "chat_row", "metrics", "parse"]
 
 TASK = "choose_one"
 TEMPLATE = Template(
@@ -26,7 +25,6 @@ TEMPLATE = Template(
     ),
     answer_form="Answer with the name alone.",
 )
-_LIST = "Candidates:"
 
 
 def chat_row(question: AdvertiserQuestion, *, count: int = CANDIDATES) -> ChatRow:
@@ -36,22 +34,26 @@ def chat_row(question: AdvertiserQuestion, *, count: int = CANDIDATES) -> ChatRo
         DataError: If the pool has too few others.
     """
     listed = candidates_of(question.row_id, question.advertiser, question.pool, count)
-    lines = [TEMPLATE.instruction_of(question.row_id), question.context, _LIST, *listed]
+    lines = [TEMPLATE.instruction_of(question.row_id), question.history, *candidate_lines(listed)]
     target = render_target(question.advertiser, question.reasoning)
-    return single_turn(question.row_id, TASK, "\n".join(lines), target, group=question.group, label=question.advertiser)
+    truth = truth_facts(Prediction(question.advertiser, question.reasoning))
+    return single_turn(
+        question.row_id,
+        TASK,
+        "\n".join(lines),
+        target,
+        facts={**question.facts, Fact.candidates: list(listed), **truth},
+        group=question.group,
+        label=question.advertiser,
+    )
 
 
-def listed_in(row: ChatRow) -> tuple[str, ...]:
-    """Return the candidates that a row shows."""
-    return tuple(row.prompt[-1].content.rpartition(f"\n{_LIST}\n")[2].splitlines())
-
-
-def metrics(rows: Sequence[ChatRow], answers: Sequence[Prediction | Failure]) -> Metrics:
+def metrics(rows: Sequence[ChatRow], answers: Sequence[Prediction | ReadFailure]) -> Metrics:
     """Return how often the choice is right, and how often it is one of the list; unreadable answers are neither."""
-    truths = [same_name(truth_of(row, parse).advertiser) for row in rows]
+    truths = [same_name(ground_truth(row, Prediction).advertiser) for row in rows]
     given = [readable(answer) for answer in answers]
     names = [same_name(answer.advertiser) if answer else None for answer in given]
-    listed = [{same_name(name) for name in listed_in(row)} for row in rows]
+    listed = [{same_name(name) for name in row.list_fact(Fact.candidates)} for row in rows]
     return {
         "hit_rate@1": share([truth == name for truth, name in zip(truths, names, strict=True)]),
         "valid_rate": share([name in shown for name, shown in zip(names, listed, strict=True)]),
