@@ -6,15 +6,17 @@ microbatches only divide the rows among themselves.
 Shape suffixes: B = rows of a microbatch, S = tokens of a row.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from megatron_ads.config.training import Normalize
-from megatron_ads.data.adaptive_weights import InstanceWeights, task_shares
+from megatron_ads.data.adaptive_weights import InstanceWeights, perplexity, task_shares
 from megatron_ads.data.mixing import Draw, Mixture, WeightedRows
 from megatron_ads.data.packed_batch import PackedBatch, PackedRow
 from megatron_ads.data.packing import pack_prefix
@@ -245,6 +247,26 @@ def _pack_from(rows: Sequence[TokenizedRow], start: int, count: int, capacity: i
             break
     packed = pack_prefix(lengths, capacity=capacity, rows=count)
     return [[start + index for index in indices] for indices in packed]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Held-out rows, and this replica's share of them in microbatches."""
+
+    rows: Sequence[TokenizedRow]
+    batches: Sequence[PackedBatch]
+
+    def task_losses(self, sample_losses: Sequence[float]) -> dict[str, float]:
+        """Return the mean loss per target token of each task, given each row's summed loss."""
+        return losses_by_task(self.rows, sample_losses)
+
+    def task_metrics(self, sample_losses: Sequence[float]) -> dict[str, float]:
+        """Return M_t of each task, in [0, 1]: the mean over its rows of 1 / ppl."""
+        inverse: dict[str, list[float]] = defaultdict(list)
+        counts = np.array([row.target_count for row in self.rows], dtype=np.float64)
+        for row, ppl in zip(self.rows, perplexity(np.asarray(sample_losses), counts), strict=True):
+            inverse[row.task].append(1.0 / float(ppl))
+        return {task: sum(values) / len(values) for task, values in sorted(inverse.items())}
 
 
 def losses_by_task(rows: Sequence[TokenizedRow], sample_losses: Sequence[float]) -> dict[str, float]:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from megatron_ads.config.sft import SftConfig, validate
 from megatron_ads.config.training import ReweightConfig
-from megatron_ads.data.batches import BatchStream
-from megatron_ads.data.held_out import HeldOut
+from megatron_ads.data.batches import BatchStream, HeldOut
 from megatron_ads.observability.log import get_logger
 from megatron_ads.runtime.exit_status import ExitStatus
 from megatron_ads.training.session import Session, join, start_from

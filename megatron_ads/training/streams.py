@@ -7,9 +7,8 @@ from conversion.sources import WeightSource
 from megatron_ads.config.data import DataConfig
 from megatron_ads.config.training import LossConfig, ReweightConfig, TrainConfig
 from megatron_ads.data.adaptive_weights import InstanceWeights
-from megatron_ads.data.batches import BatchStream, ReplicaShare, batches_of_all
+from megatron_ads.data.batches import BatchStream, HeldOut, ReplicaShare, batches_of_all
 from megatron_ads.data.corpus import LeftOut, read_corpus, tokenize, tokenize_training
-from megatron_ads.data.held_out import HeldOut
 from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.errors import DataError
 from megatron_ads.layout import ParallelLayout

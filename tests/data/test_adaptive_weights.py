@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_ads.data.adaptive_weights import InstanceWeights, instance_weights, perplexity, task_shares
-from megatron_ads.data.held_out import HeldOut
+from megatron_ads.data.batches import HeldOut
 from megatron_ads.errors import DataError
 from tests.data.rows import row
 

@@ -239,9 +239,9 @@ def test_what_the_samples_say_has_documented_names(tmp_path: Path):
     source = weighted_stream()
     source.next_step()
     # Half of the sample's tokens are targets; a loss of ln 2 on each is the mean of the only task, "test".
-    metrics = source.observe([draw.row.target_count * math.log(2) for draw in source._step])
-    assert metrics["loss/test"] == pytest.approx(math.log(2))
-    metrics |= source.renew_weights()
+    losses = source.observe([draw.row.target_count * math.log(2) for draw in source._step])
+    assert losses == {"test": pytest.approx(math.log(2))}
+    metrics = {f"loss/{task}": loss for task, loss in losses.items()} | source.renew_weights()
     assert (metrics["instance_weight_p10/test"], metrics["instance_weight_p90/test"]) == (1, 1)
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         writer.write(1, metrics)
