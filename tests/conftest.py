@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _starts_ranks(item: pytest.Item) -> bool:
-    return not {"run_ranks", "RealJob"}.isdisjoint(vars(getattr(item, "module", None)))
+    return not {"run_ranks", "RealJob", "Machine"}.isdisjoint(vars(getattr(item, "module", None)))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
