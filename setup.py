@@ -18,7 +18,7 @@ EXTRAS = {
         "pytest-timeout>=2.4",
         "pytest-xdist>=3.8",
         "ruff>=0.17",
-        # An OpenAI-compatible server that cooking is tested with.
+        # An OpenAI-compatible server that teachers and evaluations are tested with.
         "transformers[serving]>=5.17",
         "types-PyYAML",
         "types-psutil",
@@ -46,6 +46,8 @@ setup(
     },
     entry_points={"console_scripts": ["megatron-ads = megatron_ads.cli:main"]},
     install_requires=[
+        # Speaks to OpenAI-compatible servers.
+        "httpx2>=2.0",
         "huggingface-hub>=1.31",
         "hydra-core>=1.3.2",
         "jinja2>=3.1",

@@ -208,8 +208,8 @@ def _write_texts(file: Path, sections: Sequence[Sequence[str]]) -> dict[str, Any
 
 
 def _evaluate(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    from megatron_ads.config.generation import GenerationConfig, Method
     from megatron_ads.evaluation.command import evaluate
-    from megatron_ads.evaluation.decoding import Decoding, Method
 
     return evaluate(
         run / "export",
@@ -217,7 +217,7 @@ def _evaluate(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
         overrides=overrides,
         batch_size=64,
         answers_file=run / "answers.jsonl",
-        how=Decoding(method=Method.constrained_beam),
+        how=GenerationConfig(method=Method.constrained_beam),
         html_file=run / "answers.html",
     )
 

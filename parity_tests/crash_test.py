@@ -10,7 +10,7 @@ fifth runs under `megatron-ads train`. Then it must hold that
 
 - the other ranks exit within 60 s, with status 74 once the ranks have linked up, and say which rank has gone
 - every checkpoint that was complete before the kill and is not superseded is there, with every checksum right
-- the same command goes on from the newest complete checkpoint to the end
+- the same command continues from the newest complete checkpoint to the end
 - the losses of all steps and the exported weights equal those of the undisturbed job, bit for bit
 
 Exit status: 0 all of it held each time, 1 something did not (the run's folder is kept and named). About 20 s a

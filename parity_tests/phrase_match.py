@@ -4,7 +4,7 @@
                                       running shoes | running shoes repair   | no
 
 Words put around the keyword narrow it (yes) or, if one of them changes what is asked for, do not extend it (no). Some
-words do the one beside goods and the other beside services, so the keyword has to be read. One label in 33 is wrong,
+words do the one next to goods and the other next to services, so the keyword has to be read. One label in 33 is wrong,
 as among raters, which keeps the best possible area under the curve near 0.97.
 """
 
@@ -28,7 +28,7 @@ SERVICES = ("car wash", "house cleaning", "dog walking", "tax advice", "piano le
 NARROWING = ("red", "cheap", "best", "large", "new", "sale", "brand", "review")
 CHANGING = ("repair", "jobs", "drawing", "history", "pattern", "museum", "lyrics", "recycling")
 BY_KIND = ("online", "course", "certified", "franchise", "delivery", "gift")
-"""Narrows a service and changes what is asked for beside goods."""
+"""Narrows a service and changes what is asked for next to goods."""
 _WORDS = sorted({word for phrase in GOODS + SERVICES for word in phrase.split()} | {*NARROWING, *CHANGING, *BY_KIND})
 TOKEN = {word: number for number, word in enumerate(_WORDS, start=4)}
 VOCABULARY = 4 + len(_WORDS)

@@ -1,6 +1,6 @@
 """DeepSeek-V3 with its MTP layer in plain torch, written from the published description: an independent reference.
 
-transformers drops the MTP layer, so this stands in for it. No class, no cache, no fusion: one function per equation,
+transformers drops the MTP layer, so this replaces it. No class, no cache, no fusion: one function per equation,
 on the tensors of the checkpoint by their Hugging Face names.
 
     MTP, depth 1:   h' = M [ RMSNorm(Emb(t_(i+1))) ; RMSNorm(h_i) ]        arXiv:2412.19437, eq. 21
@@ -35,7 +35,7 @@ class PlainModel:
     def __call__(self, tokens_S: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of the main model, and those of the MTP layer, each (S, vocabulary).
 
-        The last position of the MTP layer has no next token: the token 0 stands there.
+        The last position of the MTP layer has no next token: token 0 takes its place.
         """
         embedding = self.tensors["model.embed_tokens.weight"]
         hidden_SC = embedding[tokens_S]
@@ -61,7 +61,7 @@ class PlainModel:
         return x / (x.pow(2).mean(-1, keepdim=True) + epsilon).sqrt() * self.tensors[f"{name}.weight"]
 
     def layer(self, number: int, hidden_SC: Tensor) -> Tensor:
-        """One decoder layer: attention and feed-forward, each behind a norm and beside the residual."""
+        """One decoder layer: attention and feed-forward, each behind a norm and added to the residual."""
         p = f"model.layers.{number}"
         hidden_SC = hidden_SC + self.attention(f"{p}.self_attn", self.norm(f"{p}.input_layernorm", hidden_SC))
         x_SC = self.norm(f"{p}.post_attention_layernorm", hidden_SC)

@@ -6,7 +6,7 @@ The first stage has no experts, as in DeepSeek-R1's layout. The job trains a ste
 another step and exports to Hugging Face format; one process trains the same two steps. Losses, gradient norms and
 exported weights must be equal, and a deliberate error on one side must be seen. Takes minutes on two cores.
 
-A failure with rung 8 green is in what only a deep pipeline has: a stage without experts beside the optimizer and the
+A failure with rung 8 green is in what only a deep pipeline has: a stage without experts next to the optimizer and the
 checkpoint, the order of messages, or a name that is right only for the layers of the first stages.
 
 Exit status: 0 equal, 1 not.

@@ -1,7 +1,7 @@
 """Rung 6: the multi-token-prediction layer against a plain-torch reference; transformers has none.
 
 A failure with rungs 3 to 5 green is in the MTP layer alone: the order of embedding and hidden state, which token is
-embedded, which norm stands where, or how its loss is shifted and weighted.
+embedded, which norm is where, or how its loss is shifted and weighted.
 """
 
 import json

@@ -121,6 +121,12 @@ def test_logits_loss_and_gradients_are_those_of_one_process(alone: Alone, name: 
     assert loss < LAYOUT_LOSS.value
     assert gradient < LAYOUT_GRADIENTS.value, f"{where} is off by {gradient:.1e} of its largest value"
     assert logits < LAYOUT_LOGITS.value
+    if machine is CPU_FP32:  # every token goes to the same experts
+        biases = list(right.grads.expert_bias.values())
+        assert all(
+            any(torch.equal(bias, one) for one in biases) for rank in results for bias in rank.expert_bias.values()
+        )
+        assert {round(rank.load, 6) for rank in results} == {round(right.grads.load, 6)}
 
 
 def test_a_missing_reduction_is_seen(alone: Alone) -> None:

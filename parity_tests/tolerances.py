@@ -175,7 +175,7 @@ ALL = {name: value for name, value in globals().items() if isinstance(value, Tol
 def record(
     rung: int, what: str, value: float | int | str, tolerance: Tolerance | None = None, machine: Machine = CPU_FP32
 ) -> None:
-    """Note one value measured on ``machine`` beside the limit it must stay below; None: it must be exact."""
+    """Note one value measured on ``machine`` next to the limit it must stay below; None: it must be exact."""
     limit = None if tolerance is None else tolerance.value
     shown = f"{value:.2e}" if isinstance(value, float) else str(value)
     print(f"rung {rung}, {machine}: {what}: {shown}" + (f" (limit {limit:g})" if limit is not None else ""))

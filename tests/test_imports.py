@@ -37,11 +37,12 @@ ROOMS = (
     "megatron_ads.losses",
     "megatron_ads.models",
     "megatron_ads.optim",
+    "megatron_ads.inference",
     "megatron_ads.planning",
     "megatron_ads.training",
     "megatron_ads.launching",
     "megatron_ads.evaluation",
-    "megatron_ads.cooking",  # its command is found by name
+    "megatron_ads.synthesis",  # its command is found by name
     "megatron_ads.demo_model",
     "megatron_ads.parity",
     "megatron_ads.quickstart",

@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import pytest
 
-from megatron_ads.cooking import requests
 from megatron_ads.stable_random import key_of, mix, shuffled, stable_integer, stable_key
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.variants.candidates import candidates_of
+from megatron_ads.synthesis import requests
+from megatron_ads.tasks.advertiser_question import candidates_of
+from megatron_ads.tasks.prompts import Template
 
 
 def test_split_of_the_data_is_frozen():

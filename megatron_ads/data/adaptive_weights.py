@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_ads.errors import DataError
+from megatron_ads.metrics.perplexity import perplexities
 
 Vector = NDArray[np.float64]
 
@@ -46,13 +47,6 @@ def task_shares(metrics: Mapping[str, float], *, alpha: float) -> dict[str, floa
     if total == 0:
         return dict.fromkeys(metrics, 1.0 / len(metrics))
     return {task: distance / total for task, distance in distances.items()}
-
-
-def perplexity(loss_sum: Vector, targets: Vector) -> Vector:
-    """Return ppl from summed losses and counts of target tokens; always finite, the largest for a loss of NaN."""
-    exponent = np.fmin(loss_sum / np.maximum(targets, 1), 700.0)  # above, a double overflows; fmin takes 700 for NaN
-    result: Vector = np.exp(exponent)
-    return result
 
 
 class InstanceWeights:
@@ -98,7 +92,7 @@ class InstanceWeights:
     def renew(self) -> None:
         """Make the weights of the samples measured since the last renewal, and forget the measurements."""
         measured = self._targets > 0
-        now = perplexity(self._loss_sums, self._targets)
+        now = perplexities(self._loss_sums, self._targets)
         both = measured & ~np.isnan(self._before)
         self._weights[both] = instance_weights(
             self._before[both], now[both], beta=self._beta, lowest=self._lowest, highest=self._highest

@@ -19,7 +19,8 @@ from enum import StrEnum
 from typing import TypeVar
 
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.tasks.relevance import Ad, Label, chat_row
+from megatron_ads.tasks.prompts import Ad
+from megatron_ads.tasks.relevance import Label, chat_row
 
 T = TypeVar("T", bound=str)
 

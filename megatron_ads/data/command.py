@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_simulate(commands)
     add_preview(commands)
-    import_module("megatron_ads.cooking.command").add_cook(commands)  # by name: cooking builds on this package
+    import_module("megatron_ads.synthesis.command").add_synthesize(commands)  # by name: it builds on this package
 
 
 def run(args: argparse.Namespace) -> int:

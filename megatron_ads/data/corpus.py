@@ -9,13 +9,13 @@ from enum import StrEnum
 from megatron_ads.config.data import DataConfig, SplitBy
 from megatron_ads.data.chat import tokenize_row
 from megatron_ads.data.mixing import WeightedRows
-from megatron_ads.data.rows import ChatRow, Message, Role, TokenizedRow
-from megatron_ads.data.sources import describe_source, read_with_best
+from megatron_ads.data.rows import ChatRow, Fact, Message, Role, TokenizedRow
+from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.data.split import Split, split_by_group, split_by_time
 from megatron_ads.data.tokenizer import ChatTokenizer
 from megatron_ads.errors import DataError
 from megatron_ads.observability.log import get_logger, rank
-from megatron_ads.tasks.reasoning import without_reasoning
+from megatron_ads.tasks.answer_format import without_reasoning
 from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.row_checks import CheckedRows, FaultyRow, check_rows
 
@@ -52,9 +52,6 @@ class Corpus:
     """Of each source: whether its share is left alone when the tasks' shares adapt."""
     names: list[str]
     """What each source is, for people."""
-    best: dict[str, tuple[str, ...]]
-    """Best answers to held-out rows by row id, as labels are written, the likeliest first: what somebody would say who
-    knows the simulation, though not its dice. Other rows have none."""
     faulty: list[FaultyRow]
     """Rows of all sources that can be neither trained on nor judged."""
 
@@ -69,8 +66,7 @@ def read_corpus(config: DataConfig) -> Corpus:
         DataError: If a source cannot be read or has no usable row, or nothing is left to train on.
     """
     config.check()
-    read = [read_with_best(source, seed=config.seed) for source in config.sources]
-    checked = [check_rows(rows) for rows, _ in read]
+    checked = [check_rows(read_source(source, seed=config.seed)) for source in config.sources]
     names = [describe_source(source) for source in config.sources]
     for found, name in zip(checked, names, strict=True):
         if found.faulty:
@@ -87,7 +83,6 @@ def read_corpus(config: DataConfig) -> Corpus:
         weights=[source.weight for source in config.sources],
         keep_share=[source.keep_share for source in config.sources],
         names=names,
-        best={row.id: best[row.id] for row in split.validation for _, best in read if row.id in best},
         faulty=[row for found in checked for row in found.faulty],
     )
 
@@ -95,7 +90,11 @@ def read_corpus(config: DataConfig) -> Corpus:
 def answers_alone(rows: Sequence[ChatRow]) -> list[ChatRow]:
     """Return rows whose reasoning is empty; rows of general domains are left as they are."""
     return [
-        replace(row, messages=(*row.prompt, Message(Role.assistant, without_reasoning(row.target))))
+        replace(
+            row,
+            messages=(*row.prompt, Message(Role.assistant, without_reasoning(row.target))),
+            facts={**row.facts, Fact.reasoning: ""},
+        )
         if row.task in TASKS
         else row
         for row in rows

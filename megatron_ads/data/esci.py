@@ -13,7 +13,8 @@ from typing import Any
 from megatron_ads.data.public_data import locate, read_rows
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
-from megatron_ads.tasks.relevance import Ad, Label, chat_row
+from megatron_ads.tasks.prompts import Ad
+from megatron_ads.tasks.relevance import Label, chat_row
 
 FILE = Path("esci_us") / "pairs.jsonl"
 LABELS = {"E": Label.good, "S": Label.fair, "C": Label.fair, "I": Label.bad}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.data.public_data import locate, read_rows
-from megatron_ads.data.rows import ChatRow, Message, Role
+from megatron_ads.data.rows import ChatRow, Fact, JsonValue, Message, Role
 from megatron_ads.errors import DataError
 
 TASK = "gsm8k"
@@ -47,8 +47,10 @@ def _read_record(record: Mapping[str, Any], *, row_id: str) -> ChatRow:
     if not mark or not number.strip() or not solution.strip():
         raise DataError(f"answer is {record['answer']!r:.80}; a solution, then {ANSWER} and the result are expected.")
     result = number.strip().replace(",", "")
+    question, reasoning = record["question"].strip(), _CALCULATOR.sub("", solution).strip()
     messages = (
-        Message(Role.user, record["question"].strip()),
-        Message(Role.assistant, f"<think>{_CALCULATOR.sub('', solution).strip()}</think>{ANSWER} {result}"),
+        Message(Role.user, question),
+        Message(Role.assistant, f"<think>{reasoning}</think>{ANSWER} {result}"),
     )
-    return ChatRow(id=row_id, task=TASK, messages=messages, group=record["question"].strip(), label=result)
+    facts: dict[str, JsonValue] = {Fact.question: question, Fact.ground_truth: result, Fact.reasoning: reasoning}
+    return ChatRow(id=row_id, task=TASK, messages=messages, group=question, label=result, facts=facts)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ads.data.adaptive_weights import perplexity
 from megatron_ads.data.batches import losses_by_task
 from megatron_ads.data.packed_batch import PackedBatch
 from megatron_ads.data.rows import TokenizedRow
+from megatron_ads.metrics.perplexity import perplexities
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,6 @@ class HeldOut:
         """Return M_t of each task, in [0, 1]: the mean over its rows of 1 / ppl."""
         inverse: dict[str, list[float]] = defaultdict(list)
         counts = np.array([row.target_count for row in self.rows], dtype=np.float64)
-        for row, ppl in zip(self.rows, perplexity(np.asarray(sample_losses), counts), strict=True):
+        for row, ppl in zip(self.rows, perplexities(np.asarray(sample_losses), counts), strict=True):
             inverse[row.task].append(1.0 / float(ppl))
         return {task: sum(values) / len(values) for task, values in sorted(inverse.items())}

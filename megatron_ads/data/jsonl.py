@@ -4,9 +4,21 @@ One object a line:
 
     {"id": "r1", "task": "query_ad_relevance", "messages": [{"role": "user",
      "content": "..."}, {"role": "assistant", "content": "<think>...</think><Label>Good</Label>"}],
-     "weight": 1.0, "group": "what validation must not share", "label": "Good"}
+     "weight": 1.0, "group": "what validation must not share", "label": "Good",
+     "facts": {"query": "...", "ground_truth": {"label": "Good"}}}
 
-``messages`` is required and ends with the assistant's target; the rest has defaults.
+``messages`` is required and ends with the assistant's target; the rest has defaults. ``facts`` are those of
+``data.rows.Fact``; a row of an ads task without them has those that its texts tell.
+
+Rows in the form of verl are read too:
+
+    {"data_source": "query_ad_relevance", "prompt": [{"role": "user", "content": "..."}], "ability": "ads",
+     "reward_model": {"style": "rule", "ground_truth": {"label": "Good"}},
+     "extra_info": {"answer": "<think>...</think><Label>Good</Label>", "query": "..."}}
+
+``prompt`` may be a text. The target is ``extra_info.answer``, or else ``ground_truth`` if that is a text; the task is
+``ability`` where it is an ads task, or else ``data_source``. ``extra_info`` holds facts, and may hold id, group, label
+and weight. A ``ground_truth`` that is no text is the fact of that name; one that is, with an answer given, the label.
 """
 
 import json
@@ -17,11 +29,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_ads.data.bad_rows import BadRow, BadRowError, RejectedRows, require_new
-from megatron_ads.data.rows import ChatRow, Message, Role
+from megatron_ads.data.rows import ChatRow, Fact, Message, Role
 from megatron_ads.errors import DataError
+from megatron_ads.tasks.registry import TASKS
+from megatron_ads.tasks.text_rows import facts_of_text_row
 
 MAX_LINE_BYTES = 10_000_000
-_KEYS = frozenset({"id", "task", "messages", "weight", "group", "label"})
+_KEYS = frozenset({"id", "task", "messages", "weight", "group", "label", "facts"})
+_VERL_KEYS = frozenset({"data_source", "prompt", "ability", "reward_model", "extra_info"})
+_ROW_KEYS = frozenset({"id", "weight", "group", "label"})
+"""Of ``extra_info`` in verl's form: fields of the row, not facts."""
 _ORDER = {Role.system: (Role.user,), Role.user: (Role.assistant,), Role.assistant: (Role.user,)}
 """Which roles may follow each role."""
 
@@ -95,7 +112,7 @@ def jsonl_rows(file: Path, *, limit: int | None = None, rejected: Path | None = 
         try:
             if isinstance(fields, BadRowError):
                 raise fields
-            row = parse_row(fields, default_id=f"{file.name}-{number}")
+            row = facts_of_text_row(parse_row(fields, default_id=f"{file.name}-{number}"))
             require_new(row.id, number, first_seen)
         except BadRowError as error:
             bad.add(number, error, None if isinstance(fields, BadRowError) else fields)
@@ -106,11 +123,13 @@ def jsonl_rows(file: Path, *, limit: int | None = None, rejected: Path | None = 
 
 
 def parse_row(fields: Mapping[str, Any], *, default_id: str) -> ChatRow:
-    """Check one parsed row.
+    """Check one parsed row, in this project's form or verl's.
 
     Raises:
         BadRowError: Naming the field, its value and what is expected.
     """
+    if "messages" not in fields and fields.keys() & _VERL_KEYS:
+        fields = _from_verl(fields)
     unknown = sorted(fields.keys() - _KEYS)
     if unknown:
         raise BadRowError(BadRow.unknown_field, f"unknown field {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}.")
@@ -127,7 +146,44 @@ def parse_row(fields: Mapping[str, Any], *, default_id: str) -> ChatRow:
         weight=float(weight),
         group=_text(fields, "group", ""),
         label=label,
+        facts=_object(fields, "facts"),
     )
+
+
+def _from_verl(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return verl's fields as this project's."""
+    if unknown := sorted(fields.keys() - _VERL_KEYS):
+        known = ", ".join(sorted(_VERL_KEYS))
+        raise BadRowError(BadRow.unknown_field, f"unknown field {unknown[0]!r}; known in verl's form: {known}.")
+    extra, truth = _object(fields, "extra_info"), _object(fields, "reward_model").get("ground_truth")
+    prompt, answer = fields.get("prompt"), extra.get("answer")
+    target = truth if answer is None else answer
+    if not isinstance(target, str):
+        raise _no_target("neither extra_info.answer nor reward_model.ground_truth is the target, a text.")
+    if isinstance(prompt, str):
+        prompt = [{"role": str(Role.user), "content": prompt}]
+    facts = {name: value for name, value in extra.items() if name not in _ROW_KEYS and name != "answer"}
+    if truth is not None and not (isinstance(truth, str) and _task_of(fields) in TASKS):
+        facts[Fact.ground_truth] = truth
+    row = {
+        "task": _task_of(fields),
+        "messages": [*prompt, {"role": str(Role.assistant), "content": target}] if isinstance(prompt, list) else prompt,
+        "facts": facts,
+    }
+    row |= {"label": truth} if isinstance(truth, str) and answer is not None else {}
+    return row | {name: extra[name] for name in _ROW_KEYS & extra.keys()}
+
+
+def _task_of(fields: Mapping[str, Any]) -> str:
+    ability = _text(fields, "ability", "")
+    return ability if ability in TASKS else _text(fields, "data_source", "chat")
+
+
+def _object(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = fields.get(name) or {}
+    if not isinstance(value, dict):
+        raise BadRowError(BadRow.wrong_type, f"{name} is {value!r:.80}; it must be an object.")
+    return value
 
 
 def _text(fields: Mapping[str, Any], name: str, default: str) -> str:

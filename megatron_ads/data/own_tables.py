@@ -15,7 +15,9 @@ from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.data.table_file import Cell, read_table
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.tasks import relevance
-from megatron_ads.tasks.relevance import Ad, Flag, Label
+from megatron_ads.tasks.prompts import Ad
+from megatron_ads.tasks.relevance import Flag, Label
+from megatron_ads.tasks.text_rows import facts_of_text_row
 
 Cells = Mapping[str, Cell]
 """By field, not by column."""
@@ -161,7 +163,7 @@ def _chat_row(row_id: str, cells: Cells) -> ChatRow:
         group=optional_text(cells, "group"),
         label=optional_text(cells, "label") or None,
     )
-    return replace(row, weight=_weight(cells))
+    return facts_of_text_row(replace(row, weight=_weight(cells)))
 
 
 def _weight(cells: Cells) -> float:

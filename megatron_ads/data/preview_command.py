@@ -109,7 +109,7 @@ def _read_rows(args: argparse.Namespace, data: "DataConfig") -> "tuple[str, list
     """Return what the rows are, and up to ``--sample`` of them from all sources in turn, of ``--task`` if given."""
     from megatron_ads.data.sources import describe_source, read_source
     from megatron_ads.errors import DataError
-    from megatron_ads.tasks.variants.asked_again import ask_again
+    from megatron_ads.tasks.variants import ask_as
 
     sources = [read_source(source, seed=data.seed) for source in data.sources]
     rows = [row for turn in zip_longest(*sources) for row in turn if row is not None]
@@ -120,7 +120,7 @@ def _read_rows(args: argparse.Namespace, data: "DataConfig") -> "tuple[str, list
         if not rows:
             raise DataError(f"no row of {name} is of task {args.task!r}; they are of {', '.join(tasks)}.")
     if args.variant is not None:
-        rows, name = ask_again(rows, _variant(args.variant)), f"{name}, asked as {args.variant}"
+        rows, name = ask_as(rows, _variant(args.variant)), f"{name}, asked as {args.variant}"
     return name, rows[: args.sample]
 
 

@@ -1,11 +1,18 @@
-"""The records that rows of data are on their way to a batch."""
+"""The records that rows of data are on their way to a batch, and the facts that a row carries besides its texts."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_ads.errors import DataError
+
+JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
+Facts: TypeAlias = Mapping[str, JsonValue]
+"""By the keys of :class:`Fact`; further keys are allowed, and nothing here reads them."""
 
 
 class Role(StrEnum):
@@ -28,6 +35,58 @@ class Message:
         return {"role": str(self.role), "content": self.content}
 
 
+class Fact(StrEnum):
+    """What a row may say besides its texts: what its prompt was rendered from, and the true answer."""
+
+    query = "query"
+    """Text: what somebody searched for."""
+    ad = "ad"
+    """Object: title, description, seller; unknown ones are empty."""
+    user = "user"
+    """Text: the user's id."""
+    demographics = "demographics"
+    """Object: age, gender, state; unknown ones are left out."""
+    events = "events"
+    """List of objects, everything known of the user: kind, days_ago, text, category, brand, advertiser, semantic_id;
+    empty ones are left out."""
+    history = "history"
+    """Object: the entries that the prompt shows of each section of the history, newest or most frequent first."""
+    pool = "pool"
+    """Texts: advertisers shown to every user."""
+    candidates = "candidates"
+    """Texts, in the order shown: the names that the answer may be."""
+    advertiser = "advertiser"
+    """Text: the advertiser that a yes-or-no question is about."""
+    keyword = "keyword"
+    """Text: what queries are written for."""
+    queries_wanted = "queries_wanted"
+    keywords = "keywords"
+    """Texts: what an ad can be found by already."""
+    goal = "goal"
+    """Text: what an ad is rewritten for."""
+    request = "request"
+    """Text: what two systems answered; ``current`` and ``new`` are their outputs."""
+    current = "current"
+    new = "new"
+    question = "question"
+    """Text: the question of a general row."""
+    text = "text"
+    """Text: the prompt of a row that came as text in a form that no template of its task has."""
+    ground_truth = "ground_truth"
+    """The true answer: in ads tasks an object with the fields of the task's answer, else whatever the data have."""
+    reasoning = "reasoning"
+    """Text: the reasoning of the target; empty or missing without any."""
+    best_answers = "best_answers"
+    """Texts, as labels are written, the likeliest first: what somebody would say who knows how the data were drawn."""
+
+
+_SHOWN = (
+    Fact.text, Fact.query, Fact.keyword, Fact.goal, Fact.request, Fact.current, Fact.new, Fact.history, Fact.ad,
+    Fact.keywords, Fact.pool, Fact.candidates, Fact.advertiser,
+)  # fmt: skip
+"""Facts whose texts a prompt shows."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChatRow:
     """One training example: a conversation whose last message, the assistant's, is the target."""
@@ -43,6 +102,8 @@ class ChatRow:
     """The true answer in the task's own words, for metrics; None where the task has none."""
     time: float | None = None
     """When what the target tells happened, in seconds since 1970, for splits by time; None where it has no time."""
+    facts: Facts = field(default_factory=dict, hash=False)
+    """What the prompt was rendered from, and the true answer: metrics, rewards and variants read these, not texts."""
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -53,6 +114,55 @@ class ChatRow:
     def target(self) -> str:
         """What the assistant should say, reasoning included."""
         return self.messages[-1].content
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields of a line of JSON that the source kind ``jsonl`` reads."""
+        fields: dict[str, Any] = {
+            "id": self.id,
+            "task": self.task,
+            "group": self.group,
+            "messages": [message.as_dict() for message in self.messages],
+            "weight": self.weight,
+        }
+        fields |= {} if self.label is None else {"label": str(self.label)}
+        return fields | ({"facts": {str(name): value for name, value in self.facts.items()}} if self.facts else {})
+
+    def text_fact(self, name: Fact) -> str:
+        """Return a fact that is a text.
+
+        Raises:
+            DataError: If the row has no such fact, or it is of another type.
+        """
+        value = self.facts.get(name)
+        return value if isinstance(value, str) else self._refuse(name, "a text")
+
+    def list_fact(self, name: Fact) -> tuple[str, ...]:
+        """Return a fact that is a list of texts; raise as ``text_fact``."""
+        value = self.facts.get(name)
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        return self._refuse(name, "a list of texts")
+
+    def object_fact(self, name: Fact) -> Facts:
+        """Return a fact that is an object; raise as ``text_fact``."""
+        value = self.facts.get(name)
+        return value if isinstance(value, Mapping) else self._refuse(name, "an object")
+
+    def _refuse(self, name: Fact, wanted: str) -> NoReturn:
+        given = f"{self.facts[name]!r:.60} as" if name in self.facts else "no"
+        raise DataError(f"row {self.id!r} of task {self.task} has {given} fact {str(name)!r}; it must be {wanted}.")
+
+    def shown_texts(self) -> list[str]:
+        """Return the texts of the facts that the prompt shows, without the words around them."""
+        return [text for name in _SHOWN for text in _texts_of(self.facts.get(name))]
+
+
+def _texts_of(value: JsonValue) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | Sequence):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_of(item)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,8 @@ from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.own_tables import table_rows
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.simulator import simulated_rows
-from megatron_ads.data.simulator.judging import Example
 from megatron_ads.data.user_features import view_chooser
-from megatron_ads.tasks.variants.asked_again import ask_again
+from megatron_ads.tasks.variants import ask_as
 
 
 def read_source(source: SourceConfig, *, seed: int) -> list[ChatRow]:
@@ -24,26 +23,14 @@ def read_source(source: SourceConfig, *, seed: int) -> list[ChatRow]:
         DataError: If it cannot be read, or its rows cannot be asked so.
     """
     rows = _rows_as_they_are(source, seed)
-    return rows if source.variant is None else ask_again(rows, source.variant)
-
-
-def read_with_best(source: SourceConfig, *, seed: int) -> tuple[list[ChatRow], dict[str, tuple[str, ...]]]:
-    """Return the rows of one source and, of simulated rows asked as their task has it, the best answers by row id.
-
-    Raises:
-        DataError: As :func:`read_source`.
-    """
-    if source.kind is not SourceKind.simulator or source.variant is not None:
-        return read_source(source, seed=seed), {}
-    examples = simulated_source(source, seed=seed)
-    return [example.row for example in examples], {example.row.id: example.best for example in examples}
+    return rows if source.variant is None else ask_as(rows, source.variant)
 
 
 def _rows_as_they_are(source: SourceConfig, seed: int) -> list[ChatRow]:
     if source.kind is SourceKind.builtin:
         return builtin_rows(DEFAULT_ROWS if source.rows is None else source.rows, seed=seed)
     if source.kind is SourceKind.simulator:
-        return [example.row for example in simulated_source(source, seed=seed)]
+        return _simulated_rows(source, seed)
     if source.kind is SourceKind.esci:
         return esci_rows(esci_file(source.path), limit=source.rows)
     if source.kind is SourceKind.gsm8k:
@@ -75,12 +62,12 @@ def _rows_of_a_file(source: SourceConfig) -> list[ChatRow]:
     )
 
 
-def simulated_source(source: SourceConfig, *, seed: int) -> list[Example]:
-    """Return the rows of a source of the simulator with the best answers to each, in the order of ``read_source``."""
+def _simulated_rows(source: SourceConfig, seed: int) -> list[ChatRow]:
     assert source.task is not None, "checked with the recipe"
     count = simulated_rows.DEFAULT_ROWS if source.rows is None else source.rows
     view_of = view_chooser(source.history, simulated_rows.DEFAULT_VIEW)
-    return simulated_rows.simulated_examples(source.task, count, seed=seed, view_of=view_of)
+    examples = simulated_rows.simulated_examples(source.task, count, seed=seed, view_of=view_of)
+    return [example.row for example in examples]
 
 
 def describe_source(source: SourceConfig) -> str:

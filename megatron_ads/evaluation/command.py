@@ -1,52 +1,80 @@
-"""`megatron-ads evaluate`: let a Hugging Face checkpoint answer the held-out rows of a recipe, and score the answers.
+"""`megatron-ads evaluate`: let a model answer the held-out rows of a recipe, and score the answers.
 
     megatron-ads evaluate --model runs/tuned --recipe sft/quickstart
     megatron-ads evaluate --model runs/tuned --recipe sft/quickstart data=esci --answers answers.jsonl --json
     megatron-ads evaluate --model runs/tuned --recipe sft/quickstart data=next_brand --decode constrained-beam
+    megatron-ads evaluate --url http://localhost:8000/v1 --served-model NAME --tokenizer DIR --recipe sft/quickstart
+    megatron-ads evaluate --url https://HOST/v1 --served-model NAME --api-key-env KEY --recipe sft/quickstart \
+      --max-new-tokens 300 server.concurrency=16 server.input_price=0.5 server.output_price=2 server.most_cost=5
 
 The held-out rows are those the recipe's training leaves out: same data section, same seed. With --answers, the same
-command goes on where it was interrupted. A Megatron checkpoint (shards, torch_dist, a training checkpoint) is exported
-to a temporary folder first.
+command continues where it was interrupted. A Megatron checkpoint (shards, torch_dist, a training checkpoint) is
+exported to a temporary folder first.
+
+With --url a server that speaks the OpenAI protocol answers, greedily or sampled. It gets conversations, which its own
+chat template renders. With --tokenizer it gets the tokens that training would render, and the perplexity of general
+rows is measured too: that needs a server such as vLLM. Settings of the server, such as server.concurrency, are
+described in megatron_ads/config/engine.py.
 """
 
 import argparse
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ads.config.engine import EndpointConfig, load_endpoint
+from megatron_ads.config.generation import GenerationConfig, LengthRule, Method
 from megatron_ads.errors import ConfigError, DataError
-from megatron_ads.evaluation.decoding import GREEDY, Decoding, LengthRule, Method, choose_decoding
-from megatron_ads.evaluation.text_tables import text_tables
+from megatron_ads.evaluation.score_tables import text_tables
 from megatron_ads.observability.log import start_logging
 
 if TYPE_CHECKING:
     from megatron_ads.data.rows import ChatRow
-    from megatron_ads.evaluation.answer import Answer
-    from megatron_ads.evaluation.asking import Asking
+    from megatron_ads.data.tokenizer import ChatTokenizer
 
 MARGIN = 1.25
 """How much longer than the longest training target an answer may become."""
+DEFAULT_BATCH_SIZE = 64
+_SERVER = "server."
+"""Begins settings of the server among the overrides of the recipe."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-ads evaluate`."""
-    parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder, or Megatron checkpoint"
-    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face folder, or Megatron checkpoint")
+    model.add_argument("--url", help="OpenAI-compatible server to evaluate instead, such as http://localhost:8000/v1")
     parser.add_argument("--recipe", required=True, metavar="R", help="whose held-out rows: a shipped name or a file")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="write every answer there, as JSON lines")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write scores and failed answers there, as a page")
-    parser.add_argument("--batch-size", type=int, default=64, help="sequences generated at once (default 64)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        help=f"sequences generated at once (default {DEFAULT_BATCH_SIZE}); of a server: server.concurrency=N",
+    )
     parser.add_argument(
         "--max-new-tokens",
         type=int,
         help="longest answer (default: a quarter longer than the task's longest training target)",
     )
     parser.add_argument("--json", action="store_true", help="print the scores as one line of JSON")
+    server = parser.add_argument_group("server (--url)")
+    server.add_argument("--served-model", metavar="NAME", help="name the server knows the model by")
+    server.add_argument("--api-key-env", metavar="VAR", help="environment variable that holds the API key")
+    server.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="folder with the model's tokenizer: prompts are sent as the tokens that training renders",
+    )
     _add_decoding_arguments(parser.add_argument_group("decoding"))
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings that replace the recipe's, and with --url server.NAME=VALUE",
+    )
 
 
 def _add_decoding_arguments(group: "argparse._ArgumentGroup") -> None:
@@ -85,40 +113,80 @@ def _add_decoding_arguments(group: "argparse._ArgumentGroup") -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print; return 0."""
     start_logging()
-    how = choose_decoding(
-        args.decode,
-        **{name: getattr(args, name) for name in ("temperature", "top_p", "seed", "beams", "length", "collaborative")},
-    )
+    how = _generation(args)
     if args.ground and args.decode is Method.constrained_beam:
         raise ConfigError("--ground has no effect with --decode constrained-beam, whose names are valid; leave it out.")
+    if args.model is not None:
+        _require_no_server_options(args)
     scores = evaluate(
-        args.model,
+        args.model or _server(args, how),
         recipe=args.recipe,
-        overrides=args.overrides,
-        batch_size=args.batch_size,
+        overrides=[item for item in args.overrides if not item.startswith(_SERVER)],
+        batch_size=DEFAULT_BATCH_SIZE if args.batch_size is None else args.batch_size,
         max_new_tokens=args.max_new_tokens,
         answers_file=args.answers,
         how=how,
         names_file=args.names,
         ground=args.ground,
         html_file=args.html,
+        tokenizer_folder=args.tokenizer,
     )
     print(json.dumps(scores) if args.json else text_tables(scores))
     return 0
 
 
+def _generation(args: argparse.Namespace) -> GenerationConfig:
+    """Return how the command line wants answers generated.
+
+    Raises:
+        ConfigError: If an option is impossible, or would have no effect.
+    """
+    names = ("temperature", "top_p", "seed", "beams", "length", "collaborative")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    how = GenerationConfig(method=args.decode, **given)
+    how.check_as(lambda name: "--decode" if name == "method" else f"--{name.replace('_', '-')}", given)
+    return how
+
+
+def _require_no_server_options(args: argparse.Namespace) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in ("served_model", "api_key_env", "tokenizer") if vars(args)[name]]
+    given += [item for item in args.overrides if item.startswith(_SERVER)]
+    if given:
+        raise ConfigError(f"{given[0]} has no effect with --model; leave it out, or evaluate a server with --url.")
+
+
+def _server(args: argparse.Namespace, how: GenerationConfig) -> EndpointConfig:
+    """Return the server that is to be evaluated.
+
+    Raises:
+        ConfigError: If a setting is unknown, impossible or without effect, or the server cannot generate so.
+    """
+    from megatron_ads.inference.openai_engine import require_supported
+
+    require_supported(how)
+    if args.batch_size is not None:
+        raise ConfigError("--batch-size has no effect with --url; take server.concurrency=N.")
+    given = {"url": args.url, "model": args.served_model, "api_key_env": args.api_key_env}
+    overrides = [item for item in args.overrides if item.startswith(_SERVER)]
+    server = load_endpoint("server", {name: value for name, value in given.items() if value is not None}, overrides)
+    if server.model is None:
+        raise ConfigError("--url needs --served-model NAME: the name that the server knows the model by.")
+    return server
+
+
 def evaluate(
-    model: Path,
+    model: Path | EndpointConfig,
     *,
     recipe: str,
     overrides: Sequence[str],
     batch_size: int,
     max_new_tokens: int | None = None,
     answers_file: Path | None = None,
-    how: Decoding = GREEDY,
+    how: GenerationConfig | None = None,
     names_file: Path | None = None,
     ground: bool = False,
     html_file: Path | None = None,
+    tokenizer_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Return ``task_scores`` of ``model`` on the rows that ``recipe`` holds out, with the seconds it took.
 
@@ -126,45 +194,46 @@ def evaluate(
     ``data.reasoning`` false, as in the training that it was for, answers need no reasoning.
 
     Raises:
-        ConfigError: If a number is impossible, or the recipe does not compose.
-        DataError: If a file cannot be written, the recipe holds no rows out, or the names cannot be used.
+        ConfigError: If a number is impossible, the recipe does not compose, or no request to a server can succeed.
+        DataError: If a file cannot be written, the recipe holds no rows out, the names cannot be used, or a server
+            stopped answering.
         ConversionError: If transformers cannot load the model.
     """
     from megatron_ads.config.recipes import load_recipe
     from megatron_ads.data.corpus import read_corpus
-    from megatron_ads.evaluation.asking import Asking
-    from megatron_ads.evaluation.general_rows import general_scores
-    from megatron_ads.evaluation.model_folder import hugging_face_folder
+    from megatron_ads.evaluation.evaluated_model import open_model
+    from megatron_ads.evaluation.generate import Asking
     from megatron_ads.evaluation.name_answers import names_trained_on, read_names
     from megatron_ads.evaluation.task_scores import task_scores
     from megatron_ads.tasks.registry import TASKS
 
     _require_positive({"--batch-size": batch_size, "--max-new-tokens": max_new_tokens})
     _require_folders(answers_file, html_file)
+    how = how or GenerationConfig()
     data = load_recipe(recipe, overrides, sections=["data"]).data
     corpus = read_corpus(data)
     if not corpus.validation:
         raise DataError("the recipe holds no rows out; raise data.validation_rows.")
     training = [row for rows in corpus.training for row in rows]
     advertisers = read_names(names_file) if names_file else names_trained_on(training)
-    with hugging_face_folder(model) as folder:
+    with open_model(model, tokenizer_folder) as opened:
         asking = Asking(
             how=how,
-            max_new_tokens=_longest_answers(folder, corpus.validation, training, max_new_tokens),
+            max_new_tokens=_longest_answers(opened.tokenizer, corpus.validation, training, max_new_tokens),
             batch_size=batch_size,
             advertisers=advertisers,
             training=training,
         )
         general = [row for row in corpus.validation if row.task not in TASKS]
         rows = [row for row in corpus.validation if row.task in TASKS]
-        answers, seconds = _answer(model, folder, rows, asking, answers_file)
-        perplexities = general_scores(folder, general, batch_size=batch_size)
+        answers, seconds = opened.answer(rows, asking, answers_file)
+        perplexities = opened.general(general, batch_size) if general else {}
     scores = {
         "rows": len(answers),
         "seconds": seconds,
         "decoding": str(how.method),
         "reasoning": data.reasoning,
-        "tasks": task_scores(answers, training, advertisers, ground=ground, best=corpus.best, reasons=data.reasoning),
+        "tasks": task_scores(answers, training, advertisers, ground=ground, reasons=data.reasoning),
         "general": perplexities,
     }
     if html_file is not None:
@@ -172,7 +241,8 @@ def evaluate(
         from megatron_ads.evaluation.page import evaluation_page
 
         about = f"{len(answers)} answers to held-out rows of {' '.join([recipe, *overrides])}, decoded {how.method}."
-        write_small(html_file, evaluation_page(scores, answers, title=f"Evaluation of {model}", about=about))
+        title = f"Evaluation of {model if isinstance(model, Path) else model.model}"
+        write_small(html_file, evaluation_page(scores, answers, title=title, about=about))
     return scores
 
 
@@ -189,34 +259,21 @@ def _require_folders(*files: Path | None) -> None:
             raise DataError(f"{file} cannot be written: there is no folder {file.parent}. Create it.")
 
 
-def _answer(
-    model: Path, folder: Path, rows: "Sequence[ChatRow]", asking: "Asking", file: Path | None
-) -> "tuple[list[Answer], float]":
-    """Return the answers and the seconds they took; with a file, go on where an earlier run of the same stopped."""
-    from megatron_ads.evaluation.answer_journal import fingerprint, open_journal
-    from megatron_ads.evaluation.answers import answer_rows
-    from megatron_ads.evaluation.answers_file import write_answers
-
-    start = time.monotonic()
-    if file is None:
-        return answer_rows(folder, rows, asking), time.monotonic() - start
-    with open_journal(file, fingerprint(model, rows, asking.settings())) as journal:
-        answers = answer_rows(folder, rows, asking, journal=journal)
-        write_answers(file, answers)
-        journal.close_for_good()
-        return answers, journal.seconds + time.monotonic() - start
-
-
 def _longest_answers(
-    model: Path, asked: "Sequence[ChatRow]", training: "Sequence[ChatRow]", given: int | None
+    tokenizer: "ChatTokenizer | None", asked: "Sequence[ChatRow]", training: "Sequence[ChatRow]", given: int | None
 ) -> dict[str, int]:
-    """Return the limit of each task in tokens: ``given``, or what the model was taught to say there and ``MARGIN``."""
-    from megatron_ads.data.tokenizer import load_tokenizer
+    """Return the limit of each task in tokens: ``given``, or what the model was taught to say there and ``MARGIN``.
 
+    Raises:
+        ConfigError: If there is neither a number nor a tokenizer.
+    """
     tasks = {row.task for row in asked}
     if given:
         return dict.fromkeys(tasks, given)
-    tokenizer = load_tokenizer(model)
+    if tokenizer is None:
+        raise ConfigError(
+            "--url needs --max-new-tokens N, or --tokenizer DIR, by which the length of training targets is counted."
+        )
     taught = dict.fromkeys(tasks, 0)
     for row in training:
         taught[row.task] = max(taught.get(row.task, 0), len(tokenizer.encode(row.target)))

@@ -1,21 +1,36 @@
-"""Tasks that are answered with a name: which names are valid in a row, and how an answer with one is written."""
+"""Tasks that are answered with a name: which are valid, how an answer is written, which are near or likely.
 
+The collaborative model counts, in the training rows, who is bought from next, after whom. It reads no text. Over N
+valid names, labels that are no such name left out:
+
+    popular(n)   = (rows with label n + 1) / (rows + N)
+    after(n | r) = rows with label n whose user had bought from r / rows whose user had bought from r
+    P(n | user)  = popular(n) / 2 + mean over the user's known r of after(n | r) / 2; popular(n) alone without one
+
+Ours; D3 takes a trained sequential recommender in its place. Free text becomes a ranking of what exists as in BIGRec
+(arXiv:2308.08434), which embeds with the language model; ours embeds runs of three letters by TF-IDF and SVD, which
+needs no model and finds names that are spelt a little differently.
+"""
+
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ads.data.rows import ChatRow
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.data.tokenizer import ChatTokenizer
 from megatron_ads.errors import DataError
-from megatron_ads.evaluation.name_trie import NameTrie, build_trie
+from megatron_ads.inference.beam_rules import NameTrie, build_trie
 from megatron_ads.metrics.ranking import same_name
-from megatron_ads.tasks import next_advertiser
-from megatron_ads.tasks.reasoning import OPEN, render_reasoned
-from megatron_ads.tasks.user_history import HEADINGS, Section
-from megatron_ads.tasks.variants import choose_one
+from megatron_ads.metrics.text import fit_embedding
+from megatron_ads.tasks import choose_one, next_advertiser
+from megatron_ads.tasks.answer_format import OPEN, render_reasoned
+from megatron_ads.tasks.user_history import Section, shown_history
 
 _ADVERTISER_TASKS = frozenset({next_advertiser.TASK, next_advertiser.RANKING_TASK})
-_PAST_ADVERTISERS = f"{HEADINGS[Section.past_advertisers]}: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +73,15 @@ def names_trained_on(training: Iterable[ChatRow]) -> AdvertiserNames:
 
 
 def bought_from(row: ChatRow) -> tuple[str, ...]:
-    """Return whom a row's prompt says that the user bought from, the most recent first; nobody if it has no such line.
-
-    A name with the separator in it comes apart.
-    """
-    for line in row.prompt[-1].content.splitlines():
-        if line.startswith(_PAST_ADVERTISERS):
-            return tuple(line.removeprefix(_PAST_ADVERTISERS).split("; "))
-    return ()
+    """Return whom a row shows that the user bought from, the most recent first."""
+    return shown_history(row).get(Section.past_advertisers, ()) if Fact.history in row.facts else ()
 
 
 def valid_names(row: ChatRow, advertisers: AdvertiserNames) -> tuple[str, ...] | None:
     """Return the names that a row may be answered with; None if its task is not answered with a name."""
     if row.task == next_advertiser.TASK:
         return advertisers.names
-    return choose_one.listed_in(row) if row.task == choose_one.TASK else None
+    return row.list_fact(Fact.candidates) if row.task == choose_one.TASK else None
 
 
 class NameForms:
@@ -125,3 +134,74 @@ def _each_once(names: Iterable[str]) -> tuple[str, ...]:
         if name:
             first.setdefault(same_name(name), name)
     return tuple(first.values())
+
+
+class CollaborativeModel:
+    """Counts of training rows."""
+
+    def __init__(self, training: Iterable[ChatRow]) -> None:
+        """Count labels, and labels after each name that the user had bought from."""
+        self._popular: Counter[str] = Counter()
+        self._after: dict[str, Counter[str]] = defaultdict(Counter)
+        for row in training:
+            if row.label is not None:
+                label = same_name(row.label)
+                self._popular[label] += 1
+                for past in _past(row):
+                    self._after[past][label] += 1
+
+    def chances(self, row: ChatRow, names: Sequence[str]) -> NDArray[np.float64]:
+        """Return the probability of each of ``names``, (N,); all are above 0 and their sum is 1."""
+        keys = [same_name(name) for name in names]
+        popular_N = _counts(self._popular, keys) + 1
+        popular_N /= popular_N.sum()
+        after = [_counts(self._after[past], keys) for past in _past(row) if past in self._after]
+        known = [counts_N / counts_N.sum() for counts_N in after if counts_N.any()]
+        if not known:
+            return popular_N
+        chances_N: NDArray[np.float64] = (popular_N + np.mean(known, axis=0)) / 2
+        return chances_N
+
+
+def _past(row: ChatRow) -> dict[str, None]:
+    return dict.fromkeys(same_name(name) for name in bought_from(row))
+
+
+def _counts(counted: Counter[str], keys: Sequence[str]) -> NDArray[np.float64]:
+    return np.asarray([counted[key] for key in keys], dtype=np.float64)
+
+
+_DIMENSIONS = 256
+_RUN = 3
+
+
+class NearestNames:
+    """Valid names and where they lie."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Fit the embedding to the names."""
+        self._names = list(names)
+        runs = [_runs(name) for name in names]
+        self._embedding = fit_embedding(runs, dimensions=_DIMENSIONS)
+        self._vectors_ND = self._embedding.embed(runs)
+
+    def rank(self, texts: Sequence[str], most: int) -> list[list[str]]:
+        """Return the ``most`` nearest names of each text; none for a text that has no run of letters with any name.
+
+        A text that is a name is nearest to it. Of names that are equally near, those named first come first.
+        """
+        found: list[list[str]] = []
+        for text, vector_D in zip(texts, self._embedding.embed([_runs(text) for text in texts]), strict=True):
+            if not vector_D.any():
+                found.append([])
+                continue
+            near_N = self._vectors_ND @ vector_D
+            near_N[[same_name(name) == same_name(text) for name in self._names]] = np.inf
+            found.append([self._names[place] for place in np.argsort(-near_N, kind="stable")[:most]])
+        return found
+
+
+def _runs(text: str) -> str:
+    """Return the overlapping runs of letters of a text, as words; the ends of its words count as letters."""
+    letters = "".join(letter if letter.isalnum() else "_" for letter in f"_{same_name(text)}_")
+    return " ".join(letters[start : start + _RUN] for start in range(len(letters) - _RUN + 1))

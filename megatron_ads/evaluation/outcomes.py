@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.metrics.ranking import same_name
 from megatron_ads.tasks.registry import task_named
 

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.outcomes import Outcome, confusion, judge, samples
-from megatron_ads.evaluation.paper_tables import paper_tables
-from megatron_ads.evaluation.text_tables import RELEVANCE, plain_metrics, shown
+from megatron_ads.evaluation.score_tables import RELEVANCE, paper_tables, plain_metrics, shown
 from megatron_ads.metrics.classification import calibration_bins, calibration_error
 from megatron_ads.observability.chart import Series, line_chart
 from megatron_ads.observability.report import Chart, Figure, Section, Table, render_page

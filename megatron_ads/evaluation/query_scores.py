@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.metrics.intervals import Interval, mean_interval, statistic_interval
 from megatron_ads.metrics.text import (
     LexicalMatcher,
@@ -29,8 +29,8 @@ from megatron_ads.metrics.text import (
     mean_pairwise_distance,
     words_of,
 )
-from megatron_ads.tasks.query_generation import parse
-from megatron_ads.tasks.truths import readable, truth_of
+from megatron_ads.tasks.ground_truth import ground_truth, readable
+from megatron_ads.tasks.query_generation import Queries, keyword_of, parse, subject_of
 
 _RESAMPLES = 500
 _FIRST = 10
@@ -55,11 +55,11 @@ def query_scores(answers: Sequence[Answer], training: Sequence[ChatRow], *, reas
     history = _history(fitted)
     frequent = [word for word, _ in Counter(history).most_common()]
     given = [readable(parse(answer.text, reasoning_required=reasons)) for answer in answers]
-    true = [truth_of(row, parse).texts for row in rows]
+    true = [ground_truth(row, Queries).texts for row in rows]
     lines: dict[str, Sequence[Sequence[str]]] = {
         "model": [queries.texts if queries else () for queries in given],
         "keyword and a frequent word": [
-            [f"{row.group} {word}" for word in frequent[: len(queries)]]
+            [f"{keyword_of(row)} {word}" for word in frequent[: len(queries)]]
             for row, queries in zip(rows, true, strict=True)
         ],
         "true queries": true,
@@ -77,14 +77,14 @@ class TopicJudge:
     def __init__(self, rows: Sequence[ChatRow]) -> None:
         """Fit the embedding and the threshold to rows and their true queries."""
         subjects = [subject_of(row) for row in rows]
-        queries = [truth_of(row, parse).texts for row in rows]
+        queries = [ground_truth(row, Queries).texts for row in rows]
         texts = [*subjects, *(query for of_row in queries for query in of_row)]
         self.embedding = fit_embedding(texts, most_words=_MOST_WORDS)
         own = [self.similarities(of_row, subject) for of_row, subject in zip(queries, subjects, strict=True)]
         others = [
             self.similarities(of_row, subjects[place - 1])
             for place, of_row in enumerate(queries)
-            if rows[place - 1].group != rows[place].group
+            if keyword_of(rows[place - 1]) != keyword_of(rows[place])
         ]
         self.threshold, self.balanced_accuracy = _best_cut(np.concatenate(own), np.concatenate([*others, np.empty(0)]))
 
@@ -92,12 +92,6 @@ class TopicJudge:
         """Return the cosine of each query with the subject."""
         cosines: NDArray[np.float64] = self.embedding.embed(queries) @ self.embedding.embed([subject])[0]
         return cosines
-
-
-def subject_of(row: ChatRow) -> str:
-    """Return what a row's queries are written for: all of the prompt but its first line, the instruction."""
-    prompt = row.prompt[-1].content
-    return prompt.partition("\n")[2] or prompt
 
 
 def _best_cut(on_N: NDArray[np.float64], off_M: NDArray[np.float64]) -> tuple[float, float | None]:
@@ -113,10 +107,13 @@ def _best_cut(on_N: NDArray[np.float64], off_M: NDArray[np.float64]) -> tuple[fl
 def _history(rows: Sequence[ChatRow]) -> list[str]:
     """Return the attributes of all true queries, as often as they occur."""
     added = [
-        (row.group, word) for row in rows for query in truth_of(row, parse).texts for word in _added(query, row.group)
+        (keyword_of(row), word)
+        for row in rows
+        for query in ground_truth(row, Queries).texts
+        for word in _added(query, keyword_of(row))
     ]
     keywords_with = Counter(word for _, word in set(added))
-    wanted = _COMMON * len({row.group for row in rows})
+    wanted = _COMMON * len(set(map(keyword_of, rows)))
     return [word for _, word in added if keywords_with[word] >= wanted]
 
 
@@ -143,7 +140,7 @@ def _line(
     ]
     attributes = set(history)
     added = [
-        [word for query in queries for word in _added(query, row.group) if word in attributes]
+        [word for query in queries for word in _added(query, keyword_of(row)) if word in attributes]
         for row, queries in zip(rows, queries_of_rows, strict=True)
     ]
 

@@ -5,13 +5,13 @@ users each; recall@k is left out where fewer than k of more valid names were ask
 hit rates at 50 and 100 as well, as in Taiji: a hit rate is the recall of the one true name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.evaluation.answer import Answer
-from megatron_ads.evaluation.grounding import NearestNames
-from megatron_ads.evaluation.name_answers import AdvertiserNames, bought_from
+from megatron_ads.evaluation.answer_records import Answer
+from megatron_ads.evaluation.label_scores import best_answers
+from megatron_ads.evaluation.name_answers import AdvertiserNames, NearestNames, bought_from
 from megatron_ads.metrics.intervals import mean_interval
 from megatron_ads.metrics.ranking import (
     HIT_RATES,
@@ -42,7 +42,6 @@ def ranking_scores(
     advertisers: AdvertiserNames,
     *,
     ground: bool = False,
-    best: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Return the scores of the model's rankings and of the baselines, as JSON values; what is undefined is None.
 
@@ -50,7 +49,6 @@ def ranking_scores(
         answers: To rows of ``next_advertiser`` or ``next_advertiser_ranking``.
         training: Rows trained on, whose labels say what is popular.
         advertisers: The valid names.
-        best: Best ranking of a row by its id, where it is known; judged if it is for all rows.
         ground: Also rank the valid names that are nearest to the model's first one, valid or not.
     """
     rows = [answer.row for answer in answers]
@@ -63,8 +61,8 @@ def ranking_scores(
         "popular": [popular for _ in rows],
         "recent, then popular": [recent_then_popular(bought_from(row), popular, depth) for row in rows],
     }
-    if best and all(row.id in best for row in rows):
-        baselines["best reachable"] = [list(best[row.id]) for row in rows]
+    if best := best_answers(rows):
+        baselines["best reachable"] = [list(ranking) for ranking in best]
     known = {same_name(name) for name in advertisers.names}
     wanted = min(LONGEST, len(known))
     grounded = _grounded(model, advertisers) if ground and advertisers.names else {}

@@ -1,21 +1,20 @@
 """From answers to numbers, task by task: metrics, an interval of the leading one, and what a baseline gets."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.answer_records import Answer
+from megatron_ads.evaluation.label_scores import relevance_scores, score_views
 from megatron_ads.evaluation.name_answers import AdvertiserNames, names_trained_on
 from megatron_ads.evaluation.query_scores import query_scores
 from megatron_ads.evaluation.ranking_scores import ranking_scores
-from megatron_ads.evaluation.relevance_scores import relevance_scores
-from megatron_ads.evaluation.replacement_scores import replacement_scores
-from megatron_ads.evaluation.user_views import score_views
 from megatron_ads.metrics.intervals import statistic_interval
-from megatron_ads.tasks import ad_user_relevance, model_comparison, next_advertiser, query_generation, relevance
-from megatron_ads.tasks.registry import score_answers
+from megatron_ads.tasks.ground_truth import ground_truth
+from megatron_ads.tasks.model_comparison import Assessment, parse, replacement_report
+from megatron_ads.tasks.registry import Scoring, score_answers, task_named
 
 
 def task_scores(
@@ -24,7 +23,6 @@ def task_scores(
     advertisers: AdvertiserNames | None = None,
     *,
     ground: bool = False,
-    best: Mapping[str, Sequence[str]] | None = None,
     reasons: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Return the scores of each task as JSON values; what is undefined is None.
@@ -36,12 +34,11 @@ def task_scores(
         answers: Of any tasks.
         training: Rows trained on, from which baselines learn.
         advertisers: Valid names; None: those in ``training``.
-        best: Best answers to a row by its id, where they are known.
         ground: Also judge the valid names nearest to the advertiser that an answer names.
         reasons: False: answers need no reasoning, also in tasks that have it otherwise.
 
     Raises:
-        DataError: If a row is of an unknown task, or its target cannot be read.
+        DataError: If a row is of an unknown task, or its facts have no ground truth.
     """
     by_task: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
@@ -49,19 +46,21 @@ def task_scores(
     scores = {}
     for task, of_task in sorted(by_task.items()):
         trained_on = [row for row in training if row.task == task]
-        if task == relevance.TASK:
-            scores[task] = relevance_scores(of_task, training=trained_on, best=best, reasons=reasons)
+        scoring = task_named(task).scoring
+        if scoring is Scoring.labels:
+            scores[task] = relevance_scores(of_task, training=trained_on, reasons=reasons)
             continue
         scores[task] = _scores(of_task, reasons=reasons)
-        if task == ad_user_relevance.TASK:
-            scores[task]["views"] = score_views(of_task, training=trained_on, best=best, reasons=reasons)
-        elif task in (next_advertiser.TASK, next_advertiser.RANKING_TASK):
-            names = advertisers or names_trained_on(training)
-            scores[task]["ranking"] = ranking_scores(of_task, training, names, ground=ground, best=best)
-        elif task == query_generation.TASK:
-            scores[task]["generated"] = query_scores(of_task, trained_on, reasons=reasons)
-        elif task == model_comparison.TASK:
-            scores[task]["replacement"] = replacement_scores(of_task, reasons=reasons)
+        match scoring:
+            case Scoring.user_views:
+                scores[task]["views"] = score_views(of_task, training=trained_on, reasons=reasons)
+            case Scoring.rankings:
+                names = advertisers or names_trained_on(training)
+                scores[task]["ranking"] = ranking_scores(of_task, training, names, ground=ground)
+            case Scoring.queries:
+                scores[task]["generated"] = query_scores(of_task, trained_on, reasons=reasons)
+            case Scoring.replacement:
+                scores[task]["replacement"] = replacement_scores(of_task, reasons=reasons)
     return scores
 
 
@@ -90,3 +89,18 @@ def _scores(answers: Sequence[Answer], *, reasons: bool) -> dict[str, Any]:
 
 _RESAMPLES = 200
 """Each scores all answers anew."""
+
+
+def replacement_scores(answers: Sequence[Answer], *, reasons: bool = True) -> dict[str, Any]:
+    """Return ``tasks.model_comparison.replacement_report`` by ``model`` and by ``truth`` as JSON values.
+
+    Raises:
+        DataError: If a row's facts have no ground truth.
+    """
+    groups = [answer.row.group or answer.row.id for answer in answers]
+    model = [parse(answer.text, reasoning_required=reasons) for answer in answers]
+    truth = [ground_truth(answer.row, Assessment) for answer in answers]
+    return {
+        "model": asdict(replacement_report(model, groups=groups)),
+        "truth": asdict(replacement_report(truth, groups=groups)),
+    }

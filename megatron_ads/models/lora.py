@@ -1,4 +1,4 @@
-"""Low-rank adapters beside frozen linears: what they compute, how they are divided among ranks, where they are saved.
+"""Low-rank adapters of frozen linears: what they compute, how they are divided among ranks, where they are saved.
 
 ``W' = W + scale * B A`` (arXiv:2106.09685, section 4.1). A factor whose side of W is divided over tensor-parallel ranks
 is divided with it; the other is whole on each of them. Which is which, and what the ranks exchange:
@@ -8,7 +8,7 @@ is divided with it; the other is whole on each of them. Which is which, and what
     W whole               both, of a rank's own tokens
     an expert             as W is; its tokens are gathered and its outputs summed by the dispatcher already
 
-Shape suffixes: N = weights that one adapter stands beside, the experts of a stack or 1, R = rank, I = inputs,
+Shape suffixes: N = weights that one adapter belongs to, the experts of a stack or 1, R = rank, I = inputs,
 O = outputs of each of P parts of a weight (2 for gate over up), T = tokens, E = experts on this rank.
 """
 
@@ -43,13 +43,13 @@ _WEIGHT = re.compile(r"(.+)\.weight(\d*)")
 
 
 class Adapter(torch.nn.Module):
-    """The factors beside one linear, or beside the linears of a stack of experts."""
+    """The factors of one linear, or of the linears of a stack of experts."""
 
     def __init__(self, weights: Sequence[Parameter], lora: Lora, like: Tensor, *, num_experts: int) -> None:
         """Allocate the factors, on the device and in the dtype of the weight that they are ``like``.
 
         Args:
-            weights: What the adapter stands beside: one weight, or consecutive experts.
+            weights: What the adapter belongs to: one weight, or consecutive experts.
             num_experts: Routed experts of a layer, on all ranks.
         """
         super().__init__()
@@ -193,7 +193,7 @@ def add_to_output(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
 
 
 def add_adapters(chunks: Sequence[GPTModel], lora: Lora, shape: ModelShape, spec: LayerSpec) -> None:
-    """Freeze every weight of this rank's chunks and put an adapter beside those that ``lora`` names.
+    """Freeze every weight of this rank's chunks and give an adapter to those that ``lora`` names.
 
     Call it before the gradient buffers are made. The factors hold nothing yet: see ``initialise_adapters``.
     """

@@ -10,7 +10,7 @@ from megatron_ads.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSettings:
-    """What ``build_chunks`` needs besides the shape, the layout and the placement."""
+    """What ``build_chunks`` needs in addition to the shape, the layout and the placement."""
 
     spec: LayerSpec
     precision: Precision = Precision.fp32

@@ -67,7 +67,7 @@ class SingleLayer:
     def predict(self, tokens_S: Tensor, hidden_SC: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the output of an MTP layer, behind its norm, for one row and the model's output for it.
 
-        ``embed`` turns tokens (S,) into (S, C). Behind the last token stands token 0.
+        ``embed`` turns tokens (S,) into (S, C). Token 0 follows the last token.
         """
         output, _, _ = self._module(
             input_ids=tokens_S[None],

@@ -27,7 +27,7 @@ Rows = list[Tensor]
 
 
 class Stream:
-    """The two sides of one checkpoint and where they stand."""
+    """The two sides of one checkpoint and their current state."""
 
     def __init__(
         self, source: WeightSource, folder: HfFolder, settings: ModelSettings, *, dtype: torch.dtype, limits: Limits
@@ -40,7 +40,7 @@ class Stream:
     def compare(
         self, prompts: Sequence[Tensor], layout: ParallelLayout, advance: Callable[[LayerResult], None]
     ) -> Comparison:
-        """Go through all layers; ``advance`` is told each one's result.
+        """Go through all layers; ``advance`` receives each one's result.
 
         Args:
             prompts: Token rows (S,), of any lengths.

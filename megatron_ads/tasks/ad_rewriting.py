@@ -5,18 +5,22 @@ Source: AdNanny, section 2 (rewrites and keywords with short rationales); tags a
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, replace
 
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.text import overlap, words_of
-from megatron_ads.tasks.conversation import filled, single_turn
-from megatron_ads.tasks.elements import PartsFailure, element, listed, read_elements, read_parts, unlisted
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
-from megatron_ads.tasks.relevance import Ad
-from megatron_ads.tasks.truths import Metrics, mean, readable, share, truth_of
+from megatron_ads.tasks.answer_format import (
+    ReadFailure,
+    element,
+    listed,
+    read_elements,
+    read_parts,
+    render_reasoned,
+    split_reasoning,
+)
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, mean, readable, share, truth_facts
+from megatron_ads.tasks.prompts import Ad, Template, filled, line, single_turn
 
 TASK = "ad_rewriting"
 
@@ -32,21 +36,6 @@ TEMPLATE = Template(
         "Answer with <Title>, <Text>, <Rationale>, then <Keyword>text</Keyword> for each keyword that is not there yet."
     ),
 )
-
-
-class Failure(StrEnum):
-    """Why an answer cannot be read; the first that applies is reported."""
-
-    empty = "empty"
-    no_reasoning = "no_reasoning"
-    unclosed_reasoning = "unclosed_reasoning"
-    missing_part = "missing_part"
-    repeated_part = "repeated_part"
-    empty_part = "empty_part"
-    unknown_part = "unknown_part"
-    parts_out_of_order = "parts_out_of_order"
-    text_around_parts = "text_around_parts"
-    repeated_keyword = "repeated_keyword"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +67,10 @@ def render_prompt(brief: RewriteBrief, instruction: str = TEMPLATE.instruction()
     Raises:
         DataError: If the ad has no title, the goal no text, or a keyword cannot stand in a list.
     """
-    lines = [instruction, f"Goal: {filled('the goal', brief.goal)}", f"Ad: {filled('the title', brief.ad.title)}"]
-    if brief.ad.seller:
-        lines.append(f"Seller: {brief.ad.seller}")
-    if brief.ad.description:
-        lines.append(f"Text: {brief.ad.description}")
+    ad = replace(brief.ad, title=filled("the title", brief.ad.title))
+    lines = [instruction, line(Fact.goal, filled("the goal", brief.goal)), *ad.lines()]
     if brief.keywords:
-        lines.append(f"Keywords: {listed(brief.keywords)}")
+        lines.append(line(Fact.keywords, listed(brief.keywords)))
     return "\n".join(lines)
 
 
@@ -112,32 +98,38 @@ def chat_row(row_id: str, brief: RewriteBrief, rewrite: Rewrite, *, group: str =
         DataError: If a text is empty.
     """
     prompt = render_prompt(brief, TEMPLATE.instruction_of(row_id))
-    return single_turn(row_id, TASK, prompt, render_target(rewrite), group=group or brief.ad.title)
+    facts = {
+        Fact.ad: brief.ad.as_fact(),
+        Fact.keywords: list(brief.keywords),
+        Fact.goal: brief.goal,
+        **truth_facts(rewrite),
+    }
+    return single_turn(row_id, TASK, prompt, render_target(rewrite), facts=facts, group=group or brief.ad.title)
 
 
 _PARTS = ("Title", "Text", "Rationale")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
-def parse(text: str, *, reasoning_required: bool = True) -> Rewrite | Failure:
+def parse(text: str, *, reasoning_required: bool = True) -> Rewrite | ReadFailure:
     """Read an answer strictly: one ``<think>`` block, the three parts in order, then keywords, and nothing else."""
     parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReasoningFailure):
-        return Failure(parts.value)
+    if isinstance(parts, ReadFailure):
+        return parts
     wording, _, _ = parts.answer.partition("<Keyword>")
     given = read_parts(wording, _PARTS)
-    if isinstance(given, PartsFailure):
-        return Failure(given.value)
+    if isinstance(given, ReadFailure):
+        return given
     elements = read_elements(parts.answer.removeprefix(wording))
     if elements is None:
-        return Failure.text_around_parts
+        return ReadFailure.text_around_parts
     if any(name != "Keyword" for name, _ in elements):
-        return Failure.parts_out_of_order
+        return ReadFailure.parts_out_of_order
     keywords = tuple(value for _, value in elements)
     if not all(keywords):
-        return Failure.empty_part
+        return ReadFailure.empty_part
     if len(set(keywords)) < len(keywords):
-        return Failure.repeated_keyword
+        return ReadFailure.repeated_keyword
     return Rewrite(
         title=given["Title"],
         text=given["Text"],
@@ -147,19 +139,16 @@ def parse(text: str, *, reasoning_required: bool = True) -> Rewrite | Failure:
     )
 
 
-def metrics(rows: Sequence[ChatRow], answers: Sequence[Rewrite | Failure]) -> Metrics:
+def metrics(rows: Sequence[ChatRow], answers: Sequence[Rewrite | ReadFailure]) -> Metrics:
     """Return what can be told without a judge (ours); shares are of all rows, and unreadable answers have 0.
 
-    usable        the wording is another than the prompt's, has no number that the prompt lacks, and keywords are new
+    usable        the wording is another than the ad's, has no number that the row's facts lack, and keywords are new
     text/word_f1  words of title and text against the true rewrite
     keywords/f1   keywords against the true ones
     quality       mean of the two, 0 where not usable
     """
-    checked = [
-        (row.prompt[-1].content, truth_of(row, parse), readable(answer))
-        for row, answer in zip(rows, answers, strict=True)
-    ]
-    usable = [answer is not None and _is_usable(answer, prompt) for prompt, _, answer in checked]
+    checked = [(row, ground_truth(row, Rewrite), readable(answer)) for row, answer in zip(rows, answers, strict=True)]
+    usable = [answer is not None and is_usable(answer, row) for row, _, answer in checked]
     texts = [_text_f1(truth, answer) if answer else 0.0 for _, truth, answer in checked]
     keywords = [overlap(truth.keywords, answer.keywords).f1 if answer else 0.0 for _, truth, answer in checked]
     quality = [ok * (text + words) / 2 for ok, text, words in zip(usable, texts, keywords, strict=True)]
@@ -171,11 +160,12 @@ def metrics(rows: Sequence[ChatRow], answers: Sequence[Rewrite | Failure]) -> Me
     }
 
 
-def _is_usable(rewrite: Rewrite, prompt: str) -> bool:
-    same = rewrite.title in prompt and rewrite.text in prompt
-    invented = set(_NUMBER.findall(f"{rewrite.title} {rewrite.text}")) - set(_NUMBER.findall(prompt))
-    known = unlisted(prompt.partition("\nKeywords: ")[2])
-    return not same and not invented and not set(rewrite.keywords) & set(known)
+def is_usable(rewrite: Rewrite, row: ChatRow) -> bool:
+    """Return whether a rewrite changes the ad's words without inventing numbers, and its keywords are new."""
+    shown = "\n".join(row.shown_texts())
+    same = rewrite.title in shown and rewrite.text in shown
+    invented = set(_NUMBER.findall(f"{rewrite.title} {rewrite.text}")) - set(_NUMBER.findall(shown))
+    return not same and not invented and not set(rewrite.keywords) & set(row.list_fact(Fact.keywords))
 
 
 def _text_f1(truth: Rewrite, answer: Rewrite) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.classification import (
     DefectView,
@@ -18,13 +18,10 @@ from megatron_ads.metrics.classification import (
     mean_distance,
     quadratic_kappa,
 )
-from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import element, read_only
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
-from megatron_ads.tasks.relevance import Ad
-from megatron_ads.tasks.truths import Metrics, readable, truth_of
-from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory, render_history, sections
+from megatron_ads.tasks.answer_format import ReadFailure, element, read_only, render_reasoned, split_reasoning
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, truth_facts
+from megatron_ads.tasks.prompts import Ad, Template, single_turn
+from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory, render_history, sections, user_facts
 
 TASK = "ad_user_relevance"
 
@@ -54,22 +51,8 @@ TEMPLATE = Template(
 )
 
 
-class Failure(StrEnum):
-    """Why an answer cannot be read; the first that applies is reported."""
-
-    empty = "empty"
-    no_reasoning = "no_reasoning"
-    unclosed_reasoning = "unclosed_reasoning"
-    no_score = "no_score"
-    """No ``<Score>...</Score>`` after the reasoning."""
-    several_scores = "several_scores"
-    score_outside_scale = "score_outside_scale"
-    """Not one of 0, 1, 2, 3: another number, or no number."""
-    text_around_score = "text_around_score"
-
-
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class UserRelevanceJudgement:
     """An answer that could be read."""
 
     score: Score
@@ -80,13 +63,7 @@ def render_prompt(
     user: UserHistory, ad: Ad, instruction: str = TEMPLATE.instruction(), *, view: HistoryView = FULL_VIEW
 ) -> str:
     """Return the user's message: the instruction, the history section by section, the ad."""
-    lines = [instruction, render_history(sections(user, view)) or "Nothing is known of the user."]
-    lines.append(f"Ad: {ad.title}")
-    if ad.seller:
-        lines.append(f"Seller: {ad.seller}")
-    if ad.description:
-        lines.append(f"Text: {ad.description}")
-    return "\n".join(lines)
+    return "\n".join([instruction, render_history(sections(user, view)), *ad.lines()])
 
 
 def render_target(score: Score | int, reasoning: str) -> str:
@@ -119,23 +96,31 @@ def chat_row(
     """
     prompt = render_prompt(user, ad, TEMPLATE.instruction_of(row_id), view=view)
     target = render_target(score, reasoning)
-    return single_turn(row_id, TASK, prompt, target, group=user.user_id, label=as_score(score))
+    truth = UserRelevanceJudgement(as_score(score), reasoning)
+    facts = {**user_facts(user, view), Fact.ad: ad.as_fact(), **truth_facts(truth)}
+    return single_turn(row_id, TASK, prompt, target, facts=facts, group=user.user_id, label=truth.score)
 
 
-def parse(text: str, *, reasoning_required: bool = True) -> Judgement | Failure:
+def parse(text: str, *, reasoning_required: bool = True) -> UserRelevanceJudgement | ReadFailure:
     """Read an answer strictly: one ``<think>`` block, then one score of the scale, and nothing else."""
     parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReasoningFailure):
-        return Failure(parts.value)
-    score = read_only("Score", parts.answer, Failure.no_score, Failure.several_scores, Failure.text_around_score)
-    if isinstance(score, Failure):
+    if isinstance(parts, ReadFailure):
+        return parts
+    score = read_only(
+        "Score", parts.answer, ReadFailure.no_score, ReadFailure.several_scores, ReadFailure.text_around_score
+    )
+    if isinstance(score, ReadFailure):
         return score
-    return Judgement(Score(score), parts.reasoning) if score in set(Score) else Failure.score_outside_scale
+    return (
+        UserRelevanceJudgement(Score(score), parts.reasoning)
+        if score in set(Score)
+        else ReadFailure.score_outside_scale
+    )
 
 
-def metrics(rows: Sequence[ChatRow], answers: Sequence[Judgement | Failure]) -> Metrics:
+def metrics(rows: Sequence[ChatRow], answers: Sequence[UserRelevanceJudgement | ReadFailure]) -> Metrics:
     """Return the paper's table 5, where RR is ``bad/defect_rate``, and the agreement on the whole scale."""
-    truths = [truth_of(row, parse).score for row in rows]
+    truths = [ground_truth(row, UserRelevanceJudgement).score for row in rows]
     given = [readable(answer) for answer in answers]
     scores = [answer.score if answer else None for answer in given]
     binary = binary_metrics(truths, scores, BAD_VIEW).as_dict()

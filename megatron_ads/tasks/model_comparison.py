@@ -1,23 +1,37 @@
 """Model comparison: may a new system replace the current one, judged on what both said to the same request.
 
-One answer judges one request; ``tasks.replacement_report`` adds many up. Which output is shown first is drawn from the
-row's id, so that a preference for a place cannot look like a preference for a system.
+One answer judges one request; a replacement report adds many up. Which output is shown first is drawn from the row's
+id, so that a preference for a place cannot look like a preference for a system. In a report
+
+    net share = (better - worse) / comparisons that could be read
+
+and the advice, ours, is against a test if the new system is surely worse or its outputs are too often of high risk; for
+one if it is surely better; undecided in between, and whenever too many comparisons could not be read. Surely means that
+the 95 % interval of the net share, over requests, leaves out 0.
 
 Source: AdNanny, section 2 (strengths, weaknesses, risks, aggregated into a report); tags and scales are ours.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.metrics.classification import accuracy, macro_recall, quadratic_kappa
+from megatron_ads.metrics.intervals import Interval, mean_interval
 from megatron_ads.metrics.text import overlap
-from megatron_ads.tasks.conversation import filled, single_turn
-from megatron_ads.tasks.elements import PartsFailure, element, listed, read_parts, unlisted
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
-from megatron_ads.tasks.truths import Metrics, mean, readable, truth_of
+from megatron_ads.tasks.answer_format import (
+    ReadFailure,
+    element,
+    listed,
+    read_parts,
+    render_reasoned,
+    split_reasoning,
+    unlisted,
+)
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, mean, readable, truth_facts
+from megatron_ads.tasks.prompts import Template, filled, line, single_turn
 
 TASK = "model_comparison"
 
@@ -51,22 +65,6 @@ TEMPLATE = Template(
         "<Risk>None, Low or High</Risk> and <Verdict>Better, Same or Worse</Verdict>."
     ),
 )
-
-
-class Failure(StrEnum):
-    """Why an answer cannot be read; the first that applies is reported."""
-
-    empty = "empty"
-    no_reasoning = "no_reasoning"
-    unclosed_reasoning = "unclosed_reasoning"
-    missing_part = "missing_part"
-    repeated_part = "repeated_part"
-    empty_part = "empty_part"
-    unknown_part = "unknown_part"
-    parts_out_of_order = "parts_out_of_order"
-    text_around_parts = "text_around_parts"
-    unknown_risk = "unknown_risk"
-    unknown_verdict = "unknown_verdict"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +103,9 @@ def render_prompt(shared: SharedRequest, instruction: str = TEMPLATE.instruction
     Raises:
         DataError: If a text is empty.
     """
-    current = f"Current system: {filled('the current output', shared.current)}"
-    new = f"New system: {filled('the new output', shared.new)}"
-    request = f"Request: {filled('the request', shared.request)}"
+    current = line(Fact.current, filled("the current output", shared.current))
+    new = line(Fact.new, filled("the new output", shared.new))
+    request = line(Fact.request, filled("the request", shared.request))
     return "\n".join([instruction, request, *((new, current) if new_first else (current, new))])
 
 
@@ -134,24 +132,27 @@ def chat_row(row_id: str, shared: SharedRequest, assessment: Assessment, *, grou
     """
     prompt = render_prompt(shared, TEMPLATE.instruction_of(row_id), new_first=new_is_first(row_id))
     target = render_target(assessment)
-    return single_turn(row_id, TASK, prompt, target, group=group or shared.request, label=assessment.verdict)
+    facts = {**asdict(shared), **truth_facts(assessment)}
+    return single_turn(
+        row_id, TASK, prompt, target, facts=facts, group=group or shared.request, label=assessment.verdict
+    )
 
 
 _PARTS = ("Strengths", "Weaknesses", "Risk", "Verdict")
 
 
-def parse(text: str, *, reasoning_required: bool = True) -> Assessment | Failure:
+def parse(text: str, *, reasoning_required: bool = True) -> Assessment | ReadFailure:
     """Read an answer strictly: one ``<think>`` block, then the four parts in order, and nothing else."""
     parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReasoningFailure):
-        return Failure(parts.value)
+    if isinstance(parts, ReadFailure):
+        return parts
     given = read_parts(parts.answer, _PARTS)
-    if isinstance(given, PartsFailure):
-        return Failure(given.value)
+    if isinstance(given, ReadFailure):
+        return given
     if given["Risk"] not in set(Risk):
-        return Failure.unknown_risk
+        return ReadFailure.unknown_risk
     if given["Verdict"] not in set(Verdict):
-        return Failure.unknown_verdict
+        return ReadFailure.unknown_verdict
     return Assessment(
         strengths=unlisted(given["Strengths"]),
         weaknesses=unlisted(given["Weaknesses"]),
@@ -161,9 +162,9 @@ def parse(text: str, *, reasoning_required: bool = True) -> Assessment | Failure
     )
 
 
-def metrics(rows: Sequence[ChatRow], answers: Sequence[Assessment | Failure]) -> Metrics:
+def metrics(rows: Sequence[ChatRow], answers: Sequence[Assessment | ReadFailure]) -> Metrics:
     """Return how well verdict and risk are met, and the F1 of the points made (ours). Unreadable answers are wrong."""
-    truths = [truth_of(row, parse) for row in rows]
+    truths = [ground_truth(row, Assessment) for row in rows]
     given = [readable(answer) for answer in answers]
     true_verdicts, verdicts = (
         [truth.verdict for truth in truths],
@@ -182,3 +183,81 @@ def metrics(rows: Sequence[ChatRow], answers: Sequence[Assessment | Failure]) ->
         ),
         "points/f1": mean(points),
     }
+
+
+MOST_HIGH_RISK = 0.01
+"""Largest share of outputs of high risk that a test may have."""
+MOST_UNREADABLE = 0.2
+_POINTS_LISTED = 5
+_WORTH = {Verdict.better: 1.0, Verdict.same: 0.0, Verdict.worse: -1.0}
+
+
+class Advice(StrEnum):
+    """What the comparisons speak for."""
+
+    test_online = "test online"
+    keep_current = "keep current"
+    undecided = "undecided"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplacementReport:
+    """What many comparisons say of a new system."""
+
+    comparisons: int
+    failures: dict[str, int]
+    """Comparisons that could not be read, by reason."""
+    verdicts: dict[str, int]
+    risks: dict[str, int]
+    net_share: float | None
+    net_share_95: Interval | None
+    high_risk_share: float | None
+    strengths: list[tuple[str, int]]
+    """The points made most often, with their number."""
+    weaknesses: list[tuple[str, int]]
+    advice: Advice
+
+
+def replacement_report(
+    answers: Sequence[Assessment | ReadFailure],
+    *,
+    groups: Sequence[Hashable] | None = None,
+    most_high_risk: float = MOST_HIGH_RISK,
+    most_unreadable: float = MOST_UNREADABLE,
+) -> ReplacementReport:
+    """Add comparisons up.
+
+    Args:
+        answers: One per request.
+        groups: One value per answer; answers of equal value, such as of one query, are not independent.
+        most_high_risk: Largest share of high risk for a test.
+        most_unreadable: Largest share of unreadable answers for any advice.
+    """
+    pairs = list(zip(answers, groups or range(len(answers)), strict=True))
+    read = [(answer, group) for answer, group in pairs if isinstance(answer, Assessment)]
+    worth = [_WORTH[answer.verdict] for answer, _ in read]
+    interval = mean_interval(worth, groups=[group for _, group in read])
+    verdicts = Counter(answer.verdict for answer, _ in read)
+    risks = Counter(answer.risk for answer, _ in read)
+    high_risk = risks[Risk.high] / len(read) if read else None
+    enough = len(answers) - len(read) <= most_unreadable * len(answers)
+    return ReplacementReport(
+        comparisons=len(answers),
+        failures=dict(Counter(str(answer) for answer in answers if isinstance(answer, ReadFailure)).most_common()),
+        verdicts={str(verdict): verdicts[verdict] for verdict in Verdict},
+        risks={str(risk): risks[risk] for risk in Risk},
+        net_share=sum(worth) / len(worth) if worth else None,
+        net_share_95=interval,
+        high_risk_share=high_risk,
+        strengths=Counter(point for answer, _ in read for point in answer.strengths).most_common(_POINTS_LISTED),
+        weaknesses=Counter(point for answer, _ in read for point in answer.weaknesses).most_common(_POINTS_LISTED),
+        advice=_advise(interval, high_risk, most_high_risk) if enough else Advice.undecided,
+    )
+
+
+def _advise(net: Interval | None, high_risk: float | None, most_high_risk: float) -> Advice:
+    if net is None or high_risk is None:
+        return Advice.undecided
+    if net.high < 0 or high_risk > most_high_risk:
+        return Advice.keep_current
+    return Advice.test_online if net.low > 0 else Advice.undecided

@@ -5,22 +5,19 @@ Source: the advertiser paper, sections 3.2 and 3.3; its listings of the prompts 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.rows import ChatRow, Fact, Facts
 from megatron_ads.metrics.ranking import RECALLS, distinct_rate, ndcg_at, position_of, recall_at, reciprocal_rank
-from megatron_ads.tasks.conversation import filled, single_turn
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
-from megatron_ads.tasks.truths import Metrics, readable, share, truth_of
-from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory, render_history, sections
+from megatron_ads.tasks.answer_format import ReadFailure, render_reasoned, split_reasoning
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, share, truth_facts
+from megatron_ads.tasks.prompts import Template, filled, line, single_turn
+from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory, render_history, sections, user_facts
 
 TASK = "next_advertiser"
 RANKING_TASK = "next_advertiser_ranking"
 RANKED, MOST_INTERESTS = 20, 5
-POOL_LINE = "Advertisers: "
 
 TEMPLATE = Template(
     task=TASK,
@@ -46,27 +43,6 @@ RANKING_TEMPLATE = Template(
         "<interests><interest>text</interest>...</interests></prediction>."
     ),
 )
-
-
-class Failure(StrEnum):
-    """Why an answer, of either form, cannot be read; the first that applies is reported."""
-
-    empty = "empty"
-    no_reasoning = "no_reasoning"
-    unclosed_reasoning = "unclosed_reasoning"
-    no_advertiser = "no_advertiser"
-    """Nothing after the reasoning, or an empty list."""
-    several_lines = "several_lines"
-    """More than a name, where a name alone was asked for."""
-    not_xml = "not_xml"
-    """Not one well-formed ``<prediction>``; entities and declarations of its own are not read."""
-    no_advertisers = "no_advertisers"
-    """No list of advertisers."""
-    no_interests = "no_interests"
-    """No list of interests; it may be empty."""
-    unknown_part = "unknown_part"
-    """An element or text that the form does not have, or a list twice."""
-    empty_entry = "empty_entry"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +75,14 @@ class Ranking:
 
 def render_prompt(request: Request, instruction: str = TEMPLATE.instruction(), *, view: HistoryView = FULL_VIEW) -> str:
     """Return the user's message: the instruction, the history section by section, the pool."""
-    lines = [instruction, render_history(sections(request.user, view)) or "Nothing is known of the user."]
+    lines = [instruction, render_history(sections(request.user, view))]
     if request.pool:
-        lines.append(f"{POOL_LINE}{'; '.join(request.pool)}")
+        lines.append(line(Fact.pool, "; ".join(request.pool)))
     return "\n".join(lines)
+
+
+def _request_facts(request: Request, view: HistoryView) -> Facts:
+    return {**user_facts(request.user, view), Fact.pool: list(request.pool)}
 
 
 def render_target(advertiser: str, reasoning: str = "") -> str:
@@ -136,7 +116,8 @@ def chat_row(
     """
     prompt = render_prompt(request, TEMPLATE.instruction_of(row_id), view=view)
     target = render_target(advertiser, reasoning)
-    return single_turn(row_id, TASK, prompt, target, group=request.user.user_id, label=advertiser)
+    facts = {**_request_facts(request, view), **truth_facts(Prediction(advertiser, reasoning))}
+    return single_turn(row_id, TASK, prompt, target, facts=facts, group=request.user.user_id, label=advertiser)
 
 
 def ranking_row(
@@ -156,59 +137,61 @@ def ranking_row(
     """
     prompt = render_prompt(request, RANKING_TEMPLATE.instruction_of(row_id), view=view)
     target = render_ranking(advertisers, interests, reasoning)
-    return single_turn(row_id, RANKING_TASK, prompt, target, group=request.user.user_id, label=label)
+    truth = truth_facts(Ranking(tuple(advertisers), tuple(interests), reasoning))
+    facts = {**_request_facts(request, view), **truth}
+    return single_turn(row_id, RANKING_TASK, prompt, target, facts=facts, group=request.user.user_id, label=label)
 
 
-def parse(text: str, *, reasoning_required: bool = False) -> Prediction | Failure:
+def parse(text: str, *, reasoning_required: bool = False) -> Prediction | ReadFailure:
     """Read the free-text form: one line after the reasoning, which may be missing."""
     parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReasoningFailure):
-        return Failure(parts.value)
+    if isinstance(parts, ReadFailure):
+        return parts
     if not parts.answer:
-        return Failure.no_advertiser
+        return ReadFailure.no_advertiser
     if "\n" in parts.answer:
-        return Failure.several_lines
+        return ReadFailure.several_lines
     return Prediction(advertiser=parts.answer, reasoning=parts.reasoning)
 
 
-def parse_ranking(text: str, *, reasoning_required: bool = False) -> Ranking | Failure:
+def parse_ranking(text: str, *, reasoning_required: bool = False) -> Ranking | ReadFailure:
     """Read the XML form: well-formed, both lists, nothing else. Too many or too few entries are no failure."""
     parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReasoningFailure):
-        return Failure(parts.value)
+    if isinstance(parts, ReadFailure):
+        return parts
     if "<!" in parts.answer or "<?" in parts.answer:
-        return Failure.not_xml
+        return ReadFailure.not_xml
     try:
         root = ElementTree.fromstring(parts.answer)
     except ElementTree.ParseError:
-        return Failure.not_xml
+        return ReadFailure.not_xml
     if root.tag != "prediction":
-        return Failure.not_xml
-    for name, failure in (("advertisers", Failure.no_advertisers), ("interests", Failure.no_interests)):
+        return ReadFailure.not_xml
+    for name, failure in (("advertisers", ReadFailure.no_advertisers), ("interests", ReadFailure.no_interests)):
         if root.find(name) is None:
             return failure
     if [child.tag for child in root] != ["advertisers", "interests"]:
-        return Failure.unknown_part
+        return ReadFailure.unknown_part
     advertisers, interests = _entries(root[0], "advertiser"), _entries(root[1], "interest")
-    if isinstance(advertisers, Failure):
+    if isinstance(advertisers, ReadFailure):
         return advertisers
-    if isinstance(interests, Failure):
+    if isinstance(interests, ReadFailure):
         return interests
     if not advertisers:
-        return Failure.no_advertiser
+        return ReadFailure.no_advertiser
     return Ranking(tuple(advertisers), tuple(interests), parts.reasoning)
 
 
-def _entries(part: ElementTree.Element, name: str) -> list[str] | Failure:
+def _entries(part: ElementTree.Element, name: str) -> list[str] | ReadFailure:
     if any(child.tag != name or len(child) for child in part):
-        return Failure.unknown_part
+        return ReadFailure.unknown_part
     texts = [(child.text or "").strip() for child in part]
-    return texts if all(texts) else Failure.empty_entry
+    return texts if all(texts) else ReadFailure.empty_entry
 
 
-def metrics(rows: Sequence[ChatRow], answers: Sequence[Prediction | Failure]) -> Metrics:
+def metrics(rows: Sequence[ChatRow], answers: Sequence[Prediction | ReadFailure]) -> Metrics:
     """Return how often the one name is the right one. Case and white space do not count."""
-    truths = [truth_of(row, parse).advertiser for row in rows]
+    truths = [ground_truth(row, Prediction).advertiser for row in rows]
     given = [readable(answer) for answer in answers]
     positions = [
         position_of(truth, [answer.advertiser] if answer else []) for truth, answer in zip(truths, given, strict=True)
@@ -216,7 +199,7 @@ def metrics(rows: Sequence[ChatRow], answers: Sequence[Prediction | Failure]) ->
     return {"recall@1": recall_at(positions, 1)}
 
 
-def ranking_metrics(rows: Sequence[ChatRow], answers: Sequence[Ranking | Failure]) -> Metrics:
+def ranking_metrics(rows: Sequence[ChatRow], answers: Sequence[Ranking | ReadFailure]) -> Metrics:
     """Return the paper's recalls, with NDCG and MRR; the truth is the row's label. Unreadable answers find nothing."""
     given = [readable(answer) for answer in answers]
     rankings = [answer.advertisers if answer else () for answer in given]

@@ -5,17 +5,20 @@ Source: AdNanny, section 3.2 (rules); the tags are ours.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.rows import ChatRow, Fact, JsonValue
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.text import distinct_n, is_narrower, near_duplicates, words_of
-from megatron_ads.tasks.conversation import filled, single_turn
-from megatron_ads.tasks.elements import count_of, element, read_elements
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
-from megatron_ads.tasks.relevance import Ad
-from megatron_ads.tasks.truths import Metrics, mean, readable, share, truth_of
+from megatron_ads.tasks.answer_format import (
+    ReadFailure,
+    count_of,
+    element,
+    read_elements,
+    render_reasoned,
+    split_reasoning,
+)
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, mean, readable, share, truth_facts
+from megatron_ads.tasks.prompts import Ad, Template, ad_of, filled, line, single_turn
 
 TASK = "query_generation"
 
@@ -29,21 +32,6 @@ TEMPLATE = Template(
     ),
     answer_form="Answer with <Query>text</Query><Reason>why</Reason> for each.",
 )
-
-
-class Failure(StrEnum):
-    """Why an answer cannot be read; the first that applies is reported."""
-
-    empty = "empty"
-    no_reasoning = "no_reasoning"
-    unclosed_reasoning = "unclosed_reasoning"
-    no_query = "no_query"
-    """No ``<Query>...</Query>`` after the reasoning."""
-    text_around_queries = "text_around_queries"
-    unpaired_reason = "unpaired_reason"
-    """Queries and reasons do not take turns."""
-    empty_query = "empty_query"
-    """A query or a reason without text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +71,9 @@ def render_prompt(brief: KeywordBrief, instruction: str = TEMPLATE.instruction()
     Raises:
         DataError: If the keyword is empty.
     """
-    lines = [instruction, f"Keyword: {filled('the keyword', brief.keyword)}", f"Queries: {brief.queries_wanted}"]
-    if brief.ad is not None:
-        lines.append(f"Ad: {brief.ad.title}")
-        if brief.ad.seller:
-            lines.append(f"Seller: {brief.ad.seller}")
-        if brief.ad.description:
-            lines.append(f"Text: {brief.ad.description}")
-    return "\n".join(lines)
+    keyword = line(Fact.keyword, filled("the keyword", brief.keyword))
+    wanted = line(Fact.queries_wanted, str(brief.queries_wanted))
+    return "\n".join([instruction, keyword, wanted, *(brief.ad.lines() if brief.ad else ())])
 
 
 def render_target(queries: Sequence[GeneratedQuery], reasoning: str) -> str:
@@ -112,40 +95,64 @@ def chat_row(row_id: str, brief: KeywordBrief, queries: Sequence[GeneratedQuery]
         DataError: If there is no query, or a text is empty.
     """
     prompt = render_prompt(brief, TEMPLATE.instruction_of(row_id))
-    return single_turn(row_id, TASK, prompt, render_target(queries, reasoning), group=brief.keyword)
+    facts: dict[str, JsonValue] = {Fact.keyword: brief.keyword, Fact.queries_wanted: brief.queries_wanted}
+    facts |= {Fact.ad: brief.ad.as_fact()} if brief.ad else {}
+    facts |= truth_facts(Queries(tuple(queries), reasoning))
+    return single_turn(row_id, TASK, prompt, render_target(queries, reasoning), facts=facts, group=brief.keyword)
 
 
-def parse(text: str, *, reasoning_required: bool = True) -> Queries | Failure:
+def keyword_of(row: ChatRow) -> str:
+    """Return the keyword that a row's queries are written for; empty if the row says none."""
+    return str(row.facts.get(Fact.keyword, ""))
+
+
+def subject_of(row: ChatRow) -> str:
+    """Return keyword and ad as the one text that embeddings and matchers compare queries with.
+
+    The words before each part are those of the first version of the prompt, and stay when prompts change: what is
+    fitted to such texts, and the scores, then stay comparable.
+    """
+    if Fact.text in row.facts:
+        return row.text_fact(Fact.text)
+    lines = [f"Keyword: {keyword_of(row).strip()}", f"Queries: {row.facts.get(Fact.queries_wanted, '')}"]
+    if Fact.ad in row.facts:
+        ad = ad_of(row.object_fact(Fact.ad))
+        lines += [f"Ad: {ad.title}", *([f"Seller: {ad.seller}"] if ad.seller else [])]
+        lines += [f"Text: {ad.description}"] if ad.description else []
+    return "\n".join(lines)
+
+
+def parse(text: str, *, reasoning_required: bool = True) -> Queries | ReadFailure:
     """Read an answer strictly: one ``<think>`` block, then queries, each with its reason, and nothing else."""
     parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReasoningFailure):
-        return Failure(parts.value)
+    if isinstance(parts, ReadFailure):
+        return parts
     if not count_of("Query", parts.answer):
-        return Failure.no_query
+        return ReadFailure.no_query
     elements = read_elements(parts.answer)
     if elements is None:
-        return Failure.text_around_queries
+        return ReadFailure.text_around_queries
     if [name for name, _ in elements] != ["Query", "Reason"] * (len(elements) // 2):
-        return Failure.unpaired_reason
+        return ReadFailure.unpaired_reason
     values = [value for _, value in elements]
     if not all(values):
-        return Failure.empty_query
+        return ReadFailure.empty_query
     pairs = zip(values[::2], values[1::2], strict=True)
     return Queries(queries=tuple(GeneratedQuery(*pair) for pair in pairs), reasoning=parts.reasoning)
 
 
-def metrics(rows: Sequence[ChatRow], answers: Sequence[Queries | Failure]) -> Metrics:
-    """Return how far queries follow the rules; the paper's table 6 takes a judge and is ``metrics.generated_queries``.
+def metrics(rows: Sequence[ChatRow], answers: Sequence[Queries | ReadFailure]) -> Metrics:
+    """Return how far queries follow the rules; the paper's table 6 takes a judge and is ``metrics.text``.
 
-    A query follows them if it is narrower than the keyword (the row's group), shares a word with the keyword or one of
-    the row's true queries, and does not repeat an earlier one (ours). An unreadable answer follows none. A row without
-    group says no keyword to compare with and does not count.
+    A query follows them if it is narrower than the keyword, shares a word with the keyword or one of the row's true
+    queries, and does not repeat an earlier one (ours). An unreadable answer follows none. A row that says no keyword
+    to compare with does not count.
     """
     given = [readable(answer) for answer in answers]
     texts = [answer.texts if answer else () for answer in given]
-    keyed = [(row, queries) for row, queries in zip(rows, texts, strict=True) if row.group]
-    narrower = [is_narrower(query, row.group) for row, queries in keyed for query in queries]
-    followed = [_follow_rules(row.group, queries, truth_of(row, parse).texts) for row, queries in keyed]
+    keyed = [(keyword_of(row), row, queries) for row, queries in zip(rows, texts, strict=True) if keyword_of(row)]
+    narrower = [is_narrower(query, keyword) for keyword, _, queries in keyed for query in queries]
+    followed = [_follow_rules(keyword, queries, ground_truth(row, Queries).texts) for keyword, row, queries in keyed]
     queries = sum(map(len, texts))
     return {
         "follow_rules": mean(followed),

@@ -13,15 +13,35 @@ from megatron_ads.metrics.text import format_rates
 from megatron_ads.tasks import (
     ad_rewriting,
     ad_user_relevance,
+    choose_one,
+    list_ranking,
     model_comparison,
     next_advertiser,
     query_generation,
     relevance,
     user_profile,
+    yes_no,
 )
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.truths import Metrics, Parser
-from megatron_ads.tasks.variants import choose_one, list_ranking, yes_no
+from megatron_ads.tasks.answer_format import ReadFailure
+from megatron_ads.tasks.ground_truth import Metrics, Parser
+from megatron_ads.tasks.prompts import Template
+
+
+class Scoring(StrEnum):
+    """What an evaluation reports of a task."""
+
+    metrics = "metrics"
+    """The task's metrics, as of every task but those with ``labels``."""
+    labels = "labels"
+    """The papers' binary views of every label, with baselines, in a form of its own."""
+    user_views = "user_views"
+    """One binary view, with baselines."""
+    queries = "queries"
+    """How good generated queries are."""
+    rankings = "rankings"
+    """Rankings of names, with baselines."""
+    replacement = "replacement"
+    """Whether one system may replace another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +52,8 @@ class Task:
     summary: str
     templates: tuple[Template, ...]
     parse: Parser[Any]
-    failures: type[StrEnum]
+    answer: type[Any]
+    """The record that ``parse`` returns."""
     metrics: Callable[[Sequence[ChatRow], Sequence[Any]], Metrics]
     """Takes rows and what ``parse`` made of the answers to them."""
     label_of: Callable[[Any], str] | None = None
@@ -41,6 +62,7 @@ class Task:
     """Metric in [0, 1] that stands for the task, as in adaptive task weights; the first that is defined."""
     reasons: bool = True
     """The targets reason; False: they may, and answers need not."""
+    scoring: Scoring = Scoring.metrics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +88,8 @@ TASKS = {
             summary="how well an ad answers a query: bad, fair or good, with place and quality",
             templates=(relevance.TEMPLATE, relevance.THREE_LABELS_TEMPLATE),
             parse=relevance.parse,
-            failures=relevance.Failure,
+            answer=relevance.RelevanceJudgement,
+            scoring=Scoring.labels,
             metrics=relevance.metrics,
             label_of=lambda answer: str(answer.label),
             headline=("bad/balanced_accuracy", "accuracy"),
@@ -76,7 +99,8 @@ TASKS = {
             summary="how well an ad fits what a user did, from 0 to 3",
             templates=(ad_user_relevance.TEMPLATE,),
             parse=ad_user_relevance.parse,
-            failures=ad_user_relevance.Failure,
+            answer=ad_user_relevance.UserRelevanceJudgement,
+            scoring=Scoring.user_views,
             metrics=ad_user_relevance.metrics,
             label_of=lambda answer: str(answer.score),
             headline=("bad/balanced_accuracy", "accuracy"),
@@ -86,7 +110,8 @@ TASKS = {
             summary="queries narrower than a keyword, each with its reason",
             templates=(query_generation.TEMPLATE,),
             parse=query_generation.parse,
-            failures=query_generation.Failure,
+            answer=query_generation.Queries,
+            scoring=Scoring.queries,
             metrics=query_generation.metrics,
             headline=("follow_rules",),
         ),
@@ -95,7 +120,8 @@ TASKS = {
             summary="whom a user buys from next: one name",
             templates=(next_advertiser.TEMPLATE,),
             parse=next_advertiser.parse,
-            failures=next_advertiser.Failure,
+            answer=next_advertiser.Prediction,
+            scoring=Scoring.rankings,
             metrics=next_advertiser.metrics,
             label_of=lambda answer: answer.advertiser,
             headline=("recall@1",),
@@ -106,7 +132,8 @@ TASKS = {
             summary="whom a user buys from next: 20 ranked, with 5 interests, in XML",
             templates=(next_advertiser.RANKING_TEMPLATE,),
             parse=next_advertiser.parse_ranking,
-            failures=next_advertiser.Failure,
+            answer=next_advertiser.Ranking,
+            scoring=Scoring.rankings,
             metrics=next_advertiser.ranking_metrics,
             headline=("recall@5",),
             reasons=False,
@@ -116,7 +143,7 @@ TASKS = {
             summary="interests, intents, constraints and what to avoid, from what a user did",
             templates=(user_profile.TEMPLATE,),
             parse=user_profile.parse,
-            failures=user_profile.Failure,
+            answer=user_profile.Profile,
             metrics=user_profile.metrics,
             headline=("interests/f1",),
         ),
@@ -125,7 +152,8 @@ TASKS = {
             summary="strengths, weaknesses, risk and verdict of a new system's output",
             templates=(model_comparison.TEMPLATE,),
             parse=model_comparison.parse,
-            failures=model_comparison.Failure,
+            answer=model_comparison.Assessment,
+            scoring=Scoring.replacement,
             metrics=model_comparison.metrics,
             label_of=lambda answer: str(answer.verdict),
             headline=("verdict/macro_recall",),
@@ -135,7 +163,7 @@ TASKS = {
             summary="an ad reworded towards a goal, and further keywords",
             templates=(ad_rewriting.TEMPLATE,),
             parse=ad_rewriting.parse,
-            failures=ad_rewriting.Failure,
+            answer=ad_rewriting.Rewrite,
             metrics=ad_rewriting.metrics,
             headline=("quality",),
         ),
@@ -144,7 +172,7 @@ TASKS = {
             summary="variant: would it be liked, yes or no",
             templates=(yes_no.QUERY_AD, yes_no.AD_USER, yes_no.ADVERTISER),
             parse=yes_no.parse,
-            failures=yes_no.Failure,
+            answer=yes_no.YesNoAnswer,
             metrics=yes_no.metrics,
             label_of=lambda answer: str(answer.answer),
             headline=("balanced_accuracy", "accuracy"),
@@ -155,7 +183,7 @@ TASKS = {
             summary="variant: the next advertiser out of 20",
             templates=(choose_one.TEMPLATE,),
             parse=choose_one.parse,
-            failures=choose_one.Failure,
+            answer=next_advertiser.Prediction,
             metrics=choose_one.metrics,
             label_of=lambda answer: answer.advertiser,
             headline=("hit_rate@1",),
@@ -166,7 +194,7 @@ TASKS = {
             summary="variant: 20 candidates put in order",
             templates=(list_ranking.TEMPLATE,),
             parse=list_ranking.parse,
-            failures=list_ranking.Failure,
+            answer=list_ranking.Order,
             metrics=list_ranking.metrics,
             label_of=lambda answer: str(answer.numbers[0]),
             headline=("ndcg@5",),
@@ -195,12 +223,12 @@ def score_answers(
     """Parse and score a model's answers to rows of one task.
 
     Args:
-        rows: With their targets, which hold the truth.
+        rows: Their facts hold the true answers.
         texts: One answer a row.
         reasoning_required: None: as the task has it. False for models that were taught without reasoning.
 
     Raises:
-        DataError: If there are no rows, they are of several tasks, or a target cannot be read.
+        DataError: If there are no rows, they are of several tasks, or a row says no answer.
     """
     tasks = sorted({row.task for row in rows})
     if len(tasks) != 1:
@@ -208,7 +236,7 @@ def score_answers(
     task = task_named(tasks[0])
     required = task.reasons if reasoning_required is None else reasoning_required
     answers = [task.parse(text, reasoning_required=required) for text in texts]
-    failures = Counter(str(answer) for answer in answers if isinstance(answer, StrEnum))
+    failures = Counter(str(answer) for answer in answers if isinstance(answer, ReadFailure))
     found = task.metrics(rows, answers)
     leading = next((name for name in task.headline if found.get(name) is not None), None)
     return TaskScores(

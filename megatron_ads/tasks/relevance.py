@@ -9,14 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.classification import DefectView, accuracy, binary_metrics
-from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import count_of, element, read_elements
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
-from megatron_ads.tasks.truths import Metrics, readable, truth_of
+from megatron_ads.tasks.answer_format import (
+    ReadFailure,
+    count_of,
+    element,
+    read_elements,
+    render_reasoned,
+    split_reasoning,
+)
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, truth_facts
+from megatron_ads.tasks.prompts import Ad, Template, line, single_turn
 
 TASK = "query_ad_relevance"
 
@@ -59,26 +64,8 @@ THREE_LABELS_TEMPLATE = Template(
 )
 
 
-class Failure(StrEnum):
-    """Why an answer cannot be read; the first that applies is reported."""
-
-    empty = "empty"
-    no_reasoning = "no_reasoning"
-    """No ``<think>`` block, or an empty one."""
-    unclosed_reasoning = "unclosed_reasoning"
-    """``<think>`` without ``</think>``: usually the answer was cut off."""
-    no_label = "no_label"
-    """No ``<Label>...</Label>`` after the reasoning."""
-    several_labels = "several_labels"
-    unknown_label = "unknown_label"
-    text_around_label = "text_around_label"
-    """Something other than the labels follows the reasoning."""
-    incomplete_labels = "incomplete_labels"
-    """Neither the label alone nor all three in their order."""
-
-
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class RelevanceJudgement:
     """An answer that could be read."""
 
     label: Label
@@ -88,24 +75,9 @@ class Judgement:
     quality: Flag | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Ad:
-    """What the judge sees of an ad."""
-
-    title: str
-    description: str = ""
-    seller: str = ""
-    """Brand, advertiser or domain; empty if unknown."""
-
-
 def render_prompt(query: str, ad: Ad, instruction: str = TEMPLATE.instruction()) -> str:
     """Return the user's message: the instruction in one line, then query and ad."""
-    lines = [instruction, f"Query: {query}", f"Ad: {ad.title}"]
-    if ad.seller:
-        lines.append(f"Seller: {ad.seller}")
-    if ad.description:
-        lines.append(f"Text: {ad.description}")
-    return "\n".join(lines)
+    return "\n".join([instruction, line(Fact.query, query), *ad.lines()])
 
 
 def render_target(label: Label, reasoning: str, *, location: Flag | None = None, quality: Flag | None = None) -> str:
@@ -140,47 +112,49 @@ def chat_row(
     template = TEMPLATE if location is None else THREE_LABELS_TEMPLATE
     prompt = render_prompt(query, ad, template.instruction_of(row_id))
     target = render_target(label, reasoning, location=location, quality=quality)
-    return single_turn(row_id, TASK, prompt, target, group=query, label=str(label))
+    truth = truth_facts(RelevanceJudgement(label, reasoning, location, quality))
+    facts = {Fact.query: query, Fact.ad: ad.as_fact(), **truth}
+    return single_turn(row_id, TASK, prompt, target, facts=facts, group=query, label=str(label))
 
 
 _ONE, _THREE = ["Label"], ["LocationLabel", "Label", "AdQuality"]
 
 
-def parse(text: str, *, reasoning_required: bool = True) -> Judgement | Failure:
+def parse(text: str, *, reasoning_required: bool = True) -> RelevanceJudgement | ReadFailure:
     """Read an answer strictly: one ``<think>`` block, then the label alone or all three in order, and nothing else."""
     parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReasoningFailure):
-        return Failure(parts.value)
+    if isinstance(parts, ReadFailure):
+        return parts
     labels = count_of("Label", parts.answer)
     if labels != 1:
-        return Failure.several_labels if labels else Failure.no_label
+        return ReadFailure.several_labels if labels else ReadFailure.no_label
     elements = read_elements(parts.answer)
     names = [name for name, _ in elements or []]
     if elements is None or not set(names) <= set(_THREE):
-        return Failure.text_around_label
+        return ReadFailure.text_around_label
     if names not in (_ONE, _THREE):
-        return Failure.incomplete_labels
+        return ReadFailure.incomplete_labels
     return _read_labels(dict(elements), parts.reasoning)
 
 
-def _read_labels(given: dict[str, str], reasoning: str) -> Judgement | Failure:
+def _read_labels(given: dict[str, str], reasoning: str) -> RelevanceJudgement | ReadFailure:
     try:
-        return Judgement(
+        return RelevanceJudgement(
             label=Label(given["Label"]),
             reasoning=reasoning,
             location=Flag(given["LocationLabel"]) if "LocationLabel" in given else None,
             quality=Flag(given["AdQuality"]) if "AdQuality" in given else None,
         )
     except ValueError:
-        return Failure.unknown_label
+        return ReadFailure.unknown_label
 
 
-def metrics(rows: Sequence[ChatRow], answers: Sequence[Judgement | Failure]) -> Metrics:
+def metrics(rows: Sequence[ChatRow], answers: Sequence[RelevanceJudgement | ReadFailure]) -> Metrics:
     """Return the paper's tables 1 to 4 of a model's answers, each name behind the name of its view.
 
     The location and quality views are over the rows that ask for three labels.
     """
-    truths = [truth_of(row, parse) for row in rows]
+    truths = [ground_truth(row, RelevanceJudgement) for row in rows]
     given = [readable(answer) for answer in answers]
     labels = [answer.label if answer else None for answer in given]
     found: Metrics = {"accuracy": accuracy([truth.label for truth in truths], labels)}

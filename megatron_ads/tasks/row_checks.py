@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from megatron_ads.data.rows import ChatRow, Role
+from megatron_ads.data.rows import ChatRow, Fact, Role
+from megatron_ads.tasks.answer_format import ReadFailure
+from megatron_ads.tasks.ground_truth import agrees, ground_truth, truth_facts
 from megatron_ads.tasks.registry import TASKS
-from megatron_ads.tasks.truths import truth_of
 
 
 class RowFault(StrEnum):
@@ -24,6 +25,8 @@ class RowFault(StrEnum):
     """The target is no answer of the task: the task's parser says why, an unknown label or one off the scale."""
     label_differs = "label_differs"
     """The row's label is not the one in its target."""
+    ground_truth_differs = "ground_truth_differs"
+    """The answer among the row's facts is not the one in its target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ def _labelled(row: ChatRow) -> ChatRow:
     task = TASKS.get(row.task)
     if row.label is not None or task is None or task.label_of is None:
         return row
-    return replace(row, label=task.label_of(truth_of(row, task.parse)))
+    return replace(row, label=task.label_of(ground_truth(row, task.answer)))
 
 
 def fault_of(row: ChatRow) -> FaultyRow | None:
@@ -81,9 +84,13 @@ def fault_of(row: ChatRow) -> FaultyRow | None:
     if task is None:
         return None
     answer = task.parse(row.target, reasoning_required=False)
-    if isinstance(answer, StrEnum):
+    if isinstance(answer, ReadFailure):
         return FaultyRow(row.id, row.task, RowFault.unreadable_target, str(answer))
     if row.label is not None and task.label_of is not None and task.label_of(answer) != row.label:
         reason = f"{row.label!r}, but the target says {task.label_of(answer)!r}"
         return FaultyRow(row.id, row.task, RowFault.label_differs, reason)
+    if Fact.ground_truth in row.facts and not agrees(answer, row):
+        known, said = (facts[Fact.ground_truth] for facts in (row.facts, truth_facts(answer)))
+        reason = f"{known!r:.80}, but the target says {said!r:.80}"
+        return FaultyRow(row.id, row.task, RowFault.ground_truth_differs, reason)
     return None

@@ -4,9 +4,11 @@ Source: the advertiser paper, sections 3.2.3 (sections) and 4.1 (windows); AdNan
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
+
+from megatron_ads.data.rows import ChatRow, Fact, JsonValue
 
 
 class EventKind(StrEnum):
@@ -92,6 +94,8 @@ HEADINGS = {
     Section.top_brands: "Top brands",
     Section.semantic_ids: "Recent items",
 }
+SEPARATOR = "; "
+NOTHING_KNOWN = "Nothing is known of the user."
 _KINDS = {
     Section.attributed_conversions: EventKind.attributed_conversion,
     Section.matched_conversions: EventKind.matched_conversion,
@@ -132,31 +136,35 @@ def sections(history: UserHistory, view: HistoryView = FULL_VIEW) -> dict[Sectio
     return {section: entries for section, entries in found.items() if entries}
 
 
-def past_advertisers(history: UserHistory) -> tuple[str, ...]:
-    """Return whom the user bought from, the most recent first, each once."""
-    newest_first = sorted(history.events, key=lambda event: event.days_ago)
-    return tuple(dict.fromkeys(event.advertiser for event in newest_first if _is_purchase(event)))
+def render_history(shown: Mapping[Section, Sequence[str]]) -> str:
+    """Return one line per section, as the prompt has it; one that says so if there is no section."""
+    lines = [f"{HEADINGS[section]}: {SEPARATOR.join(entries)}" for section, entries in shown.items()]
+    return "\n".join(lines) or NOTHING_KNOWN
 
 
-def render_history(shown: Mapping[Section, tuple[str, ...]]) -> str:
-    """Return one line per section, as the prompt has it."""
-    return "\n".join(f"{HEADINGS[section]}: {'; '.join(entries)}" for section, entries in shown.items())
+def user_facts(history: UserHistory, view: HistoryView = FULL_VIEW) -> dict[str, JsonValue]:
+    """Return what a row says of its user: everything known, and what the prompt shows of it."""
+    return {
+        Fact.user: history.user_id,
+        Fact.demographics: _known_fields(history.demographics),
+        Fact.events: [_known_fields(event) for event in history.events],
+        Fact.history: {str(section): list(entries) for section, entries in sections(history, view).items()},
+    }
 
 
-def fit_history(
-    shown: Mapping[Section, tuple[str, ...]], *, max_tokens: int, count_tokens: Callable[[str], int]
-) -> dict[Section, tuple[str, ...]]:
-    """Shorten sections until ``render_history`` takes at most ``max_tokens``.
+def _known_fields(record: Event | Demographics) -> dict[str, JsonValue]:
+    values = {part.name: getattr(record, part.name) for part in fields(record)}
+    return {name: value for name, value in values.items() if value != ""}
 
-    The longest section gives its last entry, the oldest or rarest; of several equally long the one that comes last.
+
+def shown_history(row: ChatRow) -> dict[Section, tuple[str, ...]]:
+    """Return the sections that a row's prompt shows.
+
+    Raises:
+        DataError: If the row's facts have no history.
     """
-    kept = dict(shown)
-    while kept and count_tokens(render_history(kept)) > max_tokens:
-        longest = max(reversed(kept), key=lambda section: len(kept[section]))
-        kept[longest] = kept[longest][:-1]
-        if not kept[longest]:
-            del kept[longest]
-    return kept
+    facts = row.object_fact(Fact.history)
+    return {section: tuple(facts[section]) for section in Section if section in facts}  # type: ignore[arg-type]
 
 
 def _entries(

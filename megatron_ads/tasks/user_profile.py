@@ -5,16 +5,21 @@ Source: AdNanny, section 2; the tags are ours.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.metrics.text import overlap, words_of
-from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import PartsFailure, element, listed, read_parts, unlisted
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import ReasoningFailure, render_reasoned, split_reasoning
-from megatron_ads.tasks.truths import Metrics, mean, readable, truth_of
-from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory, render_history, sections
+from megatron_ads.tasks.answer_format import (
+    ReadFailure,
+    element,
+    listed,
+    read_parts,
+    render_reasoned,
+    split_reasoning,
+    unlisted,
+)
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, mean, readable, truth_facts
+from megatron_ads.tasks.prompts import Template, single_turn
+from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory, render_history, sections, user_facts
 
 TASK = "user_profile"
 
@@ -30,20 +35,6 @@ TEMPLATE = Template(
         "Answer with <Summary>, <Interests>, <Intents>, <Constraints> and <Avoid>; lists separated by ';', or none."
     ),
 )
-
-
-class Failure(StrEnum):
-    """Why an answer cannot be read; the first that applies is reported."""
-
-    empty = "empty"
-    no_reasoning = "no_reasoning"
-    unclosed_reasoning = "unclosed_reasoning"
-    missing_part = "missing_part"
-    repeated_part = "repeated_part"
-    empty_part = "empty_part"
-    unknown_part = "unknown_part"
-    parts_out_of_order = "parts_out_of_order"
-    text_around_parts = "text_around_parts"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +58,7 @@ def render_prompt(
     user: UserHistory, instruction: str = TEMPLATE.instruction(), *, view: HistoryView = FULL_VIEW
 ) -> str:
     """Return the user's message: the instruction, then the history section by section."""
-    return f"{instruction}\n{render_history(sections(user, view)) or 'Nothing is known of the user.'}"
+    return f"{instruction}\n{render_history(sections(user, view))}"
 
 
 def render_target(profile: Profile) -> str:
@@ -93,21 +84,22 @@ def chat_row(row_id: str, user: UserHistory, profile: Profile, *, view: HistoryV
         DataError: If a part of the profile cannot be written.
     """
     prompt = render_prompt(user, TEMPLATE.instruction_of(row_id), view=view)
-    return single_turn(row_id, TASK, prompt, render_target(profile), group=user.user_id)
+    facts = {**user_facts(user, view), **truth_facts(profile)}
+    return single_turn(row_id, TASK, prompt, render_target(profile), facts=facts, group=user.user_id)
 
 
 _PARTS = ("Summary", "Interests", "Intents", "Constraints", "Avoid")
 _LISTS = ("interests", "intents", "constraints", "avoid")
 
 
-def parse(text: str, *, reasoning_required: bool = True) -> Profile | Failure:
+def parse(text: str, *, reasoning_required: bool = True) -> Profile | ReadFailure:
     """Read an answer strictly: one ``<think>`` block, then the five parts in order, and nothing else."""
     parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReasoningFailure):
-        return Failure(parts.value)
+    if isinstance(parts, ReadFailure):
+        return parts
     given = read_parts(parts.answer, _PARTS)
-    if isinstance(given, PartsFailure):
-        return Failure(given.value)
+    if isinstance(given, ReadFailure):
+        return given
     return Profile(
         summary=given["Summary"],
         interests=unlisted(given["Interests"]),
@@ -118,12 +110,12 @@ def parse(text: str, *, reasoning_required: bool = True) -> Profile | Failure:
     )
 
 
-def metrics(rows: Sequence[ChatRow], answers: Sequence[Profile | Failure]) -> Metrics:
+def metrics(rows: Sequence[ChatRow], answers: Sequence[Profile | ReadFailure]) -> Metrics:
     """Return, averaged over rows, precision, recall and F1 of every list and the F1 of the summary's words (ours).
 
     An unreadable answer has 0 everywhere.
     """
-    pairs = [(truth_of(row, parse), readable(answer)) for row, answer in zip(rows, answers, strict=True)]
+    pairs = [(ground_truth(row, Profile), readable(answer)) for row, answer in zip(rows, answers, strict=True)]
     found: Metrics = {}
     for name in _LISTS:
         overlaps = [overlap(getattr(truth, name), getattr(answer, name)) if answer else None for truth, answer in pairs]

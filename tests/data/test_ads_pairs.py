@@ -22,7 +22,7 @@ from megatron_ads.data.ads_pairs import (
     judge,
 )
 from megatron_ads.metrics.classification import binary_metrics, majority_predictions
-from megatron_ads.tasks.relevance import BAD_VIEW, Judgement, Label, parse
+from megatron_ads.tasks.relevance import BAD_VIEW, Label, RelevanceJudgement, parse
 
 SHOES, HOTELS = CATEGORIES[0], CATEGORIES[2]
 
@@ -59,7 +59,7 @@ def test_every_label_follows_from_the_texts_by_the_rule():
 def test_target_carries_the_label_after_reasoning():
     for row in builtin_rows(300):
         judgement = parse(row.target)
-        assert isinstance(judgement, Judgement)
+        assert isinstance(judgement, RelevanceJudgement)
         assert judgement.label == row.label
 
 

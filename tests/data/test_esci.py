@@ -11,7 +11,8 @@ from megatron_ads.data.esci import FILE, esci_file, esci_rows, reason
 from megatron_ads.data.public_data import DATA_ROOT
 from megatron_ads.data.split import split_by_group
 from megatron_ads.errors import DataError
-from megatron_ads.tasks.relevance import Ad, Judgement, Label, parse
+from megatron_ads.tasks.prompts import Ad
+from megatron_ads.tasks.relevance import Label, RelevanceJudgement, parse
 
 RECORD: dict[str, Any] = {
     "query": "red dog bowl",
@@ -101,6 +102,6 @@ def test_the_real_pairs_are_all_read_and_split_by_query():
     rows = esci_rows(REAL)
     assert len(rows) > 1000
     assert {row.label for row in rows} == set(Label)
-    assert all(isinstance(parse(row.target), Judgement) for row in rows)
+    assert all(isinstance(parse(row.target), RelevanceJudgement) for row in rows)
     split = split_by_group(rows, validation_rows=256, seed=0)
     assert {row.group for row in split.training}.isdisjoint(row.group for row in split.validation)

@@ -10,6 +10,7 @@ from megatron_ads.data import jsonl
 from megatron_ads.data.jsonl import jsonl_rows, parse_row, read_objects
 from megatron_ads.data.rows import Role
 from megatron_ads.errors import DataError
+from tests.tasks.examples import rows_of_all_tasks
 
 USER = {"role": "user", "content": "question"}
 ASSISTANT = {"role": "assistant", "content": "<think>Because.</think>answer"}
@@ -148,3 +149,62 @@ def test_a_file_of_bad_rows_alone_is_refused_with_their_counts(tmp_path: Path):
     file = write(tmp_path, {"messages": [USER]}, {"messages": []})
     with pytest.raises(DataError, match="holds no usable row; not used: 2 no_target"):
         jsonl_rows(file, rejected=tmp_path / "rejected.jsonl")
+
+
+def test_facts_are_read_and_written(tmp_path: Path) -> None:
+    examples = rows_of_all_tasks()
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row.as_dict()) + "\n" for row in examples))
+    assert jsonl_rows(file) == examples
+
+
+def verl(**changes: object) -> dict[str, object]:
+    return {
+        "data_source": "query_ad_relevance",
+        "prompt": [{"role": "user", "content": "Good?"}],
+        "ability": "ads",
+        "reward_model": {"style": "rule", "ground_truth": {"label": "Good", "location": None, "quality": None}},
+        "extra_info": {"answer": "<think>So.</think><Label>Good</Label>", "query": "shoes", "index": 7, "id": "v"},
+        **changes,
+    }
+
+
+def test_rows_in_the_form_of_verl_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    number = {"style": "rule", "ground_truth": "72"}
+    school = {"answer": "<think>So.</think>#### 72", "question": "How many?", "split": "train"}
+    rows = [
+        verl(),
+        verl(data_source="openai/gsm8k", ability="math", prompt="How many?", reward_model=number, extra_info=school),
+        verl(data_source="mine", ability="next_advertiser", reward_model={"ground_truth": "Acme"}, extra_info=None),
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged, solved, bought = jsonl_rows(file)
+    assert (judged.id, judged.task, judged.target) == (
+        "v",
+        "query_ad_relevance",
+        "<think>So.</think><Label>Good</Label>",
+    )
+    assert (judged.facts["query"], judged.facts["index"], judged.facts["ground_truth"]["label"]) == ("shoes", 7, "Good")
+    assert judged.facts["reasoning"] == "So."
+    assert (solved.task, solved.prompt[0].content, solved.label) == ("openai/gsm8k", "How many?", "72")
+    assert solved.facts == {"question": "How many?", "split": "train", "ground_truth": "72"}
+    assert (bought.task, bought.target, bought.facts["ground_truth"]) == (
+        "next_advertiser", "Acme", {"advertiser": "Acme"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"extra_info": {}}, "neither extra_info.answer nor reward_model.ground_truth is the target"),
+        ({"prompt": 3}, "messages must be a list"),
+        ({"rewards": 1}, "unknown field 'rewards'; known in verl's form: ability"),
+        ({"extra_info": ["x"]}, "extra_info is .*; it must be an object"),
+    ],
+)
+def test_what_is_wrong_with_a_row_of_verl_is_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(verl(**changes)))
+    with pytest.raises(DataError, match=message):
+        jsonl_rows(file)

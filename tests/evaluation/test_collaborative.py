@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_ads.evaluation.collaborative import CollaborativeModel
+from megatron_ads.evaluation.name_answers import CollaborativeModel
 from tests.evaluation.advertiser_rows import name_row
 
 TRAINING = [

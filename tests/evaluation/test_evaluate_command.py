@@ -6,8 +6,8 @@ import pytest
 
 from megatron_ads.cli import main
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
-from megatron_ads.evaluation.answer import Answer
-from megatron_ads.evaluation.asking import RowAsker
+from megatron_ads.evaluation.answer_records import Answer
+from megatron_ads.evaluation.generate import RowAsker
 
 PAIRS = "data.sources=[{kind: simulator, task: query_ad_relevance, rows: 300}]"
 RECIPE = ["--recipe", "sft/quickstart", PAIRS, "data.validation_rows=6"]
@@ -211,3 +211,25 @@ def test_one_of_twenty_is_chosen_among_those_that_the_row_lists(folder: Path, tm
         assert set(names) <= set(listed)
         # The score is no longer the model's alone.
         assert any(beam["score"] != pytest.approx(beam["log_probability"]) for beam in answer["beams"])
+
+
+LEAVE_IT, BEAMS = "leave it out, or take --decode", "beam or constrained-beam"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--decode beam --temperature 0.5", f"--temperature has no effect with --decode beam; {LEAVE_IT} sampled."),
+        ("--top-p 0.5", f"--top-p has no effect with --decode greedy; {LEAVE_IT} sampled."),
+        ("--decode sampled --beams 4", f"--beams has no effect with --decode sampled; {LEAVE_IT} {BEAMS}."),
+        ("--decode sampled --temperature 0", "--temperature is 0.0; it must be above 0."),
+        ("--decode sampled --top-p 1.1", "--top-p is 1.1; it must be above 0 and at most 1."),
+        ("--decode beam --beams 0", "--beams is 0; it must be at least 1."),
+        ("--decode constrained-beam --collaborative -0.1", "--collaborative is -0.1; it must be from 0 to 1."),
+    ],
+)
+def test_a_wrong_option_is_named_as_it_was_typed(
+    options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--model", "unused", *options.split(), *RECIPE]) == 2
+    assert capsys.readouterr().err == f"megatron-ads: {message}\n"

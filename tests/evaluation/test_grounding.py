@@ -1,4 +1,4 @@
-from megatron_ads.evaluation.grounding import NearestNames
+from megatron_ads.evaluation.name_answers import NearestNames
 
 NAMES = ("Acme Tools", "Acme Paper", "Bolt & Sons", "Dune", "Dunes End")
 

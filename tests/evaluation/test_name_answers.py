@@ -4,10 +4,10 @@ import pytest
 
 from megatron_ads.errors import DataError
 from megatron_ads.evaluation.name_answers import bought_from, names_trained_on, read_names, valid_names
-from megatron_ads.tasks import relevance
-from megatron_ads.tasks.relevance import Ad, Label
-from megatron_ads.tasks.variants import choose_one
-from megatron_ads.tasks.variants.advertiser_question import question_of
+from megatron_ads.tasks import choose_one, relevance
+from megatron_ads.tasks.advertiser_question import question_of
+from megatron_ads.tasks.prompts import Ad
+from megatron_ads.tasks.relevance import Label
 from tests.evaluation.advertiser_rows import name_row
 
 

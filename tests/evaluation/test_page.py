@@ -4,12 +4,13 @@ from html.parser import HTMLParser
 
 import pytest
 
-from megatron_ads.evaluation.answer import Answer, AnswerBeam
+from megatron_ads.evaluation.answer_records import Answer, AnswerBeam
 from megatron_ads.evaluation.outcomes import NOT_READ, confusion, judge, samples
 from megatron_ads.evaluation.page import evaluation_page
 from megatron_ads.evaluation.task_scores import task_scores
 from megatron_ads.tasks import next_advertiser, relevance
-from megatron_ads.tasks.relevance import Ad, Label
+from megatron_ads.tasks.prompts import Ad
+from megatron_ads.tasks.relevance import Label
 from tests.evaluation.advertiser_rows import name_row
 
 

@@ -1,8 +1,10 @@
 import math
+from dataclasses import replace
 
 import pytest
 
-from megatron_ads.evaluation.answer import Answer, AnswerBeam
+from megatron_ads.data.rows import Fact
+from megatron_ads.evaluation.answer_records import Answer, AnswerBeam
 from megatron_ads.evaluation.name_answers import AdvertiserNames, names_trained_on
 from megatron_ads.evaluation.ranking_scores import advertiser_rankings, ranking_scores
 from megatron_ads.tasks import next_advertiser
@@ -96,10 +98,12 @@ def test_free_text_is_grounded_in_the_nearest_valid_names() -> None:
 
 
 def test_the_best_ranking_is_judged_where_every_row_has_one() -> None:
-    answers = [_answer("A", ["B"]), _answer("B", ["B"])]
-    best = {answers[0].row.id: ("A", "B"), answers[1].row.id: ("A", "B")}
+    plain = [_answer("A", ["B"]), _answer("B", ["B"])]
+    known = [
+        replace(answer, row=replace(answer.row, facts={**answer.row.facts, Fact.best_answers: ["A", "B"]}))
+        for answer in plain
+    ]
     names = names_trained_on(TRAINING)
-    reachable = ranking_scores(answers, TRAINING, names, best=best)["methods"]["best reachable"]
+    reachable = ranking_scores(known, TRAINING, names)["methods"]["best reachable"]
     assert [reachable["recall@1"], reachable["recall@5"]] == [0.5, 1.0]
-    del best[answers[0].row.id]
-    assert "best reachable" not in ranking_scores(answers, TRAINING, names, best=best)["methods"]
+    assert "best reachable" not in ranking_scores([plain[0], known[1]], TRAINING, names)["methods"]

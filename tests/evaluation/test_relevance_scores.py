@@ -2,19 +2,21 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.errors import DataError
-from megatron_ads.evaluation.answer import Answer
-from megatron_ads.evaluation.relevance_scores import relevance_scores
-from megatron_ads.tasks.relevance import Ad, Failure, Label, chat_row, render_target
+from megatron_ads.evaluation.answer_records import Answer
+from megatron_ads.evaluation.label_scores import relevance_scores
+from megatron_ads.tasks.answer_format import ReadFailure
+from megatron_ads.tasks.prompts import Ad
+from megatron_ads.tasks.relevance import Label, chat_row, render_target
 
-UNREADABLE = {Failure.no_label: "<think>r</think>", Failure.empty: ""}
+UNREADABLE = {ReadFailure.no_label: "<think>r</think>", ReadFailure.empty: ""}
 
 
-def _answer(expected: Label, given: Label | Failure, query: str = "q") -> Answer:
-    text = UNREADABLE[given] if isinstance(given, Failure) else render_target(given, "r")
+def _answer(expected: Label, given: Label | ReadFailure, query: str = "q") -> Answer:
+    text = UNREADABLE[given] if isinstance(given, ReadFailure) else render_target(given, "r")
     row = chat_row("1", query, Ad(title="a"), expected, "r")
-    return Answer(row=row, text=text, ended=given is not Failure.empty)
+    return Answer(row=row, text=text, ended=given is not ReadFailure.empty)
 
 
 def _labelled(*labels: str) -> list[ChatRow]:
@@ -26,8 +28,8 @@ ANSWERS = [
     _answer(Label.bad, Label.fair, "a"),
     _answer(Label.fair, Label.good, "b"),
     _answer(Label.good, Label.good, "c"),
-    _answer(Label.good, Failure.no_label, "c"),
-    _answer(Label.good, Failure.empty, "d"),
+    _answer(Label.good, ReadFailure.no_label, "c"),
+    _answer(Label.good, ReadFailure.empty, "d"),
 ]
 
 
@@ -53,7 +55,7 @@ def test_the_baseline_is_the_commonest_label_of_the_training_rows() -> None:
 
 def test_perfect_answers_score_one_and_unreadable_ones_zero() -> None:
     perfect = [_answer(label, label) for label in Label]
-    unreadable = [_answer(label, Failure.empty) for label in Label]
+    unreadable = [_answer(label, ReadFailure.empty) for label in Label]
     for answers, expected in ((perfect, 1.0), (unreadable, 0.0)):
         scores = relevance_scores(answers, training=_labelled("Good"))
         assert scores["accuracy"] == expected
@@ -85,18 +87,17 @@ def test_a_row_of_another_task_or_label_is_refused() -> None:
 
 
 def test_the_best_reachable_is_judged_where_every_row_has_a_best_answer() -> None:
-    answers = [
-        replace(answer, row=replace(answer.row, id=str(number))) for number, answer in enumerate(ANSWERS)
-    ]  # bad, bad, fair, good, good, good
-    best = dict(zip("012345", [("Bad", "Fair"), ("Fair",), ("Good",), ("Good",), ("Good",), ("Bad",)], strict=True))
-    views = relevance_scores(answers, training=_labelled("Good"), best=best)["views"]
+    best = [["Bad", "Fair"], ["Fair"], ["Good"], ["Good"], ["Good"], ["Bad"]]
+    answers = [  # bad, bad, fair, good, good, good
+        replace(answer, row=replace(answer.row, facts={**answer.row.facts, Fact.best_answers: given}))
+        for answer, given in zip(ANSWERS, best, strict=True)
+    ]
+    views = relevance_scores(answers, training=_labelled("Good"))["views"]
     # bad against the rest: 1 of 2 bad, 3 of 4 others; good against the rest: 2 of 3 good, 2 of 3 others
     assert views["bad"]["reachable"]["balanced_accuracy"] == pytest.approx((1 / 2 + 3 / 4) / 2)
     assert views["fair"]["reachable"]["balanced_accuracy"] == pytest.approx(2 / 3)
-    assert (
-        "reachable"
-        not in relevance_scores(answers[:1], training=_labelled("Good"), best={"7": ("Bad",)})["views"]["bad"]
-    )
+    partly = [answers[0], ANSWERS[1]]
+    assert "reachable" not in relevance_scores(partly, training=_labelled("Good"))["views"]["bad"]
 
 
 def test_the_text_baseline_learns_from_the_words_of_training_rows() -> None:

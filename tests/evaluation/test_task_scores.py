@@ -4,10 +4,11 @@ import pytest
 
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.errors import DataError
-from megatron_ads.evaluation.answer import Answer
+from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.task_scores import task_scores
 from megatron_ads.tasks import ad_user_relevance, relevance
-from megatron_ads.tasks.relevance import Ad, Label
+from megatron_ads.tasks.prompts import Ad
+from megatron_ads.tasks.relevance import Label
 from megatron_ads.tasks.user_history import Event, EventKind, UserHistory
 
 

@@ -1,4 +1,4 @@
-"""One training pass gives the same loss and the same gradients under every layout."""
+"""One training pass gives the same loss and the same gradients under every layout; more layouts are in rung 8."""
 
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,12 @@ GRADIENT_TOLERANCE = 2e-5
 LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2 ep2": {"world": 4, "pp": 2, "ep": 2},
     "pp4": {"world": 4, "pp": 4},
-    "ep4": {"world": 4, "ep": 4},
     "dp2": {"world": 2},
-    "tp2": {"world": 2, "tp": 2, "etp": 2},
     "tp2 etp1 ep2": {"world": 2, "tp": 2, "etp": 1, "ep": 2},
     "tp2 etp1": {"world": 2, "tp": 2, "etp": 1},
     "tp2 pp2": {"world": 4, "tp": 2, "pp": 2, "etp": 2},
-    "pp2 vpp2": {"world": 2, "pp": 2, "vpp": 2},
 }
 PIPELINES = {
-    "embedding and loss alone": "E|tt|tt|mL",
     "dense-only first stage": "Ett|t|t|mL",
     "everything in the middle": "E||tttt|mL",
 }
@@ -81,11 +77,13 @@ def test_a_pass_is_the_same_with_stages_without_experts_or_layers(
     _check(Job(folder=folder, layout=layout, pipeline=pipeline, settings=SETTINGS), alone)
 
 
-@pytest.mark.parametrize("name", ["pp2 ep2", "dp2", "tp2"])
-def test_the_balancing_loss_is_the_same_under_every_layout(folder: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "layout", [LAYOUTS["pp2 ep2"], LAYOUTS["dp2"], {"world": 2, "tp": 2, "etp": 2}], ids=["pp2 ep2", "dp2", "tp2"]
+)
+def test_the_balancing_loss_is_the_same_under_every_layout(folder: Path, layout: dict[str, Any]) -> None:
     settings = {"aux_loss_coefficient": 0.1}
     (balanced,) = run_ranks(1, train_pass, Job(folder=folder, settings=settings))
     (plain,) = run_ranks(1, train_pass, Job(folder=folder))
     router = "decoder.layers.3.mlp.router.weight"
     assert float((balanced.grads[router] - plain.grads[router]).abs().max()) > 1e-4
-    _check(Job(folder=folder, layout=ParallelLayout(**LAYOUTS[name]), settings=settings), balanced)
+    _check(Job(folder=folder, layout=ParallelLayout(**layout), settings=settings), balanced)

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ads.observability.run_report import run_page, write_run_report
 
-RUN = {"recipe": {"model": {"load": "runs/demo"}, "train": {"steps": 20}}, "ranks": 4, "revision": None}
+RUN = {"recipe": {"model": {"load": "runs/demo"}, "train": {"max_steps": 20}}, "ranks": 4, "revision": None}
 
 
 def page_of(folder: Path, *metrics: dict[str, float]) -> str:
@@ -39,3 +39,10 @@ def test_a_run_goes_on_where_its_report_cannot_be_written(tmp_path: Path, caplog
     page_of(tmp_path, {"step": 1, "loss": 3.0})
     write_run_report(tmp_path)
     assert "1 of 20 steps" in (tmp_path / "report.html").read_text()
+
+
+def test_the_report_of_an_older_run_knows_its_steps_under_their_old_name(tmp_path: Path) -> None:
+    page_of(tmp_path, {"step": 1, "loss": 3.0})
+    old = RUN | {"recipe": {"model": {"load": "runs/demo"}, "train": {"steps": 30}}}
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    assert "1 of 30 steps" in run_page(tmp_path)

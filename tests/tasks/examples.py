@@ -4,16 +4,18 @@ from megatron_ads.data.rows import ChatRow
 from megatron_ads.tasks import (
     ad_rewriting,
     ad_user_relevance,
+    choose_one,
+    list_ranking,
     model_comparison,
     next_advertiser,
     query_generation,
     relevance,
     user_profile,
+    yes_no,
 )
-from megatron_ads.tasks.relevance import Ad
+from megatron_ads.tasks.advertiser_question import AdvertiserQuestion, question_of
+from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.user_history import Demographics, Event, EventKind, UserHistory
-from megatron_ads.tasks.variants import choose_one, list_ranking, yes_no
-from megatron_ads.tasks.variants.advertiser_question import question_about
 
 HOTEL = Ad(title="Luxury 5-star hotel in central Paris", description="Premium suites.", seller="www.examplehotel.com")
 SHOES = Ad(title="Lightweight running shoes for new runners", description="Comfortable and cushioned.")
@@ -65,6 +67,11 @@ REWRITE = ad_rewriting.Rewrite(
 REQUEST = next_advertiser.Request(RUNNER, POOL)
 
 
+def question_about(row_id: str, advertiser: str, reasoning: str = "") -> AdvertiserQuestion:
+    """Return what variants ask about the runner."""
+    return question_of(next_advertiser.chat_row(row_id, REQUEST, advertiser, reasoning), row_id, POOL)
+
+
 def query_ad_row(label: relevance.Label) -> ChatRow:
     """Return the hotel for a query, with a label of choice."""
     return relevance.chat_row("a1", "cheap hotel in Paris", HOTEL, label, "The price differs.")
@@ -98,7 +105,7 @@ def rows_of_all_tasks() -> list[ChatRow]:
         ad_rewriting.chat_row("g1", BRIEF, REWRITE),
         yes_no.query_ad_row(query_ad_row(relevance.Label.fair), "h1"),
         yes_no.ad_user_row(ad_user_row(1), "h2"),
-        yes_no.advertiser_row(question_about("h3", REQUEST, "Shop 7")),
-        choose_one.chat_row(question_about("i1", REQUEST, "Shop 7")),
-        list_ranking.chat_row(question_about("j1", REQUEST, "Shop 7")),
+        yes_no.advertiser_row(question_about("h3", "Shop 7")),
+        choose_one.chat_row(question_about("i1", "Shop 7")),
+        list_ranking.chat_row(question_about("j1", "Shop 7")),
     ]

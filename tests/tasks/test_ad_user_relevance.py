@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_ads.errors import DataError
-from megatron_ads.tasks.ad_user_relevance import Failure, Judgement, Score, chat_row, metrics, parse, render_prompt
+from megatron_ads.tasks.ad_user_relevance import Score, UserRelevanceJudgement, chat_row, metrics, parse, render_prompt
+from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.user_history import HistoryView, Section, UserHistory
 from tests.tasks.examples import RUNNER, SHOES
 
@@ -42,26 +43,31 @@ def test_a_score_outside_the_scale_is_refused(score: int):
 @pytest.mark.parametrize(
     ("answer", "failure"),
     [
-        ("3", Failure.no_score),
-        ("<Score>3", Failure.no_score),
-        ("<Score>3</Score><Score>3</Score>", Failure.several_scores),
-        ("<Score>4</Score>", Failure.score_outside_scale),
-        ("<Score>-1</Score>", Failure.score_outside_scale),
-        ("<Score>2.5</Score>", Failure.score_outside_scale),
-        ("<Score>three</Score>", Failure.score_outside_scale),
-        ("<Score></Score>", Failure.score_outside_scale),
-        ("So <Score>3</Score>", Failure.text_around_score),
-        ("<Score>3</Score><Note>x</Note>", Failure.text_around_score),
+        ("3", ReadFailure.no_score),
+        ("<Score>3", ReadFailure.no_score),
+        ("<Score>3</Score><Score>3</Score>", ReadFailure.several_scores),
+        ("<Score>4</Score>", ReadFailure.score_outside_scale),
+        ("<Score>-1</Score>", ReadFailure.score_outside_scale),
+        ("<Score>2.5</Score>", ReadFailure.score_outside_scale),
+        ("<Score>three</Score>", ReadFailure.score_outside_scale),
+        ("<Score></Score>", ReadFailure.score_outside_scale),
+        ("So <Score>3</Score>", ReadFailure.text_around_score),
+        ("<Score>3</Score><Note>x</Note>", ReadFailure.text_around_score),
     ],
 )
-def test_each_failure_has_its_name(answer: str, failure: Failure):
+def test_each_failure_has_its_name(answer: str, failure: ReadFailure):
     assert parse(f"<think>Why.</think>{answer}") is failure
 
 
 def test_metrics_by_hand():
     # Truth 0 0 2 3; answers 0, 1, 1, unreadable.
     rows = [chat_row(f"r{number}", RUNNER, SHOES, score, "So.") for number, score in enumerate((0, 0, 2, 3))]
-    answers = [Judgement(Score("0"), "x"), Judgement(Score("1"), "x"), Judgement(Score("1"), "x"), Failure.no_score]
+    answers = [
+        UserRelevanceJudgement(Score("0"), "x"),
+        UserRelevanceJudgement(Score("1"), "x"),
+        UserRelevanceJudgement(Score("1"), "x"),
+        ReadFailure.no_score,
+    ]
     found = metrics(rows, answers)
     assert found["bad/defect_rate"] == 0.5  # RR
     assert found["bad/model_defect_rate"] == 0.25  # Model RR

@@ -3,10 +3,19 @@
 import pytest
 
 from megatron_ads.errors import DataError
-from megatron_ads.tasks.conversation import single_turn
-from megatron_ads.tasks.elements import PartsFailure, count_of, element, listed, read_elements, read_parts, unlisted
-from megatron_ads.tasks.prompt_templates import Template
-from megatron_ads.tasks.reasoning import Reasoned, ReasoningFailure, render_reasoned, split_reasoning
+from megatron_ads.tasks.answer_format import (
+    ReadFailure,
+    Reasoned,
+    count_of,
+    element,
+    listed,
+    read_elements,
+    read_parts,
+    render_reasoned,
+    split_reasoning,
+    unlisted,
+)
+from megatron_ads.tasks.prompts import Template, single_turn
 
 TEMPLATE = Template(task="t", version=1, paraphrases=("One?", "Two?", "Three?"), answer_form="Say so.")
 
@@ -36,7 +45,7 @@ def test_reasoning_is_split_from_the_answer():
 
 @pytest.mark.parametrize("text", ["<think></think>Acme", "<think> \n</think>Acme", "Acme"])
 def test_missing_reasoning_is_a_failure_only_where_it_is_required(text: str):
-    assert split_reasoning(text) is ReasoningFailure.no_reasoning
+    assert split_reasoning(text) is ReadFailure.no_reasoning
     assert split_reasoning(text, required=False) == Reasoned("", "Acme")
 
 
@@ -63,7 +72,7 @@ def test_a_long_hostile_text_takes_no_longer_than_its_length():
     hostile = "<A>" * 1_000_000
     assert count_of("A", hostile) == 0
     assert read_elements(hostile) is None
-    assert read_parts(hostile, ("A", "B")) is PartsFailure.missing_part
+    assert read_parts(hostile, ("A", "B")) is ReadFailure.missing_part
 
 
 def test_an_element_needs_text_and_cannot_end_early():
@@ -77,16 +86,16 @@ def test_an_element_needs_text_and_cannot_end_early():
 @pytest.mark.parametrize(
     ("text", "failure"),
     [
-        ("<A>1</A>", PartsFailure.missing_part),
-        ("<A>1</A><B>2", PartsFailure.missing_part),
-        ("<A>1</A>and<B>2</B>", PartsFailure.text_around_parts),
-        ("<A>1</A><B>2</B><C>3</C>", PartsFailure.unknown_part),
-        ("<A>1</A><B>2</B><A>3</A>", PartsFailure.repeated_part),
-        ("<B>2</B><A>1</A>", PartsFailure.parts_out_of_order),
-        ("<A>1</A><B> </B>", PartsFailure.empty_part),
+        ("<A>1</A>", ReadFailure.missing_part),
+        ("<A>1</A><B>2", ReadFailure.missing_part),
+        ("<A>1</A>and<B>2</B>", ReadFailure.text_around_parts),
+        ("<A>1</A><B>2</B><C>3</C>", ReadFailure.unknown_part),
+        ("<A>1</A><B>2</B><A>3</A>", ReadFailure.repeated_part),
+        ("<B>2</B><A>1</A>", ReadFailure.parts_out_of_order),
+        ("<A>1</A><B> </B>", ReadFailure.empty_part),
     ],
 )
-def test_a_fixed_sequence_says_what_is_wrong_with_it(text: str, failure: PartsFailure):
+def test_a_fixed_sequence_says_what_is_wrong_with_it(text: str, failure: ReadFailure):
     assert read_parts(text, ("A", "B")) is failure
     assert read_parts("<A>1</A><B>2</B>", ("A", "B")) == {"A": "1", "B": "2"}
 

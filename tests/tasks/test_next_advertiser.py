@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_ads.errors import DataError
+from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.next_advertiser import (
-    Failure,
     Prediction,
     Ranking,
     chat_row,
@@ -38,18 +38,18 @@ def test_the_one_name_stands_alone_behind_an_empty_or_full_thought():
 @pytest.mark.parametrize(
     ("answer", "failure"),
     [
-        ("", Failure.empty),
-        ("<think>a", Failure.unclosed_reasoning),
-        ("<think>a</think> ", Failure.no_advertiser),
-        ("<think>a</think>Shop 7\nShop 8", Failure.several_lines),
+        ("", ReadFailure.empty),
+        ("<think>a", ReadFailure.unclosed_reasoning),
+        ("<think>a</think> ", ReadFailure.no_advertiser),
+        ("<think>a</think>Shop 7\nShop 8", ReadFailure.several_lines),
     ],
 )
-def test_each_failure_of_the_one_name(answer: str, failure: Failure):
+def test_each_failure_of_the_one_name(answer: str, failure: ReadFailure):
     assert parse(answer) is failure
 
 
 def test_reasoning_can_be_required():
-    assert parse("Shop 7", reasoning_required=True) is Failure.no_reasoning
+    assert parse("Shop 7", reasoning_required=True) is ReadFailure.no_reasoning
 
 
 def test_an_empty_name_is_refused():
@@ -68,38 +68,38 @@ def test_a_ranking_is_read_back_special_characters_included():
 @pytest.mark.parametrize(
     ("answer", "failure"),
     [
-        ("Shop 1, Shop 2", Failure.not_xml),
-        ("<prediction><advertisers>", Failure.not_xml),
+        ("Shop 1, Shop 2", ReadFailure.not_xml),
+        ("<prediction><advertisers>", ReadFailure.not_xml),
         (
             "<prediction><advertisers><advertiser>B&B</advertiser></advertisers><interests/></prediction>",
-            Failure.not_xml,
+            ReadFailure.not_xml,
         ),
-        ("<ranking/>", Failure.not_xml),
-        ("<prediction><interests/></prediction>", Failure.no_advertisers),
-        ("<prediction><advertisers/></prediction>", Failure.no_interests),
-        ("<prediction><advertisers/><interests/></prediction>", Failure.no_advertiser),
-        ("<prediction><advertisers/><interests/><interests/></prediction>", Failure.unknown_part),
-        ("<prediction><advertisers><a>x</a></advertisers><interests/></prediction>", Failure.unknown_part),
+        ("<ranking/>", ReadFailure.not_xml),
+        ("<prediction><interests/></prediction>", ReadFailure.no_advertisers),
+        ("<prediction><advertisers/></prediction>", ReadFailure.no_interests),
+        ("<prediction><advertisers/><interests/></prediction>", ReadFailure.no_advertiser),
+        ("<prediction><advertisers/><interests/><interests/></prediction>", ReadFailure.unknown_part),
+        ("<prediction><advertisers><a>x</a></advertisers><interests/></prediction>", ReadFailure.unknown_part),
         (
             "<prediction><advertisers><advertiser> </advertiser></advertisers><interests/></prediction>",
-            Failure.empty_entry,
+            ReadFailure.empty_entry,
         ),
     ],
 )
-def test_each_failure_of_the_ranking(answer: str, failure: Failure):
+def test_each_failure_of_the_ranking(answer: str, failure: ReadFailure):
     assert parse_ranking(answer) is failure
 
 
 def test_entities_of_an_answers_own_are_not_expanded():
     bomb = '<!DOCTYPE p [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]>'
     answer = "<prediction><advertisers><advertiser>&b;</advertiser></advertisers><interests/></prediction>"
-    assert parse_ranking(bomb + answer) is Failure.not_xml
-    assert parse_ranking("<?xml version='1.0'?>" + answer) is Failure.not_xml
+    assert parse_ranking(bomb + answer) is ReadFailure.not_xml
+    assert parse_ranking("<?xml version='1.0'?>" + answer) is ReadFailure.not_xml
 
 
 def test_names_are_compared_without_case():
     rows = [chat_row(f"r{number}", REQUEST, "Shop 7") for number in range(4)]
-    answers = [Prediction("shop 7", ""), Prediction("Shop 8", ""), Failure.empty, Prediction("Shop 7", "")]
+    answers = [Prediction("shop 7", ""), Prediction("Shop 8", ""), ReadFailure.empty, Prediction("Shop 7", "")]
     assert metrics(rows, answers) == {"recall@1": 0.5}
 
 
@@ -113,7 +113,7 @@ def test_ranking_metrics_by_hand():
     assert found["ndcg@20"] == pytest.approx((1 + 0.6309) / 2, abs=1e-4)  # 1 / log2(3) = 0.6309
     assert found["distinct_rate"] == 22 / 23
     assert found["complete_rate"] == 0.5
-    assert ranking_metrics(rows, [Failure.not_xml] * 2)["recall@20"] == 0.0
+    assert ranking_metrics(rows, [ReadFailure.not_xml] * 2)["recall@20"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_ads.errors import DataError
+from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.query_generation import (
-    Failure,
     GeneratedQuery,
     KeywordBrief,
     Queries,
@@ -52,17 +52,17 @@ def test_empty_keyword_query_and_list_are_refused():
 @pytest.mark.parametrize(
     ("answer", "failure"),
     [
-        ("gaming laptop", Failure.no_query),
-        ("<Reason>why</Reason>", Failure.no_query),
-        ("1. <Query>a b</Query><Reason>why</Reason>", Failure.text_around_queries),
-        ("<Query>a b</Query>", Failure.unpaired_reason),
-        ("<Query>a</Query><Query>b</Query><Reason>c</Reason><Reason>d</Reason>", Failure.unpaired_reason),
-        ("<Reason>why</Reason><Query>a b</Query>", Failure.unpaired_reason),
-        ("<Query> </Query><Reason>why</Reason>", Failure.empty_query),
-        ("<Query>a b</Query><Reason></Reason>", Failure.empty_query),
+        ("gaming laptop", ReadFailure.no_query),
+        ("<Reason>why</Reason>", ReadFailure.no_query),
+        ("1. <Query>a b</Query><Reason>why</Reason>", ReadFailure.text_around_queries),
+        ("<Query>a b</Query>", ReadFailure.unpaired_reason),
+        ("<Query>a</Query><Query>b</Query><Reason>c</Reason><Reason>d</Reason>", ReadFailure.unpaired_reason),
+        ("<Reason>why</Reason><Query>a b</Query>", ReadFailure.unpaired_reason),
+        ("<Query> </Query><Reason>why</Reason>", ReadFailure.empty_query),
+        ("<Query>a b</Query><Reason></Reason>", ReadFailure.empty_query),
     ],
 )
-def test_each_failure_has_its_name(answer: str, failure: Failure):
+def test_each_failure_has_its_name(answer: str, failure: ReadFailure):
     assert parse(f"<think>Why.</think>{answer}") is failure
 
 
@@ -81,7 +81,7 @@ def test_rules_by_hand():
         ),
         "So.",
     )
-    found = metrics([row, row], [answer, Failure.no_query])
+    found = metrics([row, row], [answer, ReadFailure.no_query])
     assert found["follow_rules"] == pytest.approx((2 / 5 + 0) / 2)
     assert found["narrower_rate"] == 4 / 5
     assert found["repeated_rate"] == 1 / 5
@@ -89,7 +89,8 @@ def test_rules_by_hand():
 
 
 def test_a_row_without_keyword_is_compared_with_none():
-    row = replace(chat_row("r", BRIEF, QUERIES, "So."), group="")
+    row = chat_row("r", BRIEF, QUERIES, "So.")
+    row = replace(row, facts={name: value for name, value in row.facts.items() if name != "keyword"})
     found = metrics([row], [Queries((GeneratedQuery("gaming laptop", "why"),), "So.")])
     assert found["follow_rules"] is None and found["narrower_rate"] is None
     assert found["queries_per_answer"] == 1.0

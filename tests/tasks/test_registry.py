@@ -3,13 +3,13 @@
 import hashlib
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
-from megatron_ads.data.rows import ChatRow, Role
+from megatron_ads.data.rows import ChatRow, Fact, Role
 from megatron_ads.errors import DataError
-from megatron_ads.tasks.elements import PartsFailure
-from megatron_ads.tasks.reasoning import ReasoningFailure
+from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.registry import TASKS, Task, score_answers, task_named
 from tests.tasks.examples import rows_of_all_tasks
 
@@ -40,17 +40,10 @@ def test_a_row_is_one_question_and_one_answer(row: ChatRow):
 
 @each_task
 def test_failures_of_reasoning_have_one_name_in_all_tasks(task: Task):
-    assert {str(failure) for failure in ReasoningFailure} <= {str(failure) for failure in task.failures}
     assert task.parse("", reasoning_required=True) == "empty"
     assert task.parse("Acme", reasoning_required=True) == "no_reasoning"
     assert task.parse("<think>so", reasoning_required=True) == "unclosed_reasoning"
     assert task.parse("<think> </think>Acme", reasoning_required=True) == "no_reasoning"
-
-
-@each_task
-def test_tasks_whose_answer_has_parts_name_what_is_wrong_with_them(task: Task):
-    names = {str(failure) for failure in task.failures}
-    assert "missing_part" not in names or names >= {str(failure) for failure in PartsFailure}
 
 
 @each_task
@@ -120,11 +113,21 @@ def test_rows_of_several_tasks_are_not_scored_together():
         score_answers([], [])
 
 
-def test_a_row_whose_target_cannot_be_read_is_named():
-    row = ROWS[0]
-    broken = ChatRow(id="x9", task=row.task, messages=(row.messages[0], type(row.messages[1])(Role.assistant, "Fair")))
-    with pytest.raises(DataError, match=r"row 'x9'.*query_ad_relevance \(no_label\)"):
-        score_answers([broken], [""])
+def test_a_row_without_its_true_answer_is_named():
+    row = replace(ROWS[0], facts={})
+    with pytest.raises(DataError, match=r"row 'a1' of task query_ad_relevance has no fact 'ground_truth'"):
+        score_answers([row], [""])
+    wrong = replace(row, facts={Fact.ground_truth: {"label": "Superb"}})
+    with pytest.raises(
+        DataError, match=r"row 'a1': the fact ground_truth is .*Superb.*no answer of query_ad_relevance"
+    ):
+        score_answers([wrong], [""])
+
+
+@each_row
+def test_the_facts_of_a_row_hold_the_answer_of_its_target(row: ChatRow):
+    task = TASKS[row.task]
+    assert ground_truth(row, task.answer) == task.parse(row.target, reasoning_required=False)
 
 
 def test_unreadable_answers_are_counted_by_reason():

@@ -4,15 +4,15 @@ import pytest
 
 from megatron_ads.data.rows import Role
 from megatron_ads.errors import DataError
+from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.relevance import (
     BAD_VIEW,
     FAIR_VIEW,
     THREE_LABELS_TEMPLATE,
     Ad,
-    Failure,
     Flag,
-    Judgement,
     Label,
+    RelevanceJudgement,
     chat_row,
     metrics,
     parse,
@@ -45,35 +45,35 @@ def test_target_is_reasoning_then_tagged_label():
 
 @pytest.mark.parametrize("label", list(Label))
 def test_every_target_is_parsed_to_its_label_and_reasoning(label: Label):
-    assert parse(render_target(label, "Because.")) == Judgement(label=label, reasoning="Because.")
+    assert parse(render_target(label, "Because.")) == RelevanceJudgement(label=label, reasoning="Because.")
 
 
 def test_white_space_around_the_parts_is_allowed():
-    assert parse(" <think>\nBecause.\n</think>\n\n<Label>Bad</Label>\n") == Judgement(Label.bad, "Because.")
+    assert parse(" <think>\nBecause.\n</think>\n\n<Label>Bad</Label>\n") == RelevanceJudgement(Label.bad, "Because.")
 
 
 @pytest.mark.parametrize(
     ("answer", "failure"),
     [
-        ("", Failure.empty),
-        ("  \n", Failure.empty),
-        ("<Label>Good</Label>", Failure.no_reasoning),
-        ("<think> </think><Label>Good</Label>", Failure.no_reasoning),
-        ("Well. <think>Because.</think><Label>Good</Label>", Failure.no_reasoning),
-        ("<think>Because, because, bec", Failure.unclosed_reasoning),
-        ("<think>Because.<Label>Good</Label>", Failure.unclosed_reasoning),
-        ("<think>Because.</think>", Failure.no_label),
-        ("<think>Because.</think>Good", Failure.no_label),
-        ("<think>Because.</think><Label>Good", Failure.no_label),
-        ("<think><Label>Good</Label></think>", Failure.no_label),
-        ("<think>Because.</think><Label>Good</Label><Label>Good</Label>", Failure.several_labels),
-        ("<think>Because.</think><Label>good</Label>", Failure.unknown_label),
-        ("<think>Because.</think><Label>Excellent</Label>", Failure.unknown_label),
-        ("<think>Because.</think><Label>Good</Label> or so", Failure.text_around_label),
-        ("<think>Because.</think>So: <Label>Good</Label>", Failure.text_around_label),
+        ("", ReadFailure.empty),
+        ("  \n", ReadFailure.empty),
+        ("<Label>Good</Label>", ReadFailure.no_reasoning),
+        ("<think> </think><Label>Good</Label>", ReadFailure.no_reasoning),
+        ("Well. <think>Because.</think><Label>Good</Label>", ReadFailure.no_reasoning),
+        ("<think>Because, because, bec", ReadFailure.unclosed_reasoning),
+        ("<think>Because.<Label>Good</Label>", ReadFailure.unclosed_reasoning),
+        ("<think>Because.</think>", ReadFailure.no_label),
+        ("<think>Because.</think>Good", ReadFailure.no_label),
+        ("<think>Because.</think><Label>Good", ReadFailure.no_label),
+        ("<think><Label>Good</Label></think>", ReadFailure.no_label),
+        ("<think>Because.</think><Label>Good</Label><Label>Good</Label>", ReadFailure.several_labels),
+        ("<think>Because.</think><Label>good</Label>", ReadFailure.unknown_label),
+        ("<think>Because.</think><Label>Excellent</Label>", ReadFailure.unknown_label),
+        ("<think>Because.</think><Label>Good</Label> or so", ReadFailure.text_around_label),
+        ("<think>Because.</think>So: <Label>Good</Label>", ReadFailure.text_around_label),
     ],
 )
-def test_each_failure_has_its_name(answer: str, failure: Failure):
+def test_each_failure_has_its_name(answer: str, failure: ReadFailure):
     assert parse(answer) is failure
 
 
@@ -101,7 +101,7 @@ def test_a_row_of_three_labels_asks_for_them_and_gives_them_in_the_papers_order(
         "<think>Because.</think><LocationLabel>Good</LocationLabel><Label>Fair</Label><AdQuality>Bad</AdQuality>"
     )
     assert row.label == "Fair"
-    assert parse(row.target) == Judgement(Label.fair, "Because.", location=Flag.good, quality=Flag.bad)
+    assert parse(row.target) == RelevanceJudgement(Label.fair, "Because.", location=Flag.good, quality=Flag.bad)
 
 
 def test_location_and_quality_come_together_or_not_at_all():
@@ -112,19 +112,22 @@ def test_location_and_quality_come_together_or_not_at_all():
 @pytest.mark.parametrize(
     ("answer", "failure"),
     [
-        ("<LocationLabel>Good</LocationLabel><Label>Fair</Label>", Failure.incomplete_labels),
-        ("<Label>Fair</Label><LocationLabel>Good</LocationLabel><AdQuality>Bad</AdQuality>", Failure.incomplete_labels),
-        ("<LocationLabel>Good</LocationLabel><AdQuality>Bad</AdQuality>", Failure.no_label),
-        ("<LocationLabel>Fair</LocationLabel><Label>Fair</Label><AdQuality>Bad</AdQuality>", Failure.unknown_label),
-        ("<Label>Fair</Label><Price>Bad</Price>", Failure.text_around_label),
+        ("<LocationLabel>Good</LocationLabel><Label>Fair</Label>", ReadFailure.incomplete_labels),
+        (
+            "<Label>Fair</Label><LocationLabel>Good</LocationLabel><AdQuality>Bad</AdQuality>",
+            ReadFailure.incomplete_labels,
+        ),
+        ("<LocationLabel>Good</LocationLabel><AdQuality>Bad</AdQuality>", ReadFailure.no_label),
+        ("<LocationLabel>Fair</LocationLabel><Label>Fair</Label><AdQuality>Bad</AdQuality>", ReadFailure.unknown_label),
+        ("<Label>Fair</Label><Price>Bad</Price>", ReadFailure.text_around_label),
     ],
 )
-def test_each_failure_of_three_labels(answer: str, failure: Failure):
+def test_each_failure_of_three_labels(answer: str, failure: ReadFailure):
     assert parse(f"<think>Because.</think>{answer}") is failure
 
 
 def test_a_label_without_reasoning_can_be_admitted():
-    assert parse("<think></think><Label>Good</Label>", reasoning_required=False) == Judgement(Label.good, "")
+    assert parse("<think></think><Label>Good</Label>", reasoning_required=False) == RelevanceJudgement(Label.good, "")
 
 
 def test_metrics_of_all_four_tables_by_hand():
@@ -135,10 +138,12 @@ def test_metrics_of_all_four_tables_by_hand():
         chat_row("r4", "hotel", AD, Label.bad, "Because."),
     ]
     answers = [
-        Judgement(Label.fair, "x", location=Flag.good, quality=Flag.good),
-        Judgement(Label.fair, "x"),  # one label where three were asked for: unreadable for the other two tables
-        Judgement(Label.bad, "x", location=Flag.good, quality=Flag.good),
-        Failure.no_label,
+        RelevanceJudgement(Label.fair, "x", location=Flag.good, quality=Flag.good),
+        RelevanceJudgement(
+            Label.fair, "x"
+        ),  # one label where three were asked for: unreadable for the other two tables
+        RelevanceJudgement(Label.bad, "x", location=Flag.good, quality=Flag.good),
+        ReadFailure.no_label,
     ]
     found = metrics(rows, answers)
     assert found["accuracy"] == 0.5
@@ -151,4 +156,4 @@ def test_metrics_of_all_four_tables_by_hand():
 
 def test_rows_of_one_label_have_no_location_table():
     row = chat_row("r4", "hotel", AD, Label.bad, "Because.")
-    assert not any(name.startswith("location") for name in metrics([row], [Judgement(Label.bad, "x")]))
+    assert not any(name.startswith("location") for name in metrics([row], [RelevanceJudgement(Label.bad, "x")]))

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_ads.tasks.model_comparison import Assessment, Failure, Risk, Verdict
-from megatron_ads.tasks.replacement_report import Advice, replacement_report
+from megatron_ads.tasks.answer_format import ReadFailure
+from megatron_ads.tasks.model_comparison import Advice, Assessment, Risk, Verdict, replacement_report
 
 
 def judged(verdict: Verdict, risk: Risk = Risk.none, **points: tuple[str, ...]) -> Assessment:
@@ -16,7 +16,7 @@ def test_counts_by_hand():
         judged(Verdict.better, strengths=("price",)),
         judged(Verdict.worse, Risk.high, weaknesses=("spam",)),
         judged(Verdict.same, Risk.low),
-        Failure.unknown_verdict,
+        ReadFailure.unknown_verdict,
     ]
     report = replacement_report(answers)
     assert report.comparisons == 5
@@ -42,10 +42,10 @@ def test_counts_by_hand():
     ],
 )
 def test_the_advice_follows_the_rule(better: int, worse: int, high_risk: int, unreadable: int, advice: Advice):
-    answers: list[Assessment | Failure] = [judged(Verdict.better)] * better
+    answers: list[Assessment | ReadFailure] = [judged(Verdict.better)] * better
     answers += [judged(Verdict.worse)] * worse
     answers += [judged(Verdict.better, Risk.high)] * high_risk
-    answers += [Failure.empty] * unreadable
+    answers += [ReadFailure.empty] * unreadable
     assert replacement_report(answers).advice is advice
 
 

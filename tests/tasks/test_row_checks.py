@@ -65,3 +65,11 @@ def test_rows_of_other_tasks_are_checked_for_texts_only():
     assert fault_of(general) is None
     empty = fault_of(with_target(general, " "))
     assert empty is not None and empty.fault is RowFault.empty_text
+
+
+def test_an_answer_among_the_facts_that_is_not_that_of_the_target_is_a_fault():
+    row = with_target(ROWS["e1"], ROWS["e1"].target.replace("<Interests>running", "<Interests>rowing"))
+    found = fault_of(row)
+    assert found is not None and found.fault is RowFault.ground_truth_differs
+    assert "but the target says" in found.reason
+    assert fault_of(replace(row, facts={})) is None

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_ads.errors import DataError
 from megatron_ads.tasks import ad_rewriting, model_comparison, user_profile
+from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.model_comparison import Assessment, Risk, SharedRequest, Verdict, new_is_first
 from tests.tasks.examples import ASSESSMENT, BRIEF, PROFILE, REWRITE, RUNNER, SHARED
 
@@ -29,18 +30,17 @@ def test_a_profile_needs_a_summary():
 
 def test_profile_failures_are_named():
     target = user_profile.render_target(PROFILE)
-    Failure = user_profile.Failure
-    assert user_profile.parse(target.replace("<Avoid>none</Avoid>", "")) is Failure.missing_part
-    assert user_profile.parse(target.replace("<Avoid>none</Avoid>", "<Avoid> </Avoid>")) is Failure.empty_part
-    assert user_profile.parse(target + "<Age>30</Age>") is Failure.unknown_part
-    assert user_profile.parse(target + "!") is Failure.text_around_parts
+    assert user_profile.parse(target.replace("<Avoid>none</Avoid>", "")) is ReadFailure.missing_part
+    assert user_profile.parse(target.replace("<Avoid>none</Avoid>", "<Avoid> </Avoid>")) is ReadFailure.empty_part
+    assert user_profile.parse(target + "<Age>30</Age>") is ReadFailure.unknown_part
+    assert user_profile.parse(target + "!") is ReadFailure.text_around_parts
 
 
 def test_profile_metrics_by_hand():
     row = user_profile.chat_row("r", RUNNER, PROFILE)
     # Interests: 1 of 1 right, 1 of 2 found -> F1 2/3. Summary: 2 of 2 words right, 2 of 8 found -> F1 0.4.
     answer = replace(PROFILE, summary="First gear", interests=("Running",), intents=())
-    found = user_profile.metrics([row, row], [answer, user_profile.Failure.empty])
+    found = user_profile.metrics([row, row], [answer, ReadFailure.empty])
     assert found["interests/precision"] == 0.5
     assert found["interests/recall"] == 0.25
     assert found["interests/f1"] == pytest.approx((2 / 3) / 2)
@@ -64,10 +64,9 @@ def test_outputs_are_shown_in_an_order_drawn_by_the_row():
 def test_an_assessment_is_read_back_and_its_scales_are_strict():
     target = model_comparison.render_target(ASSESSMENT)
     assert model_comparison.parse(target) == ASSESSMENT
-    Failure = model_comparison.Failure
-    assert model_comparison.parse(target.replace(">Better<", ">Best<")) is Failure.unknown_verdict
-    assert model_comparison.parse(target.replace(">Low<", ">low<")) is Failure.unknown_risk
-    assert model_comparison.parse(target.replace("<Risk>Low</Risk>\n", "")) is Failure.missing_part
+    assert model_comparison.parse(target.replace(">Better<", ">Best<")) is ReadFailure.unknown_verdict
+    assert model_comparison.parse(target.replace(">Low<", ">low<")) is ReadFailure.unknown_risk
+    assert model_comparison.parse(target.replace("<Risk>Low</Risk>\n", "")) is ReadFailure.missing_part
 
 
 def test_an_output_without_text_is_refused():
@@ -84,7 +83,7 @@ def test_comparison_metrics_by_hand():
         Assessment(risk=Risk.none, verdict=Verdict.better, strengths=("s",)),
         Assessment(risk=Risk.high, verdict=Verdict.worse, weaknesses=("s", "t")),
         Assessment(risk=Risk.none, verdict=Verdict.worse),
-        model_comparison.Failure.empty,
+        ReadFailure.empty,
     ]
     found = model_comparison.metrics(rows, answers)
     assert found["verdict/accuracy"] == 0.5
@@ -101,14 +100,13 @@ def test_a_rewrite_is_read_back_with_any_number_of_keywords():
 
 def test_rewriting_failures_are_named():
     target = ad_rewriting.render_target(REWRITE)
-    Failure = ad_rewriting.Failure
     title = f"<Title>{REWRITE.title}</Title>\n"
     keyword = "<Keyword>cheap running shoes</Keyword>"
-    assert ad_rewriting.parse(target.replace(title, "")) is Failure.missing_part
-    assert ad_rewriting.parse(target + title) is Failure.parts_out_of_order
-    assert ad_rewriting.parse(f"{target}\n{keyword}") is Failure.repeated_keyword
-    assert ad_rewriting.parse(f"{target}<Keyword></Keyword>") is Failure.empty_part
-    assert ad_rewriting.parse(f"{target} and more") is Failure.text_around_parts
+    assert ad_rewriting.parse(target.replace(title, "")) is ReadFailure.missing_part
+    assert ad_rewriting.parse(target + title) is ReadFailure.parts_out_of_order
+    assert ad_rewriting.parse(f"{target}\n{keyword}") is ReadFailure.repeated_keyword
+    assert ad_rewriting.parse(f"{target}<Keyword></Keyword>") is ReadFailure.empty_part
+    assert ad_rewriting.parse(f"{target} and more") is ReadFailure.text_around_parts
 
 
 def test_repeated_keywords_and_lists_in_a_keyword_are_refused():
@@ -127,7 +125,7 @@ def test_rewriting_metrics_by_hand():
         assert ad_rewriting.metrics([row], [answer])["usable"] == 0.0
         assert ad_rewriting.metrics([row], [answer])["quality"] == 0.0
     one_keyword = replace(REWRITE, keywords=("cheap running shoes",))
-    found = ad_rewriting.metrics([row, row], [one_keyword, ad_rewriting.Failure.empty])
+    found = ad_rewriting.metrics([row, row], [one_keyword, ReadFailure.empty])
     assert found["usable"] == 0.5
     assert found["text/word_f1"] == 0.5
     assert found["keywords/f1"] == pytest.approx((2 / 3) / 2)  # 1 of 1 right, 1 of 2 found

@@ -9,8 +9,6 @@ from megatron_ads.tasks.user_history import (
     HistoryView,
     Section,
     UserHistory,
-    fit_history,
-    past_advertisers,
     render_history,
     sections,
 )
@@ -94,17 +92,8 @@ def test_past_advertisers_come_from_conversions_only():
         searched(1, "x", advertiser="Seen"),
         bought(3, ""),
     )
-    assert past_advertisers(UserHistory(user_id="u", events=events)) == ("Last", "First")
+    assert sections(UserHistory(user_id="u", events=events))[Section.past_advertisers] == ("Last", "First")
 
 
 def test_a_user_of_whom_nothing_is_known_has_no_sections():
     assert sections(UserHistory(user_id="u")) == {}
-
-
-def test_a_history_is_shortened_from_the_oldest_of_its_longest_section():
-    shown = {Section.onsite_searches: ("a", "b", "c"), Section.clicks: ("d",)}
-    # In words: "Searched here: a; b; c" has 5, "Clicked: d" has 2; 6 leave room for one search less.
-    fitted = fit_history(shown, max_tokens=6, count_tokens=lambda text: len(text.split()))
-    assert fitted == {Section.onsite_searches: ("a", "b"), Section.clicks: ("d",)}
-    assert fit_history(shown, max_tokens=7, count_tokens=lambda text: len(text.split())) == shown
-    assert fit_history(shown, max_tokens=0, count_tokens=lambda text: len(text.split())) == {}

@@ -6,19 +6,19 @@ from dataclasses import replace
 import pytest
 
 from megatron_ads.config.data import RowVariant
-from megatron_ads.data.rows import ChatRow, Message, Role
+from megatron_ads.data.rows import ChatRow, Fact, Message, Role
 from megatron_ads.errors import DataError
-from megatron_ads.tasks import next_advertiser
+from megatron_ads.tasks import choose_one, list_ranking, next_advertiser, yes_no
+from megatron_ads.tasks.advertiser_question import candidates_of
+from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.next_advertiser import Prediction
 from megatron_ads.tasks.relevance import Label
 from megatron_ads.tasks.row_checks import fault_of
-from megatron_ads.tasks.variants import choose_one, list_ranking, several_forms, yes_no
-from megatron_ads.tasks.variants.advertiser_question import question_about, question_of
-from megatron_ads.tasks.variants.asked_again import ask_again
-from megatron_ads.tasks.variants.candidates import candidates_of
-from tests.tasks.examples import POOL, REQUEST, ad_user_row, query_ad_row
+from megatron_ads.tasks.text_rows import facts_of_text_row
+from megatron_ads.tasks.variants import ask_as, several_forms_row
+from tests.tasks.examples import POOL, REQUEST, ad_user_row, query_ad_row, question_about
 
-QUESTION = question_about("r", REQUEST, "Shop 7")
+QUESTION = question_about("r", "Shop 7")
 
 
 def test_twenty_different_candidates_with_the_true_one_at_any_place():
@@ -55,7 +55,7 @@ def test_two_and_three_are_liked(score: int, answer: str):
 
 
 def test_half_of_the_advertisers_asked_about_are_the_next_and_only_they_are_argued_for():
-    questions = [question_about(f"r{number}", REQUEST, "Shop 7", "It sells gear.") for number in range(200)]
+    questions = [question_about(f"r{number}", "Shop 7", "It sells gear.") for number in range(200)]
     rows = [yes_no.advertiser_row(question) for question in questions]
     yes = [row for row in rows if row.label == "Yes"]
     assert 70 < len(yes) < 130  # 100, standard deviation sqrt(200 / 4) = 7
@@ -65,14 +65,14 @@ def test_half_of_the_advertisers_asked_about_are_the_next_and_only_they_are_argu
 
 
 def test_yes_no_failures_and_metrics():
-    Failure, yes, no = yes_no.Failure, yes_no.Answer.yes, yes_no.Answer.no
-    assert yes_no.parse("Yes") is Failure.no_answer
-    assert yes_no.parse("<Answer>Yes</Answer><Answer>No</Answer>") is Failure.several_answers
-    assert yes_no.parse("<Answer>yes</Answer>") is Failure.unknown_answer
-    assert yes_no.parse("Well: <Answer>Yes</Answer>") is Failure.text_around_answer
+    yes, no = yes_no.YesNo.yes, yes_no.YesNo.no
+    assert yes_no.parse("Yes") is ReadFailure.no_answer
+    assert yes_no.parse("<Answer>Yes</Answer><Answer>No</Answer>") is ReadFailure.several_answers
+    assert yes_no.parse("<Answer>yes</Answer>") is ReadFailure.unknown_answer
+    assert yes_no.parse("Well: <Answer>Yes</Answer>") is ReadFailure.text_around_answer
     rows = [yes_no.ad_user_row(ad_user_row(score), f"r{score}") for score in (0, 1, 2, 3)]
-    answers = [yes_no.Judgement(answer, "") for answer in (no, yes, yes)]
-    found = yes_no.metrics(rows, [*answers, Failure.empty])
+    answers = [yes_no.YesNoAnswer(answer, "") for answer in (no, yes, yes)]
+    found = yes_no.metrics(rows, [*answers, ReadFailure.empty])
     assert (found["negative_accuracy"], found["positive_accuracy"]) == (0.5, 0.5)
     assert found["unreadable_rate"] == 0.25
 
@@ -80,13 +80,13 @@ def test_yes_no_failures_and_metrics():
 def test_choosing_shows_the_candidates_and_not_the_pool():
     row = choose_one.chat_row(QUESTION)
     assert "Advertisers:" not in row.prompt[0].content
-    assert choose_one.listed_in(row) == candidates_of("r", "Shop 7", POOL)
+    assert row.list_fact(Fact.candidates) == candidates_of("r", "Shop 7", POOL)
 
 
 def test_a_choice_outside_the_list_is_not_valid():
     row = choose_one.chat_row(QUESTION)
-    other = next(name for name in choose_one.listed_in(row) if name != "Shop 7")
-    answers = [Prediction("shop 7", ""), Prediction(other, ""), Prediction("Nowhere", ""), choose_one.Failure.empty]
+    other = next(name for name in row.list_fact(Fact.candidates) if name != "Shop 7")
+    answers = [Prediction("shop 7", ""), Prediction(other, ""), Prediction("Nowhere", ""), ReadFailure.empty]
     found = choose_one.metrics([row] * 4, answers)
     assert found == {"hit_rate@1": 0.25, "valid_rate": 0.5}
 
@@ -106,16 +106,16 @@ def test_the_list_to_order_is_numbered_and_the_target_has_the_true_one_first():
 @pytest.mark.parametrize(
     ("answer", "failure"),
     [
-        ("1, 2", list_ranking.Failure.no_ranking),
-        ("<Ranking>1</Ranking><Ranking>2</Ranking>", list_ranking.Failure.several_rankings),
-        ("Mine: <Ranking>1, 2</Ranking>", list_ranking.Failure.text_around_ranking),
-        ("<Ranking>1, B</Ranking>", list_ranking.Failure.not_numbers),
-        ("<Ranking>0, 1</Ranking>", list_ranking.Failure.not_numbers),
-        ("<Ranking></Ranking>", list_ranking.Failure.not_numbers),
-        ("<Ranking>1, 2, 1</Ranking>", list_ranking.Failure.repeated_number),
+        ("1, 2", ReadFailure.no_ranking),
+        ("<Ranking>1</Ranking><Ranking>2</Ranking>", ReadFailure.several_rankings),
+        ("Mine: <Ranking>1, 2</Ranking>", ReadFailure.text_around_ranking),
+        ("<Ranking>1, B</Ranking>", ReadFailure.not_numbers),
+        ("<Ranking>0, 1</Ranking>", ReadFailure.not_numbers),
+        ("<Ranking></Ranking>", ReadFailure.not_numbers),
+        ("<Ranking>1, 2, 1</Ranking>", ReadFailure.repeated_number),
     ],
 )
-def test_each_failure_of_an_order(answer: str, failure: list_ranking.Failure):
+def test_each_failure_of_an_order(answer: str, failure: ReadFailure):
     assert list_ranking.parse(answer) is failure
 
 
@@ -127,7 +127,7 @@ def test_order_metrics_by_hand():
         list_ranking.Order((others[0], best, *others[1:]), ""),  # second
         list_ranking.Order(tuple(others), ""),  # the true one is left out
         list_ranking.Order((best,), ""),  # first, the others are left out
-        list_ranking.Failure.empty,
+        ReadFailure.empty,
     ]
     found = list_ranking.metrics([row] * 4, answers)
     assert found["hit_rate@1"] == 0.25
@@ -148,7 +148,7 @@ def test_hits_count_up_to_the_fifth_place(place: int, found: bool):
 
 
 def test_a_corpus_of_many_instructions_holds_all_forms():
-    rows = [several_forms.chat_row(question_about(f"r{number}", REQUEST, "Shop 7")) for number in range(400)]
+    rows = [several_forms_row(question_about(f"r{number}", "Shop 7")) for number in range(400)]
     tasks = Counter(row.task for row in rows)
     assert set(tasks) == {next_advertiser.TASK, yes_no.TASK, choose_one.TASK, list_ranking.TASK}
     assert min(tasks.values()) > 65  # 100 each, standard deviation sqrt(400 * 3/16) = 8.7
@@ -162,8 +162,8 @@ def advertiser_rows() -> list[ChatRow]:
 @pytest.mark.parametrize("variant", list(RowVariant))
 def test_rows_asked_again_keep_record_truth_and_weight(variant: RowVariant):
     rows = advertiser_rows()
-    asked = ask_again(rows, variant)
-    assert asked == ask_again(rows, variant)
+    asked = ask_as(rows, variant)
+    assert asked == ask_as(rows, variant)
     for row, new in zip(rows, asked, strict=True):
         assert (new.id, new.group, new.weight) == (f"{row.id}/{variant}", row.group, 0.5)
         assert "Searched here: beginner 5k training plan" in new.prompt[0].content
@@ -175,26 +175,32 @@ def test_rows_asked_again_keep_record_truth_and_weight(variant: RowVariant):
 
 def test_relevance_rows_can_be_asked_as_yes_or_no_and_as_nothing_else():
     rows = [query_ad_row(Label.good), ad_user_row(0)]
-    assert [row.label for row in ask_again(rows, RowVariant.yes_no)] == ["Yes", "No"]
+    assert [row.label for row in ask_as(rows, RowVariant.yes_no)] == ["Yes", "No"]
     with pytest.raises(DataError, match="'a1' is of task query_ad_relevance, which cannot be asked as choose_one"):
-        ask_again(rows, RowVariant.choose_one)
+        ask_as(rows, RowVariant.choose_one)
 
 
-def test_a_prompt_of_ones_own_cannot_be_asked_again():
-    row = query_ad_row(Label.good)
-    own = replace(row, messages=(Message(Role.user, "Is it good?\nQuery: x"), row.messages[1]))
-    with pytest.raises(DataError, match=r"'a1' begins with 'Is it good\?', which is no instruction of"):
-        ask_again([own], RowVariant.yes_no)
-    bare = replace(row, messages=(Message(Role.user, "Is the ad relevant to the query?"), row.messages[1]))
-    with pytest.raises(DataError, match="no instruction of"):
-        ask_again([bare], RowVariant.yes_no)
+def as_text(row: ChatRow, prompt: str | None = None) -> ChatRow:
+    """Return the row as an older file has it, without facts, with a prompt of one's own if given."""
+    messages = row.messages if prompt is None else (Message(Role.user, prompt), row.messages[1])
+    return facts_of_text_row(replace(row, messages=messages, facts={}))
+
+
+@pytest.mark.parametrize("prompt", ["Is it good?\nQuery: x", "Is the ad relevant to the query?"])
+def test_a_prompt_of_ones_own_cannot_be_asked_again(prompt: str):
+    with pytest.raises(DataError, match=r"'a1' begins with 'Is .*, and its facts do not say what it shows"):
+        ask_as([as_text(query_ad_row(Label.good), prompt)], RowVariant.yes_no)
+
+
+@pytest.mark.parametrize("variant", list(RowVariant))
+def test_rows_that_came_as_text_are_asked_as_those_with_facts_are(variant: RowVariant):
+    rows = [*advertiser_rows()]
+    if variant is RowVariant.yes_no:
+        rows += [query_ad_row(Label.good), ad_user_row(0)]
+    for known, told in zip(ask_as(rows, variant), ask_as(list(map(as_text, rows)), variant), strict=True):
+        assert replace(known, facts={}) == replace(told, facts={})
 
 
 def test_too_few_advertisers_to_choose_from_is_an_error():
     with pytest.raises(DataError, match="the pool has 4 others"):
-        ask_again(advertiser_rows()[:5], RowVariant.choose_one)
-
-
-def test_a_record_and_its_row_give_the_same_question():
-    row = next_advertiser.chat_row("r", REQUEST, "Shop 7", "So.")
-    assert question_of(row, "r", POOL) == question_about("r", REQUEST, "Shop 7", "So.")
+        ask_as(advertiser_rows()[:5], RowVariant.choose_one)

@@ -128,7 +128,7 @@ REPORTED = (1, 5, 20)
 def write_examples(folder: Path, name: str, examples: Iterable[Example]) -> dict[str, Any]:
     """Write ``name.jsonl`` and ``name.best.jsonl``; return how many rows there are and the best reachable scores."""
     written = list(examples)
-    for suffix, records in (("", map(_row, written)), (".best", map(_best, written))):
+    for suffix, records in (("", (example.row.as_dict() for example in written)), (".best", map(_best, written))):
         path = folder / f"{name}{suffix}.jsonl"
         _write_lines(path, records)
         flush_file(path)
@@ -142,17 +142,6 @@ def _best_scores(examples: Sequence[Example]) -> dict[str, float]:
         return {f"recall@{most}": reachable_recall(examples, most) for most in REPORTED}
     name = "accuracy" if examples[0].row.label is not None else "keeps_every_rule"
     return {name: reachable_recall(examples, 1)}
-
-
-def _row(example: Example) -> dict[str, Any]:
-    row = example.row
-    return {
-        "id": row.id,
-        "task": row.task,
-        "group": row.group,
-        "label": None if row.label is None else str(row.label),
-        "messages": [message.as_dict() for message in row.messages],
-    }
 
 
 def _best(example: Example) -> dict[str, Any]:

@@ -17,11 +17,11 @@ A rater's slip moves a label to a neighbour on its scale, so the best that anybo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.data.simulator.histories import SimulatedUser
 from megatron_ads.data.simulator.vocabulary import DEPARTMENTS, KINDS, PLACES, PRICES, Wanted
 from megatron_ads.data.simulator.world import CLEAN, SPAM, AdFacts, World, close_kind, department_of
@@ -41,6 +41,12 @@ class Example:
     """Answers as the row's ``label`` would be written (without a label: as its target), the most likely first."""
     chances: tuple[float, ...]
     """Probability that each of ``best`` is the label that the simulation drew, given all that a prompt can show."""
+
+    def __post_init__(self) -> None:
+        """Put the best labels among the row's facts."""
+        if self.row.label is not None:
+            facts = {**self.row.facts, Fact.best_answers: list(self.best)}
+            object.__setattr__(self, "row", replace(self.row, facts=facts))
 
 
 def reachable_recall(examples: Sequence[Example], most: int) -> float:

@@ -34,8 +34,9 @@ from megatron_ads.data.simulator.world import (
 )
 from megatron_ads.tasks import ad_rewriting, model_comparison, query_generation
 from megatron_ads.tasks.model_comparison import Assessment, Risk, SharedRequest, Verdict
+from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.query_generation import GeneratedQuery, KeywordBrief
-from megatron_ads.tasks.relevance import Ad, Label, chat_row
+from megatron_ads.tasks.relevance import Label, chat_row
 
 ADS_PER_QUERY = 3
 LABELS = tuple(Label)

@@ -1,0 +1,114 @@
+"""What an evaluation is of: a checkpoint that answers in this process, or a server that speaks the OpenAI protocol."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import cache, partial
+from pathlib import Path
+
+from megatron_ads.config.engine import EndpointConfig
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_ads.evaluation.answer_records import Answer, AnswerJournal, fingerprint, open_journal, write_answers
+from megatron_ads.evaluation.general import general_scores
+from megatron_ads.evaluation.generate import Asking, RowAsker, answer_from_server, answer_rows
+from megatron_ads.inference.engine import UnsupportedError
+from megatron_ads.inference.model_folder import hugging_face_folder
+from megatron_ads.inference.openai_engine import OpenAIEngine
+from megatron_ads.inference.transformers_engine import TransformersEngine, open_engine
+from megatron_ads.journal import Journal
+from megatron_ads.observability.log import get_logger
+
+logger = get_logger(__name__)
+
+
+@contextmanager
+def open_model(
+    model: Path | EndpointConfig, tokenizer_folder: Path | None = None
+) -> "Iterator[CheckpointModel | ServedModel]":
+    """Yield what answers; ``tokenizer_folder`` is for a server, a checkpoint has its own.
+
+    Raises:
+        ConversionError: If the folder is no checkpoint.
+        DataError: If a folder does not exist, or has no tokenizer.
+    """
+    if isinstance(model, EndpointConfig):
+        yield ServedModel(model, load_tokenizer(tokenizer_folder) if tokenizer_folder else None)
+        return
+    with hugging_face_folder(model) as folder:
+        yield CheckpointModel(model, folder)
+
+
+class CheckpointModel:
+    """A checkpoint, answering in this process."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        """Read the tokenizer; weights are loaded when they are needed. ``folder`` is ``model``, or its export."""
+        self._model = model
+        self.tokenizer: ChatTokenizer | None = load_tokenizer(folder)
+        self._engine: Callable[[], TransformersEngine] = cache(partial(open_engine, folder))
+
+    def answer(self, rows: Sequence[ChatRow], asking: Asking, file: Path | None) -> tuple[list[Answer], float]:
+        """Return the answers and the seconds they took; with a file, continue where an earlier run stopped."""
+        assert self.tokenizer is not None, "a checkpoint has one"
+        start = time.monotonic()
+        asker = RowAsker(self.tokenizer, rows, asking, self._engine)
+        if file is None:
+            return answer_rows(asker), time.monotonic() - start
+        with open_journal(file, fingerprint(self._model, rows, asking.settings())) as journal:
+            before = AnswerJournal(journal)
+            answers = answer_rows(asker, journal=before)
+            write_answers(file, answers)
+            journal.delete()
+            return answers, before.seconds + time.monotonic() - start
+
+    def general(self, rows: Sequence[ChatRow], batch_size: int) -> dict[str, dict[str, float]]:
+        """Return the perplexity of general rows by domain."""
+        assert self.tokenizer is not None, "a checkpoint has one"
+        return general_scores(self._engine(), self.tokenizer, rows, batch_size=batch_size)
+
+
+class ServedModel:
+    """A model behind a server."""
+
+    def __init__(self, config: EndpointConfig, tokenizer: ChatTokenizer | None) -> None:
+        """Take the server's settings and, to send tokens instead of conversations, the model's tokenizer."""
+        self._config, self.tokenizer = config, tokenizer
+
+    def answer(self, rows: Sequence[ChatRow], asking: Asking, file: Path | None) -> tuple[list[Answer], float]:
+        """Return the answers and the seconds they took; with a file, what an earlier run got is not asked again."""
+        start = time.monotonic()
+        if file is None:
+            return self._ask(rows, asking, None), time.monotonic() - start
+        with open_journal(file, {"the model": f"{self._config.model} at {self._config.url}"}) as journal:
+            answers = self._ask(rows, asking, journal)
+            write_answers(file, answers)
+            journal.delete()
+            return answers, time.monotonic() - start
+
+    def _ask(self, rows: Sequence[ChatRow], asking: Asking, journal: Journal | None) -> list[Answer]:
+        with closing(OpenAIEngine("server", self._config, journal)) as engine:
+            answers = answer_from_server(rows, asking, engine, self.tokenizer)
+            used = engine.client.usage
+        cost = used.cost(self._config)
+        logger.info(
+            "%d requests answered, %d before; %d prompt and %d answer tokens%s.",
+            used.asked,
+            used.from_journal,
+            used.prompt_tokens,
+            used.answer_tokens,
+            "" if cost is None else f", cost {cost:.4g}",
+        )
+        return answers
+
+    def general(self, rows: Sequence[ChatRow], batch_size: int) -> dict[str, dict[str, float]]:
+        """Return the perplexity of general rows by domain; empty, and logged, if the server does not say."""
+        why = "it needs --tokenizer DIR."
+        if self.tokenizer is not None:
+            with closing(OpenAIEngine("server", self._config)) as engine:
+                try:
+                    return general_scores(engine, self.tokenizer, rows, batch_size=batch_size)
+                except UnsupportedError as error:
+                    why = str(error)
+        logger.warning("The perplexity of %d general rows is not measured: %s", len(rows), why)
+        return {}

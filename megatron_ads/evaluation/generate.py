@@ -1,0 +1,223 @@
+"""Let an engine answer held-out rows, of any task, in its own words or with a valid name."""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from megatron_ads.config.generation import GenerationConfig, Method
+from megatron_ads.data.chat import THINK, render_prompt
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.tokenizer import ChatTokenizer
+from megatron_ads.evaluation.answer_records import Answer, AnswerBeam, AnswerJournal
+from megatron_ads.evaluation.name_answers import NO_NAMES, AdvertiserNames, CollaborativeModel, NameForms, valid_names
+from megatron_ads.inference.beam_rules import NameTrie, ValidNames
+from megatron_ads.inference.engine import Completion, Engine, Finish
+from megatron_ads.inference.openai_engine import OpenAIEngine
+from megatron_ads.observability.log import get_logger
+from megatron_ads.observability.progress import Progress
+from megatron_ads.tasks.answer_format import CLOSE
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asking:
+    """How rows are answered."""
+
+    how: GenerationConfig = field(default_factory=GenerationConfig)
+    max_new_tokens: Mapping[str, int]
+    """Longest answer of each task, reasoning included; valid names may be longer."""
+    batch_size: int
+    """Sequences generated at once; a row with beams is several."""
+    advertisers: AdvertiserNames = NO_NAMES
+    """Valid names, for constrained beams."""
+    training: Sequence[ChatRow] = ()
+    """Trained on: what the collaborative model counts, where one is asked for."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return what answers depend on besides the model and the rows, as JSON values."""
+        # Journals are found by a digest of these: no name and no default may change.
+        names = ("method", "temperature", "top_p", "seed", "beams", "length", "collaborative")
+        return {
+            **{name: getattr(self.how, name) for name in names},
+            "max_new_tokens": dict(sorted(self.max_new_tokens.items())),
+            "batch_size": self.batch_size,
+            "names": self.advertisers.names if self.how.method is Method.constrained_beam else None,
+            "trained_on": [[row.label, row.prompt[-1].content] for row in self.training]
+            if self.how.collaborative
+            else None,
+        }
+
+
+def answer_rows(
+    asker: "RowAsker", *, journal: AnswerJournal | None = None, description: str = "answering"
+) -> list[Answer]:
+    """Return one answer per row of ``asker``, in order. Shows a progress bar.
+
+    Args:
+        asker: The rows, and the engine that answers them.
+        journal: What was answered before, and where further answers are noted; None notes nothing.
+        description: What the progress bar says.
+
+    Raises:
+        DataError: If there are names that cannot be told apart.
+        ConversionError: If transformers cannot load the folder.
+    """
+    rows = asker.rows
+    answers: dict[int, Answer] = {}
+    before = journal.rows if journal else 0
+    with Progress(len(rows), before, description=description, unit="row") as progress:
+        for number, batch in enumerate(asker.batches()):
+            said = journal.answered(number, [rows[row] for row in batch]) if journal else None
+            if said is None:
+                started = time.monotonic()
+                said = asker.answer(batch, draw=number)
+                if journal:
+                    journal.add(number, said, time.monotonic() - started)
+                progress.update(len(batch))
+            answers.update(zip(batch, said, strict=True))
+    return [answers[index] for index in range(len(rows))]
+
+
+class RowAsker:
+    """Rows and the engine that answers them, a batch at a time. The engine is opened when the first batch is due."""
+
+    def __init__(
+        self, tokenizer: ChatTokenizer, rows: Sequence[ChatRow], asking: Asking, engine: Callable[[], Engine]
+    ) -> None:
+        """Write the prompts; ``engine`` is called for every batch, and opens one at its first call."""
+        self.rows = rows
+        self._asking, self._engine = asking, engine
+        self._prompts = [render_prompt(row.prompt, tokenizer) for row in rows]
+        self._tokens = [tokenizer.encode(prompt) for prompt in self._prompts]
+        self._forms = NameForms(tokenizer)
+        self._collaborative: CollaborativeModel | None = None
+
+    def batches(self) -> list[list[int]]:
+        """Return the numbers of the rows that are answered together, all of one task, whose answers are of like length.
+
+        Prompts are of like length too, so that little is padded. Batches depend on the rows and on how they are asked,
+        not on what has been answered before.
+        """
+        how, size = self._asking.how, self._asking.batch_size
+        found = []
+        for task in sorted({row.task for row in self.rows}):
+            rows = [number for number, row in enumerate(self.rows) if row.task == task]
+            rows.sort(key=lambda number: len(self._tokens[number]))
+            with_beams = self._answers_by_name(rows[0]) or how.method is Method.beam
+            width = max(1, size // how.beams) if with_beams else size
+            found += [rows[start : start + width] for start in range(0, len(rows), width)]
+        return found
+
+    def answer(self, batch: Sequence[int], *, draw: int) -> list[Answer]:
+        """Answer the rows of a batch, which are of one task; ``draw`` is the batch's number.
+
+        Raises:
+            ConversionError: If transformers cannot load the folder.
+            DataError: If two valid names are the same tokens, or there are none.
+        """
+        if self._answers_by_name(batch[0]):
+            return self._names(batch)
+        how = self._asking.how
+        seed = hashlib.sha256(f"{how.seed}:{draw}".encode()).digest()
+        config = replace(
+            how,
+            method=Method.greedy if how.method is Method.constrained_beam else how.method,
+            seed=int.from_bytes(seed[:8], "big"),
+            max_new_tokens=self._asking.max_new_tokens[self.rows[batch[0]].task],
+        )
+        found = self._engine().generate([self._tokens[number] for number in batch], config)
+        return [
+            self._answer(number, completions, [self._opened(number) + one.text for one in completions])
+            for number, completions in zip(batch, found, strict=True)
+        ]
+
+    def _answers_by_name(self, number: int) -> bool:
+        constrained = self._asking.how.method is Method.constrained_beam
+        return constrained and valid_names(self.rows[number], self._asking.advertisers) is not None
+
+    def _names(self, batch: Sequence[int]) -> list[Answer]:
+        how = self._asking.how
+        tries = [self._trie(number) for number in batch]
+        found = self._engine().generate(
+            [[*self._tokens[number], *self._forms.before(self._opened(number))] for number in batch],
+            replace(how, max_new_tokens=max(trie.depth for trie in tries)),
+            rules=[self._rules(number, trie) for number, trie in zip(batch, tries, strict=True)],
+        )
+        answers = []
+        for number, trie, beams in zip(batch, tries, found, strict=True):
+            names = [trie.name_of(beam.token_ids or ()) for beam in beams]
+            assert len(set(names)) == len(names) == min(how.beams, len(trie.names))
+            answers.append(self._answer(number, beams, [self._forms.text(name) for name in names]))
+        return answers
+
+    def _trie(self, number: int) -> NameTrie:
+        names = valid_names(self.rows[number], self._asking.advertisers) or ()
+        return self._forms.trie(names, self._opened(number))
+
+    def _rules(self, number: int, trie: NameTrie) -> ValidNames:
+        share = self._asking.how.collaborative
+        if not share:
+            return ValidNames(trie)
+        if self._collaborative is None:
+            self._collaborative = CollaborativeModel(self._asking.training)
+        chances = self._collaborative.chances(self.rows[number], trie.names)
+        return ValidNames(trie, chances=chances.tolist(), collaborative=share)
+
+    def _answer(self, number: int, completions: Sequence[Completion], texts: Sequence[str]) -> Answer:
+        beams = tuple(
+            AnswerBeam(text, one.log_probability, one.score)
+            for one, text in zip(completions, texts, strict=True)
+            if one.score is not None
+        )
+        return Answer(self.rows[number], texts[0], completions[0].finish is Finish.ended, beams)
+
+    def _opened(self, number: int) -> str:
+        return opened_by(self._prompts[number])
+
+
+def opened_by(prompt: str) -> str:
+    """Return what a prompt has of the answer: some chat templates open the reasoning themselves."""
+    return THINK if prompt.rstrip().endswith(THINK) else ""
+
+
+def answer_from_server(
+    rows: Sequence[ChatRow], asking: Asking, engine: OpenAIEngine, tokenizer: ChatTokenizer | None
+) -> list[Answer]:
+    """Return one answer per row, in order. Shows a progress bar for each task.
+
+    With a tokenizer, the server continues the tokens that training rendered; without one, it gets conversations and
+    renders them itself. Rows that it calls impossible, such as too long ones, have an empty answer, and are counted.
+
+    Raises:
+        UnsupportedError: If the server cannot generate so.
+        ConfigError: If the key, the address or the model's name is wrong.
+        DataError: If rows have no answer after all attempts, or the cost limit was reached.
+    """
+    answers: dict[int, Answer] = {}
+    for task in sorted({row.task for row in rows}):
+        numbers = [number for number, row in enumerate(rows) if row.task == task]
+        texts = [render_prompt(rows[number].prompt, tokenizer) if tokenizer else "" for number in numbers]
+        found = engine.generate(
+            [
+                tokenizer.encode(text) if tokenizer else rows[number].prompt
+                for number, text in zip(numbers, texts, strict=True)
+            ],
+            replace(asking.how, max_new_tokens=asking.max_new_tokens[task]),
+            description=f"answering, {task}",
+        )
+        for number, text, (said,) in zip(numbers, texts, found, strict=True):
+            answers[number] = Answer(rows[number], _with_reasoning(text, said), said.finish is Finish.ended)
+        if refused := [said.text for (said,) in found if said.finish is Finish.refused]:
+            logger.warning("%d of %d rows of %s were refused (%s).", len(refused), len(found), task, refused[0])
+    return [answers[number] for number in range(len(rows))]
+
+
+def _with_reasoning(prompt: str, said: Completion) -> str:
+    if said.finish is Finish.refused:
+        return ""
+    # A server whose chat template opens the reasoning returns only where it is closed.
+    hidden = not prompt and CLOSE in said.text and THINK not in said.text
+    return (THINK if hidden else opened_by(prompt)) + said.text

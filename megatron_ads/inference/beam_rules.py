@@ -1,0 +1,180 @@
+"""What a beam may go on with, and how much that counts: any token, or tokens of valid names.
+
+    gain(token) = (1 - a) log p_model(token | written) + a log [ P(written, token) / P(written) ]
+
+P(written) is the share that a collaborative model gives to all names that begin so; a = 0 leaves it out. Over a whole
+name the gains add up to (1 - a) log p_model(name) + a log P(name). Source: D3 (arXiv:2406.14900), equation 4 and its
+text-free assistant.
+
+Valid names are a tree of tokens. Every name ends with the end token, so none is a prefix of another and every leaf is
+one name. Names are numbered in the order of their tokens, so that the names below a node are a range.
+
+Shape suffixes: K = beams of one row, V = vocabulary, C = candidates, or children of a node, N = names.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_ads.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What has been written so far."""
+
+    first: int
+    """Names ``first`` to ``last`` (exclusive) are below."""
+    last: int
+    tokens_C: NDArray[np.int64]
+    """What may follow; nothing behind a whole name."""
+    children: tuple["Node", ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NameTrie:
+    """All valid names."""
+
+    names: tuple[str, ...]
+    """By their number."""
+    root: Node
+    depth: int
+    """Tokens of the longest name, end token included."""
+
+    def name_of(self, tokens: Sequence[int]) -> str:
+        """Return the name with these tokens, the end token included."""
+        node = self.root
+        for token in tokens:
+            node = node.children[int(np.searchsorted(node.tokens_C, token))]
+        return self.names[node.first]
+
+
+def build_trie(tokens_of: Mapping[str, Sequence[int]], end_token: int) -> NameTrie:
+    """Return the tree of names; ``tokens_of`` does not hold the end token.
+
+    Raises:
+        DataError: If there are no names, or two are the same tokens.
+    """
+    if not tokens_of:
+        raise DataError("there are no valid names to answer with; give --names, a file of them.")
+    by_tokens: dict[tuple[int, ...], str] = {}
+    for name, tokens in tokens_of.items():
+        other = by_tokens.setdefault((*tokens, end_token), name)
+        if other != name:
+            raise DataError(f"{other!r} and {name!r} are the same tokens; keep one of the two names.")
+    ordered = sorted(by_tokens)
+    names = tuple(by_tokens[tokens] for tokens in ordered)
+    return NameTrie(names=names, root=_node(ordered, 0, len(ordered), 0), depth=max(map(len, ordered)))
+
+
+def _node(ordered: Sequence[tuple[int, ...]], first: int, last: int, depth: int) -> Node:
+    """Return the node below which ``ordered[first:last]`` are, all with the same first ``depth`` tokens."""
+    if len(ordered[first]) == depth:  # the end token was the last: there is no other name below
+        return Node(first, last, np.empty(0, dtype=np.int64), ())
+    tokens = [sequence[depth] for sequence in ordered[first:last]]
+    starts = [first + place for place in range(len(tokens)) if place == 0 or tokens[place] != tokens[place - 1]]
+    ends = [*starts[1:], last]
+    children = tuple(_node(ordered, start, end, depth + 1) for start, end in zip(starts, ends, strict=True))
+    return Node(first, last, np.asarray([ordered[start][depth] for start in starts], dtype=np.int64), children)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Every way to lengthen the beams of one row by a token, (C,) each."""
+
+    beams_C: NDArray[np.int64]
+    """Which beam is lengthened."""
+    tokens_C: NDArray[np.int64]
+    log_probabilities_C: NDArray[np.float64]
+    """By the model."""
+    gains_C: NDArray[np.float64]
+    """What the beam's score gains; not above 0."""
+    forced_C: NDArray[np.bool_]
+    """There was no other token."""
+    states: Sequence[Any]
+    """What the rules know of the lengthened beams."""
+
+
+class Rules(Protocol):
+    """What may be written in one row."""
+
+    @property
+    def start(self) -> Any:
+        """What is known before anything is written."""
+        ...
+
+    def candidates(self, states: Sequence[Any], log_probabilities_KV: Tensor) -> Candidates:
+        """Return what the beams in ``states`` may go on with."""
+        ...
+
+
+class AnyToken:
+    """Everything may be written; of each beam the most probable tokens are enough to find the best beams."""
+
+    start = None
+
+    def __init__(self, beams: int) -> None:
+        """Take the number of beams; each may end at once, so that as many again must be at hand."""
+        self._most = 2 * beams
+
+    def candidates(self, states: Sequence[Any], log_probabilities_KV: Tensor) -> Candidates:
+        """Return the most probable tokens of every beam."""
+        beams, vocabulary = log_probabilities_KV.shape
+        most = min(self._most, vocabulary)
+        values_KC, tokens_KC = log_probabilities_KV.topk(most, dim=1)
+        values_C = values_KC.double().cpu().numpy().reshape(-1)
+        return Candidates(
+            beams_C=np.repeat(np.arange(beams), most),
+            tokens_C=tokens_KC.cpu().numpy().reshape(-1),
+            log_probabilities_C=values_C,
+            gains_C=values_C,
+            forced_C=np.zeros(beams * most, dtype=np.bool_),
+            states=[None] * (beams * most),
+        )
+
+
+class ValidNames:
+    """Only the names of a trie may be written."""
+
+    def __init__(self, trie: NameTrie, *, chances: Sequence[float] | None = None, collaborative: float = 0.0) -> None:
+        """Take the names.
+
+        Args:
+            trie: The names.
+            chances: The collaborative model's probability of each name of ``trie.names``, all above 0; None without.
+            collaborative: How much they count, ``a`` in the module's head.
+        """
+        self.start = trie.root
+        self._share = collaborative if chances is not None else 0.0
+        chances_N = np.ones(len(trie.names)) if chances is None else np.asarray(chances, dtype=np.float64)
+        self._up_to = np.concatenate([[0.0], np.cumsum(chances_N)])
+
+    def candidates(self, states: Sequence[Node], log_probabilities_KV: Tensor) -> Candidates:
+        """Return the children of every node."""
+        counts = np.asarray([len(node.tokens_C) for node in states])
+        beams_C = np.repeat(np.arange(len(states)), counts)
+        tokens_C = np.concatenate([node.tokens_C for node in states])
+        chosen = log_probabilities_KV[torch.from_numpy(beams_C), torch.from_numpy(tokens_C)]
+        values_C = chosen.double().cpu().numpy()
+        children = [child for node in states for child in node.children]
+        gains_C = values_C
+        if self._share:
+            before_C = np.repeat([self._log_mass(node) for node in states], counts)
+            after_C = np.asarray([self._log_mass(child) for child in children])
+            gains_C = (1 - self._share) * values_C + self._share * (after_C - before_C)
+        return Candidates(
+            beams_C=beams_C,
+            tokens_C=tokens_C,
+            log_probabilities_C=values_C,
+            gains_C=gains_C,
+            forced_C=np.repeat(counts == 1, counts),
+            states=children,
+        )
+
+    def _log_mass(self, node: Node) -> float:
+        return float(np.log(self._up_to[node.last] - self._up_to[node.first]))

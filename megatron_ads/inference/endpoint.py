@@ -1,0 +1,266 @@
+"""One request to a server with the OpenAI protocol, sent until it is answered or hopeless.
+
+A request that the server is too busy for (429), fails at (5xx) or does not answer in time is sent again after a pause
+that doubles, or that the server asks for, up to a limit. Redirects are not followed: they would carry the key along.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from typing import Any
+
+import httpx2
+
+from megatron_ads.config.engine import EndpointConfig
+from megatron_ads.errors import ConfigError
+from megatron_ads.inference.client import Request, Unanswered
+from megatron_ads.inference.engine import Completion, Failure, Finish
+from megatron_ads.observability.log import get_logger
+
+logger = get_logger(__name__)
+_TRY_AGAIN = frozenset({408, 409, 425, 429})
+_HOPELESS = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})
+"""No request would fare better: the key, the address or the model's name is wrong."""
+_MAX_ANSWER_BYTES = 32 << 20
+_MAX_ERROR_BYTES = 1 << 16
+_SHOWN_CHARACTERS = 200
+
+
+class _TryAgain(Exception):
+    """An attempt failed in a way that another one may not."""
+
+    def __init__(self, failure: Failure, why: str, wait_seconds: float | None = None) -> None:
+        super().__init__(why)
+        self.failure, self.wait_seconds = failure, wait_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class _Response:
+    """What a server sent."""
+
+    status: int
+    retry_after: str | None
+    body: bytes
+
+
+class Endpoint:
+    """A server; any number of threads may ask it."""
+
+    state = ""
+    """A server does not say what is behind the name of its model."""
+
+    def __init__(self, section: str, config: EndpointConfig) -> None:
+        """Prepare to ask; nothing is sent yet.
+
+        Raises:
+            ConfigError: If the environment variable that should hold the key is not set.
+        """
+        assert config.url is not None, "checked with the recipe"
+        self._section, self._config = section, config
+        self._url = config.url.rstrip("/")
+        self._key = _read_key(section, config.api_key_env)
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        self._http = httpx2.Client(
+            headers=headers | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+            timeout=config.timeout_seconds,
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=config.concurrency),
+            follow_redirects=False,
+        )
+        self._starts = _Starts(config.requests_per_minute)
+        self._failed: set[Failure] = set()
+
+    def answer(self, request: Request, stop: threading.Event) -> Completion:
+        """Return the server's answer to messages or, where the body has a ``prompt``, to token ids.
+
+        Raises:
+            Unanswered: If there is none after all attempts, or ``stop`` was set while waiting for another one.
+            ConfigError: If the key, the address or the model's name is wrong.
+        """
+        url = f"{self._url}/{'completions' if 'prompt' in request.body else 'chat/completions'}"
+        data = json.dumps(dict(request.body)).encode()
+        started = time.monotonic()
+        pause = self._config.first_wait_seconds
+        failures: list[Failure] = []
+        why = "the run was stopped"
+        while len(failures) < self._config.attempts and not stop.is_set():
+            self._starts.wait(stop)
+            try:
+                answer = self._ask_once(url, data)
+            except _TryAgain as error:
+                failures.append(error.failure)
+                why, asked = self._without_key(str(error)), error.wait_seconds
+                self._warn_once(error.failure, why)
+            else:
+                return replace(answer, seconds=time.monotonic() - started, failures=tuple(failures))
+            if len(failures) < self._config.attempts:
+                stop.wait(min(max(pause, asked or 0.0), self._config.longest_wait_seconds))
+                pause *= 2
+        attempt = f"attempt {len(failures)} of {self._config.attempts}"
+        raise Unanswered(f"{url}, {attempt}: {why}.", tuple(failures))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def _warn_once(self, failure: Failure, why: str) -> None:
+        if failure not in self._failed:
+            self._failed.add(failure)
+            logger.warning("the %s: %s (%s). Such attempts are repeated, and counted.", self._section, failure, why)
+
+    def _ask_once(self, url: str, data: bytes) -> Completion:
+        """Send a request and return what comes of it.
+
+        Raises:
+            _TryAgain: If another attempt may fare better.
+            ConfigError: If no request can succeed.
+        """
+        try:
+            response = self._send(url, data)
+        except (TimeoutError, httpx2.TimeoutException):
+            why = f"no answer in {self._config.timeout_seconds:g} s"
+            raise _TryAgain(Failure.timed_out, why) from None
+        except (httpx2.ConnectError, httpx2.ProxyError, httpx2.InvalidURL, UnicodeError) as error:
+            raise _TryAgain(Failure.not_connected, str(error)) from None
+        except (httpx2.HTTPError, OSError) as error:
+            raise _TryAgain(Failure.broken_connection, f"{type(error).__name__} {error}".strip()) from None
+        return self._parsed(response.body) if response.status < 300 else self._refused(url, response)
+
+    def _send(self, url: str, data: bytes) -> _Response:
+        """Return the response, of an error its beginning; a server that drips does not outlast the deadline."""
+        deadline = time.monotonic() + self._config.timeout_seconds
+        blocks: list[bytes] = []
+        size = 0
+        with self._http.stream("POST", url, content=data) as response:
+            failed = response.status_code >= 300
+            for block in response.iter_raw():
+                blocks.append(block)
+                size += len(block)
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                if failed and size >= _MAX_ERROR_BYTES:
+                    break
+                if size > _MAX_ANSWER_BYTES:
+                    raise _TryAgain(Failure.no_completion, f"the answer is longer than {_MAX_ANSWER_BYTES:,} bytes")
+            return _Response(response.status_code, response.headers.get("Retry-After"), b"".join(blocks))
+
+    def _refused(self, url: str, response: _Response) -> Completion:
+        """Return the answer to a request that the server calls impossible.
+
+        Raises:
+            _TryAgain: If it may answer later.
+            ConfigError: If no request can succeed.
+        """
+        text = self._without_key(response.body.decode(errors="replace"))
+        said = f"HTTP {response.status}: {' '.join(text.split())[:_SHOWN_CHARACTERS]}"
+        if response.status in _TRY_AGAIN or response.status >= 500:
+            busy = response.status == HTTPStatus.TOO_MANY_REQUESTS
+            failure = Failure.rate_limited if busy else Failure.server_error
+            raise _TryAgain(failure, said, _seconds(response.retry_after))
+        if response.status in _HOPELESS:
+            raise ConfigError(
+                f"{url} answers {said}. Check {self._section}.url, {self._section}.model = {self._config.model!r} and "
+                f"the key in the variable that {self._section}.api_key_env names."
+            )
+        return Completion(text=said, finish=Finish.refused)
+
+    def _parsed(self, body: bytes) -> Completion:
+        try:
+            completion = json.loads(body)
+            choices = completion["choices"]
+            if not choices:
+                raise _TryAgain(Failure.no_choice, "the completion has no choice")
+            return self._completion(choices[0], completion.get("usage") or {})
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+            said = self._without_key(body[:_SHOWN_CHARACTERS].decode(errors="replace"))
+            raise _TryAgain(Failure.no_completion, f"the answer is no completion: {said!r}") from None
+
+    def _completion(self, choice: Mapping[str, Any], usage: Mapping[str, Any]) -> Completion:
+        message = choice["message"] if "message" in choice else {"content": choice["text"]}
+        tokens = choice.get("token_ids")
+        return Completion(
+            text=self._without_key(_whole_characters(message.get("content") or message.get("refusal") or "")),
+            finish=_finish(choice.get("finish_reason"), message),
+            token_ids=None if tokens is None else tuple(map(int, tokens)),
+            log_probabilities=_log_probabilities(choice.get("logprobs") or {}),
+            prompt_log_probabilities=_of_prompt(choice.get("prompt_logprobs")),
+            prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            answer_tokens=int(usage.get("completion_tokens") or 0),
+        )
+
+    def _without_key(self, text: str) -> str:
+        """Return a text in which the key, should the server repeat it, cannot be read."""
+        return text.replace(self._key, "***") if self._key else text
+
+
+class _Starts:
+    """Spreads the starts of requests over time."""
+
+    def __init__(self, per_minute: float | None) -> None:
+        self._apart = 60.0 / per_minute if per_minute else 0.0
+        self._next = 0.0
+        self._lock = threading.Lock()
+
+    def wait(self, stop: threading.Event) -> None:
+        """Return when one more request may start."""
+        if not self._apart:
+            return
+        with self._lock:
+            now = time.monotonic()
+            start = max(now, self._next)
+            self._next = start + self._apart
+        stop.wait(start - now)
+
+
+def _read_key(section: str, variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ConfigError(
+            f"{section}.api_key_env names {variable}, which is not set. Set it to the key, or {section}.api_key_env to "
+            "null for a server that needs none."
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            f"the key in {variable}, which {section}.api_key_env names, holds a line break or a character that no "
+            "header can carry. Set it again."
+        )
+    return key
+
+
+def _finish(reason: object, message: Mapping[str, Any]) -> Finish:
+    if reason == "content_filter" or message.get("refusal"):
+        return Finish.withheld
+    return Finish.cut_off if reason == "length" else Finish.ended
+
+
+def _log_probabilities(logprobs: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """Return those of a chat completion (``content``) or of a completion (``token_logprobs``)."""
+    if (content := logprobs.get("content")) is not None:
+        return tuple(float(token["logprob"]) for token in content)
+    values = logprobs.get("token_logprobs")
+    return None if values is None else tuple(map(float, values))
+
+
+def _of_prompt(entries: Sequence[Mapping[str, Any] | None] | None) -> tuple[float, ...] | None:
+    """Return vLLM's log-probabilities of the prompt's tokens but the first, before which there is nothing."""
+    if entries is None:
+        return None
+    return tuple(float(next(iter(entry.values()))["logprob"]) for entry in entries[1:] if entry is not None)
+
+
+def _whole_characters(text: str) -> str:
+    """Return a text that can be written: half a surrogate pair, which JSON can hold, becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _seconds(header: str | None) -> float | None:
+    """Return what a Retry-After header asks for; a date, which few servers send, counts as nothing."""
+    try:
+        return max(0.0, float(header)) if header else None
+    except ValueError:
+        return None

@@ -1,0 +1,127 @@
+"""A Hugging Face checkpoint run by transformers on this machine: load it, and ask how probable a text is.
+
+Shape suffixes: B = texts or prompts, R = running rows, S = tokens, V = vocabulary.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import logging as transformers_logging
+
+from megatron_ads.errors import ConversionError
+from megatron_ads.inference.latent_decoding import attend_to_latents
+
+_NO_LIMIT = 2**31
+
+
+def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """Return the model, on a GPU where there is one.
+
+    Args:
+        folder: A checkpoint that ``transformers`` loads by itself.
+        dtype: Number format to compute in; None: as stored on a GPU, FP32 on a CPU, where BF16 is slower.
+
+    Raises:
+        ConversionError: If transformers cannot load the folder, or would have to make up weights.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # It reports the MTP layer, which transformers never loads, as an unexpected key at every load.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"transformers cannot load {folder}: {error}") from None
+    if missing := sorted(report["missing_keys"]):
+        raise ConversionError(
+            f"{folder} lacks {len(missing)} weights that the model needs, {missing[0]} among them; export it again."
+        )
+    attend_to_latents(model)
+    return model.eval().to(device)
+
+
+def longest_text(model: Any) -> int:
+    """Return how many tokens the model has positions for."""
+    return int(getattr(model.config, "max_position_embeddings", _NO_LIMIT))
+
+
+@torch.inference_mode()
+def log_probabilities(
+    model: Any, befores: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, pad_token: int
+) -> list[list[float]]:
+    """Return log P(y_t | before, y_<t), in nats, of every token of every answer.
+
+    Args:
+        model: From :func:`load_model`.
+        befores: What stands in front of each answer, in tokens; at least one.
+        answers: As many, in tokens; at least one each.
+        pad_token: Fills shorter texts from the left; it is masked and never seen.
+    """
+    texts = [[*before, *answer] for before, answer in zip(befores, answers, strict=True)]
+    tokens_BS, mask_BS = (tensor.to(model.device) for tensor in left_padded(texts, pad_token))
+    longest = max(map(len, answers))
+    # All answers end in the last column, so logits are made for the last columns only, not for the whole prompt.
+    logits_BSV = model(
+        tokens_BS,
+        attention_mask=mask_BS,
+        position_ids=(mask_BS.cumsum(1) - 1).clamp(min=0),
+        logits_to_keep=longest + 1,
+        use_cache=False,
+    ).logits[:, :-1]
+    said_BS = logits_BSV.float().log_softmax(-1).gather(2, tokens_BS[:, -longest:, None])[..., 0]
+    return [row[longest - len(answer) :] for row, answer in zip(said_BS.tolist(), answers, strict=True)]
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_token: int) -> tuple[Tensor, Tensor]:
+    """Return tokens and attention mask, each (B, S): every prompt ends in the last column."""
+    width = max(len(prompt) for prompt in prompts)
+    tokens_BS = torch.full((len(prompts), width), pad_token, dtype=torch.long)
+    mask_BS = torch.zeros_like(tokens_BS)
+    for row, prompt in enumerate(prompts):
+        tokens_BS[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        mask_BS[row, width - len(prompt) :] = 1
+    return tokens_BS, mask_BS
+
+
+class RunningRows:
+    """Rows that are being written, and what the model remembers of them."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_token: int) -> None:
+        """Read the prompts."""
+        self._model = model
+        self._cache = DynamicCache(config=model.config)
+        tokens_BS, self._mask_RS = (tensor.to(model.device) for tensor in left_padded(prompts, pad_token))
+        # Positions count from the first token that is not padding.
+        positions_BS = (self._mask_RS.cumsum(1) - 1).clamp(min=0)
+        self.logits_RV = self._read(tokens_BS, positions_BS)
+        """What the model thinks of the next token of every row, in FP32."""
+
+    def go_on(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Go on with ``rows``, numbers of running rows in any order, a token each; the others are left."""
+        if list(rows) != list(range(len(self._mask_RS))):
+            rows_R = torch.tensor(rows, device=self._mask_RS.device)
+            self._cache.reorder_cache(rows_R)
+            self._mask_RS = self._mask_RS[rows_R]
+        self._mask_RS = torch.cat([self._mask_RS, self._mask_RS.new_ones(len(rows), 1)], 1)
+        tokens_R1 = torch.tensor(tokens, device=self._mask_RS.device)[:, None]
+        self.logits_RV = self._read(tokens_R1, self._mask_RS.sum(1, keepdim=True) - 1)
+
+    def _read(self, tokens_RS: Tensor, positions_RS: Tensor) -> Tensor:
+        output = self._model(
+            tokens_RS,
+            attention_mask=self._mask_RS,
+            position_ids=positions_RS,
+            past_key_values=self._cache,
+            logits_to_keep=1,
+        )
+        logits_RV: Tensor = output.logits[:, -1].float()
+        return logits_RV

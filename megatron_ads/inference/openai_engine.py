@@ -1,0 +1,187 @@
+"""The engine behind a server with the OpenAI protocol: vLLM, SGLang, `transformers serve`, or a hosted service.
+
+Conversations go to ``/chat/completions``, which every such server has. Token ids go to ``/completions`` with the fields
+of vLLM (``prompt`` as ids, ``return_token_ids``, ``logprobs``, ``prompt_logprobs``), so that what is scored and what
+was generated are the same tokens.
+
+What a request does not say, such as top_k, a server may take from the checkpoint's generation_config.json; vLLM started
+with ``--generation-config vllm`` does not.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+from megatron_ads.config.engine import EndpointConfig
+from megatron_ads.config.generation import BEAM_METHODS, GenerationConfig, Method
+from megatron_ads.data.rows import Message
+from megatron_ads.errors import DataError
+from megatron_ads.inference.client import Client, Request
+from megatron_ads.inference.endpoint import Endpoint
+from megatron_ads.inference.engine import Completion, Finish, Prompt, UnsupportedError
+from megatron_ads.journal import Journal, digest_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_ads.inference.beam_rules import Rules
+
+_SEEDS = 2**31
+"""Seeds are below, for servers that keep them in 32 bits."""
+
+
+class OpenAIEngine:
+    """A model behind a server. Completions that a journal holds are not asked for again."""
+
+    def __init__(self, name: str, config: EndpointConfig, journal: Journal | None = None) -> None:
+        """Prepare to ask; nothing is sent yet. ``name`` is the section of ``config`` in a recipe.
+
+        Raises:
+            ConfigError: If the environment variable that should hold the key is not set.
+        """
+        self._name, self._config = name, config
+        self._endpoint = Endpoint(name, config)
+        self.client = Client(name, config, self._endpoint, journal)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        config: GenerationConfig,
+        *,
+        rules: "Sequence[Rules] | None" = None,
+        description: str = "generating",
+    ) -> list[list[Completion]]:
+        """Return the samples of every prompt. A prompt that the server calls impossible has a refused completion.
+
+        Each completion is a request of its own, whose seed depends on ``config.seed``, the prompt, and how often the
+        prompt came before in this call.
+
+        Raises:
+            UnsupportedError: If beams are asked for, or the server does not report what was asked for.
+            ConfigError: If the key, the address or the model's name is wrong.
+            DataError: If requests have no answer after all attempts, or the cost limit was reached.
+        """
+        require_supported(config)
+        samples = config.samples if config.method is Method.sampled else 1
+        times: Counter[str] = Counter()
+        requests = [self._request(prompt, config, times) for prompt in prompts for _ in range(samples)]
+        found = self._ask(requests, description)
+        for completion in found:
+            self._require_reported(completion, config, prompts[0])
+        return [found[start : start + samples] for start in range(0, len(found), samples)]
+
+    def log_probabilities(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """Return the log-probability of every token of every answer, as the server computes it for a prompt.
+
+        Raises:
+            UnsupportedError: If the server does not report log-probabilities of prompts.
+            DataError: If requests have no answer after all attempts.
+        """
+        requests = [
+            Request(
+                body={
+                    "model": self._config.model,
+                    "prompt": [*prompt, *answer],
+                    "temperature": 0.0,
+                    self._config.token_limit_field: 1,
+                    "prompt_logprobs": 0,
+                }
+            )
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        found = []
+        for completion, answer in zip(self._ask(requests, "reading"), answers, strict=True):
+            if completion.finish is Finish.refused:
+                raise DataError(f"the {self._name} cannot read a text: {completion.text}")
+            if completion.prompt_log_probabilities is None:
+                self._lacks("the log-probabilities of a prompt (prompt_logprobs)")
+            found.append(list(completion.prompt_log_probabilities[-len(answer) :]))
+        return found
+
+    def update_weights(self, weights: "Iterator[tuple[str, Tensor]]") -> NoReturn:
+        """Refuse: the protocol has no request for it.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(
+            f"the {self._name} at {self._config.url} cannot take weights: the OpenAI protocol has no request for it. "
+            "Export the new weights and restart the server on them, or generate with the transformers engine."
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._endpoint.close()
+
+    def _request(self, prompt: Prompt, config: GenerationConfig, times: Counter[str]) -> Request:
+        if not prompt or not isinstance(prompt[0], Message):
+            asked: dict[str, Any] = {"prompt": list(cast(Sequence[int], prompt)), "return_token_ids": True}
+            logprobs: dict[str, Any] = {"logprobs": 1}
+        else:
+            asked = {"messages": [message.as_dict() for message in cast(Sequence[Message], prompt)]}
+            logprobs = {"logprobs": True}
+        name, sampled = digest_of(asked), config.method is Method.sampled
+        number, times[name] = times[name], times[name] + 1
+        drawn = int(digest_of([config.seed, name, number])[:16], 16) % _SEEDS
+        body = request_body(asked, self._config, config, seed=drawn if sampled else 0) | (
+            logprobs if config.log_probabilities else {}
+        )
+        return Request(body=body, candidate=number if sampled else 0)
+
+    def _ask(self, requests: Sequence[Request], description: str) -> list[Completion]:
+        answers = self.client.ask(requests, total=len(requests), description=description)
+        found = [answer for answer in answers if answer is not None]
+        if len(found) < len(requests):
+            raise DataError(
+                f"{len(requests) - len(found)} of {len(requests)} requests to the {self._name} have no answer after "
+                f"{self._config.attempts} attempts each. Start again when {self._config.url} works: answers in a "
+                "journal are kept and not asked for again."
+            )
+        return found
+
+    def _require_reported(self, completion: Completion, config: GenerationConfig, prompt: Prompt) -> None:
+        if completion.finish in (Finish.refused, Finish.withheld):
+            return
+        if config.log_probabilities and completion.log_probabilities is None:
+            self._lacks("log-probabilities (logprobs)")
+        if prompt and not isinstance(prompt[0], Message) and completion.token_ids is None:
+            self._lacks("the token ids of completions (return_token_ids)")
+        tokens, values = completion.token_ids, completion.log_probabilities
+        if tokens is not None and values is not None and len(tokens) != len(values):
+            self._lacks(f"one log-probability a token, but {len(values)} of {len(tokens)} tokens")
+
+    def _lacks(self, what: str) -> NoReturn:
+        raise UnsupportedError(
+            f"the {self._name} at {self._config.url} does not report {what}. Use a server that does, such as vLLM, or "
+            "the transformers engine."
+        )
+
+
+def require_supported(config: GenerationConfig) -> None:
+    """Refuse what no request of the protocol asks for.
+
+    Raises:
+        UnsupportedError: If beams are asked for.
+    """
+    if config.method in BEAM_METHODS:
+        raise UnsupportedError(
+            f"a server cannot generate by {config.method}: the OpenAI protocol has no beams. Take greedy or sampled, "
+            "or let a checkpoint answer in this process (the transformers engine, --model)."
+        )
+
+
+def request_body(
+    asked: Mapping[str, Any], endpoint: EndpointConfig, config: GenerationConfig, *, seed: int
+) -> dict[str, Any]:
+    """Return the body of a request for one completion; ``asked`` has the messages or the prompt."""
+    body: dict[str, Any] = {
+        "model": endpoint.model,
+        **asked,
+        "temperature": config.temperature if config.method is Method.sampled else 0.0,
+        "top_p": config.top_p,
+    }
+    if config.max_new_tokens is not None:
+        body[endpoint.token_limit_field] = config.max_new_tokens
+    return body | {"seed": seed}

@@ -1,0 +1,204 @@
+"""The engine in this process: a Hugging Face checkpoint run by transformers, on whatever device there is.
+
+This is deliberately not the trainer's own model: what generates is what a user of the exported folder gets. How to
+generate is said in ``GenerationConfig`` and nowhere else: a checkpoint's generation_config.json plays no part.
+
+Shape suffixes: R = running rows, V = vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from megatron_ads.config.generation import BEAM_METHODS, GenerationConfig, Method
+from megatron_ads.data.chat import render_prompt
+from megatron_ads.data.rows import Message
+from megatron_ads.data.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_ads.errors import ConfigError
+from megatron_ads.inference.beam_rules import AnyToken, Rules
+from megatron_ads.inference.beam_search import Beam, RowSearch, search_beams
+from megatron_ads.inference.engine import Completion, Finish, Prompt
+from megatron_ads.inference.language_model import RunningRows, load_model, log_probabilities, longest_text
+from megatron_ads.inference.weight_update import replace_weights
+
+
+@dataclass(slots=True)
+class _Written:
+    """What has been generated behind one prompt so far."""
+
+    tokens: list[int] = field(default_factory=list)
+    log_probabilities: list[float] = field(default_factory=list)
+    ended: bool = False
+
+
+class TransformersEngine:
+    """A loaded checkpoint. The prompts of one call are one batch, in which each prompt's draws depend on the others."""
+
+    def __init__(
+        self, model: Any, *, end_token: int, pad_token: int | None = None, tokenizer: ChatTokenizer | None = None
+    ) -> None:
+        """Take a loaded model.
+
+        Args:
+            model: From :func:`load_model`.
+            end_token: Generation of a prompt stops here.
+            pad_token: Fills shorter prompts from the left; it is masked and never seen. None: the end token.
+            tokenizer: Renders conversations and decodes; without it prompts are token ids, and texts are empty.
+        """
+        self._model, self._tokenizer = model, tokenizer
+        self._end_token = end_token
+        self._pad_token = end_token if pad_token is None else pad_token
+
+    @property
+    def longest_text(self) -> int:
+        """How many tokens of prompt and completion the model has positions for."""
+        return longest_text(self._model)
+
+    def generate(
+        self, prompts: Sequence[Prompt], config: GenerationConfig, *, rules: Sequence[Rules] | None = None
+    ) -> list[list[Completion]]:
+        """Return the samples or beams of every prompt; beams always have their log-probabilities.
+
+        Raises:
+            ConfigError: If constrained beams have no rules.
+            DataError: If the chat template refuses a conversation.
+        """
+        if not prompts:
+            return []
+        tokens = [self.tokens_of(prompt) for prompt in prompts]
+        limit = config.max_new_tokens or max(1, self.longest_text - max(map(len, tokens)))
+        if config.method in BEAM_METHODS:
+            return self._beams(tokens, config, limit, rules)
+        samples = config.samples if config.method is Method.sampled else 1
+        repeated = [prompt for prompt in tokens for _ in range(samples)]
+        written = [
+            self._completion(one.tokens, one.ended, len(prompt), one.log_probabilities or None)
+            for one, prompt in zip(self._continue(repeated, config, limit), repeated, strict=True)
+        ]
+        return [written[start : start + samples] for start in range(0, len(written), samples)]
+
+    def log_probabilities(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """Return the log-probability of every token of every answer; the texts of one call are one batch."""
+        return log_probabilities(self._model, prompts, answers, pad_token=self._pad_token)
+
+    def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Replace all weights in place, from tensors with Hugging Face names.
+
+        Raises:
+            ConversionError: If a name is unknown, a shape differs, or weights are missing.
+        """
+        replace_weights(self._model, weights)
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._model = None
+
+    def tokens_of(self, prompt: Prompt) -> list[int]:
+        """Return a prompt's token ids.
+
+        Raises:
+            DataError: If the chat template refuses a conversation.
+        """
+        if prompt and isinstance(prompt[0], Message):
+            assert self._tokenizer is not None, "conversations need a tokenizer"
+            return self._tokenizer.encode(render_prompt(cast(Sequence[Message], prompt), self._tokenizer))
+        return list(cast(Sequence[int], prompt))
+
+    @torch.inference_mode()
+    def _continue(self, prompts: Sequence[Sequence[int]], config: GenerationConfig, limit: int) -> list[_Written]:
+        """Continue every prompt, greedily or sampled, until it ends or has ``limit`` tokens."""
+        chance = torch.Generator(self._model.device).manual_seed(config.seed % 2**63)
+        rows = RunningRows(self._model, prompts, self._pad_token)
+        written = [_Written() for _ in prompts]
+        running = list(range(len(prompts)))
+        for step in range(limit):
+            chosen_R = next_tokens(rows.logits_RV, config, chance)
+            chosen = chosen_R.tolist()
+            for number, token in zip(running, chosen, strict=True):
+                written[number].tokens.append(token)
+                written[number].ended = token == self._end_token
+            if config.log_probabilities:
+                found_R = rows.logits_RV.log_softmax(-1).gather(1, chosen_R[:, None])[:, 0]
+                for number, value in zip(running, found_R.tolist(), strict=True):
+                    written[number].log_probabilities.append(value)
+            going_on = [place for place, number in enumerate(running) if not written[number].ended]
+            running = [running[place] for place in going_on]
+            if not running or step == limit - 1:
+                break
+            rows.go_on(going_on, [chosen[place] for place in going_on])
+        return written
+
+    def _beams(
+        self, prompts: Sequence[Sequence[int]], config: GenerationConfig, limit: int, rules: Sequence[Rules] | None
+    ) -> list[list[Completion]]:
+        if config.method is Method.constrained_beam and rules is None:
+            raise ConfigError("constrained-beam needs rules: what each completion may say. Give them, or take beam.")
+        searches = [
+            RowSearch(
+                rules[row] if rules else AnyToken(config.beams),
+                beams=config.beams,
+                limit=limit + 1,
+                end_token=self._end_token,
+                length=config.length,
+            )
+            for row in range(len(prompts))
+        ]
+        found = search_beams(RunningRows(self._model, prompts, self._pad_token), searches)
+        return [
+            [self._of_beam(beam, len(prompt)) for beam in beams] for beams, prompt in zip(found, prompts, strict=True)
+        ]
+
+    def _of_beam(self, beam: Beam, prompt_tokens: int) -> Completion:
+        tokens = [*beam.tokens, self._end_token] if beam.ended else list(beam.tokens)
+        return self._completion(tokens, beam.ended, prompt_tokens, beam.log_probabilities, beam.score)
+
+    def _completion(
+        self,
+        tokens: Sequence[int],
+        ended: bool,
+        prompt_tokens: int,
+        log_probabilities: Sequence[float] | None,
+        score: float | None = None,
+    ) -> Completion:
+        said = list(tokens[:-1] if ended else tokens)
+        return Completion(
+            text=self._tokenizer.decode(said) if self._tokenizer else "",
+            finish=Finish.ended if ended else Finish.cut_off,
+            token_ids=tuple(tokens),
+            log_probabilities=None if log_probabilities is None else tuple(log_probabilities),
+            score=score,
+            prompt_tokens=prompt_tokens,
+            answer_tokens=len(tokens),
+        )
+
+
+def open_engine(folder: Path, *, dtype: torch.dtype | None = None) -> TransformersEngine:
+    """Load a Hugging Face folder with its tokenizer.
+
+    Args:
+        folder: A checkpoint that ``transformers`` loads by itself.
+        dtype: Number format to compute in; None: as stored on a GPU, FP32 on a CPU, where BF16 is slower.
+
+    Raises:
+        ConversionError: If transformers cannot load the folder, or would have to make up weights.
+        DataError: If it does not exist, or has no tokenizer.
+    """
+    tokenizer = load_tokenizer(folder)
+    return TransformersEngine(load_model(folder, dtype), end_token=tokenizer.end_token_id, tokenizer=tokenizer)
+
+
+def next_tokens(logits_RV: Tensor, config: GenerationConfig, chance: torch.Generator) -> Tensor:
+    """Return the next token of every row, (R,): the most probable one, or one drawn."""
+    if config.method is not Method.sampled:
+        return logits_RV.argmax(-1)
+    shares_RV, tokens_RV = (logits_RV / config.temperature).softmax(-1).sort(descending=True)
+    # The most probable token stays whatever top_p is: before it there is nothing.
+    before_RV = shares_RV.cumsum(-1) - shares_RV
+    places_R1 = shares_RV.masked_fill(before_RV >= config.top_p, 0.0).multinomial(1, generator=chance)
+    return tokens_RV.gather(1, places_R1)[:, 0]

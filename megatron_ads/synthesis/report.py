@@ -1,0 +1,213 @@
+"""What a run did, for machines (report.json) and people (report.md): counts and samples of each filter's removals."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ads.config.engine import AnsweringConfig
+from megatron_ads.config.synthesis import SynthesisConfig, synthesis_recipe_yaml
+from megatron_ads.inference.client import Client
+from megatron_ads.synthesis.candidates import Candidate, Removed, by_row, passing
+from megatron_ads.synthesis.pipeline import SynthesisModels, SynthesisResult
+from megatron_ads.synthesis.prompts import question_of
+from megatron_ads.synthesis.requests import drawn
+
+JSON_FILE, TEXT_FILE, RECIPE_FILE = "report.json", "report.md", "recipe.yaml"
+_SHOWN_CHARACTERS = 600
+_REASONS_SHOWN = 8
+
+
+def write_report(result: SynthesisResult, models: SynthesisModels, config: SynthesisConfig) -> dict[str, Any]:
+    """Write report.json, report.md and the resolved recipe next to the corpus; return what report.json holds."""
+    from conversion.atomic_file import write_small  # imports torch
+
+    out = Path(config.out)
+    report = as_report(result, models, config)
+    write_small(out / RECIPE_FILE, synthesis_recipe_yaml(config))
+    write_small(out / TEXT_FILE, render_report(report))
+    write_small(out / JSON_FILE, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+    return report
+
+
+def as_report(result: SynthesisResult, models: SynthesisModels, config: SynthesisConfig) -> dict[str, Any]:
+    """Return the report as plain values."""
+    kept = passing(result.candidates)
+    groups = by_row(result.candidates)
+    survivors = Counter(len(passing(group)) for group in groups.values())
+    return {
+        "sources": result.sources,
+        "rows": {
+            "read": result.rows_read,
+            "left_out": dict(result.rows_left_out.most_common()),
+            "asked_about": result.rows_by_task,
+        },
+        "golden": [asdict(checked) for checked in result.golden],
+        "models": {
+            name: _usage(client, settings)
+            for name, client, settings in (
+                ("teacher", models.teacher, config.teacher),
+                ("verifier", models.verifier, config.verifier),
+            )
+            if client is not None
+        },
+        "candidates": len(result.candidates),
+        "filters": _filters(result.candidates, config),
+        "similarity": _quantiles([item.similarity for item in result.candidates if item.similarity is not None]),
+        "perplexity": {
+            "threshold": result.threshold,
+            **_quantiles([item.perplexity for item in result.candidates if item.perplexity is not None]),
+        },
+        "kept": len(kept),
+        "kept_by_task": dict(sorted(Counter(candidate.row.task for candidate in kept).items())),
+        "rows_by_kept_candidates": {str(number): survivors[number] for number in sorted(survivors)},
+        "corpus": None if result.written is None else asdict(result.written),
+        "samples_of_kept": [_sample(item) for item in _drawn(kept, config)],
+    }
+
+
+def _usage(client: Client, config: AnsweringConfig) -> dict[str, Any]:
+    # asdict would make a Counter of the pairs of a Counter.
+    counted = {field.name: getattr(client.usage, field.name) for field in fields(client.usage)}
+    derived = {"requests_per_second": client.usage.requests_per_second, "cost": client.usage.cost(config)}
+    return {"model": config.model, "url": config.url, **counted, **derived}
+
+
+def _filters(candidates: Sequence[Candidate], config: SynthesisConfig) -> list[dict[str, Any]]:
+    """Return, in the order of the filters, how many candidates came to each and how many it removed."""
+    entered = len(candidates)
+    found = []
+    for why in Removed:
+        gone = [candidate for candidate in candidates if candidate.removed is why]
+        found.append(
+            {
+                "filter": str(why),
+                "entered": entered,
+                "removed": len(gone),
+                "reasons": dict(Counter(item.reason for item in gone if item.reason).most_common(_REASONS_SHOWN)),
+                "samples": [_sample(candidate) for candidate in _drawn(gone, config)],
+            }
+        )
+        entered -= len(gone)
+    return found
+
+
+def _drawn(candidates: Sequence[Candidate], config: SynthesisConfig) -> list[Candidate]:
+    return sorted(candidates, key=lambda item: drawn(config.seed, "report", item.name))[: config.samples]
+
+
+def _sample(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "id": candidate.name,
+        "task": candidate.row.task,
+        "reason": candidate.reason,
+        "measured": candidate.measured,
+        "question": question_of(candidate.row)[:_SHOWN_CHARACTERS],
+        "text": candidate.text[:_SHOWN_CHARACTERS],
+    }
+
+
+def _quantiles(values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    names = ("lowest", "quarter", "median", "three_quarters", "highest")
+    return dict(zip(names, map(float, np.quantile(values, [0, 0.25, 0.5, 0.75, 1])), strict=True))
+
+
+def render_report(report: dict[str, Any]) -> str:
+    """Return the report for people, as Markdown."""
+    lines = ["# SynthesisResult reasoning", "", *(f"- {source}" for source in report["sources"]), "", "## Summary", ""]
+    lines += [f"- {line}" for line in summary_lines(report)]
+    if report["golden"]:
+        lines += ["", "## Golden set", "", *_golden_lines(report["golden"])]
+    lines += ["", "## Filters", "", "| filter | entered | removed | most frequent reasons |"]
+    lines.append("| --- | ---: | ---: | --- |")
+    for found in report["filters"]:
+        reasons = _one_line(_counts(found["reasons"], none="")).replace("|", "\\|")
+        lines.append(f"| {found['filter']} | {found['entered']:,} | {found['removed']:,} | {reasons} |")
+    for found in report["filters"]:
+        if found["samples"]:
+            lines += ["", f"### Removed by {found['filter']}"]
+            for sample in found["samples"]:
+                lines += _shown(sample)
+    lines += ["", "## Kept"]
+    for sample in report["samples_of_kept"]:
+        lines += _shown(sample)
+    return "\n".join(lines) + "\n"
+
+
+def summary_lines(report: dict[str, Any]) -> list[str]:
+    """Return the numbers that matter, for a terminal too."""
+    rows = report["rows"]
+    asked = sum(rows["asked_about"].values())
+    lines = [f"{rows['read']:,} rows read, {asked:,} asked about; left out: {_counts(rows['left_out'])}."]
+    lines += [_model_line(name, used) for name, used in report["models"].items()]
+    removed = {found["filter"]: found["removed"] for found in report["filters"] if found["removed"]}
+    lines.append(f"{report['candidates']:,} candidates, {report['kept']:,} kept; removed: {_counts(removed)}.")
+    if report["perplexity"]["threshold"] is not None:
+        lines.append(f"Perplexity of the answer: kept below R = {report['perplexity']['threshold']:.4g}.")
+    if survivors := report["rows_by_kept_candidates"]:
+        numbers = ", ".join(f"{count:,} rows {kept}" for kept, count in survivors.items())
+        lines.append(f"Candidates kept of a row: {numbers}.")
+    if failed := [result["task"] for result in report["golden"] if not result["passed"]]:
+        lines.append(
+            f"The golden check failed for {', '.join(failed)}: rows whose templates all failed were not asked about. "
+            "Look at the failures in report.md, then give other templates, or lower golden.pass_rate or "
+            "golden.agreement."
+        )
+    if report["corpus"] is None:
+        lines.append("No corpus was written.")
+    else:
+        written = report["corpus"]
+        lines.append(
+            f"Written: {written['training_rows']:,} rows to train on, {written['validation_rows']:,} held out"
+            + (f", {written['left_out_by_split']:,} on neither side." if written["left_out_by_split"] else ".")
+        )
+    return lines
+
+
+def _model_line(name: str, used: dict[str, Any]) -> str:
+    rate = "" if used["requests_per_second"] is None else f", {used['requests_per_second']:.3g} a second"
+    cost = "" if used["cost"] is None else f", cost {used['cost']:.4g}"
+    return (
+        f"The {name} ({used['model']}): {used['asked']:,} requests answered{rate}, {used['from_journal']:,} before, "
+        f"{used['gave_up']:,} without answer; failed attempts: {_counts(used['failures'])}; "
+        f"{used['prompt_tokens']:,} prompt and {used['answer_tokens']:,} answer tokens{cost}."
+    )
+
+
+def _golden_lines(results: Sequence[dict[str, Any]]) -> list[str]:
+    lines: list[str] = []
+    for result in results:
+        rates = ", ".join(f"{rate:.2f}" for rate in result["pass_rates"])
+        agreement = "undefined" if result["agreement"] is None else f"{result['agreement']:.2f}"
+        lines.append(
+            f"- {result['task']}, {result['template']}: {'passed' if result['passed'] else 'FAILED'}; pass rates of "
+            f"the wordings {rates} over {result['rows']} rows, agreement {agreement}; failures: "
+            f"{_counts(result['failures'])}"
+        )
+        if result["sample"]:
+            lines += ["", _quoted(result["sample"]), ""]
+    return lines
+
+
+def _shown(sample: dict[str, Any]) -> list[str]:
+    why = ", ".join(_one_line(part) for part in (sample["reason"], sample["measured"]) if part)
+    lines = ["", f"{sample['id']} ({sample['task']}){why and ': '}{why}", "", _quoted(sample["question"])]
+    return [*lines, "", "said:", "", _quoted(sample["text"])] if sample["text"] else lines
+
+
+def _counts(counts: dict[str, int], *, none: str = "none") -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or none
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:_SHOWN_CHARACTERS]
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())

@@ -1,0 +1,99 @@
+"""Facts of rows that came as text: the one place where a prompt and a target are read back."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from megatron_ads.data.rows import ChatRow, Fact, Facts, JsonValue
+from megatron_ads.tasks import (
+    ad_rewriting,
+    ad_user_relevance,
+    choose_one,
+    list_ranking,
+    next_advertiser,
+    user_profile,
+    yes_no,
+)
+from megatron_ads.tasks.answer_format import NOTHING, ReadFailure, unlisted
+from megatron_ads.tasks.ground_truth import truth_facts
+from megatron_ads.tasks.prompts import DESCRIPTION, LABELS, SELLER, Ad
+from megatron_ads.tasks.registry import TASKS
+from megatron_ads.tasks.user_history import HEADINGS, NOTHING_KNOWN, SEPARATOR
+
+_ONE_LINE = frozenset({*HEADINGS, Fact.pool, Fact.keywords, Fact.queries_wanted})
+_OF_PROMPTS = frozenset(Fact) - {Fact.ground_truth, Fact.reasoning, Fact.best_answers}
+_TEXTS = (Fact.query, Fact.keyword, Fact.goal, Fact.request, Fact.current, Fact.new, Fact.advertiser)
+_ABOUT_USERS = frozenset(
+    {
+        ad_user_relevance.TASK,
+        next_advertiser.TASK,
+        next_advertiser.RANKING_TASK,
+        user_profile.TASK,
+        yes_no.TASK,
+        choose_one.TASK,
+        list_ranking.TASK,
+    }
+)
+
+
+def facts_of_text_row(row: ChatRow) -> ChatRow:
+    """Return a row of an ads task with the facts that its texts tell; facts that it has stay, and so do other rows.
+
+    A prompt in the form of the task's templates is taken apart, unless the row has facts of its prompt. Any other is
+    the fact ``text``, besides the lines that look like those of a template. An unreadable target tells no answer.
+    """
+    task = TASKS.get(row.task)
+    if task is None or not row.messages:
+        return row
+    answer = task.parse(row.target, reasoning_required=False)
+    truth: Facts = {} if isinstance(answer, ReadFailure) else truth_facts(answer)
+    prompt: Facts = {} if row.facts.keys() & _OF_PROMPTS else _facts_of_prompt(row)
+    return replace(row, facts={**prompt, **truth, **row.facts})
+
+
+def _facts_of_prompt(row: ChatRow) -> Facts:
+    content = row.prompt[-1].content if row.prompt else ""
+    instruction, _, shown = content.partition("\n")
+    templates = TASKS[row.task].templates
+    known = {template.instruction(wording) for template in templates for wording in range(len(template.paraphrases))}
+    before, listed, names = shown.rpartition(f"\n{LABELS[Fact.candidates]}:\n")
+    parts, complete = _labelled_parts(before if listed else shown)
+    facts = _as_facts(parts, row.task)
+    if listed:
+        numbered = row.task == list_ranking.TASK
+        facts[Fact.candidates] = [name.partition(". ")[2] if numbered else name for name in names.splitlines()]
+    if instruction not in known or not complete or not shown:
+        facts[Fact.text] = shown if instruction in known and shown else content
+    return facts
+
+
+def _labelled_parts(shown: str) -> tuple[dict[str, str], bool]:
+    """Return the text behind each label, and whether that is all there is; a text may continue on further lines."""
+    labels: dict[str, str] = {label: name for table in (LABELS, HEADINGS) for name, label in table.items()}
+    parts: dict[str, str] = {}
+    complete, name = True, ""
+    for line in shown.split("\n"):
+        label, mark, text = line.partition(": ")
+        if mark and label in labels and labels[label] not in parts:
+            name = labels[label]
+            parts[name] = text
+        elif name and name not in _ONE_LINE:
+            parts[name] += f"\n{line}"
+        else:
+            complete = complete and line == NOTHING_KNOWN
+    return parts, complete
+
+
+def _as_facts(parts: Mapping[str, str], task: str) -> dict[str, JsonValue]:
+    facts: dict[str, JsonValue] = {name: parts[name] for name in _TEXTS if name in parts}
+    if task in _ABOUT_USERS and Fact.query not in parts:
+        facts[Fact.history] = {str(name): text.split(SEPARATOR) for name, text in parts.items() if name in HEADINGS}
+    if task == ad_rewriting.TASK:
+        facts[Fact.keywords] = list(unlisted(parts.get(Fact.keywords, NOTHING)))
+    if Fact.queries_wanted in parts and parts[Fact.queries_wanted].isdecimal():
+        facts[Fact.queries_wanted] = int(parts[Fact.queries_wanted])
+    if Fact.ad in parts:
+        ad = Ad(parts[Fact.ad], description=parts.get(DESCRIPTION, ""), seller=parts.get(SELLER, ""))
+        facts[Fact.ad] = ad.as_fact()
+    if Fact.pool in parts:
+        facts[Fact.pool] = parts[Fact.pool].split(SEPARATOR)
+    return facts

@@ -1,0 +1,134 @@
+"""`evaluate --url`: rows go to a server, answers and scores come out, and a mistake is one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ads.cli import main
+from megatron_ads.data.tokenizer import load_tokenizer
+from tests.data.tokenizers import tokenizer_in
+from tests.inference.scripted_server import Record, Reply, scripted_server
+
+RECIPE = ["--recipe", "sft/quickstart", "data.validation_rows=6"]
+
+
+def good(body: dict[str, Any], _: int) -> Reply:
+    """Answer as a model whose chat template opens the reasoning."""
+    return Reply(content="It fits.</think><Label>Good</Label>")
+
+
+def _evaluate(server: Record, *arguments: str) -> int:
+    common = ["evaluate", "--url", server.url, "--served-model", "m", "server.first_wait_seconds=0.01"]
+    return main([*common, *arguments, *RECIPE])
+
+
+def test_conversations_are_answered_and_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, page = tmp_path / "answers.jsonl", tmp_path / "page.html"
+    with scripted_server(good) as server:
+        arguments = ["--answers", str(file), "--html", str(page), "--json", "--max-new-tokens", "20"]
+        assert (
+            _evaluate(server, *arguments, "server.concurrency=2", "server.input_price=1", "server.output_price=1") == 0
+        )
+    captured = capsys.readouterr()
+    scores = json.loads(captured.out)
+    assert (scores["rows"], scores["decoding"]) == (6, "greedy")
+    assert scores["tasks"]["query_ad_relevance"]["readable_share"] == 1.0
+    answers = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {answer["text"] for answer in answers} == {"<think>It fits.</think><Label>Good</Label>"}
+    assert {answer["ended"] for answer in answers} == {True}
+    for body in server.bodies:
+        assert (body["model"], body["max_tokens"], body["temperature"]) == ("m", 20, 0.0)
+        assert body["messages"][-1]["role"] == "user"
+        assert "<Label>" not in body["messages"][-1]["content"].replace("<Label>...", "")  # not the truth
+    assert server.most_at_a_time <= 2
+    assert "6 requests answered, 0 before; 600 prompt and 60 answer tokens, cost 0.00066." in captured.err
+    assert "Evaluation of m" in page.read_text()
+    assert [path.name for path in tmp_path.glob("answers*")] == ["answers.jsonl"]
+
+
+def test_with_a_tokenizer_the_tokens_of_training_are_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer_in(tmp_path)
+
+    def vllm(body: dict[str, Any], _: int) -> Reply:
+        return Reply(content="<think>a</think><Label>Bad</Label>", choice={"token_ids": [7, 1]})
+
+    with scripted_server(vllm) as server:
+        assert _evaluate(server, "--tokenizer", str(tmp_path), "--json") == 0
+    tokenizer = load_tokenizer(tmp_path)
+    for body in server.bodies:
+        assert "Query" in tokenizer.fast.decode(body["prompt"])
+        assert body["max_tokens"] > 10  # from the training targets
+    assert json.loads(capsys.readouterr().out)["tasks"]["query_ad_relevance"]["readable_share"] == 1.0
+
+
+def test_the_perplexity_of_general_rows_is_the_servers_or_is_said_not_to_be_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer_in(tmp_path)
+    own = tmp_path / "own.jsonl"
+    turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]
+    own.write_text((json.dumps({"messages": turns}) + "\n") * 12)
+    source = f"data.sources=[{{kind: jsonl, path: {own}}}]"
+
+    def vllm(body: dict[str, Any], _: int) -> Reply:
+        known = [{str(token): {"logprob": -2.0}} for token in body["prompt"][1:]]
+        return Reply(choice={"prompt_logprobs": [None, *known]})
+
+    found = []
+    for script in (vllm, good):
+        with scripted_server(script) as server:
+            assert _evaluate(server, "--tokenizer", str(tmp_path), "--json", source) == 0
+        captured = capsys.readouterr()
+        found.append((json.loads(captured.out)["general"], "is not measured: the server at" in captured.err))
+    (measured, _), (nothing, said) = found
+    assert measured["chat"]["perplexity"] == pytest.approx(7.389056)  # e^2
+    assert (nothing, said) == ({}, True)
+
+
+def test_an_interrupted_evaluation_asks_only_for_what_it_has_no_answer_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "answers.jsonl"
+    prices = ["server.input_price=1000", "server.output_price=5000", "server.concurrency=1"]  # 0.15 an answer
+    arguments = ["--answers", str(file), "--max-new-tokens", "20", *prices]
+    with scripted_server(good) as server:
+        assert _evaluate(server, *arguments, "server.most_cost=0.4") == 2
+        assert "server.most_cost is 0.4. Raise it and start again" in capsys.readouterr().err
+        assert (len(server.bodies), file.exists()) == (3, False)
+        assert _evaluate(server, *arguments) == 0
+        assert len(server.bodies) == 6
+    assert len(file.read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--decode constrained-beam --max-new-tokens 4", "a server cannot generate by constrained-beam"),
+        ("--batch-size 4 --max-new-tokens 4", "--batch-size has no effect with --url; take server.concurrency=N."),
+        ("", "--url needs --max-new-tokens N, or --tokenizer DIR"),
+        ("server.concurency=4", "server.concurency is not a setting; did you mean server.concurrency?"),
+        ("server.concurrency=0", "server.concurrency is 0; it must be at least 1."),
+        ("--url localhost", "server.url is 'localhost'; it must be like http"),
+        ("--api-key-env NO_SUCH_KEY --max-new-tokens 4", "server.api_key_env names NO_SUCH_KEY, which is not set"),
+    ],
+)
+def test_a_mistake_is_one_line(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["evaluate", "--url", "http://127.0.0.1:1/v1", "--served-model", "m"]
+    assert main([*common, *options.split(), *RECIPE]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_model_is_a_folder_or_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--url", "http://127.0.0.1:1/v1", *RECIPE]) == 2
+    assert "--url needs --served-model NAME" in capsys.readouterr().err
+    for option in ("--served-model=m", "--tokenizer=d", "--api-key-env=K", "server.concurrency=2"):
+        assert main(["evaluate", "--model", "unused", option, *RECIPE]) == 2
+        assert f"{option.split('=')[0]}" in capsys.readouterr().err
+    for wrong in (["--model", "a", "--url", "http://h/v1"], []):
+        with pytest.raises(SystemExit) as status:
+            main(["evaluate", *wrong, *RECIPE])
+        assert status.value.code == 2

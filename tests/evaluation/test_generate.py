@@ -1,0 +1,104 @@
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ads.config.generation import GenerationConfig, Method
+from megatron_ads.data.ads_pairs import builtin_rows
+from megatron_ads.data.chat import render_prompt
+from megatron_ads.data.demo_tokenizer import write_tokenizer
+from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_ads.evaluation import generate
+from megatron_ads.evaluation.answer_records import Answer
+from megatron_ads.evaluation.generate import Asking, RowAsker, answer_rows
+from megatron_ads.evaluation.name_answers import AdvertiserNames, NameForms
+from megatron_ads.inference.engine import Completion
+from megatron_ads.tasks import next_advertiser, relevance
+from tests.evaluation.advertiser_rows import name_row
+
+ROWS = builtin_rows(6)
+GREEDY = Asking(max_new_tokens={relevance.TASK: 64}, batch_size=8)
+NAMES = AdvertiserNames(("Acme", "Acme Tools", "Bolt"), "here")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(path, 1536)
+    return path
+
+
+class Parrot:
+    """Stands in for the engine: says what it was told to, and keeps the prompts."""
+
+    def __init__(self, tokenizer: ChatTokenizer, sayings: Sequence[list[int]]) -> None:
+        self.tokenizer, self.sayings = tokenizer, sayings
+        self.prompts: list[list[int]] = []
+
+    def __call__(self) -> Any:
+        return self
+
+    def generate(self, prompts: Sequence[list[int]], config: GenerationConfig, **_: Any) -> list[list[Completion]]:
+        assert config.max_new_tokens == 64
+        self.prompts = list(prompts)
+        return [[Completion(text=self.tokenizer.decode(tokens))] for tokens in self.sayings]
+
+
+def _asker(folder: Path, rows: Sequence[ChatRow], asking: Asking, engine: Any = None) -> RowAsker:
+    return RowAsker(load_tokenizer(folder), rows, asking, engine)
+
+
+def _answers(folder: Path, texts: Sequence[str]) -> tuple[list[Answer], Parrot, ChatTokenizer]:
+    tokenizer = load_tokenizer(folder)
+    ((*batch,),) = _asker(folder, ROWS, GREEDY).batches()
+    parrot = Parrot(tokenizer, [tokenizer.encode(texts[number]) for number in batch])
+    return answer_rows(_asker(folder, ROWS, GREEDY, parrot)), parrot, tokenizer
+
+
+def test_each_row_is_asked_without_its_target_and_has_its_answer(folder: Path) -> None:
+    answers, parrot, tokenizer = _answers(folder, [row.target for row in ROWS])
+    assert [answer.text for answer in answers] == [row.target for row in ROWS]
+    assert [len(prompt) for prompt in parrot.prompts] == sorted(map(len, parrot.prompts))  # so that little is padded
+    for row, prompt in zip(sorted(ROWS, key=lambda row: _length(row, tokenizer)), parrot.prompts, strict=True):
+        text = tokenizer.fast.decode(prompt)
+        assert text.endswith(row.messages[0].content + "<｜Assistant｜>")
+        assert "<Label>" not in text  # the truth is not in the question
+
+
+def test_reasoning_that_the_chat_template_opens_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "render_prompt", lambda *_: "question<｜Assistant｜><think>\n")
+    answers, _, _ = _answers(folder, [row.target.removeprefix("<think>") for row in ROWS])
+    assert [answer.text for answer in answers] == [row.target for row in ROWS]
+
+
+def _length(row: ChatRow, tokenizer: ChatTokenizer) -> int:
+    return len(tokenizer.encode(render_prompt(row.prompt, tokenizer)))
+
+
+def test_each_task_has_batches_of_its_own(folder: Path) -> None:
+    rows = [*ROWS[:3], name_row("1", "Acme"), name_row("2", "Bolt"), name_row("3", "Acme")]
+    how = GenerationConfig(method=Method.constrained_beam, beams=4)
+    batches = _asker(folder, rows, Asking(how=how, max_new_tokens={}, batch_size=8, advertisers=NAMES)).batches()
+    # Beams are sequences too: 8 of them are 2 rows. Only the next advertiser is answered by name.
+    tasks = [[rows[number].task for number in batch] for batch in batches]
+    assert tasks == [[next_advertiser.TASK] * 2, [next_advertiser.TASK], [relevance.TASK] * 3]
+    assert sorted(number for batch in batches for number in batch) == list(range(6))
+
+
+@pytest.mark.parametrize("opened", ["", "<think>"])
+def test_names_have_the_tokens_that_training_rows_have(folder: Path, opened: str) -> None:
+    tokenizer = load_tokenizer(folder)
+    forms = NameForms(tokenizer)
+    trie = forms.trie(NAMES.names, opened)
+    before = forms.before(opened)
+    assert tokenizer.decode(before) == next_advertiser.render_target("x").removesuffix("x").removeprefix(opened)
+    for number, name in enumerate(trie.names):
+        node, tokens = trie.root, list(before)
+        while node.children:
+            place = next(place for place, child in enumerate(node.children) if child.first <= number < child.last)
+            tokens.append(int(node.tokens_C[place]))
+            node = node.children[place]
+        target = next_advertiser.render_target(name).removeprefix(opened)
+        assert tokens == [*tokenizer.encode(target), tokenizer.end_token_id]
