@@ -16,6 +16,7 @@ EXTRAS = {
         "pre-commit>=4.7",
         "pytest>=9.0",
         "pytest-timeout>=2.4",
+        "pytest-xdist>=3.8",
         "ruff>=0.17",
         # An OpenAI-compatible server that teachers and evaluations are tested with.
         "transformers[serving]>=5.17",

@@ -1,4 +1,4 @@
-"""Settings shared by all tests."""
+"""Settings shared by all tests, and the order they run in."""
 
 import os
 
@@ -9,6 +9,27 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 import pytest
 
 from parity_tests.harness import ranks
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a path that does not exist: workers of pytest-xdist would collect nothing and not say why."""
+    missing = [path for path in config.args if not (config.invocation_params.dir / path.split("::")[0]).exists()]
+    if missing and not config.option.pyargs:
+        raise pytest.UsageError(f"file or directory not found: {missing[0]}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files whose tests wait for other processes first, slow ones before all.
+
+    Workers of pytest-xdist begin with a part of this order each, and take over from each other's ends: so ranks and
+    single processes share the cores, and the last tests are short ones.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, not _starts_ranks(item)))
+
+
+def _starts_ranks(item: pytest.Item) -> bool:
+    return not {"run_ranks", "RealJob", "Machine"}.isdisjoint(vars(getattr(item, "module", None)))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

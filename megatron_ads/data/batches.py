@@ -16,12 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_ads.config.training import Normalize
-from megatron_ads.data.adaptive_weights import InstanceWeights, perplexity, task_shares
+from megatron_ads.data.adaptive_weights import InstanceWeights, task_shares
 from megatron_ads.data.mixing import Draw, Mixture, WeightedRows
 from megatron_ads.data.packed_batch import PackedBatch, PackedRow
 from megatron_ads.data.packing import pack_prefix
 from megatron_ads.data.rows import TokenizedRow
 from megatron_ads.errors import ConfigError, DataError
+from megatron_ads.metrics.perplexity import perplexities
 
 _ROWS_OF_A_PORTION = 1024
 
@@ -264,7 +265,7 @@ class HeldOut:
         """Return M_t of each task, in [0, 1]: the mean over its rows of 1 / ppl."""
         inverse: dict[str, list[float]] = defaultdict(list)
         counts = np.array([row.target_count for row in self.rows], dtype=np.float64)
-        for row, ppl in zip(self.rows, perplexity(np.asarray(sample_losses), counts), strict=True):
+        for row, ppl in zip(self.rows, perplexities(np.asarray(sample_losses), counts), strict=True):
             inverse[row.task].append(1.0 / float(ppl))
         return {task: sum(values) / len(values) for task, values in sorted(inverse.items())}
 

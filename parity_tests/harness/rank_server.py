@@ -1,4 +1,4 @@
-"""The process that ranks of distributed tests are forked from: it has imported torch and Megatron-Core once for all.
+"""The process that ranks of distributed tests are forked from: it has imported what they need once for all.
 
 Started by ``ranks`` as ``python -m parity_tests.harness.rank_server``. It forks a rank for each line on its standard
 input (``fork RANK WORLD ADDRESS FOLDER``, answered with the process id) and reports how one ended (``wait PID``). Ranks
@@ -7,6 +7,8 @@ die with it, and it ends when its standard input closes, so that nothing outlive
 
 import ctypes
 import faulthandler
+import gc
+import importlib
 import os
 import pickle
 import signal
@@ -22,6 +24,16 @@ STACK_SIGNAL = signal.SIGRTMIN + 3
 """Makes a rank write the Python stacks of its threads to ``stack-RANK`` in its folder."""
 
 _PR_SET_PDEATHSIG = 1
+_IMPORTED_ONCE = (
+    "torch._dynamo",  # torch imports it when the first optimizer is made: 0.7 s of CPU time
+    "parity_tests.harness.training_jobs",
+    "parity_tests.reference",  # transformers' model, which takes longer than all others together
+    "megatron_ads.training.build",
+    "megatron_ads.training.checkpoint",
+    "megatron_ads.training.export",
+    "megatron_ads.training.step",
+)
+"""Modules that most ranks use. None may start a thread, which a fork would lose (pyarrow does, so no data is read)."""
 
 
 def main() -> None:
@@ -33,6 +45,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the test session, which then ends this process
     cpu_compat.install()
     torch.set_num_threads(1)
+    for module in _IMPORTED_ONCE:
+        importlib.import_module(module)
+    gc.freeze()  # a collection in a rank leaves these objects, and so their memory shared
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -114,11 +114,11 @@ def test_other_software_or_settings_are_a_difference(change: Callable[[Record], 
 def test_the_published_layout_is_compared_in_well_under_a_second() -> None:
     layout = ParallelLayout(world=248, pp=31, ep=8)
     records = [_record(rank, layout) for rank in range(248)]
-    start = time.monotonic()
+    start = time.process_time()
     check_records(records)
     odd = [replace(record, members=(DENSE,)) if record.coordinates.pp == 0 else record for record in records]
     assert _problems(odd)[0].startswith("ranks 0-7 (stage 0): optimizer members [dense], without 'expert', which ranks")
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(("ranks", "text"), [([3], "rank 3"), ([2, 0, 1, 5], "ranks 0-2, 5"), ([7, 9], "ranks 7, 9")])

@@ -21,7 +21,7 @@ from parity_tests.harness.training_jobs import Recipe, batches, start
 from tests.models.checkpoints import V3, write_checkpoint
 
 STEPS = 4
-EACH = 0.06
+EACH = 0.15
 SLOW_RANK = 2
 
 
