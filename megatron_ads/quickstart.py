@@ -34,7 +34,6 @@ def run(args: argparse.Namespace) -> int:
     """Bring every stage to completion and report; return 1 if an export differs from what was trained."""
     from megatron_ads.observability.metrics import read_metrics
     from megatron_ads.observability.provenance import own_code_digest, provenance
-    from megatron_ads.observability.report import write_report
     from megatron_ads.rehearsal import content
     from megatron_ads.rehearsal.announce import Announcements
     from megatron_ads.rehearsal.facts import gather_facts
@@ -42,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_ads.rehearsal.job import termination_as_interrupt
     from megatron_ads.rehearsal.plan import make_plan
     from megatron_ads.rehearsal.stages import run_stages
+    from megatron_ads.reporting.page import write_report
 
     folder = RehearsalFolder(args.out.resolve())
     machine, data = provenance(), describe_data()

@@ -26,7 +26,7 @@ from megatron_ads.evaluation.generator import Generator
 from megatron_ads.evaluation.language_model import load_model, log_probabilities, longest_text
 from megatron_ads.evaluation.model_folder import hugging_face_folder, model_state, tokenizer_folder
 from megatron_ads.journal import Journal, digest_of
-from megatron_ads.observability.progress import Progress
+from megatron_ads.progress import Progress
 
 _LARGEST_EXPONENT = 700.0
 """Of what a float can hold."""

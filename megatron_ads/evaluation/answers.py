@@ -8,7 +8,7 @@ from megatron_ads.data.rows import ChatRow
 from megatron_ads.evaluation.answer import Answer
 from megatron_ads.evaluation.answer_journal import AnswerJournal
 from megatron_ads.evaluation.asking import Asking, RowAsker
-from megatron_ads.observability.progress import Progress
+from megatron_ads.progress import Progress
 
 
 def answer_rows(

@@ -15,7 +15,7 @@ from megatron_ads.data.chat import tokenize_row
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.evaluation.language_model import load_model, log_probabilities
-from megatron_ads.observability.progress import Progress
+from megatron_ads.progress import Progress
 
 
 def general_scores(folder: Path, rows: Sequence[ChatRow], *, batch_size: int) -> dict[str, dict[str, float]]:

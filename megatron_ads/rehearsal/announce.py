@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Mapping, Sequence
 
-from megatron_ads.observability.progress import readable_duration
+from megatron_ads.progress import readable_duration
 from megatron_ads.rehearsal.stages import Stage, StageRecord
 
 

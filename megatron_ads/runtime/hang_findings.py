@@ -7,7 +7,7 @@ channel. Among these, the ones that wait for others themselves are victims too; 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from megatron_ads.runtime.activity import Standing, Wait
+from megatron_ads.runtime.health.activity import Standing, Wait
 from megatron_ads.runtime.rank_ranges import describe_ranks
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_ads.errors import MegatronAdsError
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.runtime.activity import Activity
+from megatron_ads.runtime.health.activity import Activity
 
 _SIGNS = ("gloo", "Timed out", "timed out", "timeout", "Connection closed by peer", "Connection reset by peer")
 

@@ -12,7 +12,7 @@ from megatron_ads.config.recipes import load_recipe
 from megatron_ads.errors import MegatronAdsError
 from megatron_ads.observability.log import get_logger, rank, start_logging
 from megatron_ads.runtime.exit_status import ExitStatus
-from megatron_ads.runtime.rank_record import (
+from megatron_ads.runtime.health.rank_record import (
     exit_status,
     forget_record,
     last_lines,

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from megatron_ads.config.training import RuntimeConfig
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.observability.stragglers import StragglerWatch
-from megatron_ads.runtime.activity import Activity
 from megatron_ads.runtime.device import device, peak_memory_bytes
+from megatron_ads.runtime.health.activity import Activity
 
 
 class RankTimes:

@@ -18,11 +18,11 @@ from megatron_ads.models.expert_load import ExpertLoad
 from megatron_ads.models.flops import flops_per_token
 from megatron_ads.observability.log import get_logger
 from megatron_ads.observability.metrics import MetricsWriter
-from megatron_ads.observability.progress import Progress
 from megatron_ads.observability.provenance import provenance
-from megatron_ads.observability.run_report import REPORT_FILE, RUN_FILE, write_run_report
-from megatron_ads.runtime.activity import Activity
-from megatron_ads.runtime.watchdog import PeerMonitor
+from megatron_ads.progress import Progress
+from megatron_ads.reporting.run_report import REPORT_FILE, RUN_FILE, write_run_report
+from megatron_ads.runtime.health.activity import Activity
+from megatron_ads.runtime.health.peers import PeerMonitor
 from megatron_ads.training.build import TrainedModel
 from megatron_ads.training.rank_times import RankTimes
 from megatron_ads.training.step import StepReport

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_ads.config.training import RuntimeConfig
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.observability.log import start_logging
-from megatron_ads.runtime.activity import Activity
+from megatron_ads.runtime.health.activity import Activity
 from megatron_ads.training.rank_times import RankTimes
 from tests.distributed import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint

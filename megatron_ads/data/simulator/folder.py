@@ -18,7 +18,7 @@ from megatron_ads.data.simulator.tables import TableFormat, flush_file
 from megatron_ads.data.simulator.user_examples import LABEL_DAYS
 from megatron_ads.data.simulator.world import draw_world
 from megatron_ads.errors import ConfigError
-from megatron_ads.observability.progress import Progress
+from megatron_ads.progress import Progress
 
 MANIFEST = "manifest.json"
 

@@ -15,7 +15,7 @@ from megatron_ads.data.simulator.sessions import Columns
 from megatron_ads.data.simulator.tables import TableFormat, open_table
 from megatron_ads.data.simulator.world import DEFAULT_ADVERTISERS, World
 from megatron_ads.errors import ConfigError
-from megatron_ads.observability.progress import Progress
+from megatron_ads.progress import Progress
 
 PIECE = 2048
 """Users drawn at once; decides which users a seed gives, so it is not a setting."""

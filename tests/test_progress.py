@@ -2,8 +2,8 @@ import io
 
 import pytest
 
-from megatron_ads.observability import progress
-from megatron_ads.observability.progress import Progress, readable_duration
+from megatron_ads import progress
+from megatron_ads.progress import Progress, readable_duration
 
 
 class Terminal(io.StringIO):

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.runtime.activity import Standing
 from megatron_ads.runtime.hang_findings import Findings
+from megatron_ads.runtime.health.activity import Standing
 from megatron_ads.runtime.rank_ranges import describe_ranks
 
 JSON_FILE = "hang.json"

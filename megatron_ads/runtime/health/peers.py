@@ -27,8 +27,8 @@ import torch.distributed as dist
 
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime.exit_status import ExitStatus
-from megatron_ads.runtime.hang_watch import HangWatch
 from megatron_ads.runtime.hangs import CommunicationError
+from megatron_ads.runtime.health.watch import HangWatch
 from megatron_ads.runtime.peer_links import PeerLink, join_ring
 
 logger = logging.getLogger(__name__)

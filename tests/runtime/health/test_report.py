@@ -3,9 +3,9 @@
 import pytest
 
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.runtime.activity import Standing, Wait
 from megatron_ads.runtime.hang_findings import Findings, find
-from megatron_ads.runtime.hang_report import HangReport
+from megatron_ads.runtime.health.activity import Standing, Wait
+from megatron_ads.runtime.health.report import HangReport
 
 WORLD = 4
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ads.runtime.activity import Activity, Standing
+from megatron_ads.runtime.health.activity import Activity, Standing
 from tests.distributed import run_ranks
 
 PAUSE = 0.4

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.runtime.activity import Activity, Standing, Wait
 from megatron_ads.runtime.hang_findings import find
-from megatron_ads.runtime.hang_report import HangReport, Place, write_report
+from megatron_ads.runtime.health.activity import Activity, Standing, Wait
+from megatron_ads.runtime.health.report import HangReport, Place, write_report
 from megatron_ads.runtime.peer_links import PeerLink
 from megatron_ads.runtime.process_state import ProcessIdentity, describe_process
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from megatron_ads.runtime.collective_trace import (
+from megatron_ads.runtime.health.calls import (
     POINT_TO_POINT,
     Collective,
     Group,

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime import process_groups
-from megatron_ads.runtime.collective_trace import Collective, Group, Trace, compare_traces, trace_collectives
+from megatron_ads.runtime.health.calls import Collective, Group, Trace, compare_traces, trace_collectives
 from tests.distributed import run_ranks
 
 EP = Group("expert_model_parallel", (0, 1))
