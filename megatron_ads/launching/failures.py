@@ -3,8 +3,7 @@
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from megatron_ads.runtime.exit_status import ExitStatus
-from megatron_ads.runtime.health.rank_record import RankRecord, first_failure
+from megatron_ads.runtime.health.rank_record import ExitStatus, RankRecord, first_failure
 
 _LOG_LINES = 5
 

@@ -34,8 +34,7 @@ from megatron_ads.launching.failures import describe_failure
 from megatron_ads.launching.job_check import check_job, needs_gpu, one_line
 from megatron_ads.launching.slurm_steps import NodesCheck, ask_slurm, check_nodes, meeting_place, rehearse, say
 from megatron_ads.launching.sweep import sweep_overrides
-from megatron_ads.runtime.exit_status import ExitStatus
-from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, read_records
+from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, read_records
 from megatron_ads.training.outcome import clear_outcome, read_outcome
 
 REHEARSE_VARIABLE = "MEGATRON_ADS_REHEARSE"

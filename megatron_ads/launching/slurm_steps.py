@@ -13,7 +13,7 @@ from megatron_ads.launching.allocation import Allocation
 from megatron_ads.launching.environment_number import environment_number
 from megatron_ads.launching.tiling import read_reports, summary, tiling_problems
 from megatron_ads.planning.job import load_job
-from megatron_ads.runtime.exit_status import ExitStatus
+from megatron_ads.runtime.health.rank_record import ExitStatus
 
 _CHECK_SECONDS = 300.0
 _REHEARSAL_SECONDS = 900.0

@@ -23,8 +23,7 @@ from megatron_ads.launching.attempts import Verdict, judge
 from megatron_ads.launching.command import surroundings
 from megatron_ads.launching.failures import describe_failure
 from megatron_ads.launching.torchrun import NodePart, wait_passing_signals_on
-from megatron_ads.runtime.exit_status import ExitStatus
-from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, RankRecord, read_records
+from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, RankRecord, read_records
 from megatron_ads.training.outcome import clear_outcome, read_outcome
 
 _STATUS = {

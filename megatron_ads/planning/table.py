@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from megatron_ads.config.model import LoraTarget
+from megatron_ads.layout import describe_ranks
 from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.parameter_count import parameters_by_component
 from megatron_ads.planning.hardware import Card
@@ -14,7 +15,6 @@ from megatron_ads.planning.plan import Plan, StagePlan, make_plan
 from megatron_ads.planning.schedule import ideal_bubble
 from megatron_ads.planning.search import SearchResult, interleaved
 from megatron_ads.planning.traffic import GroupTraffic
-from megatron_ads.runtime.rank_ranges import describe_ranks
 
 _HEAD = (
     "stage",

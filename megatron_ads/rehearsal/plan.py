@@ -19,7 +19,7 @@ from megatron_ads.demo_model import CONFIGS, Preset
 from megatron_ads.rehearsal.folder import RehearsalFolder
 from megatron_ads.rehearsal.job import JobError, MetricsFollower, run_job
 from megatron_ads.rehearsal.stages import Stage
-from megatron_ads.runtime.exit_status import ExitStatus
+from megatron_ads.runtime.health.rank_record import ExitStatus
 
 RECIPE = "sft/quickstart"
 

@@ -8,8 +8,7 @@ import pytest
 
 from megatron_ads.launching.attempts import Verdict, checkpoint_step, decide, fruitless_attempts, judge
 from megatron_ads.launching.failures import describe_failure
-from megatron_ads.runtime.exit_status import ExitStatus
-from megatron_ads.runtime.health.rank_record import RankRecord
+from megatron_ads.runtime.health.rank_record import ExitStatus, RankRecord
 from megatron_ads.training.outcome import Outcome
 
 DONE, CRASHED, USER_ERROR = ExitStatus.DONE, ExitStatus.CRASHED, ExitStatus.USER_ERROR

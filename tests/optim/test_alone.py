@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_ads.config.model import Precision
 from megatron_ads.config.optim import OptimConfig
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.runtime.health.calls import Trace
+from tests.collective_trace import Trace
 from tests.distributed import run_ranks
 from tests.models import jobs
 from tests.models.checkpoints import V3, write_checkpoint
@@ -22,7 +22,7 @@ def _one_step(job: Job, skipping: bool) -> tuple[dict[str, Tensor], list[str]]:
     from megatron.core.distributed import finalize_model_grads
 
     from megatron_ads.optim import build
-    from megatron_ads.runtime.health.calls import trace_collectives
+    from tests.collective_trace import trace_collectives
 
     original = build.skip_collectives_of_one
     if not skipping:

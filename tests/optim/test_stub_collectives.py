@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.config.model import FrozenPart, LoraConfig, LoraTarget
-from megatron_ads.runtime.health.calls import Trace, compare_traces, trace_collectives
+from tests.collective_trace import Trace, compare_traces, trace_collectives
 from tests.distributed import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
 from tests.training.jobs import Recipe, run_steps, save, start

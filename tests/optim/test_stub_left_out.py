@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from megatron_ads.errors import TopologyError
-from megatron_ads.runtime.health.calls import Trace, compare_traces, trace_collectives
+from tests.collective_trace import Trace, compare_traces, trace_collectives
 from tests.distributed import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
 from tests.training.jobs import Recipe, run_steps, start

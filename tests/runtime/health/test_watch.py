@@ -19,10 +19,9 @@ import torch.distributed as dist
 
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime import process_groups
-from megatron_ads.runtime.exit_status import ExitStatus
-from megatron_ads.runtime.hangs import name_failed_communication
-from megatron_ads.runtime.health.activity import Activity
+from megatron_ads.runtime.health.activity import Activity, name_failed_communication
 from megatron_ads.runtime.health.peers import PeerMonitor
+from megatron_ads.runtime.health.rank_record import ExitStatus
 from megatron_ads.runtime.health.watch import HangWatch
 from tests.distributed import RanksFailed, run_ranks
 
