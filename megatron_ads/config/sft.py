@@ -49,6 +49,7 @@ def validate(config: SftConfig, world: int, shape: ModelShape | None = None) -> 
     config.reweight.check()
     config.checkpoint.check()
     config.runtime.check()
+    config.log.check()
     _check_steps(config)
     layout = config.layout.runtime(world)
     _check_batch(config, layout)

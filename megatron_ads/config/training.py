@@ -1,8 +1,9 @@
 """``train``, ``loss``, ``reweight``, ``checkpoint``, ``runtime`` and ``log``: how a job runs, and what it leaves."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from importlib.util import find_spec
 
 from omegaconf import MISSING
 
@@ -144,6 +145,14 @@ class RuntimeConfig:
         require_at_least("runtime", self, 0, "threads")
 
 
+class Tracker(StrEnum):
+    """An experiment tracker, from the extra ``track``."""
+
+    wandb = "wandb"
+    mlflow = "mlflow"
+    trackio = "trackio"
+
+
 @dataclass(kw_only=True, slots=True)
 class LogConfig:
     """What a run leaves behind to look at."""
@@ -152,3 +161,18 @@ class LogConfig:
     """Folder for metrics.jsonl, the resolved recipe and TensorBoard files."""
     tensorboard: bool = True
     """Write TensorBoard files besides metrics.jsonl."""
+    trackers: list[Tracker] = field(default_factory=list)
+    """Send every metric also to wandb, mlflow or trackio, as their own environment variables say."""
+
+    def check(self) -> None:
+        """Refuse trackers that are not installed.
+
+        Raises:
+            ConfigError: Naming the package.
+        """
+        for tracker in self.trackers:
+            require(
+                find_spec(tracker) is not None,
+                f"log.trackers names {tracker}, but the Python package {tracker} is not installed. Install it with "
+                "pip install 'megatron-ads[track]', or remove it from log.trackers.",
+            )

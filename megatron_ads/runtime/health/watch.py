@@ -260,7 +260,7 @@ def _do_within(seconds: float, write: Callable[[], None]) -> None:
 def _write_flight_record(file: Path) -> None:
     """Leave torch's own record of communication, if it was asked for one."""
     if any(int(os.environ.get(name, "0")) for name in _FLIGHT_VARIABLES):
-        from torch._C._distributed_c10d import _dump_fr_trace
+        import torch._C._distributed_c10d as c10d
 
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(_dump_fr_trace())
+        file.write_bytes(c10d._dump_fr_trace())  # type: ignore[attr-defined]
