@@ -35,6 +35,16 @@ def test_a_log_is_not_flooded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.split(",")[0] for line in log.getvalue().splitlines()] == ["1/35", "11/35", "21/35", "31/35", "35/35"]
 
 
+def test_bytes_are_counted_in_gigabytes() -> None:
+    log = io.StringIO()
+    with Progress(4_000_000_000, description="writing", stream=log, unit="B") as bar:
+        bar.update(1_500_000_000)
+    assert log.getvalue().startswith("writing 1.50/4.00 GB, ") and " GB/s, about " in log.getvalue()
+    assert bar.seconds > 0
+    Progress(1, stream=log, shown=False).update()
+    assert len(log.getvalue().splitlines()) == 1
+
+
 def test_a_terminal_gets_a_bar() -> None:
     terminal = Terminal()
     with Progress(2, description="sft", stream=terminal) as bar:
