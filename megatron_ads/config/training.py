@@ -137,7 +137,7 @@ class RuntimeConfig:
     straggler_factor: float = 1.5
     """A rank is named as slow when its own work takes this many times the median of its pipeline stage."""
     straggler_steps: int = 5
-    """For how many logged steps on end it must."""
+    """For how many consecutive logged steps it must."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""

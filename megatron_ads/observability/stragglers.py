@@ -48,7 +48,7 @@ def against_their_stage(stages: Sequence[int], seconds: Sequence[float]) -> list
 
 
 class StragglerWatch:
-    """Warns once when a rank is behind for several consecutive logged steps, and reports when it has kept up for as many."""
+    """Warns once when a rank is behind for several consecutive logged steps; reports when it kept up for as many."""
 
     def __init__(self, stages: Sequence[int], hosts: Sequence[str], *, factor: float, steps: int) -> None:
         """Watch ranks of these ``stages`` on these ``hosts``, in the order of their numbers.
@@ -92,8 +92,8 @@ class StragglerWatch:
     def _warn(self, step: int, each: Comparison, step_seconds: float) -> None:
         logger.warning(
             "rank %d (stage %d) on %s holds up the job: its own work took %.3g s of the %.3g s of step %d, %.1f times "
-            "the median of the others of its stage, %.3g s, in %d consecutive logged steps. Look at that machine's clocks, "
-            "temperature, disks and other processes.",
+            "the median of the others of its stage, %.3g s, in %d consecutive logged steps. Look at that machine's "
+            "clocks, temperature, disks and other processes.",
             each.rank,
             self._stages[each.rank],
             self._hosts[each.rank],

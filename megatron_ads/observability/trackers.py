@@ -6,7 +6,8 @@ tracker that fails is reported once and left out from there: it never ends a tra
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,22 +99,26 @@ class TrackedRuns:
     def __init__(self, names: Sequence[Tracker], directory: Path, recipe: Mapping[str, Any]) -> None:
         self._runs: dict[Tracker, Run] = {}
         for name in names:
-            self._attempt(name, lambda name=name: self._runs.update({name: _RUNS[name](directory, recipe)}))
+            with self._without_failing(name):
+                self._runs[name] = _RUNS[name](directory, recipe)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Send the values of one step to every tracker that has not failed."""
         for name, run in list(self._runs.items()):
-            self._attempt(name, lambda run=run: run.log(step, values))
+            with self._without_failing(name):
+                run.log(step, values)
 
     def close(self) -> None:
         """End every run. Calling it twice is harmless."""
         for name, run in list(self._runs.items()):
-            self._attempt(name, run.close)
+            with self._without_failing(name):
+                run.close()
         self._runs.clear()
 
-    def _attempt(self, name: Tracker, action: Callable[[], object]) -> None:
+    @contextmanager
+    def _without_failing(self, name: Tracker) -> Iterator[None]:
         try:
-            action()
+            yield
         except Exception as error:  # noqa: BLE001  # a process boundary: the client of another program
             self._runs.pop(name, None)
             logger.warning("log.trackers: %s fails and is left out from here on: %r", name, error)
