@@ -9,9 +9,10 @@ EXTRAS = {
     "te": ["transformer-engine[pytorch]>=2.6"],
     # An OpenAI-compatible server on an exported checkpoint.
     "serve": ["transformers[serving]>=5.17"],
-    # Experiment trackers, next to the TensorBoard and JSONL files that every run writes.
-    "track": ["mlflow-skinny>=3.0", "wandb>=0.20"],
+    # Experiment trackers (log.trackers), next to the TensorBoard and JSONL files that every run writes.
+    "track": ["mlflow-skinny>=3.0", "trackio>=0.43", "wandb>=0.20"],
     "dev": [
+        "mlflow-skinny>=3.0",
         "mypy>=2.4",
         "pre-commit>=4.7",
         "pytest>=9.0",
@@ -23,6 +24,8 @@ EXTRAS = {
         "types-PyYAML",
         "types-psutil",
         "types-tqdm",
+        # 20 MB; trackio is left to the extra "track", because it needs an older pillow than the rest.
+        "wandb>=0.20",
     ],
 }
 

@@ -11,7 +11,6 @@ from conversion.encode import append_saved, write_quantized, write_values
 from conversion.errors import naming_refusals
 from conversion.journal import open_journal
 from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state
-from conversion.progress import ByteProgress
 from conversion.rank_files import ShardsLayout
 from conversion.regions import Rectangle, whole
 from conversion.sources import WeightSource, open_source
@@ -23,6 +22,7 @@ from megatron_ads.architecture import ModelShape
 from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.disk import free_bytes
 from megatron_ads.errors import ConversionError
+from megatron_ads.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,9 +126,9 @@ def _execute(target: Target, plan: ConversionPlan, how: Execution) -> Conversion
         target.prepare(plan)
         requantized: dict[str, float] = {}
         total = sum(file.nbytes for file in todo)
-        with ByteProgress(f"writing {plan.target.name}", total, shown=how.progress) as progress:
+        with Progress(total, description=f"writing {plan.target.name}", unit="B", shown=how.progress) as progress:
             write = partial(_write_output_file, plan.target)
-            for written in run_all(write, todo, workers=how.workers, advance=progress.advance):
+            for written in run_all(write, todo, workers=how.workers, advance=progress.update):
                 journal.add(written.record)
                 requantized |= written.requantized
             check_source_unchanged(plan)

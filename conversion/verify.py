@@ -10,10 +10,10 @@ import torch
 
 from conversion.errors import DamagedCheckpointError
 from conversion.hf_folder import HfFolder
-from conversion.progress import ByteProgress
 from conversion.regions import Rectangle, Region, bands, fill, value_dtype, whole
 from conversion.sources import WeightSource, open_source, stored_dtype
 from conversion.workers import Advance, run_all
+from megatron_ads.progress import Progress
 
 _BYTES_PER_PIECE_OF_WORK = 256 << 20
 
@@ -99,9 +99,9 @@ def verify(a: Path, b: Path, *, tolerance: float = 0.0, workers: int = 1, progre
     differences = list(_structural_differences(opened[0], opened[1]))
     pairs = list(_pairs(opened[0], opened[1]))
     total = sum(pair.nbytes for pair in pairs)
-    with ByteProgress("comparing", total, shown=progress) as shown:
+    with Progress(total, description="comparing", unit="B", shown=progress) as shown:
         compare = partial(_compare_pairs, tolerance)
-        for found in run_all(compare, _pieces(pairs), workers=workers, advance=shown.advance):
+        for found in run_all(compare, _pieces(pairs), workers=workers, advance=shown.update):
             differences += found
     order = {pair.name: number for number, pair in enumerate(pairs)}
     differences.sort(key=lambda difference: order.get(difference.name, -1))

@@ -10,7 +10,9 @@ which is the rank order of ``megatron.core.parallel_state`` ("tp-cp-ep-dp-pp").
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Self
 
 from megatron_ads.architecture import ModelShape
@@ -360,3 +362,13 @@ def _number_layers(pp: int, pieces: list[str]) -> tuple[Chunk, ...]:
         )
         layer += count
     return tuple(chunks)
+
+
+def describe_ranks(ranks: Sequence[int]) -> str:
+    """Return ``"rank 3"``, or for several ``"ranks 0-7, 9"``."""
+    ordered = sorted(ranks)
+    runs = [
+        [rank for _, rank in run] for _, run in groupby(enumerate(ordered), lambda indexed: indexed[1] - indexed[0])
+    ]
+    named = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"rank{'s' if len(ordered) != 1 else ''} {named}"

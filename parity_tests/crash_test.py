@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
-from megatron_ads.runtime.exit_status import ExitStatus
+from megatron_ads.runtime.health.rank_record import ExitStatus
 from parity_tests.harness.real_job import ROOT, RealJob
 
 EXIT_SECONDS = 60.0

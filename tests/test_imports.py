@@ -23,12 +23,14 @@ FOUNDATION = (
     "megatron_ads.architecture",
     "megatron_ads.layout",
     "megatron_ads.config",
+    "megatron_ads.progress",
 )
 ROOMS = (
     *FOUNDATION,
     "megatron_ads.cli",  # finds its commands by name
     "conversion",
     "megatron_ads.observability",
+    "megatron_ads.reporting",
     "megatron_ads.runtime",
     "megatron_ads.metrics",
     "megatron_ads.data.rows",  # the record that tasks make and the rest of data consumes
@@ -49,6 +51,7 @@ ROOMS = (
 )
 MAY_IMPORT_MEGATRON = {f"megatron_ads.{name}" for name in ("runtime", "models", "optim", "training", "planning")}
 FOUNDATION_NEEDS = {"hydra", "omegaconf", "yaml"}
+PROGRESS_NEEDS = {"tqdm"}
 CONVERSION_NEEDS = {"torch", "safetensors", "huggingface_hub", "numpy", "tqdm", "numba"}
 HF_TENSOR_NAME = re.compile(r"model\.layers\.|self_attn\.|embed_tokens|lm_head|\b(gate|up|down|q_a|q_b)_proj")
 
@@ -119,7 +122,8 @@ def _forbidden(item: Import, top: str) -> str | None:
         return None if item.room in MAY_IMPORT_MEGATRON else "Megatron-Core is reached through few packages"
     if top in sys.stdlib_module_names:
         return None
-    if item.room in FOUNDATION and top not in FOUNDATION_NEEDS:
+    own_needs = PROGRESS_NEEDS if item.room == "megatron_ads.progress" else set()
+    if item.room in FOUNDATION and top not in FOUNDATION_NEEDS | own_needs:
         return "the foundation needs Hydra only"
     if item.room == "conversion" and top not in CONVERSION_NEEDS:
         return "conversion needs torch and safetensors only"

@@ -1,8 +1,9 @@
 """``train``, ``loss``, ``reweight``, ``checkpoint``, ``runtime`` and ``log``: how a job runs, and what it leaves."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from importlib.util import find_spec
 
 from omegaconf import MISSING
 
@@ -136,12 +137,20 @@ class RuntimeConfig:
     straggler_factor: float = 1.5
     """A rank is named as slow when its own work takes this many times the median of its pipeline stage."""
     straggler_steps: int = 5
-    """For how many logged steps on end it must."""
+    """For how many consecutive logged steps it must."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
         require_at_least("runtime", self, 1, "timeout_seconds", "straggler_factor", "straggler_steps")
         require_at_least("runtime", self, 0, "threads")
+
+
+class Tracker(StrEnum):
+    """An experiment tracker, from the extra ``track``."""
+
+    wandb = "wandb"
+    mlflow = "mlflow"
+    trackio = "trackio"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -152,3 +161,18 @@ class LogConfig:
     """Folder for metrics.jsonl, the resolved recipe and TensorBoard files."""
     tensorboard: bool = True
     """Write TensorBoard files besides metrics.jsonl."""
+    trackers: list[Tracker] = field(default_factory=list)
+    """Send every metric also to wandb, mlflow or trackio, as their own environment variables say."""
+
+    def check(self) -> None:
+        """Refuse trackers that are not installed.
+
+        Raises:
+            ConfigError: Naming the package.
+        """
+        for tracker in self.trackers:
+            require(
+                find_spec(tracker) is not None,
+                f"log.trackers names {tracker}, but the Python package {tracker} is not installed. Install it with "
+                "pip install 'megatron-ads[track]', or remove it from log.trackers.",
+            )

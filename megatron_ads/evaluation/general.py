@@ -13,7 +13,7 @@ from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.tokenizer import ChatTokenizer
 from megatron_ads.inference.engine import Engine
 from megatron_ads.metrics.perplexity import perplexity
-from megatron_ads.observability.progress import Progress
+from megatron_ads.progress import Progress
 
 
 def general_scores(

@@ -8,8 +8,8 @@ from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.outcomes import Outcome, confusion, judge, samples
 from megatron_ads.evaluation.score_tables import RELEVANCE, paper_tables, plain_metrics, shown
 from megatron_ads.metrics.classification import calibration_bins, calibration_error
-from megatron_ads.observability.chart import Series, line_chart
-from megatron_ads.observability.report import Chart, Figure, Section, Table, render_page
+from megatron_ads.reporting.chart import Series, line_chart
+from megatron_ads.reporting.page import Chart, Figure, Section, Table, render_page
 
 _MOST_LABELS = 12
 """A larger confusion matrix is not shown."""

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from megatron_ads.runtime.exit_status import ExitStatus
-from megatron_ads.runtime.rank_record import RankRecord, first_failure
+from megatron_ads.runtime.health.rank_record import ExitStatus, RankRecord, first_failure
 from megatron_ads.training.checkpoint_folder import complete_checkpoints
 from megatron_ads.training.stopping import Outcome
 

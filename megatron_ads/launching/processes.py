@@ -14,7 +14,7 @@ from typing import Any, Self, TextIO
 
 from megatron_ads.errors import MegatronAdsError
 from megatron_ads.observability.metrics import METRICS_FILE, read_metrics
-from megatron_ads.observability.progress import Progress
+from megatron_ads.progress import Progress
 from megatron_ads.training.stopping import STOP_SIGNALS
 
 POLL_SECONDS = 0.5

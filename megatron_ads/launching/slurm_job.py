@@ -35,8 +35,7 @@ from megatron_ads.launching.node_check import NodesCheck, check_nodes
 from megatron_ads.launching.placement import placement_problems, read_reports, summary
 from megatron_ads.launching.sweep import sweep_overrides
 from megatron_ads.planning.job import load_job
-from megatron_ads.runtime.exit_status import ExitStatus
-from megatron_ads.runtime.rank_record import FOLDER_VARIABLE, read_records
+from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, read_records
 from megatron_ads.training.stopping import clear_outcome, read_outcome
 
 PLACEMENT_VARIABLE = "MEGATRON_ADS_CHECK_PLACEMENT"

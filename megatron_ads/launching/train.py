@@ -23,8 +23,7 @@ from megatron_ads.launching.attempts import Verdict, describe_failure, judge
 from megatron_ads.launching.environment import NodePart
 from megatron_ads.launching.job_check import check_job_and_node
 from megatron_ads.launching.processes import wait_passing_signals_on
-from megatron_ads.runtime.exit_status import ExitStatus
-from megatron_ads.runtime.rank_record import FOLDER_VARIABLE, RankRecord, read_records
+from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, RankRecord, read_records
 from megatron_ads.training.stopping import clear_outcome, read_outcome
 
 _RENDEZVOUS_SECONDS = 600

@@ -1,6 +1,5 @@
 """Log lines that say which rank speaks. Rank 0 speaks for the job; the others only when something is wrong."""
 
-import functools
 import logging
 import os
 import sys
@@ -54,9 +53,3 @@ class _RankFormatter(logging.Formatter):
 def get_logger(module: str) -> logging.Logger:
     """Return the logger of a module (pass ``__name__``); modules outside the package log under the project too."""
     return logging.getLogger(module if module.split(".")[0] == _PROJECT else f"{_PROJECT}.{module}")
-
-
-@functools.cache
-def log_once(logger: logging.Logger, level: int, message: str) -> None:
-    """Log ``message`` the first time this process meets it: for fallbacks, which are never silent and never noisy."""
-    logger.log(level, "%s", message)

@@ -1,7 +1,7 @@
-"""Numbers of every step, appended to ``metrics.jsonl`` and, by default, to TensorBoard files.
+"""Numbers of every step, appended to ``metrics.jsonl``, to TensorBoard files by default, and to trackers if asked.
 
 One line per ``write``: ``{"step": 12, "loss": 1.25, ...}``. A value that is not finite is written as ``null``, so
-that every line is standard JSON. A resumed run drops the lines behind the step it resumes from, so that each step
+that every line is standard JSON. A resumed run drops the lines after the step it resumes from, so that each step
 is there once, as it was last computed.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from megatron_ads.errors import ConfigError
+from megatron_ads.observability.trackers import TrackedRuns
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -67,7 +68,9 @@ _NAMES = re.compile("|".join(re.escape(metric.name).replace(r"\{task\}", ".+") f
 class MetricsWriter:
     """Appends the metrics of a run under ``directory``. Make one, on the rank that reports."""
 
-    def __init__(self, directory: Path, tensorboard: bool = True, resume_step: int = 0) -> None:
+    def __init__(
+        self, directory: Path, tensorboard: bool = True, resume_step: int = 0, *, tracked: TrackedRuns | None = None
+    ) -> None:
         """Open the files; steps after ``resume_step`` (0: all of them) of an earlier run are dropped.
 
         Raises:
@@ -79,6 +82,7 @@ class MetricsWriter:
             self._lines = (directory / METRICS_FILE).open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"log.dir {directory} cannot be written ({error.strerror}); choose another.") from None
+        self._tracked = tracked
         self._tensorboard = _open_tensorboard(directory / "tensorboard", resume_step) if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -94,6 +98,8 @@ class MetricsWriter:
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         self._lines.write(json.dumps({"step": step, **finite}) + "\n")
         self._lines.flush()
+        if self._tracked is not None:
+            self._tracked.log(step, numbers)
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -104,6 +110,8 @@ class MetricsWriter:
             self._lines.flush()
             os.fsync(self._lines.fileno())
             self._lines.close()
+        if self._tracked is not None:
+            self._tracked.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 

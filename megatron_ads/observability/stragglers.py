@@ -1,7 +1,7 @@
 """Name the rank that holds up the others.
 
 In a synchronous job all ranks take equally long for a step, so what is compared is the time in which a rank did not
-wait for communication. Ranks of one pipeline stage have the same work; each is held against the median of the others.
+wait for communication. Ranks of one pipeline stage have the same work; each is compared with the median of the others.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ _NOTICEABLE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A rank held against the others of its stage."""
+    """A rank compared with the others of its stage."""
 
     rank: int
     seconds: float
@@ -34,7 +34,7 @@ class Comparison:
 
 
 def against_their_stage(stages: Sequence[int], seconds: Sequence[float]) -> list[Comparison]:
-    """Return every rank that has others in its stage, held against them.
+    """Return every rank that has others in its stage, compared with them.
 
     Args:
         stages: Pipeline stage of each rank.
@@ -48,14 +48,14 @@ def against_their_stage(stages: Sequence[int], seconds: Sequence[float]) -> list
 
 
 class StragglerWatch:
-    """Warns once when a rank is behind for several logged steps on end, and says when it has kept up for as many."""
+    """Warns once when a rank is behind for several consecutive logged steps; reports when it kept up for as many."""
 
     def __init__(self, stages: Sequence[int], hosts: Sequence[str], *, factor: float, steps: int) -> None:
         """Watch ranks of these ``stages`` on these ``hosts``, in the order of their numbers.
 
         Args:
             factor: How many times the median a rank must take.
-            steps: For how many logged steps on end.
+            steps: For how many consecutive logged steps.
         """
         self._stages = stages
         self._hosts = hosts
@@ -63,11 +63,11 @@ class StragglerWatch:
         self._steps = steps
         self._behind: Counter[int] = Counter()
         self._in_time: Counter[int] = Counter()
-        """By rank, the logged steps on end."""
+        """By rank, the consecutive logged steps."""
         self._named: set[int] = set()
 
     def observe(self, step: int, seconds: Sequence[float], step_seconds: float) -> Comparison | None:
-        """Take in a logged step; return the rank that lost most, by however little; None if none can be compared."""
+        """Record a logged step; return the rank that lost most, by however little; None if no rank can be compared."""
         compared = against_their_stage(self._stages, seconds)
         behind = {each.rank: each for each in compared if self._is_behind(each, step_seconds)}
         for rank in range(len(seconds)):
@@ -92,8 +92,8 @@ class StragglerWatch:
     def _warn(self, step: int, each: Comparison, step_seconds: float) -> None:
         logger.warning(
             "rank %d (stage %d) on %s holds up the job: its own work took %.3g s of the %.3g s of step %d, %.1f times "
-            "the median of the others of its stage, %.3g s, in %d logged steps on end. Look at that machine's clocks, "
-            "temperature, disks and other processes.",
+            "the median of the others of its stage, %.3g s, in %d consecutive logged steps. Look at that machine's "
+            "clocks, temperature, disks and other processes.",
             each.rank,
             self._stages[each.rank],
             self._hosts[each.rank],

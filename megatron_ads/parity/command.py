@@ -114,7 +114,7 @@ def _stream(args: argparse.Namespace, source: Any, reference: Any, layout: "Shar
 
     from megatron_ads.config.model import LayerSpecChoice, Precision
     from megatron_ads.layout import ParallelLayout
-    from megatron_ads.observability.progress import Progress
+    from megatron_ads.progress import Progress
     from megatron_ads.runtime import process_groups
     from megatron_ads.runtime.seeds import seed_everything
 

@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_ads.observability.chart import Series, line_chart
-from megatron_ads.observability.report import Chart, Figure, Section, Table, render_page
 from megatron_ads.parity.records import Comparison, LayerResult, LogitResult, RungResult
 from megatron_ads.parity.verdict import Limits
+from megatron_ads.reporting.chart import Series, line_chart
+from megatron_ads.reporting.page import Chart, Figure, Section, Table, render_page
 
 _SMALLEST = 1e-9
 """Differences below are drawn there; the axes are logarithmic."""

@@ -2,11 +2,11 @@
 
 from html import escape
 
-from megatron_ads.observability.progress import readable_duration
-from megatron_ads.observability.report import Chart, Figure, Section, Table, render_page
 from megatron_ads.planning.plan import Plan, StagePlan
 from megatron_ads.planning.schedule import Span
 from megatron_ads.planning.table import plan_lines, summary_lines
+from megatron_ads.progress import readable_duration
+from megatron_ads.reporting.page import Chart, Figure, Section, Table, render_page
 
 _WIDTH = 900
 _LEFT = 46

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from megatron_ads.config.model import LoraTarget
+from megatron_ads.layout import describe_ranks
 from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.parts import parameters_by_part
 from megatron_ads.planning.costs import GroupTraffic
@@ -16,7 +17,6 @@ from megatron_ads.planning.job import Job
 from megatron_ads.planning.plan import Plan, StagePlan, make_plan
 from megatron_ads.planning.schedule import ideal_bubble
 from megatron_ads.planning.search import SearchResult, interleaved
-from megatron_ads.runtime.rank_ranges import describe_ranks
 
 _COLUMNS = 120
 """Width that tables and paragraphs keep to, on a terminal and in a log."""

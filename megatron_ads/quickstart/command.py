@@ -35,11 +35,11 @@ def run(args: argparse.Namespace) -> int:
     from megatron_ads.launching.processes import termination_as_interrupt
     from megatron_ads.observability.metrics import read_metrics
     from megatron_ads.observability.provenance import own_code_digest, provenance
-    from megatron_ads.observability.report import write_report
     from megatron_ads.quickstart import content
     from megatron_ads.quickstart.facts import gather_facts
     from megatron_ads.quickstart.stages import Announcements, run_stages
     from megatron_ads.quickstart.workflow import QuickstartFolder, make_plan
+    from megatron_ads.reporting.page import write_report
 
     folder = QuickstartFolder(args.out.resolve())
     machine, data = provenance(), describe_data()

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_ads.observability.chart import short
-from megatron_ads.observability.progress import readable_duration
-from megatron_ads.observability.report import Figure, Section, Table, render_page
-from megatron_ads.observability.run_report import course_charts, loss_chart
+from megatron_ads.progress import readable_duration
+from megatron_ads.reporting.chart import short
+from megatron_ads.reporting.page import Figure, Section, Table, render_page
+from megatron_ads.reporting.run_report import course_charts, loss_chart
 
 Facts = Mapping[str, Any]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_ads.errors import ConfigError
-from megatron_ads.observability.progress import readable_duration
+from megatron_ads.progress import readable_duration
 
 RECORDS = "stages"
 WAIT_SECONDS = 60.0

@@ -18,7 +18,7 @@ from megatron_ads.config.sft import SftConfig, validate
 from megatron_ads.demo_model import CONFIGS, Preset
 from megatron_ads.launching.processes import JobError, MetricsFollower, run_job
 from megatron_ads.quickstart.stages import Stage
-from megatron_ads.runtime.exit_status import ExitStatus
+from megatron_ads.runtime.health.rank_record import ExitStatus
 
 RECIPE = "sft/quickstart"
 

@@ -17,9 +17,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from megatron_ads.errors import TopologyError
-from megatron_ads.layout import Coordinates
-from megatron_ads.runtime.job_store import job_store
-from megatron_ads.runtime.rank_ranges import describe_ranks
+from megatron_ads.layout import Coordinates, describe_ranks
+from megatron_ads.runtime.process_groups import job_store
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,34 @@
 """Start and stop the process groups of a job: torch's default group and those of Megatron-Core.
 
-Every group has the job's timeout, so that no wait is for ever.
+Every group has the job's timeout, so that no wait lasts for ever.
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.runtime import cpu_compat, upstream_warnings
+from megatron_ads.runtime import cpu_compat
 from megatron_ads.runtime.device import backend, device
 
 RANK_ORDER = "tp-cp-ep-dp-pp"
 """Megatron's name for the rank order that ``ParallelLayout.coordinates`` describes."""
+
+_SILENCED = (
+    # torch 2.13 renamed collectives that megatron-core 0.16.1 calls by the old names.
+    (FutureWarning, r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated"),
+    # megatron-core 0.16.1 reads .grad of main parameters that are views; it sets them itself.
+    (UserWarning, r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed"),
+    # megatron-core 0.16.1 warns about the default of an option for CUDA graphs that are off.
+    (UserWarning, r"full scope is deprecated\. Use empty cuda_graph_scope"),
+)
+"""Warnings of torch and Megatron-Core that a user of this project can do nothing about."""
 
 EmbeddingRanks = Callable[[list[int]], list[int]]
 """Given the ranks of one pipeline group, those that hold a copy of the word embedding."""
@@ -43,7 +55,7 @@ def start(
     """
     _check_world(layout, dist.get_world_size() if dist.is_initialized() else _launched_world())
     cpu_compat.install()
-    upstream_warnings.silence()
+    silence_upstream_warnings()
     timeout = timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
         _join(layout.world, timeout)
@@ -57,7 +69,7 @@ def start_rehearsal(layout: ParallelLayout, rank: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     cpu_compat.install()
-    upstream_warnings.silence()
+    silence_upstream_warnings()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
     _build_megatron_groups(layout, timedelta(minutes=1), None, create_gloo=False)
 
@@ -117,3 +129,19 @@ def _build_megatron_groups(
         get_embedding_ranks=embedding_ranks,
         create_gloo_process_groups=create_gloo,
     )
+
+
+def silence_upstream_warnings() -> None:
+    """Hide what a user can do nothing about: once per step and rank, it would bury what matters."""
+    for category, message in _SILENCED:
+        warnings.filterwarnings("ignore", message, category)
+
+
+def job_store(purpose: str) -> Store:
+    """Return a part of the store through which the ranks found each other, for what must work without collectives.
+
+    Only ``purpose`` uses it; it is new at each use as long as every rank makes the same.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    uses = store.add(f"megatron-ads/{purpose}/uses of rank {dist.get_rank()}", 1)
+    return PrefixStore(f"megatron-ads/{purpose}/{uses}", store)

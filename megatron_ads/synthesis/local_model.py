@@ -23,7 +23,7 @@ from megatron_ads.inference.model_folder import hugging_face_folder, model_state
 from megatron_ads.inference.transformers_engine import TransformersEngine, open_engine
 from megatron_ads.journal import Journal, digest_of
 from megatron_ads.metrics.perplexity import perplexity
-from megatron_ads.observability.progress import Progress
+from megatron_ads.progress import Progress
 from megatron_ads.synthesis.candidates import Candidate
 from megatron_ads.synthesis.prompts import answer_of
 

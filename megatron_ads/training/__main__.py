@@ -11,8 +11,8 @@ import sys
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.errors import MegatronAdsError
 from megatron_ads.observability.log import get_logger, rank, start_logging
-from megatron_ads.runtime.exit_status import ExitStatus
-from megatron_ads.runtime.rank_record import (
+from megatron_ads.runtime.health.rank_record import (
+    ExitStatus,
     exit_status,
     forget_record,
     last_lines,
@@ -47,11 +47,11 @@ def main() -> int:
 
 
 def _run(args: argparse.Namespace, stop: StopRequest) -> tuple[ExitStatus, str]:
-    from megatron_ads.runtime import cpu_compat, upstream_warnings
+    from megatron_ads.runtime import cpu_compat, process_groups
 
     cpu_compat.install()  # before anything imports Megatron-Core
-    upstream_warnings.silence()
-    from megatron_ads.runtime.hangs import CommunicationError
+    process_groups.silence_upstream_warnings()
+    from megatron_ads.runtime.health.activity import CommunicationError
     from megatron_ads.training.sft import run
 
     try:

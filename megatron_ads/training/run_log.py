@@ -21,14 +21,15 @@ from megatron_ads.models.experts import ExpertLoad
 from megatron_ads.models.flops import flops_per_token
 from megatron_ads.observability.log import get_logger
 from megatron_ads.observability.metrics import MetricsWriter
-from megatron_ads.observability.progress import Progress
 from megatron_ads.observability.provenance import provenance
-from megatron_ads.observability.run_report import REPORT_FILE, RUN_FILE, write_run_report
 from megatron_ads.observability.stragglers import StragglerWatch
+from megatron_ads.observability.trackers import TrackedRuns
 from megatron_ads.planning.hardware import CARDS
-from megatron_ads.runtime.activity import Activity
+from megatron_ads.progress import Progress
+from megatron_ads.reporting.run_report import REPORT_FILE, RUN_FILE, write_run_report
 from megatron_ads.runtime.device import device, peak_memory_bytes
-from megatron_ads.runtime.watchdog import PeerMonitor
+from megatron_ads.runtime.health.activity import Activity
+from megatron_ads.runtime.health.peers import PeerMonitor
 from megatron_ads.training.build import TrainedModel
 from megatron_ads.training.step import StepReport
 
@@ -66,8 +67,10 @@ class RunLog:
         if dist.get_rank() == 0:
             directory = Path(config.log.dir)
             directory.mkdir(parents=True, exist_ok=True)
-            write_small(directory / RUN_FILE, json.dumps(describe_run(config), indent=1) + "\n")
-            self._writer = MetricsWriter(directory, config.log.tensorboard, resume_step)
+            run = describe_run(config)
+            write_small(directory / RUN_FILE, json.dumps(run, indent=1) + "\n")
+            tracked = TrackedRuns(config.log.trackers, directory, run)
+            self._writer = MetricsWriter(directory, config.log.tensorboard, resume_step, tracked=tracked)
         self._directory = Path(config.log.dir)
         self._progress = Progress(config.train.max_steps, resume_step, name)
         self._started = time.monotonic()

@@ -14,8 +14,7 @@ from megatron_ads.launching.attempts import (
     fruitless_attempts,
     judge,
 )
-from megatron_ads.runtime.exit_status import ExitStatus
-from megatron_ads.runtime.rank_record import RankRecord
+from megatron_ads.runtime.health.rank_record import ExitStatus, RankRecord
 from megatron_ads.training.stopping import Outcome
 
 DONE, CRASHED, USER_ERROR = ExitStatus.DONE, ExitStatus.CRASHED, ExitStatus.USER_ERROR

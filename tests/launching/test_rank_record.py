@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.runtime.exit_status import ExitStatus
-from megatron_ads.runtime.rank_record import (
+from megatron_ads.runtime.health.rank_record import (
     FOLDER_VARIABLE,
+    ExitStatus,
     exit_status,
     first_failure,
     forget_record,

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_ads.observability.log import get_logger, log_once, rank, start_logging, world_size
+from megatron_ads.observability.log import get_logger, rank, start_logging, world_size
 
 
 @pytest.fixture(autouse=True)
@@ -57,13 +57,3 @@ def test_one_process_needs_no_rank_and_lines_appear_once(
     assert capsys.readouterr().err.count("hello") == 1
     get_logger("megatron_ads.x").info("again")
     assert "rank" not in capsys.readouterr().err
-
-
-def test_a_fallback_is_logged_once_with_its_reason(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _be_rank(monkeypatch, 0, 1)
-    start_logging()
-    for _ in range(3):
-        log_once(get_logger("megatron_ads.models"), logging.WARNING, "no CUDA device: 100 % on gloo")
-    assert capsys.readouterr().err.count("100 % on gloo") == 1

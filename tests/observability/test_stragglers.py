@@ -43,7 +43,7 @@ def test_a_slow_rank_is_named_once_with_stage_host_and_both_times(lines: list[st
     assert len(lines) == 1
     assert lines[0].startswith(
         "rank 4 (stage 1) on c holds up the job: its own work took 8 s of the 10 s of step 3, 1.6 times the median of "
-        "the others of its stage, 4.95 s, in 3 logged steps on end."
+        "the others of its stage, 4.95 s, in 3 consecutive logged steps."
     )
 
 

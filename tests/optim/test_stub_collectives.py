@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.config.model import FrozenPart, LoraConfig, LoraTarget
-from megatron_ads.runtime.collective_trace import Trace, compare_traces, trace_collectives
 from parity_tests.harness.ranks import run_ranks
 from parity_tests.harness.training_jobs import Recipe, run_steps, save, start
+from tests.collective_trace import Trace, compare_traces, trace_collectives
 from tests.models.checkpoints import V3, write_checkpoint
 
 PHASES = ("step", "save", "load", "step after load")

@@ -4,9 +4,9 @@ import time
 from pathlib import Path
 
 from megatron_ads.errors import TopologyError
-from megatron_ads.runtime.collective_trace import Trace, compare_traces, trace_collectives
 from parity_tests.harness.ranks import run_ranks
 from parity_tests.harness.training_jobs import Recipe, run_steps, start
+from tests.collective_trace import Trace, compare_traces, trace_collectives
 from tests.models.checkpoints import V3, write_checkpoint
 
 TIMEOUT_SECONDS = 5.0

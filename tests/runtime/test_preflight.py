@@ -8,9 +8,8 @@ import pytest
 import torch.distributed as dist
 
 from megatron_ads.errors import TopologyError
-from megatron_ads.layout import ParallelLayout
+from megatron_ads.layout import ParallelLayout, describe_ranks
 from megatron_ads.runtime.preflight import Member, Record, check_records, gather_records
-from megatron_ads.runtime.rank_ranges import describe_ranks
 from parity_tests.harness.ranks import run_ranks
 
 LAYOUT = ParallelLayout(world=4, pp=2, ep=2)

@@ -4,7 +4,7 @@ import warnings
 
 import torch
 
-from megatron_ads.runtime import upstream_warnings
+from megatron_ads.runtime import process_groups
 from parity_tests.harness.ranks import run_ranks
 
 
@@ -17,7 +17,7 @@ def _warnings(silenced: bool) -> list[str]:
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         if silenced:
-            upstream_warnings.silence()
+            process_groups.silence_upstream_warnings()
         dist_all_gather_func(torch.empty(2), torch.ones(2))
         dist_reduce_scatter_func(torch.empty(2), torch.ones(2))
         _zero_grad_group_helper([torch.ones(2, requires_grad=True)[:1]], set_to_none=True)

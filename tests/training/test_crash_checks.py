@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.runtime.exit_status import ExitStatus
+from megatron_ads.runtime.health.rank_record import ExitStatus
 from parity_tests.crash_test import (
     STEPS,
     BrokenPromiseError,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.runtime.exit_status import ExitStatus
+from megatron_ads.runtime.health.rank_record import ExitStatus
 from parity_tests.harness.real_job import RealJob, write_small_model
 
 pytestmark = pytest.mark.slow

@@ -25,7 +25,7 @@ from megatron_ads.data.simulator.logs import (
 from megatron_ads.data.simulator.simulated_rows import LABEL_DAYS, TASKS_OF_USERS, examples_of
 from megatron_ads.data.simulator.world import DEFAULT_ADVERTISERS, World, draw_world
 from megatron_ads.errors import ConfigError
-from megatron_ads.observability.progress import Progress
+from megatron_ads.progress import Progress
 
 MANIFEST = "manifest.json"
 

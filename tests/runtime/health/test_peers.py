@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from megatron_ads.errors import TopologyError
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.runtime.exit_status import ExitStatus
-from megatron_ads.runtime.hangs import name_failed_communication
-from megatron_ads.runtime.watchdog import Loss, PeerMonitor
+from megatron_ads.runtime.health.activity import name_failed_communication
+from megatron_ads.runtime.health.peers import Loss, PeerMonitor
+from megatron_ads.runtime.health.rank_record import ExitStatus
 from parity_tests.harness.ranks import RanksFailed, run_ranks
 
 LAYOUT = ParallelLayout(world=4, pp=2, ep=2)

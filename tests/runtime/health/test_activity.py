@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ads.runtime.activity import Activity, Standing
+from megatron_ads.runtime.health.activity import Activity, RankState
+from megatron_ads.runtime.health.calls import observed
 from parity_tests.harness.ranks import run_ranks
 
 PAUSE = 0.4
@@ -16,7 +17,7 @@ PAUSE = 0.4
 def _work_unevenly() -> float:
     """Rank 1 works for longer, behind a call that it does not wait for at once."""
     activity = Activity()
-    with activity.observed():
+    with observed(activity):
         dist.barrier()
         activity.stalls.restart(measured=True)
         work = dist.all_reduce(torch.ones(2), async_op=True)
@@ -36,21 +37,21 @@ def test_the_victim_stands_still_for_as_long_as_the_slow_rank_works() -> None:
     assert slow < 0.5 * PAUSE
 
 
-def _ask_during_and_after() -> tuple[Standing, Standing]:
+def _ask_during_and_after() -> tuple[RankState, RankState]:
     activity, during = Activity(), []
-    with activity.observed():
+    with observed(activity):
         dist.all_reduce(torch.ones(2))
         activity.enter_step(5)
         if dist.get_rank() == 1:
             time.sleep(2 * PAUSE)
             dist.send(torch.ones(3), 0)
         else:
-            asker = threading.Timer(PAUSE, lambda: during.append(activity.standing()))
+            asker = threading.Timer(PAUSE, lambda: during.append(activity.state()))
             asker.start()
             dist.recv(torch.ones(3), 1)
             asker.join()
         dist.barrier()
-    return during[0] if during else activity.standing(), activity.standing()
+    return during[0] if during else activity.state(), activity.state()
 
 
 def test_another_thread_sees_the_call_that_this_one_waits_in() -> None:
@@ -75,15 +76,15 @@ def _receive_in_a_batch() -> list[Any]:
         group.send([torch.ones(2)], other, 0).wait()
         return []
     activity.begin(group, "recv", (tensors, other, 0))
-    activity.issued(group, "recv", (tensors, other, 0), None)
+    activity.issued("recv", None)
     work = group.recv(tensors, other, 0)
     activity.batch_issued(work)
     described = activity.describe(0)
     activity.wait_begins(work)
-    waiting = activity.standing().wait
+    waiting = activity.state().wait
     work.wait()
     activity.wait_ends(work)
-    return [described, str(waiting), activity.standing().wait, tensors[0].tolist()]
+    return [described, str(waiting), activity.state().wait, tensors[0].tolist()]
 
 
 def test_calls_of_a_coalesced_batch_share_its_handle() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.observability.run_report import run_page, write_run_report
+from megatron_ads.reporting.run_report import run_page, write_run_report
 
 RUN = {"recipe": {"model": {"load": "runs/demo"}, "train": {"max_steps": 20}}, "ranks": 4, "revision": None}
 

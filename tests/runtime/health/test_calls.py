@@ -9,13 +9,28 @@ from torch.distributed import ProcessGroup
 
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime import process_groups
-from megatron_ads.runtime.collective_trace import Collective, Group, Trace, compare_traces, trace_collectives
+from megatron_ads.runtime.health.calls import Group
 from parity_tests.harness.ranks import run_ranks
+from tests.collective_trace import Collective, Trace, collective, compare_traces, trace_collectives
 
 EP = Group("expert_model_parallel", (0, 1))
 WORLD = Group("default", (0, 1, 2))
-NORM = Collective("allreduce", ((1,),), ("float32",), "sum")
-ZEROS = Collective("allreduce", ((1,),), ("int64",), "sum")
+
+
+def _allreduce(
+    dtype: torch.dtype = torch.float32, reduction: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Collective:
+    options = dist.AllreduceOptions()
+    options.reduceOp = reduction
+    return collective(WORLD, "allreduce", ([torch.ones(1, dtype=dtype)], options))
+
+
+def _all_to_all(rows: int, dtype: torch.dtype = torch.float32) -> Collective:
+    return collective(EP, "all_to_all_single", (torch.empty(rows, 4, dtype=dtype), torch.empty(8, 4, dtype=dtype)))
+
+
+NORM = _allreduce()
+ZEROS = _allreduce(torch.int64)
 
 
 def _every_kind_of_collective() -> Trace:
@@ -155,12 +170,11 @@ def test_a_member_that_never_called_is_named() -> None:
 
 
 def test_another_reduction_or_root_is_a_difference() -> None:
-    other = Collective("allreduce", ((1,),), ("float32",), "max")
+    other = _allreduce(reduction=dist.ReduceOp.MAX)
     assert len(compare_traces({0: _trace({EP: [NORM]}), 1: _trace({EP: [other]})})) == 1
 
 
 def test_uneven_token_exchange_is_no_difference_but_another_type_is() -> None:
-    few, many = (Collective("all_to_all_single", ((rows, 4), (8, 4)), ("float32",) * 2) for rows in (3, 5))
-    halves = Collective("all_to_all_single", ((3, 4), (8, 4)), ("bfloat16",) * 2)
+    few, many, halves = _all_to_all(3), _all_to_all(5), _all_to_all(3, torch.bfloat16)
     assert compare_traces({0: _trace({EP: [few]}), 1: _trace({EP: [many]})}) == []
     assert len(compare_traces({0: _trace({EP: [few]}), 1: _trace({EP: [halves]})})) == 1

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime import process_groups
-from megatron_ads.runtime.hangs import CommunicationError, name_failed_communication
+from megatron_ads.runtime.health.activity import CommunicationError, name_failed_communication
 from parity_tests.harness.ranks import RanksFailed, run_ranks
 
 LAYOUT = ParallelLayout(world=4, pp=2, ep=2)

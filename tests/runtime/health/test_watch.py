@@ -19,11 +19,10 @@ import torch.distributed as dist
 
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime import process_groups
-from megatron_ads.runtime.activity import Activity
-from megatron_ads.runtime.exit_status import ExitStatus
-from megatron_ads.runtime.hang_watch import HangWatch
-from megatron_ads.runtime.hangs import name_failed_communication
-from megatron_ads.runtime.watchdog import PeerMonitor
+from megatron_ads.runtime.health.activity import Activity, name_failed_communication
+from megatron_ads.runtime.health.peers import PeerMonitor
+from megatron_ads.runtime.health.rank_record import ExitStatus
+from megatron_ads.runtime.health.watch import HangWatch
 from parity_tests.harness.ranks import RanksFailed, run_ranks
 
 TIMEOUT = 3.0
@@ -136,7 +135,7 @@ def test_a_rank_that_stays_away_is_named_with_its_line_its_stage_and_the_collect
     line = _pause_in_c_code.__code__.co_firstlineno + 1
     said = report["headline"]
     assert said.startswith(f"the job hangs: rank 3 (stage 1) on {os.uname().nodename}, pid ")
-    assert f"is not in a communication but at tests/runtime/test_hang_watch.py:{line} in _pause_in_c_code, " in said
+    assert f"is not in a communication but at tests/runtime/health/test_watch.py:{line} in _pause_in_c_code, " in said
     assert (
         "in step 7; waiting for it: rank 2 (stage 1) in allreduce(float32[3]; sum) of expert_model_parallel[2, 3], and "
         "ranks 0-1 (stage 0) in barrier() of default[0, 1, 2, 3]"

@@ -2,8 +2,8 @@ import io
 
 import pytest
 
-from megatron_ads.observability import progress
-from megatron_ads.observability.progress import Progress, readable_duration
+from megatron_ads import progress
+from megatron_ads.progress import Progress, readable_duration
 
 
 class Terminal(io.StringIO):
@@ -33,6 +33,16 @@ def test_a_log_is_not_flooded(monkeypatch: pytest.MonkeyPatch) -> None:
             bar.update()
     # steps 1, 11, 21, 31 are ten seconds apart; 35 is the end
     assert [line.split(",")[0] for line in log.getvalue().splitlines()] == ["1/35", "11/35", "21/35", "31/35", "35/35"]
+
+
+def test_bytes_are_counted_in_gigabytes() -> None:
+    log = io.StringIO()
+    with Progress(4_000_000_000, description="writing", stream=log, unit="B") as bar:
+        bar.update(1_500_000_000)
+    assert log.getvalue().startswith("writing 1.50/4.00 GB, ") and " GB/s, about " in log.getvalue()
+    assert bar.seconds > 0
+    Progress(1, stream=log, shown=False).update()
+    assert len(log.getvalue().splitlines()) == 1
 
 
 def test_a_terminal_gets_a_bar() -> None:

@@ -3,7 +3,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from megatron_ads.observability.chart import Series, line_chart, logarithmic_ticks, short, smooth, ticks
+from megatron_ads.reporting.chart import Series, line_chart, logarithmic_ticks, short, smooth, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 

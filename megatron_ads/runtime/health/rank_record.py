@@ -1,4 +1,4 @@
-"""How each rank of a job ended, in a file per rank: for the launcher, which tells the first failure from its victims.
+"""How each rank of a job ended: its exit status, and a file per rank that shows the launcher which one failed first.
 
 An exit status alone does not do: Slurm reports the largest one of all ranks, torchrun that of one.
 """
@@ -10,14 +10,31 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from enum import IntEnum
 from pathlib import Path
-
-from megatron_ads.runtime.exit_status import ExitStatus
 
 FOLDER_VARIABLE = "MEGATRON_ADS_RANK_RECORDS"
 """Environment variable that names the folder; without it nothing is recorded."""
 _TORCHRUN_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _TRACEBACK_LINES = 12
+
+
+class ExitStatus(IntEnum):
+    """Process exit statuses of a training rank. Statuses from 74 on are those of BSD's sysexits where one fits."""
+
+    DONE = 0
+    """The job reached its last step and exported its weights."""
+    CRASHED = 1
+    """An error in the program, with a traceback."""
+    USER_ERROR = 2
+    """A setting, a checkpoint, a data file or the topology is wrong; the log says what to do. Do not start again."""
+    PEER_LOST = 74
+    """Another rank died, failed, or could not be reached; the log names it. Start again from the last checkpoint."""
+    STOPPED = 75
+    """Stopped by a signal after a whole step, with a checkpoint. Start again to continue (EX_TEMPFAIL)."""
+    HUNG = 76
+    """Nothing moved for the job's timeout; every rank's log names the cause, ``hang.txt`` in the log folder has the
+    report. Start again from the last checkpoint, on other machines if one of them was the cause."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +91,7 @@ def last_lines(error: BaseException) -> str:
 
 
 def read_records(folder: Path) -> list[RankRecord]:
-    """Return the records that are there, the earliest end first."""
+    """Return the records found, the earliest end first."""
     stored = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("rank-*.json"))]
     records = [RankRecord(**each | {"status": ExitStatus(each["status"])}) for each in stored]
     return sorted(records, key=lambda record: record.ended)

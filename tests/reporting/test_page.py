@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.observability.chart import Series, line_chart
-from megatron_ads.observability.report import Chart, Figure, Section, Table, render_page, write_report
+from megatron_ads.reporting.chart import Series, line_chart
+from megatron_ads.reporting.page import Chart, Figure, Section, Table, render_page, write_report
 
 VOID = {"meta"}
 

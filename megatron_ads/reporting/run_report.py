@@ -9,10 +9,10 @@ from typing import Any
 from conversion.atomic_file import write_small
 from megatron_ads.config.renamed import current_settings
 from megatron_ads.errors import MegatronAdsError
-from megatron_ads.observability.chart import COLORS, Series, line_chart, short, smooth
 from megatron_ads.observability.log import get_logger
 from megatron_ads.observability.metrics import read_metrics
-from megatron_ads.observability.report import Chart, Figure, Section, Table, render_page
+from megatron_ads.reporting.chart import COLORS, Series, line_chart, short, smooth
+from megatron_ads.reporting.page import Chart, Figure, Section, Table, render_page
 
 logger = get_logger(__name__)
 

@@ -1,11 +1,10 @@
-"""From the standings of the ranks to the cause, case by case. Groups: everybody, and the pairs of two stages."""
+"""From the states of the ranks to the cause, case by case. Groups: everybody, and the pairs of two stages."""
 
 import pytest
 
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.runtime.activity import Standing, Wait
-from megatron_ads.runtime.hang_findings import Findings, find
-from megatron_ads.runtime.hang_report import HangReport
+from megatron_ads.runtime.health.activity import RankState, Wait
+from megatron_ads.runtime.health.report import Findings, HangReport, find
 
 WORLD = 4
 
@@ -15,18 +14,18 @@ def _wait(channel: str, number: int, *ranks: int, call: str = "allreduce(float32
     return Wait(call, f"{channel}{list(ranks)}", list(ranks), channel, number, signature)
 
 
-def _in(wait: Wait, **calls: int) -> Standing:
-    return Standing(phase="step 7", idle_seconds=30, wait=wait, calls={wait.channel: wait.number} | calls, stack=["a"])
+def _in(wait: Wait, **calls: int) -> RankState:
+    return RankState(phase="step 7", idle_seconds=30, wait=wait, calls={wait.channel: wait.number} | calls, stack=["a"])
 
 
-def _outside(idle: float = 30.0, **calls: int) -> Standing:
-    return Standing(phase="step 7", idle_seconds=idle, wait=None, calls=calls, stack=["train.py:9 in work"])
+def _outside(idle: float = 30.0, **calls: int) -> RankState:
+    return RankState(phase="step 7", idle_seconds=idle, wait=None, calls=calls, stack=["train.py:9 in work"])
 
 
-def _report(standings: dict[int, Standing]) -> tuple[Findings, str]:
-    findings = find(standings, WORLD)
+def _report(states: dict[int, RankState]) -> tuple[Findings, str]:
+    findings = find(states, WORLD)
     layout = ParallelLayout(world=WORLD, pp=2, ep=2)
-    report = HangReport(asked_by=0, seconds=30, layout=layout, findings=findings, standings=standings, places={})
+    report = HangReport(asked_by=0, seconds=30, layout=layout, findings=findings, states=states, places={})
     assert len(report.as_json()["ranks"]) == WORLD
     return findings, report.text()
 
@@ -50,10 +49,10 @@ def test_of_a_chain_of_waiting_ranks_the_one_at_its_end_is_the_cause() -> None:
 
 
 def test_who_does_not_answer_is_the_cause_only_where_others_wait_for_it() -> None:
-    standings = {0: _in(_wait("pair", 4, 0, 1)), 1: _outside(pair=3), 2: _outside(0.1)}
-    findings, _ = _report(standings)
+    states = {0: _in(_wait("pair", 4, 0, 1)), 1: _outside(pair=3), 2: _outside(0.1)}
+    findings, _ = _report(states)
     assert (findings.culprits, findings.silent) == ([1], [3])
-    findings, text = _report(standings | {1: _in(_wait("other", 2, 1, 3), pair=3)})
+    findings, text = _report(states | {1: _in(_wait("other", 2, 1, 3), pair=3)})
     assert (findings.culprits, findings.silent) == ([3], [3])
     assert "rank 3 (stage 1) does not answer; waiting for it: rank 1 (stage 0) in allreduce" in text
 
@@ -103,5 +102,5 @@ def test_when_all_have_made_the_same_call_it_is_the_network() -> None:
 
 @pytest.mark.parametrize("busy", [2, 3])
 def test_where_nobody_waits_those_that_stand_still_are_named(busy: int) -> None:
-    standings = {rank: _outside(0.2 if rank == busy else 30.0) for rank in range(WORLD)}
-    assert _report(standings)[0].culprits == [rank for rank in range(WORLD) if rank != busy]
+    states = {rank: _outside(0.2 if rank == busy else 30.0) for rank in range(WORLD)}
+    assert _report(states)[0].culprits == [rank for rank in range(WORLD) if rank != busy]

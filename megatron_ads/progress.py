@@ -1,12 +1,11 @@
 """How far a job is: a bar on a terminal, one plain line now and then in a log, nothing on ranks other than 0."""
 
+import os
 import sys
 import time
 from typing import Never, Self, TextIO
 
 from tqdm import tqdm
-
-from megatron_ads.observability.log import rank
 
 LINE_INTERVAL_SECONDS = 10.0
 
@@ -15,16 +14,23 @@ class Progress:
     """Counts from ``initial`` to ``total``. The bar or the lines go to stderr, so that stdout stays for results."""
 
     def __init__(
-        self, total: int, initial: int = 0, description: str = "", *, stream: TextIO | None = None, unit: str = "step"
+        self,
+        total: int,
+        initial: int = 0,
+        description: str = "",
+        *,
+        stream: TextIO | None = None,
+        unit: str = "step",
+        shown: bool = True,
     ) -> None:
-        """Start counting; a resumed job passes the steps already done as ``initial``."""
+        """Start counting; a resumed job passes the steps already done as ``initial``. ``unit`` "B" counts bytes."""
         self._stream = stream or sys.stderr
         self._description, self._unit = description, unit
         self._total, self._initial, self._done = total, initial, initial
         self._values: dict[str, float] = {}
         self._started = time.monotonic()
         self._last_line = float("-inf")
-        self._speaks = rank() == 0
+        self._speaks = shown and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
         self._bar = self._open_bar() if self._speaks and self._stream.isatty() else None
 
     def _open_bar(self) -> "tqdm[Never]":
@@ -33,12 +39,13 @@ class Progress:
             initial=self._initial,
             desc=self._description,
             unit=self._unit,
+            unit_scale=self._unit == "B",
             file=self._stream,
             dynamic_ncols=True,
         )
 
     def update(self, steps: int = 1, **values: float) -> None:
-        """Count ``steps`` more, and show ``values``, such as ``loss=1.25``, beside the count."""
+        """Count ``steps`` more, and show ``values``, such as ``loss=1.25``, next to the count."""
         self._done += steps
         self._values.update(values)
         if self._bar is not None:
@@ -54,13 +61,23 @@ class Progress:
             print(self._line(now - self._started), file=self._stream, flush=True)
 
     def _line(self, elapsed_seconds: float) -> str:
-        seconds_per_step = elapsed_seconds / max(self._done - self._initial, 1)
-        parts = [f"{self._description} {self._done}/{self._total}".strip()]
+        counted = max(self._done - self._initial, 1)
+        seconds_per_step = elapsed_seconds / counted
+        done, total, rate = f"{self._done}", f"{self._total}", f"{seconds_per_step:.2f} s/{self._unit}"
+        if self._unit == "B":
+            done, total = f"{self._done / 1e9:.2f}", f"{self._total / 1e9:.2f} GB"
+            rate = f"{counted / max(elapsed_seconds, 1e-9) / 1e9:.2f} GB/s"
+        parts = [f"{self._description} {done}/{total}".strip()]
         parts += [f"{name} {value:.4g}" for name, value in self._values.items()]
-        parts.append(f"{seconds_per_step:.2f} s/{self._unit}")
+        parts.append(rate)
         if left := self._total - self._done:
             parts.append(f"about {readable_duration(left * seconds_per_step)} left")
         return ", ".join(parts)
+
+    @property
+    def seconds(self) -> float:
+        """Time since the start."""
+        return time.monotonic() - self._started
 
     def close(self) -> None:
         """Leave the finished bar on the screen and end its line."""

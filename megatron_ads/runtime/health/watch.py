@@ -1,14 +1,17 @@
 """Find out, when nothing moves any more, which rank the others wait for; report it and end the job.
 
-A rank that has stood still for nearly the job's timeout, in a communication or within a step, asks around the ring of
-``peer_links``. Every rank answers with where it stands, back along the way the question came, so that one rank that
-does not answer cuts nobody off. The rank that asked makes the report and tells all to end. If it moves on meanwhile,
-nothing has happened. With several silent ranks apart from each other, each part of the ring makes its own report, and
-the last one stays.
+A rank that has made no progress for nearly the job's timeout, in a communication or within a step, asks around the
+ring of ``peers``. Every rank answers with its current state, back along the way the question came, so that one rank
+that does not answer cuts nobody off. The rank that asked makes the report and makes all ranks end. If it moves on
+meanwhile, nothing has happened. With several silent ranks apart from each other, each part of the ring makes its own
+report, and the last one is kept.
 
 All of this happens in the thread of the peer monitor, which answers while the training thread waits or sleeps, in
 Python or in C. It cannot in a stopped process, nor while C code holds the interpreter lock: such a rank is reported as
 not answering, and in the second case ``faulthandler``, which needs no lock, writes its stacks to its own output.
+
+Where torch records communication itself (``TORCH_FR_BUFFER_SIZE``; ``TORCH_NCCL_TRACE_BUFFER_SIZE`` before 2.13), every
+rank that can leaves its record as ``flight_RANK`` next to the report, for torch's ``torchfrtrace``.
 """
 
 import faulthandler
@@ -21,14 +24,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.runtime.activity import Activity, Standing, Wait
-from megatron_ads.runtime.hang_findings import find
-from megatron_ads.runtime.hang_report import HangReport, Place, write_report
-from megatron_ads.runtime.peer_links import PeerLink
-from megatron_ads.runtime.process_state import ProcessIdentity, describe_process
+from megatron_ads.runtime.health.activity import Activity, RankState, Wait
+from megatron_ads.runtime.health.peers import PeerLink
+from megatron_ads.runtime.health.report import HangReport, Place, find, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,42 @@ _WRITING_SECONDS = 10.0
 """How long writing the report may take: the file system may be what hangs."""
 _SLEPT_LONGER = 2.0
 """Seconds by which waking up late shows that the process was stopped (Ctrl-Z, a suspended machine)."""
+_PROCESS_STATES = {
+    "T": "its process is stopped",
+    "t": "its process is stopped by a debugger",
+    "D": "its process is stuck in the kernel, as in a read or write of a disk or a network file system",
+    "R": "its process is busy in C code that keeps the interpreter lock",
+    "S": "its process sleeps in C code that keeps the interpreter lock",
+    "Z": "its process has died",
+}
+_FLIGHT_VARIABLES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """One process: the start time tells it from a later one with its number, or of another container."""
+
+    host: str
+    pid: int
+    started: str
+
+    @classmethod
+    def own(cls) -> Self:
+        """Return that of this process."""
+        return cls(socket.gethostname(), os.getpid(), _state_and_start(os.getpid())[1])
+
+    def describe(self) -> str:
+        """Return what the process does if it does not answer; empty if that cannot be seen from here."""
+        state, started = _state_and_start(self.pid) if self.host == socket.gethostname() else ("", "")
+        return _PROCESS_STATES.get(state, "") if started == self.started else ""
+
+
+def _state_and_start(pid: int) -> tuple[str, str]:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]
 
 
 @dataclass(slots=True)
@@ -47,7 +84,7 @@ class _Inquiry:
     progress: object
     """Of this rank, when it asked."""
     deadline: float
-    standings: dict[int, Standing] = field(default_factory=dict)
+    states: dict[int, RankState] = field(default_factory=dict)
     places: dict[int, Place] = field(default_factory=dict)
 
 
@@ -64,7 +101,7 @@ class HangWatch:
         directory: Path,
         on_hang: Callable[[str], None] | None = None,
     ) -> None:
-        """Prepare to report, into ``directory``, a rank that stands still, before ``timeout_seconds`` are over.
+        """Prepare to report, into ``directory``, a rank without progress, before ``timeout_seconds`` are over.
 
         Args:
             on_hang: Called with the report's headline before the process ends.
@@ -82,7 +119,7 @@ class HangWatch:
         self._inquiry: _Inquiry | None = None
         self._asked = 0
         self._routes: dict[tuple[int, int], PeerLink] = {}
-        """By rank that asked and its question: the neighbour through whom the answers go."""
+        """By the rank that asked and its question: the neighbour through whom the answers return."""
         self._others_ask_until = 0.0
         self._wake_at = self._stacks_at = 0.0
         """When this thread wants to run again, and when stacks are written because it could not."""
@@ -91,9 +128,8 @@ class HangWatch:
     def start(self, links: Sequence[PeerLink]) -> None:
         """Introduce this process to its neighbours."""
         self._links = links
-        me = ProcessIdentity.own()
         for link in links:
-            link.send({"kind": "hello", **asdict(me)})
+            link.send({"kind": "hello", **asdict(ProcessIdentity.own())})
 
     def stop(self) -> None:
         """Leave nothing behind."""
@@ -121,23 +157,32 @@ class HangWatch:
             self._activity.moved()
         if self._inquiry is not None:
             return self._conclude(self._inquiry, now)
-        stands_still = self._activity.in_step or self._activity.is_waiting()
-        if stands_still and self._activity.idle_seconds() >= self._limit and now >= self._others_ask_until:
+        must_move = self._activity.in_step or self._activity.is_waiting()
+        if must_move and self._activity.idle_seconds() >= self._limit and now >= self._others_ask_until:
             self._ask(now)
         return None
 
     def hear(self, kind: str, message: dict[str, Any], link: PeerLink) -> None:
-        """Take in a message of the kinds ``hello``, ``inquiry`` and ``standing``."""
+        """Handle a message of the kinds ``hello``, ``inquiry`` and ``state``."""
         if kind == "hello":
             self._neighbours[link.rank] = ProcessIdentity(**message)
         elif kind == "inquiry":
             self._answer(message["asker"], message["number"], link)
         elif message["asker"] != self._rank:
-            route = self._routes.get((message["asker"], message["number"]))
-            if route is not None:
+            if (route := self._routes.get((message["asker"], message["number"]))) is not None:
                 route.send({"kind": kind, **message})
         elif self._inquiry is not None and message["number"] == self._inquiry.number:
             self._collect(self._inquiry, message)
+
+    def ends(self, headline: str) -> None:
+        """Leave what torch recorded, and record the end of this process."""
+
+        def leave() -> None:
+            _write_flight_record(self._directory / f"flight_{self._rank}")
+            if self._on_hang is not None:
+                self._on_hang(headline)
+
+        _do_within(_WRITING_SECONDS, leave)
 
     def _ask(self, now: float) -> None:
         self._asked += 1
@@ -147,7 +192,7 @@ class HangWatch:
             link.send({"kind": "inquiry", "asker": self._rank, "number": self._asked})
 
     def _answer(self, asker: int, number: int, link: PeerLink) -> None:
-        """Tell where this rank stands, and pass the question on; of several that ask, the lowest rank goes on."""
+        """Report the own state, and pass the question on; of several ranks that ask, the lowest continues."""
         if asker == self._rank or (asker, number) in self._routes:
             return
         if self._inquiry is not None and asker > self._rank:
@@ -158,64 +203,64 @@ class HangWatch:
         for other in self._links:
             if other is not link:
                 other.send({"kind": "inquiry", "asker": asker, "number": number})
-        link.send({"kind": "standing", "asker": asker, "number": number, **self._own_answer()})
+        link.send({"kind": "state", "asker": asker, "number": number, **self._own_answer()})
 
     def _own_answer(self) -> dict[str, Any]:
         return {
             "rank": self._rank,
             "place": asdict(Place(socket.gethostname(), os.getpid())),
-            "standing": asdict(self._activity.standing()),
+            "state": asdict(self._activity.state()),
             "neighbours": {
-                rank: asdict(Place(known.host, known.pid, describe_process(known)))
-                for rank, known in self._neighbours.items()
+                rank: asdict(Place(known.host, known.pid, known.describe())) for rank, known in self._neighbours.items()
             },
         }
 
     def _collect(self, inquiry: _Inquiry, answer: dict[str, Any]) -> None:
-        rank, told = answer["rank"], answer["standing"]
-        wait = told["wait"] and Wait(**told["wait"])
-        inquiry.standings[rank] = Standing(**told | {"wait": wait})
+        rank, state = answer["rank"], answer["state"]
+        inquiry.states[rank] = RankState(**state | {"wait": state["wait"] and Wait(**state["wait"])})
         inquiry.places[rank] = Place(**answer["place"])
         for neighbour, place in answer["neighbours"].items():
             seen = Place(**place)
-            if int(neighbour) not in inquiry.standings and (seen.note or int(neighbour) not in inquiry.places):
+            if int(neighbour) not in inquiry.states and (seen.note or int(neighbour) not in inquiry.places):
                 inquiry.places[int(neighbour)] = seen
 
     def _conclude(self, inquiry: _Inquiry, now: float) -> str | None:
         if self._activity.progress() != inquiry.progress:
             self._inquiry = None
             return None
-        if len(inquiry.standings) < self._layout.world and now < inquiry.deadline:
+        if len(inquiry.states) < self._layout.world and now < inquiry.deadline:
             return None
         report = HangReport(
             asked_by=self._rank,
             seconds=self._activity.idle_seconds(),
             layout=self._layout,
-            findings=find(inquiry.standings, self._layout.world),
-            standings=inquiry.standings,
+            findings=find(inquiry.states, self._layout.world),
+            states=inquiry.states,
             places=inquiry.places,
         )
         logger.critical("%s", report.text())
-        self._write(report)
+        _do_within(_WRITING_SECONDS, lambda: write_report(self._directory, report))
         return report.headline()
-
-    def _write(self, report: HangReport) -> None:
-        def write() -> None:
-            try:
-                write_report(self._directory, report)
-            except OSError as error:
-                logger.error("the report could not be written to %s: %s", self._directory, error)
-
-        _do_within(_WRITING_SECONDS, write)
-
-    def ends(self, headline: str) -> None:
-        """Record the end of this process."""
-        if (on_hang := self._on_hang) is not None:
-            _do_within(_WRITING_SECONDS, lambda: on_hang(headline))
 
 
 def _do_within(seconds: float, write: Callable[[], None]) -> None:
     """Write in a thread that is left behind if it takes too long."""
-    writer = threading.Thread(target=write, name="hang report", daemon=True)
+
+    def write_or_say_why_not() -> None:
+        try:
+            write()
+        except OSError as error:
+            logger.error("the report of the hang could not be written: %s", error)
+
+    writer = threading.Thread(target=write_or_say_why_not, name="hang report", daemon=True)
     writer.start()
     writer.join(seconds)
+
+
+def _write_flight_record(file: Path) -> None:
+    """Leave torch's own record of communication, if it was asked for one."""
+    if any(int(os.environ.get(name, "0")) for name in _FLIGHT_VARIABLES):
+        import torch._C._distributed_c10d as c10d
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(c10d._dump_fr_trace())  # type: ignore[attr-defined]

@@ -1,0 +1,124 @@
+"""Experiment trackers: the metrics of a run also go to Weights & Biases, MLflow or trackio, as ``log.trackers`` asks.
+
+A run has the name of its folder and the resolved recipe as its configuration. Where a tracker sends what it receives
+is for its own environment variables to say (``WANDB_MODE=offline``, ``MLFLOW_TRACKING_URI``, ``TRACKIO_DIR``). A
+tracker that fails is reported once and left out from there: it never ends a training run.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_ads.config.training import Tracker
+from megatron_ads.observability.log import get_logger
+
+logger = get_logger(__name__)
+
+PROJECT = "megatron-ads"
+_MLFLOW_BATCH = 100
+"""Parameters that its interface takes at once."""
+
+
+class Run(Protocol):
+    """One run in one tracker."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the values of one step."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+class _WandbRun:
+    def __init__(self, directory: Path, recipe: Mapping[str, Any]) -> None:
+        wandb: Any = import_module("wandb")
+        self._run = wandb.init(project=PROJECT, name=directory.resolve().name, dir=str(directory), config=dict(recipe))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TrackioRun:
+    def __init__(self, directory: Path, recipe: Mapping[str, Any]) -> None:
+        trackio: Any = import_module("trackio")
+        self._run = trackio.init(project=PROJECT, name=directory.resolve().name, config=dict(recipe))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _MlflowRun:
+    def __init__(self, directory: Path, recipe: Mapping[str, Any]) -> None:
+        mlflow: Any = import_module("mlflow")
+        self._client = mlflow.MlflowClient()
+        found = self._client.get_experiment_by_name(PROJECT)
+        experiment = found.experiment_id if found else self._client.create_experiment(PROJECT)
+        self._id = self._client.create_run(experiment, run_name=directory.resolve().name).info.run_id
+        self._entities: Any = import_module("mlflow.entities")
+        params = [self._entities.Param(name, str(value)) for name, value in _leaves(recipe)]
+        for start in range(0, len(params), _MLFLOW_BATCH):
+            self._client.log_batch(self._id, params=params[start : start + _MLFLOW_BATCH])
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        now = int(1000 * time.time())
+        self._client.log_batch(
+            self._id, metrics=[self._entities.Metric(name, value, now, step) for name, value in values.items()]
+        )
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+def _leaves(recipe: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
+    """Return the dotted names of all settings, and their values."""
+    leaves: list[tuple[str, Any]] = []
+    for name, value in recipe.items():
+        leaves += _leaves(value, f"{path}{name}.") if isinstance(value, Mapping) else [(f"{path}{name}", value)]
+    return leaves
+
+
+_RUNS: dict[Tracker, Callable[[Path, Mapping[str, Any]], Run]] = {
+    Tracker.wandb: _WandbRun,
+    Tracker.mlflow: _MlflowRun,
+    Tracker.trackio: _TrackioRun,
+}
+
+
+class TrackedRuns:
+    """A run in every tracker that ``log.trackers`` names."""
+
+    def __init__(self, names: Sequence[Tracker], directory: Path, recipe: Mapping[str, Any]) -> None:
+        self._runs: dict[Tracker, Run] = {}
+        for name in names:
+            with self._without_failing(name):
+                self._runs[name] = _RUNS[name](directory, recipe)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the values of one step to every tracker that has not failed."""
+        for name, run in list(self._runs.items()):
+            with self._without_failing(name):
+                run.log(step, values)
+
+    def close(self) -> None:
+        """End every run. Calling it twice is harmless."""
+        for name, run in list(self._runs.items()):
+            with self._without_failing(name):
+                run.close()
+        self._runs.clear()
+
+    @contextmanager
+    def _without_failing(self, name: Tracker) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  # a process boundary: the client of another program
+            self._runs.pop(name, None)
+            logger.warning("log.trackers: %s fails and is left out from here on: %r", name, error)

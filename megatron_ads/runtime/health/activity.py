@@ -1,0 +1,352 @@
+"""What this rank is doing: its step, the communications it has made, the one it waits in, and for how long it waited.
+
+    activity = Activity()
+    with name_failed_communication(layout, activity):
+        activity.enter_step(12)
+        ...                                     # the step
+        own_work = step_seconds - activity.stalls.seconds()
+
+Other threads may ask for ``activity.state()`` at any time. Ranks count their calls by channel, a name that all who take
+part in a call share: a process group for collectives, two ranks of it and a direction for messages. A rank that has
+made fewer calls on a channel than the number of the call that another rank waits in has not reached that call.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_ads.errors import MegatronAdsError
+from megatron_ads.layout import ParallelLayout
+from megatron_ads.runtime.health.calls import Group, describe_call, observed, signature, without_tensors
+
+_REMEMBERED = 256
+"""Calls looked through for unfinished ones: more than are ever under way at once."""
+_FRAMES = 40
+_SIGNS = ("gloo", "Timed out", "timed out", "timeout", "Connection closed by peer", "Connection reset by peer")
+"""Of torch's errors about communication."""
+
+_Channel = tuple[str] | tuple[str, int, int]
+"""Group, and for messages the sending and the receiving rank."""
+
+
+class CommunicationError(MegatronAdsError, RuntimeError):
+    """A communication did not finish: a peer has died, or some ranks of a group made another call than the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A communication that a rank has begun and not finished."""
+
+    call: str
+    """Operation, tensors and details, as ``describe_call`` writes them."""
+    group: str
+    ranks: list[int]
+    """Of those who must make the call."""
+    channel: str
+    number: int
+    """Of the call on its channel, from 1."""
+    signature: str
+    """What all members of the group must have in common; empty for a message."""
+
+    def __str__(self) -> str:
+        return f"{self.call} of {self.group}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankState:
+    """The current state of a rank, as it reports it to the others."""
+
+    phase: str
+    idle_seconds: float
+    """Since it last began or finished a communication or a step."""
+    wait: Wait | None
+    """None while it is not in a communication."""
+    calls: dict[str, int]
+    """Made so far, by channel."""
+    stack: list[str]
+    """Python frames of the thread that trains, innermost last: ``file:line in function``."""
+
+
+class Stalls:
+    """How long this rank's computation has waited for communication.
+
+    All ranks of a synchronous job take equally long for a step: the slow one computes while the others wait for it.
+    What sets it apart is the time that it does not wait. With gloo the host itself waits. On a GPU the host runs ahead
+    and the stream of the computation waits, so events in that stream, before and behind each wait, take the time.
+    """
+
+    def __init__(self, *, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
+        self._seconds = self._entered = 0.0
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._before: torch.cuda.Event | None = None
+        self._measured = False
+
+    def restart(self, *, measured: bool) -> None:
+        """Forget the waits so far; ``measured`` says whether ``seconds`` will be asked for those to come."""
+        self._seconds = 0.0
+        self._pairs.clear()
+        self._measured = measured
+
+    def enter(self) -> None:
+        """Begin to wait."""
+        self._entered = time.monotonic()
+        self._before = _mark(timed=True) if self._on_gpu and self._measured else None
+
+    def leave(self) -> torch.cuda.Event | None:
+        """End the wait; on a GPU, return an event that the stream reaches when the communication is over."""
+        if not self._on_gpu:
+            self._seconds += time.monotonic() - self._entered
+            return None
+        event = _mark(timed=self._before is not None)
+        if self._before is not None:
+            self._pairs.append((self._before, event))
+        return event
+
+    def seconds(self) -> float:
+        """Return the waits since ``restart``; on a GPU, the host waits for the stream to have come that far."""
+        if self._pairs:
+            self._pairs[-1][1].synchronize()
+        return self._seconds + sum(before.elapsed_time(behind) for before, behind in self._pairs) / 1000
+
+
+def _mark(*, timed: bool) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=timed)
+    event.record()
+    return event
+
+
+@dataclass(slots=True)
+class _Handle:
+    """What a call returned to wait on; the calls of a coalesced batch share one."""
+
+    work: weakref.ref[Any]
+    """Dies when nobody waits any more."""
+    finished: torch.cuda.Event | None = None
+    """On a GPU: behind the wait in the stream of the computation, which the host does not wait for."""
+
+    def is_done(self) -> bool:
+        if self.finished is not None:
+            return self.finished.query()
+        work = self.work()
+        return work is None or (work.is_completed() and work.exception() is None)
+
+
+@dataclass(slots=True)
+class _Call:
+    group: Group
+    operation: str
+    arguments: tuple[Any, ...]
+    channel: _Channel
+    number: int
+    begun: float
+    handle: _Handle | None = None
+    """None until the call has returned one."""
+
+    def is_unfinished(self) -> bool:
+        return self.handle is None or not self.handle.is_done()
+
+    def as_wait(self) -> Wait:
+        call = self.group, self.operation, self.arguments
+        ranks = list(self.channel[1:] or self.group.ranks)
+        return Wait(describe_call(*call), str(self.group), ranks, _text(self.channel), self.number, signature(*call))
+
+
+class Activity:
+    """The records of one rank. The thread that makes it is the one whose stack is reported."""
+
+    def __init__(self, *, on_gpu: bool = False) -> None:
+        self.stalls = Stalls(on_gpu=on_gpu)
+        self.phase = "setting up"
+        self.in_step = False
+        self._on_gpu = on_gpu
+        self._thread = threading.get_ident()
+        self._done = 0
+        self._moved = time.monotonic()
+        self._calls: deque[_Call] = deque(maxlen=_REMEMBERED)
+        self._counts: Counter[_Channel] = Counter()
+        self._batch: list[_Call] = []
+        """Calls that will share a handle."""
+        self._groups: dict[str, Group] = {}
+        self._inside: list[_Call | None] = []
+        """Calls that the host is inside of, in the call itself or waiting on its handle."""
+
+    def enter_step(self, step: int) -> None:
+        """Record that ``step`` begins."""
+        self.phase, self.in_step = f"step {step}", True
+        self.moved()
+
+    def leave_step(self, step: int) -> None:
+        """Record that ``step`` has ended; what follows it (validation, saving, export) may take its time."""
+        self.phase, self.in_step = f"after step {step}", False
+        self.moved()
+
+    def moved(self) -> None:
+        """Count something as done."""
+        self._done += 1
+        self._moved = time.monotonic()
+
+    def progress(self) -> object:
+        """Return what changes with everything that this rank gets done; on a GPU, of what it waits for."""
+        oldest = self._oldest_unfinished()
+        return self._done if oldest is None else (oldest.channel, oldest.number)
+
+    def idle_seconds(self) -> float:
+        """Return the time since the last progress."""
+        oldest = self._oldest_unfinished()
+        return time.monotonic() - (self._moved if oldest is None else oldest.begun)
+
+    def is_waiting(self) -> bool:
+        """Whether this rank is in a communication."""
+        return bool(self._inside) or self._oldest_unfinished() is not None
+
+    def state(self) -> RankState:
+        """Return the current state; any thread may ask."""
+        inside = list(self._inside)
+        call = self._oldest_unfinished() if self._on_gpu else inside[-1] if inside else None
+        wait = None if call is None else call.as_wait()
+        if inside and wait is None:
+            wait = Wait("a communication", "an unknown group", [], "", 0, "")
+        return RankState(
+            phase=self.phase,
+            idle_seconds=round(self.idle_seconds(), 3),
+            wait=wait,
+            calls={_text(channel): count for channel, count in dict(self._counts).items()},
+            stack=_stack(self._thread),
+        )
+
+    def describe(self, rank: int) -> str:
+        """Name the calls that have not succeeded, oldest first, and the ranks that they needed."""
+        unfinished = [call for call in self._calls if call.is_unfinished()] or list(self._calls)[-1:]
+        if not unfinished:
+            return "a communication that torch was setting up"
+        named = dict.fromkeys(str(call.as_wait()) for call in unfinished)
+        peers = sorted({peer for call in unfinished for peer in call.group.ranks} - {rank})
+        whose = f"rank{'s' if len(peers) > 1 else ''} {', '.join(map(str, peers))}"
+        return f"{', then '.join(named)}; look at the logs of {whose}"
+
+    def begin(self, group: ProcessGroup, operation: str, arguments: Sequence[Any]) -> None:
+        """Remember a call that is about to be made."""
+        named = self._groups.get(group.group_name)
+        if named is None:
+            named = self._groups[group.group_name] = Group.of(group)
+        channel = _channel(group, named, operation, arguments)
+        self._counts[channel] += 1
+        facts = without_tensors(arguments)
+        call = _Call(named, operation, facts, channel, self._counts[channel], time.monotonic())
+        self._calls.append(call)
+        self._enter(call)
+
+    def issued(self, operation: str, work: Any) -> None:
+        """Remember the handle of the latest call."""
+        self._leave()
+        if work is not None:
+            self._calls[-1].handle = _Handle(weakref.ref(work))
+        elif operation == "monitored_barrier":
+            self._calls.pop()
+        else:
+            self._batch.append(self._calls[-1])
+
+    def batch_issued(self, work: Any) -> None:
+        """Remember the handle of the calls that were made since the last batch."""
+        if work is not None:
+            handle = _Handle(weakref.ref(work))
+            for call in self._batch:
+                call.handle = handle
+        self._batch.clear()
+
+    def wait_begins(self, work: Any) -> None:
+        """Note which call is waited for."""
+        self._enter(next((call for call in reversed(self._calls) if call.handle and call.handle.work() is work), None))
+
+    def wait_ends(self, work: Any) -> None:
+        """Note the end of the wait."""
+        call = self._inside[-1] if self._inside else None
+        event = self._leave()
+        if call is not None and call.handle is not None:
+            call.handle.finished = event
+
+    def _enter(self, call: _Call | None) -> None:
+        self._inside.append(call)
+        if len(self._inside) == 1:
+            self.stalls.enter()
+        self.moved()
+
+    def _leave(self) -> torch.cuda.Event | None:
+        if self._inside:
+            self._inside.pop()
+        self.moved()
+        return None if self._inside else self.stalls.leave()
+
+    def _oldest_unfinished(self) -> _Call | None:
+        """Return, on a GPU, the call that the stream waits in; elsewhere the host itself waits."""
+        if not self._on_gpu:
+            return None
+        return next((call for call in list(self._calls) if call.is_unfinished()), None)
+
+
+def _channel(group: ProcessGroup, named: Group, operation: str, arguments: Sequence[Any]) -> _Channel:
+    """Return the key under which all who take part count a call."""
+    if operation not in ("send", "recv"):
+        return (group.group_name,)
+    here, there = named.ranks[group.rank()], named.ranks[arguments[1]]
+    return (group.group_name, here, there) if operation == "send" else (group.group_name, there, here)
+
+
+def _text(channel: _Channel) -> str:
+    return channel[0] if len(channel) == 1 else f"{channel[0]} {channel[1]}>{channel[2]}"
+
+
+def _stack(thread: int) -> list[str]:
+    frame: FrameType | None = sys._current_frames().get(thread)
+    lines: list[str] = []
+    while frame is not None and len(lines) < _FRAMES:
+        code = frame.f_code
+        lines.append(f"{_short(code.co_filename)}:{frame.f_lineno} in {code.co_name}")
+        frame = frame.f_back
+    return lines[::-1]
+
+
+def _short(path: str) -> str:
+    """Return a file's path below the folder of packages or of the program."""
+    for folder in sorted(sys.path, key=len, reverse=True):
+        if folder and path.startswith(folder + os.sep):
+            return path[len(folder) + 1 :]
+    return path
+
+
+@contextlib.contextmanager
+def name_failed_communication(layout: ParallelLayout, activity: Activity | None = None) -> Iterator[None]:
+    """Record communications in ``activity``, and turn torch's error about a timeout or a lost peer into one with names.
+
+    Under gloo a wait that fails ends in an exception here; under NCCL torch's own watchdog ends the process, and the
+    peer monitor and NCCL's log have to do.
+
+    Raises:
+        CommunicationError: With this rank's coordinates, the unfinished operation, its group and the group's ranks.
+    """
+    activity = activity or Activity()
+    with observed(activity):
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in _SIGNS):
+                raise
+            rank = dist.get_rank()
+            at = layout.coordinates(rank)
+            raise CommunicationError(
+                f"Rank {rank} (stage {at.pp}, dp {at.dp}, cp {at.cp}, tp {at.tp}, edp {at.edp}, ep {at.ep}) was left "
+                f"waiting in {activity.describe(rank)}. torch says: {str(error).splitlines()[0]}"
+            ) from error
