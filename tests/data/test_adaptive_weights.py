@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_ads.data.adaptive_weights import InstanceWeights, instance_weights, perplexity, task_shares
+from megatron_ads.data.adaptive_weights import InstanceWeights, instance_weights, task_shares
 from megatron_ads.data.batches import HeldOut
 from megatron_ads.errors import DataError
 from tests.data.rows import row
@@ -23,23 +23,6 @@ def test_instance_weights_stay_within_their_bounds_whatever_the_perplexity():
     assert weights == pytest.approx([0.2, 5.0, 0.2])
 
 
-def test_perplexity_is_per_target_token_and_always_finite():
-    # 2 tokens of loss ln 4 each -> 4; a loss of 10^6 on one token is capped, not infinite.
-    values = perplexity(np.array([2 * math.log(4), 1e6, math.nan]), np.array([2.0, 1.0, 1.0]))
-    assert values[0] == pytest.approx(4.0)
-    assert np.isfinite(values).all() and values[1] == values[2]
-
-
-@pytest.mark.parametrize(
-    ("metrics", "alpha", "shares"),
-    [
-        # d = 0.4, 0.1 -> 0.8, 0.2; squared: 0.16, 0.01 -> 16/17, 1/17.
-        ({"a": 0.6, "b": 0.9}, 1.0, {"a": 0.8, "b": 0.2}),
-        ({"a": 0.6, "b": 0.9}, 2.0, {"a": 16 / 17, "b": 1 / 17}),
-        ({"a": 1.0, "b": 1.0}, 1.0, {"a": 0.5, "b": 0.5}),
-        ({"a": 1.0, "b": 0.5}, 1.0, {"a": 0.0, "b": 1.0}),
-    ],
-)
 def test_the_equation_of_the_task_shares(metrics: dict[str, float], alpha: float, shares: dict[str, float]):
     assert task_shares(metrics, alpha=alpha) == pytest.approx(shares)
 
