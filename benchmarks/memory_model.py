@@ -195,7 +195,7 @@ def _build(job: Any) -> Any:
     import torch
 
     from conversion.layer_specs import LayerSpec
-    from megatron_ads.config.optim import OptimConfig
+    from megatron_ads.config.training import OptimConfig
     from megatron_ads.models.build import build_chunks
     from megatron_ads.models.settings import ModelSettings
     from megatron_ads.optim.build import build_optimizer

@@ -116,7 +116,7 @@ def our_step(folder: Path, samples: Sequence[Any]) -> Step:
     from conversion.layer_specs import LayerSpec
     from conversion.sources import open_source
     from megatron_ads.config.model import Precision
-    from megatron_ads.config.optim import OptimConfig
+    from megatron_ads.config.training import OptimConfig
     from megatron_ads.layout import ParallelLayout, place_layers
     from megatron_ads.models.build import build_chunks
     from megatron_ads.models.settings import ModelSettings

@@ -17,7 +17,7 @@ from megatron_ads.errors import ConversionError
 if TYPE_CHECKING:
     from conversion.convert import ConversionReport, Target
     from conversion.verify import Verification
-    from megatron_ads.config.layout import LayoutConfig
+    from megatron_ads.config.model import LayoutConfig
 
 _TO_MEGATRON_EXAMPLES = """\
 examples:
@@ -209,7 +209,7 @@ def _refuse(args: argparse.Namespace, settings: Sequence[str], reason: str) -> N
 
 def _sizes(args: argparse.Namespace) -> "LayoutConfig":
     """Return the layout of ``--recipe``, overridden by the other options."""
-    from megatron_ads.config.layout import LayoutConfig
+    from megatron_ads.config.model import LayoutConfig
     from megatron_ads.config.recipes import load_layout
 
     sizes = load_layout(args.recipe) if args.recipe else LayoutConfig()

@@ -19,7 +19,7 @@ from conversion.to_shards import ShardsTarget
 from conversion.verify import check_aliases
 from conversion.workers import Advance, run_all
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.config.model import LayoutConfig
 from megatron_ads.disk import free_bytes
 from megatron_ads.errors import ConversionError
 from megatron_ads.progress import Progress

@@ -1,4 +1,9 @@
-"""Errors a user can cause. Each message says what is wrong, with the values, then what to do."""
+"""Errors a user can cause, and checks of settings that raise them.
+
+Each message says what is wrong, with the values, then what to do.
+"""
+
+import math
 
 
 class MegatronAdsError(Exception):
@@ -23,3 +28,26 @@ class DataError(MegatronAdsError, ValueError):
 
 class TopologyError(MegatronAdsError, RuntimeError):
     """The ranks of a job disagree about what they are about to do; the message names the odd one."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_at_least(section: str, config: object, minimum: float, *names: str) -> None:
+    """Raise ConfigError unless the named settings of a section are finite and at least ``minimum``, or None."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value >= minimum):
+            raise ConfigError(f"{section}.{name} is {value}; it must be at least {minimum:g}.")
+
+
+def require_between(section: str, config: object, lowest: float, highest: float, *names: str) -> None:
+    """Raise ConfigError unless the named settings of a section are finite and in the range, or None."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and lowest <= value <= highest):
+            limit = f"at least {lowest:g}" if highest == math.inf else f"from {lowest:g} to {highest:g}"
+            raise ConfigError(f"{section}.{name} is {value}; it must be {limit}.")

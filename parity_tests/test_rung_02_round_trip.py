@@ -18,7 +18,7 @@ from conversion.convert import convert, to_hf, to_shards
 from conversion.sources import open_source
 from conversion.to_hf import ExportDtype
 from conversion.to_reference import reference_target
-from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.config.model import LayoutConfig
 from megatron_ads.layout import ParallelLayout
 from parity_tests import jobs
 from parity_tests.checkpoints import FAMILIES

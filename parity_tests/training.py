@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megatron_ads.config.model import Precision
-from megatron_ads.config.optim import Schedule
+from megatron_ads.config.training import Schedule
 from megatron_ads.data.packed_batch import PackedBatch
 from megatron_ads.runtime.device import device
 from parity_tests import reference

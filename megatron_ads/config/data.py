@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
-from megatron_ads.config.checks import require, require_at_least
+from megatron_ads.errors import require, require_at_least
 
 
 class SourceKind(StrEnum):

@@ -1,4 +1,7 @@
-"""Turn what Hydra and OmegaConf say about a broken recipe into one sentence with the setting, value and remedy."""
+"""Turn what Hydra and OmegaConf say about a broken recipe into one sentence with the setting, value and remedy.
+
+The old names of settings are refused with the new ones, and what older runs wrote down stays readable.
+"""
 
 import dataclasses
 import difflib
@@ -12,11 +15,40 @@ from typing import Any
 from hydra.errors import MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_ads.config.renamed import RENAMED
 from megatron_ads.errors import ConfigError
 
 _REPLACED_SECTION = re.compile(r"is not a subclass of (?P<section>\w+)\. value: (?P<value>.*)")
 _INDEX = re.compile(r"\[\d*\]")
+
+RENAMED = {
+    "train.steps": "train.max_steps",
+    "checkpoint.keep_last": "checkpoint.save_total_limit",
+    "model.router_bias_update_rate": "model.expert_bias_update_rate",
+    "model.router_bias": "model.expert_bias_update_rate (null keeps the bias as loaded)",
+    "data.sources[].history.most_entries": "data.sources[].history.max_entries",
+    "data.sources[].history.most_tokens": "data.sources[].history.max_tokens",
+}
+"""Path of each setting as it was called, and as it is called now."""
+
+
+def current_settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe that an older run wrote down, under the names of today."""
+    found: dict[str, Any] = _renamed(recipe, "")
+    return found
+
+
+def _renamed(value: Any, path: str) -> Any:
+    if isinstance(value, list):
+        return [_renamed(item, f"{path}[]") for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {}
+    for key, inner in value.items():
+        own = f"{path}.{key}" if path else key
+        name = RENAMED.get(own, own).rpartition(".")[2]
+        if name.isidentifier():  # one that is now part of another setting says nothing more
+            found[name] = _renamed(inner, own)
+    return found
 
 
 def explain(error: BaseException, *, schema: type, recipe: str) -> ConfigError:

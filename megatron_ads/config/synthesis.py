@@ -10,11 +10,10 @@ from enum import StrEnum
 
 from omegaconf import MISSING, OmegaConf
 
-from megatron_ads.config.checks import require, require_between
 from megatron_ads.config.data import SourceConfig
-from megatron_ads.config.engine import AnsweringConfig
+from megatron_ads.config.generation import AnsweringConfig
 from megatron_ads.config.recipes import compose_onto
-from megatron_ads.errors import ConfigError
+from megatron_ads.errors import ConfigError, require, require_between
 
 # Member names are lower case because OmegaConf reads an enum by its name, and that is what a recipe writes.
 

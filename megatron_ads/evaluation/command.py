@@ -14,7 +14,7 @@ exported to a temporary folder first.
 With --url a server that speaks the OpenAI protocol answers, greedily or sampled. It gets conversations, which its own
 chat template renders. With --tokenizer it gets the tokens that training would render, and the perplexity of general
 rows is measured too: that needs a server such as vLLM. Settings of the server, such as server.concurrency, are
-described in megatron_ads/config/engine.py.
+described in megatron_ads/config/generation.py.
 """
 
 import argparse
@@ -23,8 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ads.config.engine import EndpointConfig, load_endpoint
-from megatron_ads.config.generation import GenerationConfig, LengthRule, Method
+from megatron_ads.config.generation import EndpointConfig, GenerationConfig, LengthRule, Method, load_endpoint
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.evaluation.score_tables import text_tables
 from megatron_ads.observability.log import start_logging

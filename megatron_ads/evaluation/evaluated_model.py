@@ -6,7 +6,7 @@ from contextlib import closing, contextmanager
 from functools import cache, partial
 from pathlib import Path
 
-from megatron_ads.config.engine import EndpointConfig
+from megatron_ads.config.generation import EndpointConfig
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_ads.evaluation.answer_records import Answer, AnswerJournal, fingerprint, open_journal, write_answers

@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megatron_ads.config.engine import EndpointConfig
+from megatron_ads.config.generation import EndpointConfig
 from megatron_ads.errors import DataError
 from megatron_ads.inference.engine import Completion, Failure, Finish
 from megatron_ads.journal import Journal, digest_of

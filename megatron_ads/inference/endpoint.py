@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx2
 
-from megatron_ads.config.engine import EndpointConfig
+from megatron_ads.config.generation import EndpointConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.inference.client import Request, Unanswered
 from megatron_ads.inference.engine import Completion, Failure, Finish

@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from megatron_ads.config.engine import EndpointConfig
-from megatron_ads.config.generation import BEAM_METHODS, GenerationConfig, Method
+from megatron_ads.config.generation import BEAM_METHODS, EndpointConfig, GenerationConfig, Method
 from megatron_ads.data.rows import Message
 from megatron_ads.errors import DataError
 from megatron_ads.inference.client import Client, Request

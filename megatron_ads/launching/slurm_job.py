@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ads.config.recipes import load_recipe
-from megatron_ads.config.sft import SftConfig
+from megatron_ads.config.run import SftConfig
 from megatron_ads.errors import ConfigError, MegatronAdsError
 from megatron_ads.launching.attempts import (
     ATTEMPT,

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ads.config.recipes import load_recipe
-from megatron_ads.config.sft import SftConfig
+from megatron_ads.config.run import SftConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.launching.attempts import Verdict, describe_failure, judge
 from megatron_ads.launching.environment import NodePart

@@ -74,7 +74,7 @@ def code_digest(*folders: Path) -> str:
 def own_code_digest() -> str:
     """Return the digest of everything of ours that a command runs: both packages and the shipped recipes."""
     import conversion
-    from megatron_ads.config.recipe_files import recipes_folder
+    from megatron_ads.config.recipes import recipes_folder
 
     return code_digest(Path(__file__).parent.parent, Path(conversion.__file__).parent, recipes_folder())
 

@@ -10,7 +10,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from torch.distributed import ReduceOp, all_reduce
 
 from megatron_ads.config.model import Precision
-from megatron_ads.config.optim import OptimConfig
+from megatron_ads.config.training import OptimConfig
 from megatron_ads.optim.adam import adam_class
 from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.optim.members import DENSE, EXPERT, OptimizerMember, ShardedMember

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from megatron_ads.config.optim import Schedule
+from megatron_ads.config.training import Schedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -85,7 +85,7 @@ def _require_same_model(reference: "ModelShape", ours: "ModelShape", args: argpa
 
 def _layout(shape: "ModelShape", text: str) -> "ShardsLayout":
     from conversion.convert import lay_out
-    from megatron_ads.config.layout import LayoutConfig
+    from megatron_ads.config.model import LayoutConfig
     from megatron_ads.config.recipes import load_layout
     from megatron_ads.errors import ConfigError
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megatron_ads.config.renamed import current_settings
-from megatron_ads.config.sft import SftConfig
+from megatron_ads.config.recipe_errors import current_settings
+from megatron_ads.config.run import SftConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.planning.hardware import Card
 from megatron_ads.planning.job import job_of, planned_shape

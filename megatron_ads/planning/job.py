@@ -11,7 +11,7 @@ from megatron_ads.architecture import ModelShape, read_model_shape
 from megatron_ads.config.data import SourceConfig, SourceKind
 from megatron_ads.config.model import FrozenPart, LayerSpecChoice, LoraTarget, Precision, Recompute
 from megatron_ads.config.recipes import load_recipe
-from megatron_ads.config.sft import SftConfig, validate
+from megatron_ads.config.run import SftConfig, validate
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, PipelinePlacement
 from megatron_ads.models.adapter_shapes import Lora

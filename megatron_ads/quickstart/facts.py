@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from megatron_ads.config.sft import SftConfig
+from megatron_ads.config.run import SftConfig
 from megatron_ads.parity.compare_logits import LIMIT
 from megatron_ads.quickstart.stages import Stage, StageRecord
 from megatron_ads.quickstart.workflow import QuickstartFolder

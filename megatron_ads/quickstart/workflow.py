@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.architecture import shape_from_config
-from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.config.model import LayoutConfig
 from megatron_ads.config.recipes import load_recipe, recipe_yaml
-from megatron_ads.config.sft import SftConfig, validate
+from megatron_ads.config.run import SftConfig, validate
 from megatron_ads.demo_model import CONFIGS, Preset
 from megatron_ads.launching.processes import JobError, MetricsFollower, run_job
 from megatron_ads.quickstart.stages import Stage

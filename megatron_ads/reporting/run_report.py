@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from conversion.atomic_file import write_small
-from megatron_ads.config.renamed import current_settings
+from megatron_ads.config.recipe_errors import current_settings
 from megatron_ads.errors import MegatronAdsError
 from megatron_ads.observability.log import get_logger
 from megatron_ads.observability.metrics import read_metrics

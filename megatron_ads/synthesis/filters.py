@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ads.config.engine import AnsweringConfig
+from megatron_ads.config.generation import AnsweringConfig
 from megatron_ads.config.synthesis import PerplexityConfig, RejectConfig
 from megatron_ads.data.rows import Role
 from megatron_ads.errors import ConfigError

@@ -13,7 +13,7 @@ from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 
-from megatron_ads.config.engine import AnsweringConfig
+from megatron_ads.config.generation import AnsweringConfig
 from megatron_ads.data.chat import render_prompt, split_text
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.data.tokenizer import load_tokenizer

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ads.config.data import SourceConfig, SourceKind
-from megatron_ads.config.engine import AnsweringConfig, ModelKind
+from megatron_ads.config.generation import AnsweringConfig, ModelKind
 from megatron_ads.config.synthesis import SynthesisConfig
 from megatron_ads.data.rows import ChatRow, Fact, Message, Role
 from megatron_ads.data.sources import describe_source, read_source

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ads.config.engine import AnsweringConfig
+from megatron_ads.config.generation import AnsweringConfig
 from megatron_ads.config.synthesis import SynthesisConfig, synthesis_recipe_yaml
 from megatron_ads.inference.client import Client
 from megatron_ads.synthesis.candidates import Candidate, Removed, by_row, passing

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from megatron_ads.config.engine import AnsweringConfig
+from megatron_ads.config.generation import AnsweringConfig
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.inference.client import Request
 from megatron_ads.inference.openai_engine import request_body

@@ -12,10 +12,8 @@ from conversion.layer_specs import LayerSpec
 from conversion.rank_files import ShardsLayout
 from conversion.sources import WeightSource
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config.layout import LayoutConfig
-from megatron_ads.config.model import FrozenPart, ModelConfig
-from megatron_ads.config.optim import OptimConfig
-from megatron_ads.config.training import TrainConfig
+from megatron_ads.config.model import FrozenPart, LayoutConfig, ModelConfig
+from megatron_ads.config.training import OptimConfig, TrainConfig
 from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.build import build_chunks, wrap_precision
 from megatron_ads.models.lora import add_adapters, begin_gradients_at_embedding, initialise_adapters

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_ads.config.sft import SftConfig, validate
+from megatron_ads.config.run import SftConfig, validate
 from megatron_ads.config.training import ReweightConfig
 from megatron_ads.data.batches import BatchStream, HeldOut
 from megatron_ads.observability.log import get_logger

@@ -6,11 +6,9 @@ from typing import Any
 
 from conversion.sources import WeightSource, open_source
 from megatron_ads.config.data import DataConfig, SourceConfig, SourceKind
-from megatron_ads.config.layout import LayoutConfig
-from megatron_ads.config.model import LayerSpecChoice, ModelConfig, Precision
-from megatron_ads.config.optim import OptimConfig, Schedule
-from megatron_ads.config.sft import SftConfig
-from megatron_ads.config.training import CheckpointConfig, LogConfig, TrainConfig
+from megatron_ads.config.model import LayerSpecChoice, LayoutConfig, ModelConfig, Precision
+from megatron_ads.config.run import SftConfig
+from megatron_ads.config.training import CheckpointConfig, LogConfig, OptimConfig, Schedule, TrainConfig
 from megatron_ads.data.packed_batch import PackedBatch
 from parity_tests.harness.model_jobs import rows
 

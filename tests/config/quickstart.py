@@ -3,7 +3,7 @@
 from conversion.published_models import published_file
 from megatron_ads.architecture import ModelShape, read_model_shape
 from megatron_ads.config.recipes import load_recipe
-from megatron_ads.config.sft import SftConfig
+from megatron_ads.config.run import SftConfig
 
 
 def quickstart(*overrides: str) -> SftConfig:

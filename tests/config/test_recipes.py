@@ -10,10 +10,9 @@ import pytest
 from conversion.layer_specs import LayerSpec
 from megatron_ads.config.data import SourceKind
 from megatron_ads.config.model import LayerSpecChoice
-from megatron_ads.config.optim import Schedule
-from megatron_ads.config.recipe_files import recipes_folder
-from megatron_ads.config.recipes import load_layout, load_recipe, recipe_yaml
-from megatron_ads.config.sft import SftConfig
+from megatron_ads.config.recipes import load_layout, load_recipe, recipe_yaml, recipes_folder
+from megatron_ads.config.run import SftConfig
+from megatron_ads.config.training import Schedule
 from megatron_ads.errors import ConfigError
 from tests.config.quickstart import quickstart
 

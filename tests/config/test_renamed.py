@@ -4,9 +4,8 @@ import re
 
 import pytest
 
-from megatron_ads.config.recipe_errors import field_type
-from megatron_ads.config.renamed import RENAMED, current_settings
-from megatron_ads.config.sft import SftConfig
+from megatron_ads.config.recipe_errors import RENAMED, current_settings, field_type
+from megatron_ads.config.run import SftConfig
 from megatron_ads.errors import ConfigError
 from tests.config.quickstart import quickstart
 

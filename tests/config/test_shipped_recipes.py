@@ -10,9 +10,8 @@ import yaml
 
 from megatron_ads import demo_model
 from megatron_ads.architecture import shape_from_config
-from megatron_ads.config.recipe_files import recipes_folder, shipped_recipes
-from megatron_ads.config.recipes import load_recipe, recipe_yaml
-from megatron_ads.config.sft import SftConfig, validate
+from megatron_ads.config.recipes import load_recipe, recipe_yaml, recipes_folder, shipped_recipes
+from megatron_ads.config.run import SftConfig, validate
 from megatron_ads.errors import ConfigError
 from tests.config.quickstart import published, quickstart
 

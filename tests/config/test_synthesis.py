@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.config.engine import ModelKind
-from megatron_ads.config.recipe_files import recipes_folder, shipped_recipes
-from megatron_ads.config.recipes import load_recipe
+from megatron_ads.config.generation import ModelKind
+from megatron_ads.config.recipes import load_recipe, recipes_folder, shipped_recipes
 from megatron_ads.config.synthesis import Style, SynthesisConfig, load_synthesis_recipe, synthesis_recipe_yaml
 from megatron_ads.errors import ConfigError
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_ads.config.model import FrozenPart
-from megatron_ads.config.sft import validate
+from megatron_ads.config.run import validate
 from megatron_ads.errors import ConfigError
 from tests.config.quickstart import published, quickstart
 

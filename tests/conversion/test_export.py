@@ -15,7 +15,7 @@ from conversion.hf_folder import open_hf_folder
 from conversion.sources import open_source
 from conversion.to_hf import ExportDtype
 from conversion.to_reference import reference_target
-from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.config.model import LayoutConfig
 from megatron_ads.errors import ConversionError
 from parity_tests.harness.hf_checkpoints import (
     EDGE,

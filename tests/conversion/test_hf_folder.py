@@ -11,7 +11,7 @@ from conversion.convert import to_shards
 from conversion.errors import DamagedCheckpointError
 from conversion.hf_folder import open_hf_folder
 from conversion.sources import open_source
-from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.config.model import LayoutConfig
 from megatron_ads.errors import ConversionError
 from parity_tests.harness.hf_checkpoints import (
     EDGE,

@@ -9,7 +9,7 @@ from conversion.dry_run import dry_run
 from conversion.plan import Values
 from conversion.sources import open_source
 from conversion.to_shards import ShardsTarget
-from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.config.model import LayoutConfig
 from megatron_ads.errors import ConversionError
 from parity_tests.harness.hf_checkpoints import bf16_checkpoint
 

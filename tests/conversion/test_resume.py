@@ -20,7 +20,7 @@ from conversion.journal import JOURNAL
 from conversion.sources import open_source
 from conversion.to_torch_dist import TorchDistTarget
 from conversion.verify import verify
-from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.config.model import LayoutConfig
 from megatron_ads.errors import ConversionError, DataError
 from parity_tests.harness.hf_checkpoints import EDGE, bf16_checkpoint, fp8_checkpoint, random_tensors, to_fp8, write_hf
 
@@ -293,7 +293,7 @@ _KILLED = """
 import sys
 from pathlib import Path
 from conversion.convert import Execution, to_shards
-from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.config.model import LayoutConfig
 if __name__ == "__main__":
     workers = int(sys.argv[3])
     to_shards(Path(sys.argv[1]), Path(sys.argv[2]), LayoutConfig(pp=4, ep=2), Execution(workers=workers, resume=True))

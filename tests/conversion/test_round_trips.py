@@ -10,7 +10,7 @@ from conversion.convert import to_hf, to_shards
 from conversion.hf_folder import INDEX
 from conversion.sources import open_source
 from conversion.to_hf import ExportDtype
-from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.config.model import LayoutConfig
 from megatron_ads.errors import MegatronAdsError
 from parity_tests.harness.hf_checkpoints import (
     EDGE,

@@ -12,7 +12,7 @@ from conversion.convert import convert, to_shards
 from conversion.errors import DamagedCheckpointError
 from conversion.sources import local_folder, open_source
 from conversion.to_torch_dist import TorchDistTarget
-from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.config.model import LayoutConfig
 from megatron_ads.errors import ConversionError
 from parity_tests.harness.hf_checkpoints import fp8_checkpoint
 

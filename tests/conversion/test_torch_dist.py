@@ -19,7 +19,7 @@ from conversion.to_torch_dist import TorchDistTarget
 from conversion.torch_dist_pickle import read_metadata
 from conversion.verify import verify
 from megatron_ads.architecture import shape_from_config
-from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.config.model import LayoutConfig
 from megatron_ads.errors import ConversionError
 from megatron_ads.layout import ParallelLayout, place_layers
 from parity_tests.harness.hf_checkpoints import V3, bf16_checkpoint, random_tensors, write_hf

@@ -13,7 +13,7 @@ from conversion.sources import open_source
 from conversion.to_hf import ExportDtype
 from conversion.to_torch_dist import TorchDistTarget
 from conversion.verify import DifferenceKind, verify
-from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.config.model import LayoutConfig
 from megatron_ads.errors import ConversionError
 from parity_tests.harness.hf_checkpoints import V3, fp8_checkpoint
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ads.config.engine import AnsweringConfig
+from megatron_ads.config.generation import AnsweringConfig
 from megatron_ads.inference.client import Client, Request
 from megatron_ads.inference.engine import Completion
 from megatron_ads.journal import Journal

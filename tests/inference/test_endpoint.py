@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from megatron_ads.config.engine import AnsweringConfig
+from megatron_ads.config.generation import AnsweringConfig
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.inference.client import Request, Unanswered
 from megatron_ads.inference.endpoint import Endpoint

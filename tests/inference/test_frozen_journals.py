@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.config.engine import AnsweringConfig
-from megatron_ads.config.generation import GenerationConfig, LengthRule, Method
+from megatron_ads.config.generation import AnsweringConfig, GenerationConfig, LengthRule, Method
 from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.evaluation.answer_records import fingerprint
 from megatron_ads.evaluation.generate import Asking

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ads.config.engine import EndpointConfig
-from megatron_ads.config.generation import GenerationConfig, Method
+from megatron_ads.config.generation import EndpointConfig, GenerationConfig, Method
 from megatron_ads.data.rows import Message, Role
 from megatron_ads.errors import DataError
 from megatron_ads.inference.engine import Finish, UnsupportedError

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ads.config.optim import Schedule
+from megatron_ads.config.training import Schedule
 from megatron_ads.optim.schedule import LearningRateSchedule
 
 

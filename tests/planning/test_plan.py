@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ads.cli import main
 from megatron_ads.config.model import Recompute
-from megatron_ads.config.recipe_files import recipes_folder
+from megatron_ads.config.recipes import recipes_folder
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.models.flops import flops_per_token

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ads.config.sft import SftConfig
+from megatron_ads.config.run import SftConfig
 from megatron_ads.quickstart.content import page, summary_lines
 from megatron_ads.quickstart.facts import gather_facts, training_facts
 from megatron_ads.quickstart.stages import Stage, StageRecord

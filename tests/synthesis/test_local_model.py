@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM
 from conversion.convert import convert, to_shards
 from conversion.sources import open_source
 from conversion.to_torch_dist import TorchDistTarget
-from megatron_ads.config.engine import AnsweringConfig, ModelKind
-from megatron_ads.config.layout import LayoutConfig
+from megatron_ads.config.generation import AnsweringConfig, ModelKind
+from megatron_ads.config.model import LayoutConfig
 from megatron_ads.config.synthesis import PerplexityConfig
 from megatron_ads.data.chat import split_text
 from megatron_ads.data.jsonl import jsonl_rows
