@@ -52,6 +52,7 @@ class GenerationConfig:
     """One way to generate; settings that do not belong to ``method`` play no part."""
 
     method: Method = Method.greedy
+    """Where the next token comes from."""
     temperature: float = 1.0
     """``sampled``: divides the logits."""
     top_p: float = 1.0

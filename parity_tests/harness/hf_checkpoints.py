@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests.conversion.fp8_reference import quantize
+from parity_tests.harness.fp8_reference import quantize
 
 V3: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],

@@ -6,7 +6,7 @@ import torch
 
 from conversion.fp8 import dequantize, quantize, scale_shape
 from megatron_ads.errors import ConversionError
-from tests.conversion import fp8_reference
+from parity_tests.harness import fp8_reference
 
 
 def e4m3_value(code: int) -> np.float32:

@@ -60,7 +60,7 @@ def test_the_model_that_is_built_is_the_recipes(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("megatron_ads.models.build.build_chunks", stop)
     overrides = ["model.layer_spec=local", "model.recompute=none", "model.aux_loss_coefficient=0.01"]
-    bias = ["model.router_bias=update", "model.router_bias_update_rate=0.001", "train.deterministic=true"]
+    bias = ["model.expert_bias_update_rate=0.001", "train.deterministic=true"]
     with pytest.raises(InterruptedError):
         build_ranks(load_job("sft/moonlight_16b_8gpu", [*overrides, *bias]))
     (built,) = settings
