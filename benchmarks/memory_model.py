@@ -175,10 +175,10 @@ def _measure(name: str, case: Case) -> list[int]:
 def _train(case: Case) -> int:
     """As one rank: build, train two steps, and return the peak above the resident memory at the start."""
     job = planned_job(case)
-    from megatron_ads.runtime import process_groups, seeds
+    from megatron_ads.runtime import device, process_groups
 
     process_groups.start(job.layout)
-    seeds.seed_everything(0)
+    device.seed_everything(0)
     step = _build(job)  # imports everything; builds when called
     _warm_up()
     before = _status_bytes("VmRSS")

@@ -95,11 +95,11 @@ def _build(threads: int) -> dict[str, tuple[tuple[Step, Step], int]]:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     from megatron_ads.layout import ParallelLayout
-    from megatron_ads.runtime import process_groups, seeds
+    from megatron_ads.runtime import device, process_groups
 
     torch.set_num_threads(threads)
     process_groups.start(ParallelLayout(world=1))
-    seeds.seed_everything(0)
+    device.seed_everything(0)
     built = {}
     for name, lengths in BATCHES.items():
         model = DeepseekV3ForCausalLM(DeepseekV3Config(**CONFIG)).float().train()

@@ -22,8 +22,7 @@ from megatron_ads import cli
 from megatron_ads.architecture import read_model_shape
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.runtime import process_groups
-from megatron_ads.runtime.device import device
-from megatron_ads.runtime.seeds import seed_everything
+from megatron_ads.runtime.device import device, seed_everything
 from parity_tests.deliberate_errors import CODE_ERRORS
 from parity_tests.harness.model_jobs import ROW_TOKENS, Job, PassResult, build, on_device, packed, rows, train_pass
 from parity_tests.passes import Pass, Routing

@@ -10,8 +10,8 @@ from megatron_ads.config.generation import EndpointConfig
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_ads.evaluation.answer_records import Answer, AnswerJournal, fingerprint, open_journal, write_answers
-from megatron_ads.evaluation.general import general_scores
 from megatron_ads.evaluation.generate import Asking, RowAsker, answer_from_server, answer_rows
+from megatron_ads.evaluation.task_scores import general_scores
 from megatron_ads.inference.engine import UnsupportedError
 from megatron_ads.inference.model_folder import hugging_face_folder
 from megatron_ads.inference.openai_engine import OpenAIEngine

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from megatron_ads.evaluation.answer_records import Answer
+from megatron_ads.metrics.perplexity import MAX_EXPONENT
 from megatron_ads.metrics.ranking import same_name
 from megatron_ads.tasks.registry import task_named
 
@@ -79,4 +80,4 @@ def _share_of_best(answer: Answer) -> float | None:
     if len(answer.beams) < 2:
         return None
     best = answer.beams[0].log_probability
-    return 1 / math.fsum(math.exp(min(beam.log_probability - best, 700.0)) for beam in answer.beams)
+    return 1 / math.fsum(math.exp(min(beam.log_probability - best, MAX_EXPONENT)) for beam in answer.beams)

@@ -1,11 +1,13 @@
-"""What a training objective takes and returns: one record in, one record out. Plain tensors, no Megatron-Core.
+"""What a training objective takes and returns, and cross-entropy, the objective of supervised fine-tuning.
 
+One record in, one record out; plain tensors, no Megatron-Core. Another objective is another file with a ``Loss``.
 Shape suffixes: T = tokens of one microbatch, all its rows laid end to end; N = samples of the whole step.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -48,3 +50,25 @@ class Loss:
     """Reported scalars."""
     per_sample: tuple[str, ...] = ()
     """Reported values of shape (N,): one number for each sample of the step."""
+
+
+SAMPLE_LOSSES = "sample_losses"
+"""Nats over the target tokens of each sample, whatever the sample weighs."""
+
+
+def cross_entropy(values: TokenValues) -> LossValues:
+    """Return sum_t m_t (-log p(label_t)), with m_t the weight of label t, and the unweighted sum of each sample.
+
+    With C the count of the global batch (target tokens, or samples that have any), the loss of a step is
+    ``L = 1/C sum_t m_t (-log p(label_t))``.
+    """
+    loss_T, mask_T = values.negative_log_p_T, values.mask_T
+    counted_T = torch.where(mask_T != 0, loss_T.detach().double(), 0.0).view(-1)
+    sample_losses_N = torch.zeros(values.step_samples, dtype=torch.float64, device=loss_T.device)
+    sample_losses_N.index_add_(0, values.sample_T, counted_T)
+    return LossValues(
+        sum=(loss_T.float() * mask_T).sum(), count=values.normalizer, report={SAMPLE_LOSSES: sample_losses_N}
+    )
+
+
+CROSS_ENTROPY = Loss(compute=cross_entropy, per_sample=(SAMPLE_LOSSES,))

@@ -17,9 +17,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron_ads.architecture import ModelShape
 from megatron_ads.layout import Chunk, ParallelLayout, PipelinePlacement
 from megatron_ads.models.attention import set_latent_norm_epsilon
-from megatron_ads.models.gpt import DeepseekModel
 from megatron_ads.models.settings import ModelSettings
-from megatron_ads.models.specs import decoder_spec, mtp_spec
+from megatron_ads.models.specs import DeepseekModel, decoder_spec, mtp_spec
 from megatron_ads.models.transformer_config import megatron_config
 
 _PARTITIONED_DIM = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}

@@ -14,7 +14,7 @@ from functools import lru_cache
 from conversion.names import Parameter, layer_parameters
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import Recompute
-from megatron_ads.models.adapter_shapes import Lora
+from megatron_ads.models.parts import Lora
 
 KEPT_BY_SELECTIVE = ("linear_q_down_proj", "linear_kv_down_proj", "self_attention.linear_proj", "eh_proj")
 """Projections that selective recomputation does not run again."""

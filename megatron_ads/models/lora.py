@@ -32,8 +32,8 @@ from torch.nn.functional import grouped_mm, linear, pad
 from conversion.layer_specs import LayerSpec
 from conversion.names import Parameter, Split, parameters
 from megatron_ads.architecture import ModelShape
-from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.experts import GroupedExperts
+from megatron_ads.models.parts import Lora
 from megatron_ads.models.weights import named_weights
 from megatron_ads.stable_random import stable_integer
 

@@ -1,12 +1,78 @@
-"""Which part of a model each of its parameters belongs to, and which of them a job trains. No torch."""
+"""Which part of a model each parameter belongs to, which of them a job trains, and which have adapters. No torch.
+
+Low-rank adapters: ``W' = W + scale * B A`` (arXiv:2106.09685, section 4.1), with W (out, in), A (rank, in), B (out,
+rank).
+"""
 
 import math
+import re
 from collections import Counter
+from dataclasses import dataclass
 
-from conversion.names import ParameterKind, parameters
+from conversion.names import Parameter, ParameterKind, parameters, slice_shape
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config.model import FrozenPart, ModelConfig
-from megatron_ads.models.adapter_shapes import Lora
+from megatron_ads.config.model import FrozenPart, LoraTarget, ModelConfig
+
+_TARGETS = (
+    (r".+\.self_attention\.linear_\w+\.weight", LoraTarget.attention),
+    (r".+\.mlp\.linear_fc[12]\.weight", LoraTarget.dense),
+    (r".+\.mlp\.shared_experts\.linear_fc[12]\.weight", LoraTarget.shared_experts),
+    (r".+\.mlp\.experts\.linear_fc[12]\.weight\d+", LoraTarget.experts),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lora:
+    """The adapters of a job."""
+
+    rank: int
+    scale: float
+    """alpha / rank."""
+    targets: frozenset[LoraTarget]
+    with_mtp: bool
+    """Whether the layers of MTP have adapters: they have if they are run."""
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "Lora | None":
+        """Take a recipe's ``model`` section; None where the weights themselves are trained."""
+        settings = model.lora
+        if settings.rank is None:
+            return None
+        return cls(
+            rank=settings.rank,
+            scale=settings.alpha / settings.rank,
+            targets=frozenset(settings.targets),
+            with_mtp=model.mtp_loss_weight > 0,
+        )
+
+    def adapts(self, parameter: Parameter) -> bool:
+        """Whether a canonical parameter has an adapter."""
+        if parameter.kind is not ParameterKind.LINEAR or (parameter.name.startswith("mtp.") and not self.with_mtp):
+            return False
+        return target_of(parameter.name) in self.targets
+
+    def elements(self, parameter: Parameter, size: int = 1) -> int:
+        """Return how many values both factors have on one of ``size`` tensor-parallel ranks; 0 without an adapter."""
+        return sum(map(math.prod, self.factor_shapes(parameter, size))) if self.adapts(parameter) else 0
+
+    def parameters(self, shape: ModelShape) -> int:
+        """Return how many values all adapters of a model have."""
+        return sum(map(self.elements, parameters(shape).values()))
+
+    def factor_shapes(self, parameter: Parameter, size: int = 1) -> tuple[tuple[int, int], tuple[int, int, int]]:
+        """Return the shapes of A and B on one of ``size`` tensor-parallel ranks (expert-tensor for experts).
+
+        A is (rank, inputs). B is (parts, outputs of a part, rank): gate and up are two parts of one weight, and a rank
+        has the same rows of either. A weight divided by rows has a whole A, one divided by columns a whole B.
+        """
+        rows, columns = slice_shape(parameter, size)
+        parts = len(parameter.parts)
+        return (self.rank, columns), (parts, rows // parts, self.rank)
+
+
+def target_of(canonical: str) -> LoraTarget | None:
+    """Return what of ``model.lora.targets`` a canonical parameter belongs to; None: it never has an adapter."""
+    return next((target for pattern, target in _TARGETS if re.fullmatch(pattern, canonical)), None)
 
 
 def part_of(name: str, shape: ModelShape) -> FrozenPart | None:

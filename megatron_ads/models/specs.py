@@ -1,15 +1,20 @@
-"""Which module is used at each place of a decoder layer, a block and an MTP layer; the norm of those without TE.
+"""Megatron-Core's GPT model, and which module is used at each place of a decoder layer, a block and an MTP layer.
 
 local    torch modules, experts one after the other: the readable reference
 grouped  the same, experts in one grouped matrix product
 te       Transformer Engine's modules, imported only when asked for
+
+Multi-token prediction (MTP): DeepSeek-V3, arXiv:2412.19437, section 2.2.
 """
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
@@ -21,6 +26,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
     MultiTokenPredictionLayerSubmodules,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -35,7 +41,7 @@ from megatron_ads.architecture import ModelShape
 from megatron_ads.layout import Chunk
 from megatron_ads.models.attention import LatentAttention
 from megatron_ads.models.experts import GroupedExperts
-from megatron_ads.models.gpt import MultiTokenLayer
+from megatron_ads.models.lora import named_adapters
 
 _LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
@@ -175,3 +181,57 @@ class _Normalise(torch.autograd.Function):
         inner = grad.float() * weight
         mean = vecdot(inner, normal).div_(x.size(-1)).unsqueeze(-1)
         return torch.addcmul(inner, normal, mean, value=-1).mul_(scale).to(x.dtype), weight_grad, None
+
+
+class DeepseekModel(GPTModel):
+    """A ``GPTModel`` that runs its MTP layers only where they are trained.
+
+    Megatron-Core 0.16.1 runs them in every pass and so cannot return logits without labels. Here they run in
+    training passes with labels and a loss weight above 0; else they are only carried along.
+    """
+
+    trains_adapters = False
+    """Low-rank adapters are trained and nothing else; some chunks may have none."""
+
+    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **others: Any) -> Tensor:
+        """Return the loss of each label ``(B, S)``, or the logits ``(B, S, vocabulary)`` without labels."""
+        if self.training and labels is not None and self.config.mtp_num_layers and self.config.mtp_loss_scaling_factor:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **others)
+        if not self.post_process:
+            return hidden_states
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits_SBV, _ = self.output_layer(
+            hidden_states, weight=weight, runtime_gather_output=others["runtime_gather_output"]
+        )
+        if labels is None:
+            return logits_SBV.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels, logits_SBV)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Describe what a training checkpoint holds of the chunk: all of it, or the adapters if they alone are trained.
+
+        Frozen weights are read again from where they were loaded: a checkpoint of DeepSeek-R1's adapters is
+        less than a hundredth of the model's.
+        """
+        if not self.trains_adapters:
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        adapters = [adapter.sharded_factors(prefix + name) for name, adapter in named_adapters(self)]
+        return {name: factor for factors in adapters for name, factor in factors.items()}
+
+
+class MultiTokenLayer(MultiTokenPredictionLayer):
+    """Megatron-Core's layer, able to recompute its activations on packed rows.
+
+    megatron-core 0.16.1 passes the sample boundaries through autograd's ``save_for_backward``, which takes only
+    tensors, and dies with a TypeError.
+    """
+
+    def _checkpointed_forward(
+        self, forward_func: Callable[..., Tensor], *, hidden_states: Tensor, decoder_input: Tensor, **others: Any
+    ) -> Tensor:
+        def run(hidden_states: Tensor, decoder_input: Tensor) -> Tensor:
+            return forward_func(hidden_states=hidden_states, decoder_input=decoder_input, **others)
+
+        return tensor_parallel.checkpoint(run, False, hidden_states, decoder_input)

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Carry out the check."""
     from conversion.hf_folder import open_hf_folder
     from conversion.sources import local_folder, open_source
-    from megatron_ads.parity.round_trip import changed_outside
+    from megatron_ads.parity.stream import changed_outside
     from megatron_ads.parity.verdict import names_rung, rungs
 
     started = time.monotonic()
@@ -116,7 +116,7 @@ def _stream(args: argparse.Namespace, source: Any, reference: Any, layout: "Shar
     from megatron_ads.layout import ParallelLayout
     from megatron_ads.progress import Progress
     from megatron_ads.runtime import process_groups
-    from megatron_ads.runtime.seeds import seed_everything
+    from megatron_ads.runtime.device import seed_everything
 
     prompts = (
         read_prompts(args.prompts, reference.path, max_tokens=args.tokens)

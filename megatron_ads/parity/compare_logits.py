@@ -99,7 +99,7 @@ def megatron_logits(folder: Path, tokens_BS: "Tensor") -> "Tensor":
         from megatron_ads.models.build import build_chunks
         from megatron_ads.models.settings import ModelSettings
         from megatron_ads.models.weights import load_weights
-        from megatron_ads.runtime.seeds import seed_everything
+        from megatron_ads.runtime.device import seed_everything
 
         seed_everything(0)
         settings = ModelSettings(spec=LayerSpec.GROUPED, precision=Precision.fp32)

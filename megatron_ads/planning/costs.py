@@ -14,9 +14,8 @@ from conversion.names import Parameter, ParameterKind, layer_parameters, outside
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import FrozenPart, LoraTarget, Precision, Recompute
 from megatron_ads.layout import Chunk
-from megatron_ads.models.adapter_shapes import Lora, target_of
 from megatron_ads.models.flops import TokenFlops, token_flops
-from megatron_ads.models.parts import part_of
+from megatron_ads.models.parts import Lora, part_of, target_of
 from megatron_ads.planning.hardware import Card
 from megatron_ads.planning.job import Job
 

@@ -14,7 +14,7 @@ from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.run import SftConfig, validate
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, PipelinePlacement
-from megatron_ads.models.adapter_shapes import Lora
+from megatron_ads.models.parts import Lora
 
 _PLANNED = ("layout", "data", "train", "optim")
 """Sections that a plan reads; of the model, everything but its weights."""

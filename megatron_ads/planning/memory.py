@@ -22,8 +22,8 @@ from conversion.names import layer_parameters
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import FrozenPart, Precision, Recompute
 from megatron_ads.layout import Chunk
-from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.flops import KEPT_BY_SELECTIVE
+from megatron_ads.models.parts import Lora
 from megatron_ads.planning.costs import Weights, largest_tensor, run_layers, stage_weights, total
 from megatron_ads.planning.job import Job
 from megatron_ads.planning.schedule import peak_held, stage_order

@@ -9,8 +9,7 @@ from typing import Any
 
 from megatron_ads.config.model import LoraTarget
 from megatron_ads.layout import describe_ranks
-from megatron_ads.models.adapter_shapes import Lora
-from megatron_ads.models.parts import parameters_by_part
+from megatron_ads.models.parts import Lora, parameters_by_part
 from megatron_ads.planning.costs import GroupTraffic
 from megatron_ads.planning.hardware import Card
 from megatron_ads.planning.job import Job

@@ -12,7 +12,7 @@ from conversion.names import Parameter, ParameterKind, parameters
 from conversion.regions import Rectangle, fill
 from conversion.sources import WeightSource
 from megatron_ads.errors import CheckpointError
-from megatron_ads.models.adapter_shapes import Lora
+from megatron_ads.models.parts import Lora
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,16 +14,15 @@ from conversion.sources import WeightSource
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import FrozenPart, LayoutConfig, ModelConfig
 from megatron_ads.config.training import OptimConfig, TrainConfig
-from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.build import build_chunks, wrap_precision
 from megatron_ads.models.lora import add_adapters, begin_gradients_at_embedding, initialise_adapters
-from megatron_ads.models.parts import part_of, trained_parameters
+from megatron_ads.models.parts import Lora, part_of, trained_parameters
 from megatron_ads.models.settings import ModelSettings
 from megatron_ads.models.weights import load_weights, named_weights
 from megatron_ads.observability.log import get_logger
+from megatron_ads.optim.adam import LearningRateSchedule
 from megatron_ads.optim.build import build_optimizer, trains_experts_anywhere, wrap_for_training
 from megatron_ads.optim.chain import OptimizerChain
-from megatron_ads.optim.schedule import LearningRateSchedule
 from megatron_ads.runtime.device import device
 from megatron_ads.training.adapter_record import AdapterRecord
 

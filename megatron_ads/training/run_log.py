@@ -16,9 +16,9 @@ from megatron_ads.config.model import Precision
 from megatron_ads.config.run import RunConfig
 from megatron_ads.config.training import RuntimeConfig
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.experts import ExpertLoad
 from megatron_ads.models.flops import flops_per_token
+from megatron_ads.models.parts import Lora
 from megatron_ads.observability.log import get_logger
 from megatron_ads.observability.metrics import MetricsWriter
 from megatron_ads.observability.provenance import provenance

@@ -17,13 +17,12 @@ from megatron_ads.observability.log import world_size
 from megatron_ads.observability.provenance import git_revision, package_versions
 from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.runtime import process_groups
-from megatron_ads.runtime.device import device, set_threads
+from megatron_ads.runtime.device import device, seed_everything, set_threads
 from megatron_ads.runtime.health.activity import Activity, name_failed_communication
 from megatron_ads.runtime.health.peers import Loss, PeerMonitor
 from megatron_ads.runtime.health.rank_record import ExitStatus, write_record
 from megatron_ads.runtime.health.watch import HangWatch
 from megatron_ads.runtime.preflight import Member, Record, check_records, gather_records
-from megatron_ads.runtime.seeds import seed_everything
 from megatron_ads.training.build import TrainedModel, build_model, lay_out
 from megatron_ads.training.checkpointer import Checkpointer, DataPosition
 from megatron_ads.training.export import export_shards

@@ -13,8 +13,7 @@ from conversion.layer_specs import LayerSpec
 from conversion.sources import open_source
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.runtime import process_groups
-from megatron_ads.runtime.device import device
-from megatron_ads.runtime.seeds import seed_everything
+from megatron_ads.runtime.device import device, seed_everything
 
 ROW_TOKENS = 32
 SEGMENTS = ((10, 15, 7), (32,), (1, 20, 11), (16, 16))

@@ -2,8 +2,7 @@
 
 import torch
 
-from megatron_ads.losses.cross_entropy import CROSS_ENTROPY, SAMPLE_LOSSES
-from megatron_ads.losses.loss import TokenValues
+from megatron_ads.losses.loss import CROSS_ENTROPY, SAMPLE_LOSSES, TokenValues
 
 
 def _values() -> TokenValues:

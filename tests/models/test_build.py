@@ -13,7 +13,7 @@ from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
 from megatron_ads.runtime import cpu_compat, process_groups
-from megatron_ads.runtime.seeds import seed_everything
+from megatron_ads.runtime.device import seed_everything
 from parity_tests.harness import model_jobs
 from parity_tests.harness.model_jobs import Job
 from parity_tests.harness.ranks import run_ranks

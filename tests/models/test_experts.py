@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime import process_groups
-from megatron_ads.runtime.seeds import seed_everything
+from megatron_ads.runtime.device import seed_everything
 from parity_tests.harness.ranks import run_ranks
 
 TOLERANCE = 1e-5

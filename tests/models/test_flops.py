@@ -5,8 +5,8 @@ from dataclasses import replace
 from conversion.published_models import published_file
 from megatron_ads.architecture import ModelShape, read_model_shape
 from megatron_ads.config.model import LoraConfig, LoraTarget, ModelConfig
-from megatron_ads.models.adapter_shapes import Lora
 from megatron_ads.models.flops import flops_per_token
+from megatron_ads.models.parts import Lora
 
 TINY = ModelShape(
     model_type="deepseek_v3",

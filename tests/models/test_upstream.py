@@ -12,7 +12,7 @@ from conversion.sources import open_source
 from megatron_ads.config.model import Recompute
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.runtime import process_groups
-from megatron_ads.runtime.seeds import seed_everything
+from megatron_ads.runtime.device import seed_everything
 from parity_tests.harness import model_jobs
 from parity_tests.harness.model_jobs import Job, own_slice, train_pass
 from parity_tests.harness.ranks import run_ranks

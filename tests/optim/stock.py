@@ -79,7 +79,7 @@ class StockTrainer:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
         from megatron_ads.runtime import process_groups
-        from megatron_ads.runtime.seeds import seed_everything
+        from megatron_ads.runtime.device import seed_everything
 
         process_groups.start(job.layout, timeout_seconds=100)
         seed_everything(1)

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_ads.config.training import Schedule
-from megatron_ads.optim.schedule import LearningRateSchedule
+from megatron_ads.optim.adam import LearningRateSchedule
 
 
 def _schedule(shape: Schedule) -> LearningRateSchedule:

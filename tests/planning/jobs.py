@@ -6,7 +6,7 @@ from typing import Any
 from megatron_ads.architecture import shape_from_config
 from megatron_ads.config.model import LoraConfig, ModelConfig, Precision, Recompute
 from megatron_ads.layout import ParallelLayout, place_layers
-from megatron_ads.models.adapter_shapes import Lora
+from megatron_ads.models.parts import Lora
 from megatron_ads.planning.job import Job, load_job
 
 SMALL: dict[str, Any] = {

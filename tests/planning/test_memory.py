@@ -25,10 +25,10 @@ def predicted(job: Job) -> int:
 
 def kept_by_autograd(job: Job) -> float:
     """Run one forward pass and return the bytes per token of the distinct storages that autograd holds on to."""
-    from megatron_ads.runtime import process_groups, seeds
+    from megatron_ads.runtime import device, process_groups
 
     process_groups.start(job.layout)
-    seeds.seed_everything(0)
+    device.seed_everything(0)
     try:
         return _kept_by_autograd(job)
     finally:

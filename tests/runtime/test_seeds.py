@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.runtime import process_groups, seeds
+from megatron_ads.runtime import device, process_groups
 from parity_tests.harness.ranks import run_ranks
 
 
@@ -16,7 +16,7 @@ def _streams(layout: ParallelLayout, seed: int) -> dict[str, float]:
     process_groups.start(layout)
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    seeds.seed_everything(seed)
+    device.seed_everything(seed)
     drawn = {"python": random.random(), "numpy": float(numpy.random.rand()), "torch": torch.rand(()).item()}
     for name in ("model-parallel-rng", "expert-parallel-rng"):
         with get_cuda_rng_tracker().fork(name):
@@ -48,7 +48,7 @@ def test_the_seed_decides_every_stream() -> None:
 
 def _refused_operation(deterministic: bool) -> bool:
     process_groups.start(ParallelLayout(world=1))
-    seeds.seed_everything(1, deterministic)
+    device.seed_everything(1, deterministic)
     try:
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]), accumulate=False)
     except RuntimeError as error:
