@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_ads.config.model import Precision
 from megatron_ads.config.training import RuntimeConfig
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.observability.log import start_logging
+from megatron_ads.progress import start_logging
 from megatron_ads.runtime.health.activity import Activity
 from megatron_ads.training.run_log import RankTimes, _peak_flops_per_second
 from parity_tests.harness.ranks import run_ranks
