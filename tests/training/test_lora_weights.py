@@ -24,7 +24,7 @@ from tests.models.test_hf_parity import LOGIT_TOLERANCE
 TOKENS_BS = torch.randint(0, 128, (2, 48), generator=torch.Generator().manual_seed(3))
 STEPS = 2
 ROUNDING = 1e-7
-"""Half a unit in the last place of weights around 1, in FP32; trained weights move by more than 10,000 times as much."""
+"""A unit in the last place of weights around 1, in FP32; trained weights move by more than 10,000 times as much."""
 MODEL: dict[str, Any] = {"lora": LoraConfig(rank=4, alpha=8), "mtp_loss_weight": 0.1}
 
 
