@@ -14,12 +14,12 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from parity_tests import jobs, phrase_match, training
+from parity_tests import jobs, phrase_match
 from parity_tests.checkpoints import SMALL_V3, write_checkpoint
 from parity_tests.machines import BF16, CPU_FP32, FP32, Machine
 from parity_tests.phrase_match import NO, YES, Pairs, draw_pairs
 from parity_tests.tolerances import AUC, BF16_TRAINING_LOSS, TRAINING_LOSS, record
-from parity_tests.training import Trained, Training, language_steps, pairs_row
+from parity_tests.training import Row, Trained, Training, language_steps, pairs_row, train_ours, train_theirs
 
 STEPS = 50
 PAIRS_PER_STEP = 48
@@ -27,7 +27,7 @@ QUESTIONS = draw_pairs(2000, seed=2)
 
 
 def _ours(training: Training, machine: Machine = CPU_FP32) -> Trained:
-    return machine.run(1, training.train_ours, training, machine.precision, timeout=280)[0]
+    return machine.run(1, train_ours, training, machine.precision, timeout=280)[0]
 
 
 def _curve_difference(ours: Trained, theirs: Trained) -> tuple[float, int]:
@@ -45,7 +45,7 @@ def language(checkpoint: Callable[[str], Path]) -> Training:
 @pytest.fixture(scope="module")
 def their_language(language: Training) -> Callable[[Machine], Trained]:
     """Return transformers' and torch's training on a machine, each run once."""
-    return cache(lambda machine: training.train_theirs(language, machine))
+    return cache(lambda machine: train_theirs(language, machine))
 
 
 @pytest.mark.parametrize("machine", FP32, ids=str)
@@ -62,11 +62,11 @@ def test_the_loss_curves_are_the_same(
 def test_an_error_of_the_optimizer_is_seen(language: Training) -> None:
     short = replace(language, steps=language.steps[:10])
     wrong = _with_error("decay_in_the_gradient", short, CPU_FP32)
-    assert _curve_difference(wrong, training.train_theirs(short))[0] > TRAINING_LOSS.value
+    assert _curve_difference(wrong, train_theirs(short))[0] > TRAINING_LOSS.value
 
 
 def _with_error(error: str, training: Training, machine: Machine) -> Trained:
-    return machine.run(1, jobs.with_error, error, training.train_ours, training, machine.precision)[0]
+    return machine.run(1, jobs.with_error, error, train_ours, training, machine.precision)[0]
 
 
 def _mean_difference(ours: Trained, theirs: Trained) -> float:
@@ -88,7 +88,7 @@ def test_the_loss_curve_in_bf16_is_that_in_fp32(
 def test_an_error_of_training_is_seen_in_bf16(language: Training, machine: Machine) -> None:
     short = replace(language, steps=language.steps[:10])
     wrong = _with_error("samples_see_each_other", short, machine)
-    assert _mean_difference(wrong, training.train_theirs(short)) > BF16_TRAINING_LOSS.value
+    assert _mean_difference(wrong, train_theirs(short)) > BF16_TRAINING_LOSS.value
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Training:
     )
 
 
-def _steps(pairs: Pairs) -> list[list[training.Row]]:
+def _steps(pairs: Pairs) -> list[list[Row]]:
     batches = [pairs.batch(step, PAIRS_PER_STEP) for step in range(STEPS)]
     return [[pairs_row(batch.tokens_NS, batch.labels_N)] for batch in batches]
 
@@ -118,7 +118,7 @@ def _area(trained: Trained) -> float:
 @pytest.fixture(scope="module")
 def their_task(task: Training) -> Callable[[Machine], Trained]:
     """Return the task trained with transformers and torch on a machine, each run once."""
-    return cache(lambda machine: training.train_theirs(task, machine))
+    return cache(lambda machine: train_theirs(task, machine))
 
 
 @pytest.mark.parametrize("machine", FP32, ids=str)

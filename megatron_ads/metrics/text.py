@@ -143,7 +143,8 @@ def click_attribute_ratio(generated: Sequence[str], clicked: Sequence[str]) -> f
     if not generated or not clicked:
         return None
     ours, theirs = Counter(generated), Counter(clicked)
-    apart = sum(abs(ours[name] / len(generated) - theirs[name] / len(clicked)) for name in ours.keys() | theirs.keys())
+    shares = ((ours[name] / len(generated), theirs[name] / len(clicked)) for name in ours.keys() | theirs.keys())
+    apart = math.fsum(abs(own - other) for own, other in shares)  # exact: the order of a set is not always the same
     return 1 - apart / 2
 
 

@@ -232,7 +232,9 @@ def _saved(payload: _Payload) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize(("name", "written"), [(".metadata", pickle.dumps), ("common.pt", _saved)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "written"), [(".metadata", pickle.dumps), ("common.pt", _saved)], ids=[".metadata", "common.pt"]
+)
 def test_a_checkpoint_that_would_run_code_is_refused_before_it_does(
     name: str, written: Callable[[Any], bytes], recipe: Recipe, tmp_path: Path
 ) -> None:

@@ -83,5 +83,7 @@ def test_recomputing_layers_does_not_stop_their_training(name: str, folder: Path
 
 def test_the_first_loss_is_the_models_own_and_losses_fall(folder: Path, reference: Losses) -> None:
     plain = run_ranks(1, _train, Recipe(folder=folder, model=MODEL | {"lora": LoraConfig()}, steps=1))[0]
-    assert reference.loss[0] == plain.loss[0]
+    # Adapters add exact zeros at first; frozen weights may run in another kernel, which rounds FP32 sums otherwise.
+    assert reference.loss[0] == pytest.approx(plain.loss[0], rel=2e-7)
+    assert reference.loss[1] != pytest.approx(plain.loss[0], rel=1e-4)
     assert reference.loss[-1] < reference.loss[0]

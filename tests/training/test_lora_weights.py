@@ -23,6 +23,8 @@ from tests.models.test_hf_parity import LOGIT_TOLERANCE
 
 TOKENS_BS = torch.randint(0, 128, (2, 48), generator=torch.Generator().manual_seed(3))
 STEPS = 2
+ROUNDING = 1e-7
+"""A unit in the last place of weights around 1, in FP32; trained weights move by more than 10,000 times as much."""
 MODEL: dict[str, Any] = {"lora": LoraConfig(rank=4, alpha=8), "mtp_loss_weight": 0.1}
 
 
@@ -137,7 +139,11 @@ def test_live_weights_are_merged_and_the_same_under_every_layout(saved: tuple[Re
     parts, *_ = run_ranks(2, _resumed_weights, _again(recipe, layout={"tp": 2, "etp": 2}))
     base = open_source(recipe.folder).container.tensors  # type: ignore[attr-defined]
     assert whole.keys() == parts.keys() == base.keys()
-    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+    # The product of the factors is computed in slices there: its FP32 sums over the rank may round otherwise.
+    apart = {name: (whole[name] - parts[name]).abs().max().item() for name in whole}
+    assert {name: gap for name, gap in apart.items() if gap > ROUNDING} == {}
+    trained = [(whole[name] - base[name].read().to(whole[name].dtype)).abs().max().item() for name in whole]
+    assert max(trained) > 1e4 * ROUNDING
     changed = {name for name in whole if not torch.equal(whole[name], base[name].read().to(whole[name].dtype))}
     projections = {name for name in whole if "_proj" in name and "eh_proj" not in name}
     always_trained = {name for name in projections if ".mlp.experts." not in name}  # some experts get no token

@@ -14,21 +14,29 @@ from megatron_ads.config.model import Precision
 from megatron_ads.config.training import RuntimeConfig
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.progress import start_logging
+from megatron_ads.runtime import cpu_compat
 from megatron_ads.runtime.health.activity import Activity
-from megatron_ads.training.run_log import RankTimes, _peak_flops_per_second
+from megatron_ads.runtime.health.calls import observed
 from parity_tests.harness.ranks import run_ranks
 from parity_tests.harness.training_jobs import Recipe, batches, start
 from tests.models.checkpoints import V3, write_checkpoint
 
+cpu_compat.install()  # jobs of other tests are forked from this process, and need Megatron-Core patched
+
+from megatron_ads.training.run_log import (  # noqa: E402 - after Megatron-Core can be imported
+    RankTimes,
+    _peak_flops_per_second,
+)
+
 STEPS = 4
-EACH = 0.15
+EACH = 0.3
 SLOW_RANK = 2
 
 
 def _steps(slow_seconds: float) -> tuple[list[dict[str, float]], str]:
     """Work and wait for each other, asynchronously too; rank 2 takes longer. Return the metrics and the log."""
     layout, activity, metrics = ParallelLayout(world=4, pp=2), Activity(), []
-    with contextlib.redirect_stderr(io.StringIO()) as log, activity.observed():
+    with contextlib.redirect_stderr(io.StringIO()) as log, observed(activity):
         start_logging()
         times = RankTimes(RuntimeConfig(straggler_steps=3), layout, activity)
         for step in range(1, STEPS + 1):
