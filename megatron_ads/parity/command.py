@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from conversion.rank_files import ShardsLayout
     from megatron_ads.architecture import ModelShape
-    from megatron_ads.parity.records import Comparison, LayerResult, RungResult
+    from megatron_ads.parity.verdict import Comparison, LayerResult, RungResult
 
 _SIZES = ("tp", "pp", "vpp", "ep", "etp")
 

@@ -4,8 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_ads.parity.records import Comparison, LayerResult, LogitResult, RungResult
-from megatron_ads.parity.verdict import Limits
+from megatron_ads.parity.verdict import Comparison, LayerResult, Limits, LogitResult, RungResult
 from megatron_ads.reporting.chart import Series, line_chart
 from megatron_ads.reporting.page import Chart, Figure, Section, Table, render_page
 

@@ -19,9 +19,8 @@ from conversion.sources import WeightSource
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.models.settings import ModelSettings
 from megatron_ads.models.single_layer import SingleLayer, build_norm
-from megatron_ads.parity.records import Comparison, Kind, LayerResult, LogitResult, RouterResult
 from megatron_ads.parity.reference import Reference, ReferenceLayer, Scores
-from megatron_ads.parity.verdict import Limits
+from megatron_ads.parity.verdict import Comparison, Kind, LayerResult, Limits, LogitResult, RouterResult
 from megatron_ads.runtime.device import device
 
 Rows = list[Tensor]

@@ -2,8 +2,7 @@
 
 from megatron_ads.config.model import Precision
 from megatron_ads.parity.page import render
-from megatron_ads.parity.records import Comparison, RungResult
-from megatron_ads.parity.verdict import LIMITS
+from megatron_ads.parity.verdict import LIMITS, Comparison, RungResult
 from tests.parity.test_verdict import EXPERTS, LAYER, LOGITS, MTP
 
 COMPARISON = Comparison((LAYER, EXPERTS, MTP), LOGITS)

@@ -3,8 +3,17 @@
 from dataclasses import replace
 
 from megatron_ads.config.model import Precision
-from megatron_ads.parity.records import Comparison, Kind, LayerResult, LogitResult, RouterResult, RungResult
-from megatron_ads.parity.verdict import LIMITS, first_departure, rungs
+from megatron_ads.parity.verdict import (
+    LIMITS,
+    Comparison,
+    Kind,
+    LayerResult,
+    LogitResult,
+    RouterResult,
+    RungResult,
+    first_departure,
+    rungs,
+)
 
 LIMIT = LIMITS[Precision.fp32]
 NAMES = RungResult(rung=1, name="names", passed=True, detail="")
