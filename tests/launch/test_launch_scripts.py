@@ -231,7 +231,9 @@ def test_the_scripts_pass_their_arguments_on(machine: Machine) -> None:
     assert machine.run("quickstart.sh", "--out", "a b", "--steps", "3").stdout.splitlines()[-1] == (
         "megatron-ads quickstart --out a b --steps 3"
     )
-    assert machine.run("test.sh", "-x", "tests/launch").stdout == "python -m pytest -x tests/launch\n"
+    workers = "-n auto --dist worksteal"
+    assert machine.run("test.sh", "-x", "tests/launch").stdout == f"python -m pytest {workers} -x tests/launch\n"
+    assert machine.run("test.sh", "tests/test_cli.py").stdout == "python -m pytest -n 0 tests/test_cli.py\n"
 
 
 def test_help_needs_no_set_up(machine: Machine) -> None:
