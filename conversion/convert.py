@@ -1,11 +1,5 @@
-"""Whole conversions, from checkpoint to checkpoint: plan, check, carry out in parallel workers, finish.
+"""Whole conversions, from checkpoint to checkpoint: plan, check, carry out in parallel workers, finish."""
 
-Also the Hugging Face folder of any checkpoint: its own, or an export that lasts as long as it is used.
-"""
-
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
@@ -28,7 +22,7 @@ from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import LayoutConfig
 from megatron_ads.disk import free_bytes
 from megatron_ads.errors import ConversionError
-from megatron_ads.progress import Progress, get_logger
+from megatron_ads.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,45 +212,3 @@ def check_coverage(plan: ConversionPlan, source: WeightSource) -> None:
             )
     if pieces:
         raise ConversionError(f"The plan writes parameters that the source does not have, first {min(pieces)}.")
-
-
-logger = get_logger(__name__)
-_WEIGHTS_AND_SETTINGS = frozenset({".safetensors", ".distcp", ".pt", ".metadata", ".json", ".jinja"})
-
-
-def model_state(model: Path) -> str:
-    """Return a digest of names, sizes and modification times of a checkpoint's files; their bytes are not read."""
-    files = (file for file in model.rglob("*") if (file.suffix or file.name) in _WEIGHTS_AND_SETTINGS)
-    return folder_state([file for file in files if file.is_file()])
-
-
-@contextmanager
-def hugging_face_folder(model: Path) -> Iterator[Path]:
-    """Yield ``model``, or, if it is a Megatron checkpoint, an export of it, which is deleted afterwards.
-
-    Raises:
-        ConversionError: If the folder is no checkpoint, is incomplete or damaged, or the export does not fit the disk.
-    """
-    if _is_hugging_face(model):
-        yield model
-        return
-    kind = open_source(model).kind
-    with tempfile.TemporaryDirectory(prefix="megatron-ads-export-") as folder:
-        logger.info("%s is a %s: exporting it to %s for as long as it is used (TMPDIR moves it).", model, kind, folder)
-        target = Path(folder) / "model"
-        to_hf(model, target)
-        yield target
-
-
-def tokenizer_folder(model: Path) -> Path:
-    """Return the folder that has the tokenizer of a checkpoint of any kind, without an export.
-
-    Raises:
-        ConversionError: If the folder is no checkpoint.
-    """
-    return model if _is_hugging_face(model) else open_source(model).side_folder
-
-
-def _is_hugging_face(model: Path) -> bool:
-    """Return whether a folder is to be used as it is; so is one that does not exist, for its user to complain of."""
-    return not model.is_dir() or (model / "config.json").exists()

@@ -1,10 +1,5 @@
-"""What a running command says on stderr: how far it is, and log lines that say which rank speaks.
+"""How far a job is: a bar on a terminal, one plain line now and then in a log, nothing on ranks other than 0."""
 
-Rank 0 speaks for the job: a bar on a terminal, one plain line now and then in a log. The other ranks log only when
-something is wrong.
-"""
-
-import logging
 import os
 import sys
 import time
@@ -35,7 +30,7 @@ class Progress:
         self._values: dict[str, float] = {}
         self._started = time.monotonic()
         self._last_line = float("-inf")
-        self._speaks = shown and rank() == 0
+        self._speaks = shown and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
         self._bar = self._open_bar() if self._speaks and self._stream.isatty() else None
 
     def _open_bar(self) -> "tqdm[Never]":
@@ -102,52 +97,3 @@ def readable_duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-_PROJECT = "megatron_ads"
-
-
-def rank() -> int:
-    """Return the rank of this process as its launcher (torchrun, srun) says; 0 when launched alone."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-
-
-def world_size() -> int:
-    """Return the number of processes of this job as its launcher says; 1 when launched alone."""
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
-
-
-class _StderrAboveBars(logging.Handler):
-    """Write each line to stderr, above a progress bar if one is being drawn."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def start_logging(*, level: int = logging.INFO) -> None:
-    """Send this project's log lines to stderr; on ranks other than 0 only warnings and errors.
-
-    A line reads ``14:03:59 [rank 3 of 8] WARNING message``; the rank is left out when there is one process
-    and the level when it is INFO. Calling it again replaces the handler, so lines never appear twice.
-    """
-    logger = logging.getLogger(_PROJECT)
-    logger.handlers[:] = [_StderrAboveBars()]
-    logger.handlers[0].setFormatter(_RankFormatter(rank(), world_size()))
-    logger.setLevel(level if rank() == 0 else max(level, logging.WARNING))
-    logger.propagate = False
-
-
-class _RankFormatter(logging.Formatter):
-    def __init__(self, rank: int, world_size: int) -> None:
-        super().__init__(datefmt="%H:%M:%S")
-        self._speaker = f" [rank {rank} of {world_size}]" if world_size > 1 else ""
-
-    def format(self, record: logging.LogRecord) -> str:
-        level = "" if record.levelno == logging.INFO else f" {record.levelname}"
-        line = f"{self.formatTime(record, self.datefmt)}{self._speaker}{level} {record.getMessage()}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
-
-
-def get_logger(module: str) -> logging.Logger:
-    """Return the logger of a module (pass ``__name__``); modules outside the package log under the project too."""
-    return logging.getLogger(module if module.split(".")[0] == _PROJECT else f"{_PROJECT}.{module}")

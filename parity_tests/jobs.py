@@ -166,7 +166,7 @@ def _names(folder: Path, layout: ParallelLayout, pipeline: str | None, spec: Lay
 def load_and_export(job: Job, folder: Path) -> None:
     """Build the model of ``job``, fill it from the checkpoint and write its weights as shards."""
     chunks, shape, spec = build(job)
-    from megatron_ads.training.weight_sync import export_shards
+    from megatron_ads.training.export import export_shards
 
     layout = ShardsLayout(
         shape=shape, layout=job.layout, placement=place_layers(shape, job.layout, pipeline=job.pipeline)

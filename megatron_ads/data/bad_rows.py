@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.errors import DataError
-from megatron_ads.progress import get_logger, rank
+from megatron_ads.observability.log import get_logger, rank
 
 logger = get_logger(__name__)
 

@@ -16,7 +16,7 @@ from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.table_file import Cell, read_table
 from megatron_ads.data.user_features import SECONDS_PER_DAY, LoggedEvent, ViewChooser, compile_history
 from megatron_ads.errors import ConfigError, DataError
-from megatron_ads.progress import get_logger
+from megatron_ads.observability.log import get_logger
 from megatron_ads.tasks import next_advertiser
 from megatron_ads.tasks.user_history import CONVERSIONS, Demographics, EventKind
 

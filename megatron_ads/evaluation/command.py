@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_ads.config.generation import EndpointConfig, GenerationConfig, LengthRule, Method, load_endpoint
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.evaluation.score_tables import text_tables
-from megatron_ads.progress import start_logging
+from megatron_ads.observability.log import start_logging
 
 if TYPE_CHECKING:
     from megatron_ads.data.rows import ChatRow

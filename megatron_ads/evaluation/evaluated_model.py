@@ -6,7 +6,6 @@ from contextlib import closing, contextmanager
 from functools import cache, partial
 from pathlib import Path
 
-from conversion.convert import hugging_face_folder
 from megatron_ads.config.generation import EndpointConfig
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.tokenizer import ChatTokenizer, load_tokenizer
@@ -14,10 +13,11 @@ from megatron_ads.evaluation.answer_records import Answer, AnswerJournal, finger
 from megatron_ads.evaluation.generate import Asking, RowAsker, answer_from_server, answer_rows
 from megatron_ads.evaluation.task_scores import general_scores
 from megatron_ads.inference.engine import UnsupportedError
+from megatron_ads.inference.model_folder import hugging_face_folder
 from megatron_ads.inference.openai_engine import OpenAIEngine
 from megatron_ads.inference.transformers_engine import TransformersEngine, open_engine
 from megatron_ads.journal import Journal
-from megatron_ads.progress import get_logger
+from megatron_ads.observability.log import get_logger
 
 logger = get_logger(__name__)
 

@@ -15,7 +15,8 @@ from megatron_ads.evaluation.name_answers import NO_NAMES, AdvertiserNames, Coll
 from megatron_ads.inference.beam_rules import NameTrie, ValidNames
 from megatron_ads.inference.engine import Completion, Engine, Finish
 from megatron_ads.inference.openai_engine import OpenAIEngine
-from megatron_ads.progress import Progress, get_logger
+from megatron_ads.observability.log import get_logger
+from megatron_ads.progress import Progress
 from megatron_ads.tasks.answer_format import CLOSE
 
 logger = get_logger(__name__)

@@ -12,7 +12,8 @@ from megatron_ads.config.generation import EndpointConfig
 from megatron_ads.errors import DataError
 from megatron_ads.inference.engine import Completion, Failure, Finish
 from megatron_ads.journal import Journal, digest_of
-from megatron_ads.progress import Progress, get_logger
+from megatron_ads.observability.log import get_logger
+from megatron_ads.progress import Progress
 
 logger = get_logger(__name__)
 

@@ -19,7 +19,7 @@ from megatron_ads.config.generation import EndpointConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.inference.client import Request, Unanswered
 from megatron_ads.inference.engine import Completion, Failure, Finish
-from megatron_ads.progress import get_logger
+from megatron_ads.observability.log import get_logger
 
 logger = get_logger(__name__)
 _TRY_AGAIN = frozenset({408, 409, 425, 429})

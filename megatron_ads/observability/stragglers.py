@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from megatron_ads.progress import get_logger
+from megatron_ads.observability.log import get_logger
 
 logger = get_logger(__name__)
 

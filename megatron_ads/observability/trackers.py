@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_ads.config.training import Tracker
-from megatron_ads.progress import get_logger
+from megatron_ads.observability.log import get_logger
 
 logger = get_logger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any
 from conversion.atomic_file import write_small
 from megatron_ads.config.recipe_errors import current_settings
 from megatron_ads.errors import MegatronAdsError
+from megatron_ads.observability.log import get_logger
 from megatron_ads.observability.metrics import read_metrics
-from megatron_ads.progress import get_logger
 from megatron_ads.reporting.chart import COLORS, Series, line_chart, short, smooth
 from megatron_ads.reporting.page import Chart, Figure, Section, Table, render_page
 

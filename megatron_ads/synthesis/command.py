@@ -48,7 +48,7 @@ def run_synthesize(args: argparse.Namespace) -> int:
         DataError: If rows cannot be read, or a model stopped answering.
     """
     from megatron_ads.config.synthesis import load_synthesis_recipe
-    from megatron_ads.progress import start_logging
+    from megatron_ads.observability.log import start_logging
 
     start_logging()
     config = load_synthesis_recipe(args.recipe, args.overrides, out=args.out)

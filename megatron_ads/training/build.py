@@ -19,12 +19,12 @@ from megatron_ads.models.lora import add_adapters, begin_gradients_at_embedding,
 from megatron_ads.models.parts import Lora, part_of, trained_parameters
 from megatron_ads.models.settings import ModelSettings
 from megatron_ads.models.weights import load_weights, named_weights
+from megatron_ads.observability.log import get_logger
 from megatron_ads.optim.adam import LearningRateSchedule
 from megatron_ads.optim.build import build_optimizer, trains_experts_anywhere, wrap_for_training
 from megatron_ads.optim.chain import OptimizerChain
-from megatron_ads.progress import get_logger
 from megatron_ads.runtime.device import device
-from megatron_ads.training.checkpoint_errors import AdapterRecord
+from megatron_ads.training.adapter_record import AdapterRecord
 
 logger = get_logger(__name__)
 

@@ -38,13 +38,12 @@ from megatron_ads.errors import CheckpointError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.optim.state import load_optimizer_state, sharded_optimizer_state
+from megatron_ads.training.adapter_record import AdapterRecord, require_same_adapters
 from megatron_ads.training.checkpoint_errors import (
-    AdapterRecord,
     failed_writes_named,
     misfits_named,
     raised_on_all_ranks,
     refuse_foreign_pickles,
-    require_same_adapters,
 )
 from megatron_ads.training.checkpoint_folder import (
     FORMAT,

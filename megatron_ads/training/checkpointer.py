@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_ads.config.training import CheckpointConfig
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.progress import get_logger
+from megatron_ads.observability.log import get_logger
 from megatron_ads.training import checkpoint
 from megatron_ads.training.build import TrainedModel
 from megatron_ads.training.checkpoint_folder import complete_checkpoints, partial_checkpoints, require_resumable

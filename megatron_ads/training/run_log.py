@@ -19,12 +19,13 @@ from megatron_ads.layout import ParallelLayout
 from megatron_ads.models.experts import ExpertLoad
 from megatron_ads.models.flops import flops_per_token
 from megatron_ads.models.parts import Lora
+from megatron_ads.observability.log import get_logger
 from megatron_ads.observability.metrics import MetricsWriter
 from megatron_ads.observability.provenance import provenance
 from megatron_ads.observability.stragglers import StragglerWatch
 from megatron_ads.observability.trackers import TrackedRuns
 from megatron_ads.planning.hardware import CARDS
-from megatron_ads.progress import Progress, get_logger
+from megatron_ads.progress import Progress
 from megatron_ads.reporting.run_report import REPORT_FILE, RUN_FILE, write_run_report
 from megatron_ads.runtime.device import device, peak_memory_bytes
 from megatron_ads.runtime.health.activity import Activity

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from conversion.rank_files import ShardsLayout
 from conversion.sources import WeightSource, open_source
 from megatron_ads.config.run import RunConfig
+from megatron_ads.observability.log import world_size
 from megatron_ads.observability.provenance import git_revision, package_versions
 from megatron_ads.optim.chain import OptimizerChain
-from megatron_ads.progress import world_size
 from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.device import device, seed_everything, set_threads
 from megatron_ads.runtime.health.activity import Activity, name_failed_communication
@@ -25,9 +25,9 @@ from megatron_ads.runtime.health.watch import HangWatch
 from megatron_ads.runtime.preflight import Member, Record, check_records, gather_records
 from megatron_ads.training.build import TrainedModel, build_model, lay_out
 from megatron_ads.training.checkpointer import Checkpointer, DataPosition
+from megatron_ads.training.export import export_shards
 from megatron_ads.training.run_log import RunLog
 from megatron_ads.training.stopping import Outcome, StopRequest, write_outcome
-from megatron_ads.training.weight_sync import export_shards
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

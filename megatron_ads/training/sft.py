@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron_ads.config.run import SftConfig, validate
 from megatron_ads.config.training import ReweightConfig
 from megatron_ads.data.batches import BatchStream, HeldOut
-from megatron_ads.progress import get_logger
+from megatron_ads.observability.log import get_logger
 from megatron_ads.runtime.health.rank_record import ExitStatus
 from megatron_ads.training.session import Session, join, start_from
 from megatron_ads.training.step import run_evaluation, run_pass, run_step

@@ -12,7 +12,7 @@ from megatron_ads.data.corpus import LeftOut, read_corpus, tokenize, tokenize_tr
 from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.errors import DataError
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.progress import get_logger, rank
+from megatron_ads.observability.log import get_logger, rank
 
 logger = get_logger(__name__)
 

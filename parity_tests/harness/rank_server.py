@@ -30,7 +30,7 @@ _IMPORTED_ONCE = (
     "parity_tests.reference",  # transformers' model, which takes longer than all others together
     "megatron_ads.training.build",
     "megatron_ads.training.checkpoint",
-    "megatron_ads.training.weight_sync",
+    "megatron_ads.training.export",
     "megatron_ads.training.step",
 )
 """Modules that most ranks use. None may start a thread, which a fork would lose (pyarrow does, so no data is read)."""

@@ -62,7 +62,7 @@ class Losses:
 
 def start(recipe: Recipe) -> tuple[Any, Any, WeightSource]:
     """Start the groups and build this rank's trained model; return it with its layout and its source."""
-    from megatron_ads.progress import world_size
+    from megatron_ads.observability.log import world_size
     from megatron_ads.runtime import process_groups
     from megatron_ads.runtime.device import seed_everything
     from megatron_ads.training.build import build_model, lay_out
@@ -123,7 +123,7 @@ def resume_and_train(recipe: Recipe) -> Losses:
 
 def train_and_export(recipe: Recipe, export: Path) -> Losses:
     """Train from the recipe's weights without interruption and export the result."""
-    from megatron_ads.training.weight_sync import export_shards
+    from megatron_ads.training.export import export_shards
 
     model, shards, source = start(recipe)
     losses = run_steps(model, shards, 0, recipe.steps)
@@ -133,7 +133,7 @@ def train_and_export(recipe: Recipe, export: Path) -> Losses:
 
 def resume_and_export(recipe: Recipe, export: Path) -> Losses:
     """Continue for ``recipe.steps`` from the newest checkpoint and export the result."""
-    from megatron_ads.training.weight_sync import export_shards
+    from megatron_ads.training.export import export_shards
 
     model, shards, source = start(recipe)
     losses = _continue(recipe, model, shards)

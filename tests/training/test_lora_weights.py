@@ -14,7 +14,7 @@ from conversion.sources import open_source
 from megatron_ads.cli import main
 from megatron_ads.config.model import LoraConfig
 from megatron_ads.errors import CheckpointError, ConversionError
-from megatron_ads.training.checkpoint_errors import AdapterRecord, base_digest, require_same_adapters
+from megatron_ads.training.adapter_record import AdapterRecord, base_digest, require_same_adapters
 from parity_tests.harness.ranks import run_ranks
 from parity_tests.harness.real_job import RealJob, write_small_model
 from parity_tests.harness.training_jobs import Losses, Recipe, batches, resume_and_train, run_steps, save, start
@@ -154,8 +154,8 @@ def test_live_weights_are_merged_and_the_same_under_every_layout(saved: tuple[Re
 def _train_and_export(recipe: Recipe, export: Path) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, ...]]]:
     """Return the logits with the adapters beside the weights, and A and B by the name of the weight."""
     from megatron_ads.models.lora import named_adapters
+    from megatron_ads.training.export import export_shards
     from megatron_ads.training.step import run_step
-    from megatron_ads.training.weight_sync import export_shards
 
     model, shards, source = start(recipe)
     for step in range(3):

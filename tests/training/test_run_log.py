@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_ads.config.model import Precision
 from megatron_ads.config.training import RuntimeConfig
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.progress import start_logging
+from megatron_ads.observability.log import start_logging
 from megatron_ads.runtime import cpu_compat
 from megatron_ads.runtime.health.activity import Activity
 from megatron_ads.runtime.health.calls import observed

@@ -20,7 +20,7 @@ CONVERSIONS = {
 
 
 def _loaded(recipe: Recipe) -> dict[str, torch.Tensor]:
-    from megatron_ads.training.weight_sync import canonical_weights
+    from megatron_ads.training.export import canonical_weights
 
     model, _, _ = start(recipe)
     return canonical_weights(model.models, model.spec)

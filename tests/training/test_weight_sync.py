@@ -75,7 +75,8 @@ def _peaks(recipe: Recipe) -> tuple[int, int, int]:
 
     The third number is the largest bucket.
     """
-    from megatron_ads.training.weight_sync import WeightSync, canonical_weights
+    from megatron_ads.training.export import canonical_weights
+    from megatron_ads.training.weight_sync import WeightSync
 
     model, shards, source = start(recipe)
     own = [*model.models[0].parameters(), *model.models[0].buffers()]

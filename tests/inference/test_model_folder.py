@@ -2,11 +2,12 @@ from pathlib import Path
 
 import pytest
 
-from conversion.convert import hugging_face_folder, to_shards
+from conversion.convert import to_shards
 from conversion.verify import verify
 from megatron_ads.config.model import LayoutConfig
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
 from megatron_ads.errors import ConversionError
+from megatron_ads.inference.model_folder import hugging_face_folder
 
 
 @pytest.fixture(scope="module")
