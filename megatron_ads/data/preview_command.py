@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_ads.config.data import DataConfig, RowVariant, SourceConfig
+    from megatron_ads.data.chat import ChatTokenizer
     from megatron_ads.data.preview import RowPreview
     from megatron_ads.data.rows import ChatRow
-    from megatron_ads.data.tokenizer import ChatTokenizer
 
 Subparsers = Any  # argparse names its type argparse._SubParsersAction
 
@@ -165,8 +165,8 @@ def _variant(name: str) -> "RowVariant":
 
 
 def _tokenizer(folder: Path | None) -> "ChatTokenizer":
+    from megatron_ads.data.chat import load_tokenizer
     from megatron_ads.data.demo_tokenizer import write_tokenizer
-    from megatron_ads.data.tokenizer import load_tokenizer
 
     if folder is not None:
         return load_tokenizer(folder)

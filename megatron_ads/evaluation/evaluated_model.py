@@ -7,8 +7,8 @@ from functools import cache, partial
 from pathlib import Path
 
 from megatron_ads.config.engine import EndpointConfig
+from megatron_ads.data.chat import ChatTokenizer, load_tokenizer
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_ads.evaluation.answer_records import Answer, AnswerJournal, fingerprint, open_journal, write_answers
 from megatron_ads.evaluation.general import general_scores
 from megatron_ads.evaluation.generate import Asking, RowAsker, answer_from_server, answer_rows

@@ -8,9 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_ads.data.chat import tokenize_row
+from megatron_ads.data.chat import ChatTokenizer, tokenize_row
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.data.tokenizer import ChatTokenizer
 from megatron_ads.inference.engine import Engine
 from megatron_ads.metrics.perplexity import perplexity
 from megatron_ads.progress import Progress

@@ -14,9 +14,8 @@ from operator import itemgetter
 from pathlib import Path
 
 from megatron_ads.config.engine import AnsweringConfig
-from megatron_ads.data.chat import render_prompt, split_text
+from megatron_ads.data.chat import load_tokenizer, render_prompt, split_text
 from megatron_ads.data.rows import ChatRow, Message, Role
-from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.inference.client import Request
 from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.inference.model_folder import hugging_face_folder, model_state, tokenizer_folder

@@ -16,9 +16,8 @@ from conversion.to_torch_dist import TorchDistTarget
 from megatron_ads.config.engine import AnsweringConfig, ModelKind
 from megatron_ads.config.layout import LayoutConfig
 from megatron_ads.config.synthesis import PerplexityConfig
-from megatron_ads.data.chat import split_text
+from megatron_ads.data.chat import load_tokenizer, split_text
 from megatron_ads.data.jsonl import jsonl_rows
-from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
 from megatron_ads.errors import ConversionError
 from megatron_ads.inference.engine import Finish
