@@ -6,8 +6,8 @@ irrelevant is bad. The reasoning is derived from the record: which words of the 
 what kind of product its category says it is. The judges' own reasons are not known.
 
 School mathematics (GSM8K, arXiv:2110.14168) is read as general-domain rows: they keep abilities that ads rows do not
-train. The worked solution is the reasoning; the calculator's marks, ``<<3*4=12>>``, are left out. The published training
-questions are read; the test questions are for benchmarks.
+train. The worked solution is the reasoning; the calculator's marks, ``<<3*4=12>>``, are left out. The published
+training questions are read; the test questions are for benchmarks.
 """
 
 import os
