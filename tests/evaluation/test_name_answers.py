@@ -4,7 +4,7 @@ import pytest
 
 from megatron_ads.errors import DataError
 from megatron_ads.evaluation.name_answers import bought_from, names_trained_on, read_names, valid_names
-from megatron_ads.tasks import choose_one, relevance
+from megatron_ads.tasks import advertiser_question, relevance
 from megatron_ads.tasks.advertiser_question import question_of
 from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.relevance import Label
@@ -31,7 +31,7 @@ def test_each_task_has_its_own_valid_names() -> None:
     advertisers = names_trained_on([name_row("1", "Acme", ["Bolt"])])
     row = name_row("2", "Cord")
     assert valid_names(row, advertisers) == ("Acme", "Bolt")
-    chosen = choose_one.chat_row(question_of(row, "2", [f"name {number}" for number in range(30)]))
+    chosen = advertiser_question.choose_one_row(question_of(row, "2", [f"name {number}" for number in range(30)]))
     listed = valid_names(chosen, advertisers)
     assert listed is not None
     assert (len(listed), "Cord" in listed) == (20, True)
