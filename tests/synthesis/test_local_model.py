@@ -26,8 +26,8 @@ from megatron_ads.synthesis.candidates import Candidate, Removed
 from megatron_ads.synthesis.filters import remove_unlikely
 from megatron_ads.synthesis.local_model import LocalScorer, LocalTeacher
 from megatron_ads.synthesis.pipeline import open_models, synthesize
+from megatron_ads.synthesis.prompts import chat_request
 from megatron_ads.synthesis.report import as_report
-from megatron_ads.synthesis.requests import chat_request
 from tests.inference.tiny_model import POSITIONS, write_tiny_model
 from tests.synthesis.scripted_recipes import recipe, write_rows
 

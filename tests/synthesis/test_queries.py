@@ -8,7 +8,7 @@ from megatron_ads.config.data import AdsTask, SourceConfig, SourceKind
 from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.data.sources import read_source
 from megatron_ads.metrics.text import fit_embedding
-from megatron_ads.synthesis.queries import TOPICS, QueryFault, queries_of, query_fault, topic_of
+from megatron_ads.synthesis.filters import TOPICS, QueryFault, queries_of, query_fault, topic_of
 from megatron_ads.tasks import query_generation
 from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.query_generation import GeneratedQuery, KeywordBrief
