@@ -19,6 +19,7 @@ from typing import Any
 from megatron_ads.data.jsonl import read_objects
 from megatron_ads.data.rows import ChatRow, Fact, JsonValue, Message, Role
 from megatron_ads.errors import DataError
+from megatron_ads.metrics.text import words_of
 from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.relevance import Label, chat_row
 
@@ -140,19 +141,14 @@ _VERDICTS = {
 
 def reason(query: str, ad: Ad, label: Label) -> str:
     """Return the evidence of a pair in words, ending in what the label means."""
-    shown = _stems(f"{ad.title} {ad.seller} {ad.description}")
+    shown = set(words_of(f"{ad.title} {ad.seller} {ad.description}"))
     words = list(dict.fromkeys(re.findall(r"\w+", query.lower())))
-    found = [word for word in words if _stems(word) <= shown]
+    found = [word for word in words if shown.issuperset(words_of(word))]
     missing = [word for word in words if word not in found]
     parts = [f"Found: {_listed(found)}.", f"Missing: {_listed(missing)}."]
     if ad.description:
         parts.append(f"Kind: {ad.description}.")
     return " ".join([*parts, _VERDICTS[label]])
-
-
-def _stems(text: str) -> set[str]:
-    """Return the words of a text in lower case, without a plural s."""
-    return {word.removesuffix("s") if len(word) > 3 else word for word in re.findall(r"\w+", text.lower())}
 
 
 def _listed(words: list[str]) -> str:

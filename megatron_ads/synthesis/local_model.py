@@ -21,7 +21,7 @@ from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.inference.model_folder import hugging_face_folder, model_state, tokenizer_folder
 from megatron_ads.inference.transformers_engine import TransformersEngine, open_engine
 from megatron_ads.journal import Journal, digest_of
-from megatron_ads.metrics.perplexity import perplexity
+from megatron_ads.metrics.text import perplexity
 from megatron_ads.progress import Progress
 from megatron_ads.synthesis.candidates import Candidate
 from megatron_ads.synthesis.prompts import answer_of
