@@ -98,24 +98,6 @@ class ParallelLayout:
         ep, rest = rest % self.ep, rest // self.ep
         return Coordinates(pp=pp, dp=dp, cp=cp, tp=tp, edp=rest % self.edp, ep=ep, etp=etp)
 
-    def rank_of(self, at: Coordinates) -> int:
-        """Return the rank at a position: the inverse of :meth:`coordinates`.
-
-        Raises:
-            ConfigError: If an index is outside its axis, or the two grids' indices belong to different ranks.
-        """
-        for name in ("pp", "dp", "cp", "tp", "edp", "ep", "etp"):
-            if not 0 <= getattr(at, name) < getattr(self, name):
-                raise ConfigError(f"{name} {getattr(at, name)} is outside its axis of {getattr(self, name)}.")
-        rank = ((at.pp * self.dp + at.dp) * self.cp + at.cp) * self.tp + at.tp
-        expert_rank = ((at.pp * self.edp + at.edp) * self.ep + at.ep) * self.etp + at.etp
-        if rank != expert_rank:
-            raise ConfigError(
-                f"(pp {at.pp}, dp {at.dp}, cp {at.cp}, tp {at.tp}) is rank {rank}, but (pp {at.pp}, edp {at.edp}, "
-                f"ep {at.ep}, etp {at.etp}) is rank {expert_rank}: no rank has both."
-            )
-        return rank
-
     def stage_ranks(self, stage: int) -> range:
         """Return the ranks of pipeline stage ``stage``: they are consecutive."""
         size = self.world // self.pp

@@ -107,24 +107,11 @@ def test_the_comparison_with_megatron_sees_a_wrong_rank_order() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
-def test_rank_of_inverts_coordinates(layout: ParallelLayout) -> None:
-    assert [layout.rank_of(layout.coordinates(rank)) for rank in range(layout.world)] == list(range(layout.world))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
 def test_stage_ranks_are_those_whose_coordinates_say_so(layout: ParallelLayout) -> None:
     for stage in range(layout.pp):
         assert list(layout.stage_ranks(stage)) == [
             rank for rank in range(layout.world) if layout.coordinates(rank).pp == stage
         ]
-
-
-def test_rank_of_refuses_indices_of_two_different_ranks() -> None:
-    layout = ParallelLayout(world=4, pp=2, ep=2)
-    with pytest.raises(ConfigError, match=r"is rank 0, but .* is rank 1: no rank has both"):
-        layout.rank_of(Coordinates(pp=0, dp=0, cp=0, tp=0, edp=0, ep=1, etp=0))
-    with pytest.raises(ConfigError, match="pp 2 is outside its axis of 2"):
-        layout.rank_of(Coordinates(pp=2, dp=0, cp=0, tp=0, edp=0, ep=0, etp=0))
 
 
 def test_the_published_layout_has_eight_replicas_and_one_of_each_expert() -> None:

@@ -233,9 +233,6 @@ NAME_ENDS = ("vik", "tea", "ble", "vid", "more", "inor", "dan", "try", "den", "r
              "wick", "ham", "by", "anna", "wyn", "bridge", "ster", "mont", "ford", "low", "etti")  # fmt: skip
 
 
-POSSIBLE_NAMES = len(NAME_STARTS) * len(NAME_ENDS)
-
-
 def invent_names(count: int, draw: np.random.Generator) -> list[str]:
     """Return ``count`` different one-word names; a numeral is added once the plain ones are used up."""
     plain = [start + end for start in NAME_STARTS for end in NAME_ENDS]
