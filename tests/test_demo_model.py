@@ -13,7 +13,7 @@ from conversion.hf_folder import open_hf_folder
 from conversion.names import ParameterKind, hf_aliases, parameters
 from megatron_ads.architecture import read_model_shape
 from megatron_ads.cli import main
-from megatron_ads.data.tokenizer import load_tokenizer
+from megatron_ads.data.chat import load_tokenizer
 from megatron_ads.demo_model import CONFIGS, EMBEDDING_SPREADS, Preset
 
 

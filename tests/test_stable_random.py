@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from megatron_ads.stable_random import key_of, mix, shuffled, stable_integer, stable_key
-from megatron_ads.synthesis import requests
+from megatron_ads.synthesis import prompts
 from megatron_ads.tasks.advertiser_question import candidates_of
 from megatron_ads.tasks.prompts import Template
 
@@ -19,8 +19,8 @@ def test_split_of_the_data_is_frozen():
 
 
 def test_draws_of_requests_are_frozen_and_take_any_text():
-    assert requests.drawn(7, "row 1", "reason/1", 2) == 2626976049207517253
-    assert requests.drawn(1, "\ud800") == 8887914303918060660
+    assert prompts.drawn(7, "row 1", "reason/1", 2) == 2626976049207517253
+    assert prompts.drawn(1, "\ud800") == 8887914303918060660
 
 
 def test_wordings_are_frozen():

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_ads.errors import DataError
-from megatron_ads.metrics.perplexity import perplexities
+from megatron_ads.metrics.text import perplexities
 
 Vector = NDArray[np.float64]
 

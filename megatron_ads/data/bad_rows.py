@@ -2,17 +2,22 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
 from megatron_ads.observability.log import get_logger, rank
 
 logger = get_logger(__name__)
 
 _SHOWN_CHARACTERS = 200
+
+Read = TypeVar("Read")
+"""A row as it was read, before it is checked."""
 
 
 class BadRow(StrEnum):
@@ -97,7 +102,7 @@ class RejectedRows:
         return ", ".join(f"{count} {reason}" for reason, count in sorted(self.counts.items())) or "none"
 
 
-def require_new(row_id: str, number: int, first_seen: dict[str, int]) -> None:
+def _require_new(row_id: str, number: int, first_seen: dict[str, int]) -> None:
     """Note the number of the row that has an id.
 
     Raises:
@@ -106,3 +111,42 @@ def require_new(row_id: str, number: int, first_seen: dict[str, int]) -> None:
     if row_id in first_seen:
         raise BadRowError(BadRow.duplicate_id, f"id {row_id!r:.80} was row {first_seen[row_id]}'s; ids must differ.")
     first_seen[row_id] = number
+
+
+def usable_rows(
+    file: Path,
+    read: Iterable[tuple[int, Read | BadRowError]],
+    make: Callable[[int, Read], ChatRow],
+    *,
+    rejected: Path | None,
+    limit: int | None,
+) -> list[ChatRow]:
+    """Return the usable rows of a file, the first ``limit`` of them.
+
+    Args:
+        file: Where they come from.
+        read: Row number and content, or why it cannot be read.
+        make: Takes both; raises ``BadRowError`` for content that cannot be used.
+        rejected: Where to write rows that cannot be used; None: the first one is an error.
+        limit: None is all.
+
+    Raises:
+        DataError: With the row number, for the first bad row if none are written aside; if there is no usable row.
+    """
+    bad = RejectedRows(file, rejected)
+    rows: list[ChatRow] = []
+    first_seen: dict[str, int] = {}
+    for number, content in read:
+        if len(rows) == limit:
+            break
+        try:
+            if isinstance(content, BadRowError):
+                raise content
+            row = make(number, content)
+            _require_new(row.id, number, first_seen)
+        except BadRowError as error:
+            bad.add(number, error, None if isinstance(content, BadRowError) else content)
+            continue
+        rows.append(row)
+    bad.finish(used=len(rows))
+    return rows

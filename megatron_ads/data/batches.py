@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 from megatron_ads.config.training import Normalize
 from megatron_ads.data.adaptive_weights import InstanceWeights, task_shares
 from megatron_ads.data.mixing import Draw, Mixture, WeightedRows
-from megatron_ads.data.packed_batch import PackedBatch, PackedRow
-from megatron_ads.data.packing import pack_prefix
+from megatron_ads.data.packed_batch import PackedBatch, PackedRow, pack_prefix
 from megatron_ads.data.rows import TokenizedRow
 from megatron_ads.errors import ConfigError, DataError
-from megatron_ads.metrics.perplexity import perplexities
+from megatron_ads.metrics.text import perplexities
 
 _ROWS_OF_A_PORTION = 1024
 

@@ -28,7 +28,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_ads.data.bad_rows import BadRow, BadRowError, RejectedRows, require_new
+from megatron_ads.data.bad_rows import BadRow, BadRowError, usable_rows
 from megatron_ads.data.rows import ChatRow, Fact, Message, Role
 from megatron_ads.errors import DataError
 from megatron_ads.tasks.registry import TASKS
@@ -103,23 +103,11 @@ def jsonl_rows(file: Path, *, limit: int | None = None, rejected: Path | None = 
         DataError: With the row number, for the first row that is not a chat row or repeats an id, unless ``rejected``
             says where to write it; if there is no usable row.
     """
-    bad = RejectedRows(file, rejected)
-    rows: list[ChatRow] = []
-    first_seen: dict[str, int] = {}
-    for number, fields in read_lines(file):
-        if len(rows) == limit:
-            break
-        try:
-            if isinstance(fields, BadRowError):
-                raise fields
-            row = facts_of_text_row(parse_row(fields, default_id=f"{file.name}-{number}"))
-            require_new(row.id, number, first_seen)
-        except BadRowError as error:
-            bad.add(number, error, None if isinstance(fields, BadRowError) else fields)
-            continue
-        rows.append(row)
-    bad.finish(used=len(rows))
-    return rows
+
+    def make(number: int, fields: dict[str, Any]) -> ChatRow:
+        return facts_of_text_row(parse_row(fields, default_id=f"{file.name}-{number}"))
+
+    return usable_rows(file, read_lines(file), make, rejected=rejected, limit=limit)
 
 
 def parse_row(fields: Mapping[str, Any], *, default_id: str) -> ChatRow:

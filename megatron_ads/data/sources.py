@@ -5,11 +5,10 @@ from pathlib import Path
 from megatron_ads.config.data import AdsTask, SourceConfig, SourceKind
 from megatron_ads.data import next_brand
 from megatron_ads.data.ads_pairs import DEFAULT_ROWS, builtin_rows
-from megatron_ads.data.esci import esci_file, esci_rows
 from megatron_ads.data.event_tables import event_rows, read_anchor
-from megatron_ads.data.gsm8k import gsm8k_file, gsm8k_rows
 from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.own_tables import table_rows
+from megatron_ads.data.public_data import esci_file, esci_rows, gsm8k_file, gsm8k_rows
 from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.simulator import simulated_rows
 from megatron_ads.data.user_features import view_chooser

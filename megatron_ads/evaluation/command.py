@@ -29,8 +29,8 @@ from megatron_ads.evaluation.score_tables import text_tables
 from megatron_ads.observability.log import start_logging
 
 if TYPE_CHECKING:
+    from megatron_ads.data.chat import ChatTokenizer
     from megatron_ads.data.rows import ChatRow
-    from megatron_ads.data.tokenizer import ChatTokenizer
 
 MARGIN = 1.25
 """How much longer than the longest training target an answer may become."""

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_ads.config.generation import GenerationConfig, Method
-from megatron_ads.data.chat import THINK, render_prompt
+from megatron_ads.data.chat import THINK, ChatTokenizer, render_prompt
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.data.tokenizer import ChatTokenizer
 from megatron_ads.evaluation.answer_records import Answer, AnswerBeam, AnswerJournal
 from megatron_ads.evaluation.name_answers import NO_NAMES, AdvertiserNames, CollaborativeModel, NameForms, valid_names
 from megatron_ads.inference.beam_rules import NameTrie, ValidNames

@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_ads.data.chat import ChatTokenizer
 from megatron_ads.data.rows import ChatRow, Fact
-from megatron_ads.data.tokenizer import ChatTokenizer
 from megatron_ads.errors import DataError
 from megatron_ads.inference.beam_rules import NameTrie, build_trie
 from megatron_ads.metrics.ranking import same_name
 from megatron_ads.metrics.text import fit_embedding
-from megatron_ads.tasks import choose_one, next_advertiser
+from megatron_ads.tasks import advertiser_question, next_advertiser
 from megatron_ads.tasks.answer_format import OPEN, render_reasoned
 from megatron_ads.tasks.user_history import Section, shown_history
 
@@ -81,7 +81,7 @@ def valid_names(row: ChatRow, advertisers: AdvertiserNames) -> tuple[str, ...] |
     """Return the names that a row may be answered with; None if its task is not answered with a name."""
     if row.task == next_advertiser.TASK:
         return advertisers.names
-    return row.list_fact(Fact.candidates) if row.task == choose_one.TASK else None
+    return row.list_fact(Fact.candidates) if row.task == advertiser_question.CHOOSE_ONE else None
 
 
 class NameForms:

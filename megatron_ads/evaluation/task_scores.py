@@ -1,27 +1,17 @@
-"""From answers to numbers, task by task: metrics, an interval of the leading one, and what a baseline gets.
+"""From answers to numbers, task by task: metrics, an interval of the leading one, and what a baseline gets."""
 
-Rows of general domains have no ads task that reads their answers: what counts is how probable their targets are. A
-domain is what such rows have in place of a task: ``gsm8k``, ``chat`` or any other name. Its perplexity is that of the
-tokens of all its targets, with their end tokens.
-"""
-
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
-from megatron_ads.data.chat import tokenize_row
 from megatron_ads.data.rows import ChatRow
-from megatron_ads.data.tokenizer import ChatTokenizer
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.label_scores import relevance_scores, score_views
 from megatron_ads.evaluation.name_answers import AdvertiserNames, names_trained_on
 from megatron_ads.evaluation.query_scores import query_scores
 from megatron_ads.evaluation.ranking_scores import ranking_scores
-from megatron_ads.inference.engine import Engine
 from megatron_ads.metrics.intervals import statistic_interval
-from megatron_ads.metrics.perplexity import perplexity
-from megatron_ads.progress import Progress
 from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.model_comparison import Assessment, parse, replacement_report
 from megatron_ads.tasks.registry import Scoring, score_answers, task_named
@@ -113,31 +103,4 @@ def replacement_scores(answers: Sequence[Answer], *, reasons: bool = True) -> di
     return {
         "model": asdict(replacement_report(model, groups=groups)),
         "truth": asdict(replacement_report(truth, groups=groups)),
-    }
-
-
-def general_scores(
-    engine: Engine, tokenizer: ChatTokenizer, rows: Sequence[ChatRow], *, batch_size: int
-) -> dict[str, dict[str, float]]:
-    """Return number of rows and perplexity by domain. Shows a progress bar.
-
-    Raises:
-        UnsupportedError: If the engine does not say how probable a text is.
-    """
-    # A row of weight 0 is not trained on; its target counts here all the same.
-    weighed = [replace(row, weight=1.0) for row in rows]
-    tokenized = sorted((tokenize_row(row, tokenizer) for row in weighed), key=lambda row: len(row.tokens))
-    said: dict[str, list[float]] = defaultdict(list)
-    with Progress(len(rows), description="reading general rows", unit="row") as progress:
-        for start in range(0, len(rows), batch_size):  # rows of like length together: little is padded
-            batch = tokenized[start : start + batch_size]
-            prompts = [row.tokens[: -row.target_count].tolist() for row in batch]
-            targets = [row.tokens[-row.target_count :].tolist() for row in batch]
-            for row, of_row in zip(batch, engine.log_probabilities(prompts, targets), strict=True):
-                said[row.task] += of_row
-            progress.update(len(batch))
-    counts = Counter(row.task for row in rows)
-    return {
-        domain: {"rows": counts[domain], "perplexity": perplexity(-sum(values), len(values))}
-        for domain, values in sorted(said.items())
     }

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_ads.config.generation import BEAM_METHODS, GenerationConfig, Method
-from megatron_ads.data.chat import render_prompt
+from megatron_ads.data.chat import ChatTokenizer, load_tokenizer, render_prompt
 from megatron_ads.data.rows import Message
-from megatron_ads.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_ads.errors import ConfigError
 from megatron_ads.inference.beam_rules import AnyToken, Rules
 from megatron_ads.inference.beam_search import Beam, RowSearch, search_beams

@@ -1,4 +1,4 @@
-"""Measures of texts that need no model: form, overlap of word sets, variety, TF-IDF embeddings and a BM25 matcher.
+"""Measures of texts: form, overlap of word sets, variety, TF-IDF embeddings, a BM25 matcher, and perplexity.
 
 Embedding: TF-IDF, reduced by a truncated SVD.
 
@@ -17,6 +17,10 @@ Generated queries (AdNanny, table 6, names them; the paper does not define them,
     distinct-n              different n-grams / all n-grams of the queries of one keyword, averaged over keywords
     click attribute ratio   1 - total variation distance between the attributes of queries and of clicked queries
 
+Perplexity says how many equally likely tokens a model hesitates between, on average, over T target tokens:
+
+    PPL = exp(-(1/T) sum_t log P(y_t | prompt, y_<t))
+
 Shape suffixes: N = texts, W = words, D = dimensions.
 """
 
@@ -34,6 +38,10 @@ from numpy.typing import NDArray
 from megatron_ads.metrics.ranking import same_name
 
 _WORD = re.compile(r"\w+")
+MAX_EXPONENT = 700.0
+"""Largest mean loss, in nats, that is exponentiated: above about 709 a double overflows."""
+
+Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,3 +222,15 @@ def _block(text: str) -> tuple[str, str] | None:
 
 def _share(values: Sequence[bool]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def perplexity(loss_sum: float, targets: int) -> float:
+    """Return PPL of a loss summed over ``targets`` tokens, in nats; at most ``exp(MAX_EXPONENT)``."""
+    return math.exp(min(loss_sum / targets, MAX_EXPONENT))
+
+
+def perplexities(loss_sums: Vector, targets: Vector) -> Vector:
+    """Return PPL from summed losses and counts of target tokens; always finite, the largest for a loss of NaN."""
+    exponents = np.fmin(loss_sums / np.maximum(targets, 1), MAX_EXPONENT)  # fmin takes the other value for NaN
+    result: Vector = np.exp(exponents)
+    return result

@@ -152,7 +152,7 @@ def read_prompts(file: Path, folder: Path, *, max_tokens: int) -> "list[Tensor]"
     """
     import torch
 
-    from megatron_ads.data.tokenizer import load_tokenizer
+    from megatron_ads.data.chat import load_tokenizer
     from megatron_ads.errors import DataError
 
     try:

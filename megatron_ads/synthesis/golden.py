@@ -17,8 +17,7 @@ from megatron_ads.inference.client import Client
 from megatron_ads.metrics.text import mean_similarities
 from megatron_ads.synthesis.candidates import Candidate, by_row, details_in, passing, read_candidate
 from megatron_ads.synthesis.filters import embedder
-from megatron_ads.synthesis.prompts import ReasoningTemplate
-from megatron_ads.synthesis.requests import reasoning_request
+from megatron_ads.synthesis.prompts import ReasoningTemplate, reasoning_request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,17 +22,19 @@ from megatron_ads.inference.endpoint import Endpoint
 from megatron_ads.journal import Journal
 from megatron_ads.synthesis.candidates import Candidate, Removed, by_row, details_in, passing, read_candidate
 from megatron_ads.synthesis.filters import (
+    TOPICS,
     Scorer,
     embedder,
     load_encoder,
+    queries_of,
+    query_fault,
     remove_disagreeing,
     remove_rejected,
     remove_unlikely,
+    topic_of,
 )
 from megatron_ads.synthesis.golden import GoldenResult, check_template
-from megatron_ads.synthesis.prompts import ReasoningTemplate, templates_of
-from megatron_ads.synthesis.queries import TOPICS, queries_of, query_fault, topic_of
-from megatron_ads.synthesis.requests import drawn, reasoning_request
+from megatron_ads.synthesis.prompts import ReasoningTemplate, drawn, reasoning_request, templates_of
 from megatron_ads.tasks import query_generation
 from megatron_ads.tasks.registry import TASKS, task_named
 from megatron_ads.tasks.row_checks import check_rows

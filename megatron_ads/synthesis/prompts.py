@@ -5,19 +5,26 @@ thinks by itself opens that one for its own thoughts, in which it speaks of the 
 
 Source: AdNanny, section 3.2 (the label is given, the steps, the repetition); Taiji, section 2.1.2 (reverse
 engineering). The prompts of neither are public, so the words are ours.
+
+Every request has sampling settings and a seed of its own, so that a run can be repeated.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from megatron_ads.config.generation import AnsweringConfig
 from megatron_ads.config.synthesis import Style, TemplateConfig
 from megatron_ads.data.rows import ChatRow, Role
+from megatron_ads.inference.client import Request
+from megatron_ads.inference.openai_engine import request_body
+from megatron_ads.stable_random import stable_integer
 from megatron_ads.tasks.answer_format import CLOSE, OPEN, Reasoned, count_of, split_reasoning
 
 TAG = "Reasoning"
 OPEN_TASKS = frozenset({"next_advertiser", "next_advertiser_ranking", "choose_one", "list_ranking"})
 """They ask what somebody will do next: no label that rules decide."""
+_SEEDS = 2**31
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,3 +144,28 @@ def read_teacher(text: str) -> Reasoned | FormFailure:
     if OPEN in reasoning or CLOSE in reasoning:
         return FormFailure.tag_in_reasoning
     return Reasoned(reasoning.strip(), answer.strip())
+
+
+def chat_request(
+    messages: Sequence[dict[str, str]], config: AnsweringConfig, *, seed: int, candidate: int = 0
+) -> Request:
+    """Return a request for one answer."""
+    body = request_body({"messages": list(messages)}, config, config.generation(seed), seed=seed)
+    return Request(body=body, candidate=candidate)
+
+
+def reasoning_request(
+    row: ChatRow, template: ReasoningTemplate, number: int, config: AnsweringConfig, *, seed: int
+) -> Request:
+    """Return the request for a row's candidate of that number; the template's wordings take turns, seeds differ."""
+    return chat_request(
+        teacher_messages(row, template, number % len(template.wordings)),
+        config,
+        seed=drawn(seed, row.id, template.name, number) % _SEEDS,
+        candidate=number,
+    )
+
+
+def drawn(*parts: object) -> int:
+    """Return a number that looks random and depends on nothing but ``parts``."""
+    return stable_integer(*parts, separator="\x1f")

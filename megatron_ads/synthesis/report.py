@@ -14,8 +14,7 @@ from megatron_ads.config.synthesis import SynthesisConfig, synthesis_recipe_yaml
 from megatron_ads.inference.client import Client
 from megatron_ads.synthesis.candidates import Candidate, Removed, by_row, passing
 from megatron_ads.synthesis.pipeline import SynthesisModels, SynthesisResult
-from megatron_ads.synthesis.prompts import question_of
-from megatron_ads.synthesis.requests import drawn
+from megatron_ads.synthesis.prompts import drawn, question_of
 
 JSON_FILE, TEXT_FILE, RECIPE_FILE = "report.json", "report.md", "recipe.yaml"
 _SHOWN_CHARACTERS = 600

@@ -7,11 +7,10 @@ from megatron_ads.data.rows import ChatRow, Fact, Facts, JsonValue
 from megatron_ads.tasks import (
     ad_rewriting,
     ad_user_relevance,
-    choose_one,
-    list_ranking,
+    advertiser_question,
     next_advertiser,
     user_profile,
-    yes_no,
+    variants,
 )
 from megatron_ads.tasks.answer_format import NOTHING, ReadFailure, unlisted
 from megatron_ads.tasks.ground_truth import truth_facts
@@ -28,9 +27,9 @@ _ABOUT_USERS = frozenset(
         next_advertiser.TASK,
         next_advertiser.RANKING_TASK,
         user_profile.TASK,
-        yes_no.TASK,
-        choose_one.TASK,
-        list_ranking.TASK,
+        variants.YES_NO,
+        advertiser_question.CHOOSE_ONE,
+        advertiser_question.LIST_RANKING,
     }
 )
 
@@ -59,7 +58,7 @@ def _facts_of_prompt(row: ChatRow) -> Facts:
     parts, complete = _labelled_parts(before if listed else shown)
     facts = _as_facts(parts, row.task)
     if listed:
-        numbered = row.task == list_ranking.TASK
+        numbered = row.task == advertiser_question.LIST_RANKING
         facts[Fact.candidates] = [name.partition(". ")[2] if numbered else name for name in names.splitlines()]
     if instruction not in known or not complete or not shown:
         facts[Fact.text] = shown if instruction in known and shown else content

@@ -1,18 +1,148 @@
-"""Variants: the records of rows asked another way, with the same truth.
+"""Variants: the records of rows asked another way, with the same truth; yes or no among them.
 
 Source: P5 (arXiv:2203.13366) and InstructRec (arXiv:2305.07001), which tune on many instructions over the same records
 to do better under new ones: ``several_forms`` draws the question by the row's id, so a corpus holds all of them.
+
+Yes or no asks whether something would be liked, over the records of relevance and of the next advertiser. Source:
+TALLRec (arXiv:2305.00447), which asks whether a user will enjoy the next item. Where a grade becomes a yes is ours: an
+ad that is not bad for a query, a score of 2 or 3 for a user.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from megatron_ads.config.data import RowVariant
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.data.rows import ChatRow, Fact, Facts
 from megatron_ads.errors import DataError
-from megatron_ads.tasks import ad_user_relevance, choose_one, list_ranking, next_advertiser, relevance, yes_no
-from megatron_ads.tasks.advertiser_question import AdvertiserQuestion, question_of
-from megatron_ads.tasks.prompts import Template, single_turn
+from megatron_ads.metrics.classification import DefectView, binary_metrics
+from megatron_ads.tasks import ad_user_relevance, next_advertiser, relevance
+from megatron_ads.tasks.advertiser_question import (
+    CHOOSE_ONE,
+    LIST_RANKING,
+    AdvertiserQuestion,
+    candidates_of,
+    choose_one_row,
+    list_ranking_row,
+    question_of,
+    require_own_form,
+)
+from megatron_ads.tasks.answer_format import ReadFailure, element, read_only, render_reasoned, split_reasoning
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, truth_facts
+from megatron_ads.tasks.prompts import Template, ad_of, line, single_turn
+from megatron_ads.tasks.user_history import render_history, shown_history
+
+YES_NO = "yes_no"
+
+
+class YesNo(StrEnum):
+    """The two answers."""
+
+    no = "No"
+    yes = "Yes"
+
+
+NO_VIEW = DefectView("no", frozenset({YesNo.no}))
+_YES_NO_FORM = "Answer with <Answer>Yes</Answer> or <Answer>No</Answer>."
+QUERY_AD = Template(
+    task=f"{YES_NO}/query_ad",
+    version=1,
+    paraphrases=("Does the ad serve the query?", "Would the ad help the person who typed the query?"),
+    answer_form=_YES_NO_FORM,
+)
+AD_USER = Template(
+    task=f"{YES_NO}/ad_user",
+    version=1,
+    paraphrases=("Will this user like the ad?", "Given what the user did, is the ad of interest to them?"),
+    answer_form=_YES_NO_FORM,
+)
+ADVERTISER = Template(
+    task=f"{YES_NO}/advertiser",
+    version=1,
+    paraphrases=("Will this user buy from the advertiser next?", "Is this advertiser the user's next?"),
+    answer_form=_YES_NO_FORM,
+)
+GOOD_SCORES = frozenset({ad_user_relevance.Score.relevant, ad_user_relevance.Score.high})
+
+
+@dataclass(frozen=True, slots=True)
+class YesNoAnswer:
+    """An answer that could be read."""
+
+    answer: YesNo
+    reasoning: str
+
+
+def query_ad_row(row: ChatRow, row_id: str) -> ChatRow:
+    """Return the question whether an ad serves a query, from a row that asks how well.
+
+    Raises:
+        DataError: If the row's facts do not tell the query, the ad and the answer.
+    """
+    require_own_form(row)
+    truth = ground_truth(row, relevance.RelevanceJudgement)
+    ad = ad_of(row.object_fact(Fact.ad))
+    prompt = relevance.render_prompt(row.text_fact(Fact.query), ad, QUERY_AD.instruction_of(row_id))
+    return _yes_no_row(
+        row_id, prompt, truth.label not in relevance.BAD_VIEW.defects, truth.reasoning, row.group, row.facts
+    )
+
+
+def ad_user_row(row: ChatRow, row_id: str) -> ChatRow:
+    """Return the question whether an ad interests a user, from a row that asks how much.
+
+    Raises:
+        DataError: If the row's facts do not tell the user, the ad and the answer.
+    """
+    require_own_form(row)
+    truth = ground_truth(row, ad_user_relevance.UserRelevanceJudgement)
+    ad, history = ad_of(row.object_fact(Fact.ad)), render_history(shown_history(row))
+    prompt = "\n".join([AD_USER.instruction_of(row_id), history, *ad.lines()])
+    return _yes_no_row(row_id, prompt, truth.score in GOOD_SCORES, truth.reasoning, row.group, row.facts)
+
+
+def advertiser_row(question: AdvertiserQuestion) -> ChatRow:
+    """Return the question whether an advertiser is the next: half of the rows, drawn by id, ask about another.
+
+    A no has no reasoning: that of the question argues for the true one.
+
+    Raises:
+        DataError: If the question's pool has no other.
+    """
+    asked = candidates_of(question.row_id, question.advertiser, question.pool, 2)[0]
+    asked_about = line(Fact.advertiser, asked)
+    prompt = "\n".join([ADVERTISER.instruction_of(question.row_id), question.history, asked_about])
+    is_next = asked == question.advertiser
+    facts = {**question.facts, Fact.advertiser: asked}
+    return _yes_no_row(question.row_id, prompt, is_next, question.reasoning if is_next else "", question.group, facts)
+
+
+def _yes_no_row(row_id: str, prompt: str, yes: bool, reasoning: str, group: str, facts: Facts) -> ChatRow:
+    answer = YesNo.yes if yes else YesNo.no
+    target = render_reasoned(reasoning, element("Answer", answer))
+    facts = {name: value for name, value in facts.items() if name != Fact.best_answers}
+    facts |= truth_facts(YesNoAnswer(answer, reasoning))
+    return single_turn(row_id, YES_NO, prompt, target, facts=facts, group=group, label=answer)
+
+
+def parse_yes_no(text: str, *, reasoning_required: bool = False) -> YesNoAnswer | ReadFailure:
+    """Read an answer strictly: reasoning, which may be missing, then one answer, and nothing else."""
+    parts = split_reasoning(text, required=reasoning_required)
+    if isinstance(parts, ReadFailure):
+        return parts
+    answer = read_only(
+        "Answer", parts.answer, ReadFailure.no_answer, ReadFailure.several_answers, ReadFailure.text_around_answer
+    )
+    if isinstance(answer, ReadFailure):
+        return answer
+    return YesNoAnswer(YesNo(answer), parts.reasoning) if answer in set(YesNo) else ReadFailure.unknown_answer
+
+
+def yes_no_metrics(rows: Sequence[ChatRow], answers: Sequence[YesNoAnswer | ReadFailure]) -> Metrics:
+    """Return the binary metrics, yes being the positive class. For an AUC see ``metrics.probabilities``."""
+    truths = [ground_truth(row, YesNoAnswer).answer for row in rows]
+    given = [readable(answer) for answer in answers]
+    return {**binary_metrics(truths, [answer.answer if answer else None for answer in given], NO_VIEW).as_dict()}
 
 
 def name_row(question: AdvertiserQuestion) -> ChatRow:
@@ -30,9 +160,9 @@ def name_row(question: AdvertiserQuestion) -> ChatRow:
 
 FORMS: dict[str, Callable[[AdvertiserQuestion], ChatRow]] = {
     next_advertiser.TASK: name_row,
-    yes_no.TASK: yes_no.advertiser_row,
-    choose_one.TASK: choose_one.chat_row,
-    list_ranking.TASK: list_ranking.chat_row,
+    YES_NO: advertiser_row,
+    CHOOSE_ONE: choose_one_row,
+    LIST_RANKING: list_ranking_row,
 }
 _DRAW = Template(task="several_forms", version=1, paraphrases=tuple(FORMS))
 
@@ -47,9 +177,9 @@ def several_forms_row(question: AdvertiserQuestion) -> ChatRow:
 
 
 _OF_ADVERTISERS: dict[RowVariant, Callable[[AdvertiserQuestion], ChatRow]] = {
-    RowVariant.yes_no: yes_no.advertiser_row,
-    RowVariant.choose_one: choose_one.chat_row,
-    RowVariant.list_ranking: list_ranking.chat_row,
+    RowVariant.yes_no: advertiser_row,
+    RowVariant.choose_one: choose_one_row,
+    RowVariant.list_ranking: list_ranking_row,
     RowVariant.several_forms: several_forms_row,
 }
 
@@ -76,7 +206,7 @@ def _ask(row: ChatRow, variant: RowVariant, pool: Sequence[str]) -> ChatRow:
     if row.task == next_advertiser.TASK:
         return _OF_ADVERTISERS[variant](question_of(row, row_id, pool))
     if variant is RowVariant.yes_no and row.task == relevance.TASK:
-        return yes_no.query_ad_row(row, row_id)
+        return query_ad_row(row, row_id)
     if variant is RowVariant.yes_no and row.task == ad_user_relevance.TASK:
-        return yes_no.ad_user_row(row, row_id)
+        return ad_user_row(row, row_id)
     raise DataError(f"row {row.id!r} is of task {row.task}, which cannot be asked as {variant}.")

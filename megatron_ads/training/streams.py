@@ -8,8 +8,8 @@ from megatron_ads.config.data import DataConfig
 from megatron_ads.config.training import LossConfig, ReweightConfig, TrainConfig
 from megatron_ads.data.adaptive_weights import InstanceWeights
 from megatron_ads.data.batches import BatchStream, HeldOut, ReplicaShare, batches_of_all
+from megatron_ads.data.chat import load_tokenizer
 from megatron_ads.data.corpus import LeftOut, read_corpus, tokenize, tokenize_training
-from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.errors import DataError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.observability.log import get_logger, rank

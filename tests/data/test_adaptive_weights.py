@@ -23,6 +23,16 @@ def test_instance_weights_stay_within_their_bounds_whatever_the_perplexity():
     assert weights == pytest.approx([0.2, 5.0, 0.2])
 
 
+@pytest.mark.parametrize(
+    ("metrics", "alpha", "shares"),
+    [
+        # d = 0.4, 0.1 -> 0.8, 0.2; squared: 0.16, 0.01 -> 16/17, 1/17.
+        ({"a": 0.6, "b": 0.9}, 1.0, {"a": 0.8, "b": 0.2}),
+        ({"a": 0.6, "b": 0.9}, 2.0, {"a": 16 / 17, "b": 1 / 17}),
+        ({"a": 1.0, "b": 1.0}, 1.0, {"a": 0.5, "b": 0.5}),
+        ({"a": 1.0, "b": 0.5}, 1.0, {"a": 0.0, "b": 1.0}),
+    ],
+)
 def test_the_equation_of_the_task_shares(metrics: dict[str, float], alpha: float, shares: dict[str, float]):
     assert task_shares(metrics, alpha=alpha) == pytest.approx(shares)
 

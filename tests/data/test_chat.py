@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.data.chat import split_text, tokenize_row
+from megatron_ads.data.chat import ChatTokenizer, load_tokenizer, split_text, tokenize_row
 from megatron_ads.data.demo_tokenizer import CHAT_TEMPLATE, END, train_tokenizer
 from megatron_ads.data.rows import ChatRow, Message, Role
-from megatron_ads.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_ads.errors import DataError
 from tests.data.tokenizers import tokenizer_in
 

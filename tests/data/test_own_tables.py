@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_ads.config.data import AdsTask, SourceConfig, SourceKind
-from megatron_ads.data import table_file
+from megatron_ads.data import own_tables
 from megatron_ads.data.own_tables import FORMS, table_rows
 from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.errors import ConfigError, DataError
@@ -207,7 +207,7 @@ def test_files_that_cannot_be_read_at_all_are_named(tmp_path: Path) -> None:
 
 
 def test_a_huge_row_ends_the_reading_with_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_file, "MAX_ROW_BYTES", 5000)
+    monkeypatch.setattr(own_tables, "MAX_ROW_BYTES", 5000)
     file = write(tmp_path, "jsonl", GOOD, GOOD | {"ad": "x" * 6000})
     with pytest.raises(DataError, match="row 2: longer than 5,000 bytes"):
         table_rows(file, columns=COLUMNS, task=PAIRS)

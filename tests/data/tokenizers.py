@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from megatron_ads.data.chat import ChatTokenizer, load_tokenizer
 from megatron_ads.data.demo_tokenizer import write_tokenizer
-from megatron_ads.data.tokenizer import ChatTokenizer, load_tokenizer
 
 VOCAB_SIZE = 1024
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_ads.cli import main
-from megatron_ads.data.tokenizer import load_tokenizer
+from megatron_ads.data.chat import load_tokenizer
 from tests.data.tokenizers import tokenizer_in
 from tests.inference.scripted_server import Record, Reply, scripted_server
 

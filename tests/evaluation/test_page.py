@@ -5,8 +5,7 @@ from html.parser import HTMLParser
 import pytest
 
 from megatron_ads.evaluation.answer_records import Answer, AnswerBeam
-from megatron_ads.evaluation.outcomes import NOT_READ, confusion, judge, samples
-from megatron_ads.evaluation.page import evaluation_page
+from megatron_ads.evaluation.page import NOT_READ, confusion, evaluation_page, judge, samples
 from megatron_ads.evaluation.task_scores import task_scores
 from megatron_ads.tasks import next_advertiser, relevance
 from megatron_ads.tasks.prompts import Ad

@@ -16,7 +16,7 @@ from megatron_ads.evaluation.name_answers import AdvertiserNames
 from megatron_ads.inference.client import Client
 from megatron_ads.inference.engine import Completion, Failure, Finish
 from megatron_ads.journal import digest_of
-from megatron_ads.synthesis.requests import chat_request
+from megatron_ads.synthesis.prompts import chat_request
 
 ROW = ChatRow(
     "r0",

@@ -8,6 +8,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from megatron_ads.metrics.text import (
+    MAX_EXPONENT,
     LexicalMatcher,
     Overlap,
     click_attribute_ratio,
@@ -19,6 +20,8 @@ from megatron_ads.metrics.text import (
     mean_similarities,
     near_duplicates,
     overlap,
+    perplexities,
+    perplexity,
     words_of,
 )
 
@@ -156,3 +159,15 @@ def test_empty_sets():
     assert overlap([], []) == Overlap(1.0, 1.0)
     assert overlap(["a"], []).f1 == 0.0
     assert overlap([], ["a"]).f1 == 0.0
+
+
+def test_perplexity_is_per_target_token_and_always_finite():
+    # 2 tokens of loss ln 4 each -> 4; a loss of 10^6 on one token is capped, not infinite.
+    values = perplexities(np.array([2 * math.log(4), 1e6, math.nan]), np.array([2.0, 1.0, 1.0]))
+    assert values[0] == pytest.approx(4.0)
+    assert np.isfinite(values).all() and values[1] == values[2]
+
+
+def test_one_perplexity_is_that_of_many_and_never_overflows() -> None:
+    assert perplexity(2 * math.log(4), 2) == pytest.approx(4)
+    assert perplexity(1e6, 2) == math.exp(MAX_EXPONENT)

@@ -7,8 +7,8 @@ import torch
 
 from conversion.sources import open_source
 from megatron_ads.cli import main
+from megatron_ads.data.chat import load_tokenizer
 from megatron_ads.data.demo_tokenizer import write_tokenizer
-from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.errors import DataError
 from megatron_ads.parity.command import random_prompts, read_prompts
 from parity_tests.harness.hf_checkpoints import V2_LITE, V3, bf16_checkpoint

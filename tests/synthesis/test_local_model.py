@@ -16,9 +16,8 @@ from conversion.to_torch_dist import TorchDistTarget
 from megatron_ads.config.generation import AnsweringConfig, ModelKind
 from megatron_ads.config.model import LayoutConfig
 from megatron_ads.config.synthesis import PerplexityConfig
-from megatron_ads.data.chat import split_text
+from megatron_ads.data.chat import load_tokenizer, split_text
 from megatron_ads.data.jsonl import jsonl_rows
-from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
 from megatron_ads.errors import ConversionError
 from megatron_ads.inference.engine import Finish
@@ -27,8 +26,8 @@ from megatron_ads.synthesis.candidates import Candidate, Removed
 from megatron_ads.synthesis.filters import remove_unlikely
 from megatron_ads.synthesis.local_model import LocalScorer, LocalTeacher
 from megatron_ads.synthesis.pipeline import open_models, synthesize
+from megatron_ads.synthesis.prompts import chat_request
 from megatron_ads.synthesis.report import as_report
-from megatron_ads.synthesis.requests import chat_request
 from tests.inference.tiny_model import POSITIONS, write_tiny_model
 from tests.synthesis.scripted_recipes import recipe, write_rows
 

@@ -4,14 +4,13 @@ from megatron_ads.data.rows import ChatRow
 from megatron_ads.tasks import (
     ad_rewriting,
     ad_user_relevance,
-    choose_one,
-    list_ranking,
+    advertiser_question,
     model_comparison,
     next_advertiser,
     query_generation,
     relevance,
     user_profile,
-    yes_no,
+    variants,
 )
 from megatron_ads.tasks.advertiser_question import AdvertiserQuestion, question_of
 from megatron_ads.tasks.prompts import Ad
@@ -103,9 +102,9 @@ def rows_of_all_tasks() -> list[ChatRow]:
         user_profile.chat_row("e1", RUNNER, PROFILE),
         model_comparison.chat_row("f1", SHARED, ASSESSMENT),
         ad_rewriting.chat_row("g1", BRIEF, REWRITE),
-        yes_no.query_ad_row(query_ad_row(relevance.Label.fair), "h1"),
-        yes_no.ad_user_row(ad_user_row(1), "h2"),
-        yes_no.advertiser_row(question_about("h3", "Shop 7")),
-        choose_one.chat_row(question_about("i1", "Shop 7")),
-        list_ranking.chat_row(question_about("j1", "Shop 7")),
+        variants.query_ad_row(query_ad_row(relevance.Label.fair), "h1"),
+        variants.ad_user_row(ad_user_row(1), "h2"),
+        variants.advertiser_row(question_about("h3", "Shop 7")),
+        advertiser_question.choose_one_row(question_about("i1", "Shop 7")),
+        advertiser_question.list_ranking_row(question_about("j1", "Shop 7")),
     ]

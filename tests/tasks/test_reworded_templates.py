@@ -12,8 +12,7 @@ from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.name_answers import CollaborativeModel, names_trained_on, valid_names
 from megatron_ads.evaluation.task_scores import task_scores
 from megatron_ads.synthesis.candidates import details_in
-from megatron_ads.synthesis.filters import embedder
-from megatron_ads.synthesis.queries import query_fault, topic_of
+from megatron_ads.synthesis.filters import embedder, query_fault, topic_of
 from megatron_ads.tasks import prompts, user_history
 from megatron_ads.tasks.prompts import Template
 from megatron_ads.tasks.registry import TASKS

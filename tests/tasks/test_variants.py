@@ -8,7 +8,7 @@ import pytest
 from megatron_ads.config.data import RowVariant
 from megatron_ads.data.rows import ChatRow, Fact, Message, Role
 from megatron_ads.errors import DataError
-from megatron_ads.tasks import choose_one, list_ranking, next_advertiser, yes_no
+from megatron_ads.tasks import advertiser_question, next_advertiser, variants
 from megatron_ads.tasks.advertiser_question import candidates_of
 from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.next_advertiser import Prediction
@@ -43,7 +43,7 @@ def test_a_pool_that_is_too_small_is_refused():
 
 @pytest.mark.parametrize(("label", "answer"), [(Label.bad, "No"), (Label.fair, "Yes"), (Label.good, "Yes")])
 def test_an_ad_that_is_not_bad_serves_the_query(label: Label, answer: str):
-    row = yes_no.query_ad_row(query_ad_row(label), "r")
+    row = variants.query_ad_row(query_ad_row(label), "r")
     assert (row.id, row.label, row.group) == ("r", answer, "cheap hotel in Paris")
     assert row.target == f"<think>The price differs.</think><Answer>{answer}</Answer>"
     assert row.prompt[0].content.splitlines()[1:] == query_ad_row(label).prompt[0].content.splitlines()[1:]
@@ -51,12 +51,12 @@ def test_an_ad_that_is_not_bad_serves_the_query(label: Label, answer: str):
 
 @pytest.mark.parametrize(("score", "answer"), [(0, "No"), (1, "No"), (2, "Yes"), (3, "Yes")])
 def test_two_and_three_are_liked(score: int, answer: str):
-    assert yes_no.ad_user_row(ad_user_row(score), "r").label == answer
+    assert variants.ad_user_row(ad_user_row(score), "r").label == answer
 
 
 def test_half_of_the_advertisers_asked_about_are_the_next_and_only_they_are_argued_for():
     questions = [question_about(f"r{number}", "Shop 7", "It sells gear.") for number in range(200)]
-    rows = [yes_no.advertiser_row(question) for question in questions]
+    rows = [variants.advertiser_row(question) for question in questions]
     yes = [row for row in rows if row.label == "Yes"]
     assert 70 < len(yes) < 130  # 100, standard deviation sqrt(200 / 4) = 7
     for row in rows:
@@ -65,39 +65,39 @@ def test_half_of_the_advertisers_asked_about_are_the_next_and_only_they_are_argu
 
 
 def test_yes_no_failures_and_metrics():
-    yes, no = yes_no.YesNo.yes, yes_no.YesNo.no
-    assert yes_no.parse("Yes") is ReadFailure.no_answer
-    assert yes_no.parse("<Answer>Yes</Answer><Answer>No</Answer>") is ReadFailure.several_answers
-    assert yes_no.parse("<Answer>yes</Answer>") is ReadFailure.unknown_answer
-    assert yes_no.parse("Well: <Answer>Yes</Answer>") is ReadFailure.text_around_answer
-    rows = [yes_no.ad_user_row(ad_user_row(score), f"r{score}") for score in (0, 1, 2, 3)]
-    answers = [yes_no.YesNoAnswer(answer, "") for answer in (no, yes, yes)]
-    found = yes_no.metrics(rows, [*answers, ReadFailure.empty])
+    yes, no = variants.YesNo.yes, variants.YesNo.no
+    assert variants.parse_yes_no("Yes") is ReadFailure.no_answer
+    assert variants.parse_yes_no("<Answer>Yes</Answer><Answer>No</Answer>") is ReadFailure.several_answers
+    assert variants.parse_yes_no("<Answer>yes</Answer>") is ReadFailure.unknown_answer
+    assert variants.parse_yes_no("Well: <Answer>Yes</Answer>") is ReadFailure.text_around_answer
+    rows = [variants.ad_user_row(ad_user_row(score), f"r{score}") for score in (0, 1, 2, 3)]
+    answers = [variants.YesNoAnswer(answer, "") for answer in (no, yes, yes)]
+    found = variants.yes_no_metrics(rows, [*answers, ReadFailure.empty])
     assert (found["negative_accuracy"], found["positive_accuracy"]) == (0.5, 0.5)
     assert found["unreadable_rate"] == 0.25
 
 
 def test_choosing_shows_the_candidates_and_not_the_pool():
-    row = choose_one.chat_row(QUESTION)
+    row = advertiser_question.choose_one_row(QUESTION)
     assert "Advertisers:" not in row.prompt[0].content
     assert row.list_fact(Fact.candidates) == candidates_of("r", "Shop 7", POOL)
 
 
 def test_a_choice_outside_the_list_is_not_valid():
-    row = choose_one.chat_row(QUESTION)
+    row = advertiser_question.choose_one_row(QUESTION)
     other = next(name for name in row.list_fact(Fact.candidates) if name != "Shop 7")
     answers = [Prediction("shop 7", ""), Prediction(other, ""), Prediction("Nowhere", ""), ReadFailure.empty]
-    found = choose_one.metrics([row] * 4, answers)
+    found = advertiser_question.choose_one_metrics([row] * 4, answers)
     assert found == {"hit_rate@1": 0.25, "valid_rate": 0.5}
 
 
 def test_the_list_to_order_is_numbered_and_the_target_has_the_true_one_first():
-    row = list_ranking.chat_row(QUESTION, count=4)
+    row = advertiser_question.list_ranking_row(QUESTION, count=4)
     listed = row.prompt[0].content.partition("Candidates:\n")[2].splitlines()
     best = next(line for line in listed if line.endswith("Shop 7")).partition(".")[0]
     assert row.label == best
-    order = list_ranking.parse(row.target)
-    assert isinstance(order, list_ranking.Order)
+    order = advertiser_question.parse_order(row.target)
+    assert isinstance(order, advertiser_question.Order)
     assert order.numbers[0] == int(best)
     assert sorted(order.numbers) == [1, 2, 3, 4]
     assert list(order.numbers[1:]) == sorted(order.numbers[1:])
@@ -116,20 +116,20 @@ def test_the_list_to_order_is_numbered_and_the_target_has_the_true_one_first():
     ],
 )
 def test_each_failure_of_an_order(answer: str, failure: ReadFailure):
-    assert list_ranking.parse(answer) is failure
+    assert advertiser_question.parse_order(answer) is failure
 
 
 def test_order_metrics_by_hand():
-    row = list_ranking.chat_row(QUESTION, count=4)
+    row = advertiser_question.list_ranking_row(QUESTION, count=4)
     best = int(row.label or 0)
     others = [number for number in range(1, 5) if number != best]
     answers = [
-        list_ranking.Order((others[0], best, *others[1:]), ""),  # second
-        list_ranking.Order(tuple(others), ""),  # the true one is left out
-        list_ranking.Order((best,), ""),  # first, the others are left out
+        advertiser_question.Order((others[0], best, *others[1:]), ""),  # second
+        advertiser_question.Order(tuple(others), ""),  # the true one is left out
+        advertiser_question.Order((best,), ""),  # first, the others are left out
         ReadFailure.empty,
     ]
-    found = list_ranking.metrics([row] * 4, answers)
+    found = advertiser_question.list_ranking_metrics([row] * 4, answers)
     assert found["hit_rate@1"] == 0.25
     assert found["hit_rate@5"] == 0.5
     assert found["mrr"] == (0.5 + 1) / 4
@@ -139,10 +139,10 @@ def test_order_metrics_by_hand():
 
 @pytest.mark.parametrize(("place", "found"), [(1, True), (5, True), (6, False)])
 def test_hits_count_up_to_the_fifth_place(place: int, found: bool):
-    row = list_ranking.chat_row(QUESTION)
+    row = advertiser_question.list_ranking_row(QUESTION)
     numbers = [number for number in range(1, 21) if number != int(row.label or 0)]
     numbers.insert(place - 1, int(row.label or 0))
-    measured = list_ranking.metrics([row], [list_ranking.Order(tuple(numbers), "")])
+    measured = advertiser_question.list_ranking_metrics([row], [advertiser_question.Order(tuple(numbers), "")])
     assert measured["hit_rate@5"] == found
     assert measured["complete_rate"] == 1.0
 
@@ -150,7 +150,12 @@ def test_hits_count_up_to_the_fifth_place(place: int, found: bool):
 def test_a_corpus_of_many_instructions_holds_all_forms():
     rows = [several_forms_row(question_about(f"r{number}", "Shop 7")) for number in range(400)]
     tasks = Counter(row.task for row in rows)
-    assert set(tasks) == {next_advertiser.TASK, yes_no.TASK, choose_one.TASK, list_ranking.TASK}
+    assert set(tasks) == {
+        next_advertiser.TASK,
+        variants.YES_NO,
+        advertiser_question.CHOOSE_ONE,
+        advertiser_question.LIST_RANKING,
+    }
     assert min(tasks.values()) > 65  # 100 each, standard deviation sqrt(400 * 3/16) = 8.7
 
 

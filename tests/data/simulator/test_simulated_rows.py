@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.config.data import AdsTask, HistoryConfig, SourceConfig, SourceKind
-from megatron_ads.data.chat import tokenize_row
+from megatron_ads.data.chat import load_tokenizer, tokenize_row
 from megatron_ads.data.demo_tokenizer import write_tokenizer
 from megatron_ads.data.simulator.judging import SLIP, Example, reachable_recall
 from megatron_ads.data.simulator.simulated_rows import DEFAULT_VIEW, simulated_examples, users_at_anchor
@@ -14,7 +14,6 @@ from megatron_ads.data.simulator.vocabulary import QUERY_COUNT, wanted_by
 from megatron_ads.data.simulator.world import World, draw_world
 from megatron_ads.data.sources import read_source
 from megatron_ads.data.split import split_by_group
-from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.data.user_features import view_chooser
 from megatron_ads.metrics.text import is_narrower as has_narrower_words
 from megatron_ads.tasks import (

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from megatron_ads.data.packing import pack, pack_prefix
+from megatron_ads.data.packed_batch import pack, pack_prefix
 
 
 def test_longest_first_each_where_it_leaves_least_room():

@@ -6,11 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_ads.data.chat import tokenize_row
+from megatron_ads.data.chat import load_tokenizer, tokenize_row
 from megatron_ads.data.rows import ChatRow, Message, Role
-from megatron_ads.data.tokenizer import load_tokenizer
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
-from megatron_ads.evaluation.task_scores import general_scores
+from megatron_ads.evaluation.evaluated_model import general_scores
 from megatron_ads.inference.transformers_engine import open_engine
 
 QUESTIONS = {"What is 2 + 3?": "<think>Count on.</think>#### 5", "And 2 times 20?": "#### 40"}
