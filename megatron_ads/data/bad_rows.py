@@ -8,9 +8,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
 from megatron_ads.observability.log import get_logger, rank
+from megatron_ads.rows import ChatRow
 
 logger = get_logger(__name__)
 

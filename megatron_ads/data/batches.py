@@ -19,9 +19,9 @@ from megatron_ads.config.training import Normalize
 from megatron_ads.data.adaptive_weights import InstanceWeights, task_shares
 from megatron_ads.data.mixing import Draw, Mixture, WeightedRows
 from megatron_ads.data.packed_batch import PackedBatch, PackedRow, pack_prefix
-from megatron_ads.data.rows import TokenizedRow
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.metrics.text import perplexities
+from megatron_ads.rows import TokenizedRow
 
 _ROWS_OF_A_PORTION = 1024
 

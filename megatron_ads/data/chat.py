@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ads.data.rows import ChatRow, Message, Role, TokenizedRow
 from megatron_ads.errors import DataError
+from megatron_ads.rows import ChatRow, Message, Role, TokenizedRow
 
 THINK = "<think>"
 

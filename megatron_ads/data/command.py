@@ -22,7 +22,7 @@ from megatron_ads.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from megatron_ads.data.chat import ChatTokenizer
     from megatron_ads.data.preview import RowPreview
-    from megatron_ads.data.rows import ChatRow
+    from megatron_ads.rows import ChatRow
 
 Subparsers = Any  # argparse names its type argparse._SubParsersAction
 

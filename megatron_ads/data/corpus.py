@@ -9,11 +9,11 @@ from enum import StrEnum
 from megatron_ads.config.data import DataConfig, SplitBy
 from megatron_ads.data.chat import ChatTokenizer, tokenize_row
 from megatron_ads.data.mixing import WeightedRows
-from megatron_ads.data.rows import ChatRow, Fact, Message, Role, TokenizedRow
 from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.data.split import Split, split_by_group, split_by_time
 from megatron_ads.errors import DataError
 from megatron_ads.observability.log import get_logger, rank
+from megatron_ads.rows import ChatRow, Fact, Message, Role, TokenizedRow
 from megatron_ads.tasks.answer_format import without_reasoning
 from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.row_checks import CheckedRows, FaultyRow, check_rows

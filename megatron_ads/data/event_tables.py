@@ -12,10 +12,10 @@ from pathlib import Path
 
 from megatron_ads.data.bad_rows import BadRow, BadRowError, RejectedRows
 from megatron_ads.data.own_tables import Cell, check_columns, optional_text, read_table, text_of
-from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.user_features import SECONDS_PER_DAY, LoggedEvent, ViewChooser, compile_history
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.observability.log import get_logger
+from megatron_ads.rows import ChatRow
 from megatron_ads.tasks import next_advertiser
 from megatron_ads.tasks.user_history import CONVERSIONS, Demographics, EventKind
 

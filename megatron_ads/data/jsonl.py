@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_ads.data.bad_rows import BadRow, BadRowError, usable_rows
-from megatron_ads.data.rows import ChatRow, Fact, Message, Role
 from megatron_ads.errors import DataError
+from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.text_rows import facts_of_text_row
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from megatron_ads.data.rows import TokenizedRow
 from megatron_ads.errors import DataError
+from megatron_ads.rows import TokenizedRow
 from megatron_ads.stable_random import key_of, shuffled
 
 

@@ -15,9 +15,9 @@ from typing import Any
 from megatron_ads.config.data import AdsTask
 from megatron_ads.data.jsonl import read_objects
 from megatron_ads.data.public_data import locate
-from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.user_features import LoggedEvent, ViewChooser, compile_history
 from megatron_ads.errors import DataError
+from megatron_ads.rows import ChatRow
 from megatron_ads.tasks import next_advertiser, user_profile
 from megatron_ads.tasks.user_history import EventKind, HistoryView, Section, UserHistory
 

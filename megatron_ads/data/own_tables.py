@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 
 from megatron_ads.config.data import AdsTask
 from megatron_ads.data.bad_rows import BadRow, BadRowError, usable_rows
-from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.errors import ConfigError, DataError
+from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.tasks import relevance
 from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.relevance import Flag, Label

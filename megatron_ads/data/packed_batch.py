@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_ads.config.training import Normalize
-from megatron_ads.data.rows import TokenizedRow
+from megatron_ads.rows import TokenizedRow
 
 PADDING_TOKEN = 0
 

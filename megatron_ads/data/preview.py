@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_ads.data.chat import ChatTokenizer, tokenize_row
 from megatron_ads.data.corpus import Tokenized, tokenize
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.row_checks import CheckedRows, RowFault
 
 MOST_CHARACTERS = 4000

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.data.jsonl import read_objects
-from megatron_ads.data.rows import ChatRow, Fact, JsonValue, Message, Role
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.text import words_of
+from megatron_ads.rows import ChatRow, Fact, JsonValue, Message, Role
 from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.relevance import Label, chat_row
 

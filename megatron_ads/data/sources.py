@@ -9,9 +9,9 @@ from megatron_ads.data.event_tables import event_rows, read_anchor
 from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.own_tables import table_rows
 from megatron_ads.data.public_data import esci_file, esci_rows, gsm8k_file, gsm8k_rows
-from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.simulator import simulated_rows
 from megatron_ads.data.user_features import view_chooser
+from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.variants import ask_as
 
 

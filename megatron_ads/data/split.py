@@ -4,8 +4,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
+from megatron_ads.rows import ChatRow
 from megatron_ads.stable_random import stable_key
 
 

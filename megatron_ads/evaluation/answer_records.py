@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from conversion.atomic_file import write_small
-from megatron_ads.data.rows import ChatRow
 from megatron_ads.inference.model_folder import model_state
 from megatron_ads.journal import Journal, digest_of
 from megatron_ads.observability.log import get_logger
+from megatron_ads.rows import ChatRow
 
 logger = get_logger(__name__)
 _OF = "of"

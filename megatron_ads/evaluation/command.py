@@ -30,7 +30,7 @@ from megatron_ads.observability.log import start_logging
 
 if TYPE_CHECKING:
     from megatron_ads.data.chat import ChatTokenizer
-    from megatron_ads.data.rows import ChatRow
+    from megatron_ads.rows import ChatRow
 
 MARGIN = 1.25
 """How much longer than the longest training target an answer may become."""

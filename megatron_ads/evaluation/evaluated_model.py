@@ -15,7 +15,6 @@ from pathlib import Path
 
 from megatron_ads.config.generation import EndpointConfig
 from megatron_ads.data.chat import ChatTokenizer, load_tokenizer, tokenize_row
-from megatron_ads.data.rows import ChatRow
 from megatron_ads.evaluation.answer_records import Answer, AnswerJournal, fingerprint, open_journal, write_answers
 from megatron_ads.evaluation.generate import Asking, RowAsker, answer_from_server, answer_rows
 from megatron_ads.inference.engine import Engine, UnsupportedError
@@ -26,6 +25,7 @@ from megatron_ads.journal import Journal
 from megatron_ads.metrics.text import perplexity
 from megatron_ads.observability.log import get_logger
 from megatron_ads.progress import Progress
+from megatron_ads.rows import ChatRow
 
 logger = get_logger(__name__)
 

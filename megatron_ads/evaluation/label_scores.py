@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.errors import DataError
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.metrics.classification import (
@@ -17,6 +16,7 @@ from megatron_ads.metrics.classification import (
     binary_metrics,
     majority_predictions,
 )
+from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks import ad_user_relevance
 from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.ground_truth import ground_truth, readable

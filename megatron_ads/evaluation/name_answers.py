@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ads.data.chat import ChatTokenizer
-from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.errors import DataError
 from megatron_ads.inference.beam_rules import NameTrie, build_trie
 from megatron_ads.metrics.ranking import same_name
 from megatron_ads.metrics.text import fit_embedding
+from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks import advertiser_question, next_advertiser
 from megatron_ads.tasks.answer_format import OPEN, render_reasoned
 from megatron_ads.tasks.user_history import Section, shown_history

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ads.data.rows import ChatRow
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.metrics.intervals import Interval, mean_interval, statistic_interval
 from megatron_ads.metrics.text import (
@@ -29,6 +28,7 @@ from megatron_ads.metrics.text import (
     mean_pairwise_distance,
     words_of,
 )
+from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.ground_truth import ground_truth, readable
 from megatron_ads.tasks.query_generation import Queries, keyword_of, parse, subject_of
 

@@ -8,7 +8,6 @@ hit rates at 50 and 100 as well, as in Taiji: a hit rate is the recall of the on
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_ads.data.rows import ChatRow
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.label_scores import best_answers
 from megatron_ads.evaluation.name_answers import AdvertiserNames, NearestNames, bought_from
@@ -25,6 +24,7 @@ from megatron_ads.metrics.ranking import (
     same_name,
     valid_rate,
 )
+from megatron_ads.rows import ChatRow
 from megatron_ads.tasks import next_advertiser
 
 LONGEST = max(RECALLS)

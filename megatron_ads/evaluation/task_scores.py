@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron_ads.data.rows import ChatRow
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.label_scores import relevance_scores, score_views
 from megatron_ads.evaluation.name_answers import AdvertiserNames, names_trained_on
 from megatron_ads.evaluation.query_scores import query_scores
 from megatron_ads.evaluation.ranking_scores import ranking_scores
 from megatron_ads.metrics.intervals import statistic_interval
+from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.model_comparison import Assessment, parse, replacement_report
 from megatron_ads.tasks.registry import Scoring, score_answers, task_named

@@ -8,8 +8,8 @@ from operator import add
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_ads.config.generation import GenerationConfig
-from megatron_ads.data.rows import Message
 from megatron_ads.errors import ConfigError
+from megatron_ads.rows import Message
 
 if TYPE_CHECKING:
     from torch import Tensor

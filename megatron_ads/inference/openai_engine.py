@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from megatron_ads.config.generation import BEAM_METHODS, EndpointConfig, GenerationConfig, Method
-from megatron_ads.data.rows import Message
 from megatron_ads.errors import DataError
 from megatron_ads.inference.client import Client, Request
 from megatron_ads.inference.endpoint import Endpoint
 from megatron_ads.inference.engine import Completion, Finish, Prompt, UnsupportedError
 from megatron_ads.journal import Journal, digest_of
+from megatron_ads.rows import Message
 
 if TYPE_CHECKING:
     from torch import Tensor

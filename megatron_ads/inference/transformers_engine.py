@@ -16,13 +16,13 @@ from torch import Tensor
 
 from megatron_ads.config.generation import BEAM_METHODS, GenerationConfig, Method
 from megatron_ads.data.chat import ChatTokenizer, load_tokenizer, render_prompt
-from megatron_ads.data.rows import Message
 from megatron_ads.errors import ConfigError
 from megatron_ads.inference.beam_rules import AnyToken, Rules
 from megatron_ads.inference.beam_search import Beam, RowSearch, search_beams
 from megatron_ads.inference.engine import Completion, Finish, Prompt
 from megatron_ads.inference.language_model import RunningRows, load_model, log_probabilities, longest_text
 from megatron_ads.inference.weight_update import replace_weights
+from megatron_ads.rows import Message
 
 
 @dataclass(slots=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from megatron_ads.config.synthesis import RejectConfig
-from megatron_ads.data.rows import ChatRow
 from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.metrics.text import words_of
+from megatron_ads.rows import ChatRow
 from megatron_ads.synthesis.prompts import FormFailure, answer_of, read_teacher
 from megatron_ads.tasks.answer_format import render_reasoned
 from megatron_ads.tasks.ground_truth import agrees

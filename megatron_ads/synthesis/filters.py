@@ -35,11 +35,11 @@ from numpy.typing import NDArray
 
 from megatron_ads.config.generation import AnsweringConfig
 from megatron_ads.config.synthesis import PerplexityConfig, RejectConfig
-from megatron_ads.data.rows import ChatRow, Role
 from megatron_ads.errors import ConfigError
 from megatron_ads.inference.client import Client
 from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.metrics.text import fit_embedding, is_narrower, mean_similarities, near_duplicates, words_of
+from megatron_ads.rows import ChatRow, Role
 from megatron_ads.synthesis.candidates import Candidate, Removed, by_row, passing
 from megatron_ads.synthesis.prompts import answer_of, chat_request, drawn, question_of
 from megatron_ads.tasks.answer_format import CLOSE, ReadFailure, read_parts

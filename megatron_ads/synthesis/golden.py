@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from megatron_ads.config.synthesis import SynthesisConfig
-from megatron_ads.data.rows import ChatRow
 from megatron_ads.inference.client import Client
 from megatron_ads.metrics.text import mean_similarities
+from megatron_ads.rows import ChatRow
 from megatron_ads.synthesis.candidates import Candidate, by_row, details_in, passing, read_candidate
 from megatron_ads.synthesis.filters import embedder
 from megatron_ads.synthesis.prompts import ReasoningTemplate, reasoning_request

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from megatron_ads.config.generation import AnsweringConfig
 from megatron_ads.data.chat import load_tokenizer, render_prompt, split_text
-from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.inference.client import Request
 from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.inference.model_folder import hugging_face_folder, model_state, tokenizer_folder
@@ -23,6 +22,7 @@ from megatron_ads.inference.transformers_engine import TransformersEngine, open_
 from megatron_ads.journal import Journal, digest_of
 from megatron_ads.metrics.text import perplexity
 from megatron_ads.progress import Progress
+from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.synthesis.candidates import Candidate
 from megatron_ads.synthesis.prompts import answer_of
 

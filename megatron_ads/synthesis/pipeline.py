@@ -13,13 +13,13 @@ from pathlib import Path
 from megatron_ads.config.data import SourceConfig, SourceKind
 from megatron_ads.config.generation import AnsweringConfig, ModelKind
 from megatron_ads.config.synthesis import SynthesisConfig
-from megatron_ads.data.rows import ChatRow, Fact, Message, Role
 from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.data.split import split_by_group
 from megatron_ads.errors import DataError
 from megatron_ads.inference.client import Answerer, Client
 from megatron_ads.inference.endpoint import Endpoint
 from megatron_ads.journal import Journal
+from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.synthesis.candidates import Candidate, Removed, by_row, details_in, passing, read_candidate
 from megatron_ads.synthesis.filters import (
     TOPICS,

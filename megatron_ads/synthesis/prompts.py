@@ -15,9 +15,9 @@ from enum import StrEnum
 
 from megatron_ads.config.generation import AnsweringConfig
 from megatron_ads.config.synthesis import Style, TemplateConfig
-from megatron_ads.data.rows import ChatRow, Role
 from megatron_ads.inference.client import Request
 from megatron_ads.inference.openai_engine import request_body
+from megatron_ads.rows import ChatRow, Role
 from megatron_ads.stable_random import stable_integer
 from megatron_ads.tasks.answer_format import CLOSE, OPEN, Reasoned, count_of, split_reasoning
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.text import overlap, words_of
+from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks.answer_format import (
     ReadFailure,
     element,

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.classification import (
     DefectView,
@@ -18,6 +17,7 @@ from megatron_ads.metrics.classification import (
     mean_distance,
     quadratic_kappa,
 )
+from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks.answer_format import ReadFailure, element, read_only, render_reasoned, split_reasoning
 from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, truth_facts
 from megatron_ads.tasks.prompts import Ad, Template, single_turn

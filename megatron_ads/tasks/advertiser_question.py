@@ -11,9 +11,9 @@ the prompt: it says all there is to do, so it works without training. Numbers in
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_ads.data.rows import ChatRow, Fact, Facts
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.ranking import ndcg_at, recall_at, reciprocal_rank, same_name
+from megatron_ads.rows import ChatRow, Fact, Facts
 from megatron_ads.stable_random import stable_random
 from megatron_ads.tasks.answer_format import ReadFailure, element, read_only, render_reasoned, split_reasoning
 from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, share, truth_facts

@@ -5,8 +5,8 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
 from typing import Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
-from megatron_ads.data.rows import ChatRow, Fact, Facts, JsonValue
 from megatron_ads.errors import DataError
+from megatron_ads.rows import ChatRow, Fact, Facts, JsonValue
 from megatron_ads.tasks.answer_format import ReadFailure
 
 A = TypeVar("A")

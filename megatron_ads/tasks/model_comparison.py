@@ -17,10 +17,10 @@ from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.metrics.classification import accuracy, macro_recall, quadratic_kappa
 from megatron_ads.metrics.intervals import Interval, mean_interval
 from megatron_ads.metrics.text import overlap
+from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks.answer_format import (
     ReadFailure,
     element,

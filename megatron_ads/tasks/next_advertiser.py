@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
-from megatron_ads.data.rows import ChatRow, Fact, Facts
 from megatron_ads.metrics.ranking import RECALLS, distinct_rate, ndcg_at, position_of, recall_at, reciprocal_rank
+from megatron_ads.rows import ChatRow, Fact, Facts
 from megatron_ads.tasks.answer_format import ReadFailure, render_reasoned, split_reasoning
 from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, share, truth_facts
 from megatron_ads.tasks.prompts import Template, filled, line, single_turn

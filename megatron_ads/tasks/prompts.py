@@ -5,8 +5,8 @@ A version is never edited once rows were made with it: a change of wording is a 
 
 from dataclasses import dataclass
 
-from megatron_ads.data.rows import ChatRow, Fact, Facts, Message, Role
 from megatron_ads.errors import DataError
+from megatron_ads.rows import ChatRow, Fact, Facts, Message, Role
 from megatron_ads.stable_random import stable_integer
 
 SELLER, DESCRIPTION = "seller", "description"

@@ -6,9 +6,9 @@ Source: AdNanny, section 3.2 (rules); the tags are ours.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ads.data.rows import ChatRow, Fact, JsonValue
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.text import distinct_n, is_narrower, near_duplicates, words_of
+from megatron_ads.rows import ChatRow, Fact, JsonValue
 from megatron_ads.tasks.answer_format import (
     ReadFailure,
     count_of,

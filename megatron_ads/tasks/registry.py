@@ -7,9 +7,9 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any
 
-from megatron_ads.data.rows import ChatRow
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.text import format_rates
+from megatron_ads.rows import ChatRow
 from megatron_ads.tasks import (
     ad_rewriting,
     ad_user_relevance,

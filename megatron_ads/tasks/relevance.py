@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.classification import DefectView, accuracy, binary_metrics
+from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks.answer_format import (
     ReadFailure,
     count_of,

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from megatron_ads.data.rows import ChatRow, Fact, Role
+from megatron_ads.rows import ChatRow, Fact, Role
 from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.ground_truth import agrees, ground_truth, truth_facts
 from megatron_ads.tasks.registry import TASKS

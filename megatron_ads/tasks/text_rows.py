@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from megatron_ads.data.rows import ChatRow, Fact, Facts, JsonValue
+from megatron_ads.rows import ChatRow, Fact, Facts, JsonValue
 from megatron_ads.tasks import (
     ad_rewriting,
     ad_user_relevance,

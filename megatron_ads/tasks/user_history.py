@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
-from megatron_ads.data.rows import ChatRow, Fact, JsonValue
+from megatron_ads.rows import ChatRow, Fact, JsonValue
 
 
 class EventKind(StrEnum):

@@ -6,8 +6,8 @@ Source: AdNanny, section 2; the tags are ours.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ads.data.rows import ChatRow
 from megatron_ads.metrics.text import overlap, words_of
+from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.answer_format import (
     ReadFailure,
     element,

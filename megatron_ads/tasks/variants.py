@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from megatron_ads.config.data import RowVariant
-from megatron_ads.data.rows import ChatRow, Fact, Facts
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.classification import DefectView, binary_metrics
+from megatron_ads.rows import ChatRow, Fact, Facts
 from megatron_ads.tasks import ad_user_relevance, next_advertiser, relevance
 from megatron_ads.tasks.advertiser_question import (
     CHOOSE_ONE,

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from megatron_ads.data.batches import ReplicaShare, batches_of_all
 from megatron_ads.data.packed_batch import PackedBatch
-from megatron_ads.data.rows import TokenizedRow
 from megatron_ads.losses.loss import CROSS_ENTROPY, SAMPLE_LOSSES, Loss, LossValues, TokenValues
 from megatron_ads.optim.chain import OptimizerChain, UpdateReport
+from megatron_ads.rows import TokenizedRow
 from megatron_ads.runtime.device import device
 
 LossReport = dict[str, Tensor]

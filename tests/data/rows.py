@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from megatron_ads.data.rows import TokenizedRow
+from megatron_ads.rows import TokenizedRow
 
 
 def row(name: str, length: int, *, first: int = 100, prompt: int | None = None, weight: float = 1.0) -> TokenizedRow:

@@ -13,9 +13,9 @@ from megatron_ads.data.adaptive_weights import InstanceWeights
 from megatron_ads.data.batches import BatchStream, ReplicaShare, batches_of_all
 from megatron_ads.data.mixing import WeightedRows
 from megatron_ads.data.packed_batch import PackedBatch
-from megatron_ads.data.rows import TokenizedRow
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.observability.metrics import MetricsWriter
+from megatron_ads.rows import TokenizedRow
 from tests.data.rows import row, rows
 
 SEQ_LENGTH = 32

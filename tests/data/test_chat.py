@@ -6,8 +6,8 @@ import pytest
 
 from megatron_ads.data.chat import ChatTokenizer, load_tokenizer, split_text, tokenize_row
 from megatron_ads.data.demo_tokenizer import CHAT_TEMPLATE, END, train_tokenizer
-from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.errors import DataError
+from megatron_ads.rows import ChatRow, Message, Role
 from tests.data.tokenizers import tokenizer_in
 
 ROW = ChatRow(

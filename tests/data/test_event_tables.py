@@ -12,12 +12,12 @@ import pytest
 
 from megatron_ads.config.data import AdsTask, HistoryConfig, SourceConfig, SourceKind
 from megatron_ads.data.event_tables import LABEL_DAYS, event_rows, read_anchor
-from megatron_ads.data.rows import ChatRow
 from megatron_ads.data.simulator.simulated_rows import DEFAULT_VIEW, next_advertiser_examples, users_at_anchor
 from megatron_ads.data.simulator.world import draw_world
 from megatron_ads.data.sources import read_source
 from megatron_ads.data.user_features import SECONDS_PER_DAY, view_chooser
 from megatron_ads.errors import ConfigError, DataError
+from megatron_ads.rows import ChatRow
 
 COLUMNS = {"user": "uid", "time": "ts", "event": "what", "text": "words", "advertiser": "shop", "age": "age"}
 ANCHOR = read_anchor("2025-03-01")

@@ -8,8 +8,8 @@ import pytest
 
 from megatron_ads.data import jsonl
 from megatron_ads.data.jsonl import jsonl_rows, parse_row, read_objects
-from megatron_ads.data.rows import Role
 from megatron_ads.errors import DataError
+from megatron_ads.rows import Role
 from tests.tasks.examples import rows_of_all_tasks
 
 USER = {"role": "user", "content": "question"}

@@ -8,7 +8,7 @@ import pytest
 from megatron_ads.data.chat import ChatTokenizer, split_text, tokenize_row
 from megatron_ads.data.demo_tokenizer import CHAT_TEMPLATE, END
 from megatron_ads.data.preview import preview_row, render_preview, render_summary, summarise, visible
-from megatron_ads.data.rows import ChatRow, Message, Role
+from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.tasks.row_checks import check_rows
 from tests.data.tokenizers import tokenizer_in
 from tests.tasks.examples import rows_of_all_tasks

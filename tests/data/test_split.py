@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_ads.data.ads_pairs import builtin_rows
-from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.data.split import split_by_group, split_by_time
 from megatron_ads.errors import DataError
+from megatron_ads.rows import ChatRow, Message, Role
 
 MESSAGES = (Message(Role.user, "question"), Message(Role.assistant, "answer"))
 

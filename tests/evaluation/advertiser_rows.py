@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.rows import ChatRow
 from megatron_ads.tasks import next_advertiser
 from megatron_ads.tasks.user_history import Event, EventKind, UserHistory
 

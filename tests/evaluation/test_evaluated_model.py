@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_ads.data.chat import load_tokenizer, tokenize_row
-from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
 from megatron_ads.evaluation.evaluated_model import general_scores
 from megatron_ads.inference.transformers_engine import open_engine
+from megatron_ads.rows import ChatRow, Message, Role
 
 QUESTIONS = {"What is 2 + 3?": "<think>Count on.</think>#### 5", "And 2 times 20?": "#### 40"}
 

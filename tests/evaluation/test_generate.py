@@ -8,12 +8,12 @@ from megatron_ads.config.generation import GenerationConfig, Method
 from megatron_ads.data.ads_pairs import builtin_rows
 from megatron_ads.data.chat import ChatTokenizer, load_tokenizer, render_prompt
 from megatron_ads.data.demo_tokenizer import write_tokenizer
-from megatron_ads.data.rows import ChatRow
 from megatron_ads.evaluation import generate
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.generate import Asking, RowAsker, answer_rows
 from megatron_ads.evaluation.name_answers import AdvertiserNames, NameForms
 from megatron_ads.inference.engine import Completion
+from megatron_ads.rows import ChatRow
 from megatron_ads.tasks import next_advertiser, relevance
 from tests.evaluation.advertiser_rows import name_row
 

@@ -2,10 +2,10 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.errors import DataError
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.label_scores import relevance_scores
+from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.relevance import Label, chat_row, render_target

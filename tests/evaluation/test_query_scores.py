@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from megatron_ads.data.rows import ChatRow
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.query_scores import TopicJudge, query_scores, subject_of
+from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.query_generation import GeneratedQuery, KeywordBrief, chat_row, render_target
 

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from megatron_ads.data.rows import ChatRow
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.score_tables import PaperTable, paper_tables, text_tables
 from megatron_ads.evaluation.task_scores import task_scores
+from megatron_ads.rows import ChatRow
 from megatron_ads.tasks import ad_user_relevance, model_comparison, next_advertiser, relevance
 from megatron_ads.tasks.model_comparison import Assessment, Risk, SharedRequest, Verdict
 from megatron_ads.tasks.prompts import Ad

@@ -2,10 +2,10 @@
 
 import pytest
 
-from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.errors import DataError
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.task_scores import task_scores
+from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.tasks import ad_user_relevance, relevance
 from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.relevance import Label

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.config.generation import AnsweringConfig, GenerationConfig, LengthRule, Method
-from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.evaluation.answer_records import fingerprint
 from megatron_ads.evaluation.generate import Asking
 from megatron_ads.evaluation.name_answers import AdvertiserNames
 from megatron_ads.inference.client import Client
 from megatron_ads.inference.engine import Completion, Failure, Finish
 from megatron_ads.journal import digest_of
+from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.synthesis.prompts import chat_request
 
 ROW = ChatRow(

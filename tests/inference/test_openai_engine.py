@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from megatron_ads.config.generation import EndpointConfig, GenerationConfig, Method
-from megatron_ads.data.rows import Message, Role
 from megatron_ads.errors import DataError
 from megatron_ads.inference.engine import Finish, UnsupportedError
 from megatron_ads.inference.openai_engine import OpenAIEngine
 from megatron_ads.journal import Journal
+from megatron_ads.rows import Message, Role
 from tests.inference.scripted_server import Record, Reply, scripted_server
 
 SAMPLED = GenerationConfig(method=Method.sampled, temperature=0.7, max_new_tokens=8, samples=3)

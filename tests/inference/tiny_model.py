@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.data.chat import render_prompt
-from megatron_ads.data.rows import Message, Role
+from megatron_ads.rows import Message, Role
 from tests.data.tokenizers import VOCAB_SIZE, tokenizer_in
 
 POSITIONS = 512

@@ -12,10 +12,10 @@ import pytest
 from megatron_ads.config.data import AdsTask, SourceConfig, SourceKind
 from megatron_ads.config.synthesis import SynthesisConfig
 from megatron_ads.data.jsonl import jsonl_rows
-from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.data.sources import read_source
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.metrics.text import fit_embedding
+from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.synthesis.candidates import Candidate
 from megatron_ads.synthesis.filters import TOPICS, QueryFault, queries_of, query_fault, topic_of
 from megatron_ads.synthesis.pipeline import SynthesisResult, open_models, synthesize

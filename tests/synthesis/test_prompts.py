@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_ads.config.synthesis import RejectConfig, Style, TemplateConfig
-from megatron_ads.data.rows import ChatRow, Message, Role
 from megatron_ads.inference.engine import Completion
+from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.synthesis.candidates import Removed, details_in, read_candidate
 from megatron_ads.synthesis.pipeline import synthesized_row
 from megatron_ads.synthesis.prompts import (

@@ -1,6 +1,6 @@
 """One worked example of every task, and of every other form: the tests of all of them start from these."""
 
-from megatron_ads.data.rows import ChatRow
+from megatron_ads.rows import ChatRow
 from megatron_ads.tasks import (
     ad_rewriting,
     ad_user_relevance,

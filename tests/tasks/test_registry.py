@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ads.data.rows import ChatRow, Fact, Role
 from megatron_ads.errors import DataError
+from megatron_ads.rows import ChatRow, Fact, Role
 from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.registry import TASKS, Task, score_answers, task_named
 from tests.tasks.examples import rows_of_all_tasks

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_ads.data.rows import Role
 from megatron_ads.errors import DataError
+from megatron_ads.rows import Role
 from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.relevance import (
     BAD_VIEW,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ads.data.rows import ChatRow, Message, Role
+from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.row_checks import RowFault, check_rows, fault_of
 from tests.tasks.examples import rows_of_all_tasks

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ads.data.rows import ChatRow, Fact, Message, Role
 from megatron_ads.errors import DataError
 from megatron_ads.evaluation.name_answers import bought_from
+from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.tasks import next_advertiser
 from megatron_ads.tasks.text_rows import facts_of_text_row
 from megatron_ads.tasks.user_history import Event, EventKind, UserHistory

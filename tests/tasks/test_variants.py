@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_ads.config.data import RowVariant
-from megatron_ads.data.rows import ChatRow, Fact, Message, Role
 from megatron_ads.errors import DataError
+from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.tasks import advertiser_question, next_advertiser, variants
 from megatron_ads.tasks.advertiser_question import candidates_of
 from megatron_ads.tasks.answer_format import ReadFailure

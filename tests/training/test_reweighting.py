@@ -11,7 +11,7 @@ import torch
 from megatron_ads.data.adaptive_weights import InstanceWeights
 from megatron_ads.data.batches import BatchStream, ReplicaShare
 from megatron_ads.data.mixing import WeightedRows
-from megatron_ads.data.rows import TokenizedRow
+from megatron_ads.rows import TokenizedRow
 from parity_tests.harness.ranks import run_ranks
 from parity_tests.harness.training_jobs import Recipe, start
 from tests.models.checkpoints import V3, write_checkpoint

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_ads.data.batches import ReplicaShare, batches_of_all
-from megatron_ads.data.rows import TokenizedRow
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.losses.loss import Loss, LossValues, TokenValues
+from megatron_ads.rows import TokenizedRow
 from parity_tests.harness.ranks import run_ranks
 from parity_tests.harness.training_jobs import Recipe, start
 from tests.models.checkpoints import V3, write_checkpoint

@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_ads.data.rows import ChatRow, Fact
 from megatron_ads.data.simulator.histories import SimulatedUser
 from megatron_ads.data.simulator.vocabulary import DEPARTMENTS, KINDS, PLACES, PRICES, Wanted
 from megatron_ads.data.simulator.world import CLEAN, SPAM, AdFacts, World, close_kind, department_of
+from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks.relevance import Flag, Label
 
 SLIP = 0.04
