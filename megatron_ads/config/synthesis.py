@@ -152,11 +152,15 @@ class SynthesisConfig:
     samples: int = 3
     """Removed candidates that the report shows for each reason."""
     teacher: AnsweringConfig = field(default_factory=AnsweringConfig)
+    """Writes the reasoning."""
     verifier: AnsweringConfig = field(default_factory=lambda: AnsweringConfig(temperature=0.0, max_tokens=128))
     """Judges whether reasoning fits its input and holds; without ``verifier.model`` there is none."""
     golden: GoldenConfig = field(default_factory=GoldenConfig)
+    """The check of prompt templates on rows whose labels are trusted."""
     reject: RejectConfig = field(default_factory=RejectConfig)
+    """What removes a candidate."""
     perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
+    """Removal of candidates whose answer a model finds improbable."""
 
     def check(self) -> None:
         """Refuse values that cannot work.

@@ -90,7 +90,8 @@ def test_a_failure_that_does_not_pass_is_told_counted_and_ends_in_one_line(
             synthesize(config, models)
         assert models.teacher.usage.failures == {str(named): 5 * 2}
         assert models.teacher.usage.gave_up == 5
-    assert [record.message.startswith(f"the teacher: {named} (") for record in caplog.records] == [True]
+    records = dict.fromkeys(caplog.records)  # one record comes by two ways once another test has set up the log
+    assert [record.message.startswith(f"the teacher: {named} (") for record in records] == [True]
     assert "\n" not in str(caught.value)
     assert f"Check that {server.url} works, and start again" in str(caught.value)
 
