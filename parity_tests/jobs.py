@@ -149,7 +149,7 @@ def names_by_rank(folder: Path, layout: ParallelLayout, pipeline: str | None, sp
 
 
 def _names(folder: Path, layout: ParallelLayout, pipeline: str | None, spec: LayerSpec, rank: int) -> list[str]:
-    process_groups.start_rehearsal(layout, rank)
+    process_groups.start_fake(layout, rank)
     from megatron_ads.models.build import build_chunks
     from megatron_ads.models.settings import ModelSettings
     from megatron_ads.models.weights import named_weights

@@ -164,7 +164,7 @@ class EndpointConfig:
     """Price of a million prompt tokens, in a currency of your own; None: the cost is not counted."""
     output_price: float | None = None
     """Price of a million answer tokens."""
-    most_cost: float | None = None
+    max_cost: float | None = None
     """Ask nothing more once answers have cost that much; a higher limit continues from there. None is no limit."""
 
     def check(self, section: str) -> None:
@@ -175,7 +175,7 @@ class EndpointConfig:
 
     def _check_limits(self, section: str) -> None:
         require_between(section, self, 0, math.inf, "first_wait_seconds", "longest_wait_seconds")
-        require_between(section, self, 0, math.inf, "input_price", "output_price", "most_cost")
+        require_between(section, self, 0, math.inf, "input_price", "output_price", "max_cost")
         require_between(section, self, 1, math.inf, "concurrency", "attempts")
         for name in ("timeout_seconds", "requests_per_minute"):
             value = getattr(self, name)
@@ -187,8 +187,8 @@ class EndpointConfig:
             "neither.",
         )
         require(
-            priced or self.most_cost is None,
-            f"{section}.most_cost is {self.most_cost}, which has no effect without {section}.input_price and "
+            priced or self.max_cost is None,
+            f"{section}.max_cost is {self.max_cost}, which has no effect without {section}.input_price and "
             f"{section}.output_price. Set them, or remove it.",
         )
 

@@ -5,7 +5,7 @@
     megatron-ads evaluate --model runs/tuned --recipe sft/quickstart data=next_brand --decode constrained-beam
     megatron-ads evaluate --url http://localhost:8000/v1 --served-model NAME --tokenizer DIR --recipe sft/quickstart
     megatron-ads evaluate --url https://HOST/v1 --served-model NAME --api-key-env KEY --recipe sft/quickstart \
-      --max-new-tokens 300 server.concurrency=16 server.input_price=0.5 server.output_price=2 server.most_cost=5
+      --max-new-tokens 300 server.concurrency=16 server.input_price=0.5 server.output_price=2 server.max_cost=5
 
 The held-out rows are those the recipe's training leaves out: same data section, same seed. With --answers, the same
 command continues where it was interrupted. A Megatron checkpoint (shards, torch_dist, a training checkpoint) is

@@ -35,7 +35,7 @@ from megatron_ads.tasks.query_generation import Queries, keyword_of, parse, subj
 _RESAMPLES = 500
 _FIRST = 10
 _MOST_FITTED = 4000
-_MOST_WORDS = 1024
+_MAX_WORDS = 1024
 _COMMON = 0.1
 
 
@@ -79,7 +79,7 @@ class TopicJudge:
         subjects = [subject_of(row) for row in rows]
         queries = [ground_truth(row, Queries).texts for row in rows]
         texts = [*subjects, *(query for of_row in queries for query in of_row)]
-        self.embedding = fit_embedding(texts, most_words=_MOST_WORDS)
+        self.embedding = fit_embedding(texts, max_words=_MAX_WORDS)
         own = [self.similarities(of_row, subject) for of_row, subject in zip(queries, subjects, strict=True)]
         others = [
             self.similarities(of_row, subjects[place - 1])

@@ -124,7 +124,7 @@ class Client:
 
         Raises:
             ConfigError: If no request can succeed, such as with a wrong key.
-            DataError: If the model stopped answering, or ``most_cost`` was reached.
+            DataError: If the model stopped answering, or ``max_cost`` was reached.
         """
         keys: list[str] = []
         found: dict[str, Completion] = {}
@@ -213,9 +213,9 @@ class Client:
             )
 
     def _require_affordable(self) -> None:
-        cost, limit = self.usage.cost(self._config), self._config.most_cost
+        cost, limit = self.usage.cost(self._config), self._config.max_cost
         if cost is not None and limit is not None and cost >= limit:
             raise DataError(
-                f"answers of the {self._name} have cost {cost:.4g}, and {self._name}.most_cost is {limit:g}. Raise it "
+                f"answers of the {self._name} have cost {cost:.4g}, and {self._name}.max_cost is {limit:g}. Raise it "
                 "and start again: answers that are there are not asked for again."
             )

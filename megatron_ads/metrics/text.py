@@ -64,12 +64,12 @@ def words_of(text: str) -> list[str]:
     return [word.removesuffix("s") if len(word) > 3 else word for word in _WORD.findall(text.lower())]
 
 
-def fit_embedding(texts: Sequence[str], *, dimensions: int = 64, most_words: int = 2048) -> TextEmbedding:
-    """Fit on ``texts``; the ``most_words`` words that most texts have count, the others are ignored."""
+def fit_embedding(texts: Sequence[str], *, dimensions: int = 64, max_words: int = 2048) -> TextEmbedding:
+    """Fit on ``texts``; the ``max_words`` words that most texts have count, the others are ignored."""
     from sklearn.feature_extraction.text import CountVectorizer  # here: the import takes seconds
 
     texts_with = Counter(word for text in texts for word in set(words_of(text)))
-    chosen = sorted(texts_with, key=lambda word: (-texts_with[word], word))[:most_words]
+    chosen = sorted(texts_with, key=lambda word: (-texts_with[word], word))[:max_words]
     # "" is no word: texts without any get vectors of zeros, where scikit-learn would refuse an empty vocabulary.
     chosen = chosen or [""]
     counter = CountVectorizer(analyzer=words_of, vocabulary=chosen)

@@ -105,7 +105,7 @@ def _build_rank(job: Job, rank: int) -> RankFacts:
         mtp_loss_weight=job.mtp_loss_weight,
         deterministic=job.deterministic,
     )
-    process_groups.start_rehearsal(job.layout, rank)
+    process_groups.start_fake(job.layout, rank)
     try:
         from megatron_ads.models.build import build_chunks
         from megatron_ads.models.lora import add_adapters  # Megatron-Core only now: the CPU's patches come first

@@ -1,4 +1,4 @@
-"""What the rehearsal's report says, as a page and as lines on the terminal; the numbers come from ``facts``."""
+"""What the quickstart report says, as a page and as lines on the terminal; the numbers come from ``facts``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

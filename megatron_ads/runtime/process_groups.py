@@ -64,7 +64,7 @@ def start(
         group.set_timeout(timeout)  # Megatron creates one of its gloo groups without a timeout
 
 
-def start_rehearsal(layout: ParallelLayout, rank: int) -> None:
+def start_fake(layout: ParallelLayout, rank: int) -> None:
     """Take the place of one rank of ``layout`` alone in this process: collectives return at once, unchanged."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

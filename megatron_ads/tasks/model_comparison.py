@@ -185,9 +185,9 @@ def metrics(rows: Sequence[ChatRow], answers: Sequence[Assessment | ReadFailure]
     }
 
 
-MOST_HIGH_RISK = 0.01
+MAX_HIGH_RISK = 0.01
 """Largest share of outputs of high risk that a test may have."""
-MOST_UNREADABLE = 0.2
+MAX_UNREADABLE = 0.2
 _POINTS_LISTED = 5
 _WORTH = {Verdict.better: 1.0, Verdict.same: 0.0, Verdict.worse: -1.0}
 
@@ -222,16 +222,16 @@ def replacement_report(
     answers: Sequence[Assessment | ReadFailure],
     *,
     groups: Sequence[Hashable] | None = None,
-    most_high_risk: float = MOST_HIGH_RISK,
-    most_unreadable: float = MOST_UNREADABLE,
+    max_high_risk: float = MAX_HIGH_RISK,
+    max_unreadable: float = MAX_UNREADABLE,
 ) -> ReplacementReport:
     """Add comparisons up.
 
     Args:
         answers: One per request.
         groups: One value per answer; answers of equal value, such as of one query, are not independent.
-        most_high_risk: Largest share of high risk for a test.
-        most_unreadable: Largest share of unreadable answers for any advice.
+        max_high_risk: Largest share of high risk for a test.
+        max_unreadable: Largest share of unreadable answers for any advice.
     """
     pairs = list(zip(answers, groups or range(len(answers)), strict=True))
     read = [(answer, group) for answer, group in pairs if isinstance(answer, Assessment)]
@@ -240,7 +240,7 @@ def replacement_report(
     verdicts = Counter(answer.verdict for answer, _ in read)
     risks = Counter(answer.risk for answer, _ in read)
     high_risk = risks[Risk.high] / len(read) if read else None
-    enough = len(answers) - len(read) <= most_unreadable * len(answers)
+    enough = len(answers) - len(read) <= max_unreadable * len(answers)
     return ReplacementReport(
         comparisons=len(answers),
         failures=dict(Counter(str(answer) for answer in answers if isinstance(answer, ReadFailure)).most_common()),
@@ -251,13 +251,13 @@ def replacement_report(
         high_risk_share=high_risk,
         strengths=Counter(point for answer, _ in read for point in answer.strengths).most_common(_POINTS_LISTED),
         weaknesses=Counter(point for answer, _ in read for point in answer.weaknesses).most_common(_POINTS_LISTED),
-        advice=_advise(interval, high_risk, most_high_risk) if enough else Advice.undecided,
+        advice=_advise(interval, high_risk, max_high_risk) if enough else Advice.undecided,
     )
 
 
-def _advise(net: Interval | None, high_risk: float | None, most_high_risk: float) -> Advice:
+def _advise(net: Interval | None, high_risk: float | None, max_high_risk: float) -> Advice:
     if net is None or high_risk is None:
         return Advice.undecided
-    if net.high < 0 or high_risk > most_high_risk:
+    if net.high < 0 or high_risk > max_high_risk:
         return Advice.keep_current
     return Advice.test_online if net.low > 0 else Advice.undecided

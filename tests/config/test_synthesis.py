@@ -60,6 +60,7 @@ def test_the_resolved_recipe_reads_back(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("teacher.modle=x", "teacher.modle is not a setting; did you mean teacher.model?"),
+        ("teacher.most_cost=5", "teacher.most_cost is not a setting; did you mean teacher.max_cost?"),
         ("golden.pass_rat=1", "did you mean golden.pass_rate?"),
         ("style=backwards", "style must be one of auto, label_given, reverse_engineered"),
         ("candidates=0", "candidates is 0; it must be at least 1"),
@@ -71,7 +72,7 @@ def test_the_resolved_recipe_reads_back(tmp_path: Path) -> None:
         ("teacher.url='http://local host/v1'", "it must be like http"),
         ("teacher.url='http://me:secret@host/v1'", "holds a user name or password"),
         ("teacher.kind=local", "teacher.url is 'http://localhost:8000/v1', which has no effect"),
-        ("teacher.most_cost=5", "teacher.most_cost is 5.0, which has no effect without"),
+        ("teacher.max_cost=5", "teacher.max_cost is 5.0, which has no effect without"),
         ("teacher.input_price=5", "set both, or neither"),
         ("teacher.timeout_seconds=0", "teacher.timeout_seconds is 0.0; it must be above 0"),
         ("teacher.top_p=2", "teacher.top_p is 2.0; it must be at most 1"),

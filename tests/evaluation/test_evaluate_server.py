@@ -94,8 +94,8 @@ def test_an_interrupted_evaluation_asks_only_for_what_it_has_no_answer_to(
     prices = ["server.input_price=1000", "server.output_price=5000", "server.concurrency=1"]  # 0.15 an answer
     arguments = ["--answers", str(file), "--max-new-tokens", "20", *prices]
     with scripted_server(good) as server:
-        assert _evaluate(server, *arguments, "server.most_cost=0.4") == 2
-        assert "server.most_cost is 0.4. Raise it and start again" in capsys.readouterr().err
+        assert _evaluate(server, *arguments, "server.max_cost=0.4") == 2
+        assert "server.max_cost is 0.4. Raise it and start again" in capsys.readouterr().err
         assert (len(server.bodies), file.exists()) == (3, False)
         assert _evaluate(server, *arguments) == 0
         assert len(server.bodies) == 6

@@ -256,14 +256,14 @@ def test_a_server_that_has_gone_ends_the_run_and_keeps_the_answers(tmp_path: Pat
 def test_the_cost_is_counted_and_ends_the_run_at_its_limit(tmp_path: Path) -> None:
     prices = ["teacher.input_price=1000", "teacher.output_price=5000"]  # 100 + 10 tokens: 0.1 + 0.05 an answer
     with scripted_server(lambda body, _: Reply(content=good_answer(body))) as server:
-        config = recipe(tmp_path, server.url, "teacher.concurrency=1", "teacher.most_cost=0.4", *prices, rows=6)
+        config = recipe(tmp_path, server.url, "teacher.concurrency=1", "teacher.max_cost=0.4", *prices, rows=6)
         with (
             open_models(config) as models,
-            pytest.raises(DataError, match=r"have cost 0\.45, and teacher\.most_cost"),
+            pytest.raises(DataError, match=r"have cost 0\.45, and teacher\.max_cost"),
         ):
             synthesize(config, models)
         assert len(server.bodies) == 3
-        config = recipe(tmp_path, server.url, "teacher.concurrency=1", "teacher.most_cost=9", *prices, rows=6)
+        config = recipe(tmp_path, server.url, "teacher.concurrency=1", "teacher.max_cost=9", *prices, rows=6)
         with open_models(config) as models:
             used = as_report(synthesize(config, models), models, config)["models"]["teacher"]
         assert len(server.bodies) == 6  # the limit is no part of a request

@@ -63,7 +63,7 @@ def test_a_text_without_known_words_has_no_direction():
 
 
 def test_only_the_most_frequent_words_count():
-    embedding = fit_embedding(TEXTS, most_words=2)
+    embedding = fit_embedding(TEXTS, max_words=2)
     # "in", "paris", "hotel" and "shoe" are in three texts each: the first two by name.
     assert list(embedding.counter.get_feature_names_out()) == ["hotel", "in"]
 

@@ -63,19 +63,19 @@ def test_a_real_job_has_the_coordinates_of_its_layout_and_finite_timeouts(layout
         assert set(timeouts) == {timedelta(seconds=77.5)}
 
 
-def _coordinates_in_rehearsal(layout: ParallelLayout, ranks: list[int]) -> list[Coordinates]:
+def _coordinates_in_fake_groups(layout: ParallelLayout, ranks: list[int]) -> list[Coordinates]:
     answers = []
     for rank in ranks:
-        process_groups.start_rehearsal(layout, rank)
+        process_groups.start_fake(layout, rank)
         answers.append(_megatron_coordinates())
         process_groups.stop()
     return answers
 
 
 @pytest.mark.parametrize("layout", LARGE_LAYOUTS.values(), ids=LARGE_LAYOUTS.keys())
-def test_a_rehearsal_takes_the_place_of_any_rank_of_a_large_layout(layout: ParallelLayout) -> None:
+def test_fake_groups_take_the_place_of_any_rank_of_a_large_layout(layout: ParallelLayout) -> None:
     ranks = list(range(0, layout.world, 7))
-    (answers,) = run_ranks(1, _coordinates_in_rehearsal, layout, ranks, process_group=False)
+    (answers,) = run_ranks(1, _coordinates_in_fake_groups, layout, ranks, process_group=False)
     assert answers == [layout.coordinates(rank) for rank in ranks]
 
 

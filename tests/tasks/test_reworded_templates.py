@@ -92,7 +92,7 @@ def test_no_name_or_chance_changes(plain: list[ChatRow], reworded: list[ChatRow]
         assert chances[0].tolist() == chances[1].tolist()
 
 
-def test_no_detail_or_topic_of_cooking_changes(plain: list[ChatRow], reworded: list[ChatRow]) -> None:
+def test_no_detail_or_topic_of_synthesis_changes(plain: list[ChatRow], reworded: list[ChatRow]) -> None:
     # Common words are those of the templates as well: what is particular about a row is compared with the same ones.
     common = details_in(plain)
     assert [common.of(row) for row in plain] == [common.of(row) for row in reworded]
