@@ -6,7 +6,7 @@ L = layers of the whole model with MTP.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.distributed import all_reduce
 from torch.nn.functional import grouped_mm, silu
 
-if TYPE_CHECKING:
-    from megatron_ads.models.lora import Adapter
+from megatron_ads.models.lora import Adapter
 
 
 class GroupedExperts(MegatronModule):
@@ -30,6 +29,9 @@ class GroupedExperts(MegatronModule):
     ``weight1`` is (E, 2F, H), gate over up; ``weight2`` is (E, H, F). Its part of a distributed checkpoint has the
     keys and global shapes of every stock implementation, so checkpoints do not depend on which one wrote them.
     """
+
+    applies_adapters = True
+    """``forward`` adds what the adapters compute; linears need a hook for that."""
 
     def __init__(
         self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection

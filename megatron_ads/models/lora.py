@@ -32,7 +32,6 @@ from torch.nn.functional import grouped_mm, linear, pad
 from conversion.layer_specs import LayerSpec
 from conversion.names import Parameter, Split, parameters
 from megatron_ads.architecture import ModelShape
-from megatron_ads.models.experts import GroupedExperts
 from megatron_ads.models.parts import Lora
 from megatron_ads.models.weights import named_weights
 from megatron_ads.stable_random import stable_integer
@@ -204,7 +203,7 @@ def add_adapters(chunks: Sequence[GPTModel], lora: Lora, shape: ModelShape, spec
         for place, (like, weights) in _adapted(chunk, lora, shape, spec).items():
             owner = chunk.get_submodule(place.rpartition(".")[0])
             setattr(owner, place.rpartition(".")[2], Adapter(weights, lora, like, num_experts=shape.num_experts))
-            if not isinstance(owner, GroupedExperts):
+            if not getattr(owner, "applies_adapters", False):
                 owner.register_forward_hook(add_to_output)
 
 
