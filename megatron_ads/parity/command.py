@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Carry out the check."""
     from conversion.hf_folder import open_hf_folder
     from conversion.sources import local_folder, open_source
-    from megatron_ads.parity.stream import changed_outside
+    from megatron_ads.parity.round_trip import changed_outside
     from megatron_ads.parity.verdict import names_rung, rungs
 
     started = time.monotonic()

@@ -1,25 +1,23 @@
 """Run prompts through both sides layer by layer: weights of one layer at a time, activations of all prompts kept.
 
 Each layer gets the same input on both sides, which shows its own error, and our own output of the layer before, which
-shows what has gathered. Its parameters are cut as the tensor-parallel ranks hold them, joined again, and compared with
-the stored bits. Shape suffixes: S = tokens of a prompt, C = hidden width, T = tokens, E = experts.
+shows what has gathered. Shape suffixes: S = tokens of a prompt, C = hidden width, T = tokens, E = experts.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, kl_div, linear, log_softmax
 
 from conversion.hf_folder import HfFolder
-from conversion.hf_layer import stored_values
-from conversion.names import Parameter, Split, layer_parameters, outside_parameters
 from conversion.sources import WeightSource
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.models.settings import ModelSettings
 from megatron_ads.models.single_layer import SingleLayer, build_norm
 from megatron_ads.parity.reference import Reference, ReferenceLayer, Scores
+from megatron_ads.parity.round_trip import changed_in_layer
 from megatron_ads.parity.verdict import Comparison, Kind, LayerResult, Limits, LogitResult, RouterResult
 from megatron_ads.runtime.device import device
 
@@ -173,40 +171,3 @@ def _relative(ours: Rows, theirs: Rows) -> float:
 def _largest(ours: Rows, theirs: Rows) -> float:
     a, b = torch.cat(ours).float(), torch.cat(theirs).float()
     return float((a - b).abs().max() / b.pow(2).mean().sqrt())
-
-
-def changed_in_layer(source: WeightSource, folder: HfFolder, layer: int, layout: ParallelLayout) -> tuple[str, ...]:
-    """Return the parameters of one layer of ``source`` that are not those of the Hugging Face ``folder``."""
-    return tuple(_changed(layer_parameters(source.shape, layer), source, folder, layout))
-
-
-def changed_outside(source: WeightSource, folder: HfFolder, layout: ParallelLayout) -> tuple[str, ...]:
-    """As :func:`changed_in_layer`, of the embedding, the final norm and the output layer."""
-    return tuple(_changed(outside_parameters(source.shape), source, folder, layout))
-
-
-def _changed(
-    parameters: Iterable[Parameter], source: WeightSource, folder: HfFolder, layout: ParallelLayout
-) -> Iterator[str]:
-    for parameter in parameters:
-        size = layout.tp if parameter.expert is None else layout.etp
-        slices = [source.read(parameter.name, rank=rank, size=size) for rank in range(size)]
-        stored = torch.cat([stored_values(folder, part.name) for part in parameter.parts])
-        if not _same(_joined(slices, parameter.split), stored):
-            yield parameter.name
-
-
-def _joined(slices: list[Tensor], split: Split) -> Tensor:
-    if split is Split.REPLICATED:
-        return slices[0]
-    if split is Split.GATE_UP:
-        halves = zip(*(one.chunk(2) for one in slices), strict=True)
-        return torch.cat([part for half in halves for part in half])
-    return torch.cat(slices, dim=1 if split is Split.COLUMNS else 0)
-
-
-def _same(ours: Tensor, stored: Tensor) -> bool:
-    """Bit for bit; a router bias that is stored narrower than FP32 is compared by value."""
-    if ours.dtype != stored.dtype:
-        return torch.equal(ours.float(), stored.float())
-    return torch.equal(ours.contiguous().view(torch.uint8), stored.contiguous().view(torch.uint8))

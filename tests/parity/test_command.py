@@ -1,5 +1,8 @@
 """What `megatron-ads parity` refuses, and where its prompts come from; the check itself is rung 11 of the ladder."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +78,10 @@ def test_random_prompts_are_the_same_every_time(folder: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert [len(row) for row in first] == [5, 5]
     assert max(int(row.max()) for row in first) < vocabulary
+
+
+def test_the_command_runs_in_a_process_where_nothing_of_megatron_is_imported_yet(folder: Path) -> None:
+    command = [sys.executable, "-m", "megatron_ads.cli", "parity", "--hf", str(folder), "--json", "--tokens", "8"]
+    result = subprocess.run([*command, "--rows", "1"], capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert json.loads(result.stdout)["passed"] is True
