@@ -80,8 +80,9 @@ def test_random_prompts_are_the_same_every_time(folder: Path) -> None:
     assert max(int(row.max()) for row in first) < vocabulary
 
 
-def test_the_command_runs_in_a_process_where_nothing_of_megatron_is_imported_yet(folder: Path) -> None:
+def test_the_command_runs_in_a_process_where_nothing_of_megatron_is_imported_yet(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "megatron_ads.cli", "parity", "--hf", str(folder), "--json", "--tokens", "8"]
-    result = subprocess.run([*command, "--rows", "1"], capture_output=True, text=True, timeout=240, check=False)
+    command += ["--rows", "1", "--out", str(tmp_path / "parity")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     assert json.loads(result.stdout)["passed"] is True
