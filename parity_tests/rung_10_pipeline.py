@@ -103,7 +103,7 @@ def _watched() -> Iterator[Memory]:
 def measure(root: Path) -> dict[str, Any]:
     """Run everything below ``root`` and return the figures."""
     folder = write_checkpoint(root / "model", DEEP)
-    model = {"mtp_loss_weight": 0.3, "router_bias_update_rate": 0.001}
+    model = {"mtp_loss_weight": 0.3, "expert_bias_update_rate": 0.001}
     alone = Recipe(folder=folder, model=model, steps=2)
     deep = replace(alone, layout={"pp": STAGES, "pipeline": PIPELINE}, checkpoints=root / "checkpoints", steps=1)
 
