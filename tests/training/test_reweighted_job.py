@@ -59,7 +59,7 @@ def run(folder: Path, root: Path) -> RealJob:
             "reweight.tasks=true",
         ],
     )
-    job.start_ranks(forked=True)
+    job.start_ranks()
     try:
         assert job.wait(240) == [ExitStatus.DONE] * 2, job.logs()
     finally:
