@@ -142,11 +142,11 @@ def planned_job(case: Case) -> Any:
     from megatron_ads.architecture import shape_from_config
     from megatron_ads.config.model import Precision, Recompute
     from megatron_ads.layout import ParallelLayout, place_layers
-    from megatron_ads.planning.job import Job
+    from megatron_ads.planning.job import PlannedJob
 
     shape = shape_from_config(CONFIG)
     layout = ParallelLayout(world=case.world, **case.layout)
-    return Job(
+    return PlannedJob(
         shape=shape,
         layout=layout,
         placement=place_layers(shape, layout, pipeline=case.pipeline),

@@ -63,7 +63,7 @@ class Verification:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class TensorPair:
     """One tensor of both checkpoints, with every stored copy of it."""
 
     name: str
@@ -124,19 +124,19 @@ def _structural_differences(a: WeightSource, b: WeightSource) -> Iterator[Differ
                 yield Difference(name=name, kind=kind, detail=f"only in {side}")
 
 
-def _pairs(a: WeightSource, b: WeightSource) -> Iterator[Pair]:
+def _pairs(a: WeightSource, b: WeightSource) -> Iterator[TensorPair]:
     names_b = set(b.names())
     for name in a.names():
         if name in names_b:
             left, right = a.parameter(name), b.parameter(name)
             copies = a.container.replicas(left), b.container.replicas(right)
             dtypes = stored_dtype(left, copies[0][0]), stored_dtype(right, copies[1][0])
-            yield Pair(name, left.shape, *copies, dtypes)
+            yield TensorPair(name, left.shape, *copies, dtypes)
     for alias in a.aliases:
         if alias in b.aliases and (isinstance(a.container, HfFolder) or isinstance(b.container, HfFolder)):
             regions = _alias_regions(a, alias), _alias_regions(b, alias)
             dtypes = regions[0][0].stored.value_dtype, regions[1][0].stored.value_dtype
-            yield Pair(alias, a.parameter(a.aliases[alias]).shape, (regions[0],), (regions[1],), dtypes)
+            yield TensorPair(alias, a.parameter(a.aliases[alias]).shape, (regions[0],), (regions[1],), dtypes)
 
 
 def _alias_regions(source: WeightSource, alias: str) -> tuple[Region, ...]:
@@ -145,8 +145,8 @@ def _alias_regions(source: WeightSource, alias: str) -> tuple[Region, ...]:
     return source.regions(source.aliases[alias])
 
 
-def _pieces(pairs: Sequence[Pair]) -> list[tuple[Pair, ...]]:
-    pieces: list[list[Pair]] = [[]]
+def _pieces(pairs: Sequence[TensorPair]) -> list[tuple[TensorPair, ...]]:
+    pieces: list[list[TensorPair]] = [[]]
     room = _BYTES_PER_PIECE_OF_WORK
     for pair in pairs:
         if room <= 0:
@@ -157,7 +157,7 @@ def _pieces(pairs: Sequence[Pair]) -> list[tuple[Pair, ...]]:
     return [tuple(piece) for piece in pieces]
 
 
-def _compare_pairs(tolerance: float, pairs: tuple[Pair, ...], advance: Advance) -> list[Difference]:
+def _compare_pairs(tolerance: float, pairs: tuple[TensorPair, ...], advance: Advance) -> list[Difference]:
     found = []
     for pair in pairs:
         try:
@@ -170,7 +170,7 @@ def _compare_pairs(tolerance: float, pairs: tuple[Pair, ...], advance: Advance) 
     return found
 
 
-def _compare(pair: Pair, tolerance: float) -> Difference | None:
+def _compare(pair: TensorPair, tolerance: float) -> Difference | None:
     for regions in (*pair.a, *pair.b):
         area = sum(region.covers.rows * region.covers.columns for region in regions)
         extent = whole(pair.shape)
@@ -189,7 +189,7 @@ def _compare(pair: Pair, tolerance: float) -> Difference | None:
 
 
 def _compare_values(
-    pair: Pair, left: tuple[Region, ...], right: tuple[Region, ...], tolerance: float
+    pair: TensorPair, left: tuple[Region, ...], right: tuple[Region, ...], tolerance: float
 ) -> Difference | None:
     first, count, largest = None, 0, 0.0
     dtype = torch.promote_types(*pair.dtypes)
@@ -233,7 +233,7 @@ def check_aliases(source: WeightSource) -> None:
     for alias, canonical in folder.aliases.items():
         repeat, original = _alias_regions(source, alias), source.regions(canonical)
         shape, dtypes = source.parameter(canonical).shape, (value_dtype(repeat), value_dtype(original))
-        pair = Pair(alias, shape, (repeat,), (original,), dtypes)
+        pair = TensorPair(alias, shape, (repeat,), (original,), dtypes)
         if _compare_values(pair, repeat, original, tolerance=0) is not None:
             raise DamagedCheckpointError(
                 f"{alias} in {folder.tensors[alias].file} differs from {canonical}, which it should repeat: "

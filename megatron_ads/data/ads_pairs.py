@@ -89,7 +89,7 @@ TEXTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class QueryIntent:
     """What a query asks for; None is not asked for."""
 
     category: Category
@@ -110,16 +110,16 @@ class Offered:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class QueryAdPair:
     """One query and one ad: the facts and the texts."""
 
     query: str
     ad: Ad
-    wanted: Wanted
+    wanted: QueryIntent
     offered: Offered
 
 
-def judge(wanted: Wanted, offered: Offered) -> tuple[Label, str]:
+def judge(wanted: QueryIntent, offered: Offered) -> tuple[Label, str]:
     """Apply the rule; return the label and the reasoning that leads to it."""
     steps = [f"Text: {offered.text}."]
     if offered.text is Text.spam:
@@ -135,14 +135,14 @@ def judge(wanted: Wanted, offered: Offered) -> tuple[Label, str]:
     return label, " ".join(steps)
 
 
-def _decisive(wanted: Wanted, offered: Offered) -> Iterator[tuple[str, str, str]]:
+def _decisive(wanted: QueryIntent, offered: Offered) -> Iterator[tuple[str, str, str]]:
     """Yield what must agree: name, asked, offered."""
     yield "Category", wanted.category.name, offered.category.name
     if wanted.place is not None:
         yield "Place", wanted.place, offered.place
 
 
-def _desirable(wanted: Wanted, offered: Offered) -> Iterator[tuple[str, str, str]]:
+def _desirable(wanted: QueryIntent, offered: Offered) -> Iterator[tuple[str, str, str]]:
     """Yield what should agree: name, asked, offered."""
     if wanted.brand is not None:
         yield "Brand", wanted.brand, offered.brand
@@ -154,7 +154,7 @@ def _compare(name: str, asked: str, given: str) -> str:
     return f"{name}: {asked} vs {given} {'agree' if asked == given else 'differ'}."
 
 
-def generate_pairs(seed: int) -> Iterator[Pair]:
+def generate_pairs(seed: int) -> Iterator[QueryAdPair]:
     """Yield pairs endlessly, ``ADS_PER_QUERY`` ads for each query drawn; a query's text may recur."""
     draw = random.Random(f"query-ad pairs {seed}")
     while True:
@@ -162,7 +162,7 @@ def generate_pairs(seed: int) -> Iterator[Pair]:
         query = _word_query(wanted, draw)
         for _ in range(ADS_PER_QUERY):
             offered = _draw_offered(wanted, draw.choice(tuple(Label)), draw)
-            yield Pair(query=query, ad=_word_ad(offered, draw), wanted=wanted, offered=offered)
+            yield QueryAdPair(query=query, ad=_word_ad(offered, draw), wanted=wanted, offered=offered)
 
 
 def builtin_rows(count: int = DEFAULT_ROWS, *, seed: int = 0) -> list[ChatRow]:
@@ -174,9 +174,9 @@ def builtin_rows(count: int = DEFAULT_ROWS, *, seed: int = 0) -> list[ChatRow]:
     return rows
 
 
-def _draw_wanted(draw: random.Random) -> Wanted:
+def _draw_wanted(draw: random.Random) -> QueryIntent:
     asked = draw.sample(("brand", "price", "place"), draw.randint(0, 2))
-    return Wanted(
+    return QueryIntent(
         category=draw.choice(CATEGORIES),
         brand=draw.choice(BRANDS) if "brand" in asked else None,
         price=draw.choice(tuple(Price)) if "price" in asked else None,
@@ -184,7 +184,7 @@ def _draw_wanted(draw: random.Random) -> Wanted:
     )
 
 
-def _draw_offered(wanted: Wanted, label: Label, draw: random.Random) -> Offered:
+def _draw_offered(wanted: QueryIntent, label: Label, draw: random.Random) -> Offered:
     """Draw an ad for which the rule gives ``label``: what must differ first, the rest as asked or at random."""
     wrong: set[str] = set()
     if label is Label.bad:
@@ -208,7 +208,7 @@ def _draw_value(values: tuple[T, ...], asked: T | None, wrong: bool, draw: rando
     return draw.choice(values) if asked is None else asked
 
 
-def _word_query(wanted: Wanted, draw: random.Random) -> str:
+def _word_query(wanted: QueryIntent, draw: random.Random) -> str:
     words = [draw.choice(wanted.category.asked_as)]
     if wanted.brand:
         words.insert(0, wanted.brand.lower())

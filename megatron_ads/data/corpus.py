@@ -10,7 +10,7 @@ from megatron_ads.config.data import DataConfig, SplitBy
 from megatron_ads.data.chat import ChatTokenizer, tokenize_row
 from megatron_ads.data.mixing import WeightedRows
 from megatron_ads.data.sources import describe_source, read_source
-from megatron_ads.data.split import Split, split_by_group, split_by_time
+from megatron_ads.data.split import RowSplit, split_by_group, split_by_time
 from megatron_ads.errors import DataError
 from megatron_ads.observability.log import get_logger, rank
 from megatron_ads.rows import ChatRow, Fact, Message, Role, TokenizedRow
@@ -100,7 +100,7 @@ def answers_alone(rows: Sequence[ChatRow]) -> list[ChatRow]:
     ]
 
 
-def _split(rows: Sequence[ChatRow], config: DataConfig) -> Split:
+def _split(rows: Sequence[ChatRow], config: DataConfig) -> RowSplit:
     if config.split_by is SplitBy.time:
         return split_by_time(rows, validation_rows=config.validation_rows, seed=config.seed)
     return split_by_group(

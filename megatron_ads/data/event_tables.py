@@ -165,6 +165,6 @@ def _rows(users: Mapping[str, _User], anchor: float, view_of: ViewChooser, witho
             without["without a later conversion"] += 1
         else:
             first = min(bought, key=lambda event: event.time)
-            request = next_advertiser.Request(history)
+            request = next_advertiser.AdvertiserRequest(history)
             row = next_advertiser.chat_row(f"next-{name}", request, first.advertiser, view=view_of(history))
             yield replace(row, time=first.time)

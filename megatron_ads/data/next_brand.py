@@ -127,7 +127,7 @@ def _targets(user_id: str, events: list[LoggedEvent]) -> Iterator[tuple[float, U
 
 
 def _next_brand_row(history: UserHistory, brand: str, view_of: ViewChooser) -> ChatRow:
-    request = next_advertiser.Request(history)
+    request = next_advertiser.AdvertiserRequest(history)
     return next_advertiser.chat_row(_row_id("next", history), request, brand, view=view_of(history))
 
 

@@ -26,7 +26,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class LossSpan:
     """Successive tokens that all carry loss, or all carry none."""
 
     text: str
@@ -40,7 +40,7 @@ class RowPreview:
     """One row and its spans, in order."""
 
     row: ChatRow
-    spans: tuple[Span, ...]
+    spans: tuple[LossSpan, ...]
 
     def tokens(self, *, in_loss: bool) -> int:
         """Return how many tokens carry loss, or how many carry none."""
@@ -87,7 +87,7 @@ def preview_row(row: ChatRow, tokenizer: ChatTokenizer) -> RowPreview:
     for start, end in pairwise(starts):
         tokens = tokenized.tokens[start:end].tolist()
         text = tokenizer.fast.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        spans.append(Span(text, len(tokens), float(tokenized.loss_weights[start:end].max())))
+        spans.append(LossSpan(text, len(tokens), float(tokenized.loss_weights[start:end].max())))
     return RowPreview(row, tuple(spans))
 
 
@@ -168,7 +168,7 @@ def _lengths(values: Sequence[int]) -> Lengths:
     return Lengths(fewest=min(values), median=int(median), most_of_95_percent=int(most_of_95_percent), most=max(values))
 
 
-def _shown(span: Span, *, coloured: bool, whole: bool) -> str:
+def _shown(span: LossSpan, *, coloured: bool, whole: bool) -> str:
     text = visible(span.text if whole else _shortened(span.text))
     if not coloured:
         return f"{_OPEN}{text}{_CLOSE}" if span.loss_weight > 0 else text

@@ -10,7 +10,7 @@ from megatron_ads.stable_random import stable_key
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class RowSplit:
     """Rows to train on and rows held out; no group is on both sides."""
 
     training: list[ChatRow]
@@ -19,7 +19,7 @@ class Split:
 
 def split_by_group(
     rows: Sequence[ChatRow], *, validation_rows: int, seed: int, max_per_group: int | None = None
-) -> Split:
+) -> RowSplit:
     """Hold out whole groups (queries, users), in an order that ``seed`` decides, until there are enough rows.
 
     Every task gives validation rows in proportion to its rows; one with too few groups may have none left to train on.
@@ -54,10 +54,10 @@ def split_by_group(
             f"data.validation_rows = {validation_rows} leaves none of the {len(rows)} rows ({len(groups)} groups such "
             "as queries, which stay together) to train on. Lower it, or add rows."
         )
-    return Split(training=training, validation=validation)
+    return RowSplit(training=training, validation=validation)
 
 
-def split_by_time(rows: Sequence[ChatRow], *, validation_rows: int, seed: int) -> Split:
+def split_by_time(rows: Sequence[ChatRow], *, validation_rows: int, seed: int) -> RowSplit:
     """Hold out the latest rows: every held-out row is later than every row trained on, except those without a time.
 
     Rows of one time stay together. Rows of the held-out times beyond ``validation_rows``, drawn by ``seed``, are on
@@ -80,7 +80,9 @@ def split_by_time(rows: Sequence[ChatRow], *, validation_rows: int, seed: int) -
             f"data.validation_rows = {validation_rows} leaves none of the {len(rows)} rows, held out by time, to train "
             "on. Lower it, or add rows."
         )
-    return Split(training=training, validation=sorted(late, key=lambda row: stable_key(seed, row.id))[:validation_rows])
+    return RowSplit(
+        training=training, validation=sorted(late, key=lambda row: stable_key(seed, row.id))[:validation_rows]
+    )
 
 
 def _shared_out(validation_rows: int, rows_of_task: Counter[str]) -> Counter[str]:

@@ -17,7 +17,7 @@ from megatron_ads.metrics.classification import calibration_bins, calibration_er
 from megatron_ads.metrics.ranking import same_name
 from megatron_ads.metrics.text import MAX_EXPONENT
 from megatron_ads.reporting.chart import Series, line_chart
-from megatron_ads.reporting.page import Chart, Figure, Section, Table, render_page
+from megatron_ads.reporting.page import Chart, Figure, PageSection, Table, render_page
 from megatron_ads.tasks.registry import task_named
 
 NOT_READ = "not read"
@@ -28,7 +28,7 @@ _MOST_CHARACTERS = 1500
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class JudgedAnswer:
     """One answer, judged by itself."""
 
     answer: Answer
@@ -42,7 +42,7 @@ class Outcome:
     """Share of the answer among the probabilities of its beams; None without beams."""
 
 
-def judge(answers: Sequence[Answer], *, reasons: bool = True) -> list[Outcome]:
+def judge(answers: Sequence[Answer], *, reasons: bool = True) -> list[JudgedAnswer]:
     """Return the outcome of each answer to a row of one task; without ``reasons`` none needs reasoning."""
     task = task_named(answers[0].row.task)
     outcomes = []
@@ -52,7 +52,7 @@ def judge(answers: Sequence[Answer], *, reasons: bool = True) -> list[Outcome]:
         label = answer.row.label if task.label_of else None
         given = task.label_of(read) if task.label_of and not failed else None
         outcomes.append(
-            Outcome(
+            JudgedAnswer(
                 answer=answer,
                 given=given,
                 failure=str(read) if failed else None,
@@ -63,7 +63,7 @@ def judge(answers: Sequence[Answer], *, reasons: bool = True) -> list[Outcome]:
     return outcomes
 
 
-def confusion(outcomes: Sequence[Outcome]) -> tuple[list[str], list[str], Counter[tuple[str, str]]]:
+def confusion(outcomes: Sequence[JudgedAnswer]) -> tuple[list[str], list[str], Counter[tuple[str, str]]]:
     """Return the true labels, the given labels and how often each pair occurs; what was not read is a label too."""
     pairs = Counter(
         (one.answer.row.label or "", one.given if one.given is not None else NOT_READ)
@@ -76,9 +76,9 @@ def confusion(outcomes: Sequence[Outcome]) -> tuple[list[str], list[str], Counte
     return truths, [*truths, *others, *unread], pairs
 
 
-def samples(outcomes: Sequence[Outcome], most: int) -> list[tuple[str, int, list[Outcome]]]:
+def samples(outcomes: Sequence[JudgedAnswer], most: int) -> list[tuple[str, int, list[JudgedAnswer]]]:
     """Return, for every way to fail, its name, how often it occurs and the first ``most``; frequent ones first."""
-    kinds: dict[str, list[Outcome]] = {}
+    kinds: dict[str, list[JudgedAnswer]] = {}
     for one in outcomes:
         if one.failure is not None:
             kinds.setdefault(f"{NOT_READ}: {one.failure}", []).append(one)
@@ -130,7 +130,7 @@ def _figure(task: str, scores: Mapping[str, Any]) -> Figure:
     return Figure(label=task, value=value, note=str(scores["headline_name"] or "undefined"))
 
 
-def _task_sections(task: str, scores: Mapping[str, Any], outcomes: Sequence[Outcome]) -> list[Section]:
+def _task_sections(task: str, scores: Mapping[str, Any], outcomes: Sequence[JudgedAnswer]) -> list[PageSection]:
     blocks: list[str | Table | Chart] = [_label_table(scores) if task == RELEVANCE else _metrics_table(scores)]
     for paper in paper_tables(task, scores):
         numbers = frozenset(range(1, len(paper.head)))
@@ -138,18 +138,18 @@ def _task_sections(task: str, scores: Mapping[str, Any], outcomes: Sequence[Outc
         blocks += [paper.note] if paper.note else []
     if "ranking" in scores:
         blocks += _ranking_blocks(scores["ranking"])
-    sections = [Section(title=task, blocks=blocks)]
+    sections = [PageSection(title=task, blocks=blocks)]
     truths, given, pairs = confusion(outcomes)
     if truths and max(len(truths), len(given)) <= _MOST_LABELS:
         rows = [[truth, *(f"{pairs[truth, label]}" for label in given)] for truth in truths]
         numbers = frozenset(range(1, len(given) + 1))
         explained = "Rows are the true labels, columns what the model answered, cells numbers of answers."
         table = Table(head=["true", *given], rows=rows, numbers=numbers)
-        sections.append(Section(title=f"{task}: confusion", blocks=[explained, table]))
+        sections.append(PageSection(title=f"{task}: confusion", blocks=[explained, table]))
     if sure := [one for one in outcomes if one.probability is not None and one.right is not None]:
-        sections.append(Section(title=f"{task}: calibration", blocks=_calibration_blocks(sure)))
+        sections.append(PageSection(title=f"{task}: calibration", blocks=_calibration_blocks(sure)))
     if failed := samples(outcomes, _MOST_SAMPLES):
-        sections.append(Section(title=f"{task}: answers that failed", blocks=_sample_blocks(failed, len(outcomes))))
+        sections.append(PageSection(title=f"{task}: answers that failed", blocks=_sample_blocks(failed, len(outcomes))))
     return sections
 
 
@@ -190,7 +190,7 @@ def _ranking_blocks(ranking: Mapping[str, Any]) -> list[str | Table]:
     return [explained, Table(head=["method", *names], rows=rows, numbers=frozenset(range(1, len(names) + 1)))]
 
 
-def _calibration_blocks(sure: Sequence[Outcome]) -> list[str | Chart]:
+def _calibration_blocks(sure: Sequence[JudgedAnswer]) -> list[str | Chart]:
     truths = [bool(one.right) for one in sure]
     probabilities = [one.probability or 0.0 for one in sure]
     bins = calibration_bins(truths, probabilities)
@@ -208,7 +208,7 @@ def _calibration_blocks(sure: Sequence[Outcome]) -> list[str | Chart]:
     return [Chart(svg=chart, caption=f"{len(sure)} answers; expected calibration error {shown(error)}.")]
 
 
-def _sample_blocks(failed: Sequence[tuple[str, int, Sequence[Outcome]]], total: int) -> list[str | Table]:
+def _sample_blocks(failed: Sequence[tuple[str, int, Sequence[JudgedAnswer]]], total: int) -> list[str | Table]:
     blocks: list[str | Table] = []
     for kind, count, chosen in failed:
         rows = [

@@ -22,7 +22,7 @@ ATTEMPT = "attempt.json"
 _LOG_LINES = 5
 
 
-class Verdict(StrEnum):
+class AttemptResult(StrEnum):
     """The result of one attempt."""
 
     FINISHED = "finished"
@@ -43,16 +43,16 @@ class Decision:
     reason: str
 
 
-def judge(records: Sequence[RankRecord], ranks: int, outcome: Outcome | None) -> Verdict:
+def judge(records: Sequence[RankRecord], ranks: int, outcome: Outcome | None) -> AttemptResult:
     """Return the result of an attempt of ``ranks`` ranks from their records."""
     if any(record.status is ExitStatus.USER_ERROR for record in records):
-        return Verdict.REFUSED
+        return AttemptResult.REFUSED
     if len(records) < ranks or any(record.failed for record in records) or outcome is None:
-        return Verdict.FAILED
-    return Verdict.FINISHED if outcome is Outcome.FINISHED else Verdict.STOPPED
+        return AttemptResult.FAILED
+    return AttemptResult.FINISHED if outcome is Outcome.FINISHED else AttemptResult.STOPPED
 
 
-def decide(verdict: Verdict, fruitless: int, maximum: int) -> Decision:
+def decide(verdict: AttemptResult, fruitless: int, maximum: int) -> Decision:
     """Return whether to try again.
 
     Args:
@@ -61,12 +61,12 @@ def decide(verdict: Verdict, fruitless: int, maximum: int) -> Decision:
         maximum: How often an attempt may be repeated without progress.
     """
     match verdict:
-        case Verdict.FINISHED:
+        case AttemptResult.FINISHED:
             return Decision(again=False, status=ExitStatus.DONE, reason="every step is done")
-        case Verdict.REFUSED:
+        case AttemptResult.REFUSED:
             reason = "not started again: this has to be fixed first"
             return Decision(again=False, status=ExitStatus.USER_ERROR, reason=reason)
-        case Verdict.STOPPED:
+        case AttemptResult.STOPPED:
             reason = "stopped on request, with a checkpoint; continuing from it"
             return Decision(again=True, status=ExitStatus.STOPPED, reason=reason)
     if fruitless > maximum:

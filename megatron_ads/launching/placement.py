@@ -18,7 +18,7 @@ from pathlib import Path
 from conversion.rank_files import wrong_copies
 from megatron_ads.errors import MegatronAdsError
 from megatron_ads.layout import Coordinates
-from megatron_ads.planning.job import Job, load_job
+from megatron_ads.planning.job import PlannedJob, load_job
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,7 @@ def main() -> int:
     return 2 if report.problems else 0
 
 
-def report_of(job: Job, environment: Mapping[str, str], shards: Path | None = None) -> RankReport:
+def report_of(job: PlannedJob, environment: Mapping[str, str], shards: Path | None = None) -> RankReport:
     """Return what the task that ``environment`` describes would be in ``job``."""
     rank, node = int(environment["SLURM_PROCID"]), int(environment["SLURM_NODEID"])
     local, per_node = int(environment["SLURM_LOCALID"]), job.layout.world // int(environment["SLURM_NNODES"])
@@ -76,7 +76,7 @@ def report_of(job: Job, environment: Mapping[str, str], shards: Path | None = No
     return replace(report, problems=tuple(problems))
 
 
-def _report(job: Job, rank: int, *, host: str, node: int, local_rank: int) -> RankReport:
+def _report(job: PlannedJob, rank: int, *, host: str, node: int, local_rank: int) -> RankReport:
     at = job.layout.coordinates(rank)
     chunks = job.placement.stage_chunks(at.pp)
     mtp = tuple(layer for chunk in chunks for layer in chunk.mtp_layers)
@@ -112,7 +112,7 @@ def read_reports(file: Path) -> tuple[list[RankReport], list[str]]:
     return reports, problems
 
 
-def placement_problems(reports: Sequence[RankReport], job: Job, nodes: int) -> list[str]:
+def placement_problems(reports: Sequence[RankReport], job: PlannedJob, nodes: int) -> list[str]:
     """Return a line for everything that is missing, duplicated, or in the wrong place."""
     problems = _rank_problems(Counter(report.rank for report in reports), job.layout.world)
     if len({(report.node, report.local_rank) for report in reports}) != len(reports):
@@ -135,7 +135,7 @@ def _rank_problems(found: Counter[int], world: int) -> list[str]:
     return lines
 
 
-def _differences(report: RankReport, job: Job) -> list[str]:
+def _differences(report: RankReport, job: PlannedJob) -> list[str]:
     """Compare what a task found on its node with what this node makes of the recipe."""
     if not 0 <= report.rank < job.layout.world:
         return []
@@ -149,7 +149,7 @@ def _differences(report: RankReport, job: Job) -> list[str]:
     ]
 
 
-def _coverage_problems(reports: Iterable[RankReport], job: Job) -> list[str]:
+def _coverage_problems(reports: Iterable[RankReport], job: PlannedJob) -> list[str]:
     """Check that the files which the ranks name hold every weight in as many copies as there are replicas."""
     files = {file.name: file for file in job.shards.rank_files()}
     contents = {name: job.shards.elements(file) for name, file in files.items()}
@@ -169,7 +169,7 @@ def _some(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:6])) + (" ..." if len(numbers) > 6 else "")
 
 
-def summary(reports: Sequence[RankReport], job: Job) -> list[str]:
+def summary(reports: Sequence[RankReport], job: PlannedJob) -> list[str]:
     """Return a line for the job and one for each stage."""
     without = [report.at.pp for report in reports if not report.experts and job.shape.num_experts]
     lines = [

@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.run import SftConfig
 from megatron_ads.errors import ConfigError
-from megatron_ads.launching.attempts import Verdict, describe_failure, judge
+from megatron_ads.launching.attempts import AttemptResult, describe_failure, judge
 from megatron_ads.launching.environment import NodePart
 from megatron_ads.launching.job_check import check_job_and_node
 from megatron_ads.launching.processes import wait_passing_signals_on
@@ -28,10 +28,10 @@ from megatron_ads.training.stopping import clear_outcome, read_outcome
 
 _RENDEZVOUS_SECONDS = 600
 _STATUS = {
-    Verdict.FINISHED: ExitStatus.DONE,
-    Verdict.STOPPED: ExitStatus.STOPPED,
-    Verdict.REFUSED: ExitStatus.USER_ERROR,
-    Verdict.FAILED: ExitStatus.CRASHED,
+    AttemptResult.FINISHED: ExitStatus.DONE,
+    AttemptResult.STOPPED: ExitStatus.STOPPED,
+    AttemptResult.REFUSED: ExitStatus.USER_ERROR,
+    AttemptResult.FAILED: ExitStatus.CRASHED,
 }
 
 
@@ -110,9 +110,9 @@ def _report(config: SftConfig, part: NodePart, records: Path, failed: bool) -> E
     starts = sorted(records.glob("restart-*"))
     ended = read_records(starts[-1]) if starts else []
     verdict = judge(ended, part.ranks_here, read_outcome(Path(config.log.dir)))
-    if failed and verdict is not Verdict.REFUSED:
-        verdict = Verdict.FAILED
-    if verdict in (Verdict.FAILED, Verdict.REFUSED):
+    if failed and verdict is not AttemptResult.REFUSED:
+        verdict = AttemptResult.FAILED
+    if verdict in (AttemptResult.FAILED, AttemptResult.REFUSED):
         for line in describe_failure(ended, _ranks_here(ended, part), None):
             print(f"megatron-ads: {line}", file=sys.stderr)
     return _STATUS[verdict]

@@ -18,7 +18,7 @@ _NOTICEABLE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class RankComparison:
     """A rank compared with the others of its stage."""
 
     rank: int
@@ -33,7 +33,7 @@ class Comparison:
         return self.seconds / max(self.median_seconds, 1e-9)
 
 
-def against_their_stage(stages: Sequence[int], seconds: Sequence[float]) -> list[Comparison]:
+def against_their_stage(stages: Sequence[int], seconds: Sequence[float]) -> list[RankComparison]:
     """Return every rank that has others in its stage, compared with them.
 
     Args:
@@ -41,7 +41,7 @@ def against_their_stage(stages: Sequence[int], seconds: Sequence[float]) -> list
         seconds: Own work of each rank.
     """
     return [
-        Comparison(rank, seconds[rank], median(others))
+        RankComparison(rank, seconds[rank], median(others))
         for rank, stage in enumerate(stages)
         if (others := [seconds[other] for other, its in enumerate(stages) if its == stage and other != rank])
     ]
@@ -66,7 +66,7 @@ class StragglerWatch:
         """By rank, the consecutive logged steps."""
         self._named: set[int] = set()
 
-    def observe(self, step: int, seconds: Sequence[float], step_seconds: float) -> Comparison | None:
+    def observe(self, step: int, seconds: Sequence[float], step_seconds: float) -> RankComparison | None:
         """Record a logged step; return the rank that lost most, by however little; None if no rank can be compared."""
         compared = against_their_stage(self._stages, seconds)
         behind = {each.rank: each for each in compared if self._is_behind(each, step_seconds)}
@@ -85,11 +85,11 @@ class StragglerWatch:
                 logger.info("rank %d has kept up with its stage for %d logged steps", rank, self._steps)
         return max(compared, key=lambda each: each.seconds - each.median_seconds, default=None)
 
-    def _is_behind(self, each: Comparison, step_seconds: float) -> bool:
+    def _is_behind(self, each: RankComparison, step_seconds: float) -> bool:
         lost = each.seconds - each.median_seconds
         return each.seconds >= self._factor * each.median_seconds and lost >= _NOTICEABLE * step_seconds
 
-    def _warn(self, step: int, each: Comparison, step_seconds: float) -> None:
+    def _warn(self, step: int, each: RankComparison, step_seconds: float) -> None:
         logger.warning(
             "rank %d (stage %d) on %s holds up the job: its own work took %.3g s of the %.3g s of step %d, %.1f times "
             "the median of the others of its stage, %.3g s, in %d consecutive logged steps. Look at that machine's "

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_ads.parity.verdict import Comparison, LayerResult, Limits, LogitResult, RungResult
 from megatron_ads.reporting.chart import Series, line_chart
-from megatron_ads.reporting.page import Chart, Figure, Section, Table, render_page
+from megatron_ads.reporting.page import Chart, Figure, PageSection, Table, render_page
 
 _SMALLEST = 1e-9
 """Differences below are drawn there; the axes are logarithmic."""
@@ -22,7 +22,9 @@ def render(
         _layers(comparison.layers, limits),
         _positions(comparison.logits),
         _routers(comparison.layers),
-        Section(title="What was compared", blocks=[Table(head=["", ""], rows=[[k, str(v)] for k, v in facts.items()])]),
+        PageSection(
+            title="What was compared", blocks=[Table(head=["", ""], rows=[[k, str(v)] for k, v in facts.items()])]
+        ),
     ]
     return render_page(title, _LEAD, _figures(results, comparison.logits), sections)
 
@@ -50,14 +52,14 @@ def _figures(results: Sequence[RungResult], logits: LogitResult) -> list[Figure]
     ]
 
 
-def _verdicts(results: Sequence[RungResult]) -> Section:
+def _verdicts(results: Sequence[RungResult]) -> PageSection:
     words = {True: "passed", False: "FAILED", None: "not run"}
     rows = [[str(one.rung), one.name, words[one.passed], one.detail] for one in results]
     text = "The first rung that failed is where to look."
-    return Section(title="Rungs", blocks=[text, Table(head=["rung", "", "", ""], rows=rows)])
+    return PageSection(title="Rungs", blocks=[text, Table(head=["rung", "", "", ""], rows=rows)])
 
 
-def _layers(layers: Sequence[LayerResult], limits: Limits) -> Section:
+def _layers(layers: Sequence[LayerResult], limits: Limits) -> PageSection:
     def points(name: str) -> list[tuple[float, float | None]]:
         return [(one.layer, _log(getattr(one, name))) for one in layers]
 
@@ -75,19 +77,19 @@ def _layers(layers: Sequence[LayerResult], limits: Limits) -> Section:
     table = Table(
         head=["layer", "kind", "same input", "largest element", "own input"], rows=rows, numbers=frozenset({2, 3, 4})
     )
-    return Section(title="Difference by layer", blocks=[Chart(svg=svg, caption=caption), table])
+    return PageSection(title="Difference by layer", blocks=[Chart(svg=svg, caption=caption), table])
 
 
-def _positions(logits: LogitResult) -> Section:
+def _positions(logits: LogitResult) -> PageSection:
     every = math.ceil(len(logits.by_position) / _POINTS_SHOWN)
     points = [(position, _log(value)) for position, value in enumerate(logits.by_position) if position % every == 0]
     series = [Series(name="largest logit difference", points=points)]
     svg = line_chart(series, x_label="position", y_label="log10 of the difference")
     caption = "Largest difference of any logit at each position. A step at the original context length points at YaRN."
-    return Section(title="Difference by position", blocks=[Chart(svg=svg, caption=caption)])
+    return PageSection(title="Difference by position", blocks=[Chart(svg=svg, caption=caption)])
 
 
-def _routers(layers: Sequence[LayerResult]) -> Section:
+def _routers(layers: Sequence[LayerResult]) -> PageSection:
     routed = [(one.layer, one.router) for one in layers if one.router is not None]
     points: list[tuple[float, float | None]] = [(layer, 100 * (1 - one.rerouted / one.tokens)) for layer, one in routed]
     svg = line_chart([Series(name="same experts", points=points, style="dots")], x_label="layer", y_label="tokens, %")
@@ -98,7 +100,7 @@ def _routers(layers: Sequence[LayerResult]) -> Section:
     ]
     head = ["layer", "tokens", "other experts", "near ties", "largest weight difference"]
     table = Table(head=head, rows=rows, numbers=frozenset({1, 2, 3, 4}))
-    return Section(title="Router agreement", blocks=[Chart(svg=svg, caption=caption), table])
+    return PageSection(title="Router agreement", blocks=[Chart(svg=svg, caption=caption), table])
 
 
 def _log(value: float) -> float:

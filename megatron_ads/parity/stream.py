@@ -18,7 +18,7 @@ from megatron_ads.models.settings import ModelSettings
 from megatron_ads.models.single_layer import SingleLayer, build_norm
 from megatron_ads.parity.reference import Reference, ReferenceLayer, Scores
 from megatron_ads.parity.round_trip import changed_in_layer
-from megatron_ads.parity.verdict import Comparison, Kind, LayerResult, Limits, LogitResult, RouterResult
+from megatron_ads.parity.verdict import Comparison, LayerKind, LayerResult, Limits, LogitResult, RouterResult
 from megatron_ads.runtime.device import device
 
 Rows = list[Tensor]
@@ -78,7 +78,13 @@ class Stream:
         their_output, scores = self._run_theirs(layer, tokens, theirs)
         same_input, weights, our_output = self._run_ours(layer, tokens, theirs, ours)
         shape = self._source.shape
-        kind = Kind.MTP if layer >= shape.num_layers else Kind.EXPERTS if shape.is_moe_layer(layer) else Kind.DENSE
+        kind = (
+            LayerKind.MTP
+            if layer >= shape.num_layers
+            else LayerKind.EXPERTS
+            if shape.is_moe_layer(layer)
+            else LayerKind.DENSE
+        )
         result = LayerResult(
             layer=layer,
             kind=kind,

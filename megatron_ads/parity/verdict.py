@@ -15,7 +15,7 @@ from megatron_ads.config.model import Precision
 from megatron_ads.errors import ConversionError
 
 
-class Kind(StrEnum):
+class LayerKind(StrEnum):
     """The kinds of layers."""
 
     DENSE = "dense"
@@ -41,7 +41,7 @@ class LayerResult:
     """How one layer compares. Differences are root mean squares over that of Hugging Face's output."""
 
     layer: int
-    kind: Kind
+    kind: LayerKind
     difference: float
     """Given the same input: what this layer alone contributes."""
     carried: float
@@ -135,8 +135,8 @@ def names_rung(source: WeightSource, layout: ShardsLayout) -> RungResult:
 
 def rungs(names: RungResult, comparison: Comparison, outside: Sequence[str], limits: Limits) -> list[RungResult]:
     """Return every rung in order; those that do not fit a checkpoint check have no verdict."""
-    decoder = [one for one in comparison.layers if one.kind is not Kind.MTP]
-    mtp = [one for one in comparison.layers if one.kind is Kind.MTP]
+    decoder = [one for one in comparison.layers if one.kind is not LayerKind.MTP]
+    mtp = [one for one in comparison.layers if one.kind is LayerKind.MTP]
     found = [
         names,
         _round_trip(comparison.layers, outside),

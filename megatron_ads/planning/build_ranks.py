@@ -20,7 +20,7 @@ from megatron_ads.errors import ConfigError, ConversionError
 from megatron_ads.models.parts import part_of
 from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
 from megatron_ads.planning.check_ranks import RankFacts, check_ranks, checkpoint_keys
-from megatron_ads.planning.job import Job
+from megatron_ads.planning.job import PlannedJob
 from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.preflight import Member, Record
 
@@ -61,7 +61,7 @@ class BuiltRanks:
 _FAULTS_SHOWN = 20
 
 
-def build_ranks(job: Job, *, every_rank: bool = False, shards: Path | None = None) -> BuiltRanks:
+def build_ranks(job: PlannedJob, *, every_rank: bool = False, shards: Path | None = None) -> BuiltRanks:
     """Build one rank of every stage (or every rank) and check what was built.
 
     The ranks of a stage differ in which experts they hold; each stage's is taken one further along the stage than the
@@ -88,14 +88,14 @@ def build_ranks(job: Job, *, every_rank: bool = False, shards: Path | None = Non
     )
 
 
-def _chosen_ranks(job: Job, every_rank: bool) -> Sequence[int]:
+def _chosen_ranks(job: PlannedJob, every_rank: bool) -> Sequence[int]:
     if every_rank:
         return range(job.layout.world)
     stages = [job.layout.stage_ranks(stage) for stage in range(job.layout.pp)]
     return [ranks[number % len(ranks)] for number, ranks in enumerate(stages)]
 
 
-def _build_rank(job: Job, rank: int) -> RankFacts:
+def _build_rank(job: PlannedJob, rank: int) -> RankFacts:
     settings = ModelSettings(
         spec=resolve_layer_spec(job.layer_spec),
         precision=job.precision,
@@ -119,7 +119,7 @@ def _build_rank(job: Job, rank: int) -> RankFacts:
         process_groups.stop()
 
 
-def _describe(job: Job, rank: int, chunks: Sequence["GPTModel"], settings: ModelSettings) -> RankFacts:
+def _describe(job: PlannedJob, rank: int, chunks: Sequence["GPTModel"], settings: ModelSettings) -> RankFacts:
     from megatron.core import parallel_state
 
     from megatron_ads.models.weights import named_weights
@@ -155,7 +155,7 @@ def _groups() -> dict[str, tuple[int, ...]]:
     return {name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items()}
 
 
-def _message(job: Job, chunk: "GPTModel") -> tuple[tuple[int, ...], str]:
+def _message(job: PlannedJob, chunk: "GPTModel") -> tuple[tuple[int, ...], str]:
     """Return what Megatron's schedules send and receive; rows are laid end to end, so there is one."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
@@ -171,7 +171,7 @@ def _message(job: Job, chunk: "GPTModel") -> tuple[tuple[int, ...], str]:
     return tuple(shape), str(chunk.config.pipeline_dtype)
 
 
-def _record(job: Job, rank: int, chunks: Sequence["GPTModel"], settings: ModelSettings) -> Record:
+def _record(job: PlannedJob, rank: int, chunks: Sequence["GPTModel"], settings: ModelSettings) -> Record:
     """Return what the optimizer chain would be: as ``optim.build`` divides parameters, without its state."""
     from megatron_ads.optim.build import DECAYED, GROUP_NAMES, UNDECAYED, is_decayed
     from megatron_ads.optim.members import DENSE, EXPERT
@@ -197,7 +197,7 @@ def _record(job: Job, rank: int, chunks: Sequence["GPTModel"], settings: ModelSe
 
 
 def _trained(
-    job: Job, chunks: Sequence["GPTModel"], settings: ModelSettings
+    job: PlannedJob, chunks: Sequence["GPTModel"], settings: ModelSettings
 ) -> Iterator[tuple[str, torch.nn.Parameter]]:
     from megatron_ads.models.weights import named_weights
 
@@ -211,7 +211,7 @@ def _trained(
             yield weight.name, weight.tensor
 
 
-def _shard_faults(job: Job, folder: Path) -> list[str]:
+def _shard_faults(job: PlannedJob, folder: Path) -> list[str]:
     """Check a converted checkpoint: every file there and whole, and made for this layout."""
     try:
         found = open_shards(folder).layout

@@ -20,7 +20,7 @@ from conversion.cli import parse_bytes
 from megatron_ads.errors import ConfigError
 from megatron_ads.planning.calibrate import calibrated
 from megatron_ads.planning.hardware import CARDS, DEFAULT_CARD, card_named
-from megatron_ads.planning.job import Job, load_job
+from megatron_ads.planning.job import PlannedJob, load_job
 from megatron_ads.planning.picture import page
 from megatron_ads.planning.plan import make_plan
 from megatron_ads.planning.search import search
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if plan.fits and (built is None or not built.faults) else 1
 
 
-def _build(args: argparse.Namespace, job: Job) -> "BuiltRanks":
+def _build(args: argparse.Namespace, job: PlannedJob) -> "BuiltRanks":
     from megatron_ads.planning.build_ranks import build_ranks  # imports Megatron-Core: plans do without
 
     return build_ranks(job, every_rank=args.every_rank, shards=args.shards)

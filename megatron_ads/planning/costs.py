@@ -17,7 +17,7 @@ from megatron_ads.layout import Chunk
 from megatron_ads.models.flops import TokenFlops, token_flops
 from megatron_ads.models.parts import Lora, part_of, target_of
 from megatron_ads.planning.hardware import Card
-from megatron_ads.planning.job import Job
+from megatron_ads.planning.job import PlannedJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Weights:
     elements: int
 
 
-def stage_weights(job: Job, stage: int) -> tuple[Weights, ...]:
+def stage_weights(job: PlannedJob, stage: int) -> tuple[Weights, ...]:
     """Return what each rank of a pipeline stage holds; all its ranks hold equally much.
 
     Router biases are not counted: they are buffers, not parameters.
@@ -40,7 +40,7 @@ def stage_weights(job: Job, stage: int) -> tuple[Weights, ...]:
     return tuple(weight for chunk in job.placement.stage_chunks(stage) for weight in chunk_weights(job, chunk))
 
 
-def chunk_weights(job: Job, chunk: Chunk) -> Iterator[Weights]:
+def chunk_weights(job: PlannedJob, chunk: Chunk) -> Iterator[Weights]:
     """Yield what each rank that runs ``chunk`` holds of it."""
     shape, sizes = job.shape, job.layout
     embedding, final_norm, output = outside_parameters(shape)
@@ -60,7 +60,7 @@ def total(weights: Iterable[Weights], *, expert: bool | None = None) -> int:
     return sum(weight.elements for weight in weights if expert is None or weight.expert is expert)
 
 
-def largest_tensor(job: Job, stage: int) -> int:
+def largest_tensor(job: PlannedJob, stage: int) -> int:
     """Return the elements of the largest trained parameter on a rank: stacked experts, or a vocabulary matrix."""
     shape, sizes = job.shape, job.layout
     if job.lora is not None:  # the wider factor of a feed-forward's projections
@@ -105,7 +105,7 @@ def _elements(parameters: Iterable[Parameter], size: int) -> int:
     return sum(math.prod(slice_shape(parameter, size)) for parameter in parameters)
 
 
-def chunk_flops(job: Job, chunk: Chunk) -> TokenFlops:
+def chunk_flops(job: PlannedJob, chunk: Chunk) -> TokenFlops:
     """Return the operations of one token in a chunk, over all its ranks together."""
     return token_flops(
         job.shape,
@@ -117,7 +117,7 @@ def chunk_flops(job: Job, chunk: Chunk) -> TokenFlops:
     )
 
 
-def run_layers(job: Job, chunks: Iterable[Chunk]) -> list[int]:
+def run_layers(job: PlannedJob, chunks: Iterable[Chunk]) -> list[int]:
     """Return the global numbers of the layers that are run; MTP layers follow the decoder layers."""
     chunks = list(chunks)
     mtp = [job.shape.num_layers + layer for chunk in chunks for layer in chunk.mtp_layers] if job.trains_mtp else []
@@ -142,7 +142,7 @@ class GroupTraffic:
         return max(inside, outside) / card.link_efficiency
 
 
-def stage_traffic(job: Job, stage: int, card: Card) -> tuple[GroupTraffic, ...]:
+def stage_traffic(job: PlannedJob, stage: int, card: Card) -> tuple[GroupTraffic, ...]:
     """Return what each rank of a stage sends in one step; groups of one rank are left out."""
     sizes = job.layout
     chunks = job.placement.stage_chunks(stage)
@@ -176,13 +176,13 @@ def stage_traffic(job: Job, stage: int, card: Card) -> tuple[GroupTraffic, ...]:
     )
 
 
-def message_bytes(job: Job) -> int:
+def message_bytes(job: PlannedJob) -> int:
     """Return the size of one message between neighbouring chunks: the hidden state of a microbatch on one rank."""
     tokens = job.tokens_per_microbatch // (job.layout.tp * job.layout.cp)
     return tokens * job.shape.hidden_size * _element(job)
 
 
-def dispatch_bytes(job: Job, chunk: Chunk) -> int:
+def dispatch_bytes(job: PlannedJob, chunk: Chunk) -> int:
     """Return what a rank sends for one microbatch, forward and backward: tokens to experts and back, each way."""
     layers = sum(map(job.shape.is_moe_layer, run_layers(job, [chunk])))
     passes = 2 if job.recompute is Recompute.none else 3
@@ -192,7 +192,7 @@ def dispatch_bytes(job: Job, chunk: Chunk) -> int:
     return int(layers * exchanges * tokens * job.shape.hidden_size * _element(job) * away)
 
 
-def tensor_bytes(job: Job, chunk: Chunk) -> int:
+def tensor_bytes(job: PlannedJob, chunk: Chunk) -> int:
     """Return what a rank sends for one microbatch under sequence parallelism (arXiv:2205.05198, section 4.2.2).
 
     Attention and each dense or shared feed-forward gather their input and scatter their output, forward and backward,
@@ -205,20 +205,20 @@ def tensor_bytes(job: Job, chunk: Chunk) -> int:
     return int(2 * layers * passes * hidden * (sizes.tp - 1) / sizes.tp)
 
 
-def _messages(job: Job, chunks: tuple[Chunk, ...]) -> int:
+def _messages(job: PlannedJob, chunks: tuple[Chunk, ...]) -> int:
     """Return the bytes of one microbatch: every chunk but the last sends on, every chunk but the first sends back."""
     sent = sum((not chunk.has_loss) + (not chunk.has_embedding) for chunk in chunks)
     return sent * message_bytes(job)
 
 
-def _replica_bytes(job: Job, stage: int, replicas: int, *, expert: bool) -> int:
+def _replica_bytes(job: PlannedJob, stage: int, replicas: int, *, expert: bool) -> int:
     """Return what a step's reduce-scatter of FP32 gradients and all-gather of weights send."""
     trained = total((weight for weight in stage_weights(job, stage) if job.trains(weight.part)), expert=expert)
     shared = replicas * (job.layout.cp if not expert else 1)
     return trained * (4 + _element(job)) * (shared - 1) // shared
 
 
-def _element(job: Job) -> int:
+def _element(job: PlannedJob) -> int:
     return 2 if job.precision is Precision.bf16 else 4
 
 

@@ -21,7 +21,7 @@ _PLANNED = ("layout", "data", "train", "optim")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class PlannedJob:
     """Every number a plan depends on, apart from the hardware."""
 
     shape: ModelShape
@@ -116,7 +116,9 @@ def _shape_of_checkpoint(path: Path) -> ModelShape:
     return open_source(path).shape
 
 
-def load_job(recipe: str, overrides: Sequence[str] = (), *, model: str | None = None, ranks: int | None = None) -> Job:
+def load_job(
+    recipe: str, overrides: Sequence[str] = (), *, model: str | None = None, ranks: int | None = None
+) -> PlannedJob:
     """Compose a recipe and lay it out over ``ranks`` (None: the fewest that its layout fits).
 
     Raises:
@@ -128,7 +130,7 @@ def load_job(recipe: str, overrides: Sequence[str] = (), *, model: str | None = 
     return job_of(config, planned_shape(model, config), ranks)
 
 
-def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Job:
+def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> PlannedJob:
     """Lay a composed recipe out over ``ranks`` (None: the fewest that its layout fits).
 
     Raises:
@@ -144,7 +146,7 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Jo
     layout.check_model(shape)
     _require_layers(placement)
     validate(config, ranks, shape)
-    return Job(
+    return PlannedJob(
         shape=shape,
         layout=layout,
         placement=placement,

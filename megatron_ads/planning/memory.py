@@ -25,7 +25,7 @@ from megatron_ads.layout import Chunk
 from megatron_ads.models.flops import KEPT_BY_SELECTIVE
 from megatron_ads.models.parts import Lora
 from megatron_ads.planning.costs import Weights, largest_tensor, run_layers, stage_weights, total
-from megatron_ads.planning.job import Job
+from megatron_ads.planning.job import PlannedJob
 from megatron_ads.planning.schedule import peak_held, stage_order
 
 _BLOCK = 128
@@ -43,7 +43,7 @@ class Kernels:
     """Keeps the gate and up projections only; else the factors of the product too."""
 
     @classmethod
-    def of(cls, job: Job, *, gpu: bool) -> "Kernels":
+    def of(cls, job: PlannedJob, *, gpu: bool) -> "Kernels":
         """Return what the models of this project choose on such a machine."""
         blocked = not gpu and job.precision is Precision.fp32 and job.seq_length <= _LONGEST_BLOCKED
         return cls(flash_attention=not blocked, fused_swiglu=gpu)
@@ -61,7 +61,7 @@ class ActivationModel:
     lora: Lora | None = None
 
     @classmethod
-    def of(cls, job: Job, *, gpu: bool) -> "ActivationModel":
+    def of(cls, job: PlannedJob, *, gpu: bool) -> "ActivationModel":
         """Return the model of a job."""
         return cls(
             shape=job.shape,
@@ -197,7 +197,7 @@ class RankMemory:
         return max(self.training, self.loading + self.reserved)
 
 
-def stage_memory(job: Job, stage: int, *, gpu: bool, reserved_bytes: int = 0) -> RankMemory:
+def stage_memory(job: PlannedJob, stage: int, *, gpu: bool, reserved_bytes: int = 0) -> RankMemory:
     """Return what each rank of a pipeline stage holds."""
     weights = stage_weights(job, stage)
     trained = tuple(weight for weight in weights if job.trains(weight.part))
@@ -214,11 +214,11 @@ def stage_memory(job: Job, stage: int, *, gpu: bool, reserved_bytes: int = 0) ->
     )
 
 
-def _element_bytes(job: Job) -> int:
+def _element_bytes(job: PlannedJob) -> int:
     return 2 if job.precision is Precision.bf16 else 4
 
 
-def _optimizer_bytes(job: Job, trained: tuple[Weights, ...]) -> int:
+def _optimizer_bytes(job: PlannedJob, trained: tuple[Weights, ...]) -> int:
     each = 12 if job.precision is Precision.bf16 else 8
     sizes = job.layout
     dense, expert = total(trained, expert=False), total(trained, expert=True)
@@ -233,19 +233,19 @@ def _loading(element: int, weights: tuple[Weights, ...], trained: tuple[Weights,
     return element * total(weights) + max(first, second)
 
 
-def _tokens(job: Job) -> int:
+def _tokens(job: PlannedJob) -> int:
     """Tokens of a microbatch whose activations one rank keeps."""
     return job.tokens_per_microbatch // (job.layout.tp * job.layout.cp)
 
 
-def _held(job: Job, stage: int, model: ActivationModel) -> int:
+def _held(job: PlannedJob, stage: int, model: ActivationModel) -> int:
     sizes = job.layout
     chunks = job.placement.stage_chunks(stage)
     bytes_by_virtual = [_tokens(job) * _kept_by_chunk(job, chunk, model) for chunk in chunks]
     return peak_held(stage_order(sizes.pp, sizes.vpp, stage, job.microbatches), bytes_by_virtual)
 
 
-def _kept_by_chunk(job: Job, chunk: Chunk, model: ActivationModel) -> int:
+def _kept_by_chunk(job: PlannedJob, chunk: Chunk, model: ActivationModel) -> int:
     """Return the bytes a token leaves in a chunk; the loss is counted with the buffers, it goes as it comes."""
     hidden = model.element_bytes * job.shape.hidden_size
     kept = sum(model.layer(layer, job.recompute) for layer in chunk.layers)
@@ -262,18 +262,18 @@ def _kept_by_chunk(job: Job, chunk: Chunk, model: ActivationModel) -> int:
     return kept
 
 
-def _losses(job: Job, chunk: Chunk) -> int:
+def _losses(job: PlannedJob, chunk: Chunk) -> int:
     return 1 + (len(chunk.mtp_layers) if job.trains_mtp else 0)
 
 
-def _buffers(job: Job, stage: int, model: ActivationModel) -> int:
+def _buffers(job: PlannedJob, stage: int, model: ActivationModel) -> int:
     """The wider of two moments: the backward pass of the loss, and that of the widest layer."""
     chunks = job.placement.stage_chunks(stage)
     loss = max((_loss_moment(job, chunk, model) for chunk in chunks if chunk.has_loss), default=0)
     return max(loss, _layer_moment(job, stage, model))
 
 
-def _loss_moment(job: Job, chunk: Chunk, model: ActivationModel) -> int:
+def _loss_moment(job: PlannedJob, chunk: Chunk, model: ActivationModel) -> int:
     """All losses' probabilities, one gradient of logits, and the output layer's weight gradient if it is trained."""
     gradient = model.element_bytes * job.shape.vocab_size if job.precision is Precision.bf16 else 0
     weight = 0
@@ -282,7 +282,7 @@ def _loss_moment(job: Job, chunk: Chunk, model: ActivationModel) -> int:
     return _tokens(job) * (_losses(job, chunk) * model.logits() + gradient) + weight
 
 
-def _layer_moment(job: Job, stage: int, model: ActivationModel) -> int:
+def _layer_moment(job: PlannedJob, stage: int, model: ActivationModel) -> int:
     layers = run_layers(job, job.placement.stage_chunks(stage))
     again = max((model.layer(layer, Recompute.none) - model.layer(layer, job.recompute) for layer in layers), default=0)
     weight_gradient = model.element_bytes * largest_tensor(job, stage)

@@ -3,10 +3,10 @@
 from html import escape
 
 from megatron_ads.planning.plan import Plan, StagePlan
-from megatron_ads.planning.schedule import Span
+from megatron_ads.planning.schedule import WorkSpan
 from megatron_ads.planning.table import plan_lines, summary_lines
 from megatron_ads.progress import readable_duration
-from megatron_ads.reporting.page import Chart, Figure, Section, Table, render_page
+from megatron_ads.reporting.page import Chart, Figure, PageSection, Table, render_page
 
 _WIDTH = 900
 _LEFT = 46
@@ -22,8 +22,10 @@ def page(recipe: str, plan: Plan) -> str:
         plan_lines(plan)[0] + ".",
         _figures(plan),
         [
-            Section(title="Memory of every rank", blocks=[Chart(svg=memory_grid(plan), caption=_grid_caption(plan))]),
-            Section(
+            PageSection(
+                title="Memory of every rank", blocks=[Chart(svg=memory_grid(plan), caption=_grid_caption(plan))]
+            ),
+            PageSection(
                 title="Pipeline",
                 blocks=[
                     Chart(
@@ -33,8 +35,8 @@ def page(recipe: str, plan: Plan) -> str:
                     )
                 ],
             ),
-            Section(title="Stages", blocks=[_stage_table(plan)]),
-            Section(title="In words", blocks=[line.strip() for line in summary_lines(plan)]),
+            PageSection(title="Stages", blocks=[_stage_table(plan)]),
+            PageSection(title="In words", blocks=[line.strip() for line in summary_lines(plan)]),
         ],
     )
 
@@ -113,7 +115,7 @@ def timeline(plan: Plan) -> str:
     )
 
 
-def _bar(span: Span, scale: float) -> str:
+def _bar(span: WorkSpan, scale: float) -> str:
     kind = "backward" if span.work.backward else "forward"
     title = f"{kind} of microbatch {span.work.microbatch}, chunk {span.work.virtual}: {span.end - span.start:.3g} s"
     return (

@@ -18,7 +18,7 @@ from megatron_ads.planning.costs import (
     total,
 )
 from megatron_ads.planning.hardware import Card
-from megatron_ads.planning.job import Job
+from megatron_ads.planning.job import PlannedJob
 from megatron_ads.planning.memory import RankMemory, stage_memory
 from megatron_ads.planning.schedule import Timeline, play
 
@@ -67,7 +67,7 @@ def _span(layers: tuple[int, ...]) -> str:
 class Plan:
     """A job on some cards. What takes long to work out is worked out when it is asked for."""
 
-    job: Job
+    job: PlannedJob
     card: Card
     stages: tuple[StagePlan, ...]
 
@@ -184,12 +184,12 @@ class Plan:
         return self.checkpoint_bytes / (nodes * self.card.storage_bytes_per_second)
 
 
-def make_plan(job: Job, card: Card) -> Plan:
+def make_plan(job: PlannedJob, card: Card) -> Plan:
     """Work out what a job takes on ``job.layout.world`` of these cards."""
     return Plan(job=job, card=card, stages=tuple(_stage_plan(job, card, stage) for stage in range(job.layout.pp)))
 
 
-def _stage_plan(job: Job, card: Card, stage: int) -> StagePlan:
+def _stage_plan(job: PlannedJob, card: Card, stage: int) -> StagePlan:
     chunks = job.placement.stage_chunks(stage)
     flops = [chunk_flops(job, chunk) for chunk in chunks]
     per_token = sum(each.forward + each.backward + each.recomputed for each in flops)

@@ -19,7 +19,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class WorkSpan:
     """When a stage does a piece of work, in seconds from the start of the step."""
 
     stage: int
@@ -33,7 +33,7 @@ class Timeline:
     """One step of the pipeline."""
 
     stages: int
-    spans: tuple[Span, ...]
+    spans: tuple[WorkSpan, ...]
 
     @property
     def seconds(self) -> float:
@@ -117,7 +117,7 @@ def play(
                 start = max(free[stage], ready)
                 free[stage] = start + (backward_seconds if work.backward else forward_seconds)[chunk]
                 done[work.backward, chunk, work.microbatch] = free[stage]
-                spans.append(Span(stage, work, start, free[stage]))
+                spans.append(WorkSpan(stage, work, start, free[stage]))
                 position[stage] += 1
                 remaining -= 1
         assert remaining < before, "the order of work deadlocks"

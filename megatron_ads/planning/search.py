@@ -9,7 +9,7 @@ from megatron_ads.config.model import Recompute
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, PipelinePlacement, place_layers
 from megatron_ads.planning.hardware import Card
-from megatron_ads.planning.job import Job
+from megatron_ads.planning.job import PlannedJob
 from megatron_ads.planning.plan import Plan, make_plan
 
 _TENSOR_SIZES = (1, 2, 4, 8)
@@ -29,7 +29,7 @@ class SearchResult:
     """Where nothing fits: the one that lacks the least."""
 
 
-def interleaved(job: Job, vpp: int) -> Job | None:
+def interleaved(job: PlannedJob, vpp: int) -> PlannedJob | None:
     """Return the same job with ``vpp`` virtual chunks a stage; None where that is impossible."""
     sizes = job.layout
     found = _arrangement(job, sizes.world, pp=sizes.pp, tp=sizes.tp, vpp=vpp, ep=sizes.ep)
@@ -38,7 +38,7 @@ def interleaved(job: Job, vpp: int) -> Job | None:
     return _rearranged(job, *found, job.micro_batch_size, job.recompute)
 
 
-def search(job: Job, card: Card, *, keep: int = 10) -> SearchResult:
+def search(job: PlannedJob, card: Card, *, keep: int = 10) -> SearchResult:
     """Rank every arrangement of a job's step; the one that ``job`` has takes part."""
     tried, fitting, nearest = 0, [], None
     for candidate in (job, *_candidates(job, card)):
@@ -66,7 +66,7 @@ def _quick_step_seconds(plan: Plan) -> float:
     return busiest * (work + sizes.pp - 1) / work + plan.update_seconds
 
 
-def _candidates(job: Job, card: Card) -> Iterator[Job]:
+def _candidates(job: PlannedJob, card: Card) -> Iterator[PlannedJob]:
     world = job.layout.world
     for pp, tp, vpp in product(_divisors(world), _TENSOR_SIZES, _VIRTUAL_CHUNKS):
         for ep in _divisors(job.shape.num_experts):
@@ -85,7 +85,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _arrangement(
-    job: Job, world: int, *, pp: int, tp: int, vpp: int, ep: int
+    job: PlannedJob, world: int, *, pp: int, tp: int, vpp: int, ep: int
 ) -> tuple[ParallelLayout, PipelinePlacement] | None:
     shape = job.shape
     if pp * vpp > shape.num_layers + shape.mtp_layers or (vpp > 1 and pp == 1) or (pp == 1 and shape.mtp_layers > 1):
@@ -114,8 +114,8 @@ def even_pipeline(shape: ModelShape, chunks: int) -> str:
 
 
 def _rearranged(
-    job: Job, layout: ParallelLayout, placement: PipelinePlacement, micro_batch_size: int, recompute: Recompute
-) -> Job | None:
+    job: PlannedJob, layout: ParallelLayout, placement: PipelinePlacement, micro_batch_size: int, recompute: Recompute
+) -> PlannedJob | None:
     """Return the same step (model, rows, everything trained) under another layout; None if it cannot be divided so."""
     rows = job.microbatches * job.micro_batch_size * job.layout.dp
     microbatches, rest = divmod(rows, micro_batch_size * layout.dp)

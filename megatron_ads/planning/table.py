@@ -12,7 +12,7 @@ from megatron_ads.layout import describe_ranks
 from megatron_ads.models.parts import Lora, parameters_by_part
 from megatron_ads.planning.costs import GroupTraffic
 from megatron_ads.planning.hardware import Card
-from megatron_ads.planning.job import Job
+from megatron_ads.planning.job import PlannedJob
 from megatron_ads.planning.plan import Plan, StagePlan, make_plan
 from megatron_ads.planning.schedule import ideal_bubble
 from megatron_ads.planning.search import SearchResult, interleaved
@@ -113,7 +113,7 @@ def summary_lines(plan: Plan) -> list[str]:
     return lines if twin is None else [*lines, _gain(plan, make_plan(twin, plan.card))]
 
 
-def _adapters(job: Job, lora: Lora) -> str:
+def _adapters(job: PlannedJob, lora: Lora) -> str:
     adapters, weights = lora.parameters(job.shape), parameters_by_part(job.shape).total()
     targets = ", ".join(target for target in LoraTarget if target in lora.targets)
     count = f"{adapters / 1e9:.3f} B parameters, in addition to {weights / 1e9:.1f} B"

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_ads.progress import readable_duration
 from megatron_ads.reporting.chart import short
-from megatron_ads.reporting.page import Figure, Section, Table, render_page
+from megatron_ads.reporting.page import Figure, PageSection, Table, render_page
 from megatron_ads.reporting.run_report import course_charts, loss_chart
 
 Facts = Mapping[str, Any]
@@ -14,12 +14,12 @@ Facts = Mapping[str, Any]
 def page(facts: Facts, metrics: Sequence[Mapping[str, Any]]) -> str:
     """Return ``report.html``."""
     sections = [
-        Section(title="Fine-tuning", blocks=[loss_chart(metrics), course_charts(metrics)]),
+        PageSection(title="Fine-tuning", blocks=[loss_chart(metrics), course_charts(metrics)]),
         _task(facts),
         _parity(facts),
         _circumstances(facts),
         _stages(facts),
-        Section(title="Files", blocks=[Table(rows=_files(facts))]),
+        PageSection(title="Files", blocks=[Table(rows=_files(facts))]),
     ]
     return render_page("Quickstart report", _lead(facts), _figures(facts), sections)
 
@@ -93,7 +93,7 @@ def _figures(facts: Facts) -> list[Figure]:
     ]
 
 
-def _task(facts: Facts) -> Section:
+def _task(facts: Facts) -> PageSection:
     scores = facts["evaluation"]
     before, after, fp8 = scores["before"], scores["after"], scores["after_fp8"]
     parts = (before, after, fp8)
@@ -124,7 +124,9 @@ def _task(facts: Facts) -> Section:
         head=["question", "true label", "answer after fine-tuning"],
         rows=[[example["prompt"], example["expected"], example["text"]] for example in facts["examples"]],
     )
-    return Section(title="Relevance task", blocks=[_task_text(after), table, "One held-out row of each label:", shown])
+    return PageSection(
+        title="Relevance task", blocks=[_task_text(after), table, "One held-out row of each label:", shown]
+    )
 
 
 _MORE_LINES = {"text_baseline": "TF-IDF, logistic regression", "reachable": "best reachable"}
@@ -152,10 +154,10 @@ def _task_text(after: Facts) -> str:
     )
 
 
-def _parity(facts: Facts) -> Section:
+def _parity(facts: Facts) -> PageSection:
     parity = facts["parity"]
     verdict = "below" if parity["passed"] else "NOT below"
-    return Section(
+    return PageSection(
         title="Is the export the model that was trained?",
         blocks=[
             "The exported folder was loaded in transformers and the trained shards in Megatron-Core; both ran the "
@@ -175,7 +177,7 @@ def _fp8_text(verified: Facts) -> str:
     )
 
 
-def _circumstances(facts: Facts) -> Section:
+def _circumstances(facts: Facts) -> PageSection:
     host, data = facts["host"], facts["data"]
     rows = [
         ["data", data["description"] + (f" ({data['path']})" if data.get("path") else "")],
@@ -185,13 +187,13 @@ def _circumstances(facts: Facts) -> Section:
         ["code revision", facts["revision"] or "unknown: not a git checkout"],
         ["written", facts["written"]],
     ]
-    return Section(title="What was run, and on what", blocks=[Table(rows=rows)])
+    return PageSection(title="What was run, and on what", blocks=[Table(rows=rows)])
 
 
-def _stages(facts: Facts) -> Section:
+def _stages(facts: Facts) -> PageSection:
     rows = [[stage["title"], readable_duration(stage["seconds"])] for stage in facts["stages"]]
     rows.append(["together", readable_duration(facts["seconds"])])
-    return Section(title="Stages", blocks=[Table(head=["stage", "time"], rows=rows, numbers=frozenset({1}))])
+    return PageSection(title="Stages", blocks=[Table(head=["stage", "time"], rows=rows, numbers=frozenset({1}))])
 
 
 def _files(facts: Facts) -> list[list[str]]:

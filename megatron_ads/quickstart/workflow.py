@@ -108,7 +108,7 @@ class QuickstartFolder:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class QuickstartPlan:
     """What is going to be done, and with which settings."""
 
     stages: tuple[Stage, ...]
@@ -118,7 +118,7 @@ class Plan:
     """The resolved recipe of the fine-tuning."""
 
 
-def make_plan(folder: QuickstartFolder, *, overrides: Sequence[str], identity: Mapping[str, Any]) -> Plan:
+def make_plan(folder: QuickstartFolder, *, overrides: Sequence[str], identity: Mapping[str, Any]) -> QuickstartPlan:
     """Lay out the stages.
 
     Args:
@@ -162,7 +162,7 @@ def make_plan(folder: QuickstartFolder, *, overrides: Sequence[str], identity: M
         stage("verify-fp8", "verify that both hold the same values", [], after=["read-fp8"]),
         judging("evaluate-fp8", "let the FP8 export judge the held-out rows", "after-fp8", "read-fp8"),
     )  # fmt: skip
-    return Plan(stages, commands, config)
+    return QuickstartPlan(stages, commands, config)
 
 
 def _commands(

@@ -40,14 +40,14 @@ class Chart:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Section:
+class PageSection:
     """A heading and its contents; text blocks are paragraphs."""
 
     title: str
     blocks: Sequence[str | Table | Chart | Sequence[Chart]]
 
 
-def render_page(title: str, lead: str, figures: Sequence[Figure], sections: Sequence[Section]) -> str:
+def render_page(title: str, lead: str, figures: Sequence[Figure], sections: Sequence[PageSection]) -> str:
     """Return the whole HTML document; ``lead`` is the paragraph under the title. All text is escaped."""
     page = _templates().get_template("page.html.jinja")
     return page.render(title=title, lead=lead, figures=figures, sections=sections)

@@ -12,7 +12,7 @@ from megatron_ads.errors import MegatronAdsError
 from megatron_ads.observability.log import get_logger
 from megatron_ads.observability.metrics import read_metrics
 from megatron_ads.reporting.chart import COLORS, Series, line_chart, short, smooth
-from megatron_ads.reporting.page import Chart, Figure, Section, Table, render_page
+from megatron_ads.reporting.page import Chart, Figure, PageSection, Table, render_page
 
 logger = get_logger(__name__)
 
@@ -49,10 +49,10 @@ def run_page(folder: Path) -> str:
     metrics = read_metrics(folder)
     run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     sections = [
-        Section(title="Loss", blocks=[loss_chart(metrics)]),
+        PageSection(title="Loss", blocks=[loss_chart(metrics)]),
         *_tasks(metrics),
-        Section(title="Course", blocks=[course_charts(metrics)]),
-        Section(title="Circumstances", blocks=[Table(rows=[*_leaves(run)])]),
+        PageSection(title="Course", blocks=[course_charts(metrics)]),
+        PageSection(title="Circumstances", blocks=[Table(rows=[*_leaves(run)])]),
     ]
     done, steps = (
         max((row["step"] for row in metrics), default=0),
@@ -102,7 +102,7 @@ _CHARTED = ("validation_loss", "task_share")
 """Metrics that have one chart with a line for each task."""
 
 
-def _tasks(metrics: Metrics) -> list[Section]:
+def _tasks(metrics: Metrics) -> list[PageSection]:
     """Return how each task does and what its samples weigh, as far as the run measured it."""
     held_out = "Mean over the target tokens of a task's held-out rows."
     charts = [
@@ -110,8 +110,8 @@ def _tasks(metrics: Metrics) -> list[Section]:
         *_by_task(metrics, "task_share", "share of samples", _SHARES),
     ]
     weights = [_weights(metrics, task) for task in _tasks_with(metrics, "instance_weight_p50")]
-    sections = [Section(title="Tasks", blocks=charts)] if charts else []
-    return sections + ([Section(title="Instance weights", blocks=[_WEIGHTS, weights])] if weights else [])
+    sections = [PageSection(title="Tasks", blocks=charts)] if charts else []
+    return sections + ([PageSection(title="Instance weights", blocks=[_WEIGHTS, weights])] if weights else [])
 
 
 def _tasks_with(metrics: Metrics, name: str) -> list[str]:

@@ -46,7 +46,7 @@ RANKING_TEMPLATE = Template(
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class AdvertiserRequest:
     """What the prediction is made from."""
 
     user: UserHistory
@@ -73,7 +73,9 @@ class Ranking:
     reasoning: str
 
 
-def render_prompt(request: Request, instruction: str = TEMPLATE.instruction(), *, view: HistoryView = FULL_VIEW) -> str:
+def render_prompt(
+    request: AdvertiserRequest, instruction: str = TEMPLATE.instruction(), *, view: HistoryView = FULL_VIEW
+) -> str:
     """Return the user's message: the instruction, the history section by section, the pool."""
     lines = [instruction, render_history(sections(request.user, view))]
     if request.pool:
@@ -81,7 +83,7 @@ def render_prompt(request: Request, instruction: str = TEMPLATE.instruction(), *
     return "\n".join(lines)
 
 
-def _request_facts(request: Request, view: HistoryView) -> Facts:
+def _request_facts(request: AdvertiserRequest, view: HistoryView) -> Facts:
     return {**user_facts(request.user, view), Fact.pool: list(request.pool)}
 
 
@@ -107,7 +109,7 @@ def render_ranking(advertisers: Sequence[str], interests: Sequence[str], reasoni
 
 
 def chat_row(
-    row_id: str, request: Request, advertiser: str, reasoning: str = "", *, view: HistoryView = FULL_VIEW
+    row_id: str, request: AdvertiserRequest, advertiser: str, reasoning: str = "", *, view: HistoryView = FULL_VIEW
 ) -> ChatRow:
     """Return one example of the free-text form; rows of one user stay on one side of any split.
 
@@ -122,7 +124,7 @@ def chat_row(
 
 def ranking_row(
     row_id: str,
-    request: Request,
+    request: AdvertiserRequest,
     advertisers: Sequence[str],
     interests: Sequence[str],
     reasoning: str = "",

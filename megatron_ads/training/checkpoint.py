@@ -57,7 +57,7 @@ from megatron_ads.training.checkpoint_folder import (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
+class JobProgress:
     """Where a job stands; the same on every rank and under every layout."""
 
     step: int
@@ -72,7 +72,7 @@ def save_checkpoint(
     directory: Path,
     chunks: Sequence[Any],
     optimizer: OptimizerChain,
-    progress: Progress,
+    progress: JobProgress,
     layout: ParallelLayout,
     *,
     side_files: Path | None,
@@ -141,7 +141,7 @@ def _finish(
     partial: Path,
     final: Path,
     entries: dict[str, dict[str, int]],
-    progress: Progress,
+    progress: JobProgress,
     layout: ParallelLayout,
     adapters: AdapterRecord | None,
 ) -> None:
@@ -180,7 +180,7 @@ def load_checkpoint(
     layout: ParallelLayout,
     *,
     adapters: AdapterRecord | None = None,
-) -> Progress:
+) -> JobProgress:
     """Load a checkpoint, saved under this or any other layout, into the model and the optimizer; a collective.
 
     Raises:
@@ -202,7 +202,7 @@ def load_checkpoint(
         loaded = dist_checkpointing.load(state, str(folder))
     for index, chunk in enumerate(chunks):
         _load_model(chunk, loaded[f"model{index}"])
-    progress = Progress(**loaded["training"])
+    progress = JobProgress(**loaded["training"])
     load_optimizer_state(optimizer, loaded["optimizer"], updates=progress.updates)
     if same_layout:
         _set_random_states(loaded["rng"])

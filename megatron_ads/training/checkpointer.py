@@ -62,7 +62,7 @@ class Checkpointer:
             Path(self.settings.dir),
             self.model.chunks,
             self.model.optimizer,
-            checkpoint.Progress(step=step, updates=self.model.optimizer.updates, data=self.data.state_dict()),
+            checkpoint.JobProgress(step=step, updates=self.model.optimizer.updates, data=self.data.state_dict()),
             self.layout,
             side_files=self.side_files,
             keep_last=self.settings.save_total_limit,

@@ -19,7 +19,7 @@ from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.device import device, seed_everything, set_threads
 from megatron_ads.runtime.health.activity import Activity, name_failed_communication
-from megatron_ads.runtime.health.peers import Loss, PeerMonitor
+from megatron_ads.runtime.health.peers import LostPeer, PeerMonitor
 from megatron_ads.runtime.health.rank_record import ExitStatus, write_record
 from megatron_ads.runtime.health.watch import HangWatch
 from megatron_ads.runtime.preflight import Member, Record, check_records, gather_records
@@ -76,7 +76,7 @@ def join(config: RunConfig, source: WeightSource, shards: ShardsLayout) -> Itera
         process_groups.stop()
 
 
-def _record_loss(loss: Loss) -> None:
+def _record_loss(loss: LostPeer) -> None:
     write_record(dist.get_rank(), ExitStatus.PEER_LOST, str(loss))
 
 

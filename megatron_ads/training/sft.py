@@ -30,12 +30,12 @@ def run(config: SftConfig, stop: StopRequest) -> ExitStatus:
             config.data, config.train, config.loss, config.reweight, source, shards.layout
         )
         with Session.resumed(config, membership, training, stop, name="SFT") as session:
-            stopped = train(Job(session=session, reweight=config.reweight, training=training, held_out=held_out))
+            stopped = train(SftJob(session=session, reweight=config.reweight, training=training, held_out=held_out))
         return session.end(stopped=stopped)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class SftJob:
     """A session, and the rows it trains on and is evaluated on."""
 
     session: Session
@@ -44,7 +44,7 @@ class Job:
     held_out: HeldOut
 
 
-def train(job: Job) -> bool:
+def train(job: SftJob) -> bool:
     """Step until the last step, or until some rank is asked to stop; return whether it was stopped."""
     session, evaluate_every = job.session, job.session.config.train.evaluate_every
     if session.step == 0 and job.reweight.exact:
@@ -60,7 +60,7 @@ def train(job: Job) -> bool:
     return stopped
 
 
-def _step(job: Job) -> bool:
+def _step(job: SftJob) -> bool:
     """Run the next step; return whether some rank was asked to stop."""
     session, model, log = job.session, job.session.model, job.session.log
     learning_rate = model.schedule.at(model.optimizer.updates)
@@ -79,7 +79,7 @@ def _step(job: Job) -> bool:
     return report.stop_requested
 
 
-def _renew_instance_weights(job: Job) -> None:
+def _renew_instance_weights(job: SftJob) -> None:
     session, pass_losses = job.session, None
     if job.reweight.exact:
         logger.info("step %d: measuring the perplexity of every training row", session.step)
@@ -87,7 +87,7 @@ def _renew_instance_weights(job: Job) -> None:
     session.log.record(session.step, job.training.renew_weights(pass_losses))
 
 
-def _evaluate(job: Job) -> None:
+def _evaluate(job: SftJob) -> None:
     """Measure the held-out rows, and let the tasks' shares follow."""
     session = job.session
     evaluation = run_evaluation(job.held_out.batches, session.model.chunks)

@@ -152,10 +152,10 @@ def _continue(recipe: Recipe, model: Any, shards: Any) -> Losses:
 
 def save(recipe: Recipe, model: Any, shards: Any, source: WeightSource) -> Path:
     """Save under the number of updates."""
-    from megatron_ads.training.checkpoint import Progress, save_checkpoint
+    from megatron_ads.training.checkpoint import JobProgress, save_checkpoint
 
     updates = model.optimizer.updates
-    progress = Progress(step=updates, updates=updates, data={"position": updates})
+    progress = JobProgress(step=updates, updates=updates, data={"position": updates})
     return save_checkpoint(
         recipe.checkpoints,
         model.chunks,

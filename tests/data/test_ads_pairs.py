@@ -15,8 +15,8 @@ from megatron_ads.data.ads_pairs import (
     TEXTS,
     Offered,
     Price,
+    QueryIntent,
     Text,
-    Wanted,
     builtin_rows,
     generate_pairs,
     judge,
@@ -66,18 +66,18 @@ def test_target_carries_the_label_after_reasoning():
 @pytest.mark.parametrize(
     ("wanted", "offered", "label", "last_step"),
     [
-        (Wanted(SHOES), Offered(SHOES, "Norvik", Price.cheap, "Leeds"), Label.good, "agree."),
-        (Wanted(SHOES), Offered(HOTELS, "Norvik", Price.cheap, "Leeds"), Label.bad, "differ."),
-        (Wanted(SHOES), Offered(SHOES, "Norvik", Price.cheap, "Leeds", Text.spam), Label.bad, "Text: spam."),
-        (Wanted(SHOES), Offered(SHOES, "Norvik", Price.cheap, "Leeds", Text.misspelt), Label.fair, "agree."),
-        (Wanted(SHOES, place="Leeds"), Offered(SHOES, "Norvik", Price.cheap, "Miami"), Label.bad, "differ."),
-        (Wanted(SHOES, brand="Fjord"), Offered(SHOES, "Norvik", Price.cheap, "Leeds"), Label.fair, "differ."),
-        (Wanted(SHOES, price=Price.premium), Offered(SHOES, "Fjord", Price.cheap, "Leeds"), Label.fair, "differ."),
-        (Wanted(SHOES, brand="Fjord"), Offered(HOTELS, "Norvik", Price.cheap, "Leeds"), Label.bad, "differ."),
+        (QueryIntent(SHOES), Offered(SHOES, "Norvik", Price.cheap, "Leeds"), Label.good, "agree."),
+        (QueryIntent(SHOES), Offered(HOTELS, "Norvik", Price.cheap, "Leeds"), Label.bad, "differ."),
+        (QueryIntent(SHOES), Offered(SHOES, "Norvik", Price.cheap, "Leeds", Text.spam), Label.bad, "Text: spam."),
+        (QueryIntent(SHOES), Offered(SHOES, "Norvik", Price.cheap, "Leeds", Text.misspelt), Label.fair, "agree."),
+        (QueryIntent(SHOES, place="Leeds"), Offered(SHOES, "Norvik", Price.cheap, "Miami"), Label.bad, "differ."),
+        (QueryIntent(SHOES, brand="Fjord"), Offered(SHOES, "Norvik", Price.cheap, "Leeds"), Label.fair, "differ."),
+        (QueryIntent(SHOES, price=Price.premium), Offered(SHOES, "Fjord", Price.cheap, "Leeds"), Label.fair, "differ."),
+        (QueryIntent(SHOES, brand="Fjord"), Offered(HOTELS, "Norvik", Price.cheap, "Leeds"), Label.bad, "differ."),
     ],
     ids=["all", "category", "spam", "misspelt", "place", "brand", "price", "category-before-brand"],
 )
-def test_rule_by_hand(wanted: Wanted, offered: Offered, label: Label, last_step: str):
+def test_rule_by_hand(wanted: QueryIntent, offered: Offered, label: Label, last_step: str):
     judged, reasoning = judge(wanted, offered)
     assert judged is label
     assert reasoning.endswith(last_step)

@@ -18,5 +18,5 @@ def buyer(user: str, past: Sequence[str]) -> UserHistory:
 
 def name_row(row_id: str, label: str, past: Sequence[str] = (), user: str = "") -> ChatRow:
     """Return a row of a user of their own, unless one is named."""
-    request = next_advertiser.Request(buyer(user or f"user {row_id}", past))
+    request = next_advertiser.AdvertiserRequest(buyer(user or f"user {row_id}", past))
     return next_advertiser.chat_row(row_id, request, label)

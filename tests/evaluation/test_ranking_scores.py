@@ -77,7 +77,7 @@ def test_a_beam_that_cannot_be_read_keeps_its_place() -> None:
 
 
 def test_a_ranking_in_xml_is_read_whole() -> None:
-    request = next_advertiser.Request(buyer("u", ["C"]))
+    request = next_advertiser.AdvertiserRequest(buyer("u", ["C"]))
     row = next_advertiser.ranking_row("1", request, ["A", "B"], [], label="B")
     said = Answer(row, next_advertiser.render_ranking(["C", "B"], ["toys"]), ended=True)
     unread = Answer(row, "A, B", ended=True)

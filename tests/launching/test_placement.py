@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.launching.placement import RankReport, placement_problems, read_reports, report_of, summary
-from megatron_ads.planning.job import Job, load_job
+from megatron_ads.planning.job import PlannedJob, load_job
 
 RECIPE, NODES, RANKS = "sft/deepseek_r1_671b_248gpu", 31, 248
 Reports = list[RankReport]
 
 
 @cache
-def r1() -> Job:
+def r1() -> PlannedJob:
     return load_job(RECIPE, ranks=RANKS)
 
 

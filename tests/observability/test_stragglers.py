@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from megatron_ads.observability.stragglers import Comparison, StragglerWatch
+from megatron_ads.observability.stragglers import RankComparison, StragglerWatch
 
 STAGES = (0, 0, 0, 1, 1, 1)
 HOSTS = ("a", "a", "b", "b", "c", "c")
@@ -28,7 +28,7 @@ def _with(rank: int, seconds: float) -> Sequence[float]:
 
 def _observe(
     steps: Sequence[Sequence[float]], *, step_seconds: float = 10.0, stages: Sequence[int] = STAGES
-) -> Comparison | None:
+) -> RankComparison | None:
     watch = StragglerWatch(stages, HOSTS, factor=1.5, steps=3)
     found = None
     for step, seconds in enumerate(steps, start=1):

@@ -6,7 +6,7 @@ from megatron_ads.config.model import Precision
 from megatron_ads.parity.verdict import (
     LIMITS,
     Comparison,
-    Kind,
+    LayerKind,
     LayerResult,
     LogitResult,
     RouterResult,
@@ -18,11 +18,18 @@ from megatron_ads.parity.verdict import (
 LIMIT = LIMITS[Precision.fp32]
 NAMES = RungResult(rung=1, name="names", passed=True, detail="")
 LAYER = LayerResult(
-    layer=0, kind=Kind.DENSE, difference=1e-7, carried=2e-7, largest=1e-6, changed_tensors=(), router=None, seconds=1.0
+    layer=0,
+    kind=LayerKind.DENSE,
+    difference=1e-7,
+    carried=2e-7,
+    largest=1e-6,
+    changed_tensors=(),
+    router=None,
+    seconds=1.0,
 )
 ROUTER = RouterResult(tokens=100, rerouted=0, near_ties=1, weight_difference=1e-7)
-EXPERTS = replace(LAYER, layer=1, kind=Kind.EXPERTS, router=ROUTER)
-MTP = replace(LAYER, layer=2, kind=Kind.MTP, router=ROUTER)
+EXPERTS = replace(LAYER, layer=1, kind=LayerKind.EXPERTS, router=ROUTER)
+MTP = replace(LAYER, layer=2, kind=LayerKind.MTP, router=ROUTER)
 LOGITS = LogitResult(tokens=100, max_abs_difference=1e-6, divergence=1e-9, agreement=1.0, by_position=(1e-7, 1e-6))
 
 

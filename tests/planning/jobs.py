@@ -7,7 +7,7 @@ from megatron_ads.architecture import shape_from_config
 from megatron_ads.config.model import LoraConfig, ModelConfig, Precision, Recompute
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.models.parts import Lora
-from megatron_ads.planning.job import Job, load_job
+from megatron_ads.planning.job import PlannedJob, load_job
 
 SMALL: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -49,11 +49,11 @@ def small_job(
     world: int = 1,
     lora: LoraConfig | None = None,
     **sizes: int,
-) -> Job:
+) -> PlannedJob:
     """Return a job of a four-layer model, two of them dense, with an MTP layer."""
     shape = shape_from_config(SMALL)
     layout = ParallelLayout(world=world, **sizes)
-    return Job(
+    return PlannedJob(
         shape=shape,
         layout=layout,
         placement=place_layers(shape, layout, pipeline=pipeline),
@@ -68,6 +68,6 @@ def small_job(
 
 
 @cache
-def r1_job(*overrides: str) -> Job:
+def r1_job(*overrides: str) -> PlannedJob:
     """Return the published 248-rank layout."""
     return load_job("sft/deepseek_r1_671b_248gpu", overrides)

@@ -15,12 +15,12 @@ from megatron_ads.config.model import LayerSpecChoice, LoraConfig, LoraTarget, R
 from megatron_ads.planning.build_ranks import _build_rank, build_ranks
 from megatron_ads.planning.check_ranks import RankFacts, check_ranks, checkpoint_keys, coverage_faults, expected_groups
 from megatron_ads.planning.costs import stage_weights, total
-from megatron_ads.planning.job import Job, load_job
+from megatron_ads.planning.job import PlannedJob, load_job
 from megatron_ads.runtime.preflight import Member
 from tests.planning.jobs import r1_job, small_job
 
 
-def expert_less_job() -> Job:
+def expert_less_job() -> PlannedJob:
     """Stage 0 has the two dense layers only."""
     return small_job(world=4, pp=2, ep=2, pipeline="Ett|ttmL")
 
@@ -44,7 +44,7 @@ def built() -> tuple[RankFacts, ...]:
     ],
     ids=["expert-less", "vpp 2", "tp 2", "etp 2", "local layers", "adapters", "adapters of experts"],
 )
-def test_every_rank_of_a_small_job_is_what_the_layout_says(job: Job) -> None:
+def test_every_rank_of_a_small_job_is_what_the_layout_says(job: PlannedJob) -> None:
     ranks = build_ranks(job, every_rank=True)
     assert ranks.faults == ()
     counted = [total(stage_weights(job, job.layout.coordinates(rank).pp)) for rank in range(job.layout.world)]

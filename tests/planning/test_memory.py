@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_ads.config.model import LoraConfig, Precision, Recompute
-from megatron_ads.planning.job import Job
+from megatron_ads.planning.job import PlannedJob
 from megatron_ads.planning.memory import ActivationModel, stage_memory
 from tests.planning.jobs import SEQ_LENGTH, r1_job, small_job
 
@@ -15,7 +15,7 @@ TOLERANCE = 0.005
 """Of the bytes kept: masks and counts of a few bytes a token are not in the sums."""
 
 
-def predicted(job: Job) -> int:
+def predicted(job: PlannedJob) -> int:
     """Return the bytes per token of one pass through the whole model."""
     model = ActivationModel.of(job, gpu=False)
     layers = sum(model.layer(layer, job.recompute) for layer in range(job.shape.num_layers + 1))
@@ -23,7 +23,7 @@ def predicted(job: Job) -> int:
     return layers + model.mtp(job.recompute) + 2 * model.head() - 4 - model.element_bytes * 256
 
 
-def kept_by_autograd(job: Job) -> float:
+def kept_by_autograd(job: PlannedJob) -> float:
     """Run one forward pass and return the bytes per token of the distinct storages that autograd holds on to."""
     from megatron_ads.runtime import device, process_groups
 
@@ -35,7 +35,7 @@ def kept_by_autograd(job: Job) -> float:
         process_groups.stop()
 
 
-def _kept_by_autograd(job: Job) -> float:
+def _kept_by_autograd(job: PlannedJob) -> float:
     from megatron.core.packed_seq_params import PackedSeqParams
 
     from conversion.layer_specs import LayerSpec

@@ -15,7 +15,7 @@ from megatron_ads.models.flops import flops_per_token
 from megatron_ads.planning.build_ranks import BuiltRanks
 from megatron_ads.planning.costs import chunk_flops, stage_traffic
 from megatron_ads.planning.hardware import CARDS, card_named
-from megatron_ads.planning.job import Job, load_job
+from megatron_ads.planning.job import PlannedJob, load_job
 from megatron_ads.planning.plan import make_plan
 from megatron_ads.planning.search import even_pipeline, interleaved, search
 from tests.planning.jobs import r1_job, small_job
@@ -66,7 +66,7 @@ def test_the_last_stage_of_r1_is_the_bottleneck() -> None:
 # ---- arithmetic ----
 
 
-def sum_over_chunks(job: Job) -> int:
+def sum_over_chunks(job: PlannedJob) -> int:
     flops = [chunk_flops(job, chunk) for chunk in job.placement.chunks]
     return sum(each.forward + each.backward for each in flops)
 

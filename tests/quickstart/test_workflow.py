@@ -9,10 +9,10 @@ import pytest
 from megatron_ads.errors import ConfigError
 from megatron_ads.quickstart import command
 from megatron_ads.quickstart.stages import Announcements, Stage, run_stages
-from megatron_ads.quickstart.workflow import Plan, QuickstartFolder, make_plan
+from megatron_ads.quickstart.workflow import QuickstartFolder, QuickstartPlan, make_plan
 
 
-def _plan(root: Path, *overrides: str, **identity: str) -> Plan:
+def _plan(root: Path, *overrides: str, **identity: str) -> QuickstartPlan:
     return make_plan(QuickstartFolder(root), overrides=["data=simulated_pairs", *overrides], identity=identity)
 
 
@@ -27,7 +27,7 @@ def _pretend(stage: Stage) -> Stage:
     return replace(stage, run=run)
 
 
-def _what_runs(plan: Plan, root: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+def _what_runs(plan: QuickstartPlan, root: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     capsys.readouterr()
     run_stages([_pretend(stage) for stage in plan.stages], root, Announcements(plan.commands))
     titles = {stage.title: stage.name for stage in plan.stages}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.reporting.chart import Series, line_chart
-from megatron_ads.reporting.page import Chart, Figure, Section, Table, render_page, write_report
+from megatron_ads.reporting.page import Chart, Figure, PageSection, Table, render_page, write_report
 
 VOID = {"meta"}
 
@@ -36,7 +36,7 @@ def page() -> str:
     series = Series(name="loss", points=[(1, 2.0), (2, 1.0)])
     chart = Chart(svg=line_chart([series], x_label="step", y_label="loss"), caption="one line")
     table = Table(head=["name", "value"], rows=[["a & b", "<1>"]], numbers=frozenset({1}))
-    sections = [Section(title="Training", blocks=["It fell.", table, chart, [chart, chart]])]
+    sections = [PageSection(title="Training", blocks=["It fell.", table, chart, [chart, chart]])]
     return render_page("Run <7>", "what it was", [Figure(label="loss", value="1.0", state="good")], sections)
 
 

@@ -63,7 +63,7 @@ REWRITE = ad_rewriting.Rewrite(
     keywords=("beginner running shoes", "cheap running shoes"),
     reasoning="The goal is the price.",
 )
-REQUEST = next_advertiser.Request(RUNNER, POOL)
+REQUEST = next_advertiser.AdvertiserRequest(RUNNER, POOL)
 
 
 def question_about(row_id: str, advertiser: str, reasoning: str = "") -> AdvertiserQuestion:

@@ -53,7 +53,7 @@ def test_a_target_that_cannot_be_read_tells_no_answer() -> None:
 
 def test_a_name_with_the_separator_in_it_stays_one_name() -> None:
     event = Event(kind=EventKind.matched_conversion, days_ago=1, text="boots", advertiser="Boots; Shoes & Co")
-    request = next_advertiser.Request(UserHistory(user_id="u", events=(event,)))
+    request = next_advertiser.AdvertiserRequest(UserHistory(user_id="u", events=(event,)))
     assert bought_from(next_advertiser.chat_row("r", request, "Acme")) == ("Boots; Shoes & Co",)
 
 

@@ -91,7 +91,7 @@ def next_advertiser_examples(world: World, users: Iterator[UserAtAnchor], view_o
         label = known.user.next_advertiser
         if label is not None:
             user = known.user.history
-            request = advertiser_task.Request(user)
+            request = advertiser_task.AdvertiserRequest(user)
             name = world.advertisers[label].name
             row = advertiser_task.chat_row(f"simulated-next-{user.user_id}", request, name, view=view_of(user))
             yield Example(row, *_ranking(known, world))
@@ -106,7 +106,7 @@ def advertiser_ranking_examples(world: World, users: Iterator[UserAtAnchor], vie
             best, chances = _ranking(known, world)
             row = advertiser_task.ranking_row(
                 f"simulated-ranking-{user.user_id}",
-                advertiser_task.Request(user),
+                advertiser_task.AdvertiserRequest(user),
                 best[: advertiser_task.RANKED],
                 _interests(known.user)[: advertiser_task.MOST_INTERESTS],
                 label=world.advertisers[label].name,

@@ -161,7 +161,7 @@ def _own_address() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
+class LostPeer:
     """That a rank has left the job before its end."""
 
     rank: int
@@ -184,7 +184,7 @@ class PeerMonitor:
         self,
         layout: ParallelLayout,
         *,
-        on_loss: Callable[[Loss], None] | None = None,
+        on_loss: Callable[[LostPeer], None] | None = None,
         hangs: "HangWatch | None" = None,
     ) -> None:
         """Prepare; ``on_loss`` is called once, in the thread, before the process ends with ``PEER_LOST``."""
@@ -224,7 +224,7 @@ class PeerMonitor:
         farewell: dict[str, Any] = {"kind": "done"}
         if error is not None and not isinstance(error, SystemExit):
             text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            farewell = {"kind": "loss", **asdict(Loss(self._rank, self._stage(self._rank), self._own_step, text))}
+            farewell = {"kind": "loss", **asdict(LostPeer(self._rank, self._stage(self._rank), self._own_step, text))}
         self._tell(farewell)
         self._wake.send(b"x")
         self._thread.join()
@@ -271,17 +271,17 @@ class PeerMonitor:
                 elif kind == "done":
                     return False
                 elif kind == "loss":
-                    self._end_over(Loss(**message), heard_from=link)
+                    self._end_over(LostPeer(**message), heard_from=link)
                 elif kind == "hang":
                     self._end_hung(message["headline"], heard_from=link)
                 elif self._hangs:
                     self._hangs.hear(kind, message, link)
         except ConnectionError:
-            loss = Loss(link.rank, self._stage(link.rank), self._steps.get(link.rank), None)
+            loss = LostPeer(link.rank, self._stage(link.rank), self._steps.get(link.rank), None)
             self._end_over(loss, heard_from=link)
         return True
 
-    def _end_over(self, loss: Loss, *, heard_from: PeerLink) -> None:
+    def _end_over(self, loss: LostPeer, *, heard_from: PeerLink) -> None:
         """Pass the news on and end this process, unless it is leaving anyway."""
         if loss.rank == self._rank or self._is_leaving:
             return

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_ads.errors import TopologyError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime.health.activity import name_failed_communication
-from megatron_ads.runtime.health.peers import Loss, PeerMonitor
+from megatron_ads.runtime.health.peers import LostPeer, PeerMonitor
 from megatron_ads.runtime.health.rank_record import ExitStatus
 from parity_tests.harness.ranks import RanksFailed, run_ranks
 
@@ -153,7 +153,7 @@ def test_ranks_on_several_machines_find_each_other_by_the_address_of_the_first()
 
 
 def _record_the_loss(folder: str) -> None:
-    def write(loss: Loss) -> None:
+    def write(loss: LostPeer) -> None:
         with open(f"{folder}/{dist.get_rank()}", "w") as file:
             file.write(f"{loss.rank} {loss.step} {loss.error}")
 
