@@ -1,6 +1,6 @@
 """The records that rows of data are on their way to a batch, and the facts that a row carries besides its texts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NoReturn, TypeAlias
@@ -85,6 +85,41 @@ _SHOWN = (
     Fact.keywords, Fact.pool, Fact.candidates, Fact.advertiser,
 )  # fmt: skip
 """Facts whose texts a prompt shows."""
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_text, value))
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+_FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys((Fact.pool, Fact.candidates, Fact.keywords), ("a list of texts", _are_texts)),
+    **dict.fromkeys((Fact.demographics, Fact.ground_truth), ("an object", _is_object)),
+    Fact.best_answers: ("a list of at least one text", lambda value: _are_texts(value) and bool(value)),
+    Fact.ad: ("an object of texts", lambda value: _is_object(value) and all(map(_is_text, value.values()))),
+    Fact.history: (
+        "an object of lists of texts", lambda value: _is_object(value) and all(map(_are_texts, value.values()))
+    ),
+    Fact.events: ("a list of objects", lambda value: isinstance(value, list) and all(map(_is_object, value))),
+    Fact.queries_wanted: ("a whole number", lambda value: type(value) is int),
+}  # fmt: skip
+"""What the facts of an ads task are; those not named here are texts."""
+
+
+def wrong_fact(facts: Facts) -> str | None:
+    """Return a sentence on the first fact of an ads task's row that is not of its type; None if all are."""
+    for name in Fact:
+        wanted, fits = _FORMS.get(name, ("a text", _is_text))
+        if name in facts and not fits(facts[name]):
+            return f"the fact {name} is {facts[name]!r:.80}; it must be {wanted}."
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,7 @@ green, or between [[ and ]] where there are no colours. Then how long rows are, 
 
 Without --tokenizer, tokens are those of the small checkpoint that `megatron-ads demo-model` writes."""
 
-_REHEARSAL_VOCABULARY = 1536
+_DEMO_VOCABULARY = 1536
 _READABLE_KINDS = ("builtin", "esci", "gsm8k", "next_brand")
 """Source kinds that need no settings."""
 
@@ -237,7 +237,7 @@ def _tokenizer(folder: Path | None) -> "ChatTokenizer":
     if folder is not None:
         return load_tokenizer(folder)
     with tempfile.TemporaryDirectory() as temporary:
-        write_tokenizer(Path(temporary), _REHEARSAL_VOCABULARY)
+        write_tokenizer(Path(temporary), _DEMO_VOCABULARY)
         return load_tokenizer(Path(temporary))
 
 

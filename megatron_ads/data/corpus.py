@@ -70,7 +70,7 @@ def read_corpus(config: DataConfig) -> Corpus:
     for found, name in zip(checked, names, strict=True):
         if found.faulty:
             _report_faulty(found, name)
-        _report_misspelt({row.task for row in found.rows}, name)
+        _report_misspelt(found.rows, name)
     sources = [found.rows if config.reasoning else answers_alone(found.rows) for found in checked]
     everything = [row for rows in sources for row in rows]
     split = _split(everything, config)
@@ -130,12 +130,17 @@ def _report_faulty(checked: CheckedRows, name: str) -> None:
         logger.warning("%s: rows that cannot be used: %s. %s", name, counts, told)
 
 
-def _report_misspelt(tasks: set[str], name: str) -> None:
-    """Log tasks of a source that are none, but are named much like one, once and not on every rank."""
-    for task in sorted(tasks - TASKS.keys()):
-        near = " or ".join(get_close_matches(task, TASKS))
-        if near and rank() == 0:
-            logger.warning("%s: %r is no ads task, so its targets are not checked. Did you mean %s?", name, task, near)
+def _report_misspelt(rows: Sequence[ChatRow], name: str) -> None:
+    """Log tasks and facts of a source that are none, but are named much like one, once and not on every rank."""
+    facts = {fact for row in rows if row.task in TASKS for fact in row.facts}
+    for kind, given, known, result in (
+        ("ads task", {row.task for row in rows}, list(TASKS), "its targets are not checked"),
+        ("fact", facts, list(Fact), "nothing reads it"),
+    ):
+        for word in sorted(given.difference(known)):
+            near = " or ".join(get_close_matches(word, known))
+            if near and rank() == 0:
+                logger.warning("%s: %r is no %s, so %s. Did you mean %s?", name, word, kind, result, near)
 
 
 def _report_untrained(tasks: set[str]) -> None:

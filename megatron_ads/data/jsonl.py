@@ -8,7 +8,7 @@ One object a line:
      "facts": {"query": "...", "ground_truth": {"label": "Good"}}}
 
 ``messages`` is required and ends with the assistant's target; the rest has defaults. ``facts`` are those of
-``data.rows.Fact``; a row of an ads task without them has those that its texts tell.
+``megatron_ads.rows.Fact``; a row of an ads task without them has those that its texts tell.
 
 Rows in the form of verl are read too:
 
@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 
 from megatron_ads.data.bad_rows import BadRow, BadRowError, usable_rows
 from megatron_ads.errors import DataError
-from megatron_ads.rows import ChatRow, Fact, Message, Role
+from megatron_ads.rows import ChatRow, Fact, Message, Role, wrong_fact
 from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.text_rows import facts_of_text_row
 
@@ -127,14 +127,17 @@ def parse_row(fields: Mapping[str, Any], *, default_id: str) -> ChatRow:
     label = fields.get("label")
     if label is not None and not isinstance(label, str):
         raise BadRowError(BadRow.wrong_type, f"label is {label!r}; it must be text or null.")
+    task, facts = _text(fields, "task", "chat"), _object(fields, "facts")
+    if task in TASKS and (wrong := wrong_fact(facts)):
+        raise BadRowError(BadRow.wrong_type, wrong)
     return ChatRow(
         id=_text(fields, "id", default_id),
-        task=_text(fields, "task", "chat"),
+        task=task,
         messages=_parse_messages(fields.get("messages")),
         weight=float(weight),
         group=_text(fields, "group", ""),
         label=label,
-        facts=_object(fields, "facts"),
+        facts=facts,
     )
 
 
@@ -150,7 +153,8 @@ def _from_verl(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise _no_target("neither extra_info.answer nor reward_model.ground_truth is the target, a text.")
     if isinstance(prompt, str):
         prompt = [{"role": str(Role.user), "content": prompt}]
-    facts = {name: value for name, value in extra.items() if name not in _ROW_KEYS and name != "answer"}
+    left_out = {*_ROW_KEYS, "answer"}  # and nulls, which stand for what other rows of a Parquet file have
+    facts = {name: value for name, value in extra.items() if name not in left_out and value is not None}
     if truth is not None and not (isinstance(truth, str) and _task_of(fields) in TASKS):
         facts[Fact.ground_truth] = truth
     row = {

@@ -142,14 +142,21 @@ def choose_one_row(question: AdvertiserQuestion, *, count: int = CANDIDATES) -> 
 
 
 def choose_one_metrics(rows: Sequence[ChatRow], answers: Sequence[Prediction | ReadFailure]) -> Metrics:
-    """Return how often the choice is right, and how often it is one of the list; unreadable answers are neither."""
+    """Return how often the choice is right, and how often it is one of the list; unreadable answers are neither.
+
+    A row that says no candidates, such as one in words of its own, does not count in the second.
+    """
     truths = [same_name(ground_truth(row, Prediction).advertiser) for row in rows]
     given = [readable(answer) for answer in answers]
     names = [same_name(answer.advertiser) if answer else None for answer in given]
-    listed = [{same_name(name) for name in row.list_fact(Fact.candidates)} for row in rows]
+    listed = [
+        (name, {same_name(candidate) for candidate in row.list_fact(Fact.candidates)})
+        for name, row in zip(names, rows, strict=True)
+        if Fact.candidates in row.facts
+    ]
     return {
         "hit_rate@1": share([truth == name for truth, name in zip(truths, names, strict=True)]),
-        "valid_rate": share([name in shown for name, shown in zip(names, listed, strict=True)]),
+        "valid_rate": share([name in shown for name, shown in listed]),
     }
 
 

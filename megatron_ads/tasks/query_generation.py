@@ -102,18 +102,20 @@ def chat_row(row_id: str, brief: KeywordBrief, queries: Sequence[GeneratedQuery]
 
 
 def keyword_of(row: ChatRow) -> str:
-    """Return the keyword that a row's queries are written for; empty if the row says none."""
-    return str(row.facts.get(Fact.keyword, ""))
+    """Return the keyword that a row's queries are written for: its fact, else the row's group; empty without both."""
+    return row.text_fact(Fact.keyword) if Fact.keyword in row.facts else row.group
 
 
 def subject_of(row: ChatRow) -> str:
     """Return keyword and ad as the one text that embeddings and matchers compare queries with.
 
     The words before each part are those of the first version of the prompt, and stay when prompts change: what is
-    fitted to such texts, and the scores, then stay comparable.
+    fitted to such texts, and the scores, then stay comparable. Of a prompt in a form of its own it is all but the
+    first line, the instruction.
     """
     if Fact.text in row.facts:
-        return row.text_fact(Fact.text)
+        text = row.text_fact(Fact.text)
+        return text.partition("\n")[2] or text
     lines = [f"Keyword: {keyword_of(row).strip()}", f"Queries: {row.facts.get(Fact.queries_wanted, '')}"]
     if Fact.ad in row.facts:
         ad = ad_of(row.object_fact(Fact.ad))

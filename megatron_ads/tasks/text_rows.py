@@ -61,7 +61,7 @@ def _facts_of_prompt(row: ChatRow) -> Facts:
         numbered = row.task == advertiser_question.LIST_RANKING
         facts[Fact.candidates] = [name.partition(". ")[2] if numbered else name for name in names.splitlines()]
     if instruction not in known or not complete or not shown:
-        facts[Fact.text] = shown if instruction in known and shown else content
+        facts[Fact.text] = content
     return facts
 
 

@@ -139,7 +139,7 @@ def parse_yes_no(text: str, *, reasoning_required: bool = False) -> YesNoAnswer 
 
 
 def yes_no_metrics(rows: Sequence[ChatRow], answers: Sequence[YesNoAnswer | ReadFailure]) -> Metrics:
-    """Return the binary metrics, yes being the positive class. For an AUC see ``metrics.probabilities``."""
+    """Return the binary metrics, yes being the positive class. For an AUC see ``metrics.classification``."""
     truths = [ground_truth(row, YesNoAnswer).answer for row in rows]
     given = [readable(answer) for answer in answers]
     return {**binary_metrics(truths, [answer.answer if answer else None for answer in given], NO_VIEW).as_dict()}

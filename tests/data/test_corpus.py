@@ -114,6 +114,16 @@ def test_a_misspelt_task_is_pointed_out_and_one_of_ones_own_is_not(tmp_path: Pat
     assert record.message.endswith("Did you mean ad_user_relevance or query_ad_relevance?")
 
 
+def test_a_misspelt_fact_is_pointed_out_and_one_of_ones_own_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    file = tmp_path / "rows.jsonl"
+    facts = {"qurey": "shoes", "split": "train", "index": 7}
+    rows = [ads_row(name, "Good", "<Label>Good</Label>") | {"facts": facts} for name in ("r1", "r2")]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    read_corpus(DataConfig(sources=[SourceConfig(kind=SourceKind.jsonl, path=str(file))]))
+    (record,) = caplog.records
+    assert record.message.endswith("'qurey' is no fact, so nothing reads it. Did you mean query?")
+
+
 def test_a_source_can_be_asked_another_way_beside_itself():
     asked = SourceConfig(kind=SourceKind.builtin, rows=300, variant=RowVariant.yes_no)
     corpus = read_corpus(DataConfig(sources=[BUILTIN, asked], validation_rows=60))

@@ -1,6 +1,7 @@
 """Chat rows of one's own: what is accepted, and what each mistake is called."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,13 +159,48 @@ def test_facts_are_read_and_written(tmp_path: Path) -> None:
     assert jsonl_rows(file) == examples
 
 
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"query": 3}, "the fact query is 3; it must be a text"),
+        ({"reasoning": None}, "the fact reasoning is None; it must be a text"),
+        ({"ground_truth": "Good"}, "the fact ground_truth is 'Good'; it must be an object"),
+        ({"ad": "shoes"}, "the fact ad is 'shoes'; it must be an object of texts"),
+        ({"ad": {"title": 5}}, "the fact ad is {'title': 5}; it must be an object of texts"),
+        ({"history": {"clicks": "shoes"}}, "it must be an object of lists of texts"),
+        ({"events": {"kind": "click"}}, "it must be a list of objects"),
+        ({"candidates": ["a", 1]}, "it must be a list of texts"),
+        ({"best_answers": []}, "it must be a list of at least one text"),
+        ({"queries_wanted": "3"}, "it must be a whole number"),
+    ],
+)
+def test_a_fact_of_another_type_is_a_bad_row(tmp_path: Path, facts: dict[str, Any], message: str) -> None:
+    row = {"id": "a", "task": "query_ad_relevance", "messages": [USER, ASSISTANT]}
+    file = write(tmp_path, row, row | {"id": "b", "facts": facts})
+    with pytest.raises(DataError, match=rf"rows\.jsonl, row 2: wrong_type: .*{re.escape(message)}"):
+        jsonl_rows(file)
+    assert [row.id for row in jsonl_rows(file, rejected=tmp_path / "aside.jsonl")] == ["a"]
+
+
+def test_facts_of_a_task_of_ones_own_are_of_any_type(tmp_path: Path) -> None:
+    facts = {"ground_truth": 72, "user": 5, "events": "many"}
+    (row,) = jsonl_rows(write(tmp_path, {"task": "school", "messages": [USER, ASSISTANT], "facts": facts}))
+    assert row.facts == facts
+
+
 def verl(**changes: object) -> dict[str, object]:
     return {
         "data_source": "query_ad_relevance",
         "prompt": [{"role": "user", "content": "Good?"}],
         "ability": "ads",
         "reward_model": {"style": "rule", "ground_truth": {"label": "Good", "location": None, "quality": None}},
-        "extra_info": {"answer": "<think>So.</think><Label>Good</Label>", "query": "shoes", "index": 7, "id": "v"},
+        "extra_info": {
+            "answer": "<think>So.</think><Label>Good</Label>",
+            "query": "shoes",
+            "index": 7,
+            "id": "v",
+            "ad": None,
+        },
         **changes,
     }
 
@@ -186,7 +222,7 @@ def test_rows_in_the_form_of_verl_are_read(tmp_path: Path) -> None:
         "<think>So.</think><Label>Good</Label>",
     )
     assert (judged.facts["query"], judged.facts["index"], judged.facts["ground_truth"]["label"]) == ("shoes", 7, "Good")
-    assert judged.facts["reasoning"] == "So."
+    assert judged.facts["reasoning"] == "So." and "ad" not in judged.facts
     assert (solved.task, solved.prompt[0].content, solved.label) == ("openai/gsm8k", "How many?", "72")
     assert solved.facts == {"question": "How many?", "split": "train", "ground_truth": "72"}
     assert (bought.task, bought.target, bought.facts["ground_truth"]) == (

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 
 from megatron_ads.errors import DataError
+from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.query_generation import (
+    TEMPLATE,
     GeneratedQuery,
     KeywordBrief,
     Queries,
@@ -14,7 +16,9 @@ from megatron_ads.tasks.query_generation import (
     metrics,
     parse,
     render_prompt,
+    subject_of,
 )
+from megatron_ads.tasks.text_rows import facts_of_text_row
 from tests.tasks.examples import HOTEL, QUERIES
 
 BRIEF = KeywordBrief("laptop computer")
@@ -90,7 +94,31 @@ def test_rules_by_hand():
 
 def test_a_row_without_keyword_is_compared_with_none():
     row = chat_row("r", BRIEF, QUERIES, "So.")
-    row = replace(row, facts={name: value for name, value in row.facts.items() if name != "keyword"})
+    row = replace(row, group="", facts={name: value for name, value in row.facts.items() if name != "keyword"})
     found = metrics([row], [Queries((GeneratedQuery("gaming laptop", "why"),), "So.")])
     assert found["follow_rules"] is None and found["narrower_rate"] is None
     assert found["queries_per_answer"] == 1.0
+
+
+def test_a_text_row_whose_prompt_names_no_keyword_has_its_group():
+    own = (
+        Message(Role.user, "Which searches?\nA laptop computer, please."),
+        chat_row("r", BRIEF, QUERIES, "So.").messages[1],
+    )
+    row = facts_of_text_row(ChatRow("r", "query_generation", own, group="laptop computer"))
+    found = metrics([row], [Queries((GeneratedQuery("gaming laptop computer", "why"),), "So.")])
+    assert (found["follow_rules"], found["narrower_rate"]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject"),
+    [
+        ("Which searches?\nKeyword: laptop computer\nQueries: 2", "Keyword: laptop computer\nQueries: 2"),
+        ("Which searches?\nKeyword: laptop computer\nBe brief.", "Keyword: laptop computer\nBe brief."),
+        (f"{TEMPLATE.instruction()}\nFor whom?\nKeyword: tv", "For whom?\nKeyword: tv"),
+        ("Searches for a laptop computer?", "Searches for a laptop computer?"),
+    ],
+)
+def test_the_subject_of_a_text_row_is_its_prompt_without_the_first_line(prompt: str, subject: str):
+    messages = (Message(Role.user, prompt), chat_row("r", BRIEF, QUERIES, "So.").messages[1])
+    assert subject_of(facts_of_text_row(ChatRow("r", "query_generation", messages))) == subject

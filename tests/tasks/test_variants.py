@@ -91,6 +91,13 @@ def test_a_choice_outside_the_list_is_not_valid():
     assert found == {"hit_rate@1": 0.25, "valid_rate": 0.5}
 
 
+def test_a_choice_in_words_of_ones_own_is_scored_without_a_list():
+    row = advertiser_question.choose_one_row(QUESTION)
+    own = replace(row, messages=(Message(Role.user, "Shop 7 or Shop 2?"), row.messages[1]), facts={})
+    found = advertiser_question.choose_one_metrics([facts_of_text_row(own), row], [Prediction("Shop 7", "")] * 2)
+    assert found == {"hit_rate@1": 1.0, "valid_rate": 1.0}
+
+
 def test_the_list_to_order_is_numbered_and_the_target_has_the_true_one_first():
     row = advertiser_question.list_ranking_row(QUESTION, count=4)
     listed = row.prompt[0].content.partition("Candidates:\n")[2].splitlines()
