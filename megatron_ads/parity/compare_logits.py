@@ -49,13 +49,15 @@ def compare_logits(megatron: Path, hf: Path, *, tokens: int, seed: int) -> dict[
     """Run one random sequence through both and return the differences.
 
     Raises:
-        ConversionError: If the folder is FP8, which transformers does not run on a CPU, or the vocabularies differ.
+        ConversionError: If ``hf`` is no Hugging Face folder or is FP8, which transformers does not run on a CPU, or if
+            the vocabularies differ.
     """
     import torch
 
+    from conversion.hf_folder import open_hf_folder
     from conversion.sources import open_source
 
-    vocabulary, other = open_source(hf).shape.vocab_size, open_source(megatron).shape.vocab_size
+    vocabulary, other = open_hf_folder(hf).shape.vocab_size, open_source(megatron).shape.vocab_size
     if vocabulary != other:
         raise ConversionError(
             f"{megatron} has {other} logits for a token and {hf} has {vocabulary}. Give two forms of one model."

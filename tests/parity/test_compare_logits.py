@@ -16,6 +16,17 @@ def test_models_of_two_vocabularies_are_one_line(tmp_path: Path, capsys: pytest.
     assert "has 96 logits for a token and" in line
 
 
+def test_a_second_folder_that_is_not_hugging_faces_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = bf16_checkpoint(tmp_path / "theirs", V3)
+    assert main(["convert", "to-megatron", str(theirs), str(tmp_path / "shards")]) == 0
+    capsys.readouterr()
+    assert main(["compare-logits", str(theirs), str(tmp_path / "shards")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "config.json" in line
+
+
 @pytest.mark.parametrize("tokens", ["0", "-1", "many"])
 def test_a_length_that_is_none_is_a_wrong_argument(tokens: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
