@@ -4,8 +4,8 @@
 
 A random checkpoint first learns to read: it is trained on the prompts of the training rows, and on the general rows, as
 plain texts, because who fine-tunes starts from a model that knows the language. It sees no answer to an ads task there.
-Every variant goes on from it with the recipe ``sft/small`` and answers the same held-out rows: names by constrained
-beam search, everything else greedily. Each stage is done once; the same command goes on where it was interrupted.
+Every variant continues from it with the recipe ``sft/small`` and answers the same held-out rows: names by constrained
+beam search, everything else greedily. Each stage is done once; the same command continues where it was interrupted.
 
 DIR/results.md has the table, DIR/results.json every number, DIR/VARIANT/report.html the curves and
 DIR/VARIANT/answers.html the answers. MEGATRON_ADS_DATA names the public data, which the general rows and

@@ -133,8 +133,8 @@ CONFIGS: Mapping[Preset, dict[str, Any]] = {
 EMBEDDING_SPREADS: Mapping[Preset, float] = {Preset.tiny: 1.0, Preset.shallow: 0.1, Preset.small: 1.0}
 """Standard deviation of the embeddings of each preset.
 
-1 is torch's own default: what the layers add is then small beside it, and rounding grows less on its way through the
-model. With narrower ones a model learns sooner, but two right FP32 implementations differ by 1e-5 in its logits.
+1 is torch's own default: what the layers add is then small in comparison, and rounding grows less on its way through
+the model. With narrower ones a model learns sooner, but two right FP32 implementations differ by 1e-5 in its logits.
 """
 
 _GENERATION_CONFIG = {

@@ -231,7 +231,7 @@ def place_layers(
 ) -> PipelinePlacement:
     """Assign every layer to a pipeline chunk.
 
-    With ``pipeline``, as the string says; MTP layers it does not mention go beside the loss. Otherwise the
+    With ``pipeline``, as the string says; MTP layers it does not mention go with the loss. Otherwise the
     decoder layers are spread evenly, after ``first_stage_layers`` and ``last_stage_layers`` took theirs.
 
     Raises:

@@ -103,7 +103,7 @@ class ModelConfig:
     """Folder of weights: a Hugging Face checkpoint, converted shards or a torch_dist checkpoint."""
     layer_spec: LayerSpecChoice = LayerSpecChoice.auto
     """``te``: Transformer Engine; ``grouped``: torch with grouped experts; ``local``: torch, experts one by one.
-    ``auto`` takes ``te`` where it is installed, else ``grouped``."""
+    ``auto`` takes ``te`` where it is installed and there is a GPU, else ``grouped``."""
     precision: Precision = Precision.bf16
     """``bf16`` computes in BF16 and keeps gradients and optimizer state in FP32."""
     recompute: Recompute = Recompute.none

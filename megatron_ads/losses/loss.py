@@ -38,7 +38,12 @@ class LossValues:
     batch, so that a token weighs the same whichever microbatch it is in."""
     count: int
     report: Mapping[str, Tensor] = field(default_factory=dict)
-    """Detached values by name, as the ``Loss`` announces them; they are summed over the whole step."""
+    """Detached values by name. Those that the ``Loss`` announces are summed over the whole step; every microbatch must
+    have them."""
+
+
+STEP_TOTALS = ("loss_sum", "normalizer", "loss_tokens", "tokens", "samples", "stops")
+"""What a step sums whatever the objective."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +55,11 @@ class Loss:
     """Reported scalars."""
     per_sample: tuple[str, ...] = ()
     """Reported values of shape (N,): one number for each sample of the step."""
+
+    def __post_init__(self) -> None:
+        names = [*STEP_TOTALS, *self.totals, *self.per_sample]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"a loss reports {', '.join(repeated)}, which would overwrite another sum of the step.")
 
 
 SAMPLE_LOSSES = "sample_losses"

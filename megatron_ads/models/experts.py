@@ -158,7 +158,6 @@ class ExpertLoad:
     """Counts the tokens each routed expert gets, from when it is made until ``measure``.
 
     Megatron-Core's own counters exist only with a router bias, and are cleared before a step can be reported.
-    Shape suffixes: L = layers of the whole model with MTP, E = routed experts.
     """
 
     def __init__(self, chunks: Sequence[GPTModel]) -> None:

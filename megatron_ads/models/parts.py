@@ -76,7 +76,7 @@ def target_of(canonical: str) -> LoraTarget | None:
 
 
 def part_of(name: str, shape: ModelShape) -> FrozenPart | None:
-    """Return what of ``model.frozen`` a canonical parameter belongs to; a norm belongs to what it stands before.
+    """Return what of ``model.frozen`` a canonical parameter belongs to; a norm belongs to what follows it.
 
     None is the norm before a mixture of experts, which belongs to router and experts alike and always trains.
     """

@@ -35,18 +35,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layout", default="", help="recipe name, or sizes such as tp=2,ep=8,pp=4: whose slices are cut and joined"
     )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line (default: random tokens)")
-    parser.add_argument("--tokens", type=_positive, default=256, help="maximum tokens of a prompt (default 256)")
-    parser.add_argument("--rows", type=_positive, default=2, help="random prompts (default 2)")
+    parser.add_argument("--tokens", type=positive, default=256, help="maximum tokens of a prompt (default 256)")
+    parser.add_argument("--rows", type=positive, default=2, help="random prompts (default 2)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both sides (default fp32)")
     parser.add_argument("--out", type=Path, default=Path("parity"), help="folder to write into (default ./parity)")
     parser.add_argument("--json", action="store_true", help="print parity.json instead of a summary")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+def positive(text: str) -> int:
+    """Read an argument that counts something.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is not a whole number of at least 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

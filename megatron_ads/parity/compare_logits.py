@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ads.errors import ConversionError
+from megatron_ads.parity.command import positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-ads compare-logits`."""
     parser.add_argument("megatron", type=Path, metavar="MEGATRON", help="weights to run in Megatron-Core, any format")
     parser.add_argument("hf", type=Path, metavar="HF", help="Hugging Face folder to run in transformers")
-    parser.add_argument("--tokens", type=int, default=256, help="length of the random sequence (default 256)")
+    parser.add_argument("--tokens", type=positive, default=256, help="length of the random sequence (default 256)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random sequence")
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
 
@@ -48,13 +49,19 @@ def compare_logits(megatron: Path, hf: Path, *, tokens: int, seed: int) -> dict[
     """Run one random sequence through both and return the differences.
 
     Raises:
-        ConversionError: If the folder is FP8, which transformers does not run on a CPU.
+        ConversionError: If ``hf`` is no Hugging Face folder or is FP8, which transformers does not run on a CPU, or if
+            the vocabularies differ.
     """
     import torch
 
+    from conversion.hf_folder import open_hf_folder
     from conversion.sources import open_source
 
-    vocabulary = open_source(hf).shape.vocab_size
+    vocabulary, other = open_hf_folder(hf).shape.vocab_size, open_source(megatron).shape.vocab_size
+    if vocabulary != other:
+        raise ConversionError(
+            f"{megatron} has {other} logits for a token and {hf} has {vocabulary}. Give two forms of one model."
+        )
     tokens_BS = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(seed))
     theirs, ours = hf_logits(hf, tokens_BS), megatron_logits(megatron, tokens_BS)
     difference = (ours - theirs).abs().max().item()

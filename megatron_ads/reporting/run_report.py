@@ -147,7 +147,7 @@ def course_charts(metrics: Metrics) -> list[Chart]:
         ("grad_norm", "gradient norm", "Before clipping."),
         ("learning_rate", "learning rate", "As the updates used it."),
         ("tokens_per_second", "tokens/s", "Whole job, prompts included."),
-        ("expert_load_max_over_mean", "busiest / mean expert", "Worst MoE layer; 1 is perfectly balanced."),
+        ("expert_load_max_over_mean", "busiest / mean expert", "Mean over the MoE layers; 1 is perfectly balanced."),
     )
     return [_small_chart(metrics, *chart) for chart in shown if _points(metrics, chart[0])]
 

@@ -1,4 +1,4 @@
-"""What a checkpoint of adapters says of itself: it has a meaning beside the weights it was trained on only."""
+"""What a checkpoint of adapters says of itself: it has a meaning only with the weights it was trained on."""
 
 import hashlib
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from megatron_ads.models.parts import Lora
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterRecord:
-    """The adapters of a job, and the weights beside them."""
+    """The adapters of a job, and the weights they adapt."""
 
     rank: int
     scale: float

@@ -1,4 +1,4 @@
-"""Build one rank's part of a fine-tuning job: model, optimizer, and where in the data it stands."""
+"""Build one rank's part of a fine-tuning job: the model, the optimizer over it and the learning rate schedule."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -58,7 +58,7 @@ from megatron_ads.training.checkpoint_folder import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobProgress:
-    """Where a job stands; the same on every rank and under every layout."""
+    """How far a job is; the same on every rank and under every layout."""
 
     step: int
     """Steps done, skipped updates included."""
@@ -263,7 +263,7 @@ def _set_random_states(states: dict[str, torch.Tensor]) -> None:
 class InProcessSave(TorchDistSaveShardedStrategy):
     """The torch_dist save strategy without writer processes (megatron-core 0.16); the bytes written are the same.
 
-    Megatron's own strategy starts processes for every save, so that training can go on meanwhile. A synchronous save
+    Megatron's own strategy starts processes for every save, so that training can continue meanwhile. A synchronous save
     gains nothing from them: it waits seconds for them, and a fork of a process with CUDA or gloo threads can deadlock.
     """
 

@@ -118,4 +118,4 @@ def refuse_foreign_pickles(folder: Path) -> None:
         raise CheckpointError(f"{folder / 'common.pt'} cannot be read safely: {reason} {_UNTRUSTED}") from None
 
 
-_UNTRUSTED = "It is not loaded; go on from a checkpoint that this program wrote."
+_UNTRUSTED = "It is not loaded; continue from a checkpoint that this program wrote."

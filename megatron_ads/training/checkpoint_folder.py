@@ -31,7 +31,7 @@ def partial_checkpoints(directory: Path) -> list[Path]:
 
 
 def require_resumable(folder: Path, *, resume: bool, last_step: int) -> None:
-    """Refuse to start a job beside a checkpoint that it is not to go on from, or that is further than it goes.
+    """Refuse to start a job where there is a checkpoint that it may not resume from, or one of a step after its last.
 
     Raises:
         CheckpointError: If ``resume`` is false, or the checkpoint's step is above ``last_step``.
@@ -39,7 +39,7 @@ def require_resumable(folder: Path, *, resume: bool, last_step: int) -> None:
     if not resume:
         raise CheckpointError(
             f"checkpoint.resume is false, but checkpoint.dir holds {folder}. Choose another folder, remove what is "
-            "there, or set checkpoint.resume=true to go on from it."
+            "there, or set checkpoint.resume=true to continue from it."
         )
     step = read_manifest(folder)["step"]
     if step > last_step:
@@ -77,7 +77,7 @@ def verify_files(folder: Path, *, share: tuple[int, int] = (0, 1)) -> None:
 
 def _damaged(folder: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"checkpoint {folder} is damaged: {what}. Delete this folder to go on from the checkpoint before it, "
+        f"checkpoint {folder} is damaged: {what}. Delete this folder to continue from the checkpoint before it, "
         "or restore the file."
     )
 

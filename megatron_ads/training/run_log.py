@@ -150,10 +150,12 @@ class RunLog:
 
 
 def _peak_flops_per_second(precision: Precision) -> float | None:
-    """Return the dense BF16 peak of this rank's GPU; None for another precision, or a GPU that no table knows."""
+    """Return the dense BF16 peak of this rank's GPU; None for another precision, or a GPU that the table lacks."""
     if not torch.cuda.is_available() or precision is not Precision.bf16:
         return None
     words = torch.cuda.get_device_name(device()).lower().replace("-", " ").split()
+    if not {"pcie", "nvl", "mig"}.isdisjoint(words):  # the table has whole cards, in their fastest form
+        return None
     return next((card.flops_per_second for card in CARDS.values() if card.name in words), None)
 
 

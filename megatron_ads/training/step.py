@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_ads.data.batches import ReplicaShare, batches_of_all
 from megatron_ads.data.packed_batch import PackedBatch
-from megatron_ads.losses.loss import CROSS_ENTROPY, SAMPLE_LOSSES, Loss, LossValues, TokenValues
+from megatron_ads.losses.loss import CROSS_ENTROPY, SAMPLE_LOSSES, STEP_TOTALS, Loss, LossValues, TokenValues
 from megatron_ads.optim.chain import OptimizerChain, UpdateReport
 from megatron_ads.rows import TokenizedRow
 from megatron_ads.runtime.device import device
@@ -116,7 +116,7 @@ def run_log_probabilities(
 
 
 def _log_probabilities(values: TokenValues) -> LossValues:
-    """Return log p of each label beside where it belongs."""
+    """Return log p of each label, and where it belongs."""
     log_p_T = -values.negative_log_p_T.detach().float().view(-1)
     place_T = values.extra["place"].view(-1)
     return LossValues(sum=log_p_T.new_zeros(()), count=1, report={"log_p": log_p_T, "place": place_T})
@@ -234,7 +234,7 @@ def _global_report(
         }
         for name in ("loss_sum", *loss.totals, *loss.per_sample):
             here[name] = sum(report[name].double() for report in reports)
-    sizes = dict.fromkeys(("loss_sum", "normalizer", "loss_tokens", "tokens", "samples", "stops", *loss.totals), 1)
+    sizes = dict.fromkeys((*STEP_TOTALS, *loss.totals), 1)
     sizes |= dict.fromkeys(loss.per_sample, batches[0].step_samples)
     summed = _sum_over_ranks(here, sizes)
     return StepReport(

@@ -37,7 +37,7 @@ class Outcome(StrEnum):
     FINISHED = "finished"
     """Every step is done and the weights are exported."""
     STOPPED = "stopped"
-    """A signal asked for it; the checkpoint is saved and the same command goes on from there."""
+    """A signal asked for it; the checkpoint is saved and the same command continues from there."""
 
 
 def clear_outcome(directory: Path) -> None:

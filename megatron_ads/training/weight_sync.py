@@ -74,8 +74,9 @@ class WeightSync:
     def tensors(self, models: Sequence[GPTModel], spec: LayerSpec) -> Iterator[tuple[str, Tensor]]:
         """Yield every ``(HF name, tensor)`` of the model on the destinations, repeats of the MTP layers included.
 
-        A collective: every rank must iterate to the end, also those that are no destination and get nothing. A tensor
-        is the destination's own copy, on its device, in the dtype that is trained; the router bias is FP32.
+        A collective: every rank must iterate to the end, also those that are no destination and get nothing. Where one
+        stops early, the others wait for it until a communication timeout ends the job. A tensor is the destination's
+        own copy, on its device, in the dtype that is trained; the router bias is FP32.
         """
         own = live_weights(models, spec)
         dtype = next(models[0].parameters()).dtype

@@ -29,7 +29,7 @@ from typing import Any
 from parity_tests.harness.rank_server import STACK_SIGNAL
 
 _GRACE_SECONDS = 10.0
-"""How long the other ranks may go on after one has failed, before the pool is ended."""
+"""How long the other ranks may continue after one has failed, before the pool is ended."""
 _ROOT = Path(__file__).resolve().parents[2]
 _LOG_TAIL_CHARACTERS = 2000
 

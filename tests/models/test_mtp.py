@@ -38,7 +38,7 @@ _OURS_TO_HF = {
 
 
 class Reference(torch.nn.Module):
-    """The MTP layer of a checkpoint in transformers' terms, beside the model it belongs to."""
+    """The MTP layer of a checkpoint in transformers' terms, with the model it belongs to."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()

@@ -53,7 +53,7 @@ def _stock(job: StockJob) -> Saved:
 
 
 def _ours(recipe: Recipe, bucket_size: int | None) -> Trained:
-    """Train, save and go on; return the state at the save, and the losses before and after it."""
+    """Train, save and continue; return the state at the save, and the losses before and after it."""
     from megatron_ads.optim.build import wrap_for_training
     from megatron_ads.optim.state import sharded_optimizer_state
 

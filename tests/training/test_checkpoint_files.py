@@ -191,7 +191,7 @@ OTHER_JOBS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "precision": ({}, {"precision": "bf16"}, "optimizer.state.param."),
     "mtp": ({}, {"mtp_loss_weight": 0.1}, "optimizer.state.exp_avg.mtp."),
 }
-"""The model section of the job that saves, that of the one that goes on, and what the latter misses."""
+"""The model section of the job that saves, that of the one that resumes, and what the latter misses."""
 
 
 @pytest.mark.parametrize("name", OTHER_JOBS)

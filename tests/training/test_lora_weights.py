@@ -139,6 +139,9 @@ def test_live_weights_are_merged_and_the_same_under_every_layout(saved: tuple[Re
     parts, *_ = run_ranks(2, _resumed_weights, _again(recipe, layout={"tp": 2, "etp": 2}))
     base = open_source(recipe.folder).container.tensors  # type: ignore[attr-defined]
     assert whole.keys() == parts.keys() == base.keys()
+    for name in whole:
+        kept_wide = name.endswith("e_score_correction_bias") or recipe.model["precision"] == "fp32"
+        assert whole[name].dtype is parts[name].dtype is (torch.float32 if kept_wide else torch.bfloat16), name
     # The product of the factors is computed in slices there: its FP32 sums over the rank may round otherwise.
     apart = {name: (whole[name] - parts[name]).abs().max().item() for name in whole}
     assert {name: gap for name, gap in apart.items() if gap > ROUNDING} == {}
@@ -152,7 +155,7 @@ def test_live_weights_are_merged_and_the_same_under_every_layout(saved: tuple[Re
 
 
 def _train_and_export(recipe: Recipe, export: Path) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, ...]]]:
-    """Return the logits with the adapters beside the weights, and A and B by the name of the weight."""
+    """Return the logits with the adapters not merged, and A and B by the name of the weight."""
     from megatron_ads.models.lora import named_adapters
     from megatron_ads.training.export import export_shards
     from megatron_ads.training.step import run_step

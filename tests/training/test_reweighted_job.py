@@ -1,4 +1,4 @@
-"""A real job with instance weights and task shares: it goes on exactly where it was, and its report shows both."""
+"""A real job with instance weights and task shares: it continues exactly where it was, and its report shows both."""
 
 import json
 import random

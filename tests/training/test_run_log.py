@@ -21,7 +21,7 @@ from parity_tests.harness.ranks import run_ranks
 from parity_tests.harness.training_jobs import Recipe, batches, start
 from tests.models.checkpoints import V3, write_checkpoint
 
-cpu_compat.install()  # jobs of other tests are forked from this process, and need Megatron-Core patched
+cpu_compat.install()  # before anything imports Megatron-Core
 
 from megatron_ads.training.run_log import (  # noqa: E402 - after Megatron-Core can be imported
     RankTimes,
@@ -89,6 +89,9 @@ GPUS = {
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H20": 148e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA H100 PCIe": None,
+    "NVIDIA H200 NVL": None,
+    "NVIDIA H100 80GB HBM3 MIG 3g.40gb": None,
     "NVIDIA GeForce RTX 4090": None,
 }
 

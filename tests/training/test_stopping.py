@@ -1,4 +1,4 @@
-"""A real job that is told to stop finishes its step, saves, says so by its exit status, and goes on later."""
+"""A real job that is told to stop finishes its step, saves, says so by its exit status, and continues later."""
 
 import json
 import signal

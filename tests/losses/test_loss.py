@@ -1,8 +1,9 @@
-"""Cross-entropy of one microbatch against numbers worked out by hand."""
+"""Cross-entropy of one microbatch against numbers worked out by hand, and names that a loss may not report."""
 
+import pytest
 import torch
 
-from megatron_ads.losses.loss import CROSS_ENTROPY, SAMPLE_LOSSES, TokenValues
+from megatron_ads.losses.loss import CROSS_ENTROPY, SAMPLE_LOSSES, Loss, TokenValues
 
 
 def _values() -> TokenValues:
@@ -29,3 +30,9 @@ def test_the_gradient_of_a_token_is_its_weight() -> None:
     CROSS_ENTROPY.compute(values).sum.backward()
     assert values.negative_log_p_T.grad is not None
     assert values.negative_log_p_T.grad.tolist() == [[0.0, 1.0, 0.5, 2.0, 0.0]]
+
+
+@pytest.mark.parametrize("reports", [{"totals": ("tokens",)}, {"per_sample": ("loss_sum",)}, {"totals": ("a", "a")}])
+def test_a_report_whose_name_is_taken_is_refused(reports: dict[str, tuple[str, ...]]) -> None:
+    with pytest.raises(ValueError, match="would overwrite"):
+        Loss(compute=CROSS_ENTROPY.compute, **reports)
