@@ -11,7 +11,7 @@ Python or in C. It cannot in a stopped process, nor while C code holds the inter
 not answering, and in the second case ``faulthandler``, which needs no lock, writes its stacks to its own output.
 
 Where torch records communication itself (``TORCH_FR_BUFFER_SIZE``; ``TORCH_NCCL_TRACE_BUFFER_SIZE`` before 2.13), every
-rank that can leaves its record as ``flight_RANK`` next to the report, for torch's ``torchfrtrace``.
+rank that can leaves its record as ``flight_RANK`` next to the report, for ``torchfrtrace FOLDER --prefix flight_``.
 """
 
 import faulthandler
@@ -175,14 +175,10 @@ class HangWatch:
             self._collect(self._inquiry, message)
 
     def ends(self, headline: str) -> None:
-        """Leave what torch recorded, and record the end of this process."""
-
-        def leave() -> None:
-            _write_flight_record(self._directory / f"flight_{self._rank}")
-            if self._on_hang is not None:
-                self._on_hang(headline)
-
-        _do_within(_WRITING_SECONDS, leave)
+        """Record the end of this process, and leave what torch recorded."""
+        if (on_hang := self._on_hang) is not None:
+            _do_within(_WRITING_SECONDS, lambda: on_hang(headline))
+        _do_within(_WRITING_SECONDS, lambda: _write_flight_record(self._directory / f"flight_{self._rank}"))
 
     def _ask(self, now: float) -> None:
         self._asked += 1
@@ -259,7 +255,7 @@ def _do_within(seconds: float, write: Callable[[], None]) -> None:
 
 def _write_flight_record(file: Path) -> None:
     """Leave torch's own record of communication, if it was asked for one."""
-    if any(int(os.environ.get(name, "0")) for name in _FLIGHT_VARIABLES):
+    if any(os.environ.get(name, "0") not in ("", "0") for name in _FLIGHT_VARIABLES):
         import torch._C._distributed_c10d as c10d
 
         file.parent.mkdir(parents=True, exist_ok=True)
