@@ -1,10 +1,10 @@
 """Find out, when nothing moves any more, which rank the others wait for; report it and end the job.
 
 A rank that has made no progress for nearly the job's timeout, in a communication or within a step, asks around the
-ring of ``peers``. Every rank answers with its current state, back along the way the question came, so that one rank
-that does not answer cuts nobody off. The rank that asked makes the report and makes all ranks end. If it moves on
-meanwhile, nothing has happened. With several silent ranks apart from each other, each part of the ring makes its own
-report, and the last one is kept.
+``ring``. Every rank answers with its current state, back along the way the question came, so that one rank that does
+not answer cuts nobody off. The rank that asked makes the report and makes all ranks end. If it moves on meanwhile,
+nothing has happened. With several silent ranks apart from each other, each part of the ring makes its own report, and
+the last one is kept.
 
 All of this happens in the thread of the peer monitor, which answers while the training thread waits or sleeps, in
 Python or in C. It cannot in a stopped process, nor while C code holds the interpreter lock: such a rank is reported as
@@ -28,8 +28,8 @@ from typing import Any, Self
 
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime.health.activity import Activity, RankState, Wait
-from megatron_ads.runtime.health.peers import PeerLink
 from megatron_ads.runtime.health.report import HangReport, Place, find, write_report
+from megatron_ads.runtime.health.ring import PeerLink
 
 logger = logging.getLogger(__name__)
 
