@@ -11,8 +11,8 @@ Python or in C. It cannot in a stopped process, nor while C code holds the inter
 not answering, and in the second case ``faulthandler``, which needs no lock, writes its stacks to its own output.
 
 Where torch records communication itself (``TORCH_FR_BUFFER_SIZE``; ``TORCH_NCCL_TRACE_BUFFER_SIZE`` before 2.13), every
-rank that can leaves its record, a pickle, as ``flight_RANK`` next to the report. ``torchfrtrace FOLDER --prefix flight_``
-is made for those of NCCL; it loads those of gloo, but its analysis fails in torch 2.13.
+rank that can leaves its record, a pickle, as ``flight_RANK`` next to the report. ``torchfrtrace FOLDER --prefix
+flight_`` is made for those of NCCL; it loads those of gloo, but its analysis fails in torch 2.13.
 """
 
 import faulthandler
