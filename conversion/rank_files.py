@@ -139,7 +139,7 @@ def _outside_owned(shape: ModelShape, stage: tuple[Chunk, ...]) -> Iterator[Para
 
 
 def _has_final_norm(shape: ModelShape, chunk: Chunk) -> bool:
-    """Megatron-Core puts the final norm behind the last decoder layer if MTP layers follow, else beside the loss."""
+    """Megatron-Core puts the final norm behind the last decoder layer if MTP layers follow, else next to the loss."""
     return shape.num_layers - 1 in chunk.layers if shape.mtp_layers else chunk.has_loss
 
 

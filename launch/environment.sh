@@ -26,7 +26,7 @@ _set_default NCCL_DEBUG WARN
 # Ranks on a CPU take runtime.threads instead.
 _set_default OMP_NUM_THREADS 1
 
-# Tokenizers would start threads of their own beside those of the data loading.
+# Tokenizers would start threads of their own in addition to those of the data loading.
 _set_default TOKENIZERS_PARALLELISM false
 
 # A rank's lines reach its log when they are written: the last ones before a crash are those that matter.

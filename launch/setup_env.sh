@@ -4,7 +4,7 @@
 # and a set-up that was interrupted is done again from the start.
 #
 # Settings, all optional, from the environment:
-#   MEGATRON_ADS_VENV         where the environment is made                     (default: .venv beside setup.py)
+#   MEGATRON_ADS_VENV         where the environment is made                     (default: .venv next to setup.py)
 #   MEGATRON_ADS_PYTHON       the Python to make it with, 3.11 or newer         (default: the first one found)
 #   MEGATRON_ADS_TORCH_INDEX  package index to take torch from, such as https://download.pytorch.org/whl/cpu
 #                             for the small build without CUDA                  (default: pip's own)

@@ -173,7 +173,7 @@ class Attempt:
         Raises:
             ConfigError: If the recipe cannot be composed, or the job makes no progress.
         """
-        from conversion.atomic_file import write_small  # imports torch, which the rehearsal does without
+        from conversion.atomic_file import write_small  # imports torch, which the check of the placement does without
 
         config = load_recipe(recipe, overrides)
         folder = Path(config.log.dir) / "slurm" / allocation.job / f"attempt-{allocation.restarts}"

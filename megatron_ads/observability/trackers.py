@@ -1,6 +1,7 @@
 """Experiment trackers: the metrics of a run also go to Weights & Biases, MLflow or trackio, as ``log.trackers`` asks.
 
-A run has the name of its folder and the resolved recipe as its configuration. Where a tracker sends what it receives
+A run has the name of its folder and the resolved recipe as its configuration. Each start of a job is a run of its own:
+a resumed one has the same name and begins after the step of its checkpoint. Where a tracker sends what it receives
 is for its own environment variables to say (``WANDB_MODE=offline``, ``MLFLOW_TRACKING_URI``, ``TRACKIO_DIR``). A
 tracker that fails is reported once and left out from there: it never ends a training run.
 """

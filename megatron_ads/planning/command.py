@@ -68,7 +68,10 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(job, card)
     found = search(job, card) if args.search else None
     if args.html is not None:
-        args.html.write_text(page(args.recipe, plan), encoding="utf-8")
+        try:
+            args.html.write_text(page(args.recipe, plan), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--html {args.html} cannot be written ({error.strerror}).") from None
     built = _build(args, job) if build else None
     if args.json:
         values = plan_values(plan) | ({} if found is None else {"search": search_values(found)})

@@ -51,7 +51,7 @@ def line_chart(
 ) -> str:
     """Draw ``series`` over one pair of axes; return an ``<svg>`` element, or a sentence when there is nothing to draw.
 
-    With more than one series, a legend stands above the chart, which is higher by its lines. A logarithmic axis
+    With more than one series, a legend is above the chart, which is higher by its lines. A logarithmic axis
     leaves out values that are not positive.
     """
     drawn = [(one, _thinned(_finite(one.points))) for one in series]

@@ -33,7 +33,7 @@ Metrics = Sequence[Mapping[str, Any]]
 
 
 def write_run_report(folder: Path) -> None:
-    """Write the page beside what the run wrote; a page that cannot be made is a warning, not the end of the run."""
+    """Write the page next to what the run wrote; a page that cannot be made is a warning, not the end of the run."""
     try:
         write_small(folder / REPORT_FILE, run_page(folder))
     except (MegatronAdsError, OSError) as error:
@@ -54,10 +54,8 @@ def run_page(folder: Path) -> str:
         PageSection(title="Course", blocks=[course_charts(metrics)]),
         PageSection(title="Circumstances", blocks=[Table(rows=[*_leaves(run)])]),
     ]
-    done, steps = (
-        max((row["step"] for row in metrics), default=0),
-        current_settings(run["recipe"])["train"]["max_steps"],
-    )
+    done = max((row["step"] for row in metrics), default=0)
+    steps = current_settings(run["recipe"])["train"]["max_steps"]
     lead = f"{run['recipe']['model']['load']}: {done} of {steps} steps, {run['ranks']} in parallel."
     return render_page("Fine-tuning", lead, _figures(metrics), sections)
 
@@ -147,7 +145,7 @@ def course_charts(metrics: Metrics) -> list[Chart]:
         ("grad_norm", "gradient norm", "Before clipping."),
         ("learning_rate", "learning rate", "As the updates used it."),
         ("tokens_per_second", "tokens/s", "Whole job, prompts included."),
-        ("expert_load_max_over_mean", "busiest / mean expert", "Mean over the MoE layers; 1 is perfectly balanced."),
+        ("expert_load_max_over_mean", "busiest / mean expert", "Averaged over the MoE layers; 1 is even."),
     )
     return [_small_chart(metrics, *chart) for chart in shown if _points(metrics, chart[0])]
 

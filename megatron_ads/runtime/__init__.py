@@ -1,1 +1,1 @@
-"""What a job stands on: devices, process groups, seeds, and the means to see and survive its failures."""
+"""What a job needs below its model: devices, process groups, seeds, and the means to see and survive its failures."""

@@ -1,11 +1,12 @@
 """Which ranks own what, worked out from the files of all ranks."""
 
+import math
 from collections import defaultdict
 
 import pytest
 
 from conversion.names import Split, parameters
-from conversion.rank_files import OwnedSlice, RankFile, ShardsLayout
+from conversion.rank_files import OwnedSlice, RankFile, ShardsLayout, WrongCopies, wrong_copies
 from megatron_ads.architecture import shape_from_config
 from megatron_ads.layout import ParallelLayout, place_layers
 from tests.models.checkpoints import V3
@@ -54,3 +55,17 @@ def test_a_word_embedding_that_mtp_repeats_belongs_to_the_first_stage():
     assert shape.mtp_layers, "the last stage holds the embedding too"
     embedding = parameters(shape)["embedding.word_embeddings.weight"]
     assert shards.owners(embedding) == (OwnedSlice(0, 0, 2), OwnedSlice(1, 1, 2))
+
+
+def test_ranks_that_hold_too_little_or_too_much_are_found(shards):
+    held = [
+        {parameter.name: math.prod(shards.slice_shape(parameter)) for parameter in shards.owned(shards.file_of(rank))}
+        for rank in range(shards.layout.world)
+    ]
+    assert wrong_copies(shards, held) == []
+    held[-1]["unknown"] = 3
+    name = next(iter(held[-1]))
+    size, lost = math.prod(parameters(shards.shape)[name].shape), held[-1].pop(name)
+    short, unknown = wrong_copies(shards, held)
+    assert (short.parameter, short.held) == (name, pytest.approx(short.expected - lost / size))
+    assert unknown == WrongCopies("unknown", 3, 0)

@@ -2,11 +2,15 @@
 
 import re
 import shlex
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from megatron_ads.cli import build_parser
+from megatron_ads.config.run import SftConfig
 
 PROJECT = Path(__file__).parents[2]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -39,6 +43,24 @@ def test_every_recipe_it_names_exists() -> None:
     named = set(re.findall(r"(?:--recipe |`)(sft/\w+)", README))
     assert len(named) >= 3
     assert [name for name in named if not (PROJECT / "recipes" / f"{name}.yaml").exists()] == []
+
+
+def test_every_setting_it_names_exists() -> None:
+    settings = set(_settings(SftConfig))
+    sections = "|".join(name for name in settings if "." not in name)
+    named = set(re.findall(rf"`((?:{sections})\.\w+(?:\.\w+)?)[`=]", README))
+    assert len(named) >= 40
+    elsewhere = {"data.train_files", "layout.py", "train.jsonl"}  # verl's, and files
+    assert named - settings - elsewhere == set()
+
+
+def _settings(section: type) -> Iterator[str]:
+    """Yield the dotted names of all settings and sections."""
+    for name, kind in get_type_hints(section).items():
+        yield name
+        for part in (kind, *get_args(kind)):
+            if is_dataclass(part):
+                yield from (f"{name}.{below}" for below in _settings(part))
 
 
 def test_every_metric_it_names_is_documented() -> None:

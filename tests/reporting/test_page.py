@@ -62,6 +62,17 @@ def test_text_is_escaped(page: str) -> None:
     assert "&lt;1&gt;" in page
 
 
+def test_text_from_data_cannot_become_a_script() -> None:
+    evil = "<script>x</script>"
+    svg = line_chart([Series(name=evil, points=[(1, 2.0)], style="dots")], x_label=evil, y_label=evil)
+    other = line_chart([Series(name="a", points=[(1, 2.0)])], x_label="step", y_label="loss")
+    blocks = [evil, Table(head=[evil], rows=[[evil]]), Chart(svg=svg, caption=evil), [Chart(svg=other, caption=evil)]]
+    figure = Figure(label=evil, value=evil, note=evil, state='"><script>')
+    page = render_page(evil, evil, [figure], [PageSection(title=evil, blocks=blocks)])
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 12
+
+
 def test_both_colour_schemes_and_printing_are_provided_for(page: str) -> None:
     for rule in ("prefers-color-scheme: dark", "@media print"):
         assert rule in page

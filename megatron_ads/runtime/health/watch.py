@@ -1,17 +1,18 @@
 """Find out, when nothing moves any more, which rank the others wait for; report it and end the job.
 
 A rank that has made no progress for nearly the job's timeout, in a communication or within a step, asks around the
-ring of ``peers``. Every rank answers with its current state, back along the way the question came, so that one rank
-that does not answer cuts nobody off. The rank that asked makes the report and makes all ranks end. If it moves on
-meanwhile, nothing has happened. With several silent ranks apart from each other, each part of the ring makes its own
-report, and the last one is kept.
+``ring``. Every rank answers with its current state, back along the way the question came, so that one rank that does
+not answer cuts nobody off. The rank that asked makes the report and makes all ranks end. If it moves on meanwhile,
+nothing has happened. With several silent ranks apart from each other, each part of the ring makes its own report, and
+the last one is kept.
 
 All of this happens in the thread of the peer monitor, which answers while the training thread waits or sleeps, in
 Python or in C. It cannot in a stopped process, nor while C code holds the interpreter lock: such a rank is reported as
 not answering, and in the second case ``faulthandler``, which needs no lock, writes its stacks to its own output.
 
 Where torch records communication itself (``TORCH_FR_BUFFER_SIZE``; ``TORCH_NCCL_TRACE_BUFFER_SIZE`` before 2.13), every
-rank that can leaves its record as ``flight_RANK`` next to the report, for torch's ``torchfrtrace``.
+rank that can leaves its record, a pickle, as ``flight_RANK`` next to the report. ``torchfrtrace FOLDER --prefix
+flight_`` is made for those of NCCL; it loads those of gloo, but its analysis fails in torch 2.13.
 """
 
 import faulthandler
@@ -28,8 +29,8 @@ from typing import Any, Self
 
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime.health.activity import Activity, RankState, Wait
-from megatron_ads.runtime.health.peers import PeerLink
 from megatron_ads.runtime.health.report import HangReport, Place, find, write_report
+from megatron_ads.runtime.health.ring import PeerLink
 
 logger = logging.getLogger(__name__)
 
@@ -175,14 +176,10 @@ class HangWatch:
             self._collect(self._inquiry, message)
 
     def ends(self, headline: str) -> None:
-        """Leave what torch recorded, and record the end of this process."""
-
-        def leave() -> None:
-            _write_flight_record(self._directory / f"flight_{self._rank}")
-            if self._on_hang is not None:
-                self._on_hang(headline)
-
-        _do_within(_WRITING_SECONDS, leave)
+        """Record the end of this process, and leave what torch recorded."""
+        if (on_hang := self._on_hang) is not None:
+            _do_within(_WRITING_SECONDS, lambda: on_hang(headline))
+        _do_within(_WRITING_SECONDS, lambda: _write_flight_record(self._directory / f"flight_{self._rank}"))
 
     def _ask(self, now: float) -> None:
         self._asked += 1
@@ -259,7 +256,7 @@ def _do_within(seconds: float, write: Callable[[], None]) -> None:
 
 def _write_flight_record(file: Path) -> None:
     """Leave torch's own record of communication, if it was asked for one."""
-    if any(int(os.environ.get(name, "0")) for name in _FLIGHT_VARIABLES):
+    if any(os.environ.get(name, "0") not in ("", "0") for name in _FLIGHT_VARIABLES):
         import torch._C._distributed_c10d as c10d
 
         file.parent.mkdir(parents=True, exist_ok=True)

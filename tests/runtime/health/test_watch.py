@@ -6,6 +6,7 @@ Each case has a twin that is merely slow and must be left alone.
 import ctypes
 import json
 import os
+import pickle
 import signal
 import threading
 import time
@@ -196,6 +197,8 @@ def test_messages_that_go_around_are_left_alone(tmp_path: Path) -> None:
 
 
 def _stand_still_in_a_step(folder: str) -> str:
+    os.environ["TORCH_FR_BUFFER_SIZE"] = "100"
+
     def work(activity: Activity) -> None:
         activity.enter_step(3)
         time.sleep(LONG)
@@ -206,6 +209,8 @@ def _stand_still_in_a_step(folder: str) -> str:
 def test_ranks_that_all_stand_still_in_a_step_are_named(tmp_path: Path) -> None:
     _hang(2, _stand_still_in_a_step, str(tmp_path))
     assert _report(tmp_path)["culprits"] == [0, 1]
+    flights = [pickle.loads((tmp_path / f"flight_{rank}").read_bytes()) for rank in range(2)]
+    assert all("pg_config" in flight for flight in flights)
 
 
 def _get_on_without_communication(folder: str) -> str:
@@ -223,3 +228,15 @@ def _get_on_without_communication(folder: str) -> str:
 def test_a_step_that_gets_on_and_the_time_between_steps_may_be_long(tmp_path: Path) -> None:
     assert run_ranks(2, _get_on_without_communication, str(tmp_path)) == ["done"] * 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_end_is_recorded_even_if_torchs_record_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "100")
+    (tmp_path / "file").touch()
+    ends: list[str] = []
+    layout, folder = ParallelLayout(world=1), tmp_path / "file" / "log"
+    watch = HangWatch(Activity(), layout, 0, timeout_seconds=TIMEOUT, directory=folder, on_hang=ends.append)
+    watch.ends("the job hangs")
+    assert ends == ["the job hangs"]
