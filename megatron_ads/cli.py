@@ -53,7 +53,7 @@ COMMANDS = (
     Command("data", "make rows to train on and look at them", "megatron_ads.data.command"),
     Command("train", "run a recipe, on this machine or on several", "megatron_ads.launching.train"),
     Command("compare-logits", "run one model in transformers and in Megatron", "megatron_ads.parity.compare_logits"),
-    Command("evaluate", "have a checkpoint answer held-out rows and score them", "megatron_ads.evaluation.command"),
+    Command("evaluate", "have a model answer held-out rows and score them", "megatron_ads.evaluation.command"),
     Command("parity", "compare a checkpoint in transformers and in Megatron-Core", "megatron_ads.parity.command"),
     Command("quickstart", "run the whole path on this machine", "megatron_ads.quickstart.command"),
 )

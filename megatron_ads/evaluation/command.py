@@ -4,7 +4,7 @@
     megatron-ads evaluate --model runs/tuned --recipe sft/quickstart data=esci --answers answers.jsonl --json
     megatron-ads evaluate --model runs/tuned --recipe sft/quickstart data=next_brand --decode constrained-beam
     megatron-ads evaluate --url http://localhost:8000/v1 --served-model NAME --tokenizer DIR --recipe sft/quickstart
-    megatron-ads evaluate --url https://HOST/v1 --served-model NAME --api-key-env KEY --recipe sft/quickstart \
+    megatron-ads evaluate --url https://HOST/v1 --served-model NAME --api-key-env KEY --recipe sft/quickstart \\
       --max-new-tokens 300 server.concurrency=16 server.input_price=0.5 server.output_price=2 server.max_cost=5
 
 The held-out rows are those the recipe's training leaves out: same data section, same seed. With --answers, the same
@@ -256,6 +256,8 @@ def _require_folders(*files: Path | None) -> None:
     for file in files:
         if file is not None and not file.parent.is_dir():
             raise DataError(f"{file} cannot be written: there is no folder {file.parent}. Create it.")
+        if file is not None and file.is_dir():
+            raise DataError(f"{file} cannot be written: it is a folder. Name a file.")
 
 
 def _longest_answers(

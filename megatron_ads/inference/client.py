@@ -208,8 +208,7 @@ class Client:
         if self._consecutive_give_ups >= MAX_CONSECUTIVE_GIVE_UPS:
             raise DataError(
                 f"the {self._name} left {MAX_CONSECUTIVE_GIVE_UPS} consecutive requests without an answer, the last "
-                f"with: {why} Check that {self._config.url or self._config.model} works, and start again: answers "
-                "that are there are kept and not asked for again."
+                f"with: {why} Check that {self._config.url or self._config.model} works, and start again: {self.kept}."
             )
 
     def _require_affordable(self) -> None:
@@ -217,5 +216,12 @@ class Client:
         if cost is not None and limit is not None and cost >= limit:
             raise DataError(
                 f"answers of the {self._name} have cost {cost:.4g}, and {self._name}.max_cost is {limit:g}. Raise it "
-                "and start again: answers that are there are not asked for again."
+                f"and start again: {self.kept}."
             )
+
+    @property
+    def kept(self) -> str:
+        """Return what the next run has of this one's answers, in words."""
+        if self._journal is None:
+            return "answers were not kept, as no file for them was named"
+        return "answers that are there are kept and not asked for again"

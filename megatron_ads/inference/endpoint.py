@@ -57,19 +57,26 @@ class Endpoint:
         """Prepare to ask; nothing is sent yet.
 
         Raises:
-            ConfigError: If the environment variable that should hold the key is not set.
+            ConfigError: If the environment variable that should hold the key is not set, or those of proxies and
+                certificates cannot be used.
         """
         assert config.url is not None, "checked with the recipe"
         self._section, self._config = section, config
         self._url = config.url.rstrip("/")
         self._key = _read_key(section, config.api_key_env)
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        self._http = httpx2.Client(
-            headers=headers | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
-            timeout=config.timeout_seconds,
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=config.concurrency),
-            follow_redirects=False,
-        )
+        try:
+            self._http = httpx2.Client(
+                headers=headers | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+                timeout=config.timeout_seconds,
+                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=config.concurrency),
+                follow_redirects=False,
+            )
+        except (httpx2.InvalidURL, ImportError, OSError, ValueError) as error:  # ImportError: a SOCKS proxy
+            raise ConfigError(
+                f"the {section} cannot be asked as the environment says ({error}). Correct or unset HTTP_PROXY, "
+                "HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE or SSL_CERT_DIR."
+            ) from None
         self._starts = _Starts(config.requests_per_minute)
         self._failed: set[Failure] = set()
 
@@ -136,15 +143,19 @@ class Endpoint:
         size = 0
         with self._http.stream("POST", url, content=data) as response:
             failed = response.status_code >= 300
-            for block in response.iter_raw():
-                blocks.append(block)
-                size += len(block)
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-                if failed and size >= _MAX_ERROR_BYTES:
-                    break
-                if size > _MAX_ANSWER_BYTES:
-                    raise _TryAgain(Failure.no_completion, f"the answer is longer than {_MAX_ANSWER_BYTES:,} bytes")
+            try:
+                for block in response.iter_raw():
+                    blocks.append(block)
+                    size += len(block)
+                    if time.monotonic() > deadline:
+                        raise TimeoutError
+                    if failed and size >= _MAX_ERROR_BYTES:
+                        break
+                    if size > _MAX_ANSWER_BYTES:
+                        raise _TryAgain(Failure.no_completion, f"the answer is longer than {_MAX_ANSWER_BYTES:,} bytes")
+            except (httpx2.HTTPError, OSError):
+                if not failed:  # of an error, the status says enough
+                    raise
             return _Response(response.status_code, response.headers.get("Retry-After"), b"".join(blocks))
 
     def _refused(self, url: str, response: _Response) -> Completion:
@@ -175,7 +186,7 @@ class Endpoint:
                 raise _TryAgain(Failure.no_choice, "the completion has no choice")
             return self._completion(choices[0], completion.get("usage") or {})
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
-            said = self._without_key(body[:_SHOWN_CHARACTERS].decode(errors="replace"))
+            said = self._without_key(body[:_MAX_ERROR_BYTES].decode(errors="replace"))[:_SHOWN_CHARACTERS]
             raise _TryAgain(Failure.no_completion, f"the answer is no completion: {said!r}") from None
 
     def _completion(self, choice: Mapping[str, Any], usage: Mapping[str, Any]) -> Completion:

@@ -135,8 +135,7 @@ class OpenAIEngine:
         if len(found) < len(requests):
             raise DataError(
                 f"{len(requests) - len(found)} of {len(requests)} requests to the {self._name} have no answer after "
-                f"{self._config.attempts} attempts each. Start again when {self._config.url} works: answers in a "
-                "journal are kept and not asked for again."
+                f"{self._config.attempts} attempts each. Start again when {self._config.url} works: {self.client.kept}."
             )
         return found
 

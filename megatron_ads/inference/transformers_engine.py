@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor
 
 from megatron_ads.config.generation import BEAM_METHODS, GenerationConfig, Method
@@ -19,9 +20,8 @@ from megatron_ads.data.chat import ChatTokenizer, load_tokenizer, render_prompt
 from megatron_ads.errors import ConfigError
 from megatron_ads.inference.beam_rules import AnyToken, Rules
 from megatron_ads.inference.beam_search import Beam, RowSearch, search_beams
-from megatron_ads.inference.engine import Completion, Finish, Prompt
+from megatron_ads.inference.engine import Completion, Finish, Prompt, UnsupportedError
 from megatron_ads.inference.language_model import RunningRows, load_model, log_probabilities, longest_text
-from megatron_ads.inference.weight_update import replace_weights
 from megatron_ads.rows import Message
 
 
@@ -90,8 +90,16 @@ class TransformersEngine:
         """Replace all weights in place, from tensors with Hugging Face names.
 
         Raises:
+            UnsupportedError: If this version of transformers stores weights in a way that is not known here.
             ConversionError: If a name is unknown, a shape differs, or weights are missing.
         """
+        try:  # it needs parts of transformers that are not its interface, and nothing else here does
+            from megatron_ads.inference.weight_update import replace_weights
+        except ImportError as error:
+            raise UnsupportedError(
+                f"weights cannot be replaced in a model of transformers {transformers.__version__} ({error}). Install "
+                "the version in constraints.txt, or load the new weights from a folder."
+            ) from None
         replace_weights(self._model, weights)
 
     def close(self) -> None:

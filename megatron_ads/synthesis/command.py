@@ -9,7 +9,7 @@ Subparsers = Any  # argparse names its type argparse._SubParsersAction
 _DESCRIPTION = """Let a teacher model write reasoning for rows whose answer is known, keep what is good, and write a
 corpus that `kind: jsonl` reads.
 
-    megatron-ads data cook --recipe cook/simulated --out result teacher.url=http://localhost:8000/v1 teacher.model=NAME
+    megatron-ads data cook --recipe cook/simulated --out cooked teacher.url=http://localhost:8000/v1 teacher.model=NAME
     megatron-ads train --recipe sft/quickstart model.load=MODEL data.seq_length=512 \\
       'data.sources=[{kind: jsonl, path: cooked/train.jsonl}]'
 

@@ -117,7 +117,7 @@ ASPECTS = ("Aligned", "Sound", "Faithful")
 _YES, _NO = "yes", "no"
 _TEXT = (
     "Judge the reasoning. Aligned: everything it says about the case stands in the question. Sound: its steps follow "
-    "from one another. Faithful: it supports the answer and does not contradict it. Completion with "
+    "from one another. Faithful: it supports the answer and does not contradict it. Answer with "
     "<Aligned>yes or no</Aligned><Sound>yes or no</Sound><Faithful>yes or no</Faithful> and nothing else."
 )
 

@@ -178,7 +178,7 @@ def _read_rows(config: SynthesisConfig) -> tuple[SynthesisResult, dict[str, list
         _leave_queries_out(tasks, result, config)
     if not tasks:
         why = ", ".join(f"{reason} {count}" for reason, count in result.rows_left_out.most_common()) or "no rows"
-        raise DataError(f"none of the {result.rows_read} rows can be result: {why}. Tasks: {', '.join(TASKS)}.")
+        raise DataError(f"none of the {result.rows_read} rows can be used: {why}. Tasks: {', '.join(TASKS)}.")
     return result, tasks
 
 

@@ -119,7 +119,7 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
 
 def render_report(report: dict[str, Any]) -> str:
     """Return the report for people, as Markdown."""
-    lines = ["# SynthesisResult reasoning", "", *(f"- {source}" for source in report["sources"]), "", "## Summary", ""]
+    lines = ["# Synthesized reasoning", "", *(f"- {source}" for source in report["sources"]), "", "## Summary", ""]
     lines += [f"- {line}" for line in summary_lines(report)]
     if report["golden"]:
         lines += ["", "## Golden set", "", *_golden_lines(report["golden"])]

@@ -95,11 +95,14 @@ def test_an_interrupted_evaluation_asks_only_for_what_it_has_no_answer_to(
     arguments = ["--answers", str(file), "--max-new-tokens", "20", *prices]
     with scripted_server(good) as server:
         assert _evaluate(server, *arguments, "server.max_cost=0.4") == 2
-        assert "server.max_cost is 0.4. Raise it and start again" in capsys.readouterr().err
+        assert "max_cost is 0.4. Raise it and start again: answers that are there are kept" in capsys.readouterr().err
         assert (len(server.bodies), file.exists()) == (3, False)
         assert _evaluate(server, *arguments) == 0
         assert len(server.bodies) == 6
     assert len(file.read_text().splitlines()) == 6
+    with scripted_server(good) as server:
+        assert _evaluate(server, "--max-new-tokens", "20", *prices, "server.max_cost=0.4") == 2
+    assert "start again: answers were not kept, as no file for them was named." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -108,6 +111,7 @@ def test_an_interrupted_evaluation_asks_only_for_what_it_has_no_answer_to(
         ("--decode constrained-beam --max-new-tokens 4", "a server cannot generate by constrained-beam"),
         ("--batch-size 4 --max-new-tokens 4", "--batch-size has no effect with --url; take server.concurrency=N."),
         ("", "--url needs --max-new-tokens N, or --tokenizer DIR"),
+        ("--html . --max-new-tokens 4", ". cannot be written: it is a folder. Name a file."),
         ("server.concurency=4", "server.concurency is not a setting; did you mean server.concurrency?"),
         ("server.concurrency=0", "server.concurrency is 0; it must be at least 1."),
         ("--url localhost", "server.url is 'localhost'; it must be like http"),

@@ -183,6 +183,17 @@ def test_what_no_request_can_get_past_ends_the_run_at_once(status: int) -> None:
         assert len(server.bodies) == 1
 
 
+def test_the_status_of_an_error_counts_though_its_text_breaks_off() -> None:
+    lost = {"Content-Length": "9999"}
+    with (
+        scripted_server(failing(100, Reply(status=401, content="who?", headers=lost))) as server,
+        pytest.raises(ConfigError, match=r"HTTP 401: .*who\?"),
+    ):
+        ask(server)
+    with scripted_server(failing(100, Reply(status=400, content="too long", headers=lost))) as server:
+        assert ask(server).finish is Finish.refused
+
+
 def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = "sk-very-secret-0123456789"
     monkeypatch.setenv("TEST_TEACHER_KEY", key)
@@ -201,6 +212,33 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path: Path, monkeypatch
     assert {file.name for file in files} == {"journal.jsonl", "train.jsonl", "report.json", "report.md", "recipe.yaml"}
     assert [file.name for file in files if key in file.read_text()] == []
     assert "bad key ***" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_no_part_of_the_key_is_shown_where_a_text_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_TEACHER_KEY", "sk-very-secret-0123456789")
+    for status in (200, 500):
+        said = Reply(status=status, raw=b"x" * 190 + b"sk-very-secret-0123456789")
+        with scripted_server(failing(100, said)) as server, pytest.raises(Unanswered) as caught:
+            ask(server, attempts=1, api_key_env="TEST_TEACHER_KEY")
+        assert "xxx" in str(caught.value)
+        assert "sk-" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:9"),
+        ("HTTP_PROXY", "other://127.0.0.1:9"),
+        ("HTTP_PROXY", "http://host:port"),
+        ("SSL_CERT_FILE", "/no/such/file"),
+    ],
+)
+def test_an_environment_that_cannot_be_used_is_named(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=f"the teacher cannot be asked as the environment says.*{variable}"):
+        Endpoint("teacher", settings("http://127.0.0.1:1/v1"))
 
 
 def test_a_key_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.config.generation import AnsweringConfig, GenerationConfig, LengthRule, Method
+from megatron_ads.config.synthesis import Style
 from megatron_ads.evaluation.answer_records import fingerprint
 from megatron_ads.evaluation.generate import Asking
 from megatron_ads.evaluation.name_answers import AdvertiserNames
@@ -16,7 +17,9 @@ from megatron_ads.inference.client import Client
 from megatron_ads.inference.engine import Completion, Failure, Finish
 from megatron_ads.journal import digest_of
 from megatron_ads.rows import ChatRow, Message, Role
-from megatron_ads.synthesis.prompts import chat_request
+from megatron_ads.synthesis.candidates import Candidate
+from megatron_ads.synthesis.filters import verifier_messages
+from megatron_ads.synthesis.prompts import chat_request, teacher_messages, templates_of
 
 ROW = ChatRow(
     "r0",
@@ -57,6 +60,23 @@ class Stateful:
 def test_the_key_of_a_request(config: AnsweringConfig, seed: int, candidate: int, state: str, key: str) -> None:
     client = Client("teacher", config, Stateful(state), None)  # type: ignore[arg-type]
     assert client._key(chat_request(WHY, config, seed=seed, candidate=candidate)) == key
+
+
+@pytest.mark.parametrize(
+    ("style", "digest"),
+    [
+        (Style.label_given, "2550e61540718f54c2ac3f12187e3605f41570a53a73537b6e1312c59b813ee5"),
+        (Style.reverse_engineered, "71f2137e5265672b2bcf2c0b001caba6d6413b089ee57964749e25182b9f2343"),
+    ],
+)
+def test_what_a_teacher_is_asked(style: Style, digest: str) -> None:
+    (template,) = templates_of(ROW.task, style)
+    assert digest_of([teacher_messages(ROW, template, number) for number in range(len(template.wordings))]) == digest
+
+
+def test_what_a_verifier_is_asked() -> None:
+    asked = verifier_messages(Candidate(row=ROW, number=0, text="", reasoning="It fits."))
+    assert digest_of(asked) == "6d5aa94d1a0d781b0988dce1379b80527c559fd0abc6f59e916b842e40cd4024"
 
 
 def test_the_record_of_an_answer_reads_back_and_is_written_as_before() -> None:

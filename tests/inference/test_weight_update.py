@@ -1,5 +1,6 @@
 """New weights in a loaded model: its log-probabilities become those of the other checkpoint, exactly."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_ads.config.generation import GenerationConfig
 from megatron_ads.errors import ConversionError
+from megatron_ads.inference.engine import UnsupportedError
 from megatron_ads.inference.language_model import load_model
 from megatron_ads.inference.transformers_engine import TransformersEngine
 
@@ -72,3 +74,14 @@ def test_weights_that_are_missing_or_unknown_are_named(random_model: Path, other
         engine_on(random_model).update_weights(iter([("model.layers.0.unknown", torch.ones(1))]))
     with pytest.raises(ConversionError, match=r"norm\.weight has the shape \(1,\), and the engine's \(32,\)"):
         engine_on(random_model).update_weights(iter([("model.norm.weight", torch.ones(1))]))
+
+
+def test_a_transformers_whose_inside_is_not_known_is_refused_by_an_update_only(
+    random_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_on(random_model)
+    monkeypatch.delitem(sys.modules, "megatron_ads.inference.weight_update", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
+    with pytest.raises(UnsupportedError, match=r"cannot be replaced in a model of transformers \d.*constraints\.txt"):
+        engine.update_weights(iter([]))
+    assert engine.generate(PROMPTS, GenerationConfig(max_new_tokens=1))
