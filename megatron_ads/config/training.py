@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
-from importlib.util import find_spec
 
 from omegaconf import MISSING
 
@@ -216,16 +215,3 @@ class LogConfig:
     """Write TensorBoard files besides metrics.jsonl."""
     trackers: list[Tracker] = field(default_factory=list)
     """Send every metric also to wandb, mlflow or trackio, as their own environment variables say."""
-
-    def check(self) -> None:
-        """Refuse trackers that are not installed.
-
-        Raises:
-            ConfigError: Naming the package.
-        """
-        for tracker in self.trackers:
-            require(
-                find_spec(tracker) is not None,
-                f"log.trackers names {tracker}, but the Python package {tracker} is not installed. Install it with "
-                "pip install 'megatron-ads[track]', or remove it from log.trackers.",
-            )

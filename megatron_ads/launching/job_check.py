@@ -24,6 +24,7 @@ from megatron_ads.disk import existing, free_bytes
 from megatron_ads.errors import CheckpointError, ConfigError, DataError, MegatronAdsError
 from megatron_ads.launching.network_check import rendezvous_problems
 from megatron_ads.launching.node_check import folder_problems, gpu_problems, python_problems, wants_gpu
+from megatron_ads.observability.trackers import require_installed
 from megatron_ads.planning.hardware import CARDS
 from megatron_ads.planning.job import job_of
 from megatron_ads.planning.plan import make_plan
@@ -106,6 +107,7 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
         ("data", partial(_data, config)),
         ("checkpoint", partial(_checkpoint, config)),
         ("disk", partial(_disk, config, ranks, shape)),
+        ("trackers", partial(_trackers, config)),
     )
     for name, check in checks:
         try:
@@ -161,6 +163,11 @@ def _checkpoint(config: SftConfig) -> str:
     require_resumable(folder, resume=config.checkpoint.resume, last_step=config.train.max_steps)
     verify_sizes(folder)
     return f"{folder} is complete; the job continues from step {step}"
+
+
+def _trackers(config: SftConfig) -> str:
+    require_installed(config.log.trackers)
+    return ", ".join(config.log.trackers) or "none wanted"
 
 
 def _disk(config: SftConfig, ranks: int | None, shape: ModelShape | None) -> str:

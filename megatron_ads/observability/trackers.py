@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_ads.config.training import Tracker
+from megatron_ads.errors import ConfigError
 from megatron_ads.observability.log import get_logger
 
 logger = get_logger(__name__)
@@ -92,6 +94,20 @@ _RUNS: dict[Tracker, Callable[[Path, Mapping[str, Any]], Run]] = {
     Tracker.mlflow: _MlflowRun,
     Tracker.trackio: _TrackioRun,
 }
+
+
+def require_installed(names: Sequence[Tracker]) -> None:
+    """Refuse trackers that are not installed.
+
+    Raises:
+        ConfigError: Naming the package.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise ConfigError(
+                f"log.trackers names {name}, but the Python package {name} is not installed. Install it with "
+                "pip install 'megatron-ads[track]', or remove it from log.trackers."
+            )
 
 
 class TrackedRuns:

@@ -15,6 +15,7 @@ from conversion.sources import WeightSource, open_source
 from megatron_ads.config.run import RunConfig
 from megatron_ads.observability.log import world_size
 from megatron_ads.observability.provenance import git_revision, package_versions
+from megatron_ads.observability.trackers import require_installed
 from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.device import device, seed_everything, set_threads
@@ -44,8 +45,10 @@ def start_from(config: RunConfig) -> tuple[WeightSource, ShardsLayout]:
     """Open the weights that the job starts from, and lay them out over its ranks.
 
     Raises:
-        ConfigError, ConversionError: If there are no such weights, or the layout does not fit them.
+        ConfigError, ConversionError: If there are no such weights, the layout does not fit them, or a tracker is not
+            installed.
     """
+    require_installed(config.log.trackers)
     source = open_source(Path(config.model.load))
     return source, lay_out(config.layout, source, world_size())
 

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.launching.job_check import check_job, needs_gpu
+from megatron_ads.observability import trackers
 from megatron_ads.training.checkpoint_folder import FORMAT
 from parity_tests.harness.real_job import write_small_model
 
@@ -34,9 +35,15 @@ def test_a_job_that_can_start_has_no_problem(words: list[str]) -> None:
     found = check_job("sft/quickstart", words, 4)
     assert found.problems == ()
     assert [line.split(":")[0] for line in found.passed] == [
-        "recipe", "weights", "layout", "data", "checkpoint", "disk",
+        "recipe", "weights", "layout", "data", "checkpoint", "disk", "trackers",
     ]  # fmt: skip
     assert "4 ranks: pp 2 x dp 2 x tp 1, experts over 2" in found.passed[2]
+
+
+def test_a_tracker_that_is_not_installed_is_a_problem(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    (problem,) = check_job("sft/quickstart", [*words, "log.trackers=[wandb]"], 4).problems
+    assert problem.startswith("log.trackers names wandb")
 
 
 def test_all_problems_are_found_at_once(words: list[str], tmp_path: Path) -> None:

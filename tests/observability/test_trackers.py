@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from megatron_ads.config.training import LogConfig, Tracker
+from megatron_ads.config.training import Tracker
 from megatron_ads.errors import ConfigError
 from megatron_ads.observability import trackers
 from megatron_ads.observability.metrics import MetricsWriter, read_metrics
-from megatron_ads.observability.trackers import PROJECT, TrackedRuns
+from megatron_ads.observability.trackers import PROJECT, TrackedRuns, require_installed
 
 RECIPE = {"recipe": {"train": {"steps": 2, "seed": 7}}, "ranks": 1}
 
@@ -133,7 +133,7 @@ def test_a_tracker_that_fails_is_reported_once_and_does_not_stop_the_run(
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_ads.config.training.find_spec", lambda name: None)
-    LogConfig(dir="runs").check()
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    require_installed([])
     with pytest.raises(ConfigError, match=r"log\.trackers names trackio, .*pip install 'megatron-ads\[track\]'"):
-        LogConfig(dir="runs", trackers=[Tracker.trackio]).check()
+        require_installed([Tracker.trackio])
