@@ -52,6 +52,19 @@ def validate_run(config: RunConfig, world: int, shape: ModelShape | None = None)
         _check_model(config, layout, shape)
 
 
+def require_trainable(layout: ParallelLayout) -> None:
+    """Refuse a layout that can be planned and converted for, but that the training step does not run.
+
+    Raises:
+        ConfigError: If rows would have to be cut over context-parallel ranks.
+    """
+    require(
+        layout.cp == 1,
+        f"layout.cp is {layout.cp}: the training step does not cut rows over context-parallel ranks, each of which "
+        "would train on whole rows. Set layout.cp to 1.",
+    )
+
+
 def _check_steps(config: RunConfig) -> None:
     require(
         config.optim.warmup_steps <= config.train.max_steps,

@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import LayerSpecChoice, Precision
 from megatron_ads.config.recipes import load_recipe
-from megatron_ads.config.run import SftConfig, validate
+from megatron_ads.config.run import SftConfig, require_trainable, validate
 from megatron_ads.disk import existing, free_bytes
 from megatron_ads.errors import CheckpointError, ConfigError, DataError, MegatronAdsError
 from megatron_ads.launching.network_check import rendezvous_problems
@@ -139,6 +139,7 @@ def _layout(config: SftConfig, ranks: int | None, shape: ModelShape | None) -> s
     world = _world(config, ranks)
     validate(config, world, shape)
     layout = config.layout.runtime(world)
+    require_trainable(layout)
     return f"{world} ranks: pp {layout.pp} x dp {layout.dp} x tp {layout.tp}, experts over {layout.ep}"
 
 

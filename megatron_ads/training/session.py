@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from conversion.rank_files import ShardsLayout
 from conversion.sources import WeightSource, open_source
-from megatron_ads.config.run import RunConfig
+from megatron_ads.config.run import RunConfig, require_trainable
 from megatron_ads.observability.log import world_size
 from megatron_ads.observability.provenance import git_revision, package_versions
 from megatron_ads.observability.trackers import require_installed
@@ -50,7 +50,9 @@ def start_from(config: RunConfig) -> tuple[WeightSource, ShardsLayout]:
     """
     require_installed(config.log.trackers)
     source = open_source(Path(config.model.load))
-    return source, lay_out(config.layout, source, world_size())
+    shards = lay_out(config.layout, source, world_size())
+    require_trainable(shards.layout)
+    return source, shards
 
 
 @contextmanager

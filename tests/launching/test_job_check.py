@@ -46,6 +46,11 @@ def test_a_tracker_that_is_not_installed_is_a_problem(words: list[str], monkeypa
     assert problem.startswith("log.trackers names wandb")
 
 
+def test_context_parallelism_is_planned_but_not_trained_with(words: list[str]) -> None:
+    (problem,) = check_job("sft/quickstart", [*words, "layout.cp=2"], 4).problems
+    assert problem.startswith("layout.cp is 2: the training step does not cut rows")
+
+
 def test_all_problems_are_found_at_once(words: list[str], tmp_path: Path) -> None:
     _checkpoint(tmp_path / "run" / "checkpoints" / "step-00000004", listed_bytes=6)
     wrong = [*words, f"model.load={tmp_path}/none", "data.sources=[{kind: jsonl, path: none.jsonl}]"]
