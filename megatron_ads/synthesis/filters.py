@@ -42,7 +42,7 @@ from megatron_ads.metrics.text import fit_embedding, is_narrower, mean_similarit
 from megatron_ads.rows import ChatRow, Role
 from megatron_ads.synthesis.candidates import Candidate, Removed, by_row, passing
 from megatron_ads.synthesis.prompts import answer_of, chat_request, drawn, question_of
-from megatron_ads.tasks.answer_format import CLOSE, ReadFailure, read_parts
+from megatron_ads.tasks.answer_format import CLOSE, Unreadable, read_parts
 from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.query_generation import Queries, keyword_of, subject_of
 
@@ -148,9 +148,10 @@ def _judge(candidate: Candidate, answer: Completion | None) -> None:
     if answer is None or answer.finish is not Finish.ended:
         candidate.remove(Removed.verifier_unreadable, "no answer" if answer is None else str(answer.finish))
         return
-    verdicts = read_parts(answer.text.rpartition(CLOSE)[2].strip(), ASPECTS)  # without thoughts of its own
-    if isinstance(verdicts, ReadFailure):
-        candidate.remove(Removed.verifier_unreadable, str(verdicts))
+    try:
+        verdicts = read_parts(answer.text.rpartition(CLOSE)[2].strip(), ASPECTS)  # without thoughts of its own
+    except Unreadable as error:
+        candidate.remove(Removed.verifier_unreadable, str(error))
         return
     said = {aspect: verdict.lower() for aspect, verdict in verdicts.items()}
     if not set(said.values()) <= {_YES, _NO}:

@@ -27,9 +27,9 @@ from megatron_ads.tasks.advertiser_question import (
     question_of,
     require_own_form,
 )
-from megatron_ads.tasks.answer_format import ReadFailure, element, read_only, render_reasoned, split_reasoning
-from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, truth_facts
-from megatron_ads.tasks.prompts import Template, ad_of, line, single_turn
+from megatron_ads.tasks.answer_format import ReadFailure, element, read_choice, read_only, strict_parser
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, judged
+from megatron_ads.tasks.prompts import Template, ad_of, example, filled, line
 from megatron_ads.tasks.user_history import render_history, shown_history
 
 YES_NO = "yes_no"
@@ -81,11 +81,9 @@ def query_ad_row(row: ChatRow, row_id: str) -> ChatRow:
     """
     require_own_form(row)
     truth = ground_truth(row, relevance.RelevanceJudgement)
-    ad = ad_of(row.object_fact(Fact.ad))
-    prompt = relevance.render_prompt(row.text_fact(Fact.query), ad, QUERY_AD.instruction_of(row_id))
-    return _yes_no_row(
-        row_id, prompt, truth.label not in relevance.BAD_VIEW.defects, truth.reasoning, row.group, row.facts
-    )
+    shown = relevance.lines_of(row.text_fact(Fact.query), ad_of(row.object_fact(Fact.ad)))
+    answer = YesNo.no if truth.label in relevance.BAD_VIEW.defects else YesNo.yes
+    return _yes_no_row(row_id, QUERY_AD, shown, YesNoAnswer(answer, truth.reasoning), row.group, row.facts)
 
 
 def ad_user_row(row: ChatRow, row_id: str) -> ChatRow:
@@ -96,9 +94,9 @@ def ad_user_row(row: ChatRow, row_id: str) -> ChatRow:
     """
     require_own_form(row)
     truth = ground_truth(row, ad_user_relevance.UserRelevanceJudgement)
-    ad, history = ad_of(row.object_fact(Fact.ad)), render_history(shown_history(row))
-    prompt = "\n".join([AD_USER.instruction_of(row_id), history, *ad.lines()])
-    return _yes_no_row(row_id, prompt, truth.score in GOOD_SCORES, truth.reasoning, row.group, row.facts)
+    shown = [render_history(shown_history(row)), *ad_of(row.object_fact(Fact.ad)).lines()]
+    answer = YesNo.yes if truth.score in GOOD_SCORES else YesNo.no
+    return _yes_no_row(row_id, AD_USER, shown, YesNoAnswer(answer, truth.reasoning), row.group, row.facts)
 
 
 def advertiser_row(question: AdvertiserQuestion) -> ChatRow:
@@ -110,48 +108,42 @@ def advertiser_row(question: AdvertiserQuestion) -> ChatRow:
         DataError: If the question's pool has no other.
     """
     asked = candidates_of(question.row_id, question.advertiser, question.pool, 2)[0]
-    asked_about = line(Fact.advertiser, asked)
-    prompt = "\n".join([ADVERTISER.instruction_of(question.row_id), question.history, asked_about])
+    shown = [question.history, line(Fact.advertiser, asked)]
     is_next = asked == question.advertiser
+    truth = YesNoAnswer(YesNo.yes, question.reasoning) if is_next else YesNoAnswer(YesNo.no, "")
     facts = {**question.facts, Fact.advertiser: asked}
-    return _yes_no_row(question.row_id, prompt, is_next, question.reasoning if is_next else "", question.group, facts)
+    return _yes_no_row(question.row_id, ADVERTISER, shown, truth, question.group, facts)
 
 
-def _yes_no_row(row_id: str, prompt: str, yes: bool, reasoning: str, group: str, facts: Facts) -> ChatRow:
-    answer = YesNo.yes if yes else YesNo.no
-    target = render_reasoned(reasoning, element("Answer", answer))
+def _yes_no_row(
+    row_id: str, template: Template, shown: Sequence[str], truth: YesNoAnswer, group: str, facts: Facts
+) -> ChatRow:
     facts = {name: value for name, value in facts.items() if name != Fact.best_answers}
-    facts |= truth_facts(YesNoAnswer(answer, reasoning))
-    return single_turn(row_id, YES_NO, prompt, target, facts=facts, group=group, label=answer)
+    answer = element("Answer", truth.answer)
+    return example(row_id, template, shown, truth, answer, facts=facts, group=group, label=truth.answer, task=YES_NO)
 
 
-def parse_yes_no(text: str, *, reasoning_required: bool = False) -> YesNoAnswer | ReadFailure:
-    """Read an answer strictly: reasoning, which may be missing, then one answer, and nothing else."""
-    parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReadFailure):
-        return parts
-    answer = read_only(
-        "Answer", parts.answer, ReadFailure.no_answer, ReadFailure.several_answers, ReadFailure.text_around_answer
-    )
-    if isinstance(answer, ReadFailure):
-        return answer
-    return YesNoAnswer(YesNo(answer), parts.reasoning) if answer in set(YesNo) else ReadFailure.unknown_answer
+@strict_parser(reasons=False)
+def parse_yes_no(answer: str, reasoning: str) -> YesNoAnswer:
+    """Read one answer, and nothing else."""
+    return YesNoAnswer(read_choice(read_only("Answer", answer), YesNo, ReadFailure.unknown_answer), reasoning)
 
 
 def yes_no_metrics(rows: Sequence[ChatRow], answers: Sequence[YesNoAnswer | ReadFailure]) -> Metrics:
     """Return the binary metrics, yes being the positive class. For an AUC see ``metrics.classification``."""
-    truths = [ground_truth(row, YesNoAnswer).answer for row in rows]
-    given = [readable(answer) for answer in answers]
-    return {**binary_metrics(truths, [answer.answer if answer else None for answer in given], NO_VIEW).as_dict()}
+    pairs = judged(rows, answers, YesNoAnswer)
+    given = [answer.answer if answer else None for _, answer in pairs]
+    return binary_metrics([truth.answer for truth, _ in pairs], given, NO_VIEW)
 
 
 def name_row(question: AdvertiserQuestion) -> ChatRow:
     """Return the question for the name."""
-    return single_turn(
+    return example(
         question.row_id,
-        next_advertiser.TASK,
-        f"{next_advertiser.TEMPLATE.instruction_of(question.row_id)}\n{question.history}",
-        next_advertiser.render_target(question.advertiser, question.reasoning),
+        next_advertiser.TEMPLATE,
+        [question.history],
+        next_advertiser.Prediction(question.advertiser, question.reasoning),
+        filled("the advertiser", question.advertiser),
         facts=question.facts,
         group=question.group,
         label=question.advertiser,
@@ -176,14 +168,6 @@ def several_forms_row(question: AdvertiserQuestion) -> ChatRow:
     return tuple(FORMS.values())[_DRAW.wording_of(question.row_id)](question)
 
 
-_OF_ADVERTISERS: dict[RowVariant, Callable[[AdvertiserQuestion], ChatRow]] = {
-    RowVariant.yes_no: advertiser_row,
-    RowVariant.choose_one: choose_one_row,
-    RowVariant.list_ranking: list_ranking_row,
-    RowVariant.several_forms: several_forms_row,
-}
-
-
 def ask_as(rows: Sequence[ChatRow], variant: RowVariant) -> list[ChatRow]:
     """Return every row asked as ``variant``; ids get the variant's name, so that both can be in one corpus.
 
@@ -204,7 +188,8 @@ def ask_as(rows: Sequence[ChatRow], variant: RowVariant) -> list[ChatRow]:
 def _ask(row: ChatRow, variant: RowVariant, pool: Sequence[str]) -> ChatRow:
     row_id = f"{row.id}/{variant}"
     if row.task == next_advertiser.TASK:
-        return _OF_ADVERTISERS[variant](question_of(row, row_id, pool))
+        form = several_forms_row if variant is RowVariant.several_forms else FORMS[variant]
+        return form(question_of(row, row_id, pool))
     if variant is RowVariant.yes_no and row.task == relevance.TASK:
         return query_ad_row(row, row_id)
     if variant is RowVariant.yes_no and row.task == ad_user_relevance.TASK:

@@ -79,7 +79,8 @@ def test_a_beam_that_cannot_be_read_keeps_its_place() -> None:
 def test_a_ranking_in_xml_is_read_whole() -> None:
     request = next_advertiser.AdvertiserRequest(buyer("u", ["C"]))
     row = next_advertiser.ranking_row("1", request, ["A", "B"], [], label="B")
-    said = Answer(row, next_advertiser.render_ranking(["C", "B"], ["toys"]), ended=True)
+    text = next_advertiser.ranking_row("2", request, ["C", "B"], ["toys"], label="B").target
+    said = Answer(row, text, ended=True)
     unread = Answer(row, "A, B", ended=True)
     assert advertiser_rankings([said, unread]) == [["C", "B"], []]
     names = AdvertiserNames(("A", "B", "C"), "here")

@@ -74,8 +74,9 @@ def test_comparisons_are_added_up_beside_the_true_ones() -> None:
     for number in range(30):
         assessment = Assessment(strengths=("price",), risk=Risk.none, verdict=Verdict.better, reasoning="r")
         row = model_comparison.chat_row(str(number), SharedRequest(f"q{number}", "old", "new"), assessment)
-        said = model_comparison.render_target(replace(assessment, verdict=Verdict.same, strengths=()))
-        answers.append(Answer(row, said if number else "", ended=True))
+        said = replace(assessment, verdict=Verdict.same, strengths=())
+        text = model_comparison.chat_row("x", SharedRequest("q", "old", "new"), said).target
+        answers.append(Answer(row, text if number else "", ended=True))
     (table,) = _tables(answers, [])
     found = {name: (model, truth) for name, model, truth in table.rows}
     assert found["advice"] == ("undecided", "test online")

@@ -16,7 +16,6 @@ from megatron_ads.tasks.relevance import (
     chat_row,
     metrics,
     parse,
-    render_prompt,
     render_target,
 )
 
@@ -24,7 +23,8 @@ AD = Ad(title="Luxury 5-star hotel in central Paris", description="Premium suite
 
 
 def test_prompt_shows_query_and_ad_line_by_line():
-    assert render_prompt("cheap hotel in downtown Paris", AD).splitlines() == [
+    row = chat_row("r", "cheap hotel in downtown Paris", AD, Label.fair, "Because.")
+    assert row.prompt[0].content.splitlines() == [
         "Is the ad relevant to the query?",
         "Query: cheap hotel in downtown Paris",
         "Ad: Luxury 5-star hotel in central Paris",
@@ -34,7 +34,8 @@ def test_prompt_shows_query_and_ad_line_by_line():
 
 
 def test_prompt_leaves_out_what_is_unknown():
-    assert render_prompt("hotel", Ad(title="Hotel")).splitlines()[1:] == ["Query: hotel", "Ad: Hotel"]
+    row = chat_row("r", "hotel", Ad(title="Hotel"), Label.fair, "Because.")
+    assert row.prompt[0].content.splitlines()[1:] == ["Query: hotel", "Ad: Hotel"]
 
 
 def test_target_is_reasoning_then_tagged_label():
