@@ -9,14 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from megatron_ads.errors import DataError
-from megatron_ads.metrics.classification import (
-    DefectView,
-    accuracy,
-    auc,
-    in_view,
-    mean_distance,
-    quadratic_kappa,
-)
+from megatron_ads.metrics.classification import DefectView, accuracy, auc, in_view, mean_distance, quadratic_kappa
 from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks.answer_format import (
     ReadFailure,
@@ -67,11 +60,7 @@ class UserRelevanceJudgement:
 
 
 def render_target(score: Score | int, reasoning: str) -> str:
-    """Return the assistant's message: reasoning, then the tagged score.
-
-    Raises:
-        DataError: If the score is not on the scale.
-    """
+    """Return the assistant's message: reasoning, then the tagged score."""
     return render_reasoned(reasoning, element("Score", _as_score(score)))
 
 

@@ -82,11 +82,7 @@ def question_of(row: ChatRow, row_id: str, pool: Sequence[str]) -> AdvertiserQue
 
 
 def require_own_form(row: ChatRow) -> None:
-    """Refuse a row whose prompt is a text in a form of its own: nothing says what of it another question may show.
-
-    Raises:
-        DataError: If it is.
-    """
+    """Refuse a row whose prompt is a text in a form of its own: nothing says what of it another question may show."""
     if Fact.text in row.facts:
         raise DataError(
             f"row {row.id!r} begins with {row.prompt[-1].content!r:.60}, and its facts do not say what it shows; a "
@@ -120,11 +116,7 @@ def _listed(names: Iterable[str]) -> list[str]:
 
 
 def choose_one_row(question: AdvertiserQuestion, *, count: int = CANDIDATES) -> ChatRow:
-    """Return one example; the others are drawn from the question's pool.
-
-    Raises:
-        DataError: If the pool has too few others.
-    """
+    """Return one example; the others are drawn from the question's pool."""
     candidates = candidates_of(question.row_id, question.advertiser, question.pool, count)
     return example(
         question.row_id,
@@ -167,11 +159,7 @@ class Order:
 
 
 def list_ranking_row(question: AdvertiserQuestion, *, count: int = CANDIDATES) -> ChatRow:
-    """Return one example. Its target has the true advertiser first and the others as listed: nothing orders them.
-
-    Raises:
-        DataError: If the question's pool has too few others.
-    """
+    """Return one example. Its target has the true advertiser first and the others as listed: nothing orders them."""
     candidates = candidates_of(question.row_id, question.advertiser, question.pool, count)
     best = candidates.index(question.advertiser) + 1
     numbers = (best, *(number for number in range(1, count + 1) if number != best))

@@ -22,14 +22,7 @@ from megatron_ads.metrics.intervals import Interval, mean_interval
 from megatron_ads.metrics.ranking import mean
 from megatron_ads.metrics.text import overlap
 from megatron_ads.rows import ChatRow, Fact
-from megatron_ads.tasks.answer_format import (
-    ReadFailure,
-    read_choice,
-    read_parts,
-    render_parts,
-    strict_parser,
-    unlisted,
-)
+from megatron_ads.tasks.answer_format import ReadFailure, read_choice, read_parts, render_parts, strict_parser, unlisted
 from megatron_ads.tasks.ground_truth import Metrics, judged
 from megatron_ads.tasks.prompts import Template, example, filled, line
 

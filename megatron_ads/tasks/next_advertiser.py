@@ -80,11 +80,7 @@ class Ranking:
 
 
 def render_target(advertiser: str, reasoning: str = "") -> str:
-    """Return the assistant's message of the free-text form. The paper found reasoning of no use here; it may be empty.
-
-    Raises:
-        DataError: If the name is empty.
-    """
+    """Return the assistant's message of the free-text form; the paper found reasoning of no use here."""
     return render_reasoned(reasoning, filled("the advertiser", advertiser))
 
 

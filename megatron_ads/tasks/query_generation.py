@@ -10,14 +10,7 @@ from megatron_ads.errors import DataError
 from megatron_ads.metrics.ranking import mean
 from megatron_ads.metrics.text import distinct_n, is_narrower, near_duplicates, words_of
 from megatron_ads.rows import ChatRow, Fact, JsonValue
-from megatron_ads.tasks.answer_format import (
-    ReadFailure,
-    Unreadable,
-    count_of,
-    element,
-    read_elements,
-    strict_parser,
-)
+from megatron_ads.tasks.answer_format import ReadFailure, Unreadable, count_of, element, read_elements, strict_parser
 from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable
 from megatron_ads.tasks.prompts import Ad, Template, ad_of, example, filled, line
 

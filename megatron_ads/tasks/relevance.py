@@ -83,11 +83,7 @@ def lines_of(query: str, ad: Ad) -> list[str]:
 
 
 def render_target(label: Label, reasoning: str, *, location: Flag | None = None, quality: Flag | None = None) -> str:
-    """Return the assistant's message: reasoning, then the tagged label, or the three of them.
-
-    Raises:
-        DataError: If one of location and quality is there and the other is not.
-    """
+    """Return the assistant's message: reasoning, then the tagged label, or the three of them."""
     return render_reasoned(reasoning, _answer(label, location, quality))
 
 

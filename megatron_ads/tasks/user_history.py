@@ -176,7 +176,7 @@ def _entries(
         case Section.profile:
             return [value for value in (demographics.age, demographics.gender, demographics.state) if value]
         case Section.past_advertisers:
-            return [event.advertiser for event in recent if _is_purchase(event)]
+            return [event.advertiser for event in recent if event.kind in CONVERSIONS and event.advertiser]
         case Section.top_categories:
             return _most_frequent(event.category for event in recent)
         case Section.top_brands:
@@ -184,15 +184,11 @@ def _entries(
         case Section.semantic_ids:
             return [event.semantic_id for event in recent if event.semantic_id]
         case _:
-            return [_worded(event) for event in recent if event.kind is _KINDS[section]]
-
-
-def _is_purchase(event: Event) -> bool:
-    return event.kind in CONVERSIONS and bool(event.advertiser)
-
-
-def _worded(event: Event) -> str:
-    return f"{event.text} ({event.advertiser})" if event.kind in CONVERSIONS and event.advertiser else event.text
+            return [
+                f"{event.text} ({event.advertiser})" if event.kind in CONVERSIONS and event.advertiser else event.text
+                for event in recent
+                if event.kind is _KINDS[section]
+            ]
 
 
 def _most_frequent(values: Iterable[str]) -> list[str]:

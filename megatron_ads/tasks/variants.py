@@ -74,11 +74,7 @@ class YesNoAnswer:
 
 
 def query_ad_row(row: ChatRow, row_id: str) -> ChatRow:
-    """Return the question whether an ad serves a query, from a row that asks how well.
-
-    Raises:
-        DataError: If the row's facts do not tell the query, the ad and the answer.
-    """
+    """Return the question whether an ad serves a query, from a row that asks how well."""
     require_own_form(row)
     truth = ground_truth(row, relevance.RelevanceJudgement)
     shown = relevance.lines_of(row.text_fact(Fact.query), ad_of(row.object_fact(Fact.ad)))
@@ -87,11 +83,7 @@ def query_ad_row(row: ChatRow, row_id: str) -> ChatRow:
 
 
 def ad_user_row(row: ChatRow, row_id: str) -> ChatRow:
-    """Return the question whether an ad interests a user, from a row that asks how much.
-
-    Raises:
-        DataError: If the row's facts do not tell the user, the ad and the answer.
-    """
+    """Return the question whether an ad interests a user, from a row that asks how much."""
     require_own_form(row)
     truth = ground_truth(row, ad_user_relevance.UserRelevanceJudgement)
     shown = [render_history(shown_history(row)), *ad_of(row.object_fact(Fact.ad)).lines()]
@@ -103,9 +95,6 @@ def advertiser_row(question: AdvertiserQuestion) -> ChatRow:
     """Return the question whether an advertiser is the next: half of the rows, drawn by id, ask about another.
 
     A no has no reasoning: that of the question argues for the true one.
-
-    Raises:
-        DataError: If the question's pool has no other.
     """
     asked = candidates_of(question.row_id, question.advertiser, question.pool, 2)[0]
     shown = [question.history, line(Fact.advertiser, asked)]
@@ -160,11 +149,7 @@ _DRAW = Template(task="several_forms", version=1, paraphrases=tuple(FORMS))
 
 
 def several_forms_row(question: AdvertiserQuestion) -> ChatRow:
-    """Return one example in the form that its id gives; the row's task is that of the form.
-
-    Raises:
-        DataError: If the question's pool has too few others for the form.
-    """
+    """Return one example in the form that its id gives; the row's task is that of the form."""
     return tuple(FORMS.values())[_DRAW.wording_of(question.row_id)](question)
 
 
