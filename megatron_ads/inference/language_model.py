@@ -61,6 +61,8 @@ def log_probabilities(
         pad_token: Fills shorter texts from the left; it is masked and never seen.
     """
     texts = [[*before, *answer] for before, answer in zip(befores, answers, strict=True)]
+    if not texts:
+        return []
     tokens_BS, mask_BS = (tensor.to(model.device) for tensor in left_padded(texts, pad_token))
     longest = max(map(len, answers))
     # All answers end in the last column, so logits are made for the last columns only, not for the whole prompt.

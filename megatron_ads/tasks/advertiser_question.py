@@ -9,7 +9,8 @@ the prompt: it says all there is to do, so it works without training. Numbers in
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.ranking import mean, ndcg_at, recall_at, reciprocal_rank, same_name
@@ -44,50 +45,26 @@ LIST_RANKING_TEMPLATE = Template(
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdvertiserQuestion:
-    """One user, the advertiser who came next, and others who could have."""
+def asked_anew(
+    row: ChatRow,
+    row_id: str,
+    template: Template,
+    shown: Iterable[str],
+    truth: Any,
+    answer: str,
+    *,
+    facts: Facts | None = None,
+    label: str,
+    task: str = "",
+) -> ChatRow:
+    """Return another question over the record of ``row``, whose weight, group and time it keeps.
 
-    row_id: str
-    history: str
-    """What a prompt shows of the user."""
-    facts: Facts
-    """What is known of the user."""
-    advertiser: str
-    pool: tuple[str, ...]
-    """Where other candidates come from; may hold the true one."""
-    group: str
-    """The user."""
-    reasoning: str = ""
-
-
-def question_of(row: ChatRow, row_id: str, pool: Sequence[str]) -> AdvertiserQuestion:
-    """Return the question of a row that asks for the name.
-
-    Raises:
-        DataError: If the row's facts do not tell it.
+    ``facts`` are added to those of ``row``, without the pool and the best answers; for the rest see ``example``.
     """
-    require_own_form(row)
-    truth = ground_truth(row, Prediction)
-    left_out = {Fact.pool, Fact.best_answers}
-    return AdvertiserQuestion(
-        row_id=row_id,
-        history=render_history(shown_history(row)),
-        facts={name: value for name, value in row.facts.items() if name not in left_out},
-        advertiser=truth.advertiser,
-        pool=tuple(pool),
-        group=row.group,
-        reasoning=truth.reasoning,
-    )
-
-
-def require_own_form(row: ChatRow) -> None:
-    """Refuse a row whose prompt is a text in a form of its own: nothing says what of it another question may show."""
-    if Fact.text in row.facts:
-        raise DataError(
-            f"row {row.id!r} begins with {row.prompt[-1].content!r:.60}, and its facts do not say what it shows; a "
-            f"variant asks anew, so it is made from rows with facts or with a prompt of {row.task}."
-        )
+    known = {name: value for name, value in row.facts.items() if name not in (Fact.pool, Fact.best_answers)}
+    facts = {**known, **(facts or {})}
+    new = example(row_id, template, shown, truth, answer, facts=facts, group=row.group, label=label, task=task)
+    return replace(new, weight=row.weight, time=row.time)
 
 
 def candidates_of(row_id: str, truth: str, pool: Sequence[str], count: int = CANDIDATES) -> tuple[str, ...]:
@@ -115,19 +92,13 @@ def _listed(names: Iterable[str]) -> list[str]:
     return [f"{LABELS[Fact.candidates]}:", *names]
 
 
-def choose_one_row(question: AdvertiserQuestion, *, count: int = CANDIDATES) -> ChatRow:
-    """Return one example; the others are drawn from the question's pool."""
-    candidates = candidates_of(question.row_id, question.advertiser, question.pool, count)
-    return example(
-        question.row_id,
-        CHOOSE_ONE_TEMPLATE,
-        [question.history, *_listed(candidates)],
-        Prediction(question.advertiser, question.reasoning),
-        filled("the advertiser", question.advertiser),
-        facts={**question.facts, Fact.candidates: list(candidates)},
-        group=question.group,
-        label=question.advertiser,
-    )
+def choose_one_row(row: ChatRow, row_id: str, pool: Sequence[str], *, count: int = CANDIDATES) -> ChatRow:
+    """Return the question which of some candidates is the next, from a row that asks for the name."""
+    truth, history = ground_truth(row, Prediction), render_history(shown_history(row))
+    candidates = candidates_of(row_id, truth.advertiser, pool, count)
+    shown, answer = [history, *_listed(candidates)], filled("the advertiser", truth.advertiser)
+    facts: Facts = {Fact.candidates: list(candidates)}
+    return asked_anew(row, row_id, CHOOSE_ONE_TEMPLATE, shown, truth, answer, facts=facts, label=truth.advertiser)
 
 
 def choose_one_metrics(rows: Sequence[ChatRow], answers: Sequence[Prediction | ReadFailure]) -> Metrics:
@@ -158,21 +129,19 @@ class Order:
     reasoning: str
 
 
-def list_ranking_row(question: AdvertiserQuestion, *, count: int = CANDIDATES) -> ChatRow:
-    """Return one example. Its target has the true advertiser first and the others as listed: nothing orders them."""
-    candidates = candidates_of(question.row_id, question.advertiser, question.pool, count)
-    best = candidates.index(question.advertiser) + 1
-    numbers = (best, *(number for number in range(1, count + 1) if number != best))
-    return example(
-        question.row_id,
-        LIST_RANKING_TEMPLATE,
-        [question.history, *_listed(f"{number}. {name}" for number, name in enumerate(candidates, 1))],
-        Order(numbers, question.reasoning),
-        element("Ranking", ", ".join(map(str, numbers))),
-        facts={**question.facts, Fact.candidates: list(candidates)},
-        group=question.group,
-        label=str(best),
-    )
+def list_ranking_row(row: ChatRow, row_id: str, pool: Sequence[str], *, count: int = CANDIDATES) -> ChatRow:
+    """Return the question for an order of candidates, from a row that asks for the name.
+
+    Its target has the true advertiser first and the others as listed: nothing orders them.
+    """
+    known, history = ground_truth(row, Prediction), render_history(shown_history(row))
+    candidates = candidates_of(row_id, known.advertiser, pool, count)
+    shown = [history, *_listed(f"{number}. {name}" for number, name in enumerate(candidates, 1))]
+    best = candidates.index(known.advertiser) + 1
+    truth = Order((best, *(number for number in range(1, count + 1) if number != best)), known.reasoning)
+    facts: Facts = {Fact.candidates: list(candidates)}
+    answer = element("Ranking", ", ".join(map(str, truth.numbers)))
+    return asked_anew(row, row_id, LIST_RANKING_TEMPLATE, shown, truth, answer, facts=facts, label=str(best))
 
 
 @strict_parser(reasons=False)

@@ -9,7 +9,7 @@ ad that is not bad for a query, a score of 2 or 3 for a user.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 from megatron_ads.config.data import RowVariant
@@ -20,16 +20,14 @@ from megatron_ads.tasks import ad_user_relevance, next_advertiser, relevance
 from megatron_ads.tasks.advertiser_question import (
     CHOOSE_ONE,
     LIST_RANKING,
-    AdvertiserQuestion,
+    asked_anew,
     candidates_of,
     choose_one_row,
     list_ranking_row,
-    question_of,
-    require_own_form,
 )
 from megatron_ads.tasks.answer_format import ReadFailure, element, read_choice, read_only, strict_parser
 from megatron_ads.tasks.ground_truth import Metrics, ground_truth, judged
-from megatron_ads.tasks.prompts import Template, ad_of, example, filled, line
+from megatron_ads.tasks.prompts import Template, ad_of, filled, line
 from megatron_ads.tasks.user_history import render_history, shown_history
 
 YES_NO = "yes_no"
@@ -75,41 +73,43 @@ class YesNoAnswer:
 
 def query_ad_row(row: ChatRow, row_id: str) -> ChatRow:
     """Return the question whether an ad serves a query, from a row that asks how well."""
-    require_own_form(row)
     truth = ground_truth(row, relevance.RelevanceJudgement)
     shown = relevance.lines_of(row.text_fact(Fact.query), ad_of(row.object_fact(Fact.ad)))
     answer = YesNo.no if truth.label in relevance.BAD_VIEW.defects else YesNo.yes
-    return _yes_no_row(row_id, QUERY_AD, shown, YesNoAnswer(answer, truth.reasoning), row.group, row.facts)
+    return _yes_no_row(row, row_id, QUERY_AD, shown, YesNoAnswer(answer, truth.reasoning))
 
 
 def ad_user_row(row: ChatRow, row_id: str) -> ChatRow:
     """Return the question whether an ad interests a user, from a row that asks how much."""
-    require_own_form(row)
     truth = ground_truth(row, ad_user_relevance.UserRelevanceJudgement)
     shown = [render_history(shown_history(row)), *ad_of(row.object_fact(Fact.ad)).lines()]
     answer = YesNo.yes if truth.score in GOOD_SCORES else YesNo.no
-    return _yes_no_row(row_id, AD_USER, shown, YesNoAnswer(answer, truth.reasoning), row.group, row.facts)
+    return _yes_no_row(row, row_id, AD_USER, shown, YesNoAnswer(answer, truth.reasoning))
 
 
-def advertiser_row(question: AdvertiserQuestion) -> ChatRow:
+def advertiser_row(row: ChatRow, row_id: str, pool: Sequence[str]) -> ChatRow:
     """Return the question whether an advertiser is the next: half of the rows, drawn by id, ask about another.
 
-    A no has no reasoning: that of the question argues for the true one.
+    A no has no reasoning: that of the row argues for the true one.
     """
-    asked = candidates_of(question.row_id, question.advertiser, question.pool, 2)[0]
-    shown = [question.history, line(Fact.advertiser, asked)]
-    is_next = asked == question.advertiser
-    truth = YesNoAnswer(YesNo.yes, question.reasoning) if is_next else YesNoAnswer(YesNo.no, "")
-    facts = {**question.facts, Fact.advertiser: asked}
-    return _yes_no_row(question.row_id, ADVERTISER, shown, truth, question.group, facts)
+    known, history = ground_truth(row, next_advertiser.Prediction), render_history(shown_history(row))
+    asked = candidates_of(row_id, known.advertiser, pool, 2)[0]
+    is_next = asked == known.advertiser
+    truth = YesNoAnswer(YesNo.yes, known.reasoning) if is_next else YesNoAnswer(YesNo.no, "")
+    shown = [history, line(Fact.advertiser, asked)]
+    return _yes_no_row(row, row_id, ADVERTISER, shown, truth, {Fact.advertiser: asked})
 
 
 def _yes_no_row(
-    row_id: str, template: Template, shown: Sequence[str], truth: YesNoAnswer, group: str, facts: Facts
+    row: ChatRow,
+    row_id: str,
+    template: Template,
+    shown: Sequence[str],
+    truth: YesNoAnswer,
+    facts: Facts | None = None,
 ) -> ChatRow:
-    facts = {name: value for name, value in facts.items() if name != Fact.best_answers}
     answer = element("Answer", truth.answer)
-    return example(row_id, template, shown, truth, answer, facts=facts, group=group, label=truth.answer, task=YES_NO)
+    return asked_anew(row, row_id, template, shown, truth, answer, facts=facts, label=truth.answer, task=YES_NO)
 
 
 @strict_parser(reasons=False)
@@ -125,21 +125,14 @@ def yes_no_metrics(rows: Sequence[ChatRow], answers: Sequence[YesNoAnswer | Read
     return binary_metrics([truth.answer for truth, _ in pairs], given, NO_VIEW)
 
 
-def name_row(question: AdvertiserQuestion) -> ChatRow:
+def name_row(row: ChatRow, row_id: str, _: Sequence[str]) -> ChatRow:
     """Return the question for the name."""
-    return example(
-        question.row_id,
-        next_advertiser.TEMPLATE,
-        [question.history],
-        next_advertiser.Prediction(question.advertiser, question.reasoning),
-        filled("the advertiser", question.advertiser),
-        facts=question.facts,
-        group=question.group,
-        label=question.advertiser,
-    )
+    truth, shown = ground_truth(row, next_advertiser.Prediction), [render_history(shown_history(row))]
+    answer = filled("the advertiser", truth.advertiser)
+    return asked_anew(row, row_id, next_advertiser.TEMPLATE, shown, truth, answer, label=truth.advertiser)
 
 
-FORMS: dict[str, Callable[[AdvertiserQuestion], ChatRow]] = {
+FORMS: dict[str, Callable[[ChatRow, str, Sequence[str]], ChatRow]] = {
     next_advertiser.TASK: name_row,
     YES_NO: advertiser_row,
     CHOOSE_ONE: choose_one_row,
@@ -148,9 +141,9 @@ FORMS: dict[str, Callable[[AdvertiserQuestion], ChatRow]] = {
 _DRAW = Template(task="several_forms", version=1, paraphrases=tuple(FORMS))
 
 
-def several_forms_row(question: AdvertiserQuestion) -> ChatRow:
+def several_forms_row(row: ChatRow, row_id: str, pool: Sequence[str]) -> ChatRow:
     """Return one example in the form that its id gives; the row's task is that of the form."""
-    return tuple(FORMS.values())[_DRAW.wording_of(question.row_id)](question)
+    return tuple(FORMS.values())[_DRAW.wording_of(row_id)](row, row_id, pool)
 
 
 def ask_as(rows: Sequence[ChatRow], variant: RowVariant) -> list[ChatRow]:
@@ -163,20 +156,21 @@ def ask_as(rows: Sequence[ChatRow], variant: RowVariant) -> list[ChatRow]:
             too few advertisers to choose from.
     """
     pool = sorted({row.label for row in rows if row.task == next_advertiser.TASK and row.label})
-    asked = [_ask(row, variant, pool) for row in rows]
-    return [
-        replace(row, id=new.id, task=new.task, messages=new.messages, label=new.label, facts=new.facts)
-        for row, new in zip(rows, asked, strict=True)
-    ]
+    return [_ask(row, variant, pool) for row in rows]
 
 
 def _ask(row: ChatRow, variant: RowVariant, pool: Sequence[str]) -> ChatRow:
+    graded = {relevance.TASK: query_ad_row, ad_user_relevance.TASK: ad_user_row}
+    is_graded = variant is RowVariant.yes_no and row.task in graded
+    if row.task != next_advertiser.TASK and not is_graded:
+        raise DataError(f"row {row.id!r} is of task {row.task}, which cannot be asked as {variant}.")
+    if Fact.text in row.facts:  # nothing says what of it another question may show
+        raise DataError(
+            f"row {row.id!r} begins with {row.prompt[-1].content!r:.60}, and its facts do not say what it shows; a "
+            f"variant asks anew, so it is made from rows with facts or with a prompt of {row.task}."
+        )
     row_id = f"{row.id}/{variant}"
-    if row.task == next_advertiser.TASK:
-        form = several_forms_row if variant is RowVariant.several_forms else FORMS[variant]
-        return form(question_of(row, row_id, pool))
-    if variant is RowVariant.yes_no and row.task == relevance.TASK:
-        return query_ad_row(row, row_id)
-    if variant is RowVariant.yes_no and row.task == ad_user_relevance.TASK:
-        return ad_user_row(row, row_id)
-    raise DataError(f"row {row.id!r} is of task {row.task}, which cannot be asked as {variant}.")
+    if is_graded:
+        return graded[row.task](row, row_id)
+    form = several_forms_row if variant is RowVariant.several_forms else FORMS[variant]
+    return form(row, row_id, pool)
