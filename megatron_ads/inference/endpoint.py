@@ -120,12 +120,7 @@ class Endpoint:
         self._http.close()
 
     def _ask_once(self, url: str, data: bytes) -> Completion:
-        """Send a request and return what comes of it.
-
-        Raises:
-            _TryAgain: If another attempt may fare better.
-            ConfigError: If no request can succeed.
-        """
+        """Send a request and return what comes of it."""
         try:
             status, retry_after, body = self._send(url, data)
         except (TimeoutError, httpx2.TimeoutException):

@@ -44,16 +44,6 @@ JOURNAL, PERPLEXITIES = "journal.jsonl", "perplexities.jsonl"
 UNKNOWN_TASK, GOLDEN_FAILED = "unknown_task", "golden_check_failed"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Written:
-    """What is in the files."""
-
-    training_rows: int
-    validation_rows: int
-    left_out_by_split: int
-    """Rows of held-out groups beyond ``validation_rows``: on neither side."""
-
-
 @dataclass(kw_only=True, slots=True)
 class SynthesisResult:
     """What came out."""
@@ -68,8 +58,8 @@ class SynthesisResult:
     candidates: list[Candidate] = field(default_factory=list)
     threshold: float | None = None
     """R of the perplexity filter; None: it was off, or had nothing to measure."""
-    written: Written | None = None
-    """None: no prompt template passed the golden check, so there is no corpus."""
+    written: dict[str, int] | None = None
+    """Rows to train on, held out, and on neither side; None: no template passed the golden check, there is no corpus."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +225,7 @@ def _filter(result: SynthesisResult, models: SynthesisModels, config: SynthesisC
                 candidate.remove(Removed.more_than_kept)
 
 
-def _write_corpus(out: Path, kept: Sequence[Candidate], config: SynthesisConfig) -> Written:
+def _write_corpus(out: Path, kept: Sequence[Candidate], config: SynthesisConfig) -> dict[str, int]:
     """Write ``train.jsonl`` and, if rows are held out, ``validation.jsonl``; without candidates both are empty."""
     rows = sorted(map(synthesized_row, kept), key=lambda row: drawn(config.seed, "order", row.id))
     training, validation = rows, []
@@ -247,11 +237,8 @@ def _write_corpus(out: Path, kept: Sequence[Candidate], config: SynthesisConfig)
         _write(out / VALIDATION, validation)
     else:
         (out / VALIDATION).unlink(missing_ok=True)  # of an earlier run with other settings, as below
-    return Written(
-        training_rows=len(training),
-        validation_rows=len(validation),
-        left_out_by_split=len(rows) - len(training) - len(validation),
-    )
+    neither = len(rows) - len(training) - len(validation)
+    return {"training_rows": len(training), "validation_rows": len(validation), "left_out_by_split": neither}
 
 
 def synthesized_row(candidate: Candidate) -> ChatRow:

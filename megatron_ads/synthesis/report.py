@@ -65,7 +65,7 @@ def as_report(result: SynthesisResult, models: SynthesisModels, config: Synthesi
         "kept": len(kept),
         "kept_by_task": dict(sorted(Counter(candidate.row.task for candidate in kept).items())),
         "rows_by_kept_candidates": {str(number): survivors[number] for number in sorted(survivors)},
-        "corpus": None if result.written is None else asdict(result.written),
+        "corpus": result.written,
         "samples_of_kept": [_sample(item) for item in _drawn(kept, config)],
     }
 

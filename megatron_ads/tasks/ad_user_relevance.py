@@ -16,7 +16,6 @@ from megatron_ads.tasks.answer_format import (
     element,
     read_choice,
     read_only,
-    render_reasoned,
     strict_parser,
 )
 from megatron_ads.tasks.ground_truth import Metrics, judged
@@ -59,17 +58,6 @@ class UserRelevanceJudgement:
     reasoning: str
 
 
-def render_target(score: Score | int, reasoning: str) -> str:
-    """Return the assistant's message: reasoning, then the tagged score."""
-    return render_reasoned(reasoning, element("Score", _as_score(score)))
-
-
-def _as_score(score: Score | int) -> Score:
-    if str(score) not in set(Score):
-        raise DataError(f"the score is {score!r}; it must be one of {', '.join(Score)}.")
-    return Score(str(score))
-
-
 def chat_row(
     row_id: str, user: UserHistory, ad: Ad, score: Score | int, reasoning: str, *, view: HistoryView = FULL_VIEW
 ) -> ChatRow:
@@ -78,7 +66,9 @@ def chat_row(
     Raises:
         DataError: If the score is not on the scale.
     """
-    truth = UserRelevanceJudgement(_as_score(score), reasoning)
+    if str(score) not in set(Score):
+        raise DataError(f"the score is {score!r}; it must be one of {', '.join(Score)}.")
+    truth = UserRelevanceJudgement(Score(str(score)), reasoning)
     shown = [render_history(sections(user, view)), *ad.lines()]
     facts = {**user_facts(user, view), Fact.ad: ad.as_fact()}
     answer = element("Score", truth.score)

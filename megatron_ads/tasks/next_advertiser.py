@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 
 from megatron_ads.metrics.ranking import RECALLS, distinct_rate, mean, ndcg_at, position_of, recall_at, reciprocal_rank
 from megatron_ads.rows import ChatRow, Fact
-from megatron_ads.tasks.answer_format import ReadFailure, Unreadable, render_reasoned, strict_parser
+from megatron_ads.tasks.answer_format import ReadFailure, Unreadable, strict_parser
 from megatron_ads.tasks.ground_truth import Metrics, judged, readable
 from megatron_ads.tasks.prompts import Template, example, filled, line
 from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory, render_history, sections, user_facts
@@ -79,15 +79,12 @@ class Ranking:
         return distinct and len(self.interests) <= MOST_INTERESTS
 
 
-def render_target(advertiser: str, reasoning: str = "") -> str:
-    """Return the assistant's message of the free-text form; the paper found reasoning of no use here."""
-    return render_reasoned(reasoning, filled("the advertiser", advertiser))
-
-
 def chat_row(
     row_id: str, request: AdvertiserRequest, advertiser: str, reasoning: str = "", *, view: HistoryView = FULL_VIEW
 ) -> ChatRow:
     """Return one example of the free-text form; rows of one user stay on one side of any split.
+
+    The paper found reasoning of no use here.
 
     Raises:
         DataError: If the name is empty.

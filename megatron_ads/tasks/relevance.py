@@ -19,7 +19,6 @@ from megatron_ads.tasks.answer_format import (
     element,
     read_choice,
     read_elements,
-    render_reasoned,
     strict_parser,
 )
 from megatron_ads.tasks.ground_truth import Metrics, judged
@@ -82,20 +81,6 @@ def lines_of(query: str, ad: Ad) -> list[str]:
     return [line(Fact.query, query), *ad.lines()]
 
 
-def render_target(label: Label, reasoning: str, *, location: Flag | None = None, quality: Flag | None = None) -> str:
-    """Return the assistant's message: reasoning, then the tagged label, or the three of them."""
-    return render_reasoned(reasoning, _answer(label, location, quality))
-
-
-def _answer(label: Label, location: Flag | None, quality: Flag | None) -> str:
-    if (location is None) != (quality is None):
-        raise DataError(f"location is {location}, quality is {quality}; both are needed, or neither.")
-    answer = element("Label", label)
-    if location is not None and quality is not None:
-        answer = element("LocationLabel", location) + answer + element("AdQuality", quality)
-    return answer
-
-
 def chat_row(
     row_id: str,
     query: str,
@@ -111,8 +96,12 @@ def chat_row(
     Raises:
         DataError: If one of location and quality is there and the other is not.
     """
-    template = TEMPLATE if location is None else THREE_LABELS_TEMPLATE
-    answer = _answer(label, location, quality)
+    if (location is None) != (quality is None):
+        raise DataError(f"location is {location}, quality is {quality}; both are needed, or neither.")
+    template, answer = TEMPLATE, element("Label", label)
+    if location is not None and quality is not None:
+        template = THREE_LABELS_TEMPLATE
+        answer = element("LocationLabel", location) + answer + element("AdQuality", quality)
     truth = RelevanceJudgement(label, reasoning, location, quality)
     facts: Facts = {Fact.query: query, Fact.ad: ad.as_fact()}
     return example(row_id, template, lines_of(query, ad), truth, answer, facts=facts, group=query, label=label)

@@ -96,15 +96,8 @@ HEADINGS = {
 }
 SEPARATOR = "; "
 NOTHING_KNOWN = "Nothing is known of the user."
-_KINDS = {
-    Section.attributed_conversions: EventKind.attributed_conversion,
-    Section.matched_conversions: EventKind.matched_conversion,
-    Section.onsite_searches: EventKind.onsite_search,
-    Section.clicks: EventKind.click,
-    Section.page_views: EventKind.page_view,
-    Section.offsite_searches: EventKind.offsite_search,
-    Section.offsite_urls: EventKind.offsite_url,
-}
+_KINDS = {section: kind for section in Section for kind in EventKind if section.startswith(kind)}
+"""A section of events has the plural of their kind as its name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

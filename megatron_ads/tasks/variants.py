@@ -41,24 +41,21 @@ class YesNo(StrEnum):
 
 
 NO_VIEW = DefectView("no", frozenset({YesNo.no}))
-_YES_NO_FORM = "Answer with <Answer>Yes</Answer> or <Answer>No</Answer>."
-QUERY_AD = Template(
-    task=f"{YES_NO}/query_ad",
-    version=1,
-    paraphrases=("Does the ad serve the query?", "Would the ad help the person who typed the query?"),
-    answer_form=_YES_NO_FORM,
+
+
+def _yes_no_template(kind: str, *paraphrases: str) -> Template:
+    form = "Answer with <Answer>Yes</Answer> or <Answer>No</Answer>."
+    return Template(task=f"{YES_NO}/{kind}", version=1, paraphrases=paraphrases, answer_form=form)
+
+
+QUERY_AD = _yes_no_template(
+    "query_ad", "Does the ad serve the query?", "Would the ad help the person who typed the query?"
 )
-AD_USER = Template(
-    task=f"{YES_NO}/ad_user",
-    version=1,
-    paraphrases=("Will this user like the ad?", "Given what the user did, is the ad of interest to them?"),
-    answer_form=_YES_NO_FORM,
+AD_USER = _yes_no_template(
+    "ad_user", "Will this user like the ad?", "Given what the user did, is the ad of interest to them?"
 )
-ADVERTISER = Template(
-    task=f"{YES_NO}/advertiser",
-    version=1,
-    paraphrases=("Will this user buy from the advertiser next?", "Is this advertiser the user's next?"),
-    answer_form=_YES_NO_FORM,
+ADVERTISER = _yes_no_template(
+    "advertiser", "Will this user buy from the advertiser next?", "Is this advertiser the user's next?"
 )
 GOOD_SCORES = frozenset({ad_user_relevance.Score.relevant, ad_user_relevance.Score.high})
 

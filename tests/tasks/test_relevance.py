@@ -16,7 +16,6 @@ from megatron_ads.tasks.relevance import (
     chat_row,
     metrics,
     parse,
-    render_target,
 )
 
 AD = Ad(title="Luxury 5-star hotel in central Paris", description="Premium suites.", seller="www.examplehotel.com")
@@ -39,14 +38,16 @@ def test_prompt_leaves_out_what_is_unknown():
 
 
 def test_target_is_reasoning_then_tagged_label():
-    assert render_target(Label.fair, "The price does not match.") == (
+    assert chat_row("r", "hotel", AD, Label.fair, "The price does not match.").target == (
         "<think>The price does not match.</think><Label>Fair</Label>"
     )
 
 
 @pytest.mark.parametrize("label", list(Label))
 def test_every_target_is_parsed_to_its_label_and_reasoning(label: Label):
-    assert parse(render_target(label, "Because.")) == RelevanceJudgement(label=label, reasoning="Because.")
+    assert parse(chat_row("r", "hotel", AD, label, "Because.").target) == RelevanceJudgement(
+        label=label, reasoning="Because."
+    )
 
 
 def test_white_space_around_the_parts_is_allowed():
