@@ -180,11 +180,7 @@ class TransformersEngine:
 
 
 def open_engine(folder: Path, *, dtype: torch.dtype | None = None) -> TransformersEngine:
-    """Load a Hugging Face folder with its tokenizer.
-
-    Args:
-        folder: A checkpoint that ``transformers`` loads by itself.
-        dtype: Number format to compute in; None: as stored on a GPU, FP32 on a CPU, where BF16 is slower.
+    """Load a Hugging Face folder with its tokenizer; folder and dtype as of :func:`load_model`.
 
     Raises:
         ConversionError: If transformers cannot load the folder, or would have to make up weights.

@@ -84,7 +84,6 @@ def balanced_accuracy_interval(
     view: DefectView,
     *,
     groups: Sequence[Hashable] | None = None,
-    confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval | None:
@@ -100,7 +99,7 @@ def balanced_accuracy_interval(
     sums_KR = resampled_sums(columns, groups=groups, resamples=resamples, seed=seed)
     right_positive, positives, right_negative, negatives = sums_KR[:, (sums_KR[1] > 0) & (sums_KR[3] > 0)]
     values = (right_positive / positives + right_negative / negatives) / 2
-    return percentile_interval(values, confidence) if values.size else None
+    return percentile_interval(values) if values.size else None
 
 
 def majority_predictions(truths: Sequence[str], *, learned_from: Sequence[str] | None = None) -> list[str | None]:

@@ -59,7 +59,7 @@ class SynthesisResult:
     threshold: float | None = None
     """R of the perplexity filter; None: it was off, or had nothing to measure."""
     written: dict[str, int] | None = None
-    """Rows to train on, held out, and on neither side; None: no template passed the golden check, there is no corpus."""
+    """Rows to train on, held out, and on neither side; None: no template passed the golden check: no corpus."""
 
 
 @dataclass(frozen=True, slots=True)

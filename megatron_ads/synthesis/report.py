@@ -66,7 +66,7 @@ def as_report(result: SynthesisResult, models: SynthesisModels, config: Synthesi
         "kept_by_task": dict(sorted(Counter(candidate.row.task for candidate in kept).items())),
         "rows_by_kept_candidates": {str(number): survivors[number] for number in sorted(survivors)},
         "corpus": result.written,
-        "samples_of_kept": [_sample(item) for item in _drawn(kept, config)],
+        "samples_of_kept": _samples(kept, config),
     }
 
 
@@ -89,26 +89,26 @@ def _filters(candidates: Sequence[Candidate], config: SynthesisConfig) -> list[d
                 "entered": entered,
                 "removed": len(gone),
                 "reasons": dict(Counter(item.reason for item in gone if item.reason).most_common(_REASONS_SHOWN)),
-                "samples": [_sample(candidate) for candidate in _drawn(gone, config)],
+                "samples": _samples(gone, config),
             }
         )
         entered -= len(gone)
     return found
 
 
-def _drawn(candidates: Sequence[Candidate], config: SynthesisConfig) -> list[Candidate]:
-    return sorted(candidates, key=lambda item: drawn(config.seed, "report", item.name))[: config.samples]
-
-
-def _sample(candidate: Candidate) -> dict[str, Any]:
-    return {
-        "id": candidate.name,
-        "task": candidate.row.task,
-        "reason": candidate.reason,
-        "measured": candidate.measured,
-        "question": question_of(candidate.row)[:_SHOWN_CHARACTERS],
-        "text": candidate.text[:_SHOWN_CHARACTERS],
-    }
+def _samples(candidates: Sequence[Candidate], config: SynthesisConfig) -> list[dict[str, Any]]:
+    chosen = sorted(candidates, key=lambda item: drawn(config.seed, "report", item.name))[: config.samples]
+    return [
+        {
+            "id": candidate.name,
+            "task": candidate.row.task,
+            "reason": candidate.reason,
+            "measured": candidate.measured,
+            "question": question_of(candidate.row)[:_SHOWN_CHARACTERS],
+            "text": candidate.text[:_SHOWN_CHARACTERS],
+        }
+        for candidate in chosen
+    ]
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float]:

@@ -144,6 +144,7 @@ def metrics(rows: Sequence[ChatRow], answers: Sequence[Assessment | ReadFailure]
 MAX_HIGH_RISK = 0.01
 """Largest share of outputs of high risk that a test may have."""
 MAX_UNREADABLE = 0.2
+"""Largest share of unreadable answers that any advice may rest on."""
 _POINTS_LISTED = 5
 _WORTH = {Verdict.better: 1.0, Verdict.same: 0.0, Verdict.worse: -1.0}
 
@@ -175,19 +176,13 @@ class ReplacementReport:
 
 
 def replacement_report(
-    answers: Sequence[Assessment | ReadFailure],
-    *,
-    groups: Sequence[Hashable] | None = None,
-    max_high_risk: float = MAX_HIGH_RISK,
-    max_unreadable: float = MAX_UNREADABLE,
+    answers: Sequence[Assessment | ReadFailure], *, groups: Sequence[Hashable] | None = None
 ) -> ReplacementReport:
     """Add comparisons up.
 
     Args:
         answers: One per request.
         groups: One value per answer; answers of equal value, such as of one query, are not independent.
-        max_high_risk: Largest share of high risk for a test.
-        max_unreadable: Largest share of unreadable answers for any advice.
     """
     numbered = zip(answers, groups or range(len(answers)), strict=True)
     read, read_groups = [], []
@@ -199,7 +194,7 @@ def replacement_report(
     interval = mean_interval(worth, groups=read_groups)
     verdicts, risks = Counter(answer.verdict for answer in read), Counter(answer.risk for answer in read)
     high_risk = risks[Risk.high] / len(read) if read else None
-    enough = len(answers) - len(read) <= max_unreadable * len(answers)
+    enough = len(answers) - len(read) <= MAX_UNREADABLE * len(answers)
     return ReplacementReport(
         comparisons=len(answers),
         failures=dict(Counter(str(answer) for answer in answers if isinstance(answer, ReadFailure)).most_common()),
@@ -210,13 +205,13 @@ def replacement_report(
         high_risk_share=high_risk,
         strengths=Counter(point for answer in read for point in answer.strengths).most_common(_POINTS_LISTED),
         weaknesses=Counter(point for answer in read for point in answer.weaknesses).most_common(_POINTS_LISTED),
-        advice=_advise(interval, high_risk, max_high_risk) if enough else Advice.undecided,
+        advice=_advise(interval, high_risk) if enough else Advice.undecided,
     )
 
 
-def _advise(net: Interval | None, high_risk: float | None, max_high_risk: float) -> Advice:
+def _advise(net: Interval | None, high_risk: float | None) -> Advice:
     if net is None or high_risk is None:
         return Advice.undecided
-    if net.high < 0 or high_risk > max_high_risk:
+    if net.high < 0 or high_risk > MAX_HIGH_RISK:
         return Advice.keep_current
     return Advice.test_online if net.low > 0 else Advice.undecided
