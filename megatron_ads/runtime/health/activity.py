@@ -97,16 +97,15 @@ class Stalls:
 
     def __init__(self, *, on_gpu: bool) -> None:
         self._on_gpu = on_gpu
-        self._seconds = self._entered = 0.0
-        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._entered = 0.0
         self._before: torch.cuda.Event | None = None
-        self._measured = False
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.restart(measured=False)
 
     def restart(self, *, measured: bool) -> None:
         """Forget the waits so far; ``measured`` says whether ``seconds`` will be asked for those to come."""
-        self._seconds = 0.0
+        self._seconds, self._measured = 0.0, measured
         self._pairs.clear()
-        self._measured = measured
 
     def enter(self) -> None:
         """Begin to wait."""
@@ -201,7 +200,7 @@ class Activity:
 
     def describe(self, rank: int) -> str:
         """Name the calls that have not succeeded, oldest first, and the ranks that they needed."""
-        unfinished = [call for call in self._calls if _is_unfinished(call)] or list(self._calls)[-1:]
+        unfinished = [call for call in self._calls if call.is_unfinished()] or list(self._calls)[-1:]
         if not unfinished:
             return "a communication that torch was setting up"
         named = dict.fromkeys(str(_as_wait(call)) for call in unfinished)
@@ -265,11 +264,7 @@ class Activity:
         """Return, on a GPU, the call that the stream waits in; elsewhere the host itself waits."""
         if not self._on_gpu:
             return None
-        return next((call for call in list(self._calls) if _is_unfinished(call)), None)
-
-
-def _is_unfinished(call: Call) -> bool:
-    return call.handle is None or not call.handle.is_done()
+        return next((call for call in list(self._calls) if call.is_unfinished()), None)
 
 
 def _as_wait(call: Call) -> Wait:
@@ -278,13 +273,12 @@ def _as_wait(call: Call) -> Wait:
 
 
 def _stack(thread: int) -> list[str]:
-    frames = itertools.islice(traceback.walk_stack(sys._current_frames()[thread]), _FRAMES)
-    return [f"{_short(frame.f_code.co_filename)}:{line} in {frame.f_code.co_name}" for frame, line in frames][::-1]
-
-
-def _short(path: str) -> str:
-    """Return a file's path below the folder of packages or of the program."""
-    return min((path.removeprefix(folder + os.sep) for folder in sys.path if folder), key=len)
+    """Return the frames of a thread, with each file's path below the folder of packages or of the program."""
+    lines: list[str] = []
+    for frame, line in itertools.islice(traceback.walk_stack(sys._current_frames()[thread]), _FRAMES):
+        names = (frame.f_code.co_filename.removeprefix(folder + os.sep) for folder in sys.path if folder)
+        lines.insert(0, f"{min(names, key=len)}:{line} in {frame.f_code.co_name}")
+    return lines
 
 
 @contextlib.contextmanager

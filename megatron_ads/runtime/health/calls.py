@@ -52,13 +52,6 @@ class Handle:
     finished: torch.cuda.Event | None = None
     """On a GPU: after the wait in the stream of the computation, which the host does not wait for."""
 
-    def is_done(self) -> bool:
-        """Whether the communication is over."""
-        if self.finished is not None:
-            return self.finished.query()
-        work = self.work()
-        return work is None or (work.is_completed() and work.exception() is None)
-
 
 @dataclass(slots=True)
 class Call:
@@ -85,6 +78,15 @@ class Call:
         )
         return cls(group, operation, tuple(leaves))
 
+    def is_unfinished(self) -> bool:
+        """Whether the communication is not over, or has failed."""
+        if self.handle is None:
+            return True
+        if self.handle.finished is not None:
+            return not self.handle.finished.query()
+        work = self.handle.work()
+        return work is not None and (not work.is_completed() or work.exception() is not None)
+
     def ends(self) -> tuple[int, int] | None:
         """Return the sending and the receiving rank of a message between two known ranks."""
         if self.operation not in ("send", "recv"):
@@ -107,9 +109,8 @@ class Call:
         return [each for each in self.arguments if isinstance(each, TensorFacts)]
 
     def _in_words(self, tensors: str) -> str:
-        details = []
-        if ends := self.ends():
-            details.append(f"to rank {ends[1]}" if self.operation == "send" else f"from rank {ends[0]}")
+        ends = self.ends()
+        details = [f"to rank {ends[1]}" if self.operation == "send" else f"from rank {ends[0]}"] if ends else []
         for options in self.arguments:
             if hasattr(options, "reduceOp"):
                 details.append(str(options.reduceOp.op.name).lower())
