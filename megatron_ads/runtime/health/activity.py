@@ -318,7 +318,8 @@ def _recorded(name: str, method: Callable[..., Any], activity: Activity) -> Call
         finally:
             activity.wait_ends()
 
-    return {_END_OF_BATCH: end_batch, "wait": wait}.get(name, call)
+    others: dict[str, Callable[..., Any]] = {_END_OF_BATCH: end_batch, "wait": wait}
+    return others.get(name, call)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import torch.distributed as dist
 
@@ -121,16 +121,18 @@ class PeerMonitor:
                 link.send(kind, content)
 
     def _close(self) -> None:
-        for each in (*self._links, self._wake, self._woken):
-            each.close()
+        for link in self._links:
+            link.close()
+        self._wake.close()
+        self._woken.close()
 
     def _watch(self) -> None:
-        links = list(self._links)
+        heard: list[Any] = [self._woken, *self._links]
         while not self._is_leaving:
             seconds = self._hangs.seconds_to_sleep() if self._hangs else None
-            for ready in multiprocessing.connection.wait([self._woken, *links], seconds):
+            for ready in multiprocessing.connection.wait(heard, seconds):
                 if isinstance(ready, PeerLink) and not self._hear(ready):
-                    links.remove(ready)
+                    heard.remove(ready)
             if self._hangs and not self._is_leaving and (headline := self._hangs.look()):
                 self._end_hung(headline, heard_from=None)
 

@@ -182,7 +182,7 @@ class HangWatch:
         if kind == "hello":
             self._neighbours[link.rank] = content
         elif kind == "inquiry":
-            self._answer(*content, link)
+            self._answer(content, link)
         elif content.asker != self._rank:
             self._pass_on(kind, content, link)
         elif self._inquiry is not None and content.number == self._inquiry.number:
@@ -193,14 +193,15 @@ class HangWatch:
         _do_within(_WRITING_SECONDS, lambda: self._on_hang(headline))
         _do_within(_WRITING_SECONDS, lambda: _write_flight_record(self._directory / f"flight_{self._rank}"))
 
-    def _answer(self, asker: int, number: int, link: PeerLink) -> None:
+    def _answer(self, question: tuple[int, int], link: PeerLink) -> None:
         """Report the own state, and pass the question on; of several ranks that ask, the lowest continues."""
-        if asker == self._rank or (asker, number) in self._heard or (self._inquiry is not None and asker > self._rank):
+        asker, number = question
+        if asker == self._rank or question in self._heard or (self._inquiry is not None and asker > self._rank):
             return
         self._inquiry = None
         self._others_ask_until = time.monotonic() + 2 * self._answer_seconds
-        self._heard.add((asker, number))
-        self._pass_on("inquiry", (asker, number), link)
+        self._heard.add(question)
+        self._pass_on("inquiry", question, link)
         link.send("answer", self._own_answer(asker, number))
 
     def _pass_on(self, kind: str, content: object, heard_from: PeerLink) -> None:
