@@ -58,14 +58,12 @@ def main() -> int:
 
 def python_problems(version: tuple[int, int]) -> list[str]:
     """Return what is wrong with the Python that runs this."""
-    return (
-        []
-        if version >= _OLDEST_PYTHON
-        else [
-            f"Python is {platform.python_version()} ({sys.executable}), but 3.11 or newer is needed; make an environment "
-            "with ./launch/setup_env.sh, or name one in MEGATRON_ADS_VENV."
-        ]
-    )
+    if version >= _OLDEST_PYTHON:
+        return []
+    return [
+        f"Python is {platform.python_version()} ({sys.executable}), but 3.11 or newer is needed; make an environment "
+        "with ./launch/setup_env.sh, or name one in MEGATRON_ADS_VENV."
+    ]
 
 
 def wants_gpu(environment: Mapping[str, str]) -> bool:

@@ -201,9 +201,7 @@ class Attempt:
         """Let every node check itself and its connections to the others."""
         folders = dict.fromkeys((self.config.checkpoint.dir, self.config.log.dir))
         arguments = [f"--local-ranks={self.allocation.ranks_per_node}", f"--expect={self.folder / ATTEMPT}"]
-        arguments += [
-            f"--folder={folder}" for folder in dict.fromkeys((self.config.checkpoint.dir, self.config.log.dir))
-        ]
+        arguments += [f"--folder={folder}" for folder in folders]
         arguments += ["--gpus"] if needs_gpu(self.config, os.environ) else []
         return check_nodes(self.allocation, arguments)
 

@@ -31,7 +31,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_ads.errors import MegatronAdsError
 from megatron_ads.layout import ParallelLayout, describe_ranks
-from megatron_ads.runtime.health.calls import Call, Group, Handle
+from megatron_ads.runtime.health.calls import Call, Group
 
 _REMEMBERED = 256
 """Calls looked through for unfinished ones: more than are ever under way at once."""
@@ -223,7 +223,7 @@ class Activity:
         """Remember the handle that the latest call returned: None if it is over, or part of a coalesced batch."""
         self._leave()
         if work is not None:
-            self._calls[-1].handle = Handle(weakref.ref(work))
+            self._calls[-1].work = weakref.ref(work)
         elif operation == "monitored_barrier":
             self._calls.pop()
         else:
@@ -231,22 +231,22 @@ class Activity:
 
     def batch_issued(self, work: Any) -> None:
         """Remember the handle of all calls that were coalesced (NCCL does) since the last batch."""
-        if work is not None:
-            handle = Handle(weakref.ref(work))
-            for call in self._batch:
-                call.handle = handle
+        for call in self._batch:
+            call.work = None if work is None else weakref.ref(work)
         self._batch.clear()
 
     def wait_begins(self, work: Any) -> None:
         """Note which call the host, or the stream on a GPU, waits for from here on."""
-        self._enter(next((call for call in reversed(self._calls) if call.handle and call.handle.work() is work), None))
+        self._enter(next((call for call in reversed(self._calls) if call.work and call.work() is work), None))
 
     def wait_ends(self) -> None:
         """Note the end of the wait."""
         call = self._inside[-1] if self._inside else None
         event = self._leave()
-        if call is not None and call.handle is not None:
-            call.handle.finished = event
+        if event is not None and call is not None:
+            for each in self._calls:
+                if each.work is call.work:  # a reference that all calls of a batch share
+                    each.finished = event
 
     def _enter(self, call: Call | None) -> None:
         self._inside.append(call)

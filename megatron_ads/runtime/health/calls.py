@@ -44,16 +44,6 @@ class TensorFacts(NamedTuple):
 
 
 @dataclass(slots=True)
-class Handle:
-    """What a call returned to wait on; the calls of a coalesced batch share one."""
-
-    work: weakref.ref[Any]
-    """Dies when nobody waits any more."""
-    finished: torch.cuda.Event | None = None
-    """On a GPU: after the wait in the stream of the computation, which the host does not wait for."""
-
-
-@dataclass(slots=True)
 class Call:
     """A call of a method of ``ProcessGroup``; as text, its tensors (outputs first), reduction, root or peer."""
 
@@ -66,8 +56,10 @@ class Call:
     number: int = 0
     """On its channel, from 1."""
     begun: float = 0.0
-    handle: Handle | None = None
-    """None until the call has returned one."""
+    work: weakref.ref[Any] | None = None
+    """What the call, or the batch that it is part of, returned to wait on; dies when nobody waits any more."""
+    finished: torch.cuda.Event | None = None
+    """On a GPU: after the wait in the stream of the computation, which the host does not wait for."""
 
     @classmethod
     def of(cls, group: Group, operation: str, arguments: Sequence[Any]) -> Self:
@@ -80,11 +72,11 @@ class Call:
 
     def is_unfinished(self) -> bool:
         """Whether the communication is not over, or has failed."""
-        if self.handle is None:
+        if self.finished is not None:
+            return not self.finished.query()
+        if self.work is None:
             return True
-        if self.handle.finished is not None:
-            return not self.handle.finished.query()
-        work = self.handle.work()
+        work = self.work()
         return work is not None and (not work.is_completed() or work.exception() is not None)
 
     def ends(self) -> tuple[int, int] | None:

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime.health.activity import CommunicationError
 from megatron_ads.runtime.health.rank_record import ExitStatus
-from megatron_ads.runtime.health.ring import PeerLink, join_ring
+from megatron_ads.runtime.health.ring import PeerLink, join_ring, tell
 from megatron_ads.runtime.health.watch import HangWatch
 
 logger = logging.getLogger(__name__)
@@ -97,10 +97,10 @@ class PeerMonitor:
         self._is_leaving = True
         self._stopped_by_error.set()
         if error is None or isinstance(error, SystemExit):
-            self._tell("done")
+            tell(self._links, "done")
         else:
             text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            self._tell("loss", self._loss(self._rank, text))
+            tell(self._links, "loss", self._loss(self._rank, text))
         self._wake.send(b"x")
         self._thread.join()
         if self._hangs:
@@ -110,15 +110,10 @@ class PeerMonitor:
     def report_step(self, step: int) -> None:
         """Let the neighbours know that ``step`` is finished here; costs two small writes."""
         self._steps[self._rank] = step
-        self._tell("step", step)
+        tell(self._links, "step", step)
 
     def _loss(self, rank: int, error: str | None) -> LostPeer:
         return LostPeer(rank, self._layout.coordinates(rank).pp, self._steps.get(rank), error)
-
-    def _tell(self, kind: str, content: object = None, *, except_for: PeerLink | None = None) -> None:
-        for link in self._links:
-            if link is not except_for:
-                link.send(kind, content)
 
     def _close(self) -> None:
         for link in self._links:
@@ -156,7 +151,7 @@ class PeerMonitor:
         """Pass the news on and end this process, unless it is leaving anyway."""
         if loss.rank == self._rank or self._is_leaving:
             return
-        self._tell("loss", loss, except_for=heard_from)
+        tell(self._links, "loss", loss, except_for=heard_from)
         if loss.error is not None and self._stopped_by_error.wait(_OWN_ERROR_SECONDS) and self._is_leaving:
             return
         logger.critical("%s; this rank cannot continue without it and exits with %d.", loss, ExitStatus.PEER_LOST)
@@ -165,7 +160,7 @@ class PeerMonitor:
 
     def _end_hung(self, headline: str, *, heard_from: PeerLink | None) -> None:
         """Pass on that the job hangs and end this process."""
-        self._tell("hang", headline, except_for=heard_from)
+        tell(self._links, "hang", headline, except_for=heard_from)
         if heard_from is not None:
             logger.critical("%s; this rank exits with %d.", headline, ExitStatus.HUNG)
         if self._hangs:

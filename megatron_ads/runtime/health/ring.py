@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -61,6 +62,13 @@ class PeerLink:
         except (EOFError, OSError) as error:
             raise ConnectionError(str(error) or "closed") from error
         return kind, content
+
+
+def tell(links: Iterable[PeerLink], kind: str, content: object = None, *, except_for: PeerLink | None = None) -> None:
+    """Send a message to the neighbours; what one of them said goes to the other one only (``except_for``)."""
+    for link in links:
+        if link is not except_for:
+            link.send(kind, content)
 
 
 def join_ring(rank: int, world: int, timeout_seconds: float = 60.0) -> list[PeerLink]:

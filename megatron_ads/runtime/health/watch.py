@@ -1,10 +1,9 @@
 """Find out, when nothing moves any more, which rank the others wait for; report it and end the job.
 
 A rank that has made no progress for nearly the job's timeout, in a communication or within a step, asks around the
-``ring``. Every rank answers with its current state, back along the way the question came, so that one rank that does
-not answer cuts nobody off. The rank that asked makes the report and makes all ranks end. If it moves on meanwhile,
-nothing has happened. With several silent ranks apart from each other, each part of the ring makes its own report, and
-the last one is kept.
+``ring``. Every rank answers with its current state, back along the way the question came, so that one that does not
+answer cuts nobody off. The rank that asked makes the report and makes all ranks end, unless it moves on meanwhile.
+Silent ranks may divide the ring: each part makes its own report, and the last one is kept.
 
 All of this happens in the thread of the peer monitor, which answers while the training thread waits or sleeps, in
 Python or in C. It cannot in a stopped process, nor while C code holds the interpreter lock: such a rank is reported as
@@ -30,7 +29,7 @@ from typing import Any
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime.health.activity import Activity, RankState
 from megatron_ads.runtime.health.report import HangReport, Place, find, write_report
-from megatron_ads.runtime.health.ring import PeerLink
+from megatron_ads.runtime.health.ring import PeerLink, tell
 
 logger = logging.getLogger(__name__)
 
@@ -139,8 +138,7 @@ class HangWatch:
     def start(self, links: Sequence[PeerLink]) -> None:
         """Introduce this process to its neighbours."""
         self._links = links
-        for link in links:
-            link.send("hello", _own_place())
+        tell(links, "hello", _own_place())
 
     def stop(self) -> None:
         """Leave nothing behind."""
@@ -173,8 +171,7 @@ class HangWatch:
             self._asked += 1
             self._inquiry = _Inquiry(self._asked, self._activity.progress(), now + self._answer_seconds)
             self._inquiry.answers[self._rank] = self._own_answer(self._rank, self._asked)
-            for link in self._links:
-                link.send("inquiry", (self._rank, self._asked))
+            tell(self._links, "inquiry", (self._rank, self._asked))
         return None
 
     def hear(self, kind: str, content: Any, link: PeerLink) -> None:
@@ -184,7 +181,7 @@ class HangWatch:
         elif kind == "inquiry":
             self._answer(content, link)
         elif content.asker != self._rank:
-            self._pass_on(kind, content, link)
+            tell(self._links, kind, content, except_for=link)  # back to where the question came from
         elif self._inquiry is not None and content.number == self._inquiry.number:
             self._inquiry.answers[content.rank] = content
 
@@ -201,14 +198,8 @@ class HangWatch:
         self._inquiry = None
         self._others_ask_until = time.monotonic() + 2 * self._answer_seconds
         self._heard.add(question)
-        self._pass_on("inquiry", question, link)
+        tell(self._links, "inquiry", question, except_for=link)
         link.send("answer", self._own_answer(asker, number))
-
-    def _pass_on(self, kind: str, content: object, heard_from: PeerLink) -> None:
-        """Pass a question on; what comes from where it was passed to is an answer, and goes back where it came from."""
-        for link in self._links:
-            if link is not heard_from:
-                link.send(kind, content)
 
     def _own_answer(self, asker: int, number: int) -> _Answer:
         seen = {rank: _seen_from_here(place) for rank, place in self._neighbours.items()}
