@@ -9,6 +9,7 @@ which is the rank order of ``megatron.core.parallel_state`` ("tp-cp-ep-dp-pp").
 """
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -354,3 +355,13 @@ def describe_ranks(ranks: Sequence[int]) -> str:
     ]
     named = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return f"rank{'s' if len(ordered) != 1 else ''} {named}"
+
+
+def rank() -> int:
+    """Return the rank of this process as its launcher (torchrun, srun) says; 0 when launched alone."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def world_size() -> int:
+    """Return the number of processes of this job as its launcher says; 1 when launched alone."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))

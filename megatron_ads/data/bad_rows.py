@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_ads.errors import DataError
-from megatron_ads.observability.log import get_logger, rank
+from megatron_ads.layout import rank
+from megatron_ads.observability.log import get_logger
 from megatron_ads.rows import ChatRow
 
 logger = get_logger(__name__)

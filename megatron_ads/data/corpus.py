@@ -12,7 +12,8 @@ from megatron_ads.data.mixing import WeightedRows
 from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.data.split import RowSplit, split_by_group, split_by_time
 from megatron_ads.errors import DataError
-from megatron_ads.observability.log import get_logger, rank
+from megatron_ads.layout import rank
+from megatron_ads.observability.log import get_logger
 from megatron_ads.rows import ChatRow, Fact, Message, Role, TokenizedRow
 from megatron_ads.tasks.answer_format import without_reasoning
 from megatron_ads.tasks.registry import TASKS

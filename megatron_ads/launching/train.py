@@ -23,7 +23,7 @@ from megatron_ads.launching.attempts import AttemptResult, describe_failure, jud
 from megatron_ads.launching.environment import NodePart
 from megatron_ads.launching.job_check import check_job_and_node
 from megatron_ads.launching.processes import wait_passing_signals_on
-from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, RankRecord, read_records
+from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, read_records
 from megatron_ads.training.stopping import clear_outcome, read_outcome
 
 _RENDEZVOUS_SECONDS = 600
@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
         for problem in problems[:-1]:
             print(f"megatron-ads: {problem}", file=sys.stderr)
         raise ConfigError(problems[-1])
-    records = _empty_records(config, part)
+    records = Path(config.log.dir) / "torchrun" / f"node-{part.node}"
+    shutil.rmtree(records, ignore_errors=True)  # how the ranks of an earlier job ended
+    records.mkdir(parents=True)
     if part.node == 0:
         clear_outcome(Path(config.log.dir))
     command = torchrun_command(part, "megatron_ads.training", ["--recipe", args.recipe, *args.overrides])
@@ -85,14 +87,6 @@ def torchrun_command(part: NodePart, module: str, arguments: Sequence[str]) -> l
     ]
 
 
-def _empty_records(config: SftConfig, part: NodePart) -> Path:
-    """Return this node's folder for how its ranks end, without what an earlier job left there."""
-    folder = Path(config.log.dir) / "torchrun" / f"node-{part.node}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
-
-
 def _environment(config: SftConfig, part: NodePart, records: Path) -> dict[str, str]:
     threads = config.runtime.threads or max(1, len(os.sched_getaffinity(0)) // part.ranks_here)
     return {
@@ -113,14 +107,9 @@ def _report(config: SftConfig, part: NodePart, records: Path, failed: bool) -> E
     if failed and verdict is not AttemptResult.REFUSED:
         verdict = AttemptResult.FAILED
     if verdict in (AttemptResult.FAILED, AttemptResult.REFUSED):
-        for line in describe_failure(ended, _ranks_here(ended, part), None):
+        # torchrun numbers the ranks of a node consecutively, in an order of nodes of its own.
+        first = ended[0].rank // part.ranks_here * part.ranks_here if ended else 0
+        here = range(first, first + part.ranks_here) if ended or part.nodes == 1 else range(0)
+        for line in describe_failure(ended, here, None):
             print(f"megatron-ads: {line}", file=sys.stderr)
     return _STATUS[verdict]
-
-
-def _ranks_here(ended: Sequence[RankRecord], part: NodePart) -> range:
-    """Return the numbers that torchrun gave to this node's ranks: consecutive, in an order of nodes of its own."""
-    if part.nodes > 1 and not ended:
-        return range(0)
-    first = ended[0].rank // part.ranks_here * part.ranks_here if ended else 0
-    return range(first, first + part.ranks_here)

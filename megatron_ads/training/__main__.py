@@ -10,7 +10,8 @@ import sys
 
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.errors import MegatronAdsError
-from megatron_ads.observability.log import get_logger, rank, start_logging
+from megatron_ads.layout import rank
+from megatron_ads.observability.log import get_logger, start_logging
 from megatron_ads.runtime.health.rank_record import (
     ExitStatus,
     exit_status,

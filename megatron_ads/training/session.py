@@ -13,7 +13,7 @@ import torch.distributed as dist
 from conversion.rank_files import ShardsLayout
 from conversion.sources import WeightSource, open_source
 from megatron_ads.config.run import RunConfig, require_trainable
-from megatron_ads.observability.log import world_size
+from megatron_ads.layout import world_size
 from megatron_ads.observability.provenance import git_revision, package_versions
 from megatron_ads.observability.trackers import require_installed
 from megatron_ads.optim.chain import OptimizerChain

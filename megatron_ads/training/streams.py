@@ -11,8 +11,8 @@ from megatron_ads.data.batches import BatchStream, HeldOut, ReplicaShare, batche
 from megatron_ads.data.chat import load_tokenizer
 from megatron_ads.data.corpus import LeftOut, read_corpus, tokenize, tokenize_training
 from megatron_ads.errors import DataError
-from megatron_ads.layout import ParallelLayout
-from megatron_ads.observability.log import get_logger, rank
+from megatron_ads.layout import ParallelLayout, rank
+from megatron_ads.observability.log import get_logger
 
 logger = get_logger(__name__)
 

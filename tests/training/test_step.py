@@ -37,7 +37,7 @@ def samples() -> list[TokenizedRow]:
 
 
 def _share(layout: ParallelLayout) -> ReplicaShare:
-    from megatron_ads.observability.log import rank
+    from megatron_ads.layout import rank
 
     return ReplicaShare(4, 1, layout.coordinates(rank()).dp, layout.dp)
 

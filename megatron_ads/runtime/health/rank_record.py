@@ -100,8 +100,7 @@ def read_records(folder: Path) -> list[RankRecord]:
 def first_failure(records: Sequence[RankRecord]) -> RankRecord | None:
     """Return the rank that failed first of its own accord; one that lost a peer only if there is no other."""
     failed = [record for record in records if record.failed]
-    own = [record for record in failed if record.status is not ExitStatus.PEER_LOST]
-    return next(iter(own or failed), None)
+    return next((record for record in failed if record.status is not ExitStatus.PEER_LOST), next(iter(failed), None))
 
 
 def exit_status(status: ExitStatus) -> ExitStatus:
