@@ -7,14 +7,14 @@ time: train on targets before, evaluate on targets after.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_ads.config.data import AdsTask
-from megatron_ads.data.jsonl import read_objects
-from megatron_ads.data.public_data import locate
+from megatron_ads.data.jsonl import read_records
+from megatron_ads.data.public_data import cut_at_word, locate, some_rows
 from megatron_ads.data.user_features import LoggedEvent, ViewChooser, compile_history
 from megatron_ads.errors import DataError
 from megatron_ads.rows import ChatRow
@@ -39,11 +39,7 @@ class Item:
 
 
 def next_brand_file(path: str | None) -> Path:
-    """Return the file of users; the items lie beside it.
-
-    Raises:
-        DataError: If neither ``path`` nor the environment names anything.
-    """
+    """Return the file of users, which lies next to the items; raise as ``locate``."""
     return locate(path, FILE, kind="next_brand")
 
 
@@ -53,17 +49,14 @@ def read_items(file: Path) -> dict[int, Item]:
     Raises:
         DataError: With the row number, for the first record that cannot be used.
     """
-    items: dict[int, Item] = {}
-    for number, record in read_objects(file):
-        codes = record.get("sid")
-        if (
-            not isinstance(record.get("item_id"), int)
-            or not isinstance(record.get("title"), str)
-            or not isinstance(codes, list)
-        ):
-            raise DataError(f"{file}, row {number}: item_id, title or sid is missing or of another type.")
-        brand = record.get("brand") or ""
-        items[record["item_id"]] = Item(record["title"].strip(), brand.strip(), "".join(map(str, codes)))
+
+    def read(_: int, record: Mapping[str, Any]) -> tuple[int, Item]:
+        number, title, codes = record.get("item_id"), record.get("title"), record.get("sid")
+        if not isinstance(number, int) or not isinstance(title, str) or not isinstance(codes, list):
+            raise DataError("item_id, title or sid is missing or of another type.")
+        return number, Item(title.strip(), (record.get("brand") or "").strip(), "".join(map(str, codes)))
+
+    items = dict(read_records(file, read))
     if not items:
         raise DataError(f"{file} holds no rows.")
     return items
@@ -78,27 +71,20 @@ def next_brand_rows(
         DataError: With the row number, for the first record that cannot be used.
     """
     items = read_items(file.with_name(ITEMS))
-    make: Callable[[UserHistory, str, ViewChooser], ChatRow]
     make = _next_brand_row if task is AdsTask.next_advertiser else _profile_row
-    rows: list[ChatRow] = []
-    for number, record in read_objects(file):
-        try:
-            events = _read_events(record, items)
-        except DataError as error:
-            raise DataError(f"{file}, row {number}: {error}") from None
-        for time, history, brand in _targets(str(record["user_id"]), events):
-            if len(rows) == limit:
-                return rows
-            rows.append(replace(make(history, brand, view_of), time=time))
-    if not rows:
-        raise DataError(f"{file} holds no user with purchases on two days.")
-    return rows
 
+    def read(_: int, record: Mapping[str, Any]) -> tuple[str, list[LoggedEvent]]:
+        user, events = record.get("user_id"), record.get("events")
+        if not isinstance(user, str) or not isinstance(events, list):
+            raise DataError("user_id or events is missing or of another type.")
+        return user, [_read_event(event, items) for event in events]
 
-def _read_events(record: Mapping[str, Any], items: Mapping[int, Item]) -> list[LoggedEvent]:
-    if not isinstance(record.get("user_id"), str) or not isinstance(record.get("events"), list):
-        raise DataError("user_id or events is missing or of another type.")
-    return [_read_event(event, items) for event in record["events"]]
+    rows = (
+        replace(make(history, brand, view_of), time=time)
+        for user, events in read_records(file, read)
+        for time, history, brand in _targets(user, events)
+    )
+    return some_rows(file, rows, limit, what="user with purchases on two days")
 
 
 def _read_event(event: Any, items: Mapping[int, Item]) -> LoggedEvent:
@@ -108,9 +94,7 @@ def _read_event(event: Any, items: Mapping[int, Item]) -> LoggedEvent:
     return LoggedEvent(
         time=event["t"],
         kind=EventKind.matched_conversion,
-        text=item.title[:_MAX_TITLE_CHARACTERS].rsplit(" ", 1)[0]
-        if len(item.title) > _MAX_TITLE_CHARACTERS
-        else item.title,
+        text=cut_at_word(item.title, _MAX_TITLE_CHARACTERS),
         brand=item.brand,
         advertiser=item.brand,
         semantic_id=item.semantic_id,

@@ -20,9 +20,12 @@ from megatron_ads.data.simulator.vocabulary import (
     PLACES_OFFERED,
     PRICES,
     PRICES_OFFERED,
+    QUERY_COUNT,
     SPAM_TEXTS,
+    WORDINGS,
     invent_names,
-    word_all_queries,
+    wanted_by,
+    word_query,
 )
 from megatron_ads.errors import ConfigError
 
@@ -119,17 +122,28 @@ def draw_world(seed: int, *, advertisers: int = DEFAULT_ADVERTISERS) -> World:
         department_of(kind) * BRANDS_PER_DEPARTMENT + draw.permutation(BRANDS_PER_DEPARTMENT)[:BRANDS_PER_KIND]
         for kind in range(K)
     ])  # fmt: skip
-    shops = _draw_advertisers(shop_names, draw)
-    ads = [ad for number, shop in enumerate(shops) for ad in _draw_ads(number, shop, brands_of_kind, brand_names, draw)]
+    # Every advertiser has a main kind, all kinds in turn.
+    main_kinds = np.concatenate([draw.permutation(K) for _ in range(-(-advertisers // K))])[:advertisers]
+    shops = [_draw_advertiser(name, int(kind), draw) for name, kind in zip(shop_names, main_kinds, strict=True)]
+    ads = [
+        draw_ad(number, shop, kind, int(draw.choice(brands_of_kind[kind])), brand_names, draw)
+        for number, shop in enumerate(shops)
+        for kind in shop.kinds
+        for _ in range(ADS_PER_OFFER)
+    ]
+    first_ad_AK = np.full((advertisers, K), -1, dtype=np.int32)
+    for number, ad in reversed(list(enumerate(ads))):
+        first_ad_AK[ad.advertiser, ad.kind] = number
     popularity_A = _normalized(draw.lognormal(0.0, 1.0, advertisers))
+    wanted = [wanted_by(query, brands_of_kind) for query in range(QUERY_COUNT)]
     return World(
         seed=seed,
         brand_names=brand_names,
         brands_of_kind=brands_of_kind,
         advertisers=shops,
         ads=ads,
-        queries=word_all_queries(brands_of_kind, brand_names),
-        first_ad_AK=_first_ads(ads, advertisers),
+        queries=[word_query(wish, brand_names, query % WORDINGS) for query, wish in enumerate(wanted)],
+        first_ad_AK=first_ad_AK,
         popularity_A=popularity_A,
         intent_KPA=_intent(shops, popularity_A),
         auction_KD=_auction(ads, popularity_A),
@@ -141,18 +155,11 @@ def _normalized(weights: NDArray[np.float64]) -> NDArray[np.float64]:
     return total
 
 
-def _draw_advertisers(names: list[str], draw: np.random.Generator) -> list[Advertiser]:
-    """Give every advertiser a main kind, all kinds in turn, and some of them more from the same department."""
-    main_kinds = np.concatenate([draw.permutation(K) for _ in range(-(-len(names) // K))])[: len(names)]
-    return [_draw_advertiser(name, int(kind), draw) for name, kind in zip(names, main_kinds, strict=True)]
-
-
 def _draw_advertiser(name: str, kind: int, draw: np.random.Generator) -> Advertiser:
-    department = department_of(kind)
-    first = department * KINDS_PER_DEPARTMENT
-    others = [other for other in range(first, first + KINDS_PER_DEPARTMENT) if other != kind]
+    """Draw a shop that sells ``kind`` and, some of them, more from the same department."""
+    others = [other for other in range(K) if department_of(other) == department_of(kind) and other != kind]
     more = draw.permutation(others)[: draw.choice(3, p=(0.4, 0.4, 0.2))]
-    whole = f"{name} {draw.choice(DEPARTMENTS[department].shop_words)}"
+    whole = f"{name} {draw.choice(DEPARTMENTS[department_of(kind)].shop_words)}"
     return Advertiser(
         name=whole,
         domain=whole.lower().replace(" ", "") + ".example",
@@ -160,16 +167,6 @@ def _draw_advertiser(name: str, kind: int, draw: np.random.Generator) -> Adverti
         price=int(draw.integers(P)),
         place=int(draw.integers(len(PLACES))) if draw.random() < _LOCAL_SHARE else None,
     )
-
-
-def _draw_ads(
-    number: int, shop: Advertiser, brands_of_kind: NDArray[np.int64], brand_names: list[str], draw: np.random.Generator
-) -> list[AdFacts]:
-    return [
-        draw_ad(number, shop, kind, int(draw.choice(brands_of_kind[kind])), brand_names, draw)
-        for kind in shop.kinds
-        for _ in range(ADS_PER_OFFER)
-    ]
 
 
 def draw_ad(
@@ -204,13 +201,10 @@ def draw_ad(
 def ad_sentences(shop: Advertiser, kind: int, detail: int, text: int, draw: np.random.Generator) -> list[str]:
     """Return what an ad says of price, place and detail, and a sentence that is clean, misspelt or spam."""
     low, high = int(draw.integers(15, 60)), int(draw.integers(30, 99)) * 10
-    if shop.place is None:
-        where = pick(EVERYWHERE_OFFERED, draw)
-    else:
-        where = pick(PLACES_OFFERED, draw).format(place=PLACES[shop.place])
+    where = pick(EVERYWHERE_OFFERED if shop.place is None else PLACES_OFFERED, draw)
     return [
         pick(PRICES_OFFERED[shop.price], draw).format(low=low, high=high),
-        where,
+        where if shop.place is None else where.format(place=PLACES[shop.place]),
         DEPARTMENTS[department_of(kind)].details[detail][1],
         pick(TEXTS[text], draw),
     ]
@@ -219,13 +213,6 @@ def ad_sentences(shop: Advertiser, kind: int, detail: int, text: int, draw: np.r
 def pick(texts: tuple[str, ...], draw: np.random.Generator) -> str:
     """Return one of a few texts."""
     return texts[draw.integers(len(texts))]
-
-
-def _first_ads(ads: list[AdFacts], advertisers: int) -> NDArray[np.int32]:
-    first_AK = np.full((advertisers, K), -1, dtype=np.int32)
-    for number, ad in reversed(list(enumerate(ads))):
-        first_AK[ad.advertiser, ad.kind] = number
-    return first_AK
 
 
 def _intent(shops: list[Advertiser], popularity_A: NDArray[np.float64]) -> NDArray[np.float64]:
