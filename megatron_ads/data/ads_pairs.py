@@ -122,36 +122,19 @@ class QueryAdPair:
 def judge(wanted: QueryIntent, offered: Offered) -> tuple[Label, str]:
     """Apply the rule; return the label and the reasoning that leads to it."""
     steps = [f"Text: {offered.text}."]
-    if offered.text is Text.spam:
-        return Label.bad, " ".join(steps)
-    for name, asked, given in _decisive(wanted, offered):
-        steps.append(_compare(name, asked, given))
-        if asked != given:
-            return Label.bad, " ".join(steps)
-    label = Label.good if offered.text is Text.clean else Label.fair
-    for name, asked, given in _desirable(wanted, offered):
-        steps.append(_compare(name, asked, given))
-        label = label if asked == given else Label.fair
+    label = {Text.clean: Label.good, Text.misspelt: Label.fair, Text.spam: Label.bad}[offered.text]
+    for name, asked, given, if_different in (
+        ("Category", wanted.category.name, offered.category.name, Label.bad),
+        ("Place", wanted.place, offered.place, Label.bad),
+        ("Brand", wanted.brand, offered.brand, Label.fair),
+        ("Price", wanted.price, offered.price, Label.fair),
+    ):
+        if label is Label.bad:
+            break
+        if asked is not None:
+            steps.append(f"{name}: {asked} vs {given} {'agree' if asked == given else 'differ'}.")
+            label = label if asked == given else if_different
     return label, " ".join(steps)
-
-
-def _decisive(wanted: QueryIntent, offered: Offered) -> Iterator[tuple[str, str, str]]:
-    """Yield what must agree: name, asked, offered."""
-    yield "Category", wanted.category.name, offered.category.name
-    if wanted.place is not None:
-        yield "Place", wanted.place, offered.place
-
-
-def _desirable(wanted: QueryIntent, offered: Offered) -> Iterator[tuple[str, str, str]]:
-    """Yield what should agree: name, asked, offered."""
-    if wanted.brand is not None:
-        yield "Brand", wanted.brand, offered.brand
-    if wanted.price is not None:
-        yield "Price", wanted.price, offered.price
-
-
-def _compare(name: str, asked: str, given: str) -> str:
-    return f"{name}: {asked} vs {given} {'agree' if asked == given else 'differ'}."
 
 
 def generate_pairs(seed: int) -> Iterator[QueryAdPair]:
@@ -215,16 +198,12 @@ def _word_query(wanted: QueryIntent, draw: random.Random) -> str:
     if wanted.price:
         words.insert(0, draw.choice(PRICES_ASKED[wanted.price]))
     if wanted.place:
-        words.append(draw.choice(("in", "near")) + " " + wanted.place.lower())
+        words += [draw.choice(("in", "near")), wanted.place.lower()]
     return " ".join(words)
 
 
 def _word_ad(offered: Offered, draw: random.Random) -> Ad:
-    sentences = [
-        draw.choice(PRICES_OFFERED[offered.price]),
-        draw.choice(PLACES_OFFERED).format(place=offered.place),
-        draw.choice(TEXTS[offered.text]),
-    ]
+    price, place = draw.choice(PRICES_OFFERED[offered.price]), draw.choice(PLACES_OFFERED).format(place=offered.place)
+    sentences = [price, place, draw.choice(TEXTS[offered.text])]
     draw.shuffle(sentences)
-    name = draw.choice(offered.category.offered_as)
-    return Ad(title=f"{offered.brand} {name}", description=" ".join(sentences))
+    return Ad(f"{offered.brand} {draw.choice(offered.category.offered_as)}", " ".join(sentences))

@@ -95,10 +95,14 @@ class BatchStream:
         """Return this replica's microbatches of the next step."""
         packed = self._draw_rows()
         samples = [draw.row for draw in self._step]
-        return [
-            self._weighted(PackedBatch.of(samples, micro, seq_length=self._seq_length, normalize=self._normalize))
+        batches = [
+            PackedBatch.of(samples, micro, seq_length=self._seq_length, normalize=self._normalize)
             for micro in self._share.microbatches(packed)
         ]
+        if self._weights is None:
+            return batches
+        weights = torch.from_numpy(self._weights.of([draw.number for draw in self._step])).float()
+        return [replace(batch, mask_BS=batch.mask_BS * weights[batch.sample_BS]) for batch in batches]
 
     def _draw_rows(self) -> list[PackedRow]:
         """Draw and pack the samples of a step; those that do not fit any more go back."""
@@ -111,16 +115,10 @@ class BatchStream:
                 drawn.append(self._mixture.draw())
                 room -= drawn[-1].row.predictions
             packed = [*pack_prefix([draw.row.predictions for draw in drawn], capacity=self._seq_length, rows=count)]
-        used = sum(len(numbers) for numbers in packed)
+        used = sum(map(len, packed))
         self._mixture.put_back([draw.source for draw in drawn[used:]])
         self._step = drawn[:used]
         return packed
-
-    def _weighted(self, batch: PackedBatch) -> PackedBatch:
-        if self._weights is None:
-            return batch
-        weights = torch.from_numpy(self._weights.of([draw.number for draw in self._step])).float()
-        return replace(batch, mask_BS=batch.mask_BS * weights[batch.sample_BS])
 
     def observe(self, sample_losses: Sequence[float]) -> dict[str, float]:
         """Take in the summed loss of each sample of the latest step; return the mean per target token of each task."""
@@ -139,12 +137,8 @@ class BatchStream:
         """Yield this replica's microbatches of one pass over all rows, by number, in portions that fit in memory."""
         rows = self._mixture.rows
         for start in range(0, len(rows), _ROWS_OF_A_PORTION):
-            yield batches_of_all(
-                rows[start : start + _ROWS_OF_A_PORTION],
-                self._share,
-                seq_length=self._seq_length,
-                packing=self._packing,
-            )
+            portion = rows[start : start + _ROWS_OF_A_PORTION]
+            yield batches_of_all(portion, self._share, seq_length=self._seq_length, packing=self._packing)
 
     def renew_weights(self, pass_losses: Sequence[float] | None = None) -> dict[str, float]:
         """Renew the instance weights; return what they are now, by metric name.
@@ -225,7 +219,7 @@ def batches_of_all(
     start, count = 0, share.global_batch_size
     while start < len(rows):
         packed = _pack_from(rows, start, count, seq_length if packing else None)
-        start += sum(len(row) for row in packed)
+        start += sum(map(len, packed))
         batches += [
             PackedBatch.of(rows, micro, seq_length=seq_length, normalize=normalize, extra=extra)
             for micro in share.microbatches(packed)
@@ -236,15 +230,12 @@ def batches_of_all(
 def _pack_from(rows: Sequence[TokenizedRow], start: int, count: int, capacity: int | None) -> list[PackedRow]:
     """Return ``count`` packed rows, some of them perhaps empty; ``capacity`` None is one sample a row."""
     if capacity is None:
-        single: list[PackedRow] = [[number] for number in range(start, min(start + count, len(rows)))]
-        return single + [[] for _ in range(count - len(single))]
+        return [[number] if number < len(rows) else [] for number in range(start, start + count)]
     lengths: list[int] = []
     room = count * capacity
-    for row in rows[start:]:
-        lengths.append(row.predictions)
-        room -= row.predictions
-        if room < 0:
-            break
+    while room >= 0 and start + len(lengths) < len(rows):
+        lengths.append(rows[start + len(lengths)].predictions)
+        room -= lengths[-1]
     packed = pack_prefix(lengths, capacity=capacity, rows=count)
     return [[start + index for index in indices] for indices in packed]
 

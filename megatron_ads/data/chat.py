@@ -108,8 +108,9 @@ def render_prompt(messages: Sequence[Message], tokenizer: ChatTokenizer) -> str:
     """
     from jinja2.exceptions import TemplateError
 
-    if not tokenizer.has_chat_template:
-        return _plain_prompt(messages)
+    if not tokenizer.has_chat_template:  # a base model: one paragraph a message
+        turns = [f"{message.role}: {message.content}" for message in messages]
+        return "\n\n".join([*turns, f"{Role.assistant}: "])
     try:
         text: str = tokenizer.fast.apply_chat_template(
             [message.as_dict() for message in messages], tokenize=False, add_generation_prompt=True
@@ -117,9 +118,3 @@ def render_prompt(messages: Sequence[Message], tokenizer: ChatTokenizer) -> str:
     except TemplateError as error:
         raise DataError(f"the checkpoint's chat template refuses the conversation: {error}") from None
     return text
-
-
-def _plain_prompt(messages: Sequence[Message]) -> str:
-    """One paragraph a message, for checkpoints without a chat template (base models)."""
-    turns = [f"{message.role}: {message.content}" for message in messages]
-    return "\n\n".join([*turns, f"{Role.assistant}: "])

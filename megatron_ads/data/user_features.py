@@ -73,20 +73,19 @@ def history_view(config: HistoryConfig, default: HistoryView = FULL_VIEW) -> His
     Raises:
         ConfigError: If there is no such section.
     """
-    return HistoryView(
-        without=default.without if config.without is None else frozenset(map(_section, config.without)),
-        window_days={**default.window_days, **{_section(name): days for name, days in config.window_days.items()}},
-        max_entries=default.max_entries if config.max_entries is None else config.max_entries,
-    )
 
-
-def _section(name: str) -> Section:
-    try:
-        return Section(name)
-    except ValueError:
+    def section(name: str) -> Section:
+        if name in list(Section):
+            return Section(name)
         near = difflib.get_close_matches(name, list(Section), n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"history names the section {name!r}; known: {', '.join(Section)}.{hint}") from None
+        raise ConfigError(f"history names the section {name!r}; known: {', '.join(Section)}.{hint}")
+
+    return HistoryView(
+        without=default.without if config.without is None else frozenset(map(section, config.without)),
+        window_days={**default.window_days, **{section(name): days for name, days in config.window_days.items()}},
+        max_entries=default.max_entries if config.max_entries is None else config.max_entries,
+    )
 
 
 def count_pieces(text: str) -> int:
