@@ -35,9 +35,7 @@ class Category:
     name: str
     """One word: what reasoning calls it."""
     asked_as: tuple[str, ...]
-    """How a searcher words it."""
     offered_as: tuple[str, ...]
-    """How an advertiser words it."""
 
 
 class Price(StrEnum):

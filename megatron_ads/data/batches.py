@@ -271,14 +271,9 @@ def losses_by_task(rows: Sequence[TokenizedRow], sample_losses: Sequence[float])
 
 
 def refuse_long_rows(rows: Sequence[TokenizedRow], seq_length: int) -> None:
-    """Raise if a row predicts more tokens than fit.
-
-    Raises:
-        DataError: With the first such row.
-    """
-    for row in rows:
-        if row.predictions > seq_length:
-            raise DataError(
-                f"Row {row.id!r} needs {row.predictions} positions, data.seq_length is {seq_length}. "
-                "Raise data.seq_length, or leave the row out."
-            )
+    """Raise a ``DataError`` on the first row that predicts more tokens than fit."""
+    if row := next((row for row in rows if row.predictions > seq_length), None):
+        raise DataError(
+            f"Row {row.id!r} needs {row.predictions} positions, data.seq_length is {seq_length}. "
+            "Raise data.seq_length, or leave the row out."
+        )

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_ads.config.data import AdsTask
 from megatron_ads.data.jsonl import read_records
-from megatron_ads.data.public_data import cut_at_word, locate, some_rows
+from megatron_ads.data.public_data import cut_at_word, some_rows
 from megatron_ads.data.user_features import LoggedEvent, ViewChooser, compile_history
 from megatron_ads.errors import DataError
 from megatron_ads.rows import ChatRow
@@ -36,11 +36,6 @@ class Item:
     """Empty if unknown."""
     semantic_id: str
     """Its codes as one text."""
-
-
-def next_brand_file(path: str | None) -> Path:
-    """Return the file of users, which lies next to the items; raise as ``locate``."""
-    return locate(path, FILE, kind="next_brand")
 
 
 def read_items(file: Path) -> dict[int, Item]:

@@ -53,18 +53,12 @@ def locate(path: str | None, file: Path, *, kind: str) -> Path:
     if path is not None:
         given = Path(path)
         return given if given.suffix == file.suffix else given / file.name
-    root = os.environ.get(DATA_ROOT)
-    if not root:
-        raise DataError(
-            f"The source kind {kind} reads {file} below the folder that the environment variable {DATA_ROOT} names, "
-            f"and it names none. Set {DATA_ROOT}, or the source's path, or choose data=simulator."
-        )
-    return Path(root) / file
-
-
-def esci_file(path: str | None) -> Path:
-    """Return the file of pairs; raise as ``locate``."""
-    return locate(path, ESCI_FILE, kind="esci")
+    if root := os.environ.get(DATA_ROOT):
+        return Path(root) / file
+    raise DataError(
+        f"The source kind {kind} reads {file} below the folder that the environment variable {DATA_ROOT} names, "
+        f"and it names none. Set {DATA_ROOT}, or the source's path, or choose data=simulator."
+    )
 
 
 def esci_rows(file: Path, *, limit: int | None = None) -> list[ChatRow]:
@@ -130,11 +124,6 @@ def reason(query: str, ad: Ad, label: Label) -> str:
     if ad.description:
         parts.append(f"Kind: {ad.description}.")
     return " ".join([*parts, _VERDICTS[label]])
-
-
-def gsm8k_file(path: str | None) -> Path:
-    """Return the file of questions; raise as ``locate``."""
-    return locate(path, GSM8K_FILE, kind=GSM8K)
 
 
 def gsm8k_rows(file: Path, *, limit: int | None = None) -> list[ChatRow]:

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_ads.config.data import AdsTask, SourceConfig, SourceKind
+from megatron_ads.data import next_brand
 from megatron_ads.data.ads_pairs import DEFAULT_ROWS, builtin_rows
 from megatron_ads.data.event_tables import event_rows, read_anchor
 from megatron_ads.data.jsonl import jsonl_rows
-from megatron_ads.data.next_brand import DEFAULT_VIEW as NEXT_BRAND_VIEW
-from megatron_ads.data.next_brand import next_brand_file, next_brand_rows
 from megatron_ads.data.own_tables import table_rows
-from megatron_ads.data.public_data import esci_file, esci_rows, gsm8k_file, gsm8k_rows
+from megatron_ads.data.public_data import ESCI_FILE, GSM8K_FILE, esci_rows, gsm8k_rows, locate
 from megatron_ads.data.simulator import simulated_rows
 from megatron_ads.data.user_features import view_chooser
 from megatron_ads.rows import ChatRow
@@ -37,9 +36,8 @@ def _read_simulator(source: SourceConfig, seed: int) -> list[ChatRow]:
 
 
 def _read_next_brand(source: SourceConfig, seed: int) -> list[ChatRow]:
-    file, task = next_brand_file(source.path), source.task or AdsTask.next_advertiser
-    view_of = view_chooser(source.history, NEXT_BRAND_VIEW)
-    return next_brand_rows(file, task, view_of=view_of, limit=source.rows)
+    task, view_of = source.task or AdsTask.next_advertiser, view_chooser(source.history, next_brand.DEFAULT_VIEW)
+    return next_brand.next_brand_rows(_public_file(source), task, view_of=view_of, limit=source.rows)
 
 
 def _read_own(source: SourceConfig, seed: int) -> list[ChatRow]:
@@ -54,13 +52,20 @@ def _read_own(source: SourceConfig, seed: int) -> list[ChatRow]:
     return event_rows(file, columns=source.columns, anchor=anchor, view_of=view_of, limit=limit, rejected=rejected)
 
 
+_PUBLIC = {SourceKind.esci: ESCI_FILE, SourceKind.gsm8k: GSM8K_FILE, SourceKind.next_brand: next_brand.FILE}
+
+
+def _public_file(source: SourceConfig) -> Path:
+    return locate(source.path, _PUBLIC[source.kind], kind=source.kind)
+
+
 _READERS: dict[SourceKind, Callable[[SourceConfig, int], list[ChatRow]]] = {
     SourceKind.builtin: lambda source, seed: builtin_rows(
         DEFAULT_ROWS if source.rows is None else source.rows, seed=seed
     ),
     SourceKind.simulator: _read_simulator,
-    SourceKind.esci: lambda source, seed: esci_rows(esci_file(source.path), limit=source.rows),
-    SourceKind.gsm8k: lambda source, seed: gsm8k_rows(gsm8k_file(source.path), limit=source.rows),
+    SourceKind.esci: lambda source, seed: esci_rows(_public_file(source), limit=source.rows),
+    SourceKind.gsm8k: lambda source, seed: gsm8k_rows(_public_file(source), limit=source.rows),
     SourceKind.next_brand: _read_next_brand,
     SourceKind.jsonl: _read_own,
     SourceKind.table: _read_own,
@@ -69,12 +74,7 @@ _READERS: dict[SourceKind, Callable[[SourceConfig, int], list[ChatRow]]] = {
 
 def describe_source(source: SourceConfig) -> str:
     """Return what a report says the data were."""
-    files = {
-        SourceKind.esci: esci_file,
-        SourceKind.gsm8k: gsm8k_file,
-        SourceKind.next_brand: next_brand_file,
-    }
-    path = files[source.kind](source.path) if source.kind in files else source.path
+    path = _public_file(source) if source.kind in _PUBLIC else source.path
     described = {
         SourceKind.builtin: "built-in query-ad pairs",
         SourceKind.simulator: f"simulated ads business: {source.task}",

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_ads.data.simulator import vocabulary
 from megatron_ads.data.simulator.population import (
     CONVERSION,
     INTENT,
@@ -35,16 +36,6 @@ from megatron_ads.data.simulator.population import (
     Population,
     UserState,
     loyalty_weights,
-)
-from megatron_ads.data.simulator.vocabulary import (
-    ASPECTS,
-    BRANDS_PER_KIND,
-    DETAILS,
-    FIRST_BRAND,
-    FIRST_DETAIL,
-    FIRST_PLACE,
-    FIRST_PRICE,
-    WORDINGS,
 )
 from megatron_ads.data.simulator.world import ADS_PER_OFFER, SPAM, World, close_kind
 
@@ -86,7 +77,6 @@ class Sessions:
     query: NDArray[np.int64]
     onsite: NDArray[np.bool_]
     price: NDArray[np.int64]
-    """Price level of the user."""
     recent_NM: NDArray[np.int64]
     """Advertisers of the user's latest conversions."""
     shares_NM: NDArray[np.float64]
@@ -125,7 +115,6 @@ class ResultsPage:
     """Shows the ads of one world."""
 
     def __init__(self, world: World) -> None:
-        """Lay the facts of the ads out as arrays."""
         self._world = world
         self._auction = InverseTable(world.auction_KD)
         facts = np.array([(ad.advertiser, ad.kind, ad.price, ad.text) for ad in world.ads])
@@ -180,7 +169,6 @@ class ResultsPage:
 
 
 ONSITE = 0.6
-"""Share of the sessions on our site."""
 VISIT = 0.6
 """Share of the sessions elsewhere that leave a visit to a shop."""
 _ASPECT_SHARES = (0.35, 0.2, 0.2, 0.15, 0.1)
@@ -214,7 +202,6 @@ class Simulation:
     """Draws the behaviour of populations in one world; holds the tables that all of them share."""
 
     def __init__(self, world: World) -> None:
-        """Make the world's probabilities ready for drawing."""
         self._world = world
         self._prices = world.intent_KPA.shape[1]
         self._intent = InverseTable(world.intent_KPA.reshape(-1, len(world.advertisers)))
@@ -284,16 +271,17 @@ def _begin_sessions(day: int, people: Population, state: UserState, draw: np.ran
     what = draw.choice(len(_ASPECT_SHARES), size=count, p=_ASPECT_SHARES)
     aspects = (
         np.zeros_like(kind),
-        FIRST_PRICE + people.price_U[user],
-        FIRST_BRAND + draw.integers(BRANDS_PER_KIND, size=count),
-        FIRST_DETAIL + draw.integers(DETAILS, size=count),
-        FIRST_PLACE + people.place_U[user],
+        vocabulary.FIRST_PRICE + people.price_U[user],
+        vocabulary.FIRST_BRAND + draw.integers(vocabulary.BRANDS_PER_KIND, size=count),
+        vocabulary.FIRST_DETAIL + draw.integers(vocabulary.DETAILS, size=count),
+        vocabulary.FIRST_PLACE + people.place_U[user],
     )
     aspect = np.stack(aspects)[what, np.arange(count)]
     return Sessions(
         user=user,
         day=np.full(count, day),
-        query=(kind * ASPECTS + aspect) * WORDINGS + draw.integers(WORDINGS, size=count),
+        query=(kind * vocabulary.ASPECTS + aspect) * vocabulary.WORDINGS
+        + draw.integers(vocabulary.WORDINGS, size=count),
         minute=draw.integers(MINUTES - 3 * _TO_CONVERSION_MINUTES, size=count),
         kind=kind,
         onsite=onsite,

@@ -66,7 +66,6 @@ class SimulatedUser:
     needs: tuple[tuple[int, int], ...]
     """(days ago, kind) of every session, the newest first."""
     bought_from: frozenset[int]
-    """Advertisers converted with."""
     history: UserHistory
     next_advertiser: int | None
     """The first advertiser converted with after the anchor day; None if there was none within the simulated days."""

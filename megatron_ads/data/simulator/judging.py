@@ -43,7 +43,6 @@ class Example:
     """Probability that each of ``best`` is the label that the simulation drew, given all that a prompt can show."""
 
     def __post_init__(self) -> None:
-        """Put the best labels among the row's facts."""
         if self.row.label is not None:
             facts = {**self.row.facts, Fact.best_answers: list(self.best)}
             object.__setattr__(self, "row", replace(self.row, facts=facts))

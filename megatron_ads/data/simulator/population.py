@@ -36,7 +36,6 @@ class Population:
     gender_U: NDArray[np.int64]
     place_U: NDArray[np.int64]
     price_U: NDArray[np.int64]
-    """Price level that the user buys at."""
     interest_UK: NDArray[np.float64]
     """Probability of each kind when a need is drawn."""
     activity_U: NDArray[np.float64]
@@ -153,7 +152,6 @@ class UserState:
     """The current state of users at the end of a day."""
 
     def __init__(self, people: Population) -> None:
-        """Start before the first day."""
         count = len(people.interest_UK)
         self._people = people
         self._cumulated_UK = np.cumsum(people.interest_UK, axis=1)

@@ -131,7 +131,8 @@ def _value(values: int, asked: int | None, wrong: bool, draw: np.random.Generato
 
 
 QUERIES_WANTED = 3
-_ASPECTS = ("price", "brand", "detail", "place")
+_ASPECTS = {"price": len(PRICES), "brand": BRANDS_PER_KIND, "detail": DETAILS, "place": len(PLACES)}
+"""What a query may add to a keyword, and how many choices there are of it."""
 
 
 def query_examples(world: World) -> Iterator[Example]:
@@ -172,9 +173,8 @@ def _narrow(
     keyword: Wanted, aspect: str, ad: AdFacts | None, world: World, draw: np.random.Generator
 ) -> GeneratedQuery:
     """Add one thing to a keyword: the ad's where there is an ad that has it, else any."""
-    choices = {"price": len(PRICES), "brand": BRANDS_PER_KIND, "detail": DETAILS, "place": len(PLACES)}
     given = None if ad is None else getattr(ad, aspect)
-    value = int(draw.integers(choices[aspect])) if given is None else given
+    value = int(draw.integers(_ASPECTS[aspect])) if given is None else given
     if aspect == "brand" and given is None:
         value = int(world.brands_of_kind[keyword.kind, value])
     wanted = replace(keyword, **{aspect: value})

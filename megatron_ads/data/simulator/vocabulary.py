@@ -26,9 +26,7 @@ class Kind:
     name: str
     """What reasoning, profiles and categories call it."""
     asked_as: tuple[str, str, str, str]
-    """How searchers word it."""
     offered_as: tuple[str, str, str]
-    """How advertisers word it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +176,6 @@ DEPARTMENTS = (
 KINDS = tuple(kind for department in DEPARTMENTS for kind in department.kinds)
 
 PRICES = ("low", "high")
-"""Price levels, by number."""
 PRICES_ASKED = (("cheap", "affordable", "budget", "discount"), ("premium", "luxury", "high end", "top rated"))
 PRICES_OFFERED = (
     ("From ${low}.", "Everything under ${low}.", "Half price this month, now ${low}.", "Outlet deals from ${low}."),
@@ -245,9 +242,7 @@ def wanted_by(query: int, brands_of_kind: np.ndarray) -> Wanted:
         return Wanted(kind, detail=aspect - FIRST_DETAIL)
     if aspect >= FIRST_BRAND:
         return Wanted(kind, brand=int(brands_of_kind[kind, aspect - FIRST_BRAND]))
-    if aspect >= FIRST_PRICE:
-        return Wanted(kind, price=aspect - FIRST_PRICE)
-    return Wanted(kind)
+    return Wanted(kind, price=aspect - FIRST_PRICE) if aspect >= FIRST_PRICE else Wanted(kind)
 
 
 def word_query(wanted: Wanted, brand_names: list[str], wording: int) -> str:
