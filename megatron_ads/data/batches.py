@@ -69,12 +69,8 @@ class BatchStream:
         """Start at the first step.
 
         Args:
-            sources: Where samples are drawn from.
-            share: Which rows are this replica's.
             seq_length: S, in tokens; no sample may predict more.
             packing: Put as many samples into a row as fit; else one.
-            seed: Decides the order of the samples.
-            normalize: What the loss is averaged over.
             weights: Multiply the loss of each sample; numbered as ``Mixture`` does. None is 1 for all.
 
         Raises:

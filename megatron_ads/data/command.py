@@ -140,12 +140,6 @@ def _add_preview(commands: Subparsers) -> None:
 
 
 def _preview(args: argparse.Namespace) -> int:
-    """Print the rows and the summary; return 0.
-
-    Raises:
-        ConfigError: If a setting is impossible.
-        DataError: If there are no rows of the task.
-    """
     from megatron_ads.data.preview import preview_row, render_preview, render_summary, summarise
     from megatron_ads.tasks.row_checks import check_rows
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import StrEnum
 
-from megatron_ads.config.data import DataConfig, SplitBy
+from megatron_ads.config.data import DataConfig, SourceConfig, SplitBy
 from megatron_ads.data.chat import ChatTokenizer, tokenize_row
 from megatron_ads.data.mixing import WeightedRows
 from megatron_ads.data.sources import describe_source, read_source
@@ -46,11 +46,7 @@ class Corpus:
     """Rows of each source."""
     validation: list[ChatRow]
     """Held out of all sources together."""
-    weights: list[float]
-    keep_share: list[bool]
-    """Of each source: whether its share is left alone when the tasks' shares adapt."""
-    names: list[str]
-    """What each source is, for people."""
+    sources: list[SourceConfig]
     faulty: list[FaultyRow]
     """Rows of all sources that can be neither trained on nor judged."""
 
@@ -66,8 +62,7 @@ def read_corpus(config: DataConfig) -> Corpus:
     """
     config.check()
     checked = [check_rows(read_source(source, seed=config.seed)) for source in config.sources]
-    names = [describe_source(source) for source in config.sources]
-    for found, name in zip(checked, names, strict=True):
+    for found, name in zip(checked, map(describe_source, config.sources), strict=True):
         if found.faulty:
             _report_faulty(found, name)
         _report_misspelt(found.rows, name)
@@ -89,9 +84,7 @@ def read_corpus(config: DataConfig) -> Corpus:
     return Corpus(
         training=[[row for row in rows if id(row) in kept] for rows in sources],
         validation=split.validation,
-        weights=[source.weight for source in config.sources],
-        keep_share=[source.keep_share for source in config.sources],
-        names=names,
+        sources=list(config.sources),
         faulty=[row for found in checked for row in found.faulty],
     )
 
@@ -113,11 +106,7 @@ def _warn(message: str, *values: object) -> None:
 
 
 def _report_faulty(checked: CheckedRows, name: str) -> None:
-    """Log how many rows of a source cannot be used and why.
-
-    Raises:
-        DataError: If all of them.
-    """
+    """Log how many rows of a source cannot be used and why; refuse a source of such rows alone."""
     first = checked.faulty[0]
     why = f"{first.fault} ({first.reason})" if first.reason else first.fault
     example = f"The first is {first.row_id!r:.80} of task {first.task}: {why:.200}."
@@ -175,8 +164,8 @@ def tokenize_training(
     """
     sources: list[WeightedRows] = []
     left_out: Counter[LeftOut] = Counter()
-    described = zip(corpus.training, corpus.weights, corpus.keep_share, corpus.names, strict=True)
-    for rows, weight, keep_share, name in described:
+    for config, rows in zip(corpus.sources, corpus.training, strict=True):
+        name = describe_source(config)
         if not rows:
             raise DataError(
                 f"All rows of {name} are held out, or share a group such as a query with held-out rows. Lower "
@@ -188,8 +177,8 @@ def tokenize_training(
             raise DataError(
                 f"None of the {len(rows)} training rows of {name} fits data.seq_length = {seq_length}. Raise it."
             )
-        source = WeightedRows(rows=tokenized.rows, weight=weight, name=name)
-        sources += [source] if keep_share or not by_task else _divide_by_task(source)
+        source = WeightedRows(rows=tokenized.rows, weight=config.weight, name=name)
+        sources += [source] if config.keep_share or not by_task else _divide_by_task(source)
     return sources, left_out
 
 

@@ -58,7 +58,6 @@ def event_rows(
         anchor: Where histories end, in seconds since 1970.
         view_of: How much of a history a prompt shows.
         rejected: Where to write lines that cannot be used; None: the first one is an error.
-        limit: None is all.
 
     Raises:
         ConfigError: If a field is unknown or missing.

@@ -41,26 +41,19 @@ _ROW_KEYS = frozenset({"id", "weight", "group", "label"})
 """Of ``extra_info`` in verl's form: fields of the row, not facts."""
 
 
-def read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, parsed object) of every line that is not empty; memory does not grow with the file.
-
-    Raises:
-        DataError: If there is no such file, or a line is too long, not UTF-8, not JSON, or no object.
-    """
-    for number, parsed in read_lines(file):
-        if isinstance(parsed, BadRowError):
-            raise DataError(f"{file}, row {number}: {parsed}") from None
-        yield number, parsed
-
-
 def read_records(file: Path, read: Callable[[int, dict[str, Any]], Made]) -> Iterator[Made]:
-    """Yield what ``read`` returns for the number and object of each line.
+    """Yield what ``read`` returns for the number, from 1, and the object of every line that is not empty.
+
+    Memory does not grow with the file.
 
     Raises:
-        DataError: As ``read_objects``; with the row number, for the first that ``read`` raises it for.
+        DataError: If there is no such file; with the row number, if a line is too long, not UTF-8, not JSON, or no
+            object, or ``read`` raises it.
     """
-    for number, record in read_objects(file):
+    for number, record in read_lines(file):
         try:
+            if isinstance(record, BadRowError):
+                raise record
             made = read(number, record)
         except DataError as error:
             raise DataError(f"{file}, row {number}: {error}") from None
@@ -68,10 +61,9 @@ def read_records(file: Path, read: Callable[[int, dict[str, Any]], Made]) -> Ite
 
 
 def read_lines(file: Path, longest: int | None = None) -> Iterator[tuple[int, dict[str, Any] | BadRowError]]:
-    """Yield as ``read_objects``, with the reason in place of a line that cannot be read.
+    """Yield the number and object of every line that is not empty, with the reason in place of one that cannot be read.
 
     Args:
-        file: One object a line.
         longest: Bytes of the longest line that is kept in memory; None: ``MAX_LINE_BYTES``.
 
     Raises:

@@ -66,7 +66,7 @@ def next_brand_rows(
         DataError: With the row number, for the first record that cannot be used.
     """
     items = read_items(file.with_name(ITEMS))
-    make = _next_brand_row if task is AdsTask.next_advertiser else _profile_row
+    kind, make = ("next", _next_brand_row) if task is AdsTask.next_advertiser else ("profile", _profile_row)
 
     def read(_: int, record: Mapping[str, Any]) -> tuple[str, list[LoggedEvent]]:
         user, events = record.get("user_id"), record.get("events")
@@ -75,7 +75,8 @@ def next_brand_rows(
         return user, [_read_event(event, items) for event in events]
 
     rows = (
-        replace(make(history, brand, view_of), time=time)
+        # A user's history only grows, so its length tells the rows of a user apart.
+        replace(make(f"{kind}-brand-{user}-{len(history.events)}", history, brand, view_of(history)), time=time)
         for user, events in read_records(file, read)
         for time, history, brand in _targets(user, events)
     )
@@ -105,12 +106,11 @@ def _targets(user_id: str, events: list[LoggedEvent]) -> Iterator[tuple[float, U
             yield time, compile_history(user_id, events, anchor=time), brand
 
 
-def _next_brand_row(history: UserHistory, brand: str, view_of: ViewChooser) -> ChatRow:
-    request = next_advertiser.AdvertiserRequest(history)
-    return next_advertiser.chat_row(_row_id("next", history), request, brand, view=view_of(history))
+def _next_brand_row(row_id: str, history: UserHistory, brand: str, view: HistoryView) -> ChatRow:
+    return next_advertiser.chat_row(row_id, next_advertiser.AdvertiserRequest(history), brand, view=view)
 
 
-def _profile_row(history: UserHistory, _: str, view_of: ViewChooser) -> ChatRow:
+def _profile_row(row_id: str, history: UserHistory, _: str, view: HistoryView) -> ChatRow:
     brands = [brand for brand, _ in Counter(event.brand for event in history.events if event.brand).most_common(3)]
     most = brands[0] if brands else "no known brand"
     profile = user_profile.Profile(
@@ -118,9 +118,4 @@ def _profile_row(history: UserHistory, _: str, view_of: ViewChooser) -> ChatRow:
         interests=tuple(brand.replace(";", ",") for brand in brands),
         reasoning=f"Bought {len(history.events)} products, most often of {', '.join(brands) or most}.",
     )
-    return user_profile.chat_row(_row_id("profile", history), history, profile, view=view_of(history))
-
-
-def _row_id(kind: str, history: UserHistory) -> str:
-    """A user's history only grows, so its length tells the rows of a user apart."""
-    return f"{kind}-brand-{history.user_id}-{len(history.events)}"
+    return user_profile.chat_row(row_id, history, profile, view=view)

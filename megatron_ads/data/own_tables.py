@@ -67,7 +67,6 @@ def table_rows(
         columns: Field -> the column that holds it.
         task: What the rows ask for; None: they have a prompt and a target already.
         rejected: Where to write rows that cannot be used; None: the first one is an error.
-        limit: None is all.
 
     Raises:
         ConfigError: If a field is unknown or missing, or rows of the task cannot be made from a table.

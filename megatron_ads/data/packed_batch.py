@@ -68,8 +68,6 @@ class PackedBatch:
         Args:
             samples: Those of the whole step.
             rows: Which of them each row of this microbatch holds.
-            seq_length: S.
-            normalize: What the loss is averaged over.
             extra: For each name, an array for every sample of the step with one value for each of its N - 1 labels.
         """
         shape = (len(rows), seq_length)
@@ -88,7 +86,9 @@ class PackedBatch:
                 tokens_BS[b, place] = torch.from_numpy(sample.tokens[:-1])
                 labels_BS[b, place] = torch.from_numpy(sample.tokens[1:])
                 positions_BS[b, place] = torch.arange(sample.predictions)
-                mask_BS[b, place] = label_weights(sample, normalize)
+                mask_BS[b, place] = torch.from_numpy(sample.loss_weights[1:])
+                if normalize is Normalize.sample:
+                    mask_BS[b, place] /= max(sample.target_count, 1)
                 sample_BS[b, place] = number
                 for name, values_BS in extra_BS.items():
                     values_BS[b, place] = torch.from_numpy((extra or {})[name][number])
@@ -135,14 +135,6 @@ class PackedBatch:
             target_count=targets,
             normalizer=targets,
         )
-
-
-def label_weights(sample: TokenizedRow, normalize: Normalize) -> Tensor:
-    """Return the weights of a sample's N - 1 labels; per sample, they are divided by the number of its targets."""
-    weights = torch.from_numpy(sample.loss_weights[1:])
-    if normalize is Normalize.sample:
-        weights = weights / max(sample.target_count, 1)
-    return weights
 
 
 def pack(lengths: Sequence[int], *, capacity: int, rows: int) -> list[list[int]] | None:

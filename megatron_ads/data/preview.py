@@ -17,7 +17,6 @@ from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.row_checks import CheckedRows, RowFault
 
 MOST_CHARACTERS = 4000
-"""A longer text is cut in its middle, unless it is to be shown whole."""
 
 _LOSS, _NO_LOSS, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 _OPEN, _CLOSE = "[[", "]]"
@@ -99,10 +98,7 @@ def preview_row(row: ChatRow, tokenizer: ChatTokenizer) -> RowPreview:
 def render_preview(preview: RowPreview, *, coloured: bool, whole: bool = False) -> str:
     """Return a row for people: a line of facts, then the text, where loss is green or stands between ``[[`` and ``]]``.
 
-    Args:
-        preview: The row.
-        coloured: Use terminal colours.
-        whole: Show long texts in full.
+    The middle of a long text is left out, unless it is to be shown ``whole``.
     """
     row = preview.row
     without, with_loss = preview.tokens(in_loss=False), preview.tokens(in_loss=True)

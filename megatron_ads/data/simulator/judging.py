@@ -51,8 +51,7 @@ class Example:
 def reachable_recall(examples: Sequence[Example], most: int) -> float:
     """Return the expected share of rows whose label is among the first ``most`` of the best answers.
 
-    With ``most`` = 1 it is the best reachable accuracy. An expectation over what the simulation could have drawn for
-    these users: the same answers score a little more or less on the labels that it did draw.
+    With ``most`` = 1 it is the best reachable accuracy. The labels that were drawn give a little more or less.
     """
     return sum(sum(example.chances[:most]) for example in examples) / len(examples)
 

@@ -152,12 +152,7 @@ def examples_of(
 ) -> Iterator[Example]:
     """Yield the examples of a task: endlessly, unless the task is about users, of whom there are ``users``.
 
-    Args:
-        world: Where they live.
-        task: What is asked.
-        view_of: How much of a user's history prompts show.
-        history_days: Days before the anchor; the next conversion is looked for in the ``LABEL_DAYS`` after it.
-        users: Number of users.
+    Histories hold the ``history_days`` before the anchor; the next conversion is one of the ``LABEL_DAYS`` after it.
     """
     if draw_freely := _WITHOUT_USERS.get(task):
         return draw_freely(world)
