@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
+from megatron_ads.data.simulator.vocabulary import PLACES_OFFERED, Kind
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.relevance import Label, chat_row
@@ -26,16 +27,6 @@ T = TypeVar("T", bound=str)
 
 DEFAULT_ROWS = 12_000
 ADS_PER_QUERY = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Category:
-    """One kind of product or service."""
-
-    name: str
-    """One word: what reasoning calls it."""
-    asked_as: tuple[str, ...]
-    offered_as: tuple[str, ...]
 
 
 class Price(StrEnum):
@@ -54,22 +45,22 @@ class Text(StrEnum):
 
 
 CATEGORIES = (
-    Category("shoes", ("running shoes", "jogging sneakers", "shoes for a marathon"), ("Road Runner", "Race Trainers")),
-    Category("laptops", ("laptop", "notebook computer", "portable pc"), ("Ultrabook 14", "Slim Laptop")),
-    Category("hotels", ("hotel", "place to stay", "room for two nights"), ("City Hotel", "Boutique Suites")),
-    Category("coffee", ("coffee maker", "espresso machine", "drip brewer"), ("Barista One", "Morning Brewer")),
-    Category("sofas", ("sofa", "couch", "living room seating"), ("Corner Sofa", "Sleeper Couch")),
-    Category("headphones", ("headphones", "earbuds", "wireless headset"), ("Studio Earphones", "Quiet Headset")),
-    Category("insurance", ("car insurance", "auto policy", "motor cover"), ("Drive Cover", "Auto Insurance")),
-    Category("mats", ("yoga mat", "pilates mat", "exercise mat"), ("Balance Mat", "Studio Mat")),
-    Category("kibble", ("dog food", "puppy kibble", "food for my dog"), ("Happy Paws Kibble", "Canine Dinner")),
-    Category("phones", ("smartphone", "mobile phone", "android handset"), ("Pocket Phone", "Photo Smartphone")),
-    Category("tents", ("camping tent", "tent for four", "hiking shelter"), ("Trail Tent", "Dome Shelter")),
-    Category("pizza", ("pizza delivery", "order a pizza", "pizza tonight"), ("Stone Oven Pizza", "Pizza Box")),
-    Category("dentists", ("dentist", "teeth cleaning", "dental clinic"), ("Bright Smile Clinic", "Family Dental")),
-    Category("watches", ("wrist watch", "chronograph", "watch for a gift"), ("Classic Timepiece", "Steel Chrono")),
-    Category("tools", ("garden tools", "hedge trimmer", "spade and rake"), ("Green Thumb Kit", "Hedge Cutter")),
-    Category("strollers", ("baby stroller", "pushchair", "buggy for twins"), ("City Pram", "Travel Buggy")),
+    Kind("shoes", ("running shoes", "jogging sneakers", "shoes for a marathon"), ("Road Runner", "Race Trainers")),
+    Kind("laptops", ("laptop", "notebook computer", "portable pc"), ("Ultrabook 14", "Slim Laptop")),
+    Kind("hotels", ("hotel", "place to stay", "room for two nights"), ("City Hotel", "Boutique Suites")),
+    Kind("coffee", ("coffee maker", "espresso machine", "drip brewer"), ("Barista One", "Morning Brewer")),
+    Kind("sofas", ("sofa", "couch", "living room seating"), ("Corner Sofa", "Sleeper Couch")),
+    Kind("headphones", ("headphones", "earbuds", "wireless headset"), ("Studio Earphones", "Quiet Headset")),
+    Kind("insurance", ("car insurance", "auto policy", "motor cover"), ("Drive Cover", "Auto Insurance")),
+    Kind("mats", ("yoga mat", "pilates mat", "exercise mat"), ("Balance Mat", "Studio Mat")),
+    Kind("kibble", ("dog food", "puppy kibble", "food for my dog"), ("Happy Paws Kibble", "Canine Dinner")),
+    Kind("phones", ("smartphone", "mobile phone", "android handset"), ("Pocket Phone", "Photo Smartphone")),
+    Kind("tents", ("camping tent", "tent for four", "hiking shelter"), ("Trail Tent", "Dome Shelter")),
+    Kind("pizza", ("pizza delivery", "order a pizza", "pizza tonight"), ("Stone Oven Pizza", "Pizza Box")),
+    Kind("dentists", ("dentist", "teeth cleaning", "dental clinic"), ("Bright Smile Clinic", "Family Dental")),
+    Kind("watches", ("wrist watch", "chronograph", "watch for a gift"), ("Classic Timepiece", "Steel Chrono")),
+    Kind("tools", ("garden tools", "hedge trimmer", "spade and rake"), ("Green Thumb Kit", "Hedge Cutter")),
+    Kind("strollers", ("baby stroller", "pushchair", "buggy for twins"), ("City Pram", "Travel Buggy")),
 )
 BRANDS = ("Norvik", "Altea", "Bramble", "Corvid", "Dunmore", "Elsinor", "Fjord", "Gantry")
 PLACES = ("Boston", "Austin", "Denver", "Seattle", "Chicago", "Miami", "Dublin", "Leeds")
@@ -78,7 +69,6 @@ PRICES_OFFERED = {
     Price.cheap: ("Low prices all week.", "Everything under $25.", "Half price this month."),
     Price.premium: ("Handmade, from $900.", "First class in every detail.", "Exclusive designer range."),
 }
-PLACES_OFFERED = ("Pick up in {place}.", "Serving {place} since 1998.", "Our {place} team is here for you.")
 TEXTS = {
     Text.clean: ("Free returns.", "Rated 4.7 of 5.", "Order online today.", "Friendly support."),
     Text.misspelt: ("Freindly suport.", "Ordr onlin today.", "Beleive the revews."),
@@ -90,7 +80,7 @@ TEXTS = {
 class QueryIntent:
     """What a query asks for; None is not asked for."""
 
-    category: Category
+    category: Kind
     brand: str | None = None
     price: Price | None = None
     place: str | None = None
@@ -100,7 +90,7 @@ class QueryIntent:
 class Offered:
     """What an ad states."""
 
-    category: Category
+    category: Kind
     brand: str
     price: Price
     place: str

@@ -30,7 +30,6 @@ ViewChooser = Callable[[UserHistory], HistoryView]
 """How much of a history its prompt shows."""
 
 SECONDS_PER_DAY = 24 * 60 * 60
-_PIECE = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +89,7 @@ def history_view(config: HistoryConfig, default: HistoryView = FULL_VIEW) -> His
 
 def count_pieces(text: str) -> int:
     """Estimate the tokens of a text without a tokenizer: its words and signs."""
-    return len(_PIECE.findall(text))
+    return len(re.findall(r"\w+|[^\w\s]", text))
 
 
 def fitting_view(

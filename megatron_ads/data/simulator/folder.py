@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ MANIFEST = "manifest.json"
 class Scale:
     """How much is simulated."""
 
+    seed: int = 0
     users: int
     days: int
-    seed: int = 0
     advertisers: int = DEFAULT_ADVERTISERS
 
     def __post_init__(self) -> None:
@@ -57,10 +57,7 @@ def write_simulation(
     world = draw_world(scale.seed, advertisers=scale.advertisers)
     with _new_folder(out) as partial:
         manifest: dict[str, Any] = {
-            "seed": scale.seed,
-            "users": scale.users,
-            "days": scale.days,
-            "advertisers": scale.advertisers,
+            **asdict(scale),
             "first_day": START.date().isoformat(),
             "format": str(form),
             "rows_of_tables": write_logs(partial, world, scale, form=form),

@@ -51,6 +51,8 @@ def _first_users(piece: Behaviour, count: int) -> Behaviour:
     return replace(piece, **shorter)
 
 
+Logged = list[tuple[Any, ...]]
+"""Events of one user: days ago, then some columns of their table."""
 SHOPPER = dict(zip(PRICES, ("saver", "spender"), strict=True))
 """What a profile calls somebody who buys at each price level."""
 
@@ -79,7 +81,7 @@ def read_users(world: World, piece: Behaviour, *, anchor: int) -> Iterator[Simul
     people, count = piece.people, len(piece.people.age_U)
     chance_UA = next_advertiser(piece.known, world, window_days=LABEL_DAYS)
 
-    def by_user(table: Columns, chosen: NDArray[np.bool_], *names: str) -> list[list[tuple[Any, ...]]]:
+    def by_user(table: Columns, chosen: NDArray[np.bool_], *names: str) -> list[Logged]:
         """Return days ago, and the columns named, of the chosen events of every user."""
         days_ago = anchor + 1 - (table["day"] + table["minute"] / MINUTES)
         columns = [days_ago, *(table[name] for name in names)]
@@ -97,12 +99,7 @@ def read_users(world: World, piece: Behaviour, *, anchor: int) -> Iterator[Simul
         if not searches_of[number]:
             continue
         price, place = int(people.price_U[number]), int(people.place_U[number])
-        events = (
-            *(_search(world, days_ago, query, onsite) for days_ago, _, _, query, onsite in searches_of[number]),
-            *(_click(world, *event) for event in clicks_of[number]),
-            *(_conversion(world, *event) for event in bought_of[number]),
-            *(_visit(world, *event) for event in visits_of[number]),
-        )
+        events = _events(world, searches_of[number], clicks_of[number], bought_of[number], visits_of[number])
         who = Demographics(
             age=AGES[people.age_U[number]],
             gender=GENDERS[people.gender_U[number]],
@@ -114,43 +111,39 @@ def read_users(world: World, piece: Behaviour, *, anchor: int) -> Iterator[Simul
             place=place,
             needs=tuple((anchor + 1 - day, kind) for _, day, kind, _, _ in reversed(searches_of[number])),
             bought_from=frozenset(advertiser for _, _, advertiser, _ in bought_of[number]),
-            history=UserHistory(user_id=f"user-{people.first_user + number}", events=events, demographics=who),
+            history=UserHistory(user_id=f"user-{people.first_user + number}", events=tuple(events), demographics=who),
             next_advertiser=later_of[number][0][1] if later_of[number] else None,
             chance_A=chance_UA[number],
         )
 
 
-def _search(world: World, days_ago: float, query: int, onsite: bool) -> Event:
-    wanted = wanted_by(query, world.brands_of_kind)
-    return Event(
-        kind=EventKind.onsite_search if onsite else EventKind.offsite_search,
-        days_ago=days_ago,
-        text=world.queries[query],
-        category=KINDS[wanted.kind].name,
-        brand="" if wanted.brand is None else world.brand_names[wanted.brand],
-    )
-
-
-def _click(world: World, days_ago: float, number: int) -> Event:
-    ad = world.ads[number]
-    return Event(
-        kind=EventKind.click,
-        days_ago=days_ago,
-        text=ad.title,
-        category=KINDS[ad.kind].name,
-        brand=world.brand_names[ad.brand],
-        advertiser=world.advertisers[ad.advertiser].name,
-    )
-
-
-def _conversion(world: World, days_ago: float, kind: int, advertiser: int, attributed: bool) -> Event:
-    shop = world.advertisers[advertiser]
-    sold = KINDS[kind if kind in shop.kinds else shop.kinds[0]].name
-    how = EventKind.attributed_conversion if attributed else EventKind.matched_conversion
-    return Event(kind=how, days_ago=days_ago, text=sold, category=sold, advertiser=shop.name)
-
-
-def _visit(world: World, days_ago: float, kind: int, advertiser: int) -> Event:
-    shop, sold = world.advertisers[advertiser], KINDS[kind].name
-    url = f"{shop.domain}/{sold.replace(' ', '-')}"
-    return Event(kind=EventKind.offsite_url, days_ago=days_ago, text=url, category=sold, advertiser=shop.name)
+def _events(world: World, searches: Logged, clicks: Logged, bought: Logged, visits: Logged) -> Iterator[Event]:
+    """Yield the events of one user, from the columns that ``read_users`` reads."""
+    for days_ago, _, _, query, onsite in searches:
+        wanted = wanted_by(query, world.brands_of_kind)
+        yield Event(
+            kind=EventKind.onsite_search if onsite else EventKind.offsite_search,
+            days_ago=days_ago,
+            text=world.queries[query],
+            category=KINDS[wanted.kind].name,
+            brand="" if wanted.brand is None else world.brand_names[wanted.brand],
+        )
+    for days_ago, number in clicks:
+        ad = world.ads[number]
+        yield Event(
+            kind=EventKind.click,
+            days_ago=days_ago,
+            text=ad.title,
+            category=KINDS[ad.kind].name,
+            brand=world.brand_names[ad.brand],
+            advertiser=world.advertisers[ad.advertiser].name,
+        )
+    for days_ago, kind, advertiser, attributed in bought:
+        shop = world.advertisers[advertiser]
+        sold = KINDS[kind if kind in shop.kinds else shop.kinds[0]].name
+        how = EventKind.attributed_conversion if attributed else EventKind.matched_conversion
+        yield Event(kind=how, days_ago=days_ago, text=sold, category=sold, advertiser=shop.name)
+    for days_ago, kind, advertiser in visits:
+        shop, sold = world.advertisers[advertiser], KINDS[kind].name
+        url = f"{shop.domain}/{sold.replace(' ', '-')}"
+        yield Event(kind=EventKind.offsite_url, days_ago=days_ago, text=url, category=sold, advertiser=shop.name)

@@ -61,10 +61,11 @@ def tables_of(piece: Behaviour) -> dict[str, pa.Table]:
         columns[name] = {**events, "time": int(START.timestamp()) + minutes * 60}
     for table in columns.values():
         table["user"] = table["user"] + people.first_user
-    return {
-        name: pa.Table.from_arrays([pa.array(table[column.name]).cast(column.type) for column in schema], schema=schema)
-        for name, schema, table in ((name, SCHEMAS[name], table) for name, table in columns.items())
-    }
+    tables = {}
+    for name, schema in SCHEMAS.items():
+        arrays = [pa.array(columns[name][column.name]).cast(column.type) for column in schema]
+        tables[name] = pa.Table.from_arrays(arrays, schema=schema)
+    return tables
 
 
 def still_tables(world: World) -> dict[str, pa.Table]:

@@ -25,8 +25,8 @@ class Kind:
 
     name: str
     """What reasoning, profiles and categories call it."""
-    asked_as: tuple[str, str, str, str]
-    offered_as: tuple[str, str, str]
+    asked_as: tuple[str, ...]
+    offered_as: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
