@@ -115,7 +115,7 @@ class InstanceWeights:
         return {"steps": self._steps, **arrays}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken.
+        """Continue where ``state`` was taken.
 
         Raises:
             DataError: If it belongs to another number of samples.

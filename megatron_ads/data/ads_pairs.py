@@ -16,6 +16,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 from typing import TypeVar
 
 from megatron_ads.data.simulator.vocabulary import PLACES_OFFERED, Kind
@@ -139,7 +140,7 @@ def generate_pairs(seed: int) -> Iterator[QueryAdPair]:
 def builtin_rows(count: int = DEFAULT_ROWS, *, seed: int = 0) -> list[ChatRow]:
     """Return ``count`` rows of the built-in pairs."""
     rows = []
-    for number, pair in zip(range(count), generate_pairs(seed), strict=False):
+    for number, pair in enumerate(islice(generate_pairs(seed), count)):
         label, reasoning = judge(pair.wanted, pair.offered)
         rows.append(chat_row(f"builtin-{number}", pair.query, pair.ad, label, reasoning))
     return rows

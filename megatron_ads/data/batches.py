@@ -1,4 +1,4 @@
-"""The batches of one replica: which samples form a step, how they share its rows, and where the sequence stands.
+"""The batches of one replica: which samples form a step, how they share its rows, and the state of the sequence.
 
 Which samples form a step, and how they are packed, depends on the data, the seed and the step alone. Replicas and
 microbatches only divide the rows among themselves.
@@ -53,7 +53,7 @@ class ReplicaShare:
 
 
 class BatchStream:
-    """The endless sequence of steps of one replica. Where it stands is a few integers, the same on every replica."""
+    """The endless sequence of steps of one replica. Its state is a few integers, the same on every replica."""
 
     def __init__(
         self,
@@ -79,12 +79,8 @@ class BatchStream:
         for source in sources:
             refuse_long_rows(source.rows, seq_length)
         self._mixture = Mixture(sources, seed=seed)
-        self._share = share
-        self._seq_length = seq_length
-        self._packing = packing
-        self._seed = seed
-        self._normalize = normalize
-        self._weights = weights
+        self._share, self._seq_length, self._packing = share, seq_length, packing
+        self._seed, self._normalize, self._weights = seed, normalize, weights
         self._step: list[Draw] = []
 
     def next_step(self) -> list[PackedBatch]:
@@ -167,12 +163,12 @@ class BatchStream:
         return self._mixture.adapt(task_shares(of_tasks, alpha=alpha))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the sequence stands, and of which sequence; independent of the layout."""
+        """Return the current state, and of which sequence it is; independent of the layout."""
         weights = {} if self._weights is None else {"weights": self._weights.state_dict()}
         return {**self._mixture.state_dict(), "rows": list(self._mixture.sizes), "seed": self._seed, **weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken.
+        """Continue where ``state`` was taken.
 
         Raises:
             DataError: If it belongs to other rows or another seed, or only one of the two has instance weights.

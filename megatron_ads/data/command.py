@@ -151,8 +151,8 @@ def _preview(args: argparse.Namespace) -> int:
     previews = [preview_row(row, tokenizer) for row in checked.rows[: args.rows]]
     summary = summarise(checked, tokenizer, seq_length=args.seq_length or data.seq_length)
     if args.json:
-        shown_rows = [_as_json(preview) for preview in previews]
-        print(json.dumps({"source": name, "shown": shown_rows, **asdict(summary)}, ensure_ascii=False))
+        report = {"source": name, "shown": [_as_json(preview) for preview in previews], **asdict(summary)}
+        print(json.dumps(report, ensure_ascii=False))
         return 0
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     texts = [render_preview(preview, coloured=coloured, whole=args.whole) for preview in previews]

@@ -19,7 +19,6 @@ from megatron_ads.tasks.row_checks import CheckedRows, RowFault
 MOST_CHARACTERS = 4000
 
 _LOSS, _NO_LOSS, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
-_OPEN, _CLOSE = "[[", "]]"
 _LABELS_SHOWN = 5
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -165,6 +164,6 @@ def _shown(span: LossSpan, *, coloured: bool, whole: bool) -> str:
         text = f"{text[:half]}\n... {len(text) - 2 * half:,} characters not shown ...\n{text[-half:]}"
     text, in_loss = visible(text), span.loss_weight > 0
     if not coloured:
-        return f"{_OPEN}{text}{_CLOSE}" if in_loss else text
+        return f"[[{text}]]" if in_loss else text
     # Line by line, so that a pager that is entered in the middle still knows the colour.
     return "\n".join(f"{_LOSS if in_loss else _NO_LOSS}{line}{_PLAIN}" if line else "" for line in text.split("\n"))
