@@ -40,7 +40,7 @@ class Draw(NamedTuple):
 
 
 class Mixture:
-    """An endless, reproducible sequence of samples; where it stands is one count per source."""
+    """An endless, reproducible sequence of samples; its state is one count per source."""
 
     def __init__(self, sources: Sequence[WeightedRows], *, seed: int) -> None:
         """Start at the first sample.
@@ -108,23 +108,19 @@ class Mixture:
             if source.adaptive_task is not None:
                 declared[source.adaptive_task] += source.weight
         together = sum(declared.values())
-        weights = [
-            source.weight
-            if source.adaptive_task is None
-            else source.weight / declared[source.adaptive_task] * together * task_shares[source.adaptive_task]
-            for source in self._sources
-        ]
-        total = sum(weights)
-        self._shares = _normalized(weights)
-        self._drawn_before = list(self.drawn)
-        return {task: together * task_shares[task] / total for task in declared}
+        weights = [source.weight for source in self._sources]
+        for number, source in enumerate(self._sources):
+            if (task := source.adaptive_task) is not None:
+                weights[number] = source.weight / declared[task] * together * task_shares[task]
+        self._shares, self._drawn_before = _normalized(weights), list(self.drawn)
+        return {task: together * task_shares[task] / sum(weights) for task in declared}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the sequence stands."""
+        """Return the current state of the sequence."""
         return {"drawn": list(self.drawn), "drawn_before": list(self._drawn_before), "shares": list(self._shares)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken."""
+        """Continue where ``state`` was taken."""
         self.drawn, self._drawn_before = list(state["drawn"]), list(state["drawn_before"])
         self._shares = tuple(state["shares"])
 

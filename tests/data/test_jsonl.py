@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_ads.data import jsonl
-from megatron_ads.data.jsonl import jsonl_rows, parse_row, read_objects
+from megatron_ads.data.jsonl import jsonl_rows, parse_row, read_records
 from megatron_ads.errors import DataError
 from megatron_ads.rows import Role
 from tests.tasks.examples import rows_of_all_tasks
@@ -16,6 +16,10 @@ from tests.tasks.examples import rows_of_all_tasks
 USER = {"role": "user", "content": "question"}
 ASSISTANT = {"role": "assistant", "content": "<think>Because.</think>answer"}
 SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def numbered(number: int, record: dict) -> tuple[int, dict]:
+    return number, record
 
 
 def write(folder: Path, *rows: Any) -> Path:
@@ -46,7 +50,7 @@ def test_limit_reads_no_further(tmp_path: Path):
 def test_empty_lines_are_skipped_and_counted_in_row_numbers(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"a": 1}\n\n{"b": 2}\n', encoding="utf-8")
-    assert list(read_objects(file)) == [(1, {"a": 1}), (3, {"b": 2})]
+    assert list(read_records(file, numbered)) == [(1, {"a": 1}), (3, {"b": 2})]
 
 
 @pytest.mark.parametrize(
@@ -103,13 +107,13 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, line: bytes, messag
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"a": 1}\n' + line)
     with pytest.raises(DataError, match=message):
-        list(read_objects(file))
+        list(read_records(file, numbered))
 
 
 def test_a_huge_line_is_refused_without_reading_it_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1000)
     with pytest.raises(DataError, match="row 1: longer than 1,000 bytes"):
-        list(read_objects(write(tmp_path, {"a": "x" * 2000})))
+        list(read_records(write(tmp_path, {"a": "x" * 2000}), numbered))
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path: Path):
