@@ -21,10 +21,9 @@ from megatron_ads.errors import ConfigError
 from megatron_ads.planning.calibrate import calibrated
 from megatron_ads.planning.hardware import CARDS, DEFAULT_CARD, card_named
 from megatron_ads.planning.job import PlannedJob, load_job
-from megatron_ads.planning.picture import page
 from megatron_ads.planning.plan import make_plan
 from megatron_ads.planning.search import search
-from megatron_ads.planning.table import plan_lines, plan_values, search_lines, search_values
+from megatron_ads.planning.table import plan_lines, plan_page, plan_values, search_lines, search_values
 
 if TYPE_CHECKING:
     from megatron_ads.planning.build_ranks import BuiltRanks
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     found = search(job, card) if args.search else None
     if args.html is not None:
         try:
-            args.html.write_text(page(args.recipe, plan), encoding="utf-8")
+            args.html.write_text(plan_page(args.recipe, plan), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--html {args.html} cannot be written ({error.strerror}).") from None
     built = _build(args, job) if build else None

@@ -1,9 +1,7 @@
-"""A plan as lines for a terminal or a log of 120 columns, and as values for programs."""
+"""A plan as lines for a terminal or a log of 120 columns, as a page, and as values for programs."""
 
 import textwrap
-from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
-from io import StringIO
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +14,7 @@ from megatron_ads.planning.job import PlannedJob
 from megatron_ads.planning.plan import Plan, StagePlan, make_plan
 from megatron_ads.planning.schedule import ideal_bubble
 from megatron_ads.planning.search import SearchResult, interleaved
+from megatron_ads.reporting.page import render, text_table
 
 _COLUMNS = 120
 """Width that tables and paragraphs keep to, on a terminal and in a log."""
@@ -30,22 +29,6 @@ def plan_lines(plan: Plan) -> list[str]:
 def wrapped(line: str) -> list[str]:
     """Return a paragraph as lines that fit, those after the first indented."""
     return textwrap.wrap(line, _COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection[str]) -> list[str]:
-    """Return the lines of a table; columns are aligned right except those in ``left``."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in head:
-        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(file=StringIO(), width=_COLUMNS, color_system=None, markup=False, highlight=False, emoji=False)
-    with console.capture() as lines:
-        console.print(table)
-    return [line.rstrip() for line in lines.get().splitlines()]
 
 
 def _title(plan: Plan) -> str:
@@ -72,7 +55,7 @@ def _stage_table(plan: Plan) -> list[str]:
             number = f"{number}-{stages[-1].stage}"
             contents = "+".join(str(len(chunk.layers)) for chunk in stages[0].chunks) + " each"
         rows.append((number, contents, *cells))
-    return _table([name.replace("_", " ") for name in head.split()], rows, left=["layers"])
+    return text_table(rows, [name.replace("_", " ") for name in head.split()], left=["layers"], width=_COLUMNS)
 
 
 def _cells(stage: StagePlan) -> tuple[str, ...]:
@@ -165,6 +148,18 @@ def _traffic_lines(plan: Plan) -> list[str]:
     ]
 
 
+def plan_page(recipe: str, plan: Plan) -> str:
+    """Return the plan as one HTML document: the pipeline x expert grid coloured by memory, and a step's timeline."""
+    stages = []
+    for stage in plan.stages:
+        memory = stage.memory
+        parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.buffers, memory.peak)
+        gigabytes = (f"{value / 1e9:.2f}" for value in parts)
+        stages.append((stage.stage, stage.contents, f"{stage.parameters / 1e9:.4f}", *gigabytes))
+    lead, summary = _title(plan), summary_lines(plan)
+    return render("planning/plan.html.jinja", recipe=recipe, lead=lead, plan=plan, stages=stages, summary=summary)
+
+
 def search_lines(result: SearchResult, card: Card) -> list[str]:
     """Return the ranking of a search."""
     if result.nearest is not None:
@@ -188,7 +183,7 @@ def search_lines(result: SearchResult, card: Card) -> list[str]:
     ]
     return [
         f"search: {result.tried} arrangements tried; fastest of those that fit:",
-        *_table(head, rows, left=["arrangement", "pipeline"]),
+        *text_table(rows, head, left=["arrangement", "pipeline"], width=_COLUMNS),
     ]
 
 
