@@ -9,7 +9,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -27,16 +26,26 @@ def calibrated(card: Card, run: Path, model: str | None = None) -> Card:
     """Return the card with the efficiency that the run in log folder ``run`` reached.
 
     Raises:
-        ConfigError: If the folder lacks ``run.json`` or ``metrics.jsonl``, or the run was faster than any efficiency
-            up to 1 allows: the card is another one.
+        ConfigError: If ``run.json`` or ``metrics.jsonl`` cannot be read or holds no measurement, or the run was faster
+            than any efficiency up to 1 allows: the card is another one.
     """
-    described = _described(run / "run.json")
-    measured = _measured_flops_per_second(run / "metrics.jsonl", int(described["ranks"]))
+    try:
+        described = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"--calibrate {run} cannot be read ({error}); give the log folder of a run.") from None
+    ranks = int(described["ranks"])
+    # The first step warms up. Older runs recorded the FLOP/s of the whole job.
+    speeds = [row["tflops_per_gpu"] * 1e12 * ranks for row in rows if "tflops_per_gpu" in row][1:]
+    speeds = speeds or [row["model_flops_per_second"] for row in rows if "model_flops_per_second" in row][1:]
+    if not speeds:
+        raise ConfigError(f"--calibrate {run / 'metrics.jsonl'} has fewer than two steps with tflops_per_gpu.")
+    measured = float(median(speeds))
     config = OmegaConf.to_object(
         OmegaConf.merge(OmegaConf.structured(SftConfig), current_settings(described["recipe"]))
     )
     assert isinstance(config, SftConfig)  # to_object instantiates the schema
-    job = job_of(config, planned_shape(model, config), int(described["ranks"]))
+    job = job_of(config, planned_shape(model, config), ranks)
 
     def planned(efficiency: float) -> float:
         return make_plan(job, replace(card, efficiency=efficiency)).model_flops_per_second
@@ -51,30 +60,3 @@ def calibrated(card: Card, run: Path, model: str | None = None) -> Card:
         middle = (low * high) ** 0.5
         low, high = (middle, high) if planned(middle) < measured else (low, middle)
     return replace(card, efficiency=high)
-
-
-def _described(file: Path) -> dict[str, Any]:
-    try:
-        described: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"--calibrate {file} cannot be read ({error}); give the log folder of a run.") from None
-    return described
-
-
-def _measured_flops_per_second(metrics: Path, ranks: int) -> float:
-    """Return the typical model FLOP/s of all ``ranks`` of a run, from its ``metrics.jsonl``, without the first step.
-
-    Raises:
-        ConfigError: If the file holds no such measurement.
-    """
-    try:
-        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"--calibrate {metrics} cannot be read ({error}); give a run's metrics.jsonl.") from None
-    # Older runs recorded those of the whole job.
-    measured = [row["tflops_per_gpu"] * 1e12 * ranks for row in rows if "tflops_per_gpu" in row][1:] or [
-        row["model_flops_per_second"] for row in rows if "model_flops_per_second" in row
-    ][1:]
-    if not measured:
-        raise ConfigError(f"--calibrate {metrics} has fewer than two steps with tflops_per_gpu.")
-    return float(median(measured))

@@ -52,15 +52,12 @@ class StagePlan:
     def contents(self) -> str:
         """Such as ``E 0-1``, or ``30, 60 m1 L``: embedding, decoder layers, MTP layers, loss."""
         words = ["E"] if any(chunk.has_embedding for chunk in self.chunks) else []
-        words.append(", ".join(_span(chunk.layers) for chunk in self.chunks if chunk.layers))
+        layers = [chunk.layers for chunk in self.chunks if chunk.layers]
+        words.append(", ".join(f"{each[0]}-{each[-1]}" if len(each) > 1 else str(each[0]) for each in layers))
         for chunk in self.chunks:
             words += [f"m{len(chunk.mtp_layers)}"] if chunk.mtp_layers else []
             words += ["L"] if chunk.has_loss else []
         return " ".join(word for word in words if word)
-
-
-def _span(layers: tuple[int, ...]) -> str:
-    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +131,11 @@ class Plan:
     @property
     def update_seconds(self) -> float:
         """Reducing gradients, updating and gathering weights, on the slowest stage."""
-        return max(self._stage_update_seconds(stage) for stage in self.stages)
-
-    def _stage_update_seconds(self, stage: StagePlan) -> float:
-        links = sum(group.seconds(self.card) for group in stage.traffic if group.group in ("dp", "edp"))
-        return links + 2 * (stage.memory.optimizer + stage.memory.gradients) / self.card.memory_bytes_per_second
+        return max(
+            sum(group.seconds(self.card) for group in stage.traffic if group.group in ("dp", "edp"))
+            + 2 * (stage.memory.optimizer + stage.memory.gradients) / self.card.memory_bytes_per_second
+            for stage in self.stages
+        )
 
     @property
     def step_seconds(self) -> float:
@@ -169,10 +166,10 @@ class Plan:
         Of adapters it holds these alone.
         """
         job, alone = self.job, ParallelLayout(world=1)
-        state, element = (12, 2) if job.precision is Precision.bf16 else (8, 4)
+        state = 12 if job.precision is Precision.bf16 else 8
         whole = replace(job, layout=alone, placement=place_layers(job.shape, alone))
         return sum(
-            weight.elements * (element + (state if job.trains(weight.part) else 0))
+            weight.elements * (job.element_bytes + (state if job.trains(weight.part) else 0))
             for weight in stage_weights(whole, 0)
             if job.lora is None or job.trains(weight.part)
         )
@@ -186,19 +183,20 @@ class Plan:
 
 def make_plan(job: PlannedJob, card: Card) -> Plan:
     """Work out what a job takes on ``job.layout.world`` of these cards."""
-    return Plan(job=job, card=card, stages=tuple(_stage_plan(job, card, stage) for stage in range(job.layout.pp)))
-
-
-def _stage_plan(job: PlannedJob, card: Card, stage: int) -> StagePlan:
-    chunks = job.placement.stage_chunks(stage)
-    flops = [chunk_flops(job, chunk) for chunk in chunks]
-    per_token = sum(each.forward + each.backward + each.recomputed for each in flops)
     tokens = job.tokens_per_microbatch * job.microbatches // (job.layout.tp * job.layout.cp)
-    return StagePlan(
-        stage=stage,
-        chunks=chunks,
-        weights=stage_weights(job, stage),
-        memory=stage_memory(job, stage, gpu=card.is_gpu, reserved_bytes=card.reserved_bytes),
-        traffic=stage_traffic(job, stage, card),
-        flops_per_step=tokens * per_token,
-    )
+    stages = []
+    for stage in range(job.layout.pp):
+        chunks = job.placement.stage_chunks(stage)
+        flops = [chunk_flops(job, chunk) for chunk in chunks]
+        per_token = sum(each.forward + each.backward + each.recomputed for each in flops)
+        stages.append(
+            StagePlan(
+                stage=stage,
+                chunks=chunks,
+                weights=stage_weights(job, stage),
+                memory=stage_memory(job, stage, gpu=card.name != "cpu", reserved_bytes=card.reserved_bytes),
+                traffic=stage_traffic(job, stage, card),
+                flops_per_step=tokens * per_token,
+            )
+        )
+    return Plan(job=job, card=card, stages=tuple(stages))

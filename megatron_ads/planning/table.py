@@ -8,7 +8,6 @@ from typing import Any
 from megatron_ads.config.model import LoraTarget
 from megatron_ads.layout import describe_ranks
 from megatron_ads.models.parts import Lora, parameters_by_part
-from megatron_ads.planning.costs import GroupTraffic
 from megatron_ads.planning.hardware import Card
 from megatron_ads.planning.job import PlannedJob
 from megatron_ads.planning.plan import Plan, StagePlan, make_plan
@@ -22,13 +21,9 @@ _COLUMNS = 120
 
 def plan_lines(plan: Plan) -> list[str]:
     """Return what the terminal shows. Stages that are equal in all they show share a line."""
-    summary = [piece for line in summary_lines(plan) for piece in wrapped(line)]
+    wrap = textwrap.TextWrapper(_COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False).wrap
+    summary = [piece for line in summary_lines(plan) for piece in wrap(line)]
     return [_title(plan), "", *_stage_table(plan), "", *summary]
-
-
-def wrapped(line: str) -> list[str]:
-    """Return a paragraph as lines that fit, those after the first indented."""
-    return textwrap.wrap(line, _COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def _title(plan: Plan) -> str:
@@ -46,7 +41,10 @@ def _title(plan: Plan) -> str:
 
 
 def _stage_table(plan: Plan) -> list[str]:
-    head = "stage layers params_B experts_B weights grads optim activ. buffers peak_GB PFLOP"
+    head = [
+        "stage", "layers", "params B", "experts B", "weights", "grads", "optim", "activ.", "buffers", "peak GB",
+        "PFLOP",
+    ]  # fmt: skip
     rows = []
     for cells, equal in groupby(plan.stages, key=_cells):
         stages = list(equal)
@@ -55,7 +53,7 @@ def _stage_table(plan: Plan) -> list[str]:
             number = f"{number}-{stages[-1].stage}"
             contents = "+".join(str(len(chunk.layers)) for chunk in stages[0].chunks) + " each"
         rows.append((number, contents, *cells))
-    return text_table(rows, [name.replace("_", " ") for name in head.split()], left=["layers"], width=_COLUMNS)
+    return text_table(rows, head, left=["layers"], width=_COLUMNS)
 
 
 def _cells(stage: StagePlan) -> tuple[str, ...]:
@@ -88,8 +86,10 @@ def summary_lines(plan: Plan) -> list[str]:
         "sent per rank and step, on the stage that sends the most:",
         *_traffic_lines(plan),
     ]
-    if plan.expert_less_stages:
-        lines.insert(1, _expert_less(plan))
+    if stages := plan.expert_less_stages:
+        ranks = [rank for stage in stages for rank in sizes.stage_ranks(stage)]
+        where = f"stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))}"
+        lines.insert(1, f"no routed experts on {where}: {describe_ranks(ranks)} have a stub optimizer")
     if plan.job.lora is not None:
         lines.insert(1, _adapters(plan.job, plan.job.lora))
     twin = interleaved(plan.job, 2) if sizes.vpp == 1 and sizes.pp > 1 else None
@@ -126,20 +126,13 @@ def _verdict(plan: Plan) -> str:
     return f"DOES NOT FIT by {-spare:.2f} GB: {where} of {plan.card.memory_bytes / 1e9:g} GB; {count}"
 
 
-def _expert_less(plan: Plan) -> str:
-    stages = plan.expert_less_stages
-    ranks = [rank for stage in stages for rank in plan.job.layout.stage_ranks(stage)]
-    plural = "s" if len(stages) > 1 else ""
-    where = f"stage{plural} {', '.join(map(str, stages))}"
-    return f"no routed experts on {where}: {describe_ranks(ranks)} have a stub optimizer"
-
-
 def _traffic_lines(plan: Plan) -> list[str]:
-    groups: dict[str, GroupTraffic] = {}
-    for stage in plan.stages:
-        for group in stage.traffic:
-            if group.group not in groups or group.bytes_per_step > groups[group.group].bytes_per_step:
-                groups[group.group] = group
+    traffic = [group for stage in plan.stages for group in stage.traffic]
+    names = dict.fromkeys(group.group for group in traffic)
+    groups = {
+        name: max((group for group in traffic if group.group == name), key=lambda group: group.bytes_per_step)
+        for name in names
+    }
     return [
         f"  {name:<3} {group.bytes_per_step / 1e9:8.2f} GB over {group.ranks} ranks, {group.off_node:.0%} of the "
         f"peers on other nodes, {group.seconds(plan.card):.2f} s alone"
@@ -237,18 +230,17 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "imbalance": plan.imbalance,
         "checkpoint_bytes": plan.checkpoint_bytes,
         "checkpoint_seconds": plan.checkpoint_seconds,
-        "stages": [_stage_values(stage) for stage in plan.stages],
-    }
-
-
-def _stage_values(stage: StagePlan) -> dict[str, Any]:
-    return {
-        "stage": stage.stage,
-        "contents": stage.contents,
-        "parameters": stage.parameters,
-        "expert_parameters": stage.expert_parameters,
-        "weights": [asdict(weight) for weight in stage.weights],
-        "memory": asdict(stage.memory) | {"peak": stage.memory.peak},
-        "flops_per_step": stage.flops_per_step,
-        "traffic": [asdict(group) for group in stage.traffic],
+        "stages": [
+            {
+                "stage": stage.stage,
+                "contents": stage.contents,
+                "parameters": stage.parameters,
+                "expert_parameters": stage.expert_parameters,
+                "weights": [asdict(weight) for weight in stage.weights],
+                "memory": asdict(stage.memory) | {"peak": stage.memory.peak},
+                "flops_per_step": stage.flops_per_step,
+                "traffic": [asdict(group) for group in stage.traffic],
+            }
+            for stage in plan.stages
+        ],
     }
