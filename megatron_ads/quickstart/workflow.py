@@ -23,51 +23,17 @@ from megatron_ads.runtime.health.rank_record import ExitStatus
 RECIPE = "sft/quickstart"
 
 
-@dataclass(frozen=True, slots=True)
 class QuickstartFolder:
-    """Paths below ``root``; nothing is created here."""
+    """Paths below ``root``, which ``described`` explains; nothing is created here."""
 
-    root: Path
-
-    @property
-    def start(self) -> Path:
-        """The random checkpoint, Hugging Face format, FP8 as DeepSeek publishes it."""
-        return self.root / "model"
-
-    @property
-    def start_bf16(self) -> Path:
-        """The same in BF16, which transformers runs on a CPU."""
-        return self.root / "model-bf16"
-
-    @property
-    def shards(self) -> Path:
-        """The same, one file per rank."""
-        return self.root / "shards"
-
-    @property
-    def run(self) -> Path:
-        """Metrics, TensorBoard files and training checkpoints."""
-        return self.root / "run"
-
-    @property
-    def trained_shards(self) -> Path:
-        """The weights after the last step, one file per rank; written by the trainer."""
-        return self.run / "export"
-
-    @property
-    def tuned(self) -> Path:
-        """The fine-tuned checkpoint, Hugging Face format, FP32 as trained."""
-        return self.root / "tuned"
-
-    @property
-    def tuned_fp8(self) -> Path:
-        """The fine-tuned checkpoint in FP8, as DeepSeek publishes it."""
-        return self.root / "tuned-fp8"
-
-    @property
-    def tuned_fp8_bf16(self) -> Path:
-        """The values of the FP8 checkpoint in BF16, which transformers runs on a CPU."""
-        return self.root / "tuned-fp8-bf16"
+    def __init__(self, root: Path) -> None:
+        """Lay out the paths."""
+        self.root = root
+        self.start, self.start_bf16, self.shards = root / "model", root / "model-bf16", root / "shards"
+        self.run, self.trained_shards = root / "run", root / "run" / "export"
+        self.tuned, self.tuned_fp8 = root / "tuned", root / "tuned-fp8"
+        self.tuned_fp8_bf16 = root / "tuned-fp8-bf16"
+        self.report_html, self.report_json = root / "report.html", root / "report.json"
 
     def answers(self, model: str) -> Path:
         """What a model wrote for every held-out row: ``before``, ``after`` or ``after-fp8``."""
@@ -77,34 +43,24 @@ class QuickstartFolder:
         """What one stage's processes printed."""
         return self.root / "logs" / f"{stage}.log"
 
-    @property
-    def report_html(self) -> Path:
-        """The report as a page."""
-        return self.root / "report.html"
-
-    @property
-    def report_json(self) -> Path:
-        """The report for programs."""
-        return self.root / "report.json"
-
-    def described(self) -> list[tuple[str, Path]]:
-        """Return what there is for a user to look at, with a description each."""
-        return [
-            ("report as a page", self.report_html),
-            ("report for programs", self.report_json),
-            ("random checkpoint it started from (Hugging Face, FP8)", self.start),
-            ("the same as shards, one file per rank", self.shards),
-            ("the same in BF16 for transformers", self.start_bf16),
-            ("metrics of every step (JSONL, TensorBoard) and training checkpoints", self.run),
-            ("fine-tuned weights as shards", self.trained_shards),
-            ("fine-tuned checkpoint (Hugging Face, FP32)", self.tuned),
-            ("fine-tuned checkpoint (Hugging Face, FP8)", self.tuned_fp8),
-            ("the FP8 one read back (Hugging Face, BF16)", self.tuned_fp8_bf16),
-            ("answers to the held-out rows before", self.answers("before")),
-            ("answers after", self.answers("after")),
-            ("answers after, from the FP8 checkpoint", self.answers("after-fp8")),
-            ("output of every stage", self.root / "logs"),
-        ]
+    def described(self) -> dict[Path, str]:
+        """Return what a user may look at, with a description each."""
+        return {
+            self.report_html: "report as a page",
+            self.report_json: "report for programs",
+            self.start: "random checkpoint it started from (Hugging Face, FP8)",
+            self.shards: "the same as shards, one file per rank",
+            self.start_bf16: "the same in BF16 for transformers",
+            self.run: "metrics of every step (JSONL, TensorBoard) and training checkpoints",
+            self.trained_shards: "fine-tuned weights as shards",
+            self.tuned: "fine-tuned checkpoint (Hugging Face, FP32)",
+            self.tuned_fp8: "fine-tuned checkpoint (Hugging Face, FP8)",
+            self.tuned_fp8_bf16: "the FP8 one read back (Hugging Face, BF16)",
+            self.answers("before"): "answers to the held-out rows before",
+            self.answers("after"): "answers after",
+            self.answers("after-fp8"): "answers after, from the FP8 checkpoint",
+            self.root / "logs": "output of every stage",
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,13 +156,11 @@ def _about(overrides: Sequence[str], section: str) -> list[str]:
 
 def _sizes(layout: LayoutConfig) -> list[str]:
     """Return a layout as options of `convert to-megatron`."""
-    given = {field.name: getattr(layout, field.name) for field in fields(layout) if field.name != "cp"}
-    options = [
-        (f"--{name.replace('_', '-')}", str(value))
-        for name, value in given.items()
-        if value != getattr(LayoutConfig(), name)
-    ]
-    return [word for option in options for word in option]
+    default, words = LayoutConfig(), list[str]()
+    for name in (field.name for field in fields(layout) if field.name != "cp"):
+        if (value := getattr(layout, name)) != getattr(default, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
 
 
 def _run_here(command: Sequence[str], log: Path) -> Mapping[str, Any]:
