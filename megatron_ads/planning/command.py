@@ -17,10 +17,9 @@ from pathlib import Path
 
 from conversion.cli import parse_bytes
 from megatron_ads.errors import ConfigError
-from megatron_ads.planning.calibrate import calibrated
 from megatron_ads.planning.hardware import CARDS, DEFAULT_CARD, card_named
 from megatron_ads.planning.job import load_job
-from megatron_ads.planning.plan import make_plan
+from megatron_ads.planning.plan import calibrated, make_plan
 from megatron_ads.planning.search import search
 from megatron_ads.planning.table import plan_lines, plan_page, plan_values, search_lines, search_values
 
