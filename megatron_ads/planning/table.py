@@ -7,9 +7,8 @@ from typing import Any
 
 from megatron_ads.config.model import LoraTarget
 from megatron_ads.layout import describe_ranks
-from megatron_ads.models.parts import Lora, parameters_by_part
+from megatron_ads.models.parts import parameters_by_part
 from megatron_ads.planning.hardware import Card
-from megatron_ads.planning.job import PlannedJob
 from megatron_ads.planning.plan import Plan, StagePlan, make_plan
 from megatron_ads.planning.schedule import ideal_bubble
 from megatron_ads.planning.search import SearchResult, interleaved
@@ -72,73 +71,29 @@ def _cells(stage: StagePlan) -> tuple[str, ...]:
 
 def summary_lines(plan: Plan) -> list[str]:
     """Return what there is to say below the table of stages."""
-    sizes = plan.job.layout
-    ideal = ideal_bubble(sizes.pp, sizes.vpp, plan.job.microbatches)
-    lines = [
-        _verdict(plan),
-        f"work: the busiest stage has {plan.imbalance:.2f} times the mean",
-        f"pipeline: {plan.timeline.bubble:.1%} of the stages' time is idle ({ideal:.1%} if all stages were equal)",
-        f"step: {plan.step_seconds:.1f} s, {plan.tokens_per_second:,.0f} tokens/s, "
-        f"{plan.model_flops_utilization:.1%} of the cards' peak ({plan.update_seconds:.2f} s of it for the update); "
-        f"assumes that products reach {plan.card.efficiency:.0%} of the peak",
-        f"checkpoint: {plan.checkpoint_bytes / 1e12:.2f} TB, {plan.checkpoint_seconds:.0f} s at "
-        f"{plan.card.storage_bytes_per_second / 1e9:g} GB/s a node",
-        "sent per rank and step, on the stage that sends the most:",
-        *_traffic_lines(plan),
-    ]
-    if stages := plan.expert_less_stages:
-        ranks = [rank for stage in stages for rank in sizes.stage_ranks(stage)]
-        where = f"stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))}"
-        lines.insert(1, f"no routed experts on {where}: {describe_ranks(ranks)} have a stub optimizer")
-    if plan.job.lora is not None:
-        lines.insert(1, _adapters(plan.job, plan.job.lora))
-    twin = interleaved(plan.job, 2) if sizes.vpp == 1 and sizes.pp > 1 else None
-    return lines if twin is None else [*lines, _gain(plan, make_plan(twin, plan.card))]
-
-
-def _adapters(job: PlannedJob, lora: Lora) -> str:
-    adapters, weights = lora.parameters(job.shape), parameters_by_part(job.shape).total()
-    targets = ", ".join(target for target in LoraTarget if target in lora.targets)
-    count = f"{adapters / 1e9:.3f} B parameters, in addition to {weights / 1e9:.1f} B"
-    return f"trains adapters of rank {lora.rank} ({targets}): {count}"
-
-
-def _gain(plan: Plan, twin: Plan) -> str:
-    """Say what two virtual chunks a stage would change."""
-    sizes = plan.job.layout
-    ideal, twin_ideal = (ideal_bubble(sizes.pp, vpp, plan.job.microbatches) for vpp in (1, 2))
-    room = "fits" if twin.fits else f"does not fit by {-twin.spare_bytes / 1e9:.2f} GB"
-    return (
-        f"with vpp 2 ({_shortened(twin.job.placement.string)}): {plan.timeline.bubble:.1%} -> "
-        f"{twin.timeline.bubble:.1%} idle (equal stages: {ideal:.1%} -> {twin_ideal:.1%}), "
-        f"step {plan.step_seconds:.1f} -> {twin.step_seconds:.1f} s, fullest rank "
-        f"{plan.fullest.memory.peak / 1e9:.2f} -> {twin.fullest.memory.peak / 1e9:.2f} GB: {room}"
+    job, sizes = plan.job, plan.job.layout
+    traffic = [group for stage in plan.stages for group in stage.traffic if group.bytes_per_step]
+    twin_job = interleaved(job, 2) if sizes.vpp == 1 and sizes.pp > 1 else None
+    text = render(
+        "planning/summary.txt.jinja",
+        plan=plan,
+        over=[stage for stage in plan.stages if stage.memory.peak > plan.card.memory_bytes],
+        targets=[target for target in LoraTarget if job.lora and target in job.lora.targets],
+        adapters=job.lora.parameters(job.shape) if job.lora else 0,
+        weights=parameters_by_part(job.shape).total(),
+        expert_less_ranks=describe_ranks(
+            [rank for stage in plan.expert_less_stages for rank in sizes.stage_ranks(stage)]
+        ),
+        ideal=ideal_bubble(sizes.pp, sizes.vpp, job.microbatches),
+        traffic=[
+            max((group for group in traffic if group.group == name), key=lambda group: group.bytes_per_step)
+            for name in dict.fromkeys(group.group for group in traffic)
+        ],
+        twin=make_plan(twin_job, plan.card) if twin_job else None,
+        twin_pipeline=_shortened(twin_job.placement.string) if twin_job else "",
+        twin_ideal=ideal_bubble(sizes.pp, 2, job.microbatches),
     )
-
-
-def _verdict(plan: Plan) -> str:
-    fullest, spare = plan.fullest, plan.spare_bytes / 1e9
-    where = f"the fullest ranks, of stage {fullest.stage}, need {fullest.memory.peak / 1e9:.2f} GB"
-    if plan.fits:
-        return f"fits: {where}, {spare:.2f} GB less than a card has"
-    over = [stage.stage for stage in plan.stages if stage.memory.peak > plan.card.memory_bytes]
-    count = f"{len(over)} of {len(plan.stages)} stages are too large"
-    return f"DOES NOT FIT by {-spare:.2f} GB: {where} of {plan.card.memory_bytes / 1e9:g} GB; {count}"
-
-
-def _traffic_lines(plan: Plan) -> list[str]:
-    traffic = [group for stage in plan.stages for group in stage.traffic]
-    names = dict.fromkeys(group.group for group in traffic)
-    groups = {
-        name: max((group for group in traffic if group.group == name), key=lambda group: group.bytes_per_step)
-        for name in names
-    }
-    return [
-        f"  {name:<3} {group.bytes_per_step / 1e9:8.2f} GB over {group.ranks} ranks, {group.off_node:.0%} of the "
-        f"peers on other nodes, {group.seconds(plan.card):.2f} s alone"
-        for name, group in groups.items()
-        if group.bytes_per_step
-    ]
+    return text.splitlines()
 
 
 def plan_page(recipe: str, plan: Plan) -> str:

@@ -51,9 +51,7 @@ def run(args: argparse.Namespace) -> int:
     with termination_as_interrupt():
         records = run_stages(plan.stages, folder.root, announcements)
     metrics = read_metrics(folder.run)
-    facts = content.gather_facts(
-        folder, plan.stages, records, metrics, config=plan.config, data=data, provenance=machine
-    )
+    facts = content.gather_facts(folder, plan, records, metrics, data=data, provenance=machine)
     write_report(folder.root, content.page(facts, metrics), facts)
     if not announcements.ran:
         print("quickstart: everything was complete already; remove the folder to do it all again")

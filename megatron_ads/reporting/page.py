@@ -6,15 +6,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from megatron_ads.progress import readable_duration
 
 
 @cache
 def templates() -> Environment:
-    """Return the package's templates; all text they are given is escaped, and a missing value is an error."""
-    found = Environment(loader=PackageLoader("megatron_ads", ""), autoescape=True, undefined=StrictUndefined)
+    """Return the package's templates; HTML and SVG escape what they are given, and a missing value is an error."""
+    autoescape = select_autoescape(["html.jinja", "svg.jinja"])
+    found = Environment(loader=PackageLoader("megatron_ads", ""), autoescape=autoescape, undefined=StrictUndefined)
     found.filters |= {"fixed": fixed, "short": short, "tiny": tiny, "duration": readable_duration}
     return found
 
