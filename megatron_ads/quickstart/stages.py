@@ -13,10 +13,10 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from megatron_ads.errors import ConfigError
 from megatron_ads.progress import readable_duration
@@ -97,7 +97,9 @@ def run_stages(stages: Sequence[Stage], folder: Path, announcements: Announcemen
             after = {name: records[name].fingerprint for name in stage.after}
             settings = json.dumps({"settings": dict(stage.settings), "after": after}, sort_keys=True)
             fingerprint = hashlib.sha256(settings.encode()).hexdigest()
-            record = _read_record(folder, stage.name)
+            record = None
+            with suppress(OSError, ValueError, TypeError):  # missing or unreadable: the stage runs again
+                record = StageRecord(**json.loads(_record_file(folder, stage.name).read_text(encoding="utf-8")))
             if record is not None and record.fingerprint == fingerprint and all(map(Path.exists, stage.outputs)):
                 announcements.reused(stage, number, len(stages), record)
             else:
@@ -111,14 +113,6 @@ def run_stages(stages: Sequence[Stage], folder: Path, announcements: Announcemen
 
 def _record_file(folder: Path, name: str) -> Path:
     return folder / RECORDS / f"{name}.json"
-
-
-def _read_record(folder: Path, name: str) -> StageRecord | None:
-    """Return a stage's record; None if it is missing or unreadable, so that the stage runs again."""
-    try:
-        return StageRecord(**json.loads(_record_file(folder, name).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def _prepare(stage: Stage, folder: Path, fingerprint: str) -> bool:
@@ -164,16 +158,13 @@ def _sole_use(folder: Path) -> Iterator[None]:
     with (folder / RECORDS / "lock").open("w", encoding="utf-8") as lock:
         os.set_inheritable(lock.fileno(), True)
         give_up = time.monotonic() + WAIT_SECONDS
-        while not _locked(lock):
-            if time.monotonic() > give_up:
-                raise ConfigError(f"another process is at work in {folder}; wait for it, or choose another --out.")
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    message = f"another process is at work in {folder}; wait for it, or choose another --out."
+                    raise ConfigError(message) from None
             time.sleep(0.2)
         yield
-
-
-def _locked(file: TextIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
