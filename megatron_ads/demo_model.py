@@ -1,4 +1,4 @@
-"""Write a small random DeepSeek-V3-family checkpoint with tokenizer, in the form DeepSeek publishes, for rehearsals.
+"""Write a small random DeepSeek-V3-family checkpoint with tokenizer, in the form DeepSeek publishes, for trial runs.
 
     megatron-ads demo-model OUT [--preset tiny|shallow|small] [--dtype bf16|fp32] [--fp8] [--seed N]
     megatron-ads demo-model OUT --preset deepseek-r1 --sparse

@@ -75,40 +75,28 @@ class Stream:
     ) -> tuple[LayerResult, Rows, Rows]:
         """Return the result and both sides' outputs for their own inputs."""
         started = time.monotonic()
-        their_output, scores = self._run_theirs(layer, tokens, theirs)
-        same_input, weights, our_output = self._run_ours(layer, tokens, theirs, ours)
-        shape = self._source.shape
-        kind = (
-            LayerKind.MTP
-            if layer >= shape.num_layers
-            else LayerKind.EXPERTS
-            if shape.is_moe_layer(layer)
-            else LayerKind.DENSE
-        )
-        result = LayerResult(
-            layer=layer,
-            kind=kind,
-            difference=_relative(same_input, their_output),
-            carried=_relative(our_output, their_output),
-            largest=_largest(same_input, their_output),
-            changed_tensors=changed_in_layer(self._source, self._folder, layer, layout),
-            router=self._compare_routing(layer, weights, scores) if scores else None,
-            seconds=time.monotonic() - started,
-        )
-        return result, their_output, our_output
-
-    def _run_theirs(self, layer: int, tokens: Rows, inputs: Rows) -> tuple[Rows, list[Scores]]:
-        module, scores = self._reference.layer(layer), list[Scores]()
-        module.watch_router(scores.append)
-        return self._run(module, layer, tokens, inputs, self._reference.embed), scores
-
-    def _run_ours(self, layer: int, tokens: Rows, theirs: Rows, ours: Rows) -> tuple[Rows, Rows, Rows]:
-        """Return the outputs for their inputs, the routing weights of those passes, and the outputs for our inputs."""
+        reference, scores = self._reference.layer(layer), list[Scores]()
+        reference.watch_router(scores.append)
+        their_output = self._run(reference, layer, tokens, theirs, self._reference.embed)
         module, weights = SingleLayer(self._source, layer, self._settings), list[Tensor]()
         module.watch_router(lambda weights_TE, chosen_TE: weights.append((weights_TE * chosen_TE).float()))
         same_input = self._run(module, layer, tokens, theirs, self._embed)
-        routed = list(weights)
-        return same_input, routed, self._run(module, layer, tokens, ours, self._embed)
+        routed = list(weights)  # of these passes only
+        our_output = self._run(module, layer, tokens, ours, self._embed)
+        shape = self._source.shape
+        kind = LayerKind.EXPERTS if shape.is_moe_layer(layer) else LayerKind.DENSE
+        difference, largest = _difference(same_input, their_output)
+        result = LayerResult(
+            layer=layer,
+            kind=kind if layer < shape.num_layers else LayerKind.MTP,
+            difference=difference,
+            carried=_difference(our_output, their_output)[0],
+            largest=largest,
+            changed_tensors=changed_in_layer(self._source, self._folder, layer, layout),
+            router=self._compare_routing(layer, routed, scores) if scores else None,
+            seconds=time.monotonic() - started,
+        )
+        return result, their_output, our_output
 
     def _run(
         self,
@@ -169,11 +157,8 @@ class Stream:
         )
 
 
-def _relative(ours: Rows, theirs: Rows) -> float:
+def _difference(ours: Rows, theirs: Rows) -> tuple[float, float]:
+    """Return the root mean square and the maximum of the difference, both over the root mean square of ``theirs``."""
     a, b = torch.cat(ours).float(), torch.cat(theirs).float()
-    return float((a - b).pow(2).mean().sqrt() / b.pow(2).mean().sqrt())
-
-
-def _largest(ours: Rows, theirs: Rows) -> float:
-    a, b = torch.cat(ours).float(), torch.cat(theirs).float()
-    return float((a - b).abs().max() / b.pow(2).mean().sqrt())
+    size = b.pow(2).mean().sqrt()
+    return float((a - b).pow(2).mean().sqrt() / size), float((a - b).abs().max() / size)

@@ -55,6 +55,16 @@ class PlannedJob:
         return self.seq_length * self.micro_batch_size
 
     @property
+    def tokens_per_rank(self) -> int:
+        """Tokens of one microbatch whose activations one rank keeps."""
+        return self.tokens_per_microbatch // (self.layout.tp * self.layout.cp)
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one weight or activation."""
+        return 2 if self.precision is Precision.bf16 else 4
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens of one step over the whole job, padding included."""
         return self.tokens_per_microbatch * self.microbatches * self.layout.dp
@@ -91,7 +101,11 @@ def planned_shape(model: str | None, config: SftConfig) -> ModelShape:
     """
     load = Path(config.model.load)
     if model is None and load.exists():
-        return _shape_of_checkpoint(load)
+        if (load / "config.json").is_file():
+            return read_model_shape(load)
+        from conversion.sources import open_source  # imports torch, which a plan needs for converted checkpoints only
+
+        return open_source(load).shape
     name = model or config.model.published
     if name in published_models():
         return read_model_shape(published_file(name))
@@ -106,14 +120,6 @@ def planned_shape(model: str | None, config: SftConfig) -> ModelShape:
             "config.json."
         )
     return read_model_shape(Path(name))
-
-
-def _shape_of_checkpoint(path: Path) -> ModelShape:
-    if (path / "config.json").is_file():
-        return read_model_shape(path)
-    from conversion.sources import open_source  # imports torch, which a plan needs for converted checkpoints only
-
-    return open_source(path).shape
 
 
 def load_job(
@@ -144,7 +150,12 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Pl
     layout = sizes.runtime(ranks)
     placement = sizes.placement(shape, layout)
     layout.check_model(shape)
-    _require_layers(placement)
+    for number, chunk in enumerate(placement.chunks):  # ranks without a parameter would have no optimizer
+        if not (chunk.layers or chunk.mtp_layers or chunk.has_embedding or chunk.has_loss):
+            raise ConfigError(
+                f"layout.pipeline {placement.string!r} leaves chunk {number} (stage {chunk.stage}) without any layer. "
+                "Move a layer there, or use fewer stages."
+            )
     validate(config, ranks, shape)
     return PlannedJob(
         shape=shape,
@@ -163,13 +174,3 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Pl
         aux_loss_coefficient=config.model.aux_loss_coefficient,
         deterministic=config.train.deterministic,
     )
-
-
-def _require_layers(placement: PipelinePlacement) -> None:
-    """Refuse a chunk with nothing in it: its ranks would have no parameter, and so no optimizer."""
-    for number, chunk in enumerate(placement.chunks):
-        if not (chunk.layers or chunk.mtp_layers or chunk.has_embedding or chunk.has_loss):
-            raise ConfigError(
-                f"layout.pipeline {placement.string!r} leaves chunk {number} (stage {chunk.stage}) without any layer. "
-                "Move a layer there, or use fewer stages."
-            )

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from megatron_ads.evaluation.answer_records import Answer
-from megatron_ads.evaluation.score_tables import PaperTable, paper_tables, text_tables
+from megatron_ads.evaluation.score_tables import ScoreTable, paper_tables, text_tables
 from megatron_ads.evaluation.task_scores import task_scores
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks import ad_user_relevance, model_comparison, next_advertiser, relevance
@@ -15,7 +15,7 @@ from megatron_ads.tasks.user_history import UserHistory
 NO_REASONING = "<think></think>"
 
 
-def _tables(answers: list[Answer], training: list[ChatRow], *, reasons: bool = True) -> list[PaperTable]:
+def _tables(answers: list[Answer], training: list[ChatRow], *, reasons: bool = True) -> list[ScoreTable]:
     ((task, scores),) = task_scores(answers, training, reasons=reasons).items()
     return paper_tables(task, scores)
 
