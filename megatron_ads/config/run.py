@@ -41,11 +41,20 @@ def validate_run(config: RunConfig, world: int, shape: ModelShape | None = None)
     Raises:
         ConfigError: Naming the settings, their values and what to change.
     """
-    for section in (config.model, config.layout, config.data, config.optim, config.train):
+    sections = (config.model, config.layout, config.data, config.optim, config.train, config.checkpoint, config.runtime)
+    for section in sections:
         section.check()
-    config.checkpoint.check()
-    config.runtime.check()
-    _check_steps(config)
+    require(
+        config.optim.warmup_steps <= config.train.max_steps,
+        f"optim.warmup_steps = {config.optim.warmup_steps} is more than train.max_steps = {config.train.max_steps}: "
+        f"optim.learning_rate would never be reached. Set optim.warmup_steps={config.train.max_steps // 10}, or raise "
+        "train.max_steps.",
+    )
+    require(
+        config.train.evaluate_every is None or config.data.validation_rows > 0,
+        f"train.evaluate_every is {config.train.evaluate_every}, but data.validation_rows is 0: there is nothing to "
+        "evaluate on. Set data.validation_rows, or train.evaluate_every to null.",
+    )
     layout = config.layout.runtime(world)
     _check_batch(config, layout)
     if shape is not None:
@@ -62,20 +71,6 @@ def require_trainable(layout: ParallelLayout) -> None:
         layout.cp == 1,
         f"layout.cp is {layout.cp}: the training step does not cut rows over context-parallel ranks, each of which "
         "would train on whole rows. Set layout.cp to 1.",
-    )
-
-
-def _check_steps(config: RunConfig) -> None:
-    require(
-        config.optim.warmup_steps <= config.train.max_steps,
-        f"optim.warmup_steps = {config.optim.warmup_steps} is more than train.max_steps = {config.train.max_steps}: "
-        f"optim.learning_rate would never be reached. Set optim.warmup_steps={config.train.max_steps // 10}, or raise "
-        "train.max_steps.",
-    )
-    require(
-        config.train.evaluate_every is None or config.data.validation_rows > 0,
-        f"train.evaluate_every is {config.train.evaluate_every}, but data.validation_rows is 0: there is nothing to "
-        "evaluate on. Set data.validation_rows, or train.evaluate_every to null.",
     )
 
 
@@ -147,22 +142,17 @@ def validate(config: SftConfig, world: int, shape: ModelShape | None = None) -> 
     """
     config.reweight.check()
     validate_run(config, world, shape)
-    _check_reweighting(config)
-
-
-def _check_reweighting(config: SftConfig) -> None:
-    """Refuse weights and shares that would never change before the last step."""
+    # Weights and shares must change before the last step.
     steps, evaluate_every, reweight = config.train.max_steps, config.train.evaluate_every, config.reweight
-    if reweight.tasks:
-        require(
-            evaluate_every is not None,
-            "reweight.tasks needs a validation metric of each task, but train.evaluate_every is null. Set it.",
-        )
-        require(
-            evaluate_every is None or evaluate_every < steps,
-            f"reweight.tasks changes the shares at each evaluation, but train.evaluate_every = {evaluate_every} and "
-            f"train.max_steps = {steps}: no step is left after the first. Lower train.evaluate_every.",
-        )
+    require(
+        evaluate_every is not None or not reweight.tasks,
+        "reweight.tasks needs a validation metric of each task, but train.evaluate_every is null. Set it.",
+    )
+    require(
+        evaluate_every is None or evaluate_every < steps or not reweight.tasks,
+        f"reweight.tasks changes the shares at each evaluation, but train.evaluate_every = {evaluate_every} and "
+        f"train.max_steps = {steps}: no step is left after the first. Lower train.evaluate_every.",
+    )
     first = reweight.interval if reweight.exact else 2 * reweight.interval  # before it, nothing is measured twice
     require(
         not reweight.instances or first < steps,
