@@ -151,7 +151,9 @@ def compare(work: Path, source: Path, direction: str, workers: int, repeats: int
         "written_bytes": written,
         "convert_seconds": [round(seconds, 2) for seconds, _ in conversions],
         "copy_seconds": [round(seconds, 2) for seconds in copies],
-        "speed_of_the_copy": round(statistics.median(copies) / statistics.median(s for s, _ in conversions), 3),
+        "speed_of_the_copy": round(
+            statistics.median(copies) / statistics.median(seconds for seconds, _ in conversions), 3
+        ),
         "peak_bytes_per_worker": max(peak for _, peak in conversions),
     }
 
