@@ -52,11 +52,9 @@ def resolve_layer_spec(choice: LayerSpecChoice) -> LayerSpec:
             "Install megatron-ads[te], or set model.layer_spec to auto."
         )
     if choice is LayerSpecChoice.auto:
-        return LayerSpec.TE if installed and _has_gpu() else LayerSpec.GROUPED
+        if not installed:
+            return LayerSpec.GROUPED
+        import torch  # only where Transformer Engine is installed
+
+        return LayerSpec.TE if torch.cuda.is_available() else LayerSpec.GROUPED
     return LayerSpec(choice.value)
-
-
-def _has_gpu() -> bool:
-    import torch  # only where Transformer Engine is installed
-
-    return torch.cuda.is_available()
