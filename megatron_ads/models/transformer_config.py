@@ -109,7 +109,7 @@ def _feed_forward(shape: ModelShape, layout: ParallelLayout, settings: ModelSett
         "moe_router_num_groups": shape.num_expert_groups if grouped else None,
         "moe_router_group_topk": shape.groups_per_token if grouped else None,
         "moe_router_enable_expert_bias": shape.has_expert_bias,
-        "moe_router_bias_update_rate": settings.router_bias_update_rate,
+        "moe_router_bias_update_rate": settings.expert_bias_update_rate,
         "moe_router_load_balancing_type": "seq_aux_loss" if settings.aux_loss_coefficient else "none",
         # Under calculate_per_token_loss, megatron-core 0.16.1 multiplies the balancing loss by the tokens of this rank,
         # but the gradient is divided by those of the whole row: 1 / (tp * cp) of the loss would be left.
