@@ -105,10 +105,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_case(name: str) -> list[dict[str, Any]]:
     """Train one case and return a row for each stage, of its fullest rank."""
+    from megatron_ads.launching.environment import NodePart
+    from megatron_ads.launching.processes import run_job
+    from megatron_ads.launching.train import torchrun_command
     from megatron_ads.planning.memory import stage_memory
 
-    job = planned_job(CASES[name])
-    measured = _measure(name, job.layout.world)
+    job, world = planned_job(CASES[name]), CASES[name].world
+    with tempfile.TemporaryDirectory() as folder:  # every rank is a process of its own and writes its peak there
+        part = NodePart.of({}, world, world)
+        command = torchrun_command(part, "benchmarks.memory_model", ["--ranks-of", name, folder])
+        run_job(command, Path(folder) / "log", environment=_RANK_ENVIRONMENT)
+        measured = [int((Path(folder) / f"rank{rank}").read_text(encoding="utf-8")) for rank in range(world)]
     rows = []
     for stage in range(job.layout.pp):
         memory = stage_memory(job, stage, gpu=False)
@@ -138,20 +145,6 @@ def planned_job(case: Case) -> Any:
         microbatches=case.microbatches,
         mtp_loss_weight=0.1,
     )
-
-
-def _measure(name: str, world: int) -> list[int]:
-    """Run every rank in a process of its own; return their peaks in bytes."""
-    from megatron_ads.launching.environment import NodePart
-    from megatron_ads.launching.processes import run_job
-    from megatron_ads.launching.train import torchrun_command
-
-    with tempfile.TemporaryDirectory() as folder:
-        command = torchrun_command(
-            NodePart.of({}, world, world), "benchmarks.memory_model", ["--ranks-of", name, folder]
-        )
-        run_job(command, Path(folder) / "log", environment=_RANK_ENVIRONMENT)
-        return [int((Path(folder) / f"rank{rank}").read_text(encoding="utf-8")) for rank in range(world)]
 
 
 def _train(case: Case) -> int:

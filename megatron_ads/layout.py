@@ -165,11 +165,6 @@ class PipelinePlacement:
     chunks: tuple[Chunk, ...]
 
     @property
-    def vpp(self) -> int:
-        """Virtual chunks per stage."""
-        return len(self.chunks) // self.pp
-
-    @property
     def string(self) -> str:
         """The placement in Megatron-Core's ``pipeline_model_parallel_layout`` notation."""
         return "|".join(
