@@ -114,29 +114,20 @@ def _build(threads: int) -> dict[str, tuple[tuple[Step, Step], int]]:
 
 def our_step(folder: Path, samples: Sequence[Any]) -> Step:
     """Build the project's training step for a checkpoint and a fixed batch."""
-    from conversion.layer_specs import LayerSpec
+    from conversion.rank_files import ShardsLayout
     from conversion.sources import open_source
-    from megatron_ads.config.model import Precision
-    from megatron_ads.config.training import OptimConfig
+    from megatron_ads.config.model import LayerSpecChoice, ModelConfig, Precision
+    from megatron_ads.config.training import OptimConfig, TrainConfig
     from megatron_ads.layout import ParallelLayout, place_layers
-    from megatron_ads.models.build import build_chunks
-    from megatron_ads.models.settings import ModelSettings
-    from megatron_ads.models.weights import load_weights
-    from megatron_ads.optim.build import build_optimizer
-    from megatron_ads.training.build import wrap_chunks
+    from megatron_ads.training.build import build_model
     from megatron_ads.training.step import run_step
 
-    source = open_source(folder)
-    layout = ParallelLayout(world=1)
-    settings = ModelSettings(spec=LayerSpec.GROUPED)
-    models = build_chunks(source.shape, layout, place_layers(source.shape, layout), settings)
-    load_weights(models, source, settings.spec)
-    chunks = wrap_chunks(models, overlap=False)
-    optimizer = build_optimizer(
-        chunks, OptimConfig(learning_rate=LEARNING_RATE), Precision.fp32, has_expert_member=True
-    )
+    source, layout = open_source(folder), ParallelLayout(world=1)
+    shards = ShardsLayout(shape=source.shape, layout=layout, placement=place_layers(source.shape, layout))
+    model = ModelConfig(load=str(folder), layer_spec=LayerSpecChoice.grouped, precision=Precision.fp32)
+    trained = build_model(model, OptimConfig(learning_rate=LEARNING_RATE), TrainConfig(max_steps=1), source, shards)
     batch = _packed(samples)
-    return lambda: run_step([batch], chunks, optimizer, learning_rate=LEARNING_RATE).loss
+    return lambda: run_step([batch], trained.chunks, trained.optimizer, learning_rate=LEARNING_RATE).loss
 
 
 def _packed(samples: Sequence[Any]) -> Any:

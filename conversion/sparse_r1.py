@@ -58,19 +58,18 @@ def stored_entries(config: dict[str, Any]) -> list[tuple[HeaderEntry, ...]]:
     """Return what a published FP8 checkpoint of this config stores, in model order, weights with their scales."""
     shape = shape_from_config(config)
     model = parameters(shape)
-    found = [
-        _entries(part.name, part.shape, parameter.kind) for parameter in model.values() for part in parameter.parts
-    ]
-    return found + [
-        _entries(alias, model[canonical].shape, ParameterKind.PLAIN) for alias, canonical in hf_aliases(shape).items()
-    ]
-
-
-def _entries(name: str, shape: tuple[int, ...], kind: ParameterKind) -> tuple[HeaderEntry, ...]:
-    if kind is ParameterKind.LINEAR:
-        scales = HeaderEntry(name + SCALE_SUFFIX, torch.float32, scale_shape(shape))
-        return HeaderEntry(name, torch.float8_e4m3fn, shape), scales
-    return (HeaderEntry(name, torch.float32 if kind is ParameterKind.ROUTER_BIAS else torch.bfloat16, shape),)
+    found: list[tuple[HeaderEntry, ...]] = []
+    for parameter in model.values():
+        for part in parameter.parts:
+            if parameter.kind is ParameterKind.LINEAR:
+                scales = HeaderEntry(part.name + SCALE_SUFFIX, torch.float32, scale_shape(part.shape))
+                found.append((HeaderEntry(part.name, torch.float8_e4m3fn, part.shape), scales))
+            else:
+                dtype = torch.float32 if parameter.kind is ParameterKind.ROUTER_BIAS else torch.bfloat16
+                found.append((HeaderEntry(part.name, dtype, part.shape),))
+    for alias, canonical in hf_aliases(shape).items():
+        found.append((HeaderEntry(alias, torch.bfloat16, model[canonical].shape),))
+    return found
 
 
 def _write_hole(path: Path, header: bytes, nbytes: int) -> None:

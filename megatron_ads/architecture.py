@@ -251,27 +251,27 @@ def _read_rope(fields: JsonFields) -> tuple[float, YarnShape | None]:
     """Return the rotary base and YaRN, of ``rope_parameters`` (transformers 5) or ``rope_scaling`` (published)."""
     theta = fields.positive("rope_theta", 10000.0)
     new, old = fields.section("rope_parameters"), fields.section("rope_scaling")
-    if new and old:
-        raise ConfigError("rope_parameters and rope_scaling are both there; keep the one that holds.")
+    require(not (new and old), "rope_parameters and rope_scaling are both there; keep the one that holds.")
     rope = new or old
     if rope is None:
         return theta, None
-    if "rope_theta" in rope:
-        inner = rope.positive("rope_theta")
-        if "rope_theta" in fields and inner != theta:
-            raise ConfigError(f"rope_theta is {theta:g}, but {inner:g} inside the rope section. Keep one of them.")
-        theta = inner
+    inner = rope.positive("rope_theta", theta)
+    require(
+        inner == theta or "rope_theta" not in fields,
+        f"rope_theta is {theta:g}, but {inner:g} inside the rope section. Keep one of them.",
+    )
     yarn = _read_yarn(rope)
     rope.refuse_unread()
-    return theta, yarn
+    return inner, yarn
 
 
 def _read_yarn(rope: JsonFields) -> YarnShape | None:
     kinds = [rope.choice(name, ("default", "yarn")) for name in ("rope_type", "type") if name in rope]
-    if not kinds:
-        raise ConfigError("The rope section names no rope_type (or type); supported: default, yarn.")
-    if len(set(kinds)) > 1:
-        raise ConfigError(f"rope_type is {kinds[0]}, but type is {kinds[1]}; they mean the same. Keep one of them.")
+    require(bool(kinds), "The rope section names no rope_type (or type); supported: default, yarn.")
+    require(
+        kinds[0] == kinds[-1],
+        f"rope_type is {kinds[0]}, but type is {kinds[-1]}; they mean the same. Keep one of them.",
+    )
     rope.expect("partial_rotary_factor", 1.0, "the rotary part has its own width, qk_rope_head_dim")
     if kinds[0] == "default":
         return None
@@ -312,12 +312,11 @@ def fp8_blocks(config: Mapping[str, Any]) -> Fp8Blocks | None:
     quantization.choice("fmt", ("e4m3",), "e4m3")
     scale_format = quantization.choice("scale_fmt", ("float", "ue8m0"), "float")
     blocks = config["quantization_config"].get("weight_block_size")
-    whole = isinstance(blocks, list) and all(isinstance(size, int) and size > 0 for size in blocks)
-    if not whole or len(blocks) != 2:
-        raise ConfigError(
-            f"quantization_config.weight_block_size is {blocks!r}; it must be two whole numbers, "
-            "[128, 128] in DeepSeek's checkpoints."
-        )
+    require(
+        isinstance(blocks, list) and len(blocks) == 2 and all(isinstance(size, int) and size > 0 for size in blocks),
+        f"quantization_config.weight_block_size is {blocks!r}; it must be two whole numbers, [128, 128] in DeepSeek's "
+        "checkpoints.",
+    )
     return Fp8Blocks(rows=blocks[0], columns=blocks[1], power_of_two_scales=scale_format == "ue8m0")
 
 

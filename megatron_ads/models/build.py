@@ -96,11 +96,10 @@ def wrap_precision(chunks: Sequence[GPTModel]) -> list[torch.nn.Module]:
     """
     wrapped = []
     for chunk in chunks:
-        buffers = [
-            (module, name, getattr(module, name, None)) for module in chunk.modules() for name in _ROUTING_BUFFERS
-        ]
+        names = [(module, name) for module in chunk.modules() for name in _ROUTING_BUFFERS]
+        kept = [(module, name, getattr(module, name, None)) for module, name in names]
         wrapped.append(Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk)
-        for module, name, buffer in buffers:
+        for module, name, buffer in kept:
             if buffer is not None:
                 setattr(module, name, buffer)
     return wrapped

@@ -218,10 +218,10 @@ def begin_gradients_at_embedding(chunk: GPTModel) -> None:
     Layers that are computed again in the backward pass get gradients only if their input wants one, in megatron-core
     0.16.1 and in torch: without this, a frozen embedding silently stops the training of its whole pipeline stage.
     """
+
+    def want_gradient(_module: Any, _inputs: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            output.requires_grad_()
+
     if chunk.pre_process or chunk.mtp_process:
-        chunk.embedding.register_forward_hook(_want_gradient)
-
-
-def _want_gradient(_module: Any, _inputs: Any, output: Tensor) -> None:
-    if torch.is_grad_enabled():
-        output.requires_grad_()
+        chunk.embedding.register_forward_hook(want_gradient)
