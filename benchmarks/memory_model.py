@@ -20,8 +20,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_ads.architecture import shape_from_config
+from megatron_ads.config.model import Precision, Recompute
 from megatron_ads.demo_model import CONFIGS, Preset
+from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.observability.provenance import provenance
+from megatron_ads.planning.job import PlannedJob
 
 CONFIG: dict[str, Any] = CONFIGS[Preset.tiny] | {
     "vocab_size": 4096,
@@ -59,15 +63,15 @@ class Case:
     world: int = 1
     layout: dict[str, int] = field(default_factory=dict)
     pipeline: str | None = None
-    precision: str = "fp32"
-    recompute: str = "none"
+    precision: Precision = Precision.fp32
+    recompute: Recompute = Recompute.none
     microbatches: int = 4
 
 
 CASES = {
     "pp1": Case(),
-    "pp1 full": Case(recompute="full"),
-    "pp1 bf16 selective": Case(precision="bf16", recompute="selective"),
+    "pp1 full": Case(recompute=Recompute.full),
+    "pp1 bf16 selective": Case(precision=Precision.bf16, recompute=Recompute.selective),
     "dp2 ep2": Case(world=2, layout={"ep": 2}),
     "pp2 ep2": Case(world=4, layout={"pp": 2, "ep": 2}, pipeline="Ettt|tttmL"),
     "pp4": Case(world=4, layout={"pp": 4}, pipeline="Ett|tt|tt|mL"),
@@ -125,21 +129,16 @@ def run_case(name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def planned_job(case: Case) -> Any:
+def planned_job(case: Case) -> PlannedJob:
     """Return the case as the planner sees it."""
-    from megatron_ads.architecture import shape_from_config
-    from megatron_ads.config.model import Precision, Recompute
-    from megatron_ads.layout import ParallelLayout, place_layers
-    from megatron_ads.planning.job import PlannedJob
-
     shape = shape_from_config(CONFIG)
     layout = ParallelLayout(world=case.world, **case.layout)
     return PlannedJob(
         shape=shape,
         layout=layout,
         placement=place_layers(shape, layout, pipeline=case.pipeline),
-        precision=Precision[case.precision],
-        recompute=Recompute[case.recompute],
+        precision=case.precision,
+        recompute=case.recompute,
         seq_length=SEQ_LENGTH,
         micro_batch_size=ROWS,
         microbatches=case.microbatches,
@@ -166,7 +165,7 @@ def _train(case: Case) -> int:
     return peak
 
 
-def _build(job: Any) -> Any:
+def _build(job: PlannedJob) -> Any:
     import torch
 
     from conversion.layer_specs import LayerSpec

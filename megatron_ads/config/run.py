@@ -1,11 +1,10 @@
 """The sections that every training job has, those of fine-tuning, and the checks that one section cannot express."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.data import DataConfig
-from megatron_ads.config.model import FrozenPart, LayoutConfig, LoraTarget, ModelConfig
+from megatron_ads.config.model import LayoutConfig, LoraTarget, ModelConfig
 from megatron_ads.config.training import (
     CheckpointConfig,
     LogConfig,
@@ -110,20 +109,12 @@ def _check_model(config: RunConfig, layout: ParallelLayout, shape: ModelShape) -
         f"model.expert_bias_update_rate is {config.model.expert_bias_update_rate}, but the model's router has no "
         "selection bias. Set it to null.",
     )
-    _require_parts("model.frozen", config.model.frozen, shape)
-    if set(config.model.lora.targets) != set(LoraTarget):  # all of them: those that there are
-        _require_parts("model.lora.targets", config.model.lora.targets, shape)
-
-
-def _require_parts(setting: str, parts: Sequence[FrozenPart] | Sequence[LoraTarget], shape: ModelShape) -> None:
-    """Refuse to name what the model does not have."""
-    has = {
-        "dense": shape.first_dense_layers > 0,
-        "shared_experts": shape.shared_ffn_size > 0,
-        "experts": shape.num_experts > 0,
-    }
-    absent = [part for part in parts if not has.get(part, True)]
-    require(not absent, f"{setting} lists {', '.join(absent)}, which the model does not have. Remove it.")
+    sizes = {"dense": shape.first_dense_layers, "shared_experts": shape.shared_ffn_size, "experts": shape.num_experts}
+    # All targets together mean those that the model has.
+    targets = config.model.lora.targets if set(config.model.lora.targets) != set(LoraTarget) else []
+    for setting, parts in (("model.frozen", config.model.frozen), ("model.lora.targets", targets)):
+        absent = [part for part in parts if not sizes.get(part, 1)]
+        require(not absent, f"{setting} lists {', '.join(absent)}, which the model does not have. Remove it.")
 
 
 @dataclass(kw_only=True, slots=True)
