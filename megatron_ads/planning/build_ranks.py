@@ -95,7 +95,7 @@ def _build_rank(job: PlannedJob, rank: int) -> RankFacts:
         spec=resolve_layer_spec(job.layer_spec),
         precision=job.precision,
         recompute=job.recompute,
-        router_bias_update_rate=job.router_bias_update_rate,
+        expert_bias_update_rate=job.expert_bias_update_rate,
         aux_loss_coefficient=job.aux_loss_coefficient,
         mtp_loss_weight=job.mtp_loss_weight,
         deterministic=job.deterministic,

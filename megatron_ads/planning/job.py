@@ -40,7 +40,7 @@ class PlannedJob:
     lora: Lora | None = None
     """Adapters that are trained instead of the weights."""
     layer_spec: LayerSpecChoice = LayerSpecChoice.auto
-    router_bias_update_rate: float = 0.0
+    expert_bias_update_rate: float = 0.0
     aux_loss_coefficient: float = 0.0
     deterministic: bool = False
 
@@ -170,7 +170,7 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Pl
         frozen=frozenset(config.model.frozen),
         lora=Lora.of(config.model),
         layer_spec=config.model.layer_spec,
-        router_bias_update_rate=config.model.expert_bias_update_rate or 0.0,
+        expert_bias_update_rate=config.model.expert_bias_update_rate or 0.0,
         aux_loss_coefficient=config.model.aux_loss_coefficient,
         deterministic=config.train.deterministic,
     )

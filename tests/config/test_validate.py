@@ -72,7 +72,7 @@ from tests.config.quickstart import published, quickstart
         (["model.frozen=[mtp]", "model.mtp_loss_weight=0"], r"model\.frozen lists mtp, which has no effect"),
         (["model.frozen=[router,router]"], r"model\.frozen lists router more than once"),
         (["model.lora.rank=0"], r"model\.lora\.rank is 0; it must be at least 1"),
-        (["model.lora={rank: 4, alpha: 0}"], r"model\.lora\.alpha is 0; it must be above 0"),
+        (["model.lora={rank: 4, alpha: 0}"], r"model\.lora\.alpha is 0\.0; it must be above 0"),
         (
             ["model.lora={rank: 4, targets: []}"],
             r"model\.lora\.targets is empty\. Choose from attention, dense",
@@ -88,7 +88,7 @@ from tests.config.quickstart import published, quickstart
             r"expert_bias_update_rate is 0\.001, but model\.lora keeps the routers",
         ),
         (["reweight.interval=0"], r"reweight\.interval is 0; it must be at least 1"),
-        (["reweight.beta=0"], r"reweight\.beta is 0; it must be above 0"),
+        (["reweight.beta=0"], r"reweight\.beta is 0\.0; it must be above 0"),
         (["reweight.lowest=1.5"], r"reweight\.lowest = 1\.5 and reweight\.highest = 5 must have 1 between them"),
         (["reweight.tasks=true", "train.evaluate_every=null"], r"reweight\.tasks needs a validation metric"),
         (
