@@ -114,9 +114,12 @@ def _carried(file: Path, shape: ModelShape) -> tuple[frozenset[str], dict[str, D
 def _check_files(path: Path, storage_data: Mapping[Any, Any]) -> None:
     """Check every file to its last byte, extra states and optimizer included, and that each is inside the folder."""
     ends: dict[str, int] = {}
-    for info in storage_data.values():
-        name = str(info.relative_path)
-        ends[name] = max(ends.get(name, 0), info.offset + info.length)
+    try:
+        for info in storage_data.values():
+            name = str(info.relative_path)
+            ends[name] = max(ends.get(name, 0), info.offset + info.length)
+    except (AttributeError, TypeError) as error:
+        raise DamagedCheckpointError(f"{path / METADATA} is damaged ({error}).") from None
     for name, end in ends.items():
         file = inside(path, name, METADATA)
         if not file.exists() or file.stat().st_size < end:
