@@ -350,7 +350,7 @@ def fp8_blocks(config: Mapping[str, Any]) -> Fp8Blocks | None:
     quantization.choice("activation_scheme", ("dynamic",), "dynamic")
     scale_format = quantization.choice("scale_fmt", ("float", "ue8m0"), "float")
     blocks = config["quantization_config"].get("weight_block_size")
-    whole = isinstance(blocks, list) and all(type(size) is int and size > 0 for size in blocks)
+    whole = isinstance(blocks, list) and all(type(size) is int and 0 < size < 1 << 31 for size in blocks)
     if not whole or len(blocks) != 2:
         raise ConfigError(
             f"quantization_config.weight_block_size is {blocks!r}; it must be two whole numbers, "
