@@ -26,6 +26,10 @@ class DataError(MegatronAdsError, ValueError):
     """A row or a data file cannot be used; the message names the file and the row."""
 
 
+class DivergedError(MegatronAdsError, ArithmeticError):
+    """A job stopped learning: update after update is skipped, or its weights are no numbers any more."""
+
+
 class TopologyError(MegatronAdsError, RuntimeError):
     """The ranks of a job disagree about what they are about to do; the message names the odd one."""
 

@@ -31,6 +31,7 @@ _STATUS = {
     AttemptResult.FINISHED: ExitStatus.DONE,
     AttemptResult.STOPPED: ExitStatus.STOPPED,
     AttemptResult.REFUSED: ExitStatus.USER_ERROR,
+    AttemptResult.DIVERGED: ExitStatus.DIVERGED,
     AttemptResult.FAILED: ExitStatus.CRASHED,
 }
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Start this machine's ranks and wait for them.
 
     Returns 0 when every step is done, 75 when a signal stopped the job after a saved step (the same command continues
-    from there), 2 when the user has to fix something first, 1 when it failed.
+    from there), 2 when the user has to fix something first, 77 when it has diverged, 1 when it failed.
     """
     config = load_recipe(args.recipe, args.overrides)
     part = NodePart.of(os.environ, args.ranks, config.layout.fewest_ranks())
@@ -110,9 +111,9 @@ def _report(config: SftConfig, part: NodePart, records: Path, failed: bool) -> E
     starts = sorted(records.glob("restart-*"))
     ended = read_records(starts[-1]) if starts else []
     verdict = judge(ended, part.ranks_here, read_outcome(Path(config.log.dir)))
-    if failed and verdict is not AttemptResult.REFUSED:
+    if failed and verdict not in (AttemptResult.REFUSED, AttemptResult.DIVERGED):
         verdict = AttemptResult.FAILED
-    if verdict in (AttemptResult.FAILED, AttemptResult.REFUSED):
+    if verdict not in (AttemptResult.FINISHED, AttemptResult.STOPPED):
         for line in describe_failure(ended, _ranks_here(ended, part), None):
             print(f"megatron-ads: {line}", file=sys.stderr)
     return _STATUS[verdict]

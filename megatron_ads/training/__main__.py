@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from megatron_ads.config.recipes import load_recipe
-from megatron_ads.errors import MegatronAdsError
+from megatron_ads.errors import DivergedError, MegatronAdsError
 from megatron_ads.observability.log import get_logger, rank, start_logging
 from megatron_ads.runtime.health.rank_record import (
     ExitStatus,
@@ -32,7 +32,7 @@ def main() -> int:
     args = parser.parse_args()
     start_logging()
     if refused := refusal_before_restart():
-        status, message = ExitStatus.USER_ERROR, f"not started again after the error of rank {refused.rank}"
+        status, message = refused.status, f"not started again after the error of rank {refused.rank}"
         write_record(rank(), status, message)
         return exit_status(status)
     forget_record(rank())
@@ -59,6 +59,9 @@ def _run(args: argparse.Namespace, stop: StopRequest) -> tuple[ExitStatus, str]:
     except CommunicationError as error:  # not the user's: the next attempt may succeed
         logger.error("%s", error)
         return ExitStatus.PEER_LOST, str(error)
+    except DivergedError as error:
+        logger.error("%s", error)
+        return ExitStatus.DIVERGED, str(error)
     except MegatronAdsError as error:
         logger.error("%s", error)
         return ExitStatus.USER_ERROR, str(error)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from conversion.rank_files import ShardsLayout
 from conversion.sources import WeightSource, open_source
 from megatron_ads.config.run import RunConfig, require_trainable
-from megatron_ads.observability.log import world_size
+from megatron_ads.observability.log import get_logger, world_size
 from megatron_ads.observability.provenance import git_revision, package_versions
 from megatron_ads.observability.trackers import require_installed
 from megatron_ads.optim.chain import OptimizerChain
@@ -26,9 +26,13 @@ from megatron_ads.runtime.health.watch import HangWatch
 from megatron_ads.runtime.preflight import Member, Record, check_records, gather_records
 from megatron_ads.training.build import TrainedModel, build_model, lay_out
 from megatron_ads.training.checkpointer import Checkpointer, DataPosition
+from megatron_ads.training.divergence import SkippedUpdates, require_finite
 from megatron_ads.training.export import export_shards
 from megatron_ads.training.run_log import RunLog
+from megatron_ads.training.step import StepReport
 from megatron_ads.training.stopping import Outcome, StopRequest, write_outcome
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +105,7 @@ class Session:
     stop: StopRequest
     step: int
     """Steps done, those before the job was resumed included."""
+    skips: SkippedUpdates
 
     @classmethod
     def resumed(
@@ -131,6 +136,7 @@ class Session:
             log=log,
             stop=stop,
             step=step,
+            skips=SkippedUpdates(maximum=max(1, min(config.train.max_skipped_updates, config.train.max_steps // 2))),
         )
 
     def __enter__(self) -> Self:
@@ -144,19 +150,45 @@ class Session:
         """Whether the last step is done."""
         return self.step >= self.config.train.max_steps
 
+    def finish_step(self, report: StepReport, metrics: Mapping[str, float]) -> None:
+        """Count one training step and record it, with what its job knows of it besides; a collective.
+
+        Raises:
+            DivergedError: On every rank, if too many consecutive updates were skipped.
+        """
+        self.step += 1
+        self.log.step(self.step, report, metrics)
+        self.skips.observe(self.step, report)
+
     def is_due(self, every: int | None) -> bool:
         """Whether something that happens ``every`` so many steps happens now."""
         return every is not None and self.step % every == 0
 
     def save_if_due(self, *, stopped: bool) -> None:
-        """Write a checkpoint every ``checkpoint.save_every`` steps, after the last step, and before stopping."""
-        if stopped or self.is_due(self.config.checkpoint.save_every) or self.is_finished:
+        """Write a checkpoint every ``checkpoint.save_every`` steps, after the last step, and before stopping.
+
+        Where the latest update was skipped, the regular one is left out: the update before may have spoilt the weights,
+        and older checkpoints must not make room for them.
+
+        Raises:
+            DivergedError: If the weights are not all finite; nothing is saved then.
+        """
+        due = self.is_due(self.config.checkpoint.save_every) and not self.skips.consecutive
+        if stopped or due or self.is_finished:
+            require_finite(self.model.models)
             self.log.saved(self.step, self.checkpointer.save(self.step))
 
     def end(self, *, stopped: bool) -> ExitStatus:
-        """Export the weights to ``<log.dir>/export`` unless stopped, and record how the job ended; a collective."""
+        """Export the weights to ``<log.dir>/export`` unless stopped, and record how the job ended; a collective.
+
+        Raises:
+            DivergedError: If the weights are not all finite.
+        """
         folder, of_job = Path(self.config.log.dir), self.membership
+        if skipped := self.step - self.model.optimizer.updates:
+            logger.warning("%d of %d steps skipped their update", skipped, self.step)
         if not stopped:
+            require_finite(self.model.models)
             export_shards(folder / "export", self.model.models, self.model.spec, of_job.source, of_job.shards)
         if dist.get_rank() == 0:
             write_outcome(folder, Outcome.STOPPED if stopped else Outcome.FINISHED, self.step)

@@ -35,6 +35,14 @@ class ExitStatus(IntEnum):
     HUNG = 76
     """Nothing moved for the job's timeout; every rank's log names the cause, ``hang.txt`` in the log folder has the
     report. Start again from the last checkpoint, on other machines if one of them was the cause."""
+    DIVERGED = 77
+    """Update after update was skipped, or the weights are no numbers; nothing is exported. Do not start again as it is:
+    the log says what to change."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether another start would end in the same way."""
+        return self in (ExitStatus.USER_ERROR, ExitStatus.DIVERGED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,14 +119,14 @@ def exit_status(status: ExitStatus) -> ExitStatus:
     launcher that started torchrun reads the records.
     """
     under_torchrun = os.environ.keys() >= {FOLDER_VARIABLE, _TORCHRUN_RESTARTS}
-    return ExitStatus.DONE if under_torchrun and status in (ExitStatus.STOPPED, ExitStatus.USER_ERROR) else status
+    return ExitStatus.DONE if under_torchrun and (status is ExitStatus.STOPPED or status.is_final) else status
 
 
 def refusal_before_restart() -> RankRecord | None:
-    """Return the user's error, of any rank, for which an earlier start by torchrun ended: another is of no use."""
+    """Return the final error, of any rank, with which an earlier start by torchrun ended: another is of no use."""
     folder = own_folder()
     if folder is None or os.environ.get(_TORCHRUN_RESTARTS, "0") == "0":
         return None
     nodes = folder.parent.parent  # every node has a folder of its own there
     records = [record for earlier in sorted(nodes.glob("*/restart-*")) for record in read_records(earlier)]
-    return next((record for record in records if record.status is ExitStatus.USER_ERROR), None)
+    return next((record for record in records if record.status.is_final), None)
