@@ -45,7 +45,7 @@ def require_at_least(section: str, config: object, minimum: float, *names: str) 
     for name in names:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value >= minimum):
-            raise ConfigError(f"{section}.{name} is {value}; it must be at least {minimum:g}.")
+            raise ConfigError(f"{section}.{name} is {value}; it must be {_finite(value)}at least {minimum:g}.")
 
 
 def require_between(section: str, config: object, lowest: float, highest: float, *names: str) -> None:
@@ -54,4 +54,8 @@ def require_between(section: str, config: object, lowest: float, highest: float,
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and lowest <= value <= highest):
             limit = f"at least {lowest:g}" if highest == math.inf else f"from {lowest:g} to {highest:g}"
-            raise ConfigError(f"{section}.{name} is {value}; it must be {limit}.")
+            raise ConfigError(f"{section}.{name} is {value}; it must be {_finite(value)}{limit}.")
+
+
+def _finite(value: float) -> str:
+    return "" if math.isfinite(value) else "a finite number, "

@@ -21,7 +21,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from megatron_ads.config.data import AdsTask
-from megatron_ads.data.bad_rows import BadRow, BadRowError, usable_rows
+from megatron_ads.data.bad_rows import BadRow, BadRowError, usable_rows, usable_weight
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.tasks import relevance
@@ -176,13 +176,7 @@ def _chat_row(row_id: str, cells: Cells) -> ChatRow:
 
 def _weight(cells: Cells) -> float:
     given = optional_text(cells, "weight")
-    try:
-        weight = float(given or 1.0)
-    except ValueError:
-        raise BadRowError(BadRow.wrong_type, f"weight is {given!r:.80}; it must be a number, 0 or above.") from None
-    if not 0 <= weight < float("inf"):
-        raise BadRowError(BadRow.wrong_type, f"weight is {given}; it must be a number, 0 or above.")
-    return weight
+    return usable_weight(given or "1", text=True)
 
 
 FORMS: dict[AdsTask | None, Form] = {

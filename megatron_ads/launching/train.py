@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from megatron_ads.config.recipes import load_recipe
@@ -24,6 +25,7 @@ from megatron_ads.launching.environment import NodePart
 from megatron_ads.launching.job_check import check_job_and_node
 from megatron_ads.launching.processes import wait_passing_signals_on
 from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, RankRecord, read_records
+from megatron_ads.training.folder_lock import folders_of, hold
 from megatron_ads.training.stopping import clear_outcome, read_outcome
 
 _RENDEZVOUS_SECONDS = 600
@@ -60,13 +62,15 @@ def run(args: argparse.Namespace) -> int:
         for problem in problems[:-1]:
             print(f"megatron-ads: {problem}", file=sys.stderr)
         raise ConfigError(problems[-1])
-    records = _empty_records(config, part)
-    if part.node == 0:
-        clear_outcome(Path(config.log.dir))
     command = torchrun_command(part, "megatron_ads.training", ["--recipe", args.recipe, *args.overrides])
-    with subprocess.Popen(command, env=_environment(config, part, records)) as job:
-        failed = wait_passing_signals_on(job) != 0
-    return _report(config, part, records, failed)
+    with hold(folders_of(config), os.environ) if part.node == 0 else nullcontext():
+        records = _empty_records(config, part)
+        if part.node == 0:
+            clear_outcome(Path(config.log.dir))
+        # torchrun inherits the lock on the folders: the job may outlive this process.
+        with subprocess.Popen(command, env=_environment(config, part, records), close_fds=False) as job:
+            failed = wait_passing_signals_on(job) != 0
+        return _report(config, part, records, failed)
 
 
 def torchrun_command(part: NodePart, module: str, arguments: Sequence[str]) -> list[str]:
@@ -114,7 +118,10 @@ def _report(config: SftConfig, part: NodePart, records: Path, failed: bool) -> E
     if failed and verdict not in (AttemptResult.REFUSED, AttemptResult.DIVERGED):
         verdict = AttemptResult.FAILED
     if verdict not in (AttemptResult.FINISHED, AttemptResult.STOPPED):
-        for line in describe_failure(ended, _ranks_here(ended, part), None):
+        for line in describe_failure(ended, _ranks_here(ended, part), None) or [
+            f"no rank was started here: the {part.nodes} nodes did not meet at {part.host}:{part.port} (MASTER_ADDR, "
+            "MASTER_PORT). Look at node 0, whose port another program may have, and set another MASTER_PORT."
+        ]:
             print(f"megatron-ads: {line}", file=sys.stderr)
     return _STATUS[verdict]
 

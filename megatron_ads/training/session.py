@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch.distributed as dist
 
@@ -21,13 +22,15 @@ from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.device import device, seed_everything, set_threads
 from megatron_ads.runtime.health.activity import Activity, name_failed_communication
 from megatron_ads.runtime.health.peers import LostPeer, PeerMonitor
-from megatron_ads.runtime.health.rank_record import ExitStatus, write_record
+from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, write_record
 from megatron_ads.runtime.health.watch import HangWatch
 from megatron_ads.runtime.preflight import Member, Record, check_records, gather_records
 from megatron_ads.training.build import TrainedModel, build_model, lay_out
+from megatron_ads.training.checkpoint_errors import raised_on_all_ranks
 from megatron_ads.training.checkpointer import Checkpointer, DataPosition
 from megatron_ads.training.divergence import SkippedUpdates, require_finite
 from megatron_ads.training.export import export_shards
+from megatron_ads.training.folder_lock import folders_of, hold
 from megatron_ads.training.run_log import RunLog
 from megatron_ads.training.step import StepReport
 from megatron_ads.training.stopping import Outcome, StopRequest, write_outcome
@@ -80,9 +83,25 @@ def join(config: RunConfig, source: WeightSource, shards: ShardsLayout) -> Itera
             name_failed_communication(shards.layout, activity),
         ):
             seed_everything(config.train.seed, config.train.deterministic)
-            yield Membership(source=source, shards=shards, peers=peers, activity=activity)
+            with _sole_use(config):
+                yield Membership(source=source, shards=shards, peers=peers, activity=activity)
     finally:
         process_groups.stop()
+
+
+@contextmanager
+def _sole_use(config: RunConfig) -> Iterator[None]:
+    """Hold the job's folders, unless a launcher that asks for records does it for its ranks; a collective.
+
+    Raises:
+        MegatronAdsError: On every rank, if another job holds one.
+    """
+    with ExitStack() as held:
+        if FOLDER_VARIABLE not in os.environ:
+            with raised_on_all_ranks():
+                if dist.get_rank() == 0:
+                    held.enter_context(hold(folders_of(config), os.environ))
+        yield
 
 
 def _record_loss(loss: LostPeer) -> None:
@@ -124,7 +143,12 @@ class Session:
         model = build_model(config.model, config.optim, config.train, source, shards)
         preflight(config, model.optimizer, shards)
         checkpointer = Checkpointer(
-            settings=config.checkpoint, model=model, data=data, layout=shards.layout, side_files=source.side_folder
+            settings=config.checkpoint,
+            model=model,
+            data=data,
+            layout=shards.layout,
+            side_files=source.side_folder,
+            job=described_settings(config),
         )
         step = checkpointer.load_latest(last_step=config.train.max_steps)
         log = RunLog(config, model, shards, membership.peers, membership.activity, name=name, resume_step=step)
@@ -193,6 +217,23 @@ class Session:
         if dist.get_rank() == 0:
             write_outcome(folder, Outcome.STOPPED if stopped else Outcome.FINISHED, self.step)
         return ExitStatus.STOPPED if stopped else ExitStatus.DONE
+
+
+def described_settings(config: RunConfig) -> dict[str, Any]:
+    """Return what decides the course of a job, by dotted name, as plain values: all but where and how it is watched."""
+    plain = json.loads(json.dumps(asdict(config)))
+    return dict(_leaves({name: plain[name] for name in plain if name not in ("checkpoint", "log", "runtime")}, ""))
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{path}.{name}" if path else name)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}[{index}]")
+    else:
+        yield path, value
 
 
 def preflight(config: RunConfig, optimizer: OptimizerChain, shards: ShardsLayout) -> None:

@@ -111,7 +111,7 @@ def test_the_layer_specs_of_a_recipe_are_auto_and_those_of_the_conversion() -> N
         ("optim.schedule=cosin", r"optim\.schedule must be one of cosine, linear, constant"),
         ("model.frozen=[expert]", r"model\.frozen\[0\] must be one of embedding, attention"),
         ("layout=pp3_ep2", r"there is no recipe part 'layout/pp3_ep2'\. Did you mean pp\w+\? Available: pp16_ep16"),
-        ("layout.pp=[1", r"no viable alternative"),
+        ("layout.pp=[1", r"layout\.pp=\[1 cannot be read. Close every bracket"),
         ("log.dir=${logs.root}", r"Interpolation key 'logs\.root' not found"),
     ],
 )
