@@ -18,6 +18,10 @@ class ConversionError(MegatronAdsError, ValueError):
     """A checkpoint does not match the model it is being converted for."""
 
 
+class DiskFullError(ConversionError):
+    """A disk or a quota has no room for a file."""
+
+
 class CheckpointError(MegatronAdsError, RuntimeError):
     """A training checkpoint is missing, incomplete, damaged, or of another job."""
 

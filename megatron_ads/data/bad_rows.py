@@ -16,8 +16,8 @@ from megatron_ads.rows import ChatRow
 logger = get_logger(__name__)
 
 _SHOWN_CHARACTERS = 200
-_SMALLEST, _LARGEST = 2.0**-149, 2.0**128 - 2.0**104
-"""Positive numbers of FP32."""
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**128 - 2.0**104
+"""Positive normal numbers of FP32; a GPU may take smaller ones for 0."""
 
 Read = TypeVar("Read")
 """A row as it was read, before it is checked."""

@@ -103,7 +103,7 @@ def _not_text(parsed: object) -> str:
         try:
             json.dumps({name: value}, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            return name.encode(errors="replace").decode()
+            return str(name.encode(errors="replace").decode())
     return f"a {type(parsed).__name__}"
 
 

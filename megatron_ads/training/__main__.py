@@ -35,7 +35,11 @@ def main() -> int:
         status, message = refused.status, f"not started again after the error of rank {refused.rank}"
         write_record(rank(), status, message)
         return exit_status(status)
-    forget_record(rank())
+    try:
+        forget_record(rank())
+    except MegatronAdsError as error:
+        logger.error("%s", error)
+        return exit_status(ExitStatus.USER_ERROR)
     with StopRequest() as stop:  # before the imports, which take seconds: a signal during them must not be lost
         try:
             status, message = _run(args, stop)

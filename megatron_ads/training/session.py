@@ -26,7 +26,7 @@ from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus,
 from megatron_ads.runtime.health.watch import HangWatch
 from megatron_ads.runtime.preflight import Member, Record, check_records, gather_records
 from megatron_ads.training.build import TrainedModel, build_model, lay_out
-from megatron_ads.training.checkpoint_errors import raised_on_all_ranks
+from megatron_ads.training.checkpoint_errors import failed_log_named, raised_on_all_ranks
 from megatron_ads.training.checkpointer import Checkpointer, DataPosition
 from megatron_ads.training.divergence import SkippedUpdates, require_finite
 from megatron_ads.training.export import export_shards
@@ -213,9 +213,11 @@ class Session:
             logger.warning("%d of %d steps skipped their update", skipped, self.step)
         if not stopped:
             require_finite(self.model.models)
-            export_shards(folder / "export", self.model.models, self.model.spec, of_job.source, of_job.shards)
+            with failed_log_named(folder):
+                export_shards(folder / "export", self.model.models, self.model.spec, of_job.source, of_job.shards)
         if dist.get_rank() == 0:
-            write_outcome(folder, Outcome.STOPPED if stopped else Outcome.FINISHED, self.step)
+            with failed_log_named(folder):
+                write_outcome(folder, Outcome.STOPPED if stopped else Outcome.FINISHED, self.step)
         return ExitStatus.STOPPED if stopped else ExitStatus.DONE
 
 

@@ -13,10 +13,13 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from megatron_ads.errors import ConfigError
+
 FOLDER_VARIABLE = "MEGATRON_ADS_RANK_RECORDS"
 """Environment variable that names the folder; without it nothing is recorded."""
 _TORCHRUN_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _TRACEBACK_LINES = 12
+_ROOM_BYTES = 16384
 
 
 class ExitStatus(IntEnum):
@@ -72,9 +75,22 @@ def own_folder() -> Path | None:
 
 
 def forget_record(rank: int) -> None:
-    """Forget how this rank ended before; torchrun counts only the restarts that it does after a failure of its own."""
-    if (folder := own_folder()) is not None:
-        _file(folder, rank).unlink(missing_ok=True)
+    """Forget how this rank ended before, and take room on the disk for how it will, even if that is full by then.
+
+    torchrun counts only the restarts that it does after a failure of its own.
+
+    Raises:
+        ConfigError: If the folder cannot be written.
+    """
+    if (folder := own_folder()) is None:
+        return
+    _file(folder, rank).unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _room(folder, rank).write_bytes(bytes(_ROOM_BYTES))
+    except OSError as error:
+        message = f"{folder} (log.dir) cannot be written: {error.strerror}. Make room there, or choose another log.dir."
+        raise ConfigError(message) from None
 
 
 def write_record(rank: int, status: ExitStatus, message: str = "") -> None:
@@ -85,12 +101,17 @@ def write_record(rank: int, status: ExitStatus, message: str = "") -> None:
     from conversion.atomic_file import write_small  # imports torch, which the reader does without
 
     file.parent.mkdir(parents=True, exist_ok=True)
+    _room(folder, rank).unlink(missing_ok=True)
     record = RankRecord(rank=rank, host=socket.gethostname(), status=status, message=message, ended=time.time())
     write_small(file, json.dumps(asdict(record)))
 
 
 def _file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:04d}.json"
+
+
+def _room(folder: Path, rank: int) -> Path:
+    return folder / f".rank-{rank:04d}.room"
 
 
 def last_lines(error: BaseException) -> str:
