@@ -118,10 +118,14 @@ def _report(config: SftConfig, part: NodePart, records: Path, failed: bool) -> E
     if failed and verdict not in (AttemptResult.REFUSED, AttemptResult.DIVERGED):
         verdict = AttemptResult.FAILED
     if verdict not in (AttemptResult.FINISHED, AttemptResult.STOPPED):
-        for line in describe_failure(ended, _ranks_here(ended, part), None) or [
-            f"no rank was started here: the {part.nodes} nodes did not meet at {part.host}:{part.port} (MASTER_ADDR, "
-            "MASTER_PORT). Look at node 0, whose port another program may have, and set another MASTER_PORT."
-        ]:
+        lines = describe_failure(ended, _ranks_here(ended, part), None)
+        if part.nodes > 1 and not ended:
+            lines = [
+                f"no rank of this node says how it ended: the {part.nodes} nodes did not meet at {part.host}:{part.port} "
+                "(MASTER_ADDR, MASTER_PORT), or it was killed. Look at node 0; if another program has its port, set "
+                "another MASTER_PORT on every node."
+            ]
+        for line in lines:
             print(f"megatron-ads: {line}", file=sys.stderr)
     return _STATUS[verdict]
 

@@ -146,7 +146,7 @@ def _other_holder(file: TextIO, me: Holder, *, first_node: bool = True) -> "Hold
     if not first_node and holder.rendezvous is not None and holder.rendezvous == me.rendezvous:
         return None  # ours, of node 0
     if locked is None:
-        locked = holder.host != me.host or Path(f"/proc/{holder.pid}").exists()
+        locked = holder.host == me.host and Path(f"/proc/{holder.pid}").exists()
     foreign = holder.host != me.host and (holder.slurm_job is None or holder.slurm_job != me.slurm_job)
     return holder if locked or (foreign and not _slurm_has_ended(holder.slurm_job)) else None
 

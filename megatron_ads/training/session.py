@@ -209,7 +209,8 @@ class Session:
             DivergedError: If the weights are not all finite.
         """
         folder, of_job = Path(self.config.log.dir), self.membership
-        if skipped := self.step - self.model.optimizer.updates:
+        skipped = self.step - self.model.optimizer.updates
+        if skipped and dist.get_rank() == 0:
             logger.warning("%d of %d steps skipped their update", skipped, self.step)
         if not stopped:
             require_finite(self.model.models)

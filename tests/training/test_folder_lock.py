@@ -1,5 +1,7 @@
 """Two jobs never work in one folder, and what a dead job left is in nobody's way."""
 
+import errno
+import fcntl
 import json
 import os
 import socket
@@ -166,3 +168,16 @@ def test_a_second_job_in_a_folder_is_refused_at_once_and_the_first_never_hears_o
     assert first.wait(150) == [0], first.logs()
     assert json.loads((run / "outcome.json").read_text()) == {"outcome": "finished", "step": 30}
     assert not (run / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize(("pid", "free"), [(os.getpid(), False), (2**22 + 1, True)])
+def test_without_locks_of_the_file_system_a_process_of_this_machine_is_looked_for(
+    pid: int, free: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    (tmp_path / LOCK_FILE).write_text(json.dumps(HERE | {"pid": pid}))
+    with nullcontext() if free else _refused():
+        require_free({"log.dir": tmp_path}, {})
