@@ -121,9 +121,9 @@ def _report(config: SftConfig, part: NodePart, records: Path, failed: bool) -> E
         lines = describe_failure(ended, _ranks_here(ended, part), None)
         if part.nodes > 1 and not ended:
             lines = [
-                f"no rank of this node says how it ended: the {part.nodes} nodes did not meet at {part.host}:{part.port} "
-                "(MASTER_ADDR, MASTER_PORT), or it was killed. Look at node 0; if another program has its port, set "
-                "another MASTER_PORT on every node."
+                f"no rank of this node says how it ended: the {part.nodes} nodes did not meet at {part.host}:"
+                f"{part.port} (MASTER_ADDR, MASTER_PORT), or it was killed. Look at node 0; if another program has its "
+                "port, set another MASTER_PORT on every node."
             ]
         for line in lines:
             print(f"megatron-ads: {line}", file=sys.stderr)
