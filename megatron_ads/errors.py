@@ -20,12 +20,20 @@ class ConversionError(MegatronAdsError, ValueError):
     """A checkpoint does not match the model it is being converted for."""
 
 
+class DiskFullError(ConversionError):
+    """A disk or a quota has no room for a file."""
+
+
 class CheckpointError(MegatronAdsError, RuntimeError):
     """A training checkpoint is missing, incomplete, damaged, or of another job."""
 
 
 class DataError(MegatronAdsError, ValueError):
     """A row or a data file cannot be used; the message names the file and the row."""
+
+
+class DivergedError(MegatronAdsError, ArithmeticError):
+    """A job stopped learning: update after update is skipped, or its weights are no numbers any more."""
 
 
 class TopologyError(MegatronAdsError, RuntimeError):
@@ -42,7 +50,8 @@ def require_each(section: str, config: object, names: Iterable[str], fits: Calla
     """Raise ConfigError unless each of the named settings of a section fits what is ``wanted``, or is None."""
     for name in names:
         value = getattr(config, name)
-        require(value is None or fits(value), f"{section}.{name} is {value}; it must be {wanted}.")
+        finite = "a finite number, " if isinstance(value, float) and not math.isfinite(value) else ""
+        require(value is None or fits(value), f"{section}.{name} is {value}; it must be {finite}{wanted}.")
 
 
 def require_at_least(section: str, config: object, minimum: float, *names: str) -> None:

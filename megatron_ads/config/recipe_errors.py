@@ -6,6 +6,7 @@ The old names of settings are refused with the new ones, and what older runs wro
 import dataclasses
 import difflib
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_ads.errors import ConfigError
 
 _REPLACED_SECTION = re.compile(r"is not a subclass of (?P<section>\w+)\. value: (?P<value>.*)")
+_AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.*)'")
 _INDEX = re.compile(r"\[\d*\]")
 
 RENAMED = {
@@ -64,6 +66,9 @@ def explain(error: BaseException, *, schema: type, recipe: str) -> ConfigError:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return ConfigError(f"{recipe}: {_explain_missing_file(error)}")
     for cause in causes:
+        ambiguous = _AMBIGUOUS.search(str(cause))  # which with a comma might be several values
+        if override := ambiguous[1] if ambiguous else getattr(cause, "override", None):  # one that Hydra cannot parse
+            return ConfigError(f"{recipe}: {_explain_override(override)}")
         if replaced := _REPLACED_SECTION.search(str(cause)):
             return ConfigError(f"{recipe}: {_explain_replaced_section(schema, replaced['section'], replaced['value'])}")
     return ConfigError(f"{recipe}: {' '.join(str(error).split())}")
@@ -74,6 +79,8 @@ def _explain_key(error: OmegaConfBaseException, schema: type) -> str:
     expected = field_type(schema, path)
     if expected is None:
         return _unknown_key(schema, path)
+    if "does not support deletion" in str(error.msg):
+        return f"{path} cannot be removed; set it to another value, or to null."
     reason = " ".join(str(error.msg).split(" full_key:")[0].split())
     return f"{path} must be {_in_words(expected)}: {reason.rstrip('.')}."
 
@@ -103,6 +110,23 @@ def _settings(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield path, kind
         if _is_section(kind):
             yield from _settings(kind, f"{path}.")
+
+
+def _explain_override(override: str) -> str:
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        return f"{override} is not of the form KEY=VALUE."
+    if _INDEX.search(key):
+        whole = key[: key.index("[")].lstrip("+~")
+        return f"{key} is one item of a list, which cannot be set alone; give the whole list, '{whole}=[...]'."
+    if value.startswith(("[", "{")):
+        return (
+            f"{override} cannot be read. Close every bracket, and put texts with other signs than letters of English, "
+            "digits and . / - _ in quotes: '[{kind: jsonl, path: \"/a=b.jsonl\"}]'."
+        )
+    quoted = shlex.quote('{}="{}"'.format(key, value.replace('"', '\\"')))
+    home = " (~ is not replaced by your home folder)" if value.startswith("~") else ""
+    return f"the value of {key} has signs that need quotes; write {quoted}{home}."
 
 
 def _explain_missing_file(error: MissingConfigException) -> str:

@@ -88,7 +88,31 @@ def load_recipe(
             OmegaConf.update(composed, key, 0)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, SftConfig)  # to_object instantiates the schema composed onto
+    _require_paths(config)
     return config
+
+
+def _require_paths(config: SftConfig) -> None:
+    """Refuse paths as an unset variable makes them: ``log.dir=$RUN`` and ``log.dir=$RUN/logs`` with ``RUN`` empty.
+
+    Raises:
+        ConfigError: Naming the setting.
+    """
+    sources = [(f"data.sources[{index}]", source) for index, source in enumerate(config.data.sources)]
+    written = {"log.dir": config.log.dir, "checkpoint.dir": config.checkpoint.dir}
+    written |= {f"{name}.rejected": source.rejected for name, source in sources if source.rejected is not None}
+    read = {"model.load": config.model.load}
+    read |= {f"{name}.path": source.path for name, source in sources if source.path is not None}
+    for setting, text in (read | written).items():
+        if not text.strip():
+            what = "empty"
+        elif text.startswith("/") and not text.strip("/. "):
+            what = f"{text!r}, the root of the file system"
+        elif setting in written and text.startswith("/") and not text.strip("/").count("/") and not Path(text).exists():
+            what = f"{text!r}, something new at the root of the file system"
+        else:
+            continue
+        raise ConfigError(f"{setting} is {what}, as a variable that is not set leaves it. Give the path of a folder.")
 
 
 def load_layout(name_or_path: str, overrides: Sequence[str] = ()) -> LayoutConfig:

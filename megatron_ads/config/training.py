@@ -81,13 +81,16 @@ class TrainConfig:
     """Ask for bit-equal repetition, slower on a GPU."""
     log_every: int = 1
     """Steps between lines of metrics."""
+    max_skipped_updates: int = 10
+    """A job that skips so many consecutive updates, or half of ``max_steps`` if that is fewer, has diverged: it ends
+    with exit status 77 and exports nothing. An update is skipped whose gradients FP32 cannot hold."""
     evaluate_every: int | None = None
     """Steps between evaluations on the held-out rows; None is never."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
         counts = ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "evaluate_every")
-        require_at_least("train", self, 1, *counts)
+        require_at_least("train", self, 1, *counts, "max_skipped_updates")
         require_at_least("train", self, 0, "seed")
 
     def microbatches(self, layout: ParallelLayout) -> int:

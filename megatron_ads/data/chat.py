@@ -28,6 +28,12 @@ class ChatTokenizer:
     end_token_id: int
     """Ends every assistant message."""
 
+    @property
+    def size(self) -> int:
+        """One more than the highest token id."""
+        vocabulary: dict[str, int] = self.fast.get_vocab()
+        return max(vocabulary.values()) + 1
+
     def encode(self, text: str) -> list[int]:
         """Return the tokens of ``text``, with no begin or end token added."""
         # The tokenizer underneath: the wrapper takes twice as long, and every process encodes every row.

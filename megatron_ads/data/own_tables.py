@@ -20,7 +20,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from megatron_ads.config.data import AdsTask
-from megatron_ads.data.bad_rows import BadRow, BadRowError, usable_rows
+from megatron_ads.data.bad_rows import BadRow, BadRowError, usable_rows, usable_weight
 from megatron_ads.data.jsonl import read_lines
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.rows import ChatRow, Message, Role
@@ -151,18 +151,12 @@ def _one_of(cells: Cells, name: str, known: tuple[str, ...]) -> str:
 
 def _chat_row(row_id: str, cells: Cells) -> ChatRow:
     given = optional_text(cells, "weight")
-    try:
-        weight = float(given or 1.0)
-    except ValueError:
-        weight = float("nan")
-    if not 0 <= weight < float("inf"):
-        raise BadRowError(BadRow.wrong_type, f"weight is {given!r:.80}; it must be a number, 0 or above.")
     prompt, target = text_of(cells, "prompt"), text_of(cells, "target")
     row = ChatRow(
         id=row_id,
         task=optional_text(cells, "task") or "chat",
         messages=(Message(Role.user, prompt), Message(Role.assistant, target)),
-        weight=weight,
+        weight=usable_weight(given or "1", text=True),
         group=optional_text(cells, "group"),
         label=optional_text(cells, "label") or None,
     )
