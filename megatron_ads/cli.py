@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from megatron_ads import __version__
-from megatron_ads.errors import MegatronAdsError
+from megatron_ads.errors import MegatronAdsError, as_refusals
 
 Subparsers = Any  # argparse names its type argparse._SubParsersAction
 
@@ -90,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def exit_status(program: str, work: Callable[[], int]) -> int:
     """Carry out a command line and return its exit status; an error that a user can cause is one line."""
     try:
-        status = work()
+        with as_refusals():
+            status = work()
         sys.stdout.flush()  # a reader that went away is noticed here, not when the interpreter ends
         return status
     except MegatronAdsError as error:

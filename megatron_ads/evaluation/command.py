@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ads.config.generation import EndpointConfig, GenerationConfig, LengthRule, Method, load_endpoint
+from megatron_ads.disk import require_writable
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.evaluation.score_tables import text_tables
 from megatron_ads.observability.log import start_logging
@@ -208,6 +209,7 @@ def evaluate(
 
     _require_positive({"--batch-size": batch_size, "--max-new-tokens": max_new_tokens})
     _require_folders(answers_file, html_file)
+    require_writable(answers_file, html_file)
     how = how or GenerationConfig()
     data = load_recipe(recipe, overrides, sections=["data"]).data
     corpus = read_corpus(data)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conversion.cli import parse_bytes
+from megatron_ads.disk import require_writable
 from megatron_ads.errors import ConfigError
 from megatron_ads.planning.calibrate import calibrated
 from megatron_ads.planning.hardware import CARDS, DEFAULT_CARD, card_named
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     build = args.build_ranks or args.rehearse
     if (args.shards is not None or args.every_rank) and not build:
         raise ConfigError("--shards and --every-rank are for the ranks that are built; add --build-ranks.")
+    require_writable(args.html)
     card = card_named(args.gpu, args.gpu_memory)
     if args.calibrate is not None:
         card = calibrated(card, args.calibrate, args.model)
@@ -68,10 +70,7 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(job, card)
     found = search(job, card) if args.search else None
     if args.html is not None:
-        try:
-            args.html.write_text(page(args.recipe, plan), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--html {args.html} cannot be written ({error.strerror}).") from None
+        args.html.write_text(page(args.recipe, plan), encoding="utf-8")
     built = _build(args, job) if build else None
     if args.json:
         values = plan_values(plan) | ({} if found is None else {"search": search_values(found)})
