@@ -81,6 +81,8 @@ def _refusal(error: Exception) -> str | None:
         return f"There is not enough memory ({reason}). Ask for less at once, or use a machine that has more."
     if isinstance(error, UnicodeError):
         return f"A file or a name is not UTF-8 text ({reason}). Save it as UTF-8."
+    if isinstance(error, RuntimeError) and reason.startswith("Symlink loop"):  # pathlib's, until Python 3.13
+        return f"{reason}. Check the path."
     libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__} & _LIBRARIES
     if isinstance(error, OSError) or libraries:
         names = "".join(f"{name}: " for name in sorted(libraries))

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     results = rungs(names, comparison, changed_outside(source, reference, layout.layout), limits)
     facts = _facts(args, layout, time.monotonic() - started)
     report = _write(args.out, results, comparison, limits, facts)
-    print(json.dumps(report) if args.json else _summary(results, args.out))
+    print(json.dumps(report) if args.json else summary(results, args.out))
     return 1 if any(one.passed is False for one in results) else 0
 
 
@@ -253,7 +253,8 @@ def _write(
     return report
 
 
-def _summary(results: "list[RungResult]", folder: Path) -> str:
+def summary(results: "list[RungResult]", folder: Path) -> str:
+    """Return a line for every rung, and what to look at."""
     words = {True: "passed", False: "FAILED", None: "not run"}
     lines = [f"  {one.rung:2d}  {one.name:<10}  {words[one.passed]:<7}  {one.detail}" for one in results]
     if failed := [f"{one.rung} ({one.name})" for one in results if one.passed is False]:
