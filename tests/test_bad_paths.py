@@ -211,6 +211,17 @@ def test_a_file_of_a_checkpoint_that_cannot_be_read_is_one_line(
     assert refusal(line, bad, model, tmp_path, capsys).startswith("megatron-ads: ")
 
 
+def test_check_names_every_problem_though_the_system_refuses_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop, rows = make_bad("loop", tmp_path), f"[{{kind: jsonl, path: {tmp_path}/no.jsonl}}]"
+    job = ["check", "--recipe", "sft/quickstart", f"log.dir={tmp_path}/run", f"model.load={loop}"]
+    assert cli.main([*job, f"data.sources={rows}"]) == 2
+    errors = capsys.readouterr().err
+    assert f"{loop} cannot be read or written (Too many levels of symbolic links)" in errors
+    assert "no.jsonl (data.sources) does not exist" in errors
+
+
 def test_every_command_is_walked() -> None:
     walked = {line.split()[0] for line, _, _ in CASES}
     assert walked == {command.name for command in cli.COMMANDS}

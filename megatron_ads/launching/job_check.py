@@ -21,7 +21,7 @@ from megatron_ads.config.model import LayerSpecChoice, Precision
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.run import SftConfig, require_trainable, validate
 from megatron_ads.disk import existing, free_bytes
-from megatron_ads.errors import CheckpointError, ConfigError, DataError, MegatronAdsError
+from megatron_ads.errors import CheckpointError, ConfigError, DataError, MegatronAdsError, as_refusals
 from megatron_ads.launching.network_check import rendezvous_problems
 from megatron_ads.launching.node_check import folder_problems, gpu_problems, python_problems, wants_gpu
 from megatron_ads.observability.trackers import require_installed
@@ -92,14 +92,16 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
         ranks: Processes of the whole job; None for the fewest that the layout needs.
     """
     try:
-        config = load_recipe(recipe, overrides)
+        with as_refusals():
+            config = load_recipe(recipe, overrides)
     except MegatronAdsError as error:
         return JobCheck(passed=(), problems=(one_line(error),))
     passed, problems = [f"recipe: {recipe} composes"], []
     shape: ModelShape | None = None
     try:
-        shape, text = _weights(Path(config.model.load))
-        passed.append(f"weights: {text}")
+        with as_refusals():
+            shape, text = _weights(Path(config.model.load))
+            passed.append(f"weights: {text}")
     except MegatronAdsError as error:
         problems.append(one_line(error))
     checks: tuple[tuple[str, Callable[[], str]], ...] = (
@@ -111,7 +113,8 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
     )
     for name, check in checks:
         try:
-            passed.append(f"{name}: {check()}")
+            with as_refusals():
+                passed.append(f"{name}: {check()}")
         except MegatronAdsError as error:
             problems.append(one_line(error))
     return JobCheck(passed=tuple(passed), problems=tuple(dict.fromkeys(problems)))
