@@ -32,6 +32,16 @@ class TopologyError(MegatronAdsError, RuntimeError):
     """The ranks of a job disagree about what they are about to do; the message names the odd one."""
 
 
+_LONGEST_LINE = 2000
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line; of a very long one, which repeats what it was given, both ends."""
+    text = " ".join(str(error).split())
+    half = _LONGEST_LINE // 2
+    return text if len(text) <= _LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
+
+
 _LIBRARIES = frozenset(
     [
         "httpcore2",

@@ -96,6 +96,7 @@ def damage_bytes(data: bytes, chance: Random) -> bytes:
                 chance.randbytes(length),
                 bytes(found[place : place + length]) * 2,
                 b"[" * 3000,
+                b"9" * 5000,
                 b'"',
                 b"\n",
                 b"\x00",
@@ -322,7 +323,7 @@ def fuzz(name: str, inputs: int, seed: int = 0, first: int = 0) -> Found:
     found = Found()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         place = Place(Path(folder))
-        write_demo_model(place.source, MEMBERS["DeepSeek-V3"].config | {"num_hidden_layers": 2, "n_routed_experts": 8})
+        write_demo_model(place.source, MEMBERS["DeepSeek-V3"].config | {"num_hidden_layers": 2}, fp8=True)
         (place.root / "outside").mkdir()
         (place.root / "outside" / "x").write_text("stays")
         (place.root / "here").mkdir()

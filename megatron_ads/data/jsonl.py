@@ -22,7 +22,6 @@ and weight. A ``ground_truth`` that is no text is the fact of that name; one tha
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -122,7 +121,7 @@ def parse_row(fields: Mapping[str, Any], *, default_id: str) -> ChatRow:
     if unknown:
         raise BadRowError(BadRow.unknown_field, f"unknown field {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}.")
     weight = fields.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1e38:
         raise BadRowError(BadRow.wrong_type, f"weight is {weight!r}; it must be a number, 0 or above.")
     label = fields.get("label")
     if label is not None and not isinstance(label, str):

@@ -21,7 +21,7 @@ from megatron_ads.config.model import LayerSpecChoice, Precision
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.run import SftConfig, require_trainable, validate
 from megatron_ads.disk import existing, free_bytes
-from megatron_ads.errors import CheckpointError, ConfigError, DataError, MegatronAdsError, as_refusals
+from megatron_ads.errors import CheckpointError, ConfigError, DataError, MegatronAdsError, as_refusals, one_line
 from megatron_ads.launching.network_check import rendezvous_problems
 from megatron_ads.launching.node_check import folder_problems, gpu_problems, python_problems, wants_gpu
 from megatron_ads.observability.trackers import require_installed
@@ -123,11 +123,6 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
 def needs_gpu(config: SftConfig, environment: Mapping[str, str]) -> bool:
     """Whether ranks will use GPUs: there are some for them, or the recipe asks for layers that run nowhere else."""
     return config.model.layer_spec is LayerSpecChoice.te or wants_gpu(environment)
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message on one line."""
-    return " ".join(str(error).split())
 
 
 def _weights(path: Path) -> tuple[ModelShape, str]:
