@@ -251,6 +251,8 @@ def _describe(report: "ConversionReport", target: Path) -> str:
             f"{len(report.requantized)} weights changed and were quantised again, largest relative error "
             f"{report.requantized[worst]:.3g} in {worst}"
         )
+    if report.left_behind:
+        lines.append(f"not carried over: {', '.join(report.left_behind)}")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from conversion.errors import DamagedCheckpointError
+from conversion.errors import LFS_START, DamagedCheckpointError, copy_again
 
 DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
@@ -119,15 +119,21 @@ def _read_json_header(file: Path) -> tuple[int, dict[str, Any], int]:
     try:
         with file.open("rb") as handle:
             size = os.fstat(handle.fileno()).st_size
-            length = int.from_bytes(handle.read(8), "little")
+            start = handle.read(len(LFS_START))
+            length = int.from_bytes(start[:8], "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise DamagedCheckpointError(f"{file} is truncated or not safetensors ({size} bytes). Copy it again.")
+                raise DamagedCheckpointError(
+                    f"{file} is truncated or not safetensors ({size} bytes). {copy_again(start)}"
+                )
+            handle.seek(8)
             header = json.loads(handle.read(length))
         if not isinstance(header, dict):
             raise DamagedCheckpointError(f"The header of {file} is not a JSON object. Copy the file again.")
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{file} is missing. Copy it again from where the checkpoint came from.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except DamagedCheckpointError:  # a ValueError too
+        raise
+    except (ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"The header of {file} is not JSON ({error}). Copy the file again.") from None
     return size, header, 8 + length
 
@@ -137,7 +143,7 @@ def _stored(file: Path, name: str, entry: Mapping[str, Any], data_start: int) ->
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         code, shape, begin, end = None, (), None, None
-    if not isinstance(code, str) or not all(isinstance(number, int) for number in (begin, end, *shape)):
+    if not isinstance(code, str) or not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
         raise DamagedCheckpointError(
             f"The header of {file} describes {name} without a dtype, a shape and data_offsets. Copy the file again."
         )

@@ -6,6 +6,7 @@ library only.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,22 +179,26 @@ def read_model_shape(path: Path) -> ModelShape:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist: {path} is not a Hugging Face checkpoint folder.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not JSON ({error}); copy it again from the checkpoint's repository.") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{file} holds a {type(config).__name__}, not an object with the model's settings.")
-    try:
-        return shape_from_config(config)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
+    return shape_from_config(config, file=file)
 
 
-def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
+def shape_from_config(config: Mapping[str, Any], *, file: Path | None = None) -> ModelShape:
     """Build a ModelShape from a parsed ``config.json``, of the published or the transformers-5 style.
 
     Raises:
-        ConfigError: If a field is missing, unknown, unsupported or contradicts another one.
+        ConfigError: If a field is missing, unknown, unsupported or contradicts another one; it names ``file``.
     """
+    try:
+        return _shape_from_config(config)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}" if file else str(error)) from None
+
+
+def _shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     fields = JsonFields(config)
     model_type = fields.choice("model_type", MODEL_TYPES)
     num_heads = fields.integer("num_attention_heads")
@@ -227,6 +232,11 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     )
     _expect_the_rest(fields, shape)
     fp8_blocks(config)
+    if indexer := sorted(name for name in config if name.startswith("index_") and name in fields):
+        raise ConfigError(
+            f"{indexer[0]} = {config[indexer[0]]!r} is not a known field: it belongs to the sparse attention of "
+            "DeepSeek-V3.2, which is not supported."
+        )
     fields.refuse_unread(harmless=_HARMLESS)
     return shape
 
@@ -283,6 +293,7 @@ def _read_yarn(rope: JsonFields) -> YarnShape | None:
     if kinds[0] == "default":
         return None
     rope.expect("truncate", True, "the frequency ramp starts and ends at whole dimensions")
+    _check_attention_factor(rope)
     return YarnShape(
         factor=rope.positive("factor"),
         original_max_positions=rope.integer("original_max_position_embeddings"),
@@ -291,6 +302,25 @@ def _read_yarn(rope: JsonFields) -> YarnShape | None:
         mscale=rope.number("mscale", 1.0),
         mscale_all_dim=rope.number("mscale_all_dim", 0.0),
     )
+
+
+def _check_attention_factor(rope: JsonFields) -> None:
+    """Refuse the mscale settings that DeepSeek's code and transformers understand differently.
+
+    Theirs is ``scale(mscale or 1) / scale(mscale_all_dim or 0)``; transformers does so only where both are given and
+    not 0, and else takes ``scale(1)``.
+    """
+    factor, mscale, all_dim = rope.positive("factor"), rope.number("mscale", 1.0), rope.number("mscale_all_dim", 0.0)
+
+    def scale(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    both = "mscale" in rope and mscale and all_dim
+    if not both and scale(mscale) != scale(1.0) * scale(all_dim):
+        raise ConfigError(
+            f"mscale = {mscale:g} with mscale_all_dim = {all_dim:g}: DeepSeek's code and transformers "
+            "compute other attention factors from it. Give both, as in the published config.json."
+        )
 
 
 def _expect_the_rest(fields: JsonFields, shape: ModelShape) -> None:
@@ -317,9 +347,10 @@ def fp8_blocks(config: Mapping[str, Any]) -> Fp8Blocks | None:
         return None
     quantization.choice("quant_method", ("fp8",))
     quantization.choice("fmt", ("e4m3",), "e4m3")
+    quantization.choice("activation_scheme", ("dynamic",), "dynamic")
     scale_format = quantization.choice("scale_fmt", ("float", "ue8m0"), "float")
     blocks = config["quantization_config"].get("weight_block_size")
-    whole = isinstance(blocks, list) and all(isinstance(size, int) and size > 0 for size in blocks)
+    whole = isinstance(blocks, list) and all(type(size) is int and size > 0 for size in blocks)
     if not whole or len(blocks) != 2:
         raise ConfigError(
             f"quantization_config.weight_block_size is {blocks!r}; it must be two whole numbers, "

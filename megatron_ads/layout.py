@@ -193,6 +193,8 @@ class PipelinePlacement:
 
 
 # As Megatron-Core unrolls them: groups first, once, then single letters, once; so groups do not nest.
+_MOST_EXPERTS = 1_000_000
+"""Of all layers; Kimi-K2 has 23,000."""
 _REPEATS = (re.compile(r"\(([^()]+)\)\*(\d+)"), re.compile(r"([Etm|L])\*(\d+)"))
 
 
@@ -237,6 +239,11 @@ def place_layers(
     Raises:
         ConfigError: If the layers do not fit the stages; the message carries the equation.
     """
+    if (shape.num_layers + shape.mtp_layers) * shape.num_experts > _MOST_EXPERTS:  # all are going to be listed
+        raise ConfigError(
+            f"num_hidden_layers = {shape.num_layers}, num_nextn_predict_layers = {shape.mtp_layers} and "
+            f"n_routed_experts = {shape.num_experts} in config.json: no model is so large."
+        )
     if pipeline is None:
         counts = _even_counts(shape.num_layers, layout, first_stage_layers, last_stage_layers)
         pieces = ["t" * count for count in counts]
