@@ -22,6 +22,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -42,6 +43,15 @@ _ODD_VALUES: tuple[Any, ...] = (
     {}, {"a": {}}, {"type": "yarn"}, "1",
     "deepseek_v2", "kimi_k2", "fp8", [64, 64], [0, 0], [10**18, 1], "F8_E4M3", "BF16",
 )  # fmt: skip
+
+
+_MODEL = MEMBERS["DeepSeek-R1-0528"].config | {
+    "num_hidden_layers": 2,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 16,
+}
 
 
 class Hang(BaseException):
@@ -265,7 +275,7 @@ def _parquet(cells: dict[str, list[Any]], chance: Random) -> bytes:
 def _preview(place: Place, chance: Random, **source: Any) -> Command:
     """Read the rows as a recipe's source does, sometimes with unusable ones written aside, and tokenize them."""
     from megatron_ads.config.data import AdsTask, SourceConfig, SourceKind
-    from megatron_ads.data.chat import load_tokenizer, tokenize_row
+    from megatron_ads.data.chat import tokenize_row
     from megatron_ads.data.sources import read_source
 
     aside = str(place.target) if chance.random() < 0.5 else None
@@ -274,12 +284,18 @@ def _preview(place: Place, chance: Random, **source: Any) -> Command:
         source["task"] = AdsTask(source["task"])
 
     def read() -> int:
-        tokenizer = load_tokenizer(place.source)
         for row in read_source(SourceConfig(**source), seed=0):
-            tokenize_row(row, tokenizer)
+            tokenize_row(row, _tokenizer(place.source))
         return 0
 
     return lambda: cli.exit_status("megatron-ads", read)
+
+
+@cache
+def _tokenizer(folder: Path) -> Any:
+    from megatron_ads.data.chat import load_tokenizer
+
+    return load_tokenizer(folder)
 
 
 def recipes(place: Place, chance: Random) -> Command:
@@ -302,8 +318,18 @@ def recipes(place: Place, chance: Random) -> Command:
         word = f"{chance.choice(['', '', '', '', '+', '++', '~'])}{key}={value}"
         given.append(damage_bytes(word.encode(), chance).decode(errors="ignore") if chance.random() < 0.2 else word)
     given = [word for word in given if not word.startswith("-") and "=" in word]
-    job = ["--recipe", "sft/quickstart", f"model.load={place.source}"]
-    return _command("plan", *job, *given) if chance.random() < 0.7 else _command("check", *job, *given)
+    if chance.random() < 0.2:
+        return _command("check", "--recipe", "sft/quickstart", f"model.load={place.source}", *given)
+    return lambda: cli.exit_status("megatron-ads", lambda: _plan(place, given))
+
+
+def _plan(place: Place, given: list[str]) -> int:
+    from megatron_ads.planning.hardware import CARDS
+    from megatron_ads.planning.job import load_job
+    from megatron_ads.planning.plan import make_plan
+
+    make_plan(load_job("sft/quickstart", given, model=str(place.source)), CARDS["cpu"])
+    return 0
 
 
 BORDERS: dict[str, Border] = {
@@ -323,7 +349,7 @@ def fuzz(name: str, inputs: int, seed: int = 0, first: int = 0) -> Found:
     found = Found()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         place = Place(Path(folder))
-        write_demo_model(place.source, MEMBERS["DeepSeek-V3"].config | {"num_hidden_layers": 2}, fp8=True)
+        write_demo_model(place.source, _MODEL, fp8=True)
         (place.root / "outside").mkdir()
         (place.root / "outside" / "x").write_text("stays")
         (place.root / "here").mkdir()
