@@ -155,7 +155,7 @@ class DerivedBuffer:
         """
         dtype, shape = DTYPES[str(entry["dtype"])], tuple(int(extent) for extent in entry["shape"])
         data = base64.b64decode(str(entry["base64"]))
-        if len(data) != math.prod(shape) * dtype.itemsize:
+        if min(shape, default=0) < 0 or len(data) != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{len(data)} bytes cannot be {dtype} of shape {shape}")
         return cls(dtype, shape, data)
 

@@ -41,7 +41,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """
     data = file.read_bytes()
     try:
-        found = json.loads(data)
+        found = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{file} is not JSON ({error}). {copy_again(data)}") from None
     if not isinstance(found, dict):

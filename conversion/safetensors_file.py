@@ -29,6 +29,9 @@ DTYPES: dict[str, torch.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _READ_AHEAD_BYTES = 8 << 20
 """Requested from the system after every mapped range, because the next range usually follows there."""
+_LARGEST = 1 << 63
+"""No offset or extent is so large, but a JSON number may be."""
+_MOST_DIMENSIONS = 8
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 
@@ -141,9 +144,13 @@ def _read_json_header(file: Path) -> tuple[int, dict[str, Any], int]:
 def _stored(file: Path, name: str, entry: Mapping[str, Any], data_start: int) -> tuple[StoredTensor, int]:
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if len(shape) > _MOST_DIMENSIONS:
+            raise ValueError(shape)
     except (KeyError, TypeError, ValueError):
         code, shape, begin, end = None, (), None, None
-    if not isinstance(code, str) or not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+    if not isinstance(code, str) or not all(
+        type(number) is int and 0 <= number < _LARGEST for number in (begin, end, *shape)
+    ):
         raise DamagedCheckpointError(
             f"The header of {file} describes {name} without a dtype, a shape and data_offsets. Copy the file again."
         )

@@ -1,4 +1,4 @@
-"""Write a small random DeepSeek-V3-family checkpoint with tokenizer, in the form DeepSeek publishes, for rehearsals.
+"""Write a small random DeepSeek-V3-family checkpoint with tokenizer, in the form DeepSeek publishes, to try things on.
 
     megatron-ads demo-model OUT [--preset tiny|shallow|small] [--dtype bf16|fp32] [--fp8] [--seed N]
     megatron-ads demo-model OUT --preset deepseek-r1 --sparse
@@ -20,12 +20,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conversion.published_models import published_config
 from megatron_ads.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from conversion.names import Parameter
 
 EMBEDDING = "embedding.word_embeddings.weight"
 """Its canonical name."""
@@ -49,54 +48,27 @@ class Dtype(StrEnum):
     fp32 = "fp32"
 
 
-_TINY: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "ep_size": 1,
+_R1 = published_config("deepseek_r1")
+_TINY: dict[str, Any] = {name: value for name, value in _R1.items() if name not in ("auto_map", "quantization_config")}
+_TINY |= {
     "first_k_dense_replace": 2,
-    "hidden_act": "silu",
     "hidden_size": 128,
     "initializer_range": 0.05,
     "intermediate_size": 256,
     "kv_lora_rank": 32,
     "max_position_embeddings": 16384,
-    "model_type": "deepseek_v3",
     "moe_intermediate_size": 64,
-    "moe_layer_freq": 1,
     "n_group": 4,
     "n_routed_experts": 16,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
     "num_attention_heads": 4,
     "num_experts_per_tok": 4,
     "num_hidden_layers": 6,
     "num_key_value_heads": 4,
-    "num_nextn_predict_layers": 1,
     "q_lora_rank": 64,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 16,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": {
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "factor": 4,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096,
-        "type": "yarn",
-    },
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
+    "rope_scaling": _R1["rope_scaling"] | {"factor": 4},
     "topk_group": 2,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.46.3",
-    "use_cache": True,
     "v_head_dim": 32,
     "vocab_size": 1536,
 }
@@ -125,11 +97,7 @@ _SMALL = _TINY | {
     "q_lora_rank": 192,
     "initializer_range": 0.03,
 }
-CONFIGS: Mapping[Preset, dict[str, Any]] = {
-    Preset.tiny: _TINY,
-    Preset.shallow: _SHALLOW,
-    Preset.small: _SMALL,
-}
+CONFIGS: Mapping[Preset, dict[str, Any]] = {Preset.tiny: _TINY, Preset.shallow: _SHALLOW, Preset.small: _SMALL}
 """``config.json`` of each preset that has values."""
 EMBEDDING_SPREADS: Mapping[Preset, float] = {Preset.tiny: 1.0, Preset.shallow: 0.1, Preset.small: 1.0}
 """Standard deviation of the embeddings of each preset.
@@ -168,23 +136,19 @@ def run(args: argparse.Namespace) -> int:
             else f"--sparse goes with --preset deepseek-r1, not with {args.preset}. Leave it out."
         )
     if args.sparse:
-        return _write_sparse(args)
+        from conversion.sparse_r1 import write_sparse
+
+        if args.dtype is not None or args.seed:
+            raise ConfigError("--sparse writes no values, so --dtype and --seed have no effect. Leave them out.")
+        write_sparse(args.out)
+        print(f"{args.out}: names, shapes and files of DeepSeek-R1, without values")
+        return 0
     if args.fp8 and args.dtype is not None:
         raise ConfigError(f"--fp8 and --dtype {args.dtype} are both given; choose one number format.")
     config = CONFIGS[args.preset] | {"torch_dtype": "float32" if args.dtype is Dtype.fp32 else "bfloat16"}
     spread = EMBEDDING_SPREADS[args.preset]
     parameters = write_demo_model(args.out, config, fp8=args.fp8, seed=args.seed, embedding_spread=spread)
     print(f"{args.out}: {parameters:,} parameters, {'fp8' if args.fp8 else args.dtype or Dtype.bf16}")
-    return 0
-
-
-def _write_sparse(args: argparse.Namespace) -> int:
-    from conversion.sparse_r1 import write_sparse_r1
-
-    if args.dtype is not None or args.seed:
-        raise ConfigError("--sparse writes no values, so --dtype and --seed have no effect. Leave them out.")
-    write_sparse_r1(args.out)
-    print(f"{args.out}: names, shapes and files of DeepSeek-R1, without values")
     return 0
 
 
@@ -234,9 +198,11 @@ def write_demo_model(
 def _draw_tensors(
     config: Mapping[str, Any], *, fp8: bool, seed: int, embedding_spread: float
 ) -> "Iterator[tuple[str, Tensor]]":
-    """Yield every HF tensor of a checkpoint in model order, the MTP layer's repeats last."""
+    """Yield every HF tensor of a checkpoint in model order, the MTP layer's repeats last.
+
+    No norm is exactly 1 and no bias 0, so that a mix-up of tensors shows.
+    """
     import torch
-    from torch import Tensor
 
     from conversion.fp8 import quantize
     from conversion.hf_folder import SCALE_SUFFIX
@@ -246,9 +212,13 @@ def _draw_tensors(
     shape = shape_from_config(config)
     dtype: torch.dtype = getattr(torch, config["torch_dtype"])
 
-    def draw(parameter: Parameter, name: str, size: tuple[int, ...]) -> Tensor:
+    def draw(parameter: Parameter, name: str, size: tuple[int, ...]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed & 0xFFFFFFFF))
+        noise = torch.randn(size, generator=generator)
+        if parameter.kind is ParameterKind.ROUTER_BIAS:
+            return noise * 0.01
         spread = embedding_spread if parameter.name == EMBEDDING else shape.initializer_range
-        return _draw_values(parameter, name, size, spread, seed)
+        return 1 + noise * 0.02 if len(size) == 1 else noise * spread
 
     for parameter in parameters(shape).values():
         for part in parameter.parts:
@@ -257,29 +227,13 @@ def _draw_tensors(
                 yield part.name, values
             elif fp8 and parameter.kind is ParameterKind.LINEAR:
                 codes, scales = quantize(values)
-                yield part.name, codes
-                yield part.name + SCALE_SUFFIX, scales
+                yield from ((part.name, codes), (part.name + SCALE_SUFFIX, scales))
             else:
                 yield part.name, values.to(dtype)
     for alias, canonical in hf_aliases(shape).items():
         parameter = parameters(shape)[canonical]
         source = parameter.parts[0]
         yield alias, draw(parameter, source.name, source.shape).to(dtype)
-
-
-def _draw_values(
-    parameter: "Parameter", name: str, shape: tuple[int, ...], standard_deviation: float, seed: int
-) -> "Tensor":
-    """Return FP32 values of one tensor. No norm is exactly 1 and no bias 0, so that a mix-up of tensors shows."""
-    import torch
-
-    from conversion.names import ParameterKind
-
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed & 0xFFFFFFFF))
-    noise = torch.randn(shape, generator=generator)
-    if parameter.kind is ParameterKind.ROUTER_BIAS:
-        return noise * 0.01
-    return 1 + noise * 0.02 if len(shape) == 1 else noise * standard_deviation
 
 
 def _write_weights(folder: Path, tensors: "Iterator[tuple[str, Tensor]]") -> None:

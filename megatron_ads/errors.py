@@ -4,8 +4,9 @@ Each message says what is wrong, with the values, then what to do.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 
 class MegatronAdsError(Exception):
@@ -20,12 +21,20 @@ class ConversionError(MegatronAdsError, ValueError):
     """A checkpoint does not match the model it is being converted for."""
 
 
+class DiskFullError(ConversionError):
+    """A disk or a quota has no room for a file."""
+
+
 class CheckpointError(MegatronAdsError, RuntimeError):
     """A training checkpoint is missing, incomplete, damaged, or of another job."""
 
 
 class DataError(MegatronAdsError, ValueError):
     """A row or a data file cannot be used; the message names the file and the row."""
+
+
+class DivergedError(MegatronAdsError, ArithmeticError):
+    """A job stopped learning: update after update is skipped, or its weights are no numbers any more."""
 
 
 class TopologyError(MegatronAdsError, RuntimeError):
@@ -106,18 +115,30 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def require_at_least(section: str, config: object, minimum: float, *names: str) -> None:
-    """Raise ConfigError unless the named settings of a section are finite and at least ``minimum``, or None."""
+def require_each(section: str, config: object, names: Iterable[str], fits: Callable[[Any], bool], wanted: str) -> None:
+    """Raise ConfigError unless each of the named settings of a section fits what is ``wanted``, or is None."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value >= minimum):
-            raise ConfigError(f"{section}.{name} is {value}; it must be at least {minimum:g}.")
+        finite = "a finite number, " if isinstance(value, float) and not math.isfinite(value) else ""
+        require(value is None or fits(value), f"{section}.{name} is {value}; it must be {finite}{wanted}.")
+
+
+def require_at_least(section: str, config: object, minimum: float, *names: str) -> None:
+    """Raise ConfigError unless the named settings of a section are finite and at least ``minimum``, or None."""
+    require_each(section, config, names, lambda value: minimum <= value < math.inf, f"at least {minimum:g}")
+
+
+def require_above(section: str, config: object, limit: float, *names: str) -> None:
+    """Raise ConfigError unless the named settings of a section are finite and above ``limit``, or None."""
+    require_each(section, config, names, lambda value: limit < value < math.inf, f"above {limit:g}")
 
 
 def require_between(section: str, config: object, lowest: float, highest: float, *names: str) -> None:
-    """Raise ConfigError unless the named settings of a section are finite and in the range, or None."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and lowest <= value <= highest):
-            limit = f"at least {lowest:g}" if highest == math.inf else f"from {lowest:g} to {highest:g}"
-            raise ConfigError(f"{section}.{name} is {value}; it must be {limit}.")
+    """Raise ConfigError unless the named settings of a section are in the range, or None."""
+    require_each(section, config, names, lambda value: lowest <= value <= highest, f"from {lowest:g} to {highest:g}")
+
+
+def require_distinct(setting: str, values: Sequence[str]) -> None:
+    """Raise ConfigError if a list names something more than once."""
+    repeated = sorted({value for value in values if values.count(value) > 1})
+    require(not repeated, f"{setting} lists {', '.join(repeated)} more than once.")

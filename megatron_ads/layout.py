@@ -9,10 +9,11 @@ which is the rank order of ``megatron.core.parallel_state`` ("tp-cp-ep-dp-pp").
 """
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Self
 
 from megatron_ads.architecture import ModelShape
@@ -54,19 +55,18 @@ class ParallelLayout:
         for name in ("world", "tp", "cp", "pp", "vpp", "ep", "etp"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"layout.{name} is {getattr(self, name)}; it must be at least 1.")
-        self._require_divides("pp * cp * tp", f"{self.pp} * {self.cp} * {self.tp}", self.pp * self.cp * self.tp)
-        self._require_divides("pp * ep * etp", f"{self.pp} * {self.ep} * {self.etp}", self.pp * self.ep * self.etp)
+        for axes in (("pp", "cp", "tp"), ("pp", "ep", "etp")):
+            sizes = [getattr(self, axis) for axis in axes]
+            size = math.prod(sizes)
+            if self.world % size:
+                raise ConfigError(
+                    f"layout.{' * '.join(axes)} = {' * '.join(map(str, sizes))} = {size}, which does not divide the "
+                    f"{self.world} ranks of this job. Launch a multiple of {size} ranks, or lower one of these sizes."
+                )
         if self.vpp > 1 and self.pp == 1:
             raise ConfigError(
                 f"layout.vpp is {self.vpp} with layout.pp = 1: virtual chunks interleave pipeline stages. "
                 "Raise layout.pp, or set layout.vpp to 1."
-            )
-
-    def _require_divides(self, product: str, numbers: str, size: int) -> None:
-        if self.world % size:
-            raise ConfigError(
-                f"layout.{product} = {numbers} = {size}, which does not divide the {self.world} ranks of this job. "
-                f"Launch a multiple of {size} ranks, or lower one of these sizes."
             )
 
     @classmethod
@@ -166,11 +166,6 @@ class PipelinePlacement:
     chunks: tuple[Chunk, ...]
 
     @property
-    def vpp(self) -> int:
-        """Virtual chunks per stage."""
-        return len(self.chunks) // self.pp
-
-    @property
     def string(self) -> str:
         """The placement in Megatron-Core's ``pipeline_model_parallel_layout`` notation."""
         return "|".join(
@@ -260,7 +255,19 @@ def place_layers(
         pieces = [piece.replace("L", "m" * shape.mtp_layers + "L") for piece in pieces]
     _check_letters(shape, layout, pieces)
     _check_mtp(layout, pieces)
-    return PipelinePlacement(pp=layout.pp, chunks=_number_layers(layout.pp, pieces))
+    ends = list(accumulate(piece.count("t") for piece in pieces))
+    chunks = tuple(
+        Chunk(
+            stage=index % layout.pp,
+            virtual=index // layout.pp,
+            layers=tuple(range(ends[index] - piece.count("t"), ends[index])),
+            has_embedding="E" in piece,
+            has_loss="L" in piece,
+            mtp_layers=tuple(range(piece.count("m"))),
+        )
+        for index, piece in enumerate(pieces)
+    )
+    return PipelinePlacement(pp=layout.pp, chunks=chunks)
 
 
 def _even_counts(num_layers: int, layout: ParallelLayout, first: int | None, last: int | None) -> list[int]:
@@ -335,29 +342,20 @@ def _check_mtp(layout: ParallelLayout, pieces: list[str]) -> None:
         raise ConfigError("layout.pipeline puts the MTP layers (m) on pipeline stage 0; move them to a later stage.")
 
 
-def _number_layers(pp: int, pieces: list[str]) -> tuple[Chunk, ...]:
-    chunks, layer = [], 0
-    for index, piece in enumerate(pieces):
-        count = piece.count("t")
-        chunks.append(
-            Chunk(
-                stage=index % pp,
-                virtual=index // pp,
-                layers=tuple(range(layer, layer + count)),
-                has_embedding="E" in piece,
-                has_loss="L" in piece,
-                mtp_layers=tuple(range(piece.count("m"))),
-            )
-        )
-        layer += count
-    return tuple(chunks)
-
-
 def describe_ranks(ranks: Sequence[int]) -> str:
     """Return ``"rank 3"``, or for several ``"ranks 0-7, 9"``."""
-    ordered = sorted(ranks)
-    runs = [
-        [rank for _, rank in run] for _, run in groupby(enumerate(ordered), lambda indexed: indexed[1] - indexed[0])
-    ]
-    named = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"rank{'s' if len(ordered) != 1 else ''} {named}"
+    runs = []
+    for _, consecutive in groupby(enumerate(sorted(ranks)), lambda indexed: indexed[1] - indexed[0]):
+        run = [rank for _, rank in consecutive]
+        runs.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(runs)}"
+
+
+def rank() -> int:
+    """Return the rank of this process as its launcher (torchrun, srun) says; 0 when launched alone."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def world_size() -> int:
+    """Return the number of processes of this job as its launcher says; 1 when launched alone."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))

@@ -1,11 +1,12 @@
 """How far a job is: a bar on a terminal, one plain line now and then in a log, nothing on ranks other than 0."""
 
-import os
 import sys
 import time
 from typing import Never, Self, TextIO
 
 from tqdm import tqdm
+
+from megatron_ads.layout import rank
 
 LINE_INTERVAL_SECONDS = 10.0
 
@@ -30,7 +31,7 @@ class Progress:
         self._values: dict[str, float] = {}
         self._started = time.monotonic()
         self._last_line = float("-inf")
-        self._speaks = shown and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+        self._speaks = shown and rank() == 0
         self._bar = self._open_bar() if self._speaks and self._stream.isatty() else None
 
     def _open_bar(self) -> "tqdm[Never]":

@@ -12,15 +12,8 @@ from typing import Any
 
 from torch.distributed import ProcessGroup
 
-from megatron_ads.runtime.health.activity import Activity
-from megatron_ads.runtime.health.calls import (
-    POINT_TO_POINT,
-    Group,
-    describe_call,
-    observed,
-    signature,
-    without_tensors,
-)
+from megatron_ads.runtime.health.activity import Activity, observed
+from megatron_ads.runtime.health.calls import POINT_TO_POINT, Call, Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +35,8 @@ class Collective:
 
 def collective(group: Group, operation: str, arguments: Sequence[Any]) -> Collective:
     """Return the record of a call of ``ProcessGroup`` method ``operation``."""
-    call = group, operation, without_tensors(arguments)
-    return Collective(operation, describe_call(*call), signature(*call))
+    call = Call.of(group, operation, arguments)
+    return Collective(operation, str(call), call.signature())
 
 
 @dataclass(slots=True)

@@ -258,6 +258,11 @@ def test_deepseeks_fp8_blocks_are_recognised() -> None:
         ({"quant_method": "fp8"}, r"weight_block_size is None; it must be two whole numbers"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\]"),
         ({"quant_method": "fp8", "weight_block_size": [128, 0]}, r"weight_block_size is \[128, 0\]"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 10**30]}, r"weight_block_size is \[128, 1000"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"},
+            "activation_scheme is 'static'",
+        ),
     ],
 )
 def test_another_quantization_is_refused(quantization: dict[str, Any], message: str) -> None:

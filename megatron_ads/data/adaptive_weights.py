@@ -103,13 +103,11 @@ class InstanceWeights:
 
     def quantiles(self) -> dict[str, float]:
         """Return how far the weights are apart within each task, by metric name."""
-        found: dict[str, float] = {}
-        for task, numbers in self._of_task.items():
-            values = np.percentile(self._weights[numbers], QUANTILES).tolist()
-            found |= {
-                f"instance_weight_p{percent}/{task}": value for percent, value in zip(QUANTILES, values, strict=True)
-            }
-        return found
+        return {
+            f"instance_weight_p{percent}/{task}": value
+            for task, numbers in self._of_task.items()
+            for percent, value in zip(QUANTILES, np.percentile(self._weights[numbers], QUANTILES).tolist(), strict=True)
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that decides future weights."""
@@ -117,7 +115,7 @@ class InstanceWeights:
         return {"steps": self._steps, **arrays}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken.
+        """Continue where ``state`` was taken.
 
         Raises:
             DataError: If it belongs to another number of samples.
@@ -132,9 +130,4 @@ class InstanceWeights:
         self._steps = state["steps"]
 
     def _arrays(self) -> dict[str, Vector]:
-        return {
-            "weights": self._weights,
-            "before": self._before,
-            "loss_sums": self._loss_sums,
-            "targets": self._targets,
-        }
+        return {name: getattr(self, f"_{name}") for name in ("weights", "before", "loss_sums", "targets")}

@@ -16,8 +16,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 from typing import TypeVar
 
+from megatron_ads.data.simulator.vocabulary import PLACES_OFFERED, Kind
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.relevance import Label, chat_row
@@ -26,18 +28,6 @@ T = TypeVar("T", bound=str)
 
 DEFAULT_ROWS = 12_000
 ADS_PER_QUERY = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Category:
-    """One kind of product or service."""
-
-    name: str
-    """One word: what reasoning calls it."""
-    asked_as: tuple[str, ...]
-    """How a searcher words it."""
-    offered_as: tuple[str, ...]
-    """How an advertiser words it."""
 
 
 class Price(StrEnum):
@@ -56,22 +46,22 @@ class Text(StrEnum):
 
 
 CATEGORIES = (
-    Category("shoes", ("running shoes", "jogging sneakers", "shoes for a marathon"), ("Road Runner", "Race Trainers")),
-    Category("laptops", ("laptop", "notebook computer", "portable pc"), ("Ultrabook 14", "Slim Laptop")),
-    Category("hotels", ("hotel", "place to stay", "room for two nights"), ("City Hotel", "Boutique Suites")),
-    Category("coffee", ("coffee maker", "espresso machine", "drip brewer"), ("Barista One", "Morning Brewer")),
-    Category("sofas", ("sofa", "couch", "living room seating"), ("Corner Sofa", "Sleeper Couch")),
-    Category("headphones", ("headphones", "earbuds", "wireless headset"), ("Studio Earphones", "Quiet Headset")),
-    Category("insurance", ("car insurance", "auto policy", "motor cover"), ("Drive Cover", "Auto Insurance")),
-    Category("mats", ("yoga mat", "pilates mat", "exercise mat"), ("Balance Mat", "Studio Mat")),
-    Category("kibble", ("dog food", "puppy kibble", "food for my dog"), ("Happy Paws Kibble", "Canine Dinner")),
-    Category("phones", ("smartphone", "mobile phone", "android handset"), ("Pocket Phone", "Photo Smartphone")),
-    Category("tents", ("camping tent", "tent for four", "hiking shelter"), ("Trail Tent", "Dome Shelter")),
-    Category("pizza", ("pizza delivery", "order a pizza", "pizza tonight"), ("Stone Oven Pizza", "Pizza Box")),
-    Category("dentists", ("dentist", "teeth cleaning", "dental clinic"), ("Bright Smile Clinic", "Family Dental")),
-    Category("watches", ("wrist watch", "chronograph", "watch for a gift"), ("Classic Timepiece", "Steel Chrono")),
-    Category("tools", ("garden tools", "hedge trimmer", "spade and rake"), ("Green Thumb Kit", "Hedge Cutter")),
-    Category("strollers", ("baby stroller", "pushchair", "buggy for twins"), ("City Pram", "Travel Buggy")),
+    Kind("shoes", ("running shoes", "jogging sneakers", "shoes for a marathon"), ("Road Runner", "Race Trainers")),
+    Kind("laptops", ("laptop", "notebook computer", "portable pc"), ("Ultrabook 14", "Slim Laptop")),
+    Kind("hotels", ("hotel", "place to stay", "room for two nights"), ("City Hotel", "Boutique Suites")),
+    Kind("coffee", ("coffee maker", "espresso machine", "drip brewer"), ("Barista One", "Morning Brewer")),
+    Kind("sofas", ("sofa", "couch", "living room seating"), ("Corner Sofa", "Sleeper Couch")),
+    Kind("headphones", ("headphones", "earbuds", "wireless headset"), ("Studio Earphones", "Quiet Headset")),
+    Kind("insurance", ("car insurance", "auto policy", "motor cover"), ("Drive Cover", "Auto Insurance")),
+    Kind("mats", ("yoga mat", "pilates mat", "exercise mat"), ("Balance Mat", "Studio Mat")),
+    Kind("kibble", ("dog food", "puppy kibble", "food for my dog"), ("Happy Paws Kibble", "Canine Dinner")),
+    Kind("phones", ("smartphone", "mobile phone", "android handset"), ("Pocket Phone", "Photo Smartphone")),
+    Kind("tents", ("camping tent", "tent for four", "hiking shelter"), ("Trail Tent", "Dome Shelter")),
+    Kind("pizza", ("pizza delivery", "order a pizza", "pizza tonight"), ("Stone Oven Pizza", "Pizza Box")),
+    Kind("dentists", ("dentist", "teeth cleaning", "dental clinic"), ("Bright Smile Clinic", "Family Dental")),
+    Kind("watches", ("wrist watch", "chronograph", "watch for a gift"), ("Classic Timepiece", "Steel Chrono")),
+    Kind("tools", ("garden tools", "hedge trimmer", "spade and rake"), ("Green Thumb Kit", "Hedge Cutter")),
+    Kind("strollers", ("baby stroller", "pushchair", "buggy for twins"), ("City Pram", "Travel Buggy")),
 )
 BRANDS = ("Norvik", "Altea", "Bramble", "Corvid", "Dunmore", "Elsinor", "Fjord", "Gantry")
 PLACES = ("Boston", "Austin", "Denver", "Seattle", "Chicago", "Miami", "Dublin", "Leeds")
@@ -80,7 +70,6 @@ PRICES_OFFERED = {
     Price.cheap: ("Low prices all week.", "Everything under $25.", "Half price this month."),
     Price.premium: ("Handmade, from $900.", "First class in every detail.", "Exclusive designer range."),
 }
-PLACES_OFFERED = ("Pick up in {place}.", "Serving {place} since 1998.", "Our {place} team is here for you.")
 TEXTS = {
     Text.clean: ("Free returns.", "Rated 4.7 of 5.", "Order online today.", "Friendly support."),
     Text.misspelt: ("Freindly suport.", "Ordr onlin today.", "Beleive the revews."),
@@ -92,7 +81,7 @@ TEXTS = {
 class QueryIntent:
     """What a query asks for; None is not asked for."""
 
-    category: Category
+    category: Kind
     brand: str | None = None
     price: Price | None = None
     place: str | None = None
@@ -102,7 +91,7 @@ class QueryIntent:
 class Offered:
     """What an ad states."""
 
-    category: Category
+    category: Kind
     brand: str
     price: Price
     place: str
@@ -122,36 +111,19 @@ class QueryAdPair:
 def judge(wanted: QueryIntent, offered: Offered) -> tuple[Label, str]:
     """Apply the rule; return the label and the reasoning that leads to it."""
     steps = [f"Text: {offered.text}."]
-    if offered.text is Text.spam:
-        return Label.bad, " ".join(steps)
-    for name, asked, given in _decisive(wanted, offered):
-        steps.append(_compare(name, asked, given))
-        if asked != given:
-            return Label.bad, " ".join(steps)
-    label = Label.good if offered.text is Text.clean else Label.fair
-    for name, asked, given in _desirable(wanted, offered):
-        steps.append(_compare(name, asked, given))
-        label = label if asked == given else Label.fair
+    label = {Text.clean: Label.good, Text.misspelt: Label.fair, Text.spam: Label.bad}[offered.text]
+    for name, asked, given, if_different in (
+        ("Category", wanted.category.name, offered.category.name, Label.bad),
+        ("Place", wanted.place, offered.place, Label.bad),
+        ("Brand", wanted.brand, offered.brand, Label.fair),
+        ("Price", wanted.price, offered.price, Label.fair),
+    ):
+        if label is Label.bad:
+            break
+        if asked is not None:
+            steps.append(f"{name}: {asked} vs {given} {'agree' if asked == given else 'differ'}.")
+            label = label if asked == given else if_different
     return label, " ".join(steps)
-
-
-def _decisive(wanted: QueryIntent, offered: Offered) -> Iterator[tuple[str, str, str]]:
-    """Yield what must agree: name, asked, offered."""
-    yield "Category", wanted.category.name, offered.category.name
-    if wanted.place is not None:
-        yield "Place", wanted.place, offered.place
-
-
-def _desirable(wanted: QueryIntent, offered: Offered) -> Iterator[tuple[str, str, str]]:
-    """Yield what should agree: name, asked, offered."""
-    if wanted.brand is not None:
-        yield "Brand", wanted.brand, offered.brand
-    if wanted.price is not None:
-        yield "Price", wanted.price, offered.price
-
-
-def _compare(name: str, asked: str, given: str) -> str:
-    return f"{name}: {asked} vs {given} {'agree' if asked == given else 'differ'}."
 
 
 def generate_pairs(seed: int) -> Iterator[QueryAdPair]:
@@ -168,7 +140,7 @@ def generate_pairs(seed: int) -> Iterator[QueryAdPair]:
 def builtin_rows(count: int = DEFAULT_ROWS, *, seed: int = 0) -> list[ChatRow]:
     """Return ``count`` rows of the built-in pairs."""
     rows = []
-    for number, pair in zip(range(count), generate_pairs(seed), strict=False):
+    for number, pair in enumerate(islice(generate_pairs(seed), count)):
         label, reasoning = judge(pair.wanted, pair.offered)
         rows.append(chat_row(f"builtin-{number}", pair.query, pair.ad, label, reasoning))
     return rows
@@ -215,16 +187,12 @@ def _word_query(wanted: QueryIntent, draw: random.Random) -> str:
     if wanted.price:
         words.insert(0, draw.choice(PRICES_ASKED[wanted.price]))
     if wanted.place:
-        words.append(draw.choice(("in", "near")) + " " + wanted.place.lower())
+        words += [draw.choice(("in", "near")), wanted.place.lower()]
     return " ".join(words)
 
 
 def _word_ad(offered: Offered, draw: random.Random) -> Ad:
-    sentences = [
-        draw.choice(PRICES_OFFERED[offered.price]),
-        draw.choice(PLACES_OFFERED).format(place=offered.place),
-        draw.choice(TEXTS[offered.text]),
-    ]
+    price, place = draw.choice(PRICES_OFFERED[offered.price]), draw.choice(PLACES_OFFERED).format(place=offered.place)
+    sentences = [price, place, draw.choice(TEXTS[offered.text])]
     draw.shuffle(sentences)
-    name = draw.choice(offered.category.offered_as)
-    return Ad(title=f"{offered.brand} {name}", description=" ".join(sentences))
+    return Ad(f"{offered.brand} {draw.choice(offered.category.offered_as)}", " ".join(sentences))

@@ -1,4 +1,4 @@
-"""The batches of one replica: which samples form a step, how they share its rows, and where the sequence stands.
+"""The batches of one replica: which samples form a step, how they share its rows, and the state of the sequence.
 
 Which samples form a step, and how they are packed, depends on the data, the seed and the step alone. Replicas and
 microbatches only divide the rows among themselves.
@@ -53,7 +53,7 @@ class ReplicaShare:
 
 
 class BatchStream:
-    """The endless sequence of steps of one replica. Where it stands is a few integers, the same on every replica."""
+    """The endless sequence of steps of one replica. Its state is a few integers, the same on every replica."""
 
     def __init__(
         self,
@@ -69,12 +69,8 @@ class BatchStream:
         """Start at the first step.
 
         Args:
-            sources: Where samples are drawn from.
-            share: Which rows are this replica's.
             seq_length: S, in tokens; no sample may predict more.
             packing: Put as many samples into a row as fit; else one.
-            seed: Decides the order of the samples.
-            normalize: What the loss is averaged over.
             weights: Multiply the loss of each sample; numbered as ``Mixture`` does. None is 1 for all.
 
         Raises:
@@ -83,22 +79,22 @@ class BatchStream:
         for source in sources:
             refuse_long_rows(source.rows, seq_length)
         self._mixture = Mixture(sources, seed=seed)
-        self._share = share
-        self._seq_length = seq_length
-        self._packing = packing
-        self._seed = seed
-        self._normalize = normalize
-        self._weights = weights
+        self._share, self._seq_length, self._packing = share, seq_length, packing
+        self._seed, self._normalize, self._weights = seed, normalize, weights
         self._step: list[Draw] = []
 
     def next_step(self) -> list[PackedBatch]:
         """Return this replica's microbatches of the next step."""
         packed = self._draw_rows()
         samples = [draw.row for draw in self._step]
-        return [
-            self._weighted(PackedBatch.of(samples, micro, seq_length=self._seq_length, normalize=self._normalize))
+        batches = [
+            PackedBatch.of(samples, micro, seq_length=self._seq_length, normalize=self._normalize)
             for micro in self._share.microbatches(packed)
         ]
+        if self._weights is None:
+            return batches
+        weights = torch.from_numpy(self._weights.of([draw.number for draw in self._step])).float()
+        return [replace(batch, mask_BS=batch.mask_BS * weights[batch.sample_BS]) for batch in batches]
 
     def _draw_rows(self) -> list[PackedRow]:
         """Draw and pack the samples of a step; those that do not fit any more go back."""
@@ -111,16 +107,10 @@ class BatchStream:
                 drawn.append(self._mixture.draw())
                 room -= drawn[-1].row.predictions
             packed = [*pack_prefix([draw.row.predictions for draw in drawn], capacity=self._seq_length, rows=count)]
-        used = sum(len(numbers) for numbers in packed)
+        used = sum(map(len, packed))
         self._mixture.put_back([draw.source for draw in drawn[used:]])
         self._step = drawn[:used]
         return packed
-
-    def _weighted(self, batch: PackedBatch) -> PackedBatch:
-        if self._weights is None:
-            return batch
-        weights = torch.from_numpy(self._weights.of([draw.number for draw in self._step])).float()
-        return replace(batch, mask_BS=batch.mask_BS * weights[batch.sample_BS])
 
     def observe(self, sample_losses: Sequence[float]) -> dict[str, float]:
         """Take in the summed loss of each sample of the latest step; return the mean per target token of each task."""
@@ -139,12 +129,8 @@ class BatchStream:
         """Yield this replica's microbatches of one pass over all rows, by number, in portions that fit in memory."""
         rows = self._mixture.rows
         for start in range(0, len(rows), _ROWS_OF_A_PORTION):
-            yield batches_of_all(
-                rows[start : start + _ROWS_OF_A_PORTION],
-                self._share,
-                seq_length=self._seq_length,
-                packing=self._packing,
-            )
+            portion = rows[start : start + _ROWS_OF_A_PORTION]
+            yield batches_of_all(portion, self._share, seq_length=self._seq_length, packing=self._packing)
 
     def renew_weights(self, pass_losses: Sequence[float] | None = None) -> dict[str, float]:
         """Renew the instance weights; return what they are now, by metric name.
@@ -177,21 +163,24 @@ class BatchStream:
         return self._mixture.adapt(task_shares(of_tasks, alpha=alpha))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the sequence stands, and of which sequence; independent of the layout."""
+        """Return the current state, and of which sequence it is; independent of the layout."""
         weights = {} if self._weights is None else {"weights": self._weights.state_dict()}
-        return {**self._mixture.state_dict(), "rows": list(self._mixture.sizes), "seed": self._seed, **weights}
+        content = {"rows": list(self._mixture.sizes), "digests": list(self._mixture.digests)}
+        return {**self._mixture.state_dict(), **content, "seed": self._seed, **weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken.
+        """Continue where ``state`` was taken.
 
         Raises:
             DataError: If it belongs to other rows or another seed, or only one of the two has instance weights.
         """
-        for name, here in (("rows", list(self._mixture.sizes)), ("seed", self._seed)):
+        of_content = {"digests": list(self._mixture.digests)} if "digests" in state else {}  # older states lack them
+        for name, here in {"rows": list(self._mixture.sizes), "seed": self._seed, **of_content}.items():
             if state[name] != here:
                 raise DataError(
-                    f"The checkpoint was made with data of {name} {state[name]}, this job has {here}: the order of "
-                    "samples cannot go on. Use the same data settings, or start anew with another checkpoint.dir."
+                    f"The checkpoint was made with data of {_difference(name, state[name], here)}: the order of "
+                    "samples cannot continue. Use the same files, tokenizer and data settings, in the same order of "
+                    "sources, or start anew with another checkpoint.dir."
                 )
         if ("weights" in state) != (self._weights is not None):
             raise DataError(
@@ -201,6 +190,15 @@ class BatchStream:
         self._mixture.load_state_dict(state)
         if self._weights is not None:
             self._weights.load_state_dict(state["weights"])
+
+
+def _difference(name: str, before: Any, here: Any) -> str:
+    if name != "digests":
+        return f"{name} {before}, this job has {here}"
+    if sorted(before) == sorted(here):
+        return "the same sources in another order"
+    changed = [str(index) for index, pair in enumerate(zip(before, here, strict=True)) if pair[0] != pair[1]]
+    return f"other content in source{'s' if len(changed) > 1 else ''} {', '.join(changed)}, counted from 0"
 
 
 def batches_of_all(
@@ -225,7 +223,7 @@ def batches_of_all(
     start, count = 0, share.global_batch_size
     while start < len(rows):
         packed = _pack_from(rows, start, count, seq_length if packing else None)
-        start += sum(len(row) for row in packed)
+        start += sum(map(len, packed))
         batches += [
             PackedBatch.of(rows, micro, seq_length=seq_length, normalize=normalize, extra=extra)
             for micro in share.microbatches(packed)
@@ -236,15 +234,12 @@ def batches_of_all(
 def _pack_from(rows: Sequence[TokenizedRow], start: int, count: int, capacity: int | None) -> list[PackedRow]:
     """Return ``count`` packed rows, some of them perhaps empty; ``capacity`` None is one sample a row."""
     if capacity is None:
-        single: list[PackedRow] = [[number] for number in range(start, min(start + count, len(rows)))]
-        return single + [[] for _ in range(count - len(single))]
+        return [[number] if number < len(rows) else [] for number in range(start, start + count)]
     lengths: list[int] = []
     room = count * capacity
-    for row in rows[start:]:
-        lengths.append(row.predictions)
-        room -= row.predictions
-        if room < 0:
-            break
+    while room >= 0 and start + len(lengths) < len(rows):
+        lengths.append(rows[start + len(lengths)].predictions)
+        room -= lengths[-1]
     packed = pack_prefix(lengths, capacity=capacity, rows=count)
     return [[start + index for index in indices] for indices in packed]
 
@@ -280,14 +275,9 @@ def losses_by_task(rows: Sequence[TokenizedRow], sample_losses: Sequence[float])
 
 
 def refuse_long_rows(rows: Sequence[TokenizedRow], seq_length: int) -> None:
-    """Raise if a row predicts more tokens than fit.
-
-    Raises:
-        DataError: With the first such row.
-    """
-    for row in rows:
-        if row.predictions > seq_length:
-            raise DataError(
-                f"Row {row.id!r} needs {row.predictions} positions, data.seq_length is {seq_length}. "
-                "Raise data.seq_length, or leave the row out."
-            )
+    """Raise a ``DataError`` on the first row that predicts more tokens than fit."""
+    if row := next((row for row in rows if row.predictions > seq_length), None):
+        raise DataError(
+            f"Row {row.id!r} needs {row.predictions} positions, data.seq_length is {seq_length}. "
+            "Raise data.seq_length, or leave the row out."
+        )

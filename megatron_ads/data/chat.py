@@ -29,11 +29,6 @@ class ChatTokenizer:
     """Ends every assistant message."""
 
     @property
-    def has_chat_template(self) -> bool:
-        """Whether the checkpoint says how a conversation is written."""
-        return bool(self.fast.chat_template)
-
-    @property
     def size(self) -> int:
         """One more than the highest token id."""
         vocabulary: dict[str, int] = self.fast.get_vocab()
@@ -111,8 +106,9 @@ def render_prompt(messages: Sequence[Message], tokenizer: ChatTokenizer) -> str:
     """
     from jinja2.exceptions import TemplateError
 
-    if not tokenizer.has_chat_template:
-        return _plain_prompt(messages)
+    if not tokenizer.fast.chat_template:  # a base model: one paragraph a message
+        turns = [f"{message.role}: {message.content}" for message in messages]
+        return "\n\n".join([*turns, f"{Role.assistant}: "])
     try:
         text: str = tokenizer.fast.apply_chat_template(
             [message.as_dict() for message in messages], tokenize=False, add_generation_prompt=True
@@ -120,9 +116,3 @@ def render_prompt(messages: Sequence[Message], tokenizer: ChatTokenizer) -> str:
     except TemplateError as error:
         raise DataError(f"the checkpoint's chat template refuses the conversation: {error}") from None
     return text
-
-
-def _plain_prompt(messages: Sequence[Message]) -> str:
-    """One paragraph a message, for checkpoints without a chat template (base models)."""
-    turns = [f"{message.role}: {message.content}" for message in messages]
-    return "\n\n".join([*turns, f"{Role.assistant}: "])

@@ -52,13 +52,15 @@ The same numbers and seed give the same files; more users change no earlier one.
 of the 8th day from the last; later logs hold the answers, and the columns named *_chance the true probabilities."""
 
 
-def _add_simulate(commands: Subparsers) -> None:
-    parser = commands.add_parser(
-        "simulate",
-        help="write logs and rows of a simulated ads business",
-        description=_SIMULATE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _command(commands: Subparsers, name: str, summary: str, description: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    return parser
+
+
+def _add_simulate(commands: Subparsers) -> None:
+    parser = _command(commands, "simulate", "write logs and rows of a simulated ads business", _SIMULATE)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; empty or absent")
     parser.add_argument("--users", type=int, default=10_000, metavar="N", help="people in the logs (default 10000)")
     parser.add_argument("--days", type=int, default=35, metavar="D", help="days of logs (default 35)")
@@ -82,16 +84,16 @@ def _simulate(args: argparse.Namespace) -> int:
         rows=args.rows,
         form=TableFormat(args.format),
     )
-    print(json.dumps(manifest) if args.json else _summary(args.out, manifest))
-    return 0
-
-
-def _summary(out: Path, manifest: dict[str, Any]) -> str:
-    lines = [f"{name:<28}{rows:>12,} rows" for name, rows in manifest["rows_of_tables"].items()]
+    if args.json:
+        print(json.dumps(manifest))
+        return 0
+    for name, count in manifest["rows_of_tables"].items():
+        print(f"{name:<28}{count:>12,} rows")
     for task, written in manifest["tasks"].items():
         scores = ", ".join(f"{name} {score:.3f}" for name, score in written.get("best_reachable", {}).items())
-        lines.append(f"{task:<28}{written['rows']:>12,} rows, best reachable: {scores}")
-    return "\n".join([*lines, f"written to {out}"])
+        print(f"{task:<28}{written['rows']:>12,} rows, best reachable: {scores}")
+    print(f"written to {args.out}")
+    return 0
 
 
 _PREVIEW = """Show rows as the model sees them: chat template rendered, tokens counted, and what carries loss in
@@ -112,13 +114,7 @@ _READABLE_KINDS = ("builtin", "esci", "gsm8k", "next_brand")
 
 
 def _add_preview(commands: Subparsers) -> None:
-    """Declare the subcommand."""
-    parser = commands.add_parser(
-        "preview",
-        help="show rows as the model sees them",
-        description=_PREVIEW,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _command(commands, "preview", "show rows as the model sees them", _PREVIEW)
     parser.add_argument("--task", metavar="T", help="rows of this task; needed by the simulator")
     parser.add_argument(
         "--variant", metavar="V", help="ask the rows another way: yes_no, choose_one, list_ranking or several_forms"
@@ -144,12 +140,6 @@ def _add_preview(commands: Subparsers) -> None:
 
 
 def _preview(args: argparse.Namespace) -> int:
-    """Print the rows and the summary; return 0.
-
-    Raises:
-        ConfigError: If a setting is impossible.
-        DataError: If there are no rows of the task.
-    """
     from megatron_ads.data.preview import preview_row, render_preview, render_summary, summarise
     from megatron_ads.tasks.row_checks import check_rows
 
@@ -161,8 +151,8 @@ def _preview(args: argparse.Namespace) -> int:
     previews = [preview_row(row, tokenizer) for row in checked.rows[: args.rows]]
     summary = summarise(checked, tokenizer, seq_length=args.seq_length or data.seq_length)
     if args.json:
-        shown_rows = [_as_json(preview) for preview in previews]
-        print(json.dumps({"source": name, "shown": shown_rows, **asdict(summary)}, ensure_ascii=False))
+        report = {"source": name, "shown": [_as_json(preview) for preview in previews], **asdict(summary)}
+        print(json.dumps(report, ensure_ascii=False))
         return 0
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     texts = [render_preview(preview, coloured=coloured, whole=args.whole) for preview in previews]
@@ -193,41 +183,34 @@ def _read_rows(args: argparse.Namespace, data: DataConfig) -> "tuple[str, list[C
         if not rows:
             raise DataError(f"no row of {name} is of task {args.task!r}; they are of {', '.join(tasks)}.")
     if args.variant is not None:
-        rows, name = ask_as(rows, _variant(args.variant)), f"{name}, asked as {args.variant}"
+        if args.variant not in set(RowVariant):
+            raise ConfigError(f"--variant is {args.variant}; known: {', '.join(RowVariant)}.")
+        rows, name = ask_as(rows, RowVariant(args.variant)), f"{name}, asked as {args.variant}"
     return name, rows[: args.sample]
 
 
 def _data(args: argparse.Namespace) -> DataConfig:
-    """Return the recipe's data section, or one that stands for the options."""
+    """Return the recipe's data section, or one with the source that the options name."""
     from megatron_ads.config.recipes import load_recipe
 
     if args.recipe is not None:
         data = load_recipe(args.recipe, args.overrides, sections=["data"]).data
         data.check()
         return data
-    return DataConfig(sources=[_source(args)], seed=args.seed)
-
-
-def _source(args: argparse.Namespace) -> SourceConfig:
-    """Return the source that the options name."""
     if args.source is None:
         if args.task not in set(AdsTask):
             raise ConfigError(f"--task is {args.task}; the simulator draws {', '.join(AdsTask)}.")
-        return SourceConfig(kind=SourceKind.simulator, task=AdsTask(args.task), rows=args.sample)
-    if args.source.endswith(".jsonl"):
-        return SourceConfig(kind=SourceKind.jsonl, path=args.source)
-    if args.source not in _READABLE_KINDS:
+        source = SourceConfig(kind=SourceKind.simulator, task=AdsTask(args.task), rows=args.sample)
+    elif args.source.endswith(".jsonl"):
+        source = SourceConfig(kind=SourceKind.jsonl, path=args.source)
+    elif args.source in _READABLE_KINDS:
+        source = SourceConfig(kind=SourceKind(args.source))
+    else:
         raise ConfigError(
             f"--source is {args.source!r}; it is one of {', '.join(_READABLE_KINDS)}, or a .jsonl file of chat rows. "
             "Other sources take settings: put them into a recipe and preview that with --recipe."
         )
-    return SourceConfig(kind=SourceKind(args.source))
-
-
-def _variant(name: str) -> RowVariant:
-    if name not in set(RowVariant):
-        raise ConfigError(f"--variant is {name}; known: {', '.join(RowVariant)}.")
-    return RowVariant(name)
+    return DataConfig(sources=[source], seed=args.seed)
 
 
 def _tokenizer(folder: Path | None) -> "ChatTokenizer":
@@ -242,13 +225,8 @@ def _tokenizer(folder: Path | None) -> "ChatTokenizer":
 
 
 def _as_json(preview: "RowPreview") -> dict[str, Any]:
-    row = preview.row
-    return {
-        "id": row.id,
-        "task": row.task,
-        "group": row.group,
-        "label": row.label,
-        "weight": row.weight,
+    shown = {name: getattr(preview.row, name) for name in ("id", "task", "group", "label", "weight")}
+    return shown | {
         "tokens_without_loss": preview.tokens(in_loss=False),
         "tokens_with_loss": preview.tokens(in_loss=True),
         "spans": [asdict(span) for span in preview.spans],

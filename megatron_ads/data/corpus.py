@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import StrEnum
 
-from megatron_ads.config.data import DataConfig, SplitBy
+from megatron_ads.config.data import DataConfig, SourceConfig, SplitBy
 from megatron_ads.data.chat import ChatTokenizer, tokenize_row
 from megatron_ads.data.mixing import WeightedRows
 from megatron_ads.data.sources import describe_source, read_source
-from megatron_ads.data.split import RowSplit, split_by_group, split_by_time
+from megatron_ads.data.split import split_by_group, split_by_time
 from megatron_ads.errors import DataError
-from megatron_ads.observability.log import get_logger, rank
+from megatron_ads.layout import rank
+from megatron_ads.observability.log import get_logger
 from megatron_ads.rows import ChatRow, Fact, Message, Role, TokenizedRow
 from megatron_ads.tasks.answer_format import without_reasoning
 from megatron_ads.tasks.registry import TASKS
@@ -46,11 +47,7 @@ class Corpus:
     """Rows of each source."""
     validation: list[ChatRow]
     """Held out of all sources together."""
-    weights: list[float]
-    keep_share: list[bool]
-    """Of each source: whether its share is left alone when the tasks' shares adapt."""
-    names: list[str]
-    """What each source is, for people."""
+    sources: list[SourceConfig]
     faulty: list[FaultyRow]
     """Rows of all sources that can be neither trained on nor judged."""
 
@@ -66,92 +63,73 @@ def read_corpus(config: DataConfig) -> Corpus:
     """
     config.check()
     checked = [check_rows(read_source(source, seed=config.seed)) for source in config.sources]
-    names = [describe_source(source) for source in config.sources]
-    for found, name in zip(checked, names, strict=True):
+    for found, name in zip(checked, map(describe_source, config.sources), strict=True):
         if found.faulty:
             _report_faulty(found, name)
         _report_misspelt(found.rows, name)
     sources = [found.rows if config.reasoning else answers_alone(found.rows) for found in checked]
     everything = [row for rows in sources for row in rows]
-    split = _split(everything, config)
-    _report_untrained({row.task for row in everything} - {row.task for row in split.training})
+    rows_held_out = config.validation_rows
+    if config.split_by is SplitBy.time:
+        split = split_by_time(everything, validation_rows=rows_held_out, seed=config.seed)
+    else:
+        per_group = config.validation_rows_per_group
+        split = split_by_group(everything, validation_rows=rows_held_out, seed=config.seed, max_per_group=per_group)
+    for task in sorted({row.task for row in everything} - {row.task for row in split.training}):
+        _warn(
+            "%s: all rows are held out, or share a group with held-out rows, so nothing is trained on. Lower "
+            "data.validation_rows, or add rows of other groups.",
+            task,
+        )
     kept = {id(row) for row in split.training}
     return Corpus(
         training=[[row for row in rows if id(row) in kept] for rows in sources],
         validation=split.validation,
-        weights=[source.weight for source in config.sources],
-        keep_share=[source.keep_share for source in config.sources],
-        names=names,
+        sources=list(config.sources),
         faulty=[row for found in checked for row in found.faulty],
     )
 
 
 def answers_alone(rows: Sequence[ChatRow]) -> list[ChatRow]:
     """Return rows whose reasoning is empty; rows of general domains are left as they are."""
-    return [
-        replace(
-            row,
-            messages=(*row.prompt, Message(Role.assistant, without_reasoning(row.target))),
-            facts={**row.facts, Fact.reasoning: ""},
-        )
-        if row.task in TASKS
-        else row
-        for row in rows
-    ]
+
+    def shortened(row: ChatRow) -> ChatRow:
+        target = Message(Role.assistant, without_reasoning(row.target))
+        return replace(row, messages=(*row.prompt, target), facts={**row.facts, Fact.reasoning: ""})
+
+    return [shortened(row) if row.task in TASKS else row for row in rows]
 
 
-def _split(rows: Sequence[ChatRow], config: DataConfig) -> RowSplit:
-    if config.split_by is SplitBy.time:
-        return split_by_time(rows, validation_rows=config.validation_rows, seed=config.seed)
-    return split_by_group(
-        rows,
-        validation_rows=config.validation_rows,
-        seed=config.seed,
-        max_per_group=config.validation_rows_per_group,
-    )
+def _warn(message: str, *values: object) -> None:
+    """Log once and not on every rank."""
+    if rank() == 0:
+        logger.warning(message, *values)
 
 
 def _report_faulty(checked: CheckedRows, name: str) -> None:
-    """Log how many rows of a source cannot be used and why, once and not on every rank.
-
-    Raises:
-        DataError: If all of them.
-    """
+    """Log how many rows of a source cannot be used and why; refuse a source of such rows alone."""
     first = checked.faulty[0]
     why = f"{first.fault} ({first.reason})" if first.reason else first.fault
-    told = f"The first is {first.row_id!r:.80} of task {first.task}: {why:.200}."
+    example = f"The first is {first.row_id!r:.80} of task {first.task}: {why:.200}."
     if not checked.rows:
         raise DataError(
-            f"None of the {len(checked.faulty)} rows of {name} can be used. {told} Correct them, or give rows of "
+            f"None of the {len(checked.faulty)} rows of {name} can be used. {example} Correct them, or give rows of "
             "another form a task name of their own."
         )
-    if rank() == 0:
-        counts = ", ".join(f"{count} {fault}" for fault, count in checked.counts().most_common())
-        logger.warning("%s: rows that cannot be used: %s. %s", name, counts, told)
+    counts = ", ".join(f"{count} {fault}" for fault, count in checked.counts().most_common())
+    _warn("%s: rows that cannot be used: %s. %s", name, counts, example)
 
 
 def _report_misspelt(rows: Sequence[ChatRow], name: str) -> None:
-    """Log tasks and facts of a source that are none, but are named much like one, once and not on every rank."""
+    """Log tasks and facts of a source that are unknown, but are named much like a known one."""
     facts = {fact for row in rows if row.task in TASKS for fact in row.facts}
     for kind, given, known, result in (
         ("ads task", {row.task for row in rows}, list(TASKS), "its targets are not checked"),
         ("fact", facts, list(Fact), "nothing reads it"),
     ):
         for word in sorted(given.difference(known)):
-            near = " or ".join(get_close_matches(word, known))
-            if near and rank() == 0:
-                logger.warning("%s: %r is no %s, so %s. Did you mean %s?", name, word, kind, result, near)
-
-
-def _report_untrained(tasks: set[str]) -> None:
-    """Log tasks that have rows, of which the split left none to train on, once and not on every rank."""
-    for task in sorted(tasks):
-        if rank() == 0:
-            logger.warning(
-                "%s: all rows are held out, or share a group with held-out rows, so nothing is trained on. Lower "
-                "data.validation_rows, or add rows of other groups.",
-                task,
-            )
+            if near := " or ".join(get_close_matches(word, known)):
+                _warn("%s: %r is no %s, so %s. Did you mean %s?", name, word, kind, result, near)
 
 
 def tokenize(rows: Sequence[ChatRow], tokenizer: ChatTokenizer, *, seq_length: int) -> Tokenized:
@@ -175,6 +153,17 @@ def tokenize(rows: Sequence[ChatRow], tokenizer: ChatTokenizer, *, seq_length: i
     return Tokenized(rows=kept, left_out=left_out)
 
 
+def none_left(rows: str, left_out: Counter[LeftOut], seq_length: int) -> DataError:
+    """Return the error for rows that are all left out, with the reasons and what to do about each."""
+    advice = {
+        LeftOut.zero_weight: "Give rows a weight above 0.",
+        LeftOut.target_longer_than_seq_length: f"Raise data.seq_length = {seq_length}, or shorten the targets.",
+        LeftOut.longer_than_seq_length: f"Raise data.seq_length = {seq_length}, or shorten the prompts.",
+    }
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+    return DataError(f"None of the {rows} can be used: {reasons}. {' '.join(advice[reason] for reason in left_out)}")
+
+
 def tokenize_training(
     corpus: Corpus, tokenizer: ChatTokenizer, *, seq_length: int, by_task: bool = False
 ) -> tuple[list[WeightedRows], Counter[LeftOut]]:
@@ -187,8 +176,8 @@ def tokenize_training(
     """
     sources: list[WeightedRows] = []
     left_out: Counter[LeftOut] = Counter()
-    described = zip(corpus.training, corpus.weights, corpus.keep_share, corpus.names, strict=True)
-    for rows, weight, keep_share, name in described:
+    for config, rows in zip(corpus.sources, corpus.training, strict=True):
+        name = describe_source(config)
         if not rows:
             raise DataError(
                 f"All rows of {name} are held out, or share a group such as a query with held-out rows. Lower "
@@ -197,11 +186,9 @@ def tokenize_training(
         tokenized = tokenize(rows, tokenizer, seq_length=seq_length)
         left_out += tokenized.left_out
         if not tokenized.rows:
-            raise DataError(
-                f"None of the {len(rows)} training rows of {name} fits data.seq_length = {seq_length}. Raise it."
-            )
-        source = WeightedRows(rows=tokenized.rows, weight=weight, name=name)
-        sources += [source] if keep_share or not by_task else _divide_by_task(source)
+            raise none_left(f"{len(rows)} training rows of {name}", tokenized.left_out, seq_length)
+        source = WeightedRows(rows=tokenized.rows, weight=config.weight, name=name)
+        sources += [source] if config.keep_share or not by_task else _divide_by_task(source)
     return sources, left_out
 
 
@@ -210,11 +197,6 @@ def _divide_by_task(source: WeightedRows) -> list[WeightedRows]:
     for row in source.rows:
         tasks[row.task].append(row)
     return [
-        WeightedRows(
-            rows=rows,
-            weight=source.weight * len(rows) / len(source.rows),
-            name=f"{source.name}, {task}",
-            adaptive_task=task,
-        )
+        WeightedRows(rows, source.weight * len(rows) / len(source.rows), f"{source.name}, {task}", adaptive_task=task)
         for task, rows in sorted(tasks.items())
     ]

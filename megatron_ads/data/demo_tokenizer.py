@@ -7,6 +7,7 @@ hundred common words of shops and ads keep real product texts short as well.
 import json
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +111,7 @@ def _as_json(content: dict[str, Any]) -> str:
 
 
 def _training_texts() -> Iterator[str]:
-    for row in builtin_rows(_TRAINING_ROWS):
-        for message in row.messages:
-            yield message.content
-    for task in AdsTask:
-        for example in simulated_examples(task, _TRAINING_ROWS_PER_TASK):
-            for message in example.row.messages:
-                yield message.content
+    simulated = (example.row for task in AdsTask for example in simulated_examples(task, _TRAINING_ROWS_PER_TASK))
+    for row in chain(builtin_rows(_TRAINING_ROWS), simulated):
+        yield from (message.content for message in row.messages)
     yield _COMMON_WORDS.replace("\n", " ")

@@ -5,13 +5,14 @@ on, within ``LABEL_DAYS``, is the next advertiser. All events of the file are he
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from megatron_ads.data.bad_rows import BadRow, BadRowError, RejectedRows
-from megatron_ads.data.own_tables import Cell, check_columns, optional_text, read_table, text_of
+from megatron_ads.data.own_tables import Cell, Cells, check_columns, optional_text, read_table, text_of
 from megatron_ads.data.user_features import SECONDS_PER_DAY, LoggedEvent, ViewChooser, compile_history
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.observability.log import get_logger
@@ -24,14 +25,6 @@ logger = get_logger(__name__)
 LABEL_DAYS = 30
 REQUIRED = ("user", "time", "event")
 OPTIONAL = ("text", "advertiser", "category", "brand", "semantic_id", "age", "gender", "state")
-
-
-@dataclass(slots=True)
-class _User:
-    """What the log tells of one user."""
-
-    events: list[LoggedEvent] = field(default_factory=list)
-    demographics: Demographics = field(default_factory=Demographics)
 
 
 def read_anchor(text: str) -> float:
@@ -65,7 +58,6 @@ def event_rows(
         anchor: Where histories end, in seconds since 1970.
         view_of: How much of a history a prompt shows.
         rejected: Where to write lines that cannot be used; None: the first one is an error.
-        limit: None is all.
 
     Raises:
         ConfigError: If a field is unknown or missing.
@@ -73,47 +65,53 @@ def event_rows(
     """
     check_columns(columns, required=REQUIRED, optional=OPTIONAL)
     bad = RejectedRows(file, rejected)
-    users = _read_users(file, columns, bad)
-    bad.finish(used=sum(len(user.events) for user in users.values()))
+    logs: dict[str, list[LoggedEvent]] = defaultdict(list)
+    about: dict[str, dict[str, str]] = defaultdict(dict)
+
+    def read(_: int, by_column: Cells) -> tuple[str, LoggedEvent, dict[str, str]]:
+        cells = {name: by_column[column] for name, column in columns.items()}
+        given = {part: optional_text(cells, part) for part in ("age", "gender", "state")}
+        return text_of(cells, "user"), _read_event(cells), {part: value for part, value in given.items() if value}
+
+    for user, event, given in bad.usable(read_table(file, list(dict.fromkeys(columns.values()))), read):
+        logs[user].append(event)
+        about[user] |= given
+    bad.finish(used=sum(map(len, logs.values())))
     without: Counter[str] = Counter()
-    rows = list(_rows(users, anchor, view_of, without))[:limit]
+    rows: list[ChatRow] = []
+    for user, log in logs.items():
+        history = compile_history(user, log, anchor=anchor, demographics=Demographics(**about[user]))
+        answers = [event for event in log if event.kind in CONVERSIONS and event.advertiser]
+        answers = [event for event in answers if 0 <= event.time - anchor < LABEL_DAYS * SECONDS_PER_DAY]
+        if not history.events:
+            without["without history"] += 1
+        elif not answers:
+            without["without a later conversion"] += 1
+        else:
+            first = min(answers, key=lambda event: event.time)
+            request = next_advertiser.AdvertiserRequest(history)
+            row = next_advertiser.chat_row(f"next-{user}", request, first.advertiser, view=view_of(history))
+            rows.append(replace(row, time=first.time))
     if without:
         reasons = ", ".join(f"{count} {why}" for why, count in sorted(without.items()))
         logger.warning("%s: users that give no row: %s", file, reasons)
-    if not rows:
+    if not rows[:limit]:
         raise DataError(
-            f"{file}: none of the {len(users)} users has events before the anchor {_shown(anchor)} and a conversion "
-            f"with an advertiser in the {LABEL_DAYS} days from it. Choose another anchor."
+            f"{file}: none of the {len(logs)} users has events before the anchor "
+            f"{datetime.fromtimestamp(anchor, UTC).isoformat()} and a conversion with an advertiser in the "
+            f"{LABEL_DAYS} days from it. Choose another anchor."
         )
-    return rows
+    return rows[:limit]
 
 
-def _read_users(file: Path, columns: Mapping[str, str], bad: RejectedRows) -> dict[str, _User]:
-    users: dict[str, _User] = defaultdict(_User)
-    for number, cells in read_table(file, list(dict.fromkeys(columns.values()))):
-        try:
-            if isinstance(cells, BadRowError):
-                raise cells
-            named = {name: cells[column] for name, column in columns.items()}
-            name, event = text_of(named, "user"), _read_event(named)
-        except BadRowError as error:
-            bad.add(number, error, None if isinstance(cells, BadRowError) else cells)
-            continue
-        users[name].events.append(event)
-        given = {part: optional_text(named, part) for part in ("age", "gender", "state")}
-        users[name].demographics = replace(
-            users[name].demographics, **{part: value for part, value in given.items() if value}
-        )
-    return users
-
-
-def _read_event(cells: Mapping[str, Cell]) -> LoggedEvent:
+def _read_event(cells: Cells) -> LoggedEvent:
     given = text_of(cells, "event")
     if given not in set(EventKind):
         raise BadRowError(BadRow.unknown_label, f"event is {given!r:.80}; known: {', '.join(EventKind)}.")
     kind, advertiser = EventKind(given), optional_text(cells, "advertiser")
-    # A conversion may be told by its advertiser alone.
-    text = optional_text(cells, "text") or (advertiser if kind in CONVERSIONS else text_of(cells, "text"))
+    text = optional_text(cells, "text")
+    if kind in CONVERSIONS:  # its advertiser alone is enough
+        text = text or advertiser
     return LoggedEvent(
         time=_time(cells["time"]),
         kind=kind,
@@ -130,41 +128,13 @@ def _time(cell: Cell) -> float:
     if isinstance(cell, datetime):
         return _seconds(cell)
     text = text_of({"time": cell}, "time")
-    try:
+    with suppress(ValueError):
         return float(text)
-    except ValueError:
-        pass
-    try:
+    with suppress(ValueError):
         return _seconds(datetime.fromisoformat(text))
-    except ValueError:
-        message = f"time is {text!r:.80}; it must be seconds since 1970 or a date such as 2025-03-01T12:00."
-        raise BadRowError(BadRow.wrong_type, message) from None
+    message = f"time is {text!r:.80}; it must be seconds since 1970 or a date such as 2025-03-01T12:00."
+    raise BadRowError(BadRow.wrong_type, message)
 
 
 def _seconds(moment: datetime) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-
-
-def _shown(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat()
-
-
-def _rows(users: Mapping[str, _User], anchor: float, view_of: ViewChooser, without: Counter[str]) -> Iterator[ChatRow]:
-    for name, user in users.items():
-        history = compile_history(name, user.events, anchor=anchor, demographics=user.demographics)
-        bought = [
-            event
-            for event in user.events
-            if event.kind in CONVERSIONS
-            and event.advertiser
-            and anchor <= event.time < anchor + LABEL_DAYS * SECONDS_PER_DAY
-        ]
-        if not history.events:
-            without["without history"] += 1
-        elif not bought:
-            without["without a later conversion"] += 1
-        else:
-            first = min(bought, key=lambda event: event.time)
-            request = next_advertiser.AdvertiserRequest(history)
-            row = next_advertiser.chat_row(f"next-{name}", request, first.advertiser, view=view_of(history))
-            yield replace(row, time=first.time)

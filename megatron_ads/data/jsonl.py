@@ -22,12 +22,12 @@ and weight. A ``ground_truth`` that is no text is the fact of that name; one tha
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from megatron_ads.data.bad_rows import BadRow, BadRowError, usable_rows
+from megatron_ads.data.bad_rows import BadRow, BadRowError, Made, usable_rows, usable_weight
 from megatron_ads.errors import DataError
 from megatron_ads.rows import ChatRow, Fact, Message, Role, wrong_fact
 from megatron_ads.tasks.registry import TASKS
@@ -38,59 +38,75 @@ _KEYS = frozenset({"id", "task", "messages", "weight", "group", "label", "facts"
 _VERL_KEYS = frozenset({"data_source", "prompt", "ability", "reward_model", "extra_info"})
 _ROW_KEYS = frozenset({"id", "weight", "group", "label"})
 """Of ``extra_info`` in verl's form: fields of the row, not facts."""
-_ORDER = {Role.system: (Role.user,), Role.user: (Role.assistant,), Role.assistant: (Role.user,)}
-"""Which roles may follow each role."""
 
 
-def read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, parsed object) of every line that is not empty; memory does not grow with the file.
+def read_records(file: Path, read: Callable[[int, dict[str, Any]], Made]) -> Iterator[Made]:
+    """Yield what ``read`` returns for the number, from 1, and the object of every line that is not empty.
+
+    Memory does not grow with the file.
 
     Raises:
-        DataError: If there is no such file, or a line is too long, not UTF-8, not JSON, or no object.
+        DataError: If there is no such file; with the row number, if a line is too long, not UTF-8, not JSON, or no
+            object, or ``read`` raises it.
     """
-    for number, parsed in read_lines(file):
-        if isinstance(parsed, BadRowError):
-            raise DataError(f"{file}, row {number}: {parsed}") from None
-        yield number, parsed
+    for number, record in read_lines(file):
+        try:
+            if isinstance(record, BadRowError):
+                raise record
+            made = read(number, record)
+        except DataError as error:
+            raise DataError(f"{file}, row {number}: {error}") from None
+        yield made
 
 
-def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | BadRowError]]:
-    """Yield as ``read_objects``, with the reason in place of a line that cannot be read.
+def read_lines(file: Path, longest: int | None = None) -> Iterator[tuple[int, dict[str, Any] | BadRowError]]:
+    """Yield the number and object of every line that is not empty, with the reason in place of one that cannot be read.
+
+    Args:
+        longest: Bytes of the longest line that is kept in memory; None: ``MAX_LINE_BYTES``.
 
     Raises:
         DataError: If there is no such file.
     """
+    longest = longest or MAX_LINE_BYTES
     if not file.is_file():
         raise DataError(f"{file} is not a file. Check the path of this source.")
     with file.open("rb") as lines:
-        for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES + 1), b""), 1):
-            if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-                _skip_line(lines)
-            if line.strip():
+        for number, line in enumerate(iter(lambda: lines.readline(longest + 1), b""), 1):
+            if len(line) > longest:
+                rest = line
+                while rest and not rest.endswith(b"\n"):
+                    rest = lines.readline(longest)
+                message = f"longer than {longest:,} bytes. Shorten or remove it."
+                yield number, BadRowError(BadRow.cell_too_long, message)
+            elif line.strip():
                 yield number, _parse_line(line)
 
 
-def _skip_line(lines: BinaryIO) -> None:
-    """Read on to the end of a line, without keeping it."""
-    while piece := lines.readline(MAX_LINE_BYTES):
-        if piece.endswith(b"\n"):
-            return
-
-
 def _parse_line(line: bytes) -> dict[str, Any] | BadRowError:
-    if len(line) > MAX_LINE_BYTES:
-        message = f"longer than {MAX_LINE_BYTES:,} bytes. Shorten or remove it."
-        return BadRowError(BadRow.cell_too_long, message)
     try:
         parsed = json.loads(line)
+        if b"\\u" in line:  # an escape alone may stand for what no file can hold
+            json.dumps(parsed, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return BadRowError(BadRow.invalid_utf8, f"{_not_text(parsed)} holds half a surrogate pair, which is no text.")
     except UnicodeDecodeError as error:
-        message = f"not UTF-8 at byte {error.start}. Save the file as UTF-8."
-        return BadRowError(BadRow.invalid_utf8, message)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return BadRowError(BadRow.invalid_utf8, f"not UTF-8 at byte {error.start}. Save the file as UTF-8.")
+    except (ValueError, RecursionError) as error:  # ValueError alone: a whole number of thousands of digits
         return BadRowError(BadRow.unreadable_row, f"not JSON ({error}). One object per line is expected.")
     if not isinstance(parsed, dict):
         return BadRowError(BadRow.unreadable_row, f"a {type(parsed).__name__}, not an object.")
     return parsed
+
+
+def _not_text(parsed: object) -> str:
+    """Return the first field with what UTF-8 cannot hold; of something else than an object, what it is."""
+    for name, value in parsed.items() if isinstance(parsed, dict) else ():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return str(name.encode(errors="replace").decode())
+    return f"a {type(parsed).__name__}"
 
 
 def jsonl_rows(file: Path, *, limit: int | None = None, rejected: Path | None = None) -> list[ChatRow]:
@@ -117,12 +133,9 @@ def parse_row(fields: Mapping[str, Any], *, default_id: str) -> ChatRow:
     """
     if "messages" not in fields and fields.keys() & _VERL_KEYS:
         fields = _from_verl(fields)
-    unknown = sorted(fields.keys() - _KEYS)
-    if unknown:
+    if unknown := sorted(fields.keys() - _KEYS):
         raise BadRowError(BadRow.unknown_field, f"unknown field {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}.")
-    weight = fields.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1e38:
-        raise BadRowError(BadRow.wrong_type, f"weight is {weight!r}; it must be a number, 0 or above.")
+    weight = usable_weight(fields.get("weight", 1.0))
     label = fields.get("label")
     if label is not None and not isinstance(label, str):
         raise BadRowError(BadRow.wrong_type, f"label is {label!r}; it must be text or null.")
@@ -133,7 +146,7 @@ def parse_row(fields: Mapping[str, Any], *, default_id: str) -> ChatRow:
         id=_text(fields, "id", default_id),
         task=task,
         messages=_parse_messages(fields.get("messages")),
-        weight=float(weight),
+        weight=weight,
         group=_text(fields, "group", ""),
         label=label,
         facts=facts,
@@ -152,22 +165,17 @@ def _from_verl(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise _no_target("neither extra_info.answer nor reward_model.ground_truth is the target, a text.")
     if isinstance(prompt, str):
         prompt = [{"role": str(Role.user), "content": prompt}]
-    left_out = {*_ROW_KEYS, "answer"}  # and nulls, which stand for what other rows of a Parquet file have
-    facts = {name: value for name, value in extra.items() if name not in left_out and value is not None}
-    if truth is not None and not (isinstance(truth, str) and _task_of(fields) in TASKS):
-        facts[Fact.ground_truth] = truth
-    row = {
-        "task": _task_of(fields),
-        "messages": [*prompt, {"role": str(Role.assistant), "content": target}] if isinstance(prompt, list) else prompt,
-        "facts": facts,
-    }
-    row |= {"label": truth} if isinstance(truth, str) and answer is not None else {}
-    return row | {name: extra[name] for name in _ROW_KEYS & extra.keys()}
-
-
-def _task_of(fields: Mapping[str, Any]) -> str:
+    if isinstance(prompt, list):
+        prompt = [*prompt, {"role": str(Role.assistant), "content": target}]
     ability = _text(fields, "ability", "")
-    return ability if ability in TASKS else _text(fields, "data_source", "chat")
+    task = ability if ability in TASKS else _text(fields, "data_source", "chat")
+    left_out = {*_ROW_KEYS, "answer"}  # and nulls, which fill what other rows of a Parquet file have
+    facts = {name: value for name, value in extra.items() if name not in left_out and value is not None}
+    if truth is not None and not (isinstance(truth, str) and task in TASKS):
+        facts[Fact.ground_truth] = truth
+    label = {"label": truth} if isinstance(truth, str) and answer is not None else {}
+    given = {name: extra[name] for name in _ROW_KEYS & extra.keys()}
+    return {"task": task, "messages": prompt, "facts": facts} | label | given
 
 
 def _object(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -189,14 +197,14 @@ def _text(fields: Mapping[str, Any], name: str, default: str) -> str:
 def _parse_messages(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, list) or len(value) < 2:
         raise _no_target("messages must be a list of at least two: a question and the assistant's target.")
-    messages = tuple(_parse_message(item, index) for index, item in enumerate(value))
+    messages = tuple(_parse_message(item, f"messages[{index}]") for index, item in enumerate(value))
     if messages[-1].role is not Role.assistant:
         raise _no_target(f"the last message is the {messages[-1].role}'s; it must be the assistant's, the target.")
     if messages[0].role is Role.assistant:
         raise _no_target("the first message is the assistant's; it must be the system's or the user's.")
-    for index, (before, after) in enumerate(pairwise(messages)):
-        if after.role not in _ORDER[before.role]:
-            raise _no_target(f"messages[{index + 1}] is the {after.role}'s after the {before.role}'s.")
+    for index, (before, after) in enumerate(pairwise(messages), 1):
+        if after.role is not (Role.assistant if before.role is Role.user else Role.user):
+            raise _no_target(f"messages[{index}] is the {after.role}'s after the {before.role}'s.")
     return messages
 
 
@@ -204,13 +212,12 @@ def _no_target(message: str) -> BadRowError:
     return BadRowError(BadRow.no_target, message)
 
 
-def _parse_message(item: Any, index: int) -> Message:
-    name = f"messages[{index}]"
+def _parse_message(item: Any, name: str) -> Message:
     if not isinstance(item, dict) or item.keys() != {"role", "content"}:
         raise BadRowError(BadRow.wrong_type, f"{name} must have exactly the fields role and content.")
-    if item["role"] not in {str(role) for role in Role}:
-        raise BadRowError(BadRow.wrong_type, f"{name}.role is {item['role']!r}; known: {', '.join(Role)}.")
-    content = item["content"]
+    role, content = item["role"], item["content"]
+    if role not in list(Role):
+        raise BadRowError(BadRow.wrong_type, f"{name}.role is {role!r}; known: {', '.join(Role)}.")
     if not isinstance(content, str) or not content.strip():
         raise BadRowError(BadRow.empty_text, f"{name}.content is {content!r:.60}; it must be text that is not empty.")
     try:
@@ -218,4 +225,4 @@ def _parse_message(item: Any, index: int) -> Message:
     except UnicodeEncodeError as error:
         message = f"{name}.content holds half a surrogate pair at character {error.start}, which is no text."
         raise BadRowError(BadRow.invalid_utf8, message) from None
-    return Message(role=Role(item["role"]), content=content)
+    return Message(role=Role(role), content=content)

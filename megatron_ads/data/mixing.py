@@ -8,14 +8,21 @@ so that a prefix of any length holds the shares to within a sample or so; n and 
 last changed. Inside a source every epoch has its own shuffled order.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from megatron_ads.errors import DataError
+from megatron_ads.observability.log import get_logger
 from megatron_ads.rows import TokenizedRow
 from megatron_ads.stable_random import key_of, shuffled
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +47,7 @@ class Draw(NamedTuple):
 
 
 class Mixture:
-    """An endless, reproducible sequence of samples; where it stands is one count per source."""
+    """An endless, reproducible sequence of samples; its state is one count per source."""
 
     def __init__(self, sources: Sequence[WeightedRows], *, seed: int) -> None:
         """Start at the first sample.
@@ -69,6 +76,11 @@ class Mixture:
     def sizes(self) -> tuple[int, ...]:
         """Rows of each source."""
         return tuple(len(source.rows) for source in self._sources)
+
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """Of each source, by the content of its rows and their order."""
+        return tuple(_digest(source.rows) for source in self._sources)
 
     def draw(self) -> Draw:
         """Return the next sample."""
@@ -108,25 +120,48 @@ class Mixture:
             if source.adaptive_task is not None:
                 declared[source.adaptive_task] += source.weight
         together = sum(declared.values())
-        weights = [
-            source.weight
-            if source.adaptive_task is None
-            else source.weight / declared[source.adaptive_task] * together * task_shares[source.adaptive_task]
-            for source in self._sources
-        ]
-        total = sum(weights)
-        self._shares = _normalized(weights)
-        self._drawn_before = list(self.drawn)
-        return {task: together * task_shares[task] / total for task in declared}
+        weights = [source.weight for source in self._sources]
+        for number, source in enumerate(self._sources):
+            if (task := source.adaptive_task) is not None:
+                weights[number] = source.weight / declared[task] * together * task_shares[task]
+        self._shares, self._drawn_before = _normalized(weights), list(self.drawn)
+        return {task: together * task_shares[task] / sum(weights) for task in declared}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the sequence stands."""
-        return {"drawn": list(self.drawn), "drawn_before": list(self._drawn_before), "shares": list(self._shares)}
+        """Return the current state of the sequence."""
+        return {
+            "drawn": list(self.drawn),
+            "drawn_before": list(self._drawn_before),
+            "shares": list(self._shares),
+            "source_weights": [source.weight for source in self._sources],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken."""
+        """Continue where ``state`` was taken; weights that have changed since hold from the next draw on."""
         self.drawn, self._drawn_before = list(state["drawn"]), list(state["drawn_before"])
         self._shares = tuple(state["shares"])
+        # Older states lack the weights; their shares are those, unless they had adapted.
+        before = _normalized(state.get("source_weights") or (() if self.adaptive_tasks else self._shares))
+        now = _normalized([source.weight for source in self._sources])
+        if before and not np.allclose(before, now, rtol=1e-9, atol=0.0):
+            changed = zip(self._sources, before, now, strict=True)
+            logger.info(
+                "the sources' weights have changed, and hold from here on: %s",
+                ", ".join(f"{source.name} {old:.4g} -> {new:.4g} of the samples" for source, old, new in changed),
+            )
+            self._shares = _normalized(
+                [share * new / old for share, old, new in zip(self._shares, before, now, strict=True)]
+            )
+            self._drawn_before = list(self.drawn)
+
+
+def _digest(rows: Sequence[TokenizedRow]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        name = f"{row.id}\0{row.task}".encode(errors="surrogatepass")
+        for part in (name, row.tokens.tobytes(), row.loss_weights.tobytes()):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
 
 
 def _normalized(weights: Sequence[float]) -> tuple[float, ...]:

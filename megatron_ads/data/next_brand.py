@@ -7,14 +7,14 @@ time: train on targets before, evaluate on targets after.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_ads.config.data import AdsTask
-from megatron_ads.data.jsonl import read_objects
-from megatron_ads.data.public_data import locate
+from megatron_ads.data.jsonl import read_records
+from megatron_ads.data.public_data import cut_at_word, some_rows
 from megatron_ads.data.user_features import LoggedEvent, ViewChooser, compile_history
 from megatron_ads.errors import DataError
 from megatron_ads.rows import ChatRow
@@ -38,32 +38,20 @@ class Item:
     """Its codes as one text."""
 
 
-def next_brand_file(path: str | None) -> Path:
-    """Return the file of users; the items lie beside it.
-
-    Raises:
-        DataError: If neither ``path`` nor the environment names anything.
-    """
-    return locate(path, FILE, kind="next_brand")
-
-
 def read_items(file: Path) -> dict[int, Item]:
     """Return the items by number.
 
     Raises:
         DataError: With the row number, for the first record that cannot be used.
     """
-    items: dict[int, Item] = {}
-    for number, record in read_objects(file):
-        codes = record.get("sid")
-        if (
-            not isinstance(record.get("item_id"), int)
-            or not isinstance(record.get("title"), str)
-            or not isinstance(codes, list)
-        ):
-            raise DataError(f"{file}, row {number}: item_id, title or sid is missing or of another type.")
-        brand = record.get("brand") or ""
-        items[record["item_id"]] = Item(record["title"].strip(), brand.strip(), "".join(map(str, codes)))
+
+    def read(_: int, record: Mapping[str, Any]) -> tuple[int, Item]:
+        number, title, codes = record.get("item_id"), record.get("title"), record.get("sid")
+        if not isinstance(number, int) or not isinstance(title, str) or not isinstance(codes, list):
+            raise DataError("item_id, title or sid is missing or of another type.")
+        return number, Item(title.strip(), (record.get("brand") or "").strip(), "".join(map(str, codes)))
+
+    items = dict(read_records(file, read))
     if not items:
         raise DataError(f"{file} holds no rows.")
     return items
@@ -78,27 +66,21 @@ def next_brand_rows(
         DataError: With the row number, for the first record that cannot be used.
     """
     items = read_items(file.with_name(ITEMS))
-    make: Callable[[UserHistory, str, ViewChooser], ChatRow]
-    make = _next_brand_row if task is AdsTask.next_advertiser else _profile_row
-    rows: list[ChatRow] = []
-    for number, record in read_objects(file):
-        try:
-            events = _read_events(record, items)
-        except DataError as error:
-            raise DataError(f"{file}, row {number}: {error}") from None
-        for time, history, brand in _targets(str(record["user_id"]), events):
-            if len(rows) == limit:
-                return rows
-            rows.append(replace(make(history, brand, view_of), time=time))
-    if not rows:
-        raise DataError(f"{file} holds no user with purchases on two days.")
-    return rows
+    kind, make = ("next", _next_brand_row) if task is AdsTask.next_advertiser else ("profile", _profile_row)
 
+    def read(_: int, record: Mapping[str, Any]) -> tuple[str, list[LoggedEvent]]:
+        user, events = record.get("user_id"), record.get("events")
+        if not isinstance(user, str) or not isinstance(events, list):
+            raise DataError("user_id or events is missing or of another type.")
+        return user, [_read_event(event, items) for event in events]
 
-def _read_events(record: Mapping[str, Any], items: Mapping[int, Item]) -> list[LoggedEvent]:
-    if not isinstance(record.get("user_id"), str) or not isinstance(record.get("events"), list):
-        raise DataError("user_id or events is missing or of another type.")
-    return [_read_event(event, items) for event in record["events"]]
+    rows = (
+        # A user's history only grows, so its length tells the rows of a user apart.
+        replace(make(f"{kind}-brand-{user}-{len(history.events)}", history, brand, view_of(history)), time=time)
+        for user, events in read_records(file, read)
+        for time, history, brand in _targets(user, events)
+    )
+    return some_rows(file, rows, limit, what="user with purchases on two days")
 
 
 def _read_event(event: Any, items: Mapping[int, Item]) -> LoggedEvent:
@@ -108,9 +90,7 @@ def _read_event(event: Any, items: Mapping[int, Item]) -> LoggedEvent:
     return LoggedEvent(
         time=event["t"],
         kind=EventKind.matched_conversion,
-        text=item.title[:_MAX_TITLE_CHARACTERS].rsplit(" ", 1)[0]
-        if len(item.title) > _MAX_TITLE_CHARACTERS
-        else item.title,
+        text=cut_at_word(item.title, _MAX_TITLE_CHARACTERS),
         brand=item.brand,
         advertiser=item.brand,
         semantic_id=item.semantic_id,
@@ -126,12 +106,11 @@ def _targets(user_id: str, events: list[LoggedEvent]) -> Iterator[tuple[float, U
             yield time, compile_history(user_id, events, anchor=time), brand
 
 
-def _next_brand_row(history: UserHistory, brand: str, view_of: ViewChooser) -> ChatRow:
-    request = next_advertiser.AdvertiserRequest(history)
-    return next_advertiser.chat_row(_row_id("next", history), request, brand, view=view_of(history))
+def _next_brand_row(row_id: str, history: UserHistory, brand: str, view: HistoryView) -> ChatRow:
+    return next_advertiser.chat_row(row_id, next_advertiser.AdvertiserRequest(history), brand, view=view)
 
 
-def _profile_row(history: UserHistory, _: str, view_of: ViewChooser) -> ChatRow:
+def _profile_row(row_id: str, history: UserHistory, _: str, view: HistoryView) -> ChatRow:
     brands = [brand for brand, _ in Counter(event.brand for event in history.events if event.brand).most_common(3)]
     most = brands[0] if brands else "no known brand"
     profile = user_profile.Profile(
@@ -139,9 +118,4 @@ def _profile_row(history: UserHistory, _: str, view_of: ViewChooser) -> ChatRow:
         interests=tuple(brand.replace(";", ",") for brand in brands),
         reasoning=f"Bought {len(history.events)} products, most often of {', '.join(brands) or most}.",
     )
-    return user_profile.chat_row(_row_id("profile", history), history, profile, view=view_of(history))
-
-
-def _row_id(kind: str, history: UserHistory) -> str:
-    """A user's history only grows, so its length tells the rows of a user apart."""
-    return f"{kind}-brand-{history.user_id}-{len(history.events)}"
+    return user_profile.chat_row(row_id, history, profile, view=view)

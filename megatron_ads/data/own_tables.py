@@ -9,9 +9,8 @@ row numbers count the rows below it, in JSONL the lines.
 """
 
 import difflib
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from megatron_ads.config.data import AdsTask
-from megatron_ads.data.bad_rows import BadRow, BadRowError, usable_rows
+from megatron_ads.data.bad_rows import BadRow, BadRowError, usable_rows, usable_weight
+from megatron_ads.data.jsonl import read_lines
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.tasks import relevance
@@ -31,15 +31,15 @@ from megatron_ads.tasks.text_rows import facts_of_text_row
 
 MAX_CELL_BYTES = 1_000_000
 MAX_ROW_BYTES = 64 << 20
-"""A longer row of a CSV or JSONL file ends the reading of the file."""
+"""A longer row of a CSV file ends the reading of the file; one of a JSONL file cannot be used."""
 _BATCH_ROWS = 1000
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 Cell = str | int | float | bool | datetime | None
-ReadRow = Mapping[str, Cell] | BadRowError
-"""The cells asked for, by column; or why the row cannot be read."""
 Cells = Mapping[str, Cell]
-"""By field, not by column."""
+"""By field; as they are read, by column."""
+ReadRow = Cells | BadRowError
+"""The cells asked for, or why the row cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,28 +67,31 @@ def table_rows(
         columns: Field -> the column that holds it.
         task: What the rows ask for; None: they have a prompt and a target already.
         rejected: Where to write rows that cannot be used; None: the first one is an error.
-        limit: None is all.
 
     Raises:
         ConfigError: If a field is unknown or missing, or rows of the task cannot be made from a table.
         DataError: If the file cannot be read or holds no usable row; with the row number, for the first bad row.
     """
-    form = _form(task, columns)
-    read = read_table(file, list(dict.fromkeys(columns.values())))
-
-    def make(number: int, cells: Mapping[str, Cell]) -> ChatRow:
-        return _make_row(form, {name: cells[column] for name, column in columns.items()}, f"{file.name}-{number}")
-
-    return usable_rows(file, read, make, rejected=rejected, limit=limit)
-
-
-def _form(task: AdsTask | None, columns: Mapping[str, str]) -> Form:
     if task not in FORMS:
         known = ", ".join(str(name) for name in FORMS if name is not None)
         raise ConfigError(f"a table cannot be read as rows of {task}; known: {known}, or none for prompt and target.")
     form = FORMS[task]
     check_columns(columns, required=form.required, optional=form.optional)
-    return form
+
+    def make(number: int, by_column: Cells) -> ChatRow:
+        cells = {name: by_column[column] for name, column in columns.items()}
+        for name in form.required:
+            text_of(cells, name)
+        row_id = optional_text(cells, "id") or f"{file.name}-{number}"
+        try:
+            return form.make(row_id, cells)
+        except BadRowError:
+            raise
+        except DataError as error:  # from the task: the text holds what the answer's form needs for itself
+            raise BadRowError(BadRow.unusable_text, str(error)) from None
+
+    read = read_table(file, list(dict.fromkeys(columns.values())))
+    return usable_rows(file, read, make, rejected=rejected, limit=limit)
 
 
 def check_columns(columns: Mapping[str, str], *, required: Sequence[str], optional: Sequence[str]) -> None:
@@ -103,21 +106,8 @@ def check_columns(columns: Mapping[str, str], *, required: Sequence[str], option
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise ConfigError(f"columns names the field {name!r}; known: {', '.join(known)}.{hint}")
-    missing = [name for name in required if name not in columns]
-    if missing:
+    if missing := [name for name in required if name not in columns]:
         raise ConfigError(f"columns does not say which column holds {', '.join(missing)}. Add it: {missing[0]}: NAME.")
-
-
-def _make_row(form: Form, cells: Cells, default_id: str) -> ChatRow:
-    for name in form.required:
-        text_of(cells, name)
-    row_id = optional_text(cells, "id") or default_id
-    try:
-        return form.make(row_id, cells)
-    except BadRowError:
-        raise
-    except DataError as error:  # from the task: the text holds what the answer's form needs for itself
-        raise BadRowError(BadRow.unusable_text, str(error)) from None
 
 
 def text_of(cells: Cells, name: str) -> str:
@@ -160,29 +150,17 @@ def _one_of(cells: Cells, name: str, known: tuple[str, ...]) -> str:
 
 
 def _chat_row(row_id: str, cells: Cells) -> ChatRow:
-    messages = (
-        Message(Role.user, text_of(cells, "prompt")),
-        Message(Role.assistant, text_of(cells, "target")),
-    )
+    given = optional_text(cells, "weight")
+    prompt, target = text_of(cells, "prompt"), text_of(cells, "target")
     row = ChatRow(
         id=row_id,
         task=optional_text(cells, "task") or "chat",
-        messages=messages,
+        messages=(Message(Role.user, prompt), Message(Role.assistant, target)),
+        weight=usable_weight(given or "1", text=True),
         group=optional_text(cells, "group"),
         label=optional_text(cells, "label") or None,
     )
-    return facts_of_text_row(replace(row, weight=_weight(cells)))
-
-
-def _weight(cells: Cells) -> float:
-    given = optional_text(cells, "weight")
-    try:
-        weight = float(given or 1.0)
-    except ValueError:
-        raise BadRowError(BadRow.wrong_type, f"weight is {given!r:.80}; it must be a number, 0 or above.") from None
-    if not 0 <= weight < float("inf"):
-        raise BadRowError(BadRow.wrong_type, f"weight is {given}; it must be a number, 0 or above.")
-    return weight
+    return facts_of_text_row(row)
 
 
 FORMS: dict[AdsTask | None, Form] = {
@@ -216,33 +194,9 @@ def read_table(file: Path, columns: Collection[str]) -> Iterator[tuple[int, Read
     return readers[file.suffix](file, list(columns))
 
 
-def _require_columns(file: Path, there: Collection[str], wanted: Collection[str]) -> None:
-    absent = [name for name in wanted if name not in there]
-    if absent:
-        raise DataError(
-            f"{file} has no column {absent[0]!r}; it has {', '.join(sorted(there))}. Correct the source's columns."
-        )
-
-
 def _read_jsonl(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(iter(lambda: lines.readline(MAX_ROW_BYTES + 1), b""), 1):
-            if len(line) > MAX_ROW_BYTES:
-                raise DataError(f"{file}, row {number}: longer than {MAX_ROW_BYTES:,} bytes. Shorten or remove it.")
-            if line.strip():
-                yield number, _parse_line(line, columns)
-
-
-def _parse_line(line: bytes, columns: list[str]) -> ReadRow:
-    try:
-        parsed = json.loads(line)
-    except UnicodeDecodeError as error:
-        return BadRowError(BadRow.invalid_utf8, f"not UTF-8 at byte {error.start} of the line.")
-    except (json.JSONDecodeError, RecursionError) as error:
-        return BadRowError(BadRow.unreadable_row, f"not JSON ({error}).")
-    if not isinstance(parsed, dict):
-        return BadRowError(BadRow.unreadable_row, f"a {type(parsed).__name__}, not an object.")
-    return _checked({name: parsed.get(name) for name in columns})
+    for number, row in read_lines(file, MAX_ROW_BYTES):
+        yield number, row if isinstance(row, BadRowError) else _decoded({name: row.get(name) for name in columns})
 
 
 def _read_parquet(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow]]:
@@ -251,7 +205,10 @@ def _read_parquet(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow
     except pa.ArrowInvalid as error:
         raise DataError(f"{file} is no Parquet file ({error}).") from None
     with parquet:
-        _require_columns(file, parquet.schema_arrow.names, columns)
+        there = parquet.schema_arrow.names
+        if absent := [name for name in columns if name not in there]:
+            has = ", ".join(sorted(there))
+            raise DataError(f"{file} has no column {absent[0]!r}; it has {has}. Correct the source's columns.")
         batches = parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
         yield from enumerate((row for batch in batches for row in _rows_of(batch)), 1)
 
@@ -264,41 +221,29 @@ def _read_csv(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow]]:
         broken[row.number - 1] = BadRowError(BadRow.unreadable_row, message)  # the head line is number 1
         return "skip"
 
+    number = 0
     try:
-        reader = pa_csv.open_csv(
+        with pa_csv.open_csv(
             file,
             # Rows have numbers only while they are read by one thread.
-            read_options=pa_csv.ReadOptions(use_threads=False, block_size=MAX_ROW_BYTES),
-            parse_options=pa_csv.ParseOptions(
+            pa_csv.ReadOptions(use_threads=False, block_size=MAX_ROW_BYTES),
+            pa_csv.ParseOptions(
                 delimiter=_SEPARATORS[file.suffix], newlines_in_values=True, invalid_row_handler=keep_going
             ),
-            convert_options=pa_csv.ConvertOptions(
+            pa_csv.ConvertOptions(
                 check_utf8=False, column_types=dict.fromkeys(columns, pa.binary()), include_columns=columns
             ),
-        )
-    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
-        raise _csv_error(file, error) from None
-    number = 0
-    with reader:
-        for batch in _csv_batches(file, reader):
-            for row in _rows_of(batch):
+        ) as batches:
+            for row in (row for batch in batches for row in _rows_of(batch)):
                 number += 1
                 while number in broken:
                     yield number, broken.pop(number)
                     number += 1
                 yield number, row
+    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{file} cannot be read as CSV ({reason}). Correct the file or the columns.") from None
     yield from sorted(broken.items())
-
-
-def _csv_batches(file: Path, reader: Any) -> Iterator[pa.RecordBatch]:
-    try:
-        yield from reader
-    except pa.ArrowInvalid as error:
-        raise _csv_error(file, error) from None
-
-
-def _csv_error(file: Path, error: Exception) -> DataError:
-    return DataError(f"{file} cannot be read as CSV ({' '.join(str(error).split())}). Correct the file or the columns.")
 
 
 def _rows_of(batch: pa.RecordBatch) -> Iterator[ReadRow]:
@@ -311,24 +256,24 @@ def _rows_of(batch: pa.RecordBatch) -> Iterator[ReadRow]:
             column = column.cast(pa.large_binary())
         lists.append(column.to_pylist())
     for cells in zip(*lists, strict=True):
-        yield _checked(dict(zip(batch.schema.names, cells, strict=True)))
+        yield _decoded(dict(zip(batch.schema.names, cells, strict=True)))
 
 
-def _checked(row: dict[str, Any]) -> ReadRow:
-    """Return a row with text decoded, or what is wrong with it."""
-    checked: dict[str, Cell] = {}
+def _decoded(row: dict[str, Any]) -> ReadRow:
+    """Return a row with its text decoded, or what is wrong with it."""
     for name, cell in row.items():
-        if isinstance(cell, str | bytes) and len(cell) > MAX_CELL_BYTES:
-            return BadRowError(
-                BadRow.cell_too_long, f"{name} has {len(cell):,} bytes; {MAX_CELL_BYTES:,} are the most that is read."
-            )
+        if not isinstance(cell, str | bytes):
+            continue
+        if len(cell) > MAX_CELL_BYTES:
+            message = f"{name} has {len(cell):,} bytes; {MAX_CELL_BYTES:,} are the most that is read."
+            return BadRowError(BadRow.cell_too_long, message)
         try:
-            checked[name] = cell.decode() if isinstance(cell, bytes) else cell
+            if isinstance(cell, bytes):
+                row[name] = cell.decode()
+            else:
+                cell.encode()  # JSON can hold half a surrogate pair
         except UnicodeDecodeError as error:
             return BadRowError(BadRow.invalid_utf8, f"{name} is not UTF-8 at byte {error.start}.")
-        if isinstance(checked[name], str):
-            try:
-                checked[name].encode()  # type: ignore[union-attr]
-            except UnicodeEncodeError:
-                return BadRowError(BadRow.invalid_utf8, f"{name} holds half a surrogate pair, which is no text.")
-    return checked
+        except UnicodeEncodeError:
+            return BadRowError(BadRow.invalid_utf8, f"{name} holds half a surrogate pair, which is no text.")
+    return row

@@ -5,9 +5,10 @@ Packing is best-fit decreasing and deterministic; no sample is ever split.
 Shape suffixes: B = rows of a microbatch, S = tokens of a row.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -67,16 +68,12 @@ class PackedBatch:
         Args:
             samples: Those of the whole step.
             rows: Which of them each row of this microbatch holds.
-            seq_length: S.
-            normalize: What the loss is averaged over.
             extra: For each name, an array for every sample of the step with one value for each of its N - 1 labels.
         """
         shape = (len(rows), seq_length)
-        tokens_BS = torch.full(shape, PADDING_TOKEN)
-        labels_BS = torch.full(shape, PADDING_TOKEN)
-        positions_BS = torch.zeros(shape, dtype=torch.int64)
+        tokens_BS, labels_BS = torch.full((2, *shape), PADDING_TOKEN)
+        positions_BS, sample_BS = torch.zeros((2, *shape), dtype=torch.int64)
         mask_BS = torch.zeros(shape)
-        sample_BS = torch.zeros(shape, dtype=torch.int64)
         extra_BS = {
             name: torch.zeros(shape, dtype=torch.from_numpy(values[0]).dtype) for name, values in (extra or {}).items()
         }
@@ -89,7 +86,9 @@ class PackedBatch:
                 tokens_BS[b, place] = torch.from_numpy(sample.tokens[:-1])
                 labels_BS[b, place] = torch.from_numpy(sample.tokens[1:])
                 positions_BS[b, place] = torch.arange(sample.predictions)
-                mask_BS[b, place] = label_weights(sample, normalize)
+                mask_BS[b, place] = torch.from_numpy(sample.loss_weights[1:])
+                if normalize is Normalize.sample:
+                    mask_BS[b, place] /= max(sample.target_count, 1)
                 sample_BS[b, place] = number
                 for name, values_BS in extra_BS.items():
                     values_BS[b, place] = torch.from_numpy((extra or {})[name][number])
@@ -138,14 +137,6 @@ class PackedBatch:
         )
 
 
-def label_weights(sample: TokenizedRow, normalize: Normalize) -> Tensor:
-    """Return the weights of a sample's N - 1 labels; per sample, they are divided by the number of its targets."""
-    weights = torch.from_numpy(sample.loss_weights[1:])
-    if normalize is Normalize.sample:
-        weights = weights / max(sample.target_count, 1)
-    return weights
-
-
 def pack(lengths: Sequence[int], *, capacity: int, rows: int) -> list[list[int]] | None:
     """Place samples into ``rows`` rows of ``capacity``, the longest first, each where it leaves least room.
 
@@ -172,7 +163,7 @@ def pack_prefix(lengths: Sequence[int], *, capacity: int, rows: int) -> list[lis
     Returns:
         As :func:`pack`, for samples 0, 1, ... up to some number; the others are left for the next call.
     """
-    low, high = min(rows, len(lengths)), _longest_by_sum(lengths, capacity * rows)
+    low, high = min(rows, len(lengths)), bisect_right(list(accumulate(lengths)), capacity * rows)
     best = pack(lengths[:low], capacity=capacity, rows=rows)
     while low < high:
         middle = (low + high + 1) // 2
@@ -183,12 +174,3 @@ def pack_prefix(lengths: Sequence[int], *, capacity: int, rows: int) -> list[lis
             low, best = middle, tried
     assert best is not None, "one sample a row always fits"
     return best
-
-
-def _longest_by_sum(lengths: Sequence[int], limit: int) -> int:
-    total = 0
-    for count, length in enumerate(lengths):
-        total += length
-        if total > limit:
-            return count
-    return len(lengths)

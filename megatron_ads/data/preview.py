@@ -6,21 +6,19 @@ What is shown is decoded from the tokens of training, not rendered again: chat t
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise
 
 import numpy as np
 
 from megatron_ads.data.chat import ChatTokenizer, tokenize_row
-from megatron_ads.data.corpus import Tokenized, tokenize
+from megatron_ads.data.corpus import tokenize
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.row_checks import CheckedRows, RowFault
 
 MOST_CHARACTERS = 4000
-"""A longer text is cut in its middle, unless it is to be shown whole."""
 
 _LOSS, _NO_LOSS, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
-_OPEN, _CLOSE = "[[", "]]"
 _LABELS_SHOWN = 5
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -56,6 +54,12 @@ class Lengths:
     most_of_95_percent: int
     most: int
 
+    @classmethod
+    def of(cls, values: Sequence[int]) -> "Lengths":
+        """Return the numbers of at least one value."""
+        fewest, median, high, most = map(int, np.quantile(values, [0, 0.5, 0.95, 1], method="inverted_cdf"))
+        return cls(fewest=fewest, median=median, most_of_95_percent=high, most=most)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
@@ -81,10 +85,9 @@ def preview_row(row: ChatRow, tokenizer: ChatTokenizer) -> RowPreview:
         DataError: If the chat template refuses the conversation.
     """
     tokenized = tokenize_row(row, tokenizer)
-    in_loss = tokenized.loss_weights > 0
-    starts = [0, *(np.flatnonzero(np.diff(in_loss)) + 1).tolist(), len(in_loss)]
+    changes = np.flatnonzero(np.diff(tokenized.loss_weights > 0)) + 1
     spans = []
-    for start, end in pairwise(starts):
+    for start, end in pairwise([0, *changes.tolist(), len(tokenized.tokens)]):
         tokens = tokenized.tokens[start:end].tolist()
         text = tokenizer.fast.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         spans.append(LossSpan(text, len(tokens), float(tokenized.loss_weights[start:end].max())))
@@ -94,14 +97,11 @@ def preview_row(row: ChatRow, tokenizer: ChatTokenizer) -> RowPreview:
 def render_preview(preview: RowPreview, *, coloured: bool, whole: bool = False) -> str:
     """Return a row for people: a line of facts, then the text, where loss is green or stands between ``[[`` and ``]]``.
 
-    Args:
-        preview: The row.
-        coloured: Use terminal colours.
-        whole: Show long texts in full.
+    The middle of a long text is left out, unless it is to be shown ``whole``.
     """
     row = preview.row
-    facts = [f"{row.id} of {row.task}", f"{preview.tokens(in_loss=False)} tokens without loss"]
-    facts.append(f"{preview.tokens(in_loss=True)} with loss")
+    without, with_loss = preview.tokens(in_loss=False), preview.tokens(in_loss=True)
+    facts = [f"{row.id} of {row.task}", f"{without} tokens without loss", f"{with_loss} with loss"]
     if row.weight != 1:
         facts.append(f"weight {row.weight:g}")
     facts += [f"{name} {value!r:.80}" for name, value in (("group", row.group), ("label", row.label)) if value]
@@ -116,13 +116,19 @@ def summarise(checked: CheckedRows, tokenizer: ChatTokenizer, *, seq_length: int
         DataError: If the chat template refuses a conversation.
     """
     tokenized = tokenize(checked.rows, tokenizer, seq_length=seq_length)
+    targets = [row.loss_weights > 0 for row in tokenized.rows]
+    parts = {
+        "prompt": [int((~target).sum()) for target in targets],
+        "target": [int(target.sum()) for target in targets],
+        "row": [len(target) for target in targets],
+    }
     reasons: Counter[str] = Counter({str(reason): count for reason, count in tokenized.left_out.items()})
     for row in checked.faulty:
         reasons[f"{row.fault} ({row.reason})" if row.fault is RowFault.unreadable_target else str(row.fault)] += 1
     return Summary(
         rows=len(checked.rows) + len(checked.faulty),
         seq_length=seq_length,
-        lengths=lengths_of(tokenized),
+        lengths={name: Lengths.of(values) for name, values in parts.items() if values},
         labels=dict(Counter(row.label for row in checked.rows if row.label).most_common()),
         left_out=dict(reasons.most_common()),
         first_faulty=checked.faulty[0].row_id if checked.faulty else None,
@@ -135,8 +141,7 @@ def render_summary(summary: Summary) -> str:
     if summary.lengths:
         lines.append(f"  {'':8}{'fewest':>8}{'median':>8}{'95 %':>8}{'most':>8}")
     for name, found in summary.lengths.items():
-        numbers = (found.fewest, found.median, found.most_of_95_percent, found.most)
-        lines.append(f"  {name:8}" + "".join(f"{number:8,}" for number in numbers))
+        lines.append(f"  {name:8}" + "".join(f"{number:8,}" for number in astuple(found)))
     if summary.labels:
         frequent = [f"{visible(label)} {count:,}" for label, count in summary.labels.items()]
         others = f", and {len(frequent) - _LABELS_SHOWN:,} others" if len(frequent) > _LABELS_SHOWN else ""
@@ -148,37 +153,17 @@ def render_summary(summary: Summary) -> str:
     return "\n".join(lines)
 
 
-def lengths_of(tokenized: Tokenized) -> dict[str, Lengths]:
-    """Return the lengths of prompts, of targets with their end token, and of whole rows; nothing without rows."""
-    if not tokenized.rows:
-        return {}
-    targets = [int((row.loss_weights > 0).sum()) for row in tokenized.rows]
-    rows = [len(row.tokens) for row in tokenized.rows]
-    prompts = [row - target for row, target in zip(rows, targets, strict=True)]
-    return {name: _lengths(values) for name, values in (("prompt", prompts), ("target", targets), ("row", rows))}
-
-
 def visible(text: str) -> str:
     """Return a text whose control characters cannot act on a terminal."""
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
-def _lengths(values: Sequence[int]) -> Lengths:
-    median, most_of_95_percent = np.quantile(values, [0.5, 0.95], method="inverted_cdf")
-    return Lengths(fewest=min(values), median=int(median), most_of_95_percent=int(most_of_95_percent), most=max(values))
-
-
 def _shown(span: LossSpan, *, coloured: bool, whole: bool) -> str:
-    text = visible(span.text if whole else _shortened(span.text))
+    text, half = span.text, MOST_CHARACTERS // 2
+    if not whole and len(text) > MOST_CHARACTERS:
+        text = f"{text[:half]}\n... {len(text) - 2 * half:,} characters not shown ...\n{text[-half:]}"
+    text, in_loss = visible(text), span.loss_weight > 0
     if not coloured:
-        return f"{_OPEN}{text}{_CLOSE}" if span.loss_weight > 0 else text
-    colour = _LOSS if span.loss_weight > 0 else _NO_LOSS
+        return f"[[{text}]]" if in_loss else text
     # Line by line, so that a pager that is entered in the middle still knows the colour.
-    return "\n".join(f"{colour}{line}{_PLAIN}" if line else "" for line in text.split("\n"))
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= MOST_CHARACTERS:
-        return text
-    half = MOST_CHARACTERS // 2
-    return f"{text[:half]}\n... {len(text) - 2 * half:,} characters not shown ...\n{text[-half:]}"
+    return "\n".join(f"{_LOSS if in_loss else _NO_LOSS}{line}{_PLAIN}" if line else "" for line in text.split("\n"))

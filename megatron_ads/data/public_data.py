@@ -12,11 +12,12 @@ training questions are read; the test questions are for benchmarks.
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_ads.data.jsonl import read_objects
+from megatron_ads.data.jsonl import read_records
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.text import words_of
 from megatron_ads.rows import ChatRow, Fact, JsonValue, Message, Role
@@ -52,70 +53,45 @@ def locate(path: str | None, file: Path, *, kind: str) -> Path:
     if path is not None:
         given = Path(path)
         return given if given.suffix == file.suffix else given / file.name
-    root = os.environ.get(DATA_ROOT)
-    if not root:
-        raise DataError(
-            f"The source kind {kind} reads {file} below the folder that the environment variable {DATA_ROOT} names, "
-            f"and it names none. Set {DATA_ROOT}, or the source's path, or choose data=simulator."
-        )
-    return Path(root) / file
-
-
-def read_rows(
-    file: Path, read_record: Callable[[int, Mapping[str, Any]], ChatRow], *, limit: int | None
-) -> list[ChatRow]:
-    """Return the rows of a JSONL file, the first ``limit`` of them.
-
-    Args:
-        file: One record a line.
-        read_record: Takes the number of a line and its record; raises ``DataError`` for one that cannot be used.
-        limit: None: all.
-
-    Raises:
-        DataError: With the row number, for the first record that cannot be used.
-    """
-    rows: list[ChatRow] = []
-    for number, record in read_objects(file):
-        if len(rows) == limit:
-            break
-        try:
-            rows.append(read_record(number, record))
-        except DataError as error:
-            raise DataError(f"{file}, row {number}: {error}") from None
-    if not rows:
-        raise DataError(f"{file} holds no rows.")
-    return rows
-
-
-def esci_file(path: str | None) -> Path:
-    """Return the file of pairs: ``path``, or where ``MEGATRON_ADS_DATA`` says.
-
-    Raises:
-        DataError: If neither names anything.
-    """
-    return locate(path, ESCI_FILE, kind="esci")
+    if root := os.environ.get(DATA_ROOT):
+        return Path(root) / file
+    raise DataError(
+        f"The source kind {kind} reads {file} below the folder that the environment variable {DATA_ROOT} names, "
+        f"and it names none. Set {DATA_ROOT}, or the source's path, or choose data=simulator."
+    )
 
 
 def esci_rows(file: Path, *, limit: int | None = None) -> list[ChatRow]:
     """Return the pairs of a file, the first ``limit`` of them.
 
     Raises:
-        DataError: With the row number, for the first record that cannot be used.
+        DataError: With the row number, for the first record that cannot be used; if there is none.
     """
-    return read_rows(file, lambda _, record: _read_pair(record), limit=limit)
+    return some_rows(file, read_records(file, _read_pair), limit)
 
 
-def _read_pair(record: Mapping[str, Any]) -> ChatRow:
+def some_rows(file: Path, rows: Iterable[ChatRow], limit: int | None, *, what: str = "rows") -> list[ChatRow]:
+    """Return the first ``limit`` of the rows of a file.
+
+    Raises:
+        DataError: If there is none.
+    """
+    if not (read := list(islice(rows, limit))):
+        raise DataError(f"{file} holds no {what}.")
+    return read
+
+
+def _read_pair(_: int, record: Mapping[str, Any]) -> ChatRow:
     query, title, judgment = (_text(record, name) for name in ("query", "title", "esci"))
     if judgment not in ESCI_LABELS:
         raise DataError(f"esci is {judgment!r}; known: {', '.join(ESCI_LABELS)}.")
     brand, category = record.get("brand") or "", record.get("category") or []
     if not isinstance(brand, str) or not isinstance(category, list):
         raise DataError(f"brand is {brand!r} and category {category!r}; text and a list are expected.")
-    kind = str(category[-1]) if category else ""
-    ad = Ad(title=_shorten(title), seller=brand, description=kind)
-    reasoning = reason(query, ad, ESCI_LABELS[judgment])
-    return chat_row(f"{query}/{record.get('asin')}", query, ad, ESCI_LABELS[judgment], reasoning)
+    # Sellers fill the end of a long title with search words.
+    ad = Ad(cut_at_word(title, _MAX_TITLE_CHARACTERS), str(category[-1]) if category else "", seller=brand)
+    label = ESCI_LABELS[judgment]
+    return chat_row(f"{query}/{record.get('asin')}", query, ad, label, reason(query, ad, label))
 
 
 def _text(record: Mapping[str, Any], name: str) -> str:
@@ -125,11 +101,9 @@ def _text(record: Mapping[str, Any], name: str) -> str:
     return value.strip()
 
 
-def _shorten(title: str) -> str:
-    """Cut a title at a word near ``_MAX_TITLE_CHARACTERS``; sellers fill the rest with search words."""
-    if len(title) <= _MAX_TITLE_CHARACTERS:
-        return title
-    return title[:_MAX_TITLE_CHARACTERS].rsplit(" ", 1)[0]
+def cut_at_word(text: str, length: int) -> str:
+    """Return a text of at most ``length`` characters, cut between words."""
+    return text if len(text) <= length else text[:length].rsplit(" ", 1)[0]
 
 
 _VERDICTS = {
@@ -145,45 +119,35 @@ def reason(query: str, ad: Ad, label: Label) -> str:
     words = list(dict.fromkeys(re.findall(r"\w+", query.lower())))
     found = [word for word in words if shown.issuperset(words_of(word))]
     missing = [word for word in words if word not in found]
-    parts = [f"Found: {_listed(found)}.", f"Missing: {_listed(missing)}."]
+    found_listed, missing_listed = (", ".join(listed[:_MAX_WORDS_LISTED]) or "none" for listed in (found, missing))
+    parts = [f"Found: {found_listed}.", f"Missing: {missing_listed}."]
     if ad.description:
         parts.append(f"Kind: {ad.description}.")
     return " ".join([*parts, _VERDICTS[label]])
-
-
-def _listed(words: list[str]) -> str:
-    return ", ".join(words[:_MAX_WORDS_LISTED]) or "none"
-
-
-def gsm8k_file(path: str | None) -> Path:
-    """Return the file of questions.
-
-    Raises:
-        DataError: If neither ``path`` nor the environment names anything.
-    """
-    return locate(path, GSM8K_FILE, kind=GSM8K)
 
 
 def gsm8k_rows(file: Path, *, limit: int | None = None) -> list[ChatRow]:
     """Return the questions of a file, the first ``limit`` of them.
 
     Raises:
-        DataError: With the row number, for the first record that cannot be used.
+        DataError: With the row number, for the first record that cannot be used; if there is none.
     """
-    return read_rows(
-        file, lambda number, record: _read_question(record, row_id=f"{GSM8K}-{file.stem}-{number}"), limit=limit
-    )
 
+    def read(number: int, record: Mapping[str, Any]) -> ChatRow:
+        question, answer = _text(record, "question"), _text(record, "answer")
+        solution, mark, last = (part.strip() for part in answer.rpartition(_ANSWER))
+        if not mark or not last or not solution:
+            raise DataError(f"answer is {answer!r:.80}; a solution, then {_ANSWER} and the result are expected.")
+        result, reasoning = last.replace(",", ""), _CALCULATOR.sub("", solution).strip()
+        target = Message(Role.assistant, f"<think>{reasoning}</think>{_ANSWER} {result}")
+        facts: dict[str, JsonValue] = {Fact.question: question, Fact.ground_truth: result, Fact.reasoning: reasoning}
+        return ChatRow(
+            id=f"{GSM8K}-{file.stem}-{number}",
+            task=GSM8K,
+            messages=(Message(Role.user, question), target),
+            group=question,
+            label=result,
+            facts=facts,
+        )
 
-def _read_question(record: Mapping[str, Any], *, row_id: str) -> ChatRow:
-    question, answer = _text(record, "question"), _text(record, "answer")
-    solution, mark, number = answer.rpartition(_ANSWER)
-    if not mark or not number.strip() or not solution.strip():
-        raise DataError(f"answer is {answer!r:.80}; a solution, then {_ANSWER} and the result are expected.")
-    result, reasoning = number.strip().replace(",", ""), _CALCULATOR.sub("", solution).strip()
-    messages = (
-        Message(Role.user, question),
-        Message(Role.assistant, f"<think>{reasoning}</think>{_ANSWER} {result}"),
-    )
-    facts: dict[str, JsonValue] = {Fact.question: question, Fact.ground_truth: result, Fact.reasoning: reasoning}
-    return ChatRow(id=row_id, task=GSM8K, messages=messages, group=question, label=result, facts=facts)
+    return some_rows(file, read_records(file, read), limit)

@@ -1,5 +1,6 @@
 """The sources a recipe can name under ``data.sources``, read into chat rows."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_ads.config.data import AdsTask, SourceConfig, SourceKind
@@ -8,7 +9,7 @@ from megatron_ads.data.ads_pairs import DEFAULT_ROWS, builtin_rows
 from megatron_ads.data.event_tables import event_rows, read_anchor
 from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.own_tables import table_rows
-from megatron_ads.data.public_data import esci_file, esci_rows, gsm8k_file, gsm8k_rows
+from megatron_ads.data.public_data import ESCI_FILE, GSM8K_FILE, esci_rows, gsm8k_rows, locate
 from megatron_ads.data.simulator import simulated_rows
 from megatron_ads.data.user_features import view_chooser
 from megatron_ads.rows import ChatRow
@@ -21,71 +22,66 @@ def read_source(source: SourceConfig, *, seed: int) -> list[ChatRow]:
     Raises:
         DataError: If it cannot be read, or its rows cannot be asked so.
     """
-    rows = _rows_as_they_are(source, seed)
+    rows = _READERS[source.kind](source, seed)
     return rows if source.variant is None else ask_as(rows, source.variant)
 
 
-def _rows_as_they_are(source: SourceConfig, seed: int) -> list[ChatRow]:
-    if source.kind is SourceKind.builtin:
-        return builtin_rows(DEFAULT_ROWS if source.rows is None else source.rows, seed=seed)
-    if source.kind is SourceKind.simulator:
-        return _simulated_rows(source, seed)
-    if source.kind is SourceKind.esci:
-        return esci_rows(esci_file(source.path), limit=source.rows)
-    if source.kind is SourceKind.gsm8k:
-        return gsm8k_rows(gsm8k_file(source.path), limit=source.rows)
-    if source.kind is SourceKind.next_brand:
-        return next_brand.next_brand_rows(
-            next_brand.next_brand_file(source.path),
-            source.task or AdsTask.next_advertiser,
-            view_of=view_chooser(source.history, next_brand.DEFAULT_VIEW),
-            limit=source.rows,
-        )
-    return _rows_of_a_file(source)
-
-
-def _rows_of_a_file(source: SourceConfig) -> list[ChatRow]:
-    assert source.path is not None, "checked with the recipe"
-    file, rejected = Path(source.path), None if source.rejected is None else Path(source.rejected)
-    if source.kind is SourceKind.jsonl:
-        return jsonl_rows(file, limit=source.rows, rejected=rejected)
-    if source.anchor is None:
-        return table_rows(file, columns=source.columns, task=source.task, limit=source.rows, rejected=rejected)
-    return event_rows(
-        file,
-        columns=source.columns,
-        anchor=read_anchor(source.anchor),
-        view_of=view_chooser(source.history),
-        limit=source.rows,
-        rejected=rejected,
-    )
-
-
-def _simulated_rows(source: SourceConfig, seed: int) -> list[ChatRow]:
+def _read_simulator(source: SourceConfig, seed: int) -> list[ChatRow]:
     assert source.task is not None, "checked with the recipe"
     count = simulated_rows.DEFAULT_ROWS if source.rows is None else source.rows
     view_of = view_chooser(source.history, simulated_rows.DEFAULT_VIEW)
-    examples = simulated_rows.simulated_examples(source.task, count, seed=seed, view_of=view_of)
-    return [example.row for example in examples]
+    return [
+        example.row for example in simulated_rows.simulated_examples(source.task, count, seed=seed, view_of=view_of)
+    ]
+
+
+def _read_next_brand(source: SourceConfig, seed: int) -> list[ChatRow]:
+    task, view_of = source.task or AdsTask.next_advertiser, view_chooser(source.history, next_brand.DEFAULT_VIEW)
+    return next_brand.next_brand_rows(_public_file(source), task, view_of=view_of, limit=source.rows)
+
+
+def _read_own(source: SourceConfig, seed: int) -> list[ChatRow]:
+    assert source.path is not None, "checked with the recipe"
+    file, limit = Path(source.path), source.rows
+    rejected = None if source.rejected is None else Path(source.rejected)
+    if source.kind is SourceKind.jsonl:
+        return jsonl_rows(file, limit=limit, rejected=rejected)
+    if source.anchor is None:
+        return table_rows(file, columns=source.columns, task=source.task, limit=limit, rejected=rejected)
+    anchor, view_of = read_anchor(source.anchor), view_chooser(source.history)
+    return event_rows(file, columns=source.columns, anchor=anchor, view_of=view_of, limit=limit, rejected=rejected)
+
+
+_PUBLIC = {SourceKind.esci: ESCI_FILE, SourceKind.gsm8k: GSM8K_FILE, SourceKind.next_brand: next_brand.FILE}
+
+
+def _public_file(source: SourceConfig) -> Path:
+    return locate(source.path, _PUBLIC[source.kind], kind=source.kind)
+
+
+_READERS: dict[SourceKind, Callable[[SourceConfig, int], list[ChatRow]]] = {
+    SourceKind.builtin: lambda source, seed: builtin_rows(
+        DEFAULT_ROWS if source.rows is None else source.rows, seed=seed
+    ),
+    SourceKind.simulator: _read_simulator,
+    SourceKind.esci: lambda source, seed: esci_rows(_public_file(source), limit=source.rows),
+    SourceKind.gsm8k: lambda source, seed: gsm8k_rows(_public_file(source), limit=source.rows),
+    SourceKind.next_brand: _read_next_brand,
+    SourceKind.jsonl: _read_own,
+    SourceKind.table: _read_own,
+}
 
 
 def describe_source(source: SourceConfig) -> str:
     """Return what a report says the data were."""
-    described = _describe_rows(source)
+    path = _public_file(source) if source.kind in _PUBLIC else source.path
+    described = {
+        SourceKind.builtin: "built-in query-ad pairs",
+        SourceKind.simulator: f"simulated ads business: {source.task}",
+        SourceKind.esci: f"ESCI query-product pairs ({path})",
+        SourceKind.gsm8k: f"GSM8K questions ({path})",
+        SourceKind.next_brand: f"office purchases, {source.task or AdsTask.next_advertiser} ({path})",
+        SourceKind.table: f"own rows, {source.task or 'chat'} ({path})",
+        SourceKind.jsonl: f"chat rows ({path})",
+    }[source.kind]
     return described if source.variant is None else f"{described}, asked as {source.variant}"
-
-
-def _describe_rows(source: SourceConfig) -> str:
-    if source.kind is SourceKind.builtin:
-        return "built-in query-ad pairs"
-    if source.kind is SourceKind.simulator:
-        return f"simulated ads business: {source.task}"
-    if source.kind is SourceKind.esci:
-        return f"ESCI query-product pairs ({esci_file(source.path)})"
-    if source.kind is SourceKind.gsm8k:
-        return f"GSM8K questions ({gsm8k_file(source.path)})"
-    if source.kind is SourceKind.next_brand:
-        return f"office purchases, {source.task or AdsTask.next_advertiser} ({next_brand.next_brand_file(source.path)})"
-    if source.kind is SourceKind.table:
-        return f"own rows, {source.task or 'chat'} ({source.path})"
-    return f"chat rows ({source.path})"

@@ -80,9 +80,7 @@ def split_by_time(rows: Sequence[ChatRow], *, validation_rows: int, seed: int) -
             f"data.validation_rows = {validation_rows} leaves none of the {len(rows)} rows, held out by time, to train "
             "on. Lower it, or add rows."
         )
-    return RowSplit(
-        training=training, validation=sorted(late, key=lambda row: stable_key(seed, row.id))[:validation_rows]
-    )
+    return RowSplit(training, sorted(late, key=lambda row: stable_key(seed, row.id))[:validation_rows])
 
 
 def _shared_out(validation_rows: int, rows_of_task: Counter[str]) -> Counter[str]:

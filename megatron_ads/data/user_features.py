@@ -30,7 +30,6 @@ ViewChooser = Callable[[UserHistory], HistoryView]
 """How much of a history its prompt shows."""
 
 SECONDS_PER_DAY = 24 * 60 * 60
-_PIECE = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,25 +72,24 @@ def history_view(config: HistoryConfig, default: HistoryView = FULL_VIEW) -> His
     Raises:
         ConfigError: If there is no such section.
     """
+
+    def section(name: str) -> Section:
+        if name in list(Section):
+            return Section(name)
+        near = difflib.get_close_matches(name, list(Section), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"history names the section {name!r}; known: {', '.join(Section)}.{hint}")
+
     return HistoryView(
-        without=default.without if config.without is None else frozenset(map(_section, config.without)),
-        window_days={**default.window_days, **{_section(name): days for name, days in config.window_days.items()}},
+        without=default.without if config.without is None else frozenset(map(section, config.without)),
+        window_days={**default.window_days, **{section(name): days for name, days in config.window_days.items()}},
         max_entries=default.max_entries if config.max_entries is None else config.max_entries,
     )
 
 
-def _section(name: str) -> Section:
-    try:
-        return Section(name)
-    except ValueError:
-        near = difflib.get_close_matches(name, list(Section), n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"history names the section {name!r}; known: {', '.join(Section)}.{hint}") from None
-
-
 def count_pieces(text: str) -> int:
     """Estimate the tokens of a text without a tokenizer: its words and signs."""
-    return len(_PIECE.findall(text))
+    return len(re.findall(r"\w+|[^\w\s]", text))
 
 
 def fitting_view(

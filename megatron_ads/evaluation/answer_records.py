@@ -7,8 +7,7 @@ server. The same command continues where it stopped.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,34 +48,20 @@ class Answer:
 
 def write_answers(file: Path, answers: Sequence[Answer]) -> None:
     """Write every answer as one JSON line; the file appears when it is complete."""
-    write_small(file, "".join(json.dumps(_line(answer), ensure_ascii=False) + "\n" for answer in answers))
-
-
-def _line(answer: Answer) -> dict[str, Any]:
-    line: dict[str, Any] = {
-        "id": answer.row.id,
-        "task": answer.row.task,
-        "prompt": answer.row.prompt[-1].content,
-        "target": answer.row.target,
-        "expected": answer.row.label,
-        "ended": answer.ended,
-        "text": answer.text,
-    }
-    if answer.beams:
-        line["beams"] = [
-            {"text": beam.text, "log_probability": beam.log_probability, "score": beam.score} for beam in answer.beams
-        ]
-    return line
+    lines = []
+    for answer in answers:
+        row = answer.row
+        said: dict[str, Any] = {"id": row.id, "task": row.task, "prompt": row.prompt[-1].content, "target": row.target}
+        said |= {"expected": row.label, "ended": answer.ended, "text": answer.text}
+        beams = {"beams": [asdict(beam) for beam in answer.beams]} if answer.beams else {}
+        lines.append(json.dumps(said | beams, ensure_ascii=False) + "\n")
+    write_small(file, "".join(lines))
 
 
 def fingerprint(model: Path, rows: Sequence[ChatRow], settings: Mapping[str, Any]) -> dict[str, str]:
     """Return what must be the same for an evaluation to continue, by what people call it."""
     asked = [[row.id, row.task, *(message.content for message in row.messages)] for row in rows]
-    return {
-        "the model": model_state(model),
-        "the held-out rows": digest_of(asked),
-        "the settings": digest_of(settings),
-    }
+    return {"the model": model_state(model), "the held-out rows": digest_of(asked), "the settings": digest_of(settings)}
 
 
 @contextmanager
@@ -108,38 +93,33 @@ class AnswerJournal:
     def __init__(self, journal: Journal) -> None:
         """Take over what it holds."""
         self._journal = journal
-        done = [journal.read(key, _size) or (0, 0.0) for key in journal.records if key != _OF]
+
+        def size(record: Mapping[str, Any]) -> tuple[int, float]:
+            return len(record["answers"]), float(record["seconds"])
+
+        done = [journal.read(key, size) or (0, 0.0) for key in journal.records if key != _OF]
         self.rows = sum(rows for rows, _ in done)
         """How many rows were answered before."""
         self.seconds = sum(seconds for _, seconds in done)
         """How long the batches answered before took."""
         if self.rows:
-            logger.info("%d rows were answered before the interruption; going on.", self.rows)
+            logger.info("%d rows were answered before the interruption; continuing.", self.rows)
 
     def answered(self, batch: int, rows: Sequence[ChatRow]) -> list[Answer] | None:
         """Return the answers to the rows of a batch, or None if it is still to be answered."""
-        return self._journal.read(str(batch), partial(_answers, rows))
+
+        def answers(record: Mapping[str, Any]) -> list[Answer]:
+            return [
+                Answer(row, said["text"], said["ended"], tuple(AnswerBeam(*beam) for beam in said["beams"]))
+                for row, said in zip(rows, record["answers"], strict=True)
+            ]
+
+        return self._journal.read(str(batch), answers)
 
     def add(self, batch: int, answers: Sequence[Answer], seconds: float) -> None:
         """Note an answered batch durably."""
         said = [
-            {
-                "text": answer.text,
-                "ended": answer.ended,
-                "beams": [[beam.text, beam.log_probability, beam.score] for beam in answer.beams],
-            }
+            {"text": answer.text, "ended": answer.ended, "beams": [astuple(beam) for beam in answer.beams]}
             for answer in answers
         ]
         self._journal.add(str(batch), {"seconds": seconds, "answers": said})
-
-
-def _size(record: Mapping[str, Any]) -> tuple[int, float]:
-    """Return how many rows a batch had, and how long it took."""
-    return len(record["answers"]), float(record["seconds"])
-
-
-def _answers(rows: Sequence[ChatRow], record: Mapping[str, Any]) -> list[Answer]:
-    return [
-        Answer(row, said["text"], said["ended"], tuple(AnswerBeam(*beam) for beam in said["beams"]))
-        for row, said in zip(rows, record["answers"], strict=True)
-    ]

@@ -19,7 +19,7 @@ described in megatron_ads/config/generation.py.
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,15 +113,23 @@ def _add_decoding_arguments(group: "argparse._ArgumentGroup") -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print; return 0."""
     start_logging()
-    how = _generation(args)
+    names = ("temperature", "top_p", "seed", "beams", "length", "collaborative")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    how = GenerationConfig(method=args.decode, **given)
+    how.check_as(lambda name: "--decode" if name == "method" else f"--{name.replace('_', '-')}", given)
     if args.ground and args.decode is Method.constrained_beam:
         raise ConfigError("--ground has no effect with --decode constrained-beam, whose names are valid; leave it out.")
+    of_server = [item for item in args.overrides if item.startswith(_SERVER)]
     if args.model is not None:
-        _require_no_server_options(args)
+        options = [name for name in ("served_model", "api_key_env", "tokenizer") if vars(args)[name]]
+        if useless := [*(f"--{name.replace('_', '-')}" for name in options), *of_server]:
+            raise ConfigError(
+                f"{useless[0]} has no effect with --model; leave it out, or evaluate a server with --url."
+            )
     scores = evaluate(
-        args.model or _server(args, how),
+        args.model or _server(args, how, of_server),
         recipe=args.recipe,
-        overrides=[item for item in args.overrides if not item.startswith(_SERVER)],
+        overrides=[item for item in args.overrides if item not in of_server],
         batch_size=DEFAULT_BATCH_SIZE if args.batch_size is None else args.batch_size,
         max_new_tokens=args.max_new_tokens,
         answers_file=args.answers,
@@ -135,39 +143,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _generation(args: argparse.Namespace) -> GenerationConfig:
-    """Return how the command line wants answers generated.
-
-    Raises:
-        ConfigError: If an option is impossible, or would have no effect.
-    """
-    names = ("temperature", "top_p", "seed", "beams", "length", "collaborative")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    how = GenerationConfig(method=args.decode, **given)
-    how.check_as(lambda name: "--decode" if name == "method" else f"--{name.replace('_', '-')}", given)
-    return how
-
-
-def _require_no_server_options(args: argparse.Namespace) -> None:
-    given = [f"--{name.replace('_', '-')}" for name in ("served_model", "api_key_env", "tokenizer") if vars(args)[name]]
-    given += [item for item in args.overrides if item.startswith(_SERVER)]
-    if given:
-        raise ConfigError(f"{given[0]} has no effect with --model; leave it out, or evaluate a server with --url.")
-
-
-def _server(args: argparse.Namespace, how: GenerationConfig) -> EndpointConfig:
-    """Return the server that is to be evaluated.
-
-    Raises:
-        ConfigError: If a setting is unknown, impossible or without effect, or the server cannot generate so.
-    """
+def _server(args: argparse.Namespace, how: GenerationConfig, overrides: Sequence[str]) -> EndpointConfig:
     from megatron_ads.inference.openai_engine import require_supported
 
     require_supported(how)
     if args.batch_size is not None:
         raise ConfigError("--batch-size has no effect with --url; take server.concurrency=N.")
     given = {"url": args.url, "model": args.served_model, "api_key_env": args.api_key_env}
-    overrides = [item for item in args.overrides if item.startswith(_SERVER)]
     server = load_endpoint("server", {name: value for name, value in given.items() if value is not None}, overrides)
     if server.model is None:
         raise ConfigError("--url needs --served-model NAME: the name that the server knows the model by.")
@@ -207,8 +189,14 @@ def evaluate(
     from megatron_ads.evaluation.task_scores import task_scores
     from megatron_ads.tasks.registry import TASKS
 
-    _require_positive({"--batch-size": batch_size, "--max-new-tokens": max_new_tokens})
-    _require_folders(answers_file, html_file)
+    for option, value in (("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} is {value}; it must be at least 1.")
+    for file in filter(None, (answers_file, html_file)):  # before hours are spent on what they are to hold
+        if not file.parent.is_dir():
+            raise DataError(f"{file} cannot be written: there is no folder {file.parent}. Create it.")
+        if file.is_dir():
+            raise DataError(f"{file} cannot be written: it is a folder. Name a file.")
     require_writable(answers_file, html_file)
     how = how or GenerationConfig()
     data = load_recipe(recipe, overrides, sections=["data"]).data
@@ -247,29 +235,10 @@ def evaluate(
     return scores
 
 
-def _require_positive(numbers: Mapping[str, int | None]) -> None:
-    for option, value in numbers.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{option} is {value}; it must be at least 1.")
-
-
-def _require_folders(*files: Path | None) -> None:
-    """Refuse files that could not be written, before hours are spent on what they are to hold."""
-    for file in files:
-        if file is not None and not file.parent.is_dir():
-            raise DataError(f"{file} cannot be written: there is no folder {file.parent}. Create it.")
-        if file is not None and file.is_dir():
-            raise DataError(f"{file} cannot be written: it is a folder. Name a file.")
-
-
 def _longest_answers(
     tokenizer: "ChatTokenizer | None", asked: "Sequence[ChatRow]", training: "Sequence[ChatRow]", given: int | None
 ) -> dict[str, int]:
-    """Return the limit of each task in tokens: ``given``, or what the model was taught to say there and ``MARGIN``.
-
-    Raises:
-        ConfigError: If there is neither a number nor a tokenizer.
-    """
+    """Return the limit of each task in tokens: ``given``, or what the model was taught to say there and ``MARGIN``."""
     tasks = {row.task for row in asked}
     if given:
         return dict.fromkeys(tasks, given)

@@ -53,12 +53,11 @@ class CheckpointModel:
     def __init__(self, model: Path, folder: Path) -> None:
         """Read the tokenizer; weights are loaded when they are needed. ``folder`` is ``model``, or its export."""
         self._model = model
-        self.tokenizer: ChatTokenizer | None = load_tokenizer(folder)
+        self.tokenizer = load_tokenizer(folder)
         self._engine: Callable[[], TransformersEngine] = cache(partial(open_engine, folder))
 
     def answer(self, rows: Sequence[ChatRow], asking: Asking, file: Path | None) -> tuple[list[Answer], float]:
         """Return the answers and the seconds they took; with a file, continue where an earlier run stopped."""
-        assert self.tokenizer is not None, "a checkpoint has one"
         start = time.monotonic()
         asker = RowAsker(self.tokenizer, rows, asking, self._engine)
         if file is None:
@@ -72,7 +71,6 @@ class CheckpointModel:
 
     def general(self, rows: Sequence[ChatRow], batch_size: int) -> dict[str, dict[str, float]]:
         """Return the perplexity of general rows by domain."""
-        assert self.tokenizer is not None, "a checkpoint has one"
         return general_scores(self._engine(), self.tokenizer, rows, batch_size=batch_size)
 
 
@@ -101,10 +99,7 @@ class ServedModel:
         cost = used.cost(self._config)
         logger.info(
             "%d requests answered, %d before; %d prompt and %d answer tokens%s.",
-            used.asked,
-            used.from_journal,
-            used.prompt_tokens,
-            used.answer_tokens,
+            *(used.asked, used.from_journal, used.prompt_tokens, used.answer_tokens),
             "" if cost is None else f", cost {cost:.4g}",
         )
         return answers

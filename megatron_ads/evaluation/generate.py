@@ -89,8 +89,8 @@ class RowAsker:
         """Write the prompts; ``engine`` is called for every batch, and opens one at its first call."""
         self.rows = rows
         self._asking, self._engine = asking, engine
-        self._prompts = [render_prompt(row.prompt, tokenizer) for row in rows]
-        self._tokens = [tokenizer.encode(prompt) for prompt in self._prompts]
+        prompts = [render_prompt(row.prompt, tokenizer) for row in rows]
+        self._tokens, self._opened = list(map(tokenizer.encode, prompts)), list(map(opened_by, prompts))
         self._forms = NameForms(tokenizer)
         self._collaborative: CollaborativeModel | None = None
 
@@ -129,7 +129,7 @@ class RowAsker:
         )
         found = self._engine().generate([self._tokens[number] for number in batch], config)
         return [
-            self._answer(number, completions, [self._opened(number) + one.text for one in completions])
+            self._answer(number, completions, [self._opened[number] + one.text for one in completions])
             for number, completions in zip(batch, found, strict=True)
         ]
 
@@ -139,9 +139,12 @@ class RowAsker:
 
     def _names(self, batch: Sequence[int]) -> list[Answer]:
         how = self._asking.how
-        tries = [self._trie(number) for number in batch]
+        tries = [
+            self._forms.trie(valid_names(self.rows[number], self._asking.advertisers) or (), self._opened[number])
+            for number in batch
+        ]
         found = self._engine().generate(
-            [[*self._tokens[number], *self._forms.before(self._opened(number))] for number in batch],
+            [[*self._tokens[number], *self._forms.before(self._opened[number])] for number in batch],
             replace(how, max_new_tokens=max(trie.depth for trie in tries)),
             rules=[self._rules(number, trie) for number, trie in zip(batch, tries, strict=True)],
         )
@@ -151,10 +154,6 @@ class RowAsker:
             assert len(set(names)) == len(names) == min(how.beams, len(trie.names))
             answers.append(self._answer(number, beams, [self._forms.text(name) for name in names]))
         return answers
-
-    def _trie(self, number: int) -> NameTrie:
-        names = valid_names(self.rows[number], self._asking.advertisers) or ()
-        return self._forms.trie(names, self._opened(number))
 
     def _rules(self, number: int, trie: NameTrie) -> ValidNames:
         share = self._asking.how.collaborative
@@ -172,9 +171,6 @@ class RowAsker:
             if one.score is not None
         )
         return Answer(self.rows[number], texts[0], completions[0].finish is Finish.ended, beams)
-
-    def _opened(self, number: int) -> str:
-        return opened_by(self._prompts[number])
 
 
 def opened_by(prompt: str) -> str:

@@ -48,28 +48,24 @@ def defect_view(
     """
     interval = balanced_accuracy_interval(truths, lines["model"], view, groups=groups)
     return {
-        **{name: binary_metrics(truths, labels, view).as_dict() for name, labels in lines.items()},
+        **{name: binary_metrics(truths, labels, view) for name, labels in lines.items()},
         "balanced_accuracy_95": None if interval is None else [interval.low, interval.high],
     }
 
 
 def lines_beside(
-    model: Labels,
-    rows: Sequence[ChatRow],
-    training: Sequence[ChatRow],
-    *,
-    best: Labels | None = None,
+    model: Labels, rows: Sequence[ChatRow], training: Sequence[ChatRow], *, reachable: bool = True
 ) -> dict[str, Labels]:
     """Return the model's labels and those it is compared with, by name.
 
-    ``baseline`` always gives the most frequent label of the training rows. ``text_baseline`` is there where these have
+    ``baseline`` always gives the most frequent label of the training rows. ``text_baseline`` exists where these have
     two labels or more, ``reachable`` where the best answers are known.
 
     Args:
         model: Labels that the model gave.
         rows: With their true labels.
         training: Rows of the same task, trained on.
-        best: The best answer to each row; None: not known of every one.
+        reachable: Also compare with the best answers, where every row has them.
     """
     truths = [row.label or "" for row in rows]
     lines: dict[str, Labels] = {
@@ -78,8 +74,8 @@ def lines_beside(
     }
     if from_words := text_predictions(training, rows):
         lines["text_baseline"] = from_words
-    if best is not None:
-        lines["reachable"] = best
+    if reachable and (best := best_answers(rows)):
+        lines["reachable"] = [answers[0] for answers in best]
     return lines
 
 
@@ -88,12 +84,6 @@ def best_answers(rows: Sequence[ChatRow]) -> list[tuple[str, ...]] | None:
     if not all(Fact.best_answers in row.facts for row in rows):
         return None
     return [row.list_fact(Fact.best_answers) for row in rows]
-
-
-def best_labels(rows: Sequence[ChatRow]) -> list[str] | None:
-    """Return the best label of each row; None unless all rows have one."""
-    best = best_answers(rows)
-    return None if best is None else [answers[0] for answers in best]
 
 
 def text_predictions(training: Sequence[ChatRow], rows: Sequence[ChatRow]) -> list[str] | None:
@@ -112,20 +102,15 @@ def text_predictions(training: Sequence[ChatRow], rows: Sequence[ChatRow]) -> li
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
         LogisticRegression(class_weight="balanced", max_iter=1000),
     )
-    classifier.fit([_words(row) for row in labelled], [row.label for row in labelled])
-    return [str(label) for label in classifier.predict([_words(row) for row in rows])]
+
+    def texts(of: Sequence[ChatRow]) -> list[str]:
+        return ["\n".join(message.content for message in row.prompt) for row in of]
+
+    classifier.fit(texts(labelled), [row.label for row in labelled])
+    return [str(label) for label in classifier.predict(texts(rows))]
 
 
-def _words(row: ChatRow) -> str:
-    return "\n".join(message.content for message in row.prompt)
-
-
-def relevance_scores(
-    answers: Sequence[Answer],
-    *,
-    training: Sequence[ChatRow],
-    reasons: bool = True,
-) -> dict[str, Any]:
+def relevance_scores(answers: Sequence[Answer], *, training: Sequence[ChatRow], reasons: bool = True) -> dict[str, Any]:
     """Return the scores of ``answers`` as JSON values; what is undefined is None.
 
     ``views`` holds one entry per way to call a label bad (AdNanny, tables 1 to 4), with the lines of
@@ -140,13 +125,19 @@ def relevance_scores(
     Raises:
         DataError: If a row is of another task, or has no label.
     """
-    truths = [_true_label(answer.row) for answer in answers]
-    outcomes = [parse(answer.text, reasoning_required=reasons) for answer in answers]
-    given = [outcome if isinstance(outcome, RelevanceJudgement) else None for outcome in outcomes]
-    predictions = [None if outcome is None else str(outcome.label) for outcome in given]
     rows = [answer.row for answer in answers]
+    for row in rows:
+        if row.task != TASK or row.label not in set(Label):
+            raise DataError(
+                f"row {row.id!r} is of task {row.task!r} with label {row.label!r}; {TASK} rows are labelled "
+                f"{', '.join(Label)}."
+            )
+    truths = [str(row.label) for row in rows]
+    outcomes = [parse(answer.text, reasoning_required=reasons) for answer in answers]
+    given = [readable(outcome) for outcome in outcomes]
+    predictions = [None if outcome is None else str(outcome.label) for outcome in given]
     queries = [row.group or row.id for row in rows]
-    lines = lines_beside(predictions, rows, training, best=best_labels(rows))
+    lines = lines_beside(predictions, rows, training)
     failures = Counter(str(outcome) for outcome in outcomes if isinstance(outcome, ReadFailure))
     return {
         "rows": len(answers),
@@ -179,7 +170,7 @@ def _flag_view(
         return {}
     flagged = [row for row, _ in asked]
     model = [None if found is None else getattr(found, flag) for _, found in asked]
-    lines = lines_beside(model, flagged, _labelled(training, flag))
+    lines = lines_beside(model, flagged, _labelled(training, flag), reachable=False)
     queries = [row.group or row.id for row in flagged]
     return {view.name: defect_view(view, [row.label or "" for row in flagged], lines, queries)}
 
@@ -190,32 +181,16 @@ def _labelled(rows: Sequence[ChatRow], flag: str) -> list[ChatRow]:
     return [replace(row, label=None if value is None else str(value)) for row, value in zip(rows, flags, strict=True)]
 
 
-def _true_label(row: ChatRow) -> str:
-    if row.task != TASK or row.label not in set(Label):
-        raise DataError(
-            f"row {row.id!r} is of task {row.task!r} with label {row.label!r}; {TASK} rows are labelled "
-            f"{', '.join(Label)}."
-        )
-    return str(row.label)
-
-
 def _share(values: Sequence[bool]) -> float:
     return sum(values) / len(values)
 
 
-def score_views(
-    answers: Sequence[Answer],
-    *,
-    training: Sequence[ChatRow],
-    reasons: bool = True,
-) -> dict[str, Any]:
+def score_views(answers: Sequence[Answer], *, training: Sequence[ChatRow], reasons: bool = True) -> dict[str, Any]:
     """Return the bad view, with the lines of ``lines_beside`` and the AUC of each, as JSON values."""
     rows = [answer.row for answer in answers]
     truths = [str(ground_truth(row, ad_user_relevance.UserRelevanceJudgement).score) for row in rows]
     given = [readable(ad_user_relevance.parse(answer.text, reasoning_required=reasons)) for answer in answers]
-    lines = lines_beside(
-        [str(found.score) if found else None for found in given], rows, training, best=best_labels(rows)
-    )
+    lines = lines_beside([str(found.score) if found else None for found in given], rows, training)
     view = defect_view(ad_user_relevance.BAD_VIEW, truths, lines, [row.group or row.id for row in rows])
     for name, labels in lines.items():
         view[name]["auc"] = ad_user_relevance.match_auc(truths, labels)

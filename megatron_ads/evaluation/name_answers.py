@@ -13,7 +13,7 @@ needs no model and finds names that are spelt a little differently.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,14 +53,14 @@ def read_names(file: Path) -> AdvertiserNames:
         DataError: If the file cannot be read or holds no name.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        names = _each_once(file.read_text(encoding="utf-8").splitlines())
+        problem = "" if names else "holds no names"
     except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}); --names takes a file with a name a line.") from None
+        problem = f"cannot be read ({error.strerror})"
     except UnicodeDecodeError:
-        raise DataError(f"{file} is not UTF-8 text; --names takes a file with a name a line.") from None
-    names = _each_once(lines)
-    if not names:
-        raise DataError(f"{file} holds no names; --names takes a file with a name a line.")
+        problem = "is not UTF-8 text"
+    if problem:
+        raise DataError(f"{file} {problem}; --names takes a file with a name a line.")
     return AdvertiserNames(names, str(file))
 
 
@@ -92,17 +92,17 @@ class NameForms:
         self._tokenizer = tokenizer
         self._tries: dict[tuple[tuple[str, ...], str], NameTrie] = {}
 
-    def text(self, name: str) -> str:
-        """Return the whole answer with a name."""
-        return self._text(name, "")
-
-    def before(self, opened: str) -> list[int]:
-        """Return the tokens before the name: a block without reasoning.
+    def text(self, name: str, opened: str = "") -> str:
+        """Return the answer with a name: a block without reasoning, and the name.
 
         Args:
             opened: What of the answer the prompt has already: nothing, or the opening tag.
         """
-        return self._tokenizer.encode(self._text("", opened))
+        return render_reasoned("", name).removeprefix(opened and OPEN)
+
+    def before(self, opened: str) -> list[int]:
+        """Return the tokens before the name."""
+        return self._tokenizer.encode(self.text("", opened))
 
     def trie(self, names: Sequence[str], opened: str) -> NameTrie:
         """Return the names behind ``before``.
@@ -112,27 +112,21 @@ class NameForms:
         """
         key = (tuple(names), opened)
         if key not in self._tries:
-            self._tries[key] = build_trie(self._tokens(names, opened), self._tokenizer.end_token_id)
+            # Encoded with what comes before, as in training, where it may change how a name begins.
+            before = self.before(opened)
+            whole = {name: self._tokenizer.encode(self.text(name, opened)) for name in names}
+            for name, tokens in whole.items():
+                if tokens[: len(before)] != before:
+                    raise DataError(f"the tokenizer joins the end of the reasoning with the beginning of {name!r}.")
+            behind = {name: tokens[len(before) :] for name, tokens in whole.items()}
+            self._tries[key] = build_trie(behind, self._tokenizer.end_token_id)
         return self._tries[key]
-
-    def _tokens(self, names: Sequence[str], opened: str) -> Mapping[str, list[int]]:
-        # Encoded with what comes before, as in training, where it may change how a name begins.
-        before = self.before(opened)
-        whole = {name: self._tokenizer.encode(self._text(name, opened)) for name in names}
-        for name, tokens in whole.items():
-            if tokens[: len(before)] != before:
-                raise DataError(f"the tokenizer joins the end of the reasoning with the beginning of {name!r}.")
-        return {name: tokens[len(before) :] for name, tokens in whole.items()}
-
-    def _text(self, name: str, opened: str) -> str:
-        return render_reasoned("", name).removeprefix(opened and OPEN)
 
 
 def _each_once(names: Iterable[str]) -> tuple[str, ...]:
     first: dict[str, str] = {}
-    for name in (name.strip() for name in names):
-        if name:
-            first.setdefault(same_name(name), name)
+    for name in filter(None, map(str.strip, names)):
+        first.setdefault(same_name(name), name)
     return tuple(first.values())
 
 

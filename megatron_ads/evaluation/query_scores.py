@@ -37,6 +37,8 @@ _FIRST = 10
 _MOST_FITTED = 4000
 _MAX_WORDS = 1024
 _COMMON = 0.1
+_Measured = list[tuple[float, str]]
+"""A value and its keyword, whose values are resampled together."""
 
 
 def query_scores(answers: Sequence[Answer], training: Sequence[ChatRow], *, reasons: bool = True) -> dict[str, Any]:
@@ -124,44 +126,32 @@ def _line(
     matcher: LexicalMatcher,
     history: Sequence[str],
 ) -> dict[str, Any]:
-    pairs = [(place, query) for place, queries in enumerate(queries_of_rows) for query in queries]
-    of_topic = [
-        float(similarity >= judge.threshold)
-        for row, queries in zip(rows, queries_of_rows, strict=True)
-        if queries
-        for similarity in judge.similarities(queries, subject_of(row))
-    ]
-    missed = [float(place not in matcher.best(query, _FIRST)) for place, query in pairs]
-    keywords = [rows[place].group for place, _ in pairs]
-    apart = [
-        (distance, row.group)
-        for row, queries in zip(rows, queries_of_rows, strict=True)
-        if (distance := mean_pairwise_distance(judge.embedding.embed(queries))) is not None
-    ]
     attributes = set(history)
-    added = [
-        [word for query in queries for word in _added(query, keyword_of(row)) if word in attributes]
-        for row, queries in zip(rows, queries_of_rows, strict=True)
-    ]
+    on_topic: _Measured = []
+    apart: _Measured = []
+    missed: _Measured = []
+    added = []
+    for place, (row, queries) in enumerate(zip(rows, queries_of_rows, strict=True)):
+        if queries:
+            cosines = judge.similarities(queries, subject_of(row))
+            on_topic += [(float(cosine >= judge.threshold), row.group) for cosine in cosines]
+        if (distance := mean_pairwise_distance(judge.embedding.embed(queries))) is not None:
+            apart.append((distance, row.group))
+        missed += [(float(place not in matcher.best(query, _FIRST)), row.group) for query in queries]
+        words = [word for query in queries for word in _added(query, keyword_of(row))]
+        added.append([word for word in words if word in attributes])
 
     def ratio(chosen: Sequence[int] | NDArray[np.int64]) -> float | None:
         return click_attribute_ratio([word for place in chosen for word in added[place]], history)
 
-    groups = [row.group for row in rows]
-    between = statistic_interval(ratio, len(rows), groups=groups, resamples=_RESAMPLES)
-    return {
-        "queries": len(pairs),
-        **_mean("relevance", of_topic, keywords),
-        **_mean("diversity", [distance for distance, _ in apart], [keyword for _, keyword in apart]),
-        **_mean("difficulty", missed, keywords),
-        "click_attribute_ratio": ratio(range(len(rows))),
-        "click_attribute_ratio_95": _ends(between),
-    }
-
-
-def _mean(name: str, values: Sequence[float], groups: Sequence[str]) -> dict[str, Any]:
-    mean = sum(values) / len(values) if values else None
-    return {name: mean, f"{name}_95": _ends(mean_interval(values, groups=groups, resamples=_RESAMPLES))}
+    between = statistic_interval(ratio, len(rows), groups=[row.group for row in rows], resamples=_RESAMPLES)
+    scores: dict[str, Any] = {"queries": len(missed)}
+    for name, measured in (("relevance", on_topic), ("diversity", apart), ("difficulty", missed)):
+        values, keywords = [value for value, _ in measured], [keyword for _, keyword in measured]
+        scores[name] = sum(values) / len(values) if values else None
+        scores[f"{name}_95"] = _ends(mean_interval(values, groups=keywords, resamples=_RESAMPLES))
+    ends = _ends(between)
+    return {**scores, "click_attribute_ratio": ratio(range(len(rows))), "click_attribute_ratio_95": ends}
 
 
 def _ends(interval: Interval | None) -> list[float] | None:

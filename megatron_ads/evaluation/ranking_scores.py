@@ -32,16 +32,23 @@ _RESAMPLES = 1000
 
 
 def advertiser_rankings(answers: Sequence[Answer]) -> list[list[str]]:
-    """Return whom each answer names, the likeliest first; what cannot be read takes its place as it stands."""
-    return [_ranking(answer) for answer in answers]
+    """Return whom each answer names, the likeliest first; what cannot be read takes its place unchanged."""
+    rankings = []
+    for answer in answers:
+        if answer.row.task == next_advertiser.RANKING_TASK:
+            ranking = next_advertiser.parse_ranking(answer.text, reasoning_required=False)
+            rankings.append(list(ranking.advertisers) if isinstance(ranking, next_advertiser.Ranking) else [])
+            continue
+        texts = [beam.text for beam in answer.beams] or [answer.text]
+        found = [(text, next_advertiser.parse(text, reasoning_required=False)) for text in texts]
+        rankings.append(
+            [read.advertiser if isinstance(read, next_advertiser.Prediction) else text for text, read in found]
+        )
+    return rankings
 
 
 def ranking_scores(
-    answers: Sequence[Answer],
-    training: Sequence[ChatRow],
-    advertisers: AdvertiserNames,
-    *,
-    ground: bool = False,
+    answers: Sequence[Answer], training: Sequence[ChatRow], advertisers: AdvertiserNames, *, ground: bool = False
 ) -> dict[str, Any]:
     """Return the scores of the model's rankings and of the baselines, as JSON values; what is undefined is None.
 
@@ -57,19 +64,22 @@ def ranking_scores(
     asked_for = LONGEST if rows[0].task == next_advertiser.RANKING_TASK else max(map(len, model))
     depth = max(LONGEST, asked_for)
     popular = most_popular(labels, depth)
-    baselines = {
+    others = {}
+    if ground and advertisers.names:
+        first = [ranking[0] if ranking else "" for ranking in model]
+        others["model, nearest names"] = NearestNames(advertisers.names).rank(first, LONGEST)
+    others |= {
         "popular": [popular for _ in rows],
         "recent, then popular": [recent_then_popular(bought_from(row), popular, depth) for row in rows],
     }
     if best := best_answers(rows):
-        baselines["best reachable"] = [list(ranking) for ranking in best]
+        others["best reachable"] = [list(ranking) for ranking in best]
     known = {same_name(name) for name in advertisers.names}
     wanted = min(LONGEST, len(known))
-    grounded = _grounded(model, advertisers) if ground and advertisers.names else {}
     return {
         "methods": {
             "model": _judged(rows, model, longest=asked_for, wanted=wanted),
-            **{name: _judged(rows, rankings, longest=depth) for name, rankings in {**grounded, **baselines}.items()},
+            **{name: _judged(rows, rankings, longest=depth) for name, rankings in others.items()},
         },
         "valid_rate": valid_rate(model, advertisers.names),
         "distinct_rate": distinct_rate(model),
@@ -77,20 +87,6 @@ def ranking_scores(
         "names_from": advertisers.source,
         "truth_is_valid": sum(same_name(row.label or "") in known for row in rows) / len(rows),
     }
-
-
-def _grounded(model: Sequence[Sequence[str]], advertisers: AdvertiserNames) -> dict[str, list[list[str]]]:
-    first = [ranking[0] if ranking else "" for ranking in model]
-    return {"model, nearest names": NearestNames(advertisers.names).rank(first, LONGEST)}
-
-
-def _ranking(answer: Answer) -> list[str]:
-    if answer.row.task == next_advertiser.RANKING_TASK:
-        read = next_advertiser.parse_ranking(answer.text, reasoning_required=False)
-        return list(read.advertisers) if isinstance(read, next_advertiser.Ranking) else []
-    texts = [beam.text for beam in answer.beams] or [answer.text]
-    found = [(text, next_advertiser.parse(text, reasoning_required=False)) for text in texts]
-    return [read.advertiser if isinstance(read, next_advertiser.Prediction) else text for text, read in found]
 
 
 def _judged(

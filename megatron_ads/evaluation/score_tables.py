@@ -1,8 +1,12 @@
-"""Scores as tables: the papers' own, column for column, for terminal and page alike, and all of them as text."""
+"""Scores as tables, for terminal and page alike: what was measured, rankings, and the papers' own column for column."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from megatron_ads.reporting.page import fixed, text_table
+
+RELEVANCE = "query_ad_relevance"
 
 _RELEVANCE = {
     "Model DR": "model_defect_rate", "BACC": "balanced_accuracy", "Acc": "accuracy", "PosAcc": "positive_accuracy",
@@ -30,7 +34,7 @@ _LINES = {
 
 
 @dataclass(frozen=True, slots=True)
-class PaperTable:
+class ScoreTable:
     """One table; the first column names what a line is of."""
 
     title: str
@@ -39,7 +43,69 @@ class PaperTable:
     note: str = ""
 
 
-def paper_tables(task: str, scores: Mapping[str, Any]) -> list[PaperTable]:
+def text_tables(scores: Mapping[str, Any]) -> str:
+    """Return all tables as text, those of a task under one another."""
+    parts = [f"{scores['rows']} held-out rows answered, {scores['seconds']:.0f} s"]
+    for task, of_task in scores["tasks"].items():
+        for table in score_tables(task, of_task):
+            note = [f"  {table.note}"] if table.note else []
+            parts.append("\n".join([table.title, *text_table(table.rows, table.head, left=table.head), *note]))
+    for domain, of_domain in scores["general"].items():
+        parts.append(f"{domain}: perplexity {of_domain['perplexity']:.3f} of the targets of {of_domain['rows']} rows")
+    return "\n\n".join(parts)
+
+
+def score_tables(task: str, scores: Mapping[str, Any]) -> list[ScoreTable]:
+    """Return all tables of a task: its own, that of its rankings if it has them, and those of the papers."""
+    own = _relevance_table(scores) if task == RELEVANCE else _metrics_table(scores)
+    rankings = [_ranking_table(scores["ranking"])] if "ranking" in scores else []
+    return [own, *rankings, *paper_tables(task, scores)]
+
+
+def _relevance_table(scores: Mapping[str, Any]) -> ScoreTable:
+    rows = [
+        ["accuracy over all labels", fixed(scores["accuracy"]), fixed(scores["baseline_accuracy"])],
+        ["answers that could be read", fixed(scores["readable_share"]), ""],
+        ["answers that the model ended", fixed(scores["ended_share"]), ""],
+    ]
+    head = ["", "model", f"baseline (always {scores['baseline_label']})"]
+    return ScoreTable(f"{RELEVANCE}: {scores['rows']} rows of {scores['queries']} queries", head, rows)
+
+
+def _metrics_table(scores: Mapping[str, Any]) -> ScoreTable:
+    """Return the metrics of a task and the rates of its answers' form, but for what is in the papers' tables."""
+    in_views = tuple(f"{view}/" for view in scores.get("views", ()))
+    leading = scores["headline_name"]
+    values = {
+        name: value
+        for name, value in {**scores["metrics"], **scores["formats"]}.items()
+        if not name.startswith(in_views) or name == leading
+    }
+    values["answers that could be read"] = scores["readable_share"]
+    values["answers that the model ended"] = scores["ended_share"]
+    rows = [
+        [name, fixed(value), _range(scores["headline_95"]) if name == leading else ""] for name, value in values.items()
+    ]
+    title = f"{scores['task']}: {scores['rows']} rows of {scores['groups']} groups"
+    note = f"Not read: {_counts(scores['failures'].items())}." if scores["failures"] else ""
+    return ScoreTable(title, ["", "model", "95 % of resampled groups"], rows, note)
+
+
+def _ranking_table(ranking: Mapping[str, Any]) -> ScoreTable:
+    methods = ranking["methods"]
+    names = [name for name in dict.fromkeys(name for of in methods.values() for name in of) if not name.endswith("_95")]
+    rows = [
+        [method, *(f"{fixed(values.get(name))} {_range(values.get(f'{name}_95'))}".strip() for name in names)]
+        for method, values in methods.items()
+    ]
+    note = (
+        f"Rankings are of {ranking['valid_names']} names from {ranking['names_from']}; the true one is among them in "
+        f"{ranking['truth_is_valid']:.1%} of the rows."
+    )
+    return ScoreTable("Rankings, with 95 % of resampled users in brackets", ["method", *names], rows, note)
+
+
+def paper_tables(task: str, scores: Mapping[str, Any]) -> list[ScoreTable]:
     """Return the tables that the papers have of a task, none if they have none; shares are per cent, as theirs."""
     if "views" in scores and task == "ad_user_relevance":
         return [_view_table("AdNanny, table 5: ad-user relevance", "RR", scores["views"]["bad"], _USERS)]
@@ -53,31 +119,35 @@ def paper_tables(task: str, scores: Mapping[str, Any]) -> list[PaperTable]:
     return [_replacement_table(scores["replacement"])] if "replacement" in scores else []
 
 
-def _view_table(title: str, rate: str, view: Mapping[str, Any], columns: Mapping[str, str]) -> PaperTable:
+def _view_table(title: str, rate: str, view: Mapping[str, Any], columns: Mapping[str, str]) -> ScoreTable:
     rows = [
-        [shown_as, *(percent(view[line].get(field)) for field in columns.values())]
+        [shown_as, *(_percent(view[line].get(field)) for field in columns.values())]
         for line, shown_as in _LINES.items()
         if line in view
     ]
-    truth = f"{rate} {percent(view['model']['defect_rate'])} of {view['model']['rows']} rows"
-    between = f"95 % of resamples have a BACC of the model from {percent_range(view['balanced_accuracy_95'])}."
-    return PaperTable(f"{title} ({truth})", ["", *columns], rows, between)
+    truth = f"{rate} {_percent(view['model']['defect_rate'])} of {view['model']['rows']} rows"
+    between = _percent_range(view["balanced_accuracy_95"]) or "–"
+    note = f"95 % of resamples have a BACC of the model from {between}."
+    return ScoreTable(f"{title} ({truth})", ["", *columns], rows, note)
 
 
-def _query_table(generated: Mapping[str, Any]) -> PaperTable:
-    rows = [
-        [name, *(_percent_with_range(line, field) for field in _QUERIES.values()), str(line["queries"])]
-        for name, line in generated["lines"].items()
-    ]
-    judge = percent(generated["judge_balanced_accuracy"])
+def _query_table(generated: Mapping[str, Any]) -> ScoreTable:
+    rows = []
+    for name, line in generated["lines"].items():
+        shares = []
+        for field in _QUERIES.values():
+            between = _percent_range(line[f"{field}_95"])
+            shares.append(_percent(line[field]) + (f" ({between})" if between else ""))
+        rows.append([name, *shares, str(line["queries"])])
     note = (
         "Relevance is judged by a frozen TF-IDF model, which tells true queries of training rows from those of other "
-        f"keywords with a balanced accuracy of {judge}. In brackets: 95 % of resampled keywords."
+        f"keywords with a balanced accuracy of {_percent(generated['judge_balanced_accuracy'])}. In brackets: 95 % of "
+        "resampled keywords."
     )
-    return PaperTable("AdNanny, table 6: query generation", ["", *_QUERIES, "queries"], rows, note)
+    return ScoreTable("AdNanny, table 6: query generation", ["", *_QUERIES, "queries"], rows, note)
 
 
-def _replacement_table(replacement: Mapping[str, Any]) -> PaperTable:
+def _replacement_table(replacement: Mapping[str, Any]) -> ScoreTable:
     lines: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "advice": lambda report: str(report["advice"]),
         "comparisons": lambda report: str(report["comparisons"]),
@@ -89,7 +159,7 @@ def _replacement_table(replacement: Mapping[str, Any]) -> PaperTable:
         "weaknesses": lambda report: _counts(report["weaknesses"]),
     }
     rows = [[name, show(replacement["model"]), show(replacement["truth"])] for name, show in lines.items()]
-    return PaperTable("Replacement report: all comparisons together", ["", "model", "true answers"], rows)
+    return ScoreTable("Replacement report: all comparisons together", ["", "model", "true answers"], rows)
 
 
 def _net_share(report: Mapping[str, Any]) -> str:
@@ -102,107 +172,13 @@ def _counts(counts: Iterable[tuple[str, int]]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts) or "none"
 
 
-def percent(value: float | None) -> str:
-    """Return a share as the papers write it; undefined is a dash."""
-    return "–" if value is None else f"{100 * value:.2f}"
+def _percent(share: float | None) -> str:
+    return fixed(None if share is None else 100 * share, 2)
 
 
-def percent_range(interval: Sequence[float] | None) -> str:
-    """Return an interval of shares."""
-    return "–" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"
+def _percent_range(interval: Sequence[float] | None) -> str:
+    return f"{_percent(interval[0])} to {_percent(interval[1])}" if interval else ""
 
 
-def _percent_with_range(line: Mapping[str, Any], field: str) -> str:
-    interval = line[f"{field}_95"]
-    return percent(line[field]) + (f" ({percent_range(interval)})" if interval else "")
-
-
-RELEVANCE = "query_ad_relevance"
-_WIDTH = 36
-
-
-def text_tables(scores: Mapping[str, Any]) -> str:
-    """Return one table a task."""
-    tables = [
-        _relevance_table(of_task) if task == RELEVANCE else _task_table(of_task)
-        for task, of_task in scores["tasks"].items()
-    ]
-    general = [
-        f"{domain}: perplexity {of_domain['perplexity']:.3f} of the targets of {of_domain['rows']} rows"
-        for domain, of_domain in scores["general"].items()
-    ]
-    return "\n\n".join([f"{scores['rows']} held-out rows answered, {scores['seconds']:.0f} s", *tables, *general])
-
-
-def _relevance_table(scores: Mapping[str, Any]) -> str:
-    lines = [
-        f"{RELEVANCE}: {scores['rows']} rows of {scores['queries']} queries",
-        f"{'':<{_WIDTH}}  model  baseline (always {scores['baseline_label']})",
-        f"{'accuracy over all labels':<{_WIDTH}}  {shown(scores['accuracy'])}  {shown(scores['baseline_accuracy'])}",
-        f"{'answers that could be read':<{_WIDTH}}  {shown(scores['readable_share'])}",
-        *_paper_lines(RELEVANCE, scores),
-    ]
-    return "\n".join(lines)
-
-
-def _task_table(scores: Mapping[str, Any]) -> str:
-    lines = [f"{scores['task']}: {scores['rows']} rows of {scores['groups']} groups"]
-    for name, value in plain_metrics(scores).items():
-        between = _between(scores["headline_95"], "groups") if name == scores["headline_name"] else ""
-        lines.append(f"{name:<{_WIDTH}}  {shown(value)}{between}")
-    lines.append(f"{'answers that could be read':<{_WIDTH}}  {shown(scores['readable_share'])}")
-    if unread := ", ".join(f"{reason} {count}" for reason, count in scores["failures"].items()):
-        lines.append(f"  not read: {unread}")
-    lines += _ranking_lines(scores["ranking"]) if "ranking" in scores else []
-    return "\n".join([*lines, *_paper_lines(scores["task"], scores)])
-
-
-def plain_metrics(scores: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the metrics of a task and the rates of its answers' form, but for what is in the papers' tables."""
-    in_views = tuple(f"{view}/" for view in scores.get("views", ()))
-    return {
-        name: value
-        for name, value in {**scores["metrics"], **scores["formats"]}.items()
-        if not name.startswith(in_views) or name == scores["headline_name"]
-    }
-
-
-def _paper_lines(task: str, scores: Mapping[str, Any]) -> list[str]:
-    lines: list[str] = []
-    for table in paper_tables(task, scores):
-        widths = [max(map(len, column)) for column in zip(table.head, *table.rows, strict=True)]
-        cells = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (table.head, *table.rows)
-        ]
-        lines += ["", table.title, *cells, *([f"  {table.note}"] if table.note else [])]
-    return lines
-
-
-def _ranking_lines(ranking: Mapping[str, Any]) -> list[str]:
-    methods = ranking["methods"]
-    columns = dict.fromkeys(name for of_method in methods.values() for name in of_method)
-    names = [name for name in columns if not name.endswith("_95")]
-    head = f"{'(95 % of resampled users)':<{_WIDTH}}" + "".join(f"  {name:<22}" for name in names)
-    lines = [
-        f"{method:<{_WIDTH}}" + "".join(f"  {_with_range(of_method, name):<22}" for name in names)
-        for method, of_method in methods.items()
-    ]
-    truth = f"of {ranking['valid_names']} names from {ranking['names_from']}; the true one is among them in"
-    return [head, *(line.rstrip() for line in lines), f"  {truth} {ranking['truth_is_valid']:.1%} of the rows"]
-
-
-def _with_range(values: Mapping[str, Any], name: str) -> str:
-    if values.get(name) is None:
-        return "–"
-    interval = values.get(f"{name}_95")
-    return f"{values[name]:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
-
-
-def shown(value: float | None) -> str:
-    """Return a number as tables have it; undefined is a dash."""
-    return "   –" if value is None else f"{value:.3f}"
-
-
-def _between(interval: Sequence[float] | None, what: str) -> str:
-    return f"  (95 % of resampled {what}: {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+def _range(interval: Sequence[float] | None) -> str:
+    return f"({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""

@@ -1,6 +1,5 @@
 """From answers to numbers, task by task: metrics, an interval of the leading one, and what a baseline gets."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -16,6 +15,9 @@ from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.model_comparison import Assessment, parse, replacement_report
 from megatron_ads.tasks.registry import Scoring, score_answers, task_named
 
+_RESAMPLES = 200
+"""Each scores all answers anew."""
+
 
 def task_scores(
     answers: Sequence[Answer],
@@ -28,7 +30,8 @@ def task_scores(
     """Return the scores of each task as JSON values; what is undefined is None.
 
     Query-ad relevance has a form of its own (``relevance_scores``), with the binary views of the papers' tables. Other
-    tasks have one form and, where a paper has more on them, ``views``, ``ranking``, ``generated`` or ``replacement``.
+    tasks have one form and, where a paper has more on them, ``views``, ``ranking``, ``generated`` or ``replacement``,
+    which is ``tasks.model_comparison.replacement_report`` by ``model`` and by ``truth``.
 
     Args:
         answers: Of any tasks.
@@ -40,11 +43,9 @@ def task_scores(
     Raises:
         DataError: If a row is of an unknown task, or its facts have no ground truth.
     """
-    by_task: dict[str, list[Answer]] = defaultdict(list)
-    for answer in answers:
-        by_task[answer.row.task].append(answer)
     scores = {}
-    for task, of_task in sorted(by_task.items()):
+    for task in sorted({answer.row.task for answer in answers}):
+        of_task = [answer for answer in answers if answer.row.task == task]
         trained_on = [row for row in training if row.task == task]
         scoring = task_named(task).scoring
         if scoring is Scoring.labels:
@@ -60,7 +61,13 @@ def task_scores(
             case Scoring.queries:
                 scores[task]["generated"] = query_scores(of_task, trained_on, reasons=reasons)
             case Scoring.replacement:
-                scores[task]["replacement"] = replacement_scores(of_task, reasons=reasons)
+                groups = [answer.row.group or answer.row.id for answer in of_task]
+                model = [parse(answer.text, reasoning_required=reasons) for answer in of_task]
+                truth = [ground_truth(answer.row, Assessment) for answer in of_task]
+                scores[task]["replacement"] = {
+                    name: asdict(replacement_report(assessments, groups=groups))
+                    for name, assessments in (("model", model), ("truth", truth))
+                }
     return scores
 
 
@@ -84,23 +91,4 @@ def _scores(answers: Sequence[Answer], *, reasons: bool) -> dict[str, Any]:
         "groups": len(set(groups)),
         "headline_95": None if interval is None else [interval.low, interval.high],
         "ended_share": sum(answer.ended for answer in answers) / len(answers),
-    }
-
-
-_RESAMPLES = 200
-"""Each scores all answers anew."""
-
-
-def replacement_scores(answers: Sequence[Answer], *, reasons: bool = True) -> dict[str, Any]:
-    """Return ``tasks.model_comparison.replacement_report`` by ``model`` and by ``truth`` as JSON values.
-
-    Raises:
-        DataError: If a row's facts have no ground truth.
-    """
-    groups = [answer.row.group or answer.row.id for answer in answers]
-    model = [parse(answer.text, reasoning_required=reasons) for answer in answers]
-    truth = [ground_truth(answer.row, Assessment) for answer in answers]
-    return {
-        "model": asdict(replacement_report(model, groups=groups)),
-        "truth": asdict(replacement_report(truth, groups=groups)),
     }

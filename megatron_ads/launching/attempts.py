@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from megatron_ads.layout import describe_ranks
 from megatron_ads.runtime.health.rank_record import ExitStatus, RankRecord, first_failure
 from megatron_ads.training.checkpoint_folder import complete_checkpoints
 from megatron_ads.training.stopping import Outcome
@@ -30,6 +31,8 @@ class AttemptResult(StrEnum):
     """A signal asked for it, and the checkpoint is saved."""
     REFUSED = "refused"
     """The user has to fix something; another attempt would end in the same way."""
+    DIVERGED = "diverged"
+    """Nothing is learned any more; another attempt would end in the same way."""
     FAILED = "failed"
     """A rank crashed, was killed, or lost another one."""
 
@@ -47,6 +50,8 @@ def judge(records: Sequence[RankRecord], ranks: int, outcome: Outcome | None) ->
     """Return the result of an attempt of ``ranks`` ranks from their records."""
     if any(record.status is ExitStatus.USER_ERROR for record in records):
         return AttemptResult.REFUSED
+    if any(record.status is ExitStatus.DIVERGED for record in records):
+        return AttemptResult.DIVERGED
     if len(records) < ranks or any(record.failed for record in records) or outcome is None:
         return AttemptResult.FAILED
     return AttemptResult.FINISHED if outcome is Outcome.FINISHED else AttemptResult.STOPPED
@@ -66,6 +71,9 @@ def decide(verdict: AttemptResult, fruitless: int, maximum: int) -> Decision:
         case AttemptResult.REFUSED:
             reason = "not started again: this has to be fixed first"
             return Decision(again=False, status=ExitStatus.USER_ERROR, reason=reason)
+        case AttemptResult.DIVERGED:
+            reason = "not started again: the job has diverged"
+            return Decision(again=False, status=ExitStatus.DIVERGED, reason=reason)
         case AttemptResult.STOPPED:
             reason = "stopped on request, with a checkpoint; continuing from it"
             return Decision(again=True, status=ExitStatus.STOPPED, reason=reason)
@@ -101,29 +109,22 @@ def describe_failure(records: Sequence[RankRecord], ranks: Collection[int], logs
     if first is not None:
         *before, last = first.message.splitlines() or [""]
         lines += [f"first failure: rank {first.rank} on {first.host}, {first.status.name}: {last}"]
-        lines += _indented("\n".join([*before, last])) if before else []
+        lines += _indented([*before, last]) if before else []
         lines += [] if logs is None else [f"its log: {_log(logs, first.rank)}"]
     if silent:
-        lines.append(f"ended without a record (killed, out of memory, or its machine lost): {_named(silent)}")
-        lines += [] if logs is None else [f"the end of {_log(logs, silent[0])}:", *_log_tail(_log(logs, silent[0]))]
+        lines.append(f"ended without a record (killed, out of memory, or its machine lost): {describe_ranks(silent)}")
+        if logs is not None:
+            lines.append(f"the end of {(log := _log(logs, silent[0]))}:")
+            lines += _indented(log.read_text(errors="replace").splitlines()[-_LOG_LINES:]) if log.is_file() else []
     victims = [record for record in records if record.status is ExitStatus.PEER_LOST and record is not first]
     if victims:
-        lines.append(f"lost a peer: {_named([record.rank for record in victims])}. {victims[0].message}")
+        lines.append(f"lost a peer: {describe_ranks([record.rank for record in victims])}. {victims[0].message}")
     return lines
-
-
-def _named(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, sorted(ranks)[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
 def _log(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:04d}.log"
 
 
-def _log_tail(file: Path) -> list[str]:
-    return _indented("\n".join(file.read_text(errors="replace").splitlines()[-_LOG_LINES:])) if file.is_file() else []
-
-
-def _indented(text: str) -> list[str]:
-    return [f"    {line}" for line in text.splitlines()]
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [f"    {line}" for line in lines]

@@ -89,9 +89,7 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def meeting_place(environment: Mapping[str, str]) -> tuple[str, str]:
-    """Return address and port at which node 0 listens.
-
-    It is the node of the batch step, so its name is ours, and a port that is free here is free there.
+    """Return address and port at which node 0 listens: this node, whose free ports are known here.
 
     Raises:
         ConfigError: If MASTER_PORT is given and no number.

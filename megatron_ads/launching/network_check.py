@@ -8,8 +8,8 @@ communication libraries are, so a firewall that would stop these stops the trial
 import json
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatron_ads.launching.environment import environment_number
 
 _PATIENCE_SECONDS = 10.0
 """For one connection, when both ends are known to be there."""
+_LONGEST_MESSAGE = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,12 +37,12 @@ class Node:
 def check_connections(host: str, port: int, *, number: int, count: int, seconds: float = 60.0) -> list[str]:
     """Try every connection from this node; return a line for each that fails, and on node 0 for each absent node."""
     deadline = time.monotonic() + seconds
-    with _listening("", 0) as own:
+    with socket.create_server(("", 0), backlog=1024) as own:
         here = socket.gethostname()
         if number == 0:
             first = Node(number=0, name=here, address=host, port=own.getsockname()[1])
             try:
-                with _listening("", port) as door:
+                with socket.create_server(("", port), backlog=1024) as door:
                     return _host(door, first, count, deadline)
             except OSError as error:
                 return [f"node 0 ({here}) cannot listen on port {port}: {error}. Choose another MASTER_PORT."]
@@ -70,21 +71,16 @@ def _host(door: socket.socket, first: Node, count: int, deadline: float) -> list
             nodes.append(Node(number=said["number"], name=said["name"], address=address, port=said["port"]))
         except (OSError, ValueError, KeyError):  # a stranger
             connection.close()
-    there = {node.number for node in nodes}
-    problems = [
-        f"node {number} did not come to the rendezvous at {first.address}:{door.getsockname()[1]} in time"
-        for number in range(count)
-        if number not in there
-    ]
+    place = f"{first.address}:{door.getsockname()[1]}"
+    absent = sorted(set(range(count)) - {node.number for node in nodes})
+    problems = [f"node {number} did not come to the rendezvous at {place} in time" for number in absent]
     for connection in lines.values():
         _send(connection, {"nodes": [asdict(node) for node in nodes]})
     problems += _try_all(first, nodes)
     for connection in lines.values():  # all must listen until all have tried
         connection.settimeout(max(1.0, deadline - time.monotonic() + _PATIENCE_SECONDS))
-        try:
+        with suppress(OSError, ValueError):
             _receive(connection)
-        except (OSError, ValueError):
-            continue
     for connection in lines.values():
         _send(connection, {"kind": "end"})
         connection.close()
@@ -112,7 +108,8 @@ def _connected(host: str, port: int, deadline: float) -> socket.socket:
     """
     while True:
         try:
-            return socket.create_connection((host, port), timeout=max(1.0, deadline - time.monotonic()))
+            seconds = min(_PATIENCE_SECONDS, max(1.0, deadline - time.monotonic()))
+            return socket.create_connection((host, port), timeout=seconds)
         except OSError:
             if time.monotonic() + 0.5 > deadline:
                 raise
@@ -133,18 +130,9 @@ def _try_all(own: Node, nodes: list[Node]) -> list[str]:
     return problems
 
 
-@contextmanager
-def _listening(address: str, port: int) -> Iterator[socket.socket]:
-    """Listen; what connects to a port of the system's choice is greeted by the system alone, which is enough."""
-    with socket.create_server((address, port), backlog=1024) as server:
-        yield server
-
-
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    try:
+    with suppress(OSError):  # the other end is gone, as its own log says
         connection.sendall(json.dumps(message).encode() + b"\n")
-    except OSError:
-        return  # the other end is gone, as its own log says
 
 
 def _receive(connection: socket.socket) -> dict[str, Any]:
@@ -154,14 +142,10 @@ def _receive(connection: socket.socket) -> dict[str, Any]:
         OSError: If the other end is gone or silent for too long.
         ValueError: If it says something else.
     """
-    data = b""
-    while not data.endswith(b"\n"):
-        part = connection.recv(1 << 16)
-        if not part:
-            raise ConnectionError("the connection was closed")
-        data += part
-        if len(data) > 1 << 22:
-            raise ValueError("too long for a message")
+    with connection.makefile("rb") as lines:
+        data = lines.readline(_LONGEST_MESSAGE)
+    if not data:
+        raise ConnectionError("the connection was closed")
     message = json.loads(data)
     if not isinstance(message, dict):
         raise ValueError("not a message")
@@ -169,25 +153,28 @@ def _receive(connection: socket.socket) -> dict[str, Any]:
 
 
 def rendezvous_problems(environment: Mapping[str, str], seconds: float = 300.0) -> list[str]:
-    """Return why node 0 cannot be reached from here; node 0 may be started up to ``seconds`` later."""
+    """Return why node 0 cannot listen, or be reached from here; it may be started up to ``seconds`` later."""
     try:
         nodes, node = environment_number(environment, "NNODES", 1), environment_number(environment, "NODE_RANK", 0)
         port = environment_number(environment, "MASTER_PORT", 29500)
     except ConfigError as error:
         return [str(error)]
     host = environment.get("MASTER_ADDR")
-    if not host or node == 0 or nodes == 1:
+    if not host or nodes == 1:
         return []
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=5).close()
-            return []
-        except OSError as error:
-            if time.monotonic() < deadline:
-                time.sleep(2)
-                continue
+    try:
+        if node == 0:
+            socket.create_server(("", port)).close()
+        else:
+            _connected(host, port, time.monotonic() + seconds).close()
+    except (OSError, OverflowError) as error:
+        if node == 0:
             return [
-                f"node 0 cannot be reached at {host}:{port} (MASTER_ADDR:MASTER_PORT) within {seconds:.0f} s: {error}. "
-                "Start the job there too, and open the port between the nodes."
+                f"node 0 cannot listen on port {port} (MASTER_PORT): {error}. Set MASTER_PORT on every node to a port "
+                "that is free on this one."
             ]
+        return [
+            f"node 0 cannot be reached at {host}:{port} (MASTER_ADDR:MASTER_PORT) within {seconds:.0f} s: {error}. "
+            "Start the job there too, and open the port between the nodes."
+        ]
+    return []

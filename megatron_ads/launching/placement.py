@@ -114,7 +114,13 @@ def read_reports(file: Path) -> tuple[list[RankReport], list[str]]:
 
 def placement_problems(reports: Sequence[RankReport], job: PlannedJob, nodes: int) -> list[str]:
     """Return a line for everything that is missing, duplicated, or in the wrong place."""
-    problems = _rank_problems(Counter(report.rank for report in reports), job.layout.world)
+    world, found, problems = job.layout.world, Counter(report.rank for report in reports), []
+    if missing := [rank for rank in range(world) if rank not in found]:
+        problems.append(f"{len(missing)} ranks are missing: {_some(missing)}")
+    if twice := sorted(rank for rank, count in found.items() if count > 1):
+        problems.append(f"reported more than once: rank {_some(twice)}")
+    if strange := sorted(rank for rank in found if not 0 <= rank < world):
+        problems.append(f"not a rank of the job: {_some(strange)}")
     if len({(report.node, report.local_rank) for report in reports}) != len(reports):
         problems.append("two tasks of one node have the same local number")
     if (reported := len({report.node for report in reports})) != nodes:
@@ -122,17 +128,6 @@ def placement_problems(reports: Sequence[RankReport], job: PlannedJob, nodes: in
     for report in reports:
         problems += _differences(report, job)
     return problems + _coverage_problems(reports, job)
-
-
-def _rank_problems(found: Counter[int], world: int) -> list[str]:
-    lines = []
-    if missing := [rank for rank in range(world) if rank not in found]:
-        lines.append(f"{len(missing)} ranks are missing: {_some(missing)}")
-    if twice := sorted(rank for rank, count in found.items() if count > 1):
-        lines.append(f"reported more than once: rank {_some(twice)}")
-    if strange := sorted(rank for rank in found if not 0 <= rank < world):
-        lines.append(f"not a rank of the job: {_some(strange)}")
-    return lines
 
 
 def _differences(report: RankReport, job: PlannedJob) -> list[str]:
@@ -158,8 +153,7 @@ def _coverage_problems(reports: Iterable[RankReport], job: PlannedJob) -> list[s
         for report in reports
         if report.file not in files
     ]
-    wrong = wrong_copies(job.shards, (contents[report.file] for report in reports if report.file in files))
-    if wrong:
+    if wrong := wrong_copies(job.shards, (contents[report.file] for report in reports if report.file in files)):
         shown = ", ".join(f"{one.parameter} ({one.held:g} of {one.expected})" for one in wrong[:3])
         problems.append(f"{len(wrong)} weights are not held by as many ranks as they should be: {shown}")
     return problems

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self, TextIO
@@ -56,7 +56,7 @@ def run_job(
             env={**os.environ, **(environment or {})},
             start_new_session=True,
             close_fds=False,  # what this process marked inheritable, the folder's lock, is the job's too
-            preexec_fn=_end_with_parent,
+            preexec_fn=lambda: ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
         )
         try:
             while job.poll() is None:
@@ -108,19 +108,11 @@ class MetricsFollower:
 @contextmanager
 def termination_as_interrupt() -> Iterator[None]:
     """Let SIGTERM end the block as Ctrl-C does, so that jobs are ended and not left behind."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _end(job: "subprocess.Popen[bytes]") -> None:
@@ -156,7 +148,8 @@ def wait_passing_signals_on(job: "subprocess.Popen[bytes]") -> int:
     def pass_on(number: int, _: FrameType | None) -> None:
         if number != signal.SIGINT:
             for pid in children(job.pid) or [job.pid]:
-                _signal(pid, number)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
@@ -170,15 +163,6 @@ def children(pid: int) -> list[int]:
     """Return the processes that ``pid`` has started and that are still there; none where Linux's /proc is missing."""
     found = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
+        with suppress(OSError):
             found += [int(child) for child in file.read_text().split()]
-        except OSError:
-            continue
     return found
-
-
-def _signal(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return

@@ -36,6 +36,7 @@ from megatron_ads.launching.placement import placement_problems, read_reports, s
 from megatron_ads.launching.sweep import sweep_overrides
 from megatron_ads.planning.job import load_job
 from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, read_records
+from megatron_ads.training.folder_lock import folders_of, hold
 from megatron_ads.training.stopping import clear_outcome, read_outcome
 
 PLACEMENT_VARIABLE = "MEGATRON_ADS_CHECK_PLACEMENT"
@@ -86,18 +87,22 @@ def _run(allocation: Allocation, recipe: str, overrides: list[str], notice: Stop
         say(problem)
     if found.problems:
         return ExitStatus.USER_ERROR
-    attempt = Attempt.begin(allocation, recipe, overrides)
-    check = attempt.check_nodes()
-    say_nodes(check)
-    if check.problems:
-        return ExitStatus.USER_ERROR
-    started = check.finished and notice.received is None
-    if started:
-        attempt.run_ranks(notice)
-    decision = attempt.decision(started)
-    say(decision.reason)
+    with hold(folders_of(load_recipe(recipe, overrides)), os.environ):
+        attempt = Attempt.begin(allocation, recipe, overrides)
+        check = attempt.check_nodes()
+        say_nodes(check)
+        if check.problems:
+            return ExitStatus.USER_ERROR
+        started = check.finished and notice.received is None
+        if started:
+            attempt.run_ranks(notice)
+        decision = attempt.decision(started)
+        say(decision.reason)
     if decision.again:
-        _requeue(allocation)
+        if refusal := ask_slurm("scontrol", "requeue", allocation.job):  # which ends this process
+            say(f"Slurm did not take the job back: {refusal}. Submit it again to continue from the checkpoint.")
+        else:
+            time.sleep(_REQUEUE_SECONDS)
     return decision.status
 
 
@@ -125,10 +130,10 @@ def say_nodes(check: NodesCheck) -> None:
 
 def wants_placement_check(environment: Mapping[str, str]) -> bool:
     """Whether the job is to check where its ranks would run, instead of training; a former name is still accepted."""
-    if environment.get(_OLD_PLACEMENT_VARIABLE, "0") not in ("", "0"):
+    old = environment.get(_OLD_PLACEMENT_VARIABLE, "0") not in ("", "0")
+    if old:
         say(f"{_OLD_PLACEMENT_VARIABLE} is now called {PLACEMENT_VARIABLE}; the old name will be removed")
-        return True
-    return environment.get(PLACEMENT_VARIABLE, "0") not in ("", "0")
+    return old or environment.get(PLACEMENT_VARIABLE, "0") not in ("", "0")
 
 
 def check_placement(allocation: Allocation, recipe: str, overrides: Sequence[str]) -> int:
@@ -196,15 +201,11 @@ class Attempt:
 
     def check_nodes(self) -> NodesCheck:
         """Let every node check itself and its connections to the others."""
-        config, size = self.config, self.allocation
-        folders = dict.fromkeys((config.checkpoint.dir, config.log.dir))
-        arguments = [
-            f"--local-ranks={size.ranks_per_node}",
-            *(f"--folder={folder}" for folder in folders),
-            f"--expect={self.folder / ATTEMPT}",
-            *(["--gpus"] if needs_gpu(config, os.environ) else []),
-        ]
-        return check_nodes(size, arguments)
+        folders = dict.fromkeys((self.config.checkpoint.dir, self.config.log.dir))
+        arguments = [f"--local-ranks={self.allocation.ranks_per_node}", f"--expect={self.folder / ATTEMPT}"]
+        arguments += [f"--folder={folder}" for folder in folders]
+        arguments += ["--gpus"] if needs_gpu(self.config, os.environ) else []
+        return check_nodes(self.allocation, arguments)
 
     def run_ranks(self, notice: StopNotice) -> None:
         """Start every rank and wait until all have ended, or until those that still run after a failure are ended."""
@@ -214,7 +215,8 @@ class Attempt:
             *("srun", "--kill-on-bad-exit=0", "--input=none", f"--output={self.folder}/rank-%4t.log"),
             *(sys.executable, "-m", "megatron_ads.training", "--recipe", self.recipe, *self.overrides),
         ]
-        with subprocess.Popen(command, env=rank_environment(size, self.records, os.environ)) as job:
+        environment = rank_environment(size, self.records, os.environ)
+        with subprocess.Popen(command, env=environment, close_fds=False) as job:  # srun inherits the folders' lock
             _wait(job, lambda: any(record.failed for record in read_records(self.records)), notice, size.job)
 
     def decision(self, started: bool) -> Decision:
@@ -269,14 +271,6 @@ def _wait(job: "subprocess.Popen[bytes]", has_failed: Callable[[], bool], notice
             with contextlib.suppress(subprocess.TimeoutExpired):
                 job.wait(_GRACE_SECONDS)
             job.kill()
-
-
-def _requeue(allocation: Allocation) -> None:
-    """Put this job back into the queue, which ends this process."""
-    if problem := ask_slurm("scontrol", "requeue", allocation.job):
-        say(f"Slurm did not take the job back: {problem}. Submit it again to continue from the checkpoint.")
-        return
-    time.sleep(_REQUEUE_SECONDS)
 
 
 if __name__ == "__main__":

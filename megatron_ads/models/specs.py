@@ -77,56 +77,39 @@ def mtp_spec(shape: ModelShape, chunk: Chunk, spec: LayerSpec) -> MultiTokenPred
 
 def _layer(spec: LayerSpec, *, has_experts: bool) -> ModuleSpec:
     if spec is LayerSpec.TE:
-        return _te_layer(has_experts=has_experts)
+        # Megatron reads only whether num_experts is None; how many there are is in the configuration.
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=1 if has_experts else None,
+            moe_grouped_gemm=True,
+            qk_layernorm=True,
+            multi_latent_attention=True,
+        )
+    experts = GroupedExperts if spec is LayerSpec.GROUPED else ModuleSpec(module=SequentialMLP, submodules=_LINEARS)
+    shared_experts = ModuleSpec(module=SharedExpertMLP, submodules=_LINEARS)
+    mixture = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared_experts))
+    attention = MLASelfAttentionSubmodules(
+        linear_q_proj=ColumnParallelLinear,
+        linear_q_down_proj=ColumnParallelLinear,
+        linear_q_up_proj=ColumnParallelLinear,
+        linear_kv_down_proj=ColumnParallelLinear,
+        linear_kv_up_proj=ColumnParallelLinear,
+        core_attention=IdentityOp,
+        linear_proj=RowParallelLinear,
+        q_layernorm=RMSNorm,
+        kv_layernorm=RMSNorm,
+    )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=_attention(),
+            self_attention=ModuleSpec(
+                module=LatentAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=_mixture(spec) if has_experts else ModuleSpec(module=MLP, submodules=_LINEARS),
+            mlp=mixture if has_experts else ModuleSpec(module=MLP, submodules=_LINEARS),
             mlp_bda=get_bias_dropout_add,
         ),
-    )
-
-
-def _attention() -> ModuleSpec:
-    return ModuleSpec(
-        module=LatentAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=MLASelfAttentionSubmodules(
-            linear_q_proj=ColumnParallelLinear,
-            linear_q_down_proj=ColumnParallelLinear,
-            linear_q_up_proj=ColumnParallelLinear,
-            linear_kv_down_proj=ColumnParallelLinear,
-            linear_kv_up_proj=ColumnParallelLinear,
-            core_attention=IdentityOp,
-            linear_proj=RowParallelLinear,
-            q_layernorm=RMSNorm,
-            kv_layernorm=RMSNorm,
-        ),
-    )
-
-
-def _mixture(spec: LayerSpec) -> ModuleSpec:
-    sequential = ModuleSpec(module=SequentialMLP, submodules=_LINEARS)
-    return ModuleSpec(
-        module=MoELayer,
-        submodules=MoESubmodules(
-            experts=GroupedExperts if spec is LayerSpec.GROUPED else sequential,
-            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_LINEARS),
-        ),
-    )
-
-
-def _te_layer(*, has_experts: bool) -> ModuleSpec:
-    # Megatron reads only whether num_experts is None; how many there are is in the configuration.
-    return get_gpt_layer_with_transformer_engine_spec(
-        num_experts=1 if has_experts else None,
-        moe_grouped_gemm=True,
-        qk_layernorm=True,
-        multi_latent_attention=True,
     )
 
 

@@ -1,22 +1,13 @@
 """Log lines that say which rank speaks. Rank 0 speaks for the job; the others only when something is wrong."""
 
 import logging
-import os
 import sys
 
 from tqdm import tqdm
 
+from megatron_ads.layout import rank, world_size
+
 _PROJECT = "megatron_ads"
-
-
-def rank() -> int:
-    """Return the rank of this process as its launcher (torchrun, srun) says; 0 when launched alone."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-
-
-def world_size() -> int:
-    """Return the number of processes of this job as its launcher says; 1 when launched alone."""
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
 
 
 class _StderrAboveBars(logging.Handler):

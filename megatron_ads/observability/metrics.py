@@ -50,11 +50,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("mfu", "1", "the same over the GPU's dense BF16 peak; absent where that is not known"),
     Metric("step_seconds", "s", "wall time of the step"),
     Metric("checkpoint_seconds", "s", "wall time the step spent on saving"),
-    Metric(
-        "expert_load_max_over_mean",
-        "1",
-        "busiest expert's tokens over the mean, averaged over MoE layers; 1 is even",
-    ),
+    Metric("expert_load_max_over_mean", "1", "busiest expert's tokens over the mean, over all MoE layers; 1 is even"),
     Metric("slowest_rank", "rank", "whose own work, without waiting for others, lags most behind its pipeline stage"),
     Metric("slowest_rank_seconds", "s", "own work of that rank in this step"),
     Metric("slowest_rank_over_median", "1", "the same over the median of the other ranks of its stage"),
@@ -83,7 +79,11 @@ class MetricsWriter:
         except OSError as error:
             raise ConfigError(f"log.dir {directory} cannot be written ({error.strerror}); choose another.") from None
         self._tracked = tracked
-        self._tensorboard = _open_tensorboard(directory / "tensorboard", resume_step) if tensorboard else None
+        self._tensorboard: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # seconds of imports that a run without it is spared
+
+            self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append the values of one step; every name must be in ``METRICS``.
@@ -136,16 +136,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist: no run has written metrics there.") from None
     complete = text[: text.rfind("\n") + 1]
-    return [_parse(file, number, line) for number, line in enumerate(complete.splitlines(), start=1)]
-
-
-def _parse(file: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(line)
-        int(values["step"])
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{file} line {number} is not a metrics line ({line[:60]!r}); move the file away.") from None
-    return values
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(complete.splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+            int(rows[-1]["step"])
+        except (ValueError, KeyError, TypeError):
+            said = f"{file} line {number} is not a metrics line ({line[:60]!r}); move the file away."
+            raise ConfigError(said) from None
+    return rows
 
 
 def _drop_after(file: Path, step: int) -> None:
@@ -156,9 +155,3 @@ def _drop_after(file: Path, step: int) -> None:
 
     kept = [values for values in read_metrics(file) if values["step"] <= step]
     write_small(file, "".join(json.dumps(values) + "\n" for values in kept))
-
-
-def _open_tensorboard(directory: Path, resume_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # seconds of imports that a run without it is spared
-
-    return SummaryWriter(str(directory), purge_step=resume_step + 1)

@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,20 +15,22 @@ PACKAGES = ("megatron-ads", "megatron-core", "torch", "transformers", "transform
 
 def provenance() -> dict[str, Any]:
     """Return host, accelerators, versions and git revision as JSON values; what is not there is None."""
+    import torch  # seconds of import, and only this needs it
+
     return {
         "host": {
-            "cpu": cpu_model(),
-            "cores": usable_cores(),
+            "cpu": _cpu_model(),
+            "cores": len(os.sched_getaffinity(0)),  # which a container can make fewer than the machine has
             "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             "system": f"{platform.system()} {platform.machine()}",
-            "gpus": gpu_names(),
+            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         },
         "versions": {"python": platform.python_version(), **package_versions()},
         "revision": git_revision(Path(__file__).parent),
     }
 
 
-def cpu_model() -> str:
+def _cpu_model() -> str:
     """Return the processor's name as the kernel tells it, or the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -37,28 +40,13 @@ def cpu_model() -> str:
     return names[0] if names else platform.machine()
 
 
-def usable_cores() -> int:
-    """Return the cores this process may run on, which a container can make fewer than the machine has."""
-    return len(os.sched_getaffinity(0))
-
-
-def gpu_names() -> list[str]:
-    """Return the name of every CUDA device this process sees."""
-    import torch  # seconds of import, and only this answer needs it
-
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-
-
 def package_versions() -> dict[str, str | None]:
     """Return the installed version of every package that can move a number; None where not installed."""
-    return {name: _version(name) for name in PACKAGES}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def code_digest(*folders: Path) -> str:

@@ -33,20 +33,6 @@ class RankComparison:
         return self.seconds / max(self.median_seconds, 1e-9)
 
 
-def against_their_stage(stages: Sequence[int], seconds: Sequence[float]) -> list[RankComparison]:
-    """Return every rank that has others in its stage, compared with them.
-
-    Args:
-        stages: Pipeline stage of each rank.
-        seconds: Own work of each rank.
-    """
-    return [
-        RankComparison(rank, seconds[rank], median(others))
-        for rank, stage in enumerate(stages)
-        if (others := [seconds[other] for other, its in enumerate(stages) if its == stage and other != rank])
-    ]
-
-
 class StragglerWatch:
     """Warns once when a rank is behind for several consecutive logged steps; reports when it kept up for as many."""
 
@@ -68,15 +54,16 @@ class StragglerWatch:
 
     def observe(self, step: int, seconds: Sequence[float], step_seconds: float) -> RankComparison | None:
         """Record a logged step; return the rank that lost most, by however little; None if no rank can be compared."""
-        compared = against_their_stage(self._stages, seconds)
+        compared = [
+            RankComparison(rank, seconds[rank], median(others))
+            for rank, stage in enumerate(self._stages)
+            if (others := [seconds[other] for other, its in enumerate(self._stages) if its == stage and other != rank])
+        ]
         behind = {each.rank: each for each in compared if self._is_behind(each, step_seconds)}
         for rank in range(len(seconds)):
-            if rank in behind:
-                self._behind[rank] += 1
-                self._in_time[rank] = 0
-            else:
-                self._in_time[rank] += 1
-                self._behind[rank] = 0
+            is_behind = rank in behind
+            self._behind[rank] = self._behind[rank] + 1 if is_behind else 0
+            self._in_time[rank] = 0 if is_behind else self._in_time[rank] + 1
             if self._behind[rank] >= self._steps and rank not in self._named:
                 self._named.add(rank)
                 self._warn(step, behind[rank], step_seconds)
@@ -94,13 +81,6 @@ class StragglerWatch:
             "rank %d (stage %d) on %s holds up the job: its own work took %.3g s of the %.3g s of step %d, %.1f times "
             "the median of the others of its stage, %.3g s, in %d consecutive logged steps. Look at that machine's "
             "clocks, temperature, disks and other processes.",
-            each.rank,
-            self._stages[each.rank],
-            self._hosts[each.rank],
-            each.seconds,
-            step_seconds,
-            step,
-            each.over_median,
-            each.median_seconds,
-            self._steps,
+            *(each.rank, self._stages[each.rank], self._hosts[each.rank], each.seconds, step_seconds, step),
+            *(each.over_median, each.median_seconds, self._steps),
         )

@@ -9,10 +9,11 @@ tracker that fails is reported once and left out from there: it never ends a tra
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_ads.config.training import Tracker
 from megatron_ads.errors import ConfigError
@@ -25,32 +26,13 @@ _MLFLOW_BATCH = 100
 """Parameters that its interface takes at once."""
 
 
-class Run(Protocol):
-    """One run in one tracker."""
+class _InitRun:
+    """A run of wandb, or of trackio, which has the same interface."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Send the values of one step."""
-
-    def close(self) -> None:
-        """Send what is left."""
-
-
-class _WandbRun:
-    def __init__(self, directory: Path, recipe: Mapping[str, Any]) -> None:
-        wandb: Any = import_module("wandb")
-        self._run = wandb.init(project=PROJECT, name=directory.resolve().name, dir=str(directory), config=dict(recipe))
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class _TrackioRun:
-    def __init__(self, directory: Path, recipe: Mapping[str, Any]) -> None:
-        trackio: Any = import_module("trackio")
-        self._run = trackio.init(project=PROJECT, name=directory.resolve().name, config=dict(recipe))
+    def __init__(self, package: Tracker, directory: Path, recipe: Mapping[str, Any]) -> None:
+        module: Any = import_module(package)
+        folder = {"dir": str(directory)} if package is Tracker.wandb else {}
+        self._run = module.init(project=PROJECT, name=directory.resolve().name, config=dict(recipe), **folder)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -89,10 +71,11 @@ def _leaves(recipe: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
     return leaves
 
 
+Run = _InitRun | _MlflowRun
 _RUNS: dict[Tracker, Callable[[Path, Mapping[str, Any]], Run]] = {
-    Tracker.wandb: _WandbRun,
+    Tracker.wandb: partial(_InitRun, Tracker.wandb),
+    Tracker.trackio: partial(_InitRun, Tracker.trackio),
     Tracker.mlflow: _MlflowRun,
-    Tracker.trackio: _TrackioRun,
 }
 
 

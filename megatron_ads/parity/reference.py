@@ -28,14 +28,9 @@ from megatron_ads.inference.language_model import missing_weights, transformers_
 _CLASSES = {"deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM)}
 _V3 = (DeepseekV3Config, DeepseekV3ForCausalLM)  # kimi_k2 has the same architecture
 _OF_THE_WHOLE_MODEL = (
-    "architectures",
-    "auto_map",
+    "architectures", "auto_map", "quantization_config", "torch_dtype", "dtype", "transformers_version",
     "model_type",  # transformers finds how to fuse the experts by that of its own class
-    "quantization_config",
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-)
+)  # fmt: skip
 
 
 def load_model(folder: Path, dtype: torch.dtype, *, attention: str | None = None) -> Any:
@@ -92,18 +87,26 @@ class ReferenceLayer:
     def predict(self, tokens_S: Tensor, hidden_SC: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the output of an MTP layer, behind its norm: arXiv:2412.19437, eq. 21 and 22."""
         next_S = torch.cat([tokens_S[1:], tokens_S.new_zeros(1)])
-        parts = [self._norm("enorm", embed(next_S)), self._norm("hnorm", hidden_SC)]
-        joined = linear(torch.cat(parts, dim=-1), self._around["eh_proj"])
-        return self._norm("norm", self.decode(joined))
 
-    def _norm(self, word: str, x: Tensor) -> Tensor:
-        return rms_norm(x, self._around[word], self._epsilon)
+        def norm(word: str, x: Tensor) -> Tensor:
+            return rms_norm(x, self._around[word], self._epsilon)
+
+        joined = linear(
+            torch.cat([norm("enorm", embed(next_S)), norm("hnorm", hidden_SC)], -1), self._around["eh_proj"]
+        )
+        return norm("norm", self.decode(joined))
 
     def watch_router(self, watch: Callable[[Scores], None]) -> None:
         """Have ``watch`` called after every pass of a layer with experts."""
+
+        def hook(_module: Any, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            logits_TE, weights_TK, experts_TK = output
+            weights_TE = torch.zeros_like(logits_TE, dtype=torch.float32).scatter(1, experts_TK, weights_TK.float())
+            watch(Scores(weights_TE, logits_TE.float()))
+
         router = getattr(self._model.model.layers[0].mlp, "gate", None)
         if router is not None:
-            router.register_forward_hook(lambda _module, _inputs, output: watch(_scores(output)))
+            router.register_forward_hook(hook)
 
 
 class Reference:
@@ -133,10 +136,14 @@ class Reference:
             ConversionError: If transformers would make up a weight of it.
         """
         tensors = layer_tensors(self._folder, layer)
+        config = {name: value for name, value in self._folder.config.items() if name not in _OF_THE_WHOLE_MODEL}
+        config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        dense = not self._folder.shape.is_moe_layer(layer)
+        config |= {"num_hidden_layers": 1, "first_k_dense_replace": int(dense), "vocab_size": 1}
         config_class, model_class = _CLASSES.get(self._folder.shape.model_type, _V3)
         model, report = model_class.from_pretrained(
             None,
-            config=config_class(**self._one_layer_config(layer)),
+            config=config_class(**config),
             state_dict=dict(tensors.decoder),
             dtype=self._dtype,
             attn_implementation="eager",
@@ -146,20 +153,8 @@ class Reference:
             raise ConversionError(f"Layer {layer} of {self._folder.path} lacks {missing[0]}, which transformers needs.")
         return ReferenceLayer(model.eval().to(self._device), tensors, self._dtype, self._folder.shape.rms_norm_eps)
 
-    def _one_layer_config(self, layer: int) -> dict[str, Any]:
-        fields = {name: value for name, value in self._folder.config.items() if name not in _OF_THE_WHOLE_MODEL}
-        dense = not self._folder.shape.is_moe_layer(layer)
-        tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-        return fields | tokens | {"num_hidden_layers": 1, "first_k_dense_replace": int(dense), "vocab_size": 1}
-
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Return ``weight * x / sqrt(mean(x^2) + epsilon)``, the quotient in FP32."""
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
-
-
-def _scores(output: Any) -> Scores:
-    logits_TE, weights_TK, experts_TK = output
-    weights_TE = torch.zeros_like(logits_TE, dtype=torch.float32).scatter(1, experts_TK, weights_TK.float())
-    return Scores(weights_TE, logits_TE.float())

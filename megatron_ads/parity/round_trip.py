@@ -29,7 +29,12 @@ def _changed(
         size = layout.tp if parameter.expert is None else layout.etp
         slices = [source.read(parameter.name, rank=rank, size=size) for rank in range(size)]
         stored = torch.cat([stored_values(folder, part.name) for part in parameter.parts])
-        if not _same(_joined(slices, parameter.split), stored):
+        ours = _joined(slices, parameter.split)
+        if ours.dtype != stored.dtype:  # a router bias that is stored narrower than FP32 is compared by value
+            same = torch.equal(ours.float(), stored.float())
+        else:
+            same = torch.equal(ours.contiguous().view(torch.uint8), stored.contiguous().view(torch.uint8))
+        if not same:
             yield parameter.name
 
 
@@ -40,10 +45,3 @@ def _joined(slices: list[Tensor], split: Split) -> Tensor:
         halves = zip(*(one.chunk(2) for one in slices), strict=True)
         return torch.cat([part for half in halves for part in half])
     return torch.cat(slices, dim=1 if split is Split.COLUMNS else 0)
-
-
-def _same(ours: Tensor, stored: Tensor) -> bool:
-    """Bit for bit; a router bias that is stored narrower than FP32 is compared by value."""
-    if ours.dtype != stored.dtype:
-        return torch.equal(ours.float(), stored.float())
-    return torch.equal(ours.contiguous().view(torch.uint8), stored.contiguous().view(torch.uint8))

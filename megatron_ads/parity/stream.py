@@ -78,43 +78,32 @@ class Stream:
     ) -> tuple[LayerResult, Rows, Rows]:
         """Return the result and both sides' outputs for their own inputs."""
         started = time.monotonic()
-        their_output, scores = self._run_theirs(layer, tokens, theirs)
-        same_input, weights, our_output, own_weights = self._run_ours(layer, tokens, theirs, ours)
+        reference, scores = self._reference.layer(layer), list[Scores]()
+        reference.watch_router(scores.append)
+        their_output = self._run(reference, layer, tokens, theirs, self._reference.embed)
+        module, weights = SingleLayer(self._source, layer, self._settings), list[Tensor]()
+        module.watch_router(lambda weights_TE, chosen_TE: weights.append((weights_TE * chosen_TE).float()))
+        same_input = self._run(module, layer, tokens, theirs, self._embed)
+        routed = list(weights)  # of these passes only
+        our_output = self._run(module, layer, tokens, ours, self._embed)
+        router, same_T = None, torch.ones(sum(map(len, tokens)), dtype=torch.bool, device=self._device)
         if scores:
-            self._elsewhere_T = self._elsewhere_T | _moved(torch.cat(own_weights), _weights(scores))
-        router, same_T = self._compare_routing(layer, weights, scores) if scores else (None, None)
+            self._elsewhere_T = self._elsewhere_T | _moved(torch.cat(weights[len(routed) :]), _weights(scores))
+            router, same_T = self._compare_routing(layer, routed, scores)
         shape = self._source.shape
-        kind = (
-            LayerKind.MTP
-            if layer >= shape.num_layers
-            else LayerKind.EXPERTS
-            if shape.is_moe_layer(layer)
-            else LayerKind.DENSE
-        )
+        kind = LayerKind.EXPERTS if shape.is_moe_layer(layer) else LayerKind.DENSE
+        difference, largest = _difference(same_input, their_output, same_T)
         result = LayerResult(
             layer=layer,
-            kind=kind,
-            difference=_relative(same_input, their_output, same_T),
-            carried=_relative(our_output, their_output),
-            largest=_largest(same_input, their_output, same_T),
+            kind=kind if layer < shape.num_layers else LayerKind.MTP,
+            difference=difference,
+            carried=_difference(our_output, their_output, torch.ones_like(same_T))[0],
+            largest=largest,
             changed_tensors=changed_in_layer(self._source, self._folder, layer, layout),
             router=router,
             seconds=time.monotonic() - started,
         )
         return result, their_output, our_output
-
-    def _run_theirs(self, layer: int, tokens: Rows, inputs: Rows) -> tuple[Rows, list[Scores]]:
-        module, scores = self._reference.layer(layer), list[Scores]()
-        module.watch_router(scores.append)
-        return self._run(module, layer, tokens, inputs, self._reference.embed), scores
-
-    def _run_ours(self, layer: int, tokens: Rows, theirs: Rows, ours: Rows) -> tuple[Rows, Rows, Rows, Rows]:
-        """Return outputs and routing weights for their inputs, then both for our inputs."""
-        module, weights = SingleLayer(self._source, layer, self._settings), list[Tensor]()
-        module.watch_router(lambda weights_TE, chosen_TE: weights.append((weights_TE * chosen_TE).float()))
-        same_input = self._run(module, layer, tokens, theirs, self._embed)
-        routed = list(weights)
-        return same_input, routed, self._run(module, layer, tokens, ours, self._embed), weights[len(routed) :]
 
     def _run(
         self,
@@ -188,17 +177,13 @@ def _moved(ours_TE: Tensor, theirs_TE: Tensor) -> Tensor:
     return ((ours_TE != 0) ^ (theirs_TE != 0)).any(dim=1)
 
 
-def _relative(ours: Rows, theirs: Rows, counted_T: Tensor | None = None) -> float:
-    """Return the root mean square of the difference over that of ``theirs``; None: of all tokens."""
-    a, b = _counted(ours, counted_T), _counted(theirs, counted_T)
-    return float((a - b).pow(2).mean().sqrt() / b.pow(2).mean().sqrt())
+def _difference(ours: Rows, theirs: Rows, counted_T: Tensor) -> tuple[float, float]:
+    """Return root mean square and maximum of the difference of some tokens, over the root mean square of ``theirs``.
 
-
-def _largest(ours: Rows, theirs: Rows, counted_T: Tensor | None) -> float:
-    a, b = _counted(ours, counted_T), _counted(theirs, counted_T)
-    return float((a - b).abs().max() / b.pow(2).mean().sqrt()) if len(a) else math.nan
-
-
-def _counted(rows: Rows, counted_T: Tensor | None) -> Tensor:
-    joined_TC = torch.cat(rows).float()
-    return joined_TC if counted_T is None else joined_TC[counted_T]
+    Both are NaN where no token counts.
+    """
+    a, b = torch.cat(ours)[counted_T].float(), torch.cat(theirs)[counted_T].float()
+    if not len(a):
+        return math.nan, math.nan
+    size = b.pow(2).mean().sqrt()
+    return float((a - b).pow(2).mean().sqrt() / size), float((a - b).abs().max() / size)

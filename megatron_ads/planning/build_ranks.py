@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from conversion.rank_files import ShardsLayout
 from conversion.shards import open_shards
 from megatron_ads.errors import ConfigError, ConversionError
 from megatron_ads.models.parts import part_of
@@ -59,6 +58,7 @@ class BuiltRanks:
 
 
 _FAULTS_SHOWN = 20
+_SIZES = ("tp", "pp", "vpp", "ep", "etp")
 
 
 def build_ranks(job: PlannedJob, *, every_rank: bool = False, shards: Path | None = None) -> BuiltRanks:
@@ -73,7 +73,9 @@ def build_ranks(job: PlannedJob, *, every_rank: bool = False, shards: Path | Non
     if dist.is_initialized():
         raise ConfigError("--build-ranks takes the place of every rank in turn: it cannot run inside a running job.")
     started = time.monotonic()
-    facts = [_build_rank(job, rank) for rank in _chosen_ranks(job, every_rank)]
+    stages = [job.layout.stage_ranks(stage) for stage in range(job.layout.pp)]
+    one_each = [ranks[number % len(ranks)] for number, ranks in enumerate(stages)]
+    facts = [_build_rank(job, rank) for rank in (range(job.layout.world) if every_rank else one_each)]
     faults = check_ranks(job.shards, facts)
     if shards is not None:
         faults += _shard_faults(job, shards)
@@ -88,19 +90,12 @@ def build_ranks(job: PlannedJob, *, every_rank: bool = False, shards: Path | Non
     )
 
 
-def _chosen_ranks(job: PlannedJob, every_rank: bool) -> Sequence[int]:
-    if every_rank:
-        return range(job.layout.world)
-    stages = [job.layout.stage_ranks(stage) for stage in range(job.layout.pp)]
-    return [ranks[number % len(ranks)] for number, ranks in enumerate(stages)]
-
-
 def _build_rank(job: PlannedJob, rank: int) -> RankFacts:
     settings = ModelSettings(
         spec=resolve_layer_spec(job.layer_spec),
         precision=job.precision,
         recompute=job.recompute,
-        router_bias_update_rate=job.router_bias_update_rate,
+        expert_bias_update_rate=job.expert_bias_update_rate,
         aux_loss_coefficient=job.aux_loss_coefficient,
         mtp_loss_weight=job.mtp_loss_weight,
         deterministic=job.deterministic,
@@ -121,6 +116,7 @@ def _build_rank(job: PlannedJob, rank: int) -> RankFacts:
 
 def _describe(job: PlannedJob, rank: int, chunks: Sequence["GPTModel"], settings: ModelSettings) -> RankFacts:
     from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
 
     from megatron_ads.models.weights import named_weights
 
@@ -129,46 +125,33 @@ def _describe(job: PlannedJob, rank: int, chunks: Sequence["GPTModel"], settings
         for weight in named_weights(chunks, settings.spec)
         for canonical, piece in weight.pieces()
     }
-    return RankFacts(
-        rank=rank,
-        coordinates=job.layout.coordinates(rank),
-        parameters=sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
-        tensors=tensors,
-        groups=_groups(),
-        next_rank=parallel_state.get_pipeline_model_parallel_next_rank(),
-        message=_message(job, chunks[0]),
-        record=_record(job, rank, chunks, settings),
-    )
-
-
-def _groups() -> dict[str, tuple[int, ...]]:
-    from megatron.core import parallel_state
-
+    tp_group = parallel_state.get_tensor_model_parallel_group()
     groups = {
-        "tp": parallel_state.get_tensor_model_parallel_group(),
+        "tp": tp_group,
         "dp": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "pp": parallel_state.get_pipeline_model_parallel_group(),
         "ep": parallel_state.get_expert_model_parallel_group(),
         "etp": parallel_state.get_expert_tensor_parallel_group(),
         "edp": parallel_state.get_expert_data_parallel_group(),
     }
-    return {name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items()}
-
-
-def _message(job: PlannedJob, chunk: "GPTModel") -> tuple[tuple[int, ...], str]:
-    """Return what Megatron's schedules send and receive; rows are laid end to end, so there is one."""
-    from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
-
-    (shape,) = get_tensor_shapes(
+    (message,) = get_tensor_shapes(  # one, because rows are laid end to end
         seq_length=job.tokens_per_microbatch,
         micro_batch_size=1,
         decoder_seq_length=None,
-        config=chunk.config,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        config=chunks[0].config,
+        tp_group=tp_group,
         cp_group=parallel_state.get_context_parallel_group(),
     )
-    return tuple(shape), str(chunk.config.pipeline_dtype)
+    return RankFacts(
+        rank=rank,
+        coordinates=job.layout.coordinates(rank),
+        parameters=sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
+        tensors=tensors,
+        groups={name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items()},
+        next_rank=parallel_state.get_pipeline_model_parallel_next_rank(),
+        message=(tuple(message), str(chunks[0].config.pipeline_dtype)),
+        record=_record(job, rank, chunks, settings),
+    )
 
 
 def _record(job: PlannedJob, rank: int, chunks: Sequence["GPTModel"], settings: ModelSettings) -> Record:
@@ -214,22 +197,18 @@ def _trained(
 def _shard_faults(job: PlannedJob, folder: Path) -> list[str]:
     """Check a converted checkpoint: every file there and whole, and made for this layout."""
     try:
-        found = open_shards(folder).layout
+        found, wanted = open_shards(folder).layout, job.shards
     except FileNotFoundError as error:
         return [f"{folder}: {error.filename} does not exist"]
     except ConversionError as error:
         return [str(error)]
+    compared = [
+        *((f"layout.{name}", getattr(found.layout, name), getattr(wanted.layout, name)) for name in _SIZES),
+        ("layout.pipeline", found.placement.string, wanted.placement.string),
+        ("the model", found.shape, wanted.shape),
+    ]
     return [
         f"{folder} was converted for {what} {theirs}, the recipe has {ours}"
-        for what, theirs, ours in _differences(found, job.shards)
+        for what, theirs, ours in compared
         if theirs != ours
     ]
-
-
-def _differences(found: ShardsLayout, wanted: ShardsLayout) -> list[tuple[str, object, object]]:
-    sizes = [
-        (f"layout.{name}", getattr(found.layout, name), getattr(wanted.layout, name))
-        for name in ("tp", "pp", "vpp", "ep", "etp")
-    ]
-    pipeline = ("layout.pipeline", found.placement.string, wanted.placement.string)
-    return [*sizes, pipeline, ("the model", found.shape, wanted.shape)]

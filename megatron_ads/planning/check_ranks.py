@@ -53,13 +53,19 @@ def expected_groups(layout: ParallelLayout, rank: int) -> dict[str, tuple[int, .
 
 def check_ranks(shards: ShardsLayout, ranks: Sequence[RankFacts]) -> list[str]:
     """Return every fault, one line each; empty: what was built is what the layout says, on every rank."""
-    return [
-        *(fault for facts in ranks for fault in _tensor_faults(shards, facts)),
-        *(fault for facts in ranks for fault in _group_faults(shards.layout, facts)),
-        *_message_faults(shards.layout, ranks),
-        *_preflight_faults(ranks),
-        *coverage_faults(shards, {facts.rank: facts.tensors for facts in ranks}),
-    ]
+    faults = [fault for facts in ranks for fault in _tensor_faults(shards, facts)]
+    for facts in ranks:
+        for name, expected in expected_groups(shards.layout, facts.rank).items():
+            if facts.groups[name] != expected:
+                faults.append(
+                    f"rank {facts.rank}: its {name} group is {facts.groups[name]}, the layout says {expected}"
+                )
+    faults += _message_faults(shards.layout, ranks)
+    try:
+        check_records([facts.record for facts in ranks])
+    except TopologyError as error:
+        faults.append(str(error))
+    return faults + coverage_faults(shards, {facts.rank: facts.tensors for facts in ranks})
 
 
 def _tensor_faults(shards: ShardsLayout, facts: RankFacts) -> Iterator[str]:
@@ -72,30 +78,15 @@ def _tensor_faults(shards: ShardsLayout, facts: RankFacts) -> Iterator[str]:
             )
 
 
-def _group_faults(layout: ParallelLayout, facts: RankFacts) -> Iterator[str]:
-    for name, expected in expected_groups(layout, facts.rank).items():
-        if facts.groups[name] != expected:
-            yield f"rank {facts.rank}: its {name} group is {facts.groups[name]}, the layout says {expected}"
-
-
 def _message_faults(layout: ParallelLayout, ranks: Sequence[RankFacts]) -> Iterator[str]:
     by_stage = {facts.coordinates.pp: facts for facts in ranks}
     for facts in ranks:
-        stage_size = layout.world // layout.pp
-        following = (facts.rank + stage_size) % layout.world
+        following = (facts.rank + layout.world // layout.pp) % layout.world
         if layout.pp > 1 and facts.next_rank != following:
             yield f"rank {facts.rank}: sends to rank {facts.next_rank}, the layout says {following}"
         receiver = by_stage.get((facts.coordinates.pp + 1) % layout.pp, facts)
         if facts.message != receiver.message:
             yield f"rank {facts.rank} sends {facts.message}, but rank {receiver.rank} expects {receiver.message}"
-
-
-def _preflight_faults(ranks: Sequence[RankFacts]) -> list[str]:
-    try:
-        check_records([facts.record for facts in ranks])
-    except TopologyError as error:
-        return [str(error)]
-    return []
 
 
 def coverage_faults(shards: ShardsLayout, built: Mapping[int, Mapping[str, Shape]]) -> list[str]:

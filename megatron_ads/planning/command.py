@@ -14,21 +14,15 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from conversion.cli import parse_bytes
 from megatron_ads.disk import require_writable
 from megatron_ads.errors import ConfigError
-from megatron_ads.planning.calibrate import calibrated
 from megatron_ads.planning.hardware import CARDS, DEFAULT_CARD, card_named
-from megatron_ads.planning.job import PlannedJob, load_job
-from megatron_ads.planning.picture import page
-from megatron_ads.planning.plan import make_plan
+from megatron_ads.planning.job import load_job
+from megatron_ads.planning.plan import calibrated, make_plan
 from megatron_ads.planning.search import search
-from megatron_ads.planning.table import plan_lines, plan_values, search_lines, search_values
-
-if TYPE_CHECKING:
-    from megatron_ads.planning.build_ranks import BuiltRanks
+from megatron_ads.planning.table import plan_lines, plan_page, plan_values, search_lines, search_values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,8 +64,12 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(job, card)
     found = search(job, card) if args.search else None
     if args.html is not None:
-        args.html.write_text(page(args.recipe, plan), encoding="utf-8")
-    built = _build(args, job) if build else None
+        args.html.write_text(plan_page(args.recipe, plan), encoding="utf-8")
+    built = None
+    if build:
+        from megatron_ads.planning.build_ranks import build_ranks  # imports Megatron-Core: plans do without
+
+        built = build_ranks(job, every_rank=args.every_rank, shards=args.shards)
     if args.json:
         values = plan_values(plan) | ({} if found is None else {"search": search_values(found)})
         if built is not None:
@@ -81,9 +79,3 @@ def run(args: argparse.Namespace) -> int:
         lines = [*plan_lines(plan), *([] if found is None else ["", *search_lines(found, card)])]
         print("\n".join([*lines, *([] if built is None else ["", *built.lines()])]))
     return 0 if plan.fits and (built is None or not built.faults) else 1
-
-
-def _build(args: argparse.Namespace, job: PlannedJob) -> "BuiltRanks":
-    from megatron_ads.planning.build_ranks import build_ranks  # imports Megatron-Core: plans do without
-
-    return build_ranks(job, every_rank=args.every_rank, shards=args.shards)

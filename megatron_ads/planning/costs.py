@@ -6,13 +6,13 @@ reduce-scatter or all-gather; an all-to-all sends (n - 1) / n of the tokens else
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from conversion.names import Parameter, ParameterKind, layer_parameters, outside_parameters, slice_shape
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config.model import FrozenPart, LoraTarget, Precision, Recompute
+from megatron_ads.config.model import FrozenPart, LoraTarget, Recompute
 from megatron_ads.layout import Chunk
 from megatron_ads.models.flops import TokenFlops, token_flops
 from megatron_ads.models.parts import Lora, part_of, target_of
@@ -37,22 +37,23 @@ def stage_weights(job: PlannedJob, stage: int) -> tuple[Weights, ...]:
 
     Router biases are not counted: they are buffers, not parameters.
     """
-    return tuple(weight for chunk in job.placement.stage_chunks(stage) for weight in chunk_weights(job, chunk))
-
-
-def chunk_weights(job: PlannedJob, chunk: Chunk) -> Iterator[Weights]:
-    """Yield what each rank that runs ``chunk`` holds of it."""
     shape, sizes = job.shape, job.layout
     embedding, final_norm, output = outside_parameters(shape)
-    if chunk.needs_embedding:
-        yield Weights(FrozenPart.embedding, False, _elements([embedding], sizes.tp))
-    for layer in (*chunk.layers, *(shape.num_layers + mtp for mtp in chunk.mtp_layers)):
-        yield from _layer_weights(shape, _representative(shape, layer), sizes.tp, sizes.ep, sizes.etp, job.lora)
-    if chunk.has_loss:
-        yield Weights(FrozenPart.output, False, _elements([output], sizes.tp))
-    holds_last_layer = shape.num_layers - 1 in chunk.layers
-    if holds_last_layer if shape.mtp_layers else chunk.has_loss:
-        yield Weights(FrozenPart.output, False, _elements([final_norm], sizes.tp))
+    found: list[Weights] = []
+    for chunk in job.placement.stage_chunks(stage):
+        if chunk.needs_embedding:
+            found.append(Weights(FrozenPart.embedding, False, _elements(embedding, sizes.tp)))
+        for layer in (*chunk.layers, *(shape.num_layers + mtp for mtp in chunk.mtp_layers)):
+            # All layers of a kind are like its first: dense, mixture of experts, or MTP.
+            first = shape.first_dense_layers if shape.is_moe_layer(layer) else 0
+            kind = shape.num_layers if layer >= shape.num_layers else first
+            found += _layer_weights(shape, kind, sizes.tp, sizes.ep, sizes.etp, job.lora)
+        if chunk.has_loss:
+            found.append(Weights(FrozenPart.output, False, _elements(output, sizes.tp)))
+        holds_last_layer = shape.num_layers - 1 in chunk.layers
+        if holds_last_layer if shape.mtp_layers else chunk.has_loss:
+            found.append(Weights(FrozenPart.output, False, _elements(final_norm, sizes.tp)))
+    return tuple(found)
 
 
 def total(weights: Iterable[Weights], *, expert: bool | None = None) -> int:
@@ -76,13 +77,6 @@ def largest_tensor(job: PlannedJob, stage: int) -> int:
     return max(sizes_of_tensors)
 
 
-def _representative(shape: ModelShape, layer: int) -> int:
-    """Return the first layer of the same kind: dense, mixture of experts, or MTP."""
-    if layer >= shape.num_layers:
-        return shape.num_layers
-    return shape.first_dense_layers if shape.is_moe_layer(layer) else 0
-
-
 @lru_cache(maxsize=512)
 def _layer_weights(shape: ModelShape, layer: int, tp: int, ep: int, etp: int, lora: Lora | None) -> tuple[Weights, ...]:
     counts: Counter[tuple[FrozenPart | None, bool]] = Counter()
@@ -93,7 +87,7 @@ def _layer_weights(shape: ModelShape, layer: int, tp: int, ep: int, etp: int, lo
         expert = parameter.expert is not None
         if parameter.expert is None or parameter.expert < shape.num_experts // ep:
             size = etp if expert else tp
-            counts[part_of(parameter.name, shape), expert] += _elements([parameter], size)
+            counts[part_of(parameter.name, shape), expert] += _elements(parameter, size)
             if lora is not None and lora.adapts(parameter):
                 adapters[target_of(parameter.name), expert] += lora.elements(parameter, size)
     # Two counters: a part and a target of one name are equal keys.
@@ -101,8 +95,8 @@ def _layer_weights(shape: ModelShape, layer: int, tp: int, ep: int, etp: int, lo
     return tuple(Weights(part, expert, count) for (part, expert), count in found)
 
 
-def _elements(parameters: Iterable[Parameter], size: int) -> int:
-    return sum(math.prod(slice_shape(parameter, size)) for parameter in parameters)
+def _elements(parameter: Parameter, size: int) -> int:
+    return math.prod(slice_shape(parameter, size))
 
 
 def chunk_flops(job: PlannedJob, chunk: Chunk) -> TokenFlops:
@@ -110,11 +104,16 @@ def chunk_flops(job: PlannedJob, chunk: Chunk) -> TokenFlops:
     return token_flops(
         job.shape,
         run_layers(job, [chunk]),
-        outputs=chunk.has_loss + (len(chunk.mtp_layers) if job.trains_mtp else 0),
+        outputs=outputs(job, chunk),
         seq_length=job.seq_length,
         recompute=job.recompute,
         lora=job.lora,
     )
+
+
+def outputs(job: PlannedJob, chunk: Chunk) -> int:
+    """Return how many losses a chunk computes: the model's and those of its MTP layers."""
+    return chunk.has_loss + (len(chunk.mtp_layers) if job.trains_mtp else 0)
 
 
 def run_layers(job: PlannedJob, chunks: Iterable[Chunk]) -> list[int]:
@@ -144,52 +143,39 @@ class GroupTraffic:
 
 def stage_traffic(job: PlannedJob, stage: int, card: Card) -> tuple[GroupTraffic, ...]:
     """Return what each rank of a stage sends in one step; groups of one rank are left out."""
-    sizes = job.layout
-    chunks = job.placement.stage_chunks(stage)
-    first = sizes.stage_ranks(stage)[0]
-    per_stage = sizes.world // sizes.pp
-    step = sizes.tp * sizes.cp
-    traffic = (
-        ("pp", [first, (first + per_stage) % sizes.world], job.microbatches * _messages(job, chunks)),
-        ("dp", list(range(first, first + per_stage, step)), _replica_bytes(job, stage, sizes.dp, expert=False)),
-        (
-            "edp",
-            list(range(first, first + per_stage, sizes.ep * sizes.etp)),
-            _replica_bytes(job, stage, sizes.edp, expert=True),
-        ),
-        (
-            "ep",
-            list(range(first, first + sizes.ep * sizes.etp, sizes.etp)),
-            job.microbatches * sum(dispatch_bytes(job, chunk) for chunk in chunks),
-        ),
-        (
-            "tp",
-            list(range(first, first + sizes.tp)),
-            job.microbatches * sum(tensor_bytes(job, chunk) for chunk in chunks),
-        ),
+    sizes, chunks = job.layout, job.placement.stage_chunks(stage)
+    first, per_stage, experts = sizes.stage_ranks(stage)[0], sizes.world // sizes.pp, sizes.ep * sizes.etp
+    # Every chunk but the last sends on, every chunk but the first sends back.
+    messages = sum((not chunk.has_loss) + (not chunk.has_embedding) for chunk in chunks)
+    dispatched, gathered = (sum(sent(job, chunk) for chunk in chunks) for sent in (dispatch_bytes, tensor_bytes))
+    traffic: tuple[tuple[str, Sequence[int], int], ...] = (
+        ("pp", (first, (first + per_stage) % sizes.world), job.microbatches * messages * message_bytes(job)),
+        ("dp", range(first, first + per_stage, sizes.tp * sizes.cp), _replica_bytes(job, stage, expert=False)),
+        ("edp", range(first, first + per_stage, experts), _replica_bytes(job, stage, expert=True)),
+        ("ep", range(first, first + experts, sizes.etp), job.microbatches * dispatched),
+        ("tp", range(first, first + sizes.tp), job.microbatches * gathered),
     )
-    return tuple(
-        GroupTraffic(group=name, ranks=sizes.pp if name == "pp" else len(ranks), bytes_per_step=sent, off_node=away)
-        for name, ranks, sent in traffic
-        if len(set(ranks)) > 1
-        for away in [_off_node(ranks, card.cards_per_node)]
-    )
+    found = []
+    for name, ranks, sent in traffic:
+        if len(set(ranks)) > 1:
+            nodes = [rank // card.cards_per_node for rank in ranks]
+            off_node = sum(node != nodes[0] for node in nodes) / (len(nodes) - 1)
+            size = sizes.pp if name == "pp" else len(ranks)
+            found.append(GroupTraffic(group=name, ranks=size, bytes_per_step=sent, off_node=off_node))
+    return tuple(found)
 
 
 def message_bytes(job: PlannedJob) -> int:
     """Return the size of one message between neighbouring chunks: the hidden state of a microbatch on one rank."""
-    tokens = job.tokens_per_microbatch // (job.layout.tp * job.layout.cp)
-    return tokens * job.shape.hidden_size * _element(job)
+    return job.tokens_per_rank * job.shape.hidden_size * job.element_bytes
 
 
 def dispatch_bytes(job: PlannedJob, chunk: Chunk) -> int:
     """Return what a rank sends for one microbatch, forward and backward: tokens to experts and back, each way."""
     layers = sum(map(job.shape.is_moe_layer, run_layers(job, [chunk])))
     passes = 2 if job.recompute is Recompute.none else 3
-    exchanges = 2 * passes
-    tokens = job.tokens_per_microbatch // (job.layout.tp * job.layout.cp) * job.shape.experts_per_token
     away = (job.layout.ep - 1) / job.layout.ep
-    return int(layers * exchanges * tokens * job.shape.hidden_size * _element(job) * away)
+    return int(layers * 2 * passes * job.shape.experts_per_token * message_bytes(job) * away)
 
 
 def tensor_bytes(job: PlannedJob, chunk: Chunk) -> int:
@@ -198,31 +184,15 @@ def tensor_bytes(job: PlannedJob, chunk: Chunk) -> int:
     Attention and each dense or shared feed-forward gather their input and scatter their output, forward and backward,
     and gather the input once more for the weight gradient.
     """
-    sizes, shape = job.layout, job.shape
+    sizes = job.layout
     layers = len(run_layers(job, [chunk]))
     passes = 5 if job.recompute is Recompute.none else 7
-    hidden = job.tokens_per_microbatch // sizes.cp * shape.hidden_size * _element(job)
+    hidden = job.tokens_per_microbatch // sizes.cp * job.shape.hidden_size * job.element_bytes
     return int(2 * layers * passes * hidden * (sizes.tp - 1) / sizes.tp)
 
 
-def _messages(job: PlannedJob, chunks: tuple[Chunk, ...]) -> int:
-    """Return the bytes of one microbatch: every chunk but the last sends on, every chunk but the first sends back."""
-    sent = sum((not chunk.has_loss) + (not chunk.has_embedding) for chunk in chunks)
-    return sent * message_bytes(job)
-
-
-def _replica_bytes(job: PlannedJob, stage: int, replicas: int, *, expert: bool) -> int:
+def _replica_bytes(job: PlannedJob, stage: int, *, expert: bool) -> int:
     """Return what a step's reduce-scatter of FP32 gradients and all-gather of weights send."""
     trained = total((weight for weight in stage_weights(job, stage) if job.trains(weight.part)), expert=expert)
-    shared = replicas * (job.layout.cp if not expert else 1)
-    return trained * (4 + _element(job)) * (shared - 1) // shared
-
-
-def _element(job: PlannedJob) -> int:
-    return 2 if job.precision is Precision.bf16 else 4
-
-
-def _off_node(ranks: list[int], cards_per_node: int) -> float:
-    """Return the share of the first rank's peers that are on another node than it."""
-    peers = ranks[1:]
-    return sum(peer // cards_per_node != ranks[0] // cards_per_node for peer in peers) / len(peers) if peers else 0.0
+    replicas = job.layout.edp if expert else job.layout.dp * job.layout.cp
+    return trained * (4 + job.element_bytes) * (replicas - 1) // replicas

@@ -40,7 +40,7 @@ class PlannedJob:
     lora: Lora | None = None
     """Adapters that are trained instead of the weights."""
     layer_spec: LayerSpecChoice = LayerSpecChoice.auto
-    router_bias_update_rate: float = 0.0
+    expert_bias_update_rate: float = 0.0
     aux_loss_coefficient: float = 0.0
     deterministic: bool = False
 
@@ -53,6 +53,16 @@ class PlannedJob:
     def tokens_per_microbatch(self) -> int:
         """Tokens of one microbatch, before tensor or context parallelism divides them."""
         return self.seq_length * self.micro_batch_size
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """Tokens of one microbatch whose activations one rank keeps."""
+        return self.tokens_per_microbatch // (self.layout.tp * self.layout.cp)
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one weight or activation."""
+        return 2 if self.precision is Precision.bf16 else 4
 
     @property
     def tokens_per_step(self) -> int:
@@ -91,7 +101,11 @@ def planned_shape(model: str | None, config: SftConfig) -> ModelShape:
     """
     load = Path(config.model.load)
     if model is None and load.exists():
-        return _shape_of_checkpoint(load)
+        if (load / "config.json").is_file():
+            return read_model_shape(load)
+        from conversion.sources import open_source  # imports torch, which a plan needs for converted checkpoints only
+
+        return open_source(load).shape
     name = model or config.model.published
     if name in published_models():
         return read_model_shape(published_file(name))
@@ -106,14 +120,6 @@ def planned_shape(model: str | None, config: SftConfig) -> ModelShape:
             "config.json."
         )
     return read_model_shape(Path(name))
-
-
-def _shape_of_checkpoint(path: Path) -> ModelShape:
-    if (path / "config.json").is_file():
-        return read_model_shape(path)
-    from conversion.sources import open_source  # imports torch, which a plan needs for converted checkpoints only
-
-    return open_source(path).shape
 
 
 def load_job(
@@ -144,7 +150,12 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Pl
     layout = sizes.runtime(ranks)
     placement = sizes.placement(shape, layout)
     layout.check_model(shape)
-    _require_layers(placement)
+    for number, chunk in enumerate(placement.chunks):  # ranks without a parameter would have no optimizer
+        if not (chunk.layers or chunk.mtp_layers or chunk.has_embedding or chunk.has_loss):
+            raise ConfigError(
+                f"layout.pipeline {placement.string!r} leaves chunk {number} (stage {chunk.stage}) without any layer. "
+                "Move a layer there, or use fewer stages."
+            )
     validate(config, ranks, shape)
     return PlannedJob(
         shape=shape,
@@ -159,17 +170,7 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Pl
         frozen=frozenset(config.model.frozen),
         lora=Lora.of(config.model),
         layer_spec=config.model.layer_spec,
-        router_bias_update_rate=config.model.expert_bias_update_rate or 0.0,
+        expert_bias_update_rate=config.model.expert_bias_update_rate or 0.0,
         aux_loss_coefficient=config.model.aux_loss_coefficient,
         deterministic=config.train.deterministic,
     )
-
-
-def _require_layers(placement: PipelinePlacement) -> None:
-    """Refuse a chunk with nothing in it: its ranks would have no parameter, and so no optimizer."""
-    for number, chunk in enumerate(placement.chunks):
-        if not (chunk.layers or chunk.mtp_layers or chunk.has_embedding or chunk.has_loss):
-            raise ConfigError(
-                f"layout.pipeline {placement.string!r} leaves chunk {number} (stage {chunk.stage}) without any layer. "
-                "Move a layer there, or use fewer stages."
-            )

@@ -19,12 +19,10 @@ projections without adapters are counted too, although nothing keeps them: with 
 from dataclasses import dataclass
 
 from conversion.names import layer_parameters
-from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import FrozenPart, Precision, Recompute
 from megatron_ads.layout import Chunk
 from megatron_ads.models.flops import KEPT_BY_SELECTIVE
-from megatron_ads.models.parts import Lora
-from megatron_ads.planning.costs import Weights, largest_tensor, run_layers, stage_weights, total
+from megatron_ads.planning.costs import largest_tensor, outputs, run_layers, stage_weights, total
 from megatron_ads.planning.job import PlannedJob
 from megatron_ads.planning.schedule import peak_held, stage_order
 
@@ -33,56 +31,27 @@ _BLOCK = 128
 _LONGEST_BLOCKED = 1024
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Kernels:
-    """Which kernels run; they differ in what they keep."""
-
-    flash_attention: bool
-    """Keeps output and one number per row; else probabilities are kept (short FP32 samples on a CPU)."""
-    fused_swiglu: bool
-    """Keeps the gate and up projections only; else the factors of the product too."""
-
-    @classmethod
-    def of(cls, job: PlannedJob, *, gpu: bool) -> "Kernels":
-        """Return what the models of this project choose on such a machine."""
-        blocked = not gpu and job.precision is Precision.fp32 and job.seq_length <= _LONGEST_BLOCKED
-        return cls(flash_attention=not blocked, fused_swiglu=gpu)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ActivationModel:
-    """Bytes per token of one model. Divide by tp; a sample is as long as its row."""
+    """Bytes per token that a job keeps. Divide by tp; a sample is as long as its row."""
 
-    shape: ModelShape
-    element_bytes: int
-    kernels: Kernels
-    sample_length: int
-    etp: int = 1
-    lora: Lora | None = None
-
-    @classmethod
-    def of(cls, job: PlannedJob, *, gpu: bool) -> "ActivationModel":
-        """Return the model of a job."""
-        return cls(
-            shape=job.shape,
-            element_bytes=2 if job.precision is Precision.bf16 else 4,
-            kernels=Kernels.of(job, gpu=gpu),
-            sample_length=job.seq_length,
-            etp=job.layout.etp,
-            lora=job.lora,
-        )
+    def __init__(self, job: PlannedJob, *, gpu: bool) -> None:
+        """Choose the kernels that the models of this project run on such a machine; they differ in what they keep."""
+        self.shape, self.lora, self.element_bytes = job.shape, job.lora, job.element_bytes
+        self._sample_length, self._etp = job.seq_length, job.layout.etp
+        # Keeps output and one number per row; else probabilities are kept (short FP32 samples on a CPU).
+        self._flash_attention = gpu or job.precision is Precision.bf16 or job.seq_length > _LONGEST_BLOCKED
+        # Keeps the gate and up projections only; else the factors of the product too.
+        self._fused_swiglu = gpu
 
     def layer(self, layer: int, recompute: Recompute) -> int:
         """Return what one decoder layer keeps until its backward pass; its number counts MTP layers on."""
         h, b = self.shape.hidden_size, self.element_bytes
         if recompute is Recompute.full:
             return b * h
-        norms = 2 * self._norm(h)
-        moe = self.shape.is_moe_layer(layer)
+        kept = 2 * self._norm(h) + self._latents() + b * self.shape.num_heads * self.shape.v_head_dim
         if recompute is Recompute.selective:
-            return norms + self._latents() + self._attention_output() + b * h + self._beside(layer, *KEPT_BY_SELECTIVE)
-        kept = norms + self._latents() + self._heads() + self._attention_output() + self._feed_forward(moe)
-        return kept + self._beside(layer)
+            return kept + b * h + self._beside(layer, *KEPT_BY_SELECTIVE)
+        return kept + self._heads() + self._feed_forward(self.shape.is_moe_layer(layer)) + self._beside(layer)
 
     def mtp(self, recompute: Recompute) -> int:
         """Return what one MTP layer keeps besides its decoder layer: three norms and eh_proj's input of 2 h."""
@@ -93,8 +62,8 @@ class ActivationModel:
 
     def head(self) -> int:
         """Return what one pass through final norm, output layer and loss keeps: b h, and FP32 probabilities."""
-        inputs = self.element_bytes * self.shape.hidden_size if self.lora is None else 0
-        return self._norm(self.shape.hidden_size) + inputs + self.logits()
+        h = self.shape.hidden_size
+        return self._norm(h) + (self.element_bytes * h if self.lora is None else 0) + self.logits()
 
     def logits(self) -> int:
         """Return the FP32 probabilities of the vocabulary that the loss keeps."""
@@ -144,13 +113,10 @@ class ActivationModel:
         """
         shape, b = self.shape, self.element_bytes
         width = shape.qk_head_dim
-        if self.kernels.flash_attention:
+        if self._flash_attention:
             return shape.num_heads * (4 * b * width + 4)
-        seen = min(self.sample_length, self.sample_length / 2 + _BLOCK / 2)
+        seen = min(self._sample_length, self._sample_length / 2 + _BLOCK / 2)
         return int(shape.num_heads * (2 * b * width + 2 * b * shape.v_head_dim + b * seen))
-
-    def _attention_output(self) -> int:
-        return self.element_bytes * self.shape.num_heads * self.shape.v_head_dim
 
     def _feed_forward(self, moe: bool) -> int:
         shape, b = self.shape, self.element_bytes
@@ -158,16 +124,13 @@ class ActivationModel:
             return b * shape.hidden_size + self._swiglu(shape.dense_ffn_size)
         k, h, g = shape.experts_per_token, shape.hidden_size, shape.expert_ffn_size
         # h to the router and the shared experts; dispatched copies of h, one inner pass for each; unfused experts
-        routed = k * (self.etp * b * h + 5 * b * g + 8)
-        return b * h + self._swiglu(shape.shared_ffn_size) + routed + self._router()
+        routed = k * (self._etp * b * h + 5 * b * g + 8)
+        router = 10 * shape.num_experts + 24 * k + 24  # FP32 scores, masks of every expert, indices of the chosen ones
+        return b * h + self._swiglu(shape.shared_ffn_size) + routed + router
 
     def _swiglu(self, width: int) -> int:
         """Gate and up, their product; unfused also silu(gate) and the product's other factor."""
-        return (3 if self.kernels.fused_swiglu else 5) * self.element_bytes * width
-
-    def _router(self) -> int:
-        """FP32 scores and masks of every expert, and indices of the chosen ones."""
-        return 10 * self.shape.num_experts + 24 * self.shape.experts_per_token + 24
+        return (3 if self._fused_swiglu else 5) * self.element_bytes * width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,78 +162,46 @@ class RankMemory:
 
 def stage_memory(job: PlannedJob, stage: int, *, gpu: bool, reserved_bytes: int = 0) -> RankMemory:
     """Return what each rank of a pipeline stage holds."""
+    sizes, element = job.layout, job.element_bytes
     weights = stage_weights(job, stage)
-    trained = tuple(weight for weight in weights if job.trains(weight.part))
-    element = _element_bytes(job)
-    activations = ActivationModel.of(job, gpu=gpu)
+    trained = [weight for weight in weights if job.trains(weight.part)]
+    dense, expert = total(trained, expert=False), total(trained, expert=True)
+    state = 12 if job.precision is Precision.bf16 else 8
+    model = ActivationModel(job, gpu=gpu)
+    kept = [job.tokens_per_rank * _kept_by_chunk(job, chunk, model) for chunk in job.placement.stage_chunks(stage)]
     return RankMemory(
         weights=element * total(weights),
-        gradients=4 * total(trained),
-        optimizer=_optimizer_bytes(job, trained),
-        activations=_held(job, stage, activations),
-        buffers=_buffers(job, stage, activations),
-        loading=_loading(element, weights, trained),
+        gradients=4 * (dense + expert),
+        optimizer=state * (-(-dense // (sizes.dp * sizes.cp)) - (-expert // sizes.edp)),
+        activations=peak_held(stage_order(sizes.pp, sizes.vpp, stage, job.microbatches), kept),
+        buffers=_buffers(job, stage, model),
+        # Weights of a kind are moved into one buffer after its gradients are allocated: dense first, then experts.
+        loading=element * total(weights) + max((4 + element) * dense, 4 * dense + (4 + element) * expert),
         reserved=reserved_bytes,
     )
 
 
-def _element_bytes(job: PlannedJob) -> int:
-    return 2 if job.precision is Precision.bf16 else 4
-
-
-def _optimizer_bytes(job: PlannedJob, trained: tuple[Weights, ...]) -> int:
-    each = 12 if job.precision is Precision.bf16 else 8
-    sizes = job.layout
-    dense, expert = total(trained, expert=False), total(trained, expert=True)
-    return each * (-(-dense // (sizes.dp * sizes.cp)) - (-expert // sizes.edp))
-
-
-def _loading(element: int, weights: tuple[Weights, ...], trained: tuple[Weights, ...]) -> int:
-    """Weights of a kind are moved into one buffer after its gradients are allocated: dense first, then experts."""
-    dense, expert = total(trained, expert=False), total(trained, expert=True)
-    first = (4 + element) * dense
-    second = 4 * dense + (4 + element) * expert
-    return element * total(weights) + max(first, second)
-
-
-def _tokens(job: PlannedJob) -> int:
-    """Tokens of a microbatch whose activations one rank keeps."""
-    return job.tokens_per_microbatch // (job.layout.tp * job.layout.cp)
-
-
-def _held(job: PlannedJob, stage: int, model: ActivationModel) -> int:
-    sizes = job.layout
-    chunks = job.placement.stage_chunks(stage)
-    bytes_by_virtual = [_tokens(job) * _kept_by_chunk(job, chunk, model) for chunk in chunks]
-    return peak_held(stage_order(sizes.pp, sizes.vpp, stage, job.microbatches), bytes_by_virtual)
-
-
 def _kept_by_chunk(job: PlannedJob, chunk: Chunk, model: ActivationModel) -> int:
     """Return the bytes a token leaves in a chunk; the loss is counted with the buffers, it goes as it comes."""
-    hidden = model.element_bytes * job.shape.hidden_size
     kept = sum(model.layer(layer, job.recompute) for layer in chunk.layers)
-    if chunk.mtp_layers and job.trains_mtp:
-        kept += sum(
-            model.mtp(job.recompute)
-            + (0 if job.recompute is Recompute.full else model.layer(job.shape.num_layers + layer, job.recompute))
-            for layer in chunk.mtp_layers
-        )
+    if job.trains_mtp:
+        for layer in chunk.mtp_layers:
+            kept += model.mtp(job.recompute)
+            if job.recompute is not Recompute.full:
+                kept += model.layer(job.shape.num_layers + layer, job.recompute)
     if chunk.has_loss:
-        kept += _losses(job, chunk) * (model.head() - model.logits())
-    else:
-        kept += hidden  # the output that was sent on
-    return kept
-
-
-def _losses(job: PlannedJob, chunk: Chunk) -> int:
-    return 1 + (len(chunk.mtp_layers) if job.trains_mtp else 0)
+        return kept + outputs(job, chunk) * (model.head() - model.logits())
+    return kept + model.element_bytes * job.shape.hidden_size  # the output that was sent on
 
 
 def _buffers(job: PlannedJob, stage: int, model: ActivationModel) -> int:
-    """The wider of two moments: the backward pass of the loss, and that of the widest layer."""
+    """Return the wider of two moments: the backward pass of the loss, and that of the widest layer."""
     chunks = job.placement.stage_chunks(stage)
     loss = max((_loss_moment(job, chunk, model) for chunk in chunks if chunk.has_loss), default=0)
-    return max(loss, _layer_moment(job, stage, model))
+    layers = run_layers(job, chunks)
+    again = max((model.layer(layer, Recompute.none) - model.layer(layer, job.recompute) for layer in layers), default=0)
+    weight_gradient = model.element_bytes * largest_tensor(job, stage)
+    return max(loss, job.tokens_per_rank * (again + model.widest_gradients(layers)) + weight_gradient)
 
 
 def _loss_moment(job: PlannedJob, chunk: Chunk, model: ActivationModel) -> int:
@@ -279,11 +210,4 @@ def _loss_moment(job: PlannedJob, chunk: Chunk, model: ActivationModel) -> int:
     weight = 0
     if job.trains(FrozenPart.output):
         weight = model.element_bytes * job.shape.vocab_size * job.shape.hidden_size // job.layout.tp
-    return _tokens(job) * (_losses(job, chunk) * model.logits() + gradient) + weight
-
-
-def _layer_moment(job: PlannedJob, stage: int, model: ActivationModel) -> int:
-    layers = run_layers(job, job.placement.stage_chunks(stage))
-    again = max((model.layer(layer, Recompute.none) - model.layer(layer, job.recompute) for layer in layers), default=0)
-    weight_gradient = model.element_bytes * largest_tensor(job, stage)
-    return _tokens(job) * (again + model.widest_gradients(layers)) + weight_gradient
+    return job.tokens_per_rank * (outputs(job, chunk) * model.logits() + gradient) + weight

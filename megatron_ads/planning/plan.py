@@ -1,9 +1,17 @@
-"""The plan of a whole job: every stage's weights, memory and traffic, and how long a step takes."""
+"""The plan of a whole job: every stage's weights, memory and traffic, and how long a step takes. Runs calibrate it."""
 
+import json
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from statistics import median
+
+from omegaconf import OmegaConf
 
 from megatron_ads.config.model import Precision
+from megatron_ads.config.recipe_errors import current_settings
+from megatron_ads.config.run import SftConfig
+from megatron_ads.errors import ConfigError
 from megatron_ads.layout import Chunk, ParallelLayout, place_layers
 from megatron_ads.models.flops import flops_per_token
 from megatron_ads.planning.costs import (
@@ -18,12 +26,13 @@ from megatron_ads.planning.costs import (
     total,
 )
 from megatron_ads.planning.hardware import Card
-from megatron_ads.planning.job import PlannedJob
+from megatron_ads.planning.job import PlannedJob, job_of, planned_shape
 from megatron_ads.planning.memory import RankMemory, stage_memory
 from megatron_ads.planning.schedule import Timeline, play
 
 _MESSAGE_LATENCY_SECONDS = 20e-6
 """Of one point-to-point message or collective, whatever its size."""
+_LOWEST_EFFICIENCY, _HIGHEST_EFFICIENCY = 1e-6, 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,15 +61,12 @@ class StagePlan:
     def contents(self) -> str:
         """Such as ``E 0-1``, or ``30, 60 m1 L``: embedding, decoder layers, MTP layers, loss."""
         words = ["E"] if any(chunk.has_embedding for chunk in self.chunks) else []
-        words.append(", ".join(_span(chunk.layers) for chunk in self.chunks if chunk.layers))
+        layers = [chunk.layers for chunk in self.chunks if chunk.layers]
+        words.append(", ".join(f"{each[0]}-{each[-1]}" if len(each) > 1 else str(each[0]) for each in layers))
         for chunk in self.chunks:
             words += [f"m{len(chunk.mtp_layers)}"] if chunk.mtp_layers else []
             words += ["L"] if chunk.has_loss else []
         return " ".join(word for word in words if word)
-
-
-def _span(layers: tuple[int, ...]) -> str:
-    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +140,11 @@ class Plan:
     @property
     def update_seconds(self) -> float:
         """Reducing gradients, updating and gathering weights, on the slowest stage."""
-        return max(self._stage_update_seconds(stage) for stage in self.stages)
-
-    def _stage_update_seconds(self, stage: StagePlan) -> float:
-        links = sum(group.seconds(self.card) for group in stage.traffic if group.group in ("dp", "edp"))
-        return links + 2 * (stage.memory.optimizer + stage.memory.gradients) / self.card.memory_bytes_per_second
+        return max(
+            sum(group.seconds(self.card) for group in stage.traffic if group.group in ("dp", "edp"))
+            + 2 * (stage.memory.optimizer + stage.memory.gradients) / self.card.memory_bytes_per_second
+            for stage in self.stages
+        )
 
     @property
     def step_seconds(self) -> float:
@@ -169,10 +175,10 @@ class Plan:
         Of adapters it holds these alone.
         """
         job, alone = self.job, ParallelLayout(world=1)
-        state, element = (12, 2) if job.precision is Precision.bf16 else (8, 4)
+        state = 12 if job.precision is Precision.bf16 else 8
         whole = replace(job, layout=alone, placement=place_layers(job.shape, alone))
         return sum(
-            weight.elements * (element + (state if job.trains(weight.part) else 0))
+            weight.elements * (job.element_bytes + (state if job.trains(weight.part) else 0))
             for weight in stage_weights(whole, 0)
             if job.lora is None or job.trains(weight.part)
         )
@@ -186,19 +192,64 @@ class Plan:
 
 def make_plan(job: PlannedJob, card: Card) -> Plan:
     """Work out what a job takes on ``job.layout.world`` of these cards."""
-    return Plan(job=job, card=card, stages=tuple(_stage_plan(job, card, stage) for stage in range(job.layout.pp)))
-
-
-def _stage_plan(job: PlannedJob, card: Card, stage: int) -> StagePlan:
-    chunks = job.placement.stage_chunks(stage)
-    flops = [chunk_flops(job, chunk) for chunk in chunks]
-    per_token = sum(each.forward + each.backward + each.recomputed for each in flops)
     tokens = job.tokens_per_microbatch * job.microbatches // (job.layout.tp * job.layout.cp)
-    return StagePlan(
-        stage=stage,
-        chunks=chunks,
-        weights=stage_weights(job, stage),
-        memory=stage_memory(job, stage, gpu=card.is_gpu, reserved_bytes=card.reserved_bytes),
-        traffic=stage_traffic(job, stage, card),
-        flops_per_step=tokens * per_token,
+    stages = []
+    for stage in range(job.layout.pp):
+        chunks = job.placement.stage_chunks(stage)
+        flops = [chunk_flops(job, chunk) for chunk in chunks]
+        per_token = sum(each.forward + each.backward + each.recomputed for each in flops)
+        stages.append(
+            StagePlan(
+                stage=stage,
+                chunks=chunks,
+                weights=stage_weights(job, stage),
+                memory=stage_memory(job, stage, gpu=card.name != "cpu", reserved_bytes=card.reserved_bytes),
+                traffic=stage_traffic(job, stage, card),
+                flops_per_step=tokens * per_token,
+            )
+        )
+    return Plan(job=job, card=card, stages=tuple(stages))
+
+
+def calibrated(card: Card, run: Path, model: str | None = None) -> Card:
+    """Return the card with the efficiency that the run in log folder ``run`` reached.
+
+    The run's recipe is planned on the same card; its efficiency is then set so that the planned model FLOP/s are those
+    that were measured. Communication and bubble are planned as they are, so the result holds for other layouts as far
+    as those are right.
+
+    Raises:
+        ConfigError: If ``run.json`` or ``metrics.jsonl`` cannot be read or holds no measurement, or the run was faster
+            than any efficiency up to 1 allows: the card is another one.
+    """
+    try:
+        described = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"--calibrate {run} cannot be read ({error}); give the log folder of a run.") from None
+    ranks = int(described["ranks"])
+    # The first step warms up. Older runs recorded the FLOP/s of the whole job.
+    speeds = [row["tflops_per_gpu"] * 1e12 * ranks for row in rows if "tflops_per_gpu" in row][1:]
+    speeds = speeds or [row["model_flops_per_second"] for row in rows if "model_flops_per_second" in row][1:]
+    if not speeds:
+        raise ConfigError(f"--calibrate {run / 'metrics.jsonl'} has fewer than two steps with tflops_per_gpu.")
+    measured = float(median(speeds))
+    config = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(SftConfig), current_settings(described["recipe"]))
     )
+    assert isinstance(config, SftConfig)  # to_object instantiates the schema
+    job = job_of(config, planned_shape(model, config), ranks)
+
+    def planned(efficiency: float) -> float:
+        return make_plan(job, replace(card, efficiency=efficiency)).model_flops_per_second
+
+    if planned(_HIGHEST_EFFICIENCY) < measured:
+        raise ConfigError(
+            f"--calibrate: the run did {measured:.3g} model FLOP/s, more than {job.layout.world} cards of kind "
+            f"{card.name} can ({planned(_HIGHEST_EFFICIENCY):.3g}). Name the card it ran on with --gpu."
+        )
+    low, high = _LOWEST_EFFICIENCY, _HIGHEST_EFFICIENCY
+    while high / low > 1.001:  # planned speed rises with efficiency
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if planned(middle) < measured else (low, middle)
+    return replace(card, efficiency=high)

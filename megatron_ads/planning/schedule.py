@@ -103,10 +103,10 @@ def play(
     """
     orders = [stage_order(pp, vpp, stage, microbatches) for stage in range(pp)]
     done: dict[tuple[bool, int, int], float] = {}
-    free, position, spans = [0.0] * pp, [0] * pp, []
-    remaining = sum(map(len, orders))
-    while remaining:
-        before = remaining
+    free, position, spans = [0.0] * pp, [0] * pp, list[WorkSpan]()
+    total = sum(map(len, orders))
+    while len(spans) < total:
+        before = len(spans)
         for stage in range(pp):
             while position[stage] < len(orders[stage]):
                 work = orders[stage][position[stage]]
@@ -119,8 +119,7 @@ def play(
                 done[work.backward, chunk, work.microbatch] = free[stage]
                 spans.append(WorkSpan(stage, work, start, free[stage]))
                 position[stage] += 1
-                remaining -= 1
-        assert remaining < before, "the order of work deadlocks"
+        assert len(spans) > before, "the order of work deadlocks"
     return Timeline(stages=pp, spans=tuple(spans))
 
 

@@ -73,9 +73,8 @@ def _candidates(job: PlannedJob, card: Card) -> Iterator[PlannedJob]:
             found = _arrangement(job, world, pp=pp, tp=tp, vpp=vpp, ep=ep)
             if found is None or tp > card.cards_per_node:
                 continue
-            layout, placement = found
             for micro_batch_size, recompute in product(_MICRO_BATCHES, Recompute):
-                candidate = _rearranged(job, layout, placement, micro_batch_size, recompute)
+                candidate = _rearranged(job, *found, micro_batch_size, recompute)
                 if candidate is not None and candidate != job:
                     yield candidate
 

@@ -1,21 +1,18 @@
-"""A plan as lines for a terminal or a log of 120 columns, and as values for programs."""
+"""A plan as lines for a terminal or a log of 120 columns, as a page, and as values for programs."""
 
 import textwrap
-from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
-from io import StringIO
 from itertools import groupby
 from typing import Any
 
 from megatron_ads.config.model import LoraTarget
 from megatron_ads.layout import describe_ranks
-from megatron_ads.models.parts import Lora, parameters_by_part
-from megatron_ads.planning.costs import GroupTraffic
+from megatron_ads.models.parts import parameters_by_part
 from megatron_ads.planning.hardware import Card
-from megatron_ads.planning.job import PlannedJob
 from megatron_ads.planning.plan import Plan, StagePlan, make_plan
 from megatron_ads.planning.schedule import ideal_bubble
 from megatron_ads.planning.search import SearchResult, interleaved
+from megatron_ads.reporting.page import render, text_table
 
 _COLUMNS = 120
 """Width that tables and paragraphs keep to, on a terminal and in a log."""
@@ -23,29 +20,9 @@ _COLUMNS = 120
 
 def plan_lines(plan: Plan) -> list[str]:
     """Return what the terminal shows. Stages that are equal in all they show share a line."""
-    summary = [piece for line in summary_lines(plan) for piece in wrapped(line)]
+    wrap = textwrap.TextWrapper(_COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False).wrap
+    summary = [piece for line in summary_lines(plan) for piece in wrap(line)]
     return [_title(plan), "", *_stage_table(plan), "", *summary]
-
-
-def wrapped(line: str) -> list[str]:
-    """Return a paragraph as lines that fit, those after the first indented."""
-    return textwrap.wrap(line, _COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection[str]) -> list[str]:
-    """Return the lines of a table; columns are aligned right except those in ``left``."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in head:
-        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(file=StringIO(), width=_COLUMNS, color_system=None, markup=False, highlight=False, emoji=False)
-    with console.capture() as lines:
-        console.print(table)
-    return [line.rstrip() for line in lines.get().splitlines()]
 
 
 def _title(plan: Plan) -> str:
@@ -63,7 +40,10 @@ def _title(plan: Plan) -> str:
 
 
 def _stage_table(plan: Plan) -> list[str]:
-    head = "stage layers params_B experts_B weights grads optim activ. buffers peak_GB PFLOP"
+    head = [
+        "stage", "layers", "params B", "experts B", "weights", "grads", "optim", "activ.", "buffers", "peak GB",
+        "PFLOP",
+    ]  # fmt: skip
     rows = []
     for cells, equal in groupby(plan.stages, key=_cells):
         stages = list(equal)
@@ -72,7 +52,7 @@ def _stage_table(plan: Plan) -> list[str]:
             number = f"{number}-{stages[-1].stage}"
             contents = "+".join(str(len(chunk.layers)) for chunk in stages[0].chunks) + " each"
         rows.append((number, contents, *cells))
-    return _table([name.replace("_", " ") for name in head.split()], rows, left=["layers"])
+    return text_table(rows, head, left=["layers"], width=_COLUMNS)
 
 
 def _cells(stage: StagePlan) -> tuple[str, ...]:
@@ -91,78 +71,41 @@ def _cells(stage: StagePlan) -> tuple[str, ...]:
 
 def summary_lines(plan: Plan) -> list[str]:
     """Return what there is to say below the table of stages."""
-    sizes = plan.job.layout
-    ideal = ideal_bubble(sizes.pp, sizes.vpp, plan.job.microbatches)
-    lines = [
-        _verdict(plan),
-        f"work: the busiest stage has {plan.imbalance:.2f} times the mean",
-        f"pipeline: {plan.timeline.bubble:.1%} of the stages' time is idle ({ideal:.1%} if all stages were equal)",
-        f"step: {plan.step_seconds:.1f} s, {plan.tokens_per_second:,.0f} tokens/s, "
-        f"{plan.model_flops_utilization:.1%} of the cards' peak ({plan.update_seconds:.2f} s of it for the update); "
-        f"assumes that products reach {plan.card.efficiency:.0%} of the peak",
-        f"checkpoint: {plan.checkpoint_bytes / 1e12:.2f} TB, {plan.checkpoint_seconds:.0f} s at "
-        f"{plan.card.storage_bytes_per_second / 1e9:g} GB/s a node",
-        "sent per rank and step, on the stage that sends the most:",
-        *_traffic_lines(plan),
-    ]
-    if plan.expert_less_stages:
-        lines.insert(1, _expert_less(plan))
-    if plan.job.lora is not None:
-        lines.insert(1, _adapters(plan.job, plan.job.lora))
-    twin = interleaved(plan.job, 2) if sizes.vpp == 1 and sizes.pp > 1 else None
-    return lines if twin is None else [*lines, _gain(plan, make_plan(twin, plan.card))]
-
-
-def _adapters(job: PlannedJob, lora: Lora) -> str:
-    adapters, weights = lora.parameters(job.shape), parameters_by_part(job.shape).total()
-    targets = ", ".join(target for target in LoraTarget if target in lora.targets)
-    count = f"{adapters / 1e9:.3f} B parameters, in addition to {weights / 1e9:.1f} B"
-    return f"trains adapters of rank {lora.rank} ({targets}): {count}"
-
-
-def _gain(plan: Plan, twin: Plan) -> str:
-    """Say what two virtual chunks a stage would change."""
-    sizes = plan.job.layout
-    ideal, twin_ideal = (ideal_bubble(sizes.pp, vpp, plan.job.microbatches) for vpp in (1, 2))
-    room = "fits" if twin.fits else f"does not fit by {-twin.spare_bytes / 1e9:.2f} GB"
-    return (
-        f"with vpp 2 ({_shortened(twin.job.placement.string)}): {plan.timeline.bubble:.1%} -> "
-        f"{twin.timeline.bubble:.1%} idle (equal stages: {ideal:.1%} -> {twin_ideal:.1%}), "
-        f"step {plan.step_seconds:.1f} -> {twin.step_seconds:.1f} s, fullest rank "
-        f"{plan.fullest.memory.peak / 1e9:.2f} -> {twin.fullest.memory.peak / 1e9:.2f} GB: {room}"
+    job, sizes = plan.job, plan.job.layout
+    traffic = [group for stage in plan.stages for group in stage.traffic if group.bytes_per_step]
+    twin_job = interleaved(job, 2) if sizes.vpp == 1 and sizes.pp > 1 else None
+    text = render(
+        "planning/summary.txt.jinja",
+        plan=plan,
+        over=[stage for stage in plan.stages if stage.memory.peak > plan.card.memory_bytes],
+        targets=[target for target in LoraTarget if job.lora and target in job.lora.targets],
+        adapters=job.lora.parameters(job.shape) if job.lora else 0,
+        weights=parameters_by_part(job.shape).total(),
+        expert_less_ranks=describe_ranks(
+            [rank for stage in plan.expert_less_stages for rank in sizes.stage_ranks(stage)]
+        ),
+        ideal=ideal_bubble(sizes.pp, sizes.vpp, job.microbatches),
+        traffic=[
+            max((group for group in traffic if group.group == name), key=lambda group: group.bytes_per_step)
+            for name in dict.fromkeys(group.group for group in traffic)
+        ],
+        twin=make_plan(twin_job, plan.card) if twin_job else None,
+        twin_pipeline=_shortened(twin_job.placement.string) if twin_job else "",
+        twin_ideal=ideal_bubble(sizes.pp, 2, job.microbatches),
     )
+    return text.splitlines()
 
 
-def _verdict(plan: Plan) -> str:
-    fullest, spare = plan.fullest, plan.spare_bytes / 1e9
-    where = f"the fullest ranks, of stage {fullest.stage}, need {fullest.memory.peak / 1e9:.2f} GB"
-    if plan.fits:
-        return f"fits: {where}, {spare:.2f} GB less than a card has"
-    over = [stage.stage for stage in plan.stages if stage.memory.peak > plan.card.memory_bytes]
-    count = f"{len(over)} of {len(plan.stages)} stages are too large"
-    return f"DOES NOT FIT by {-spare:.2f} GB: {where} of {plan.card.memory_bytes / 1e9:g} GB; {count}"
-
-
-def _expert_less(plan: Plan) -> str:
-    stages = plan.expert_less_stages
-    ranks = [rank for stage in stages for rank in plan.job.layout.stage_ranks(stage)]
-    plural = "s" if len(stages) > 1 else ""
-    where = f"stage{plural} {', '.join(map(str, stages))}"
-    return f"no routed experts on {where}: {describe_ranks(ranks)} have a stub optimizer"
-
-
-def _traffic_lines(plan: Plan) -> list[str]:
-    groups: dict[str, GroupTraffic] = {}
+def plan_page(recipe: str, plan: Plan) -> str:
+    """Return the plan as one HTML document: the pipeline x expert grid coloured by memory, and a step's timeline."""
+    stages = []
     for stage in plan.stages:
-        for group in stage.traffic:
-            if group.group not in groups or group.bytes_per_step > groups[group.group].bytes_per_step:
-                groups[group.group] = group
-    return [
-        f"  {name:<3} {group.bytes_per_step / 1e9:8.2f} GB over {group.ranks} ranks, {group.off_node:.0%} of the "
-        f"peers on other nodes, {group.seconds(plan.card):.2f} s alone"
-        for name, group in groups.items()
-        if group.bytes_per_step
-    ]
+        memory = stage.memory
+        parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.buffers, memory.peak)
+        gigabytes = (f"{value / 1e9:.2f}" for value in parts)
+        stages.append((stage.stage, stage.contents, f"{stage.parameters / 1e9:.4f}", *gigabytes))
+    lead, summary = _title(plan), summary_lines(plan)
+    return render("planning/plan.html.jinja", recipe=recipe, lead=lead, plan=plan, stages=stages, summary=summary)
 
 
 def search_lines(result: SearchResult, card: Card) -> list[str]:
@@ -188,7 +131,7 @@ def search_lines(result: SearchResult, card: Card) -> list[str]:
     ]
     return [
         f"search: {result.tried} arrangements tried; fastest of those that fit:",
-        *_table(head, rows, left=["arrangement", "pipeline"]),
+        *text_table(rows, head, left=["arrangement", "pipeline"], width=_COLUMNS),
     ]
 
 
@@ -242,18 +185,17 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "imbalance": plan.imbalance,
         "checkpoint_bytes": plan.checkpoint_bytes,
         "checkpoint_seconds": plan.checkpoint_seconds,
-        "stages": [_stage_values(stage) for stage in plan.stages],
-    }
-
-
-def _stage_values(stage: StagePlan) -> dict[str, Any]:
-    return {
-        "stage": stage.stage,
-        "contents": stage.contents,
-        "parameters": stage.parameters,
-        "expert_parameters": stage.expert_parameters,
-        "weights": [asdict(weight) for weight in stage.weights],
-        "memory": asdict(stage.memory) | {"peak": stage.memory.peak},
-        "flops_per_step": stage.flops_per_step,
-        "traffic": [asdict(group) for group in stage.traffic],
+        "stages": [
+            {
+                "stage": stage.stage,
+                "contents": stage.contents,
+                "parameters": stage.parameters,
+                "expert_parameters": stage.expert_parameters,
+                "weights": [asdict(weight) for weight in stage.weights],
+                "memory": asdict(stage.memory) | {"peak": stage.memory.peak},
+                "flops_per_step": stage.flops_per_step,
+                "traffic": [asdict(group) for group in stage.traffic],
+            }
+            for stage in plan.stages
+        ],
     }

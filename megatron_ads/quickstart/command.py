@@ -36,24 +36,22 @@ def run(args: argparse.Namespace) -> int:
     from megatron_ads.observability.metrics import read_metrics
     from megatron_ads.observability.provenance import own_code_digest, provenance
     from megatron_ads.quickstart import content
-    from megatron_ads.quickstart.facts import gather_facts
     from megatron_ads.quickstart.stages import Announcements, run_stages
     from megatron_ads.quickstart.workflow import QuickstartFolder, make_plan
     from megatron_ads.reporting.page import write_report
 
     folder = QuickstartFolder(args.out.resolve())
     machine, data = provenance(), describe_data()
-    plan = make_plan(
-        folder,
-        overrides=_overrides(args, data),
-        identity={"code": own_code_digest(), "versions": machine["versions"], "data": data},
-    )
+    steps = [] if args.steps is None else [f"train.max_steps={args.steps}"]
+    overrides = [f"data={data['source']}", *steps, *args.overrides]
+    identity = {"code": own_code_digest(), "versions": machine["versions"], "data": data}
+    plan = make_plan(folder, overrides=overrides, identity=identity)
     print(f"quickstart: on {data['description']}; everything goes to {folder.root}")
     announcements = Announcements(plan.commands)
     with termination_as_interrupt():
         records = run_stages(plan.stages, folder.root, announcements)
     metrics = read_metrics(folder.run)
-    facts = gather_facts(folder, plan.stages, records, metrics, config=plan.config, data=data, provenance=machine)
+    facts = content.gather_facts(folder, plan, records, metrics, data=data, provenance=machine)
     write_report(folder.root, content.page(facts, metrics), facts)
     if not announcements.ran:
         print("quickstart: everything was complete already; remove the folder to do it all again")
@@ -80,8 +78,3 @@ def describe_data() -> dict[str, Any]:
         "path": str(file),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
-
-
-def _overrides(args: argparse.Namespace, data: dict[str, Any]) -> list[str]:
-    steps = [] if args.steps is None else [f"train.max_steps={args.steps}"]
-    return [f"data={data['source']}", *steps, *args.overrides]

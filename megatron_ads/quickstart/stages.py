@@ -13,10 +13,10 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from megatron_ads.errors import ConfigError
 from megatron_ads.progress import readable_duration
@@ -72,20 +72,17 @@ class Announcements:
         """Say what is about to run."""
         self.ran += 1
         continuing = " (continuing where it was interrupted)" if resuming else ""
-        self._say(f"[{number}/{total}] {stage.title}{continuing}")
+        print(f"[{number}/{total}] {stage.title}{continuing}", flush=True)
         if command := self._commands.get(stage.name):
-            self._say(f"      $ {shlex.join(command)}")
+            print(f"      $ {shlex.join(command)}", flush=True)
 
     def finished(self, stage: Stage, record: StageRecord) -> None:
         """Say how long it took."""
-        self._say(f"      done in {readable_duration(record.seconds)}")
+        print(f"      done in {readable_duration(record.seconds)}", flush=True)
 
     def reused(self, stage: Stage, number: int, total: int, record: StageRecord) -> None:
         """Say that it is complete already."""
-        self._say(f"[{number}/{total}] {stage.title}: complete, took {readable_duration(record.seconds)}")
-
-    def _say(self, line: str) -> None:
-        print(line, flush=True)
+        print(f"[{number}/{total}] {stage.title}: complete, took {readable_duration(record.seconds)}", flush=True)
 
 
 def run_stages(stages: Sequence[Stage], folder: Path, announcements: Announcements) -> dict[str, StageRecord]:
@@ -97,8 +94,12 @@ def run_stages(stages: Sequence[Stage], folder: Path, announcements: Announcemen
     records: dict[str, StageRecord] = {}
     with _sole_use(folder):
         for number, stage in enumerate(stages, start=1):
-            fingerprint = _fingerprint(stage, records)
-            record = _read_record(folder, stage.name)
+            after = {name: records[name].fingerprint for name in stage.after}
+            settings = json.dumps({"settings": dict(stage.settings), "after": after}, sort_keys=True)
+            fingerprint = hashlib.sha256(settings.encode()).hexdigest()
+            record = None
+            with suppress(OSError, ValueError, TypeError):  # missing or unreadable: the stage runs again
+                record = StageRecord(**json.loads(_record_file(folder, stage.name).read_text(encoding="utf-8")))
             if record is not None and record.fingerprint == fingerprint and all(map(Path.exists, stage.outputs)):
                 announcements.reused(stage, number, len(stages), record)
             else:
@@ -110,30 +111,13 @@ def run_stages(stages: Sequence[Stage], folder: Path, announcements: Announcemen
     return records
 
 
-def _fingerprint(stage: Stage, before: Mapping[str, StageRecord]) -> str:
-    parts = {"settings": dict(stage.settings), "after": {name: before[name].fingerprint for name in stage.after}}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
 def _record_file(folder: Path, name: str) -> Path:
     return folder / RECORDS / f"{name}.json"
 
 
-def _started_file(folder: Path, name: str) -> Path:
-    return folder / RECORDS / f"{name}.started"
-
-
-def _read_record(folder: Path, name: str) -> StageRecord | None:
-    """Return a stage's record; None if it is missing or unreadable, so that the stage runs again."""
-    try:
-        return StageRecord(**json.loads(_record_file(folder, name).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
 def _prepare(stage: Stage, folder: Path, fingerprint: str) -> bool:
     """Remove what an earlier run left, unless the stage can continue from it; return whether it does."""
-    started = _started_file(folder, stage.name)
+    started = folder / RECORDS / f"{stage.name}.started"
     interrupted = started.exists() and started.read_text(encoding="utf-8") == fingerprint
     resuming = stage.resumable and interrupted and any(map(Path.exists, stage.outputs))
     _record_file(folder, stage.name).unlink(missing_ok=True)
@@ -155,7 +139,7 @@ def _run(stage: Stage, folder: Path, fingerprint: str, resumed: bool) -> StageRe
     seconds = time.monotonic() - start
     record = StageRecord(fingerprint=fingerprint, seconds=seconds, result=result, resumed=resumed)
     write_small(_record_file(folder, stage.name), json.dumps(asdict(record), indent=2) + "\n")
-    _started_file(folder, stage.name).unlink()
+    (folder / RECORDS / f"{stage.name}.started").unlink()
     return record
 
 
@@ -165,29 +149,22 @@ def _sole_use(folder: Path) -> Iterator[None]:
 
     A job that was interrupted a moment ago may still be saving: it is waited for.
     """
-    _make_folder(folder)
-    with (folder / RECORDS / "lock").open("w", encoding="utf-8") as lock:
-        os.set_inheritable(lock.fileno(), True)
-        give_up = time.monotonic() + WAIT_SECONDS
-        while not _locked(lock):
-            if time.monotonic() > give_up:
-                raise ConfigError(f"another process is at work in {folder}; wait for it, or choose another --out.")
-            time.sleep(0.2)
-        yield
-
-
-def _locked(file: TextIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _make_folder(folder: Path) -> None:
     try:
         if not (folder / RECORDS).is_dir() and folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(f"{folder} holds something else; choose a new or empty folder with --out.")
         (folder / RECORDS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}); choose another with --out.") from None
+    with (folder / RECORDS / "lock").open("w", encoding="utf-8") as lock:
+        os.set_inheritable(lock.fileno(), True)
+        give_up = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    message = f"another process is at work in {folder}; wait for it, or choose another --out."
+                    raise ConfigError(message) from None
+            time.sleep(0.2)
+        yield

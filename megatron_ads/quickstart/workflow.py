@@ -23,51 +23,17 @@ from megatron_ads.runtime.health.rank_record import ExitStatus
 RECIPE = "sft/quickstart"
 
 
-@dataclass(frozen=True, slots=True)
 class QuickstartFolder:
-    """Paths below ``root``; nothing is created here."""
+    """Paths below ``root``, which ``described`` explains; nothing is created here."""
 
-    root: Path
-
-    @property
-    def start(self) -> Path:
-        """The random checkpoint, Hugging Face format, FP8 as DeepSeek publishes it."""
-        return self.root / "model"
-
-    @property
-    def start_bf16(self) -> Path:
-        """The same in BF16, which transformers runs on a CPU."""
-        return self.root / "model-bf16"
-
-    @property
-    def shards(self) -> Path:
-        """The same, one file per rank."""
-        return self.root / "shards"
-
-    @property
-    def run(self) -> Path:
-        """Metrics, TensorBoard files and training checkpoints."""
-        return self.root / "run"
-
-    @property
-    def trained_shards(self) -> Path:
-        """The weights after the last step, one file per rank; written by the trainer."""
-        return self.run / "export"
-
-    @property
-    def tuned(self) -> Path:
-        """The fine-tuned checkpoint, Hugging Face format, FP32 as trained."""
-        return self.root / "tuned"
-
-    @property
-    def tuned_fp8(self) -> Path:
-        """The fine-tuned checkpoint in FP8, as DeepSeek publishes it."""
-        return self.root / "tuned-fp8"
-
-    @property
-    def tuned_fp8_bf16(self) -> Path:
-        """The values of the FP8 checkpoint in BF16, which transformers runs on a CPU."""
-        return self.root / "tuned-fp8-bf16"
+    def __init__(self, root: Path) -> None:
+        """Lay out the paths."""
+        self.root = root
+        self.start, self.start_bf16, self.shards = root / "model", root / "model-bf16", root / "shards"
+        self.run, self.trained_shards = root / "run", root / "run" / "export"
+        self.tuned, self.tuned_fp8 = root / "tuned", root / "tuned-fp8"
+        self.tuned_fp8_bf16 = root / "tuned-fp8-bf16"
+        self.report_html, self.report_json = root / "report.html", root / "report.json"
 
     def answers(self, model: str) -> Path:
         """What a model wrote for every held-out row: ``before``, ``after`` or ``after-fp8``."""
@@ -77,34 +43,24 @@ class QuickstartFolder:
         """What one stage's processes printed."""
         return self.root / "logs" / f"{stage}.log"
 
-    @property
-    def report_html(self) -> Path:
-        """The report as a page."""
-        return self.root / "report.html"
-
-    @property
-    def report_json(self) -> Path:
-        """The report for programs."""
-        return self.root / "report.json"
-
-    def described(self) -> list[tuple[str, Path]]:
-        """Return what there is for a user to look at, with a description each."""
-        return [
-            ("report as a page", self.report_html),
-            ("report for programs", self.report_json),
-            ("random checkpoint it started from (Hugging Face, FP8)", self.start),
-            ("the same as shards, one file per rank", self.shards),
-            ("the same in BF16 for transformers", self.start_bf16),
-            ("metrics of every step (JSONL, TensorBoard) and training checkpoints", self.run),
-            ("fine-tuned weights as shards", self.trained_shards),
-            ("fine-tuned checkpoint (Hugging Face, FP32)", self.tuned),
-            ("fine-tuned checkpoint (Hugging Face, FP8)", self.tuned_fp8),
-            ("the FP8 one read back (Hugging Face, BF16)", self.tuned_fp8_bf16),
-            ("answers to the held-out rows before", self.answers("before")),
-            ("answers after", self.answers("after")),
-            ("answers after, from the FP8 checkpoint", self.answers("after-fp8")),
-            ("output of every stage", self.root / "logs"),
-        ]
+    def described(self) -> dict[Path, str]:
+        """Return what a user may look at, with a description each."""
+        return {
+            self.report_html: "report as a page",
+            self.report_json: "report for programs",
+            self.start: "random checkpoint it started from (Hugging Face, FP8)",
+            self.shards: "the same as shards, one file per rank",
+            self.start_bf16: "the same in BF16 for transformers",
+            self.run: "metrics of every step (JSONL, TensorBoard) and training checkpoints",
+            self.trained_shards: "fine-tuned weights as shards",
+            self.tuned: "fine-tuned checkpoint (Hugging Face, FP32)",
+            self.tuned_fp8: "fine-tuned checkpoint (Hugging Face, FP8)",
+            self.tuned_fp8_bf16: "the FP8 one read back (Hugging Face, BF16)",
+            self.answers("before"): "answers to the held-out rows before",
+            self.answers("after"): "answers after",
+            self.answers("after-fp8"): "answers after, from the FP8 checkpoint",
+            self.root / "logs": "output of every stage",
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,66 +88,51 @@ def make_plan(folder: QuickstartFolder, *, overrides: Sequence[str], identity: M
     paths = [f"model.load={folder.shards}", f"log.dir={folder.run}"]
     config = load_recipe(RECIPE, [*overrides, *paths])
     validate(config, config.layout.fewest_ranks(), shape_from_config(CONFIGS[Preset.tiny]))
-    commands = _commands(folder, overrides, paths, config.layout)
     data, layout = asdict(config.data), asdict(config.layout)
+    sizes = _sizes(config.layout) if _about(overrides, "layout") else ["--recipe", RECIPE]
+    fp8 = ("--dtype", "fp8", "--reference", folder.start)
+    commands: dict[str, list[str]] = {}
 
-    def stage(name: str, title: str, outputs: Sequence[Path], **more: Any) -> Stage:
+    def stage(name: str, title: str, words: Sequence[object], outputs: Sequence[Path] = (), **more: Any) -> Stage:
+        commands[name] = ["megatron-ads", *map(str, words)]
         work: dict[str, Any] = {"run": lambda: _run_here(commands[name], folder.log(name)), "settings": {}}
         return Stage(name=name, title=title, outputs=outputs, **work | more)
 
-    def judging(name: str, title: str, when: str, after: str) -> Stage:
-        return stage(name, title, [folder.answers(when)], settings=data, after=[after])
+    def convert(
+        name: str, title: str, after: str, source: Path, target: Path, *options: object, to: str = "to-hf", **more: Any
+    ) -> Stage:
+        return stage(name, title, ["convert", to, source, target, *options], [target], after=[after], **more)
+
+    def judge(name: str, title: str, after: str, model: Path, when: str) -> Stage:
+        files = ["--model", model, "--answers", folder.answers(when)]
+        words = ["evaluate", *files, "--json", "--recipe", RECIPE, *_about(overrides, "data")]
+        return stage(name, title, words, [folder.answers(when)], settings=data, after=[after])
 
     stages = (
-        stage("demo-model", "make a small random DeepSeek-V3-family checkpoint in FP8", [folder.start],
-              settings=identity),
-        stage("to-shards", "convert it to shards, one file per rank", [folder.shards],
-              settings=layout, after=["demo-model"]),
-        stage("to-bf16", "write it in BF16 as well, for transformers on a CPU", [folder.start_bf16],
-              after=["to-shards"]),
-        judging("evaluate-before", "let it judge the held-out rows", "before", "to-bf16"),
-        stage("train", f"fine-tune it for {config.train.max_steps} steps", [folder.run],
-              settings={"recipe": recipe_yaml(config)}, after=["to-shards"], resumable=True,
-              run=lambda: _train(commands["train"], folder, config)),
-        stage("export", "export it to Hugging Face format", [folder.tuned], after=["train"]),
-        stage("compare-logits", "compare the export in transformers with the Megatron model", [], after=["export"],
+        stage("demo-model", "make a small random DeepSeek-V3-family checkpoint in FP8",
+              ["demo-model", folder.start, "--preset", Preset.tiny, "--fp8"], [folder.start], settings=identity),
+        convert("to-shards", "convert it to shards, one file per rank", "demo-model", folder.start, folder.shards,
+                *sizes, to="to-megatron", settings=layout),
+        convert("to-bf16", "write it in BF16 as well, for transformers on a CPU", "to-shards", folder.shards,
+                folder.start_bf16, "--dtype", "bf16"),
+        judge("evaluate-before", "let it judge the held-out rows", "to-bf16", folder.start_bf16, "before"),
+        stage("train", f"fine-tune it for {config.train.max_steps} steps",
+              ["train", "--recipe", RECIPE, *overrides, *paths], [folder.run], after=["to-shards"], resumable=True,
+              settings={"recipe": recipe_yaml(config)}, run=lambda: _train(commands["train"], folder, config)),
+        convert("export", "export it to Hugging Face format", "train", folder.trained_shards, folder.tuned),
+        stage("compare-logits", "compare the export in transformers with the Megatron model",
+              ["compare-logits", folder.trained_shards, folder.tuned, "--json"], after=["export"],
               run=lambda: _compare_logits(commands["compare-logits"], folder.log("compare-logits"))),
-        judging("evaluate-after", "let the export judge the held-out rows", "after", "export"),
-        stage("export-fp8", "export it in FP8 as well", [folder.tuned_fp8], after=["train"]),
-        stage("read-fp8", "read the FP8 export back", [folder.tuned_fp8_bf16], after=["export-fp8"]),
-        stage("verify-fp8", "verify that both hold the same values", [], after=["read-fp8"]),
-        judging("evaluate-fp8", "let the FP8 export judge the held-out rows", "after-fp8", "read-fp8"),
+        judge("evaluate-after", "let the export judge the held-out rows", "export", folder.tuned, "after"),
+        convert("export-fp8", "export it in FP8 as well", "train", folder.trained_shards, folder.tuned_fp8, *fp8),
+        convert("read-fp8", "read the FP8 export back", "export-fp8", folder.tuned_fp8, folder.tuned_fp8_bf16,
+                "--dtype", "bf16"),
+        stage("verify-fp8", "verify that both hold the same values",
+              ["verify", folder.tuned_fp8, folder.tuned_fp8_bf16, "--json"], after=["read-fp8"]),
+        judge("evaluate-fp8", "let the FP8 export judge the held-out rows", "read-fp8", folder.tuned_fp8_bf16,
+              "after-fp8"),
     )  # fmt: skip
     return QuickstartPlan(stages, commands, config)
-
-
-def _commands(
-    folder: QuickstartFolder, overrides: Sequence[str], paths: Sequence[str], layout: LayoutConfig
-) -> dict[str, list[str]]:
-    def judge(model: Path, when: str) -> list[str]:
-        files = ["--model", str(model), "--answers", str(folder.answers(when))]
-        return ["evaluate", *files, "--json", "--recipe", RECIPE, *_about(overrides, "data")]
-
-    def convert(direction: str, source: Path, target: Path, *options: str) -> list[str]:
-        return ["convert", direction, str(source), str(target), *options]
-
-    fp8 = ["--dtype", "fp8", "--reference", str(folder.start)]
-    sizes = _sizes(layout) if _about(overrides, "layout") else ["--recipe", RECIPE]
-    commands = {
-        "demo-model": ["demo-model", str(folder.start), "--preset", Preset.tiny, "--fp8"],
-        "to-shards": convert("to-megatron", folder.start, folder.shards, *sizes),
-        "to-bf16": convert("to-hf", folder.shards, folder.start_bf16, "--dtype", "bf16"),
-        "evaluate-before": judge(folder.start_bf16, "before"),
-        "train": ["train", "--recipe", RECIPE, *overrides, *paths],
-        "export": convert("to-hf", folder.trained_shards, folder.tuned),
-        "compare-logits": ["compare-logits", str(folder.trained_shards), str(folder.tuned), "--json"],
-        "evaluate-after": judge(folder.tuned, "after"),
-        "export-fp8": convert("to-hf", folder.trained_shards, folder.tuned_fp8, *fp8),
-        "read-fp8": convert("to-hf", folder.tuned_fp8, folder.tuned_fp8_bf16, "--dtype", "bf16"),
-        "verify-fp8": ["verify", str(folder.tuned_fp8), str(folder.tuned_fp8_bf16), "--json"],
-        "evaluate-fp8": judge(folder.tuned_fp8_bf16, "after-fp8"),
-    }
-    return {name: ["megatron-ads", *words] for name, words in commands.items()}
 
 
 def _about(overrides: Sequence[str], section: str) -> list[str]:
@@ -200,13 +141,11 @@ def _about(overrides: Sequence[str], section: str) -> list[str]:
 
 def _sizes(layout: LayoutConfig) -> list[str]:
     """Return a layout as options of `convert to-megatron`."""
-    given = {field.name: getattr(layout, field.name) for field in fields(layout) if field.name != "cp"}
-    options = [
-        (f"--{name.replace('_', '-')}", str(value))
-        for name, value in given.items()
-        if value != getattr(LayoutConfig(), name)
-    ]
-    return [word for option in options for word in option]
+    default, words = LayoutConfig(), list[str]()
+    for name in (field.name for field in fields(layout) if field.name != "cp"):
+        if (value := getattr(layout, name)) != getattr(default, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
 
 
 def _run_here(command: Sequence[str], log: Path) -> Mapping[str, Any]:

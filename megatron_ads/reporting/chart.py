@@ -1,10 +1,15 @@
-"""Line charts as SVG text: no library, no script, nothing to load. Colours come from the page's CSS variables."""
+"""Line charts as SVG text: no script, nothing to load. Colours come from the page's CSS variables."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
+from itertools import accumulate
 
+from markupsafe import Markup
+
+from megatron_ads.reporting.page import render
+
+Points = Sequence[tuple[float, float | None]]
 COLORS = 8
 WIDTH, HEIGHT = 720, 260
 """Size of a full chart in SVG units; the page scales it to the room there is."""
@@ -18,7 +23,7 @@ class Series:
     """One line. Points whose ``y`` is None or not finite are gaps."""
 
     name: str
-    points: Sequence[tuple[float, float | None]]
+    points: Points
     style: str = "line"
     """``line``, ``faint`` (raw values behind a smoothed line) or ``dots`` (few, separate values)."""
     color: int = 1
@@ -26,18 +31,11 @@ class Series:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scale:
-    low: float
-    high: float
-    start: float
-    end: float
-    logarithmic: bool = False
+class Chart:
+    """A drawing with the sentence under it."""
 
-    def __call__(self, value: float) -> float:
-        low, high = self.low, self.high
-        if self.logarithmic:
-            low, high, value = math.log(low), math.log(high), math.log(value)
-        return self.start + (value - low) / (high - low) * (self.end - self.start)
+    svg: Markup
+    caption: str
 
 
 def line_chart(
@@ -48,42 +46,37 @@ def line_chart(
     y_from_zero: bool = False,
     y_logarithmic: bool = False,
     size: tuple[int, int] = (WIDTH, HEIGHT),
-) -> str:
+) -> Markup:
     """Draw ``series`` over one pair of axes; return an ``<svg>`` element, or a sentence when there is nothing to draw.
 
     With more than one series, a legend is above the chart, which is higher by its lines. A logarithmic axis
     leaves out values that are not positive.
     """
-    drawn = [(one, _thinned(_finite(one.points))) for one in series]
-    if y_logarithmic:
-        drawn = [(one, [(x, y) for x, y in points if y > 0]) for one, points in drawn]
-    drawn = [(one, points) for one, points in drawn if points]
+    found = [(one, _thinned([(x, y) for x, y in _finite(one.points) if y > 0 or not y_logarithmic])) for one in series]
+    drawn = [(one, points) for one, points in found if points]
     if not drawn:
-        return '<p class="empty">No values were recorded.</p>'
-    width, height = size
-    x_ticks = ticks(*_extent([x for _, points in drawn for x, _ in points]), 8, whole=True)
+        return Markup('<p class="empty">No values were recorded.</p>')
+    right, base = size[0] - _RIGHT, size[1] - _BOTTOM
+    x_extent = _extent([x for _, points in drawn for x, _ in points])
     values = [y for _, points in drawn for _, y in points]
-    extent = _extent([0.0, *values] if y_from_zero else values)
-    y_ticks = logarithmic_ticks(*extent) if y_logarithmic else ticks(*extent, 5)
-    x_scale = _Scale(*_extent([x for _, points in drawn for x, _ in points]), _LEFT, width - _RIGHT)
-    y_scale = _Scale(
-        min(y_ticks[0], *values), max(y_ticks[-1], *values), height - _BOTTOM, _TOP, logarithmic=y_logarithmic
-    )
-    body = [
-        *_axes(x_ticks, y_ticks, x_scale, y_scale, size),
-        *_labels(x_label, y_label, size),
-        *(_draw(one, points, x_scale, y_scale) for one, points in drawn),
-    ]
-    legend = _legend([one for one, _ in drawn], width) if len(drawn) > 1 else []
-    above = _LEGEND_LINE * len(legend)
-    marks = "".join(body)
-    if above:
-        marks = f'<g transform="translate(0 {above})">{marks}</g>'
-    label = escape(f"{y_label} against {x_label}")
-    return f'<svg viewBox="0 0 {width} {height + above}" role="img" aria-label="{label}">{marks}{"".join(legend)}</svg>'
+    y_extent = _extent([0.0, *values] if y_from_zero else values)
+    y_ticks = logarithmic_ticks(*y_extent) if y_logarithmic else ticks(*y_extent, 5)
+    place_x = _scale(*x_extent, _LEFT, right)
+    place_y = _scale(min(y_ticks[0], *values), max(y_ticks[-1], *values), base, _TOP, logarithmic=y_logarithmic)
+    legend = list(_legend([one for one, _ in drawn], right)) if len(drawn) > 1 else []
+    svg = render(
+        "reporting/chart.svg.jinja",
+        left=_LEFT, right=right, margin=_RIGHT, top=_TOP, base=base, height=size[1],
+        x_label=x_label, y_label=y_label,
+        x_ticks=[(place_x(tick), tick) for tick in ticks(*x_extent, 8, whole=True)],
+        y_ticks=[(place_y(tick), tick) for tick in y_ticks],
+        drawn=[(one, [(place_x(x), place_y(y), x, y) for x, y in points]) for one, points in drawn],
+        legend=legend, legend_line=_LEGEND_LINE, above=_LEGEND_LINE * len(legend),
+    )  # fmt: skip
+    return Markup(svg)  # the template escapes what it is given
 
 
-def smooth(points: Sequence[tuple[float, float | None]], half_life: float) -> list[tuple[float, float | None]]:
+def smooth(points: Points, half_life: float) -> list[tuple[float, float | None]]:
     """Return the exponential moving average with ``half_life`` in points, unbiased at the start."""
     decay = 0.5 ** (1 / half_life)
     total = weight = 0.0
@@ -118,7 +111,7 @@ def logarithmic_ticks(low: float, high: float) -> list[float]:
     return [tick for tick in found if low <= tick <= high] or [low]
 
 
-def _finite(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float]]:
+def _finite(points: Points) -> list[tuple[float, float]]:
     return [(x, y) for x, y in points if y is not None and math.isfinite(y)]
 
 
@@ -130,86 +123,28 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 def _extent(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    if low == high:
-        margin = abs(low) * 0.1 or 1.0
-        return low - margin, high + margin
-    return low, high
+    margin = 0.0 if low < high else abs(low) * 0.1 or 1.0
+    return low - margin, high + margin
 
 
-def _axes(
-    x_ticks: Sequence[float], y_ticks: Sequence[float], x_scale: _Scale, y_scale: _Scale, size: tuple[int, int]
-) -> list[str]:
-    width, height = size
-    lines = []
-    for tick in y_ticks:
-        y = y_scale(tick)
-        lines.append(f'<line class="grid" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        lines.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
-    base = height - _BOTTOM
-    lines.append(f'<line class="axis" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{base}" y2="{base}"/>')
-    for tick in x_ticks:
-        x = x_scale(tick)
-        lines.append(f'<text class="tick" x="{x:.1f}" y="{base + 16}" text-anchor="middle">{short(tick)}</text>')
-    return lines
+def _scale(low: float, high: float, start: float, end: float, *, logarithmic: bool = False) -> Callable[[float], float]:
+    if logarithmic:
+        linear = _scale(math.log(low), math.log(high), start, end)
+        return lambda value: linear(math.log(value))
+    return lambda value: start + (value - low) / (high - low) * (end - start)
 
 
-def _labels(x_label: str, y_label: str, size: tuple[int, int]) -> list[str]:
-    width, height = size
-    middle_x, middle_y = (_LEFT + width - _RIGHT) / 2, (_TOP + height - _BOTTOM) / 2
-    return [
-        f'<text class="label" x="{middle_x:.0f}" y="{height - 6}" text-anchor="middle">{escape(x_label)}</text>',
-        f'<text class="label" transform="translate(13 {middle_y:.0f}) rotate(-90)" text-anchor="middle">'
-        f"{escape(y_label)}</text>",
-    ]
-
-
-def _draw(series: Series, points: Sequence[tuple[float, float]], x_scale: _Scale, y_scale: _Scale) -> str:
-    placed = [(x_scale(x), y_scale(y)) for x, y in points]
-    marks = "".join(
-        f'<circle class="{series.style}-point c{series.color}" cx="{px:.1f}" cy="{py:.1f}" r="4">'
-        f"<title>{escape(series.name)}: {short(y)} at {short(x)}</title></circle>"
-        for (px, py), (x, y) in zip(placed, points, strict=True)
-        if series.style != "faint"
-    )
-    if series.style == "dots":
-        return marks
-    path = " ".join(f"{'L' if index else 'M'}{px:.1f} {py:.1f}" for index, (px, py) in enumerate(placed))
-    return f'<path class="{series.style} c{series.color}" d="{path}"/>{marks}'
-
-
-def _legend(series: Sequence[Series], width: int) -> list[str]:
-    """Return the lines of the legend, set right, as many series in each as there is room for."""
+def _legend(series: Sequence[Series], right: int) -> Iterator[list[tuple[int, Series]]]:
+    """Yield the lines of the legend, set right, as many series in each as there is room for, and where each begins."""
     lines: list[list[Series]] = [[]]
     for one in series:
-        if lines[-1] and sum(map(_legend_width, [*lines[-1], one])) > width - _LEFT - _RIGHT:
+        if lines[-1] and sum(map(_legend_width, [*lines[-1], one])) > right - _LEFT:
             lines.append([])
         lines[-1].append(one)
-    return [_legend_line(line, width - _RIGHT, 4 + _LEGEND_LINE * number) for number, line in enumerate(lines)]
+    for line in lines:
+        widths = list(map(_legend_width, line))
+        yield list(zip(accumulate(widths[:-1], initial=right - sum(widths)), line, strict=True))
 
 
 def _legend_width(series: Series) -> int:
     return 7 * len(series.name) + 40
-
-
-def _legend_line(series: Sequence[Series], x: int, y: int) -> str:
-    items = []
-    for one in reversed(series):
-        x -= _legend_width(one)
-        swatch = (
-            f'<circle class="dots-point c{one.color}" cx="{x + 20}" cy="{y + 4}" r="4"/>'
-            if one.style == "dots"
-            else f'<path class="{one.style} c{one.color}" d="M{x + 12} {y + 4} h16"/>'
-        )
-        items.append(f'<text class="tick" x="{x + 34}" y="{y + 8}">{escape(one.name)}</text>{swatch}')
-    return "".join(items)
-
-
-def short(value: float) -> str:
-    """Write a number in at most four digits, large ones with k, M, G, T: ``15k``, ``0.012``, ``1.2e-5``."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= limit:
-            return f"{value / (1e3 if unit == 'k' else limit):.4g}{unit}"
-    if 0 < abs(value) < 0.01:
-        digits, _, exponent = f"{value:.3e}".partition("e")
-        return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
-    return f"{value:.4g}"

@@ -11,8 +11,8 @@ from megatron_ads.config.recipe_errors import current_settings
 from megatron_ads.errors import MegatronAdsError
 from megatron_ads.observability.log import get_logger
 from megatron_ads.observability.metrics import read_metrics
-from megatron_ads.reporting.chart import COLORS, Series, line_chart, short, smooth
-from megatron_ads.reporting.page import Chart, Figure, PageSection, Table, render_page
+from megatron_ads.reporting.chart import COLORS, Chart, Series, line_chart, smooth
+from megatron_ads.reporting.page import render
 
 logger = get_logger(__name__)
 
@@ -20,14 +20,15 @@ REPORT_FILE = "report.html"
 RUN_FILE = "run.json"
 
 _SMALL = (360, 190)
-_SHARES = (
-    "Share of each task in the samples drawn from the evaluation on: in proportion to (1 - metric) ^ reweight.alpha. A "
-    "task that stagnates gains share, one that is learned loses it."
-)
-_WEIGHTS = (
-    "Weights of a task's training samples, at each renewal: the median, and what a tenth stay below and above. Below 1 "
-    "the perplexity fell since the renewal before; at 1 it stayed; above 1 it rose."
-)
+_BY_TASK = {
+    "validation_loss": ("held-out loss", "Mean over the target tokens of a task's held-out rows."),
+    "task_share": (
+        "share of samples",
+        "Share of each task in the samples drawn from the evaluation on: in proportion to (1 - metric) ^ "
+        "reweight.alpha. A task that stagnates gains share, one that is learned loses it.",
+    ),
+}
+"""Metrics that have one chart with a line for each task: label and caption."""
 
 Metrics = Sequence[Mapping[str, Any]]
 
@@ -48,32 +49,24 @@ def run_page(folder: Path) -> str:
     """
     metrics = read_metrics(folder)
     run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    sections = [
-        PageSection(title="Loss", blocks=[loss_chart(metrics)]),
-        *_tasks(metrics),
-        PageSection(title="Course", blocks=[course_charts(metrics)]),
-        PageSection(title="Circumstances", blocks=[Table(rows=[*_leaves(run)])]),
-    ]
-    done = max((row["step"] for row in metrics), default=0)
-    steps = current_settings(run["recipe"])["train"]["max_steps"]
-    lead = f"{run['recipe']['model']['load']}: {done} of {steps} steps, {run['ranks']} in parallel."
-    return render_page("Fine-tuning", lead, _figures(metrics), sections)
+    speeds = {"seconds per step": "step_seconds", "tokens per second": "tokens_per_second"}
+    return render(
+        "reporting/run.html.jinja",
+        run=run,
+        done=max((row["step"] for row in metrics), default=0),
+        steps=current_settings(run["recipe"])["train"]["max_steps"],
+        losses={"loss": _values(metrics, "loss"), "held-out loss": _values(metrics, "validation_loss")},
+        medians={label: median(values) for label, name in speeds.items() if (values := _values(metrics, name))},
+        loss=loss_chart(metrics),
+        tasks=[_task_chart(metrics, name) for name in _BY_TASK if _tasks_with(metrics, name)],
+        weights=[_weights(metrics, task) for task in _tasks_with(metrics, "instance_weight_p50")],
+        course=course_charts(metrics),
+        circumstances=_leaves(run),
+    )
 
 
 def _points(metrics: Metrics, name: str) -> list[tuple[float, float | None]]:
     return [(row["step"], row[name]) for row in metrics if name in row]
-
-
-def _figures(metrics: Metrics) -> list[Figure]:
-    figures = []
-    for name, label in (("loss", "loss"), ("validation_loss", "held-out loss")):
-        if values := _values(metrics, name):
-            note = "first and last, nats"
-            figures.append(Figure(label=label, value=f"{values[0]:.3f} → {values[-1]:.3f}", note=note))
-    for name, label in (("step_seconds", "seconds per step"), ("tokens_per_second", "tokens per second")):
-        if values := _values(metrics, name):
-            figures.append(Figure(label=label, value=short(median(values)), note="median"))
-    return figures
 
 
 def _values(metrics: Metrics, name: str) -> list[float]:
@@ -88,47 +81,27 @@ def loss_chart(metrics: Metrics) -> Chart:
         Series(name="smoothed", points=smooth(loss, 3)),
         Series(name="held-out rows", points=_points(metrics, "validation_loss"), style="dots", color=2),
     ]
-    svg = line_chart(series, x_label="step", y_label="loss, nats", y_logarithmic=True)
     caption = (
         "What is minimised: the mean over the target tokens, or samples, of a step, with the samples' weights applied; "
         "smoothed with a half-life of 3 steps."
     )
-    return Chart(svg=svg, caption=caption)
-
-
-_CHARTED = ("validation_loss", "task_share")
-"""Metrics that have one chart with a line for each task."""
-
-
-def _tasks(metrics: Metrics) -> list[PageSection]:
-    """Return how each task does and what its samples weigh, as far as the run measured it."""
-    held_out = "Mean over the target tokens of a task's held-out rows."
-    charts = [
-        *_by_task(metrics, "validation_loss", "held-out loss", held_out),
-        *_by_task(metrics, "task_share", "share of samples", _SHARES),
-    ]
-    weights = [_weights(metrics, task) for task in _tasks_with(metrics, "instance_weight_p50")]
-    sections = [PageSection(title="Tasks", blocks=charts)] if charts else []
-    return sections + ([PageSection(title="Instance weights", blocks=[_WEIGHTS, weights])] if weights else [])
+    return Chart(line_chart(series, x_label="step", y_label="loss, nats", y_logarithmic=True), caption)
 
 
 def _tasks_with(metrics: Metrics, name: str) -> list[str]:
     return sorted({key.partition("/")[2] for row in metrics for key in row if key.startswith(f"{name}/")})
 
 
-def _by_task(metrics: Metrics, name: str, label: str, caption: str) -> list[Chart]:
-    """Return one chart with a line for each task; none where the run measured nothing of the kind.
-
-    A task has the same colour in every chart.
-    """
-    tasks = sorted({task for each in _CHARTED for task in _tasks_with(metrics, each)})
-    colors = {task: index % COLORS + 1 for index, task in enumerate(tasks)}
+def _task_chart(metrics: Metrics, name: str) -> Chart:
+    """Draw a line for each task; a task has the same colour in every chart."""
+    tasks = sorted({task for each in _BY_TASK for task in _tasks_with(metrics, each)})
     series = [
-        Series(name=task, points=_points(metrics, f"{name}/{task}"), color=colors[task])
-        for task in _tasks_with(metrics, name)
+        Series(name=task, points=points, color=index % COLORS + 1)
+        for index, task in enumerate(tasks)
+        if (points := _points(metrics, f"{name}/{task}"))
     ]
-    svg = line_chart(series, x_label="step", y_label=label, y_from_zero=True)
-    return [Chart(svg=svg, caption=caption)] if series else []
+    label, caption = _BY_TASK[name]
+    return Chart(line_chart(series, x_label="step", y_label=label, y_from_zero=True), caption)
 
 
 def _weights(metrics: Metrics, task: str) -> Chart:
@@ -136,7 +109,7 @@ def _weights(metrics: Metrics, task: str) -> Chart:
         Series(name=f"{percent} %", points=_points(metrics, f"instance_weight_p{percent}/{task}"), style=style)
         for percent, style in ((10, "faint"), (50, "line"), (90, "faint"))
     ]
-    return Chart(svg=line_chart(series, x_label="step", y_label="weight", size=_SMALL), caption=task)
+    return Chart(line_chart(series, x_label="step", y_label="weight", size=_SMALL), task)
 
 
 def course_charts(metrics: Metrics) -> list[Chart]:
@@ -147,12 +120,13 @@ def course_charts(metrics: Metrics) -> list[Chart]:
         ("tokens_per_second", "tokens/s", "Whole job, prompts included."),
         ("expert_load_max_over_mean", "busiest / mean expert", "Averaged over the MoE layers; 1 is even."),
     )
-    return [_small_chart(metrics, *chart) for chart in shown if _points(metrics, chart[0])]
-
-
-def _small_chart(metrics: Metrics, name: str, label: str, caption: str) -> Chart:
-    series = [Series(name=label, points=_points(metrics, name))]
-    return Chart(svg=line_chart(series, x_label="step", y_label=label, y_from_zero=True, size=_SMALL), caption=caption)
+    charts = []
+    for name, label, caption in shown:
+        if points := _points(metrics, name):
+            series = [Series(name=label, points=points)]
+            svg = line_chart(series, x_label="step", y_label=label, y_from_zero=True, size=_SMALL)
+            charts.append(Chart(svg, caption))
+    return charts
 
 
 def _leaves(value: Any, path: str = "") -> Iterable[tuple[str, str]]:

@@ -53,7 +53,11 @@ def install() -> None:
     if _installed:
         return
     if torch.cuda.is_available():
-        _stand_in_for_transformer_engine()
+        if find_spec("transformer_engine") is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # each module that it imports warns of the absence
+                for patch in TRANSFORMER_ENGINE_PATCHES:
+                    patch()
         _installed = True
         return
     if "megatron.core" in sys.modules:
@@ -67,14 +71,6 @@ def install() -> None:
         for patch in MEGATRON_PATCHES:
             patch()
     _installed = True
-
-
-def _stand_in_for_transformer_engine() -> None:
-    if find_spec("transformer_engine") is None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # each module that it imports warns of the absence
-            for patch in TRANSFORMER_ENGINE_PATCHES:
-                patch()
 
 
 def answer_device_queries() -> None:
@@ -196,15 +192,9 @@ class _NoStream:
     def record_event(self, event: "_NoStream | None" = None) -> "_NoStream":
         return event or self
 
-    def record(self, stream: "_NoStream | None" = None) -> None: ...
+    def synchronize(self, other: "_NoStream | None" = None) -> None: ...
 
-    def wait(self, stream: "_NoStream | None" = None) -> None: ...
-
-    def wait_stream(self, stream: "_NoStream") -> None: ...
-
-    def wait_event(self, event: "_NoStream") -> None: ...
-
-    def synchronize(self) -> None: ...
+    record = wait = wait_stream = wait_event = synchronize
 
     def query(self) -> bool:
         return True
@@ -230,14 +220,9 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return create
 
 
-def _cpu_torch() -> types.ModuleType:
-    module = _CpuTorch("torch")
-    for name in ("tensor", "zeros", "ones", "empty", "empty_like", "full", "arange"):
-        setattr(module, name, _on_cpu(getattr(torch, name)))
-    return module
-
-
-_CPU_TORCH = _cpu_torch()
+_CPU_TORCH = _CpuTorch("torch")
+for _name in ("tensor", "zeros", "ones", "empty", "empty_like", "full", "arange"):
+    setattr(_CPU_TORCH, _name, _on_cpu(getattr(torch, _name)))
 
 
 def _as_numpy_if_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

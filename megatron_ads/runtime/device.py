@@ -73,18 +73,14 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     if deterministic:
-        _require_determinism()
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # NVIDIA cuBLAS, "Results reproducibility"
+        os.environ.setdefault("NCCL_ALGO", "Ring")  # the order of summation must not depend on what NCCL measured
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # Transformer Engine's attention backward
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, and never read
+        torch.backends.cudnn.benchmark = False
     stage_seed = seed + _STAGE_STRIDE * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(stage_seed)
     numpy.random.seed(stage_seed)
     torch.manual_seed(stage_seed)
     model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
-
-
-def _require_determinism() -> None:
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # NVIDIA cuBLAS, "Results reproducibility"
-    os.environ.setdefault("NCCL_ALGO", "Ring")  # the order of summation must not depend on what NCCL measured
-    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # Transformer Engine's attention backward
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, and never read
-    torch.backends.cudnn.benchmark = False

@@ -4,14 +4,13 @@ A rank without an optimizer member that its peers have never joins that member's
 later and elsewhere. Here it ends in one message, within seconds, because nothing is exchanged by collectives.
 """
 
-import base64
 import json
+import pickle
 import zlib
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
@@ -44,19 +43,14 @@ class Record:
     """Digest of the resolved recipe and the model's shape."""
     code_revision: str
 
-    def to_json(self) -> str:
-        """Return the record as text that ``from_json`` reads."""
-        return json.dumps(asdict(self))
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of the optimizer's members, in order."""
+        return tuple(member.kind for member in self.members)
 
-    @classmethod
-    def from_json(cls, text: str) -> "Record":
-        """Return the record that ``to_json`` wrote."""
-        fields: dict[str, Any] = json.loads(text)
-        members = tuple(
-            Member(member["kind"], tuple((name, count) for name, count in member["groups"]))
-            for member in fields.pop("members")
-        )
-        return cls(coordinates=Coordinates(**fields.pop("coordinates")), members=members, **fields)
+    def groups(self, kind: str) -> tuple[tuple[str, int], ...]:
+        """Return the parameter groups of a member, and how many parameters are in each."""
+        return next(member.groups for member in self.members if member.kind == kind)
 
 
 def gather_records(record: Record, timeout_seconds: float = 8.0) -> list[Record]:
@@ -68,7 +62,7 @@ def gather_records(record: Record, timeout_seconds: float = 8.0) -> list[Record]
         TopologyError: If a rank has not come after ``timeout_seconds``; rank 0 tells the others which.
     """
     store = job_store("preflight")
-    store.set(f"record/{record.rank}", record.to_json())
+    store.set(f"record/{record.rank}", pickle.dumps(record))  # type: ignore[arg-type]  # it takes bytes as well
     world = dist.get_world_size()
     if record.rank == 0:
         _publish(store, world, timeout_seconds)
@@ -78,8 +72,7 @@ def gather_records(record: Record, timeout_seconds: float = 8.0) -> list[Record]
             f"{describe_ranks(missing)} of {world} did not come to the preflight within {timeout_seconds:g} s. "
             "Look at the log of the first of them: it failed earlier, or is much slower to load than the rest."
         )
-    lines = zlib.decompress(base64.b85decode(store.get("all records"))).decode().splitlines()
-    return [Record.from_json(line) for line in lines]
+    return [pickle.loads(each) for each in pickle.loads(zlib.decompress(store.get("all records")))]
 
 
 def _publish(store: Store, world: int, timeout_seconds: float) -> None:
@@ -91,8 +84,8 @@ def _publish(store: Store, world: int, timeout_seconds: float) -> None:
     except dist.DistStoreError:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
     else:
-        lines = b"\n".join(store.get(key) for key in keys)
-        store.set("all records", base64.b85encode(zlib.compress(lines)).decode())
+        everything = pickle.dumps([store.get(key) for key in keys])
+        store.set("all records", zlib.compress(everything))  # type: ignore[arg-type]
     store.set("missing ranks", json.dumps(missing))
 
 
@@ -115,66 +108,40 @@ def check_records(records: Sequence[Record]) -> None:
     Raises:
         TopologyError: Naming the odd ranks, their stages, and what they lack or have instead, one line each.
     """
-    problems = [
-        *_missing_members(records),
-        *_order_differences(records),
-        *_group_differences(records),
-        *_count_differences(records),
-        *_version_differences(records),
-        *_differences(records, "configuration digest", [record.config_digest for record in records]),
-        *_differences(records, "code revision", [record.code_revision for record in records]),
-    ]
+    problems = _missing_members(records)
+    complete = max(len(record.members) for record in records)
+    comparable = [record for record in records if len(record.members) == complete]
+    problems += _differences(comparable, "order of optimizer members", [record.kinds for record in comparable])
+    for kind, owners in _owners(records).items():
+        names = [tuple(name for name, _ in record.groups(kind)) for record in owners]
+        problems += _differences(owners, f"parameter groups of optimizer member {kind!r}", names)
+    for stage in sorted({record.coordinates.pp for record in records}):  # whose ranks hold equal shares of every kind
+        of_stage = [record for record in records if record.coordinates.pp == stage]
+        for kind, owners in _owners(of_stage).items():
+            counts = [record.groups(kind) for record in owners]
+            problems += _differences(owners, f"parameters of optimizer member {kind!r} on stage {stage}", counts)
+    for package in sorted({package for record in records for package in record.versions}):
+        versions = [record.versions.get(package, "absent") for record in records]
+        problems += _differences(records, f"{package} version", versions)
+    problems += _differences(records, "configuration digest", [record.config_digest for record in records])
+    problems += _differences(records, "code revision", [record.code_revision for record in records])
     if problems:
         raise TopologyError("The ranks of this job would not do the same:\n  " + "\n  ".join(problems))
 
 
 def _missing_members(records: Sequence[Record]) -> list[str]:
-    """Every rank must have every kind that any rank has: who lacks one is odd, however many they are."""
+    """Name the ranks without a kind that any rank has: who lacks one is odd, however many they are."""
     problems = []
     for kind, owners in _owners(records).items():
-        lacking = [record for record in records if kind not in _kinds(record)]
+        lacking = [record for record in records if kind not in record.kinds]
         if not lacking:
             continue
         having = [record.rank for record in owners]
-        owned = ", ".join(dict.fromkeys(f"[{', '.join(_kinds(record))}]" for record in lacking))
+        owned = ", ".join(dict.fromkeys(f"[{', '.join(record.kinds)}]" for record in lacking))
         problems.append(
             f"{_located(lacking)}: optimizer members {owned}, without {kind!r}, which {describe_ranks(having)} "
             f"{'has' if len(having) == 1 else 'have'}; they would wait for each other in its first collective"
         )
-    return problems
-
-
-def _order_differences(records: Sequence[Record]) -> list[str]:
-    complete = max(len(record.members) for record in records)
-    comparable = [record for record in records if len(record.members) == complete]
-    orders = [tuple(_kinds(record)) for record in comparable]
-    return _differences(comparable, "order of optimizer members", orders)
-
-
-def _group_differences(records: Sequence[Record]) -> list[str]:
-    problems = []
-    for kind, owners in _owners(records).items():
-        names = [tuple(name for name, _ in _member(record, kind).groups) for record in owners]
-        problems += _differences(owners, f"parameter groups of optimizer member {kind!r}", names)
-    return problems
-
-
-def _count_differences(records: Sequence[Record]) -> list[str]:
-    """Ranks of one stage hold equal shares of every kind, so their counts must be the same."""
-    problems = []
-    for stage in sorted({record.coordinates.pp for record in records}):
-        of_stage = [record for record in records if record.coordinates.pp == stage]
-        for kind, owners in _owners(of_stage).items():
-            counts = [_member(record, kind).groups for record in owners]
-            problems += _differences(owners, f"parameters of optimizer member {kind!r} on stage {stage}", counts)
-    return problems
-
-
-def _version_differences(records: Sequence[Record]) -> list[str]:
-    problems = []
-    for package in sorted({package for record in records for package in record.versions}):
-        versions = [record.versions.get(package, "absent") for record in records]
-        problems += _differences(records, f"{package} version", versions)
     return problems
 
 
@@ -194,15 +161,7 @@ def _differences(records: Sequence[Record], what: str, values: Sequence[Hashable
 def _owners(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Return the records that have each kind of member."""
     kinds = dict.fromkeys(member.kind for record in records for member in record.members)
-    return {kind: [record for record in records if kind in _kinds(record)] for kind in kinds}
-
-
-def _kinds(record: Record) -> list[str]:
-    return [member.kind for member in record.members]
-
-
-def _member(record: Record, kind: str) -> Member:
-    return next(member for member in record.members if member.kind == kind)
+    return {kind: [record for record in records if kind in record.kinds] for kind in kinds}
 
 
 def _located(records: Sequence[Record]) -> str:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from megatron_ads.errors import ConfigError
-from megatron_ads.layout import ParallelLayout
+from megatron_ads.layout import ParallelLayout, rank, world_size
 from megatron_ads.runtime import cpu_compat
 from megatron_ads.runtime.device import backend, device
 
@@ -53,7 +53,12 @@ def start(
     Raises:
         ConfigError: If the number of running ranks is not ``layout.world``, or no meeting point is given.
     """
-    _check_world(layout, dist.get_world_size() if dist.is_initialized() else _launched_world())
+    world = dist.get_world_size() if dist.is_initialized() else world_size()
+    if world != layout.world:
+        raise ConfigError(
+            f"The layout is for {layout.world} ranks (pp * dp * cp * tp = {layout.pp} * {layout.dp} * {layout.cp} * "
+            f"{layout.tp}), but {world} are running. Launch {layout.world} processes, or change the layout."
+        )
     cpu_compat.install()
     silence_upstream_warnings()
     timeout = timedelta(seconds=timeout_seconds)
@@ -62,6 +67,13 @@ def start(
     _build_megatron_groups(layout, timeout, embedding_ranks, create_gloo_process_groups)
     for group in dist.distributed_c10d._world.pg_map:
         group.set_timeout(timeout)  # Megatron creates one of its gloo groups without a timeout
+
+
+def new_group(ranks: list[int]) -> dist.ProcessGroup:
+    """Make a group of some ranks with the job's timeout, which torch would not give it; a collective of all ranks."""
+    timeout = dist.distributed_c10d._get_default_group()._get_backend(device()).options._timeout
+    group: dist.ProcessGroup = dist.new_group(ranks, timeout=timeout)
+    return group
 
 
 def start_fake(layout: ParallelLayout, rank: int) -> None:
@@ -83,16 +95,8 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _check_world(layout: ParallelLayout, world: int) -> None:
-    if world != layout.world:
-        raise ConfigError(
-            f"The layout is for {layout.world} ranks (pp * dp * cp * tp = {layout.pp} * {layout.dp} * {layout.cp} * "
-            f"{layout.tp}), but {world} are running. Launch {layout.world} processes, or change the layout."
-        )
-
-
 def _join(world: int, timeout: timedelta) -> None:
-    os.environ.setdefault("RANK", os.environ.get("SLURM_PROCID", "0"))
+    os.environ.setdefault("RANK", str(rank()))
     os.environ.setdefault("WORLD_SIZE", str(world))
     if world == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -106,10 +110,6 @@ def _join(world: int, timeout: timedelta) -> None:
     if on_cuda:
         torch.cuda.set_device(device())
     dist.init_process_group(backend(), timeout=timeout, device_id=device() if on_cuda else None)
-
-
-def _launched_world() -> int:
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
 
 
 def _build_megatron_groups(

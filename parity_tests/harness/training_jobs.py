@@ -62,7 +62,7 @@ class Losses:
 
 def start(recipe: Recipe) -> tuple[Any, Any, WeightSource]:
     """Start the groups and build this rank's trained model; return it with its layout and its source."""
-    from megatron_ads.observability.log import world_size
+    from megatron_ads.layout import world_size
     from megatron_ads.runtime import process_groups
     from megatron_ads.runtime.device import seed_everything
     from megatron_ads.training.build import build_model, lay_out

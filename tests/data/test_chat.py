@@ -69,7 +69,7 @@ def test_a_template_that_opens_the_reasoning_does_not_get_it_twice(tmp_path: Pat
 
 def test_without_a_template_messages_are_paragraphs(tmp_path: Path):
     tokenizer = tokenizer_in(tmp_path, chat_template=None)
-    assert not tokenizer.has_chat_template
+    assert not tokenizer.fast.chat_template
     assert split_text(ROW, tokenizer) == ("user: Is it?\n\nassistant: ", ROW.target)
 
 

@@ -34,7 +34,7 @@ def test_a_query_of_two_sources_is_on_one_side(tmp_path: Path):
     for rows in corpus.training:
         assert rows
         assert held_out.isdisjoint(row.group for row in rows)
-    assert corpus.weights == [1.0, 2.0]
+    assert [source.weight for source in corpus.sources] == [1.0, 2.0]
 
 
 def test_ads_rows_can_be_without_reasoning_and_others_are_left_alone(tmp_path: Path):
@@ -127,7 +127,10 @@ def test_a_misspelt_fact_is_pointed_out_and_one_of_ones_own_is_not(tmp_path: Pat
 def test_a_source_can_be_asked_another_way_beside_itself():
     asked = SourceConfig(kind=SourceKind.builtin, rows=300, variant=RowVariant.yes_no)
     corpus = read_corpus(DataConfig(sources=[BUILTIN, asked], validation_rows=60))
-    assert corpus.names == ["built-in query-ad pairs", "built-in query-ad pairs, asked as yes_no"]
+    assert [describe_source(source) for source in corpus.sources] == [
+        "built-in query-ad pairs",
+        "built-in query-ad pairs, asked as yes_no",
+    ]
     assert {row.task for row in corpus.training[1]} == {"yes_no"}
     assert {row.label for row in corpus.training[1]} == {"Yes", "No"}
     held_out = {row.group for row in corpus.validation}
@@ -145,7 +148,7 @@ def test_a_source_without_a_usable_row_is_named_with_the_first_reason(tmp_path: 
 
 def test_a_source_of_which_nothing_fits_is_named(tmp_path: Path):
     corpus = read_corpus(DataConfig(sources=[BUILTIN]))
-    with pytest.raises(DataError, match=r"None of the 300 training rows of built-in .*seq_length = 8\."):
+    with pytest.raises(DataError, match=r"None of the 300 training rows of built-in .*seq_length = 8,"):
         tokenize_training(corpus, tokenizer_in(tmp_path), seq_length=8)
 
 

@@ -111,18 +111,18 @@ def test_a_wrong_anchor_or_mapping_is_refused(tmp_path: Path) -> None:
 
 def test_the_simulators_events_in_a_file_give_the_simulators_rows(tmp_path: Path) -> None:
     world = draw_world(0)
-    users = [known for known in islice(users_at_anchor(world), 40) if known.user.next_advertiser is not None]
+    users = [known for known in islice(users_at_anchor(world), 40) if known.next_advertiser is not None]
     lines: list[dict[str, Any]] = []
     for known in users:
-        user = known.user.history
+        user = known.history
         who = {"uid": user.user_id, "age": user.demographics.age, "gender": user.demographics.gender}
         who["state"] = user.demographics.state
         for event in user.events:
             told = {"what": event.kind, "words": event.text, "shop": event.advertiser}
             kind = {"category": event.category, "brand": event.brand}
             lines.append(who | told | kind | {"ts": ANCHOR - event.days_ago * SECONDS_PER_DAY})
-        assert known.user.next_advertiser is not None
-        sale = {"what": "matched_conversion", "shop": world.advertisers[known.user.next_advertiser].name}
+        assert known.next_advertiser is not None
+        sale = {"what": "matched_conversion", "shop": world.advertisers[known.next_advertiser].name}
         lines.append({**who, **sale, "ts": ANCHOR})
     names = {name: name for name in ("category", "brand", "gender", "state")}
     source = SourceConfig(

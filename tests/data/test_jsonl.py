@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_ads.data import jsonl
-from megatron_ads.data.jsonl import jsonl_rows, parse_row, read_objects
+from megatron_ads.data.jsonl import jsonl_rows, parse_row, read_records
 from megatron_ads.errors import DataError
 from megatron_ads.rows import Role
 from tests.tasks.examples import rows_of_all_tasks
@@ -16,6 +17,10 @@ from tests.tasks.examples import rows_of_all_tasks
 USER = {"role": "user", "content": "question"}
 ASSISTANT = {"role": "assistant", "content": "<think>Because.</think>answer"}
 SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def numbered(number: int, record: dict) -> tuple[int, dict]:
+    return number, record
 
 
 def write(folder: Path, *rows: Any) -> Path:
@@ -46,7 +51,7 @@ def test_limit_reads_no_further(tmp_path: Path):
 def test_empty_lines_are_skipped_and_counted_in_row_numbers(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"a": 1}\n\n{"b": 2}\n', encoding="utf-8")
-    assert list(read_objects(file)) == [(1, {"a": 1}), (3, {"b": 2})]
+    assert list(read_records(file, numbered)) == [(1, {"a": 1}), (3, {"b": 2})]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +83,44 @@ def test_each_mistake_is_named(fields: dict[str, Any], message: str):
         parse_row(fields, default_id="r")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1e39",
+        "3.5e38",
+        "1e-46",
+        "1e-39",
+        "1e400",
+        "-1e-46",
+        "-0.1",
+        "NaN",
+        "Infinity",
+        "1" + 400 * "0",
+        '"1"',
+        "[1]",
+        "null",
+    ],
+)
+def test_a_weight_that_fp32_cannot_hold_is_a_bad_row(text: str, tmp_path: Path):
+    file, messages = tmp_path / "rows.jsonl", json.dumps([USER, ASSISTANT])
+    file.write_text(f'{{"messages": {messages}}}\n{{"messages": {messages}, "weight": {text}}}\n')
+    with pytest.raises(
+        DataError, match=r"row 2: wrong_type: weight is .*; it must be a number that FP32 has, 0 or from"
+    ):
+        jsonl_rows(file)
+    (row,) = jsonl_rows(file, rejected=tmp_path / "aside.jsonl")
+    assert row.weight == 1.0
+
+
+@pytest.mark.parametrize("text", ["0", "1.2e-38", "3.4e38", "2", "0.25"])
+def test_a_weight_that_fp32_holds_is_kept(text: str, tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f'{{"messages": {json.dumps([USER, ASSISTANT])}, "weight": {text}}}\n')
+    (row,) = jsonl_rows(file)
+    assert row.weight == float(text) and (np.float32(row.weight) > 0) == (row.weight > 0)
+    assert np.isfinite(np.float32(row.weight))
+
+
 def test_errors_carry_file_and_row_number(tmp_path: Path):
     file = write(tmp_path, {"messages": [USER, ASSISTANT]}, {"messages": [USER]})
     with pytest.raises(DataError, match=r"rows\.jsonl, row 2: no_target: messages must .* setting rejected"):
@@ -96,20 +139,27 @@ def test_a_repeated_id_names_both_rows(tmp_path: Path):
         (b'{"id": \n', "row 2: not JSON"),
         (b"[1, 2]\n", "row 2: a list, not an object"),
         (b'{"id": "\xff"}\n', "row 2: not UTF-8 at byte 8"),
+        (b'{"weight": 1' + 5000 * b"0" + b"}\n", "row 2: not JSON .*digits"),
+        *[
+            (b'{"a": 1, "%s": "\\ud800"}\n' % field, f"row 2: {field.decode()} holds half a surrogate pair")
+            for field in (b"id", b"task", b"group", b"label")
+        ],
+        (b'{"facts": {"query": ["\\uDFFF"]}}\n', "row 2: facts holds half a surrogate pair"),
+        (b'{"\\ud800": 1}\n', r"row 2: \? holds half a surrogate pair"),
+        (b'["\\ud800"]\n', "row 2: a list holds half a surrogate pair"),
     ],
-    ids=["cut", "list", "latin-1"],
 )
 def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, line: bytes, message: str):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"a": 1}\n' + line)
     with pytest.raises(DataError, match=message):
-        list(read_objects(file))
+        list(read_records(file, numbered))
 
 
 def test_a_huge_line_is_refused_without_reading_it_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1000)
     with pytest.raises(DataError, match="row 1: longer than 1,000 bytes"):
-        list(read_objects(write(tmp_path, {"a": "x" * 2000})))
+        list(read_records(write(tmp_path, {"a": "x" * 2000}), numbered))
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path: Path):

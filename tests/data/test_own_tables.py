@@ -161,7 +161,7 @@ def test_prompts_and_targets_need_no_task(tmp_path: Path) -> None:
     (row,) = table_rows(file, columns={"prompt": "q", "target": "a", "weight": "w", "group": "who"})
     assert (row.id, row.task, row.weight, row.group, row.label) == ("rows.jsonl-1", "chat", 0.5, "u1", None)
     assert (row.messages[0].content, row.target) == ("2 + 2?", "4")
-    for weight in ("many", -1, "nan", "inf"):
+    for weight in ("many", -1, "nan", "inf", "1e39", "1e-46", "1" + 400 * "0"):
         with pytest.raises(DataError, match="row 1: wrong_type: weight is"):
             table_rows(
                 write(tmp_path, "jsonl", record | {"w": weight}), columns={"prompt": "q", "target": "a", "weight": "w"}
@@ -206,10 +206,10 @@ def test_files_that_cannot_be_read_at_all_are_named(tmp_path: Path) -> None:
             table_rows(tmp_path / name, columns=COLUMNS, task=PAIRS)
 
 
-def test_a_huge_row_ends_the_reading_with_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_row_cannot_be_used_and_is_named_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_tables, "MAX_ROW_BYTES", 5000)
     file = write(tmp_path, "jsonl", GOOD, GOOD | {"ad": "x" * 6000})
-    with pytest.raises(DataError, match="row 2: longer than 5,000 bytes"):
+    with pytest.raises(DataError, match="row 2: cell_too_long: longer than 5,000 bytes"):
         table_rows(file, columns=COLUMNS, task=PAIRS)
 
 

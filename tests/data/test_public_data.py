@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ads.data.public_data import DATA_ROOT, ESCI_FILE, GSM8K_FILE, esci_file, esci_rows, gsm8k_rows, reason
+from megatron_ads.data.public_data import DATA_ROOT, ESCI_FILE, GSM8K_FILE, esci_rows, gsm8k_rows, locate, reason
 from megatron_ads.data.split import split_by_group
 from megatron_ads.errors import DataError
 from megatron_ads.tasks.prompts import Ad
@@ -83,12 +83,12 @@ def test_limit_reads_no_further_pair(tmp_path: Path):
 
 def test_the_file_is_the_given_path_or_below_the_data_root(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(DATA_ROOT, "/data")
-    assert esci_file(None) == Path("/data/esci_us/pairs.jsonl")
-    assert esci_file("/elsewhere") == Path("/elsewhere/pairs.jsonl")
-    assert esci_file("/elsewhere/mine.jsonl") == Path("/elsewhere/mine.jsonl")
+    assert locate(None, ESCI_FILE, kind="esci") == Path("/data/esci_us/pairs.jsonl")
+    assert locate("/elsewhere", ESCI_FILE, kind="esci") == Path("/elsewhere/pairs.jsonl")
+    assert locate("/elsewhere/mine.jsonl", ESCI_FILE, kind="esci") == Path("/elsewhere/mine.jsonl")
     monkeypatch.delenv(DATA_ROOT)
     with pytest.raises(DataError, match="Set MEGATRON_ADS_DATA"):
-        esci_file(None)
+        locate(None, ESCI_FILE, kind="esci")
 
 
 REAL_PAIRS = Path(os.environ.get(DATA_ROOT, "")) / ESCI_FILE

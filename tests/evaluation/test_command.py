@@ -180,7 +180,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_as_if_it_had_not_been(
     capsys.readouterr()
     assert _evaluate(folder, file, *arguments) == expected
     assert asked == [0, 1, 1, 2]  # of three batches the first is not answered again
-    assert "2 rows were answered before the interruption; going on." in capsys.readouterr().err
+    assert "2 rows were answered before the interruption; continuing." in capsys.readouterr().err
     assert [path.name for path in tmp_path.glob("answers*")] == ["answers.jsonl"]
 
 

@@ -132,4 +132,4 @@ def test_stock_modules_still_cannot_do_what_ours_are_for(folder: Path) -> None:
     assert "save_for_backward can only save variables" in failures["recompute"]  # models/multi_token.py
     assert "'NoneType' object has no attribute 'clone'" in failures["logits"]  # models/specs.py
     assert "k_channels" in failures["attention"]  # models/attention.py
-    assert failures["marks"] == "absent"  # _mark_partitioned in models/build.py
+    assert failures["marks"] == "absent"  # _mark_weights in models/build.py

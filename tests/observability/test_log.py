@@ -3,7 +3,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_ads.observability.log import get_logger, rank, start_logging, world_size
+from megatron_ads.layout import rank, world_size
+from megatron_ads.observability.log import get_logger, start_logging
 
 
 @pytest.fixture(autouse=True)

@@ -65,7 +65,7 @@ def test_the_model_that_is_built_is_the_recipes(monkeypatch: pytest.MonkeyPatch)
         build_ranks(load_job("sft/moonlight_16b_8gpu", [*overrides, *bias]))
     (built,) = settings
     assert (built.spec, built.recompute, built.deterministic) == (LayerSpec.LOCAL, Recompute.none, True)
-    assert (built.aux_loss_coefficient, built.router_bias_update_rate) == (0.01, 0.001)
+    assert (built.aux_loss_coefficient, built.expert_bias_update_rate) == (0.01, 0.001)
 
 
 def test_all_stages_of_r1_in_seconds_and_little_memory() -> None:

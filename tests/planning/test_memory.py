@@ -17,7 +17,7 @@ TOLERANCE = 0.005
 
 def predicted(job: PlannedJob) -> int:
     """Return the bytes per token of one pass through the whole model."""
-    model = ActivationModel.of(job, gpu=False)
+    model = ActivationModel(job, gpu=False)
     layers = sum(model.layer(layer, job.recompute) for layer in range(job.shape.num_layers + 1))
     # The final norm stands before the loss of the main model; the MTP layer has one of its own.
     return layers + model.mtp(job.recompute) + 2 * model.head() - 4 - model.element_bytes * 256

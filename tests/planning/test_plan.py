@@ -1,14 +1,14 @@
 """Plans of the shipped recipes: what fits, what a step takes, what is sent, and which mistakes are refused."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from megatron_ads.cli import main
 from megatron_ads.config.model import Recompute
-from megatron_ads.config.recipes import recipes_folder
+from megatron_ads.config.recipes import load_recipe, recipes_folder
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.models.flops import flops_per_token
@@ -16,7 +16,7 @@ from megatron_ads.planning.build_ranks import BuiltRanks
 from megatron_ads.planning.costs import chunk_flops, stage_traffic
 from megatron_ads.planning.hardware import CARDS, card_named
 from megatron_ads.planning.job import PlannedJob, load_job
-from megatron_ads.planning.plan import make_plan
+from megatron_ads.planning.plan import calibrated, make_plan
 from megatron_ads.planning.search import even_pipeline, interleaved, search
 from tests.planning.jobs import r1_job, small_job
 
@@ -142,6 +142,38 @@ def test_a_search_without_success_says_by_how_much() -> None:
     assert found.best == ()
     assert found.nearest is not None
     assert found.nearest.spare_bytes < 0
+
+
+# ---- calibration ----
+
+
+def write_run(folder: Path, flops_per_second: float, *, old: bool = False) -> Path:
+    config = load_recipe(
+        "sft/moonlight_16b_8gpu", ["model.load=none", "data.sources=[{kind: jsonl, path: rows.jsonl}]"]
+    )
+    (folder / "run.json").write_text(json.dumps({"recipe": asdict(config), "ranks": 8}))
+    speed = {"model_flops_per_second": flops_per_second} if old else {"tflops_per_gpu": flops_per_second / 8 / 1e12}
+    rows = [{"step": step} | {name: value * (step > 1) for name, value in speed.items()} for step in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["tflops_per_gpu", "model_flops_per_second"])
+def test_a_run_that_reached_some_efficiency_gives_it_back(old: bool, tmp_path: Path) -> None:
+    card, job = card_named("h100"), load_job("sft/moonlight_16b_8gpu")
+    reached = make_plan(job, replace(card, efficiency=0.31))
+    run = write_run(tmp_path, reached.model_flops_per_second, old=old)
+    assert calibrated(card, run).efficiency == pytest.approx(0.31, rel=0.002)
+
+
+def test_a_run_faster_than_the_card_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="more than 8 cards of kind a100 can"):
+        calibrated(card_named("a100"), write_run(tmp_path, 8 * 312e12))
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        calibrated(card_named("a100"), tmp_path)
 
 
 # ---- mistakes ----

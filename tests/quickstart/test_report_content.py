@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 
 from megatron_ads.config.run import SftConfig
-from megatron_ads.quickstart.content import page, summary_lines
-from megatron_ads.quickstart.facts import gather_facts, training_facts
+from megatron_ads.quickstart.content import gather_facts, page, summary_lines, training_facts
 from megatron_ads.quickstart.stages import Stage, StageRecord
-from megatron_ads.quickstart.workflow import QuickstartFolder
+from megatron_ads.quickstart.workflow import QuickstartFolder, QuickstartPlan
 
 NAMES = ("demo-model", "evaluate-before", "train", "compare-logits", "evaluate-after", "verify-fp8", "evaluate-fp8")
 
@@ -67,9 +66,8 @@ def _facts(folder: Path, *, difference: float = 1.4e-6, after: float | None = 0.
         "revision": "abc-dirty",
     }
     data = {"source": "simulated_pairs", "description": "query-ad pairs of a simulated ads business"}
-    facts = gather_facts(
-        QuickstartFolder(folder), stages, records, _metrics(200), config=SftConfig(), data=data, provenance=provenance
-    )
+    plan = QuickstartPlan(tuple(stages), {}, SftConfig())
+    facts = gather_facts(QuickstartFolder(folder), plan, records, _metrics(200), data=data, provenance=provenance)
     facts["layout"] |= {"pp": 2, "ep": 2}
     return facts
 

@@ -5,10 +5,26 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.reporting.chart import Series, line_chart
-from megatron_ads.reporting.page import Chart, Figure, PageSection, Table, render_page, write_report
+from megatron_ads.reporting.chart import Chart, Series, line_chart
+from megatron_ads.reporting.page import short, templates, text_table, write_report
 
 VOID = {"meta"}
+PAGE = """
+{%- extends "reporting/page.html.jinja" %}
+{%- from "reporting/macros.html.jinja" import chart, figure, small_charts, table %}
+{%- block title %}{{ title }}{% endblock %}
+{%- block lead %}{{ title }}{% endblock %}
+{%- block figures %}{{ figure(title, title, title, state) }}{% endblock %}
+{%- block sections %}
+<section><p>{{ title }}</p>{{ table([cells, cells], cells, [1]) }}
+{{ chart(one.svg, one.caption) }}{{ small_charts([one, one]) }}</section>
+{%- endblock %}"""
+
+
+def page_of(title: str, *, name: str, state: str) -> str:
+    svg = line_chart([Series(name=name, points=[(1, 2.0), (2, 1.0)])], x_label=name, y_label=name)
+    cells = [title, "a & b"]
+    return templates().from_string(PAGE).render(title=title, state=state, cells=cells, one=Chart(svg, title))
 
 
 class Tags(HTMLParser):
@@ -33,11 +49,7 @@ class Tags(HTMLParser):
 
 @pytest.fixture
 def page() -> str:
-    series = Series(name="loss", points=[(1, 2.0), (2, 1.0)])
-    chart = Chart(svg=line_chart([series], x_label="step", y_label="loss"), caption="one line")
-    table = Table(head=["name", "value"], rows=[["a & b", "<1>"]], numbers=frozenset({1}))
-    sections = [PageSection(title="Training", blocks=["It fell.", table, chart, [chart, chart]])]
-    return render_page("Run <7>", "what it was", [Figure(label="loss", value="1.0", state="good")], sections)
+    return page_of("Run <7>", name="loss", state="good")
 
 
 def test_tags_nest_and_every_block_is_there(page: str) -> None:
@@ -56,19 +68,13 @@ def test_nothing_is_loaded_and_nothing_runs(page: str) -> None:
     assert not re.search(r"url\(|@import|https?://", page)
 
 
-def test_text_is_escaped(page: str) -> None:
-    assert "Run &lt;7&gt;" in page
-    assert "a &amp; b" in page
-    assert "&lt;1&gt;" in page
+def test_text_is_escaped_and_numbers_are_marked(page: str) -> None:
+    assert page.count("Run &lt;7&gt;") == 13
+    assert page.count('<td class="number">a &amp; b</td>') == 2
 
 
 def test_text_from_data_cannot_become_a_script() -> None:
-    evil = "<script>x</script>"
-    svg = line_chart([Series(name=evil, points=[(1, 2.0)], style="dots")], x_label=evil, y_label=evil)
-    other = line_chart([Series(name="a", points=[(1, 2.0)])], x_label="step", y_label="loss")
-    blocks = [evil, Table(head=[evil], rows=[[evil]]), Chart(svg=svg, caption=evil), [Chart(svg=other, caption=evil)]]
-    figure = Figure(label=evil, value=evil, note=evil, state='"><script>')
-    page = render_page(evil, evil, [figure], [PageSection(title=evil, blocks=blocks)])
+    page = page_of("<script>x</script>", name="<script>x</script>", state='"><script>')
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 12
 
@@ -89,3 +95,31 @@ def test_a_number_json_cannot_hold_leaves_the_old_report(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_report(tmp_path, "<p>", {"loss": float("nan")})
     assert json.loads((tmp_path / "report.json").read_text()) == {"loss": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (1500, "1500"),
+        (15000, "15k"),
+        (2.5e6, "2.5M"),
+        (1.23456e12, "1.235T"),
+        (1e-5, "1e-5"),
+        (0.0008, "8e-4"),
+        (-0.00123, "-1.23e-3"),
+        (0.5, "0.5"),
+    ],
+)
+def test_numbers_are_short(value: float, text: str) -> None:
+    assert short(value) == text
+
+
+def test_a_text_table_is_aligned_and_folds_at_its_width() -> None:
+    rows = [("a", "1.5"), ("long [name]", "100")]
+    assert text_table(rows, ["name", "of"], left=["name"]) == [
+        "name          of",
+        "a            1.5",
+        "long [name]  100",
+    ]
+    assert text_table([("x" * 6, "1")], ["", ""], left=[""], width=6) == ["xxx  1", "xxx"]

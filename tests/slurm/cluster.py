@@ -41,6 +41,14 @@ class Cluster:
         assert answer.returncode == 0, answer
         return answer.stdout
 
+    def lose_node(self, node: str) -> None:
+        """Take ``node`` down, which requeues its jobs, and give it back; its own slurmd may have done so already."""
+        self.command("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        resume = ["scontrol", "update", f"nodename={node}", "state=resume"]
+        answer = subprocess.run(resume, env=self.environment(), capture_output=True, text=True, timeout=60, check=False)
+        state = self.command("sinfo", "--noheader", f"--nodes={node}", "--format=%T")
+        assert answer.returncode == 0 or "down" not in state, (answer, state)
+
     def environment(self) -> dict[str, str]:
         """Return the environment of whoever uses the cluster."""
         return os.environ | {

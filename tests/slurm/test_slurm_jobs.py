@@ -115,8 +115,7 @@ def test_a_preempted_job_that_then_loses_a_rank_and_a_node_ends_with_the_same_lo
     assert "rank 3 (stage 1) has gone" in said
 
     run.wait_for_step(pair, max(run.losses()) + 2)
-    pair.command("scontrol", "update", "nodename=n2", "state=down", "reason=test")
-    pair.command("scontrol", "update", "nodename=n2", "state=resume")
+    pair.lose_node("n2")
     pair.wait_for_requeue(job, 3, run.log)
 
     assert pair.wait_for_end(job, run.log) == "COMPLETED", run.log.read_text()

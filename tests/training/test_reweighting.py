@@ -49,7 +49,7 @@ def samples(vocabulary: int) -> list[TokenizedRow]:
 
 def train_reweighted(recipe: Recipe, packing: bool, rows_per_step: int, exact: bool = False) -> Measured:
     """Train with instance weights renewed every other step; if ``exact``, from a pass over all samples."""
-    from megatron_ads.observability.log import rank
+    from megatron_ads.layout import rank
     from megatron_ads.training.step import run_pass, run_step
 
     model, shards, _ = start(recipe)

@@ -15,8 +15,7 @@ from megatron_ads.config.training import RuntimeConfig
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.observability.log import start_logging
 from megatron_ads.runtime import cpu_compat
-from megatron_ads.runtime.health.activity import Activity
-from megatron_ads.runtime.health.calls import observed
+from megatron_ads.runtime.health.activity import Activity, observed
 from parity_tests.harness.ranks import run_ranks
 from parity_tests.harness.training_jobs import Recipe, batches, start
 from tests.models.checkpoints import V3, write_checkpoint

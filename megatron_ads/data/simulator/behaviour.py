@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_ads.data.simulator import vocabulary
 from megatron_ads.data.simulator.population import (
     CONVERSION,
     INTENT,
@@ -35,16 +36,6 @@ from megatron_ads.data.simulator.population import (
     Population,
     UserState,
     loyalty_weights,
-)
-from megatron_ads.data.simulator.vocabulary import (
-    ASPECTS,
-    BRANDS_PER_KIND,
-    DETAILS,
-    FIRST_BRAND,
-    FIRST_DETAIL,
-    FIRST_PLACE,
-    FIRST_PRICE,
-    WORDINGS,
 )
 from megatron_ads.data.simulator.world import ADS_PER_OFFER, SPAM, World, close_kind
 
@@ -86,7 +77,6 @@ class Sessions:
     query: NDArray[np.int64]
     onsite: NDArray[np.bool_]
     price: NDArray[np.int64]
-    """Price level of the user."""
     recent_NM: NDArray[np.int64]
     """Advertisers of the user's latest conversions."""
     shares_NM: NDArray[np.float64]
@@ -125,26 +115,22 @@ class ResultsPage:
     """Shows the ads of one world."""
 
     def __init__(self, world: World) -> None:
-        """Lay the facts of the ads out as arrays."""
         self._world = world
         self._auction = InverseTable(world.auction_KD)
-        self._advertiser_D = np.array([ad.advertiser for ad in world.ads])
-        self._kind_D = np.array([ad.kind for ad in world.ads])
-        self._price_D = np.array([ad.price for ad in world.ads])
-        self._text_D = np.array([ad.text for ad in world.ads])
+        facts = np.array([(ad.advertiser, ad.kind, ad.price, ad.text) for ad in world.ads])
+        self._advertiser_D, self._kind_D, self._price_D, self._text_D = facts.T
         self._close_K = np.array([close_kind(kind) for kind in range(len(world.auction_KD))])
         self._anyone_without_K = (world.first_ad_AK < 0).T @ world.popularity_A
 
     def show(self, sessions: Sessions, wanted_ad: NDArray[np.int64], draw: np.random.Generator) -> Columns:
         """Fill the slots of every session on our site; one holds ``wanted_ad``, which converts, where it is not -1."""
         onsite = np.flatnonzero(sessions.onsite)
-        place = np.repeat(onsite, SLOTS)
-        slot = np.tile(np.arange(SLOTS), len(onsite))
+        place, slot = np.repeat(onsite, SLOTS), np.tile(np.arange(SLOTS), len(onsite))
         winning = np.repeat(draw.integers(SLOTS, size=len(onsite)), SLOTS) == slot
         shown = sessions.take(place)
-        ad = self._auction.draw(shown.kind, draw)
+        auctioned = self._auction.draw(shown.kind, draw)
         converted = winning & (wanted_ad[place] >= 0)
-        ad = np.where(converted, wanted_ad[place], ad)
+        ad = np.where(converted, wanted_ad[place], auctioned)
         chance, curious = self._conversion_chance(shown, ad), self._curiosity(shown, ad)
         return {
             **shown.columns("query"),
@@ -157,24 +143,19 @@ class ResultsPage:
         }
 
     def _conversion_chance(self, shown: Sessions, ad: NDArray[np.int64]) -> NDArray[np.float64]:
-        advertiser = self._advertiser_D[ad]
+        """Return P(converted | shown), as at the top of this file."""
+        world, advertiser = self._world, self._advertiser_D[ad]
         loyal = (shown.shares_NM * (shown.recent_NM == advertiser[:, None])).sum(axis=1)
-        intent = self._world.intent_KPA[shown.kind, shown.price, advertiser]
-        chance = REST * self._world.popularity_A[advertiser] + np.where(
+        intent = world.intent_KPA[shown.kind, shown.price, advertiser]
+        chance = REST * world.popularity_A[advertiser] + np.where(
             shown.has_bought, LOYALTY * loyal + INTENT * intent, (LOYALTY + INTENT) * intent
         )
-        offer = np.where(self._kind_D[ad] == shown.kind, 1.0 / ADS_PER_OFFER, 0.0)
-        through = _EVENT * chance * offer
-        by_auction = (1.0 - _EVENT * (1.0 - self._without_ad(shown))) * self._world.auction_KD[shown.kind, ad]
+        elsewhere_NM = world.first_ad_AK[shown.recent_NM, shown.kind[:, None]] < 0
+        without_ad = REST * self._anyone_without_K[shown.kind] + LOYALTY * (shown.shares_NM * elsewhere_NM).sum(axis=1)
+        through = _EVENT * chance * np.where(self._kind_D[ad] == shown.kind, 1.0 / ADS_PER_OFFER, 0.0)
+        by_auction = (1.0 - _EVENT * (1.0 - without_ad)) * world.auction_KD[shown.kind, ad]
         ratio: NDArray[np.float64] = through / (through + by_auction)
         return ratio
-
-    def _without_ad(self, shown: Sessions) -> NDArray[np.float64]:
-        """Return the probability that the advertiser converted with runs no ad of the kind: 1 - q."""
-        elsewhere_NM = self._world.first_ad_AK[shown.recent_NM, shown.kind[:, None]] < 0
-        loyal = (shown.shares_NM * elsewhere_NM).sum(axis=1)
-        missing: NDArray[np.float64] = REST * self._anyone_without_K[shown.kind] + LOYALTY * loyal
-        return missing
 
     def _curiosity(self, shown: Sessions, ad: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the probability of a click that leads to no conversion."""
@@ -188,7 +169,6 @@ class ResultsPage:
 
 
 ONSITE = 0.6
-"""Share of the sessions on our site."""
 VISIT = 0.6
 """Share of the sessions elsewhere that leave a visit to a shop."""
 _ASPECT_SHARES = (0.35, 0.2, 0.2, 0.15, 0.1)
@@ -201,8 +181,9 @@ EVENT_TABLES = ("sessions", "impressions", "conversions", "visits")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Behaviour:
-    """Tables of events, each sorted by user and day; ``user`` counts from 0 in this population."""
+    """Some users and tables of their events, each sorted by user and day; ``user`` counts from 0 among these users."""
 
+    people: Population
     sessions: Columns
     """user, day, minute, onsite, query, kind"""
     impressions: Columns
@@ -221,7 +202,6 @@ class Simulation:
     """Draws the behaviour of populations in one world; holds the tables that all of them share."""
 
     def __init__(self, world: World) -> None:
-        """Make the world's probabilities ready for drawing."""
         self._world = world
         self._prices = world.intent_KPA.shape[1]
         self._intent = InverseTable(world.intent_KPA.reshape(-1, len(world.advertisers)))
@@ -232,22 +212,16 @@ class Simulation:
         """Simulate ``days`` days; ``anchor`` is the day at whose end ``known`` and ``true`` are taken."""
         state = UserState(people)
         tables: dict[str, list[Columns]] = defaultdict(list)
-        known = true = None
+        known: Moment | None = None
+        true: Moment | None = None
         for day in range(days):
             sessions = _begin_sessions(day, people, state, draw)
             for name, columns in self._simulate_sessions(day, sessions, state, draw).items():
                 tables[name].append(columns)
             if day == anchor:
-                known, true = state.known(day), state.true(day)
+                known, true = state.moments(day)
         merged = {name: _by_user(parts) for name, parts in tables.items()}
-        return Behaviour(
-            sessions=merged["sessions"],
-            impressions=merged["impressions"],
-            conversions=merged["conversions"],
-            visits=merged["visits"],
-            known=known,
-            true=true,
-        )
+        return Behaviour(people=people, known=known, true=true, **merged)
 
     def _simulate_sessions(
         self, day: int, sessions: Sessions, state: UserState, draw: np.random.Generator
@@ -292,39 +266,29 @@ class Simulation:
 def _begin_sessions(day: int, people: Population, state: UserState, draw: np.random.Generator) -> Sessions:
     """Draw who is there on a day, what they need, and how they ask for it."""
     user = np.flatnonzero(draw.random(len(people.age_U)) < people.activity_U)
-    kind = state.next_needs(user, draw)
-    onsite = draw.random(len(user)) < ONSITE
-    query = _ask(user, kind, people, draw)
+    count, kind = len(user), state.next_needs(user, draw)
+    onsite = draw.random(count) < ONSITE
+    what = draw.choice(len(_ASPECT_SHARES), size=count, p=_ASPECT_SHARES)
+    aspects = (
+        np.zeros_like(kind),
+        vocabulary.FIRST_PRICE + people.price_U[user],
+        vocabulary.FIRST_BRAND + draw.integers(vocabulary.BRANDS_PER_KIND, size=count),
+        vocabulary.FIRST_DETAIL + draw.integers(vocabulary.DETAILS, size=count),
+        vocabulary.FIRST_PLACE + people.place_U[user],
+    )
+    aspect = np.stack(aspects)[what, np.arange(count)]
     return Sessions(
         user=user,
-        day=np.full(len(user), day),
-        minute=draw.integers(MINUTES - 3 * _TO_CONVERSION_MINUTES, size=len(user)),
+        day=np.full(count, day),
+        query=(kind * vocabulary.ASPECTS + aspect) * vocabulary.WORDINGS
+        + draw.integers(vocabulary.WORDINGS, size=count),
+        minute=draw.integers(MINUTES - 3 * _TO_CONVERSION_MINUTES, size=count),
         kind=kind,
-        query=query,
         onsite=onsite,
         price=people.price_U[user],
         recent_NM=state.recent_UM[user],
         shares_NM=loyalty_weights(state.recent_UM[user], day - state.recent_day_UM[user]),
     )
-
-
-def _ask(
-    user: NDArray[np.int64], kind: NDArray[np.int64], people: Population, draw: np.random.Generator
-) -> NDArray[np.int64]:
-    count = len(user)
-    what = draw.choice(len(_ASPECT_SHARES), size=count, p=_ASPECT_SHARES)
-    aspect = np.select(
-        [what == 1, what == 2, what == 3, what == 4],
-        [
-            FIRST_PRICE + people.price_U[user],
-            FIRST_BRAND + draw.integers(BRANDS_PER_KIND, size=count),
-            FIRST_DETAIL + draw.integers(DETAILS, size=count),
-            FIRST_PLACE + people.place_U[user],
-        ],
-        0,
-    )
-    query: NDArray[np.int64] = (kind * ASPECTS + aspect) * WORDINGS + draw.integers(WORDINGS, size=count)
-    return query
 
 
 def _by_user(parts: list[Columns]) -> Columns:

@@ -4,25 +4,17 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megatron_ads.config.data import AdsTask
-from megatron_ads.data.simulator.histories import draw_pieces
+from megatron_ads.data.simulator.histories import LABEL_DAYS, draw_pieces
 from megatron_ads.data.simulator.judging import Example, reachable_recall
-from megatron_ads.data.simulator.logs import (
-    SCHEMAS,
-    START,
-    TableFormat,
-    flush_file,
-    open_table,
-    still_tables,
-    tables_of,
-)
-from megatron_ads.data.simulator.simulated_rows import LABEL_DAYS, TASKS_OF_USERS, examples_of
+from megatron_ads.data.simulator.logs import SCHEMAS, START, TableFormat, TableWriter, still_tables, tables_of
+from megatron_ads.data.simulator.simulated_rows import TASKS_OF_USERS, examples_of
 from megatron_ads.data.simulator.world import DEFAULT_ADVERTISERS, World, draw_world
 from megatron_ads.errors import ConfigError
 from megatron_ads.progress import Progress
@@ -34,9 +26,9 @@ MANIFEST = "manifest.json"
 class Scale:
     """How much is simulated."""
 
+    seed: int = 0
     users: int
     days: int
-    seed: int = 0
     advertisers: int = DEFAULT_ADVERTISERS
 
     def __post_init__(self) -> None:
@@ -65,10 +57,7 @@ def write_simulation(
     world = draw_world(scale.seed, advertisers=scale.advertisers)
     with _new_folder(out) as partial:
         manifest: dict[str, Any] = {
-            "seed": scale.seed,
-            "users": scale.users,
-            "days": scale.days,
-            "advertisers": scale.advertisers,
+            **asdict(scale),
             "first_day": START.date().isoformat(),
             "format": str(form),
             "rows_of_tables": write_logs(partial, world, scale, form=form),
@@ -82,9 +71,16 @@ def write_simulation(
                 drawn = examples_of(world, task, history_days=history_days, users=scale.users)
                 manifest["tasks"][str(task)] = write_examples(partial / "rows", str(task), islice(drawn, rows))
                 progress.update()
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        flush_file(partial / MANIFEST)
+        _write(partial / MANIFEST, [json.dumps(manifest, indent=2)])
     return manifest
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    """Write lines of text and flush them to disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -105,20 +101,21 @@ def write_logs(folder: Path, world: World, scale: Scale, *, form: TableFormat = 
     """Write every table of a simulation into a folder, piece by piece; return the rows of each."""
     rows: dict[str, int] = {}
     for name, table in still_tables(world).items():
-        writer = open_table(folder, name, table.schema, form=form)
-        writer.append(table)
-        writer.close()
+        with closing(TableWriter(folder, name, table.schema, form)) as writer:
+            writer.append(table)
         rows[name] = table.num_rows
     rows |= dict.fromkeys(SCHEMAS, 0)
-    writers = {name: open_table(folder, name, schema, form=form) for name, schema in SCHEMAS.items()}
-    with Progress(scale.users, description="simulating", unit="user") as progress:
+    with ExitStack() as files:
+        writers = {
+            name: files.enter_context(closing(TableWriter(folder, name, schema, form)))
+            for name, schema in SCHEMAS.items()
+        }
+        progress = files.enter_context(Progress(scale.users, description="simulating", unit="user"))
         for piece in draw_pieces(world, users=scale.users, days=scale.days):
-            for name, table in tables_of(piece.people, piece.behaviour).items():
+            for name, table in tables_of(piece).items():
                 writers[name].append(table)
                 rows[name] += table.num_rows
             progress.update(len(piece.people.age_U))
-    for writer in writers.values():
-        writer.close()
     return rows
 
 
@@ -128,26 +125,14 @@ REPORTED = (1, 5, 20)
 def write_examples(folder: Path, name: str, examples: Iterable[Example]) -> dict[str, Any]:
     """Write ``name.jsonl`` and ``name.best.jsonl``; return how many rows there are and the best reachable scores."""
     written = list(examples)
-    for suffix, records in (("", (example.row.as_dict() for example in written)), (".best", map(_best, written))):
-        path = folder / f"{name}{suffix}.jsonl"
-        _write_lines(path, records)
-        flush_file(path)
+    best = [{"id": example.row.id, "best": example.best, "chances": example.chances} for example in written]
+    for suffix, records in (("", [example.row.as_dict() for example in written]), (".best", best)):
+        _write(folder / f"{name}{suffix}.jsonl", (json.dumps(record, ensure_ascii=False) for record in records))
     if not written:
         return {"rows": 0}
-    return {"rows": len(written), "best_reachable": _best_scores(written)}
-
-
-def _best_scores(examples: Sequence[Example]) -> dict[str, float]:
-    if max(len(example.best) for example in examples) > 1:
-        return {f"recall@{most}": reachable_recall(examples, most) for most in REPORTED}
-    name = "accuracy" if examples[0].row.label is not None else "keeps_every_rule"
-    return {name: reachable_recall(examples, 1)}
-
-
-def _best(example: Example) -> dict[str, Any]:
-    return {"id": example.row.id, "best": example.best, "chances": example.chances}
-
-
-def _write_lines(path: Path, records: Iterator[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    if max(len(example.best) for example in written) > 1:
+        scores = {f"recall@{most}": reachable_recall(written, most) for most in REPORTED}
+    else:
+        score = "accuracy" if written[0].row.label is not None else "keeps_every_rule"
+        scores = {score: reachable_recall(written, 1)}
+    return {"rows": len(written), "best_reachable": scores}

@@ -16,7 +16,7 @@ Ad-user relevance, from the user's searches and conversions:
 A rater's slip moves a label to a neighbour on its scale, so the best that anybody can reach is to state the rule's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,7 +43,6 @@ class Example:
     """Probability that each of ``best`` is the label that the simulation drew, given all that a prompt can show."""
 
     def __post_init__(self) -> None:
-        """Put the best labels among the row's facts."""
         if self.row.label is not None:
             facts = {**self.row.facts, Fact.best_answers: list(self.best)}
             object.__setattr__(self, "row", replace(self.row, facts=facts))
@@ -52,8 +51,7 @@ class Example:
 def reachable_recall(examples: Sequence[Example], most: int) -> float:
     """Return the expected share of rows whose label is among the first ``most`` of the best answers.
 
-    With ``most`` = 1 it is the best reachable accuracy. An expectation over what the simulation could have drawn for
-    these users: the same answers score a little more or less on the labels that it did draw.
+    With ``most`` = 1 it is the best reachable accuracy. The labels that were drawn give a little more or less.
     """
     return sum(sum(example.chances[:most]) for example in examples) / len(examples)
 
@@ -70,11 +68,8 @@ class PairJudgement:
 
 def judge_pair(wanted: Wanted, ad: AdFacts, world: World) -> PairJudgement:
     """Apply the rule for a query and an ad; the reasoning stops at the first thing that makes the ad Bad."""
-    place_fits = wanted.place is None or ad.place is None or ad.place == wanted.place
     steps = [f"Text: {TEXT_WORDS[ad.text]}."]
-    label = Label.good if ad.text == CLEAN else Label.fair
-    if ad.text == SPAM:
-        label = Label.bad
+    label = {CLEAN: Label.good, SPAM: Label.bad}.get(ad.text, Label.fair)
     for name, asked, given, verdict in _comparisons(wanted, ad, world):
         if label is Label.bad:
             break
@@ -82,7 +77,7 @@ def judge_pair(wanted: Wanted, ad: AdFacts, world: World) -> PairJudgement:
         label = min(label, verdict, key=_ORDER.index)
     return PairJudgement(
         label=label,
-        location=Flag.good if place_fits else Flag.bad,
+        location=Flag.good if _place_fits(wanted, ad) else Flag.bad,
         quality=Flag.good if ad.text == CLEAN else Flag.bad,
         reasoning=" ".join(steps),
     )
@@ -92,25 +87,26 @@ _ORDER = (Label.bad, Label.fair, Label.good)
 _VERDICTS = {Label.bad: "wrong", Label.fair: "close", Label.good: "fits"}
 
 
-def _comparisons(wanted: Wanted, ad: AdFacts, world: World) -> list[tuple[str, str, str, Label]]:
-    """Return name, asked, offered and the best label that still is possible, for everything asked for."""
+def _place_fits(wanted: Wanted, ad: AdFacts) -> bool:
+    return wanted.place is None or ad.place in (None, wanted.place)
+
+
+def _comparisons(wanted: Wanted, ad: AdFacts, world: World) -> Iterator[tuple[str, str, str, Label]]:
+    """Yield name, asked, offered and the best label that still is possible, for everything asked for."""
     kind = Label.good if ad.kind == wanted.kind else Label.fair if ad.kind == close_kind(wanted.kind) else Label.bad
-    found = [("Kind", KINDS[wanted.kind].name, KINDS[ad.kind].name, kind)]
+    yield "Kind", KINDS[wanted.kind].name, KINDS[ad.kind].name, kind
     if wanted.place is not None:
         given = "anywhere" if ad.place is None else PLACES[ad.place]
-        fits = ad.place is None or ad.place == wanted.place
-        found.append(("Place", PLACES[wanted.place], given, Label.good if fits else Label.bad))
+        yield "Place", PLACES[wanted.place], given, Label.good if _place_fits(wanted, ad) else Label.bad
+    desirable: list[tuple[str, str, str]] = []
     if wanted.brand is not None:
-        fits = wanted.brand == ad.brand
-        names = world.brand_names
-        found.append(("Brand", names[wanted.brand], names[ad.brand], Label.good if fits else Label.fair))
+        desirable.append(("Brand", world.brand_names[wanted.brand], world.brand_names[ad.brand]))
     if wanted.price is not None:
-        fits = wanted.price == ad.price
-        found.append(("Price", PRICES[wanted.price], PRICES[ad.price], Label.good if fits else Label.fair))
+        desirable.append(("Price", PRICES[wanted.price], PRICES[ad.price]))
     if wanted.detail is not None:
-        asked, given = detail_words(wanted.kind, wanted.detail), detail_words(ad.kind, ad.detail)
-        found.append(("Detail", asked, given, Label.good if asked == given else Label.fair))
-    return found
+        desirable.append(("Detail", detail_words(wanted.kind, wanted.detail), detail_words(ad.kind, ad.detail)))
+    for name, asked, given in desirable:
+        yield name, asked, given, Label.good if asked == given else Label.fair
 
 
 def detail_words(kind: int, detail: int) -> str:

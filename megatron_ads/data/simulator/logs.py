@@ -9,21 +9,19 @@ import os
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from megatron_ads.data.simulator.behaviour import EVENT_TABLES, Behaviour, Columns
-from megatron_ads.data.simulator.population import Population
+from megatron_ads.data.simulator.behaviour import EVENT_TABLES, MINUTES, Behaviour, Columns
 from megatron_ads.data.simulator.vocabulary import AGES, DEPARTMENTS, GENDERS, KINDS, PLACES, PRICES, wanted_by
 from megatron_ads.data.simulator.world import World, department_of
 
 START = datetime(2025, 1, 6, tzinfo=UTC)
 """Midnight that day 0 begins with."""
-_EPOCH_SECONDS = int(START.timestamp())
 
 _TIME = pa.timestamp("s", tz="UTC")
 _EVENT = [("user", pa.int64()), ("time", _TIME)]
@@ -45,27 +43,29 @@ SCHEMAS: dict[str, pa.Schema] = {
 """Tables that grow with the users."""
 
 
-def tables_of(people: Population, behaviour: Behaviour) -> dict[str, pa.Table]:
+def tables_of(piece: Behaviour) -> dict[str, pa.Table]:
     """Return one piece of every growing table."""
-    users = {
-        "user": people.first_user + np.arange(len(people.age_U)),
-        "age": np.array(AGES)[people.age_U],
-        "gender": np.array(GENDERS)[people.gender_U],
-        "place": np.array(PLACES)[people.place_U],
-        "price_level": np.array(PRICES)[people.price_U],
+    people = piece.people
+    columns: dict[str, Columns] = {
+        "users": {
+            "user": np.arange(len(people.age_U)),
+            "age": np.array(AGES)[people.age_U],
+            "gender": np.array(GENDERS)[people.gender_U],
+            "place": np.array(PLACES)[people.place_U],
+            "price_level": np.array(PRICES)[people.price_U],
+        }
     }
-    tables = {"users": pa.table(users, schema=SCHEMAS["users"])}
     for name in EVENT_TABLES:
-        tables[name] = _event_table(name, getattr(behaviour, name), people.first_user)
+        events: Columns = getattr(piece, name)
+        minutes = events["day"] * MINUTES + events["minute"]
+        columns[name] = {**events, "time": int(START.timestamp()) + minutes * 60}
+    for table in columns.values():
+        table["user"] = table["user"] + people.first_user
+    tables = {}
+    for name, schema in SCHEMAS.items():
+        arrays = [pa.array(columns[name][column.name]).cast(column.type) for column in schema]
+        tables[name] = pa.Table.from_arrays(arrays, schema=schema)
     return tables
-
-
-def _event_table(name: str, columns: Columns, first_user: int) -> pa.Table:
-    schema = SCHEMAS[name]
-    seconds = _EPOCH_SECONDS + (columns["day"] * 24 * 60 + columns["minute"]) * 60
-    ready = {**columns, "user": columns["user"] + first_user, "time": seconds}
-    arrays = [pa.array(ready[field.name]).cast(field.type) for field in schema]
-    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def still_tables(world: World) -> dict[str, pa.Table]:
@@ -76,33 +76,20 @@ def still_tables(world: World) -> dict[str, pa.Table]:
             for number, kind in enumerate(KINDS)
         ],
         "advertisers": [
-            {
-                "advertiser": number,
-                "name": shop.name,
-                "domain": shop.domain,
-                "kinds": list(shop.kinds),
-                "price_level": PRICES[shop.price],
-                "place": None if shop.place is None else PLACES[shop.place],
-            }
+            {"advertiser": number, "name": shop.name, "domain": shop.domain, "kinds": list(shop.kinds),
+             "price_level": PRICES[shop.price], "place": None if shop.place is None else PLACES[shop.place]}
             for number, shop in enumerate(world.advertisers)
         ],
         "ads": [
-            {
-                "ad": number,
-                "advertiser": ad.advertiser,
-                "kind": ad.kind,
-                "brand": world.brand_names[ad.brand],
-                "title": ad.title,
-                "description": ad.description,
-                "url": ad.url,
-            }
+            {"ad": number, "advertiser": ad.advertiser, "kind": ad.kind, "brand": world.brand_names[ad.brand],
+             "title": ad.title, "description": ad.description, "url": ad.url}
             for number, ad in enumerate(world.ads)
         ],
         "queries": [
             {"query": number, "text": text, "kind": wanted_by(number, world.brands_of_kind).kind}
             for number, text in enumerate(world.queries)
         ],
-    }
+    }  # fmt: skip
     return {name: pa.Table.from_pylist(table) for name, table in rows.items()}
 
 
@@ -113,46 +100,27 @@ class TableFormat(StrEnum):
     jsonl = "jsonl"
 
 
-class TableWriter(Protocol):
-    """A file that a table is appended to. It is complete, and on disk, once it is closed."""
+class TableWriter:
+    """A Parquet or JSONL file that a table is appended to. It is complete, and on disk, once it is closed."""
+
+    def __init__(self, folder: Path, name: str, schema: pa.Schema, form: TableFormat) -> None:
+        """Open ``folder/name.parquet`` or ``folder/name.jsonl``."""
+        self._file = (folder / f"{name}.{form}").open("wb")
+        self._parquet = None
+        if form is TableFormat.parquet:
+            self._parquet = pq.ParquetWriter(self._file, schema, compression="zstd", compression_level=1)
 
     def append(self, table: pa.Table) -> None:
-        """Write the rows of ``table`` after those written before; the columns are always the same."""
+        """Write the rows of ``table`` after those written before, in Parquet as one row group."""
+        if self._parquet is not None:
+            self._parquet.write_table(table)
+        else:
+            self._file.writelines(map(_json_lines, table.to_batches(max_chunksize=20_000)))
 
     def close(self) -> None:
         """Finish the file and flush it to disk."""
-
-
-class ParquetTable:
-    """A Parquet file, one row group a piece."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._path = path
-        self._writer = pq.ParquetWriter(path, schema, compression="zstd", compression_level=1)
-
-    def append(self, table: pa.Table) -> None:
-        """Write one row group."""
-        self._writer.write_table(table)
-
-    def close(self) -> None:
-        """Write the footer and flush."""
-        self._writer.close()
-        flush_file(self._path)
-
-
-class JsonlTable:
-    """One JSON object a line."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._file = path.open("wb")
-
-    def append(self, table: pa.Table) -> None:
-        """Write one line a row."""
-        for batch in table.to_batches(max_chunksize=20_000):
-            self._file.write(_json_lines(batch))
-
-    def close(self) -> None:
-        """Flush."""
+        if self._parquet is not None:
+            self._parquet.close()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -163,8 +131,7 @@ def _json_lines(batch: pa.RecordBatch) -> bytes:
     pieces: list[Any] = []
     for number, name in enumerate(batch.schema.names):
         pieces += [f"{', ' if number else '{'}{json.dumps(name)}: ", _as_json(batch.column(number))]
-    lines = pc.binary_join_element_wise(*pieces, "}\n", "")
-    return "".join(lines.to_pylist()).encode()
+    return "".join(pc.binary_join_element_wise(*pieces, "}\n", "").to_pylist()).encode()
 
 
 def _as_json(column: pa.Array) -> pa.Array:
@@ -179,28 +146,8 @@ def _as_json(column: pa.Array) -> pa.Array:
         texts = pc.strftime(column, format='"%Y-%m-%dT%H:%M:%S+00:00"')
     elif pa.types.is_string(column.type):
         distinct = column.dictionary_encode()
-        words = pa.array(
-            [json.dumps(word, ensure_ascii=False) for word in distinct.dictionary.to_pylist()], pa.string()
-        )
-        texts = words.take(distinct.indices)
+        words = [json.dumps(word, ensure_ascii=False) for word in distinct.dictionary.to_pylist()]
+        texts = pa.array(words, pa.string()).take(distinct.indices)
     else:
         texts = pa.array([json.dumps(value) for value in column.to_pylist()], pa.string())
     return texts.fill_null("null")
-
-
-def open_table(folder: Path, name: str, schema: pa.Schema, *, form: TableFormat) -> TableWriter:
-    """Return a writer of ``folder/name.parquet`` or ``folder/name.jsonl``."""
-    kinds: dict[TableFormat, type[ParquetTable] | type[JsonlTable]] = {
-        TableFormat.parquet: ParquetTable,
-        TableFormat.jsonl: JsonlTable,
-    }
-    return kinds[form](folder / f"{name}.{form}", schema)
-
-
-def flush_file(path: Path) -> None:
-    """Make the content of a file durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,23 +12,14 @@ these probabilities, and they are reported as the best reachable answer.
 Letters of array shapes: U users, K kinds, A advertisers, M remembered conversions, N users of a day.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ads.data.simulator.vocabulary import (
-    AGES,
-    DEPARTMENTS,
-    GENDERS,
-    KINDS,
-    KINDS_PER_DEPARTMENT,
-    PLACES,
-    PRICES,
-)
+from megatron_ads.data.simulator.vocabulary import AGES, DEPARTMENTS, GENDERS, KINDS_PER_DEPARTMENT, PLACES, PRICES
 from megatron_ads.data.simulator.world import World
 
-K = len(KINDS)
 CONCENTRATION = 2.0
 """Sum of the parameters of the Dirichlet distribution of interests; a small one makes few kinds stand out."""
 _SEGMENT_SPREAD = 0.7
@@ -45,7 +36,6 @@ class Population:
     gender_U: NDArray[np.int64]
     place_U: NDArray[np.int64]
     price_U: NDArray[np.int64]
-    """Price level that the user buys at."""
     interest_UK: NDArray[np.float64]
     """Probability of each kind when a need is drawn."""
     activity_U: NDArray[np.float64]
@@ -106,9 +96,8 @@ class Moment:
     """Advertisers of the latest conversions; ``NOBODY`` where there are fewer."""
     recent_day_UM: NDArray[np.int64]
     interest_UK: NDArray[np.float64]
-    """Probability of each kind when a need is drawn: the true one, or what the history suggests."""
+    """As in ``Population``: the true one, or what the history suggests; so is the activity."""
     activity_U: NDArray[np.float64]
-    """Probability of a session on a day: the true one, or what the history suggests."""
     price_U: NDArray[np.int64]
 
 
@@ -122,8 +111,7 @@ def loyalty_weights(recent_UM: NDArray[np.int64], age_UM: NDArray[np.int64]) -> 
 
 def next_advertiser(moment: Moment, world: World, *, window_days: int) -> NDArray[np.float64]:
     """Return (U, A): the probability of each advertiser to be the next, given a conversion within ``window_days``."""
-    same_U = same_need(moment.activity_U, window_days=window_days)
-    same_U = np.where(moment.need_U == NOBODY, 0.0, same_U)
+    same_U = np.where(moment.need_U == NOBODY, 0.0, same_need(moment.activity_U, window_days=window_days))
     need_UK = (1.0 - same_U)[:, None] * moment.interest_UK
     known = np.flatnonzero(moment.need_U != NOBODY)
     need_UK[known, moment.need_U[known]] += same_U[known]
@@ -164,36 +152,31 @@ class UserState:
     """The current state of users at the end of a day."""
 
     def __init__(self, people: Population) -> None:
-        """Start before the first day."""
-        count, kinds = people.interest_UK.shape
+        count = len(people.interest_UK)
         self._people = people
         self._cumulated_UK = np.cumsum(people.interest_UK, axis=1)
         self.need_U = np.full(count, NOBODY)
         self.recent_UM = np.full((count, REMEMBERED), NOBODY)
         self.recent_day_UM = np.zeros((count, REMEMBERED), dtype=np.int64)
-        self._drawn_UK = np.zeros((count, kinds))
+        self._drawn_UK = np.zeros_like(people.interest_UK)
         """How often each kind was drawn from the interests, as far as the history tells."""
         self._sessions_U = np.zeros(count)
 
     def next_needs(self, user: NDArray[np.int64], draw: np.random.Generator) -> NDArray[np.int64]:
-        """Draw the needs of these users' next sessions."""
+        """Draw the needs of these users' next sessions, and count what they tell of the interests."""
         before, cumulated_NK = self.need_U[user], self._cumulated_UK[user]
         passed_NK = draw.random(len(user))[:, None] * cumulated_NK[:, -1:] >= cumulated_NK
         fresh = passed_NK.sum(axis=1).clip(max=cumulated_NK.shape[1] - 1)
         stays = (before != NOBODY) & (draw.random(len(user)) < PERSISTENCE)
         need: NDArray[np.int64] = np.where(stays, before, fresh)
-        self._learn(user, before, need)
+        # A changed need counts as drawn, an unchanged one by the probability that it was (assumed-density filter).
+        prior_UK, drawn_UK = self._people.prior_UK, self._drawn_UK
+        total = prior_UK[user].sum(axis=1) + drawn_UK[user].sum(axis=1)
+        share = (1 - PERSISTENCE) * ((prior_UK[user, need] + drawn_UK[user, need]) / total)
+        drawn_UK[user, need] += np.where(need == before, share / (share + PERSISTENCE), 1.0)
+        self._sessions_U[user] += 1
         self.need_U[user] = need
         return need
-
-    def _learn(self, user: NDArray[np.int64], before: NDArray[np.int64], need: NDArray[np.int64]) -> None:
-        """Count a changed need as drawn, an unchanged one by the probability that it was (assumed-density filter)."""
-        guess = (self._people.prior_UK[user, need] + self._drawn_UK[user, need]) / (
-            self._people.prior_UK[user].sum(axis=1) + self._drawn_UK[user].sum(axis=1)
-        )
-        share = (1 - PERSISTENCE) * guess
-        self._drawn_UK[user, need] += np.where(need == before, share / (share + PERSISTENCE), 1.0)
-        self._sessions_U[user] += 1
 
     def remember(self, user: NDArray[np.int64], advertiser: NDArray[np.int64], day: int) -> None:
         """Put a conversion in front of each of these users' others."""
@@ -201,24 +184,17 @@ class UserState:
             table[user, 1:] = table[user, :-1]
             table[user, 0] = newest
 
-    def true(self, day: int) -> Moment:
-        """Return this moment with the users' true interests and activity."""
-        return self._moment(day, self._people.interest_UK, self._people.activity_U)
-
-    def known(self, day: int) -> Moment:
-        """Return this moment with what the history and the model's parameters say of interests and activity."""
+    def moments(self, day: int) -> tuple[Moment, Moment]:
+        """Return this moment, with what the history says of interests and activity, and with the true ones."""
         counts_UK = self._people.prior_UK + self._drawn_UK
         often, seldom = ACTIVITY_PARAMETERS
-        activity_U = (often + self._sessions_U) / (often + seldom + day + 1)
-        return self._moment(day, counts_UK / counts_UK.sum(axis=1, keepdims=True), activity_U)
-
-    def _moment(self, day: int, interest_UK: NDArray[np.float64], activity_U: NDArray[np.float64]) -> Moment:
-        return Moment(
+        known = Moment(
             day=day,
             need_U=self.need_U.copy(),
             recent_UM=self.recent_UM.copy(),
             recent_day_UM=self.recent_day_UM.copy(),
-            interest_UK=interest_UK,
-            activity_U=activity_U,
+            interest_UK=counts_UK / counts_UK.sum(axis=1, keepdims=True),
+            activity_U=(often + self._sessions_U) / (often + seldom + day + 1),
             price_U=self._people.price_U,
         )
+        return known, replace(known, interest_UK=self._people.interest_UK, activity_U=self._people.activity_U)

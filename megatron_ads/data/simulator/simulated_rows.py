@@ -5,17 +5,14 @@ What is asked about users: how well an ad fits, which advertiser they convert wi
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_ads.config.data import AdsTask, HistoryConfig
-from megatron_ads.data.simulator.histories import SHOPPER, HistoryReader, SimulatedUser, draw_pieces
+from megatron_ads.data.simulator.histories import LABEL_DAYS, SHOPPER, SimulatedUser, draw_pieces, read_users
 from megatron_ads.data.simulator.judging import SLIP, Example, judge_for_user, slip
-from megatron_ads.data.simulator.population import next_advertiser
 from megatron_ads.data.simulator.text_examples import (
     comparison_examples,
     pair_examples,
@@ -29,42 +26,27 @@ from megatron_ads.data.user_features import ViewChooser, view_chooser
 from megatron_ads.tasks import ad_user_relevance, user_profile
 from megatron_ads.tasks import next_advertiser as advertiser_task
 from megatron_ads.tasks.ad_user_relevance import Score
-from megatron_ads.tasks.user_history import EventKind, HistoryView
+from megatron_ads.tasks.user_history import CONVERSIONS, HistoryView
 
 HISTORY_DAYS = 28
-LABEL_DAYS = 7
-"""The next conversion counts within so many days."""
 ENDLESS = 2**40
 SCORES = tuple(Score)
 
 
-@dataclass(frozen=True, slots=True)
-class UserAtAnchor:
-    """A user, and how likely each advertiser is to be the next one, as far as the history can tell."""
-
-    user: SimulatedUser
-    chance_A: NDArray[np.float64]
-
-
-def users_at_anchor(world: World, *, days: int = HISTORY_DAYS, users: int = ENDLESS) -> Iterator[UserAtAnchor]:
+def users_at_anchor(world: World, *, days: int = HISTORY_DAYS, users: int = ENDLESS) -> Iterator[SimulatedUser]:
     """Yield the users of a world after ``days`` days."""
     for piece in draw_pieces(world, users=users, days=days + LABEL_DAYS, anchor=days - 1):
-        known = piece.behaviour.known
-        assert known is not None, "the anchor is one of the days"
-        chance_UA = next_advertiser(known, world, window_days=LABEL_DAYS)
-        for user in HistoryReader(world, piece.people, piece.behaviour, anchor=days - 1).users():
-            yield UserAtAnchor(user, chance_UA[user.place_in_piece])
+        yield from read_users(world, piece, anchor=days - 1)
 
 
-def ad_user_examples(world: World, users: Iterator[UserAtAnchor], view_of: ViewChooser) -> Iterator[Example]:
+def ad_user_examples(world: World, users: Iterator[SimulatedUser], view_of: ViewChooser) -> Iterator[Example]:
     """Yield one example a user; the ad is chosen so that all scores are frequent."""
     draw = np.random.default_rng([world.seed, 4])
-    for known in users:
-        ad, score, reasoning = _choose_ad(known.user, world, draw)
-        written = SCORES[slip(score, len(SCORES), draw)]
-        user = known.user.history
-        row_id = f"simulated-ad-{user.user_id}"
-        row = ad_user_relevance.chat_row(row_id, user, shown_ad(ad, world), written, reasoning, view=view_of(user))
+    for user in users:
+        ad, score, reasoning = _choose_ad(user, world, draw)
+        written, history = SCORES[slip(score, len(SCORES), draw)], user.history
+        row_id, view = f"simulated-ad-{history.user_id}", view_of(history)
+        row = ad_user_relevance.chat_row(row_id, history, shown_ad(ad, world), written, reasoning, view=view)
         yield Example(row, best=(str(SCORES[score]),), chances=(1 - SLIP,))
 
 
@@ -85,46 +67,35 @@ def _choose_ad(user: SimulatedUser, world: World, draw: np.random.Generator) -> 
     return ad, score, reasoning
 
 
-def next_advertiser_examples(world: World, users: Iterator[UserAtAnchor], view_of: ViewChooser) -> Iterator[Example]:
-    """Yield one example for each user who does convert after the anchor day."""
-    for known in users:
-        label = known.user.next_advertiser
-        if label is not None:
-            user = known.user.history
-            request = advertiser_task.AdvertiserRequest(user)
-            name = world.advertisers[label].name
-            row = advertiser_task.chat_row(f"simulated-next-{user.user_id}", request, name, view=view_of(user))
-            yield Example(row, *_ranking(known, world))
+def next_advertiser_examples(
+    world: World, users: Iterator[SimulatedUser], view_of: ViewChooser, *, ranking: bool = False
+) -> Iterator[Example]:
+    """Yield one example for each user who does convert after the anchor day.
 
-
-def advertiser_ranking_examples(world: World, users: Iterator[UserAtAnchor], view_of: ViewChooser) -> Iterator[Example]:
-    """Yield one example for each user who does convert; the target is the best ranking, the label who it was."""
-    for known in users:
-        label = known.user.next_advertiser
-        if label is not None:
-            user = known.user.history
-            best, chances = _ranking(known, world)
+    The label is who it was. With ``ranking`` the target is the best ranking, else it is the label.
+    """
+    for user in users:
+        if user.next_advertiser is None:
+            continue
+        order = np.argsort(-user.chance_A, kind="stable")[: advertiser_task.RANKED]
+        best = tuple(world.advertisers[number].name for number in order)
+        label, view = world.advertisers[user.next_advertiser].name, view_of(user.history)
+        name, request = user.history.user_id, advertiser_task.AdvertiserRequest(user.history)
+        if ranking:
+            interests = _interests(user)[: advertiser_task.MOST_INTERESTS]
             row = advertiser_task.ranking_row(
-                f"simulated-ranking-{user.user_id}",
-                advertiser_task.AdvertiserRequest(user),
-                best[: advertiser_task.RANKED],
-                _interests(known.user)[: advertiser_task.MOST_INTERESTS],
-                label=world.advertisers[label].name,
-                view=view_of(user),
+                f"simulated-ranking-{name}", request, best, interests, label=label, view=view
             )
-            yield Example(row, best, chances)
+        else:
+            row = advertiser_task.chat_row(f"simulated-next-{name}", request, label, view=view)
+        yield Example(row, best, tuple(user.chance_A[order].tolist()))
 
 
-def _ranking(known: UserAtAnchor, world: World) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    order = np.argsort(-known.chance_A, kind="stable")[: advertiser_task.RANKED]
-    return tuple(world.advertisers[number].name for number in order), tuple(known.chance_A[order].tolist())
-
-
-def profile_examples(world: World, users: Iterator[UserAtAnchor], view_of: ViewChooser) -> Iterator[Example]:
+def profile_examples(world: World, users: Iterator[SimulatedUser], view_of: ViewChooser) -> Iterator[Example]:
     """Yield one example a user; the profile follows from the history, so the target itself is the best answer."""
-    for known in users:
-        user = known.user.history
-        row = user_profile.chat_row(f"simulated-profile-{user.user_id}", user, _profile(known.user), view=view_of(user))
+    for user in users:
+        history, view = user.history, view_of(user.history)
+        row = user_profile.chat_row(f"simulated-profile-{history.user_id}", history, _profile(user), view=view)
         yield Example(row, best=(row.target,), chances=(1.0,))
 
 
@@ -135,13 +106,9 @@ def _interests(user: SimulatedUser) -> tuple[str, ...]:
 
 def _profile(user: SimulatedUser) -> user_profile.Profile:
     interests = _interests(user)
-    bought = {
-        event.category
-        for event in user.history.events
-        if event.kind in (EventKind.attributed_conversion, EventKind.matched_conversion)
-    }
+    bought = {event.category for event in user.history.events if event.kind in CONVERSIONS}
     price, place = PRICES[user.price], PLACES[user.place]
-    pending = tuple(kind for kind in interests if kind not in bought)[:2]
+    pending = [kind for kind in interests if kind not in bought][:2]
     return user_profile.Profile(
         summary=f"A {SHOPPER[price]} in {place}, mostly after {interests[0]}.",
         interests=interests[:3],
@@ -165,10 +132,10 @@ _WITHOUT_USERS: dict[AdsTask, Callable[[World], Iterator[Example]]] = {
     AdsTask.model_comparison: comparison_examples,
     AdsTask.ad_rewriting: rewriting_examples,
 }
-_OF_USERS: dict[AdsTask, Callable[[World, Iterator[UserAtAnchor], ViewChooser], Iterator[Example]]] = {
+_OF_USERS: dict[AdsTask, Callable[[World, Iterator[SimulatedUser], ViewChooser], Iterator[Example]]] = {
     AdsTask.ad_user_relevance: ad_user_examples,
     AdsTask.next_advertiser: next_advertiser_examples,
-    AdsTask.next_advertiser_ranking: advertiser_ranking_examples,
+    AdsTask.next_advertiser_ranking: partial(next_advertiser_examples, ranking=True),
     AdsTask.user_profile: profile_examples,
 }
 
@@ -185,12 +152,7 @@ def examples_of(
 ) -> Iterator[Example]:
     """Yield the examples of a task: endlessly, unless the task is about users, of whom there are ``users``.
 
-    Args:
-        world: Where they live.
-        task: What is asked.
-        view_of: How much of a user's history prompts show.
-        history_days: Days before the anchor; the next conversion is looked for in the ``LABEL_DAYS`` after it.
-        users: Number of users.
+    Histories hold the ``history_days`` before the anchor; the next conversion is one of the ``LABEL_DAYS`` after it.
     """
     if draw_freely := _WITHOUT_USERS.get(task):
         return draw_freely(world)

@@ -5,6 +5,7 @@ The labels of the pairs are a simulated rater's; the three are about equally fre
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 
@@ -48,41 +49,21 @@ def pair_examples(world: World, *, three_labels: bool) -> Iterator[Example]:
     With ``three_labels`` a row asks for the place and the ad's writing, too.
     """
     draw = np.random.default_rng([world.seed, 3])
+    name = "labels" if three_labels else "pair"
     sellers = [
-        [number for number, shop in enumerate(world.advertisers) if kind in shop.kinds] for kind in range(len(KINDS))
+        [place for place, shop in enumerate(world.advertisers) if kind in shop.kinds] for kind in range(len(KINDS))
     ]
-    number = 0
-    while True:
-        wanted = draw_wanted(world, draw)
-        query = word_query(wanted, world.brand_names, int(draw.integers(WORDINGS)))
-        for _ in range(ADS_PER_QUERY):
-            ad = _draw_offer(wanted, LABELS[draw.integers(len(LABELS))], world, sellers, draw)
-            yield _example(number, query, wanted, ad, world, draw, three_labels=three_labels)
-            number += 1
-
-
-def _example(
-    number: int,
-    query: str,
-    wanted: Wanted,
-    ad: AdFacts,
-    world: World,
-    draw: np.random.Generator,
-    *,
-    three_labels: bool,
-) -> Example:
-    judged = judge_pair(wanted, ad, world)
-    written = LABELS[slip(LABELS.index(judged.label), len(LABELS), draw)]
-    flags = {"location": judged.location, "quality": judged.quality} if three_labels else {}
-    row = chat_row(
-        f"simulated-{'labels' if three_labels else 'pair'}-{number}",
-        query,
-        shown_ad(ad, world),
-        written,
-        judged.reasoning,
-        **flags,
-    )
-    return Example(row, best=(str(judged.label),), chances=(1 - SLIP,))
+    for number in count():
+        if number % ADS_PER_QUERY == 0:
+            wanted = draw_wanted(world, draw)
+            query = word_query(wanted, world.brand_names, int(draw.integers(WORDINGS)))
+        ad = _draw_offer(wanted, LABELS[draw.integers(len(LABELS))], world, sellers, draw)
+        judged = judge_pair(wanted, ad, world)
+        written = LABELS[slip(LABELS.index(judged.label), len(LABELS), draw)]
+        flags = {"location": judged.location, "quality": judged.quality} if three_labels else {}
+        shown = shown_ad(ad, world)
+        row = chat_row(f"simulated-{name}-{number}", query, shown, written, judged.reasoning, **flags)
+        yield Example(row, best=(str(judged.label),), chances=(1 - SLIP,))
 
 
 def shown_ad(ad: AdFacts, world: World) -> Ad:
@@ -116,11 +97,10 @@ def _draw_offer(
         wrong = set(draw.permutation(possible)[: draw.integers(1, len(possible) + 1)].tolist())
     kind = _offered_kind(wanted.kind, wrong, draw)
     number = int(draw.choice(sellers[kind]))
-    shop = replace(
-        world.advertisers[number],
-        price=_value(len(PRICES), wanted.price, "price" in wrong, draw),
-        place=_offered_place(wanted.place, "place" in wrong, draw),
-    )
+    price = _value(len(PRICES), wanted.price, "price" in wrong, draw)
+    everywhere = "place" not in wrong and draw.random() < 0.3
+    place = None if everywhere else _value(len(PLACES), wanted.place, "place" in wrong, draw)
+    shop = replace(world.advertisers[number], price=price, place=place)
     brands = [int(brand) for brand in world.brands_of_kind[kind]]
     if wanted.brand in brands and "brand" not in wrong:
         brands = [wanted.brand]
@@ -136,47 +116,38 @@ def _offered_kind(kind: int, wrong: set[str], draw: np.random.Generator) -> int:
         return close_kind(kind)
     if "kind" in wrong:  # of the same department, but no substitute
         return int(draw.choice([close_kind(kind) ^ 2, kind ^ 2]))
-    if "department" in wrong:
-        others = [other for other in range(len(KINDS)) if department_of(other) != department_of(kind)]
-        return int(draw.choice(others))
-    return kind
+    return int(draw.choice(_other_departments(kind))) if "department" in wrong else kind
 
 
-def _offered_place(asked: int | None, wrong: bool, draw: np.random.Generator) -> int | None:
+def _other_departments(kind: int) -> list[int]:
+    """Return the kinds of product of the other departments."""
+    return [other for other in range(len(KINDS)) if department_of(other) != department_of(kind)]
+
+
+def _value(values: int, asked: int | None, wrong: bool, draw: np.random.Generator) -> int:
     if wrong:
-        return _value(len(PLACES), asked, True, draw)
-    if draw.random() < 0.3:
-        return None
-    return _value(len(PLACES), asked, False, draw)
-
-
-def _value(count: int, asked: int | None, wrong: bool, draw: np.random.Generator) -> int:
-    if wrong:
-        return int(draw.choice([value for value in range(count) if value != asked]))
-    return int(draw.integers(count)) if asked is None else asked
+        return int(draw.choice([value for value in range(values) if value != asked]))
+    return int(draw.integers(values)) if asked is None else asked
 
 
 QUERIES_WANTED = 3
-_ASPECTS = ("price", "brand", "detail", "place")
+_ASPECTS = {"price": len(PRICES), "brand": BRANDS_PER_KIND, "detail": DETAILS, "place": len(PLACES)}
+"""What a query may add to a keyword, and how many choices there are of it."""
 
 
 def query_examples(world: World) -> Iterator[Example]:
     """Yield keywords, half of them with an ad whose facts the queries take up; the target keeps every rule."""
     draw = np.random.default_rng([world.seed, 5])
-    number = 0
-    while True:
+    for number in count():
         keyword = _draw_keyword(world, draw)
         ad = _ad_for(keyword, world, draw) if draw.random() < 0.5 else None
         text = word_query(keyword, world.brand_names, int(draw.integers(WORDINGS)))
         brief = KeywordBrief(text, None if ad is None else shown_ad(ad, world), QUERIES_WANTED)
-        queries = [
-            _narrow(keyword, aspect, ad, world, draw)
-            for aspect in draw.permutation([name for name in _ASPECTS if getattr(keyword, name) is None])
-        ][:QUERIES_WANTED]
+        aspects = draw.permutation([name for name in _ASPECTS if getattr(keyword, name) is None])
+        queries = [_narrow(keyword, aspect, ad, world, draw) for aspect in aspects][:QUERIES_WANTED]
         reasoning = f"The keyword is about {KINDS[keyword.kind].name}. Each query adds one thing to it."
         row = query_generation.chat_row(f"simulated-keyword-{number}", brief, queries, reasoning)
         yield Example(row, best=(row.target,), chances=(1.0,))
-        number += 1
 
 
 def _draw_keyword(world: World, draw: np.random.Generator) -> Wanted:
@@ -202,11 +173,8 @@ def _narrow(
     keyword: Wanted, aspect: str, ad: AdFacts | None, world: World, draw: np.random.Generator
 ) -> GeneratedQuery:
     """Add one thing to a keyword: the ad's where there is an ad that has it, else any."""
-    choices = {
-        "price": len(PRICES), "brand": BRANDS_PER_KIND, "detail": DETAILS, "place": len(PLACES),
-    }  # fmt: skip
     given = None if ad is None else getattr(ad, aspect)
-    value = int(draw.integers(choices[aspect])) if given is None else given
+    value = int(draw.integers(_ASPECTS[aspect])) if given is None else given
     if aspect == "brand" and given is None:
         value = int(world.brands_of_kind[keyword.kind, value])
     wanted = replace(keyword, **{aspect: value})
@@ -229,8 +197,7 @@ def comparison_examples(world: World) -> Iterator[Example]:
     """Yield a keyword and the queries that two systems of different quality wrote for it."""
     draw = np.random.default_rng([world.seed, 6])
     verdicts = tuple(Verdict)
-    number = 0
-    while True:
+    for number in count():
         keyword = _draw_keyword(world, draw)
         current, new = int(draw.integers(len(_QUALITIES))), int(draw.integers(len(_QUALITIES)))
         text = word_query(keyword, world.brand_names, int(draw.integers(WORDINGS)))
@@ -250,7 +217,6 @@ def comparison_examples(world: World) -> Iterator[Example]:
         )
         row = model_comparison.chat_row(f"simulated-comparison-{number}", shared, assessment, group=text)
         yield Example(row, best=(str(verdicts[true]),), chances=(1 - SLIP,))
-        number += 1
 
 
 def _write_query(keyword: Wanted, quality: int, world: World, draw: np.random.Generator) -> str:
@@ -261,10 +227,8 @@ def _write_query(keyword: Wanted, quality: int, world: World, draw: np.random.Ge
         return _narrow(keyword, str(draw.choice(free)), None, world, draw).text
     if quality == 2:
         return word_query(keyword, world.brand_names, wording)
-    if quality == 1:
-        return word_query(Wanted(close_kind(keyword.kind), price=keyword.price), world.brand_names, wording)
-    others = [kind for kind in range(len(KINDS)) if department_of(kind) != department_of(keyword.kind)]
-    return word_query(Wanted(int(draw.choice(others)), price=keyword.price), world.brand_names, wording)
+    kind = close_kind(keyword.kind) if quality == 1 else int(draw.choice(_other_departments(keyword.kind)))
+    return word_query(Wanted(kind, price=keyword.price), world.brand_names, wording)
 
 
 _GOALS = ("clear and correct writing", "emphasise the price", "emphasise the place")
@@ -273,8 +237,7 @@ _GOALS = ("clear and correct writing", "emphasise the price", "emphasise the pla
 def rewriting_examples(world: World) -> Iterator[Example]:
     """Yield flawed ads, their clean rewrites and the other words that searchers have for the same thing."""
     draw = np.random.default_rng([world.seed, 7])
-    number = 0
-    while True:
+    for number in count():
         ad = world.ads[int(draw.integers(len(world.ads)))]
         shop = world.advertisers[ad.advertiser]
         flaw = int(draw.choice((MISSPELT, SPAM)))
@@ -283,15 +246,14 @@ def rewriting_examples(world: World) -> Iterator[Example]:
         facts = {0: [detail, price, where], 1: [price, detail, where], 2: [where, detail, price]}[goal]
         shuffled = [price, where, detail, flawed]
         shown = Ad(ad.title, " ".join(shuffled[place] for place in draw.permutation(len(shuffled))), seller=shop.name)
-        asked = [KINDS[ad.kind].asked_as[place] for place in draw.permutation(WORDINGS)]
+        first, *others = (KINDS[ad.kind].asked_as[place] for place in draw.permutation(WORDINGS))
         rewrite = ad_rewriting.Rewrite(
             title=ad.title,
             text=" ".join([*facts, pick(TEXTS[CLEAN], draw)]),
             rationale=f"Replaced: {flawed} First comes what the goal asks for.",
-            keywords=tuple(asked[1:]),
+            keywords=tuple(others),
             reasoning=f"{'Spam' if flaw == SPAM else 'Misspelt'}: {flawed} It is about {KINDS[ad.kind].name}.",
         )
-        brief = ad_rewriting.RewriteBrief(shown, keywords=(asked[0],), goal=_GOALS[goal])
+        brief = ad_rewriting.RewriteBrief(shown, keywords=(first,), goal=_GOALS[goal])
         row = ad_rewriting.chat_row(f"simulated-rewrite-{number}", brief, rewrite)
         yield Example(row, best=(row.target,), chances=(1.0,))
-        number += 1

@@ -8,33 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ads.data.simulator.vocabulary import (
-    BRANDS_PER_KIND,
-    CLEAN_TEXTS,
-    DEPARTMENTS,
-    EVERYWHERE_OFFERED,
-    KINDS,
-    KINDS_PER_DEPARTMENT,
-    MISSPELT_TEXTS,
-    PLACES,
-    PLACES_OFFERED,
-    PRICES,
-    PRICES_OFFERED,
-    SPAM_TEXTS,
-    invent_names,
-    word_all_queries,
-)
+from megatron_ads.data.simulator import vocabulary
 from megatron_ads.errors import ConfigError
 
-K, P = len(KINDS), len(PRICES)
+K, P = len(vocabulary.KINDS), len(vocabulary.PRICES)
 BRANDS_PER_DEPARTMENT = 6
 ADS_PER_OFFER = 2
 """Ads of one advertiser for one kind."""
 DEFAULT_ADVERTISERS = 120
 
 CLEAN, MISSPELT, SPAM = range(3)
-TEXTS = (CLEAN_TEXTS, MISSPELT_TEXTS, SPAM_TEXTS)
-"""Sentences of each quality."""
+TEXTS = (vocabulary.CLEAN_TEXTS, vocabulary.MISSPELT_TEXTS, vocabulary.SPAM_TEXTS)
 _TEXT_SHARES = (0.8, 0.12, 0.08)
 _WRONG_PRICE = 0.15
 """How much less often people convert with a shop of the other price level."""
@@ -64,7 +48,6 @@ class AdFacts:
     price: int
     place: int | None
     detail: int
-    """Number among the details of the department."""
     text: int
     """``CLEAN``, ``MISSPELT`` or ``SPAM``."""
     title: str
@@ -95,7 +78,7 @@ class World:
 
 def department_of(kind: int) -> int:
     """Return the department of a kind."""
-    return kind // KINDS_PER_DEPARTMENT
+    return kind // vocabulary.KINDS_PER_DEPARTMENT
 
 
 def close_kind(kind: int) -> int:
@@ -112,24 +95,38 @@ def draw_world(seed: int, *, advertisers: int = DEFAULT_ADVERTISERS) -> World:
     if advertisers < K:
         raise ConfigError(f"advertisers is {advertisers}; the {K} kinds of product need at least one each.")
     draw = np.random.default_rng([seed, 0])
-    brand_count = len(DEPARTMENTS) * BRANDS_PER_DEPARTMENT
-    names = invent_names(brand_count + advertisers, draw)
+    brand_count = len(vocabulary.DEPARTMENTS) * BRANDS_PER_DEPARTMENT
+    names = vocabulary.invent_names(brand_count + advertisers, draw)
     brand_names, shop_names = names[:brand_count], names[brand_count:]
-    brands_of_kind = np.stack([
-        department_of(kind) * BRANDS_PER_DEPARTMENT + draw.permutation(BRANDS_PER_DEPARTMENT)[:BRANDS_PER_KIND]
-        for kind in range(K)
-    ])  # fmt: skip
-    shops = _draw_advertisers(shop_names, draw)
-    ads = [ad for number, shop in enumerate(shops) for ad in _draw_ads(number, shop, brands_of_kind, brand_names, draw)]
+    orders = [draw.permutation(BRANDS_PER_DEPARTMENT)[: vocabulary.BRANDS_PER_KIND] for _ in range(K)]
+    brands_of_kind = np.stack(
+        [department_of(kind) * BRANDS_PER_DEPARTMENT + order for kind, order in enumerate(orders)]
+    )
+    # Every advertiser has a main kind, all kinds in turn.
+    main_kinds = np.concatenate([draw.permutation(K) for _ in range(-(-advertisers // K))])[:advertisers]
+    shops = [_draw_advertiser(name, int(kind), draw) for name, kind in zip(shop_names, main_kinds, strict=True)]
+    ads = [
+        draw_ad(number, shop, kind, int(draw.choice(brands_of_kind[kind])), brand_names, draw)
+        for number, shop in enumerate(shops)
+        for kind in shop.kinds
+        for _ in range(ADS_PER_OFFER)
+    ]
+    first_ad_AK = np.full((advertisers, K), -1, dtype=np.int32)
+    for number, ad in reversed(list(enumerate(ads))):
+        first_ad_AK[ad.advertiser, ad.kind] = number
     popularity_A = _normalized(draw.lognormal(0.0, 1.0, advertisers))
+    queries = [
+        vocabulary.word_query(vocabulary.wanted_by(query, brands_of_kind), brand_names, query % vocabulary.WORDINGS)
+        for query in range(vocabulary.QUERY_COUNT)
+    ]
     return World(
         seed=seed,
         brand_names=brand_names,
         brands_of_kind=brands_of_kind,
         advertisers=shops,
         ads=ads,
-        queries=word_all_queries(brands_of_kind, brand_names),
-        first_ad_AK=_first_ads(ads, advertisers),
+        queries=queries,
+        first_ad_AK=first_ad_AK,
         popularity_A=popularity_A,
         intent_KPA=_intent(shops, popularity_A),
         auction_KD=_auction(ads, popularity_A),
@@ -141,35 +138,18 @@ def _normalized(weights: NDArray[np.float64]) -> NDArray[np.float64]:
     return total
 
 
-def _draw_advertisers(names: list[str], draw: np.random.Generator) -> list[Advertiser]:
-    """Give every advertiser a main kind, all kinds in turn, and some of them more from the same department."""
-    main_kinds = np.concatenate([draw.permutation(K) for _ in range(-(-len(names) // K))])[: len(names)]
-    return [_draw_advertiser(name, int(kind), draw) for name, kind in zip(names, main_kinds, strict=True)]
-
-
 def _draw_advertiser(name: str, kind: int, draw: np.random.Generator) -> Advertiser:
-    department = department_of(kind)
-    first = department * KINDS_PER_DEPARTMENT
-    others = [other for other in range(first, first + KINDS_PER_DEPARTMENT) if other != kind]
+    """Draw a shop that sells ``kind`` and, some of them, more from the same department."""
+    others = [other for other in range(K) if department_of(other) == department_of(kind) and other != kind]
     more = draw.permutation(others)[: draw.choice(3, p=(0.4, 0.4, 0.2))]
-    whole = f"{name} {draw.choice(DEPARTMENTS[department].shop_words)}"
+    whole = f"{name} {draw.choice(vocabulary.DEPARTMENTS[department_of(kind)].shop_words)}"
     return Advertiser(
         name=whole,
         domain=whole.lower().replace(" ", "") + ".example",
         kinds=(kind, *(int(other) for other in more)),
         price=int(draw.integers(P)),
-        place=int(draw.integers(len(PLACES))) if draw.random() < _LOCAL_SHARE else None,
+        place=int(draw.integers(len(vocabulary.PLACES))) if draw.random() < _LOCAL_SHARE else None,
     )
-
-
-def _draw_ads(
-    number: int, shop: Advertiser, brands_of_kind: NDArray[np.int64], brand_names: list[str], draw: np.random.Generator
-) -> list[AdFacts]:
-    return [
-        draw_ad(number, shop, kind, int(draw.choice(brands_of_kind[kind])), brand_names, draw)
-        for kind in shop.kinds
-        for _ in range(ADS_PER_OFFER)
-    ]
 
 
 def draw_ad(
@@ -185,7 +165,7 @@ def draw_ad(
 ) -> AdFacts:
     """Draw an ad of a shop for a kind and word it; flaws of the text and the detail are drawn unless given."""
     text = int(draw.choice(3, p=_TEXT_SHARES)) if text is None else text
-    detail = int(draw.integers(len(DEPARTMENTS[0].details))) if detail is None else detail
+    detail = int(draw.integers(len(vocabulary.DEPARTMENTS[0].details))) if detail is None else detail
     sentences = ad_sentences(shop, kind, detail, text, draw)
     return AdFacts(
         advertiser=number,
@@ -195,23 +175,20 @@ def draw_ad(
         place=shop.place,
         detail=detail,
         text=text,
-        title=f"{brand_names[brand]} {pick(KINDS[kind].offered_as, draw)}",
+        title=f"{brand_names[brand]} {pick(vocabulary.KINDS[kind].offered_as, draw)}",
         description=" ".join(sentences[index] for index in draw.permutation(len(sentences))),
-        url=f"{shop.domain}/{KINDS[kind].name.replace(' ', '-')}",
+        url=f"{shop.domain}/{vocabulary.KINDS[kind].name.replace(' ', '-')}",
     )
 
 
 def ad_sentences(shop: Advertiser, kind: int, detail: int, text: int, draw: np.random.Generator) -> list[str]:
     """Return what an ad says of price, place and detail, and a sentence that is clean, misspelt or spam."""
     low, high = int(draw.integers(15, 60)), int(draw.integers(30, 99)) * 10
-    if shop.place is None:
-        where = pick(EVERYWHERE_OFFERED, draw)
-    else:
-        where = pick(PLACES_OFFERED, draw).format(place=PLACES[shop.place])
+    where = pick(vocabulary.EVERYWHERE_OFFERED if shop.place is None else vocabulary.PLACES_OFFERED, draw)
     return [
-        pick(PRICES_OFFERED[shop.price], draw).format(low=low, high=high),
-        where,
-        DEPARTMENTS[department_of(kind)].details[detail][1],
+        pick(vocabulary.PRICES_OFFERED[shop.price], draw).format(low=low, high=high),
+        where if shop.place is None else where.format(place=vocabulary.PLACES[shop.place]),
+        vocabulary.DEPARTMENTS[department_of(kind)].details[detail][1],
         pick(TEXTS[text], draw),
     ]
 
@@ -219,13 +196,6 @@ def ad_sentences(shop: Advertiser, kind: int, detail: int, text: int, draw: np.r
 def pick(texts: tuple[str, ...], draw: np.random.Generator) -> str:
     """Return one of a few texts."""
     return texts[draw.integers(len(texts))]
-
-
-def _first_ads(ads: list[AdFacts], advertisers: int) -> NDArray[np.int32]:
-    first_AK = np.full((advertisers, K), -1, dtype=np.int32)
-    for number, ad in reversed(list(enumerate(ads))):
-        first_AK[ad.advertiser, ad.kind] = number
-    return first_AK
 
 
 def _intent(shops: list[Advertiser], popularity_A: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -12,33 +12,41 @@ made fewer calls on a channel than the number of the call that another rank wait
 """
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Work
 from torch.distributed import ProcessGroup
 
 from megatron_ads.errors import MegatronAdsError
-from megatron_ads.layout import ParallelLayout
-from megatron_ads.runtime.health.calls import Group, describe_call, observed, signature, without_tensors
+from megatron_ads.layout import ParallelLayout, describe_ranks
+from megatron_ads.runtime.health.calls import Call, Group
 
 _REMEMBERED = 256
 """Calls looked through for unfinished ones: more than are ever under way at once."""
 _FRAMES = 40
 _SIGNS = ("gloo", "Timed out", "timed out", "timeout", "Connection closed by peer", "Connection reset by peer")
 """Of torch's errors about communication."""
-
-_Channel = tuple[str] | tuple[str, int, int]
-"""Group, and for messages the sending and the receiving rank."""
+_METHODS = (
+    "_allgather_base", "_reduce_scatter_base", "all_gather_single", "all_gather_single_coalesced", "all_to_all_single",
+    "allgather", "allgather_coalesced", "allgather_into_tensor_coalesced", "allreduce", "allreduce_coalesced",
+    "alltoall", "alltoall_base", "barrier", "broadcast", "gather", "monitored_barrier", "recv", "recv_anysource",
+    "reduce", "reduce_scatter", "reduce_scatter_single", "reduce_scatter_single_coalesced",
+    "reduce_scatter_tensor_coalesced", "scatter", "send",
+)  # fmt: skip
+"""Communicating methods of ``ProcessGroup`` in torch 2.13; versions that lack some of them have fewer to record."""
+_END_OF_BATCH = "_end_coalescing"
 
 
 class CommunicationError(MegatronAdsError, RuntimeError):
@@ -50,7 +58,7 @@ class Wait:
     """A communication that a rank has begun and not finished."""
 
     call: str
-    """Operation, tensors and details, as ``describe_call`` writes them."""
+    """Operation, tensors and details."""
     group: str
     ranks: list[int]
     """Of those who must make the call."""
@@ -84,21 +92,20 @@ class Stalls:
 
     All ranks of a synchronous job take equally long for a step: the slow one computes while the others wait for it.
     What sets it apart is the time that it does not wait. With gloo the host itself waits. On a GPU the host runs ahead
-    and the stream of the computation waits, so events in that stream, before and behind each wait, take the time.
+    and the stream of the computation waits, so events in that stream, before and after each wait, take the time.
     """
 
     def __init__(self, *, on_gpu: bool) -> None:
         self._on_gpu = on_gpu
-        self._seconds = self._entered = 0.0
-        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._entered = 0.0
         self._before: torch.cuda.Event | None = None
-        self._measured = False
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.restart(measured=False)
 
     def restart(self, *, measured: bool) -> None:
         """Forget the waits so far; ``measured`` says whether ``seconds`` will be asked for those to come."""
-        self._seconds = 0.0
+        self._seconds, self._measured = 0.0, measured
         self._pairs.clear()
-        self._measured = measured
 
     def enter(self) -> None:
         """Begin to wait."""
@@ -119,49 +126,13 @@ class Stalls:
         """Return the waits since ``restart``; on a GPU, the host waits for the stream to have come that far."""
         if self._pairs:
             self._pairs[-1][1].synchronize()
-        return self._seconds + sum(before.elapsed_time(behind) for before, behind in self._pairs) / 1000
+        return self._seconds + sum(before.elapsed_time(after) for before, after in self._pairs) / 1000
 
 
 def _mark(*, timed: bool) -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=timed)
     event.record()
     return event
-
-
-@dataclass(slots=True)
-class _Handle:
-    """What a call returned to wait on; the calls of a coalesced batch share one."""
-
-    work: weakref.ref[Any]
-    """Dies when nobody waits any more."""
-    finished: torch.cuda.Event | None = None
-    """On a GPU: behind the wait in the stream of the computation, which the host does not wait for."""
-
-    def is_done(self) -> bool:
-        if self.finished is not None:
-            return self.finished.query()
-        work = self.work()
-        return work is None or (work.is_completed() and work.exception() is None)
-
-
-@dataclass(slots=True)
-class _Call:
-    group: Group
-    operation: str
-    arguments: tuple[Any, ...]
-    channel: _Channel
-    number: int
-    begun: float
-    handle: _Handle | None = None
-    """None until the call has returned one."""
-
-    def is_unfinished(self) -> bool:
-        return self.handle is None or not self.handle.is_done()
-
-    def as_wait(self) -> Wait:
-        call = self.group, self.operation, self.arguments
-        ranks = list(self.channel[1:] or self.group.ranks)
-        return Wait(describe_call(*call), str(self.group), ranks, _text(self.channel), self.number, signature(*call))
 
 
 class Activity:
@@ -175,12 +146,12 @@ class Activity:
         self._thread = threading.get_ident()
         self._done = 0
         self._moved = time.monotonic()
-        self._calls: deque[_Call] = deque(maxlen=_REMEMBERED)
-        self._counts: Counter[_Channel] = Counter()
-        self._batch: list[_Call] = []
+        self._calls: deque[Call] = deque(maxlen=_REMEMBERED)
+        self._counts: Counter[str] = Counter()
+        self._batch: list[Call] = []
         """Calls that will share a handle."""
         self._groups: dict[str, Group] = {}
-        self._inside: list[_Call | None] = []
+        self._inside: list[Call | None] = []
         """Calls that the host is inside of, in the call itself or waiting on its handle."""
 
     def enter_step(self, step: int) -> None:
@@ -216,14 +187,14 @@ class Activity:
         """Return the current state; any thread may ask."""
         inside = list(self._inside)
         call = self._oldest_unfinished() if self._on_gpu else inside[-1] if inside else None
-        wait = None if call is None else call.as_wait()
+        wait = None if call is None else _as_wait(call)
         if inside and wait is None:
             wait = Wait("a communication", "an unknown group", [], "", 0, "")
         return RankState(
             phase=self.phase,
             idle_seconds=round(self.idle_seconds(), 3),
             wait=wait,
-            calls={_text(channel): count for channel, count in dict(self._counts).items()},
+            calls=dict(self._counts),
             stack=_stack(self._thread),
         )
 
@@ -232,53 +203,52 @@ class Activity:
         unfinished = [call for call in self._calls if call.is_unfinished()] or list(self._calls)[-1:]
         if not unfinished:
             return "a communication that torch was setting up"
-        named = dict.fromkeys(str(call.as_wait()) for call in unfinished)
-        peers = sorted({peer for call in unfinished for peer in call.group.ranks} - {rank})
-        whose = f"rank{'s' if len(peers) > 1 else ''} {', '.join(map(str, peers))}"
-        return f"{', then '.join(named)}; look at the logs of {whose}"
+        named = dict.fromkeys(str(_as_wait(call)) for call in unfinished)
+        peers = {peer for call in unfinished for peer in call.group.ranks} - {rank}
+        return f"{', then '.join(named)}; look at the logs of {describe_ranks(list(peers))}"
 
     def begin(self, group: ProcessGroup, operation: str, arguments: Sequence[Any]) -> None:
         """Remember a call that is about to be made."""
-        named = self._groups.get(group.group_name)
-        if named is None:
-            named = self._groups[group.group_name] = Group.of(group)
-        channel = _channel(group, named, operation, arguments)
-        self._counts[channel] += 1
-        facts = without_tensors(arguments)
-        call = _Call(named, operation, facts, channel, self._counts[channel], time.monotonic())
+        if (name := group.group_name) not in self._groups:
+            self._groups[name] = Group.of(group)
+        call = Call.of(self._groups[name], operation, arguments)
+        ends = call.ends()
+        call.channel = f"{name} {ends[0]}>{ends[1]}" if ends else name
+        self._counts[call.channel] += 1
+        call.number, call.begun = self._counts[call.channel], time.monotonic()
         self._calls.append(call)
         self._enter(call)
 
     def issued(self, operation: str, work: Any) -> None:
-        """Remember the handle of the latest call."""
+        """Remember the handle that the latest call returned: None if it is over, or part of a coalesced batch."""
         self._leave()
         if work is not None:
-            self._calls[-1].handle = _Handle(weakref.ref(work))
+            self._calls[-1].work = weakref.ref(work)
         elif operation == "monitored_barrier":
             self._calls.pop()
         else:
             self._batch.append(self._calls[-1])
 
     def batch_issued(self, work: Any) -> None:
-        """Remember the handle of the calls that were made since the last batch."""
-        if work is not None:
-            handle = _Handle(weakref.ref(work))
-            for call in self._batch:
-                call.handle = handle
+        """Remember the handle of all calls that were coalesced (NCCL does) since the last batch."""
+        for call in self._batch:
+            call.work = None if work is None else weakref.ref(work)
         self._batch.clear()
 
     def wait_begins(self, work: Any) -> None:
-        """Note which call is waited for."""
-        self._enter(next((call for call in reversed(self._calls) if call.handle and call.handle.work() is work), None))
+        """Note which call the host, or the stream on a GPU, waits for from here on."""
+        self._enter(next((call for call in reversed(self._calls) if call.work and call.work() is work), None))
 
-    def wait_ends(self, work: Any) -> None:
+    def wait_ends(self) -> None:
         """Note the end of the wait."""
         call = self._inside[-1] if self._inside else None
         event = self._leave()
-        if call is not None and call.handle is not None:
-            call.handle.finished = event
+        if event is not None and call is not None:
+            for each in self._calls:
+                if each.work is call.work:  # a reference that all calls of a batch share
+                    each.finished = event
 
-    def _enter(self, call: _Call | None) -> None:
+    def _enter(self, call: Call | None) -> None:
         self._inside.append(call)
         if len(self._inside) == 1:
             self.stalls.enter()
@@ -290,41 +260,66 @@ class Activity:
         self.moved()
         return None if self._inside else self.stalls.leave()
 
-    def _oldest_unfinished(self) -> _Call | None:
+    def _oldest_unfinished(self) -> Call | None:
         """Return, on a GPU, the call that the stream waits in; elsewhere the host itself waits."""
         if not self._on_gpu:
             return None
         return next((call for call in list(self._calls) if call.is_unfinished()), None)
 
 
-def _channel(group: ProcessGroup, named: Group, operation: str, arguments: Sequence[Any]) -> _Channel:
-    """Return the key under which all who take part count a call."""
-    if operation not in ("send", "recv"):
-        return (group.group_name,)
-    here, there = named.ranks[group.rank()], named.ranks[arguments[1]]
-    return (group.group_name, here, there) if operation == "send" else (group.group_name, there, here)
-
-
-def _text(channel: _Channel) -> str:
-    return channel[0] if len(channel) == 1 else f"{channel[0]} {channel[1]}>{channel[2]}"
+def _as_wait(call: Call) -> Wait:
+    ranks = list(call.ends() or call.group.ranks)
+    return Wait(str(call), str(call.group), ranks, call.channel, call.number, call.signature())
 
 
 def _stack(thread: int) -> list[str]:
-    frame: FrameType | None = sys._current_frames().get(thread)
+    """Return the frames of a thread, with each file's path below the folder of packages or of the program."""
     lines: list[str] = []
-    while frame is not None and len(lines) < _FRAMES:
-        code = frame.f_code
-        lines.append(f"{_short(code.co_filename)}:{frame.f_lineno} in {code.co_name}")
-        frame = frame.f_back
-    return lines[::-1]
+    for frame, line in itertools.islice(traceback.walk_stack(sys._current_frames()[thread]), _FRAMES):
+        names = (frame.f_code.co_filename.removeprefix(folder + os.sep) for folder in sys.path if folder)
+        lines.insert(0, f"{min(names, key=len)}:{line} in {frame.f_code.co_name}")
+    return lines
 
 
-def _short(path: str) -> str:
-    """Return a file's path below the folder of packages or of the program."""
-    for folder in sorted(sys.path, key=len, reverse=True):
-        if folder and path.startswith(folder + os.sep):
-            return path[len(folder) + 1 :]
-    return path
+@contextlib.contextmanager
+def observed(activity: Activity) -> Iterator[None]:
+    """Record every communication of this process in ``activity`` inside the context.
+
+    Calls are seen at torch's ``ProcessGroup`` methods, below every name that ``torch.distributed`` has for an
+    operation, and below the aliases that Megatron-Core keeps of those names.
+    """
+    names = [name for name in (*_METHODS, _END_OF_BATCH) if name in ProcessGroup.__dict__]
+    originals = {(ProcessGroup, name): ProcessGroup.__dict__[name] for name in names} | {(Work, "wait"): Work.wait}
+    for (owner, name), method in originals.items():
+        setattr(owner, name, _recorded(name, method, activity))
+    try:
+        yield
+    finally:
+        for (owner, name), method in originals.items():
+            setattr(owner, name, method)
+
+
+def _recorded(name: str, method: Callable[..., Any], activity: Activity) -> Callable[..., Any]:
+    def call(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+        activity.begin(group, name, (*args, *kwargs.values()))
+        work = method(group, *args, **kwargs)
+        activity.issued(name, work)
+        return work
+
+    def end_batch(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+        work = method(group, *args, **kwargs)
+        activity.batch_issued(work)
+        return work
+
+    def wait(work: Work, *args: Any, **kwargs: Any) -> Any:
+        activity.wait_begins(work)
+        try:
+            return method(work, *args, **kwargs)
+        finally:
+            activity.wait_ends()
+
+    others: dict[str, Callable[..., Any]] = {_END_OF_BATCH: end_batch, "wait": wait}
+    return others.get(name, call)
 
 
 @contextlib.contextmanager

@@ -12,14 +12,14 @@ slow is left alone; hangs are ``watch``'s part.
 """
 
 import logging
+import multiprocessing.connection
 import os
-import selectors
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -28,7 +28,7 @@ import torch.distributed as dist
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.runtime.health.activity import CommunicationError
 from megatron_ads.runtime.health.rank_record import ExitStatus
-from megatron_ads.runtime.health.ring import PeerLink, join_ring
+from megatron_ads.runtime.health.ring import PeerLink, join_ring, tell
 from megatron_ads.runtime.health.watch import HangWatch
 
 logger = logging.getLogger(__name__)
@@ -63,18 +63,17 @@ class PeerMonitor:
         self,
         layout: ParallelLayout,
         *,
-        on_loss: Callable[[LostPeer], None] | None = None,
+        on_loss: Callable[[LostPeer], None] = lambda loss: None,
         hangs: HangWatch | None = None,
     ) -> None:
         """Prepare; ``on_loss`` is called once, in the thread, before the process ends with ``PEER_LOST``."""
         self._layout = layout
         self._on_loss = on_loss
         self._hangs = hangs
-        self._is_watching = layout.world > 1 or hangs is not None
         self._rank = dist.get_rank()
         self._links: list[PeerLink] = []
         self._steps: dict[int, int] = {}
-        self._own_step: int | None = None
+        """Last finished, by rank."""
         self._is_leaving = False
         self._stopped_by_error = threading.Event()
 
@@ -82,29 +81,26 @@ class PeerMonitor:
         """Link up with the neighbours; every rank of the job must come here."""
         if self._layout.world > 1:
             self._links = join_ring(self._rank, self._layout.world)
-        if self._is_watching:
-            if self._hangs:
-                self._hangs.start(self._links)
-            self._wake, self._woken = socket.socketpair()
-            self._thread = threading.Thread(target=self._watch, name="peer monitor", daemon=True)
-            self._thread.start()
-            os.register_at_fork(after_in_child=self._close)  # a child would keep the connections of a dead rank open
+        if self._hangs:
+            self._hangs.start(self._links)
+        self._wake, self._woken = socket.socketpair()
+        self._thread = threading.Thread(target=self._watch, name="peer monitor", daemon=True)
+        self._thread.start()
+        os.register_at_fork(after_in_child=self._close)  # a child would keep the connections of a dead rank open
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Leave in peace, or tell the others what was raised here."""
-        if not self._is_watching:
-            return
         if isinstance(error, CommunicationError):
             self._stopped_by_error.set()
             self._thread.join(_NEWS_SECONDS)  # which names the lost peer and ends the process, if it hears of one
         self._is_leaving = True
         self._stopped_by_error.set()
-        farewell: dict[str, Any] = {"kind": "done"}
-        if error is not None and not isinstance(error, SystemExit):
+        if error is None or isinstance(error, SystemExit):
+            tell(self._links, "done")
+        else:
             text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            farewell = {"kind": "loss", **asdict(LostPeer(self._rank, self._stage(self._rank), self._own_step, text))}
-        self._tell(farewell)
+            tell(self._links, "loss", self._loss(self._rank, text))
         self._wake.send(b"x")
         self._thread.join()
         if self._hangs:
@@ -113,68 +109,58 @@ class PeerMonitor:
 
     def report_step(self, step: int) -> None:
         """Let the neighbours know that ``step`` is finished here; costs two small writes."""
-        self._own_step = step
-        self._tell({"kind": "step", "step": step})
+        self._steps[self._rank] = step
+        tell(self._links, "step", step)
 
-    def _stage(self, rank: int) -> int:
-        return self._layout.coordinates(rank).pp
-
-    def _tell(self, message: dict[str, Any], *, except_for: PeerLink | None = None) -> None:
-        for link in self._links:
-            if link is not except_for:
-                link.send(message)
+    def _loss(self, rank: int, error: str | None) -> LostPeer:
+        return LostPeer(rank, self._layout.coordinates(rank).pp, self._steps.get(rank), error)
 
     def _close(self) -> None:
-        for each in (*(link.socket for link in self._links), self._wake, self._woken):
-            each.close()
+        for link in self._links:
+            link.close()
+        self._wake.close()
+        self._woken.close()
 
     def _watch(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._woken, selectors.EVENT_READ)
-            for link in self._links:
-                selector.register(link.socket, selectors.EVENT_READ, link)
-            while not self._is_leaving:
-                for key, _ in selector.select(self._hangs.seconds_to_sleep() if self._hangs else None):
-                    if key.data is not None and not self._hear(key.data):
-                        selector.unregister(key.fileobj)
-                if self._hangs and not self._is_leaving and (headline := self._hangs.look()):
-                    self._end_hung(headline, heard_from=None)
+        heard: list[Any] = [self._woken, *self._links]
+        while not self._is_leaving:
+            seconds = self._hangs.seconds_to_sleep() if self._hangs else None
+            for ready in multiprocessing.connection.wait(heard, seconds):
+                if isinstance(ready, PeerLink) and not self._hear(ready):
+                    heard.remove(ready)
+            if self._hangs and not self._is_leaving and (headline := self._hangs.look()):
+                self._end_hung(headline, heard_from=None)
 
     def _hear(self, link: PeerLink) -> bool:
         """Handle what a neighbour says; return whether it may say more."""
         try:
-            for message in link.receive():
-                kind = message.pop("kind")
-                if kind == "step":
-                    self._steps[link.rank] = message["step"]
-                elif kind == "done":
-                    return False
-                elif kind == "loss":
-                    self._end_over(LostPeer(**message), heard_from=link)
-                elif kind == "hang":
-                    self._end_hung(message["headline"], heard_from=link)
-                elif self._hangs:
-                    self._hangs.hear(kind, message, link)
+            kind, content = link.receive()
         except ConnectionError:
-            loss = LostPeer(link.rank, self._stage(link.rank), self._steps.get(link.rank), None)
-            self._end_over(loss, heard_from=link)
-        return True
+            kind, content = "loss", self._loss(link.rank, None)
+        if kind == "step":
+            self._steps[link.rank] = content
+        elif kind == "loss":
+            self._end_over(content, heard_from=link)
+        elif kind == "hang":
+            self._end_hung(content, heard_from=link)
+        elif self._hangs and kind != "done":
+            self._hangs.hear(kind, content, link)
+        return kind != "done"
 
     def _end_over(self, loss: LostPeer, *, heard_from: PeerLink) -> None:
         """Pass the news on and end this process, unless it is leaving anyway."""
         if loss.rank == self._rank or self._is_leaving:
             return
-        self._tell({"kind": "loss", **asdict(loss)}, except_for=heard_from)
+        tell(self._links, "loss", loss, except_for=heard_from)
         if loss.error is not None and self._stopped_by_error.wait(_OWN_ERROR_SECONDS) and self._is_leaving:
             return
         logger.critical("%s; this rank cannot continue without it and exits with %d.", loss, ExitStatus.PEER_LOST)
-        if self._on_loss:
-            self._on_loss(loss)
+        self._on_loss(loss)
         _exit(ExitStatus.PEER_LOST)
 
     def _end_hung(self, headline: str, *, heard_from: PeerLink | None) -> None:
         """Pass on that the job hangs and end this process."""
-        self._tell({"kind": "hang", "headline": headline}, except_for=heard_from)
+        tell(self._links, "hang", headline, except_for=heard_from)
         if heard_from is not None:
             logger.critical("%s; this rank exits with %d.", headline, ExitStatus.HUNG)
         if self._hangs:

@@ -17,6 +17,7 @@ from megatron_ads.runtime.health.activity import RankState, Wait
 
 JSON_FILE = "hang.json"
 TEXT_FILE = "hang.txt"
+_CULPRITS = 4
 _CALLS = 3
 """Named in the headline, of those that a rank is awaited in."""
 _LISTED = 16
@@ -42,48 +43,41 @@ class Findings:
 def find(states: Mapping[int, RankState], world: int) -> Findings:
     """Return the findings from the states of the ranks that answered."""
     silent = [rank for rank in range(world) if rank not in states]
-    waits_for = {
-        rank: sorted(_awaited(rank, state.wait, states))
-        for rank, state in sorted(states.items())
-        if state.wait is not None
-    }
-    awaited = {rank for ranks in waits_for.values() for rank in ranks}
-    culprits = sorted(rank for rank in awaited if rank not in waits_for)
-    if not waits_for:  # nobody makes progress, and nobody is in a communication
+    waits = {rank: state.wait for rank, state in sorted(states.items()) if state.wait is not None}
+    waits_for = {rank: sorted(_awaited(rank, wait, states)) for rank, wait in waits.items()}
+    culprits = sorted({rank for ranks in waits_for.values() for rank in ranks} - waits.keys())
+    if not waits:  # nobody makes progress, and nobody is in a communication
         longest = max((state.idle_seconds for state in states.values()), default=0.0)
         culprits = sorted(rank for rank, state in states.items() if state.idle_seconds > 0.5 * longest)
     return Findings(
         culprits=culprits or silent,
         silent=silent,
         waits_for=waits_for,
-        disagreements=[] if culprits else _disagreements(states),
+        disagreements=[] if culprits else _disagreements(waits),
         circle=[] if culprits or silent else _circle(waits_for),
     )
 
 
 def _awaited(rank: int, wait: Wait, states: Mapping[int, RankState]) -> set[int]:
-    """Return who has not made the call; if all have, who is still held up by an earlier one."""
-    others = [member for member in wait.ranks if member != rank]
-    missing = {
-        member for member in others if member not in states or states[member].calls.get(wait.channel, 0) < wait.number
+    """Return who has not made the call; if all have, who has it still before it on its GPU, held up by another."""
+    members = {member: states.get(member) for member in wait.ranks if member != rank}
+    made = {member: state.calls.get(wait.channel, 0) if state else 0 for member, state in members.items()}
+    missing = {member for member in members if made[member] < wait.number}
+    held_up = {
+        member
+        for member, state in members.items()
+        if state and state.wait and state.wait.channel != wait.channel and made[member] == wait.number
     }
-    return missing or {member for member in others if _is_held_up(states[member], wait)}
+    return missing or held_up
 
 
-def _is_held_up(member: RankState, wait: Wait) -> bool:
-    """Whether a member has the call still before it on its GPU, behind one that it waits in."""
-    own = member.wait
-    return own is not None and own.channel != wait.channel and member.calls.get(wait.channel, 0) == wait.number
-
-
-def _disagreements(states: Mapping[int, RankState]) -> list[str]:
+def _disagreements(waits: Mapping[int, Wait]) -> list[str]:
     said: dict[tuple[str, int], dict[str, list[int]]] = {}
-    for rank, state in sorted(states.items()):
-        wait = state.wait
-        if wait is not None and wait.signature:
+    for rank, wait in waits.items():
+        if wait.signature:
             said.setdefault((wait.channel, wait.number), {}).setdefault(wait.signature, []).append(rank)
     return [
-        ", but ".join(f"{describe_ranks(ranks)}: {states[ranks[0]].wait}" for ranks in calls.values())
+        ", but ".join(f"{describe_ranks(ranks)}: {waits[ranks[0]]}" for ranks in calls.values())
         for calls in said.values()
         if len(calls) > 1
     ]
@@ -92,19 +86,20 @@ def _disagreements(states: Mapping[int, RankState]) -> list[str]:
 def _circle(waits_for: Mapping[int, list[int]]) -> list[int]:
     for start in waits_for:
         path = [start]
-        while (following := next(iter(waits_for.get(path[-1], [])), None)) is not None:
-            if following in path:
-                return path[path.index(following) :]
-            path.append(following)
+        while following := waits_for.get(path[-1]):
+            if following[0] in path:
+                return path[path.index(following[0]) :]
+            path.append(following[0])
     return []
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank runs."""
+    """Where a rank runs: the start time tells its process from a later one with its number."""
 
     host: str
     pid: int
+    started: str = ""
     note: str = ""
     """What a neighbour on the same host sees of its process."""
 
@@ -126,9 +121,9 @@ class HangReport:
         """Return one line that names the cause."""
         found = self.findings
         if found.culprits:
-            named = "; ".join(self._culprit(rank) for rank in found.culprits[:4])
-            more = f"; and {len(found.culprits) - 4} more" if len(found.culprits) > 4 else ""
-            return f"the job hangs: {named}{more}"
+            named = "; ".join(self._culprit(rank) for rank in found.culprits[:_CULPRITS])
+            more = len(found.culprits) - _CULPRITS
+            return f"the job hangs: {named}" + (f"; and {more} more" if more > 0 else "")
         if found.disagreements:
             return f"the job hangs: ranks of one group made different calls: {found.disagreements[0]}"
         if found.circle:
@@ -142,10 +137,19 @@ class HangReport:
     def text(self) -> str:
         """Return the page."""
         lines = [self.headline()]
-        lines += self._waiting()
+        for rank, awaited in list(self.findings.waits_for.items())[:_LISTED]:
+            state = self.states[rank]
+            for_whom = f" for {describe_ranks(awaited)}" if awaited else ""
+            number = f", call {state.wait.number} there" if state.wait else ""
+            lines.append(
+                f"  {self._names([rank])} has waited {state.idle_seconds:.1f} s{for_whom} in {state.wait}{number}, in "
+                f"{state.phase}"
+            )
+        if (more := len(self.findings.waits_for) - _LISTED) > 0:
+            lines.append(f"  and {more} more ranks wait; see {JSON_FILE}")
         for rank in (*self.findings.culprits, *self.findings.circle):
             if rank in self.states:
-                lines += [f"Python stack of {self._names([rank])}, innermost last:"]
+                lines.append(f"Python stack of {self._names([rank])}, innermost last:")
                 lines += [f"  {frame}" for frame in self.states[rank].stack]
         lines.append(
             f"Asked by rank {self.asked_by} after {self.seconds:.1f} s without progress; "
@@ -166,8 +170,7 @@ class HangReport:
         }
 
     def _rank_as_json(self, rank: int) -> dict[str, Any]:
-        place, state = self.places.get(rank), self.states.get(rank)
-        coordinates = self.layout.coordinates(rank)
+        place, state, coordinates = self.places.get(rank), self.states.get(rank), self.layout.coordinates(rank)
         return {
             "rank": rank,
             "stage": coordinates.pp,
@@ -180,53 +183,25 @@ class HangReport:
         }
 
     def _culprit(self, rank: int) -> str:
-        return f"{self._names([rank])}{self._at(rank)} {self._doing(rank)}{self._awaited_in(rank)}"
-
-    def _at(self, rank: int) -> str:
-        place = self.places.get(rank)
-        return f" on {place.host}, pid {place.pid}," if place else ""
-
-    def _doing(self, rank: int) -> str:
-        state = self.states.get(rank)
+        """Say where a rank is, what it does, and who waits for it; the calls of the smallest groups say most."""
+        place, state = self.places.get(rank), self.states.get(rank)
+        said = self._names([rank]) + (f" on {place.host}, pid {place.pid}," if place else "")
         if state is None:
-            place = self.places.get(rank)
-            return f"does not answer{f' ({place.note})' if place and place.note else ''}"
-        frame = state.stack[-1] if state.stack else "an unknown place"
-        idle = f"{state.idle_seconds:.1f} s without progress"
-        return f"is not in a communication but at {frame}, {idle}, in {state.phase}"
-
-    def _awaited_in(self, rank: int) -> str:
-        """Say who waits in which calls, those of the smallest groups first: they say most about what is missing."""
-        waiting: dict[str, list[int]] = {}
+            said += f" does not answer{f' ({place.note})' if place and place.note else ''}"
+        else:
+            said += f" is not in a communication but at {state.stack[-1]}, {state.idle_seconds:.1f} s without progress"
+            said += f", in {state.phase}"
+        waiting: dict[tuple[int, str], list[int]] = {}
         for other, awaited in self.findings.waits_for.items():
-            if rank in awaited:
-                waiting.setdefault(str(self.states[other].wait), []).append(other)
-        calls = sorted(waiting, key=lambda call: len(self._members(waiting[call][0])))
-        named = [f"{self._names(waiting[call])} in {call}" for call in calls[:_CALLS]]
-        return f"; waiting for it: {', and '.join(named)}" if named else ""
-
-    def _members(self, rank: int) -> list[int]:
-        wait = self.states[rank].wait
-        return wait.ranks if wait else []
+            if rank in awaited and (wait := self.states[other].wait):
+                waiting.setdefault((len(wait.ranks), str(wait)), []).append(other)
+        calls = sorted(waiting.items(), key=lambda item: item[0][0])[:_CALLS]
+        named = ", and ".join(f"{self._names(others)} in {call}" for (_, call), others in calls)
+        return said + (f"; waiting for it: {named}" if named else "")
 
     def _names(self, ranks: list[int]) -> str:
         stages = sorted({self.layout.coordinates(rank).pp for rank in ranks})
-        plural = "s" if len(stages) > 1 else ""
-        return f"{describe_ranks(ranks)} (stage{plural} {', '.join(map(str, stages))})"
-
-    def _waiting(self) -> list[str]:
-        lines = []
-        for rank, awaited in list(self.findings.waits_for.items())[:_LISTED]:
-            state = self.states[rank]
-            assert state.wait is not None
-            for_whom = f" for {describe_ranks(awaited)}" if awaited else ""
-            lines.append(
-                f"  {self._names([rank])} has waited {state.idle_seconds:.1f} s{for_whom} in {state.wait}, call "
-                f"{state.wait.number} there, in {state.phase}"
-            )
-        if len(self.findings.waits_for) > _LISTED:
-            lines.append(f"  and {len(self.findings.waits_for) - _LISTED} more ranks wait; see {JSON_FILE}")
-        return lines
+        return f"{describe_ranks(ranks)} (stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))})"
 
 
 def write_report(directory: Path, report: HangReport) -> None:

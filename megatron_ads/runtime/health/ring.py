@@ -5,19 +5,18 @@ The operating system closes the connections of a killed process at once, and giv
 """
 
 import contextlib
-import json
 import os
 import secrets
 import socket
+import struct
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
 
 from megatron_ads.runtime.health.activity import CommunicationError
 from megatron_ads.runtime.process_groups import job_store
@@ -26,39 +25,50 @@ LOST_MACHINE_SECONDS = 30
 _PROBE_SECONDS = 5
 
 
-@dataclass(slots=True)
 class PeerLink:
-    """One end of the connection to a neighbour; messages are one JSON object a line."""
+    """One end of the connection to a neighbour; what is sent is a kind of message and its content."""
 
-    rank: int
-    """Of the neighbour."""
-    socket: socket.socket
-    _buffer: bytearray = field(default_factory=bytearray)
-    _sending: threading.Lock = field(default_factory=threading.Lock)
-    """Messages of two threads must not be mixed."""
+    def __init__(self, rank: int, connected: socket.socket) -> None:
+        """Take over the socket that leads to ``rank``, and let the system notice when its machine loses power."""
+        self.rank = rank
+        connected.setblocking(True)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", LOST_MACHINE_SECONDS, 0))
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (
+            (socket.TCP_NODELAY, 1),
+            (socket.TCP_KEEPIDLE, _PROBE_SECONDS),
+            (socket.TCP_KEEPINTVL, _PROBE_SECONDS),
+            (socket.TCP_KEEPCNT, LOST_MACHINE_SECONDS // _PROBE_SECONDS - 1),
+            (socket.TCP_USER_TIMEOUT, LOST_MACHINE_SECONDS * 1000),
+        ):
+            connected.setsockopt(socket.IPPROTO_TCP, option, value)
+        self._connection: Connection[Any, Any] = Connection(connected.detach())
+        self._sending = threading.Lock()  # messages of two threads must not be mixed
+        self.fileno, self.close = self._connection.fileno, self._connection.close
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, kind: str, content: object = None) -> None:
         """Send a message; a neighbour that is gone already is no error: ``receive`` will notice."""
-        line = json.dumps(message).encode() + b"\n"
         with self._sending, contextlib.suppress(OSError):
-            self.socket.sendall(line)
+            self._connection.send((kind, content))
 
-    def receive(self) -> Iterator[dict[str, Any]]:
-        """Yield the whole messages that have arrived.
+    def receive(self) -> tuple[str, Any]:
+        """Wait for a message, and return its kind and content.
 
         Raises:
             ConnectionError: If the neighbour's process or machine is gone.
         """
         try:
-            data = self.socket.recv(1 << 16)
-        except OSError as error:
-            raise ConnectionError(str(error)) from error
-        if not data:
-            raise ConnectionError("closed")
-        self._buffer += data
-        *lines, rest = self._buffer.split(b"\n")
-        self._buffer = rest
-        yield from map(json.loads, lines)
+            kind, content = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise ConnectionError(str(error) or "closed") from error
+        return kind, content
+
+
+def tell(links: Iterable[PeerLink], kind: str, content: object = None, *, except_for: PeerLink | None = None) -> None:
+    """Send a message to the neighbours; what one of them said goes to the other one only (``except_for``)."""
+    for link in links:
+        if link is not except_for:
+            link.send(kind, content)
 
 
 def join_ring(rank: int, world: int, timeout_seconds: float = 60.0) -> list[PeerLink]:
@@ -67,15 +77,16 @@ def join_ring(rank: int, world: int, timeout_seconds: float = 60.0) -> list[Peer
     Raises:
         CommunicationError: Naming the neighbour that did not come or cannot be reached.
     """
-    store, timeout = job_store("peer links"), timedelta(seconds=timeout_seconds)
+    store, deadline = job_store("peer links"), time.monotonic() + timeout_seconds
     following, previous = (rank + 1) % world, (rank - 1) % world
-    deadline = time.monotonic() + timeout_seconds
-    token = _shared_token(store, rank, timeout)
+    if rank == 0:
+        store.set("token", secrets.token_hex(16))
     host = _own_address()
     with socket.create_server(("127.0.0.1" if host == "127.0.0.1" else "", 0)) as server:
         store.set(f"address/{rank}", f"{host} {server.getsockname()[1]}")
         try:
-            store.wait([f"address/{following}"], timeout)
+            store.wait(["token", f"address/{following}"], timedelta(seconds=timeout_seconds))
+            token: bytes = store.get("token")
             address, port = store.get(f"address/{following}").decode().split()
             outgoing = socket.create_connection((address, int(port)), timeout=timeout_seconds)
             outgoing.sendall(token)
@@ -85,19 +96,11 @@ def join_ring(rank: int, world: int, timeout_seconds: float = 60.0) -> list[Peer
                 f"Rank {rank} could not link up with its neighbours, ranks {previous} and {following}, within "
                 f"{timeout_seconds:g} s: {error}. Look at their logs; a firewall must let the ranks reach each other."
             ) from error
-    return [PeerLink(following, _probed(outgoing)), PeerLink(previous, _probed(incoming))]
-
-
-def _shared_token(store: Store, rank: int, timeout: timedelta) -> bytes:
-    """Return what a connection of this job begins with, so that no other program is taken for a rank."""
-    if rank == 0:
-        store.set("token", secrets.token_hex(16))
-    store.wait(["token"], timeout)
-    token: bytes = store.get("token")
-    return token
+    return [PeerLink(following, outgoing), PeerLink(previous, incoming)]
 
 
 def _accept(server: socket.socket, token: bytes, deadline: float) -> socket.socket:
+    """Return a connection that begins with the job's token, so that no other program is taken for a rank."""
     while True:
         server.settimeout(max(0.1, deadline - time.monotonic()))
         connection, _ = server.accept()
@@ -109,21 +112,6 @@ def _accept(server: socket.socket, token: bytes, deadline: float) -> socket.sock
         if received == token:
             return connection
         connection.close()
-
-
-def _probed(connection: socket.socket) -> socket.socket:
-    """Let the system probe an idle connection, so that a machine that lost power is noticed."""
-    connection.settimeout(LOST_MACHINE_SECONDS)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (
-        (socket.TCP_NODELAY, 1),
-        (socket.TCP_KEEPIDLE, _PROBE_SECONDS),
-        (socket.TCP_KEEPINTVL, _PROBE_SECONDS),
-        (socket.TCP_KEEPCNT, LOST_MACHINE_SECONDS // _PROBE_SECONDS - 1),
-        (socket.TCP_USER_TIMEOUT, LOST_MACHINE_SECONDS * 1000),
-    ):
-        connection.setsockopt(socket.IPPROTO_TCP, option, value)
-    return connection
 
 
 def _own_address() -> str:

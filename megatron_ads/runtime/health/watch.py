@@ -1,10 +1,9 @@
 """Find out, when nothing moves any more, which rank the others wait for; report it and end the job.
 
 A rank that has made no progress for nearly the job's timeout, in a communication or within a step, asks around the
-``ring``. Every rank answers with its current state, back along the way the question came, so that one rank that does
-not answer cuts nobody off. The rank that asked makes the report and makes all ranks end. If it moves on meanwhile,
-nothing has happened. With several silent ranks apart from each other, each part of the ring makes its own report, and
-the last one is kept.
+``ring``. Every rank answers with its current state, back along the way the question came, so that one that does not
+answer cuts nobody off. The rank that asked makes the report and makes all ranks end, unless it moves on meanwhile.
+Silent ranks may divide the ring: each part makes its own report, and the last one is kept.
 
 All of this happens in the thread of the peer monitor, which answers while the training thread waits or sleeps, in
 Python or in C. It cannot in a stopped process, nor while C code holds the interpreter lock: such a rank is reported as
@@ -23,14 +22,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from megatron_ads.layout import ParallelLayout
-from megatron_ads.runtime.health.activity import Activity, RankState, Wait
+from megatron_ads.runtime.health.activity import Activity, RankState
 from megatron_ads.runtime.health.report import HangReport, Place, find, write_report
-from megatron_ads.runtime.health.ring import PeerLink
+from megatron_ads.runtime.health.ring import PeerLink, tell
 
 logger = logging.getLogger(__name__)
 
@@ -50,31 +49,35 @@ _PROCESS_STATES = {
 _FLIGHT_VARIABLES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessIdentity:
-    """One process: the start time tells it from a later one with its number, or of another container."""
-
-    host: str
-    pid: int
-    started: str
-
-    @classmethod
-    def own(cls) -> Self:
-        """Return that of this process."""
-        return cls(socket.gethostname(), os.getpid(), _state_and_start(os.getpid())[1])
-
-    def describe(self) -> str:
-        """Return what the process does if it does not answer; empty if that cannot be seen from here."""
-        state, started = _state_and_start(self.pid) if self.host == socket.gethostname() else ("", "")
-        return _PROCESS_STATES.get(state, "") if started == self.started else ""
+def _own_place() -> Place:
+    return Place(socket.gethostname(), os.getpid(), _process_state(os.getpid())[1])
 
 
-def _state_and_start(pid: int) -> tuple[str, str]:
+def _seen_from_here(place: Place) -> Place:
+    """Note what a process does that may not answer, if it runs on this host."""
+    state, started = _process_state(place.pid) if place.host == socket.gethostname() else ("", "")
+    return replace(place, note=_PROCESS_STATES.get(state, "") if started == place.started else "")
+
+
+def _process_state(pid: int) -> tuple[str, str]:
+    """Return the kernel's letter for what a process does, and when it was started; empty if it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return "", ""
     return fields[0], fields[19]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What one rank knows, for the question ``number`` of the rank ``asker``."""
+
+    asker: int
+    number: int
+    rank: int
+    place: Place
+    state: RankState
+    neighbours: dict[int, Place]
 
 
 @dataclass(slots=True)
@@ -85,8 +88,14 @@ class _Inquiry:
     progress: object
     """Of this rank, when it asked."""
     deadline: float
-    states: dict[int, RankState] = field(default_factory=dict)
-    places: dict[int, Place] = field(default_factory=dict)
+    answers: dict[int, _Answer] = field(default_factory=dict)
+
+    def places(self) -> dict[int, Place]:
+        """Return where ranks run; what a neighbour sees counts for those that did not answer."""
+        seen: dict[int, Place] = {}
+        for answer in self.answers.values():
+            seen |= {rank: place for rank, place in answer.neighbours.items() if place.note or rank not in seen}
+        return seen | {rank: answer.place for rank, answer in self.answers.items()}
 
 
 class HangWatch:
@@ -100,7 +109,7 @@ class HangWatch:
         *,
         timeout_seconds: float,
         directory: Path,
-        on_hang: Callable[[str], None] | None = None,
+        on_hang: Callable[[str], None] = lambda headline: None,
     ) -> None:
         """Prepare to report, into ``directory``, a rank without progress, before ``timeout_seconds`` are over.
 
@@ -116,11 +125,11 @@ class HangWatch:
         self._directory = directory
         self._on_hang = on_hang
         self._links: Sequence[PeerLink] = ()
-        self._neighbours: dict[int, ProcessIdentity] = {}
+        self._neighbours: dict[int, Place] = {}
         self._inquiry: _Inquiry | None = None
         self._asked = 0
-        self._routes: dict[tuple[int, int], PeerLink] = {}
-        """By the rank that asked and its question: the neighbour through whom the answers return."""
+        self._heard: set[tuple[int, int]] = set()
+        """Questions of others: who asked, and its number."""
         self._others_ask_until = 0.0
         self._wake_at = self._stacks_at = 0.0
         """When this thread wants to run again, and when stacks are written because it could not."""
@@ -129,8 +138,7 @@ class HangWatch:
     def start(self, links: Sequence[PeerLink]) -> None:
         """Introduce this process to its neighbours."""
         self._links = links
-        for link in links:
-            link.send({"kind": "hello", **asdict(ProcessIdentity.own())})
+        tell(links, "hello", _own_place())
 
     def stop(self) -> None:
         """Leave nothing behind."""
@@ -160,80 +168,57 @@ class HangWatch:
             return self._conclude(self._inquiry, now)
         must_move = self._activity.in_step or self._activity.is_waiting()
         if must_move and self._activity.idle_seconds() >= self._limit and now >= self._others_ask_until:
-            self._ask(now)
+            self._asked += 1
+            self._inquiry = _Inquiry(self._asked, self._activity.progress(), now + self._answer_seconds)
+            self._inquiry.answers[self._rank] = self._own_answer(self._rank, self._asked)
+            tell(self._links, "inquiry", (self._rank, self._asked))
         return None
 
-    def hear(self, kind: str, message: dict[str, Any], link: PeerLink) -> None:
-        """Handle a message of the kinds ``hello``, ``inquiry`` and ``state``."""
+    def hear(self, kind: str, content: Any, link: PeerLink) -> None:
+        """Handle a message of the kinds ``hello``, ``inquiry`` and ``answer``."""
         if kind == "hello":
-            self._neighbours[link.rank] = ProcessIdentity(**message)
+            self._neighbours[link.rank] = content
         elif kind == "inquiry":
-            self._answer(message["asker"], message["number"], link)
-        elif message["asker"] != self._rank:
-            if (route := self._routes.get((message["asker"], message["number"]))) is not None:
-                route.send({"kind": kind, **message})
-        elif self._inquiry is not None and message["number"] == self._inquiry.number:
-            self._collect(self._inquiry, message)
+            self._answer(content, link)
+        elif content.asker != self._rank:
+            tell(self._links, kind, content, except_for=link)  # back to where the question came from
+        elif self._inquiry is not None and content.number == self._inquiry.number:
+            self._inquiry.answers[content.rank] = content
 
     def ends(self, headline: str) -> None:
         """Record the end of this process, and leave what torch recorded."""
-        if (on_hang := self._on_hang) is not None:
-            _do_within(_WRITING_SECONDS, lambda: on_hang(headline))
+        _do_within(_WRITING_SECONDS, lambda: self._on_hang(headline))
         _do_within(_WRITING_SECONDS, lambda: _write_flight_record(self._directory / f"flight_{self._rank}"))
 
-    def _ask(self, now: float) -> None:
-        self._asked += 1
-        self._inquiry = _Inquiry(self._asked, self._activity.progress(), now + self._answer_seconds)
-        self._collect(self._inquiry, self._own_answer())
-        for link in self._links:
-            link.send({"kind": "inquiry", "asker": self._rank, "number": self._asked})
-
-    def _answer(self, asker: int, number: int, link: PeerLink) -> None:
+    def _answer(self, question: tuple[int, int], link: PeerLink) -> None:
         """Report the own state, and pass the question on; of several ranks that ask, the lowest continues."""
-        if asker == self._rank or (asker, number) in self._routes:
-            return
-        if self._inquiry is not None and asker > self._rank:
+        asker, number = question
+        if asker == self._rank or question in self._heard or (self._inquiry is not None and asker > self._rank):
             return
         self._inquiry = None
         self._others_ask_until = time.monotonic() + 2 * self._answer_seconds
-        self._routes[asker, number] = link
-        for other in self._links:
-            if other is not link:
-                other.send({"kind": "inquiry", "asker": asker, "number": number})
-        link.send({"kind": "state", "asker": asker, "number": number, **self._own_answer()})
+        self._heard.add(question)
+        tell(self._links, "inquiry", question, except_for=link)
+        link.send("answer", self._own_answer(asker, number))
 
-    def _own_answer(self) -> dict[str, Any]:
-        return {
-            "rank": self._rank,
-            "place": asdict(Place(socket.gethostname(), os.getpid())),
-            "state": asdict(self._activity.state()),
-            "neighbours": {
-                rank: asdict(Place(known.host, known.pid, known.describe())) for rank, known in self._neighbours.items()
-            },
-        }
-
-    def _collect(self, inquiry: _Inquiry, answer: dict[str, Any]) -> None:
-        rank, state = answer["rank"], answer["state"]
-        inquiry.states[rank] = RankState(**state | {"wait": state["wait"] and Wait(**state["wait"])})
-        inquiry.places[rank] = Place(**answer["place"])
-        for neighbour, place in answer["neighbours"].items():
-            seen = Place(**place)
-            if int(neighbour) not in inquiry.states and (seen.note or int(neighbour) not in inquiry.places):
-                inquiry.places[int(neighbour)] = seen
+    def _own_answer(self, asker: int, number: int) -> _Answer:
+        seen = {rank: _seen_from_here(place) for rank, place in self._neighbours.items()}
+        return _Answer(asker, number, self._rank, _own_place(), self._activity.state(), seen)
 
     def _conclude(self, inquiry: _Inquiry, now: float) -> str | None:
         if self._activity.progress() != inquiry.progress:
             self._inquiry = None
             return None
-        if len(inquiry.states) < self._layout.world and now < inquiry.deadline:
+        if len(inquiry.answers) < self._layout.world and now < inquiry.deadline:
             return None
+        states = {rank: answer.state for rank, answer in inquiry.answers.items()}
         report = HangReport(
             asked_by=self._rank,
             seconds=self._activity.idle_seconds(),
             layout=self._layout,
-            findings=find(inquiry.states, self._layout.world),
-            states=inquiry.states,
-            places=inquiry.places,
+            findings=find(states, self._layout.world),
+            states=states,
+            places=inquiry.places(),
         )
         logger.critical("%s", report.text())
         _do_within(_WRITING_SECONDS, lambda: write_report(self._directory, report))

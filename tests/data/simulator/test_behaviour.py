@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_ads.data.simulator.behaviour import Behaviour, InverseTable
-from megatron_ads.data.simulator.histories import PIECE, HistoryReader, draw_pieces
+from megatron_ads.data.simulator.histories import PIECE, draw_pieces, read_users
 from megatron_ads.data.simulator.population import NOBODY, Moment, next_advertiser, same_need
 from megatron_ads.data.simulator.world import World, draw_world
 
@@ -20,7 +20,7 @@ def world() -> World:
 
 @pytest.fixture(scope="module")
 def pieces(world: World) -> list[Behaviour]:
-    return [piece.behaviour for piece in draw_pieces(world, users=USERS, days=DAYS, anchor=ANCHOR)]
+    return list(draw_pieces(world, users=USERS, days=DAYS, anchor=ANCHOR))
 
 
 def within_four_standard_errors(drawn: np.ndarray, chance: np.ndarray) -> bool:
@@ -119,8 +119,8 @@ def test_a_history_holds_nothing_from_after_the_anchor_and_the_label_is_the_firs
     world: World,
 ) -> None:
     (piece,) = draw_pieces(world, users=300, days=DAYS, anchor=ANCHOR)
-    bought = piece.behaviour.conversions
-    users = list(HistoryReader(world, piece.people, piece.behaviour, anchor=ANCHOR).users())
+    bought = piece.conversions
+    users = list(read_users(world, piece, anchor=ANCHOR))
     assert len(users) > 250
     for user in users:
         assert all(0 < event.days_ago <= ANCHOR + 1 for event in user.history.events)

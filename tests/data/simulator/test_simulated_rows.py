@@ -184,8 +184,8 @@ def test_a_recipe_chooses_task_rows_and_what_a_history_shows() -> None:
 
 def test_a_shorter_view_shows_no_more_than_the_default(world: World) -> None:
     known = next(users_at_anchor(world))
-    whole = view_chooser(HistoryConfig(), DEFAULT_VIEW)(known.user.history)
-    short = view_chooser(HistoryConfig(max_tokens=30), DEFAULT_VIEW)(known.user.history)
+    whole = view_chooser(HistoryConfig(), DEFAULT_VIEW)(known.history)
+    short = view_chooser(HistoryConfig(max_tokens=30), DEFAULT_VIEW)(known.history)
     assert whole == DEFAULT_VIEW
     assert short != whole
 

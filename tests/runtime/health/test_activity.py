@@ -7,8 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ads.runtime.health.activity import Activity, RankState
-from megatron_ads.runtime.health.calls import observed
+from megatron_ads.runtime.health.activity import Activity, RankState, observed
 from parity_tests.harness.ranks import run_ranks
 
 PAUSE = 0.4
@@ -83,7 +82,7 @@ def _receive_in_a_batch() -> list[Any]:
     activity.wait_begins(work)
     waiting = activity.state().wait
     work.wait()
-    activity.wait_ends(work)
+    activity.wait_ends()
     return [described, str(waiting), activity.state().wait, tensors[0].tolist()]
 
 

@@ -50,7 +50,8 @@ def test_a_killed_rank_is_named_by_all_others_wherever_they_wait(victim: int, ot
     start = time.monotonic()
     with pytest.raises(RanksFailed) as caught:
         run_ranks(4, _lose_a_rank, victim, others_do)
-    assert time.monotonic() - start < 30  # the requirement is 60 s; nothing here waits for a timeout
+    # 60 s is the requirement; no timeout is waited for, but a busy machine is slow to start ranks.
+    assert time.monotonic() - start < 60
     assert caught.value.failures.pop(victim).startswith("died with exit status -9")
     assert len(caught.value.failures) == 3
     said = f"rank {victim} (stage {STAGE[victim]}) has gone (killed, or its machine lost), after step 7"
