@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from megatron_ads import __version__
-from megatron_ads.errors import MegatronAdsError
+from megatron_ads.errors import MegatronAdsError, as_refusals, one_line
 
 Subparsers = Any  # argparse names its type argparse._SubParsersAction
 
@@ -90,11 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def exit_status(program: str, work: Callable[[], int]) -> int:
     """Carry out a command line and return its exit status; an error that a user can cause is one line."""
     try:
-        status = work()
+        with as_refusals():
+            status = work()
         sys.stdout.flush()  # a reader that went away is noticed here, not when the interpreter ends
         return status
     except MegatronAdsError as error:
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{program}: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

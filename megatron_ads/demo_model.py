@@ -12,6 +12,7 @@ The same preset, number format and seed give the same bytes.
 import argparse
 import json
 import math
+import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -173,7 +174,7 @@ def write_demo_model(
     from megatron_ads.architecture import shape_from_config
     from megatron_ads.data.demo_tokenizer import write_tokenizer
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):  # a link to nowhere is something too
         raise ConfigError(f"{out} exists and is not an empty folder. Choose another one, or remove it.")
     shape = shape_from_config(config)
     partial = out.with_name(out.name + ".partial")

@@ -4,7 +4,8 @@ Each message says what is wrong, with the values, then what to do.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -38,6 +39,74 @@ class DivergedError(MegatronAdsError, ArithmeticError):
 
 class TopologyError(MegatronAdsError, RuntimeError):
     """The ranks of a job disagree about what they are about to do; the message names the odd one."""
+
+
+_LONGEST_LINE = 2000
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line; of a very long one, which repeats what it was given, both ends."""
+    text = " ".join(str(error).split())
+    half = _LONGEST_LINE // 2
+    return text if len(text) <= _LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
+
+
+_LIBRARIES = frozenset(
+    [
+        "httpcore2",
+        "httpx2",
+        "jinja2",
+        "json",
+        "openai",
+        "pyarrow",
+        "pickle",
+        "safetensors",
+        "tokenizers",
+        "yaml",
+        "zipfile",
+    ]
+)
+"""Packages whose own errors are about what they were given: a damaged file, a server that does not answer."""
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+@contextmanager
+def as_refusals() -> Iterator[None]:
+    """Turn an error of the operating system, or of a library about its input, into one of this project.
+
+    Command lines run in it, so that a path that is missing, no folder, a folder or forbidden is one line everywhere.
+
+    Raises:
+        MegatronAdsError: In place of such an error.
+    """
+    try:
+        yield
+    except (MegatronAdsError, BrokenPipeError):  # the second: our reader went away
+        raise
+    except Exception as error:
+        if (text := _refusal(error)) is None:
+            raise
+        raise MegatronAdsError(text) from error
+
+
+def _refusal(error: Exception) -> str | None:
+    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        other = "" if error.filename2 is None else f" to {error.filename2}"
+        return (
+            f"{error.filename}{other} cannot be read or written ({error.strerror}). Check the path and its permissions."
+        )
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        return f"There is not enough memory ({reason}). Ask for less at once, or use a machine that has more."
+    if isinstance(error, UnicodeError):
+        return f"A file or a name is not UTF-8 text ({reason}). Save it as UTF-8."
+    if isinstance(error, RuntimeError) and reason.startswith("Symlink loop"):  # pathlib's, until Python 3.13
+        return f"{reason}. Check the path."
+    libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__} & _LIBRARIES
+    if isinstance(error, OSError) or libraries:
+        names = "".join(f"{name}: " for name in sorted(libraries))
+        return f"{names}{reason.removesuffix('.')}. Check the files and addresses that were given."
+    return None
 
 
 def require(condition: bool, message: str) -> None:

@@ -71,7 +71,7 @@ def explain(error: BaseException, *, schema: type, recipe: str) -> ConfigError:
             return ConfigError(f"{recipe}: {_explain_override(override)}")
         if replaced := _REPLACED_SECTION.search(str(cause)):
             return ConfigError(f"{recipe}: {_explain_replaced_section(schema, replaced['section'], replaced['value'])}")
-    return ConfigError(f"{recipe}: {' '.join(str(error).split())}")
+    return ConfigError(f"{recipe}: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def _explain_key(error: OmegaConfBaseException, schema: type) -> str:

@@ -19,6 +19,9 @@ from megatron_ads.config.recipe_errors import explain
 from megatron_ads.config.run import SftConfig
 from megatron_ads.errors import ConfigError
 
+_RAISED_BY_HYDRA = (ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError)
+"""What Hydra and OmegaConf stumble over in some overrides, such as ``optim=5``, or brackets without end."""
+
 
 def recipes_folder() -> Path:
     """Return the folder of shipped recipes: beside this package, in a checkout as in an installation.
@@ -139,7 +142,7 @@ def compose_onto(schema: type, kind: str, name_or_path: str, overrides: Sequence
             composed = compose(config_name=name, overrides=[*search, *overrides])
         # Merged once more from plain values: an override such as +train.stepz=1 may extend the composed config.
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(composed, resolve=True))
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # Hydra refuses some overrides so
+    except (HydraException, OmegaConfBaseException, YAMLError, *_RAISED_BY_HYDRA) as error:
         raise explain(error, schema=schema, recipe=name_or_path) from None
     assert isinstance(merged, DictConfig)
     return merged

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ads.config.generation import EndpointConfig, GenerationConfig, LengthRule, Method, load_endpoint
+from megatron_ads.disk import require_writable
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.evaluation.score_tables import text_tables
 from megatron_ads.observability.log import start_logging
@@ -196,6 +197,7 @@ def evaluate(
             raise DataError(f"{file} cannot be written: there is no folder {file.parent}. Create it.")
         if file.is_dir():
             raise DataError(f"{file} cannot be written: it is a folder. Name a file.")
+    require_writable(answers_file, html_file)
     how = how or GenerationConfig()
     data = load_recipe(recipe, overrides, sections=["data"]).data
     corpus = read_corpus(data)

@@ -23,7 +23,7 @@ from megatron_ads.config.model import LayerSpecChoice, Precision
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.run import SftConfig, require_trainable, validate
 from megatron_ads.disk import existing, free_bytes, readable_bytes
-from megatron_ads.errors import CheckpointError, ConfigError, DataError, MegatronAdsError
+from megatron_ads.errors import CheckpointError, ConfigError, DataError, MegatronAdsError, as_refusals, one_line
 from megatron_ads.launching.network_check import rendezvous_problems
 from megatron_ads.launching.node_check import folder_problems, gpu_problems, python_problems, wants_gpu
 from megatron_ads.observability.trackers import require_installed
@@ -111,16 +111,18 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
         ranks: Processes of the whole job; None for the fewest that the layout needs.
     """
     try:
-        config = load_recipe(recipe, overrides)
+        with as_refusals():
+            config = load_recipe(recipe, overrides)
     except MegatronAdsError as error:
         return JobCheck(passed=(), problems=(one_line(error),))
     passed, problems = [f"recipe: {recipe} composes"], []
     shape: ModelShape | None = None
     try:
-        source, text = _weights(Path(config.model.load))
-        shape = source.shape
-        passed.append(f"weights: {text}")
-        passed.append(f"tokenizer: {_tokenizer(source)}")
+        with as_refusals():
+            source, text = _weights(Path(config.model.load))
+            shape = source.shape
+            passed.append(f"weights: {text}")
+            passed.append(f"tokenizer: {_tokenizer(source)}")
     except MegatronAdsError as error:
         problems.append(one_line(error))
     checks: tuple[tuple[str, Callable[[], str]], ...] = (
@@ -133,7 +135,8 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
     )
     for name, check in checks:
         try:
-            passed.append(f"{name}: {check()}")
+            with as_refusals():
+                passed.append(f"{name}: {check()}")
         except MegatronAdsError as error:
             problems.append(one_line(error))
     return JobCheck(passed=tuple(passed), problems=tuple(dict.fromkeys(problems)))
@@ -142,11 +145,6 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
 def needs_gpu(config: SftConfig, environment: Mapping[str, str]) -> bool:
     """Whether ranks will use GPUs: there are some for them, or the recipe asks for layers that run nowhere else."""
     return config.model.layer_spec is LayerSpecChoice.te or wants_gpu(environment)
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message on one line."""
-    return " ".join(str(error).split())
 
 
 def _weights(path: Path) -> "tuple[WeightSource, str]":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.run import SftConfig
-from megatron_ads.errors import ConfigError, MegatronAdsError
+from megatron_ads.errors import ConfigError, MegatronAdsError, one_line
 from megatron_ads.launching.attempts import (
     ATTEMPT,
     AttemptResult,
@@ -30,7 +30,7 @@ from megatron_ads.launching.attempts import (
     judge,
 )
 from megatron_ads.launching.environment import Allocation, environment_number, meeting_place
-from megatron_ads.launching.job_check import check_job, needs_gpu, one_line
+from megatron_ads.launching.job_check import check_job, needs_gpu
 from megatron_ads.launching.node_check import NodesCheck, check_nodes
 from megatron_ads.launching.placement import placement_problems, read_reports, summary
 from megatron_ads.launching.sweep import sweep_overrides

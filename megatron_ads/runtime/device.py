@@ -6,6 +6,7 @@ One CUDA device where there is one, else the CPU with its share of the cores.
 import os
 import random
 import resource
+from pathlib import Path
 
 import numpy
 import torch
@@ -41,6 +42,14 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def free_memory_bytes() -> int:
+    """Return the memory that can still be had: of the CUDA device where there is one, else of this machine (Linux)."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
 _STAGE_STRIDE = 100_003
