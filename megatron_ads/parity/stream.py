@@ -78,17 +78,11 @@ class Stream:
     ) -> tuple[LayerResult, Rows, Rows]:
         """Return the result and both sides' outputs for their own inputs."""
         started = time.monotonic()
-        reference, scores = self._reference.layer(layer), list[Scores]()
-        reference.watch_router(scores.append)
-        their_output = self._run(reference, layer, tokens, theirs, self._reference.embed)
-        module, weights = SingleLayer(self._source, layer, self._settings), list[Tensor]()
-        module.watch_router(lambda weights_TE, chosen_TE: weights.append((weights_TE * chosen_TE).float()))
-        same_input = self._run(module, layer, tokens, theirs, self._embed)
-        routed = list(weights)  # of these passes only
-        our_output = self._run(module, layer, tokens, ours, self._embed)
+        their_output, scores = self._run_theirs(layer, tokens, theirs)
+        same_input, routed, our_output, routed_own = self._run_ours(layer, tokens, theirs, ours)
         router, same_T = None, torch.ones(sum(map(len, tokens)), dtype=torch.bool, device=self._device)
         if scores:
-            self._elsewhere_T = self._elsewhere_T | _moved(torch.cat(weights[len(routed) :]), _weights(scores))
+            self._elsewhere_T = self._elsewhere_T | _moved(torch.cat(routed_own), _weights(scores))
             router, same_T = self._compare_routing(layer, routed, scores)
         shape = self._source.shape
         kind = LayerKind.EXPERTS if shape.is_moe_layer(layer) else LayerKind.DENSE
@@ -104,6 +98,20 @@ class Stream:
             seconds=time.monotonic() - started,
         )
         return result, their_output, our_output
+
+    def _run_theirs(self, layer: int, tokens: Rows, inputs: Rows) -> tuple[Rows, list[Scores]]:
+        module, scores = self._reference.layer(layer), list[Scores]()  # freed on return: one layer is held at a time
+        module.watch_router(scores.append)
+        return self._run(module, layer, tokens, inputs, self._reference.embed), scores
+
+    def _run_ours(self, layer: int, tokens: Rows, theirs: Rows, ours: Rows) -> tuple[Rows, Rows, Rows, Rows]:
+        """Return the outputs and routing weights for their inputs, then those for our inputs."""
+        module, weights = SingleLayer(self._source, layer, self._settings), list[Tensor]()
+        module.watch_router(lambda weights_TE, chosen_TE: weights.append((weights_TE * chosen_TE).float()))
+        same_input = self._run(module, layer, tokens, theirs, self._embed)
+        routed = list(weights)
+        our_output = self._run(module, layer, tokens, ours, self._embed)
+        return same_input, routed, our_output, weights[len(routed) :]
 
     def _run(
         self,
