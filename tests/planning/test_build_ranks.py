@@ -12,8 +12,15 @@ import pytest
 
 from conversion.layer_specs import LayerSpec
 from megatron_ads.config.model import LayerSpecChoice, LoraConfig, LoraTarget, Recompute
-from megatron_ads.planning.build_ranks import _build_rank, build_ranks
-from megatron_ads.planning.check_ranks import RankFacts, check_ranks, checkpoint_keys, coverage_faults, expected_groups
+from megatron_ads.planning.build_ranks import (
+    RankFacts,
+    _build_rank,
+    build_ranks,
+    check_ranks,
+    checkpoint_keys,
+    coverage_faults,
+    expected_groups,
+)
 from megatron_ads.planning.costs import stage_weights, total
 from megatron_ads.planning.job import PlannedJob, load_job
 from megatron_ads.runtime.preflight import Member
