@@ -33,10 +33,7 @@ class Weights:
 
 
 def stage_weights(job: PlannedJob, stage: int) -> tuple[Weights, ...]:
-    """Return what each rank of a pipeline stage holds; all its ranks hold equally much.
-
-    Router biases are not counted: they are buffers, not parameters.
-    """
+    """Return what each rank of a pipeline stage holds; router biases are buffers, not parameters."""
     shape, sizes = job.shape, job.layout
     embedding, final_norm, output = outside_parameters(shape)
     found: list[Weights] = []

@@ -46,7 +46,6 @@ class PlannedJob:
 
     @property
     def shards(self) -> ShardsLayout:
-        """The layout as the conversion writes it."""
         return ShardsLayout(shape=self.shape, layout=self.layout, placement=self.placement)
 
     @property
@@ -71,12 +70,10 @@ class PlannedJob:
 
     @property
     def trains_mtp(self) -> bool:
-        """Whether the multi-token-prediction layers are run."""
         return self.shape.mtp_layers > 0 and self.mtp_loss_weight > 0
 
     @property
     def trains_experts(self) -> bool:
-        """Whether any rank has gradients of routed experts."""
         if self.lora is not None:
             return any(self.lora.adapts(weight) for weight in parameters(self.shape).values() if weight.expert == 0)
         in_layers = self.trains(FrozenPart.experts) and self.shape.num_layers > self.shape.first_dense_layers
@@ -125,11 +122,7 @@ def planned_shape(model: str | None, config: SftConfig) -> ModelShape:
 def load_job(
     recipe: str, overrides: Sequence[str] = (), *, model: str | None = None, ranks: int | None = None
 ) -> PlannedJob:
-    """Compose a recipe and lay it out over ``ranks`` (None: the fewest that its layout fits).
-
-    Raises:
-        ConfigError: If recipe, model, layout and ranks do not fit together.
-    """
+    """Compose a recipe and lay it out over ``ranks`` (None: the fewest that its layout fits)."""
     config = load_recipe(recipe, overrides, sections=_PLANNED)
     if not config.data.sources:  # a recipe may leave them to the command line, and a plan does not depend on them
         config.data.sources = [SourceConfig(kind=SourceKind.jsonl, path="not given")]
