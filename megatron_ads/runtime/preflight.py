@@ -49,7 +49,6 @@ class Record:
         return tuple(member.kind for member in self.members)
 
     def groups(self, kind: str) -> tuple[tuple[str, int], ...]:
-        """Return the parameter groups of a member, and how many parameters are in each."""
         return next(member.groups for member in self.members if member.kind == kind)
 
 
@@ -94,12 +93,11 @@ def _wait_for_answer(store: Store, world: int, timeout_seconds: float) -> list[i
     try:
         for key in ("record/0", "missing ranks"):  # rank 0 may come last, and takes its time from there
             store.wait([key], timedelta(seconds=timeout_seconds + 1))
-        missing: list[int] = json.loads(store.get("missing ranks"))
+        return list(json.loads(store.get("missing ranks")))
     except dist.DistStoreError:
         return [rank for rank in range(world) if not store.check([f"record/{rank}"])] or [0]
     except dist.DistNetworkError:
         return [0]  # it holds the store
-    return missing
 
 
 def check_records(records: Sequence[Record]) -> None:
@@ -133,8 +131,7 @@ def _missing_members(records: Sequence[Record]) -> list[str]:
     """Name the ranks without a kind that any rank has: who lacks one is odd, however many they are."""
     problems = []
     for kind, owners in _owners(records).items():
-        lacking = [record for record in records if kind not in record.kinds]
-        if not lacking:
+        if not (lacking := [record for record in records if kind not in record.kinds]):
             continue
         having = [record.rank for record in owners]
         owned = ", ".join(dict.fromkeys(f"[{', '.join(record.kinds)}]" for record in lacking))
@@ -159,7 +156,6 @@ def _differences(records: Sequence[Record], what: str, values: Sequence[Hashable
 
 
 def _owners(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Return the records that have each kind of member."""
     kinds = dict.fromkeys(member.kind for record in records for member in record.members)
     return {kind: [record for record in records if kind in record.kinds] for kind in kinds}
 

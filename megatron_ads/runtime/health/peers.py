@@ -132,7 +132,6 @@ class PeerMonitor:
                 self._end_hung(headline, heard_from=None)
 
     def _hear(self, link: PeerLink) -> bool:
-        """Handle what a neighbour says; return whether it may say more."""
         try:
             kind, content = link.receive()
         except ConnectionError:
@@ -159,7 +158,6 @@ class PeerMonitor:
         _exit(ExitStatus.PEER_LOST)
 
     def _end_hung(self, headline: str, *, heard_from: PeerLink | None) -> None:
-        """Pass on that the job hangs and end this process."""
         tell(self._links, "hang", headline, except_for=heard_from)
         if heard_from is not None:
             logger.critical("%s; this rank exits with %d.", headline, ExitStatus.HUNG)
