@@ -74,8 +74,12 @@ class MetricsWriter:
         """
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            _drop_after(directory / METRICS_FILE, resume_step)
-            self._lines = (directory / METRICS_FILE).open("a", encoding="utf-8")
+            if (file := directory / METRICS_FILE).exists():
+                from conversion.atomic_file import write_small  # imports torch, which reading metrics does not need
+
+                kept = [json.dumps(values) + "\n" for values in read_metrics(file) if values["step"] <= resume_step]
+                write_small(file, "".join(kept))  # replaced at once, so that a kill loses nothing
+            self._lines = file.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"log.dir {directory} cannot be written ({error.strerror}); choose another.") from None
         self._tracked = tracked
@@ -86,11 +90,7 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append the values of one step; every name must be in ``METRICS``.
-
-        Raises:
-            ValueError: If a name is not documented.
-        """
+        """Append the values of one step; every name must be in ``METRICS``."""
         for name in values:
             if not _NAMES.fullmatch(name):
                 raise ValueError(f"metric {name!r} is not documented: add it to METRICS in {__name__}.")
@@ -110,10 +110,8 @@ class MetricsWriter:
             self._lines.flush()
             os.fsync(self._lines.fileno())
             self._lines.close()
-        if self._tracked is not None:
-            self._tracked.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for other in filter(None, (self._tracked, self._tensorboard)):
+            other.close()
 
     def __enter__(self) -> Self:
         return self
@@ -135,9 +133,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist: no run has written metrics there.") from None
-    complete = text[: text.rfind("\n") + 1]
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(complete.splitlines(), start=1):
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
         try:
             rows.append(json.loads(line))
             int(rows[-1]["step"])
@@ -145,13 +142,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             said = f"{file} line {number} is not a metrics line ({line[:60]!r}); move the file away."
             raise ConfigError(said) from None
     return rows
-
-
-def _drop_after(file: Path, step: int) -> None:
-    """Keep the lines up to ``step``; the file is replaced at once, so that a kill loses nothing."""
-    if not file.exists():
-        return
-    from conversion.atomic_file import write_small  # imports torch, which reading metrics does not need
-
-    kept = [values for values in read_metrics(file) if values["step"] <= step]
-    write_small(file, "".join(json.dumps(values) + "\n" for values in kept))
