@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ads.evaluation.answer_records import Answer
-from megatron_ads.metrics.intervals import Interval, mean_interval, statistic_interval
+from megatron_ads.metrics.intervals import ends, mean_interval, statistic_interval
 from megatron_ads.metrics.text import (
     LexicalMatcher,
     click_attribute_ratio,
@@ -149,13 +149,8 @@ def _line(
     for name, measured in (("relevance", on_topic), ("diversity", apart), ("difficulty", missed)):
         values, keywords = [value for value, _ in measured], [keyword for _, keyword in measured]
         scores[name] = sum(values) / len(values) if values else None
-        scores[f"{name}_95"] = _ends(mean_interval(values, groups=keywords, resamples=_RESAMPLES))
-    ends = _ends(between)
-    return {**scores, "click_attribute_ratio": ratio(range(len(rows))), "click_attribute_ratio_95": ends}
-
-
-def _ends(interval: Interval | None) -> list[float] | None:
-    return None if interval is None else [interval.low, interval.high]
+        scores[f"{name}_95"] = ends(mean_interval(values, groups=keywords, resamples=_RESAMPLES))
+    return {**scores, "click_attribute_ratio": ratio(range(len(rows))), "click_attribute_ratio_95": ends(between)}
 
 
 def _added(query: str, keyword: str) -> list[str]:
