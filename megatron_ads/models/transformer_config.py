@@ -64,10 +64,7 @@ def _attention(shape: ModelShape) -> dict[str, Any]:
             "rope_type": "yarn",
             "rotary_scaling_factor": yarn.factor,
             "original_max_position_embeddings": yarn.original_max_positions,
-            "beta_fast": yarn.beta_fast,
-            "beta_slow": yarn.beta_slow,
-            "mscale": yarn.mscale,
-            "mscale_all_dim": yarn.mscale_all_dim,
+            **{name: getattr(yarn, name) for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")},
         }
     return positions | {
         "hidden_size": shape.hidden_size,
