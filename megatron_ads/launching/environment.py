@@ -89,11 +89,7 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def meeting_place(environment: Mapping[str, str]) -> tuple[str, str]:
-    """Return address and port at which node 0 listens: this node, whose free ports are known here.
-
-    Raises:
-        ConfigError: If MASTER_PORT is given and no number.
-    """
+    """Return address and port at which node 0 listens: this node, whose free ports are known here."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         free = int(probe.getsockname()[1])

@@ -164,7 +164,6 @@ def _some(numbers: Sequence[int]) -> str:
 
 
 def summary(reports: Sequence[RankReport], job: PlannedJob) -> list[str]:
-    """Return a line for the job and one for each stage."""
     without = [report.at.pp for report in reports if not report.experts and job.shape.num_experts]
     lines = [
         f"{len(reports)} of {job.layout.world} tasks reported from {len({report.node for report in reports})} nodes: "
