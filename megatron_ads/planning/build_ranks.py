@@ -24,7 +24,7 @@ from megatron_ads.models.parts import part_of
 from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
 from megatron_ads.planning.job import PlannedJob
 from megatron_ads.runtime import process_groups
-from megatron_ads.runtime.preflight import Member, Record, check_records
+from megatron_ads.runtime.preflight import Groups, Record, check_records
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -188,19 +188,12 @@ def _record(job: PlannedJob, rank: int, chunks: Sequence["GPTModel"], settings: 
     for name, parameter in _trained(job, chunks, settings):
         kind = DENSE if getattr(parameter, "allreduce", True) else EXPERT
         counts[kind, DECAYED if is_decayed(name, parameter) else UNDECAYED] += 1
-    members = [Member(DENSE, tuple((group, counts[DENSE, group]) for group in GROUP_NAMES))]
-    if job.trains_experts:
-        experts = tuple((group, counts[EXPERT, group]) for group in GROUP_NAMES)
-        owns = any(count for _, count in experts)
-        members.append(Member(EXPERT, experts if owns else StubOptimizer(EXPERT, GROUP_NAMES).group_keys()))
-    return Record(
-        rank=rank,
-        coordinates=job.layout.coordinates(rank),
-        members=tuple(members),
-        versions={},
-        config_digest="built",
-        code_revision="built",
-    )
+    kinds = (DENSE, EXPERT) if job.trains_experts else (DENSE,)
+    members: dict[str, Groups] = {kind: tuple((group, counts[kind, group]) for group in GROUP_NAMES) for kind in kinds}
+    if job.trains_experts and not any(count for _, count in members[EXPERT]):
+        members[EXPERT] = StubOptimizer(EXPERT, GROUP_NAMES).group_keys()
+    at, same = job.layout.coordinates(rank), "built"
+    return Record(rank=rank, coordinates=at, members=members, versions={}, config_digest=same, code_revision=same)
 
 
 def _trained(

@@ -23,7 +23,6 @@ from megatron_ads.planning.build_ranks import (
 )
 from megatron_ads.planning.costs import stage_weights, total
 from megatron_ads.planning.job import PlannedJob, load_job
-from megatron_ads.runtime.preflight import Member
 from tests.planning.jobs import r1_job, small_job
 
 
@@ -117,7 +116,7 @@ def _with_a_wider_tensor(facts: RankFacts) -> RankFacts:
 
 
 def _without_experts_optimizer(facts: RankFacts) -> RankFacts:
-    return replace(facts, record=replace(facts.record, members=facts.record.members[:1]))
+    return replace(facts, record=replace(facts.record, members={"dense": facts.record.members["dense"]}))
 
 
 def _with_another_group(facts: RankFacts) -> RankFacts:
@@ -133,9 +132,8 @@ def _with_another_peer(facts: RankFacts) -> RankFacts:
 
 
 def _with_more_parameters(facts: RankFacts) -> RankFacts:
-    first, second = facts.record.members
-    grown = Member(first.kind, tuple((name, count + 1) for name, count in first.groups))
-    return replace(facts, record=replace(facts.record, members=(grown, second)))
+    grown = {"dense": tuple((name, count + 1) for name, count in facts.record.members["dense"])}
+    return replace(facts, record=replace(facts.record, members={**facts.record.members, **grown}))
 
 
 @pytest.mark.parametrize(
