@@ -21,7 +21,7 @@ from conversion.shards import open_shards
 from megatron_ads.errors import ConfigError, ConversionError, TopologyError
 from megatron_ads.layout import Coordinates, ParallelLayout
 from megatron_ads.models.parts import part_of
-from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
+from megatron_ads.models.settings import ModelSettings
 from megatron_ads.planning.job import PlannedJob
 from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.preflight import Groups, Record, check_records
@@ -115,15 +115,7 @@ def build_ranks(job: PlannedJob, *, every_rank: bool = False, shards: Path | Non
 
 
 def _build_rank(job: PlannedJob, rank: int) -> RankFacts:
-    settings = ModelSettings(
-        spec=resolve_layer_spec(job.layer_spec),
-        precision=job.precision,
-        recompute=job.recompute,
-        expert_bias_update_rate=job.expert_bias_update_rate,
-        aux_loss_coefficient=job.aux_loss_coefficient,
-        mtp_loss_weight=job.mtp_loss_weight,
-        deterministic=job.deterministic,
-    )
+    settings = ModelSettings.of(job.model, deterministic=job.deterministic)
     process_groups.start_fake(job.layout, rank)
     try:
         from megatron_ads.models.build import build_chunks

@@ -155,7 +155,7 @@ class Plan:
     def checkpoint_bytes(self) -> int:
         """A training checkpoint: weights and optimizer state, each once; of adapters these alone."""
         job, alone = self.job, ParallelLayout(world=1)
-        state = 12 if job.precision is Precision.bf16 else 8
+        state = 12 if job.model.precision is Precision.bf16 else 8
         whole = replace(job, layout=alone, placement=place_layers(job.shape, alone))
         return sum(
             weight.elements * (job.element_bytes + (state if job.trains(weight.part) else 0))

@@ -35,7 +35,7 @@ def interleaved(job: PlannedJob, vpp: int) -> PlannedJob | None:
     found = _arrangement(job, pp=sizes.pp, tp=sizes.tp, vpp=vpp, ep=sizes.ep)
     if found is None or sizes.cp > 1 or sizes.etp > 1:
         return None
-    return _rearranged(job, *found, job.micro_batch_size, job.recompute)
+    return _rearranged(job, *found, job.micro_batch_size, job.model.recompute)
 
 
 def search(job: PlannedJob, card: Card, *, keep: int = 10) -> SearchResult:
@@ -126,5 +126,5 @@ def _rearranged(
         placement=placement,
         micro_batch_size=micro_batch_size,
         microbatches=microbatches,
-        recompute=recompute,
+        model=replace(job.model, recompute=recompute),
     )

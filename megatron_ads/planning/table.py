@@ -34,7 +34,7 @@ def _title(plan: Plan) -> str:
     )
     return (
         f"{sizes.world} x {plan.card.name} of {plan.card.memory_bytes / 1e9:g} GB: {axes or 'one rank'}; "
-        f"{job.precision.value}, recompute {job.recompute.value}, {job.microbatches} microbatches of "
+        f"{job.model.precision.value}, recompute {job.model.recompute.value}, {job.microbatches} microbatches of "
         f"{job.micro_batch_size} x {job.seq_length} tokens per replica"
     )
 
@@ -133,7 +133,7 @@ def search_lines(result: SearchResult, card: Card) -> list[str]:
 def _arrangement(plan: Plan) -> str:
     job, sizes = plan.job, plan.job.layout
     names = [f"{name}{getattr(sizes, name)}" for name in ("pp", "vpp", "tp", "ep")]
-    return f"{' '.join(names)} micro {job.micro_batch_size} {job.recompute.value}"
+    return f"{' '.join(names)} micro {job.micro_batch_size} {job.model.recompute.value}"
 
 
 def _shortened(pipeline: str) -> str:
@@ -157,7 +157,7 @@ def _brief(plan: Plan) -> dict[str, Any]:
         "layout": {name: getattr(sizes, name) for name in ("pp", "vpp", "tp", "cp", "ep", "etp")},
         "pipeline": plan.job.placement.string,
         "micro_batch_size": plan.job.micro_batch_size,
-        "recompute": plan.job.recompute.value,
+        "recompute": plan.job.model.recompute.value,
         "peak_bytes": plan.fullest.memory.peak,
         "spare_bytes": plan.spare_bytes,
         "bubble": plan.timeline.bubble,

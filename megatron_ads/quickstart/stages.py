@@ -79,12 +79,7 @@ def run_stages(stages: Sequence[Stage], folder: Path, commands: Mapping[str, Seq
             if record is not None and record.fingerprint == fingerprint and all(map(Path.exists, stage.outputs)):
                 print(f"{heading}: complete, took {readable_duration(record.seconds)}", flush=True)
             else:
-                ran, resuming = True, _prepare(stage, folder, fingerprint)
-                print(heading + (" (continuing where it was interrupted)" if resuming else ""), flush=True)
-                if command := commands.get(stage.name):
-                    print(f"      $ {shlex.join(command)}", flush=True)
-                record = _run(stage, folder, fingerprint, resuming)
-                print(f"      done in {readable_duration(record.seconds)}", flush=True)
+                ran, record = True, _run(stage, folder, fingerprint, heading, commands.get(stage.name))
             records[stage.name] = record
     if not ran:
         print("quickstart: everything was complete already; remove the folder to do it all again")
@@ -95,8 +90,10 @@ def _record_file(folder: Path, name: str) -> Path:
     return folder / RECORDS / f"{name}.json"
 
 
-def _prepare(stage: Stage, folder: Path, fingerprint: str) -> bool:
-    """Remove what an earlier run left, unless the stage can continue from it; return whether it does."""
+def _run(stage: Stage, folder: Path, fingerprint: str, heading: str, command: Sequence[str] | None) -> StageRecord:
+    """Run a stage, from what an interrupted run with the same fingerprint left if it can continue."""
+    from conversion.atomic_file import write_small  # imports torch: keep --help instant
+
     started = folder / RECORDS / f"{stage.name}.started"
     interrupted = started.exists() and started.read_text(encoding="utf-8") == fingerprint
     resuming = stage.resumable and interrupted and any(map(Path.exists, stage.outputs))
@@ -108,18 +105,16 @@ def _prepare(stage: Stage, folder: Path, fingerprint: str) -> bool:
             else:
                 output.unlink(missing_ok=True)
     started.write_text(fingerprint, encoding="utf-8")
-    return resuming
-
-
-def _run(stage: Stage, folder: Path, fingerprint: str, resumed: bool) -> StageRecord:
-    from conversion.atomic_file import write_small  # imports torch: keep --help instant
-
+    print(heading + (" (continuing where it was interrupted)" if resuming else ""), flush=True)
+    if command:
+        print(f"      $ {shlex.join(command)}", flush=True)
     start = time.monotonic()
     result = dict(stage.run())
     seconds = time.monotonic() - start
-    record = StageRecord(fingerprint=fingerprint, seconds=seconds, result=result, resumed=resumed)
+    record = StageRecord(fingerprint=fingerprint, seconds=seconds, result=result, resumed=resuming)
     write_small(_record_file(folder, stage.name), json.dumps(asdict(record), indent=2) + "\n")
-    (folder / RECORDS / f"{stage.name}.started").unlink()
+    started.unlink()
+    print(f"      done in {readable_duration(seconds)}", flush=True)
     return record
 
 

@@ -43,7 +43,7 @@ def built() -> tuple[RankFacts, ...]:
         small_job(world=8, pp=2, vpp=2, ep=2, pipeline="Et|t|t|tmL"),
         small_job(world=8, pp=2, tp=2, ep=2, pipeline="Ett|ttmL"),
         small_job(world=4, tp=2, ep=2, etp=2),
-        replace(small_job(world=2, ep=2), layer_spec=LayerSpecChoice.local),
+        small_job(world=2, ep=2, others={"layer_spec": LayerSpecChoice.local}),
         small_job(world=4, pp=2, ep=2, pipeline="Ett|ttmL", lora=LoraConfig(rank=4)),
         # Stage 0 trains nothing.
         small_job(world=4, pp=2, ep=2, pipeline="Ett|ttmL", lora=LoraConfig(rank=4, targets=[LoraTarget.experts])),
