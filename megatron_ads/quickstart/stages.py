@@ -82,7 +82,7 @@ def run_stages(stages: Sequence[Stage], folder: Path, commands: Mapping[str, Seq
                 ran, record = True, _run(stage, folder, fingerprint, heading, commands.get(stage.name))
             records[stage.name] = record
     if not ran:
-        print("quickstart: everything was complete already; remove the folder to do it all again")
+        print(f"everything in {folder} was complete already; remove the folder to do it all again")
     return records
 
 
