@@ -19,7 +19,7 @@ from conversion.names import hf_aliases, parameters
 from conversion.rank_files import ShardsLayout, wrong_copies
 from conversion.shards import open_shards
 from megatron_ads.errors import ConfigError, ConversionError, TopologyError
-from megatron_ads.layout import Coordinates, ParallelLayout
+from megatron_ads.layout import ParallelLayout
 from megatron_ads.models.parts import part_of
 from megatron_ads.models.settings import ModelSettings
 from megatron_ads.planning.job import PlannedJob
@@ -41,7 +41,6 @@ class RankFacts:
     """One rank as Megatron-Core built it."""
 
     rank: int
-    coordinates: Coordinates
     parameters: int
     """Elements that are parameters; router biases are buffers."""
     tensors: Mapping[str, Shape]
@@ -160,7 +159,6 @@ def _describe(job: PlannedJob, rank: int, chunks: Sequence["GPTModel"], settings
     )
     return RankFacts(
         rank=rank,
-        coordinates=job.layout.coordinates(rank),
         parameters=sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
         tensors=tensors,
         groups={name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items()},
@@ -239,13 +237,7 @@ def expected_groups(layout: ParallelLayout, rank: int) -> dict[str, tuple[int, .
 
 def check_ranks(shards: ShardsLayout, ranks: Sequence[RankFacts]) -> list[str]:
     """Return every fault, one line each; empty: what was built is what the layout says, on every rank."""
-    faults = [fault for facts in ranks for fault in _tensor_faults(shards, facts)]
-    for facts in ranks:
-        for name, expected in expected_groups(shards.layout, facts.rank).items():
-            if facts.groups[name] != expected:
-                faults.append(
-                    f"rank {facts.rank}: its {name} group is {facts.groups[name]}, the layout says {expected}"
-                )
+    faults = [fault for facts in ranks for fault in _rank_faults(shards, facts)]
     faults += _message_faults(shards.layout, ranks)
     try:
         check_records([facts.record for facts in ranks])
@@ -254,7 +246,7 @@ def check_ranks(shards: ShardsLayout, ranks: Sequence[RankFacts]) -> list[str]:
     return faults + coverage_faults(shards, {facts.rank: facts.tensors for facts in ranks})
 
 
-def _tensor_faults(shards: ShardsLayout, facts: RankFacts) -> Iterator[str]:
+def _rank_faults(shards: ShardsLayout, facts: RankFacts) -> Iterator[str]:
     expected = {parameter.name: shards.slice_shape(parameter) for parameter in shards.owned(shards.file_of(facts.rank))}
     for name in sorted(expected.keys() | facts.tensors.keys()):
         if expected.get(name) != facts.tensors.get(name):
@@ -262,15 +254,18 @@ def _tensor_faults(shards: ShardsLayout, facts: RankFacts) -> Iterator[str]:
                 f"rank {facts.rank}: {name} is {facts.tensors.get(name) or 'missing'} in the model, "
                 f"{expected.get(name) or 'missing'} in its shard file"
             )
+    for name, members in expected_groups(shards.layout, facts.rank).items():
+        if facts.groups[name] != members:
+            yield f"rank {facts.rank}: its {name} group is {facts.groups[name]}, the layout says {members}"
 
 
 def _message_faults(layout: ParallelLayout, ranks: Sequence[RankFacts]) -> Iterator[str]:
-    by_stage = {facts.coordinates.pp: facts for facts in ranks}
+    by_stage = {facts.record.coordinates.pp: facts for facts in ranks}
     for facts in ranks:
         following = (facts.rank + layout.world // layout.pp) % layout.world
         if layout.pp > 1 and facts.next_rank != following:
             yield f"rank {facts.rank}: sends to rank {facts.next_rank}, the layout says {following}"
-        receiver = by_stage.get((facts.coordinates.pp + 1) % layout.pp, facts)
+        receiver = by_stage.get((facts.record.coordinates.pp + 1) % layout.pp, facts)
         if facts.message != receiver.message:
             yield f"rank {facts.rank} sends {facts.message}, but rank {receiver.rank} expects {receiver.message}"
 
