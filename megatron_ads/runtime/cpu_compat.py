@@ -44,8 +44,6 @@ _installed = False
 def install() -> None:
     """Patch torch and import Megatron-Core patched; call it before anything else imports that. May be repeated.
 
-    With a CUDA device nothing stands in for one: only what Transformer Engine leaves open where absent is filled in.
-
     Raises:
         RuntimeError: If Megatron-Core was imported earlier: its modules were then bound to the unpatched torch.
     """

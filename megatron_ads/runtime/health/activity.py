@@ -1,11 +1,5 @@
 """What this rank is doing: its step, the communications it has made, the one it waits in, and for how long it waited.
 
-    activity = Activity()
-    with name_failed_communication(layout, activity):
-        activity.enter_step(12)
-        ...                                     # the step
-        own_work = step_seconds - activity.stalls.seconds()
-
 Other threads may ask for ``activity.state()`` at any time. Ranks count their calls by channel, a name that all who take
 part in a call share: a process group for collectives, two ranks of it and a direction for messages. A rank that has
 made fewer calls on a channel than the number of the call that another rank waits in has not reached that call.

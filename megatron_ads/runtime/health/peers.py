@@ -4,11 +4,6 @@ A collective with a dead member may wait for its whole timeout, and ranks that a
 still. Here every rank watches its two neighbours in the ``ring``. A rank that loses one tells the other before it
 exits, so the news runs around the ring from both sides, without rank 0 and without the store. A rank that is merely
 slow is left alone; hangs are ``watch``'s part.
-
-    with PeerMonitor(layout) as monitor:
-        for step in steps:
-            ...
-            monitor.report_step(step)
 """
 
 import logging
