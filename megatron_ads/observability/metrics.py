@@ -10,7 +10,6 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,45 +19,36 @@ from megatron_ads.observability.trackers import TrackedRuns
 METRICS_FILE = "metrics.jsonl"
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One documented number. ``{task}`` in a name stands for the name of an ads task or data source."""
+METRICS = {
+    "loss": ("nats/token", "what is minimised: mean over the target tokens of the global batch, weights applied"),
+    "loss/{task}": ("nats/token", "mean over the target tokens of one task, without weights"),
+    "instance_weight_p10/{task}": ("1", "weight that a tenth of the task's training samples stay below"),
+    "instance_weight_p50/{task}": ("1", "median weight of the task's training samples (reweight.instances)"),
+    "instance_weight_p90/{task}": ("1", "weight that nine tenths of the task's training samples stay below"),
+    "task_share/{task}": ("1", "share of the task in the samples drawn from here on (reweight.tasks)"),
+    "task_metric/{task}": ("0 to 1", "mean of 1 / perplexity over the task's held-out rows"),
+    "validation_loss": ("nats/token", "loss over the held-out rows"),
+    "validation_loss/{task}": ("nats/token", "mean over the target tokens of one task's held-out rows"),
+    "grad_norm": ("1", "L2 norm of the whole gradient before clipping"),
+    "learning_rate": ("1", "rate the update of this step used"),
+    "skipped_update": ("0 or 1", "1 when the weights were left alone because a gradient was not finite"),
+    "loss_tokens": ("tokens", "tokens of this step that counted in the loss"),
+    "tokens": ("tokens", "tokens of this step, prompts included, padding left out"),
+    "samples": ("samples", "samples of this step, before packing"),
+    "tokens_per_second": ("tokens/s", "tokens through the whole job per second, forward, backward and update"),
+    "tflops_per_gpu": ("TFLOP/s", "arithmetic the model needs (no recomputation), per GPU or CPU process"),
+    "mfu": ("1", "the same over the GPU's dense BF16 peak; absent where that is not known"),
+    "step_seconds": ("s", "wall time of the step"),
+    "checkpoint_seconds": ("s", "wall time the step spent on saving"),
+    "expert_load_max_over_mean": ("1", "busiest expert's tokens over the mean, over all MoE layers; 1 is even"),
+    "slowest_rank": ("rank", "whose own work, without waiting for others, lags most behind its pipeline stage"),
+    "slowest_rank_seconds": ("s", "own work of that rank in this step"),
+    "slowest_rank_over_median": ("1", "the same over the median of the other ranks of its stage"),
+    "max_memory_allocated": ("bytes", "peak of the fullest rank: CUDA allocator, or resident memory on a CPU"),
+}
+"""Every name that ``MetricsWriter.write`` accepts (``{task}`` is an ads task or data source), its unit and meaning."""
 
-    name: str
-    unit: str
-    meaning: str
-
-
-METRICS: tuple[Metric, ...] = (
-    Metric("loss", "nats/token", "what is minimised: mean over the target tokens of the global batch, weights applied"),
-    Metric("loss/{task}", "nats/token", "mean over the target tokens of one task, without weights"),
-    Metric("instance_weight_p10/{task}", "1", "weight that a tenth of the task's training samples stay below"),
-    Metric("instance_weight_p50/{task}", "1", "median weight of the task's training samples (reweight.instances)"),
-    Metric("instance_weight_p90/{task}", "1", "weight that nine tenths of the task's training samples stay below"),
-    Metric("task_share/{task}", "1", "share of the task in the samples drawn from here on (reweight.tasks)"),
-    Metric("task_metric/{task}", "0 to 1", "mean of 1 / perplexity over the task's held-out rows"),
-    Metric("validation_loss", "nats/token", "loss over the held-out rows"),
-    Metric("validation_loss/{task}", "nats/token", "mean over the target tokens of one task's held-out rows"),
-    Metric("grad_norm", "1", "L2 norm of the whole gradient before clipping"),
-    Metric("learning_rate", "1", "rate the update of this step used"),
-    Metric("skipped_update", "0 or 1", "1 when the weights were left alone because a gradient was not finite"),
-    Metric("loss_tokens", "tokens", "tokens of this step that counted in the loss"),
-    Metric("tokens", "tokens", "tokens of this step, prompts included, padding left out"),
-    Metric("samples", "samples", "samples of this step, before packing"),
-    Metric("tokens_per_second", "tokens/s", "tokens through the whole job per second, forward, backward and update"),
-    Metric("tflops_per_gpu", "TFLOP/s", "arithmetic the model needs (no recomputation), per GPU or CPU process"),
-    Metric("mfu", "1", "the same over the GPU's dense BF16 peak; absent where that is not known"),
-    Metric("step_seconds", "s", "wall time of the step"),
-    Metric("checkpoint_seconds", "s", "wall time the step spent on saving"),
-    Metric("expert_load_max_over_mean", "1", "busiest expert's tokens over the mean, over all MoE layers; 1 is even"),
-    Metric("slowest_rank", "rank", "whose own work, without waiting for others, lags most behind its pipeline stage"),
-    Metric("slowest_rank_seconds", "s", "own work of that rank in this step"),
-    Metric("slowest_rank_over_median", "1", "the same over the median of the other ranks of its stage"),
-    Metric("max_memory_allocated", "bytes", "peak of the fullest rank: CUDA allocator, or resident memory on a CPU"),
-)
-"""Every name ``MetricsWriter.write`` accepts."""
-
-_NAMES = re.compile("|".join(re.escape(metric.name).replace(r"\{task\}", ".+") for metric in METRICS))
+_NAMES = re.compile("|".join(re.escape(name).replace(r"\{task\}", ".+") for name in METRICS))
 
 
 class MetricsWriter:
