@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.architecture import shape_from_config
-from megatron_ads.config.model import Precision, Recompute
+from megatron_ads.config.model import LayerSpecChoice, ModelConfig, Precision, Recompute
 from megatron_ads.demo_model import CONFIGS, Preset
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.observability.provenance import provenance
@@ -137,12 +137,12 @@ def planned_job(case: Case) -> PlannedJob:
         shape=shape,
         layout=layout,
         placement=place_layers(shape, layout, pipeline=case.pipeline),
-        precision=case.precision,
-        recompute=case.recompute,
+        model=ModelConfig(
+            precision=case.precision, recompute=case.recompute, mtp_loss_weight=0.1, layer_spec=LayerSpecChoice.grouped
+        ),
         seq_length=SEQ_LENGTH,
         micro_batch_size=ROWS,
         microbatches=case.microbatches,
-        mtp_loss_weight=0.1,
     )
 
 
@@ -168,7 +168,6 @@ def _train(case: Case) -> int:
 def _build(job: PlannedJob) -> Any:
     import torch
 
-    from conversion.layer_specs import LayerSpec
     from megatron_ads.config.training import OptimConfig
     from megatron_ads.data.packed_batch import PackedBatch
     from megatron_ads.models.build import build_chunks
@@ -177,9 +176,7 @@ def _build(job: PlannedJob) -> Any:
     from megatron_ads.training.build import wrap_chunks
     from megatron_ads.training.step import run_step
 
-    settings = ModelSettings(
-        spec=LayerSpec.GROUPED, precision=job.precision, recompute=job.recompute, mtp_loss_weight=job.mtp_loss_weight
-    )
+    settings = ModelSettings.of(job.model)
     rows, length = job.micro_batch_size, job.seq_length
 
     def batch() -> PackedBatch:
@@ -200,7 +197,7 @@ def _build(job: PlannedJob) -> Any:
                 torch.nn.init.normal_(parameter, std=0.02)
         chunks = wrap_chunks(models, overlap=False)
         optimizer = build_optimizer(
-            chunks, OptimConfig(learning_rate=1e-4), job.precision, has_expert_member=job.trains_experts
+            chunks, OptimConfig(learning_rate=1e-4), job.model.precision, has_expert_member=job.trains_experts
         )
         return lambda: run_step(batches, chunks, optimizer, learning_rate=1e-4)
 

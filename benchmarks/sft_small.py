@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from conversion.atomic_file import write_small
     from megatron_ads.launching.processes import termination_as_interrupt
-    from megatron_ads.quickstart.stages import Announcements, run_stages
+    from megatron_ads.quickstart.stages import run_stages
 
     variants = _variants(arguments.data)
     names = arguments.variant or list(variants)
@@ -88,7 +88,7 @@ def _run(arguments: argparse.Namespace) -> int:
     out = arguments.out.resolve()
     stages = list(_stages(out, chosen, variants, arguments))
     with termination_as_interrupt():
-        records = run_stages(stages, out, Announcements({}))
+        records = run_stages(stages, out, {})
     results = _results(chosen, records)
     text = table(results)
     report = {**provenance(), "ranks": arguments.ranks, "variants": results}

@@ -34,11 +34,9 @@ class Command:
         if self.mount is not None:
             getattr(module, self.mount)(subparsers)
             return
+        description, as_written = (module.__doc__ or self.summary).strip(), argparse.RawDescriptionHelpFormatter
         parser = subparsers.add_parser(
-            self.name,
-            help=self.summary,
-            description=(module.__doc__ or self.summary).strip(),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            self.name, help=self.summary, description=description, formatter_class=as_written
         )
         module.add_arguments(parser)
         parser.set_defaults(run=module.run)
@@ -75,14 +73,12 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in arguments if not word.startswith("-")), None)
 
     def carry_out() -> int:
         args = _parse(build_parser(chosen), arguments)
-        status: int = args.run(args)
-        return status
+        return int(args.run(args))
 
     return exit_status("megatron-ads", carry_out)
 

@@ -26,6 +26,8 @@ from megatron_ads.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megatron_ads.architecture import ModelShape
+
 EMBEDDING = "embedding.word_embeddings.weight"
 """Its canonical name."""
 BYTES_PER_FILE = 4 * 2**20
@@ -39,13 +41,6 @@ class Preset(StrEnum):
     shallow = "shallow"
     small = "small"
     deepseek_r1 = "deepseek-r1"
-
-
-class Dtype(StrEnum):
-    """Number format of the weights."""
-
-    bf16 = "bf16"
-    fp32 = "fp32"
 
 
 _R1 = published_config("deepseek_r1")
@@ -118,17 +113,15 @@ _GENERATION_CONFIG = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must be empty or absent")
     parser.add_argument("--preset", type=Preset, default=Preset.tiny, choices=list(Preset), help="default: tiny")
-    parser.add_argument("--dtype", type=Dtype, choices=list(Dtype), help="number format of the weights (default bf16)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="number format of the weights (default bf16)")
     parser.add_argument("--fp8", action="store_true", help="FP8 with block scales, as DeepSeek publishes V3 and R1")
     parser.add_argument("--sparse", action="store_true", help="only names, shapes and files; needed for deepseek-r1")
     parser.add_argument("--seed", type=int, default=0, help="decides the random weights (default 0)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry the command out; return the exit status."""
     if args.sparse != (args.preset is Preset.deepseek_r1):
         raise ConfigError(
             "--preset deepseek-r1 has no values: give --sparse with it."
@@ -145,10 +138,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.fp8 and args.dtype is not None:
         raise ConfigError(f"--fp8 and --dtype {args.dtype} are both given; choose one number format.")
-    config = CONFIGS[args.preset] | {"torch_dtype": "float32" if args.dtype is Dtype.fp32 else "bfloat16"}
+    config = CONFIGS[args.preset] | {"torch_dtype": "float32" if args.dtype == "fp32" else "bfloat16"}
     spread = EMBEDDING_SPREADS[args.preset]
     parameters = write_demo_model(args.out, config, fp8=args.fp8, seed=args.seed, embedding_spread=spread)
-    print(f"{args.out}: {parameters:,} parameters, {'fp8' if args.fp8 else args.dtype or Dtype.bf16}")
+    print(f"{args.out}: {parameters:,} parameters, {'fp8' if args.fp8 else args.dtype or 'bf16'}")
     return 0
 
 
@@ -158,10 +151,9 @@ def write_demo_model(
     """Write a checkpoint folder with random weights; it appears when it is complete.
 
     Args:
-        out: Folder to write; must be empty or absent.
+        out: Must be empty or absent.
         config: A ``config.json`` of this family; ``torch_dtype`` decides the number format.
         fp8: Store projections inside layers in FP8 with block scales.
-        seed: Decides the weights.
         embedding_spread: Standard deviation of the embeddings; that of other weights is the config's.
 
     Returns:
@@ -188,7 +180,7 @@ def write_demo_model(
     for name, content in (("config.json", written), ("generation_config.json", _GENERATION_CONFIG)):
         (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(partial, config["vocab_size"])
-    _write_weights(partial, _draw_tensors(config, fp8=fp8, seed=seed, embedding_spread=embedding_spread))
+    _write_weights(partial, _draw_tensors(shape, config["torch_dtype"], fp8, seed, embedding_spread))
     if out.exists():
         out.rmdir()
     partial.rename(out)
@@ -196,7 +188,7 @@ def write_demo_model(
 
 
 def _draw_tensors(
-    config: Mapping[str, Any], *, fp8: bool, seed: int, embedding_spread: float
+    shape: "ModelShape", torch_dtype: str, fp8: bool, seed: int, embedding_spread: float
 ) -> "Iterator[tuple[str, Tensor]]":
     """Yield every HF tensor of a checkpoint in model order, the MTP layer's repeats last.
 
@@ -207,10 +199,8 @@ def _draw_tensors(
     from conversion.fp8 import quantize
     from conversion.hf_folder import SCALE_SUFFIX
     from conversion.names import Parameter, ParameterKind, hf_aliases, parameters
-    from megatron_ads.architecture import shape_from_config
 
-    shape = shape_from_config(config)
-    dtype: torch.dtype = getattr(torch, config["torch_dtype"])
+    dtype: torch.dtype = getattr(torch, torch_dtype)
 
     def draw(parameter: Parameter, name: str, size: tuple[int, ...]) -> torch.Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed & 0xFFFFFFFF))
@@ -232,8 +222,7 @@ def _draw_tensors(
                 yield part.name, values.to(dtype)
     for alias, canonical in hf_aliases(shape).items():
         parameter = parameters(shape)[canonical]
-        source = parameter.parts[0]
-        yield alias, draw(parameter, source.name, source.shape).to(dtype)
+        yield alias, draw(parameter, parameter.parts[0].name, parameter.parts[0].shape).to(dtype)
 
 
 def _write_weights(folder: Path, tensors: "Iterator[tuple[str, Tensor]]") -> None:

@@ -72,10 +72,9 @@ class ParallelLayout:
     @classmethod
     def smallest(cls, *, tp: int = 1, cp: int = 1, pp: int = 1, vpp: int = 1, ep: int = 1, etp: int = 1) -> Self:
         """Return the layout of these sizes on the fewest ranks: ``pp * lcm(cp * tp, ep * etp)``."""
-        sizes = {"tp": tp, "cp": cp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp}
         # A size below 1 must reach the check that names it: a world of 0 would be refused first.
         world = abs(pp * math.lcm(cp * tp, ep * etp)) or 1
-        return cls(world=world, **sizes)
+        return cls(world=world, tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp)
 
     @property
     def dp(self) -> int:
@@ -179,12 +178,8 @@ class PipelinePlacement:
 
     def expert_less_stages(self, shape: ModelShape) -> tuple[int, ...]:
         """Return the stages whose ranks own no routed expert: dense layers, embedding or loss only."""
-        owners = {
-            chunk.stage
-            for chunk in self.chunks
-            if chunk.mtp_layers or any(shape.is_moe_layer(layer) for layer in chunk.layers)
-        }
-        return tuple(stage for stage in range(self.pp) if stage not in owners)
+        owning = (chunk for chunk in self.chunks if chunk.mtp_layers or any(map(shape.is_moe_layer, chunk.layers)))
+        return tuple(sorted(set(range(self.pp)) - {chunk.stage for chunk in owning}))
 
 
 # As Megatron-Core unrolls them: groups first, once, then single letters, once; so groups do not nest.
@@ -323,10 +318,7 @@ def _check_letters(shape: ModelShape, layout: ParallelLayout, pieces: list[str])
 
 
 def _check_mtp(layout: ParallelLayout, pieces: list[str]) -> None:
-    """Refuse MTP layers where Megatron-Core cannot run them.
-
-    Megatron-Core 0.16 has the same rules, but its check that stage 0 holds none leaves out the last virtual chunk.
-    """
+    """Refuse MTP layers where Megatron-Core cannot run them; 0.16 itself overlooks them in stage 0's last chunk."""
     chunks = [index for index, piece in enumerate(pieces) if "m" in piece]
     if not chunks or layout.pp == 1:
         return

@@ -20,9 +20,7 @@ from megatron_ads.inference.latent_decoding import attend_to_latents
 def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """Return the model, on a GPU where there is one.
 
-    Args:
-        folder: A checkpoint that ``transformers`` loads by itself.
-        dtype: Number format to compute in; None: as stored on a GPU, FP32 on a CPU, where BF16 is slower.
+    ``dtype`` None computes in the stored format on a GPU, in FP32 on a CPU, where BF16 is slower.
 
     Raises:
         ConversionError: If transformers cannot load the folder, or would have to make up weights.
@@ -72,11 +70,7 @@ def log_probabilities(
 ) -> list[list[float]]:
     """Return log P(y_t | before, y_<t), in nats, of every token of every answer.
 
-    Args:
-        model: From :func:`load_model`.
-        befores: What stands in front of each answer, in tokens; at least one.
-        answers: As many, in tokens; at least one each.
-        pad_token: Fills shorter texts from the left; it is masked and never seen.
+    Each answer and what comes before it has at least one token; shorter texts are padded from the left.
     """
     texts = [[*before, *answer] for before, answer in zip(befores, answers, strict=True)]
     if not texts:
@@ -106,7 +100,6 @@ class RunningRows:
     """Rows that are being written, and what the model remembers of them."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_token: int) -> None:
-        """Read the prompts."""
         self._model = model
         self._cache = DynamicCache(config=model.config)
         tokens_BS, self._mask_RS = (tensor.to(model.device) for tensor in left_padded(prompts, pad_token))

@@ -90,7 +90,6 @@ class BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Return the gradients of query, key and value."""
         q, k, v, output, *probabilities = ctx.saved_tensors
         grad = output_grad.flatten(0, 1)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -151,7 +150,6 @@ class ReplicatedLinear(torch.nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the product with the weight."""
         return linear(x, self.weight)
 
     def get_extra_state(self) -> None:

@@ -5,12 +5,7 @@ from collections.abc import Sequence
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
@@ -21,7 +16,7 @@ from megatron_ads.models.settings import ModelSettings
 from megatron_ads.models.specs import DeepseekModel, decoder_spec, mtp_spec
 from megatron_ads.models.transformer_config import megatron_config
 
-_PARTITIONED_DIM = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
+_PARTITIONED_DIM = {layers.ColumnParallelLinear: 0, layers.RowParallelLinear: 1, layers.VocabParallelEmbedding: 0}
 
 
 def build_chunks(
@@ -31,9 +26,6 @@ def build_chunks(
 
     Megatron's process groups must exist and agree with ``layout``. The weights are allocated, on the GPU where
     there is one, and hold nothing yet: ``models.weights`` fills them.
-
-    Raises:
-        ConfigError: If Megatron-Core cannot express the model or the layout.
     """
     config = megatron_config(shape, layout, placement, settings)
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -74,14 +66,13 @@ def _mark_weights(model: GPTModel) -> None:
     for module in model.modules():
         dim = _PARTITIONED_DIM.get(type(module))
         if dim is not None and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+            layers.set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
     for parameter in routed_experts(model):
         parameter.allreduce = False  # type: ignore[attr-defined]
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def routed_experts(model: torch.nn.Module) -> Sequence[torch.nn.Parameter]:
-    """Return the parameters of the routed experts on this rank."""
     return [parameter for name, parameter in model.named_parameters() if ".mlp.experts." in name]
 
 
@@ -96,8 +87,7 @@ def wrap_precision(chunks: Sequence[GPTModel]) -> list[torch.nn.Module]:
     """
     wrapped = []
     for chunk in chunks:
-        names = [(module, name) for module in chunk.modules() for name in _ROUTING_BUFFERS]
-        kept = [(module, name, getattr(module, name, None)) for module, name in names]
+        kept = [(module, name, getattr(module, name, None)) for module in chunk.modules() for name in _ROUTING_BUFFERS]
         wrapped.append(Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk)
         for module, name, buffer in kept:
             if buffer is not None:

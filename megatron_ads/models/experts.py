@@ -69,7 +69,8 @@ class GroupedExperts(MegatronModule):
             output = x @ weight[0].t() if ends_E is None else grouped_mm(x, weight.transpose(1, 2), offs=ends_E)
             return output if adapter is None else adapter(x, output, ends_E)
 
-        inner_TF = _weighted_swiglu(product(tokens_TH, self.weight1, self.adapter1), weights_T)
+        gate_TF, up_TF = product(tokens_TH, self.weight1, self.adapter1).chunk(2, dim=-1)
+        inner_TF = (silu(gate_TF) * up_TF * weights_T.unsqueeze(-1)).to(gate_TF.dtype)  # routing weights are FP32
         return product(inner_TF, self.weight2, self.adapter2), None
 
     def backward_dw(self) -> None:
@@ -131,12 +132,6 @@ class GroupedExperts(MegatronModule):
         for key in [key for key in state_dict if key.startswith(prefix) and "._extra_state" in key]:
             del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _weighted_swiglu(gate_up: Tensor, weights_T: Tensor) -> Tensor:
-    """``silu(gate) * up * weight``, in the dtype of ``gate_up`` although routing weights are FP32."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return (silu(gate) * up * weights_T.unsqueeze(-1)).to(gate_up.dtype)
 
 
 @torch.no_grad()

@@ -33,10 +33,7 @@ class TokenFlops:
 def flops_per_token(shape: ModelShape, seq_length: int, *, with_mtp: bool = False, lora: Lora | None = None) -> int:
     """Return the forward and backward operations of one token through the whole model, nothing computed twice.
 
-    Args:
-        seq_length: Tokens of a sample.
-        with_mtp: Count the multi-token-prediction layers and their passes through the output layer too.
-        lora: The adapters that are trained instead of the weights.
+    ``with_mtp`` counts the multi-token-prediction layers and their passes through the output layer too.
     """
     mtp_layers = shape.mtp_layers if with_mtp else 0
     layers = range(shape.num_layers + mtp_layers)

@@ -17,14 +17,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor
 from torch.nn.functional import grouped_mm, linear, pad
@@ -115,7 +110,7 @@ class Adapter(torch.nn.Module):
         """Sum the gradient of an expert's whole factor over the ranks that share the expert: each has a part of it."""
         if not self._is_expert or divided or self._tensor_group.size() == 1:
             return factor
-        return copy_to_tensor_model_parallel_region(factor, group=self._tensor_group)
+        return tensor_parallel.copy_to_tensor_model_parallel_region(factor, group=self._tensor_group)
 
     def _exchange(self, inner: Tensor) -> Tensor:
         """Do for A x, which is narrow, what the linear does for its input or output under sequence parallelism."""
@@ -123,8 +118,8 @@ class Adapter(torch.nn.Module):
         if self._is_expert or self.split is Split.REPLICATED or group.size() == 1:
             return inner
         if self.split is Split.COLUMNS:
-            return reduce_scatter_to_sequence_parallel_region(inner, group=group)
-        return gather_from_sequence_parallel_region(inner, group=group)
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(inner, group=group)
+        return tensor_parallel.gather_from_sequence_parallel_region(inner, group=group)
 
     @torch.no_grad()
     def merged(self, name: str, weight: Tensor) -> Tensor:
@@ -160,7 +155,6 @@ class Adapter(torch.nn.Module):
 
 
 def named_adapters(chunk: torch.nn.Module) -> Iterator[tuple[str, Adapter]]:
-    """Yield every adapter of a chunk, with its name there."""
     for name, module in chunk.named_modules():
         if isinstance(module, Adapter):
             yield name, module

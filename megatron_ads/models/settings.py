@@ -26,7 +26,6 @@ class ModelSettings:
 
     @classmethod
     def of(cls, model: ModelConfig, *, deterministic: bool = False) -> "ModelSettings":
-        """Take a recipe's ``model`` section."""
         return cls(
             spec=resolve_layer_spec(model.layer_spec),
             precision=model.precision,

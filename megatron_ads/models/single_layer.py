@@ -32,11 +32,7 @@ class SingleLayer:
 
     @torch.no_grad()
     def __init__(self, source: WeightSource, layer: int, settings: ModelSettings) -> None:
-        """Build the layer and fill it.
-
-        Raises:
-            ConfigError: If Megatron-Core cannot express the model.
-        """
+        """Build the layer and fill it."""
         shape = source.shape
         self.config = _config(source, settings)
         mtp = layer - shape.num_layers
@@ -61,7 +57,6 @@ class SingleLayer:
 
     @torch.no_grad()
     def decode(self, hidden_SC: Tensor) -> Tensor:
-        """Return the output of a decoder layer for one row."""
         output, _ = self._module(hidden_states=hidden_SC[:, None], attention_mask=None)
         return output[:, 0]
 

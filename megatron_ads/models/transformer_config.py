@@ -37,12 +37,24 @@ def megatron_config(
     """
     _require_expressible(shape, layout, placement, settings)
     dtype = torch.bfloat16 if settings.precision is Precision.bf16 else torch.float32
+    interleaved = layout.vpp > 1
     return MLATransformerConfig(
         **_attention(shape),
         **_feed_forward(shape, layout, settings),
-        **_parallelism(layout, placement),
         **_kernels(shape, settings),
         **_RECOMPUTATION[settings.recompute],
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.tp > 1,
+        context_parallel_size=layout.cp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if interleaved else None,
+        pipeline_model_parallel_layout=placement.string,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        # Batched messages pair up wrongly where the next stage is also the previous one (pp 2 with virtual
+        # chunks): the job computes wrong numbers without an error, in megatron-core 0.16.1.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         num_layers=shape.num_layers,
         mtp_num_layers=shape.mtp_layers or None,
         mtp_loss_scaling_factor=settings.mtp_loss_weight,
@@ -64,10 +76,7 @@ def _attention(shape: ModelShape) -> dict[str, Any]:
             "rope_type": "yarn",
             "rotary_scaling_factor": yarn.factor,
             "original_max_position_embeddings": yarn.original_max_positions,
-            "beta_fast": yarn.beta_fast,
-            "beta_slow": yarn.beta_slow,
-            "mscale": yarn.mscale,
-            "mscale_all_dim": yarn.mscale_all_dim,
+            **{name: getattr(yarn, name) for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")},
         }
     return positions | {
         "hidden_size": shape.hidden_size,
@@ -117,24 +126,6 @@ def _feed_forward(shape: ModelShape, layout: ParallelLayout, settings: ModelSett
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": settings.spec is not LayerSpec.LOCAL,
-    }
-
-
-def _parallelism(layout: ParallelLayout, placement: PipelinePlacement) -> dict[str, Any]:
-    interleaved = layout.vpp > 1
-    return {
-        "tensor_model_parallel_size": layout.tp,
-        "sequence_parallel": layout.tp > 1,
-        "context_parallel_size": layout.cp,
-        "pipeline_model_parallel_size": layout.pp,
-        "virtual_pipeline_model_parallel_size": layout.vpp if interleaved else None,
-        "pipeline_model_parallel_layout": placement.string,
-        "expert_model_parallel_size": layout.ep,
-        "expert_tensor_parallel_size": layout.etp,
-        # Batched messages pair up wrongly where the next stage is also the previous one (pp 2 with virtual
-        # chunks): the job computes wrong numbers without an error, in megatron-core 0.16.1.
-        "overlap_p2p_comm": interleaved,
-        "batch_p2p_comm": not interleaved,
     }
 
 

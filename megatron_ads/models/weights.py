@@ -36,10 +36,7 @@ class NamedWeight:
 
 
 def named_weights(chunks: Sequence[GPTModel], spec: LayerSpec) -> Iterator[NamedWeight]:
-    """Yield every parameter and every router bias of this rank's chunks, as Megatron-Core built them (not wrapped).
-
-    Low-rank adapters are not among them: a checkpoint of the model has no names for their factors.
-    """
+    """Yield every parameter and router bias of this rank's unwrapped chunks, except the factors of adapters."""
     for chunk in chunks:
         layers = chunk.decoder.layers
         first_layer = layers[0].layer_number - 1 if len(layers) else 0

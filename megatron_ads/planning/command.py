@@ -26,7 +26,6 @@ from megatron_ads.planning.table import plan_lines, plan_page, plan_values, sear
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `megatron-ads plan`."""
     parser.add_argument("--recipe", required=True, metavar="R", help="a name under recipes/, or a YAML file")
     parser.add_argument("--model", metavar="M", help="a published model's name, or a folder with a config.json")
     parser.add_argument("--gpus", type=int, metavar="N", help="ranks (default: the fewest the recipe's layout needs)")

@@ -27,11 +27,7 @@ def backend() -> str:
 
 
 def set_threads(count: int) -> int:
-    """Let torch use ``count`` threads in this process, and return how many that is.
-
-    Args:
-        count: Threads per process; 0 shares the cores this machine lets us use among its ranks.
-    """
+    """Let torch use ``count`` threads (0: this rank's share of the machine's cores); return how many that is."""
     threads = count or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(threads)
     return threads

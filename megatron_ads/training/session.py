@@ -25,7 +25,7 @@ from megatron_ads.runtime.health.activity import Activity, name_failed_communica
 from megatron_ads.runtime.health.peers import LostPeer, PeerMonitor
 from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, write_record
 from megatron_ads.runtime.health.watch import HangWatch
-from megatron_ads.runtime.preflight import Member, Record, check_records, gather_records
+from megatron_ads.runtime.preflight import Record, check_records, gather_records
 from megatron_ads.training.build import TrainedModel, build_model, lay_out
 from megatron_ads.training.checkpoint_errors import failed_log_named, raised_on_all_ranks
 from megatron_ads.training.checkpointer import Checkpointer, DataPosition
@@ -255,7 +255,7 @@ def describe_rank(config: RunConfig, optimizer: OptimizerChain, shards: ShardsLa
     return Record(
         rank=dist.get_rank(),
         coordinates=shards.layout.coordinates(dist.get_rank()),
-        members=tuple(Member(member.kind, member.group_keys()) for member in optimizer.members),
+        members={member.kind: member.group_keys() for member in optimizer.members},
         versions={name: found or "absent" for name, found in package_versions().items()},
         config_digest=hashlib.sha256(described.encode()).hexdigest()[:12],
         code_revision=git_revision(Path(__file__).parent) or "unknown",
