@@ -68,7 +68,9 @@ def test_a_job_that_was_killed_is_taken_over(alive: "subprocess.Popen[str]", tmp
 
 
 def test_what_the_launcher_started_keeps_the_folder_when_that_is_killed(tmp_path: Path) -> None:
-    starting = HOLDER.replace("    sys", "    import subprocess; subprocess.Popen(['cat'], close_fds=False)\n    sys")
+    starting = HOLDER.replace(
+        "    print", "    import subprocess; subprocess.Popen(['cat'], close_fds=False)\n    print"
+    )
     command = [sys.executable, "-c", starting, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout is not None and launcher.stdout.readline() == "held\n"
