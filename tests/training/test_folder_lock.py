@@ -172,7 +172,7 @@ def test_a_second_job_in_a_folder_is_refused_at_once_and_the_first_never_hears_o
     assert not (run / LOCK_FILE).exists()
 
 
-@pytest.mark.parametrize(("pid", "free"), [(os.getpid(), False), (2**22 + 1, True)])
+@pytest.mark.parametrize(("pid", "free"), [(os.getpid(), False), (2**22 + 1, True)], ids=["running", "dead"])
 def test_without_locks_of_the_file_system_a_process_of_this_machine_is_looked_for(
     pid: int, free: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
