@@ -130,7 +130,7 @@ def test_ranks_are_named_by_their_runs(ranks: list[int], text: str) -> None:
 def _check_with_an_odd_rank(odd: int | None) -> str:
     record = _record(dist.get_rank())
     if dist.get_rank() == odd:
-        record = replace(record, members=(DENSE,))
+        record = replace(record, members=DENSE)
     records = gather_records(record)
     assert [other.rank for other in records] == [0, 1, 2, 3] and records[dist.get_rank()] == record
     try:
