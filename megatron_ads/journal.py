@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Lock
-from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 from megatron_ads.errors import DataError
@@ -41,7 +40,8 @@ class Journal:
             raise self._cannot_be_written(error) from None
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._records = self._read()
+            self.records = self._read()
+            """Everything that was recorded, by key, in the order of its first recording; ``add`` changes it."""
         except BaseException as error:
             os.close(self._descriptor)
             if isinstance(error, BlockingIOError):
@@ -55,18 +55,13 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
 
-    @property
-    def records(self) -> Mapping[str, Mapping[str, Any]]:
-        """Everything that was recorded, by key, in the order of its first recording."""
-        return MappingProxyType(self._records)
-
     def read(self, key: str, take: Callable[[Mapping[str, Any]], _T]) -> _T | None:
         """Return what ``take`` makes of a record; None if there is no record of this key.
 
         Raises:
             DataError: If ``take`` does not find what it looks for: it was edited, or written by another version.
         """
-        if (record := self._records.get(key)) is None:
+        if (record := self.records.get(key)) is None:
             return None
         try:
             return take(record)
@@ -90,12 +85,12 @@ class Journal:
             except OSError as error:
                 os.ftruncate(self._descriptor, size)  # no half line before what is added later
                 raise self._cannot_be_written(error) from None
-            self._records[key] = dict(record)
+            self.records[key] = dict(record)
 
     def clear(self) -> None:
         with self._lock:
             os.ftruncate(self._descriptor, 0)
-            self._records.clear()
+            self.records.clear()
 
     def delete(self) -> None:
         self._file.unlink(missing_ok=True)

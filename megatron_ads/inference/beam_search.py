@@ -17,7 +17,6 @@ from torch import Tensor
 
 from megatron_ads.config.generation import LengthRule
 from megatron_ads.inference.beam_rules import Rules
-from megatron_ads.inference.engine import sum_in_order
 from megatron_ads.inference.language_model import RunningRows
 
 
@@ -36,10 +35,6 @@ class Beam:
     """Tokens that had an alternative."""
     state: Any = field(default=None, compare=False)
     """What the rules know of it."""
-
-    @property
-    def log_probability(self) -> float:
-        return sum_in_order(self.log_probabilities)
 
 
 class RowSearch:

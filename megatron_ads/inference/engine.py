@@ -77,7 +77,8 @@ class Completion:
     @property
     def log_probability(self) -> float:
         assert self.log_probabilities is not None, "was asked for"
-        return sum_in_order(self.log_probabilities)
+        # Rounded after every addition, as a running sum is; ``sum`` is more exact from Python 3.12 on.
+        return reduce(add, self.log_probabilities, 0.0)
 
     def as_record(self) -> dict[str, Any]:
         """Return JSON values for a journal, without what was not reported."""
@@ -133,8 +134,3 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give back connections and memory; the engine is not used again."""
-
-
-def sum_in_order(values: Sequence[float]) -> float:
-    """Return the sum, rounded after every addition as a running sum is; ``sum`` is more exact from Python 3.12 on."""
-    return reduce(add, values, 0.0)

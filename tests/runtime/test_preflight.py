@@ -117,7 +117,7 @@ def test_the_published_layout_is_compared_in_well_under_a_second() -> None:
     records = [_record(rank, layout) for rank in range(248)]
     start = time.process_time()
     check_records(records)
-    odd = [replace(record, members=(DENSE,)) if record.coordinates.pp == 0 else record for record in records]
+    odd = [replace(record, members=DENSE) if record.coordinates.pp == 0 else record for record in records]
     assert _problems(odd)[0].startswith("ranks 0-7 (stage 0): optimizer members [dense], without 'expert', which ranks")
     assert time.process_time() - start < 1
 
@@ -130,7 +130,7 @@ def test_ranks_are_named_by_their_runs(ranks: list[int], text: str) -> None:
 def _check_with_an_odd_rank(odd: int | None) -> str:
     record = _record(dist.get_rank())
     if dist.get_rank() == odd:
-        record = replace(record, members=(DENSE,))
+        record = replace(record, members=DENSE)
     records = gather_records(record)
     assert [other.rank for other in records] == [0, 1, 2, 3] and records[dist.get_rank()] == record
     try:

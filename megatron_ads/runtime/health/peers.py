@@ -129,7 +129,7 @@ class PeerMonitor:
     def _hear(self, link: PeerLink) -> bool:
         try:
             kind, content = link.receive()
-        except ConnectionError:
+        except (EOFError, OSError):
             kind, content = "loss", self._loss(link.rank, None)
         if kind == "step":
             self._steps[link.rank] = content

@@ -11,7 +11,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -45,23 +45,13 @@ class PeerLink:
         self._connection: Connection[Any, Any] = Connection(connected.detach())
         self._sending = threading.Lock()  # messages of two threads must not be mixed
         self.fileno, self.close = self._connection.fileno, self._connection.close
+        self.receive: Callable[[], tuple[str, Any]] = self._connection.recv
+        """Waits for a kind and content; EOFError or OSError: the neighbour's process or machine is gone."""
 
     def send(self, kind: str, content: object = None) -> None:
         """Send a message; a neighbour that is gone already is no error: ``receive`` will notice."""
         with self._sending, contextlib.suppress(OSError):
             self._connection.send((kind, content))
-
-    def receive(self) -> tuple[str, Any]:
-        """Wait for a message, and return its kind and content.
-
-        Raises:
-            ConnectionError: If the neighbour's process or machine is gone.
-        """
-        try:
-            kind, content = self._connection.recv()
-        except (EOFError, OSError) as error:
-            raise ConnectionError(str(error) or "closed") from error
-        return kind, content
 
 
 def tell(links: Iterable[PeerLink], kind: str, content: object = None, *, except_for: PeerLink | None = None) -> None:
