@@ -115,7 +115,9 @@ def _require_paths(config: SftConfig) -> None:
             what = f"{text!r}, something new at the root of the file system"
         else:
             continue
-        raise ConfigError(f"{setting} is {what}, as a variable that is not set leaves it. Give another path, or make that folder first.")
+        raise ConfigError(
+            f"{setting} is {what}, as a variable that is not set leaves it. Give another path, or make that folder first."
+        )
 
 
 def load_layout(name_or_path: str, overrides: Sequence[str] = ()) -> LayoutConfig:
