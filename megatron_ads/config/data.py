@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -97,8 +98,8 @@ class SourceConfig:
     public query-product pairs; ``next_brand``: public purchases; ``gsm8k``: school mathematics, for the general mix;
     ``jsonl``: chat rows in a file; ``table``: a JSONL, Parquet or CSV file with columns of your own."""
     path: str | None = None
-    """File or folder; None for ``builtin`` and ``simulator``, and for public data below the folder that
-    ``MEGATRON_ADS_DATA`` names."""
+    """File or folder, for ``jsonl`` and ``table`` also a glob of parts, compressed or not; None for ``builtin`` and
+    ``simulator``, and for public data below the folder that ``MEGATRON_ADS_DATA`` names."""
     task: AdsTask | None = None
     """What rows of ``simulator``, ``next_brand`` and ``table`` ask for. Without it ``next_brand`` asks for the next
     advertiser, and rows of ``table`` have a prompt and a target already."""
@@ -109,9 +110,18 @@ class SourceConfig:
     """How much of a user's history the prompts show, where they show any."""
     columns: dict[str, str] = field(default_factory=dict)
     """``table``: which column holds each field of the task, ``{query: search_term, title: ad_title, label: grade}``."""
+    values: dict[str, dict[Any, Any]] = field(default_factory=dict)
+    """``table``: what the values of a field stand for, ``{label: {E: Good, S: Fair, 0: Bad}, event: {buy:
+    matched_conversion, impression: null}}``; null leaves such rows out, values that are not named stay as they are."""
     anchor: str | None = None
     """``table`` with task next_advertiser: date that histories end at and answers begin with, ``2025-03-01`` (UTC); the
     file then holds one user event a row."""
+    anchors: list[str] = field(default_factory=list)
+    """Several such dates, in order, each of which gives every user a row; in place of ``anchor``."""
+    anchor_spacing_days: float | None = None
+    """Days from one anchor to the next; ``anchors`` then names the first and the last possible one."""
+    answer_days: float | None = None
+    """How many days from an anchor on the conversion may be that is the answer; None is 30."""
     rejected: str | None = None
     """``table`` and ``jsonl``: file that rows which cannot be used are written to, with the reason; None: the first one
     ends the run."""
@@ -122,6 +132,11 @@ class SourceConfig:
     keep_share: bool = False
     """Keep the share in all samples that ``weight`` gives when ``reweight.tasks`` moves the others': for general-domain
     rows."""
+
+    @property
+    def anchor_dates(self) -> list[str]:
+        """The dates that divide an event log; none for other sources."""
+        return self.anchors if self.anchor is None else [self.anchor]
 
     def check(self, section: str) -> None:
         """Refuse impossible values; ``section`` is where this source stands in the recipe."""
@@ -144,12 +159,8 @@ class SourceConfig:
     def _check_effects(self, section: str) -> None:
         """Refuse settings that this kind of source does not read."""
         is_table, shows_users = self.kind is SourceKind.table, self.kind is SourceKind.next_brand
-        is_event_log = is_table and self.task is AdsTask.next_advertiser
-        require(
-            is_event_log == (self.anchor is not None),
-            f"{section}.anchor is {self.anchor}; kind table with task next_advertiser needs one, others have no use "
-            "for it.",
-        )
+        shows_users = shows_users or (is_table and self.task in _TASKS_OF_USERS)
+        self._check_anchors(section)
         if self.kind is SourceKind.simulator:
             require(
                 self.task is not None, f"{section}.task is missing; kind simulator needs one of {', '.join(AdsTask)}."
@@ -161,15 +172,45 @@ class SourceConfig:
                 f"{section}.task is {self.task}, which has no effect with kind {self.kind}. Remove it.",
             )
         require(
-            shows_users or is_event_log or self.history == HistoryConfig(),
+            shows_users or self.history == HistoryConfig(),
             f"{section}.history has no effect: these rows show no user's history. Remove it.",
         )
+        require(is_table or not self.values, f"{section}.values has no effect with kind {self.kind}. Remove it.")
         require(is_table or not self.columns, f"{section}.columns has no effect with kind {self.kind}. Remove it.")
         require(not is_table or bool(self.columns), f"{section}.columns is missing; kind table needs to know them.")
         require(
             is_table or self.kind is SourceKind.jsonl or self.rejected is None,
             f"{section}.rejected is {self.rejected!r}, which has no effect with kind {self.kind}. Remove it.",
         )
+
+    def _check_anchors(self, section: str) -> None:
+        """Refuse anchors that contradict one another, or that nothing reads."""
+        may_have = self.kind is SourceKind.table and self.task is AdsTask.next_advertiser
+        is_log = may_have and not ("advertiser" in self.columns and "event" not in self.columns)
+        given = ", ".join(self.anchor_dates) or None
+        require(
+            (may_have or given is None) and (given is not None or not is_log),
+            f"{section}.anchor is {given}; kind table with task next_advertiser needs one for a log of events, others "
+            "have no use for it.",
+        )
+        require(
+            self.anchor is None or not self.anchors,
+            f"{section}.anchor is {self.anchor} and {section}.anchors is {', '.join(self.anchors)}. Remove one.",
+        )
+        require(
+            self.anchor_spacing_days is None or len(self.anchors) == 2,
+            f"{section}.anchor_spacing_days is {self.anchor_spacing_days}; {section}.anchors must then name two dates, "
+            f"the first and the last possible anchor, not {len(self.anchors)}.",
+        )
+        require(
+            self.answer_days is None or given is not None,
+            f"{section}.answer_days is {self.answer_days}, which has no effect without an anchor. Remove it.",
+        )
+        for name in ("anchor_spacing_days", "answer_days"):
+            days = getattr(self, name)
+            require(
+                days is None or (math.isfinite(days) and days > 0), f"{section}.{name} is {days}; it must be above 0."
+            )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from glob import glob
 from pathlib import Path
 
 from megatron_ads.architecture import ModelShape
@@ -151,7 +152,7 @@ def _world(config: SftConfig, ranks: int | None) -> int:
 
 def _data(config: SftConfig) -> str:
     paths = [source.path for source in config.data.sources if source.path is not None]
-    if absent := [path for path in paths if not Path(path).exists()]:
+    if absent := [path for path in paths if not Path(path).exists() and not glob(path, recursive=True)]:
         raise DataError(f"{', '.join(absent)} (data.sources) does not exist. Give the path as every node sees it.")
     return f"{len(config.data.sources)} sources, {len(paths)} of them in files that exist"
 
