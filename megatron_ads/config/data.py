@@ -122,6 +122,11 @@ class SourceConfig:
     """Days from one anchor to the next; ``anchors`` then names the first and the last possible one."""
     answer_days: float | None = None
     """How many days from an anchor on the conversion may be that is the answer; None is 30."""
+    events: str | None = None
+    """``table`` with a row an example of a task about users: log of user events, a path as ``path``, that histories are
+    made from; each ends at its row's ``time``."""
+    event_columns: dict[str, str] = field(default_factory=dict)
+    """Which column of ``events`` holds user, time, event and so on."""
     rejected: str | None = None
     """``table`` and ``jsonl``: file that rows which cannot be used are written to, with the reason; None: the first one
     ends the run."""
@@ -161,6 +166,7 @@ class SourceConfig:
         is_table, shows_users = self.kind is SourceKind.table, self.kind is SourceKind.next_brand
         shows_users = shows_users or (is_table and self.task in _TASKS_OF_USERS)
         self._check_anchors(section)
+        self._check_events(section, may_have=is_table and shows_users and not self.anchor_dates)
         if self.kind is SourceKind.simulator:
             require(
                 self.task is not None, f"{section}.task is missing; kind simulator needs one of {', '.join(AdsTask)}."
@@ -181,6 +187,22 @@ class SourceConfig:
         require(
             is_table or self.kind is SourceKind.jsonl or self.rejected is None,
             f"{section}.rejected is {self.rejected!r}, which has no effect with kind {self.kind}. Remove it.",
+        )
+
+    def _check_events(self, section: str, *, may_have: bool) -> None:
+        """Refuse a log of events that nothing reads, or of which nobody knows where a history ends."""
+        require(
+            may_have or self.events is None,
+            f"{section}.events has no effect: only kind table with a row an example of {', '.join(_TASKS_OF_USERS)} "
+            "reads it. Remove it.",
+        )
+        require(
+            (self.events is None) == (not self.event_columns),
+            f"{section}.events is {self.events} and {section}.event_columns is {self.event_columns}; give both.",
+        )
+        require(
+            self.events is None or "time" in self.columns,
+            f"{section}.columns must say which column holds time: the history from {section}.events ends there.",
         )
 
     def _check_anchors(self, section: str) -> None:

@@ -5,7 +5,7 @@ on, within the answer window, is the next advertiser. All events of the source a
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -28,7 +28,7 @@ from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.observability.log import get_logger
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks import next_advertiser
-from megatron_ads.tasks.user_history import CONVERSIONS, Demographics, EventKind
+from megatron_ads.tasks.user_history import CONVERSIONS, Demographics, EventKind, UserHistory
 
 logger = get_logger(__name__)
 
@@ -120,6 +120,20 @@ def event_rows(
             "Choose another anchor."
         )
     return rows[:limit]
+
+
+def histories_of(
+    path: Path, *, columns: Mapping[str, str], values: Mapping[str, Mapping[Any, Any]], rejected: Path | None
+) -> Callable[[str, float], UserHistory]:
+    """Return what gives, of a user and a time, the history before it; arguments and errors as of ``event_rows``."""
+    mapping = FieldMapping.of(columns, values, required=REQUIRED, optional=OPTIONAL, choices=CHOICES)
+    logs, about = _read_logs(path, mapping, rejected)
+
+    def history_of(user: str, anchor: float) -> UserHistory:
+        known = Demographics(**about.get(user, {}))
+        return compile_history(user, logs.get(user, ()), anchor=anchor, demographics=known)
+
+    return history_of
 
 
 def _read_logs(

@@ -100,7 +100,7 @@ def _parse_line(line: bytes) -> dict[str, Any] | BadRowError:
         parsed = json.loads(line, parse_constant=_constant)
     except UnicodeDecodeError as error:
         return BadRowError(BadRow.invalid_utf8, f"not UTF-8 at byte {error.start}. Save the file as UTF-8.")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
         return BadRowError(BadRow.unreadable_row, f"not JSON ({error}). One object per line is expected.")
     if not isinstance(parsed, dict):
         return BadRowError(BadRow.unreadable_row, f"a {type(parsed).__name__}, not an object.")

@@ -32,7 +32,7 @@ from megatron_ads.tasks.model_comparison import Risk, Verdict
 from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.relevance import Flag, Label
 from megatron_ads.tasks.text_rows import facts_of_text_row
-from megatron_ads.tasks.user_history import FULL_VIEW, Demographics, Event, EventKind, UserHistory
+from megatron_ads.tasks.user_history import FULL_VIEW, Event, EventKind, UserHistory
 
 _EVERY_ROW = ("id", "reasoning", "time")
 _AD = ("description", "seller")
@@ -42,13 +42,35 @@ _USER = (*map(str, EventKind), _PAST, "age", "gender", "state")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Users:
+    """What rows say of their users, and how much of it a prompt shows."""
+
+    view_of: ViewChooser = lambda history: FULL_VIEW
+    history_of: Callable[[str, float], UserHistory] | None = None
+    """The history of a user before a time; None: a row's own lists are all that is known."""
+
+    def of(self, cells: Cells) -> UserHistory:
+        """Return a row's user. Lists of a row have no times: all their events count as of the row's day."""
+        events = [Event(kind=kind, days_ago=0.0, text=text) for kind in EventKind for text in texts_of(cells, kind)]
+        bought = EventKind.matched_conversion
+        events += [Event(kind=bought, days_ago=0.0, text=name, advertiser=name) for name in texts_of(cells, _PAST)]
+        user = UserHistory(user_id=text_of(cells, "user"), events=tuple(events))
+        if self.history_of is not None:
+            logged = self.history_of(user.user_id, time_of(cells, "time"))
+            user = replace(logged, events=(*user.events, *logged.events))
+        given = {name: optional_text(cells, name) for name in ("age", "gender", "state")}
+        known = {name: text for name, text in given.items() if text}
+        return replace(user, demographics=replace(user.demographics, **known))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
     """What rows of a task are made from."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = _EVERY_ROW
-    make: Callable[[str, Cells, ViewChooser], ChatRow]
-    """From a row's id, its fields and how much of a history a prompt shows."""
+    make: Callable[[str, Cells, "Users"], ChatRow]
+    """From a row's id, its fields and what gives its user."""
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """What fields that hold a label may be."""
 
@@ -59,7 +81,7 @@ def table_rows(
     columns: Mapping[str, str],
     task: AdsTask | None = None,
     values: Mapping[str, Mapping[Any, Any]] | None = None,
-    view_of: ViewChooser = lambda history: FULL_VIEW,
+    users: Users | None = None,
     rejected: Path | None = None,
     limit: int | None = None,
 ) -> list[ChatRow]:
@@ -70,7 +92,7 @@ def table_rows(
         columns: Field -> the column that holds it.
         task: What the rows ask for; None: they have a prompt and a target already.
         values: Field -> value -> what it stands for.
-        view_of: How much of a user's history a prompt shows.
+        users: What gives the users of rows; None: the rows alone, shown in full.
         rejected: Where to write rows that cannot be used; None: the first one is an error.
 
     Raises:
@@ -90,7 +112,7 @@ def table_rows(
             if not isinstance(cells[name], list | bool):
                 text_of(cells, name)
         try:
-            row = form.make(optional_text(cells, "id") or place.row_id, cells, view_of)
+            row = form.make(optional_text(cells, "id") or place.row_id, cells, users or Users())
         except BadRowError:
             raise
         except DataError as error:  # from the task: the text holds what the answer's form needs for itself
@@ -109,16 +131,7 @@ def _reasoning(cells: Cells) -> str:
     return optional_text(cells, "reasoning")
 
 
-def _user_of(cells: Cells) -> UserHistory:
-    """Return the user that a row tells of; lists have no times, so every event is as recent as its list says."""
-    events = [Event(kind=kind, days_ago=0.0, text=text) for kind in EventKind for text in texts_of(cells, kind)]
-    bought = EventKind.matched_conversion
-    events += [Event(kind=bought, days_ago=0.0, text=name, advertiser=name) for name in texts_of(cells, _PAST)]
-    about = {name: optional_text(cells, name) for name in ("age", "gender", "state")}
-    return UserHistory(user_id=text_of(cells, "user"), events=tuple(events), demographics=Demographics(**about))
-
-
-def _pair_row(row_id: str, cells: Cells, view_of: ViewChooser) -> ChatRow:
+def _pair_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
     ad = _ad_of(cells)
     flags = {name: one_of(cells, name, tuple(Flag)) for name in ("location", "quality") if optional_text(cells, name)}
     label = one_of(cells, "label", tuple(Label))
@@ -128,12 +141,12 @@ def _pair_row(row_id: str, cells: Cells, view_of: ViewChooser) -> ChatRow:
     )
 
 
-def _score_row(row_id: str, cells: Cells, view_of: ViewChooser) -> ChatRow:
-    user, score = _user_of(cells), Score(one_of(cells, "score", tuple(Score)))
-    return ad_user_relevance.chat_row(row_id, user, _ad_of(cells), score, _reasoning(cells), view=view_of(user))
+def _score_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
+    user, score = users.of(cells), Score(one_of(cells, "score", tuple(Score)))
+    return ad_user_relevance.chat_row(row_id, user, _ad_of(cells), score, _reasoning(cells), view=users.view_of(user))
 
 
-def _queries_row(row_id: str, cells: Cells, view_of: ViewChooser) -> ChatRow:
+def _queries_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
     queries, reasons = texts_of(cells, "queries"), texts_of(cells, "reasons")
     if len(queries) != len(reasons):
         raise BadRowError(BadRow.wrong_type, f"there are {len(queries)} queries, but {len(reasons)} reasons for them.")
@@ -144,26 +157,26 @@ def _queries_row(row_id: str, cells: Cells, view_of: ViewChooser) -> ChatRow:
     return query_generation.chat_row(row_id, brief, generated, _reasoning(cells))
 
 
-def _next_row(row_id: str, cells: Cells, view_of: ViewChooser) -> ChatRow:
-    user = _user_of(cells)
+def _next_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
+    user = users.of(cells)
     request = next_advertiser.AdvertiserRequest(user, texts_of(cells, "pool"))
     advertiser = text_of(cells, "advertiser")
     if "advertisers" not in cells:
-        return next_advertiser.chat_row(row_id, request, advertiser, _reasoning(cells), view=view_of(user))
+        return next_advertiser.chat_row(row_id, request, advertiser, _reasoning(cells), view=users.view_of(user))
     names, interests = texts_of(cells, "advertisers"), texts_of(cells, "interests")
     return next_advertiser.ranking_row(
-        row_id, request, names, interests, _reasoning(cells), label=advertiser, view=view_of(user)
+        row_id, request, names, interests, _reasoning(cells), label=advertiser, view=users.view_of(user)
     )
 
 
-def _profile_row(row_id: str, cells: Cells, view_of: ViewChooser) -> ChatRow:
-    user = _user_of(cells)
+def _profile_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
+    user = users.of(cells)
     lists = {name: texts_of(cells, name) for name in ("interests", "intents", "constraints", "avoid")}
     profile = user_profile.Profile(summary=text_of(cells, "summary"), reasoning=_reasoning(cells), **lists)
-    return user_profile.chat_row(row_id, user, profile, view=view_of(user))
+    return user_profile.chat_row(row_id, user, profile, view=users.view_of(user))
 
 
-def _comparison_row(row_id: str, cells: Cells, view_of: ViewChooser) -> ChatRow:
+def _comparison_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
     shared = model_comparison.SharedRequest(*(text_of(cells, name) for name in ("request", "current", "new")))
     assessment = model_comparison.Assessment(
         strengths=texts_of(cells, "strengths"),
@@ -175,7 +188,7 @@ def _comparison_row(row_id: str, cells: Cells, view_of: ViewChooser) -> ChatRow:
     return model_comparison.chat_row(row_id, shared, assessment)
 
 
-def _rewriting_row(row_id: str, cells: Cells, view_of: ViewChooser) -> ChatRow:
+def _rewriting_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
     brief = ad_rewriting.RewriteBrief(_ad_of(cells), texts_of(cells, "keywords"))
     if goal := optional_text(cells, "goal"):
         brief = replace(brief, goal=goal)
@@ -189,7 +202,7 @@ def _rewriting_row(row_id: str, cells: Cells, view_of: ViewChooser) -> ChatRow:
     return ad_rewriting.chat_row(row_id, brief, rewrite)
 
 
-def _chat_row(row_id: str, cells: Cells, view_of: ViewChooser) -> ChatRow:
+def _chat_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
     given = optional_text(cells, "weight")
     try:
         weight = float(given or 1.0)

@@ -109,25 +109,30 @@ def open_text(file: Path) -> BinaryIO:
     """
     if not file.is_file():
         raise DataError(f"{file} is not a file. Check the path of this source.")
-    stream: io.BufferedReader = file.open("rb")
-    magic = stream.peek(4)
+    with file.open("rb") as raw:
+        magic = raw.read(4)
     codec = next((codec for mark, codec in _CODECS.items() if magic.startswith(mark)), None)
-    if codec is not None:
+    if codec is None:
+        stream: io.BufferedReader = file.open("rb")
+    else:
         import pyarrow as pa
 
-        stream.close()
         stream = io.BufferedReader(pa.input_stream(str(file), compression=codec))
-        try:
-            magic = stream.peek(4)
-        except OSError as error:
-            raise DataError(f"{file} cannot be decompressed ({error}). Copy or write it again.") from None
-    found = next((what for mark, what in _NO_TEXT.items() if magic.startswith(mark)), None)
-    if found is None and b"\0" in magic[:4]:
-        found = "UTF-16 text or no text at all"
-    if found is not None:
-        raise DataError(f"{file} is {found}, not UTF-8 text. Save it as UTF-8, or give it the suffix of what it is.")
-    if magic.startswith(_BOM):
-        stream.read(len(_BOM))
+    try:
+        magic = stream.peek(4)
+        found = next((what for mark, what in _NO_TEXT.items() if magic.startswith(mark)), None)
+        if found is None and b"\0" in magic[:4]:
+            found = "UTF-16 text or no text at all"
+        if found is not None:
+            raise DataError(f"{file} is {found}, not UTF-8 text. Save it as UTF-8, or with the suffix of what it is.")
+        if magic.startswith(_BOM):
+            stream.read(len(_BOM))
+    except OSError as error:
+        stream.close()
+        raise DataError(f"{file} cannot be decompressed ({error}). Copy or write it again.") from None
+    except DataError:
+        stream.close()
+        raise
     return stream
 
 

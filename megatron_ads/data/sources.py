@@ -1,15 +1,16 @@
 """The sources a recipe can name under ``data.sources``, read into chat rows."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_ads.config.data import AdsTask, SourceConfig, SourceKind
 from megatron_ads.data import next_brand
 from megatron_ads.data.ads_pairs import DEFAULT_ROWS, builtin_rows
-from megatron_ads.data.event_tables import ANSWER_DAYS, event_rows, read_anchors
+from megatron_ads.data.event_tables import ANSWER_DAYS, event_rows, histories_of, read_anchors
 from megatron_ads.data.jsonl import jsonl_rows
-from megatron_ads.data.own_tables import table_rows
+from megatron_ads.data.own_tables import Users, table_rows
 from megatron_ads.data.public_data import ESCI_FILE, GSM8K_FILE, esci_rows, gsm8k_rows, locate
 from megatron_ads.data.simulator import simulated_rows
 from megatron_ads.data.user_features import view_chooser
@@ -47,17 +48,24 @@ def _read_own(source: SourceConfig, seed: int) -> list[ChatRow]:
     rejected = None if source.rejected is None else Path(source.rejected)
     if source.kind is SourceKind.jsonl:
         return jsonl_rows(path, limit=limit, rejected=rejected)
-    settings: dict[str, Any] = {
-        "columns": source.columns,
-        "values": source.values,
-        "view_of": view_chooser(source.history),
-        "limit": limit,
-        "rejected": rejected,
-    }
-    if not source.anchor_dates:
-        return table_rows(path, task=source.task, **settings)
-    anchors = read_anchors(source.anchor_dates, source.anchor_spacing_days)
-    return event_rows(path, anchors=anchors, answer_days=source.answer_days or ANSWER_DAYS, **settings)
+    view_of = view_chooser(source.history)
+    settings: dict[str, Any] = {"columns": source.columns, "limit": limit, "rejected": rejected}
+    if source.anchor_dates:
+        anchors = read_anchors(source.anchor_dates, source.anchor_spacing_days)
+        settings |= {"answer_days": source.answer_days or ANSWER_DAYS, "values": source.values}
+        return event_rows(path, anchors=anchors, view_of=view_of, **settings)
+    of_events = {name: values for name, values in source.values.items() if name in source.event_columns}
+    settings["values"] = {name: values for name, values in source.values.items() if name not in of_events}
+    users = Users(view_of=view_of)
+    if source.events is not None:
+        aside = None if source.rejected is None else Path(f"{source.rejected}.events")
+        users = replace(
+            users,
+            history_of=histories_of(
+                Path(source.events), columns=source.event_columns, values=of_events, rejected=aside
+            ),
+        )
+    return table_rows(path, task=source.task, users=users, **settings)
 
 
 _PUBLIC = {SourceKind.esci: ESCI_FILE, SourceKind.gsm8k: GSM8K_FILE, SourceKind.next_brand: next_brand.FILE}

@@ -82,11 +82,15 @@ class FieldMapping:
         """Return a row's fields; None if the recipe leaves it out."""
         cells = {name: by_column[column] for name, column in self.columns.items()}
         for name, meanings in self.meanings.items():
-            if isinstance(cell := cells[name], list | dict | None) or (given := folded(cell)) not in meanings:
+            if isinstance(cell := cells[name], list | dict | None):
                 continue
-            if (meaning := meanings[given]) is None:
-                return None
-            cells[name] = meaning
+            given = folded(cell)
+            if isinstance(cell, bool) and given not in meanings:
+                given = str(int(cell))
+            if given in meanings:
+                if (meaning := meanings[given]) is None:
+                    return None
+                cells[name] = meaning
         return cells
 
 
@@ -167,7 +171,7 @@ def texts_of(cells: Cells, name: str) -> tuple[str, ...]:
         cell = cell.strip()
         items: Any = None
         if cell.startswith("[") and cell.endswith("]"):
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 items = json.loads(cell)
             with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
                 items = ast.literal_eval(cell) if items is None else items  # as pandas writes lists into CSV

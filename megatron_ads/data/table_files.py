@@ -87,7 +87,7 @@ def _read_jsonl(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow]]
 def _parquet(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file, coerce_int96_timestamp_unit="us")
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{file} is no Parquet file ({error}).") from None
 
 
@@ -97,7 +97,7 @@ def _read_parquet(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow
         try:
             batches = parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
             yield from enumerate((row for batch in batches for row in _rows_of(batch)), 1)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{file} cannot be read ({error}). Copy or write it again.") from None
 
 
@@ -115,7 +115,7 @@ def _csv_head(file: Path, columns: Sequence[str]) -> tuple[list[str], str, int]:
                 lines, first = lines + 1, text.readline(MAX_CELL_BYTES)
             rest = list(islice(text, 100)) if first.count('"') % 2 else []
         heads = {mark: next(csv.reader([first, *rest], delimiter=mark), []) for mark in (usual, *_OTHER_SEPARATORS)}
-    except (OSError, csv.Error, TypeError) as error:
+    except (OSError, csv.Error, TypeError, ValueError) as error:
         raise DataError(f"{file} cannot be read as CSV ({error}). Correct the file or copy it again.") from None
     if not heads[usual]:
         raise DataError(f"{file} cannot be read as CSV (it has no head line). Write the columns' names into its first.")
@@ -159,7 +159,7 @@ def _read_csv(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow]]:
                     number += 1
                 _warn_of_quotes(file, number, row)
                 yield number, row
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{file} cannot be read as CSV ({reason}). Correct the file or the columns.") from None
     yield from sorted(broken.items())
