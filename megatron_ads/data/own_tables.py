@@ -109,6 +109,9 @@ def table_rows(
         if cells is None:
             return None
         for name in form.required:
+            if cells[name] is None:
+                message = f"{name} is None; it must be text that is not empty. Its column is {columns[name]!r}."
+                raise BadRowError(BadRow.empty_text, message)
             if not isinstance(cells[name], list | bool):
                 text_of(cells, name)
         try:

@@ -4,6 +4,7 @@ A folder is read as warehouses write them: all its parts in the order of their n
 out, and ``date=2025-03-01`` in a part's path is a column. What a text file is, its first bytes say, not its name.
 """
 
+import difflib
 import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ _NO_TEXT = {
     b"PK\x03\x04": "a ZIP archive or an Excel workbook",
 }  # fmt: skip
 _BOM = b"\xef\xbb\xbf"
+_SHOWN = 50
+"""Columns of a file that a message lists."""
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -144,7 +147,13 @@ def require_columns(file: Path, there: Sequence[str], columns: Sequence[str]) ->
     """
     for name in columns:
         if name not in there:
-            has = ", ".join(sorted(map(str, there)))
-            raise DataError(f"{file} has no column {name!r}; it has {has}. Correct the source's columns.")
+            names = [" ".join(each.split()) for each in sorted(there)]
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            near = difflib.get_close_matches(name, there, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise DataError(
+                f"{file} has no column {name!r}; it has {', '.join(names[:_SHOWN])}{more}.{hint} Correct the source's "
+                "columns."
+            )
         if (times := there.count(name)) > 1:
             raise DataError(f"{file} has the column {name!r} {times} times. Rename all of them but one.")

@@ -88,7 +88,11 @@ def _parquet(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file, coerce_int96_timestamp_unit="us")
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{file} is no Parquet file ({error}).") from None
+        raise DataError(f"{file} is no Parquet file ({_one_line(error)}).") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _read_parquet(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow]]:
@@ -98,7 +102,7 @@ def _read_parquet(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow
             batches = parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
             yield from enumerate((row for batch in batches for row in _rows_of(batch)), 1)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{file} cannot be read ({error}). Copy or write it again.") from None
+            raise DataError(f"{file} cannot be read ({_one_line(error)}). Copy or write it again.") from None
 
 
 def _csv_head(file: Path, columns: Sequence[str]) -> tuple[list[str], str, int]:
@@ -116,7 +120,9 @@ def _csv_head(file: Path, columns: Sequence[str]) -> tuple[list[str], str, int]:
             rest = list(islice(text, 100)) if first.count('"') % 2 else []
         heads = {mark: next(csv.reader([first, *rest], delimiter=mark), []) for mark in (usual, *_OTHER_SEPARATORS)}
     except (OSError, csv.Error, TypeError, ValueError) as error:
-        raise DataError(f"{file} cannot be read as CSV ({error}). Correct the file or copy it again.") from None
+        raise DataError(
+            f"{file} cannot be read as CSV ({_one_line(error)}). Correct the file or copy it again."
+        ) from None
     if not heads[usual]:
         raise DataError(f"{file} cannot be read as CSV (it has no head line). Write the columns' names into its first.")
     fits = [mark for mark, names in heads.items() if columns and set(columns) <= set(names)]
@@ -138,6 +144,8 @@ def _read_csv(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow]]:
         broken[row.number - 1 - lines_before] = BadRowError(BadRow.unreadable_row, message)  # the head is number 1
         return "skip"
 
+    # Read as Latin-1, in which every byte is a letter: pyarrow tells of broken rows only what it can decode.
+    stored = [name.encode().decode("latin-1") for name in columns]
     number = 0
     try:
         with (
@@ -145,23 +153,25 @@ def _read_csv(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow]]:
             pa_csv.open_csv(
                 stream,
                 # Rows have numbers only while they are read by one thread.
-                pa_csv.ReadOptions(use_threads=False, block_size=MAX_ROW_BYTES, skip_rows=lines_before),
-                pa_csv.ParseOptions(delimiter=mark, newlines_in_values=True, invalid_row_handler=keep_going),
-                pa_csv.ConvertOptions(
-                    check_utf8=False, column_types=dict.fromkeys(columns, pa.binary()), include_columns=columns
+                pa_csv.ReadOptions(
+                    use_threads=False, block_size=MAX_ROW_BYTES, skip_rows=lines_before, encoding="latin-1"
                 ),
+                pa_csv.ParseOptions(delimiter=mark, newlines_in_values=True, invalid_row_handler=keep_going),
+                pa_csv.ConvertOptions(column_types=dict.fromkeys(stored, pa.string()), include_columns=stored),
             ) as batches,
         ):
-            for row in (row for batch in batches for row in _rows_of(batch)):
+            for cells in (row for batch in batches for row in zip(*(each.to_pylist() for each in batch), strict=True)):
                 number += 1
                 while number in broken:
                     yield number, broken.pop(number)
                     number += 1
+                row = _decoded({name: cell.encode("latin-1") for name, cell in zip(columns, cells, strict=True)})
                 _warn_of_quotes(file, number, row)
                 yield number, row
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{file} cannot be read as CSV ({reason}). Correct the file or the columns.") from None
+        raise DataError(
+            f"{file} cannot be read as CSV ({_one_line(error)}). Correct the file or the columns."
+        ) from None
     yield from sorted(broken.items())
 
 

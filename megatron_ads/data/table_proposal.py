@@ -70,7 +70,11 @@ class Proposal:
         """Return the source as a recipe has it; fields without a column have a placeholder."""
         source = self.source
         columns = dict(source.columns) | dict.fromkeys(self.missing, "COLUMN")
-        given = {"kind": str(source.kind), "path": source.path, "task": source.task and str(source.task)}
+        given: dict[str, Any] = {
+            "kind": str(source.kind),
+            "path": source.path,
+            "task": source.task and str(source.task),
+        }
         given |= {"anchor": source.anchor, "columns": columns, "values": source.values}
         return {name: value for name, value in given.items() if value}
 

@@ -390,6 +390,16 @@ def test_rows_have_their_numbers_below_a_mark_of_excel(tmp_path: Path) -> None:
         table_rows(tmp_path / "a.csv", columns=PAIR, task=PAIRS)
 
 
+def test_a_row_that_is_broken_in_two_ways_spoils_no_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.csv").write_bytes("größe,t,l\nzelt,für,Good\n\xff\n".encode("latin-1").replace(b"\xfc", "ü".encode())
+                                     .replace("größe".encode("latin-1"), "größe".encode()))  # fmt: skip
+    columns = {"query": "größe", "title": "t", "label": "l"}
+    (row,) = table_rows(tmp_path / "a.csv", columns=columns, task=PAIRS, rejected=tmp_path / "r.jsonl")
+    assert "Ad: für" in row.messages[0].content
+    assert json.loads((tmp_path / "r.jsonl").read_text())["message"] == "1 cells; the head has 3."
+    assert "Exception ignored" not in capfd.readouterr().err
+
+
 def test_parquet_with_a_column_twice_and_folders_of_several_forms_are_refused(tmp_path: Path) -> None:
     column = pa.array(["x"])
     pq.write_table(pa.Table.from_arrays([column] * 4, names=["q", "t", "l", "q"]), tmp_path / "a.parquet")
