@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, time
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -190,9 +190,6 @@ def time_of(cells: Cells, name: str) -> float:
     Raises:
         BadRowError: If it is no time.
     """
-    cell = cells.get(name)
-    if isinstance(cell, date):
-        return seconds(cell if isinstance(cell, datetime) else datetime.combine(cell, time()))
     text = text_of(cells, name)
     with suppress(ValueError):
         if _DAY.fullmatch(text):

@@ -163,6 +163,7 @@ def epochs(per_second: int) -> list[int]:
 TIMES: dict[str, tuple[Any, float]] = {
     **{f"timestamp[{unit}]": (pa.array(MOMENTS, pa.timestamp("us")).cast(pa.timestamp(unit), safe=False), size)
        for unit, size in (("s", 1), ("ms", 1e-3), ("us", 0), ("ns", 0))},
+    "timestamp[ns] with nanoseconds": (pa.array([each * 1000 + 789 for each in epochs(10**6)], pa.timestamp("ns")), 0),
     "timestamp[ns] with a zone": (pa.array(MOMENTS, pa.timestamp("ns", "America/New_York")), 0),
     "timestamp[ms] with an offset": (pa.array(MOMENTS, pa.timestamp("ms", "+02:00")), 1e-3),
     "date32": (pa.array([moment.date() for moment in MOMENTS], pa.date32()), 86400),
