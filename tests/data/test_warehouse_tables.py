@@ -57,6 +57,10 @@ def write(folder: Path, form: str, table: pa.Table, name: str = "rows") -> Path:
         pa_csv.write_csv(table, sink, pa_csv.WriteOptions(delimiter="," if kind == "csv" else "\t"))
         content = sink.getvalue().to_pybytes()
     else:
+        table = pa.table({
+            name: column.cast(pa.string()) if column.type == pa.timestamp("ns") else column
+            for name, column in zip(table.column_names, table.columns, strict=True)
+        })  # fmt: skip
         rows = [{key: plain(cell) for key, cell in row.items()} for row in table.to_pylist()]
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     packed = (
