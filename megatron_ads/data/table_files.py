@@ -108,11 +108,11 @@ def _read_parquet(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow
 def _csv_head(file: Path, columns: Sequence[str]) -> tuple[list[str], str, int]:
     """Return the names in the head line of a file, what separates them, and how many lines stand before it.
 
-    The separator is that of the suffix, or another one if only with that the head has all ``columns``.
+    The separator is that of the suffix if with it the head has all ``columns``, or else the one that suits best.
     """
-    usual, lines = _SEPARATORS[form_of(file)], 0
+    usual, lines, stream = _SEPARATORS[form_of(file)], 0, open_text(file)
     try:
-        with io.TextIOWrapper(open_text(file), encoding="utf-8", errors="replace", newline="") as text:
+        with io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="") as text:
             first = text.readline(MAX_CELL_BYTES)
             while first and (not first.strip() or first.startswith("sep=")):  # Excel writes sep=;
                 usual = first.strip()[4:] or usual
@@ -125,10 +125,8 @@ def _csv_head(file: Path, columns: Sequence[str]) -> tuple[list[str], str, int]:
         ) from None
     if not heads[usual]:
         raise DataError(f"{file} cannot be read as CSV (it has no head line). Write the columns' names into its first.")
-    fits = [mark for mark, names in heads.items() if columns and set(columns) <= set(names)]
-    mark = usual if usual in fits or len(fits) != 1 else fits[0]
-    if not columns:
-        mark = max(heads, key=lambda mark: (len(heads[mark]), mark == usual))
+    fits = {mark: names for mark, names in heads.items() if set(columns) <= set(names)} or heads
+    mark = usual if columns and usual in fits and fits is not heads else max(fits, key=lambda mark: len(fits[mark]))
     return heads[mark], mark, lines
 
 

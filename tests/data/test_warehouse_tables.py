@@ -343,7 +343,7 @@ def test_chat_rows_are_read_from_parts(tmp_path: Path) -> None:
 
 BOM16 = "q,t,l\ntent,Tent,Good\n"
 FILES: dict[str, tuple[str, bytes, str]] = {
-    "UTF-16": ("a.csv", BOM16.encode("utf-16"), "a.csv is UTF-16 text, not UTF-8"),
+    "UTF-16": ("a.csv", BOM16.encode("utf-16"), "^[^ ]*a.csv is UTF-16 text, not UTF-8"),
     "UTF-16 without a mark": ("a.csv", BOM16.encode("utf-16-le"), "a.csv is UTF-16 text or no text"),
     "UTF-16 in JSON": ("a.jsonl", '{"q": 1}'.encode("utf-16-be"), "a.jsonl is UTF-16 text"),
     "Parquet": ("a.csv", b"PAR1xxxx", "a.csv is a Parquet file"),
@@ -352,7 +352,8 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "half a gzip file of JSON": ("a.jsonl.gz", gzip.compress(b"{}\n" * 9999)[:40], r"a\.jsonl\.gz cannot be|row 1"),
     "the head alone": ("a.csv", b"", "a.csv cannot be read as CSV"),
     "other columns": ("a.csv", b"x,y,z\n1,2,3\n", "a.csv has no column 'q'; it has x, y, z"),
-    "other columns, semicolons": ("a.csv", b"x;y\n1;2\n", "a.csv has no column 'q'; it has x;y"),
+    "a column misspelt": ("a.csv", b"query,Q,t,l\n1,2,3,4\n", "no column 'q'; it has Q, l, query, t"),
+    "other columns, semicolons": ("a.csv", b"x;y\n1;2\n", "a.csv has no column 'q'; it has x, y"),
     "a column twice": ("a.csv", b"q,t,l,q\n1,2,Good,4\n", "a.csv has the column 'q' 2 times"),
     "no suffix of a table": ("a.xls", b"x", "ends in '.xls'; known: .jsonl, .parquet, .csv"),
 }
