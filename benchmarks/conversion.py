@@ -9,25 +9,22 @@ when every written file is flushed. Prints JSON; a ratio of 1 is the speed of th
 
 import argparse
 import json
-import multiprocessing
+import math
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from conversion.plan import offsets
-from conversion.safetensors_file import HeaderEntry, header_order
-from conversion.sparse_r1 import R1_CONFIG, stored_entries
+from conversion.safetensors_file import read_header
+from conversion.sparse_r1 import R1_CONFIG, write_sparse
 from megatron_ads.observability.provenance import provenance
 
 BLOCK_BYTES = 4 << 20
@@ -36,14 +33,6 @@ FILE_BYTES = 1 << 30
 LAYOUT = ("--pp", "2", "--ep", "2")
 LIMIT_SECONDS = 3600
 """What takes longer than this hangs."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One timed run."""
-
-    seconds: float
-    peak_bytes_per_process: int
 
 
 def model_config(gigabytes: float) -> dict[str, Any]:
@@ -63,8 +52,8 @@ def model_config(gigabytes: float) -> dict[str, Any]:
     }
 
 
-def write_model(folder: Path, config: dict[str, Any]) -> int:
-    """Write a checkpoint of random finite values; return its bytes."""
+def write_model(folder: Path, config: dict[str, Any], *, files: int) -> None:
+    """Write a checkpoint of random finite values."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (POOL_BYTES,), dtype=torch.uint8, generator=generator)
     codes[(codes & 0x7F) == 0x7F] = 0  # no NaN
@@ -74,27 +63,15 @@ def write_model(folder: Path, config: dict[str, Any]) -> int:
         torch.float32: torch.rand(POOL_BYTES // 4, generator=generator) * 1e-3 + 1e-4,
     }
     bytes_of = {dtype: pool.view(torch.uint8).numpy().data for dtype, pool in pools.items()}
-    groups: list[list[HeaderEntry]] = [[]]
-    for entries in stored_entries(config):
-        if sum(entry.nbytes for entry in groups[-1]) > FILE_BYTES:
-            groups.append([])
-        groups[-1].extend(entries)
-    folder.mkdir(parents=True)
-    weight_map: dict[str, str] = {}
-    for number, group in enumerate(groups, start=1):
-        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        ordered = header_order(group)
-        with (folder / name).open("wb") as file:
-            file.write(offsets(ordered, {"format": "pt"})[0])
-            for entry in ordered:
-                left = entry.nbytes
+    write_sparse(folder, config, files=files)
+    for path in folder.glob("*.safetensors"):
+        with path.open("r+b") as file:
+            for tensor in read_header(path).tensors.values():
+                file.seek(tensor.offset)
+                left = tensor.nbytes
                 while left:
-                    left -= file.write(bytes_of[entry.dtype][:left])
-        weight_map |= {entry.name: name for entry in group}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+                    left -= file.write(bytes_of[tensor.dtype][:left])
     os.sync()
-    return weight_bytes(folder)
 
 
 def weight_bytes(folder: Path) -> int:
@@ -102,26 +79,18 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def drop_from_page_cache(folder: Path) -> None:
-    """Forget cached pages of a folder's files, so that they are read from the disk."""
-    for file in folder.glob("*.safetensors"):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
-def convert(source: Path, target: Path, *, direction: str, workers: int) -> Sample:
-    """Run one conversion as a user would."""
+def convert(source: Path, target: Path, *, direction: str, workers: int) -> tuple[float, int]:
+    """Run one conversion as a user would; return its seconds and the peak bytes of a process."""
     arguments = ["convert", direction, str(source), str(target), "--workers", str(workers)]
     arguments += LAYOUT if direction == "to-megatron" else ("--dtype", "fp8", "--max-shard-size", "1GB")
+    _prepare(source, target)
     start = time.perf_counter()
     command = [sys.executable, "-c", _MEASURED, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS)
     seconds = time.perf_counter() - start
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed: {done.stderr}")
-    return Sample(seconds, json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+    return seconds, json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
 
 
 _MEASURED = """
@@ -134,39 +103,37 @@ sys.exit(status)
 """
 
 
-def copy(source: Path, target: Path, *, written: int, workers: int) -> Sample:
-    """Read every source file and write ``written`` bytes, divided over ``workers`` processes."""
-    target.mkdir()
-    files = sorted(source.glob("*.safetensors"))
+def copy(source: Path, target: Path, *, written: int, workers: int) -> float:
+    """Read every source file and write ``written`` bytes, by ``workers`` processes; return the seconds."""
     ratio = written / weight_bytes(source)
+    _prepare(source, target)
+    target.mkdir()
     start = time.perf_counter()
-    processes = [
-        multiprocessing.Process(target=_copy_files, args=(files[index::workers], target, ratio), daemon=True)
-        for index in range(workers)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(LIMIT_SECONDS)
-        if process.exitcode != 0:
-            process.kill()
-            raise SystemExit(f"A copy to {target} ended with {process.exitcode}; None: not within {LIMIT_SECONDS} s.")
-    seconds = time.perf_counter() - start
-    return Sample(seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+    with ProcessPoolExecutor(workers) as pool:
+        files = sorted(source.glob("*.safetensors"))
+        for _ in pool.map(partial(_copy_file, target=target, ratio=ratio), files, timeout=LIMIT_SECONDS):
+            pass
+    return time.perf_counter() - start
 
 
-def _copy_files(files: list[Path], target: Path, ratio: float) -> None:
+def _copy_file(file: Path, *, target: Path, ratio: float) -> None:
     buffer = bytearray(BLOCK_BYTES)
-    for file in files:
-        out = os.open(target / file.name, os.O_CREAT | os.O_WRONLY)
-        with file.open("rb", buffering=0) as handle:
-            read = written = 0
-            while count := handle.readinto(buffer):
-                read += count
-                while written < int(read * ratio):
-                    written += os.write(out, memoryview(buffer)[: min(count, int(read * ratio) - written)])
-        os.fsync(out)
-        os.close(out)
+    with file.open("rb", buffering=0) as handle, (target / file.name).open("wb", buffering=0) as out:
+        read = written = 0
+        while count := handle.readinto(buffer):
+            read += count
+            while written < int(read * ratio):
+                written += out.write(memoryview(buffer)[: min(count, int(read * ratio) - written)])
+        os.fsync(out.fileno())
+
+
+def _prepare(source: Path, target: Path) -> None:
+    """Remove an earlier target, and forget cached pages of the source, so that they are read from the disk."""
+    shutil.rmtree(target, ignore_errors=True)
+    for path in source.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def compare(work: Path, source: Path, direction: str, workers: int, repeats: int) -> dict[str, Any]:
@@ -174,26 +141,21 @@ def compare(work: Path, source: Path, direction: str, workers: int, repeats: int
     conversions, copies = [], []
     written = 0
     for _ in range(repeats):
-        conversions.append(_timed(work / "converted", source, partial(convert, direction=direction, workers=workers)))
+        conversions.append(convert(source, work / "converted", direction=direction, workers=workers))
         written = weight_bytes(work / "converted")
-        copies.append(_timed(work / "copied", source, partial(copy, written=written, workers=workers)))
-    ours, theirs = (statistics.median(sample.seconds for sample in samples) for samples in (conversions, copies))
+        copies.append(copy(source, work / "copied", written=written, workers=workers))
     return {
         "direction": direction,
         "workers": workers,
         "read_bytes": weight_bytes(source),
         "written_bytes": written,
-        "convert_seconds": [round(sample.seconds, 2) for sample in conversions],
-        "copy_seconds": [round(sample.seconds, 2) for sample in copies],
-        "speed_of_the_copy": round(theirs / ours, 3),
-        "peak_bytes_per_worker": max(sample.peak_bytes_per_process for sample in conversions),
+        "convert_seconds": [round(seconds, 2) for seconds, _ in conversions],
+        "copy_seconds": [round(seconds, 2) for seconds in copies],
+        "speed_of_the_copy": round(
+            statistics.median(copies) / statistics.median(seconds for seconds, _ in conversions), 3
+        ),
+        "peak_bytes_per_worker": max(peak for _, peak in conversions),
     }
-
-
-def _timed(target: Path, source: Path, run: Callable[[Path, Path], Sample]) -> Sample:
-    shutil.rmtree(target, ignore_errors=True)
-    drop_from_page_cache(source)
-    return run(source, target)
 
 
 def main() -> None:
@@ -209,7 +171,7 @@ def main() -> None:
     try:
         for gigabytes in args.gigabytes:
             shutil.rmtree(work, ignore_errors=True)
-            write_model(work / "hf", model_config(gigabytes))
+            write_model(work / "hf", model_config(gigabytes), files=math.ceil(gigabytes * 1e9 / FILE_BYTES))
             convert(work / "hf", work / "shards", direction="to-megatron", workers=2)
             for workers in args.workers:
                 for direction, source in (("to-megatron", "hf"), ("to-hf", "shards")):

@@ -20,35 +20,26 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_ads.architecture import shape_from_config
+from megatron_ads.config.model import LayerSpecChoice, ModelConfig, Precision, Recompute
+from megatron_ads.demo_model import CONFIGS, Preset
+from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.observability.provenance import provenance
+from megatron_ads.planning.job import PlannedJob
 
-CONFIG: dict[str, Any] = {
-    "model_type": "deepseek_v3",
+CONFIG: dict[str, Any] = CONFIGS[Preset.tiny] | {
     "vocab_size": 4096,
     "hidden_size": 384,
     "intermediate_size": 1536,
     "moe_intermediate_size": 384,
-    "num_hidden_layers": 6,
-    "first_k_dense_replace": 2,
     "num_attention_heads": 6,
     "num_key_value_heads": 6,
     "q_lora_rank": 192,
     "kv_lora_rank": 96,
     "qk_nope_head_dim": 48,
-    "qk_rope_head_dim": 16,
     "v_head_dim": 48,
-    "n_routed_experts": 16,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 4,
-    "n_group": 4,
-    "topk_group": 2,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
     "max_position_embeddings": 4096,
-    "num_nextn_predict_layers": 1,
-    "rope_theta": 10000,
+    "rope_scaling": None,
 }
 """50 M parameters: two dense layers, four with 16 experts, an MTP layer."""
 SEQ_LENGTH = 512
@@ -72,15 +63,15 @@ class Case:
     world: int = 1
     layout: dict[str, int] = field(default_factory=dict)
     pipeline: str | None = None
-    precision: str = "fp32"
-    recompute: str = "none"
+    precision: Precision = Precision.fp32
+    recompute: Recompute = Recompute.none
     microbatches: int = 4
 
 
 CASES = {
     "pp1": Case(),
-    "pp1 full": Case(recompute="full"),
-    "pp1 bf16 selective": Case(precision="bf16", recompute="selective"),
+    "pp1 full": Case(recompute=Recompute.full),
+    "pp1 bf16 selective": Case(precision=Precision.bf16, recompute=Recompute.selective),
     "dp2 ep2": Case(world=2, layout={"ep": 2}),
     "pp2 ep2": Case(world=4, layout={"pp": 2, "ep": 2}, pipeline="Ettt|tttmL"),
     "pp4": Case(world=4, layout={"pp": 4}, pipeline="Ett|tt|tt|mL"),
@@ -109,67 +100,50 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flush=True,
             )
     if arguments.out:
-        report = {"workload": _workload(), "rows": rows, **provenance()}
+        cases = {name: asdict(case) for name, case in CASES.items()}
+        workload = {"config": CONFIG, "tokens_per_microbatch": SEQ_LENGTH * ROWS, "cases": cases}
+        report = {"workload": workload, "rows": rows, **provenance()}
         arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
 def run_case(name: str) -> list[dict[str, Any]]:
     """Train one case and return a row for each stage, of its fullest rank."""
+    from megatron_ads.launching.environment import NodePart
+    from megatron_ads.launching.processes import run_job
+    from megatron_ads.launching.train import torchrun_command
     from megatron_ads.planning.memory import stage_memory
 
-    case, job = CASES[name], planned_job(CASES[name])
-    measured = _measure(name, case)
+    job, world = planned_job(CASES[name]), CASES[name].world
+    with tempfile.TemporaryDirectory() as folder:  # every rank is a process of its own and writes its peak there
+        part = NodePart.of({}, world, world)
+        command = torchrun_command(part, "benchmarks.memory_model", ["--ranks-of", name, folder])
+        run_job(command, Path(folder) / "log", environment=_RANK_ENVIRONMENT)
+        measured = [int((Path(folder) / f"rank{rank}").read_text(encoding="utf-8")) for rank in range(world)]
     rows = []
     for stage in range(job.layout.pp):
         memory = stage_memory(job, stage, gpu=False)
         peak = max(measured[rank] for rank in job.layout.stage_ranks(stage))
-        rows.append(
-            {
-                "case": name,
-                "stage": stage,
-                "predicted_bytes": memory.peak,
-                "measured_bytes": peak,
-                "error": memory.peak / peak - 1,
-                "parts": asdict(memory),
-            }
-        )
+        figures = {"predicted_bytes": memory.peak, "measured_bytes": peak, "error": memory.peak / peak - 1}
+        rows.append({"case": name, "stage": stage, **figures, "parts": asdict(memory)})
     return rows
 
 
-def planned_job(case: Case) -> Any:
+def planned_job(case: Case) -> PlannedJob:
     """Return the case as the planner sees it."""
-    from megatron_ads.architecture import shape_from_config
-    from megatron_ads.config.model import Precision, Recompute
-    from megatron_ads.layout import ParallelLayout, place_layers
-    from megatron_ads.planning.job import PlannedJob
-
     shape = shape_from_config(CONFIG)
     layout = ParallelLayout(world=case.world, **case.layout)
     return PlannedJob(
         shape=shape,
         layout=layout,
         placement=place_layers(shape, layout, pipeline=case.pipeline),
-        precision=Precision[case.precision],
-        recompute=Recompute[case.recompute],
+        model=ModelConfig(
+            precision=case.precision, recompute=case.recompute, mtp_loss_weight=0.1, layer_spec=LayerSpecChoice.grouped
+        ),
         seq_length=SEQ_LENGTH,
         micro_batch_size=ROWS,
         microbatches=case.microbatches,
-        mtp_loss_weight=0.1,
     )
-
-
-def _measure(name: str, case: Case) -> list[int]:
-    """Run every rank in a process of its own; return their peaks in bytes."""
-    from megatron_ads.launching.environment import NodePart
-    from megatron_ads.launching.processes import run_job
-    from megatron_ads.launching.train import torchrun_command
-
-    with tempfile.TemporaryDirectory() as folder:
-        part = NodePart.of({}, case.world, case.world)
-        command = torchrun_command(part, "benchmarks.memory_model", ["--ranks-of", name, folder])
-        run_job(command, Path(folder) / "log", environment=_RANK_ENVIRONMENT)
-        return [int((Path(folder) / f"rank{rank}").read_text(encoding="utf-8")) for rank in range(case.world)]
 
 
 def _train(case: Case) -> int:
@@ -191,21 +165,30 @@ def _train(case: Case) -> int:
     return peak
 
 
-def _build(job: Any) -> Any:
+def _build(job: PlannedJob) -> Any:
     import torch
 
-    from conversion.layer_specs import LayerSpec
     from megatron_ads.config.training import OptimConfig
+    from megatron_ads.data.packed_batch import PackedBatch
     from megatron_ads.models.build import build_chunks
     from megatron_ads.models.settings import ModelSettings
     from megatron_ads.optim.build import build_optimizer
     from megatron_ads.training.build import wrap_chunks
     from megatron_ads.training.step import run_step
 
-    settings = ModelSettings(
-        spec=LayerSpec.GROUPED, precision=job.precision, recompute=job.recompute, mtp_loss_weight=job.mtp_loss_weight
-    )
-    batches = [_batch(job) for _ in range(job.microbatches)]
+    settings = ModelSettings.of(job.model)
+    rows, length = job.micro_batch_size, job.seq_length
+
+    def batch() -> PackedBatch:
+        tokens_BS = torch.randint(0, job.shape.vocab_size, (rows, length))
+        return PackedBatch.unpadded(
+            tokens_BS=tokens_BS,
+            labels_BS=tokens_BS.roll(-1, dims=1),
+            mask_BS=torch.ones(rows, length),
+            cu_seqlens=torch.arange(0, rows * length + 1, length, dtype=torch.int32),
+        )
+
+    batches = [batch() for _ in range(job.microbatches)]
 
     def build() -> Any:
         models = build_chunks(job.shape, job.layout, job.placement, settings)
@@ -214,7 +197,7 @@ def _build(job: Any) -> Any:
                 torch.nn.init.normal_(parameter, std=0.02)
         chunks = wrap_chunks(models, overlap=False)
         optimizer = build_optimizer(
-            chunks, OptimConfig(learning_rate=1e-4), job.precision, has_expert_member=job.trains_experts
+            chunks, OptimConfig(learning_rate=1e-4), job.model.precision, has_expert_member=job.trains_experts
         )
         return lambda: run_step(batches, chunks, optimizer, learning_rate=1e-4)
 
@@ -238,34 +221,10 @@ def _warm_up() -> None:
         optimizer.step()
 
 
-def _batch(job: Any) -> Any:
-    import torch
-
-    from megatron_ads.data.packed_batch import PackedBatch
-
-    rows, length = job.micro_batch_size, job.seq_length
-    tokens_BS = torch.randint(0, job.shape.vocab_size, (rows, length))
-    return PackedBatch.unpadded(
-        tokens_BS=tokens_BS,
-        labels_BS=tokens_BS.roll(-1, dims=1),
-        mask_BS=torch.ones(rows, length),
-        cu_seqlens=torch.arange(0, rows * length + 1, length, dtype=torch.int32),
-    )
-
-
 def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"/proc/self/status has no {name}; this benchmark needs Linux")
-
-
-def _workload() -> dict[str, Any]:
-    return {
-        "config": CONFIG,
-        "tokens_per_microbatch": SEQ_LENGTH * ROWS,
-        "cases": {name: asdict(case) for name, case in CASES.items()},
-    }
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return int(fields[name].split()[0]) * 1024
 
 
 if __name__ == "__main__":

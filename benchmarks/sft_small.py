@@ -16,7 +16,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,8 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from conversion.atomic_file import write_small
     from megatron_ads.launching.processes import termination_as_interrupt
-    from megatron_ads.quickstart.stages import Announcements, run_stages
+    from megatron_ads.quickstart.stages import run_stages
 
     variants = _variants(arguments.data)
     names = arguments.variant or list(variants)
@@ -87,8 +88,13 @@ def _run(arguments: argparse.Namespace) -> int:
     out = arguments.out.resolve()
     stages = list(_stages(out, chosen, variants, arguments))
     with termination_as_interrupt():
-        records = run_stages(stages, out, Announcements({}))
-    _write(out, {**provenance(), "ranks": arguments.ranks, "variants": _results(chosen, records)})
+        records = run_stages(stages, out, {})
+    results = _results(chosen, records)
+    text = table(results)
+    report = {**provenance(), "ranks": arguments.ranks, "variants": results}
+    write_small(out / "results.json", json.dumps(report, indent=1) + "\n")
+    write_small(out / "results.md", text)
+    print(f"\n{text}\n{out / 'results.json'}")
     return 0
 
 
@@ -121,7 +127,13 @@ def _stages(
 ) -> Iterator[Stage]:
     model, texts, language = out / "model", out / "texts.jsonl", out / "language"
     make = ["demo-model", str(model), "--preset", "shallow", "--dtype", "fp32"]
-    yield _command_stage("model", "make a random checkpoint", make, out, model)
+    yield Stage(
+        name="model",
+        title="make a random checkpoint",
+        settings={"command": make, "code": own_code_digest()},
+        outputs=[model],
+        run=partial(_run_command, make, out, "model"),
+    )
     # Settings of the data decide over what is held out, which the texts must not show.
     of_data = [setting for setting in arguments.overrides if setting.startswith("data")]
     sections = sorted(
@@ -155,38 +167,33 @@ def _stages(
         )
 
 
-def _command_stage(name: str, title: str, command: Sequence[str], out: Path, output: Path) -> Stage:
-    from megatron_ads.launching.processes import run_job
-
-    def run() -> dict[str, Any]:
-        run_job([sys.executable, "-m", "megatron_ads.cli", *command], out / "logs" / f"{name}.log")
-        return {}
-
-    return Stage(
-        name=name, title=title, settings={"command": command, "code": own_code_digest()}, outputs=[output], run=run
-    )
-
-
 def _train_stage(
     name: str, title: str, settings: Sequence[str], out: Path, ranks: int, *, after: Sequence[str]
 ) -> Stage:
     from megatron_ads.config.recipes import load_recipe
-    from megatron_ads.launching.processes import MetricsFollower, run_job
+    from megatron_ads.launching.processes import MetricsFollower
 
-    config = load_recipe(RECIPE, settings)
+    steps = load_recipe(RECIPE, settings).train.max_steps
 
     def run() -> dict[str, Any]:
-        command = ["train", "--recipe", RECIPE, "--ranks", str(ranks), *settings]
-        with MetricsFollower(out / name, config.train.max_steps, name) as follow:
-            run_job(
-                [sys.executable, "-m", "megatron_ads.cli", *command], out / "logs" / f"{name}.log", while_running=follow
-            )
-        return {"steps": config.train.max_steps}
+        with MetricsFollower(out / name, steps, name) as follow:
+            _run_command(["train", "--recipe", RECIPE, "--ranks", str(ranks), *settings], out, name, follow)
+        return {"steps": steps}
 
     return Stage(
         name=name, title=title, settings={"settings": list(settings), "ranks": ranks}, after=after,
         outputs=[out / name], resumable=True, run=run,
     )  # fmt: skip
+
+
+def _run_command(
+    command: Sequence[str], out: Path, name: str, while_running: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    from megatron_ads.launching.processes import run_job
+
+    log = out / "logs" / f"{name}.log"
+    run_job([sys.executable, "-m", "megatron_ads.cli", *command], log, while_running=while_running)
+    return {}
 
 
 def _write_texts(file: Path, sections: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -235,15 +242,6 @@ def _results(chosen: Mapping[str, Variant], records: Mapping[str, StageRecord]) 
             "scores": records[f"{name}-scores"].result,
         }
     return results
-
-
-def _write(out: Path, results: Mapping[str, Any]) -> None:
-    from conversion.atomic_file import write_small
-
-    text = table(results["variants"])
-    write_small(out / "results.json", json.dumps(results, indent=1) + "\n")
-    write_small(out / "results.md", text)
-    print(f"\n{text}\n{out / 'results.json'}")
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ def table(variants: Mapping[str, Any]) -> str:
 
 
 def _table(variants: Mapping[str, Any]) -> str:
-    first: Scores = next(iter(variants.values()))["scores"]
-    columns = [*_relevance_columns(first), *_ranking_columns(first), *_other_columns(first), *_general_columns(first)]
-    rows = [
-        [variant["about"], _minutes(variant), *(cell(variant["scores"]) for _, cell, _ in columns)]
-        for variant in variants.values()
-    ]
+    columns = _columns(next(iter(variants.values()))["scores"])
+    rows = []
+    for variant in variants.values():
+        # Of a run that was interrupted, only the minutes since are known.
+        minutes = f"{'over ' if variant['interrupted'] else ''}{variant['minutes']:.0f}"
+        rows.append([variant["about"], minutes, *(cell(variant["scores"]) for _, cell, _ in columns)])
     lines = dict.fromkeys(line for _, _, more in columns for line in more)
     rows += [[line, "", *(more.get(line, "") for _, _, more in columns)] for line in lines]
     head = ["", "minutes", *(name for name, _, _ in columns)]
@@ -37,75 +37,38 @@ def _table(variants: Mapping[str, Any]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ruler, *rows))
 
 
-def _minutes(variant: Mapping[str, Any]) -> str:
-    """Return how long it took; of a run that was interrupted, only the minutes since are known."""
-    return f"{'over ' if variant['interrupted'] else ''}{variant['minutes']:.0f}"
+def _columns(scores: Scores) -> list[tuple[str, Cell, dict[str, str]]]:
+    """Return the name of each column, a variant's cell, and what other lines have there."""
+    columns: list[tuple[str, Cell, dict[str, str]]] = []
+    others = dict(scores["tasks"])
+    if relevance := others.pop(RELEVANCE, None):
+        for view, name in _VIEWS.items():
+            found = relevance["views"][view]
+            lines = {about: _shown(found[line]["balanced_accuracy"]) for line, about in _LINES.items() if line in found}
+            columns.append((name, partial(_relevance, view=view), lines))
+    if advertiser := others.pop(ADVERTISER, None):
+        methods = {name: values for name, values in advertiser["ranking"]["methods"].items() if name != "model"}
+        for cut in _CUTS:
+            lines = {name: _shown(values[cut]) for name, values in methods.items()}
+            columns.append((cut, partial(_ranking, cut=cut), lines))
+    figures = {f"{task}: {found['headline_name']}": ("tasks", task, "headline") for task, found in others.items()}
+    figures |= {f"{domain}: perplexity": ("general", domain, "perplexity") for domain in scores["general"]}
+    return columns + [(name, partial(_figure, path=path), {}) for name, path in figures.items()]
 
 
-_Column = tuple[str, Cell, dict[str, str]]
-"""Name, a variant's cell, and what other lines have here."""
+def _relevance(scores: Scores, *, view: str) -> str:
+    found = scores["tasks"][RELEVANCE]["views"][view]
+    return _with_range(found["model"]["balanced_accuracy"], found["balanced_accuracy_95"])
 
 
-def _relevance_columns(scores: Scores) -> list[_Column]:
-    if RELEVANCE not in scores["tasks"]:
-        return []
-
-    def cell(view: str) -> Cell:
-        def value(of: Scores) -> str:
-            found = of["tasks"][RELEVANCE]["views"][view]
-            return _with_range(found["model"]["balanced_accuracy"], found["balanced_accuracy_95"])
-
-        return value
-
-    lines = {view: scores["tasks"][RELEVANCE]["views"][view] for view in _VIEWS}
-    return [
-        (
-            name,
-            cell(view),
-            {
-                about: _shown(lines[view][line]["balanced_accuracy"])
-                for line, about in _LINES.items()
-                if line in lines[view]
-            },
-        )
-        for view, name in _VIEWS.items()
-    ]
+def _ranking(scores: Scores, *, cut: str) -> str:
+    model = scores["tasks"][ADVERTISER]["ranking"]["methods"]["model"]
+    return _with_range(model[cut], model.get(f"{cut}_95"))
 
 
-def _ranking_columns(scores: Scores) -> list[_Column]:
-    if ADVERTISER not in scores["tasks"]:
-        return []
-    methods = scores["tasks"][ADVERTISER]["ranking"]["methods"]
-
-    def cell(cut: str) -> Cell:
-        def value(of: Scores) -> str:
-            model = of["tasks"][ADVERTISER]["ranking"]["methods"]["model"]
-            return _with_range(model[cut], model.get(f"{cut}_95"))
-
-        return value
-
-    return [
-        (cut, cell(cut), {name: _shown(values[cut]) for name, values in methods.items() if name != "model"})
-        for cut in _CUTS
-    ]
-
-
-def _other_columns(scores: Scores) -> list[_Column]:
-    others = {task: found for task, found in scores["tasks"].items() if task not in (RELEVANCE, ADVERTISER)}
-    return [
-        (f"{task}: {found['headline_name']}", partial(_figure, "tasks", task, "headline"), {})
-        for task, found in others.items()
-    ]
-
-
-def _general_columns(scores: Scores) -> list[_Column]:
-    return [
-        (f"{domain}: perplexity", partial(_figure, "general", domain, "perplexity"), {}) for domain in scores["general"]
-    ]
-
-
-def _figure(section: str, name: str, metric: str, of: Scores) -> str:
-    return _shown(of[section][name][metric])
+def _figure(scores: Scores, *, path: tuple[str, str, str]) -> str:
+    section, name, metric = path
+    return _shown(scores[section][name][metric])
 
 
 def _with_range(value: float | None, interval: Any) -> str:

@@ -64,7 +64,11 @@ Step = Callable[[], float]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; exit status 1 if the two sides do not compute the same."""
-    arguments = _parse(argv)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each side (default 15)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each side (default 2)")
+    parser.add_argument("--out", type=Path, help="file to write the figures to, as JSON")
+    arguments = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # read when torch is imported
     circumstances = {**provenance(), "load": os.getloadavg()[0]}
     report = {"threads": arguments.threads, "rounds": arguments.rounds, **circumstances, "batches": {}}
@@ -73,20 +77,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if abs(ours - theirs) > LOSS_TOLERANCE * abs(theirs):
             print(f"{name}: the first losses differ, {ours:.7f} and {theirs:.7f}; not timed", file=sys.stderr)
             return 1
-        figures = _figures(_time_alternately(steps, arguments.rounds), tokens=sum(BATCHES[name]))
-        report["batches"][name] = {"parameters": parameters, "samples": BATCHES[name], **figures}
-        _print(name, figures)
+        seconds = _time_alternately(steps, arguments.rounds)
+        ratio = statistics.median(seconds["transformers"]) / statistics.median(seconds["megatron_ads"])
+        sides = {side: _figures(times, tokens=sum(BATCHES[name])) for side, times in seconds.items()}
+        report["batches"][name] = {"parameters": parameters, "samples": BATCHES[name], **sides, "ratio": ratio}
+        for side, figures in sides.items():
+            milliseconds, speed = figures["median_seconds"] * 1e3, figures["tokens_per_second"]
+            print(f"{name:6} {side:13} {milliseconds:8.1f} ms/step {speed:8.0f} tokens/s")
+        print(f"{name:6} ratio {ratio:.2f}", flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each side (default 15)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each side (default 2)")
-    parser.add_argument("--out", type=Path, help="file to write the figures to, as JSON")
-    return parser.parse_args(argv)
 
 
 def _build(threads: int) -> dict[str, tuple[tuple[Step, Step], int]]:
@@ -113,29 +114,20 @@ def _build(threads: int) -> dict[str, tuple[tuple[Step, Step], int]]:
 
 def our_step(folder: Path, samples: Sequence[Any]) -> Step:
     """Build the project's training step for a checkpoint and a fixed batch."""
-    from conversion.layer_specs import LayerSpec
+    from conversion.rank_files import ShardsLayout
     from conversion.sources import open_source
-    from megatron_ads.config.model import Precision
-    from megatron_ads.config.training import OptimConfig
+    from megatron_ads.config.model import LayerSpecChoice, ModelConfig, Precision
+    from megatron_ads.config.training import OptimConfig, TrainConfig
     from megatron_ads.layout import ParallelLayout, place_layers
-    from megatron_ads.models.build import build_chunks
-    from megatron_ads.models.settings import ModelSettings
-    from megatron_ads.models.weights import load_weights
-    from megatron_ads.optim.build import build_optimizer
-    from megatron_ads.training.build import wrap_chunks
+    from megatron_ads.training.build import build_model
     from megatron_ads.training.step import run_step
 
-    source = open_source(folder)
-    layout = ParallelLayout(world=1)
-    settings = ModelSettings(spec=LayerSpec.GROUPED)
-    models = build_chunks(source.shape, layout, place_layers(source.shape, layout), settings)
-    load_weights(models, source, settings.spec)
-    chunks = wrap_chunks(models, overlap=False)
-    optimizer = build_optimizer(
-        chunks, OptimConfig(learning_rate=LEARNING_RATE), Precision.fp32, has_expert_member=True
-    )
+    source, layout = open_source(folder), ParallelLayout(world=1)
+    shards = ShardsLayout(shape=source.shape, layout=layout, placement=place_layers(source.shape, layout))
+    model = ModelConfig(load=str(folder), layer_spec=LayerSpecChoice.grouped, precision=Precision.fp32)
+    trained = build_model(model, OptimConfig(learning_rate=LEARNING_RATE), TrainConfig(max_steps=1), source, shards)
     batch = _packed(samples)
-    return lambda: run_step([batch], chunks, optimizer, learning_rate=LEARNING_RATE).loss
+    return lambda: run_step([batch], trained.chunks, trained.optimizer, learning_rate=LEARNING_RATE).loss
 
 
 def _packed(samples: Sequence[Any]) -> Any:
@@ -175,36 +167,26 @@ def transformers_step(model: Any, samples: Sequence[Any]) -> Step:
     return step
 
 
-def _time_alternately(steps: tuple[Step, Step], rounds: int) -> tuple[list[float], list[float]]:
-    seconds: tuple[list[float], list[float]] = ([], [])
+def _time_alternately(steps: tuple[Step, Step], rounds: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    timed = list(zip(SIDES, steps, strict=True))
     for number in range(rounds + 2):
-        for index in (0, 1) if number % 2 else (1, 0):
+        for side, step in timed if number % 2 else reversed(timed):
             begin = time.perf_counter()
-            steps[index]()
+            step()
             if number >= 2:  # the first two warm caches and allocators
-                seconds[index].append(time.perf_counter() - begin)
+                seconds[side].append(time.perf_counter() - begin)
     return seconds
 
 
-def _figures(seconds: tuple[list[float], list[float]], *, tokens: int) -> dict[str, Any]:
-    """Summarise the times of both sides; tokens per second count samples only, not what pads them."""
-    sides = {
-        name: {
-            "median_seconds": statistics.median(values),
-            "quartiles_seconds": statistics.quantiles(values, n=4),
-            "tokens_per_second": tokens / statistics.median(values),
-        }
-        for name, values in zip(SIDES, seconds, strict=True)
+def _figures(seconds: Sequence[float], *, tokens: int) -> dict[str, Any]:
+    """Summarise the times of one side; tokens per second count samples only, not what pads them."""
+    median = statistics.median(seconds)
+    return {
+        "median_seconds": median,
+        "quartiles_seconds": statistics.quantiles(seconds, n=4),
+        "tokens_per_second": tokens / median,
     }
-    return {**sides, "ratio": statistics.median(seconds[1]) / statistics.median(seconds[0])}
-
-
-def _print(name: str, figures: dict[str, Any]) -> None:
-    for side in SIDES:
-        times = figures[side]
-        milliseconds, speed = times["median_seconds"] * 1e3, times["tokens_per_second"]
-        print(f"{name:6} {side:13} {milliseconds:8.1f} ms/step {speed:8.0f} tokens/s")
-    print(f"{name:6} ratio {figures['ratio']:.2f}", flush=True)
 
 
 if __name__ == "__main__":

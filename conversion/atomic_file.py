@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 
 from conversion.direct_writer import DirectWriter
-from megatron_ads.errors import ConversionError
+from megatron_ads.errors import DiskFullError
 
 PARTIAL_SUFFIX = ".partial"
 _READ_BACK_BYTES = 1 << 22
@@ -202,7 +202,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise ConversionError(
+        raise DiskFullError(
             f"The disk is full at {path.parent} ({error.strerror}) while writing {path.name}. Free some space and run "
             "the same command again, a conversion with --resume; finished files are kept."
         ) from None

@@ -8,31 +8,82 @@ import base64
 import math
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from conversion.atomic_file import naming_full_disk, sync_folder, tensor_bytes
+from conversion.errors import naming_refusals
+from conversion.names import DERIVED_BUFFER
+from conversion.paths import is_lfs_pointer, leads_out
 from conversion.safetensors_file import CODES, DTYPES, HeaderEntry, StoredTensor
 
 SIDE_FOLDER = "hf"
 """Where a shards or torch_dist folder has them."""
-_NOT_CARRIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".partial")
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".npy"),
+    *(".safetensors.index.json", ".bin.index.json", ".partial", ".pkl"),
+)
 
 
-def side_files(folder: Path) -> tuple[Path, ...]:
-    """Return the files to carry, relative to ``folder``: top-level ones but weights, and subfolders of code."""
-    found = [
-        file.relative_to(folder)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and not _is_left_behind(file.relative_to(folder))
-    ]
-    return tuple(found)
+@dataclass(frozen=True, slots=True)
+class SideFiles:
+    """What a folder has to carry."""
+
+    names: tuple[str, ...] = ()
+    """Relative to the folder."""
+    nbytes: int = 0
+    left_behind: tuple[str, ...] = ()
+    """What cannot be carried although it seems to belong, each with the reason."""
 
 
-def _is_left_behind(file: Path) -> bool:
-    return any(part.startswith(".") for part in file.parts) or file.name.endswith(_NOT_CARRIED)
+def find_side_files(folder: Path, *, listed: Sequence[str] = (), weights: Sequence[Path] = ()) -> SideFiles:
+    """Return the files to carry: top-level ones but weights, and subfolders of code (not of other checkpoints).
+
+    Args:
+        folder: A Hugging Face folder, or the ``hf/`` of another one.
+        listed: Names that were there when the folder was written; those that are gone are left behind.
+        weights: The files of the checkpoint itself; what is in a subfolder with them is passed over.
+    """
+    names, nbytes, left = [], 0, {}
+    with naming_refusals(folder):
+        found = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*"))}
+        own = {file.relative_to(folder).parts[0] for file in weights if file.is_relative_to(folder)}
+        checkpoints = {name.partition("/")[0] for name in found if "/" in name and name.lower().endswith(_WEIGHTS)}
+        for name, file in found.items():
+            top = name.partition("/")[0]
+            if name.startswith(".") or "/." in name or name.lower().endswith(_WEIGHTS):
+                continue
+            if top in own:
+                continue
+            if top in checkpoints:
+                left[top] = "holds weights of its own"
+            elif (obstacle := _obstacle(folder, file)) is not None:
+                left[name] = obstacle
+            elif file.is_file():
+                names.append(name)
+                nbytes += file.stat().st_size
+    left |= {
+        name: "listed when the checkpoint was written, and gone"
+        for name in listed
+        if name not in {*found, "config.json"}
+    }
+    return SideFiles(tuple(names), nbytes, tuple(f"{name} ({reason})" for name, reason in left.items()))
+
+
+def _obstacle(folder: Path, file: Path) -> str | None:
+    if not file.exists():
+        return "a link that leads nowhere"
+    if file.is_dir():
+        return "a linked folder" if file.is_symlink() else None
+    if not file.is_file():
+        return "not a regular file"
+    if leads_out(folder, file):
+        return "a link out of the folder"
+    return "a Git LFS pointer; run git lfs pull" if is_lfs_pointer(file) else None
 
 
 def copy_side_files(source: Path, target: Path, *, skip: tuple[str, ...] = ()) -> None:
@@ -40,21 +91,46 @@ def copy_side_files(source: Path, target: Path, *, skip: tuple[str, ...] = ()) -
     with naming_full_disk(target):
         target.mkdir(parents=True, exist_ok=True)
         folders = {target}
-        for file in side_files(source):
-            if str(file) not in skip:
-                copy = target / file
+        for name in find_side_files(source).names:
+            if name not in skip:
+                copy = target / name
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                _copy(source / file, copy)
+                _copy(source / name, copy)
                 folders.add(copy.parent)
         for folder in folders:
             sync_folder(folder)
 
 
 def _copy(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)  # were it a link, its target would be overwritten
     with source.open("rb") as reader, target.open("wb") as writer:
         shutil.copyfileobj(reader, writer)
         writer.flush()
         os.fsync(writer.fileno())
+
+
+def carried_names(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the side files that a manifest lists; none in a manifest of an earlier version.
+
+    Raises:
+        TypeError: If it is no list of names.
+    """
+    names = record.get("side_files", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError("side_files is not a list of names")
+    return tuple(names)
+
+
+def derived_buffers(record: Mapping[str, Any]) -> "dict[str, DerivedBuffer]":
+    """Return the tensors that a manifest carries, by HF name.
+
+    Raises:
+        LookupError, TypeError, ValueError: If it is of another form, or one is no such tensor.
+    """
+    derived = {name: DerivedBuffer.parse(stored) for name, stored in record["derived"].items()}
+    if odd := [name for name in derived if not DERIVED_BUFFER.fullmatch(name)]:
+        raise ValueError(f"{odd[0]} is not determined by the config")
+    return derived
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +155,7 @@ class DerivedBuffer:
         """
         dtype, shape = DTYPES[str(entry["dtype"])], tuple(int(extent) for extent in entry["shape"])
         data = base64.b64decode(str(entry["base64"]))
-        if len(data) != math.prod(shape) * dtype.itemsize:
+        if min(shape, default=0) < 0 or len(data) != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{len(data)} bytes cannot be {dtype} of shape {shape}")
         return cls(dtype, shape, data)
 

@@ -7,17 +7,17 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_ads.cli import Subparsers
 from megatron_ads.errors import ConversionError
 
 if TYPE_CHECKING:
     from conversion.convert import ConversionReport, Target
     from conversion.verify import Verification
-    from megatron_ads.config.model import LayoutConfig
 
 _TO_MEGATRON_EXAMPLES = """\
 examples:
@@ -51,98 +51,74 @@ _LAYOUT_OPTIONS = (
 _LAYOUT_SETTINGS = (*(axis for axis, _ in _LAYOUT_OPTIONS), "pipeline", "first_stage_layers", "last_stage_layers")
 
 
-def add_convert_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_convert_commands(subparsers: Subparsers) -> None:
     """Mount ``convert to-megatron`` and ``convert to-hf``."""
     summary = "Convert checkpoints between Hugging Face and Megatron-Core."
     convert = subparsers.add_parser("convert", help=summary, description=summary)
     directions = convert.add_subparsers(required=True, metavar="DIRECTION")
-    _add_to_megatron(directions)
-    _add_to_hf(directions)
+    to_megatron = _add_command(
+        directions,
+        "to-megatron",
+        _to_megatron,
+        summary="Convert a Hugging Face (or any other) checkpoint for a Megatron-Core job.",
+        examples=_TO_MEGATRON_EXAMPLES,
+    )
+    _add_folders(to_megatron, "Hugging Face folder or hub id; shards and torch_dist folders are read too")
+    to_megatron.add_argument(
+        "--format", choices=("shards", "torch_dist"), default="shards", help="what to write (default shards)"
+    )
+    to_megatron.add_argument("--layer-spec", choices=("local", "te"), help="whose keys torch_dist has (default local)")
+    to_megatron.add_argument("--recipe", help="take the layout from this recipe")
+    for axis, meaning in _LAYOUT_OPTIONS:
+        to_megatron.add_argument(f"--{axis}", type=_positive, help=f"{meaning} (default 1)")
+    to_megatron.add_argument("--pipeline", help='layers of every chunk, such as "Et|(tt|)*29tmL"')
+    to_megatron.add_argument("--first-stage-layers", type=int, help="decoder layers of the first stage")
+    to_megatron.add_argument("--last-stage-layers", type=int, help="decoder layers of the last stage")
+    to_hf = _add_command(
+        directions,
+        "to-hf",
+        _to_hf,
+        summary="Export a Megatron-Core checkpoint to a Hugging Face folder.",
+        examples=_TO_HF_EXAMPLES,
+    )
+    _add_folders(to_hf, "shards or torch_dist folder, or a training checkpoint; Hugging Face folders are read too")
+    to_hf.add_argument("--dtype", choices=("stored", "fp32", "bf16", "fp8"), default="stored", help="default: stored")
+    to_hf.add_argument("--reference", metavar="HF_DIR", help="keep this checkpoint's bytes where values are unchanged")
+    to_hf.add_argument("--max-shard-size", type=parse_bytes, help="largest file (default 5GB)")
 
 
-def add_verify_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_verify_command(subparsers: Subparsers) -> None:
     """Mount ``verify``."""
     summary = "Compare every weight of two checkpoints of any formats, exactly."
-    verify = subparsers.add_parser(
-        "verify",
-        help=summary,
-        description=summary,
-        epilog=_VERIFY_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verify.set_defaults(run=_verify)
+    verify = _add_command(subparsers, "verify", _verify, summary=summary, examples=_VERIFY_EXAMPLES)
     verify.add_argument("a", metavar="A", help="Hugging Face, shards or torch_dist folder")
     verify.add_argument("b", metavar="B", help="another of any format")
     verify.add_argument(
         "--tolerance", type=_tolerance, default=0.0, help="largest |a - b| that is allowed (default 0: bit for bit)"
     )
-    verify.add_argument("--json", action="store_true", help="print the result as JSON")
-    _add_workers(verify)
 
 
-def _add_direction(
-    directions: "argparse._SubParsersAction[argparse.ArgumentParser]",
-    name: str,
-    *,
-    summary: str,
-    source: str,
-    examples: str,
+def _add_command(
+    subparsers: Subparsers, name: str, run: Callable[[argparse.Namespace], int], *, summary: str, examples: str
 ) -> argparse.ArgumentParser:
-    command = directions.add_parser(
+    command: argparse.ArgumentParser = subparsers.add_parser(
         name,
         help=summary,
         description=summary,
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    command.set_defaults(run=run)
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    command.add_argument("--workers", type=_positive, default=1, help="parallel processes (default 1)")
+    return command
+
+
+def _add_folders(command: argparse.ArgumentParser, source: str) -> None:
     command.add_argument("source", help=source)
     command.add_argument("target", type=Path, help="folder to write; empty or absent")
     command.add_argument("--resume", action="store_true", help="continue an interrupted conversion into this folder")
     command.add_argument("--dry-run", action="store_true", help="print what it would take and write nothing")
-    command.add_argument("--json", action="store_true", help="print the result as JSON")
-    _add_workers(command)
-    return command
-
-
-def _add_workers(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--workers", type=_positive, default=1, help="parallel processes (default 1)")
-
-
-def _add_to_megatron(directions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    command = _add_direction(
-        directions,
-        "to-megatron",
-        summary="Convert a Hugging Face (or any other) checkpoint for a Megatron-Core job.",
-        source="Hugging Face folder or hub id; shards and torch_dist folders are read too",
-        examples=_TO_MEGATRON_EXAMPLES,
-    )
-    command.set_defaults(run=_to_megatron)
-    command.add_argument(
-        "--format", choices=("shards", "torch_dist"), default="shards", help="what to write (default shards)"
-    )
-    command.add_argument("--layer-spec", choices=("local", "te"), help="whose keys torch_dist has (default local)")
-    command.add_argument("--recipe", help="take the layout from this recipe")
-    for axis, meaning in _LAYOUT_OPTIONS:
-        command.add_argument(f"--{axis}", type=_positive, help=f"{meaning} (default 1)")
-    command.add_argument("--pipeline", help='layers of every chunk, such as "Et|(tt|)*29tmL"')
-    command.add_argument("--first-stage-layers", type=int, help="decoder layers of the first stage")
-    command.add_argument("--last-stage-layers", type=int, help="decoder layers of the last stage")
-
-
-def _add_to_hf(directions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    command = _add_direction(
-        directions,
-        "to-hf",
-        summary="Export a Megatron-Core checkpoint to a Hugging Face folder.",
-        source="shards or torch_dist folder, or a training checkpoint; Hugging Face folders are read too",
-        examples=_TO_HF_EXAMPLES,
-    )
-    command.set_defaults(run=_to_hf)
-    command.add_argument("--dtype", choices=("stored", "fp32", "bf16", "fp8"), default="stored", help="default: stored")
-    command.add_argument(
-        "--reference", metavar="HF_DIR", help="keep this checkpoint's bytes where values are unchanged"
-    )
-    command.add_argument("--max-shard-size", type=parse_bytes, help="largest file (default 5GB)")
 
 
 def _positive(text: str) -> int:
@@ -176,6 +152,8 @@ def _to_megatron(args: argparse.Namespace) -> int:
     from conversion.sources import local_folder, open_source
     from conversion.to_shards import ShardsTarget
     from conversion.to_torch_dist import TorchDistTarget
+    from megatron_ads.config.model import LayoutConfig
+    from megatron_ads.config.recipes import load_layout
 
     if args.format == "torch_dist":
         _refuse(args, ("recipe", *_LAYOUT_SETTINGS), "torch_dist is the same for every layout")
@@ -183,7 +161,12 @@ def _to_megatron(args: argparse.Namespace) -> int:
         return _carry_out(args, TorchDistTarget(source, args.target, LayerSpec(args.layer_spec or "local")))
     _refuse(args, ("layer_spec",), "shards have the same names for every layer spec")
     source = open_source(local_folder(args.source))
-    return _carry_out(args, ShardsTarget(source, args.target, lay_out(source.shape, _sizes(args))))
+    # The layout of the recipe, overridden by the other options.
+    sizes = load_layout(args.recipe) if args.recipe else LayoutConfig()
+    for name in _LAYOUT_SETTINGS:
+        if getattr(args, name) is not None:
+            setattr(sizes, name, getattr(args, name))
+    return _carry_out(args, ShardsTarget(source, args.target, lay_out(source.shape, sizes)))
 
 
 def _to_hf(args: argparse.Namespace) -> int:
@@ -191,13 +174,12 @@ def _to_hf(args: argparse.Namespace) -> int:
     from conversion.to_hf import DEFAULT_SHARD_BYTES, ExportDtype, HfTarget
     from conversion.to_reference import reference_target
 
-    if args.reference is not None:
-        _refuse(args, ("max_shard_size",), "the files are those of --reference")
-    source = open_source(local_folder(args.source))
     dtype = ExportDtype(args.dtype)
     if args.reference is None:
         size = DEFAULT_SHARD_BYTES if args.max_shard_size is None else args.max_shard_size
-        return _carry_out(args, HfTarget(source, args.target, dtype, size))
+        return _carry_out(args, HfTarget(open_source(local_folder(args.source)), args.target, dtype, size))
+    _refuse(args, ("max_shard_size",), "the files are those of --reference")
+    source = open_source(local_folder(args.source))
     return _carry_out(args, reference_target(source, args.target, local_folder(args.reference), dtype))
 
 
@@ -205,18 +187,6 @@ def _refuse(args: argparse.Namespace, settings: Sequence[str], reason: str) -> N
     """Refuse options that were given and cannot take effect."""
     if given := [f"--{name.replace('_', '-')}" for name in settings if getattr(args, name) is not None]:
         raise ConversionError(f"{', '.join(given)} cannot take effect: {reason}. Leave it out.")
-
-
-def _sizes(args: argparse.Namespace) -> "LayoutConfig":
-    """Return the layout of ``--recipe``, overridden by the other options."""
-    from megatron_ads.config.model import LayoutConfig
-    from megatron_ads.config.recipes import load_layout
-
-    sizes = load_layout(args.recipe) if args.recipe else LayoutConfig()
-    for name in _LAYOUT_SETTINGS:
-        if getattr(args, name) is not None:
-            setattr(sizes, name, getattr(args, name))
-    return sizes
 
 
 def _carry_out(args: argparse.Namespace, target: "Target") -> int:
@@ -232,10 +202,7 @@ def _carry_out(args: argparse.Namespace, target: "Target") -> int:
     torch.set_num_threads(1)  # --workers is the parallelism; threads in each would compete
     how = Execution(workers=args.workers, resume=args.resume, progress=not args.json)
     report = convert(target, how)
-    if args.json:
-        print(json.dumps(asdict(report)))
-    else:
-        print(_describe(report, args.target))
+    print(json.dumps(asdict(report)) if args.json else _describe(report, args.target))
     return 0
 
 
@@ -251,6 +218,8 @@ def _describe(report: "ConversionReport", target: Path) -> str:
             f"{len(report.requantized)} weights changed and were quantised again, largest relative error "
             f"{report.requantized[worst]:.3g} in {worst}"
         )
+    if report.left_behind:
+        lines.append(f"not carried over: {', '.join(report.left_behind)}")
     return "\n".join(lines)
 
 
@@ -268,10 +237,7 @@ def _verify(args: argparse.Namespace) -> int:
         workers=args.workers,
         progress=not args.json,
     )
-    if args.json:
-        print(json.dumps(asdict(result) | {"equal": result.equal}))
-    else:
-        print(_table(result))
+    print(json.dumps(asdict(result) | {"equal": result.equal}) if args.json else _table(result))
     return 0 if result.equal else 1
 
 

@@ -1,6 +1,6 @@
 """Whole conversions, from checkpoint to checkpoint: plan, check, carry out in parallel workers, finish."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -10,6 +10,7 @@ from conversion.atomic_file import FileRecord, PreallocatedFile
 from conversion.encode import append_saved, write_quantized, write_values
 from conversion.errors import naming_refusals
 from conversion.journal import open_journal
+from conversion.paths import inside
 from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state
 from conversion.rank_files import ShardsLayout
 from conversion.regions import Rectangle, whole
@@ -45,6 +46,8 @@ class ConversionReport:
     seconds: float
     requantized: dict[str, float] = field(default_factory=dict)
     """With a reference: weights that were quantised again, and the largest relative error of each."""
+    left_behind: tuple[str, ...] = ()
+    """Files that seem to belong to the checkpoint and could not be carried, each with the reason."""
 
 
 class Target(Protocol):
@@ -122,7 +125,8 @@ def _execute(target: Target, plan: ConversionPlan, how: Execution) -> Conversion
     with open_journal(plan, resume=how.resume) as journal:
         todo = [file for file in plan.files if file.name not in journal.finished]
         kept = len(plan.files) - len(todo)
-        check_free_space(plan.target, sum(file.nbytes for file in todo))
+        side_bytes = sum(carried.nbytes for carried in plan.side_files)
+        check_free_space(plan.target, sum(file.nbytes for file in todo) + side_bytes)
         target.prepare(plan)
         requantized: dict[str, float] = {}
         total = sum(file.nbytes for file in todo)
@@ -140,13 +144,16 @@ def _execute(target: Target, plan: ConversionPlan, how: Execution) -> Conversion
         written_bytes=total,
         seconds=progress.seconds,
         requantized=requantized,
+        left_behind=plan.left_behind,
     )
 
 
 def _write_output_file(folder: Path, file: OutputFile, advance: Advance) -> _Written:
     requantized: dict[str, float] = {}
     extents: list[tuple[int, int]] = []
-    with PreallocatedFile(folder / file.name, file.nbytes) as out:
+    path = inside(folder, file.name, "The plan")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with PreallocatedFile(path, file.nbytes) as out:
         position = out.write_at(0, file.header)
         for item in file.items:
             if isinstance(item, Values):
@@ -161,7 +168,7 @@ def _write_output_file(folder: Path, file: OutputFile, advance: Advance) -> _Wri
                 end = append_saved(out, item, position, advance)
                 extents.append((position, end - position))
                 position = end
-        return _Written(out.commit(extents=tuple(extents)), requantized)
+        return _Written(replace(out.commit(extents=tuple(extents)), name=file.name), requantized)
 
 
 def check_source_unchanged(plan: ConversionPlan) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conversion.errors import naming_refusals
-from conversion.plan import ConversionPlan, OutputFile
+from conversion.plan import ConversionPlan
 from conversion.regions import BAND_ELEMENTS
 from megatron_ads.disk import existing, free_bytes
 
@@ -40,17 +40,15 @@ class DryRun:
 
     def __str__(self) -> str:
         """Describe it to a person."""
-        return "\n".join(
-            (
-                f"read     {self.source_bytes / 1e9:10.2f} GB, {self.tensors:,} parameters",
-                f"write    {self.written_bytes / 1e9:10.2f} GB in {self.files} files, "
-                f"the largest {self.largest_file_bytes / 1e9:.2f} GB",
-                f"disk     {self.free_bytes / 1e9:10.2f} GB free: {'enough' if self.fits else 'NOT ENOUGH'}",
-                f"time     {self.seconds / 60:10.1f} min at {self.probe_bytes_per_second / 1e9:.2f} GB/s "
-                "(disk probed just now)",
-                f"memory   {self.worker_bytes * self.workers / 1e9:10.2f} GB for {self.workers} worker(s), "
-                "for a model of any size",
-            )
+        return (
+            f"read     {self.source_bytes / 1e9:10.2f} GB, {self.tensors:,} parameters\n"
+            f"write    {self.written_bytes / 1e9:10.2f} GB in {self.files} files, "
+            f"the largest {self.largest_file_bytes / 1e9:.2f} GB\n"
+            f"disk     {self.free_bytes / 1e9:10.2f} GB free: {'enough' if self.fits else 'NOT ENOUGH'}\n"
+            f"time     {self.seconds / 60:10.1f} min at {self.probe_bytes_per_second / 1e9:.2f} GB/s "
+            "(disk probed just now)\n"
+            f"memory   {self.worker_bytes * self.workers / 1e9:10.2f} GB for {self.workers} worker(s), "
+            "for a model of any size"
         )
 
 
@@ -62,6 +60,7 @@ def dry_run(plan: ConversionPlan, *, workers: int) -> DryRun:
     """
     with naming_refusals(plan.target):
         speed = probe_disk(plan.target)
+    widest = max(view.rectangle.columns for file in plan.files for item in file.items for view in item.views)
     return DryRun(
         files=len(plan.files),
         tensors=plan.tensor_count,
@@ -71,14 +70,9 @@ def dry_run(plan: ConversionPlan, *, workers: int) -> DryRun:
         free_bytes=free_bytes(plan.target),
         probe_bytes_per_second=speed,
         seconds=(plan.source_bytes + plan.nbytes) / speed,
-        worker_bytes=_INTERPRETER_BYTES + _BYTES_PER_BAND_ELEMENT * _largest_band(plan.files),
+        worker_bytes=_INTERPRETER_BYTES + _BYTES_PER_BAND_ELEMENT * max(BAND_ELEMENTS, 128 * widest),
         workers=workers,
     )
-
-
-def _largest_band(files: tuple[OutputFile, ...]) -> int:
-    widest = max(view.rectangle.columns for file in files for item in file.items for view in item.views)
-    return max(BAND_ELEMENTS, 128 * widest)
 
 
 def probe_disk(target: Path) -> float:

@@ -9,7 +9,7 @@ from conversion.atomic_file import PreallocatedFile, tensor_bytes
 from conversion.errors import DamagedCheckpointError
 from conversion.fp8 import dequantize, quantize
 from conversion.plan import Quantized, SavedChunk, SavedObject, Values
-from conversion.regions import Rectangle, Region, View, bands, fill, region_values, value_dtype
+from conversion.regions import Rectangle, Region, View, all_finite, bands, fill, region_values, value_dtype
 from conversion.workers import Advance
 from megatron_ads.errors import ConversionError
 
@@ -48,6 +48,8 @@ def _bands_of_values(view: View, dtype: torch.dtype) -> Iterator[memoryview]:
         if values is None or values.dtype != dtype:
             values = torch.empty(band.rows, band.columns, dtype=dtype)
             fill(values, view.regions, band)
+            if not all_finite(values):
+                raise DamagedCheckpointError(f"{view.parameter} has values beyond {dtype}; they would become infinite.")
         yield tensor_bytes(values)
 
 
@@ -115,7 +117,7 @@ def _quantize(out: PreallocatedFile, item: Quantized, advance: Advance) -> float
     largest_error = largest_value = 0.0
     for _, values in _band_values(item):
         try:
-            codes, scales = quantize(values, item.block)
+            codes, scales = quantize(values, item.block, power_of_two_scales=item.power_of_two_scales)
         except ConversionError as error:
             raise DamagedCheckpointError(f"{item.name} cannot be written in FP8: {error}.") from None
         if codes_at is not None:

@@ -8,9 +8,17 @@ from typing import Any
 
 from megatron_ads.errors import ConversionError
 
+LFS_START = b"version https://git-lfs"
+"""What a file begins with for which Git left a pointer."""
+
 
 class DamagedCheckpointError(ConversionError):
     """A checkpoint's files contradict each other or themselves: truncated, incomplete, stale index, wrong shape."""
+
+
+def copy_again(start: bytes) -> str:
+    """Return what to do about a file that begins with ``start`` and cannot be read."""
+    return "It is a Git LFS pointer: run git lfs pull." if start.startswith(LFS_START) else "Copy it again."
 
 
 @contextmanager
@@ -31,10 +39,11 @@ def read_object(file: Path) -> dict[str, Any]:
     Raises:
         DamagedCheckpointError: If the file does not hold exactly one object.
     """
+    data = file.read_bytes()
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
-        raise DamagedCheckpointError(f"{file} is not JSON ({error}). Copy it again.") from None
+        raise DamagedCheckpointError(f"{file} is not JSON ({error}). {copy_again(data)}") from None
     if not isinstance(found, dict):
         raise DamagedCheckpointError(f"{file} holds a {type(found).__name__}, not a JSON object. Copy it again.")
     return found

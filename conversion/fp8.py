@@ -1,6 +1,6 @@
 """DeepSeek's FP8 storage: e4m3 codes with one FP32 ``weight_scale_inv`` per 128 x 128 block, edge blocks included.
 
-    value = bf16( fp32(code) * scale )          scale = amax(block) / 448
+    value = bf16( fp32(code) * scale )          scale = amax(block) / 448, in DeepSeek-V3.1 up to a power of two
 
 Source: DeepSeek-V3, arXiv:2412.19437, section 3.3; the published ``inference/kernel.py``.
 Shape suffixes: R = rows, C = columns, r = blocks of rows, c = blocks of columns.
@@ -58,11 +58,16 @@ def dequantize(
     return values
 
 
-def quantize(values_RC: torch.Tensor, block: tuple[int, int] = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(
+    values_RC: torch.Tensor, block: tuple[int, int] = BLOCK, *, power_of_two_scales: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (codes, FP32 scales) of a matrix. A block of zeros gets scale 1 and zero codes.
 
+    Args:
+        power_of_two_scales: Round scales up to powers of two (``scale_fmt: ue8m0``).
+
     Raises:
-        ConversionError: If a value is NaN or infinite.
+        ConversionError: If a value is NaN or infinite, or would be when it is read back as BF16.
     """
     columns, values = values_RC.shape[1], values_RC.contiguous().view(-1)
     if values.dtype is torch.bfloat16:
@@ -71,8 +76,8 @@ def quantize(values_RC: torch.Tensor, block: tuple[int, int] = BLOCK) -> tuple[t
         bits, shift = values.float().view(torch.uint32).numpy(), np.uint32(0)
     scale_rc = torch.empty(scale_shape(tuple(values_RC.shape), block))
     kernels = _kernels()
-    if not kernels.block_scales(bits, shift, columns, block, _SMALLEST_SCALE, scale_rc.numpy()):
-        raise ConversionError("a value is NaN or infinite and has no FP8 code")
+    if not kernels.block_scales(bits, shift, columns, block, power_of_two_scales, _SMALLEST_SCALE, scale_rc.numpy()):
+        raise ConversionError("a value is NaN or infinite, or beyond BF16, and has no FP8 code")
     codes_RC = torch.empty(values_RC.shape, dtype=torch.uint8)
     kernels.encode_rows(bits, shift, columns, block, scale_rc.numpy(), codes_RC.view(-1).numpy())
     return codes_RC.view(torch.float8_e4m3fn), scale_rc

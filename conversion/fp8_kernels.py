@@ -16,6 +16,8 @@ _FIRST_NORMAL = np.uint32(8)  # the codes below it have no implicit leading one
 _SUBNORMAL_STEP = np.float32(2.0**-9)
 _SUBNORMAL_STEPS = np.float32(2.0**9)
 _SMALLEST_NORMAL = np.float32(2.0**-6)
+_TOO_LARGE = np.uint32(0x7F7F7F00)  # just below what rounds to an infinite BF16
+_TOO_LARGE_ROUNDED_UP = np.uint32(0x7F780000)  # 2^7 * 1.9375: its e4m3 code under a scale of 2^120 is 2^8
 
 
 @njit(cache=True, nogil=True)
@@ -65,18 +67,21 @@ def block_scales(
     shift: np.uint32,
     columns: int,
     block: tuple[int, int],
+    power_of_two: bool,
     smallest: float,
     scales: NDArray[np.float32],
 ) -> bool:
-    """Write amax / 448 of every block, 1 for a block of zeros; return whether all values were finite.
+    """Write amax / 448 of every block, 1 for a block of zeros; return whether all values can be read back as BF16.
 
     Args:
         bits: Flat rows of ``columns``, the first row beginning a block: FP32 values as uint32 with ``shift`` 0, or
             BF16 values as uint16 with ``shift`` 16.
+        power_of_two: Round scales up to powers of two.
         smallest: Scales are at least this.
     """
     rows = len(bits) // columns
     finite = True
+    limit = _TOO_LARGE_ROUNDED_UP if power_of_two else _TOO_LARGE
     for row_block in range(scales.shape[0]):
         for column_block in range(scales.shape[1]):
             last_column = min(columns, (column_block + 1) * block[1])
@@ -85,8 +90,10 @@ def block_scales(
                 source = bits[row * columns + column_block * block[1] : row * columns + last_column]
                 for index in range(len(source)):
                     amax = _U(max(amax, _U(_U(_U(source[index]) << shift) & _U(0x7FFFFFFF))))
-            finite = finite and bool(amax < _U(0x7F800000))
+            finite = finite and bool(amax < limit)
             scale = np.float32(_U(amax).view(np.float32) / np.float32(448.0))
+            if power_of_two:
+                scale = _U(_U(scale.view(np.uint32) + _U(0x7FFFFF)) & _U(0x7F800000)).view(np.float32)
             scales[row_block, column_block] = np.float32(1.0) if amax == 0 else max(scale, np.float32(smallest))
     return finite
 

@@ -1,5 +1,8 @@
 """Read a Hugging Face checkpoint folder: every header, no data. Old and transformers-5 configs, one file or many."""
 
+import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,10 +12,19 @@ import torch
 
 from conversion.errors import DamagedCheckpointError, read_object
 from conversion.fp8 import BLOCK, scale_shape
-from conversion.names import DERIVED_BUFFER, HfPart, Parameter, ParameterKind, hf_aliases, parameters
+from conversion.names import (
+    DERIVED_BUFFER,
+    HfPart,
+    Parameter,
+    ParameterKind,
+    hf_aliases,
+    parameters,
+    tensors_at_least,
+)
+from conversion.paths import inside
 from conversion.regions import Rectangle, Region, StoredMatrix, whole
 from conversion.safetensors_file import StoredTensor, read_header
-from megatron_ads.architecture import ModelShape, shape_from_config
+from megatron_ads.architecture import ModelShape, fp8_blocks, shape_from_config
 from megatron_ads.errors import ConversionError
 
 INDEX = "model.safetensors.index.json"
@@ -36,8 +48,8 @@ class HfFolder:
     @cached_property
     def block(self) -> tuple[int, int]:
         """Rows and columns of one FP8 block."""
-        block = (self.config.get("quantization_config") or {}).get("weight_block_size") or BLOCK
-        return int(block[0]), int(block[1])
+        blocks = fp8_blocks(self.config)
+        return BLOCK if blocks is None else (blocks.rows, blocks.columns)
 
     def matrix(self, hf_name: str) -> StoredMatrix:
         """Return one HF tensor together with its scales."""
@@ -80,17 +92,25 @@ def open_hf_folder(path: Path) -> HfFolder:
     """Read all headers of a checkpoint folder and check them against its ``config.json``.
 
     Raises:
-        ConfigError: If ``config.json`` is missing or describes no model of this family.
+        ConfigError: If ``config.json`` describes no model of this family.
+        ConversionError: If there is no ``config.json``.
         DamagedCheckpointError: If a tensor is missing, unknown, of another shape than the config says, FP8 without
-            scales, or indexed in a file that does not hold it.
+            scales, or indexed in a file that does not hold it or is not in the folder; if there are two checkpoints.
     """
     config = read_config(path)
     tensors, files = _read_tensors(path)
-    folder = HfFolder(path=path, config=config, shape=shape_from_config(config), tensors=tensors, files=files)
+    shape = shape_from_config(config, file=path / "config.json")
+    folder = HfFolder(path=path, config=config, shape=shape, tensors=tensors, files=files)
     _check_names(folder)
     for parameter in parameters(folder.shape).values():
         for part in parameter.parts:
             _check_tensor(folder, part, parameter.kind)
+    for name in folder.derived:
+        if math.prod(tensors[name].shape) != shape.qk_rope_head_dim // 2:
+            raise DamagedCheckpointError(
+                f"{name} in {tensors[name].file} has shape {tensors[name].shape}, but qk_rope_head_dim / 2 is "
+                f"{shape.qk_rope_head_dim // 2}. Copy the file again."
+            )
     for alias, canonical in folder.aliases.items():
         _check_tensor(folder, HfPart(alias, parameters(folder.shape)[canonical].shape), ParameterKind.PLAIN)
     return folder
@@ -98,7 +118,7 @@ def open_hf_folder(path: Path) -> HfFolder:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return the parsed ``config.json`` of a checkpoint folder."""
-    file = path / "config.json"
+    file = inside(path, "config.json", str(path))
     if not file.exists():
         raise ConversionError(f"{file} does not exist: {path} is not a Hugging Face checkpoint folder.")
     return read_object(file)
@@ -108,12 +128,19 @@ def _read_tensors(path: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]
     if not (path / INDEX).exists():
         if not (path / SINGLE).exists():
             raise DamagedCheckpointError(f"{path} holds neither {INDEX} nor {SINGLE}. Copy the checkpoint again.")
-        return read_header(path / SINGLE).tensors, (SINGLE,)
+        return read_header(inside(path, SINGLE, str(path))).tensors, (SINGLE,)
     weight_map = read_object(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise DamagedCheckpointError(f"{path / INDEX} has no weight_map from tensors to files. Copy it again.")
     files = tuple(dict.fromkeys(weight_map.values()))
-    headers = {file: read_header(path / file).tensors for file in files}
+    if odd := [file for file in files if not file.endswith(".safetensors")]:
+        raise DamagedCheckpointError(f"{path / INDEX} names {odd[0]!r} as a file of weights; it must be .safetensors.")
+    headers = {file: read_header(inside(path, file, str(path / INDEX))).tensors for file in files}
+    if stray := sorted(file.name for file in path.glob("model*.safetensors") if file.name not in files):
+        raise DamagedCheckpointError(
+            f"{path} holds two checkpoints: {INDEX} names {len(files)} files, but not {stray[0]}, which other programs "
+            "would read. Delete the one that is stale."
+        )
     for name, file in weight_map.items():
         if name not in headers[file]:
             raise DamagedCheckpointError(
@@ -131,30 +158,61 @@ def _read_tensors(path: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]
 
 
 def _check_names(folder: HfFolder) -> None:
-    if folder.shape.num_layers + folder.shape.num_experts > len(folder.tensors):  # listing them all would take forever
+    """Compare the stored names with those the config asks for; counts first: listing too many would take forever."""
+    shape, found = folder.shape, folder.tensors.keys()
+    if tensors_at_least(shape) > len(found):
         raise DamagedCheckpointError(
-            f"{folder.path} holds {len(folder.tensors)} tensors, too few for the num_hidden_layers = "
-            f"{folder.shape.num_layers} and n_routed_experts = {folder.shape.num_experts} of its config.json. "
-            "Copy the config and the files from the same revision."
+            f"{folder.path} holds {len(found)} tensors, too few for the num_hidden_layers = {shape.num_layers}, "
+            f"n_routed_experts = {shape.num_experts} and num_nextn_predict_layers = {shape.mtp_layers} of its "
+            f"config.json. {_likely_cause(found) or 'Copy the config and the files from the same revision.'}"
         )
-    expected = {part.name for parameter in parameters(folder.shape).values() for part in parameter.parts}
+    expected = {part.name for parameter in parameters(shape).values() for part in parameter.parts}
     known = expected | set(folder.aliases) | set(folder.derived)
-    missing = sorted(expected - folder.tensors.keys())
+    missing, extra = sorted(expected - found), sorted(found - known - {name + SCALE_SUFFIX for name in known})
+    if not missing and not extra:
+        return
+    what = []
     if missing:
-        hint = ""
-        if folder.shape.mtp_layers and missing[0].startswith(f"model.layers.{folder.shape.num_layers}."):
-            hint = " If the MTP layers were left out on purpose, set num_nextn_predict_layers to 0 in config.json."
-        raise DamagedCheckpointError(
-            f"{folder.path} lacks {len(missing)} tensors that its config.json asks for, first {missing[0]}."
-            f"{hint or ' Copy the missing files.'}"
-        )
-    scales = {name + SCALE_SUFFIX for name in known}
-    extra = sorted(folder.tensors.keys() - known - scales)
+        what.append(f"lacks {len(missing)} tensors that its config.json asks for, first {missing[0]}")
     if extra:
-        raise DamagedCheckpointError(
-            f"{folder.path} holds {len(extra)} tensors that its config.json has no place for, first {extra[0]}. "
-            "Check num_hidden_layers, n_routed_experts and num_nextn_predict_layers in config.json."
+        what.append(f"holds {len(extra)} tensors that its config.json has no place for, first {extra[0]}")
+    cause = _likely_cause(extra) or _cause_of_missing(shape, missing)
+    if extra and not cause:
+        cause = "Check num_hidden_layers, n_routed_experts and num_nextn_predict_layers in config.json."
+    raise DamagedCheckpointError(f"{folder.path} {', and '.join(what)}. {cause or 'Copy the missing files.'}")
+
+
+_CAUSES = {
+    r"\.mlp\.experts\.(gate_up_proj|down_proj)": "Its experts are stored fused, as transformers 5 has them in memory: "
+    "save it with save_pretrained(save_original_format=True).",
+    r"^base_model\.|\.lora_|\.base_layer\.": "These are names of PEFT: save what merge_and_unload() returns.",
+    r"(^|\.)language_model\.|^(vision|visual|multi_modal)": "This is a multimodal checkpoint: save its language model "
+    "on its own, under the names model.* and lm_head.weight.",
+    r"^(layers|embed_tokens|norm)\.": "These are names of the model inside DeepseekV3ForCausalLM: save the outer one.",
+    r"^(module|_orig_mod|model\.model)\.": "These are names of a wrapped model: save the model inside the wrapper.",
+    r"\.(weight_scale|input_scale|weight_packed|qweight|qzeros|scales|absmax)$": "It was quantized by another tool: "
+    "only BF16, FP16, FP32 and FP8 with one weight_scale_inv per block are read. Convert from the original.",
+    r"_proj\.bias$": "Its projections have biases, which no model of this family has.",
+    r"\.self_attn\.indexer\.": "It belongs to the sparse attention of DeepSeek-V3.2, which is not supported.",
+}
+"""Names of tensors that the family does not have, and what they tell about the checkpoint."""
+
+
+def _likely_cause(names: Iterable[str]) -> str:
+    names = tuple(names)
+    return next((cause for pattern, cause in _CAUSES.items() if any(re.search(pattern, name) for name in names)), "")
+
+
+def _cause_of_missing(shape: ModelShape, missing: Sequence[str]) -> str:
+    if missing == ["lm_head.weight"]:
+        return (
+            "Its head seems to be tied to the embedding: store a copy of model.embed_tokens.weight as lm_head.weight."
         )
+    if missing and all(name.endswith(".e_score_correction_bias") for name in missing):
+        return "Its router has no bias: store zeros in FP32 under these names if it was trained without."
+    if shape.mtp_layers and missing and missing[0].startswith(f"model.layers.{shape.num_layers}."):
+        return "If the MTP layers were left out on purpose, set num_nextn_predict_layers to 0 in config.json."
+    return ""
 
 
 def _check_tensor(folder: HfFolder, part: HfPart, kind: ParameterKind) -> None:

@@ -93,9 +93,14 @@ def open_journal(plan: ConversionPlan, *, resume: bool) -> Iterator[ConversionJo
             conversion and ``resume`` is false, or one of another plan or of a source that has changed.
         DataError: If another process is writing the folder, or a line of its journal is damaged.
     """
-    _check_target(plan, resume=resume)
+    _check_target(plan)
     plan.target.mkdir(parents=True, exist_ok=True)
-    with Journal(plan.target / JOURNAL) as lines:
+    unfinished = (plan.target / JOURNAL).exists()
+    with Journal(plan.target / JOURNAL) as lines:  # refuses while another process is at work
+        if unfinished and not resume:
+            raise ConversionError(
+                f"{plan.target} holds an unfinished conversion. Continue with --resume, or delete the folder."
+            )
         before = lines.read(_PLAN, lambda record: (record["digest"], record["state"]))
         if before is not None:
             _check_same(plan, *before)
@@ -109,9 +114,12 @@ def open_journal(plan: ConversionPlan, *, resume: bool) -> Iterator[ConversionJo
         yield journal
 
 
-def _check_target(plan: ConversionPlan, *, resume: bool) -> None:
-    if plan.source.resolve() in plan.target.resolve().parents:  # its files would become side files of the source
-        raise ConversionError(f"{plan.target} is inside the source {plan.source}. Choose a folder outside it.")
+def _check_target(plan: ConversionPlan) -> None:
+    for word, folder in (("source", plan.source), ("reference", plan.reference)):
+        if folder and folder.resolve() in plan.target.resolve().parents:  # it would be carried with the next one
+            raise ConversionError(f"{plan.target} is inside the {word} {folder}. Choose a folder outside it.")
+    if plan.target.is_symlink() and not plan.target.exists():
+        raise ConversionError(f"{plan.target} is a link that leads nowhere. Make the folder it names, or delete it.")
     if not plan.target.exists():
         return
     if not plan.target.is_dir():
@@ -122,14 +130,11 @@ def _check_target(plan: ConversionPlan, *, resume: bool) -> None:
             raise ConversionError(
                 f"{plan.target} already holds a complete checkpoint. Choose a folder that is empty or absent."
             )
-    elif not resume:
-        raise ConversionError(
-            f"{plan.target} holds an unfinished conversion. Continue with --resume, or delete the folder."
-        )
 
 
 def _check_foreign(plan: ConversionPlan) -> None:
-    ours = {file.name for file in plan.files} | {Path(name).parts[0] for name in plan.finishing} | {JOURNAL}
+    written = (*(file.name for file in plan.files), *plan.finishing)
+    ours = {Path(name).parts[0] for name in written} | {JOURNAL}
     found = (file.name for file in plan.target.iterdir() if not file.name.endswith(PARTIAL_SUFFIX))
     if foreign := sorted(set(found) - ours):
         raise ConversionError(
@@ -151,5 +156,5 @@ def _check_same(plan: ConversionPlan, digest: str, source_state: str) -> None:
 
 
 def _remove_partial_files(target: Path) -> None:
-    for file in target.glob(f"*{PARTIAL_SUFFIX}"):
+    for file in target.rglob(f"*{PARTIAL_SUFFIX}"):
         file.unlink()

@@ -162,6 +162,9 @@ DERIVED_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_fre
 """Tensors some checkpoints store although the config determines them."""
 
 
+_MOST_PARAMETERS = 1_000_000
+
+
 def dimensions(shape: ModelShape) -> dict[str, int]:
     """Return the size that each word stands for in ``Rule.dims``."""
     return {
@@ -238,9 +241,25 @@ def outside_parameters(shape: ModelShape) -> tuple[Parameter, ...]:
     return tuple(_concrete(rule, sizes) for rule in OUTSIDE)
 
 
+def tensors_at_least(shape: ModelShape) -> int:
+    """Return a lower bound of the number of parameters, without listing them: what a file says may be absurd."""
+    layers = shape.num_layers + shape.mtp_layers
+    return layers + (layers - shape.first_dense_layers) * shape.num_experts
+
+
 @lru_cache(maxsize=8)
 def parameters(shape: ModelShape) -> dict[str, Parameter]:
-    """Return every canonical parameter of a model by name, in model order. Treat the result as read-only."""
+    """Return every canonical parameter of a model by name, in model order. Treat the result as read-only.
+
+    Raises:
+        ConversionError: If there would be absurdly many, or the output layer is tied to the embedding.
+    """
+    if tensors_at_least(shape) > _MOST_PARAMETERS:
+        raise ConversionError(
+            f"num_hidden_layers = {shape.num_layers}, num_nextn_predict_layers = {shape.mtp_layers} and "
+            f"n_routed_experts = {shape.num_experts} make over {_MOST_PARAMETERS:,} tensors. Correct "
+            "config.json."
+        )
     found = list(outside_parameters(shape))
     for layer in range(shape.num_layers + shape.mtp_layers):
         found += layer_parameters(shape, layer)

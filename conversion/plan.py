@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from conversion.carried import SideFiles
 from conversion.fp8 import BLOCK
 from conversion.regions import StoredMatrix, View
 from conversion.safetensors_file import HeaderEntry, build_header
@@ -40,6 +41,7 @@ class Quantized:
     scales_offset: int | None
     view: View
     block: tuple[int, int] = BLOCK
+    power_of_two_scales: bool = False
     reference: StoredMatrix | None = None
 
     @property
@@ -108,11 +110,28 @@ class ConversionPlan:
     tensor_count: int
     finishing: tuple[str, ...]
     """Names, relative to the target, that the finishing step writes in addition to ``files``."""
+    side_files: tuple[SideFiles, ...]
+    """What is carried, of every folder it is carried from."""
+    reference: Path | None = None
+    """A second checkpoint that is read."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
         return sum(file.nbytes for file in self.files)
+
+    @property
+    def left_behind(self) -> tuple[str, ...]:
+        """Files that seem to belong to the checkpoint and are not carried, each with the reason."""
+        names = {name for carried in self.side_files for name in carried.names}
+        return tuple(
+            dict.fromkeys(
+                each
+                for carried in self.side_files
+                for each in carried.left_behind
+                if each.rpartition(" (")[0] not in names
+            )
+        )
 
     @property
     def source_bytes(self) -> int:

@@ -19,6 +19,11 @@ BAND_ELEMENTS = 1 << 20
 """Elements handled at a time: small enough to stay in a core's cache, large enough to amortise a call."""
 
 
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite. Their sum, which takes no memory, almost always tells."""
+    return not values.is_floating_point() or bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
     """A stored tensor with, if it is FP8, the block scales that give it values."""
@@ -27,6 +32,13 @@ class StoredMatrix:
     data: StoredTensor
     scales: StoredTensor | None = None
     block: tuple[int, int] = BLOCK
+
+    def __post_init__(self) -> None:
+        if self.scales is None and self.data.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise DamagedCheckpointError(
+                f"{self.name} in {self.data.file} is {self.data.dtype}; weights are BF16, FP16, FP32 or "
+                "FP8 with scales."
+            )
 
     @property
     def value_dtype(self) -> torch.dtype:
@@ -37,23 +49,31 @@ class StoredMatrix:
         """Return the values of a rectangle.
 
         Raises:
-            ConversionError: If an FP8 code is NaN or a scale is not finite.
+            DamagedCheckpointError: If a value, an FP8 code or a scale is NaN or infinite.
         """
         stored = self.data.read_rows(rows.start, rows.stop)
         if self.scales is None:
-            return stored[:, columns.start : columns.stop]
+            return self._finite(stored[:, columns.start : columns.stop])
         scales = self.scales.read()
         if not bool(scales.isfinite().all()):
             raise DamagedCheckpointError(
                 f"The block scales of {self.name} in {self.scales.file} are not all finite; get a sound copy."
             )
         try:
-            return dequantize(stored, scales, first_row=rows.start, columns=columns, block=self.block)
+            values = dequantize(stored, scales, first_row=rows.start, columns=columns, block=self.block)
         except ConversionError as error:
             raise DamagedCheckpointError(
                 f"{self.name} in {self.data.file}, rows {rows.start} to {rows.stop - 1}: {error}. "
                 "The file is damaged or was quantised wrongly; get a sound copy."
             ) from None
+        return self._finite(values)
+
+    def _finite(self, values: torch.Tensor) -> torch.Tensor:
+        if not all_finite(values):
+            raise DamagedCheckpointError(
+                f"{self.name} in {self.data.file} has values that are NaN or infinite; get a sound copy."
+            )
+        return values
 
 
 @dataclass(frozen=True, slots=True)

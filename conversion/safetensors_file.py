@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from conversion.errors import DamagedCheckpointError
+from conversion.errors import LFS_START, DamagedCheckpointError, copy_again
 
 DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
@@ -29,6 +29,9 @@ DTYPES: dict[str, torch.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _READ_AHEAD_BYTES = 8 << 20
 """Requested from the system after every mapped range, because the next range usually follows there."""
+_LARGEST = 1 << 63
+"""No offset or extent is so large, but a JSON number may be."""
+_MOST_DIMENSIONS = 8
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 
@@ -119,15 +122,21 @@ def _read_json_header(file: Path) -> tuple[int, dict[str, Any], int]:
     try:
         with file.open("rb") as handle:
             size = os.fstat(handle.fileno()).st_size
-            length = int.from_bytes(handle.read(8), "little")
+            start = handle.read(len(LFS_START))
+            length = int.from_bytes(start[:8], "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise DamagedCheckpointError(f"{file} is truncated or not safetensors ({size} bytes). Copy it again.")
+                raise DamagedCheckpointError(
+                    f"{file} is truncated or not safetensors ({size} bytes). {copy_again(start)}"
+                )
+            handle.seek(8)
             header = json.loads(handle.read(length))
         if not isinstance(header, dict):
             raise DamagedCheckpointError(f"The header of {file} is not a JSON object. Copy the file again.")
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{file} is missing. Copy it again from where the checkpoint came from.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except DamagedCheckpointError:  # a ValueError too
+        raise
+    except (ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"The header of {file} is not JSON ({error}). Copy the file again.") from None
     return size, header, 8 + length
 
@@ -135,9 +144,13 @@ def _read_json_header(file: Path) -> tuple[int, dict[str, Any], int]:
 def _stored(file: Path, name: str, entry: Mapping[str, Any], data_start: int) -> tuple[StoredTensor, int]:
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if len(shape) > _MOST_DIMENSIONS:
+            raise ValueError(shape)
     except (KeyError, TypeError, ValueError):
         code, shape, begin, end = None, (), None, None
-    if not isinstance(code, str) or not all(isinstance(number, int) for number in (begin, end, *shape)):
+    if not isinstance(code, str) or not all(
+        type(number) is int and 0 <= number < _LARGEST for number in (begin, end, *shape)
+    ):
         raise DamagedCheckpointError(
             f"The header of {file} describes {name} without a dtype, a shape and data_offsets. Copy the file again."
         )

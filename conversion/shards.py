@@ -13,9 +13,17 @@ from typing import Any
 import torch
 
 from conversion.atomic_file import FileRecord, PreallocatedFile, tensor_bytes, write_small
-from conversion.carried import SIDE_FOLDER, DerivedBuffer, copy_side_files
+from conversion.carried import (
+    SIDE_FOLDER,
+    DerivedBuffer,
+    carried_names,
+    copy_side_files,
+    derived_buffers,
+    find_side_files,
+)
 from conversion.errors import DamagedCheckpointError, read_object
-from conversion.names import Parameter, Split, parameters
+from conversion.names import Parameter, Split, parameters, tensors_at_least
+from conversion.paths import inside
 from conversion.rank_files import RankFile, ShardsLayout
 from conversion.regions import Region, StoredMatrix, slice_rectangles
 from conversion.safetensors_file import (
@@ -50,6 +58,10 @@ class ShardsFolder:
     """Tensors to carry for an export, by HF name."""
     pieces: dict[str, tuple[tuple[RankFile, StoredTensor], ...]]
     """Every stored copy of every slice, by canonical name."""
+    side_file_names: tuple[str, ...]
+    """Which there were when it was written; none in folders of an earlier version."""
+    checksums: dict[Path, str]
+    """SHA-256 of every rank file, as it was written."""
 
     def replicas(self, parameter: Parameter) -> tuple[tuple[Region, ...], ...]:
         """Return every stored copy of a parameter; each covers it once."""
@@ -137,6 +149,7 @@ def write_manifest(
         "dtype": _commonest_dtype(pieces),
         "config": dict(config),
         "aliases": list(aliases),
+        "side_files": find_side_files(folder / SIDE_FOLDER).names,
         "derived": {name: buffer.as_json() for name, buffer in (derived or {}).items()},
         "files": {record.name: {"bytes": record.nbytes, "sha256": record.sha256} for record in records},
         "tensors": {
@@ -168,10 +181,12 @@ def open_shards(path: Path) -> ShardsFolder:
             )
         layout = _layout(manifest)
         sizes = {name: record["bytes"] for name, record in manifest["files"].items()}
-        aliases = frozenset(manifest["aliases"])
-        derived = {name: DerivedBuffer.parse(stored) for name, stored in manifest["derived"].items()}
+        checksums = {path / name: str(record["sha256"]) for name, record in manifest["files"].items()}
+        aliases, derived = frozenset(manifest["aliases"]), derived_buffers(manifest)
+        side_file_names = carried_names(manifest)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DamagedCheckpointError(f"{path / MANIFEST} is damaged ({error}). Convert again.") from None
+    _compare_names(MANIFEST, [file.name for file in layout.rank_files()], sizes)
     for name, nbytes in sizes.items():
         if (path / name).exists() and (path / name).stat().st_size != nbytes:
             raise DamagedCheckpointError(
@@ -185,13 +200,17 @@ def open_shards(path: Path) -> ShardsFolder:
         aliases=aliases,
         derived=derived,
         pieces=_read_pieces(path, layout),
+        side_file_names=side_file_names,
+        checksums=checksums,
     )
 
 
 def _layout(manifest: Mapping[str, Any]) -> ShardsLayout:
-    sizes = manifest["layout"]
+    sizes, files, tensors = manifest["layout"], len(manifest["files"]), len(manifest["tensors"])
     world = sizes["pp"] * sizes["tp"] * sizes["ep"] * sizes["etp"]
     shape = shape_from_config(manifest["config"])
+    if max(sizes["pp"], sizes["tp"], sizes["ep"] * sizes["etp"]) > files or tensors_at_least(shape) > tensors:
+        raise ValueError(f"it lists {files} files and {tensors} tensors, too few for its layout and config")
     layout = ParallelLayout(world=world, **sizes)
     return ShardsLayout(
         shape=shape, layout=layout, placement=place_layers(shape, layout, pipeline=manifest["pipeline"])
@@ -201,7 +220,7 @@ def _layout(manifest: Mapping[str, Any]) -> ShardsLayout:
 def _read_pieces(path: Path, layout: ShardsLayout) -> dict[str, tuple[tuple[RankFile, StoredTensor], ...]]:
     pieces: dict[str, list[tuple[RankFile, StoredTensor]]] = {}
     for file in layout.rank_files():
-        tensors = read_header(path / file.name).tensors
+        tensors = read_header(inside(path, file.name, MANIFEST)).tensors
         owned = list(layout.owned(file))
         _compare_names(file.name, [parameter.name for parameter in owned], tensors)
         for parameter in owned:

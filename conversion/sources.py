@@ -1,7 +1,7 @@
 """Read canonical parameters out of any checkpoint this project knows, slice by slice, without loading the rest."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 import torch
 
-from conversion.carried import SIDE_FOLDER, DerivedBuffer
-from conversion.errors import naming_refusals
+from conversion.carried import SIDE_FOLDER, DerivedBuffer, SideFiles, find_side_files
+from conversion.errors import DamagedCheckpointError, naming_refusals, read_object
 from conversion.hf_folder import INDEX, SINGLE, open_hf_folder
 from conversion.journal import JOURNAL
 from conversion.names import Parameter, ParameterKind, hf_aliases, parameters
 from conversion.regions import Region, bands, fill, slice_rectangles, value_dtype
-from conversion.shards import MANIFEST, open_shards
+from conversion.shards import FORMAT, MANIFEST, open_shards
 from conversion.torch_dist_folder import METADATA, open_torch_dist
 from megatron_ads.architecture import ModelShape
 from megatron_ads.errors import ConversionError
@@ -69,6 +69,14 @@ class WeightSource:
     container: Container
     derived: Mapping[str, DerivedBuffer] = field(default_factory=dict)
     """Tensors that the Hugging Face checkpoint stores although its config determines them."""
+    side_file_names: tuple[str, ...] = ()
+    """Which side files there were when the checkpoint was written, where that is known."""
+    checksums: Mapping[Path, str] = field(default_factory=dict)
+    """SHA-256 of weight files, where it is known."""
+
+    def side_files(self) -> SideFiles:
+        """Return what travels with the weights."""
+        return find_side_files(self.side_folder, listed=self.side_file_names, weights=self.files())
 
     def names(self) -> tuple[str, ...]:
         """Return every canonical parameter name, in model order."""
@@ -134,22 +142,45 @@ def _open_source(path: Path) -> WeightSource:
         raise ConversionError(
             f"{path} is the target of a conversion that has not finished. Wait for it, or run it again with --resume."
         )
-    if (path / METADATA).exists():
-        return _torch_dist_source(path)
-    if (path / MANIFEST).exists():
-        return _shards_source(path)
-    if (path / INDEX).exists() or (path / SINGLE).exists():
-        return _hf_source(path)
+    has_weights = (path / INDEX).exists() or (path / SINGLE).exists()
+    kinds: dict[CheckpointFormat, tuple[bool, Callable[[Path], WeightSource]]] = {
+        CheckpointFormat.TORCH_DIST: ((path / METADATA).exists(), _torch_dist_source),
+        CheckpointFormat.SHARDS: (_has_manifest(path, foreign=not has_weights), _shards_source),
+        CheckpointFormat.HF: (has_weights, _hf_source),
+    }
+    found = [kind for kind, (there, _) in kinds.items() if there]
+    if len(found) > 1:
+        raise DamagedCheckpointError(
+            f"{path} holds two checkpoints, a {found[0]} and a {found[1]}. Move one of them to a folder of its own."
+        )
+    if found:
+        return kinds[found[0]][1](path)
     if not path.is_dir():
         raise ConversionError(f"{path} does not exist or is not a folder. Give the folder of a checkpoint.")
     if inside := sorted(
         file.parent.name for file in path.glob(f"*/{METADATA}") if not file.parent.name.startswith(".")
     ):
         raise ConversionError(f"{path} holds checkpoints but is not one. Give one of them, such as {inside[-1]}.")
+    if weights := len([*path.glob("*.safetensors")]):
+        raise ConversionError(
+            f"{path} holds {weights} safetensors files, but neither {INDEX}, which says what is in them, nor "
+            f"{MANIFEST}. Copy the index too; a conversion that was interrupted is completed with --resume."
+        )
     raise ConversionError(
         f"{path} is not a checkpoint: it holds neither {MANIFEST} (shards), {INDEX} or {SINGLE} (Hugging Face), "
         f"nor {METADATA} (torch_dist). A conversion that was interrupted has no manifest; run it again with --resume."
     )
+
+
+def _has_manifest(path: Path, *, foreign: bool) -> bool:
+    """Whether there is a manifest of this project; with ``foreign``, any manifest, to be refused with the reason."""
+    file = path / MANIFEST
+    if not file.is_file() or foreign:
+        return file.exists()
+    try:
+        return bool(read_object(file).get("format") == FORMAT)
+    except DamagedCheckpointError:
+        return False
 
 
 def _hf_source(path: Path) -> WeightSource:
@@ -177,6 +208,8 @@ def _shards_source(path: Path) -> WeightSource:
         aliases=_stored_aliases(folder.layout.shape, folder.aliases),
         container=folder,
         derived=folder.derived,
+        side_file_names=folder.side_file_names,
+        checksums=folder.checksums,
     )
 
 
@@ -191,6 +224,7 @@ def _torch_dist_source(path: Path) -> WeightSource:
         aliases=_stored_aliases(folder.shape, folder.aliases),
         container=folder,
         derived=folder.derived,
+        side_file_names=folder.side_file_names,
     )
 
 

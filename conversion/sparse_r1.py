@@ -1,12 +1,11 @@
 """Write a DeepSeek-R1 repository whose files have the true names, shapes and dtypes and take almost no disk space.
 
-The data is a hole in every file, read as zeros: enough to plan, rehearse and time everything that looks at headers.
+The data is a hole in every file, read as zeros: enough to plan, try and time everything that looks at headers.
 Which of the 163 files holds which tensor is this module's choice (model order, filled evenly); the rest is published.
 """
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +26,31 @@ R1_CONFIG = {name: value for name, value in published_config("deepseek_r1").item
 """config.json of deepseek-ai/DeepSeek-R1, without the references to its custom code."""
 
 
-def write_sparse_r1(folder: Path) -> None:
-    """Write DeepSeek-R1 as 163 sparse files with 91,991 tensors, config and index.
+def write_sparse(folder: Path, config: dict[str, Any] = R1_CONFIG, *, files: int = R1_FILES) -> None:
+    """Write an FP8 checkpoint of the family as sparse files; DeepSeek-R1 has 163 with 91,991 tensors, config and index.
 
     Raises:
         ConversionError: If the folder exists and is not empty, or its file system has no sparse files of this size.
     """
-    write_sparse(folder, R1_CONFIG, files=R1_FILES)
-
-
-def write_sparse(folder: Path, config: dict[str, Any], *, files: int) -> None:
-    """Write any FP8 checkpoint of the family as sparse files; errors as :func:`write_sparse_r1`."""
     if folder.exists() and any(folder.iterdir()):
         raise ConversionError(f"{folder} is not empty. Choose a folder that is empty or absent.")
     folder.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
-    total = 0
-    for number, group in enumerate(_dealt(stored_entries(config), files), start=1):
+    stored = stored_entries(config)
+    nbytes_of_all = sum(entry.nbytes for entries in stored for entry in entries)
+    # Dealt in model order into files of about equal bytes.
+    groups: list[list[HeaderEntry]] = [[] for _ in range(files)]
+    dealt = 0
+    for entries in stored:
+        groups[min(dealt * files // nbytes_of_all, files - 1)].extend(entries)
+        dealt += sum(entry.nbytes for entry in entries)
+    for number, group in enumerate(groups, start=1):
         name = f"model-{number:05d}-of-{files:06d}.safetensors"
         header, _, nbytes = offsets(header_order(group), {"format": "pt"})
         _write_hole(folder / name, header, nbytes)
         weight_map |= {entry.name: name for entry in group}
-        total += nbytes - len(header)
     write_small(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {"metadata": {"total_size": nbytes_of_all}, "weight_map": dict(sorted(weight_map.items()))}
     write_small(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
@@ -58,31 +58,18 @@ def stored_entries(config: dict[str, Any]) -> list[tuple[HeaderEntry, ...]]:
     """Return what a published FP8 checkpoint of this config stores, in model order, weights with their scales."""
     shape = shape_from_config(config)
     model = parameters(shape)
-    found = [
-        _entries(part.name, part.shape, parameter.kind) for parameter in model.values() for part in parameter.parts
-    ]
-    return found + [
-        _entries(alias, model[canonical].shape, ParameterKind.PLAIN) for alias, canonical in hf_aliases(shape).items()
-    ]
-
-
-def _entries(name: str, shape: tuple[int, ...], kind: ParameterKind) -> tuple[HeaderEntry, ...]:
-    if kind is ParameterKind.LINEAR:
-        scales = HeaderEntry(name + SCALE_SUFFIX, torch.float32, scale_shape(shape))
-        return HeaderEntry(name, torch.float8_e4m3fn, shape), scales
-    return (HeaderEntry(name, torch.float32 if kind is ParameterKind.ROUTER_BIAS else torch.bfloat16, shape),)
-
-
-def _dealt(tensors: Iterable[tuple[HeaderEntry, ...]], files: int) -> list[list[HeaderEntry]]:
-    """Deal tensors in order into ``files`` groups of about equal bytes."""
-    tensors = list(tensors)
-    total = sum(entry.nbytes for entries in tensors for entry in entries)
-    groups: list[list[HeaderEntry]] = [[] for _ in range(files)]
-    done = 0
-    for entries in tensors:
-        groups[min(done * files // total, files - 1)].extend(entries)
-        done += sum(entry.nbytes for entry in entries)
-    return groups
+    found: list[tuple[HeaderEntry, ...]] = []
+    for parameter in model.values():
+        for part in parameter.parts:
+            if parameter.kind is ParameterKind.LINEAR:
+                scales = HeaderEntry(part.name + SCALE_SUFFIX, torch.float32, scale_shape(part.shape))
+                found.append((HeaderEntry(part.name, torch.float8_e4m3fn, part.shape), scales))
+            else:
+                dtype = torch.float32 if parameter.kind is ParameterKind.ROUTER_BIAS else torch.bfloat16
+                found.append((HeaderEntry(part.name, dtype, part.shape),))
+    for alias, canonical in hf_aliases(shape).items():
+        found.append((HeaderEntry(alias, torch.bfloat16, model[canonical].shape),))
+    return found
 
 
 def _write_hole(path: Path, header: bytes, nbytes: int) -> None:

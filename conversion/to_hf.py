@@ -10,17 +10,18 @@ from typing import Any
 import torch
 
 from conversion.atomic_file import FileRecord, write_small
-from conversion.carried import DerivedBuffer, copy_side_files, side_files
+from conversion.carried import DerivedBuffer, copy_side_files
+from conversion.errors import read_object
 from conversion.fp8 import BLOCK, scale_shape
+from conversion.hf_config import true_config
 from conversion.hf_folder import INDEX, SCALE_SUFFIX, SINGLE
 from conversion.names import HfPart, Parameter, ParameterKind, parameters
 from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state, in_groups, offsets
 from conversion.regions import Rectangle, Region, View, whole
-from conversion.safetensors_file import HeaderEntry, header_order
+from conversion.safetensors_file import DTYPES, HeaderEntry, header_order
 from conversion.sources import WeightSource, stored_dtype
-
-FP8_CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(BLOCK)}
-"""``quantization_config`` as DeepSeek publishes it."""
+from megatron_ads.architecture import Fp8Blocks, fp8_blocks
+from megatron_ads.errors import ConversionError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -44,6 +45,8 @@ class HfTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     view: View
+    blocks: Fp8Blocks
+    """How it is quantised, if it is."""
 
     @property
     def entries(self) -> tuple[HeaderEntry, ...]:
@@ -51,7 +54,12 @@ class HfTensor:
         weight = HeaderEntry(self.name, self.dtype, self.shape)
         if self.dtype is not torch.float8_e4m3fn:
             return (weight,)
-        return weight, HeaderEntry(self.name + SCALE_SUFFIX, torch.float32, scale_shape(self.shape))
+        return weight, HeaderEntry(self.name + SCALE_SUFFIX, torch.float32, scale_shape(self.shape, self.block))
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns of one FP8 block."""
+        return self.blocks.rows, self.blocks.columns
 
     @property
     def nbytes(self) -> int:
@@ -69,9 +77,14 @@ class HfTarget:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
 
     def plan(self) -> ConversionPlan:
-        """Decide which tensor goes into which file."""
-        stored = self.source.files()
-        carried = tuple(str(file) for file in side_files(self.source.side_folder))
+        """Decide which tensor goes into which file.
+
+        Raises:
+            ConversionError: If a file may not hold a single byte.
+        """
+        if self.max_shard_bytes < 1:
+            raise ConversionError(f"The largest file is {self.max_shard_bytes} bytes; give at least 1, such as 5GB.")
+        stored, carried = self.source.files(), self.source.side_files()
         return ConversionPlan(
             source=self.source.path,
             target=self.target,
@@ -79,7 +92,8 @@ class HfTarget:
             source_files=stored,
             source_state=folder_state(stored),
             tensor_count=len(self.source.names()),
-            finishing=(INDEX, *carried),
+            finishing=(INDEX, "config.json", *carried.names),
+            side_files=(carried,),
         )
 
     def _files(self) -> tuple[OutputFile, ...]:
@@ -91,12 +105,9 @@ class HfTarget:
         return tuple(map(_plan_file, names if count > 1 else [SINGLE], groups, derived))
 
     def prepare(self, plan: ConversionPlan) -> None:
-        """Carry the side files and write a config that fits the dtype: a single weight file is itself the last."""
-        config = export_config(self.source.config, self.dtype)
-        unchanged = config == self.source.config
-        copy_side_files(self.source.side_folder, plan.target, skip=() if unchanged else ("config.json",))
-        if not unchanged:
-            write_small(plan.target / "config.json", json.dumps(config, indent=2) + "\n")
+        """Carry the side files and write a config that fits the weights: a single weight file is itself the last."""
+        copy_side_files(self.source.side_folder, plan.target, skip=("config.json",))
+        write_config(self.source.config, plan, self.source.side_folder)
 
     def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
         """Write the index, if there are several files."""
@@ -107,25 +118,31 @@ class HfTarget:
 def hf_tensors(source: WeightSource, dtype: ExportDtype, aliases: Mapping[str, str]) -> Iterator[HfTensor]:
     """Yield the tensors, with these repeats, in reading order: embedding, layers, norm, head."""
     found: dict[str, HfTensor] = {}
+    blocks = fp8_blocks(source.config) or Fp8Blocks(rows=BLOCK[0], columns=BLOCK[1], power_of_two_scales=False)
     for parameter in parameters(source.shape).values():
         regions, row = source.regions(parameter.name), 0
         for part in parameter.parts:
             extent = whole(part.shape)
             rectangle = Rectangle(row, 0, extent.rows, extent.columns)
-            found[part.name] = _hf_tensor(part, parameter, regions, rectangle, dtype)
+            found[part.name] = _hf_tensor(part, parameter, regions, rectangle, dtype, blocks)
             row += extent.rows
     for alias, canonical in aliases.items():
         parameter = parameters(source.shape)[canonical]
         part = HfPart(alias, parameter.shape)
-        found[alias] = _hf_tensor(part, parameter, source.regions(canonical), whole(parameter.shape), dtype)
+        found[alias] = _hf_tensor(part, parameter, source.regions(canonical), whole(parameter.shape), dtype, blocks)
     yield from sorted(found.values(), key=lambda tensor: _reading_order(tensor.name))
 
 
 def _hf_tensor(
-    part: HfPart, parameter: Parameter, regions: tuple[Region, ...], rectangle: Rectangle, dtype: ExportDtype
+    part: HfPart,
+    parameter: Parameter,
+    regions: tuple[Region, ...],
+    rectangle: Rectangle,
+    dtype: ExportDtype,
+    blocks: Fp8Blocks,
 ) -> HfTensor:
     view = View.of(parameter.name, regions, rectangle)
-    return HfTensor(part.name, part.shape, _dtype(parameter, regions, dtype), view)
+    return HfTensor(part.name, part.shape, _dtype(parameter, regions, dtype), view, blocks)
 
 
 def _dtype(parameter: Parameter, regions: Sequence[Region], dtype: ExportDtype) -> torch.dtype:
@@ -168,7 +185,8 @@ def _writing_order(entries: Sequence[HeaderEntry]) -> tuple[HeaderEntry, ...]:
 def _item(tensor: HfTensor, offset_of: dict[str, int]) -> Values | Quantized:
     if tensor.dtype is torch.float8_e4m3fn:
         scales = offset_of[tensor.name + SCALE_SUFFIX]
-        return Quantized(tensor.name, offset_of[tensor.name], scales, tensor.view)
+        powers = tensor.blocks.power_of_two_scales
+        return Quantized(tensor.name, offset_of[tensor.name], scales, tensor.view, tensor.block, powers)
     return Values(tensor.name, offset_of[tensor.name], tensor.dtype, (tensor.view,))
 
 
@@ -178,26 +196,27 @@ def _first_offset(item: Values | Quantized | Verbatim) -> int:
     return item.codes_offset or item.scales_offset or 0
 
 
-def export_config(config: Any, dtype: ExportDtype) -> dict[str, Any]:
-    """Return config.json for an export: ``quantization_config`` and the dtype field as the weights are."""
-    result = dict(config)
-    if dtype is ExportDtype.FP8:
-        result.setdefault("quantization_config", FP8_CONFIG)
-    else:
-        result.pop("quantization_config", None)
-    name = {ExportDtype.FP32: "float32", ExportDtype.BF16: "bfloat16", ExportDtype.FP8: "bfloat16"}.get(dtype)
-    for key in ("dtype", "torch_dtype"):
-        if name is not None and key in result:
-            result[key] = name
-    return result
-
-
-def build_index(plan: ConversionPlan) -> dict[str, Any]:
-    weight_map, total = {}, 0
+def planned_tensors(plan: ConversionPlan) -> Iterator[tuple[str, str, torch.dtype, int]]:
+    """Yield file, name, dtype and bytes of everything that a plan for a Hugging Face folder stores."""
     for file in plan.files:
         entries = json.loads(file.header[8:])
         entries.pop("__metadata__", None)
         for name, entry in entries.items():
-            weight_map[name] = file.name
-            total += entry["data_offsets"][1] - entry["data_offsets"][0]
+            begin, end = entry["data_offsets"]
+            yield file.name, name, DTYPES[entry["dtype"]], end - begin
+
+
+def write_config(config: Mapping[str, Any], plan: ConversionPlan, published: Path) -> None:
+    """Write config.json as the planned weights are; as ``published`` has it, to the byte, if that is true of them."""
+    stored = {name: (dtype, nbytes) for _, name, dtype, nbytes in planned_tensors(plan)}
+    true, file = true_config(config, stored), published / "config.json"
+    text = file.read_bytes() if file.exists() and read_object(file) == true else json.dumps(true, indent=2) + "\n"
+    write_small(plan.target / "config.json", text)
+
+
+def build_index(plan: ConversionPlan) -> dict[str, Any]:
+    weight_map, total = {}, 0
+    for file, name, _, nbytes in planned_tensors(plan):
+        weight_map[name] = file
+        total += nbytes
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

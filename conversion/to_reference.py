@@ -6,13 +6,15 @@ from pathlib import Path
 import torch
 
 from conversion.atomic_file import FileRecord, write_small
-from conversion.carried import DerivedBuffer, copy_side_files, side_files
-from conversion.errors import naming_refusals
+from conversion.carried import DerivedBuffer, copy_side_files, find_side_files
+from conversion.errors import DamagedCheckpointError, naming_refusals
+from conversion.hf_config import untrue_fields
 from conversion.hf_folder import INDEX, SCALE_SUFFIX, HfFolder, open_hf_folder
 from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state
 from conversion.safetensors_file import SafetensorsHeader, StoredTensor, read_header
 from conversion.sources import WeightSource
-from conversion.to_hf import ExportDtype, HfTensor, hf_tensors
+from conversion.to_hf import ExportDtype, HfTensor, hf_tensors, write_config
+from megatron_ads.architecture import fp8_blocks
 from megatron_ads.errors import ConversionError
 
 
@@ -21,9 +23,12 @@ def reference_target(source: WeightSource, target: Path, reference: Path, dtype:
 
     Raises:
         ConversionError: If ``dtype`` is not what the reference stores.
+        DamagedCheckpointError: If its scales are not of the format that its config says.
     """
     with naming_refusals(reference):
         opened = open_hf_folder(reference)
+        if wrong := [reason for field, reason in untrue_fields(opened) if field.endswith("scale_fmt")]:
+            raise DamagedCheckpointError(f"{wrong[0]}. Give a reference that is what its config.json says.")
     if dtype not in (ExportDtype.STORED, ExportDtype.FP8 if opened.is_fp8 else ExportDtype.BF16):
         raise ConversionError(
             f"--dtype {dtype} contradicts --reference {reference}, whose weights are "
@@ -57,9 +62,11 @@ class ReferenceTarget:
         wanted = hf_tensors(self.source, ExportDtype.BF16, self.reference.aliases)
         tensors = {tensor.name: tensor for tensor in wanted}
         stored = (*self.source.files(), *self.reference.weight_files())
-        finishing = {INDEX} | {
-            str(file) for folder in (self.source.side_folder, self.reference.path) for file in side_files(folder)
-        }
+        carried = (
+            find_side_files(self.reference.path, weights=self.reference.weight_files()),
+            self.source.side_files(),
+        )
+        finishing = {INDEX, "config.json"} | {name for side_files in carried for name in side_files.names}
         return ConversionPlan(
             source=self.source.path,
             target=self.target,
@@ -68,6 +75,8 @@ class ReferenceTarget:
             source_state=folder_state(stored),
             tensor_count=len(self.source.names()),
             finishing=tuple(finishing),
+            side_files=carried,
+            reference=self.reference.path,
         )
 
     def _plan_file(self, file: str, tensors: dict[str, HfTensor]) -> OutputFile:
@@ -93,19 +102,22 @@ class ReferenceTarget:
         return Values(name, stored.offset, stored.dtype, (tensors[name].view,))
 
     def _quantized(self, tensor: HfTensor, codes: StoredTensor | None, scales: StoredTensor | None) -> Quantized:
+        blocks = fp8_blocks(self.reference.config)
         return Quantized(
             tensor.name,
             codes.offset if codes else None,
             scales.offset if scales else None,
             tensor.view,
             self.reference.block,
+            blocks is not None and blocks.power_of_two_scales,
             self.reference.matrix(tensor.name),
         )
 
     def prepare(self, plan: ConversionPlan) -> None:
         """Carry the side files, the source's over the reference's; the config is the reference's."""
-        copy_side_files(self.reference.path, plan.target)
+        copy_side_files(self.reference.path, plan.target, skip=("config.json",))
         copy_side_files(self.source.side_folder, plan.target, skip=("config.json",))
+        write_config(self.reference.config, plan, self.reference.path)
 
     def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
         """Write the reference's index, if it has one."""

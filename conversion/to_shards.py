@@ -38,6 +38,7 @@ class ShardsTarget:
             source_state=folder_state(stored),
             tensor_count=len(regions),
             finishing=(MANIFEST, SIDE_FOLDER),
+            side_files=(self.source.side_files(),),
         )
 
     def prepare(self, plan: ConversionPlan) -> None:

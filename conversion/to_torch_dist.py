@@ -62,6 +62,7 @@ class TorchDistTarget:
             source_state=folder_state(stored),
             tensor_count=len(model),
             finishing=(_BACKEND, _COMMON, METADATA, CARRIED, SIDE_FOLDER),
+            side_files=(self.source.side_files(),),
         )
 
     def _chunks(self, tensor: KeyedTensor) -> Iterator[SavedChunk]:
@@ -82,8 +83,11 @@ class TorchDistTarget:
     def prepare(self, plan: ConversionPlan) -> None:
         """Write what accompanies the data."""
         copy_side_files(self.source.side_folder, plan.target / SIDE_FOLDER)
+        if not (plan.target / SIDE_FOLDER / "config.json").exists():
+            write_small(plan.target / SIDE_FOLDER / "config.json", json.dumps(self.source.config, indent=2) + "\n")
         derived = {name: buffer.as_json() for name, buffer in self.source.derived.items()}
-        write_small(plan.target / CARRIED, json.dumps({"aliases": list(self.source.aliases), "derived": derived}))
+        carried = {"aliases": list(self.source.aliases), "derived": derived, "side_files": plan.side_files[0].names}
+        write_small(plan.target / CARRIED, json.dumps(carried))
         common = io.BytesIO()
         torch.save({"content_metadata": {}}, common)
         write_small(plan.target / _COMMON, common.getvalue())

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conversion.carried import SIDE_FOLDER, DerivedBuffer
+from conversion.carried import SIDE_FOLDER, DerivedBuffer, carried_names, derived_buffers
 from conversion.errors import DamagedCheckpointError, read_object
 from conversion.layer_specs import KeyedTensor, LayerSpec, keyed_tensors
 from conversion.names import Parameter, hf_aliases, parameters
+from conversion.paths import inside
 from conversion.regions import Rectangle, Region, StoredMatrix, whole
 from conversion.safetensors_file import StoredTensor, element_count
 from conversion.torch_dist_pickle import locate_saved_tensor, read_metadata
@@ -32,6 +33,8 @@ class TorchDistFolder:
     """HF names of the repeated tensors that an export must write: all, in a checkpoint that Megatron-Core wrote."""
     derived: dict[str, DerivedBuffer]
     """Tensors to carry for an export, by HF name."""
+    side_file_names: tuple[str, ...]
+    """Which there were when it was written."""
     pieces: Mapping[str, tuple[Region, ...]]
     """The stored pieces of every canonical parameter."""
 
@@ -68,8 +71,14 @@ def open_torch_dist(path: Path, *, config_from: Path | None = None) -> TorchDist
             f"Copy config.json and the tokenizer of the model into {path / SIDE_FOLDER}."
         )
     config = read_object(side_folder / "config.json")
-    shape = shape_from_config(config)
+    shape = shape_from_config(config, file=side_folder / "config.json")
     metadata = read_metadata(path / METADATA)
+    _check_files(path, metadata.storage_data)
+    if shape.num_layers + shape.mtp_layers > len(metadata.state_dict_metadata):  # listing them would take forever
+        raise DamagedCheckpointError(
+            f"{path} holds {len(metadata.state_dict_metadata)} tensors, too few for the num_hidden_layers = "
+            f"{shape.num_layers} and num_nextn_predict_layers = {shape.mtp_layers} of its config.json."
+        )
     if any(key.endswith(".lora_a") for key in metadata.state_dict_metadata):
         raise ConversionError(
             f"{path} holds low-rank adapters without the weights they adapt. Start its job again with train.max_steps "
@@ -79,7 +88,7 @@ def open_torch_dist(path: Path, *, config_from: Path | None = None) -> TorchDist
     pieces: dict[str, tuple[Region, ...]] = {}
     for tensor in keyed_tensors(parameters(shape), _spec(metadata)):
         pieces.update(_locate(path, tensor, metadata))
-    aliases, derived = _carried(path / CARRIED, shape)
+    aliases, derived, side_file_names = _carried(path / CARRIED, shape)
     return TorchDistFolder(
         path=path,
         config=config,
@@ -87,19 +96,34 @@ def open_torch_dist(path: Path, *, config_from: Path | None = None) -> TorchDist
         side_folder=side_folder,
         aliases=aliases,
         derived=derived,
+        side_file_names=side_file_names,
         pieces=pieces,
     )
 
 
-def _carried(file: Path, shape: ModelShape) -> tuple[frozenset[str], dict[str, DerivedBuffer]]:
+def _carried(file: Path, shape: ModelShape) -> tuple[frozenset[str], dict[str, DerivedBuffer], tuple[str, ...]]:
     if not file.exists():
-        return frozenset(hf_aliases(shape)), {}
+        return frozenset(hf_aliases(shape)), {}, ()
     record = read_object(file)
     try:
-        derived = {name: DerivedBuffer.parse(stored) for name, stored in record["derived"].items()}
-        return frozenset(record["aliases"]), derived
+        return frozenset(record["aliases"]), derived_buffers(record), carried_names(record)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DamagedCheckpointError(f"{file} is damaged ({error}). Convert again.") from None
+
+
+def _check_files(path: Path, storage_data: Mapping[Any, Any]) -> None:
+    """Check every file to its last byte, extra states and optimizer included, and that each is inside the folder."""
+    ends: dict[str, int] = {}
+    try:
+        for info in storage_data.values():
+            name = str(info.relative_path)
+            ends[name] = max(ends.get(name, 0), info.offset + info.length)
+    except (AttributeError, TypeError) as error:
+        raise DamagedCheckpointError(f"{path / METADATA} is damaged ({error}).") from None
+    for name, end in ends.items():
+        file = inside(path, name, METADATA)
+        if not file.exists() or file.stat().st_size < end:
+            raise DamagedCheckpointError(f"{file} is missing or truncated: it should have {end} bytes. Copy it again.")
 
 
 def _spec(metadata: Any) -> LayerSpec:
@@ -135,8 +159,6 @@ def _chunk_regions(
 
     info = storage_data[MetadataIndex(tensor.key, chunk.offsets)]
     file = path / info.relative_path
-    if not file.exists() or file.stat().st_size < info.offset + info.length:
-        raise DamagedCheckpointError(f"{file} is missing or truncated: {tensor.key} should be in it. Copy it again.")
     data = locate_saved_tensor(file, info.offset, info.length)
     if data.shape != tuple(chunk.sizes):
         raise DamagedCheckpointError(f"A piece of {tensor.key} in {file} has shape {data.shape}, not {chunk.sizes}.")

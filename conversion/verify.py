@@ -8,9 +8,12 @@ from pathlib import Path
 
 import torch
 
+from conversion.atomic_file import hash_file
 from conversion.errors import DamagedCheckpointError
+from conversion.hf_config import untrue_fields
 from conversion.hf_folder import HfFolder
 from conversion.regions import Rectangle, Region, bands, fill, value_dtype, whole
+from conversion.shards import MANIFEST
 from conversion.sources import WeightSource, open_source, stored_dtype
 from conversion.workers import Advance, run_all
 from megatron_ads.progress import Progress
@@ -22,8 +25,9 @@ class DifferenceKind(StrEnum):
     """What can be wrong."""
 
     DAMAGED = "damaged"
-    """The checkpoint contradicts itself: truncated, incomplete, stale index, NaN codes."""
+    """The checkpoint contradicts itself: truncated, incomplete, stale index, NaN, not the bytes that were written."""
     CONFIG = "config"
+    """The two are different models, or a config.json contradicts its own weights."""
     MISSING = "missing"
     """In A only."""
     EXTRA = "extra"
@@ -79,6 +83,19 @@ class TensorPair:
         return extent.rows * extent.columns * self.dtypes[0].itemsize * max(len(self.a), len(self.b))
 
 
+@dataclass(frozen=True, slots=True)
+class Checksum:
+    """A file and the SHA-256 that its manifest says it has."""
+
+    file: Path
+    sha256: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return self.file.stat().st_size
+
+
 def verify(a: Path, b: Path, *, tolerance: float = 0.0, workers: int = 1, progress: bool = False) -> Verification:
     """Compare two checkpoints exhaustively.
 
@@ -97,11 +114,19 @@ def verify(a: Path, b: Path, *, tolerance: float = 0.0, workers: int = 1, progre
     if damage:
         return Verification(compared=0, compared_bytes=0, seconds=0.0, differences=tuple(damage))
     differences = list(_structural_differences(opened[0], opened[1]))
+    for label, source in zip("AB", opened, strict=True):
+        if isinstance(source.container, HfFolder):
+            for field, detail in untrue_fields(source.container):
+                differences.append(Difference(name=f"{label}: {field}", kind=DifferenceKind.CONFIG, detail=detail))
     pairs = list(_pairs(opened[0], opened[1]))
     total = sum(pair.nbytes for pair in pairs)
-    with Progress(total, description="comparing", unit="B", shown=progress) as shown:
+    checksums = [Checksum(*each) for each in {**opened[0].checksums, **opened[1].checksums}.items()]
+    work = [*_pieces(pairs), *checksums]
+    with Progress(
+        total + sum(each.nbytes for each in checksums), description="comparing", unit="B", shown=progress
+    ) as shown:
         compare = partial(_compare_pairs, tolerance)
-        for found in run_all(compare, _pieces(pairs), workers=workers, advance=shown.update):
+        for found in run_all(compare, work, workers=workers, advance=shown.update):
             differences += found
     order = {pair.name: number for number, pair in enumerate(pairs)}
     differences.sort(key=lambda difference: order.get(difference.name, -1))
@@ -135,8 +160,9 @@ def _pairs(a: WeightSource, b: WeightSource) -> Iterator[TensorPair]:
     for alias in a.aliases:
         if alias in b.aliases and (isinstance(a.container, HfFolder) or isinstance(b.container, HfFolder)):
             regions = _alias_regions(a, alias), _alias_regions(b, alias)
-            dtypes = regions[0][0].stored.value_dtype, regions[1][0].stored.value_dtype
-            yield TensorPair(alias, a.parameter(a.aliases[alias]).shape, (regions[0],), (regions[1],), dtypes)
+            dtype = value_dtype((*regions[0], *regions[1]))  # Megatron stores it once: a repeat's own dtype may differ
+            shape = a.parameter(a.aliases[alias]).shape
+            yield TensorPair(alias, shape, (regions[0],), (regions[1],), (dtype, dtype))
 
 
 def _alias_regions(source: WeightSource, alias: str) -> tuple[Region, ...]:
@@ -157,8 +183,14 @@ def _pieces(pairs: Sequence[TensorPair]) -> list[tuple[TensorPair, ...]]:
     return [tuple(piece) for piece in pieces]
 
 
-def _compare_pairs(tolerance: float, pairs: tuple[TensorPair, ...], advance: Advance) -> list[Difference]:
+def _compare_pairs(tolerance: float, pairs: tuple[TensorPair, ...] | Checksum, advance: Advance) -> list[Difference]:
     found = []
+    if isinstance(pairs, Checksum):
+        if hash_file(pairs.file) != pairs.sha256:
+            detail = f"{pairs.file} was changed since it was written: its SHA-256 is not that of {MANIFEST}"
+            found.append(Difference(name=pairs.file.name, kind=DifferenceKind.DAMAGED, detail=detail))
+        advance(pairs.nbytes)
+        return found
     for pair in pairs:
         try:
             difference = _compare(pair, tolerance)

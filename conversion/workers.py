@@ -49,7 +49,7 @@ def run_all(
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start_worker, initargs=(counter, os.getpid())
     ) as pool:
-        pending: set[Future[Result]] = {pool.submit(_call, function, piece) for piece in pieces}
+        pending: set[Future[Result]] = {pool.submit(function, piece, _count) for piece in pieces}
         try:
             yield from _results(pending, counter, advance)
         except BrokenProcessPool:
@@ -78,17 +78,13 @@ def _start_worker(counter: "Synchronized[int]", caller: int) -> None:
     global _counter
     _counter = counter
     torch.set_num_threads(1)
-    threading.Thread(target=_leave_with, args=(os.pidfd_open(caller),), daemon=True).start()
+    descriptor = os.pidfd_open(caller)
 
+    def leave_with_caller() -> None:
+        select.select([descriptor], [], [])
+        os._exit(1)
 
-def _leave_with(caller: int) -> None:
-    """Wait for the process behind a file descriptor to end, then end this one."""
-    select.select([caller], [], [])
-    os._exit(1)
-
-
-def _call(function: Callable[[Work, Advance], Result], piece: Work) -> Result:
-    return function(piece, _count)
+    threading.Thread(target=leave_with_caller, daemon=True).start()
 
 
 def _count(nbytes: int) -> None:

@@ -16,7 +16,8 @@
 #   MEGATRON_ADS_MAX_RESTARTS  restarts after failures before it gives up                               (default: 3)
 #   MEGATRON_ADS_VENV          the Python environment                (default: the active one, else the project's)
 #
-# Exit status: 0 done, 1 failed, 2 something has to be fixed first, 75 stopped with a checkpoint.
+# Exit status: 0 done, 1 failed, 2 something has to be fixed first, 75 stopped with a checkpoint,
+#   77 diverged: nothing is learned any more, and nothing exported.
 
 set -euo pipefail
 MEGATRON_ADS_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"

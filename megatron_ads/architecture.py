@@ -6,12 +6,13 @@ library only.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ads.errors import ConfigError
+from megatron_ads.errors import ConfigError, require
 from megatron_ads.json_fields import JsonFields
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2", "deepseek_v2")
@@ -98,8 +99,31 @@ class ModelShape:
     """Embedding and output layer are one tensor; no model of this family does that."""
 
     def __post_init__(self) -> None:
-        _check_sizes(self)
-        _check_routing(self)
+        experts, groups, in_group = self.num_experts, self.num_expert_groups, self.num_experts // self.num_expert_groups
+        require(
+            self.qk_rope_head_dim % 2 == 0,
+            f"qk_rope_head_dim is {self.qk_rope_head_dim}; rotary positions turn pairs: it must be even.",
+        )
+        require(
+            self.first_dense_layers < self.num_layers,
+            f"first_k_dense_replace = {self.first_dense_layers} leaves none of num_hidden_layers = {self.num_layers} "
+            "with experts; a mixture-of-experts model is expected.",
+        )
+        require(experts % groups == 0, f"n_group = {groups} does not divide n_routed_experts = {experts}.")
+        require(
+            self.groups_per_token <= groups, f"topk_group = {self.groups_per_token} is more than n_group = {groups}."
+        )
+        reachable = self.groups_per_token * in_group
+        require(
+            self.experts_per_token <= reachable,
+            f"num_experts_per_tok = {self.experts_per_token}, but a token reaches topk_group * n_routed_experts / "
+            f"n_group = {self.groups_per_token} * {experts} / {groups} = {reachable} experts.",
+        )
+        require(
+            groups == 1 or in_group >= self.experts_scored_per_group,
+            f"n_routed_experts / n_group = {experts} / {groups} = {in_group} experts a group, but the best "
+            f"{self.experts_scored_per_group} of a group decide its rank.",
+        )
 
     @property
     def shared_ffn_size(self) -> int:
@@ -122,37 +146,6 @@ class ModelShape:
     def is_moe_layer(self, layer: int) -> bool:
         """Whether ``layer`` (global, MTP layers counted on from ``num_layers``) has routed experts."""
         return layer >= self.first_dense_layers
-
-
-def _check_sizes(shape: ModelShape) -> None:
-    if shape.qk_rope_head_dim % 2:
-        raise ConfigError(
-            f"qk_rope_head_dim is {shape.qk_rope_head_dim}; rotary positions turn pairs: it must be even."
-        )
-    if shape.first_dense_layers >= shape.num_layers:
-        raise ConfigError(
-            f"first_k_dense_replace = {shape.first_dense_layers} leaves none of num_hidden_layers = "
-            f"{shape.num_layers} with experts; a mixture-of-experts model is expected."
-        )
-
-
-def _check_routing(shape: ModelShape) -> None:
-    experts, groups = shape.num_experts, shape.num_expert_groups
-    if experts % groups:
-        raise ConfigError(f"n_group = {groups} does not divide n_routed_experts = {experts}.")
-    if shape.groups_per_token > groups:
-        raise ConfigError(f"topk_group = {shape.groups_per_token} is more than n_group = {groups}.")
-    reachable = shape.groups_per_token * experts // groups
-    if shape.experts_per_token > reachable:
-        raise ConfigError(
-            f"num_experts_per_tok = {shape.experts_per_token}, but a token reaches topk_group * n_routed_experts / "
-            f"n_group = {shape.groups_per_token} * {experts} / {groups} = {reachable} experts."
-        )
-    if groups > 1 and experts // groups < shape.experts_scored_per_group:
-        raise ConfigError(
-            f"n_routed_experts / n_group = {experts} / {groups} = {experts // groups} experts a group, but the best "
-            f"{shape.experts_scored_per_group} of a group decide its rank."
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,25 +171,28 @@ def read_model_shape(path: Path) -> ModelShape:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist: {path} is not a Hugging Face checkpoint folder.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not JSON ({error}); copy it again from the checkpoint's repository.") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{file} holds a {type(config).__name__}, not an object with the model's settings.")
-    try:
-        return shape_from_config(config)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
+    return shape_from_config(config, file=file)
 
 
-def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
+def shape_from_config(config: Mapping[str, Any], *, file: Path | None = None) -> ModelShape:
     """Build a ModelShape from a parsed ``config.json``, of the published or the transformers-5 style.
 
     Raises:
-        ConfigError: If a field is missing, unknown, unsupported or contradicts another one.
+        ConfigError: If a field is missing, unknown, unsupported or contradicts another one; it names ``file``.
     """
+    try:
+        return _shape_from_config(config)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}" if file else str(error)) from None
+
+
+def _shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     fields = JsonFields(config)
     model_type = fields.choice("model_type", MODEL_TYPES)
-    num_heads = fields.integer("num_attention_heads")
     fields.require_present("q_lora_rank", "Set it to null for a full-rank query projection.")
     rope_theta, yarn = _read_rope(fields)
     shape = ModelShape(
@@ -204,7 +200,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
         vocab_size=fields.integer("vocab_size"),
         hidden_size=fields.integer("hidden_size"),
         num_layers=fields.integer("num_hidden_layers"),
-        num_heads=num_heads,
+        num_heads=fields.integer("num_attention_heads"),
         dense_ffn_size=fields.integer("intermediate_size"),
         first_dense_layers=fields.integer("first_k_dense_replace", minimum=0),
         q_lora_rank=fields.integer("q_lora_rank") if "q_lora_rank" in fields else None,
@@ -227,6 +223,11 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     )
     _expect_the_rest(fields, shape)
     fp8_blocks(config)
+    if indexer := sorted(name for name in config if name.startswith("index_") and name in fields):
+        raise ConfigError(
+            f"{indexer[0]} = {config[indexer[0]]!r} is not a known field: it belongs to the sparse attention of "
+            "DeepSeek-V3.2, which is not supported."
+        )
     fields.refuse_unread(harmless=_HARMLESS)
     return shape
 
@@ -244,9 +245,11 @@ def _read_routing(fields: JsonFields, *, v2: bool) -> dict[str, Any]:
         # DeepSeek's code then skips the scaling factor, transformers skips the division.
         fields.expect("norm_topk_prob", False, "implementations of DeepSeek-V2 disagree about its meaning")
     groups, chosen = fields.integer("n_group", 1), fields.integer("topk_group", 1)
+    if method == "greedy":
+        groups = chosen = 1
     return {
-        "num_expert_groups": 1 if method == "greedy" else groups,
-        "groups_per_token": 1 if method == "greedy" else chosen,
+        "num_expert_groups": groups,
+        "groups_per_token": chosen,
         "score_function": score_function,
         "has_expert_bias": method == "noaux_tc",
         "normalize_expert_weights": False if v2 else fields.flag("norm_topk_prob"),
@@ -258,31 +261,32 @@ def _read_rope(fields: JsonFields) -> tuple[float, YarnShape | None]:
     """Return the rotary base and YaRN, of ``rope_parameters`` (transformers 5) or ``rope_scaling`` (published)."""
     theta = fields.positive("rope_theta", 10000.0)
     new, old = fields.section("rope_parameters"), fields.section("rope_scaling")
-    if new and old:
-        raise ConfigError("rope_parameters and rope_scaling are both there; keep the one that holds.")
+    require(not (new and old), "rope_parameters and rope_scaling are both there; keep the one that holds.")
     rope = new or old
     if rope is None:
         return theta, None
-    if "rope_theta" in rope:
-        inner = rope.positive("rope_theta")
-        if "rope_theta" in fields and inner != theta:
-            raise ConfigError(f"rope_theta is {theta:g}, but {inner:g} inside the rope section. Keep one of them.")
-        theta = inner
+    inner = rope.positive("rope_theta", theta)
+    require(
+        inner == theta or "rope_theta" not in fields,
+        f"rope_theta is {theta:g}, but {inner:g} inside the rope section. Keep one of them.",
+    )
     yarn = _read_yarn(rope)
     rope.refuse_unread()
-    return theta, yarn
+    return inner, yarn
 
 
 def _read_yarn(rope: JsonFields) -> YarnShape | None:
     kinds = [rope.choice(name, ("default", "yarn")) for name in ("rope_type", "type") if name in rope]
-    if not kinds:
-        raise ConfigError("The rope section names no rope_type (or type); supported: default, yarn.")
-    if len(set(kinds)) > 1:
-        raise ConfigError(f"rope_type is {kinds[0]}, but type is {kinds[1]}; they mean the same. Keep one of them.")
+    require(bool(kinds), "The rope section names no rope_type (or type); supported: default, yarn.")
+    require(
+        kinds[0] == kinds[-1],
+        f"rope_type is {kinds[0]}, but type is {kinds[-1]}; they mean the same. Keep one of them.",
+    )
     rope.expect("partial_rotary_factor", 1.0, "the rotary part has its own width, qk_rope_head_dim")
     if kinds[0] == "default":
         return None
     rope.expect("truncate", True, "the frequency ramp starts and ends at whole dimensions")
+    _check_attention_factor(rope)
     return YarnShape(
         factor=rope.positive("factor"),
         original_max_positions=rope.integer("original_max_position_embeddings"),
@@ -291,6 +295,25 @@ def _read_yarn(rope: JsonFields) -> YarnShape | None:
         mscale=rope.number("mscale", 1.0),
         mscale_all_dim=rope.number("mscale_all_dim", 0.0),
     )
+
+
+def _check_attention_factor(rope: JsonFields) -> None:
+    """Refuse the mscale settings that DeepSeek's code and transformers understand differently.
+
+    Theirs is ``scale(mscale or 1) / scale(mscale_all_dim or 0)``; transformers does so only where both are given and
+    not 0, and else takes ``scale(1)``.
+    """
+    factor, mscale, all_dim = rope.positive("factor"), rope.number("mscale", 1.0), rope.number("mscale_all_dim", 0.0)
+
+    def scale(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    both = "mscale" in rope and mscale and all_dim
+    if not both and scale(mscale) != scale(1.0) * scale(all_dim):
+        raise ConfigError(
+            f"mscale = {mscale:g} with mscale_all_dim = {all_dim:g}: DeepSeek's code and transformers "
+            "compute other attention factors from it. Give both, as in the published config.json."
+        )
 
 
 def _expect_the_rest(fields: JsonFields, shape: ModelShape) -> None:
@@ -317,48 +340,24 @@ def fp8_blocks(config: Mapping[str, Any]) -> Fp8Blocks | None:
         return None
     quantization.choice("quant_method", ("fp8",))
     quantization.choice("fmt", ("e4m3",), "e4m3")
+    quantization.choice("activation_scheme", ("dynamic",), "dynamic")
     scale_format = quantization.choice("scale_fmt", ("float", "ue8m0"), "float")
     blocks = config["quantization_config"].get("weight_block_size")
-    whole = isinstance(blocks, list) and all(isinstance(size, int) and size > 0 for size in blocks)
-    if not whole or len(blocks) != 2:
-        raise ConfigError(
-            f"quantization_config.weight_block_size is {blocks!r}; it must be two whole numbers, "
-            "[128, 128] in DeepSeek's checkpoints."
-        )
+    require(
+        isinstance(blocks, list)
+        and len(blocks) == 2
+        and all(type(size) is int and 0 < size < 1 << 31 for size in blocks),
+        f"quantization_config.weight_block_size is {blocks!r}; it must be two whole numbers, [128, 128] in DeepSeek's "
+        "checkpoints.",
+    )
     return Fp8Blocks(rows=blocks[0], columns=blocks[1], power_of_two_scales=scale_format == "ue8m0")
 
 
 # Fields that say nothing about tensors or arithmetic of a forward pass: bookkeeping of transformers and of training.
-_HARMLESS = frozenset(
-    [
-        "_attn_implementation",
-        "_name_or_path",
-        "architectures",
-        "auto_map",
-        "aux_loss_alpha",
-        "bos_token_id",
-        "dtype",
-        "eos_token_id",
-        "ep_size",
-        "id2label",
-        "is_decoder",
-        "is_encoder_decoder",
-        "label2id",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "pad_token_id",
-        "pretraining_tp",
-        "problem_type",
-        "quantization_config",
-        "return_dict",
-        "router_aux_loss_coef",
-        "seq_aux",
-        "tokenizer_class",
-        "torch_dtype",
-        "transformers_version",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_cache",
-    ]
-)
+_HARMLESS = frozenset((
+    "_attn_implementation", "_name_or_path", "architectures", "auto_map", "aux_loss_alpha", "bos_token_id",
+    "dtype", "eos_token_id", "ep_size", "id2label", "is_decoder", "is_encoder_decoder", "label2id",
+    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp",
+    "problem_type", "quantization_config", "return_dict", "router_aux_loss_coef", "seq_aux", "tokenizer_class",
+    "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
+))  # fmt: skip

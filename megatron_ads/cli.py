@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from megatron_ads import __version__
-from megatron_ads.errors import MegatronAdsError
+from megatron_ads.errors import MegatronAdsError, as_refusals, one_line
 
 Subparsers = Any  # argparse names its type argparse._SubParsersAction
 
@@ -34,11 +34,9 @@ class Command:
         if self.mount is not None:
             getattr(module, self.mount)(subparsers)
             return
+        description, as_written = (module.__doc__ or self.summary).strip(), argparse.RawDescriptionHelpFormatter
         parser = subparsers.add_parser(
-            self.name,
-            help=self.summary,
-            description=(module.__doc__ or self.summary).strip(),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            self.name, help=self.summary, description=description, formatter_class=as_written
         )
         module.add_arguments(parser)
         parser.set_defaults(run=module.run)
@@ -75,14 +73,12 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in arguments if not word.startswith("-")), None)
 
     def carry_out() -> int:
         args = _parse(build_parser(chosen), arguments)
-        status: int = args.run(args)
-        return status
+        return int(args.run(args))
 
     return exit_status("megatron-ads", carry_out)
 
@@ -90,11 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def exit_status(program: str, work: Callable[[], int]) -> int:
     """Carry out a command line and return its exit status; an error that a user can cause is one line."""
     try:
-        status = work()
+        with as_refusals():
+            status = work()
         sys.stdout.flush()  # a reader that went away is noticed here, not when the interpreter ends
         return status
     except MegatronAdsError as error:
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{program}: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Write a small random DeepSeek-V3-family checkpoint with tokenizer, in the form DeepSeek publishes, for trial runs.
+"""Write a small random DeepSeek-V3-family checkpoint with tokenizer, in the form DeepSeek publishes, to try things on.
 
     megatron-ads demo-model OUT [--preset tiny|shallow|small] [--dtype bf16|fp32] [--fp8] [--seed N]
     megatron-ads demo-model OUT --preset deepseek-r1 --sparse
@@ -12,6 +12,7 @@ The same preset, number format and seed give the same bytes.
 import argparse
 import json
 import math
+import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -19,12 +20,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conversion.published_models import published_config
 from megatron_ads.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from conversion.names import Parameter
+    from megatron_ads.architecture import ModelShape
 
 EMBEDDING = "embedding.word_embeddings.weight"
 """Its canonical name."""
@@ -41,61 +43,27 @@ class Preset(StrEnum):
     deepseek_r1 = "deepseek-r1"
 
 
-class Dtype(StrEnum):
-    """Number format of the weights."""
-
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-
-_TINY: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "ep_size": 1,
+_R1 = published_config("deepseek_r1")
+_TINY: dict[str, Any] = {name: value for name, value in _R1.items() if name not in ("auto_map", "quantization_config")}
+_TINY |= {
     "first_k_dense_replace": 2,
-    "hidden_act": "silu",
     "hidden_size": 128,
     "initializer_range": 0.05,
     "intermediate_size": 256,
     "kv_lora_rank": 32,
     "max_position_embeddings": 16384,
-    "model_type": "deepseek_v3",
     "moe_intermediate_size": 64,
-    "moe_layer_freq": 1,
     "n_group": 4,
     "n_routed_experts": 16,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
     "num_attention_heads": 4,
     "num_experts_per_tok": 4,
     "num_hidden_layers": 6,
     "num_key_value_heads": 4,
-    "num_nextn_predict_layers": 1,
     "q_lora_rank": 64,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 16,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": {
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "factor": 4,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096,
-        "type": "yarn",
-    },
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
+    "rope_scaling": _R1["rope_scaling"] | {"factor": 4},
     "topk_group": 2,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.46.3",
-    "use_cache": True,
     "v_head_dim": 32,
     "vocab_size": 1536,
 }
@@ -124,11 +92,7 @@ _SMALL = _TINY | {
     "q_lora_rank": 192,
     "initializer_range": 0.03,
 }
-CONFIGS: Mapping[Preset, dict[str, Any]] = {
-    Preset.tiny: _TINY,
-    Preset.shallow: _SHALLOW,
-    Preset.small: _SMALL,
-}
+CONFIGS: Mapping[Preset, dict[str, Any]] = {Preset.tiny: _TINY, Preset.shallow: _SHALLOW, Preset.small: _SMALL}
 """``config.json`` of each preset that has values."""
 EMBEDDING_SPREADS: Mapping[Preset, float] = {Preset.tiny: 1.0, Preset.shallow: 0.1, Preset.small: 1.0}
 """Standard deviation of the embeddings of each preset.
@@ -149,17 +113,15 @@ _GENERATION_CONFIG = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must be empty or absent")
     parser.add_argument("--preset", type=Preset, default=Preset.tiny, choices=list(Preset), help="default: tiny")
-    parser.add_argument("--dtype", type=Dtype, choices=list(Dtype), help="number format of the weights (default bf16)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="number format of the weights (default bf16)")
     parser.add_argument("--fp8", action="store_true", help="FP8 with block scales, as DeepSeek publishes V3 and R1")
     parser.add_argument("--sparse", action="store_true", help="only names, shapes and files; needed for deepseek-r1")
     parser.add_argument("--seed", type=int, default=0, help="decides the random weights (default 0)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry the command out; return the exit status."""
     if args.sparse != (args.preset is Preset.deepseek_r1):
         raise ConfigError(
             "--preset deepseek-r1 has no values: give --sparse with it."
@@ -167,23 +129,19 @@ def run(args: argparse.Namespace) -> int:
             else f"--sparse goes with --preset deepseek-r1, not with {args.preset}. Leave it out."
         )
     if args.sparse:
-        return _write_sparse(args)
+        from conversion.sparse_r1 import write_sparse
+
+        if args.dtype is not None or args.seed:
+            raise ConfigError("--sparse writes no values, so --dtype and --seed have no effect. Leave them out.")
+        write_sparse(args.out)
+        print(f"{args.out}: names, shapes and files of DeepSeek-R1, without values")
+        return 0
     if args.fp8 and args.dtype is not None:
         raise ConfigError(f"--fp8 and --dtype {args.dtype} are both given; choose one number format.")
-    config = CONFIGS[args.preset] | {"torch_dtype": "float32" if args.dtype is Dtype.fp32 else "bfloat16"}
+    config = CONFIGS[args.preset] | {"torch_dtype": "float32" if args.dtype == "fp32" else "bfloat16"}
     spread = EMBEDDING_SPREADS[args.preset]
     parameters = write_demo_model(args.out, config, fp8=args.fp8, seed=args.seed, embedding_spread=spread)
-    print(f"{args.out}: {parameters:,} parameters, {'fp8' if args.fp8 else args.dtype or Dtype.bf16}")
-    return 0
-
-
-def _write_sparse(args: argparse.Namespace) -> int:
-    from conversion.sparse_r1 import write_sparse_r1
-
-    if args.dtype is not None or args.seed:
-        raise ConfigError("--sparse writes no values, so --dtype and --seed have no effect. Leave them out.")
-    write_sparse_r1(args.out)
-    print(f"{args.out}: names, shapes and files of DeepSeek-R1, without values")
+    print(f"{args.out}: {parameters:,} parameters, {'fp8' if args.fp8 else args.dtype or 'bf16'}")
     return 0
 
 
@@ -193,10 +151,9 @@ def write_demo_model(
     """Write a checkpoint folder with random weights; it appears when it is complete.
 
     Args:
-        out: Folder to write; must be empty or absent.
+        out: Must be empty or absent.
         config: A ``config.json`` of this family; ``torch_dtype`` decides the number format.
         fp8: Store projections inside layers in FP8 with block scales.
-        seed: Decides the weights.
         embedding_spread: Standard deviation of the embeddings; that of other weights is the config's.
 
     Returns:
@@ -209,7 +166,7 @@ def write_demo_model(
     from megatron_ads.architecture import shape_from_config
     from megatron_ads.data.demo_tokenizer import write_tokenizer
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):  # a link to nowhere is something too
         raise ConfigError(f"{out} exists and is not an empty folder. Choose another one, or remove it.")
     shape = shape_from_config(config)
     partial = out.with_name(out.name + ".partial")
@@ -217,13 +174,13 @@ def write_demo_model(
     partial.mkdir(parents=True)
     written = dict(config)
     if fp8:
-        from conversion.to_hf import FP8_CONFIG
+        from conversion.hf_config import FP8_CONFIG
 
         written["quantization_config"] = FP8_CONFIG
     for name, content in (("config.json", written), ("generation_config.json", _GENERATION_CONFIG)):
         (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(partial, config["vocab_size"])
-    _write_weights(partial, _draw_tensors(config, fp8=fp8, seed=seed, embedding_spread=embedding_spread))
+    _write_weights(partial, _draw_tensors(shape, config["torch_dtype"], fp8, seed, embedding_spread))
     if out.exists():
         out.rmdir()
     partial.rename(out)
@@ -231,23 +188,27 @@ def write_demo_model(
 
 
 def _draw_tensors(
-    config: Mapping[str, Any], *, fp8: bool, seed: int, embedding_spread: float
+    shape: "ModelShape", torch_dtype: str, fp8: bool, seed: int, embedding_spread: float
 ) -> "Iterator[tuple[str, Tensor]]":
-    """Yield every HF tensor of a checkpoint in model order, the MTP layer's repeats last."""
+    """Yield every HF tensor of a checkpoint in model order, the MTP layer's repeats last.
+
+    No norm is exactly 1 and no bias 0, so that a mix-up of tensors shows.
+    """
     import torch
-    from torch import Tensor
 
     from conversion.fp8 import quantize
     from conversion.hf_folder import SCALE_SUFFIX
     from conversion.names import Parameter, ParameterKind, hf_aliases, parameters
-    from megatron_ads.architecture import shape_from_config
 
-    shape = shape_from_config(config)
-    dtype: torch.dtype = getattr(torch, config["torch_dtype"])
+    dtype: torch.dtype = getattr(torch, torch_dtype)
 
-    def draw(parameter: Parameter, name: str, size: tuple[int, ...]) -> Tensor:
+    def draw(parameter: Parameter, name: str, size: tuple[int, ...]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed & 0xFFFFFFFF))
+        noise = torch.randn(size, generator=generator)
+        if parameter.kind is ParameterKind.ROUTER_BIAS:
+            return noise * 0.01
         spread = embedding_spread if parameter.name == EMBEDDING else shape.initializer_range
-        return _draw_values(parameter, name, size, spread, seed)
+        return 1 + noise * 0.02 if len(size) == 1 else noise * spread
 
     for parameter in parameters(shape).values():
         for part in parameter.parts:
@@ -256,29 +217,12 @@ def _draw_tensors(
                 yield part.name, values
             elif fp8 and parameter.kind is ParameterKind.LINEAR:
                 codes, scales = quantize(values)
-                yield part.name, codes
-                yield part.name + SCALE_SUFFIX, scales
+                yield from ((part.name, codes), (part.name + SCALE_SUFFIX, scales))
             else:
                 yield part.name, values.to(dtype)
     for alias, canonical in hf_aliases(shape).items():
         parameter = parameters(shape)[canonical]
-        source = parameter.parts[0]
-        yield alias, draw(parameter, source.name, source.shape).to(dtype)
-
-
-def _draw_values(
-    parameter: "Parameter", name: str, shape: tuple[int, ...], standard_deviation: float, seed: int
-) -> "Tensor":
-    """Return FP32 values of one tensor. No norm is exactly 1 and no bias 0, so that a mix-up of tensors shows."""
-    import torch
-
-    from conversion.names import ParameterKind
-
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed & 0xFFFFFFFF))
-    noise = torch.randn(shape, generator=generator)
-    if parameter.kind is ParameterKind.ROUTER_BIAS:
-        return noise * 0.01
-    return 1 + noise * 0.02 if len(shape) == 1 else noise * standard_deviation
+        yield alias, draw(parameter, parameter.parts[0].name, parameter.parts[0].shape).to(dtype)
 
 
 def _write_weights(folder: Path, tensors: "Iterator[tuple[str, Tensor]]") -> None:

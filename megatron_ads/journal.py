@@ -40,10 +40,13 @@ class Journal:
         except OSError as error:
             raise self._cannot_be_written(error) from None
         try:
-            self._claim()
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._records = self._read()
-        except BaseException:
+        except BaseException as error:
             os.close(self._descriptor)
+            if isinstance(error, BlockingIOError):
+                said = f"another process is writing {file}. Wait for it, stop it, or choose another folder."
+                raise DataError(said) from None
             raise
 
     def __enter__(self) -> Self:
@@ -63,8 +66,7 @@ class Journal:
         Raises:
             DataError: If ``take`` does not find what it looks for: it was edited, or written by another version.
         """
-        record = self._records.get(key)
-        if record is None:
+        if (record := self._records.get(key)) is None:
             return None
         try:
             return take(record)
@@ -91,22 +93,12 @@ class Journal:
             self._records[key] = dict(record)
 
     def clear(self) -> None:
-        """Forget everything."""
         with self._lock:
             os.ftruncate(self._descriptor, 0)
             self._records.clear()
 
     def delete(self) -> None:
-        """Remove the file: nobody will need what it holds."""
         self._file.unlink(missing_ok=True)
-
-    def _claim(self) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"another process is writing {self._file}. Wait for it, stop it, or choose another folder."
-            ) from None
 
     def _read(self) -> dict[str, dict[str, Any]]:
         data = self._file.read_bytes()

@@ -1,6 +1,7 @@
 """Typed access to a JSON object that knows which of its fields were read, so that the others can be refused."""
 
 import difflib
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
@@ -8,6 +9,8 @@ from megatron_ads.errors import ConfigError
 
 _T = TypeVar("_T")
 _REQUIRED: Any = object()
+_LARGEST = 1 << 63
+"""No size is so large; a JSON number may have any number of digits."""
 
 
 class JsonFields:
@@ -38,16 +41,17 @@ class JsonFields:
     def integer(self, name: str, default: int = _REQUIRED, *, minimum: int = 1) -> int:
         """Return a whole number of at least ``minimum``."""
         value: int = self._get(name, default, (int,), "a whole number")
-        if value < minimum:
-            raise ConfigError(f"{self._prefix}{name} is {value}; it must be at least {minimum}.")
+        if not minimum <= value < _LARGEST:
+            limit = f"at least {minimum}" if value < minimum else f"below {_LARGEST}"
+            raise ConfigError(f"{self._prefix}{name} is {str(value)[:40]}; it must be {limit}.")
         return value
 
     def number(self, name: str, default: float = _REQUIRED) -> float:
         """Return a finite number as a float."""
-        value = float(self._get(name, default, (int, float), "a number"))
-        if not abs(value) < float("inf"):
-            raise ConfigError(f"{self._prefix}{name} is {value}; it must be finite.")
-        return value
+        value = self._get(name, default, (int, float), "a number")
+        if not abs(value) <= sys.float_info.max:  # a whole number may have any number of digits
+            raise ConfigError(f"{self._prefix}{name} is {str(value)[:40]}; it must be finite.")
+        return float(value)
 
     def positive(self, name: str, default: float = _REQUIRED) -> float:
         """Return a finite number above 0."""

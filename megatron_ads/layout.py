@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Self
 
 from megatron_ads.architecture import ModelShape
@@ -55,28 +55,26 @@ class ParallelLayout:
         for name in ("world", "tp", "cp", "pp", "vpp", "ep", "etp"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"layout.{name} is {getattr(self, name)}; it must be at least 1.")
-        self._require_divides("pp * cp * tp", f"{self.pp} * {self.cp} * {self.tp}", self.pp * self.cp * self.tp)
-        self._require_divides("pp * ep * etp", f"{self.pp} * {self.ep} * {self.etp}", self.pp * self.ep * self.etp)
+        for axes in (("pp", "cp", "tp"), ("pp", "ep", "etp")):
+            sizes = [getattr(self, axis) for axis in axes]
+            size = math.prod(sizes)
+            if self.world % size:
+                raise ConfigError(
+                    f"layout.{' * '.join(axes)} = {' * '.join(map(str, sizes))} = {size}, which does not divide the "
+                    f"{self.world} ranks of this job. Launch a multiple of {size} ranks, or lower one of these sizes."
+                )
         if self.vpp > 1 and self.pp == 1:
             raise ConfigError(
                 f"layout.vpp is {self.vpp} with layout.pp = 1: virtual chunks interleave pipeline stages. "
                 "Raise layout.pp, or set layout.vpp to 1."
             )
 
-    def _require_divides(self, product: str, numbers: str, size: int) -> None:
-        if self.world % size:
-            raise ConfigError(
-                f"layout.{product} = {numbers} = {size}, which does not divide the {self.world} ranks of this job. "
-                f"Launch a multiple of {size} ranks, or lower one of these sizes."
-            )
-
     @classmethod
     def smallest(cls, *, tp: int = 1, cp: int = 1, pp: int = 1, vpp: int = 1, ep: int = 1, etp: int = 1) -> Self:
         """Return the layout of these sizes on the fewest ranks: ``pp * lcm(cp * tp, ep * etp)``."""
-        sizes = {"tp": tp, "cp": cp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp}
         # A size below 1 must reach the check that names it: a world of 0 would be refused first.
         world = abs(pp * math.lcm(cp * tp, ep * etp)) or 1
-        return cls(world=world, **sizes)
+        return cls(world=world, tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp)
 
     @property
     def dp(self) -> int:
@@ -167,11 +165,6 @@ class PipelinePlacement:
     chunks: tuple[Chunk, ...]
 
     @property
-    def vpp(self) -> int:
-        """Virtual chunks per stage."""
-        return len(self.chunks) // self.pp
-
-    @property
     def string(self) -> str:
         """The placement in Megatron-Core's ``pipeline_model_parallel_layout`` notation."""
         return "|".join(
@@ -185,15 +178,13 @@ class PipelinePlacement:
 
     def expert_less_stages(self, shape: ModelShape) -> tuple[int, ...]:
         """Return the stages whose ranks own no routed expert: dense layers, embedding or loss only."""
-        owners = {
-            chunk.stage
-            for chunk in self.chunks
-            if chunk.mtp_layers or any(shape.is_moe_layer(layer) for layer in chunk.layers)
-        }
-        return tuple(stage for stage in range(self.pp) if stage not in owners)
+        owning = (chunk for chunk in self.chunks if chunk.mtp_layers or any(map(shape.is_moe_layer, chunk.layers)))
+        return tuple(sorted(set(range(self.pp)) - {chunk.stage for chunk in owning}))
 
 
 # As Megatron-Core unrolls them: groups first, once, then single letters, once; so groups do not nest.
+_MOST_EXPERTS = 1_000_000
+"""Of all layers; Kimi-K2 has 23,000."""
 _REPEATS = (re.compile(r"\(([^()]+)\)\*(\d+)"), re.compile(r"([Etm|L])\*(\d+)"))
 
 
@@ -238,6 +229,11 @@ def place_layers(
     Raises:
         ConfigError: If the layers do not fit the stages; the message carries the equation.
     """
+    if (shape.num_layers + shape.mtp_layers) * shape.num_experts > _MOST_EXPERTS:  # all are going to be listed
+        raise ConfigError(
+            f"num_hidden_layers = {shape.num_layers}, num_nextn_predict_layers = {shape.mtp_layers} and "
+            f"n_routed_experts = {shape.num_experts} in config.json: no model is so large."
+        )
     if pipeline is None:
         counts = _even_counts(shape.num_layers, layout, first_stage_layers, last_stage_layers)
         pieces = ["t" * count for count in counts]
@@ -254,7 +250,19 @@ def place_layers(
         pieces = [piece.replace("L", "m" * shape.mtp_layers + "L") for piece in pieces]
     _check_letters(shape, layout, pieces)
     _check_mtp(layout, pieces)
-    return PipelinePlacement(pp=layout.pp, chunks=_number_layers(layout.pp, pieces))
+    ends = list(accumulate(piece.count("t") for piece in pieces))
+    chunks = tuple(
+        Chunk(
+            stage=index % layout.pp,
+            virtual=index // layout.pp,
+            layers=tuple(range(ends[index] - piece.count("t"), ends[index])),
+            has_embedding="E" in piece,
+            has_loss="L" in piece,
+            mtp_layers=tuple(range(piece.count("m"))),
+        )
+        for index, piece in enumerate(pieces)
+    )
+    return PipelinePlacement(pp=layout.pp, chunks=chunks)
 
 
 def _even_counts(num_layers: int, layout: ParallelLayout, first: int | None, last: int | None) -> list[int]:
@@ -310,10 +318,7 @@ def _check_letters(shape: ModelShape, layout: ParallelLayout, pieces: list[str])
 
 
 def _check_mtp(layout: ParallelLayout, pieces: list[str]) -> None:
-    """Refuse MTP layers where Megatron-Core cannot run them.
-
-    Megatron-Core 0.16 has the same rules, but its check that stage 0 holds none leaves out the last virtual chunk.
-    """
+    """Refuse MTP layers where Megatron-Core cannot run them; 0.16 itself overlooks them in stage 0's last chunk."""
     chunks = [index for index, piece in enumerate(pieces) if "m" in piece]
     if not chunks or layout.pp == 1:
         return
@@ -329,32 +334,13 @@ def _check_mtp(layout: ParallelLayout, pieces: list[str]) -> None:
         raise ConfigError("layout.pipeline puts the MTP layers (m) on pipeline stage 0; move them to a later stage.")
 
 
-def _number_layers(pp: int, pieces: list[str]) -> tuple[Chunk, ...]:
-    chunks, layer = [], 0
-    for index, piece in enumerate(pieces):
-        count = piece.count("t")
-        chunks.append(
-            Chunk(
-                stage=index % pp,
-                virtual=index // pp,
-                layers=tuple(range(layer, layer + count)),
-                has_embedding="E" in piece,
-                has_loss="L" in piece,
-                mtp_layers=tuple(range(piece.count("m"))),
-            )
-        )
-        layer += count
-    return tuple(chunks)
-
-
 def describe_ranks(ranks: Sequence[int]) -> str:
     """Return ``"rank 3"``, or for several ``"ranks 0-7, 9"``."""
-    ordered = sorted(ranks)
-    runs = [
-        [rank for _, rank in run] for _, run in groupby(enumerate(ordered), lambda indexed: indexed[1] - indexed[0])
-    ]
-    named = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"rank{'s' if len(ordered) != 1 else ''} {named}"
+    runs = []
+    for _, consecutive in groupby(enumerate(sorted(ranks)), lambda indexed: indexed[1] - indexed[0]):
+        run = [rank for _, rank in consecutive]
+        runs.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(runs)}"
 
 
 def rank() -> int:

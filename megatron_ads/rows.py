@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,7 +91,7 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _are_texts(value: object) -> bool:
+def _are_texts(value: object) -> TypeGuard[Sequence[str]]:
     return isinstance(value, list | tuple) and all(map(_is_text, value))
 
 
@@ -152,15 +152,13 @@ class ChatRow:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields of a line of JSON that the source kind ``jsonl`` reads."""
-        fields: dict[str, Any] = {
-            "id": self.id,
-            "task": self.task,
-            "group": self.group,
-            "messages": [message.as_dict() for message in self.messages],
-            "weight": self.weight,
-        }
-        fields |= {} if self.label is None else {"label": str(self.label)}
-        return fields | ({"facts": {str(name): value for name, value in self.facts.items()}} if self.facts else {})
+        fields: dict[str, Any] = {name: getattr(self, name) for name in ("id", "task", "group")}
+        fields |= {"messages": [message.as_dict() for message in self.messages], "weight": self.weight}
+        if self.label is not None:
+            fields["label"] = str(self.label)
+        if self.facts:
+            fields["facts"] = {str(name): value for name, value in self.facts.items()}
+        return fields
 
     def text_fact(self, name: Fact) -> str:
         """Return a fact that is a text.
@@ -174,9 +172,7 @@ class ChatRow:
     def list_fact(self, name: Fact) -> tuple[str, ...]:
         """Return a fact that is a list of texts; raise as ``text_fact``."""
         value = self.facts.get(name)
-        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        return self._refuse(name, "a list of texts")
+        return tuple(value) if _are_texts(value) else self._refuse(name, "a list of texts")
 
     def object_fact(self, name: Fact) -> Facts:
         """Return a fact that is an object; raise as ``text_fact``."""

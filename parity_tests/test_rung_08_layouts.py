@@ -27,7 +27,7 @@ from parity_tests.machines import CPU_BF16, CPU_FP32, CUDA_BF16, CUDA_MARKS, FP3
 from parity_tests.passes import largest_noise_ratio, noise_ratio
 from parity_tests.tolerances import BF16_GRADIENTS, BF16_NOISE, LAYOUT_GRADIENTS, LAYOUT_LOGITS, LAYOUT_LOSS, record
 
-SETTINGS = {"router_bias_update_rate": 0.001, "mtp_loss_weight": 0.3}
+SETTINGS = {"expert_bias_update_rate": 0.001, "mtp_loss_weight": 0.3}
 LAYOUTS: dict[str, tuple[dict[str, Any], str | None]] = {
     "pp4 ep2": ({"world": 8, "pp": 4, "ep": 2}, None),
     "tp2 pp2 ep2 etp1": ({"world": 8, "tp": 2, "pp": 2, "ep": 2}, None),

@@ -154,6 +154,11 @@ def test_a_config_that_is_not_understood_is_refused_by_field_and_value(changes: 
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
 
 
+def test_mscales_that_all_implementations_understand_alike_are_read() -> None:
+    for mscales in ({}, {"mscale": 1.0}, {"mscale": 0.707, "mscale_all_dim": 0.9}):
+        assert shape_from_config(published("deepseek_r1", rope_scaling=YARN | mscales)).yarn is not None
+
+
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
@@ -161,6 +166,10 @@ YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
         ({**YARN, "rope_type": "default"}, r"rope_type is default, but type is yarn"),
         ({**YARN, "type": ...}, r"names no rope_type"),
         ({**YARN, "factor": ...}, r"rope_scaling\.factor is missing"),
+        ({**YARN, "mscale": 0.707}, r"mscale = 0\.707 with mscale_all_dim = 0: DeepSeek's code and transformers"),
+        ({**YARN, "mscale_all_dim": 1.0}, r"mscale = 1 with mscale_all_dim = 1: DeepSeek's code and transformers"),
+        ({**YARN, "mscale": 0, "mscale_all_dim": 1.0}, r"mscale = 0 with mscale_all_dim = 1: DeepSeek's code"),
+        ({**YARN, "mscale": 0.707, "mscale_all_dim": 0}, r"mscale = 0\.707 with mscale_all_dim = 0: DeepSeek's code"),
         ({**YARN, "factor": -1}, r"rope_scaling\.factor is -1; it must be above 0"),
         ({**YARN, "short_factor": [1.0]}, r"rope_scaling\.short_factor = \[1\.0\] is not a known field"),
         ({**YARN, "beta_fas": 32}, r"Did you mean rope_scaling\.beta_fast\?"),
@@ -249,6 +258,11 @@ def test_deepseeks_fp8_blocks_are_recognised() -> None:
         ({"quant_method": "fp8"}, r"weight_block_size is None; it must be two whole numbers"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\]"),
         ({"quant_method": "fp8", "weight_block_size": [128, 0]}, r"weight_block_size is \[128, 0\]"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 10**30]}, r"weight_block_size is \[128, 1000"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"},
+            "activation_scheme is 'static'",
+        ),
     ],
 )
 def test_another_quantization_is_refused(quantization: dict[str, Any], message: str) -> None:

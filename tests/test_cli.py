@@ -1,13 +1,18 @@
 """The command line: instant help, one line for a user's mistake, documented exit statuses."""
 
 import argparse
+import json
 import subprocess
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx2
+import jinja2
+import pyarrow
 import pytest
+import safetensors
 
 from megatron_ads import __version__, cli
 from megatron_ads.errors import CheckpointError, ConfigError
@@ -152,7 +157,32 @@ def test_an_interrupt_is_130(command: Install, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == "megatron-ads: interrupted\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), OSError("a full disk")])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError("the disk is full"), "the disk is full. Check"),
+        (PermissionError(13, "Permission denied", "/a/b"), "/a/b cannot be read or written (Permission denied). Check"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "There is not enough memory"),
+        (MemoryError(), "There is not enough memory (MemoryError)"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "A file or a name is not UTF-8 text"),
+        (json.JSONDecodeError("Expecting value", "", 0), "json: Expecting value: line 1 column 1 (char 0). Check"),
+        (safetensors.SafetensorError("HeaderTooSmall"), "safetensors: HeaderTooSmall. Check"),
+        (pyarrow.lib.ArrowInvalid("no column x\nand more"), "pyarrow: no column x. Check"),
+        (jinja2.UndefinedError("'x' is undefined"), "jinja2: 'x' is undefined. Check"),
+        (httpx2.ConnectError("refused"), "httpx2: refused. Check"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_system_or_a_library_refuses_is_one_line(
+    command: Install, capsys: pytest.CaptureFixture[str], error: Exception, message: str
+) -> None:
+    command(failing_with(error))
+    assert cli.main(["probe"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"megatron-ads: {message}")
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug")])
 def test_other_errors_keep_their_traceback(command: Install, error: Exception) -> None:
     command(failing_with(error))
     with pytest.raises(type(error)):

@@ -180,7 +180,7 @@ def test_sparse_deepseek_r1_is_dispatched_and_takes_no_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     written: list[Path] = []
-    monkeypatch.setattr(sparse_r1, "write_sparse_r1", written.append)
+    monkeypatch.setattr(sparse_r1, "write_sparse", written.append)
     make(tmp_path / "r1", "--preset", "deepseek-r1", "--sparse")
     assert written == [tmp_path / "r1"]
     assert main(["demo-model", str(tmp_path / "r1"), "--preset", "deepseek-r1", "--sparse", "--seed", "3"]) == 2

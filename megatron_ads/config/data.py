@@ -1,13 +1,14 @@
 """``data``: where rows come from, and how they become batches."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from omegaconf import MISSING
 
-from megatron_ads.errors import require, require_at_least
+from megatron_ads.errors import require, require_above, require_at_least, require_each
 
 
 class SourceKind(StrEnum):
@@ -81,12 +82,7 @@ class HistoryConfig:
 
 
 _NEXT_BRAND_TASKS = (AdsTask.next_advertiser, AdsTask.user_profile)
-_TASKS_OF_USERS = (
-    AdsTask.ad_user_relevance,
-    AdsTask.next_advertiser,
-    AdsTask.next_advertiser_ranking,
-    AdsTask.user_profile,
-)
+_TASKS_OF_USERS = (*_NEXT_BRAND_TASKS, AdsTask.ad_user_relevance, AdsTask.next_advertiser_ranking)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -145,20 +141,19 @@ class SourceConfig:
 
     def check(self, section: str) -> None:
         """Refuse impossible values; ``section`` is where this source stands in the recipe."""
-        require(
-            math.isfinite(self.weight) and self.weight > 0,
-            f"{section}.weight is {self.weight}; it must be above 0. Remove the source to leave it out.",
-        )
+        wanted = "above 0. Remove the source to leave it out"
+        require_each(section, self, ["weight"], lambda weight: 0 < weight < math.inf, wanted)
         require_at_least(section, self, 1, "rows")
         self.history.check(f"{section}.history")
-        if self.kind in (SourceKind.jsonl, SourceKind.table):
-            require(self.path is not None, f"{section}.path is missing; kind {self.kind} reads a file of rows.")
-        if self.kind in (SourceKind.builtin, SourceKind.simulator):
-            require(
-                self.path is None,
-                f"{section}.path is {self.path!r}, which has no effect with kind {self.kind}. "
-                "Remove it, or set kind: jsonl.",
-            )
+        require(
+            self.path is not None or self.kind not in (SourceKind.jsonl, SourceKind.table),
+            f"{section}.path is missing; kind {self.kind} reads a file of rows.",
+        )
+        require(
+            self.path is None or self.kind not in (SourceKind.builtin, SourceKind.simulator),
+            f"{section}.path is {self.path!r}, which has no effect with kind {self.kind}. Remove it, or set kind: "
+            "jsonl.",
+        )
         self._check_effects(section)
 
     def _check_effects(self, section: str) -> None:
@@ -228,11 +223,7 @@ class SourceConfig:
             self.answer_days is None or given is not None,
             f"{section}.answer_days is {self.answer_days}, which has no effect without an anchor. Remove it.",
         )
-        for name in ("anchor_spacing_days", "answer_days"):
-            days = getattr(self, name)
-            require(
-                days is None or (math.isfinite(days) and days > 0), f"{section}.{name} is {days}; it must be above 0."
-            )
+        require_above(section, self, 0, "anchor_spacing_days", "answer_days")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -266,12 +257,12 @@ class DataConfig:
         )
         for index, source in enumerate(self.sources):
             source.check(f"data.sources[{index}]")
-        aside = [source.rejected for source in self.sources if source.rejected is not None]
-        repeated = next((file for file in aside if aside.count(file) > 1), None)
+        files = Counter(source.rejected for source in self.sources if source.rejected is not None)
+        repeated = [file for file, count in files.items() if count > 1]
         require(
-            repeated is None,
-            f"{repeated} is the rejected file of several of data.sources, each of which would replace it. Name a file "
-            "for each.",
+            not repeated,
+            f"{', '.join(repeated)} is the rejected file of several of data.sources, each of which would replace it. "
+            "Name a file for each.",
         )
         require_at_least("data", self, 2, "seq_length")
         require_at_least("data", self, 0, "seed", "validation_rows")

@@ -14,9 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from megatron_ads.config.recipe_errors import explain
-from megatron_ads.errors import ConfigError, require, require_between
-
-# Member names are lower case because OmegaConf reads an enum by its name, and that is what a recipe writes.
+from megatron_ads.errors import require, require_at_least, require_each
 
 
 class Method(StrEnum):
@@ -89,42 +87,29 @@ class GenerationConfig:
             ConfigError: Naming the setting and its value.
         """
         for name in given:
-            allowed = _BELONGS_TO.get(name, tuple(Method))
-            if self.method not in allowed:
-                method = named("method")
-                raise ConfigError(
-                    f"{named(name)} has no effect with {method} {self.method}; leave it out, or take {method} "
-                    f"{' or '.join(allowed)}."
-                )
-        for name, wanted in self._faults().items():
-            raise ConfigError(f"{named(name)} is {getattr(self, name)}; it must be {wanted}.")
-
-    def _faults(self) -> dict[str, str]:
-        """Return what settings with an impossible value must be."""
+            allowed, method = _BELONGS_TO.get(name, tuple(Method)), named("method")
+            require(
+                self.method in allowed,
+                f"{named(name)} has no effect with {method} {self.method}; leave it out, or take {method} "
+                f"{' or '.join(allowed)}.",
+            )
         limit = self.max_new_tokens
-        rules = {
-            "temperature": (math.isfinite(self.temperature) and self.temperature > 0, "above 0"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "samples": (self.samples >= 1, "at least 1"),
-            "beams": (self.beams >= 1, "at least 1"),
-            "collaborative": (0 <= self.collaborative <= 1, "from 0 to 1"),
-            "max_new_tokens": (limit is None or limit >= 1, "at least 1"),
-        }
-        return {name: wanted for name, (fits, wanted) in rules.items() if not fits}
+        for name, fits, wanted in (
+            ("temperature", 0 < self.temperature < math.inf, "above 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("samples", self.samples >= 1, "at least 1"),
+            ("beams", self.beams >= 1, "at least 1"),
+            ("collaborative", 0 <= self.collaborative <= 1, "from 0 to 1"),
+            ("max_new_tokens", limit is None or limit >= 1, "at least 1"),
+        ):
+            require(fits, f"{named(name)} is {getattr(self, name)}; it must be {wanted}.")
 
 
 _BELONGS_TO = {
-    "temperature": (Method.sampled,),
-    "top_p": (Method.sampled,),
-    "seed": (Method.sampled,),
-    "samples": (Method.sampled,),
-    "beams": BEAM_METHODS,
-    "length": BEAM_METHODS,
+    **dict.fromkeys(("temperature", "top_p", "seed", "samples"), (Method.sampled,)),
+    **dict.fromkeys(("beams", "length"), BEAM_METHODS),
     "collaborative": (Method.constrained_beam,),
 }
-
-
-# Member names are lower case because OmegaConf reads an enum by its name, and that is what a recipe writes.
 
 
 class ModelKind(StrEnum):
@@ -174,34 +159,27 @@ class EndpointConfig:
             self._check_url(section)
 
     def _check_limits(self, section: str) -> None:
-        require_between(section, self, 0, math.inf, "first_wait_seconds", "longest_wait_seconds")
-        require_between(section, self, 0, math.inf, "input_price", "output_price", "max_cost")
-        require_between(section, self, 1, math.inf, "concurrency", "attempts")
-        for name in ("timeout_seconds", "requests_per_minute"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{section}.{name} is {value}; it must be above 0.")
-        priced = self.input_price is not None and self.output_price is not None
+        amounts = ("first_wait_seconds", "longest_wait_seconds", "input_price", "output_price", "max_cost")
+        require_at_least(section, self, 0, *amounts)
+        require_at_least(section, self, 1, "concurrency", "attempts")
+        require_each(section, self, ("timeout_seconds", "requests_per_minute"), lambda value: value > 0, "above 0")
         require(
             (self.input_price is None) == (self.output_price is None),
             f"{section}.input_price is {self.input_price} and {section}.output_price {self.output_price}; set both, or "
             "neither.",
         )
         require(
-            priced or self.max_cost is None,
+            self.max_cost is None or self.input_price is not None,
             f"{section}.max_cost is {self.max_cost}, which has no effect without {section}.input_price and "
             f"{section}.output_price. Set them, or remove it.",
         )
 
     def _check_url(self, section: str) -> None:
+        url = self.url or ""
+        require(bool(url), f"{section}.url is missing; kind endpoint needs one, such as http://localhost:8000/v1.")
+        require(_is_address(url), f"{section}.url is {url!r}; it must be like http://localhost:8000/v1.")
         require(
-            self.url is not None,
-            f"{section}.url is missing; kind endpoint needs one, such as http://localhost:8000/v1.",
-        )
-        require(
-            _is_address(self.url or ""), f"{section}.url is {self.url!r}; it must be like http://localhost:8000/v1."
-        )
-        require(
-            "@" not in urlsplit(self.url or "").netloc,
+            "@" not in urlsplit(url).netloc,
             f"{section}.url holds a user name or password, which would be written to the report. Put the key into an "
             f"environment variable and name that in {section}.api_key_env.",
         )
@@ -224,10 +202,9 @@ class AnsweringConfig(EndpointConfig):
     def check(self, section: str) -> None:
         """Refuse impossible values; ``section`` is its name in the recipe."""
         self._check_limits(section)
-        require_between(section, self, 0, math.inf, "temperature")
-        require_between(section, self, 1, math.inf, "max_tokens")
-        require(self.top_p > 0, f"{section}.top_p is {self.top_p}; it must be above 0.")
-        require(self.top_p <= 1, f"{section}.top_p is {self.top_p}; it must be at most 1.")
+        require_at_least(section, self, 0, "temperature")
+        require_at_least(section, self, 1, "max_tokens")
+        require_each(section, self, ["top_p"], lambda value: 0 < value <= 1, "above 0 and at most 1")
         if self.model is not None and self.kind is ModelKind.endpoint:
             self._check_url(section)
         if self.model is not None and self.kind is ModelKind.local:

@@ -7,7 +7,7 @@ from enum import StrEnum
 from omegaconf import MISSING
 
 from megatron_ads.architecture import ModelShape
-from megatron_ads.errors import require, require_at_least
+from megatron_ads.errors import require, require_above, require_at_least, require_distinct, require_each
 from megatron_ads.layout import ParallelLayout, PipelinePlacement, place_layers
 
 
@@ -81,18 +81,14 @@ class LoraConfig:
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
-        if self.rank is None:
-            require(
-                self == LoraConfig(),
-                "model.lora has no effect while model.lora.rank is null. Set it, 16 for example, or remove model.lora.",
-            )
-        require_at_least("model.lora", self, 1, "rank")
         require(
-            math.isfinite(self.alpha) and self.alpha > 0, f"model.lora.alpha is {self.alpha:g}; it must be above 0."
+            self.rank is not None or self == LoraConfig(),
+            "model.lora has no effect while model.lora.rank is null. Set it, 16 for example, or remove model.lora.",
         )
+        require_at_least("model.lora", self, 1, "rank")
+        require_above("model.lora", self, 0, "alpha")
         require(bool(self.targets), f"model.lora.targets is empty. Choose from {', '.join(LoraTarget)}.")
-        repeated = sorted({target for target in self.targets if self.targets.count(target) > 1})
-        require(not repeated, f"model.lora.targets lists {', '.join(repeated)} more than once.")
+        require_distinct("model.lora.targets", self.targets)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -126,31 +122,22 @@ class ModelConfig:
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
         require_at_least("model", self, 0, "aux_loss_coefficient", "mtp_loss_weight")
-        rate = self.expert_bias_update_rate
-        require(
-            rate is None or (math.isfinite(rate) and rate > 0),
-            f"model.expert_bias_update_rate is {rate}; it must be above 0, or null to keep the bias as loaded.",
-        )
-        repeated = sorted({part for part in self.frozen if self.frozen.count(part) > 1})
-        require(not repeated, f"model.frozen lists {', '.join(repeated)} more than once.")
+        wanted = "above 0, or null to keep the bias as loaded"
+        require_each("model", self, ["expert_bias_update_rate"], lambda rate: 0 < rate < math.inf, wanted)
+        require_distinct("model.frozen", self.frozen)
         require(
             FrozenPart.mtp not in self.frozen or self.mtp_loss_weight > 0,
             "model.frozen lists mtp, which has no effect: with model.mtp_loss_weight = 0 the MTP layers are kept as "
             "loaded. Remove mtp.",
         )
-        self._check_lora()
-
-    def _check_lora(self) -> None:
         self.lora.check()
-        if self.lora.rank is None:
-            return
         require(
-            not self.frozen,
+            self.lora.rank is None or not self.frozen,
             f"model.frozen lists {', '.join(self.frozen)}, but with model.lora every weight is frozen. Remove it; "
             "what is to have no adapters is left out of model.lora.targets.",
         )
         require(
-            self.expert_bias_update_rate is None,
+            self.lora.rank is None or self.expert_bias_update_rate is None,
             f"model.expert_bias_update_rate is {self.expert_bias_update_rate}, but model.lora keeps the routers as "
             "loaded. Set it to null.",
         )
@@ -185,11 +172,15 @@ class LayoutConfig:
         Raises:
             ConfigError: If the sizes do not divide the ranks.
         """
-        return ParallelLayout(world=world, tp=self.tp, cp=self.cp, pp=self.pp, vpp=self.vpp, ep=self.ep, etp=self.etp)
+        return ParallelLayout(world=world, **self._sizes)
 
     def fewest_ranks(self) -> int:
         """Return the smallest number of ranks that holds every weight once."""
-        return ParallelLayout.smallest(tp=self.tp, cp=self.cp, pp=self.pp, vpp=self.vpp, ep=self.ep, etp=self.etp).world
+        return ParallelLayout.smallest(**self._sizes).world
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("tp", "cp", "pp", "vpp", "ep", "etp")}
 
     def placement(self, shape: ModelShape, layout: ParallelLayout) -> PipelinePlacement:
         """Return which chunk runs which layers.

@@ -6,6 +6,7 @@ The old names of settings are refused with the new ones, and what older runs wro
 import dataclasses
 import difflib
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_ads.errors import ConfigError
 
 _REPLACED_SECTION = re.compile(r"is not a subclass of (?P<section>\w+)\. value: (?P<value>.*)")
+_AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.*)'")
 _INDEX = re.compile(r"\[\d*\]")
 
 RENAMED = {
@@ -33,75 +35,98 @@ RENAMED = {
 
 def current_settings(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the recipe that an older run wrote down, under the names of today."""
-    found: dict[str, Any] = _renamed(recipe, "")
-    return found
 
+    def renamed(value: Any, path: str) -> Any:
+        if isinstance(value, list):
+            return [renamed(item, f"{path}[]") for item in value]
+        if not isinstance(value, dict):
+            return value
+        found = {}
+        for key, inner in value.items():
+            own = f"{path}.{key}" if path else key
+            name = RENAMED.get(own, own).rpartition(".")[2]
+            if name.isidentifier():  # one that is now part of another setting says nothing more
+                found[name] = renamed(inner, own)
+        return found
 
-def _renamed(value: Any, path: str) -> Any:
-    if isinstance(value, list):
-        return [_renamed(item, f"{path}[]") for item in value]
-    if not isinstance(value, dict):
-        return value
-    found = {}
-    for key, inner in value.items():
-        own = f"{path}.{key}" if path else key
-        name = RENAMED.get(own, own).rpartition(".")[2]
-        if name.isidentifier():  # one that is now part of another setting says nothing more
-            found[name] = _renamed(inner, own)
-    return found
+    settings: dict[str, Any] = renamed(recipe, "")
+    return settings
 
 
 def explain(error: BaseException, *, schema: type, recipe: str) -> ConfigError:
     """Return the ConfigError that stands for ``error``, raised while ``recipe`` was composed onto ``schema``."""
-    for cause in _causes(error):
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for cause in causes:
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
             return ConfigError(f"{recipe}: {_explain_key(cause, schema)}")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return ConfigError(f"{recipe}: {_explain_missing_file(error)}")
-    for cause in _causes(error):
+    for cause in causes:
+        ambiguous = _AMBIGUOUS.search(str(cause))  # which with a comma might be several values
+        if override := ambiguous[1] if ambiguous else getattr(cause, "override", None):  # one that Hydra cannot parse
+            return ConfigError(f"{recipe}: {_explain_override(override)}")
         if replaced := _REPLACED_SECTION.search(str(cause)):
             return ConfigError(f"{recipe}: {_explain_replaced_section(schema, replaced['section'], replaced['value'])}")
-    return ConfigError(f"{recipe}: {' '.join(str(error).split())}")
-
-
-def _causes(error: BaseException | None) -> list[BaseException]:
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    return chain
+    return ConfigError(f"{recipe}: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def _explain_key(error: OmegaConfBaseException, schema: type) -> str:
     path = _full_path(error, schema)
     expected = field_type(schema, path)
     if expected is None:
-        return unknown_key(schema, path)
+        return _unknown_key(schema, path)
+    if "does not support deletion" in str(error.msg):
+        return f"{path} cannot be removed; set it to another value, or to null."
     reason = " ".join(str(error.msg).split(" full_key:")[0].split())
-    return f"{path} must be {describe_type(expected)}: {reason.rstrip('.')}."
+    return f"{path} must be {_in_words(expected)}: {reason.rstrip('.')}."
 
 
 def _full_path(error: OmegaConfBaseException, schema: type) -> str:
     """Return the setting's path from the top: inside a list item, and its sections, OmegaConf counts from the item."""
     path = str(error.full_key)
     section = path.rpartition(".")[0]
-    for name, kind in _sections(schema):
-        if name.endswith("[]") and not path.startswith(name.removesuffix("[]")):
+    for name, kind in _settings(schema):
+        if _is_section(kind) and name.endswith("[]") and not path.startswith(name.removesuffix("[]")):
             holder = field_type(kind, section) if section else kind
             if holder is not None and error.object_type is (typing.get_origin(holder) or holder):
                 return f"{name}.{path}"
     return path
 
 
-def _sections(schema: type, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """Yield the path of every section at any depth, with its class; ``data.sources[]`` is each item of a list."""
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def _settings(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the path of every setting and section at any depth, with its type; ``data.sources[]`` is each list item."""
     for name, hint in typing.get_type_hints(schema).items():
         path, kind = prefix + name, hint
         if typing.get_origin(hint) is list:
             path, kind = f"{path}[]", typing.get_args(hint)[0]
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            yield path, kind
-            yield from _sections(kind, f"{path}.")
+        yield path, kind
+        if _is_section(kind):
+            yield from _settings(kind, f"{path}.")
+
+
+def _explain_override(override: str) -> str:
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        return f"{override} is not of the form KEY=VALUE."
+    if _INDEX.search(key):
+        whole = key[: key.index("[")].lstrip("+~")
+        return f"{key} is one item of a list, which cannot be set alone; give the whole list, '{whole}=[...]'."
+    if value.startswith(("[", "{")):
+        return (
+            f"{override} cannot be read. Close every bracket, and put texts with other signs than letters of English, "
+            "digits and . / - _ in quotes: '[{kind: jsonl, path: \"/a=b.jsonl\"}]'."
+        )
+    quoted = shlex.quote('{}="{}"'.format(key, value.replace('"', '\\"')))
+    home = " (~ is not replaced by your home folder)" if value.startswith("~") else ""
+    return f"the value of {key} has signs that need quotes; write {quoted}{home}."
 
 
 def _explain_missing_file(error: MissingConfigException) -> str:
@@ -114,47 +139,30 @@ def _explain_missing_file(error: MissingConfigException) -> str:
 
 def _explain_replaced_section(schema: type, section: str, value: str) -> str:
     """Return the sentence for a value where a whole section belongs; OmegaConf then knows only the section's class."""
-    for path, kind in _sections(schema):
-        if kind.__name__ == section:
-            return f"{path} is {value}; it must be {describe_type(kind)}."
-    return f"{value} stands where a {section} belongs."
+    for path, kind in _settings(schema):
+        if _is_section(kind) and kind.__name__ == section:
+            return f"{path} is {value}; it must be {_in_words(kind)}."
+    return f"{value} is given where a {section} belongs."
 
 
-def unknown_key(schema: type, path: str) -> str:
+def _unknown_key(schema: type, path: str) -> str:
     """Return the sentence for a key that the schema lacks, with its new name or the nearest one that it has."""
     if new := RENAMED.get(_INDEX.sub("[]", path)):
         return f"{path} is called {new}."
     section, _, key = path.rpartition(".")
-    siblings = field_names(schema, section)
-    if not siblings:
-        return unknown_key(schema, section) if section else f"{path} is not a setting."
+    holder: Any = field_type(schema, section) if section else schema
+    if not _is_section(holder):
+        return _unknown_key(schema, section) if section else f"{path} is not a setting."
+    siblings = [field.name for field in dataclasses.fields(holder)]
     prefix = f"{section}." if section else ""
-    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
-    elsewhere = [name for name in all_paths(schema) if name.rpartition(".")[2] == key]
-    if elsewhere:
-        return f"{path} is not a setting; did you mean {elsewhere[0]}?"
-    if near:
-        return f"{path} is not a setting; did you mean {prefix}{near[0]}?"
+    leaves = [
+        name.removesuffix("[]") for name, kind in _settings(schema) if name.endswith("[]") or not _is_section(kind)
+    ]
+    elsewhere = [name for name in leaves if name.rpartition(".")[2] == key and "[]" not in name]
+    near = [prefix + name for name in difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)]
+    if found := elsewhere or near:
+        return f"{path} is not a setting; did you mean {found[0]}?"
     return f"{path} is not a setting. Known: {', '.join(prefix + name for name in siblings)}."
-
-
-def all_paths(schema: type, prefix: str = "") -> list[str]:
-    """Return the dotted path of every leaf setting of a schema."""
-    paths: list[str] = []
-    for name, hint in typing.get_type_hints(schema).items():
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            paths += all_paths(hint, f"{prefix}{name}.")
-        else:
-            paths.append(prefix + name)
-    return paths
-
-
-def field_names(schema: type, path: str) -> list[str]:
-    """Return the settings directly below ``path``; empty where ``path`` is no section."""
-    section = schema if not path else field_type(schema, path)
-    if isinstance(section, type) and dataclasses.is_dataclass(section):
-        return [field.name for field in dataclasses.fields(section)]
-    return []
 
 
 def field_type(schema: type, path: str) -> Any | None:
@@ -174,18 +182,18 @@ def field_type(schema: type, path: str) -> Any | None:
     return current
 
 
-def describe_type(annotation: Any) -> str:
+def _in_words(annotation: Any) -> str:
     """Return an annotation in words: ``int | None`` -> ``a whole number or null``."""
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
     words[Any] = "any value"
     if annotation in words:
         return words[annotation]
     if isinstance(annotation, types.UnionType):
-        return " or ".join(describe_type(part) for part in typing.get_args(annotation))
+        return " or ".join(_in_words(part) for part in typing.get_args(annotation))
     if typing.get_origin(annotation) is list:
-        return f"a list, each item {describe_type(typing.get_args(annotation)[0])}"
+        return f"a list, each item {_in_words(typing.get_args(annotation)[0])}"
     if typing.get_origin(annotation) is dict:
-        return f"a mapping, each value {describe_type(typing.get_args(annotation)[1])}"
+        return f"a mapping, each value {_in_words(typing.get_args(annotation)[1])}"
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return f"one of {', '.join(member.name for member in annotation)}"
     return f"a section with {', '.join(field.name for field in dataclasses.fields(annotation))}"

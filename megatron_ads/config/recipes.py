@@ -19,6 +19,9 @@ from megatron_ads.config.recipe_errors import explain
 from megatron_ads.config.run import SftConfig
 from megatron_ads.errors import ConfigError
 
+_RAISED_BY_HYDRA = (ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError)
+"""What Hydra and OmegaConf stumble over in some overrides, such as ``optim=5``, or brackets without end."""
+
 
 def recipes_folder() -> Path:
     """Return the folder of shipped recipes: beside this package, in a checkout as in an installation.
@@ -75,25 +78,44 @@ def load_recipe(
         ConfigError: If there is no such recipe, a key is unknown (the nearest known one is named), a value has
             the wrong type, or a required one is missing.
     """
-    composed = _compose(name_or_path, overrides)
+    composed = compose_onto(SftConfig, "sft", name_or_path, overrides)
     missing = sorted(OmegaConf.missing_keys(composed))
     if demanded := [key for key in missing if sections is None or key.split(".")[0] in sections]:
         raise ConfigError(
             f"{name_or_path}: {', '.join(demanded)} must be set, in the recipe or on the command line as KEY=VALUE."
         )
     for key in missing:
-        _fill(composed, key)
+        try:
+            OmegaConf.update(composed, key, "not set")
+        except ValidationError:  # a number
+            OmegaConf.update(composed, key, 0)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, SftConfig)  # to_object instantiates the schema composed onto
+    _require_paths(config)
     return config
 
 
-def _fill(composed: DictConfig, key: str) -> None:
-    """Give a required setting that nobody reads a value of its type."""
-    try:
-        OmegaConf.update(composed, key, "not set")
-    except ValidationError:  # a number
-        OmegaConf.update(composed, key, 0)
+def _require_paths(config: SftConfig) -> None:
+    """Refuse paths as an unset variable makes them: ``log.dir=$RUN`` and ``log.dir=$RUN/logs`` with ``RUN`` empty.
+
+    Raises:
+        ConfigError: Naming the setting.
+    """
+    sources = [(f"data.sources[{index}]", source) for index, source in enumerate(config.data.sources)]
+    written = {"log.dir": config.log.dir, "checkpoint.dir": config.checkpoint.dir}
+    written |= {f"{name}.rejected": source.rejected for name, source in sources if source.rejected is not None}
+    read = {"model.load": config.model.load}
+    read |= {f"{name}.path": source.path for name, source in sources if source.path is not None}
+    for setting, text in (read | written).items():
+        if not text.strip():
+            what = "empty"
+        elif text.startswith("/") and not text.strip("/. "):
+            what = f"{text!r}, the root of the file system"
+        elif setting in written and text.startswith("/") and not text.strip("/").count("/") and not Path(text).exists():
+            what = f"{text!r}, something new at the root of the file system"
+        else:
+            continue
+        raise ConfigError(f"{setting} is {what}, as a variable that is not set leaves it. Give the path of a folder.")
 
 
 def load_layout(name_or_path: str, overrides: Sequence[str] = ()) -> LayoutConfig:
@@ -102,13 +124,9 @@ def load_layout(name_or_path: str, overrides: Sequence[str] = ()) -> LayoutConfi
     Raises:
         ConfigError: As :func:`load_recipe`, but for missing settings.
     """
-    layout = OmegaConf.to_object(_compose(name_or_path, overrides).layout)
+    layout = OmegaConf.to_object(compose_onto(SftConfig, "sft", name_or_path, overrides).layout)
     assert isinstance(layout, LayoutConfig)
     return layout
-
-
-def _compose(name_or_path: str, overrides: Sequence[str]) -> DictConfig:
-    return compose_onto(SftConfig, "sft", name_or_path, overrides)
 
 
 def compose_onto(schema: type, kind: str, name_or_path: str, overrides: Sequence[str]) -> DictConfig:
@@ -124,7 +142,7 @@ def compose_onto(schema: type, kind: str, name_or_path: str, overrides: Sequence
             composed = compose(config_name=name, overrides=[*search, *overrides])
         # Merged once more from plain values: an override such as +train.stepz=1 may extend the composed config.
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(composed, resolve=True))
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # Hydra refuses some overrides so
+    except (HydraException, OmegaConfBaseException, YAMLError, *_RAISED_BY_HYDRA) as error:
         raise explain(error, schema=schema, recipe=name_or_path) from None
     assert isinstance(merged, DictConfig)
     return merged

@@ -1,11 +1,10 @@
 """The sections that every training job has, those of fine-tuning, and the checks that one section cannot express."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.data import DataConfig
-from megatron_ads.config.model import FrozenPart, LayoutConfig, LoraTarget, ModelConfig
+from megatron_ads.config.model import LayoutConfig, LoraTarget, ModelConfig
 from megatron_ads.config.training import (
     CheckpointConfig,
     LogConfig,
@@ -41,11 +40,20 @@ def validate_run(config: RunConfig, world: int, shape: ModelShape | None = None)
     Raises:
         ConfigError: Naming the settings, their values and what to change.
     """
-    for section in (config.model, config.layout, config.data, config.optim, config.train):
+    sections = (config.model, config.layout, config.data, config.optim, config.train, config.checkpoint, config.runtime)
+    for section in sections:
         section.check()
-    config.checkpoint.check()
-    config.runtime.check()
-    _check_steps(config)
+    require(
+        config.optim.warmup_steps <= config.train.max_steps,
+        f"optim.warmup_steps = {config.optim.warmup_steps} is more than train.max_steps = {config.train.max_steps}: "
+        f"optim.learning_rate would never be reached. Set optim.warmup_steps={config.train.max_steps // 10}, or raise "
+        "train.max_steps.",
+    )
+    require(
+        config.train.evaluate_every is None or config.data.validation_rows > 0,
+        f"train.evaluate_every is {config.train.evaluate_every}, but data.validation_rows is 0: there is nothing to "
+        "evaluate on. Set data.validation_rows, or train.evaluate_every to null.",
+    )
     layout = config.layout.runtime(world)
     _check_batch(config, layout)
     if shape is not None:
@@ -62,20 +70,6 @@ def require_trainable(layout: ParallelLayout) -> None:
         layout.cp == 1,
         f"layout.cp is {layout.cp}: the training step does not cut rows over context-parallel ranks, each of which "
         "would train on whole rows. Set layout.cp to 1.",
-    )
-
-
-def _check_steps(config: RunConfig) -> None:
-    require(
-        config.optim.warmup_steps <= config.train.max_steps,
-        f"optim.warmup_steps = {config.optim.warmup_steps} is more than train.max_steps = {config.train.max_steps}: "
-        f"optim.learning_rate would never be reached. Set optim.warmup_steps={config.train.max_steps // 10}, or raise "
-        "train.max_steps.",
-    )
-    require(
-        config.train.evaluate_every is None or config.data.validation_rows > 0,
-        f"train.evaluate_every is {config.train.evaluate_every}, but data.validation_rows is 0: there is nothing to "
-        "evaluate on. Set data.validation_rows, or train.evaluate_every to null.",
     )
 
 
@@ -115,20 +109,12 @@ def _check_model(config: RunConfig, layout: ParallelLayout, shape: ModelShape) -
         f"model.expert_bias_update_rate is {config.model.expert_bias_update_rate}, but the model's router has no "
         "selection bias. Set it to null.",
     )
-    _require_parts("model.frozen", config.model.frozen, shape)
-    if set(config.model.lora.targets) != set(LoraTarget):  # all of them: those that there are
-        _require_parts("model.lora.targets", config.model.lora.targets, shape)
-
-
-def _require_parts(setting: str, parts: Sequence[FrozenPart] | Sequence[LoraTarget], shape: ModelShape) -> None:
-    """Refuse to name what the model does not have."""
-    has = {
-        "dense": shape.first_dense_layers > 0,
-        "shared_experts": shape.shared_ffn_size > 0,
-        "experts": shape.num_experts > 0,
-    }
-    absent = [part for part in parts if not has.get(part, True)]
-    require(not absent, f"{setting} lists {', '.join(absent)}, which the model does not have. Remove it.")
+    sizes = {"dense": shape.first_dense_layers, "shared_experts": shape.shared_ffn_size, "experts": shape.num_experts}
+    # All targets together mean those that the model has.
+    targets = config.model.lora.targets if set(config.model.lora.targets) != set(LoraTarget) else []
+    for setting, parts in (("model.frozen", config.model.frozen), ("model.lora.targets", targets)):
+        absent = [part for part in parts if not sizes.get(part, 1)]
+        require(not absent, f"{setting} lists {', '.join(absent)}, which the model does not have. Remove it.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -147,22 +133,17 @@ def validate(config: SftConfig, world: int, shape: ModelShape | None = None) -> 
     """
     config.reweight.check()
     validate_run(config, world, shape)
-    _check_reweighting(config)
-
-
-def _check_reweighting(config: SftConfig) -> None:
-    """Refuse weights and shares that would never change before the last step."""
+    # Weights and shares must change before the last step.
     steps, evaluate_every, reweight = config.train.max_steps, config.train.evaluate_every, config.reweight
-    if reweight.tasks:
-        require(
-            evaluate_every is not None,
-            "reweight.tasks needs a validation metric of each task, but train.evaluate_every is null. Set it.",
-        )
-        require(
-            evaluate_every is None or evaluate_every < steps,
-            f"reweight.tasks changes the shares at each evaluation, but train.evaluate_every = {evaluate_every} and "
-            f"train.max_steps = {steps}: no step is left after the first. Lower train.evaluate_every.",
-        )
+    require(
+        evaluate_every is not None or not reweight.tasks,
+        "reweight.tasks needs a validation metric of each task, but train.evaluate_every is null. Set it.",
+    )
+    require(
+        evaluate_every is None or evaluate_every < steps or not reweight.tasks,
+        f"reweight.tasks changes the shares at each evaluation, but train.evaluate_every = {evaluate_every} and "
+        f"train.max_steps = {steps}: no step is left after the first. Lower train.evaluate_every.",
+    )
     first = reweight.interval if reweight.exact else 2 * reweight.interval  # before it, nothing is measured twice
     require(
         not reweight.instances or first < steps,

@@ -3,7 +3,6 @@
 Importing this module needs neither torch nor transformers.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,9 +12,7 @@ from omegaconf import MISSING, OmegaConf
 from megatron_ads.config.data import SourceConfig
 from megatron_ads.config.generation import AnsweringConfig
 from megatron_ads.config.recipes import compose_onto
-from megatron_ads.errors import ConfigError, require, require_between
-
-# Member names are lower case because OmegaConf reads an enum by its name, and that is what a recipe writes.
+from megatron_ads.errors import ConfigError, require, require_at_least, require_between, require_distinct
 
 
 class Style(StrEnum):
@@ -64,7 +61,7 @@ class GoldenConfig:
 
     def check(self) -> None:
         """Refuse impossible values."""
-        require_between("golden", self, 0, math.inf, "rows")
+        require_at_least("golden", self, 0, "rows")
         require_between("golden", self, 0, 1, "pass_rate", "agreement")
         require(
             self.path is None or self.rows > 0,
@@ -94,7 +91,7 @@ class RejectConfig:
 
     def check(self) -> None:
         """Refuse impossible values."""
-        require_between("reject", self, 0, math.inf, "min_words", "min_details")
+        require_at_least("reject", self, 0, "min_words", "min_details")
         require_between("reject", self, 0, 1, "min_similarity", "max_similarity", "query_similarity")
         require(
             self.min_similarity < self.max_similarity,
@@ -121,7 +118,7 @@ class PerplexityConfig:
 
     def check(self) -> None:
         """Refuse impossible values."""
-        require_between("perplexity", self, 1, math.inf, "batch_size", "sample", "threshold")
+        require_at_least("perplexity", self, 1, "batch_size", "sample", "threshold")
         require_between("perplexity", self, 0, 1, "quantile")
         require(
             self.model is not None or self.threshold is None,
@@ -171,13 +168,11 @@ class SynthesisConfig:
         require(bool(self.sources), "sources is empty. Name one: 'sources=[{kind: jsonl, path: FILE}]'.")
         for index, source in enumerate(self.sources):
             source.check(f"sources[{index}]")
-        require_between("recipe", self, 0, math.inf, "seed", "validation_rows", "samples")
-        require_between("recipe", self, 1, math.inf, "candidates", "keep_per_row")
+        require_at_least("recipe", self, 0, "seed", "validation_rows", "samples")
+        require_at_least("recipe", self, 1, "candidates", "keep_per_row")
         for index, template in enumerate(self.templates):
             template.check(f"templates[{index}]")
-        names = [template.name for template in self.templates]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        require(not repeated, f"templates has {', '.join(repeated)} more than once. Names must differ.")
+        require_distinct("templates", [template.name for template in self.templates])
         require(self.teacher.model is not None, "teacher.model is null. Name the model, or the checkpoint folder.")
         self.teacher.check("teacher")
         self.verifier.check("verifier")

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
-from megatron_ads.errors import require, require_at_least
+from megatron_ads.errors import require, require_above, require_at_least, require_each
 from megatron_ads.layout import ParallelLayout
 
 
@@ -43,20 +43,15 @@ class OptimConfig:
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
-        require_at_least("optim", self, 0, "learning_rate", "min_learning_rate", "warmup_steps", "weight_decay")
-        require_at_least("optim", self, 0, "clip_grad")
-        for name in ("learning_rate", "epsilon"):
-            value = getattr(self, name)
-            require(math.isfinite(value) and value > 0, f"optim.{name} is {value}; it must be above 0.")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"optim.{name} is {value}; it must be at least 0 and below 1.")
-        if self.schedule is Schedule.constant:
-            require(
-                self.min_learning_rate == 0,
-                f"optim.min_learning_rate is {self.min_learning_rate:g}, which has no effect with optim.schedule "
-                "constant. Remove it, or choose cosine or linear.",
-            )
+        amounts = ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "clip_grad")
+        require_at_least("optim", self, 0, *amounts)
+        require_above("optim", self, 0, "learning_rate", "epsilon")
+        require_each("optim", self, ("beta1", "beta2"), lambda beta: 0 <= beta < 1, "at least 0 and below 1")
+        require(
+            self.schedule is not Schedule.constant or self.min_learning_rate == 0,
+            f"optim.min_learning_rate is {self.min_learning_rate:g}, which has no effect with optim.schedule constant. "
+            "Remove it, or choose cosine or linear.",
+        )
         require(
             self.min_learning_rate <= self.learning_rate,
             f"optim.min_learning_rate {self.min_learning_rate:g} is above optim.learning_rate {self.learning_rate:g}.",
@@ -86,13 +81,16 @@ class TrainConfig:
     """Ask for bit-equal repetition, slower on a GPU."""
     log_every: int = 1
     """Steps between lines of metrics."""
+    max_skipped_updates: int = 10
+    """A job that skips so many consecutive updates, or half of ``max_steps`` if that is fewer, has diverged: it ends
+    with exit status 77 and exports nothing. An update is skipped whose gradients FP32 cannot hold."""
     evaluate_every: int | None = None
     """Steps between evaluations on the held-out rows; None is never."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
-        require_at_least("train", self, 1, "max_steps", "global_batch_size", "micro_batch_size", "log_every")
-        require_at_least("train", self, 1, "evaluate_every")
+        counts = ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "evaluate_every")
+        require_at_least("train", self, 1, *counts, "max_skipped_updates")
         require_at_least("train", self, 0, "seed")
 
     def microbatches(self, layout: ParallelLayout) -> int:
@@ -150,9 +148,7 @@ class ReweightConfig:
             self.instances or not self.exact,
             "reweight.exact is true, which has no effect while reweight.instances is false. Set both, or neither.",
         )
-        for name in ("beta", "lowest"):
-            value = getattr(self, name)
-            require(math.isfinite(value) and value > 0, f"reweight.{name} is {value:g}; it must be above 0.")
+        require_above("reweight", self, 0, "beta", "lowest")
         require(
             self.lowest <= 1 <= self.highest < math.inf,
             f"reweight.lowest = {self.lowest:g} and reweight.highest = {self.highest:g} must have 1 between them: it "

@@ -1,6 +1,7 @@
 """Rows of a file that cannot be used: each has a named reason, is counted, and can be written aside with its number."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from megatron_ads.rows import ChatRow
 logger = get_logger(__name__)
 
 _SHOWN_CHARACTERS = 200
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**128 - 2.0**104
+"""Positive normal numbers of FP32; a GPU may take smaller ones for 0."""
 
 Read = TypeVar("Read")
 """A row as it was read, before it is checked."""
@@ -51,6 +54,23 @@ class BadRowError(DataError):
     def __init__(self, reason: BadRow, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+def usable_weight(given: object, *, text: bool = False) -> float:
+    """Return a row's weight, which batches hold in FP32; ``text``: given as the text of a cell.
+
+    Raises:
+        BadRowError: If it is no number, negative, or FP32 turns it into infinity or 0.
+    """
+    try:
+        kinds = (str,) if text else (int, float)
+        weight = float(given) if isinstance(given, kinds) and not isinstance(given, bool) else math.nan
+    except (ValueError, OverflowError):  # OverflowError: a whole number of hundreds of digits
+        weight = math.nan
+    if weight == 0 or _SMALLEST <= weight <= _LARGEST:
+        return weight
+    message = f"weight is {given!r:.80}; it must be a number that FP32 has, 0 or from {_SMALLEST:g} to {_LARGEST:g}."
+    raise BadRowError(BadRow.wrong_type, message)
 
 
 @dataclass(slots=True)

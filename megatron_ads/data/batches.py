@@ -165,7 +165,8 @@ class BatchStream:
     def state_dict(self) -> dict[str, Any]:
         """Return the current state, and of which sequence it is; independent of the layout."""
         weights = {} if self._weights is None else {"weights": self._weights.state_dict()}
-        return {**self._mixture.state_dict(), "rows": list(self._mixture.sizes), "seed": self._seed, **weights}
+        content = {"rows": list(self._mixture.sizes), "digests": list(self._mixture.digests)}
+        return {**self._mixture.state_dict(), **content, "seed": self._seed, **weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was taken.
@@ -173,11 +174,13 @@ class BatchStream:
         Raises:
             DataError: If it belongs to other rows or another seed, or only one of the two has instance weights.
         """
-        for name, here in (("rows", list(self._mixture.sizes)), ("seed", self._seed)):
+        of_content = {"digests": list(self._mixture.digests)} if "digests" in state else {}  # older states lack them
+        for name, here in {"rows": list(self._mixture.sizes), "seed": self._seed, **of_content}.items():
             if state[name] != here:
                 raise DataError(
-                    f"The checkpoint was made with data of {name} {state[name]}, this job has {here}: the order of "
-                    "samples cannot go on. Use the same data settings, or start anew with another checkpoint.dir."
+                    f"The checkpoint was made with data of {_difference(name, state[name], here)}: the order of "
+                    "samples cannot continue. Use the same files, tokenizer and data settings, in the same order of "
+                    "sources, or start anew with another checkpoint.dir."
                 )
         if ("weights" in state) != (self._weights is not None):
             raise DataError(
@@ -187,6 +190,15 @@ class BatchStream:
         self._mixture.load_state_dict(state)
         if self._weights is not None:
             self._weights.load_state_dict(state["weights"])
+
+
+def _difference(name: str, before: Any, here: Any) -> str:
+    if name != "digests":
+        return f"{name} {before}, this job has {here}"
+    if sorted(before) == sorted(here):
+        return "the same sources in another order"
+    changed = [str(index) for index, pair in enumerate(zip(before, here, strict=True)) if pair[0] != pair[1]]
+    return f"other content in source{'s' if len(changed) > 1 else ''} {', '.join(changed)}, counted from 0"
 
 
 def batches_of_all(

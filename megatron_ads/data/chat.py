@@ -28,6 +28,12 @@ class ChatTokenizer:
     end_token_id: int
     """Ends every assistant message."""
 
+    @property
+    def size(self) -> int:
+        """One more than the highest token id."""
+        vocabulary: dict[str, int] = self.fast.get_vocab()
+        return max(vocabulary.values()) + 1
+
     def encode(self, text: str) -> list[int]:
         """Return the tokens of ``text``, with no begin or end token added."""
         # The tokenizer underneath: the wrapper takes twice as long, and every process encodes every row.
@@ -56,7 +62,10 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
             "(tokenization_*.py) must be converted to tokenizer.json first."
         )
     # Not AutoTokenizer: for some class names it rebuilds the tokenizer from its vocabulary, with another splitting.
-    fast = PreTrainedTokenizerFast.from_pretrained(folder)
+    try:
+        fast = PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001 - tokenizers has no class of its own for what it refuses
+        raise DataError(f"{folder}: the tokenizer cannot be loaded ({error}). Copy its files again.") from None
     if fast.eos_token_id is None:
         raise DataError(f"{folder}/tokenizer_config.json names no eos_token; nothing would end an answer. Add it.")
     return ChatTokenizer(fast=fast, end_token_id=fast.eos_token_id)

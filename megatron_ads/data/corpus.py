@@ -153,6 +153,17 @@ def tokenize(rows: Sequence[ChatRow], tokenizer: ChatTokenizer, *, seq_length: i
     return Tokenized(rows=kept, left_out=left_out)
 
 
+def none_left(rows: str, left_out: Counter[LeftOut], seq_length: int) -> DataError:
+    """Return the error for rows that are all left out, with the reasons and what to do about each."""
+    advice = {
+        LeftOut.zero_weight: "Give rows a weight above 0.",
+        LeftOut.target_longer_than_seq_length: f"Raise data.seq_length = {seq_length}, or shorten the targets.",
+        LeftOut.longer_than_seq_length: f"Raise data.seq_length = {seq_length}, or shorten the prompts.",
+    }
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+    return DataError(f"None of the {rows} can be used: {reasons}. {' '.join(advice[reason] for reason in left_out)}")
+
+
 def tokenize_training(
     corpus: Corpus, tokenizer: ChatTokenizer, *, seq_length: int, by_task: bool = False
 ) -> tuple[list[WeightedRows], Counter[LeftOut]]:
@@ -175,9 +186,7 @@ def tokenize_training(
         tokenized = tokenize(rows, tokenizer, seq_length=seq_length)
         left_out += tokenized.left_out
         if not tokenized.rows:
-            raise DataError(
-                f"None of the {len(rows)} training rows of {name} fits data.seq_length = {seq_length}. Raise it."
-            )
+            raise none_left(f"{len(rows)} training rows of {name}", tokenized.left_out, seq_length)
         source = WeightedRows(rows=tokenized.rows, weight=config.weight, name=name)
         sources += [source] if config.keep_share or not by_task else _divide_by_task(source)
     return sources, left_out

@@ -22,13 +22,12 @@ and weight. A ``ground_truth`` that is no text is the fact of that name; one tha
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_ads.data.bad_rows import BadRow, BadRowError, Made, usable_rows
+from megatron_ads.data.bad_rows import BadRow, BadRowError, Made, usable_rows, usable_weight
 from megatron_ads.data.source_files import JSON_LINES, Place, open_text, parts_of
 from megatron_ads.errors import DataError
 from megatron_ads.rows import ChatRow, Fact, Message, Role, wrong_fact
@@ -98,13 +97,27 @@ def _constant(name: str) -> float | None:
 def _parse_line(line: bytes) -> dict[str, Any] | BadRowError:
     try:
         parsed = json.loads(line, parse_constant=_constant)
+        if b"\\u" in line:  # an escape alone may stand for what no file can hold
+            json.dumps(parsed, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return BadRowError(BadRow.invalid_utf8, f"{_not_text(parsed)} holds half a surrogate pair, which is no text.")
     except UnicodeDecodeError as error:
         return BadRowError(BadRow.invalid_utf8, f"not UTF-8 at byte {error.start}. Save the file as UTF-8.")
-    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
+    except (ValueError, RecursionError) as error:  # ValueError alone: a whole number of thousands of digits
         return BadRowError(BadRow.unreadable_row, f"not JSON ({error}). One object per line is expected.")
     if not isinstance(parsed, dict):
         return BadRowError(BadRow.unreadable_row, f"a {type(parsed).__name__}, not an object.")
     return parsed
+
+
+def _not_text(parsed: object) -> str:
+    """Return the first field with what UTF-8 cannot hold; of something else than an object, what it is."""
+    for name, value in parsed.items() if isinstance(parsed, dict) else ():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return str(name.encode(errors="replace").decode())
+    return f"a {type(parsed).__name__}"
 
 
 def jsonl_rows(path: Path, *, limit: int | None = None, rejected: Path | None = None) -> list[ChatRow]:
@@ -139,9 +152,7 @@ def parse_row(fields: Mapping[str, Any], *, default_id: str) -> ChatRow:
         fields = _from_verl(fields)
     if unknown := sorted(fields.keys() - _KEYS):
         raise BadRowError(BadRow.unknown_field, f"unknown field {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}.")
-    weight = fields.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-        raise BadRowError(BadRow.wrong_type, f"weight is {weight!r}; it must be a number, 0 or above.")
+    weight = usable_weight(fields.get("weight", 1.0))
     label = fields.get("label")
     if label is not None and not isinstance(label, str):
         raise BadRowError(BadRow.wrong_type, f"label is {label!r}; it must be text or null.")
@@ -152,7 +163,7 @@ def parse_row(fields: Mapping[str, Any], *, default_id: str) -> ChatRow:
         id=_text(fields, "id", default_id),
         task=task,
         messages=_parse_messages(fields.get("messages")),
-        weight=float(weight),
+        weight=weight,
         group=_text(fields, "group", ""),
         label=label,
         facts=facts,

@@ -8,14 +8,21 @@ so that a prefix of any length holds the shares to within a sample or so; n and 
 last changed. Inside a source every epoch has its own shuffled order.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from megatron_ads.errors import DataError
+from megatron_ads.observability.log import get_logger
 from megatron_ads.rows import TokenizedRow
 from megatron_ads.stable_random import key_of, shuffled
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,11 @@ class Mixture:
         """Rows of each source."""
         return tuple(len(source.rows) for source in self._sources)
 
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """Of each source, by the content of its rows and their order."""
+        return tuple(_digest(source.rows) for source in self._sources)
+
     def draw(self) -> Draw:
         """Return the next sample."""
         drawn = [now - before for now, before in zip(self.drawn, self._drawn_before, strict=True)]
@@ -117,12 +129,39 @@ class Mixture:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the current state of the sequence."""
-        return {"drawn": list(self.drawn), "drawn_before": list(self._drawn_before), "shares": list(self._shares)}
+        return {
+            "drawn": list(self.drawn),
+            "drawn_before": list(self._drawn_before),
+            "shares": list(self._shares),
+            "source_weights": [source.weight for source in self._sources],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken."""
+        """Continue where ``state`` was taken; weights that have changed since hold from the next draw on."""
         self.drawn, self._drawn_before = list(state["drawn"]), list(state["drawn_before"])
         self._shares = tuple(state["shares"])
+        # Older states lack the weights; their shares are those, unless they had adapted.
+        before = _normalized(state.get("source_weights") or (() if self.adaptive_tasks else self._shares))
+        now = _normalized([source.weight for source in self._sources])
+        if before and not np.allclose(before, now, rtol=1e-9, atol=0.0):
+            changed = zip(self._sources, before, now, strict=True)
+            logger.info(
+                "the sources' weights have changed, and hold from here on: %s",
+                ", ".join(f"{source.name} {old:.4g} -> {new:.4g} of the samples" for source, old, new in changed),
+            )
+            self._shares = _normalized(
+                [share * new / old for share, old, new in zip(self._shares, before, now, strict=True)]
+            )
+            self._drawn_before = list(self.drawn)
+
+
+def _digest(rows: Sequence[TokenizedRow]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        name = f"{row.id}\0{row.task}".encode(errors="surrogatepass")
+        for part in (name, row.tokens.tobytes(), row.loss_weights.tobytes()):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
 
 
 def _normalized(weights: Sequence[float]) -> tuple[float, ...]:

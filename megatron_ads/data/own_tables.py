@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.config.data import AdsTask
-from megatron_ads.data.bad_rows import BadRow, BadRowError, usable_rows
+from megatron_ads.data.bad_rows import BadRow, BadRowError, usable_rows, usable_weight
 from megatron_ads.data.source_files import Place, parts_of
 from megatron_ads.data.table_fields import FieldMapping, one_of, optional_text, text_of, texts_of, time_of
 from megatron_ads.data.table_files import Cells, read_table
@@ -207,18 +207,12 @@ def _rewriting_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
 
 def _chat_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
     given = optional_text(cells, "weight")
-    try:
-        weight = float(given or 1.0)
-    except ValueError:
-        weight = float("nan")
-    if not 0 <= weight < float("inf"):
-        raise BadRowError(BadRow.wrong_type, f"weight is {given!r:.80}; it must be a number, 0 or above.")
     prompt, target = text_of(cells, "prompt"), text_of(cells, "target")
     row = ChatRow(
         id=row_id,
         task=optional_text(cells, "task") or "chat",
         messages=(Message(Role.user, prompt), Message(Role.assistant, target)),
-        weight=weight,
+        weight=usable_weight(given or "1", text=True),
         group=optional_text(cells, "group"),
         label=optional_text(cells, "label") or None,
     )

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from megatron_ads.data.bad_rows import BadRow, BadRowError
 from megatron_ads.data.jsonl import read_lines
 from megatron_ads.data.source_files import JSON_LINES, TABLES, Part, form_of, open_text, require_columns
-from megatron_ads.errors import DataError
+from megatron_ads.errors import DataError, one_line
 from megatron_ads.observability.log import get_logger
 
 logger = get_logger(__name__)
@@ -88,11 +88,7 @@ def _parquet(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file, coerce_int96_timestamp_unit="us")
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{file} is no Parquet file ({_one_line(error)}).") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        raise DataError(f"{file} is no Parquet file ({one_line(error)}).") from None
 
 
 def _read_parquet(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow]]:
@@ -102,7 +98,7 @@ def _read_parquet(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow
             batches = parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
             yield from enumerate((row for batch in batches for row in _rows_of(batch)), 1)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{file} cannot be read ({_one_line(error)}). Copy or write it again.") from None
+            raise DataError(f"{file} cannot be read ({one_line(error)}). Copy or write it again.") from None
 
 
 def _csv_head(file: Path, columns: Sequence[str]) -> tuple[list[str], str, int]:
@@ -121,7 +117,7 @@ def _csv_head(file: Path, columns: Sequence[str]) -> tuple[list[str], str, int]:
         heads = {mark: next(csv.reader([first, *rest], delimiter=mark), []) for mark in (usual, *_OTHER_SEPARATORS)}
     except (OSError, csv.Error, TypeError, ValueError) as error:
         raise DataError(
-            f"{file} cannot be read as CSV ({_one_line(error)}). Correct the file or copy it again."
+            f"{file} cannot be read as CSV ({one_line(error)}). Correct the file or copy it again."
         ) from None
     if not heads[usual]:
         raise DataError(f"{file} cannot be read as CSV (it has no head line). Write the columns' names into its first.")
@@ -167,9 +163,7 @@ def _read_csv(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow]]:
                 _warn_of_quotes(file, number, row)
                 yield number, row
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(
-            f"{file} cannot be read as CSV ({_one_line(error)}). Correct the file or the columns."
-        ) from None
+        raise DataError(f"{file} cannot be read as CSV ({one_line(error)}). Correct the file or the columns.") from None
     yield from sorted(broken.items())
 
 

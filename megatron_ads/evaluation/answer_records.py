@@ -91,7 +91,6 @@ class AnswerJournal:
     """The answered batches of an open journal."""
 
     def __init__(self, journal: Journal) -> None:
-        """Take over what it holds."""
         self._journal = journal
 
         def size(record: Mapping[str, Any]) -> tuple[int, float]:
@@ -117,7 +116,6 @@ class AnswerJournal:
         return self._journal.read(str(batch), answers)
 
     def add(self, batch: int, answers: Sequence[Answer], seconds: float) -> None:
-        """Note an answered batch durably."""
         said = [
             {"text": answer.text, "ended": answer.ended, "beams": [astuple(beam) for beam in answer.beams]}
             for answer in answers

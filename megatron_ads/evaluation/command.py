@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ads.config.generation import EndpointConfig, GenerationConfig, LengthRule, Method, load_endpoint
+from megatron_ads.disk import require_writable
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.evaluation.score_tables import text_tables
 from megatron_ads.observability.log import start_logging
@@ -40,7 +41,6 @@ _SERVER = "server."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `megatron-ads evaluate`."""
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face folder, or Megatron checkpoint")
     model.add_argument("--url", help="OpenAI-compatible server to evaluate instead, such as http://localhost:8000/v1")
@@ -48,61 +48,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", type=Path, metavar="FILE", help="write every answer there, as JSON lines")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write scores and failed answers there, as a page")
     parser.add_argument(
-        "--batch-size",
-        type=int,
-        help=f"sequences generated at once (default {DEFAULT_BATCH_SIZE}); of a server: server.concurrency=N",
+        "--batch-size", type=int, help=f"sequences at once (default {DEFAULT_BATCH_SIZE}); --url has server.concurrency"
     )
     parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        help="longest answer (default: a quarter longer than the task's longest training target)",
+        "--max-new-tokens", type=int, help="longest answer (default: a quarter longer than the longest training target)"
     )
     parser.add_argument("--json", action="store_true", help="print the scores as one line of JSON")
     server = parser.add_argument_group("server (--url)")
     server.add_argument("--served-model", metavar="NAME", help="name the server knows the model by")
     server.add_argument("--api-key-env", metavar="VAR", help="environment variable that holds the API key")
     server.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="DIR",
-        help="folder with the model's tokenizer: prompts are sent as the tokens that training renders",
+        "--tokenizer", type=Path, metavar="DIR", help="the model's: prompts are sent as the tokens of training"
     )
     _add_decoding_arguments(parser.add_argument_group("decoding"))
     parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="settings that replace the recipe's, and with --url server.NAME=VALUE",
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's, or server.NAME=VALUE"
     )
 
 
 def _add_decoding_arguments(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
-        "--decode",
-        type=Method,
-        choices=list(Method),
-        default=Method.greedy,
-        metavar="METHOD",
+        "--decode", type=Method, choices=list(Method), default=Method.greedy, metavar="METHOD",
         help="greedy (default), sampled, beam, or constrained-beam: rank valid names, in tasks answered with a name",
-    )
+    )  # fmt: skip
     group.add_argument("--temperature", type=float, metavar="T", help="sampled: divides the logits (default 1)")
     group.add_argument("--top-p", type=float, metavar="P", help="sampled: fewest tokens that hold this probability")
     group.add_argument("--seed", type=int, help="sampled: decides the draws (default 0)")
     group.add_argument("--beams", type=int, metavar="N", help="beams of a row (default 20)")
     group.add_argument(
-        "--length",
-        type=LengthRule,
-        choices=list(LengthRule),
-        metavar="RULE",
+        "--length", type=LengthRule, choices=list(LengthRule), metavar="RULE",
         help="compare beams by the sum of their log-probabilities (default), their mean, or mean-of-choices, "
         "where tokens without an alternative do not count",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--collaborative",
-        type=float,
-        metavar="A",
+        "--collaborative", type=float, metavar="A",
         help="constrained-beam: share of the score, from 0 to 1, by who buys from whom in training rows (default 0)",
-    )
+    )  # fmt: skip
     group.add_argument("--names", type=Path, metavar="FILE", help="valid names, one a line (default: training rows')")
     group.add_argument(
         "--ground", action="store_true", help="also judge the valid names that are nearest to what the model named"
@@ -110,7 +91,6 @@ def _add_decoding_arguments(group: "argparse._ArgumentGroup") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate and print; return 0."""
     start_logging()
     names = ("temperature", "top_p", "seed", "beams", "length", "collaborative")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -196,6 +176,7 @@ def evaluate(
             raise DataError(f"{file} cannot be written: there is no folder {file.parent}. Create it.")
         if file.is_dir():
             raise DataError(f"{file} cannot be written: it is a folder. Name a file.")
+    require_writable(answers_file, html_file)
     how = how or GenerationConfig()
     data = load_recipe(recipe, overrides, sections=["data"]).data
     corpus = read_corpus(data)

@@ -70,7 +70,6 @@ class CheckpointModel:
             return answers, before.seconds + time.monotonic() - start
 
     def general(self, rows: Sequence[ChatRow], batch_size: int) -> dict[str, dict[str, float]]:
-        """Return the perplexity of general rows by domain."""
         return general_scores(self._engine(), self.tokenizer, rows, batch_size=batch_size)
 
 
@@ -120,11 +119,7 @@ class ServedModel:
 def general_scores(
     engine: Engine, tokenizer: ChatTokenizer, rows: Sequence[ChatRow], *, batch_size: int
 ) -> dict[str, dict[str, float]]:
-    """Return number of rows and perplexity by domain. Shows a progress bar.
-
-    Raises:
-        UnsupportedError: If the engine does not say how probable a text is.
-    """
+    """Return number of rows and perplexity by domain. Shows a progress bar."""
     # A row of weight 0 is not trained on; its target counts here all the same.
     weighed = [replace(row, weight=1.0) for row in rows]
     tokenized = sorted((tokenize_row(row, tokenizer) for row in weighed), key=lambda row: len(row.tokens))

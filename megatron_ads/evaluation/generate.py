@@ -50,15 +50,10 @@ class Asking:
         }
 
 
-def answer_rows(
-    asker: "RowAsker", *, journal: AnswerJournal | None = None, description: str = "answering"
-) -> list[Answer]:
+def answer_rows(asker: "RowAsker", *, journal: AnswerJournal | None = None) -> list[Answer]:
     """Return one answer per row of ``asker``, in order. Shows a progress bar.
 
-    Args:
-        asker: The rows, and the engine that answers them.
-        journal: What was answered before, and where further answers are noted; None notes nothing.
-        description: What the progress bar says.
+    ``journal`` has what was answered before, and further answers are noted there.
 
     Raises:
         DataError: If there are names that cannot be told apart.
@@ -67,7 +62,7 @@ def answer_rows(
     rows = asker.rows
     answers: dict[int, Answer] = {}
     before = journal.rows if journal else 0
-    with Progress(len(rows), before, description=description, unit="row") as progress:
+    with Progress(len(rows), before, description="answering", unit="row") as progress:
         for number, batch in enumerate(asker.batches()):
             said = journal.answered(number, [rows[row] for row in batch]) if journal else None
             if said is None:
@@ -95,10 +90,9 @@ class RowAsker:
         self._collaborative: CollaborativeModel | None = None
 
     def batches(self) -> list[list[int]]:
-        """Return the numbers of the rows that are answered together, all of one task, whose answers are of like length.
+        """Return the numbers of the rows that are answered together: of one task, prompts of like length.
 
-        Prompts are of like length too, so that little is padded. Batches depend on the rows and on how they are asked,
-        not on what has been answered before.
+        Batches depend on the rows and on how they are asked, not on what has been answered before.
         """
         how, size = self._asking.how, self._asking.batch_size
         found = []
@@ -111,12 +105,7 @@ class RowAsker:
         return found
 
     def answer(self, batch: Sequence[int], *, draw: int) -> list[Answer]:
-        """Answer the rows of a batch, which are of one task; ``draw`` is the batch's number.
-
-        Raises:
-            ConversionError: If transformers cannot load the folder.
-            DataError: If two valid names are the same tokens, or there are none.
-        """
+        """Answer the rows of a batch, which are of one task; ``draw`` is the batch's number."""
         if self._answers_by_name(batch[0]):
             return self._names(batch)
         how = self._asking.how

@@ -51,13 +51,15 @@ def judge(answers: Sequence[Answer], *, reasons: bool = True) -> list[JudgedAnsw
         failed = isinstance(read, StrEnum)
         label = answer.row.label if task.label_of else None
         given = task.label_of(read) if task.label_of and not failed else None
+        log_probabilities = [beam.log_probability for beam in answer.beams]
+        ratios = [math.exp(min(each - log_probabilities[0], MAX_EXPONENT)) for each in log_probabilities]
         outcomes.append(
             JudgedAnswer(
                 answer=answer,
                 given=given,
                 failure=str(read) if failed else None,
                 right=None if label is None else given is not None and same_name(given) == same_name(label),
-                probability=_share_of_best(answer),
+                probability=1 / math.fsum(ratios) if len(ratios) > 1 else None,
             )
         )
     return outcomes
@@ -65,11 +67,8 @@ def judge(answers: Sequence[Answer], *, reasons: bool = True) -> list[JudgedAnsw
 
 def confusion(outcomes: Sequence[JudgedAnswer]) -> tuple[list[str], list[str], Counter[tuple[str, str]]]:
     """Return the true labels, the given labels and how often each pair occurs; what was not read is a label too."""
-    pairs = Counter(
-        (one.answer.row.label or "", one.given if one.given is not None else NOT_READ)
-        for one in outcomes
-        if one.right is not None
-    )
+    judged = [one for one in outcomes if one.right is not None]
+    pairs = Counter((one.answer.row.label or "", NOT_READ if one.given is None else one.given) for one in judged)
     truths = sorted({truth for truth, _ in pairs})
     others = sorted({given for _, given in pairs} - {*truths, NOT_READ})
     unread = [NOT_READ] if any(given == NOT_READ for _, given in pairs) else []
@@ -84,27 +83,12 @@ def samples(outcomes: Sequence[JudgedAnswer], most: int) -> list[tuple[str, int,
             kinds.setdefault(f"{NOT_READ}: {one.failure}", []).append(one)
         elif one.right is False:
             kinds.setdefault("read, and wrong", []).append(one)
-    return [
-        (kind, len(of_kind), of_kind[:most]) for kind, of_kind in sorted(kinds.items(), key=lambda kind: -len(kind[1]))
-    ]
-
-
-def _share_of_best(answer: Answer) -> float | None:
-    if len(answer.beams) < 2:
-        return None
-    best = answer.beams[0].log_probability
-    return 1 / math.fsum(math.exp(min(beam.log_probability - best, MAX_EXPONENT)) for beam in answer.beams)
+    frequent = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
+    return [(kind, len(of_kind), of_kind[:most]) for kind, of_kind in frequent]
 
 
 def evaluation_page(scores: Mapping[str, Any], answers: Sequence[Answer], *, title: str, about: str) -> str:
-    """Return the page.
-
-    Args:
-        scores: What `megatron-ads evaluate --json` prints.
-        answers: What they were made from.
-        title: What was evaluated.
-        about: One sentence on how.
-    """
+    """Return the page of ``scores``, which `megatron-ads evaluate --json` prints; ``about`` is a sentence on how."""
     by_task = groupby(sorted(answers, key=lambda answer: answer.row.task), key=lambda answer: answer.row.task)
     tasks = [
         _task_parts(task, scores["tasks"][task], judge(list(of_task), reasons=scores["reasoning"]))
@@ -121,13 +105,19 @@ def _task_parts(task: str, scores: Mapping[str, Any], outcomes: Sequence[JudgedA
         cells = [(truth, *(pairs[truth, label] for label in given)) for truth in truths]
         matrix = {"head": ["true", *given], "rows": cells}
     sure = [one for one in outcomes if one.probability is not None and one.right is not None]
+
+    def shown(answer: Answer) -> list[str]:
+        row = answer.row
+        texts = (row.prompt[-1].content, row.label or row.target, answer.text)
+        return [row.id, *(text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} …" for text in texts)]
+
     return {
         "name": task,
         "tables": score_tables(task, scores),
         "confusion": matrix,
         "calibration": _calibration(sure) if sure else None,
         "failed": [
-            (f"{kind}: {count} of {len(outcomes)}", [_sample(one.answer) for one in chosen])
+            (f"{kind}: {count} of {len(outcomes)}", [shown(one.answer) for one in chosen])
             for kind, count, chosen in samples(outcomes, _MOST_SAMPLES)
         ],
     }
@@ -148,10 +138,3 @@ def _calibration(sure: Sequence[JudgedAnswer]) -> Chart:
     )
     error = calibration_error(truths, probabilities)
     return Chart(svg, f"{len(sure)} answers; expected calibration error {fixed(error)}.")
-
-
-def _sample(answer: Answer) -> list[str]:
-    """Return the row of one failed answer; long texts are cut."""
-    row = answer.row
-    texts = (row.prompt[-1].content, row.label or row.target, answer.text)
-    return [row.id, *(text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} …" for text in texts)]

@@ -20,14 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ads.evaluation.answer_records import Answer
-from megatron_ads.metrics.intervals import Interval, mean_interval, statistic_interval
-from megatron_ads.metrics.text import (
-    LexicalMatcher,
-    click_attribute_ratio,
-    fit_embedding,
-    mean_pairwise_distance,
-    words_of,
-)
+from megatron_ads.metrics import text
+from megatron_ads.metrics.intervals import ends, mean_interval, statistic_interval
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.ground_truth import ground_truth, readable
 from megatron_ads.tasks.query_generation import Queries, keyword_of, parse, subject_of
@@ -66,7 +60,7 @@ def query_scores(answers: Sequence[Answer], training: Sequence[ChatRow], *, reas
         ],
         "true queries": true,
     }
-    matcher = LexicalMatcher([subject_of(row) for row in rows])
+    matcher = text.LexicalMatcher([subject_of(row) for row in rows])
     return {
         "judge_balanced_accuracy": judge.balanced_accuracy,
         "lines": {name: _line(rows, queries, judge, matcher, history) for name, queries in lines.items()},
@@ -81,7 +75,7 @@ class TopicJudge:
         subjects = [subject_of(row) for row in rows]
         queries = [ground_truth(row, Queries).texts for row in rows]
         texts = [*subjects, *(query for of_row in queries for query in of_row)]
-        self.embedding = fit_embedding(texts, max_words=_MAX_WORDS)
+        self.embedding = text.fit_embedding(texts, max_words=_MAX_WORDS)
         own = [self.similarities(of_row, subject) for of_row, subject in zip(queries, subjects, strict=True)]
         others = [
             self.similarities(of_row, subjects[place - 1])
@@ -123,7 +117,7 @@ def _line(
     rows: Sequence[ChatRow],
     queries_of_rows: Sequence[Sequence[str]],
     judge: TopicJudge,
-    matcher: LexicalMatcher,
+    matcher: text.LexicalMatcher,
     history: Sequence[str],
 ) -> dict[str, Any]:
     attributes = set(history)
@@ -135,30 +129,25 @@ def _line(
         if queries:
             cosines = judge.similarities(queries, subject_of(row))
             on_topic += [(float(cosine >= judge.threshold), row.group) for cosine in cosines]
-        if (distance := mean_pairwise_distance(judge.embedding.embed(queries))) is not None:
+        if (distance := text.mean_pairwise_distance(judge.embedding.embed(queries))) is not None:
             apart.append((distance, row.group))
         missed += [(float(place not in matcher.best(query, _FIRST)), row.group) for query in queries]
         words = [word for query in queries for word in _added(query, keyword_of(row))]
         added.append([word for word in words if word in attributes])
 
     def ratio(chosen: Sequence[int] | NDArray[np.int64]) -> float | None:
-        return click_attribute_ratio([word for place in chosen for word in added[place]], history)
+        return text.click_attribute_ratio([word for place in chosen for word in added[place]], history)
 
     between = statistic_interval(ratio, len(rows), groups=[row.group for row in rows], resamples=_RESAMPLES)
     scores: dict[str, Any] = {"queries": len(missed)}
     for name, measured in (("relevance", on_topic), ("diversity", apart), ("difficulty", missed)):
         values, keywords = [value for value, _ in measured], [keyword for _, keyword in measured]
         scores[name] = sum(values) / len(values) if values else None
-        scores[f"{name}_95"] = _ends(mean_interval(values, groups=keywords, resamples=_RESAMPLES))
-    ends = _ends(between)
-    return {**scores, "click_attribute_ratio": ratio(range(len(rows))), "click_attribute_ratio_95": ends}
-
-
-def _ends(interval: Interval | None) -> list[float] | None:
-    return None if interval is None else [interval.low, interval.high]
+        scores[f"{name}_95"] = ends(mean_interval(values, groups=keywords, resamples=_RESAMPLES))
+    return {**scores, "click_attribute_ratio": ratio(range(len(rows))), "click_attribute_ratio_95": ends(between)}
 
 
 def _added(query: str, keyword: str) -> list[str]:
     """Return the words of a query that its keyword lacks."""
-    known = set(words_of(keyword))
-    return [word for word in words_of(query) if word not in known]
+    known = set(text.words_of(keyword))
+    return [word for word in text.words_of(query) if word not in known]

@@ -11,19 +11,9 @@ from typing import Any
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.label_scores import best_answers
 from megatron_ads.evaluation.name_answers import AdvertiserNames, NearestNames, bought_from
-from megatron_ads.metrics.intervals import mean_interval
-from megatron_ads.metrics.ranking import (
-    HIT_RATES,
-    RECALLS,
-    distinct_rate,
-    most_popular,
-    ndcg_at,
-    position_of,
-    recall_at,
-    recent_then_popular,
-    same_name,
-    valid_rate,
-)
+from megatron_ads.metrics import ranking as rank_metrics
+from megatron_ads.metrics.intervals import ends, mean_interval
+from megatron_ads.metrics.ranking import RECALLS, ndcg_at, position_of, recall_at, same_name
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks import next_advertiser
 
@@ -52,25 +42,22 @@ def ranking_scores(
 ) -> dict[str, Any]:
     """Return the scores of the model's rankings and of the baselines, as JSON values; what is undefined is None.
 
-    Args:
-        answers: To rows of ``next_advertiser`` or ``next_advertiser_ranking``.
-        training: Rows trained on, whose labels say what is popular.
-        advertisers: The valid names.
-        ground: Also rank the valid names that are nearest to the model's first one, valid or not.
+    Labels of ``training`` say what is popular. ``ground`` also ranks the valid names that are nearest to the model's
+    first one, valid or not.
     """
     rows = [answer.row for answer in answers]
     model = advertiser_rankings(answers)
     labels = [row.label for row in training if row.task == rows[0].task and row.label is not None]
     asked_for = LONGEST if rows[0].task == next_advertiser.RANKING_TASK else max(map(len, model))
     depth = max(LONGEST, asked_for)
-    popular = most_popular(labels, depth)
+    popular = rank_metrics.most_popular(labels, depth)
     others = {}
     if ground and advertisers.names:
         first = [ranking[0] if ranking else "" for ranking in model]
         others["model, nearest names"] = NearestNames(advertisers.names).rank(first, LONGEST)
     others |= {
         "popular": [popular for _ in rows],
-        "recent, then popular": [recent_then_popular(bought_from(row), popular, depth) for row in rows],
+        "recent, then popular": [rank_metrics.recent_then_popular(bought_from(row), popular, depth) for row in rows],
     }
     if best := best_answers(rows):
         others["best reachable"] = [list(ranking) for ranking in best]
@@ -81,8 +68,8 @@ def ranking_scores(
             "model": _judged(rows, model, longest=asked_for, wanted=wanted),
             **{name: _judged(rows, rankings, longest=depth) for name, rankings in others.items()},
         },
-        "valid_rate": valid_rate(model, advertisers.names),
-        "distinct_rate": distinct_rate(model),
+        "valid_rate": rank_metrics.valid_rate(model, advertisers.names),
+        "distinct_rate": rank_metrics.distinct_rate(model),
         "valid_names": len(advertisers.names),
         "names_from": advertisers.source,
         "truth_is_valid": sum(same_name(row.label or "") in known for row in rows) / len(rows),
@@ -97,17 +84,13 @@ def _judged(
     groups = [row.group or row.id for row in rows]
     found: dict[str, Any] = {}
     shares = {f"recall@{k}": k for k in RECALLS if k == 1 or longest >= min(k, wanted)}
-    shares |= {f"hr@{k}": k for k in HIT_RATES if LONGEST < k <= longest}
+    shares |= {f"hr@{k}": k for k in rank_metrics.HIT_RATES if LONGEST < k <= longest}
     for name, k in shares.items():
         found[name] = recall_at(positions, k)
-        found[f"{name}_95"] = _interval([recall_at([position], k) or 0.0 for position in positions], groups)
+        hits = [recall_at([position], k) or 0.0 for position in positions]
+        found[f"{name}_95"] = ends(mean_interval(hits, groups=groups, resamples=_RESAMPLES))
     if longest >= wanted:
         found[f"ndcg@{LONGEST}"] = ndcg_at(positions, LONGEST)
         gained = [ndcg_at([position], LONGEST) or 0.0 for position in positions]
-        found[f"ndcg@{LONGEST}_95"] = _interval(gained, groups)
+        found[f"ndcg@{LONGEST}_95"] = ends(mean_interval(gained, groups=groups, resamples=_RESAMPLES))
     return found
-
-
-def _interval(values: Sequence[float], groups: Sequence[str]) -> list[float] | None:
-    interval = mean_interval(values, groups=groups, resamples=_RESAMPLES)
-    return None if interval is None else [interval.low, interval.high]

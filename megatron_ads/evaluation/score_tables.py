@@ -76,11 +76,8 @@ def _metrics_table(scores: Mapping[str, Any]) -> ScoreTable:
     """Return the metrics of a task and the rates of its answers' form, but for what is in the papers' tables."""
     in_views = tuple(f"{view}/" for view in scores.get("views", ()))
     leading = scores["headline_name"]
-    values = {
-        name: value
-        for name, value in {**scores["metrics"], **scores["formats"]}.items()
-        if not name.startswith(in_views) or name == leading
-    }
+    measured = {**scores["metrics"], **scores["formats"]}.items()
+    values = {name: value for name, value in measured if not name.startswith(in_views) or name == leading}
     values["answers that could be read"] = scores["readable_share"]
     values["answers that the model ended"] = scores["ended_share"]
     rows = [

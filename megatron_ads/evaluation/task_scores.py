@@ -9,7 +9,7 @@ from megatron_ads.evaluation.label_scores import relevance_scores, score_views
 from megatron_ads.evaluation.name_answers import AdvertiserNames, names_trained_on
 from megatron_ads.evaluation.query_scores import query_scores
 from megatron_ads.evaluation.ranking_scores import ranking_scores
-from megatron_ads.metrics.intervals import statistic_interval
+from megatron_ads.metrics.intervals import ends, statistic_interval
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.model_comparison import Assessment, parse, replacement_report
@@ -39,9 +39,6 @@ def task_scores(
         advertisers: Valid names; None: those in ``training``.
         ground: Also judge the valid names nearest to the advertiser that an answer names.
         reasons: False: answers need no reasoning, also in tasks that have it otherwise.
-
-    Raises:
-        DataError: If a row is of an unknown task, or its facts have no ground truth.
     """
     scores = {}
     for task in sorted({answer.row.task for answer in answers}):
@@ -89,6 +86,6 @@ def _scores(answers: Sequence[Answer], *, reasons: bool) -> dict[str, Any]:
     return {
         **asdict(scores),
         "groups": len(set(groups)),
-        "headline_95": None if interval is None else [interval.low, interval.high],
+        "headline_95": ends(interval),
         "ended_share": sum(answer.ended for answer in answers) / len(answers),
     }

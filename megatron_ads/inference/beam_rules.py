@@ -14,7 +14,7 @@ Shape suffixes: K = beams of one row, V = vocabulary, C = candidates, or childre
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,30 +100,17 @@ class Candidates:
     """What the rules know of the lengthened beams."""
 
 
-class Rules(Protocol):
-    """What may be written in one row."""
-
-    @property
-    def start(self) -> Any:
-        """What is known before anything is written."""
-        ...
-
-    def candidates(self, states: Sequence[Any], log_probabilities_KV: Tensor) -> Candidates:
-        """Return what the beams in ``states`` may go on with."""
-        ...
-
-
 class AnyToken:
     """Everything may be written; of each beam the most probable tokens are enough to find the best beams."""
 
     start = None
+    """What is known before anything is written."""
 
     def __init__(self, beams: int) -> None:
         """Take the number of beams; each may end at once, so that as many again must be at hand."""
         self._most = 2 * beams
 
     def candidates(self, states: Sequence[Any], log_probabilities_KV: Tensor) -> Candidates:
-        """Return the most probable tokens of every beam."""
         beams, vocabulary = log_probabilities_KV.shape
         most = min(self._most, vocabulary)
         values_KC, tokens_KC = log_probabilities_KV.topk(most, dim=1)
@@ -142,20 +129,13 @@ class ValidNames:
     """Only the names of a trie may be written."""
 
     def __init__(self, trie: NameTrie, *, chances: Sequence[float] | None = None, collaborative: float = 0.0) -> None:
-        """Take the names.
-
-        Args:
-            trie: The names.
-            chances: The collaborative model's probability of each name of ``trie.names``, all above 0; None without.
-            collaborative: How much they count, ``a`` in the module's head.
-        """
+        """Take the names, the collaborative model's probability of each (all above 0), and its share ``a``."""
         self.start = trie.root
         self._share = collaborative if chances is not None else 0.0
         chances_N = np.ones(len(trie.names)) if chances is None else np.asarray(chances, dtype=np.float64)
         self._up_to = np.concatenate([[0.0], np.cumsum(chances_N)])
 
     def candidates(self, states: Sequence[Node], log_probabilities_KV: Tensor) -> Candidates:
-        """Return the children of every node."""
         counts = np.asarray([len(node.tokens_C) for node in states])
         beams_C = np.repeat(np.arange(len(states)), counts)
         tokens_C = np.concatenate([node.tokens_C for node in states])
@@ -178,3 +158,7 @@ class ValidNames:
 
     def _log_mass(self, node: Node) -> float:
         return float(np.log(self._up_to[node.last] - self._up_to[node.first]))
+
+
+Rules = AnyToken | ValidNames
+"""What may be written in one row."""

@@ -39,7 +39,6 @@ class Beam:
 
     @property
     def log_probability(self) -> float:
-        """Return the model's log-probability of the whole answer, in nats."""
         return sum_in_order(self.log_probabilities)
 
 
@@ -47,15 +46,7 @@ class RowSearch:
     """The beams of one row, from step to step."""
 
     def __init__(self, rules: Rules, *, beams: int, limit: int, end_token: int, length: LengthRule) -> None:
-        """Begin with one beam in which nothing is written.
-
-        Args:
-            rules: What may be written.
-            beams: How many are wanted.
-            limit: Most tokens of a beam, end token included.
-            end_token: Ends a beam.
-            length: How beams of different length are compared.
-        """
+        """Begin with one beam in which nothing is written; ``limit`` is in tokens, end token included."""
         self._rules, self._beams, self._limit = rules, beams, limit
         self._end_token, self._length = end_token, length
         self._steps = 0

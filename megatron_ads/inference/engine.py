@@ -76,7 +76,6 @@ class Completion:
 
     @property
     def log_probability(self) -> float:
-        """Return the sum of ``log_probabilities``, in nats."""
         assert self.log_probabilities is not None, "was asked for"
         return sum_in_order(self.log_probabilities)
 
@@ -86,7 +85,6 @@ class Completion:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Completion":
-        """Return the completion that a journal's record holds."""
         optional = ("token_ids", "log_probabilities", "prompt_log_probabilities")
         tuples = {name: tuple(record[name]) for name in optional if name in record}
         failures = tuple(map(Failure, record["failures"]))

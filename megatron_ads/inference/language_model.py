@@ -3,14 +3,14 @@
 Shape suffixes: B = texts or prompts, R = running rows, S = tokens, V = vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DynamicCache, PreTrainedConfig
 from transformers import logging as transformers_logging
 
 from megatron_ads.errors import ConversionError
@@ -20,9 +20,7 @@ from megatron_ads.inference.latent_decoding import attend_to_latents
 def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """Return the model, on a GPU where there is one.
 
-    Args:
-        folder: A checkpoint that ``transformers`` loads by itself.
-        dtype: Number format to compute in; None: as stored on a GPU, FP32 on a CPU, where BF16 is slower.
+    ``dtype`` None computes in the stored format on a GPU, in FP32 on a CPU, where BF16 is slower.
 
     Raises:
         ConversionError: If transformers cannot load the folder, or would have to make up weights.
@@ -34,18 +32,36 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=transformers_config(folder),
             dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
             local_files_only=True,
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise ConversionError(f"transformers cannot load {folder}: {error}") from None
-    if missing := sorted(report["missing_keys"]):
+    if missing := missing_weights(model, report):
         raise ConversionError(
             f"{folder} lacks {len(missing)} weights that the model needs, {missing[0]} among them; export it again."
         )
     attend_to_latents(model)
     return model.eval().to(device)
+
+
+def transformers_config(folder: Path) -> Any:
+    """Return transformers' own configuration of a checkpoint, without the code that may come with it.
+
+    Raises:
+        OSError, ValueError: If transformers does not know the model.
+    """
+    values, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+    if values.get("model_type") == "kimi_k2":  # DeepSeek-V3's architecture; transformers does not know the name
+        return DeepseekV3Config.from_dict(values | {"model_type": DeepseekV3Config.model_type})
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def missing_weights(model: Any, report: Mapping[str, Any]) -> list[str]:
+    """Return the weights that transformers made up; one without values (no shared experts) is not missing."""
+    return sorted(name for name in report["missing_keys"] if model.state_dict()[name].numel())
 
 
 @torch.inference_mode()
@@ -54,11 +70,7 @@ def log_probabilities(
 ) -> list[list[float]]:
     """Return log P(y_t | before, y_<t), in nats, of every token of every answer.
 
-    Args:
-        model: From :func:`load_model`.
-        befores: What stands in front of each answer, in tokens; at least one.
-        answers: As many, in tokens; at least one each.
-        pad_token: Fills shorter texts from the left; it is masked and never seen.
+    Each answer and what comes before it has at least one token; shorter texts are padded from the left.
     """
     texts = [[*before, *answer] for before, answer in zip(befores, answers, strict=True)]
     if not texts:
@@ -88,7 +100,6 @@ class RunningRows:
     """Rows that are being written, and what the model remembers of them."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_token: int) -> None:
-        """Read the prompts."""
         self._model = model
         self._cache = DynamicCache(config=model.config)
         tokens_BS, self._mask_RS = (tensor.to(model.device) for tensor in left_padded(prompts, pad_token))

@@ -6,9 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from conversion.convert import to_hf
+from conversion.hf_folder import read_config
 from conversion.plan import folder_state
 from conversion.sources import open_source
+from conversion.to_hf import ExportDtype
+from megatron_ads.architecture import MODEL_TYPES
 from megatron_ads.observability.log import get_logger
+from megatron_ads.runtime.device import device
 
 logger = get_logger(__name__)
 _WEIGHTS_AND_SETTINGS = frozenset({".safetensors", ".distcp", ".pt", ".metadata", ".json", ".jinja"})
@@ -22,19 +26,21 @@ def model_state(model: Path) -> str:
 
 @contextmanager
 def hugging_face_folder(model: Path) -> Iterator[Path]:
-    """Yield ``model``, or, if it is a Megatron checkpoint, an export of it, which is deleted afterwards.
+    """Yield ``model``, or an export of it, which is deleted afterwards: of Megatron's, and on a CPU of FP8 as BF16.
 
     Raises:
         ConversionError: If the folder is no checkpoint, is incomplete or damaged, or the export does not fit the disk.
     """
-    if _is_hugging_face(model):
+    fp8_here = _is_hugging_face(model) and device().type == "cpu" and _is_fp8(model)
+    if _is_hugging_face(model) and not fp8_here:
         yield model
         return
     kind = open_source(model).kind
     with tempfile.TemporaryDirectory(prefix="megatron-ads-export-") as folder:
-        logger.info("%s is a %s: exporting it to %s for as long as it is used (TMPDIR moves it).", model, kind, folder)
+        what = f"{kind}{', in FP8, which transformers runs on a GPU only' if fp8_here else ''}"
+        logger.info("%s is a %s: exporting it to %s for as long as it is used (TMPDIR moves it).", model, what, folder)
         target = Path(folder) / "model"
-        to_hf(model, target)
+        to_hf(model, target, dtype=ExportDtype.BF16 if fp8_here else ExportDtype.STORED)
         yield target
 
 
@@ -50,3 +56,10 @@ def tokenizer_folder(model: Path) -> Path:
 def _is_hugging_face(model: Path) -> bool:
     """Return whether a folder is to be used as it is; so is one that does not exist, for its user to complain of."""
     return not model.is_dir() or (model / "config.json").exists()
+
+
+def _is_fp8(model: Path) -> bool:
+    """Return whether a folder is a model of this family in FP8; transformers takes care of any other."""
+    config = read_config(model) if (model / "config.json").exists() else {}
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and config.get("model_type") in MODEL_TYPES

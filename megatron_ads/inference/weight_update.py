@@ -13,13 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from transformers import core_model_loading as loading
 
 from megatron_ads.errors import ConversionError
 
@@ -33,20 +27,20 @@ class _Targets:
         self._model = model
         self.tensors: dict[str, Tensor] = model.state_dict()
         conversions = getattr(model, "_weight_conversions", None) or []
-        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._renamings = [entry for entry in conversions if isinstance(entry, loading.WeightRenaming)]
+        self._converters = [entry for entry in conversions if isinstance(entry, loading.WeightConverter)]
         self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
         shapes = {name: tensor.to("meta") for name, tensor in self.tensors.items()}
         self.tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         self.parts: dict[str, set[str]] = defaultdict(set)
         """Names in a checkpoint of the parts of each tensor; of tied tensors one is enough."""
-        for name in revert_weight_conversion(model, shapes):
+        for name in loading.revert_weight_conversion(model, shapes):
             if name not in self.tied:
                 self.parts[self.target_of(name)[0]].add(name)
 
     def target_of(self, name: str) -> tuple[str, str | None]:
         """Return the name in the model, and the pattern of the converter, if there is one."""
-        target, pattern = rename_source_key(
+        target, pattern = loading.rename_source_key(
             name, self._renamings, self._converters, self._model.base_model_prefix, self.tensors
         )
         return target, pattern
@@ -59,7 +53,7 @@ class _Targets:
             self._copy(target, whole)
             return
         converter = deepcopy(self._by_pattern[pattern])
-        for name in sorted(parts, key=dot_natural_key):
+        for name in sorted(parts, key=loading.dot_natural_key):
             converter.add_tensor(target, name, self.target_of(name)[1], parts[name])
         for name, made in converter.convert(target, model=self._model, config=self._model.config).items():
             self._copy(name, made[0] if isinstance(made, list) else made)

@@ -31,6 +31,8 @@ class AttemptResult(StrEnum):
     """A signal asked for it, and the checkpoint is saved."""
     REFUSED = "refused"
     """The user has to fix something; another attempt would end in the same way."""
+    DIVERGED = "diverged"
+    """Nothing is learned any more; another attempt would end in the same way."""
     FAILED = "failed"
     """A rank crashed, was killed, or lost another one."""
 
@@ -48,6 +50,8 @@ def judge(records: Sequence[RankRecord], ranks: int, outcome: Outcome | None) ->
     """Return the result of an attempt of ``ranks`` ranks from their records."""
     if any(record.status is ExitStatus.USER_ERROR for record in records):
         return AttemptResult.REFUSED
+    if any(record.status is ExitStatus.DIVERGED for record in records):
+        return AttemptResult.DIVERGED
     if len(records) < ranks or any(record.failed for record in records) or outcome is None:
         return AttemptResult.FAILED
     return AttemptResult.FINISHED if outcome is Outcome.FINISHED else AttemptResult.STOPPED
@@ -67,6 +71,9 @@ def decide(verdict: AttemptResult, fruitless: int, maximum: int) -> Decision:
         case AttemptResult.REFUSED:
             reason = "not started again: this has to be fixed first"
             return Decision(again=False, status=ExitStatus.USER_ERROR, reason=reason)
+        case AttemptResult.DIVERGED:
+            reason = "not started again: the job has diverged"
+            return Decision(again=False, status=ExitStatus.DIVERGED, reason=reason)
         case AttemptResult.STOPPED:
             reason = "stopped on request, with a checkpoint; continuing from it"
             return Decision(again=True, status=ExitStatus.STOPPED, reason=reason)

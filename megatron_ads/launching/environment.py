@@ -20,11 +20,7 @@ from megatron_ads.errors import ConfigError
 
 
 def environment_number(environment: Mapping[str, str], name: str, default: int) -> int:
-    """Return the number in a variable, the default if it is unset or empty.
-
-    Raises:
-        ConfigError: If it holds anything else.
-    """
+    """Return the number in a variable, the default if it is unset or empty; anything else is refused."""
     text = environment.get(name) or str(default)
     if not text.isdecimal():
         raise ConfigError(f"{name} is {text!r}; it must be a whole number.")
@@ -89,11 +85,7 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def meeting_place(environment: Mapping[str, str]) -> tuple[str, str]:
-    """Return address and port at which node 0 listens: this node, whose free ports are known here.
-
-    Raises:
-        ConfigError: If MASTER_PORT is given and no number.
-    """
+    """Return address and port at which node 0 listens: this node, whose free ports are known here."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         free = int(probe.getsockname()[1])

@@ -3,8 +3,9 @@
     megatron-ads check --recipe sft/deepseek_r1_671b_248gpu --ranks 248 --ranks-here 8 model.load=R1-shards ...
 
 Python, GPU driver and GPUs, folders, disk space for the planned checkpoints, weights, layout, data, and the checkpoint
-to continue from. With MASTER_ADDR set and NODE_RANK above 0, the rendezvous too. The launch scripts run this check on
-every node. Exit status 2: there is a problem; each is one line that says what to do.
+to continue from. With NNODES above 1 the rendezvous too: that its port is free on node 0, and that the others reach it.
+The launch scripts run this check on every node. Exit status 2: there is a problem; each is one line that says what to
+do.
 """
 
 import argparse
@@ -16,20 +17,28 @@ from dataclasses import dataclass
 from functools import partial
 from glob import glob
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import LayerSpecChoice, Precision
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.run import SftConfig, require_trainable, validate
-from megatron_ads.disk import existing, free_bytes
-from megatron_ads.errors import CheckpointError, ConfigError, DataError, MegatronAdsError
+from megatron_ads.disk import existing, free_bytes, readable_bytes
+from megatron_ads.errors import CheckpointError, ConfigError, DataError, MegatronAdsError, as_refusals, one_line
 from megatron_ads.launching.network_check import rendezvous_problems
 from megatron_ads.launching.node_check import folder_problems, gpu_problems, python_problems, wants_gpu
 from megatron_ads.observability.trackers import require_installed
 from megatron_ads.planning.hardware import CARDS
 from megatron_ads.planning.job import job_of
 from megatron_ads.planning.plan import make_plan
-from megatron_ads.training.checkpoint_folder import complete_checkpoints, require_resumable, verify_sizes
+from megatron_ads.training.checkpoint_folder import complete_checkpoints, read_manifest, starting_point, verify_sizes
+from megatron_ads.training.folder_lock import folders_of, require_free
+
+if TYPE_CHECKING:
+    from conversion.sources import WeightSource
+
+RENDEZVOUS_SECONDS = 20.0
+"""How long `check` waits for node 0; `train`, which may be started on other nodes first, waits longer."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what was checked, then the problems; return 2 if there are any."""
-    passed, problems = check_job_and_node(args.recipe, args.overrides, args.ranks, args.ranks_here)
+    passed, problems = check_job_and_node(
+        args.recipe, args.overrides, args.ranks, args.ranks_here, rendezvous_seconds=RENDEZVOUS_SECONDS
+    )
     for line in passed:
         print(f"ok    {line}")
     sys.stdout.flush()
@@ -54,12 +65,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_job_and_node(
-    recipe: str, overrides: list[str], ranks: int | None, ranks_here: int | None
+    recipe: str,
+    overrides: list[str],
+    ranks: int | None,
+    ranks_here: int | None,
+    *,
+    rendezvous_seconds: float = 300.0,
 ) -> tuple[list[str], list[str]]:
-    """Return a line for every check that passed, and one for every problem, of the job and of this node."""
+    """Return a line for every check that passed, and one for every problem, of the job and of this node.
+
+    ``rendezvous_seconds`` is how long node 0 is waited for.
+    """
     found = check_job(recipe, overrides, ranks)
     passed, problems = list(found.passed), list(found.problems)
-    here = python_problems(sys.version_info[:2]) + rendezvous_problems(os.environ)
+    here = python_problems(sys.version_info[:2]) + rendezvous_problems(os.environ, rendezvous_seconds)
     try:
         config = load_recipe(recipe, overrides)
     except MegatronAdsError:
@@ -93,14 +112,18 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
         ranks: Processes of the whole job; None for the fewest that the layout needs.
     """
     try:
-        config = load_recipe(recipe, overrides)
+        with as_refusals():
+            config = load_recipe(recipe, overrides)
     except MegatronAdsError as error:
         return JobCheck(passed=(), problems=(one_line(error),))
     passed, problems = [f"recipe: {recipe} composes"], []
     shape: ModelShape | None = None
     try:
-        shape, text = _weights(Path(config.model.load))
-        passed.append(f"weights: {text}")
+        with as_refusals():
+            source, text = _weights(Path(config.model.load))
+            shape = source.shape
+            passed.append(f"weights: {text}")
+            passed.append(f"tokenizer: {_tokenizer(source)}")
     except MegatronAdsError as error:
         problems.append(one_line(error))
     checks: tuple[tuple[str, Callable[[], str]], ...] = (
@@ -109,10 +132,12 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
         ("checkpoint", partial(_checkpoint, config)),
         ("disk", partial(_disk, config, ranks, shape)),
         ("trackers", partial(_trackers, config)),
+        ("folders", partial(_folders, config)),
     )
     for name, check in checks:
         try:
-            passed.append(f"{name}: {check()}")
+            with as_refusals():
+                passed.append(f"{name}: {check()}")
         except MegatronAdsError as error:
             problems.append(one_line(error))
     return JobCheck(passed=tuple(passed), problems=tuple(dict.fromkeys(problems)))
@@ -123,17 +148,18 @@ def needs_gpu(config: SftConfig, environment: Mapping[str, str]) -> bool:
     return config.model.layer_spec is LayerSpecChoice.te or wants_gpu(environment)
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's message on one line."""
-    return " ".join(str(error).split())
-
-
-def _weights(path: Path) -> tuple[ModelShape, str]:
+def _weights(path: Path) -> "tuple[WeightSource, str]":
     from conversion.sources import open_source  # imports torch
 
     source = open_source(path)
     size = sum(file.stat().st_size for file in source.files())
-    return source.shape, f"{path} is a {source.kind.value} of {size / 1e9:.2f} GB"
+    return source, f"{path} is a {source.kind.value} of {readable_bytes(size)}"
+
+
+def _tokenizer(source: "WeightSource") -> str:
+    from megatron_ads.training.streams import tokenizer_of  # imports torch
+
+    return f"{tokenizer_of(source).size} tokens for an embedding of {source.shape.vocab_size} rows"
 
 
 def _layout(config: SftConfig, ranks: int | None, shape: ModelShape | None) -> str:
@@ -159,13 +185,18 @@ def _data(config: SftConfig) -> str:
 
 
 def _checkpoint(config: SftConfig) -> str:
-    complete = complete_checkpoints(Path(config.checkpoint.dir))
-    if not complete:
+    folder = starting_point(
+        Path(config.checkpoint.dir), resume=config.checkpoint.resume, last_step=config.train.max_steps
+    )
+    if folder is None:
         return "none yet; the job begins at step 0"
-    step, folder = complete[-1]
-    require_resumable(folder, resume=config.checkpoint.resume, last_step=config.train.max_steps)
     verify_sizes(folder)
-    return f"{folder} is complete; the job continues from step {step}"
+    return f"{folder} is complete; the job continues from step {read_manifest(folder)['step']}"
+
+
+def _folders(config: SftConfig) -> str:
+    require_free(folders_of(config), os.environ)
+    return "no other job holds log.dir and checkpoint.dir"
 
 
 def _trackers(config: SftConfig) -> str:
@@ -193,10 +224,10 @@ def _disk(config: SftConfig, ranks: int | None, shape: ModelShape | None) -> str
         free = free_bytes(there)
         if free < size:
             raise CheckpointError(
-                f"{there} has {free / 1e9:.1f} GB free, but {size / 1e9:.1f} GB are needed: a checkpoint is "
-                f"{plan.checkpoint_bytes / 1e9:.1f} GB (checkpoint.save_total_limit = "
+                f"{there} has {readable_bytes(free)} free, but {readable_bytes(size)} are needed: a checkpoint is "
+                f"{readable_bytes(plan.checkpoint_bytes)} (checkpoint.save_total_limit = "
                 f"{config.checkpoint.save_total_limit}, {kept} there, one more while it is "
-                f"written) and the export {export / 1e9:.1f} GB. Free some, lower "
+                f"written) and the export {readable_bytes(export)}. Free some, lower "
                 "checkpoint.save_total_limit, or choose other folders with checkpoint.dir and log.dir."
             )
-    return f"room for the checkpoints ({checkpoints / 1e9:.1f} GB still) and the export ({export / 1e9:.1f} GB)"
+    return f"room for the checkpoints ({readable_bytes(checkpoints)} still) and the export ({readable_bytes(export)})"

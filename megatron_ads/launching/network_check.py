@@ -153,18 +153,26 @@ def _receive(connection: socket.socket) -> dict[str, Any]:
 
 
 def rendezvous_problems(environment: Mapping[str, str], seconds: float = 300.0) -> list[str]:
-    """Return why node 0 cannot be reached from here; node 0 may be started up to ``seconds`` later."""
+    """Return why node 0 cannot listen, or be reached from here; it may be started up to ``seconds`` later."""
     try:
         nodes, node = environment_number(environment, "NNODES", 1), environment_number(environment, "NODE_RANK", 0)
         port = environment_number(environment, "MASTER_PORT", 29500)
     except ConfigError as error:
         return [str(error)]
     host = environment.get("MASTER_ADDR")
-    if not host or node == 0 or nodes == 1:
+    if not host or nodes == 1:
         return []
     try:
-        _connected(host, port, time.monotonic() + seconds).close()
-    except OSError as error:
+        if node == 0:
+            socket.create_server(("", port)).close()
+        else:
+            _connected(host, port, time.monotonic() + seconds).close()
+    except (OSError, OverflowError) as error:
+        if node == 0:
+            return [
+                f"node 0 cannot listen on port {port} (MASTER_PORT): {error}. Set MASTER_PORT on every node to a port "
+                "that is free on this one."
+            ]
         return [
             f"node 0 cannot be reached at {host}:{port} (MASTER_ADDR:MASTER_PORT) within {seconds:.0f} s: {error}. "
             "Start the job there too, and open the port between the nodes."

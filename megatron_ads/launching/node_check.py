@@ -28,7 +28,6 @@ _CHECK_SECONDS = 300.0
 
 
 def main() -> int:
-    """Check this node."""
     parser = argparse.ArgumentParser(prog="megatron_ads.launching.node_check")
     parser.add_argument("--local-ranks", type=int, required=True)
     parser.add_argument("--gpus", action="store_true", help="each rank needs a GPU")
@@ -57,7 +56,6 @@ def main() -> int:
 
 
 def python_problems(version: tuple[int, int]) -> list[str]:
-    """Return what is wrong with the Python that runs this."""
     if version >= _OLDEST_PYTHON:
         return []
     return [

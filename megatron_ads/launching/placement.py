@@ -164,12 +164,11 @@ def _some(numbers: Sequence[int]) -> str:
 
 
 def summary(reports: Sequence[RankReport], job: PlannedJob) -> list[str]:
-    """Return a line for the job and one for each stage."""
-    without = [report.at.pp for report in reports if not report.experts and job.shape.num_experts]
+    without = sum(not report.experts for report in reports) if job.shape.num_experts else 0
     lines = [
         f"{len(reports)} of {job.layout.world} tasks reported from {len({report.node for report in reports})} nodes: "
         f"{job.layout.pp} stages, {job.shape.num_layers} decoder layers + {job.shape.mtp_layers} MTP, "
-        f"{len({report.file for report in reports})} shard files, {len(without)} ranks without routed experts"
+        f"{len({report.file for report in reports})} shard files, {without} ranks without routed experts"
     ]
     for stage in range(job.layout.pp):
         members = sorted((report for report in reports if report.at.pp == stage), key=lambda report: report.rank)

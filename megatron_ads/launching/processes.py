@@ -37,10 +37,8 @@ def run_job(
 ) -> int:
     """Run ``command`` to its end, its output appended to ``log``; return its exit status.
 
-    ``environment`` replaces variables of this process; ``while_running`` is called twice a second.
-
-    When this process is interrupted, the job gets SIGTERM and time to save before the interruption
-    continues; when this process is killed, the kernel sends the job the same signal.
+    ``while_running`` is called twice a second. When this process is interrupted, the job gets SIGTERM and time to save
+    before the interruption continues; when this process is killed, the kernel sends the job the same signal.
 
     Raises:
         JobError: If it ends with a status that is not ``accepted``.
@@ -81,7 +79,6 @@ class MetricsFollower:
         self._step = 0
 
     def __call__(self) -> None:
-        """Advance to the last step in the metrics."""
         row = self._last_row()
         if row is None or row == self._before:
             return
@@ -116,7 +113,6 @@ def termination_as_interrupt() -> Iterator[None]:
 
 
 def _end(job: "subprocess.Popen[bytes]") -> None:
-    """End the job, by force if it takes too long."""
     if job.poll() is None:
         job.terminate()
         try:
@@ -131,11 +127,9 @@ def _complaint(log: Path, start: int) -> str:
     with log.open("rb") as file:
         file.seek(start)
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    for pattern in (r"\bERROR (?!.*elastic)(.*)", r"megatron-ads: (.*)", r"((?:\w+\.)*\w*(?:Error|Exception)\b: .*)"):
-        for line in lines:
-            if match := re.search(pattern, line):
-                return match[1].rstrip(".")
-    return lines[-1].rstrip(".") if lines else "it printed nothing"
+    patterns = (r"\bERROR (?!.*elastic)(.*)", r"megatron-ads: (.*)", r"((?:\w+\.)*\w*(?:Error|Exception)\b: .*)")
+    found = (match[1] for pattern in patterns for line in lines if (match := re.search(pattern, line)))
+    return next(found, lines[-1] if lines else "it printed nothing").rstrip(".")
 
 
 def wait_passing_signals_on(job: "subprocess.Popen[bytes]") -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.run import SftConfig
-from megatron_ads.errors import ConfigError, MegatronAdsError
+from megatron_ads.errors import ConfigError, MegatronAdsError, one_line
 from megatron_ads.launching.attempts import (
     ATTEMPT,
     AttemptResult,
@@ -30,12 +30,13 @@ from megatron_ads.launching.attempts import (
     judge,
 )
 from megatron_ads.launching.environment import Allocation, environment_number, meeting_place
-from megatron_ads.launching.job_check import check_job, needs_gpu, one_line
+from megatron_ads.launching.job_check import check_job, needs_gpu
 from megatron_ads.launching.node_check import NodesCheck, check_nodes
 from megatron_ads.launching.placement import placement_problems, read_reports, summary
 from megatron_ads.launching.sweep import sweep_overrides
 from megatron_ads.planning.job import load_job
 from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, read_records
+from megatron_ads.training.folder_lock import folders_of, hold
 from megatron_ads.training.stopping import clear_outcome, read_outcome
 
 PLACEMENT_VARIABLE = "MEGATRON_ADS_CHECK_PLACEMENT"
@@ -86,16 +87,17 @@ def _run(allocation: Allocation, recipe: str, overrides: list[str], notice: Stop
         say(problem)
     if found.problems:
         return ExitStatus.USER_ERROR
-    attempt = Attempt.begin(allocation, recipe, overrides)
-    check = attempt.check_nodes()
-    say_nodes(check)
-    if check.problems:
-        return ExitStatus.USER_ERROR
-    started = check.finished and notice.received is None
-    if started:
-        attempt.run_ranks(notice)
-    decision = attempt.decision(started)
-    say(decision.reason)
+    with hold(folders_of(load_recipe(recipe, overrides)), os.environ):
+        attempt = Attempt.begin(allocation, recipe, overrides)
+        check = attempt.check_nodes()
+        say_nodes(check)
+        if check.problems:
+            return ExitStatus.USER_ERROR
+        started = check.finished and notice.received is None
+        if started:
+            attempt.run_ranks(notice)
+        decision = attempt.decision(started)
+        say(decision.reason)
     if decision.again:
         if refusal := ask_slurm("scontrol", "requeue", allocation.job):  # which ends this process
             say(f"Slurm did not take the job back: {refusal}. Submit it again to continue from the checkpoint.")
@@ -213,7 +215,8 @@ class Attempt:
             *("srun", "--kill-on-bad-exit=0", "--input=none", f"--output={self.folder}/rank-%4t.log"),
             *(sys.executable, "-m", "megatron_ads.training", "--recipe", self.recipe, *self.overrides),
         ]
-        with subprocess.Popen(command, env=rank_environment(size, self.records, os.environ)) as job:
+        environment = rank_environment(size, self.records, os.environ)
+        with subprocess.Popen(command, env=environment, close_fds=False) as job:  # srun inherits the folders' lock
             _wait(job, lambda: any(record.failed for record in read_records(self.records)), notice, size.job)
 
     def decision(self, started: bool) -> Decision:

@@ -51,11 +51,7 @@ def sweep_overrides(
 
 
 def sweep_line(file: Path, index: int) -> str:
-    """Return the overrides on line ``index``.
-
-    Raises:
-        ConfigError: If there is no such file or line.
-    """
+    """Return the overrides on line ``index``."""
     if not file.is_file():
         raise ConfigError(f"The sweep {file} does not exist.")
     text = file.read_text(encoding="utf-8").splitlines()

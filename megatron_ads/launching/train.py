@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from megatron_ads.config.recipes import load_recipe
@@ -24,6 +25,7 @@ from megatron_ads.launching.environment import NodePart
 from megatron_ads.launching.job_check import check_job_and_node
 from megatron_ads.launching.processes import wait_passing_signals_on
 from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, read_records
+from megatron_ads.training.folder_lock import folders_of, hold
 from megatron_ads.training.stopping import clear_outcome, read_outcome
 
 _RENDEZVOUS_SECONDS = 600
@@ -31,6 +33,7 @@ _STATUS = {
     AttemptResult.FINISHED: ExitStatus.DONE,
     AttemptResult.STOPPED: ExitStatus.STOPPED,
     AttemptResult.REFUSED: ExitStatus.USER_ERROR,
+    AttemptResult.DIVERGED: ExitStatus.DIVERGED,
     AttemptResult.FAILED: ExitStatus.CRASHED,
 }
 
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Start this machine's ranks and wait for them.
 
     Returns 0 when every step is done, 75 when a signal stopped the job after a saved step (the same command continues
-    from there), 2 when the user has to fix something first, 1 when it failed.
+    from there), 2 when the user has to fix something first, 77 when it has diverged, 1 when it failed.
     """
     config = load_recipe(args.recipe, args.overrides)
     part = NodePart.of(os.environ, args.ranks, config.layout.fewest_ranks())
@@ -59,15 +62,17 @@ def run(args: argparse.Namespace) -> int:
         for problem in problems[:-1]:
             print(f"megatron-ads: {problem}", file=sys.stderr)
         raise ConfigError(problems[-1])
-    records = Path(config.log.dir) / "torchrun" / f"node-{part.node}"
-    shutil.rmtree(records, ignore_errors=True)  # how the ranks of an earlier job ended
-    records.mkdir(parents=True)
-    if part.node == 0:
-        clear_outcome(Path(config.log.dir))
     command = torchrun_command(part, "megatron_ads.training", ["--recipe", args.recipe, *args.overrides])
-    with subprocess.Popen(command, env=_environment(config, part, records)) as job:
-        failed = wait_passing_signals_on(job) != 0
-    return _report(config, part, records, failed)
+    with hold(folders_of(config), os.environ) if part.node == 0 else nullcontext():
+        records = Path(config.log.dir) / "torchrun" / f"node-{part.node}"
+        shutil.rmtree(records, ignore_errors=True)  # how the ranks of an earlier job ended
+        records.mkdir(parents=True)
+        if part.node == 0:
+            clear_outcome(Path(config.log.dir))
+        # torchrun inherits the lock on the folders: the job may outlive this process.
+        with subprocess.Popen(command, env=_environment(config, part, records), close_fds=False) as job:
+            failed = wait_passing_signals_on(job) != 0
+        return _report(config, part, records, failed)
 
 
 def torchrun_command(part: NodePart, module: str, arguments: Sequence[str]) -> list[str]:
@@ -104,12 +109,19 @@ def _report(config: SftConfig, part: NodePart, records: Path, failed: bool) -> E
     starts = sorted(records.glob("restart-*"))
     ended = read_records(starts[-1]) if starts else []
     verdict = judge(ended, part.ranks_here, read_outcome(Path(config.log.dir)))
-    if failed and verdict is not AttemptResult.REFUSED:
+    if failed and verdict not in (AttemptResult.REFUSED, AttemptResult.DIVERGED):
         verdict = AttemptResult.FAILED
-    if verdict in (AttemptResult.FAILED, AttemptResult.REFUSED):
+    if verdict not in (AttemptResult.FINISHED, AttemptResult.STOPPED):
         # torchrun numbers the ranks of a node consecutively, in an order of nodes of its own.
         first = ended[0].rank // part.ranks_here * part.ranks_here if ended else 0
         here = range(first, first + part.ranks_here) if ended or part.nodes == 1 else range(0)
-        for line in describe_failure(ended, here, None):
+        lines = describe_failure(ended, here, None)
+        if part.nodes > 1 and not ended:
+            lines = [
+                f"no rank of this node says how it ended: the {part.nodes} nodes did not meet at {part.host}:"
+                f"{part.port} (MASTER_ADDR, MASTER_PORT), or it was killed. Look at node 0; if another program has its "
+                "port, set another MASTER_PORT on every node."
+            ]
+        for line in lines:
             print(f"megatron-ads: {line}", file=sys.stderr)
     return _STATUS[verdict]

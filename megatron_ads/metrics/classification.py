@@ -87,11 +87,7 @@ def balanced_accuracy_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval | None:
-    """Bootstrap the balanced accuracy over rows, or over ``groups`` of rows that belong together, such as queries.
-
-    Returns:
-        None if no resample had both classes.
-    """
+    """Bootstrap the balanced accuracy over rows, or over ``groups`` of rows; None if no resample had both classes."""
     defect_N = np.array([truth in view.defects for truth in truths])
     answer_N = np.array([None if answer is None else answer in view.defects for answer in predictions])
     right_N = answer_N == defect_N
@@ -103,10 +99,7 @@ def balanced_accuracy_interval(
 
 
 def majority_predictions(truths: Sequence[str], *, learned_from: Sequence[str] | None = None) -> list[str | None]:
-    """Return the baseline that answers every row with the most frequent label, of ``learned_from`` if given.
-
-    Where several are equally frequent it is the first in the alphabet.
-    """
+    """Return the most frequent label, of ``learned_from`` if given, for every row; of several the first by name."""
     counts = Counter(learned_from or truths)
     majority = min(counts, key=lambda label: (-counts[label], label))
     return [majority] * len(truths)
@@ -127,9 +120,7 @@ def macro_recall(truths: Sequence[str], predictions: Sequence[str | None]) -> fl
 def quadratic_kappa(truths: Sequence[str], predictions: Sequence[str | None], scale: Sequence[str]) -> float | None:
     """Return Cohen's kappa with quadratic weights; ``scale`` lists the labels in order.
 
-    Returns:
-        1 is full agreement, 0 what chance gives; None without rows, or if truth and prediction are one and the same
-        label throughout.
+    1 is full agreement, 0 what chance gives; None without rows, or if there is only one label among all of them.
     """
     from sklearn.metrics import cohen_kappa_score  # here: importing it takes longer than a command's --help may
 
@@ -146,10 +137,7 @@ def mean_distance(truths: Sequence[str], predictions: Sequence[str | None], scal
 
 
 def auc(truths: Sequence[bool], scores: Sequence[float]) -> float | None:
-    """Return the area under the ROC curve; None unless both classes are there.
-
-    Scores may be infinite, which ``sklearn.metrics.roc_auc_score`` refuses.
-    """
+    """Return the area under the ROC curve; None unless both classes are there. Scores may be infinite."""
     truth_N, score_N = np.asarray(truths, dtype=bool), np.asarray(scores, dtype=np.float64)
     positive, negative = score_N[truth_N], np.sort(score_N[~truth_N])
     below = sum(int(np.searchsorted(negative, positive, side=side).sum()) for side in ("left", "right"))
@@ -191,13 +179,10 @@ def _places(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return where truths and predictions are on a scale; unreadable is the end farthest from the truth."""
     place = {label: number for number, label in enumerate(scale)}
-    last = len(scale) - 1
-    truth_N = np.array([place[truth] for truth in truths], dtype=np.int64)
+    truth_N, last = np.array([place[truth] for truth in truths], dtype=np.int64), len(scale) - 1
     farthest_N = np.where(2 * truth_N >= last, 0, last)  # the lower one of two
-    given = [
-        far if prediction is None else place[prediction]
-        for prediction, far in zip(predictions, farthest_N.tolist(), strict=True)
-    ]
+    answers = zip(predictions, farthest_N.tolist(), strict=True)
+    given = [far if prediction is None else place[prediction] for prediction, far in answers]
     return truth_N, np.array(given, dtype=np.int64)
 
 

@@ -23,17 +23,9 @@ class Interval:
 
 
 def mean_interval(
-    values: Sequence[float],
-    *,
-    groups: Sequence[Hashable] | None = None,
-    resamples: int = 2000,
-    seed: int = 0,
+    values: Sequence[float], *, groups: Sequence[Hashable] | None = None, resamples: int = 2000, seed: int = 0
 ) -> Interval | None:
-    """Bootstrap the mean over rows. For two models on the same rows, give the differences of their values.
-
-    Returns:
-        None without rows.
-    """
+    """Bootstrap the mean over rows; None without rows. For two models, give the differences of their values."""
     if not values:
         return None
     sums_R, rows_R = resampled_sums([values, np.ones(len(values))], groups=groups, resamples=resamples, seed=seed)
@@ -69,14 +61,7 @@ def statistic_interval(
     resamples: int = 500,
     seed: int = 0,
 ) -> Interval | None:
-    """Bootstrap any statistic of a selection of rows.
-
-    Args:
-        statistic: Takes the numbers of the drawn rows, with repetitions; None where it is undefined.
-        rows: Number of rows.
-        groups: One value a row; rows of equal value are drawn together.
-        resamples: How often rows are drawn.
-        seed: Decides the draws.
+    """Bootstrap any statistic of the numbers of the drawn rows, with repetitions; rows of one group are drawn together.
 
     Returns:
         None if the statistic was undefined in every resample.
@@ -93,6 +78,11 @@ def statistic_interval(
         if value is not None:
             values.append(value)
     return percentile_interval(np.asarray(values)) if values else None
+
+
+def ends(interval: Interval | None) -> list[float] | None:
+    """Return the interval as a JSON value."""
+    return None if interval is None else [interval.low, interval.high]
 
 
 def percentile_interval(values: NDArray[np.float64]) -> Interval:

@@ -40,7 +40,6 @@ def recall_at(positions: Sequence[int | None], k: int) -> float | None:
 
 
 def reciprocal_rank(positions: Sequence[int | None]) -> float | None:
-    """Return the mean reciprocal rank; None without rows."""
     return mean([1 / position if position is not None else 0.0 for position in positions])
 
 

@@ -80,10 +80,7 @@ def fit_embedding(texts: Sequence[str], *, dimensions: int = 64, max_words: int 
 
 
 def mean_similarities(vectors_ND: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return each text's mean cosine similarity with the others, (N,); 1 for a text that is alone.
-
-    Self-consistency of several candidates for one prompt: a candidate that the others do not resemble is suspect.
-    """
+    """Return each text's mean cosine similarity with the others, (N,); 1 for a text that is alone."""
     if len(vectors_ND) < 2:
         return np.ones(len(vectors_ND))
     similar_NN = vectors_ND @ vectors_ND.T
@@ -109,7 +106,6 @@ class LexicalMatcher:
     """An index of documents, such as ads or keywords, by number."""
 
     def __init__(self, documents: Sequence[str]) -> None:
-        """Index ``documents``."""
         self._postings: dict[str, list[tuple[int, float]]] = defaultdict(list)
         words_of_documents = [words_of(document) for document in documents]
         mean_length = sum(map(len, words_of_documents)) / max(len(documents), 1)
@@ -158,11 +154,7 @@ def click_attribute_ratio(generated: Sequence[str], clicked: Sequence[str]) -> f
 
 
 def is_narrower(query: str, keyword: str) -> bool:
-    """Return whether a query says something that the keyword does not: it has a word that the keyword lacks.
-
-    Its length does not matter, as searchers have longer and shorter names for one thing. That a new word is only
-    another name for the same is beyond a rule on words.
-    """
+    """Return whether a query has a word that the keyword lacks: searchers have long and short names for one thing."""
     return bool(set(words_of(query)) - set(words_of(keyword)))
 
 
@@ -187,34 +179,24 @@ class Overlap:
 
 def overlap(truth: Iterable[str], predicted: Iterable[str]) -> Overlap:
     """Compare a predicted set with the true one. Two empty sets agree; an empty one against another does not."""
-    true_set, predicted_set = {same_name(text) for text in truth}, {same_name(text) for text in predicted}
+    true_set, predicted_set = set(map(same_name, truth)), set(map(same_name, predicted))
     if not true_set and not predicted_set:
         return Overlap(1.0, 1.0)
     shared = len(true_set & predicted_set)
-    return Overlap(
-        precision=shared / len(predicted_set) if predicted_set else 0.0,
-        recall=shared / len(true_set) if true_set else 0.0,
-    )
+    return Overlap(precision=shared / max(len(predicted_set), 1), recall=shared / max(len(true_set), 1))
 
 
 def format_rates(texts: Sequence[str]) -> dict[str, float | None]:
     """Return the shares of answers with a closed ``<think>`` block, with text in it, and with text after it.
 
-    An answer without a closed block has no answer part. All are None without answers.
+    All are None without answers.
     """
-    blocks = [_block(text) for text in texts]
+    blocks = [re.search(r"<think>(.*?)</think>(.*)", text, re.DOTALL) for text in texts]
     return {
         "think_tag_presence_rate": mean([block is not None for block in blocks]),
-        "think_non_empty_rate": mean([block is not None and bool(block[0]) for block in blocks]),
-        "answer_non_empty_rate": mean([block is not None and bool(block[1]) for block in blocks]),
+        "think_non_empty_rate": mean([block is not None and bool(block[1].strip()) for block in blocks]),
+        "answer_non_empty_rate": mean([block is not None and bool(block[2].strip()) for block in blocks]),
     }
-
-
-def _block(text: str) -> tuple[str, str] | None:
-    """Return what is inside the first ``<think>`` block and what follows it; None without a closed block."""
-    _, opening, rest = text.partition("<think>")
-    reasoning, closing, answer = rest.partition("</think>")
-    return (reasoning.strip(), answer.strip()) if opening and closing else None
 
 
 def perplexity(loss_sum: float, targets: int) -> float:

@@ -90,7 +90,6 @@ class BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Return the gradients of query, key and value."""
         q, k, v, output, *probabilities = ctx.saved_tensors
         grad = output_grad.flatten(0, 1)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -151,7 +150,6 @@ class ReplicatedLinear(torch.nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the product with the weight."""
         return linear(x, self.weight)
 
     def get_extra_state(self) -> None:
@@ -251,17 +249,13 @@ class LatentAttention(MLASelfAttention):
 
     def _turns_of(self, tokens: int, packed: PackedSeqParams | None, device: torch.device) -> Tensor:
         """Return the complex factor of each token's position and pair of channels, (S, 1, R / 2)."""
-        if packed is None:
-            return self._table(tokens, device)[:tokens]
-        lengths = packed.cu_seqlens_q.diff()
-        starts = packed.cu_seqlens_q[:-1].repeat_interleave(lengths, output_size=tokens)
-        positions = torch.arange(tokens, device=device) - starts
-        return self._table(packed.max_seqlen_q, device)[positions]
-
-    def _table(self, positions: int, device: torch.device) -> Tensor:
-        if positions > self._turns.size(0):
-            angles = self.rotary_pos_emb(max(positions, 2 * self._turns.size(0)))
+        longest = tokens if packed is None else packed.max_seqlen_q
+        if longest > self._turns.size(0):
+            angles = self.rotary_pos_emb(max(longest, 2 * self._turns.size(0)))
             angles, magnitude = angles if isinstance(angles, tuple) else (angles, 1.0)
             angles = angles[:, 0, :, : self._turns.size(-1)].float()
             self._turns = torch.polar(torch.full_like(angles, magnitude), angles).to(device)
-        return self._turns
+        if packed is None:
+            return self._turns[:tokens]
+        starts = packed.cu_seqlens_q[:-1].repeat_interleave(packed.cu_seqlens_q.diff(), output_size=tokens)
+        return self._turns[torch.arange(tokens, device=device) - starts]

@@ -5,12 +5,7 @@ from collections.abc import Sequence
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
@@ -21,7 +16,7 @@ from megatron_ads.models.settings import ModelSettings
 from megatron_ads.models.specs import DeepseekModel, decoder_spec, mtp_spec
 from megatron_ads.models.transformer_config import megatron_config
 
-_PARTITIONED_DIM = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
+_PARTITIONED_DIM = {layers.ColumnParallelLinear: 0, layers.RowParallelLinear: 1, layers.VocabParallelEmbedding: 0}
 
 
 def build_chunks(
@@ -31,9 +26,6 @@ def build_chunks(
 
     Megatron's process groups must exist and agree with ``layout``. The weights are allocated, on the GPU where
     there is one, and hold nothing yet: ``models.weights`` fills them.
-
-    Raises:
-        ConfigError: If Megatron-Core cannot express the model or the layout.
     """
     config = megatron_config(shape, layout, placement, settings)
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -54,26 +46,16 @@ def _build(shape: ModelShape, config: MLATransformerConfig, chunk: Chunk, settin
         vp_stage=chunk.virtual if config.virtual_pipeline_model_parallel_size else None,
     )
     set_latent_norm_epsilon(model)
-    _mark_partitioned(model)
-    _mark_experts(model)
+    _mark_weights(model)
     if chunk.mtp_layers and not settings.mtp_loss_weight:
         model.mtp.requires_grad_(False)
     return model
 
 
-def _mark_partitioned(model: GPTModel) -> None:
-    """Say which weights each tensor-parallel rank has a part of; Megatron does so only when it initialises them.
+def _mark_weights(model: GPTModel) -> None:
+    """Say how each weight is divided and reduced; Megatron does so only when it initialises them, or never.
 
-    The gradient norm counts a weight without this mark on the first tensor-parallel rank alone.
-    """
-    for module in model.modules():
-        dim = _PARTITIONED_DIM.get(type(module))
-        if dim is not None and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
-
-
-def _mark_experts(model: GPTModel) -> None:
-    """Give routed experts their own gradient reduction and have the gradient norm count every one of them.
+    The gradient norm counts a weight without the mark of a part on the first tensor-parallel rank alone.
 
     ``allreduce = False`` is Megatron's mark for parameters reduced over the expert-data-parallel group. Megatron sets
     it with ep > 1 only; set always, optimizer and checkpoint have the same members under every layout, and etp
@@ -81,13 +63,16 @@ def _mark_experts(model: GPTModel) -> None:
     where etp is 1: without ``tensor_model_parallel`` the gradient norm drops those on tensor-parallel ranks
     above 0 (Megatron-LM #5916, fixed in 0.19).
     """
+    for module in model.modules():
+        dim = _PARTITIONED_DIM.get(type(module))
+        if dim is not None and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            layers.set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
     for parameter in routed_experts(model):
         parameter.allreduce = False  # type: ignore[attr-defined]
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def routed_experts(model: torch.nn.Module) -> Sequence[torch.nn.Parameter]:
-    """Return the parameters of the routed experts on this rank."""
     return [parameter for name, parameter in model.named_parameters() if ".mlp.experts." in name]
 
 
@@ -100,17 +85,11 @@ def wrap_precision(chunks: Sequence[GPTModel]) -> list[torch.nn.Module]:
     Megatron's wrapper also rounds the buffers: a router bias of 0.3711 becomes 0.3711 +- 0.001, and a count of
     tokens per expert sticks at 256. Both are kept FP32 here, before and after loading weights.
     """
-    return [_wrap(chunk) if chunk.config.bf16 else chunk for chunk in chunks]
-
-
-def _wrap(chunk: GPTModel) -> torch.nn.Module:
-    kept = [
-        (module, name, getattr(module, name))
-        for module in chunk.modules()
-        for name in _ROUTING_BUFFERS
-        if getattr(module, name, None) is not None
-    ]
-    wrapped = Float16Module(chunk.config, chunk)
-    for module, name, buffer in kept:
-        setattr(module, name, buffer)
+    wrapped = []
+    for chunk in chunks:
+        kept = [(module, name, getattr(module, name, None)) for module in chunk.modules() for name in _ROUTING_BUFFERS]
+        wrapped.append(Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk)
+        for module, name, buffer in kept:
+            if buffer is not None:
+                setattr(module, name, buffer)
     return wrapped

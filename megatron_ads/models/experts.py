@@ -61,26 +61,17 @@ class GroupedExperts(MegatronModule):
             tokens_per_expert: (E,) counts, on any device; zeros are allowed.
             weights_T: Routing weight of each token for its expert.
         """
-        if not tokens_TH.size(0):
-            return self._touch(tokens_TH, weights_T), None
-        ends_E = tokens_per_expert.to(tokens_TH.device).cumsum(0).to(torch.int32)
-        inner_TF = grouped_mm(tokens_TH, self.weight1.transpose(1, 2), offs=ends_E)
-        if self.adapter1 is not None:
-            inner_TF = self.adapter1(tokens_TH, inner_TF, ends_E)
-        inner_TF = _weighted_swiglu(inner_TF, weights_T)
-        output_TH = grouped_mm(inner_TF, self.weight2.transpose(1, 2), offs=ends_E)
-        if self.adapter2 is not None:
-            output_TH = self.adapter2(inner_TF, output_TH, ends_E)
-        return output_TH, None
+        ends_E: Tensor | None = None  # no tokens: nothing is computed, but every weight gets a gradient: of zero
+        if tokens_TH.size(0):
+            ends_E = tokens_per_expert.to(tokens_TH.device).cumsum(0).to(torch.int32)
 
-    def _touch(self, tokens_TH: Tensor, weights_T: Tensor) -> Tensor:
-        """Compute nothing from no tokens, but reach every weight, so that each has a gradient: of zero."""
-        inner_TF = tokens_TH @ self.weight1[0].t()
-        if self.adapter1 is not None:
-            inner_TF = self.adapter1(tokens_TH, inner_TF)
-        inner_TF = _weighted_swiglu(inner_TF, weights_T)
-        output_TH = inner_TF @ self.weight2[0].t()
-        return output_TH if self.adapter2 is None else self.adapter2(inner_TF, output_TH)
+        def product(x: Tensor, weight: Tensor, adapter: Adapter | None) -> Tensor:
+            output = x @ weight[0].t() if ends_E is None else grouped_mm(x, weight.transpose(1, 2), offs=ends_E)
+            return output if adapter is None else adapter(x, output, ends_E)
+
+        gate_TF, up_TF = product(tokens_TH, self.weight1, self.adapter1).chunk(2, dim=-1)
+        inner_TF = (silu(gate_TF) * up_TF * weights_T.unsqueeze(-1)).to(gate_TF.dtype)  # routing weights are FP32
+        return product(inner_TF, self.weight2, self.adapter2), None
 
     def backward_dw(self) -> None:
         """Do nothing: weight gradients are not deferred."""
@@ -141,12 +132,6 @@ class GroupedExperts(MegatronModule):
         for key in [key for key in state_dict if key.startswith(prefix) and "._extra_state" in key]:
             del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _weighted_swiglu(gate_up: Tensor, weights_T: Tensor) -> Tensor:
-    """``silu(gate) * up * weight``, in the dtype of ``gate_up`` although routing weights are FP32."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return (silu(gate) * up * weights_T.unsqueeze(-1)).to(gate_up.dtype)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from conversion.names import Parameter, layer_parameters
+from conversion.names import layer_parameters
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import Recompute
 from megatron_ads.models.parts import Lora
@@ -33,10 +33,7 @@ class TokenFlops:
 def flops_per_token(shape: ModelShape, seq_length: int, *, with_mtp: bool = False, lora: Lora | None = None) -> int:
     """Return the forward and backward operations of one token through the whole model, nothing computed twice.
 
-    Args:
-        seq_length: Tokens of a sample.
-        with_mtp: Count the multi-token-prediction layers and their passes through the output layer too.
-        lora: The adapters that are trained instead of the weights.
+    ``with_mtp`` counts the multi-token-prediction layers and their passes through the output layer too.
     """
     mtp_layers = shape.mtp_layers if with_mtp else 0
     layers = range(shape.num_layers + mtp_layers)
@@ -62,58 +59,34 @@ def token_flops(
         recompute: What the backward pass computes again.
         lora: The adapters that are trained instead of the weights.
     """
-    layers = list(layers)
     output = outputs * 2 * shape.hidden_size * shape.vocab_size
-    weights = sum(_products(shape, layer) for layer in layers)
-    inside = weights + sum(_adapters(shape, layer, lora) for layer in layers) + len(layers) * _scores(shape, seq_length)
+    weights = adapters = kept = scores = 0
+    for layer in layers:
+        in_layer = _layer_flops(shape, layer, lora)
+        weights += in_layer[0]
+        adapters += in_layer[1]
+        kept += in_layer[2]
+        # 2 operations for each channel of the key and of the value, for (S + 1) / 2 keys.
+        scores += (seq_length + 1) * shape.num_heads * (shape.qk_head_dim + shape.v_head_dim)
+    inside = weights + adapters + scores
     forward = inside + output
-    recomputed = 0 if recompute is Recompute.none else inside
-    if recompute is Recompute.selective:
-        recomputed -= sum(_kept_by_selective(shape, layer, lora) for layer in layers)
+    recomputed = {Recompute.none: 0, Recompute.selective: inside - kept, Recompute.full: inside}[recompute]
     return TokenFlops(forward, 2 * forward - (0 if lora is None else weights + output), recomputed)
 
 
-def _scores(shape: ModelShape, seq_length: int) -> int:
-    """2 operations for each channel of the key and of the value, for (S + 1) / 2 keys."""
-    return (seq_length + 1) * shape.num_heads * (shape.qk_head_dim + shape.v_head_dim)
-
-
 @lru_cache(maxsize=512)
-def _products(shape: ModelShape, layer: int) -> int:
-    return sum(_product(parameter, shape) for parameter in _matrices(shape, layer))
-
-
-@lru_cache(maxsize=512)
-def _adapters(shape: ModelShape, layer: int, lora: Lora | None) -> int:
-    return sum(_adapter(parameter, shape, lora) for parameter in _matrices(shape, layer))
-
-
-@lru_cache(maxsize=512)
-def _kept_by_selective(shape: ModelShape, layer: int, lora: Lora | None) -> int:
-    return sum(
-        _product(parameter, shape) + _adapter(parameter, shape, lora)
-        for parameter in _matrices(shape, layer)
-        if any(name in parameter.name for name in KEPT_BY_SELECTIVE)
-    )
-
-
-def _matrices(shape: ModelShape, layer: int) -> list[Parameter]:
-    """Return the matrices of a layer; one expert represents all."""
-    return [
-        parameter
-        for parameter in layer_parameters(shape, layer)
-        if len(parameter.shape) == 2 and parameter.expert in (None, 0)
-    ]
-
-
-def _runs(parameter: Parameter, shape: ModelShape) -> int:
-    return 1 if parameter.expert is None else shape.experts_per_token
-
-
-def _product(parameter: Parameter, shape: ModelShape) -> int:
-    return 2 * _runs(parameter, shape) * math.prod(parameter.shape)
-
-
-def _adapter(parameter: Parameter, shape: ModelShape, lora: Lora | None) -> int:
-    """2 r (m + n) for the two factors of a weight of (m, n)."""
-    return 0 if lora is None else 2 * _runs(parameter, shape) * lora.elements(parameter)
+def _layer_flops(shape: ModelShape, layer: int, lora: Lora | None) -> tuple[int, int, int]:
+    """Return the operations of a layer's matrices, of its adapters, and of both that selective recomputation keeps."""
+    weights = adapters = kept = 0
+    for parameter in layer_parameters(shape, layer):
+        if len(parameter.shape) != 2 or parameter.expert not in (None, 0):  # one expert represents all
+            continue
+        runs = 1 if parameter.expert is None else shape.experts_per_token
+        product = 2 * runs * math.prod(parameter.shape)
+        # 2 r (m + n) for the two factors of a weight of (m, n)
+        adapter = 0 if lora is None else 2 * runs * lora.elements(parameter)
+        weights += product
+        adapters += adapter
+        if any(name in parameter.name for name in KEPT_BY_SELECTIVE):
+            kept += product + adapter
+    return weights, adapters, kept

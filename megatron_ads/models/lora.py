@@ -17,14 +17,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor
 from torch.nn.functional import grouped_mm, linear, pad
@@ -62,33 +57,21 @@ class Adapter(torch.nn.Module):
         a_RI, b_POR = lora.factor_shapes(first, self._tensor_group.size())
         self.a_NRI = torch.nn.Parameter(like.new_empty(len(weights), *a_RI))
         self.b_NPOR = torch.nn.Parameter(like.new_empty(len(weights), *b_POR))
-        self._mark(self.a_NRI, self._a_divided_dim)
-        self._mark(self.b_NPOR, self._b_divided_dim)
+        self._a_is_divided = self.split is Split.COLUMNS
+        self._b_is_divided = self.split in (Split.ROWS, Split.GATE_UP)
+        # How a factor is divided, for Megatron's gradient reduction and the gradient norm. The gradient of a whole one
+        # is the sum of what the tensor-parallel ranks have, each from its own tokens: Megatron sums it once a step.
+        # Experts have no sequence parallelism; see ``_whole_gradient``.
+        for factor, divided in ((self.a_NRI, self._a_is_divided), (self.b_NPOR, self._b_is_divided)):
+            set_tensor_model_parallel_attributes(factor, is_parallel=divided, dim=2 if divided else -1, stride=1)
+            factor.allreduce = not self._is_expert  # type: ignore[attr-defined]
+            factor.sequence_parallel = not (divided or self._is_expert)  # type: ignore[attr-defined]
 
     @property
     def _tensor_group(self) -> torch.distributed.ProcessGroup:
         if self._is_expert:
             return parallel_state.get_expert_tensor_parallel_group()
         return parallel_state.get_tensor_model_parallel_group()
-
-    @property
-    def _a_divided_dim(self) -> int | None:
-        return 2 if self.split is Split.COLUMNS else None
-
-    @property
-    def _b_divided_dim(self) -> int | None:
-        return 2 if self.split in (Split.ROWS, Split.GATE_UP) else None
-
-    def _mark(self, factor: torch.nn.Parameter, divided_dim: int | None) -> None:
-        """Tell Megatron's gradient reduction and the gradient norm how a factor is divided.
-
-        The gradient of a whole factor is the sum of what the tensor-parallel ranks have, each from its own tokens:
-        Megatron sums it once a step. Experts have no sequence parallelism; see ``_whole_gradient``.
-        """
-        divided = divided_dim is not None
-        set_tensor_model_parallel_attributes(factor, is_parallel=divided, dim=divided_dim or -1, stride=1)
-        factor.allreduce = not self._is_expert  # type: ignore[attr-defined]
-        factor.sequence_parallel = not (divided or self._is_expert)  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -112,8 +95,8 @@ class Adapter(torch.nn.Module):
             x: The linear's input, as this rank has it: (..., I).
             ends_E: For a stack of experts: behind which token of (T, I) each expert's tokens end.
         """
-        a_NRI = self._whole_gradient(self.a_NRI, self._a_divided_dim)
-        b_NOR = self._whole_gradient(self.b_NPOR, self._b_divided_dim).flatten(1, 2)
+        a_NRI = self._whole_gradient(self.a_NRI, self._a_is_divided)
+        b_NOR = self._whole_gradient(self.b_NPOR, self._b_is_divided).flatten(1, 2)
         if ends_E is not None:
             if spare := -a_NRI.size(1) % (_GROUPED_ALIGNMENT_BYTES // a_NRI.itemsize):
                 a_NRI, b_NOR = pad(a_NRI, (0, 0, 0, spare)), pad(b_NOR, (0, spare))
@@ -123,11 +106,11 @@ class Adapter(torch.nn.Module):
         added = torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), b_NOR[0].t(), alpha=self.scale)
         return added.view(output.shape)
 
-    def _whole_gradient(self, factor: Tensor, divided_dim: int | None) -> Tensor:
+    def _whole_gradient(self, factor: Tensor, divided: bool) -> Tensor:
         """Sum the gradient of an expert's whole factor over the ranks that share the expert: each has a part of it."""
-        if not self._is_expert or divided_dim is not None or self._tensor_group.size() == 1:
+        if not self._is_expert or divided or self._tensor_group.size() == 1:
             return factor
-        return copy_to_tensor_model_parallel_region(factor, group=self._tensor_group)
+        return tensor_parallel.copy_to_tensor_model_parallel_region(factor, group=self._tensor_group)
 
     def _exchange(self, inner: Tensor) -> Tensor:
         """Do for A x, which is narrow, what the linear does for its input or output under sequence parallelism."""
@@ -135,8 +118,8 @@ class Adapter(torch.nn.Module):
         if self._is_expert or self.split is Split.REPLICATED or group.size() == 1:
             return inner
         if self.split is Split.COLUMNS:
-            return reduce_scatter_to_sequence_parallel_region(inner, group=group)
-        return gather_from_sequence_parallel_region(inner, group=group)
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(inner, group=group)
+        return tensor_parallel.gather_from_sequence_parallel_region(inner, group=group)
 
     @torch.no_grad()
     def merged(self, name: str, weight: Tensor) -> Tensor:
@@ -158,21 +141,20 @@ class Adapter(torch.nn.Module):
         )
         base = self.weights[0].name.rpartition(".weight")[0]
         described = {}
-        for name, divided_dim in (("a_NRI", self._a_divided_dim), ("b_NPOR", self._b_divided_dim)):
+        for name, divided in (("a_NRI", self._a_is_divided), ("b_NPOR", self._b_is_divided)):
             offsets = [(0, *self._place_among_stacks)]
-            if divided_dim is not None:
-                offsets.append((divided_dim, group.rank(), group.size()))
+            if divided:
+                offsets.append((2, group.rank(), group.size()))
             described[f"{prefix}.{name}"] = ShardedTensor.from_rank_offsets(
                 f"{base}.lora_{name[0]}",
                 getattr(self, name),
                 *offsets,
-                replica_id=(0, group.rank() if divided_dim is None else 0, replica),
+                replica_id=(0, 0 if divided else group.rank(), replica),
             )
         return described
 
 
 def named_adapters(chunk: torch.nn.Module) -> Iterator[tuple[str, Adapter]]:
-    """Yield every adapter of a chunk, with its name there."""
     for name, module in chunk.named_modules():
         if isinstance(module, Adapter):
             yield name, module
@@ -200,26 +182,21 @@ def add_adapters(chunks: Sequence[GPTModel], lora: Lora, shape: ModelShape, spec
         chunk.requires_grad_(False)
         begin_gradients_at_embedding(chunk)
         chunk.trains_adapters = True
-        for place, (like, weights) in _adapted(chunk, lora, shape, spec).items():
-            owner = chunk.get_submodule(place.rpartition(".")[0])
-            setattr(owner, place.rpartition(".")[2], Adapter(weights, lora, like, num_experts=shape.num_experts))
+        # Where adapters belong in the chunk, by module name, each with a tensor like its weights and those.
+        places: dict[str, tuple[Tensor, list[Parameter]]] = {}
+        for weight in named_weights([chunk], spec):
+            adapted = [parameters(shape)[name] for name in weight.canonical if lora.adapts(parameters(shape)[name])]
+            if adapted:
+                match = _WEIGHT.fullmatch(weight.name)
+                assert match is not None  # every linear's weight is called so
+                number = match[2] if spec is LayerSpec.GROUPED else ""  # of its two; Transformer Engine counts experts
+                places.setdefault(f"{match[1]}.adapter{number}", (weight.tensor, []))[1].extend(adapted)
+        for place, (like, weights) in places.items():
+            owner_name, _, name = place.rpartition(".")
+            owner = chunk.get_submodule(owner_name)
+            setattr(owner, name, Adapter(weights, lora, like, num_experts=shape.num_experts))
             if not getattr(owner, "applies_adapters", False):
                 owner.register_forward_hook(add_to_output)
-
-
-def _adapted(
-    chunk: GPTModel, lora: Lora, shape: ModelShape, spec: LayerSpec
-) -> dict[str, tuple[Tensor, list[Parameter]]]:
-    """Return where adapters belong in a chunk, by module name, each with its weights and a tensor like them."""
-    found: dict[str, tuple[Tensor, list[Parameter]]] = {}
-    for weight in named_weights([chunk], spec):
-        adapted = [parameters(shape)[name] for name in weight.canonical if lora.adapts(parameters(shape)[name])]
-        if adapted:
-            match = _WEIGHT.fullmatch(weight.name)
-            assert match is not None  # every linear's weight is called so
-            number = match[2] if spec is LayerSpec.GROUPED else ""  # of its two; Transformer Engine counts experts
-            found.setdefault(f"{match[1]}.adapter{number}", (weight.tensor, []))[1].extend(adapted)
-    return found
 
 
 def initialise_adapters(chunks: Iterable[GPTModel], seed: int) -> None:
@@ -235,10 +212,10 @@ def begin_gradients_at_embedding(chunk: GPTModel) -> None:
     Layers that are computed again in the backward pass get gradients only if their input wants one, in megatron-core
     0.16.1 and in torch: without this, a frozen embedding silently stops the training of its whole pipeline stage.
     """
+
+    def want_gradient(_module: Any, _inputs: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            output.requires_grad_()
+
     if chunk.pre_process or chunk.mtp_process:
-        chunk.embedding.register_forward_hook(_want_gradient)
-
-
-def _want_gradient(_module: Any, _inputs: Any, output: Tensor) -> None:
-    if torch.is_grad_enabled():
-        output.requires_grad_()
+        chunk.embedding.register_forward_hook(want_gradient)

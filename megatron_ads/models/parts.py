@@ -46,7 +46,6 @@ class Lora:
         )
 
     def adapts(self, parameter: Parameter) -> bool:
-        """Whether a canonical parameter has an adapter."""
         if parameter.kind is not ParameterKind.LINEAR or (parameter.name.startswith("mtp.") and not self.with_mtp):
             return False
         return target_of(parameter.name) in self.targets
@@ -56,7 +55,6 @@ class Lora:
         return sum(map(math.prod, self.factor_shapes(parameter, size))) if self.adapts(parameter) else 0
 
     def parameters(self, shape: ModelShape) -> int:
-        """Return how many values all adapters of a model have."""
         return sum(map(self.elements, parameters(shape).values()))
 
     def factor_shapes(self, parameter: Parameter, size: int = 1) -> tuple[tuple[int, int], tuple[int, int, int]]:

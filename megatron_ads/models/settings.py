@@ -15,7 +15,7 @@ class ModelSettings:
     spec: LayerSpec
     precision: Precision = Precision.fp32
     recompute: Recompute = Recompute.none
-    router_bias_update_rate: float = 0.0
+    expert_bias_update_rate: float = 0.0
     """Step of the aux-loss-free balancing of each expert's selection bias (arXiv:2408.15664); 0 keeps it as loaded."""
     aux_loss_coefficient: float = 0.0
     """Weight of the sequence-level balancing loss; 0 is off."""
@@ -26,12 +26,11 @@ class ModelSettings:
 
     @classmethod
     def of(cls, model: ModelConfig, *, deterministic: bool = False) -> "ModelSettings":
-        """Take a recipe's ``model`` section."""
         return cls(
             spec=resolve_layer_spec(model.layer_spec),
             precision=model.precision,
             recompute=model.recompute,
-            router_bias_update_rate=model.expert_bias_update_rate or 0.0,
+            expert_bias_update_rate=model.expert_bias_update_rate or 0.0,
             aux_loss_coefficient=model.aux_loss_coefficient,
             mtp_loss_weight=model.mtp_loss_weight,
             deterministic=deterministic,
@@ -52,11 +51,9 @@ def resolve_layer_spec(choice: LayerSpecChoice) -> LayerSpec:
             "Install megatron-ads[te], or set model.layer_spec to auto."
         )
     if choice is LayerSpecChoice.auto:
-        return LayerSpec.TE if installed and _has_gpu() else LayerSpec.GROUPED
+        if not installed:
+            return LayerSpec.GROUPED
+        import torch  # only where Transformer Engine is installed
+
+        return LayerSpec.TE if torch.cuda.is_available() else LayerSpec.GROUPED
     return LayerSpec(choice.value)
-
-
-def _has_gpu() -> bool:
-    import torch  # only where Transformer Engine is installed
-
-    return torch.cuda.is_available()

@@ -4,17 +4,15 @@ For checks that stream through a model larger than memory. Shape suffixes: S = t
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
 from conversion.layer_specs import canonical_names
 from conversion.sources import WeightSource
-from megatron_ads.architecture import ModelShape
 from megatron_ads.layout import Chunk, ParallelLayout, place_layers
 from megatron_ads.models.attention import set_latent_norm_epsilon
 from megatron_ads.models.settings import ModelSettings
@@ -32,34 +30,33 @@ class SingleLayer:
     Megatron's process groups must exist, for one rank.
     """
 
+    @torch.no_grad()
     def __init__(self, source: WeightSource, layer: int, settings: ModelSettings) -> None:
-        """Build the layer and fill it.
-
-        Raises:
-            ConfigError: If Megatron-Core cannot express the model.
-        """
+        """Build the layer and fill it."""
         shape = source.shape
-        layout = ParallelLayout(world=1)
-        self.config = megatron_config(shape, layout, place_layers(shape, layout), settings)
+        self.config = _config(source, settings)
         mtp = layer - shape.num_layers
         self.is_mtp = mtp >= 0
-        self._prefix = f"mtp.layers.{mtp}" if self.is_mtp else "decoder.layers.0"
-        self._module = _build(shape, self.config, layer, settings).eval()
+        layers, mtp_layers = ((), (mtp,)) if self.is_mtp else ((layer,), ())
+        chunk = Chunk(stage=0, virtual=0, layers=layers, has_embedding=False, has_loss=False, mtp_layers=mtp_layers)
+        found = mtp_spec(shape, chunk, settings.spec) if self.is_mtp else decoder_spec(shape, chunk, settings.spec)
+        assert found is not None and found.layer_specs is not None
+        self._module = build_module(
+            found.layer_specs[0],
+            config=self.config,
+            layer_number=(mtp if self.is_mtp else layer) + 1,
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        ).eval()
         set_latent_norm_epsilon(self._module)
-        self._fill(source, layer, settings)
-
-    @torch.no_grad()
-    def _fill(self, source: WeightSource, layer: int, settings: ModelSettings) -> None:
-        experts = range(source.shape.num_experts)
+        prefix, experts = f"mtp.layers.{mtp}" if self.is_mtp else "decoder.layers.0", range(shape.num_experts)
         for name, tensor in model_tensors(self._module):
-            full = f"{self._prefix}.{name}"
+            full = f"{prefix}.{name}"
             canonical = canonical_names(full, spec=settings.spec, first_layer=layer, local_experts=experts)
             for piece, target in NamedWeight(full, canonical, tensor, ".mlp.experts." in name).pieces():
                 target.copy_(source.read(piece))
 
     @torch.no_grad()
     def decode(self, hidden_SC: Tensor) -> Tensor:
-        """Return the output of a decoder layer for one row."""
         output, _ = self._module(hidden_states=hidden_SC[:, None], attention_mask=None)
         return output[:, 0]
 
@@ -87,20 +84,12 @@ class SingleLayer:
 
 def build_norm(source: WeightSource, name: str, settings: ModelSettings) -> RMSNorm:
     """Return one of the norms outside the layers, by canonical name without ``.weight``, filled."""
-    layout = ParallelLayout(world=1)
-    config = megatron_config(source.shape, layout, place_layers(source.shape, layout), settings)
-    norm = RMSNorm(config, source.shape.hidden_size, source.shape.rms_norm_eps)
+    norm = RMSNorm(_config(source, settings), source.shape.hidden_size, source.shape.rms_norm_eps)
     with torch.no_grad():
         norm.weight.copy_(source.read(f"{name}.weight"))
     return norm
 
 
-def _build(shape: ModelShape, config: Any, layer: int, settings: ModelSettings) -> GPTModel:
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    mtp = layer - shape.num_layers
-    layers, mtp_layers = ((), (mtp,)) if mtp >= 0 else ((layer,), ())
-    chunk = Chunk(stage=0, virtual=0, layers=layers, has_embedding=False, has_loss=False, mtp_layers=mtp_layers)
-    found = mtp_spec(shape, chunk, settings.spec) if mtp >= 0 else decoder_spec(shape, chunk, settings.spec)
-    assert found is not None and found.layer_specs is not None
-    number = (mtp if mtp >= 0 else layer) + 1
-    return build_module(found.layer_specs[0], config=config, layer_number=number, pg_collection=groups)
+def _config(source: WeightSource, settings: ModelSettings) -> MLATransformerConfig:
+    layout = ParallelLayout(world=1)
+    return megatron_config(source.shape, layout, place_layers(source.shape, layout), settings)

@@ -17,6 +17,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import multi_token_prediction as mtp
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -24,11 +25,6 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
-from megatron.core.transformer.multi_token_prediction import (
-    MultiTokenPredictionBlockSubmodules,
-    MultiTokenPredictionLayer,
-    MultiTokenPredictionLayerSubmodules,
-)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -54,7 +50,7 @@ def decoder_spec(shape: ModelShape, chunk: Chunk, spec: LayerSpec) -> Transforme
     )
 
 
-def mtp_spec(shape: ModelShape, chunk: Chunk, spec: LayerSpec) -> MultiTokenPredictionBlockSubmodules | None:
+def mtp_spec(shape: ModelShape, chunk: Chunk, spec: LayerSpec) -> mtp.MultiTokenPredictionBlockSubmodules | None:
     """Return the MTP layers of one chunk, or None where there are none."""
     if not chunk.mtp_layers:
         return None
@@ -62,7 +58,7 @@ def mtp_spec(shape: ModelShape, chunk: Chunk, spec: LayerSpec) -> MultiTokenPred
     layers = [
         ModuleSpec(
             module=MultiTokenLayer,
-            submodules=MultiTokenPredictionLayerSubmodules(
+            submodules=mtp.MultiTokenPredictionLayerSubmodules(
                 enorm=norm,
                 hnorm=norm,
                 eh_proj=_te("TEColumnParallelLinear") if spec is LayerSpec.TE else ColumnParallelLinear,
@@ -72,61 +68,44 @@ def mtp_spec(shape: ModelShape, chunk: Chunk, spec: LayerSpec) -> MultiTokenPred
         )
         for layer in chunk.mtp_layers
     ]
-    return MultiTokenPredictionBlockSubmodules(layer_specs=layers)
+    return mtp.MultiTokenPredictionBlockSubmodules(layer_specs=layers)
 
 
 def _layer(spec: LayerSpec, *, has_experts: bool) -> ModuleSpec:
     if spec is LayerSpec.TE:
-        return _te_layer(has_experts=has_experts)
+        # Megatron reads only whether num_experts is None; how many there are is in the configuration.
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=1 if has_experts else None,
+            moe_grouped_gemm=True,
+            qk_layernorm=True,
+            multi_latent_attention=True,
+        )
+    experts = GroupedExperts if spec is LayerSpec.GROUPED else ModuleSpec(module=SequentialMLP, submodules=_LINEARS)
+    shared_experts = ModuleSpec(module=SharedExpertMLP, submodules=_LINEARS)
+    mixture = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared_experts))
+    attention = MLASelfAttentionSubmodules(
+        linear_q_proj=ColumnParallelLinear,
+        linear_q_down_proj=ColumnParallelLinear,
+        linear_q_up_proj=ColumnParallelLinear,
+        linear_kv_down_proj=ColumnParallelLinear,
+        linear_kv_up_proj=ColumnParallelLinear,
+        core_attention=IdentityOp,
+        linear_proj=RowParallelLinear,
+        q_layernorm=RMSNorm,
+        kv_layernorm=RMSNorm,
+    )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=_attention(),
+            self_attention=ModuleSpec(
+                module=LatentAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=_mixture(spec) if has_experts else ModuleSpec(module=MLP, submodules=_LINEARS),
+            mlp=mixture if has_experts else ModuleSpec(module=MLP, submodules=_LINEARS),
             mlp_bda=get_bias_dropout_add,
         ),
-    )
-
-
-def _attention() -> ModuleSpec:
-    return ModuleSpec(
-        module=LatentAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=MLASelfAttentionSubmodules(
-            linear_q_proj=ColumnParallelLinear,
-            linear_q_down_proj=ColumnParallelLinear,
-            linear_q_up_proj=ColumnParallelLinear,
-            linear_kv_down_proj=ColumnParallelLinear,
-            linear_kv_up_proj=ColumnParallelLinear,
-            core_attention=IdentityOp,
-            linear_proj=RowParallelLinear,
-            q_layernorm=RMSNorm,
-            kv_layernorm=RMSNorm,
-        ),
-    )
-
-
-def _mixture(spec: LayerSpec) -> ModuleSpec:
-    sequential = ModuleSpec(module=SequentialMLP, submodules=_LINEARS)
-    return ModuleSpec(
-        module=MoELayer,
-        submodules=MoESubmodules(
-            experts=GroupedExperts if spec is LayerSpec.GROUPED else sequential,
-            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_LINEARS),
-        ),
-    )
-
-
-def _te_layer(*, has_experts: bool) -> ModuleSpec:
-    # Megatron reads only whether num_experts is None; how many there are is in the configuration.
-    return get_gpt_layer_with_transformer_engine_spec(
-        num_experts=1 if has_experts else None,
-        moe_grouped_gemm=True,
-        qk_layernorm=True,
-        multi_latent_attention=True,
     )
 
 
@@ -221,7 +200,7 @@ class DeepseekModel(GPTModel):
         return {name: factor for factors in adapters for name, factor in factors.items()}
 
 
-class MultiTokenLayer(MultiTokenPredictionLayer):
+class MultiTokenLayer(mtp.MultiTokenPredictionLayer):
     """Megatron-Core's layer, able to recompute its activations on packed rows.
 
     megatron-core 0.16.1 passes the sample boundaries through autograd's ``save_for_backward``, which takes only

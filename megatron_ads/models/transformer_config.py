@@ -17,6 +17,12 @@ SELECTIVE_MODULES = ("mla_up_proj", "mlp", "moe")
 """What selective recomputation drops: everything between the attention's latents and its output projection (with
 Transformer Engine: the up-projected queries, keys and values), and the inside of every feed-forward."""
 
+_RECOMPUTATION: dict[Recompute, dict[str, Any]] = {
+    Recompute.none: {},
+    Recompute.selective: {"recompute_granularity": "selective", "recompute_modules": list(SELECTIVE_MODULES)},
+    Recompute.full: {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
 
 def megatron_config(
     shape: ModelShape, layout: ParallelLayout, placement: PipelinePlacement, settings: ModelSettings
@@ -31,12 +37,24 @@ def megatron_config(
     """
     _require_expressible(shape, layout, placement, settings)
     dtype = torch.bfloat16 if settings.precision is Precision.bf16 else torch.float32
+    interleaved = layout.vpp > 1
     return MLATransformerConfig(
         **_attention(shape),
         **_feed_forward(shape, layout, settings),
-        **_parallelism(layout, placement),
         **_kernels(shape, settings),
-        **_recomputation(settings.recompute),
+        **_RECOMPUTATION[settings.recompute],
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.tp > 1,
+        context_parallel_size=layout.cp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if interleaved else None,
+        pipeline_model_parallel_layout=placement.string,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        # Batched messages pair up wrongly where the next stage is also the previous one (pp 2 with virtual
+        # chunks): the job computes wrong numbers without an error, in megatron-core 0.16.1.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         num_layers=shape.num_layers,
         mtp_num_layers=shape.mtp_layers or None,
         mtp_loss_scaling_factor=settings.mtp_loss_weight,
@@ -58,10 +76,7 @@ def _attention(shape: ModelShape) -> dict[str, Any]:
             "rope_type": "yarn",
             "rotary_scaling_factor": yarn.factor,
             "original_max_position_embeddings": yarn.original_max_positions,
-            "beta_fast": yarn.beta_fast,
-            "beta_slow": yarn.beta_slow,
-            "mscale": yarn.mscale,
-            "mscale_all_dim": yarn.mscale_all_dim,
+            **{name: getattr(yarn, name) for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")},
         }
     return positions | {
         "hidden_size": shape.hidden_size,
@@ -103,7 +118,7 @@ def _feed_forward(shape: ModelShape, layout: ParallelLayout, settings: ModelSett
         "moe_router_num_groups": shape.num_expert_groups if grouped else None,
         "moe_router_group_topk": shape.groups_per_token if grouped else None,
         "moe_router_enable_expert_bias": shape.has_expert_bias,
-        "moe_router_bias_update_rate": settings.router_bias_update_rate,
+        "moe_router_bias_update_rate": settings.expert_bias_update_rate,
         "moe_router_load_balancing_type": "seq_aux_loss" if settings.aux_loss_coefficient else "none",
         # Under calculate_per_token_loss, megatron-core 0.16.1 multiplies the balancing loss by the tokens of this rank,
         # but the gradient is divided by those of the whole row: 1 / (tp * cp) of the loss would be left.
@@ -111,24 +126,6 @@ def _feed_forward(shape: ModelShape, layout: ParallelLayout, settings: ModelSett
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": settings.spec is not LayerSpec.LOCAL,
-    }
-
-
-def _parallelism(layout: ParallelLayout, placement: PipelinePlacement) -> dict[str, Any]:
-    interleaved = layout.vpp > 1
-    return {
-        "tensor_model_parallel_size": layout.tp,
-        "sequence_parallel": layout.tp > 1,
-        "context_parallel_size": layout.cp,
-        "pipeline_model_parallel_size": layout.pp,
-        "virtual_pipeline_model_parallel_size": layout.vpp if interleaved else None,
-        "pipeline_model_parallel_layout": placement.string,
-        "expert_model_parallel_size": layout.ep,
-        "expert_tensor_parallel_size": layout.etp,
-        # Batched messages pair up wrongly where the next stage is also the previous one (pp 2 with virtual
-        # chunks): the job computes wrong numbers without an error, in megatron-core 0.16.1.
-        "overlap_p2p_comm": interleaved,
-        "batch_p2p_comm": not interleaved,
     }
 
 
@@ -147,14 +144,6 @@ def _kernels(shape: ModelShape, settings: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _recomputation(recompute: Recompute) -> dict[str, Any]:
-    if recompute is Recompute.full:
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if recompute is Recompute.selective:
-        return {"recompute_granularity": "selective", "recompute_modules": list(SELECTIVE_MODULES)}
-    return {}
-
-
 def _require_expressible(
     shape: ModelShape, layout: ParallelLayout, placement: PipelinePlacement, settings: ModelSettings
 ) -> None:
@@ -168,20 +157,17 @@ def _require_expressible(
             f"layout.pipeline {placement.string!r} puts the MTP layers (m) on another chunk than the loss (L). "
             "They share the output layer: write mL together."
         )
-    if shape.num_experts:
-        _require_routing(shape)
-
-
-def _require_routing(shape: ModelShape) -> None:
-    """Refuse routing that Megatron-Core 0.16's ``topk_routing_with_score_function`` computes differently."""
-    best = shape.experts_per_token // shape.groups_per_token
-    if shape.num_expert_groups > 1 and best != (2 if shape.score_function == "sigmoid" else 1):
+    if not shape.num_experts:
+        return
+    # Routing that Megatron-Core 0.16's ``topk_routing_with_score_function`` computes differently is refused.
+    best, normalizes = shape.experts_per_token // shape.groups_per_token, shape.score_function == "sigmoid"
+    wanted = 2 if normalizes else 1
+    if shape.num_expert_groups > 1 and best != wanted:
         raise ConfigError(
             f"num_experts_per_tok / topk_group is {shape.experts_per_token} / {shape.groups_per_token}: Megatron-Core "
-            f"ranks expert groups by the sum of their best {best} scores, but this model does so by its best "
-            f"{2 if shape.score_function == 'sigmoid' else 1}. This routing is not supported."
+            f"ranks expert groups by the sum of their best {best} scores, but this model does so by its best {wanted}. "
+            "This routing is not supported."
         )
-    normalizes = shape.score_function == "sigmoid"
     if shape.normalize_expert_weights != normalizes:
         raise ConfigError(
             f"norm_topk_prob is {shape.normalize_expert_weights} with {shape.score_function} scores; Megatron-Core "

@@ -36,14 +36,13 @@ class NamedWeight:
 
 
 def named_weights(chunks: Sequence[GPTModel], spec: LayerSpec) -> Iterator[NamedWeight]:
-    """Yield every parameter and every router bias of this rank's chunks, as Megatron-Core built them (not wrapped).
-
-    Low-rank adapters are not among them: a checkpoint of the model has no names for their factors.
-    """
+    """Yield every parameter and router bias of this rank's unwrapped chunks, except the factors of adapters."""
     for chunk in chunks:
         layers = chunk.decoder.layers
         first_layer = layers[0].layer_number - 1 if len(layers) else 0
-        experts = _local_experts(chunk)
+        count = (chunk.config.num_moe_experts or 0) // chunk.config.expert_model_parallel_size
+        first_expert = parallel_state.get_expert_model_parallel_rank() * count
+        experts = range(first_expert, first_expert + count)
         for name, tensor in model_tensors(chunk):
             canonical = canonical_names(name, spec=spec, first_layer=first_layer, local_experts=experts)
             yield NamedWeight(name, canonical, tensor, ".mlp.experts." in name)
@@ -55,12 +54,6 @@ def model_tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in module.named_buffers():
         if name.endswith(".router.expert_bias"):
             yield name, buffer
-
-
-def _local_experts(chunk: GPTModel) -> range:
-    count = (chunk.config.num_moe_experts or 0) // chunk.config.expert_model_parallel_size
-    first = parallel_state.get_expert_model_parallel_rank() * count
-    return range(first, first + count)
 
 
 @torch.no_grad()
@@ -80,25 +73,28 @@ def load_weights(chunks: Sequence[GPTModel], source: WeightSource, spec: LayerSp
         claimed: set[str] = set()
         for weight in named_weights([chunk], spec):
             for name, target in weight.pieces():
-                _require_once(name, available, claimed)
+                if name not in available:
+                    raise ConversionError(
+                        f"The checkpoint has no weight {name}, which the model needs. Compare its config.json with its "
+                        "index: the number of layers, experts and MTP layers must agree with the tensors."
+                    )
+                if name in claimed:
+                    raise ConversionError(
+                        f"Two parameters of one model chunk are both {name}; the layer spec is misread."
+                    )
+                claimed.add(name)
                 _fill(name, target, source, weight)
                 filled += target.numel()
     return filled
 
 
-def _require_once(name: str, available: frozenset[str], claimed: set[str]) -> None:
-    if name not in available:
-        raise ConversionError(
-            f"The checkpoint has no weight {name}, which the model needs. Compare its config.json with its index: "
-            "the number of layers, experts and MTP layers must agree with the tensors."
-        )
-    if name in claimed:
-        raise ConversionError(f"Two parameters of one model chunk are both {name}; the layer spec is misread.")
-    claimed.add(name)
-
-
 def _fill(name: str, target: Tensor, source: WeightSource, weight: NamedWeight) -> None:
-    rank, size = _tensor_rank(weight)
+    if weight.is_expert:
+        rank = parallel_state.get_expert_tensor_parallel_rank()
+        size = parallel_state.get_expert_tensor_parallel_world_size()
+    else:
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        size = parallel_state.get_tensor_model_parallel_world_size()
     values = source.read(name, rank=rank, size=size)
     if values.shape != target.shape:
         raise ConversionError(
@@ -106,12 +102,3 @@ def _fill(name: str, target: Tensor, source: WeightSource, weight: NamedWeight) 
             f"tensor-parallel rank {rank} of {size}. The checkpoint is of another model than its config.json says."
         )
     target.copy_(values)
-
-
-def _tensor_rank(weight: NamedWeight) -> tuple[int, int]:
-    if weight.is_expert:
-        return (
-            parallel_state.get_expert_tensor_parallel_rank(),
-            parallel_state.get_expert_tensor_parallel_world_size(),
-        )
-    return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()

@@ -14,31 +14,22 @@ class _StderrAboveBars(logging.Handler):
     """Write each line to stderr, above a progress bar if one is being drawn."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        record.level = "" if record.levelno == logging.INFO else f" {record.levelname}"
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 def start_logging(*, level: int = logging.INFO) -> None:
     """Send this project's log lines to stderr; on ranks other than 0 only warnings and errors.
 
-    A line reads ``14:03:59 [rank 3 of 8] WARNING message``; the rank is left out when there is one process
-    and the level when it is INFO. Calling it again replaces the handler, so lines never appear twice.
+    A line reads ``14:03:59 [rank 3 of 8] WARNING message``; the rank is left out where there is one process, and the
+    level where it is INFO.
     """
     logger = logging.getLogger(_PROJECT)
     logger.handlers[:] = [_StderrAboveBars()]
-    logger.handlers[0].setFormatter(_RankFormatter(rank(), world_size()))
+    speaker = f" [rank {rank()} of {world_size()}]" if world_size() > 1 else ""
+    logger.handlers[0].setFormatter(logging.Formatter(f"%(asctime)s{speaker}%(level)s %(message)s", "%H:%M:%S"))
     logger.setLevel(level if rank() == 0 else max(level, logging.WARNING))
     logger.propagate = False
-
-
-class _RankFormatter(logging.Formatter):
-    def __init__(self, rank: int, world_size: int) -> None:
-        super().__init__(datefmt="%H:%M:%S")
-        self._speaker = f" [rank {rank} of {world_size}]" if world_size > 1 else ""
-
-    def format(self, record: logging.LogRecord) -> str:
-        level = "" if record.levelno == logging.INFO else f" {record.levelname}"
-        line = f"{self.formatTime(record, self.datefmt)}{self._speaker}{level} {record.getMessage()}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 def get_logger(module: str) -> logging.Logger:

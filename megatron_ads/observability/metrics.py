@@ -10,7 +10,6 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,45 +19,36 @@ from megatron_ads.observability.trackers import TrackedRuns
 METRICS_FILE = "metrics.jsonl"
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One documented number. ``{task}`` in a name stands for the name of an ads task or data source."""
+METRICS = {
+    "loss": ("nats/token", "what is minimised: mean over the target tokens of the global batch, weights applied"),
+    "loss/{task}": ("nats/token", "mean over the target tokens of one task, without weights"),
+    "instance_weight_p10/{task}": ("1", "weight that a tenth of the task's training samples stay below"),
+    "instance_weight_p50/{task}": ("1", "median weight of the task's training samples (reweight.instances)"),
+    "instance_weight_p90/{task}": ("1", "weight that nine tenths of the task's training samples stay below"),
+    "task_share/{task}": ("1", "share of the task in the samples drawn from here on (reweight.tasks)"),
+    "task_metric/{task}": ("0 to 1", "mean of 1 / perplexity over the task's held-out rows"),
+    "validation_loss": ("nats/token", "loss over the held-out rows"),
+    "validation_loss/{task}": ("nats/token", "mean over the target tokens of one task's held-out rows"),
+    "grad_norm": ("1", "L2 norm of the whole gradient before clipping"),
+    "learning_rate": ("1", "rate the update of this step used"),
+    "skipped_update": ("0 or 1", "1 when the weights were left alone because a gradient was not finite"),
+    "loss_tokens": ("tokens", "tokens of this step that counted in the loss"),
+    "tokens": ("tokens", "tokens of this step, prompts included, padding left out"),
+    "samples": ("samples", "samples of this step, before packing"),
+    "tokens_per_second": ("tokens/s", "tokens through the whole job per second, forward, backward and update"),
+    "tflops_per_gpu": ("TFLOP/s", "arithmetic the model needs (no recomputation), per GPU or CPU process"),
+    "mfu": ("1", "the same over the GPU's dense BF16 peak; absent where that is not known"),
+    "step_seconds": ("s", "wall time of the step"),
+    "checkpoint_seconds": ("s", "wall time the step spent on saving"),
+    "expert_load_max_over_mean": ("1", "busiest expert's tokens over the mean, over all MoE layers; 1 is even"),
+    "slowest_rank": ("rank", "whose own work, without waiting for others, lags most behind its pipeline stage"),
+    "slowest_rank_seconds": ("s", "own work of that rank in this step"),
+    "slowest_rank_over_median": ("1", "the same over the median of the other ranks of its stage"),
+    "max_memory_allocated": ("bytes", "peak of the fullest rank: CUDA allocator, or resident memory on a CPU"),
+}
+"""Every name that ``MetricsWriter.write`` accepts (``{task}`` is an ads task or data source), its unit and meaning."""
 
-    name: str
-    unit: str
-    meaning: str
-
-
-METRICS: tuple[Metric, ...] = (
-    Metric("loss", "nats/token", "what is minimised: mean over the target tokens of the global batch, weights applied"),
-    Metric("loss/{task}", "nats/token", "mean over the target tokens of one task, without weights"),
-    Metric("instance_weight_p10/{task}", "1", "weight that a tenth of the task's training samples stay below"),
-    Metric("instance_weight_p50/{task}", "1", "median weight of the task's training samples (reweight.instances)"),
-    Metric("instance_weight_p90/{task}", "1", "weight that nine tenths of the task's training samples stay below"),
-    Metric("task_share/{task}", "1", "share of the task in the samples drawn from here on (reweight.tasks)"),
-    Metric("task_metric/{task}", "0 to 1", "mean of 1 / perplexity over the task's held-out rows"),
-    Metric("validation_loss", "nats/token", "loss over the held-out rows"),
-    Metric("validation_loss/{task}", "nats/token", "mean over the target tokens of one task's held-out rows"),
-    Metric("grad_norm", "1", "L2 norm of the whole gradient before clipping"),
-    Metric("learning_rate", "1", "rate the update of this step used"),
-    Metric("skipped_update", "0 or 1", "1 when the weights were left alone because a gradient was not finite"),
-    Metric("loss_tokens", "tokens", "tokens of this step that counted in the loss"),
-    Metric("tokens", "tokens", "tokens of this step, prompts included, padding left out"),
-    Metric("samples", "samples", "samples of this step, before packing"),
-    Metric("tokens_per_second", "tokens/s", "tokens through the whole job per second, forward, backward and update"),
-    Metric("tflops_per_gpu", "TFLOP/s", "arithmetic the model needs (no recomputation), per GPU or CPU process"),
-    Metric("mfu", "1", "the same over the GPU's dense BF16 peak; absent where that is not known"),
-    Metric("step_seconds", "s", "wall time of the step"),
-    Metric("checkpoint_seconds", "s", "wall time the step spent on saving"),
-    Metric("expert_load_max_over_mean", "1", "busiest expert's tokens over the mean, over all MoE layers; 1 is even"),
-    Metric("slowest_rank", "rank", "whose own work, without waiting for others, lags most behind its pipeline stage"),
-    Metric("slowest_rank_seconds", "s", "own work of that rank in this step"),
-    Metric("slowest_rank_over_median", "1", "the same over the median of the other ranks of its stage"),
-    Metric("max_memory_allocated", "bytes", "peak of the fullest rank: CUDA allocator, or resident memory on a CPU"),
-)
-"""Every name ``MetricsWriter.write`` accepts."""
-
-_NAMES = re.compile("|".join(re.escape(metric.name).replace(r"\{task\}", ".+") for metric in METRICS))
+_NAMES = re.compile("|".join(re.escape(name).replace(r"\{task\}", ".+") for name in METRICS))
 
 
 class MetricsWriter:
@@ -74,8 +64,12 @@ class MetricsWriter:
         """
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            _drop_after(directory / METRICS_FILE, resume_step)
-            self._lines = (directory / METRICS_FILE).open("a", encoding="utf-8")
+            if (file := directory / METRICS_FILE).exists():
+                from conversion.atomic_file import write_small  # imports torch, which reading metrics does not need
+
+                kept = [json.dumps(values) + "\n" for values in read_metrics(file) if values["step"] <= resume_step]
+                write_small(file, "".join(kept))  # replaced at once, so that a kill loses nothing
+            self._lines = file.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"log.dir {directory} cannot be written ({error.strerror}); choose another.") from None
         self._tracked = tracked
@@ -86,11 +80,7 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append the values of one step; every name must be in ``METRICS``.
-
-        Raises:
-            ValueError: If a name is not documented.
-        """
+        """Append the values of one step; every name must be in ``METRICS``."""
         for name in values:
             if not _NAMES.fullmatch(name):
                 raise ValueError(f"metric {name!r} is not documented: add it to METRICS in {__name__}.")
@@ -110,10 +100,8 @@ class MetricsWriter:
             self._lines.flush()
             os.fsync(self._lines.fileno())
             self._lines.close()
-        if self._tracked is not None:
-            self._tracked.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for other in filter(None, (self._tracked, self._tensorboard)):
+            other.close()
 
     def __enter__(self) -> Self:
         return self
@@ -135,9 +123,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist: no run has written metrics there.") from None
-    complete = text[: text.rfind("\n") + 1]
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(complete.splitlines(), start=1):
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
         try:
             rows.append(json.loads(line))
             int(rows[-1]["step"])
@@ -145,13 +132,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             said = f"{file} line {number} is not a metrics line ({line[:60]!r}); move the file away."
             raise ConfigError(said) from None
     return rows
-
-
-def _drop_after(file: Path, step: int) -> None:
-    """Keep the lines up to ``step``; the file is replaced at once, so that a kill loses nothing."""
-    if not file.exists():
-        return
-    from conversion.atomic_file import write_small  # imports torch, which reading metrics does not need
-
-    kept = [values for values in read_metrics(file) if values["step"] <= step]
-    write_small(file, "".join(json.dumps(values) + "\n" for values in kept))

@@ -39,14 +39,9 @@ class StragglerWatch:
     def __init__(self, stages: Sequence[int], hosts: Sequence[str], *, factor: float, steps: int) -> None:
         """Watch ranks of these ``stages`` on these ``hosts``, in the order of their numbers.
 
-        Args:
-            factor: How many times the median a rank must take.
-            steps: For how many consecutive logged steps.
+        A rank is named that took ``factor`` times the median for ``steps`` consecutive logged steps.
         """
-        self._stages = stages
-        self._hosts = hosts
-        self._factor = factor
-        self._steps = steps
+        self._stages, self._hosts, self._factor, self._steps = stages, hosts, factor, steps
         self._behind: Counter[int] = Counter()
         self._in_time: Counter[int] = Counter()
         """By rank, the consecutive logged steps."""
@@ -59,11 +54,15 @@ class StragglerWatch:
             for rank, stage in enumerate(self._stages)
             if (others := [seconds[other] for other, its in enumerate(self._stages) if its == stage and other != rank])
         ]
-        behind = {each.rank: each for each in compared if self._is_behind(each, step_seconds)}
+        behind = {
+            each.rank: each
+            for each in compared
+            if each.seconds >= self._factor * each.median_seconds
+            and each.seconds - each.median_seconds >= _NOTICEABLE * step_seconds
+        }
         for rank in range(len(seconds)):
-            is_behind = rank in behind
-            self._behind[rank] = self._behind[rank] + 1 if is_behind else 0
-            self._in_time[rank] = 0 if is_behind else self._in_time[rank] + 1
+            counted, other = (self._behind, self._in_time) if rank in behind else (self._in_time, self._behind)
+            counted[rank], other[rank] = counted[rank] + 1, 0
             if self._behind[rank] >= self._steps and rank not in self._named:
                 self._named.add(rank)
                 self._warn(step, behind[rank], step_seconds)
@@ -71,10 +70,6 @@ class StragglerWatch:
                 self._named.remove(rank)
                 logger.info("rank %d has kept up with its stage for %d logged steps", rank, self._steps)
         return max(compared, key=lambda each: each.seconds - each.median_seconds, default=None)
-
-    def _is_behind(self, each: RankComparison, step_seconds: float) -> bool:
-        lost = each.seconds - each.median_seconds
-        return each.seconds >= self._factor * each.median_seconds and lost >= _NOTICEABLE * step_seconds
 
     def _warn(self, step: int, each: RankComparison, step_seconds: float) -> None:
         logger.warning(

@@ -49,7 +49,7 @@ class _MlflowRun:
         experiment = found.experiment_id if found else self._client.create_experiment(PROJECT)
         self._id = self._client.create_run(experiment, run_name=directory.resolve().name).info.run_id
         self._entities: Any = import_module("mlflow.entities")
-        params = [self._entities.Param(name, str(value)) for name, value in _leaves(recipe)]
+        params = [self._entities.Param(name, str(value)) for name, value in leaves(recipe) if value != {}]
         for start in range(0, len(params), _MLFLOW_BATCH):
             self._client.log_batch(self._id, params=params[start : start + _MLFLOW_BATCH])
 
@@ -63,12 +63,13 @@ class _MlflowRun:
         self._client.set_terminated(self._id)
 
 
-def _leaves(recipe: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
-    """Return the dotted names of all settings, and their values."""
-    leaves: list[tuple[str, Any]] = []
-    for name, value in recipe.items():
-        leaves += _leaves(value, f"{path}{name}.") if isinstance(value, Mapping) else [(f"{path}{name}", value)]
-    return leaves
+def leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and the value of everything in a tree of settings, empty branches too."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
 
 
 Run = _InitRun | _MlflowRun
@@ -80,11 +81,7 @@ _RUNS: dict[Tracker, Callable[[Path, Mapping[str, Any]], Run]] = {
 
 
 def require_installed(names: Sequence[Tracker]) -> None:
-    """Refuse trackers that are not installed.
-
-    Raises:
-        ConfigError: Naming the package.
-    """
+    """Refuse trackers that are not installed."""
     for name in names:
         if find_spec(name) is None:
             raise ConfigError(

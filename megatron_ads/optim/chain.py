@@ -11,19 +11,23 @@ from megatron_ads.errors import TopologyError
 from megatron_ads.optim.members import OptimizerMember
 from megatron_ads.runtime.device import device
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True, slots=True)
 class UpdateReport:
     """What one optimizer step did; the same on every rank."""
 
     updated: bool
-    """False if a gradient was not finite: the weights were left alone."""
+    """False if FP32 cannot hold the gradients or their squares: the weights were left alone."""
     grad_norm: float
     """Norm over all trained parameters, before clipping."""
     norm_by_kind: dict[str, float]
     """The same for each member: ``dense``, ``expert``."""
     zero_gradients: int
     """Gradient elements that are exactly 0."""
+    not_finite: int = 0
+    """Gradient elements that are infinite or NaN."""
 
 
 class OptimizerChain:
@@ -45,16 +49,17 @@ class OptimizerChain:
     def step(self, learning_rate: float) -> UpdateReport:
         """Update the weights once from the gradients that ``finalize_model_grads`` left.
 
-        Clips to the global norm over all kinds. If any gradient in the job is infinite or NaN, nothing changes on any
-        rank and no update is counted.
+        Clips to the global norm over all kinds. If any gradient in the job is infinite or NaN, or so large that its
+        clipping factor or its square in AdamW's second moment is not in FP32's range, nothing changes on any rank and
+        no update is counted.
         """
         for member in self.members:
             member.prepare_gradients()
         statistics = torch.stack([member.reduce_statistics() for member in self.members]).tolist()
         squares = sum(row[0] for row in statistics)
-        finite = all(row[1] == 0 for row in statistics)
         norm = squares**0.5
-        if finite:
+        usable = norm < (_LARGEST if self._clip_grad > 0 else _LARGEST**0.5)  # never of a norm that is not a number
+        if usable:
             if 0 < self._clip_grad < norm:
                 for member in self.members:
                     member.scale_gradients(self._clip_grad / (norm + 1e-6))
@@ -63,10 +68,11 @@ class OptimizerChain:
             for chunk in self._chunks:
                 chunk.start_param_sync()
         return UpdateReport(
-            updated=finite,
+            updated=usable,
             grad_norm=norm,
             norm_by_kind={member.kind: row[0] ** 0.5 for member, row in zip(self.members, statistics, strict=True)},
             zero_gradients=int(sum(row[2] for row in statistics)),
+            not_finite=int(sum(row[1] for row in statistics)),
         )
 
     def agreed_updates(self) -> int:

@@ -17,6 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ads.disk import make_writable_folder, require_writable
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -63,27 +65,55 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     reference = open_hf_folder(local_folder(args.hf))
     source = open_source(Path(args.megatron) if args.megatron else reference.path)
-    _require_same_model(reference.shape, source.shape, args)
+    require_same_model(reference.shape, source.shape, hf=f"--hf {args.hf}", megatron=f"--megatron {args.megatron}")
     layout = _layout(source.shape, args.layout)
     limits = _limits(args.precision)
+    make_writable_folder(args.out)
+    require_writable(args.out / "parity.json", args.out / "parity.html")
     names = names_rung(source, layout)
     comparison = _stream(args, source, reference, layout, limits)
     results = rungs(names, comparison, changed_outside(source, reference, layout.layout), limits)
     facts = _facts(args, layout, time.monotonic() - started)
     report = _write(args.out, results, comparison, limits, facts)
-    print(json.dumps(report) if args.json else _summary(results, args.out))
+    print(json.dumps(report) if args.json else summary(results, args.out))
     return 1 if any(one.passed is False for one in results) else 0
 
 
-def _require_same_model(reference: "ModelShape", ours: "ModelShape", args: argparse.Namespace) -> None:
+def require_same_model(reference: "ModelShape", ours: "ModelShape", *, hf: object, megatron: object) -> None:
+    """Refuse two checkpoints whose models differ, and name the first setting that does.
+
+    Raises:
+        ConversionError: If one does.
+    """
     from megatron_ads.errors import ConversionError
 
     if reference != ours:
         a, b = asdict(reference), asdict(ours)
         name = next(name for name in a if a[name] != b[name])
         raise ConversionError(
-            f"--megatron {args.megatron} is another model than --hf {args.hf}: {name} is {b[name]} instead of "
-            f"{a[name]}. Give checkpoints of one model."
+            f"{megatron} is another model than {hf}: {name} is {b[name]} instead of {a[name]}. Give checkpoints of "
+            "one model."
+        )
+
+
+def require_memory(shape: "ModelShape", tokens: int, *, weights: int = 0) -> None:
+    """Refuse a row of so many tokens that its attention scores or its logits do not fit the memory.
+
+    Args:
+        weights: Bytes that are in memory too.
+
+    Raises:
+        ConfigError: If the estimate is above what is free: three copies of the scores of every head, as attention
+            without a fused kernel keeps them in FP32, or two logits and their probabilities in FP64.
+    """
+    from megatron_ads.errors import ConfigError
+    from megatron_ads.runtime.device import free_memory_bytes
+
+    needed = weights + max(12 * shape.num_heads * tokens**2, 40 * tokens * shape.vocab_size)
+    if needed > (free := free_memory_bytes()):
+        raise ConfigError(
+            f"--tokens {tokens} needs about {needed / 1e9:.1f} GB of memory ({shape.num_heads} heads, a vocabulary of "
+            f"{shape.vocab_size}); {free / 1e9:.1f} GB are free. Give a smaller --tokens, or use a larger machine."
         )
 
 
@@ -122,11 +152,7 @@ def _stream(args: argparse.Namespace, source: Any, reference: Any, layout: "Shar
     from megatron_ads.runtime import process_groups
     from megatron_ads.runtime.device import seed_everything
 
-    prompts = (
-        read_prompts(args.prompts, reference.path, max_tokens=args.tokens)
-        if args.prompts
-        else random_prompts(source.shape.vocab_size, count=args.rows, tokens=args.tokens)
-    )
+    prompts = _prompts(args, reference)
     process_groups.start(ParallelLayout(world=1))
     try:
         from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
@@ -146,6 +172,15 @@ def _stream(args: argparse.Namespace, source: Any, reference: Any, layout: "Shar
             return stream.compare(prompts, layout.layout, show)
     finally:
         process_groups.stop()
+
+
+def _prompts(args: argparse.Namespace, reference: Any) -> "list[Tensor]":
+    if args.prompts is None:
+        require_memory(reference.shape, args.tokens)
+        return random_prompts(reference.shape.vocab_size, count=args.rows, tokens=args.tokens)
+    prompts = read_prompts(args.prompts, reference.path, max_tokens=args.tokens)
+    require_memory(reference.shape, max(map(len, prompts)))
+    return prompts
 
 
 def read_prompts(file: Path, folder: Path, *, max_tokens: int) -> "list[Tensor]":
@@ -218,7 +253,10 @@ def _write(
     return report
 
 
-def _summary(results: "list[RungResult]", folder: Path) -> str:
+def summary(results: "list[RungResult]", folder: Path) -> str:
+    """Return a line for every rung, and what to look at."""
     words = {True: "passed", False: "FAILED", None: "not run"}
     lines = [f"  {one.rung:2d}  {one.name:<10}  {words[one.passed]:<7}  {one.detail}" for one in results]
+    if failed := [f"{one.rung} ({one.name})" for one in results if one.passed is False]:
+        lines.append(f"FAILED: rung {', '.join(failed)}; the first is where to look")
     return "\n".join([*lines, f"written to {folder / 'parity.json'} and {folder / 'parity.html'}"])

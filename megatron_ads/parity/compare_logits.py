@@ -8,11 +8,12 @@ One process on this machine, in FP32. Exit status 1 if any logit differs by the 
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ads.errors import ConversionError
-from megatron_ads.parity.command import positive
+from megatron_ads.parity.command import positive, require_memory, require_same_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,19 +51,25 @@ def compare_logits(megatron: Path, hf: Path, *, tokens: int, seed: int) -> dict[
 
     Raises:
         ConversionError: If ``hf`` is no Hugging Face folder or is FP8, which transformers does not run on a CPU, or if
-            the vocabularies differ.
+            the two are not one model.
+        ConfigError: If the memory does not suffice.
     """
     import torch
 
     from conversion.hf_folder import open_hf_folder
+    from conversion.names import parameters
     from conversion.sources import open_source
 
-    vocabulary, other = open_hf_folder(hf).shape.vocab_size, open_source(megatron).shape.vocab_size
-    if vocabulary != other:
+    reference, shape = open_hf_folder(hf), open_source(megatron).shape
+    require_same_model(reference.shape, shape, hf=hf, megatron=megatron)
+    if "quantization_config" in reference.config:
         raise ConversionError(
-            f"{megatron} has {other} logits for a token and {hf} has {vocabulary}. Give two forms of one model."
+            f"{hf} is stored in FP8, which transformers runs on a GPU only. Export it once more with --dtype bf16 and "
+            "compare that; `megatron-ads verify` checks that the two hold the same weights."
         )
-    tokens_BS = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(seed))
+    weights = sum(math.prod(parameter.shape) for parameter in parameters(shape).values())
+    require_memory(shape, tokens, weights=4 * weights)
+    tokens_BS = torch.randint(0, shape.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
     theirs, ours = hf_logits(hf, tokens_BS), megatron_logits(megatron, tokens_BS)
     difference = (ours - theirs).abs().max().item()
     return {
@@ -80,11 +87,6 @@ def hf_logits(folder: Path, tokens_BS: "Tensor") -> "Tensor":
 
     from megatron_ads.parity.reference import load_model
 
-    if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
-        raise ConversionError(
-            f"{folder} is stored in FP8, which transformers runs on a GPU only. Export it once more with --dtype bf16 "
-            "and compare that; `megatron-ads verify` checks that the two hold the same weights."
-        )
     with torch.no_grad():
         logits: Tensor = load_model(folder, torch.float32)(tokens_BS).logits
         return logits

@@ -23,11 +23,13 @@ from transformers import logging as transformers_logging
 from conversion.hf_folder import HfFolder
 from conversion.hf_layer import LayerTensors, layer_tensors, outside_tensors
 from megatron_ads.errors import ConversionError
+from megatron_ads.inference.language_model import missing_weights, transformers_config
 
 _CLASSES = {"deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM)}
 _V3 = (DeepseekV3Config, DeepseekV3ForCausalLM)  # kimi_k2 has the same architecture
 _OF_THE_WHOLE_MODEL = (
     "architectures", "auto_map", "quantization_config", "torch_dtype", "dtype", "transformers_version",
+    "model_type",  # transformers finds how to fuse the experts by that of its own class
 )  # fmt: skip
 
 
@@ -39,9 +41,14 @@ def load_model(folder: Path, dtype: torch.dtype, *, attention: str | None = None
     """
     _silence()
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False, output_loading_info=True
+        folder,
+        config=transformers_config(folder),
+        dtype=dtype,
+        attn_implementation=attention,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
-    if missing := sorted(report["missing_keys"]):
+    if missing := missing_weights(model, report):
         raise ConversionError(f"{folder} lacks {missing[0]}, which transformers needs.")
     return model.eval()
 
@@ -142,7 +149,7 @@ class Reference:
             attn_implementation="eager",
             output_loading_info=True,
         )
-        if missing := sorted(name for name in report["missing_keys"] if ".layers." in name):
+        if missing := [name for name in missing_weights(model, report) if ".layers." in name]:
             raise ConversionError(f"Layer {layer} of {self._folder.path} lacks {missing[0]}, which transformers needs.")
         return ReferenceLayer(model.eval().to(self._device), tensors, self._dtype, self._folder.shape.rms_norm_eps)
 

@@ -4,6 +4,7 @@ Each layer gets the same input on both sides, which shows its own error, and our
 shows what has gathered. Shape suffixes: S = tokens of a prompt, C = hidden width, T = tokens, E = experts.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -35,6 +36,8 @@ class Stream:
         self._source, self._folder, self._settings, self._limits = source, folder, settings, limits
         self._dtype, self._device = dtype, device()
         self._reference = Reference(folder, dtype, self._device)
+        self._elsewhere_T = torch.zeros((), dtype=torch.bool, device=self._device)
+        """Tokens that some router so far has sent to other experts, each side on its own."""
 
     def compare(
         self, prompts: Sequence[Tensor], layout: ParallelLayout, advance: Callable[[LayerResult], None]
@@ -75,28 +78,40 @@ class Stream:
     ) -> tuple[LayerResult, Rows, Rows]:
         """Return the result and both sides' outputs for their own inputs."""
         started = time.monotonic()
-        reference, scores = self._reference.layer(layer), list[Scores]()
-        reference.watch_router(scores.append)
-        their_output = self._run(reference, layer, tokens, theirs, self._reference.embed)
-        module, weights = SingleLayer(self._source, layer, self._settings), list[Tensor]()
-        module.watch_router(lambda weights_TE, chosen_TE: weights.append((weights_TE * chosen_TE).float()))
-        same_input = self._run(module, layer, tokens, theirs, self._embed)
-        routed = list(weights)  # of these passes only
-        our_output = self._run(module, layer, tokens, ours, self._embed)
+        their_output, scores = self._run_theirs(layer, tokens, theirs)
+        same_input, routed, our_output, routed_own = self._run_ours(layer, tokens, theirs, ours)
+        router, same_T = None, torch.ones(sum(map(len, tokens)), dtype=torch.bool, device=self._device)
+        if scores:
+            self._elsewhere_T = self._elsewhere_T | _moved(torch.cat(routed_own), _weights(scores))
+            router, same_T = self._compare_routing(layer, routed, scores)
         shape = self._source.shape
         kind = LayerKind.EXPERTS if shape.is_moe_layer(layer) else LayerKind.DENSE
-        difference, largest = _difference(same_input, their_output)
+        difference, largest = _difference(same_input, their_output, same_T)
         result = LayerResult(
             layer=layer,
             kind=kind if layer < shape.num_layers else LayerKind.MTP,
             difference=difference,
-            carried=_difference(our_output, their_output)[0],
+            carried=_difference(our_output, their_output, torch.ones_like(same_T))[0],
             largest=largest,
             changed_tensors=changed_in_layer(self._source, self._folder, layer, layout),
-            router=self._compare_routing(layer, routed, scores) if scores else None,
+            router=router,
             seconds=time.monotonic() - started,
         )
         return result, their_output, our_output
+
+    def _run_theirs(self, layer: int, tokens: Rows, inputs: Rows) -> tuple[Rows, list[Scores]]:
+        module, scores = self._reference.layer(layer), list[Scores]()  # freed on return: one layer is held at a time
+        module.watch_router(scores.append)
+        return self._run(module, layer, tokens, inputs, self._reference.embed), scores
+
+    def _run_ours(self, layer: int, tokens: Rows, theirs: Rows, ours: Rows) -> tuple[Rows, Rows, Rows, Rows]:
+        """Return the outputs and routing weights for their inputs, then those for our inputs."""
+        module, weights = SingleLayer(self._source, layer, self._settings), list[Tensor]()
+        module.watch_router(lambda weights_TE, chosen_TE: weights.append((weights_TE * chosen_TE).float()))
+        same_input = self._run(module, layer, tokens, theirs, self._embed)
+        routed = list(weights)
+        our_output = self._run(module, layer, tokens, ours, self._embed)
+        return same_input, routed, our_output, weights[len(routed) :]
 
     def _run(
         self,
@@ -110,22 +125,23 @@ class Stream:
             return [module.decode(row) for row in inputs]
         return [module.predict(ids, row, embed) for ids, row in zip(tokens, inputs, strict=True)]
 
-    def _compare_routing(self, layer: int, weights: Rows, scores: list[Scores]) -> RouterResult:
-        ours_TE, theirs_TE = torch.cat(weights), torch.cat([one.weights_TE for one in scores])
+    def _compare_routing(self, layer: int, weights: Rows, scores: list[Scores]) -> tuple[RouterResult, Tensor]:
+        """Return how the routers compare, and which tokens (T,) go to the same experts on both sides."""
+        ours_TE, theirs_TE = torch.cat(weights), _weights(scores)
         ranked_TE = self._ranked(layer, torch.cat([one.logits_TE for one in scores]))
-        mine, yours = (ours_TE != 0) & (theirs_TE == 0), (ours_TE == 0) & (theirs_TE != 0)
-        moved_T = (mine | yours).any(dim=1)
+        exchanged_TE, moved_T = (ours_TE != 0) ^ (theirs_TE != 0), _moved(ours_TE, theirs_TE)
         # how far apart the scores of what was exchanged lie, over the spread of all scores
-        most = ranked_TE.masked_fill(~(mine | yours), -torch.inf).amax(dim=1)
-        least = ranked_TE.masked_fill(~(mine | yours), torch.inf).amin(dim=1)
+        most = ranked_TE.masked_fill(~exchanged_TE, -torch.inf).amax(dim=1)
+        least = ranked_TE.masked_fill(~exchanged_TE, torch.inf).amin(dim=1)
         near_T = moved_T & (most - least < self._limits.near_tie)
         kept = (ours_TE - theirs_TE).abs().amax(dim=1).masked_fill(moved_T, 0.0)
-        return RouterResult(
+        result = RouterResult(
             tokens=len(moved_T),
             rerouted=int((moved_T & ~near_T).sum()),
             near_ties=int(near_T.sum()),
             weight_difference=float(kept.max()),
         )
+        return result, ~moved_T
 
     def _ranked(self, layer: int, logits_TE: Tensor) -> Tensor:
         """Return the scores by which experts are selected."""
@@ -139,26 +155,43 @@ class Stream:
     def _compare_logits(self, theirs: Rows, ours: Rows) -> LogitResult:
         head = self._source.read("output_layer.weight").to(self._device, self._dtype)
         by_position = torch.zeros(max(len(row) for row in theirs))
-        divergence, agreeing, tokens = 0.0, 0, 0
+        divergences, agreeing = [], 0
         for their_SC, our_SC in zip(theirs, ours, strict=True):
             right_SV, other_SV = self._reference.logits(their_SC), linear(our_SC, head).float()
             difference_S = (right_SV - other_SV).abs().amax(dim=-1).cpu()
             by_position[: len(difference_S)] = torch.maximum(by_position[: len(difference_S)], difference_S)
             p, q = log_softmax(right_SV.double(), -1), log_softmax(other_SV.double(), -1)
-            divergence += float(kl_div(q, p, reduction="sum", log_target=True))
+            divergences.append(kl_div(q, p, reduction="none", log_target=True).sum(-1))
             agreeing += int((right_SV.argmax(-1) == other_SV.argmax(-1)).sum())
-            tokens += len(their_SC)
+        divergence_T = torch.cat(divergences)
+        elsewhere_T = self._elsewhere_T.expand_as(divergence_T)
+        counted_T = ~elsewhere_T | elsewhere_T.all()  # where all are, they are all there is to judge by
         return LogitResult(
-            tokens=tokens,
+            tokens=len(divergence_T),
+            rerouted=int(elsewhere_T.sum()),
             max_abs_difference=float(by_position.max()),
-            divergence=max(divergence / tokens, 0.0),
-            agreement=agreeing / tokens,
+            divergence=max(float(divergence_T[counted_T].mean()), 0.0),
+            agreement=agreeing / len(divergence_T),
             by_position=tuple(by_position.tolist()),
         )
 
 
-def _difference(ours: Rows, theirs: Rows) -> tuple[float, float]:
-    """Return the root mean square and the maximum of the difference, both over the root mean square of ``theirs``."""
-    a, b = torch.cat(ours).float(), torch.cat(theirs).float()
+def _weights(scores: list[Scores]) -> Tensor:
+    return torch.cat([one.weights_TE for one in scores])
+
+
+def _moved(ours_TE: Tensor, theirs_TE: Tensor) -> Tensor:
+    """Return which tokens (T,) are not sent to the same experts."""
+    return ((ours_TE != 0) ^ (theirs_TE != 0)).any(dim=1)
+
+
+def _difference(ours: Rows, theirs: Rows, counted_T: Tensor) -> tuple[float, float]:
+    """Return root mean square and maximum of the difference of some tokens, over the root mean square of ``theirs``.
+
+    Both are NaN where no token counts.
+    """
+    a, b = torch.cat(ours)[counted_T].float(), torch.cat(theirs)[counted_T].float()
+    if not len(a):
+        return math.nan, math.nan
     size = b.pow(2).mean().sqrt()
     return float((a - b).pow(2).mean().sqrt() / size), float((a - b).abs().max() / size)

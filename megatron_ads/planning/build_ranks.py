@@ -4,9 +4,10 @@ torch's fake process group lets a process take any rank's place, and the meta de
 memory: neither weights nor the other ranks are needed. What is built is what training builds.
 """
 
+import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,17 +15,44 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from conversion.names import hf_aliases, parameters
+from conversion.rank_files import ShardsLayout, wrong_copies
 from conversion.shards import open_shards
-from megatron_ads.errors import ConfigError, ConversionError
+from megatron_ads.errors import ConfigError, ConversionError, TopologyError
+from megatron_ads.layout import ParallelLayout
 from megatron_ads.models.parts import part_of
-from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
-from megatron_ads.planning.check_ranks import RankFacts, check_ranks, checkpoint_keys
+from megatron_ads.models.settings import ModelSettings
 from megatron_ads.planning.job import PlannedJob
 from megatron_ads.runtime import process_groups
-from megatron_ads.runtime.preflight import Member, Record
+from megatron_ads.runtime.preflight import Groups, Record, check_records
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
+
+Shape = tuple[int, ...]
+_FAULTS_SHOWN = 20
+_SIZES = ("tp", "pp", "vpp", "ep", "etp")
+_AXES = {"tp": ("tp",), "dp": ("dp", "cp"), "pp": ("pp",), "ep": ("ep",), "etp": ("etp",), "edp": ("edp",)}
+_GRIDS = (("pp", "dp", "cp", "tp"), ("pp", "edp", "ep", "etp"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankFacts:
+    """One rank as Megatron-Core built it."""
+
+    rank: int
+    parameters: int
+    """Elements that are parameters; router biases are buffers."""
+    tensors: Mapping[str, Shape]
+    """Shape of every canonical parameter and router bias on the rank."""
+    groups: Mapping[str, tuple[int, ...]]
+    """Members of each process group the rank is in, by axis."""
+    next_rank: int
+    """Where it sends activations."""
+    message: tuple[Shape, str]
+    """Shape and dtype that it sends to and expects from its neighbours in the pipeline."""
+    record: Record
+    """Its part in the preflight check."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +71,6 @@ class BuiltRanks:
     """Of this process, so far."""
 
     def lines(self) -> list[str]:
-        """Return what the terminal shows."""
         done = (
             f"build: {len(self.parameters_by_rank)} of {self.world} ranks built in {self.seconds:.1f} s and "
             f"{self.peak_bytes / 1e9:.2f} GB; "
@@ -55,10 +82,6 @@ class BuiltRanks:
             f"{done}the ranks hold all {self.tensors_of_checkpoint:,} tensors of the checkpoint in exactly the "
             f"expected copies; groups, messages and optimizers agree{shards}"
         ]
-
-
-_FAULTS_SHOWN = 20
-_SIZES = ("tp", "pp", "vpp", "ep", "etp")
 
 
 def build_ranks(job: PlannedJob, *, every_rank: bool = False, shards: Path | None = None) -> BuiltRanks:
@@ -91,15 +114,7 @@ def build_ranks(job: PlannedJob, *, every_rank: bool = False, shards: Path | Non
 
 
 def _build_rank(job: PlannedJob, rank: int) -> RankFacts:
-    settings = ModelSettings(
-        spec=resolve_layer_spec(job.layer_spec),
-        precision=job.precision,
-        recompute=job.recompute,
-        router_bias_update_rate=job.router_bias_update_rate,
-        aux_loss_coefficient=job.aux_loss_coefficient,
-        mtp_loss_weight=job.mtp_loss_weight,
-        deterministic=job.deterministic,
-    )
+    settings = ModelSettings.of(job.model, deterministic=job.deterministic)
     process_groups.start_fake(job.layout, rank)
     try:
         from megatron_ads.models.build import build_chunks
@@ -144,7 +159,6 @@ def _describe(job: PlannedJob, rank: int, chunks: Sequence["GPTModel"], settings
     )
     return RankFacts(
         rank=rank,
-        coordinates=job.layout.coordinates(rank),
         parameters=sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
         tensors=tensors,
         groups={name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items()},
@@ -164,19 +178,12 @@ def _record(job: PlannedJob, rank: int, chunks: Sequence["GPTModel"], settings: 
     for name, parameter in _trained(job, chunks, settings):
         kind = DENSE if getattr(parameter, "allreduce", True) else EXPERT
         counts[kind, DECAYED if is_decayed(name, parameter) else UNDECAYED] += 1
-    members = [Member(DENSE, tuple((group, counts[DENSE, group]) for group in GROUP_NAMES))]
-    if job.trains_experts:
-        experts = tuple((group, counts[EXPERT, group]) for group in GROUP_NAMES)
-        owns = any(count for _, count in experts)
-        members.append(Member(EXPERT, experts if owns else StubOptimizer(EXPERT, GROUP_NAMES).group_keys()))
-    return Record(
-        rank=rank,
-        coordinates=job.layout.coordinates(rank),
-        members=tuple(members),
-        versions={},
-        config_digest="built",
-        code_revision="built",
-    )
+    kinds = (DENSE, EXPERT) if job.trains_experts else (DENSE,)
+    members: dict[str, Groups] = {kind: tuple((group, counts[kind, group]) for group in GROUP_NAMES) for kind in kinds}
+    if job.trains_experts and not any(count for _, count in members[EXPERT]):
+        members[EXPERT] = StubOptimizer(EXPERT, GROUP_NAMES).group_keys()
+    at, same = job.layout.coordinates(rank), "built"
+    return Record(rank=rank, coordinates=at, members=members, versions={}, config_digest=same, code_revision=same)
 
 
 def _trained(
@@ -212,3 +219,78 @@ def _shard_faults(job: PlannedJob, folder: Path) -> list[str]:
         for what, theirs, ours in compared
         if theirs != ours
     ]
+
+
+def expected_groups(layout: ParallelLayout, rank: int) -> dict[str, tuple[int, ...]]:
+    """Return the ranks that share every coordinate with ``rank`` but those of the group's axes, for each group."""
+    own = layout.coordinates(rank)
+    others = [(other, layout.coordinates(other)) for other in range(layout.world)]
+    groups = {}
+    for name, axes in _AXES.items():
+        grid = next(grid for grid in _GRIDS if set(axes) <= set(grid))
+        fixed = [axis for axis in grid if axis not in axes]
+        groups[name] = tuple(
+            other for other, at in others if all(getattr(at, axis) == getattr(own, axis) for axis in fixed)
+        )
+    return groups
+
+
+def check_ranks(shards: ShardsLayout, ranks: Sequence[RankFacts]) -> list[str]:
+    """Return every fault, one line each; empty: what was built is what the layout says, on every rank."""
+    faults = [fault for facts in ranks for fault in _rank_faults(shards, facts)]
+    faults += _message_faults(shards.layout, ranks)
+    try:
+        check_records([facts.record for facts in ranks])
+    except TopologyError as error:
+        faults.append(str(error))
+    return faults + coverage_faults(shards, {facts.rank: facts.tensors for facts in ranks})
+
+
+def _rank_faults(shards: ShardsLayout, facts: RankFacts) -> Iterator[str]:
+    expected = {parameter.name: shards.slice_shape(parameter) for parameter in shards.owned(shards.file_of(facts.rank))}
+    for name in sorted(expected.keys() | facts.tensors.keys()):
+        if expected.get(name) != facts.tensors.get(name):
+            yield (
+                f"rank {facts.rank}: {name} is {facts.tensors.get(name) or 'missing'} in the model, "
+                f"{expected.get(name) or 'missing'} in its shard file"
+            )
+    for name, members in expected_groups(shards.layout, facts.rank).items():
+        if facts.groups[name] != members:
+            yield f"rank {facts.rank}: its {name} group is {facts.groups[name]}, the layout says {members}"
+
+
+def _message_faults(layout: ParallelLayout, ranks: Sequence[RankFacts]) -> Iterator[str]:
+    by_stage = {facts.record.coordinates.pp: facts for facts in ranks}
+    for facts in ranks:
+        following = (facts.rank + layout.world // layout.pp) % layout.world
+        if layout.pp > 1 and facts.next_rank != following:
+            yield f"rank {facts.rank}: sends to rank {facts.next_rank}, the layout says {following}"
+        receiver = by_stage.get((facts.record.coordinates.pp + 1) % layout.pp, facts)
+        if facts.message != receiver.message:
+            yield f"rank {facts.rank} sends {facts.message}, but rank {receiver.rank} expects {receiver.message}"
+
+
+def coverage_faults(shards: ShardsLayout, built: Mapping[int, Mapping[str, Shape]]) -> list[str]:
+    """Check that the ranks tile the checkpoint: each element is held by as many ranks as there are replicas of it.
+
+    ``built`` has the shapes on each rank that was built; the other ranks count as their shard file says.
+    """
+    contents = {file: shards.elements(file) for file in shards.rank_files()}
+    held = (
+        {name: math.prod(shape) for name, shape in built[rank].items()}
+        if rank in built
+        else contents[shards.file_of(rank)]
+        for rank in range(shards.layout.world)
+    )
+    return [
+        f"{one.parameter}: held by {one.held:g} replicas instead of {one.expected}"
+        if one.expected
+        else f"{one.parameter}: held, but not in the checkpoint"
+        for one in wrong_copies(shards, held)
+    ]
+
+
+def checkpoint_keys(shards: ShardsLayout) -> int:
+    """Return how many weight tensors the published checkpoint has, what MTP layers repeat included."""
+    own = sum(len(parameter.parts) for parameter in parameters(shards.shape).values())
+    return own + len(hf_aliases(shards.shape))

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from conversion.cli import parse_bytes
+from megatron_ads.disk import require_writable
 from megatron_ads.errors import ConfigError
 from megatron_ads.planning.hardware import CARDS, DEFAULT_CARD, card_named
 from megatron_ads.planning.job import load_job
@@ -25,7 +26,6 @@ from megatron_ads.planning.table import plan_lines, plan_page, plan_values, sear
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `megatron-ads plan`."""
     parser.add_argument("--recipe", required=True, metavar="R", help="a name under recipes/, or a YAML file")
     parser.add_argument("--model", metavar="M", help="a published model's name, or a folder with a config.json")
     parser.add_argument("--gpus", type=int, metavar="N", help="ranks (default: the fewest the recipe's layout needs)")
@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     build = args.build_ranks or args.rehearse
     if (args.shards is not None or args.every_rank) and not build:
         raise ConfigError("--shards and --every-rank are for the ranks that are built; add --build-ranks.")
+    require_writable(args.html)
     card = card_named(args.gpu, args.gpu_memory)
     if args.calibrate is not None:
         card = calibrated(card, args.calibrate, args.model)
@@ -62,10 +63,7 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(job, card)
     found = search(job, card) if args.search else None
     if args.html is not None:
-        try:
-            args.html.write_text(plan_page(args.recipe, plan), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--html {args.html} cannot be written ({error.strerror}).") from None
+        args.html.write_text(plan_page(args.recipe, plan), encoding="utf-8")
     built = None
     if build:
         from megatron_ads.planning.build_ranks import build_ranks  # imports Megatron-Core: plans do without

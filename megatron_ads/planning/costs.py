@@ -33,10 +33,7 @@ class Weights:
 
 
 def stage_weights(job: PlannedJob, stage: int) -> tuple[Weights, ...]:
-    """Return what each rank of a pipeline stage holds; all its ranks hold equally much.
-
-    Router biases are not counted: they are buffers, not parameters.
-    """
+    """Return what each rank of a pipeline stage holds; router biases are buffers, not parameters."""
     shape, sizes = job.shape, job.layout
     embedding, final_norm, output = outside_parameters(shape)
     found: list[Weights] = []
@@ -106,7 +103,7 @@ def chunk_flops(job: PlannedJob, chunk: Chunk) -> TokenFlops:
         run_layers(job, [chunk]),
         outputs=outputs(job, chunk),
         seq_length=job.seq_length,
-        recompute=job.recompute,
+        recompute=job.model.recompute,
         lora=job.lora,
     )
 
@@ -173,7 +170,7 @@ def message_bytes(job: PlannedJob) -> int:
 def dispatch_bytes(job: PlannedJob, chunk: Chunk) -> int:
     """Return what a rank sends for one microbatch, forward and backward: tokens to experts and back, each way."""
     layers = sum(map(job.shape.is_moe_layer, run_layers(job, [chunk])))
-    passes = 2 if job.recompute is Recompute.none else 3
+    passes = 2 if job.model.recompute is Recompute.none else 3
     away = (job.layout.ep - 1) / job.layout.ep
     return int(layers * 2 * passes * job.shape.experts_per_token * message_bytes(job) * away)
 
@@ -186,7 +183,7 @@ def tensor_bytes(job: PlannedJob, chunk: Chunk) -> int:
     """
     sizes = job.layout
     layers = len(run_layers(job, [chunk]))
-    passes = 5 if job.recompute is Recompute.none else 7
+    passes = 5 if job.model.recompute is Recompute.none else 7
     hidden = job.tokens_per_microbatch // sizes.cp * job.shape.hidden_size * job.element_bytes
     return int(2 * layers * passes * hidden * (sizes.tp - 1) / sizes.tp)
 

@@ -60,11 +60,7 @@ DEFAULT_CARD = "h100"
 
 
 def card_named(name: str, memory_bytes: int | None = None) -> Card:
-    """Return a card of the table, with another memory size where one is given.
-
-    Raises:
-        ConfigError: If the table has no such card.
-    """
+    """Return a card of the table, with another memory size where one is given."""
     if name not in CARDS:
         raise ConfigError(f"--gpu is {name!r}; the table has {', '.join(CARDS)}.")
     card = CARDS[name]

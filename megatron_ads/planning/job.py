@@ -9,7 +9,7 @@ from conversion.published_models import published_file, published_models
 from conversion.rank_files import ShardsLayout
 from megatron_ads.architecture import ModelShape, read_model_shape
 from megatron_ads.config.data import SourceConfig, SourceKind
-from megatron_ads.config.model import FrozenPart, LayerSpecChoice, LoraTarget, Precision, Recompute
+from megatron_ads.config.model import FrozenPart, LoraTarget, ModelConfig, Precision
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.run import SftConfig, validate
 from megatron_ads.errors import ConfigError
@@ -27,26 +27,20 @@ class PlannedJob:
     shape: ModelShape
     layout: ParallelLayout
     placement: PipelinePlacement
-    precision: Precision
-    recompute: Recompute
+    model: ModelConfig
+    """How the model is run, and what of it is trained."""
     seq_length: int
     """Tokens of one row."""
     micro_batch_size: int
     """Rows of one microbatch."""
     microbatches: int
     """Microbatches that one replica runs in a step."""
-    mtp_loss_weight: float = 0.0
-    frozen: frozenset[FrozenPart] = frozenset()
     lora: Lora | None = None
     """Adapters that are trained instead of the weights."""
-    layer_spec: LayerSpecChoice = LayerSpecChoice.auto
-    router_bias_update_rate: float = 0.0
-    aux_loss_coefficient: float = 0.0
     deterministic: bool = False
 
     @property
     def shards(self) -> ShardsLayout:
-        """The layout as the conversion writes it."""
         return ShardsLayout(shape=self.shape, layout=self.layout, placement=self.placement)
 
     @property
@@ -62,7 +56,7 @@ class PlannedJob:
     @property
     def element_bytes(self) -> int:
         """Bytes of one weight or activation."""
-        return 2 if self.precision is Precision.bf16 else 4
+        return 2 if self.model.precision is Precision.bf16 else 4
 
     @property
     def tokens_per_step(self) -> int:
@@ -71,12 +65,10 @@ class PlannedJob:
 
     @property
     def trains_mtp(self) -> bool:
-        """Whether the multi-token-prediction layers are run."""
-        return self.shape.mtp_layers > 0 and self.mtp_loss_weight > 0
+        return self.shape.mtp_layers > 0 and self.model.mtp_loss_weight > 0
 
     @property
     def trains_experts(self) -> bool:
-        """Whether any rank has gradients of routed experts."""
         if self.lora is not None:
             return any(self.lora.adapts(weight) for weight in parameters(self.shape).values() if weight.expert == 0)
         in_layers = self.trains(FrozenPart.experts) and self.shape.num_layers > self.shape.first_dense_layers
@@ -86,7 +78,7 @@ class PlannedJob:
         """Whether parameters of ``part`` have gradients and optimizer state; a ``LoraTarget`` is its adapters."""
         if self.lora is not None:
             return isinstance(part, LoraTarget)
-        return part not in self.frozen and (part is not FrozenPart.mtp or self.mtp_loss_weight > 0)
+        return part not in self.model.frozen and (part is not FrozenPart.mtp or self.model.mtp_loss_weight > 0)
 
 
 def planned_shape(model: str | None, config: SftConfig) -> ModelShape:
@@ -125,11 +117,7 @@ def planned_shape(model: str | None, config: SftConfig) -> ModelShape:
 def load_job(
     recipe: str, overrides: Sequence[str] = (), *, model: str | None = None, ranks: int | None = None
 ) -> PlannedJob:
-    """Compose a recipe and lay it out over ``ranks`` (None: the fewest that its layout fits).
-
-    Raises:
-        ConfigError: If recipe, model, layout and ranks do not fit together.
-    """
+    """Compose a recipe and lay it out over ``ranks`` (None: the fewest that its layout fits)."""
     config = load_recipe(recipe, overrides, sections=_PLANNED)
     if not config.data.sources:  # a recipe may leave them to the command line, and a plan does not depend on them
         config.data.sources = [SourceConfig(kind=SourceKind.jsonl, path="not given")]
@@ -161,16 +149,10 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Pl
         shape=shape,
         layout=layout,
         placement=placement,
-        precision=config.model.precision,
-        recompute=config.model.recompute,
+        model=config.model,
         seq_length=config.data.seq_length,
         micro_batch_size=config.train.micro_batch_size,
         microbatches=config.train.microbatches(layout),
-        mtp_loss_weight=config.model.mtp_loss_weight,
-        frozen=frozenset(config.model.frozen),
         lora=Lora.of(config.model),
-        layer_spec=config.model.layer_spec,
-        router_bias_update_rate=config.model.expert_bias_update_rate or 0.0,
-        aux_loss_coefficient=config.model.aux_loss_coefficient,
         deterministic=config.train.deterministic,
     )

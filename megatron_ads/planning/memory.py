@@ -39,7 +39,7 @@ class ActivationModel:
         self.shape, self.lora, self.element_bytes = job.shape, job.lora, job.element_bytes
         self._sample_length, self._etp = job.seq_length, job.layout.etp
         # Keeps output and one number per row; else probabilities are kept (short FP32 samples on a CPU).
-        self._flash_attention = gpu or job.precision is Precision.bf16 or job.seq_length > _LONGEST_BLOCKED
+        self._flash_attention = gpu or job.model.precision is Precision.bf16 or job.seq_length > _LONGEST_BLOCKED
         # Keeps the gate and up projections only; else the factors of the product too.
         self._fused_swiglu = gpu
 
@@ -93,7 +93,6 @@ class ActivationModel:
         return runs * self.lora.rank * self.element_bytes
 
     def _norm(self, width: int) -> int:
-        """Return the bytes of the input and one FP32 factor."""
         return self.element_bytes * width + 4
 
     def _latents(self) -> int:
@@ -156,17 +155,15 @@ class RankMemory:
 
     @property
     def peak(self) -> int:
-        """The worst moment of the job."""
         return max(self.training, self.loading + self.reserved)
 
 
 def stage_memory(job: PlannedJob, stage: int, *, gpu: bool, reserved_bytes: int = 0) -> RankMemory:
-    """Return what each rank of a pipeline stage holds."""
     sizes, element = job.layout, job.element_bytes
     weights = stage_weights(job, stage)
     trained = [weight for weight in weights if job.trains(weight.part)]
     dense, expert = total(trained, expert=False), total(trained, expert=True)
-    state = 12 if job.precision is Precision.bf16 else 8
+    state = 12 if job.model.precision is Precision.bf16 else 8
     model = ActivationModel(job, gpu=gpu)
     kept = [job.tokens_per_rank * _kept_by_chunk(job, chunk, model) for chunk in job.placement.stage_chunks(stage)]
     return RankMemory(
@@ -183,12 +180,12 @@ def stage_memory(job: PlannedJob, stage: int, *, gpu: bool, reserved_bytes: int 
 
 def _kept_by_chunk(job: PlannedJob, chunk: Chunk, model: ActivationModel) -> int:
     """Return the bytes a token leaves in a chunk; the loss is counted with the buffers, it goes as it comes."""
-    kept = sum(model.layer(layer, job.recompute) for layer in chunk.layers)
+    kept = sum(model.layer(layer, job.model.recompute) for layer in chunk.layers)
     if job.trains_mtp:
         for layer in chunk.mtp_layers:
-            kept += model.mtp(job.recompute)
-            if job.recompute is not Recompute.full:
-                kept += model.layer(job.shape.num_layers + layer, job.recompute)
+            kept += model.mtp(job.model.recompute)
+            if job.model.recompute is not Recompute.full:
+                kept += model.layer(job.shape.num_layers + layer, job.model.recompute)
     if chunk.has_loss:
         return kept + outputs(job, chunk) * (model.head() - model.logits())
     return kept + model.element_bytes * job.shape.hidden_size  # the output that was sent on
@@ -197,17 +194,14 @@ def _kept_by_chunk(job: PlannedJob, chunk: Chunk, model: ActivationModel) -> int
 def _buffers(job: PlannedJob, stage: int, model: ActivationModel) -> int:
     """Return the wider of two moments: the backward pass of the loss, and that of the widest layer."""
     chunks = job.placement.stage_chunks(stage)
-    loss = max((_loss_moment(job, chunk, model) for chunk in chunks if chunk.has_loss), default=0)
+    loss = 0
+    if last := next((chunk for chunk in chunks if chunk.has_loss), None):
+        # All losses' probabilities, one gradient of logits, and the output layer's weight gradient if it is trained.
+        logits = model.element_bytes * job.shape.vocab_size
+        gradient = logits if job.model.precision is Precision.bf16 else 0
+        weight = logits * job.shape.hidden_size // job.layout.tp if job.trains(FrozenPart.output) else 0
+        loss = job.tokens_per_rank * (outputs(job, last) * model.logits() + gradient) + weight
     layers = run_layers(job, chunks)
-    again = max((model.layer(layer, Recompute.none) - model.layer(layer, job.recompute) for layer in layers), default=0)
+    again = (model.layer(layer, Recompute.none) - model.layer(layer, job.model.recompute) for layer in layers)
     weight_gradient = model.element_bytes * largest_tensor(job, stage)
-    return max(loss, job.tokens_per_rank * (again + model.widest_gradients(layers)) + weight_gradient)
-
-
-def _loss_moment(job: PlannedJob, chunk: Chunk, model: ActivationModel) -> int:
-    """All losses' probabilities, one gradient of logits, and the output layer's weight gradient if it is trained."""
-    gradient = model.element_bytes * job.shape.vocab_size if job.precision is Precision.bf16 else 0
-    weight = 0
-    if job.trains(FrozenPart.output):
-        weight = model.element_bytes * job.shape.vocab_size * job.shape.hidden_size // job.layout.tp
-    return job.tokens_per_rank * (outputs(job, chunk) * model.logits() + gradient) + weight
+    return max(loss, job.tokens_per_rank * (max(again, default=0) + model.widest_gradients(layers)) + weight_gradient)

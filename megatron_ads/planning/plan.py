@@ -14,17 +14,7 @@ from megatron_ads.config.run import SftConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import Chunk, ParallelLayout, place_layers
 from megatron_ads.models.flops import flops_per_token
-from megatron_ads.planning.costs import (
-    GroupTraffic,
-    Weights,
-    chunk_flops,
-    dispatch_bytes,
-    message_bytes,
-    stage_traffic,
-    stage_weights,
-    tensor_bytes,
-    total,
-)
+from megatron_ads.planning import costs
 from megatron_ads.planning.hardware import Card
 from megatron_ads.planning.job import PlannedJob, job_of, planned_shape
 from megatron_ads.planning.memory import RankMemory, stage_memory
@@ -32,7 +22,6 @@ from megatron_ads.planning.schedule import Timeline, play
 
 _MESSAGE_LATENCY_SECONDS = 20e-6
 """Of one point-to-point message or collective, whatever its size."""
-_LOWEST_EFFICIENCY, _HIGHEST_EFFICIENCY = 1e-6, 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,21 +30,19 @@ class StagePlan:
 
     stage: int
     chunks: tuple[Chunk, ...]
-    weights: tuple[Weights, ...]
+    weights: tuple[costs.Weights, ...]
     memory: RankMemory
-    traffic: tuple[GroupTraffic, ...]
+    traffic: tuple[costs.GroupTraffic, ...]
     flops_per_step: int
     """Of one rank, forward and backward, what is computed again included."""
 
     @property
     def parameters(self) -> int:
-        """Of one rank."""
-        return total(self.weights)
+        return costs.total(self.weights)
 
     @property
     def expert_parameters(self) -> int:
-        """Of one rank's routed experts."""
-        return total(self.weights, expert=True)
+        return costs.total(self.weights, expert=True)
 
     @property
     def contents(self) -> str:
@@ -79,7 +66,6 @@ class Plan:
 
     @property
     def fullest(self) -> StagePlan:
-        """The stage whose ranks need the most memory."""
         return max(self.stages, key=lambda stage: stage.memory.peak)
 
     @property
@@ -89,12 +75,10 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every rank has room."""
         return self.spare_bytes >= 0
 
     @property
     def expert_less_stages(self) -> tuple[int, ...]:
-        """Stages whose ranks own no routed expert."""
         return self.job.placement.expert_less_stages(self.job.shape)
 
     @property
@@ -112,7 +96,7 @@ class Plan:
         message = 0.0
         if link is not None:
             rate = self.card.network_bytes_per_second if link.off_node else self.card.node_bytes_per_second
-            message = message_bytes(job) / rate + _MESSAGE_LATENCY_SECONDS
+            message = costs.message_bytes(job) / rate + _MESSAGE_LATENCY_SECONDS
         return play(
             job.layout.pp,
             job.layout.vpp,
@@ -127,11 +111,11 @@ class Plan:
         job, card = self.job, self.card
         tokens = job.tokens_per_microbatch / (job.layout.tp * job.layout.cp)
         rate = card.flops_per_second * card.efficiency
-        flops = chunk_flops(job, chunk)
+        flops = costs.chunk_flops(job, chunk)
         forward, backward = tokens * flops.forward / rate, tokens * (flops.backward + flops.recomputed) / rate
         exchanged = 0.0
         for group in self.stages[chunk.stage].traffic:
-            sent = {"ep": dispatch_bytes, "tp": tensor_bytes}.get(group.group)
+            sent = {"ep": costs.dispatch_bytes, "tp": costs.tensor_bytes}.get(group.group)
             if sent is not None and group.bytes_per_step:
                 exchanged += sent(job, chunk) / group.bytes_per_step * group.seconds(card)
         share = forward / (forward + backward) if forward else 0.0
@@ -148,7 +132,6 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """One optimizer step."""
         return self.timeline.seconds + self.update_seconds
 
     @property
@@ -170,16 +153,13 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """A training checkpoint: weights and optimizer state, each once whatever the number of replicas.
-
-        Of adapters it holds these alone.
-        """
+        """A training checkpoint: weights and optimizer state, each once; of adapters these alone."""
         job, alone = self.job, ParallelLayout(world=1)
-        state = 12 if job.precision is Precision.bf16 else 8
+        state = 12 if job.model.precision is Precision.bf16 else 8
         whole = replace(job, layout=alone, placement=place_layers(job.shape, alone))
         return sum(
             weight.elements * (job.element_bytes + (state if job.trains(weight.part) else 0))
-            for weight in stage_weights(whole, 0)
+            for weight in costs.stage_weights(whole, 0)
             if job.lora is None or job.trains(weight.part)
         )
 
@@ -196,15 +176,15 @@ def make_plan(job: PlannedJob, card: Card) -> Plan:
     stages = []
     for stage in range(job.layout.pp):
         chunks = job.placement.stage_chunks(stage)
-        flops = [chunk_flops(job, chunk) for chunk in chunks]
+        flops = [costs.chunk_flops(job, chunk) for chunk in chunks]
         per_token = sum(each.forward + each.backward + each.recomputed for each in flops)
         stages.append(
             StagePlan(
                 stage=stage,
                 chunks=chunks,
-                weights=stage_weights(job, stage),
+                weights=costs.stage_weights(job, stage),
                 memory=stage_memory(job, stage, gpu=card.name != "cpu", reserved_bytes=card.reserved_bytes),
-                traffic=stage_traffic(job, stage, card),
+                traffic=costs.stage_traffic(job, stage, card),
                 flops_per_step=tokens * per_token,
             )
         )
@@ -212,11 +192,9 @@ def make_plan(job: PlannedJob, card: Card) -> Plan:
 
 
 def calibrated(card: Card, run: Path, model: str | None = None) -> Card:
-    """Return the card with the efficiency that the run in log folder ``run`` reached.
+    """Return the card with the efficiency at which the planned model FLOP/s are those that ``run`` measured.
 
-    The run's recipe is planned on the same card; its efficiency is then set so that the planned model FLOP/s are those
-    that were measured. Communication and bubble are planned as they are, so the result holds for other layouts as far
-    as those are right.
+    Communication and bubble are planned as they are, so the result holds for other layouts as far as those are right.
 
     Raises:
         ConfigError: If ``run.json`` or ``metrics.jsonl`` cannot be read or holds no measurement, or the run was faster
@@ -243,12 +221,12 @@ def calibrated(card: Card, run: Path, model: str | None = None) -> Card:
     def planned(efficiency: float) -> float:
         return make_plan(job, replace(card, efficiency=efficiency)).model_flops_per_second
 
-    if planned(_HIGHEST_EFFICIENCY) < measured:
+    if (fastest := planned(1.0)) < measured:
         raise ConfigError(
             f"--calibrate: the run did {measured:.3g} model FLOP/s, more than {job.layout.world} cards of kind "
-            f"{card.name} can ({planned(_HIGHEST_EFFICIENCY):.3g}). Name the card it ran on with --gpu."
+            f"{card.name} can ({fastest:.3g}). Name the card it ran on with --gpu."
         )
-    low, high = _LOWEST_EFFICIENCY, _HIGHEST_EFFICIENCY
+    low, high = 1e-6, 1.0
     while high / low > 1.001:  # planned speed rises with efficiency
         middle = (low * high) ** 0.5
         low, high = (middle, high) if planned(middle) < measured else (low, middle)

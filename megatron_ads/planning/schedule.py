@@ -50,16 +50,15 @@ class Timeline:
 def ideal_bubble(pp: int, vpp: int, microbatches: int) -> float:
     """Return the bubble of equal stages whose messages take no time, (p - 1) / (v m + p - 1).
 
-    Each stage works v m units of 1 / v of a stage's time and waits p - 1 of them while the pipeline fills and drains.
-
     Source: arXiv:2104.04473, section 2.2, as a share of the whole step and not of the work alone.
     """
     return (pp - 1) / (vpp * microbatches + pp - 1)
 
 
 def stage_order(pp: int, vpp: int, stage: int, microbatches: int) -> list[Work]:
-    """Return what one stage does, in order."""
-    forward = _visits(pp, vpp, microbatches)
+    # Groups of pp microbatches go through all chunks of a stage in turn: (virtual chunk, microbatch).
+    groups = [range(first, min(first + pp, microbatches)) for first in range(0, microbatches, pp)]
+    forward = [visit for group in groups for visit in product(range(vpp), group)]
     backward = [(vpp - 1 - virtual, microbatch) for virtual, microbatch in forward]
     warmup = pp - stage - 1 if vpp == 1 else 2 * (pp - stage - 1) + (vpp - 1) * pp
     warmup = min(warmup, len(forward))
@@ -67,14 +66,6 @@ def stage_order(pp: int, vpp: int, stage: int, microbatches: int) -> list[Work]:
     for ahead, behind in zip(forward[warmup:], backward, strict=False):
         order += [Work(False, *ahead), Work(True, *behind)]
     return order + [Work(True, *visit) for visit in backward[len(forward) - warmup :]]
-
-
-def _visits(pp: int, vpp: int, microbatches: int) -> list[tuple[int, int]]:
-    """Return (virtual chunk, microbatch): groups of pp microbatches go through all chunks of a stage in turn."""
-    if vpp == 1:
-        return [(0, microbatch) for microbatch in range(microbatches)]
-    groups = [range(first, min(first + pp, microbatches)) for first in range(0, microbatches, pp)]
-    return [visit for group in groups for visit in product(range(vpp), group)]
 
 
 def peak_held(order: Iterable[Work], bytes_by_virtual: Sequence[int]) -> int:

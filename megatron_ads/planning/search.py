@@ -32,10 +32,10 @@ class SearchResult:
 def interleaved(job: PlannedJob, vpp: int) -> PlannedJob | None:
     """Return the same job with ``vpp`` virtual chunks a stage; None where that is impossible."""
     sizes = job.layout
-    found = _arrangement(job, sizes.world, pp=sizes.pp, tp=sizes.tp, vpp=vpp, ep=sizes.ep)
+    found = _arrangement(job, pp=sizes.pp, tp=sizes.tp, vpp=vpp, ep=sizes.ep)
     if found is None or sizes.cp > 1 or sizes.etp > 1:
         return None
-    return _rearranged(job, *found, job.micro_batch_size, job.recompute)
+    return _rearranged(job, *found, job.micro_batch_size, job.model.recompute)
 
 
 def search(job: PlannedJob, card: Card, *, keep: int = 10) -> SearchResult:
@@ -67,16 +67,15 @@ def _quick_step_seconds(plan: Plan) -> float:
 
 
 def _candidates(job: PlannedJob, card: Card) -> Iterator[PlannedJob]:
-    world = job.layout.world
-    for pp, tp, vpp in product(_divisors(world), _TENSOR_SIZES, _VIRTUAL_CHUNKS):
-        for ep in _divisors(job.shape.num_experts):
-            found = _arrangement(job, world, pp=pp, tp=tp, vpp=vpp, ep=ep)
-            if found is None or tp > card.cards_per_node:
-                continue
-            for micro_batch_size, recompute in product(_MICRO_BATCHES, Recompute):
-                candidate = _rearranged(job, *found, micro_batch_size, recompute)
-                if candidate is not None and candidate != job:
-                    yield candidate
+    sizes, experts = _divisors(job.layout.world), _divisors(job.shape.num_experts)
+    for pp, tp, vpp, ep in product(sizes, _TENSOR_SIZES, _VIRTUAL_CHUNKS, experts):
+        found = _arrangement(job, pp=pp, tp=tp, vpp=vpp, ep=ep)
+        if found is None or tp > card.cards_per_node:
+            continue
+        for micro_batch_size, recompute in product(_MICRO_BATCHES, Recompute):
+            candidate = _rearranged(job, *found, micro_batch_size, recompute)
+            if candidate is not None and candidate != job:
+                yield candidate
 
 
 def _divisors(number: int) -> list[int]:
@@ -84,13 +83,13 @@ def _divisors(number: int) -> list[int]:
 
 
 def _arrangement(
-    job: PlannedJob, world: int, *, pp: int, tp: int, vpp: int, ep: int
+    job: PlannedJob, *, pp: int, tp: int, vpp: int, ep: int
 ) -> tuple[ParallelLayout, PipelinePlacement] | None:
     shape = job.shape
     if pp * vpp > shape.num_layers + shape.mtp_layers or (vpp > 1 and pp == 1) or (pp == 1 and shape.mtp_layers > 1):
         return None
     try:
-        layout = ParallelLayout(world=world, pp=pp, tp=tp, vpp=vpp, ep=ep)
+        layout = ParallelLayout(world=job.layout.world, pp=pp, tp=tp, vpp=vpp, ep=ep)
         layout.check_model(shape)
         return layout, place_layers(shape, layout, pipeline=even_pipeline(shape, pp * vpp))
     except ConfigError:
@@ -127,5 +126,5 @@ def _rearranged(
         placement=placement,
         micro_batch_size=micro_batch_size,
         microbatches=microbatches,
-        recompute=recompute,
+        model=replace(job.model, recompute=recompute),
     )

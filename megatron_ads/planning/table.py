@@ -34,16 +34,14 @@ def _title(plan: Plan) -> str:
     )
     return (
         f"{sizes.world} x {plan.card.name} of {plan.card.memory_bytes / 1e9:g} GB: {axes or 'one rank'}; "
-        f"{job.precision.value}, recompute {job.recompute.value}, {job.microbatches} microbatches of "
+        f"{job.model.precision.value}, recompute {job.model.recompute.value}, {job.microbatches} microbatches of "
         f"{job.micro_batch_size} x {job.seq_length} tokens per replica"
     )
 
 
 def _stage_table(plan: Plan) -> list[str]:
-    head = [
-        "stage", "layers", "params B", "experts B", "weights", "grads", "optim", "activ.", "buffers", "peak GB",
-        "PFLOP",
-    ]  # fmt: skip
+    kinds = ("weights", "grads", "optim", "activ.", "buffers")
+    head = ["stage", "layers", "params B", "experts B", *kinds, "peak GB", "PFLOP"]
     rows = []
     for cells, equal in groupby(plan.stages, key=_cells):
         stages = list(equal)
@@ -57,13 +55,11 @@ def _stage_table(plan: Plan) -> list[str]:
 
 def _cells(stage: StagePlan) -> tuple[str, ...]:
     memory = stage.memory
+    kinds = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.buffers)
     return (
         f"{stage.parameters / 1e9:.4f}",
         f"{stage.expert_parameters / 1e9:.4f}" if stage.expert_parameters else "none",
-        *(
-            f"{value / 1e9:.1f}"
-            for value in (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.buffers)
-        ),
+        *(f"{value / 1e9:.1f}" for value in kinds),
         f"{memory.peak / 1e9:.2f}",
         f"{stage.flops_per_step / 1e15:.3g}",
     )
@@ -109,7 +105,6 @@ def plan_page(recipe: str, plan: Plan) -> str:
 
 
 def search_lines(result: SearchResult, card: Card) -> list[str]:
-    """Return the ranking of a search."""
     if result.nearest is not None:
         missing = -result.nearest.spare_bytes / 1e9
         return [
@@ -138,7 +133,7 @@ def search_lines(result: SearchResult, card: Card) -> list[str]:
 def _arrangement(plan: Plan) -> str:
     job, sizes = plan.job, plan.job.layout
     names = [f"{name}{getattr(sizes, name)}" for name in ("pp", "vpp", "tp", "ep")]
-    return f"{' '.join(names)} micro {job.micro_batch_size} {job.recompute.value}"
+    return f"{' '.join(names)} micro {job.micro_batch_size} {job.model.recompute.value}"
 
 
 def _shortened(pipeline: str) -> str:
@@ -149,7 +144,6 @@ def _shortened(pipeline: str) -> str:
 
 
 def search_values(result: SearchResult) -> dict[str, Any]:
-    """Return a search for programs."""
     return {
         "tried": result.tried,
         "best": [_brief(plan) for plan in result.best],
@@ -163,7 +157,7 @@ def _brief(plan: Plan) -> dict[str, Any]:
         "layout": {name: getattr(sizes, name) for name in ("pp", "vpp", "tp", "cp", "ep", "etp")},
         "pipeline": plan.job.placement.string,
         "micro_batch_size": plan.job.micro_batch_size,
-        "recompute": plan.job.recompute.value,
+        "recompute": plan.job.model.recompute.value,
         "peak_bytes": plan.fullest.memory.peak,
         "spare_bytes": plan.spare_bytes,
         "bubble": plan.timeline.bubble,

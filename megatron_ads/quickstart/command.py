@@ -22,7 +22,6 @@ PAIRS = Path("esci_us") / "pairs.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `megatron-ads quickstart`."""
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything it writes")
     parser.add_argument("--steps", type=int, help="optimizer steps of the fine-tuning (default: the recipe's)")
     parser.add_argument(
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_ads.observability.metrics import read_metrics
     from megatron_ads.observability.provenance import own_code_digest, provenance
     from megatron_ads.quickstart import content
-    from megatron_ads.quickstart.stages import Announcements, run_stages
+    from megatron_ads.quickstart.stages import run_stages
     from megatron_ads.quickstart.workflow import QuickstartFolder, make_plan
     from megatron_ads.reporting.page import write_report
 
@@ -47,14 +46,11 @@ def run(args: argparse.Namespace) -> int:
     identity = {"code": own_code_digest(), "versions": machine["versions"], "data": data}
     plan = make_plan(folder, overrides=overrides, identity=identity)
     print(f"quickstart: on {data['description']}; everything goes to {folder.root}")
-    announcements = Announcements(plan.commands)
     with termination_as_interrupt():
-        records = run_stages(plan.stages, folder.root, announcements)
+        records = run_stages(plan.stages, folder.root, plan.commands)
     metrics = read_metrics(folder.run)
     facts = content.gather_facts(folder, plan, records, metrics, data=data, provenance=machine)
     write_report(folder.root, content.page(facts, metrics), facts)
-    if not announcements.ran:
-        print("quickstart: everything was complete already; remove the folder to do it all again")
     print("\n".join(["", *content.summary_lines(facts), "", f"report: {folder.report_html}"]))
     return 0 if facts["parity"]["passed"] and facts["fp8_export"]["equal"] else 1
 

@@ -29,10 +29,7 @@ def gather_facts(
     data: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return everything the report says, as JSON values.
-
-    ``data`` says what was trained on, ``provenance`` is ``observability.provenance.provenance()``.
-    """
+    """Return everything the report says, as JSON values; ``provenance`` is of the function of that name."""
     return {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": dict(data),
@@ -91,7 +88,6 @@ class Figure(NamedTuple):
 
 
 def page(facts: Facts, metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Return ``report.html``."""
     seconds = [*((stage["title"], stage["seconds"]) for stage in facts["stages"]), ("together", facts["seconds"])]
     return render(
         "quickstart/report.html.jinja",
@@ -107,7 +103,6 @@ def page(facts: Facts, metrics: Sequence[Mapping[str, Any]]) -> str:
 
 
 def summary_lines(facts: Facts) -> list[str]:
-    """Return what the terminal shows at the end."""
     rows = [
         ("", *(text.replace("\N{NON-BREAKING HYPHEN}", "-") for text in (figure.label, figure.value, figure.note)))
         for figure in _figures(facts)

@@ -57,43 +57,19 @@ class StageRecord:
     """Whether that run continued an interrupted one, so that ``seconds`` are not all it took."""
 
 
-class Announcements:
-    """Prints to stdout each stage with its command, and how long it took.
-
-    ``commands`` maps a stage's name to the command line that does the same.
-    """
-
-    def __init__(self, commands: Mapping[str, Sequence[str]]) -> None:
-        self._commands = commands
-        self.ran = 0
-        """Stages that were run, as opposed to found complete."""
-
-    def starting(self, stage: Stage, number: int, total: int, resuming: bool) -> None:
-        """Say what is about to run."""
-        self.ran += 1
-        continuing = " (continuing where it was interrupted)" if resuming else ""
-        print(f"[{number}/{total}] {stage.title}{continuing}", flush=True)
-        if command := self._commands.get(stage.name):
-            print(f"      $ {shlex.join(command)}", flush=True)
-
-    def finished(self, stage: Stage, record: StageRecord) -> None:
-        """Say how long it took."""
-        print(f"      done in {readable_duration(record.seconds)}", flush=True)
-
-    def reused(self, stage: Stage, number: int, total: int, record: StageRecord) -> None:
-        """Say that it is complete already."""
-        print(f"[{number}/{total}] {stage.title}: complete, took {readable_duration(record.seconds)}", flush=True)
-
-
-def run_stages(stages: Sequence[Stage], folder: Path, announcements: Announcements) -> dict[str, StageRecord]:
+def run_stages(stages: Sequence[Stage], folder: Path, commands: Mapping[str, Sequence[str]]) -> dict[str, StageRecord]:
     """Bring every stage to completion, in order; return the records by name.
+
+    Prints each stage with the command line that does the same, of ``commands``, and how long it took.
 
     Raises:
         ConfigError: If the folder cannot be used, or another process is at work in it.
     """
     records: dict[str, StageRecord] = {}
+    ran = False
     with _sole_use(folder):
         for number, stage in enumerate(stages, start=1):
+            heading = f"[{number}/{len(stages)}] {stage.title}"
             after = {name: records[name].fingerprint for name in stage.after}
             settings = json.dumps({"settings": dict(stage.settings), "after": after}, sort_keys=True)
             fingerprint = hashlib.sha256(settings.encode()).hexdigest()
@@ -101,13 +77,12 @@ def run_stages(stages: Sequence[Stage], folder: Path, announcements: Announcemen
             with suppress(OSError, ValueError, TypeError):  # missing or unreadable: the stage runs again
                 record = StageRecord(**json.loads(_record_file(folder, stage.name).read_text(encoding="utf-8")))
             if record is not None and record.fingerprint == fingerprint and all(map(Path.exists, stage.outputs)):
-                announcements.reused(stage, number, len(stages), record)
+                print(f"{heading}: complete, took {readable_duration(record.seconds)}", flush=True)
             else:
-                resuming = _prepare(stage, folder, fingerprint)
-                announcements.starting(stage, number, len(stages), resuming)
-                record = _run(stage, folder, fingerprint, resuming)
-                announcements.finished(stage, record)
+                ran, record = True, _run(stage, folder, fingerprint, heading, commands.get(stage.name))
             records[stage.name] = record
+    if not ran:
+        print(f"everything in {folder} was complete already; remove the folder to do it all again")
     return records
 
 
@@ -115,8 +90,10 @@ def _record_file(folder: Path, name: str) -> Path:
     return folder / RECORDS / f"{name}.json"
 
 
-def _prepare(stage: Stage, folder: Path, fingerprint: str) -> bool:
-    """Remove what an earlier run left, unless the stage can continue from it; return whether it does."""
+def _run(stage: Stage, folder: Path, fingerprint: str, heading: str, command: Sequence[str] | None) -> StageRecord:
+    """Run a stage, from what an interrupted run with the same fingerprint left if it can continue."""
+    from conversion.atomic_file import write_small  # imports torch: keep --help instant
+
     started = folder / RECORDS / f"{stage.name}.started"
     interrupted = started.exists() and started.read_text(encoding="utf-8") == fingerprint
     resuming = stage.resumable and interrupted and any(map(Path.exists, stage.outputs))
@@ -128,18 +105,16 @@ def _prepare(stage: Stage, folder: Path, fingerprint: str) -> bool:
             else:
                 output.unlink(missing_ok=True)
     started.write_text(fingerprint, encoding="utf-8")
-    return resuming
-
-
-def _run(stage: Stage, folder: Path, fingerprint: str, resumed: bool) -> StageRecord:
-    from conversion.atomic_file import write_small  # imports torch: keep --help instant
-
+    print(heading + (" (continuing where it was interrupted)" if resuming else ""), flush=True)
+    if command:
+        print(f"      $ {shlex.join(command)}", flush=True)
     start = time.monotonic()
     result = dict(stage.run())
     seconds = time.monotonic() - start
-    record = StageRecord(fingerprint=fingerprint, seconds=seconds, result=result, resumed=resumed)
+    record = StageRecord(fingerprint=fingerprint, seconds=seconds, result=result, resumed=resuming)
     write_small(_record_file(folder, stage.name), json.dumps(asdict(record), indent=2) + "\n")
-    (folder / RECORDS / f"{stage.name}.started").unlink()
+    started.unlink()
+    print(f"      done in {readable_duration(seconds)}", flush=True)
     return record
 
 

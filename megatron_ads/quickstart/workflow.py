@@ -27,7 +27,6 @@ class QuickstartFolder:
     """Paths below ``root``, which ``described`` explains; nothing is created here."""
 
     def __init__(self, root: Path) -> None:
-        """Lay out the paths."""
         self.root = root
         self.start, self.start_bf16, self.shards = root / "model", root / "model-bf16", root / "shards"
         self.run, self.trained_shards = root / "run", root / "run" / "export"
@@ -81,9 +80,6 @@ def make_plan(folder: QuickstartFolder, *, overrides: Sequence[str], identity: M
         folder: Where everything goes.
         overrides: Settings that replace the recipe's, ``train.max_steps=100``.
         identity: JSON values outside the recipe that decide the result: code and data digests, versions.
-
-    Raises:
-        ConfigError: If the recipe with these settings does not compose, or cannot run.
     """
     paths = [f"model.load={folder.shards}", f"log.dir={folder.run}"]
     config = load_recipe(RECIPE, [*overrides, *paths])
@@ -174,11 +170,8 @@ def _compare_logits(command: Sequence[str], log: Path) -> Mapping[str, Any]:
 
 def _last_json(log: Path) -> Mapping[str, Any]:
     """Return the last line of ``log`` that is a JSON object; empty without one."""
-    for line in reversed(log.read_text(encoding="utf-8").splitlines()):
-        if line.startswith("{"):
-            values: dict[str, Any] = json.loads(line)
-            return values
-    return {}
+    lines = log.read_text(encoding="utf-8").splitlines()
+    return next((json.loads(line) for line in reversed(lines) if line.startswith("{")), {})
 
 
 def _train(command: Sequence[str], folder: QuickstartFolder, config: SftConfig) -> Mapping[str, Any]:

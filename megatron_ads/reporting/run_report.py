@@ -1,7 +1,7 @@
 """The report of one training run: its curves and circumstances, from what the run wrote, as one HTML page."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,6 +11,7 @@ from megatron_ads.config.recipe_errors import current_settings
 from megatron_ads.errors import MegatronAdsError
 from megatron_ads.observability.log import get_logger
 from megatron_ads.observability.metrics import read_metrics
+from megatron_ads.observability.trackers import leaves
 from megatron_ads.reporting.chart import COLORS, Chart, Series, line_chart, smooth
 from megatron_ads.reporting.page import render
 
@@ -42,11 +43,7 @@ def write_run_report(folder: Path) -> None:
 
 
 def run_page(folder: Path) -> str:
-    """Return the page of the run whose ``run.json`` and ``metrics.jsonl`` are in ``folder``.
-
-    Raises:
-        ConfigError: If no run has written metrics there.
-    """
+    """Return the page of the run whose ``run.json`` and ``metrics.jsonl`` are in ``folder``."""
     metrics = read_metrics(folder)
     run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     speeds = {"seconds per step": "step_seconds", "tokens per second": "tokens_per_second"}
@@ -61,7 +58,7 @@ def run_page(folder: Path) -> str:
         tasks=[_task_chart(metrics, name) for name in _BY_TASK if _tasks_with(metrics, name)],
         weights=[_weights(metrics, task) for task in _tasks_with(metrics, "instance_weight_p50")],
         course=course_charts(metrics),
-        circumstances=_leaves(run),
+        circumstances=[(name, value if isinstance(value, str) else json.dumps(value)) for name, value in leaves(run)],
     )
 
 
@@ -127,12 +124,3 @@ def course_charts(metrics: Metrics) -> list[Chart]:
             svg = line_chart(series, x_label="step", y_label=label, y_from_zero=True, size=_SMALL)
             charts.append(Chart(svg, caption))
     return charts
-
-
-def _leaves(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
-    """Yield the dotted path and the text of everything in a tree of JSON objects."""
-    if isinstance(value, Mapping) and value:
-        for name, below in value.items():
-            yield from _leaves(below, f"{path}.{name}" if path else name)
-    else:
-        yield path, value if isinstance(value, str) else json.dumps(value)

@@ -44,8 +44,6 @@ _installed = False
 def install() -> None:
     """Patch torch and import Megatron-Core patched; call it before anything else imports that. May be repeated.
 
-    With a CUDA device nothing stands in for one: only what Transformer Engine leaves open where absent is filled in.
-
     Raises:
         RuntimeError: If Megatron-Core was imported earlier: its modules were then bound to the unpatched torch.
     """
@@ -149,7 +147,9 @@ def define_te_linear() -> None:
 def give_all_to_all_its_splits_as_numbers() -> None:
     """Split sizes become numbers only on their way from a GPU; all-to-all takes no tensors as split sizes."""
     dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
-    dispatcher.maybe_move_tensor_to_cpu = _as_numpy_if_asked
+    dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
 
 
 TORCH_PATCHES: tuple[Callable[[], None], ...] = (
@@ -203,13 +203,6 @@ class _NoStream:
 _NO_STREAM = _NoStream()
 
 
-class _CpuTorch(types.ModuleType):
-    """The torch module, except that its tensor factories take ``device="cuda"`` for the CPU and pin no memory."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") == "cuda":
@@ -220,10 +213,8 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return create
 
 
-_CPU_TORCH = _CpuTorch("torch")
+_CPU_TORCH: Any = types.ModuleType("torch")
+"""The torch module, except that its tensor factories take ``device="cuda"`` for the CPU and pin no memory."""
+_CPU_TORCH.__getattr__ = lambda name: getattr(torch, name)
 for _name in ("tensor", "zeros", "ones", "empty", "empty_like", "full", "arange"):
     setattr(_CPU_TORCH, _name, _on_cpu(getattr(torch, _name)))
-
-
-def _as_numpy_if_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor

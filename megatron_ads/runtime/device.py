@@ -6,6 +6,7 @@ One CUDA device where there is one, else the CPU with its share of the cores.
 import os
 import random
 import resource
+from pathlib import Path
 
 import numpy
 import torch
@@ -26,11 +27,7 @@ def backend() -> str:
 
 
 def set_threads(count: int) -> int:
-    """Let torch use ``count`` threads in this process, and return how many that is.
-
-    Args:
-        count: Threads per process; 0 shares the cores this machine lets us use among its ranks.
-    """
+    """Let torch use ``count`` threads (0: this rank's share of the machine's cores); return how many that is."""
     threads = count or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(threads)
     return threads
@@ -41,6 +38,14 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def free_memory_bytes() -> int:
+    """Return the memory that can still be had: of the CUDA device where there is one, else of this machine (Linux)."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
 _STAGE_STRIDE = 100_003

@@ -8,7 +8,7 @@ import json
 import pickle
 import zlib
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,14 +19,8 @@ from megatron_ads.errors import TopologyError
 from megatron_ads.layout import Coordinates, describe_ranks
 from megatron_ads.runtime.process_groups import job_store
 
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One member of a rank's optimizer chain."""
-
-    kind: str
-    groups: tuple[tuple[str, int], ...]
-    """Name of each parameter group, and how many parameters of this rank's model are in it."""
+Groups = tuple[tuple[str, int], ...]
+"""Name of each parameter group, and how many parameters of this rank's model are in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,22 +29,13 @@ class Record:
 
     rank: int
     coordinates: Coordinates
-    members: tuple[Member, ...]
-    """The optimizer chain, in order."""
+    members: Mapping[str, Groups]
+    """The optimizer chain, in order, by kind."""
     versions: dict[str, str]
     """Version of each package that takes part in numbers or messages."""
     config_digest: str
     """Digest of the resolved recipe and the model's shape."""
     code_revision: str
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Of the optimizer's members, in order."""
-        return tuple(member.kind for member in self.members)
-
-    def groups(self, kind: str) -> tuple[tuple[str, int], ...]:
-        """Return the parameter groups of a member, and how many parameters are in each."""
-        return next(member.groups for member in self.members if member.kind == kind)
 
 
 def gather_records(record: Record, timeout_seconds: float = 8.0) -> list[Record]:
@@ -94,12 +79,11 @@ def _wait_for_answer(store: Store, world: int, timeout_seconds: float) -> list[i
     try:
         for key in ("record/0", "missing ranks"):  # rank 0 may come last, and takes its time from there
             store.wait([key], timedelta(seconds=timeout_seconds + 1))
-        missing: list[int] = json.loads(store.get("missing ranks"))
+        return list(json.loads(store.get("missing ranks")))
     except dist.DistStoreError:
         return [rank for rank in range(world) if not store.check([f"record/{rank}"])] or [0]
     except dist.DistNetworkError:
         return [0]  # it holds the store
-    return missing
 
 
 def check_records(records: Sequence[Record]) -> None:
@@ -111,14 +95,14 @@ def check_records(records: Sequence[Record]) -> None:
     problems = _missing_members(records)
     complete = max(len(record.members) for record in records)
     comparable = [record for record in records if len(record.members) == complete]
-    problems += _differences(comparable, "order of optimizer members", [record.kinds for record in comparable])
+    problems += _differences(comparable, "order of optimizer members", [tuple(one.members) for one in comparable])
     for kind, owners in _owners(records).items():
-        names = [tuple(name for name, _ in record.groups(kind)) for record in owners]
+        names = [tuple(name for name, _ in record.members[kind]) for record in owners]
         problems += _differences(owners, f"parameter groups of optimizer member {kind!r}", names)
     for stage in sorted({record.coordinates.pp for record in records}):  # whose ranks hold equal shares of every kind
         of_stage = [record for record in records if record.coordinates.pp == stage]
         for kind, owners in _owners(of_stage).items():
-            counts = [record.groups(kind) for record in owners]
+            counts = [record.members[kind] for record in owners]
             problems += _differences(owners, f"parameters of optimizer member {kind!r} on stage {stage}", counts)
     for package in sorted({package for record in records for package in record.versions}):
         versions = [record.versions.get(package, "absent") for record in records]
@@ -133,11 +117,10 @@ def _missing_members(records: Sequence[Record]) -> list[str]:
     """Name the ranks without a kind that any rank has: who lacks one is odd, however many they are."""
     problems = []
     for kind, owners in _owners(records).items():
-        lacking = [record for record in records if kind not in record.kinds]
-        if not lacking:
+        if not (lacking := [record for record in records if kind not in record.members]):
             continue
         having = [record.rank for record in owners]
-        owned = ", ".join(dict.fromkeys(f"[{', '.join(record.kinds)}]" for record in lacking))
+        owned = ", ".join(dict.fromkeys(f"[{', '.join(record.members)}]" for record in lacking))
         problems.append(
             f"{_located(lacking)}: optimizer members {owned}, without {kind!r}, which {describe_ranks(having)} "
             f"{'has' if len(having) == 1 else 'have'}; they would wait for each other in its first collective"
@@ -159,9 +142,8 @@ def _differences(records: Sequence[Record], what: str, values: Sequence[Hashable
 
 
 def _owners(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Return the records that have each kind of member."""
-    kinds = dict.fromkeys(member.kind for record in records for member in record.members)
-    return {kind: [record for record in records if kind in record.kinds] for kind in kinds}
+    kinds = dict.fromkeys(kind for record in records for kind in record.members)
+    return {kind: [record for record in records if kind in record.members] for kind in kinds}
 
 
 def _located(records: Sequence[Record]) -> str:

@@ -69,6 +69,13 @@ def start(
         group.set_timeout(timeout)  # Megatron creates one of its gloo groups without a timeout
 
 
+def new_group(ranks: list[int]) -> dist.ProcessGroup:
+    """Make a group of some ranks with the job's timeout, which torch would not give it; a collective of all ranks."""
+    timeout = dist.distributed_c10d._get_default_group()._get_backend(device()).options._timeout
+    group: dist.ProcessGroup = dist.new_group(ranks, timeout=timeout)
+    return group
+
+
 def start_fake(layout: ParallelLayout, rank: int) -> None:
     """Take the place of one rank of ``layout`` alone in this process: collectives return at once, unchanged."""
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from megatron_ads.config.recipes import load_recipe
-from megatron_ads.errors import MegatronAdsError
+from megatron_ads.errors import DivergedError, MegatronAdsError
 from megatron_ads.layout import rank
 from megatron_ads.observability.log import get_logger, start_logging
 from megatron_ads.runtime.health.rank_record import (
@@ -33,10 +33,14 @@ def main() -> int:
     args = parser.parse_args()
     start_logging()
     if refused := refusal_before_restart():
-        status, message = ExitStatus.USER_ERROR, f"not started again after the error of rank {refused.rank}"
+        status, message = refused.status, f"not started again after the error of rank {refused.rank}"
         write_record(rank(), status, message)
         return exit_status(status)
-    forget_record(rank())
+    try:
+        forget_record(rank())
+    except MegatronAdsError as error:
+        logger.error("%s", error)
+        return exit_status(ExitStatus.USER_ERROR)
     with StopRequest() as stop:  # before the imports, which take seconds: a signal during them must not be lost
         try:
             status, message = _run(args, stop)
@@ -60,6 +64,9 @@ def _run(args: argparse.Namespace, stop: StopRequest) -> tuple[ExitStatus, str]:
     except CommunicationError as error:  # not the user's: the next attempt may succeed
         logger.error("%s", error)
         return ExitStatus.PEER_LOST, str(error)
+    except DivergedError as error:
+        logger.error("%s", error)
+        return ExitStatus.DIVERGED, str(error)
     except MegatronAdsError as error:
         logger.error("%s", error)
         return ExitStatus.USER_ERROR, str(error)

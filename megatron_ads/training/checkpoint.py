@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ class JobProgress:
     """Optimizer updates done."""
     data: dict[str, Any]
     """Position in the data, from ``BatchStream.state_dict``."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the job, by dotted name; older checkpoints have none."""
 
 
 def save_checkpoint(

@@ -4,6 +4,8 @@ A rank that raises alone leaves the others waiting in their next collective, and
 """
 
 import contextlib
+import errno
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +16,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from conversion.torch_dist_pickle import read_metadata
-from megatron_ads.disk import free_bytes
-from megatron_ads.errors import CheckpointError, MegatronAdsError
+from megatron_ads.disk import free_bytes, readable_bytes
+from megatron_ads.errors import CheckpointError, DiskFullError, MegatronAdsError
 
-_TORCH_WRITE_ERRORS = ("PytorchStreamWriter failed", "unexpected pos")
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.EFBIG}
+_TORCH_SHORT_WRITE = "unexpected pos"
+_TORCH_WRITE_ERRORS = ("PytorchStreamWriter failed", _TORCH_SHORT_WRITE)
 """How torch's C++ file writer says that the system refused a write."""
 
 
@@ -63,6 +67,25 @@ def failed_writes_named(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def failed_log_named(directory: Path) -> Iterator[None]:
+    """Turn the refusal to write a log or a report below ``directory`` into an error that says what to do.
+
+    Raises:
+        CheckpointError: For a full disk, a quota, missing permissions and the like.
+    """
+    try:
+        yield
+    except (OSError, DiskFullError) as error:  # DiskFullError: of small files, in the words of a conversion
+        if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:  # a tracker's, of the network
+            raise
+        reason = error.strerror if isinstance(error, OSError) else os.strerror(errno.ENOSPC)
+        raise CheckpointError(
+            f"log.dir {directory} cannot be written: {reason}; {readable_bytes(free_bytes(directory))} are free there "
+            "now. Checkpoints written before are untouched. Make room, or choose another log.dir, and start again."
+        ) from error
+
+
+@contextlib.contextmanager
 def misfits_named(folder: Path) -> Iterator[None]:
     """Turn the complaint that a checkpoint does not have what the job trains into an error that says what decides it.
 
@@ -91,10 +114,12 @@ def _is_about_writing(error: BaseException) -> bool:
 
 def _failed_write(directory: Path, error: BaseException, where: str) -> CheckpointError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-    free = free_bytes(directory) / 1e6
+    if _TORCH_SHORT_WRITE in reason:
+        reason = "not all bytes were written, as on a full disk or beyond a quota"
+    free = readable_bytes(free_bytes(directory))
     return CheckpointError(
-        f"writing a checkpoint to {directory} failed{where}: {reason}; {free:.0f} MB are free there now. Checkpoints "
-        "written before are untouched. Make room, or choose another checkpoint.dir, and start again."
+        f"writing a checkpoint to {directory} failed{where}: {reason}; {free} are free there now. Checkpoints written "
+        "before are untouched. Make room, or choose another checkpoint.dir, and start again."
     )
 
 

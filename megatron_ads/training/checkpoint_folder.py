@@ -30,12 +30,29 @@ def partial_checkpoints(directory: Path) -> list[Path]:
     return sorted(directory.glob(".step-*.partial")) if directory.is_dir() else []
 
 
-def require_resumable(folder: Path, *, resume: bool, last_step: int) -> None:
-    """Refuse to start a job where there is a checkpoint that it may not resume from, or one of a step after its last.
+def starting_point(directory: Path, *, resume: bool, last_step: int) -> Path | None:
+    """Return the newest complete checkpoint, which a job continues from; None if there is none.
 
     Raises:
-        CheckpointError: If ``resume`` is false, or the checkpoint's step is above ``last_step``.
+        CheckpointError: If ``resume`` is false, or the checkpoint's step is above ``last_step``; if something that is
+            no checkpoint has the name of one that the job may save.
     """
+    complete = complete_checkpoints(directory)
+    step, folder = complete[-1] if complete else (0, None)
+    if folder is not None:
+        _require_resumable(folder, resume=resume, last_step=last_step)
+    entries = sorted(directory.iterdir()) if directory.is_dir() else []
+    for entry in entries:
+        match = _COMPLETE.fullmatch(entry.name)
+        if match and step < int(match[1]) <= last_step:
+            raise CheckpointError(
+                f"{entry} has no {MANIFEST}, so it is no complete checkpoint, but a save of step {int(match[1])} would "
+                "need its name. Restore the file if it was lost, or delete the folder."
+            )
+    return folder
+
+
+def _require_resumable(folder: Path, *, resume: bool, last_step: int) -> None:
     if not resume:
         raise CheckpointError(
             f"checkpoint.resume is false, but checkpoint.dir holds {folder}. Choose another folder, remove what is "

@@ -1,7 +1,7 @@
 """Saves a job as it proceeds, and restores it from the latest complete checkpoint."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +12,8 @@ from megatron_ads.layout import ParallelLayout
 from megatron_ads.observability.log import get_logger
 from megatron_ads.training import checkpoint
 from megatron_ads.training.build import TrainedModel
-from megatron_ads.training.checkpoint_folder import complete_checkpoints, partial_checkpoints, require_resumable
+from megatron_ads.training.checkpoint_errors import raised_on_all_ranks
+from megatron_ads.training.checkpoint_folder import partial_checkpoints, starting_point
 
 logger = get_logger(__name__)
 
@@ -37,20 +38,23 @@ class Checkpointer:
     layout: ParallelLayout
     side_files: Path | None
     """Folder with the config and the tokenizer, copied into each checkpoint."""
+    job: dict[str, Any] = field(default_factory=dict)
+    """The settings of the job by dotted name, plain values; what has changed on a resumption is logged."""
 
     def load_latest(self, *, last_step: int) -> int:
         """Restore the latest complete checkpoint and return its step; 0 if there is none. A collective.
 
         Raises:
-            CheckpointError: If that checkpoint is damaged, not to be resumed from, or after ``last_step``.
+            CheckpointError: If that checkpoint is damaged, not to be resumed from, or after ``last_step``, or a folder
+                is in the way of those to come.
         """
-        folder = _latest(Path(self.settings.dir))
+        folder = _latest(Path(self.settings.dir), resume=self.settings.resume, last_step=last_step)
         if folder is None:
             return 0
-        require_resumable(folder, resume=self.settings.resume, last_step=last_step)
         progress = checkpoint.load_checkpoint(
             folder, self.model.chunks, self.model.optimizer, self.layout, adapters=self.model.adapters
         )
+        self._report_changes(progress.settings)
         self.data.load_state_dict(progress.data)
         logger.info("resumed from %s, after step %d", folder, progress.step)
         return progress.step
@@ -62,7 +66,12 @@ class Checkpointer:
             Path(self.settings.dir),
             self.model.chunks,
             self.model.optimizer,
-            checkpoint.JobProgress(step=step, updates=self.model.optimizer.updates, data=self.data.state_dict()),
+            checkpoint.JobProgress(
+                step=step,
+                updates=self.model.optimizer.updates,
+                data=self.data.state_dict(),
+                settings=self.job,
+            ),
             self.layout,
             side_files=self.side_files,
             keep_last=self.settings.save_total_limit,
@@ -70,14 +79,29 @@ class Checkpointer:
         )
         return time.monotonic() - started
 
+    def _report_changes(self, before: dict[str, Any]) -> None:
+        """Log the settings that differ from those under which a checkpoint was written; an older one has none."""
+        changed = [
+            f"{name} {before.get(name, 'unset')} -> {self.job.get(name, 'unset')}"
+            for name in sorted(before.keys() | self.job.keys())
+            if before and before.get(name) != self.job.get(name)
+        ]
+        if changed:
+            logger.info(
+                "settings that have changed since that checkpoint, and hold from here on: %s (the next update's "
+                "learning rate is %g; the weights are the checkpoint's)",
+                ", ".join(changed),
+                self.model.schedule.at(self.model.optimizer.updates),
+            )
 
-def _latest(directory: Path) -> Path | None:
+
+def _latest(directory: Path, *, resume: bool, last_step: int) -> Path | None:
     """Return the newest complete checkpoint as rank 0 sees it, so that all ranks load the same one."""
     found: list[Path | None] = [None]
-    if dist.get_rank() == 0:
-        for leftover in partial_checkpoints(directory):
-            logger.warning("%s is a save that was cut off; it is not used and goes with the next save", leftover)
-        complete = complete_checkpoints(directory)
-        found = [complete[-1][1] if complete else None]
+    with raised_on_all_ranks():
+        if dist.get_rank() == 0:
+            for leftover in partial_checkpoints(directory):
+                logger.warning("%s is a save that was cut off; it is not used and goes with the next save", leftover)
+            found = [starting_point(directory, resume=resume, last_step=last_step)]
     dist.broadcast_object_list(found, src=0)
     return found[0]

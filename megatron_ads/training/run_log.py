@@ -31,6 +31,7 @@ from megatron_ads.runtime.device import device, peak_memory_bytes
 from megatron_ads.runtime.health.activity import Activity
 from megatron_ads.runtime.health.peers import PeerMonitor
 from megatron_ads.training.build import TrainedModel
+from megatron_ads.training.checkpoint_errors import failed_log_named
 from megatron_ads.training.step import StepReport
 
 logger = get_logger(__name__)
@@ -64,14 +65,14 @@ class RunLog:
         self._peak_flops_per_second = _peak_flops_per_second(config.model.precision)
         self._load = ExpertLoad(model.models) if shards.shape.num_experts else None
         self._writer: MetricsWriter | None = None
+        self._directory = directory = Path(config.log.dir)
         if dist.get_rank() == 0:
-            directory = Path(config.log.dir)
-            directory.mkdir(parents=True, exist_ok=True)
-            run = describe_run(config)
-            write_small(directory / RUN_FILE, json.dumps(run, indent=1) + "\n")
-            tracked = TrackedRuns(config.log.trackers, directory, run)
-            self._writer = MetricsWriter(directory, config.log.tensorboard, resume_step, tracked=tracked)
-        self._directory = Path(config.log.dir)
+            with failed_log_named(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+                run = describe_run(config)
+                write_small(directory / RUN_FILE, json.dumps(run, indent=1) + "\n")
+                tracked = TrackedRuns(config.log.trackers, directory, run)
+                self._writer = MetricsWriter(directory, config.log.tensorboard, resume_step, tracked=tracked)
         self._progress = Progress(config.train.max_steps, resume_step, name)
         self._started = time.monotonic()
         self._restart_rank_times(resume_step)
@@ -80,7 +81,8 @@ class RunLog:
         """Flush what is written, and say where the report is."""
         self._progress.close()
         if self._writer is not None:
-            self._writer.close()
+            with failed_log_named(self._directory):
+                self._writer.close()
         report = self._directory / REPORT_FILE
         if dist.get_rank() == 0 and report.is_file():
             logger.info("the run so far, as a page: %s", report)
@@ -137,7 +139,8 @@ class RunLog:
         """Record a checkpoint, and bring the report up to it; its time does not count as the next step's."""
         self._write(step, {"checkpoint_seconds": seconds})
         if self._writer is not None:
-            write_run_report(self._directory)
+            with failed_log_named(self._directory):
+                write_run_report(self._directory)
         self._restart_clock(step)
 
     def _restart_clock(self, step: int) -> None:
@@ -146,7 +149,8 @@ class RunLog:
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._writer is not None:
-            self._writer.write(step, metrics)
+            with failed_log_named(self._directory):
+                self._writer.write(step, metrics)
 
 
 def _peak_flops_per_second(precision: Precision) -> float | None:

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch.distributed as dist
 
@@ -14,6 +15,7 @@ from conversion.rank_files import ShardsLayout
 from conversion.sources import WeightSource, open_source
 from megatron_ads.config.run import RunConfig, require_trainable
 from megatron_ads.layout import world_size
+from megatron_ads.observability.log import get_logger
 from megatron_ads.observability.provenance import git_revision, package_versions
 from megatron_ads.observability.trackers import require_installed
 from megatron_ads.optim.chain import OptimizerChain
@@ -21,14 +23,20 @@ from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.device import device, seed_everything, set_threads
 from megatron_ads.runtime.health.activity import Activity, name_failed_communication
 from megatron_ads.runtime.health.peers import LostPeer, PeerMonitor
-from megatron_ads.runtime.health.rank_record import ExitStatus, write_record
+from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, write_record
 from megatron_ads.runtime.health.watch import HangWatch
-from megatron_ads.runtime.preflight import Member, Record, check_records, gather_records
+from megatron_ads.runtime.preflight import Record, check_records, gather_records
 from megatron_ads.training.build import TrainedModel, build_model, lay_out
+from megatron_ads.training.checkpoint_errors import failed_log_named, raised_on_all_ranks
 from megatron_ads.training.checkpointer import Checkpointer, DataPosition
+from megatron_ads.training.divergence import SkippedUpdates, require_finite
 from megatron_ads.training.export import export_shards
+from megatron_ads.training.folder_lock import folders_of, hold
 from megatron_ads.training.run_log import RunLog
+from megatron_ads.training.step import StepReport
 from megatron_ads.training.stopping import Outcome, StopRequest, write_outcome
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +84,25 @@ def join(config: RunConfig, source: WeightSource, shards: ShardsLayout) -> Itera
             name_failed_communication(shards.layout, activity),
         ):
             seed_everything(config.train.seed, config.train.deterministic)
-            yield Membership(source=source, shards=shards, peers=peers, activity=activity)
+            with _sole_use(config):
+                yield Membership(source=source, shards=shards, peers=peers, activity=activity)
     finally:
         process_groups.stop()
+
+
+@contextmanager
+def _sole_use(config: RunConfig) -> Iterator[None]:
+    """Hold the job's folders, unless a launcher that asks for records does it for its ranks; a collective.
+
+    Raises:
+        MegatronAdsError: On every rank, if another job holds one.
+    """
+    with ExitStack() as held:
+        if FOLDER_VARIABLE not in os.environ:
+            with raised_on_all_ranks():
+                if dist.get_rank() == 0:
+                    held.enter_context(hold(folders_of(config), os.environ))
+        yield
 
 
 def _record_loss(loss: LostPeer) -> None:
@@ -101,6 +125,7 @@ class Session:
     stop: StopRequest
     step: int
     """Steps done, those before the job was resumed included."""
+    skips: SkippedUpdates
 
     @classmethod
     def resumed(
@@ -119,7 +144,12 @@ class Session:
         model = build_model(config.model, config.optim, config.train, source, shards)
         preflight(config, model.optimizer, shards)
         checkpointer = Checkpointer(
-            settings=config.checkpoint, model=model, data=data, layout=shards.layout, side_files=source.side_folder
+            settings=config.checkpoint,
+            model=model,
+            data=data,
+            layout=shards.layout,
+            side_files=source.side_folder,
+            job=described_settings(config),
         )
         step = checkpointer.load_latest(last_step=config.train.max_steps)
         log = RunLog(config, model, shards, membership.peers, membership.activity, name=name, resume_step=step)
@@ -131,6 +161,7 @@ class Session:
             log=log,
             stop=stop,
             step=step,
+            skips=SkippedUpdates(maximum=max(1, min(config.train.max_skipped_updates, config.train.max_steps // 2))),
         )
 
     def __enter__(self) -> Self:
@@ -144,23 +175,69 @@ class Session:
         """Whether the last step is done."""
         return self.step >= self.config.train.max_steps
 
+    def finish_step(self, report: StepReport, metrics: Mapping[str, float]) -> None:
+        """Count one training step and record it, with what its job knows of it besides; a collective.
+
+        Raises:
+            DivergedError: On every rank, if too many consecutive updates were skipped.
+        """
+        self.step += 1
+        self.log.step(self.step, report, metrics)
+        self.skips.observe(self.step, report)
+
     def is_due(self, every: int | None) -> bool:
         """Whether something that happens ``every`` so many steps happens now."""
         return every is not None and self.step % every == 0
 
     def save_if_due(self, *, stopped: bool) -> None:
-        """Write a checkpoint every ``checkpoint.save_every`` steps, after the last step, and before stopping."""
-        if stopped or self.is_due(self.config.checkpoint.save_every) or self.is_finished:
+        """Write a checkpoint every ``checkpoint.save_every`` steps, after the last step, and before stopping.
+
+        Where the latest update was skipped, the regular one is left out: the update before may have spoilt the weights,
+        and older checkpoints must not make room for them.
+
+        Raises:
+            DivergedError: If the weights are not all finite; nothing is saved then.
+        """
+        due = self.is_due(self.config.checkpoint.save_every) and not self.skips.consecutive
+        if stopped or due or self.is_finished:
+            require_finite(self.model.models)
             self.log.saved(self.step, self.checkpointer.save(self.step))
 
     def end(self, *, stopped: bool) -> ExitStatus:
-        """Export the weights to ``<log.dir>/export`` unless stopped, and record how the job ended; a collective."""
+        """Export the weights to ``<log.dir>/export`` unless stopped, and record how the job ended; a collective.
+
+        Raises:
+            DivergedError: If the weights are not all finite.
+        """
         folder, of_job = Path(self.config.log.dir), self.membership
+        skipped = self.step - self.model.optimizer.updates
+        if skipped and dist.get_rank() == 0:
+            logger.warning("%d of %d steps skipped their update", skipped, self.step)
         if not stopped:
-            export_shards(folder / "export", self.model.models, self.model.spec, of_job.source, of_job.shards)
+            require_finite(self.model.models)
+            with failed_log_named(folder):
+                export_shards(folder / "export", self.model.models, self.model.spec, of_job.source, of_job.shards)
         if dist.get_rank() == 0:
-            write_outcome(folder, Outcome.STOPPED if stopped else Outcome.FINISHED, self.step)
+            with failed_log_named(folder):
+                write_outcome(folder, Outcome.STOPPED if stopped else Outcome.FINISHED, self.step)
         return ExitStatus.STOPPED if stopped else ExitStatus.DONE
+
+
+def described_settings(config: RunConfig) -> dict[str, Any]:
+    """Return what decides the course of a job, by dotted name, as plain values: all but where and how it is watched."""
+    plain = json.loads(json.dumps(asdict(config)))
+    return dict(_leaves({name: plain[name] for name in plain if name not in ("checkpoint", "log", "runtime")}, ""))
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{path}.{name}" if path else name)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}[{index}]")
+    else:
+        yield path, value
 
 
 def preflight(config: RunConfig, optimizer: OptimizerChain, shards: ShardsLayout) -> None:
@@ -178,7 +255,7 @@ def describe_rank(config: RunConfig, optimizer: OptimizerChain, shards: ShardsLa
     return Record(
         rank=dist.get_rank(),
         coordinates=shards.layout.coordinates(dist.get_rank()),
-        members=tuple(Member(member.kind, member.group_keys()) for member in optimizer.members),
+        members={member.kind: member.group_keys() for member in optimizer.members},
         versions={name: found or "absent" for name, found in package_versions().items()},
         config_digest=hashlib.sha256(described.encode()).hexdigest()[:12],
         code_revision=git_revision(Path(__file__).parent) or "unknown",

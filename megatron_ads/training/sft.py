@@ -73,9 +73,8 @@ def _step(job: SftJob) -> bool:
         stop_requested=session.stop.received is not None,
         before_microbatch=log.moved,
     )
-    session.step += 1
     task_losses = _by_task("loss", job.training.observe(report.sample_losses))
-    log.step(session.step, report, {"learning_rate": learning_rate} | task_losses)
+    session.finish_step(report, {"learning_rate": learning_rate} | task_losses)
     return report.stop_requested
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_ads.data.batches import ReplicaShare, batches_of_all
 from megatron_ads.data.packed_batch import PackedBatch
+from megatron_ads.errors import ConfigError
 from megatron_ads.losses.loss import CROSS_ENTROPY, SAMPLE_LOSSES, STEP_TOTALS, Loss, LossValues, TokenValues
 from megatron_ads.optim.chain import OptimizerChain, UpdateReport
 from megatron_ads.rows import TokenizedRow
@@ -223,7 +224,11 @@ def _global_report(
     stop_requested: bool,
     update: UpdateReport | None,
 ) -> StepReport:
-    """Sum the named values over the replicas and spread them to all ranks, in one all-reduce."""
+    """Sum the named values over the replicas and spread them to all ranks, in one all-reduce.
+
+    Raises:
+        ConfigError: On every rank, if the loss does not report what it announces.
+    """
     here: dict[str, Any] = {"stops": stop_requested}
     if _reports_loss():
         here |= {
@@ -232,11 +237,17 @@ def _global_report(
             "tokens": sum(batch.token_count for batch in batches),
             "samples": sum(batch.sample_count for batch in batches),
         }
-        for name in ("loss_sum", *loss.totals, *loss.per_sample):
-            here[name] = sum(report[name].double() for report in reports)
-    sizes = dict.fromkeys((*STEP_TOTALS, *loss.totals), 1)
-    sizes |= dict.fromkeys(loss.per_sample, batches[0].step_samples)
+    announced = dict.fromkeys(("loss_sum", *loss.totals), 1) | dict.fromkeys(loss.per_sample, batches[0].step_samples)
+    for name, size in announced.items() if _reports_loss() else ():
+        parts = [report[name].double() for report in reports if name in report and report[name].numel() == size]
+        here |= {name: sum(parts), f"absent {name}": len(reports) - len(parts)}
+    sizes = dict.fromkeys(STEP_TOTALS, 1) | announced | dict.fromkeys([f"absent {name}" for name in announced], 1)
     summed = _sum_over_ranks(here, sizes)
+    if absent := [name for name in announced if summed[f"absent {name}"][0]]:
+        raise ConfigError(
+            f"the loss announces {', '.join(absent)}, but its microbatches report none of that size (1 in Loss.totals, "
+            "one for each sample of the step in Loss.per_sample). Report it from Loss.compute, or announce it no more."
+        )
     return StepReport(
         loss=summed["loss_sum"][0] / max(summed["normalizer"][0], 1.0),
         loss_tokens=int(summed["loss_tokens"][0]),

@@ -8,8 +8,8 @@ from megatron_ads.config.data import DataConfig
 from megatron_ads.config.training import LossConfig, ReweightConfig, TrainConfig
 from megatron_ads.data.adaptive_weights import InstanceWeights
 from megatron_ads.data.batches import BatchStream, HeldOut, ReplicaShare, batches_of_all
-from megatron_ads.data.chat import load_tokenizer
-from megatron_ads.data.corpus import LeftOut, read_corpus, tokenize, tokenize_training
+from megatron_ads.data.chat import ChatTokenizer, load_tokenizer
+from megatron_ads.data.corpus import LeftOut, none_left, read_corpus, tokenize, tokenize_training
 from megatron_ads.errors import DataError
 from megatron_ads.layout import ParallelLayout, rank
 from megatron_ads.observability.log import get_logger
@@ -32,7 +32,7 @@ def open_streams(
     Raises:
         DataError: If a source cannot be read, or leaves no rows to train on or none to evaluate on.
     """
-    tokenizer = load_tokenizer(source.side_folder)
+    tokenizer = tokenizer_of(source)
     share = ReplicaShare(
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
@@ -56,10 +56,7 @@ def open_streams(
     held_out = tokenize(corpus.validation, tokenizer, seq_length=data.seq_length)
     _log_left_out("held-out", held_out.left_out)
     if not held_out.rows:
-        raise DataError(
-            f"None of the {len(corpus.validation)} held-out rows fits data.seq_length = {data.seq_length}. "
-            "Raise it, or set train.evaluate_every to null."
-        )
+        raise none_left(f"{len(corpus.validation)} held-out rows", held_out.left_out, data.seq_length)
     stream.require_held_out(held_out.rows)
     validation = batches_of_all(
         held_out.rows,
@@ -69,6 +66,21 @@ def open_streams(
         normalize=loss.normalize,
     )
     return stream, HeldOut(held_out.rows, validation)
+
+
+def tokenizer_of(source: WeightSource) -> ChatTokenizer:
+    """Return the tokenizer of the weights that a job starts from.
+
+    Raises:
+        DataError: If there is none, or it has tokens that the model's embedding lacks.
+    """
+    tokenizer = load_tokenizer(source.side_folder)
+    if tokenizer.size > source.shape.vocab_size:
+        raise DataError(
+            f"the tokenizer in {source.side_folder} has token ids up to {tokenizer.size - 1}, but the model's "
+            f"embedding has {source.shape.vocab_size} rows (vocab_size). Put the model's own tokenizer there."
+        )
+    return tokenizer
 
 
 def _log_left_out(what: str, left_out: Counter[LeftOut]) -> None:

@@ -23,6 +23,7 @@ from conversion.rank_files import OwnedSlice, ShardsLayout
 from conversion.regions import slice_rectangles
 from conversion.sources import WeightSource
 from megatron_ads.errors import ConfigError
+from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.device import device
 from megatron_ads.training.export import LiveWeight, live_weights
 
@@ -69,7 +70,7 @@ class WeightSync:
             self._repeats.setdefault(canonical, []).append(alias)
         self._group: Any = None
         if 1 < len(chosen) < shards.layout.world:
-            self._group = dist.new_group(chosen)
+            self._group = process_groups.new_group(chosen)
 
     def tensors(self, models: Sequence[GPTModel], spec: LayerSpec) -> Iterator[tuple[str, Tensor]]:
         """Yield every ``(HF name, tensor)`` of the model on the destinations, repeats of the MTP layers included.

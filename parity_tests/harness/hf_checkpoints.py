@@ -163,6 +163,8 @@ def write_hf(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tens
     folder.mkdir(parents=True)
     fp8 = any(name.endswith("_scale_inv") for name in tensors)
     written = dict(config)
+    if "torch_dtype" in config:
+        written["torch_dtype"] = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     if fp8:
         written["quantization_config"] = {
             "activation_scheme": "dynamic",

@@ -111,13 +111,65 @@ def test_the_layer_specs_of_a_recipe_are_auto_and_those_of_the_conversion() -> N
         ("optim.schedule=cosin", r"optim\.schedule must be one of cosine, linear, constant"),
         ("model.frozen=[expert]", r"model\.frozen\[0\] must be one of embedding, attention"),
         ("layout=pp3_ep2", r"there is no recipe part 'layout/pp3_ep2'\. Did you mean pp\w+\? Available: pp16_ep16"),
-        ("layout.pp=[1", r"no viable alternative"),
+        ("layout.pp=[1", r"layout\.pp=\[1 cannot be read. Close every bracket"),
+        ("data.sources=[{kind: jsonl, path: /a=b.jsonl}]", r"a=b\.jsonl\}\] cannot be read.*path: \"/a=b.jsonl\"\}\]'"),
+        ("log.dir=runs/lr=1e-5", "the value of log.dir has signs that need quotes; write 'log.dir=\"runs/lr=1e-5\"'"),
+        ("log.dir=runs/ünï 你好", "write 'log.dir=\"runs/ünï 你好\"'"),
+        ("log.dir=~/x", "write 'log.dir=\"~/x\"' .~ is not replaced by your home folder"),
+        ("log.dir=a,b", "write 'log.dir=\"a,b\"'"),
+        ("++data.sources[0].weight=2", r"data\.sources\[0\]\.weight is one item of a list.*'data\.sources=\["),
+        ("train.max_steps", "train.max_steps is not of the form KEY=VALUE"),
+        ("~optim.schedule", "optim.schedule cannot be removed; set it to another value, or to null"),
         ("log.dir=${logs.root}", r"Interpolation key 'logs\.root' not found"),
     ],
 )
 def test_a_wrong_override_is_refused_with_its_path_and_the_remedy(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"sft/quickstart: .*{message}"):
         quickstart(override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *[
+            f"log.dir={text}"
+            for text in ("a=b", "~", "a#b", "a'b", 'a"b', "(x)", "[a", "{a", "a,b", "ü", "a]", "a}", "@{x")
+        ],
+        *["data.sources[0].weight=2", "data.sources=[{path: ü}]", "train.max_steps", "~train.max_steps", "x=y=z"],
+    ],
+)
+def test_no_refusal_of_an_override_is_hydras_own(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        quickstart(override)
+    assert not any(word in str(caught.value) for word in ("hydra", "Exception", "multirun", "\n", "input '"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "wrong"),
+    [
+        ("log.dir", "", "empty"),
+        ("log.dir", "'  '", "empty"),
+        ("log.dir", "/", "'/', the root of the file system"),
+        ("log.dir", "/./", "'/./', the root"),
+        ("log.dir", "/runs_of_nobody", "'/runs_of_nobody', something new at the root"),
+        ("log.dir", "//runs_of_nobody/", "'//runs_of_nobody/', something new at the root"),
+        ("checkpoint.dir", "", "empty"),
+        ("checkpoint.dir", "/checkpoints_of_nobody", "'/checkpoints_of_nobody', something new"),
+        ("model.load", "", "empty"),
+        ("model.load", "/", "'/', the root"),
+        ("data.sources", "[{kind: jsonl, path: ''}]", "empty"),
+        ("data.sources", "[{kind: jsonl, path: a, rejected: ''}]", "empty"),
+        ("data.sources", "[{kind: jsonl, path: a, rejected: /nobody.jsonl}]", "'/nobody.jsonl', something new"),
+    ],
+)
+def test_a_path_that_an_unset_variable_leaves_is_refused(setting: str, value: str, wrong: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{setting}\S* is {wrong}.* as a variable that is not set leaves it"):
+        quickstart(f"{setting}={value}")
+
+
+@pytest.mark.parametrize("value", [".", "..", "runs", "/tmp", "/tmp/new/run", "./x"])
+def test_other_paths_are_free(value: str) -> None:
+    assert quickstart(f"log.dir={value}").log.dir == value
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,9 @@ from tests.config.quickstart import published, quickstart
             ["layout=pp1_ep1", "layout.cp=2", "data.seq_length=255"],
             r"255 \* 2 = 510 tokens cannot be cut into 4",
         ),
+        (["optim.learning_rate=inf"], r"optim\.learning_rate is inf; it must be a finite number, at least 0"),
+        (["optim.weight_decay=nan"], r"optim\.weight_decay is nan; it must be a finite number, at least 0"),
+        (["train.max_skipped_updates=0"], r"train\.max_skipped_updates is 0; it must be at least 1"),
         (["optim.learning_rate=-1"], r"optim\.learning_rate is -1\.0; it must be at least 0"),
         (["optim.learning_rate=0"], r"optim\.learning_rate is 0\.0; it must be above 0"),
         (["optim.learning_rate=nan"], r"optim\.learning_rate is nan"),
@@ -72,7 +75,7 @@ from tests.config.quickstart import published, quickstart
         (["model.frozen=[mtp]", "model.mtp_loss_weight=0"], r"model\.frozen lists mtp, which has no effect"),
         (["model.frozen=[router,router]"], r"model\.frozen lists router more than once"),
         (["model.lora.rank=0"], r"model\.lora\.rank is 0; it must be at least 1"),
-        (["model.lora={rank: 4, alpha: 0}"], r"model\.lora\.alpha is 0; it must be above 0"),
+        (["model.lora={rank: 4, alpha: 0}"], r"model\.lora\.alpha is 0\.0; it must be above 0"),
         (
             ["model.lora={rank: 4, targets: []}"],
             r"model\.lora\.targets is empty\. Choose from attention, dense",
@@ -88,7 +91,7 @@ from tests.config.quickstart import published, quickstart
             r"expert_bias_update_rate is 0\.001, but model\.lora keeps the routers",
         ),
         (["reweight.interval=0"], r"reweight\.interval is 0; it must be at least 1"),
-        (["reweight.beta=0"], r"reweight\.beta is 0; it must be above 0"),
+        (["reweight.beta=0"], r"reweight\.beta is 0\.0; it must be above 0"),
         (["reweight.lowest=1.5"], r"reweight\.lowest = 1\.5 and reweight\.highest = 5 must have 1 between them"),
         (["reweight.tasks=true", "train.evaluate_every=null"], r"reweight\.tasks needs a validation metric"),
         (

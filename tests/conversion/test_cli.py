@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conversion.cli import parse_bytes
-from conversion.sparse_r1 import write_sparse_r1
+from conversion.sparse_r1 import write_sparse
 from megatron_ads.cli import main
 from parity_tests.harness.hf_checkpoints import EDGE, fp8_checkpoint
 
@@ -123,7 +123,7 @@ def test_sizes_are_read_as_people_write_them(text, expected):
 
 
 def test_r1_is_planned_for_248_ranks_from_sparse_files(tmp_path):
-    write_sparse_r1(tmp_path / "r1")
+    write_sparse(tmp_path / "r1")
     files = list(tmp_path.glob("r1/*.safetensors"))
     assert len(files) == 163
     assert sum(file.stat().st_blocks * 512 for file in files) < 50e6

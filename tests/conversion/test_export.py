@@ -10,11 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversion.convert import convert, to_hf, to_shards
-from conversion.fp8 import dequantize
+from conversion.errors import DamagedCheckpointError
+from conversion.fp8 import dequantize, quantize
 from conversion.hf_folder import open_hf_folder
 from conversion.sources import open_source
-from conversion.to_hf import ExportDtype
+from conversion.to_hf import ExportDtype, HfTarget
 from conversion.to_reference import reference_target
+from conversion.to_torch_dist import TorchDistTarget
+from conversion.verify import verify
 from megatron_ads.config.model import LayoutConfig
 from megatron_ads.errors import ConversionError
 from parity_tests.harness.hf_checkpoints import (
@@ -176,3 +179,121 @@ def test_transformers_loads_an_export(tmp_path):
     up = stored_tensors(source)["model.layers.3.mlp.experts.5.up_proj.weight"]
     fused = model.model.layers[3].mlp.experts.gate_up_proj[5]  # gate over up
     assert torch.equal(fused[8:], up.float())
+
+
+FORMATS = {
+    "64 x 64": {"weight_block_size": [64, 64]},
+    "32 x 160": {"weight_block_size": [32, 160]},
+    "ue8m0": {"scale_fmt": "ue8m0"},
+    "ue8m0 of 64 x 64": {"weight_block_size": [64, 64], "scale_fmt": "ue8m0"},
+    "some modules left": {"modules_to_not_convert": ["lm_head", "mlp.gate", "model.layers.0.mlp", "o_proj"]},
+}
+
+
+def fp8_of_format(folder: Path, quantization: dict, *, seed: int = 0) -> Path:
+    """Write an FP8 checkpoint in another published form of blocks and scales."""
+    block = tuple(quantization.get("weight_block_size", (128, 128)))
+    powers, tensors = quantization.get("scale_fmt") == "ue8m0", {}
+    for name, tensor in random_tensors(EDGE, torch.bfloat16, seed=seed).items():
+        tensors[name] = tensor
+        if is_fp8_weight(name):
+            tensors[name], tensors[name + "_scale_inv"] = quantize(tensor, block, power_of_two_scales=powers)
+    write_hf(folder, EDGE, tensors)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] |= quantization
+    file.write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("route", ["shards", "torch_dist", "direct", "reference"])
+@pytest.mark.parametrize("quantization", FORMATS.values(), ids=FORMATS)
+def test_fp8_is_written_in_the_form_that_its_config_says(tmp_path, quantization, route):
+    published = fp8_of_format(tmp_path / "published", quantization)
+    source = fp8_of_format(tmp_path / "tuned", quantization, seed=1)
+    if route == "shards":
+        to_shards(source, tmp_path / "middle", LayoutConfig(tp=2, ep=2))
+    elif route == "torch_dist":
+        convert(TorchDistTarget(open_source(source), tmp_path / "middle"))
+    opened = open_source(tmp_path / "middle" if (tmp_path / "middle").exists() else source)
+    target = HfTarget(opened, tmp_path / "out", ExportDtype.FP8)
+    if route == "reference":
+        target = reference_target(opened, tmp_path / "out", published, ExportDtype.FP8)
+    convert(target)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    expected = dict(quantization)
+    if "modules_to_not_convert" in quantization:
+        expected["modules_to_not_convert"] = ["lm_head", "mlp.gate"]  # the others are FP8
+    assert config.items() >= expected.items()
+    folder = open_hf_folder(tmp_path / "out")  # checks the number of blocks
+    scales = [each.read() for name, each in folder.tensors.items() if name.endswith("_scale_inv")]
+    assert all(bool((torch.frexp(scale)[0] == 0.5).all()) for scale in scales) == ("scale_fmt" in quantization)
+    if "modules_to_not_convert" not in quantization:  # the source's own list is not true of it
+        assert verify(source, tmp_path / "out", tolerance=0.05).equal
+
+
+def test_a_reference_whose_scales_are_not_what_its_config_says_is_refused(published, shards, tmp_path):
+    shutil.copytree(published, tmp_path / "reference")
+    config = json.loads((published / "config.json").read_text())
+    config["quantization_config"]["scale_fmt"] = "ue8m0"
+    (tmp_path / "reference/config.json").write_text(json.dumps(config))
+    with pytest.raises(DamagedCheckpointError, match="has scales between powers of two"):
+        reference_target(open_source(shards), tmp_path / "out", tmp_path / "reference", ExportDtype.FP8)
+
+
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("route", ["shards", "direct", "reference"])
+def test_the_dtype_of_a_config_is_that_of_the_weights(tmp_path, stored, field, route):
+    source = write_hf(tmp_path / "hf", V3, random_tensors(V3, stored))
+    config = {key: value for key, value in V3.items() if key != "torch_dtype"} | {field: "float64"}
+    (source / "config.json").write_text(json.dumps(config))
+    (difference,) = verify(source, source).differences[:1]
+    assert (difference.kind, difference.name) == ("config", f"A: {field}")
+    opened, name = open_source(source), str(stored).removeprefix("torch.")
+    if route == "shards":
+        to_shards(source, tmp_path / "shards", LayoutConfig())
+        opened = open_source(tmp_path / "shards")
+    target = HfTarget(opened, tmp_path / "out", ExportDtype.STORED)
+    if route == "reference":
+        target = reference_target(opened, tmp_path / "out", source, ExportDtype.STORED)
+    convert(target)
+    assert json.loads((tmp_path / "out/config.json").read_text()) == config | {field: name}
+    assert verify(tmp_path / "out", tmp_path / "out").equal
+
+
+def test_an_export_without_its_side_files_has_a_config_and_names_the_others(shards, published, tmp_path):
+    shutil.copytree(shards, tmp_path / "shards")
+    shutil.rmtree(tmp_path / "shards/hf")
+    report = to_hf(tmp_path / "shards", tmp_path / "out", dtype=ExportDtype.FP8)
+    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads((published / "config.json").read_text())
+    gone = [each.partition(" ")[0] for each in report.left_behind]
+    assert gone == sorted(set(SIDE_FILES) - {"config.json"})
+    assert verify(tmp_path / "shards", tmp_path / "out", tolerance=0.05).equal
+    convert(TorchDistTarget(open_source(tmp_path / "shards"), tmp_path / "dist"))
+    assert open_source(tmp_path / "dist").config == open_source(shards).config
+    # what a reference has is not missing
+    assert not convert(
+        reference_target(open_source(tmp_path / "shards"), tmp_path / "again", published, ExportDtype.FP8)
+    ).left_behind
+
+
+def test_a_side_file_that_went_missing_from_torch_dist_is_named(shards, tmp_path):
+    convert(TorchDistTarget(open_source(shards), tmp_path / "dist"))
+    (tmp_path / "dist/hf/tokenizer.json").unlink()
+    (left,) = to_hf(tmp_path / "dist", tmp_path / "out").left_behind
+    assert left.startswith("tokenizer.json (listed")
+
+
+def test_a_manifest_of_an_earlier_version_lists_no_side_files(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "shards")
+    manifest = json.loads((shards / "manifest.json").read_text())
+    del manifest["side_files"]
+    (tmp_path / "shards/manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "shards/hf/tokenizer.json").unlink()
+    assert to_hf(tmp_path / "shards", tmp_path / "out").left_behind == ()
+
+
+def test_a_file_of_no_bytes_is_refused(shards, tmp_path):
+    with pytest.raises(ConversionError, match="largest file is 0 bytes"):
+        to_hf(shards, tmp_path / "out", max_shard_bytes=0)

@@ -139,3 +139,29 @@ def test_quantising_is_bit_equal_to_the_reference(dtype, spread):
     expected_codes, expected_scales = fp8_reference.quantize(values.float())
     assert torch.equal(scales, expected_scales)
     assert torch.equal(codes.view(torch.uint8), expected_codes.view(torch.uint8))
+
+
+def test_power_of_two_scales_are_rounded_up_and_lose_nothing_but_range():
+    values = torch.randn(300, 200, generator=torch.Generator().manual_seed(6)) * torch.logspace(-12, 0, 200)
+    values[:128, :128], values[0, 130] = 0, 448.0  # its scale is 1 already
+    codes, scales = quantize(values, power_of_two_scales=True)
+    _, exact = quantize(values)
+    expected = torch.where(exact == 1.0, exact, 2.0 ** torch.log2(exact.double()).ceil().float())
+    assert torch.equal(scales, expected)
+    spread = scales.repeat_interleave(128, 0)[:300].repeat_interleave(128, 1)[:, :200]
+    assert torch.equal(codes.view(torch.uint8), (values / spread).to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+@pytest.mark.parametrize("powers", [False, True])
+def test_what_is_written_in_fp8_is_finite_when_it_is_read_back(powers):
+    """Around the largest BF16: accepted values come back finite, larger ones are refused."""
+    accepted = []
+    for bits in range(0x7F000000, 0x7F800000, 0x8000):
+        values = torch.tensor([[bits]], dtype=torch.int32).view(torch.float32)
+        try:
+            codes, scales = quantize(values, power_of_two_scales=powers)
+        except ConversionError:
+            continue
+        accepted.append(bits)
+        assert dequantize(codes, scales).isfinite().all(), hex(bits)
+    assert max(accepted) == (0x7F778000 if powers else 0x7F7F0000)

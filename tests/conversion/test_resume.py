@@ -18,6 +18,8 @@ from conversion.convert import Execution, convert, to_hf, to_shards
 from conversion.errors import DamagedCheckpointError
 from conversion.journal import JOURNAL
 from conversion.sources import open_source
+from conversion.to_hf import ExportDtype, HfTarget
+from conversion.to_reference import reference_target
 from conversion.to_torch_dist import TorchDistTarget
 from conversion.verify import verify
 from megatron_ads.config.model import LayoutConfig
@@ -249,11 +251,33 @@ def test_a_folder_that_may_not_be_written_is_one_clear_error(source, tmp_path):
         to_shards(source, tmp_path / "shards", LAYOUT)
 
 
-def test_two_conversions_into_one_folder_exclude_each_other(source, unfinished):
+@pytest.mark.parametrize("how", [RESUME, None], ids=["resume", "anew"])
+def test_two_conversions_into_one_folder_exclude_each_other(source, unfinished, how):
     with (unfinished / JOURNAL).open("a") as journal:
         fcntl.flock(journal, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="another process is writing"):
-            to_shards(source, unfinished, LAYOUT, RESUME)
+            to_shards(source, unfinished, LAYOUT, how)
+
+
+def test_a_target_inside_what_is_read_or_behind_a_dead_link_is_refused(source, tmp_path):
+    reference = bf16_checkpoint(tmp_path / "reference", files=3)
+    with pytest.raises(ConversionError, match="is inside the reference"):
+        convert(reference_target(open_source(source), reference / "new/out", reference, ExportDtype.STORED))
+    assert not (reference / "new").exists()
+    with pytest.raises(ConversionError, match="is inside the source"):
+        to_hf(reference, reference / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ConversionError, match="is a link that leads nowhere"):
+        to_hf(source, tmp_path / "link")
+
+
+def test_side_files_count_where_the_disk_is_small(source, tmp_path, monkeypatch):
+    weights = sum(
+        file.nbytes for file in HfTarget(open_source(source), tmp_path / "hf", ExportDtype.STORED).plan().files
+    )
+    monkeypatch.setattr("conversion.convert.free_bytes", lambda _: weights)
+    with pytest.raises(ConversionError, match="GB free"):
+        to_hf(source, tmp_path / "hf")
 
 
 def test_too_little_disk_is_noticed_before_writing(source, tmp_path, monkeypatch):

@@ -80,8 +80,12 @@ def test_a_header_that_contradicts_the_file_is_refused(tmp_path, header, data, m
 
 @pytest.mark.parametrize(
     "header",
-    [[1], {"a": [1]}, {"a": {}}, {"a": _entry(0, 4) | {"data_offsets": [0]}}, {"a": _entry(0, 4) | {"shape": ["2"]}}],
-    ids=["list", "entry", "empty", "offsets", "shape"],
+    [
+        *([1], {"a": [1]}, {"a": {}}, {"a": _entry(0, 4) | {"data_offsets": [0]}}, {"a": _entry(0, 4, ["2"])}),
+        *({"a": _entry(0, 4, [-1, -2])}, {"a": _entry(0, 4, [True, 2])}, {"a": _entry(0, 4, [10**4000] * 2)}),
+        *({"a": _entry(0, 4, [2, *[1] * 1000])}, {"a": _entry(0, 10**30)}),
+    ],
+    ids=["list", "entry", "empty", "offsets", "shape", "negative", "flag", "digits", "dimensions", "huge offset"],
 )
 def test_a_header_of_another_form_is_refused(tmp_path, header):
     _write(tmp_path / "x.safetensors", header, b"1234")

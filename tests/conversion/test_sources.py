@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conversion.convert import convert, to_shards
 from conversion.errors import DamagedCheckpointError
@@ -145,3 +146,19 @@ def test_a_download_that_fails_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConversionError, match="could not be downloaded from the hub: no route to host"):
         local_folder("deepseek-ai/DeepSeek-R1")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int64, torch.uint8, torch.float64], ids=str)
+def test_weights_of_a_dtype_without_values_are_refused(sources, tmp_path, dtype):
+    folder = tmp_path / "shards"
+    shutil.copytree(sources["shards"].path, folder)
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("layernorm.weight"))
+    save_file(tensors | {name: tensors[name].to(dtype)}, file)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][file.name]["bytes"] = file.stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DamagedCheckpointError, match=rf"{name} in .* is {dtype}"):
+        source = open_source(folder)
+        source.read(name)

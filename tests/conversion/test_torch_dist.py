@@ -144,10 +144,11 @@ def test_foreign_classes_are_never_unpickled(dist, tmp_path, monkeypatch):
     assert (tmp_path / "pwned").exists()
 
 
-def test_a_truncated_data_file_is_named(dist, tmp_path):
+@pytest.mark.parametrize("cut", [1, 20_000, None], ids=["a byte", "extra states", "half"])
+def test_a_truncated_data_file_is_named(dist, tmp_path, cut):
     shutil.copytree(dist, tmp_path / "dist")
     file = tmp_path / "dist" / "__0_0.distcp"
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    file.write_bytes(file.read_bytes()[: -(cut or file.stat().st_size // 2)])
     with pytest.raises(DamagedCheckpointError, match=r"__0_0\.distcp is missing or truncated"):
         open_source(tmp_path / "dist")
 

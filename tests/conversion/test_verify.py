@@ -14,8 +14,8 @@ from conversion.to_hf import ExportDtype
 from conversion.to_torch_dist import TorchDistTarget
 from conversion.verify import DifferenceKind, verify
 from megatron_ads.config.model import LayoutConfig
-from megatron_ads.errors import ConversionError
-from parity_tests.harness.hf_checkpoints import V3, fp8_checkpoint
+from megatron_ads.errors import ConfigError, ConversionError
+from parity_tests.harness.hf_checkpoints import V3, fp8_checkpoint, random_tensors, write_hf
 
 SQUARE = V3 | {"hidden_size": 32, "v_head_dim": 8}
 """o_proj is 32 x 32, so that its transpose has the right shape."""
@@ -168,8 +168,10 @@ def test_one_flipped_bit_in_any_copy_of_a_shards_folder(made, tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert len(verify(made / "fp8", tmp_path / "shards").differences) == 1
-    assert len(verify(tmp_path / "shards", made / "fp8").differences) == 1
+    found = verify(made / "fp8", tmp_path / "shards").differences
+    assert [each.kind for each in found] == [DifferenceKind.DAMAGED, DifferenceKind.VALUES]
+    assert "SHA-256" in found[0].detail
+    assert len(verify(tmp_path / "shards", made / "fp8").differences) == 2
 
 
 def test_negative_zero_is_not_zero(made, broken):
@@ -241,3 +243,51 @@ def test_nan_is_outside_every_tolerance(made, broken):
 def test_a_path_that_is_no_checkpoint_is_an_error_and_not_a_difference(made, tmp_path):
     with pytest.raises(ConversionError, match="is not a checkpoint"):
         verify(made / "fp8", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"torch_dtype": "float32"}, "torch_dtype"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"quantization_config": None}, "quantization_config"),
+        ({"quantization_config": {"scale_fmt": "ue8m0"}}, "quantization_config.scale_fmt"),
+        ({"quantization_config": {"modules_to_not_convert": ["self_attn.o_proj"]}}, "quantization_config"),
+    ],
+)
+def test_a_config_that_contradicts_its_weights(made, tmp_path, change, field):
+    shutil.copytree(made / "fp8", tmp_path / "fp8")
+    config = json.loads((made / "fp8/config.json").read_text())
+    if change.get("quantization_config"):
+        change = {"quantization_config": config["quantization_config"] | change["quantization_config"]}
+    (tmp_path / "fp8/config.json").write_text(json.dumps(config | change))
+    (difference,) = verify(made / "shards", tmp_path / "fp8").differences
+    assert (difference.kind, difference.name) == (DifferenceKind.CONFIG, f"B: {field}")
+    assert verify(tmp_path / "fp8", made / "shards").differences[0].name == f"A: {field}"
+
+
+def test_a_quantization_config_on_bf16_weights(made, broken):
+    config = json.loads((broken / "config.json").read_text())
+    fp8 = json.loads((made / "fp8/config.json").read_text())["quantization_config"]
+    (broken / "config.json").write_text(json.dumps(config | {"quantization_config": fp8}))
+    (difference,) = verify(made / "shards", broken).differences
+    assert difference.name == "B: quantization_config"
+
+
+def test_a_repeat_stored_wider_than_what_it_repeats_survives_the_round_trip(tmp_path):
+    tensors = random_tensors(V3, torch.bfloat16)
+    for name in tensors:
+        if name.endswith("shared_head.head.weight"):
+            tensors[name] = tensors[name].float()
+    source = write_hf(tmp_path / "hf", V3, tensors)
+    to_shards(source, tmp_path / "shards", LayoutConfig())
+    to_hf(tmp_path / "shards", tmp_path / "out")
+    assert verify(source, tmp_path / "shards").equal
+    assert verify(source, tmp_path / "out").equal
+
+
+def test_a_config_that_is_not_understood_is_named_with_its_folder(made, broken):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"index_topk": 2048}))
+    with pytest.raises(ConfigError, match=r"broken/config\.json: index_topk = 2048 .* DeepSeek-V3\.2"):
+        verify(made / "fp8", broken)

@@ -1,6 +1,8 @@
 """Batches: what a microbatch holds, that layouts only divide the rows, and exact resume."""
 
+import logging
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -155,8 +157,10 @@ def test_state_is_a_few_numbers_whatever_the_rows():
     started = stream()
     started.next_step()
     state = started.state_dict()
-    assert state.keys() == {"drawn", "drawn_before", "shares", "rows", "seed"}
+    numbers = {"drawn", "drawn_before", "shares", "source_weights", "rows", "seed"}
+    assert state.keys() == numbers | {"digests"}
     assert state["rows"] == [60, 20] and all(type(number) is int for number in state["drawn"])
+    assert [len(digest) for digest in state["digests"]] == [64, 64]
 
 
 @pytest.mark.parametrize(("other", "named"), [({"seed": 1}, "seed 0"), ({"count": 61}, r"rows \[60, 20\]")])
@@ -164,6 +168,65 @@ def test_a_state_of_other_data_is_refused(other: dict[str, int], named: str):
     state = stream().state_dict()
     with pytest.raises(DataError, match=named):
         stream(**other).load_state_dict(state)  # type: ignore[arg-type]
+
+
+def _of(*sources: WeightedRows) -> BatchStream:
+    share = ReplicaShare(global_batch_size=8, micro_batch_size=2, dp_rank=0, dp_size=1)
+    return BatchStream(sources, share, seq_length=SEQ_LENGTH, packing=True, seed=0)
+
+
+FIRST, SECOND = rows(20), rows(20, prefix="s")
+
+
+def _changed(**fields: object) -> list[TokenizedRow]:
+    return [*FIRST[:-1], replace(FIRST[-1], **fields)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "named"),
+    [
+        (_changed(id="another"), SECOND, "other content in source 0, counted"),
+        (_changed(task="another"), SECOND, "other content in source 0, counted"),
+        (_changed(tokens=FIRST[-1].tokens + 1), SECOND, "other content in source 0, counted"),
+        (_changed(loss_weights=FIRST[-1].loss_weights * 2), SECOND, "other content in source 0, counted"),
+        (FIRST[::-1], SECOND[::-1], "other content in sources 0, 1, counted"),
+        (SECOND, FIRST, "the same sources in another order"),
+    ],
+)
+def test_rows_of_another_content_are_refused_though_they_are_as_many(
+    first: list[TokenizedRow], second: list[TokenizedRow], named: str
+) -> None:
+    state = _of(WeightedRows(FIRST), WeightedRows(SECOND)).state_dict()
+    _of(WeightedRows(FIRST, name="moved elsewhere"), WeightedRows(list(SECOND))).load_state_dict(state)
+    other = _of(WeightedRows(first), WeightedRows(second))
+    with pytest.raises(DataError, match=f"was made with data of {named}.*start anew with another checkpoint.dir"):
+        other.load_state_dict(state)
+    del state["digests"]  # of an older checkpoint
+    other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_weight_that_has_changed_holds_from_the_resumption_on(older: bool, caplog: pytest.LogCaptureFixture) -> None:
+    before = _of(WeightedRows(FIRST), WeightedRows(SECOND))
+    for _ in range(5):
+        before.next_step()
+    state = before.state_dict()
+    if older:
+        del state["source_weights"], state["digests"]
+    after = _of(WeightedRows(FIRST, 3.0, "a"), WeightedRows(SECOND, 1.0, "b"))
+    with caplog.at_level(logging.INFO):
+        after.load_state_dict(state)
+    assert "the sources' weights have changed, and hold from here on: a 0.5 -> 0.75 of the samples, b" in caplog.text
+    drawn = [0, 0]
+    for _ in range(20):
+        after.next_step()
+    drawn = [now - then for now, then in zip(after.state_dict()["drawn"], state["drawn"], strict=True)]
+    assert drawn[0] == pytest.approx(3 * drawn[1], abs=4)  # at once, and without making up for the past
+    caplog.clear()
+    same = _of(WeightedRows(FIRST, 2.0), WeightedRows(SECOND, 2.0))  # the same shares
+    with caplog.at_level(logging.INFO):
+        same.load_state_dict(state)
+    assert caplog.text == "" and equal(same.next_step(), before.next_step())
 
 
 def test_another_seed_gives_another_order():

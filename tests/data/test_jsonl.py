@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_ads.data import jsonl
@@ -82,6 +83,44 @@ def test_each_mistake_is_named(fields: dict[str, Any], message: str):
         parse_row(fields, default_id="r")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1e39",
+        "3.5e38",
+        "1e-46",
+        "1e-39",
+        "1e400",
+        "-1e-46",
+        "-0.1",
+        "NaN",
+        "Infinity",
+        "1" + 400 * "0",
+        '"1"',
+        "[1]",
+        "null",
+    ],
+)
+def test_a_weight_that_fp32_cannot_hold_is_a_bad_row(text: str, tmp_path: Path):
+    file, messages = tmp_path / "rows.jsonl", json.dumps([USER, ASSISTANT])
+    file.write_text(f'{{"messages": {messages}}}\n{{"messages": {messages}, "weight": {text}}}\n')
+    with pytest.raises(
+        DataError, match=r"row 2: wrong_type: weight is .*; it must be a number that FP32 has, 0 or from"
+    ):
+        jsonl_rows(file)
+    (row,) = jsonl_rows(file, rejected=tmp_path / "aside.jsonl")
+    assert row.weight == 1.0
+
+
+@pytest.mark.parametrize("text", ["0", "1.2e-38", "3.4e38", "2", "0.25"])
+def test_a_weight_that_fp32_holds_is_kept(text: str, tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f'{{"messages": {json.dumps([USER, ASSISTANT])}, "weight": {text}}}\n')
+    (row,) = jsonl_rows(file)
+    assert row.weight == float(text) and (np.float32(row.weight) > 0) == (row.weight > 0)
+    assert np.isfinite(np.float32(row.weight))
+
+
 def test_errors_carry_file_and_row_number(tmp_path: Path):
     file = write(tmp_path, {"messages": [USER, ASSISTANT]}, {"messages": [USER]})
     with pytest.raises(DataError, match=r"rows\.jsonl, row 2: no_target: messages must .* setting rejected"):
@@ -100,8 +139,15 @@ def test_a_repeated_id_names_both_rows(tmp_path: Path):
         (b'{"id": \n', "row 2: not JSON"),
         (b"[1, 2]\n", "row 2: a list, not an object"),
         (b'{"id": "\xff"}\n', "row 2: not UTF-8 at byte 8"),
+        (b'{"weight": 1' + 5000 * b"0" + b"}\n", "row 2: not JSON .*digits"),
+        *[
+            (b'{"a": 1, "%s": "\\ud800"}\n' % field, f"row 2: {field.decode()} holds half a surrogate pair")
+            for field in (b"id", b"task", b"group", b"label")
+        ],
+        (b'{"facts": {"query": ["\\uDFFF"]}}\n', "row 2: facts holds half a surrogate pair"),
+        (b'{"\\ud800": 1}\n', r"row 2: \? holds half a surrogate pair"),
+        (b'["\\ud800"]\n', "row 2: a list holds half a surrogate pair"),
     ],
-    ids=["cut", "list", "latin-1"],
 )
 def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, line: bytes, message: str):
     file = tmp_path / "rows.jsonl"

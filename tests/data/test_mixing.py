@@ -91,6 +91,16 @@ def test_new_shares_do_not_make_up_for_what_was_drawn_before():
     assert shares_of_next(mixture, 50)[1] == pytest.approx(0.01, abs=0.02)  # counted from the start: none for long
 
 
+def test_a_changed_weight_scales_adapted_shares():
+    one, other = adaptive_mixture(), adaptive_mixture()
+    one.adapt({"relevance": 0.9, "profile": 0.1})
+    state = one.state_dict()
+    state["source_weights"][0] *= 2  # it was twice as much before
+    other.load_state_dict(state)
+    halved = [one._shares[0] / 2, *one._shares[1:]]
+    assert other._shares == pytest.approx([share / sum(halved) for share in halved])
+
+
 def test_adapted_shares_are_resumed():
     one, other = adaptive_mixture(), adaptive_mixture()
     names(one, 7)

@@ -161,7 +161,7 @@ def test_prompts_and_targets_need_no_task(tmp_path: Path) -> None:
     (row,) = table_rows(file, columns={"prompt": "q", "target": "a", "weight": "w", "group": "who"})
     assert (row.id, row.task, row.weight, row.group, row.label) == ("rows.jsonl-1", "chat", 0.5, "u1", None)
     assert (row.messages[0].content, row.target) == ("2 + 2?", "4")
-    for weight in ("many", -1, "nan", "inf"):
+    for weight in ("many", -1, "nan", "inf", "1e39", "1e-46", "1" + 400 * "0"):
         with pytest.raises(DataError, match="row 1: wrong_type: weight is"):
             table_rows(
                 write(tmp_path, "jsonl", record | {"w": weight}), columns={"prompt": "q", "target": "a", "weight": "w"}

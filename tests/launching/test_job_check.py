@@ -1,16 +1,24 @@
 """Everything that would stop a job is found before it starts, each problem in one line."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from megatron_ads.config.recipes import load_recipe
+from megatron_ads.data.chat import load_tokenizer
+from megatron_ads.disk import readable_bytes
+from megatron_ads.launching import job_check
 from megatron_ads.launching.job_check import check_job, needs_gpu
 from megatron_ads.observability import trackers
 from megatron_ads.training.checkpoint_folder import FORMAT
+from megatron_ads.training.folder_lock import hold
 from parity_tests.harness.real_job import write_small_model
 
 
@@ -35,9 +43,9 @@ def test_a_job_that_can_start_has_no_problem(words: list[str]) -> None:
     found = check_job("sft/quickstart", words, 4)
     assert found.problems == ()
     assert [line.split(":")[0] for line in found.passed] == [
-        "recipe", "weights", "layout", "data", "checkpoint", "disk", "trackers",
+        "recipe", "weights", "tokenizer", "layout", "data", "checkpoint", "disk", "trackers", "folders",
     ]  # fmt: skip
-    assert "4 ranks: pp 2 x dp 2 x tp 1, experts over 2" in found.passed[2]
+    assert "4 ranks: pp 2 x dp 2 x tp 1, experts over 2" in found.passed[3]
 
 
 def test_a_tracker_that_is_not_installed_is_a_problem(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,9 +86,86 @@ def test_a_whole_checkpoint_is_where_the_job_goes_on(words: list[str], tmp_path:
     assert check_job("sft/quickstart", [*few, "train.max_steps=4"], 4).problems == ()
 
 
+@pytest.mark.parametrize("name", ["step-00000004", "step-00000300"])
+@pytest.mark.parametrize("content", [[], ["data"]])
+@pytest.mark.parametrize("complete", [0, 2])
+def test_a_folder_in_the_way_of_a_later_save_is_found_before_the_job_starts(
+    name: str, content: list[str], complete: int, words: list[str], tmp_path: Path
+) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / name).mkdir(parents=True)
+    for file in content:
+        (checkpoints / name / file).touch()
+    if complete:
+        _checkpoint(checkpoints / f"step-{complete:08d}", listed_bytes=5)
+    (problem,) = check_job("sft/quickstart", words, 4).problems
+    assert problem.startswith(f"{checkpoints / name} has no manifest.json, so it is no complete checkpoint")
+
+
+@pytest.mark.parametrize("name", ["step-00000001", "step-00000301", "step-4", "step-00000004 (copy)", ".DS_Store"])
+def test_what_no_save_will_need_the_name_of_is_in_nobodys_way(name: str, words: list[str], tmp_path: Path) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    _checkpoint(checkpoints / "step-00000002", listed_bytes=5)
+    (checkpoints / name).mkdir()
+    assert check_job("sft/quickstart", words, 4).problems == ()
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_a_problem_of_one_line(words: list[str], tmp_path: Path) -> None:
+    model = write_small_model(tmp_path / "small")
+    config = json.loads((model / "config.json").read_text())
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    token = tokenizer["added_tokens"][-1]
+    tokenizer["added_tokens"] += [token | {"id": 9000 + number, "content": f"<{number}>"} for number in range(1536)]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (problem,) = check_job("sft/quickstart", [*words, f"model.load={model}"], 4).problems
+    last = load_tokenizer(model).size - 1
+    assert last > config["vocab_size"]
+    assert f"has token ids up to {last}, but the model's embedding has {config['vocab_size']} rows" in problem
+    (model / "tokenizer.json").unlink()
+    (problem,) = check_job("sft/quickstart", [*words, f"model.load={model}"], 4).problems
+    assert "holds no tokenizer.json" in problem
+
+
+def test_a_job_that_works_in_the_folder_is_a_problem(words: list[str], tmp_path: Path) -> None:
+    with hold({"log.dir": tmp_path / "run"}, {}):
+        (problem,) = check_job("sft/quickstart", words, 4).problems
+    assert problem.startswith(f"log.dir {tmp_path / 'run'} is in use by another job: process {os.getpid()} on ")
+    assert check_job("sft/quickstart", words, 4).problems == ()
+
+
+def test_sizes_are_told_in_a_unit_that_suits_them(words: list[str]) -> None:
+    (room,) = [line for line in check_job("sft/quickstart", words, 4).passed if line.startswith("disk: ")]
+    assert " 0.0 " not in room and " MB" in room
+    assert [readable_bytes(size) for size in (999, 13_600, 2.1e9, 1.5e12)] == [
+        "999 bytes",
+        "13.6 kB",
+        "2.1 GB",
+        "1.5 TB",
+    ]
+
+
+@pytest.mark.parametrize("node", ["0", "1"])
+def test_a_rendezvous_that_cannot_work_is_one_line_within_seconds(
+    node: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job_check, "RENDEZVOUS_SECONDS", 1.0)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))  # taken, and nobody listens
+        port = other.getsockname()[1]
+        variables = {"NNODES": "2", "NODE_RANK": node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        started = time.monotonic()
+        assert job_check.run(Namespace(recipe="sft/quickstart", overrides=words, ranks=4, ranks_here=2)) == 2
+        assert time.monotonic() - started < 30
+    told = [line for line in capsys.readouterr().err.splitlines() if str(port) in line]
+    assert len(told) == 1 and told[0].startswith("megatron-ads: node 0 cannot ")
+    assert ("listen on port" if node == "0" else "be reached at 127.0.0.1") in told[0]
+
+
 def test_checkpoints_that_the_disk_cannot_hold_are_a_problem(words: list[str]) -> None:
     (problem,) = check_job("sft/quickstart", [*words, "checkpoint.save_total_limit=100000000"], 4).problems
-    assert "GB free, but" in problem and "checkpoint.save_total_limit = 100000000" in problem
+    assert "free, but" in problem and "checkpoint.save_total_limit = 100000000" in problem
 
 
 def test_transformer_engine_layers_want_gpus_anywhere(words: list[str]) -> None:

@@ -53,5 +53,5 @@ def test_a_quote_left_open_names_the_line(sweep: Path) -> None:
 
 
 def test_elements_do_not_share_checkpoints(sweep: Path) -> None:
-    with pytest.raises(ConfigError, match=r"checkpoint\.dir is /same for every element"):
-        sweep_overrides(0, RECIPE, [*BASE, "checkpoint.dir=/same"], {SWEEP_VARIABLE: str(sweep)})
+    with pytest.raises(ConfigError, match=r"checkpoint\.dir is runs/same for every element"):
+        sweep_overrides(0, RECIPE, [*BASE, "checkpoint.dir=runs/same"], {SWEEP_VARIABLE: str(sweep)})

@@ -136,8 +136,8 @@ def test_interleaved_stages_never_batch_their_messages(folder: Path) -> None:
 
 def test_settings_are_taken_from_a_recipe() -> None:
     model = ModelConfig(load="x", expert_bias_update_rate=0.001)
-    assert ModelSettings.of(model).router_bias_update_rate == 0.001
-    assert ModelSettings.of(ModelConfig(load="x")).router_bias_update_rate == 0.0
+    assert ModelSettings.of(model).expert_bias_update_rate == 0.001
+    assert ModelSettings.of(ModelConfig(load="x")).expert_bias_update_rate == 0.0
 
 
 def test_layer_spec_follows_what_is_installed_and_whether_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ PIPELINES = {
     "dense-only first stage": "Ett|t|t|mL",
     "everything in the middle": "E||tttt|mL",
 }
-SETTINGS = {"router_bias_update_rate": 0.001, "mtp_loss_weight": 0.3}
+SETTINGS = {"expert_bias_update_rate": 0.001, "mtp_loss_weight": 0.3}
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ def test_gradients_do_not_depend_on_recomputation(tmp_path: Path, spec: LayerSpe
     folder = write_checkpoint(tmp_path / "hf", V3)
     results = {}
     for recompute in Recompute:
-        settings = {"spec": spec, "recompute": recompute, "mtp_loss_weight": 0.3, "router_bias_update_rate": 0.01}
+        settings = {"spec": spec, "recompute": recompute, "mtp_loss_weight": 0.3, "expert_bias_update_rate": 0.01}
         results[recompute] = run_ranks(layout.world, train_pass, Job(folder=folder, layout=layout, settings=settings))
     for recompute in (Recompute.selective, Recompute.full):
         for ours, plain in zip(results[recompute], results[Recompute.none], strict=True):

@@ -53,7 +53,7 @@ def _counted_pass(job: Job) -> tuple[dict[int, Tensor], Any]:
 def test_an_updated_bias_moves_by_the_rate_against_the_load(folder: Path) -> None:
     rate = 0.25
     (loaded,) = run_ranks(1, _loaded_biases, Job(folder=folder))
-    ((counts, result),) = run_ranks(1, _counted_pass, Job(folder=folder, settings={"router_bias_update_rate": rate}))
+    ((counts, result),) = run_ranks(1, _counted_pass, Job(folder=folder, settings={"expert_bias_update_rate": rate}))
     for layer in (2, 3):
         name = f"decoder.layers.{layer}.mlp.router.expert_bias"
         busy = counts[layer].mean() - counts[layer]  # arXiv:2408.15664: b += u * sign(mean - count)

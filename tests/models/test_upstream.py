@@ -48,7 +48,7 @@ def _key_value_gradient(folder: Path, layout: ParallelLayout, stock: bool) -> Te
 
     shape = open_source(folder).shape
     config = megatron_config(shape, layout, place_layers(shape, layout), ModelSettings(spec=LayerSpec.LOCAL))
-    spec = specs._attention()
+    spec = specs._layer(LayerSpec.LOCAL, has_experts=False).submodules.self_attention
     if stock:
         spec.module, spec.submodules.core_attention = MLASelfAttention, Core
         assert spec.submodules.linear_kv_down_proj is ColumnParallelLinear
@@ -132,4 +132,4 @@ def test_stock_modules_still_cannot_do_what_ours_are_for(folder: Path) -> None:
     assert "save_for_backward can only save variables" in failures["recompute"]  # models/multi_token.py
     assert "'NoneType' object has no attribute 'clone'" in failures["logits"]  # models/specs.py
     assert "k_channels" in failures["attention"]  # models/attention.py
-    assert failures["marks"] == "absent"  # _mark_partitioned in models/build.py
+    assert failures["marks"] == "absent"  # _mark_weights in models/build.py

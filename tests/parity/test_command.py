@@ -12,8 +12,9 @@ from conversion.sources import open_source
 from megatron_ads.cli import main
 from megatron_ads.data.chat import load_tokenizer
 from megatron_ads.data.demo_tokenizer import write_tokenizer
-from megatron_ads.errors import DataError
-from megatron_ads.parity.command import random_prompts, read_prompts
+from megatron_ads.errors import ConfigError, DataError
+from megatron_ads.parity.command import random_prompts, read_prompts, require_memory, summary
+from megatron_ads.parity.verdict import RungResult
 from parity_tests.harness.hf_checkpoints import V2_LITE, V3, bf16_checkpoint
 
 
@@ -86,3 +87,44 @@ def test_the_command_runs_in_a_process_where_nothing_of_megatron_is_imported_yet
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     assert json.loads(result.stdout)["passed"] is True
+
+
+@pytest.mark.parametrize("command", ["parity --hf FOLDER --out OUT", "compare-logits FOLDER FOLDER"])
+@pytest.mark.parametrize("tokens", ["100000000", "9" * 30])
+def test_a_length_that_does_not_fit_the_memory_is_refused_before_it_is_tried(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, tokens: str
+) -> None:
+    words = command.replace("FOLDER", str(folder)).replace("OUT", str(tmp_path / "out")).split()
+    assert main([*words, "--tokens", tokens]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "GB of memory (4 heads, a vocabulary of 64)" in line
+
+
+def test_what_is_needed_grows_with_the_square_of_the_length(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_ads.runtime.device.free_memory_bytes", lambda: 12 * 4 * 1000**2)
+    shape = open_source(folder).shape
+    require_memory(shape, 1000)
+    with pytest.raises(ConfigError, match=r"about 0\.2 GB"):
+        require_memory(shape, 2000)
+    with pytest.raises(ConfigError):
+        require_memory(shape, 1000, weights=1)
+
+
+def test_the_rungs_that_failed_are_named_last(capsys: pytest.CaptureFixture[str]) -> None:
+    results = [
+        RungResult(rung=rung, name=name, passed=passed, detail="")
+        for rung, name, passed in ((1, "names", True), (3, "logits", False), (6, "MTP", False), (8, "layouts", None))
+    ]
+    assert "FAILED: rung 3 (logits), 6 (MTP); the first is where to look" in summary(results, Path("out"))
+    assert "FAILED: rung" not in summary(results[:1], Path("out"))
+
+
+@pytest.mark.parametrize("place", ["parity.json", "parity.html"])
+def test_a_report_that_cannot_be_written_is_refused_before_the_layers_are_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_ads.parity.command._stream", lambda *_: pytest.fail("the layers were run"))
+    (tmp_path / place).mkdir()
+    assert main(["parity", "--hf", str(folder), "--tokens", "8", "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / place} cannot be read or written (Is a directory)" in line

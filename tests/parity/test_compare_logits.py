@@ -8,12 +8,13 @@ from megatron_ads.cli import main
 from parity_tests.harness.hf_checkpoints import V3, bf16_checkpoint
 
 
-def test_models_of_two_vocabularies_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_two_models_the_setting_that_differs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours = bf16_checkpoint(tmp_path / "ours", V3 | {"vocab_size": 96})
     theirs = bf16_checkpoint(tmp_path / "theirs", V3)
     assert main(["compare-logits", str(ours), str(theirs)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "has 96 logits for a token and" in line
+    assert "is another model than" in line
+    assert "vocab_size is 96 instead of 64" in line
 
 
 def test_a_second_folder_that_is_not_hugging_faces_is_one_line(

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from megatron_ads.config.model import Precision
 from megatron_ads.parity.verdict import (
     LIMITS,
@@ -30,7 +32,9 @@ LAYER = LayerResult(
 ROUTER = RouterResult(tokens=100, rerouted=0, near_ties=1, weight_difference=1e-7)
 EXPERTS = replace(LAYER, layer=1, kind=LayerKind.EXPERTS, router=ROUTER)
 MTP = replace(LAYER, layer=2, kind=LayerKind.MTP, router=ROUTER)
-LOGITS = LogitResult(tokens=100, max_abs_difference=1e-6, divergence=1e-9, agreement=1.0, by_position=(1e-7, 1e-6))
+LOGITS = LogitResult(
+    tokens=100, rerouted=0, max_abs_difference=1e-6, divergence=1e-9, agreement=1.0, by_position=(1e-7, 1e-6)
+)
 
 
 def _passed(
@@ -76,3 +80,15 @@ def test_an_error_of_the_mtp_layer_fails_its_rung_alone() -> None:
     verdicts = _passed(LAYER, EXPERTS, replace(MTP, difference=1e-3))
     assert [rung for rung, passed in verdicts.items() if passed is False] == [6]
     assert _passed(LAYER, EXPERTS)[6] is None
+
+
+@pytest.mark.parametrize(("tokens", "rerouted", "passed"), [(24, 2, True), (24, 3, False), (10_000, 240, True)])
+def test_in_bf16_a_share_of_tokens_may_be_rerouted_at_any_length(tokens: int, rerouted: int, passed: bool) -> None:
+    limits = LIMITS[Precision.bf16]
+    routers = [replace(ROUTER, tokens=tokens, rerouted=rerouted)]
+    assert limits.allows(routers) is passed
+    assert not limits.allows([replace(ROUTER, tokens=10_000, rerouted=300)])
+
+
+def test_tokens_of_the_mtp_layer_sent_elsewhere_fail_its_rung() -> None:
+    assert _passed(LAYER, EXPERTS, replace(MTP, router=replace(ROUTER, rerouted=1)))[6] is False

@@ -1,5 +1,6 @@
 """Jobs that the tests plan."""
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -48,22 +49,23 @@ def small_job(
     mtp_loss_weight: float = 0.1,
     world: int = 1,
     lora: LoraConfig | None = None,
+    others: Mapping[str, Any] | None = None,
     **sizes: int,
 ) -> PlannedJob:
-    """Return a job of a four-layer model, two of them dense, with an MTP layer."""
+    """Return a job of a four-layer model, two of them dense, with an MTP layer; ``others`` are of the model section."""
     shape = shape_from_config(SMALL)
     layout = ParallelLayout(world=world, **sizes)
+    run = {"precision": precision, "recompute": recompute, "mtp_loss_weight": mtp_loss_weight}
+    model = ModelConfig(**run | {"lora": lora or LoraConfig()} | dict(others or {}))
     return PlannedJob(
         shape=shape,
         layout=layout,
         placement=place_layers(shape, layout, pipeline=pipeline),
-        precision=precision,
-        recompute=recompute,
+        model=model,
         seq_length=SEQ_LENGTH,
         micro_batch_size=1,
         microbatches=microbatches,
-        mtp_loss_weight=mtp_loss_weight,
-        lora=Lora.of(ModelConfig(lora=lora or LoraConfig(), mtp_loss_weight=mtp_loss_weight)),
+        lora=Lora.of(model),
     )
 
 

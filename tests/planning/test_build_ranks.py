@@ -12,11 +12,17 @@ import pytest
 
 from conversion.layer_specs import LayerSpec
 from megatron_ads.config.model import LayerSpecChoice, LoraConfig, LoraTarget, Recompute
-from megatron_ads.planning.build_ranks import _build_rank, build_ranks
-from megatron_ads.planning.check_ranks import RankFacts, check_ranks, checkpoint_keys, coverage_faults, expected_groups
+from megatron_ads.planning.build_ranks import (
+    RankFacts,
+    _build_rank,
+    build_ranks,
+    check_ranks,
+    checkpoint_keys,
+    coverage_faults,
+    expected_groups,
+)
 from megatron_ads.planning.costs import stage_weights, total
 from megatron_ads.planning.job import PlannedJob, load_job
-from megatron_ads.runtime.preflight import Member
 from tests.planning.jobs import r1_job, small_job
 
 
@@ -37,7 +43,7 @@ def built() -> tuple[RankFacts, ...]:
         small_job(world=8, pp=2, vpp=2, ep=2, pipeline="Et|t|t|tmL"),
         small_job(world=8, pp=2, tp=2, ep=2, pipeline="Ett|ttmL"),
         small_job(world=4, tp=2, ep=2, etp=2),
-        replace(small_job(world=2, ep=2), layer_spec=LayerSpecChoice.local),
+        small_job(world=2, ep=2, others={"layer_spec": LayerSpecChoice.local}),
         small_job(world=4, pp=2, ep=2, pipeline="Ett|ttmL", lora=LoraConfig(rank=4)),
         # Stage 0 trains nothing.
         small_job(world=4, pp=2, ep=2, pipeline="Ett|ttmL", lora=LoraConfig(rank=4, targets=[LoraTarget.experts])),
@@ -65,7 +71,7 @@ def test_the_model_that_is_built_is_the_recipes(monkeypatch: pytest.MonkeyPatch)
         build_ranks(load_job("sft/moonlight_16b_8gpu", [*overrides, *bias]))
     (built,) = settings
     assert (built.spec, built.recompute, built.deterministic) == (LayerSpec.LOCAL, Recompute.none, True)
-    assert (built.aux_loss_coefficient, built.router_bias_update_rate) == (0.01, 0.001)
+    assert (built.aux_loss_coefficient, built.expert_bias_update_rate) == (0.01, 0.001)
 
 
 def test_all_stages_of_r1_in_seconds_and_little_memory() -> None:
@@ -110,7 +116,7 @@ def _with_a_wider_tensor(facts: RankFacts) -> RankFacts:
 
 
 def _without_experts_optimizer(facts: RankFacts) -> RankFacts:
-    return replace(facts, record=replace(facts.record, members=facts.record.members[:1]))
+    return replace(facts, record=replace(facts.record, members={"dense": facts.record.members["dense"]}))
 
 
 def _with_another_group(facts: RankFacts) -> RankFacts:
@@ -126,9 +132,8 @@ def _with_another_peer(facts: RankFacts) -> RankFacts:
 
 
 def _with_more_parameters(facts: RankFacts) -> RankFacts:
-    first, second = facts.record.members
-    grown = Member(first.kind, tuple((name, count + 1) for name, count in first.groups))
-    return replace(facts, record=replace(facts.record, members=(grown, second)))
+    grown = {"dense": tuple((name, count + 1) for name, count in facts.record.members["dense"])}
+    return replace(facts, record=replace(facts.record, members={**facts.record.members, **grown}))
 
 
 @pytest.mark.parametrize(

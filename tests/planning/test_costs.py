@@ -1,7 +1,5 @@
 """Parameters per rank are those of the real layouts, and belong to the parts that training freezes."""
 
-from dataclasses import replace
-
 import pytest
 
 from megatron_ads.config.model import FrozenPart, LoraConfig, LoraTarget
@@ -76,7 +74,7 @@ def test_layers_of_mtp_have_adapters_if_they_are_run() -> None:
 
 
 def test_untrained_mtp_and_frozen_parts_are_not_trained() -> None:
-    job = replace(small_job(mtp_loss_weight=0), frozen=frozenset([FrozenPart.experts]))
+    job = small_job(mtp_loss_weight=0, others={"frozen": [FrozenPart.experts]})
     untrained = {part for part in FrozenPart if not job.trains(part)}
     assert untrained == {FrozenPart.experts, FrozenPart.mtp}
     assert not job.trains_experts

@@ -18,9 +18,9 @@ TOLERANCE = 0.005
 def predicted(job: PlannedJob) -> int:
     """Return the bytes per token of one pass through the whole model."""
     model = ActivationModel(job, gpu=False)
-    layers = sum(model.layer(layer, job.recompute) for layer in range(job.shape.num_layers + 1))
+    layers = sum(model.layer(layer, job.model.recompute) for layer in range(job.shape.num_layers + 1))
     # The final norm stands before the loss of the main model; the MTP layer has one of its own.
-    return layers + model.mtp(job.recompute) + 2 * model.head() - 4 - model.element_bytes * 256
+    return layers + model.mtp(job.model.recompute) + 2 * model.head() - 4 - model.element_bytes * 256
 
 
 def kept_by_autograd(job: PlannedJob) -> float:
@@ -43,9 +43,7 @@ def _kept_by_autograd(job: PlannedJob) -> float:
     from megatron_ads.models.lora import add_adapters
     from megatron_ads.models.settings import ModelSettings
 
-    settings = ModelSettings(
-        spec=LayerSpec.GROUPED, precision=job.precision, recompute=job.recompute, mtp_loss_weight=job.mtp_loss_weight
-    )
+    settings = replace(ModelSettings.of(job.model), spec=LayerSpec.GROUPED)
     (model,) = build_chunks(job.shape, job.layout, job.placement, settings)
     if job.lora is not None:
         add_adapters([model], job.lora, job.shape, settings.spec)
@@ -111,7 +109,7 @@ def test_memory_by_kind_of_one_stage_of_r1() -> None:
 @pytest.mark.parametrize("stage", [0, 5, 30])
 def test_recomputing_more_keeps_less(stage: int) -> None:
     kept = [
-        stage_memory(replace(r1_job(), recompute=recompute), stage, gpu=True).activations
+        stage_memory(r1_job(f"model.recompute={recompute}"), stage, gpu=True).activations
         for recompute in (Recompute.none, Recompute.selective, Recompute.full)
     ]
     assert kept == sorted(kept, reverse=True)

@@ -257,7 +257,10 @@ def test_the_former_name_of_an_option_still_works_and_names_the_new_one(
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "absent" / "plan.html"
     assert main(["plan", "--recipe", "sft/moonlight_16b_8gpu", "--html", str(page)]) == 2
-    assert capsys.readouterr().err == f"megatron-ads: --html {page} cannot be written (No such file or directory).\n"
+    assert capsys.readouterr().err == (
+        f"megatron-ads: {page} cannot be read or written (No such file or directory). "
+        "Check the path and its permissions.\n"
+    )
 
 
 def test_unknown_cards_and_stray_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,8 @@
+import contextlib
 import fcntl
+import io
 import json
+import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,24 +12,7 @@ import pytest
 
 from megatron_ads.errors import ConfigError
 from megatron_ads.quickstart import stages
-from megatron_ads.quickstart.stages import Announcements, Stage, StageRecord, run_stages
-
-
-class Events(Announcements):
-    """Keeps what would be printed."""
-
-    def __init__(self) -> None:
-        super().__init__({})
-        self.seen: list[str] = []
-
-    def starting(self, stage: Stage, number: int, total: int, resuming: bool) -> None:
-        self.seen.append(f"{'resume' if resuming else 'run'} {stage.name} {number}/{total}")
-
-    def finished(self, stage: Stage, record: StageRecord) -> None:
-        assert record.seconds >= 0
-
-    def reused(self, stage: Stage, number: int, total: int, record: StageRecord) -> None:
-        self.seen.append(f"reuse {stage.name} {number}/{total}")
+from megatron_ads.quickstart.stages import Stage, StageRecord, run_stages
 
 
 def _stage(folder: Path, name: str, *, after: tuple[str, ...] = (), resumable: bool = False, **settings: Any) -> Stage:
@@ -48,9 +34,13 @@ def _stage(folder: Path, name: str, *, after: tuple[str, ...] = (), resumable: b
 
 
 def _run(folder: Path, *stages: Stage) -> tuple[list[str], dict[str, StageRecord]]:
-    events = Events()
-    records = run_stages(stages, folder, events)
-    return events.seen, records
+    """Return what was printed of the stages, such as ``run NAME 1/2``, and the records."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        records = run_stages(stages, folder, {})
+    how = {"": "run", " (continuing where it was interrupted)": "resume"}
+    lines = re.findall(r"^\[(\d+/\d+)\] ([\w-]+)(.*)$", printed.getvalue(), re.MULTILINE)
+    assert all(record.seconds >= 0 for record in records.values())
+    return [f"{'reuse' if ': complete' in end else how[end]} {name} {count}" for count, name, end in lines], records
 
 
 def test_complete_stages_are_not_done_again(tmp_path: Path) -> None:

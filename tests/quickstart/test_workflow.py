@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ads.errors import ConfigError
 from megatron_ads.quickstart import command
-from megatron_ads.quickstart.stages import Announcements, Stage, run_stages
+from megatron_ads.quickstart.stages import Stage, run_stages
 from megatron_ads.quickstart.workflow import QuickstartFolder, QuickstartPlan, make_plan
 
 
@@ -29,7 +29,7 @@ def _pretend(stage: Stage) -> Stage:
 
 def _what_runs(plan: QuickstartPlan, root: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     capsys.readouterr()
-    run_stages([_pretend(stage) for stage in plan.stages], root, Announcements(plan.commands))
+    run_stages([_pretend(stage) for stage in plan.stages], root, plan.commands)
     titles = {stage.title: stage.name for stage in plan.stages}
     lines = [line.split("] ", 1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     return [titles[line] for line in lines if line in titles]
@@ -73,7 +73,7 @@ def test_a_second_run_redoes_what_depends_on_what_changed(
 
 def test_the_commands_printed_are_the_ones_a_user_can_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = _plan(tmp_path, "train.max_steps=17")
-    run_stages([_pretend(stage) for stage in plan.stages], tmp_path, Announcements(plan.commands))
+    run_stages([_pretend(stage) for stage in plan.stages], tmp_path, plan.commands)
     out = capsys.readouterr().out
     assert f"      $ megatron-ads demo-model {tmp_path}/model --preset tiny --fp8\n" in out
     assert (

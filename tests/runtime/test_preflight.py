@@ -9,13 +9,13 @@ import torch.distributed as dist
 
 from megatron_ads.errors import TopologyError
 from megatron_ads.layout import ParallelLayout, describe_ranks
-from megatron_ads.runtime.preflight import Member, Record, check_records, gather_records
+from megatron_ads.runtime.preflight import Record, check_records, gather_records
 from parity_tests.harness.ranks import run_ranks
 
 LAYOUT = ParallelLayout(world=4, pp=2, ep=2)
-DENSE = Member("dense", (("decayed", 10), ("undecayed", 4)))
-EXPERT = Member("expert", (("decayed", 6), ("undecayed", 0)))
-STUB = Member("expert", (("decayed", 0), ("undecayed", 0)))
+DENSE = {"dense": (("decayed", 10), ("undecayed", 4))}
+EXPERT = {"expert": (("decayed", 6), ("undecayed", 0))}
+STUB = {"expert": (("decayed", 0), ("undecayed", 0))}
 
 
 def _record(rank: int, layout: ParallelLayout = LAYOUT) -> Record:
@@ -23,7 +23,7 @@ def _record(rank: int, layout: ParallelLayout = LAYOUT) -> Record:
     return Record(
         rank=rank,
         coordinates=layout.coordinates(rank),
-        members=(DENSE, STUB if layout.coordinates(rank).pp == 0 else EXPERT),
+        members=DENSE | (STUB if layout.coordinates(rank).pp == 0 else EXPERT),
         versions={"torch": "2.13.0", "megatron-core": "0.16.1"},
         config_digest="c0ffee",
         code_revision="abc123",
@@ -46,7 +46,7 @@ def test_ranks_that_do_the_same_pass_though_a_stage_has_a_stub() -> None:
 
 
 def test_a_rank_without_a_member_is_named_with_its_stage_and_what_it_has() -> None:
-    assert _problems(_records(rank_1=lambda record: replace(record, members=(DENSE,)))) == [
+    assert _problems(_records(rank_1=lambda record: replace(record, members=DENSE))) == [
         "rank 1 (stage 0, ep 1): optimizer members [dense], without 'expert', which ranks 0, 2-3 have; "
         "they would wait for each other in its first collective"
     ]
@@ -54,7 +54,7 @@ def test_a_rank_without_a_member_is_named_with_its_stage_and_what_it_has() -> No
 
 def test_a_whole_stage_without_a_member_is_odd_even_if_it_is_the_majority() -> None:
     def without_experts(record: Record) -> Record:
-        return replace(record, members=(DENSE,))
+        return replace(record, members=DENSE)
 
     records = _records(rank_0=without_experts, rank_1=without_experts, rank_2=without_experts)
     (problem,) = _problems(records)
@@ -62,15 +62,17 @@ def test_a_whole_stage_without_a_member_is_odd_even_if_it_is_the_majority() -> N
 
 
 def test_another_order_of_members_is_a_difference() -> None:
-    assert _problems(_records(rank_3=lambda record: replace(record, members=record.members[::-1]))) == [
+    assert _problems(
+        _records(rank_3=lambda record: replace(record, members=dict(reversed(record.members.items()))))
+    ) == [
         "rank 3 (stage 1, ep 1): order of optimizer members ('expert', 'dense'), but ('dense', 'expert') on "
         "3 other ranks"
     ]
 
 
 def test_another_group_key_is_a_difference() -> None:
-    renamed = Member("expert", (("decayed", 6), ("no decay", 0)))
-    problems = _problems(_records(rank_2=lambda record: replace(record, members=(DENSE, renamed))))
+    renamed = {"expert": (("decayed", 6), ("no decay", 0))}
+    problems = _problems(_records(rank_2=lambda record: replace(record, members=DENSE | renamed)))
     assert problems[0] == (
         "rank 2 (stage 1, ep 0): parameter groups of optimizer member 'expert' ('decayed', 'no decay'), but "
         "('decayed', 'undecayed') on 3 other ranks"
@@ -78,8 +80,8 @@ def test_another_group_key_is_a_difference() -> None:
 
 
 def test_another_number_of_parameters_within_a_stage_is_a_difference() -> None:
-    fewer = Member("expert", (("decayed", 5), ("undecayed", 0)))
-    (problem,) = _problems(_records(rank_2=lambda record: replace(record, members=(DENSE, fewer))))
+    fewer = {"expert": (("decayed", 5), ("undecayed", 0))}
+    (problem,) = _problems(_records(rank_2=lambda record: replace(record, members=DENSE | fewer)))
     assert "parameters of optimizer member 'expert' on stage 1" in problem
     assert "('decayed', 5)" in problem and "('decayed', 6)" in problem
 

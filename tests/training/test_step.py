@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_ads.data.batches import ReplicaShare, batches_of_all
+from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.losses.loss import Loss, LossValues, TokenValues
 from megatron_ads.rows import TokenizedRow
@@ -112,6 +113,32 @@ def _step(recipe: Recipe) -> tuple[float, dict[str, float], list[float], float]:
     report = run_step(batches, model.chunks, model.optimizer, learning_rate=1e-3, loss=ADVANTAGE)
     assert report.update is not None
     return report.loss, report.totals, report.per_sample["sample_size"], report.update.grad_norm
+
+
+def _absent(recipe: Recipe, loss: Loss) -> str:
+    from megatron_ads.training.step import run_evaluation
+
+    model, shards, _ = start(recipe)
+    share = _share(shards.layout)
+    extra = {"advantage": _advantages()}
+    cut = batches_of_all(samples(), share, seq_length=SEQ_LENGTH, packing=True, extra=extra)
+    with pytest.raises(ConfigError) as caught:
+        run_evaluation(cut, model.chunks, loss=loss)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "named"),
+    [
+        (Loss(compute=_advantage_weighted, totals=("size", "entropy")), "entropy"),
+        (Loss(compute=_advantage_weighted, per_sample=("size",)), "size"),  # one number, not one for each sample
+    ],
+)
+def test_a_report_that_is_announced_and_absent_is_named_on_every_rank(folder: Path, loss: Loss, named: str) -> None:
+    world, layout = LAYOUTS["pp2-ep2"]
+    found = run_ranks(world, _absent, Recipe(folder=folder, layout=layout), loss)
+    assert found == [found[0]] * world
+    assert found[0].startswith(f"the loss announces {named}, but its microbatches report none of that size")
 
 
 def test_another_loss_sees_what_the_batch_carries_and_its_reports_are_summed_by_name(

@@ -54,6 +54,25 @@ def test_a_model_without_low_rank_queries_comes_out_whole(tmp_path: Path) -> Non
     assert tensors.keys() == stored.keys()
 
 
+def _group_timeouts(recipe: Recipe) -> set[float]:
+    import torch.distributed as dist
+
+    from megatron_ads.training.weight_sync import WeightSync
+
+    _, shards, source = start(recipe)
+    before = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
+    group = WeightSync(shards, source, destinations=(1, 3))._group
+    members = [] if dist.get_rank() not in (1, 3) else [group._get_backend(torch.device("cpu")).options._timeout]
+    return {timeout.total_seconds() for timeout in (before, *members)}
+
+
+def test_the_destinations_wait_for_each_other_as_long_as_the_job_says_and_not_as_torch_does(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "v3", V3)
+    found = run_ranks(4, _group_timeouts, Recipe(folder=folder, layout={"pp": 2, "ep": 2}))
+    assert found == [found[0]] * 4 and len(found[0]) == 1
+    assert found[0] != {1800.0}  # torch's own
+
+
 def _refusal(recipe: Recipe) -> str:
     with pytest.raises(ConfigError) as caught:
         _collect(recipe, (0, 1))

@@ -1,11 +1,5 @@
 """What this rank is doing: its step, the communications it has made, the one it waits in, and for how long it waited.
 
-    activity = Activity()
-    with name_failed_communication(layout, activity):
-        activity.enter_step(12)
-        ...                                     # the step
-        own_work = step_seconds - activity.stalls.seconds()
-
 Other threads may ask for ``activity.state()`` at any time. Ranks count their calls by channel, a name that all who take
 part in a call share: a process group for collectives, two ranks of it and a direction for messages. A rank that has
 made fewer calls on a channel than the number of the call that another rank waits in has not reached that call.
@@ -108,7 +102,6 @@ class Stalls:
         self._pairs.clear()
 
     def enter(self) -> None:
-        """Begin to wait."""
         self._entered = time.monotonic()
         self._before = _mark(timed=True) if self._on_gpu and self._measured else None
 
@@ -155,7 +148,6 @@ class Activity:
         """Calls that the host is inside of, in the call itself or waiting on its handle."""
 
     def enter_step(self, step: int) -> None:
-        """Record that ``step`` begins."""
         self.phase, self.in_step = f"step {step}", True
         self.moved()
 
@@ -165,7 +157,6 @@ class Activity:
         self.moved()
 
     def moved(self) -> None:
-        """Count something as done."""
         self._done += 1
         self._moved = time.monotonic()
 
@@ -175,12 +166,10 @@ class Activity:
         return self._done if oldest is None else (oldest.channel, oldest.number)
 
     def idle_seconds(self) -> float:
-        """Return the time since the last progress."""
         oldest = self._oldest_unfinished()
         return time.monotonic() - (self._moved if oldest is None else oldest.begun)
 
     def is_waiting(self) -> bool:
-        """Whether this rank is in a communication."""
         return bool(self._inside) or self._oldest_unfinished() is not None
 
     def state(self) -> RankState:
@@ -195,8 +184,16 @@ class Activity:
             idle_seconds=round(self.idle_seconds(), 3),
             wait=wait,
             calls=dict(self._counts),
-            stack=_stack(self._thread),
+            stack=self._stack(),
         )
+
+    def _stack(self) -> list[str]:
+        """Return the frames of the thread, with each file's path below the folder of packages or of the program."""
+        lines = deque[str]()
+        for frame, line in itertools.islice(traceback.walk_stack(sys._current_frames()[self._thread]), _FRAMES):
+            names = (frame.f_code.co_filename.removeprefix(folder + os.sep) for folder in sys.path if folder)
+            lines.appendleft(f"{min(names, key=len)}:{line} in {frame.f_code.co_name}")
+        return list(lines)
 
     def describe(self, rank: int) -> str:
         """Name the calls that have not succeeded, oldest first, and the ranks that they needed."""
@@ -208,7 +205,6 @@ class Activity:
         return f"{', then '.join(named)}; look at the logs of {describe_ranks(list(peers))}"
 
     def begin(self, group: ProcessGroup, operation: str, arguments: Sequence[Any]) -> None:
-        """Remember a call that is about to be made."""
         if (name := group.group_name) not in self._groups:
             self._groups[name] = Group.of(group)
         call = Call.of(self._groups[name], operation, arguments)
@@ -240,7 +236,6 @@ class Activity:
         self._enter(next((call for call in reversed(self._calls) if call.work and call.work() is work), None))
 
     def wait_ends(self) -> None:
-        """Note the end of the wait."""
         call = self._inside[-1] if self._inside else None
         event = self._leave()
         if event is not None and call is not None:
@@ -272,21 +267,11 @@ def _as_wait(call: Call) -> Wait:
     return Wait(str(call), str(call.group), ranks, call.channel, call.number, call.signature())
 
 
-def _stack(thread: int) -> list[str]:
-    """Return the frames of a thread, with each file's path below the folder of packages or of the program."""
-    lines: list[str] = []
-    for frame, line in itertools.islice(traceback.walk_stack(sys._current_frames()[thread]), _FRAMES):
-        names = (frame.f_code.co_filename.removeprefix(folder + os.sep) for folder in sys.path if folder)
-        lines.insert(0, f"{min(names, key=len)}:{line} in {frame.f_code.co_name}")
-    return lines
-
-
 @contextlib.contextmanager
 def observed(activity: Activity) -> Iterator[None]:
     """Record every communication of this process in ``activity`` inside the context.
 
-    Calls are seen at torch's ``ProcessGroup`` methods, below every name that ``torch.distributed`` has for an
-    operation, and below the aliases that Megatron-Core keeps of those names.
+    Calls are seen at torch's ``ProcessGroup`` methods, below all names that torch and Megatron-Core have for them.
     """
     names = [name for name in (*_METHODS, _END_OF_BATCH) if name in ProcessGroup.__dict__]
     originals = {(ProcessGroup, name): ProcessGroup.__dict__[name] for name in names} | {(Work, "wait"): Work.wait}

@@ -4,11 +4,6 @@ A collective with a dead member may wait for its whole timeout, and ranks that a
 still. Here every rank watches its two neighbours in the ``ring``. A rank that loses one tells the other before it
 exits, so the news runs around the ring from both sides, without rank 0 and without the store. A rank that is merely
 slow is left alone; hangs are ``watch``'s part.
-
-    with PeerMonitor(layout) as monitor:
-        for step in steps:
-            ...
-            monitor.report_step(step)
 """
 
 import logging
@@ -132,7 +127,6 @@ class PeerMonitor:
                 self._end_hung(headline, heard_from=None)
 
     def _hear(self, link: PeerLink) -> bool:
-        """Handle what a neighbour says; return whether it may say more."""
         try:
             kind, content = link.receive()
         except ConnectionError:
@@ -159,7 +153,6 @@ class PeerMonitor:
         _exit(ExitStatus.PEER_LOST)
 
     def _end_hung(self, headline: str, *, heard_from: PeerLink | None) -> None:
-        """Pass on that the job hangs and end this process."""
         tell(self._links, "hang", headline, except_for=heard_from)
         if heard_from is not None:
             logger.critical("%s; this rank exits with %d.", headline, ExitStatus.HUNG)

@@ -13,10 +13,13 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from megatron_ads.errors import ConfigError
+
 FOLDER_VARIABLE = "MEGATRON_ADS_RANK_RECORDS"
 """Environment variable that names the folder; without it nothing is recorded."""
 _TORCHRUN_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _TRACEBACK_LINES = 12
+_ROOM_BYTES = 16384
 
 
 class ExitStatus(IntEnum):
@@ -35,6 +38,14 @@ class ExitStatus(IntEnum):
     HUNG = 76
     """Nothing moved for the job's timeout; every rank's log names the cause, ``hang.txt`` in the log folder has the
     report. Start again from the last checkpoint, on other machines if one of them was the cause."""
+    DIVERGED = 77
+    """Update after update was skipped, or the weights are no numbers; nothing is exported. Do not start again as it is:
+    the log says what to change."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether another start would end in the same way."""
+        return self in (ExitStatus.USER_ERROR, ExitStatus.DIVERGED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,9 +75,22 @@ def own_folder() -> Path | None:
 
 
 def forget_record(rank: int) -> None:
-    """Forget how this rank ended before; torchrun counts only the restarts that it does after a failure of its own."""
-    if (folder := own_folder()) is not None:
-        _file(folder, rank).unlink(missing_ok=True)
+    """Forget how this rank ended before, and take room on the disk for how it will, even if that is full by then.
+
+    torchrun counts only the restarts that it does after a failure of its own.
+
+    Raises:
+        ConfigError: If the folder cannot be written.
+    """
+    if (folder := own_folder()) is None:
+        return
+    _file(folder, rank).unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _room(folder, rank).write_bytes(bytes(_ROOM_BYTES))
+    except OSError as error:
+        message = f"{folder} (log.dir) cannot be written: {error.strerror}. Make room there, or choose another log.dir."
+        raise ConfigError(message) from None
 
 
 def write_record(rank: int, status: ExitStatus, message: str = "") -> None:
@@ -77,12 +101,17 @@ def write_record(rank: int, status: ExitStatus, message: str = "") -> None:
     from conversion.atomic_file import write_small  # imports torch, which the reader does without
 
     file.parent.mkdir(parents=True, exist_ok=True)
+    _room(folder, rank).unlink(missing_ok=True)
     record = RankRecord(rank=rank, host=socket.gethostname(), status=status, message=message, ended=time.time())
     write_small(file, json.dumps(asdict(record)))
 
 
 def _file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:04d}.json"
+
+
+def _room(folder: Path, rank: int) -> Path:
+    return folder / f".rank-{rank:04d}.room"
 
 
 def last_lines(error: BaseException) -> str:
@@ -110,14 +139,14 @@ def exit_status(status: ExitStatus) -> ExitStatus:
     launcher that started torchrun reads the records.
     """
     under_torchrun = os.environ.keys() >= {FOLDER_VARIABLE, _TORCHRUN_RESTARTS}
-    return ExitStatus.DONE if under_torchrun and status in (ExitStatus.STOPPED, ExitStatus.USER_ERROR) else status
+    return ExitStatus.DONE if under_torchrun and (status is ExitStatus.STOPPED or status.is_final) else status
 
 
 def refusal_before_restart() -> RankRecord | None:
-    """Return the user's error, of any rank, for which an earlier start by torchrun ended: another is of no use."""
+    """Return the final error, of any rank, with which an earlier start by torchrun ended: another is of no use."""
     folder = own_folder()
     if folder is None or os.environ.get(_TORCHRUN_RESTARTS, "0") == "0":
         return None
     nodes = folder.parent.parent  # every node has a folder of its own there
     records = [record for earlier in sorted(nodes.glob("*/restart-*")) for record in read_records(earlier)]
-    return next((record for record in records if record.status is ExitStatus.USER_ERROR), None)
+    return next((record for record in records if record.status.is_final), None)

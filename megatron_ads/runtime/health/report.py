@@ -41,7 +41,6 @@ class Findings:
 
 
 def find(states: Mapping[int, RankState], world: int) -> Findings:
-    """Return the findings from the states of the ranks that answered."""
     silent = [rank for rank in range(world) if rank not in states]
     waits = {rank: state.wait for rank, state in sorted(states.items()) if state.wait is not None}
     waits_for = {rank: sorted(_awaited(rank, wait, states)) for rank, wait in waits.items()}
@@ -118,7 +117,6 @@ class HangReport:
     """Of the ranks that answered, and of those whose neighbour did."""
 
     def headline(self) -> str:
-        """Return one line that names the cause."""
         found = self.findings
         if found.culprits:
             named = "; ".join(self._culprit(rank) for rank in found.culprits[:_CULPRITS])
@@ -135,7 +133,6 @@ class HangReport:
         )
 
     def text(self) -> str:
-        """Return the page."""
         lines = [self.headline()]
         for rank, awaited in list(self.findings.waits_for.items())[:_LISTED]:
             state = self.states[rank]
@@ -159,7 +156,6 @@ class HangReport:
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything that is known."""
         return {
             "headline": self.headline(),
             "time": time.time(),
@@ -205,7 +201,6 @@ class HangReport:
 
 
 def write_report(directory: Path, report: HangReport) -> None:
-    """Leave the report in both forms."""
     from conversion.atomic_file import write_small
 
     directory.mkdir(parents=True, exist_ok=True)

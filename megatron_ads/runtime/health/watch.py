@@ -53,12 +53,6 @@ def _own_place() -> Place:
     return Place(socket.gethostname(), os.getpid(), _process_state(os.getpid())[1])
 
 
-def _seen_from_here(place: Place) -> Place:
-    """Note what a process does that may not answer, if it runs on this host."""
-    state, started = _process_state(place.pid) if place.host == socket.gethostname() else ("", "")
-    return replace(place, note=_PROCESS_STATES.get(state, "") if started == place.started else "")
-
-
 def _process_state(pid: int) -> tuple[str, str]:
     """Return the kernel's letter for what a process does, and when it was started; empty if it is gone."""
     try:
@@ -90,13 +84,6 @@ class _Inquiry:
     deadline: float
     answers: dict[int, _Answer] = field(default_factory=dict)
 
-    def places(self) -> dict[int, Place]:
-        """Return where ranks run; what a neighbour sees counts for those that did not answer."""
-        seen: dict[int, Place] = {}
-        for answer in self.answers.values():
-            seen |= {rank: place for rank, place in answer.neighbours.items() if place.note or rank not in seen}
-        return seen | {rank: answer.place for rank, answer in self.answers.items()}
-
 
 class HangWatch:
     """What the peer monitor needs to know about hangs; all methods but ``__init__`` run in its thread."""
@@ -113,8 +100,7 @@ class HangWatch:
     ) -> None:
         """Prepare to report, into ``directory``, a rank without progress, before ``timeout_seconds`` are over.
 
-        Args:
-            on_hang: Called with the report's headline before the process ends.
+        ``on_hang`` is called with the report's headline before the process ends.
         """
         margin = min(_LONGEST_MARGIN, timeout_seconds / 4)
         self._activity = activity
@@ -141,7 +127,6 @@ class HangWatch:
         tell(links, "hello", _own_place())
 
     def stop(self) -> None:
-        """Leave nothing behind."""
         faulthandler.cancel_dump_traceback_later()
 
     def seconds_to_sleep(self) -> float:
@@ -187,8 +172,16 @@ class HangWatch:
 
     def ends(self, headline: str) -> None:
         """Record the end of this process, and leave what torch recorded."""
-        _do_within(_WRITING_SECONDS, lambda: self._on_hang(headline))
-        _do_within(_WRITING_SECONDS, lambda: _write_flight_record(self._directory / f"flight_{self._rank}"))
+        _write(lambda: self._on_hang(headline))
+        _write(self._write_flight_record)
+
+    def _write_flight_record(self) -> None:
+        if any(os.environ.get(name, "0") not in ("", "0") for name in _FLIGHT_VARIABLES):
+            import torch._C._distributed_c10d as c10d
+
+            self._directory.mkdir(parents=True, exist_ok=True)
+            record = c10d._dump_fr_trace()  # type: ignore[attr-defined]
+            (self._directory / f"flight_{self._rank}").write_bytes(record)
 
     def _answer(self, question: tuple[int, int], link: PeerLink) -> None:
         """Report the own state, and pass the question on; of several ranks that ask, the lowest continues."""
@@ -202,8 +195,11 @@ class HangWatch:
         link.send("answer", self._own_answer(asker, number))
 
     def _own_answer(self, asker: int, number: int) -> _Answer:
-        seen = {rank: _seen_from_here(place) for rank, place in self._neighbours.items()}
-        return _Answer(asker, number, self._rank, _own_place(), self._activity.state(), seen)
+        seen, own = dict(self._neighbours), _own_place()
+        for rank, place in seen.items():  # which may be unable to answer; what it does shows on its own host only
+            state, started = _process_state(place.pid) if place.host == own.host else ("", "")
+            seen[rank] = replace(place, note=_PROCESS_STATES.get(state, "") if started == place.started else "")
+        return _Answer(asker, number, self._rank, own, self._activity.state(), seen)
 
     def _conclude(self, inquiry: _Inquiry, now: float) -> str | None:
         if self._activity.progress() != inquiry.progress:
@@ -212,20 +208,24 @@ class HangWatch:
         if len(inquiry.answers) < self._layout.world and now < inquiry.deadline:
             return None
         states = {rank: answer.state for rank, answer in inquiry.answers.items()}
+        places: dict[int, Place] = {}  # what a neighbour sees counts for ranks that did not answer
+        for answer in inquiry.answers.values():
+            places |= {rank: place for rank, place in answer.neighbours.items() if place.note or rank not in places}
+        places |= {rank: answer.place for rank, answer in inquiry.answers.items()}
         report = HangReport(
             asked_by=self._rank,
             seconds=self._activity.idle_seconds(),
             layout=self._layout,
             findings=find(states, self._layout.world),
             states=states,
-            places=inquiry.places(),
+            places=places,
         )
         logger.critical("%s", report.text())
-        _do_within(_WRITING_SECONDS, lambda: write_report(self._directory, report))
+        _write(lambda: write_report(self._directory, report))
         return report.headline()
 
 
-def _do_within(seconds: float, write: Callable[[], None]) -> None:
+def _write(write: Callable[[], None]) -> None:
     """Write in a thread that is left behind if it takes too long."""
 
     def write_or_say_why_not() -> None:
@@ -236,13 +236,4 @@ def _do_within(seconds: float, write: Callable[[], None]) -> None:
 
     writer = threading.Thread(target=write_or_say_why_not, name="hang report", daemon=True)
     writer.start()
-    writer.join(seconds)
-
-
-def _write_flight_record(file: Path) -> None:
-    """Leave torch's own record of communication, if it was asked for one."""
-    if any(os.environ.get(name, "0") not in ("", "0") for name in _FLIGHT_VARIABLES):
-        import torch._C._distributed_c10d as c10d
-
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(c10d._dump_fr_trace())  # type: ignore[attr-defined]
+    writer.join(_WRITING_SECONDS)
