@@ -155,7 +155,7 @@ def one_of(cells: Cells, name: str, known: Sequence[str]) -> str:
     given = text_of(cells, name)
     found = next((str(label) for label in known if folded(label) == folded(given)), None)
     if found is None:
-        hint = f"Say what it stands for: values: {{{name}: {{{given:.40}: {known[-1]}}}}}."
+        hint = f"Say what it stands for, such as values: {{{name}: {{{given:.40}: {known[-1]}}}}}."
         raise BadRowError(BadRow.unknown_label, f"{name} is {given!r:.80}; known: {', '.join(known)}. {hint}")
     return found
 

@@ -52,6 +52,8 @@ _MEANINGS = {
     "onsite_search": "search", "click": "click", "page_view": "view visit page", "offsite_url": "url",
 }  # fmt: skip
 _SAMPLES, _SAMPLE_CHARACTERS, _MOST_VALUES = 3, 24, 40
+_MOST_PARTS = 20
+"""Of a folder, spread over it; each gives its share of the sample."""
 _HISTORY_SHARE = 0.8
 """Of the events of the sample; the rest is after the anchor that is proposed."""
 
@@ -103,15 +105,16 @@ def holds_chat_rows(path: Path) -> bool:
 
 
 def propose(path: Path, task: AdsTask | None, *, rows: int) -> Proposal:
-    """Return what the first rows of a table suggest, for rows of ``task``; None: of the task that fits best.
+    """Return what the first rows of a table's parts suggest, for rows of ``task``; None: of the task that fits best.
 
     Raises:
         DataError: If the table cannot be read or holds no row.
     """
-    part = parts_of(path)[0]
-    types = column_types(part, rows)
-    read = islice(read_table(part, list(types)), rows)
-    sample = [row for _, row in read if not isinstance(row, BadRowError)]
+    parts = parts_of(path)
+    parts = parts[:: -(-len(parts) // _MOST_PARTS)]
+    types = column_types(parts[0], rows)
+    read = (row for part in parts for _, row in islice(read_table(part, list(types)), -(-rows // len(parts))))
+    sample = [row for row in read if not isinstance(row, BadRowError)]
     if not sample:
         raise DataError(f"{path} holds no row that can be read.")
     forms = {each: (form.required, form.optional, form.choices) for each, form in FORMS.items()}

@@ -198,3 +198,14 @@ def test_fields_that_no_column_looks_like_are_named(tmp_path: Path, capsys: pyte
     (tmp_path / "t.csv").write_text("q,t\n")
     assert main(["data", "preview", "--source", str(tmp_path / "t.csv")]) == 2
     assert "holds no row that can be read" in capsys.readouterr().err
+
+
+def test_a_folder_is_known_by_all_of_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for day, event, item, shop in (("2025-02-27", "find_search", "tent", ""), ("2025-03-05", "purchase", "", "Acme")):
+        (tmp_path / f"dt={day}").mkdir()
+        (tmp_path / f"dt={day}" / "part-0.csv").write_text(f"user_id,event_type,item,shop\n1,{event},{item},{shop}\n")
+    assert main(["data", "preview", "--source", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "anchor: '2025-03-05'" in out and "time: dt" in out
+    assert "event: {find_search: onsite_search, purchase: matched_conversion}" in out
+    assert "label 'Acme'" in out
