@@ -4,10 +4,11 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from omegaconf import MISSING
 
-from megatron_ads.errors import require, require_at_least, require_each
+from megatron_ads.errors import require, require_above, require_at_least, require_each
 
 
 class SourceKind(StrEnum):
@@ -93,8 +94,8 @@ class SourceConfig:
     public query-product pairs; ``next_brand``: public purchases; ``gsm8k``: school mathematics, for the general mix;
     ``jsonl``: chat rows in a file; ``table``: a JSONL, Parquet or CSV file with columns of your own."""
     path: str | None = None
-    """File or folder; None for ``builtin`` and ``simulator``, and for public data below the folder that
-    ``MEGATRON_ADS_DATA`` names."""
+    """File or folder, for ``jsonl`` and ``table`` also a glob of parts, compressed or not; None for ``builtin`` and
+    ``simulator``, and for public data below the folder that ``MEGATRON_ADS_DATA`` names."""
     task: AdsTask | None = None
     """What rows of ``simulator``, ``next_brand`` and ``table`` ask for. Without it ``next_brand`` asks for the next
     advertiser, and rows of ``table`` have a prompt and a target already."""
@@ -105,9 +106,23 @@ class SourceConfig:
     """How much of a user's history the prompts show, where they show any."""
     columns: dict[str, str] = field(default_factory=dict)
     """``table``: which column holds each field of the task, ``{query: search_term, title: ad_title, label: grade}``."""
+    values: dict[str, dict[Any, Any]] = field(default_factory=dict)
+    """``table``: what the values of a field stand for, ``{label: {E: Good, S: Fair, 0: Bad}, event: {buy:
+    matched_conversion, impression: null}}``; null leaves such rows out, values that are not named stay as they are."""
     anchor: str | None = None
     """``table`` with task next_advertiser: date that histories end at and answers begin with, ``2025-03-01`` (UTC); the
     file then holds one user event a row."""
+    anchors: list[str] = field(default_factory=list)
+    """Several such dates, in order, each of which gives every user a row; in place of ``anchor``."""
+    anchor_spacing_days: float | None = None
+    """Days from one anchor to the next; ``anchors`` then names the first and the last possible one."""
+    answer_days: float | None = None
+    """How many days from an anchor on the conversion may be that is the answer; None is 30."""
+    events: str | None = None
+    """``table`` with a row an example of a task about users: log of user events, a path as ``path``, that histories are
+    made from; each ends at its row's ``time``."""
+    event_columns: dict[str, str] = field(default_factory=dict)
+    """Which column of ``events`` holds user, time, event and so on."""
     rejected: str | None = None
     """``table`` and ``jsonl``: file that rows which cannot be used are written to, with the reason; None: the first one
     ends the run."""
@@ -118,6 +133,11 @@ class SourceConfig:
     keep_share: bool = False
     """Keep the share in all samples that ``weight`` gives when ``reweight.tasks`` moves the others': for general-domain
     rows."""
+
+    @property
+    def anchor_dates(self) -> list[str]:
+        """The dates that divide an event log; none for other sources."""
+        return self.anchors if self.anchor is None else [self.anchor]
 
     def check(self, section: str) -> None:
         """Refuse impossible values; ``section`` is where this source stands in the recipe."""
@@ -139,12 +159,9 @@ class SourceConfig:
     def _check_effects(self, section: str) -> None:
         """Refuse settings that this kind of source does not read."""
         is_table, shows_users = self.kind is SourceKind.table, self.kind is SourceKind.next_brand
-        is_event_log = is_table and self.task is AdsTask.next_advertiser
-        require(
-            is_event_log == (self.anchor is not None),
-            f"{section}.anchor is {self.anchor}; kind table with task next_advertiser needs one, others have no use "
-            "for it.",
-        )
+        shows_users = shows_users or (is_table and self.task in _TASKS_OF_USERS)
+        self._check_anchors(section)
+        self._check_events(section, may_have=is_table and shows_users and not self.anchor_dates)
         if self.kind is SourceKind.simulator:
             require(
                 self.task is not None, f"{section}.task is missing; kind simulator needs one of {', '.join(AdsTask)}."
@@ -156,15 +173,57 @@ class SourceConfig:
                 f"{section}.task is {self.task}, which has no effect with kind {self.kind}. Remove it.",
             )
         require(
-            shows_users or is_event_log or self.history == HistoryConfig(),
+            shows_users or self.history == HistoryConfig(),
             f"{section}.history has no effect: these rows show no user's history. Remove it.",
         )
+        require(is_table or not self.values, f"{section}.values has no effect with kind {self.kind}. Remove it.")
         require(is_table or not self.columns, f"{section}.columns has no effect with kind {self.kind}. Remove it.")
         require(not is_table or bool(self.columns), f"{section}.columns is missing; kind table needs to know them.")
         require(
             is_table or self.kind is SourceKind.jsonl or self.rejected is None,
             f"{section}.rejected is {self.rejected!r}, which has no effect with kind {self.kind}. Remove it.",
         )
+
+    def _check_events(self, section: str, *, may_have: bool) -> None:
+        """Refuse a log of events that nothing reads, or of which nobody knows where a history ends."""
+        require(
+            may_have or self.events is None,
+            f"{section}.events has no effect: only kind table with a row an example of {', '.join(_TASKS_OF_USERS)} "
+            "reads it. Remove it.",
+        )
+        require(
+            (self.events is None) == (not self.event_columns),
+            f"{section}.events is {self.events} and {section}.event_columns is {self.event_columns}; give both.",
+        )
+        require(
+            self.events is None or "time" in self.columns,
+            f"{section}.columns must say which column holds time: the history from {section}.events ends there.",
+        )
+
+    def _check_anchors(self, section: str) -> None:
+        """Refuse anchors that contradict one another, or that nothing reads."""
+        may_have = self.kind is SourceKind.table and self.task is AdsTask.next_advertiser
+        is_log = may_have and not ("advertiser" in self.columns and "event" not in self.columns)
+        given = ", ".join(self.anchor_dates) or None
+        require(
+            (may_have or given is None) and (given is not None or not is_log),
+            f"{section}.anchor is {given}; kind table with task next_advertiser needs one for a log of events, others "
+            "have no use for it.",
+        )
+        require(
+            self.anchor is None or not self.anchors,
+            f"{section}.anchor is {self.anchor} and {section}.anchors is {', '.join(self.anchors)}. Remove one.",
+        )
+        require(
+            self.anchor_spacing_days is None or len(self.anchors) == 2,
+            f"{section}.anchor_spacing_days is {self.anchor_spacing_days}; {section}.anchors must then name two dates, "
+            f"the first and the last possible anchor, not {len(self.anchors)}.",
+        )
+        require(
+            self.answer_days is None or given is not None,
+            f"{section}.answer_days is {self.answer_days}, which has no effect without an anchor. Remove it.",
+        )
+        require_above(section, self, 0, "anchor_spacing_days", "answer_days")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -185,6 +185,7 @@ def field_type(schema: type, path: str) -> Any | None:
 def _in_words(annotation: Any) -> str:
     """Return an annotation in words: ``int | None`` -> ``a whole number or null``."""
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
+    words[Any] = "any value"
     if annotation in words:
         return words[annotation]
     if isinstance(annotation, types.UnionType):

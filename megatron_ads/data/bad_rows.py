@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_ads.data.source_files import Part, Place
 from megatron_ads.errors import DataError
 from megatron_ads.layout import rank
 from megatron_ads.observability.log import get_logger
@@ -74,45 +75,55 @@ def usable_weight(given: object, *, text: bool = False) -> float:
 
 @dataclass(slots=True)
 class RejectedRows:
-    """The rows of one file that cannot be used: the first ends the reading, or all are written aside."""
+    """The rows of one source that cannot be used: the first ends the reading, or all are written aside."""
 
     file: Path
     aside: Path | None
     """Where they are written; None: the first one is an error."""
     records: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter[BadRow] = field(default_factory=Counter)
+    left_out: int = 0
+    """Rows that the recipe's ``values`` leave out."""
 
     def usable(
-        self, read: Iterable[tuple[int, Read | BadRowError]], make: Callable[[int, Read], Made]
+        self,
+        parts: Iterable[Part],
+        read: Callable[[Part], Iterable[tuple[int, Read | BadRowError]]],
+        make: Callable[[Place, Read], Made | None],
     ) -> Iterator[Made]:
         """Yield what ``make`` returns for every row that can be used; the others are counted, with a glimpse of each.
 
         Args:
-            read: Row number and content, or why it cannot be read.
-            make: Takes both; raises ``BadRowError`` for content that cannot be used.
+            parts: The files of the source.
+            read: Gives row number and content, or why it cannot be read.
+            make: Takes a row; raises ``BadRowError`` for content that cannot be used, and returns None for a row that
+                the recipe leaves out.
 
         Raises:
             DataError: With the row number, for the first bad row if none are written aside.
         """
-        for number, content in read:
+        for place, content in ((Place(part, number), content) for part in parts for number, content in read(part)):
             try:
                 if isinstance(content, BadRowError):
                     raise content
-                made = make(number, content)
+                made = make(place, content)
             except BadRowError as error:
                 if self.aside is None:
                     raise DataError(
-                        f"{self.file}, row {number}: {error.reason}: {error} Correct it, or name a file with the "
-                        "source's setting rejected to have such rows written there."
+                        f"{place.part.file}, row {place.number}: {error.reason}: {error} Correct it, or name a file "
+                        "with the source's setting rejected to have such rows written there."
                     ) from None
                 self.counts[error.reason] += 1
                 glimpse = repr(None if content is error else content)
                 if len(glimpse) > _SHOWN_CHARACTERS:
                     glimpse = glimpse[:_SHOWN_CHARACTERS] + "..."
-                record = {"row": number, "reason": str(error.reason), "message": str(error), "content": glimpse}
-                self.records.append(record)
+                record = {"row": place.number, "reason": str(error.reason), "message": str(error), "content": glimpse}
+                self.records.append(record if place.part.file == self.file else {"file": place.part.name, **record})
             else:
-                yield made
+                if made is not None:
+                    yield made
+                else:
+                    self.left_out += 1
 
     def finish(self, *, used: int) -> None:
         """Write the rejected rows aside, one JSON object a line, and log their counts, once and not on every rank.
@@ -128,34 +139,41 @@ class RejectedRows:
             write_small(self.aside, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.records))
             if self.counts:
                 logger.warning("%s: %d rows used; written to %s: %s", self.file, used, self.aside, counts)
+        if self.left_out:
+            logger.info("%s: %d rows left out by the source's setting values", self.file, self.left_out)
+            counts = f"{counts}, {self.left_out} left out by the setting values"
         if not used:
             raise DataError(f"{self.file} holds no usable row; not used: {counts}.")
 
 
 def usable_rows(
-    file: Path,
-    read: Iterable[tuple[int, Read | BadRowError]],
-    make: Callable[[int, Read], ChatRow],
+    path: Path,
+    parts: Iterable[Part],
+    read: Callable[[Part], Iterable[tuple[int, Read | BadRowError]]],
+    make: Callable[[Place, Read], ChatRow | None],
     *,
     rejected: Path | None,
     limit: int | None,
 ) -> list[ChatRow]:
-    """Return the usable rows of a file, the first ``limit`` of them; None is all. A repeated id makes a row unusable.
+    """Return the usable rows of a source, the first ``limit`` of them; None is all. A repeated id makes a row unusable.
 
-    ``read`` and ``make`` are those of ``RejectedRows.usable``; ``rejected`` is its ``aside``.
+    ``parts``, ``read`` and ``make`` are those of ``RejectedRows.usable``; ``rejected`` is its ``aside``.
 
     Raises:
         DataError: With the row number, for the first bad row if none are written aside; if there is no usable row.
     """
-    first_seen: dict[str, int] = {}
+    first_seen: dict[str, Place] = {}
 
-    def make_new(number: int, content: Read) -> ChatRow:
-        row = make(number, content)
-        if (first := first_seen.setdefault(row.id, number)) != number:
-            raise BadRowError(BadRow.duplicate_id, f"id {row.id!r:.80} was row {first}'s; ids must differ.")
+    def make_new(place: Place, content: Read) -> ChatRow | None:
+        row = make(place, content)
+        if row is not None and (first := first_seen.setdefault(row.id, place)) is not place:
+            where = "" if first.part is place.part else f" in {first.part.name}"
+            raise BadRowError(
+                BadRow.duplicate_id, f"id {row.id!r:.80} was row {first.number}'s{where}; ids must differ."
+            )
         return row
 
-    bad = RejectedRows(file, rejected)
-    rows = list(islice(bad.usable(read, make_new), limit))
+    bad = RejectedRows(path, rejected)
+    rows = list(islice(bad.usable(parts, read, make_new), limit))
     bad.finish(used=len(rows))
     return rows

@@ -11,17 +11,19 @@ import os
 import sys
 import tempfile
 from dataclasses import asdict
+from glob import has_magic
 from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ads.config.data import AdsTask, DataConfig, RowVariant, SourceConfig, SourceKind
-from megatron_ads.errors import ConfigError, DataError
+from megatron_ads.errors import ConfigError, DataError, MegatronAdsError
 
 if TYPE_CHECKING:
     from megatron_ads.data.chat import ChatTokenizer
     from megatron_ads.data.preview import RowPreview
+    from megatron_ads.data.table_proposal import Proposal
     from megatron_ads.rows import ChatRow
 
 Subparsers = Any  # argparse names its type argparse._SubParsersAction
@@ -104,6 +106,7 @@ green, or between [[ and ]] where there are no colours. Then how long rows are, 
     megatron-ads data preview --task next_advertiser --variant choose_one
     megatron-ads data preview --source esci --rows 5
     megatron-ads data preview --source rows.jsonl --json
+    megatron-ads data preview --source pairs.csv        # a table: its columns, and a mapping to paste into a recipe
     megatron-ads data preview --recipe sft/quickstart data=esci
 
 Without --tokenizer, tokens are those of the small checkpoint that `megatron-ads demo-model` writes."""
@@ -123,7 +126,8 @@ def _add_preview(commands: Subparsers) -> None:
     where.add_argument(
         "--source",
         metavar="S",
-        help=f"{', '.join(_READABLE_KINDS)}, or a .jsonl file of chat rows (default: the simulator)",
+        help=f"{', '.join(_READABLE_KINDS)}, a .jsonl file of chat rows, or a table: a .csv, .tsv, .jsonl or .parquet "
+        "file, a folder or a glob (default: the simulator)",
     )
     where.add_argument("--recipe", metavar="R", help="the sources of a recipe: a shipped name or a file")
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="how many to show (default 3)")
@@ -144,19 +148,28 @@ def _preview(args: argparse.Namespace) -> int:
     from megatron_ads.tasks.row_checks import check_rows
 
     _check(args)
-    data = _data(args)
-    name, rows = _read_rows(args, data)
+    proposal = _proposal(args)
+    data = _data(args) if proposal is None else DataConfig(sources=[proposal.source], seed=args.seed)
+    try:
+        name, rows = _read_rows(args, data)
+    except MegatronAdsError as error:
+        if proposal is None:
+            raise
+        print(json.dumps(_table_report(proposal)) if args.json else f"{proposal.render()}\nWith this mapping: {error}")
+        return 0
     tokenizer = _tokenizer(args.tokenizer)
     checked = check_rows(rows)
     previews = [preview_row(row, tokenizer) for row in checked.rows[: args.rows]]
     summary = summarise(checked, tokenizer, seq_length=args.seq_length or data.seq_length)
     if args.json:
         report = {"source": name, "shown": [_as_json(preview) for preview in previews], **asdict(summary)}
+        report |= {} if proposal is None else _table_report(proposal)
         print(json.dumps(report, ensure_ascii=False))
         return 0
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     texts = [render_preview(preview, coloured=coloured, whole=args.whole) for preview in previews]
-    print("\n\n".join([f"Rows of: {name}", *texts, render_summary(summary)]))
+    columns = [] if proposal is None else [proposal.render()]
+    print("\n\n".join([*columns, f"Rows of: {name}", *texts, render_summary(summary)]))
     return 0
 
 
@@ -169,6 +182,26 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"{args.overrides[0]!r} has no effect without --recipe. Name the recipe that it changes.")
 
 
+def _proposal(args: argparse.Namespace) -> "Proposal | None":
+    """Return what the table that ``--source`` names may be; None if it names none."""
+    from megatron_ads.data.source_files import TABLES, form_of
+    from megatron_ads.data.table_proposal import holds_chat_rows, propose
+
+    if args.source is None or args.source in _READABLE_KINDS:
+        return None
+    path = Path(args.source)
+    if not (path.exists() or has_magic(args.source) or form_of(path) in TABLES) or holds_chat_rows(path):
+        return None
+    if args.task is not None and args.task not in set(AdsTask):
+        raise ConfigError(f"--task is {args.task}; a table can be read as {', '.join(AdsTask)}.")
+    return propose(path, None if args.task is None else AdsTask(args.task), rows=args.sample)
+
+
+def _table_report(proposal: "Proposal") -> dict[str, Any]:
+    columns = [{"name": name, "type": kind, "samples": seen} for name, (kind, seen) in proposal.columns.items()]
+    return {"columns": columns, "proposal": proposal.settings(), "missing": proposal.missing}
+
+
 def _read_rows(args: argparse.Namespace, data: DataConfig) -> "tuple[str, list[ChatRow]]":
     """Return what the rows are, and up to ``--sample`` of them from all sources in turn, of ``--task`` if given."""
     from megatron_ads.data.sources import describe_source, read_source
@@ -177,7 +210,7 @@ def _read_rows(args: argparse.Namespace, data: DataConfig) -> "tuple[str, list[C
     sources = [read_source(source, seed=data.seed) for source in data.sources]
     rows = [row for turn in zip_longest(*sources) for row in turn if row is not None]
     name = ", ".join(map(describe_source, data.sources))
-    if args.task is not None and (args.recipe or args.source):
+    if args.task is not None and (args.recipe or data.sources[0].kind not in (SourceKind.simulator, SourceKind.table)):
         tasks = sorted({row.task for row in rows})
         rows = [row for row in rows if row.task == args.task]
         if not rows:
@@ -201,14 +234,14 @@ def _data(args: argparse.Namespace) -> DataConfig:
         if args.task not in set(AdsTask):
             raise ConfigError(f"--task is {args.task}; the simulator draws {', '.join(AdsTask)}.")
         source = SourceConfig(kind=SourceKind.simulator, task=AdsTask(args.task), rows=args.sample)
-    elif args.source.endswith(".jsonl"):
-        source = SourceConfig(kind=SourceKind.jsonl, path=args.source)
     elif args.source in _READABLE_KINDS:
         source = SourceConfig(kind=SourceKind(args.source))
+    elif Path(args.source).exists() or has_magic(args.source):
+        source = SourceConfig(kind=SourceKind.jsonl, path=args.source)
     else:
         raise ConfigError(
-            f"--source is {args.source!r}; it is one of {', '.join(_READABLE_KINDS)}, or a .jsonl file of chat rows. "
-            "Other sources take settings: put them into a recipe and preview that with --recipe."
+            f"--source is {args.source!r}; it is one of {', '.join(_READABLE_KINDS)}, or a .jsonl file of chat rows, "
+            "or a table. Other sources take settings: put them into a recipe and preview that with --recipe."
         )
     return DataConfig(sources=[source], seed=args.seed)
 

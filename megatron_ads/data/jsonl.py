@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.data.bad_rows import BadRow, BadRowError, Made, usable_rows, usable_weight
+from megatron_ads.data.source_files import JSON_LINES, Place, open_text, parts_of
 from megatron_ads.errors import DataError
 from megatron_ads.rows import ChatRow, Fact, Message, Role, wrong_fact
 from megatron_ads.tasks.registry import TASKS
@@ -66,26 +67,36 @@ def read_lines(file: Path, longest: int | None = None) -> Iterator[tuple[int, di
         longest: Bytes of the longest line that is kept in memory; None: ``MAX_LINE_BYTES``.
 
     Raises:
-        DataError: If there is no such file.
+        DataError: If there is no such file, or it cannot be read as text.
     """
     longest = longest or MAX_LINE_BYTES
-    if not file.is_file():
-        raise DataError(f"{file} is not a file. Check the path of this source.")
-    with file.open("rb") as lines:
-        for number, line in enumerate(iter(lambda: lines.readline(longest + 1), b""), 1):
+    with open_text(file) as lines:
+
+        def next_line(most: int) -> bytes:
+            try:
+                return lines.readline(most)
+            except OSError as error:
+                raise DataError(f"{file} cannot be read to its end ({error}). Copy or write it again.") from None
+
+        for number, line in enumerate(iter(lambda: next_line(longest + 1), b""), 1):
             if len(line) > longest:
                 rest = line
                 while rest and not rest.endswith(b"\n"):
-                    rest = lines.readline(longest)
+                    rest = next_line(longest)
                 message = f"longer than {longest:,} bytes. Shorten or remove it."
                 yield number, BadRowError(BadRow.cell_too_long, message)
             elif line.strip():
                 yield number, _parse_line(line)
 
 
+def _constant(name: str) -> float | None:
+    """Return what JSON has no name for: NaN, as pandas writes it, is a missing value."""
+    return None if name == "NaN" else float(name)
+
+
 def _parse_line(line: bytes) -> dict[str, Any] | BadRowError:
     try:
-        parsed = json.loads(line)
+        parsed = json.loads(line, parse_constant=_constant)
         if b"\\u" in line:  # an escape alone may stand for what no file can hold
             json.dumps(parsed, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -109,8 +120,8 @@ def _not_text(parsed: object) -> str:
     return f"a {type(parsed).__name__}"
 
 
-def jsonl_rows(file: Path, *, limit: int | None = None, rejected: Path | None = None) -> list[ChatRow]:
-    """Return the rows of a file, the first ``limit`` of them.
+def jsonl_rows(path: Path, *, limit: int | None = None, rejected: Path | None = None) -> list[ChatRow]:
+    """Return the rows of a file, or of the JSONL files of a folder or glob, the first ``limit`` of them.
 
     With ``rejected``, rows that cannot be used are counted and written to that file.
 
@@ -119,10 +130,16 @@ def jsonl_rows(file: Path, *, limit: int | None = None, rejected: Path | None = 
             says where to write it; if there is no usable row.
     """
 
-    def make(number: int, fields: dict[str, Any]) -> ChatRow:
-        return facts_of_text_row(parse_row(fields, default_id=f"{file.name}-{number}"))
+    def make(place: Place, fields: dict[str, Any]) -> ChatRow:
+        return facts_of_text_row(parse_row(fields, default_id=place.row_id))
 
-    return usable_rows(file, read_lines(file), make, rejected=rejected, limit=limit)
+    parts = parts_of(path, JSON_LINES)
+    return usable_rows(path, parts, lambda part: read_lines(part.file), make, rejected=rejected, limit=limit)
+
+
+def is_chat_row(fields: Mapping[str, Any]) -> bool:
+    """Return whether an object is, or is meant to be, a conversation."""
+    return "messages" in fields or "extra_info" in fields or "reward_model" in fields
 
 
 def parse_row(fields: Mapping[str, Any], *, default_id: str) -> ChatRow:

@@ -1,45 +1,66 @@
-"""A team's own logs as rows: columns of any names, mapped to the fields of a task, every row checked.
+"""A team's own tables with one row an example: columns of any names, mapped to the fields of a task, every row checked.
 
 Fields of a task are declared here; the columns that hold them, in the recipe. A row that cannot be used has a named
 reason and its number; it ends the reading, or is counted and written aside where the recipe names a file for that.
-
-Rows of a JSONL, Parquet, CSV or TSV file are read one by one; memory does not grow with the file. Parquet and CSV are
-read by pyarrow, cells as bytes, so that one broken cell spoils one row and not the file. A CSV file has a head line;
-row numbers count the rows below it, in JSONL the lines.
+Logs of user events are read by ``event_tables``.
 """
 
-import difflib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
-
 from megatron_ads.config.data import AdsTask
 from megatron_ads.data.bad_rows import BadRow, BadRowError, usable_rows, usable_weight
-from megatron_ads.data.jsonl import read_lines
-from megatron_ads.errors import ConfigError, DataError
+from megatron_ads.data.source_files import Place, parts_of
+from megatron_ads.data.table_fields import FieldMapping, one_of, optional_text, text_of, texts_of, time_of
+from megatron_ads.data.table_files import Cells, read_table
+from megatron_ads.data.user_features import ViewChooser
+from megatron_ads.errors import DataError
 from megatron_ads.rows import ChatRow, Message, Role
-from megatron_ads.tasks import relevance
+from megatron_ads.tasks import (
+    ad_rewriting,
+    ad_user_relevance,
+    model_comparison,
+    next_advertiser,
+    query_generation,
+    relevance,
+    user_profile,
+)
+from megatron_ads.tasks.ad_user_relevance import Score
+from megatron_ads.tasks.model_comparison import Risk, Verdict
 from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.relevance import Flag, Label
 from megatron_ads.tasks.text_rows import facts_of_text_row
+from megatron_ads.tasks.user_history import FULL_VIEW, Event, EventKind, UserHistory
 
-MAX_CELL_BYTES = 1_000_000
-MAX_ROW_BYTES = 64 << 20
-"""A longer row of a CSV file ends the reading of the file; one of a JSONL file cannot be used."""
-_BATCH_ROWS = 1000
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_EVERY_ROW = ("id", "reasoning", "time")
+_AD = ("description", "seller")
+_PAST = "past_advertisers"
+_USER = (*map(str, EventKind), _PAST, "age", "gender", "state")
+"""What a row says of its user: each a list of texts, the newest first, but for the last three."""
 
-Cell = str | int | float | bool | datetime | None
-Cells = Mapping[str, Cell]
-"""By field; as they are read, by column."""
-ReadRow = Cells | BadRowError
-"""The cells asked for, or why the row cannot be read."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Users:
+    """What rows say of their users, and how much of it a prompt shows."""
+
+    view_of: ViewChooser = lambda history: FULL_VIEW
+    history_of: Callable[[str, float], UserHistory] | None = None
+    """The history of a user before a time; None: a row's own lists are all that is known."""
+
+    def of(self, cells: Cells) -> UserHistory:
+        """Return a row's user. Lists of a row have no times: all their events count as of the row's day."""
+        events = [Event(kind=kind, days_ago=0.0, text=text) for kind in EventKind for text in texts_of(cells, kind)]
+        bought = EventKind.matched_conversion
+        events += [Event(kind=bought, days_ago=0.0, text=name, advertiser=name) for name in texts_of(cells, _PAST)]
+        user = UserHistory(user_id=text_of(cells, "user"), events=tuple(events))
+        if self.history_of is not None:
+            logged = self.history_of(user.user_id, time_of(cells, "time"))
+            user = replace(logged, events=(*user.events, *logged.events))
+        given = {name: optional_text(cells, name) for name in ("age", "gender", "state")}
+        known = {name: text for name, text in given.items() if text}
+        return replace(user, demographics=replace(user.demographics, **known))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,109 +68,144 @@ class Form:
     """What rows of a task are made from."""
 
     required: tuple[str, ...]
-    optional: tuple[str, ...]
-    make: Callable[[str, Cells], ChatRow]
-    """From a row's id and its fields."""
+    optional: tuple[str, ...] = _EVERY_ROW
+    make: Callable[[str, Cells, "Users"], ChatRow]
+    """From a row's id, its fields and what gives its user."""
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """What fields that hold a label may be."""
 
 
 def table_rows(
-    file: Path,
+    path: Path,
     *,
     columns: Mapping[str, str],
     task: AdsTask | None = None,
+    values: Mapping[str, Mapping[Any, Any]] | None = None,
+    users: Users | None = None,
     rejected: Path | None = None,
     limit: int | None = None,
 ) -> list[ChatRow]:
-    """Return the usable rows of a file, the first ``limit`` of them.
+    """Return the usable rows of a source, the first ``limit`` of them.
 
     Args:
-        file: A JSONL, Parquet, CSV or TSV file.
+        path: A JSONL, Parquet, CSV or TSV file, or a folder or glob of such parts.
         columns: Field -> the column that holds it.
         task: What the rows ask for; None: they have a prompt and a target already.
+        values: Field -> value -> what it stands for.
+        users: What gives the users of rows; None: the rows alone, shown in full.
         rejected: Where to write rows that cannot be used; None: the first one is an error.
 
     Raises:
-        ConfigError: If a field is unknown or missing, or rows of the task cannot be made from a table.
-        DataError: If the file cannot be read or holds no usable row; with the row number, for the first bad row.
+        ConfigError: If a field is unknown or missing, or a value stands for nothing known.
+        DataError: If a file cannot be read or there is no usable row; with the row number, for the first bad row.
     """
-    if task not in FORMS:
-        known = ", ".join(str(name) for name in FORMS if name is not None)
-        raise ConfigError(f"a table cannot be read as rows of {task}; known: {known}, or none for prompt and target.")
     form = FORMS[task]
-    check_columns(columns, required=form.required, optional=form.optional)
+    mapping = FieldMapping.of(
+        columns, values or {}, required=form.required, optional=form.optional, choices=form.choices
+    )
 
-    def make(number: int, by_column: Cells) -> ChatRow:
-        cells = {name: by_column[column] for name, column in columns.items()}
+    def make(place: Place, by_column: Cells) -> ChatRow | None:
+        cells = mapping.cells(by_column)
+        if cells is None:
+            return None
         for name in form.required:
-            text_of(cells, name)
-        row_id = optional_text(cells, "id") or f"{file.name}-{number}"
+            if cells[name] is None:
+                message = f"{name} is None; it must be text that is not empty. Its column is {columns[name]!r}."
+                raise BadRowError(BadRow.empty_text, message)
+            if not isinstance(cells[name], list | bool):
+                text_of(cells, name)
         try:
-            return form.make(row_id, cells)
+            row = form.make(optional_text(cells, "id") or place.row_id, cells, users or Users())
         except BadRowError:
             raise
         except DataError as error:  # from the task: the text holds what the answer's form needs for itself
             raise BadRowError(BadRow.unusable_text, str(error)) from None
+        return replace(row, time=time_of(cells, "time")) if optional_text(cells, "time") else row
 
-    read = read_table(file, list(dict.fromkeys(columns.values())))
-    return usable_rows(file, read, make, rejected=rejected, limit=limit)
-
-
-def check_columns(columns: Mapping[str, str], *, required: Sequence[str], optional: Sequence[str]) -> None:
-    """Refuse a mapping that names an unknown field, or leaves a required one out.
-
-    Raises:
-        ConfigError: Naming the field.
-    """
-    known = [*required, *optional]
-    for name in columns:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"columns names the field {name!r}; known: {', '.join(known)}.{hint}")
-    if missing := [name for name in required if name not in columns]:
-        raise ConfigError(f"columns does not say which column holds {', '.join(missing)}. Add it: {missing[0]}: NAME.")
+    parts = parts_of(path)
+    return usable_rows(path, parts, lambda part: read_table(part, mapping.needed), make, rejected=rejected, limit=limit)
 
 
-def text_of(cells: Cells, name: str) -> str:
-    """Return a cell's text; numbers are written out.
-
-    Raises:
-        BadRowError: If there is none.
-    """
-    cell = cells.get(name)
-    if isinstance(cell, int | float) and not isinstance(cell, bool):
-        return str(cell)
-    if cell is None or (isinstance(cell, str) and not cell.strip()):
-        raise BadRowError(BadRow.empty_text, f"{name} is {cell!r}; it must be text that is not empty.")
-    if not isinstance(cell, str):
-        raise BadRowError(BadRow.wrong_type, f"{name} is {cell!r:.80}; it must be text.")
-    return cell.strip()
+def _ad_of(cells: Cells) -> Ad:
+    return Ad(text_of(cells, "title"), optional_text(cells, "description"), optional_text(cells, "seller"))
 
 
-def optional_text(cells: Cells, name: str) -> str:
-    """Return a cell's text, empty where there is none."""
-    cell = cells.get(name)
-    return "" if cell is None or cell == "" else text_of(cells, name)
+def _reasoning(cells: Cells) -> str:
+    return optional_text(cells, "reasoning")
 
 
-def _pair_row(row_id: str, cells: Cells) -> ChatRow:
-    ad = Ad(text_of(cells, "title"), optional_text(cells, "description"), optional_text(cells, "seller"))
-    flags = {name: _one_of(cells, name, tuple(Flag)) for name in ("location", "quality") if optional_text(cells, name)}
-    label = _one_of(cells, "label", tuple(Label))
-    query, reasoning = text_of(cells, "query"), optional_text(cells, "reasoning")
-    return relevance.chat_row(row_id, query, ad, Label(label), reasoning, **{k: Flag(v) for k, v in flags.items()})
+def _pair_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
+    ad = _ad_of(cells)
+    flags = {name: one_of(cells, name, tuple(Flag)) for name in ("location", "quality") if optional_text(cells, name)}
+    label = one_of(cells, "label", tuple(Label))
+    query = text_of(cells, "query")
+    return relevance.chat_row(
+        row_id, query, ad, Label(label), _reasoning(cells), **{name: Flag(flag) for name, flag in flags.items()}
+    )
 
 
-def _one_of(cells: Cells, name: str, known: tuple[str, ...]) -> str:
-    """Return the label that a cell holds, whatever its capitals."""
-    given = text_of(cells, name)
-    found = next((str(label) for label in known if label.lower() == given.lower()), None)
-    if found is None:
-        raise BadRowError(BadRow.unknown_label, f"{name} is {given!r:.80}; known: {', '.join(known)}.")
-    return found
+def _score_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
+    user, score = users.of(cells), Score(one_of(cells, "score", tuple(Score)))
+    return ad_user_relevance.chat_row(row_id, user, _ad_of(cells), score, _reasoning(cells), view=users.view_of(user))
 
 
-def _chat_row(row_id: str, cells: Cells) -> ChatRow:
+def _queries_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
+    queries, reasons = texts_of(cells, "queries"), texts_of(cells, "reasons")
+    if len(queries) != len(reasons):
+        raise BadRowError(BadRow.wrong_type, f"there are {len(queries)} queries, but {len(reasons)} reasons for them.")
+    brief = query_generation.KeywordBrief(
+        text_of(cells, "keyword"), _ad_of(cells) if optional_text(cells, "title") else None, len(queries)
+    )
+    generated = list(map(query_generation.GeneratedQuery, queries, reasons))
+    return query_generation.chat_row(row_id, brief, generated, _reasoning(cells))
+
+
+def _next_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
+    user = users.of(cells)
+    request = next_advertiser.AdvertiserRequest(user, texts_of(cells, "pool"))
+    advertiser = text_of(cells, "advertiser")
+    if "advertisers" not in cells:
+        return next_advertiser.chat_row(row_id, request, advertiser, _reasoning(cells), view=users.view_of(user))
+    names, interests = texts_of(cells, "advertisers"), texts_of(cells, "interests")
+    return next_advertiser.ranking_row(
+        row_id, request, names, interests, _reasoning(cells), label=advertiser, view=users.view_of(user)
+    )
+
+
+def _profile_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
+    user = users.of(cells)
+    lists = {name: texts_of(cells, name) for name in ("interests", "intents", "constraints", "avoid")}
+    profile = user_profile.Profile(summary=text_of(cells, "summary"), reasoning=_reasoning(cells), **lists)
+    return user_profile.chat_row(row_id, user, profile, view=users.view_of(user))
+
+
+def _comparison_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
+    shared = model_comparison.SharedRequest(*(text_of(cells, name) for name in ("request", "current", "new")))
+    assessment = model_comparison.Assessment(
+        strengths=texts_of(cells, "strengths"),
+        weaknesses=texts_of(cells, "weaknesses"),
+        risk=Risk(one_of(cells, "risk", tuple(Risk))),
+        verdict=Verdict(one_of(cells, "verdict", tuple(Verdict))),
+        reasoning=_reasoning(cells),
+    )
+    return model_comparison.chat_row(row_id, shared, assessment)
+
+
+def _rewriting_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
+    brief = ad_rewriting.RewriteBrief(_ad_of(cells), texts_of(cells, "keywords"))
+    if goal := optional_text(cells, "goal"):
+        brief = replace(brief, goal=goal)
+    rewrite = ad_rewriting.Rewrite(
+        title=text_of(cells, "new_title"),
+        text=text_of(cells, "new_text"),
+        rationale=text_of(cells, "rationale"),
+        keywords=texts_of(cells, "new_keywords"),
+        reasoning=_reasoning(cells),
+    )
+    return ad_rewriting.chat_row(row_id, brief, rewrite)
+
+
+def _chat_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
     given = optional_text(cells, "weight")
     prompt, target = text_of(cells, "prompt"), text_of(cells, "target")
     row = ChatRow(
@@ -163,117 +219,56 @@ def _chat_row(row_id: str, cells: Cells) -> ChatRow:
     return facts_of_text_row(row)
 
 
+_LABELS = {"label": tuple(Label), "location": tuple(Flag), "quality": tuple(Flag)}
+
 FORMS: dict[AdsTask | None, Form] = {
     None: Form(
-        required=("prompt", "target"), optional=("id", "task", "group", "label", "weight"), make=_chat_row
+        required=("prompt", "target"), optional=("id", "task", "group", "label", "weight", "time"), make=_chat_row
     ),
     AdsTask.query_ad_relevance: Form(
         required=("query", "title", "label"),
-        optional=("id", "description", "seller", "reasoning", "location", "quality"),
+        optional=("id", *_AD, "reasoning", "location", "quality", "time"),
         make=_pair_row,
+        choices=_LABELS,
     ),
-}  # fmt: skip
+    AdsTask.query_ad_three_labels: Form(
+        required=("query", "title", "label", "location", "quality"),
+        optional=(*_EVERY_ROW, *_AD),
+        make=_pair_row,
+        choices=_LABELS,
+    ),
+    AdsTask.ad_user_relevance: Form(
+        required=("user", "title", "score"),
+        optional=(*_EVERY_ROW, *_AD, *_USER),
+        make=_score_row,
+        choices={"score": tuple(Score)},
+    ),
+    AdsTask.query_generation: Form(
+        required=("keyword", "queries", "reasons"), optional=(*_EVERY_ROW, "title", *_AD), make=_queries_row
+    ),
+    AdsTask.next_advertiser: Form(
+        required=("user", "advertiser"), optional=(*_EVERY_ROW, "pool", *_USER), make=_next_row
+    ),
+    AdsTask.next_advertiser_ranking: Form(
+        required=("user", "advertiser", "advertisers"),
+        optional=(*_EVERY_ROW, "interests", "pool", *_USER),
+        make=_next_row,
+    ),
+    AdsTask.user_profile: Form(
+        required=("user", "summary"),
+        optional=(*_EVERY_ROW, "interests", "intents", "constraints", "avoid", *_USER),
+        make=_profile_row,
+    ),
+    AdsTask.model_comparison: Form(
+        required=("request", "current", "new", "risk", "verdict"),
+        optional=(*_EVERY_ROW, "strengths", "weaknesses"),
+        make=_comparison_row,
+        choices={"risk": tuple(Risk), "verdict": tuple(Verdict)},
+    ),
+    AdsTask.ad_rewriting: Form(
+        required=("title", "new_title", "new_text", "rationale"),
+        optional=(*_EVERY_ROW, *_AD, "keywords", "goal", "new_keywords"),
+        make=_rewriting_row,
+    ),
+}
 """What can be read from a table with one row an example."""
-
-
-def read_table(file: Path, columns: Collection[str]) -> Iterator[tuple[int, ReadRow]]:
-    """Yield (row number from 1, cells) of every row.
-
-    Args:
-        file: A ``.jsonl``, ``.parquet``, ``.csv`` or ``.tsv`` file.
-        columns: Names of the columns that are needed; others are not read.
-
-    Raises:
-        DataError: If there is no such file, it is none of these formats, or a column is missing.
-    """
-    if not file.is_file():
-        raise DataError(f"{file} is not a file. Check the path of this source.")
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv, ".tsv": _read_csv}
-    if file.suffix not in readers:
-        raise DataError(f"{file} ends in {file.suffix!r}; known: {', '.join(readers)}. Rename or convert it.")
-    return readers[file.suffix](file, list(columns))
-
-
-def _read_jsonl(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow]]:
-    for number, row in read_lines(file, MAX_ROW_BYTES):
-        yield number, row if isinstance(row, BadRowError) else _decoded({name: row.get(name) for name in columns})
-
-
-def _read_parquet(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow]]:
-    try:
-        parquet = pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{file} is no Parquet file ({error}).") from None
-    with parquet:
-        there = parquet.schema_arrow.names
-        if absent := [name for name in columns if name not in there]:
-            has = ", ".join(sorted(there))
-            raise DataError(f"{file} has no column {absent[0]!r}; it has {has}. Correct the source's columns.")
-        batches = parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
-        yield from enumerate((row for batch in batches for row in _rows_of(batch)), 1)
-
-
-def _read_csv(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow]]:
-    broken: dict[int, BadRowError] = {}
-
-    def keep_going(row: Any) -> str:
-        message = f"{row.actual_columns} cells; the head has {row.expected_columns}."
-        broken[row.number - 1] = BadRowError(BadRow.unreadable_row, message)  # the head line is number 1
-        return "skip"
-
-    number = 0
-    try:
-        with pa_csv.open_csv(
-            file,
-            # Rows have numbers only while they are read by one thread.
-            pa_csv.ReadOptions(use_threads=False, block_size=MAX_ROW_BYTES),
-            pa_csv.ParseOptions(
-                delimiter=_SEPARATORS[file.suffix], newlines_in_values=True, invalid_row_handler=keep_going
-            ),
-            pa_csv.ConvertOptions(
-                check_utf8=False, column_types=dict.fromkeys(columns, pa.binary()), include_columns=columns
-            ),
-        ) as batches:
-            for row in (row for batch in batches for row in _rows_of(batch)):
-                number += 1
-                while number in broken:
-                    yield number, broken.pop(number)
-                    number += 1
-                yield number, row
-    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{file} cannot be read as CSV ({reason}). Correct the file or the columns.") from None
-    yield from sorted(broken.items())
-
-
-def _rows_of(batch: pa.RecordBatch) -> Iterator[ReadRow]:
-    """Yield the rows of a batch; text is taken as bytes, so that broken text is found cell by cell."""
-    lists: list[list[Any]] = []
-    for column in batch.columns:
-        if pa.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            column = column.cast(pa.large_binary())
-        lists.append(column.to_pylist())
-    for cells in zip(*lists, strict=True):
-        yield _decoded(dict(zip(batch.schema.names, cells, strict=True)))
-
-
-def _decoded(row: dict[str, Any]) -> ReadRow:
-    """Return a row with its text decoded, or what is wrong with it."""
-    for name, cell in row.items():
-        if not isinstance(cell, str | bytes):
-            continue
-        if len(cell) > MAX_CELL_BYTES:
-            message = f"{name} has {len(cell):,} bytes; {MAX_CELL_BYTES:,} are the most that is read."
-            return BadRowError(BadRow.cell_too_long, message)
-        try:
-            if isinstance(cell, bytes):
-                row[name] = cell.decode()
-            else:
-                cell.encode()  # JSON can hold half a surrogate pair
-        except UnicodeDecodeError as error:
-            return BadRowError(BadRow.invalid_utf8, f"{name} is not UTF-8 at byte {error.start}.")
-        except UnicodeEncodeError:
-            return BadRowError(BadRow.invalid_utf8, f"{name} holds half a surrogate pair, which is no text.")
-    return row

@@ -1,14 +1,16 @@
 """The sources a recipe can name under ``data.sources``, read into chat rows."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_ads.config.data import AdsTask, SourceConfig, SourceKind
 from megatron_ads.data import next_brand
 from megatron_ads.data.ads_pairs import DEFAULT_ROWS, builtin_rows
-from megatron_ads.data.event_tables import event_rows, read_anchor
+from megatron_ads.data.event_tables import ANSWER_DAYS, event_rows, histories_of, read_anchors
 from megatron_ads.data.jsonl import jsonl_rows
-from megatron_ads.data.own_tables import table_rows
+from megatron_ads.data.own_tables import Users, table_rows
 from megatron_ads.data.public_data import ESCI_FILE, GSM8K_FILE, esci_rows, gsm8k_rows, locate
 from megatron_ads.data.simulator import simulated_rows
 from megatron_ads.data.user_features import view_chooser
@@ -42,14 +44,28 @@ def _read_next_brand(source: SourceConfig, seed: int) -> list[ChatRow]:
 
 def _read_own(source: SourceConfig, seed: int) -> list[ChatRow]:
     assert source.path is not None, "checked with the recipe"
-    file, limit = Path(source.path), source.rows
+    path, limit = Path(source.path), source.rows
     rejected = None if source.rejected is None else Path(source.rejected)
     if source.kind is SourceKind.jsonl:
-        return jsonl_rows(file, limit=limit, rejected=rejected)
-    if source.anchor is None:
-        return table_rows(file, columns=source.columns, task=source.task, limit=limit, rejected=rejected)
-    anchor, view_of = read_anchor(source.anchor), view_chooser(source.history)
-    return event_rows(file, columns=source.columns, anchor=anchor, view_of=view_of, limit=limit, rejected=rejected)
+        return jsonl_rows(path, limit=limit, rejected=rejected)
+    view_of = view_chooser(source.history)
+    settings: dict[str, Any] = {"columns": source.columns, "limit": limit, "rejected": rejected}
+    if source.anchor_dates:
+        anchors = read_anchors(source.anchor_dates, source.anchor_spacing_days)
+        settings |= {"answer_days": source.answer_days or ANSWER_DAYS, "values": source.values}
+        return event_rows(path, anchors=anchors, view_of=view_of, **settings)
+    of_events = {name: values for name, values in source.values.items() if name in source.event_columns}
+    settings["values"] = {name: values for name, values in source.values.items() if name not in of_events}
+    users = Users(view_of=view_of)
+    if source.events is not None:
+        aside = None if source.rejected is None else Path(f"{source.rejected}.events")
+        users = replace(
+            users,
+            history_of=histories_of(
+                Path(source.events), columns=source.event_columns, values=of_events, rejected=aside
+            ),
+        )
+    return table_rows(path, task=source.task, users=users, **settings)
 
 
 _PUBLIC = {SourceKind.esci: ESCI_FILE, SourceKind.gsm8k: GSM8K_FILE, SourceKind.next_brand: next_brand.FILE}

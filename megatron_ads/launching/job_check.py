@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -176,10 +177,11 @@ def _world(config: SftConfig, ranks: int | None) -> int:
 
 
 def _data(config: SftConfig) -> str:
-    paths = [source.path for source in config.data.sources if source.path is not None]
-    if absent := [path for path in paths if not Path(path).exists()]:
+    sources = config.data.sources
+    paths = [path for source in sources for path in (source.path, source.events) if path is not None]
+    if absent := [path for path in paths if not Path(path).exists() and not glob(path, recursive=True)]:
         raise DataError(f"{', '.join(absent)} (data.sources) does not exist. Give the path as every node sees it.")
-    return f"{len(config.data.sources)} sources, {len(paths)} of them in files that exist"
+    return f"{len(sources)} sources, in {len(paths)} files or folders that exist"
 
 
 def _checkpoint(config: SftConfig) -> str:

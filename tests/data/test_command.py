@@ -3,8 +3,10 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from megatron_ads.cli import main
 from megatron_ads.config.data import AdsTask, RowVariant
@@ -132,3 +134,78 @@ def test_the_recipe_decides_how_long_a_row_may_be(tmp_path: Path, capsys: pytest
 def test_a_source_that_is_not_complete_is_one_line(capsys: pytest.CaptureFixture[str]):
     assert main(["data", "preview", "--recipe", "sft/quickstart", "data.sources=[{kind: jsonl}]"]) == 2
     assert "data.sources[0].path is missing; kind jsonl reads a file of rows." in capsys.readouterr().err
+
+
+PAIRS = "id,search_term,adTitle,relevance\n1,tent,Big Tent,E\n2,sofa,Sofa,C\n3,lamp,Lamp,S\n"
+EVENTS = (
+    "uid,ts,action,item,shop\nu1,1740614400000,Search,tent,\nu1,1741100000000,order,,Acme\nu1,1740614400000,ad,,\n"
+    "u1,1741100000001,view,x,\nu1,1741100000002,view,x,\n"
+)
+SCORES = "user_id,headline,rating,click\n7,Tent,0,tents\n8,Sofa,3,sofas\n9,Sofa,4,x\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "task", "columns", "values"),
+    [
+        ("pairs.csv", PAIRS, "query_ad_relevance",
+         {"id": "id", "query": "search_term", "title": "adTitle", "label": "relevance"},
+         {"label": {"C": "Bad", "E": "Good", "S": "Fair"}}),
+        ("events.CSV", EVENTS, "next_advertiser",
+         {"user": "uid", "time": "ts", "event": "action", "text": "item", "advertiser": "shop"},
+         {"event": {"Search": "onsite_search", "order": "matched_conversion", "ad": None, "view": "page_view"}}),
+        ("scores.csv", SCORES, "ad_user_relevance",
+         {"user": "user_id", "title": "headline", "score": "rating", "click": "click"}, {"score": {4: "0"}}),
+        ("chat.csv", "question,answer\n2 + 2?,4\n", None, {"prompt": "question", "target": "answer"}, {}),
+    ],
+)  # fmt: skip
+def test_a_table_is_shown_with_a_mapping_that_reads_it(
+    name: str,
+    content: str,
+    task: str | None,
+    columns: dict[str, str],
+    values: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    (tmp_path / name).write_text(content)
+    assert main(["data", "preview", "--source", str(tmp_path / name), "--rows", "1"]) == 0
+    out = capsys.readouterr().out
+    head, _, pasted = out.partition("check what is guessed:\n")
+    assert all(column in head for column in content.splitlines()[0].split(","))
+    assert "text" in head
+    (source,) = yaml.safe_load(pasted.partition("\n\n\n")[0])["data"]["sources"]
+    assert (source.get("task"), source["columns"], source.get("values", {})) == (task, columns, values)
+    assert "Rows of: own rows" in out and "1 with loss" not in head
+    recipe = tmp_path / "mine.yaml"
+    shipped = "defaults: [base_sft, /layout: pp1_ep1, /model: demo, _self_]\n"
+    recipe.write_text(shipped + pasted.partition("\n\n\n")[0])
+    assert main(["data", "preview", "--recipe", str(recipe), "--rows", "1"]) == 0
+    assert "Rows of: own rows" in capsys.readouterr().out
+
+
+def test_fields_that_no_column_looks_like_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "t.jsonl").write_text('{"q": "tent", "blob": {"a": 1}, "title": "Tent"}\n')
+    words = ["data", "preview", "--source", str(tmp_path / "t.jsonl"), "--task", "query_ad_relevance"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "label: COLUMN" in out and "No column looks like label." in out
+    assert main([*words, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["missing"] == ["label"]
+    assert [column["type"] for column in report["columns"]] == ["str", "dict", "str"]
+    assert main(["data", "preview", "--source", str(tmp_path / "t.jsonl"), "--task", "nonsense"]) == 2
+    assert "a table can be read as query_ad_relevance, " in capsys.readouterr().err
+    (tmp_path / "t.csv").write_text("q,t\n")
+    assert main(["data", "preview", "--source", str(tmp_path / "t.csv")]) == 2
+    assert "holds no row that can be read" in capsys.readouterr().err
+
+
+def test_a_folder_is_known_by_all_of_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for day, event, item, shop in (("2025-02-27", "find_search", "tent", ""), ("2025-03-05", "purchase", "", "Acme")):
+        (tmp_path / f"dt={day}").mkdir()
+        (tmp_path / f"dt={day}" / "part-0.csv").write_text(f"user_id,event_type,item,shop\n1,{event},{item},{shop}\n")
+    assert main(["data", "preview", "--source", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "anchor: '2025-03-05'" in out and "time: dt" in out
+    assert "event: {find_search: onsite_search, purchase: matched_conversion}" in out
+    assert "label 'Acme'" in out

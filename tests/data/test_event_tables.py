@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_ads.config.data import AdsTask, HistoryConfig, SourceConfig, SourceKind
-from megatron_ads.data.event_tables import LABEL_DAYS, event_rows, read_anchor
+from megatron_ads.data.event_tables import ANSWER_DAYS, event_rows, read_anchors
 from megatron_ads.data.simulator.simulated_rows import DEFAULT_VIEW, next_advertiser_examples, users_at_anchor
 from megatron_ads.data.simulator.world import draw_world
 from megatron_ads.data.sources import read_source
@@ -20,7 +20,7 @@ from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.rows import ChatRow
 
 COLUMNS = {"user": "uid", "time": "ts", "event": "what", "text": "words", "advertiser": "shop", "age": "age"}
-ANCHOR = read_anchor("2025-03-01")
+(ANCHOR,) = read_anchors(["2025-03-01"])
 VIEW_OF = view_chooser(HistoryConfig())
 SEARCH = {"uid": "u1", "ts": "2025-02-27", "what": "onsite_search", "words": "tent", "shop": None, "age": "25-34"}
 SALE = SEARCH | {"ts": "2025-03-04", "what": "matched_conversion", "words": None, "shop": "Acme"}
@@ -33,7 +33,7 @@ def write(folder: Path, *lines: dict[str, Any]) -> Path:
 
 
 def read(file: Path, **options: Any) -> list[ChatRow]:
-    return event_rows(file, **({"columns": COLUMNS, "anchor": ANCHOR, "view_of": VIEW_OF} | options))
+    return event_rows(file, **({"columns": COLUMNS, "anchors": [ANCHOR], "view_of": VIEW_OF} | options))
 
 
 def test_the_anchor_divides_history_from_answer(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_an_event_at_the_anchor_is_answer_and_not_history(tmp_path: Path) -> Non
 
 
 def test_users_that_give_no_row_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    late = SALE | {"uid": "u3", "ts": ANCHOR + LABEL_DAYS * SECONDS_PER_DAY}
+    late = SALE | {"uid": "u3", "ts": ANCHOR + ANSWER_DAYS * SECONDS_PER_DAY}
     lines = [SEARCH, SALE, SEARCH | {"uid": "u2"}, SEARCH | {"uid": "u3"}, late, SALE | {"uid": "u4"}]
     assert len(read(write(tmp_path, *lines))) == 1
     assert "2 without a later conversion, 1 without history" in caplog.text
@@ -102,11 +102,11 @@ def test_timestamps_of_parquet_are_read(tmp_path: Path) -> None:
 
 def test_a_wrong_anchor_or_mapping_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="anchor is 'soon'"):
-        read_anchor("soon")
+        read_anchors(["soon"])
     with pytest.raises(ConfigError, match="does not say which column holds time, event"):
         read(write(tmp_path, SEARCH), columns={"user": "uid"})
     with pytest.raises(DataError, match="none of the 1 users has events before the anchor 2030"):
-        read(write(tmp_path, SEARCH), anchor=read_anchor("2030-01-01"))
+        read(write(tmp_path, SEARCH), anchors=read_anchors(["2030-01-01"]))
 
 
 def test_the_simulators_events_in_a_file_give_the_simulators_rows(tmp_path: Path) -> None:
