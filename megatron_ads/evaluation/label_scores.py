@@ -48,7 +48,7 @@ def defect_view(
     """
     interval = balanced_accuracy_interval(truths, lines["model"], view, groups=groups)
     return {
-        **{name: binary_metrics(truths, labels, view).as_dict() for name, labels in lines.items()},
+        **{name: binary_metrics(truths, labels, view) for name, labels in lines.items()},
         "balanced_accuracy_95": None if interval is None else [interval.low, interval.high],
     }
 

@@ -59,7 +59,8 @@ class RowSearch:
         self._rules, self._beams, self._limit = rules, beams, limit
         self._end_token, self._length = end_token, length
         self._steps = 0
-        self._ended: list[Beam] = []
+        self.best: list[Beam] = []
+        """The beams found, the best first; what was cut off at the limit comes after what ended."""
         self.running: list[Beam] = [Beam(state=rules.start)]
 
     def advance(self, log_probabilities_KV: Tensor) -> list[int]:
@@ -84,28 +85,24 @@ class RowSearch:
                 state=found.states[place],
             )
             if ends:
-                self._ended.append(self._judged(beam))
+                self.best.append(self._judged(beam))
             else:
                 parents.append(parent)
                 grown.append(beam)
-        self._ended = sorted(self._ended, key=lambda beam: -beam.score)[: self._beams]
+        self.best = sorted(self.best, key=lambda beam: -beam.score)[: self._beams]
         self.running = [] if self._is_done(grown) else grown
         return parents if self.running else []
-
-    def best(self) -> list[Beam]:
-        """Return the beams found, the best first; what was cut off at the limit comes after what ended."""
-        return self._ended
 
     def _is_done(self, grown: Sequence[Beam]) -> bool:
         if not grown:
             return True
         if self._steps == self._limit:
             cut_off = sorted((self._judged(beam) for beam in grown), key=lambda beam: -beam.score)
-            self._ended = [*self._ended, *cut_off][: self._beams]
+            self.best = [*self.best, *cut_off][: self._beams]
             return True
         # Gains are not positive: the best score a running beam can still get is that of its sum over the most tokens.
         max_tokens = 1 if self._length is LengthRule.sum else self._limit
-        return len(self._ended) == self._beams and grown[0].score / max_tokens <= self._ended[-1].score
+        return len(self.best) == self._beams and grown[0].score / max_tokens <= self.best[-1].score
 
     def _judged(self, beam: Beam) -> Beam:
         tokens = {
@@ -119,22 +116,17 @@ class RowSearch:
 @torch.inference_mode()
 def search_beams(rows: RunningRows, searches: Sequence[RowSearch]) -> list[list[Beam]]:
     """Carry the searches out, one per prompt of ``rows``; return the beams of each, the best first."""
-    while True:
-        parents, tokens = _advance(searches, rows.logits_RV.log_softmax(-1))
-        if not parents:
-            return [search.best() for search in searches]
-        rows.go_on(parents, tokens)
-
-
-def _advance(searches: Sequence[RowSearch], log_probabilities_RV: Tensor) -> tuple[list[int], list[int]]:
-    """Advance every search; return, over all running beams, where each comes from and its newest token."""
-    parents: list[int] = []
-    tokens: list[int] = []
-    start = 0
-    for search in searches:
-        width = len(search.running)
-        if width:
-            parents += [start + parent for parent in search.advance(log_probabilities_RV[start : start + width])]
-            tokens += [beam.tokens[-1] for beam in search.running]
-        start += width
-    return parents, tokens
+    while any(search.running for search in searches):
+        log_probabilities_RV = rows.logits_RV.log_softmax(-1)
+        parents: list[int] = []  # over all running beams, where each comes from
+        tokens: list[int] = []
+        start = 0
+        for search in searches:
+            width = len(search.running)
+            if width:
+                parents += [start + parent for parent in search.advance(log_probabilities_RV[start : start + width])]
+                tokens += [beam.tokens[-1] for beam in search.running]
+            start += width
+        if parents:
+            rows.go_on(parents, tokens)
+    return [search.best for search in searches]

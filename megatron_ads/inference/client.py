@@ -19,7 +19,6 @@ logger = get_logger(__name__)
 
 MAX_CONSECUTIVE_GIVE_UPS = 5
 """After so many consecutive requests without an answer the run stops: the server is gone, not busy."""
-_MILLION = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +102,7 @@ class Usage:
         """Return what all answers cost; None where no prices are known."""
         if config.input_price is None or config.output_price is None:
             return None
-        return (self.prompt_tokens * config.input_price + self.answer_tokens * config.output_price) / _MILLION
+        return (self.prompt_tokens * config.input_price + self.answer_tokens * config.output_price) / 1_000_000
 
 
 class Client:

@@ -8,10 +8,10 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 
@@ -28,6 +28,7 @@ _HOPELESS = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})
 _MAX_ANSWER_BYTES = 32 << 20
 _MAX_ERROR_BYTES = 1 << 16
 _SHOWN_CHARACTERS = 200
+_Number = TypeVar("_Number", int, float)
 
 
 class _TryAgain(Exception):
@@ -36,15 +37,6 @@ class _TryAgain(Exception):
     def __init__(self, failure: Failure, why: str, wait_seconds: float | None = None) -> None:
         super().__init__(why)
         self.failure, self.wait_seconds = failure, wait_seconds
-
-
-@dataclass(frozen=True, slots=True)
-class _Response:
-    """What a server sent."""
-
-    status: int
-    retry_after: str | None
-    body: bytes
 
 
 class Endpoint:
@@ -77,7 +69,8 @@ class Endpoint:
                 f"the {section} cannot be asked as the environment says ({error}). Correct or unset HTTP_PROXY, "
                 "HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE or SSL_CERT_DIR."
             ) from None
-        self._starts = _Starts(config.requests_per_minute)
+        self._seconds_apart = 60.0 / config.requests_per_minute if config.requests_per_minute else 0.0
+        self._next_start, self._lock = 0.0, threading.Lock()
         self._failed: set[Failure] = set()
 
     def answer(self, request: Request, stop: threading.Event) -> Completion:
@@ -94,13 +87,17 @@ class Endpoint:
         failures: list[Failure] = []
         why = "the run was stopped"
         while len(failures) < self._config.attempts and not stop.is_set():
-            self._starts.wait(stop)
+            self._wait_for_turn(stop)
             try:
                 answer = self._ask_once(url, data)
             except _TryAgain as error:
                 failures.append(error.failure)
                 why, asked = self._without_key(str(error)), error.wait_seconds
-                self._warn_once(error.failure, why)
+                if error.failure not in self._failed:
+                    self._failed.add(error.failure)
+                    logger.warning(
+                        "the %s: %s (%s). Such attempts are repeated, and counted.", self._section, error.failure, why
+                    )
             else:
                 return replace(answer, seconds=time.monotonic() - started, failures=tuple(failures))
             if len(failures) < self._config.attempts:
@@ -109,24 +106,23 @@ class Endpoint:
         attempt = f"attempt {len(failures)} of {self._config.attempts}"
         raise Unanswered(f"{url}, {attempt}: {why}.", tuple(failures))
 
+    def _wait_for_turn(self, stop: threading.Event) -> None:
+        """Spread the starts of requests over time: return when one more may start."""
+        if self._seconds_apart:
+            with self._lock:
+                now = time.monotonic()
+                start = max(now, self._next_start)
+                self._next_start = start + self._seconds_apart
+            stop.wait(start - now)
+
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
 
-    def _warn_once(self, failure: Failure, why: str) -> None:
-        if failure not in self._failed:
-            self._failed.add(failure)
-            logger.warning("the %s: %s (%s). Such attempts are repeated, and counted.", self._section, failure, why)
-
     def _ask_once(self, url: str, data: bytes) -> Completion:
-        """Send a request and return what comes of it.
-
-        Raises:
-            _TryAgain: If another attempt may fare better.
-            ConfigError: If no request can succeed.
-        """
+        """Send a request and return what comes of it."""
         try:
-            response = self._send(url, data)
+            status, retry_after, body = self._send(url, data)
         except (TimeoutError, httpx2.TimeoutException):
             why = f"no answer in {self._config.timeout_seconds:g} s"
             raise _TryAgain(Failure.timed_out, why) from None
@@ -134,10 +130,22 @@ class Endpoint:
             raise _TryAgain(Failure.not_connected, str(error)) from None
         except (httpx2.HTTPError, OSError) as error:
             raise _TryAgain(Failure.broken_connection, f"{type(error).__name__} {error}".strip()) from None
-        return self._parsed(response.body) if response.status < 300 else self._refused(url, response)
+        if status < 300:
+            return self._parsed(body)
+        text = " ".join(self._without_key(body.decode(errors="replace")).split())
+        said = f"HTTP {status}: {text[:_SHOWN_CHARACTERS]}"
+        if status in _TRY_AGAIN or status >= 500:
+            busy = status == HTTPStatus.TOO_MANY_REQUESTS
+            raise _TryAgain(Failure.rate_limited if busy else Failure.server_error, said, _seconds(retry_after))
+        if status in _HOPELESS:
+            raise ConfigError(
+                f"{url} answers {said}. Check {self._section}.url, {self._section}.model = {self._config.model!r} and "
+                f"the key in the variable that {self._section}.api_key_env names."
+            )
+        return Completion(text=said, finish=Finish.refused)
 
-    def _send(self, url: str, data: bytes) -> _Response:
-        """Return the response, of an error its beginning; a server that drips does not outlast the deadline."""
+    def _send(self, url: str, data: bytes) -> tuple[int, str | None, bytes]:
+        """Return status, Retry-After and body, of an error its beginning; a server that drips is not waited for."""
         deadline = time.monotonic() + self._config.timeout_seconds
         blocks: list[bytes] = []
         size = 0
@@ -156,27 +164,7 @@ class Endpoint:
             except (httpx2.HTTPError, OSError):
                 if not failed:  # of an error, the status says enough
                     raise
-            return _Response(response.status_code, response.headers.get("Retry-After"), b"".join(blocks))
-
-    def _refused(self, url: str, response: _Response) -> Completion:
-        """Return the answer to a request that the server calls impossible.
-
-        Raises:
-            _TryAgain: If it may answer later.
-            ConfigError: If no request can succeed.
-        """
-        text = self._without_key(response.body.decode(errors="replace"))
-        said = f"HTTP {response.status}: {' '.join(text.split())[:_SHOWN_CHARACTERS]}"
-        if response.status in _TRY_AGAIN or response.status >= 500:
-            busy = response.status == HTTPStatus.TOO_MANY_REQUESTS
-            failure = Failure.rate_limited if busy else Failure.server_error
-            raise _TryAgain(failure, said, _seconds(response.retry_after))
-        if response.status in _HOPELESS:
-            raise ConfigError(
-                f"{url} answers {said}. Check {self._section}.url, {self._section}.model = {self._config.model!r} and "
-                f"the key in the variable that {self._section}.api_key_env names."
-            )
-        return Completion(text=said, finish=Finish.refused)
+            return response.status_code, response.headers.get("Retry-After"), b"".join(blocks)
 
     def _parsed(self, body: bytes) -> Completion:
         try:
@@ -191,13 +179,23 @@ class Endpoint:
 
     def _completion(self, choice: Mapping[str, Any], usage: Mapping[str, Any]) -> Completion:
         message = choice["message"] if "message" in choice else {"content": choice["text"]}
-        tokens = choice.get("token_ids")
+        withheld = choice.get("finish_reason") == "content_filter" or message.get("refusal")
+        ended = Finish.cut_off if choice.get("finish_reason") == "length" else Finish.ended
+        text = message.get("content") or message.get("refusal") or ""
+        # Half a surrogate pair, which JSON can hold and no file can, becomes U+FFFD.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        logprobs, of_prompt = choice.get("logprobs") or {}, choice.get("prompt_logprobs")
+        values = logprobs.get("token_logprobs")  # of a completion; a chat completion has ``content``
+        if (content := logprobs.get("content")) is not None:
+            values = [token["logprob"] for token in content]
+        if of_prompt is not None:  # vLLM's; before the first token there is nothing
+            of_prompt = [next(iter(entry.values()))["logprob"] for entry in of_prompt[1:] if entry is not None]
         return Completion(
-            text=self._without_key(_whole_characters(message.get("content") or message.get("refusal") or "")),
-            finish=_finish(choice.get("finish_reason"), message),
-            token_ids=None if tokens is None else tuple(map(int, tokens)),
-            log_probabilities=_log_probabilities(choice.get("logprobs") or {}),
-            prompt_log_probabilities=_of_prompt(choice.get("prompt_logprobs")),
+            text=self._without_key(text),
+            finish=Finish.withheld if withheld else ended,
+            token_ids=_tuple_of(int, choice.get("token_ids")),
+            log_probabilities=_tuple_of(float, values),
+            prompt_log_probabilities=_tuple_of(float, of_prompt),
             prompt_tokens=int(usage.get("prompt_tokens") or 0),
             answer_tokens=int(usage.get("completion_tokens") or 0),
         )
@@ -205,25 +203,6 @@ class Endpoint:
     def _without_key(self, text: str) -> str:
         """Return a text in which the key, should the server repeat it, cannot be read."""
         return text.replace(self._key, "***") if self._key else text
-
-
-class _Starts:
-    """Spreads the starts of requests over time."""
-
-    def __init__(self, per_minute: float | None) -> None:
-        self._apart = 60.0 / per_minute if per_minute else 0.0
-        self._next = 0.0
-        self._lock = threading.Lock()
-
-    def wait(self, stop: threading.Event) -> None:
-        """Return when one more request may start."""
-        if not self._apart:
-            return
-        with self._lock:
-            now = time.monotonic()
-            start = max(now, self._next)
-            self._next = start + self._apart
-        stop.wait(start - now)
 
 
 def _read_key(section: str, variable: str | None) -> str | None:
@@ -243,30 +222,8 @@ def _read_key(section: str, variable: str | None) -> str | None:
     return key
 
 
-def _finish(reason: object, message: Mapping[str, Any]) -> Finish:
-    if reason == "content_filter" or message.get("refusal"):
-        return Finish.withheld
-    return Finish.cut_off if reason == "length" else Finish.ended
-
-
-def _log_probabilities(logprobs: Mapping[str, Any]) -> tuple[float, ...] | None:
-    """Return those of a chat completion (``content``) or of a completion (``token_logprobs``)."""
-    if (content := logprobs.get("content")) is not None:
-        return tuple(float(token["logprob"]) for token in content)
-    values = logprobs.get("token_logprobs")
-    return None if values is None else tuple(map(float, values))
-
-
-def _of_prompt(entries: Sequence[Mapping[str, Any] | None] | None) -> tuple[float, ...] | None:
-    """Return vLLM's log-probabilities of the prompt's tokens but the first, before which there is nothing."""
-    if entries is None:
-        return None
-    return tuple(float(next(iter(entry.values()))["logprob"]) for entry in entries[1:] if entry is not None)
-
-
-def _whole_characters(text: str) -> str:
-    """Return a text that can be written: half a surrogate pair, which JSON can hold, becomes U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def _tuple_of(kind: type[_Number], values: Iterable[Any] | None) -> tuple[_Number, ...] | None:
+    return None if values is None else tuple(map(kind, values))
 
 
 def _seconds(header: str | None) -> float | None:

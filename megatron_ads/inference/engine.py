@@ -20,10 +20,6 @@ Prompt = Sequence[int] | Sequence[Message]
 """Token ids, or a conversation that the engine renders with its model's chat template."""
 
 
-_TUPLES = ("token_ids", "log_probabilities", "prompt_log_probabilities")
-"""Fields of a completion that not every engine reports."""
-
-
 class Finish(StrEnum):
     """How a completion ended."""
 
@@ -86,20 +82,15 @@ class Completion:
 
     def as_record(self) -> dict[str, Any]:
         """Return JSON values for a journal, without what was not reported."""
-        optional = (*_TUPLES, "score")
-        return {name: value for name, value in asdict(self).items() if name not in optional or value is not None}
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Completion":
         """Return the completion that a journal's record holds."""
-        changed: dict[str, Any] = {
-            "finish": Finish(record["finish"]),
-            "failures": tuple(map(Failure, record["failures"])),
-        }
-        for name in _TUPLES:
-            if name in record:
-                changed[name] = tuple(record[name])
-        return cls(**{**record, **changed})
+        optional = ("token_ids", "log_probabilities", "prompt_log_probabilities")
+        tuples = {name: tuple(record[name]) for name in optional if name in record}
+        failures = tuple(map(Failure, record["failures"]))
+        return cls(**{**record, **tuples, "finish": Finish(record["finish"]), "failures": failures})
 
 
 class Engine(Protocol):

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers import logging as transformers_logging
 
 from megatron_ads.errors import ConversionError
 from megatron_ads.inference.latent_decoding import attend_to_latents
-
-_NO_LIMIT = 2**31
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
@@ -49,11 +48,6 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     return model.eval().to(device)
 
 
-def longest_text(model: Any) -> int:
-    """Return how many tokens the model has positions for."""
-    return int(getattr(model.config, "max_position_embeddings", _NO_LIMIT))
-
-
 @torch.inference_mode()
 def log_probabilities(
     model: Any, befores: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, pad_token: int
@@ -67,6 +61,8 @@ def log_probabilities(
         pad_token: Fills shorter texts from the left; it is masked and never seen.
     """
     texts = [[*before, *answer] for before, answer in zip(befores, answers, strict=True)]
+    if not texts:
+        return []
     tokens_BS, mask_BS = (tensor.to(model.device) for tensor in left_padded(texts, pad_token))
     longest = max(map(len, answers))
     # All answers end in the last column, so logits are made for the last columns only, not for the whole prompt.
@@ -83,13 +79,9 @@ def log_probabilities(
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token: int) -> tuple[Tensor, Tensor]:
     """Return tokens and attention mask, each (B, S): every prompt ends in the last column."""
-    width = max(len(prompt) for prompt in prompts)
-    tokens_BS = torch.full((len(prompts), width), pad_token, dtype=torch.long)
-    mask_BS = torch.zeros_like(tokens_BS)
-    for row, prompt in enumerate(prompts):
-        tokens_BS[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
-        mask_BS[row, width - len(prompt) :] = 1
-    return tokens_BS, mask_BS
+    rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
+    tokens_BS = pad_sequence(rows, batch_first=True, padding_value=pad_token, padding_side="left")
+    return tokens_BS, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
 
 
 class RunningRows:

@@ -34,11 +34,7 @@ def attend_to_latents(model: Any) -> None:
     model.set_attn_implementation(_NAME)
     for attention in attentions:
         # Its only purpose is to make the arguments of the attention function, which here are the latents.
-        attention.expand_kv = _unexpanded
-
-
-def _unexpanded(latents_B1SL: Tensor, rotated_B1SR: Tensor) -> tuple[Tensor, Tensor]:
-    return latents_B1SL, rotated_B1SR
+        attention.expand_kv = lambda latents_B1SL, rotated_B1SR: (latents_B1SL, rotated_B1SR)
 
 
 def _attention(
@@ -52,28 +48,16 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Return the outputs of all heads, (B, Q, H, V), and no weights; the mask is True where a token is seen."""
-    if query_BHQD.size(2) > 1:
-        output_BHQV = _expanded(module, query_BHQD, latents_B1SL, rotated_B1SR, mask_B1QS, scaling)
-    else:
+    if query_BHQD.size(2) == 1:
         output_BHQV = _absorbed(module, query_BHQD, latents_B1SL[:, 0], rotated_B1SR[:, 0], mask_B1QS, scaling)
+    else:
+        key_BHSD, value_BHSV = type(module).expand_kv(module, latents_B1SL, rotated_B1SR)
+        width = value_BHSV.size(-1)
+        value_BHSD = pad(value_BHSV, (0, key_BHSD.size(-1) - width))
+        output_BHQV = scaled_dot_product_attention(
+            query_BHQD, key_BHSD, value_BHSD, attn_mask=mask_B1QS, is_causal=mask_B1QS is None, scale=scaling
+        )[..., :width]
     return output_BHQV.transpose(1, 2).contiguous(), None
-
-
-def _expanded(
-    module: Any,
-    query_BHQD: Tensor,
-    latents_B1SL: Tensor,
-    rotated_B1SR: Tensor,
-    mask_B1QS: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    key_BHSD, value_BHSV = type(module).expand_kv(module, latents_B1SL, rotated_B1SR)
-    width = value_BHSV.size(-1)
-    value_BHSD = pad(value_BHSV, (0, key_BHSD.size(-1) - width))
-    output_BHQD = scaled_dot_product_attention(
-        query_BHQD, key_BHSD, value_BHSD, attn_mask=mask_B1QS, is_causal=mask_B1QS is None, scale=scaling
-    )
-    return output_BHQD[..., :width]
 
 
 def _absorbed(

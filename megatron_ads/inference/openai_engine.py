@@ -54,11 +54,6 @@ class OpenAIEngine:
 
         Each completion is a request of its own, whose seed depends on ``config.seed``, the prompt, and how often the
         prompt came before in this call.
-
-        Raises:
-            UnsupportedError: If beams are asked for, or the server does not report what was asked for.
-            ConfigError: If the key, the address or the model's name is wrong.
-            DataError: If requests have no answer after all attempts, or the cost limit was reached.
         """
         require_supported(config)
         samples = config.samples if config.method is Method.sampled else 1
@@ -100,11 +95,7 @@ class OpenAIEngine:
         return found
 
     def update_weights(self, weights: "Iterator[tuple[str, Tensor]]") -> NoReturn:
-        """Refuse: the protocol has no request for it.
-
-        Raises:
-            UnsupportedError: Always.
-        """
+        """Refuse, always: the protocol has no request for it."""
         raise UnsupportedError(
             f"the {self._name} at {self._config.url} cannot take weights: the OpenAI protocol has no request for it. "
             "Export the new weights and restart the server on them, or generate with the transformers engine."

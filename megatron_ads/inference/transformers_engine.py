@@ -19,9 +19,9 @@ from megatron_ads.config.generation import BEAM_METHODS, GenerationConfig, Metho
 from megatron_ads.data.chat import ChatTokenizer, load_tokenizer, render_prompt
 from megatron_ads.errors import ConfigError
 from megatron_ads.inference.beam_rules import AnyToken, Rules
-from megatron_ads.inference.beam_search import Beam, RowSearch, search_beams
+from megatron_ads.inference.beam_search import RowSearch, search_beams
 from megatron_ads.inference.engine import Completion, Finish, Prompt, UnsupportedError
-from megatron_ads.inference.language_model import RunningRows, load_model, log_probabilities, longest_text
+from megatron_ads.inference.language_model import RunningRows, load_model, log_probabilities
 from megatron_ads.rows import Message
 
 
@@ -30,6 +30,7 @@ class _Written:
     """What has been generated behind one prompt so far."""
 
     tokens: list[int] = field(default_factory=list)
+    """Without the end token."""
     log_probabilities: list[float] = field(default_factory=list)
     ended: bool = False
 
@@ -55,7 +56,7 @@ class TransformersEngine:
     @property
     def longest_text(self) -> int:
         """How many tokens of prompt and completion the model has positions for."""
-        return longest_text(self._model)
+        return int(getattr(self._model.config, "max_position_embeddings", 2**31))
 
     def generate(
         self, prompts: Sequence[Prompt], config: GenerationConfig, *, rules: Sequence[Rules] | None = None
@@ -75,7 +76,7 @@ class TransformersEngine:
         samples = config.samples if config.method is Method.sampled else 1
         repeated = [prompt for prompt in tokens for _ in range(samples)]
         written = [
-            self._completion(one.tokens, one.ended, len(prompt), one.log_probabilities or None)
+            self._completion(one.tokens, one.ended, len(prompt), one.log_probabilities)
             for one, prompt in zip(self._continue(repeated, config, limit), repeated, strict=True)
         ]
         return [written[start : start + samples] for start in range(0, len(written), samples)]
@@ -87,12 +88,7 @@ class TransformersEngine:
         return log_probabilities(self._model, prompts, answers, pad_token=self._pad_token)
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Replace all weights in place, from tensors with Hugging Face names.
-
-        Raises:
-            UnsupportedError: If this version of transformers stores weights in a way that is not known here.
-            ConversionError: If a name is unknown, a shape differs, or weights are missing.
-        """
+        """Replace all weights in place; refused by versions of transformers that store them in an unknown way."""
         try:  # it needs parts of transformers that are not its interface, and nothing else here does
             from megatron_ads.inference.weight_update import replace_weights
         except ImportError as error:
@@ -107,11 +103,7 @@ class TransformersEngine:
         self._model = None
 
     def tokens_of(self, prompt: Prompt) -> list[int]:
-        """Return a prompt's token ids.
-
-        Raises:
-            DataError: If the chat template refuses a conversation.
-        """
+        """Return a prompt's token ids."""
         if prompt and isinstance(prompt[0], Message):
             assert self._tokenizer is not None, "conversations need a tokenizer"
             return self._tokenizer.encode(render_prompt(cast(Sequence[Message], prompt), self._tokenizer))
@@ -128,8 +120,9 @@ class TransformersEngine:
             chosen_R = next_tokens(rows.logits_RV, config, chance)
             chosen = chosen_R.tolist()
             for number, token in zip(running, chosen, strict=True):
-                written[number].tokens.append(token)
                 written[number].ended = token == self._end_token
+                if not written[number].ended:
+                    written[number].tokens.append(token)
             if config.log_probabilities:
                 found_R = rows.logits_RV.log_softmax(-1).gather(1, chosen_R[:, None])[:, 0]
                 for number, value in zip(running, found_R.tolist(), strict=True):
@@ -158,27 +151,28 @@ class TransformersEngine:
         ]
         found = search_beams(RunningRows(self._model, prompts, self._pad_token), searches)
         return [
-            [self._of_beam(beam, len(prompt)) for beam in beams] for beams, prompt in zip(found, prompts, strict=True)
+            [
+                self._completion(beam.tokens, beam.ended, len(prompt), beam.log_probabilities, beam.score)
+                for beam in beams
+            ]
+            for beams, prompt in zip(found, prompts, strict=True)
         ]
-
-    def _of_beam(self, beam: Beam, prompt_tokens: int) -> Completion:
-        tokens = [*beam.tokens, self._end_token] if beam.ended else list(beam.tokens)
-        return self._completion(tokens, beam.ended, prompt_tokens, beam.log_probabilities, beam.score)
 
     def _completion(
         self,
-        tokens: Sequence[int],
+        said: Sequence[int],
         ended: bool,
         prompt_tokens: int,
-        log_probabilities: Sequence[float] | None,
+        log_probabilities: Sequence[float],
         score: float | None = None,
     ) -> Completion:
-        said = list(tokens[:-1] if ended else tokens)
+        """Return what was said, without the end token, as a completion."""
+        tokens = (*said, self._end_token) if ended else tuple(said)
         return Completion(
-            text=self._tokenizer.decode(said) if self._tokenizer else "",
+            text=self._tokenizer.decode(list(said)) if self._tokenizer else "",
             finish=Finish.ended if ended else Finish.cut_off,
-            token_ids=tuple(tokens),
-            log_probabilities=None if log_probabilities is None else tuple(log_probabilities),
+            token_ids=tokens,
+            log_probabilities=tuple(log_probabilities) or None,
             score=score,
             prompt_tokens=prompt_tokens,
             answer_tokens=len(tokens),
@@ -186,11 +180,7 @@ class TransformersEngine:
 
 
 def open_engine(folder: Path, *, dtype: torch.dtype | None = None) -> TransformersEngine:
-    """Load a Hugging Face folder with its tokenizer.
-
-    Args:
-        folder: A checkpoint that ``transformers`` loads by itself.
-        dtype: Number format to compute in; None: as stored on a GPU, FP32 on a CPU, where BF16 is slower.
+    """Load a Hugging Face folder with its tokenizer; folder and dtype as of :func:`load_model`.
 
     Raises:
         ConversionError: If transformers cannot load the folder, or would have to make up weights.

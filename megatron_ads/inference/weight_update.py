@@ -37,11 +37,11 @@ class _Targets:
         self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
         shapes = {name: tensor.to("meta") for name, tensor in self.tensors.items()}
-        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        self.tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         self.parts: dict[str, set[str]] = defaultdict(set)
         """Names in a checkpoint of the parts of each tensor; of tied tensors one is enough."""
         for name in revert_weight_conversion(model, shapes):
-            if name not in tied:
+            if name not in self.tied:
                 self.parts[self.target_of(name)[0]].add(name)
 
     def target_of(self, name: str) -> tuple[str, str | None]:
@@ -85,7 +85,11 @@ def replace_weights(model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in weights:
         target, _ = targets.target_of(name)
         if name not in targets.parts.get(target, ()):
-            _require_spare(model, name)
+            layer = _LAYER.search(name)
+            if name not in targets.tied and (layer is None or int(layer[1]) < model.config.num_hidden_layers):
+                raise ConversionError(
+                    f"the engine's model has no weight {name}. Was it loaded from a checkpoint of this model?"
+                )
             continue
         waiting[target][name] = tensor.to(targets.tensors[target].device)
         expected.discard(name)
@@ -95,13 +99,4 @@ def replace_weights(model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
         raise ConversionError(
             f"the new weights lack {len(expected)} tensors, {min(expected)} among them. The engine now holds old and "
             "new weights: update it with all of them."
-        )
-
-
-def _require_spare(model: Any, name: str) -> None:
-    layer = _LAYER.search(name)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    if name not in tied and (layer is None or int(layer[1]) < model.config.num_hidden_layers):
-        raise ConversionError(
-            f"the engine's model has no weight {name}. Was it loaded from a checkpoint of this model?"
         )

@@ -27,7 +27,7 @@ the label farthest from the truth (ours; the paper does not say). A ratio with d
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,30 +43,10 @@ class DefectView:
     defects: frozenset[str]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BinaryMetrics:
-    """One line of the paper's tables, as fractions; None is undefined."""
-
-    rows: int
-    defect_rate: float | None
-    model_defect_rate: float | None
-    balanced_accuracy: float | None
-    accuracy: float | None
-    positive_accuracy: float | None
-    positive_precision: float | None
-    negative_accuracy: float | None
-    negative_precision: float | None
-    positive_f1: float | None
-    negative_f1: float | None
-    unreadable_rate: float | None
-
-    def as_dict(self) -> dict[str, float | int | None]:
-        """Return the fields by name."""
-        return asdict(self)
-
-
-def binary_metrics(truths: Sequence[str], predictions: Sequence[str | None], view: DefectView) -> BinaryMetrics:
-    """Score predictions in one view; None is an answer that could not be read."""
+def binary_metrics(
+    truths: Sequence[str], predictions: Sequence[str | None], view: DefectView
+) -> dict[str, float | None]:
+    """Return one line of the paper's tables, as fractions; a prediction of None could not be read."""
     found = Counter(
         (truth in view.defects, None if prediction is None else prediction in view.defects)
         for truth, prediction in zip(truths, predictions, strict=True)
@@ -76,20 +56,26 @@ def binary_metrics(truths: Sequence[str], predictions: Sequence[str | None], vie
     total = len(truths)
     positive_accuracy, negative_accuracy = _ratio(tp, tp + fn + up), _ratio(tn, tn + fp + un)
     positive_precision, negative_precision = _ratio(tp, tp + fp), _ratio(tn, tn + fn)
-    return BinaryMetrics(
-        rows=total,
-        defect_rate=_ratio(tn + fp + un, total),
-        model_defect_rate=_ratio(tn + fn, total),
-        balanced_accuracy=_mean(positive_accuracy, negative_accuracy),
-        accuracy=_ratio(tp + tn, total),
-        positive_accuracy=positive_accuracy,
-        positive_precision=positive_precision,
-        negative_accuracy=negative_accuracy,
-        negative_precision=negative_precision,
-        positive_f1=_f1(positive_precision, positive_accuracy),
-        negative_f1=_f1(negative_precision, negative_accuracy),
-        unreadable_rate=_ratio(up + un, total),
-    )
+    both = None if positive_accuracy is None or negative_accuracy is None else positive_accuracy + negative_accuracy
+    return {
+        "rows": total,
+        "defect_rate": _ratio(tn + fp + un, total),
+        "model_defect_rate": _ratio(tn + fn, total),
+        "balanced_accuracy": None if both is None else both / 2,
+        "accuracy": _ratio(tp + tn, total),
+        "positive_accuracy": positive_accuracy,
+        "positive_precision": positive_precision,
+        "negative_accuracy": negative_accuracy,
+        "negative_precision": negative_precision,
+        "positive_f1": _f1(positive_precision, positive_accuracy),
+        "negative_f1": _f1(negative_precision, negative_accuracy),
+        "unreadable_rate": _ratio(up + un, total),
+    }
+
+
+def in_view(truths: Sequence[str], predictions: Sequence[str | None], view: DefectView) -> dict[str, float | None]:
+    """Return the binary metrics, the view's name in front of each."""
+    return {f"{view.name}/{name}": value for name, value in binary_metrics(truths, predictions, view).items()}
 
 
 def balanced_accuracy_interval(
@@ -98,7 +84,6 @@ def balanced_accuracy_interval(
     view: DefectView,
     *,
     groups: Sequence[Hashable] | None = None,
-    confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval | None:
@@ -114,7 +99,7 @@ def balanced_accuracy_interval(
     sums_KR = resampled_sums(columns, groups=groups, resamples=resamples, seed=seed)
     right_positive, positives, right_negative, negatives = sums_KR[:, (sums_KR[1] > 0) & (sums_KR[3] > 0)]
     values = (right_positive / positives + right_negative / negatives) / 2
-    return percentile_interval(values, confidence) if values.size else None
+    return percentile_interval(values) if values.size else None
 
 
 def majority_predictions(truths: Sequence[str], *, learned_from: Sequence[str] | None = None) -> list[str | None]:
@@ -137,15 +122,6 @@ def macro_recall(truths: Sequence[str], predictions: Sequence[str | None]) -> fl
     rows = Counter(truths)
     right = Counter(truth for truth, given in zip(truths, predictions, strict=True) if truth == given)
     return sum(right[label] / rows[label] for label in sorted(rows)) / len(rows) if rows else None
-
-
-def confusion(truths: Sequence[str], predictions: Sequence[str | None], scale: Sequence[str]) -> NDArray[np.int64]:
-    """Return rows counted by truth (first axis) and prediction; the last column holds what could not be read."""
-    place = {label: number for number, label in enumerate(scale)}
-    counts_LP = np.zeros((len(scale), len(scale) + 1), dtype=np.int64)
-    for truth, prediction in zip(truths, predictions, strict=True):
-        counts_LP[place[truth], len(scale) if prediction is None else place[prediction]] += 1
-    return counts_LP
 
 
 def quadratic_kappa(truths: Sequence[str], predictions: Sequence[str | None], scale: Sequence[str]) -> float | None:
@@ -227,10 +203,6 @@ def _places(
 
 def _ratio(numerator: int, denominator: int) -> float | None:
     return numerator / denominator if denominator else None
-
-
-def _mean(first: float | None, second: float | None) -> float | None:
-    return None if first is None or second is None else (first + second) / 2
 
 
 def _f1(precision: float | None, recall: float | None) -> float | None:

@@ -19,14 +19,13 @@ class Interval:
 
     low: float
     high: float
-    confidence: float
+    confidence: float = 0.95
 
 
 def mean_interval(
     values: Sequence[float],
     *,
     groups: Sequence[Hashable] | None = None,
-    confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval | None:
@@ -38,7 +37,7 @@ def mean_interval(
     if not values:
         return None
     sums_R, rows_R = resampled_sums([values, np.ones(len(values))], groups=groups, resamples=resamples, seed=seed)
-    return percentile_interval(sums_R / rows_R, confidence)
+    return percentile_interval(sums_R / rows_R)
 
 
 def resampled_sums(
@@ -67,7 +66,6 @@ def statistic_interval(
     rows: int,
     *,
     groups: Sequence[Hashable] | None = None,
-    confidence: float = 0.95,
     resamples: int = 500,
     seed: int = 0,
 ) -> Interval | None:
@@ -77,7 +75,6 @@ def statistic_interval(
         statistic: Takes the numbers of the drawn rows, with repetitions; None where it is undefined.
         rows: Number of rows.
         groups: One value a row; rows of equal value are drawn together.
-        confidence: Share of the resamples inside the interval.
         resamples: How often rows are drawn.
         seed: Decides the draws.
 
@@ -95,13 +92,13 @@ def statistic_interval(
         value = statistic(np.concatenate([members[number] for number in chosen]))
         if value is not None:
             values.append(value)
-    return percentile_interval(np.asarray(values), confidence) if values else None
+    return percentile_interval(np.asarray(values)) if values else None
 
 
-def percentile_interval(values: NDArray[np.float64], confidence: float) -> Interval:
-    """Return the central interval that holds a share ``confidence`` of resampled values."""
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(low=float(low), high=float(high), confidence=confidence)
+def percentile_interval(values: NDArray[np.float64]) -> Interval:
+    """Return the central interval that holds 95 % of resampled values."""
+    low, high = np.quantile(values, [(1 - 0.95) / 2, (1 + 0.95) / 2])
+    return Interval(low=float(low), high=float(high))
 
 
 def _numbered(groups: Sequence[Hashable]) -> NDArray[np.int64]:

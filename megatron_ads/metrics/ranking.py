@@ -15,6 +15,11 @@ RECALLS = (1, 5, 20)
 HIT_RATES = (1, 5, 10, 20, 50, 100)
 
 
+def mean(values: Sequence[float]) -> float | None:
+    """Return the mean, or of booleans the share that is true; None without values."""
+    return fmean(values) if values else None
+
+
 def same_name(name: str) -> str:
     """Return the form in which names are compared: case and white space do not count."""
     return " ".join(name.casefold().split())
@@ -31,17 +36,19 @@ def position_of(truth: str, ranking: Iterable[str]) -> int | None:
 
 def recall_at(positions: Sequence[int | None], k: int) -> float | None:
     """Return the share of rows whose truth is among the first ``k``; None without rows."""
-    return _mean([float(position is not None and position <= k) for position in positions])
+    return mean([float(position is not None and position <= k) for position in positions])
 
 
 def reciprocal_rank(positions: Sequence[int | None]) -> float | None:
     """Return the mean reciprocal rank; None without rows."""
-    return _mean([1 / position if position is not None else 0.0 for position in positions])
+    return mean([1 / position if position is not None else 0.0 for position in positions])
 
 
 def ndcg_at(positions: Sequence[int | None], k: int) -> float | None:
     """Return the mean NDCG of rows with one relevant item; None without rows."""
-    return _mean([_discount(position) if position is not None and position <= k else 0.0 for position in positions])
+    return mean(
+        [1 / math.log2(1 + position) if position is not None and position <= k else 0.0 for position in positions]
+    )
 
 
 def distinct_rate(rankings: Sequence[Sequence[str]]) -> float | None:
@@ -54,7 +61,7 @@ def distinct_rate(rankings: Sequence[Sequence[str]]) -> float | None:
 def valid_rate(rankings: Sequence[Sequence[str]], valid: Iterable[str]) -> float | None:
     """Return the share of entries that name something that exists; None without entries."""
     known = {same_name(name) for name in valid}
-    return _mean([float(same_name(name) in known) for ranking in rankings for name in ranking])
+    return mean([float(same_name(name) in known) for ranking in rankings for name in ranking])
 
 
 def most_popular(labels: Iterable[str], k: int) -> list[str]:
@@ -66,11 +73,3 @@ def most_popular(labels: Iterable[str], k: int) -> list[str]:
 def recent_then_popular(recent: Sequence[str], popular: Sequence[str], k: int) -> list[str]:
     """Return the baseline that repeats what a user had, newest first, and continues with what is popular."""
     return list(dict.fromkeys([*recent, *popular]))[:k]
-
-
-def _discount(position: int) -> float:
-    return 1 / math.log2(1 + position)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return fmean(values) if values else None

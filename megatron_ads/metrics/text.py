@@ -29,13 +29,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ads.metrics.ranking import same_name
+from megatron_ads.metrics.ranking import mean, same_name
 
 _WORD = re.compile(r"\w+")
 MAX_EXPONENT = 700.0
@@ -140,10 +139,12 @@ def distinct_n(queries_of_keywords: Sequence[Sequence[str]], n: int) -> float | 
     """Return the share of different n-grams of words; keywords without n-grams do not count. None if none has any."""
     shares = []
     for queries in queries_of_keywords:
-        grams = [gram for query in queries for gram in _grams(words_of(query), n)]
+        grams = [
+            gram for query in queries for gram in zip(*(words_of(query)[start:] for start in range(n)), strict=False)
+        ]
         if grams:
             shares.append(len(set(grams)) / len(grams))
-    return fmean(shares) if shares else None
+    return mean(shares)
 
 
 def click_attribute_ratio(generated: Sequence[str], clicked: Sequence[str]) -> float | None:
@@ -168,10 +169,6 @@ def is_narrower(query: str, keyword: str) -> bool:
 def near_duplicates(queries: Sequence[str]) -> int:
     """Return how many queries have the same words as an earlier one, in whatever order."""
     return len(queries) - len({frozenset(words_of(query)) for query in queries})
-
-
-def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,9 +204,9 @@ def format_rates(texts: Sequence[str]) -> dict[str, float | None]:
     """
     blocks = [_block(text) for text in texts]
     return {
-        "think_tag_presence_rate": _share([block is not None for block in blocks]),
-        "think_non_empty_rate": _share([block is not None and bool(block[0]) for block in blocks]),
-        "answer_non_empty_rate": _share([block is not None and bool(block[1]) for block in blocks]),
+        "think_tag_presence_rate": mean([block is not None for block in blocks]),
+        "think_non_empty_rate": mean([block is not None and bool(block[0]) for block in blocks]),
+        "answer_non_empty_rate": mean([block is not None and bool(block[1]) for block in blocks]),
     }
 
 
@@ -218,10 +215,6 @@ def _block(text: str) -> tuple[str, str] | None:
     _, opening, rest = text.partition("<think>")
     reasoning, closing, answer = rest.partition("</think>")
     return (reasoning.strip(), answer.strip()) if opening and closing else None
-
-
-def _share(values: Sequence[bool]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def perplexity(loss_sum: float, targets: int) -> float:

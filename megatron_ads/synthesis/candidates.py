@@ -4,17 +4,18 @@ Source: AdNanny, sections 3.3 and 3.4. Where the paper names an aim (no boilerpl
 """
 
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from megatron_ads.config.synthesis import RejectConfig
+from megatron_ads.config.synthesis import RejectConfig, SynthesisConfig
+from megatron_ads.inference.client import Client
 from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.metrics.text import words_of
 from megatron_ads.rows import ChatRow
-from megatron_ads.synthesis.prompts import FormFailure, answer_of, read_teacher
-from megatron_ads.tasks.answer_format import render_reasoned
+from megatron_ads.synthesis.prompts import FormFailure, ReasoningTemplate, answer_of, read_teacher, reasoning_request
+from megatron_ads.tasks.answer_format import ReadFailure, render_reasoned
 from megatron_ads.tasks.ground_truth import agrees
 from megatron_ads.tasks.registry import TASKS, task_named
 
@@ -92,25 +93,44 @@ class Candidate:
         self.removed, self.reason, self.measured = why, reason, measured
 
 
-@dataclass(frozen=True, slots=True)
-class Details:
-    """What is particular about each row's input."""
+def details_in(rows: Sequence[ChatRow]) -> Callable[[ChatRow], frozenset[str]]:
+    """Return what tells the details of one of ``rows``: the words of its input that neither are common nor its answer.
 
-    common: frozenset[str]
-    """Words of instructions, and those that most inputs have."""
-
-    def of(self, row: ChatRow) -> frozenset[str]:
-        """Return the words of what a row shows that neither most other inputs nor the answer have."""
-        return _weighty(row) - self.common - frozenset(words_of(answer_of(row)))
-
-
-def details_in(rows: Sequence[ChatRow]) -> Details:
-    """Find which words are common: those of the tasks' templates, and those in more than half of the inputs."""
+    Common are the words of the tasks' templates, and those in more than half of the inputs.
+    """
     templates = [template for task in TASKS.values() for template in task.templates]
     said = " ".join(text for template in templates for text in (*template.paraphrases, template.answer_form))
     counts = Counter(word for row in rows for word in _weighty(row))
     frequent = {word for word, count in counts.items() if count > max(1, len(rows) / 2)}
-    return Details(common=frozenset(words_of(said)) | frequent)
+    common = frozenset(words_of(said)) | frequent
+    return lambda row: _weighty(row) - common - frozenset(words_of(answer_of(row)))
+
+
+def ask_teacher(
+    asked: Sequence[tuple[ChatRow, int, ReasoningTemplate, int]],
+    teacher: Client,
+    config: SynthesisConfig,
+    *,
+    description: str,
+) -> list[Candidate]:
+    """Ask for reasoning and read what comes, as :func:`read_candidate` does.
+
+    Args:
+        asked: Row and number of each candidate, the template it is asked with, and its number among those of template
+            and row, which decides wording and seed.
+        teacher: Who is asked.
+        config: How.
+        description: Of the progress.
+    """
+    requests = (
+        reasoning_request(row, template, place, config.teacher, seed=config.seed) for row, _, template, place in asked
+    )
+    answers = teacher.ask(requests, total=len(asked), description=description)
+    details_of = details_in(list(dict.fromkeys(row for row, *_ in asked)))
+    return [
+        read_candidate(row, number, answer, details=details_of(row), config=config.reject)
+        for (row, number, _, _), answer in zip(asked, answers, strict=True)
+    ]
 
 
 def read_candidate(
@@ -124,29 +144,26 @@ def read_candidate(
         candidate.remove(Removed.withheld)
     elif answer.finish is Finish.cut_off:
         candidate.remove(Removed.cut_off)
-    elif (failure := _read_form(candidate)) is not None:
-        candidate.remove(*failure)
     else:
-        _judge_content(candidate, details, config)
+        _read_text(candidate, details, config)
     return candidate
 
 
-def _read_form(candidate: Candidate) -> tuple[Removed, str] | None:
-    """Read the reasoning into the candidate, or return what is wrong with form or label."""
+def _read_text(candidate: Candidate, details: frozenset[str], config: RejectConfig) -> None:
+    """Read the reasoning into the candidate and judge it, or remove it for its form or label."""
     parts = read_teacher(candidate.text)
     if isinstance(parts, FormFailure):
-        return Removed.schema, str(parts)
+        candidate.remove(Removed.schema, str(parts))
+        return
     parse = task_named(candidate.row.task).parse
     said = parse(render_reasoned(parts.reasoning, parts.answer), reasoning_required=True)
-    if isinstance(said, StrEnum):
-        return Removed.schema, str(said)
+    if isinstance(said, ReadFailure):
+        candidate.remove(Removed.schema, str(said))
+        return
     if not agrees(said, candidate.row):
-        return Removed.label_differs, parts.answer
+        candidate.remove(Removed.label_differs, parts.answer)
+        return
     candidate.reasoning = parts.reasoning
-    return None
-
-
-def _judge_content(candidate: Candidate, details: frozenset[str], config: RejectConfig) -> None:
     words = words_of(candidate.reasoning)
     if told := _TELLS.search(candidate.reasoning):
         candidate.remove(Removed.tells_the_answer_was_given, told[0])
@@ -168,7 +185,7 @@ def passing(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def by_row(candidates: Sequence[Candidate]) -> Mapping[str, list[Candidate]]:
     """Return candidates by the id of their row."""
-    found: dict[str, list[Candidate]] = {}
+    found = defaultdict(list)
     for candidate in candidates:
-        found.setdefault(candidate.row.id, []).append(candidate)
+        found[candidate.row.id].append(candidate)
     return found

@@ -41,12 +41,7 @@ def add_synthesize(commands: Subparsers) -> None:
 
 
 def run_synthesize(args: argparse.Namespace) -> int:
-    """Synthesize and print the summary; return 0, or 1 if nothing passed.
-
-    Raises:
-        ConfigError: If a setting is impossible, or no request to a model can succeed.
-        DataError: If rows cannot be read, or a model stopped answering.
-    """
+    """Synthesize and print the summary; return 0, or 1 if nothing passed."""
     from megatron_ads.config.synthesis import load_synthesis_recipe
     from megatron_ads.observability.log import start_logging
 

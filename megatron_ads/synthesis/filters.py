@@ -42,7 +42,7 @@ from megatron_ads.metrics.text import fit_embedding, is_narrower, mean_similarit
 from megatron_ads.rows import ChatRow, Role
 from megatron_ads.synthesis.candidates import Candidate, Removed, by_row, passing
 from megatron_ads.synthesis.prompts import answer_of, chat_request, drawn, question_of
-from megatron_ads.tasks.answer_format import CLOSE, ReadFailure, read_parts
+from megatron_ads.tasks.answer_format import CLOSE, Unreadable, read_parts
 from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.query_generation import Queries, keyword_of, subject_of
 
@@ -55,11 +55,7 @@ _ROUNDING = 1e-9
 
 
 def embedder(config: RejectConfig, texts: Sequence[str], *, dimensions: int = 64) -> Embed:
-    """Return what turns texts into vectors: TF-IDF fitted on ``texts``, or the model that the recipe names.
-
-    Raises:
-        ConfigError: If sentence-transformers is not installed or cannot load the model.
-    """
+    """Return what turns texts into vectors: TF-IDF fitted on ``texts``, or the model that the recipe names."""
     if config.embedding is None:
         return fit_embedding(list(texts[:MOST_FITTED]), dimensions=dimensions).embed
     model = load_encoder(config.embedding)
@@ -114,7 +110,6 @@ def _remove_repetitions(group: Sequence[Candidate], vectors_ND: NDArray[np.float
 
 
 ASPECTS = ("Aligned", "Sound", "Faithful")
-_YES, _NO = "yes", "no"
 _TEXT = (
     "Judge the reasoning. Aligned: everything it says about the case stands in the question. Sound: its steps follow "
     "from one another. Faithful: it supports the answer and does not contradict it. Answer with "
@@ -123,11 +118,7 @@ _TEXT = (
 
 
 def remove_rejected(candidates: Sequence[Candidate], client: Client, config: AnsweringConfig, *, seed: int) -> None:
-    """Ask about every candidate that is left, and remove those that fail in any aspect.
-
-    Raises:
-        DataError: If the verifier stopped answering.
-    """
+    """Ask about every candidate that is left, and remove those that fail in any aspect."""
     left = passing(candidates)
     requests = (chat_request(verifier_messages(candidate), config, seed=seed) for candidate in left)
     answers = client.ask(requests, total=len(left), description="verifying")
@@ -148,14 +139,15 @@ def _judge(candidate: Candidate, answer: Completion | None) -> None:
     if answer is None or answer.finish is not Finish.ended:
         candidate.remove(Removed.verifier_unreadable, "no answer" if answer is None else str(answer.finish))
         return
-    verdicts = read_parts(answer.text.rpartition(CLOSE)[2].strip(), ASPECTS)  # without thoughts of its own
-    if isinstance(verdicts, ReadFailure):
-        candidate.remove(Removed.verifier_unreadable, str(verdicts))
+    try:
+        verdicts = read_parts(answer.text.rpartition(CLOSE)[2].strip(), ASPECTS)  # without thoughts of its own
+    except Unreadable as error:
+        candidate.remove(Removed.verifier_unreadable, str(error))
         return
     said = {aspect: verdict.lower() for aspect, verdict in verdicts.items()}
-    if not set(said.values()) <= {_YES, _NO}:
+    if not set(said.values()) <= {"yes", "no"}:
         candidate.remove(Removed.verifier_unreadable, "neither yes nor no")
-    elif failed := [aspect for aspect, verdict in said.items() if verdict == _NO]:
+    elif failed := [aspect for aspect, verdict in said.items() if verdict == "no"]:
         candidate.remove(Removed.verifier_rejects, f"not {', not '.join(failed).lower()}")
 
 
@@ -176,23 +168,20 @@ def remove_unlikely(
     left = passing(candidates)
     for candidate, perplexity in zip(left, scorer.perplexities(left), strict=True):
         candidate.perplexity = perplexity
-        if candidate.perplexity is None:
+        if perplexity is None:
             candidate.remove(Removed.too_long_to_measure)
     scored = passing(candidates)
     if not scored:
         return config.threshold
-    limit = config.threshold if config.threshold is not None else find_threshold(scored, config, seed=seed)
+    limit = config.threshold
+    if limit is None:
+        sample = sorted(scored, key=lambda candidate: drawn(seed, "sample", candidate.name))[: config.sample]
+        limit = float(np.quantile([candidate.perplexity or 0.0 for candidate in sample], config.quantile))
     for candidate in scored:
         assert candidate.perplexity is not None, "noted above"
         if not candidate.perplexity < limit:
             candidate.remove(Removed.high_perplexity, measured=f"PPL {candidate.perplexity:.4g}, R {limit:.4g}")
     return limit
-
-
-def find_threshold(scored: Sequence[Candidate], config: PerplexityConfig, *, seed: int) -> float:
-    """Return the quantile over a sample that ``seed`` draws."""
-    sample = sorted(scored, key=lambda candidate: drawn(seed, "sample", candidate.name))[: config.sample]
-    return float(np.quantile([candidate.perplexity or 0.0 for candidate in sample], config.quantile))
 
 
 TOPICS = 32
@@ -213,25 +202,14 @@ def topic_of(row: ChatRow) -> str:
     return f"{keyword_of(row)}\n{subject_of(row)}"
 
 
-def queries_of(row: ChatRow) -> tuple[str, ...]:
-    """Return the queries of a row's answer."""
-    return ground_truth(row, Queries).texts
-
-
 def query_fault(row: ChatRow, embed: Embed, *, min_similarity: float) -> QueryFault | None:
     """Return what is wrong with the queries of a row; None if nothing is."""
-    queries, topic, keyword = queries_of(row), topic_of(row), keyword_of(row)
+    queries, topic, keyword = ground_truth(row, Queries).texts, topic_of(row), keyword_of(row)
     if not all(is_narrower(query, keyword) for query in queries):
         return QueryFault.broader_query
     if near_duplicates(queries):
         return QueryFault.repeated_query
     unshared = [query for query in queries if not set(words_of(topic)) & set(words_of(query))]
-    return QueryFault.off_topic_query if _any_unlike(unshared, (keyword, topic), embed, min_similarity) else None
-
-
-def _any_unlike(queries: Sequence[str], topics: Sequence[str], embed: Embed, min_similarity: float) -> bool:
-    """Return whether one of the queries resembles none of the topics."""
-    if not queries:
-        return False
-    nearest_Q = (embed(queries) @ embed(topics).T).max(axis=1)
-    return bool((nearest_Q < min_similarity).any())
+    if unshared and ((embed(unshared) @ embed((keyword, topic)).T).max(axis=1) < min_similarity).any():
+        return QueryFault.off_topic_query
+    return None

@@ -15,9 +15,9 @@ from megatron_ads.config.synthesis import SynthesisConfig
 from megatron_ads.inference.client import Client
 from megatron_ads.metrics.text import mean_similarities
 from megatron_ads.rows import ChatRow
-from megatron_ads.synthesis.candidates import Candidate, by_row, details_in, passing, read_candidate
+from megatron_ads.synthesis.candidates import ask_teacher, by_row, passing
 from megatron_ads.synthesis.filters import embedder
-from megatron_ads.synthesis.prompts import ReasoningTemplate, reasoning_request
+from megatron_ads.synthesis.prompts import ReasoningTemplate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,23 +41,17 @@ class GoldenResult:
 def check_template(
     task: str, template: ReasoningTemplate, rows: Sequence[ChatRow], client: Client, config: SynthesisConfig
 ) -> GoldenResult:
-    """Ask about every golden row in every wording, and judge the template.
-
-    Raises:
-        DataError: If the teacher stopped answering.
-    """
+    """Ask about every golden row in every wording, and judge the template."""
     wordings = range(len(template.wordings))
-    asked = [(row, wording) for row in rows for wording in wordings]
-    requests = (reasoning_request(row, template, wording, config.teacher, seed=config.seed) for row, wording in asked)
-    answers = client.ask(requests, total=len(asked), description=f"golden set, {task}")
-    known = details_in(rows)
-    candidates = [
-        read_candidate(row, wording, answer, details=known.of(row), config=config.reject)
-        for (row, wording), answer in zip(asked, answers, strict=True)
-    ]
+    asked = [(row, wording, template, wording) for row in rows for wording in wordings]
+    candidates = ask_teacher(asked, client, config, description=f"golden set, {task}")
     good = passing(candidates)
     rates = tuple(sum(candidate.number == wording for candidate in good) / len(rows) for wording in wordings)
-    agreement = _agreement(good, config)
+    agreement = None
+    if groups := [group for group in by_row(good).values() if len(group) > 1]:
+        embed = embedder(config.reject, [candidate.reasoning for candidate in good])
+        vectors = [embed([candidate.reasoning for candidate in group]) for group in groups]
+        agreement = fmean(float(mean_similarities(vectors_ND).mean()) for vectors_ND in vectors)
     failed = Counter(str(candidate.removed) for candidate in candidates if candidate.removed is not None)
     return GoldenResult(
         task=task,
@@ -68,14 +62,4 @@ def check_template(
         agreement=agreement,
         passed=min(rates) >= config.golden.pass_rate and (agreement is None or agreement >= config.golden.agreement),
         sample=good[0].reasoning if good else "",
-    )
-
-
-def _agreement(good: Sequence[Candidate], config: SynthesisConfig) -> float | None:
-    groups = [group for group in by_row(good).values() if len(group) > 1]
-    if not groups:
-        return None
-    embed = embedder(config.reject, [candidate.reasoning for candidate in good])
-    return fmean(
-        float(mean_similarities(embed([candidate.reasoning for candidate in group])).mean()) for group in groups
     )

@@ -27,6 +27,19 @@ from megatron_ads.synthesis.candidates import Candidate
 from megatron_ads.synthesis.prompts import answer_of
 
 
+class _Checkpoint:
+    """A checkpoint of which the tokenizer is read at once, and the weights when they are needed."""
+
+    def __init__(self, folder: Path, exports: ExitStack) -> None:
+        self._folder, self._exports = folder, exports
+        self.tokenizer = load_tokenizer(tokenizer_folder(folder))
+        self.state = model_state(folder)
+
+    @cached_property
+    def engine(self) -> TransformersEngine:
+        return open_engine(self._exports.enter_context(hugging_face_folder(self._folder)))
+
+
 class LocalTeacher:
     """A checkpoint that answers as an endpoint would; equal requests have equal answers on equal machines."""
 
@@ -38,14 +51,9 @@ class LocalTeacher:
             DataError: If the folder does not exist or has no tokenizer.
         """
         assert config.model is not None, "checked with the recipe"
-        self._config, self._folder, self._exports = config, Path(config.model), exports
-        self._tokenizer = load_tokenizer(tokenizer_folder(self._folder))
-        self.state = model_state(self._folder)
+        self._config, self._checkpoint = config, _Checkpoint(Path(config.model), exports)
+        self.state = self._checkpoint.state
         self._lock = threading.Lock()
-
-    @cached_property
-    def _engine(self) -> TransformersEngine:
-        return open_engine(self._exports.enter_context(hugging_face_folder(self._folder)))
 
     def answer(self, request: Request, stop: threading.Event) -> Completion:
         """Return what the model writes; a prompt that leaves no room for an answer is refused.
@@ -54,14 +62,14 @@ class LocalTeacher:
             ConversionError: If transformers cannot load the checkpoint.
         """
         messages = [Message(Role(item["role"]), item["content"]) for item in request.body["messages"]]
-        tokens = self._tokenizer.encode(render_prompt(messages, self._tokenizer))
+        tokens = self._checkpoint.tokenizer.encode(render_prompt(messages, self._checkpoint.tokenizer))
         how = self._config.generation(request.body["seed"])
         with self._lock:
-            room = min(self._config.max_tokens, self._engine.longest_text - len(tokens))
+            room = min(self._config.max_tokens, self._checkpoint.engine.longest_text - len(tokens))
             if room < 1:
                 return Completion(text=f"the prompt takes {len(tokens)} tokens", finish=Finish.refused)
             started = time.monotonic()
-            ((written,),) = self._engine.generate([tokens], replace(how, max_new_tokens=room))
+            ((written,),) = self._checkpoint.engine.generate([tokens], replace(how, max_new_tokens=room))
         return replace(written, token_ids=None, seconds=time.monotonic() - started)
 
 
@@ -75,13 +83,7 @@ class LocalScorer:
             ConversionError: If the folder is no checkpoint.
             DataError: If the folder does not exist or has no tokenizer.
         """
-        self._folder, self._journal, self._exports, self._batch_size = folder, journal, exports, batch_size
-        self._tokenizer = load_tokenizer(tokenizer_folder(folder))
-        self._state = model_state(folder)
-
-    @cached_property
-    def _engine(self) -> TransformersEngine:
-        return open_engine(self._exports.enter_context(hugging_face_folder(self._folder)))
+        self._checkpoint, self._journal, self._batch_size = _Checkpoint(folder, exports), journal, batch_size
 
     def perplexities(self, candidates: Sequence[Candidate]) -> list[float | None]:
         """Return PPL(answer | prompt, reasoning) of each; None if they are longer than the model's positions.
@@ -90,7 +92,7 @@ class LocalScorer:
             ConversionError: If transformers cannot load the checkpoint.
         """
         texts = [self._text(candidate) for candidate in candidates]
-        keys = [digest_of({"model": self._state, "text": text}) for text in texts]
+        keys = [digest_of({"model": self._checkpoint.state, "text": text}) for text in texts]
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._journal.records}
         if missing:
             self._measure(missing)
@@ -100,12 +102,12 @@ class LocalScorer:
         """Return prompt with reasoning, and the answer: apart, so that no token holds the end of one and the other."""
         row, answer = candidate.row, answer_of(candidate.row)
         reasoned = Message(Role.assistant, candidate.target)
-        prompt, target = split_text(ChatRow(row.id, row.task, (*row.prompt, reasoned)), self._tokenizer)
+        prompt, target = split_text(ChatRow(row.id, row.task, (*row.prompt, reasoned)), self._checkpoint.tokenizer)
         return prompt + target.removesuffix(answer), answer
 
     def _measure(self, texts: Mapping[str, tuple[str, str]]) -> None:
         """Record the perplexity of each text under its key."""
-        encode, longest = self._tokenizer.encode, self._engine.longest_text
+        encode, longest = self._checkpoint.tokenizer.encode, self._checkpoint.engine.longest_text
         tokens = {key: (encode(before), encode(answer)) for key, (before, answer) in texts.items()}
         readable = [key for key, parts in tokens.items() if sum(map(len, parts)) <= longest]
         readable.sort(key=lambda key: len(tokens[key][0]))  # texts of like length together: little is padded
@@ -115,7 +117,7 @@ class LocalScorer:
             for start in range(0, len(readable), self._batch_size):
                 keys = readable[start : start + self._batch_size]
                 befores, answers = zip(*(tokens[key] for key in keys), strict=True)
-                found = self._engine.log_probabilities(befores, answers)
+                found = self._checkpoint.engine.log_probabilities(befores, answers)
                 for key, said in zip(keys, found, strict=True):
                     self._journal.add(key, {"perplexity": perplexity(-math.fsum(said), len(said))})
                 progress.update(len(keys))

@@ -20,13 +20,12 @@ from megatron_ads.inference.client import Answerer, Client
 from megatron_ads.inference.endpoint import Endpoint
 from megatron_ads.journal import Journal
 from megatron_ads.rows import ChatRow, Fact, Message, Role
-from megatron_ads.synthesis.candidates import Candidate, Removed, by_row, details_in, passing, read_candidate
+from megatron_ads.synthesis.candidates import Candidate, Removed, ask_teacher, by_row, passing
 from megatron_ads.synthesis.filters import (
     TOPICS,
     Scorer,
     embedder,
     load_encoder,
-    queries_of,
     query_fault,
     remove_disagreeing,
     remove_rejected,
@@ -34,24 +33,15 @@ from megatron_ads.synthesis.filters import (
     topic_of,
 )
 from megatron_ads.synthesis.golden import GoldenResult, check_template
-from megatron_ads.synthesis.prompts import ReasoningTemplate, drawn, reasoning_request, templates_of
+from megatron_ads.synthesis.prompts import drawn, templates_of
 from megatron_ads.tasks import query_generation
+from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.registry import TASKS, task_named
 from megatron_ads.tasks.row_checks import check_rows
 
 TRAINING, VALIDATION = "train.jsonl", "validation.jsonl"
 JOURNAL, PERPLEXITIES = "journal.jsonl", "perplexities.jsonl"
 UNKNOWN_TASK, GOLDEN_FAILED = "unknown_task", "golden_check_failed"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Written:
-    """What is in the files."""
-
-    training_rows: int
-    validation_rows: int
-    left_out_by_split: int
-    """Rows of held-out groups beyond ``validation_rows``: on neither side."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,8 +58,8 @@ class SynthesisResult:
     candidates: list[Candidate] = field(default_factory=list)
     threshold: float | None = None
     """R of the perplexity filter; None: it was off, or had nothing to measure."""
-    written: Written | None = None
-    """None: no prompt template passed the golden check, so there is no corpus."""
+    written: dict[str, int] | None = None
+    """Rows to train on, held out, and on neither side; None: no template passed the golden check: no corpus."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +91,15 @@ def open_models(config: SynthesisConfig) -> Iterator[SynthesisModels]:
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(out / JOURNAL))
         teacher = Client("teacher", config.teacher, _answerer("teacher", config.teacher, stack), journal)
-        verifier = None
+        verifier = scorer = None
         if config.verifier.model is not None:
             verifier = Client("verifier", config.verifier, _answerer("verifier", config.verifier, stack), journal)
-        scorer = None if config.perplexity.model is None else _scorer(config, config.perplexity.model, stack)
+        if config.perplexity.model is not None:
+            from megatron_ads.synthesis.local_model import LocalScorer  # imports torch
+
+            measured = stack.enter_context(Journal(out / PERPLEXITIES))
+            batch_size = config.perplexity.batch_size
+            scorer = LocalScorer(Path(config.perplexity.model), measured, stack, batch_size=batch_size)
         yield SynthesisModels(teacher, verifier, scorer)
 
 
@@ -114,13 +109,6 @@ def _answerer(section: str, config: AnsweringConfig, stack: ExitStack) -> Answer
     from megatron_ads.synthesis.local_model import LocalTeacher  # imports torch
 
     return LocalTeacher(config, stack)
-
-
-def _scorer(config: SynthesisConfig, model: str, stack: ExitStack) -> Scorer:
-    from megatron_ads.synthesis.local_model import LocalScorer  # imports torch
-
-    journal = stack.enter_context(Journal(Path(config.out) / PERPLEXITIES))
-    return LocalScorer(Path(model), journal, stack, batch_size=config.perplexity.batch_size)
 
 
 def synthesize(config: SynthesisConfig, models: SynthesisModels) -> SynthesisResult:
@@ -144,14 +132,20 @@ def synthesize(config: SynthesisConfig, models: SynthesisModels) -> SynthesisRes
             templates = [item for item, checked in zip(templates, results, strict=True) if checked.passed]
         if templates:
             result.rows_by_task[task] = len(rows)
-            result.candidates += _candidates(task, rows, templates, models.teacher, config)
+            asked = [
+                (row, number, templates[number % len(templates)], number // len(templates))
+                for row in rows
+                for number in range(config.candidates)
+            ]
+            result.candidates += ask_teacher(asked, models.teacher, config, description=f"reasoning, {task}")
         else:
             result.rows_left_out[GOLDEN_FAILED] += len(rows)
     _filter(result, models, config)
     if result.rows_by_task:
-        result.written = write_corpus(Path(config.out), passing(result.candidates), config)
-    else:
-        remove_corpus(Path(config.out))
+        result.written = _write_corpus(Path(config.out), passing(result.candidates), config)
+    else:  # no corpus of an earlier run is left where a report does not describe it
+        for name in (TRAINING, VALIDATION):
+            (Path(config.out) / name).unlink(missing_ok=True)
     return result
 
 
@@ -175,26 +169,22 @@ def _read_rows(config: SynthesisConfig) -> tuple[SynthesisResult, dict[str, list
             else:
                 result.rows_left_out[UNKNOWN_TASK] += 1
     if config.reject.queries and query_generation.TASK in tasks:
-        _leave_queries_out(tasks, result, config)
+        _keep_good_queries(tasks, result.rows_left_out, config)
     if not tasks:
         why = ", ".join(f"{reason} {count}" for reason, count in result.rows_left_out.most_common()) or "no rows"
         raise DataError(f"none of the {result.rows_read} rows can be used: {why}. Tasks: {', '.join(TASKS)}.")
     return result, tasks
 
 
-def _leave_queries_out(tasks: dict[str, list[ChatRow]], result: SynthesisResult, config: SynthesisConfig) -> None:
+def _keep_good_queries(tasks: dict[str, list[ChatRow]], left_out: Counter[str], config: SynthesisConfig) -> None:
     """Take rows whose queries break the rules out of ``tasks``."""
     rows = tasks.pop(query_generation.TASK)
-    texts = [text for row in rows for text in (topic_of(row), " ".join(queries_of(row)))]
+    queries = [" ".join(ground_truth(row, query_generation.Queries).texts) for row in rows]
+    texts = [text for row, said in zip(rows, queries, strict=True) for text in (topic_of(row), said)]
     embed = embedder(config.reject, texts, dimensions=TOPICS)
-    good = []
-    for row in rows:
-        fault = query_fault(row, embed, min_similarity=config.reject.query_similarity)
-        if fault is None:
-            good.append(row)
-        else:
-            result.rows_left_out[str(fault)] += 1
-    if good:
+    faults = [query_fault(row, embed, min_similarity=config.reject.query_similarity) for row in rows]
+    left_out.update(str(fault) for fault in faults if fault)
+    if good := [row for row, fault in zip(rows, faults, strict=True) if fault is None]:
         tasks[query_generation.TASK] = good
 
 
@@ -217,25 +207,6 @@ def _golden_rows(config: SynthesisConfig, tasks: dict[str, list[ChatRow]]) -> di
     }
 
 
-def _candidates(
-    task: str, rows: Sequence[ChatRow], templates: Sequence[ReasoningTemplate], teacher: Client, config: SynthesisConfig
-) -> list[Candidate]:
-    """Ask for the candidates of each row, by the templates in turn."""
-    wanted = [(row, number) for row in rows for number in range(config.candidates)]
-    requests = (
-        reasoning_request(
-            row, templates[number % len(templates)], number // len(templates), config.teacher, seed=config.seed
-        )
-        for row, number in wanted
-    )
-    answers = teacher.ask(requests, total=len(wanted), description=f"reasoning, {task}")
-    known = details_in(rows)
-    return [
-        read_candidate(row, number, answer, details=known.of(row), config=config.reject)
-        for (row, number), answer in zip(wanted, answers, strict=True)
-    ]
-
-
 def _filter(result: SynthesisResult, models: SynthesisModels, config: SynthesisConfig) -> None:
     candidates = result.candidates
     left = passing(candidates)
@@ -249,20 +220,13 @@ def _filter(result: SynthesisResult, models: SynthesisModels, config: SynthesisC
         result.threshold = remove_unlikely(candidates, models.scorer, config.perplexity, seed=config.seed)
     if config.keep_per_row is not None:
         for group in by_row(passing(candidates)).values():
-            for candidate in sorted(group, key=_by_perplexity)[config.keep_per_row :]:
+            best_first = sorted(group, key=lambda candidate: (candidate.perplexity or 0.0, candidate.number))
+            for candidate in best_first[config.keep_per_row :]:
                 candidate.remove(Removed.more_than_kept)
 
 
-def _by_perplexity(candidate: Candidate) -> tuple[float, int]:
-    return (candidate.perplexity if candidate.perplexity is not None else 0.0, candidate.number)
-
-
-def write_corpus(out: Path, kept: Sequence[Candidate], config: SynthesisConfig) -> Written:
-    """Write ``train.jsonl`` and, if rows are held out, ``validation.jsonl``; without candidates both are empty.
-
-    Raises:
-        DataError: If holding rows out would leave nothing to train on.
-    """
+def _write_corpus(out: Path, kept: Sequence[Candidate], config: SynthesisConfig) -> dict[str, int]:
+    """Write ``train.jsonl`` and, if rows are held out, ``validation.jsonl``; without candidates both are empty."""
     rows = sorted(map(synthesized_row, kept), key=lambda row: drawn(config.seed, "order", row.id))
     training, validation = rows, []
     if config.validation_rows and rows:
@@ -273,17 +237,8 @@ def write_corpus(out: Path, kept: Sequence[Candidate], config: SynthesisConfig) 
         _write(out / VALIDATION, validation)
     else:
         (out / VALIDATION).unlink(missing_ok=True)  # of an earlier run with other settings, as below
-    return Written(
-        training_rows=len(training),
-        validation_rows=len(validation),
-        left_out_by_split=len(rows) - len(training) - len(validation),
-    )
-
-
-def remove_corpus(out: Path) -> None:
-    """Remove what an earlier run wrote, so that no corpus stands beside a report that does not describe it."""
-    for name in (TRAINING, VALIDATION):
-        (out / name).unlink(missing_ok=True)
+    neither = len(rows) - len(training) - len(validation)
+    return {"training_rows": len(training), "validation_rows": len(validation), "left_out_by_split": neither}
 
 
 def synthesized_row(candidate: Candidate) -> ChatRow:

@@ -68,16 +68,10 @@ REVERSE_ENGINEERED = ReasoningTemplate(
 _SECRET = "The reasoning is read by somebody who has not seen the answer: never mention that it was given."
 
 
-def style_of(task: str, style: Style) -> Style:
-    """Return how rows of a task are asked for, once ``auto`` is decided."""
-    if style is not Style.auto:
-        return style
-    return Style.reverse_engineered if task in OPEN_TASKS else Style.label_given
-
-
 def templates_of(task: str, style: Style, own: Sequence[TemplateConfig] = ()) -> list[ReasoningTemplate]:
     """Return the templates that rows of a task may be asked with: the recipe's own ones, else the built-in one."""
-    decided = style_of(task, style)
+    by_task = Style.reverse_engineered if task in OPEN_TASKS else Style.label_given
+    decided = by_task if style is Style.auto else style
     chosen = [
         ReasoningTemplate(name=template.name, style=decided, wordings=tuple(template.wordings))
         for template in own

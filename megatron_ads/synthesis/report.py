@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_ads.config.generation import AnsweringConfig
 from megatron_ads.config.synthesis import SynthesisConfig, synthesis_recipe_yaml
@@ -64,8 +65,8 @@ def as_report(result: SynthesisResult, models: SynthesisModels, config: Synthesi
         "kept": len(kept),
         "kept_by_task": dict(sorted(Counter(candidate.row.task for candidate in kept).items())),
         "rows_by_kept_candidates": {str(number): survivors[number] for number in sorted(survivors)},
-        "corpus": None if result.written is None else asdict(result.written),
-        "samples_of_kept": [_sample(item) for item in _drawn(kept, config)],
+        "corpus": result.written,
+        "samples_of_kept": _samples(kept, config),
     }
 
 
@@ -88,26 +89,26 @@ def _filters(candidates: Sequence[Candidate], config: SynthesisConfig) -> list[d
                 "entered": entered,
                 "removed": len(gone),
                 "reasons": dict(Counter(item.reason for item in gone if item.reason).most_common(_REASONS_SHOWN)),
-                "samples": [_sample(candidate) for candidate in _drawn(gone, config)],
+                "samples": _samples(gone, config),
             }
         )
         entered -= len(gone)
     return found
 
 
-def _drawn(candidates: Sequence[Candidate], config: SynthesisConfig) -> list[Candidate]:
-    return sorted(candidates, key=lambda item: drawn(config.seed, "report", item.name))[: config.samples]
-
-
-def _sample(candidate: Candidate) -> dict[str, Any]:
-    return {
-        "id": candidate.name,
-        "task": candidate.row.task,
-        "reason": candidate.reason,
-        "measured": candidate.measured,
-        "question": question_of(candidate.row)[:_SHOWN_CHARACTERS],
-        "text": candidate.text[:_SHOWN_CHARACTERS],
-    }
+def _samples(candidates: Sequence[Candidate], config: SynthesisConfig) -> list[dict[str, Any]]:
+    chosen = sorted(candidates, key=lambda item: drawn(config.seed, "report", item.name))[: config.samples]
+    return [
+        {
+            "id": candidate.name,
+            "task": candidate.row.task,
+            "reason": candidate.reason,
+            "measured": candidate.measured,
+            "question": question_of(candidate.row)[:_SHOWN_CHARACTERS],
+            "text": candidate.text[:_SHOWN_CHARACTERS],
+        }
+        for candidate in chosen
+    ]
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -119,24 +120,15 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
 
 def render_report(report: dict[str, Any]) -> str:
     """Return the report for people, as Markdown."""
-    lines = ["# Synthesized reasoning", "", *(f"- {source}" for source in report["sources"]), "", "## Summary", ""]
-    lines += [f"- {line}" for line in summary_lines(report)]
-    if report["golden"]:
-        lines += ["", "## Golden set", "", *_golden_lines(report["golden"])]
-    lines += ["", "## Filters", "", "| filter | entered | removed | most frequent reasons |"]
-    lines.append("| --- | ---: | ---: | --- |")
-    for found in report["filters"]:
-        reasons = _one_line(_counts(found["reasons"], none="")).replace("|", "\\|")
-        lines.append(f"| {found['filter']} | {found['entered']:,} | {found['removed']:,} | {reasons} |")
-    for found in report["filters"]:
-        if found["samples"]:
-            lines += ["", f"### Removed by {found['filter']}"]
-            for sample in found["samples"]:
-                lines += _shown(sample)
-    lines += ["", "## Kept"]
-    for sample in report["samples_of_kept"]:
-        lines += _shown(sample)
-    return "\n".join(lines) + "\n"
+    templates = Environment(
+        loader=PackageLoader(__package__, "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters |= {"counts": _counts, "one_line": _one_line}
+    return templates.get_template("report.md.jinja").render(report=report, summary=summary_lines(report))
 
 
 def summary_lines(report: dict[str, Any]) -> list[str]:
@@ -158,15 +150,11 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
             "Look at the failures in report.md, then give other templates, or lower golden.pass_rate or "
             "golden.agreement."
         )
-    if report["corpus"] is None:
-        lines.append("No corpus was written.")
-    else:
-        written = report["corpus"]
-        lines.append(
-            f"Written: {written['training_rows']:,} rows to train on, {written['validation_rows']:,} held out"
-            + (f", {written['left_out_by_split']:,} on neither side." if written["left_out_by_split"] else ".")
-        )
-    return lines
+    if (written := report["corpus"]) is None:
+        return [*lines, "No corpus was written."]
+    neither = f", {written['left_out_by_split']:,} on neither side" if written["left_out_by_split"] else ""
+    sides = f"{written['training_rows']:,} rows to train on, {written['validation_rows']:,} held out"
+    return [*lines, f"Written: {sides}{neither}."]
 
 
 def _model_line(name: str, used: dict[str, Any]) -> str:
@@ -179,34 +167,9 @@ def _model_line(name: str, used: dict[str, Any]) -> str:
     )
 
 
-def _golden_lines(results: Sequence[dict[str, Any]]) -> list[str]:
-    lines: list[str] = []
-    for result in results:
-        rates = ", ".join(f"{rate:.2f}" for rate in result["pass_rates"])
-        agreement = "undefined" if result["agreement"] is None else f"{result['agreement']:.2f}"
-        lines.append(
-            f"- {result['task']}, {result['template']}: {'passed' if result['passed'] else 'FAILED'}; pass rates of "
-            f"the wordings {rates} over {result['rows']} rows, agreement {agreement}; failures: "
-            f"{_counts(result['failures'])}"
-        )
-        if result["sample"]:
-            lines += ["", _quoted(result["sample"]), ""]
-    return lines
-
-
-def _shown(sample: dict[str, Any]) -> list[str]:
-    why = ", ".join(_one_line(part) for part in (sample["reason"], sample["measured"]) if part)
-    lines = ["", f"{sample['id']} ({sample['task']}){why and ': '}{why}", "", _quoted(sample["question"])]
-    return [*lines, "", "said:", "", _quoted(sample["text"])] if sample["text"] else lines
-
-
-def _counts(counts: dict[str, int], *, none: str = "none") -> str:
+def _counts(counts: dict[str, int], none: str = "none") -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or none
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:_SHOWN_CHARACTERS]
-
-
-def _quoted(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())

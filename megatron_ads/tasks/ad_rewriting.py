@@ -8,19 +8,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_ads.errors import DataError
+from megatron_ads.metrics.ranking import mean
 from megatron_ads.metrics.text import overlap, words_of
-from megatron_ads.rows import ChatRow, Fact
+from megatron_ads.rows import ChatRow, Fact, Facts
 from megatron_ads.tasks.answer_format import (
     ReadFailure,
+    Unreadable,
     element,
     listed,
     read_elements,
     read_parts,
-    render_reasoned,
-    split_reasoning,
+    render_parts,
+    strict_parser,
 )
-from megatron_ads.tasks.ground_truth import Metrics, ground_truth, mean, readable, share, truth_facts
-from megatron_ads.tasks.prompts import Ad, Template, filled, line, single_turn
+from megatron_ads.tasks.ground_truth import Metrics, judged
+from megatron_ads.tasks.prompts import Ad, Template, example, filled, line
 
 TASK = "ad_rewriting"
 
@@ -60,82 +62,50 @@ class Rewrite:
     keywords: tuple[str, ...] = ()
     reasoning: str = ""
 
-
-def render_prompt(brief: RewriteBrief, instruction: str = TEMPLATE.instruction()) -> str:
-    """Return the user's message: the instruction, the goal, the ad, its keywords.
-
-    Raises:
-        DataError: If the ad has no title, the goal no text, or a keyword cannot stand in a list.
-    """
-    ad = replace(brief.ad, title=filled("the title", brief.ad.title))
-    lines = [instruction, line(Fact.goal, filled("the goal", brief.goal)), *ad.lines()]
-    if brief.keywords:
-        lines.append(line(Fact.keywords, listed(brief.keywords)))
-    return "\n".join(lines)
-
-
-def render_target(rewrite: Rewrite) -> str:
-    """Return the assistant's message: reasoning, then one line per part.
-
-    Raises:
-        DataError: If a text is empty, or a keyword comes twice.
-    """
-    if len(set(rewrite.keywords)) < len(rewrite.keywords):
-        raise DataError(f"the keywords are {', '.join(rewrite.keywords)}; each may be there once.")
-    lines = [
-        element("Title", rewrite.title),
-        element("Text", rewrite.text),
-        element("Rationale", rewrite.rationale),
-        *(element("Keyword", keyword) for keyword in rewrite.keywords),
-    ]
-    return render_reasoned(rewrite.reasoning, "\n".join(lines))
-
-
-def chat_row(row_id: str, brief: RewriteBrief, rewrite: Rewrite, *, group: str = "") -> ChatRow:
-    """Return one example; rows of one ``group``, by default of one ad's title, stay on one side of any split.
-
-    Raises:
-        DataError: If a text is empty.
-    """
-    prompt = render_prompt(brief, TEMPLATE.instruction_of(row_id))
-    facts = {
-        Fact.ad: brief.ad.as_fact(),
-        Fact.keywords: list(brief.keywords),
-        Fact.goal: brief.goal,
-        **truth_facts(rewrite),
-    }
-    return single_turn(row_id, TASK, prompt, render_target(rewrite), facts=facts, group=group or brief.ad.title)
+    @property
+    def wording(self) -> str:
+        """Title and text."""
+        return f"{self.title} {self.text}"
 
 
 _PARTS = ("Title", "Text", "Rationale")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
-def parse(text: str, *, reasoning_required: bool = True) -> Rewrite | ReadFailure:
-    """Read an answer strictly: one ``<think>`` block, the three parts in order, then keywords, and nothing else."""
-    parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReadFailure):
-        return parts
-    wording, _, _ = parts.answer.partition("<Keyword>")
+def chat_row(row_id: str, brief: RewriteBrief, rewrite: Rewrite, *, group: str = "") -> ChatRow:
+    """Return one example; rows of one ``group``, by default of one ad's title, stay on one side of any split.
+
+    Raises:
+        DataError: If a text is empty, a keyword comes twice, or one that the ad has cannot stand in a list.
+    """
+    if len(set(rewrite.keywords)) < len(rewrite.keywords):
+        raise DataError(f"the keywords are {', '.join(rewrite.keywords)}; each may be there once.")
+    ad = replace(brief.ad, title=filled("the title", brief.ad.title))
+    shown = [line(Fact.goal, filled("the goal", brief.goal)), *ad.lines()]
+    if brief.keywords:
+        shown.append(line(Fact.keywords, listed(brief.keywords)))
+    answer = [render_parts(rewrite, _PARTS), *(element("Keyword", keyword) for keyword in rewrite.keywords)]
+    facts: Facts = {Fact.ad: brief.ad.as_fact(), Fact.keywords: list(brief.keywords), Fact.goal: brief.goal}
+    return example(row_id, TEMPLATE, shown, rewrite, "\n".join(answer), facts=facts, group=group or brief.ad.title)
+
+
+@strict_parser(reasons=True)
+def parse(answer: str, reasoning: str) -> Rewrite:
+    """Read the three parts in order, then keywords, and nothing else."""
+    wording, _, _ = answer.partition("<Keyword>")
     given = read_parts(wording, _PARTS)
-    if isinstance(given, ReadFailure):
-        return given
-    elements = read_elements(parts.answer.removeprefix(wording))
+    elements = read_elements(answer.removeprefix(wording))
     if elements is None:
-        return ReadFailure.text_around_parts
+        raise Unreadable(ReadFailure.text_around_parts)
     if any(name != "Keyword" for name, _ in elements):
-        return ReadFailure.parts_out_of_order
+        raise Unreadable(ReadFailure.parts_out_of_order)
     keywords = tuple(value for _, value in elements)
     if not all(keywords):
-        return ReadFailure.empty_part
+        raise Unreadable(ReadFailure.empty_part)
     if len(set(keywords)) < len(keywords):
-        return ReadFailure.repeated_keyword
+        raise Unreadable(ReadFailure.repeated_keyword)
     return Rewrite(
-        title=given["Title"],
-        text=given["Text"],
-        rationale=given["Rationale"],
-        keywords=keywords,
-        reasoning=parts.reasoning,
+        title=given["Title"], text=given["Text"], rationale=given["Rationale"], keywords=keywords, reasoning=reasoning
     )
 
 
@@ -147,26 +117,24 @@ def metrics(rows: Sequence[ChatRow], answers: Sequence[Rewrite | ReadFailure]) -
     keywords/f1   keywords against the true ones
     quality       mean of the two, 0 where not usable
     """
-    checked = [(row, ground_truth(row, Rewrite), readable(answer)) for row, answer in zip(rows, answers, strict=True)]
-    usable = [answer is not None and is_usable(answer, row) for row, _, answer in checked]
-    texts = [_text_f1(truth, answer) if answer else 0.0 for _, truth, answer in checked]
-    keywords = [overlap(truth.keywords, answer.keywords).f1 if answer else 0.0 for _, truth, answer in checked]
+    pairs = judged(rows, answers, Rewrite)
+    usable = [answer is not None and _is_usable(answer, row) for row, (_, answer) in zip(rows, pairs, strict=True)]
+    texts = [
+        overlap(words_of(truth.wording), words_of(answer.wording)).f1 if answer else 0.0 for truth, answer in pairs
+    ]
+    keywords = [overlap(truth.keywords, answer.keywords).f1 if answer else 0.0 for truth, answer in pairs]
     quality = [ok * (text + words) / 2 for ok, text, words in zip(usable, texts, keywords, strict=True)]
     return {
-        "usable": share(usable),
+        "usable": mean(usable),
         "text/word_f1": mean(texts),
         "keywords/f1": mean(keywords),
         "quality": mean(quality),
     }
 
 
-def is_usable(rewrite: Rewrite, row: ChatRow) -> bool:
+def _is_usable(rewrite: Rewrite, row: ChatRow) -> bool:
     """Return whether a rewrite changes the ad's words without inventing numbers, and its keywords are new."""
     shown = "\n".join(row.shown_texts())
     same = rewrite.title in shown and rewrite.text in shown
-    invented = set(_NUMBER.findall(f"{rewrite.title} {rewrite.text}")) - set(_NUMBER.findall(shown))
+    invented = set(_NUMBER.findall(rewrite.wording)) - set(_NUMBER.findall(shown))
     return not same and not invented and not set(rewrite.keywords) & set(row.list_fact(Fact.keywords))
-
-
-def _text_f1(truth: Rewrite, answer: Rewrite) -> float:
-    return overlap(words_of(f"{truth.title} {truth.text}"), words_of(f"{answer.title} {answer.text}")).f1

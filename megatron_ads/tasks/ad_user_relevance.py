@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from megatron_ads.errors import DataError
-from megatron_ads.metrics.classification import (
-    DefectView,
-    accuracy,
-    auc,
-    binary_metrics,
-    mean_distance,
-    quadratic_kappa,
-)
+from megatron_ads.metrics.classification import DefectView, accuracy, auc, in_view, mean_distance, quadratic_kappa
 from megatron_ads.rows import ChatRow, Fact
-from megatron_ads.tasks.answer_format import ReadFailure, element, read_only, render_reasoned, split_reasoning
-from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, truth_facts
-from megatron_ads.tasks.prompts import Ad, Template, single_turn
+from megatron_ads.tasks.answer_format import (
+    ReadFailure,
+    element,
+    read_choice,
+    read_only,
+    strict_parser,
+)
+from megatron_ads.tasks.ground_truth import Metrics, judged
+from megatron_ads.tasks.prompts import Ad, Template, example
 from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory, render_history, sections, user_facts
 
 TASK = "ad_user_relevance"
@@ -59,33 +58,6 @@ class UserRelevanceJudgement:
     reasoning: str
 
 
-def render_prompt(
-    user: UserHistory, ad: Ad, instruction: str = TEMPLATE.instruction(), *, view: HistoryView = FULL_VIEW
-) -> str:
-    """Return the user's message: the instruction, the history section by section, the ad."""
-    return "\n".join([instruction, render_history(sections(user, view)), *ad.lines()])
-
-
-def render_target(score: Score | int, reasoning: str) -> str:
-    """Return the assistant's message: reasoning, then the tagged score.
-
-    Raises:
-        DataError: If the score is not on the scale.
-    """
-    return render_reasoned(reasoning, element("Score", as_score(score)))
-
-
-def as_score(score: Score | int | str) -> Score:
-    """Return the score as one of the scale.
-
-    Raises:
-        DataError: If it is not on the scale.
-    """
-    if str(score) not in set(Score):
-        raise DataError(f"the score is {score!r}; it must be one of {', '.join(Score)}.")
-    return Score(str(score))
-
-
 def chat_row(
     row_id: str, user: UserHistory, ad: Ad, score: Score | int, reasoning: str, *, view: HistoryView = FULL_VIEW
 ) -> ChatRow:
@@ -94,38 +66,28 @@ def chat_row(
     Raises:
         DataError: If the score is not on the scale.
     """
-    prompt = render_prompt(user, ad, TEMPLATE.instruction_of(row_id), view=view)
-    target = render_target(score, reasoning)
-    truth = UserRelevanceJudgement(as_score(score), reasoning)
-    facts = {**user_facts(user, view), Fact.ad: ad.as_fact(), **truth_facts(truth)}
-    return single_turn(row_id, TASK, prompt, target, facts=facts, group=user.user_id, label=truth.score)
+    if str(score) not in set(Score):
+        raise DataError(f"the score is {score!r}; it must be one of {', '.join(Score)}.")
+    truth = UserRelevanceJudgement(Score(str(score)), reasoning)
+    shown = [render_history(sections(user, view)), *ad.lines()]
+    facts = {**user_facts(user, view), Fact.ad: ad.as_fact()}
+    answer = element("Score", truth.score)
+    return example(row_id, TEMPLATE, shown, truth, answer, facts=facts, group=user.user_id, label=truth.score)
 
 
-def parse(text: str, *, reasoning_required: bool = True) -> UserRelevanceJudgement | ReadFailure:
-    """Read an answer strictly: one ``<think>`` block, then one score of the scale, and nothing else."""
-    parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReadFailure):
-        return parts
-    score = read_only(
-        "Score", parts.answer, ReadFailure.no_score, ReadFailure.several_scores, ReadFailure.text_around_score
-    )
-    if isinstance(score, ReadFailure):
-        return score
-    return (
-        UserRelevanceJudgement(Score(score), parts.reasoning)
-        if score in set(Score)
-        else ReadFailure.score_outside_scale
-    )
+@strict_parser(reasons=True)
+def parse(answer: str, reasoning: str) -> UserRelevanceJudgement:
+    """Read one score of the scale, and nothing else."""
+    score = read_choice(read_only("Score", answer), Score, ReadFailure.score_outside_scale)
+    return UserRelevanceJudgement(score, reasoning)
 
 
 def metrics(rows: Sequence[ChatRow], answers: Sequence[UserRelevanceJudgement | ReadFailure]) -> Metrics:
     """Return the paper's table 5, where RR is ``bad/defect_rate``, and the agreement on the whole scale."""
-    truths = [ground_truth(row, UserRelevanceJudgement).score for row in rows]
-    given = [readable(answer) for answer in answers]
-    scores = [answer.score if answer else None for answer in given]
-    binary = binary_metrics(truths, scores, BAD_VIEW).as_dict()
+    pairs = judged(rows, answers, UserRelevanceJudgement)
+    truths, scores = [truth.score for truth, _ in pairs], [answer.score if answer else None for _, answer in pairs]
     return {
-        **{f"{BAD_VIEW.name}/{name}": value for name, value in binary.items()},
+        **in_view(truths, scores, BAD_VIEW),
         "auc": match_auc(truths, scores),
         "accuracy": accuracy(truths, scores),
         "quadratic_kappa": quadratic_kappa(truths, scores, list(Score)),

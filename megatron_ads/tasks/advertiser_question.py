@@ -9,16 +9,17 @@ the prompt: it says all there is to do, so it works without training. Numbers in
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_ads.errors import DataError
-from megatron_ads.metrics.ranking import ndcg_at, recall_at, reciprocal_rank, same_name
+from megatron_ads.metrics.ranking import mean, ndcg_at, recall_at, reciprocal_rank, same_name
 from megatron_ads.rows import ChatRow, Fact, Facts
 from megatron_ads.stable_random import stable_random
-from megatron_ads.tasks.answer_format import ReadFailure, element, read_only, render_reasoned, split_reasoning
-from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, share, truth_facts
-from megatron_ads.tasks.next_advertiser import Prediction, render_target
-from megatron_ads.tasks.prompts import LABELS, Template, single_turn
+from megatron_ads.tasks.answer_format import ReadFailure, Unreadable, element, read_only, strict_parser
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, judged
+from megatron_ads.tasks.next_advertiser import Prediction
+from megatron_ads.tasks.prompts import LABELS, Template, example, filled
 from megatron_ads.tasks.user_history import render_history, shown_history
 
 CANDIDATES = 20
@@ -44,54 +45,26 @@ LIST_RANKING_TEMPLATE = Template(
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdvertiserQuestion:
-    """One user, the advertiser who came next, and others who could have."""
+def asked_anew(
+    row: ChatRow,
+    row_id: str,
+    template: Template,
+    shown: Iterable[str],
+    truth: Any,
+    answer: str,
+    *,
+    facts: Facts | None = None,
+    label: str,
+    task: str = "",
+) -> ChatRow:
+    """Return another question over the record of ``row``, whose weight, group and time it keeps.
 
-    row_id: str
-    history: str
-    """What a prompt shows of the user."""
-    facts: Facts
-    """What is known of the user."""
-    advertiser: str
-    pool: tuple[str, ...]
-    """Where other candidates come from; may hold the true one."""
-    group: str
-    """The user."""
-    reasoning: str = ""
-
-
-def question_of(row: ChatRow, row_id: str, pool: Sequence[str]) -> AdvertiserQuestion:
-    """Return the question of a row that asks for the name.
-
-    Raises:
-        DataError: If the row's facts do not tell it.
+    ``facts`` are added to those of ``row``, without the pool and the best answers; for the rest see ``example``.
     """
-    require_own_form(row)
-    truth = ground_truth(row, Prediction)
-    left_out = {Fact.pool, Fact.best_answers}
-    return AdvertiserQuestion(
-        row_id=row_id,
-        history=render_history(shown_history(row)),
-        facts={name: value for name, value in row.facts.items() if name not in left_out},
-        advertiser=truth.advertiser,
-        pool=tuple(pool),
-        group=row.group,
-        reasoning=truth.reasoning,
-    )
-
-
-def require_own_form(row: ChatRow) -> None:
-    """Refuse a row whose prompt is a text in a form of its own: nothing says what of it another question may show.
-
-    Raises:
-        DataError: If it is.
-    """
-    if Fact.text in row.facts:
-        raise DataError(
-            f"row {row.id!r} begins with {row.prompt[-1].content!r:.60}, and its facts do not say what it shows; a "
-            f"variant asks anew, so it is made from rows with facts or with a prompt of {row.task}."
-        )
+    known = {name: value for name, value in row.facts.items() if name not in (Fact.pool, Fact.best_answers)}
+    facts = {**known, **(facts or {})}
+    new = example(row_id, template, shown, truth, answer, facts=facts, group=row.group, label=label, task=task)
+    return replace(new, weight=row.weight, time=row.time)
 
 
 def candidates_of(row_id: str, truth: str, pool: Sequence[str], count: int = CANDIDATES) -> tuple[str, ...]:
@@ -115,30 +88,17 @@ def candidates_of(row_id: str, truth: str, pool: Sequence[str], count: int = CAN
     return tuple(chosen)
 
 
-def candidate_lines(names: Iterable[str]) -> list[str]:
-    """Return the lines of a prompt that list candidates."""
+def _listed(names: Iterable[str]) -> list[str]:
     return [f"{LABELS[Fact.candidates]}:", *names]
 
 
-def choose_one_row(question: AdvertiserQuestion, *, count: int = CANDIDATES) -> ChatRow:
-    """Return one example; the others are drawn from the question's pool.
-
-    Raises:
-        DataError: If the pool has too few others.
-    """
-    listed = candidates_of(question.row_id, question.advertiser, question.pool, count)
-    lines = [CHOOSE_ONE_TEMPLATE.instruction_of(question.row_id), question.history, *candidate_lines(listed)]
-    target = render_target(question.advertiser, question.reasoning)
-    truth = truth_facts(Prediction(question.advertiser, question.reasoning))
-    return single_turn(
-        question.row_id,
-        CHOOSE_ONE,
-        "\n".join(lines),
-        target,
-        facts={**question.facts, Fact.candidates: list(listed), **truth},
-        group=question.group,
-        label=question.advertiser,
-    )
+def choose_one_row(row: ChatRow, row_id: str, pool: Sequence[str], *, count: int = CANDIDATES) -> ChatRow:
+    """Return the question which of some candidates is the next, from a row that asks for the name."""
+    truth, history = ground_truth(row, Prediction), render_history(shown_history(row))
+    candidates = candidates_of(row_id, truth.advertiser, pool, count)
+    shown, answer = [history, *_listed(candidates)], filled("the advertiser", truth.advertiser)
+    facts: Facts = {Fact.candidates: list(candidates)}
+    return asked_anew(row, row_id, CHOOSE_ONE_TEMPLATE, shown, truth, answer, facts=facts, label=truth.advertiser)
 
 
 def choose_one_metrics(rows: Sequence[ChatRow], answers: Sequence[Prediction | ReadFailure]) -> Metrics:
@@ -147,16 +107,16 @@ def choose_one_metrics(rows: Sequence[ChatRow], answers: Sequence[Prediction | R
     A row that says no candidates, such as one in words of its own, does not count in the second.
     """
     truths = [same_name(ground_truth(row, Prediction).advertiser) for row in rows]
-    given = [readable(answer) for answer in answers]
-    names = [same_name(answer.advertiser) if answer else None for answer in given]
-    listed = [
-        (name, {same_name(candidate) for candidate in row.list_fact(Fact.candidates)})
-        for name, row in zip(names, rows, strict=True)
-        if Fact.candidates in row.facts
-    ]
+    names = [same_name(answer.advertiser) if isinstance(answer, Prediction) else None for answer in answers]
     return {
-        "hit_rate@1": share([truth == name for truth, name in zip(truths, names, strict=True)]),
-        "valid_rate": share([name in shown for name, shown in listed]),
+        "hit_rate@1": mean([truth == name for truth, name in zip(truths, names, strict=True)]),
+        "valid_rate": mean(
+            [
+                name in [same_name(candidate) for candidate in row.list_fact(Fact.candidates)]
+                for name, row in zip(names, rows, strict=True)
+                if Fact.candidates in row.facts
+            ]
+        ),
     }
 
 
@@ -169,42 +129,31 @@ class Order:
     reasoning: str
 
 
-def list_ranking_row(question: AdvertiserQuestion, *, count: int = CANDIDATES) -> ChatRow:
-    """Return one example. Its target has the true advertiser first and the others as listed: nothing orders them.
+def list_ranking_row(row: ChatRow, row_id: str, pool: Sequence[str], *, count: int = CANDIDATES) -> ChatRow:
+    """Return the question for an order of candidates, from a row that asks for the name.
 
-    Raises:
-        DataError: If the question's pool has too few others.
+    Its target has the true advertiser first and the others as listed: nothing orders them.
     """
-    listed = candidates_of(question.row_id, question.advertiser, question.pool, count)
-    numbered = [f"{number}. {name}" for number, name in enumerate(listed, 1)]
-    prompt = "\n".join(
-        [LIST_RANKING_TEMPLATE.instruction_of(question.row_id), question.history, *candidate_lines(numbered)]
-    )
-    best = listed.index(question.advertiser) + 1
-    numbers = [best, *(number for number in range(1, count + 1) if number != best)]
-    target = render_reasoned(question.reasoning, element("Ranking", ", ".join(map(str, numbers))))
-    truth = truth_facts(Order(tuple(numbers), question.reasoning))
-    facts = {**question.facts, Fact.candidates: list(listed), **truth}
-    return single_turn(
-        question.row_id, LIST_RANKING, prompt, target, facts=facts, group=question.group, label=str(best)
-    )
+    known, history = ground_truth(row, Prediction), render_history(shown_history(row))
+    candidates = candidates_of(row_id, known.advertiser, pool, count)
+    shown = [history, *_listed(f"{number}. {name}" for number, name in enumerate(candidates, 1))]
+    best = candidates.index(known.advertiser) + 1
+    truth = Order((best, *(number for number in range(1, count + 1) if number != best)), known.reasoning)
+    facts: Facts = {Fact.candidates: list(candidates)}
+    answer = element("Ranking", ", ".join(map(str, truth.numbers)))
+    return asked_anew(row, row_id, LIST_RANKING_TEMPLATE, shown, truth, answer, facts=facts, label=str(best))
 
 
-def parse_order(text: str, *, reasoning_required: bool = False) -> Order | ReadFailure:
-    """Read an answer strictly: reasoning, which may be missing, one list of different numbers, nothing else."""
-    parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReadFailure):
-        return parts
-    ranking = read_only(
-        "Ranking", parts.answer, ReadFailure.no_ranking, ReadFailure.several_rankings, ReadFailure.text_around_ranking
-    )
-    if isinstance(ranking, ReadFailure):
-        return ranking
-    words = [word.strip() for word in ranking.split(",")]
+@strict_parser(reasons=False)
+def parse_order(answer: str, reasoning: str) -> Order:
+    """Read one list of different numbers, and nothing else."""
+    words = [word.strip() for word in read_only("Ranking", answer).split(",")]
     if not all(word.isascii() and word.isdigit() and len(word) <= 4 and int(word) > 0 for word in words):
-        return ReadFailure.not_numbers
-    numbers = tuple(int(word) for word in words)
-    return Order(numbers, parts.reasoning) if len(set(numbers)) == len(numbers) else ReadFailure.repeated_number
+        raise Unreadable(ReadFailure.not_numbers)
+    numbers = tuple(map(int, words))
+    if len(set(numbers)) < len(numbers):
+        raise Unreadable(ReadFailure.repeated_number)
+    return Order(numbers, reasoning)
 
 
 def list_ranking_metrics(rows: Sequence[ChatRow], answers: Sequence[Order | ReadFailure]) -> Metrics:
@@ -212,19 +161,17 @@ def list_ranking_metrics(rows: Sequence[ChatRow], answers: Sequence[Order | Read
 
     complete_rate is the share of answers that order exactly the candidates shown.
     """
-    truths = [ground_truth(row, Order).numbers for row in rows]
-    given = [readable(answer) for answer in answers]
+    pairs = judged(rows, answers, Order)
     positions = [
-        answer.numbers.index(truth[0]) + 1 if answer and truth[0] in answer.numbers else None
-        for truth, answer in zip(truths, given, strict=True)
-    ]
-    complete = [
-        answer is not None and set(answer.numbers) == set(truth) for truth, answer in zip(truths, given, strict=True)
+        answer.numbers.index(truth.numbers[0]) + 1 if answer and truth.numbers[0] in answer.numbers else None
+        for truth, answer in pairs
     ]
     return {
         "hit_rate@1": recall_at(positions, 1),
         "hit_rate@5": recall_at(positions, 5),
         "ndcg@5": ndcg_at(positions, 5),
         "mrr": reciprocal_rank(positions),
-        "complete_rate": share(complete),
+        "complete_rate": mean(
+            [answer is not None and set(answer.numbers) == set(truth.numbers) for truth, answer in pairs]
+        ),
     }

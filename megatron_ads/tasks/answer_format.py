@@ -5,11 +5,17 @@ themselves, and chat templates that open the block, then learn to close it at on
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import wraps
+from typing import Any, Protocol, TypeVar
 
 from megatron_ads.errors import DataError
+
+A = TypeVar("A")
+A_co = TypeVar("A_co", covariant=True)
+E = TypeVar("E", bound=StrEnum)
 
 _ELEMENT = re.compile(r"\s*<([A-Za-z]\w*)>(.*?)</\1>\s*", re.DOTALL)
 _LIST_SEPARATOR = ";"
@@ -83,6 +89,14 @@ class ReadFailure(StrEnum):
     repeated_keyword = "repeated_keyword"
 
 
+class Unreadable(Exception):
+    """An answer cannot be read; the parser returns its ``failure``."""
+
+    def __init__(self, failure: ReadFailure) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+
+
 def element(name: str, text: str) -> str:
     """Return one element.
 
@@ -109,32 +123,66 @@ def read_elements(text: str) -> list[tuple[str, str]] | None:
     return found
 
 
-def read_only(name: str, text: str, none: ReadFailure, several: ReadFailure, around: ReadFailure) -> str | ReadFailure:
-    """Read the text of the one element that must be there, with nothing around it; else return what is given."""
-    count = count_of(name, text)
+def read_only(name: str, text: str) -> str:
+    """Return the text of the one element that must be there, with nothing around it.
+
+    Raises:
+        Unreadable: ``no_``, ``several_`` or ``text_around_`` with the element's name.
+    """
+    kind, count = name.lower(), count_of(name, text)
     if count != 1:
-        return several if count else none
+        raise Unreadable(ReadFailure(f"several_{kind}s" if count else f"no_{kind}"))
     elements = read_elements(text)
-    return around if elements is None or len(elements) > 1 else elements[0][1]
+    if elements is None or len(elements) > 1:
+        raise Unreadable(ReadFailure(f"text_around_{kind}"))
+    return elements[0][1]
 
 
-def read_parts(text: str, names: Sequence[str]) -> dict[str, str] | ReadFailure:
-    """Read elements that must be ``names``, each once, in this order, none empty."""
+def read_choice(text: str, kind: type[E], otherwise: ReadFailure) -> E:
+    """Return ``text`` as one of the choices.
+
+    Raises:
+        Unreadable: ``otherwise``, if it is none of them.
+    """
+    if text not in set(kind):
+        raise Unreadable(otherwise)
+    return kind(text)
+
+
+def read_parts(text: str, names: Sequence[str]) -> dict[str, str]:
+    """Return the texts of elements that must be ``names``, each once, in this order, none empty.
+
+    Raises:
+        Unreadable: If they are not.
+    """
     if any(count_of(name, text) == 0 for name in names):
-        return ReadFailure.missing_part
+        raise Unreadable(ReadFailure.missing_part)
     elements = read_elements(text)
     if elements is None:
-        return ReadFailure.text_around_parts
+        raise Unreadable(ReadFailure.text_around_parts)
     found = [name for name, _ in elements]
     if set(found) - set(names):
-        return ReadFailure.unknown_part
+        raise Unreadable(ReadFailure.unknown_part)
     if len(found) > len(names):
-        return ReadFailure.repeated_part
+        raise Unreadable(ReadFailure.repeated_part)
     if found != list(names):
-        return ReadFailure.parts_out_of_order
+        raise Unreadable(ReadFailure.parts_out_of_order)
     if not all(value for _, value in elements):
-        return ReadFailure.empty_part
+        raise Unreadable(ReadFailure.empty_part)
     return dict(elements)
+
+
+def render_parts(record: Any, names: Sequence[str]) -> str:
+    """Return one line per element; its text is the record's field of that name in lower case, a text or a list.
+
+    Raises:
+        DataError: If a text is empty, or a value cannot stand in a list.
+    """
+    values = [getattr(record, name.lower()) for name in names]
+    return "\n".join(
+        element(name, listed(value) if isinstance(value, tuple) else value)
+        for name, value in zip(names, values, strict=True)
+    )
 
 
 def count_of(name: str, text: str) -> int:
@@ -218,3 +266,31 @@ def split_reasoning(text: str, *, required: bool = True) -> Reasoned | ReadFailu
     if required and not reasoning.strip():
         return ReadFailure.no_reasoning
     return Reasoned(reasoning.strip(), answer.strip())
+
+
+class Parser(Protocol[A_co]):
+    """Reads an answer strictly, or says why it cannot be read."""
+
+    def __call__(self, text: str, *, reasoning_required: bool = True) -> A_co | ReadFailure:
+        """Return the answer or a failure."""
+
+
+def strict_parser(*, reasons: bool) -> Callable[[Callable[[str, str], A]], Parser[A]]:
+    """Make a parser of a function that takes answer and reasoning, and raises :class:`Unreadable`.
+
+    Args:
+        reasons: Whether reasoning is required where a call does not say.
+    """
+
+    def parser_of(read: Callable[[str, str], A]) -> Parser[A]:
+        @wraps(read)
+        def parse(text: str, *, reasoning_required: bool = reasons) -> A | ReadFailure:
+            parts = split_reasoning(text, required=reasoning_required)
+            try:
+                return parts if isinstance(parts, ReadFailure) else read(parts.answer, parts.reasoning)
+            except Unreadable as error:
+                return error.failure
+
+        return parse
+
+    return parser_of

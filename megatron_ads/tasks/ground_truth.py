@@ -1,27 +1,17 @@
 """The true answer of a row, kept among its facts: what metrics and rewards compare the model's answers with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
-from typing import Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from megatron_ads.errors import DataError
 from megatron_ads.rows import ChatRow, Fact, Facts, JsonValue
-from megatron_ads.tasks.answer_format import ReadFailure
-
-A = TypeVar("A")
-A_co = TypeVar("A_co", covariant=True)
+from megatron_ads.tasks.answer_format import A, ReadFailure
 
 Metrics = dict[str, float | None]
 """Named numbers; None is undefined."""
 _REASONING = str(Fact.reasoning)
-
-
-class Parser(Protocol[A_co]):
-    """Reads an answer strictly, or says why it cannot be read."""
-
-    def __call__(self, text: str, *, reasoning_required: bool = True) -> A_co | ReadFailure:
-        """Return the answer or a failure."""
 
 
 def truth_facts(answer: Any) -> Facts:
@@ -112,11 +102,10 @@ def readable(outcome: A | ReadFailure) -> A | None:
     return None if isinstance(outcome, ReadFailure) else outcome
 
 
-def share(values: list[bool]) -> float | None:
-    """Return the share that is true; None without values."""
-    return sum(values) / len(values) if values else None
+def judged(rows: Sequence[ChatRow], answers: Sequence[A | ReadFailure], kind: type[A]) -> list[tuple[A, A | None]]:
+    """Return, for each row, the true answer and the one given; None where that cannot be read.
 
-
-def mean(values: list[float]) -> float | None:
-    """Return the mean; None without values."""
-    return sum(values) / len(values) if values else None
+    Raises:
+        DataError: If a row's facts have no ground truth, or it is not one of the task.
+    """
+    return [(ground_truth(row, kind), readable(answer)) for row, answer in zip(rows, answers, strict=True)]

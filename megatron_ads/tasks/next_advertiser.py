@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
-from megatron_ads.metrics.ranking import RECALLS, distinct_rate, ndcg_at, position_of, recall_at, reciprocal_rank
-from megatron_ads.rows import ChatRow, Fact, Facts
-from megatron_ads.tasks.answer_format import ReadFailure, render_reasoned, split_reasoning
-from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, share, truth_facts
-from megatron_ads.tasks.prompts import Template, filled, line, single_turn
+from megatron_ads.metrics.ranking import RECALLS, distinct_rate, mean, ndcg_at, position_of, recall_at, reciprocal_rank
+from megatron_ads.rows import ChatRow, Fact
+from megatron_ads.tasks.answer_format import ReadFailure, Unreadable, strict_parser
+from megatron_ads.tasks.ground_truth import Metrics, judged, readable
+from megatron_ads.tasks.prompts import Template, example, filled, line
 from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory, render_history, sections, user_facts
 
 TASK = "next_advertiser"
@@ -72,40 +72,11 @@ class Ranking:
     interests: tuple[str, ...]
     reasoning: str
 
-
-def render_prompt(
-    request: AdvertiserRequest, instruction: str = TEMPLATE.instruction(), *, view: HistoryView = FULL_VIEW
-) -> str:
-    """Return the user's message: the instruction, the history section by section, the pool."""
-    lines = [instruction, render_history(sections(request.user, view))]
-    if request.pool:
-        lines.append(line(Fact.pool, "; ".join(request.pool)))
-    return "\n".join(lines)
-
-
-def _request_facts(request: AdvertiserRequest, view: HistoryView) -> Facts:
-    return {**user_facts(request.user, view), Fact.pool: list(request.pool)}
-
-
-def render_target(advertiser: str, reasoning: str = "") -> str:
-    """Return the assistant's message of the free-text form. The paper found reasoning of no use here; it may be empty.
-
-    Raises:
-        DataError: If the name is empty.
-    """
-    return render_reasoned(reasoning, filled("the advertiser", advertiser))
-
-
-def render_ranking(advertisers: Sequence[str], interests: Sequence[str], reasoning: str = "") -> str:
-    """Return the assistant's message of the XML form.
-
-    Raises:
-        DataError: If a name is empty.
-    """
-    names = "".join(f"<advertiser>{escape(filled('an advertiser', name))}</advertiser>" for name in advertisers)
-    tags = "".join(f"<interest>{escape(filled('an interest', text))}</interest>" for text in interests)
-    answer = f"<prediction><advertisers>{names}</advertisers><interests>{tags}</interests></prediction>"
-    return render_reasoned(reasoning, answer)
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has exactly the entries asked for, no advertiser twice."""
+        distinct = len(set(self.advertisers)) == len(self.advertisers) == RANKED
+        return distinct and len(self.interests) <= MOST_INTERESTS
 
 
 def chat_row(
@@ -113,13 +84,13 @@ def chat_row(
 ) -> ChatRow:
     """Return one example of the free-text form; rows of one user stay on one side of any split.
 
+    The paper found reasoning of no use here.
+
     Raises:
         DataError: If the name is empty.
     """
-    prompt = render_prompt(request, TEMPLATE.instruction_of(row_id), view=view)
-    target = render_target(advertiser, reasoning)
-    facts = {**_request_facts(request, view), **truth_facts(Prediction(advertiser, reasoning))}
-    return single_turn(row_id, TASK, prompt, target, facts=facts, group=request.user.user_id, label=advertiser)
+    truth, answer = Prediction(advertiser, reasoning), filled("the advertiser", advertiser)
+    return _example(row_id, TEMPLATE, request, truth, answer, advertiser, view)
 
 
 def ranking_row(
@@ -137,68 +108,76 @@ def ranking_row(
     Raises:
         DataError: If a name is empty.
     """
-    prompt = render_prompt(request, RANKING_TEMPLATE.instruction_of(row_id), view=view)
-    target = render_ranking(advertisers, interests, reasoning)
-    truth = truth_facts(Ranking(tuple(advertisers), tuple(interests), reasoning))
-    facts = {**_request_facts(request, view), **truth}
-    return single_turn(row_id, RANKING_TASK, prompt, target, facts=facts, group=request.user.user_id, label=label)
+    names = "".join(f"<advertiser>{escape(filled('an advertiser', name))}</advertiser>" for name in advertisers)
+    tags = "".join(f"<interest>{escape(filled('an interest', text))}</interest>" for text in interests)
+    answer = f"<prediction><advertisers>{names}</advertisers><interests>{tags}</interests></prediction>"
+    truth = Ranking(tuple(advertisers), tuple(interests), reasoning)
+    return _example(row_id, RANKING_TEMPLATE, request, truth, answer, label, view)
 
 
-def parse(text: str, *, reasoning_required: bool = False) -> Prediction | ReadFailure:
-    """Read the free-text form: one line after the reasoning, which may be missing."""
-    parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReadFailure):
-        return parts
-    if not parts.answer:
-        return ReadFailure.no_advertiser
-    if "\n" in parts.answer:
-        return ReadFailure.several_lines
-    return Prediction(advertiser=parts.answer, reasoning=parts.reasoning)
+def _example(
+    row_id: str,
+    template: Template,
+    request: AdvertiserRequest,
+    truth: Prediction | Ranking,
+    answer: str,
+    label: str,
+    view: HistoryView,
+) -> ChatRow:
+    shown = [render_history(sections(request.user, view))]
+    if request.pool:
+        shown.append(line(Fact.pool, "; ".join(request.pool)))
+    facts = {**user_facts(request.user, view), Fact.pool: list(request.pool)}
+    return example(row_id, template, shown, truth, answer, facts=facts, group=request.user.user_id, label=label)
 
 
-def parse_ranking(text: str, *, reasoning_required: bool = False) -> Ranking | ReadFailure:
+@strict_parser(reasons=False)
+def parse(answer: str, reasoning: str) -> Prediction:
+    """Read the free-text form: one line."""
+    if not answer:
+        raise Unreadable(ReadFailure.no_advertiser)
+    if "\n" in answer:
+        raise Unreadable(ReadFailure.several_lines)
+    return Prediction(answer, reasoning)
+
+
+@strict_parser(reasons=False)
+def parse_ranking(answer: str, reasoning: str) -> Ranking:
     """Read the XML form: well-formed, both lists, nothing else. Too many or too few entries are no failure."""
-    parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReadFailure):
-        return parts
-    if "<!" in parts.answer or "<?" in parts.answer:
-        return ReadFailure.not_xml
     try:
-        root = ElementTree.fromstring(parts.answer)
+        root = ElementTree.fromstring(answer) if "<!" not in answer and "<?" not in answer else None
     except ElementTree.ParseError:
-        return ReadFailure.not_xml
-    if root.tag != "prediction":
-        return ReadFailure.not_xml
+        root = None
+    if root is None or root.tag != "prediction":
+        raise Unreadable(ReadFailure.not_xml)
     for name, failure in (("advertisers", ReadFailure.no_advertisers), ("interests", ReadFailure.no_interests)):
         if root.find(name) is None:
-            return failure
+            raise Unreadable(failure)
     if [child.tag for child in root] != ["advertisers", "interests"]:
-        return ReadFailure.unknown_part
+        raise Unreadable(ReadFailure.unknown_part)
     advertisers, interests = _entries(root[0], "advertiser"), _entries(root[1], "interest")
-    if isinstance(advertisers, ReadFailure):
-        return advertisers
-    if isinstance(interests, ReadFailure):
-        return interests
     if not advertisers:
-        return ReadFailure.no_advertiser
-    return Ranking(tuple(advertisers), tuple(interests), parts.reasoning)
+        raise Unreadable(ReadFailure.no_advertiser)
+    return Ranking(advertisers, interests, reasoning)
 
 
-def _entries(part: ElementTree.Element, name: str) -> list[str] | ReadFailure:
+def _entries(part: ElementTree.Element, name: str) -> tuple[str, ...]:
     if any(child.tag != name or len(child) for child in part):
-        return ReadFailure.unknown_part
-    texts = [(child.text or "").strip() for child in part]
-    return texts if all(texts) else ReadFailure.empty_entry
+        raise Unreadable(ReadFailure.unknown_part)
+    texts = tuple((child.text or "").strip() for child in part)
+    if not all(texts):
+        raise Unreadable(ReadFailure.empty_entry)
+    return texts
 
 
 def metrics(rows: Sequence[ChatRow], answers: Sequence[Prediction | ReadFailure]) -> Metrics:
     """Return how often the one name is the right one. Case and white space do not count."""
-    truths = [ground_truth(row, Prediction).advertiser for row in rows]
-    given = [readable(answer) for answer in answers]
-    positions = [
-        position_of(truth, [answer.advertiser] if answer else []) for truth, answer in zip(truths, given, strict=True)
-    ]
-    return {"recall@1": recall_at(positions, 1)}
+    pairs = judged(rows, answers, Prediction)
+    return {
+        "recall@1": recall_at(
+            [position_of(truth.advertiser, [answer.advertiser] if answer else []) for truth, answer in pairs], 1
+        )
+    }
 
 
 def ranking_metrics(rows: Sequence[ChatRow], answers: Sequence[Ranking | ReadFailure]) -> Metrics:
@@ -211,11 +190,5 @@ def ranking_metrics(rows: Sequence[ChatRow], answers: Sequence[Ranking | ReadFai
         f"ndcg@{RANKED}": ndcg_at(positions, RANKED),
         "mrr": reciprocal_rank(positions),
         "distinct_rate": distinct_rate(rankings),
-        "complete_rate": share([answer is not None and is_complete(answer) for answer in given]),
+        "complete_rate": mean([answer is not None and answer.is_complete for answer in given]),
     }
-
-
-def is_complete(ranking: Ranking) -> bool:
-    """Return whether a ranking has exactly the entries asked for, no advertiser twice."""
-    distinct = len(set(ranking.advertisers)) == len(ranking.advertisers) == RANKED
-    return distinct and len(ranking.interests) <= MOST_INTERESTS

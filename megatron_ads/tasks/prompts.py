@@ -3,11 +3,15 @@
 A version is never edited once rows were made with it: a change of wording is a new version.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_ads.errors import DataError
 from megatron_ads.rows import ChatRow, Fact, Facts, Message, Role
 from megatron_ads.stable_random import stable_integer
+from megatron_ads.tasks.answer_format import render_reasoned
+from megatron_ads.tasks.ground_truth import truth_facts
 
 SELLER, DESCRIPTION = "seller", "description"
 LABELS: dict[str, str] = {
@@ -78,36 +82,39 @@ def line(name: str, text: str) -> str:
     return f"{LABELS[name]}: {text}"
 
 
-def single_turn(
+def example(
     row_id: str,
-    task: str,
-    prompt: str,
-    target: str,
+    template: Template,
+    shown: Iterable[str],
+    truth: Any,
+    answer: str,
     *,
-    facts: Facts | None = None,
-    group: str = "",
+    facts: Facts,
+    group: str,
     label: str | None = None,
+    task: str = "",
 ) -> ChatRow:
     """Return one question and its answer.
 
     Args:
-        row_id: Unique in its source.
-        task: The task's name.
-        prompt: The user's message.
-        target: The assistant's message.
-        facts: What both were rendered from.
+        row_id: Unique in its source; decides the wording of the instruction.
+        template: What is asked.
+        shown: Lines of the prompt, below the instruction.
+        truth: The record that the task's parser reads from the target, with its reasoning.
+        answer: The target, without the reasoning.
+        facts: What the prompt was rendered from.
         group: What must not be shared between training and validation.
         label: The true answer in short.
+        task: The task's name; empty: the template's.
 
     Raises:
-        DataError: If the prompt or the target has no text.
+        DataError: If the reasoning holds a tag that would end it early.
     """
-    for name, text in (("prompt", prompt), ("target", target)):
-        if not text.strip():
-            raise DataError(f"row {row_id!r}: the {name} is {text!r}; it must be text that is not empty.")
+    prompt, target = "\n".join([template.instruction_of(row_id), *shown]), render_reasoned(truth.reasoning, answer)
     messages = (Message(Role.user, prompt), Message(Role.assistant, target))
     label = None if label is None else str(label)
-    return ChatRow(id=row_id, task=task, messages=messages, group=group, label=label, facts=facts or {})
+    facts = {**facts, **truth_facts(truth)}
+    return ChatRow(id=row_id, task=task or template.task, messages=messages, group=group, label=label, facts=facts)
 
 
 def filled(name: str, text: str) -> str:

@@ -7,18 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ads.errors import DataError
+from megatron_ads.metrics.ranking import mean
 from megatron_ads.metrics.text import distinct_n, is_narrower, near_duplicates, words_of
 from megatron_ads.rows import ChatRow, Fact, JsonValue
-from megatron_ads.tasks.answer_format import (
-    ReadFailure,
-    count_of,
-    element,
-    read_elements,
-    render_reasoned,
-    split_reasoning,
-)
-from megatron_ads.tasks.ground_truth import Metrics, ground_truth, mean, readable, share, truth_facts
-from megatron_ads.tasks.prompts import Ad, Template, ad_of, filled, line, single_turn
+from megatron_ads.tasks.answer_format import ReadFailure, Unreadable, count_of, element, read_elements, strict_parser
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable
+from megatron_ads.tasks.prompts import Ad, Template, ad_of, example, filled, line
 
 TASK = "query_generation"
 
@@ -65,40 +59,24 @@ class Queries:
         return tuple(query.text for query in self.queries)
 
 
-def render_prompt(brief: KeywordBrief, instruction: str = TEMPLATE.instruction()) -> str:
-    """Return the user's message: the instruction, the keyword, the ad if there is one.
-
-    Raises:
-        DataError: If the keyword is empty.
-    """
-    keyword = line(Fact.keyword, filled("the keyword", brief.keyword))
-    wanted = line(Fact.queries_wanted, str(brief.queries_wanted))
-    return "\n".join([instruction, keyword, wanted, *(brief.ad.lines() if brief.ad else ())])
-
-
-def render_target(queries: Sequence[GeneratedQuery], reasoning: str) -> str:
-    """Return the assistant's message: reasoning, then one line per query.
-
-    Raises:
-        DataError: If there is no query, or one is without text or reason.
-    """
-    if not queries:
-        raise DataError("there are no queries; at least one is needed.")
-    lines = [element("Query", query.text) + element("Reason", query.reason) for query in queries]
-    return render_reasoned(reasoning, "\n".join(lines))
-
-
 def chat_row(row_id: str, brief: KeywordBrief, queries: Sequence[GeneratedQuery], reasoning: str) -> ChatRow:
     """Return one example; rows of one keyword stay on one side of any split.
 
     Raises:
-        DataError: If there is no query, or a text is empty.
+        DataError: If there is no query, or the keyword, a query or a reason is empty.
     """
-    prompt = render_prompt(brief, TEMPLATE.instruction_of(row_id))
+    if not queries:
+        raise DataError("there are no queries; at least one is needed.")
+    keyword = line(Fact.keyword, filled("the keyword", brief.keyword))
+    shown = [keyword, line(Fact.queries_wanted, str(brief.queries_wanted))]
     facts: dict[str, JsonValue] = {Fact.keyword: brief.keyword, Fact.queries_wanted: brief.queries_wanted}
-    facts |= {Fact.ad: brief.ad.as_fact()} if brief.ad else {}
-    facts |= truth_facts(Queries(tuple(queries), reasoning))
-    return single_turn(row_id, TASK, prompt, render_target(queries, reasoning), facts=facts, group=brief.keyword)
+    if brief.ad:
+        shown += brief.ad.lines()
+        facts[Fact.ad] = brief.ad.as_fact()
+    answer = "\n".join(element("Query", query.text) + element("Reason", query.reason) for query in queries)
+    return example(
+        row_id, TEMPLATE, shown, Queries(tuple(queries), reasoning), answer, facts=facts, group=brief.keyword
+    )
 
 
 def keyword_of(row: ChatRow) -> str:
@@ -124,23 +102,20 @@ def subject_of(row: ChatRow) -> str:
     return "\n".join(lines)
 
 
-def parse(text: str, *, reasoning_required: bool = True) -> Queries | ReadFailure:
-    """Read an answer strictly: one ``<think>`` block, then queries, each with its reason, and nothing else."""
-    parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReadFailure):
-        return parts
-    if not count_of("Query", parts.answer):
-        return ReadFailure.no_query
-    elements = read_elements(parts.answer)
+@strict_parser(reasons=True)
+def parse(answer: str, reasoning: str) -> Queries:
+    """Read queries, each with its reason, and nothing else."""
+    if not count_of("Query", answer):
+        raise Unreadable(ReadFailure.no_query)
+    elements = read_elements(answer)
     if elements is None:
-        return ReadFailure.text_around_queries
+        raise Unreadable(ReadFailure.text_around_queries)
     if [name for name, _ in elements] != ["Query", "Reason"] * (len(elements) // 2):
-        return ReadFailure.unpaired_reason
+        raise Unreadable(ReadFailure.unpaired_reason)
     values = [value for _, value in elements]
     if not all(values):
-        return ReadFailure.empty_query
-    pairs = zip(values[::2], values[1::2], strict=True)
-    return Queries(queries=tuple(GeneratedQuery(*pair) for pair in pairs), reasoning=parts.reasoning)
+        raise Unreadable(ReadFailure.empty_query)
+    return Queries(tuple(map(GeneratedQuery, values[::2], values[1::2])), reasoning)
 
 
 def metrics(rows: Sequence[ChatRow], answers: Sequence[Queries | ReadFailure]) -> Metrics:
@@ -152,13 +127,15 @@ def metrics(rows: Sequence[ChatRow], answers: Sequence[Queries | ReadFailure]) -
     """
     given = [readable(answer) for answer in answers]
     texts = [answer.texts if answer else () for answer in given]
-    keyed = [(keyword_of(row), row, queries) for row, queries in zip(rows, texts, strict=True) if keyword_of(row)]
-    narrower = [is_narrower(query, keyword) for keyword, _, queries in keyed for query in queries]
-    followed = [_follow_rules(keyword, queries, ground_truth(row, Queries).texts) for keyword, row, queries in keyed]
+    keyed = [
+        (keyword, said, ground_truth(row, Queries).texts)
+        for row, said in zip(rows, texts, strict=True)
+        if (keyword := keyword_of(row))
+    ]
     queries = sum(map(len, texts))
     return {
-        "follow_rules": mean(followed),
-        "narrower_rate": share(narrower),
+        "follow_rules": mean([_follow_rules(*row) for row in keyed]),
+        "narrower_rate": mean([is_narrower(query, keyword) for keyword, said, _ in keyed for query in said]),
         "repeated_rate": sum(map(near_duplicates, texts)) / queries if queries else None,
         "distinct_2": distinct_n(texts, 2),
         "queries_per_answer": mean([float(len(answer.queries)) for answer in given if answer]),

@@ -21,8 +21,8 @@ from megatron_ads.tasks import (
     user_profile,
     variants,
 )
-from megatron_ads.tasks.answer_format import ReadFailure
-from megatron_ads.tasks.ground_truth import Metrics, Parser
+from megatron_ads.tasks.answer_format import Parser, ReadFailure
+from megatron_ads.tasks.ground_truth import Metrics
 from megatron_ads.tasks.prompts import Template
 
 

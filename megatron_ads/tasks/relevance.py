@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from megatron_ads.errors import DataError
-from megatron_ads.metrics.classification import DefectView, accuracy, binary_metrics
-from megatron_ads.rows import ChatRow, Fact
+from megatron_ads.metrics.classification import DefectView, accuracy, in_view
+from megatron_ads.rows import ChatRow, Fact, Facts
 from megatron_ads.tasks.answer_format import (
     ReadFailure,
+    Unreadable,
     count_of,
     element,
+    read_choice,
     read_elements,
-    render_reasoned,
-    split_reasoning,
+    strict_parser,
 )
-from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, truth_facts
-from megatron_ads.tasks.prompts import Ad, Template, line, single_turn
+from megatron_ads.tasks.ground_truth import Metrics, judged
+from megatron_ads.tasks.prompts import Ad, Template, example, line
 
 TASK = "query_ad_relevance"
 
@@ -75,23 +76,9 @@ class RelevanceJudgement:
     quality: Flag | None = None
 
 
-def render_prompt(query: str, ad: Ad, instruction: str = TEMPLATE.instruction()) -> str:
-    """Return the user's message: the instruction in one line, then query and ad."""
-    return "\n".join([instruction, line(Fact.query, query), *ad.lines()])
-
-
-def render_target(label: Label, reasoning: str, *, location: Flag | None = None, quality: Flag | None = None) -> str:
-    """Return the assistant's message: reasoning, then the tagged label, or the three of them.
-
-    Raises:
-        DataError: If one of location and quality is there and the other is not.
-    """
-    if (location is None) != (quality is None):
-        raise DataError(f"location is {location}, quality is {quality}; both are needed, or neither.")
-    answer = element("Label", label)
-    if location is not None and quality is not None:
-        answer = element("LocationLabel", location) + answer + element("AdQuality", quality)
-    return render_reasoned(reasoning, answer)
+def lines_of(query: str, ad: Ad) -> list[str]:
+    """Return the lines of a prompt, below the instruction."""
+    return [line(Fact.query, query), *ad.lines()]
 
 
 def chat_row(
@@ -109,44 +96,35 @@ def chat_row(
     Raises:
         DataError: If one of location and quality is there and the other is not.
     """
-    template = TEMPLATE if location is None else THREE_LABELS_TEMPLATE
-    prompt = render_prompt(query, ad, template.instruction_of(row_id))
-    target = render_target(label, reasoning, location=location, quality=quality)
-    truth = truth_facts(RelevanceJudgement(label, reasoning, location, quality))
-    facts = {Fact.query: query, Fact.ad: ad.as_fact(), **truth}
-    return single_turn(row_id, TASK, prompt, target, facts=facts, group=query, label=str(label))
+    if (location is None) != (quality is None):
+        raise DataError(f"location is {location}, quality is {quality}; both are needed, or neither.")
+    template, answer = TEMPLATE, element("Label", label)
+    if location is not None and quality is not None:
+        template = THREE_LABELS_TEMPLATE
+        answer = element("LocationLabel", location) + answer + element("AdQuality", quality)
+    truth = RelevanceJudgement(label, reasoning, location, quality)
+    facts: Facts = {Fact.query: query, Fact.ad: ad.as_fact()}
+    return example(row_id, template, lines_of(query, ad), truth, answer, facts=facts, group=query, label=label)
 
 
 _ONE, _THREE = ["Label"], ["LocationLabel", "Label", "AdQuality"]
 
 
-def parse(text: str, *, reasoning_required: bool = True) -> RelevanceJudgement | ReadFailure:
-    """Read an answer strictly: one ``<think>`` block, then the label alone or all three in order, and nothing else."""
-    parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReadFailure):
-        return parts
-    labels = count_of("Label", parts.answer)
+@strict_parser(reasons=True)
+def parse(answer: str, reasoning: str) -> RelevanceJudgement:
+    """Read the label alone or all three in order, and nothing else."""
+    labels = count_of("Label", answer)
     if labels != 1:
-        return ReadFailure.several_labels if labels else ReadFailure.no_label
-    elements = read_elements(parts.answer)
+        raise Unreadable(ReadFailure.several_labels if labels else ReadFailure.no_label)
+    elements = read_elements(answer)
     names = [name for name, _ in elements or []]
     if elements is None or not set(names) <= set(_THREE):
-        return ReadFailure.text_around_label
+        raise Unreadable(ReadFailure.text_around_label)
     if names not in (_ONE, _THREE):
-        return ReadFailure.incomplete_labels
-    return _read_labels(dict(elements), parts.reasoning)
-
-
-def _read_labels(given: dict[str, str], reasoning: str) -> RelevanceJudgement | ReadFailure:
-    try:
-        return RelevanceJudgement(
-            label=Label(given["Label"]),
-            reasoning=reasoning,
-            location=Flag(given["LocationLabel"]) if "LocationLabel" in given else None,
-            quality=Flag(given["AdQuality"]) if "AdQuality" in given else None,
-        )
-    except ValueError:
-        return ReadFailure.unknown_label
+        raise Unreadable(ReadFailure.incomplete_labels)
+    given = dict(elements)
+    flags = [read_choice(given[name], Flag, ReadFailure.unknown_label) for name in names if name != "Label"]
+    return RelevanceJudgement(read_choice(given["Label"], Label, ReadFailure.unknown_label), reasoning, *flags)
 
 
 def metrics(rows: Sequence[ChatRow], answers: Sequence[RelevanceJudgement | ReadFailure]) -> Metrics:
@@ -154,19 +132,13 @@ def metrics(rows: Sequence[ChatRow], answers: Sequence[RelevanceJudgement | Read
 
     The location and quality views are over the rows that ask for three labels.
     """
-    truths = [ground_truth(row, RelevanceJudgement) for row in rows]
-    given = [readable(answer) for answer in answers]
-    labels = [answer.label if answer else None for answer in given]
-    found: Metrics = {"accuracy": accuracy([truth.label for truth in truths], labels)}
+    pairs = judged(rows, answers, RelevanceJudgement)
+    asked = [(truth, answer) for truth, answer in pairs if truth.location is not None]
+    truths, labels = [truth.label for truth, _ in pairs], [answer.label if answer else None for _, answer in pairs]
+    found: Metrics = {"accuracy": accuracy(truths, labels)}
     for view in (BAD_VIEW, FAIR_VIEW):
-        found |= _in_view(view, [truth.label for truth in truths], labels)
-    asked = [(truth, answer) for truth, answer in zip(truths, given, strict=True) if truth.location is not None]
-    for view, attribute in ((LOCATION_VIEW, "location"), (QUALITY_VIEW, "quality")):
-        if asked:
-            true_flags = [getattr(truth, attribute) for truth, _ in asked]
-            found |= _in_view(view, true_flags, [getattr(answer, attribute) if answer else None for _, answer in asked])
+        found |= in_view(truths, labels, view)
+    for view, flag in ((LOCATION_VIEW, "location"), (QUALITY_VIEW, "quality")) if asked else ():
+        true_flags = [getattr(truth, flag) for truth, _ in asked]
+        found |= in_view(true_flags, [getattr(answer, flag) if answer else None for _, answer in asked], view)
     return found
-
-
-def _in_view(view: DefectView, truths: Sequence[str], predictions: Sequence[str | None]) -> Metrics:
-    return {f"{view.name}/{name}": value for name, value in binary_metrics(truths, predictions, view).as_dict().items()}

@@ -60,18 +60,14 @@ def check_rows(rows: Iterable[ChatRow]) -> CheckedRows:
     checked = CheckedRows()
     for row in rows:
         faulty = fault_of(row)
-        if faulty is None:
-            checked.rows.append(_labelled(row))
-        else:
+        if faulty is not None:
             checked.faulty.append(faulty)
+            continue
+        task = TASKS.get(row.task)
+        if row.label is None and task is not None and task.label_of is not None:
+            row = replace(row, label=task.label_of(ground_truth(row, task.answer)))
+        checked.rows.append(row)
     return checked
-
-
-def _labelled(row: ChatRow) -> ChatRow:
-    task = TASKS.get(row.task)
-    if row.label is not None or task is None or task.label_of is None:
-        return row
-    return replace(row, label=task.label_of(ground_truth(row, task.answer)))
 
 
 def fault_of(row: ChatRow) -> FaultyRow | None:

@@ -96,15 +96,8 @@ HEADINGS = {
 }
 SEPARATOR = "; "
 NOTHING_KNOWN = "Nothing is known of the user."
-_KINDS = {
-    Section.attributed_conversions: EventKind.attributed_conversion,
-    Section.matched_conversions: EventKind.matched_conversion,
-    Section.onsite_searches: EventKind.onsite_search,
-    Section.clicks: EventKind.click,
-    Section.page_views: EventKind.page_view,
-    Section.offsite_searches: EventKind.offsite_search,
-    Section.offsite_urls: EventKind.offsite_url,
-}
+_KINDS = {section: kind for section in Section for kind in EventKind if section.startswith(kind)}
+"""A section of events has the plural of their kind as its name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +169,7 @@ def _entries(
         case Section.profile:
             return [value for value in (demographics.age, demographics.gender, demographics.state) if value]
         case Section.past_advertisers:
-            return [event.advertiser for event in recent if _is_purchase(event)]
+            return [event.advertiser for event in recent if event.kind in CONVERSIONS and event.advertiser]
         case Section.top_categories:
             return _most_frequent(event.category for event in recent)
         case Section.top_brands:
@@ -184,15 +177,11 @@ def _entries(
         case Section.semantic_ids:
             return [event.semantic_id for event in recent if event.semantic_id]
         case _:
-            return [_worded(event) for event in recent if event.kind is _KINDS[section]]
-
-
-def _is_purchase(event: Event) -> bool:
-    return event.kind in CONVERSIONS and bool(event.advertiser)
-
-
-def _worded(event: Event) -> str:
-    return f"{event.text} ({event.advertiser})" if event.kind in CONVERSIONS and event.advertiser else event.text
+            return [
+                f"{event.text} ({event.advertiser})" if event.kind in CONVERSIONS and event.advertiser else event.text
+                for event in recent
+                if event.kind is _KINDS[section]
+            ]
 
 
 def _most_frequent(values: Iterable[str]) -> list[str]:

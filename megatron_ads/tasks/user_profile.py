@@ -6,19 +6,12 @@ Source: AdNanny, section 2; the tags are ours.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_ads.metrics.ranking import mean
 from megatron_ads.metrics.text import overlap, words_of
 from megatron_ads.rows import ChatRow
-from megatron_ads.tasks.answer_format import (
-    ReadFailure,
-    element,
-    listed,
-    read_parts,
-    render_reasoned,
-    split_reasoning,
-    unlisted,
-)
-from megatron_ads.tasks.ground_truth import Metrics, ground_truth, mean, readable, truth_facts
-from megatron_ads.tasks.prompts import Template, single_turn
+from megatron_ads.tasks.answer_format import ReadFailure, read_parts, render_parts, strict_parser, unlisted
+from megatron_ads.tasks.ground_truth import Metrics, judged
+from megatron_ads.tasks.prompts import Template, example
 from megatron_ads.tasks.user_history import FULL_VIEW, HistoryView, UserHistory, render_history, sections, user_facts
 
 TASK = "user_profile"
@@ -54,60 +47,27 @@ class Profile:
     reasoning: str = ""
 
 
-def render_prompt(
-    user: UserHistory, instruction: str = TEMPLATE.instruction(), *, view: HistoryView = FULL_VIEW
-) -> str:
-    """Return the user's message: the instruction, then the history section by section."""
-    return f"{instruction}\n{render_history(sections(user, view))}"
-
-
-def render_target(profile: Profile) -> str:
-    """Return the assistant's message: reasoning, then one line per part.
-
-    Raises:
-        DataError: If the summary is empty, or a value cannot stand in a list.
-    """
-    lines = [
-        element("Summary", profile.summary),
-        element("Interests", listed(profile.interests)),
-        element("Intents", listed(profile.intents)),
-        element("Constraints", listed(profile.constraints)),
-        element("Avoid", listed(profile.avoid)),
-    ]
-    return render_reasoned(profile.reasoning, "\n".join(lines))
+_PARTS = ("Summary", "Interests", "Intents", "Constraints", "Avoid")
 
 
 def chat_row(row_id: str, user: UserHistory, profile: Profile, *, view: HistoryView = FULL_VIEW) -> ChatRow:
     """Return one example; rows of one user stay on one side of any split.
 
     Raises:
-        DataError: If a part of the profile cannot be written.
+        DataError: If the summary is empty, or a value cannot stand in a list.
     """
-    prompt = render_prompt(user, TEMPLATE.instruction_of(row_id), view=view)
-    facts = {**user_facts(user, view), **truth_facts(profile)}
-    return single_turn(row_id, TASK, prompt, render_target(profile), facts=facts, group=user.user_id)
+    answer, facts = render_parts(profile, _PARTS), user_facts(user, view)
+    shown = [render_history(sections(user, view))]
+    return example(row_id, TEMPLATE, shown, profile, answer, facts=facts, group=user.user_id)
 
 
-_PARTS = ("Summary", "Interests", "Intents", "Constraints", "Avoid")
-_LISTS = ("interests", "intents", "constraints", "avoid")
-
-
-def parse(text: str, *, reasoning_required: bool = True) -> Profile | ReadFailure:
-    """Read an answer strictly: one ``<think>`` block, then the five parts in order, and nothing else."""
-    parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReadFailure):
-        return parts
-    given = read_parts(parts.answer, _PARTS)
-    if isinstance(given, ReadFailure):
-        return given
-    return Profile(
-        summary=given["Summary"],
-        interests=unlisted(given["Interests"]),
-        intents=unlisted(given["Intents"]),
-        constraints=unlisted(given["Constraints"]),
-        avoid=unlisted(given["Avoid"]),
-        reasoning=parts.reasoning,
-    )
+@strict_parser(reasons=True)
+def parse(answer: str, reasoning: str) -> Profile:
+    """Read the five parts in order, and nothing else."""
+    lists = read_parts(answer, _PARTS)
+    summary = lists.pop("Summary")
+    values = {name.lower(): unlisted(text) for name, text in lists.items()}
+    return Profile(summary=summary, reasoning=reasoning, **values)
 
 
 def metrics(rows: Sequence[ChatRow], answers: Sequence[Profile | ReadFailure]) -> Metrics:
@@ -115,9 +75,9 @@ def metrics(rows: Sequence[ChatRow], answers: Sequence[Profile | ReadFailure]) -
 
     An unreadable answer has 0 everywhere.
     """
-    pairs = [(ground_truth(row, Profile), readable(answer)) for row, answer in zip(rows, answers, strict=True)]
+    pairs = judged(rows, answers, Profile)
     found: Metrics = {}
-    for name in _LISTS:
+    for name in ("interests", "intents", "constraints", "avoid"):
         overlaps = [overlap(getattr(truth, name), getattr(answer, name)) if answer else None for truth, answer in pairs]
         for measure in ("precision", "recall", "f1"):
             found[f"{name}/{measure}"] = mean([getattr(value, measure) if value else 0.0 for value in overlaps])

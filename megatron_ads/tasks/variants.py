@@ -9,7 +9,7 @@ ad that is not bad for a query, a score of 2 or 3 for a user.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 from megatron_ads.config.data import RowVariant
@@ -20,16 +20,14 @@ from megatron_ads.tasks import ad_user_relevance, next_advertiser, relevance
 from megatron_ads.tasks.advertiser_question import (
     CHOOSE_ONE,
     LIST_RANKING,
-    AdvertiserQuestion,
+    asked_anew,
     candidates_of,
     choose_one_row,
     list_ranking_row,
-    question_of,
-    require_own_form,
 )
-from megatron_ads.tasks.answer_format import ReadFailure, element, read_only, render_reasoned, split_reasoning
-from megatron_ads.tasks.ground_truth import Metrics, ground_truth, readable, truth_facts
-from megatron_ads.tasks.prompts import Template, ad_of, line, single_turn
+from megatron_ads.tasks.answer_format import ReadFailure, element, read_choice, read_only, strict_parser
+from megatron_ads.tasks.ground_truth import Metrics, ground_truth, judged
+from megatron_ads.tasks.prompts import Template, ad_of, filled, line
 from megatron_ads.tasks.user_history import render_history, shown_history
 
 YES_NO = "yes_no"
@@ -43,24 +41,21 @@ class YesNo(StrEnum):
 
 
 NO_VIEW = DefectView("no", frozenset({YesNo.no}))
-_YES_NO_FORM = "Answer with <Answer>Yes</Answer> or <Answer>No</Answer>."
-QUERY_AD = Template(
-    task=f"{YES_NO}/query_ad",
-    version=1,
-    paraphrases=("Does the ad serve the query?", "Would the ad help the person who typed the query?"),
-    answer_form=_YES_NO_FORM,
+
+
+def _yes_no_template(kind: str, *paraphrases: str) -> Template:
+    form = "Answer with <Answer>Yes</Answer> or <Answer>No</Answer>."
+    return Template(task=f"{YES_NO}/{kind}", version=1, paraphrases=paraphrases, answer_form=form)
+
+
+QUERY_AD = _yes_no_template(
+    "query_ad", "Does the ad serve the query?", "Would the ad help the person who typed the query?"
 )
-AD_USER = Template(
-    task=f"{YES_NO}/ad_user",
-    version=1,
-    paraphrases=("Will this user like the ad?", "Given what the user did, is the ad of interest to them?"),
-    answer_form=_YES_NO_FORM,
+AD_USER = _yes_no_template(
+    "ad_user", "Will this user like the ad?", "Given what the user did, is the ad of interest to them?"
 )
-ADVERTISER = Template(
-    task=f"{YES_NO}/advertiser",
-    version=1,
-    paraphrases=("Will this user buy from the advertiser next?", "Is this advertiser the user's next?"),
-    answer_form=_YES_NO_FORM,
+ADVERTISER = _yes_no_template(
+    "advertiser", "Will this user buy from the advertiser next?", "Is this advertiser the user's next?"
 )
 GOOD_SCORES = frozenset({ad_user_relevance.Score.relevant, ad_user_relevance.Score.high})
 
@@ -74,91 +69,67 @@ class YesNoAnswer:
 
 
 def query_ad_row(row: ChatRow, row_id: str) -> ChatRow:
-    """Return the question whether an ad serves a query, from a row that asks how well.
-
-    Raises:
-        DataError: If the row's facts do not tell the query, the ad and the answer.
-    """
-    require_own_form(row)
+    """Return the question whether an ad serves a query, from a row that asks how well."""
     truth = ground_truth(row, relevance.RelevanceJudgement)
-    ad = ad_of(row.object_fact(Fact.ad))
-    prompt = relevance.render_prompt(row.text_fact(Fact.query), ad, QUERY_AD.instruction_of(row_id))
-    return _yes_no_row(
-        row_id, prompt, truth.label not in relevance.BAD_VIEW.defects, truth.reasoning, row.group, row.facts
-    )
+    shown = relevance.lines_of(row.text_fact(Fact.query), ad_of(row.object_fact(Fact.ad)))
+    answer = YesNo.no if truth.label in relevance.BAD_VIEW.defects else YesNo.yes
+    return _yes_no_row(row, row_id, QUERY_AD, shown, YesNoAnswer(answer, truth.reasoning))
 
 
 def ad_user_row(row: ChatRow, row_id: str) -> ChatRow:
-    """Return the question whether an ad interests a user, from a row that asks how much.
-
-    Raises:
-        DataError: If the row's facts do not tell the user, the ad and the answer.
-    """
-    require_own_form(row)
+    """Return the question whether an ad interests a user, from a row that asks how much."""
     truth = ground_truth(row, ad_user_relevance.UserRelevanceJudgement)
-    ad, history = ad_of(row.object_fact(Fact.ad)), render_history(shown_history(row))
-    prompt = "\n".join([AD_USER.instruction_of(row_id), history, *ad.lines()])
-    return _yes_no_row(row_id, prompt, truth.score in GOOD_SCORES, truth.reasoning, row.group, row.facts)
+    shown = [render_history(shown_history(row)), *ad_of(row.object_fact(Fact.ad)).lines()]
+    answer = YesNo.yes if truth.score in GOOD_SCORES else YesNo.no
+    return _yes_no_row(row, row_id, AD_USER, shown, YesNoAnswer(answer, truth.reasoning))
 
 
-def advertiser_row(question: AdvertiserQuestion) -> ChatRow:
+def advertiser_row(row: ChatRow, row_id: str, pool: Sequence[str]) -> ChatRow:
     """Return the question whether an advertiser is the next: half of the rows, drawn by id, ask about another.
 
-    A no has no reasoning: that of the question argues for the true one.
-
-    Raises:
-        DataError: If the question's pool has no other.
+    A no has no reasoning: that of the row argues for the true one.
     """
-    asked = candidates_of(question.row_id, question.advertiser, question.pool, 2)[0]
-    asked_about = line(Fact.advertiser, asked)
-    prompt = "\n".join([ADVERTISER.instruction_of(question.row_id), question.history, asked_about])
-    is_next = asked == question.advertiser
-    facts = {**question.facts, Fact.advertiser: asked}
-    return _yes_no_row(question.row_id, prompt, is_next, question.reasoning if is_next else "", question.group, facts)
+    known, history = ground_truth(row, next_advertiser.Prediction), render_history(shown_history(row))
+    asked = candidates_of(row_id, known.advertiser, pool, 2)[0]
+    is_next = asked == known.advertiser
+    truth = YesNoAnswer(YesNo.yes, known.reasoning) if is_next else YesNoAnswer(YesNo.no, "")
+    shown = [history, line(Fact.advertiser, asked)]
+    return _yes_no_row(row, row_id, ADVERTISER, shown, truth, {Fact.advertiser: asked})
 
 
-def _yes_no_row(row_id: str, prompt: str, yes: bool, reasoning: str, group: str, facts: Facts) -> ChatRow:
-    answer = YesNo.yes if yes else YesNo.no
-    target = render_reasoned(reasoning, element("Answer", answer))
-    facts = {name: value for name, value in facts.items() if name != Fact.best_answers}
-    facts |= truth_facts(YesNoAnswer(answer, reasoning))
-    return single_turn(row_id, YES_NO, prompt, target, facts=facts, group=group, label=answer)
+def _yes_no_row(
+    row: ChatRow,
+    row_id: str,
+    template: Template,
+    shown: Sequence[str],
+    truth: YesNoAnswer,
+    facts: Facts | None = None,
+) -> ChatRow:
+    answer = element("Answer", truth.answer)
+    return asked_anew(row, row_id, template, shown, truth, answer, facts=facts, label=truth.answer, task=YES_NO)
 
 
-def parse_yes_no(text: str, *, reasoning_required: bool = False) -> YesNoAnswer | ReadFailure:
-    """Read an answer strictly: reasoning, which may be missing, then one answer, and nothing else."""
-    parts = split_reasoning(text, required=reasoning_required)
-    if isinstance(parts, ReadFailure):
-        return parts
-    answer = read_only(
-        "Answer", parts.answer, ReadFailure.no_answer, ReadFailure.several_answers, ReadFailure.text_around_answer
-    )
-    if isinstance(answer, ReadFailure):
-        return answer
-    return YesNoAnswer(YesNo(answer), parts.reasoning) if answer in set(YesNo) else ReadFailure.unknown_answer
+@strict_parser(reasons=False)
+def parse_yes_no(answer: str, reasoning: str) -> YesNoAnswer:
+    """Read one answer, and nothing else."""
+    return YesNoAnswer(read_choice(read_only("Answer", answer), YesNo, ReadFailure.unknown_answer), reasoning)
 
 
 def yes_no_metrics(rows: Sequence[ChatRow], answers: Sequence[YesNoAnswer | ReadFailure]) -> Metrics:
     """Return the binary metrics, yes being the positive class. For an AUC see ``metrics.classification``."""
-    truths = [ground_truth(row, YesNoAnswer).answer for row in rows]
-    given = [readable(answer) for answer in answers]
-    return {**binary_metrics(truths, [answer.answer if answer else None for answer in given], NO_VIEW).as_dict()}
+    pairs = judged(rows, answers, YesNoAnswer)
+    given = [answer.answer if answer else None for _, answer in pairs]
+    return binary_metrics([truth.answer for truth, _ in pairs], given, NO_VIEW)
 
 
-def name_row(question: AdvertiserQuestion) -> ChatRow:
+def name_row(row: ChatRow, row_id: str, _: Sequence[str]) -> ChatRow:
     """Return the question for the name."""
-    return single_turn(
-        question.row_id,
-        next_advertiser.TASK,
-        f"{next_advertiser.TEMPLATE.instruction_of(question.row_id)}\n{question.history}",
-        next_advertiser.render_target(question.advertiser, question.reasoning),
-        facts=question.facts,
-        group=question.group,
-        label=question.advertiser,
-    )
+    truth, shown = ground_truth(row, next_advertiser.Prediction), [render_history(shown_history(row))]
+    answer = filled("the advertiser", truth.advertiser)
+    return asked_anew(row, row_id, next_advertiser.TEMPLATE, shown, truth, answer, label=truth.advertiser)
 
 
-FORMS: dict[str, Callable[[AdvertiserQuestion], ChatRow]] = {
+FORMS: dict[str, Callable[[ChatRow, str, Sequence[str]], ChatRow]] = {
     next_advertiser.TASK: name_row,
     YES_NO: advertiser_row,
     CHOOSE_ONE: choose_one_row,
@@ -167,21 +138,9 @@ FORMS: dict[str, Callable[[AdvertiserQuestion], ChatRow]] = {
 _DRAW = Template(task="several_forms", version=1, paraphrases=tuple(FORMS))
 
 
-def several_forms_row(question: AdvertiserQuestion) -> ChatRow:
-    """Return one example in the form that its id gives; the row's task is that of the form.
-
-    Raises:
-        DataError: If the question's pool has too few others for the form.
-    """
-    return tuple(FORMS.values())[_DRAW.wording_of(question.row_id)](question)
-
-
-_OF_ADVERTISERS: dict[RowVariant, Callable[[AdvertiserQuestion], ChatRow]] = {
-    RowVariant.yes_no: advertiser_row,
-    RowVariant.choose_one: choose_one_row,
-    RowVariant.list_ranking: list_ranking_row,
-    RowVariant.several_forms: several_forms_row,
-}
+def several_forms_row(row: ChatRow, row_id: str, pool: Sequence[str]) -> ChatRow:
+    """Return one example in the form that its id gives; the row's task is that of the form."""
+    return tuple(FORMS.values())[_DRAW.wording_of(row_id)](row, row_id, pool)
 
 
 def ask_as(rows: Sequence[ChatRow], variant: RowVariant) -> list[ChatRow]:
@@ -194,19 +153,21 @@ def ask_as(rows: Sequence[ChatRow], variant: RowVariant) -> list[ChatRow]:
             too few advertisers to choose from.
     """
     pool = sorted({row.label for row in rows if row.task == next_advertiser.TASK and row.label})
-    asked = [_ask(row, variant, pool) for row in rows]
-    return [
-        replace(row, id=new.id, task=new.task, messages=new.messages, label=new.label, facts=new.facts)
-        for row, new in zip(rows, asked, strict=True)
-    ]
+    return [_ask(row, variant, pool) for row in rows]
 
 
 def _ask(row: ChatRow, variant: RowVariant, pool: Sequence[str]) -> ChatRow:
+    graded = {relevance.TASK: query_ad_row, ad_user_relevance.TASK: ad_user_row}
+    is_graded = variant is RowVariant.yes_no and row.task in graded
+    if row.task != next_advertiser.TASK and not is_graded:
+        raise DataError(f"row {row.id!r} is of task {row.task}, which cannot be asked as {variant}.")
+    if Fact.text in row.facts:  # nothing says what of it another question may show
+        raise DataError(
+            f"row {row.id!r} begins with {row.prompt[-1].content!r:.60}, and its facts do not say what it shows; a "
+            f"variant asks anew, so it is made from rows with facts or with a prompt of {row.task}."
+        )
     row_id = f"{row.id}/{variant}"
-    if row.task == next_advertiser.TASK:
-        return _OF_ADVERTISERS[variant](question_of(row, row_id, pool))
-    if variant is RowVariant.yes_no and row.task == relevance.TASK:
-        return query_ad_row(row, row_id)
-    if variant is RowVariant.yes_no and row.task == ad_user_relevance.TASK:
-        return ad_user_row(row, row_id)
-    raise DataError(f"row {row.id!r} is of task {row.task}, which cannot be asked as {variant}.")
+    if is_graded:
+        return graded[row.task](row, row_id)
+    form = several_forms_row if variant is RowVariant.several_forms else FORMS[variant]
+    return form(row, row_id, pool)

@@ -15,6 +15,7 @@ from megatron_ads.evaluation.name_answers import AdvertiserNames, NameForms
 from megatron_ads.inference.engine import Completion
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks import next_advertiser, relevance
+from megatron_ads.tasks.answer_format import render_reasoned
 from tests.evaluation.advertiser_rows import name_row
 
 ROWS = builtin_rows(6)
@@ -92,12 +93,12 @@ def test_names_have_the_tokens_that_training_rows_have(folder: Path, opened: str
     forms = NameForms(tokenizer)
     trie = forms.trie(NAMES.names, opened)
     before = forms.before(opened)
-    assert tokenizer.decode(before) == next_advertiser.render_target("x").removesuffix("x").removeprefix(opened)
+    assert tokenizer.decode(before) == "<think></think>".removeprefix(opened)
     for number, name in enumerate(trie.names):
         node, tokens = trie.root, list(before)
         while node.children:
             place = next(place for place, child in enumerate(node.children) if child.first <= number < child.last)
             tokens.append(int(node.tokens_C[place]))
             node = node.children[place]
-        target = next_advertiser.render_target(name).removeprefix(opened)
+        target = render_reasoned("", name).removeprefix(opened)
         assert tokens == [*tokenizer.encode(target), tokenizer.end_token_id]

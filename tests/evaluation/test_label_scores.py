@@ -8,13 +8,15 @@ from megatron_ads.evaluation.label_scores import relevance_scores
 from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.prompts import Ad
-from megatron_ads.tasks.relevance import Label, chat_row, render_target
+from megatron_ads.tasks.relevance import Label, chat_row
 
 UNREADABLE = {ReadFailure.no_label: "<think>r</think>", ReadFailure.empty: ""}
 
 
 def _answer(expected: Label, given: Label | ReadFailure, query: str = "q") -> Answer:
-    text = UNREADABLE[given] if isinstance(given, ReadFailure) else render_target(given, "r")
+    text = (
+        UNREADABLE[given] if isinstance(given, ReadFailure) else chat_row("1", query, Ad(title="a"), given, "r").target
+    )
     row = chat_row("1", query, Ad(title="a"), expected, "r")
     return Answer(row=row, text=text, ended=given is not ReadFailure.empty)
 

@@ -14,7 +14,6 @@ from megatron_ads.evaluation.name_answers import (
     valid_names,
 )
 from megatron_ads.tasks import advertiser_question, relevance
-from megatron_ads.tasks.advertiser_question import question_of
 from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.relevance import Label
 from tests.evaluation.advertiser_rows import name_row
@@ -40,7 +39,7 @@ def test_each_task_has_its_own_valid_names() -> None:
     advertisers = names_trained_on([name_row("1", "Acme", ["Bolt"])])
     row = name_row("2", "Cord")
     assert valid_names(row, advertisers) == ("Acme", "Bolt")
-    chosen = advertiser_question.choose_one_row(question_of(row, "2", [f"name {number}" for number in range(30)]))
+    chosen = advertiser_question.choose_one_row(row, "2", [f"name {number}" for number in range(30)])
     listed = valid_names(chosen, advertisers)
     assert listed is not None
     assert (len(listed), "Cord" in listed) == (20, True)

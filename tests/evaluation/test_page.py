@@ -7,7 +7,8 @@ import pytest
 from megatron_ads.evaluation.answer_records import Answer, AnswerBeam
 from megatron_ads.evaluation.page import NOT_READ, confusion, evaluation_page, judge, samples
 from megatron_ads.evaluation.task_scores import task_scores
-from megatron_ads.tasks import next_advertiser, relevance
+from megatron_ads.tasks import relevance
+from megatron_ads.tasks.answer_format import render_reasoned
 from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.relevance import Label
 from tests.evaluation.advertiser_rows import name_row
@@ -15,7 +16,8 @@ from tests.evaluation.advertiser_rows import name_row
 
 def _judged(label: Label, said: Label | None, query: str) -> Answer:
     row = relevance.chat_row(f"{query}-{label}", query, Ad(title="<b>bold</b> ad"), label, "because")
-    return Answer(row, relevance.render_target(said, "because") if said else "<think>cut", ended=said is not None)
+    text = relevance.chat_row("x", query, Ad(title="a"), said, "because").target if said else "<think>cut"
+    return Answer(row, text, ended=said is not None)
 
 
 JUDGED = [
@@ -29,8 +31,7 @@ JUDGED = [
 
 def _named(label: str, probabilities: list[tuple[str, float]]) -> Answer:
     beams = tuple(
-        AnswerBeam(next_advertiser.render_target(name), math.log(share), math.log(share))
-        for name, share in probabilities
+        AnswerBeam(render_reasoned("", name), math.log(share), math.log(share)) for name, share in probabilities
     )
     return Answer(name_row(f"n{label}{probabilities[0]}", label), beams[0].text, True, beams)
 

@@ -9,7 +9,7 @@ from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.query_scores import TopicJudge, query_scores, subject_of
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.prompts import Ad
-from megatron_ads.tasks.query_generation import GeneratedQuery, KeywordBrief, chat_row, render_target
+from megatron_ads.tasks.query_generation import GeneratedQuery, KeywordBrief, chat_row
 
 KEYWORDS = ("running shoes", "coffee brewer", "garden chair", "dog treats")
 PRICES = ("cheap", "premium")
@@ -26,7 +26,7 @@ TRAINING = [_row(keyword, [f"{price} {keyword}" for price in PRICES]) for keywor
 def _line(texts: Sequence[str | None]) -> dict[str, Any]:
     """Answer the training keywords with one query each; None cannot be read."""
     answers = [
-        Answer(row, render_target([GeneratedQuery(text, "why")], "because") if text else "<think>cut", ended=True)
+        Answer(row, _row("x", [text]).target if text else "<think>cut", ended=True)
         for row, text in zip(TRAINING, texts, strict=True)
     ]
     scores = query_scores(answers, TRAINING)

@@ -8,6 +8,7 @@ from megatron_ads.evaluation.name_answers import AdvertiserNames, names_trained_
 from megatron_ads.evaluation.ranking_scores import advertiser_rankings, ranking_scores
 from megatron_ads.rows import Fact
 from megatron_ads.tasks import next_advertiser
+from megatron_ads.tasks.answer_format import render_reasoned
 from tests.evaluation.advertiser_rows import buyer, name_row
 
 # Labels: A three times, B twice, C to F once.
@@ -15,7 +16,7 @@ TRAINING = [name_row(str(number), label) for number, label in enumerate("AAABBCD
 
 
 def _answer(label: str, said: list[str], past: tuple[str, ...] = ()) -> Answer:
-    texts = [next_advertiser.render_target(name) for name in said]
+    texts = [render_reasoned("", name) for name in said]
     beams = tuple(AnswerBeam(text, -float(place), -float(place)) for place, text in enumerate(texts))
     return Answer(name_row(f"v{label}{past}", label, past), texts[0], True, beams if len(said) > 1 else ())
 
@@ -79,7 +80,8 @@ def test_a_beam_that_cannot_be_read_keeps_its_place() -> None:
 def test_a_ranking_in_xml_is_read_whole() -> None:
     request = next_advertiser.AdvertiserRequest(buyer("u", ["C"]))
     row = next_advertiser.ranking_row("1", request, ["A", "B"], [], label="B")
-    said = Answer(row, next_advertiser.render_ranking(["C", "B"], ["toys"]), ended=True)
+    text = next_advertiser.ranking_row("2", request, ["C", "B"], ["toys"], label="B").target
+    said = Answer(row, text, ended=True)
     unread = Answer(row, "A, B", ended=True)
     assert advertiser_rankings([said, unread]) == [["C", "B"], []]
     names = AdvertiserNames(("A", "B", "C"), "here")

@@ -22,7 +22,7 @@ def _tables(answers: list[Answer], training: list[ChatRow], *, reasons: bool = T
 
 def _three(row_id: str, location: Flag, said: Flag) -> Answer:
     row = relevance.chat_row(row_id, row_id, Ad("a"), Label.good, "r", location=location, quality=Flag.good)
-    text = relevance.render_target(Label.good, "r", location=said, quality=Flag.good)
+    text = relevance.chat_row("x", "q", Ad("a"), Label.good, "r", location=said, quality=Flag.good).target
     return Answer(row, text, ended=True)
 
 
@@ -62,7 +62,8 @@ def test_ad_user_relevance_has_table_5() -> None:
     answers = []
     for number, (true, said) in enumerate([(0, 0), (0, 1), (2, 3), (3, 0)]):
         row = ad_user_relevance.chat_row(str(number), replace(user, user_id=str(number)), Ad("a"), true, "r")
-        answers.append(Answer(row, ad_user_relevance.render_target(said, "r"), ended=True))
+        text = ad_user_relevance.chat_row("x", user, Ad("a"), said, "r").target
+        answers.append(Answer(row, text, ended=True))
     (table,) = _tables(answers, [answer.row for answer in answers])
     assert table.head == ["", "Model RR", "BACC", "Acc", "PosAcc", "NegAcc", "AUC"]
     # Scores of matches 3 and 0, of bad ads 0 and 1: of four pairs 2 are in order, and one is level.
@@ -74,8 +75,9 @@ def test_comparisons_are_added_up_beside_the_true_ones() -> None:
     for number in range(30):
         assessment = Assessment(strengths=("price",), risk=Risk.none, verdict=Verdict.better, reasoning="r")
         row = model_comparison.chat_row(str(number), SharedRequest(f"q{number}", "old", "new"), assessment)
-        said = model_comparison.render_target(replace(assessment, verdict=Verdict.same, strengths=()))
-        answers.append(Answer(row, said if number else "", ended=True))
+        said = replace(assessment, verdict=Verdict.same, strengths=())
+        text = model_comparison.chat_row("x", SharedRequest("q", "old", "new"), said).target
+        answers.append(Answer(row, text if number else "", ended=True))
     (table,) = _tables(answers, [])
     found = {name: (model, truth) for name, model, truth in table.rows}
     assert found["advice"] == ("undecided", "test online")

@@ -23,7 +23,8 @@ def _graded(number: int, given: int) -> Answer:
 
 def _judged(label: Label, given: Label) -> Answer:
     row = relevance.chat_row("r", "q", Ad(title="a"), label, "because")
-    return Answer(row, relevance.render_target(given, "because"), ended=True)
+    said = relevance.chat_row("x", "q", Ad(title="a"), given, "because")
+    return Answer(row, said.target, ended=True)
 
 
 def test_each_task_has_its_own_scores_and_baseline() -> None:

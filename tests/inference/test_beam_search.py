@@ -171,5 +171,5 @@ def test_a_row_is_done_as_soon_as_no_running_beam_can_win() -> None:
     assert search.advance(likely_V[None]) == [0, 0]  # x.., y..
     assert search.advance(likely_V[None].expand(2, -1)) == [0, 1]  # x ended; xa.., y..
     assert search.advance(likely_V[None].expand(2, -1)) == []  # xa ended
-    assert [beam.tokens for beam in search.best()] == [(1,), (1, 7)]
-    assert [beam.score for beam in search.best()] == pytest.approx([-0.02, -0.03])
+    assert [beam.tokens for beam in search.best] == [(1,), (1, 7)]
+    assert [beam.score for beam in search.best] == pytest.approx([-0.02, -0.03])

@@ -137,6 +137,11 @@ def test_what_a_checkpoint_says_of_sampling_plays_no_part(random_model: Path, tm
     assert wished.generate(PROMPTS, _limit(8)) == plain.generate(PROMPTS, _limit(8))
 
 
+def test_nothing_to_read_or_to_continue_is_no_error(random_model: Path) -> None:
+    engine = _engine(random_model)
+    assert engine.log_probabilities([], []) == engine.generate([], _limit(8)) == []
+
+
 def test_padding_is_on_the_left_and_masked() -> None:
     tokens_BS, mask_BS = left_padded([[7], [8, 9]], PAD)
     assert tokens_BS.tolist() == [[PAD, 7], [8, 9]]

@@ -17,13 +17,14 @@ from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.metrics.text import fit_embedding
 from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.synthesis.candidates import Candidate
-from megatron_ads.synthesis.filters import TOPICS, QueryFault, queries_of, query_fault, topic_of
+from megatron_ads.synthesis.filters import TOPICS, QueryFault, query_fault, topic_of
 from megatron_ads.synthesis.pipeline import SynthesisResult, open_models, synthesize
 from megatron_ads.synthesis.prompts import LABEL_GIVEN, teacher_messages
 from megatron_ads.synthesis.report import as_report, write_report
 from megatron_ads.tasks import query_generation
+from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.prompts import Ad
-from megatron_ads.tasks.query_generation import GeneratedQuery, KeywordBrief
+from megatron_ads.tasks.query_generation import GeneratedQuery, KeywordBrief, Queries
 from megatron_ads.tasks.row_checks import check_rows
 from tests.inference.scripted_server import Reply, scripted_server
 from tests.synthesis.scripted_recipes import good_answer, good_reasoning, label_in, number_of, recipe
@@ -298,7 +299,7 @@ def test_of_simulated_rows_most_are_kept_and_few_that_have_the_queries_of_anothe
     for index in range(0, 300, 10):
         truth = rows[(index + 37) % 300].facts[Fact.ground_truth]
         rows[index] = replace(rows[index], facts={**rows[index].facts, Fact.ground_truth: truth})
-    texts = [text for row in rows for text in (topic_of(row), " ".join(queries_of(row)))]
+    texts = [text for row in rows for text in (topic_of(row), " ".join(ground_truth(row, Queries).texts))]
     embed = fit_embedding(texts, dimensions=TOPICS).embed
     kept = [query_fault(row, embed, min_similarity=0.1) is None for row in rows]
     assert sum(kept[index] for index in range(0, 300, 10)) <= 5  # of 30

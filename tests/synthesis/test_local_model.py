@@ -94,7 +94,7 @@ def test_a_megatron_checkpoint_measures_as_the_checkpoint_that_it_was_converted_
         (tmp_path / str(number)).mkdir()
         with scorer_of(model, tmp_path / str(number)) as scorer:
             found += scorer.perplexities([known])
-            used = Path(scorer._engine._model.config.name_or_path)
+            used = Path(scorer._checkpoint.engine._model.config.name_or_path)
     assert found[0] == found[1]
     assert used != converted
     assert not used.exists()  # the export
@@ -109,7 +109,7 @@ def test_perplexities_are_measured_once_and_again_if_the_model_has_changed(
     assert found[0] == found[1]
     with scorer_of(model, tmp_path) as scorer:
         assert scorer.perplexities([known]) == found[:1]
-        assert "_engine" not in vars(scorer)  # it is loaded when it is needed
+        assert "engine" not in vars(scorer._checkpoint)  # it is loaded when it is needed
     write_tiny_model(model, seed=6)
     with scorer_of(model, tmp_path) as scorer:
         assert scorer.perplexities([known]) != found[:1]

@@ -140,4 +140,4 @@ def test_details_are_what_is_particular_about_a_row() -> None:
     rows = list(map(facts_of_text_row, rows))
     details = details_in(rows)
     # "tent" is in all three, "k2" in two of three; "red" is in one.
-    assert [details.of(row) for row in rows] == [{"red"}, {"wide", "x9"}, {"old"}]
+    assert [details(row) for row in rows] == [{"red"}, {"wide", "x9"}, {"old"}]

@@ -12,7 +12,6 @@ from megatron_ads.tasks import (
     user_profile,
     variants,
 )
-from megatron_ads.tasks.advertiser_question import AdvertiserQuestion, question_of
 from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.user_history import Demographics, Event, EventKind, UserHistory
 
@@ -66,9 +65,9 @@ REWRITE = ad_rewriting.Rewrite(
 REQUEST = next_advertiser.AdvertiserRequest(RUNNER, POOL)
 
 
-def question_about(row_id: str, advertiser: str, reasoning: str = "") -> AdvertiserQuestion:
-    """Return what variants ask about the runner."""
-    return question_of(next_advertiser.chat_row(row_id, REQUEST, advertiser, reasoning), row_id, POOL)
+def question_about(row_id: str, advertiser: str, reasoning: str = "") -> tuple[ChatRow, str, tuple[str, ...]]:
+    """Return what variants ask about the runner from: a row, the new one's id, other advertisers."""
+    return next_advertiser.chat_row(row_id, REQUEST, advertiser, reasoning), row_id, POOL
 
 
 def query_ad_row(label: relevance.Label) -> ChatRow:
@@ -104,7 +103,7 @@ def rows_of_all_tasks() -> list[ChatRow]:
         ad_rewriting.chat_row("g1", BRIEF, REWRITE),
         variants.query_ad_row(query_ad_row(relevance.Label.fair), "h1"),
         variants.ad_user_row(ad_user_row(1), "h2"),
-        variants.advertiser_row(question_about("h3", "Shop 7")),
-        advertiser_question.choose_one_row(question_about("i1", "Shop 7")),
-        advertiser_question.list_ranking_row(question_about("j1", "Shop 7")),
+        variants.advertiser_row(*question_about("h3", "Shop 7")),
+        advertiser_question.choose_one_row(*question_about("i1", "Shop 7")),
+        advertiser_question.list_ranking_row(*question_about("j1", "Shop 7")),
     ]

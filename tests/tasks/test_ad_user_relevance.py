@@ -3,21 +3,22 @@
 import pytest
 
 from megatron_ads.errors import DataError
-from megatron_ads.tasks.ad_user_relevance import Score, UserRelevanceJudgement, chat_row, metrics, parse, render_prompt
+from megatron_ads.tasks.ad_user_relevance import TEMPLATE, Score, UserRelevanceJudgement, chat_row, metrics, parse
 from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.user_history import HistoryView, Section, UserHistory
 from tests.tasks.examples import RUNNER, SHOES
 
 
 def test_prompt_shows_history_and_ad():
-    lines = render_prompt(RUNNER, SHOES).splitlines()
-    assert lines[0].startswith("How relevant is the ad to this user? Answer with <Score>")
+    lines = chat_row("r", RUNNER, SHOES, 3, "So.").prompt[0].content.splitlines()
+    assert lines[0] == TEMPLATE.instruction_of("r")
+    assert TEMPLATE.instruction().startswith("How relevant is the ad to this user? Answer with <Score>")
     assert lines[1] == "Bought from: Shop 2; Shop 7"
     assert lines[-2:] == ["Ad: Lightweight running shoes for new runners", "Text: Comfortable and cushioned."]
 
 
 def test_a_user_without_history_is_said_to_be_unknown():
-    assert "Nothing is known of the user." in render_prompt(UserHistory(user_id="u"), SHOES)
+    assert "Nothing is known of the user." in chat_row("r", UserHistory(user_id="u"), SHOES, 0, "So.").prompt[0].content
 
 
 def test_an_ablated_section_is_not_in_the_prompt():

@@ -6,6 +6,7 @@ from megatron_ads.errors import DataError
 from megatron_ads.tasks.answer_format import (
     ReadFailure,
     Reasoned,
+    Unreadable,
     count_of,
     element,
     listed,
@@ -15,7 +16,7 @@ from megatron_ads.tasks.answer_format import (
     split_reasoning,
     unlisted,
 )
-from megatron_ads.tasks.prompts import Template, single_turn
+from megatron_ads.tasks.prompts import Template
 
 TEMPLATE = Template(task="t", version=1, paraphrases=("One?", "Two?", "Three?"), answer_form="Say so.")
 
@@ -72,7 +73,8 @@ def test_a_long_hostile_text_takes_no_longer_than_its_length():
     hostile = "<A>" * 1_000_000
     assert count_of("A", hostile) == 0
     assert read_elements(hostile) is None
-    assert read_parts(hostile, ("A", "B")) is ReadFailure.missing_part
+    with pytest.raises(Unreadable, match="missing_part"):
+        read_parts(hostile, ("A", "B"))
 
 
 def test_an_element_needs_text_and_cannot_end_early():
@@ -96,7 +98,9 @@ def test_an_element_needs_text_and_cannot_end_early():
     ],
 )
 def test_a_fixed_sequence_says_what_is_wrong_with_it(text: str, failure: ReadFailure):
-    assert read_parts(text, ("A", "B")) is failure
+    with pytest.raises(Unreadable) as caught:
+        read_parts(text, ("A", "B"))
+    assert caught.value.failure is failure
     assert read_parts("<A>1</A><B>2</B>", ("A", "B")) == {"A": "1", "B": "2"}
 
 
@@ -108,9 +112,3 @@ def test_lists_of_values():
     for bad in ("a;b", " "):
         with pytest.raises(DataError, match="cannot stand in a list"):
             listed([bad])
-
-
-@pytest.mark.parametrize(("prompt", "target", "name"), [(" ", "x", "prompt"), ("x", "\n", "target")])
-def test_a_row_without_text_is_named(prompt: str, target: str, name: str):
-    with pytest.raises(DataError, match=f"row 'r1': the {name} is"):
-        single_turn("r1", "t", prompt, target)

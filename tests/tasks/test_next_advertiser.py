@@ -5,17 +5,15 @@ import pytest
 from megatron_ads.errors import DataError
 from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.next_advertiser import (
+    TEMPLATE,
     Prediction,
     Ranking,
     chat_row,
-    is_complete,
     metrics,
     parse,
     parse_ranking,
     ranking_metrics,
     ranking_row,
-    render_prompt,
-    render_ranking,
 )
 from tests.tasks.examples import REQUEST
 
@@ -23,8 +21,8 @@ NAMES = tuple(f"Shop {number}" for number in range(1, 21))
 
 
 def test_prompt_shows_history_then_pool():
-    lines = render_prompt(REQUEST).splitlines()
-    assert lines[0] == "Which advertiser will this user buy from next? Answer with the name alone."
+    lines = chat_row("r0", REQUEST, "Shop 7").prompt[0].content.splitlines()
+    assert lines[0] == TEMPLATE.instruction_of("r0")
     assert lines[-1].startswith("Advertisers: Shop 1; Shop 2; ")
 
 
@@ -56,11 +54,11 @@ def test_an_empty_name_is_refused():
     with pytest.raises(DataError, match="the advertiser is ' '"):
         chat_row("r", REQUEST, " ")
     with pytest.raises(DataError, match="an interest is ''"):
-        render_ranking(NAMES, [""])
+        ranking_row("r", REQUEST, NAMES, [""], label="Shop 1")
 
 
 def test_a_ranking_is_read_back_special_characters_included():
-    target = render_ranking(["B&B <Home>", "Shop 2"], ["R&B"], "Why.")
+    target = ranking_row("r", REQUEST, ["B&B <Home>", "Shop 2"], ["R&B"], "Why.", label="Shop 2").target
     assert "B&amp;B &lt;Home&gt;" in target
     assert parse_ranking(target) == Ranking(("B&B <Home>", "Shop 2"), ("R&B",), "Why.")
 
@@ -126,4 +124,4 @@ def test_ranking_metrics_by_hand():
     ],
 )
 def test_a_complete_ranking_has_twenty_different_names_and_at_most_five_interests(ranking: Ranking, complete: bool):
-    assert is_complete(ranking) is complete
+    assert ranking.is_complete is complete

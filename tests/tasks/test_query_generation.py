@@ -15,7 +15,6 @@ from megatron_ads.tasks.query_generation import (
     chat_row,
     metrics,
     parse,
-    render_prompt,
     subject_of,
 )
 from megatron_ads.tasks.text_rows import facts_of_text_row
@@ -25,8 +24,8 @@ BRIEF = KeywordBrief("laptop computer")
 
 
 def test_prompt_shows_keyword_number_and_ad():
-    lines = render_prompt(KeywordBrief("paris hotel", HOTEL, queries_wanted=3)).splitlines()
-    assert lines[1:] == [
+    row = chat_row("r", KeywordBrief("paris hotel", HOTEL, queries_wanted=3), QUERIES, "So.")
+    assert row.prompt[0].content.splitlines()[1:] == [
         "Keyword: paris hotel",
         "Queries: 3",
         "Ad: Luxury 5-star hotel in central Paris",

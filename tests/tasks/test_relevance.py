@@ -16,15 +16,14 @@ from megatron_ads.tasks.relevance import (
     chat_row,
     metrics,
     parse,
-    render_prompt,
-    render_target,
 )
 
 AD = Ad(title="Luxury 5-star hotel in central Paris", description="Premium suites.", seller="www.examplehotel.com")
 
 
 def test_prompt_shows_query_and_ad_line_by_line():
-    assert render_prompt("cheap hotel in downtown Paris", AD).splitlines() == [
+    row = chat_row("r", "cheap hotel in downtown Paris", AD, Label.fair, "Because.")
+    assert row.prompt[0].content.splitlines() == [
         "Is the ad relevant to the query?",
         "Query: cheap hotel in downtown Paris",
         "Ad: Luxury 5-star hotel in central Paris",
@@ -34,18 +33,21 @@ def test_prompt_shows_query_and_ad_line_by_line():
 
 
 def test_prompt_leaves_out_what_is_unknown():
-    assert render_prompt("hotel", Ad(title="Hotel")).splitlines()[1:] == ["Query: hotel", "Ad: Hotel"]
+    row = chat_row("r", "hotel", Ad(title="Hotel"), Label.fair, "Because.")
+    assert row.prompt[0].content.splitlines()[1:] == ["Query: hotel", "Ad: Hotel"]
 
 
 def test_target_is_reasoning_then_tagged_label():
-    assert render_target(Label.fair, "The price does not match.") == (
+    assert chat_row("r", "hotel", AD, Label.fair, "The price does not match.").target == (
         "<think>The price does not match.</think><Label>Fair</Label>"
     )
 
 
 @pytest.mark.parametrize("label", list(Label))
 def test_every_target_is_parsed_to_its_label_and_reasoning(label: Label):
-    assert parse(render_target(label, "Because.")) == RelevanceJudgement(label=label, reasoning="Because.")
+    assert parse(chat_row("r", "hotel", AD, label, "Because.").target) == RelevanceJudgement(
+        label=label, reasoning="Because."
+    )
 
 
 def test_white_space_around_the_parts_is_allowed():

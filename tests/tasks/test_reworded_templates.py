@@ -94,8 +94,8 @@ def test_no_name_or_chance_changes(plain: list[ChatRow], reworded: list[ChatRow]
 
 def test_no_detail_or_topic_of_synthesis_changes(plain: list[ChatRow], reworded: list[ChatRow]) -> None:
     # Common words are those of the templates as well: what is particular about a row is compared with the same ones.
-    common = details_in(plain)
-    assert [common.of(row) for row in plain] == [common.of(row) for row in reworded]
+    details_of = details_in(plain)
+    assert [details_of(row) for row in plain] == [details_of(row) for row in reworded]
     for before, after in zip(plain, reworded, strict=True):
         if before.task == "query_generation":
             assert topic_of(before) == topic_of(after)

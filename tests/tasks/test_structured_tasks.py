@@ -7,7 +7,7 @@ import pytest
 from megatron_ads.errors import DataError
 from megatron_ads.tasks import ad_rewriting, model_comparison, user_profile
 from megatron_ads.tasks.answer_format import ReadFailure
-from megatron_ads.tasks.model_comparison import Assessment, Risk, SharedRequest, Verdict, new_is_first
+from megatron_ads.tasks.model_comparison import Assessment, Risk, SharedRequest, Verdict
 from tests.tasks.examples import ASSESSMENT, BRIEF, PROFILE, REWRITE, RUNNER, SHARED
 
 
@@ -29,7 +29,7 @@ def test_a_profile_needs_a_summary():
 
 
 def test_profile_failures_are_named():
-    target = user_profile.render_target(PROFILE)
+    target = user_profile.chat_row("r", RUNNER, PROFILE).target
     assert user_profile.parse(target.replace("<Avoid>none</Avoid>", "")) is ReadFailure.missing_part
     assert user_profile.parse(target.replace("<Avoid>none</Avoid>", "<Avoid> </Avoid>")) is ReadFailure.empty_part
     assert user_profile.parse(target + "<Age>30</Age>") is ReadFailure.unknown_part
@@ -55,14 +55,13 @@ def test_outputs_are_shown_in_an_order_drawn_by_the_row():
         row = model_comparison.chat_row(f"r{number}", SHARED, ASSESSMENT)
         lines = row.prompt[0].content.splitlines()
         shown_first = lines[2] == "New system: red running shoes"
-        assert shown_first is new_is_first(row.id)
         assert lines[3 if shown_first else 2] == "Current system: blue hat"
         first[shown_first] += 1
     assert 70 < first[True] < 130  # 100, standard deviation sqrt(200 / 4) = 7
 
 
 def test_an_assessment_is_read_back_and_its_scales_are_strict():
-    target = model_comparison.render_target(ASSESSMENT)
+    target = model_comparison.chat_row("r", SHARED, ASSESSMENT).target
     assert model_comparison.parse(target) == ASSESSMENT
     assert model_comparison.parse(target.replace(">Better<", ">Best<")) is ReadFailure.unknown_verdict
     assert model_comparison.parse(target.replace(">Low<", ">low<")) is ReadFailure.unknown_risk
@@ -93,13 +92,12 @@ def test_comparison_metrics_by_hand():
 
 
 def test_a_rewrite_is_read_back_with_any_number_of_keywords():
-    assert ad_rewriting.parse(ad_rewriting.render_target(REWRITE)) == REWRITE
-    alone = replace(REWRITE, keywords=())
-    assert ad_rewriting.parse(ad_rewriting.render_target(alone)) == alone
+    for rewrite in (REWRITE, replace(REWRITE, keywords=())):
+        assert ad_rewriting.parse(ad_rewriting.chat_row("r", BRIEF, rewrite).target) == rewrite
 
 
 def test_rewriting_failures_are_named():
-    target = ad_rewriting.render_target(REWRITE)
+    target = ad_rewriting.chat_row("r", BRIEF, REWRITE).target
     title = f"<Title>{REWRITE.title}</Title>\n"
     keyword = "<Keyword>cheap running shoes</Keyword>"
     assert ad_rewriting.parse(target.replace(title, "")) is ReadFailure.missing_part

@@ -56,7 +56,7 @@ def test_two_and_three_are_liked(score: int, answer: str):
 
 def test_half_of_the_advertisers_asked_about_are_the_next_and_only_they_are_argued_for():
     questions = [question_about(f"r{number}", "Shop 7", "It sells gear.") for number in range(200)]
-    rows = [variants.advertiser_row(question) for question in questions]
+    rows = [variants.advertiser_row(*question) for question in questions]
     yes = [row for row in rows if row.label == "Yes"]
     assert 70 < len(yes) < 130  # 100, standard deviation sqrt(200 / 4) = 7
     for row in rows:
@@ -78,13 +78,13 @@ def test_yes_no_failures_and_metrics():
 
 
 def test_choosing_shows_the_candidates_and_not_the_pool():
-    row = advertiser_question.choose_one_row(QUESTION)
+    row = advertiser_question.choose_one_row(*QUESTION)
     assert "Advertisers:" not in row.prompt[0].content
     assert row.list_fact(Fact.candidates) == candidates_of("r", "Shop 7", POOL)
 
 
 def test_a_choice_outside_the_list_is_not_valid():
-    row = advertiser_question.choose_one_row(QUESTION)
+    row = advertiser_question.choose_one_row(*QUESTION)
     other = next(name for name in row.list_fact(Fact.candidates) if name != "Shop 7")
     answers = [Prediction("shop 7", ""), Prediction(other, ""), Prediction("Nowhere", ""), ReadFailure.empty]
     found = advertiser_question.choose_one_metrics([row] * 4, answers)
@@ -92,14 +92,14 @@ def test_a_choice_outside_the_list_is_not_valid():
 
 
 def test_a_choice_in_words_of_ones_own_is_scored_without_a_list():
-    row = advertiser_question.choose_one_row(QUESTION)
+    row = advertiser_question.choose_one_row(*QUESTION)
     own = replace(row, messages=(Message(Role.user, "Shop 7 or Shop 2?"), row.messages[1]), facts={})
     found = advertiser_question.choose_one_metrics([facts_of_text_row(own), row], [Prediction("Shop 7", "")] * 2)
     assert found == {"hit_rate@1": 1.0, "valid_rate": 1.0}
 
 
 def test_the_list_to_order_is_numbered_and_the_target_has_the_true_one_first():
-    row = advertiser_question.list_ranking_row(QUESTION, count=4)
+    row = advertiser_question.list_ranking_row(*QUESTION, count=4)
     listed = row.prompt[0].content.partition("Candidates:\n")[2].splitlines()
     best = next(line for line in listed if line.endswith("Shop 7")).partition(".")[0]
     assert row.label == best
@@ -127,7 +127,7 @@ def test_each_failure_of_an_order(answer: str, failure: ReadFailure):
 
 
 def test_order_metrics_by_hand():
-    row = advertiser_question.list_ranking_row(QUESTION, count=4)
+    row = advertiser_question.list_ranking_row(*QUESTION, count=4)
     best = int(row.label or 0)
     others = [number for number in range(1, 5) if number != best]
     answers = [
@@ -146,7 +146,7 @@ def test_order_metrics_by_hand():
 
 @pytest.mark.parametrize(("place", "found"), [(1, True), (5, True), (6, False)])
 def test_hits_count_up_to_the_fifth_place(place: int, found: bool):
-    row = advertiser_question.list_ranking_row(QUESTION)
+    row = advertiser_question.list_ranking_row(*QUESTION)
     numbers = [number for number in range(1, 21) if number != int(row.label or 0)]
     numbers.insert(place - 1, int(row.label or 0))
     measured = advertiser_question.list_ranking_metrics([row], [advertiser_question.Order(tuple(numbers), "")])
@@ -155,7 +155,7 @@ def test_hits_count_up_to_the_fifth_place(place: int, found: bool):
 
 
 def test_a_corpus_of_many_instructions_holds_all_forms():
-    rows = [several_forms_row(question_about(f"r{number}", "Shop 7")) for number in range(400)]
+    rows = [several_forms_row(*question_about(f"r{number}", "Shop 7")) for number in range(400)]
     tasks = Counter(row.task for row in rows)
     assert set(tasks) == {
         next_advertiser.TASK,
