@@ -27,7 +27,7 @@ from megatron_ads.metrics.ranking import same_name
 from megatron_ads.metrics.text import fit_embedding
 from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks import advertiser_question, next_advertiser
-from megatron_ads.tasks.answer_format import OPEN, render_reasoned
+from megatron_ads.tasks.answer_format import render_reasoned
 from megatron_ads.tasks.user_history import Section, shown_history
 
 _ADVERTISER_TASKS = frozenset({next_advertiser.TASK, next_advertiser.RANKING_TASK})
@@ -94,13 +94,13 @@ class NameForms:
 
     def text(self, name: str) -> str:
         """Return the whole answer with a name."""
-        return self._text(name, "")
+        return render_reasoned("", name)
 
     def before(self, opened: str) -> list[int]:
         """Return the tokens before the name: a block without reasoning.
 
         Args:
-            opened: What of the answer the prompt has already: nothing, or the opening tag.
+            opened: What of the answer the prompt has already: nothing, the opening tag, or both tags.
         """
         return self._tokenizer.encode(self._text("", opened))
 
@@ -118,14 +118,14 @@ class NameForms:
     def _tokens(self, names: Sequence[str], opened: str) -> Mapping[str, list[int]]:
         # Encoded with what comes before, as in training, where it may change how a name begins.
         before = self.before(opened)
-        whole = {name: self._tokenizer.encode(self._text(name, opened)) for name in names}
+        whole = {name: self._tokenizer.encode(self._text(name, opened) + self._tokenizer.before_end) for name in names}
         for name, tokens in whole.items():
             if tokens[: len(before)] != before:
                 raise DataError(f"the tokenizer joins the end of the reasoning with the beginning of {name!r}.")
         return {name: tokens[len(before) :] for name, tokens in whole.items()}
 
     def _text(self, name: str, opened: str) -> str:
-        return render_reasoned("", name).removeprefix(opened and OPEN)
+        return self._tokenizer.as_answer(render_reasoned("", name)).removeprefix(opened)
 
 
 def _each_once(names: Iterable[str]) -> tuple[str, ...]:

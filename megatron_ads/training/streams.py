@@ -32,7 +32,7 @@ def open_streams(
     Raises:
         DataError: If a source cannot be read, or leaves no rows to train on or none to evaluate on.
     """
-    tokenizer = load_tokenizer(source.side_folder)
+    tokenizer = load_tokenizer(source.side_folder, data.template_arguments)
     share = ReplicaShare(
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,

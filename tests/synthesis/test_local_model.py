@@ -62,7 +62,7 @@ def expected_perplexity(folder: Path, candidate: Candidate) -> float:
 @contextmanager
 def scorer_of(model: Path, folder: Path, *, batch_size: int = 8) -> Iterator[LocalScorer]:
     with ExitStack() as exports, Journal(folder / "p.jsonl") as journal:
-        yield LocalScorer(model, journal, exports, batch_size=batch_size)
+        yield LocalScorer(PerplexityConfig(model=str(model), batch_size=batch_size), journal, exports)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3], ids=["one_by_one", "padded"])
