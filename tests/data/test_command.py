@@ -9,6 +9,7 @@ import pytest
 from megatron_ads.cli import main
 from megatron_ads.config.data import AdsTask, RowVariant
 from megatron_ads.data.demo_tokenizer import write_tokenizer
+from tests.data.tokenizers import V31, model_tokenizer
 
 
 def chat_line(row_id: str, target: str, task: str = "query_ad_relevance") -> str:
@@ -132,3 +133,16 @@ def test_the_recipe_decides_how_long_a_row_may_be(tmp_path: Path, capsys: pytest
 def test_a_source_that_is_not_complete_is_one_line(capsys: pytest.CaptureFixture[str]):
     assert main(["data", "preview", "--recipe", "sft/quickstart", "data.sources=[{kind: jsonl}]"]) == 2
     assert "data.sources[0].path is missing; kind jsonl reads a file of rows." in capsys.readouterr().err
+
+
+def test_a_preview_gives_the_template_what_training_gives_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_tokenizer(V31, tmp_path)
+    command = ["data", "preview", "--recipe", "sft/quickstart", "--tokenizer", str(tmp_path), "--rows", "1"]
+    assert main(command) == 2
+    assert "Set 'data.template_arguments={thinking: true}', or data.reasoning=false." in capsys.readouterr().err
+    assert main([*command, "data.template_arguments={thinking: true}"]) == 0
+    assert "<｜Assistant｜><think>[[" in capsys.readouterr().out
+    assert main([*command, "data.template_arguments={thinkng: true}"]) == 2
+    assert "'thinkng', which the chat template of" in capsys.readouterr().err

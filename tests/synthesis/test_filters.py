@@ -20,7 +20,7 @@ from megatron_ads.synthesis.candidates import Candidate
 from megatron_ads.synthesis.filters import TOPICS, QueryFault, query_fault, topic_of
 from megatron_ads.synthesis.pipeline import SynthesisResult, open_models, synthesize
 from megatron_ads.synthesis.prompts import LABEL_GIVEN, teacher_messages
-from megatron_ads.synthesis.report import as_report, write_report
+from megatron_ads.synthesis.report import as_report, render_report, write_report
 from megatron_ads.tasks import query_generation
 from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.prompts import Ad
@@ -173,7 +173,10 @@ def test_a_template_that_fails_on_the_golden_set_is_not_used(
         requests = len(server.bodies)
     (golden,) = result.golden
     assert golden.pass_rates == (0.5, 0.5, 0.5)
-    assert golden.failures == {"schema": 6}
+    assert golden.failures == {"schema (no_reasoning)": 6}
+    (reported,) = report["golden"]
+    assert {(sample["reason"], sample["text"]) for sample in reported["failed"]} == {("no_reasoning", "I cannot say.")}
+    assert "I cannot say." in render_report(report).partition("## Filters")[0]
     assert golden.passed is (rows_cooked > 0)
     # 4 rows in 3 wordings; candidate 0 of each row is the first of them, and is not asked for again.
     assert requests == 12
