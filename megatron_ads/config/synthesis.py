@@ -6,6 +6,7 @@ Importing this module needs neither torch nor transformers.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
@@ -107,6 +108,8 @@ class PerplexityConfig:
     model: str | None = None
     """A Hugging Face folder, or shards, a torch_dist folder or a training checkpoint, which are exported to a temporary
     folder when they are needed. None leaves the filter out."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """What the model's chat template is given besides the messages, such as ``{thinking: true}``."""
     batch_size: int = 8
     """Texts that are measured at once."""
     sample: int = 1000

@@ -157,7 +157,7 @@ def _preview(args: argparse.Namespace) -> int:
             raise
         print(json.dumps(_table_report(proposal)) if args.json else f"{proposal.render()}\nWith this mapping: {error}")
         return 0
-    tokenizer = _tokenizer(args.tokenizer)
+    tokenizer = _tokenizer(args.tokenizer, data)
     checked = check_rows(rows)
     previews = [preview_row(row, tokenizer) for row in checked.rows[: args.rows]]
     summary = summarise(checked, tokenizer, seq_length=args.seq_length or data.seq_length)
@@ -246,12 +246,12 @@ def _data(args: argparse.Namespace) -> DataConfig:
     return DataConfig(sources=[source], seed=args.seed)
 
 
-def _tokenizer(folder: Path | None) -> "ChatTokenizer":
+def _tokenizer(folder: Path | None, data: DataConfig) -> "ChatTokenizer":
     from megatron_ads.data.chat import load_tokenizer
     from megatron_ads.data.demo_tokenizer import write_tokenizer
 
     if folder is not None:
-        return load_tokenizer(folder)
+        return load_tokenizer(folder, data.template_arguments)
     with tempfile.TemporaryDirectory() as temporary:
         write_tokenizer(Path(temporary), _DEMO_VOCABULARY)
         return load_tokenizer(Path(temporary))

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from megatron_ads.data.chat import ChatTokenizer, tokenize_row
+from megatron_ads.data.chat import ChatTokenizer, holds_control_text, tokenize_row
 from megatron_ads.data.corpus import tokenize
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.row_checks import CheckedRows, RowFault
@@ -76,6 +76,8 @@ class Summary:
     """By reason, the most frequent first."""
     first_faulty: str | None
     """Id of the first row that cannot be used."""
+    with_control_text: int
+    """Rows in which something is written like a control token."""
 
 
 def preview_row(row: ChatRow, tokenizer: ChatTokenizer) -> RowPreview:
@@ -132,6 +134,7 @@ def summarise(checked: CheckedRows, tokenizer: ChatTokenizer, *, seq_length: int
         labels=dict(Counter(row.label for row in checked.rows if row.label).most_common()),
         left_out=dict(reasons.most_common()),
         first_faulty=checked.faulty[0].row_id if checked.faulty else None,
+        with_control_text=sum(holds_control_text(row, tokenizer) for row in checked.rows),
     )
 
 
@@ -148,6 +151,8 @@ def render_summary(summary: Summary) -> str:
         lines.append(f"Labels: {', '.join(frequent[:_LABELS_SHOWN])}{others}.")
     left_out = ", ".join(f"{reason} {count:,}" for reason, count in summary.left_out.items()) or "none"
     lines.append(f"Left out with data.seq_length = {summary.seq_length:,}: {left_out}.")
+    if summary.with_control_text:
+        lines.append(f"{summary.with_control_text:,} rows hold words like the template's control tokens, read as text.")
     if summary.first_faulty is not None:
         lines.append(f"The first that cannot be used: {visible(summary.first_faulty)}.")
     return "\n".join(lines)

@@ -184,7 +184,7 @@ def evaluate(
         raise DataError("the recipe holds no rows out; raise data.validation_rows.")
     training = [row for rows in corpus.training for row in rows]
     advertisers = read_names(names_file) if names_file else names_trained_on(training)
-    with open_model(model, tokenizer_folder) as opened:
+    with open_model(model, tokenizer_folder, data.template_arguments) as opened:
         asking = Asking(
             how=how,
             max_new_tokens=_longest_answers(opened.tokenizer, corpus.validation, training, max_new_tokens),

@@ -7,11 +7,12 @@ is that of the tokens of all its targets, with their end tokens.
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from megatron_ads.config.generation import EndpointConfig
 from megatron_ads.data.chat import ChatTokenizer, load_tokenizer, tokenize_row
@@ -32,28 +33,34 @@ logger = get_logger(__name__)
 
 @contextmanager
 def open_model(
-    model: Path | EndpointConfig, tokenizer_folder: Path | None = None
+    model: Path | EndpointConfig,
+    tokenizer_folder: Path | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> "Iterator[CheckpointModel | ServedModel]":
     """Yield what answers; ``tokenizer_folder`` is for a server, a checkpoint has its own.
+
+    ``template_arguments`` are those of the chat template, whoever renders it.
 
     Raises:
         ConversionError: If the folder is no checkpoint.
         DataError: If a folder does not exist, or has no tokenizer.
     """
     if isinstance(model, EndpointConfig):
-        yield ServedModel(model, load_tokenizer(tokenizer_folder) if tokenizer_folder else None)
+        tokenizer = load_tokenizer(tokenizer_folder, template_arguments) if tokenizer_folder else None
+        given = {**(template_arguments or {}), **model.template_arguments}
+        yield ServedModel(replace(model, template_arguments=given), tokenizer)
         return
     with hugging_face_folder(model) as folder:
-        yield CheckpointModel(model, folder)
+        yield CheckpointModel(model, folder, template_arguments)
 
 
 class CheckpointModel:
     """A checkpoint, answering in this process."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
+    def __init__(self, model: Path, folder: Path, template_arguments: Mapping[str, Any] | None = None) -> None:
         """Read the tokenizer; weights are loaded when they are needed. ``folder`` is ``model``, or its export."""
         self._model = model
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer = load_tokenizer(folder, template_arguments)
         self._engine: Callable[[], TransformersEngine] = cache(partial(open_engine, folder))
 
     def answer(self, rows: Sequence[ChatRow], asking: Asking, file: Path | None) -> tuple[list[Answer], float]:
@@ -62,7 +69,9 @@ class CheckpointModel:
         asker = RowAsker(self.tokenizer, rows, asking, self._engine)
         if file is None:
             return answer_rows(asker), time.monotonic() - start
-        with open_journal(file, fingerprint(self._model, rows, asking.settings())) as journal:
+        arguments = self.tokenizer.template_arguments
+        settings = asking.settings() | ({"template_arguments": dict(arguments)} if arguments else {})
+        with open_journal(file, fingerprint(self._model, rows, settings)) as journal:
             before = AnswerJournal(journal)
             answers = answer_rows(asker, journal=before)
             write_answers(file, answers)

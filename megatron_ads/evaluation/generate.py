@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_ads.config.generation import GenerationConfig, Method
-from megatron_ads.data.chat import THINK, ChatTokenizer, render_prompt
+from megatron_ads.data.chat import ChatTokenizer, opened_by, render_prompt
 from megatron_ads.evaluation.answer_records import Answer, AnswerBeam, AnswerJournal
 from megatron_ads.evaluation.name_answers import NO_NAMES, AdvertiserNames, CollaborativeModel, NameForms, valid_names
 from megatron_ads.inference.beam_rules import NameTrie, ValidNames
@@ -16,7 +16,7 @@ from megatron_ads.inference.openai_engine import OpenAIEngine
 from megatron_ads.observability.log import get_logger
 from megatron_ads.progress import Progress
 from megatron_ads.rows import ChatRow
-from megatron_ads.tasks.answer_format import CLOSE
+from megatron_ads.tasks.answer_format import CLOSE, OPEN
 
 logger = get_logger(__name__)
 
@@ -162,11 +162,6 @@ class RowAsker:
         return Answer(self.rows[number], texts[0], completions[0].finish is Finish.ended, beams)
 
 
-def opened_by(prompt: str) -> str:
-    """Return what a prompt has of the answer: some chat templates open the reasoning themselves."""
-    return THINK if prompt.rstrip().endswith(THINK) else ""
-
-
 def answer_from_server(
     rows: Sequence[ChatRow], asking: Asking, engine: OpenAIEngine, tokenizer: ChatTokenizer | None
 ) -> list[Answer]:
@@ -203,5 +198,5 @@ def _with_reasoning(prompt: str, said: Completion) -> str:
     if said.finish is Finish.refused:
         return ""
     # A server whose chat template opens the reasoning returns only where it is closed.
-    hidden = not prompt and CLOSE in said.text and THINK not in said.text
-    return (THINK if hidden else opened_by(prompt)) + said.text
+    hidden = not prompt and CLOSE in said.text and OPEN not in said.text
+    return (OPEN if hidden else opened_by(prompt)) + said.text

@@ -27,7 +27,7 @@ from megatron_ads.metrics.ranking import same_name
 from megatron_ads.metrics.text import fit_embedding
 from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks import advertiser_question, next_advertiser
-from megatron_ads.tasks.answer_format import OPEN, render_reasoned
+from megatron_ads.tasks.answer_format import render_reasoned
 from megatron_ads.tasks.user_history import Section, shown_history
 
 _ADVERTISER_TASKS = frozenset({next_advertiser.TASK, next_advertiser.RANKING_TASK})
@@ -92,17 +92,17 @@ class NameForms:
         self._tokenizer = tokenizer
         self._tries: dict[tuple[tuple[str, ...], str], NameTrie] = {}
 
-    def text(self, name: str, opened: str = "") -> str:
-        """Return the answer with a name: a block without reasoning, and the name.
-
-        Args:
-            opened: What of the answer the prompt has already: nothing, or the opening tag.
-        """
-        return render_reasoned("", name).removeprefix(opened and OPEN)
+    def text(self, name: str) -> str:
+        """Return the whole answer with a name."""
+        return render_reasoned("", name)
 
     def before(self, opened: str) -> list[int]:
-        """Return the tokens before the name."""
-        return self._tokenizer.encode(self.text("", opened))
+        """Return the tokens before the name: a block without reasoning.
+
+        Args:
+            opened: What of the answer the prompt has already: nothing, the opening tag, or both tags.
+        """
+        return self._tokenizer.encode(self._text("", opened))
 
     def trie(self, names: Sequence[str], opened: str) -> NameTrie:
         """Return the names behind ``before``.
@@ -113,14 +113,17 @@ class NameForms:
         key = (tuple(names), opened)
         if key not in self._tries:
             # Encoded with what comes before, as in training, where it may change how a name begins.
-            before = self.before(opened)
-            whole = {name: self._tokenizer.encode(self.text(name, opened)) for name in names}
+            before, end = self.before(opened), self._tokenizer.before_end
+            whole = {name: self._tokenizer.encode(self._text(name, opened) + end) for name in names}
             for name, tokens in whole.items():
                 if tokens[: len(before)] != before:
                     raise DataError(f"the tokenizer joins the end of the reasoning with the beginning of {name!r}.")
             behind = {name: tokens[len(before) :] for name, tokens in whole.items()}
             self._tries[key] = build_trie(behind, self._tokenizer.end_token_id)
         return self._tries[key]
+
+    def _text(self, name: str, opened: str) -> str:
+        return self._tokenizer.as_answer(render_reasoned("", name)).removeprefix(opened)
 
 
 def _each_once(names: Iterable[str]) -> tuple[str, ...]:

@@ -29,6 +29,8 @@ class Request:
     """As the protocol has it: model, messages, temperature, seed and so on."""
     candidate: int = 0
     """Tells requests apart that ask the same thing again."""
+    needs_words: bool = False
+    """An empty answer is a failed attempt; no part of what an answer is found by."""
 
 
 class Unanswered(DataError):
@@ -114,6 +116,7 @@ class Client:
         self._name, self._config, self._answerer, self._journal = name, config, answerer, journal
         self._counted: set[str] = set()
         self._consecutive_give_ups = 0
+        self._found_empty = False
 
     def ask(self, requests: Iterable[Request], *, total: int, description: str) -> list[Completion | None]:
         """Return the answer to each request, in order; None where there is none after all attempts.
@@ -139,7 +142,7 @@ class Client:
                     keys.append(key)
                     if key in found or key in waiting.values():
                         progress.update()
-                    elif (answer := self._known(key)) is not None:
+                    elif (answer := self._known(key, request)) is not None:
                         found[key] = answer
                         self._count(key, answer, new=False)
                         progress.update()
@@ -159,8 +162,14 @@ class Client:
                 self.usage.seconds += time.monotonic() - started
         return [found.get(key) for key in keys]
 
-    def _known(self, key: str) -> Completion | None:
-        return self._journal.read(key, Completion.from_record) if self._journal else None
+    def _known(self, key: str, request: Request) -> Completion | None:
+        answer = self._journal.read(key, Completion.from_record) if self._journal else None
+        if answer is None or not (request.needs_words and answer.is_empty):
+            return answer
+        if not self._found_empty:
+            self._found_empty = True
+            logger.warning("the journal holds empty answers of the %s; they are asked for again.", self._name)
+        return None
 
     def _key(self, request: Request) -> str:
         """Return what an answer is found by: everything that could change it."""
@@ -184,6 +193,8 @@ class Client:
 
     def _answer_and_record(self, key: str, request: Request, stop: threading.Event) -> Completion:
         answer = self._answerer.answer(request, stop)
+        if request.needs_words and answer.is_empty:  # of a server, after all attempts; another model need not try again
+            raise Unanswered("the answer is empty.", (*answer.failures, Failure.empty_answer))
         if self._journal and answer.finish is not Finish.refused:  # a server with other limits may take it
             self._journal.add(key, answer.as_record())
         return answer

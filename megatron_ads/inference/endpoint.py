@@ -20,6 +20,7 @@ from megatron_ads.errors import ConfigError
 from megatron_ads.inference.client import Request, Unanswered
 from megatron_ads.inference.engine import Completion, Failure, Finish
 from megatron_ads.observability.log import get_logger
+from megatron_ads.tasks.answer_format import CLOSE, OPEN
 
 logger = get_logger(__name__)
 _TRY_AGAIN = frozenset({408, 409, 425, 429})
@@ -90,6 +91,8 @@ class Endpoint:
             self._wait_for_turn(stop)
             try:
                 answer = self._ask_once(url, data)
+                if request.needs_words and answer.is_empty:
+                    raise _TryAgain(Failure.empty_answer, _why_empty(answer))
             except _TryAgain as error:
                 failures.append(error.failure)
                 why, asked = self._without_key(str(error)), error.wait_seconds
@@ -182,6 +185,10 @@ class Endpoint:
         withheld = choice.get("finish_reason") == "content_filter" or message.get("refusal")
         ended = Finish.cut_off if choice.get("finish_reason") == "length" else Finish.ended
         text = message.get("content") or message.get("refusal") or ""
+        # Of servers with a reasoning parser; the other name is newer vLLM's.
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
+        if isinstance(reasoning, str) and reasoning:
+            text = f"{OPEN}{reasoning}{CLOSE if text or ended is Finish.ended else ''}{text}"
         # Half a surrogate pair, which JSON can hold and no file can, becomes U+FFFD.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         logprobs, of_prompt = choice.get("logprobs") or {}, choice.get("prompt_logprobs")
@@ -220,6 +227,15 @@ def _read_key(section: str, variable: str | None) -> str | None:
             "header can carry. Set it again."
         )
     return key
+
+
+def _why_empty(answer: Completion) -> str:
+    if reasoned := len(answer.text.rpartition(CLOSE)[0].removeprefix(OPEN)):
+        return (
+            f"the answer is empty: all {reasoned:,} characters are reasoning (reasoning_content). Start the server "
+            "without a reasoning parser, or raise max_tokens"
+        )
+    return "the answer is empty"
 
 
 def _tuple_of(kind: type[_Number], values: Iterable[Any] | None) -> tuple[_Number, ...] | None:

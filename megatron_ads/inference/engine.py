@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from megatron_ads.config.generation import GenerationConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.rows import Message
+from megatron_ads.tasks.answer_format import CLOSE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +47,8 @@ class Failure(StrEnum):
     """What came is no JSON, or not of the protocol's form."""
     no_choice = "no_choice"
     """A completion without a choice in it."""
+    empty_answer = "empty_answer"
+    """Nothing, or nothing behind the reasoning, where words were asked for."""
 
 
 class UnsupportedError(ConfigError):
@@ -73,6 +76,13 @@ class Completion:
     """From sending the request to its answer, waits between attempts included."""
     failures: tuple[Failure, ...] = ()
     """Attempts before it."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether it says nothing, or ended behind its reasoning, and nobody declined to answer."""
+        if self.finish in (Finish.withheld, Finish.refused):
+            return False
+        return not (self.text.rpartition(CLOSE)[2] if self.finish is Finish.ended else self.text).strip()
 
     @property
     def log_probability(self) -> float:

@@ -123,7 +123,7 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
             source, text = _weights(Path(config.model.load))
             shape = source.shape
             passed.append(f"weights: {text}")
-            passed.append(f"tokenizer: {_tokenizer(source)}")
+            passed.append(f"tokenizer: {_tokenizer(config, source)}")
     except MegatronAdsError as error:
         problems.append(one_line(error))
     checks: tuple[tuple[str, Callable[[], str]], ...] = (
@@ -156,10 +156,11 @@ def _weights(path: Path) -> "tuple[WeightSource, str]":
     return source, f"{path} is a {source.kind.value} of {readable_bytes(size)}"
 
 
-def _tokenizer(source: "WeightSource") -> str:
+def _tokenizer(config: SftConfig, source: "WeightSource") -> str:
     from megatron_ads.training.streams import tokenizer_of  # imports torch
 
-    return f"{tokenizer_of(source).size} tokens for an embedding of {source.shape.vocab_size} rows"
+    size = tokenizer_of(source, config.data.template_arguments).size
+    return f"{size} tokens for an embedding of {source.shape.vocab_size} rows"
 
 
 def _layout(config: SftConfig, ranks: int | None, shape: ModelShape | None) -> str:

@@ -15,7 +15,7 @@ from megatron_ads.config.synthesis import SynthesisConfig
 from megatron_ads.inference.client import Client
 from megatron_ads.metrics.text import mean_similarities
 from megatron_ads.rows import ChatRow
-from megatron_ads.synthesis.candidates import ask_teacher, by_row, passing
+from megatron_ads.synthesis.candidates import Candidate, Removed, ask_teacher, by_row, passing
 from megatron_ads.synthesis.filters import embedder
 from megatron_ads.synthesis.prompts import ReasoningTemplate
 
@@ -31,6 +31,8 @@ class GoldenResult:
     """Of each wording."""
     failures: dict[str, int]
     """Why answers failed, the most frequent first."""
+    failed: tuple[Candidate, ...]
+    """Those answers."""
     agreement: float | None
     """Mean similarity over the wordings; None where no row has two good answers."""
     passed: bool
@@ -52,13 +54,18 @@ def check_template(
         embed = embedder(config.reject, [candidate.reasoning for candidate in good])
         vectors = [embed([candidate.reasoning for candidate in group]) for group in groups]
         agreement = fmean(float(mean_similarities(vectors_ND).mean()) for vectors_ND in vectors)
-    failed = Counter(str(candidate.removed) for candidate in candidates if candidate.removed is not None)
+    failed = tuple(candidate for candidate in candidates if candidate.removed is not None)
+    failures = Counter(
+        f"{candidate.removed} ({candidate.reason})" if candidate.removed is Removed.schema else str(candidate.removed)
+        for candidate in failed
+    )
     return GoldenResult(
         task=task,
         template=template.name,
         rows=len(rows),
         pass_rates=rates,
-        failures=dict(failed.most_common()),
+        failures=dict(failures.most_common()),
+        failed=failed,
         agreement=agreement,
         passed=min(rates) >= config.golden.pass_rate and (agreement is None or agreement >= config.golden.agreement),
         sample=good[0].reasoning if good else "",

@@ -12,8 +12,10 @@ from dataclasses import replace
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from megatron_ads.config.generation import AnsweringConfig
+from megatron_ads.config.synthesis import PerplexityConfig
 from megatron_ads.data.chat import load_tokenizer, render_prompt, split_text
 from megatron_ads.inference.client import Request
 from megatron_ads.inference.engine import Completion, Finish
@@ -30,9 +32,9 @@ from megatron_ads.synthesis.prompts import answer_of
 class _Checkpoint:
     """A checkpoint of which the tokenizer is read at once, and the weights when they are needed."""
 
-    def __init__(self, folder: Path, exports: ExitStack) -> None:
+    def __init__(self, folder: Path, exports: ExitStack, template_arguments: Mapping[str, Any]) -> None:
         self._folder, self._exports = folder, exports
-        self.tokenizer = load_tokenizer(tokenizer_folder(folder))
+        self.tokenizer = load_tokenizer(tokenizer_folder(folder), template_arguments)
         self.state = model_state(folder)
 
     @cached_property
@@ -51,7 +53,8 @@ class LocalTeacher:
             DataError: If the folder does not exist or has no tokenizer.
         """
         assert config.model is not None, "checked with the recipe"
-        self._config, self._checkpoint = config, _Checkpoint(Path(config.model), exports)
+        self._config = config
+        self._checkpoint = _Checkpoint(Path(config.model), exports, config.template_arguments)
         self.state = self._checkpoint.state
         self._lock = threading.Lock()
 
@@ -76,14 +79,16 @@ class LocalTeacher:
 class LocalScorer:
     """PPL of answers; numbers are kept in a journal, so that a resumed run does not compute them again."""
 
-    def __init__(self, folder: Path, journal: Journal, exports: ExitStack, *, batch_size: int) -> None:
+    def __init__(self, config: PerplexityConfig, journal: Journal, exports: ExitStack) -> None:
         """Load the tokenizer; ``exports`` is closed when the model is no longer needed.
 
         Raises:
             ConversionError: If the folder is no checkpoint.
             DataError: If the folder does not exist or has no tokenizer.
         """
-        self._checkpoint, self._journal, self._batch_size = _Checkpoint(folder, exports), journal, batch_size
+        assert config.model is not None, "checked by the caller"
+        self._checkpoint = _Checkpoint(Path(config.model), exports, config.template_arguments)
+        self._journal, self._batch_size = journal, config.batch_size
 
     def perplexities(self, candidates: Sequence[Candidate]) -> list[float | None]:
         """Return PPL(answer | prompt, reasoning) of each; None if they are longer than the model's positions.
@@ -100,9 +105,10 @@ class LocalScorer:
 
     def _text(self, candidate: Candidate) -> tuple[str, str]:
         """Return prompt with reasoning, and the answer: apart, so that no token holds the end of one and the other."""
-        row, answer = candidate.row, answer_of(candidate.row)
+        row, tokenizer = candidate.row, self._checkpoint.tokenizer
         reasoned = Message(Role.assistant, candidate.target)
-        prompt, target = split_text(ChatRow(row.id, row.task, (*row.prompt, reasoned)), self._checkpoint.tokenizer)
+        prompt, target = split_text(ChatRow(row.id, row.task, (*row.prompt, reasoned)), tokenizer)
+        answer = tokenizer.as_text(tokenizer.without_end(answer_of(row)))
         return prompt + target.removesuffix(answer), answer
 
     def _measure(self, texts: Mapping[str, tuple[str, str]]) -> None:

@@ -98,8 +98,7 @@ def open_models(config: SynthesisConfig) -> Iterator[SynthesisModels]:
             from megatron_ads.synthesis.local_model import LocalScorer  # imports torch
 
             measured = stack.enter_context(Journal(out / PERPLEXITIES))
-            batch_size = config.perplexity.batch_size
-            scorer = LocalScorer(Path(config.perplexity.model), measured, stack, batch_size=batch_size)
+            scorer = LocalScorer(config.perplexity, measured, stack)
         yield SynthesisModels(teacher, verifier, scorer)
 
 

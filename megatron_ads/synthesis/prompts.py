@@ -145,7 +145,7 @@ def chat_request(
 ) -> Request:
     """Return a request for one answer."""
     body = request_body({"messages": list(messages)}, config, config.generation(seed), seed=seed)
-    return Request(body=body, candidate=candidate)
+    return Request(body=body, candidate=candidate, needs_words=True)
 
 
 def reasoning_request(

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,11 @@ def as_report(result: SynthesisResult, models: SynthesisModels, config: Synthesi
             "left_out": dict(result.rows_left_out.most_common()),
             "asked_about": result.rows_by_task,
         },
-        "golden": [asdict(checked) for checked in result.golden],
+        "golden": [
+            {field.name: getattr(checked, field.name) for field in fields(checked)}
+            | {"failed": _samples(checked.failed, config)}
+            for checked in result.golden
+        ],
         "models": {
             name: _usage(client, settings)
             for name, client, settings in (
@@ -144,9 +148,11 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     if survivors := report["rows_by_kept_candidates"]:
         numbers = ", ".join(f"{count:,} rows {kept}" for kept, count in survivors.items())
         lines.append(f"Candidates kept of a row: {numbers}.")
-    if failed := [result["task"] for result in report["golden"] if not result["passed"]]:
+    failed = [result for result in report["golden"] if not result["passed"]]
+    if failed:
+        why = "; ".join(f"{result['task']} ({_counts(result['failures'])})" for result in failed)
         lines.append(
-            f"The golden check failed for {', '.join(failed)}: rows whose templates all failed were not asked about. "
+            f"The golden check failed for {why}: rows whose templates all failed were not asked about. "
             "Look at the failures in report.md, then give other templates, or lower golden.pass_rate or "
             "golden.agreement."
         )

@@ -1,7 +1,8 @@
 """From a recipe's `data` section to this replica's batches, to train on and to evaluate on."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from conversion.sources import WeightSource
 from megatron_ads.config.data import DataConfig
@@ -32,7 +33,7 @@ def open_streams(
     Raises:
         DataError: If a source cannot be read, or leaves no rows to train on or none to evaluate on.
     """
-    tokenizer = tokenizer_of(source)
+    tokenizer = tokenizer_of(source, data.template_arguments)
     share = ReplicaShare(
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
@@ -68,13 +69,13 @@ def open_streams(
     return stream, HeldOut(held_out.rows, validation)
 
 
-def tokenizer_of(source: WeightSource) -> ChatTokenizer:
+def tokenizer_of(source: WeightSource, template_arguments: Mapping[str, Any] | None = None) -> ChatTokenizer:
     """Return the tokenizer of the weights that a job starts from.
 
     Raises:
         DataError: If there is none, or it has tokens that the model's embedding lacks.
     """
-    tokenizer = load_tokenizer(source.side_folder)
+    tokenizer = load_tokenizer(source.side_folder, template_arguments)
     if tokenizer.size > source.shape.vocab_size:
         raise DataError(
             f"the tokenizer in {source.side_folder} has token ids up to {tokenizer.size - 1}, but the model's "

@@ -163,7 +163,7 @@ def test_no_refusal_of_an_override_is_hydras_own(override: str) -> None:
     ],
 )
 def test_a_path_that_an_unset_variable_leaves_is_refused(setting: str, value: str, wrong: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{setting}\S* is {wrong}.* as a variable that is not set leaves it"):
+    with pytest.raises(ConfigError, match=rf"{setting}\S* is {wrong}.* as an unset variable leaves it"):
         quickstart(f"{setting}={value}")
 
 

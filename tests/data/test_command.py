@@ -11,6 +11,7 @@ import yaml
 from megatron_ads.cli import main
 from megatron_ads.config.data import AdsTask, RowVariant
 from megatron_ads.data.demo_tokenizer import write_tokenizer
+from tests.data.tokenizers import V31, model_tokenizer
 
 
 def chat_line(row_id: str, target: str, task: str = "query_ad_relevance") -> str:
@@ -209,3 +210,16 @@ def test_a_folder_is_known_by_all_of_its_parts(tmp_path: Path, capsys: pytest.Ca
     assert "anchor: '2025-03-05'" in out and "time: dt" in out
     assert "event: {find_search: onsite_search, purchase: matched_conversion}" in out
     assert "label 'Acme'" in out
+
+
+def test_a_preview_gives_the_template_what_training_gives_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_tokenizer(V31, tmp_path)
+    command = ["data", "preview", "--recipe", "sft/quickstart", "--tokenizer", str(tmp_path), "--rows", "1"]
+    assert main(command) == 2
+    assert "Set 'data.template_arguments={thinking: true}', or data.reasoning=false." in capsys.readouterr().err
+    assert main([*command, "data.template_arguments={thinking: true}"]) == 0
+    assert "<｜Assistant｜><think>[[" in capsys.readouterr().out
+    assert main([*command, "data.template_arguments={thinkng: true}"]) == 2
+    assert "'thinkng', which the chat template of" in capsys.readouterr().err

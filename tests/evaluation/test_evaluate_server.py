@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ads.cli import main
 from megatron_ads.data.chat import load_tokenizer
-from tests.data.tokenizers import tokenizer_in
+from tests.data.tokenizers import V31, model_tokenizer, tokenizer_in
 from tests.inference.scripted_server import Record, Reply, scripted_server
 
 RECIPE = ["--recipe", "sft/quickstart", "data.validation_rows=6"]
@@ -61,6 +61,20 @@ def test_with_a_tokenizer_the_tokens_of_training_are_sent(tmp_path: Path, capsys
         assert "Query" in tokenizer.fast.decode(body["prompt"])
         assert body["max_tokens"] > 10  # from the training targets
     assert json.loads(capsys.readouterr().out)["tasks"]["query_ad_relevance"]["readable_share"] == 1.0
+
+
+@pytest.mark.parametrize("rendered_here", [True, False])
+def test_what_the_template_is_given_in_training_is_given_here(tmp_path: Path, rendered_here: bool) -> None:
+    tokenizer = model_tokenizer(V31, tmp_path, thinking=True)
+    where = ["--tokenizer", str(tmp_path)] if rendered_here else []
+    reply = Reply(content="It fits.</think><Label>Good</Label>", choice={"token_ids": [7, 1]})
+    with scripted_server(lambda *_: reply) as server:
+        arguments = [*where, "--max-new-tokens", "20", "data.template_arguments={thinking: true}"]
+        assert _evaluate(server, *arguments) == 0
+    for body in server.bodies:
+        if rendered_here:
+            assert tokenizer.fast.decode(body["prompt"]).endswith("<｜Assistant｜><think>")
+        assert body.get("chat_template_kwargs") == (None if rendered_here else {"thinking": True})
 
 
 def test_the_perplexity_of_general_rows_is_the_servers_or_is_said_not_to_be_measured(

@@ -38,12 +38,16 @@ def settings(url: str, **changes: Any) -> AnsweringConfig:
 
 def ask(server: Record, **changes: Any) -> Completion:
     endpoint = Endpoint("teacher", settings(server.url, **changes))
-    return endpoint.answer(Request(body={"model": "scripted", "messages": []}), threading.Event())
+    return endpoint.answer(Request(body={"model": "scripted", "messages": []}, needs_words=True), threading.Event())
 
 
 def failing(times: int, failure: Reply) -> Script:
     """Return a script that fails so many times and then answers."""
     return lambda _, before: failure if before < times else Reply(content="here")
+
+
+def message(finish: str = "stop", **fields: str | None) -> bytes:
+    return json.dumps({"choices": [{"message": fields, "finish_reason": finish}]}).encode()
 
 
 FAILING = {
@@ -63,6 +67,13 @@ FAILING = {
     "no_text": (Reply(raw=b'{"choices": [{"message": {"content": 7}}]}'), Failure.no_completion),
     "endless_nesting": (Reply(raw=b"[" * 100_000), Failure.no_completion),
     "no_choice": (Reply(raw=b'{"choices": []}'), Failure.no_choice),
+    "empty": (Reply(content=" \n"), Failure.empty_answer),
+    "null": (Reply(raw=message(content=None)), Failure.empty_answer),
+    "tool_calls": (Reply(raw=message("tool_calls", content=None)), Failure.empty_answer),
+    "no_words_at_the_limit": (Reply(raw=message("length", content=None)), Failure.empty_answer),
+    "reasoning_content_alone": (Reply(raw=message(content=None, reasoning_content="It fits.")), Failure.empty_answer),
+    "reasoning_alone": (Reply(raw=message(content="", reasoning="It fits.")), Failure.empty_answer),
+    "thoughts_alone": (Reply(content="<think>It fits.</think>\n"), Failure.empty_answer),
 }
 
 
@@ -102,16 +113,30 @@ def test_a_failure_that_does_not_pass_is_told_counted_and_ends_in_one_line(
         (Reply(content="half", finish="length"), Finish.cut_off),
         (Reply(content="", finish="content_filter"), Finish.withheld),
         (Reply(raw=b'{"choices": [{"message": {"content": null, "refusal": "I cannot."}}]}'), Finish.withheld),
-        (Reply(raw=b'{"choices": [{"message": {"content": null}, "finish_reason": "tool_calls"}]}'), Finish.ended),
+        (Reply(raw=message("length", content=None, reasoning_content="It f")), Finish.cut_off),
         (Reply(status=400, content="too long"), Finish.refused),
         (Reply(status=413, content="too long"), Finish.refused),
     ],
-    ids=["length", "content_filter", "refusal", "no_content", "400", "413"],
+    ids=["length", "content_filter", "refusal", "length_in_reasoning", "400", "413"],
 )
 def test_an_answer_that_is_no_good_is_an_outcome_and_not_tried_again(reply: Reply, finish: Finish) -> None:
     with scripted_server(failing(100, reply)) as server:
         assert ask(server).finish is finish
         assert len(server.bodies) == 1
+
+
+def test_reasoning_that_the_server_tells_apart_is_read() -> None:
+    for name in ("reasoning_content", "reasoning"):
+        with scripted_server(lambda *_, name=name: Reply(raw=message(content="Good", **{name: "It fits."}))) as server:
+            assert ask(server).text == "<think>It fits.</think>Good"
+
+
+def test_where_all_the_words_are_reasoning_the_failure_says_so() -> None:
+    reply = Reply(raw=message(content=None, reasoning_content="It fits."))
+    with scripted_server(failing(100, reply)) as server, pytest.raises(Unanswered) as caught:
+        ask(server, attempts=2)
+    assert "all 8 characters are reasoning (reasoning_content). Start the server without a" in str(caught.value)
+    assert caught.value.failures == (Failure.empty_answer,) * 2
 
 
 def test_every_outcome_is_counted_in_the_report(tmp_path: Path) -> None:
@@ -120,7 +145,8 @@ def test_every_outcome_is_counted_in_the_report(tmp_path: Path) -> None:
         0: Reply(content="half", finish="length"),
         1: Reply(finish="content_filter"),
         2: Reply(status=400),
-        3: Reply(),
+        3: Reply(content="I cannot say."),
+        8: Reply(),
     }
 
     def teacher(body: dict[str, Any], before: int) -> Reply:
@@ -132,18 +158,18 @@ def test_every_outcome_is_counted_in_the_report(tmp_path: Path) -> None:
         return Reply(content=good_answer(body))
 
     with scripted_server(teacher) as server:
-        config = recipe(tmp_path, server.url, "teacher.attempts=3", rows=8)
+        config = recipe(tmp_path, server.url, "teacher.attempts=3", rows=9)
         with open_models(config) as models:
             report = write_report(synthesize(config, models), models, config)
-        assert len(server.bodies) == 4 + 2 + 3 + 3 + 1
+        assert len(server.bodies) == 4 + 2 + 3 + 3 + 1 + 3
     used = report["models"]["teacher"]
     assert used["finishes"] == {"cut_off": 1, "withheld": 1, "refused": 1, "ended": 4}
-    assert used["failures"] == {"rate_limited": 3, "server_error": 3}
-    assert (used["asked"], used["gave_up"]) == (7, 1)
+    assert used["failures"] == {"rate_limited": 3, "server_error": 3, "empty_answer": 3}
+    assert (used["asked"], used["gave_up"]) == (7, 2)
     removed = {found["filter"]: found["removed"] for found in report["filters"] if found["removed"]}
-    assert removed == {"no_answer": 2, "withheld": 1, "cut_off": 1, "schema": 1}
+    assert removed == {"no_answer": 3, "withheld": 1, "cut_off": 1, "schema": 1}
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "1 without answer; failed attempts: rate_limited 3, server_error 3;" in text
+    assert "2 without answer; failed attempts:" in text
     assert (
         json.loads((tmp_path / "out" / "report.json").read_text())["models"]["teacher"]["failures"] == used["failures"]
     )

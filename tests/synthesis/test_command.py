@@ -56,7 +56,7 @@ def test_nothing_that_passes_is_status_1_and_a_mistake_status_2_in_one_line(tmp_
         common = ["--recipe", "cook/simulated", "--out", "out", f"teacher.url='{server.url}'", "teacher.model=scripted"]
         failed = run_command(*common, "sources=[{kind: jsonl, path: rows.jsonl}]", folder=tmp_path)
     assert failed.returncode == 1
-    assert "The golden check failed for query_ad_relevance" in failed.stdout
+    assert "The golden check failed for query_ad_relevance (schema (no_reasoning) 6): rows" in failed.stdout
     assert not (tmp_path / "out" / "train.jsonl").exists()
     wrong = run_command("--recipe", "cook/simulated", "teacher.modl=x", folder=tmp_path)
     assert wrong.returncode == 2

@@ -20,7 +20,7 @@ from megatron_ads.synthesis.candidates import Candidate
 from megatron_ads.synthesis.filters import TOPICS, QueryFault, query_fault, topic_of
 from megatron_ads.synthesis.pipeline import SynthesisResult, open_models, synthesize
 from megatron_ads.synthesis.prompts import LABEL_GIVEN, teacher_messages
-from megatron_ads.synthesis.report import as_report, write_report
+from megatron_ads.synthesis.report import as_report, render_report, write_report
 from megatron_ads.tasks import query_generation
 from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.prompts import Ad
@@ -78,9 +78,9 @@ def test_each_filter_removes_its_own_and_the_rest_is_the_corpus(tmp_path: Path) 
         with open_models(config) as models:
             report = write_report(synthesize(config, models), models, config)
     assert removed(report) == {
-        "no_answer": 1,  # row 11
+        "no_answer": 2,  # rows 0 and 11
         "cut_off": 1,  # row 10
-        "schema": 6,  # rows 0 to 4 and 9
+        "schema": 5,  # rows 1 to 4 and 9
         "label_differs": 1,
         "tells_the_answer_was_given": 1,
         "too_short": 1,
@@ -88,14 +88,13 @@ def test_each_filter_removes_its_own_and_the_rest_is_the_corpus(tmp_path: Path) 
     }
     (schema,) = (found for found in report["filters"] if found["filter"] == "schema")
     assert schema["reasons"] == {
-        "empty": 1,
         "no_reasoning": 1,
         "no_label": 1,
         "several_labels": 1,
         "text_around_label": 1,
         "text_before_reasoning": 1,
     }
-    assert schema["entered"] == 18  # without rows 10 and 11
+    assert schema["entered"] == 17  # without rows 0, 10 and 11
     assert len(schema["samples"]) == config.samples == 3
     assert report["candidates"] == 20
     assert report["kept"] == report["corpus"]["training_rows"] == 8
@@ -107,7 +106,7 @@ def test_each_filter_removes_its_own_and_the_rest_is_the_corpus(tmp_path: Path) 
     assert (row.label, row.group) == ("Bad", "q12")
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| schema | 18 | 6 |" in text
+    assert "| schema | 17 | 5 |" in text
     assert "this prompt is too long" in text
 
 
@@ -173,7 +172,10 @@ def test_a_template_that_fails_on_the_golden_set_is_not_used(
         requests = len(server.bodies)
     (golden,) = result.golden
     assert golden.pass_rates == (0.5, 0.5, 0.5)
-    assert golden.failures == {"schema": 6}
+    assert golden.failures == {"schema (no_reasoning)": 6}
+    (reported,) = report["golden"]
+    assert {(sample["reason"], sample["text"]) for sample in reported["failed"]} == {("no_reasoning", "I cannot say.")}
+    assert "I cannot say." in render_report(report).partition("## Filters")[0]
     assert golden.passed is (rows_cooked > 0)
     # 4 rows in 3 wordings; candidate 0 of each row is the first of them, and is not asked for again.
     assert requests == 12

@@ -1,5 +1,6 @@
 """A run that is killed asks nothing twice that it had an answer to."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatron_ads.config.synthesis import SynthesisConfig, synthesis_recipe_yaml
+from megatron_ads.errors import DataError
 from megatron_ads.synthesis.pipeline import open_models, synthesize
 from megatron_ads.synthesis.report import as_report
 from tests.inference.scripted_server import Reply, scripted_server
@@ -160,3 +164,32 @@ def test_a_finished_run_asks_nothing_again(tmp_path: Path) -> None:
         assert len(server.bodies) == 8
     assert first["kept"] == again["kept"] == 4
     assert again["models"]["teacher"]["asked"] == 0
+
+
+def test_empty_answers_of_a_broken_server_are_asked_again_once_it_is_mended(tmp_path: Path) -> None:
+    broken = b'{"choices": [{"message": {"content": null, "reasoning_content": "Hm."}, "finish_reason": "stop"}]}'
+    mended = False
+    with scripted_server(lambda body, _: Reply(content=good_answer(body)) if mended else Reply(raw=broken)) as server:
+        config = recipe(tmp_path, server.url, "golden.rows=4", "teacher.attempts=2", "teacher.concurrency=1", rows=6)
+        with pytest.raises(DataError, match=r"5 consecutive requests .* \(reasoning_content\)\. Start the server"):
+            report_of(config)
+        assert (tmp_path / "out" / "journal.jsonl").read_bytes() == b""
+        mended = True
+        assert report_of(config)["kept"] == 6
+
+
+@pytest.mark.parametrize("said", ["", " \n", "<think>Hm.</think>"])
+def test_a_journal_with_empty_answers_is_mended_and_one_without_is_left_as_it_is(tmp_path: Path, said: str) -> None:
+    with scripted_server(lambda body, _: Reply(content=good_answer(body))) as server:
+        config = recipe(tmp_path, server.url)
+        report_of(config)
+        journal = tmp_path / "out" / "journal.jsonl"
+        whole = journal.read_bytes()
+        report_of(config)
+        assert (journal.read_bytes(), len(server.bodies)) == (whole, 4)
+        records = [json.loads(line) for line in whole.splitlines()]
+        records[1]["text"] = records[3]["text"] = said
+        journal.write_text("".join(json.dumps(record) + "\n" for record in records))
+        for _ in range(2):
+            report = report_of(config)
+            assert (report["kept"], len(server.bodies)) == (4, 6)
