@@ -12,7 +12,8 @@ from itertools import pairwise
 import numpy as np
 
 from megatron_ads.data.chat import ChatTokenizer, tokenize_row
-from megatron_ads.data.corpus import tokenize
+from megatron_ads.data.corpus import tokenize, without_reasons
+from megatron_ads.data.split import Repeats, count_repeats
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.row_checks import CheckedRows, RowFault
 
@@ -76,6 +77,9 @@ class Summary:
     """By reason, the most frequent first."""
     first_faulty: str | None
     """Id of the first row that cannot be used."""
+    repeats: Repeats
+    notes: list[str]
+    """Sentences on the rows that can be used."""
 
 
 def preview_row(row: ChatRow, tokenizer: ChatTokenizer) -> RowPreview:
@@ -132,6 +136,8 @@ def summarise(checked: CheckedRows, tokenizer: ChatTokenizer, *, seq_length: int
         labels=dict(Counter(row.label for row in checked.rows if row.label).most_common()),
         left_out=dict(reasons.most_common()),
         first_faulty=checked.faulty[0].row_id if checked.faulty else None,
+        repeats=(repeats := count_repeats(checked.rows)),
+        notes=[*([str(repeats)] if repeats.rows else []), *without_reasons(checked.rows)],
     )
 
 
@@ -148,6 +154,7 @@ def render_summary(summary: Summary) -> str:
         lines.append(f"Labels: {', '.join(frequent[:_LABELS_SHOWN])}{others}.")
     left_out = ", ".join(f"{reason} {count:,}" for reason, count in summary.left_out.items()) or "none"
     lines.append(f"Left out with data.seq_length = {summary.seq_length:,}: {left_out}.")
+    lines += [f"{note}." for note in summary.notes]
     if summary.first_faulty is not None:
         lines.append(f"The first that cannot be used: {visible(summary.first_faulty)}.")
     return "\n".join(lines)

@@ -179,7 +179,10 @@ def _data(config: SftConfig) -> str:
     paths = [source.path for source in config.data.sources if source.path is not None]
     if absent := [path for path in paths if not Path(path).exists()]:
         raise DataError(f"{', '.join(absent)} (data.sources) does not exist. Give the path as every node sees it.")
-    return f"{len(config.data.sources)} sources, {len(paths)} of them in files that exist"
+    from megatron_ads.data.corpus import read_corpus  # imports pyarrow
+
+    corpus = read_corpus(config.data)
+    return f"{len(config.data.sources)} sources, {len(paths)} of them in files that exist; {corpus}"
 
 
 def _checkpoint(config: SftConfig) -> str:
