@@ -72,6 +72,8 @@ class Fact(StrEnum):
     """Text: the question of a general row."""
     text = "text"
     """Text: the prompt of a row that came as text in a form that no template of its task has."""
+    read_from_prompt = "read_from_prompt"
+    """True: the facts above were read back from the prompt's text, where a name with "; " in it comes apart."""
     ground_truth = "ground_truth"
     """The true answer: in ads tasks an object with the fields of the task's answer, else whatever the data have."""
     reasoning = "reasoning"
@@ -109,6 +111,7 @@ _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     Fact.events: ("a list of objects", lambda value: isinstance(value, list) and all(map(_is_object, value))),
     Fact.queries_wanted: ("a whole number", lambda value: type(value) is int),
+    Fact.read_from_prompt: ("true or false", lambda value: type(value) is bool),
 }  # fmt: skip
 """What the facts of an ads task are; those not named here are texts."""
 
@@ -132,7 +135,7 @@ class ChatRow:
     weight: float = 1.0
     """Multiplies the loss of the target."""
     group: str = ""
-    """What must not be shared between training and validation: the query, the user. Empty: the row itself."""
+    """What must not be shared between training and validation: the query, the user. Empty: what the row asks."""
     label: str | None = None
     """The true answer in the task's own words, for metrics; None where the task has none."""
     time: float | None = None

@@ -1,5 +1,6 @@
 """From the sources of a recipe to tokens: read, split, tokenize, and count what had to be left out and why."""
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,13 +11,13 @@ from megatron_ads.config.data import DataConfig, SourceConfig, SplitBy
 from megatron_ads.data.chat import ChatTokenizer, tokenize_row
 from megatron_ads.data.mixing import WeightedRows
 from megatron_ads.data.sources import describe_source, read_source
-from megatron_ads.data.split import split_by_group, split_by_time
+from megatron_ads.data.split import Repeats, count_repeats, split_by_group, split_by_time
 from megatron_ads.errors import DataError
 from megatron_ads.layout import rank
 from megatron_ads.observability.log import get_logger
 from megatron_ads.rows import ChatRow, Fact, Message, Role, TokenizedRow
 from megatron_ads.tasks.answer_format import without_reasoning
-from megatron_ads.tasks.registry import TASKS
+from megatron_ads.tasks.registry import TASKS, reasoning_required
 from megatron_ads.tasks.row_checks import CheckedRows, FaultyRow, check_rows
 
 logger = get_logger(__name__)
@@ -50,6 +51,16 @@ class Corpus:
     sources: list[SourceConfig]
     faulty: list[FaultyRow]
     """Rows of all sources that can be neither trained on nor judged."""
+    repeats: Repeats
+    """Rows of all sources that ask what an earlier one asks."""
+
+    def __str__(self) -> str:
+        """Return it for people."""
+        rows = [*(row for rows in self.training for row in rows), *self.validation]
+        parts = [f"{len(rows) - len(self.validation):,} rows to train on, {len(self.validation):,} held out"]
+        parts += [f"{len(self.faulty):,} cannot be used"] if self.faulty else []
+        parts += [str(self.repeats)] if self.repeats.rows else []
+        return "; ".join([*parts, *without_reasons(rows)])
 
 
 def read_corpus(config: DataConfig) -> Corpus:
@@ -69,6 +80,10 @@ def read_corpus(config: DataConfig) -> Corpus:
         _report_misspelt(found.rows, name)
     sources = [found.rows if config.reasoning else answers_alone(found.rows) for found in checked]
     everything = [row for rows in sources for row in rows]
+    repeats = count_repeats(everything)
+    for note in [*([str(repeats)] if repeats.rows else []), *without_reasons(everything)]:
+        if rank() == 0:
+            logger.log(logging.WARNING if repeats.contradicting else logging.INFO, "%s.", note)
     rows_held_out = config.validation_rows
     if config.split_by is SplitBy.time:
         split = split_by_time(everything, validation_rows=rows_held_out, seed=config.seed)
@@ -87,7 +102,15 @@ def read_corpus(config: DataConfig) -> Corpus:
         validation=split.validation,
         sources=list(config.sources),
         faulty=[row for found in checked for row in found.faulty],
+        repeats=repeats,
     )
+
+
+def without_reasons(rows: Sequence[ChatRow]) -> list[str]:
+    """Return a sentence on how many targets of tasks that reason do not; none if all do."""
+    wanted = [row for row in rows if row.task in TASKS and TASKS[row.task].reasons]
+    without = sum(not reasoning_required(row) for row in wanted)
+    return [f"{without:,} of {len(wanted):,} targets give no reasoning, so answers need none"] if without else []
 
 
 def answers_alone(rows: Sequence[ChatRow]) -> list[ChatRow]:

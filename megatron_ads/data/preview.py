@@ -12,7 +12,8 @@ from itertools import pairwise
 import numpy as np
 
 from megatron_ads.data.chat import ChatTokenizer, holds_control_text, tokenize_row
-from megatron_ads.data.corpus import tokenize
+from megatron_ads.data.corpus import tokenize, without_reasons
+from megatron_ads.data.split import Repeats, count_repeats
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.row_checks import CheckedRows, RowFault
 
@@ -78,6 +79,9 @@ class Summary:
     """Id of the first row that cannot be used."""
     with_control_text: int
     """Rows in which something is written like a control token."""
+    repeats: Repeats
+    notes: list[str]
+    """Sentences on the rows that can be used."""
 
 
 def preview_row(row: ChatRow, tokenizer: ChatTokenizer) -> RowPreview:
@@ -135,6 +139,8 @@ def summarise(checked: CheckedRows, tokenizer: ChatTokenizer, *, seq_length: int
         left_out=dict(reasons.most_common()),
         first_faulty=checked.faulty[0].row_id if checked.faulty else None,
         with_control_text=sum(holds_control_text(row, tokenizer) for row in checked.rows),
+        repeats=(repeats := count_repeats(checked.rows)),
+        notes=[*([str(repeats)] if repeats.rows else []), *without_reasons(checked.rows)],
     )
 
 
@@ -153,6 +159,7 @@ def render_summary(summary: Summary) -> str:
     lines.append(f"Left out with data.seq_length = {summary.seq_length:,}: {left_out}.")
     if summary.with_control_text:
         lines.append(f"{summary.with_control_text:,} rows hold words like the template's control tokens, read as text.")
+    lines += [f"{note}." for note in summary.notes]
     if summary.first_faulty is not None:
         lines.append(f"The first that cannot be used: {visible(summary.first_faulty)}.")
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.own_tables import Users, table_rows
 from megatron_ads.data.public_data import ESCI_FILE, GSM8K_FILE, esci_rows, gsm8k_rows, locate
 from megatron_ads.data.simulator import simulated_rows
+from megatron_ads.data.split import group_of
 from megatron_ads.data.user_features import view_chooser
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.variants import ask_as
@@ -25,7 +26,10 @@ def read_source(source: SourceConfig, *, seed: int) -> list[ChatRow]:
         DataError: If it cannot be read, or its rows cannot be asked so.
     """
     rows = _READERS[source.kind](source, seed)
-    return rows if source.variant is None else ask_as(rows, source.variant)
+    if source.variant is None:
+        return rows
+    # The same record in another question stays with it, also where only its question says what it is.
+    return ask_as([replace(row, group=row.group or group_of(row)) for row in rows], source.variant)
 
 
 def _read_simulator(source: SourceConfig, seed: int) -> list[ChatRow]:

@@ -1,12 +1,20 @@
-"""Hold rows out for validation so that nothing that identifies them is trained on."""
+"""Hold rows out for validation so that nothing that identifies them is trained on, and no question of theirs is.
 
+Rows belong together by the group that they declare, such as a query or a user, or else by what they ask: their prompt
+without the wording of the instruction. Both are folded as names are.
+"""
+
+import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from megatron_ads.errors import DataError
+from megatron_ads.metrics.ranking import same_name
 from megatron_ads.rows import ChatRow
 from megatron_ads.stable_random import stable_key
+from megatron_ads.tasks.registry import TASKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +23,60 @@ class RowSplit:
 
     training: list[ChatRow]
     validation: list[ChatRow]
+
+
+def group_of(row: ChatRow) -> str:
+    """Return what must not be on both sides: the group that a row declares, folded, or what it asks."""
+    return same_name(row.group) or question_of(row)
+
+
+def question_of(row: ChatRow) -> str:
+    """Return a digest of the messages before the target, folded; every wording of an instruction is the same."""
+    *before, last = row.prompt
+    asked = same_name(last.content)
+    instructions = _instructions()
+    if asked.startswith(tuple(instructions)):
+        wording = max(filter(asked.startswith, instructions), key=len)
+        asked = f"{instructions[wording]}{asked.removeprefix(wording)}"
+    texts = [*(f"{message.role}: {same_name(message.content)}" for message in before), asked]
+    return hashlib.blake2b("\n".join(texts).encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
+@cache
+def _instructions() -> dict[str, str]:
+    """Return the name of the template by each wording of its instruction, folded."""
+    templates = [template for task in TASKS.values() for template in task.templates]
+    return {
+        same_name(template.instruction(wording)): template.name
+        for template in templates
+        for wording in range(len(template.paraphrases))
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Repeats:
+    """How many rows ask what an earlier row asks, and how many of these have another label than that row."""
+
+    rows: int
+    contradicting: int
+
+    def __str__(self) -> str:
+        """Return it for people."""
+        return f"{self.rows:,} rows ask what an earlier one asks, {self.contradicting:,} of them with another answer"
+
+
+def count_repeats(rows: Iterable[ChatRow]) -> Repeats:
+    """Count; where rows of no ads task have no label, another target is another answer."""
+    first: dict[str, str | None] = {}
+    repeated = contradicting = 0
+    for row in rows:
+        answer = same_name(row.target) if row.label is None and row.task not in TASKS else row.label
+        question = question_of(row)
+        if question in first:
+            repeated += 1
+            contradicting += answer != first[question]
+        first.setdefault(question, answer)
+    return Repeats(repeated, contradicting)
 
 
 def split_by_group(
@@ -30,8 +92,9 @@ def split_by_group(
         DataError: If nothing would be left to train on.
     """
     groups: dict[str, list[ChatRow]] = defaultdict(list)
-    for row in rows:
-        groups[_group(row)].append(row)
+    group_of_rows = [group_of(row) for row in rows]
+    for row, group in zip(rows, group_of_rows, strict=True):
+        groups[group].append(row)
     names = {group: min(row.group or row.id for row in rows) for group, rows in groups.items()}
     wanted = _shared_out(validation_rows, Counter(row.task for row in rows))
     held_out: set[str] = set()
@@ -48,7 +111,8 @@ def split_by_group(
             validation += given
             wanted[task] -= len(given)
         wanted = +wanted  # without those that have enough
-    training = [row for row in rows if _group(row) not in held_out]
+    training = [row for row, group in zip(rows, group_of_rows, strict=True) if group not in held_out]
+    training = _without_questions_of(validation, training)
     if not training:
         raise DataError(
             f"data.validation_rows = {validation_rows} leaves none of the {len(rows)} rows ({len(groups)} groups such "
@@ -74,13 +138,23 @@ def split_by_time(rows: Sequence[ChatRow], *, validation_rows: int, seed: int) -
         )
     cut = times[min(validation_rows, len(times)) - 1] if validation_rows else float("inf")
     late = [row for row in rows if row.time is not None and row.time >= cut]
-    training = [row for row in rows if row.time is None or row.time < cut]
+    late = sorted(late, key=lambda row: stable_key(seed, row.id))[:validation_rows]
+    training = _without_questions_of(late, [row for row in rows if row.time is None or row.time < cut])
     if not training:
         raise DataError(
             f"data.validation_rows = {validation_rows} leaves none of the {len(rows)} rows, held out by time, to train "
             "on. Lower it, or add rows."
         )
-    return RowSplit(training, sorted(late, key=lambda row: stable_key(seed, row.id))[:validation_rows])
+    return RowSplit(training, late)
+
+
+def _without_questions_of(held_out: Sequence[ChatRow], training: list[ChatRow]) -> list[ChatRow]:
+    """Return the rows that ask nothing that a held-out row asks; two rows that both declare a group may do so."""
+    if all(row.group for row in (*held_out, *training)):
+        return training
+    everything = {question_of(row) for row in held_out}
+    of_no_group = {question_of(row) for row in held_out if not row.group}
+    return [row for row in training if question_of(row) not in (of_no_group if row.group else everything)]
 
 
 def _shared_out(validation_rows: int, rows_of_task: Counter[str]) -> Counter[str]:
@@ -91,8 +165,3 @@ def _shared_out(validation_rows: int, rows_of_task: Counter[str]) -> Counter[str
         wanted[task] = round(left * rows / rows_left)
         left, rows_left = left - wanted[task], rows_left - rows
     return +wanted
-
-
-def _group(row: ChatRow) -> str:
-    """Return what must not be on both sides; a query is the same whatever its capitals and spaces."""
-    return " ".join((row.group or row.id).casefold().split())

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Answer:
 
 
 def write_answers(file: Path, answers: Sequence[Answer]) -> None:
-    """Write every answer as one JSON line; the file appears when it is complete."""
+    """Write every answer as one JSON line; the file appears when it is complete. Other answers there are kept aside."""
     lines = []
     for answer in answers:
         row = answer.row
@@ -55,7 +56,13 @@ def write_answers(file: Path, answers: Sequence[Answer]) -> None:
         said |= {"expected": row.label, "ended": answer.ended, "text": answer.text}
         beams = {"beams": [asdict(beam) for beam in answer.beams]} if answer.beams else {}
         lines.append(json.dumps(said | beams, ensure_ascii=False) + "\n")
-    write_small(file, "".join(lines))
+    text = "".join(lines)
+    if file.exists() and file.read_bytes() != text.encode():
+        names = (file.with_name(f"{file.name}.{number}") for number in count(1))
+        kept = next(name for name in names if not name.exists())
+        file.rename(kept)
+        logger.warning("%s held other answers; they are kept as %s.", file, kept)
+    write_small(file, text)
 
 
 def fingerprint(model: Path, rows: Sequence[ChatRow], settings: Mapping[str, Any]) -> dict[str, str]:

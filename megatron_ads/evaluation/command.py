@@ -151,8 +151,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return ``task_scores`` of ``model`` on the rows that ``recipe`` holds out, with the seconds it took.
 
-    Rows of no ads task, such as general conversations, are not answered; their perplexity is under ``general``. With
-    ``data.reasoning`` false, as in the training that it was for, answers need no reasoning.
+    Rows of no ads task, such as general conversations, are not answered; their perplexity is under ``general``. An
+    answer must reason where the row's own target does.
 
     Raises:
         ConfigError: If a number is impossible, the recipe does not compose, or no request to a server can succeed.
@@ -164,7 +164,7 @@ def evaluate(
     from megatron_ads.data.corpus import read_corpus
     from megatron_ads.evaluation.evaluated_model import open_model
     from megatron_ads.evaluation.generate import Asking
-    from megatron_ads.evaluation.name_answers import names_trained_on, read_names
+    from megatron_ads.evaluation.name_answers import names_trained_on, read_names, valid_names
     from megatron_ads.evaluation.task_scores import task_scores
     from megatron_ads.tasks.registry import TASKS
 
@@ -184,6 +184,14 @@ def evaluate(
         raise DataError("the recipe holds no rows out; raise data.validation_rows.")
     training = [row for rows in corpus.training for row in rows]
     advertisers = read_names(names_file) if names_file else names_trained_on(training)
+    general = [row for row in corpus.validation if row.task not in TASKS]
+    rows = [row for row in corpus.validation if row.task in TASKS]
+    if how.method is Method.constrained_beam and all(valid_names(row, advertisers) is None for row in rows):
+        tasks = ", ".join(sorted({row.task for row in corpus.validation}))
+        raise ConfigError(
+            f"--decode constrained-beam has no effect: none of the {len(corpus.validation)} held-out rows, of {tasks}, "
+            "is answered with a name; leave it out."
+        )
     with open_model(model, tokenizer_folder, data.template_arguments) as opened:
         asking = Asking(
             how=how,
@@ -192,8 +200,6 @@ def evaluate(
             advertisers=advertisers,
             training=training,
         )
-        general = [row for row in corpus.validation if row.task not in TASKS]
-        rows = [row for row in corpus.validation if row.task in TASKS]
         answers, seconds = opened.answer(rows, asking, answers_file)
         perplexities = opened.general(general, batch_size) if general else {}
     scores = {
@@ -201,7 +207,7 @@ def evaluate(
         "seconds": seconds,
         "decoding": str(how.method),
         "reasoning": data.reasoning,
-        "tasks": task_scores(answers, training, advertisers, ground=ground, reasons=data.reasoning),
+        "tasks": task_scores(answers, training, advertisers, ground=ground),
         "general": perplexities,
     }
     if html_file is not None:

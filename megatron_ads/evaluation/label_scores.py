@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from megatron_ads.data.split import group_of
 from megatron_ads.errors import DataError
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.metrics.classification import (
@@ -20,6 +21,7 @@ from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks import ad_user_relevance
 from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.ground_truth import ground_truth, readable
+from megatron_ads.tasks.registry import read_answer
 from megatron_ads.tasks.relevance import (
     BAD_VIEW,
     FAIR_VIEW,
@@ -28,7 +30,6 @@ from megatron_ads.tasks.relevance import (
     TASK,
     Label,
     RelevanceJudgement,
-    parse,
 )
 
 Labels = Sequence[str | None]
@@ -110,7 +111,7 @@ def text_predictions(training: Sequence[ChatRow], rows: Sequence[ChatRow]) -> li
     return [str(label) for label in classifier.predict(texts(rows))]
 
 
-def relevance_scores(answers: Sequence[Answer], *, training: Sequence[ChatRow], reasons: bool = True) -> dict[str, Any]:
+def relevance_scores(answers: Sequence[Answer], *, training: Sequence[ChatRow]) -> dict[str, Any]:
     """Return the scores of ``answers`` as JSON values; what is undefined is None.
 
     ``views`` holds one entry per way to call a label bad (AdNanny, tables 1 to 4), with the lines of
@@ -120,7 +121,6 @@ def relevance_scores(answers: Sequence[Answer], *, training: Sequence[ChatRow], 
     Args:
         answers: To rows of this task.
         training: Rows of this task that baselines learn from.
-        reasons: Answers must have reasoning.
 
     Raises:
         DataError: If a row is of another task, or has no label.
@@ -133,10 +133,10 @@ def relevance_scores(answers: Sequence[Answer], *, training: Sequence[ChatRow], 
                 f"{', '.join(Label)}."
             )
     truths = [str(row.label) for row in rows]
-    outcomes = [parse(answer.text, reasoning_required=reasons) for answer in answers]
+    outcomes = [read_answer(answer.row, answer.text) for answer in answers]
     given = [readable(outcome) for outcome in outcomes]
     predictions = [None if outcome is None else str(outcome.label) for outcome in given]
-    queries = [row.group or row.id for row in rows]
+    queries = [group_of(row) for row in rows]
     lines = lines_beside(predictions, rows, training)
     failures = Counter(str(outcome) for outcome in outcomes if isinstance(outcome, ReadFailure))
     return {
@@ -171,7 +171,7 @@ def _flag_view(
     flagged = [row for row, _ in asked]
     model = [None if found is None else getattr(found, flag) for _, found in asked]
     lines = lines_beside(model, flagged, _labelled(training, flag), reachable=False)
-    queries = [row.group or row.id for row in flagged]
+    queries = [group_of(row) for row in flagged]
     return {view.name: defect_view(view, [row.label or "" for row in flagged], lines, queries)}
 
 
@@ -185,13 +185,13 @@ def _share(values: Sequence[bool]) -> float:
     return sum(values) / len(values)
 
 
-def score_views(answers: Sequence[Answer], *, training: Sequence[ChatRow], reasons: bool = True) -> dict[str, Any]:
+def score_views(answers: Sequence[Answer], *, training: Sequence[ChatRow]) -> dict[str, Any]:
     """Return the bad view, with the lines of ``lines_beside`` and the AUC of each, as JSON values."""
     rows = [answer.row for answer in answers]
     truths = [str(ground_truth(row, ad_user_relevance.UserRelevanceJudgement).score) for row in rows]
-    given = [readable(ad_user_relevance.parse(answer.text, reasoning_required=reasons)) for answer in answers]
+    given = [readable(read_answer(answer.row, answer.text)) for answer in answers]
     lines = lines_beside([str(found.score) if found else None for found in given], rows, training)
-    view = defect_view(ad_user_relevance.BAD_VIEW, truths, lines, [row.group or row.id for row in rows])
+    view = defect_view(ad_user_relevance.BAD_VIEW, truths, lines, [group_of(row) for row in rows])
     for name, labels in lines.items():
         view[name]["auc"] = ad_user_relevance.match_auc(truths, labels)
     return {ad_user_relevance.BAD_VIEW.name: view}

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from megatron_ads.data.chat import ChatTokenizer
 from megatron_ads.errors import DataError
 from megatron_ads.inference.beam_rules import NameTrie, build_trie
-from megatron_ads.metrics.ranking import same_name
+from megatron_ads.metrics.ranking import each_once, same_name
 from megatron_ads.metrics.text import fit_embedding
 from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks import advertiser_question, next_advertiser
@@ -38,9 +38,11 @@ class AdvertiserNames:
     """The advertisers there are."""
 
     names: tuple[str, ...]
-    """Each once; case and white space make no difference."""
+    """Each once."""
     source: str
     """Where they come from, for people."""
+    given: bool = False
+    """Somebody listed them: nothing else exists, for baselines neither."""
 
 
 NO_NAMES = AdvertiserNames((), "nowhere")
@@ -53,7 +55,7 @@ def read_names(file: Path) -> AdvertiserNames:
         DataError: If the file cannot be read or holds no name.
     """
     try:
-        names = _each_once(file.read_text(encoding="utf-8").splitlines())
+        names = each_once(file.read_text(encoding="utf-8").splitlines())
         problem = "" if names else "holds no names"
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
@@ -61,15 +63,15 @@ def read_names(file: Path) -> AdvertiserNames:
         problem = "is not UTF-8 text"
     if problem:
         raise DataError(f"{file} {problem}; --names takes a file with a name a line.")
-    return AdvertiserNames(names, str(file))
+    return AdvertiserNames(names, str(file), given=True)
 
 
 def names_trained_on(training: Iterable[ChatRow]) -> AdvertiserNames:
-    """Return whom training rows name: as the truth, or as somebody that a user bought from."""
+    """Return whom training rows name: as the truth, or in their facts as somebody that a user bought from."""
     of_task = [row for row in training if row.task in _ADVERTISER_TASKS]
     labels = [row.label for row in of_task if row.label is not None]
-    past = [name for row in of_task for name in bought_from(row)]
-    return AdvertiserNames(_each_once([*labels, *past]), "the training rows")
+    past = [name for row in of_task if Fact.read_from_prompt not in row.facts for name in bought_from(row)]
+    return AdvertiserNames(each_once([*labels, *past]), "the training rows")
 
 
 def bought_from(row: ChatRow) -> tuple[str, ...]:
@@ -81,7 +83,7 @@ def valid_names(row: ChatRow, advertisers: AdvertiserNames) -> tuple[str, ...] |
     """Return the names that a row may be answered with; None if its task is not answered with a name."""
     if row.task == next_advertiser.TASK:
         return advertisers.names
-    return row.list_fact(Fact.candidates) if row.task == advertiser_question.CHOOSE_ONE else None
+    return each_once(row.list_fact(Fact.candidates)) if row.task == advertiser_question.CHOOSE_ONE else None
 
 
 class NameForms:
@@ -124,13 +126,6 @@ class NameForms:
 
     def _text(self, name: str, opened: str) -> str:
         return self._tokenizer.as_answer(render_reasoned("", name)).removeprefix(opened)
-
-
-def _each_once(names: Iterable[str]) -> tuple[str, ...]:
-    first: dict[str, str] = {}
-    for name in filter(None, map(str.strip, names)):
-        first.setdefault(same_name(name), name)
-    return tuple(first.values())
 
 
 class CollaborativeModel:
@@ -177,7 +172,7 @@ class NearestNames:
 
     def __init__(self, names: Sequence[str]) -> None:
         """Fit the embedding to the names."""
-        self._names = list(names)
+        self._names, self._keys = list(names), [same_name(name) for name in names]
         runs = [_runs(name) for name in names]
         self._embedding = fit_embedding(runs, dimensions=_DIMENSIONS)
         self._vectors_ND = self._embedding.embed(runs)
@@ -193,7 +188,8 @@ class NearestNames:
                 found.append([])
                 continue
             near_N = self._vectors_ND @ vector_D
-            near_N[[same_name(name) == same_name(text) for name in self._names]] = np.inf
+            wanted = same_name(text)
+            near_N[[key == wanted for key in self._keys]] = np.inf
             found.append([self._names[place] for place in np.argsort(-near_N, kind="stable")[:most]])
         return found
 

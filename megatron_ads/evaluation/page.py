@@ -18,7 +18,7 @@ from megatron_ads.metrics.ranking import same_name
 from megatron_ads.metrics.text import MAX_EXPONENT
 from megatron_ads.reporting.chart import Chart, Series, line_chart
 from megatron_ads.reporting.page import fixed, render
-from megatron_ads.tasks.registry import task_named
+from megatron_ads.tasks.registry import read_answer, task_named
 
 NOT_READ = "not read"
 _MOST_LABELS = 12
@@ -42,12 +42,12 @@ class JudgedAnswer:
     """Share of the answer among the probabilities of its beams; None without beams."""
 
 
-def judge(answers: Sequence[Answer], *, reasons: bool = True) -> list[JudgedAnswer]:
-    """Return the outcome of each answer to a row of one task; without ``reasons`` none needs reasoning."""
+def judge(answers: Sequence[Answer]) -> list[JudgedAnswer]:
+    """Return the outcome of each answer to a row of one task."""
     task = task_named(answers[0].row.task)
     outcomes = []
     for answer in answers:
-        read = task.parse(answer.text, reasoning_required=task.reasons and reasons)
+        read = read_answer(answer.row, answer.text)
         failed = isinstance(read, StrEnum)
         label = answer.row.label if task.label_of else None
         given = task.label_of(read) if task.label_of and not failed else None
@@ -67,8 +67,14 @@ def judge(answers: Sequence[Answer], *, reasons: bool = True) -> list[JudgedAnsw
 
 def confusion(outcomes: Sequence[JudgedAnswer]) -> tuple[list[str], list[str], Counter[tuple[str, str]]]:
     """Return the true labels, the given labels and how often each pair occurs; what was not read is a label too."""
-    judged = [one for one in outcomes if one.right is not None]
-    pairs = Counter((one.answer.row.label or "", NOT_READ if one.given is None else one.given) for one in judged)
+    judged = [(one.answer.row.label or "", one.given) for one in outcomes if one.right is not None]
+    as_spelt: dict[str, str] = {}
+    for label in [*(truth for truth, _ in judged), *(given for _, given in judged if given is not None)]:
+        as_spelt.setdefault(same_name(label), label)
+    pairs = Counter(
+        (as_spelt[same_name(truth)], NOT_READ if given is None else as_spelt[same_name(given)])
+        for truth, given in judged
+    )
     truths = sorted({truth for truth, _ in pairs})
     others = sorted({given for _, given in pairs} - {*truths, NOT_READ})
     unread = [NOT_READ] if any(given == NOT_READ for _, given in pairs) else []
@@ -90,10 +96,7 @@ def samples(outcomes: Sequence[JudgedAnswer], most: int) -> list[tuple[str, int,
 def evaluation_page(scores: Mapping[str, Any], answers: Sequence[Answer], *, title: str, about: str) -> str:
     """Return the page of ``scores``, which `megatron-ads evaluate --json` prints; ``about`` is a sentence on how."""
     by_task = groupby(sorted(answers, key=lambda answer: answer.row.task), key=lambda answer: answer.row.task)
-    tasks = [
-        _task_parts(task, scores["tasks"][task], judge(list(of_task), reasons=scores["reasoning"]))
-        for task, of_task in by_task
-    ]
+    tasks = [_task_parts(task, scores["tasks"][task], judge(list(of_task))) for task, of_task in by_task]
     return render("evaluation/evaluation.html.jinja", title=title, about=about, scores=scores, tasks=tasks)
 
 

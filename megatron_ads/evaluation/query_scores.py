@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_ads.data.split import group_of
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.metrics import text
 from megatron_ads.metrics.intervals import ends, mean_interval, statistic_interval
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.ground_truth import ground_truth, readable
-from megatron_ads.tasks.query_generation import Queries, keyword_of, parse, subject_of
+from megatron_ads.tasks.query_generation import Queries, keyword_of, subject_of
+from megatron_ads.tasks.registry import read_answer
 
 _RESAMPLES = 500
 _FIRST = 10
@@ -35,7 +37,7 @@ _Measured = list[tuple[float, str]]
 """A value and its keyword, whose values are resampled together."""
 
 
-def query_scores(answers: Sequence[Answer], training: Sequence[ChatRow], *, reasons: bool = True) -> dict[str, Any]:
+def query_scores(answers: Sequence[Answer], training: Sequence[ChatRow]) -> dict[str, Any]:
     """Return table 6 as JSON values: a line for the model, for the true queries and for a baseline.
 
     The baseline adds to each keyword the words that true queries of training rows add most often.
@@ -43,14 +45,13 @@ def query_scores(answers: Sequence[Answer], training: Sequence[ChatRow], *, reas
     Args:
         answers: To rows of query generation.
         training: Rows of the same task; what is frozen is fitted to them. Without any, to the targets of ``answers``.
-        reasons: Answers must have reasoning.
     """
     rows = [answer.row for answer in answers]
     fitted = list(training)[:_MOST_FITTED] or rows
     judge = TopicJudge(fitted)
     history = _history(fitted)
     frequent = [word for word, _ in Counter(history).most_common()]
-    given = [readable(parse(answer.text, reasoning_required=reasons)) for answer in answers]
+    given = [readable(read_answer(answer.row, answer.text)) for answer in answers]
     true = [ground_truth(row, Queries).texts for row in rows]
     lines: dict[str, Sequence[Sequence[str]]] = {
         "model": [queries.texts if queries else () for queries in given],
@@ -125,20 +126,21 @@ def _line(
     apart: _Measured = []
     missed: _Measured = []
     added = []
-    for place, (row, queries) in enumerate(zip(rows, queries_of_rows, strict=True)):
+    groups = [group_of(row) for row in rows]
+    for place, (row, group, queries) in enumerate(zip(rows, groups, queries_of_rows, strict=True)):
         if queries:
             cosines = judge.similarities(queries, subject_of(row))
-            on_topic += [(float(cosine >= judge.threshold), row.group) for cosine in cosines]
+            on_topic += [(float(cosine >= judge.threshold), group) for cosine in cosines]
         if (distance := text.mean_pairwise_distance(judge.embedding.embed(queries))) is not None:
-            apart.append((distance, row.group))
-        missed += [(float(place not in matcher.best(query, _FIRST)), row.group) for query in queries]
+            apart.append((distance, group))
+        missed += [(float(place not in matcher.best(query, _FIRST)), group) for query in queries]
         words = [word for query in queries for word in _added(query, keyword_of(row))]
         added.append([word for word in words if word in attributes])
 
     def ratio(chosen: Sequence[int] | NDArray[np.int64]) -> float | None:
         return text.click_attribute_ratio([word for place in chosen for word in added[place]], history)
 
-    between = statistic_interval(ratio, len(rows), groups=[row.group for row in rows], resamples=_RESAMPLES)
+    between = statistic_interval(ratio, len(rows), groups=groups, resamples=_RESAMPLES)
     scores: dict[str, Any] = {"queries": len(missed)}
     for name, measured in (("relevance", on_topic), ("diversity", apart), ("difficulty", missed)):
         values, keywords = [value for value, _ in measured], [keyword for _, keyword in measured]

@@ -8,13 +8,14 @@ hit rates at 50 and 100 as well, as in Taiji: a hit rate is the recall of the on
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_ads.data.split import group_of
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.label_scores import best_answers
 from megatron_ads.evaluation.name_answers import AdvertiserNames, NearestNames, bought_from
 from megatron_ads.metrics import ranking as rank_metrics
 from megatron_ads.metrics.intervals import ends, mean_interval
 from megatron_ads.metrics.ranking import RECALLS, ndcg_at, position_of, recall_at, same_name
-from megatron_ads.rows import ChatRow
+from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks import next_advertiser
 
 LONGEST = max(RECALLS)
@@ -42,12 +43,15 @@ def ranking_scores(
 ) -> dict[str, Any]:
     """Return the scores of the model's rankings and of the baselines, as JSON values; what is undefined is None.
 
-    Labels of ``training`` say what is popular. ``ground`` also ranks the valid names that are nearest to the model's
-    first one, valid or not.
+    Labels of ``training`` say what is popular; where somebody gave the valid names, baselines name no others.
+    ``ground`` also ranks the valid names that are nearest to the model's first one, valid or not.
     """
     rows = [answer.row for answer in answers]
     model = advertiser_rankings(answers)
+    known = {same_name(name) for name in advertisers.names}
     labels = [row.label for row in training if row.task == rows[0].task and row.label is not None]
+    if advertisers.given:
+        labels = [label for label in labels if same_name(label) in known]
     asked_for = LONGEST if rows[0].task == next_advertiser.RANKING_TASK else max(map(len, model))
     depth = max(LONGEST, asked_for)
     popular = rank_metrics.most_popular(labels, depth)
@@ -57,11 +61,12 @@ def ranking_scores(
         others["model, nearest names"] = NearestNames(advertisers.names).rank(first, LONGEST)
     others |= {
         "popular": [popular for _ in rows],
-        "recent, then popular": [rank_metrics.recent_then_popular(bought_from(row), popular, depth) for row in rows],
+        "recent, then popular": [
+            rank_metrics.recent_then_popular(_recent(row, advertisers), popular, depth) for row in rows
+        ],
     }
     if best := best_answers(rows):
         others["best reachable"] = [list(ranking) for ranking in best]
-    known = {same_name(name) for name in advertisers.names}
     wanted = min(LONGEST, len(known))
     return {
         "methods": {
@@ -76,12 +81,21 @@ def ranking_scores(
     }
 
 
+def _recent(row: ChatRow, advertisers: AdvertiserNames) -> Sequence[str]:
+    """Return whom a user bought from, as far as they exist; names that a prompt's text tells are no proof of that."""
+    past = bought_from(row)
+    if not advertisers.given and Fact.read_from_prompt not in row.facts:
+        return past
+    known = {same_name(name) for name in advertisers.names}
+    return [name for name in past if same_name(name) in known]
+
+
 def _judged(
     rows: Sequence[ChatRow], rankings: Sequence[Sequence[str]], *, longest: int = LONGEST, wanted: int = LONGEST
 ) -> dict[str, Any]:
     """Score rankings as far as they go; they go all the way if the ``longest`` has what is ``wanted``."""
     positions = [position_of(row.label or "", ranking) for row, ranking in zip(rows, rankings, strict=True)]
-    groups = [row.group or row.id for row in rows]
+    groups = [group_of(row) for row in rows]
     found: dict[str, Any] = {}
     shares = {f"recall@{k}": k for k in RECALLS if k == 1 or longest >= min(k, wanted)}
     shares |= {f"hr@{k}": k for k in rank_metrics.HIT_RATES if LONGEST < k <= longest}

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_ads.reporting.page import fixed, text_table
 
+_NO_INTERVAL = "Too few groups, or one class alone: no interval of the BACC."
 RELEVANCE = "query_ad_relevance"
 
 _RELEVANCE = {
@@ -69,7 +70,8 @@ def _relevance_table(scores: Mapping[str, Any]) -> ScoreTable:
         ["answers that the model ended", fixed(scores["ended_share"]), ""],
     ]
     head = ["", "model", f"baseline (always {scores['baseline_label']})"]
-    return ScoreTable(f"{RELEVANCE}: {scores['rows']} rows of {scores['queries']} queries", head, rows)
+    title = f"{RELEVANCE}: {scores['rows']} rows of {scores['queries']} queries"
+    return ScoreTable(title, head, rows, _not_read(scores["unreadable_because"]))
 
 
 def _metrics_table(scores: Mapping[str, Any]) -> ScoreTable:
@@ -84,8 +86,11 @@ def _metrics_table(scores: Mapping[str, Any]) -> ScoreTable:
         [name, fixed(value), _range(scores["headline_95"]) if name == leading else ""] for name, value in values.items()
     ]
     title = f"{scores['task']}: {scores['rows']} rows of {scores['groups']} groups"
-    note = f"Not read: {_counts(scores['failures'].items())}." if scores["failures"] else ""
-    return ScoreTable(title, ["", "model", "95 % of resampled groups"], rows, note)
+    return ScoreTable(title, ["", "model", "95 % of resampled groups"], rows, _not_read(scores["failures"]))
+
+
+def _not_read(failures: Mapping[str, int]) -> str:
+    return f"Not read: {_counts(failures.items())}." if failures else ""
 
 
 def _ranking_table(ranking: Mapping[str, Any]) -> ScoreTable:
@@ -123,8 +128,8 @@ def _view_table(title: str, rate: str, view: Mapping[str, Any], columns: Mapping
         if line in view
     ]
     truth = f"{rate} {_percent(view['model']['defect_rate'])} of {view['model']['rows']} rows"
-    between = _percent_range(view["balanced_accuracy_95"]) or "–"
-    note = f"95 % of resamples have a BACC of the model from {between}."
+    between = _percent_range(view["balanced_accuracy_95"])
+    note = f"95 % of resamples have a BACC of the model from {between}." if between else _NO_INTERVAL
     return ScoreTable(f"{title} ({truth})", ["", *columns], rows, note)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from megatron_ads.data.split import group_of
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.label_scores import relevance_scores, score_views
 from megatron_ads.evaluation.name_answers import AdvertiserNames, names_trained_on
@@ -12,8 +13,8 @@ from megatron_ads.evaluation.ranking_scores import ranking_scores
 from megatron_ads.metrics.intervals import ends, statistic_interval
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.ground_truth import ground_truth
-from megatron_ads.tasks.model_comparison import Assessment, parse, replacement_report
-from megatron_ads.tasks.registry import Scoring, score_answers, task_named
+from megatron_ads.tasks.model_comparison import Assessment, replacement_report
+from megatron_ads.tasks.registry import Scoring, read_answer, score_answers, task_named
 
 _RESAMPLES = 200
 """Each scores all answers anew."""
@@ -25,7 +26,6 @@ def task_scores(
     advertisers: AdvertiserNames | None = None,
     *,
     ground: bool = False,
-    reasons: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Return the scores of each task as JSON values; what is undefined is None.
 
@@ -38,7 +38,6 @@ def task_scores(
         training: Rows trained on, from which baselines learn.
         advertisers: Valid names; None: those in ``training``.
         ground: Also judge the valid names nearest to the advertiser that an answer names.
-        reasons: False: answers need no reasoning, also in tasks that have it otherwise.
     """
     scores = {}
     for task in sorted({answer.row.task for answer in answers}):
@@ -46,20 +45,20 @@ def task_scores(
         trained_on = [row for row in training if row.task == task]
         scoring = task_named(task).scoring
         if scoring is Scoring.labels:
-            scores[task] = relevance_scores(of_task, training=trained_on, reasons=reasons)
+            scores[task] = relevance_scores(of_task, training=trained_on)
             continue
-        scores[task] = _scores(of_task, reasons=reasons)
+        scores[task] = _scores(of_task)
         match scoring:
             case Scoring.user_views:
-                scores[task]["views"] = score_views(of_task, training=trained_on, reasons=reasons)
+                scores[task]["views"] = score_views(of_task, training=trained_on)
             case Scoring.rankings:
                 names = advertisers or names_trained_on(training)
                 scores[task]["ranking"] = ranking_scores(of_task, training, names, ground=ground)
             case Scoring.queries:
-                scores[task]["generated"] = query_scores(of_task, trained_on, reasons=reasons)
+                scores[task]["generated"] = query_scores(of_task, trained_on)
             case Scoring.replacement:
-                groups = [answer.row.group or answer.row.id for answer in of_task]
-                model = [parse(answer.text, reasoning_required=reasons) for answer in of_task]
+                groups = [group_of(answer.row) for answer in of_task]
+                model = [read_answer(answer.row, answer.text) for answer in of_task]
                 truth = [ground_truth(answer.row, Assessment) for answer in of_task]
                 scores[task]["replacement"] = {
                     name: asdict(replacement_report(assessments, groups=groups))
@@ -68,20 +67,17 @@ def task_scores(
     return scores
 
 
-def _scores(answers: Sequence[Answer], *, reasons: bool) -> dict[str, Any]:
+def _scores(answers: Sequence[Answer]) -> dict[str, Any]:
     rows, texts = [answer.row for answer in answers], [answer.text for answer in answers]
-    required = None if reasons else False
-    scores = score_answers(rows, texts, reasoning_required=required)
+    scores = score_answers(rows, texts)
     leading = scores.headline_name
 
     def headline(numbers: Any) -> float | None:
         drawn = [int(number) for number in numbers]
-        found = score_answers(
-            [rows[number] for number in drawn], [texts[number] for number in drawn], reasoning_required=required
-        )
+        found = score_answers([rows[number] for number in drawn], [texts[number] for number in drawn])
         return found.metrics.get(leading or "")
 
-    groups = [row.group or row.id for row in rows]
+    groups = [group_of(row) for row in rows]
     interval = statistic_interval(headline, len(rows), groups=groups, resamples=_RESAMPLES) if leading else None
     return {
         **asdict(scores),

@@ -182,7 +182,9 @@ def _data(config: SftConfig) -> str:
     paths = [path for source in sources for path in (source.path, source.events) if path is not None]
     if absent := [path for path in paths if not Path(path).exists() and not glob(path, recursive=True)]:
         raise DataError(f"{', '.join(absent)} (data.sources) does not exist. Give the path as every node sees it.")
-    return f"{len(sources)} sources, in {len(paths)} files or folders that exist"
+    from megatron_ads.data.corpus import read_corpus  # imports pyarrow
+
+    return f"{len(sources)} sources, in {len(paths)} files or folders that exist; {read_corpus(config.data)}"
 
 
 def _checkpoint(config: SftConfig) -> str:

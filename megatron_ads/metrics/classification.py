@@ -22,7 +22,8 @@ Scores and probabilities:
     ECE = sum over bins of (share of rows) * |mean probability - share of positives|
 
 An answer that cannot be read is wrong whatever the truth is: in a view it counts as neither prediction, on a scale as
-the label farthest from the truth (ours; the paper does not say). A ratio with denominator 0 is undefined: None.
+the label farthest from the truth (ours; the paper does not say). A ratio with denominator 0 is undefined: None;
+F1 is 0 where its precision alone is, as scikit-learn has it.
 """
 
 from collections import Counter
@@ -87,7 +88,11 @@ def balanced_accuracy_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval | None:
-    """Bootstrap the balanced accuracy over rows, or over ``groups`` of rows; None if no resample had both classes."""
+    """Bootstrap the balanced accuracy over rows, or over ``groups`` of rows.
+
+    Returns:
+        None if no resample had both classes, or there are fewer than ``LEAST_GROUPS``.
+    """
     defect_N = np.array([truth in view.defects for truth in truths])
     answer_N = np.array([None if answer is None else answer in view.defects for answer in predictions])
     right_N = answer_N == defect_N
@@ -95,7 +100,7 @@ def balanced_accuracy_interval(
     sums_KR = resampled_sums(columns, groups=groups, resamples=resamples, seed=seed)
     right_positive, positives, right_negative, negatives = sums_KR[:, (sums_KR[1] > 0) & (sums_KR[3] > 0)]
     values = (right_positive / positives + right_negative / negatives) / 2
-    return percentile_interval(values) if values.size else None
+    return percentile_interval(values)
 
 
 def majority_predictions(truths: Sequence[str], *, learned_from: Sequence[str] | None = None) -> list[str | None]:
@@ -191,7 +196,7 @@ def _ratio(numerator: int, denominator: int) -> float | None:
 
 
 def _f1(precision: float | None, recall: float | None) -> float | None:
-    """Harmonic mean; 0 if both are 0, undefined if either is."""
-    if precision is None or recall is None:
+    """Harmonic mean, as 2 TP / (2 TP + FP + FN): 0 without a hit, undefined if nothing is or is called so."""
+    if precision is None and recall is None:
         return None
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return 2 * precision * recall / (precision + recall) if precision and recall else 0.0

@@ -1,7 +1,8 @@
 """Bootstrap intervals: how different a number could have been, had other rows been drawn.
 
 Rows that belong together, such as the rows of one query or user, are drawn together: they are not independent. The
-interval is between two percentiles of the resampled values.
+interval is between two percentiles of the resampled values. One or two groups show nothing of how others differ: they
+have none.
 
 Shape suffixes: N = rows, G = groups, R = resamples, K = columns.
 """
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+LEAST_GROUPS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,11 @@ class Interval:
 def mean_interval(
     values: Sequence[float], *, groups: Sequence[Hashable] | None = None, resamples: int = 2000, seed: int = 0
 ) -> Interval | None:
-    """Bootstrap the mean over rows; None without rows. For two models, give the differences of their values."""
+    """Bootstrap the mean over rows. For two models on the same rows, give the differences of their values.
+
+    Returns:
+        None without rows, or with fewer than ``LEAST_GROUPS``.
+    """
     if not values:
         return None
     sums_R, rows_R = resampled_sums([values, np.ones(len(values))], groups=groups, resamples=resamples, seed=seed)
@@ -39,15 +46,15 @@ def resampled_sums(
     resamples: int = 2000,
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """Return (K, R): the sum of each column of N values over the rows of each resample."""
+    """Return (K, R): the sum of each column of N values over the rows of each resample; R is 0 with too few groups."""
     numbers = _numbered(groups or range(len(columns[0])))
     clusters = int(numbers.max()) + 1
     sums_KG = [
         np.bincount(numbers, weights=np.asarray(column, dtype=np.float64), minlength=clusters) for column in columns
     ]
     draw, evenly = np.random.default_rng(seed), np.full(clusters, 1 / clusters)
-    sums_KR = np.empty((len(columns), resamples))
-    for resample in range(resamples):  # one at a time: all together would take resamples x groups numbers
+    sums_KR = np.empty((len(columns), resamples if clusters >= LEAST_GROUPS else 0))
+    for resample in range(sums_KR.shape[1]):  # one at a time: all together would take resamples x groups numbers
         times_G = draw.multinomial(clusters, evenly)
         sums_KR[:, resample] = [times_G @ sums_G for sums_G in sums_KG]
     return sums_KR
@@ -64,7 +71,7 @@ def statistic_interval(
     """Bootstrap any statistic of the numbers of the drawn rows, with repetitions; rows of one group are drawn together.
 
     Returns:
-        None if the statistic was undefined in every resample.
+        None if the statistic was undefined in every resample, or there are fewer than ``LEAST_GROUPS``.
     """
     if rows == 0:
         return None
@@ -72,12 +79,12 @@ def statistic_interval(
     members = [np.flatnonzero(numbers == number) for number in range(int(numbers.max()) + 1)]
     draw = np.random.default_rng(seed)
     values = []
-    for _ in range(resamples):
+    for _ in range(resamples if len(members) >= LEAST_GROUPS else 0):
         chosen = draw.integers(len(members), size=len(members))
         value = statistic(np.concatenate([members[number] for number in chosen]))
         if value is not None:
             values.append(value)
-    return percentile_interval(np.asarray(values)) if values else None
+    return percentile_interval(np.asarray(values))
 
 
 def ends(interval: Interval | None) -> list[float] | None:
@@ -85,8 +92,10 @@ def ends(interval: Interval | None) -> list[float] | None:
     return None if interval is None else [interval.low, interval.high]
 
 
-def percentile_interval(values: NDArray[np.float64]) -> Interval:
-    """Return the central interval that holds 95 % of resampled values."""
+def percentile_interval(values: NDArray[np.float64]) -> Interval | None:
+    """Return the central interval that holds 95 % of resampled values; None without any."""
+    if not values.size:
+        return None
     low, high = np.quantile(values, [(1 - 0.95) / 2, (1 + 0.95) / 2])
     return Interval(low=float(low), high=float(high))
 

@@ -248,7 +248,7 @@ def synthesized_row(candidate: Candidate) -> ChatRow:
         task=row.task,
         messages=(*row.prompt, Message(Role.assistant, candidate.target)),
         weight=row.weight,
-        group=row.group or row.id,
+        group=row.group,
         label=row.label,
         facts={**row.facts, Fact.reasoning: candidate.reasoning},
     )

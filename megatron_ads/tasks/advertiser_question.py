@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_ads.errors import DataError
-from megatron_ads.metrics.ranking import mean, ndcg_at, recall_at, reciprocal_rank, same_name
+from megatron_ads.metrics.ranking import each_once, mean, ndcg_at, recall_at, reciprocal_rank, same_name
 from megatron_ads.rows import ChatRow, Fact, Facts
 from megatron_ads.stable_random import stable_random
 from megatron_ads.tasks.answer_format import ReadFailure, Unreadable, element, read_only, strict_parser
@@ -79,7 +79,7 @@ def candidates_of(row_id: str, truth: str, pool: Sequence[str], count: int = CAN
     Raises:
         DataError: If the pool has too few others.
     """
-    others = [name for name in dict.fromkeys(pool) if name != truth]
+    others = [name for name in each_once(pool) if same_name(name) != same_name(truth)]
     if len(others) < count - 1:
         raise DataError(f"the pool has {len(others)} others than {truth!r}; {count - 1} are needed to choose from.")
     draw = stable_random(row_id)

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
+from enum import StrEnum
 from functools import cache
+from itertools import zip_longest
 from typing import Any, get_args, get_origin, get_type_hints
 
 from megatron_ads.errors import DataError
-from megatron_ads.rows import ChatRow, Fact, Facts, JsonValue
+from megatron_ads.metrics.ranking import same_name
+from megatron_ads.rows import ChatRow, Fact, Facts
 from megatron_ads.tasks.answer_format import A, ReadFailure
 
 Metrics = dict[str, float | None]
@@ -43,22 +46,28 @@ def ground_truth(row: ChatRow, kind: type[A]) -> A:
 def agrees(answer: Any, row: ChatRow) -> bool:
     """Return whether an answer that was read is a row's true one, whatever its reasoning; repeats count once.
 
+    Names and other free texts are compared folded; labels are not.
+
     Raises:
         DataError: If the row's facts have no ground truth.
     """
-    return _agree(truth_facts(answer)[Fact.ground_truth], row.object_fact(Fact.ground_truth))
+    said = {name: value for name, value in asdict(answer).items() if name != _REASONING}
+    return _agree(said, row.object_fact(Fact.ground_truth))
 
 
-def _agree(said: JsonValue, known: JsonValue) -> bool:
+def _agree(said: Any, known: Any) -> bool:
     if isinstance(said, Mapping) and isinstance(known, Mapping):
         return all(_agree(value, known.get(name)) for name, value in said.items())  # a truth may say more
-    if isinstance(said, list) and isinstance(known, list):
-        return _each_once(said) == _each_once(known)
-    return said == known
+    if isinstance(said, tuple | list) and isinstance(known, tuple | list):
+        pairs = zip_longest(_each_once(said), _each_once(known))
+        return all(_agree(value, other) for value, other in pairs)
+    if isinstance(said, str) and isinstance(known, str) and not isinstance(said, StrEnum):
+        return same_name(said) == same_name(known)
+    return bool(said == known)
 
 
-def _each_once(values: list[JsonValue]) -> list[JsonValue]:
-    return [value for place, value in enumerate(values) if value not in values[:place]]
+def _each_once(values: Sequence[Any]) -> list[Any]:
+    return [value for place, value in enumerate(values) if not any(_agree(value, other) for other in values[:place])]
 
 
 def _as_json(value: Any) -> Any:

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
-from megatron_ads.metrics.ranking import RECALLS, distinct_rate, mean, ndcg_at, position_of, recall_at, reciprocal_rank
+from megatron_ads.metrics.ranking import (
+    RECALLS,
+    distinct_rate,
+    each_once,
+    mean,
+    ndcg_at,
+    position_of,
+    recall_at,
+    reciprocal_rank,
+)
 from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks.answer_format import ReadFailure, Unreadable, strict_parser
 from megatron_ads.tasks.ground_truth import Metrics, judged, readable
@@ -75,7 +84,7 @@ class Ranking:
     @property
     def is_complete(self) -> bool:
         """Whether it has exactly the entries asked for, no advertiser twice."""
-        distinct = len(set(self.advertisers)) == len(self.advertisers) == RANKED
+        distinct = len(each_once(self.advertisers)) == len(self.advertisers) == RANKED
         return distinct and len(self.interests) <= MOST_INTERESTS
 
 

@@ -21,7 +21,7 @@ from megatron_ads.tasks import (
     user_profile,
     variants,
 )
-from megatron_ads.tasks.answer_format import Parser, ReadFailure
+from megatron_ads.tasks.answer_format import Parser, ReadFailure, Reasoned, split_reasoning
 from megatron_ads.tasks.ground_truth import Metrics
 from megatron_ads.tasks.prompts import Template
 
@@ -60,7 +60,7 @@ class Task:
     headline: tuple[str, ...]
     """Metric in [0, 1] that stands for the task, as in adaptive task weights; the first that is defined."""
     reasons: bool = True
-    """The targets reason; False: they may, and answers need not."""
+    """An answer must reason where its row's target does; False: none need, as names that beams write never do."""
     scoring: Scoring = Scoring.metrics
 
 
@@ -216,15 +216,27 @@ def task_named(name: str) -> Task:
     raise DataError(f"there is no task {name!r}. {offer}")
 
 
-def score_answers(
-    rows: Sequence[ChatRow], texts: Sequence[str], *, reasoning_required: bool | None = None
-) -> TaskScores:
+def reasoning_required(row: ChatRow) -> bool:
+    """Return whether an answer to a row must reason: in a task that reasons, exactly where the row's target does."""
+    target = split_reasoning(row.target, required=False)
+    return task_named(row.task).reasons and isinstance(target, Reasoned) and bool(target.reasoning)
+
+
+def read_answer(row: ChatRow, text: str) -> Any:
+    """Return what an answer to a row says, or a ``ReadFailure``: the one rule for answers, and for targets.
+
+    Raises:
+        DataError: If the row is of no task of the registry.
+    """
+    return task_named(row.task).parse(text, reasoning_required=reasoning_required(row))
+
+
+def score_answers(rows: Sequence[ChatRow], texts: Sequence[str]) -> TaskScores:
     """Parse and score a model's answers to rows of one task.
 
     Args:
         rows: Their facts hold the true answers.
         texts: One answer a row.
-        reasoning_required: None: as the task has it. False for models that were taught without reasoning.
 
     Raises:
         DataError: If there are no rows, they are of several tasks, or a row says no answer.
@@ -233,8 +245,7 @@ def score_answers(
     if len(tasks) != 1:
         raise DataError(f"{len(rows)} rows of the tasks {tasks}; rows of one task are scored together.")
     task = task_named(tasks[0])
-    required = task.reasons if reasoning_required is None else reasoning_required
-    answers = [task.parse(text, reasoning_required=required) for text in texts]
+    answers = [read_answer(row, text) for row, text in zip(rows, texts, strict=True)]
     failures = Counter(str(answer) for answer in answers if isinstance(answer, ReadFailure))
     found = task.metrics(rows, answers)
     leading = next((name for name in task.headline if found.get(name) is not None), None)

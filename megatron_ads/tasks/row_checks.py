@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from megatron_ads.metrics.ranking import same_name
 from megatron_ads.rows import ChatRow, Fact, Role
 from megatron_ads.tasks.answer_format import ReadFailure
-from megatron_ads.tasks.ground_truth import agrees, ground_truth, truth_facts
-from megatron_ads.tasks.registry import TASKS
+from megatron_ads.tasks.ground_truth import agrees, truth_facts
+from megatron_ads.tasks.registry import TASKS, read_answer
 
 
 class RowFault(StrEnum):
@@ -55,23 +56,26 @@ class CheckedRows:
 def check_rows(rows: Iterable[ChatRow]) -> CheckedRows:
     """Separate the rows that can be used from those that cannot; the order is kept.
 
-    A row that came without a label has the one in its target, if its task has labels.
+    A row whose label is missing, or spelt otherwise than in its target, has the one in its target.
     """
     checked = CheckedRows()
     for row in rows:
-        faulty = fault_of(row)
-        if faulty is not None:
-            checked.faulty.append(faulty)
-            continue
-        task = TASKS.get(row.task)
-        if row.label is None and task is not None and task.label_of is not None:
-            row = replace(row, label=task.label_of(ground_truth(row, task.answer)))
-        checked.rows.append(row)
+        found = _examined(row)
+        if isinstance(found, FaultyRow):
+            checked.faulty.append(found)
+        else:
+            checked.rows.append(row if found in (None, row.label) else replace(row, label=found))
     return checked
 
 
 def fault_of(row: ChatRow) -> FaultyRow | None:
     """Return what is wrong with a row; None if nothing is."""
+    found = _examined(row)
+    return found if isinstance(found, FaultyRow) else None
+
+
+def _examined(row: ChatRow) -> FaultyRow | str | None:
+    """Return what is wrong with a row; else the label in its target, None if its task has no labels."""
     if len(row.messages) < 2 or row.messages[-1].role is not Role.assistant:
         return FaultyRow(row.id, row.task, RowFault.no_target)
     if not all(message.content.strip() for message in row.messages):
@@ -79,14 +83,15 @@ def fault_of(row: ChatRow) -> FaultyRow | None:
     task = TASKS.get(row.task)
     if task is None:
         return None
-    answer = task.parse(row.target, reasoning_required=False)
+    answer = read_answer(row, row.target)
     if isinstance(answer, ReadFailure):
         return FaultyRow(row.id, row.task, RowFault.unreadable_target, str(answer))
-    if row.label is not None and task.label_of is not None and task.label_of(answer) != row.label:
-        reason = f"{row.label!r}, but the target says {task.label_of(answer)!r}"
+    label = task.label_of(answer) if task.label_of is not None else None
+    if row.label is not None and label is not None and same_name(label) != same_name(row.label):
+        reason = f"{row.label!r}, but the target says {label!r}"
         return FaultyRow(row.id, row.task, RowFault.label_differs, reason)
     if Fact.ground_truth in row.facts and not agrees(answer, row):
         known, said = (facts[Fact.ground_truth] for facts in (row.facts, truth_facts(answer)))
         reason = f"{known!r:.80}, but the target says {said!r:.80}"
         return FaultyRow(row.id, row.task, RowFault.ground_truth_differs, reason)
-    return None
+    return label

@@ -32,6 +32,7 @@ def facts_of_text_row(row: ChatRow) -> ChatRow:
 
     A prompt in the form of the task's templates is taken apart, unless the row has facts of its prompt. Any other is
     the fact ``text``, besides the lines that look like those of a template. An unreadable target tells no answer.
+    No name that may be answered is taken from a prompt: an entry with the separator in it has come apart there.
     """
     task = TASKS.get(row.task)
     if task is None or not row.messages:
@@ -55,7 +56,7 @@ def _facts_of_prompt(row: ChatRow) -> Facts:
         facts[Fact.candidates] = [name.partition(". ")[2] if numbered else name for name in names.splitlines()]
     if instruction not in known or not complete or not shown:
         facts[Fact.text] = content
-    return facts
+    return facts | {Fact.read_from_prompt: True}
 
 
 def _labelled_parts(shown: str) -> tuple[dict[str, str], bool]:

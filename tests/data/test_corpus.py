@@ -109,7 +109,7 @@ def test_a_misspelt_task_is_pointed_out_and_one_of_ones_own_is_not(tmp_path: Pat
     rows = [ads_row(task, "Good", "<Label>Good</Label>") | {"task": task} for task in ("relevance", "chat", "gsm8k")]
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     read_corpus(DataConfig(sources=[SourceConfig(kind=SourceKind.jsonl, path=str(file))]))
-    (record,) = caplog.records
+    (record,) = (record for record in caplog.records if record.levelname == "WARNING")
     assert "'relevance' is no ads task" in record.message
     assert record.message.endswith("Did you mean ad_user_relevance or query_ad_relevance?")
 
@@ -120,7 +120,7 @@ def test_a_misspelt_fact_is_pointed_out_and_one_of_ones_own_is_not(tmp_path: Pat
     rows = [ads_row(name, "Good", "<Label>Good</Label>") | {"facts": facts} for name in ("r1", "r2")]
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     read_corpus(DataConfig(sources=[SourceConfig(kind=SourceKind.jsonl, path=str(file))]))
-    (record,) = caplog.records
+    (record,) = (record for record in caplog.records if record.levelname == "WARNING")
     assert record.message.endswith("'qurey' is no fact, so nothing reads it. Did you mean query?")
 
 
@@ -137,6 +137,30 @@ def test_a_source_can_be_asked_another_way_beside_itself():
     assert all(held_out.isdisjoint(row.group for row in rows) for rows in corpus.training)
     ids = [row.id for rows in corpus.training for row in rows]
     assert len(ids) == len(set(ids))
+
+
+def test_rows_that_declare_no_group_stay_with_the_same_ones_asked_another_way(tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    prompts = [f"Is the ad relevant to the query?\nQuery: q{number}\nAd: a" for number in range(40)]
+    rows = [ads_row(f"r{number}", "Good", "<think>So.</think><Label>Good</Label>") for number in range(40)]
+    for row, prompt in zip(rows, prompts, strict=True):
+        row["messages"][0]["content"] = prompt
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    own = SourceConfig(kind=SourceKind.jsonl, path=str(file))
+    corpus = read_corpus(DataConfig(sources=[own, replace(own, variant=RowVariant.yes_no)], validation_rows=20))
+    held_out = {row.id.removesuffix("/yes_no") for row in corpus.validation}
+    assert len(held_out) >= 10
+    assert all(row.id.removesuffix("/yes_no") not in held_out for rows in corpus.training for row in rows)
+
+
+def test_repeats_and_targets_without_reasoning_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    file = tmp_path / "rows.jsonl"
+    rows = [ads_row(f"r{number}", label, f"<Label>{label}</Label>") for number, label in enumerate(["Good", "Bad"])]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    corpus = read_corpus(DataConfig(sources=[SourceConfig(kind=SourceKind.jsonl, path=str(file))]))
+    assert "1 rows ask what an earlier one asks, 1 of them with another answer." in caplog.text
+    assert "2 of 2 targets give no reasoning, so answers need none." in caplog.text
+    assert (corpus.repeats.rows, corpus.repeats.contradicting) == (1, 1)
 
 
 def test_a_source_without_a_usable_row_is_named_with_the_first_reason(tmp_path: Path):
@@ -156,7 +180,8 @@ def test_a_task_that_the_split_leaves_nothing_of_is_pointed_out(tmp_path: Path, 
     own = own_rows(tmp_path / "own.jsonl", ["q"] * 300)
     corpus = read_corpus(DataConfig(sources=[BUILTIN, own], validation_rows=60))
     lost = {row.task for row in corpus.validation} - {row.task for rows in corpus.training for row in rows}
-    assert [record.message.partition(":")[0] for record in caplog.records] == sorted(lost)
+    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [message.partition(":")[0] for message in warned] == sorted(lost)
     assert len(lost) == 1
 
 

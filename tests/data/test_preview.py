@@ -91,6 +91,16 @@ def test_a_summary_counts_lengths_labels_and_reasons(tokenizer: ChatTokenizer):
     assert text.endswith("The first that cannot be used: broken.")
 
 
+def test_a_summary_counts_repeats_contradictions_and_targets_without_reasoning(tokenizer: ChatTokenizer):
+    silent = replace(ROWS["a1"], messages=(*ROWS["a1"].prompt, Message(Role.assistant, "<Label>Good</Label>")))
+    silent = replace(silent, id="silent", label=None, facts={})
+    summary = summarise(check_rows([ROWS["a1"], ROWS["b1"], silent, ROWS["a1"]]), tokenizer, seq_length=4096)
+    assert (summary.repeats.rows, summary.repeats.contradicting) == (2, 1)
+    text = render_summary(summary)
+    assert "\n2 rows ask what an earlier one asks, 1 of them with another answer.\n" in text
+    assert text.endswith("\n1 of 4 targets give no reasoning, so answers need none.")
+
+
 def test_a_summary_of_nothing_says_so(tokenizer: ChatTokenizer):
     summary = summarise(check_rows([]), tokenizer, seq_length=8)
     assert summary.lengths == {}

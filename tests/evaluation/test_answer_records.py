@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.errors import DataError
-from megatron_ads.evaluation.answer_records import Answer, AnswerBeam, AnswerJournal, fingerprint
+from megatron_ads.evaluation.answer_records import Answer, AnswerBeam, AnswerJournal, fingerprint, write_answers
 from megatron_ads.evaluation.answer_records import open_journal as open_file
 from tests.evaluation.advertiser_rows import name_row
 
@@ -33,6 +33,17 @@ def _fill(file: Path, batches: int) -> None:
     with open_journal(file, OF) as journal:
         for number in range(batches):
             journal.add(number, SAID[number], 2.0)
+
+
+def test_other_answers_are_kept_aside_and_the_same_are_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_text("made by hand\n")
+    for said in SAID[:2]:
+        write_answers(file, said)
+    write_answers(file, SAID[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "answers.jsonl.1", "answers.jsonl.2"]
+    assert (tmp_path / "answers.jsonl.1").read_text() == "made by hand\n"
+    assert caplog.text.count("held other answers; they are kept as") == 2
 
 
 def test_what_was_answered_is_found_again(tmp_path: Path) -> None:

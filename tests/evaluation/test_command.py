@@ -78,8 +78,9 @@ def test_rows_of_no_ads_task_are_not_answered_but_read(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own, answers, page = (tmp_path / name for name in ("own.jsonl", "answers.jsonl", "page.html"))
-    turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]
-    own.write_text((json.dumps({"messages": turns}) + "\n") * 12)
+    answer = {"role": "assistant", "content": "Hello."}
+    rows = [{"messages": [{"role": "user", "content": f"Hello {number}?"}, answer]} for number in range(12)]
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["evaluate", "--model", str(folder), "--answers", str(answers), "--html", str(page), "--json"]
     source = f"data.sources=[{{kind: jsonl, path: {own}}}]"
     assert main([*arguments, "--recipe", "sft/quickstart", "data.validation_rows=4", source]) == 0
@@ -129,6 +130,15 @@ def test_for_people_rankings_stand_in_one_table_with_baselines(
     assert "recall@20" in out
     assert "recent, then popular" in out
     assert f"of 2 names from {names}; the true one is among them in 0.0% of the rows" in out
+
+
+def test_constrained_beams_over_rows_without_names_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--model", str(folder), "--decode", "constrained-beam", *RECIPE]) == 2
+    err = capsys.readouterr().err
+    assert "--decode constrained-beam has no effect: none of the 6 held-out rows, of query_ad_relevance, is" in err
+    assert err.count("\n") == 1
 
 
 def test_a_sampled_evaluation_is_repeated_by_its_seed(

@@ -5,7 +5,7 @@ import pytest
 from megatron_ads.errors import DataError
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.label_scores import relevance_scores
-from megatron_ads.rows import ChatRow, Fact
+from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.relevance import Label, chat_row
@@ -70,14 +70,19 @@ def test_the_interval_holds_the_value() -> None:
     assert low <= view["model"]["balanced_accuracy"] <= high
 
 
-def test_rows_without_a_query_are_each_a_query_of_their_own() -> None:
+def test_rows_without_a_query_are_together_where_they_ask_the_same() -> None:
+    asked = [(Message(Role.user, f"ad {number}"), answer.row.messages[-1]) for number, answer in enumerate(ANSWERS)]
     answers = [
-        replace(answer, row=replace(answer.row, id=str(number), group="")) for number, answer in enumerate(ANSWERS)
+        replace(answer, row=replace(answer.row, id=str(number), group="", messages=asked[number]))
+        for number, answer in enumerate(ANSWERS)
     ]
     scores = relevance_scores(answers, training=_labelled("Good"))
     assert scores["queries"] == 6
     low, high = scores["views"]["bad"]["balanced_accuracy_95"]
     assert low < high  # of one query alone, every resample would be the same
+    twins = [replace(answer, row=replace(answer.row, messages=asked[0])) for answer in answers]
+    scores = relevance_scores(twins, training=_labelled("Good"))
+    assert (scores["queries"], scores["views"]["bad"]["balanced_accuracy_95"]) == (1, None)
 
 
 def test_a_row_of_another_task_or_label_is_refused() -> None:

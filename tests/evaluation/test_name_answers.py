@@ -1,5 +1,6 @@
 """Names as answers: which are valid, which are nearest to a text, and whom others bought from."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_ads.evaluation.name_answers import (
     read_names,
     valid_names,
 )
+from megatron_ads.rows import Fact
 from megatron_ads.tasks import advertiser_question, relevance
 from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.relevance import Label
@@ -48,8 +50,16 @@ def test_each_task_has_its_own_valid_names() -> None:
 
 def test_a_file_of_names_is_read_a_name_a_line_each_once(tmp_path: Path) -> None:
     file = tmp_path / "names.txt"
-    file.write_text("Acme\n\n  Bolt Works \nACME\nbolt  works\n")
-    assert read_names(file).names == ("Acme", "Bolt Works")
+    file.write_text(
+        "Acme\n\n  Bolt Works \nACME\nbolt  works\nNestl\u00e9\nNestle\u0301\nacme\u200b\n", encoding="utf-8"
+    )
+    assert read_names(file).names == ("Acme", "Bolt Works", "Nestl\u00e9")
+
+
+def test_a_list_of_a_rows_own_names_each_once() -> None:
+    row = advertiser_question.choose_one_row(name_row("1", "Acme"), "1", [f"name {number}" for number in range(30)])
+    twins = replace(row, facts={**row.facts, Fact.candidates: ["Acme", "ACME", "Bolt", "acme\u200b"]})
+    assert valid_names(twins, names_trained_on([])) == ("Acme", "Bolt")
 
 
 def test_a_file_without_names_is_refused(tmp_path: Path) -> None:

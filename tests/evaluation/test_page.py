@@ -52,6 +52,12 @@ def test_every_pair_of_labels_is_counted_and_what_was_not_read_too() -> None:
     }  # fmt: skip
 
 
+def test_a_name_in_other_letters_is_the_same_label() -> None:
+    answers = [_named("Acme", [("ACME\u200b", 0.3)]), _named("acme", [("Bolt", 0.3)])]
+    truths, given, pairs = confusion(judge(answers))
+    assert (truths, given, pairs) == (["Acme"], ["Acme", "Bolt"], {("Acme", "Acme"): 1, ("Acme", "Bolt"): 1})
+
+
 def test_failures_are_sampled_by_kind() -> None:
     found = samples(judge(JUDGED), most=1)
     assert [(kind, count, len(chosen)) for kind, count, chosen in found] == [

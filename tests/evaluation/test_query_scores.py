@@ -1,13 +1,14 @@
 """AdNanny's table 6, on rows made by hand."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.query_scores import TopicJudge, query_scores, subject_of
-from megatron_ads.rows import ChatRow
+from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.tasks.prompts import Ad
 from megatron_ads.tasks.query_generation import GeneratedQuery, KeywordBrief, chat_row
 
@@ -68,9 +69,14 @@ def test_true_queries_and_a_baseline_stand_beside_the_model() -> None:
 
 
 def test_answers_without_reasoning_are_read_where_none_is_asked_for() -> None:
-    answers = [Answer(row, row.target.replace("because", ""), ended=True) for row in TRAINING]
-    for reasons, queries in ((True, 0), (False, 8)):
-        assert query_scores(answers, TRAINING, reasons=reasons)["lines"]["model"]["queries"] == queries
+    silent = [row.target.replace("because", "") for row in TRAINING]
+    for texts, queries in (([row.target for row in TRAINING], 0), (silent, 8)):
+        rows = [
+            replace(row, messages=(*row.prompt, Message(Role.assistant, text)))
+            for row, text in zip(TRAINING, texts, strict=True)
+        ]
+        answers = [Answer(row, text, ended=True) for row, text in zip(rows, silent, strict=True)]
+        assert query_scores(answers, TRAINING)["lines"]["model"]["queries"] == queries
 
 
 def test_the_judge_sees_keyword_and_ad_but_not_the_instruction() -> None:

@@ -42,6 +42,22 @@ def test_model_and_baselines_worked_out_by_hand() -> None:
     assert low < 0.5 < high
 
 
+@pytest.mark.parametrize("beams", [1, 2, 3])
+def test_baselines_count_spellings_together_and_do_not_depend_on_the_number_of_beams(beams: int) -> None:
+    many = [name_row(f"m{number}", f"Shop {number // 2}") for number in range(40)]
+    spelt = [name_row(f"n{number}", name) for number, name in enumerate(["Nike", "NIKE", "nike\u200b"])]
+    answers = [_answer("Nike", [f"Shop {number}" for number in range(20 + beams)], past=("nike", "NIKE "))]
+    methods = ranking_scores(answers, [*many, *spelt], names_trained_on([*many, *spelt]))["methods"]
+    assert methods["popular"]["recall@1"] == methods["recent, then popular"]["recall@1"] == 1.0
+
+
+def test_baselines_name_only_what_a_list_of_names_has() -> None:
+    answers = [_answer("C", ["A", "B"], past=("Z", "B"))]
+    names = AdvertiserNames(("b", "C"), "names.txt", given=True)
+    methods = ranking_scores(answers, TRAINING, names)["methods"]  # popular: B, C; recent: B, C
+    assert [methods[name]["ndcg@20"] for name in ("popular", "recent, then popular")] == [1 / math.log2(3)] * 2
+
+
 def test_longer_rankings_have_hit_rates() -> None:
     names = [f"N{number}" for number in range(60)]
     training = [name_row(str(number), name) for number, name in enumerate(names)]

@@ -5,7 +5,7 @@ from dataclasses import replace
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.score_tables import ScoreTable, paper_tables, text_tables
 from megatron_ads.evaluation.task_scores import task_scores
-from megatron_ads.rows import ChatRow
+from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.tasks import ad_user_relevance, model_comparison, next_advertiser, relevance
 from megatron_ads.tasks.model_comparison import Assessment, Risk, SharedRequest, Verdict
 from megatron_ads.tasks.prompts import Ad
@@ -15,8 +15,8 @@ from megatron_ads.tasks.user_history import UserHistory
 NO_REASONING = "<think></think>"
 
 
-def _tables(answers: list[Answer], training: list[ChatRow], *, reasons: bool = True) -> list[ScoreTable]:
-    ((task, scores),) = task_scores(answers, training, reasons=reasons).items()
+def _tables(answers: list[Answer], training: list[ChatRow]) -> list[ScoreTable]:
+    ((task, scores),) = task_scores(answers, training).items()
     return paper_tables(task, scores)
 
 
@@ -91,9 +91,14 @@ def test_answers_without_reasoning_count_where_the_model_was_taught_so() -> None
     row = relevance.chat_row("1", "q", Ad("a"), Label.good, "r")
     bad = relevance.chat_row("2", "q2", Ad("a"), Label.bad, "r")
     answers = [Answer(one, one.target.replace("<think>r</think>", NO_REASONING), ended=True) for one in (row, bad)]
-    for reasons, expected in ((True, "0.00"), (False, "100.00")):
-        table = _tables(answers, [row, bad], reasons=reasons)[0]
+    silent = [replace(one, messages=(*one.prompt, Message(Role.assistant, answers[0].text))) for one in (row, bad)]
+    answers += [replace(answer, row=one) for answer, one in zip(answers, silent, strict=True)]
+    for said, expected in ((answers[:2], "0.00"), (answers[2:], "100.00")):
+        table = _tables(said, [row, bad])[0]
         assert table.rows[0][2] == expected
+        assert table.note == "Too few groups, or one class alone: no interval of the BACC."
+        text = text_tables({"rows": 2, "seconds": 1.0, "tasks": task_scores(said, [row]), "general": {}})
+        assert ("Not read: no_reasoning 2." in text) is (expected == "0.00")
 
 
 def test_text_for_the_terminal_has_the_tables_in_columns() -> None:

@@ -48,6 +48,25 @@ def test_a_job_that_can_start_has_no_problem(words: list[str]) -> None:
     assert "4 ranks: pp 2 x dp 2 x tp 1, experts over 2" in found.passed[3]
 
 
+def test_the_data_are_read_and_their_repeats_counted(words: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    texts = [("a", "Good"), ("A ", "Bad"), ("b", "Good")]
+    rows = [
+        {
+            "task": "query_ad_relevance",
+            "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": f"<Label>{label}</Label>"}],
+        }
+        for q, label in texts
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = [*words, f"data.sources=[{{kind: jsonl, path: {file}}}]", "data.validation_rows=1"]
+    (line,) = (line for line in check_job("sft/quickstart", own, 4).passed if line.startswith("data:"))
+    assert "1 rows ask what an earlier one asks, 1 of them with another answer" in line
+    assert "targets give no reasoning, so answers need none" in line
+    (problem,) = check_job("sft/quickstart", [*own[:-1], "data.validation_rows=3"], 4).problems
+    assert problem.startswith("data.validation_rows = 3 leaves none of the 3 rows")
+
+
 def test_a_tracker_that_is_not_installed_is_a_problem(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     (problem,) = check_job("sft/quickstart", [*words, "log.trackers=[wandb]"], 4).problems

@@ -97,6 +97,14 @@ def test_what_cannot_be_divided_is_undefined_not_zero():
     assert empty["accuracy"] is None and empty["unreadable_rate"] is None
 
 
+@pytest.mark.parametrize("said", [["Good"] * 4, ["Bad"] * 4])
+def test_f1_is_zero_where_nothing_is_called_so_as_in_scikit_learn(said: list[str]):
+    truths = ["Good", "Good", "Bad", "Good"]
+    found = binary_metrics(truths, said, BAD_VIEW)
+    for name, label in (("positive_f1", "Good"), ("negative_f1", "Bad")):
+        assert found[name] == pytest.approx(f1_score(truths, said, pos_label=label))
+
+
 def test_a_class_that_is_always_missed_has_f1_zero():
     m = binary_metrics(["Good", "Bad"], ["Bad", "Good"], BAD_VIEW)
     assert (m["positive_f1"], m["negative_f1"], m["balanced_accuracy"]) == (0.0, 0.0, 0.0)

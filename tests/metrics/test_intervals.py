@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from megatron_ads.metrics.classification import balanced_accuracy_interval
 from megatron_ads.metrics.intervals import mean_interval, statistic_interval
+from megatron_ads.tasks.relevance import BAD_VIEW
 
 
 def test_the_interval_of_a_mean_is_about_two_standard_errors_wide():
@@ -26,9 +28,8 @@ def test_rows_of_a_group_are_drawn_together():
 
 
 def test_groups_of_unlike_size_weigh_by_their_rows():
-    # A group of 1 row with 1.0 and a group of 99 rows with 0.0: a resample has both (0.01), twice the first (1.0) or
-    # twice the second (0.0).
-    interval = mean_interval([1.0] + [0.0] * 99, groups=["a"] + ["b"] * 99)
+    # A group of 1 row with 1.0 and two groups of rows with 0.0: of 27 resamples, 1 has the first alone and 8 lack it.
+    interval = mean_interval([1.0] + [0.0] * 99, groups=["a"] + ["b"] * 49 + ["c"] * 50)
     assert interval is not None
     assert (interval.low, interval.high) == (0.0, 1.0)
 
@@ -48,6 +49,14 @@ def test_a_statistic_may_be_undefined_in_some_resamples_but_not_in_all():
     assert statistic_interval(lambda rows: None, 3) is None
     assert mean_interval([]) is None
     assert statistic_interval(lambda rows: 1.0, 0) is None
+
+
+@pytest.mark.parametrize("groups", [["a"] * 6, ["a", "b"] * 3])
+def test_one_or_two_groups_show_nothing_of_the_others(groups: list[str]):
+    assert mean_interval([0.5] * 6, groups=groups) is None
+    assert statistic_interval(lambda rows: 0.5, 6, groups=groups) is None
+    assert balanced_accuracy_interval(["Bad", "Good"] * 3, ["Bad", "Good"] * 3, BAD_VIEW, groups=groups) is None
+    assert mean_interval([0.5] * 6, groups=["a", "b", "c"] * 2) is not None
 
 
 def test_the_seed_decides():

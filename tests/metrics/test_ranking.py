@@ -4,12 +4,14 @@ import pytest
 
 from megatron_ads.metrics.ranking import (
     distinct_rate,
+    each_once,
     most_popular,
     ndcg_at,
     position_of,
     recall_at,
     recent_then_popular,
     reciprocal_rank,
+    same_name,
     valid_rate,
 )
 
@@ -54,3 +56,32 @@ def test_distinct_and_valid_rates_are_shares_of_entries():
 def test_baselines():
     assert most_popular(["b", "a", "c", "b", "a"], 2) == ["a", "b"]
     assert recent_then_popular(["c", "b", "c"], ["a", "b", "d"], 3) == ["c", "b", "a"]
+
+
+NESTLE = (
+    "Nestl\u00e9's",
+    "Nestle\u0301's",
+    "NESTL\u00c9\u2019S",
+    " nestl\u00e9`s ",
+    "Nestl\u00e9\u00b4s\u200b",
+    "Nestl\u00e9\u02bcs",
+)
+
+
+@pytest.mark.parametrize("other", NESTLE)
+def test_a_name_is_one_however_it_is_spelt(other: str):
+    name = NESTLE[0]
+    assert same_name(other) == same_name(name) != same_name("Nestle's")
+    assert each_once([name, other, "\u200b", ""]) == (name,)
+    assert position_of(name, ["Acme", "acme", other]) == 2
+    assert distinct_rate([[name, other]]) == 0.5
+    assert valid_rate([[other]], [name]) == 1.0
+    assert most_popular([other, name, name, "Puma", "Puma"], 1) == [name]
+    assert recent_then_popular([other], [name, "Puma"], 2) == [other.strip(), "Puma"]
+
+
+def test_names_are_counted_before_they_are_cut():
+    labels = ["Nike"] * 3 + ["NIKE"] * 3 + ["nike "] * 3 + ["Puma"] * 4
+    assert most_popular(labels, 1) == ["NIKE"]
+    assert most_popular(labels, 2) == ["NIKE", "Puma"]
+    assert recent_then_popular(["nike", "Nike"], ["NIKE", "Puma", "Acme"], 3) == ["nike", "Puma", "Acme"]

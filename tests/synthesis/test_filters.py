@@ -18,7 +18,7 @@ from megatron_ads.metrics.text import fit_embedding
 from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.synthesis.candidates import Candidate
 from megatron_ads.synthesis.filters import TOPICS, QueryFault, query_fault, topic_of
-from megatron_ads.synthesis.pipeline import SynthesisResult, open_models, synthesize
+from megatron_ads.synthesis.pipeline import SynthesisResult, open_models, synthesize, synthesized_row
 from megatron_ads.synthesis.prompts import LABEL_GIVEN, teacher_messages
 from megatron_ads.synthesis.report import as_report, render_report, write_report
 from megatron_ads.tasks import query_generation
@@ -104,6 +104,8 @@ def test_each_filter_removes_its_own_and_the_rest_is_the_corpus(tmp_path: Path) 
     row = next(row for row in rows if row.id == "r12/0")
     assert row.target == f"<think>{good_reasoning(12)}</think><Label>Bad</Label>"
     assert (row.label, row.group) == ("Bad", "q12")
+    alone = synthesized_row(Candidate(row=replace(row, group=""), number=0, text=""))
+    assert alone.group == ""  # what it asks still says what it belongs to
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| schema | 17 | 5 |" in text

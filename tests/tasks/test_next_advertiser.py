@@ -121,6 +121,7 @@ def test_ranking_metrics_by_hand():
         (Ranking(NAMES, ("a",) * 6, ""), False),
         (Ranking(NAMES[:19], (), ""), False),
         (Ranking((*NAMES[:19], "Shop 1"), (), ""), False),
+        (Ranking((*NAMES[:19], "SHOP 1\u200b"), (), ""), False),
     ],
 )
 def test_a_complete_ranking_has_twenty_different_names_and_at_most_five_interests(ranking: Ranking, complete: bool):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_ads.errors import DataError
-from megatron_ads.rows import ChatRow, Fact, Role
+from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.registry import TASKS, Task, score_answers, task_named
 from tests.tasks.examples import rows_of_all_tasks
@@ -25,10 +25,21 @@ def test_there_is_an_example_of_every_task():
 
 @each_row
 def test_every_target_is_read_by_its_own_parser_and_scores_full_marks(row: ChatRow):
-    scores = score_answers([row], [row.target], reasoning_required=False)
+    scores = score_answers([row], [row.target])
     assert scores.readable_share == 1.0
     assert scores.failures == {}
     assert scores.headline == pytest.approx(1.0)
+
+
+@each_row
+@pytest.mark.parametrize("reasons", [True, False])
+def test_an_answer_must_reason_exactly_where_the_target_of_its_row_does(row: ChatRow, reasons: bool):
+    _, _, answer = row.target.partition("</think>")
+    row = replace(row, messages=(*row.prompt, Message(Role.assistant, f"<think>{'So.' * reasons}</think>{answer}")))
+    required = reasons and TASKS[row.task].reasons
+    for bare in (answer, f"<think></think>{answer}", f"<think> </think>{answer}"):
+        assert score_answers([row], [bare]).failures == ({"no_reasoning": 1} if required else {})
+    assert score_answers([row], [row.target]).failures == {}
 
 
 @each_row

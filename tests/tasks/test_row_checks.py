@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ads.rows import ChatRow, Message, Role
+from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.row_checks import RowFault, check_rows, fault_of
 from tests.tasks.examples import rows_of_all_tasks
@@ -53,6 +53,17 @@ def test_faulty_rows_are_counted_and_the_others_keep_their_order():
 def test_a_row_without_a_label_has_that_of_its_target(row: ChatRow):
     (checked,) = check_rows([replace(row, label=None)]).rows
     assert checked == (replace(row, label=None) if TASKS[row.task].label_of is None else row)
+
+
+@pytest.mark.parametrize("other", ["SHOP 7", " shop\u00a07 ", "Shop 7\u200b"])
+def test_a_name_in_other_letters_is_the_same_name(other: str):
+    row = replace(ROWS["d1"], label=other, facts={**ROWS["d1"].facts, Fact.ground_truth: {"advertiser": other}})
+    assert check_rows([row]).rows == [replace(row, label="Shop 7")]
+
+
+def test_a_label_of_the_facts_that_is_none_of_the_task_differs():
+    row = replace(ROWS["a1"], facts={**ROWS["a1"].facts, Fact.ground_truth: {"label": "fair"}})
+    assert fault_of(row).fault is RowFault.ground_truth_differs
 
 
 def test_label_only_targets_can_be_used():

@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_ads.config.data import RowVariant
 from megatron_ads.errors import DataError
-from megatron_ads.evaluation.name_answers import bought_from
+from megatron_ads.evaluation.name_answers import bought_from, names_trained_on
 from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.tasks import next_advertiser
 from megatron_ads.tasks.text_rows import facts_of_text_row
 from megatron_ads.tasks.user_history import Event, EventKind, UserHistory
+from megatron_ads.tasks.variants import ask_as
 from tests.tasks.examples import rows_of_all_tasks
 
 ROWS = {row.id: row for row in rows_of_all_tasks()}
@@ -24,7 +26,7 @@ def told(row: ChatRow, prompt: str | None = None) -> ChatRow:
 @pytest.mark.parametrize("row", ROWS.values(), ids=lambda row: f"{row.task}-{row.id}")
 def test_texts_tell_all_that_a_prompt_shows(row: ChatRow) -> None:
     found = told(row).facts
-    assert found == {name: row.facts[name] for name in found}
+    assert found == {name: row.facts[name] for name in found if name in row.facts} | {Fact.read_from_prompt: True}
     missing = {name for name in row.facts.keys() - found.keys() if row.facts[name]}
     assert missing <= NOT_SHOWN
 
@@ -54,7 +56,12 @@ def test_a_target_that_cannot_be_read_tells_no_answer() -> None:
 def test_a_name_with_the_separator_in_it_stays_one_name() -> None:
     event = Event(kind=EventKind.matched_conversion, days_ago=1, text="boots", advertiser="Boots; Shoes & Co")
     request = next_advertiser.AdvertiserRequest(UserHistory(user_id="u", events=(event,)))
-    assert bought_from(next_advertiser.chat_row("r", request, "Acme")) == ("Boots; Shoes & Co",)
+    row = next_advertiser.chat_row("r", request, "Acme")
+    assert bought_from(row) == ("Boots; Shoes & Co",)
+    assert names_trained_on([row]).names == ("Acme", "Boots; Shoes & Co")
+    assert names_trained_on([told(row)]).names == ("Acme",)  # from text: "Boots" is no shop
+    asked = ask_as([told(row), told(ROWS["d1"])], RowVariant.yes_no)
+    assert all(row.facts[Fact.read_from_prompt] is True for row in asked)
 
 
 def test_other_tasks_are_left_as_they_are() -> None:

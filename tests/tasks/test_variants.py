@@ -7,6 +7,7 @@ import pytest
 
 from megatron_ads.config.data import RowVariant
 from megatron_ads.errors import DataError
+from megatron_ads.metrics.ranking import same_name
 from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.tasks import advertiser_question, next_advertiser, variants
 from megatron_ads.tasks.advertiser_question import candidates_of
@@ -34,6 +35,16 @@ def test_twenty_different_candidates_with_the_true_one_at_any_place():
 
 def test_a_true_one_outside_the_pool_is_a_candidate_too():
     assert "New Shop" in candidates_of("r", "New Shop", POOL)
+
+
+def test_no_candidate_is_another_in_other_letters():
+    pool = [*POOL, *(name.upper() for name in POOL), *(f"{name}\u200b" for name in POOL)]
+    for number in range(50):
+        drawn = candidates_of(f"r{number}", "shop 7", pool)
+        assert len({same_name(name) for name in drawn}) == 20
+        assert drawn == tuple(
+            "shop 7" if name == "Shop 7" else name for name in candidates_of(f"r{number}", "Shop 7", POOL)
+        )
 
 
 def test_a_pool_that_is_too_small_is_refused():
