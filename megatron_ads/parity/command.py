@@ -67,11 +67,11 @@ def run(args: argparse.Namespace) -> int:
     source = open_source(Path(args.megatron) if args.megatron else reference.path)
     require_same_model(reference.shape, source.shape, hf=f"--hf {args.hf}", megatron=f"--megatron {args.megatron}")
     layout = _layout(source.shape, args.layout)
-    limits = _limits(args.precision)
+    limits, prompts = _limits(args.precision), _prompts(args, reference)
     make_writable_folder(args.out)
     require_writable(args.out / "parity.json", args.out / "parity.html")
     names = names_rung(source, layout)
-    comparison = _stream(args, source, reference, layout, limits)
+    comparison = _stream(args.precision, prompts, source, reference, layout, limits)
     results = rungs(names, comparison, changed_outside(source, reference, layout.layout), limits)
     facts = _facts(args, layout, time.monotonic() - started)
     report = _write(args.out, results, comparison, limits, facts)
@@ -143,7 +143,9 @@ def _limits(precision: str) -> Any:
     return LIMITS[Precision(precision)]
 
 
-def _stream(args: argparse.Namespace, source: Any, reference: Any, layout: "ShardsLayout", limits: Any) -> "Comparison":
+def _stream(
+    number_format: str, prompts: "list[Tensor]", source: Any, reference: Any, layout: "ShardsLayout", limits: Any
+) -> "Comparison":
     import torch
 
     from megatron_ads.config.model import LayerSpecChoice, Precision
@@ -152,14 +154,13 @@ def _stream(args: argparse.Namespace, source: Any, reference: Any, layout: "Shar
     from megatron_ads.runtime import process_groups
     from megatron_ads.runtime.device import seed_everything
 
-    prompts = _prompts(args, reference)
     process_groups.start(ParallelLayout(world=1))
     try:
         from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
         from megatron_ads.parity.stream import Stream
 
         seed_everything(1)
-        precision = Precision(args.precision)
+        precision = Precision(number_format)
         settings = ModelSettings(spec=resolve_layer_spec(LayerSpecChoice.auto), precision=precision)
         dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
         stream = Stream(source, reference, settings, dtype=dtype, limits=limits)

@@ -176,8 +176,8 @@ def _logits(layers: Sequence[LayerResult], logits: LogitResult, limits: Limits) 
     departure = first_departure(layers, limits)
     worst = max(layers, key=lambda one: one.difference)
     detail = (
-        f"KL {logits.divergence:.1e} nats (limit {limits.divergence:.0e}) without {logits.rerouted} of "
-        f"{logits.tokens} positions that are rerouted on the way, largest logit difference "
+        f"KL {logits.divergence:.1e} nats (limit {limits.divergence:.0e}; {logits.rerouted} of "
+        f"{logits.tokens} positions are rerouted on the way and left out), largest logit difference "
         f"{logits.max_abs_difference:.1e}; worst layer {worst.layer}: {worst.difference:.1e} (limit {limits.layer:.0e})"
     )
     if departure is not None:

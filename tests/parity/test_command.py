@@ -98,6 +98,7 @@ def test_a_length_that_does_not_fit_the_memory_is_refused_before_it_is_tried(
     assert main([*words, "--tokens", tokens]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "GB of memory (4 heads, a vocabulary of 64)" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_needed_grows_with_the_square_of_the_length(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
