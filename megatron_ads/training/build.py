@@ -73,19 +73,16 @@ def build_model(
     trained, weights = trained_parameters(model, shards.shape)
     logger.info("trains %s parameters; the model has %s", f"{trained:,}", f"{weights:,}")
     chunks = wrap_chunks(models, overlap=device().type == "cuda")
+    has_experts = trains_experts_anywhere(chunks)
     optimizer = build_optimizer(
-        chunks,
-        optim,
-        settings.precision,
-        has_expert_member=trains_experts_anywhere(chunks),
-        stub_experts=stub_experts,
+        chunks, optim, settings.precision, has_expert_member=has_experts, stub_experts=stub_experts
     )
     return TrainedModel(
         spec=settings.spec,
         models=models,
         chunks=chunks,
         optimizer=optimizer,
-        schedule=_schedule(optim, train.max_steps),
+        schedule=LearningRateSchedule(optim, train.max_steps),
         adapters=None if lora is None else AdapterRecord.of(lora, source, models[0].config.params_dtype),
     )
 
@@ -111,16 +108,6 @@ def lay_out(settings: LayoutConfig, source: WeightSource, world: int) -> ShardsL
     """
     layout = settings.runtime(world)
     return ShardsLayout(shape=source.shape, layout=layout, placement=settings.placement(source.shape, layout))
-
-
-def _schedule(settings: OptimConfig, total_steps: int) -> LearningRateSchedule:
-    return LearningRateSchedule(
-        peak=settings.learning_rate,
-        floor=settings.min_learning_rate,
-        warmup_steps=settings.warmup_steps,
-        total_steps=total_steps,
-        shape=settings.schedule,
-    )
 
 
 def freeze(chunks: Sequence[GPTModel], parts: Iterable[FrozenPart], shape: ModelShape, spec: LayerSpec) -> None:
