@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from conversion.rank_files import ShardsLayout
     from megatron_ads.architecture import ModelShape
-    from megatron_ads.parity.verdict import Comparison, LayerResult, RungResult
+    from megatron_ads.parity.verdict import Comparison, RungResult
 
 _SIZES = ("tp", "pp", "vpp", "ep", "etp")
 
@@ -59,20 +59,20 @@ def run(args: argparse.Namespace) -> int:
     """Carry out the check."""
     from conversion.hf_folder import open_hf_folder
     from conversion.sources import local_folder, open_source
-    from megatron_ads.parity.round_trip import changed_outside
-    from megatron_ads.parity.verdict import names_rung, rungs
+    from megatron_ads.config.model import Precision
+    from megatron_ads.parity.verdict import LIMITS, names_rung, rungs
 
     started = time.monotonic()
     reference = open_hf_folder(local_folder(args.hf))
     source = open_source(Path(args.megatron) if args.megatron else reference.path)
     require_same_model(reference.shape, source.shape, hf=f"--hf {args.hf}", megatron=f"--megatron {args.megatron}")
     layout = _layout(source.shape, args.layout)
-    limits = _limits(args.precision)
+    limits = LIMITS[Precision(args.precision)]
     make_writable_folder(args.out)
     require_writable(args.out / "parity.json", args.out / "parity.html")
     names = names_rung(source, layout)
-    comparison = _stream(args, source, reference, layout, limits)
-    results = rungs(names, comparison, changed_outside(source, reference, layout.layout), limits)
+    comparison, outside = _stream(args, source, reference, layout, limits)
+    results = rungs(names, comparison, outside, limits)
     facts = _facts(args, layout, time.monotonic() - started)
     report = _write(args.out, results, comparison, limits, facts)
     print(json.dumps(report) if args.json else summary(results, args.out))
@@ -136,27 +136,29 @@ def _layout(shape: "ModelShape", text: str) -> "ShardsLayout":
     return lay_out(shape, sizes)
 
 
-def _limits(precision: str) -> Any:
-    from megatron_ads.config.model import Precision
-    from megatron_ads.parity.verdict import LIMITS
-
-    return LIMITS[Precision(precision)]
-
-
-def _stream(args: argparse.Namespace, source: Any, reference: Any, layout: "ShardsLayout", limits: Any) -> "Comparison":
+def _stream(
+    args: argparse.Namespace, source: Any, reference: Any, layout: "ShardsLayout", limits: Any
+) -> "tuple[Comparison, list[str]]":
+    """Return the comparison of the layers, and the parameters outside of them that are not the stored bits."""
     import torch
 
+    from conversion.names import outside_parameters
     from megatron_ads.config.model import LayerSpecChoice, Precision
     from megatron_ads.layout import ParallelLayout
     from megatron_ads.progress import Progress
     from megatron_ads.runtime import process_groups
     from megatron_ads.runtime.device import seed_everything
 
-    prompts = _prompts(args, reference)
+    if args.prompts is None:
+        require_memory(reference.shape, args.tokens)
+        prompts = random_prompts(reference.shape.vocab_size, count=args.rows, tokens=args.tokens)
+    else:
+        prompts = read_prompts(args.prompts, reference.path, max_tokens=args.tokens)
+        require_memory(reference.shape, max(map(len, prompts)))
     process_groups.start(ParallelLayout(world=1))
     try:
         from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
-        from megatron_ads.parity.stream import Stream
+        from megatron_ads.parity.stream import Stream, changed_parameters
 
         seed_everything(1)
         precision = Precision(args.precision)
@@ -165,22 +167,13 @@ def _stream(args: argparse.Namespace, source: Any, reference: Any, layout: "Shar
         stream = Stream(source, reference, settings, dtype=dtype, limits=limits)
         count = source.shape.num_layers + source.shape.mtp_layers
         with Progress(count, description="comparing", unit="layer") as progress:
-
-            def show(result: "LayerResult") -> None:
-                progress.update(difference=result.difference)
-
-            return stream.compare(prompts, layout.layout, show)
+            comparison = stream.compare(
+                prompts, layout.layout, lambda result: progress.update(difference=result.difference)
+            )
+        outside = changed_parameters(outside_parameters(source.shape), source, reference, layout.layout)
+        return comparison, list(outside)
     finally:
         process_groups.stop()
-
-
-def _prompts(args: argparse.Namespace, reference: Any) -> "list[Tensor]":
-    if args.prompts is None:
-        require_memory(reference.shape, args.tokens)
-        return random_prompts(reference.shape.vocab_size, count=args.rows, tokens=args.tokens)
-    prompts = read_prompts(args.prompts, reference.path, max_tokens=args.tokens)
-    require_memory(reference.shape, max(map(len, prompts)))
-    return prompts
 
 
 def read_prompts(file: Path, folder: Path, *, max_tokens: int) -> "list[Tensor]":

@@ -140,21 +140,26 @@ def names_rung(source: WeightSource, layout: ShardsLayout) -> RungResult:
     try:
         plan = ShardsTarget(source, source.path, layout).plan()
         check_coverage(plan, source)
+        passed, detail = True, f"{plan.tensor_count} parameters, each filled once, in {len(plan.files)} rank files"
     except ConversionError as error:
-        return RungResult(rung=1, name="names", passed=False, detail=str(error))
-    detail = f"{plan.tensor_count} parameters, each filled once, in {len(plan.files)} rank files"
-    return RungResult(rung=1, name="names", passed=True, detail=detail)
+        passed, detail = False, str(error)
+    return RungResult(rung=1, name="names", passed=passed, detail=detail)
 
 
 def rungs(names: RungResult, comparison: Comparison, outside: Sequence[str], limits: Limits) -> list[RungResult]:
     """Return every rung in order; those that do not fit a checkpoint check have no verdict."""
     decoder = [one for one in comparison.layers if one.kind is not LayerKind.MTP]
     mtp = [one for one in comparison.layers if one.kind is LayerKind.MTP]
+    changed = [*outside, *(name for one in comparison.layers for name in one.changed_tensors)]
+    first = f"{len(changed)} parameters differ, first {changed[0]}" if changed else "every bit comes back"
+    routers = [one.router for one in decoder if one.router is not None]
+    weight = max(one.weight_difference for one in routers)
+    choices = f"{_choices(routers)}; weights of equal choices differ by {weight:.1e} at most"
     found = [
         names,
-        _round_trip(comparison.layers, outside),
+        RungResult(rung=2, name="round trip", passed=not changed, detail=first),
         _logits(decoder, comparison.logits, limits),
-        _router(decoder, limits),
+        RungResult(rung=4, name="router", passed=limits.allows(routers), detail=choices),
         _mtp(mtp, limits),
         *(RungResult(rung=number, name=name, passed=None, detail=why) for number, name, why in NOT_HERE),
     ]
@@ -164,12 +169,6 @@ def rungs(names: RungResult, comparison: Comparison, outside: Sequence[str], lim
 def first_departure(layers: Sequence[LayerResult], limits: Limits) -> LayerResult | None:
     """Return the first layer whose output differs although its input is the same."""
     return next((one for one in layers if not one.difference < limits.layer), None)
-
-
-def _round_trip(layers: Sequence[LayerResult], outside: Sequence[str]) -> RungResult:
-    changed = [*outside, *(name for one in layers for name in one.changed_tensors)]
-    detail = f"{len(changed)} parameters differ, first {changed[0]}" if changed else "every bit comes back"
-    return RungResult(rung=2, name="round trip", passed=not changed, detail=detail)
 
 
 def _logits(layers: Sequence[LayerResult], logits: LogitResult, limits: Limits) -> RungResult:
@@ -184,13 +183,6 @@ def _logits(layers: Sequence[LayerResult], logits: LogitResult, limits: Limits) 
         detail = f"layer {departure.layer} departs first, by {departure.difference:.1e} of its size; {detail}"
     passed = departure is None and logits.divergence < limits.divergence
     return RungResult(rung=3, name="logits", passed=passed, detail=detail)
-
-
-def _router(layers: Sequence[LayerResult], limits: Limits) -> RungResult:
-    routers = [one.router for one in layers if one.router is not None]
-    weight = max(one.weight_difference for one in routers)
-    detail = f"{_choices(routers)}; weights of equal choices differ by {weight:.1e} at most"
-    return RungResult(rung=4, name="router", passed=limits.allows(routers), detail=detail)
 
 
 def _choices(routers: Sequence[RouterResult]) -> str:
