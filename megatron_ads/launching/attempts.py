@@ -37,6 +37,15 @@ class AttemptResult(StrEnum):
     """A rank crashed, was killed, or lost another one."""
 
 
+STATUS = {
+    AttemptResult.FINISHED: ExitStatus.DONE,
+    AttemptResult.STOPPED: ExitStatus.STOPPED,
+    AttemptResult.REFUSED: ExitStatus.USER_ERROR,
+    AttemptResult.DIVERGED: ExitStatus.DIVERGED,
+    AttemptResult.FAILED: ExitStatus.CRASHED,
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
     """What to do after an attempt."""
@@ -65,23 +74,22 @@ def decide(verdict: AttemptResult, fruitless: int, maximum: int) -> Decision:
         fruitless: Attempts, it included, that began at the newest checkpoint.
         maximum: How often an attempt may be repeated without progress.
     """
+    again, tries = False, f"{fruitless} attempts"
     match verdict:
         case AttemptResult.FINISHED:
-            return Decision(again=False, status=ExitStatus.DONE, reason="every step is done")
+            reason = "every step is done"
         case AttemptResult.REFUSED:
             reason = "not started again: this has to be fixed first"
-            return Decision(again=False, status=ExitStatus.USER_ERROR, reason=reason)
         case AttemptResult.DIVERGED:
             reason = "not started again: the job has diverged"
-            return Decision(again=False, status=ExitStatus.DIVERGED, reason=reason)
         case AttemptResult.STOPPED:
-            reason = "stopped on request, with a checkpoint; continuing from it"
-            return Decision(again=True, status=ExitStatus.STOPPED, reason=reason)
-    if fruitless > maximum:
-        reason = f"given up: {fruitless} attempts in a row ended before another checkpoint (at most {maximum} restarts)"
-        return Decision(again=False, status=ExitStatus.CRASHED, reason=reason)
-    reason = f"starting again from the last checkpoint; {fruitless} of at most {maximum + 1} attempts from there failed"
-    return Decision(again=True, status=ExitStatus.CRASHED, reason=reason)
+            again, reason = True, "stopped on request, with a checkpoint; continuing from it"
+        case AttemptResult.FAILED if fruitless > maximum:
+            reason = f"given up: {tries} in a row ended before another checkpoint (at most {maximum} restarts)"
+        case AttemptResult.FAILED:
+            again = True
+            reason = f"starting again from the last checkpoint; {tries} from there failed (at most {maximum + 1})"
+    return Decision(again=again, status=STATUS[verdict], reason=reason)
 
 
 def checkpoint_step(directory: Path) -> int:

@@ -37,7 +37,7 @@ from megatron_ads.launching.sweep import sweep_overrides
 from megatron_ads.planning.job import load_job
 from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, read_records
 from megatron_ads.training.folder_lock import folders_of, hold
-from megatron_ads.training.stopping import clear_outcome, read_outcome
+from megatron_ads.training.stopping import StopRequest, clear_outcome, read_outcome
 
 PLACEMENT_VARIABLE = "MEGATRON_ADS_CHECK_PLACEMENT"
 _OLD_PLACEMENT_VARIABLE = "MEGATRON_ADS_REHEARSE"
@@ -56,36 +56,23 @@ _REQUEUE_SECONDS = 60.0
 
 def main(arguments: Sequence[str]) -> int:
     """Carry one attempt out; return the exit status of the job if it is not put back into the queue."""
-    notice = StopNotice()
-    try:
-        if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
-            raise ConfigError("usage: sbatch [options] launch/slurm.sbatch RECIPE [key=value ...]")
-        return _run(Allocation.of(os.environ), arguments[0], list(arguments[1:]), notice)
-    except MegatronAdsError as error:
-        say(one_line(error))
-        return ExitStatus.USER_ERROR
+    with StopRequest(signal.SIGTERM, signal.SIGUSR1) as notice:  # that Slurm is about to end this job
+        try:
+            if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
+                raise ConfigError("usage: sbatch [options] launch/slurm.sbatch RECIPE [key=value ...]")
+            return _run(Allocation.of(os.environ), arguments[0], list(arguments[1:]), notice)
+        except MegatronAdsError as error:
+            say(one_line(error))
+            return ExitStatus.USER_ERROR
 
 
-class StopNotice:
-    """Remembers that Slurm is about to end this job."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, _: object) -> None:
-        self.received = signal.Signals(number)
-
-
-def _run(allocation: Allocation, recipe: str, overrides: list[str], notice: StopNotice) -> int:
+def _run(allocation: Allocation, recipe: str, overrides: list[str], notice: StopRequest) -> int:
     if wants_placement_check(os.environ):
         return check_placement(allocation, recipe, overrides)
     overrides += sweep_overrides(allocation.array_index, recipe, overrides, os.environ)
-    found = check_job(recipe, overrides, allocation.ranks)
-    for problem in found.problems:
-        say(problem)
-    if found.problems:
+    if problems := check_job(recipe, overrides, allocation.ranks).problems:
+        for problem in problems:
+            say(problem)
         return ExitStatus.USER_ERROR
     with hold(folders_of(load_recipe(recipe, overrides)), os.environ):
         attempt = Attempt.begin(allocation, recipe, overrides)
@@ -144,10 +131,8 @@ def check_placement(allocation: Allocation, recipe: str, overrides: Sequence[str
     if not check.finished:
         return ExitStatus.USER_ERROR
     file = Path(f"placement-{allocation.job}.jsonl")
-    command = [
-        *("srun", "--input=none", "--kill-on-bad-exit=0", sys.executable, "-m", "megatron_ads.launching.placement"),
-        *("--recipe", recipe, *overrides),
-    ]
+    command = ["srun", "--input=none", "--kill-on-bad-exit=0", sys.executable, "-m", "megatron_ads.launching.placement"]
+    command += ["--recipe", recipe, *overrides]
     try:
         with file.open("wb") as output:
             subprocess.run(command, stdout=output, timeout=_PLACEMENT_SECONDS, check=False)
@@ -207,7 +192,7 @@ class Attempt:
         arguments += ["--gpus"] if needs_gpu(self.config, os.environ) else []
         return check_nodes(self.allocation, arguments)
 
-    def run_ranks(self, notice: StopNotice) -> None:
+    def run_ranks(self, notice: StopRequest) -> None:
         """Start every rank and wait until all have ended, or until those that still run after a failure are ended."""
         size = self.allocation
         say(f"{self.recipe}: {size.ranks} ranks on {size.nodes} nodes, attempt {size.restarts}, logs in {self.folder}")
@@ -251,7 +236,7 @@ def rank_environment(allocation: Allocation, records: Path, environment: Mapping
     return made
 
 
-def _wait(job: "subprocess.Popen[bytes]", has_failed: Callable[[], bool], notice: StopNotice, number: str) -> None:
+def _wait(job: "subprocess.Popen[bytes]", has_failed: Callable[[], bool], notice: StopRequest, number: str) -> None:
     """Wait for srun; pass a stop on to the ranks, and end those that still run after a failure."""
     give_up: float | None = None
     next_notice = time.monotonic() + _START_SECONDS

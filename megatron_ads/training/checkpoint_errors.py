@@ -41,9 +41,8 @@ def raised_on_all_ranks() -> Iterator[None]:
     dist.all_gather_object(messages, None if found is None else str(found))
     if found is not None:
         raise found
-    for message in messages:
-        if message is not None:
-            raise CheckpointError(message)
+    if raised := [message for message in messages if message is not None]:
+        raise CheckpointError(raised[0])
 
 
 @contextlib.contextmanager
@@ -55,15 +54,14 @@ def failed_writes_named(directory: Path) -> Iterator[None]:
     """
     try:
         yield
-    except CheckpointException as error:  # torch's, raised on all ranks for what happened on some
-        for rank, (cause, _) in sorted(error.failures.items()):
-            if _is_about_writing(cause):
-                raise _failed_write(directory, cause, f" on rank {rank}") from error
+    except (CheckpointException, OSError, RuntimeError) as error:
+        causes: list[tuple[str, BaseException]] = [("", error)]
+        if isinstance(error, CheckpointException):  # torch's, raised on all ranks for what happened on some
+            causes = [(f" on rank {rank}", cause) for rank, (cause, _) in sorted(error.failures.items())]
+        for where, cause in causes:
+            if isinstance(cause, OSError) or any(sign in str(cause) for sign in _TORCH_WRITE_ERRORS):
+                raise _failed_write(directory, cause, where) from error
         raise
-    except (OSError, RuntimeError) as error:
-        if not _is_about_writing(error):
-            raise
-        raise _failed_write(directory, error, "") from error
 
 
 @contextlib.contextmanager
@@ -106,10 +104,6 @@ def misfits_named(folder: Path) -> Iterator[None]:
             f"checkpoint {folder} does not fit this job: {what}. Go on with the model.load, model.precision, "
             "model.frozen and model.mtp_loss_weight that it was saved with, or choose another checkpoint.dir."
         ) from error
-
-
-def _is_about_writing(error: BaseException) -> bool:
-    return isinstance(error, OSError) or any(sign in str(error) for sign in _TORCH_WRITE_ERRORS)
 
 
 def _failed_write(directory: Path, error: BaseException, where: str) -> CheckpointError:

@@ -3,11 +3,12 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_ads.config.training import CheckpointConfig
+from megatron_ads.data.batches import BatchStream
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.observability.log import get_logger
 from megatron_ads.training import checkpoint
@@ -18,23 +19,13 @@ from megatron_ads.training.checkpoint_folder import partial_checkpoints, startin
 logger = get_logger(__name__)
 
 
-class DataPosition(Protocol):
-    """Where a job is in its data; the same on every rank and under every layout."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain values and tensors."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state`` was taken."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpointer:
     """What belongs into the checkpoints of a job, and where they are."""
 
     settings: CheckpointConfig
     model: TrainedModel
-    data: DataPosition
+    data: BatchStream
     layout: ParallelLayout
     side_files: Path | None
     """Folder with the config and the tokenizer, copied into each checkpoint."""
@@ -61,17 +52,12 @@ class Checkpointer:
 
     def save(self, step: int) -> float:
         """Write the checkpoint of ``step`` and return the seconds it took; a collective."""
-        started = time.monotonic()
+        started, updates = time.monotonic(), self.model.optimizer.updates
         checkpoint.save_checkpoint(
             Path(self.settings.dir),
             self.model.chunks,
             self.model.optimizer,
-            checkpoint.JobProgress(
-                step=step,
-                updates=self.model.optimizer.updates,
-                data=self.data.state_dict(),
-                settings=self.job,
-            ),
+            checkpoint.JobProgress(step=step, updates=updates, data=self.data.state_dict(), settings=self.job),
             self.layout,
             side_files=self.side_files,
             keep_last=self.settings.save_total_limit,

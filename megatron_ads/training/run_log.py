@@ -4,7 +4,7 @@ import dataclasses
 import json
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -56,12 +56,8 @@ class RunLog:
         self._activity = activity
         self._times = RankTimes(config.runtime, shards.layout, activity)
         self._every = config.train.log_every
-        self._flops_per_token = flops_per_token(
-            shards.shape,
-            config.data.seq_length,
-            with_mtp=config.model.mtp_loss_weight > 0,
-            lora=Lora.of(config.model),
-        )
+        with_mtp, lora = config.model.mtp_loss_weight > 0, Lora.of(config.model)
+        self._flops_per_token = flops_per_token(shards.shape, config.data.seq_length, with_mtp=with_mtp, lora=lora)
         self._peak_flops_per_second = _peak_flops_per_second(config.model.precision)
         self._load = ExpertLoad(model.models) if shards.shape.num_experts else None
         self._writer: MetricsWriter | None = None
@@ -69,7 +65,7 @@ class RunLog:
         if dist.get_rank() == 0:
             with failed_log_named(directory):
                 directory.mkdir(parents=True, exist_ok=True)
-                run = describe_run(config)
+                run = {"recipe": dataclasses.asdict(config), "ranks": dist.get_world_size(), **provenance()}
                 write_small(directory / RUN_FILE, json.dumps(run, indent=1) + "\n")
                 tracked = TrackedRuns(config.log.trackers, directory, run)
                 self._writer = MetricsWriter(directory, config.log.tensorboard, resume_step, tracked=tracked)
@@ -163,11 +159,6 @@ def _peak_flops_per_second(precision: Precision) -> float | None:
     return next((card.flops_per_second for card in CARDS.values() if card.name in words), None)
 
 
-def describe_run(config: RunConfig) -> dict[str, object]:
-    """Return the resolved recipe, and what it runs on and with."""
-    return {"recipe": dataclasses.asdict(config), "ranks": dist.get_world_size(), **provenance()}
-
-
 class RankTimes:
     """A clock on every rank; rank 0 compares them."""
 
@@ -188,7 +179,10 @@ class RankTimes:
     def measure(self, step: int, step_seconds: float) -> dict[str, float]:
         """Return the metrics that compare the ranks; one collective."""
         own_seconds = time.monotonic() - self._started - self._activity.stalls.seconds()
-        memory, seconds = _of_all_ranks(peak_memory_bytes(), own_seconds)
+        table = torch.zeros(2, dist.get_world_size(), dtype=torch.float64, device=device())
+        table[:, dist.get_rank()] = torch.tensor((peak_memory_bytes(), own_seconds), dtype=torch.float64)
+        dist.all_reduce(table)
+        memory, seconds = table.tolist()
         metrics = {"max_memory_allocated": max(memory)}
         slowest = self._stragglers.observe(step, seconds, step_seconds) if dist.get_rank() == 0 else None
         if slowest is not None:
@@ -198,12 +192,3 @@ class RankTimes:
                 "slowest_rank_over_median": slowest.over_median,
             }
         return metrics
-
-
-def _of_all_ranks(*values: float) -> Sequence[Sequence[float]]:
-    """Return, for each value, that of every rank."""
-    table = torch.zeros(len(values), dist.get_world_size(), dtype=torch.float64, device=device())
-    table[:, dist.get_rank()] = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(table)
-    rows: list[list[float]] = table.tolist()
-    return rows

@@ -26,9 +26,7 @@ def run(config: SftConfig, stop: StopRequest) -> ExitStatus:
     validate(config, shards.layout.world, source.shape)
     with join(config, source, shards) as membership:
         # A broken row is reported before the weights are read.
-        training, held_out = open_streams(
-            config.data, config.train, config.loss, config.reweight, source, shards.layout
-        )
+        training, held_out = open_streams(config, source, shards.layout)
         with Session.resumed(config, membership, training, stop, name="SFT") as session:
             stopped = train(SftJob(session=session, reweight=config.reweight, training=training, held_out=held_out))
         return session.end(stopped=stopped)

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from conversion.sources import WeightSource
-from megatron_ads.config.data import DataConfig
-from megatron_ads.config.training import LossConfig, ReweightConfig, TrainConfig
+from megatron_ads.config.run import SftConfig
+from megatron_ads.config.training import ReweightConfig
 from megatron_ads.data.adaptive_weights import InstanceWeights
 from megatron_ads.data.batches import BatchStream, HeldOut, ReplicaShare, batches_of_all
 from megatron_ads.data.chat import ChatTokenizer, load_tokenizer
@@ -17,14 +17,7 @@ from megatron_ads.observability.log import get_logger
 logger = get_logger(__name__)
 
 
-def open_streams(
-    data: DataConfig,
-    train: TrainConfig,
-    loss: LossConfig,
-    reweight: ReweightConfig,
-    source: WeightSource,
-    layout: ParallelLayout,
-) -> tuple[BatchStream, HeldOut]:
+def open_streams(config: SftConfig, source: WeightSource, layout: ParallelLayout) -> tuple[BatchStream, HeldOut]:
     """Return the endless steps of this replica, and its share of the held-out rows (none without ``evaluate_every``).
 
     Every rank of a replica reads the same rows: pipeline stages in the middle need the sample boundaries.
@@ -32,10 +25,10 @@ def open_streams(
     Raises:
         DataError: If a source cannot be read, or leaves no rows to train on or none to evaluate on.
     """
-    tokenizer = tokenizer_of(source)
+    data, reweight, tokenizer = config.data, config.reweight, tokenizer_of(source)
     share = ReplicaShare(
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
         dp_rank=layout.coordinates(rank()).dp,
         dp_size=layout.dp,
     )
@@ -48,10 +41,10 @@ def open_streams(
         seq_length=data.seq_length,
         packing=data.packing,
         seed=data.seed,
-        normalize=loss.normalize,
+        normalize=config.loss.normalize,
         weights=_instance_weights(reweight, [row.task for source in training for row in source.rows]),
     )
-    if train.evaluate_every is None:
+    if config.train.evaluate_every is None:
         return stream, HeldOut([], [])
     held_out = tokenize(corpus.validation, tokenizer, seq_length=data.seq_length)
     _log_left_out("held-out", held_out.left_out)
@@ -59,11 +52,7 @@ def open_streams(
         raise none_left(f"{len(corpus.validation)} held-out rows", held_out.left_out, data.seq_length)
     stream.require_held_out(held_out.rows)
     validation = batches_of_all(
-        held_out.rows,
-        share,
-        seq_length=data.seq_length,
-        packing=data.packing,
-        normalize=loss.normalize,
+        held_out.rows, share, seq_length=data.seq_length, packing=data.packing, normalize=config.loss.normalize
     )
     return stream, HeldOut(held_out.rows, validation)
 

@@ -108,7 +108,7 @@ def _resume_from_the_latest(recipe: Recipe) -> tuple[int, list[str], list[float]
     model, shards, source = start(recipe)
     logger.addHandler(handler)
     try:
-        latest = _latest(recipe.checkpoints)
+        latest = _latest(recipe.checkpoints, resume=True, last_step=5)
     finally:
         logger.removeHandler(handler)
     for _, complete in checkpoint.complete_checkpoints(recipe.checkpoints):
