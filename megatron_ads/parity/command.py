@@ -229,7 +229,7 @@ def _facts(args: argparse.Namespace, layout: "ShardsLayout", seconds: float) -> 
 def _write(
     folder: Path, results: "list[RungResult]", comparison: "Comparison", limits: Any, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    from megatron_ads.parity.page import render
+    from megatron_ads.parity.verdict import render
 
     report = {
         "passed": all(one.passed is not False for one in results),
