@@ -200,7 +200,16 @@ class Attempt:
             *("srun", "--kill-on-bad-exit=0", "--input=none", f"--output={self.folder}/rank-%4t.log"),
             *(sys.executable, "-m", "megatron_ads.training", "--recipe", self.recipe, *self.overrides),
         ]
-        environment = rank_environment(size, self.records, os.environ)
+        host, port = meeting_place(os.environ)
+        environment = {
+            **os.environ,
+            "MASTER_ADDR": host,
+            "MASTER_PORT": port,
+            "LOCAL_WORLD_SIZE": str(size.ranks_per_node),
+            FOLDER_VARIABLE: str(self.records),
+        }
+        if "SLURM_CPUS_PER_TASK" in environment:  # since Slurm 22.05, srun does not take it from the batch job
+            environment.setdefault("SRUN_CPUS_PER_TASK", environment["SLURM_CPUS_PER_TASK"])
         with subprocess.Popen(command, env=environment, close_fds=False) as job:  # srun inherits the folders' lock
             _wait(job, lambda: any(record.failed for record in read_records(self.records)), notice, size.job)
 
@@ -219,21 +228,6 @@ class Attempt:
 def max_restarts(environment: Mapping[str, str]) -> int:
     """Return how often a job may be started again without progress."""
     return environment_number(environment, "MEGATRON_ADS_MAX_RESTARTS", 3)
-
-
-def rank_environment(allocation: Allocation, records: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of the ranks: the given one, their rendezvous, and the folder of their records."""
-    host, port = meeting_place(environment)
-    made = {
-        **environment,
-        "MASTER_ADDR": host,
-        "MASTER_PORT": port,
-        "LOCAL_WORLD_SIZE": str(allocation.ranks_per_node),
-        FOLDER_VARIABLE: str(records),
-    }
-    if "SLURM_CPUS_PER_TASK" in environment:  # since Slurm 22.05, srun does not take it from the batch job
-        made.setdefault("SRUN_CPUS_PER_TASK", environment["SLURM_CPUS_PER_TASK"])
-    return made
 
 
 def _wait(job: "subprocess.Popen[bytes]", has_failed: Callable[[], bool], notice: StopRequest, number: str) -> None:

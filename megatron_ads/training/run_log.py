@@ -70,8 +70,8 @@ class RunLog:
                 tracked = TrackedRuns(config.log.trackers, directory, run)
                 self._writer = MetricsWriter(directory, config.log.tensorboard, resume_step, tracked=tracked)
         self._progress = Progress(config.train.max_steps, resume_step, name)
-        self._started = time.monotonic()
-        self._restart_rank_times(resume_step)
+        self._started: float
+        self._restart_clock(resume_step)
 
     def close(self) -> None:
         """Flush what is written, and say where the report is."""
@@ -83,28 +83,18 @@ class RunLog:
         if dist.get_rank() == 0 and report.is_file():
             logger.info("the run so far, as a page: %s", report)
 
-    def begin(self, step: int) -> None:
-        """Say that a training step begins: from here to its end, this rank is expected to get on."""
-        self._activity.enter_step(step)
-
-    def moved(self) -> None:
-        """Say that this rank gets on; a step of a single rank may be long and have no communication."""
-        self._activity.moved()
-
     def step(self, step: int, report: StepReport, metrics: Mapping[str, float]) -> None:
         """Record one training step, and what its job knows of it besides; a collective on the steps that are logged."""
-        seconds, self._started = time.monotonic() - self._started, time.monotonic()
+        ended = time.monotonic()
+        seconds = ended - self._started
         if step % self._every == 0:
             ranks = self._times.measure(step, seconds)
             self._write(step, self._step_metrics(report, seconds) | ranks | dict(metrics))
         self._progress.update(1, loss=report.loss)
         self._peers.report_step(step)
         self._activity.leave_step(step)
-        self._restart_rank_times(step)
-
-    def _restart_rank_times(self, step: int) -> None:
-        """Let the work for the step after ``step`` begin here: what the log takes is not a rank's own work."""
-        self._times.restart(measured=(step + 1) % self._every == 0)
+        self._restart_clock(step)
+        self._started = ended  # what the log takes is the next step's, but not a rank's own work
 
     def _step_metrics(self, report: StepReport, seconds: float) -> dict[str, float]:
         assert report.update is not None
@@ -140,8 +130,9 @@ class RunLog:
         self._restart_clock(step)
 
     def _restart_clock(self, step: int) -> None:
+        """Let the step after ``step`` begin here."""
         self._started = time.monotonic()
-        self._restart_rank_times(step)
+        self._times.restart(measured=(step + 1) % self._every == 0)
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._writer is not None:

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from conversion.convert import lay_out
 from conversion.rank_files import ShardsLayout
 from conversion.sources import WeightSource, open_source
 from megatron_ads.config.run import RunConfig, require_trainable
@@ -27,7 +28,7 @@ from megatron_ads.runtime.health.peers import PeerMonitor
 from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, write_record
 from megatron_ads.runtime.health.watch import HangWatch
 from megatron_ads.runtime.preflight import Record, check_records, gather_records
-from megatron_ads.training.build import TrainedModel, build_model, lay_out
+from megatron_ads.training.build import TrainedModel, build_model
 from megatron_ads.training.checkpoint_errors import failed_log_named, raised_on_all_ranks
 from megatron_ads.training.checkpointer import Checkpointer
 from megatron_ads.training.divergence import SkippedUpdates, require_finite
@@ -59,7 +60,7 @@ def start_from(config: RunConfig) -> tuple[WeightSource, ShardsLayout]:
     """
     require_installed(config.log.trackers)
     source = open_source(Path(config.model.load))
-    shards = lay_out(config.layout, source, world_size())
+    shards = lay_out(source.shape, config.layout, world_size())
     require_trainable(shards.layout)
     return source, shards
 
@@ -146,12 +147,6 @@ class Session:
         log = RunLog(config, model, shards, membership.peers, membership.activity, name=name, resume_step=step)
         skips = SkippedUpdates(maximum=max(1, min(config.train.max_skipped_updates, config.train.max_steps // 2)))
         return cls(config, membership, model, checkpointer, log, stop, step, skips)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.log.close()
 
     @property
     def is_finished(self) -> bool:
