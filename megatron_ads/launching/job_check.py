@@ -113,13 +113,7 @@ class JobCheck:
 
 
 def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCheck:
-    """Check everything that is the same on every node.
-
-    Args:
-        recipe: Name or file.
-        overrides: Hydra overrides.
-        ranks: Processes of the whole job; None for the fewest that the layout needs.
-    """
+    """Check everything that is the same on every node; ``ranks`` are the job's, None for the fewest of the layout."""
     found = JobCheck()
     with found.collecting_problems():
         config = load_recipe(recipe, overrides)

@@ -21,7 +21,6 @@ from megatron_ads.config.run import SftConfig
 from megatron_ads.errors import ConfigError, MegatronAdsError, one_line
 from megatron_ads.launching.attempts import (
     ATTEMPT,
-    AttemptResult,
     Decision,
     checkpoint_step,
     decide,
@@ -216,7 +215,7 @@ class Attempt:
     def decision(self, started: bool) -> Decision:
         """Report a failure and decide what to do; ``started``: whether ranks were started at all."""
         fruitless = fruitless_attempts(self.folder.parent, checkpoint_step(Path(self.config.checkpoint.dir)))
-        verdict = AttemptResult.FAILED
+        verdict = ExitStatus.CRASHED
         if started:
             ended = read_records(self.records)
             verdict = judge(ended, self.allocation.ranks, read_outcome(Path(self.config.log.dir)))

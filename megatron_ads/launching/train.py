@@ -20,7 +20,7 @@ from pathlib import Path
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.run import SftConfig
 from megatron_ads.errors import ConfigError
-from megatron_ads.launching.attempts import STATUS, AttemptResult, describe_failure, judge
+from megatron_ads.launching.attempts import describe_failure, judge
 from megatron_ads.launching.environment import NodePart
 from megatron_ads.launching.job_check import add_job_arguments, check_job_and_node
 from megatron_ads.launching.processes import wait_passing_signals_on
@@ -95,9 +95,9 @@ def _report(config: SftConfig, part: NodePart, records: Path, failed: bool) -> E
     starts = sorted(records.glob("restart-*"))
     ended = read_records(starts[-1]) if starts else []
     verdict = judge(ended, part.ranks_here, read_outcome(Path(config.log.dir)))
-    if failed and verdict not in (AttemptResult.REFUSED, AttemptResult.DIVERGED):
-        verdict = AttemptResult.FAILED
-    if verdict not in (AttemptResult.FINISHED, AttemptResult.STOPPED):
+    if failed and not verdict.is_final:
+        verdict = ExitStatus.CRASHED
+    if verdict not in (ExitStatus.DONE, ExitStatus.STOPPED):
         # torchrun numbers the ranks of a node consecutively, in an order of nodes of its own.
         first = ended[0].rank // part.ranks_here * part.ranks_here if ended else 0
         here = range(first, first + part.ranks_here) if ended or part.nodes == 1 else range(0)
@@ -110,4 +110,4 @@ def _report(config: SftConfig, part: NodePart, records: Path, failed: bool) -> E
             ]
         for line in lines:
             print(f"megatron-ads: {line}", file=sys.stderr)
-    return STATUS[verdict]
+    return verdict

@@ -45,11 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """Read an argument that counts something.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is not a whole number of at least 1.
-    """
+    """Read an argument that counts something: a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
@@ -80,11 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def require_same_model(reference: "ModelShape", ours: "ModelShape", *, hf: object, megatron: object) -> None:
-    """Refuse two checkpoints whose models differ, and name the first setting that does.
-
-    Raises:
-        ConversionError: If one does.
-    """
+    """Refuse two checkpoints whose models differ, with a ConversionError that names the first setting that does."""
     from megatron_ads.errors import ConversionError
 
     if reference != ours:
@@ -97,10 +89,7 @@ def require_same_model(reference: "ModelShape", ours: "ModelShape", *, hf: objec
 
 
 def require_memory(shape: "ModelShape", tokens: int, *, weights: int = 0) -> None:
-    """Refuse a row of so many tokens that its attention scores or its logits do not fit the memory.
-
-    Args:
-        weights: Bytes that are in memory too.
+    """Refuse a row of so many tokens that its attention scores or its logits do not fit with ``weights`` bytes.
 
     Raises:
         ConfigError: If the estimate is above what is free: three copies of the scores of every head, as attention

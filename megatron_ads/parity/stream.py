@@ -43,11 +43,9 @@ class Stream:
     def compare(
         self, prompts: Sequence[Tensor], layout: ParallelLayout, advance: Callable[[LayerResult], None]
     ) -> Comparison:
-        """Go through all layers; ``advance`` receives each one's result.
+        """Take token rows (S,), of any lengths, through all layers; ``advance`` receives each one's result.
 
-        Args:
-            prompts: Token rows (S,), of any lengths.
-            layout: Whose slices are cut and joined again.
+        The slices of ``layout`` are cut and joined again.
         """
         shape = self._source.shape
         tokens = [prompt.to(self._device) for prompt in prompts]

@@ -66,10 +66,7 @@ _SETTINGS = {
 def require_same_adapters(folder: Path, saved: dict[str, Any] | None, wanted: AdapterRecord | None) -> None:
     """Refuse a checkpoint of other adapters, or of adapters where the weights are trained, and the reverse.
 
-    Args:
-        folder: The checkpoint, for the message.
-        saved: What its manifest says.
-        wanted: What this job trains; None: the weights.
+    ``saved`` is what its manifest says, ``wanted`` what this job trains (None: the weights).
 
     Raises:
         CheckpointError: Naming what differs.

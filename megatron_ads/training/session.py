@@ -125,9 +125,7 @@ class Session:
     ) -> Self:
         """Build the model, compare the ranks and start where the latest complete checkpoint ends; a collective.
 
-        Args:
-            data: Saved with every checkpoint, and restored from it.
-            name: Of this kind of job, for the display of its progress.
+        ``data`` is saved with every checkpoint and restored from it; ``name`` is shown with the progress.
 
         Raises:
             MegatronAdsError: For anything the user can mend; the message says what and how.
