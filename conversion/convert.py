@@ -86,13 +86,13 @@ def convert(target: Target, how: Execution | None = None) -> ConversionReport:
         return _execute(target, plan, how or Execution())
 
 
-def lay_out(shape: ModelShape, sizes: LayoutConfig) -> ShardsLayout:
-    """Return where everything goes when ``sizes`` are laid over the smallest number of ranks.
+def lay_out(shape: ModelShape, sizes: LayoutConfig, ranks: int | None = None) -> ShardsLayout:
+    """Return where everything goes when ``sizes`` are laid over so many ranks, or over the smallest number of them.
 
     Raises:
-        ConfigError: If the layers do not fit the stages, or heads, widths or experts do not divide.
+        ConfigError: If the ranks or the layers do not fit the stages, or heads, widths or experts do not divide.
     """
-    layout = sizes.runtime(sizes.fewest_ranks())
+    layout = sizes.runtime(ranks or sizes.fewest_ranks())
     return ShardsLayout(shape=shape, layout=layout, placement=sizes.placement(shape, layout))
 
 

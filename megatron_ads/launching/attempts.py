@@ -11,7 +11,6 @@ attempts that began at the newest checkpoint count towards the maximum.
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 from megatron_ads.layout import describe_ranks
@@ -23,20 +22,6 @@ ATTEMPT = "attempt.json"
 _LOG_LINES = 5
 
 
-class AttemptResult(StrEnum):
-    """The result of one attempt."""
-
-    FINISHED = "finished"
-    STOPPED = "stopped"
-    """A signal asked for it, and the checkpoint is saved."""
-    REFUSED = "refused"
-    """The user has to fix something; another attempt would end in the same way."""
-    DIVERGED = "diverged"
-    """Nothing is learned any more; another attempt would end in the same way."""
-    FAILED = "failed"
-    """A rank crashed, was killed, or lost another one."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
     """What to do after an attempt."""
@@ -46,42 +31,37 @@ class Decision:
     reason: str
 
 
-def judge(records: Sequence[RankRecord], ranks: int, outcome: Outcome | None) -> AttemptResult:
-    """Return the result of an attempt of ``ranks`` ranks from their records."""
-    if any(record.status is ExitStatus.USER_ERROR for record in records):
-        return AttemptResult.REFUSED
-    if any(record.status is ExitStatus.DIVERGED for record in records):
-        return AttemptResult.DIVERGED
+def judge(records: Sequence[RankRecord], ranks: int, outcome: Outcome | None) -> ExitStatus:
+    """Return how an attempt of ``ranks`` ranks ended, from their records; CRASHED wherever another may succeed."""
+    for final in (ExitStatus.USER_ERROR, ExitStatus.DIVERGED):
+        if any(record.status is final for record in records):
+            return final
     if len(records) < ranks or any(record.failed for record in records) or outcome is None:
-        return AttemptResult.FAILED
-    return AttemptResult.FINISHED if outcome is Outcome.FINISHED else AttemptResult.STOPPED
+        return ExitStatus.CRASHED
+    return ExitStatus.DONE if outcome is Outcome.FINISHED else ExitStatus.STOPPED
 
 
-def decide(verdict: AttemptResult, fruitless: int, maximum: int) -> Decision:
-    """Return whether to try again.
+def decide(verdict: ExitStatus, fruitless: int, maximum: int) -> Decision:
+    """Return whether to try again after an attempt that ended with ``verdict``.
 
-    Args:
-        verdict: Of the attempt that has ended.
-        fruitless: Attempts, it included, that began at the newest checkpoint.
-        maximum: How often an attempt may be repeated without progress.
+    ``fruitless`` attempts, it included, began at the newest checkpoint; one may be repeated ``maximum`` times.
     """
+    again, tries = False, f"{fruitless} attempts"
     match verdict:
-        case AttemptResult.FINISHED:
-            return Decision(again=False, status=ExitStatus.DONE, reason="every step is done")
-        case AttemptResult.REFUSED:
+        case ExitStatus.DONE:
+            reason = "every step is done"
+        case ExitStatus.USER_ERROR:
             reason = "not started again: this has to be fixed first"
-            return Decision(again=False, status=ExitStatus.USER_ERROR, reason=reason)
-        case AttemptResult.DIVERGED:
+        case ExitStatus.DIVERGED:
             reason = "not started again: the job has diverged"
-            return Decision(again=False, status=ExitStatus.DIVERGED, reason=reason)
-        case AttemptResult.STOPPED:
-            reason = "stopped on request, with a checkpoint; continuing from it"
-            return Decision(again=True, status=ExitStatus.STOPPED, reason=reason)
-    if fruitless > maximum:
-        reason = f"given up: {fruitless} attempts in a row ended before another checkpoint (at most {maximum} restarts)"
-        return Decision(again=False, status=ExitStatus.CRASHED, reason=reason)
-    reason = f"starting again from the last checkpoint; {fruitless} of at most {maximum + 1} attempts from there failed"
-    return Decision(again=True, status=ExitStatus.CRASHED, reason=reason)
+        case ExitStatus.STOPPED:
+            again, reason = True, "stopped on request, with a checkpoint; continuing from it"
+        case _ if fruitless > maximum:
+            reason = f"given up: {tries} in a row ended before another checkpoint (at most {maximum} restarts)"
+        case _:
+            again = True
+            reason = f"starting again from the last checkpoint; {tries} from there failed (at most {maximum + 1})"
+    return Decision(again=again, status=verdict, reason=reason)
 
 
 def checkpoint_step(directory: Path) -> int:
@@ -97,10 +77,8 @@ def fruitless_attempts(job_folder: Path, step: int) -> int:
 def describe_failure(records: Sequence[RankRecord], ranks: Collection[int], logs: Path | None) -> list[str]:
     """Return lines that describe a failure, the first failing rank first; none if nothing failed.
 
-    Args:
-        records: Of the ranks that recorded how they ended, the earliest first.
-        ranks: Those that were started.
-        logs: Folder of one file per rank; None if they wrote to the terminal.
+    ``records`` has the earliest first, ``ranks`` are those that were started, ``logs`` holds a file for each of them
+    (None if they wrote to the terminal).
     """
     lines, silent = [], sorted(set(ranks) - {record.rank for record in records})
     first = first_failure(records)

@@ -12,12 +12,12 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import LayerSpecChoice, Precision
@@ -34,18 +34,20 @@ from megatron_ads.planning.plan import make_plan
 from megatron_ads.training.checkpoint_folder import complete_checkpoints, read_manifest, starting_point, verify_sizes
 from megatron_ads.training.folder_lock import folders_of, require_free
 
-if TYPE_CHECKING:
-    from conversion.sources import WeightSource
-
 RENDEZVOUS_SECONDS = 20.0
 """How long `check` waits for node 0; `train`, which may be started on other nodes first, waits longer."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-ads check`."""
+    add_job_arguments(parser)
+    parser.add_argument("--ranks-here", type=int, help="of these, on this machine (default: all)")
+
+
+def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments that say which job it is."""
     parser.add_argument("--recipe", required=True, metavar="R", help="a name under recipes/, or a YAML file")
     parser.add_argument("--ranks", type=int, help="processes of the whole job (default: the fewest for the layout)")
-    parser.add_argument("--ranks-here", type=int, help="of these, on this machine (default: all)")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's, as train.max_steps=100"
     )
@@ -53,15 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what was checked, then the problems; return 2 if there are any."""
-    passed, problems = check_job_and_node(
+    found = check_job_and_node(
         args.recipe, args.overrides, args.ranks, args.ranks_here, rendezvous_seconds=RENDEZVOUS_SECONDS
     )
-    for line in passed:
-        print(f"ok    {line}")
-    sys.stdout.flush()
-    for problem in problems:
+    for line in found.passed:
+        print(f"ok    {line}", flush=True)
+    for problem in found.problems:
         print(f"megatron-ads: {problem}", file=sys.stderr)
-    return 2 if problems else 0
+    return 2 if found.problems else 0
 
 
 def check_job_and_node(
@@ -71,13 +72,9 @@ def check_job_and_node(
     ranks_here: int | None,
     *,
     rendezvous_seconds: float = 300.0,
-) -> tuple[list[str], list[str]]:
-    """Return a line for every check that passed, and one for every problem, of the job and of this node.
-
-    ``rendezvous_seconds`` is how long node 0 is waited for.
-    """
+) -> "JobCheck":
+    """Check the job and this node, which waits ``rendezvous_seconds`` for node 0."""
     found = check_job(recipe, overrides, ranks)
-    passed, problems = list(found.passed), list(found.problems)
     here = python_problems(sys.version_info[:2]) + rendezvous_problems(os.environ, rendezvous_seconds)
     try:
         config = load_recipe(recipe, overrides)
@@ -89,78 +86,68 @@ def check_job_and_node(
         gpus = needs_gpu(config, os.environ)
         local = ranks_here or ranks or config.layout.fewest_ranks()
         here += gpu_problems(local, os.environ) if gpus else []
-        passed.append(f"gpu: {'driver and GPUs are checked' if gpus else 'none wanted; the ranks run on the CPU'}")
+        found.passed.append(
+            f"gpu: {'driver and GPUs are checked' if gpus else 'none wanted; the ranks run on the CPU'}"
+        )
     if not here:
-        passed.append(f"machine: Python {sys.version.split()[0]}, folders can be written")
-    return passed, problems + here
+        found.passed.append(f"machine: Python {sys.version.split()[0]}, folders can be written")
+    found.problems += here
+    return found
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(slots=True)
 class JobCheck:
     """A line for every check that passed, and one for every problem."""
 
-    passed: tuple[str, ...]
-    problems: tuple[str, ...]
+    passed: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def collecting_problems(self) -> Iterator[None]:
+        """Turn an error of the project or the operating system into a problem, once."""
+        try:
+            with as_refusals():
+                yield
+        except MegatronAdsError as error:
+            if (problem := one_line(error)) not in self.problems:
+                self.problems.append(problem)
 
 
 def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCheck:
-    """Check everything that is the same on every node.
-
-    Args:
-        recipe: Name or file.
-        overrides: Hydra overrides.
-        ranks: Processes of the whole job; None for the fewest that the layout needs.
-    """
-    try:
-        with as_refusals():
-            config = load_recipe(recipe, overrides)
-    except MegatronAdsError as error:
-        return JobCheck(passed=(), problems=(one_line(error),))
-    passed, problems = [f"recipe: {recipe} composes"], []
+    """Check everything that is the same on every node; ``ranks`` are the job's, None for the fewest of the layout."""
+    found = JobCheck()
+    with found.collecting_problems():
+        config = load_recipe(recipe, overrides)
+    if found.problems:
+        return found
+    found.passed.append(f"recipe: {recipe} composes")
     shape: ModelShape | None = None
-    try:
-        with as_refusals():
-            source, text = _weights(Path(config.model.load))
-            shape = source.shape
-            passed.append(f"weights: {text}")
-            passed.append(f"tokenizer: {_tokenizer(config, source)}")
-    except MegatronAdsError as error:
-        problems.append(one_line(error))
-    checks: tuple[tuple[str, Callable[[], str]], ...] = (
-        ("layout", partial(_layout, config, ranks, shape)),
-        ("data", partial(_data, config)),
-        ("checkpoint", partial(_checkpoint, config)),
-        ("disk", partial(_disk, config, ranks, shape)),
-        ("trackers", partial(_trackers, config)),
-        ("folders", partial(_folders, config)),
-    )
-    for name, check in checks:
-        try:
-            with as_refusals():
-                passed.append(f"{name}: {check()}")
-        except MegatronAdsError as error:
-            problems.append(one_line(error))
-    return JobCheck(passed=tuple(passed), problems=tuple(dict.fromkeys(problems)))
+    with found.collecting_problems():
+        from conversion.sources import open_source  # imports torch
+        from megatron_ads.training.streams import tokenizer_of
+
+        source = open_source(Path(config.model.load))
+        shape, size = source.shape, readable_bytes(sum(file.stat().st_size for file in source.files()))
+        found.passed.append(f"weights: {config.model.load} is a {source.kind.value} of {size}")
+        tokens = tokenizer_of(source, config.data.template_arguments).size
+        found.passed.append(f"tokenizer: {tokens} tokens for an embedding of {shape.vocab_size} rows")
+    checks: dict[str, Callable[[], str]] = {
+        "layout": partial(_layout, config, ranks, shape),
+        "data": partial(_data, config),
+        "checkpoint": partial(_checkpoint, config),
+        "disk": partial(_disk, config, ranks, shape),
+        "trackers": partial(_trackers, config),
+        "folders": partial(_folders, config),
+    }
+    for name, check in checks.items():
+        with found.collecting_problems():
+            found.passed.append(f"{name}: {check()}")
+    return found
 
 
 def needs_gpu(config: SftConfig, environment: Mapping[str, str]) -> bool:
     """Whether ranks will use GPUs: there are some for them, or the recipe asks for layers that run nowhere else."""
     return config.model.layer_spec is LayerSpecChoice.te or wants_gpu(environment)
-
-
-def _weights(path: Path) -> "tuple[WeightSource, str]":
-    from conversion.sources import open_source  # imports torch
-
-    source = open_source(path)
-    size = sum(file.stat().st_size for file in source.files())
-    return source, f"{path} is a {source.kind.value} of {readable_bytes(size)}"
-
-
-def _tokenizer(config: SftConfig, source: "WeightSource") -> str:
-    from megatron_ads.training.streams import tokenizer_of  # imports torch
-
-    size = tokenizer_of(source, config.data.template_arguments).size
-    return f"{size} tokens for an embedding of {source.shape.vocab_size} rows"
 
 
 def _layout(config: SftConfig, ranks: int | None, shape: ModelShape | None) -> str:

@@ -18,7 +18,6 @@ from megatron_ads.launching.environment import environment_number
 
 _PATIENCE_SECONDS = 10.0
 """For one connection, when both ends are known to be there."""
-_LONGEST_MESSAGE = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,11 +100,7 @@ def _join(host: str, port: int, own_port: int, number: int, deadline: float) -> 
 
 
 def _connected(host: str, port: int, deadline: float) -> socket.socket:
-    """Return a connection to node 0, which may begin to listen later than this node begins to knock.
-
-    Raises:
-        OSError: The last refusal, when the time is up.
-    """
+    """Return a connection to node 0, which may begin to listen later; the last OSError when the time is up."""
     while True:
         try:
             seconds = min(_PATIENCE_SECONDS, max(1.0, deadline - time.monotonic()))
@@ -118,9 +113,7 @@ def _connected(host: str, port: int, deadline: float) -> socket.socket:
 
 def _try_all(own: Node, nodes: list[Node]) -> list[str]:
     problems = []
-    for node in nodes:
-        if node.number == own.number:
-            continue
+    for node in (other for other in nodes if other.number != own.number):
         try:
             socket.create_connection((node.address, node.port), timeout=_PATIENCE_SECONDS).close()
         except OSError as error:
@@ -136,14 +129,9 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _receive(connection: socket.socket) -> dict[str, Any]:
-    """Return one message of one line.
-
-    Raises:
-        OSError: If the other end is gone or silent for too long.
-        ValueError: If it says something else.
-    """
+    """Return one message of one line; OSError if the other end is gone or silent, ValueError if it is no message."""
     with connection.makefile("rb") as lines:
-        data = lines.readline(_LONGEST_MESSAGE)
+        data = lines.readline(1 << 22)
     if not data:
         raise ConnectionError("the connection was closed")
     message = json.loads(data)
@@ -164,17 +152,13 @@ def rendezvous_problems(environment: Mapping[str, str], seconds: float = 300.0) 
         return []
     try:
         if node == 0:
+            failure = f"node 0 cannot listen on port {port} (MASTER_PORT)"
+            advice = "Set MASTER_PORT on every node to a port that is free on this one."
             socket.create_server(("", port)).close()
         else:
+            failure = f"node 0 cannot be reached at {host}:{port} (MASTER_ADDR:MASTER_PORT) within {seconds:.0f} s"
+            advice = "Start the job there too, and open the port between the nodes."
             _connected(host, port, time.monotonic() + seconds).close()
     except (OSError, OverflowError) as error:
-        if node == 0:
-            return [
-                f"node 0 cannot listen on port {port} (MASTER_PORT): {error}. Set MASTER_PORT on every node to a port "
-                "that is free on this one."
-            ]
-        return [
-            f"node 0 cannot be reached at {host}:{port} (MASTER_ADDR:MASTER_PORT) within {seconds:.0f} s: {error}. "
-            "Start the job there too, and open the port between the nodes."
-        ]
+        return [f"{failure}: {error}. {advice}"]
     return []

@@ -21,7 +21,6 @@ from megatron_ads.config.run import SftConfig
 from megatron_ads.errors import ConfigError, MegatronAdsError, one_line
 from megatron_ads.launching.attempts import (
     ATTEMPT,
-    AttemptResult,
     Decision,
     checkpoint_step,
     decide,
@@ -37,7 +36,7 @@ from megatron_ads.launching.sweep import sweep_overrides
 from megatron_ads.planning.job import load_job
 from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, read_records
 from megatron_ads.training.folder_lock import folders_of, hold
-from megatron_ads.training.stopping import clear_outcome, read_outcome
+from megatron_ads.training.stopping import StopRequest, clear_outcome, read_outcome
 
 PLACEMENT_VARIABLE = "MEGATRON_ADS_CHECK_PLACEMENT"
 _OLD_PLACEMENT_VARIABLE = "MEGATRON_ADS_REHEARSE"
@@ -56,36 +55,23 @@ _REQUEUE_SECONDS = 60.0
 
 def main(arguments: Sequence[str]) -> int:
     """Carry one attempt out; return the exit status of the job if it is not put back into the queue."""
-    notice = StopNotice()
-    try:
-        if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
-            raise ConfigError("usage: sbatch [options] launch/slurm.sbatch RECIPE [key=value ...]")
-        return _run(Allocation.of(os.environ), arguments[0], list(arguments[1:]), notice)
-    except MegatronAdsError as error:
-        say(one_line(error))
-        return ExitStatus.USER_ERROR
+    with StopRequest(signal.SIGTERM, signal.SIGUSR1) as notice:  # that Slurm is about to end this job
+        try:
+            if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
+                raise ConfigError("usage: sbatch [options] launch/slurm.sbatch RECIPE [key=value ...]")
+            return _run(Allocation.of(os.environ), arguments[0], list(arguments[1:]), notice)
+        except MegatronAdsError as error:
+            say(one_line(error))
+            return ExitStatus.USER_ERROR
 
 
-class StopNotice:
-    """Remembers that Slurm is about to end this job."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, _: object) -> None:
-        self.received = signal.Signals(number)
-
-
-def _run(allocation: Allocation, recipe: str, overrides: list[str], notice: StopNotice) -> int:
+def _run(allocation: Allocation, recipe: str, overrides: list[str], notice: StopRequest) -> int:
     if wants_placement_check(os.environ):
         return check_placement(allocation, recipe, overrides)
     overrides += sweep_overrides(allocation.array_index, recipe, overrides, os.environ)
-    found = check_job(recipe, overrides, allocation.ranks)
-    for problem in found.problems:
-        say(problem)
-    if found.problems:
+    if problems := check_job(recipe, overrides, allocation.ranks).problems:
+        for problem in problems:
+            say(problem)
         return ExitStatus.USER_ERROR
     with hold(folders_of(load_recipe(recipe, overrides)), os.environ):
         attempt = Attempt.begin(allocation, recipe, overrides)
@@ -144,10 +130,8 @@ def check_placement(allocation: Allocation, recipe: str, overrides: Sequence[str
     if not check.finished:
         return ExitStatus.USER_ERROR
     file = Path(f"placement-{allocation.job}.jsonl")
-    command = [
-        *("srun", "--input=none", "--kill-on-bad-exit=0", sys.executable, "-m", "megatron_ads.launching.placement"),
-        *("--recipe", recipe, *overrides),
-    ]
+    command = ["srun", "--input=none", "--kill-on-bad-exit=0", sys.executable, "-m", "megatron_ads.launching.placement"]
+    command += ["--recipe", recipe, *overrides]
     try:
         with file.open("wb") as output:
             subprocess.run(command, stdout=output, timeout=_PLACEMENT_SECONDS, check=False)
@@ -194,11 +178,6 @@ class Attempt:
         clear_outcome(Path(config.log.dir))
         return cls(allocation=allocation, recipe=recipe, overrides=overrides, config=config, folder=folder)
 
-    @property
-    def records(self) -> Path:
-        """Where the ranks record how they ended."""
-        return self.folder / "records"
-
     def check_nodes(self) -> NodesCheck:
         """Let every node check itself and its connections to the others."""
         folders = dict.fromkeys((self.config.checkpoint.dir, self.config.log.dir))
@@ -207,24 +186,33 @@ class Attempt:
         arguments += ["--gpus"] if needs_gpu(self.config, os.environ) else []
         return check_nodes(self.allocation, arguments)
 
-    def run_ranks(self, notice: StopNotice) -> None:
+    def run_ranks(self, notice: StopRequest) -> None:
         """Start every rank and wait until all have ended, or until those that still run after a failure are ended."""
-        size = self.allocation
+        size, records = self.allocation, self.folder / "records"  # of how each rank ended
         say(f"{self.recipe}: {size.ranks} ranks on {size.nodes} nodes, attempt {size.restarts}, logs in {self.folder}")
         command = [
             *("srun", "--kill-on-bad-exit=0", "--input=none", f"--output={self.folder}/rank-%4t.log"),
             *(sys.executable, "-m", "megatron_ads.training", "--recipe", self.recipe, *self.overrides),
         ]
-        environment = rank_environment(size, self.records, os.environ)
+        host, port = meeting_place(os.environ)
+        environment = {
+            **os.environ,
+            "MASTER_ADDR": host,
+            "MASTER_PORT": port,
+            "LOCAL_WORLD_SIZE": str(size.ranks_per_node),
+            FOLDER_VARIABLE: str(records),
+        }
+        if "SLURM_CPUS_PER_TASK" in environment:  # since Slurm 22.05, srun does not take it from the batch job
+            environment.setdefault("SRUN_CPUS_PER_TASK", environment["SLURM_CPUS_PER_TASK"])
         with subprocess.Popen(command, env=environment, close_fds=False) as job:  # srun inherits the folders' lock
-            _wait(job, lambda: any(record.failed for record in read_records(self.records)), notice, size.job)
+            _wait(job, lambda: any(record.failed for record in read_records(records)), notice, size.job)
 
     def decision(self, started: bool) -> Decision:
         """Report a failure and decide what to do; ``started``: whether ranks were started at all."""
         fruitless = fruitless_attempts(self.folder.parent, checkpoint_step(Path(self.config.checkpoint.dir)))
-        verdict = AttemptResult.FAILED
+        verdict = ExitStatus.CRASHED
         if started:
-            ended = read_records(self.records)
+            ended = read_records(self.folder / "records")
             verdict = judge(ended, self.allocation.ranks, read_outcome(Path(self.config.log.dir)))
             for line in describe_failure(ended, range(self.allocation.ranks), self.folder):
                 say(line)
@@ -236,22 +224,7 @@ def max_restarts(environment: Mapping[str, str]) -> int:
     return environment_number(environment, "MEGATRON_ADS_MAX_RESTARTS", 3)
 
 
-def rank_environment(allocation: Allocation, records: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of the ranks: the given one, their rendezvous, and the folder of their records."""
-    host, port = meeting_place(environment)
-    made = {
-        **environment,
-        "MASTER_ADDR": host,
-        "MASTER_PORT": port,
-        "LOCAL_WORLD_SIZE": str(allocation.ranks_per_node),
-        FOLDER_VARIABLE: str(records),
-    }
-    if "SLURM_CPUS_PER_TASK" in environment:  # since Slurm 22.05, srun does not take it from the batch job
-        made.setdefault("SRUN_CPUS_PER_TASK", environment["SLURM_CPUS_PER_TASK"])
-    return made
-
-
-def _wait(job: "subprocess.Popen[bytes]", has_failed: Callable[[], bool], notice: StopNotice, number: str) -> None:
+def _wait(job: "subprocess.Popen[bytes]", has_failed: Callable[[], bool], notice: StopRequest, number: str) -> None:
     """Wait for srun; pass a stop on to the ranks, and end those that still run after a failure."""
     give_up: float | None = None
     next_notice = time.monotonic() + _START_SECONDS

@@ -20,33 +20,20 @@ from pathlib import Path
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.run import SftConfig
 from megatron_ads.errors import ConfigError
-from megatron_ads.launching.attempts import AttemptResult, describe_failure, judge
+from megatron_ads.launching.attempts import describe_failure, judge
 from megatron_ads.launching.environment import NodePart
-from megatron_ads.launching.job_check import check_job_and_node
+from megatron_ads.launching.job_check import add_job_arguments, check_job_and_node
 from megatron_ads.launching.processes import wait_passing_signals_on
 from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, read_records
 from megatron_ads.training.folder_lock import folders_of, hold
 from megatron_ads.training.stopping import clear_outcome, read_outcome
 
 _RENDEZVOUS_SECONDS = 600
-_STATUS = {
-    AttemptResult.FINISHED: ExitStatus.DONE,
-    AttemptResult.STOPPED: ExitStatus.STOPPED,
-    AttemptResult.REFUSED: ExitStatus.USER_ERROR,
-    AttemptResult.DIVERGED: ExitStatus.DIVERGED,
-    AttemptResult.FAILED: ExitStatus.CRASHED,
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-ads train`."""
-    parser.add_argument("--recipe", required=True, metavar="R", help="a name under recipes/, or a YAML file")
-    parser.add_argument(
-        "--ranks", type=int, help="processes of the whole job (default: the fewest the recipe's layout needs)"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's, as train.max_steps=100"
-    )
+    add_job_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,8 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """
     config = load_recipe(args.recipe, args.overrides)
     part = NodePart.of(os.environ, args.ranks, config.layout.fewest_ranks())
-    _, problems = check_job_and_node(args.recipe, args.overrides, part.ranks, part.ranks_here)
-    if problems:
+    if problems := check_job_and_node(args.recipe, args.overrides, part.ranks, part.ranks_here).problems:
         for problem in problems[:-1]:
             print(f"megatron-ads: {problem}", file=sys.stderr)
         raise ConfigError(problems[-1])
@@ -109,9 +95,9 @@ def _report(config: SftConfig, part: NodePart, records: Path, failed: bool) -> E
     starts = sorted(records.glob("restart-*"))
     ended = read_records(starts[-1]) if starts else []
     verdict = judge(ended, part.ranks_here, read_outcome(Path(config.log.dir)))
-    if failed and verdict not in (AttemptResult.REFUSED, AttemptResult.DIVERGED):
-        verdict = AttemptResult.FAILED
-    if verdict not in (AttemptResult.FINISHED, AttemptResult.STOPPED):
+    if failed and not verdict.is_final:
+        verdict = ExitStatus.CRASHED
+    if verdict not in (ExitStatus.DONE, ExitStatus.STOPPED):
         # torchrun numbers the ranks of a node consecutively, in an order of nodes of its own.
         first = ended[0].rank // part.ranks_here * part.ranks_here if ended else 0
         here = range(first, first + part.ranks_here) if ended or part.nodes == 1 else range(0)
@@ -124,4 +110,4 @@ def _report(config: SftConfig, part: NodePart, records: Path, failed: bool) -> E
             ]
         for line in lines:
             print(f"megatron-ads: {line}", file=sys.stderr)
-    return _STATUS[verdict]
+    return verdict

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
-from megatron_ads.config.training import Schedule
+from megatron_ads.config.training import OptimConfig, Schedule
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class GroupStepAdamW(torch.optim.AdamW):
@@ -39,34 +41,29 @@ class GroupStepAdamW(torch.optim.AdamW):
             raise TypeError("GroupStepAdamW.step takes no closure; compute the gradients before the call.")
         for group in self.param_groups:
             done = group.get("step", 0)
-            self._update(group, done)
-            group["step"] = done + 1
-
-    def _update(self, group: dict[str, Any], done: int) -> None:
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if not parameters:
-            return
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-        adamw(
-            parameters,
-            [parameter.grad for parameter in parameters],
-            [self.state[parameter]["exp_avg"] for parameter in parameters],
-            [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
-            [],
-            [torch.tensor(float(done), device=parameter.device) for parameter in parameters],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+            group["step"] = done + 1  # of an empty group too
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter].update((name, torch.zeros_like(parameter)) for name in MOMENTS)
+            adamw(
+                parameters,
+                [parameter.grad for parameter in parameters],
+                [self.state[parameter]["exp_avg"] for parameter in parameters],
+                [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
+                [],
+                [torch.tensor(float(done), device=parameter.device) for parameter in parameters],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
 
 
 def adam_class() -> Any:
@@ -81,26 +78,25 @@ def adam_class() -> Any:
     return FusedAdam
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class LearningRateSchedule:
-    """Linear warm-up to ``peak``, then cosine, linear or no decay to ``floor`` at the last step."""
+    """Linear warm-up to the highest rate, then cosine, linear or no decay to the lowest at the last step."""
 
-    peak: float
-    floor: float
-    warmup_steps: int
+    settings: OptimConfig
     total_steps: int
-    shape: Schedule
 
     def at(self, step: int) -> float:
         """Return the learning rate of update number ``step``, counted from 0.
 
-        Warm-up reaches ``peak`` at update ``warmup_steps``; its first update already moves, at
-        ``peak / (warmup_steps + 1)``. The last update, ``total_steps - 1``, runs at ``floor``.
+        Warm-up reaches the peak at update ``warmup_steps``; its first update already moves, at
+        ``peak / (warmup_steps + 1)``. The last update, ``total_steps - 1``, runs at the lowest rate.
         """
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / (self.warmup_steps + 1)
-        if self.shape is Schedule.constant:
-            return self.peak
-        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - 1 - self.warmup_steps))
-        remaining = 1.0 - progress if self.shape is Schedule.linear else (1.0 + math.cos(math.pi * progress)) / 2
-        return self.floor + (self.peak - self.floor) * remaining
+        peak, floor, warmup = self.settings.learning_rate, self.settings.min_learning_rate, self.settings.warmup_steps
+        if step < warmup:
+            return peak * (step + 1) / (warmup + 1)
+        if self.settings.schedule is Schedule.constant:
+            return peak
+        progress = min(1.0, (step - warmup) / max(1, self.total_steps - 1 - warmup))
+        linear = self.settings.schedule is Schedule.linear
+        remaining = 1.0 - progress if linear else (1.0 + math.cos(math.pi * progress)) / 2
+        return floor + (peak - floor) * remaining

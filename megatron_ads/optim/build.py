@@ -13,8 +13,7 @@ from megatron_ads.config.model import Precision
 from megatron_ads.config.training import OptimConfig
 from megatron_ads.optim.adam import adam_class
 from megatron_ads.optim.chain import OptimizerChain
-from megatron_ads.optim.members import DENSE, EXPERT, OptimizerMember, ShardedMember
-from megatron_ads.optim.stub import StubOptimizer
+from megatron_ads.optim.members import DENSE, EXPERT, OptimizerMember, ShardedMember, StubOptimizer
 from megatron_ads.runtime.device import device
 
 DECAYED = "decayed"
@@ -101,8 +100,7 @@ def _sharded_member(
     settings: OptimConfig,
     precision: Precision,
 ) -> ShardedMember:
-    expert = kind == EXPERT
-    if expert:
+    if kind == EXPERT:
         replicas = parallel_state.get_expert_data_parallel_group()
         tensor_group = parallel_state.get_expert_tensor_parallel_group()
         buffers = {index: chunk.expert_parallel_buffers for index, chunk in enumerate(chunks)}
@@ -111,10 +109,20 @@ def _sharded_member(
         tensor_group = parallel_state.get_tensor_model_parallel_group()
         buffers = {index: chunk.buffers for index, chunk in enumerate(chunks)}
     adam = _adam(parameters, settings)
-    group_keys = tuple((group["name"], len(group["params"])) for group in adam.param_groups)
+    group_keys = tuple((group["name"], len(group["params"])) for group in adam.param_groups)  # before they are divided
+    bf16 = precision is Precision.bf16
+    upstream = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        use_distributed_optimizer=True,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        clip_grad=settings.clip_grad,
+    )
     inner = DistributedOptimizer(
         adam,
-        _upstream_config(settings, precision),
+        upstream,
         grad_scaler=None,
         init_state_fn=None,
         model_chunks=list(chunks),
@@ -134,19 +142,5 @@ def _adam(parameters: Named, settings: OptimConfig) -> torch.optim.Optimizer:
         {"params": decayed, "name": DECAYED, "weight_decay": settings.weight_decay},
         {"params": undecayed, "name": UNDECAYED, "weight_decay": 0.0},
     ]
-    return adam_class()(
-        groups, betas=(settings.beta1, settings.beta2), eps=settings.epsilon, weight_decay=settings.weight_decay
-    )
-
-
-def _upstream_config(settings: OptimConfig, precision: Precision) -> OptimizerConfig:
-    bf16 = precision is Precision.bf16
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        use_distributed_optimizer=True,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        clip_grad=settings.clip_grad,
-    )
+    betas = (settings.beta1, settings.beta2)
+    return adam_class()(groups, betas=betas, eps=settings.epsilon, weight_decay=settings.weight_decay)

@@ -56,8 +56,7 @@ class OptimizerChain:
         for member in self.members:
             member.prepare_gradients()
         statistics = torch.stack([member.reduce_statistics() for member in self.members]).tolist()
-        squares = sum(row[0] for row in statistics)
-        norm = squares**0.5
+        norm = sum(row[0] for row in statistics) ** 0.5
         usable = norm < (_LARGEST if self._clip_grad > 0 else _LARGEST**0.5)  # never of a norm that is not a number
         if usable:
             if 0 < self._clip_grad < norm:

@@ -1,11 +1,10 @@
 """One optimizer per kind of parameter: Megatron's distributed optimizer, reduced to what each step needs.
 
 A job's optimizer is a chain of members, the same kinds in the same order on every rank. Each member takes part in the
-same collectives wherever it is, so a rank without parameters of a kind has a stub in that place (``optim.stub``).
+same collectives wherever it is, so a rank without parameters of a kind has a stub in that place.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -21,30 +20,11 @@ EXPERT = "expert"
 """Routed experts spread over expert-parallel ranks; each is replicated over the expert-data-parallel ranks only."""
 
 
-class OptimizerMember(Protocol):
-    """What the chain asks of each member. ``updates`` counts the optimizer steps taken, empty or not."""
-
-    kind: str
-    updates: int
-
-    def prepare_gradients(self) -> None:
-        """Bring this rank's reduced gradients into the optimizer's FP32 shards."""
-
-    def reduce_statistics(self) -> Tensor:
-        """Return ``[sum of squares, non-finite count, zero count]`` of all gradients of this kind in the job."""
-
-    def scale_gradients(self, factor: float) -> None:
-        """Multiply this rank's gradients, to clip them."""
-
-    def update(self, learning_rate: float) -> None:
-        """Take one optimizer step and copy the result into the model's weights."""
-
-    def group_keys(self) -> tuple[tuple[str, int], ...]:
-        """Return ``(group name, parameters of this rank's model in it)``, for the preflight."""
-
-
 class ShardedMember:
-    """The member of a rank that owns parameters of ``kind``, around Megatron's ``DistributedOptimizer``."""
+    """The member of a rank that owns parameters of ``kind``, around Megatron's ``DistributedOptimizer``.
+
+    ``updates`` counts the optimizer steps taken, empty or not.
+    """
 
     def __init__(
         self,
@@ -66,28 +46,28 @@ class ShardedMember:
         return self.inner.optimizer.param_groups
 
     def prepare_gradients(self) -> None:
-        """See ``OptimizerMember``."""
+        """Bring this rank's reduced gradients into the optimizer's FP32 shards."""
         self.inner.prepare_grads()
 
     def reduce_statistics(self) -> Tensor:
-        """See ``OptimizerMember``; one all-reduce of three numbers over the whole job."""
+        """Return ``gradient_statistics`` of all gradients of this kind in the job; one all-reduce over all ranks."""
         statistics = gradient_statistics([grad for shard, grad in self._gradients() if self._counts(shard)])
         all_reduce(statistics)
         return statistics
 
     def scale_gradients(self, factor: float) -> None:
-        """See ``OptimizerMember``."""
+        """Multiply this rank's gradients, to clip them."""
         torch._foreach_mul_([grad for _, grad in self._gradients()], factor)
 
     def update(self, learning_rate: float) -> None:
-        """See ``OptimizerMember``. The parameter all-gather is the chain's, once for all members."""
+        """Take one optimizer step into the model's weights. Their all-gather is the chain's, once for all members."""
         for group in self.groups:
             group["lr"] = learning_rate
         MixedPrecisionOptimizer.step_with_ready_grads(self.inner)
         self.updates += 1
 
     def group_keys(self) -> tuple[tuple[str, int], ...]:
-        """See ``OptimizerMember``."""
+        """Return ``(group name, parameters of this rank's model in it)``, for the preflight."""
         return self._group_keys
 
     def _gradients(self) -> list[tuple[Tensor, Tensor]]:
@@ -105,6 +85,48 @@ class ShardedMember:
         return (divided or self._tensor_group.rank() == 0) and not getattr(shard, "shared", False)
 
 
+class StubOptimizer:
+    """The member of a rank that trains no parameter of its kind: no routed experts, above all.
+
+    In the reference layout (31 stages x 8 ranks) the first pipeline stage holds the embedding and dense layers only.
+    Its ranks have nothing for an expert optimizer to update, yet every collective the expert optimizer makes over the
+    whole job waits for them: the gradient statistics of each step, the agreement on the number of updates, and the
+    saving and loading of checkpoints. A rank that leaves one out hangs the others (AdNanny, arXiv, section 4.1: "stub
+    MoE optimizer"). Where adapters of routed experts are all that is trained, the same is true of what is no expert.
+
+    It counts updates like the real one: with rank 0 on an expert-less stage, it is this count that a checkpoint's
+    common state records for the experts of all ranks.
+    """
+
+    def __init__(self, kind: str, group_names: tuple[str, ...]) -> None:
+        self.kind = kind
+        self.updates = 0
+        self._group_names = group_names
+
+    def prepare_gradients(self) -> None:
+        """Nothing to prepare, and no collective elsewhere."""
+
+    def reduce_statistics(self) -> Tensor:
+        """Add nothing to the statistics; receive their sum."""
+        statistics = gradient_statistics([])
+        all_reduce(statistics)
+        return statistics
+
+    def scale_gradients(self, factor: float) -> None:
+        """Nothing to scale, and no collective elsewhere."""
+
+    def update(self, learning_rate: float) -> None:
+        """Count the update."""
+        self.updates += 1
+
+    def group_keys(self) -> tuple[tuple[str, int], ...]:
+        """Return the groups' names, each with 0 parameters."""
+        return tuple((name, 0) for name in self._group_names)
+
+
+OptimizerMember = ShardedMember | StubOptimizer
+
+
 _PIECE = 1 << 18
 """Elements that are squared at a time on a CPU: their FP64 copy stays in the cache."""
 
@@ -117,16 +139,13 @@ def gradient_statistics(gradients: Sequence[Tensor]) -> Tensor:
     """
     if not gradients:
         return torch.zeros(3, dtype=torch.float64, device=device())
-    squares = _sum_of_squares(gradients)
+    if gradients[0].is_cuda:  # one kernel for all, which accumulates in the dtype that is asked for
+        squares = torch.stack(torch._foreach_norm(list(gradients), 2, torch.float64)).square().sum()
+    else:
+        pieces = (piece.double() for gradient in gradients for piece in gradient.flatten().split(_PIECE))
+        squares = torch.stack([torch.dot(piece, piece) for piece in pieces]).sum()
     not_finite = torch.zeros((), dtype=torch.float64, device=device())
     if not bool(torch.isfinite(squares)):
         not_finite = torch.stack([(~torch.isfinite(gradient)).sum().double() for gradient in gradients]).sum()
     zeros = torch.stack([gradient.numel() - gradient.count_nonzero() for gradient in gradients]).sum().double()
     return torch.stack([squares, not_finite, zeros])
-
-
-def _sum_of_squares(gradients: Sequence[Tensor]) -> Tensor:
-    if gradients[0].is_cuda:  # one kernel for all, which accumulates in the dtype that is asked for
-        return torch.stack(torch._foreach_norm(list(gradients), 2, torch.float64)).square().sum()
-    pieces = (piece.double() for gradient in gradients for piece in gradient.flatten().split(_PIECE))
-    return torch.stack([torch.dot(piece, piece) for piece in pieces]).sum()

@@ -21,10 +21,10 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from torch import Tensor
 
 from megatron_ads.errors import CheckpointError
+from megatron_ads.optim.adam import MOMENTS
 from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.optim.members import ShardedMember
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "param"
 """FP32 master copy; saved only where the model's own weights are not FP32."""
 
@@ -54,11 +54,10 @@ def load_optimizer_state(chain: OptimizerChain, loaded: dict[str, Tensor], *, up
     """Copy this rank's share of ``loaded`` (whole tensors, keyed as requested) into the optimizer; set the count."""
     numbers = count()
     for member in _sharded_members(chain):
-        for parameter, keys in _trained_parameters(member):
-            whole = {key: loaded[str(next(numbers))] for key in keys}
-            place = _placement(member, parameter)
-            if place is not None:
-                _fill_shard(member, parameter, whole, place)
+        for buffer in member.inner.buffers:
+            for bucket in buffer.buckets:
+                for parameter in bucket.params_list:
+                    _fill_shard(member, parameter, {key: loaded[str(next(numbers))] for key in _keys(buffer)})
     for each in chain.members:
         each.updates = updates
         if isinstance(each, ShardedMember):
@@ -70,22 +69,8 @@ def _sharded_members(chain: OptimizerChain) -> list[ShardedMember]:
     return [member for member in chain.members if isinstance(member, ShardedMember)]
 
 
-def _trained_parameters(member: ShardedMember) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
-    """Yield every parameter of the buffers with the keys of its state, in the order of ``_whole_states``."""
-    for buffer in member.inner.buffers:
-        keys = MOMENTS if buffer.param_dtype is torch.float32 else (*MOMENTS, MASTER)
-        for bucket in buffer.buckets:
-            for parameter in bucket.params_list:
-                yield parameter, keys
-
-
-def _placement(member: ShardedMember, parameter: Tensor) -> tuple[int, int] | None:
-    """Return ``(start, end)`` of this replica's share within the flattened parameter; None if it has none."""
-    buffer_index, dtype, bucket_index = member.inner.model_param_gbuf_map.get(parameter, (None, None, None))
-    if buffer_index is None:
-        return None
-    share = member.inner.gbuf_ranges[buffer_index][dtype][bucket_index]["param_map"][parameter]["param"]
-    return share.start, share.end
+def _keys(buffer: Any) -> tuple[str, ...]:
+    return MOMENTS if buffer.param_dtype is torch.float32 else (*MOMENTS, MASTER)
 
 
 def _shard(member: ShardedMember, parameter: Tensor) -> Tensor:
@@ -93,27 +78,30 @@ def _shard(member: ShardedMember, parameter: Tensor) -> Tensor:
     return member.groups[group]["params"][order]
 
 
-def _fill_shard(member: ShardedMember, parameter: Tensor, whole: dict[str, Tensor], place: tuple[int, int]) -> None:
+def _fill_shard(member: ShardedMember, parameter: Tensor, whole: dict[str, Tensor]) -> None:
+    """Take this replica's share of a parameter's state, if it has any."""
+    if parameter not in member.inner.model_param_gbuf_map:
+        return
+    buffer_index, dtype, bucket_index = member.inner.model_param_gbuf_map[parameter]
+    share = member.inner.gbuf_ranges[buffer_index][dtype][bucket_index]["param_map"][parameter]["param"]
     shard = _shard(member, parameter)
-    state = member.inner.optimizer.state[shard]
     for key, value in whole.items():
-        piece = value.flatten()[place[0] : place[1]].to(shard.device)
+        piece = value.flatten()[share.start : share.end].to(shard.device)
         if key == MASTER:
             shard.data.copy_(piece)
         else:
-            state[key] = piece.to(torch.float32, copy=True)
+            member.inner.optimizer.state[shard][key] = piece.to(torch.float32, copy=True)
 
 
 def _whole_states(member: ShardedMember, *, loading: bool) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Yield each parameter with its state as whole tensors of its shape, on the CPU, gathered bucket by bucket."""
     for buffer_index, buffer in enumerate(member.inner.buffers):
-        keys = MOMENTS if buffer.param_dtype is torch.float32 else (*MOMENTS, MASTER)
         for bucket_index, bucket in enumerate(buffer.buckets):
             if loading:
                 for parameter in bucket.params_list:
-                    yield parameter, {key: torch.empty(parameter.shape, dtype=torch.float32) for key in keys}
+                    yield parameter, {key: torch.empty(parameter.shape, dtype=torch.float32) for key in _keys(buffer)}
                 continue
-            gathered = {key: _gather_bucket(member, buffer_index, bucket_index, key) for key in keys}
+            gathered = {key: _gather_bucket(member, buffer_index, bucket_index, key) for key in _keys(buffer)}
             for parameter in bucket.params_list:
                 start, end, _ = buffer.param_index_map[parameter]
                 start, end = start - bucket.offset, end - bucket.offset

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from conversion.rank_files import ShardsLayout
     from megatron_ads.architecture import ModelShape
-    from megatron_ads.parity.verdict import Comparison, LayerResult, RungResult
+    from megatron_ads.parity.verdict import Comparison, RungResult
 
 _SIZES = ("tp", "pp", "vpp", "ep", "etp")
 
@@ -45,11 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """Read an argument that counts something.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is not a whole number of at least 1.
-    """
+    """Read an argument that counts something: a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
@@ -59,20 +55,20 @@ def run(args: argparse.Namespace) -> int:
     """Carry out the check."""
     from conversion.hf_folder import open_hf_folder
     from conversion.sources import local_folder, open_source
-    from megatron_ads.parity.round_trip import changed_outside
-    from megatron_ads.parity.verdict import names_rung, rungs
+    from megatron_ads.config.model import Precision
+    from megatron_ads.parity.verdict import LIMITS, names_rung, rungs
 
     started = time.monotonic()
     reference = open_hf_folder(local_folder(args.hf))
     source = open_source(Path(args.megatron) if args.megatron else reference.path)
     require_same_model(reference.shape, source.shape, hf=f"--hf {args.hf}", megatron=f"--megatron {args.megatron}")
     layout = _layout(source.shape, args.layout)
-    limits, prompts = _limits(args.precision), _prompts(args, reference)
+    limits, prompts = LIMITS[Precision(args.precision)], _prompts(args, reference)
     make_writable_folder(args.out)
     require_writable(args.out / "parity.json", args.out / "parity.html")
     names = names_rung(source, layout)
-    comparison = _stream(args.precision, prompts, source, reference, layout, limits)
-    results = rungs(names, comparison, changed_outside(source, reference, layout.layout), limits)
+    comparison, outside = _stream(args.precision, prompts, source, reference, layout, limits)
+    results = rungs(names, comparison, outside, limits)
     facts = _facts(args, layout, time.monotonic() - started)
     report = _write(args.out, results, comparison, limits, facts)
     print(json.dumps(report) if args.json else summary(results, args.out))
@@ -80,11 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def require_same_model(reference: "ModelShape", ours: "ModelShape", *, hf: object, megatron: object) -> None:
-    """Refuse two checkpoints whose models differ, and name the first setting that does.
-
-    Raises:
-        ConversionError: If one does.
-    """
+    """Refuse two checkpoints whose models differ, with a ConversionError that names the first setting that does."""
     from megatron_ads.errors import ConversionError
 
     if reference != ours:
@@ -97,10 +89,7 @@ def require_same_model(reference: "ModelShape", ours: "ModelShape", *, hf: objec
 
 
 def require_memory(shape: "ModelShape", tokens: int, *, weights: int = 0) -> None:
-    """Refuse a row of so many tokens that its attention scores or its logits do not fit the memory.
-
-    Args:
-        weights: Bytes that are in memory too.
+    """Refuse a row of so many tokens that its attention scores or its logits do not fit with ``weights`` bytes.
 
     Raises:
         ConfigError: If the estimate is above what is free: three copies of the scores of every head, as attention
@@ -136,18 +125,13 @@ def _layout(shape: "ModelShape", text: str) -> "ShardsLayout":
     return lay_out(shape, sizes)
 
 
-def _limits(precision: str) -> Any:
-    from megatron_ads.config.model import Precision
-    from megatron_ads.parity.verdict import LIMITS
-
-    return LIMITS[Precision(precision)]
-
-
 def _stream(
     number_format: str, prompts: "list[Tensor]", source: Any, reference: Any, layout: "ShardsLayout", limits: Any
-) -> "Comparison":
+) -> "tuple[Comparison, list[str]]":
+    """Return the comparison of the layers, and the parameters outside of them that are not the stored bits."""
     import torch
 
+    from conversion.names import outside_parameters
     from megatron_ads.config.model import LayerSpecChoice, Precision
     from megatron_ads.layout import ParallelLayout
     from megatron_ads.progress import Progress
@@ -157,7 +141,7 @@ def _stream(
     process_groups.start(ParallelLayout(world=1))
     try:
         from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
-        from megatron_ads.parity.stream import Stream
+        from megatron_ads.parity.stream import Stream, changed_parameters
 
         seed_everything(1)
         precision = Precision(number_format)
@@ -166,11 +150,11 @@ def _stream(
         stream = Stream(source, reference, settings, dtype=dtype, limits=limits)
         count = source.shape.num_layers + source.shape.mtp_layers
         with Progress(count, description="comparing", unit="layer") as progress:
-
-            def show(result: "LayerResult") -> None:
-                progress.update(difference=result.difference)
-
-            return stream.compare(prompts, layout.layout, show)
+            comparison = stream.compare(
+                prompts, layout.layout, lambda result: progress.update(difference=result.difference)
+            )
+        outside = changed_parameters(outside_parameters(source.shape), source, reference, layout.layout)
+        return comparison, list(outside)
     finally:
         process_groups.stop()
 
@@ -237,7 +221,7 @@ def _facts(args: argparse.Namespace, layout: "ShardsLayout", seconds: float) -> 
 def _write(
     folder: Path, results: "list[RungResult]", comparison: "Comparison", limits: Any, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    from megatron_ads.parity.page import render
+    from megatron_ads.parity.verdict import render
 
     report = {
         "passed": all(one.passed is not False for one in results),

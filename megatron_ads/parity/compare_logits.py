@@ -59,6 +59,7 @@ def compare_logits(megatron: Path, hf: Path, *, tokens: int, seed: int) -> dict[
     from conversion.hf_folder import open_hf_folder
     from conversion.names import parameters
     from conversion.sources import open_source
+    from megatron_ads.parity.reference import load_model
 
     reference, shape = open_hf_folder(hf), open_source(megatron).shape
     require_same_model(reference.shape, shape, hf=hf, megatron=megatron)
@@ -70,7 +71,9 @@ def compare_logits(megatron: Path, hf: Path, *, tokens: int, seed: int) -> dict[
     weights = sum(math.prod(parameter.shape) for parameter in parameters(shape).values())
     require_memory(shape, tokens, weights=4 * weights)
     tokens_BS = torch.randint(0, shape.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
-    theirs, ours = hf_logits(hf, tokens_BS), megatron_logits(megatron, tokens_BS)
+    with torch.no_grad():
+        theirs = load_model(hf, torch.float32)(tokens_BS).logits  # of transformers, (B, S, vocabulary)
+    ours = megatron_logits(megatron, tokens_BS)
     difference = (ours - theirs).abs().max().item()
     return {
         "tokens": tokens,
@@ -79,17 +82,6 @@ def compare_logits(megatron: Path, hf: Path, *, tokens: int, seed: int) -> dict[
         "same_argmax": (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
         "passed": difference < LIMIT,
     }
-
-
-def hf_logits(folder: Path, tokens_BS: "Tensor") -> "Tensor":
-    """Return transformers' logits ``(B, S, vocabulary)`` in FP32."""
-    import torch
-
-    from megatron_ads.parity.reference import load_model
-
-    with torch.no_grad():
-        logits: Tensor = load_model(folder, torch.float32)(tokens_BS).logits
-        return logits
 
 
 def megatron_logits(folder: Path, tokens_BS: "Tensor") -> "Tensor":

@@ -6,19 +6,20 @@ shows what has gathered. Shape suffixes: S = tokens of a prompt, C = hidden widt
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, kl_div, linear, log_softmax
 
 from conversion.hf_folder import HfFolder
+from conversion.hf_layer import stored_values
+from conversion.names import Parameter, Split, layer_parameters
 from conversion.sources import WeightSource
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.models.settings import ModelSettings
 from megatron_ads.models.single_layer import SingleLayer, build_norm
 from megatron_ads.parity.reference import Reference, ReferenceLayer, Scores
-from megatron_ads.parity.round_trip import changed_in_layer
 from megatron_ads.parity.verdict import Comparison, LayerKind, LayerResult, Limits, LogitResult, RouterResult
 from megatron_ads.runtime.device import device
 
@@ -42,11 +43,9 @@ class Stream:
     def compare(
         self, prompts: Sequence[Tensor], layout: ParallelLayout, advance: Callable[[LayerResult], None]
     ) -> Comparison:
-        """Go through all layers; ``advance`` receives each one's result.
+        """Take token rows (S,), of any lengths, through all layers; ``advance`` receives each one's result.
 
-        Args:
-            prompts: Token rows (S,), of any lengths.
-            layout: Whose slices are cut and joined again.
+        The slices of ``layout`` are cut and joined again.
         """
         shape = self._source.shape
         tokens = [prompt.to(self._device) for prompt in prompts]
@@ -93,7 +92,9 @@ class Stream:
             difference=difference,
             carried=_difference(our_output, their_output, torch.ones_like(same_T))[0],
             largest=largest,
-            changed_tensors=changed_in_layer(self._source, self._folder, layer, layout),
+            changed_tensors=tuple(
+                changed_parameters(layer_parameters(shape, layer), self._source, self._folder, layout)
+            ),
             router=router,
             seconds=time.monotonic() - started,
         )
@@ -195,3 +196,25 @@ def _difference(ours: Rows, theirs: Rows, counted_T: Tensor) -> tuple[float, flo
         return math.nan, math.nan
     size = b.pow(2).mean().sqrt()
     return float((a - b).pow(2).mean().sqrt() / size), float((a - b).abs().max() / size)
+
+
+def changed_parameters(
+    parameters: Iterable[Parameter], source: WeightSource, folder: HfFolder, layout: ParallelLayout
+) -> Iterator[str]:
+    """Yield those ``parameters`` whose tensor-parallel slices, joined again, are not the bits in ``folder``."""
+    for parameter in parameters:
+        size = layout.tp if parameter.expert is None else layout.etp
+        slices = [source.read(parameter.name, rank=rank, size=size) for rank in range(size)]
+        stored = torch.cat([stored_values(folder, part.name) for part in parameter.parts])
+        if parameter.split is Split.REPLICATED:
+            ours = slices[0]
+        elif parameter.split is Split.GATE_UP:
+            ours = torch.cat([one.chunk(2)[side] for side in (0, 1) for one in slices])
+        else:
+            ours = torch.cat(slices, dim=1 if parameter.split is Split.COLUMNS else 0)
+        if ours.dtype != stored.dtype:  # a router bias that is stored narrower than FP32 is compared by value
+            same = torch.equal(ours.float(), stored.float())
+        else:
+            same = torch.equal(ours.contiguous().view(torch.uint8), stored.contiguous().view(torch.uint8))
+        if not same:
+            yield parameter.name

@@ -1,12 +1,13 @@
-"""What a parity check found, the limits of a checkpoint, and one result for each rung of the ladder.
+"""What a parity check found, the limits of a checkpoint, one result for each rung of the ladder, and its page.
 
 The records become ``parity.json``.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from conversion.convert import check_coverage
 from conversion.rank_files import ShardsLayout
@@ -14,6 +15,8 @@ from conversion.sources import WeightSource
 from conversion.to_shards import ShardsTarget
 from megatron_ads.config.model import Precision
 from megatron_ads.errors import ConversionError
+from megatron_ads.reporting.chart import Points, Series, line_chart
+from megatron_ads.reporting.page import render as render_template
 
 
 class LayerKind(StrEnum):
@@ -140,21 +143,26 @@ def names_rung(source: WeightSource, layout: ShardsLayout) -> RungResult:
     try:
         plan = ShardsTarget(source, source.path, layout).plan()
         check_coverage(plan, source)
+        passed, detail = True, f"{plan.tensor_count} parameters, each filled once, in {len(plan.files)} rank files"
     except ConversionError as error:
-        return RungResult(rung=1, name="names", passed=False, detail=str(error))
-    detail = f"{plan.tensor_count} parameters, each filled once, in {len(plan.files)} rank files"
-    return RungResult(rung=1, name="names", passed=True, detail=detail)
+        passed, detail = False, str(error)
+    return RungResult(rung=1, name="names", passed=passed, detail=detail)
 
 
 def rungs(names: RungResult, comparison: Comparison, outside: Sequence[str], limits: Limits) -> list[RungResult]:
     """Return every rung in order; those that do not fit a checkpoint check have no verdict."""
     decoder = [one for one in comparison.layers if one.kind is not LayerKind.MTP]
     mtp = [one for one in comparison.layers if one.kind is LayerKind.MTP]
+    changed = [*outside, *(name for one in comparison.layers for name in one.changed_tensors)]
+    first = f"{len(changed)} parameters differ, first {changed[0]}" if changed else "every bit comes back"
+    routers = [one.router for one in decoder if one.router is not None]
+    weight = max(one.weight_difference for one in routers)
+    choices = f"{_choices(routers)}; weights of equal choices differ by {weight:.1e} at most"
     found = [
         names,
-        _round_trip(comparison.layers, outside),
+        RungResult(rung=2, name="round trip", passed=not changed, detail=first),
         _logits(decoder, comparison.logits, limits),
-        _router(decoder, limits),
+        RungResult(rung=4, name="router", passed=limits.allows(routers), detail=choices),
         _mtp(mtp, limits),
         *(RungResult(rung=number, name=name, passed=None, detail=why) for number, name, why in NOT_HERE),
     ]
@@ -164,12 +172,6 @@ def rungs(names: RungResult, comparison: Comparison, outside: Sequence[str], lim
 def first_departure(layers: Sequence[LayerResult], limits: Limits) -> LayerResult | None:
     """Return the first layer whose output differs although its input is the same."""
     return next((one for one in layers if not one.difference < limits.layer), None)
-
-
-def _round_trip(layers: Sequence[LayerResult], outside: Sequence[str]) -> RungResult:
-    changed = [*outside, *(name for one in layers for name in one.changed_tensors)]
-    detail = f"{len(changed)} parameters differ, first {changed[0]}" if changed else "every bit comes back"
-    return RungResult(rung=2, name="round trip", passed=not changed, detail=detail)
 
 
 def _logits(layers: Sequence[LayerResult], logits: LogitResult, limits: Limits) -> RungResult:
@@ -186,13 +188,6 @@ def _logits(layers: Sequence[LayerResult], logits: LogitResult, limits: Limits) 
     return RungResult(rung=3, name="logits", passed=passed, detail=detail)
 
 
-def _router(layers: Sequence[LayerResult], limits: Limits) -> RungResult:
-    routers = [one.router for one in layers if one.router is not None]
-    weight = max(one.weight_difference for one in routers)
-    detail = f"{_choices(routers)}; weights of equal choices differ by {weight:.1e} at most"
-    return RungResult(rung=4, name="router", passed=limits.allows(routers), detail=detail)
-
-
 def _choices(routers: Sequence[RouterResult]) -> str:
     tokens, rerouted = sum(one.tokens for one in routers), sum(one.rerouted for one in routers)
     return f"{rerouted} of {tokens} choices differ, {sum(one.near_ties for one in routers)} more at near ties"
@@ -206,3 +201,47 @@ def _mtp(layers: Sequence[LayerResult], limits: Limits) -> RungResult:
     detail = f"difference {worst:.1e} of its size (limit {limits.layer:.0e}); {_choices(routers)}"
     passed = first_departure(layers, limits) is None and limits.allows(routers)
     return RungResult(rung=6, name="MTP", passed=passed, detail=detail)
+
+
+_SMALLEST = 1e-9
+"""Differences below are drawn there; the axes are logarithmic."""
+_POINTS_SHOWN = 400
+_VERDICTS = {True: "passed", False: "FAILED", None: "not run"}
+
+
+def render(
+    title: str, results: Sequence[RungResult], comparison: Comparison, limits: Limits, facts: Mapping[str, Any]
+) -> str:
+    """Return the page. ``facts`` are the rows of its last table."""
+    layers, logits = comparison.layers, comparison.logits
+    routed = [(one.layer, one.router) for one in layers if one.router is not None]
+    every = math.ceil(len(logits.by_position) / _POINTS_SHOWN)
+    differences = [
+        Series(name="same input", points=_logs((one.layer, one.difference) for one in layers), style="dots"),
+        Series(name="own input", points=_logs((one.layer, one.carried) for one in layers), color=2),
+        Series(name="limit", points=_logs((one.layer, limits.layer) for one in layers), style="faint", color=3),
+    ]
+    positions = Series(name="largest logit difference", points=_logs([*enumerate(logits.by_position)][::every]))
+    kept = [(layer, 100 * (1 - one.rerouted / one.tokens)) for layer, one in routed]
+    same = Series(name="same experts", points=kept, style="dots")
+    return render_template(
+        "parity/parity.html.jinja",
+        title=title,
+        results=results,
+        logits=logits,
+        facts=facts,
+        rungs=[(one.rung, one.name, _VERDICTS[one.passed], one.detail) for one in results],
+        layer_chart=line_chart(differences, x_label="layer", y_label="log10 of the difference"),
+        layers=[
+            (one.layer, one.kind, f"{one.difference:.1e}", f"{one.largest:.1e}", f"{one.carried:.1e}") for one in layers
+        ],
+        position_chart=line_chart([positions], x_label="position", y_label="log10 of the difference"),
+        router_chart=line_chart([same], x_label="layer", y_label="tokens, %"),
+        routers=[
+            (layer, one.tokens, one.rerouted, one.near_ties, f"{one.weight_difference:.1e}") for layer, one in routed
+        ],
+    )
+
+
+def _logs(points: Iterable[tuple[int, float]]) -> Points:
+    return [(x, math.log10(max(y, _SMALLEST))) for x, y in points]

@@ -47,6 +47,8 @@ def main() -> int:
         except BaseException as error:
             write_record(rank(), ExitStatus.CRASHED, last_lines(error))
             raise
+    if message:
+        logger.error("%s", message)
     write_record(rank(), status, message)
     return exit_status(status)
 
@@ -62,13 +64,10 @@ def _run(args: argparse.Namespace, stop: StopRequest) -> tuple[ExitStatus, str]:
     try:
         return run(load_recipe(args.recipe, args.overrides), stop), ""
     except CommunicationError as error:  # not the user's: the next attempt may succeed
-        logger.error("%s", error)
         return ExitStatus.PEER_LOST, str(error)
     except DivergedError as error:
-        logger.error("%s", error)
         return ExitStatus.DIVERGED, str(error)
     except MegatronAdsError as error:
-        logger.error("%s", error)
         return ExitStatus.USER_ERROR, str(error)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from conversion.names import Parameter, ParameterKind, parameters
+from conversion.names import ParameterKind, parameters
 from conversion.regions import Rectangle, fill
 from conversion.sources import WeightSource
 from megatron_ads.errors import CheckpointError
@@ -31,13 +31,8 @@ class AdapterRecord:
         """Describe a job that has read its weights from ``source``; a collective, the same on every rank."""
         digest = [base_digest(source, dtype) if dist.get_rank() == 0 else ""]
         dist.broadcast_object_list(digest, src=0)
-        return cls(
-            rank=lora.rank,
-            scale=lora.scale,
-            targets=tuple(sorted(lora.targets)),
-            with_mtp=lora.with_mtp,
-            base=digest[0],
-        )
+        targets = tuple(sorted(lora.targets))
+        return cls(rank=lora.rank, scale=lora.scale, targets=targets, with_mtp=lora.with_mtp, base=digest[0])
 
     def as_json(self) -> dict[str, Any]:
         """Return what a manifest holds."""
@@ -53,14 +48,10 @@ def base_digest(source: WeightSource, dtype: torch.dtype) -> str:
     digest = hashlib.sha256()
     for parameter in parameters(source.shape).values():
         if parameter.kind is ParameterKind.LINEAR and parameter.expert in (None, 0):
-            digest.update(_first_row(source, parameter).to(dtype).view(torch.uint8).numpy().tobytes())
+            row = torch.empty(1, parameter.shape[1], dtype=source.dtype(parameter.name))
+            fill(row, source.regions(parameter.name), Rectangle(0, 0, 1, parameter.shape[1]))
+            digest.update(row.to(dtype).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _first_row(source: WeightSource, parameter: Parameter) -> torch.Tensor:
-    row = torch.empty(1, parameter.shape[1], dtype=source.dtype(parameter.name))
-    fill(row, source.regions(parameter.name), Rectangle(0, 0, 1, parameter.shape[1]))
-    return row
 
 
 _SETTINGS = {
@@ -75,10 +66,7 @@ _SETTINGS = {
 def require_same_adapters(folder: Path, saved: dict[str, Any] | None, wanted: AdapterRecord | None) -> None:
     """Refuse a checkpoint of other adapters, or of adapters where the weights are trained, and the reverse.
 
-    Args:
-        folder: The checkpoint, for the message.
-        saved: What its manifest says.
-        wanted: What this job trains; None: the weights.
+    ``saved`` is what its manifest says, ``wanted`` what this job trains (None: the weights).
 
     Raises:
         CheckpointError: Naming what differs.

@@ -12,7 +12,7 @@ from conversion.layer_specs import LayerSpec
 from conversion.rank_files import ShardsLayout
 from conversion.sources import WeightSource
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config.model import FrozenPart, LayoutConfig, ModelConfig
+from megatron_ads.config.model import FrozenPart, ModelConfig
 from megatron_ads.config.training import OptimConfig, TrainConfig
 from megatron_ads.models.build import build_chunks, wrap_precision
 from megatron_ads.models.lora import add_adapters, begin_gradients_at_embedding, initialise_adapters
@@ -73,19 +73,16 @@ def build_model(
     trained, weights = trained_parameters(model, shards.shape)
     logger.info("trains %s parameters; the model has %s", f"{trained:,}", f"{weights:,}")
     chunks = wrap_chunks(models, overlap=device().type == "cuda")
+    has_experts = trains_experts_anywhere(chunks)
     optimizer = build_optimizer(
-        chunks,
-        optim,
-        settings.precision,
-        has_expert_member=trains_experts_anywhere(chunks),
-        stub_experts=stub_experts,
+        chunks, optim, settings.precision, has_expert_member=has_experts, stub_experts=stub_experts
     )
     return TrainedModel(
         spec=settings.spec,
         models=models,
         chunks=chunks,
         optimizer=optimizer,
-        schedule=_schedule(optim, train.max_steps),
+        schedule=LearningRateSchedule(optim, train.max_steps),
         adapters=None if lora is None else AdapterRecord.of(lora, source, models[0].config.params_dtype),
     )
 
@@ -101,26 +98,6 @@ def wrap_chunks(models: Sequence[GPTModel], *, overlap: bool) -> list[Distribute
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.no_sync_func = suspend_reduction if len(chunks) > 1 else suspend_reduction[0]
     return chunks
-
-
-def lay_out(settings: LayoutConfig, source: WeightSource, world: int) -> ShardsLayout:
-    """Return which rank runs and owns what, for ``world`` ranks.
-
-    Raises:
-        ConfigError: If the recipe's layout does not fit the model or the number of ranks.
-    """
-    layout = settings.runtime(world)
-    return ShardsLayout(shape=source.shape, layout=layout, placement=settings.placement(source.shape, layout))
-
-
-def _schedule(settings: OptimConfig, total_steps: int) -> LearningRateSchedule:
-    return LearningRateSchedule(
-        peak=settings.learning_rate,
-        floor=settings.min_learning_rate,
-        warmup_steps=settings.warmup_steps,
-        total_steps=total_steps,
-        shape=settings.schedule,
-    )
 
 
 def freeze(chunks: Sequence[GPTModel], parts: Iterable[FrozenPart], shape: ModelShape, spec: LayerSpec) -> None:

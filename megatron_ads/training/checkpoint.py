@@ -207,7 +207,10 @@ def load_checkpoint(
     progress = JobProgress(**loaded["training"])
     load_optimizer_state(optimizer, loaded["optimizer"], updates=progress.updates)
     if same_layout:
-        _set_random_states(loaded["rng"])
+        torch.set_rng_state(loaded["rng"]["torch"])
+        tracker = get_cuda_rng_tracker()
+        states = tracker.get_states()
+        tracker.set_states({name: loaded["rng"][f"tracker.{name}"].to(state.device) for name, state in states.items()})
     return progress
 
 
@@ -253,13 +256,6 @@ def _random_states() -> dict[str, ShardedTensor]:
         name: ShardedTensor.from_rank_offsets(f"rng.{name}", state.cpu(), where, prepend_axis_num=1)
         for name, state in states.items()
     }
-
-
-def _set_random_states(states: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states["torch"])
-    tracker = get_cuda_rng_tracker()
-    device = next(iter(tracker.get_states().values())).device if tracker.get_states() else torch.device("cpu")
-    tracker.set_states({name: states[f"tracker.{name}"].to(device) for name in tracker.get_states()})
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):

@@ -41,9 +41,8 @@ def raised_on_all_ranks() -> Iterator[None]:
     dist.all_gather_object(messages, None if found is None else str(found))
     if found is not None:
         raise found
-    for message in messages:
-        if message is not None:
-            raise CheckpointError(message)
+    if raised := [message for message in messages if message is not None]:
+        raise CheckpointError(raised[0])
 
 
 @contextlib.contextmanager
@@ -55,15 +54,18 @@ def failed_writes_named(directory: Path) -> Iterator[None]:
     """
     try:
         yield
-    except CheckpointException as error:  # torch's, raised on all ranks for what happened on some
-        for rank, (cause, _) in sorted(error.failures.items()):
-            if _is_about_writing(cause):
-                raise _failed_write(directory, cause, f" on rank {rank}") from error
+    except (CheckpointException, OSError, RuntimeError) as error:
+        causes: list[tuple[str, BaseException]] = [("", error)]
+        if isinstance(error, CheckpointException):  # torch's, raised on all ranks for what happened on some
+            causes = [(f" on rank {rank}", cause) for rank, (cause, _) in sorted(error.failures.items())]
+        for where, cause in causes:
+            if isinstance(cause, OSError) or any(sign in str(cause) for sign in _TORCH_WRITE_ERRORS):
+                reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause).splitlines()[0]
+                if _TORCH_SHORT_WRITE in reason:
+                    reason = "not all bytes were written, as on a full disk or beyond a quota"
+                what = f"writing a checkpoint to {directory} failed{where}: {reason}"
+                raise _failed_write(what, directory, "checkpoint.dir") from error
         raise
-    except (OSError, RuntimeError) as error:
-        if not _is_about_writing(error):
-            raise
-        raise _failed_write(directory, error, "") from error
 
 
 @contextlib.contextmanager
@@ -79,10 +81,7 @@ def failed_log_named(directory: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:  # a tracker's, of the network
             raise
         reason = error.strerror if isinstance(error, OSError) else os.strerror(errno.ENOSPC)
-        raise CheckpointError(
-            f"log.dir {directory} cannot be written: {reason}; {readable_bytes(free_bytes(directory))} are free there "
-            "now. Checkpoints written before are untouched. Make room, or choose another log.dir, and start again."
-        ) from error
+        raise _failed_write(f"log.dir {directory} cannot be written: {reason}", directory, "log.dir") from error
 
 
 @contextlib.contextmanager
@@ -108,18 +107,10 @@ def misfits_named(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _is_about_writing(error: BaseException) -> bool:
-    return isinstance(error, OSError) or any(sign in str(error) for sign in _TORCH_WRITE_ERRORS)
-
-
-def _failed_write(directory: Path, error: BaseException, where: str) -> CheckpointError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-    if _TORCH_SHORT_WRITE in reason:
-        reason = "not all bytes were written, as on a full disk or beyond a quota"
-    free = readable_bytes(free_bytes(directory))
+def _failed_write(what: str, directory: Path, setting: str) -> CheckpointError:
     return CheckpointError(
-        f"writing a checkpoint to {directory} failed{where}: {reason}; {free} are free there now. Checkpoints written "
-        "before are untouched. Make room, or choose another checkpoint.dir, and start again."
+        f"{what}; {readable_bytes(free_bytes(directory))} are free there now. Checkpoints written before are "
+        f"untouched. Make room, or choose another {setting}, and start again."
     )
 
 

@@ -14,7 +14,6 @@ from megatron_ads.errors import CheckpointError
 MANIFEST = "manifest.json"
 FORMAT = "megatron-ads training checkpoint, version 1"
 _COMPLETE = re.compile(r"step-(\d{8})")
-_CHECKSUM_BLOCK_BYTES = 1 << 24
 
 
 def complete_checkpoints(directory: Path) -> list[tuple[int, Path]]:
@@ -37,12 +36,18 @@ def starting_point(directory: Path, *, resume: bool, last_step: int) -> Path | N
         CheckpointError: If ``resume`` is false, or the checkpoint's step is above ``last_step``; if something that is
             no checkpoint has the name of one that the job may save.
     """
-    complete = complete_checkpoints(directory)
-    step, folder = complete[-1] if complete else (0, None)
-    if folder is not None:
-        _require_resumable(folder, resume=resume, last_step=last_step)
-    entries = sorted(directory.iterdir()) if directory.is_dir() else []
-    for entry in entries:
+    step, folder = max(complete_checkpoints(directory), default=(0, None))
+    if folder is not None and not resume:
+        raise CheckpointError(
+            f"checkpoint.resume is false, but checkpoint.dir holds {folder}. Choose another folder, remove what is "
+            "there, or set checkpoint.resume=true to continue from it."
+        )
+    if folder is not None and (saved := read_manifest(folder)["step"]) > last_step:
+        raise CheckpointError(
+            f"checkpoint.dir holds {folder}, but train.max_steps is {last_step}: the job would train nothing, and "
+            f"export the weights of step {saved}. Choose another checkpoint.dir, or raise train.max_steps."
+        )
+    for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
         match = _COMPLETE.fullmatch(entry.name)
         if match and step < int(match[1]) <= last_step:
             raise CheckpointError(
@@ -50,20 +55,6 @@ def starting_point(directory: Path, *, resume: bool, last_step: int) -> Path | N
                 "need its name. Restore the file if it was lost, or delete the folder."
             )
     return folder
-
-
-def _require_resumable(folder: Path, *, resume: bool, last_step: int) -> None:
-    if not resume:
-        raise CheckpointError(
-            f"checkpoint.resume is false, but checkpoint.dir holds {folder}. Choose another folder, remove what is "
-            "there, or set checkpoint.resume=true to continue from it."
-        )
-    step = read_manifest(folder)["step"]
-    if step > last_step:
-        raise CheckpointError(
-            f"checkpoint.dir holds {folder}, but train.max_steps is {last_step}: the job would train nothing, and "
-            f"export the weights of step {step}. Choose another checkpoint.dir, or raise train.max_steps."
-        )
 
 
 def verify_sizes(folder: Path) -> None:
@@ -121,6 +112,6 @@ def checksum(file: Path) -> int:
     """Return the CRC-32 of a file."""
     value = 0
     with file.open("rb") as handle:
-        while block := handle.read(_CHECKSUM_BLOCK_BYTES):
+        while block := handle.read(1 << 24):
             value = zlib.crc32(block, value)
     return value

@@ -61,17 +61,12 @@ class Checkpointer:
 
     def save(self, step: int) -> float:
         """Write the checkpoint of ``step`` and return the seconds it took; a collective."""
-        started = time.monotonic()
+        started, updates = time.monotonic(), self.model.optimizer.updates
         checkpoint.save_checkpoint(
             Path(self.settings.dir),
             self.model.chunks,
             self.model.optimizer,
-            checkpoint.JobProgress(
-                step=step,
-                updates=self.model.optimizer.updates,
-                data=self.data.state_dict(),
-                settings=self.job,
-            ),
+            checkpoint.JobProgress(step=step, updates=updates, data=self.data.state_dict(), settings=self.job),
             self.layout,
             side_files=self.side_files,
             keep_last=self.settings.save_total_limit,

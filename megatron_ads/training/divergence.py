@@ -13,8 +13,6 @@ from megatron_ads.training.step import StepReport
 
 logger = get_logger(__name__)
 
-_ALL_SHOWN = 8
-"""Of this many skipped updates each has a line; later ones only where their number is a power of two."""
 _ADVICE = (
     "Look at the loss and grad_norm before in metrics.jsonl; lower optim.learning_rate, set optim.clip_grad, or look "
     "for extreme weights of rows, and continue from a checkpoint before."
@@ -49,7 +47,8 @@ class SkippedUpdates:
                 f"{report.loss:g}, gradient norm {update.grad_norm:g}; train.max_skipped_updates). Nothing is "
                 f"exported. {_ADVICE}"
             )
-        if dist.get_rank() == 0 and (self.count <= _ALL_SHOWN or self.count & (self.count - 1) == 0):
+        # The first 8 have a line each; later ones only where their number is a power of two.
+        if dist.get_rank() == 0 and (self.count <= 8 or self.count.bit_count() == 1):
             logger.warning(
                 "step %d: the update is skipped, the weights stay as they were: loss %g, gradient norm %g, %d gradient "
                 "elements not finite; %d in a row, of at most %d",

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -56,12 +56,8 @@ class RunLog:
         self._activity = activity
         self._times = RankTimes(config.runtime, shards.layout, activity)
         self._every = config.train.log_every
-        self._flops_per_token = flops_per_token(
-            shards.shape,
-            config.data.seq_length,
-            with_mtp=config.model.mtp_loss_weight > 0,
-            lora=Lora.of(config.model),
-        )
+        with_mtp, lora = config.model.mtp_loss_weight > 0, Lora.of(config.model)
+        self._flops_per_token = flops_per_token(shards.shape, config.data.seq_length, with_mtp=with_mtp, lora=lora)
         self._peak_flops_per_second = _peak_flops_per_second(config.model.precision)
         self._load = ExpertLoad(model.models) if shards.shape.num_experts else None
         self._writer: MetricsWriter | None = None
@@ -69,13 +65,13 @@ class RunLog:
         if dist.get_rank() == 0:
             with failed_log_named(directory):
                 directory.mkdir(parents=True, exist_ok=True)
-                run = describe_run(config)
+                run = {"recipe": dataclasses.asdict(config), "ranks": dist.get_world_size(), **provenance()}
                 write_small(directory / RUN_FILE, json.dumps(run, indent=1) + "\n")
                 tracked = TrackedRuns(config.log.trackers, directory, run)
                 self._writer = MetricsWriter(directory, config.log.tensorboard, resume_step, tracked=tracked)
         self._progress = Progress(config.train.max_steps, resume_step, name)
-        self._started = time.monotonic()
-        self._restart_rank_times(resume_step)
+        self._started: float
+        self._restart_clock(resume_step)
 
     def close(self) -> None:
         """Flush what is written, and say where the report is."""
@@ -87,28 +83,18 @@ class RunLog:
         if dist.get_rank() == 0 and report.is_file():
             logger.info("the run so far, as a page: %s", report)
 
-    def begin(self, step: int) -> None:
-        """Say that a training step begins: from here to its end, this rank is expected to get on."""
-        self._activity.enter_step(step)
-
-    def moved(self) -> None:
-        """Say that this rank gets on; a step of a single rank may be long and have no communication."""
-        self._activity.moved()
-
     def step(self, step: int, report: StepReport, metrics: Mapping[str, float]) -> None:
         """Record one training step, and what its job knows of it besides; a collective on the steps that are logged."""
-        seconds, self._started = time.monotonic() - self._started, time.monotonic()
+        ended = time.monotonic()
+        seconds = ended - self._started
         if step % self._every == 0:
             ranks = self._times.measure(step, seconds)
             self._write(step, self._step_metrics(report, seconds) | ranks | dict(metrics))
         self._progress.update(1, loss=report.loss)
         self._peers.report_step(step)
         self._activity.leave_step(step)
-        self._restart_rank_times(step)
-
-    def _restart_rank_times(self, step: int) -> None:
-        """Let the work for the step after ``step`` begin here: what the log takes is not a rank's own work."""
-        self._times.restart(measured=(step + 1) % self._every == 0)
+        self._restart_clock(step)
+        self._started = ended  # what the log takes is the next step's, but not a rank's own work
 
     def _step_metrics(self, report: StepReport, seconds: float) -> dict[str, float]:
         assert report.update is not None
@@ -144,8 +130,9 @@ class RunLog:
         self._restart_clock(step)
 
     def _restart_clock(self, step: int) -> None:
+        """Let the step after ``step`` begin here."""
         self._started = time.monotonic()
-        self._restart_rank_times(step)
+        self._times.restart(measured=(step + 1) % self._every == 0)
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._writer is not None:
@@ -161,11 +148,6 @@ def _peak_flops_per_second(precision: Precision) -> float | None:
     if not {"pcie", "nvl", "mig"}.isdisjoint(words):  # the table has whole cards, in their fastest form
         return None
     return next((card.flops_per_second for card in CARDS.values() if card.name in words), None)
-
-
-def describe_run(config: RunConfig) -> dict[str, object]:
-    """Return the resolved recipe, and what it runs on and with."""
-    return {"recipe": dataclasses.asdict(config), "ranks": dist.get_world_size(), **provenance()}
 
 
 class RankTimes:
@@ -188,7 +170,10 @@ class RankTimes:
     def measure(self, step: int, step_seconds: float) -> dict[str, float]:
         """Return the metrics that compare the ranks; one collective."""
         own_seconds = time.monotonic() - self._started - self._activity.stalls.seconds()
-        memory, seconds = _of_all_ranks(peak_memory_bytes(), own_seconds)
+        table = torch.zeros(2, dist.get_world_size(), dtype=torch.float64, device=device())
+        table[:, dist.get_rank()] = torch.tensor((peak_memory_bytes(), own_seconds), dtype=torch.float64)
+        dist.all_reduce(table)
+        memory, seconds = table.tolist()
         metrics = {"max_memory_allocated": max(memory)}
         slowest = self._stragglers.observe(step, seconds, step_seconds) if dist.get_rank() == 0 else None
         if slowest is not None:
@@ -198,12 +183,3 @@ class RankTimes:
                 "slowest_rank_over_median": slowest.over_median,
             }
         return metrics
-
-
-def _of_all_ranks(*values: float) -> Sequence[Sequence[float]]:
-    """Return, for each value, that of every rank."""
-    table = torch.zeros(len(values), dist.get_world_size(), dtype=torch.float64, device=device())
-    table[:, dist.get_rank()] = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(table)
-    rows: list[list[float]] = table.tolist()
-    return rows

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from conversion.convert import lay_out
 from conversion.rank_files import ShardsLayout
 from conversion.sources import WeightSource, open_source
 from megatron_ads.config.run import RunConfig, require_trainable
@@ -22,11 +23,11 @@ from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.device import device, seed_everything, set_threads
 from megatron_ads.runtime.health.activity import Activity, name_failed_communication
-from megatron_ads.runtime.health.peers import LostPeer, PeerMonitor
+from megatron_ads.runtime.health.peers import PeerMonitor
 from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, write_record
 from megatron_ads.runtime.health.watch import HangWatch
 from megatron_ads.runtime.preflight import Record, check_records, gather_records
-from megatron_ads.training.build import TrainedModel, build_model, lay_out
+from megatron_ads.training.build import TrainedModel, build_model
 from megatron_ads.training.checkpoint_errors import failed_log_named, raised_on_all_ranks
 from megatron_ads.training.checkpointer import Checkpointer, DataPosition
 from megatron_ads.training.divergence import SkippedUpdates, require_finite
@@ -58,62 +59,52 @@ def start_from(config: RunConfig) -> tuple[WeightSource, ShardsLayout]:
     """
     require_installed(config.log.trackers)
     source = open_source(Path(config.model.load))
-    shards = lay_out(config.layout, source, world_size())
+    shards = lay_out(source.shape, config.layout, world_size())
     require_trainable(shards.layout)
     return source, shards
 
 
 @contextmanager
 def join(config: RunConfig, source: WeightSource, shards: ShardsLayout) -> Iterator[Membership]:
-    """Join the process groups; inside the context, the ranks watch over each other."""
+    """Join the process groups; inside the context, the ranks watch over each other and hold the job's folders.
+
+    Raises:
+        MegatronAdsError: On every rank, if another job holds one of the folders.
+    """
     timeout = config.runtime.timeout_seconds
     set_threads(config.runtime.threads)
     process_groups.start(shards.layout, timeout_seconds=timeout, create_gloo_process_groups=False)
     activity = Activity(on_gpu=device().type == "cuda")
+    rank = dist.get_rank()
     hangs = HangWatch(
         activity,
         shards.layout,
-        dist.get_rank(),
+        rank,
         timeout_seconds=timeout,
         directory=Path(config.log.dir),
-        on_hang=_record_hang,
+        on_hang=lambda headline: write_record(rank, ExitStatus.HUNG, headline),
     )
     try:
         with (
-            PeerMonitor(shards.layout, on_loss=_record_loss, hangs=hangs) as peers,
+            PeerMonitor(
+                shards.layout,
+                on_loss=lambda loss: write_record(rank, ExitStatus.PEER_LOST, str(loss)),
+                hangs=hangs,
+            ) as peers,
             name_failed_communication(shards.layout, activity),
+            ExitStack() as held,
         ):
             seed_everything(config.train.seed, config.train.deterministic)
-            with _sole_use(config):
-                yield Membership(source=source, shards=shards, peers=peers, activity=activity)
+            if FOLDER_VARIABLE not in os.environ:  # a launcher that asks for records holds the folders for its ranks
+                with raised_on_all_ranks():
+                    if rank == 0:
+                        held.enter_context(hold(folders_of(config), os.environ))
+            yield Membership(source=source, shards=shards, peers=peers, activity=activity)
     finally:
         process_groups.stop()
 
 
-@contextmanager
-def _sole_use(config: RunConfig) -> Iterator[None]:
-    """Hold the job's folders, unless a launcher that asks for records does it for its ranks; a collective.
-
-    Raises:
-        MegatronAdsError: On every rank, if another job holds one.
-    """
-    with ExitStack() as held:
-        if FOLDER_VARIABLE not in os.environ:
-            with raised_on_all_ranks():
-                if dist.get_rank() == 0:
-                    held.enter_context(hold(folders_of(config), os.environ))
-        yield
-
-
-def _record_loss(loss: LostPeer) -> None:
-    write_record(dist.get_rank(), ExitStatus.PEER_LOST, str(loss))
-
-
-def _record_hang(headline: str) -> None:
-    write_record(dist.get_rank(), ExitStatus.HUNG, headline)
-
-
-@dataclass(kw_only=True, slots=True)
+@dataclass(slots=True)
 class Session:
     """A job between two steps: the model, how many steps are done, and what saves and records them."""
 
@@ -133,9 +124,7 @@ class Session:
     ) -> Self:
         """Build the model, compare the ranks and start where the latest complete checkpoint ends; a collective.
 
-        Args:
-            data: Saved with every checkpoint, and restored from it.
-            name: Of this kind of job, for the display of its progress.
+        ``data`` is saved with every checkpoint and restored from it; ``name`` is shown with the progress.
 
         Raises:
             MegatronAdsError: For anything the user can mend; the message says what and how.
@@ -153,22 +142,8 @@ class Session:
         )
         step = checkpointer.load_latest(last_step=config.train.max_steps)
         log = RunLog(config, model, shards, membership.peers, membership.activity, name=name, resume_step=step)
-        return cls(
-            config=config,
-            membership=membership,
-            model=model,
-            checkpointer=checkpointer,
-            log=log,
-            stop=stop,
-            step=step,
-            skips=SkippedUpdates(maximum=max(1, min(config.train.max_skipped_updates, config.train.max_steps // 2))),
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.log.close()
+        skips = SkippedUpdates(maximum=max(1, min(config.train.max_skipped_updates, config.train.max_steps // 2)))
+        return cls(config, membership, model, checkpointer, log, stop, step, skips)
 
     @property
     def is_finished(self) -> bool:
@@ -246,13 +221,8 @@ def preflight(config: RunConfig, optimizer: OptimizerChain, shards: ShardsLayout
     Raises:
         TopologyError: Naming the ranks that differ or did not come, in under 10 s.
     """
-    check_records(gather_records(describe_rank(config, optimizer, shards)))
-
-
-def describe_rank(config: RunConfig, optimizer: OptimizerChain, shards: ShardsLayout) -> Record:
-    """Return what this rank is about to do, to be compared with the others."""
     described = json.dumps([asdict(config), asdict(shards.shape), shards.placement.string], sort_keys=True)
-    return Record(
+    own = Record(
         rank=dist.get_rank(),
         coordinates=shards.layout.coordinates(dist.get_rank()),
         members={member.kind: member.group_keys() for member in optimizer.members},
@@ -260,3 +230,4 @@ def describe_rank(config: RunConfig, optimizer: OptimizerChain, shards: ShardsLa
         config_digest=hashlib.sha256(described.encode()).hexdigest()[:12],
         code_revision=git_revision(Path(__file__).parent) or "unknown",
     )
+    check_records(gather_records(own))

@@ -1,6 +1,7 @@
 """Reasoning SFT: what every rank does, from joining the job to exported weights."""
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 from megatron_ads.config.run import SftConfig, validate
@@ -29,7 +30,8 @@ def run(config: SftConfig, stop: StopRequest) -> ExitStatus:
         training, held_out = open_streams(
             config.data, config.train, config.loss, config.reweight, source, shards.layout
         )
-        with Session.resumed(config, membership, training, stop, name="SFT") as session:
+        session = Session.resumed(config, membership, training, stop, name="SFT")
+        with closing(session.log):
             stopped = train(SftJob(session=session, reweight=config.reweight, training=training, held_out=held_out))
         return session.end(stopped=stopped)
 
@@ -62,16 +64,16 @@ def train(job: SftJob) -> bool:
 
 def _step(job: SftJob) -> bool:
     """Run the next step; return whether some rank was asked to stop."""
-    session, model, log = job.session, job.session.model, job.session.log
+    session, model, activity = job.session, job.session.model, job.session.membership.activity
     learning_rate = model.schedule.at(model.optimizer.updates)
-    log.begin(session.step + 1)
+    activity.enter_step(session.step + 1)  # from here to its end, this rank is expected to make progress
     report = run_step(
         job.training.next_step(),
         model.chunks,
         model.optimizer,
         learning_rate=learning_rate,
         stop_requested=session.stop.received is not None,
-        before_microbatch=log.moved,
+        before_microbatch=activity.moved,  # a step of a single rank may be long and have no communication
     )
     task_losses = _by_task("loss", job.training.observe(report.sample_losses))
     session.finish_step(report, {"learning_rate": learning_rate} | task_losses)

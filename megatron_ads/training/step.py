@@ -166,13 +166,21 @@ def forward_step(
     """Run one microbatch through one chunk; return its output and how the last stage reduces it to a loss."""
     batch = next(batches)
     mask_T = batch.mask_BS.view(1, -1).to(device())
+    boundaries = batch.cu_seqlens.to(device())  # of the samples: attention and positions stay inside each
+    longest = int(batch.cu_seqlens.diff().max())
     output = chunk(
         input_ids=batch.tokens_BS.view(1, -1).to(device()),
         position_ids=batch.positions_BS.view(1, -1).to(device()),
         attention_mask=None,
         labels=batch.labels_BS.view(1, -1).to(device()),
         loss_mask=mask_T,
-        packed_seq_params=packed_sequences(batch),
+        packed_seq_params=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=boundaries,
+            cu_seqlens_kv=boundaries,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        ),
     )
     return output, partial(_reduce, loss=loss, batch=batch, mask_T=mask_T)
 
@@ -193,19 +201,6 @@ def _reduce(
     )
     count = torch.tensor(found.count, dtype=torch.int, device=device())
     return found.sum, count, {"loss_sum": found.sum.detach(), **found.report}
-
-
-def packed_sequences(batch: PackedBatch) -> PackedSeqParams:
-    """Say where each sample begins and ends, so that attention and positions stay inside it."""
-    boundaries = batch.cu_seqlens.to(device())
-    longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=boundaries,
-        cu_seqlens_kv=boundaries,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
 
 
 def _reports_loss() -> bool:

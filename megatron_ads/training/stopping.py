@@ -13,11 +13,12 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopRequest:
     """Remembers that a stop signal came. Each step tells the other ranks, so that all stop after the same step."""
 
-    def __init__(self) -> None:
+    def __init__(self, *signals: signal.Signals) -> None:
+        self._signals = signals or STOP_SIGNALS
         self.received: signal.Signals | None = None
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        self._previous = {number: signal.signal(number, self._remember) for number in self._signals}
         return self
 
     def __exit__(self, *_: object) -> None:

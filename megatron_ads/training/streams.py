@@ -60,11 +60,7 @@ def open_streams(
         raise none_left(f"{len(corpus.validation)} held-out rows", held_out.left_out, data.seq_length)
     stream.require_held_out(held_out.rows)
     validation = batches_of_all(
-        held_out.rows,
-        share,
-        seq_length=data.seq_length,
-        packing=data.packing,
-        normalize=loss.normalize,
+        held_out.rows, share, seq_length=data.seq_length, packing=data.packing, normalize=loss.normalize
     )
     return stream, HeldOut(held_out.rows, validation)
 

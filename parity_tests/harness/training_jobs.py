@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from conversion.convert import lay_out
 from conversion.sources import WeightSource, open_source
 from megatron_ads.config.data import DataConfig, SourceConfig, SourceKind
 from megatron_ads.config.model import LayerSpecChoice, LayoutConfig, ModelConfig, Precision
@@ -65,10 +66,10 @@ def start(recipe: Recipe) -> tuple[Any, Any, WeightSource]:
     from megatron_ads.layout import world_size
     from megatron_ads.runtime import process_groups
     from megatron_ads.runtime.device import seed_everything
-    from megatron_ads.training.build import build_model, lay_out
+    from megatron_ads.training.build import build_model
 
     config, source = recipe.config(), open_source(recipe.folder)
-    shards = lay_out(config.layout, source, world_size())
+    shards = lay_out(source.shape, config.layout, world_size())
     process_groups.start(shards.layout, timeout_seconds=recipe.timeout_seconds, create_gloo_process_groups=False)
     seed_everything(1)
     model = build_model(config.model, config.optim, config.train, source, shards, stub_experts=recipe.stub_experts)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.launching.attempts import (
-    AttemptResult,
     checkpoint_step,
     decide,
     describe_failure,
@@ -28,18 +27,18 @@ def record(rank: int, status: ExitStatus, message: str = "", ended: float = 0.0)
 @pytest.mark.parametrize(
     ("statuses", "outcome", "verdict"),
     [
-        ([DONE, DONE], Outcome.FINISHED, AttemptResult.FINISHED),
-        ([STOPPED, STOPPED], Outcome.STOPPED, AttemptResult.STOPPED),
-        ([DONE], Outcome.FINISHED, AttemptResult.FAILED),  # the other one was killed during the export
-        ([STOPPED, STOPPED], None, AttemptResult.FAILED),  # nobody knows whether the checkpoint is there
-        ([PEER_LOST], None, AttemptResult.FAILED),
-        ([CRASHED, PEER_LOST], None, AttemptResult.FAILED),
-        ([PEER_LOST, USER_ERROR], None, AttemptResult.REFUSED),
-        ([], None, AttemptResult.FAILED),
+        ([DONE, DONE], Outcome.FINISHED, DONE),
+        ([STOPPED, STOPPED], Outcome.STOPPED, STOPPED),
+        ([DONE], Outcome.FINISHED, CRASHED),  # the other one was killed during the export
+        ([STOPPED, STOPPED], None, CRASHED),  # nobody knows whether the checkpoint is there
+        ([PEER_LOST], None, CRASHED),
+        ([CRASHED, PEER_LOST], None, CRASHED),
+        ([PEER_LOST, USER_ERROR], None, USER_ERROR),
+        ([], None, CRASHED),
     ],
 )
 def test_the_verdict_is_that_of_all_ranks_together(
-    statuses: Sequence[ExitStatus], outcome: Outcome | None, verdict: AttemptResult
+    statuses: Sequence[ExitStatus], outcome: Outcome | None, verdict: ExitStatus
 ) -> None:
     records = [record(rank, status) for rank, status in enumerate(statuses)]
     assert judge(records, 2, outcome) is verdict
@@ -48,16 +47,16 @@ def test_the_verdict_is_that_of_all_ranks_together(
 @pytest.mark.parametrize(
     ("verdict", "fruitless", "again", "status"),
     [
-        (AttemptResult.FINISHED, 0, False, DONE),
-        (AttemptResult.STOPPED, 1, True, STOPPED),
-        (AttemptResult.REFUSED, 1, False, USER_ERROR),
-        (AttemptResult.FAILED, 0, True, CRASHED),
-        (AttemptResult.FAILED, 3, True, CRASHED),  # the first attempt and two restarts
-        (AttemptResult.FAILED, 4, False, CRASHED),  # the third restart too
+        (DONE, 0, False, DONE),
+        (STOPPED, 1, True, STOPPED),
+        (USER_ERROR, 1, False, USER_ERROR),
+        (CRASHED, 0, True, CRASHED),
+        (CRASHED, 3, True, CRASHED),  # the first attempt and two restarts
+        (CRASHED, 4, False, CRASHED),  # the third restart too
     ],
 )
 def test_only_failures_that_do_not_get_on_use_up_the_restarts(
-    verdict: AttemptResult, fruitless: int, again: bool, status: ExitStatus
+    verdict: ExitStatus, fruitless: int, again: bool, status: ExitStatus
 ) -> None:
     decision = decide(verdict, fruitless, 3)
     assert (decision.again, decision.status) == (again, status)

@@ -41,7 +41,7 @@ def _checkpoint(folder: Path, *, listed_bytes: int) -> None:
 
 def test_a_job_that_can_start_has_no_problem(words: list[str]) -> None:
     found = check_job("sft/quickstart", words, 4)
-    assert found.problems == ()
+    assert found.problems == []
     assert [line.split(":")[0] for line in found.passed] == [
         "recipe", "weights", "tokenizer", "layout", "data", "checkpoint", "disk", "trackers", "folders",
     ]  # fmt: skip
@@ -102,7 +102,7 @@ def test_a_whole_checkpoint_is_where_the_job_goes_on(words: list[str], tmp_path:
     few = [*words, "train.max_steps=3", "optim.warmup_steps=0"]
     (problem,) = check_job("sft/quickstart", few, 4).problems
     assert "train.max_steps is 3: the job would train nothing, and export the weights of step 4" in problem
-    assert check_job("sft/quickstart", [*few, "train.max_steps=4"], 4).problems == ()
+    assert check_job("sft/quickstart", [*few, "train.max_steps=4"], 4).problems == []
 
 
 @pytest.mark.parametrize("name", ["step-00000004", "step-00000300"])
@@ -126,7 +126,7 @@ def test_what_no_save_will_need_the_name_of_is_in_nobodys_way(name: str, words: 
     checkpoints = tmp_path / "run" / "checkpoints"
     _checkpoint(checkpoints / "step-00000002", listed_bytes=5)
     (checkpoints / name).mkdir()
-    assert check_job("sft/quickstart", words, 4).problems == ()
+    assert check_job("sft/quickstart", words, 4).problems == []
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_a_problem_of_one_line(words: list[str], tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_job_that_works_in_the_folder_is_a_problem(words: list[str], tmp_path:
     with hold({"log.dir": tmp_path / "run"}, {}):
         (problem,) = check_job("sft/quickstart", words, 4).problems
     assert problem.startswith(f"log.dir {tmp_path / 'run'} is in use by another job: process {os.getpid()} on ")
-    assert check_job("sft/quickstart", words, 4).problems == ()
+    assert check_job("sft/quickstart", words, 4).problems == []
 
 
 def test_sizes_are_told_in_a_unit_that_suits_them(words: list[str]) -> None:

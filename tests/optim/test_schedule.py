@@ -2,12 +2,13 @@
 
 import pytest
 
-from megatron_ads.config.training import Schedule
+from megatron_ads.config.training import OptimConfig, Schedule
 from megatron_ads.optim.adam import LearningRateSchedule
 
 
 def _schedule(shape: Schedule) -> LearningRateSchedule:
-    return LearningRateSchedule(peak=1.0, floor=0.2, warmup_steps=3, total_steps=8, shape=shape)
+    settings = OptimConfig(learning_rate=1.0, min_learning_rate=0.2, warmup_steps=3, schedule=shape)
+    return LearningRateSchedule(settings, total_steps=8)
 
 
 @pytest.mark.parametrize("shape", list(Schedule))

@@ -1,8 +1,7 @@
 """The page of a parity check."""
 
 from megatron_ads.config.model import Precision
-from megatron_ads.parity.page import render
-from megatron_ads.parity.verdict import LIMITS, Comparison, RungResult
+from megatron_ads.parity.verdict import LIMITS, Comparison, RungResult, render
 from tests.parity.test_verdict import EXPERTS, LAYER, LOGITS, MTP
 
 COMPARISON = Comparison((LAYER, EXPERTS, MTP), LOGITS)

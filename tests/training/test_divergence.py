@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.errors import DivergedError
-from megatron_ads.launching.attempts import AttemptResult, decide, judge
+from megatron_ads.launching.attempts import decide, judge
 from megatron_ads.optim.chain import UpdateReport
 from megatron_ads.runtime.health.rank_record import ExitStatus, RankRecord
 from megatron_ads.training import divergence
@@ -51,7 +51,7 @@ def test_every_skip_is_told_until_there_are_many(caplog: pytest.LogCaptureFixtur
 def test_no_launcher_starts_it_again() -> None:
     records = [RankRecord(rank=0, host="h", status=ExitStatus.DIVERGED, message="", ended=0.0)]
     verdict = judge(records, 1, None)
-    assert verdict is AttemptResult.DIVERGED
+    assert verdict is ExitStatus.DIVERGED
     decision = decide(verdict, 1, 3)
     assert (decision.again, decision.status) == (False, 77)
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from conversion.convert import lay_out
 from conversion.sources import open_source
 from parity_tests.harness.ranks import run_ranks
 from parity_tests.harness.training_jobs import Recipe, run_steps, save, start
@@ -67,9 +68,8 @@ def _stock_model(recipe: Recipe) -> Any:
     from megatron_ads.models.settings import ModelSettings
     from megatron_ads.models.transformer_config import megatron_config
     from megatron_ads.runtime import process_groups
-    from megatron_ads.training.build import lay_out
 
-    shards = lay_out(recipe.config().layout, open_source(recipe.folder), 1)
+    shards = lay_out(open_source(recipe.folder).shape, recipe.config().layout, 1)
     process_groups.start(shards.layout)
     settings = ModelSettings.of(recipe.config().model)
     config = megatron_config(shards.shape, shards.layout, shards.placement, settings)
