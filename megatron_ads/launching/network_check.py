@@ -113,7 +113,9 @@ def _connected(host: str, port: int, deadline: float) -> socket.socket:
 
 def _try_all(own: Node, nodes: list[Node]) -> list[str]:
     problems = []
-    for node in (other for other in nodes if other.number != own.number):
+    for node in nodes:
+        if node.number == own.number:
+            continue
         try:
             socket.create_connection((node.address, node.port), timeout=_PATIENCE_SECONDS).close()
         except OSError as error:

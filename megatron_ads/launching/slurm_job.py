@@ -178,6 +178,11 @@ class Attempt:
         clear_outcome(Path(config.log.dir))
         return cls(allocation=allocation, recipe=recipe, overrides=overrides, config=config, folder=folder)
 
+    @property
+    def records(self) -> Path:
+        """Where the ranks record how they ended."""
+        return self.folder / "records"
+
     def check_nodes(self) -> NodesCheck:
         """Let every node check itself and its connections to the others."""
         folders = dict.fromkeys((self.config.checkpoint.dir, self.config.log.dir))
@@ -188,7 +193,7 @@ class Attempt:
 
     def run_ranks(self, notice: StopRequest) -> None:
         """Start every rank and wait until all have ended, or until those that still run after a failure are ended."""
-        size, records = self.allocation, self.folder / "records"  # of how each rank ended
+        size = self.allocation
         say(f"{self.recipe}: {size.ranks} ranks on {size.nodes} nodes, attempt {size.restarts}, logs in {self.folder}")
         command = [
             *("srun", "--kill-on-bad-exit=0", "--input=none", f"--output={self.folder}/rank-%4t.log"),
@@ -200,19 +205,19 @@ class Attempt:
             "MASTER_ADDR": host,
             "MASTER_PORT": port,
             "LOCAL_WORLD_SIZE": str(size.ranks_per_node),
-            FOLDER_VARIABLE: str(records),
+            FOLDER_VARIABLE: str(self.records),
         }
         if "SLURM_CPUS_PER_TASK" in environment:  # since Slurm 22.05, srun does not take it from the batch job
             environment.setdefault("SRUN_CPUS_PER_TASK", environment["SLURM_CPUS_PER_TASK"])
         with subprocess.Popen(command, env=environment, close_fds=False) as job:  # srun inherits the folders' lock
-            _wait(job, lambda: any(record.failed for record in read_records(records)), notice, size.job)
+            _wait(job, lambda: any(record.failed for record in read_records(self.records)), notice, size.job)
 
     def decision(self, started: bool) -> Decision:
         """Report a failure and decide what to do; ``started``: whether ranks were started at all."""
         fruitless = fruitless_attempts(self.folder.parent, checkpoint_step(Path(self.config.checkpoint.dir)))
         verdict = ExitStatus.CRASHED
         if started:
-            ended = read_records(self.folder / "records")
+            ended = read_records(self.records)
             verdict = judge(ended, self.allocation.ranks, read_outcome(Path(self.config.log.dir)))
             for line in describe_failure(ended, range(self.allocation.ranks), self.folder):
                 say(line)

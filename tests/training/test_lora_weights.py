@@ -125,7 +125,7 @@ def test_the_digest_of_the_weights_is_that_of_every_format_and_of_no_other_model
 
 def _resumed_weights(recipe: Recipe) -> dict[str, torch.Tensor]:
     from megatron_ads.training.checkpoint import complete_checkpoints, load_checkpoint
-    from megatron_ads.training.export import WeightSync
+    from megatron_ads.training.weight_sync import WeightSync
 
     model, shards, source = start(recipe)
     ((_, folder),) = complete_checkpoints(recipe.checkpoints or Path())

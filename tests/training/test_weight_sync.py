@@ -27,7 +27,7 @@ SMALL_BUCKET_BYTES = 1 << 14
 
 
 def _collect(recipe: Recipe, destinations: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    from megatron_ads.training.export import WeightSync
+    from megatron_ads.training.weight_sync import WeightSync
 
     model, shards, source = start(recipe)
     sync = WeightSync(shards, source, destinations=destinations, bucket_bytes=SMALL_BUCKET_BYTES)
@@ -57,7 +57,7 @@ def test_a_model_without_low_rank_queries_comes_out_whole(tmp_path: Path) -> Non
 def _group_timeouts(recipe: Recipe) -> set[float]:
     import torch.distributed as dist
 
-    from megatron_ads.training.export import WeightSync
+    from megatron_ads.training.weight_sync import WeightSync
 
     _, shards, source = start(recipe)
     before = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
@@ -94,7 +94,8 @@ def _peaks(recipe: Recipe) -> tuple[int, int, int]:
 
     The third number is the largest bucket.
     """
-    from megatron_ads.training.export import WeightSync, canonical_weights
+    from megatron_ads.training.export import canonical_weights
+    from megatron_ads.training.weight_sync import WeightSync
 
     model, shards, source = start(recipe)
     own = [*model.models[0].parameters(), *model.models[0].buffers()]
