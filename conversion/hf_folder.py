@@ -22,7 +22,7 @@ from conversion.names import (
     tensors_at_least,
 )
 from conversion.paths import inside
-from conversion.regions import Rectangle, Region, StoredMatrix, whole
+from conversion.regions import Region, StoredMatrix, part_rectangles
 from conversion.safetensors_file import StoredTensor, read_header
 from megatron_ads.architecture import ModelShape, fp8_blocks, shape_from_config
 from megatron_ads.errors import ConversionError
@@ -57,12 +57,7 @@ class HfFolder:
 
     def regions(self, parameter: Parameter) -> tuple[Region, ...]:
         """Return what a canonical parameter is made of."""
-        found, row = [], 0
-        for part in parameter.parts:
-            extent = whole(part.shape)
-            found.append(Region(Rectangle(row, 0, extent.rows, extent.columns), self.matrix(part.name)))
-            row += extent.rows
-        return tuple(found)
+        return tuple(Region(covers, self.matrix(part.name)) for part, covers in part_rectangles(parameter))
 
     def replicas(self, parameter: Parameter) -> tuple[tuple[Region, ...], ...]:
         """Return every stored copy of a parameter; the repeats of the MTP layers have names of their own."""

@@ -49,6 +49,11 @@ class Quantized:
         """The one rectangle it is quantised from."""
         return (self.view,)
 
+    @property
+    def offset(self) -> int:
+        """Where its first bytes go."""
+        return self.codes_offset or self.scales_offset or 0
+
 
 @dataclass(frozen=True, slots=True)
 class Verbatim:
@@ -124,14 +129,8 @@ class ConversionPlan:
     def left_behind(self) -> tuple[str, ...]:
         """Files that seem to belong to the checkpoint and are not carried, each with the reason."""
         names = {name for carried in self.side_files for name in carried.names}
-        return tuple(
-            dict.fromkeys(
-                each
-                for carried in self.side_files
-                for each in carried.left_behind
-                if each.rpartition(" (")[0] not in names
-            )
-        )
+        left = (each for carried in self.side_files for each in carried.left_behind)
+        return tuple(dict.fromkeys(each for each in left if each.rpartition(" (")[0] not in names))
 
     @property
     def source_bytes(self) -> int:

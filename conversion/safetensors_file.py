@@ -5,6 +5,7 @@ the end of the header. Source: https://github.com/huggingface/safetensors#format
 """
 
 import json
+import math
 import mmap
 import os
 from collections.abc import Mapping, Sequence
@@ -53,12 +54,12 @@ class StoredTensor:
     @property
     def columns(self) -> int:
         """Elements of one row."""
-        return element_count(self.shape) // max(self.rows, 1)
+        return math.prod(self.shape) // max(self.rows, 1)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
-        return element_count(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read_rows(self, first: int, last: int) -> torch.Tensor:
         """Map rows ``first`` to ``last`` (exclusive) as a ``(rows, columns)`` tensor; treat it as read-only."""
@@ -79,14 +80,6 @@ class SafetensorsHeader:
     metadata: dict[str, str]
     data_start: int
     """File offset of the first data byte."""
-
-
-def element_count(shape: Sequence[int]) -> int:
-    """Return the number of elements of a shape; a scalar has one."""
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count
 
 
 def map_bytes(file: Path, offset: int, length: int) -> torch.Tensor:
@@ -193,7 +186,7 @@ class HeaderEntry:
     @property
     def nbytes(self) -> int:
         """Bytes of its data."""
-        return element_count(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def header_order(entries: Sequence[HeaderEntry]) -> tuple[HeaderEntry, ...]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from conversion.hf_config import true_config
 from conversion.hf_folder import INDEX, SCALE_SUFFIX, SINGLE
 from conversion.names import HfPart, Parameter, ParameterKind, parameters
 from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state, in_groups, offsets
-from conversion.regions import Rectangle, Region, View, whole
+from conversion.regions import Region, View, part_rectangles
 from conversion.safetensors_file import DTYPES, HeaderEntry, header_order
 from conversion.sources import WeightSource, stored_dtype
 from megatron_ads.architecture import Fp8Blocks, fp8_blocks
@@ -84,25 +84,23 @@ class HfTarget:
         """
         if self.max_shard_bytes < 1:
             raise ConversionError(f"The largest file is {self.max_shard_bytes} bytes; give at least 1, such as 5GB.")
+        tensors = hf_tensors(self.source, self.dtype, self.source.aliases)
+        groups = in_groups(tensors, lambda tensor: tensor.nbytes, self.max_shard_bytes)
+        count = len(groups)
+        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        derived = [self.source.derived, *[{}] * (count - 1)]
+        files = tuple(map(_plan_file, names if count > 1 else [SINGLE], groups, derived))
         stored, carried = self.source.files(), self.source.side_files()
         return ConversionPlan(
             source=self.source.path,
             target=self.target,
-            files=self._files(),
+            files=files,
             source_files=stored,
             source_state=folder_state(stored),
             tensor_count=len(self.source.names()),
             finishing=(INDEX, "config.json", *carried.names),
             side_files=(carried,),
         )
-
-    def _files(self) -> tuple[OutputFile, ...]:
-        tensors = hf_tensors(self.source, self.dtype, self.source.aliases)
-        groups = in_groups(tensors, lambda tensor: tensor.nbytes, self.max_shard_bytes)
-        count = len(groups)
-        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-        derived = [self.source.derived, *[{}] * (count - 1)]
-        return tuple(map(_plan_file, names if count > 1 else [SINGLE], groups, derived))
 
     def prepare(self, plan: ConversionPlan) -> None:
         """Carry the side files and write a config that fits the weights: a single weight file is itself the last."""
@@ -111,38 +109,28 @@ class HfTarget:
 
     def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
         """Write the index, if there are several files."""
-        if len(records) > 1:
-            write_small(plan.target / INDEX, json.dumps(build_index(plan), indent=2) + "\n")
+        if len(records) == 1:
+            return
+        stored = list(planned_tensors(plan))
+        metadata = {"total_size": sum(nbytes for *_, nbytes in stored)}
+        weight_map = dict(sorted((name, file) for file, name, *_ in stored))
+        index = {"metadata": metadata, "weight_map": weight_map}
+        write_small(plan.target / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def hf_tensors(source: WeightSource, dtype: ExportDtype, aliases: Mapping[str, str]) -> Iterator[HfTensor]:
-    """Yield the tensors, with these repeats, in reading order: embedding, layers, norm, head."""
-    found: dict[str, HfTensor] = {}
+def hf_tensors(source: WeightSource, dtype: ExportDtype, aliases: Mapping[str, str]) -> list[HfTensor]:
+    """Return the tensors, with these repeats, in reading order: embedding, layers, norm, head."""
+    model, found = parameters(source.shape), []
     blocks = fp8_blocks(source.config) or Fp8Blocks(rows=BLOCK[0], columns=BLOCK[1], power_of_two_scales=False)
-    for parameter in parameters(source.shape).values():
-        regions, row = source.regions(parameter.name), 0
-        for part in parameter.parts:
-            extent = whole(part.shape)
-            rectangle = Rectangle(row, 0, extent.rows, extent.columns)
-            found[part.name] = _hf_tensor(part, parameter, regions, rectangle, dtype, blocks)
-            row += extent.rows
-    for alias, canonical in aliases.items():
-        parameter = parameters(source.shape)[canonical]
-        part = HfPart(alias, parameter.shape)
-        found[alias] = _hf_tensor(part, parameter, source.regions(canonical), whole(parameter.shape), dtype, blocks)
-    yield from sorted(found.values(), key=lambda tensor: _reading_order(tensor.name))
-
-
-def _hf_tensor(
-    part: HfPart,
-    parameter: Parameter,
-    regions: tuple[Region, ...],
-    rectangle: Rectangle,
-    dtype: ExportDtype,
-    blocks: Fp8Blocks,
-) -> HfTensor:
-    view = View.of(parameter.name, regions, rectangle)
-    return HfTensor(part.name, part.shape, _dtype(parameter, regions, dtype), view, blocks)
+    repeated = ((alias, model[canonical]) for alias, canonical in aliases.items())
+    repeats = [replace(parameter, parts=(HfPart(alias, parameter.shape),)) for alias, parameter in repeated]
+    for parameter in (*model.values(), *repeats):
+        regions = source.regions(parameter.name)
+        stored = _dtype(parameter, regions, dtype)
+        for part, rectangle in part_rectangles(parameter):
+            view = View.of(parameter.name, regions, rectangle)
+            found.append(HfTensor(part.name, part.shape, stored, view, blocks))
+    return sorted(found, key=lambda tensor: _reading_order(tensor.name))
 
 
 def _dtype(parameter: Parameter, regions: Sequence[Region], dtype: ExportDtype) -> torch.dtype:
@@ -167,7 +155,7 @@ def _plan_file(name: str, tensors: Sequence[HfTensor], derived: Mapping[str, Der
     header, offset_of, nbytes = offsets(_writing_order(entries), {"format": "pt"})
     items: list[Values | Quantized | Verbatim] = [_item(tensor, offset_of) for tensor in tensors]
     items += [Verbatim(name, offset_of[name], buffer.data) for name, buffer in derived.items()]
-    items.sort(key=_first_offset)
+    items.sort(key=lambda item: item.offset)
     return OutputFile(name, header, nbytes, tuple(items))
 
 
@@ -190,12 +178,6 @@ def _item(tensor: HfTensor, offset_of: dict[str, int]) -> Values | Quantized:
     return Values(tensor.name, offset_of[tensor.name], tensor.dtype, (tensor.view,))
 
 
-def _first_offset(item: Values | Quantized | Verbatim) -> int:
-    if not isinstance(item, Quantized):
-        return item.offset
-    return item.codes_offset or item.scales_offset or 0
-
-
 def planned_tensors(plan: ConversionPlan) -> Iterator[tuple[str, str, torch.dtype, int]]:
     """Yield file, name, dtype and bytes of everything that a plan for a Hugging Face folder stores."""
     for file in plan.files:
@@ -212,11 +194,3 @@ def write_config(config: Mapping[str, Any], plan: ConversionPlan, published: Pat
     true, file = true_config(config, stored), published / "config.json"
     text = file.read_bytes() if file.exists() and read_object(file) == true else json.dumps(true, indent=2) + "\n"
     write_small(plan.target / "config.json", text)
-
-
-def build_index(plan: ConversionPlan) -> dict[str, Any]:
-    weight_map, total = {}, 0
-    for file, name, _, nbytes in planned_tensors(plan):
-        weight_map[name] = file
-        total += nbytes
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

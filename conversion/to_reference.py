@@ -61,11 +61,9 @@ class ReferenceTarget:
             )
         wanted = hf_tensors(self.source, ExportDtype.BF16, self.reference.aliases)
         tensors = {tensor.name: tensor for tensor in wanted}
-        stored = (*self.source.files(), *self.reference.weight_files())
-        carried = (
-            find_side_files(self.reference.path, weights=self.reference.weight_files()),
-            self.source.side_files(),
-        )
+        weights = self.reference.weight_files()
+        stored = (*self.source.files(), *weights)
+        carried = (find_side_files(self.reference.path, weights=weights), self.source.side_files())
         finishing = {INDEX, "config.json"} | {name for side_files in carried for name in side_files.names}
         return ConversionPlan(
             source=self.source.path,
@@ -83,7 +81,7 @@ class ReferenceTarget:
         path = self.reference.path / file
         header = read_header(path)
         items = [item for name in header.tensors if (item := self._item(name, header, tensors)) is not None]
-        items.sort(key=lambda item: item.codes_offset or 0 if isinstance(item, Quantized) else item.offset)
+        items.sort(key=lambda item: item.offset)
         with path.open("rb") as handle:
             return OutputFile(file, handle.read(header.data_start), path.stat().st_size, tuple(items))
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from conversion.layer_specs import KeyedTensor, LayerSpec, extra_state_keys, key
 from conversion.names import parameters
 from conversion.plan import ConversionPlan, OutputFile, SavedChunk, SavedObject, folder_state, in_groups
 from conversion.regions import Rectangle, View, whole
-from conversion.safetensors_file import element_count
 from conversion.sources import WeightSource, stored_dtype
 from conversion.torch_dist_folder import CARRIED, METADATA
 
@@ -101,7 +101,7 @@ class TorchDistTarget:
 def _reserved(item: SavedChunk | SavedObject) -> int:
     if isinstance(item, SavedObject):
         return _ARCHIVE_BYTES
-    return element_count(item.shape) * item.dtype.itemsize + _ARCHIVE_BYTES
+    return math.prod(item.shape) * item.dtype.itemsize + _ARCHIVE_BYTES
 
 
 def _metadata(plan: ConversionPlan, records: tuple[FileRecord, ...], source: WeightSource, spec: LayerSpec) -> Any:

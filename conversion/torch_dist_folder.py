@@ -1,5 +1,6 @@
 """Read the model part of a torch_dist checkpoint, from a conversion or a training job: headers only, no tensor data."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from conversion.layer_specs import KeyedTensor, LayerSpec, keyed_tensors
 from conversion.names import Parameter, hf_aliases, parameters
 from conversion.paths import inside
 from conversion.regions import Rectangle, Region, StoredMatrix, whole
-from conversion.safetensors_file import StoredTensor, element_count
+from conversion.safetensors_file import StoredTensor
 from conversion.torch_dist_pickle import locate_saved_tensor, read_metadata
 from megatron_ads.architecture import ModelShape, shape_from_config
 from megatron_ads.errors import ConversionError
@@ -178,7 +179,7 @@ def _region(
     """Return the region of one parameter in a stored chunk, whose first ``skip`` rows belong to earlier experts."""
     if len(sizes) == 1:
         return Region(Rectangle(0, offsets[0], 1, sizes[0]), StoredMatrix(parameter.name, data))
-    matrix = replace(data, shape=(element_count(data.shape) // sizes[1], sizes[1]))
+    matrix = replace(data, shape=(math.prod(data.shape) // sizes[1], sizes[1]))
     return Region(Rectangle(offsets[0], offsets[1], sizes[0], sizes[1]), StoredMatrix(parameter.name, matrix), row=skip)
 
 
