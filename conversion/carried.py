@@ -109,33 +109,9 @@ def _copy(source: Path, target: Path) -> None:
         os.fsync(writer.fileno())
 
 
-def carried_names(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the side files that a manifest lists; none in a manifest of an earlier version.
-
-    Raises:
-        TypeError: If it is no list of names.
-    """
-    names = record.get("side_files", [])
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise TypeError("side_files is not a list of names")
-    return tuple(names)
-
-
-def derived_buffers(record: Mapping[str, Any]) -> "dict[str, DerivedBuffer]":
-    """Return the tensors that a manifest carries, by HF name.
-
-    Raises:
-        LookupError, TypeError, ValueError: If it is of another form, or one is no such tensor.
-    """
-    derived = {name: DerivedBuffer.parse(stored) for name, stored in record["derived"].items()}
-    if odd := [name for name in derived if not DERIVED_BUFFER.fullmatch(name)]:
-        raise ValueError(f"{odd[0]} is not determined by the config")
-    return derived
-
-
 @dataclass(frozen=True, slots=True)
 class DerivedBuffer:
-    """One such tensor, bytes included."""
+    """One tensor that the config determines, bytes included."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -170,3 +146,30 @@ class DerivedBuffer:
     def entry(self, name: str) -> HeaderEntry:
         """Return the header entry it is written under."""
         return HeaderEntry(name, self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What an export needs to have the keys and files of its source."""
+
+    aliases: frozenset[str]
+    """HF names of the repeated tensors that it must write."""
+    derived: Mapping[str, DerivedBuffer]
+    """Tensors that the config determines, by HF name."""
+    side_files: tuple[str, ...] = ()
+    """Which there were when the checkpoint was written; none in the record of an earlier version."""
+
+    @classmethod
+    def parse(cls, record: Mapping[str, Any]) -> "Carried":
+        """Read it from a manifest.
+
+        Raises:
+            AttributeError, LookupError, TypeError, ValueError: If it is of another form, or carries any other tensor.
+        """
+        derived = {name: DerivedBuffer.parse(stored) for name, stored in record["derived"].items()}
+        if odd := [name for name in derived if not DERIVED_BUFFER.fullmatch(name)]:
+            raise ValueError(f"{odd[0]} is not determined by the config")
+        names = record.get("side_files", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError("side_files is not a list of names")
+        return cls(frozenset(record["aliases"]), derived, tuple(names))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from conversion.carried import Carried, DerivedBuffer
 from conversion.errors import DamagedCheckpointError, read_object
 from conversion.fp8 import BLOCK, scale_shape
 from conversion.names import (
@@ -76,6 +77,16 @@ class HfFolder:
     def derived(self) -> tuple[str, ...]:
         """Stored tensors that the config determines and that no conversion needs."""
         return tuple(name for name in self.tensors if DERIVED_BUFFER.fullmatch(name))
+
+    @property
+    def side_folder(self) -> Path:
+        """Where config, tokenizer and custom code are."""
+        return self.path
+
+    @property
+    def carried(self) -> Carried:
+        """The repeats and further tensors that an export must write to have the same keys."""
+        return Carried(frozenset(self.aliases), {name: DerivedBuffer.of(self.tensors[name]) for name in self.derived})
 
     @property
     def is_fp8(self) -> bool:

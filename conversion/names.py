@@ -161,7 +161,6 @@ MTP_REPEATS = (
 DERIVED_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Tensors some checkpoints store although the config determines them."""
 
-
 _MOST_PARAMETERS = 1_000_000
 
 
@@ -237,8 +236,7 @@ def outside_parameters(shape: ModelShape) -> tuple[Parameter, ...]:
             "config.json sets tie_word_embeddings to true, but DeepSeek-V3 models store lm_head.weight separately. "
             "Set it to false if the checkpoint holds lm_head.weight; other checkpoints cannot be converted."
         )
-    sizes = dimensions(shape)
-    return tuple(_concrete(rule, sizes) for rule in OUTSIDE)
+    return tuple(_concrete(rule, dimensions(shape)) for rule in OUTSIDE)
 
 
 def tensors_at_least(shape: ModelShape) -> int:
