@@ -55,9 +55,7 @@ def find_side_files(folder: Path, *, listed: Sequence[str] = (), weights: Sequen
         checkpoints = {name.partition("/")[0] for name in found if "/" in name and name.lower().endswith(_WEIGHTS)}
         for name, file in found.items():
             top = name.partition("/")[0]
-            if name.startswith(".") or "/." in name or name.lower().endswith(_WEIGHTS):
-                continue
-            if top in own:
+            if name.startswith(".") or "/." in name or name.lower().endswith(_WEIGHTS) or top in own:
                 continue
             if top in checkpoints:
                 left[top] = "holds weights of its own"
@@ -66,11 +64,8 @@ def find_side_files(folder: Path, *, listed: Sequence[str] = (), weights: Sequen
             elif file.is_file():
                 names.append(name)
                 nbytes += file.stat().st_size
-    left |= {
-        name: "listed when the checkpoint was written, and gone"
-        for name in listed
-        if name not in {*found, "config.json"}
-    }
+    gone = [name for name in listed if name not in {*found, "config.json"}]
+    left |= dict.fromkeys(gone, "listed when the checkpoint was written, and gone")
     return SideFiles(tuple(names), nbytes, tuple(f"{name} ({reason})" for name, reason in left.items()))
 
 
@@ -137,11 +132,8 @@ class DerivedBuffer:
 
     def as_json(self) -> dict[str, str | list[int]]:
         """Return a form for a manifest."""
-        return {
-            "dtype": CODES[self.dtype],
-            "shape": list(self.shape),
-            "base64": base64.b64encode(self.data).decode(),
-        }
+        data = base64.b64encode(self.data).decode()
+        return {"dtype": CODES[self.dtype], "shape": list(self.shape), "base64": data}
 
     def entry(self, name: str) -> HeaderEntry:
         """Return the header entry it is written under."""

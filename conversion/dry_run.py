@@ -59,7 +59,7 @@ def dry_run(plan: ConversionPlan, *, workers: int) -> DryRun:
         ConversionError: If the probe cannot be written.
     """
     with naming_refusals(plan.target):
-        speed = probe_disk(plan.target)
+        speed = _probe_disk(plan.target)
     widest = max(view.rectangle.columns for file in plan.files for item in file.items for view in item.views)
     return DryRun(
         files=len(plan.files),
@@ -75,7 +75,7 @@ def dry_run(plan: ConversionPlan, *, workers: int) -> DryRun:
     )
 
 
-def probe_disk(target: Path) -> float:
+def _probe_disk(target: Path) -> float:
     """Return bytes per second of writing and flushing a small file on the disk that ``target`` is or will be on."""
     data = os.urandom(1 << 20)
     with tempfile.TemporaryFile(dir=existing(target)) as file:

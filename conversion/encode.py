@@ -69,7 +69,26 @@ def write_quantized(out: PreallocatedFile, item: Quantized, advance: Advance) ->
     if item.reference is not None and _equals_reference(item):
         _copy_reference(out, item, advance)
         return None
-    return _quantize(out, item, advance)
+    codes_at, scales_at = item.codes_offset, item.scales_offset
+    largest_error = largest_value = 0.0
+    for _, values in _band_values(item):
+        try:
+            codes, scales = quantize(values, item.block, power_of_two_scales=item.power_of_two_scales)
+        except ConversionError as error:
+            raise DamagedCheckpointError(f"{item.name} cannot be written in FP8: {error}.") from None
+        if codes_at is not None:
+            codes_at = out.write_at(codes_at, tensor_bytes(codes))
+            advance(codes.numel())
+        if scales_at is not None:
+            scales_at = out.write_at(scales_at, tensor_bytes(scales))
+            advance(scales.numel() * 4)
+        if item.reference is not None:
+            back = dequantize(codes, scales, block=item.block).float()
+            largest_error = max(largest_error, float((back - values.float()).abs().max()))
+            largest_value = max(largest_value, float(values.float().abs().max()))
+    if item.reference is None:
+        return None
+    return largest_error / largest_value if largest_value else 0.0
 
 
 def _band_values(item: Quantized) -> Iterator[tuple[Rectangle, torch.Tensor]]:
@@ -101,26 +120,3 @@ def _copy_reference(out: PreallocatedFile, item: Quantized, advance: Advance) ->
         piece = tensor_bytes(item.reference.scales.read())
         out.write_at(item.scales_offset, piece)
         advance(len(piece))
-
-
-def _quantize(out: PreallocatedFile, item: Quantized, advance: Advance) -> float | None:
-    codes_at, scales_at = item.codes_offset, item.scales_offset
-    largest_error = largest_value = 0.0
-    for _, values in _band_values(item):
-        try:
-            codes, scales = quantize(values, item.block, power_of_two_scales=item.power_of_two_scales)
-        except ConversionError as error:
-            raise DamagedCheckpointError(f"{item.name} cannot be written in FP8: {error}.") from None
-        if codes_at is not None:
-            codes_at = out.write_at(codes_at, tensor_bytes(codes))
-            advance(codes.numel())
-        if scales_at is not None:
-            scales_at = out.write_at(scales_at, tensor_bytes(scales))
-            advance(scales.numel() * 4)
-        if item.reference is not None:
-            back = dequantize(codes, scales, block=item.block).float()
-            largest_error = max(largest_error, float((back - values.float()).abs().max()))
-            largest_value = max(largest_value, float(values.float().abs().max()))
-    if item.reference is None:
-        return None
-    return largest_error / largest_value if largest_value else 0.0

@@ -3,7 +3,6 @@
 FP8 is dequantised here a second, independent way: each scale is spread over its block.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +33,8 @@ def layer_tensors(folder: HfFolder, layer: int) -> LayerTensors:
     """Read layer ``layer``; numbers from ``num_layers`` on are the MTP layers, whose repeats are left out."""
     prefix, decoder, around = f"model.layers.{layer}.", {}, {}
     for name in folder.tensors:
-        if not name.startswith(prefix) or _is_extra(folder, name):
+        extra = name.endswith(SCALE_SUFFIX) or name in folder.aliases or name in folder.derived
+        if extra or not name.startswith(prefix):
             continue
         rest = name.removeprefix(prefix)
         if (word := _MTP_WORDS.get(rest)) is not None:
@@ -49,21 +49,14 @@ def outside_tensors(folder: HfFolder) -> dict[str, Tensor]:
     return {word: stored_values(folder, name) for name, word in _OUTSIDE_WORDS.items()}
 
 
-def _is_extra(folder: HfFolder, name: str) -> bool:
-    return name.endswith(SCALE_SUFFIX) or name in folder.aliases or name in folder.derived
-
-
 def stored_values(folder: HfFolder, name: str) -> Tensor:
     """Return one tensor by its Hugging Face name; FP8 as BF16."""
     stored = folder.tensors[name].read()
     scales = folder.tensors.get(name + SCALE_SUFFIX)
     if scales is None:
         return stored
-    return torch.cat(list(_dequantized_bands(stored, scales.read(), folder.block)))
-
-
-def _dequantized_bands(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Iterator[Tensor]:
-    """Yield one row of blocks after the other, so that no FP32 copy of the whole is made."""
-    for band, scale in zip(torch.split(codes, block[0]), scales, strict=True):
-        spread = scale.repeat_interleave(block[1])[: codes.size(1)]
-        yield (band.float() * spread).bfloat16()
+    (rows, columns), bands = folder.block, []
+    for band, scale in zip(torch.split(stored, rows), scales.read(), strict=True):
+        spread = scale.repeat_interleave(columns)[: stored.size(1)]
+        bands.append((band.float() * spread).bfloat16())  # one by one, so that no FP32 copy of the whole is made
+    return torch.cat(bands)

@@ -36,12 +36,6 @@ class ConversionJournal:
         """Delete the journal: the conversion is complete."""
         self._journal.delete()
 
-    def begin(self) -> None:
-        """Tie this journal to a plan and a source; earlier records that are not tied to one are not trusted."""
-        self._journal.clear()
-        state = {"digest": self._plan.digest, "source": str(self._plan.source), "state": self._plan.source_state}
-        self._journal.add(_PLAN, state)
-
     def recover(self) -> None:
         """Take over the finished files of an earlier run of the same plan.
 
@@ -104,7 +98,9 @@ def open_journal(plan: ConversionPlan, *, resume: bool) -> Iterator[ConversionJo
             file.unlink()
         journal = ConversionJournal(plan, lines)
         if before is None:
-            journal.begin()
+            lines.clear()  # earlier records that are not tied to a plan and a source are not trusted
+            state = {"digest": plan.digest, "source": str(plan.source), "state": plan.source_state}
+            lines.add(_PLAN, state)
         else:
             journal.recover()
         yield journal

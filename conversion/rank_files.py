@@ -157,21 +157,14 @@ def wrong_copies(shards: ShardsLayout, ranks: Iterable[Mapping[str, int]]) -> li
     held: Counter[str] = Counter()
     for elements in ranks:
         held.update(elements)
-    wrong = []
+    sizes, wrong = shards.layout, []
     for name, parameter in parameters(shards.shape).items():
-        size, expected = math.prod(parameter.shape), _copies(shards, parameter)
+        size, routed = math.prod(parameter.shape), parameter.expert is not None
+        expected = sizes.edp if routed else sizes.dp * sizes.cp
+        if parameter.split is Split.REPLICATED:
+            expected *= sizes.etp if routed else sizes.tp
+        if name.startswith("embedding."):
+            expected *= len({chunk.stage for chunk in shards.placement.chunks if chunk.needs_embedding})
         if (found := held.pop(name, 0)) != expected * size:
             wrong.append(WrongCopies(name, found / size, expected))
     return wrong + [WrongCopies(name, count, 0) for name, count in held.items()]
-
-
-def _copies(shards: ShardsLayout, parameter: Parameter) -> int:
-    """Return how many whole copies the job holds of a parameter."""
-    sizes = shards.layout
-    tensor = sizes.tp if parameter.expert is None else sizes.etp
-    copies = sizes.dp * sizes.cp if parameter.expert is None else sizes.edp
-    if parameter.split is Split.REPLICATED:
-        copies *= tensor
-    if parameter.name.startswith("embedding."):
-        copies *= len({chunk.stage for chunk in shards.placement.chunks if chunk.needs_embedding})
-    return copies

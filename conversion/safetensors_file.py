@@ -107,7 +107,18 @@ def read_header(file: Path) -> SafetensorsHeader:
     for name, entry in header.items():
         tensors[name], end = _stored(file, name, entry, data_start)
         ranges.append((tensors[name].offset - data_start, end, name))
-    _check_ranges(file, sorted(ranges), size - data_start)
+    position, data_bytes = 0, size - data_start
+    for begin, end, name in sorted(ranges):
+        if begin != position:
+            raise DamagedCheckpointError(
+                f"{name} in {file} starts at data byte {begin}, but the tensor before it ends at {position}."
+            )
+        position = end
+    if position != data_bytes:
+        raise DamagedCheckpointError(
+            f"{file} holds {data_bytes} bytes of data, but its header describes {position}: "
+            f"{'truncated' if data_bytes < position else 'bytes left over'}. Copy the file again."
+        )
     return SafetensorsHeader(tensors=tensors, metadata=metadata, data_start=data_start)
 
 
@@ -158,21 +169,6 @@ def _stored(file: Path, name: str, entry: Mapping[str, Any], data_start: int) ->
             f"{stored.nbytes}. Copy the file again."
         )
     return stored, end
-
-
-def _check_ranges(file: Path, ranges: list[tuple[int, int, str]], data_bytes: int) -> None:
-    position = 0
-    for begin, end, name in ranges:
-        if begin != position:
-            raise DamagedCheckpointError(
-                f"{name} in {file} starts at data byte {begin}, but the tensor before it ends at {position}."
-            )
-        position = end
-    if position != data_bytes:
-        raise DamagedCheckpointError(
-            f"{file} holds {data_bytes} bytes of data, but its header describes {position}: "
-            f"{'truncated' if data_bytes < position else 'bytes left over'}. Copy the file again."
-        )
 
 
 @dataclass(frozen=True, slots=True)

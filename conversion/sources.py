@@ -120,16 +120,14 @@ def open_source(path: Path) -> WeightSource:
     with naming_refusals(path):
         kind = _recognised(path)
         folder = _OPEN[kind](path)
-        carried = folder.carried
+        carried, repeats = folder.carried, hf_aliases(folder.shape).items()
         return WeightSource(
             path=path,
             kind=kind,
             shape=folder.shape,
             config=folder.config,
             side_folder=folder.side_folder,
-            aliases={
-                name: canonical for name, canonical in hf_aliases(folder.shape).items() if name in carried.aliases
-            },
+            aliases={name: canonical for name, canonical in repeats if name in carried.aliases},
             container=folder,
             derived=carried.derived,
             side_file_names=carried.side_files,
