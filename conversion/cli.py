@@ -193,7 +193,7 @@ def _carry_out(args: argparse.Namespace, target: "Target") -> int:
     import torch
 
     from conversion.convert import Execution, convert
-    from conversion.dry_run import dry_run
+    from conversion.plan import dry_run
 
     if args.dry_run:
         expected = dry_run(target.plan(), workers=args.workers)

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Protocol
 
 from conversion.atomic_file import FileRecord, PreallocatedFile
 from conversion.encode import append_saved, write_quantized, write_values
@@ -16,7 +15,9 @@ from conversion.rank_files import ShardsLayout
 from conversion.regions import Rectangle, whole
 from conversion.sources import WeightSource, open_source
 from conversion.to_hf import DEFAULT_SHARD_BYTES, ExportDtype, HfTarget
+from conversion.to_reference import ReferenceTarget
 from conversion.to_shards import ShardsTarget
+from conversion.to_torch_dist import TorchDistTarget
 from conversion.verify import check_aliases
 from conversion.workers import Advance, run_all
 from megatron_ads.architecture import ModelShape
@@ -50,21 +51,8 @@ class ConversionReport:
     """Files that seem to belong to the checkpoint and could not be carried, each with the reason."""
 
 
-class Target(Protocol):
-    """A format that a checkpoint can be written in."""
-
-    @property
-    def source(self) -> WeightSource:
-        """The checkpoint that is converted."""
-
-    def plan(self) -> ConversionPlan:
-        """Decide what is written, from headers alone."""
-
-    def prepare(self, plan: ConversionPlan) -> None:
-        """Write what accompanies the weights, before them."""
-
-    def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
-        """Write what makes the result complete."""
+Target = HfTarget | ReferenceTarget | ShardsTarget | TorchDistTarget
+"""A format that a checkpoint can be written in: planned from headers alone, then prepared and, last, finished."""
 
 
 def convert(target: Target, how: Execution | None = None) -> ConversionReport:

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from conversion.hf_folder import HfFolder
-from conversion.hf_layer import stored_values
+from conversion.hf_folder import HfFolder, stored_values
 from conversion.names import Parameter, Split, layer_parameters, outside_parameters
 from conversion.sources import WeightSource
 from megatron_ads.layout import ParallelLayout
