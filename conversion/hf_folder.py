@@ -13,15 +13,7 @@ import torch
 from conversion.carried import Carried, DerivedBuffer
 from conversion.errors import DamagedCheckpointError, read_object
 from conversion.fp8 import BLOCK, scale_shape
-from conversion.names import (
-    DERIVED_BUFFER,
-    HfPart,
-    Parameter,
-    ParameterKind,
-    hf_aliases,
-    parameters,
-    tensors_at_least,
-)
+from conversion.names import DERIVED_BUFFER, HfPart, Parameter, ParameterKind, hf_aliases, parameters, tensors_at_least
 from conversion.paths import inside
 from conversion.regions import Region, StoredMatrix, part_rectangles
 from conversion.safetensors_file import StoredTensor, read_header
@@ -66,10 +58,6 @@ class HfFolder:
     def regions(self, parameter: Parameter) -> tuple[Region, ...]:
         """Return what a canonical parameter is made of."""
         return tuple(Region(covers, self.matrix(part.name)) for part, covers in part_rectangles(parameter))
-
-    def replicas(self, parameter: Parameter) -> tuple[tuple[Region, ...], ...]:
-        """Return every stored copy of a parameter; the repeats of the MTP layers have names of their own."""
-        return (self.regions(parameter),)
 
     def weight_files(self) -> tuple[Path, ...]:
         """Return every safetensors file."""

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,17 @@ class ShardsFolder:
 
     def replicas(self, parameter: Parameter) -> tuple[tuple[Region, ...], ...]:
         """Return every stored copy of a parameter; each covers it once."""
-        by_rank: dict[int, list[tuple[Region, ...]]] = {}
+        by_rank: dict[int, list[list[Region]]] = {}
         for file, stored in self.pieces[parameter.name]:
             rank, size = self.layout.slice_of(parameter, file)
             if parameter.split is Split.REPLICATED:
                 rank = 0
-            by_rank.setdefault(rank, []).append(_regions(parameter, stored, rank, size))
-        return tuple(
-            tuple(region for regions in copy for region in regions) for copy in zip(*by_rank.values(), strict=True)
-        )
+            matrix, row, regions = StoredMatrix(parameter.name, stored), 0, []
+            for rectangle in slice_rectangles(parameter, rank, size):
+                regions.append(Region(rectangle, matrix, row=row))
+                row += rectangle.rows
+            by_rank.setdefault(rank, []).append(regions)
+        return tuple(tuple(chain.from_iterable(copy)) for copy in zip(*by_rank.values(), strict=True))
 
     def weight_files(self) -> tuple[Path, ...]:
         """Return every rank file."""
@@ -74,14 +77,6 @@ class ShardsFolder:
     def regions(self, parameter: Parameter) -> tuple[Region, ...]:
         """Return what a canonical parameter is made of."""
         return self.replicas(parameter)[0]
-
-
-def _regions(parameter: Parameter, stored: StoredTensor, rank: int, size: int) -> tuple[Region, ...]:
-    matrix, row, found = StoredMatrix(parameter.name, stored), 0, []
-    for rectangle in slice_rectangles(parameter, rank, size):
-        found.append(Region(rectangle, matrix, row=row))
-        row += rectangle.rows
-    return tuple(found)
 
 
 def write_rank_file(

@@ -81,6 +81,12 @@ class WeightSource:
         """Return the stored pieces that cover a parameter once."""
         return self.container.regions(self.parameter(name))
 
+    def replicas(self, name: str) -> tuple[tuple[Region, ...], ...]:
+        """Return every stored copy of a parameter; only a shards folder has several."""
+        if isinstance(self.container, ShardsFolder):
+            return self.container.replicas(self.parameter(name))
+        return (self.regions(name),)
+
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype that :meth:`read` gives: as stored, BF16 for FP8, FP32 for the router bias."""
         return stored_dtype(self.parameter(name), self.regions(name))

@@ -13,9 +13,8 @@ from conversion.atomic_file import FileRecord, write_small
 from conversion.carried import DerivedBuffer, copy_side_files
 from conversion.errors import read_object
 from conversion.fp8 import BLOCK, scale_shape
-from conversion.hf_config import true_config
-from conversion.hf_folder import INDEX, SCALE_SUFFIX, SINGLE
-from conversion.names import HfPart, Parameter, ParameterKind, parameters
+from conversion.hf_folder import INDEX, SCALE_SUFFIX, SINGLE, HfFolder
+from conversion.names import DERIVED_BUFFER, HfPart, Parameter, ParameterKind, parameters
 from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state, in_groups, offsets
 from conversion.regions import Region, View, part_rectangles
 from conversion.safetensors_file import DTYPES, HeaderEntry, header_order
@@ -24,6 +23,12 @@ from megatron_ads.architecture import Fp8Blocks, fp8_blocks
 from megatron_ads.errors import ConversionError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+FP8_CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(BLOCK)}
+"""``quantization_config`` as DeepSeek publishes it."""
+_DTYPE_FIELDS = ("dtype", "torch_dtype")
+_LISTS_OF_UNQUANTIZED = ("modules_to_not_convert", "ignored_layers")
+_MANTISSA = 0x7FFFFF
+"""Of an FP32 number; 0 in a power of two."""
 
 
 class ExportDtype(StrEnum):
@@ -153,7 +158,14 @@ def _plan_file(name: str, tensors: Sequence[HfTensor], derived: Mapping[str, Der
     entries = [entry for tensor in tensors for entry in tensor.entries]
     entries += [buffer.entry(name) for name, buffer in derived.items()]
     header, offset_of, nbytes = offsets(_writing_order(entries), {"format": "pt"})
-    items: list[Values | Quantized | Verbatim] = [_item(tensor, offset_of) for tensor in tensors]
+    items: list[Values | Quantized | Verbatim] = []
+    for tensor in tensors:
+        offset = offset_of[tensor.name]
+        if tensor.dtype is torch.float8_e4m3fn:
+            scales, powers = offset_of[tensor.name + SCALE_SUFFIX], tensor.blocks.power_of_two_scales
+            items.append(Quantized(tensor.name, offset, scales, tensor.view, tensor.block, powers))
+        else:
+            items.append(Values(tensor.name, offset, tensor.dtype, (tensor.view,)))
     items += [Verbatim(name, offset_of[name], buffer.data) for name, buffer in derived.items()]
     items.sort(key=lambda item: item.offset)
     return OutputFile(name, header, nbytes, tuple(items))
@@ -168,14 +180,6 @@ def _writing_order(entries: Sequence[HeaderEntry]) -> tuple[HeaderEntry, ...]:
     scales = header_order([entry for entry in entries if entry.name.endswith(SCALE_SUFFIX)])
     aligned = sum(entry.nbytes for entry in others) % torch.float32.itemsize == 0
     return (*others, *scales) if aligned else header_order(entries)
-
-
-def _item(tensor: HfTensor, offset_of: dict[str, int]) -> Values | Quantized:
-    if tensor.dtype is torch.float8_e4m3fn:
-        scales = offset_of[tensor.name + SCALE_SUFFIX]
-        powers = tensor.blocks.power_of_two_scales
-        return Quantized(tensor.name, offset_of[tensor.name], scales, tensor.view, tensor.block, powers)
-    return Values(tensor.name, offset_of[tensor.name], tensor.dtype, (tensor.view,))
 
 
 def planned_tensors(plan: ConversionPlan) -> Iterator[tuple[str, str, torch.dtype, int]]:
@@ -194,3 +198,54 @@ def write_config(config: Mapping[str, Any], plan: ConversionPlan, published: Pat
     true, file = true_config(config, stored), published / "config.json"
     text = file.read_bytes() if file.exists() and read_object(file) == true else json.dumps(true, indent=2) + "\n"
     write_small(plan.target / "config.json", text)
+
+
+def true_config(config: Mapping[str, Any], stored: Mapping[str, tuple[torch.dtype, int]]) -> dict[str, Any]:
+    """Return ``config`` with the dtype and ``quantization_config`` of these tensors.
+
+    Args:
+        config: As parsed; blocks and scale format of FP8 are taken from it.
+        stored: Dtype and bytes of every tensor, by its Hugging Face name.
+    """
+    result = dict(config)
+    quantized = [name for name, (dtype, _) in stored.items() if dtype is torch.float8_e4m3fn]
+    if quantized:
+        result["quantization_config"] = dict(config.get("quantization_config") or FP8_CONFIG)
+        for field in _LISTS_OF_UNQUANTIZED:
+            if isinstance(modules := result["quantization_config"].get(field), list):
+                kept = [one for one in modules if not any(f".{one}." in f".{name}." for name in quantized)]
+                result["quantization_config"][field] = kept
+    else:
+        result.pop("quantization_config", None)
+    for field in _DTYPE_FIELDS:
+        if field in result:
+            result[field] = _main_dtype(stored)
+    return result
+
+
+def _main_dtype(stored: Mapping[str, tuple[torch.dtype, int]]) -> str:
+    """Return the dtype of most bytes, apart from FP8 codes and what is FP32 in any checkpoint."""
+    nbytes: dict[torch.dtype, int] = {torch.bfloat16: 0}
+    for name, (dtype, size) in stored.items():
+        always_fp32 = name.endswith((SCALE_SUFFIX, "e_score_correction_bias")) or DERIVED_BUFFER.fullmatch(name)
+        if dtype is not torch.float8_e4m3fn and not always_fp32:
+            nbytes[dtype] = nbytes.get(dtype, 0) + size
+    return str(max(nbytes, key=lambda dtype: nbytes[dtype])).removeprefix("torch.")
+
+
+def untrue_fields(folder: HfFolder) -> Iterator[tuple[str, str]]:
+    """Yield every field of a folder's config that contradicts its weights, and how."""
+    true = true_config(folder.config, {name: (each.dtype, each.nbytes) for name, each in folder.tensors.items()})
+    for field in (*_DTYPE_FIELDS, "quantization_config"):
+        claimed = folder.config.get(field)
+        if claimed != true.get(field) and not (claimed is None and field in _DTYPE_FIELDS):
+            yield field, f"{folder.path / 'config.json'} says {claimed}; by its weights it is {true.get(field)}"
+    blocks = fp8_blocks(folder.config)
+    if blocks is not None and blocks.power_of_two_scales:
+        for name, stored in folder.tensors.items():
+            if name.endswith(SCALE_SUFFIX) and bool((stored.read().view(torch.int32) & _MANTISSA).any()):
+                yield (
+                    "quantization_config.scale_fmt",
+                    f"ue8m0, but {name} in {stored.file} has scales between powers of two",
+                )
+                return

@@ -8,12 +8,11 @@ import torch
 from conversion.atomic_file import FileRecord, write_small
 from conversion.carried import DerivedBuffer, copy_side_files, find_side_files
 from conversion.errors import DamagedCheckpointError, naming_refusals
-from conversion.hf_config import untrue_fields
 from conversion.hf_folder import INDEX, SCALE_SUFFIX, HfFolder, open_hf_folder
 from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state
 from conversion.safetensors_file import SafetensorsHeader, StoredTensor, read_header
 from conversion.sources import WeightSource
-from conversion.to_hf import ExportDtype, HfTensor, hf_tensors, write_config
+from conversion.to_hf import ExportDtype, HfTensor, hf_tensors, untrue_fields, write_config
 from megatron_ads.architecture import fp8_blocks
 from megatron_ads.errors import ConversionError
 

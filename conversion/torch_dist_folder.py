@@ -39,10 +39,6 @@ class TorchDistFolder:
         """Return what a canonical parameter is made of."""
         return self.pieces[parameter.name]
 
-    def replicas(self, parameter: Parameter) -> tuple[tuple[Region, ...], ...]:
-        """Return every stored copy of a parameter: there is one."""
-        return (self.regions(parameter),)
-
     def weight_files(self) -> tuple[Path, ...]:
         """Return the files that hold the model."""
         return tuple(sorted({region.stored.data.file for regions in self.pieces.values() for region in regions}))

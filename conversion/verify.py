@@ -10,12 +10,12 @@ import torch
 
 from conversion.atomic_file import hash_file
 from conversion.errors import DamagedCheckpointError
-from conversion.hf_config import untrue_fields
 from conversion.hf_folder import HfFolder
 from conversion.plan import in_groups
 from conversion.regions import Region, bands, fill, value_dtype, whole
 from conversion.shards import MANIFEST
 from conversion.sources import WeightSource, open_source, stored_dtype
+from conversion.to_hf import untrue_fields
 from conversion.workers import Advance, run_all
 from megatron_ads.progress import Progress
 
@@ -156,7 +156,7 @@ def _pairs(a: WeightSource, b: WeightSource) -> Iterator[TensorPair]:
     for name in a.names():
         if name in names_b:
             left, right = a.parameter(name), b.parameter(name)
-            copies = a.container.replicas(left), b.container.replicas(right)
+            copies = a.replicas(name), b.replicas(name)
             dtypes = stored_dtype(left, copies[0][0]), stored_dtype(right, copies[1][0])
             yield TensorPair(name, left.shape, *copies, dtypes)
     for alias in a.aliases:
