@@ -55,9 +55,7 @@ def find_side_files(folder: Path, *, listed: Sequence[str] = (), weights: Sequen
         checkpoints = {name.partition("/")[0] for name in found if "/" in name and name.lower().endswith(_WEIGHTS)}
         for name, file in found.items():
             top = name.partition("/")[0]
-            if name.startswith(".") or "/." in name or name.lower().endswith(_WEIGHTS):
-                continue
-            if top in own:
+            if name.startswith(".") or "/." in name or name.lower().endswith(_WEIGHTS) or top in own:
                 continue
             if top in checkpoints:
                 left[top] = "holds weights of its own"
@@ -66,11 +64,8 @@ def find_side_files(folder: Path, *, listed: Sequence[str] = (), weights: Sequen
             elif file.is_file():
                 names.append(name)
                 nbytes += file.stat().st_size
-    left |= {
-        name: "listed when the checkpoint was written, and gone"
-        for name in listed
-        if name not in {*found, "config.json"}
-    }
+    gone = [name for name in listed if name not in {*found, "config.json"}]
+    left |= dict.fromkeys(gone, "listed when the checkpoint was written, and gone")
     return SideFiles(tuple(names), nbytes, tuple(f"{name} ({reason})" for name, reason in left.items()))
 
 
@@ -109,33 +104,9 @@ def _copy(source: Path, target: Path) -> None:
         os.fsync(writer.fileno())
 
 
-def carried_names(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the side files that a manifest lists; none in a manifest of an earlier version.
-
-    Raises:
-        TypeError: If it is no list of names.
-    """
-    names = record.get("side_files", [])
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise TypeError("side_files is not a list of names")
-    return tuple(names)
-
-
-def derived_buffers(record: Mapping[str, Any]) -> "dict[str, DerivedBuffer]":
-    """Return the tensors that a manifest carries, by HF name.
-
-    Raises:
-        LookupError, TypeError, ValueError: If it is of another form, or one is no such tensor.
-    """
-    derived = {name: DerivedBuffer.parse(stored) for name, stored in record["derived"].items()}
-    if odd := [name for name in derived if not DERIVED_BUFFER.fullmatch(name)]:
-        raise ValueError(f"{odd[0]} is not determined by the config")
-    return derived
-
-
 @dataclass(frozen=True, slots=True)
 class DerivedBuffer:
-    """One such tensor, bytes included."""
+    """One tensor that the config determines, bytes included."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -161,12 +132,36 @@ class DerivedBuffer:
 
     def as_json(self) -> dict[str, str | list[int]]:
         """Return a form for a manifest."""
-        return {
-            "dtype": CODES[self.dtype],
-            "shape": list(self.shape),
-            "base64": base64.b64encode(self.data).decode(),
-        }
+        data = base64.b64encode(self.data).decode()
+        return {"dtype": CODES[self.dtype], "shape": list(self.shape), "base64": data}
 
     def entry(self, name: str) -> HeaderEntry:
         """Return the header entry it is written under."""
         return HeaderEntry(name, self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What an export needs to have the keys and files of its source."""
+
+    aliases: frozenset[str]
+    """HF names of the repeated tensors that it must write."""
+    derived: Mapping[str, DerivedBuffer]
+    """Tensors that the config determines, by HF name."""
+    side_files: tuple[str, ...] = ()
+    """Which there were when the checkpoint was written; none in the record of an earlier version."""
+
+    @classmethod
+    def parse(cls, record: Mapping[str, Any]) -> "Carried":
+        """Read it from a manifest.
+
+        Raises:
+            AttributeError, LookupError, TypeError, ValueError: If it is of another form, or carries any other tensor.
+        """
+        derived = {name: DerivedBuffer.parse(stored) for name, stored in record["derived"].items()}
+        if odd := [name for name in derived if not DERIVED_BUFFER.fullmatch(name)]:
+            raise ValueError(f"{odd[0]} is not determined by the config")
+        names = record.get("side_files", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError("side_files is not a list of names")
+        return cls(frozenset(record["aliases"]), derived, tuple(names))

@@ -102,11 +102,7 @@ def _add_command(
     subparsers: Subparsers, name: str, run: Callable[[argparse.Namespace], int], *, summary: str, examples: str
 ) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = subparsers.add_parser(
-        name,
-        help=summary,
-        description=summary,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        name, help=summary, description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.set_defaults(run=run)
     command.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -193,7 +189,7 @@ def _carry_out(args: argparse.Namespace, target: "Target") -> int:
     import torch
 
     from conversion.convert import Execution, convert
-    from conversion.dry_run import dry_run
+    from conversion.plan import dry_run
 
     if args.dry_run:
         expected = dry_run(target.plan(), workers=args.workers)

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Protocol
 
 from conversion.atomic_file import FileRecord, PreallocatedFile
 from conversion.encode import append_saved, write_quantized, write_values
@@ -16,7 +15,9 @@ from conversion.rank_files import ShardsLayout
 from conversion.regions import Rectangle, whole
 from conversion.sources import WeightSource, open_source
 from conversion.to_hf import DEFAULT_SHARD_BYTES, ExportDtype, HfTarget
+from conversion.to_reference import ReferenceTarget
 from conversion.to_shards import ShardsTarget
+from conversion.to_torch_dist import TorchDistTarget
 from conversion.verify import check_aliases
 from conversion.workers import Advance, run_all
 from megatron_ads.architecture import ModelShape
@@ -50,25 +51,8 @@ class ConversionReport:
     """Files that seem to belong to the checkpoint and could not be carried, each with the reason."""
 
 
-class Target(Protocol):
-    """A format that a checkpoint can be written in."""
-
-    @property
-    def source(self) -> WeightSource:
-        """The checkpoint that is converted."""
-        ...
-
-    def plan(self) -> ConversionPlan:
-        """Decide what is written, from headers alone."""
-        ...
-
-    def prepare(self, plan: ConversionPlan) -> None:
-        """Write what accompanies the weights, before them."""
-        ...
-
-    def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
-        """Write what makes the result complete."""
-        ...
+Target = HfTarget | ReferenceTarget | ShardsTarget | TorchDistTarget
+"""A format that a checkpoint can be written in: planned from headers alone, then prepared and, last, finished."""
 
 
 def convert(target: Target, how: Execution | None = None) -> ConversionReport:
@@ -114,33 +98,28 @@ def to_hf(
     return convert(HfTarget(open_source(source), target, dtype, max_shard_bytes), how)
 
 
-@dataclass(frozen=True, slots=True)
-class _Written:
-    record: FileRecord
-    requantized: dict[str, float]
-
-
 def _execute(target: Target, plan: ConversionPlan, how: Execution) -> ConversionReport:
-    """Write what accompanies the weights, every file of the plan, and last what makes the target complete."""
     with open_journal(plan, resume=how.resume) as journal:
         todo = [file for file in plan.files if file.name not in journal.finished]
-        kept = len(plan.files) - len(todo)
-        side_bytes = sum(carried.nbytes for carried in plan.side_files)
-        check_free_space(plan.target, sum(file.nbytes for file in todo) + side_bytes)
+        total = sum(file.nbytes for file in todo)
+        _check_free_space(plan.target, total + sum(carried.nbytes for carried in plan.side_files))
         target.prepare(plan)
         requantized: dict[str, float] = {}
-        total = sum(file.nbytes for file in todo)
         with Progress(total, description=f"writing {plan.target.name}", unit="B", shown=how.progress) as progress:
             write = partial(_write_output_file, plan.target)
-            for written in run_all(write, todo, workers=how.workers, advance=progress.update):
-                journal.add(written.record)
-                requantized |= written.requantized
-            check_source_unchanged(plan)
+            for record, errors in run_all(write, todo, workers=how.workers, advance=progress.update):
+                journal.add(record)
+                requantized |= errors
+            if folder_state(plan.source_files) != plan.source_state:
+                raise ConversionError(
+                    f"The source {plan.source} was changed while it was converted. Delete {plan.target} and convert "
+                    "again."
+                )
             target.finish(plan, tuple(journal.finished[file.name] for file in plan.files))
             journal.close_for_good()
     return ConversionReport(
         files=len(plan.files),
-        files_kept=kept,
+        files_kept=len(plan.files) - len(todo),
         written_bytes=total,
         seconds=progress.seconds,
         requantized=requantized,
@@ -148,7 +127,8 @@ def _execute(target: Target, plan: ConversionPlan, how: Execution) -> Conversion
     )
 
 
-def _write_output_file(folder: Path, file: OutputFile, advance: Advance) -> _Written:
+def _write_output_file(folder: Path, file: OutputFile, advance: Advance) -> tuple[FileRecord, dict[str, float]]:
+    """Return the finished file, and the largest relative error of each of its weights that was quantised again."""
     requantized: dict[str, float] = {}
     extents: list[tuple[int, int]] = []
     path = inside(folder, file.name, "The plan")
@@ -168,27 +148,10 @@ def _write_output_file(folder: Path, file: OutputFile, advance: Advance) -> _Wri
                 end = append_saved(out, item, position, advance)
                 extents.append((position, end - position))
                 position = end
-        return _Written(replace(out.commit(extents=tuple(extents)), name=file.name), requantized)
+        return replace(out.commit(extents=tuple(extents)), name=file.name), requantized
 
 
-def check_source_unchanged(plan: ConversionPlan) -> None:
-    """Refuse to complete what was read from files that changed meanwhile.
-
-    Raises:
-        ConversionError: If a source file's size or modification time is not what it was when the plan was made.
-    """
-    if folder_state(plan.source_files) != plan.source_state:
-        raise ConversionError(
-            f"The source {plan.source} was changed while it was converted. Delete {plan.target} and convert again."
-        )
-
-
-def check_free_space(target: Path, nbytes: int) -> None:
-    """Refuse to begin what cannot fit.
-
-    Raises:
-        ConversionError: If the disk has less room than ``nbytes``.
-    """
+def _check_free_space(target: Path, nbytes: int) -> None:
     free = free_bytes(target)
     if free < nbytes:
         raise ConversionError(

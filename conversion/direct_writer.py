@@ -42,11 +42,6 @@ class DirectWriter:
                 return None
             raise
 
-    @property
-    def position(self) -> int:
-        """Where the next byte goes."""
-        return self._start + self._filled
-
     def append(self, view: memoryview) -> None:
         """Take bytes in; whole blocks are written."""
         while view:

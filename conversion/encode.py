@@ -9,7 +9,7 @@ from conversion.atomic_file import PreallocatedFile, tensor_bytes
 from conversion.errors import DamagedCheckpointError
 from conversion.fp8 import dequantize, quantize
 from conversion.plan import Quantized, SavedChunk, SavedObject, Values
-from conversion.regions import Rectangle, Region, View, all_finite, bands, fill, region_values, value_dtype
+from conversion.regions import Rectangle, View, all_finite, bands, fill, region_values, value_dtype
 from conversion.workers import Advance
 from megatron_ads.errors import ConversionError
 
@@ -37,31 +37,26 @@ def write_values(out: PreallocatedFile, item: Values, advance: Advance) -> None:
     """Write one tensor's values."""
     position = item.offset
     for view in item.views:
-        for data in _bands_of_values(view, item.dtype):
+        for band in bands(view.rectangle):
+            data = tensor_bytes(_values(view, band, item.dtype))
             position = out.write_at(position, data)
             advance(len(data))
 
 
-def _bands_of_values(view: View, dtype: torch.dtype) -> Iterator[memoryview]:
-    for band in bands(view.rectangle):
-        values = _single_region_values(view.regions, band)
-        if values is None or values.dtype != dtype:
-            values = torch.empty(band.rows, band.columns, dtype=dtype)
-            fill(values, view.regions, band)
-            if not all_finite(values):
-                raise DamagedCheckpointError(f"{view.parameter} has values beyond {dtype}; they would become infinite.")
-        yield tensor_bytes(values)
+def _values(view: View, band: Rectangle, dtype: torch.dtype) -> torch.Tensor:
+    """Return the values of a band in ``dtype``, mapped rather than copied if one stored piece of that dtype has them.
 
-
-def _single_region_values(regions: tuple[Region, ...], target: Rectangle) -> torch.Tensor | None:
-    """Return the values of a rectangle that lies in one stored piece, mapped rather than copied if they can be."""
-    for region in regions:
-        common = target.overlap(region.covers)
-        if common == target:
-            return region_values(region, target)
-        if common is not None:
-            return None
-    return None
+    Raises:
+        DamagedCheckpointError: If a value is beyond ``dtype``.
+    """
+    for region in view.regions:
+        if band.overlap(region.covers) == band and region.stored.value_dtype is dtype:
+            return region_values(region, band)
+    values = torch.empty(band.rows, band.columns, dtype=dtype)
+    fill(values, view.regions, band)
+    if not all_finite(values):
+        raise DamagedCheckpointError(f"{view.parameter} has values beyond {dtype}; they would become infinite.")
+    return values
 
 
 def write_quantized(out: PreallocatedFile, item: Quantized, advance: Advance) -> float | None:
@@ -74,17 +69,32 @@ def write_quantized(out: PreallocatedFile, item: Quantized, advance: Advance) ->
     if item.reference is not None and _equals_reference(item):
         _copy_reference(out, item, advance)
         return None
-    return _quantize(out, item, advance)
+    codes_at, scales_at = item.codes_offset, item.scales_offset
+    largest_error = largest_value = 0.0
+    for _, values in _band_values(item):
+        try:
+            codes, scales = quantize(values, item.block, power_of_two_scales=item.power_of_two_scales)
+        except ConversionError as error:
+            raise DamagedCheckpointError(f"{item.name} cannot be written in FP8: {error}.") from None
+        if codes_at is not None:
+            codes_at = out.write_at(codes_at, tensor_bytes(codes))
+            advance(codes.numel())
+        if scales_at is not None:
+            scales_at = out.write_at(scales_at, tensor_bytes(scales))
+            advance(scales.numel() * 4)
+        if item.reference is not None:
+            back = dequantize(codes, scales, block=item.block).float()
+            largest_error = max(largest_error, float((back - values.float()).abs().max()))
+            largest_value = max(largest_value, float(values.float().abs().max()))
+    if item.reference is None:
+        return None
+    return largest_error / largest_value if largest_value else 0.0
 
 
 def _band_values(item: Quantized) -> Iterator[tuple[Rectangle, torch.Tensor]]:
     dtype = value_dtype(item.view.regions)
     for band in bands(item.view.rectangle, multiple_of_rows=item.block[0]):
-        values = _single_region_values(item.view.regions, band)
-        if values is None:
-            values = torch.empty(band.rows, band.columns, dtype=dtype)
-            fill(values, item.view.regions, band)
-        yield band, values
+        yield band, _values(item.view, band, dtype)
 
 
 def _equals_reference(item: Quantized) -> bool:
@@ -110,26 +120,3 @@ def _copy_reference(out: PreallocatedFile, item: Quantized, advance: Advance) ->
         piece = tensor_bytes(item.reference.scales.read())
         out.write_at(item.scales_offset, piece)
         advance(len(piece))
-
-
-def _quantize(out: PreallocatedFile, item: Quantized, advance: Advance) -> float | None:
-    codes_at, scales_at = item.codes_offset, item.scales_offset
-    largest_error = largest_value = 0.0
-    for _, values in _band_values(item):
-        try:
-            codes, scales = quantize(values, item.block, power_of_two_scales=item.power_of_two_scales)
-        except ConversionError as error:
-            raise DamagedCheckpointError(f"{item.name} cannot be written in FP8: {error}.") from None
-        if codes_at is not None:
-            codes_at = out.write_at(codes_at, tensor_bytes(codes))
-            advance(codes.numel())
-        if scales_at is not None:
-            scales_at = out.write_at(scales_at, tensor_bytes(scales))
-            advance(scales.numel() * 4)
-        if item.reference is not None:
-            back = dequantize(codes, scales, block=item.block).float()
-            largest_error = max(largest_error, float((back - values.float()).abs().max()))
-            largest_value = max(largest_value, float(values.float().abs().max()))
-    if item.reference is None:
-        return None
-    return largest_error / largest_value if largest_value else 0.0

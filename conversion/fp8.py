@@ -6,9 +6,6 @@ Source: DeepSeek-V3, arXiv:2412.19437, section 3.3; the published ``inference/ke
 Shape suffixes: R = rows, C = columns, r = blocks of rows, c = blocks of columns.
 """
 
-from functools import cache
-from types import ModuleType
-
 import numpy as np
 import torch
 
@@ -42,9 +39,11 @@ def dequantize(
     Raises:
         ConversionError: If one of the codes in ``columns`` is NaN.
     """
+    from conversion import fp8_kernels  # imports numba, which is needed only where there are FP8 codes
+
     columns = range(codes_RC.shape[1]) if columns is None else columns
     values = torch.empty(codes_RC.shape[0], len(columns), dtype=torch.bfloat16)
-    found_nan = _kernels().dequantize_rows(
+    found_nan = fp8_kernels.dequantize_rows(
         codes_RC.view(torch.uint8).reshape(-1).numpy(),
         codes_RC.shape[1],
         first_row,
@@ -69,23 +68,16 @@ def quantize(
     Raises:
         ConversionError: If a value is NaN or infinite, or would be when it is read back as BF16.
     """
+    from conversion import fp8_kernels as kernels
+
     columns, values = values_RC.shape[1], values_RC.contiguous().view(-1)
     if values.dtype is torch.bfloat16:
         bits, shift = values.view(torch.uint16).numpy(), np.uint32(16)
     else:
         bits, shift = values.float().view(torch.uint32).numpy(), np.uint32(0)
     scale_rc = torch.empty(scale_shape(tuple(values_RC.shape), block))
-    kernels = _kernels()
     if not kernels.block_scales(bits, shift, columns, block, power_of_two_scales, _SMALLEST_SCALE, scale_rc.numpy()):
         raise ConversionError("a value is NaN or infinite, or beyond BF16, and has no FP8 code")
     codes_RC = torch.empty(values_RC.shape, dtype=torch.uint8)
     kernels.encode_rows(bits, shift, columns, block, scale_rc.numpy(), codes_RC.view(-1).numpy())
     return codes_RC.view(torch.float8_e4m3fn), scale_rc
-
-
-@cache
-def _kernels() -> ModuleType:
-    """Return the compiled loops; numba is imported only where there are FP8 codes."""
-    from conversion import fp8_kernels
-
-    return fp8_kernels

@@ -10,19 +10,12 @@ from typing import Any
 
 import torch
 
+from conversion.carried import Carried, DerivedBuffer
 from conversion.errors import DamagedCheckpointError, read_object
 from conversion.fp8 import BLOCK, scale_shape
-from conversion.names import (
-    DERIVED_BUFFER,
-    HfPart,
-    Parameter,
-    ParameterKind,
-    hf_aliases,
-    parameters,
-    tensors_at_least,
-)
+from conversion.names import DERIVED_BUFFER, HfPart, Parameter, ParameterKind, hf_aliases, parameters, tensors_at_least
 from conversion.paths import inside
-from conversion.regions import Rectangle, Region, StoredMatrix, whole
+from conversion.regions import Region, StoredMatrix, part_rectangles
 from conversion.safetensors_file import StoredTensor, read_header
 from megatron_ads.architecture import ModelShape, fp8_blocks, shape_from_config
 from megatron_ads.errors import ConversionError
@@ -30,6 +23,13 @@ from megatron_ads.errors import ConversionError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SCALE_SUFFIX = "_scale_inv"
+_MTP_WORDS = {
+    "enorm.weight": "enorm",
+    "hnorm.weight": "hnorm",
+    "eh_proj.weight": "eh_proj",
+    "shared_head.norm.weight": "norm",
+}
+_OUTSIDE_WORDS = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "norm", "lm_head.weight": "head"}
 _VALUE_DTYPES = (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -57,16 +57,7 @@ class HfFolder:
 
     def regions(self, parameter: Parameter) -> tuple[Region, ...]:
         """Return what a canonical parameter is made of."""
-        found, row = [], 0
-        for part in parameter.parts:
-            extent = whole(part.shape)
-            found.append(Region(Rectangle(row, 0, extent.rows, extent.columns), self.matrix(part.name)))
-            row += extent.rows
-        return tuple(found)
-
-    def replicas(self, parameter: Parameter) -> tuple[tuple[Region, ...], ...]:
-        """Return every stored copy of a parameter; the repeats of the MTP layers have names of their own."""
-        return (self.regions(parameter),)
+        return tuple(Region(covers, self.matrix(part.name)) for part, covers in part_rectangles(parameter))
 
     def weight_files(self) -> tuple[Path, ...]:
         """Return every safetensors file."""
@@ -81,6 +72,16 @@ class HfFolder:
     def derived(self) -> tuple[str, ...]:
         """Stored tensors that the config determines and that no conversion needs."""
         return tuple(name for name in self.tensors if DERIVED_BUFFER.fullmatch(name))
+
+    @property
+    def side_folder(self) -> Path:
+        """Where config, tokenizer and custom code are."""
+        return self.path
+
+    @property
+    def carried(self) -> Carried:
+        """The repeats and further tensors that an export must write to have the same keys."""
+        return Carried(frozenset(self.aliases), {name: DerivedBuffer.of(self.tensors[name]) for name in self.derived})
 
     @property
     def is_fp8(self) -> bool:
@@ -237,3 +238,46 @@ def _check_tensor(folder: HfFolder, part: HfPart, kind: ParameterKind) -> None:
             f"{part.name}{SCALE_SUFFIX} in {scales.file} is {scales.dtype} of shape {scales.shape}; blocks of "
             f"{folder.block[0]} x {folder.block[1]} of {stored.shape} need float32 of {expected}."
         )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTensors:
+    """The tensors of one layer."""
+
+    decoder: dict[str, torch.Tensor]
+    """By Hugging Face name, the layer numbered 0."""
+    around: dict[str, torch.Tensor]
+    """Of an MTP layer: ``enorm``, ``hnorm``, ``eh_proj`` and ``norm``; else nothing."""
+
+
+def layer_tensors(folder: HfFolder, layer: int) -> LayerTensors:
+    """Read layer ``layer``; numbers from ``num_layers`` on are the MTP layers, whose repeats are left out."""
+    prefix, decoder, around = f"model.layers.{layer}.", {}, {}
+    for name in folder.tensors:
+        extra = name.endswith(SCALE_SUFFIX) or name in folder.aliases or name in folder.derived
+        if extra or not name.startswith(prefix):
+            continue
+        rest = name.removeprefix(prefix)
+        if (word := _MTP_WORDS.get(rest)) is not None:
+            around[word] = stored_values(folder, name)
+        else:
+            decoder[f"model.layers.0.{rest}"] = stored_values(folder, name)
+    return LayerTensors(decoder, around)
+
+
+def outside_tensors(folder: HfFolder) -> dict[str, torch.Tensor]:
+    """Read the ``embedding``, the final ``norm`` and the output ``head``."""
+    return {word: stored_values(folder, name) for name, word in _OUTSIDE_WORDS.items()}
+
+
+def stored_values(folder: HfFolder, name: str) -> torch.Tensor:
+    """Return one tensor by its HF name; FP8 as BF16, dequantised in another way than :mod:`conversion.fp8` does."""
+    stored = folder.tensors[name].read()
+    scales = folder.tensors.get(name + SCALE_SUFFIX)
+    if scales is None:
+        return stored
+    (rows, columns), bands = folder.block, []
+    for band, scale in zip(torch.split(stored, rows), scales.read(), strict=True):
+        spread = scale.repeat_interleave(columns)[: stored.size(1)]
+        bands.append((band.float() * spread).bfloat16())  # one by one, so that no FP32 copy of the whole is made
+    return torch.cat(bands)

@@ -36,12 +36,6 @@ class ConversionJournal:
         """Delete the journal: the conversion is complete."""
         self._journal.delete()
 
-    def begin(self) -> None:
-        """Tie this journal to a plan and a source; earlier records that are not tied to one are not trusted."""
-        self._journal.clear()
-        state = {"digest": self._plan.digest, "source": str(self._plan.source), "state": self._plan.source_state}
-        self._journal.add(_PLAN, state)
-
     def recover(self) -> None:
         """Take over the finished files of an earlier run of the same plan.
 
@@ -53,12 +47,13 @@ class ConversionJournal:
             if not path.exists():
                 continue
             recorded = self._journal.read(file.name, _recorded)
-            record = _unrecorded(path, file) if recorded is None else _unchanged(path, *recorded)
-            if record is None:
-                continue
             if recorded is None:
-                self.add(record)
-            else:
+                if (record := _unrecorded(path, file)) is not None:
+                    self.add(record)
+                continue
+            record, mtime_ns = recorded
+            untouched = (path.stat().st_size, path.stat().st_mtime_ns) == (record.nbytes, mtime_ns)
+            if untouched or hash_file(path) == record.sha256:
                 self.finished[file.name] = record
 
 
@@ -67,12 +62,6 @@ def _recorded(record: Mapping[str, Any]) -> tuple[FileRecord, int]:
     extents = tuple((int(offset), int(length)) for offset, length in record["extents"])
     file = FileRecord(str(record["name"]), int(record["nbytes"]), str(record["sha256"]), extents)
     return file, int(record["mtime_ns"])
-
-
-def _unchanged(path: Path, record: FileRecord, mtime_ns: int) -> FileRecord | None:
-    status = path.stat()
-    untouched = (status.st_size, status.st_mtime_ns) == (record.nbytes, mtime_ns)
-    return record if untouched or hash_file(path) == record.sha256 else None
 
 
 def _unrecorded(path: Path, file: OutputFile) -> FileRecord | None:
@@ -105,10 +94,13 @@ def open_journal(plan: ConversionPlan, *, resume: bool) -> Iterator[ConversionJo
         if before is not None:
             _check_same(plan, *before)
         _check_foreign(plan)
-        _remove_partial_files(plan.target)
+        for file in plan.target.rglob(f"*{PARTIAL_SUFFIX}"):
+            file.unlink()
         journal = ConversionJournal(plan, lines)
         if before is None:
-            journal.begin()
+            lines.clear()  # earlier records that are not tied to a plan and a source are not trusted
+            state = {"digest": plan.digest, "source": str(plan.source), "state": plan.source_state}
+            lines.add(_PLAN, state)
         else:
             journal.recover()
         yield journal
@@ -153,8 +145,3 @@ def _check_same(plan: ConversionPlan, digest: str, source_state: str) -> None:
             f"The source {plan.source} has changed since the conversion into {plan.target} began (names, sizes or "
             "modification times of its files). Delete the folder and convert again."
         )
-
-
-def _remove_partial_files(target: Path) -> None:
-    for file in target.rglob(f"*{PARTIAL_SUFFIX}"):
-        file.unlink()

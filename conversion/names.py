@@ -161,7 +161,6 @@ MTP_REPEATS = (
 DERIVED_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Tensors some checkpoints store although the config determines them."""
 
-
 _MOST_PARAMETERS = 1_000_000
 
 
@@ -198,15 +197,6 @@ def _concrete(
     )
 
 
-def _layer_rules(shape: ModelShape, layer: int) -> tuple[Rule, ...]:
-    query = QUERY_FULL_RANK if shape.q_lora_rank is None else QUERY_LOW_RANK
-    if not shape.is_moe_layer(layer):
-        return ATTENTION + query + DENSE
-    bias = ROUTER_BIAS if shape.has_expert_bias else ()
-    shared = SHARED_EXPERTS if shape.num_shared_experts else ()
-    return ATTENTION + query + ROUTER + bias + shared
-
-
 @lru_cache(maxsize=256)
 def layer_parameters(shape: ModelShape, layer: int) -> tuple[Parameter, ...]:
     """Return every parameter of one layer; numbers from ``num_layers`` on are the MTP layers."""
@@ -214,7 +204,13 @@ def layer_parameters(shape: ModelShape, layer: int) -> tuple[Parameter, ...]:
     hf_prefix = f"model.layers.{layer}"
     mtp = layer - shape.num_layers
     prefix = f"decoder.layers.{layer}" if mtp < 0 else f"mtp.layers.{mtp}.transformer_layer"
-    found = [_concrete(rule, sizes, (prefix, hf_prefix)) for rule in _layer_rules(shape, layer)]
+    rules = ATTENTION + (QUERY_FULL_RANK if shape.q_lora_rank is None else QUERY_LOW_RANK)
+    if shape.is_moe_layer(layer):
+        rules += ROUTER + (ROUTER_BIAS if shape.has_expert_bias else ())
+        rules += SHARED_EXPERTS if shape.num_shared_experts else ()
+    else:
+        rules += DENSE
+    found = [_concrete(rule, sizes, (prefix, hf_prefix)) for rule in rules]
     if shape.is_moe_layer(layer):
         found += [
             _concrete(rule, sizes, (prefix, hf_prefix), expert)
@@ -237,8 +233,7 @@ def outside_parameters(shape: ModelShape) -> tuple[Parameter, ...]:
             "config.json sets tie_word_embeddings to true, but DeepSeek-V3 models store lm_head.weight separately. "
             "Set it to false if the checkpoint holds lm_head.weight; other checkpoints cannot be converted."
         )
-    sizes = dimensions(shape)
-    return tuple(_concrete(rule, sizes) for rule in OUTSIDE)
+    return tuple(_concrete(rule, dimensions(shape)) for rule in OUTSIDE)
 
 
 def tensors_at_least(shape: ModelShape) -> int:

@@ -73,7 +73,8 @@ class ShardsLayout:
 
         A parameter that several stages hold, as the embedding with MTP layers, belongs to the first of them.
         """
-        first_rank = self._first_stage(parameter) * self._ranks_per_stage
+        holders = (chunk.stage for chunk in self.placement.chunks if _chunk_holds(self.shape, chunk, parameter))
+        first_rank = min(holders) * self._ranks_per_stage
         count = self.layout.tp
         if parameter.expert is not None:
             count = self.layout.etp
@@ -86,17 +87,13 @@ class ShardsLayout:
     def _ranks_per_stage(self) -> int:
         return self.layout.world // self.layout.pp
 
-    def _first_stage(self, parameter: Parameter) -> int:
-        return min(chunk.stage for chunk in self.placement.chunks if _chunk_holds(self.shape, chunk, parameter))
-
     def owned(self, file: RankFile) -> Iterator[Parameter]:
         """Yield the parameters with a slice in ``file``, in model order."""
         experts = range(0)
         if self.shape.num_experts:
             experts = self.layout.local_experts(self.shape.num_experts, file.ep)
         stage = self.placement.stage_chunks(file.pp)
-        for parameter in _outside_owned(self.shape, stage):
-            yield parameter
+        yield from _outside_owned(self.shape, stage)
         for chunk in stage:
             for layer in (*chunk.layers, *(self.shape.num_layers + mtp for mtp in chunk.mtp_layers)):
                 for parameter in layer_parameters(self.shape, layer):
@@ -130,17 +127,14 @@ def _chunk_holds(shape: ModelShape, chunk: Chunk, parameter: Parameter) -> bool:
 
 def _outside_owned(shape: ModelShape, stage: tuple[Chunk, ...]) -> Iterator[Parameter]:
     embedding, final_norm, output_layer = outside_parameters(shape)
+    has_loss = any(chunk.has_loss for chunk in stage)
     if any(chunk.needs_embedding for chunk in stage):
         yield embedding
-    if any(_has_final_norm(shape, chunk) for chunk in stage):
+    # Megatron-Core puts the final norm behind the last decoder layer if MTP layers follow, else next to the loss.
+    if any(shape.num_layers - 1 in chunk.layers for chunk in stage) if shape.mtp_layers else has_loss:
         yield final_norm
-    if any(chunk.has_loss for chunk in stage):
+    if has_loss:
         yield output_layer
-
-
-def _has_final_norm(shape: ModelShape, chunk: Chunk) -> bool:
-    """Megatron-Core puts the final norm behind the last decoder layer if MTP layers follow, else next to the loss."""
-    return shape.num_layers - 1 in chunk.layers if shape.mtp_layers else chunk.has_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,21 +157,14 @@ def wrong_copies(shards: ShardsLayout, ranks: Iterable[Mapping[str, int]]) -> li
     held: Counter[str] = Counter()
     for elements in ranks:
         held.update(elements)
-    wrong = []
+    sizes, wrong = shards.layout, []
     for name, parameter in parameters(shards.shape).items():
-        size, expected = math.prod(parameter.shape), _copies(shards, parameter)
+        size, routed = math.prod(parameter.shape), parameter.expert is not None
+        expected = sizes.edp if routed else sizes.dp * sizes.cp
+        if parameter.split is Split.REPLICATED:
+            expected *= sizes.etp if routed else sizes.tp
+        if name.startswith("embedding."):
+            expected *= len({chunk.stage for chunk in shards.placement.chunks if chunk.needs_embedding})
         if (found := held.pop(name, 0)) != expected * size:
             wrong.append(WrongCopies(name, found / size, expected))
     return wrong + [WrongCopies(name, count, 0) for name, count in held.items()]
-
-
-def _copies(shards: ShardsLayout, parameter: Parameter) -> int:
-    """Return how many whole copies the job holds of a parameter."""
-    sizes = shards.layout
-    tensor = sizes.tp if parameter.expert is None else sizes.etp
-    copies = sizes.dp * sizes.cp if parameter.expert is None else sizes.edp
-    if parameter.split is Split.REPLICATED:
-        copies *= tensor
-    if parameter.name.startswith("embedding."):
-        copies *= len({chunk.stage for chunk in shards.placement.chunks if chunk.needs_embedding})
-    return copies

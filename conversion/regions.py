@@ -5,13 +5,14 @@ tensor-parallel slices, torch_dist stores chunks. A vector is a matrix of one ro
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 
 from conversion.errors import DamagedCheckpointError
 from conversion.fp8 import BLOCK, dequantize
-from conversion.names import Parameter, Split, slice_shape
+from conversion.names import HfPart, Parameter, Split, slice_shape
 from conversion.safetensors_file import StoredTensor
 from megatron_ads.errors import ConversionError
 
@@ -51,24 +52,22 @@ class StoredMatrix:
         Raises:
             DamagedCheckpointError: If a value, an FP8 code or a scale is NaN or infinite.
         """
-        stored = self.data.read_rows(rows.start, rows.stop)
+        values = self.data.read_rows(rows.start, rows.stop)
         if self.scales is None:
-            return self._finite(stored[:, columns.start : columns.stop])
-        scales = self.scales.read()
-        if not bool(scales.isfinite().all()):
-            raise DamagedCheckpointError(
-                f"The block scales of {self.name} in {self.scales.file} are not all finite; get a sound copy."
-            )
-        try:
-            values = dequantize(stored, scales, first_row=rows.start, columns=columns, block=self.block)
-        except ConversionError as error:
-            raise DamagedCheckpointError(
-                f"{self.name} in {self.data.file}, rows {rows.start} to {rows.stop - 1}: {error}. "
-                "The file is damaged or was quantised wrongly; get a sound copy."
-            ) from None
-        return self._finite(values)
-
-    def _finite(self, values: torch.Tensor) -> torch.Tensor:
+            values = values[:, columns.start : columns.stop]
+        else:
+            scales = self.scales.read()
+            if not bool(scales.isfinite().all()):
+                raise DamagedCheckpointError(
+                    f"The block scales of {self.name} in {self.scales.file} are not all finite; get a sound copy."
+                )
+            try:
+                values = dequantize(values, scales, first_row=rows.start, columns=columns, block=self.block)
+            except ConversionError as error:
+                raise DamagedCheckpointError(
+                    f"{self.name} in {self.data.file}, rows {rows.start} to {rows.stop - 1}: {error}. "
+                    "The file is damaged or was quantised wrongly; get a sound copy."
+                ) from None
         if not all_finite(values):
             raise DamagedCheckpointError(
                 f"{self.name} in {self.data.file} has values that are NaN or infinite; get a sound copy."
@@ -124,12 +123,17 @@ def whole(shape: Sequence[int]) -> Rectangle:
     return Rectangle(0, 0, 1, shape[0])
 
 
+def part_rectangles(parameter: Parameter) -> Iterator[tuple[HfPart, Rectangle]]:
+    """Yield the Hugging Face tensors of a parameter and the rectangle of it that each one is."""
+    row = 0
+    for part in parameter.parts:
+        yield part, replace(whole(part.shape), row=row)
+        row += whole(part.shape).rows
+
+
 def value_dtype(regions: Sequence[Region]) -> torch.dtype:
     """Return the narrowest dtype that holds the values of all regions exactly."""
-    dtype = regions[0].stored.value_dtype
-    for region in regions[1:]:
-        dtype = torch.promote_types(dtype, region.stored.value_dtype)
-    return dtype
+    return reduce(torch.promote_types, (region.stored.value_dtype for region in regions))
 
 
 def fill(out: torch.Tensor, regions: Sequence[Region], target: Rectangle) -> None:

@@ -5,6 +5,7 @@ the end of the header. Source: https://github.com/huggingface/safetensors#format
 """
 
 import json
+import math
 import mmap
 import os
 from collections.abc import Mapping, Sequence
@@ -53,12 +54,12 @@ class StoredTensor:
     @property
     def columns(self) -> int:
         """Elements of one row."""
-        return element_count(self.shape) // max(self.rows, 1)
+        return math.prod(self.shape) // max(self.rows, 1)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
-        return element_count(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read_rows(self, first: int, last: int) -> torch.Tensor:
         """Map rows ``first`` to ``last`` (exclusive) as a ``(rows, columns)`` tensor; treat it as read-only."""
@@ -79,14 +80,6 @@ class SafetensorsHeader:
     metadata: dict[str, str]
     data_start: int
     """File offset of the first data byte."""
-
-
-def element_count(shape: Sequence[int]) -> int:
-    """Return the number of elements of a shape; a scalar has one."""
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count
 
 
 def map_bytes(file: Path, offset: int, length: int) -> torch.Tensor:
@@ -114,7 +107,18 @@ def read_header(file: Path) -> SafetensorsHeader:
     for name, entry in header.items():
         tensors[name], end = _stored(file, name, entry, data_start)
         ranges.append((tensors[name].offset - data_start, end, name))
-    _check_ranges(file, sorted(ranges), size - data_start)
+    position, data_bytes = 0, size - data_start
+    for begin, end, name in sorted(ranges):
+        if begin != position:
+            raise DamagedCheckpointError(
+                f"{name} in {file} starts at data byte {begin}, but the tensor before it ends at {position}."
+            )
+        position = end
+    if position != data_bytes:
+        raise DamagedCheckpointError(
+            f"{file} holds {data_bytes} bytes of data, but its header describes {position}: "
+            f"{'truncated' if data_bytes < position else 'bytes left over'}. Copy the file again."
+        )
     return SafetensorsHeader(tensors=tensors, metadata=metadata, data_start=data_start)
 
 
@@ -167,21 +171,6 @@ def _stored(file: Path, name: str, entry: Mapping[str, Any], data_start: int) ->
     return stored, end
 
 
-def _check_ranges(file: Path, ranges: list[tuple[int, int, str]], data_bytes: int) -> None:
-    position = 0
-    for begin, end, name in ranges:
-        if begin != position:
-            raise DamagedCheckpointError(
-                f"{name} in {file} starts at data byte {begin}, but the tensor before it ends at {position}."
-            )
-        position = end
-    if position != data_bytes:
-        raise DamagedCheckpointError(
-            f"{file} holds {data_bytes} bytes of data, but its header describes {position}: "
-            f"{'truncated' if data_bytes < position else 'bytes left over'}. Copy the file again."
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class HeaderEntry:
     """Name, dtype and shape of a tensor about to be written."""
@@ -193,7 +182,7 @@ class HeaderEntry:
     @property
     def nbytes(self) -> int:
         """Bytes of its data."""
-        return element_count(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def header_order(entries: Sequence[HeaderEntry]) -> tuple[HeaderEntry, ...]:

@@ -5,37 +5,25 @@ A folder without a manifest is an unfinished folder. Each rank of a job can writ
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from conversion.atomic_file import FileRecord, PreallocatedFile, tensor_bytes, write_small
-from conversion.carried import (
-    SIDE_FOLDER,
-    DerivedBuffer,
-    carried_names,
-    copy_side_files,
-    derived_buffers,
-    find_side_files,
-)
+from conversion.carried import SIDE_FOLDER, Carried, DerivedBuffer, copy_side_files, find_side_files
 from conversion.errors import DamagedCheckpointError, read_object
 from conversion.names import Parameter, Split, parameters, tensors_at_least
 from conversion.paths import inside
 from conversion.rank_files import RankFile, ShardsLayout
 from conversion.regions import Region, StoredMatrix, slice_rectangles
-from conversion.safetensors_file import (
-    CODES,
-    HeaderEntry,
-    StoredTensor,
-    build_header,
-    header_order,
-    read_header,
-)
+from conversion.safetensors_file import CODES, HeaderEntry, StoredTensor, build_header, header_order, read_header
 from megatron_ads import __version__
-from megatron_ads.architecture import shape_from_config
+from megatron_ads.architecture import ModelShape, shape_from_config
 from megatron_ads.errors import ConversionError
 from megatron_ads.layout import ParallelLayout, place_layers
 
@@ -52,28 +40,35 @@ class ShardsFolder:
     config: dict[str, Any]
     """The model's config.json."""
     layout: ShardsLayout
-    aliases: frozenset[str]
-    """HF names of the repeated tensors that an export must write."""
-    derived: dict[str, DerivedBuffer]
-    """Tensors to carry for an export, by HF name."""
+    carried: Carried
     pieces: dict[str, tuple[tuple[RankFile, StoredTensor], ...]]
     """Every stored copy of every slice, by canonical name."""
-    side_file_names: tuple[str, ...]
-    """Which there were when it was written; none in folders of an earlier version."""
     checksums: dict[Path, str]
     """SHA-256 of every rank file, as it was written."""
 
+    @property
+    def shape(self) -> ModelShape:
+        """The model."""
+        return self.layout.shape
+
+    @property
+    def side_folder(self) -> Path:
+        """Where config, tokenizer and custom code are."""
+        return self.path / SIDE_FOLDER
+
     def replicas(self, parameter: Parameter) -> tuple[tuple[Region, ...], ...]:
         """Return every stored copy of a parameter; each covers it once."""
-        by_rank: dict[int, list[tuple[Region, ...]]] = {}
+        by_rank: dict[int, list[list[Region]]] = {}
         for file, stored in self.pieces[parameter.name]:
             rank, size = self.layout.slice_of(parameter, file)
             if parameter.split is Split.REPLICATED:
                 rank = 0
-            by_rank.setdefault(rank, []).append(_regions(parameter, stored, rank, size))
-        return tuple(
-            tuple(region for regions in copy for region in regions) for copy in zip(*by_rank.values(), strict=True)
-        )
+            matrix, row, regions = StoredMatrix(parameter.name, stored), 0, []
+            for rectangle in slice_rectangles(parameter, rank, size):
+                regions.append(Region(rectangle, matrix, row=row))
+                row += rectangle.rows
+            by_rank.setdefault(rank, []).append(regions)
+        return tuple(tuple(chain.from_iterable(copy)) for copy in zip(*by_rank.values(), strict=True))
 
     def weight_files(self) -> tuple[Path, ...]:
         """Return every rank file."""
@@ -82,14 +77,6 @@ class ShardsFolder:
     def regions(self, parameter: Parameter) -> tuple[Region, ...]:
         """Return what a canonical parameter is made of."""
         return self.replicas(parameter)[0]
-
-
-def _regions(parameter: Parameter, stored: StoredTensor, rank: int, size: int) -> tuple[Region, ...]:
-    matrix, row, found = StoredMatrix(parameter.name, stored), 0, []
-    for rectangle in slice_rectangles(parameter, rank, size):
-        found.append(Region(rectangle, matrix, row=row))
-        row += rectangle.rows
-    return tuple(found)
 
 
 def write_rank_file(
@@ -138,15 +125,17 @@ def write_manifest(
     """
     copy_side_files(side_files_from, folder / SIDE_FOLDER)
     pieces = _read_pieces(folder, layout)
-    sizes = layout.layout
+    nbytes_of: Counter[str] = Counter()
+    for copies in pieces.values():
+        nbytes_of[CODES[copies[0][1].dtype]] += copies[0][1].nbytes
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "tool": f"megatron-ads {__version__}",
         "source": source,
-        "layout": {axis: getattr(sizes, axis) for axis in ("tp", "pp", "vpp", "ep", "etp")},
+        "layout": {axis: getattr(layout.layout, axis) for axis in ("tp", "pp", "vpp", "ep", "etp")},
         "pipeline": layout.placement.string,
-        "dtype": _commonest_dtype(pieces),
+        "dtype": nbytes_of.most_common(1)[0][0],
         "config": dict(config),
         "aliases": list(aliases),
         "side_files": find_side_files(folder / SIDE_FOLDER).names,
@@ -182,8 +171,7 @@ def open_shards(path: Path) -> ShardsFolder:
         layout = _layout(manifest)
         sizes = {name: record["bytes"] for name, record in manifest["files"].items()}
         checksums = {path / name: str(record["sha256"]) for name, record in manifest["files"].items()}
-        aliases, derived = frozenset(manifest["aliases"]), derived_buffers(manifest)
-        side_file_names = carried_names(manifest)
+        carried = Carried.parse(manifest)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DamagedCheckpointError(f"{path / MANIFEST} is damaged ({error}). Convert again.") from None
     _compare_names(MANIFEST, [file.name for file in layout.rank_files()], sizes)
@@ -197,10 +185,8 @@ def open_shards(path: Path) -> ShardsFolder:
         path=path,
         config=manifest["config"],
         layout=layout,
-        aliases=aliases,
-        derived=derived,
+        carried=carried,
         pieces=_read_pieces(path, layout),
-        side_file_names=side_file_names,
         checksums=checksums,
     )
 
@@ -240,11 +226,3 @@ def _compare_names(where: str, expected: Any, found: Any) -> None:
         what = f"lacks {len(missing)} (first {missing[0]})" if missing else ""
         more = f"has {len(extra)} too many (first {extra[0]})" if extra else ""
         raise DamagedCheckpointError(f"{where} {' and '.join(filter(None, (what, more)))}. Convert again.")
-
-
-def _commonest_dtype(pieces: Mapping[str, Sequence[tuple[RankFile, StoredTensor]]]) -> str:
-    counts: dict[str, int] = {}
-    for copies in pieces.values():
-        code = CODES[copies[0][1].dtype]
-        counts[code] = counts.get(code, 0) + copies[0][1].nbytes
-    return max(counts, key=lambda code: counts[code])

@@ -5,18 +5,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from conversion.carried import SIDE_FOLDER, DerivedBuffer, SideFiles, find_side_files
+from conversion.carried import DerivedBuffer, SideFiles, find_side_files
 from conversion.errors import DamagedCheckpointError, naming_refusals, read_object
-from conversion.hf_folder import INDEX, SINGLE, open_hf_folder
+from conversion.hf_folder import INDEX, SINGLE, HfFolder, open_hf_folder
 from conversion.journal import JOURNAL
 from conversion.names import Parameter, ParameterKind, hf_aliases, parameters
 from conversion.regions import Region, bands, fill, slice_rectangles, value_dtype
-from conversion.shards import FORMAT, MANIFEST, open_shards
-from conversion.torch_dist_folder import METADATA, open_torch_dist
+from conversion.shards import FORMAT, MANIFEST, ShardsFolder, open_shards
+from conversion.torch_dist_folder import METADATA, TorchDistFolder, open_torch_dist
 from megatron_ads.architecture import ModelShape
 from megatron_ads.errors import ConversionError
 
@@ -30,22 +30,6 @@ class CheckpointFormat(StrEnum):
     HF = "Hugging Face folder"
     SHARDS = "shards folder"
     TORCH_DIST = "torch_dist folder"
-
-
-class Container(Protocol):
-    """What a format must answer."""
-
-    def regions(self, parameter: Parameter) -> tuple[Region, ...]:
-        """Return the stored pieces that cover a parameter once."""
-        ...
-
-    def replicas(self, parameter: Parameter) -> tuple[tuple[Region, ...], ...]:
-        """Return every stored copy of a parameter."""
-        ...
-
-    def weight_files(self) -> tuple[Path, ...]:
-        """Return every file that holds weights."""
-        ...
 
 
 def stored_dtype(parameter: Parameter, regions: Sequence[Region]) -> torch.dtype:
@@ -66,7 +50,7 @@ class WeightSource:
     """Where config, tokenizer and custom code are."""
     aliases: Mapping[str, str]
     """Repeated HF tensors that belong to the model: HF name -> canonical name."""
-    container: Container
+    container: HfFolder | ShardsFolder | TorchDistFolder
     derived: Mapping[str, DerivedBuffer] = field(default_factory=dict)
     """Tensors that the Hugging Face checkpoint stores although its config determines them."""
     side_file_names: tuple[str, ...] = ()
@@ -96,6 +80,12 @@ class WeightSource:
     def regions(self, name: str) -> tuple[Region, ...]:
         """Return the stored pieces that cover a parameter once."""
         return self.container.regions(self.parameter(name))
+
+    def replicas(self, name: str) -> tuple[tuple[Region, ...], ...]:
+        """Return every stored copy of a parameter; only a shards folder has several."""
+        if isinstance(self.container, ShardsFolder):
+            return self.container.replicas(self.parameter(name))
+        return (self.regions(name),)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype that :meth:`read` gives: as stored, BF16 for FP8, FP32 for the router bias."""
@@ -134,27 +124,48 @@ def open_source(path: Path) -> WeightSource:
         ConversionError: If the folder is none of them, or is incomplete or damaged.
     """
     with naming_refusals(path):
-        return _open_source(path)
+        kind = _recognised(path)
+        folder = _OPEN[kind](path)
+        carried, repeats = folder.carried, hf_aliases(folder.shape).items()
+        return WeightSource(
+            path=path,
+            kind=kind,
+            shape=folder.shape,
+            config=folder.config,
+            side_folder=folder.side_folder,
+            aliases={name: canonical for name, canonical in repeats if name in carried.aliases},
+            container=folder,
+            derived=carried.derived,
+            side_file_names=carried.side_files,
+            checksums=folder.checksums if isinstance(folder, ShardsFolder) else {},
+        )
 
 
-def _open_source(path: Path) -> WeightSource:
+_OPEN: dict[CheckpointFormat, Callable[[Path], HfFolder | ShardsFolder | TorchDistFolder]] = {
+    CheckpointFormat.HF: open_hf_folder,
+    CheckpointFormat.SHARDS: open_shards,
+    CheckpointFormat.TORCH_DIST: open_torch_dist,
+}
+
+
+def _recognised(path: Path) -> CheckpointFormat:
     if (path / JOURNAL).exists():
         raise ConversionError(
             f"{path} is the target of a conversion that has not finished. Wait for it, or run it again with --resume."
         )
     has_weights = (path / INDEX).exists() or (path / SINGLE).exists()
-    kinds: dict[CheckpointFormat, tuple[bool, Callable[[Path], WeightSource]]] = {
-        CheckpointFormat.TORCH_DIST: ((path / METADATA).exists(), _torch_dist_source),
-        CheckpointFormat.SHARDS: (_has_manifest(path, foreign=not has_weights), _shards_source),
-        CheckpointFormat.HF: (has_weights, _hf_source),
+    kinds = {
+        CheckpointFormat.TORCH_DIST: (path / METADATA).exists(),
+        CheckpointFormat.SHARDS: _has_manifest(path, foreign=not has_weights),
+        CheckpointFormat.HF: has_weights,
     }
-    found = [kind for kind, (there, _) in kinds.items() if there]
+    found = [kind for kind, there in kinds.items() if there]
     if len(found) > 1:
         raise DamagedCheckpointError(
             f"{path} holds two checkpoints, a {found[0]} and a {found[1]}. Move one of them to a folder of its own."
         )
     if found:
-        return kinds[found[0]][1](path)
+        return found[0]
     if not path.is_dir():
         raise ConversionError(f"{path} does not exist or is not a folder. Give the folder of a checkpoint.")
     if inside := sorted(
@@ -181,55 +192,6 @@ def _has_manifest(path: Path, *, foreign: bool) -> bool:
         return bool(read_object(file).get("format") == FORMAT)
     except DamagedCheckpointError:
         return False
-
-
-def _hf_source(path: Path) -> WeightSource:
-    folder = open_hf_folder(path)
-    return WeightSource(
-        path=path,
-        kind=CheckpointFormat.HF,
-        shape=folder.shape,
-        config=folder.config,
-        side_folder=path,
-        aliases=folder.aliases,
-        container=folder,
-        derived={name: DerivedBuffer.of(folder.tensors[name]) for name in folder.derived},
-    )
-
-
-def _shards_source(path: Path) -> WeightSource:
-    folder = open_shards(path)
-    return WeightSource(
-        path=path,
-        kind=CheckpointFormat.SHARDS,
-        shape=folder.layout.shape,
-        config=folder.config,
-        side_folder=path / SIDE_FOLDER,
-        aliases=_stored_aliases(folder.layout.shape, folder.aliases),
-        container=folder,
-        derived=folder.derived,
-        side_file_names=folder.side_file_names,
-        checksums=folder.checksums,
-    )
-
-
-def _torch_dist_source(path: Path) -> WeightSource:
-    folder = open_torch_dist(path)
-    return WeightSource(
-        path=path,
-        kind=CheckpointFormat.TORCH_DIST,
-        shape=folder.shape,
-        config=folder.config,
-        side_folder=folder.side_folder,
-        aliases=_stored_aliases(folder.shape, folder.aliases),
-        container=folder,
-        derived=folder.derived,
-        side_file_names=folder.side_file_names,
-    )
-
-
-def _stored_aliases(shape: ModelShape, stored: frozenset[str]) -> dict[str, str]:
-    return {name: canonical for name, canonical in hf_aliases(shape).items() if name in stored}
 
 
 def local_folder(source: str) -> Path:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,22 @@ from conversion.atomic_file import FileRecord, write_small
 from conversion.carried import DerivedBuffer, copy_side_files
 from conversion.errors import read_object
 from conversion.fp8 import BLOCK, scale_shape
-from conversion.hf_config import true_config
-from conversion.hf_folder import INDEX, SCALE_SUFFIX, SINGLE
-from conversion.names import HfPart, Parameter, ParameterKind, parameters
+from conversion.hf_folder import INDEX, SCALE_SUFFIX, SINGLE, HfFolder
+from conversion.names import DERIVED_BUFFER, HfPart, Parameter, ParameterKind, parameters
 from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state, in_groups, offsets
-from conversion.regions import Rectangle, Region, View, whole
+from conversion.regions import Region, View, part_rectangles
 from conversion.safetensors_file import DTYPES, HeaderEntry, header_order
 from conversion.sources import WeightSource, stored_dtype
 from megatron_ads.architecture import Fp8Blocks, fp8_blocks
 from megatron_ads.errors import ConversionError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+FP8_CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(BLOCK)}
+"""``quantization_config`` as DeepSeek publishes it."""
+_DTYPE_FIELDS = ("dtype", "torch_dtype")
+_LISTS_OF_UNQUANTIZED = ("modules_to_not_convert", "ignored_layers")
+_MANTISSA = 0x7FFFFF
+"""Of an FP32 number; 0 in a power of two."""
 
 
 class ExportDtype(StrEnum):
@@ -84,25 +89,23 @@ class HfTarget:
         """
         if self.max_shard_bytes < 1:
             raise ConversionError(f"The largest file is {self.max_shard_bytes} bytes; give at least 1, such as 5GB.")
+        tensors = hf_tensors(self.source, self.dtype, self.source.aliases)
+        groups = in_groups(tensors, lambda tensor: tensor.nbytes, self.max_shard_bytes)
+        count = len(groups)
+        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        derived = [self.source.derived, *[{}] * (count - 1)]
+        files = tuple(map(_plan_file, names if count > 1 else [SINGLE], groups, derived))
         stored, carried = self.source.files(), self.source.side_files()
         return ConversionPlan(
             source=self.source.path,
             target=self.target,
-            files=self._files(),
+            files=files,
             source_files=stored,
             source_state=folder_state(stored),
             tensor_count=len(self.source.names()),
             finishing=(INDEX, "config.json", *carried.names),
             side_files=(carried,),
         )
-
-    def _files(self) -> tuple[OutputFile, ...]:
-        tensors = hf_tensors(self.source, self.dtype, self.source.aliases)
-        groups = in_groups(tensors, lambda tensor: tensor.nbytes, self.max_shard_bytes)
-        count = len(groups)
-        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-        derived = [self.source.derived, *[{}] * (count - 1)]
-        return tuple(map(_plan_file, names if count > 1 else [SINGLE], groups, derived))
 
     def prepare(self, plan: ConversionPlan) -> None:
         """Carry the side files and write a config that fits the weights: a single weight file is itself the last."""
@@ -111,38 +114,28 @@ class HfTarget:
 
     def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
         """Write the index, if there are several files."""
-        if len(records) > 1:
-            write_small(plan.target / INDEX, json.dumps(build_index(plan), indent=2) + "\n")
+        if len(records) == 1:
+            return
+        stored = list(planned_tensors(plan))
+        metadata = {"total_size": sum(nbytes for *_, nbytes in stored)}
+        weight_map = dict(sorted((name, file) for file, name, *_ in stored))
+        index = {"metadata": metadata, "weight_map": weight_map}
+        write_small(plan.target / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def hf_tensors(source: WeightSource, dtype: ExportDtype, aliases: Mapping[str, str]) -> Iterator[HfTensor]:
-    """Yield the tensors, with these repeats, in reading order: embedding, layers, norm, head."""
-    found: dict[str, HfTensor] = {}
+def hf_tensors(source: WeightSource, dtype: ExportDtype, aliases: Mapping[str, str]) -> list[HfTensor]:
+    """Return the tensors, with these repeats, in reading order: embedding, layers, norm, head."""
+    model, found = parameters(source.shape), []
     blocks = fp8_blocks(source.config) or Fp8Blocks(rows=BLOCK[0], columns=BLOCK[1], power_of_two_scales=False)
-    for parameter in parameters(source.shape).values():
-        regions, row = source.regions(parameter.name), 0
-        for part in parameter.parts:
-            extent = whole(part.shape)
-            rectangle = Rectangle(row, 0, extent.rows, extent.columns)
-            found[part.name] = _hf_tensor(part, parameter, regions, rectangle, dtype, blocks)
-            row += extent.rows
-    for alias, canonical in aliases.items():
-        parameter = parameters(source.shape)[canonical]
-        part = HfPart(alias, parameter.shape)
-        found[alias] = _hf_tensor(part, parameter, source.regions(canonical), whole(parameter.shape), dtype, blocks)
-    yield from sorted(found.values(), key=lambda tensor: _reading_order(tensor.name))
-
-
-def _hf_tensor(
-    part: HfPart,
-    parameter: Parameter,
-    regions: tuple[Region, ...],
-    rectangle: Rectangle,
-    dtype: ExportDtype,
-    blocks: Fp8Blocks,
-) -> HfTensor:
-    view = View.of(parameter.name, regions, rectangle)
-    return HfTensor(part.name, part.shape, _dtype(parameter, regions, dtype), view, blocks)
+    repeated = ((alias, model[canonical]) for alias, canonical in aliases.items())
+    repeats = [replace(parameter, parts=(HfPart(alias, parameter.shape),)) for alias, parameter in repeated]
+    for parameter in (*model.values(), *repeats):
+        regions = source.regions(parameter.name)
+        stored = _dtype(parameter, regions, dtype)
+        for part, rectangle in part_rectangles(parameter):
+            view = View.of(parameter.name, regions, rectangle)
+            found.append(HfTensor(part.name, part.shape, stored, view, blocks))
+    return sorted(found, key=lambda tensor: _reading_order(tensor.name))
 
 
 def _dtype(parameter: Parameter, regions: Sequence[Region], dtype: ExportDtype) -> torch.dtype:
@@ -165,9 +158,16 @@ def _plan_file(name: str, tensors: Sequence[HfTensor], derived: Mapping[str, Der
     entries = [entry for tensor in tensors for entry in tensor.entries]
     entries += [buffer.entry(name) for name, buffer in derived.items()]
     header, offset_of, nbytes = offsets(_writing_order(entries), {"format": "pt"})
-    items: list[Values | Quantized | Verbatim] = [_item(tensor, offset_of) for tensor in tensors]
+    items: list[Values | Quantized | Verbatim] = []
+    for tensor in tensors:
+        offset = offset_of[tensor.name]
+        if tensor.dtype is torch.float8_e4m3fn:
+            scales, powers = offset_of[tensor.name + SCALE_SUFFIX], tensor.blocks.power_of_two_scales
+            items.append(Quantized(tensor.name, offset, scales, tensor.view, tensor.block, powers))
+        else:
+            items.append(Values(tensor.name, offset, tensor.dtype, (tensor.view,)))
     items += [Verbatim(name, offset_of[name], buffer.data) for name, buffer in derived.items()]
-    items.sort(key=_first_offset)
+    items.sort(key=lambda item: item.offset)
     return OutputFile(name, header, nbytes, tuple(items))
 
 
@@ -180,20 +180,6 @@ def _writing_order(entries: Sequence[HeaderEntry]) -> tuple[HeaderEntry, ...]:
     scales = header_order([entry for entry in entries if entry.name.endswith(SCALE_SUFFIX)])
     aligned = sum(entry.nbytes for entry in others) % torch.float32.itemsize == 0
     return (*others, *scales) if aligned else header_order(entries)
-
-
-def _item(tensor: HfTensor, offset_of: dict[str, int]) -> Values | Quantized:
-    if tensor.dtype is torch.float8_e4m3fn:
-        scales = offset_of[tensor.name + SCALE_SUFFIX]
-        powers = tensor.blocks.power_of_two_scales
-        return Quantized(tensor.name, offset_of[tensor.name], scales, tensor.view, tensor.block, powers)
-    return Values(tensor.name, offset_of[tensor.name], tensor.dtype, (tensor.view,))
-
-
-def _first_offset(item: Values | Quantized | Verbatim) -> int:
-    if not isinstance(item, Quantized):
-        return item.offset
-    return item.codes_offset or item.scales_offset or 0
 
 
 def planned_tensors(plan: ConversionPlan) -> Iterator[tuple[str, str, torch.dtype, int]]:
@@ -214,9 +200,52 @@ def write_config(config: Mapping[str, Any], plan: ConversionPlan, published: Pat
     write_small(plan.target / "config.json", text)
 
 
-def build_index(plan: ConversionPlan) -> dict[str, Any]:
-    weight_map, total = {}, 0
-    for file, name, _, nbytes in planned_tensors(plan):
-        weight_map[name] = file
-        total += nbytes
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+def true_config(config: Mapping[str, Any], stored: Mapping[str, tuple[torch.dtype, int]]) -> dict[str, Any]:
+    """Return ``config`` with the dtype and ``quantization_config`` of these tensors.
+
+    Args:
+        config: As parsed; blocks and scale format of FP8 are taken from it.
+        stored: Dtype and bytes of every tensor, by its Hugging Face name.
+    """
+    result = dict(config)
+    quantized = [name for name, (dtype, _) in stored.items() if dtype is torch.float8_e4m3fn]
+    if quantized:
+        result["quantization_config"] = dict(config.get("quantization_config") or FP8_CONFIG)
+        for field in _LISTS_OF_UNQUANTIZED:
+            if isinstance(modules := result["quantization_config"].get(field), list):
+                kept = [one for one in modules if not any(f".{one}." in f".{name}." for name in quantized)]
+                result["quantization_config"][field] = kept
+    else:
+        result.pop("quantization_config", None)
+    for field in _DTYPE_FIELDS:
+        if field in result:
+            result[field] = _main_dtype(stored)
+    return result
+
+
+def _main_dtype(stored: Mapping[str, tuple[torch.dtype, int]]) -> str:
+    """Return the dtype of most bytes, apart from FP8 codes and what is FP32 in any checkpoint."""
+    nbytes: dict[torch.dtype, int] = {torch.bfloat16: 0}
+    for name, (dtype, size) in stored.items():
+        always_fp32 = name.endswith((SCALE_SUFFIX, "e_score_correction_bias")) or DERIVED_BUFFER.fullmatch(name)
+        if dtype is not torch.float8_e4m3fn and not always_fp32:
+            nbytes[dtype] = nbytes.get(dtype, 0) + size
+    return str(max(nbytes, key=lambda dtype: nbytes[dtype])).removeprefix("torch.")
+
+
+def untrue_fields(folder: HfFolder) -> Iterator[tuple[str, str]]:
+    """Yield every field of a folder's config that contradicts its weights, and how."""
+    true = true_config(folder.config, {name: (each.dtype, each.nbytes) for name, each in folder.tensors.items()})
+    for field in (*_DTYPE_FIELDS, "quantization_config"):
+        claimed = folder.config.get(field)
+        if claimed != true.get(field) and not (claimed is None and field in _DTYPE_FIELDS):
+            yield field, f"{folder.path / 'config.json'} says {claimed}; by its weights it is {true.get(field)}"
+    blocks = fp8_blocks(folder.config)
+    if blocks is not None and blocks.power_of_two_scales:
+        for name, stored in folder.tensors.items():
+            if name.endswith(SCALE_SUFFIX) and bool((stored.read().view(torch.int32) & _MANTISSA).any()):
+                yield (
+                    "quantization_config.scale_fmt",
+                    f"ue8m0, but {name} in {stored.file} has scales between powers of two",
+                )
+                return

@@ -8,12 +8,11 @@ import torch
 from conversion.atomic_file import FileRecord, write_small
 from conversion.carried import DerivedBuffer, copy_side_files, find_side_files
 from conversion.errors import DamagedCheckpointError, naming_refusals
-from conversion.hf_config import untrue_fields
 from conversion.hf_folder import INDEX, SCALE_SUFFIX, HfFolder, open_hf_folder
 from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state
 from conversion.safetensors_file import SafetensorsHeader, StoredTensor, read_header
 from conversion.sources import WeightSource
-from conversion.to_hf import ExportDtype, HfTensor, hf_tensors, write_config
+from conversion.to_hf import ExportDtype, HfTensor, hf_tensors, untrue_fields, write_config
 from megatron_ads.architecture import fp8_blocks
 from megatron_ads.errors import ConversionError
 
@@ -61,11 +60,9 @@ class ReferenceTarget:
             )
         wanted = hf_tensors(self.source, ExportDtype.BF16, self.reference.aliases)
         tensors = {tensor.name: tensor for tensor in wanted}
-        stored = (*self.source.files(), *self.reference.weight_files())
-        carried = (
-            find_side_files(self.reference.path, weights=self.reference.weight_files()),
-            self.source.side_files(),
-        )
+        weights = self.reference.weight_files()
+        stored = (*self.source.files(), *weights)
+        carried = (find_side_files(self.reference.path, weights=weights), self.source.side_files())
         finishing = {INDEX, "config.json"} | {name for side_files in carried for name in side_files.names}
         return ConversionPlan(
             source=self.source.path,
@@ -83,7 +80,7 @@ class ReferenceTarget:
         path = self.reference.path / file
         header = read_header(path)
         items = [item for name in header.tensors if (item := self._item(name, header, tensors)) is not None]
-        items.sort(key=lambda item: item.codes_offset or 0 if isinstance(item, Quantized) else item.offset)
+        items.sort(key=lambda item: item.offset)
         with path.open("rb") as handle:
             return OutputFile(file, handle.read(header.data_start), path.stat().st_size, tuple(items))
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from conversion.atomic_file import FileRecord
 from conversion.carried import SIDE_FOLDER
-from conversion.names import Parameter
 from conversion.plan import ConversionPlan, OutputFile, Values, folder_state, offsets
 from conversion.rank_files import RankFile, ShardsLayout
 from conversion.regions import Region, View, slice_rectangles
@@ -59,7 +58,7 @@ class ShardsTarget:
 
 
 def _plan_file(layout: ShardsLayout, file: RankFile, regions: dict[str, tuple[Region, ...]]) -> OutputFile:
-    owned: dict[str, Parameter] = {parameter.name: parameter for parameter in layout.owned(file)}
+    owned = {parameter.name: parameter for parameter in layout.owned(file)}
     entries = header_order(
         [
             HeaderEntry(name, stored_dtype(parameter, regions[name]), layout.slice_shape(parameter))
@@ -67,15 +66,10 @@ def _plan_file(layout: ShardsLayout, file: RankFile, regions: dict[str, tuple[Re
         ]
     )
     header, offset_of, nbytes = offsets(entries, {"format": "pt"})
-    items = tuple(
-        Values(entry.name, offset_of[entry.name], entry.dtype, _views(layout, file, owned[entry.name], regions))
-        for entry in entries
-    )
-    return OutputFile(file.name, header, nbytes, items)
-
-
-def _views(
-    layout: ShardsLayout, file: RankFile, parameter: Parameter, regions: dict[str, tuple[Region, ...]]
-) -> tuple[View, ...]:
-    rectangles = slice_rectangles(parameter, *layout.slice_of(parameter, file))
-    return tuple(View.of(parameter.name, regions[parameter.name], rectangle) for rectangle in rectangles)
+    items = []
+    for entry in entries:
+        parameter = owned[entry.name]
+        rectangles = slice_rectangles(parameter, *layout.slice_of(parameter, file))
+        views = tuple(View.of(entry.name, regions[entry.name], rectangle) for rectangle in rectangles)
+        items.append(Values(entry.name, offset_of[entry.name], entry.dtype, views))
+    return OutputFile(file.name, header, nbytes, tuple(items))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from conversion.layer_specs import KeyedTensor, LayerSpec, extra_state_keys, key
 from conversion.names import parameters
 from conversion.plan import ConversionPlan, OutputFile, SavedChunk, SavedObject, folder_state, in_groups
 from conversion.regions import Rectangle, View, whole
-from conversion.safetensors_file import element_count
 from conversion.sources import WeightSource, stored_dtype
 from conversion.torch_dist_folder import CARRIED, METADATA
 
@@ -95,39 +95,36 @@ class TorchDistTarget:
 
     def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
         """Write ``.metadata``, without which the folder is no checkpoint."""
-        write_small(plan.target / METADATA, pickle.dumps(_metadata(plan, records, self.source, self.spec)))
+        from torch.distributed.checkpoint import metadata as dcp
+        from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+
+        described: dict[str, Any] = {}
+        storage: dict[Any, Any] = {}
+        sizes = {tensor.key: tensor.shape for tensor in keyed_tensors(parameters(self.source.shape), self.spec)}
+        for file, record in zip(plan.files, records, strict=True):
+            for item, (offset, length) in zip(file.items, record.extents, strict=True):
+                info = _StorageInfo(record.name, offset, length)
+                if isinstance(item, SavedObject):
+                    described[item.name] = dcp.BytesStorageMetadata()
+                    storage[dcp.MetadataIndex(item.name)] = info
+                elif isinstance(item, SavedChunk):
+                    size = torch.Size(sizes[item.name])
+                    properties = dcp.TensorProperties(dtype=item.dtype)
+                    tensor = described.setdefault(item.name, dcp.TensorStorageMetadata(properties, size, []))
+                    at = torch.Size(item.at)
+                    storage[dcp.MetadataIndex(item.name, at, len(tensor.chunks))] = info
+                    tensor.chunks.append(dcp.ChunkStorageMetadata(at, torch.Size(item.shape)))
+        metadata = dcp.Metadata(
+            state_dict_metadata=described,
+            planner_data={key: (key,) for key in described},
+            storage_data=storage,
+            storage_meta=dcp.StorageMeta(),
+            version=CURRENT_DCP_VERSION,
+        )
+        write_small(plan.target / METADATA, pickle.dumps(metadata))
 
 
 def _reserved(item: SavedChunk | SavedObject) -> int:
     if isinstance(item, SavedObject):
         return _ARCHIVE_BYTES
-    return element_count(item.shape) * item.dtype.itemsize + _ARCHIVE_BYTES
-
-
-def _metadata(plan: ConversionPlan, records: tuple[FileRecord, ...], source: WeightSource, spec: LayerSpec) -> Any:
-    from torch.distributed.checkpoint import metadata as dcp
-    from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-
-    described: dict[str, Any] = {}
-    storage: dict[Any, Any] = {}
-    sizes = {tensor.key: tensor.shape for tensor in keyed_tensors(parameters(source.shape), spec)}
-    for file, record in zip(plan.files, records, strict=True):
-        for item, (offset, length) in zip(file.items, record.extents, strict=True):
-            info = _StorageInfo(record.name, offset, length)
-            if isinstance(item, SavedObject):
-                described[item.name] = dcp.BytesStorageMetadata()
-                storage[dcp.MetadataIndex(item.name)] = info
-            elif isinstance(item, SavedChunk):
-                size = torch.Size(sizes[item.name])
-                properties = dcp.TensorProperties(dtype=item.dtype)
-                tensor = described.setdefault(item.name, dcp.TensorStorageMetadata(properties, size, []))
-                at = torch.Size(item.at)
-                storage[dcp.MetadataIndex(item.name, at, len(tensor.chunks))] = info
-                tensor.chunks.append(dcp.ChunkStorageMetadata(at, torch.Size(item.shape)))
-    return dcp.Metadata(
-        state_dict_metadata=described,
-        planner_data={key: (key,) for key in described},
-        storage_data=storage,
-        storage_meta=dcp.StorageMeta(),
-        version=CURRENT_DCP_VERSION,
-    )
+    return math.prod(item.shape) * item.dtype.itemsize + _ARCHIVE_BYTES

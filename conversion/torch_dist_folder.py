@@ -1,17 +1,18 @@
 """Read the model part of a torch_dist checkpoint, from a conversion or a training job: headers only, no tensor data."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conversion.carried import SIDE_FOLDER, DerivedBuffer, carried_names, derived_buffers
+from conversion.carried import SIDE_FOLDER, Carried
 from conversion.errors import DamagedCheckpointError, read_object
 from conversion.layer_specs import KeyedTensor, LayerSpec, keyed_tensors
 from conversion.names import Parameter, hf_aliases, parameters
 from conversion.paths import inside
 from conversion.regions import Rectangle, Region, StoredMatrix, whole
-from conversion.safetensors_file import StoredTensor, element_count
+from conversion.safetensors_file import StoredTensor
 from conversion.torch_dist_pickle import locate_saved_tensor, read_metadata
 from megatron_ads.architecture import ModelShape, shape_from_config
 from megatron_ads.errors import ConversionError
@@ -29,12 +30,8 @@ class TorchDistFolder:
     config: dict[str, Any]
     shape: ModelShape
     side_folder: Path
-    aliases: frozenset[str]
-    """HF names of the repeated tensors that an export must write: all, in a checkpoint that Megatron-Core wrote."""
-    derived: dict[str, DerivedBuffer]
-    """Tensors to carry for an export, by HF name."""
-    side_file_names: tuple[str, ...]
-    """Which there were when it was written."""
+    carried: Carried
+    """All repeated tensors and nothing else, in a checkpoint that Megatron-Core wrote."""
     pieces: Mapping[str, tuple[Region, ...]]
     """The stored pieces of every canonical parameter."""
 
@@ -42,33 +39,23 @@ class TorchDistFolder:
         """Return what a canonical parameter is made of."""
         return self.pieces[parameter.name]
 
-    def replicas(self, parameter: Parameter) -> tuple[tuple[Region, ...], ...]:
-        """Return every stored copy of a parameter: there is one."""
-        return (self.regions(parameter),)
-
     def weight_files(self) -> tuple[Path, ...]:
         """Return the files that hold the model."""
         return tuple(sorted({region.stored.data.file for regions in self.pieces.values() for region in regions}))
 
 
-def open_torch_dist(path: Path, *, config_from: Path | None = None) -> TorchDistFolder:
+def open_torch_dist(path: Path) -> TorchDistFolder:
     """Open a checkpoint and find every parameter's pieces; optimizer state and extra states are passed over.
-
-    Args:
-        path: The folder with ``.metadata``.
-        config_from: Hugging Face folder to take config and tokenizer from, if the checkpoint has no ``hf/``.
 
     Raises:
         ConversionError: If there is no config to go by, or the checkpoint is of adapters alone.
         DamagedCheckpointError: If a parameter is missing, incomplete or of another shape than the config says.
     """
-    side_folder = next(
-        (folder for folder in (path / SIDE_FOLDER, config_from) if folder and (folder / "config.json").exists()), None
-    )
-    if side_folder is None:
+    side_folder = path / SIDE_FOLDER
+    if not (side_folder / "config.json").exists():
         raise ConversionError(
             f"{path} has no {SIDE_FOLDER}/config.json, so its architecture is unknown. "
-            f"Copy config.json and the tokenizer of the model into {path / SIDE_FOLDER}."
+            f"Copy config.json and the tokenizer of the model into {side_folder}."
         )
     config = read_object(side_folder / "config.json")
     shape = shape_from_config(config, file=side_folder / "config.json")
@@ -85,30 +72,20 @@ def open_torch_dist(path: Path, *, config_from: Path | None = None) -> TorchDist
             "set to this step: it trains no further and writes the merged weights to <log.dir>/export. Give that "
             "folder."
         )
+    fused = any(key.endswith(".layer_norm_weight") for key in metadata.state_dict_metadata)
     pieces: dict[str, tuple[Region, ...]] = {}
-    for tensor in keyed_tensors(parameters(shape), _spec(metadata)):
+    for tensor in keyed_tensors(parameters(shape), LayerSpec.TE if fused else LayerSpec.LOCAL):
         pieces.update(_locate(path, tensor, metadata))
-    aliases, derived, side_file_names = _carried(path / CARRIED, shape)
+    carried, record = Carried(frozenset(hf_aliases(shape)), {}), path / CARRIED
+    if record.exists():
+        stored = read_object(record)
+        try:
+            carried = Carried.parse(stored)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedCheckpointError(f"{record} is damaged ({error}). Convert again.") from None
     return TorchDistFolder(
-        path=path,
-        config=config,
-        shape=shape,
-        side_folder=side_folder,
-        aliases=aliases,
-        derived=derived,
-        side_file_names=side_file_names,
-        pieces=pieces,
+        path=path, config=config, shape=shape, side_folder=side_folder, carried=carried, pieces=pieces
     )
-
-
-def _carried(file: Path, shape: ModelShape) -> tuple[frozenset[str], dict[str, DerivedBuffer], tuple[str, ...]]:
-    if not file.exists():
-        return frozenset(hf_aliases(shape)), {}, ()
-    record = read_object(file)
-    try:
-        return frozenset(record["aliases"]), derived_buffers(record), carried_names(record)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedCheckpointError(f"{file} is damaged ({error}). Convert again.") from None
 
 
 def _check_files(path: Path, storage_data: Mapping[Any, Any]) -> None:
@@ -124,11 +101,6 @@ def _check_files(path: Path, storage_data: Mapping[Any, Any]) -> None:
         file = inside(path, name, METADATA)
         if not file.exists() or file.stat().st_size < end:
             raise DamagedCheckpointError(f"{file} is missing or truncated: it should have {end} bytes. Copy it again.")
-
-
-def _spec(metadata: Any) -> LayerSpec:
-    fused = any(key.endswith(".layer_norm_weight") for key in metadata.state_dict_metadata)
-    return LayerSpec.TE if fused else LayerSpec.LOCAL
 
 
 def _locate(path: Path, tensor: KeyedTensor, metadata: Any) -> dict[str, tuple[Region, ...]]:
@@ -148,7 +120,13 @@ def _locate(path: Path, tensor: KeyedTensor, metadata: Any) -> dict[str, tuple[R
         for parameter, region in _chunk_regions(path, tensor, chunk, metadata.storage_data):
             found[parameter.name].append(region)
     for parameter in tensor.parameters:
-        _check_complete(path, parameter, found[parameter.name])
+        full = whole(parameter.shape)
+        covered = [common for region in found[parameter.name] if (common := region.covers.overlap(full))]
+        area = sum(rectangle.rows * rectangle.columns for rectangle in covered)
+        if area != full.rows * full.columns:
+            raise DamagedCheckpointError(
+                f"{path} holds {area} of the {full.rows * full.columns} elements of {parameter.name}. Save it again."
+            )
     return {name: tuple(regions) for name, regions in found.items()}
 
 
@@ -162,13 +140,13 @@ def _chunk_regions(
     data = locate_saved_tensor(file, info.offset, info.length)
     if data.shape != tuple(chunk.sizes):
         raise DamagedCheckpointError(f"A piece of {tensor.key} in {file} has shape {data.shape}, not {chunk.sizes}.")
-    offsets = tuple(chunk.offsets)
-    if not tensor.is_stacked:
-        return [(tensor.parameters[0], _region(tensor.parameters[0], data, offsets, data.shape, skip=0))]
-    inner = data.shape[1:]
+    offsets, sizes, held = tuple(chunk.offsets), data.shape, tensor.parameters
+    if tensor.is_stacked:
+        held = held[offsets[0] : offsets[0] + sizes[0]]
+        offsets, sizes = offsets[1:], sizes[1:]
     return [
-        (parameter, _region(parameter, data, offsets[1:], inner, skip=local * inner[0]))
-        for local, parameter in enumerate(tensor.parameters[offsets[0] : offsets[0] + data.shape[0]])
+        (parameter, _region(parameter, data, offsets, sizes, skip=local * sizes[0]))
+        for local, parameter in enumerate(held)
     ]
 
 
@@ -178,15 +156,5 @@ def _region(
     """Return the region of one parameter in a stored chunk, whose first ``skip`` rows belong to earlier experts."""
     if len(sizes) == 1:
         return Region(Rectangle(0, offsets[0], 1, sizes[0]), StoredMatrix(parameter.name, data))
-    matrix = replace(data, shape=(element_count(data.shape) // sizes[1], sizes[1]))
+    matrix = replace(data, shape=(math.prod(data.shape) // sizes[1], sizes[1]))
     return Region(Rectangle(offsets[0], offsets[1], sizes[0], sizes[1]), StoredMatrix(parameter.name, matrix), row=skip)
-
-
-def _check_complete(path: Path, parameter: Parameter, regions: list[Region]) -> None:
-    full = whole(parameter.shape)
-    covered = [common for region in regions if (common := region.covers.overlap(full))]
-    area = sum(rectangle.rows * rectangle.columns for rectangle in covered)
-    if area != full.rows * full.columns:
-        raise DamagedCheckpointError(
-            f"{path} holds {area} of the {full.rows * full.columns} elements of {parameter.name}. Save it again."
-        )

@@ -1,6 +1,6 @@
 """Compare two checkpoints of any formats: every parameter, every stored copy, every bit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
@@ -10,11 +10,12 @@ import torch
 
 from conversion.atomic_file import hash_file
 from conversion.errors import DamagedCheckpointError
-from conversion.hf_config import untrue_fields
 from conversion.hf_folder import HfFolder
-from conversion.regions import Rectangle, Region, bands, fill, value_dtype, whole
+from conversion.plan import in_groups
+from conversion.regions import Region, bands, fill, value_dtype, whole
 from conversion.shards import MANIFEST
 from conversion.sources import WeightSource, open_source, stored_dtype
+from conversion.to_hf import untrue_fields
 from conversion.workers import Advance, run_all
 from megatron_ads.progress import Progress
 
@@ -121,7 +122,8 @@ def verify(a: Path, b: Path, *, tolerance: float = 0.0, workers: int = 1, progre
     pairs = list(_pairs(opened[0], opened[1]))
     total = sum(pair.nbytes for pair in pairs)
     checksums = [Checksum(*each) for each in {**opened[0].checksums, **opened[1].checksums}.items()]
-    work = [*_pieces(pairs), *checksums]
+    groups = in_groups(pairs, lambda pair: pair.nbytes, _BYTES_PER_PIECE_OF_WORK)
+    work = [*map(tuple, groups), *checksums]
     with Progress(
         total + sum(each.nbytes for each in checksums), description="comparing", unit="B", shown=progress
     ) as shown:
@@ -154,7 +156,7 @@ def _pairs(a: WeightSource, b: WeightSource) -> Iterator[TensorPair]:
     for name in a.names():
         if name in names_b:
             left, right = a.parameter(name), b.parameter(name)
-            copies = a.container.replicas(left), b.container.replicas(right)
+            copies = a.replicas(name), b.replicas(name)
             dtypes = stored_dtype(left, copies[0][0]), stored_dtype(right, copies[1][0])
             yield TensorPair(name, left.shape, *copies, dtypes)
     for alias in a.aliases:
@@ -169,18 +171,6 @@ def _alias_regions(source: WeightSource, alias: str) -> tuple[Region, ...]:
     if isinstance(source.container, HfFolder):
         return (Region(whole(source.parameter(source.aliases[alias]).shape), source.container.matrix(alias)),)
     return source.regions(source.aliases[alias])
-
-
-def _pieces(pairs: Sequence[TensorPair]) -> list[tuple[TensorPair, ...]]:
-    pieces: list[list[TensorPair]] = [[]]
-    room = _BYTES_PER_PIECE_OF_WORK
-    for pair in pairs:
-        if room <= 0:
-            pieces.append([])
-            room = _BYTES_PER_PIECE_OF_WORK
-        pieces[-1].append(pair)
-        room -= pair.nbytes
-    return [tuple(piece) for piece in pieces]
 
 
 def _compare_pairs(tolerance: float, pairs: tuple[TensorPair, ...] | Checksum, advance: Advance) -> list[Difference]:
@@ -213,17 +203,15 @@ def _compare(pair: TensorPair, tolerance: float) -> Difference | None:
         detail = f"{pair.dtypes[0]} in A, {pair.dtypes[1]} in B"
         return Difference(name=pair.name, kind=DifferenceKind.DTYPE, detail=detail)
     comparisons = [(copy, pair.b[0]) for copy in pair.a] + [(pair.a[0], copy) for copy in pair.b[1:]]
-    for left, right in comparisons:
-        difference = _compare_values(pair, left, right, tolerance)
-        if difference is not None:
-            return difference
-    return None
+    compared = (_compare_values(pair, left, right, tolerance) for left, right in comparisons)
+    return next((difference for difference in compared if difference is not None), None)
 
 
 def _compare_values(
     pair: TensorPair, left: tuple[Region, ...], right: tuple[Region, ...], tolerance: float
 ) -> Difference | None:
-    first, count, largest = None, 0, 0.0
+    first: tuple[int, ...] | None = None
+    count, largest = 0, 0.0
     dtype = torch.promote_types(*pair.dtypes)
     for band in bands(whole(pair.shape)):
         a, b = (torch.empty(band.rows, band.columns, dtype=dtype) for _ in range(2))
@@ -232,24 +220,18 @@ def _compare_values(
         if torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
             continue
         distance = (a.float() - b.float()).abs()
-        differs = _bits(a) != _bits(b) if tolerance == 0 else ~(distance <= tolerance)
+        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+        differs = a.view(integer) != b.view(integer) if tolerance == 0 else ~(distance <= tolerance)
         if bool(differs.any()):
-            first = first or _first_index(pair.shape, band, differs)
+            if first is None:
+                row, column = (int(number) for number in differs.nonzero()[0])
+                first = (band.row + row, column) if len(pair.shape) > 1 else (column,)
             count += int(differs.sum())
             largest = float(torch.maximum(torch.tensor(largest), distance[differs].max()))
     if first is None:
         return None
     detail = f"{count} elements differ, first in {left[0].stored.data.file.name} / {right[0].stored.data.file.name}"
     return Difference(name=pair.name, kind=DifferenceKind.VALUES, detail=detail, first_index=first, largest=largest)
-
-
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize])
-
-
-def _first_index(shape: tuple[int, ...], band: Rectangle, differs: torch.Tensor) -> tuple[int, ...]:
-    row, column = (int(number) for number in differs.nonzero()[0])
-    return (band.row + row, column) if len(shape) > 1 else (column,)
 
 
 def check_aliases(source: WeightSource) -> None:

@@ -174,7 +174,7 @@ def write_demo_model(
     partial.mkdir(parents=True)
     written = dict(config)
     if fp8:
-        from conversion.hf_config import FP8_CONFIG
+        from conversion.to_hf import FP8_CONFIG
 
         written["quantization_config"] = FP8_CONFIG
     for name, content in (("config.json", written), ("generation_config.json", _GENERATION_CONFIG)):

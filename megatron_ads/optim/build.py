@@ -12,8 +12,9 @@ from torch.distributed import ReduceOp, all_reduce
 from megatron_ads.config.model import Precision
 from megatron_ads.config.training import OptimConfig
 from megatron_ads.optim.adam import adam_class
-from megatron_ads.optim.chain import OptimizerChain
-from megatron_ads.optim.members import DENSE, EXPERT, OptimizerMember, ShardedMember, StubOptimizer
+from megatron_ads.optim.chain import OptimizerChain, OptimizerMember
+from megatron_ads.optim.members import DENSE, EXPERT, ShardedMember
+from megatron_ads.optim.stub import StubOptimizer
 from megatron_ads.runtime.device import device
 
 DECAYED = "decayed"

@@ -8,8 +8,11 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_ads.errors import TopologyError
-from megatron_ads.optim.members import OptimizerMember
+from megatron_ads.optim.members import ShardedMember
+from megatron_ads.optim.stub import StubOptimizer
 from megatron_ads.runtime.device import device
+
+OptimizerMember = ShardedMember | StubOptimizer
 
 _LARGEST = torch.finfo(torch.float32).max
 

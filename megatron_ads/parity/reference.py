@@ -20,8 +20,7 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
-from conversion.hf_folder import HfFolder
-from conversion.hf_layer import LayerTensors, layer_tensors, outside_tensors
+from conversion.hf_folder import HfFolder, LayerTensors, layer_tensors, outside_tensors
 from megatron_ads.errors import ConversionError
 from megatron_ads.inference.language_model import missing_weights, transformers_config
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, kl_div, linear, log_softmax
 
-from conversion.hf_folder import HfFolder
-from conversion.hf_layer import stored_values
+from conversion.hf_folder import HfFolder, stored_values
 from conversion.names import Parameter, Split, layer_parameters
 from conversion.sources import WeightSource
 from megatron_ads.layout import ParallelLayout

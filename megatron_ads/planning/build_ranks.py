@@ -171,7 +171,8 @@ def _describe(job: PlannedJob, rank: int, chunks: Sequence["GPTModel"], settings
 def _record(job: PlannedJob, rank: int, chunks: Sequence["GPTModel"], settings: ModelSettings) -> Record:
     """Return what the optimizer chain would be: as ``optim.build`` divides parameters, without its state."""
     from megatron_ads.optim.build import DECAYED, GROUP_NAMES, UNDECAYED, is_decayed
-    from megatron_ads.optim.members import DENSE, EXPERT, StubOptimizer
+    from megatron_ads.optim.members import DENSE, EXPERT
+    from megatron_ads.optim.stub import StubOptimizer
 
     counts = {(kind, group): 0 for kind in (DENSE, EXPERT) for group in GROUP_NAMES}
     for name, parameter in _trained(job, chunks, settings):

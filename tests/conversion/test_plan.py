@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 
 from conversion.convert import check_coverage, lay_out, to_shards
-from conversion.dry_run import dry_run
-from conversion.plan import Values
+from conversion.plan import Values, dry_run
 from conversion.sources import open_source
 from conversion.to_shards import ShardsTarget
 from megatron_ads.config.model import LayoutConfig
