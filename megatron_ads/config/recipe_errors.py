@@ -193,7 +193,8 @@ def _in_words(annotation: Any) -> str:
     if typing.get_origin(annotation) is list:
         return f"a list, each item {_in_words(typing.get_args(annotation)[0])}"
     if typing.get_origin(annotation) is dict:
-        return f"a mapping, each value {_in_words(typing.get_args(annotation)[1])}"
+        value = typing.get_args(annotation)[1]
+        return "a mapping" if value is typing.Any else f"a mapping, each value {_in_words(value)}"
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return f"one of {', '.join(member.name for member in annotation)}"
     return f"a section with {', '.join(field.name for field in dataclasses.fields(annotation))}"
