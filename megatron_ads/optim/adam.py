@@ -41,29 +41,32 @@ class GroupStepAdamW(torch.optim.AdamW):
             raise TypeError("GroupStepAdamW.step takes no closure; compute the gradients before the call.")
         for group in self.param_groups:
             done = group.get("step", 0)
-            group["step"] = done + 1  # of an empty group too
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not parameters:
-                continue
-            for parameter in parameters:
-                if not self.state[parameter]:
-                    self.state[parameter].update((name, torch.zeros_like(parameter)) for name in MOMENTS)
-            adamw(
-                parameters,
-                [parameter.grad for parameter in parameters],
-                [self.state[parameter]["exp_avg"] for parameter in parameters],
-                [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
-                [],
-                [torch.tensor(float(done), device=parameter.device) for parameter in parameters],
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            self._update(group, done)
+            group["step"] = done + 1
+
+    def _update(self, group: dict[str, Any], done: int) -> None:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not parameters:
+            return
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter].update((name, torch.zeros_like(parameter)) for name in MOMENTS)
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [self.state[parameter]["exp_avg"] for parameter in parameters],
+            [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
+            [],
+            [torch.tensor(float(done), device=parameter.device) for parameter in parameters],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 def adam_class() -> Any:
