@@ -156,7 +156,7 @@ def _reading_order(hf_name: str) -> tuple[int, int]:
 
 def _plan_file(name: str, tensors: Sequence[HfTensor], derived: Mapping[str, DerivedBuffer]) -> OutputFile:
     entries = [entry for tensor in tensors for entry in tensor.entries]
-    entries += [buffer.entry(name) for name, buffer in derived.items()]
+    entries += [HeaderEntry(name, buffer.dtype, buffer.shape) for name, buffer in derived.items()]
     header, offset_of, nbytes = offsets(_writing_order(entries), {"format": "pt"})
     items: list[Values | Quantized | Verbatim] = []
     for tensor in tensors:
