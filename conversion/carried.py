@@ -19,7 +19,7 @@ from conversion.atomic_file import naming_full_disk, sync_folder, tensor_bytes
 from conversion.errors import naming_refusals
 from conversion.names import DERIVED_BUFFER
 from conversion.paths import is_lfs_pointer, leads_out
-from conversion.safetensors_file import CODES, DTYPES, HeaderEntry, StoredTensor
+from conversion.safetensors_file import CODES, DTYPES, StoredTensor
 
 SIDE_FOLDER = "hf"
 """Where a shards or torch_dist folder has them."""
@@ -134,10 +134,6 @@ class DerivedBuffer:
         """Return a form for a manifest."""
         data = base64.b64encode(self.data).decode()
         return {"dtype": CODES[self.dtype], "shape": list(self.shape), "base64": data}
-
-    def entry(self, name: str) -> HeaderEntry:
-        """Return the header entry it is written under."""
-        return HeaderEntry(name, self.dtype, self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,13 +226,8 @@ def _verify(args: argparse.Namespace) -> int:
     from conversion.verify import verify
 
     torch.set_num_threads(1)
-    result = verify(
-        local_folder(args.a),
-        local_folder(args.b),
-        tolerance=args.tolerance,
-        workers=args.workers,
-        progress=not args.json,
-    )
+    a, b = local_folder(args.a), local_folder(args.b)
+    result = verify(a, b, tolerance=args.tolerance, workers=args.workers, progress=not args.json)
     print(json.dumps(asdict(result) | {"equal": result.equal}) if args.json else _table(result))
     return 0 if result.equal else 1
 

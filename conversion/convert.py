@@ -116,7 +116,6 @@ def _execute(target: Target, plan: ConversionPlan, how: Execution) -> Conversion
                     "again."
                 )
             target.finish(plan, tuple(journal.finished[file.name] for file in plan.files))
-            journal.close_for_good()
     return ConversionReport(
         files=len(plan.files),
         files_kept=len(plan.files) - len(todo),

@@ -9,7 +9,7 @@ from conversion.atomic_file import PreallocatedFile, tensor_bytes
 from conversion.errors import DamagedCheckpointError
 from conversion.fp8 import dequantize, quantize
 from conversion.plan import Quantized, SavedChunk, SavedObject, Values
-from conversion.regions import Rectangle, View, all_finite, bands, fill, region_values, value_dtype
+from conversion.regions import Rectangle, StoredMatrix, View, all_finite, bands, fill, region_values, value_dtype
 from conversion.workers import Advance
 from megatron_ads.errors import ConversionError
 
@@ -66,8 +66,8 @@ def write_quantized(out: PreallocatedFile, item: Quantized, advance: Advance) ->
         None without a reference or if the reference's codes were kept; else the largest relative error of quantising
         again, ``max|value - bf16(code * scale)| / max|value|``.
     """
-    if item.reference is not None and _equals_reference(item):
-        _copy_reference(out, item, advance)
+    if item.reference is not None and _equals_reference(item, item.reference):
+        _copy_reference(out, item, item.reference, advance)
         return None
     codes_at, scales_at = item.codes_offset, item.scales_offset
     largest_error = largest_value = 0.0
@@ -97,26 +97,24 @@ def _band_values(item: Quantized) -> Iterator[tuple[Rectangle, torch.Tensor]]:
         yield band, _values(item.view, band, dtype)
 
 
-def _equals_reference(item: Quantized) -> bool:
-    assert item.reference is not None
+def _equals_reference(item: Quantized, reference: StoredMatrix) -> bool:
     for band, values in _band_values(item):
         first = band.row - item.view.rectangle.row
-        kept = item.reference.values(range(first, first + band.rows), range(band.columns))
+        kept = reference.values(range(first, first + band.rows), range(band.columns))
         if not torch.equal(kept.view(torch.int16), values.bfloat16().view(torch.int16)):
             return False
     return True
 
 
-def _copy_reference(out: PreallocatedFile, item: Quantized, advance: Advance) -> None:
-    assert item.reference is not None and item.reference.scales is not None
+def _copy_reference(out: PreallocatedFile, item: Quantized, reference: StoredMatrix, advance: Advance) -> None:
     if item.codes_offset is not None:
-        position = item.codes_offset
-        data = item.reference.data
+        position, data = item.codes_offset, reference.data
         for band in bands(Rectangle(0, 0, data.rows, data.columns)):
             piece = tensor_bytes(data.read_rows(band.row, band.row + band.rows))
             position = out.write_at(position, piece)
             advance(len(piece))
     if item.scales_offset is not None:
-        piece = tensor_bytes(item.reference.scales.read())
+        assert reference.scales is not None
+        piece = tensor_bytes(reference.scales.read())
         out.write_at(item.scales_offset, piece)
         advance(len(piece))

@@ -32,10 +32,6 @@ class ConversionJournal:
         self._journal.add(record.name, asdict(record) | {"mtime_ns": modified})
         self.finished[record.name] = record
 
-    def close_for_good(self) -> None:
-        """Delete the journal: the conversion is complete."""
-        self._journal.delete()
-
     def recover(self) -> None:
         """Take over the finished files of an earlier run of the same plan.
 
@@ -75,7 +71,7 @@ def _unrecorded(path: Path, file: OutputFile) -> FileRecord | None:
 
 @contextmanager
 def open_journal(plan: ConversionPlan, *, resume: bool) -> Iterator[ConversionJournal]:
-    """Lock the target folder and open its journal.
+    """Lock the target folder and open its journal, which is deleted when the block ends without an error.
 
     Raises:
         ConversionError: If the folder is inside the source, holds foreign files, is complete, holds an unfinished
@@ -91,8 +87,17 @@ def open_journal(plan: ConversionPlan, *, resume: bool) -> Iterator[ConversionJo
                 f"{plan.target} holds an unfinished conversion. Continue with --resume, or delete the folder."
             )
         before = lines.read(_PLAN, lambda record: (record["digest"], record["state"]))
-        if before is not None:
-            _check_same(plan, *before)
+        digest, source_state = before or (plan.digest, plan.source_state)
+        if digest != plan.digest:
+            raise ConversionError(
+                f"{plan.target} holds an unfinished conversion with other settings or of another model. "
+                "Resume with the settings it was started with, or delete the folder."
+            )
+        if source_state != plan.source_state:
+            raise ConversionError(
+                f"The source {plan.source} has changed since the conversion into {plan.target} began (names, sizes or "
+                "modification times of its files). Delete the folder and convert again."
+            )
         _check_foreign(plan)
         for file in plan.target.rglob(f"*{PARTIAL_SUFFIX}"):
             file.unlink()
@@ -104,6 +109,7 @@ def open_journal(plan: ConversionPlan, *, resume: bool) -> Iterator[ConversionJo
         else:
             journal.recover()
         yield journal
+        lines.delete()
 
 
 def _check_target(plan: ConversionPlan) -> None:
@@ -131,17 +137,4 @@ def _check_foreign(plan: ConversionPlan) -> None:
     if foreign := sorted(set(found) - ours):
         raise ConversionError(
             f"{plan.target} holds unrelated files, such as {foreign[0]}. Choose a folder that is empty or absent."
-        )
-
-
-def _check_same(plan: ConversionPlan, digest: str, source_state: str) -> None:
-    if digest != plan.digest:
-        raise ConversionError(
-            f"{plan.target} holds an unfinished conversion with other settings or of another model. "
-            "Resume with the settings it was started with, or delete the folder."
-        )
-    if source_state != plan.source_state:
-        raise ConversionError(
-            f"The source {plan.source} has changed since the conversion into {plan.target} began (names, sizes or "
-            "modification times of its files). Delete the folder and convert again."
         )

@@ -111,13 +111,10 @@ def _key(parameter: Parameter, model: Mapping[str, Parameter], spec: LayerSpec) 
     name = parameter.name
     if match := _EXPERT.fullmatch(name):
         return f"{match[1]}.experts.{match[2]}.weight"
-    if spec is not LayerSpec.TE:
-        return name
-    for fused, canonical in FUSED_NORMS:
-        if name.endswith(canonical):
-            carrier = name.removesuffix(canonical) + fused
-            if carrier.replace(".layer_norm_weight", ".weight") in model:
-                return carrier
+    for fused, canonical in FUSED_NORMS if spec is LayerSpec.TE else ():
+        carrier = name.removesuffix(canonical) + fused
+        if name.endswith(canonical) and carrier.replace(".layer_norm_weight", ".weight") in model:
+            return carrier
     return name
 
 

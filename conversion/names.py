@@ -200,9 +200,7 @@ def _concrete(
 @lru_cache(maxsize=256)
 def layer_parameters(shape: ModelShape, layer: int) -> tuple[Parameter, ...]:
     """Return every parameter of one layer; numbers from ``num_layers`` on are the MTP layers."""
-    sizes = dimensions(shape)
-    hf_prefix = f"model.layers.{layer}"
-    mtp = layer - shape.num_layers
+    sizes, hf_prefix, mtp = dimensions(shape), f"model.layers.{layer}", layer - shape.num_layers
     prefix = f"decoder.layers.{layer}" if mtp < 0 else f"mtp.layers.{mtp}.transformer_layer"
     rules = ATTENTION + (QUERY_FULL_RANK if shape.q_lora_rank is None else QUERY_LOW_RANK)
     if shape.is_moe_layer(layer):

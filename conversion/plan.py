@@ -228,8 +228,14 @@ def dry_run(plan: ConversionPlan, *, workers: int) -> DryRun:
     Raises:
         ConversionError: If the probe cannot be written.
     """
-    with naming_refusals(plan.target):
-        speed = _probe_disk(plan.target)
+    data = os.urandom(1 << 20)
+    with naming_refusals(plan.target), tempfile.TemporaryFile(dir=existing(plan.target)) as file:
+        start = time.perf_counter()
+        for _ in range(_PROBE_BYTES // len(data)):
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        speed = _PROBE_BYTES / (time.perf_counter() - start)
     widest = max(view.rectangle.columns for file in plan.files for item in file.items for view in item.views)
     return DryRun(
         files=len(plan.files),
@@ -243,15 +249,3 @@ def dry_run(plan: ConversionPlan, *, workers: int) -> DryRun:
         worker_bytes=_INTERPRETER_BYTES + _BYTES_PER_BAND_ELEMENT * max(BAND_ELEMENTS, 128 * widest),
         workers=workers,
     )
-
-
-def _probe_disk(target: Path) -> float:
-    """Return bytes per second of writing and flushing a small file on the disk that ``target`` is or will be on."""
-    data = os.urandom(1 << 20)
-    with tempfile.TemporaryFile(dir=existing(target)) as file:
-        start = time.perf_counter()
-        for _ in range(_PROBE_BYTES // len(data)):
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        return _PROBE_BYTES / (time.perf_counter() - start)

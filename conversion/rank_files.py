@@ -89,9 +89,8 @@ class ShardsLayout:
 
     def owned(self, file: RankFile) -> Iterator[Parameter]:
         """Yield the parameters with a slice in ``file``, in model order."""
-        experts = range(0)
-        if self.shape.num_experts:
-            experts = self.layout.local_experts(self.shape.num_experts, file.ep)
+        count = self.shape.num_experts
+        experts = self.layout.local_experts(count, file.ep) if count else range(0)
         stage = self.placement.stage_chunks(file.pp)
         yield from _outside_owned(self.shape, stage)
         for chunk in stage:

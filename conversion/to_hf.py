@@ -1,6 +1,7 @@
 """Plan the conversion of any checkpoint into a Hugging Face folder, in FP32, BF16 or FP8."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -117,9 +118,8 @@ class HfTarget:
         if len(records) == 1:
             return
         stored = list(planned_tensors(plan))
-        metadata = {"total_size": sum(nbytes for *_, nbytes in stored)}
-        weight_map = dict(sorted((name, file) for file, name, *_ in stored))
-        index = {"metadata": metadata, "weight_map": weight_map}
+        total, weight_map = sum(nbytes for *_, nbytes in stored), sorted((name, file) for file, name, *_ in stored)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(weight_map)}
         write_small(plan.target / INDEX, json.dumps(index, indent=2) + "\n")
 
 
@@ -156,7 +156,7 @@ def _reading_order(hf_name: str) -> tuple[int, int]:
 
 def _plan_file(name: str, tensors: Sequence[HfTensor], derived: Mapping[str, DerivedBuffer]) -> OutputFile:
     entries = [entry for tensor in tensors for entry in tensor.entries]
-    entries += [buffer.entry(name) for name, buffer in derived.items()]
+    entries += [HeaderEntry(name, buffer.dtype, buffer.shape) for name, buffer in derived.items()]
     header, offset_of, nbytes = offsets(_writing_order(entries), {"format": "pt"})
     items: list[Values | Quantized | Verbatim] = []
     for tensor in tensors:
@@ -225,12 +225,12 @@ def true_config(config: Mapping[str, Any], stored: Mapping[str, tuple[torch.dtyp
 
 def _main_dtype(stored: Mapping[str, tuple[torch.dtype, int]]) -> str:
     """Return the dtype of most bytes, apart from FP8 codes and what is FP32 in any checkpoint."""
-    nbytes: dict[torch.dtype, int] = {torch.bfloat16: 0}
+    nbytes = Counter({torch.bfloat16: 0})
     for name, (dtype, size) in stored.items():
         always_fp32 = name.endswith((SCALE_SUFFIX, "e_score_correction_bias")) or DERIVED_BUFFER.fullmatch(name)
         if dtype is not torch.float8_e4m3fn and not always_fp32:
-            nbytes[dtype] = nbytes.get(dtype, 0) + size
-    return str(max(nbytes, key=lambda dtype: nbytes[dtype])).removeprefix("torch.")
+            nbytes[dtype] += size
+    return str(nbytes.most_common(1)[0][0]).removeprefix("torch.")
 
 
 def untrue_fields(folder: HfFolder) -> Iterator[tuple[str, str]]:
@@ -244,8 +244,6 @@ def untrue_fields(folder: HfFolder) -> Iterator[tuple[str, str]]:
     if blocks is not None and blocks.power_of_two_scales:
         for name, stored in folder.tensors.items():
             if name.endswith(SCALE_SUFFIX) and bool((stored.read().view(torch.int32) & _MANTISSA).any()):
-                yield (
-                    "quantization_config.scale_fmt",
-                    f"ue8m0, but {name} in {stored.file} has scales between powers of two",
-                )
+                reason = f"ue8m0, but {name} in {stored.file} has scales between powers of two"
+                yield "quantization_config.scale_fmt", reason
                 return

@@ -14,6 +14,7 @@ import pytest
 from conversion import atomic_file, direct_writer
 from conversion.atomic_file import PreallocatedFile
 from conversion.direct_writer import DirectWriter
+from megatron_ads.errors import DiskFullError
 
 BLOCK = 1 << 16
 """Instead of 8 MB, so that small files have many."""
@@ -112,7 +113,7 @@ def test_an_error_of_the_disk_reaches_the_caller(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "pwrite", full)
     before = held()
-    with pytest.raises(atomic_file.ConversionError, match="full"):
+    with pytest.raises(DiskFullError, match="full"):
         write(tmp_path / "file", pieces(DATA, (BLOCK,)))
     assert list(tmp_path.glob("file*")) == []
     assert held() == before
