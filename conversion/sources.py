@@ -154,9 +154,10 @@ def _recognised(path: Path) -> CheckpointFormat:
             f"{path} is the target of a conversion that has not finished. Wait for it, or run it again with --resume."
         )
     has_weights = (path / INDEX).exists() or (path / SINGLE).exists()
+    has_metadata = (path / METADATA).exists()  # with a manifest of another kind in a job's checkpoint
     kinds = {
-        CheckpointFormat.TORCH_DIST: (path / METADATA).exists(),
-        CheckpointFormat.SHARDS: _has_manifest(path, foreign=not has_weights),
+        CheckpointFormat.TORCH_DIST: has_metadata,
+        CheckpointFormat.SHARDS: _has_manifest(path, foreign=not (has_weights or has_metadata)),
         CheckpointFormat.HF: has_weights,
     }
     found = [kind for kind, there in kinds.items() if there]

@@ -233,15 +233,19 @@ def _global_report(
             "samples": sum(batch.sample_count for batch in batches),
         }
     announced = dict.fromkeys(("loss_sum", *loss.totals), 1) | dict.fromkeys(loss.per_sample, batches[0].step_samples)
+    absent = []
     for name, size in announced.items() if _reports_loss() else ():
         parts = [report[name].double() for report in reports if name in report and report[name].numel() == size]
-        here |= {name: sum(parts), f"absent {name}": len(reports) - len(parts)}
-    sizes = dict.fromkeys(STEP_TOTALS, 1) | announced | dict.fromkeys([f"absent {name}" for name in announced], 1)
-    summed = _sum_over_ranks(here, sizes)
-    if absent := [name for name in announced if summed[f"absent {name}"][0]]:
+        absent += [name] * (len(parts) < len(reports))
+        here[name] = sum(parts)
+    here["absent"] = len(absent)
+    summed = _sum_over_ranks(here, dict.fromkeys((*STEP_TOTALS, "absent"), 1) | announced)
+    if summed["absent"][0]:  # only the last stage knows which
+        named = _sum_over_ranks(dict.fromkeys(absent, 1), dict.fromkeys(announced, 1))
         raise ConfigError(
-            f"the loss announces {', '.join(absent)}, but its microbatches report none of that size (1 in Loss.totals, "
-            "one for each sample of the step in Loss.per_sample). Report it from Loss.compute, or announce it no more."
+            f"the loss announces {', '.join(name for name in announced if named[name][0])}, but its microbatches "
+            "report none of that size (1 in Loss.totals, one for each sample of the step in Loss.per_sample). Report "
+            "it from Loss.compute, or announce it no more."
         )
     return StepReport(
         loss=summed["loss_sum"][0] / max(summed["normalizer"][0], 1.0),

@@ -82,8 +82,9 @@ def test_the_perplexity_of_general_rows_is_the_servers_or_is_said_not_to_be_meas
 ) -> None:
     tokenizer_in(tmp_path)
     own = tmp_path / "own.jsonl"
-    turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]
-    own.write_text((json.dumps({"messages": turns}) + "\n") * 12)
+    said = [[("user", f"Hello, {number}?"), ("assistant", "Hello.")] for number in range(12)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]} for turns in said]
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = f"data.sources=[{{kind: jsonl, path: {own}}}]"
 
     def vllm(body: dict[str, Any], _: int) -> Reply:

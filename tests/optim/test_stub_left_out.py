@@ -38,11 +38,11 @@ def test_without_the_stub_the_first_step_deadlocks_until_the_timeout(tmp_path: P
     assert all(ending != "done" for _, ending, _ in answers)
     # Who gives up first closes its connections, which the others may notice before their own time is over.
     assert any("Timed out waiting 5000ms" in ending and seconds >= TIMEOUT_SECONDS for _, ending, seconds in answers)
-    # Stage 1 waits in the experts' statistics; stage 0, which has none, is already at the step's report: six numbers
+    # Stage 1 waits in the experts' statistics; stage 0, which has none, is already at the step's report: seven numbers
     # and the loss of each sample, here one.
     (mismatch,) = compare_traces({rank: trace for rank, (trace, _, _) in enumerate(answers)})
     assert str(mismatch) == (
-        "collective 1 of default[0, 1, 2, 3]: rank 0: allreduce(float64[7]; sum); rank 1: allreduce(float64[7]; sum); "
+        "collective 1 of default[0, 1, 2, 3]: rank 0: allreduce(float64[8]; sum); rank 1: allreduce(float64[8]; sum); "
         "rank 2: allreduce(float64[3]; sum); rank 3: allreduce(float64[3]; sum)"
     )
 

@@ -160,7 +160,7 @@ def test_a_second_job_in_a_folder_is_refused_at_once_and_the_first_never_hears_o
     first.start_launcher()
     while not (run / LOCK_FILE).exists():
         assert first.processes[0].poll() is None, first.logs()
-    (run / "checkpoints" / ".step-00000010.partial").mkdir()  # as if the first were saving
+    (run / "checkpoints" / ".step-00000010.partial").mkdir(parents=True)  # as if the first were saving
     launched.start_launcher()
     bare.start_ranks()
     assert launched.wait(100) == bare.wait(100) == [2], launched.logs() + bare.logs()
