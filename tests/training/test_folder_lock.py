@@ -8,8 +8,9 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,10 @@ def test_what_the_launcher_started_keeps_the_folder_when_that_is_killed(tmp_path
         assert launcher.stdin is not None
         launcher.stdin.close()  # what it started ends
         launcher.stdout.read()
+    for _ in range(100):  # it closes its output before the lock
+        with suppress(ConfigError):
+            return require_free({"log.dir": tmp_path}, {})
+        time.sleep(0.05)
     require_free({"log.dir": tmp_path}, {})
 
 
