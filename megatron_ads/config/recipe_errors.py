@@ -63,6 +63,8 @@ def explain(error: BaseException, *, schema: type, recipe: str) -> ConfigError:
     for cause in causes:
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
             return ConfigError(f"{recipe}: {_explain_key(cause, schema)}")
+        if isinstance(cause, OverflowError) and (key := re.search(r"full_key: (\S+)", str(cause))):
+            return ConfigError(f"{recipe}: {key[1]} is a whole number too large for a setting of this kind.")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return ConfigError(f"{recipe}: {_explain_missing_file(error)}")
     for cause in causes:

@@ -20,7 +20,7 @@ from megatron_ads.config.recipe_errors import explain
 from megatron_ads.config.run import SftConfig
 from megatron_ads.errors import ConfigError
 
-_RAISED_BY_HYDRA = (ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError)
+_RAISED_BY_HYDRA = (ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError, OverflowError)
 """What Hydra and OmegaConf stumble over in some overrides, such as ``optim=5``, or brackets without end."""
 
 

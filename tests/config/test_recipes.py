@@ -222,3 +222,8 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_one() -> None:
         load_recipe("absent.yaml")
     with pytest.raises(ConfigError, match=r"A recipe of your own is given as FILE\.yaml"):
         load_recipe("mine.yml")
+
+
+def test_a_number_that_no_float_holds_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.learning_rate is a whole number too large"):
+        load_recipe("sft/quickstart", [f"optim.learning_rate={10**400}", "model.load=x"])
