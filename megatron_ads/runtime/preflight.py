@@ -5,7 +5,6 @@ later and elsewhere. Here it ends in one message, within seconds, because nothin
 """
 
 import json
-import pickle
 import zlib
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch._C._distributed_c10d import Store
 from megatron_ads.errors import TopologyError
 from megatron_ads.layout import Coordinates, describe_ranks
 from megatron_ads.runtime.process_groups import job_store
+from megatron_ads.runtime.records import from_bytes, to_bytes
 
 Groups = tuple[tuple[str, int], ...]
 """Name of each parameter group, and how many parameters of this rank's model are in it."""
@@ -47,7 +47,7 @@ def gather_records(record: Record, timeout_seconds: float = 8.0) -> list[Record]
         TopologyError: If a rank has not come after ``timeout_seconds``; rank 0 tells the others which.
     """
     store = job_store("preflight")
-    store.set(f"record/{record.rank}", pickle.dumps(record))  # type: ignore[arg-type]  # it takes bytes as well
+    store.set(f"record/{record.rank}", to_bytes(record))  # type: ignore[arg-type]  # it takes bytes as well
     world = dist.get_world_size()
     if record.rank == 0:
         _publish(store, world, timeout_seconds)
@@ -57,7 +57,7 @@ def gather_records(record: Record, timeout_seconds: float = 8.0) -> list[Record]
             f"{describe_ranks(missing)} of {world} did not come to the preflight within {timeout_seconds:g} s. "
             "Look at the log of the first of them: it failed earlier, or is much slower to load than the rest."
         )
-    return [pickle.loads(each) for each in pickle.loads(zlib.decompress(store.get("all records")))]
+    return [from_bytes(each) for each in from_bytes(zlib.decompress(store.get("all records")))]
 
 
 def _publish(store: Store, world: int, timeout_seconds: float) -> None:
@@ -69,7 +69,7 @@ def _publish(store: Store, world: int, timeout_seconds: float) -> None:
     except dist.DistStoreError:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
     else:
-        everything = pickle.dumps([store.get(key) for key in keys])
+        everything = to_bytes([store.get(key) for key in keys])
         store.set("all records", zlib.compress(everything))  # type: ignore[arg-type]
     store.set("missing ranks", json.dumps(missing))
 

@@ -9,6 +9,7 @@ slow is left alone; hangs are ``watch``'s part.
 import logging
 import multiprocessing.connection
 import os
+import pickle
 import socket
 import sys
 import threading
@@ -129,7 +130,7 @@ class PeerMonitor:
     def _hear(self, link: PeerLink) -> bool:
         try:
             kind, content = link.receive()
-        except (EOFError, OSError):
+        except (EOFError, OSError, pickle.UnpicklingError):
             kind, content = "loss", self._loss(link.rank, None)
         if kind == "step":
             self._steps[link.rank] = content

@@ -11,7 +11,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_ads.runtime.health.activity import CommunicationError
 from megatron_ads.runtime.process_groups import job_store
+from megatron_ads.runtime.records import from_bytes, to_bytes
 
 LOST_MACHINE_SECONDS = 30
 _PROBE_SECONDS = 5
@@ -45,13 +46,21 @@ class PeerLink:
         self._connection: Connection[Any, Any] = Connection(connected.detach())
         self._sending = threading.Lock()  # messages of two threads must not be mixed
         self.fileno, self.close = self._connection.fileno, self._connection.close
-        self.receive: Callable[[], tuple[str, Any]] = self._connection.recv
-        """Waits for a kind and content; EOFError or OSError: the neighbour's process or machine is gone."""
 
     def send(self, kind: str, content: object = None) -> None:
         """Send a message; a neighbour that is gone already is no error: ``receive`` will notice."""
         with self._sending, contextlib.suppress(OSError):
-            self._connection.send((kind, content))
+            self._connection.send_bytes(to_bytes((kind, content)))
+
+    def receive(self) -> tuple[str, Any]:
+        """Wait for a message, and return its kind and content.
+
+        Raises:
+            EOFError, OSError: If the neighbour's process or machine is gone.
+            pickle.UnpicklingError: If what comes is no message.
+        """
+        kind, content = from_bytes(self._connection.recv_bytes())
+        return kind, content
 
 
 def tell(links: Iterable[PeerLink], kind: str, content: object = None, *, except_for: PeerLink | None = None) -> None:
