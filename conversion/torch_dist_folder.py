@@ -75,7 +75,10 @@ def open_torch_dist(path: Path) -> TorchDistFolder:
     fused = any(key.endswith(".layer_norm_weight") for key in metadata.state_dict_metadata)
     pieces: dict[str, tuple[Region, ...]] = {}
     for tensor in keyed_tensors(parameters(shape), LayerSpec.TE if fused else LayerSpec.LOCAL):
-        pieces.update(_locate(path, tensor, metadata))
+        try:
+            pieces.update(_locate(path, tensor, metadata))
+        except (AttributeError, LookupError, TypeError) as error:
+            raise DamagedCheckpointError(f"{path / METADATA} is damaged: {tensor.key} ({error}).") from error
     carried, record = Carried(frozenset(hf_aliases(shape)), {}), path / CARRIED
     if record.exists():
         stored = read_object(record)

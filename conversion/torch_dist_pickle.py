@@ -37,6 +37,11 @@ _IGNORED_CLASSES = {
 """By module, and never all of a module: what it imports, ``torch.os.system`` for one, can be named through it."""
 _DTYPES = tuple(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))
 _LOCAL_HEADER_BYTES = 30
+_ARCHIVE_ERRORS = (
+    *(AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError),
+    *(zipfile.BadZipFile, pickle.UnpicklingError),
+)
+"""What zipfile and pickle raise on damaged bytes."""
 
 
 class _Ignored:
@@ -60,12 +65,14 @@ def read_metadata(file: Path) -> Any:
     with file.open("rb") as handle:
         try:
             found = _MetadataUnpickler(handle).load()
-        except (EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (EOFError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise DamagedCheckpointError(f"{file} is damaged ({error}).") from None
         except pickle.UnpicklingError as error:
             raise DamagedCheckpointError(f"{file} cannot be read safely: {error}.") from None
     if not isinstance(found, Metadata):
         raise DamagedCheckpointError(f"{file} holds a {type(found).__name__}, not the metadata of a checkpoint.")
+    if not all(isinstance(getattr(found, name, None), dict) for name in ("state_dict_metadata", "storage_data")):
+        raise DamagedCheckpointError(f"{file} is damaged: it does not list what is stored.")
     return found
 
 
@@ -116,7 +123,7 @@ def locate_saved_tensor(file: Path, offset: int, length: int) -> StoredTensor:
             entry = archive.getinfo(entries[f"data/{saved.storage}"])
             window.seek(entry.header_offset)
             header = window.read(_LOCAL_HEADER_BYTES)
-        except (zipfile.BadZipFile, KeyError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        except _ARCHIVE_ERRORS as error:
             raise DamagedCheckpointError(f"{file} is damaged at byte {offset} ({error}).") from None
     if entry.compress_type != zipfile.ZIP_STORED or saved.stride != _contiguous_stride(saved.shape):
         raise DamagedCheckpointError(f"The tensor at byte {offset} of {file} is compressed or not contiguous.")

@@ -1,12 +1,13 @@
 """The command `megatron-ads`. Only the subcommand that is asked for is imported, so that help is instant.
 
 Exit status: 0 done, 1 a check found a difference, 2 the request could not be carried out, 130 interrupted,
-141 the reader of our output went away.
+141 the reader of our output went away. With MEGATRON_ADS_TRACEBACK=1, what led to a refusal is printed in front of it.
 """
 
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -91,6 +92,8 @@ def exit_status(program: str, work: Callable[[], int]) -> int:
         sys.stdout.flush()  # a reader that went away is noticed here, not when the interpreter ends
         return status
     except MegatronAdsError as error:
+        if os.environ.get("MEGATRON_ADS_TRACEBACK"):
+            traceback.print_exception(error)
         print(f"{program}: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -59,7 +59,6 @@ _LIBRARIES = frozenset(
         "json",
         "openai",
         "pyarrow",
-        "pickle",
         "safetensors",
         "tokenizers",
         "yaml",
@@ -105,7 +104,10 @@ def _refusal(error: Exception) -> str | None:
     libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__} & _LIBRARIES
     if isinstance(error, OSError) or libraries:
         names = "".join(f"{name}: " for name in sorted(libraries))
-        return f"{names}{reason.removesuffix('.')}. Check the files and addresses that were given."
+        return (
+            f"{names}{reason.removesuffix('.')}. Check the files and addresses that were given; "
+            "MEGATRON_ADS_TRACEBACK=1 shows where it came up."
+        )
     return None
 
 

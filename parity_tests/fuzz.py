@@ -163,7 +163,7 @@ def _reading_checkpoint(place: Place, chance: Random) -> Command:
 def _link_checkpoint(place: Place, *, without: str) -> None:
     for file in place.source.iterdir():
         if file.name != without:
-            (place.input / file.name).symlink_to(file)
+            (place.input / file.name).hardlink_to(file)
 
 
 def config(place: Place, chance: Random) -> Command:

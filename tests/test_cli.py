@@ -7,6 +7,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from pickle import PicklingError
 
 import httpx2
 import jinja2
@@ -182,7 +183,22 @@ def test_what_the_system_or_a_library_refuses_is_one_line(
     assert line.startswith(f"megatron-ads: {message}")
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug")])
+def test_what_led_to_a_refusal_is_shown_on_request(
+    command: Install, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command(failing_with(json.JSONDecodeError("Expecting value", "", 0)))
+    assert cli.main(["probe"]) == 2
+    assert "MEGATRON_ADS_TRACEBACK=1 shows where" in capsys.readouterr().err
+    monkeypatch.setenv("MEGATRON_ADS_TRACEBACK", "1")
+    assert cli.main(["probe"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.splitlines()[-1].startswith("megatron-ads: json: Expecting value")
+    assert "test_cli.py" in errors, "the line that raised it is not shown"
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug"), PicklingError("a bug")]
+)
 def test_other_errors_keep_their_traceback(command: Install, error: Exception) -> None:
     command(failing_with(error))
     with pytest.raises(type(error)):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from conversion.convert import check_coverage, lay_out, to_shards
 from conversion.plan import Values, dry_run
@@ -23,6 +24,13 @@ def planned(tmp_path_factory):
 
 def test_a_plan_covers_every_parameter_exactly_once(planned):
     source, plan = planned
+    times = {name: torch.zeros(source.parameter(name).shape, dtype=torch.int) for name in source.names()}
+    views = {(view.parameter, view.rectangle) for file in plan.files for item in file.items for view in item.views}
+    for name, part in views:  # copies on several ranks are one piece
+        values = times[name].view(-1, times[name].shape[-1])
+        values[part.row : part.row + part.rows, part.column : part.column + part.columns] += 1
+    assert len(views) > len(times), "nothing was cut"
+    assert all(bool((counted == 1).all()) for counted in times.values())
     check_coverage(plan, source)
 
 

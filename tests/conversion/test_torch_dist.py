@@ -153,6 +153,41 @@ def test_a_truncated_data_file_is_named(dist, tmp_path, cut):
         open_source(tmp_path / "dist")
 
 
+def _norm(metadata):
+    return metadata.state_dict_metadata["decoder.final_layernorm.weight"]
+
+
+def _damage_archive(metadata, folder, place, skip, new):
+    info = next(info for index, info in metadata.storage_data.items() if index.fqn == "decoder.final_layernorm.weight")
+    data = bytearray((folder / info.relative_path).read_bytes())
+    start = data.index(place, info.offset) + skip
+    data[start : start + len(new)] = new
+    (folder / info.relative_path).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda metadata, folder: delattr(metadata, "state_dict_metadata"),
+        lambda metadata, folder: delattr(metadata, "storage_data"),
+        lambda metadata, folder: delattr(_norm(metadata), "size"),
+        lambda metadata, folder: delattr(_norm(metadata).chunks[0], "sizes"),
+        lambda metadata, folder: setattr(_norm(metadata).chunks[0], "sizes", int),
+        lambda metadata, folder: setattr(_norm(metadata).chunks[0], "offsets", torch.Size([7])),
+        lambda metadata, folder: _damage_archive(metadata, folder, b"PK\x01\x02", 6, b"\xff"),
+        lambda metadata, folder: _damage_archive(metadata, folder, b"data.pkl", 4, b"\xff"),
+    ],
+    ids=["no list", "no places", "no size", "no sizes", "a type", "elsewhere", "zip version", "zip name"],
+)
+def test_a_damaged_index_is_one_line(dist, tmp_path, damage):
+    shutil.copytree(dist, tmp_path / "dist")
+    metadata = read_metadata(tmp_path / "dist/.metadata")
+    damage(metadata, tmp_path / "dist")
+    (tmp_path / "dist/.metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(DamagedCheckpointError, match=r"\.metadata|__0_0"):
+        open_source(tmp_path / "dist")
+
+
 def test_a_checkpoint_of_another_model_is_refused(dist, tmp_path):
     shutil.copytree(dist, tmp_path / "dist")
     config = json.loads((dist / "hf" / "config.json").read_text())
