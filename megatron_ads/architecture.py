@@ -143,6 +143,28 @@ class ModelShape:
         """
         return 2 if self.has_expert_bias else 1
 
+    def require_megatron_routing(self) -> None:
+        """Refuse routing that Megatron-Core 0.16's ``topk_routing_with_score_function`` computes differently.
+
+        Raises:
+            ConfigError: Naming the fields of ``config.json``.
+        """
+        if not self.num_experts:
+            return
+        best, normalizes = self.experts_per_token // self.groups_per_token, self.score_function == "sigmoid"
+        wanted = 2 if normalizes else 1
+        require(
+            self.num_expert_groups == 1 or best == wanted,
+            f"num_experts_per_tok / topk_group is {self.experts_per_token} / {self.groups_per_token}: Megatron-Core "
+            f"ranks expert groups by the sum of their best {best} scores, but this model does so by its best {wanted}. "
+            "This routing is not supported.",
+        )
+        require(
+            self.normalize_expert_weights == normalizes,
+            f"norm_topk_prob is {self.normalize_expert_weights} with {self.score_function} scores; Megatron-Core "
+            f"{'always' if normalizes else 'never'} normalises those. This routing is not supported.",
+        )
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether ``layer`` (global, MTP layers counted on from ``num_layers``) has routed experts."""
         return layer >= self.first_dense_layers

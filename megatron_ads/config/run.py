@@ -60,12 +60,14 @@ def validate_run(config: RunConfig, world: int, shape: ModelShape | None = None)
         _check_model(config, layout, shape)
 
 
-def require_trainable(layout: ParallelLayout) -> None:
-    """Refuse a layout that can be planned and converted for, but that the training step does not run.
+def require_trainable(layout: ParallelLayout, shape: ModelShape | None) -> None:
+    """Refuse what can be planned and converted, but not trained; the model only where its ``shape`` is known.
 
     Raises:
-        ConfigError: If rows would have to be cut over context-parallel ranks.
+        ConfigError: If rows would have to be cut over context-parallel ranks, or Megatron-Core routes differently.
     """
+    if shape is not None:
+        shape.require_megatron_routing()
     require(
         layout.cp == 1,
         f"layout.cp is {layout.cp}: the training step does not cut rows over context-parallel ranks, each of which "

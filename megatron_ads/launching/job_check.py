@@ -154,7 +154,7 @@ def _layout(config: SftConfig, ranks: int | None, shape: ModelShape | None) -> s
     world = _world(config, ranks)
     validate(config, world, shape)
     layout = config.layout.runtime(world)
-    require_trainable(layout)
+    require_trainable(layout, shape)
     return f"{world} ranks: pp {layout.pp} x dp {layout.dp} x tp {layout.tp}, experts over {layout.ep}"
 
 

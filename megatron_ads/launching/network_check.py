@@ -21,7 +21,7 @@ _PATIENCE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Node:
+class NodeAddress:
     """Where one node listens during the trial."""
 
     number: int
@@ -39,7 +39,7 @@ def check_connections(host: str, port: int, *, number: int, count: int, seconds:
     with socket.create_server(("", 0), backlog=1024) as own:
         here = socket.gethostname()
         if number == 0:
-            first = Node(number=0, name=here, address=host, port=own.getsockname()[1])
+            first = NodeAddress(number=0, name=here, address=host, port=own.getsockname()[1])
             try:
                 with socket.create_server(("", port), backlog=1024) as door:
                     return _host(door, first, count, deadline)
@@ -54,7 +54,7 @@ def check_connections(host: str, port: int, *, number: int, count: int, seconds:
             ]
 
 
-def _host(door: socket.socket, first: Node, count: int, deadline: float) -> list[str]:
+def _host(door: socket.socket, first: NodeAddress, count: int, deadline: float) -> list[str]:
     """Node 0: wait for the others, send everyone the addresses, and wait until all have tried."""
     nodes, lines = [first], {}
     door.settimeout(1.0)
@@ -67,7 +67,7 @@ def _host(door: socket.socket, first: Node, count: int, deadline: float) -> list
         try:
             said = _receive(connection)
             lines[int(said["number"])] = connection
-            nodes.append(Node(number=said["number"], name=said["name"], address=address, port=said["port"]))
+            nodes.append(NodeAddress(number=said["number"], name=said["name"], address=address, port=said["port"]))
         except (OSError, ValueError, KeyError):  # a stranger
             connection.close()
     place = f"{first.address}:{door.getsockname()[1]}"
@@ -91,7 +91,7 @@ def _join(host: str, port: int, own_port: int, number: int, deadline: float) -> 
     with _connected(host, port, deadline) as line:
         _send(line, {"number": number, "name": socket.gethostname(), "port": own_port})
         line.settimeout(max(1.0, deadline - time.monotonic() + _PATIENCE_SECONDS))
-        nodes = [Node(**node) for node in _receive(line)["nodes"]]
+        nodes = [NodeAddress(**node) for node in _receive(line)["nodes"]]
         problems = _try_all(next(node for node in nodes if node.number == number), nodes)
         _send(line, {"kind": "tried"})
         line.settimeout(max(1.0, deadline - time.monotonic() + 2 * _PATIENCE_SECONDS))
@@ -111,7 +111,7 @@ def _connected(host: str, port: int, deadline: float) -> socket.socket:
             time.sleep(0.5)
 
 
-def _try_all(own: Node, nodes: list[Node]) -> list[str]:
+def _try_all(own: NodeAddress, nodes: list[NodeAddress]) -> list[str]:
     problems = []
     for node in nodes:
         if node.number == own.number:

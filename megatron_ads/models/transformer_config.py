@@ -157,19 +157,4 @@ def _require_expressible(
             f"layout.pipeline {placement.string!r} puts the MTP layers (m) on another chunk than the loss (L). "
             "They share the output layer: write mL together."
         )
-    if not shape.num_experts:
-        return
-    # Routing that Megatron-Core 0.16's ``topk_routing_with_score_function`` computes differently is refused.
-    best, normalizes = shape.experts_per_token // shape.groups_per_token, shape.score_function == "sigmoid"
-    wanted = 2 if normalizes else 1
-    if shape.num_expert_groups > 1 and best != wanted:
-        raise ConfigError(
-            f"num_experts_per_tok / topk_group is {shape.experts_per_token} / {shape.groups_per_token}: Megatron-Core "
-            f"ranks expert groups by the sum of their best {best} scores, but this model does so by its best {wanted}. "
-            "This routing is not supported."
-        )
-    if shape.normalize_expert_weights != normalizes:
-        raise ConfigError(
-            f"norm_topk_prob is {shape.normalize_expert_weights} with {shape.score_function} scores; Megatron-Core "
-            f"{'always' if normalizes else 'never'} normalises those. This routing is not supported."
-        )
+    shape.require_megatron_routing()

@@ -100,8 +100,10 @@ def gradient_statistics(gradients: Sequence[Tensor]) -> Tensor:
     if gradients[0].is_cuda:  # one kernel for all, which accumulates in the dtype that is asked for
         squares = torch.stack(torch._foreach_norm(list(gradients), 2, torch.float64)).square().sum()
     else:
-        pieces = (piece.double() for gradient in gradients for piece in gradient.flatten().split(_PIECE))
-        squares = torch.stack([torch.dot(piece, piece) for piece in pieces]).sum()
+        copy = torch.empty(_PIECE, dtype=torch.float64)  # one for all: fresh memory would cost more than the squares
+        pieces = (piece for gradient in gradients for piece in gradient.flatten().split(_PIECE))
+        doubles = (copy[: piece.numel()].copy_(piece) for piece in pieces)
+        squares = torch.stack([torch.dot(double, double) for double in doubles]).sum()
     not_finite = torch.zeros((), dtype=torch.float64, device=device())
     if not bool(torch.isfinite(squares)):
         not_finite = torch.stack([(~torch.isfinite(gradient)).sum().double() for gradient in gradients]).sum()

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self, TextIO
@@ -87,8 +87,9 @@ def _held(setting: str, folder: Path, me: Holder) -> Iterator[None]:
     for _ in range(_TRIES):
         file = path.open("a+", encoding="utf-8")
         found = _other_holder(file, me)
-        if found is None and path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-            break
+        with suppress(FileNotFoundError):  # whoever held it has just ended
+            if found is None and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                break
         file.close()
         time.sleep(0.1)
     else:
@@ -112,10 +113,12 @@ def require_free(folders: Mapping[str, Path], environment: Mapping[str, str]) ->
     """
     me = Holder.of(environment)
     for setting, folder in folders.items():
-        if (folder / LOCK_FILE).is_file():
-            with (folder / LOCK_FILE).open(encoding="utf-8") as file:
-                if found := _other_holder(file, me, first_node=environment.get("NODE_RANK", "0") in ("", "0")):
-                    raise ConfigError(_in_use(setting, folder, found))
+        with (
+            suppress(FileNotFoundError, NotADirectoryError),
+            (folder / LOCK_FILE).open(encoding="utf-8") as file,
+        ):
+            if found := _other_holder(file, me, first_node=environment.get("NODE_RANK", "0") in ("", "0")):
+                raise ConfigError(_in_use(setting, folder, found))
 
 
 def _in_use(setting: str, folder: Path, found: "Holder | str | None") -> str:
@@ -132,6 +135,8 @@ def _other_holder(file: TextIO, me: Holder, *, first_node: bool = True) -> "Hold
     try:
         fcntl.flock(file, (fcntl.LOCK_EX if file.writable() else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         locked: bool | None = False
+        if not file.writable():  # Slurm may be slow to answer, and a job that starts meanwhile must get the lock
+            fcntl.flock(file, fcntl.LOCK_UN)
     except BlockingIOError:
         locked = True
     except OSError:  # a file system without locks

@@ -60,7 +60,7 @@ def start_from(config: RunConfig) -> tuple[WeightSource, ShardsLayout]:
     require_installed(config.log.trackers)
     source = open_source(Path(config.model.load))
     shards = lay_out(source.shape, config.layout, world_size())
-    require_trainable(shards.layout)
+    require_trainable(shards.layout, source.shape)
     return source, shards
 
 

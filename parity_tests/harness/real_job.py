@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,17 @@ class RealJob:
             for file, said in files.items()
             if not (folder / file).is_file() or zlib.crc32((folder / file).read_bytes()) != said["crc32"]
         ]
+
+
+@contextlib.contextmanager
+def two_rank_job(folder: Path, **settings: Any) -> Iterator[RealJob]:
+    """Describe a job of two ranks that share the experts of a small model; what still runs at the end is killed."""
+    options = {"root": folder / "run", "ranks": 2, "layout": {"pp": 1, "ep": 2}} | settings
+    job = RealJob(model=write_small_model(folder / "model"), **options)
+    try:
+        yield job
+    finally:
+        job.kill()
 
 
 class ForkedRank:

@@ -8,6 +8,7 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -143,6 +144,23 @@ def test_a_tokenizer_larger_than_the_embedding_is_a_problem_of_one_line(words: l
     (model / "tokenizer.json").unlink()
     (problem,) = check_job("sft/quickstart", [*words, f"model.load={model}"], 4).problems
     assert "holds no tokenizer.json" in problem
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_experts_per_tok": 6}, "num_experts_per_tok / topk_group is 6 / 2: "),
+        ({"norm_topk_prob": False}, "norm_topk_prob is False"),
+    ],
+)
+def test_a_model_that_megatron_routes_differently_is_a_problem_of_one_line(
+    changed: dict[str, Any], message: str, words: list[str], tmp_path: Path
+) -> None:
+    model = write_small_model(tmp_path / "routed")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changed))
+    (problem,) = check_job("sft/quickstart", [*words, f"model.load={model}"], 4).problems
+    assert problem.startswith(message) and problem.endswith("This routing is not supported.")
 
 
 def test_a_job_that_works_in_the_folder_is_a_problem(words: list[str], tmp_path: Path) -> None:

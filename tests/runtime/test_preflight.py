@@ -42,7 +42,9 @@ def _problems(records: Sequence[Record]) -> list[str]:
 
 
 def test_ranks_that_do_the_same_pass_though_a_stage_has_a_stub() -> None:
-    check_records(_records())
+    records = _records()
+    assert records[0].members != records[3].members
+    check_records(records)
 
 
 def test_a_rank_without_a_member_is_named_with_its_stage_and_what_it_has() -> None:

@@ -9,7 +9,6 @@ import os
 import pickle
 import re
 import signal
-import subprocess
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,6 +23,7 @@ from megatron_ads.errors import CheckpointError, MegatronAdsError
 from parity_tests.harness.ranks import RanksFailed, run_ranks
 from parity_tests.harness.training_jobs import Losses, Recipe, run_steps, save, start, train, train_and_save
 from tests.models.checkpoints import V3, write_checkpoint
+from tests.training.small_disk import small_disk
 
 EP2 = {"ep": 2}
 
@@ -318,17 +318,10 @@ def test_a_job_of_fewer_steps_than_the_checkpoint_has_is_refused_before_it_expor
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 14 MB; one checkpoint of the tiny model takes 8."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", str(mount)]
-    try:
-        subprocess.run(command, check=True, capture_output=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        pytest.skip("this user may not mount a small file system")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True, timeout=10)
+    with small_disk(tmp_path / "small", megabytes=14) as mount:
+        yield mount
 
 
 def _save_until_refused(recipe: Recipe) -> str:
@@ -342,10 +335,8 @@ def _save_until_refused(recipe: Recipe) -> str:
     return "saved"
 
 
-def test_a_full_disk_ends_the_job_on_every_rank_and_leaves_earlier_checkpoints(
-    recipe: Recipe, small_disk: Path
-) -> None:
-    recipe = replace(recipe, checkpoints=small_disk / "checkpoints")
+def test_a_full_disk_ends_the_job_on_every_rank_and_leaves_earlier_checkpoints(recipe: Recipe, disk: Path) -> None:
+    recipe = replace(recipe, checkpoints=disk / "checkpoints")
     for message in run_ranks(2, _save_until_refused, recipe):
         assert message.startswith(f"writing a checkpoint to {recipe.checkpoints} failed on rank ")
         assert re.search(

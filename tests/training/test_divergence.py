@@ -14,7 +14,7 @@ from megatron_ads.runtime.health.rank_record import ExitStatus, RankRecord
 from megatron_ads.training import divergence
 from megatron_ads.training.divergence import SkippedUpdates
 from megatron_ads.training.step import StepReport
-from parity_tests.harness.real_job import RealJob, write_small_model
+from parity_tests.harness.real_job import RealJob, two_rank_job
 
 
 def _report(*, updated: bool) -> StepReport:
@@ -58,16 +58,8 @@ def test_no_launcher_starts_it_again() -> None:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[RealJob]:
-    job = RealJob(
-        model=write_small_model(tmp_path / "model"),
-        root=tmp_path / "run",
-        ranks=2,
-        layout={"pp": 1, "ep": 2},
-        steps=4,
-        save_every=1,
-    )
-    yield job
-    job.kill()
+    with two_rank_job(tmp_path, steps=4, save_every=1) as job:
+        yield job
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
 from megatron_ads.errors import ConfigError
-from megatron_ads.training.folder_lock import LOCK_FILE, hold, require_free
+from megatron_ads.training import folder_lock
+from megatron_ads.training.folder_lock import LOCK_FILE, Holder, hold, require_free
 from parity_tests.harness.real_job import RealJob, write_small_model
 
 HERE = {"host": socket.gethostname(), "pid": 12345, "since": "2026-01-02 03:04:05"}
@@ -139,6 +141,38 @@ def test_who_may_take_a_folder_over(
         assert f"cannot be seen from here, delete {run / LOCK_FILE}" in str(caught.value)
 
 
+def test_a_check_that_waits_for_slurm_does_not_keep_a_job_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / LOCK_FILE).write_text(json.dumps(ELSEWHERE | {"slurm_job": "7"}))
+    has_lock = []
+
+    def slurm_has_ended(job: str | None) -> bool:
+        with (tmp_path / LOCK_FILE).open("a") as starting:
+            fcntl.flock(starting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            has_lock.append(job)
+        return True
+
+    monkeypatch.setattr(folder_lock, "_slurm_has_ended", slurm_has_ended)
+    require_free({"log.dir": tmp_path}, {})
+    assert has_lock == ["7"]
+
+
+def test_a_lock_whose_job_ends_between_two_looks_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other_holder = folder_lock._other_holder
+
+    def ends(file: TextIO, me: Holder) -> object:
+        if not ended:
+            ended.append(True)
+            (tmp_path / LOCK_FILE).unlink()
+        return other_holder(file, me)
+
+    ended: list[bool] = []
+    monkeypatch.setattr(folder_lock, "_other_holder", ends)
+    with hold({"log.dir": tmp_path}, {}):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"log\.dir .* cannot be written: .*\. Choose another"):
@@ -190,3 +224,4 @@ def test_without_locks_of_the_file_system_a_process_of_this_machine_is_looked_fo
     (tmp_path / LOCK_FILE).write_text(json.dumps(HERE | {"pid": pid}))
     with nullcontext() if free else _refused():
         require_free({"log.dir": tmp_path}, {})
+    assert json.loads((tmp_path / LOCK_FILE).read_text()) == HERE | {"pid": pid}  # only looked at

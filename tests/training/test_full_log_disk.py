@@ -2,7 +2,6 @@
 
 import errno
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,21 +17,15 @@ from megatron_ads.runtime.health.rank_record import (
     write_record,
 )
 from megatron_ads.training.checkpoint_errors import failed_log_named
-from parity_tests.harness.real_job import RealJob, write_small_model
+from parity_tests.harness.real_job import RealJob, two_rank_job
+from tests.training.small_disk import small_disk
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A small file system of its own."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(mount)]
-    try:
-        subprocess.run(command, check=True, capture_output=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        pytest.skip("this user may not mount a small file system")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True, timeout=10)
+    with small_disk(tmp_path / "disk", megabytes=48) as mount:
+        yield mount
 
 
 def _fill(disk: Path) -> None:
@@ -70,17 +63,9 @@ def test_a_rank_can_say_how_it_ended_on_a_full_disk(disk: Path, monkeypatch: pyt
 
 @pytest.fixture
 def job(disk: Path, tmp_path: Path) -> Iterator[RealJob]:
-    job = RealJob(
-        model=write_small_model(tmp_path / "model"),
-        root=disk / "run",
-        ranks=2,
-        layout={"pp": 1, "ep": 2},
-        steps=3000,
-        save_every=3000,
-        overrides=["checkpoint.save_total_limit=1"],
-    )
-    yield job
-    job.kill()
+    overrides = ["checkpoint.save_total_limit=1"]
+    with two_rank_job(tmp_path, root=disk / "run", steps=3000, save_every=3000, overrides=overrides) as job:
+        yield job
 
 
 def test_a_job_whose_log_disk_fills_names_it_and_is_not_started_again(job: RealJob, disk: Path, tmp_path: Path) -> None:

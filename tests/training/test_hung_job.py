@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.runtime.health.rank_record import ExitStatus
-from parity_tests.harness.real_job import RealJob, write_small_model
+from parity_tests.harness.real_job import RealJob, two_rank_job
 
 TIMEOUT = 6
 SLOW = "holds up the job"
@@ -19,17 +19,8 @@ SLOW = "holds up the job"
 
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[RealJob]:
-    job = RealJob(
-        model=write_small_model(tmp_path / "model"),
-        root=tmp_path / "run",
-        ranks=2,
-        layout={"pp": 1, "ep": 2},
-        steps=100_000,
-        save_every=100_000,
-        timeout_seconds=TIMEOUT,
-    )
-    yield job
-    job.kill()
+    with two_rank_job(tmp_path, steps=100_000, save_every=100_000, timeout_seconds=TIMEOUT) as job:
+        yield job
 
 
 def _wait_until(job: RealJob, condition: str, seconds: float = 90) -> None:
