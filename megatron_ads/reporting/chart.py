@@ -62,7 +62,7 @@ def line_chart(
     y_extent = _extent([0.0, *values] if y_from_zero else values)
     y_ticks = logarithmic_ticks(*y_extent) if y_logarithmic else ticks(*y_extent, 5)
     place_x = _scale(*x_extent, _LEFT, right)
-    place_y = _scale(min(y_ticks[0], *values), max(y_ticks[-1], *values), base, _TOP, logarithmic=y_logarithmic)
+    place_y = _scale(*y_extent, base, _TOP, logarithmic=y_logarithmic)
     legend = list(_legend([one for one, _ in drawn], right)) if len(drawn) > 1 else []
     svg = render(
         "reporting/chart.svg.jinja",
