@@ -85,7 +85,12 @@ def test_a_logarithmic_axis_gives_each_factor_the_same_room() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0.18, 7.4, [0.2, 0.5, 1, 2, 5]), (0.001, 20, [0.001, 0.01, 0.1, 1, 10]), (3.1, 3.9, [3.1])],
+    [
+        (0.18, 7.4, [0.2, 0.5, 1, 2, 5]),
+        (0.001, 20, [0.001, 0.01, 0.1, 1, 10]),
+        (3.1, 3.9, [3.2, 3.4, 3.6, 3.8]),
+        (2.16, 7.5, [4, 6]),
+    ],
 )
 def test_logarithmic_ticks_are_round_numbers(low: float, high: float, expected: list[float]) -> None:
     assert logarithmic_ticks(low, high) == pytest.approx(expected)
