@@ -216,7 +216,7 @@ def _write_texts(file: Path, sections: Sequence[Sequence[str]]) -> dict[str, Any
 
 def _evaluate(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
     from megatron_ads.config.generation import GenerationConfig, Method
-    from megatron_ads.evaluation.command import evaluate
+    from megatron_ads.evaluation.evaluate import evaluate
 
     return evaluate(
         run / "export",

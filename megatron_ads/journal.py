@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self, TypeVar
@@ -38,16 +39,16 @@ class Journal:
             self._descriptor = os.open(file, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
         except OSError as error:
             raise self._cannot_be_written(error) from None
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.records = self._read()
-            """Everything that was recorded, by key, in the order of its first recording; ``add`` changes it."""
-        except BaseException as error:
-            os.close(self._descriptor)
-            if isinstance(error, BlockingIOError):
+        with ExitStack() as on_failure:
+            on_failure.callback(os.close, self._descriptor)
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
                 said = f"another process is writing {file}. Wait for it, stop it, or choose another folder."
                 raise DataError(said) from None
-            raise
+            self.records = self._read()
+            """Everything that was recorded, by key, in the order of its first recording; ``add`` changes it."""
+            on_failure.pop_all()
 
     def __enter__(self) -> Self:
         return self

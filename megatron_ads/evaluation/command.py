@@ -21,20 +21,11 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from megatron_ads.config.generation import EndpointConfig, GenerationConfig, LengthRule, Method, load_endpoint
-from megatron_ads.disk import require_writable
-from megatron_ads.errors import ConfigError, DataError
-from megatron_ads.evaluation.score_tables import text_tables
+from megatron_ads.errors import ConfigError
 from megatron_ads.observability.log import start_logging
 
-if TYPE_CHECKING:
-    from megatron_ads.data.chat import ChatTokenizer
-    from megatron_ads.rows import ChatRow
-
-MARGIN = 1.25
-"""How much longer than the longest training target an answer may become."""
 DEFAULT_BATCH_SIZE = 64
 _SERVER = "server."
 """Begins settings of the server among the overrides of the recipe."""
@@ -91,22 +82,14 @@ def _add_decoding_arguments(group: "argparse._ArgumentGroup") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from megatron_ads.evaluation.evaluate import evaluate  # imports torch and transformers: keep --help instant
+    from megatron_ads.evaluation.score_tables import text_tables
+
     start_logging()
-    names = ("temperature", "top_p", "seed", "beams", "length", "collaborative")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    how = GenerationConfig(method=args.decode, **given)
-    how.check_as(lambda name: "--decode" if name == "method" else f"--{name.replace('_', '-')}", given)
-    if args.ground and args.decode is Method.constrained_beam:
-        raise ConfigError("--ground has no effect with --decode constrained-beam, whose names are valid; leave it out.")
+    how = _generation(args)
     of_server = [item for item in args.overrides if item.startswith(_SERVER)]
-    if args.model is not None:
-        options = [name for name in ("served_model", "api_key_env", "tokenizer") if vars(args)[name]]
-        if useless := [*(f"--{name.replace('_', '-')}" for name in options), *of_server]:
-            raise ConfigError(
-                f"{useless[0]} has no effect with --model; leave it out, or evaluate a server with --url."
-            )
     scores = evaluate(
-        args.model or _server(args, how, of_server),
+        _checkpoint(args, of_server) if args.model else _server(args, how, of_server),
         recipe=args.recipe,
         overrides=[item for item in args.overrides if item not in of_server],
         batch_size=DEFAULT_BATCH_SIZE if args.batch_size is None else args.batch_size,
@@ -122,6 +105,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _generation(args: argparse.Namespace) -> GenerationConfig:
+    names = ("temperature", "top_p", "seed", "beams", "length", "collaborative")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    how = GenerationConfig(method=args.decode, **given)
+    how.check_as(lambda name: "--decode" if name == "method" else f"--{name.replace('_', '-')}", given)
+    if args.ground and args.decode is Method.constrained_beam:
+        raise ConfigError("--ground has no effect with --decode constrained-beam, whose names are valid; leave it out.")
+    return how
+
+
+def _checkpoint(args: argparse.Namespace, overrides: Sequence[str]) -> Path:
+    options = [name for name in ("served_model", "api_key_env", "tokenizer") if vars(args)[name]]
+    if useless := [*(f"--{name.replace('_', '-')}" for name in options), *overrides]:
+        raise ConfigError(f"{useless[0]} has no effect with --model; leave it out, or evaluate a server with --url.")
+    return Path(args.model)
+
+
 def _server(args: argparse.Namespace, how: GenerationConfig, overrides: Sequence[str]) -> EndpointConfig:
     from megatron_ads.inference.openai_engine import require_supported
 
@@ -133,106 +133,3 @@ def _server(args: argparse.Namespace, how: GenerationConfig, overrides: Sequence
     if server.model is None:
         raise ConfigError("--url needs --served-model NAME: the name that the server knows the model by.")
     return server
-
-
-def evaluate(
-    model: Path | EndpointConfig,
-    *,
-    recipe: str,
-    overrides: Sequence[str],
-    batch_size: int,
-    max_new_tokens: int | None = None,
-    answers_file: Path | None = None,
-    how: GenerationConfig | None = None,
-    names_file: Path | None = None,
-    ground: bool = False,
-    html_file: Path | None = None,
-    tokenizer_folder: Path | None = None,
-) -> dict[str, Any]:
-    """Return ``task_scores`` of ``model`` on the rows that ``recipe`` holds out, with the seconds it took.
-
-    Rows of no ads task, such as general conversations, are not answered; their perplexity is under ``general``. An
-    answer must reason where the row's own target does.
-
-    Raises:
-        ConfigError: If a number is impossible, the recipe does not compose, or no request to a server can succeed.
-        DataError: If a file cannot be written, the recipe holds no rows out, the names cannot be used, or a server
-            stopped answering.
-        ConversionError: If transformers cannot load the model.
-    """
-    from megatron_ads.config.recipes import load_recipe
-    from megatron_ads.data.corpus import read_corpus
-    from megatron_ads.evaluation.evaluated_model import open_model
-    from megatron_ads.evaluation.generate import Asking
-    from megatron_ads.evaluation.name_answers import names_trained_on, read_names, valid_names
-    from megatron_ads.evaluation.task_scores import task_scores
-    from megatron_ads.tasks.registry import TASKS
-
-    for option, value in (("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{option} is {value}; it must be at least 1.")
-    for file in filter(None, (answers_file, html_file)):  # before hours are spent on what they are to hold
-        if not file.parent.is_dir():
-            raise DataError(f"{file} cannot be written: there is no folder {file.parent}. Create it.")
-        if file.is_dir():
-            raise DataError(f"{file} cannot be written: it is a folder. Name a file.")
-    require_writable(answers_file, html_file)
-    how = how or GenerationConfig()
-    data = load_recipe(recipe, overrides, sections=["data"]).data
-    corpus = read_corpus(data)
-    if not corpus.validation:
-        raise DataError("the recipe holds no rows out; raise data.validation_rows.")
-    training = [row for rows in corpus.training for row in rows]
-    advertisers = read_names(names_file) if names_file else names_trained_on(training)
-    general = [row for row in corpus.validation if row.task not in TASKS]
-    rows = [row for row in corpus.validation if row.task in TASKS]
-    if how.method is Method.constrained_beam and all(valid_names(row, advertisers) is None for row in rows):
-        tasks = ", ".join(sorted({row.task for row in corpus.validation}))
-        raise ConfigError(
-            f"--decode constrained-beam has no effect: none of the {len(corpus.validation)} held-out rows, of {tasks}, "
-            "is answered with a name; leave it out."
-        )
-    with open_model(model, tokenizer_folder, data.template_arguments) as opened:
-        asking = Asking(
-            how=how,
-            max_new_tokens=_longest_answers(opened.tokenizer, corpus.validation, training, max_new_tokens),
-            batch_size=batch_size,
-            advertisers=advertisers,
-            training=training,
-        )
-        answers, seconds = opened.answer(rows, asking, answers_file)
-        perplexities = opened.general(general, batch_size) if general else {}
-    scores = {
-        "rows": len(answers),
-        "seconds": seconds,
-        "decoding": str(how.method),
-        "reasoning": data.reasoning,
-        "tasks": task_scores(answers, training, advertisers, ground=ground),
-        "general": perplexities,
-    }
-    if html_file is not None:
-        from conversion.atomic_file import write_small
-        from megatron_ads.evaluation.page import evaluation_page
-
-        about = f"{len(answers)} answers to held-out rows of {' '.join([recipe, *overrides])}, decoded {how.method}."
-        title = f"Evaluation of {model if isinstance(model, Path) else model.model}"
-        write_small(html_file, evaluation_page(scores, answers, title=title, about=about))
-    return scores
-
-
-def _longest_answers(
-    tokenizer: "ChatTokenizer | None", asked: "Sequence[ChatRow]", training: "Sequence[ChatRow]", given: int | None
-) -> dict[str, int]:
-    """Return the limit of each task in tokens: ``given``, or what the model was taught to say there and ``MARGIN``."""
-    tasks = {row.task for row in asked}
-    if given:
-        return dict.fromkeys(tasks, given)
-    if tokenizer is None:
-        raise ConfigError(
-            "--url needs --max-new-tokens N, or --tokenizer DIR, by which the length of training targets is counted."
-        )
-    taught = dict.fromkeys(tasks, 0)
-    for row in training:
-        taught[row.task] = max(taught.get(row.task, 0), len(tokenizer.encode(row.target)))
-    # A task that is held out only may say as much as any other.
-    return {task: round(MARGIN * (taught[task] or max(taught.values()))) + 1 for task in tasks}

@@ -153,12 +153,10 @@ class Client:
                             self._collect(waiting, found, progress)
                 while waiting:
                     self._collect(waiting, found, progress)
-            except BaseException:
-                stop.set()  # workers finish the attempt they are at, and make no other
+            finally:
+                stop.set()  # after an error or Ctrl-C, workers finish the attempt they are at, and make no other
                 if waiting:
                     logger.info("Ending: waiting for %d requests in flight, to keep their answers.", len(waiting))
-                raise
-            finally:
                 self.usage.seconds += time.monotonic() - started
         return [found.get(key) for key in keys]
 

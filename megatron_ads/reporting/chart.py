@@ -62,7 +62,7 @@ def line_chart(
     y_extent = _extent([0.0, *values] if y_from_zero else values)
     y_ticks = logarithmic_ticks(*y_extent) if y_logarithmic else ticks(*y_extent, 5)
     place_x = _scale(*x_extent, _LEFT, right)
-    place_y = _scale(min(y_ticks[0], *values), max(y_ticks[-1], *values), base, _TOP, logarithmic=y_logarithmic)
+    place_y = _scale(*y_extent, base, _TOP, logarithmic=y_logarithmic)
     legend = list(_legend([one for one, _ in drawn], right)) if len(drawn) > 1 else []
     svg = render(
         "reporting/chart.svg.jinja",
@@ -103,12 +103,12 @@ def ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[fl
 def logarithmic_ticks(low: float, high: float) -> list[float]:
     """Return 1, 2 and 5 times the powers of ten within ``low`` .. ``high``; only the powers over three decades or more.
 
-    At least one number is returned, whatever the limits.
+    Where fewer than two are within, an axis is nearly even, and has the round numbers of an even one.
     """
     factors = (1,) if high / low > 1e3 else (1, 2, 5)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found = [factor * 10.0**power for power in powers for factor in factors]
-    return [tick for tick in found if low <= tick <= high] or [low]
+    found = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
+    return found if len(found) > 1 else ticks(low, high, 5)
 
 
 def _finite(points: Points) -> list[tuple[float, float]]:

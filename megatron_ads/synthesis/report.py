@@ -1,6 +1,7 @@
 """What a run did, for machines (report.json) and people (report.md): counts and samples of each filter's removals."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
@@ -131,7 +132,7 @@ def render_report(report: dict[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters |= {"counts": _counts, "one_line": _one_line}
+    templates.filters |= {"counts": _counts, "one_line": _one_line, "plain": _plain}
     return templates.get_template("report.md.jinja").render(report=report, summary=summary_lines(report))
 
 
@@ -179,3 +180,8 @@ def _counts(counts: dict[str, int], none: str = "none") -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:_SHOWN_CHARACTERS]
+
+
+def _plain(text: str) -> str:
+    """Escape what Markdown, and HTML within it, would take for markup: the text comes from data or a model."""
+    return re.sub(r"[\\`*<>&|\[\]]", r"\\\g<0>", text)

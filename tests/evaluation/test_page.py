@@ -1,5 +1,6 @@
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -143,3 +144,19 @@ def test_the_page_needs_nothing_else_and_shows_text_as_text() -> None:
     assert "<b>" not in page
     assert "Evaluation of &lt;m&gt;" in page
     assert not re.search(r"""(src|href)\s*=|<script|@import|url\(""", page)
+
+
+def test_answers_names_and_paths_cannot_become_markup() -> None:
+    script = "<script>x</script>"
+    named = _named(script, [(f"{script}\n{script}", 0.3), (script, 0.1)])
+    pair = replace(_judged(Label.bad, None, script), text=f"{script}</td>")
+    answers = [named, pair]
+    scores = {
+        "rows": 2, "tasks": task_scores(answers, [one.row for one in answers]),
+        "general": {script: {"rows": 1, "perplexity": 2.0}},
+    }  # fmt: skip
+    page = evaluation_page(scores, answers, title=f"Evaluation of runs/{script}", about=f"data.path={script}.")
+    assert "<script" not in page
+    for shown in ("Evaluation of runs/", "data.path=", "<td>", '<div class="name">'):
+        assert f"{shown}&lt;script&gt;" in page
+    assert page.count("</td>") == page.count("<td")

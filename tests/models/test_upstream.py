@@ -129,7 +129,7 @@ def _stock_failures(job: Job) -> dict[str, str]:
 def test_stock_modules_still_cannot_do_what_ours_are_for(folder: Path) -> None:
     settings = {"mtp_loss_weight": 0.3, "recompute": Recompute.full}
     (failures,) = run_ranks(1, _stock_failures, Job(folder=folder, settings=settings))
-    assert "save_for_backward can only save variables" in failures["recompute"]  # models/multi_token.py
+    assert "save_for_backward can only save variables" in failures["recompute"]  # models/specs.py
     assert "'NoneType' object has no attribute 'clone'" in failures["logits"]  # models/specs.py
     assert "k_channels" in failures["attention"]  # models/attention.py
     assert failures["marks"] == "absent"  # _mark_weights in models/build.py

@@ -1,10 +1,12 @@
-"""The group-step AdamW against torch's own."""
+"""The group-step AdamW against torch's own, and learning rates worked out by hand."""
 
 import copy
 
+import pytest
 import torch
 
-from megatron_ads.optim.adam import GroupStepAdamW
+from megatron_ads.config.training import OptimConfig, Schedule
+from megatron_ads.optim.adam import GroupStepAdamW, LearningRateSchedule
 
 SETTINGS = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -78,3 +80,36 @@ def test_a_loaded_state_continues_bit_for_bit():
     for optimizer, parameters in ((first, straight), (second, resumed)):
         _train(optimizer, parameters, steps=2)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(straight, resumed, strict=True))
+
+
+# ---- learning rates ----
+
+
+def _schedule(shape: Schedule) -> LearningRateSchedule:
+    settings = OptimConfig(learning_rate=1.0, min_learning_rate=0.2, warmup_steps=3, schedule=shape)
+    return LearningRateSchedule(settings, total_steps=8)
+
+
+@pytest.mark.parametrize("shape", list(Schedule))
+def test_warm_up_rises_in_equal_steps_and_reaches_the_peak(shape):
+    # 3 warm-up updates of 1/4 each, then the peak at update 3
+    assert [_schedule(shape).at(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_linear_decay_reaches_the_floor_at_the_last_step():
+    # steps 3 to 7: four equal steps of (1.0 - 0.2) / 4 = 0.2 down
+    assert [_schedule(Schedule.linear).at(step) for step in range(3, 8)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_cosine_decay_is_halfway_in_the_middle():
+    # step 5 is halfway from 3 to 7: 0.2 + 0.8 * (1 + cos(pi / 2)) / 2 = 0.6
+    cosine = _schedule(Schedule.cosine)
+    assert [cosine.at(3), cosine.at(5), cosine.at(7)] == pytest.approx([1.0, 0.6, 0.2])
+
+
+def test_constant_stays_at_the_peak():
+    assert _schedule(Schedule.constant).at(100) == 1.0
+
+
+def test_steps_behind_the_last_stay_at_the_floor():
+    assert _schedule(Schedule.cosine).at(50) == pytest.approx(0.2)

@@ -1,4 +1,4 @@
-"""One result for each rung, from measurements made up by hand."""
+"""One result for each rung, from measurements made up by hand, and the page of a check."""
 
 from dataclasses import replace
 
@@ -14,6 +14,7 @@ from megatron_ads.parity.verdict import (
     RouterResult,
     RungResult,
     first_departure,
+    render,
     rungs,
 )
 
@@ -92,3 +93,39 @@ def test_in_bf16_a_share_of_tokens_may_be_rerouted_at_any_length(tokens: int, re
 
 def test_tokens_of_the_mtp_layer_sent_elsewhere_fail_its_rung() -> None:
     assert _passed(LAYER, EXPERTS, replace(MTP, router=replace(ROUTER, rerouted=1)))[6] is False
+
+
+# ---- the page ----
+
+COMPARISON = Comparison((LAYER, EXPERTS, MTP), LOGITS)
+
+
+def _page(passed: bool | None) -> str:
+    results = [RungResult(rung=3, name="logits", passed=passed, detail="layer <0>")]
+    return render("Parity of <model>", results, COMPARISON, LIMITS[Precision.fp32], {"precision": "fp32"})
+
+
+def test_the_page_has_three_pictures_and_escapes_what_it_is_given() -> None:
+    page = _page(True)
+    assert page.count("<svg") == 3
+    assert "&lt;model&gt;" in page
+    assert "layer &lt;0&gt;" in page
+    assert "<td>passed</td>" in page
+
+
+def test_a_failed_rung_is_the_headline() -> None:
+    page = _page(False)
+    assert "rung 3 failed" in page
+    assert "<td>FAILED</td>" in page
+    assert "not run" in _page(None)
+
+
+def test_paths_prompts_and_details_cannot_become_markup() -> None:
+    script = "<script>x</script>"
+    layer = replace(LAYER, kind=script)
+    results = [RungResult(rung=3, name=script, passed=True, detail=f"worst layer {script}")]
+    facts = {"command": f"megatron-ads parity --hf {script}", script: script}
+    page = render(f"Parity of {script}", results, Comparison((layer,), LOGITS), LIMITS[Precision.fp32], facts)
+    assert "<script" not in page
+    for shown in ("Parity of ", "worst layer ", "parity --hf ", "<td>"):
+        assert f"{shown}&lt;script&gt;" in page

@@ -18,6 +18,7 @@ from megatron_ads.planning.hardware import CARDS, card_named
 from megatron_ads.planning.job import PlannedJob, load_job
 from megatron_ads.planning.plan import calibrated, make_plan
 from megatron_ads.planning.search import even_pipeline, interleaved, search
+from megatron_ads.planning.table import plan_page
 from tests.planning.jobs import r1_job, small_job
 
 H100 = card_named("h100")
@@ -267,3 +268,12 @@ def test_unknown_cards_and_stray_options_are_refused(capsys: pytest.CaptureFixtu
     assert main(["plan", "--recipe", "sft/moonlight_16b_8gpu", "--gpu", "v100"]) == 2
     assert main(["plan", "--recipe", "sft/moonlight_16b_8gpu", "--every-rank"]) == 2
     assert "add --build-ranks" in capsys.readouterr().err
+
+
+def test_a_recipes_path_cannot_become_markup() -> None:
+    script = "<script>x</script>"
+    plan = make_plan(load_job("sft/moonlight_16b_8gpu"), H100)
+    page = plan_page(f"recipes/{script}.yaml", replace(plan, card=replace(plan.card, name=script)))
+    assert "<script" not in page
+    for shown in ("Plan of recipes/", 'class="lead">8 x '):
+        assert f"{shown}&lt;script&gt;" in page

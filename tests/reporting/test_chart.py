@@ -85,16 +85,28 @@ def test_a_logarithmic_axis_gives_each_factor_the_same_room() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0.18, 7.4, [0.2, 0.5, 1, 2, 5]), (0.001, 20, [0.001, 0.01, 0.1, 1, 10]), (3.1, 3.9, [3.1])],
+    [
+        (0.18, 7.4, [0.2, 0.5, 1, 2, 5]),
+        (0.001, 20, [0.001, 0.01, 0.1, 1, 10]),
+        (3.1, 3.9, [3.2, 3.4, 3.6, 3.8]),
+        (2.16, 7.5, [4, 6]),
+    ],
 )
 def test_logarithmic_ticks_are_round_numbers(low: float, high: float, expected: list[float]) -> None:
     assert logarithmic_ticks(low, high) == pytest.approx(expected)
 
 
-def test_a_constant_is_drawn_in_the_middle() -> None:
-    circle = _chart(Series(name="a", points=[(0, 3.0), (1, 3.0)])).find(f"{SVG}circle")
-    assert circle is not None
-    assert 40 < float(circle.get("cy", "0")) < 85
+@pytest.mark.parametrize("value", [1.0, 2.0, 3.0, 0.0])
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_a_constant_is_drawn_in_the_middle(value: float, logarithmic: bool) -> None:
+    points = [(0, value), (1, value)]
+    svg = line_chart(
+        [Series(name="a", points=points)], x_label="x", y_label="y", y_logarithmic=logarithmic, size=(184, 152)
+    )
+    if logarithmic and value == 0:
+        assert "No values were recorded" in svg
+    else:
+        assert [40 < float(circle.get("cy", "0")) < 85 for circle in _parse(svg).iter(f"{SVG}circle")] == [True, True]
 
 
 def test_smoothing_is_a_weighted_mean_of_what_came_before() -> None:

@@ -46,3 +46,15 @@ def test_the_report_of_an_older_run_knows_its_steps_under_their_old_name(tmp_pat
     old = RUN | {"recipe": {"model": {"load": "runs/demo"}, "train": {"steps": 30}}}
     (tmp_path / "run.json").write_text(json.dumps(old))
     assert "1 of 30 steps" in run_page(tmp_path)
+
+
+def test_names_and_paths_cannot_become_markup(tmp_path: Path) -> None:
+    script = "<script>x</script>"
+    weight = {"step": 1, f"instance_weight_p50/{script}": 0.5, f"task_share/{script}": 0.5, "loss": 1.0}
+    page_of(tmp_path, weight, {"step": 1, f"validation_loss/{script}": 2.0})
+    recipe = {"model": {"load": script}, "train": {"max_steps": 20}, "data": {script: script}}
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe, "ranks": 4}))
+    page = run_page(tmp_path)
+    assert "<script" not in page
+    for shown in ('class="lead">', "<td>", "<td>recipe.data.", "<figcaption>", "<title>"):
+        assert f"{shown}&lt;script&gt;" in page

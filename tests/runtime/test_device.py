@@ -1,11 +1,15 @@
-"""Device, backend and threads of one rank."""
+"""Device, backend and threads of one rank; random streams, and what the deterministic mode refuses."""
 
 import os
+import random
 
+import numpy
 import pytest
 import torch
 
-from megatron_ads.runtime import device
+from megatron_ads.layout import ParallelLayout
+from megatron_ads.runtime import device, process_groups
+from parity_tests.harness.ranks import run_ranks
 
 
 @pytest.mark.parametrize(
@@ -45,3 +49,59 @@ def test_peak_memory_counts_what_was_written(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     block = torch.ones(1 << 28, dtype=torch.uint8)  # 256 MiB
     assert block.nbytes < device.peak_memory_bytes() < 1 << 40
+
+
+# ---- random streams, shared by ranks ----
+
+
+def _streams(layout: ParallelLayout, seed: int) -> dict[str, float]:
+    """Draw one number from each random stream of this rank."""
+    process_groups.start(layout)
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    device.seed_everything(seed)
+    drawn = {"python": random.random(), "numpy": float(numpy.random.rand()), "torch": torch.rand(()).item()}
+    for name in ("model-parallel-rng", "expert-parallel-rng"):
+        with get_cuda_rng_tracker().fork(name):
+            drawn[name] = torch.rand(()).item()
+    drawn["torch again"] = torch.rand(()).item()
+    return drawn
+
+
+def test_streams_differ_by_stage_and_expert_rank_only_where_they_must() -> None:
+    # world 4, pp 2, ep 2: ranks 0 1 are stage 0 with ep 0 1, ranks 2 3 are stage 1 with ep 0 1
+    ranks = run_ranks(4, _streams, ParallelLayout(world=4, pp=2, ep=2), 5)
+    for name in ("python", "numpy", "torch", "torch again", "model-parallel-rng"):
+        assert ranks[0][name] == ranks[1][name] != ranks[2][name] == ranks[3][name], name
+    assert len({rank["expert-parallel-rng"] for rank in ranks}) == 4
+
+
+def test_tensor_parallel_ranks_have_their_own_model_parallel_stream() -> None:
+    first, second = run_ranks(2, _streams, ParallelLayout(world=2, tp=2), 5)
+    assert first["model-parallel-rng"] != second["model-parallel-rng"]
+    assert first["torch"] == second["torch"]
+
+
+def test_the_seed_decides_every_stream() -> None:
+    layout = ParallelLayout(world=1)
+    first, again, other = (run_ranks(1, _streams, layout, seed)[0] for seed in (5, 5, 6))
+    assert first == again
+    assert all(first[name] != other[name] for name in first)
+
+
+def _refused_operation(deterministic: bool) -> bool:
+    process_groups.start(ParallelLayout(world=1))
+    device.seed_everything(1, deterministic)
+    try:
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]), accumulate=False)
+    except RuntimeError as error:
+        assert "deterministic" in str(error)
+        return True
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return False
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_deterministic_mode_refuses_what_may_differ_between_runs(deterministic: bool) -> None:
+    assert run_ranks(1, _refused_operation, deterministic) == [deterministic]

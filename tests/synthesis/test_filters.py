@@ -1,6 +1,7 @@
 """Every filter, with a teacher whose script says which rows fall into it, and queries that break the rules."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -308,3 +309,31 @@ def test_of_simulated_rows_most_are_kept_and_few_that_have_the_queries_of_anothe
     kept = [query_fault(row, embed, min_similarity=0.1) is None for row in rows]
     assert sum(kept[index] for index in range(0, 300, 10)) <= 5  # of 30
     assert sum(kept[index] for index in range(300) if index % 10) >= 256  # of 270
+
+
+def test_text_of_rows_and_models_cannot_become_markup(tmp_path: Path) -> None:
+    script = "<script>x</script>"
+
+    def teacher(body: dict[str, Any], _: int) -> Reply:
+        return Reply(content=good_answer(body) if number_of(body) % 2 == 0 else f"{script}\n\n{script}")
+
+    with scripted_server(teacher) as server:
+        config = recipe(tmp_path, server.url, "golden.rows=10", "golden.pass_rate=0.5", f"teacher.model='{script}'")
+        _, report = run(config)
+    samples = [
+        *report["samples_of_kept"],
+        *(sample for found in report["filters"] for sample in found["samples"]),
+        *(sample for found in report["golden"] for sample in found["failed"]),
+    ]
+    assert samples
+    for sample in samples:
+        sample |= {"id": script, "task": script, "reason": script}
+    for found in report["golden"]:
+        found |= {"template": script, "sample": script}
+    report["filters"][0]["reasons"] = {f"{script} | {script}": 1}
+    text = render_report({**report, "sources": [script]})
+    # Lines that begin with four columns, six below an item of a list, are code; elsewhere every sign is escaped.
+    prose = [line for line in text.splitlines() if not line.startswith("    ")]
+    assert not [line for line in prose if re.search(r"(?<!\\)<", line)]
+    assert f"\n      {script}\n" in text
+    assert r"| \<script\>x\</script\> \| \<script\>x\</script\> 1 |" in text

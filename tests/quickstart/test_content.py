@@ -132,3 +132,15 @@ def test_an_undefined_metric_is_a_dash(tmp_path: Path) -> None:
 def test_a_metric_below_its_baseline_is_not_marked_good(tmp_path: Path) -> None:
     good, poor = (page(_facts(tmp_path, after=value), _metrics(20)) for value in (0.81, 0.49))
     assert good.count('class="figure good"') == poor.count('class="figure good"') + 1
+
+
+def test_answers_names_and_paths_cannot_become_markup(tmp_path: Path) -> None:
+    script = "<script>x</script>"
+    facts = json.loads(json.dumps(_facts(tmp_path)).replace("Good", script).replace("Some CPU <1>", script))
+    facts["files"] = {f"/runs/{script}": "report"}
+    facts["data"] |= {"path": f"/data/{script}"}
+    facts["stages"] = [{"name": "a", "title": script, "seconds": 1.0}]
+    text = page(facts, [{**row, script: 1.0} for row in _metrics(20)])
+    assert "<script" not in text
+    for shown in ("Is it ", "always ", "/runs/", "/data/", "<td>"):
+        assert f"{shown}&lt;script&gt;" in text
