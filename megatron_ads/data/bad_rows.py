@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_ads.data.source_files import Part, Place
+from megatron_ads.data.source_files import Part, RowOrigin
 from megatron_ads.errors import DataError
 from megatron_ads.layout import rank
 from megatron_ads.observability.log import get_logger
@@ -89,7 +89,7 @@ class RejectedRows:
         self,
         parts: Iterable[Part],
         read: Callable[[Part], Iterable[tuple[int, Read | BadRowError]]],
-        make: Callable[[Place, Read], Made | None],
+        make: Callable[[RowOrigin, Read], Made | None],
     ) -> Iterator[Made]:
         """Yield what ``make`` returns for every row that can be used; the others are counted, with a glimpse of each.
 
@@ -102,23 +102,23 @@ class RejectedRows:
         Raises:
             DataError: With the row number, for the first bad row if none are written aside.
         """
-        for place, content in ((Place(part, number), content) for part in parts for number, content in read(part)):
+        for origin, content in ((RowOrigin(part, number), content) for part in parts for number, content in read(part)):
             try:
                 if isinstance(content, BadRowError):
                     raise content
-                made = make(place, content)
+                made = make(origin, content)
             except BadRowError as error:
                 if self.aside is None:
                     raise DataError(
-                        f"{place.part.file}, row {place.number}: {error.reason}: {error} Correct it, or name a file "
+                        f"{origin.part.file}, row {origin.number}: {error.reason}: {error} Correct it, or name a file "
                         "with the source's setting rejected to have such rows written there."
                     ) from None
                 self.counts[error.reason] += 1
                 glimpse = repr(None if content is error else content)
                 if len(glimpse) > _SHOWN_CHARACTERS:
                     glimpse = glimpse[:_SHOWN_CHARACTERS] + "..."
-                record = {"row": place.number, "reason": str(error.reason), "message": str(error), "content": glimpse}
-                self.records.append(record if place.part.file == self.file else {"file": place.part.name, **record})
+                record = {"row": origin.number, "reason": str(error.reason), "message": str(error), "content": glimpse}
+                self.records.append(record if origin.part.file == self.file else {"file": origin.part.name, **record})
             else:
                 if made is not None:
                     yield made
@@ -150,7 +150,7 @@ def usable_rows(
     path: Path,
     parts: Iterable[Part],
     read: Callable[[Part], Iterable[tuple[int, Read | BadRowError]]],
-    make: Callable[[Place, Read], ChatRow | None],
+    make: Callable[[RowOrigin, Read], ChatRow | None],
     *,
     rejected: Path | None,
     limit: int | None,
@@ -162,12 +162,12 @@ def usable_rows(
     Raises:
         DataError: With the row number, for the first bad row if none are written aside; if there is no usable row.
     """
-    first_seen: dict[str, Place] = {}
+    first_seen: dict[str, RowOrigin] = {}
 
-    def make_new(place: Place, content: Read) -> ChatRow | None:
-        row = make(place, content)
-        if row is not None and (first := first_seen.setdefault(row.id, place)) is not place:
-            where = "" if first.part is place.part else f" in {first.part.name}"
+    def make_new(origin: RowOrigin, content: Read) -> ChatRow | None:
+        row = make(origin, content)
+        if row is not None and (first := first_seen.setdefault(row.id, origin)) is not origin:
+            where = "" if first.part is origin.part else f" in {first.part.name}"
             raise BadRowError(
                 BadRow.duplicate_id, f"id {row.id!r:.80} was row {first.number}'s{where}; ids must differ."
             )

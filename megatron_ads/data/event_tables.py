@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.data.bad_rows import RejectedRows
-from megatron_ads.data.source_files import Place, parts_of
+from megatron_ads.data.source_files import RowOrigin, parts_of
 from megatron_ads.data.table_fields import (
     FieldMapping,
     describe_time,
@@ -144,7 +144,7 @@ def _read_logs(
     logs: dict[str, list[LoggedEvent]] = defaultdict(list)
     about: dict[str, dict[str, str]] = defaultdict(dict)
 
-    def read(_: Place, by_column: Cells) -> tuple[str, LoggedEvent, dict[str, str]] | None:
+    def read(_: RowOrigin, by_column: Cells) -> tuple[str, LoggedEvent, dict[str, str]] | None:
         cells = mapping.cells(by_column)
         if cells is None:
             return None

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.data.bad_rows import BadRow, BadRowError, Made, usable_rows, usable_weight
-from megatron_ads.data.source_files import JSON_LINES, Place, open_text, parts_of
+from megatron_ads.data.source_files import JSON_LINES, RowOrigin, open_text, parts_of
 from megatron_ads.errors import DataError
 from megatron_ads.rows import ChatRow, Fact, Message, Role, wrong_fact
 from megatron_ads.tasks.registry import TASKS
@@ -130,8 +130,8 @@ def jsonl_rows(path: Path, *, limit: int | None = None, rejected: Path | None = 
             says where to write it; if there is no usable row.
     """
 
-    def make(place: Place, fields: dict[str, Any]) -> ChatRow:
-        return facts_of_text_row(parse_row(fields, default_id=place.row_id))
+    def make(origin: RowOrigin, fields: dict[str, Any]) -> ChatRow:
+        return facts_of_text_row(parse_row(fields, default_id=origin.row_id))
 
     parts = parts_of(path, JSON_LINES)
     return usable_rows(path, parts, lambda part: read_lines(part.file), make, rejected=rejected, limit=limit)

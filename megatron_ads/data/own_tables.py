@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_ads.config.data import AdsTask
 from megatron_ads.data.bad_rows import BadRow, BadRowError, usable_rows, usable_weight
-from megatron_ads.data.source_files import Place, parts_of
+from megatron_ads.data.source_files import RowOrigin, parts_of
 from megatron_ads.data.table_fields import FieldMapping, one_of, optional_text, text_of, texts_of, time_of
 from megatron_ads.data.table_files import Cells, read_table
 from megatron_ads.data.user_features import ViewChooser
@@ -104,7 +104,7 @@ def table_rows(
         columns, values or {}, required=form.required, optional=form.optional, choices=form.choices
     )
 
-    def make(place: Place, by_column: Cells) -> ChatRow | None:
+    def make(origin: RowOrigin, by_column: Cells) -> ChatRow | None:
         cells = mapping.cells(by_column)
         if cells is None:
             return None
@@ -115,7 +115,7 @@ def table_rows(
             if not isinstance(cells[name], list | bool):
                 text_of(cells, name)
         try:
-            row = form.make(optional_text(cells, "id") or place.row_id, cells, users or Users())
+            row = form.make(optional_text(cells, "id") or origin.row_id, cells, users or Users())
         except BadRowError:
             raise
         except DataError as error:  # from the task: the text holds what the answer's form needs for itself

@@ -46,7 +46,7 @@ class Part:
         return form_of(self.file)
 
 
-class Place(NamedTuple):
+class RowOrigin(NamedTuple):
     """Where a row was read."""
 
     part: Part

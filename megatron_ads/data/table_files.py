@@ -159,7 +159,8 @@ def _read_csv(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow]]:
                 while number in broken:
                     yield number, broken.pop(number)
                     number += 1
-                row = _decoded({name: cell.encode("latin-1") for name, cell in zip(columns, cells, strict=True)})
+                read = (cell if cell.isascii() else cell.encode("latin-1") for cell in cells)
+                row = _decoded(dict(zip(columns, read, strict=True)))
                 _warn_of_quotes(file, number, row)
                 yield number, row
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -210,6 +211,8 @@ def _plain_cell(cell: pa.Scalar) -> Any:
 def _decoded(row: dict[str, Any]) -> ReadRow:
     """Return a row with its text decoded and NaN as missing, or what is wrong with it."""
     for name, cell in row.items():
+        if isinstance(cell, str) and cell.isascii() and len(cell) <= MAX_CELL_BYTES:  # nearly every cell
+            continue
         if isinstance(cell, float | Decimal) and math.isnan(cell):
             row[name] = None
         if isinstance(cell, BadRowError):

@@ -12,8 +12,10 @@ one name. Names are numbered in the order of their tokens, so that the names bel
 Shape suffixes: K = beams of one row, V = vocabulary, C = candidates, or children of a node, N = names.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -69,18 +71,23 @@ def build_trie(tokens_of: Mapping[str, Sequence[int]], end_token: int) -> NameTr
             raise DataError(f"{other!r} and {name!r} are the same tokens; keep one of the two names.")
     ordered = sorted(by_tokens)
     names = tuple(by_tokens[tokens] for tokens in ordered)
-    return NameTrie(names=names, root=_node(ordered, 0, len(ordered), 0), depth=max(map(len, ordered)))
+    return NameTrie(names=names, root=_root(ordered), depth=max(map(len, ordered)))
 
 
-def _node(ordered: Sequence[tuple[int, ...]], first: int, last: int, depth: int) -> Node:
-    """Return the node below which ``ordered[first:last]`` are, all with the same first ``depth`` tokens."""
-    if len(ordered[first]) == depth:  # the end token was the last: there is no other name below
-        return Node(first, last, np.empty(0, dtype=np.int64), ())
-    tokens = [sequence[depth] for sequence in ordered[first:last]]
-    starts = [first + place for place in range(len(tokens)) if place == 0 or tokens[place] != tokens[place - 1]]
-    ends = [*starts[1:], last]
-    children = tuple(_node(ordered, start, end, depth + 1) for start, end in zip(starts, ends, strict=True))
-    return Node(first, last, np.asarray([ordered[start][depth] for start in starts], dtype=np.int64), children)
+def _root(ordered: Sequence[tuple[int, ...]]) -> Node:
+    """Return the tree of sorted sequences, built from its leaves: a name may be longer than Python's recursion."""
+    by_depth: dict[int, list[Node]] = defaultdict(list)
+    for number, sequence in enumerate(ordered):
+        by_depth[len(sequence)].append(Node(number, number + 1, np.empty(0, dtype=np.int64), ()))
+    nodes: list[Node] = []
+    for depth in range(max(by_depth), -1, -1):
+        nodes_at = by_depth[depth]
+        for _, group in groupby(nodes, key=lambda node, depth=depth: ordered[node.first][:depth]):  # type: ignore[misc]
+            children = tuple(group)
+            tokens_C = np.asarray([ordered[child.first][depth] for child in children], dtype=np.int64)
+            nodes_at.append(Node(children[0].first, children[-1].last, tokens_C, children))
+        nodes = sorted(nodes_at, key=lambda node: node.first)
+    return nodes[0]
 
 
 @dataclass(frozen=True, slots=True)

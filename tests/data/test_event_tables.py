@@ -18,6 +18,7 @@ from megatron_ads.data.sources import read_source
 from megatron_ads.data.user_features import SECONDS_PER_DAY, view_chooser
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.rows import ChatRow
+from tests.data import tables
 
 COLUMNS = {"user": "uid", "time": "ts", "event": "what", "text": "words", "advertiser": "shop", "age": "age"}
 (ANCHOR,) = read_anchors(["2025-03-01"])
@@ -140,3 +141,56 @@ def test_the_simulators_events_in_a_file_give_the_simulators_rows(tmp_path: Path
 
     assert len(wanted) > 20
     assert [told(row) for row in read_source(source, seed=0)] == [told(row) for row in wanted]
+
+
+def test_events_of_ones_own_are_mapped_or_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    shops = [None, None, "Acme"]
+    table = tables.log([20250227, 20250301, 20250304], ["find", "impression", "BUY"], ["tent", "", None], shops)
+    values = {"event": {"Find": "onsite_search", "buy": "matched_conversion", "impression": None}}
+    file = tables.write(tmp_path, "csv", table)
+    source = SourceConfig(kind=SourceKind.table, task=AdsTask.next_advertiser, path=str(file),
+                          columns=tables.EVENTS, values=values, anchor="2025-03-01")  # fmt: skip
+    (row,) = read_source(source, seed=0)
+    assert (row.label, "Searched here: tent" in row.messages[0].content) == ("Acme", True)
+    assert "1 rows left out" in caplog.text
+
+
+def test_several_anchors_give_a_user_several_rows(tmp_path: Path) -> None:
+    days = [20250101, 20250110, 20250120, 20250214]
+    file = tables.write(
+        tmp_path, "csv", tables.log(days, ["click", *["matched_conversion"] * 3], ["x"] * 4, [None, "A", "B", "C"])
+    )
+    source: dict[str, Any] = {
+        "kind": SourceKind.table, "task": AdsTask.next_advertiser, "path": str(file), "columns": tables.EVENTS,
+    }  # fmt: skip
+
+    def read(**settings: Any) -> list[tuple[str, str | None]]:
+        return [(row.id, row.label) for row in read_source(SourceConfig(**source, **settings), seed=0)]
+
+    assert read(anchor="2025-01-05") == [("next-5", "A")]
+    listed = read(anchors=["2025-01-05", "2025-01-15"])
+    assert listed == [("next-5-2025-01-05", "A"), ("next-5-2025-01-15", "B")]
+    assert read(anchors=["2025-01-05", "2025-01-24"], anchor_spacing_days=10) == listed
+    assert read(anchors=["2025-01-05", "2025-01-25"], anchor_spacing_days=10) == [*listed, ("next-5-2025-01-25", "C")]
+    assert read(anchors=["2025-01-05", "2025-01-25"], anchor_spacing_days=10, answer_days=6) == listed
+    with pytest.raises(ConfigError, match="each must be later"):
+        read(anchors=["2025-01-15", "2025-01-05"])
+
+
+SETTINGS = [
+    ("task: next_advertiser, anchor: 2025-03-01, anchors: [2025-03-01]", "Remove one"),
+    ("task: next_advertiser, anchors: [2025-03-01], anchor_spacing_days: 7", "name two dates"),
+    ("task: next_advertiser, anchor: 2025-03-01, answer_days: 0", "answer_days is 0.0; it must be above 0"),
+    ("answer_days: 3", "no effect without an anchor"),
+    ("anchors: [2025-03-01]", "others have no use for it"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), SETTINGS)
+def test_anchors_that_contradict_one_another_are_refused(settings: str, message: str) -> None:
+    from megatron_ads.config.recipes import load_recipe
+
+    source = f"{{kind: table, path: a.csv, columns: {{user: u, event: e}}, {settings}}}"
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("sft/quickstart", ["model.load=x", f"data.sources=[{source}]"]).data.check()

@@ -1,6 +1,7 @@
 """A team's own files: the same rows from every format, and a name and a count for every way a row can be broken."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from megatron_ads.data import table_files
 from megatron_ads.data.own_tables import FORMS, table_rows
 from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.errors import ConfigError, DataError
+from megatron_ads.tasks.registry import TASKS
+from tests.data import tables
 
 COLUMNS = {"id": "key", "query": "search term", "title": "ad", "label": "grade"}
 GOOD = {"key": "a1", "search term": "running shoes", "ad": "Tempo Runner", "grade": "good", "unused": 1}
@@ -235,3 +238,99 @@ def test_dictionary_columns_and_numbers_of_parquet_are_read(tmp_path: Path) -> N
     pa_csv.write_csv(pq.read_table(file), tmp_path / "rows.csv")
     again = table_rows(tmp_path / "rows.csv", columns={"query": "q", "title": "t", "label": "l", "id": "n"}, task=PAIRS)
     assert [row.id for row in again] == ["7", "8"]
+
+
+HISTORY = {"onsite_search": ["tent", "lamp; green"], "past_advertisers": ["Acme"], "age": "25-34"}
+EXAMPLES: dict[AdsTask, tuple[dict[str, Any], str]] = {
+    AdsTask.query_ad_relevance: ({"query": "tent", "title": "T", "label": "good"}, "Query: tent\nAd: T"),
+    AdsTask.query_ad_three_labels: (
+        {"query": "tent", "title": "T", "label": "Good", "location": "bad", "quality": "Good"}, "Ad: T"),
+    AdsTask.ad_user_relevance: (
+        {"user": 7, "title": "T", "score": 3.0, **HISTORY}, "Searched here: tent; lamp; green\nAd: T"),
+    AdsTask.query_generation: (
+        {"keyword": "tent", "queries": ["tent 2 people", "green tent"], "reasons": ["a", "b"]}, "Queries: 2"),
+    AdsTask.next_advertiser: ({"user": 7, "advertiser": "Bolt", **HISTORY}, "Bought from: Acme"),
+    AdsTask.next_advertiser_ranking: (
+        {"user": 7, "advertiser": "Bolt", "advertisers": ["Bolt", "Acme"], "interests": ["tents"], **HISTORY},
+        "Bought from: Acme"),
+    AdsTask.user_profile: (
+        {"user": 7, "summary": "Camps.", "interests": ["tents", "lamps"], "avoid": [], **HISTORY}, "Profile: 25-34"),
+    AdsTask.model_comparison: (
+        {"request": "r", "current": "c", "new": "n", "risk": "none", "verdict": "better", "strengths": ["s"]},
+        "Request: r"),
+    AdsTask.ad_rewriting: (
+        {"title": "T", "new_title": "N", "new_text": "x", "rationale": "why", "new_keywords": ["k", "l"]}, "Ad: T"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "JSON in csv", "Python in csv"])
+@pytest.mark.parametrize("task", list(AdsTask))
+def test_every_task_has_rows_from_a_table_that_its_parser_reads(tmp_path: Path, task: AdsTask, form: str) -> None:
+    record, shown = EXAMPLES[task]
+    record = {**record, "reasoning": "Because.", "when": "2025-03-01"}
+    columns = {name: name for name in record if name != "when"} | {"time": "when"}
+    if form.endswith("csv"):
+        as_text = json.dumps if form.startswith("JSON") else str
+        record = {name: as_text(value) if isinstance(value, list) else value for name, value in record.items()}
+    texts = pa.list_(pa.string())
+    typed = {name: pa.array([cell], texts if isinstance(cell, list) else None) for name, cell in record.items()}
+    file = tables.write(tmp_path, form.split()[-1], pa.table(typed))
+    source = SourceConfig(kind=SourceKind.table, path=str(file), task=task, columns=columns)
+    source.check("data.sources[0]")
+    (row,) = read_source(source, seed=0)
+    assert shown in row.messages[0].content
+    assert row.time == datetime(2025, 3, 1, tzinfo=UTC).timestamp()
+    answer = TASKS[row.task].parse(row.target)
+    assert getattr(answer, "reasoning", None) == "Because.", answer
+
+
+def test_queries_need_as_many_reasons(tmp_path: Path) -> None:
+    file = tables.write(tmp_path, "csv", pa.table({"k": ["tent"], "q": ["a; b"], "r": ["why"]}))
+    with pytest.raises(DataError, match="there are 2 queries, but 1 reasons"):
+        table_rows(file, columns={"keyword": "k", "queries": "q", "reasons": "r"}, task=AdsTask.query_generation)
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+@pytest.mark.parametrize("task", [AdsTask.ad_user_relevance, AdsTask.user_profile, AdsTask.next_advertiser_ranking])
+def test_histories_come_from_a_log_and_end_at_each_rows_time(tmp_path: Path, task: AdsTask, form: str) -> None:
+    kinds, shops = ["find", "buy", "find", "impression"], [None, "Acme", None, None]
+    events = tables.log([20250101, 20250110, 20250120, 20250101], kinds, ["tent", None, "sofa", "x"], shops)
+    record = {name: EXAMPLES[task][0][name] for name in EXAMPLES[task][0].keys() - HISTORY.keys()} | {"user": 5}
+    texts = pa.list_(pa.string())
+    times = [datetime(2025, 1, 5), datetime(2025, 1, 10), datetime(2025, 1, 11)]
+    typed = {name: pa.array([cell] * 3, texts if isinstance(cell, list) else None) for name, cell in record.items()}
+    file = tables.write(tmp_path, "parquet", pa.table(typed | {"when": times}))
+    settings: dict[str, Any] = {"kind": SourceKind.table, "path": str(file), "task": task}
+    source = SourceConfig(
+        **settings,
+        columns={name: name for name in record} | {"time": "when"},
+        events=str(tables.write(tmp_path, form, events, name="log")),
+        event_columns=tables.EVENTS,
+        values={"event": {"find": "onsite_search", "buy": "matched_conversion", "impression": None}},
+    )
+    source.check("data.sources[0]")
+    shown = [row.messages[0].content for row in read_source(source, seed=0)]
+    assert [("tent" in text, "Acme (Acme)" in text, "sofa" in text) for text in shown] == [
+        (True, False, False),
+        (True, False, False),
+        (True, True, False),
+    ]
+    source.columns.pop("time")
+    with pytest.raises(ConfigError, match=r"columns must say which column holds time"):
+        source.check("data.sources[0]")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("task: query_ad_relevance, events: e.csv, event_columns: {user: u}", "events has no effect"),
+        ("task: user_profile, event_columns: {user: u}", "event_columns"),
+        ("task: next_advertiser, anchor: 2025-03-01, events: e.csv", "events has no effect"),
+    ],
+)
+def test_a_log_that_nothing_reads_is_refused(settings: str, message: str) -> None:
+    from megatron_ads.config.recipes import load_recipe
+
+    source = f"{{kind: table, path: a.csv, columns: {{time: t}}, {settings}}}"
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("sft/quickstart", ["model.load=x", f"data.sources=[{source}]"]).data.check()

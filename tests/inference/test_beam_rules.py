@@ -39,3 +39,10 @@ def test_names_that_the_tokenizer_cannot_tell_apart_are_refused() -> None:
 def test_no_names_are_refused() -> None:
     with pytest.raises(DataError, match="no valid names to answer with; give --names"):
         build_trie({}, END)
+
+
+def test_a_name_may_have_more_tokens_than_python_has_levels_of_recursion() -> None:
+    long = [1] * 3000
+    trie = build_trie({"long": long, "to": [1, 2]}, END)
+    assert trie.depth == 3001
+    assert (trie.name_of([*long, END]), trie.name_of([1, 2, END])) == ("long", "to")
