@@ -53,8 +53,7 @@ def read_table(part: Part, columns: Collection[str]) -> Iterator[tuple[int, Read
     Raises:
         DataError: If the file is of no known format or cannot be read, or a column is missing or there twice.
     """
-    if part.form not in TABLES:
-        raise DataError(f"{part.file} ends in {part.file.suffix!r}; known: {', '.join(TABLES)}. Rename or convert it.")
+    _require_table(part)
     stored = [name for name in columns if name not in part.partition]
     read = _read_jsonl if part.form in JSON_LINES else _read_csv if part.form in _SEPARATORS else _read_parquet
     if len(stored) == len(columns):
@@ -65,7 +64,12 @@ def read_table(part: Part, columns: Collection[str]) -> Iterator[tuple[int, Read
 
 
 def column_types(part: Part, rows: int) -> dict[str, str]:
-    """Return the columns of a file with their types: Parquet's own, elsewhere ``text`` or what the first rows hold."""
+    """Return the columns of a file with their types: Parquet's own, elsewhere ``text`` or what the first rows hold.
+
+    Raises:
+        DataError: If the file is of no known format or cannot be read.
+    """
+    _require_table(part)
     if part.form in JSON_LINES:
         lines = [row for _, row in islice(read_lines(part.file), rows) if not isinstance(row, BadRowError)]
         found = {name: type(cell).__name__ for row in lines for name, cell in row.items() if cell is not None}
@@ -77,6 +81,11 @@ def column_types(part: Part, rows: int) -> dict[str, str]:
             schema = parquet.schema_arrow
         stored = {name: str(kind) for name, kind in zip(schema.names, schema.types, strict=True)}
     return stored | dict.fromkeys(part.partition, "partition")
+
+
+def _require_table(part: Part) -> None:
+    if part.form not in TABLES:
+        raise DataError(f"{part.file} ends in {part.file.suffix!r}; known: {', '.join(TABLES)}. Rename or convert it.")
 
 
 def _read_jsonl(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow]]:

@@ -223,3 +223,9 @@ def test_a_preview_gives_the_template_what_training_gives_it(
     assert "<｜Assistant｜><think>[[" in capsys.readouterr().out
     assert main([*command, "data.template_arguments={thinkng: true}"]) == 2
     assert "'thinkng', which the chat template of" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_table_is_told_by_its_suffix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.md").write_text("# Notes\n")
+    assert main(["data", "preview", "--source", str(tmp_path / "notes.md")]) == 2
+    assert "notes.md ends in '.md'; known: .jsonl, .parquet, .csv" in capsys.readouterr().err
