@@ -1,4 +1,7 @@
-"""Read a Hugging Face checkpoint folder: every header, no data. Old and transformers-5 configs, one file or many."""
+"""A Hugging Face checkpoint folder: every header is read and checked when it is opened, data tensor by tensor.
+
+Old and transformers-5 configs, one file or many.
+"""
 
 import math
 import re

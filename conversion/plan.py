@@ -1,4 +1,4 @@
-"""What a conversion is going to write: every file, every tensor's offset, and the stored bytes it is made from.
+"""What a conversion is going to write, every file, every tensor's offset and the bytes it is made from; what it takes.
 
 A plan is made from headers alone. It is data: it can be printed, compared with a journal and sent to a worker.
 """

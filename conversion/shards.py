@@ -43,8 +43,8 @@ class ShardsFolder:
     carried: Carried
     pieces: dict[str, tuple[tuple[RankFile, StoredTensor], ...]]
     """Every stored copy of every slice, by canonical name."""
-    checksums: dict[Path, str]
-    """SHA-256 of every rank file, as it was written."""
+    written: tuple[FileRecord, ...]
+    """Every rank file, by its whole path, as the manifest says that it was written."""
 
     @property
     def shape(self) -> ModelShape:
@@ -169,17 +169,17 @@ def open_shards(path: Path) -> ShardsFolder:
                 f"{FORMAT} version {VERSION}."
             )
         layout = _layout(manifest)
-        sizes = {name: record["bytes"] for name, record in manifest["files"].items()}
-        checksums = {path / name: str(record["sha256"]) for name, record in manifest["files"].items()}
+        files = manifest["files"].items()
+        written = tuple(FileRecord(str(path / name), record["bytes"], str(record["sha256"])) for name, record in files)
         carried = Carried.parse(manifest)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DamagedCheckpointError(f"{path / MANIFEST} is damaged ({error}). Convert again.") from None
-    _compare_names(MANIFEST, [file.name for file in layout.rank_files()], sizes)
-    for name, nbytes in sizes.items():
-        if (path / name).exists() and (path / name).stat().st_size != nbytes:
+    _compare_names(MANIFEST, [file.name for file in layout.rank_files()], manifest["files"])
+    for record in written:
+        file = Path(record.name)
+        if file.exists() and (nbytes := file.stat().st_size) != record.nbytes:
             raise DamagedCheckpointError(
-                f"{path / name} has {(path / name).stat().st_size} bytes, but {MANIFEST} says {nbytes}. "
-                "Copy it again, or convert again."
+                f"{file} has {nbytes} bytes, but {MANIFEST} says {record.nbytes}. Copy it again, or convert again."
             )
     return ShardsFolder(
         path=path,
@@ -187,7 +187,7 @@ def open_shards(path: Path) -> ShardsFolder:
         layout=layout,
         carried=carried,
         pieces=_read_pieces(path, layout),
-        checksums=checksums,
+        written=written,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from conversion.atomic_file import FileRecord
 from conversion.carried import DerivedBuffer, SideFiles, find_side_files
 from conversion.errors import DamagedCheckpointError, naming_refusals, read_object
 from conversion.hf_folder import INDEX, SINGLE, HfFolder, open_hf_folder
@@ -55,8 +56,8 @@ class WeightSource:
     """Tensors that the Hugging Face checkpoint stores although its config determines them."""
     side_file_names: tuple[str, ...] = ()
     """Which side files there were when the checkpoint was written, where that is known."""
-    checksums: Mapping[Path, str] = field(default_factory=dict)
-    """SHA-256 of weight files, where it is known."""
+    written: tuple[FileRecord, ...] = ()
+    """Weight files, by their whole paths, as they were when they were written, where that is known."""
 
     def side_files(self) -> SideFiles:
         """Return what travels with the weights."""
@@ -137,7 +138,7 @@ def open_source(path: Path) -> WeightSource:
             container=folder,
             derived=carried.derived,
             side_file_names=carried.side_files,
-            checksums=folder.checksums if isinstance(folder, ShardsFolder) else {},
+            written=folder.written if isinstance(folder, ShardsFolder) else (),
         )
 
 

@@ -1,4 +1,4 @@
-"""Compare two checkpoints of any formats: every parameter, every stored copy, every bit."""
+"""Compare two checkpoints of any formats: every parameter, copy and bit, and what each says of itself."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from conversion.atomic_file import hash_file
+from conversion.atomic_file import FileRecord, hash_file
 from conversion.errors import DamagedCheckpointError
 from conversion.hf_folder import HfFolder
 from conversion.plan import in_groups
@@ -84,19 +84,6 @@ class TensorPair:
         return extent.rows * extent.columns * self.dtypes[0].itemsize * max(len(self.a), len(self.b))
 
 
-@dataclass(frozen=True, slots=True)
-class Checksum:
-    """A file and the SHA-256 that its manifest says it has."""
-
-    file: Path
-    sha256: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes to read."""
-        return self.file.stat().st_size
-
-
 def verify(a: Path, b: Path, *, tolerance: float = 0.0, workers: int = 1, progress: bool = False) -> Verification:
     """Compare two checkpoints exhaustively.
 
@@ -121,13 +108,12 @@ def verify(a: Path, b: Path, *, tolerance: float = 0.0, workers: int = 1, progre
                 differences.append(Difference(name=f"{label}: {field}", kind=DifferenceKind.CONFIG, detail=detail))
     pairs = list(_pairs(opened[0], opened[1]))
     total = sum(pair.nbytes for pair in pairs)
-    checksums = [Checksum(*each) for each in {**opened[0].checksums, **opened[1].checksums}.items()]
+    files = {*opened[0].written, *opened[1].written}
     groups = in_groups(pairs, lambda pair: pair.nbytes, _BYTES_PER_PIECE_OF_WORK)
-    work = [*map(tuple, groups), *checksums]
-    with Progress(
-        total + sum(each.nbytes for each in checksums), description="comparing", unit="B", shown=progress
-    ) as shown:
-        compare = partial(_compare_pairs, tolerance)
+    work = [*map(tuple, groups), *sorted(files, key=lambda file: file.name)]
+    nbytes = total + sum(file.nbytes for file in files)
+    with Progress(nbytes, description="comparing", unit="B", shown=progress) as shown:
+        compare = partial(_compare_piece, tolerance)
         for found in run_all(compare, work, workers=workers, advance=shown.update):
             differences += found
     order = {pair.name: number for number, pair in enumerate(pairs)}
@@ -173,15 +159,17 @@ def _alias_regions(source: WeightSource, alias: str) -> tuple[Region, ...]:
     return source.regions(source.aliases[alias])
 
 
-def _compare_pairs(tolerance: float, pairs: tuple[TensorPair, ...] | Checksum, advance: Advance) -> list[Difference]:
+def _compare_piece(tolerance: float, piece: tuple[TensorPair, ...] | FileRecord, advance: Advance) -> list[Difference]:
+    """Compare pairs with each other, or a file with what was written."""
     found = []
-    if isinstance(pairs, Checksum):
-        if hash_file(pairs.file) != pairs.sha256:
-            detail = f"{pairs.file} was changed since it was written: its SHA-256 is not that of {MANIFEST}"
-            found.append(Difference(name=pairs.file.name, kind=DifferenceKind.DAMAGED, detail=detail))
-        advance(pairs.nbytes)
+    if isinstance(piece, FileRecord):
+        file = Path(piece.name)
+        if hash_file(file) != piece.sha256:
+            detail = f"{file} was changed since it was written: its SHA-256 is not that of {MANIFEST}"
+            found.append(Difference(name=file.name, kind=DifferenceKind.DAMAGED, detail=detail))
+        advance(piece.nbytes)
         return found
-    for pair in pairs:
+    for pair in piece:
         try:
             difference = _compare(pair, tolerance)
         except DamagedCheckpointError as error:
