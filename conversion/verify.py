@@ -1,4 +1,4 @@
-"""Compare two checkpoints of any formats: every parameter, every stored copy, every bit, and what each says itself."""
+"""Compare two checkpoints of any formats: every parameter, copy and bit, and what each says of itself."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
