@@ -117,7 +117,7 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters that are trained instead of the weights: ``{rank: 16, alpha: 32, targets: [attention]}``."""
     published: str | None = None
-    """Name of the published model this is for, by which a job is planned before ``load`` is at hand; None: unknown."""
+    """Name of the published model this is for, by which a job is planned before ``load`` exists; None: unknown."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
