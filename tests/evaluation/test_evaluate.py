@@ -1,4 +1,4 @@
-"""`evaluate --url`: rows go to a server, answers and scores come out, and a mistake is one line."""
+"""How long an answer may be; with `--url`, rows go to a server, answers and scores come out, a mistake is one line."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,8 @@ import pytest
 
 from megatron_ads.cli import main
 from megatron_ads.data.chat import load_tokenizer
+from megatron_ads.evaluation.evaluate import HeldOut, longest_answers
+from megatron_ads.rows import ChatRow, Message, Role
 from tests.data.tokenizers import V31, model_tokenizer, tokenizer_in
 from tests.inference.scripted_server import Record, Reply, scripted_server
 
@@ -22,6 +24,23 @@ def good(body: dict[str, Any], _: int) -> Reply:
 def _evaluate(server: Record, *arguments: str) -> int:
     common = ["evaluate", "--url", server.url, "--served-model", "m", "server.first_wait_seconds=0.01"]
     return main([*common, *arguments, *RECIPE])
+
+
+def _row(task: str, target: str) -> ChatRow:
+    return ChatRow(id=target, task=task, messages=(Message(Role.user, "?"), Message(Role.assistant, target)))
+
+
+def test_an_answer_may_be_a_quarter_longer_than_the_longest_of_its_task_that_was_taught(tmp_path: Path) -> None:
+    tokenizer_in(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    asked = [_row("a", "x"), _row("b", "x"), _row("held out only", "x")]
+    training = [_row("a", "red"), _row("a", "red and blue and green"), _row("b", "red"), _row("c", "red " * 100)]
+    rows = HeldOut(tasks=asked[:2], general=asked[2:], training=training)
+    lengths = {task: len(tokenizer.encode(text)) for task, text in (("a", "red and blue and green"), ("b", "red"))}
+    lengths["held out only"] = len(tokenizer.encode("red " * 100))
+    expected = {task: round(1.25 * length) + 1 for task, length in lengths.items()}
+    assert longest_answers(tokenizer, rows, None) == expected
+    assert longest_answers(None, rows, 7) == dict.fromkeys(expected, 7)
 
 
 def test_conversations_are_answered_and_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
