@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ads.errors import DataError
+from megatron_ads.errors import DataError, one_line
 from megatron_ads.layout import rank
 from megatron_ads.observability.log import get_logger
 from megatron_ads.rows import ChatRow, Message, Role, TokenizedRow
@@ -143,8 +143,11 @@ def load_tokenizer(folder: Path, template_arguments: Mapping[str, Any] | None = 
     # Not AutoTokenizer: for some class names it rebuilds the tokenizer from its vocabulary, with another splitting.
     try:
         fast = PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as error:  # noqa: BLE001 - tokenizers has no class of its own for what it refuses
-        raise DataError(f"{folder}: the tokenizer cannot be loaded ({error}). Copy its files again.") from None
+    # tokenizers raises Exception itself, and transformers KeyError, TypeError and others, for files it did not expect.
+    except Exception as error:  # noqa: BLE001
+        raise DataError(
+            f"{folder}: the tokenizer cannot be loaded ({one_line(error)}). Copy its files again."
+        ) from None
     template, arguments = _template_of(fast), dict(template_arguments or {})
     for name in arguments:
         if name in _RESERVED or not re.search(rf"\b{re.escape(name)}\b", template):

@@ -59,8 +59,7 @@ class Corpus:
         rows = [*(row for rows in self.training for row in rows), *self.validation]
         parts = [f"{len(rows) - len(self.validation):,} rows to train on, {len(self.validation):,} held out"]
         parts += [f"{len(self.faulty):,} cannot be used"] if self.faulty else []
-        parts += [str(self.repeats)] if self.repeats.rows else []
-        return "; ".join([*parts, *without_reasons(rows)])
+        return "; ".join([*parts, *notes_on(rows, self.repeats)])
 
 
 def read_corpus(config: DataConfig) -> Corpus:
@@ -81,7 +80,7 @@ def read_corpus(config: DataConfig) -> Corpus:
     sources = [found.rows if config.reasoning else answers_alone(found.rows) for found in checked]
     everything = [row for rows in sources for row in rows]
     repeats = count_repeats(everything)
-    for note in [*([str(repeats)] if repeats.rows else []), *without_reasons(everything)]:
+    for note in notes_on(everything, repeats):
         if rank() == 0:
             logger.log(logging.WARNING if repeats.contradicting else logging.INFO, "%s.", note)
     rows_held_out = config.validation_rows
@@ -106,11 +105,14 @@ def read_corpus(config: DataConfig) -> Corpus:
     )
 
 
-def without_reasons(rows: Sequence[ChatRow]) -> list[str]:
-    """Return a sentence on how many targets of tasks that reason do not; none if all do."""
+def notes_on(rows: Sequence[ChatRow], repeats: Repeats) -> list[str]:
+    """Return a sentence on repeats if there are any, and one on targets without reasoning in tasks that reason."""
+    notes = [str(repeats)] if repeats.rows else []
     wanted = [row for row in rows if row.task in TASKS and TASKS[row.task].reasons]
     without = sum(not reasoning_required(row) for row in wanted)
-    return [f"{without:,} of {len(wanted):,} targets give no reasoning, so answers need none"] if without else []
+    if without:
+        notes.append(f"{without:,} of {len(wanted):,} targets give no reasoning, so answers need none")
+    return notes
 
 
 def answers_alone(rows: Sequence[ChatRow]) -> list[ChatRow]:

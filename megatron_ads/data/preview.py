@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from megatron_ads.data.chat import ChatTokenizer, holds_control_text, tokenize_row
-from megatron_ads.data.corpus import tokenize, without_reasons
+from megatron_ads.data.corpus import notes_on, tokenize
 from megatron_ads.data.split import Repeats, count_repeats
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.row_checks import CheckedRows, RowFault
@@ -140,7 +140,7 @@ def summarise(checked: CheckedRows, tokenizer: ChatTokenizer, *, seq_length: int
         first_faulty=checked.faulty[0].row_id if checked.faulty else None,
         with_control_text=sum(holds_control_text(row, tokenizer) for row in checked.rows),
         repeats=(repeats := count_repeats(checked.rows)),
-        notes=[*([str(repeats)] if repeats.rows else []), *without_reasons(checked.rows)],
+        notes=notes_on(checked.rows, repeats),
     )
 
 

@@ -46,11 +46,7 @@ def question_of(row: ChatRow) -> str:
 def _instructions() -> dict[str, str]:
     """Return the name of the template by each wording of its instruction, folded."""
     templates = [template for task in TASKS.values() for template in task.templates]
-    return {
-        same_name(template.instruction(wording)): template.name
-        for template in templates
-        for wording in range(len(template.paraphrases))
-    }
+    return {same_name(wording): template.name for template in templates for wording in template.instructions()}
 
 
 @dataclass(frozen=True, slots=True)

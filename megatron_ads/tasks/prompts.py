@@ -44,6 +44,10 @@ class Template:
         text = self.paraphrases[wording]
         return f"{text} {self.answer_form}" if self.answer_form else text
 
+    def instructions(self) -> tuple[str, ...]:
+        """Return every wording, with the form of the answer."""
+        return tuple(map(self.instruction, range(len(self.paraphrases))))
+
     def wording_of(self, row_id: str) -> int:
         """Return which wording a row has; it depends on this template and the id alone."""
         return stable_integer(self.name, row_id) % len(self.paraphrases)

@@ -46,8 +46,7 @@ def facts_of_text_row(row: ChatRow) -> ChatRow:
 def _facts_of_prompt(row: ChatRow) -> Facts:
     content = row.prompt[-1].content if row.prompt else ""
     instruction, _, shown = content.partition("\n")
-    templates = TASKS[row.task].templates
-    known = {template.instruction(wording) for template in templates for wording in range(len(template.paraphrases))}
+    known = {wording for template in TASKS[row.task].templates for wording in template.instructions()}
     before, listed, names = shown.rpartition(f"\n{LABELS[Fact.candidates]}:\n")
     parts, complete = _labelled_parts(before if listed else shown)
     facts = _as_facts(parts, row.task)

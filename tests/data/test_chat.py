@@ -114,6 +114,22 @@ def test_a_folder_without_a_tokenizer_says_what_to_copy(tmp_path: Path):
         load_tokenizer(tmp_path / "absent")
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", b'{"cut": '),
+        ("tokenizer.json", b'{"version": "1.0", "added_tokens": [], "model": {"type": "Unknown"}}'),
+        ("tokenizer_config.json", b'{"eos_token": 3}'),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_loaded_is_refused(tmp_path: Path, file: str, content: bytes):
+    tokenizer_in(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(DataError, match=r"the tokenizer cannot be loaded \(.+\)\. Copy its files again\.$") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match="names no eos_token"):
         tokenizer_in(tmp_path, eos_token=None)
