@@ -178,7 +178,8 @@ class LayoutConfig:
     etp: int = 1
     """Tensor parallel inside one expert."""
     pipeline: str | None = None
-    """Layers of every chunk, as ``Et|(tt|)*29tmL``; None spreads them evenly."""
+    """Layers of every chunk, as ``Et|(tt|)*29tmL``; None spreads them evenly. The MTP layers (m) are in the chunk
+    of the loss (L) or in the one before it."""
     first_stage_layers: int | None = None
     """Decoder layers of stage 0, where the others share the rest evenly; None is an even share."""
     last_stage_layers: int | None = None

@@ -40,6 +40,10 @@ def _changed(job: PlannedJob) -> Iterator[tuple[str, PlannedJob]]:
         yield f"model.mtp_loss_weight={weight:g}", replace(job, model=replace(model, mtp_loss_weight=weight))
     for moved, placement in _moved(job.shape, sizes, job.placement):
         yield f"{moved} layer{'s' * (moved != 1)} on stage 0", replace(job, placement=placement)
+    if job.trains_mtp and sizes.cp == sizes.etp == 1:
+        for _, placement in arrangements(job, pp=sizes.pp, tp=sizes.tp, vpp=sizes.vpp, ep=sizes.ep):
+            if placement.chunks[-1].mtp_layers == ():
+                yield "MTP layers before the loss", replace(job, placement=placement)
     if sizes.pp > 1:
         yield from _laid_out(job, "vpp", 2 if sizes.vpp == 1 else 1)
     for tp in (sizes.tp // 2, sizes.tp * 2):

@@ -285,6 +285,24 @@ def test_the_command_prints_the_plan_and_says_by_exit_status_whether_it_fits(
     assert "DOES NOT FIT by 8.04 GB" in capsys.readouterr().out
 
 
+def test_the_command_searches_and_says_what_one_setting_buys(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--recipe", "sft/moonlight_16b_8gpu", "--search"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    for expected in ("arrangements tried; fastest of those that fit", "one setting changed", "model.recompute=none"):
+        assert expected in printed
+    assert max(map(len, printed.splitlines())) <= 120
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["search"]
+    assert found["best"][0]["recompute"] == "none"
+    assert "layout.tp=2" in [switch["setting"] for switch in found["switches"]]
+
+
+def test_routing_better_than_balanced_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--recipe", "sft/moonlight_16b_8gpu", "--routing-imbalance", "0.9"]) == 2
+    assert "--routing-imbalance is 0.9; it must be at least 1" in capsys.readouterr().err
+
+
 def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--recipe", "sft/moonlight_16b_8gpu", "--gpu", "h200", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)

@@ -47,6 +47,7 @@ JOBS = {
         {"recompute": Recompute.selective, "recompute_stages": 1},
     ),
     "MTP layer on a stage of its own": (4, {"pp": 4, "pipeline": "Ett|tt|m|L"}, {"recompute": Recompute.full}),
+    "MTP layer in a virtual chunk of its own": (4, {"pp": 4, "vpp": 2, "pipeline": "Et|t|t|t|||m|L"}, {}),
 }
 
 
