@@ -169,7 +169,7 @@ def test_an_expert_that_two_ranks_hold_and_one_that_none_does_are_found() -> Non
 
 
 def test_groups_of_the_published_layout() -> None:
-    groups = expected_groups(r1_job().layout, 8)
+    groups = expected_groups(r1_job("layout=pp31_ep8").layout, 8)
     assert groups["ep"] == groups["dp"] == tuple(range(8, 16))
     assert groups["pp"] == tuple(range(0, 248, 8))
     assert groups["edp"] == groups["tp"] == (8,)
