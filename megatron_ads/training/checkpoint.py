@@ -37,7 +37,7 @@ from conversion.carried import SIDE_FOLDER, copy_side_files
 from megatron_ads.errors import CheckpointError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.optim.chain import OptimizerChain
-from megatron_ads.optim.state import load_optimizer_state, sharded_optimizer_state
+from megatron_ads.optim.state import set_updates, sharded_optimizer_state
 from megatron_ads.training.adapter_record import AdapterRecord, require_same_adapters
 from megatron_ads.training.checkpoint_errors import (
     failed_writes_named,
@@ -205,7 +205,7 @@ def load_checkpoint(
     for index, chunk in enumerate(chunks):
         _load_model(chunk, loaded[f"model{index}"])
     progress = JobProgress(**loaded["training"])
-    load_optimizer_state(optimizer, loaded["optimizer"], updates=progress.updates)
+    set_updates(optimizer, progress.updates)
     if same_layout:
         torch.set_rng_state(loaded["rng"]["torch"])
         tracker = get_cuda_rng_tracker()
