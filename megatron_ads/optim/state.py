@@ -48,8 +48,8 @@ def sharded_optimizer_state(
     entries = extract_sharded_tensors_and_factories(model_state)[0]
     by_parameter = {id(entry.data): entry for entry in nested_values(entries)}
     pieces: list[ShardedTensor] = []
-    for member in chain.members:
-        for parameter, first in _shares(member) if isinstance(member, ShardedMember) else ():
+    for member in (each for each in chain.members if isinstance(each, ShardedMember)):
+        for parameter, first in _shares(member):
             entry = by_parameter.get(id(parameter))
             if entry is None:
                 raise CheckpointError("a trained parameter is missing from the model's sharded state dict.")
@@ -121,7 +121,7 @@ def _piece(tensor: ShardedTensor, data: Tensor, offset: Sequence[int]) -> Sharde
         global_shape=tensor.global_shape,
         global_offset=tensor.global_offset[:added] + inner,
         axis_fragmentations=None,  # no regular grid
-        replica_id=(*tensor.replica_id[:2], 0),  # type: ignore[index, misc]
+        replica_id=(*tensor.replica_id[:2], 0),
     )
 
 

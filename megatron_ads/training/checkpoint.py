@@ -8,10 +8,7 @@ a checkpoint depends on the layout but the random-number states, which are used 
 that trains adapters it holds these and their optimizer state: the frozen weights are read from ``model.load`` again.
 """
 
-import json
-import os
-import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,18 +18,10 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from conversion.atomic_file import sync_folder
 from conversion.carried import SIDE_FOLDER, copy_side_files
 from megatron_ads.errors import CheckpointError
 from megatron_ads.layout import ParallelLayout
@@ -45,15 +34,9 @@ from megatron_ads.training.checkpoint_errors import (
     raised_on_all_ranks,
     refuse_foreign_pickles,
 )
-from megatron_ads.training.checkpoint_folder import (
-    FORMAT,
-    MANIFEST,
-    checksum,
-    complete_checkpoints,
-    partial_checkpoints,
-    read_manifest,
-    verify_files,
-)
+from megatron_ads.training.checkpoint_folder import FORMAT, complete_checkpoints, read_manifest, verify_files
+from megatron_ads.training.checkpoint_save import PendingSave, prepare, publish, remove
+from megatron_ads.training.checkpoint_writer import PlannedSave, RankWriter, WrittenFile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,11 +63,14 @@ def save_checkpoint(
     side_files: Path | None,
     keep_last: int,
     adapters: AdapterRecord | None = None,
-) -> Path:
+    in_background: bool = False,
+) -> PendingSave:
     """Write one checkpoint; a collective over all ranks. Older ones beyond ``keep_last`` are deleted afterwards.
 
     ``side_files`` is a folder (config, tokenizer) copied along as ``hf/``, so that an export needs nothing else.
     ``adapters`` describes the adapters that are trained, if it is not the weights: the checkpoint then holds only them.
+    ``in_background``: return when the tensors are copied to the host, before they are written; the checkpoint is there
+    when ``wait`` of what is returned has returned, which must be called on all ranks before the next save.
 
     Raises:
         CheckpointError, ConversionError: On a full disk, or if a checkpoint of this step is already there; on every
@@ -97,82 +83,51 @@ def save_checkpoint(
     partial = directory / f".{final.name}.partial"
     with raised_on_all_ranks(), failed_writes_named(directory):
         if dist.get_rank() == 0:
-            _prepare(directory, final, partial)
-    state = _sharded_state(chunks, optimizer, loading=False)
-    state["training"] = asdict(progress)
-    entries: list[Any] = [None] * dist.get_world_size()
+            prepare(directory, final, partial)
+    state = _sharded_state(chunks, optimizer, loading=False) | {"training": asdict(progress)}
     with failed_writes_named(directory):
-        _write_tensors(state, partial)
-    with raised_on_all_ranks(), failed_writes_named(directory):
-        own_entries = _file_entries(partial, partial.glob(f"__{dist.get_rank()}_*.distcp"))
-    dist.all_gather_object(entries, own_entries)
-    with raised_on_all_ranks(), failed_writes_named(directory):
-        if dist.get_rank() == 0:
-            if side_files is not None:
-                copy_side_files(side_files, partial / SIDE_FOLDER)
-            merged = {name: entry for part in entries for name, entry in part.items()}
-            _finish(partial, final, merged, progress, layout, adapters)
-            for _, folder in complete_checkpoints(directory)[:-keep_last]:
-                _remove(folder)
-    return final
-
-
-def _prepare(directory: Path, final: Path, partial: Path) -> None:
-    if final.exists():
-        raise CheckpointError(f"{final} already exists; delete it or choose another checkpoint.dir.")
-    for leftover in partial_checkpoints(directory):
-        shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
-
-
-def _write_tensors(state: dict[str, Any], partial: Path) -> None:
-    dist_checkpointing.save(state, str(partial), sharded_strategy=InProcessSave(), content_metadata={"format": FORMAT})
-
-
-def _file_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, int]]:
-    """Flush the files to disk; return name -> size and checksum."""
-    entries = {}
-    for file in files:
-        with file.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        entries[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "crc32": checksum(file)}
-    return entries
-
-
-def _finish(
-    partial: Path,
-    final: Path,
-    entries: dict[str, dict[str, int]],
-    progress: JobProgress,
-    layout: ParallelLayout,
-    adapters: AdapterRecord | None,
-) -> None:
-    """Rank 0: add the files nobody else owns, write the manifest last, and give the folder its name."""
-    others = [file for file in partial.rglob("*") if file.is_file() and str(file.relative_to(partial)) not in entries]
+        writer = _plan(state, partial, staged=in_background)
     manifest = {
         "format": FORMAT,
         "step": progress.step,
         "updates": progress.updates,
         "layout": asdict(layout),
         "adapters": None if adapters is None else adapters.as_json(),
-        "files": dict(sorted((entries | _file_entries(partial, others)).items())),
     }
-    temporary = partial / f"{MANIFEST}.partial"
-    with temporary.open("w", encoding="utf-8") as handle:
-        json.dump(manifest, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.rename(partial / MANIFEST)
-    sync_folder(partial)
-    partial.rename(final)
-    sync_folder(final.parent)
+
+    def write() -> WrittenFile:
+        with failed_writes_named(directory, rank=dist.get_rank()):
+            return writer.write()
+
+    def complete(files: list[WrittenFile]) -> None:
+        with failed_writes_named(directory):
+            writer.write_index(files)
+            if side_files is not None:
+                copy_side_files(side_files, partial / SIDE_FOLDER)
+            publish(partial, final, files, manifest)
+            for _, folder in complete_checkpoints(directory)[:-keep_last]:
+                remove(folder)
+
+    pending = PendingSave(write, complete)
+    if in_background:
+        pending.start()
+    else:
+        pending.run()
+        pending.wait()
+    return pending
 
 
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint so that a kill in between leaves a folder without its manifest, never a damaged one."""
-    doomed = folder.with_name(f".{folder.name}.partial")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def _plan(state: dict[str, Any], partial: Path, *, staged: bool) -> RankWriter:
+    """Write the common state and agree on who writes which tensor, spread over those that hold it; a collective."""
+    strategy = PlannedSave(staged=staged)
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    dist_checkpointing.save(
+        state,
+        str(partial),
+        sharded_strategy=FullyParallelSaveStrategyWrapper(strategy, replicas),
+        content_metadata={"format": FORMAT},
+    )
+    return strategy.writer
 
 
 def load_checkpoint(
@@ -256,25 +211,3 @@ def _random_states() -> dict[str, ShardedTensor]:
         name: ShardedTensor.from_rank_offsets(f"rng.{name}", state.cpu(), where, prepend_axis_num=1)
         for name, state in states.items()
     }
-
-
-class InProcessSave(TorchDistSaveShardedStrategy):
-    """The torch_dist save strategy without writer processes (megatron-core 0.16); the bytes written are the same.
-
-    Megatron's own strategy starts processes for every save, so that training can continue meanwhile. A synchronous save
-    gains nothing from them: it waits seconds for them, and a fork of a process with CUDA or gloo threads can deadlock.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
-    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path | str) -> None:
-        """Write this rank's tensors to ``__<rank>_0.distcp``, flushed to disk; a collective."""
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True),
-            planner=MCoreSavePlanner(
-                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
-            ),
-        )

@@ -19,9 +19,12 @@ import torch.distributed as dist
 
 from conversion.atomic_file import sync_folder
 from megatron_ads.errors import CheckpointError, MegatronAdsError
+from megatron_ads.observability.log import get_logger
 from megatron_ads.runtime.process_groups import job_store
 from megatron_ads.training.checkpoint_folder import MANIFEST, checksum, partial_checkpoints
 from megatron_ads.training.checkpoint_writer import WrittenFile
+
+logger = get_logger(__name__)
 
 SLOWEST_WRITER_SECONDS = 3600.0
 """For how long a rank that has written its file waits for the others: storage may be slow, and unevenly."""
@@ -47,10 +50,12 @@ class PendingSave:
 
     def run(self) -> None:
         """Write, tell the others, and complete the checkpoint on rank 0; what goes wrong is raised by ``wait``."""
+        told: dict[str, Any]
         try:
             told = {"file": asdict(self._write())}
         except Exception as error:  # noqa: BLE001 whatever it is, the others must not wait for this rank
             self._error, told = error, {"error": _words(error)}
+            logger.error("a checkpoint could not be written: %s", told["error"])  # in a thread, long before ``wait``
         self._store.set(str(dist.get_rank()), json.dumps(told))
         if dist.get_rank() == 0:
             self._store.set(_END, self._completed())
@@ -78,6 +83,7 @@ class PendingSave:
             self._complete([WrittenFile(**answer["file"]) for answer in told])
         except Exception as error:  # noqa: BLE001 as above
             self._error = error
+            logger.error("a checkpoint could not be completed: %s", _words(error))
             return _words(error)
         return ""
 

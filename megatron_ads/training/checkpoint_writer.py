@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 Item = tuple[str, list[int] | None, int | None, int, int]
-"""Key, offset of the tensor's part and its number there (None for an object); where in the file it is, and its bytes."""
+"""Key; offset of a part of a tensor, and its number; where in the file it is, and how many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,7 @@ class PlannedSave(TorchDistSaveShardedStrategy):
             if self._staged and isinstance(entry, ShardedTensor):
                 entry.data = to_host(cast(Tensor, entry.data).detach(), copy=True)
         self.writer = RankWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True)
-        planner = MCoreSavePlanner(
-            dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
-        )
+        planner = MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False)
         save(mcore_to_pyt_state_dict(by_key, False), storage_writer=self.writer, planner=planner)
 
 
@@ -118,6 +116,7 @@ class RankWriter(FileSystemWriter):
                 items.append((index.fqn, offset, index.index, start, file.bytes - start))
             raw.flush()
             os.fsync(raw.fileno())
+        del self._plan, self._planner  # and with them what was copied to the host
         return WrittenFile(name, file.bytes, file.crc32, items)
 
     def write_index(self, files: Sequence[WrittenFile]) -> None:
