@@ -84,10 +84,12 @@ def _values(member: ShardedMember, parameter: Tensor, key: str, *, loading: bool
     if key == MASTER:
         return shard.detach()
     state = member.inner.optimizer.state[shard]
-    if key not in state:
-        if not loading:
-            return torch.zeros(1, device=shard.device).expand(shard.numel())
-        state[key] = torch.zeros_like(shard.detach(), dtype=torch.float32)
+    if key in state:
+        return state[key]
+    dtype = getattr(member.inner.optimizer, "exp_avg_dtype", torch.float32)  # of both; FusedAdam's name
+    if not loading:
+        return torch.zeros(1, dtype=dtype, device=shard.device).expand(shard.numel())
+    state[key] = torch.zeros_like(shard.detach(), dtype=dtype)
     return state[key]
 
 

@@ -61,7 +61,7 @@ class PendingSave:
             self._store.set(_END, self._completed())
 
     def wait(self) -> None:
-        """Return when the checkpoint is complete.
+        """Return when the checkpoint is complete and every rank knows it; a collective.
 
         Raises:
             CheckpointError: On every rank, if it failed on one; that rank raises its own error.
@@ -69,6 +69,7 @@ class PendingSave:
         if self._thread.ident is not None:
             self._thread.join(2 * SLOWEST_WRITER_SECONDS)
         failure = self._take(_END)
+        dist.barrier()  # rank 0 may end the job next, and with it the store that others still ask
         if self._error is not None:
             raise self._error
         if failure:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,11 +52,13 @@ def _held_back(go_on: threading.Event, planners: list[weakref.ref]) -> Callable[
     return when_allowed
 
 
-def _train_while_saving(recipe: Recipe) -> tuple[list[float], list[str], bool]:
-    """Save after step 1, write when steps 2 and 3 are done.
+def _train_while_saving(recipe: Recipe) -> tuple[list[float], list[str], bool, float]:
+    """Save after step 1, write when steps 2 and 3 are done; rank 1 asks late whether all is done.
 
-    Return their losses, what was in the folder meanwhile, and whether the copies are gone at the end.
+    Return their losses, what was in the folder meanwhile, whether the copies are gone at the end, and when that was.
     """
+    import torch.distributed as dist
+
     from megatron_ads.training.checkpoint_writer import RankWriter
 
     model, shards, source = start(recipe)
@@ -67,9 +70,11 @@ def _train_while_saving(recipe: Recipe) -> tuple[list[float], list[str], bool]:
         losses = run_steps(model, shards, 1, 2).loss
         meanwhile = _names(recipe.checkpoints)
         go_on.set()
+        time.sleep(3.0 * dist.get_rank())
         pending.wait()
+    done = time.monotonic()
     gc.collect()
-    return losses, meanwhile, [planner() for planner in planners] == [None]
+    return losses, meanwhile, [planner() for planner in planners] == [None], done
 
 
 def _save_and_train(recipe: Recipe) -> list[float]:
@@ -87,7 +92,9 @@ def _checksums(checkpoints: Path) -> dict[str, dict[str, int]]:
 def test_what_is_written_meanwhile_is_the_state_at_the_save_and_changes_no_loss(recipe: Recipe, tmp_path: Path) -> None:
     at_once = replace(recipe, checkpoints=tmp_path / "at_once")
     expected = run_ranks(2, _save_and_train, at_once)
-    for rank, (losses, meanwhile, freed) in enumerate(run_ranks(2, _train_while_saving, recipe)):
+    saved = run_ranks(2, _train_while_saving, recipe)
+    assert abs(saved[0][3] - saved[1][3]) < 2  # no rank ends the job while others still ask
+    for rank, (losses, meanwhile, freed, _) in enumerate(saved):
         assert losses == expected[rank] and freed
         assert meanwhile == [f".{CHECKPOINT}.partial"]
     assert _names(recipe.checkpoints) == [CHECKPOINT]
