@@ -72,11 +72,12 @@ def _write_with_whole_tensors(folder: Path, older: Path) -> int:
     from megatron_ads.training.checkpoint_save import flushed
     from megatron_ads.training.checkpoint_writer import PlannedSave
 
-    tensors = dist_checkpointing.load_plain_tensors(str(folder))
-    whole = {key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in tensors.items()}
+    loaded = dist_checkpointing.load_plain_tensors(str(folder))
+    common = {"training": loaded.pop("training")}
+    del loaded["content_metadata"]
+    whole = {key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in loaded.items()}
     older.mkdir(parents=True)
     strategy = PlannedSave(staged=False)
-    common = {"training": dist_checkpointing.load_common_state_dict(str(folder))["training"]}
     dist_checkpointing.save(whole | common, str(older), sharded_strategy=strategy)
     strategy.writer.write_index([strategy.writer.write()])
     manifest = json.loads((folder / "manifest.json").read_text())
