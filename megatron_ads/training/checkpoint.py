@@ -8,6 +8,7 @@ a checkpoint depends on the layout but the random-number states, which are used 
 that trains adapters it holds these and their optimizer state: the frozen weights are read from ``model.load`` again.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -69,52 +70,70 @@ def save_checkpoint(
 
     ``side_files`` is a folder (config, tokenizer) copied along as ``hf/``, so that an export needs nothing else.
     ``adapters`` describes the adapters that are trained, if it is not the weights: the checkpoint then holds only them.
-    ``in_background``: return when the tensors are copied to the host, before they are written; the checkpoint is there
-    when ``wait`` of what is returned has returned, which must be called on all ranks before the next save.
+    ``in_background``: return when the tensors are copied to the host; the checkpoint is there when ``wait`` of what is
+    returned has returned, which must be called on all ranks before the next save.
 
     Raises:
-        CheckpointError, ConversionError: On a full disk, or if a checkpoint of this step is already there; on every
-            rank.
+        CheckpointError, ConversionError: On every rank, on a full disk or if there is a checkpoint of this step.
         TopologyError: If the ranks disagree about the number of updates.
     """
     if optimizer.agreed_updates() != progress.updates:
         raise CheckpointError(f"progress says {progress.updates} updates, the optimizer {optimizer.updates}.")
-    final = directory / f"step-{progress.step:08d}"
+    final, partial = _new_folder(directory, progress.step)
+    state = _sharded_state(chunks, optimizer, loading=False) | {"training": asdict(progress)}
+    with failed_writes_named(directory):
+        writer = _plan(state, partial, staged=in_background)
+    complete = functools.partial(
+        _complete,
+        writer=writer,
+        final=final,
+        partial=partial,
+        manifest=_manifest(progress, layout, adapters),
+        side_files=side_files,
+        keep_last=keep_last,
+    )
+    pending = PendingSave(writer.write, complete, directory)
+    pending.start(in_background=in_background)
+    return pending
+
+
+def _new_folder(directory: Path, step: int) -> tuple[Path, Path]:
+    """Make the temporary folder of a checkpoint; return its name to be and its own; a collective."""
+    final = directory / f"step-{step:08d}"
     partial = directory / f".{final.name}.partial"
     with raised_on_all_ranks(), failed_writes_named(directory):
         if dist.get_rank() == 0:
             prepare(directory, final, partial)
-    state = _sharded_state(chunks, optimizer, loading=False) | {"training": asdict(progress)}
-    with failed_writes_named(directory):
-        writer = _plan(state, partial, staged=in_background)
-    manifest = {
+    return final, partial
+
+
+def _complete(
+    files: list[WrittenFile],
+    *,
+    writer: RankWriter,
+    final: Path,
+    partial: Path,
+    manifest: dict[str, Any],
+    side_files: Path | None,
+    keep_last: int,
+) -> None:
+    """Rank 0, once all ranks have written: add what belongs to no rank, and give the folder its name."""
+    writer.write_index(files)
+    if side_files is not None:
+        copy_side_files(side_files, partial / SIDE_FOLDER)
+    publish(partial, final, files, manifest)
+    for _, folder in complete_checkpoints(final.parent)[:-keep_last]:
+        remove(folder)
+
+
+def _manifest(progress: JobProgress, layout: ParallelLayout, adapters: AdapterRecord | None) -> dict[str, Any]:
+    return {
         "format": FORMAT,
         "step": progress.step,
         "updates": progress.updates,
         "layout": asdict(layout),
         "adapters": None if adapters is None else adapters.as_json(),
     }
-
-    def write() -> WrittenFile:
-        with failed_writes_named(directory, rank=dist.get_rank()):
-            return writer.write()
-
-    def complete(files: list[WrittenFile]) -> None:
-        with failed_writes_named(directory):
-            writer.write_index(files)
-            if side_files is not None:
-                copy_side_files(side_files, partial / SIDE_FOLDER)
-            publish(partial, final, files, manifest)
-            for _, folder in complete_checkpoints(directory)[:-keep_last]:
-                remove(folder)
-
-    pending = PendingSave(write, complete)
-    if in_background:
-        pending.start()
-    else:
-        pending.run()
-        pending.wait()
-    return pending
 
 
 def _plan(state: dict[str, Any], partial: Path, *, staged: bool) -> RankWriter:

@@ -21,6 +21,7 @@ from conversion.atomic_file import sync_folder
 from megatron_ads.errors import CheckpointError, MegatronAdsError
 from megatron_ads.observability.log import get_logger
 from megatron_ads.runtime.process_groups import job_store
+from megatron_ads.training.checkpoint_errors import failed_writes_named
 from megatron_ads.training.checkpoint_folder import MANIFEST, checksum, partial_checkpoints
 from megatron_ads.training.checkpoint_writer import WrittenFile
 
@@ -35,24 +36,32 @@ class PendingSave:
     """A checkpoint on its way to the disk; the same calls on every rank.
 
     ``write`` writes this rank's file; ``complete`` is called on rank 0 with all files once they are written.
+    ``directory`` is named in errors.
     """
 
-    def __init__(self, write: Callable[[], WrittenFile], complete: Callable[[list[WrittenFile]], None]) -> None:
-        self._write, self._complete = write, complete
+    def __init__(
+        self, write: Callable[[], WrittenFile], complete: Callable[[list[WrittenFile]], None], directory: Path
+    ) -> None:
+        self._write, self._complete, self._directory = write, complete, directory
         self._store = job_store("checkpoint")
         self._error: Exception | None = None
         # A daemon: at the end of a process that has failed nobody waits for it, as if it had been killed.
-        self._thread = threading.Thread(target=self.run, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
 
-    def start(self) -> None:
-        """Write in a thread."""
-        self._thread.start()
+    def start(self, *, in_background: bool) -> None:
+        """Write in a thread, or at once; then it raises as ``wait`` does."""
+        if in_background:
+            self._thread.start()
+        else:
+            self._run()
+            self.wait()
 
-    def run(self) -> None:
+    def _run(self) -> None:
         """Write, tell the others, and complete the checkpoint on rank 0; what goes wrong is raised by ``wait``."""
         told: dict[str, Any]
         try:
-            told = {"file": asdict(self._write())}
+            with failed_writes_named(self._directory, rank=dist.get_rank()):
+                told = {"file": asdict(self._write())}
         except Exception as error:  # noqa: BLE001 whatever it is, the others must not wait for this rank
             self._error, told = error, {"error": _words(error)}
             logger.error("a checkpoint could not be written: %s", told["error"])  # in a thread, long before ``wait``
@@ -81,7 +90,8 @@ class PendingSave:
             told = [json.loads(self._take(str(rank))) for rank in range(dist.get_world_size())]
             if failed := [answer["error"] for answer in told if "error" in answer]:
                 return str(failed[0])
-            self._complete([WrittenFile(**answer["file"]) for answer in told])
+            with failed_writes_named(self._directory):
+                self._complete([WrittenFile(**answer["file"]) for answer in told])
         except Exception as error:  # noqa: BLE001 as above
             self._error = error
             logger.error("a checkpoint could not be completed: %s", _words(error))
