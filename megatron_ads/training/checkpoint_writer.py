@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -71,7 +72,14 @@ class PlannedSave(TorchDistSaveShardedStrategy):
         self._staged = staged
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path | str) -> None:
-        """Agree on who writes what; a collective."""
+        """Agree on who writes what; a collective.
+
+        megatron-core 0.19 puts the common state among the tensors, as an object that is unpickled freely when it is
+        loaded; it becomes the file that older versions write, and all read, which admits plain values only.
+        """
+        common = sharded_state_dict.pop("common_state", None)
+        if common is not None and dist.get_rank() == 0:
+            torch.save(common.data, Path(checkpoint_dir) / "common.pt")
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         for entry in (entry for entries in by_key.values() for entry in entries):
             if self._staged and isinstance(entry, ShardedTensor):
