@@ -1,6 +1,6 @@
 """Kill one rank of a real job again and again, and check that nothing complete is lost and no number changes.
 
-    python -m parity_tests.crash_test [--repetitions 20] [--seed 0] [--out DIR]
+    python -m parity_tests.crash_test [--repetitions 20] [--seed 0] [--async-save] [--out DIR]
 
 A small model is trained on 4 processes, pp 2 x ep 2, stage 0 without routed experts: once undisturbed, then once for
 each repetition, in which a random rank gets SIGKILL at a random moment: while the job starts, between two steps, or
@@ -175,18 +175,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--longest-wait", type=float, default=180.0, metavar="SECONDS", help="for a job to start, or end (default 180)"
     )
+    parser.add_argument(
+        "--async-save", action="store_true", help="kill jobs that save in the background; the undisturbed one does not"
+    )
     parser.add_argument("--out", type=Path, help="folder to work in (default: a temporary one, removed unless broken)")
     args = parser.parse_args(argv)
     root = args.out or Path(tempfile.mkdtemp(prefix="crash-test-"))
-    broken = run_repetitions(args.repetitions, root, random.Random(args.seed), args.longest_wait)
+    overrides = ["checkpoint.async_save=true"] if args.async_save else []
+    broken = run_repetitions(args.repetitions, root, random.Random(args.seed), args.longest_wait, overrides)
     _say(f"{args.repetitions - broken} of {args.repetitions} kills survived")
     if args.out is None and not broken:
         shutil.rmtree(root)
     return 1 if broken else 0
 
 
-def run_repetitions(repetitions: int, root: Path, generator: random.Random, longest_wait: float) -> int:
-    """Return how many repetitions broke a promise; the folders of the others are removed."""
+def run_repetitions(
+    repetitions: int, root: Path, generator: random.Random, longest_wait: float, overrides: list[str]
+) -> int:
+    """Return how many repetitions broke a promise; the folders of the others are removed.
+
+    ``overrides`` are settings of the jobs that are killed, and not of the undisturbed one.
+    """
     _import_what_ranks_need()
     model = _write_model_elsewhere(root / "model")
     undisturbed = RealJob(model=model, root=root / "undisturbed", longest_wait=longest_wait)
@@ -195,7 +204,7 @@ def run_repetitions(repetitions: int, root: Path, generator: random.Random, long
     broken = 0
     for number in range(repetitions):
         kill = draw_kill(number, generator, save_seconds)
-        job = replace(undisturbed, root=root / f"kill-{number:02d}", processes=[])
+        job = replace(undisturbed, root=root / f"kill-{number:02d}", overrides=overrides, processes=[])
         try:
             _say(f"{number + 1}/{repetitions} {run_repetition(kill, job, undisturbed)}")
             shutil.rmtree(job.root)

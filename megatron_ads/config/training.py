@@ -168,10 +168,18 @@ class CheckpointConfig:
     """Complete checkpoints kept; older ones are deleted."""
     resume: bool = True
     """Go on from the latest complete checkpoint in ``dir`` where there is one."""
+    async_save: bool = False
+    """Write checkpoints while training continues, from a copy in the host's memory: up to 14 bytes for each parameter
+    of a rank in BF16, 12 in FP32. The next save, and the end of the job, wait until a checkpoint is complete."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
         require_at_least("checkpoint", self, 1, "save_every", "save_total_limit")
+        require(
+            self.save_every is not None or not self.async_save,
+            "checkpoint.async_save is true, which has no effect while checkpoint.save_every is not set: after the last "
+            "step there is nothing to continue. Set checkpoint.save_every, or leave async_save out.",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -88,7 +88,7 @@ class GroupedExperts(MegatronModule):
             return [
                 ShardedTensor.from_rank_offsets(
                     key,
-                    half.contiguous(),
+                    half,  # a view: a copy would be held on the device for the whole save
                     *sharded_offsets,
                     ep,
                     (rows, etp + number * etp_size, 2 * etp_size),

@@ -4,18 +4,20 @@ For every trained parameter there is ``optimizer.state.<moment>.<model key>``, o
 and shapes of Megatron's ``fully_reshardable`` format without its ``chained_N.`` prefixes, which depend on whether ep
 is 1. The count of updates is one number for the whole job.
 
-The moments lie in gradient-buffer buckets, divided over the replicas with padding between buckets. Each bucket is
-gathered and cut at its own offsets; Megatron's own format cuts the joined, unpadded buckets at padded offsets and so
-mixes up parameters as soon as there are two buckets (Megatron-LM #5077, up to 0.19.0).
+The moments lie in gradient-buffer buckets, divided over the replicas without regard to where a parameter begins. Each
+replica writes and reads what it holds, as rectangular pieces of the tensors in the checkpoint, which are views of the
+optimizer's memory: nothing is gathered or copied, and one piece at a time is on its way to or from the disk. Megatron's
+own format gathers whole buckets on one replica, and cuts the joined, unpadded buckets at padded offsets, which mixes up
+parameters as soon as there are two (Megatron-LM #5077, up to 0.19.0).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import count
+from math import prod
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch import Tensor
@@ -27,101 +29,137 @@ from megatron_ads.optim.members import ShardedMember
 
 MASTER = "param"
 """FP32 master copy; saved only where the model's own weights are not FP32."""
+PIECE = 1 << 26
+"""Most elements of a piece, 256 MiB in FP32: what a save or a load of optimizer state holds in the host's memory."""
+
+Block = tuple[tuple[int, ...], tuple[int, ...]]
+"""First index and size along every dimension."""
 
 
-def sharded_optimizer_state(chain: OptimizerChain, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
-    """Describe the optimizer's state for ``megatron.core.dist_checkpointing``.
+def sharded_optimizer_state(
+    chain: OptimizerChain, model_state: dict[str, Any], *, loading: bool
+) -> dict[str, ShardedTensor]:
+    """Describe this replica's share of the optimizer's state for ``megatron.core.dist_checkpointing``.
 
-    ``model_state`` is the model's sharded state dict, whose entries hold the parameters themselves. A collective over
-    the replicas of every bucket, unless ``loading``, when the tensors are empty and of the right shapes.
+    ``model_state`` is the model's sharded state dict, whose entries hold the parameters themselves. The tensors are
+    views of the optimizer's own, into which a checkpoint is loaded in place; moments that are not there before the
+    first update are saved as zeros, and made when ``loading``.
     """
-    tensors: dict[str, Any] = {}
     entries = extract_sharded_tensors_and_factories(model_state)[0]
     by_parameter = {id(entry.data): entry for entry in nested_values(entries)}
-    for member in _sharded_members(chain):
-        for parameter, values in _whole_states(member, loading=loading):
+    pieces: list[ShardedTensor] = []
+    for member in (each for each in chain.members if isinstance(each, ShardedMember)):
+        for parameter, first in _shares(member):
             entry = by_parameter.get(id(parameter))
             if entry is None:
                 raise CheckpointError("a trained parameter is missing from the model's sharded state dict.")
-            for key, value in values.items():
-                name = f"optimizer.state.{key}.{entry.key}"
-                dtype = {"dtype": value.dtype} if hasattr(entry, "dtype") else {}
-                tensors[str(len(tensors))] = replace(entry, key=name, data=value, **dtype)
-    return tensors
+            for key in MOMENTS if parameter.dtype is torch.float32 else (*MOMENTS, MASTER):
+                values = _values(member, parameter, key, loading=loading)
+                pieces += _pieces(replace(entry, key=f"optimizer.state.{key}.{entry.key}"), values, first)
+    return {str(number): piece for number, piece in enumerate(pieces)}
 
 
-def load_optimizer_state(chain: OptimizerChain, loaded: dict[str, Tensor], *, updates: int) -> None:
-    """Copy this rank's share of ``loaded`` (whole tensors, keyed as requested) into the optimizer; set the count."""
-    numbers = count()
-    for member in _sharded_members(chain):
-        for buffer in member.inner.buffers:
-            for bucket in buffer.buckets:
-                for parameter in bucket.params_list:
-                    _fill_shard(member, parameter, {key: loaded[str(next(numbers))] for key in _keys(buffer)})
-    for each in chain.members:
-        each.updates = updates
-        if isinstance(each, ShardedMember):
-            for group in each.groups:
+def set_updates(chain: OptimizerChain, updates: int) -> None:
+    """Set the count of updates everywhere it is kept."""
+    for member in chain.members:
+        member.updates = updates
+        if isinstance(member, ShardedMember):
+            for group in member.groups:
                 group["step"] = updates
 
 
-def _sharded_members(chain: OptimizerChain) -> list[ShardedMember]:
-    return [member for member in chain.members if isinstance(member, ShardedMember)]
+def _shares(member: ShardedMember) -> Iterator[tuple[Tensor, int]]:
+    """Yield every parameter of which this replica has a share, with the number of the share's first element."""
+    for ranges in member.inner.gbuf_ranges:
+        for buckets in ranges.values():
+            for bucket in buckets:
+                for parameter, share in bucket["param_map"].items():
+                    yield parameter, share["param"].start
 
 
-def _keys(buffer: Any) -> tuple[str, ...]:
-    return MOMENTS if buffer.param_dtype is torch.float32 else (*MOMENTS, MASTER)
-
-
-def _shard(member: ShardedMember, parameter: Tensor) -> Tensor:
+def _values(member: ShardedMember, parameter: Tensor, key: str, *, loading: bool) -> Tensor:
+    """Return this replica's consecutive elements of a parameter's moment or master copy, flat."""
     group, order = member.inner.model_param_group_index_map[parameter]
-    return member.groups[group]["params"][order]
+    shard = member.groups[group]["params"][order]
+    if key == MASTER:
+        return shard.detach()
+    state = member.inner.optimizer.state[shard]
+    if key in state:
+        return state[key]
+    dtype = getattr(member.inner.optimizer, "exp_avg_dtype", torch.float32)  # of both; FusedAdam's name
+    if not loading:
+        return torch.zeros(1, dtype=dtype, device=shard.device).expand(shard.numel())
+    state[key] = torch.zeros_like(shard.detach(), dtype=dtype)
+    return state[key]
 
 
-def _fill_shard(member: ShardedMember, parameter: Tensor, whole: dict[str, Tensor]) -> None:
-    """Take this replica's share of a parameter's state, if it has any."""
-    if parameter not in member.inner.model_param_gbuf_map:
+def _pieces(entry: Any, values: Tensor, first: int) -> Iterator[ShardedTensor]:
+    """Cut ``values``, a parameter's elements from number ``first`` on, into pieces of what the format stores of it."""
+    shape = tuple(entry.data.shape)
+    stored = _stored_tensors(entry)
+    done = 0
+    for begin, size in blocks(shape, first, first + values.numel()):
+        block = values[done : done + prod(size)].view(size)
+        done += block.numel()
+        for tensor, place in stored:
+            low = [max(pair) for pair in zip(begin, place, strict=True)]
+            ends = zip(begin, size, place, tensor.local_shape, strict=True)
+            high = [min(a + length, b + extent) for a, length, b, extent in ends]
+            if all(a < b for a, b in zip(low, high, strict=True)):
+                inside = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, begin, strict=True))
+                yield _piece(tensor, block[inside], [a - b for a, b in zip(low, place, strict=True)])
+
+
+def _piece(tensor: ShardedTensor, data: Tensor, offset: Sequence[int]) -> ShardedTensor:
+    """Describe ``data`` as the part of ``tensor`` that begins at ``offset`` of it; each is on one replica only."""
+    added = tensor.prepend_axis_num
+    data = data[(None,) * added]
+    inner = tuple(a + b for a, b in zip(tensor.global_offset[added:], offset, strict=True))
+    return ShardedTensor(
+        key=tensor.key,
+        data=data,
+        dtype=data.dtype,
+        local_shape=tuple(data.shape),
+        global_shape=tensor.global_shape,
+        global_offset=tensor.global_offset[:added] + inner,
+        axis_fragmentations=None,  # no regular grid
+        replica_id=(*tensor.replica_id[:2], 0),
+    )
+
+
+def _stored_tensors(entry: Any) -> list[tuple[ShardedTensor, tuple[int, ...]]]:
+    """Return the tensors that the format stores a parameter as, and where in the parameter each begins.
+
+    One, or what a factory cuts it into (gate and up), seen at a parameter without memory.
+    """
+    if isinstance(entry, ShardedTensor):
+        return [(entry, (0,) * entry.data.dim())]
+    whole = torch.empty(entry.data.shape, device="meta")
+    found = []
+    for tensor in nested_values({"": replace(entry, data=whole).build()}):
+        assert tensor.data.stride() == whole.stride(), f"{entry.key} is stored as something else than parts of it"
+        place, rest = [], tensor.data.storage_offset()
+        for stride in whole.stride():
+            index, rest = divmod(rest, stride)
+            place.append(index)
+        found.append((tensor, tuple(place)))
+    return found
+
+
+def blocks(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Block]:
+    """Cut elements ``begin`` to ``end`` of a row-major array into blocks of at most ``PIECE``, in their order."""
+    if not shape:
+        yield (), ()
         return
-    buffer_index, dtype, bucket_index = member.inner.model_param_gbuf_map[parameter]
-    share = member.inner.gbuf_ranges[buffer_index][dtype][bucket_index]["param_map"][parameter]["param"]
-    shard = _shard(member, parameter)
-    for key, value in whole.items():
-        piece = value.flatten()[share.start : share.end].to(shard.device)
-        if key == MASTER:
-            shard.data.copy_(piece)
-        else:
-            member.inner.optimizer.state[shard][key] = piece.to(torch.float32, copy=True)
-
-
-def _whole_states(member: ShardedMember, *, loading: bool) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Yield each parameter with its state as whole tensors of its shape, on the CPU, gathered bucket by bucket."""
-    for buffer_index, buffer in enumerate(member.inner.buffers):
-        for bucket_index, bucket in enumerate(buffer.buckets):
-            if loading:
-                for parameter in bucket.params_list:
-                    yield parameter, {key: torch.empty(parameter.shape, dtype=torch.float32) for key in _keys(buffer)}
-                continue
-            gathered = {key: _gather_bucket(member, buffer_index, bucket_index, key) for key in _keys(buffer)}
-            for parameter in bucket.params_list:
-                start, end, _ = buffer.param_index_map[parameter]
-                start, end = start - bucket.offset, end - bucket.offset
-                yield parameter, {key: flat[start:end].view(parameter.shape) for key, flat in gathered.items()}
-
-
-def _gather_bucket(member: ShardedMember, buffer_index: int, bucket_index: int, key: str) -> Tensor:
-    """Return one moment of a whole bucket, padding included, flat and on the CPU."""
-    buffer = member.inner.buffers[buffer_index]
-    bucket = buffer.buckets[bucket_index]
-    replicas = member.inner.data_parallel_group
-    own = torch.zeros(bucket.grad_data.numel() // replicas.size(), dtype=torch.float32, device=bucket.grad_data.device)
-    ranges = next(iter(member.inner.gbuf_ranges[buffer_index].values()))[bucket_index]["param_map"]
-    for parameter, share in ranges.items():
-        shard = _shard(member, parameter)
-        value = shard if key == MASTER else member.inner.optimizer.state[shard].get(key)
-        if value is not None:  # no moments before the first update
-            own[share["gbuf_local"].start : share["gbuf_local"].end].copy_(value)
-    if replicas.size() == 1:
-        return own.cpu()
-    whole = torch.empty(bucket.grad_data.numel(), dtype=torch.float32, device=own.device)
-    dist.all_gather_into_tensor(whole, own, group=replicas)
-    return whole.cpu()
+    row = prod(shape[1:])
+    while begin < end:
+        index, within = divmod(begin, row)
+        rows = min((end - begin) // row, PIECE // row)
+        if within == 0 and rows:
+            yield (index, *(0 for _ in shape[1:])), (rows, *shape[1:])
+            begin += rows * row
+            continue
+        stop = min(end, (index + 1) * row)
+        for offset, size in blocks(shape[1:], within, stop - index * row):
+            yield (index, *offset), (1, *size)
+        begin = stop

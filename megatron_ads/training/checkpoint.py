@@ -8,10 +8,8 @@ a checkpoint depends on the layout but the random-number states, which are used 
 that trains adapters it holds these and their optimizer state: the frozen weights are read from ``model.load`` again.
 """
 
-import json
-import os
-import shutil
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,23 +19,15 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from conversion.atomic_file import sync_folder
 from conversion.carried import SIDE_FOLDER, copy_side_files
 from megatron_ads.errors import CheckpointError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.optim.chain import OptimizerChain
-from megatron_ads.optim.state import load_optimizer_state, sharded_optimizer_state
+from megatron_ads.optim.state import set_updates, sharded_optimizer_state
 from megatron_ads.training.adapter_record import AdapterRecord, require_same_adapters
 from megatron_ads.training.checkpoint_errors import (
     failed_writes_named,
@@ -45,15 +35,9 @@ from megatron_ads.training.checkpoint_errors import (
     raised_on_all_ranks,
     refuse_foreign_pickles,
 )
-from megatron_ads.training.checkpoint_folder import (
-    FORMAT,
-    MANIFEST,
-    checksum,
-    complete_checkpoints,
-    partial_checkpoints,
-    read_manifest,
-    verify_files,
-)
+from megatron_ads.training.checkpoint_folder import FORMAT, complete_checkpoints, read_manifest, verify_files
+from megatron_ads.training.checkpoint_save import PendingSave, prepare, publish, remove
+from megatron_ads.training.checkpoint_writer import PlannedSave, RankWriter, WrittenFile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,99 +64,89 @@ def save_checkpoint(
     side_files: Path | None,
     keep_last: int,
     adapters: AdapterRecord | None = None,
-) -> Path:
+    in_background: bool = False,
+) -> PendingSave:
     """Write one checkpoint; a collective over all ranks. Older ones beyond ``keep_last`` are deleted afterwards.
 
     ``side_files`` is a folder (config, tokenizer) copied along as ``hf/``, so that an export needs nothing else.
     ``adapters`` describes the adapters that are trained, if it is not the weights: the checkpoint then holds only them.
+    ``in_background``: return when the tensors are copied to the host; the checkpoint is there when ``wait`` of what is
+    returned has returned, which must be called on all ranks before the next save.
 
     Raises:
-        CheckpointError, ConversionError: On a full disk, or if a checkpoint of this step is already there; on every
-            rank.
+        CheckpointError, ConversionError: On every rank, on a full disk or if there is a checkpoint of this step.
         TopologyError: If the ranks disagree about the number of updates.
     """
     if optimizer.agreed_updates() != progress.updates:
         raise CheckpointError(f"progress says {progress.updates} updates, the optimizer {optimizer.updates}.")
-    final = directory / f"step-{progress.step:08d}"
+    final, partial = _new_folder(directory, progress.step)
+    state = _sharded_state(chunks, optimizer, loading=False) | {"training": asdict(progress)}
+    with failed_writes_named(directory):
+        writer = _plan(state, partial, staged=in_background)
+    complete = functools.partial(
+        _complete,
+        writer=writer,
+        final=final,
+        partial=partial,
+        manifest=_manifest(progress, layout, adapters),
+        side_files=side_files,
+        keep_last=keep_last,
+    )
+    pending = PendingSave(writer.write, complete, directory)
+    pending.start(in_background=in_background)
+    return pending
+
+
+def _new_folder(directory: Path, step: int) -> tuple[Path, Path]:
+    """Make the temporary folder of a checkpoint; return its name to be and its own; a collective."""
+    final = directory / f"step-{step:08d}"
     partial = directory / f".{final.name}.partial"
     with raised_on_all_ranks(), failed_writes_named(directory):
         if dist.get_rank() == 0:
-            _prepare(directory, final, partial)
-    state = _sharded_state(chunks, optimizer, loading=False)
-    state["training"] = asdict(progress)
-    entries: list[Any] = [None] * dist.get_world_size()
-    with failed_writes_named(directory):
-        _write_tensors(state, partial)
-    with raised_on_all_ranks(), failed_writes_named(directory):
-        own_entries = _file_entries(partial, partial.glob(f"__{dist.get_rank()}_*.distcp"))
-    dist.all_gather_object(entries, own_entries)
-    with raised_on_all_ranks(), failed_writes_named(directory):
-        if dist.get_rank() == 0:
-            if side_files is not None:
-                copy_side_files(side_files, partial / SIDE_FOLDER)
-            merged = {name: entry for part in entries for name, entry in part.items()}
-            _finish(partial, final, merged, progress, layout, adapters)
-            for _, folder in complete_checkpoints(directory)[:-keep_last]:
-                _remove(folder)
-    return final
+            prepare(directory, final, partial)
+    return final, partial
 
 
-def _prepare(directory: Path, final: Path, partial: Path) -> None:
-    if final.exists():
-        raise CheckpointError(f"{final} already exists; delete it or choose another checkpoint.dir.")
-    for leftover in partial_checkpoints(directory):
-        shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
-
-
-def _write_tensors(state: dict[str, Any], partial: Path) -> None:
-    dist_checkpointing.save(state, str(partial), sharded_strategy=InProcessSave(), content_metadata={"format": FORMAT})
-
-
-def _file_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, int]]:
-    """Flush the files to disk; return name -> size and checksum."""
-    entries = {}
-    for file in files:
-        with file.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        entries[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "crc32": checksum(file)}
-    return entries
-
-
-def _finish(
-    partial: Path,
+def _complete(
+    files: list[WrittenFile],
+    *,
+    writer: RankWriter,
     final: Path,
-    entries: dict[str, dict[str, int]],
-    progress: JobProgress,
-    layout: ParallelLayout,
-    adapters: AdapterRecord | None,
+    partial: Path,
+    manifest: dict[str, Any],
+    side_files: Path | None,
+    keep_last: int,
 ) -> None:
-    """Rank 0: add the files nobody else owns, write the manifest last, and give the folder its name."""
-    others = [file for file in partial.rglob("*") if file.is_file() and str(file.relative_to(partial)) not in entries]
-    manifest = {
+    """Rank 0, once all ranks have written: add what belongs to no rank, and give the folder its name."""
+    writer.write_index(files)
+    if side_files is not None:
+        copy_side_files(side_files, partial / SIDE_FOLDER)
+    publish(partial, final, files, manifest)
+    for _, folder in complete_checkpoints(final.parent)[:-keep_last]:
+        remove(folder)
+
+
+def _manifest(progress: JobProgress, layout: ParallelLayout, adapters: AdapterRecord | None) -> dict[str, Any]:
+    return {
         "format": FORMAT,
         "step": progress.step,
         "updates": progress.updates,
         "layout": asdict(layout),
         "adapters": None if adapters is None else adapters.as_json(),
-        "files": dict(sorted((entries | _file_entries(partial, others)).items())),
     }
-    temporary = partial / f"{MANIFEST}.partial"
-    with temporary.open("w", encoding="utf-8") as handle:
-        json.dump(manifest, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.rename(partial / MANIFEST)
-    sync_folder(partial)
-    partial.rename(final)
-    sync_folder(final.parent)
 
 
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint so that a kill in between leaves a folder without its manifest, never a damaged one."""
-    doomed = folder.with_name(f".{folder.name}.partial")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def _plan(state: dict[str, Any], partial: Path, *, staged: bool) -> RankWriter:
+    """Write the common state and agree on who writes which tensor, spread over those that hold it; a collective."""
+    strategy = PlannedSave(staged=staged)
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    dist_checkpointing.save(
+        state,
+        str(partial),
+        sharded_strategy=FullyParallelSaveStrategyWrapper(strategy, replicas),
+        content_metadata={"format": FORMAT},
+    )
+    return strategy.writer
 
 
 def load_checkpoint(
@@ -205,7 +179,7 @@ def load_checkpoint(
     for index, chunk in enumerate(chunks):
         _load_model(chunk, loaded[f"model{index}"])
     progress = JobProgress(**loaded["training"])
-    load_optimizer_state(optimizer, loaded["optimizer"], updates=progress.updates)
+    set_updates(optimizer, progress.updates)
     if same_layout:
         torch.set_rng_state(loaded["rng"]["torch"])
         tracker = get_cuda_rng_tracker()
@@ -256,25 +230,3 @@ def _random_states() -> dict[str, ShardedTensor]:
         name: ShardedTensor.from_rank_offsets(f"rng.{name}", state.cpu(), where, prepend_axis_num=1)
         for name, state in states.items()
     }
-
-
-class InProcessSave(TorchDistSaveShardedStrategy):
-    """The torch_dist save strategy without writer processes (megatron-core 0.16); the bytes written are the same.
-
-    Megatron's own strategy starts processes for every save, so that training can continue meanwhile. A synchronous save
-    gains nothing from them: it waits seconds for them, and a fork of a process with CUDA or gloo threads can deadlock.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
-    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path | str) -> None:
-        """Write this rank's tensors to ``__<rank>_0.distcp``, flushed to disk; a collective."""
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True),
-            planner=MCoreSavePlanner(
-                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
-            ),
-        )

@@ -46,8 +46,10 @@ def raised_on_all_ranks() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def failed_writes_named(directory: Path) -> Iterator[None]:
+def failed_writes_named(directory: Path, *, rank: int | None = None) -> Iterator[None]:
     """Turn the system's refusal to write below ``directory`` into an error that says what to do.
+
+    ``rank`` is named as the one that wrote, where the others will read the message too.
 
     Raises:
         CheckpointError: For a full disk, a quota, missing permissions and the like.
@@ -55,9 +57,9 @@ def failed_writes_named(directory: Path) -> Iterator[None]:
     try:
         yield
     except (CheckpointException, OSError, RuntimeError) as error:
-        causes: list[tuple[str, BaseException]] = [("", error)]
+        causes: list[tuple[str, BaseException]] = [("" if rank is None else f" on rank {rank}", error)]
         if isinstance(error, CheckpointException):  # torch's, raised on all ranks for what happened on some
-            causes = [(f" on rank {rank}", cause) for rank, (cause, _) in sorted(error.failures.items())]
+            causes = [(f" on rank {failed}", cause) for failed, (cause, _) in sorted(error.failures.items())]
         for where, cause in causes:
             if isinstance(cause, OSError) or any(sign in str(cause) for sign in _TORCH_WRITE_ERRORS):
                 reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause).splitlines()[0]

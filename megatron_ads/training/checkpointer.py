@@ -3,17 +3,19 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch.distributed as dist
 
 from megatron_ads.config.training import CheckpointConfig
+from megatron_ads.errors import DivergedError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.observability.log import get_logger
 from megatron_ads.training import checkpoint
 from megatron_ads.training.build import TrainedModel
 from megatron_ads.training.checkpoint_errors import raised_on_all_ranks
 from megatron_ads.training.checkpoint_folder import partial_checkpoints, starting_point
+from megatron_ads.training.checkpoint_save import PendingSave
 
 logger = get_logger(__name__)
 
@@ -28,9 +30,13 @@ class DataPosition(Protocol):
         """Continue where ``state`` was taken."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Checkpointer:
-    """What belongs into the checkpoints of a job, and where they are."""
+    """What belongs into the checkpoints of a job, and where they are.
+
+    As a context, it waits at its end for a checkpoint that is still being written, unless the job ends by an error that
+    the other ranks may not know of.
+    """
 
     settings: CheckpointConfig
     model: TrainedModel
@@ -40,6 +46,7 @@ class Checkpointer:
     """Folder with the config and the tokenizer, copied into each checkpoint."""
     job: dict[str, Any] = field(default_factory=dict)
     """The settings of the job by dotted name, plain values; what has changed on a resumption is logged."""
+    _pending: PendingSave | None = field(default=None, init=False)
 
     def load_latest(self, *, last_step: int) -> int:
         """Restore the latest complete checkpoint and return its step; 0 if there is none. A collective.
@@ -60,9 +67,14 @@ class Checkpointer:
         return progress.step
 
     def save(self, step: int) -> float:
-        """Write the checkpoint of ``step`` and return the seconds it took; a collective."""
+        """Save the checkpoint of ``step`` and return the seconds training waited for it; a collective.
+
+        Raises:
+            CheckpointError, ConversionError: On every rank, if it cannot be written, or the one before could not be.
+        """
         started, updates = time.monotonic(), self.model.optimizer.updates
-        checkpoint.save_checkpoint(
+        self.wait()
+        pending = checkpoint.save_checkpoint(
             Path(self.settings.dir),
             self.model.chunks,
             self.model.optimizer,
@@ -71,8 +83,27 @@ class Checkpointer:
             side_files=self.side_files,
             keep_last=self.settings.save_total_limit,
             adapters=self.model.adapters,
+            in_background=self.settings.async_save,
         )
+        self._pending = pending if self.settings.async_save else None
         return time.monotonic() - started
+
+    def wait(self) -> None:
+        """Return when the latest checkpoint is complete; all ranks call it.
+
+        Raises:
+            CheckpointError, ConversionError: On every rank, if it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, DivergedError):  # raised on all ranks
+            self.wait()
 
     def _report_changes(self, before: dict[str, Any]) -> None:
         """Log the settings that differ from those under which a checkpoint was written; an older one has none."""

@@ -31,7 +31,7 @@ def run(config: SftConfig, stop: StopRequest) -> ExitStatus:
             config.data, config.train, config.loss, config.reweight, source, shards.layout
         )
         session = Session.resumed(config, membership, training, stop, name="SFT")
-        with closing(session.log):
+        with closing(session.log), session.checkpointer:
             stopped = train(SftJob(session=session, reweight=config.reweight, training=training, held_out=held_out))
         return session.end(stopped=stopped)
 

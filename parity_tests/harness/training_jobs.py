@@ -158,6 +158,13 @@ def _continue(recipe: Recipe, model: Any, shards: Any) -> Losses:
 
 def save(recipe: Recipe, model: Any, shards: Any, source: WeightSource) -> Path:
     """Save under the number of updates."""
+    begin_save(recipe, model, shards, source, in_background=False)
+    assert recipe.checkpoints is not None
+    return recipe.checkpoints / f"step-{model.optimizer.updates:08d}"
+
+
+def begin_save(recipe: Recipe, model: Any, shards: Any, source: WeightSource, *, in_background: bool) -> Any:
+    """Save under the number of updates; return what waits for the checkpoint."""
     from megatron_ads.training.checkpoint import JobProgress, save_checkpoint
 
     updates = model.optimizer.updates
@@ -171,4 +178,5 @@ def save(recipe: Recipe, model: Any, shards: Any, source: WeightSource) -> Path:
         side_files=source.side_folder,
         keep_last=2,
         adapters=model.adapters,
+        in_background=in_background,
     )

@@ -116,6 +116,10 @@ from tests.config.quickstart import published, quickstart
             r"validation_rows_per_group is 4, but data\.validation_rows is 0",
         ),
         (["checkpoint.save_every=0"], r"checkpoint\.save_every is 0; it must be at least 1"),
+        (
+            ["checkpoint.async_save=true", "checkpoint.save_every=null"],
+            r"async_save is true, which has no effect while checkpoint\.save_every is not set",
+        ),
         (["runtime.timeout_seconds=0"], r"runtime\.timeout_seconds is 0"),
     ],
 )

@@ -26,7 +26,7 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Saved:
-    """What one rank would save of its optimizer, by key, and in how many buckets it lies."""
+    """The optimizer's state in a checkpoint, by key, and in how many buckets it lies."""
 
     buckets: int
     tensors: dict[str, Tensor]
@@ -54,8 +54,9 @@ def _stock(job: StockJob) -> Saved:
 
 def _ours(recipe: Recipe, bucket_size: int | None) -> Trained:
     """Train, save and continue; return the state at the save, and the losses before and after it."""
+    from megatron.core.dist_checkpointing import load_plain_tensors
+
     from megatron_ads.optim.build import wrap_for_training
-    from megatron_ads.optim.state import sharded_optimizer_state
 
     def in_buckets(chunks: object, overlap: bool) -> object:
         return wrap_for_training(chunks, overlap=bucket_size is not None, bucket_size=bucket_size)
@@ -64,9 +65,8 @@ def _ours(recipe: Recipe, bucket_size: int | None) -> Trained:
         model, shards, source = start(recipe)
     before = run_steps(model, shards, 0, STEPS)
     buckets = sum(len(buffer.buckets) for member in model.optimizer.members for buffer in member.inner.buffers)
-    described = [chunk.sharded_state_dict() for chunk in model.models]
-    tensors = dict(_tensors(sharded_optimizer_state(model.optimizer, {"models": described}, loading=False)))
-    save(recipe, model, shards, source)
+    stored = load_plain_tensors(str(save(recipe, model, shards, source)))
+    tensors = {key: tensor for key, tensor in stored.items() if key.startswith("optimizer.state.")}
     return Saved(buckets, tensors), before, run_steps(model, shards, STEPS, STEPS)
 
 

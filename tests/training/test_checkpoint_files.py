@@ -75,26 +75,24 @@ def test_the_manifest_lists_every_other_file_and_the_side_files(recipe: Recipe) 
 # Killed in the middle of a save
 
 POINTS = {
-    "_prepare": (2, 0),
-    "_write_tensors": (2, 1),
-    "_file_entries": (2, 1),
-    "_finish": (2, 1),
-    "sync_folder": (2, 1),  # the manifest is written; the folder has not got its name
-    "_remove": (3, 0),  # it has; the oldest checkpoint is still there
+    "checkpoint.prepare": (2, 0),
+    "checkpoint._plan": (2, 1),
+    "checkpoint_writer.to_host": (2, 1),  # a file is begun
+    "checkpoint.publish": (2, 1),
+    "checkpoint_save.sync_folder": (2, 1),  # the manifest is written; the folder has not got its name
+    "checkpoint.remove": (3, 0),  # it has; the oldest checkpoint is still there
 }
 """Functions of the save in the order in which they are entered: step to resume from, and partial folders left."""
 
 
 def _killed_entering(recipe: Recipe, point: str) -> None:
     """Save twice in peace; be killed on the way into ``point`` of the third save."""
-    from megatron_ads.training import checkpoint
-
     model, shards, source = start(recipe)
     for step in range(2):
         run_steps(model, shards, step, 1)
         save(recipe, model, shards, source)
     run_steps(model, shards, 2, 1)
-    with patch.object(checkpoint, point, lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
+    with patch(f"megatron_ads.training.{point}", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)):
         save(recipe, model, shards, source)
 
 
@@ -364,9 +362,10 @@ def _save_onto_a_disk_that_is_full_for(recipe: Recipe, point: str) -> str:
 
 
 FULL_FOR = {
-    "megatron_ads.training.checkpoint._prepare": "writing a checkpoint to {} failed: No space left on device; ",
-    "megatron_ads.training.checkpoint._file_entries": "writing a checkpoint to {} failed: No space left on device; ",
-    "megatron_ads.training.checkpoint._finish": "writing a checkpoint to {} failed: No space left on device; ",
+    "megatron_ads.training.checkpoint.prepare": "writing a checkpoint to {} failed: No space left on device; ",
+    "megatron_ads.training.checkpoint_writer.to_host": "to {} failed on rank 0: No space left on device; ",
+    "megatron_ads.training.checkpoint_save.flushed": "writing a checkpoint to {} failed: No space left on device; ",
+    "megatron_ads.training.checkpoint.publish": "writing a checkpoint to {} failed: No space left on device; ",
     "conversion.carried._copy": "The disk is full at {}/.step-00000001.partial (No space left on device)",
 }
 
