@@ -9,6 +9,7 @@ Shape suffixes: B = rows of a microbatch, S = tokens of a row.
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -128,8 +129,7 @@ class BatchStream:
     def all_rows(self) -> Iterator[list[PackedBatch]]:
         """Yield this replica's microbatches of one pass over all rows, by number, in portions that fit in memory."""
         rows = self._mixture.rows
-        for start in range(0, len(rows), _ROWS_OF_A_PORTION):
-            portion = rows[start : start + _ROWS_OF_A_PORTION]
+        while portion := list(islice(rows, _ROWS_OF_A_PORTION)):
             yield batches_of_all(portion, self._share, seq_length=self._seq_length, packing=self._packing)
 
     def renew_weights(self, pass_losses: Sequence[float] | None = None) -> dict[str, float]:
@@ -165,7 +165,7 @@ class BatchStream:
     def state_dict(self) -> dict[str, Any]:
         """Return the current state, and of which sequence it is; independent of the layout."""
         weights = {} if self._weights is None else {"weights": self._weights.state_dict()}
-        content = {"rows": list(self._mixture.sizes), "digests": list(self._mixture.digests)}
+        content = {"rows": list(self._mixture.sizes), "contents": list(self._mixture.contents)}
         return {**self._mixture.state_dict(), **content, "seed": self._seed, **weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -174,8 +174,7 @@ class BatchStream:
         Raises:
             DataError: If it belongs to other rows or another seed, or only one of the two has instance weights.
         """
-        of_content = {"digests": list(self._mixture.digests)} if "digests" in state else {}  # older states lack them
-        for name, here in {"rows": list(self._mixture.sizes), "seed": self._seed, **of_content}.items():
+        for name, here in self._identity(state).items():
             if state[name] != here:
                 raise DataError(
                     f"The checkpoint was made with data of {_difference(name, state[name], here)}: the order of "
@@ -191,9 +190,18 @@ class BatchStream:
         if self._weights is not None:
             self._weights.load_state_dict(state["weights"])
 
+    def _identity(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return of which sequence this is, as ``state`` says it: older ones have other digests, or none."""
+        identity: dict[str, Any] = {"rows": list(self._mixture.sizes), "seed": self._seed}
+        if "contents" in state:
+            identity["contents"] = list(self._mixture.contents)
+        elif "digests" in state and state["rows"] == identity["rows"]:
+            identity["digests"] = list(self._mixture.older_digests)
+        return identity
+
 
 def _difference(name: str, before: Any, here: Any) -> str:
-    if name != "digests":
+    if name not in ("contents", "digests"):
         return f"{name} {before}, this job has {here}"
     if sorted(before) == sorted(here):
         return "the same sources in another order"
