@@ -7,7 +7,7 @@ Shape suffixes: B = rows of a microbatch, S = tokens of a row.
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any
 
@@ -135,6 +135,12 @@ class PackedBatch:
             target_count=targets,
             normalizer=targets,
         )
+
+    def pinned(self) -> "PackedBatch":
+        """Return it in page-locked memory, from which a GPU copies while its kernels run."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        pinned = {name: value.pin_memory() for name, value in tensors.items() if isinstance(value, Tensor)}
+        return replace(self, **pinned, extra={name: values_BS.pin_memory() for name, values_BS in self.extra.items()})
 
 
 def pack(lengths: Sequence[int], *, capacity: int, rows: int) -> list[list[int]] | None:

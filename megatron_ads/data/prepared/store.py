@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from megatron_ads.data.split import KEY, KEY_BYTES
-from megatron_ads.rows import TokenizedRow
+from megatron_ads.rows import FittingRows, TokenizedRow
 
 _KEY_TYPE = pa.binary(KEY_BYTES)
 SCHEMA = pa.schema(
@@ -216,7 +216,7 @@ def _array(column: pa.Array) -> NDArray[Any]:
     return found
 
 
-class StoredRows(Sequence[TokenizedRow]):
+class StoredRows(FittingRows):
     """Some rows of the files in an order of their own; nothing is read before it is asked for."""
 
     def __init__(self, files: RowFiles, numbers: NDArray[np.int64]) -> None:
