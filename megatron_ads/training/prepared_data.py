@@ -11,16 +11,12 @@ import torch.distributed as dist
 
 from megatron_ads.config.data import DataConfig
 from megatron_ads.data.prepared.corpus_record import CorpusRecord
-from megatron_ads.data.prepared.prepare import Advance, prepare
+from megatron_ads.data.prepared.prepare import Advance, LoggedAdvance, prepare
 from megatron_ads.data.prepared.selection import PreparedData, open_selection, select
 from megatron_ads.errors import DataError, MegatronAdsError
-from megatron_ads.observability.log import get_logger
 from megatron_ads.runtime.process_groups import job_store
 
-logger = get_logger(__name__)
-
 _SECONDS_BETWEEN_LOOKS = 0.2
-_SECONDS_BETWEEN_LINES = 30.0
 
 
 def prepared_data(data: DataConfig, tokenizer: Path, directory: Path, *, by_task: bool, evaluate: bool) -> PreparedData:
@@ -47,36 +43,14 @@ def prepared_data(data: DataConfig, tokenizer: Path, directory: Path, *, by_task
         return select(corpus, data, by_task=by_task, evaluate=evaluate)
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        folder = make(_Progress().show)
+        folder = make(LoggedAdvance().show)
     else:
         folder = _once_a_node(make, timeout_seconds=data.prepare_timeout_seconds)
     return open_selection(folder, data)
 
 
-class _Progress:
-    """Logs how far a preparation is, now and then."""
-
-    def __init__(self) -> None:
-        self._started = self._told = time.monotonic()
-
-    def show(self, advance: Advance) -> None:
-        """Take in that a portion is done."""
-        now = time.monotonic()
-        if now - self._told >= _SECONDS_BETWEEN_LINES or (
-            advance.portions == advance.of_portions and self._told > self._started
-        ):
-            self._told = now
-            logger.info(
-                "preparing rows: %d of %d portions, %d rows, %.0f s",
-                advance.portions,
-                advance.of_portions,
-                advance.rows,
-                now - self._started,
-            )
-
-
 def _once_a_node(make: Callable[[Callable[[Advance], None]], Path], *, timeout_seconds: float) -> Path:
-    store, node, progress = job_store("prepared data"), socket.gethostname(), _Progress()
+    store, node, progress = job_store("prepared data"), socket.gethostname(), LoggedAdvance()
     done, advanced = f"{node}/done", f"{node}/advanced"
     if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
 

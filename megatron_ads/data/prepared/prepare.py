@@ -9,6 +9,7 @@ next one, which makes the portions that are missing.
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -30,11 +31,13 @@ from megatron_ads.observability.log import get_logger
 
 logger = get_logger(__name__)
 
+_MEMORY = "files.json"
 _ROWS_OF_A_PORTION = 4096
 _MOST_PORTIONS = 4096
 """Of one file; of a larger one, each portion is several blocks."""
 _WORTH_A_POOL = 4
 """Portions; a process takes as long to start as one of them."""
+_SECONDS_BETWEEN_LINES = 30.0
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
@@ -48,6 +51,27 @@ class Advance(NamedTuple):
     rows: int
     portions: int
     of_portions: int
+
+
+class LoggedAdvance:
+    """Logs how far a preparation is, now and then; nothing for one that is over at once."""
+
+    def __init__(self) -> None:
+        self._started = self._told = time.monotonic()
+
+    def show(self, advance: Advance) -> None:
+        """Take in that a portion is done."""
+        now = time.monotonic()
+        is_last = advance.portions == advance.of_portions and self._told > self._started
+        if is_last or now - self._told >= _SECONDS_BETWEEN_LINES:
+            self._told = now
+            logger.info(
+                "preparing rows: %d of %d portions, %d rows, %.0f s",
+                advance.portions,
+                advance.of_portions,
+                advance.rows,
+                now - self._started,
+            )
 
 
 def prepare(
@@ -92,6 +116,18 @@ def prepare(
 def prepared_directory(data: DataConfig, log_directory: Path) -> Path:
     """Return where the corpora of a job are."""
     return log_directory / "prepared" if data.prepared_dir is None else Path(data.prepared_dir)
+
+
+def find_prepared(data: DataConfig, tokenizer: Path, directory: Path) -> Path | None:
+    """Return the folder of a corpus that is complete below ``directory``; None if there is none."""
+    if not (directory / _MEMORY).is_file():
+        return None
+    folder = directory / _key(data, tokenizer, _contents(data, directory))
+    return folder if is_complete(folder) else None
+
+
+def _contents(data: DataConfig, directory: Path) -> dict[Path, FileContent]:
+    return contents_of([part.file for source in data.sources for part in files_of(source)], directory / _MEMORY)
 
 
 def is_complete(folder: Path) -> bool:
