@@ -138,8 +138,10 @@ class PackedBatch:
 
     def pinned(self) -> "PackedBatch":
         """Return it in page-locked memory, from which a GPU copies while its kernels run."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        pinned = {name: value.pin_memory() for name, value in tensors.items() if isinstance(value, Tensor)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        pinned: dict[str, Any] = {
+            name: value.pin_memory() for name, value in values.items() if isinstance(value, Tensor)
+        }
         return replace(self, **pinned, extra={name: values_BS.pin_memory() for name, values_BS in self.extra.items()})
 
 

@@ -1,5 +1,6 @@
 """From the reports of all portions to one record of the corpus: what only all rows together can tell."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -61,35 +62,32 @@ def merge_source(made: Sequence[Made], folder: Path) -> tuple[SourceRecord, Numb
     Raises:
         DataError: For its first bad row, if it has no file for such rows.
     """
-    portions, reports = [portion for portion, _ in made], [report for _, report in made]
-    files = RowFiles(folder, reports)
-    config = portions[0].config
-    reader = divided(config)
-    found = RepeatedIds(np.arange(0), set(), [])
+    reports, config = [report for _, report in made], made[0][0].config
+    files, reader = RowFiles(folder, reports), divided(config)
+    repeated, rejected = RepeatedIds(np.arange(0), set(), []), []
     if reader is not None:
-        found = find_repeated_ids(portions, reports, files, reader)
+        parts = [portion.part for portion, _ in made if portion.part is not None]
+        repeated = find_repeated_ids([portion for portion, _ in made], reports, files, reader)
+        of_reports = [(place, row) for place, report in enumerate(reports) for row in report.rejected]
         bad = RejectedRows(reader.path, None if config.rejected is None else Path(config.rejected))
-        rejected = [(place, row) for place, report in enumerate(reports) for row in report.rejected]
-        rejected = sorted([*rejected, *found.rejected], key=lambda each: (each[0], each[1].number))
-        for place, row in rejected:
-            bad.add(portions[place].part, row)  # raises without a file for it
-    tasks = set(np.unique(np.delete(np.array(files.tasks(), dtype=object), found.usable)).tolist())
+        for place, row in sorted([*of_reports, *repeated.rejected], key=lambda each: (each[0], each[1].number)):
+            bad.add(parts[place], row)  # raises without a file for it
+            rejected.append((parts[place].name, asdict(row)))
     faulty = [
         row
         for place, report in enumerate(reports)
         for number, row in report.faulty
-        if (place, number) not in found.faulty
+        if (place, number) not in repeated.faulty
     ]
+    tasks = np.delete(np.array(files.tasks(), dtype=object), repeated.usable)
     record = SourceRecord(
-        usable=len(files) - len(found.usable),
-        tasks=sorted(tasks),
+        usable=len(files) - len(repeated.usable),
+        tasks=sorted(set(tasks.tolist())),
         facts=sorted({fact for report in reports for fact in report.facts}),
+        faults=dict(Counter(str(row.fault) for row in faulty)),
         first_faulty=asdict(faulty[0]) if faulty else None,
-        is_divided=reader is not None,
+        rejected=rejected,
         left_out=sum(report.left_out for report in reports),
+        is_divided=reader is not None,
     )
-    for row in faulty:
-        record.faults[row.fault] = record.faults.get(row.fault, 0) + 1
-    if reader is not None:
-        record.rejected = [(portions[place].part.name, asdict(row)) for place, row in rejected]
-    return record, found.usable
+    return record, repeated.usable

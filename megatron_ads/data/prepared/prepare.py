@@ -120,7 +120,7 @@ def prepared_directory(data: DataConfig, log_directory: Path) -> Path:
 
 def find_prepared(data: DataConfig, tokenizer: Path, directory: Path) -> Path | None:
     """Return the folder of a corpus that is complete below ``directory``; None if there is none."""
-    if not (directory / _MEMORY).is_file():
+    if next(directory.glob(f"*/{COMPLETE}"), None) is None:  # else the files need not be read
         return None
     folder = directory / _key(data, tokenizer, _contents(data, directory))
     return folder if is_complete(folder) else None

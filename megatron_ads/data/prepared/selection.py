@@ -208,8 +208,8 @@ def _write(rows: _Rows, folder: Path, *, by_task: Sequence[bool], evaluate: bool
     trained, all_tasks = (set(rows.tasks[numbers].tolist()) for numbers in (split.training, rows.usable))
     record = Selection(
         parts=parts,
-        left_out=dict(left_out),
-        held_out_left_out=dict(without_held_out),
+        left_out={str(reason): count for reason, count in left_out.items()},
+        held_out_left_out={str(reason): count for reason, count in without_held_out.items()},
         lost_tasks=sorted(all_tasks - trained),
     )
     write_small(folder / _RECORD, json.dumps(asdict(record)))

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, Protocol, overload
 
 import numpy as np
 import pyarrow as pa
@@ -115,6 +115,14 @@ class PortionWriter:
         self._partial.unlink(missing_ok=True)
 
 
+class StoredPortion(Protocol):
+    """What must be known of a portion to read it."""
+
+    name: str
+    batches: list[int]
+    tasks: list[str]
+
+
 class _Batch(NamedTuple):
     """One record batch as views of the mapped file."""
 
@@ -130,7 +138,7 @@ class _Batch(NamedTuple):
 class RowFiles:
     """The portions of a prepared corpus, opened as they are used. Rows are numbered through all of them."""
 
-    def __init__(self, folder: Path, portions: Sequence[Any]) -> None:
+    def __init__(self, folder: Path, portions: Sequence[StoredPortion]) -> None:
         """Take the reports of the portions, in their order."""
         self._folder, self._portions = folder, portions
         batches = [(portion, batch) for portion, report in enumerate(portions) for batch in range(len(report.batches))]
@@ -141,7 +149,7 @@ class RowFiles:
         self._readers: dict[int, Any] = {}
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return int(self._starts[-1])
 
     def row(self, number: int) -> TokenizedRow:
         """Return a row; its tokens are a view of the file."""
