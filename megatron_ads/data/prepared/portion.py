@@ -19,8 +19,9 @@ from megatron_ads.data.mixing import row_digest
 from megatron_ads.data.prepared.store import PortionWriter, Reasons
 from megatron_ads.data.source_files import Part, RowOrigin, Span
 from megatron_ads.data.sources import divided
-from megatron_ads.data.split import answer_of, group_of, in_utf8, key_digest, question_of
+from megatron_ads.data.split import answer_of, in_utf8, key_digest, question_of
 from megatron_ads.errors import DataError
+from megatron_ads.metrics.ranking import same_name
 from megatron_ads.rows import ChatRow, TokenizedRow
 from megatron_ads.tasks.registry import TASKS, reasoning_required
 from megatron_ads.tasks.row_checks import FaultyRow, RowFault, check_rows
@@ -174,6 +175,7 @@ def _add(
     except DataError as error:  # it ends the job only if the row takes part
         report.refused[writer.rows] = str(error)
         tokenized = TokenizedRow(row.id, row.task, np.empty(0, np.int32), np.empty(0, np.float32))
+    question = question_of(row)
     writer.append(
         tokenized.tokens,
         prompt=len(tokenized.tokens) - np.count_nonzero(tokenized.loss_weights),
@@ -183,8 +185,8 @@ def _add(
         task=report.tasks.index(row.task),
         number=number,
         reasons=_reasons(row),
-        group=key_digest(group_of(row)),
-        question=key_digest(question_of(row)),
+        group=key_digest(same_name(row.group) or question),
+        question=key_digest(question),
         answer=key_digest(answer_of(row)),
         content=row_digest(tokenized),
         time=float("nan") if row.time is None else row.time,

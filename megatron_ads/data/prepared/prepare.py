@@ -18,7 +18,6 @@ from itertools import accumulate, count, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-import megatron_ads
 from megatron_ads.config.data import DataConfig, SourceKind
 from megatron_ads.data.prepared.corpus_record import COMPLETE
 from megatron_ads.data.prepared.exclusive import exclusive
@@ -161,7 +160,7 @@ def _sha256(file: Path) -> str:
 
 
 def _code_digest() -> str:
-    root = Path(megatron_ads.__file__).parent
+    root = Path(__file__).parents[2]  # megatron_ads
     places = [root / name for name in _CODE]
     files = [file for place in places for file in ([place] if place.is_file() else sorted(place.rglob("*.py")))]
     return hashlib.sha256("".join(_sha256(file) for file in files).encode()).hexdigest()
