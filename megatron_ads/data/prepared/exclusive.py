@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_ads.errors import DataError
+from megatron_ads.errors import DataError, DiskFullError, one_line
 from megatron_ads.observability.log import get_logger
 
 logger = get_logger(__name__)
@@ -21,6 +21,23 @@ logger = get_logger(__name__)
 _LOCK = "prepare.lock"
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_BETWEEN_LINES = 60.0
+
+
+@contextmanager
+def refused_writes_named(directory: Path) -> Iterator[None]:
+    """Turn the system's refusal to write prepared rows into an error that says what to do.
+
+    Raises:
+        DataError: For a full disk, a quota, missing permissions and the like.
+    """
+    try:
+        yield
+    except (OSError, DiskFullError) as error:  # DiskFullError: of small files, in the words of a conversion
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise DataError(
+            f"rows cannot be prepared in {directory}: {reason}. Make room there, or choose another "
+            "data.prepared_dir (without one they are in log.dir), and start again; finished portions are kept."
+        ) from None
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from megatron_ads.config.data import DataConfig, SourceKind
 from megatron_ads.data.prepared.corpus_record import COMPLETE
-from megatron_ads.data.prepared.exclusive import exclusive
+from megatron_ads.data.prepared.exclusive import exclusive, refused_writes_named
 from megatron_ads.data.prepared.file_content import BLOCK_BYTES, FileContent, contents_of
 from megatron_ads.data.prepared.merge import merge, merge_source
 from megatron_ads.data.prepared.portion import Manner, Portion, PortionReport, collected_warnings, make_portion
@@ -95,10 +95,20 @@ def prepare(
         DataError: If a source cannot be read, has no usable row, or a bad row and no file for it.
     """
     data.check()
+    with refused_writes_named(directory):
+        return _prepare(data, tokenizer, directory, workers, timeout_seconds, on_advance)
+
+
+def _prepare(
+    data: DataConfig,
+    tokenizer: Path,
+    directory: Path,
+    workers: int | None,
+    timeout_seconds: float,
+    on_advance: Callable[[Advance], None],
+) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
-    contents = contents_of(
-        [part.file for source in data.sources for part in files_of(source)], directory / "files.json"
-    )
+    contents = _contents(data, directory)
     folder = directory / _key(data, tokenizer, contents)
     if is_complete(folder):
         return folder

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -22,6 +23,7 @@ from megatron_ads.config.data import DataConfig, SourceConfig, SplitBy
 from megatron_ads.data.corpus import TAKES_PART, LeftOut, codes_left_out, count_left_out, none_left, report_lost
 from megatron_ads.data.mixing import WeightedRows, content_of
 from megatron_ads.data.prepared.corpus_record import CorpusRecord
+from megatron_ads.data.prepared.exclusive import refused_writes_named
 from megatron_ads.data.prepared.store import RowFiles, StoredRows
 from megatron_ads.data.sources import describe_source
 from megatron_ads.data.split import Numbers, NumberSplit, RowKeys, hold_out_groups, hold_out_latest
@@ -90,13 +92,13 @@ def select(corpus: Path, data: DataConfig, *, by_task: bool, evaluate: bool) -> 
     settings["by_task"] = [by_task and not source.keep_share for source in data.sources]
     folder = corpus / f"selection-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}"
     if not folder.is_dir():
-        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=corpus))
+        with refused_writes_named(corpus.parent):
+            partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=corpus))
         try:
-            _write(_Rows(corpus, data), partial, by_task=settings["by_task"], evaluate=evaluate)
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first
-                raise
+            with refused_writes_named(corpus.parent):
+                _write(_Rows(corpus, data), partial, by_task=settings["by_task"], evaluate=evaluate)
+            with suppress(OSError):  # another process was first
+                partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from megatron_ads.cli import main
 from megatron_ads.config.data import DataConfig, SourceConfig, SourceKind, SplitBy
+from megatron_ads.config.recipes import load_recipe
 from megatron_ads.data.chat import load_tokenizer
 from megatron_ads.data.corpus import read_corpus, tokenize
 from megatron_ads.data.demo_tokenizer import write_tokenizer
@@ -248,3 +250,23 @@ def test_a_source_that_gives_nothing_is_named(
     file = write_lines(tmp_path / "own.jsonl", [line(number, group="q") for number in range(300)])
     with pytest.raises(DataError, match=message):
         prepared(DataConfig(sources=[BUILTIN, own(file)], **settings), tokenizer, tmp_path / "p")
+
+
+def test_a_folder_that_cannot_be_written_is_named_in_one_line(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match=r"rows cannot be prepared in .*file/p: Not a directory\. Make room there"):
+        prepared(DataConfig(sources=[BUILTIN]), tokenizer, tmp_path / "file" / "p")
+
+
+def test_the_command_prepares_what_a_job_with_the_same_recipe_finds(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", [line(number) for number in range(30)])
+    words = ["data", "prepare", "--recipe", "sft/quickstart", "--tokenizer", str(tokenizer), "--workers", "1", "--json"]
+    settings = [f"data.sources=[{{kind: jsonl, path: {file}}}]", f"data.prepared_dir={tmp_path / 'p'}"]
+    assert main([*words, *settings]) == 0
+    found = json.loads(capsys.readouterr().out)
+    data = load_recipe("sft/quickstart", settings, sections=["data"]).data
+    assert prepare.find_prepared(data, tokenizer, tmp_path / "p") == Path(found["folder"])
+    assert (found["rows"], found["tokens"] > 30) == (30, True)
+    assert main([*words, "--workers", "0", *settings]) == 2
