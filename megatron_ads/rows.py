@@ -219,3 +219,7 @@ class TokenizedRow:
     def target_count(self) -> int:
         """Predictions that count in the loss."""
         return int(np.count_nonzero(self.loss_weights[1:]))
+
+
+class FittingRows(Sequence[TokenizedRow]):
+    """Rows that were chosen because they fit into ``data.seq_length``: nobody need read all of them to know."""

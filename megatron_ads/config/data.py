@@ -252,6 +252,14 @@ class DataConfig:
     """Most rows that one held-out group, such as a query, gives; fewer spread the evaluation over more groups, whose
     other rows take no part. None is all."""
 
+    prepared_dir: str | None = None
+    """Folder of rows that have been read, checked and tokenized; jobs with the same rows share them there. None is
+    ``prepared`` in ``log.dir``."""
+    prepare_workers: int | None = None
+    """Processes that prepare the rows; None: as many as a rank has cores."""
+    prepare_timeout_seconds: float = 3600.0
+    """How long a rank waits for another process that prepares its rows and makes no progress."""
+
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
         require(
@@ -269,6 +277,8 @@ class DataConfig:
         )
         require_at_least("data", self, 2, "seq_length")
         require_at_least("data", self, 0, "seed", "validation_rows")
+        require_at_least("data", self, 1, "prepare_workers")
+        require_above("data", self, 0, "prepare_timeout_seconds")
         require(
             self.split_by is SplitBy.group or self.validation_rows_per_group is None,
             f"data.validation_rows_per_group is {self.validation_rows_per_group}, which has no effect with "

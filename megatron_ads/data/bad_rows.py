@@ -4,13 +4,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
-from megatron_ads.data.source_files import Part, RowOrigin
+from megatron_ads.data.source_files import Part, RowOrigin, Span
 from megatron_ads.errors import DataError
 from megatron_ads.layout import rank
 from megatron_ads.observability.log import get_logger
@@ -73,6 +73,43 @@ def usable_weight(given: object, *, text: bool = False) -> float:
     raise BadRowError(BadRow.wrong_type, message)
 
 
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that cannot be used."""
+
+    number: int
+    """Of the row in its file, from 1."""
+    reason: str
+    message: str
+    content: str
+    """A glimpse of it."""
+
+    @classmethod
+    def of(cls, number: int, error: BadRowError, content: object) -> Self:
+        """Describe a row; one that cannot be read has its error as content."""
+        return cls(number, str(error.reason), str(error), "").with_content(None if content is error else content)
+
+    def with_content(self, content: object) -> Self:
+        """Return it with a glimpse of what was read."""
+        glimpse = repr(content)
+        return replace(
+            self, content=glimpse[:_SHOWN_CHARACTERS] + "..." if len(glimpse) > _SHOWN_CHARACTERS else glimpse
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowReader(Generic[Read]):
+    """How the rows of a source are read, for sources whose files can be read one by one and from the middle."""
+
+    path: Path
+    parts: list[Part]
+    read: Callable[[Part, Span | None], Iterable[tuple[int, Read | BadRowError]]]
+    """Gives row number and content, or why it cannot be read; of a stretch of the file, if one is given."""
+    make: Callable[[RowOrigin, Read], ChatRow | None]
+    """Takes a row; raises ``BadRowError`` for content that cannot be used, and returns None for a row that the recipe
+    leaves out."""
+
+
 @dataclass(slots=True)
 class RejectedRows:
     """The rows of one source that cannot be used: the first ends the reading, or all are written aside."""
@@ -81,7 +118,7 @@ class RejectedRows:
     aside: Path | None
     """Where they are written; None: the first one is an error."""
     records: list[dict[str, Any]] = field(default_factory=list)
-    counts: Counter[BadRow] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
     left_out: int = 0
     """Rows that the recipe's ``values`` leave out."""
 
@@ -93,11 +130,7 @@ class RejectedRows:
     ) -> Iterator[Made]:
         """Yield what ``make`` returns for every row that can be used; the others are counted, with a glimpse of each.
 
-        Args:
-            parts: The files of the source.
-            read: Gives row number and content, or why it cannot be read.
-            make: Takes a row; raises ``BadRowError`` for content that cannot be used, and returns None for a row that
-                the recipe leaves out.
+        ``parts``, ``read`` and ``make`` are those of ``RowReader``.
 
         Raises:
             DataError: With the row number, for the first bad row if none are written aside.
@@ -108,22 +141,27 @@ class RejectedRows:
                     raise content
                 made = make(origin, content)
             except BadRowError as error:
-                if self.aside is None:
-                    raise DataError(
-                        f"{origin.part.file}, row {origin.number}: {error.reason}: {error} Correct it, or name a file "
-                        "with the source's setting rejected to have such rows written there."
-                    ) from None
-                self.counts[error.reason] += 1
-                glimpse = repr(None if content is error else content)
-                if len(glimpse) > _SHOWN_CHARACTERS:
-                    glimpse = glimpse[:_SHOWN_CHARACTERS] + "..."
-                record = {"row": origin.number, "reason": str(error.reason), "message": str(error), "content": glimpse}
-                self.records.append(record if origin.part.file == self.file else {"file": origin.part.name, **record})
+                self.add(origin.part, Rejected.of(origin.number, error, content))
             else:
                 if made is not None:
                     yield made
                 else:
                     self.left_out += 1
+
+    def add(self, part: Part, row: Rejected) -> None:
+        """Count a row.
+
+        Raises:
+            DataError: With the row number, if none are written aside.
+        """
+        if self.aside is None:
+            raise DataError(
+                f"{part.file}, row {row.number}: {row.reason}: {row.message} Correct it, or name a file with the "
+                "source's setting rejected to have such rows written there."
+            )
+        self.counts[row.reason] += 1
+        record = {"row": row.number, "reason": row.reason, "message": row.message, "content": row.content}
+        self.records.append(record if part.file == self.file else {"file": part.name, **record})
 
     def finish(self, *, used: int) -> None:
         """Write the rejected rows aside, one JSON object a line, and log their counts, once and not on every rank.
@@ -146,34 +184,28 @@ class RejectedRows:
             raise DataError(f"{self.file} holds no usable row; not used: {counts}.")
 
 
-def usable_rows(
-    path: Path,
-    parts: Iterable[Part],
-    read: Callable[[Part], Iterable[tuple[int, Read | BadRowError]]],
-    make: Callable[[RowOrigin, Read], ChatRow | None],
-    *,
-    rejected: Path | None,
-    limit: int | None,
-) -> list[ChatRow]:
+def usable_rows(reader: RowReader[Read], *, rejected: Path | None, limit: int | None) -> list[ChatRow]:
     """Return the usable rows of a source, the first ``limit`` of them; None is all. A repeated id makes a row unusable.
 
-    ``parts``, ``read`` and ``make`` are those of ``RejectedRows.usable``; ``rejected`` is its ``aside``.
-
     Raises:
-        DataError: With the row number, for the first bad row if none are written aside; if there is no usable row.
+        DataError: With the row number, for the first bad row unless ``rejected`` says where to write them; if there is
+            no usable row.
     """
     first_seen: dict[str, RowOrigin] = {}
 
     def make_new(origin: RowOrigin, content: Read) -> ChatRow | None:
-        row = make(origin, content)
+        row = reader.make(origin, content)
         if row is not None and (first := first_seen.setdefault(row.id, origin)) is not origin:
-            where = "" if first.part is origin.part else f" in {first.part.name}"
-            raise BadRowError(
-                BadRow.duplicate_id, f"id {row.id!r:.80} was row {first.number}'s{where}; ids must differ."
-            )
+            raise repeated_id(row.id, first, origin.part)
         return row
 
-    bad = RejectedRows(path, rejected)
-    rows = list(islice(bad.usable(parts, read, make_new), limit))
+    bad = RejectedRows(reader.path, rejected)
+    rows = list(islice(bad.usable(reader.parts, lambda part: reader.read(part, None), make_new), limit))
     bad.finish(used=len(rows))
     return rows
+
+
+def repeated_id(row_id: str, first: RowOrigin, part: Part) -> BadRowError:
+    """Return the error for a row of ``part`` whose id an earlier row has."""
+    where = "" if first.part.name == part.name else f" in {first.part.name}"
+    return BadRowError(BadRow.duplicate_id, f"id {row_id!r:.80} was row {first.number}'s{where}; ids must differ.")

@@ -8,7 +8,9 @@ Shape suffixes: B = rows of a microbatch, S = tokens of a row.
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,8 @@ from megatron_ads.data.mixing import Draw, Mixture, WeightedRows
 from megatron_ads.data.packed_batch import PackedBatch, PackedRow, pack_prefix
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.metrics.text import perplexities
-from megatron_ads.rows import TokenizedRow
+from megatron_ads.rows import FittingRows, TokenizedRow
+from megatron_ads.runtime.device import device
 
 _ROWS_OF_A_PORTION = 1024
 
@@ -52,8 +55,22 @@ class ReplicaShare:
         return [rows[start : start + size] for start in range(first, len(rows), stride)]
 
 
+@dataclass(frozen=True, slots=True)
+class DrawnStep:
+    """One step of a replica before instance weights, and where in the data it ends."""
+
+    draws: list[Draw]
+    batches: list[PackedBatch]
+    drawn: list[int]
+    """Samples of each source, up to its end."""
+
+
 class BatchStream:
-    """The endless sequence of steps of one replica. Its state is a few integers, the same on every replica."""
+    """The endless sequence of steps of one replica. Its state is a few integers, the same on every replica.
+
+    A thread draws the next step while the latest one is trained on. The state is that after the latest step all the
+    same, and what changes future draws discards the step that was drawn ahead: the sequence is as without the thread.
+    """
 
     def __init__(
         self,
@@ -77,26 +94,34 @@ class BatchStream:
             DataError: If a source has no rows, or one that is too long.
         """
         for source in sources:
-            refuse_long_rows(source.rows, seq_length)
+            if not isinstance(source.rows, FittingRows):
+                refuse_long_rows(source.rows, seq_length)
         self._mixture = Mixture(sources, seed=seed)
         self._share, self._seq_length, self._packing = share, seq_length, packing
         self._seed, self._normalize, self._weights = seed, normalize, weights
         self._step: list[Draw] = []
+        self._drawn = list(self._mixture.drawn)
+        self._thread = ThreadPoolExecutor(1, "batches")
+        self._ahead: Future[DrawnStep] | None = None
 
     def next_step(self) -> list[PackedBatch]:
-        """Return this replica's microbatches of the next step."""
-        packed = self._draw_rows()
-        samples = [draw.row for draw in self._step]
-        batches = [
-            PackedBatch.of(samples, micro, seq_length=self._seq_length, normalize=self._normalize)
-            for micro in self._share.microbatches(packed)
-        ]
+        """Return this replica's microbatches of the next step, and have the one after it drawn meanwhile."""
+        step = self._draw_step() if self._ahead is None else self._ahead.result()
+        self._step, self._drawn = step.draws, step.drawn
+        self._ahead = self._thread.submit(self._draw_step)
         if self._weights is None:
-            return batches
+            return step.batches
         weights = torch.from_numpy(self._weights.of([draw.number for draw in self._step])).float()
-        return [replace(batch, mask_BS=batch.mask_BS * weights[batch.sample_BS]) for batch in batches]
+        return [replace(batch, mask_BS=batch.mask_BS * weights[batch.sample_BS]) for batch in step.batches]
 
-    def _draw_rows(self) -> list[PackedRow]:
+    def _rewind(self) -> None:
+        """Discard the step that was drawn ahead; the thread is idle afterwards."""
+        if self._ahead is not None:
+            wait([self._ahead])
+            self._ahead = None
+            self._mixture.drawn = list(self._drawn)
+
+    def _draw_step(self) -> DrawnStep:
         """Draw and pack the samples of a step; those that do not fit any more go back."""
         count = self._share.global_batch_size
         drawn = [self._mixture.draw() for _ in range(count)]
@@ -109,8 +134,14 @@ class BatchStream:
             packed = [*pack_prefix([draw.row.predictions for draw in drawn], capacity=self._seq_length, rows=count)]
         used = sum(map(len, packed))
         self._mixture.put_back([draw.source for draw in drawn[used:]])
-        self._step = drawn[:used]
-        return packed
+        samples = [draw.row for draw in drawn[:used]]
+        batches = [
+            PackedBatch.of(samples, micro, seq_length=self._seq_length, normalize=self._normalize)
+            for micro in self._share.microbatches(packed)
+        ]
+        if device().type == "cuda":
+            batches = [batch.pinned() for batch in batches]
+        return DrawnStep(drawn[:used], batches, list(self._mixture.drawn))
 
     def observe(self, sample_losses: Sequence[float]) -> dict[str, float]:
         """Take in the summed loss of each sample of the latest step; return the mean per target token of each task."""
@@ -128,8 +159,7 @@ class BatchStream:
     def all_rows(self) -> Iterator[list[PackedBatch]]:
         """Yield this replica's microbatches of one pass over all rows, by number, in portions that fit in memory."""
         rows = self._mixture.rows
-        for start in range(0, len(rows), _ROWS_OF_A_PORTION):
-            portion = rows[start : start + _ROWS_OF_A_PORTION]
+        while portion := list(islice(rows, _ROWS_OF_A_PORTION)):
             yield batches_of_all(portion, self._share, seq_length=self._seq_length, packing=self._packing)
 
     def renew_weights(self, pass_losses: Sequence[float] | None = None) -> dict[str, float]:
@@ -159,14 +189,16 @@ class BatchStream:
 
     def adapt(self, metrics: Mapping[str, float], *, alpha: float) -> dict[str, float]:
         """Renew the shares of the adaptive tasks from their validation metrics; return them."""
+        self._rewind()
         of_tasks = {task: metrics[task] for task in self._mixture.adaptive_tasks}
         return self._mixture.adapt(task_shares(of_tasks, alpha=alpha))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the current state, and of which sequence it is; independent of the layout."""
         weights = {} if self._weights is None else {"weights": self._weights.state_dict()}
-        content = {"rows": list(self._mixture.sizes), "digests": list(self._mixture.digests)}
-        return {**self._mixture.state_dict(), **content, "seed": self._seed, **weights}
+        content = {"rows": list(self._mixture.sizes), "contents": list(self._mixture.contents)}
+        drawn = {"drawn": list(self._drawn)}
+        return {**self._mixture.state_dict(), **drawn, **content, "seed": self._seed, **weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was taken.
@@ -174,8 +206,7 @@ class BatchStream:
         Raises:
             DataError: If it belongs to other rows or another seed, or only one of the two has instance weights.
         """
-        of_content = {"digests": list(self._mixture.digests)} if "digests" in state else {}  # older states lack them
-        for name, here in {"rows": list(self._mixture.sizes), "seed": self._seed, **of_content}.items():
+        for name, here in self._identity(state).items():
             if state[name] != here:
                 raise DataError(
                     f"The checkpoint was made with data of {_difference(name, state[name], here)}: the order of "
@@ -187,13 +218,24 @@ class BatchStream:
                 f"The checkpoint was made with{'' if 'weights' in state else 'out'} instance weights, this job is the "
                 "other way round. Set reweight.instances as it was, or start anew with another checkpoint.dir."
             )
+        self._rewind()
         self._mixture.load_state_dict(state)
+        self._drawn = list(self._mixture.drawn)
         if self._weights is not None:
             self._weights.load_state_dict(state["weights"])
 
+    def _identity(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return of which sequence this is, as ``state`` says it: older ones have other digests, or none."""
+        identity: dict[str, Any] = {"rows": list(self._mixture.sizes), "seed": self._seed}
+        if "contents" in state:
+            identity["contents"] = list(self._mixture.contents)
+        elif "digests" in state and state["rows"] == identity["rows"]:
+            identity["digests"] = list(self._mixture.older_digests)
+        return identity
+
 
 def _difference(name: str, before: Any, here: Any) -> str:
-    if name != "digests":
+    if name not in ("contents", "digests"):
         return f"{name} {before}, this job has {here}"
     if sorted(before) == sorted(here):
         return "the same sources in another order"

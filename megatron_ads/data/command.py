@@ -2,6 +2,7 @@
 
 megatron-ads data simulate --out simulated --users 100000 --days 35 --seed 0
 megatron-ads data preview --task ad_user_relevance
+megatron-ads data prepare --recipe sft/quickstart model.load=SHARDS
 megatron-ads data cook --recipe cook/simulated --out cooked teacher.url=http://localhost:8000/v1 teacher.model=NAME
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ads.config.data import AdsTask, DataConfig, RowVariant, SourceConfig, SourceKind
+from megatron_ads.data.prepared.command import add_prepare
 from megatron_ads.errors import ConfigError, DataError, MegatronAdsError
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_simulate(commands)
     _add_preview(commands)
+    add_prepare(commands)
     import_module("megatron_ads.synthesis.command").add_synthesize(commands)  # by name: it builds on this package
 
 

@@ -1,15 +1,18 @@
-"""From the sources of a recipe to tokens: read, split, tokenize, and count what had to be left out and why."""
+"""From the sources of a recipe to rows in memory: read, check, split, and tell what had to be left out and why."""
 
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_ads.config.data import DataConfig, SourceConfig, SplitBy
 from megatron_ads.data.chat import ChatTokenizer, tokenize_row
-from megatron_ads.data.mixing import WeightedRows
 from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.data.split import Repeats, count_repeats, split_by_group, split_by_time
 from megatron_ads.errors import DataError
@@ -18,7 +21,7 @@ from megatron_ads.observability.log import get_logger
 from megatron_ads.rows import ChatRow, Fact, Message, Role, TokenizedRow
 from megatron_ads.tasks.answer_format import without_reasoning
 from megatron_ads.tasks.registry import TASKS, reasoning_required
-from megatron_ads.tasks.row_checks import CheckedRows, FaultyRow, check_rows
+from megatron_ads.tasks.row_checks import FaultyRow, RowFault, check_rows
 
 logger = get_logger(__name__)
 
@@ -75,26 +78,20 @@ def read_corpus(config: DataConfig) -> Corpus:
     checked = [check_rows(read_source(source, seed=config.seed)) for source in config.sources]
     for found, name in zip(checked, map(describe_source, config.sources), strict=True):
         if found.faulty:
-            _report_faulty(found, name)
-        _report_misspelt(found.rows, name)
+            report_faulty(len(found.faulty), found.faulty[0], found.counts(), name, usable=len(found.rows))
+        facts = {fact for row in found.rows if row.task in TASKS for fact in row.facts}
+        report_misspelt({row.task for row in found.rows}, facts, name)
     sources = [found.rows if config.reasoning else answers_alone(found.rows) for found in checked]
     everything = [row for rows in sources for row in rows]
     repeats = count_repeats(everything)
-    for note in notes_on(everything, repeats):
-        if rank() == 0:
-            logger.log(logging.WARNING if repeats.contradicting else logging.INFO, "%s.", note)
+    report_notes(notes_on(everything, repeats), repeats)
     rows_held_out = config.validation_rows
     if config.split_by is SplitBy.time:
         split = split_by_time(everything, validation_rows=rows_held_out, seed=config.seed)
     else:
         per_group = config.validation_rows_per_group
         split = split_by_group(everything, validation_rows=rows_held_out, seed=config.seed, max_per_group=per_group)
-    for task in sorted({row.task for row in everything} - {row.task for row in split.training}):
-        _warn(
-            "%s: all rows are held out, or share a group with held-out rows, so nothing is trained on. Lower "
-            "data.validation_rows, or add rows of other groups.",
-            task,
-        )
+    report_lost({row.task for row in everything}, {row.task for row in split.training})
     kept = {id(row) for row in split.training}
     return Corpus(
         training=[[row for row in rows if id(row) in kept] for rows in sources],
@@ -107,12 +104,16 @@ def read_corpus(config: DataConfig) -> Corpus:
 
 def notes_on(rows: Sequence[ChatRow], repeats: Repeats) -> list[str]:
     """Return a sentence on repeats if there are any, and one on targets without reasoning in tasks that reason."""
-    notes = [str(repeats)] if repeats.rows else []
     wanted = [row for row in rows if row.task in TASKS and TASKS[row.task].reasons]
-    without = sum(not reasoning_required(row) for row in wanted)
+    return notes(repeats, wanted=len(wanted), without=sum(not reasoning_required(row) for row in wanted))
+
+
+def notes(repeats: Repeats, *, wanted: int, without: int) -> list[str]:
+    """Return the same sentences, given how many rows are of tasks that reason, and how many of them do not."""
+    found = [str(repeats)] if repeats.rows else []
     if without:
-        notes.append(f"{without:,} of {len(wanted):,} targets give no reasoning, so answers need none")
-    return notes
+        found.append(f"{without:,} of {wanted:,} targets give no reasoning, so answers need none")
+    return found
 
 
 def answers_alone(rows: Sequence[ChatRow]) -> list[ChatRow]:
@@ -131,25 +132,43 @@ def _warn(message: str, *values: object) -> None:
         logger.warning(message, *values)
 
 
-def _report_faulty(checked: CheckedRows, name: str) -> None:
-    """Log how many rows of a source cannot be used and why; refuse a source of such rows alone."""
-    first = checked.faulty[0]
+def report_notes(found: Sequence[str], repeats: Repeats) -> None:
+    """Log the sentences of ``notes``, once and not on every rank."""
+    for note in found if rank() == 0 else ():
+        logger.log(logging.WARNING if repeats.contradicting else logging.INFO, "%s.", note)
+
+
+def report_lost(tasks: set[str], trained: set[str]) -> None:
+    """Log the tasks of which nothing is left to train on."""
+    for task in sorted(tasks - trained):
+        _warn(
+            "%s: all rows are held out, or share a group with held-out rows, so nothing is trained on. Lower "
+            "data.validation_rows, or add rows of other groups.",
+            task,
+        )
+
+
+def report_faulty(count: int, first: FaultyRow, faults: Counter[RowFault], name: str, *, usable: int) -> None:
+    """Log how many rows of a source cannot be used and why.
+
+    Raises:
+        DataError: If none of its rows can.
+    """
     why = f"{first.fault} ({first.reason})" if first.reason else first.fault
     example = f"The first is {first.row_id!r:.80} of task {first.task}: {why:.200}."
-    if not checked.rows:
+    if not usable:
         raise DataError(
-            f"None of the {len(checked.faulty)} rows of {name} can be used. {example} Correct them, or give rows of "
-            "another form a task name of their own."
+            f"None of the {count} rows of {name} can be used. {example} Correct them, or give rows of another form a "
+            "task name of their own."
         )
-    counts = ", ".join(f"{count} {fault}" for fault, count in checked.counts().most_common())
+    counts = ", ".join(f"{number} {fault}" for fault, number in faults.most_common())
     _warn("%s: rows that cannot be used: %s. %s", name, counts, example)
 
 
-def _report_misspelt(rows: Sequence[ChatRow], name: str) -> None:
-    """Log tasks and facts of a source that are unknown, but are named much like a known one."""
-    facts = {fact for row in rows if row.task in TASKS for fact in row.facts}
+def report_misspelt(tasks: set[str], facts: set[str], name: str) -> None:
+    """Log tasks, and facts of ads tasks, of a source that are unknown, but are named much like a known one."""
     for kind, given, known, result in (
-        ("ads task", {row.task for row in rows}, list(TASKS), "its targets are not checked"),
+        ("ads task", tasks, list(TASKS), "its targets are not checked"),
         ("fact", facts, list(Fact), "nothing reads it"),
     ):
         for word in sorted(given.difference(known)):
@@ -163,19 +182,37 @@ def tokenize(rows: Sequence[ChatRow], tokenizer: ChatTokenizer, *, seq_length: i
     Raises:
         DataError: If the chat template refuses a conversation.
     """
-    kept: list[TokenizedRow] = []
-    left_out: Counter[LeftOut] = Counter()
-    for row in rows:
-        tokenized = tokenize_row(row, tokenizer)
-        if row.weight == 0:
-            left_out[LeftOut.zero_weight] += 1
-        elif (tokenized.loss_weights > 0).sum() > seq_length:
-            left_out[LeftOut.target_longer_than_seq_length] += 1
-        elif tokenized.predictions > seq_length:
-            left_out[LeftOut.longer_than_seq_length] += 1
-        else:
-            kept.append(tokenized)
-    return Tokenized(rows=kept, left_out=left_out)
+    tokenized = [tokenize_row(row, tokenizer) for row in rows]
+    codes = codes_left_out(
+        np.array([row.weight for row in rows]),
+        np.array([np.count_nonzero(row.loss_weights) for row in tokenized]),
+        np.array([row.predictions for row in tokenized]),
+        seq_length=seq_length,
+    )
+    kept = [row for row, code in zip(tokenized, codes.tolist(), strict=True) if code == TAKES_PART]
+    return Tokenized(rows=kept, left_out=count_left_out(codes))
+
+
+TAKES_PART = -1
+_REASONS = tuple(LeftOut)
+
+
+def codes_left_out(
+    weights: NDArray[Any], targets: NDArray[Any], predictions: NDArray[Any], *, seq_length: int
+) -> NDArray[np.int64]:
+    """Return why each row is left out, as its place in ``LeftOut``, or ``TAKES_PART``; (N,) each."""
+    # In the order of LeftOut.
+    codes: NDArray[np.int64] = np.select(
+        [weights == 0, targets > seq_length, predictions > seq_length], range(len(_REASONS)), TAKES_PART
+    )
+    return codes
+
+
+def count_left_out(codes: NDArray[np.int64]) -> Counter[LeftOut]:
+    """Return how many rows are left out for each reason, in the order in which the reasons appear."""
+    values, first, counts = np.unique(codes, return_index=True, return_counts=True)
+    found = [(int(values[index]), int(counts[index])) for index in np.argsort(first) if values[index] != TAKES_PART]
+    return Counter({_REASONS[code]: count for code, count in found})
 
 
 def none_left(rows: str, left_out: Counter[LeftOut], seq_length: int) -> DataError:
@@ -187,41 +224,3 @@ def none_left(rows: str, left_out: Counter[LeftOut], seq_length: int) -> DataErr
     }
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
     return DataError(f"None of the {rows} can be used: {reasons}. {' '.join(advice[reason] for reason in left_out)}")
-
-
-def tokenize_training(
-    corpus: Corpus, tokenizer: ChatTokenizer, *, seq_length: int, by_task: bool = False
-) -> tuple[list[WeightedRows], Counter[LeftOut]]:
-    """Tokenize the training rows of every source for a ``BatchStream``; also count what was left out.
-
-    With ``by_task``, a source is divided by task, in proportion to its rows, so that the tasks' shares can adapt.
-
-    Raises:
-        DataError: If all rows of a source are held out, or none of the others fits.
-    """
-    sources: list[WeightedRows] = []
-    left_out: Counter[LeftOut] = Counter()
-    for config, rows in zip(corpus.sources, corpus.training, strict=True):
-        name = describe_source(config)
-        if not rows:
-            raise DataError(
-                f"All rows of {name} are held out, or share a group such as a query with held-out rows. Lower "
-                "data.validation_rows, or add rows."
-            )
-        tokenized = tokenize(rows, tokenizer, seq_length=seq_length)
-        left_out += tokenized.left_out
-        if not tokenized.rows:
-            raise none_left(f"{len(rows)} training rows of {name}", tokenized.left_out, seq_length)
-        source = WeightedRows(rows=tokenized.rows, weight=config.weight, name=name)
-        sources += [source] if config.keep_share or not by_task else _divide_by_task(source)
-    return sources, left_out
-
-
-def _divide_by_task(source: WeightedRows) -> list[WeightedRows]:
-    tasks: dict[str, list[TokenizedRow]] = defaultdict(list)
-    for row in source.rows:
-        tasks[row.task].append(row)
-    return [
-        WeightedRows(rows, source.weight * len(rows) / len(source.rows), f"{source.name}, {task}", adaptive_task=task)
-        for task, rows in sorted(tasks.items())
-    ]

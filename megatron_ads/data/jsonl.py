@@ -25,10 +25,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from megatron_ads.data.bad_rows import BadRow, BadRowError, Made, usable_rows, usable_weight
-from megatron_ads.data.source_files import JSON_LINES, RowOrigin, open_text, parts_of
+from megatron_ads.data.bad_rows import BadRow, BadRowError, Made, RowReader, usable_rows, usable_weight
+from megatron_ads.data.source_files import JSON_LINES, RowOrigin, Span, open_text, parts_of
 from megatron_ads.errors import DataError
 from megatron_ads.rows import ChatRow, Fact, Message, Role, wrong_fact
 from megatron_ads.tasks.registry import TASKS
@@ -60,11 +60,14 @@ def read_records(file: Path, read: Callable[[int, dict[str, Any]], Made]) -> Ite
         yield made
 
 
-def read_lines(file: Path, longest: int | None = None) -> Iterator[tuple[int, dict[str, Any] | BadRowError]]:
+def read_lines(
+    file: Path, longest: int | None = None, span: Span | None = None
+) -> Iterator[tuple[int, dict[str, Any] | BadRowError]]:
     """Yield the number and object of every line that is not empty, with the reason in place of one that cannot be read.
 
     Args:
         longest: Bytes of the longest line that is kept in memory; None: ``MAX_LINE_BYTES``.
+        span: Which lines of an uncompressed file; None: all.
 
     Raises:
         DataError: If there is no such file, or it cannot be read as text.
@@ -78,7 +81,11 @@ def read_lines(file: Path, longest: int | None = None) -> Iterator[tuple[int, di
             except OSError as error:
                 raise DataError(f"{file} cannot be read to its end ({error}). Copy or write it again.") from None
 
-        for number, line in enumerate(iter(lambda: next_line(longest + 1), b""), 1):
+        first = 1 if span is None else _seek(lines, span)
+        for number, line in enumerate(iter(lambda: next_line(longest + 1), b""), first):
+            begins = 0 if span is None else lines.tell() - len(line)
+            if span is not None and begins >= span.end:
+                return
             if len(line) > longest:
                 rest = line
                 while rest and not rest.endswith(b"\n"):
@@ -87,6 +94,18 @@ def read_lines(file: Path, longest: int | None = None) -> Iterator[tuple[int, di
                 yield number, BadRowError(BadRow.cell_too_long, message)
             elif line.strip():
                 yield number, _parse_line(line)
+
+
+def _seek(lines: BinaryIO, span: Span) -> int:
+    """Go to the first line that begins in a stretch of an open file; return its number."""
+    if span.start == 0:
+        return 1
+    lines.seek(span.start - 1)
+    if lines.read(1) == b"\n":
+        return span.newlines_before + 1
+    while (rest := lines.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+        pass  # a line that begins in the stretch before
+    return span.newlines_before + 2
 
 
 def _constant(name: str) -> float | None:
@@ -130,11 +149,21 @@ def jsonl_rows(path: Path, *, limit: int | None = None, rejected: Path | None = 
             says where to write it; if there is no usable row.
     """
 
+    return usable_rows(jsonl_reader(path), rejected=rejected, limit=limit)
+
+
+def jsonl_reader(path: Path) -> RowReader[dict[str, Any]]:
+    """Return how the rows of ``jsonl_rows`` are read."""
+
     def make(origin: RowOrigin, fields: dict[str, Any]) -> ChatRow:
         return facts_of_text_row(parse_row(fields, default_id=origin.row_id))
 
-    parts = parts_of(path, JSON_LINES)
-    return usable_rows(path, parts, lambda part: read_lines(part.file), make, rejected=rejected, limit=limit)
+    return RowReader(
+        path=path,
+        parts=parts_of(path, JSON_LINES),
+        read=lambda part, span: read_lines(part.file, span=span),
+        make=make,
+    )
 
 
 def is_chat_row(fields: Mapping[str, Any]) -> bool:

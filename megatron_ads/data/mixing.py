@@ -9,7 +9,7 @@ last changed. Inside a source every epoch has its own shuffled order.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -35,6 +35,13 @@ class WeightedRows:
     name: str = "rows"
     adaptive_task: str | None = None
     """The task whose validation metric decides over the share; None keeps the share."""
+    known_content: str | None = None
+    """The digest of the rows, where it need not be computed."""
+
+    @property
+    def content(self) -> str:
+        """Return a digest of the content of the rows and their order."""
+        return self.known_content or content_of(map(row_digest, self.rows))
 
 
 class Draw(NamedTuple):
@@ -68,9 +75,9 @@ class Mixture:
         """Under earlier shares."""
 
     @property
-    def rows(self) -> list[TokenizedRow]:
+    def rows(self) -> Iterator[TokenizedRow]:
         """Every row of every source, at its number."""
-        return [row for source in self._sources for row in source.rows]
+        return (row for source in self._sources for row in source.rows)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -78,9 +85,14 @@ class Mixture:
         return tuple(len(source.rows) for source in self._sources)
 
     @cached_property
-    def digests(self) -> tuple[str, ...]:
-        """Of each source, by the content of its rows and their order."""
-        return tuple(_digest(source.rows) for source in self._sources)
+    def contents(self) -> tuple[str, ...]:
+        """Of each source, a digest of its rows and their order."""
+        return tuple(source.content for source in self._sources)
+
+    @cached_property
+    def older_digests(self) -> tuple[str, ...]:
+        """The same as checkpoints had it before ``contents``; reads every row."""
+        return tuple(_older_digest(source.rows) for source in self._sources)
 
     def draw(self) -> Draw:
         """Return the next sample."""
@@ -155,13 +167,34 @@ class Mixture:
             self._drawn_before = list(self.drawn)
 
 
-def _digest(rows: Sequence[TokenizedRow]) -> str:
+def row_digest(row: TokenizedRow) -> bytes:
+    """Return a digest of a row; no zero byte ends it, which numpy would not keep."""
+    digest = hashlib.blake2b(digest_size=15)
+    for part in _content(row):
+        digest.update(part)
+    return digest.digest() + b"."
+
+
+def content_of(row_digests: Iterable[bytes]) -> str:
+    """Return the digest of rows in their order, from those of each."""
+    digest = hashlib.sha256()
+    for each in row_digests:
+        digest.update(each)
+    return digest.hexdigest()
+
+
+def _older_digest(rows: Sequence[TokenizedRow]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        name = f"{row.id}\0{row.task}".encode(errors="surrogatepass")
-        for part in (name, row.tokens.tobytes(), row.loss_weights.tobytes()):
-            digest.update(len(part).to_bytes(8, "little") + part)
+        for part in _content(row):
+            digest.update(part)
     return digest.hexdigest()
+
+
+def _content(row: TokenizedRow) -> Iterator[bytes]:
+    name = f"{row.id}\0{row.task}".encode(errors="surrogatepass")
+    for part in (name, row.tokens.tobytes(), row.loss_weights.tobytes()):
+        yield len(part).to_bytes(8, "little") + part
 
 
 def _normalized(weights: Sequence[float]) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.config.data import AdsTask
-from megatron_ads.data.bad_rows import BadRow, BadRowError, usable_rows, usable_weight
+from megatron_ads.data.bad_rows import BadRow, BadRowError, RowReader, usable_rows, usable_weight
 from megatron_ads.data.source_files import RowOrigin, parts_of
 from megatron_ads.data.table_fields import FieldMapping, one_of, optional_text, text_of, texts_of, time_of
 from megatron_ads.data.table_files import Cells, read_table
@@ -99,6 +99,19 @@ def table_rows(
         ConfigError: If a field is unknown or missing, or a value stands for nothing known.
         DataError: If a file cannot be read or there is no usable row; with the row number, for the first bad row.
     """
+    reader = table_reader(path, columns=columns, task=task, values=values, users=users)
+    return usable_rows(reader, rejected=rejected, limit=limit)
+
+
+def table_reader(
+    path: Path,
+    *,
+    columns: Mapping[str, str],
+    task: AdsTask | None,
+    values: Mapping[str, Mapping[Any, Any]] | None,
+    users: Users | None,
+) -> RowReader[Cells]:
+    """Return how the rows of ``table_rows`` are read; the arguments are as there."""
     form = FORMS[task]
     mapping = FieldMapping.of(
         columns, values or {}, required=form.required, optional=form.optional, choices=form.choices
@@ -122,8 +135,12 @@ def table_rows(
             raise BadRowError(BadRow.unusable_text, str(error)) from None
         return replace(row, time=time_of(cells, "time")) if optional_text(cells, "time") else row
 
-    parts = parts_of(path)
-    return usable_rows(path, parts, lambda part: read_table(part, mapping.needed), make, rejected=rejected, limit=limit)
+    return RowReader(
+        path=path,
+        parts=parts_of(path),
+        read=lambda part, span: read_table(part, mapping.needed, span),
+        make=make,
+    )
 
 
 def _ad_of(cells: Cells) -> Ad:

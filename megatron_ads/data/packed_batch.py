@@ -7,10 +7,11 @@ Shape suffixes: B = rows of a microbatch, S = tokens of a row.
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -71,47 +72,46 @@ class PackedBatch:
             extra: For each name, an array for every sample of the step with one value for each of its N - 1 labels.
         """
         shape = (len(rows), seq_length)
-        tokens_BS, labels_BS = torch.full((2, *shape), PADDING_TOKEN)
-        positions_BS, sample_BS = torch.zeros((2, *shape), dtype=torch.int64)
-        mask_BS = torch.zeros(shape)
-        extra_BS = {
-            name: torch.zeros(shape, dtype=torch.from_numpy(values[0]).dtype) for name, values in (extra or {}).items()
-        }
+        tokens_BS, labels_BS = np.full((2, *shape), PADDING_TOKEN, dtype=np.int64)
+        positions_BS, sample_BS = np.zeros((2, *shape), dtype=np.int64)
+        mask_BS = np.zeros(shape, dtype=np.float32)
+        extra_BS = {name: np.zeros(shape, dtype=values[0].dtype) for name, values in (extra or {}).items()}
+        counting = np.arange(seq_length)
         boundaries = [0]
         for b, numbers in enumerate(rows):
             start = 0
             for number in numbers:
                 sample = samples[number]
                 place = slice(start, start + sample.predictions)
-                tokens_BS[b, place] = torch.from_numpy(sample.tokens[:-1])
-                labels_BS[b, place] = torch.from_numpy(sample.tokens[1:])
-                positions_BS[b, place] = torch.arange(sample.predictions)
-                mask_BS[b, place] = torch.from_numpy(sample.loss_weights[1:])
+                tokens_BS[b, place] = sample.tokens[:-1]
+                labels_BS[b, place] = sample.tokens[1:]
+                positions_BS[b, place] = counting[: sample.predictions]
+                mask_BS[b, place] = sample.loss_weights[1:]
                 if normalize is Normalize.sample:
                     mask_BS[b, place] /= max(sample.target_count, 1)
                 sample_BS[b, place] = number
                 for name, values_BS in extra_BS.items():
-                    values_BS[b, place] = torch.from_numpy((extra or {})[name][number])
+                    values_BS[b, place] = (extra or {})[name][number]
                 start = place.stop
                 boundaries.append(b * seq_length + start)
             if start < seq_length:
-                positions_BS[b, start:] = torch.arange(seq_length - start)
+                positions_BS[b, start:] = counting[: seq_length - start]
                 boundaries.append((b + 1) * seq_length)
         here = [samples[number] for numbers in rows for number in numbers]
         targets = [sample.target_count for sample in here]
         return cls(
-            tokens_BS=tokens_BS,
-            labels_BS=labels_BS,
-            positions_BS=positions_BS,
-            mask_BS=mask_BS,
-            sample_BS=sample_BS,
+            tokens_BS=torch.from_numpy(tokens_BS),
+            labels_BS=torch.from_numpy(labels_BS),
+            positions_BS=torch.from_numpy(positions_BS),
+            mask_BS=torch.from_numpy(mask_BS),
+            sample_BS=torch.from_numpy(sample_BS),
             cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
             step_samples=len(samples),
             sample_count=len(here),
             token_count=sum(sample.predictions for sample in here),
             target_count=sum(targets),
             normalizer=sum(targets) if normalize is Normalize.token else sum(count > 0 for count in targets),
-            extra=extra_BS,
+            extra={name: torch.from_numpy(values_BS) for name, values_BS in extra_BS.items()},
         )
 
     @classmethod
@@ -135,6 +135,14 @@ class PackedBatch:
             target_count=targets,
             normalizer=targets,
         )
+
+    def pinned(self) -> "PackedBatch":
+        """Return it in page-locked memory, from which a GPU copies while its kernels run."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        pinned: dict[str, Any] = {
+            name: value.pin_memory() for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **pinned, extra={name: values_BS.pin_memory() for name, values_BS in self.extra.items()})
 
 
 def pack(lengths: Sequence[int], *, capacity: int, rows: int) -> list[list[int]] | None:

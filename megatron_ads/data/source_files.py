@@ -46,6 +46,15 @@ class Part:
         return form_of(self.file)
 
 
+class Span(NamedTuple):
+    """The lines of a file that begin in a stretch of its bytes."""
+
+    start: int
+    end: int
+    newlines_before: int
+    """In the bytes before ``start``."""
+
+
 class RowOrigin(NamedTuple):
     """Where a row was read."""
 
@@ -102,6 +111,13 @@ def parts_of(path: Path, forms: Collection[str] = TABLES) -> list[Part]:
 def _partition(name: Path) -> dict[str, str | None]:
     pairs = [folder.split("=", 1) for folder in name.parts[:-1] if "=" in folder]
     return {column: None if value == _NO_VALUE else unquote(value) for column, value in pairs}
+
+
+def is_plain_text(file: Path) -> bool:
+    """Return whether a file can be read from the middle: it is not compressed."""
+    with file.open("rb") as raw:
+        magic = raw.read(4)
+    return not any(magic.startswith(mark) for mark in _CODECS)
 
 
 def open_text(file: Path) -> BinaryIO:

@@ -8,11 +8,13 @@ from typing import Any
 from megatron_ads.config.data import AdsTask, SourceConfig, SourceKind
 from megatron_ads.data import next_brand
 from megatron_ads.data.ads_pairs import DEFAULT_ROWS, builtin_rows
+from megatron_ads.data.bad_rows import RowReader
 from megatron_ads.data.event_tables import ANSWER_DAYS, event_rows, histories_of, read_anchors
-from megatron_ads.data.jsonl import jsonl_rows
-from megatron_ads.data.own_tables import Users, table_rows
+from megatron_ads.data.jsonl import jsonl_reader, jsonl_rows
+from megatron_ads.data.own_tables import Users, table_reader, table_rows
 from megatron_ads.data.public_data import ESCI_FILE, GSM8K_FILE, esci_rows, gsm8k_rows, locate
 from megatron_ads.data.simulator import simulated_rows
+from megatron_ads.data.source_files import JSON_LINES, TABLES, Part, parts_of
 from megatron_ads.data.split import group_of
 from megatron_ads.data.user_features import view_chooser
 from megatron_ads.rows import ChatRow
@@ -30,6 +32,34 @@ def read_source(source: SourceConfig, *, seed: int) -> list[ChatRow]:
         return rows
     # The same record in another question stays with it, also where only its question says what it is.
     return ask_as([replace(row, group=row.group or group_of(row)) for row in rows], source.variant)
+
+
+def files_of(source: SourceConfig) -> list[Part]:
+    """Return the files that a source reads, in an order of its own; none for generated rows.
+
+    Raises:
+        DataError: If there are none where its path says.
+    """
+    if source.kind in _PUBLIC:
+        return parts_of(_public_file(source))
+    forms = JSON_LINES if source.kind is SourceKind.jsonl else TABLES
+    paths = [path for path in (source.path, source.events) if path is not None]
+    return [part for path in paths for part in parts_of(Path(path), forms)]
+
+
+def divided(source: SourceConfig) -> RowReader[Any] | None:
+    """Return how a source is read whose files can be read in pieces; None for one that needs all its rows at once."""
+    needs_all = (
+        source.variant is not None or source.rows is not None or source.anchor_dates or source.events is not None
+    )
+    if needs_all or source.path is None:
+        return None
+    if source.kind is SourceKind.jsonl:
+        return jsonl_reader(Path(source.path))
+    if source.kind is not SourceKind.table:
+        return None
+    users = Users(view_of=view_chooser(source.history))
+    return table_reader(Path(source.path), columns=source.columns, task=source.task, values=source.values, users=users)
 
 
 def _read_simulator(source: SourceConfig, seed: int) -> list[ChatRow]:

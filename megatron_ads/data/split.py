@@ -9,12 +9,22 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple, Self, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.ranking import same_name
 from megatron_ads.rows import ChatRow
 from megatron_ads.stable_random import stable_key
 from megatron_ads.tasks.registry import TASKS
+
+Numbers: TypeAlias = NDArray[np.int64]
+"""Rows by their numbers."""
+KEY_BYTES = 16
+KEY = f"S{KEY_BYTES}"
+"""numpy's type of a digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +72,102 @@ class Repeats:
 
 
 def count_repeats(rows: Iterable[ChatRow]) -> Repeats:
-    """Count; where rows of no ads task have no label, another target is another answer."""
-    first: dict[str, str | None] = {}
-    repeated = contradicting = 0
-    for row in rows:
-        answer = same_name(row.target) if row.label is None and row.task not in TASKS else row.label
-        question = question_of(row)
-        if question in first:
-            repeated += 1
-            contradicting += answer != first[question]
-        first.setdefault(question, answer)
-    return Repeats(repeated, contradicting)
+    """Count the repeats among rows in memory."""
+    keys = [(key_digest(question_of(row)), key_digest(answer_of(row))) for row in rows]
+    questions, answers = np.array(keys, dtype=KEY).reshape(-1, 2).T
+    return repeats_of(questions, answers)
+
+
+def answer_of(row: ChatRow) -> str:
+    """Return what makes two rows that ask the same contradict each other where it differs.
+
+    It is the label; where rows of no ads task have none, the target.
+    """
+    if row.label is not None:
+        return f"label {row.label}"
+    return "no label" if row.task in TASKS else same_name(row.target)
+
+
+def repeats_of(questions: NDArray[np.bytes_], answers: NDArray[np.bytes_]) -> Repeats:
+    """Count the repeats, given the digests of what each row asks and answers, (N,) each."""
+    _, first, question = np.unique(questions, return_index=True, return_inverse=True)
+    contradicting = np.count_nonzero(answers != answers[first[question.reshape(-1)]])
+    return Repeats(len(questions) - len(first), int(contradicting))
 
 
 def split_by_group(
     rows: Sequence[ChatRow], *, validation_rows: int, seed: int, max_per_group: int | None = None
 ) -> RowSplit:
+    """Hold out whole groups of rows, as :func:`hold_out_groups`."""
+    keys = RowKeys.of(rows)
+    return _of_numbers(rows, hold_out_groups(keys, validation_rows, seed=seed, max_per_group=max_per_group))
+
+
+def split_by_time(rows: Sequence[ChatRow], *, validation_rows: int, seed: int) -> RowSplit:
+    """Hold out the latest rows, as :func:`hold_out_latest`."""
+    return _of_numbers(rows, hold_out_latest(RowKeys.of(rows), validation_rows, seed=seed))
+
+
+def _of_numbers(rows: Sequence[ChatRow], split: "NumberSplit") -> RowSplit:
+    return RowSplit(
+        [rows[number] for number in split.training.tolist()], [rows[number] for number in split.validation.tolist()]
+    )
+
+
+class NumberSplit(NamedTuple):
+    """The numbers of rows to train on, ascending, and of those held out."""
+
+    training: Numbers
+    validation: Numbers
+
+
+@dataclass(frozen=True, slots=True)
+class RowKeys:
+    """What decides on which side a row is, column by column: about 50 bytes a row, ids and groups not counted."""
+
+    ids: Sequence[bytes]
+    declared: Sequence[bytes]
+    """The group as the row has it; empty without one. Texts are in UTF-8, which sorts as they do."""
+    groups: NDArray[np.bytes_]
+    """(N,) ``group_of``, digested."""
+    questions: NDArray[np.bytes_]
+    """(N,) ``question_of``, digested."""
+    tasks: Sequence[str]
+    times: NDArray[np.float64]
+    """(N,) NaN: none."""
+
+    @classmethod
+    def of(cls, rows: Sequence[ChatRow]) -> Self:
+        """Take the keys of rows in memory."""
+        questions = [question_of(row) for row in rows]
+        groups = [same_name(row.group) or question for row, question in zip(rows, questions, strict=True)]
+        return cls(
+            ids=[in_utf8(row.id) for row in rows],
+            declared=[in_utf8(row.group) for row in rows],
+            groups=np.array(list(map(key_digest, groups)), dtype=KEY),
+            questions=np.array(list(map(key_digest, questions)), dtype=KEY),
+            tasks=[row.task for row in rows],
+            times=np.array([np.nan if row.time is None else row.time for row in rows], dtype=np.float64),
+        )
+
+    @property
+    def has_group(self) -> NDArray[np.bool_]:
+        """(N,) whether a row declares a group."""
+        return np.fromiter(map(bool, self.declared), dtype=bool, count=len(self.declared))
+
+
+def in_utf8(text: str) -> bytes:
+    """Return the bytes of a text, of half a surrogate pair too."""
+    return text.encode(errors="surrogatepass")
+
+
+def key_digest(text: str | bytes) -> bytes:
+    """Return the digest by which equal texts are found; no zero byte ends it, which numpy would not keep."""
+    data = in_utf8(text) if isinstance(text, str) else text
+    return hashlib.blake2b(data, digest_size=KEY_BYTES - 1).digest() + b"."
+
+
+def hold_out_groups(keys: RowKeys, validation_rows: int, *, seed: int, max_per_group: int | None = None) -> NumberSplit:
     """Hold out whole groups (queries, users), in an order that ``seed`` decides, until there are enough rows.
 
     Every task gives validation rows in proportion to its rows; one with too few groups may have none left to train on.
@@ -87,37 +177,33 @@ def split_by_group(
     Raises:
         DataError: If nothing would be left to train on.
     """
-    groups: dict[str, list[ChatRow]] = defaultdict(list)
-    group_of_rows = [group_of(row) for row in rows]
-    for row, group in zip(rows, group_of_rows, strict=True):
-        groups[group].append(row)
-    names = {group: min(row.group or row.id for row in rows) for group, rows in groups.items()}
-    wanted = _shared_out(validation_rows, Counter(row.task for row in rows))
-    held_out: set[str] = set()
-    validation: list[ChatRow] = []
-    for group in sorted(groups, key=lambda group: stable_key(seed, names[group])):
+    count = len(keys.ids)
+    if not validation_rows:
+        return _not_empty(NumberSplit(np.arange(count), np.arange(0)), "", validation_rows, count)
+    of_row, members = _grouped(keys.groups)
+    names = [min(keys.declared[row] or keys.ids[row] for row in rows.tolist()) for rows in members]
+    wanted = _shared_out(validation_rows, Counter(keys.tasks))
+    held_out = np.zeros(len(members), dtype=bool)
+    validation: list[int] = []
+    for group in sorted(range(len(members)), key=lambda group: stable_key(seed, _text(names[group]))):
         if not wanted:
             break
-        of_task: dict[str, list[ChatRow]] = defaultdict(list)
-        for row in sorted(groups[group], key=lambda row: stable_key(seed, row.id)):
-            of_task[row.task].append(row)
+        of_task: dict[str, list[int]] = defaultdict(list)
+        for row in sorted(members[group].tolist(), key=lambda row: stable_key(seed, _text(keys.ids[row]))):
+            of_task[keys.tasks[row]].append(row)
         for task in sorted(of_task.keys() & wanted):
             given = of_task[task][:max_per_group][: wanted[task]]
-            held_out.add(group)
+            held_out[group] = True
             validation += given
             wanted[task] -= len(given)
         wanted = +wanted  # without those that have enough
-    training = [row for row, group in zip(rows, group_of_rows, strict=True) if group not in held_out]
-    training = _without_questions_of(validation, training)
-    if not training:
-        raise DataError(
-            f"data.validation_rows = {validation_rows} leaves none of the {len(rows)} rows ({len(groups)} groups such "
-            "as queries, which stay together) to train on. Lower it, or add rows."
-        )
-    return RowSplit(training=training, validation=validation)
+    held = np.array(validation, dtype=np.int64)
+    training = _without_questions_of(keys, held, np.flatnonzero(~held_out[of_row]))
+    groups = f" ({len(members)} groups such as queries, which stay together)"
+    return _not_empty(NumberSplit(training, held), groups, validation_rows, count)
 
 
-def split_by_time(rows: Sequence[ChatRow], *, validation_rows: int, seed: int) -> RowSplit:
+def hold_out_latest(keys: RowKeys, validation_rows: int, *, seed: int) -> NumberSplit:
     """Hold out the latest rows: every held-out row is later than every row trained on, except those without a time.
 
     Rows of one time stay together. Rows of the held-out times beyond ``validation_rows``, drawn by ``seed``, are on
@@ -126,31 +212,53 @@ def split_by_time(rows: Sequence[ChatRow], *, validation_rows: int, seed: int) -
     Raises:
         DataError: If no row has a time, or nothing would be left to train on.
     """
-    times = sorted((row.time for row in rows if row.time is not None), reverse=True)
-    if validation_rows and not times:
+    times = np.sort(keys.times[~np.isnan(keys.times)])[::-1]
+    if validation_rows and not len(times):
         raise DataError(
-            f"data.split_by is time, but none of the {len(rows)} rows has one. Set data.split_by=group, or add a "
+            f"data.split_by is time, but none of the {len(keys.ids)} rows has one. Set data.split_by=group, or add a "
             "source with times, such as next_brand."
         )
-    cut = times[min(validation_rows, len(times)) - 1] if validation_rows else float("inf")
-    late = [row for row in rows if row.time is not None and row.time >= cut]
-    late = sorted(late, key=lambda row: stable_key(seed, row.id))[:validation_rows]
-    training = _without_questions_of(late, [row for row in rows if row.time is None or row.time < cut])
-    if not training:
+    cut = times[min(validation_rows, len(times)) - 1] if validation_rows else np.inf
+    late = np.flatnonzero(keys.times >= cut).tolist()
+    late = sorted(late, key=lambda row: stable_key(seed, _text(keys.ids[row])))[:validation_rows]
+    held = np.array(late, dtype=np.int64)
+    training = _without_questions_of(keys, held, np.flatnonzero(~(keys.times >= cut)))
+    return _not_empty(NumberSplit(training, held), ", held out by time,", validation_rows, len(keys.ids))
+
+
+def _not_empty(split: NumberSplit, how: str, validation_rows: int, rows: int) -> NumberSplit:
+    if not len(split.training):
         raise DataError(
-            f"data.validation_rows = {validation_rows} leaves none of the {len(rows)} rows, held out by time, to train "
-            "on. Lower it, or add rows."
+            f"data.validation_rows = {validation_rows} leaves none of the {rows} rows{how} to train on. Lower it, or "
+            "add rows."
         )
-    return RowSplit(training, late)
+    return split
 
 
-def _without_questions_of(held_out: Sequence[ChatRow], training: list[ChatRow]) -> list[ChatRow]:
+def _text(name: bytes) -> str:
+    return name.decode(errors="surrogatepass")
+
+
+def _grouped(keys: NDArray[np.bytes_]) -> tuple[Numbers, list[Numbers]]:
+    """Return the group of each row and the rows of each group; groups are numbered as they first appear."""
+    _, first, sorted_group = np.unique(keys, return_index=True, return_inverse=True)
+    numbers = np.empty(len(first), dtype=np.int64)
+    numbers[np.argsort(first)] = np.arange(len(first))
+    of_row = numbers[sorted_group.reshape(-1)]
+    ends = np.cumsum(np.bincount(of_row, minlength=len(first)))
+    return of_row, np.split(np.argsort(of_row, kind="stable"), ends[:-1])
+
+
+def _without_questions_of(keys: RowKeys, held_out: Numbers, training: Numbers) -> Numbers:
     """Return the rows that ask nothing that a held-out row asks; two rows that both declare a group may do so."""
-    if all(row.group for row in (*held_out, *training)):
+    declares = keys.has_group
+    if declares[held_out].all() and declares[training].all():
         return training
-    everything = {question_of(row) for row in held_out}
-    of_no_group = {question_of(row) for row in held_out if not row.group}
-    return [row for row in training if question_of(row) not in (of_no_group if row.group else everything)]
+    asked = keys.questions[training]
+    everything = np.isin(asked, keys.questions[held_out])
+    of_no_group = np.isin(asked, keys.questions[held_out[~declares[held_out]]])
+    left: Numbers = training[~np.where(declares[training], of_no_group, everything)]
+    return left
 
 
 def _shared_out(validation_rows: int, rows_of_task: Counter[str]) -> Counter[str]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import date
 from decimal import Decimal
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 
 from megatron_ads.data.bad_rows import BadRow, BadRowError
 from megatron_ads.data.jsonl import read_lines
-from megatron_ads.data.source_files import JSON_LINES, TABLES, Part, form_of, open_text, require_columns
+from megatron_ads.data.source_files import JSON_LINES, TABLES, Part, Span, form_of, open_text, require_columns
 from megatron_ads.errors import DataError, one_line
 from megatron_ads.observability.log import get_logger
 
@@ -43,19 +44,22 @@ ReadRow = Cells | BadRowError
 """The cells asked for, or why the row cannot be read."""
 
 
-def read_table(part: Part, columns: Collection[str]) -> Iterator[tuple[int, ReadRow]]:
+def read_table(part: Part, columns: Collection[str], span: Span | None = None) -> Iterator[tuple[int, ReadRow]]:
     """Yield (row number from 1, cells) of every row.
 
     Args:
         part: A file; its suffix says its format.
         columns: Names of the columns that are needed; others are not read.
+        span: Which lines of an uncompressed JSONL file; None: all rows.
 
     Raises:
         DataError: If the file is of no known format or cannot be read, or a column is missing or there twice.
     """
     _require_table(part)
     stored = [name for name in columns if name not in part.partition]
-    read = _read_jsonl if part.form in JSON_LINES else _read_csv if part.form in _SEPARATORS else _read_parquet
+    read = _read_csv if part.form in _SEPARATORS else _read_parquet
+    if part.form in JSON_LINES:
+        read = partial(_read_jsonl, span=span)
     if len(stored) == len(columns):
         yield from read(part.file, stored)
         return
@@ -88,8 +92,8 @@ def _require_table(part: Part) -> None:
         raise DataError(f"{part.file} ends in {part.file.suffix!r}; known: {', '.join(TABLES)}. Rename or convert it.")
 
 
-def _read_jsonl(file: Path, columns: list[str]) -> Iterator[tuple[int, ReadRow]]:
-    for number, row in read_lines(file, MAX_ROW_BYTES):
+def _read_jsonl(file: Path, columns: list[str], span: Span | None) -> Iterator[tuple[int, ReadRow]]:
+    for number, row in read_lines(file, MAX_ROW_BYTES, span):
         yield number, row if isinstance(row, BadRowError) else _decoded({name: row.get(name) for name in columns})
 
 

@@ -133,7 +133,7 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
         found.passed.append(f"tokenizer: {tokens} tokens for an embedding of {shape.vocab_size} rows")
     checks: dict[str, Callable[[], str]] = {
         "layout": partial(_layout, config, ranks, shape),
-        "data": partial(_data, config),
+        "data": partial(_data, config, None if shape is None else source.side_folder),
         "checkpoint": partial(_checkpoint, config),
         "disk": partial(_disk, config, ranks, shape),
         "trackers": partial(_trackers, config),
@@ -143,6 +143,10 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
         with found.collecting_problems():
             found.passed.append(f"{name}: {check()}")
     return found
+
+
+_READ_AT_ONCE_BYTES = 64 << 20
+"""Files of so many are read by the check; larger ones by the job, once, or by `megatron-ads data prepare`."""
 
 
 def needs_gpu(config: SftConfig, environment: Mapping[str, str]) -> bool:
@@ -164,14 +168,28 @@ def _world(config: SftConfig, ranks: int | None) -> int:
     return config.layout.fewest_ranks() if ranks is None else ranks
 
 
-def _data(config: SftConfig) -> str:
+def _data(config: SftConfig, tokenizer: Path | None) -> str:
     sources = config.data.sources
     paths = [path for source in sources for path in (source.path, source.events) if path is not None]
     if absent := [path for path in paths if not Path(path).exists() and not glob(path, recursive=True)]:
         raise DataError(f"{', '.join(absent)} (data.sources) does not exist. Give the path as every node sees it.")
+    where = f"{len(sources)} sources, in {len(paths)} files or folders that exist"
     from megatron_ads.data.corpus import read_corpus  # imports pyarrow
+    from megatron_ads.data.prepared.corpus_record import CorpusRecord
+    from megatron_ads.data.prepared.prepare import find_prepared, prepared_directory
+    from megatron_ads.data.sources import files_of
 
-    return f"{len(sources)} sources, in {len(paths)} files or folders that exist; {read_corpus(config.data)}"
+    config.data.check()
+    size = sum(part.file.stat().st_size for source in sources for part in files_of(source))
+    if size <= _READ_AT_ONCE_BYTES:
+        return f"{where}; {read_corpus(config.data)}"
+    directory = prepared_directory(config.data, Path(config.log.dir))
+    found = None if tokenizer is None else find_prepared(config.data, tokenizer, directory)
+    if found is None:
+        return f"{where}, {readable_bytes(size)}, not read here; `megatron-ads data prepare` checks every row"
+    record = CorpusRecord.read(found)
+    record.tell(config.data.sources)
+    return f"{where}; {record.rows:,} rows, {record.tokens:,} tokens are prepared in {found}"
 
 
 def _checkpoint(config: SftConfig) -> str:

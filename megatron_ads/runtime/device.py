@@ -21,6 +21,11 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def on_device(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on ``device()``; from page-locked memory, it is copied while kernels run."""
+    return tensor.to(device(), non_blocking=True)
+
+
 def backend() -> str:
     """Return the torch.distributed backend that serves ``device()``."""
     return "nccl" if torch.cuda.is_available() else "gloo"

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_ads.config.run import SftConfig, validate
 from megatron_ads.config.training import ReweightConfig
 from megatron_ads.data.batches import BatchStream, HeldOut
+from megatron_ads.data.prepared.prepare import prepared_directory
 from megatron_ads.observability.log import get_logger
 from megatron_ads.runtime.health.rank_record import ExitStatus
 from megatron_ads.training.session import Session, join, start_from
@@ -28,7 +30,13 @@ def run(config: SftConfig, stop: StopRequest) -> ExitStatus:
     with join(config, source, shards) as membership:
         # A broken row is reported before the weights are read.
         training, held_out = open_streams(
-            config.data, config.train, config.loss, config.reweight, source, shards.layout
+            config.data,
+            config.train,
+            config.loss,
+            config.reweight,
+            source,
+            shards.layout,
+            directory=prepared_directory(config.data, Path(config.log.dir)),
         )
         session = Session.resumed(config, membership, training, stop, name="SFT")
         with closing(session.log), session.checkpointer:

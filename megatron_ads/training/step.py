@@ -24,7 +24,7 @@ from megatron_ads.errors import ConfigError
 from megatron_ads.losses.loss import CROSS_ENTROPY, SAMPLE_LOSSES, STEP_TOTALS, Loss, LossValues, TokenValues
 from megatron_ads.optim.chain import OptimizerChain, UpdateReport
 from megatron_ads.rows import TokenizedRow
-from megatron_ads.runtime.device import device
+from megatron_ads.runtime.device import device, on_device
 
 LossReport = dict[str, Tensor]
 
@@ -165,14 +165,14 @@ def forward_step(
 ) -> tuple[Tensor, Callable[..., Any]]:
     """Run one microbatch through one chunk; return its output and how the last stage reduces it to a loss."""
     batch = next(batches)
-    mask_T = batch.mask_BS.view(1, -1).to(device())
-    boundaries = batch.cu_seqlens.to(device())  # of the samples: attention and positions stay inside each
+    mask_T = on_device(batch.mask_BS.view(1, -1))
+    boundaries = on_device(batch.cu_seqlens)  # of the samples: attention and positions stay inside each
     longest = int(batch.cu_seqlens.diff().max())
     output = chunk(
-        input_ids=batch.tokens_BS.view(1, -1).to(device()),
-        position_ids=batch.positions_BS.view(1, -1).to(device()),
+        input_ids=on_device(batch.tokens_BS.view(1, -1)),
+        position_ids=on_device(batch.positions_BS.view(1, -1)),
         attention_mask=None,
-        labels=batch.labels_BS.view(1, -1).to(device()),
+        labels=on_device(batch.labels_BS.view(1, -1)),
         loss_mask=mask_T,
         packed_seq_params=PackedSeqParams(
             qkv_format="thd",
@@ -193,10 +193,10 @@ def _reduce(
         TokenValues(
             negative_log_p_T=negative_log_p_T,
             mask_T=mask_T,
-            sample_T=batch.sample_BS.view(-1).to(device()),
+            sample_T=on_device(batch.sample_BS.view(-1)),
             step_samples=batch.step_samples,
             normalizer=batch.normalizer,
-            extra={name: values_BS.view(1, -1).to(device()) for name, values_BS in batch.extra.items()},
+            extra={name: on_device(values_BS.view(1, -1)) for name, values_BS in batch.extra.items()},
         )
     )
     count = torch.tensor(found.count, dtype=torch.int, device=device())

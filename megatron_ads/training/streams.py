@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from conversion.sources import WeightSource
@@ -10,10 +11,12 @@ from megatron_ads.config.training import LossConfig, ReweightConfig, TrainConfig
 from megatron_ads.data.adaptive_weights import InstanceWeights
 from megatron_ads.data.batches import BatchStream, HeldOut, ReplicaShare, batches_of_all
 from megatron_ads.data.chat import ChatTokenizer, load_tokenizer
-from megatron_ads.data.corpus import LeftOut, none_left, read_corpus, tokenize, tokenize_training
+from megatron_ads.data.corpus import LeftOut
+from megatron_ads.data.mixing import WeightedRows
 from megatron_ads.errors import DataError
 from megatron_ads.layout import ParallelLayout, rank
 from megatron_ads.observability.log import get_logger
+from megatron_ads.training.prepared_data import prepared_data
 
 logger = get_logger(__name__)
 
@@ -25,44 +28,50 @@ def open_streams(
     reweight: ReweightConfig,
     source: WeightSource,
     layout: ParallelLayout,
+    *,
+    directory: Path,
 ) -> tuple[BatchStream, HeldOut]:
     """Return the endless steps of this replica, and its share of the held-out rows (none without ``evaluate_every``).
 
-    Every rank of a replica reads the same rows: pipeline stages in the middle need the sample boundaries.
+    Every rank of a replica reads the same rows: pipeline stages in the middle need the sample boundaries. They are
+    prepared below ``directory`` first, unless they are there already.
 
     Raises:
         DataError: If a source cannot be read, or leaves no rows to train on or none to evaluate on.
     """
-    tokenizer = tokenizer_of(source, data.template_arguments)
+    tokenizer_of(source, data.template_arguments)  # whatever is wrong with it is said before rows are read
     share = ReplicaShare(
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
         dp_rank=layout.coordinates(rank()).dp,
         dp_size=layout.dp,
     )
-    corpus = read_corpus(data)
-    training, left_out = tokenize_training(corpus, tokenizer, seq_length=data.seq_length, by_task=reweight.tasks)
-    _log_left_out("training", left_out)
+    rows = prepared_data(
+        data,
+        source.side_folder,
+        directory,
+        by_task=reweight.tasks,
+        evaluate=train.evaluate_every is not None,
+    )
+    _log_left_out("training", rows.left_out)
     stream = BatchStream(
-        training,
+        rows.training,
         share,
         seq_length=data.seq_length,
         packing=data.packing,
         seed=data.seed,
         normalize=loss.normalize,
-        weights=_instance_weights(reweight, [row.task for source in training for row in source.rows]),
+        weights=_instance_weights(reweight, rows.training),
     )
     if train.evaluate_every is None:
         return stream, HeldOut([], [])
-    held_out = tokenize(corpus.validation, tokenizer, seq_length=data.seq_length)
-    _log_left_out("held-out", held_out.left_out)
-    if not held_out.rows:
-        raise none_left(f"{len(corpus.validation)} held-out rows", held_out.left_out, data.seq_length)
-    stream.require_held_out(held_out.rows)
+    _log_left_out("held-out", rows.held_out_left_out)
+    held_out = list(rows.held_out)
+    stream.require_held_out(held_out)
     validation = batches_of_all(
-        held_out.rows, share, seq_length=data.seq_length, packing=data.packing, normalize=loss.normalize
+        held_out, share, seq_length=data.seq_length, packing=data.packing, normalize=loss.normalize
     )
-    return stream, HeldOut(held_out.rows, validation)
+    return stream, HeldOut(held_out, validation)
 
 
 def tokenizer_of(source: WeightSource, template_arguments: Mapping[str, Any] | None = None) -> ChatTokenizer:
@@ -87,9 +96,10 @@ def _log_left_out(what: str, left_out: Counter[LeftOut]) -> None:
         logger.warning("%s rows that are left out: %s", what, reasons)
 
 
-def _instance_weights(config: ReweightConfig, tasks: Sequence[str]) -> InstanceWeights | None:
+def _instance_weights(config: ReweightConfig, sources: Sequence[WeightedRows]) -> InstanceWeights | None:
     if not config.instances:
         return None
+    tasks = [row.task for source in sources for row in source.rows]
     return InstanceWeights(
         tasks, interval=config.interval, beta=config.beta, lowest=config.lowest, highest=config.highest
     )

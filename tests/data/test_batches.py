@@ -1,5 +1,6 @@
 """Batches: what a microbatch holds, that layouts only divide the rows, and exact resume."""
 
+import hashlib
 import logging
 import math
 from dataclasses import replace
@@ -158,9 +159,9 @@ def test_state_is_a_few_numbers_whatever_the_rows():
     started.next_step()
     state = started.state_dict()
     numbers = {"drawn", "drawn_before", "shares", "source_weights", "rows", "seed"}
-    assert state.keys() == numbers | {"digests"}
+    assert state.keys() == numbers | {"contents"}
     assert state["rows"] == [60, 20] and all(type(number) is int for number in state["drawn"])
-    assert [len(digest) for digest in state["digests"]] == [64, 64]
+    assert [len(digest) for digest in state["contents"]] == [64, 64]
 
 
 @pytest.mark.parametrize(("other", "named"), [({"seed": 1}, "seed 0"), ({"count": 61}, r"rows \[60, 20\]")])
@@ -176,6 +177,16 @@ def _of(*sources: WeightedRows) -> BatchStream:
 
 
 FIRST, SECOND = rows(20), rows(20, prefix="s")
+
+
+def _older_content(rows: list[TokenizedRow]) -> bytes:
+    """Return what earlier checkpoints had the digest of."""
+    parts = [
+        part
+        for row in rows
+        for part in (f"{row.id}\0{row.task}".encode(), row.tokens.tobytes(), row.loss_weights.tobytes())
+    ]
+    return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
 
 
 def _changed(**fields: object) -> list[TokenizedRow]:
@@ -201,8 +212,12 @@ def test_rows_of_another_content_are_refused_though_they_are_as_many(
     other = _of(WeightedRows(first), WeightedRows(second))
     with pytest.raises(DataError, match=f"was made with data of {named}.*start anew with another checkpoint.dir"):
         other.load_state_dict(state)
-    del state["digests"]  # of an older checkpoint
+    del state["contents"]  # of an older checkpoint
     other.load_state_dict(state)
+    state["digests"] = [hashlib.sha256(_older_content(each)).hexdigest() for each in (FIRST, SECOND)]
+    _of(WeightedRows(FIRST), WeightedRows(SECOND)).load_state_dict(state)
+    with pytest.raises(DataError, match=f"was made with data of {named}"):
+        other.load_state_dict(state)
 
 
 @pytest.mark.parametrize("older", [False, True])
@@ -212,7 +227,7 @@ def test_a_weight_that_has_changed_holds_from_the_resumption_on(older: bool, cap
         before.next_step()
     state = before.state_dict()
     if older:
-        del state["source_weights"], state["digests"]
+        del state["source_weights"], state["contents"]
     after = _of(WeightedRows(FIRST, 3.0, "a"), WeightedRows(SECOND, 1.0, "b"))
     with caplog.at_level(logging.INFO):
         after.load_state_dict(state)
@@ -328,3 +343,33 @@ def test_a_task_without_held_out_rows_is_refused_before_the_first_step():
     )
     with pytest.raises(DataError, match=r"there are none of profile\. Raise data\.validation_rows"):
         source.require_held_out(rows(5))  # of task "test"
+
+
+def test_the_step_drawn_ahead_is_not_in_the_state_and_is_drawn_anew_when_shares_change():
+    def of_tasks() -> BatchStream:
+        sources = [WeightedRows(rows(40, prefix=task), 1.0, task, adaptive_task=task) for task in ("a", "b")]
+        return BatchStream(sources, ReplicaShare(8, 2, 0, 1), seq_length=SEQ_LENGTH, packing=True, seed=0)
+
+    ahead, alone = of_tasks(), of_tasks()
+    ahead.next_step()
+    assert ahead._ahead is not None
+    ahead._ahead.result()  # it has changed the counts of the mixture by now
+    state = ahead.state_dict()
+    assert sum(state["drawn"]) == len(ahead._step) < sum(ahead._mixture.drawn)
+    alone.load_state_dict(state)
+    metrics = {"a": 0.9, "b": 0.1}
+    assert ahead.adapt(metrics, alpha=1.0) == alone.adapt(metrics, alpha=1.0)
+    assert equal(ahead.next_step(), alone.next_step())
+    assert len(ahead._step) > 0 and sum(draw.source for draw in ahead._step) > 0.8 * len(ahead._step)  # most are of b
+
+
+def test_an_error_while_drawing_ahead_is_raised_by_the_step_that_needs_it(monkeypatch: pytest.MonkeyPatch):
+    source = stream()
+    source.next_step()
+    assert source._ahead is not None
+    source._ahead.result()
+    source._rewind()
+    monkeypatch.setattr(source._mixture, "draw", lambda: 1 / 0)
+    source._ahead = source._thread.submit(source._draw_step)
+    with pytest.raises(ZeroDivisionError):
+        source.next_step()

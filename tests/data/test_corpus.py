@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.config.data import DataConfig, RowVariant, SourceConfig, SourceKind
-from megatron_ads.data.corpus import LeftOut, read_corpus, tokenize, tokenize_training
+from megatron_ads.data.corpus import LeftOut, read_corpus, tokenize
 from megatron_ads.data.sources import describe_source, read_source
 from megatron_ads.errors import DataError
 from tests.data.tokenizers import tokenizer_in
@@ -98,9 +98,7 @@ def test_rows_with_an_unknown_or_contradicting_label_are_left_out_and_counted(
         ("unknown", "unknown_label"),
         ("differs", "'Bad', but the target says 'Good'"),
     ]
-    sources, left_out = tokenize_training(corpus, tokenizer_in(tmp_path), seq_length=256)
-    assert [len(source.rows) for source in sources] == [1]
-    assert left_out == {}
+    assert [len(rows) for rows in corpus.training] == [1]
     assert "cannot be used: 1 unreadable_target, 1 label_differs. The first is 'unknown' of task" in caplog.text
 
 
@@ -170,12 +168,6 @@ def test_a_source_without_a_usable_row_is_named_with_the_first_reason(tmp_path: 
         read_corpus(DataConfig(sources=[SourceConfig(kind=SourceKind.jsonl, path=str(file))]))
 
 
-def test_a_source_of_which_nothing_fits_is_named(tmp_path: Path):
-    corpus = read_corpus(DataConfig(sources=[BUILTIN]))
-    with pytest.raises(DataError, match=r"None of the 300 training rows of built-in .*seq_length = 8,"):
-        tokenize_training(corpus, tokenizer_in(tmp_path), seq_length=8)
-
-
 def test_a_task_that_the_split_leaves_nothing_of_is_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     own = own_rows(tmp_path / "own.jsonl", ["q"] * 300)
     corpus = read_corpus(DataConfig(sources=[BUILTIN, own], validation_rows=60))
@@ -183,21 +175,6 @@ def test_a_task_that_the_split_leaves_nothing_of_is_pointed_out(tmp_path: Path, 
     warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert [message.partition(":")[0] for message in warned] == sorted(lost)
     assert len(lost) == 1
-
-
-def test_a_source_of_which_everything_is_held_out_is_named(tmp_path: Path):
-    own = own_rows(tmp_path / "own.jsonl", ["q"] * 300)
-    corpus = read_corpus(DataConfig(sources=[BUILTIN, own], validation_rows=60))
-    with pytest.raises(DataError, match=r"All rows of chat rows .*own\.jsonl\) are held out.* data\.validation_rows"):
-        tokenize_training(corpus, tokenizer_in(tmp_path), seq_length=512)
-
-
-def test_training_sources_keep_weight_and_name(tmp_path: Path):
-    sources, left_out = tokenize_training(
-        read_corpus(DataConfig(sources=[BUILTIN], validation_rows=50)), tokenizer_in(tmp_path), seq_length=256
-    )
-    assert [(source.weight, source.name) for source in sources] == [(1.0, "built-in query-ad pairs")]
-    assert left_out.total() == 0
 
 
 def test_sources_are_described_for_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

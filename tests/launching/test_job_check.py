@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ads.cli import main
 from megatron_ads.config.recipes import load_recipe
 from megatron_ads.data.chat import load_tokenizer
 from megatron_ads.disk import readable_bytes
@@ -221,3 +222,21 @@ def test_the_command_prints_what_is_well_and_exits_2_over_what_is_not(words: lis
     ill = subprocess.run([*command, "--ranks=3"], capture_output=True, text=True, timeout=120, check=False)
     assert ill.returncode == 2
     assert "megatron-ads: layout.pp" in ill.stderr
+
+
+def test_large_files_are_not_read_and_what_is_prepared_is_told(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
+    file.write_text("".join(json.dumps({"messages": messages, "group": f"g{n}"}) + "\n" for n in range(30)))
+    own = [*words, f"data.sources=[{{kind: jsonl, path: {file}}}]"]
+    monkeypatch.setattr(job_check, "_READ_AT_ONCE_BYTES", 0)
+
+    def said() -> str:
+        (line,) = (line for line in check_job("sft/quickstart", own, 4).passed if line.startswith("data:"))
+        return line
+
+    assert said().endswith("not read here; `megatron-ads data prepare` checks every row")
+    assert main(["data", "prepare", "--recipe", "sft/quickstart", "--workers", "1", *own]) == 0
+    assert "; 30 rows, " in said() and f"are prepared in {tmp_path / 'run' / 'prepared'}" in said()

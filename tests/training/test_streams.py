@@ -56,7 +56,8 @@ def streams(model: Path, source: str, *overrides: str) -> Any:
     settings = [f"model.load={model}", f"data.sources=[{source}]", "data.seq_length=128", *overrides]
     config = load_recipe("sft/quickstart", settings)
     layout = ParallelLayout(world=1)
-    return open_streams(config.data, config.train, config.loss, config.reweight, open_source(model), layout)
+    sections = (config.data, config.train, config.loss, config.reweight)
+    return open_streams(*sections, open_source(model), layout, directory=model.parent / "prepared")
 
 
 def test_every_kind_of_bad_row_is_counted_and_the_others_are_trained_on(
