@@ -58,8 +58,9 @@ def _attention_form(record: Record, name: str, dtype: torch.dtype, lengths: Sequ
     record.figure(f"{name}: flops_per_second", flops)
     record.figure(f"{name}: peak_bytes", taken)
     record.figure(f"{name}: host_waits", waits)
+    most = 1.25e9 * dtype.itemsize  # inputs, outputs and gradients are 0.2 GB each in BF16, all scores 4.3 GB
     if taken is not None and not record.dry_run:
-        record.check(taken < 2.5e9, f"{name}: takes {taken / 1e9:.2f} GB; one copy of all scores would be 4.3 GB")
+        record.check(taken < most, f"{name}: takes {taken / 1e9:.2f} GB, more than {most / 1e9:.1f}")
     if waits is not None and packed and dtype is torch.bfloat16:
         record.check(waits == 0, f"{name}: the host waited for the device {waits} times")
 

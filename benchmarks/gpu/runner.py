@@ -65,7 +65,7 @@ STEPS = (
     Step("transformers", 60, "benchmarks.gpu.layers:train_transformers"),
     Step("nccl-job", 50, "benchmarks.gpu.jobs:resumed_job"),
     Step("switches", 60, "benchmarks.gpu.switches:compare_switches"),
-    Step("checkpoint", 70, "benchmarks.gpu.checkpoints:checkpoint"),
+    Step("checkpoint", 90, "benchmarks.gpu.checkpoints:checkpoint"),
     Step("layers-32k", 50, "benchmarks.gpu.layers:train_stack:long"),
     Step("lora", 45, "benchmarks.gpu.layers:train_stack:lora"),
     Step("quickstart", 75, "benchmarks.gpu.jobs:quickstart"),

@@ -122,9 +122,9 @@ STACKS = {
     "stage": _STAGE,  # what a middle stage of the 671B job holds, and a small vocabulary
     "long": Stack(vocabulary=16_384, row_tokens=32_768, samples=1, microbatches=2, recompute=Recompute.full),
     "lora": replace(_STAGE, recompute=Recompute.selective, lora_rank=16),
-    "switches": Stack(mtp=True, microbatches=4),
-    "checkpoint": replace(_STAGE, layers=1, experts=8, microbatches=1),
-    "deterministic": replace(_STAGE, layers=2, dense=1, experts=8, microbatches=2, deterministic=True),
+    "switches": Stack(layers=3, mtp=True, microbatches=4),
+    "checkpoint": replace(_STAGE, layers=1, experts=16, vocabulary=4096, microbatches=1),  # 14 GB of it
+    "deterministic": replace(_STAGE, dense=1, experts=16, vocabulary=4096, microbatches=2, deterministic=True),
 }
 
 

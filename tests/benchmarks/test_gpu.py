@@ -202,6 +202,26 @@ def test_what_is_asked_of_a_gpu_is_noted(name: str) -> None:
         assert figures["1 dense + 3 MoE layers, recompute none: share_of_peak"] > 0
 
 
+def build_stacks_without_weights() -> dict[str, tuple[tuple[str, ...], int]]:
+    from benchmarks.gpu.layers import planned_bytes
+    from benchmarks.gpu.stacks import STACKS
+    from megatron_ads.planning.build_ranks import build_ranks
+
+    return {name: (build_ranks(stack.job).faults, planned_bytes(stack)) for name, stack in STACKS.items()}
+
+
+def test_every_stack_is_a_model_that_megatron_builds_and_an_h100_holds() -> None:
+    from benchmarks.gpu.stacks import STACKS
+
+    (built,) = run_ranks(1, build_stacks_without_weights, process_group=False)
+    assert {name for name, (faults, size) in built.items() if faults or size > 80e9} == set()
+    assert built["stage"][1] > 60e9
+    for stack in STACKS.values():  # Megatron-Core takes the best of each chosen group
+        shape = stack.shape
+        in_group = shape.num_experts // shape.num_expert_groups
+        assert in_group >= shape.experts_per_token // shape.groups_per_token
+
+
 def test_what_does_not_fit_the_card_is_skipped() -> None:
     ((_, _, skipped),) = run_ranks(
         1, as_if_on_a_gpu, "benchmarks.gpu.layers:train_stack:plain", 3 * 10**9, process_group=False
