@@ -33,12 +33,12 @@ _usage() {
     exit "$1"
 }
 
-wheels="" made="" version="3.12" passed_on=()
+wheels="" made="" version="3.12" out="runs/gpu" passed_on=()
 while (($#)); do
     case "$1" in
-    --wheels | --make-wheels | --python)
+    --wheels | --make-wheels | --python | --out)
         [[ $# -ge 2 ]] || _usage 2
-        case "$1" in --wheels) wheels="$2" ;; --make-wheels) made="$2" ;; --python) version="$2" ;; esac
+        case "$1" in --wheels) wheels="$2" ;; --make-wheels) made="$2" ;; --python) version="$2" ;; --out) out="$2" ;; esac
         shift 2
         ;;
     -h | --help) _usage 0 ;;
@@ -64,7 +64,6 @@ export PYTHONPATH="$MEGATRON_ADS_ROOT${PYTHONPATH:+:$PYTHONPATH}"
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$scratch/triton}" TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}"
 # shellcheck source=../launch/environment.sh
 source "$MEGATRON_ADS_ROOT/launch/environment.sh"
-here="$PWD"
+[[ "$out" == /* ]] || out="$PWD/$out"
 cd -- "$MEGATRON_ADS_ROOT"
-[[ " ${passed_on[*]-} " == *" --out "* ]] || passed_on+=(--out "$here/runs/gpu")
-"$MEGATRON_ADS_RUN_PYTHON" -m benchmarks.gpu "${passed_on[@]}"
+"$MEGATRON_ADS_RUN_PYTHON" -m benchmarks.gpu --out "$out" ${passed_on[@]+"${passed_on[@]}"}

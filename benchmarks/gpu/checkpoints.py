@@ -4,7 +4,9 @@ import os
 import shutil
 import tempfile
 import time
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,11 +28,13 @@ def checkpoint(record: Record) -> None:
     with tempfile.TemporaryDirectory(dir=os.environ.get("MEGATRON_ADS_SCRATCH")) as name:
         folder = Path(name)
         parameters = sum(parameter.numel() for model in built.models for parameter in model.parameters())
-        wanted, free = 1.2 * 14 * parameters, shutil.disk_usage(folder).free  # BF16 weights, three FP32 copies
+        wanted, free = 2.2 * 14 * parameters, shutil.disk_usage(folder).free  # twice BF16 weights, three FP32 copies
         if free < wanted:
             record.skip(f"{folder} has {free / 1e9:.0f} GB free, the checkpoint needs {wanted / 1e9:.0f} GB")
             return
         _save(record, built, folder)
+        with record.attempt("saving in the background"):
+            _save_in_background(record, built, folder)
         _load(record, built, folder)
 
 
@@ -62,6 +66,22 @@ def _save(record: Record, built: Built, folder: Path) -> None:
     record.figure("card_peak_bytes", on_card)
     record.figure("host_peak_bytes", on_host)
     record.figure("checksum_seconds", checking, f"the checksums of its files take {checking:.1f} s")
+
+
+def _save_in_background(record: Record, built: Built, folder: Path) -> None:
+    """Time how long a save that a thread writes holds up training, where there is such a save."""
+    from megatron_ads.training.checkpoint import JobProgress, save_checkpoint
+
+    if "in_background" not in signature(save_checkpoint).parameters:
+        return
+    keep: dict[str, Any] = {"side_files": None, "keep_last": 1, "in_background": True}
+    progress = JobProgress(step=2, updates=built.optimizer.updates, data={})
+    begin = time.monotonic()
+    pending: Any = save_checkpoint(folder, built.chunks, built.optimizer, progress, LAYOUT, **keep)
+    held = time.monotonic() - begin
+    pending.wait()
+    total = time.monotonic() - begin
+    record.figure("background_save_seconds", {"held": held, "total": total}, f"in the background: {held:.1f} s held")
 
 
 def _load(record: Record, built: Built, folder: Path) -> None:

@@ -21,8 +21,8 @@ from megatron_ads.launching.processes import JobError
 from megatron_ads.runtime import cpu_compat, process_groups
 
 _ROOT = Path(__file__).resolve().parents[2]
-LOSS_TOLERANCES = {"bf16 and fp32": 2e-2, "fp32 here and on the CPU": 1e-3}
-"""Relative, of every step of the first 20: BF16 rounds at 4e-3, and the kernels of two devices add in other orders."""
+LOSS_TOLERANCES = {"bf16 and fp32": 1e-2, "fp32 here and on the CPU": 1e-3}
+"""Relative, of every step of the first 20: on a CPU BF16 is 2.5e-3 off; two devices add in other orders."""
 
 
 # --- a job that is interrupted
@@ -37,7 +37,7 @@ def resumed_job(record: Record) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_demo_model(folder / "model", CONFIGS[Preset.tiny])
-        for precision in ("fp32", "bf16"):
+        for precision in ("bf16",) if record.dry_run else ("fp32", "bf16"):
             saved = folder / precision
 
             def recipe(steps: int, precision: str = precision, saved: Path = saved) -> Recipe:

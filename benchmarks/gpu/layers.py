@@ -46,7 +46,7 @@ def train_stack(record: Record, name: str) -> None:
     record.figure("busiest_expert_over_mean", load.measure())
     if on_gpu():
         torch.cuda.reset_peak_memory_stats()
-    spent = milliseconds(built.step, repeats=repeats(record), warm_up=1)
+    spent = milliseconds(built.step, **often(record))
     _compare_memory(record, stack)
     share = note_speed(record, stack, spent, str(stack))
     if name in ("plain", "full") and share is not None:
@@ -59,9 +59,9 @@ def train_stack(record: Record, name: str) -> None:
         record.figure("kernels_ms_calls", kernel_table(built.step))
 
 
-def repeats(record: Record) -> int:
+def often(record: Record) -> dict[str, int]:
     """Return how often a step is timed."""
-    return 1 if record.dry_run else 3
+    return {"repeats": 1, "warm_up": 0} if record.dry_run else {"repeats": 3, "warm_up": 2}
 
 
 def why_not(stack: Stack) -> str | None:
@@ -145,7 +145,7 @@ def train_transformers(record: Record) -> None:
     built = build(stack)
     for recompute, their_ms in theirs.items():
         with record.attempt(f"here, recompute {recompute}"), with_fields(built, **_RECOMPUTE_FIELDS[recompute]):
-            our_ms = milliseconds(built.step, repeats=repeats(record))
+            our_ms = milliseconds(built.step, **often(record))
             note_speed(record, replace(stack, recompute=recompute), our_ms, f"here, recompute {recompute}")
             ratio = their_ms / our_ms
             said = f"{ratio:.2f} times as fast as transformers"
@@ -179,7 +179,7 @@ def _time_transformers(record: Record, stack: Stack) -> dict[Recompute, float]:
     for recompute in _RECOMPUTE_FIELDS:
         if recompute is Recompute.full:
             model.gradient_checkpointing_enable()
-        times[recompute] = milliseconds(step, repeats=repeats(record))
+        times[recompute] = milliseconds(step, **often(record))
         of = replace(stack, recompute=recompute)
         note_speed(record, of, times[recompute], f"transformers, recompute {recompute}")
     return times

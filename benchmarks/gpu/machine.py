@@ -12,13 +12,14 @@ import torch
 
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.timing import milliseconds, on_gpu
-from megatron_ads.observability.provenance import provenance
+from megatron_ads.observability.provenance import own_code_digest, provenance
 from megatron_ads.runtime.device import device
 
 
 def facts(record: Record) -> None:
     """Note hardware and versions, look for what the GPU paths need, and measure the two ceilings of the card."""
     record.figure("provenance", provenance())
+    record.figure("code_digest", own_code_digest())  # a copy of the code may have come without its revision
     for name, found in _needs().items():
         record.figure(name, bool(found))
         record.check(bool(found), f"{name}: not there")

@@ -122,9 +122,9 @@ def run_steps(steps: Sequence[Step], out: Path, *, seconds: float, dry_run: bool
         (out / name).unlink(missing_ok=True)
     give_up, results = time.monotonic() + seconds, []
     for step in steps:
-        print(f"{step.name} ...", flush=True)
         result = _run_step(step, out, seconds=min(step.seconds, give_up - time.monotonic()), dry_run=dry_run)
         results.append(result)
+        print(f"{step.name}: {result['status']}, {result['seconds']:.0f} s", flush=True)
         with (out / "results.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(result) + "\n")
     text = table(results, dry_run=dry_run)
