@@ -49,7 +49,7 @@ def train_stack(record: Record, name: str) -> None:
     spent = milliseconds(built.step, **often(record))
     _compare_memory(record, stack)
     share = note_speed(record, stack, spent, str(stack))
-    if name in ("plain", "full") and share is not None:
+    if name in ("plain", "full") and share is not None and not record.dry_run:
         record.check(share >= AIM, f"{share:.0%} of the card's peak, less than the {AIM:.0%} aimed at")
     with record.attempt("host waits"):
         waits = host_waits(built.step)
@@ -94,7 +94,8 @@ def _compare_memory(record: Record, stack: Stack) -> None:
         said = f"peak {measured / 1e9:.1f} GB, planned {planned / 1e9:.1f} GB"
         record.figure("peak_bytes", measured, said)
         record.figure("reserved_bytes", reserved)
-        record.check(abs(planned / measured - 1) < MEMORY_TOLERANCE, f"the planner's memory model is off: {said}")
+        right = record.dry_run or abs(planned / measured - 1) < MEMORY_TOLERANCE
+        record.check(right, f"the planner's memory model is off: {said}")
 
 
 def note_speed(record: Record, stack: Stack, spent_ms: float, name: str) -> float | None:

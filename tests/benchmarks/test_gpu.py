@@ -100,8 +100,8 @@ IN_SMALL = {
 """The last figure of each step, or one that only it has."""
 
 
-def dry_run(function: str) -> tuple[dict[str, Any], list[str], str | None]:
-    record = Record(dry_run=True)
+def dry_run(function: str, *, tiny: bool = True) -> tuple[dict[str, Any], list[str], str | None]:
+    record = Record(dry_run=tiny)
     Step("in small", 0, function).run(record)
     json.dumps(record.found.figures, allow_nan=False)
     return record.found.figures, record.found.findings, record.found.skipped
@@ -174,10 +174,12 @@ def as_if_on_a_gpu(function: str, memory: int) -> tuple[dict[str, Any], list[str
         "reset_peak_memory_stats": None,
         "set_sync_debug_mode": None,
     }
-    for name, answer in answers.items():
-        setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    for question, answer in answers.items():
+        setattr(torch.cuda, question, lambda *_, answer=answer: answer)
     torch.cuda.nccl.version = lambda: (2, 28, 3)
-    return dry_run(function)
+    for name, stack in stacks.STACKS.items():
+        stacks.STACKS[name] = stack.sized(tiny=True)
+    return dry_run(function, tiny=":train_stack" not in function)
 
 
 @pytest.mark.parametrize("name", ["layers", "checkpoint", "facts", "build-ranks"])
