@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,11 @@ def parity(record: Record) -> None:
         words = ["pytest", "parity_tests", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={folder / 'x'}"]
         figures = folder / "figures"
         try:
-            only = ["--collect-only"] if record.dry_run else []
+            cores = len(os.sched_getaffinity(0))
+            workers = ["-n", str(min(8, cores // 2))] if cores >= 4 and find_spec("xdist") else []
+            only = ["--collect-only"] if record.dry_run else workers
             environment = os.environ | {"PARITY_FIGURES": str(figures)}
-            _run([sys.executable, "-m", *words, *only], environment, seconds=400 if record.dry_run else 110)
+            _run([sys.executable, "-m", *words, *only], environment, seconds=400 if record.dry_run else 290)
         finally:  # what was recorded before a failure or the time limit
             lines = figures.read_text(encoding="utf-8").splitlines() if figures.exists() else []
             found = [json.loads(line) for line in lines]

@@ -71,7 +71,7 @@ STEPS = (
     Step("quickstart", 75, "benchmarks.gpu.jobs:quickstart"),
     Step("build-ranks", 45, "benchmarks.gpu.machine:build_ranks"),
     Step("deterministic", 40, "benchmarks.gpu.jobs:deterministic"),
-    Step("parity", 120, "benchmarks.gpu.jobs:parity"),
+    Step("parity", 300, "benchmarks.gpu.jobs:parity"),
 )
 """In the order of what is worth most if the time runs out."""
 
