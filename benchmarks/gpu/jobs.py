@@ -149,7 +149,8 @@ def parity(record: Record) -> None:
             workers = ["-n", str(min(8, cores // 2))] if cores >= 4 and find_spec("xdist") else []
             only = ["--collect-only"] if record.dry_run else workers
             environment = os.environ | {"PARITY_FIGURES": str(figures)}
-            _run([sys.executable, "-m", *words, *only], environment, seconds=400 if record.dry_run else 290)
+            with record.attempt("the ladder"):
+                _run([sys.executable, "-m", *words, *only], environment, seconds=400 if record.dry_run else 290)
         finally:  # what was recorded before a failure or the time limit
             lines = figures.read_text(encoding="utf-8").splitlines() if figures.exists() else []
             found = [json.loads(line) for line in lines]
