@@ -186,10 +186,16 @@ class RuntimeConfig:
     """A rank is named as slow when its own work takes this many times the median of its pipeline stage."""
     straggler_steps: int = 5
     """For how many consecutive logged steps it must."""
+    load_timeout_seconds: int = 3600
+    """How long ranks wait for the slowest of them to read the weights, or a checkpoint to resume from."""
+    gc_interval: int | None = 10
+    """Steps between collections of Python's garbage, by all ranks at the same step: each that collects at a moment of
+    its own keeps the others waiting. None leaves it to Python."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
-        require_at_least("runtime", self, 1, "timeout_seconds", "straggler_factor", "straggler_steps")
+        amounts = ("timeout_seconds", "straggler_factor", "straggler_steps", "load_timeout_seconds", "gc_interval")
+        require_at_least("runtime", self, 1, *amounts)
         require_at_least("runtime", self, 0, "threads")
 
 
