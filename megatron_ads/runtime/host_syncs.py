@@ -5,6 +5,7 @@ The values are Megatron's own, bit for bit; ``tests/runtime/test_host_syncs.py``
 
 import importlib
 from collections.abc import Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def install() -> None:
 def _rolling_packed_samples(original: Any) -> Any:
     """Megatron slices the row at each boundary, which is on the device: four waits for each sample."""
 
+    @wraps(original)
     def roll(tensor: Tensor, shifts: int, dims: int, packed_seq_params: Any, cp_group: Any = None) -> Any:
         if cp_group is not None and cp_group.size() > 1:
             return original(tensor, shifts, dims, packed_seq_params, cp_group)
@@ -50,6 +52,7 @@ def roll_samples(tensor: Tensor, boundaries: Tensor) -> Tensor:
 def _sorting_chunks(original: Any) -> Any:
     """Without Transformer Engine, Megatron cuts the tokens into ranks x experts pieces and joins them again."""
 
+    @wraps(original)
     def sort(
         input: Tensor, split_sizes: Tensor, sorted_idxs: Tensor, probs: Tensor | None = None, fused: bool = False
     ) -> tuple[Tensor, Tensor | None]:
