@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
+from megatron_ads.config.model import Precision
 from megatron_ads.errors import require, require_above, require_at_least, require_each
 from megatron_ads.layout import ParallelLayout
 
@@ -40,6 +41,9 @@ class OptimConfig:
     """Added to the square root of the second moment."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 is off."""
+    moments: Precision = Precision.fp32
+    """Number format in which both moments are kept; updates are computed in FP32. ``bf16`` takes 4 bytes a parameter
+    less, for clusters that are short of memory (DeepSeek-V3 was trained so, arXiv:2412.19437, section 3.3.3)."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""

@@ -81,7 +81,8 @@ def fuse_weight_gradients(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             weights = [weight for name, weight in module.named_parameters(recurse=False) if name.startswith("weight")]
-            module.fuse_wgrad_accumulation = bool(weights) and all(hasattr(weight, "main_grad") for weight in weights)
+            fused = bool(weights) and all(hasattr(weight, "main_grad") for weight in weights)
+            module.fuse_wgrad_accumulation = fused  # type: ignore[assignment]
 
 
 def routed_experts(model: torch.nn.Module) -> Sequence[torch.nn.Parameter]:

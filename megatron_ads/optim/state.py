@@ -90,7 +90,7 @@ def _fill_shard(member: ShardedMember, parameter: Tensor, whole: dict[str, Tenso
         if key == MASTER:
             shard.data.copy_(piece)
         else:
-            member.inner.optimizer.state[shard][key] = piece.to(torch.float32, copy=True)
+            member.inner.optimizer.state[shard][key] = piece.to(member.moment_dtype, copy=True)
 
 
 def _whole_states(member: ShardedMember, *, loading: bool) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

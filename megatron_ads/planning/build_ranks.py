@@ -115,8 +115,9 @@ def build_ranks(job: PlannedJob, *, every_rank: bool = False, shards: Path | Non
 
 
 def _build_rank(job: PlannedJob, rank: int) -> RankFacts:
-    # Transformer Engine's modules want a GPU; the parameters are the same.
-    model = replace(job.model, layer_spec=LayerSpecChoice.grouped)
+    model = job.model
+    if model.layer_spec is not LayerSpecChoice.local:
+        model = replace(model, layer_spec=LayerSpecChoice.grouped)  # te wants a GPU; the parameters are the same
     settings = ModelSettings.of(model, deterministic=job.deterministic)
     process_groups.start_fake(job.layout, rank)
     try:

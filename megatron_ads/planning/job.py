@@ -38,6 +38,8 @@ class PlannedJob:
     lora: Lora | None = None
     """Adapters that are trained instead of the weights."""
     deterministic: bool = False
+    moment_bytes: int = 4
+    """Of one of the two moments of a trained element."""
 
     @property
     def shards(self) -> ShardsLayout:
@@ -155,4 +157,5 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Pl
         microbatches=config.train.microbatches(layout),
         lora=Lora.of(config.model),
         deterministic=config.train.deterministic,
+        moment_bytes=2 if config.optim.moments is Precision.bf16 else 4,
     )

@@ -1,7 +1,7 @@
 """Bytes on each rank at the worst moment of a step, by kind.
 
 Weights have 2 bytes (BF16) or 4 (FP32) an element. What trains has a 4-byte gradient, accumulated in FP32 over the
-microbatches, and optimizer state that Megatron's distributed optimizer divides among the replicas: two FP32 moments,
+microbatches, and optimizer state that Megatron's distributed optimizer divides among the replicas: two moments,
 with BF16 weights an FP32 copy too. ``schedule`` says how many microbatches are held.
 
 Activations are listed as autograd keeps them in the layers of ``models``, tensor by tensor; a test compares the sums.
@@ -163,7 +163,7 @@ def stage_memory(job: PlannedJob, stage: int, *, gpu: bool, reserved_bytes: int 
     weights = stage_weights(job, stage)
     trained = [weight for weight in weights if job.trains(weight.part)]
     dense, expert = total(trained, expert=False), total(trained, expert=True)
-    state = 12 if job.model.precision is Precision.bf16 else 8
+    state = 2 * job.moment_bytes + (4 if job.model.precision is Precision.bf16 else 0)
     model = ActivationModel(job, gpu=gpu)
     kept = [job.tokens_per_rank * _kept_by_chunk(job, chunk, model) for chunk in job.placement.stage_chunks(stage)]
     return RankMemory(
