@@ -193,11 +193,9 @@ class DeepseekModel(GPTModel):
         return self.compute_language_model_loss(labels, logits_SBV)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Return the loss of each label (B, S); on a GPU in pieces, unless Transformer Engine computes it."""
+        """Return the loss of each label (B, S); on a GPU in pieces, on a CPU memory matters less than time."""
         whole = super().compute_language_model_loss
-        if logits.is_cuda and not self.config.cross_entropy_loss_fusion:
-            return loss_in_pieces(whole, labels, logits)
-        return whole(labels, logits)
+        return loss_in_pieces(whole, labels, logits) if logits.is_cuda else whole(labels, logits)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
