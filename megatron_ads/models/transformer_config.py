@@ -148,7 +148,7 @@ def _kernels(shape: ModelShape, settings: ModelSettings) -> dict[str, Any]:
         # ``models.build.fuse_weight_gradients`` sets it on Transformer Engine's.
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
-        # Transformer Engine's rounds gradients to BF16 before they are scaled (up to 2.17, TransformerEngine #3193), and
+        # Transformer Engine rounds its gradients to BF16 before scaling them (up to 2.17, TransformerEngine #3193), and
         # Megatron-LM refuses it from 0.18 on. ``models.specs`` computes the loss in pieces instead.
         "cross_entropy_loss_fusion": False,
     }
