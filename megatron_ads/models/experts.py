@@ -78,7 +78,7 @@ class GroupedExperts(MegatronModule):
             return output if adapter is None else adapter(x, output, ends_E)
 
         gate_up_TF = product(tokens_TH, self.weight1, self.adapter1)
-        inner_TF = weighted_swiglu(gate_up_TF, weights_T, fused=gate_up_TF.is_cuda)
+        inner_TF = weighted_swiglu(gate_up_TF, weights_T, fused=gate_up_TF.is_cuda and ends_E is not None)
         return product(inner_TF, self.weight2, self.adapter2), None
 
     def backward_dw(self) -> None:
