@@ -58,8 +58,9 @@ def megatron_config(
         # After every batched message megatron-core 0.16.1 would wait for the device, for the sake of old versions of
         # torch, and the host could never run ahead of it.
         batch_p2p_sync=False,
-        # What was sent on is needed by the backward pass for its graph only.
-        deallocate_pipeline_outputs=True,
+        # What was sent on is needed by the backward pass for its graph only. Interleaved, megatron-core 0.16.1 frees it
+        # while the message may still be under way: the next stage gets other numbers over gloo.
+        deallocate_pipeline_outputs=not interleaved,
         num_layers=shape.num_layers,
         mtp_num_layers=shape.mtp_layers or None,
         mtp_loss_scaling_factor=settings.mtp_loss_weight,

@@ -186,9 +186,12 @@ def test_without_transformer_engine_experts_are_grouped(monkeypatch: pytest.Monk
         resolve_layer_spec(LayerSpecChoice.te)
 
 
-def test_the_device_is_not_waited_for_after_messages_and_sent_outputs_are_freed(folder: Path) -> None:
-    config = _config(folder, ParallelLayout(world=2, pp=2))
-    assert (config.batch_p2p_sync, config.deallocate_pipeline_outputs) == (False, True)
+@pytest.mark.parametrize(("vpp", "freed"), [(1, True), (2, False)])
+def test_the_device_is_not_waited_for_after_messages_and_outputs_are_freed_once_they_are_sent(
+    folder: Path, vpp: int, freed: bool
+) -> None:
+    config = _config(folder, ParallelLayout(world=2, pp=2, vpp=vpp))
+    assert (config.batch_p2p_sync, config.deallocate_pipeline_outputs) == (False, freed)
 
 
 def test_a_model_of_meta_tensors_allocates_nothing_on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
