@@ -5,8 +5,9 @@ from pathlib import Path
 from setuptools import find_namespace_packages, find_packages, setup
 
 EXTRAS = {
-    # Transformer Engine layers; compiled against the CUDA and torch of the machine.
-    "te": ["transformer-engine[pytorch]>=2.6"],
+    # Transformer Engine layers; compiled against the CUDA and torch of the machine. Before 2.11 its attention refuses
+    # packed samples in FP32.
+    "te": ["transformer-engine[pytorch]>=2.11"],
     # An OpenAI-compatible server on an exported checkpoint.
     "serve": ["transformers[serving]>=5.17"],
     # Experiment trackers (log.trackers), next to the TensorBoard and JSONL files that every run writes.
@@ -75,7 +76,8 @@ setup(
         "scikit-learn>=1.7",
         "tensorboard>=2.17",
         "tokenizers>=0.22",
-        "torch>=2.10",
+        # Before 2.11, varlen_attn takes neither a scale nor a window.
+        "torch>=2.11",
         "tqdm>=4.66",
         "transformers>=5.17",
     ],

@@ -6,9 +6,8 @@ _set_default() { # name, value
     if [[ -z "${!1+set}" ]]; then export "$1=$2"; fi
 }
 
-# One hardware queue, so that kernels start in the order in which they were issued: Megatron's overlap of
-# tensor-parallel communication with computation relies on that order.
-_set_default CUDA_DEVICE_MAX_CONNECTIONS 1
+# Compiled kernels, on a disk of each node: the ranks of many nodes would wait for each other's locks on a shared one.
+_set_default TRITON_CACHE_DIR "${TMPDIR:-/tmp}/triton-$(id -u)"
 
 # Memory segments that can grow: experts get a varying share of the tokens, and blocks of varying sizes would fragment
 # a card that is nearly full.

@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
+from megatron_ads.config.model import Precision
 from megatron_ads.errors import require, require_above, require_at_least, require_each
 from megatron_ads.layout import ParallelLayout
 
@@ -40,6 +41,9 @@ class OptimConfig:
     """Added to the square root of the second moment."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 is off."""
+    moments: Precision = Precision.fp32
+    """Number format in which both moments are kept; updates are computed in FP32. ``bf16`` takes 4 bytes a parameter
+    less, for clusters that are short of memory (DeepSeek-V3 was trained so, arXiv:2412.19437, section 3.3.3)."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
@@ -194,10 +198,16 @@ class RuntimeConfig:
     """A rank is named as slow when its own work takes this many times the median of its pipeline stage."""
     straggler_steps: int = 5
     """For how many consecutive logged steps it must."""
+    load_timeout_seconds: int = 3600
+    """How long ranks wait for the slowest of them to read the weights, or a checkpoint to resume from."""
+    gc_interval: int | None = 10
+    """Steps between collections of Python's garbage, by all ranks at the same step: each that collects at a moment of
+    its own keeps the others waiting. None leaves it to Python."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
-        require_at_least("runtime", self, 1, "timeout_seconds", "straggler_factor", "straggler_steps")
+        amounts = ("timeout_seconds", "straggler_factor", "straggler_steps", "load_timeout_seconds", "gc_interval")
+        require_at_least("runtime", self, 1, *amounts)
         require_at_least("runtime", self, 0, "threads")
 
 

@@ -10,12 +10,15 @@ Under torchrun, several nodes run the same command, each with these environment 
     MEGATRON_ADS_MAX_RESTARTS  maximum number of restarts of all ranks after a failure, from the last checkpoint
 """
 
+import os
 import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
+from megatron_ads.config.run import RunConfig
 from megatron_ads.errors import ConfigError
 
 
@@ -25,6 +28,34 @@ def environment_number(environment: Mapping[str, str], name: str, default: int) 
     if not text.isdecimal():
         raise ConfigError(f"{name} is {text!r}; it must be a whole number.")
     return int(text)
+
+
+CORES_PER_RANK = 4
+"""A rank on a GPU computes, differentiates, communicates and watches its peers in threads of their own."""
+
+
+def core_warnings(ranks_here: int, environment: Mapping[str, str]) -> list[str]:
+    """Return what there is to say about the cores of this node; Slurm gives a task one unless it is asked for more."""
+    cores = environment_number(environment, "SLURM_CPUS_ON_NODE", len(os.sched_getaffinity(0)))
+    if cores >= CORES_PER_RANK * ranks_here:
+        return []
+    return [
+        f"{cores} cores for {ranks_here} ranks with a GPU each: their threads will wait for each other. Give each rank "
+        f"{CORES_PER_RANK} at least (sbatch --cpus-per-task={CORES_PER_RANK}, or more)."
+    ]
+
+
+def rank_variables(config: RunConfig, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment variables of the ranks that depend on the recipe; those set already are left out."""
+    variables = {
+        name: str(Path(config.log.dir).absolute() / "nccl_flight_")  # torch adds the rank
+        for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")  # torch 2.13, and before
+    }
+    if config.layout.tp * config.layout.cp > 1:
+        # One hardware queue, so that kernels start in the order in which they were issued: Megatron's overlap of
+        # tensor- and context-parallel communication with computation relies on it. Others it would only slow down.
+        variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    return {name: value for name, value in variables.items() if name not in environment}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

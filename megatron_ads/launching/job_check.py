@@ -25,8 +25,15 @@ from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.run import SftConfig, require_trainable, validate
 from megatron_ads.disk import existing, free_bytes, readable_bytes
 from megatron_ads.errors import CheckpointError, ConfigError, DataError, MegatronAdsError, as_refusals, one_line
+from megatron_ads.launching.environment import core_warnings
 from megatron_ads.launching.network_check import rendezvous_problems
-from megatron_ads.launching.node_check import folder_problems, gpu_problems, python_problems, wants_gpu
+from megatron_ads.launching.node_check import (
+    compiler_problems,
+    folder_problems,
+    gpu_problems,
+    python_problems,
+    wants_gpu,
+)
 from megatron_ads.observability.trackers import require_installed
 from megatron_ads.planning.hardware import CARDS
 from megatron_ads.planning.job import job_of
@@ -60,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
     )
     for line in found.passed:
         print(f"ok    {line}", flush=True)
-    for problem in found.problems:
-        print(f"megatron-ads: {problem}", file=sys.stderr)
+    for line in (*found.warnings, *found.problems):
+        print(f"megatron-ads: {line}", file=sys.stderr)
     return 2 if found.problems else 0
 
 
@@ -85,7 +92,9 @@ def check_job_and_node(
             here += folder_problems(Path(folder))
         gpus = needs_gpu(config, os.environ)
         local = ranks_here or ranks or config.layout.fewest_ranks()
-        here += gpu_problems(local, os.environ) if gpus else []
+        if gpus:
+            here += gpu_problems(local, os.environ) + compiler_problems(os.environ)
+            found.warnings += core_warnings(local, os.environ)
         found.passed.append(
             f"gpu: {'driver and GPUs are checked' if gpus else 'none wanted; the ranks run on the CPU'}"
         )
@@ -101,6 +110,8 @@ class JobCheck:
 
     passed: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """What the job runs with, but slowly."""
 
     @contextmanager
     def collecting_problems(self) -> Iterator[None]:

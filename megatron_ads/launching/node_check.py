@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def main() -> int:
     args = parser.parse_args()
     problems = python_problems(sys.version_info[:2])
     if args.gpus:
-        problems += gpu_problems(args.local_ranks, os.environ)
+        problems += gpu_problems(args.local_ranks, os.environ) + compiler_problems(os.environ)
     for folder in args.folder:
         problems += folder_problems(folder)
     if args.expect is not None and not args.expect.is_file():
@@ -96,6 +97,23 @@ def gpu_problems(local_ranks: int, environment: Mapping[str, str]) -> list[str]:
         f"{count} GPUs are visible{shown}, but {local_ranks} ranks are to run here. Ask for as many GPUs as ranks a "
         "node (sbatch --gpus-per-node), or start fewer ranks."
     ]
+
+
+def compiler_problems(environment: Mapping[str, str]) -> list[str]:
+    """Return what Triton lacks: on a GPU it compiles kernels in the first forward pass, after all weights are read."""
+    problems = []
+    compiler = environment.get("CC") or "gcc or clang"
+    if not any(map(shutil.which, compiler.split(" or "))):
+        problems.append(
+            f"no C compiler ({compiler}) is found, which kernels are compiled with. Install gcc, or name one in CC."
+        )
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        problems.append(
+            f"{header} does not exist, which kernels are compiled with. Install Python's headers (Debian: python3-dev)."
+        )
+    cache = environment.get("TRITON_CACHE_DIR")
+    return problems + (folder_problems(Path(cache)) if cache else [])
 
 
 def folder_problems(folder: Path) -> list[str]:

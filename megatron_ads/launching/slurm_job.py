@@ -28,7 +28,13 @@ from megatron_ads.launching.attempts import (
     fruitless_attempts,
     judge,
 )
-from megatron_ads.launching.environment import Allocation, environment_number, meeting_place
+from megatron_ads.launching.environment import (
+    Allocation,
+    core_warnings,
+    environment_number,
+    meeting_place,
+    rank_variables,
+)
 from megatron_ads.launching.job_check import check_job, needs_gpu
 from megatron_ads.launching.node_check import NodesCheck, check_nodes
 from megatron_ads.launching.placement import placement_problems, read_reports, summary
@@ -188,7 +194,10 @@ class Attempt:
         folders = dict.fromkeys((self.config.checkpoint.dir, self.config.log.dir))
         arguments = [f"--local-ranks={self.allocation.ranks_per_node}", f"--expect={self.folder / ATTEMPT}"]
         arguments += [f"--folder={folder}" for folder in folders]
-        arguments += ["--gpus"] if needs_gpu(self.config, os.environ) else []
+        if needs_gpu(self.config, os.environ):
+            arguments.append("--gpus")
+            for line in core_warnings(self.allocation.ranks_per_node, os.environ):
+                say(line)
         return check_nodes(self.allocation, arguments)
 
     def run_ranks(self, notice: StopRequest) -> None:
@@ -202,6 +211,7 @@ class Attempt:
         host, port = meeting_place(os.environ)
         environment = {
             **os.environ,
+            **rank_variables(self.config, os.environ),
             "MASTER_ADDR": host,
             "MASTER_PORT": port,
             "LOCAL_WORLD_SIZE": str(size.ranks_per_node),

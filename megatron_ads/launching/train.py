@@ -21,7 +21,7 @@ from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.run import SftConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.launching.attempts import describe_failure, judge
-from megatron_ads.launching.environment import NodePart
+from megatron_ads.launching.environment import NodePart, rank_variables
 from megatron_ads.launching.job_check import add_job_arguments, check_job_and_node
 from megatron_ads.launching.processes import wait_passing_signals_on
 from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, read_records
@@ -44,10 +44,11 @@ def run(args: argparse.Namespace) -> int:
     """
     config = load_recipe(args.recipe, args.overrides)
     part = NodePart.of(os.environ, args.ranks, config.layout.fewest_ranks())
-    if problems := check_job_and_node(args.recipe, args.overrides, part.ranks, part.ranks_here).problems:
-        for problem in problems[:-1]:
-            print(f"megatron-ads: {problem}", file=sys.stderr)
-        raise ConfigError(problems[-1])
+    found = check_job_and_node(args.recipe, args.overrides, part.ranks, part.ranks_here)
+    for line in (*found.warnings, *found.problems[:-1]):
+        print(f"megatron-ads: {line}", file=sys.stderr)
+    if found.problems:
+        raise ConfigError(found.problems[-1])
     command = torchrun_command(part, "megatron_ads.training", ["--recipe", args.recipe, *args.overrides])
     with hold(folders_of(config), os.environ) if part.node == 0 else nullcontext():
         records = Path(config.log.dir) / "torchrun" / f"node-{part.node}"
@@ -82,6 +83,7 @@ def _environment(config: SftConfig, part: NodePart, records: Path) -> dict[str, 
     threads = config.runtime.threads or max(1, len(os.sched_getaffinity(0)) // part.ranks_here)
     return {
         **os.environ,
+        **rank_variables(config, os.environ),
         "OMP_NUM_THREADS": str(threads),
         FOLDER_VARIABLE: str(records),
         # A new meeting place at each restart. In torch 2.13 the ranks otherwise share torchrun's own, where those that

@@ -4,6 +4,7 @@ Shape suffixes: S = tokens of a row, L = of one sample, B = rows (1 where sample
 H = heads on this rank, D = width of a query or key: N channels without positions, then R with; V = width of a value.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,15 @@ LONGEST_BLOCKED = 1024
 """Longest sample whose attention probabilities are kept for the backward pass; beyond, memory would grow with L^2."""
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, *, scale: float, boundaries: Tensor | None = None) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    boundaries: Tensor | None = None,
+    longest: int | None = None,
+) -> Tensor:
     """Return (B, H, S, V): each token's attention over itself and the tokens before it in its sample.
 
     Samples that share a row do not see each other, and cost what they cost, not the square of the row.
@@ -31,11 +40,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, scale: float, boundarie
         query: (B, H, S, D); key likewise, value with V, which may be less than D.
         scale: Factor on the scores before the softmax.
         boundaries: Where the samples of the one row begin, and its length last (int32); None: each row is one sample.
+        longest: Tokens of the longest of those samples; None: counted, for which a GPU's work is waited for.
     """
     if boundaries is None:
         return _attend_sample(query, key, value, scale)
     if query.is_cuda and query.dtype is not torch.float32:
-        return _attend_varlen(query, key, value, scale, boundaries)
+        return _attend_varlen(query, key, value, scale, boundaries, longest or int(boundaries.diff().max()))
     lengths = boundaries.diff().tolist()
     samples = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     return torch.cat([_attend_sample(q, k, v, scale) for q, k, v in samples], dim=2)
@@ -49,13 +59,12 @@ def _attend_sample(query: Tensor, key: Tensor, value: Tensor, scale: float) -> T
     return scaled_dot_product_attention(query, key, wide, is_causal=True, scale=scale)[..., : value.size(-1)]
 
 
-def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, scale: float, boundaries: Tensor) -> Tensor:
+def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, scale: float, boundaries: Tensor, longest: int) -> Tensor:
     """All samples in one launch of the flash kernel, which takes 16-bit types only."""
-    from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
+    from torch.nn.attention.varlen import varlen_attn
 
     wide = pad(value, (0, query.size(-1) - value.size(-1)))
     query_SHD, key_SHD, value_SHD = (x.squeeze(0).transpose(0, 1) for x in (query, key, wide))
-    longest = int(boundaries.diff().max())
     output_SHD: Any = varlen_attn(
         query_SHD, key_SHD, value_SHD, boundaries, boundaries, longest, longest, scale=scale, window_size=(-1, 0)
     )
@@ -230,21 +239,30 @@ class LatentAttention(MLASelfAttention):
         latents = (query, self.kv_layernorm(latent), key_position)
         turns = self._turns_of(key_position.size(0), packed_seq_params, hidden_SBC.device)
         boundaries = packed_seq_params.cu_seqlens_q if packed_seq_params is not None else None
+        longest = packed_seq_params.max_seqlen_q if packed_seq_params is not None else None
+        attend_from = partial(self._attend_from, longest=longest)  # recomputation takes tensors only
         if self.recompute_up_proj and self.training:
-            output = tensor_parallel.checkpoint(self._attend_from, False, *latents, turns, boundaries)
+            output = tensor_parallel.checkpoint(attend_from, False, *latents, turns, boundaries)
         else:
-            output = self._attend_from(*latents, turns, boundaries)
+            output = attend_from(*latents, turns, boundaries)
         return self.linear_proj(output)
 
     def _attend_from(
-        self, query: Tensor, latent: Tensor, key_position: Tensor, turns: Tensor, boundaries: Tensor | None
+        self,
+        query: Tensor,
+        latent: Tensor,
+        key_position: Tensor,
+        turns: Tensor,
+        boundaries: Tensor | None,
+        *,
+        longest: int | None,
     ) -> Tensor:
         """Project the latents up to heads and attend; (S, B, heads * value width)."""
         query, _ = self.linear_q_proj(query) if self.config.q_lora_rank is None else self.linear_q_up_proj(query)
         key_value, _ = self.linear_kv_up_proj(latent)
         shape = (self.num_attention_heads_per_partition, -1)
         heads = make_heads(query.unflatten(-1, shape), key_value.unflatten(-1, shape), key_position, turns)
-        output = attend(*heads, scale=self.softmax_scale, boundaries=boundaries)
+        output = attend(*heads, scale=self.softmax_scale, boundaries=boundaries, longest=longest)
         return output.permute(2, 0, 1, 3).flatten(2)
 
     def _turns_of(self, tokens: int, packed: PackedSeqParams | None, device: torch.device) -> Tensor:

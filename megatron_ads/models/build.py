@@ -72,6 +72,19 @@ def _mark_weights(model: GPTModel) -> None:
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
+def fuse_weight_gradients(model: torch.nn.Module) -> None:
+    """Let Transformer Engine's linears add weight gradients to the FP32 buffers themselves, as they compute them.
+
+    Else each microbatch writes them in BF16, to be read and added. Call it on a model inside Megatron's
+    DistributedDataParallel, which makes the buffers; without them such a linear fails.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            weights = [weight for name, weight in module.named_parameters(recurse=False) if name.startswith("weight")]
+            fused = bool(weights) and all(hasattr(weight, "main_grad") for weight in weights)
+            module.fuse_wgrad_accumulation = fused  # type: ignore[assignment]
+
+
 def routed_experts(model: torch.nn.Module) -> Sequence[torch.nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if ".mlp.experts." in name]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
+from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -50,6 +51,8 @@ class GroupedExperts(MegatronModule):
 
         self.weight1 = stacked(2 * inner, config.hidden_size)
         self.weight2 = stacked(config.hidden_size, inner)
+        # torch's grouped product leaves the weight gradients of experts without tokens unwritten on Blackwell.
+        self.clears_empty_experts = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10, 0)
         self.adapter1: Adapter | None = None
         self.adapter2: Adapter | None = None
 
@@ -66,11 +69,16 @@ class GroupedExperts(MegatronModule):
             ends_E = tokens_per_expert.to(tokens_TH.device).cumsum(0).to(torch.int32)
 
         def product(x: Tensor, weight: Tensor, adapter: Adapter | None) -> Tensor:
-            output = x @ weight[0].t() if ends_E is None else grouped_mm(x, weight.transpose(1, 2), offs=ends_E)
+            if ends_E is None:
+                output = x @ weight[0].t()
+            else:
+                if self.clears_empty_experts and weight.requires_grad:
+                    weight = _ClearEmptyExperts.apply(weight, ends_E)
+                output = grouped_mm(x, weight.transpose(1, 2), offs=ends_E)
             return output if adapter is None else adapter(x, output, ends_E)
 
-        gate_TF, up_TF = product(tokens_TH, self.weight1, self.adapter1).chunk(2, dim=-1)
-        inner_TF = (silu(gate_TF) * up_TF * weights_T.unsqueeze(-1)).to(gate_TF.dtype)  # routing weights are FP32
+        gate_up_TF = product(tokens_TH, self.weight1, self.adapter1)
+        inner_TF = weighted_swiglu(gate_up_TF, weights_T, fused=gate_up_TF.is_cuda and ends_E is not None)
         return product(inner_TF, self.weight2, self.adapter2), None
 
     def backward_dw(self) -> None:
@@ -132,6 +140,35 @@ class GroupedExperts(MegatronModule):
         for key in [key for key in state_dict if key.startswith(prefix) and "._extra_state" in key]:
             del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def weighted_swiglu(gate_up_TF: Tensor, weights_T: Tensor, *, fused: bool) -> Tensor:
+    """Return ``silu(gate) * up * weight`` in the dtype of ``gate_up_TF`` (T, 2F): gate, then up; weights are FP32.
+
+    ``fused``: by Megatron-Core's compiled function, one kernel instead of five, for a GPU.
+    """
+    if fused:
+        return weighted_bias_swiglu_impl(gate_up_TF, None, weights_T.unsqueeze(-1))
+    gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+    return (silu(gate_TF) * up_TF * weights_T.unsqueeze(-1)).to(gate_TF.dtype)
+
+
+class _ClearEmptyExperts(torch.autograd.Function):
+    """Pass a stacked weight on; in the backward pass, make the gradients of experts without tokens zero.
+
+    They are whatever was in that memory, on Blackwell with torch up to 2.13 (pytorch #172439; Hopper writes zeros).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight_EFH: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(ends_E)
+        return weight_EFH.view_as(weight_EFH)
+
+    @staticmethod
+    def backward(ctx: Any, grad_EFH: Tensor) -> tuple[Tensor, None]:
+        (ends_E,) = ctx.saved_tensors
+        empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+        return grad_EFH.masked_fill(empty_E[:, None, None], 0), None
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from conversion.layer_specs import LayerSpec
 from megatron_ads.config.model import LayerSpecChoice, ModelConfig, Precision, Recompute, recompute_on
 from megatron_ads.errors import ConfigError
 
+_HOPPER = (9, 0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSettings:
@@ -46,22 +48,31 @@ class ModelSettings:
 
 
 def resolve_layer_spec(choice: LayerSpecChoice) -> LayerSpec:
-    """Return the layer spec to build: ``auto`` is Transformer Engine where it is installed and there is a GPU, else
-    grouped torch experts.
+    """Return the layer spec to build: ``auto`` is Transformer Engine where it runs, else grouped torch experts.
+
+    Transformer Engine attends within packed samples, with keys wider than values, on Hopper and newer only.
 
     Raises:
-        ConfigError: If Transformer Engine is asked for and not installed.
+        ConfigError: If Transformer Engine is asked for and does not run here.
     """
-    installed = find_spec("transformer_engine") is not None
-    if choice is LayerSpecChoice.te and not installed:
-        raise ConfigError(
-            "model.layer_spec is te, but transformer-engine is not installed. "
-            "Install megatron-ads[te], or set model.layer_spec to auto."
-        )
-    if choice is LayerSpecChoice.auto:
-        if not installed:
-            return LayerSpec.GROUPED
-        import torch  # only where Transformer Engine is installed
+    if choice not in (LayerSpecChoice.auto, LayerSpecChoice.te):
+        return LayerSpec(choice.value)
+    if find_spec("transformer_engine") is None:
+        fault: str | None = "it is not installed"  # known without torch
+    else:
+        import torch
 
-        return LayerSpec.TE if torch.cuda.is_available() else LayerSpec.GROUPED
-    return LayerSpec(choice.value)
+        from megatron_ads.runtime.device import transformer_engine_fault
+
+        fault = transformer_engine_fault()
+        if fault is None and (capability := torch.cuda.get_device_capability()) < _HOPPER:
+            own = ".".join(map(str, capability))
+            fault = f"packed samples need compute capability 9.0 (Hopper) and this GPU has {own}"
+    if fault is None:
+        return LayerSpec.TE
+    if choice is LayerSpecChoice.te:
+        raise ConfigError(
+            f"model.layer_spec is te, but Transformer Engine cannot be used: {fault}. "
+            "Install megatron-ads[te] on a machine with a GPU for it, or set model.layer_spec to auto."
+        )
+    return LayerSpec.GROUPED

@@ -31,6 +31,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
+from torch.nn.functional import rms_norm
+from torch.utils.checkpoint import checkpoint
 
 from conversion.layer_specs import LayerSpec
 from megatron_ads.architecture import ModelShape
@@ -39,6 +41,8 @@ from megatron_ads.models.attention import LatentAttention
 from megatron_ads.models.experts import GroupedExperts
 from megatron_ads.models.lora import named_adapters
 
+LOSS_TOKENS = 1024
+"""Tokens whose probabilities are held at a time in FP32: 0.5 GB of them with DeepSeek's vocabulary."""
 _LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
@@ -132,7 +136,9 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised ``x``, in its shape and dtype."""
+        """Return the normalised ``x``, in its shape and dtype; on a GPU by torch's own kernel."""
+        if x.is_cuda:
+            return rms_norm(x, self.weight.shape, self.weight, self.eps)
         return _Normalise.apply(x, self.weight, self.eps)
 
 
@@ -186,6 +192,11 @@ class DeepseekModel(GPTModel):
             return logits_SBV.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits_SBV)
 
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Return the loss of each label (B, S); on a GPU in pieces, on a CPU memory matters less than time."""
+        whole = super().compute_language_model_loss
+        return loss_in_pieces(whole, labels, logits) if logits.is_cuda else whole(labels, logits)
+
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
@@ -198,6 +209,17 @@ class DeepseekModel(GPTModel):
             return super().sharded_state_dict(prefix, sharded_offsets, metadata)
         adapters = [adapter.sharded_factors(prefix + name) for name, adapter in named_adapters(self)]
         return {name: factor for factors in adapters for name, factor in factors.items()}
+
+
+def loss_in_pieces(compute: Callable[[Tensor, Tensor], Tensor], labels_BS: Tensor, logits_SBV: Tensor) -> Tensor:
+    """Return what ``compute`` returns of all tokens, (B, S), without keeping FP32 probabilities of all logits.
+
+    At 4096 tokens of DeepSeek's vocabulary they are 2.1 GB, once for each output layer. Here the backward pass computes
+    them again, piece by piece.
+    """
+    pieces = zip(labels_BS.split(LOSS_TOKENS, 1), logits_SBV.split(LOSS_TOKENS, 0), strict=True)
+    losses = [checkpoint(compute, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    return torch.cat(losses, dim=1)
 
 
 class MultiTokenLayer(mtp.MultiTokenPredictionLayer):

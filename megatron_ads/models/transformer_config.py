@@ -55,6 +55,12 @@ def megatron_config(
         # chunks): the job computes wrong numbers without an error, in megatron-core 0.16.1.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        # After every batched message megatron-core 0.16.1 would wait for the device, for the sake of old versions of
+        # torch, and the host could never run ahead of it.
+        batch_p2p_sync=False,
+        # What was sent on is needed by the backward pass for its graph only. Interleaved, megatron-core 0.16.1 frees it
+        # while the message may still be under way: the next stage gets other numbers over gloo.
+        deallocate_pipeline_outputs=not interleaved,
         num_layers=shape.num_layers,
         mtp_num_layers=shape.mtp_layers or None,
         mtp_loss_scaling_factor=settings.mtp_loss_weight,
@@ -133,13 +139,18 @@ def _kernels(shape: ModelShape, settings: ModelSettings) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     with_te = settings.spec is LayerSpec.TE
     return {
-        "use_cpu_initialization": not on_gpu,
+        # Else weights would be allocated on the GPU in spite of torch.device("meta").
+        "use_cpu_initialization": not on_gpu or torch.empty(0).is_meta,
         "bias_activation_fusion": on_gpu,
         "bias_dropout_fusion": on_gpu,
         "apply_rope_fusion": on_gpu and with_te and shape.yarn is not None and find_spec("triton") is not None,
         "moe_permute_fusion": on_gpu and with_te,
-        "gradient_accumulation_fusion": False,  # needs a CUDA extension that only apex builds
+        # Megatron-Core's own linears, the output layer among them, need a CUDA extension for it that only apex builds;
+        # ``models.build.fuse_weight_gradients`` sets it on Transformer Engine's.
+        "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
+        # Transformer Engine rounds its gradients to BF16 before scaling them (up to 2.17, TransformerEngine #3193), and
+        # Megatron-LM refuses it from 0.18 on. ``models.specs`` computes the loss in pieces instead.
         "cross_entropy_loss_fusion": False,
     }
 

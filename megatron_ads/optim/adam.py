@@ -6,14 +6,17 @@ of the three wrote it. The learning rate is a pure function of the step: nothing
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.adamw import adamw
 
+from megatron_ads.config.model import Precision
 from megatron_ads.config.training import OptimConfig, Schedule
+from megatron_ads.runtime.device import transformer_engine_fault
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -27,8 +30,17 @@ class GroupStepAdamW(torch.optim.AdamW):
     Derived from torch's class only because Megatron-Core's ``DistributedOptimizer`` accepts no other.
     """
 
-    def __init__(self, params: Any, *, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        params: Any,
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        moments: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(params, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.exp_avg_dtype = moments  # FusedAdam's name
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a state without a step per parameter, which torch's AdamW would demand here."""
@@ -50,35 +62,73 @@ class GroupStepAdamW(torch.optim.AdamW):
             return
         for parameter in parameters:
             if not self.state[parameter]:
-                self.state[parameter].update((name, torch.zeros_like(parameter)) for name in MOMENTS)
-        adamw(
-            parameters,
-            [parameter.grad for parameter in parameters],
-            [self.state[parameter]["exp_avg"] for parameter in parameters],
-            [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
-            [],
-            [torch.tensor(float(done), device=parameter.device) for parameter in parameters],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+                moments = ((name, torch.zeros_like(parameter, dtype=self.exp_avg_dtype)) for name in MOMENTS)
+                self.state[parameter].update(moments)
+        tensors = [
+            (parameter, parameter.grad, *(self.state[parameter][name] for name in MOMENTS)) for parameter in parameters
+        ]
+        if self.exp_avg_dtype is torch.float32:
+            _adamw(group, done, tensors)
+            return
+        for one in tensors:
+            for piece in zip(*(tensor.view(-1).split(_PIECE) for tensor in one), strict=True):
+                _adamw_widened(group, done, *piece)
 
 
-def adam_class() -> Any:
-    """Return Transformer Engine's FusedAdam where it is installed, else apex's, else ours."""
-    try:
+_PIECE = 1 << 26
+"""Elements whose moments are in FP32 at a time: 0.5 GB."""
+
+
+def _adamw_widened(group: dict[str, Any], done: int, parameter: Tensor, grad: Tensor, *moments: Tensor) -> None:
+    wide = [moment.float() for moment in moments]
+    _adamw(group, done, [(parameter, grad, *wide)])
+    for moment, updated in zip(moments, wide, strict=True):
+        moment.copy_(updated)
+
+
+def _adamw(group: dict[str, Any], done: int, tensors: Sequence[tuple[Tensor, ...]]) -> None:
+    """Update in place; each entry is a parameter, its gradient, and its two moments."""
+    parameters, grads, averages, squares = map(list, zip(*tensors, strict=True))
+    adamw(
+        parameters,
+        grads,
+        averages,
+        squares,
+        [],
+        [torch.tensor(float(done), device=parameter.device) for parameter in parameters],
+        fused=True,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def make_adam(groups: Any, settings: OptimConfig) -> torch.optim.Optimizer:
+    """Return Transformer Engine's FusedAdam where it runs, else apex's, else ours; apex's has FP32 moments only."""
+    options: dict[str, Any] = {
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.epsilon,
+        "weight_decay": settings.weight_decay,
+    }
+    narrow = settings.moments is Precision.bf16
+    if transformer_engine_fault() is None:
         from transformer_engine.pytorch.optimizers import FusedAdam
-    except ImportError:
+
+        if narrow:
+            options |= dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype"), torch.bfloat16)
+        return FusedAdam(groups, **options)
+    if not narrow and torch.cuda.is_available():
         try:
             from apex.optimizers import FusedAdam  # type: ignore[import-not-found]
         except ImportError:
-            return GroupStepAdamW
-    return FusedAdam
+            pass
+        else:
+            return FusedAdam(groups, **options)
+    return GroupStepAdamW(groups, **options, moments=torch.bfloat16 if narrow else torch.float32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from torch.distributed import ReduceOp, all_reduce
 
 from megatron_ads.config.model import Precision
 from megatron_ads.config.training import OptimConfig
-from megatron_ads.optim.adam import adam_class
+from megatron_ads.optim.adam import make_adam
 from megatron_ads.optim.chain import OptimizerChain, OptimizerMember
 from megatron_ads.optim.members import DENSE, EXPERT, ShardedMember
 from megatron_ads.optim.stub import StubOptimizer
@@ -143,5 +143,4 @@ def _adam(parameters: Named, settings: OptimConfig) -> torch.optim.Optimizer:
         {"params": decayed, "name": DECAYED, "weight_decay": settings.weight_decay},
         {"params": undecayed, "name": UNDECAYED, "weight_decay": 0.0},
     ]
-    betas = (settings.beta1, settings.beta2)
-    return adam_class()(groups, betas=betas, eps=settings.epsilon, weight_decay=settings.weight_decay)
+    return make_adam(groups, settings)

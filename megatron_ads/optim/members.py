@@ -45,6 +45,11 @@ class ShardedMember:
         """The parameter groups, holding this data-parallel rank's FP32 shards."""
         return self.inner.optimizer.param_groups
 
+    @property
+    def moment_dtype(self) -> torch.dtype:
+        """Of both moments, as ``optim.moments`` says, in a checkpoint too."""
+        return getattr(self.inner.optimizer, "exp_avg_dtype", torch.float32)  # apex's have no choice
+
     def prepare_gradients(self) -> None:
         """Bring this rank's reduced gradients into the optimizer's FP32 shards."""
         self.inner.prepare_grads()

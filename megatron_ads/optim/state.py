@@ -86,10 +86,9 @@ def _values(member: ShardedMember, parameter: Tensor, key: str, *, loading: bool
     state = member.inner.optimizer.state[shard]
     if key in state:
         return state[key]
-    dtype = getattr(member.inner.optimizer, "exp_avg_dtype", torch.float32)  # of both; FusedAdam's name
     if not loading:
-        return torch.zeros(1, dtype=dtype, device=shard.device).expand(shard.numel())
-    state[key] = torch.zeros_like(shard.detach(), dtype=dtype)
+        return torch.zeros(1, dtype=member.moment_dtype, device=shard.device).expand(shard.numel())
+    state[key] = torch.zeros_like(shard.detach(), dtype=member.moment_dtype)
     return state[key]
 
 

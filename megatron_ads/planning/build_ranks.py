@@ -8,7 +8,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from conversion.names import hf_aliases, parameters
 from conversion.rank_files import ShardsLayout, wrong_copies
 from conversion.shards import open_shards
+from megatron_ads.config.model import LayerSpecChoice
 from megatron_ads.errors import ConfigError, ConversionError, TopologyError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.models.parts import part_of
@@ -114,7 +115,10 @@ def build_ranks(job: PlannedJob, *, every_rank: bool = False, shards: Path | Non
 
 
 def _build_rank(job: PlannedJob, rank: int) -> RankFacts:
-    settings = ModelSettings.of(job.model, deterministic=job.deterministic)
+    model = job.model
+    if model.layer_spec is not LayerSpecChoice.local:
+        model = replace(model, layer_spec=LayerSpecChoice.grouped)  # te wants a GPU; the parameters are the same
+    settings = ModelSettings.of(model, deterministic=job.deterministic)
     process_groups.start_fake(job.layout, rank)
     try:
         from megatron_ads.models.build import build_chunks

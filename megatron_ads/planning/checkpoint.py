@@ -40,8 +40,8 @@ class CheckpointCosts:
 
 
 def state_bytes(job: PlannedJob) -> int:
-    """Return the bytes of optimizer state of a trained element: two FP32 moments, with BF16 a master copy too."""
-    return 12 if job.model.precision is Precision.bf16 else 8
+    """Return the bytes of optimizer state of a trained element: two moments, with BF16 an FP32 master copy too."""
+    return 2 * job.moment_bytes + (4 if job.model.precision is Precision.bf16 else 0)
 
 
 def checkpoint_costs(job: PlannedJob, card: Card, stages: Sequence[Sequence[Weights]]) -> CheckpointCosts:

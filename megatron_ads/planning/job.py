@@ -42,6 +42,8 @@ class PlannedJob:
     deterministic: bool = False
     routing_imbalance: float = ROUTING_IMBALANCE
     """Tokens of the busiest rank of an expert-parallel group over the mean."""
+    moment_bytes: int = 4
+    """Of one of the two moments of a trained element."""
 
     @property
     def shards(self) -> ShardsLayout:
@@ -164,4 +166,5 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Pl
         microbatches=config.train.microbatches(layout),
         lora=Lora.of(config.model),
         deterministic=config.train.deterministic,
+        moment_bytes=2 if config.optim.moments is Precision.bf16 else 4,
     )

@@ -1,7 +1,7 @@
 """Bytes on each rank at the worst moment of a step, by kind.
 
 Weights have 2 bytes (BF16) or 4 (FP32) an element. What trains has a 4-byte gradient, accumulated in FP32 over the
-microbatches, and optimizer state that Megatron's distributed optimizer divides among the replicas: two FP32 moments,
+microbatches, and optimizer state that Megatron's distributed optimizer divides among the replicas: two moments,
 with BF16 weights an FP32 copy too. ``schedule`` says how many microbatches are held.
 
 Activations are listed as autograd keeps them in the layers of ``models``, tensor by tensor; a test compares the sums.

@@ -11,10 +11,11 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import torch
+
+from megatron_ads.runtime.device import transformer_engine_fault
 
 _CPU = torch.device("cpu")
 
@@ -51,7 +52,7 @@ def install() -> None:
     if _installed:
         return
     if torch.cuda.is_available():
-        if find_spec("transformer_engine") is None:
+        if transformer_engine_fault() is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # each module that it imports warns of the absence
                 for patch in TRANSFORMER_ENGINE_PATCHES:

@@ -6,6 +6,7 @@ One CUDA device where there is one, else the CPU with its share of the cores.
 import os
 import random
 import resource
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy
@@ -29,6 +30,19 @@ def on_device(tensor: torch.Tensor) -> torch.Tensor:
 def backend() -> str:
     """Return the torch.distributed backend that serves ``device()``."""
     return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def transformer_engine_fault() -> str | None:
+    """Return why Transformer Engine cannot serve this process, or None. Its package alone is not enough."""
+    if find_spec("transformer_engine") is None:
+        return "it is not installed"
+    if not torch.cuda.is_available():
+        return "there is no GPU here"
+    try:
+        import transformer_engine.pytorch  # noqa: F401 - compiled for one version of torch
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"its part for torch cannot be imported: {error}"
+    return None
 
 
 def set_threads(count: int) -> int:

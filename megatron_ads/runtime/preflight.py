@@ -38,7 +38,7 @@ class Record:
     code_revision: str
 
 
-def gather_records(record: Record, timeout_seconds: float = 8.0) -> list[Record]:
+def gather_records(record: Record, timeout_seconds: float = 60.0) -> list[Record]:
     """Exchange records through the job's store and return those of all ranks, by rank.
 
     Call it right after something that all ranks wait for: the time that one rank takes longer to get here counts.

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from megatron_ads.errors import ConfigError
-from megatron_ads.layout import ParallelLayout, rank, world_size
-from megatron_ads.runtime import cpu_compat
+from megatron_ads.errors import ConfigError, TopologyError
+from megatron_ads.layout import ParallelLayout, describe_ranks, rank, world_size
+from megatron_ads.runtime import cpu_compat, host_syncs
 from megatron_ads.runtime.device import backend, device
 
 RANK_ORDER = "tp-cp-ep-dp-pp"
@@ -60,6 +60,7 @@ def start(
             f"{layout.tp}), but {world} are running. Launch {layout.world} processes, or change the layout."
         )
     cpu_compat.install()
+    host_syncs.install()
     silence_upstream_warnings()
     timeout = timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
@@ -106,10 +107,11 @@ def _join(world: int, timeout: timedelta) -> None:
             f"{' and '.join(missing)} not set for a job of {world} ranks. "
             "Start it with torchrun, or export the first machine's name and a free port of it."
         )
-    on_cuda = device().type == "cuda"
-    if on_cuda:
+    if device().type == "cuda":
         torch.cuda.set_device(device())
-    dist.init_process_group(backend(), timeout=timeout, device_id=device() if on_cuda else None)
+    # Without device_id: with it each of Megatron's groups, 1,460 in a job of 248 ranks, is split off the whole job's
+    # NCCL communicator at once, a collective of all ranks (torch 2.13); NeMo-RL #3073 measured slower training besides.
+    dist.init_process_group(backend(), timeout=timeout)
 
 
 def _build_megatron_groups(
@@ -135,6 +137,33 @@ def silence_upstream_warnings() -> None:
     """Hide what a user can do nothing about: once per step and rank, it would bury what matters."""
     for category, message in _SILENCED:
         warnings.filterwarnings("ignore", message, category)
+
+
+def wait_for_all(purpose: str, timeout_seconds: float) -> None:
+    """Return when every rank has come here: a barrier through the job's store, with a time limit of its own.
+
+    For what may take ranks longer than a communication may last, such as reading weights from slow storage. Nobody
+    waits in a communication meanwhile, so neither NCCL nor the watch over hangs ends the job.
+
+    Args:
+        purpose: What the ranks have done, as in "load the weights".
+
+    Raises:
+        TopologyError: On every rank that waits, naming those that have not come in time.
+    """
+    store, world = job_store(purpose), dist.get_world_size()
+    store.set(f"rank {dist.get_rank()}", "here")
+    if store.add("here", 1) == world:
+        store.set("all", "here")
+    try:
+        store.wait(["all"], timedelta(seconds=timeout_seconds))
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        lost = isinstance(error, dist.DistNetworkError)  # rank 0 holds the store
+        missing = [0] if lost else [rank for rank in range(world) if not store.check([f"rank {rank}"])]
+        raise TopologyError(
+            f"{describe_ranks(missing)} of {world} did not {purpose} within {timeout_seconds:g} s "
+            "(runtime.load_timeout_seconds). Look at the log of the first of them; raise the limit if storage is slow."
+        ) from error
 
 
 def job_store(purpose: str) -> Store:

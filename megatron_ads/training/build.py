@@ -14,7 +14,7 @@ from conversion.sources import WeightSource
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import FrozenPart, ModelConfig
 from megatron_ads.config.training import OptimConfig, TrainConfig
-from megatron_ads.models.build import build_chunks, wrap_precision
+from megatron_ads.models.build import build_chunks, fuse_weight_gradients, wrap_precision
 from megatron_ads.models.lora import add_adapters, begin_gradients_at_embedding, initialise_adapters
 from megatron_ads.models.parts import Lora, frozen_parts, part_of, trained_parameters
 from megatron_ads.models.settings import ModelSettings
@@ -24,6 +24,7 @@ from megatron_ads.optim.adam import LearningRateSchedule
 from megatron_ads.optim.build import build_optimizer, trains_experts_anywhere, wrap_for_training
 from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.runtime.device import device
+from megatron_ads.runtime.process_groups import wait_for_all
 from megatron_ads.training.adapter_record import AdapterRecord
 
 logger = get_logger(__name__)
@@ -52,18 +53,22 @@ def build_model(
     shards: ShardsLayout,
     *,
     stub_experts: bool = True,
+    load_timeout_seconds: float = 3600,
 ) -> TrainedModel:
     """Build this rank's chunks, fill them from ``source`` and put gradient buffers and the optimizer around them.
 
-    A collective: every rank must call it. ``stub_experts`` is as in ``optim.build.build_optimizer``.
+    A collective: every rank must call it. ``stub_experts`` is as in ``optim.build.build_optimizer``; whoever is first
+    waits ``load_timeout_seconds`` for the slowest reader.
 
     Raises:
+        TopologyError: Naming the ranks that took longer than that.
         ConfigError: If Megatron-Core cannot express the model or the layout.
         ConversionError: If the weights do not fit the model.
     """
     settings = ModelSettings.of(model, deterministic=train.deterministic)
     models = build_chunks(shards.shape, shards.layout, shards.placement, settings)
     load_weights(models, source, settings.spec)
+    wait_for_all("load the weights", load_timeout_seconds)
     lora = Lora.of(model)
     if lora is None:
         freeze(models, frozen_parts(model, shards.shape), shards.shape, settings.spec)
@@ -95,6 +100,7 @@ def wrap_chunks(models: Sequence[GPTModel], *, overlap: bool) -> list[Distribute
     chunks = wrap_for_training(wrap_precision(models), overlap=overlap)
     suspend_reduction = [chunk.no_sync for chunk in chunks]  # until the last microbatch of a step
     for model in models:
+        fuse_weight_gradients(model)
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.no_sync_func = suspend_reduction if len(chunks) > 1 else suspend_reduction[0]
     return chunks

@@ -135,7 +135,8 @@ class Session:
             MegatronAdsError: For anything the user can mend; the message says what and how.
         """
         source, shards = membership.source, membership.shards
-        model = build_model(config.model, config.optim, config.train, source, shards)
+        patience = config.runtime.load_timeout_seconds
+        model = build_model(config.model, config.optim, config.train, source, shards, load_timeout_seconds=patience)
         preflight(config, model.optimizer, shards)
         checkpointer = Checkpointer(
             settings=config.checkpoint,
@@ -146,6 +147,7 @@ class Session:
             job=described_settings(config),
         )
         step = checkpointer.load_latest(last_step=config.train.max_steps)
+        process_groups.wait_for_all("load the checkpoint", patience)
         log = RunLog(config, model, shards, membership.peers, membership.activity, name=name, resume_step=step)
         skips = SkippedUpdates(maximum=max(1, min(config.train.max_skipped_updates, config.train.max_steps // 2)))
         return cls(config, membership, model, checkpointer, log, stop, step, skips)
@@ -224,7 +226,7 @@ def preflight(config: RunConfig, optimizer: OptimizerChain, shards: ShardsLayout
     """Compare optimizer members, parameter groups, recipe and software over all ranks; every rank must call it.
 
     Raises:
-        TopologyError: Naming the ranks that differ or did not come, in under 10 s.
+        TopologyError: Naming the ranks that differ, at once, or did not come within a minute.
     """
     described = json.dumps([asdict(config), asdict(shards.shape), shards.placement.string], sort_keys=True)
     own = Record(

@@ -10,6 +10,7 @@ from megatron_ads.config.training import ReweightConfig
 from megatron_ads.data.batches import BatchStream, HeldOut
 from megatron_ads.data.prepared.prepare import prepared_directory
 from megatron_ads.observability.log import get_logger
+from megatron_ads.runtime.garbage import collected_together
 from megatron_ads.runtime.health.rank_record import ExitStatus
 from megatron_ads.training.session import Session, join, start_from
 from megatron_ads.training.step import run_evaluation, run_pass, run_step
@@ -60,13 +61,15 @@ def train(job: SftJob) -> bool:
     if session.step == 0 and job.reweight.exact:
         _renew_instance_weights(job)
     stopped = False
-    while not (stopped or session.is_finished):
-        stopped = _step(job)
-        if job.training.weights_are_due:
-            _renew_instance_weights(job)
-        if job.held_out.batches and session.is_due(evaluate_every):
-            _evaluate(job)
-        session.save_if_due(stopped=stopped)
+    with collected_together(session.config.runtime.gc_interval) as collect_garbage:
+        while not (stopped or session.is_finished):
+            stopped = _step(job)
+            if job.training.weights_are_due:
+                _renew_instance_weights(job)
+            if job.held_out.batches and session.is_due(evaluate_every):
+                _evaluate(job)
+            session.save_if_due(stopped=stopped)
+            collect_garbage(session.step)
     return stopped
 
 

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ads.launching.node_check import folder_problems, gpu_problems, python_problems, wants_gpu
+from megatron_ads.launching.node_check import (
+    compiler_problems,
+    folder_problems,
+    gpu_problems,
+    python_problems,
+    wants_gpu,
+)
 
 SMI = "#!/bin/sh\n"
 
@@ -76,3 +82,18 @@ def test_storage_that_is_not_shared_is_found_by_the_node(tmp_path: Path) -> None
     assert "log.dir is not on storage that all nodes share" in answer.stdout
     expect.touch()
     assert subprocess.run([*command, f"--expect={expect}"], timeout=60, check=False).returncode == 0
+
+
+def test_what_kernels_are_compiled_with_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    compiler, header = compiler_problems({})
+    assert compiler.startswith("no C compiler (gcc or clang) is found")
+    assert header.startswith(f"{tmp_path}/Python.h does not exist")
+    for name in ("Python.h", "clang"):
+        (tmp_path / name).touch(mode=0o755)
+    assert compiler_problems({"TRITON_CACHE_DIR": str(tmp_path / "cache")}) == []
+    (compiler,) = compiler_problems({"CC": "icx"})
+    assert "(icx)" in compiler
+    (cache,) = compiler_problems({"TRITON_CACHE_DIR": str(tmp_path / "clang" / "cache")})
+    assert "cannot be written" in cache

@@ -1,5 +1,6 @@
 """Which part of a job a node runs, and what the launch script says before it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,12 +59,13 @@ def run_bash(command: str, **variables: str) -> subprocess.CompletedProcess[str]
 
 def test_the_environment_keeps_what_the_user_has_set() -> None:
     answer = run_bash(
-        f"source {ROOT}/launch/environment.sh; echo $NCCL_DEBUG ${{OMP_NUM_THREADS-}}, $CUDA_DEVICE_MAX_CONNECTIONS",
+        f"source {ROOT}/launch/environment.sh; echo $NCCL_DEBUG ${{OMP_NUM_THREADS-}}, $TRITON_CACHE_DIR",
         NCCL_DEBUG="INFO",
         OMP_NUM_THREADS="",
+        TMPDIR="/local",
         MEGATRON_ADS_VENV=sys.prefix,
     )
-    assert (answer.stdout, answer.stderr) == ("INFO , 1\n", "")
+    assert (answer.stdout, answer.stderr) == (f"INFO , /local/triton-{os.getuid()}\n", "")
 
 
 def test_every_variable_of_the_environment_has_a_reason() -> None:

@@ -1,6 +1,7 @@
 """Attention within samples against a plain computation in double precision, forward and backward."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ cpu_compat.install()
 from megatron_ads.models.attention import (  # noqa: E402 - after Megatron-Core can be imported
     BLOCK,
     LONGEST_BLOCKED,
+    _attend_varlen,
     attend,
     make_heads,
 )
@@ -88,3 +90,16 @@ def test_heads_are_rotated_by_the_angle_of_their_position() -> None:
     torch.testing.assert_close(q[0, 0], torch.tensor([[7.0, 8.0, 1.0, 0.0], [7.0, 8.0, 0.0, 1.0]]))
     torch.testing.assert_close(k[0, 0], torch.tensor([[1.0, 2.0, 0.0, 2.0], [4.0, 5.0, -2.0, 0.0]]))
     torch.testing.assert_close(v[0, 0], torch.tensor([[3.0], [6.0]]))
+
+
+def test_the_kernel_of_gpus_is_told_the_longest_sample_and_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stand_in(q: Tensor, k: Tensor, v: Tensor, *where: Any, scale: float, window_size: tuple[int, int]) -> Tensor:
+        starts_q, starts_k, longest_q, longest_k = where
+        assert starts_q is starts_k is boundaries and (longest_q, longest_k, window_size) == (4, 4, (-1, 0))
+        assert v.shape == q.shape  # the kernel takes heads of one width
+        return v
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    boundaries = torch.tensor([0, 3, 7, 8], dtype=torch.int32, device="meta")  # whose values cannot be read
+    heads = [torch.empty(1, 2, 8, width, device="meta") for width in (12, 12, 8)]
+    assert _attend_varlen(*heads, SCALE, boundaries, 4).shape == (1, 2, 8, 8)

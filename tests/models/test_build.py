@@ -1,10 +1,13 @@
 """What is built on a rank: marks on parameters, placement, and refusals of what Megatron-Core cannot express."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from conversion.layer_specs import LayerSpec
 from conversion.sources import open_source
@@ -140,15 +143,75 @@ def test_settings_are_taken_from_a_recipe() -> None:
     assert ModelSettings.of(ModelConfig(load="x")).expert_bias_update_rate == 0.0
 
 
-def test_layer_spec_follows_what_is_installed_and_whether_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def _transformer_engine(monkeypatch: pytest.MonkeyPatch, *, gpu: tuple[int, int] | None, compiled: bool) -> None:
+    """Pretend that its package is installed, on a machine with a GPU or without, its part for torch usable or not."""
+    for module in ("models.settings", "runtime.device"):
+        monkeypatch.setattr(f"megatron_ads.{module}.find_spec", lambda name: object())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu is not None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: gpu)
+    monkeypatch.setitem(sys.modules, "transformer_engine", ModuleType("transformer_engine"))
+    # None makes the import fail
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", ModuleType("pytorch") if compiled else None)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "compiled", "fault"),
+    [
+        ((9, 0), True, None),
+        ((10, 3), True, None),
+        (None, True, "there is no GPU here"),
+        ((9, 0), False, "its part for torch cannot be imported"),
+        ((8, 0), True, r"compute capability 9.0 \(Hopper\) and this GPU has 8.0"),
+    ],
+    ids=["hopper", "blackwell", "login node", "core wheel only", "ampere"],
+)
+def test_transformer_engine_is_taken_where_it_runs(
+    monkeypatch: pytest.MonkeyPatch, gpu: tuple[int, int] | None, compiled: bool, fault: str | None
+) -> None:
+    _transformer_engine(monkeypatch, gpu=gpu, compiled=compiled)
+    wanted = LayerSpec.TE if fault is None else LayerSpec.GROUPED
+    assert resolve_layer_spec(LayerSpecChoice.auto) is wanted
+    if fault is None:
+        assert resolve_layer_spec(LayerSpecChoice.te) is LayerSpec.TE
+    else:
+        with pytest.raises(ConfigError, match=fault):
+            resolve_layer_spec(LayerSpecChoice.te)
+
+
+def test_without_transformer_engine_experts_are_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_ads.models.settings.find_spec", lambda name: None)
     assert resolve_layer_spec(LayerSpecChoice.auto) is LayerSpec.GROUPED
     assert resolve_layer_spec(LayerSpecChoice.local) is LayerSpec.LOCAL
-    with pytest.raises(ConfigError, match="transformer-engine is not installed"):
+    with pytest.raises(ConfigError, match="it is not installed"):
         resolve_layer_spec(LayerSpecChoice.te)
-    monkeypatch.setattr("megatron_ads.models.settings.find_spec", lambda name: object())
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert resolve_layer_spec(LayerSpecChoice.auto) is LayerSpec.GROUPED
-    assert resolve_layer_spec(LayerSpecChoice.te) is LayerSpec.TE
+
+
+@pytest.mark.parametrize(("vpp", "freed"), [(1, True), (2, False)])
+def test_the_device_is_not_waited_for_after_messages_and_outputs_are_freed_once_they_are_sent(
+    folder: Path, vpp: int, freed: bool
+) -> None:
+    config = _config(folder, ParallelLayout(world=2, pp=2, vpp=vpp))
+    assert (config.batch_p2p_sync, config.deallocate_pipeline_outputs) == (False, freed)
+
+
+def test_a_model_of_meta_tensors_allocates_nothing_on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert resolve_layer_spec(LayerSpecChoice.auto) is LayerSpec.TE
+    assert _config(folder, _ALONE).use_cpu_initialization is False
+    with torch.device("meta"):
+        assert _config(folder, _ALONE).use_cpu_initialization is True
+
+
+def test_linears_with_fused_weight_gradients_use_them_where_they_have_buffers() -> None:
+    cpu_compat.install()
+    from megatron_ads.models.build import fuse_weight_gradients
+
+    def linear(*, trained: bool) -> torch.nn.Module:
+        module = torch.nn.Linear(2, 2)
+        module.fuse_wgrad_accumulation = False  # type: ignore[assignment]
+        if trained:
+            module.weight.main_grad = torch.zeros(2, 2)  # type: ignore[attr-defined]
+        return module
+
+    model = torch.nn.ModuleList([linear(trained=True), linear(trained=False), torch.nn.Linear(2, 2)])
+    fuse_weight_gradients(model)
+    assert [getattr(module, "fuse_wgrad_accumulation", None) for module in model] == [True, False, None]

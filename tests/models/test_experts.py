@@ -94,6 +94,61 @@ def test_grouped_experts_equal_sequential_ones_in_bf16() -> None:
     assert max(differences) < 0.07  # BF16 has 8 bits: values up to 16 are rounded to 1/16
 
 
+def _cleared() -> list[Tensor]:
+    """Return both weight gradients after a kernel that leaves those of experts without tokens unwritten."""
+    from megatron_ads.models import experts as module
+
+    class Unwritten(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, weight: Tensor, empty_E: Tensor) -> Tensor:
+            ctx.save_for_backward(empty_E)
+            return weight.view_as(weight)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+            return grad.masked_fill(ctx.saved_tensors[0][:, None, None], float("nan")), None
+
+    def as_on_blackwell(x: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
+        empty_E = offs.diff(prepend=offs.new_zeros(1)) == 0
+        return torch.nn.functional.grouped_mm(x, Unwritten.apply(weight, empty_E), offs=offs)
+
+    process_groups.start(ParallelLayout(world=1))
+    _, grouped = _both()
+    grouped.clears_empty_experts = True
+    module.grouped_mm = as_on_blackwell
+    _run(grouped, [0, 7, 0, 1], torch.float32)
+    return [grouped.weight1.grad, grouped.weight2.grad]
+
+
+def test_gradients_of_experts_without_tokens_are_zero_where_the_kernel_leaves_them_unwritten() -> None:
+    (gradients,) = run_ranks(1, _cleared)
+    for grad in gradients:
+        assert grad[[0, 2]].eq(0).all() and grad[[1, 3]].ne(0).any()
+
+
+def _swiglu(dtype: torch.dtype) -> list[float]:
+    """Return how far the fused function's output and gradients are from the plain one's."""
+    process_groups.start(ParallelLayout(world=1))
+    from megatron_ads.models.experts import weighted_swiglu
+
+    found = []
+    for fused in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        gate_up = torch.randn(9, 12, generator=generator).to(dtype).requires_grad_()
+        weights = torch.rand(9, generator=generator).requires_grad_()
+        output = weighted_swiglu(gate_up, weights, fused=fused)
+        assert output.dtype is dtype and output.shape == (9, 6)
+        output.backward(torch.randn(9, 6, generator=generator).to(dtype))
+        found.append((output.detach(), gate_up.grad, weights.grad))
+    return [float((fused.float() - plain.float()).abs().max()) for plain, fused in zip(*found, strict=True)]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, TOLERANCE), (torch.bfloat16, 0.07)], ids=str)
+def test_the_activation_of_gpus_is_that_of_cpus(dtype: torch.dtype, tolerance: float) -> None:
+    (differences,) = run_ranks(1, _swiglu, dtype)
+    assert max(differences) < tolerance
+
+
 def _wrong_order() -> float:
     process_groups.start(ParallelLayout(world=1))
     sequential, grouped = _both()

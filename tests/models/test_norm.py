@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm
 
 from megatron_ads.runtime import cpu_compat
 
@@ -49,3 +50,12 @@ def test_dtype_is_kept_and_the_mean_is_fp32(dtype: torch.dtype) -> None:
     assert norm(torch.ones(1, 4096, dtype=dtype)).eq(1).all()
     assert norm(torch.ones(1, 4096, dtype=dtype)).dtype is dtype
     assert norm.weight.sequence_parallel is True
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-6)], ids=str)
+def test_torchs_norm_which_gpus_use_is_the_same(dtype: torch.dtype, tolerance: float) -> None:
+    norm = _norm([1.0, -2.0, 3.0, 0.5, 1.5], eps=0.1).to(dtype)
+    x = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    torchs = rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+    torch.testing.assert_close(torchs, norm(x), rtol=tolerance, atol=tolerance)
+    assert torchs.dtype is dtype

@@ -113,3 +113,24 @@ def test_constant_stays_at_the_peak():
 
 def test_steps_behind_the_last_stay_at_the_floor():
     assert _schedule(Schedule.cosine).at(50) == pytest.approx(0.2)
+
+
+# ---- moments in BF16 ----
+
+
+def _moved(moments: torch.dtype) -> list[torch.Tensor]:
+    parameters = _parameters(0)
+    optimizer = GroupStepAdamW(parameters, **SETTINGS, moments=moments)
+    _train(optimizer, parameters, steps=5)
+    assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {moments}
+    return [after.data - before.data for after, before in zip(parameters, _parameters(0), strict=True)]
+
+
+def test_updates_with_bf16_moments_are_those_of_fp32_moments_rounded(monkeypatch: pytest.MonkeyPatch):
+    # Each moment is off by up to 2^-9 of itself at each of five steps, and the update is their quotient.
+    exact, rounded = _moved(torch.float32), _moved(torch.bfloat16)
+    for fp32, bf16 in zip(exact, rounded, strict=True):
+        assert not torch.equal(fp32, bf16)
+        torch.testing.assert_close(bf16, fp32, rtol=5 * 2**-8, atol=1e-4)
+    monkeypatch.setattr("megatron_ads.optim.adam._PIECE", 3)
+    assert all(map(torch.equal, _moved(torch.bfloat16), rounded))

@@ -106,6 +106,13 @@ def test_memory_by_kind_of_one_stage_of_r1() -> None:
     assert memory.activations == 26 * 4096 * 2 * 2 * 7168
 
 
+def test_moments_in_bf16_take_four_bytes_an_element_less() -> None:
+    fp32, bf16 = (stage_memory(r1_job(f"optim.moments={moments}"), 5, gpu=True) for moments in Precision)
+    # with BF16 weights, 4 bytes of the master copy besides: 12 or 8
+    assert bf16.optimizer * 12 == fp32.optimizer * 8
+    assert fp32.training - bf16.training == fp32.optimizer - bf16.optimizer
+
+
 @pytest.mark.parametrize("stage", [0, 5, 30])
 def test_recomputing_more_keeps_less(stage: int) -> None:
     kept = [

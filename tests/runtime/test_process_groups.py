@@ -1,12 +1,14 @@
 """Process groups of real jobs and of rehearsals: sizes, coordinates, timeouts, refusals."""
 
 import os
+import time
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from megatron_ads.errors import ConfigError
+from megatron_ads.errors import ConfigError, TopologyError
 from megatron_ads.layout import Coordinates, ParallelLayout
 from megatron_ads.runtime import process_groups
 from parity_tests.harness.ranks import RanksFailed, run_ranks
@@ -140,3 +142,38 @@ def test_a_collective_that_a_rank_never_joins_ends_after_the_timeout() -> None:
     with pytest.raises(RanksFailed) as caught:
         run_ranks(2, _wait_for_rank_1, ParallelLayout(world=2), process_group=False)
     assert "RuntimeError" in caught.value.failures[0] and "1000ms" in caught.value.failures[0]
+
+
+def _meet(seconds: float) -> list[str]:
+    """Let rank 2 come late, once too late; return what each wait ended with."""
+    process_groups.start(ParallelLayout(world=3))
+    found = []
+    for lateness in (0.3, 2.0):
+        if dist.get_rank() == 2:
+            time.sleep(lateness)
+        try:
+            process_groups.wait_for_all("load the weights", seconds)
+        except TopologyError as error:
+            found.append(str(error))
+        else:
+            found.append("met")
+        dist.barrier()
+    return found
+
+
+def test_ranks_wait_for_the_slowest_and_name_it_when_it_does_not_come() -> None:
+    *early, late = run_ranks(3, _meet, 1.0)
+    assert late == ["met", "met"]
+    for first, second in early:
+        assert first == "met"
+        assert second.startswith("rank 2 of 3 did not load the weights within 1 s (runtime.load_timeout_seconds).")
+
+
+def test_groups_on_gpus_are_not_split_off_the_jobs_communicator(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, object]] = []
+    monkeypatch.setattr(process_groups, "device", lambda: torch.device("cuda", 3))
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: calls.append({"set_device": device}))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: calls.append(options))
+    monkeypatch.setattr(os, "environ", {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"})
+    process_groups._join(2, timedelta(seconds=7))
+    assert calls == [{"set_device": torch.device("cuda", 3)}, {"timeout": timedelta(seconds=7)}]
