@@ -40,7 +40,7 @@ class CheckpointCosts:
 
 
 def state_bytes(job: PlannedJob) -> int:
-    """Return the bytes of optimizer state of a trained element: two moments, with BF16 an FP32 master copy too."""
+    """Return the bytes of optimizer state of a trained element: two moments, with BF16 weights an FP32 copy too."""
     return 2 * job.moment_bytes + (4 if job.model.precision is Precision.bf16 else 0)
 
 

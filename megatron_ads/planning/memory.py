@@ -193,7 +193,9 @@ def _kept_by_chunk(job: PlannedJob, chunk: Chunk, model: ActivationModel) -> int
                 kept += model.layer(job.shape.num_layers + layer, recompute)
     if chunk.has_loss:
         kept += outputs(job, chunk) * (model.head() - model.logits())
-    return kept  # not the output that was sent on: it is deallocated, the next stage has it
+    elif job.layout.vpp > 1:  # else the output is deallocated once it is sent
+        kept += model.element_bytes * job.shape.hidden_size
+    return kept
 
 
 def _buffers(job: PlannedJob, stage: int, model: ActivationModel) -> int:
