@@ -113,10 +113,18 @@ def propose(path: Path, task: AdsTask | None, *, rows: int) -> Proposal:
     parts = parts_of(path)
     parts = parts[:: -(-len(parts) // _MOST_PARTS)]
     types = column_types(parts[0], rows)
-    read = (row for part in parts for _, row in islice(read_table(part, list(types)), -(-rows // len(parts))))
-    sample = [row for row in read if not isinstance(row, BadRowError)]
+    sample: list[Cells] = []
+    first_bad = ""
+    for part in parts:
+        for number, row in islice(read_table(part, list(types)), -(-rows // len(parts))):
+            if not isinstance(row, BadRowError):
+                sample.append(row)
+            else:
+                first_bad = (
+                    first_bad or f"; the first, row {number} of {part.name}: {row.reason}: {str(row).rstrip('.')}"
+                )
     if not sample:
-        raise DataError(f"{path} holds no row that can be read.")
+        raise DataError(f"{path} holds no row that can be read{first_bad}.")
     forms = {each: (form.required, form.optional, form.choices) for each, form in FORMS.items()}
     log = (event_tables.REQUIRED, event_tables.OPTIONAL, event_tables.CHOICES)
     found = [
