@@ -176,7 +176,8 @@ def answer_from_server(
     """Return one answer per row, in order. Shows a progress bar for each task.
 
     With a tokenizer, the server continues the tokens that training rendered; without one, it gets conversations and
-    renders them itself. Rows that it calls impossible, such as too long ones, have an empty answer, and are counted.
+    renders them itself. Rows that it calls impossible, such as too long ones, have an empty answer, and are counted; so
+    have those whose answer stays empty after all attempts.
 
     Raises:
         UnsupportedError: If the server cannot generate so.
@@ -194,11 +195,12 @@ def answer_from_server(
             ],
             replace(asking.how, max_new_tokens=asking.max_new_tokens[task]),
             description=f"answering, {task}",
+            needs_words=True,
         )
         for number, text, (said,) in zip(numbers, texts, found, strict=True):
             answers[number] = Answer(rows[number], _with_reasoning(text, said), said.finish is Finish.ended)
         if refused := [said.text for (said,) in found if said.finish is Finish.refused]:
-            logger.warning("%d of %d rows of %s were refused (%s).", len(refused), len(found), task, refused[0])
+            logger.warning("%d of %d rows of %s have no answer (%s).", len(refused), len(found), task, refused[0])
     return [answers[number] for number in range(len(rows))]
 
 

@@ -67,6 +67,8 @@ class Usage:
     """Requests answered in this run."""
     gave_up: int = 0
     """Requests without an answer after all attempts."""
+    gave_up_empty: int = 0
+    """Of these, how many had an empty answer at the last attempt."""
     failures: Counter[str] = field(default_factory=Counter)
     """Attempts of this run that brought no answer, by reason."""
     prompt_tokens: int = 0
@@ -202,6 +204,7 @@ class Client:
             answer = future.result()
         except Unanswered as error:
             self.usage.gave_up += 1
+            self.usage.gave_up_empty += error.failures[-1:] == (Failure.empty_answer,)
             self.usage.failures.update(map(str, error.failures))
             self._count_give_up(str(error))
             return None
