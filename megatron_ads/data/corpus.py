@@ -11,7 +11,7 @@ from megatron_ads.config.data import DataConfig, SourceConfig, SplitBy
 from megatron_ads.data.chat import ChatTokenizer, tokenize_row
 from megatron_ads.data.mixing import WeightedRows
 from megatron_ads.data.sources import describe_source, read_source
-from megatron_ads.data.split import Repeats, count_repeats, split_by_group, split_by_time
+from megatron_ads.data.split import Repeats, RowSplit, count_repeats, group_of, split_by_group, split_by_time
 from megatron_ads.errors import DataError
 from megatron_ads.layout import rank
 from megatron_ads.observability.log import get_logger
@@ -21,6 +21,9 @@ from megatron_ads.tasks.registry import TASKS, reasoning_required
 from megatron_ads.tasks.row_checks import CheckedRows, FaultyRow, check_rows
 
 logger = get_logger(__name__)
+
+_FEW_GROUPS = 10
+"""Held out; so few queries or users are told."""
 
 
 class LeftOut(StrEnum):
@@ -89,6 +92,7 @@ def read_corpus(config: DataConfig) -> Corpus:
     else:
         per_group = config.validation_rows_per_group
         split = split_by_group(everything, validation_rows=rows_held_out, seed=config.seed, max_per_group=per_group)
+        _report_few_groups(split)
     for task in sorted({row.task for row in everything} - {row.task for row in split.training}):
         _warn(
             "%s: all rows are held out, or share a group with held-out rows, so nothing is trained on. Lower "
@@ -143,6 +147,17 @@ def _report_faulty(checked: CheckedRows, name: str) -> None:
         )
     counts = ", ".join(f"{count} {fault}" for fault, count in checked.counts().most_common())
     _warn("%s: rows that cannot be used: %s. %s", name, counts, example)
+
+
+def _report_few_groups(split: RowSplit) -> None:
+    """Log that the held-out rows are of few groups, where the others could give some."""
+    rows, groups = len(split.validation), len(set(map(group_of, split.validation)))
+    if rows >= 2 * _FEW_GROUPS > 2 * groups and len(set(map(group_of, split.training))) > _FEW_GROUPS:
+        _warn(
+            "the %d held-out rows are of %d groups such as queries, so scores say little about others. "
+            "data.validation_rows_per_group=%d holds out more groups.",
+            *(rows, groups, max(1, rows // _FEW_GROUPS)),
+        )
 
 
 def _report_misspelt(rows: Sequence[ChatRow], name: str) -> None:
