@@ -86,13 +86,7 @@ def read_corpus(config: DataConfig) -> Corpus:
     for note in notes_on(everything, repeats):
         if rank() == 0:
             logger.log(logging.WARNING if repeats.contradicting else logging.INFO, "%s.", note)
-    rows_held_out = config.validation_rows
-    if config.split_by is SplitBy.time:
-        split = split_by_time(everything, validation_rows=rows_held_out, seed=config.seed)
-    else:
-        per_group = config.validation_rows_per_group
-        split = split_by_group(everything, validation_rows=rows_held_out, seed=config.seed, max_per_group=per_group)
-        _report_few_groups(split)
+    split = _split(everything, config)
     for task in sorted({row.task for row in everything} - {row.task for row in split.training}):
         _warn(
             "%s: all rows are held out, or share a group with held-out rows, so nothing is trained on. Lower "
@@ -107,6 +101,15 @@ def read_corpus(config: DataConfig) -> Corpus:
         faulty=[row for found in checked for row in found.faulty],
         repeats=repeats,
     )
+
+
+def _split(rows: Sequence[ChatRow], config: DataConfig) -> RowSplit:
+    if config.split_by is SplitBy.time:
+        return split_by_time(rows, validation_rows=config.validation_rows, seed=config.seed)
+    per_group = config.validation_rows_per_group
+    split = split_by_group(rows, validation_rows=config.validation_rows, seed=config.seed, max_per_group=per_group)
+    _report_few_groups(split)
+    return split
 
 
 def notes_on(rows: Sequence[ChatRow], repeats: Repeats) -> list[str]:

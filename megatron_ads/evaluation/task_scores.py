@@ -46,12 +46,11 @@ def task_scores(
         of_task = [answer for answer in answers if answer.row.task == task]
         trained_on = [row for row in training if row.task == task]
         scores[task] = {"right_but_for_case": sum(map(_is_right_but_for_case, of_task))}
-        scoring = task_named(task).scoring
-        if scoring is Scoring.labels:
+        if task_named(task).scoring is Scoring.labels:
             scores[task] |= relevance_scores(of_task, training=trained_on)
             continue
         scores[task] |= _scores(of_task)
-        match scoring:
+        match task_named(task).scoring:
             case Scoring.user_views:
                 scores[task]["views"] = score_views(of_task, training=trained_on)
             case Scoring.rankings:
