@@ -21,9 +21,7 @@ SLOW = "holds up the job"
 
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[RealJob]:
-    # Few rows: a rank that reads them for longer than the other by the timeout would be a hang as well.
-    rows = ["data.sources=[{kind: builtin, rows: 64}]"]
-    with two_rank_job(tmp_path, steps=100_000, save_every=100_000, timeout_seconds=TIMEOUT, overrides=rows) as job:
+    with two_rank_job(tmp_path, steps=100_000, save_every=100_000, timeout_seconds=TIMEOUT) as job:
         yield job
 
 
