@@ -155,7 +155,8 @@ def _report_faulty(checked: CheckedRows, name: str) -> None:
 def _report_few_groups(split: RowSplit) -> None:
     """Log that the held-out rows are of few groups, where the others could give some."""
     rows, groups = len(split.validation), len(set(map(group_of, split.validation)))
-    if rows >= 2 * _FEW_GROUPS > 2 * groups and len(set(map(group_of, split.training))) > _FEW_GROUPS:
+    many_each = groups < _FEW_GROUPS and rows >= max(2 * _FEW_GROUPS, 4 * groups)
+    if many_each and len(set(map(group_of, split.training))) > _FEW_GROUPS:
         _warn(
             "the %d held-out rows are of %d groups such as queries, so scores say little about others. "
             "data.validation_rows_per_group=%d holds out more groups.",
