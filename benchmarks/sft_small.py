@@ -216,10 +216,9 @@ def _write_texts(file: Path, sections: Sequence[Sequence[str]]) -> dict[str, Any
 
 def _evaluate(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
     from megatron_ads.config.generation import GenerationConfig, Method
-    from megatron_ads.evaluation.evaluate import evaluate
+    from megatron_ads.evaluation.evaluate import EvaluationRequest, evaluate
 
-    return evaluate(
-        run / "export",
+    request = EvaluationRequest(
         recipe=RECIPE,
         overrides=overrides,
         batch_size=64,
@@ -227,6 +226,7 @@ def _evaluate(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
         how=GenerationConfig(method=Method.constrained_beam),
         html_file=run / "answers.html",
     )
+    return evaluate(run / "export", request)
 
 
 def _results(chosen: Mapping[str, Variant], records: Mapping[str, StageRecord]) -> dict[str, Any]:

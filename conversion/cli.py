@@ -70,7 +70,7 @@ def add_convert_commands(subparsers: Subparsers) -> None:
     to_megatron.add_argument("--layer-spec", choices=("local", "te"), help="whose keys torch_dist has (default local)")
     to_megatron.add_argument("--recipe", help="take the layout from this recipe")
     for axis, meaning in _LAYOUT_OPTIONS:
-        to_megatron.add_argument(f"--{axis}", type=_positive, help=f"{meaning} (default 1)")
+        to_megatron.add_argument(f"--{axis}", type=positive, help=f"{meaning} (default 1)")
     to_megatron.add_argument("--pipeline", help='layers of every chunk, such as "Et|(tt|)*29tmL"')
     to_megatron.add_argument("--first-stage-layers", type=int, help="decoder layers of the first stage")
     to_megatron.add_argument("--last-stage-layers", type=int, help="decoder layers of the last stage")
@@ -106,7 +106,7 @@ def _add_command(
     )
     command.set_defaults(run=run)
     command.add_argument("--json", action="store_true", help="print the result as JSON")
-    command.add_argument("--workers", type=_positive, default=1, help="parallel processes (default 1)")
+    command.add_argument("--workers", type=positive, default=1, help="parallel processes (default 1)")
     return command
 
 
@@ -117,7 +117,8 @@ def _add_folders(command: argparse.ArgumentParser, source: str) -> None:
     command.add_argument("--dry-run", action="store_true", help="print what it would take and write nothing")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Read an argument that counts something: a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)

@@ -188,10 +188,10 @@ def _recognised(path: Path) -> CheckpointFormat:
 def _has_manifest(path: Path, *, foreign: bool) -> bool:
     """Whether there is a manifest of this project; with ``foreign``, any manifest, to be refused with the reason."""
     file = path / MANIFEST
-    if not file.is_file() or foreign:
+    if foreign:
         return file.exists()
     try:
-        return bool(read_object(file).get("format") == FORMAT)
+        return file.is_file() and bool(read_object(file).get("format") == FORMAT)
     except DamagedCheckpointError:
         return False
 

@@ -28,6 +28,8 @@ class Progress:
         self._stream = stream or sys.stderr
         self._description, self._unit = description, unit
         self._total, self._initial, self._done = total, initial, initial
+        self._least = max(min(3, total), total // 100 if unit == "B" else 0)
+        """Counts that tell how long the rest will take: the first step is slow, and the first file small."""
         self._values: dict[str, float] = {}
         self._started = time.monotonic()
         self._last_line = float("-inf")
@@ -71,7 +73,8 @@ class Progress:
         parts = [f"{self._description} {done}/{total}".strip()]
         parts += [f"{name} {value:.4g}" for name, value in self._values.items()]
         parts.append(rate)
-        if left := self._total - self._done:
+        left = self._total - self._done
+        if left and elapsed_seconds >= LINE_INTERVAL_SECONDS and counted >= self._least:
             parts.append(f"about {readable_duration(left * seconds_per_step)} left")
         return ", ".join(parts)
 

@@ -18,7 +18,7 @@ def test_a_log_gets_plain_lines_with_the_count_and_the_values() -> None:
         bar.update(loss=1.0)
     first, last = log.getvalue().splitlines()
     assert first.startswith("sft 2/3, loss 1.25, ")
-    assert first.endswith(" left")
+    assert "left" not in first
     assert last.startswith("sft 3/3, loss 1, ")
     assert "left" not in last
     assert "\r" not in log.getvalue()
@@ -35,7 +35,21 @@ def test_a_log_is_not_flooded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.split(",")[0] for line in log.getvalue().splitlines()] == ["1/35", "11/35", "21/35", "31/35", "35/35"]
 
 
-def test_bytes_are_counted_in_gigabytes() -> None:
+@pytest.mark.parametrize(("unit", "total", "each", "told"), [("step", 40, 1, "-+++"), ("B", 10**9, 3 * 10**6, "--++")])
+def test_how_long_the_rest_takes_is_said_when_it_can_be_known(
+    unit: str, total: int, each: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 5))  # five seconds an update, so every second one has a line
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    log = io.StringIO()
+    with Progress(total, stream=log, unit=unit) as bar:
+        for _ in range(8):
+            bar.update(each)
+    assert "".join("+" if line.endswith(" left") else "-" for line in log.getvalue().splitlines()) == told
+
+
+def test_bytes_are_counted_in_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_INTERVAL_SECONDS", 0.0)
     log = io.StringIO()
     with Progress(4_000_000_000, description="writing", stream=log, unit="B") as bar:
         bar.update(1_500_000_000)

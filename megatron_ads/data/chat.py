@@ -183,9 +183,19 @@ def _finder(words: set[str]) -> re.Pattern[str]:
 
 
 def _template_of(fast: Any) -> str:
-    """Return the text of the chat template, of all where there are several; empty without one."""
-    template = fast.chat_template or ""
-    return template if isinstance(template, str) else "\n".join(template.values())
+    """Return the text of the chat template, of all where there are several; empty without one.
+
+    Raises:
+        DataError: If it is something else.
+    """
+    given = fast.chat_template or ""
+    texts = list(given.values()) if isinstance(given, dict) else [given]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(
+            f"{fast.name_or_path}/tokenizer_config.json: chat_template is {given!r:.80}; it must be a text, or texts "
+            "by name. Copy the file again."
+        )
+    return "\n".join(texts)
 
 
 def _control_tokens(fast: Any, template: str) -> frozenset[int]:
@@ -314,11 +324,9 @@ def render_prompt(messages: Sequence[Message], tokenizer: ChatTokenizer) -> str:
 
 
 def _apply_template(fast: Any, messages: Sequence[Message], arguments: Mapping[str, Any], *, ask: bool) -> str:
-    from jinja2.exceptions import TemplateError
-
     turns = [message.as_dict() for message in messages]
     try:
         text: str = fast.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **arguments)
-    except TemplateError as error:
-        raise DataError(f"the checkpoint's chat template refuses the conversation: {error}") from None
+    except Exception as error:  # noqa: BLE001  # a template is a program, and raises what it likes
+        raise DataError(f"the checkpoint's chat template refuses the conversation: {one_line(error)}") from None
     return text

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from megatron_ads.config.data import DataConfig, SourceConfig, SplitBy
 from megatron_ads.data.chat import ChatTokenizer, tokenize_row
 from megatron_ads.data.sources import describe_source, read_source
-from megatron_ads.data.split import Repeats, count_repeats, split_by_group, split_by_time
+from megatron_ads.data.split import Repeats, RowSplit, count_repeats, group_of, split_by_group, split_by_time
 from megatron_ads.errors import DataError
 from megatron_ads.layout import rank
 from megatron_ads.observability.log import get_logger
@@ -24,6 +24,9 @@ from megatron_ads.tasks.registry import TASKS, reasoning_required
 from megatron_ads.tasks.row_checks import FaultyRow, RowFault, check_rows
 
 logger = get_logger(__name__)
+
+_FEW_GROUPS = 10
+"""Held out; so few queries or users are told."""
 
 
 class LeftOut(StrEnum):
@@ -85,12 +88,7 @@ def read_corpus(config: DataConfig) -> Corpus:
     everything = [row for rows in sources for row in rows]
     repeats = count_repeats(everything)
     report_notes(notes_on(everything, repeats), repeats)
-    rows_held_out = config.validation_rows
-    if config.split_by is SplitBy.time:
-        split = split_by_time(everything, validation_rows=rows_held_out, seed=config.seed)
-    else:
-        per_group = config.validation_rows_per_group
-        split = split_by_group(everything, validation_rows=rows_held_out, seed=config.seed, max_per_group=per_group)
+    split = _split(everything, config)
     report_lost({row.task for row in everything}, {row.task for row in split.training})
     kept = {id(row) for row in split.training}
     return Corpus(
@@ -100,6 +98,15 @@ def read_corpus(config: DataConfig) -> Corpus:
         faulty=[row for found in checked for row in found.faulty],
         repeats=repeats,
     )
+
+
+def _split(rows: Sequence[ChatRow], config: DataConfig) -> RowSplit:
+    if config.split_by is SplitBy.time:
+        return split_by_time(rows, validation_rows=config.validation_rows, seed=config.seed)
+    per_group = config.validation_rows_per_group
+    split = split_by_group(rows, validation_rows=config.validation_rows, seed=config.seed, max_per_group=per_group)
+    _report_few_groups(split)
+    return split
 
 
 def notes_on(rows: Sequence[ChatRow], repeats: Repeats) -> list[str]:
@@ -163,6 +170,18 @@ def report_faulty(count: int, first: FaultyRow, faults: Counter[RowFault], name:
         )
     counts = ", ".join(f"{number} {fault}" for fault, number in faults.most_common())
     _warn("%s: rows that cannot be used: %s. %s", name, counts, example)
+
+
+def _report_few_groups(split: RowSplit) -> None:
+    """Log that the held-out rows are of few groups, where the others could give some."""
+    rows, groups = len(split.validation), len(set(map(group_of, split.validation)))
+    many_each = groups < _FEW_GROUPS and rows >= max(2 * _FEW_GROUPS, 4 * groups)
+    if many_each and len(set(map(group_of, split.training))) > _FEW_GROUPS:
+        _warn(
+            "the %d held-out rows are of %d groups such as queries, so scores say little about others. "
+            "data.validation_rows_per_group=%d holds out more groups.",
+            *(rows, groups, max(1, rows // _FEW_GROUPS)),
+        )
 
 
 def report_misspelt(tasks: set[str], facts: set[str], name: str) -> None:

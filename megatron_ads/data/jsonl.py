@@ -22,6 +22,7 @@ and weight. A ``ground_truth`` that is no text is the fact of that name; one tha
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -113,11 +114,22 @@ def _constant(name: str) -> float | None:
     return None if name == "NaN" else float(name)
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object, unless one of its names comes twice: which value is meant cannot be known."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise BadRowError(BadRow.unreadable_row, f"holds {repeated!r:.80} more than once. Remove or rename one.")
+    return found
+
+
 def _parse_line(line: bytes) -> dict[str, Any] | BadRowError:
     try:
-        parsed = json.loads(line, parse_constant=_constant)
+        parsed = json.loads(line, parse_constant=_constant, object_pairs_hook=_each_once)
         if b"\\u" in line:  # an escape alone may stand for what no file can hold
             json.dumps(parsed, ensure_ascii=False).encode()
+    except BadRowError as error:
+        return error
     except UnicodeEncodeError:
         return BadRowError(BadRow.invalid_utf8, f"{_not_text(parsed)} holds half a surrogate pair, which is no text.")
     except UnicodeDecodeError as error:
@@ -186,6 +198,10 @@ def parse_row(fields: Mapping[str, Any], *, default_id: str) -> ChatRow:
     if label is not None and not isinstance(label, str):
         raise BadRowError(BadRow.wrong_type, f"label is {label!r}; it must be text or null.")
     task, facts = _text(fields, "task", "chat"), _object(fields, "facts")
+    if not task.isprintable():
+        raise BadRowError(
+            BadRow.unusable_text, f"task is {task!r:.80}; it must be a name on one line that can be shown."
+        )
     if task in TASKS and (wrong := wrong_fact(facts)):
         raise BadRowError(BadRow.wrong_type, wrong)
     return ChatRow(

@@ -153,8 +153,8 @@ def render_summary(summary: Summary) -> str:
         lines.append(f"  {name:8}" + "".join(f"{number:8,}" for number in astuple(found)))
     if summary.labels:
         frequent = [f"{visible(label)} {count:,}" for label, count in summary.labels.items()]
-        others = f", and {len(frequent) - _LABELS_SHOWN:,} others" if len(frequent) > _LABELS_SHOWN else ""
-        lines.append(f"Labels: {', '.join(frequent[:_LABELS_SHOWN])}{others}.")
+        more = f", and {len(frequent) - _LABELS_SHOWN:,} more" if len(frequent) > _LABELS_SHOWN else ""
+        lines.append(f"Labels: {', '.join(frequent[:_LABELS_SHOWN])}{more}.")
     left_out = ", ".join(f"{reason} {count:,}" for reason, count in summary.left_out.items()) or "none"
     lines.append(f"Left out with data.seq_length = {summary.seq_length:,}: {left_out}.")
     if summary.with_control_text:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import date
 from decimal import Decimal
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -185,8 +185,15 @@ def _warn_of_quotes(file: Path, number: int, row: ReadRow) -> None:
     """Say which cell may hold several rows: an inch sign opens a quote that only a later one closes."""
     for name, cell in {} if isinstance(row, BadRowError) else row.items():
         if isinstance(cell, str) and cell.count("\n") > _MANY_LINES:
-            lines = cell.count("\n") + 1
-            logger.warning("%s, row %d: %s has %d lines. Is a quote sign not closed there?", file, number, name, lines)
+            _warn_once(
+                f"{file}, row {number}: {name} has {cell.count(chr(10)) + 1} lines. Is a quote sign not closed there?"
+            )
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Log a warning however often the row is read: a preview reads a table twice."""
+    logger.warning(message)
 
 
 def _rows_of(batch: pa.RecordBatch) -> Iterator[ReadRow]:

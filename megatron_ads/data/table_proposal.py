@@ -19,7 +19,7 @@ from megatron_ads.data import event_tables
 from megatron_ads.data.bad_rows import BadRowError
 from megatron_ads.data.jsonl import is_chat_row, read_lines
 from megatron_ads.data.own_tables import FORMS
-from megatron_ads.data.source_files import JSON_LINES, parts_of
+from megatron_ads.data.source_files import JSON_LINES, Part, parts_of
 from megatron_ads.data.table_fields import folded, time_of
 from megatron_ads.data.table_files import Cell, Cells, column_types, read_table
 from megatron_ads.errors import DataError
@@ -113,10 +113,7 @@ def propose(path: Path, task: AdsTask | None, *, rows: int) -> Proposal:
     parts = parts_of(path)
     parts = parts[:: -(-len(parts) // _MOST_PARTS)]
     types = column_types(parts[0], rows)
-    read = (row for part in parts for _, row in islice(read_table(part, list(types)), -(-rows // len(parts))))
-    sample = [row for row in read if not isinstance(row, BadRowError)]
-    if not sample:
-        raise DataError(f"{path} holds no row that can be read.")
+    sample = _sample(path, parts, list(types), -(-rows // len(parts)))
     forms = {each: (form.required, form.optional, form.choices) for each, form in FORMS.items()}
     log = (event_tables.REQUIRED, event_tables.OPTIONAL, event_tables.CHOICES)
     found = [
@@ -137,6 +134,20 @@ def propose(path: Path, task: AdsTask | None, *, rows: int) -> Proposal:
     )
     columns = {name: (kind, _glimpse(row.get(name) for row in sample)) for name, kind in types.items()}
     return Proposal(columns, source, tuple(name for name in required if name not in matched))
+
+
+def _sample(path: Path, parts: Sequence[Part], columns: list[str], rows_per_part: int) -> list[Cells]:
+    sample: list[Cells] = []
+    first_bad = ""
+    for part in parts:
+        for number, row in islice(read_table(part, columns), rows_per_part):
+            if not isinstance(row, BadRowError):
+                sample.append(row)
+            elif not first_bad:
+                first_bad = f"; the first, row {number} of {part.name}: {row.reason}: {str(row).rstrip('.')}"
+    if not sample:
+        raise DataError(f"{path} holds no row that can be read{first_bad}.")
+    return sample
 
 
 def _glimpse(cells: Iterable[Cell]) -> list[str]:

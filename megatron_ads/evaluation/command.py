@@ -82,14 +82,15 @@ def _add_decoding_arguments(group: "argparse._ArgumentGroup") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_ads.evaluation.evaluate import evaluate  # imports torch and transformers: keep --help instant
+    # They import torch and transformers: keep --help instant.
+    from megatron_ads.evaluation.evaluate import EvaluationRequest, evaluate
     from megatron_ads.evaluation.score_tables import text_tables
 
     start_logging()
     how = _generation(args)
     of_server = [item for item in args.overrides if item.startswith(_SERVER)]
-    scores = evaluate(
-        _checkpoint(args, of_server) if args.model else _server(args, how, of_server),
+    model = _checkpoint(args, of_server) if args.model else _server(args, how, of_server)
+    request = EvaluationRequest(
         recipe=args.recipe,
         overrides=[item for item in args.overrides if item not in of_server],
         batch_size=DEFAULT_BATCH_SIZE if args.batch_size is None else args.batch_size,
@@ -101,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         html_file=args.html,
         tokenizer_folder=args.tokenizer,
     )
+    scores = evaluate(model, request)
     print(json.dumps(scores) if args.json else text_tables(scores))
     return 0
 

@@ -1,7 +1,7 @@
 """One evaluation from recipe to scores: the rows that are held out, a model's answers, their scores, a page of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from megatron_ads.data.chat import ChatTokenizer
 from megatron_ads.data.corpus import read_corpus
 from megatron_ads.disk import require_writable
 from megatron_ads.errors import ConfigError, DataError
+from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.evaluated_model import open_model
 from megatron_ads.evaluation.generate import Asking
 from megatron_ads.evaluation.name_answers import AdvertiserNames, names_trained_on, read_names, valid_names
@@ -36,21 +37,28 @@ class HeldOut:
     training: list[ChatRow]
 
 
-def evaluate(
-    model: Path | EndpointConfig,
-    *,
-    recipe: str,
-    overrides: Sequence[str],
-    batch_size: int,
-    max_new_tokens: int | None = None,
-    answers_file: Path | None = None,
-    how: GenerationConfig | None = None,
-    names_file: Path | None = None,
-    ground: bool = False,
-    html_file: Path | None = None,
-    tokenizer_folder: Path | None = None,
-) -> dict[str, Any]:
-    """Return ``task_scores`` of ``model`` on the rows that ``recipe`` holds out, with the seconds it took.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationRequest:
+    """What one evaluation is of besides the model, and where its results go."""
+
+    recipe: str
+    """Whose held-out rows are answered: a shipped name or a file."""
+    overrides: Sequence[str]
+    """Settings that replace the recipe's."""
+    batch_size: int
+    max_new_tokens: int | None = None
+    answers_file: Path | None = None
+    how: GenerationConfig = field(default_factory=GenerationConfig)
+    names_file: Path | None = None
+    """Valid names, one a line; None: those of training rows."""
+    ground: bool = False
+    html_file: Path | None = None
+    tokenizer_folder: Path | None = None
+    """For a server."""
+
+
+def evaluate(model: Path | EndpointConfig, request: EvaluationRequest) -> dict[str, Any]:
+    """Return ``task_scores`` of ``model`` on the rows that the recipe holds out, with the seconds it took.
 
     Rows of no ads task, such as general conversations, are not answered; their perplexity is under ``general``. An
     answer must reason where the row's own target does.
@@ -61,43 +69,54 @@ def evaluate(
             stopped answering.
         ConversionError: If transformers cannot load the model.
     """
-    _require_possible(batch_size, max_new_tokens, [file for file in (answers_file, html_file) if file])
-    how = how or GenerationConfig()
-    data = load_recipe(recipe, overrides, sections=["data"]).data
+    _require_possible(request)
+    data = load_recipe(request.recipe, request.overrides, sections=["data"]).data
     rows = held_out(data)
-    advertisers = read_names(names_file) if names_file else names_trained_on(rows.training)
-    if how.method is Method.constrained_beam:
+    advertisers = read_names(request.names_file) if request.names_file else names_trained_on(rows.training)
+    if request.how.method is Method.constrained_beam:
         _require_names(rows, advertisers)
-    with open_model(model, tokenizer_folder, data.template_arguments) as opened:
+    with open_model(model, request.tokenizer_folder, data.template_arguments) as opened:
         asking = Asking(
-            how=how,
-            max_new_tokens=longest_answers(opened.tokenizer, rows, max_new_tokens),
-            batch_size=batch_size,
+            how=request.how,
+            max_new_tokens=longest_answers(opened.tokenizer, rows, request.max_new_tokens),
+            batch_size=request.batch_size,
             advertisers=advertisers,
             training=rows.training,
         )
-        answers, seconds = opened.answer(rows.tasks, asking, answers_file)
-        perplexities = opened.general(rows.general, batch_size) if rows.general else {}
+        answers, seconds = opened.answer(rows.tasks, asking, request.answers_file)
+        perplexities = opened.general(rows.general, request.batch_size) if rows.general else {}
     scores = {
         "rows": len(answers),
         "seconds": seconds,
-        "decoding": str(how.method),
+        "decoding": str(request.how.method),
         "reasoning": data.reasoning,
-        "tasks": task_scores(answers, rows.training, advertisers, ground=ground),
+        "tasks": task_scores(answers, rows.training, advertisers, ground=request.ground),
         "general": perplexities,
     }
-    if html_file:
-        about = f"{len(answers)} answers to held-out rows of {' '.join([recipe, *overrides])}, decoded {how.method}."
-        title = f"Evaluation of {model if isinstance(model, Path) else model.model}"
-        write_small(html_file, evaluation_page(scores, answers, title=title, about=about))
+    if request.html_file:
+        _write_page(request.html_file, model, request, scores, answers)
     return scores
 
 
-def _require_possible(batch_size: int, max_new_tokens: int | None, files: Sequence[Path]) -> None:
+def _write_page(
+    file: Path,
+    model: Path | EndpointConfig,
+    request: EvaluationRequest,
+    scores: dict[str, Any],
+    answers: Sequence[Answer],
+) -> None:
+    rows = " ".join([request.recipe, *request.overrides])
+    about = f"{len(answers)} answers to held-out rows of {rows}, decoded {request.how.method}."
+    title = f"Evaluation of {model if isinstance(model, Path) else model.model}"
+    write_small(file, evaluation_page(scores, answers, title=title, about=about))
+
+
+def _require_possible(request: EvaluationRequest) -> None:
     """Refuse impossible numbers, and files that cannot be written, before hours are spent on what they are to hold."""
-    for option, value in (("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens)):
+    for option, value in (("--batch-size", request.batch_size), ("--max-new-tokens", request.max_new_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} is {value}; it must be at least 1.")
+    files = [file for file in (request.answers_file, request.html_file) if file]
     for file in files:
         if not file.parent.is_dir():
             raise DataError(f"{file} cannot be written: there is no folder {file.parent}. Create it.")

@@ -106,9 +106,10 @@ class ServedModel:
             used = engine.client.usage
         cost = used.cost(self._config)
         logger.info(
-            "%d requests answered, %d before; %d prompt and %d answer tokens%s.",
+            "%d requests answered, %d before; %d prompt and %d answer tokens%s%s.",
             *(used.asked, used.from_journal, used.prompt_tokens, used.answer_tokens),
             "" if cost is None else f", cost {cost:.4g}",
+            "".join(f"; {count} attempts failed: {failure}" for failure, count in used.failures.most_common()),
         )
         return answers
 

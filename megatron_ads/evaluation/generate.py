@@ -81,12 +81,19 @@ class RowAsker:
     def __init__(
         self, tokenizer: ChatTokenizer, rows: Sequence[ChatRow], asking: Asking, engine: Callable[[], Engine]
     ) -> None:
-        """Write the prompts; ``engine`` is called for every batch, and opens one at its first call."""
+        """Write the prompts and the valid names; ``engine`` is called for every batch, and opens one at its first call.
+
+        Raises:
+            DataError: If names cannot be told apart, or one is too long.
+        """
         self.rows = rows
         self._asking, self._engine = asking, engine
         prompts = [render_prompt(row.prompt, tokenizer) for row in rows]
         self._tokens, self._opened = list(map(tokenizer.encode, prompts)), list(map(opened_by, prompts))
         self._forms = NameForms(tokenizer)
+        for number in range(len(rows)):  # names that cannot be used are refused before anything is answered
+            if self._answers_by_name(number):
+                self._trie(number)
         self._collaborative: CollaborativeModel | None = None
 
     def batches(self) -> list[list[int]]:
@@ -128,10 +135,7 @@ class RowAsker:
 
     def _names(self, batch: Sequence[int]) -> list[Answer]:
         how = self._asking.how
-        tries = [
-            self._forms.trie(valid_names(self.rows[number], self._asking.advertisers) or (), self._opened[number])
-            for number in batch
-        ]
+        tries = list(map(self._trie, batch))
         found = self._engine().generate(
             [[*self._tokens[number], *self._forms.before(self._opened[number])] for number in batch],
             replace(how, max_new_tokens=max(trie.depth for trie in tries)),
@@ -143,6 +147,10 @@ class RowAsker:
             assert len(set(names)) == len(names) == min(how.beams, len(trie.names))
             answers.append(self._answer(number, beams, [self._forms.text(name) for name in names]))
         return answers
+
+    def _trie(self, number: int) -> NameTrie:
+        names = valid_names(self.rows[number], self._asking.advertisers)
+        return self._forms.trie(names or (), self._opened[number])
 
     def _rules(self, number: int, trie: NameTrie) -> ValidNames:
         share = self._asking.how.collaborative
@@ -168,7 +176,8 @@ def answer_from_server(
     """Return one answer per row, in order. Shows a progress bar for each task.
 
     With a tokenizer, the server continues the tokens that training rendered; without one, it gets conversations and
-    renders them itself. Rows that it calls impossible, such as too long ones, have an empty answer, and are counted.
+    renders them itself. Rows that it calls impossible, such as too long ones, have an empty answer, and are counted; so
+    have those whose answer stays empty after all attempts.
 
     Raises:
         UnsupportedError: If the server cannot generate so.
@@ -186,11 +195,12 @@ def answer_from_server(
             ],
             replace(asking.how, max_new_tokens=asking.max_new_tokens[task]),
             description=f"answering, {task}",
+            needs_words=True,
         )
         for number, text, (said,) in zip(numbers, texts, found, strict=True):
             answers[number] = Answer(rows[number], _with_reasoning(text, said), said.finish is Finish.ended)
         if refused := [said.text for (said,) in found if said.finish is Finish.refused]:
-            logger.warning("%d of %d rows of %s were refused (%s).", len(refused), len(found), task, refused[0])
+            logger.warning("%d of %d rows of %s have no answer (%s).", len(refused), len(found), task, refused[0])
     return [answers[number] for number in range(len(rows))]
 
 

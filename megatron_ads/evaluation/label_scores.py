@@ -126,13 +126,7 @@ def relevance_scores(answers: Sequence[Answer], *, training: Sequence[ChatRow]) 
         DataError: If a row is of another task, or has no label.
     """
     rows = [answer.row for answer in answers]
-    for row in rows:
-        if row.task != TASK or row.label not in set(Label):
-            raise DataError(
-                f"row {row.id!r} is of task {row.task!r} with label {row.label!r}; {TASK} rows are labelled "
-                f"{', '.join(Label)}."
-            )
-    truths = [str(row.label) for row in rows]
+    truths = list(map(_label_of, rows))
     outcomes = [read_answer(answer.row, answer.text) for answer in answers]
     given = [readable(outcome) for outcome in outcomes]
     predictions = [None if outcome is None else str(outcome.label) for outcome in given]
@@ -155,6 +149,15 @@ def relevance_scores(answers: Sequence[Answer], *, training: Sequence[ChatRow]) 
             **_flag_view(QUALITY_VIEW, "quality", rows, given, training),
         },
     }
+
+
+def _label_of(row: ChatRow) -> str:
+    if row.task != TASK or row.label not in set(Label):
+        raise DataError(
+            f"row {row.id!r} is of task {row.task!r} with label {row.label!r}; {TASK} rows are labelled "
+            f"{', '.join(Label)}."
+        )
+    return str(row.label)
 
 
 def _flag_view(

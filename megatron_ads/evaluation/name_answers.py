@@ -30,6 +30,7 @@ from megatron_ads.tasks import advertiser_question, next_advertiser
 from megatron_ads.tasks.answer_format import render_reasoned
 from megatron_ads.tasks.user_history import Section, shown_history
 
+_SHOWN_CHARACTERS = 40
 _ADVERTISER_TASKS = frozenset({next_advertiser.TASK, next_advertiser.RANKING_TASK})
 
 
@@ -46,6 +47,8 @@ class AdvertiserNames:
 
 
 NO_NAMES = AdvertiserNames((), "nowhere")
+MAX_NAME_TOKENS = 256
+"""Of a valid name: beams write it a token at a time, so that one long name holds up every row."""
 
 
 def read_names(file: Path) -> AdvertiserNames:
@@ -110,7 +113,7 @@ class NameForms:
         """Return the names behind ``before``.
 
         Raises:
-            DataError: If there are none, or two are the same tokens.
+            DataError: If there are none, one has more than ``MAX_NAME_TOKENS``, or two are the same tokens.
         """
         key = (tuple(names), opened)
         if key not in self._tries:
@@ -121,6 +124,12 @@ class NameForms:
                 if tokens[: len(before)] != before:
                     raise DataError(f"the tokenizer joins the end of the reasoning with the beginning of {name!r}.")
             behind = {name: tokens[len(before) :] for name, tokens in whole.items()}
+            longest = max(behind, key=lambda name: len(behind[name]), default="")
+            if behind and len(behind[longest]) > MAX_NAME_TOKENS:
+                raise DataError(
+                    f"the valid name {longest[:_SHOWN_CHARACTERS]!r}... has {len(behind[longest]):,} tokens, and beams "
+                    f"write names of at most {MAX_NAME_TOKENS}; shorten it, or leave it out of --names."
+                )
             self._tries[key] = build_trie(behind, self._tokenizer.end_token_id)
         return self._tries[key]
 

@@ -137,7 +137,7 @@ def _calibration(sure: Sequence[JudgedAnswer]) -> Chart:
         ],
         x_label="share of the first answer among the probabilities of all beams",
         y_label="share that is right",
-        y_from_zero=True,
+        y_limits=(0.0, 1.0),
     )
     error = calibration_error(truths, probabilities)
     return Chart(svg, f"{len(sure)} answers; expected calibration error {fixed(error)}.")

@@ -54,19 +54,11 @@ def ranking_scores(
         labels = [label for label in labels if same_name(label) in known]
     asked_for = LONGEST if rows[0].task == next_advertiser.RANKING_TASK else max(map(len, model))
     depth = max(LONGEST, asked_for)
-    popular = rank_metrics.most_popular(labels, depth)
     others = {}
     if ground and advertisers.names:
         first = [ranking[0] if ranking else "" for ranking in model]
         others["model, nearest names"] = NearestNames(advertisers.names).rank(first, LONGEST)
-    others |= {
-        "popular": [popular for _ in rows],
-        "recent, then popular": [
-            rank_metrics.recent_then_popular(_recent(row, advertisers), popular, depth) for row in rows
-        ],
-    }
-    if best := best_answers(rows):
-        others["best reachable"] = [list(ranking) for ranking in best]
+    others |= _without_a_model(rows, rank_metrics.most_popular(labels, depth), advertisers, depth)
     wanted = min(LONGEST, len(known))
     return {
         "methods": {
@@ -79,6 +71,16 @@ def ranking_scores(
         "names_from": advertisers.source,
         "truth_is_valid": sum(same_name(row.label or "") in known for row in rows) / len(rows),
     }
+
+
+def _without_a_model(
+    rows: Sequence[ChatRow], popular: list[str], advertisers: AdvertiserNames, depth: int
+) -> dict[str, list[list[str]]]:
+    """Return the rankings of the baselines, and the best that can be reached where that is known, by name."""
+    recent = [rank_metrics.recent_then_popular(_recent(row, advertisers), popular, depth) for row in rows]
+    best = best_answers(rows)
+    reachable = {"best reachable": [list(ranking) for ranking in best]} if best else {}
+    return {"popular": [popular for _ in rows], "recent, then popular": recent, **reachable}
 
 
 def _recent(row: ChatRow, advertisers: AdvertiserNames) -> Sequence[str]:

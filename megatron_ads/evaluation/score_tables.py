@@ -71,7 +71,7 @@ def _relevance_table(scores: Mapping[str, Any]) -> ScoreTable:
     ]
     head = ["", "model", f"baseline (always {scores['baseline_label']})"]
     title = f"{RELEVANCE}: {scores['rows']} rows of {scores['queries']} queries"
-    return ScoreTable(title, head, rows, _not_read(scores["unreadable_because"]))
+    return ScoreTable(title, head, rows, _not_read(scores["unreadable_because"], scores))
 
 
 def _metrics_table(scores: Mapping[str, Any]) -> ScoreTable:
@@ -86,11 +86,13 @@ def _metrics_table(scores: Mapping[str, Any]) -> ScoreTable:
         [name, fixed(value), _range(scores["headline_95"]) if name == leading else ""] for name, value in values.items()
     ]
     title = f"{scores['task']}: {scores['rows']} rows of {scores['groups']} groups"
-    return ScoreTable(title, ["", "model", "95 % of resampled groups"], rows, _not_read(scores["failures"]))
+    return ScoreTable(title, ["", "model", "95 % of resampled groups"], rows, _not_read(scores["failures"], scores))
 
 
-def _not_read(failures: Mapping[str, int]) -> str:
-    return f"Not read: {_counts(failures.items())}." if failures else ""
+def _not_read(failures: Mapping[str, int], scores: Mapping[str, Any]) -> str:
+    more = scores["right_but_for_case"]
+    hint = f" {more} more would be right if case did not count." if more else ""
+    return f"Not read: {_counts(failures.items())}.{hint}" if failures else ""
 
 
 def _ranking_table(ranking: Mapping[str, Any]) -> ScoreTable:

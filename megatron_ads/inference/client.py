@@ -67,6 +67,8 @@ class Usage:
     """Requests answered in this run."""
     gave_up: int = 0
     """Requests without an answer after all attempts."""
+    gave_up_empty: int = 0
+    """Of these, how many had an empty answer at the last attempt."""
     failures: Counter[str] = field(default_factory=Counter)
     """Attempts of this run that brought no answer, by reason."""
     prompt_tokens: int = 0
@@ -138,13 +140,8 @@ class Client:
         ):
             try:
                 for request in requests:
-                    key = self._key(request)
-                    keys.append(key)
-                    if key in found or key in waiting.values():
-                        progress.update()
-                    elif (answer := self._known(key, request)) is not None:
-                        found[key] = answer
-                        self._count(key, answer, new=False)
+                    keys.append(key := self._key(request))
+                    if key in found or key in waiting.values() or self._take_known(key, request, found):
                         progress.update()
                     else:
                         self._require_affordable()
@@ -159,6 +156,14 @@ class Client:
                     logger.info("Ending: waiting for %d requests in flight, to keep their answers.", len(waiting))
                 self.usage.seconds += time.monotonic() - started
         return [found.get(key) for key in keys]
+
+    def _take_known(self, key: str, request: Request, found: dict[str, Completion]) -> bool:
+        """Whether the journal has the answer, which is then counted and among those found."""
+        if (answer := self._known(key, request)) is None:
+            return False
+        found[key] = answer
+        self._count(key, answer, new=False)
+        return True
 
     def _known(self, key: str, request: Request) -> Completion | None:
         answer = self._journal.read(key, Completion.from_record) if self._journal else None
@@ -202,6 +207,7 @@ class Client:
             answer = future.result()
         except Unanswered as error:
             self.usage.gave_up += 1
+            self.usage.gave_up_empty += error.failures[-1:] == (Failure.empty_answer,)
             self.usage.failures.update(map(str, error.failures))
             self._count_give_up(str(error))
             return None

@@ -10,6 +10,7 @@ with ``--generation-config vllm`` does not.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from megatron_ads.config.generation import BEAM_METHODS, EndpointConfig, GenerationConfig, Method
@@ -49,9 +50,11 @@ class OpenAIEngine:
         *,
         rules: "Sequence[Rules] | None" = None,
         description: str = "generating",
+        needs_words: bool = False,
     ) -> list[list[Completion]]:
         """Return the samples of every prompt. A prompt that the server calls impossible has a refused completion.
 
+        With ``needs_words``, an empty answer is a failed attempt; one that stays empty is a refused completion, too.
         Each completion is a request of its own, whose seed depends on ``config.seed``, the prompt, and how often the
         prompt came before in this call.
         """
@@ -59,6 +62,7 @@ class OpenAIEngine:
         samples = config.samples if config.method is Method.sampled else 1
         times: Counter[str] = Counter()
         requests = [self._request(prompt, config, times) for prompt in prompts for _ in range(samples)]
+        requests = [replace(request, needs_words=needs_words) for request in requests]
         found = self._ask(requests, description)
         for completion in found:
             self._require_reported(completion, config, prompts[0])
@@ -122,13 +126,13 @@ class OpenAIEngine:
 
     def _ask(self, requests: Sequence[Request], description: str) -> list[Completion]:
         answers = self.client.ask(requests, total=len(requests), description=description)
-        found = [answer for answer in answers if answer is not None]
-        if len(found) < len(requests):
+        if self.client.usage.gave_up > self.client.usage.gave_up_empty:
             raise DataError(
-                f"{len(requests) - len(found)} of {len(requests)} requests to the {self._name} have no answer after "
+                f"{answers.count(None)} of {len(requests)} requests to the {self._name} have no answer after "
                 f"{self._config.attempts} attempts each. Start again when {self._config.url} works: {self.client.kept}."
             )
-        return found
+        empty = Completion(text=f"empty after {self._config.attempts} attempts", finish=Finish.refused)
+        return [answer or empty for answer in answers]
 
     def _require_reported(self, completion: Completion, config: GenerationConfig, prompt: Prompt) -> None:
         if completion.finish in (Finish.refused, Finish.withheld):

@@ -114,26 +114,26 @@ class JobCheck:
     """What the job runs with, but slowly."""
 
     @contextmanager
-    def collecting_problems(self) -> Iterator[None]:
-        """Turn an error of the project or the operating system into a problem, once."""
+    def collecting_problems(self, check: str) -> Iterator[None]:
+        """Turn an error of the project or the operating system into a problem of a check; only the first has it."""
         try:
             with as_refusals():
                 yield
         except MegatronAdsError as error:
-            if (problem := one_line(error)) not in self.problems:
-                self.problems.append(problem)
+            if not any(problem.endswith(one_line(error)) for problem in self.problems):
+                self.problems.append(f"{check}: {one_line(error)}")
 
 
 def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCheck:
     """Check everything that is the same on every node; ``ranks`` are the job's, None for the fewest of the layout."""
     found = JobCheck()
-    with found.collecting_problems():
+    with found.collecting_problems("recipe"):
         config = load_recipe(recipe, overrides)
     if found.problems:
         return found
     found.passed.append(f"recipe: {recipe} composes")
     shape: ModelShape | None = None
-    with found.collecting_problems():
+    with found.collecting_problems("weights"):
         from conversion.sources import open_source  # imports torch
         from megatron_ads.training.streams import tokenizer_of
 
@@ -151,7 +151,7 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
         "folders": partial(_folders, config),
     }
     for name, check in checks.items():
-        with found.collecting_problems():
+        with found.collecting_problems(name):
             found.passed.append(f"{name}: {check()}")
     return found
 

@@ -73,7 +73,7 @@ def torchrun_command(part: NodePart, module: str, arguments: Sequence[str]) -> l
             *("--rdzv-id=megatron-ads", f"--rdzv-conf=is_host={is_host},join_timeout={_RENDEZVOUS_SECONDS}"),
         ]
     return [
-        *(sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={part.ranks_here}"),
+        *(sys.executable, "-m", "megatron_ads.launching.torchrun", *meeting, f"--nproc-per-node={part.ranks_here}"),
         *(f"--max-restarts={part.max_restarts}", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"),
         *("--module", module, *arguments),
     ]

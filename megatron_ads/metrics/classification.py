@@ -142,8 +142,12 @@ def mean_distance(truths: Sequence[str], predictions: Sequence[str | None], scal
 
 
 def auc(truths: Sequence[bool], scores: Sequence[float]) -> float | None:
-    """Return the area under the ROC curve; None unless both classes are there. Scores may be infinite."""
+    """Return the area under the ROC curve; None unless both classes are there. Scores may be infinite.
+
+    NaN stands for an answer that cannot be read: it ranks below all others of a positive, above all of a negative.
+    """
     truth_N, score_N = np.asarray(truths, dtype=bool), np.asarray(scores, dtype=np.float64)
+    score_N = np.where(np.isnan(score_N), np.where(truth_N, -np.inf, np.inf), score_N)
     positive, negative = score_N[truth_N], np.sort(score_N[~truth_N])
     below = sum(int(np.searchsorted(negative, positive, side=side).sum()) for side in ("left", "right"))
     return _ratio(below, 2 * len(positive) * len(negative))

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conversion.cli import positive
 from megatron_ads.disk import make_writable_folder, require_writable
 
 if TYPE_CHECKING:
@@ -42,13 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both sides (default fp32)")
     parser.add_argument("--out", type=Path, default=Path("parity"), help="folder to write into (default ./parity)")
     parser.add_argument("--json", action="store_true", help="print parity.json instead of a summary")
-
-
-def positive(text: str) -> int:
-    """Read an argument that counts something: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,8 +12,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conversion.cli import positive
 from megatron_ads.errors import ConversionError
-from megatron_ads.parity.command import positive, require_memory, require_same_model
+from megatron_ads.parity.command import require_memory, require_same_model
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -236,7 +236,7 @@ def render(
             (one.layer, one.kind, f"{one.difference:.1e}", f"{one.largest:.1e}", f"{one.carried:.1e}") for one in layers
         ],
         position_chart=line_chart([positions], x_label="position", y_label="log10 of the difference"),
-        router_chart=line_chart([same], x_label="layer", y_label="tokens, %"),
+        router_chart=line_chart([same], x_label="layer", y_label="tokens, %", y_limits=(0.0, 100.0)),
         routers=[
             (layer, one.tokens, one.rerouted, one.near_ties, f"{one.weight_difference:.1e}") for layer, one in routed
         ],

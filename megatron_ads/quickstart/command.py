@@ -45,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
     overrides = [f"data={data['source']}", *steps, *args.overrides]
     identity = {"code": own_code_digest(), "versions": machine["versions"], "data": data}
     plan = make_plan(folder, overrides=overrides, identity=identity)
-    print(f"quickstart: on {data['description']}; everything goes to {folder.root}")
+    opening = f"quickstart: on {data['description']}; everything goes to {folder.root}"
     with termination_as_interrupt():
-        records = run_stages(plan.stages, folder.root, plan.commands)
+        records = run_stages(plan.stages, folder.root, plan.commands, opening=opening)
     metrics = read_metrics(folder.run)
     facts = content.gather_facts(folder, plan, records, metrics, data=data, provenance=machine)
     write_report(folder.root, content.page(facts, metrics), facts)

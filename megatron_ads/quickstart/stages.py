@@ -57,10 +57,13 @@ class StageRecord:
     """Whether that run continued an interrupted one, so that ``seconds`` are not all it took."""
 
 
-def run_stages(stages: Sequence[Stage], folder: Path, commands: Mapping[str, Sequence[str]]) -> dict[str, StageRecord]:
+def run_stages(
+    stages: Sequence[Stage], folder: Path, commands: Mapping[str, Sequence[str]], *, opening: str = ""
+) -> dict[str, StageRecord]:
     """Bring every stage to completion, in order; return the records by name.
 
-    Prints each stage with the command line that does the same, of ``commands``, and how long it took.
+    Prints ``opening`` when the folder is its own, then each stage with the command line that does the same, of
+    ``commands``, and how long it took.
 
     Raises:
         ConfigError: If the folder cannot be used, or another process is at work in it.
@@ -68,6 +71,8 @@ def run_stages(stages: Sequence[Stage], folder: Path, commands: Mapping[str, Seq
     records: dict[str, StageRecord] = {}
     ran = False
     with _sole_use(folder):
+        if opening:
+            print(opening, flush=True)
         for number, stage in enumerate(stages, start=1):
             heading = f"[{number}/{len(stages)}] {stage.title}"
             after = {name: records[name].fingerprint for name in stage.after}

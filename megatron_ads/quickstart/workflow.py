@@ -73,6 +73,31 @@ class QuickstartPlan:
     """The resolved recipe of the fine-tuning."""
 
 
+class _StageBuilder:
+    """Makes stages that do what a command line does, and keeps the command lines."""
+
+    def __init__(self, folder: QuickstartFolder, held_out: Sequence[str], data: Mapping[str, Any]) -> None:
+        """``held_out`` are the words that say which rows an evaluation is of, ``data`` all settings of these."""
+        self.commands: dict[str, list[str]] = {}
+        self._folder, self._held_out, self._data = folder, held_out, data
+
+    def stage(self, name: str, title: str, words: Sequence[object], outputs: Sequence[Path] = (), **more: Any) -> Stage:
+        command = self.commands[name] = ["megatron-ads", *map(str, words)]
+        work: dict[str, Any] = {"run": lambda: _run_here(command, self._folder.log(name)), "settings": {}}
+        return Stage(name=name, title=title, outputs=outputs, **work | more)
+
+    def convert(
+        self, name: str, title: str, after: str, source: Path, target: Path, *options: object, to: str = "to-hf",
+        **more: Any,
+    ) -> Stage:  # fmt: skip
+        return self.stage(name, title, ["convert", to, source, target, *options], [target], after=[after], **more)
+
+    def judge(self, name: str, title: str, after: str, model: Path, when: str) -> Stage:
+        answers = self._folder.answers(when)
+        words = ["evaluate", "--model", model, "--answers", answers, "--json", *self._held_out]
+        return self.stage(name, title, words, [answers], settings=self._data, after=[after])
+
+
 def make_plan(folder: QuickstartFolder, *, overrides: Sequence[str], identity: Mapping[str, Any]) -> QuickstartPlan:
     """Lay out the stages.
 
@@ -84,31 +109,15 @@ def make_plan(folder: QuickstartFolder, *, overrides: Sequence[str], identity: M
     paths = [f"model.load={folder.shards}", f"log.dir={folder.run}"]
     config = load_recipe(RECIPE, [*overrides, *paths])
     validate(config, config.layout.fewest_ranks(), shape_from_config(CONFIGS[Preset.tiny]))
-    data, layout = asdict(config.data), asdict(config.layout)
     sizes = _sizes(config.layout) if _about(overrides, "layout") else ["--recipe", RECIPE]
     fp8 = ("--dtype", "fp8", "--reference", folder.start)
-    commands: dict[str, list[str]] = {}
-
-    def stage(name: str, title: str, words: Sequence[object], outputs: Sequence[Path] = (), **more: Any) -> Stage:
-        commands[name] = ["megatron-ads", *map(str, words)]
-        work: dict[str, Any] = {"run": lambda: _run_here(commands[name], folder.log(name)), "settings": {}}
-        return Stage(name=name, title=title, outputs=outputs, **work | more)
-
-    def convert(
-        name: str, title: str, after: str, source: Path, target: Path, *options: object, to: str = "to-hf", **more: Any
-    ) -> Stage:
-        return stage(name, title, ["convert", to, source, target, *options], [target], after=[after], **more)
-
-    def judge(name: str, title: str, after: str, model: Path, when: str) -> Stage:
-        files = ["--model", model, "--answers", folder.answers(when)]
-        words = ["evaluate", *files, "--json", "--recipe", RECIPE, *_about(overrides, "data")]
-        return stage(name, title, words, [folder.answers(when)], settings=data, after=[after])
-
+    build = _StageBuilder(folder, ["--recipe", RECIPE, *_about(overrides, "data")], asdict(config.data))
+    stage, convert, judge, commands = build.stage, build.convert, build.judge, build.commands
     stages = (
         stage("demo-model", "make a small random DeepSeek-V3-family checkpoint in FP8",
               ["demo-model", folder.start, "--preset", Preset.tiny, "--fp8"], [folder.start], settings=identity),
         convert("to-shards", "convert it to shards, one file per rank", "demo-model", folder.start, folder.shards,
-                *sizes, to="to-megatron", settings=layout),
+                *sizes, to="to-megatron", settings=asdict(config.layout)),
         convert("to-bf16", "write it in BF16 as well, for transformers on a CPU", "to-shards", folder.shards,
                 folder.start_bf16, "--dtype", "bf16"),
         judge("evaluate-before", "let it judge the held-out rows", "to-bf16", folder.start_bf16, "before"),

@@ -45,12 +45,13 @@ def line_chart(
     y_label: str,
     y_from_zero: bool = False,
     y_logarithmic: bool = False,
+    y_limits: tuple[float, float] | None = None,
     size: tuple[int, int] = (WIDTH, HEIGHT),
 ) -> Markup:
     """Draw ``series`` over one pair of axes; return an ``<svg>`` element, or a sentence when there is nothing to draw.
 
     With more than one series, a legend is above the chart, which is higher by its lines. A logarithmic axis
-    leaves out values that are not positive.
+    leaves out values that are not positive. ``y_limits`` are those of what is drawn, such as 0 and 100 of percentages.
     """
     found = [(one, _thinned([(x, y) for x, y in _finite(one.points) if y > 0 or not y_logarithmic])) for one in series]
     drawn = [(one, points) for one, points in found if points]
@@ -59,7 +60,7 @@ def line_chart(
     right, base = size[0] - _RIGHT, size[1] - _BOTTOM
     x_extent = _extent([x for _, points in drawn for x, _ in points])
     values = [y for _, points in drawn for _, y in points]
-    y_extent = _extent([0.0, *values] if y_from_zero else values)
+    y_extent = y_limits or _extent([0.0, *values] if y_from_zero else values)
     y_ticks = logarithmic_ticks(*y_extent) if y_logarithmic else ticks(*y_extent, 5)
     place_x = _scale(*x_extent, _LEFT, right)
     place_y = _scale(*y_extent, base, _TOP, logarithmic=y_logarithmic)

@@ -101,5 +101,4 @@ def match_auc(truths: Sequence[str], scores: Sequence[str | None]) -> float | No
     An unreadable answer ranks below all others if the ad is a match, and above all others if not (ours).
     """
     positives = [truth not in BAD_VIEW.defects for truth in truths]
-    worst = [-math.inf if positive else math.inf for positive in positives]
-    return auc(positives, [bad if score is None else float(score) for score, bad in zip(scores, worst, strict=True)])
+    return auc(positives, [math.nan if score is None else float(score) for score in scores])

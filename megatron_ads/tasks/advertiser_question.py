@@ -81,7 +81,7 @@ def candidates_of(row_id: str, truth: str, pool: Sequence[str], count: int = CAN
     """
     others = [name for name in each_once(pool) if same_name(name) != same_name(truth)]
     if len(others) < count - 1:
-        raise DataError(f"the pool has {len(others)} others than {truth!r}; {count - 1} are needed to choose from.")
+        raise DataError(f"besides {truth!r} the pool has {len(others)}; {count - 1} are needed to choose from.")
     draw = stable_random(row_id)
     chosen = [truth, *draw.sample(others, count - 1)]
     draw.shuffle(chosen)

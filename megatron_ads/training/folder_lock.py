@@ -19,6 +19,9 @@ from typing import Self, TextIO
 
 from megatron_ads.config.run import RunConfig
 from megatron_ads.errors import ConfigError
+from megatron_ads.observability.log import get_logger
+
+logger = get_logger(__name__)
 
 LOCK_FILE = "job.lock"
 _TRIES = 10
@@ -102,7 +105,13 @@ def _held(setting: str, folder: Path, me: Holder) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:  # what the job did is done
+                logger.warning(
+                    "%s cannot be deleted (%s); jobs on other machines take the folder as in use until it is.",
+                    *(path, error.strerror),
+                )
 
 
 def require_free(folders: Mapping[str, Path], environment: Mapping[str, str]) -> None:

@@ -10,6 +10,8 @@ import pytest
 from benchmarks.sft_small import main
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 300
+"""Seconds for what a busy machine does slowly; none passes where all is well."""
 
 
 def test_an_unknown_variant_is_named(
@@ -22,16 +24,17 @@ def test_an_unknown_variant_is_named(
     )
 
 
+@pytest.mark.timeout(900)
 def test_a_termination_is_an_interruption_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.sft_small", "--out", str(tmp_path / "out"), "--variant", "recipe"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
-            give_up = time.monotonic() + 120
+            give_up = time.monotonic() + PATIENCE
             while not (tmp_path / "out" / "stages" / "model.started").exists():
                 assert process.poll() is None and time.monotonic() < give_up
                 time.sleep(0.1)
             process.terminate()
-            _, said = process.communicate(timeout=120)
+            _, said = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
     assert process.returncode == 130, said

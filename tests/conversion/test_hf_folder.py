@@ -236,6 +236,10 @@ def test_a_checkpoint_among_the_files_of_another_format(tmp_path):
     for foreign in ('{"format": "chrome extension"}', "[]", "{"):
         (source / "manifest.json").write_text(foreign)
         assert open_source(source).kind == "Hugging Face folder"
+    (source / "manifest.json").unlink()
+    (source / "manifest.json").mkdir()
+    to_shards(source, tmp_path / "again", LayoutConfig())
+    assert (tmp_path / "again/manifest.json").is_file()
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model.safetensors.index.json"])

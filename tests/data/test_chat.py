@@ -260,6 +260,20 @@ def test_a_turn_ends_as_the_template_ends_it(tmp_path: Path, caplog: pytest.LogC
     assert with_loss(tokenizer_in(tmp_path, chat_template=spaced), "Good")[-2:] == [" ", END]
 
 
+@pytest.mark.parametrize("template", [7, 1.5, True, ["a"], [5], {"a": 1}, [{"name": "default", "template": 5}], [{}]])
+def test_a_template_that_is_no_text_is_refused(tmp_path: Path, template: object):
+    with pytest.raises(
+        DataError, match=r"chat_template is .*; it must be a text, or|the tokenizer cannot be loaded \("
+    ):
+        tokenizer_in(tmp_path, chat_template=template)
+
+
+@pytest.mark.parametrize("template", ["{% broken", "{{ 1 / 0 }}", "{{ messages + 1 }}", {"named": "x"}])
+def test_a_template_that_fails_refuses_the_row(tmp_path: Path, template: object):
+    with pytest.raises(DataError, match="Row 'r1': the checkpoint's chat template refuses the conversation: "):
+        split_text(ROW, tokenizer_in(tmp_path, chat_template=template))
+
+
 def test_what_the_format_lacks_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     _tell.cache_clear()
     for _ in range(2):

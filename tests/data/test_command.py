@@ -198,7 +198,11 @@ def test_fields_that_no_column_looks_like_are_named(tmp_path: Path, capsys: pyte
     assert "a table can be read as query_ad_relevance, " in capsys.readouterr().err
     (tmp_path / "t.csv").write_text("q,t\n")
     assert main(["data", "preview", "--source", str(tmp_path / "t.csv")]) == 2
-    assert "holds no row that can be read" in capsys.readouterr().err
+    assert "t.csv holds no row that can be read.\n" in capsys.readouterr().err
+    (tmp_path / "t.csv").write_text("q,t\na\nb,c,d\n")
+    assert main(["data", "preview", "--source", str(tmp_path / "t.csv")]) == 2
+    first = "the first, row 1 of t.csv: unreadable_row: 1 cells; the head has 2.\n"
+    assert f"t.csv holds no row that can be read; {first}" in capsys.readouterr().err
 
 
 def test_a_folder_is_known_by_all_of_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

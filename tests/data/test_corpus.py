@@ -177,6 +177,17 @@ def test_a_task_that_the_split_leaves_nothing_of_is_pointed_out(tmp_path: Path, 
     assert len(lost) == 1
 
 
+@pytest.mark.parametrize(("per_group", "groups"), [(None, 2), (8, 8), (6, 10)])
+def test_held_out_rows_of_few_groups_are_pointed_out(
+    per_group: int | None, groups: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    own = own_rows(tmp_path / "own.jsonl", [f"q{number % 30}" for number in range(30 * 35)])
+    corpus = read_corpus(DataConfig(sources=[own], validation_rows=60, validation_rows_per_group=per_group))
+    assert len({row.group for row in corpus.validation}) == groups
+    told = f"the 60 held-out rows are of {groups} groups such as queries, so scores say little about others. "
+    assert (f"{told}data.validation_rows_per_group=6 holds out" in caplog.text) is (groups < 10)
+
+
 def test_sources_are_described_for_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MEGATRON_ADS_DATA", "/data")
     assert describe_source(SourceConfig(kind=SourceKind.esci)) == (

@@ -76,6 +76,8 @@ def test_empty_lines_are_skipped_and_counted_in_row_numbers(tmp_path: Path):
         ({"messages": [USER, ASSISTANT], "weight": "1"}, "weight is '1'"),
         ({"messages": [USER, ASSISTANT], "id": None}, "id is None"),
         ({"messages": [USER, ASSISTANT], "label": 2}, "label is 2"),
+        ({"messages": [USER, ASSISTANT], "task": "a\nb"}, r"task is 'a\\nb'; it must be a name on one line"),
+        ({"prompt": "?", "data_source": "a\x1b", "extra_info": {"answer": "!"}}, r"task is 'a\\x1b'; it must be"),
     ],
 )
 def test_each_mistake_is_named(fields: dict[str, Any], message: str):
@@ -147,6 +149,8 @@ def test_a_repeated_id_names_both_rows(tmp_path: Path):
         (b'{"facts": {"query": ["\\uDFFF"]}}\n', "row 2: facts holds half a surrogate pair"),
         (b'{"\\ud800": 1}\n', r"row 2: \? holds half a surrogate pair"),
         (b'["\\ud800"]\n', "row 2: a list holds half a surrogate pair"),
+        (b'{"a": 1, "b": 2, "a": 1}\n', "row 2: holds 'a' more than once"),
+        (b'{"facts": {"query": "a", "query": "b"}}\n', "row 2: holds 'query' more than once"),
     ],
 )
 def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, line: bytes, message: str):

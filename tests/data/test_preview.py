@@ -112,7 +112,7 @@ def test_a_summary_of_nothing_says_so(tokenizer: ChatTokenizer):
 def test_many_labels_are_cut_short(tokenizer: ChatTokenizer):
     rows = [replace(ROWS["c1"], id=f"r{number}", label=f"label {number}") for number in range(8)]
     text = render_summary(summarise(check_rows(rows), tokenizer, seq_length=4096))
-    assert "label 4 1, and 3 others." in text
+    assert "label 4 1, and 3 more." in text
 
 
 def test_rows_that_are_written_like_control_tokens_are_counted(tokenizer: ChatTokenizer):

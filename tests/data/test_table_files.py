@@ -98,8 +98,9 @@ def test_a_cell_of_many_lines_is_pointed_out(tmp_path: Path, caplog: pytest.LogC
     lines = ["", *["sofa,Sofa,Good"] * 21, ""]
     lines[0] = 'tent,"24 inch screen,Good'
     (tmp_path / "a.csv").write_text("q,t,l\n" + "\n".join([*lines[:-1], 'lamp,12",Bad']) + "\n")
-    table_rows(tmp_path / "a.csv", columns=PAIR, task=PAIRS)
-    assert "row 1: t has 23 lines. Is a quote sign not closed" in caplog.text
+    for _ in range(2):  # a preview reads a table twice
+        table_rows(tmp_path / "a.csv", columns=PAIR, task=PAIRS)
+    assert caplog.text.count("row 1: t has 23 lines. Is a quote sign not closed") == 1
 
 
 def test_a_column_twice_in_parquet_is_refused(tmp_path: Path) -> None:

@@ -67,6 +67,31 @@ def test_conversations_are_answered_and_scored(tmp_path: Path, capsys: pytest.Ca
     assert [path.name for path in tmp_path.glob("answers*")] == ["answers.jsonl"]
 
 
+def test_an_empty_answer_is_asked_for_again_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first: list[str] = []
+
+    def script(body: dict[str, Any], before: int) -> Reply:
+        question = body["messages"][-1]["content"]
+        first.append(question)
+        return good(body, 0) if before == 1 and question != first[0] else Reply(content="")
+
+    file = tmp_path / "answers.jsonl"
+    with scripted_server(script) as server:
+        arguments = ["--answers", str(file), "--json", "--max-new-tokens", "20"]
+        assert _evaluate(server, *arguments, "server.attempts=2", "server.concurrency=1") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["tasks"]["query_ad_relevance"]["readable_share"] == pytest.approx(5 / 6)
+    assert [json.loads(line)["text"] for line in file.read_text().splitlines()].count("") == 1
+    assert "1 of 6 rows of query_ad_relevance have no answer (empty after 2 attempts)." in captured.err
+    assert "5 requests answered, 0 before; 500 prompt and 50 answer tokens; 7 attempts failed: empty_answer." in (
+        captured.err
+    )
+    with scripted_server(lambda *_: Reply(content="")) as server:
+        assert _evaluate(server, *arguments, "server.attempts=1", "server.concurrency=1") == 2
+        assert len(server.bodies) == 5
+    assert "left 5 consecutive requests without an answer, the last with: " in capsys.readouterr().err
+
+
 def test_with_a_tokenizer_the_tokens_of_training_are_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer_in(tmp_path)
 

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from megatron_ads.config.generation import GenerationConfig, Method
 from megatron_ads.data.ads_pairs import builtin_rows
 from megatron_ads.data.chat import ChatTokenizer, load_tokenizer, render_prompt, tokenize_row
 from megatron_ads.data.demo_tokenizer import ASSISTANT, BEGIN, USER, write_tokenizer
+from megatron_ads.errors import DataError
 from megatron_ads.evaluation import generate
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.generate import Asking, RowAsker, answer_rows
-from megatron_ads.evaluation.name_answers import AdvertiserNames, NameForms
+from megatron_ads.evaluation.name_answers import MAX_NAME_TOKENS, AdvertiserNames, NameForms
 from megatron_ads.inference.engine import Completion
 from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.tasks import next_advertiser, relevance
@@ -99,6 +101,21 @@ def test_a_question_is_asked_in_the_tokens_of_training_whatever_it_says(folder: 
     tokenizer = load_tokenizer(folder)
     spoken = [tokenizer.fast.decode([token]) for token in asker._tokens[0] if token in tokenizer.control]
     assert spoken == [BEGIN, USER, ASSISTANT]
+
+
+def test_a_name_of_too_many_tokens_is_refused_before_the_model_is_opened(folder: Path) -> None:
+    row = name_row("1", "Acme")
+    for letters in (MAX_NAME_TOKENS, MAX_NAME_TOKENS + 1, 1400):  # a token each
+        names = AdvertiserNames(("Acme", "x" * letters), "here")
+        asking = Asking(
+            how=GenerationConfig(method=Method.constrained_beam), max_new_tokens={}, batch_size=8, advertisers=names
+        )
+        refused = pytest.raises(
+            DataError, match=rf"'x+'\.\.\. has {letters:,} tokens, and beams write names of at most 256"
+        )
+        with refused if letters > MAX_NAME_TOKENS else nullcontext():
+            _asker(folder, [row], asking)
+        _asker(folder, [row], replace(asking, how=GenerationConfig()))  # where nothing is chosen, nothing is refused
 
 
 @pytest.mark.parametrize("opened", ["", "<think>", "<think></think>"])

@@ -101,6 +101,22 @@ def test_answers_without_reasoning_count_where_the_model_was_taught_so() -> None
         assert ("Not read: no_reasoning 2." in text) is (expected == "0.00")
 
 
+def test_answers_that_would_be_right_if_case_did_not_count_are_counted() -> None:
+    row = relevance.chat_row("1", "q", Ad("a"), Label.good, "r")
+    user = ad_user_relevance.chat_row("1", UserHistory(user_id="u"), Ad("a"), 2, "r")
+    said = [
+        *(Answer(row, row.target.replace(*change), ended=True) for change in (("Good", "good"), ("Good", "bad"))),
+        *(
+            Answer(user, user.target.replace(*change), ended=True)
+            for change in (("Score", "SCORE"), ("Score", "Points"))
+        ),
+    ]
+    tasks = task_scores(said, [row, user])
+    assert [scores["right_but_for_case"] for scores in tasks.values()] == [1, 1]
+    text = text_tables({"rows": 4, "seconds": 1.0, "tasks": tasks, "general": {}})
+    assert "Not read: unknown_label 2. 1 more would be right if case did not count." in text
+
+
 def test_text_for_the_terminal_has_the_tables_in_columns() -> None:
     row = relevance.chat_row("1", "q", Ad("a"), Label.good, "r")
     tasks = task_scores([Answer(row, row.target, ended=True)], [row])

@@ -67,27 +67,29 @@ def test_the_data_are_read_and_their_repeats_counted(words: list[str], tmp_path:
     assert "1 rows ask what an earlier one asks, 1 of them with another answer" in line
     assert "targets give no reasoning, so answers need none" in line
     (problem,) = check_job("sft/quickstart", [*own[:-1], "data.validation_rows=3"], 4).problems
-    assert problem.startswith("data.validation_rows = 3 leaves none of the 3 rows")
+    assert problem.startswith("data: data.validation_rows = 3 leaves none of the 3 rows")
 
 
 def test_a_tracker_that_is_not_installed_is_a_problem(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     (problem,) = check_job("sft/quickstart", [*words, "log.trackers=[wandb]"], 4).problems
-    assert problem.startswith("log.trackers names wandb")
+    assert problem.startswith("trackers: log.trackers names wandb")
 
 
 def test_context_parallelism_is_planned_but_not_trained_with(words: list[str]) -> None:
     (problem,) = check_job("sft/quickstart", [*words, "layout.cp=2"], 4).problems
-    assert problem.startswith("layout.cp is 2: the training step does not cut rows")
+    assert problem.startswith("layout: layout.cp is 2: the training step does not cut rows")
 
 
 def test_all_problems_are_found_at_once(words: list[str], tmp_path: Path) -> None:
     _checkpoint(tmp_path / "run" / "checkpoints" / "step-00000004", listed_bytes=6)
     wrong = [*words, f"model.load={tmp_path}/none", "data.sources=[{kind: jsonl, path: none.jsonl}]"]
     problems = check_job("sft/quickstart", wrong, 3).problems
-    for part in ("none does not exist", "does not divide the 3 ranks", "none.jsonl (data.sources)", "5 bytes long"):
-        assert len([problem for problem in problems if part in problem]) == 1, part
-    assert len(problems) == 4
+    told = {problem.partition(": ")[0]: problem for problem in problems}
+    parts = ("none does not exist", "does not divide the 3 ranks", "none.jsonl (data.sources)", "5 bytes long")
+    assert len(problems) == len(parts)
+    for check, part in zip(("weights", "layout", "data", "checkpoint"), parts, strict=True):
+        assert part in told[check]
     assert all("\n" not in problem for problem in problems)
 
 
@@ -121,7 +123,7 @@ def test_a_folder_in_the_way_of_a_later_save_is_found_before_the_job_starts(
     if complete:
         _checkpoint(checkpoints / f"step-{complete:08d}", listed_bytes=5)
     (problem,) = check_job("sft/quickstart", words, 4).problems
-    assert problem.startswith(f"{checkpoints / name} has no manifest.json, so it is no complete checkpoint")
+    assert problem.startswith(f"checkpoint: {checkpoints / name} has no manifest.json, so it is no complete checkpoint")
 
 
 @pytest.mark.parametrize("name", ["step-00000001", "step-00000301", "step-4", "step-00000004 (copy)", ".DS_Store"])
@@ -162,13 +164,15 @@ def test_a_model_that_megatron_routes_differently_is_a_problem_of_one_line(
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | changed))
     (problem,) = check_job("sft/quickstart", [*words, f"model.load={model}"], 4).problems
-    assert problem.startswith(message) and problem.endswith("This routing is not supported.")
+    assert problem.startswith(f"layout: {message}") and problem.endswith("This routing is not supported.")
 
 
 def test_a_job_that_works_in_the_folder_is_a_problem(words: list[str], tmp_path: Path) -> None:
     with hold({"log.dir": tmp_path / "run"}, {}):
         (problem,) = check_job("sft/quickstart", words, 4).problems
-    assert problem.startswith(f"log.dir {tmp_path / 'run'} is in use by another job: process {os.getpid()} on ")
+    assert problem.startswith(
+        f"folders: log.dir {tmp_path / 'run'} is in use by another job: process {os.getpid()} on "
+    )
     assert check_job("sft/quickstart", words, 4).problems == []
 
 
@@ -221,7 +225,7 @@ def test_the_command_prints_what_is_well_and_exits_2_over_what_is_not(words: lis
     assert "ok    layout: 4 ranks" in well.stdout
     ill = subprocess.run([*command, "--ranks=3"], capture_output=True, text=True, timeout=120, check=False)
     assert ill.returncode == 2
-    assert "megatron-ads: layout.pp" in ill.stderr
+    assert "megatron-ads: layout: layout.pp" in ill.stderr
 
 
 def test_large_files_are_not_read_and_what_is_prepared_is_told(

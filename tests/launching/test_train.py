@@ -1,6 +1,7 @@
 """Which part of a job a node runs, and what the launch script says before it."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,17 @@ def test_several_machines_share_the_ranks() -> None:
     assert NodePart.of(TWO | {"NPROC_PER_NODE": "8"}, None, fewest=4).ranks == 16
     assert NodePart.of(TWO | {"NPROC_PER_NODE": ""}, None, fewest=4).ranks == 4
     assert NodePart.of(TWO, 6, fewest=4).ranks_here == 3
+
+
+def test_nodes_that_do_not_meet_leave_no_traceback() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))  # taken, and nobody listens
+        part = NodePart.of(TWO | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1])}, None, 4)
+        command = [word.replace("is_host", "read_timeout=1,is_host") for word in torchrun_command(part, "r", [])]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, check=False)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert [line for line in ended.stderr.splitlines() if line.startswith("torchrun: ")] != []
 
 
 @pytest.mark.parametrize(

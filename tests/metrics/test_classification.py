@@ -233,6 +233,11 @@ def test_infinite_scores_are_the_extremes():
     assert auc([True, False, False], [-math.inf, 0.0, math.inf]) == 0.0
 
 
+@pytest.mark.parametrize(("truth", "expected"), [(True, 1 / 2), (False, 1 / 2)])
+def test_a_score_that_is_no_number_is_wrong_whatever_the_truth_is(truth: bool, expected: float):
+    assert auc([True, False, truth], [0.9, 0.1, math.nan]) == expected
+
+
 def test_calibration_by_hand():
     # Bin [0.2, 0.3): 0.2 and 0.25, one positive: |0.225 - 0.5|. Bin [0.9, 1]: 0.9 and 1.0, both positive: |0.95 - 1|.
     truths, probabilities = [True, False, True, True], [0.2, 0.25, 0.9, 1.0]

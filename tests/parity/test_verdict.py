@@ -113,6 +113,11 @@ def test_the_page_has_three_pictures_and_escapes_what_it_is_given() -> None:
     assert "<td>passed</td>" in page
 
 
+def test_the_picture_of_the_routers_goes_from_none_to_all_of_the_tokens() -> None:
+    picture = _page(True).split("<svg")[3]
+    assert [f">{value}</text>" in picture for value in ("0", "40", "100", "105")] == [True, True, True, False]
+
+
 def test_a_failed_rung_is_the_headline() -> None:
     page = _page(False)
     assert "rung 3 failed" in page

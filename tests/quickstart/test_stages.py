@@ -110,6 +110,17 @@ def test_a_damaged_record_means_not_done(tmp_path: Path, damage: str) -> None:
     assert _run(tmp_path, _stage(tmp_path, "a"))[0] == ["run a 1/1"]
 
 
+def test_the_opening_is_printed_in_a_folder_of_its_own_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_stages([_stage(tmp_path, "a")], tmp_path, {}, opening="we begin")
+    assert capsys.readouterr().out.startswith("we begin\n[1/1] a\n")
+    (tmp_path / "other" / "thing").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds something else"):
+        run_stages([], tmp_path / "other", {}, opening="we begin")
+    assert capsys.readouterr().out == ""
+
+
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match="holds something else"):

@@ -48,7 +48,7 @@ def test_no_candidate_is_another_in_other_letters():
 
 
 def test_a_pool_that_is_too_small_is_refused():
-    with pytest.raises(DataError, match=r"the pool has 2 others than 'a'; 19 are needed"):
+    with pytest.raises(DataError, match=r"besides 'a' the pool has 2; 19 are needed"):
         candidates_of("r", "a", ["a", "b", "c", "b"])
 
 
@@ -225,5 +225,5 @@ def test_rows_that_came_as_text_are_asked_as_those_with_facts_are(variant: RowVa
 
 
 def test_too_few_advertisers_to_choose_from_is_an_error():
-    with pytest.raises(DataError, match="the pool has 4 others"):
+    with pytest.raises(DataError, match="the pool has 4; 19"):
         ask_as(advertiser_rows()[:5], RowVariant.choose_one)

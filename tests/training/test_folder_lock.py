@@ -175,6 +175,20 @@ def test_a_lock_whose_job_ends_between_two_looks_is_taken(tmp_path: Path, monkey
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
 
 
+def test_a_lock_that_cannot_be_deleted_is_a_warning_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path, **_: bool) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with hold({"log.dir": tmp_path}, {}):
+        monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.undo()
+    assert f"{tmp_path / LOCK_FILE} cannot be deleted (Permission denied)" in caplog.text
+    with hold({"log.dir": tmp_path}, {}):
+        pass
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"log\.dir .* cannot be written: .*\. Choose another"):

@@ -13,7 +13,9 @@ import pytest
 from megatron_ads.runtime.health.rank_record import ExitStatus
 from parity_tests.harness.real_job import RealJob, two_rank_job
 
-TIMEOUT = 6
+TIMEOUT = 8
+PATIENCE = 300
+"""Seconds for what a busy machine does slowly; none passes where all is well."""
 SLOW = "holds up the job"
 
 
@@ -23,7 +25,7 @@ def job(tmp_path: Path) -> Iterator[RealJob]:
         yield job
 
 
-def _wait_until(job: RealJob, condition: str, seconds: float = 90) -> None:
+def _wait_until(job: RealJob, condition: str, seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while condition not in job.logs():
         assert time.monotonic() < deadline and job.processes[0].poll() is None, job.logs()
@@ -31,7 +33,7 @@ def _wait_until(job: RealJob, condition: str, seconds: float = 90) -> None:
 
 
 def _wait_for_steps(job: RealJob, count: int) -> None:
-    deadline, goal = time.monotonic() + 90, max(job.losses(), default=0) + count
+    deadline, goal = time.monotonic() + PATIENCE, max(job.losses(), default=0) + count
     while max(job.losses(), default=0) < goal:
         assert time.monotonic() < deadline and job.processes[0].poll() is None, job.logs()
         time.sleep(0.1)
@@ -59,6 +61,7 @@ def _slowed_down(job: RealJob, rank: int) -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_slow_rank_and_a_hung_one_are_named_and_an_undisturbed_job_is_silent(job: RealJob) -> None:
     job.start_ranks()
     _wait_for_steps(job, 8)
@@ -73,7 +76,7 @@ def test_a_slow_rank_and_a_hung_one_are_named_and_an_undisturbed_job_is_silent(j
     job.processes[1].send_signal(signal.SIGSTOP)
     # The communication's own timeout, had it come first, would have ended the rank with another status. How soon the
     # process is gone depends on the machine's load; it raises after this long.
-    assert job.processes[0].wait(5 * TIMEOUT) == ExitStatus.HUNG
+    assert job.processes[0].wait(PATIENCE) == ExitStatus.HUNG
     report = json.loads((job.root / "hang.json").read_text())
     assert report["culprits"] == [1]
     assert "rank 1 (stage 0) on " in report["headline"] and "its process is stopped" in report["headline"]
@@ -81,4 +84,4 @@ def test_a_slow_rank_and_a_hung_one_are_named_and_an_undisturbed_job_is_silent(j
     assert report["seconds_without_progress"] >= 0.75 * TIMEOUT
     with suppress(ProcessLookupError):
         job.processes[1].send_signal(signal.SIGCONT)
-    assert job.processes[1].wait(20) == ExitStatus.HUNG  # it hears of it when it wakes up
+    assert job.processes[1].wait(PATIENCE) == ExitStatus.HUNG  # it hears of it when it wakes up
