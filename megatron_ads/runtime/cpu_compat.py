@@ -8,6 +8,7 @@ that is installed too, or in a later version, nothing is touched.
 
 import contextlib
 import importlib
+import logging
 import sys
 import types
 import warnings
@@ -55,8 +56,7 @@ def install() -> None:
         return
     if torch.cuda.is_available():
         if find_spec("transformer_engine") is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # each module that is imported warns of the absence
+            with _quietly():  # each module that is imported warns of the absence
                 for name in _MODULES_THAT_WARN:
                     importlib.import_module(name)
                 for patch in TRANSFORMER_ENGINE_PATCHES:
@@ -67,8 +67,7 @@ def install() -> None:
         raise RuntimeError("cpu_compat.install() came after the first import of megatron.core; call it before.")
     for patch in TORCH_PATCHES:
         patch()
-    with _without_compilation(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _without_compilation(), _quietly():
         for name in (*MODULES_THAT_NAME_CUDA, *_MODULES_THAT_WARN):
             importlib.import_module(name)
         for patch in MEGATRON_PATCHES:
@@ -187,6 +186,19 @@ def _without_compilation() -> Iterator[None]:
         yield
     finally:
         torch.compile = compile_
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Show no warnings, nor what torch logs of CUDA tools without a device when megatron-core 0.19 is imported."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 class _NoStream:

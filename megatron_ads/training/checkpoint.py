@@ -54,6 +54,7 @@ from megatron_ads.training.checkpoint_folder import (
     read_manifest,
     verify_files,
 )
+from megatron_ads.training.common_state import write_common_state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,7 +260,7 @@ def _random_states() -> dict[str, ShardedTensor]:
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
-    """The torch_dist save strategy without writer processes (megatron-core 0.16); the bytes written are the same.
+    """The torch_dist save strategy without writer processes (megatron-core 0.16 to 0.19); the bytes written are the same.
 
     Megatron's own strategy starts processes for every save, so that training can continue meanwhile. A synchronous save
     gains nothing from them: it waits seconds for them, and a fork of a process with CUDA or gloo threads can deadlock.
@@ -270,6 +271,7 @@ class InProcessSave(TorchDistSaveShardedStrategy):
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path | str) -> None:
         """Write this rank's tensors to ``__<rank>_0.distcp``, flushed to disk; a collective."""
+        write_common_state(sharded_state_dict, checkpoint_dir)
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         save(
             mcore_to_pyt_state_dict(by_key, False),
