@@ -53,7 +53,7 @@ def megatron_config(
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         # Batched messages pair up wrongly where the next stage is also the previous one (pp 2 with virtual
-        # chunks): the job computes wrong numbers without an error, in megatron-core 0.16.1.
+        # chunks): the job computes wrong numbers without an error, in megatron-core 0.16 to 0.19.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         num_layers=shape.num_layers,

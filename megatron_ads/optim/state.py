@@ -6,7 +6,7 @@ is 1. The count of updates is one number for the whole job.
 
 The moments lie in gradient-buffer buckets, divided over the replicas with padding between buckets. Each bucket is
 gathered and cut at its own offsets; Megatron's own format cuts the joined, unpadded buckets at padded offsets and so
-mixes up parameters as soon as there are two buckets (Megatron-LM #5077, up to 0.19.0).
+mixes up parameters as soon as there are two buckets (Megatron-LM #5077, 0.16 to 0.19.2).
 """
 
 from collections.abc import Iterator

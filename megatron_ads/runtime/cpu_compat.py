@@ -1,8 +1,8 @@
 """Let Megatron-Core run where no CUDA device exists. Every change made to torch or Megatron for that is here.
 
 For megatron-core 0.16 to 0.19. Each patch says what fails without it, and the versions that need it if not all do;
-``tests/runtime/test_cpu_compat.py`` runs the unpatched library and fails as soon as a patch is no longer needed. Where a
-CUDA device exists, only the two names are defined that Megatron-Core 0.16 lacks without Transformer Engine, and where
+``tests/runtime/test_cpu_compat.py`` runs the unpatched library and fails as soon as a patch is no longer needed. Where
+a CUDA device exists, only the two names are defined that Megatron-Core 0.16 lacks without Transformer Engine, and where
 that is installed too, or in a later version, nothing is touched.
 """
 

@@ -260,7 +260,7 @@ def _random_states() -> dict[str, ShardedTensor]:
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
-    """The torch_dist save strategy without writer processes (megatron-core 0.16 to 0.19); the bytes written are the same.
+    """The torch_dist save strategy without writer processes (megatron-core 0.16 to 0.19); the bytes are the same.
 
     Megatron's own strategy starts processes for every save, so that training can continue meanwhile. A synchronous save
     gains nothing from them: it waits seconds for them, and a fork of a process with CUDA or gloo threads can deadlock.

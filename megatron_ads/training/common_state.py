@@ -1,7 +1,7 @@
 """What a checkpoint holds besides tensors, in ``common.pt`` whichever Megatron-Core wrote it.
 
-megatron-core 0.19 puts it among the tensors instead, as a pickled object that torch reads without restriction. In a file
-of its own it is read by a reader that admits plain values only, and 0.16 to 0.19 read each other's checkpoints.
+megatron-core 0.19 puts it among the tensors instead, as a pickled object that torch reads without restriction. In a
+file of its own it is read by a reader that admits plain values only, and 0.16 to 0.19 read each other's checkpoints.
 """
 
 from pathlib import Path
