@@ -18,6 +18,8 @@ from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
 from parity_tests.harness.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
+FEW_ROWS = "data.sources=[{kind: simulator, task: query_ad_relevance, rows: 400}]"
+"""The quickstart's source at a size that a process reads in no time."""
 SMALL: dict[str, Any] = dict(CONFIGS[Preset.tiny]) | {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -58,6 +60,7 @@ class RealJob:
             f"model.load={self.model}",
             f"log.dir={self.root}",
             "log.tensorboard=false",
+            FEW_ROWS,
             f"checkpoint.save_every={self.save_every}",
             f"train.max_steps={self.steps}",
             "train.evaluate_every=null",

@@ -20,7 +20,7 @@ from megatron_ads.launching.job_check import check_job, needs_gpu
 from megatron_ads.observability import trackers
 from megatron_ads.training.checkpoint_folder import FORMAT
 from megatron_ads.training.folder_lock import hold
-from parity_tests.harness.real_job import write_small_model
+from parity_tests.harness.real_job import FEW_ROWS, write_small_model
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def words(model: Path, tmp_path: Path) -> list[str]:
-    return [f"model.load={model}", f"log.dir={tmp_path / 'run'}", "layout.first_stage_layers=2"]
+    few = [FEW_ROWS, "data.validation_rows=20"]
+    return [f"model.load={model}", f"log.dir={tmp_path / 'run'}", "layout.first_stage_layers=2", *few]
 
 
 def _checkpoint(folder: Path, *, listed_bytes: int) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_ads.runtime.health.rank_record import ExitStatus
 from parity_tests.harness.ranks import free_port
-from parity_tests.harness.real_job import descendants, write_small_model
+from parity_tests.harness.real_job import FEW_ROWS, descendants, write_small_model
 
 ROOT = Path(__file__).parents[2]
 STEPS = 2000
@@ -62,6 +62,7 @@ def job(tmp_path: Path) -> Iterator[TwoNodes]:
         f"model.load={model}",
         f"log.dir={tmp_path}",
         "log.tensorboard=false",
+        FEW_ROWS,
         "checkpoint.save_every=5",
         f"train.max_steps={STEPS}",
         "train.evaluate_every=null",

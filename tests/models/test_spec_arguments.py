@@ -1,4 +1,4 @@
-"""What each version of Megatron-Core is given as a part of a layer; other tests show that the installed one takes it."""
+"""What each version of Megatron-Core is given as part of a layer; other tests show that the installed one takes it."""
 
 import pytest
 from packaging.version import Version

@@ -202,8 +202,10 @@ def test_only_megatron_is_told_that_a_tensor_is_on_a_device() -> None:
     assert run_ranks(1, _type_seen_outside_megatron) == ["torch.FloatTensor"]
 
 
-def test_installing_is_silent_and_may_be_repeated() -> None:
-    done = _python("from megatron_ads.runtime import cpu_compat; cpu_compat.install(); cpu_compat.install()")
+def test_installing_is_silent_imports_nothing_for_nothing_and_may_be_repeated() -> None:
+    twice = "from megatron_ads.runtime import cpu_compat; cpu_compat.install(); cpu_compat.install()"
+    slow = "import sys; assert not sys.modules.keys() & {'wandb', 'torch._inductor'}; import wandb"
+    done = _python(f"{twice}; {slow}")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

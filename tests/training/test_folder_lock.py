@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -17,6 +18,7 @@ from typing import TextIO
 import pytest
 
 from megatron_ads.errors import ConfigError
+from megatron_ads.runtime.health.rank_record import ExitStatus
 from megatron_ads.training import folder_lock
 from megatron_ads.training.folder_lock import LOCK_FILE, Holder, hold, require_free
 from parity_tests.harness.real_job import RealJob, write_small_model
@@ -184,9 +186,9 @@ def jobs(tmp_path: Path) -> Iterator[list[RealJob]]:
     model = write_small_model(tmp_path / "model")
     layout = {"pp": 1, "ep": 1}
     jobs = [
-        RealJob(model=model, root=tmp_path / f"output-{number}", ranks=1, layout=layout, steps=30, save_every=10,
+        RealJob(model=model, root=tmp_path / name, ranks=1, layout=layout, steps=3000, save_every=3000,
                 overrides=[f"log.dir={tmp_path / 'run'}"])
-        for number in range(3)
+        for name in ("run", "launched", "bare")
     ]  # fmt: skip
     yield jobs
     for job in jobs:
@@ -199,17 +201,21 @@ def test_a_second_job_in_a_folder_is_refused_at_once_and_the_first_never_hears_o
     first, launched, bare = jobs
     run = tmp_path / "run"
     first.start_launcher()
-    while not (run / LOCK_FILE).exists():
-        assert first.processes[0].poll() is None, first.logs()
-    (run / "checkpoints" / ".step-00000010.partial").mkdir(parents=True)  # as if the first were saving
+    deadline = time.monotonic() + first.longest_wait
+    while not first.losses():
+        assert time.monotonic() < deadline and first.processes[0].poll() is None, first.logs()
+        time.sleep(0.1)
+    partial = run / "checkpoints" / ".step-00003000.partial"
+    partial.mkdir(parents=True)  # as if the first were saving
     launched.start_launcher()
     bare.start_ranks()
     assert launched.wait(100) == bare.wait(100) == [2], launched.logs() + bare.logs()
     for other in (launched, bare):
         assert f"log.dir {run} is in use by another job: process {first.processes[0].pid} on " in other.logs()
-    assert (run / "checkpoints" / ".step-00000010.partial").exists() or first.wait(0)
-    assert first.wait(150) == [0], first.logs()
-    assert json.loads((run / "outcome.json").read_text()) == {"outcome": "finished", "step": 30}
+    assert partial.exists()
+    first.processes[0].send_signal(signal.SIGTERM)
+    assert first.wait(100) == [ExitStatus.STOPPED], first.logs()
+    assert json.loads((run / "outcome.json").read_text()) == {"outcome": "stopped", "step": max(first.losses())}
     assert not (run / LOCK_FILE).exists()
 
 

@@ -72,7 +72,7 @@ def test_a_job_whose_log_disk_fills_names_it_and_is_not_started_again(job: RealJ
     job.overrides += [f"checkpoint.dir={tmp_path / 'checkpoints'}"]
     job.log = lambda who: tmp_path / f"output-{who}.txt"  # type: ignore[method-assign]
     job.start_launcher()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + job.longest_wait
     while max(job.losses(), default=0) < 2:
         assert time.monotonic() < deadline and job.processes[0].poll() is None
         time.sleep(0.1)
