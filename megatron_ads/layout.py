@@ -176,6 +176,14 @@ class PipelinePlacement:
         """Return the chunks of one pipeline stage, by virtual number."""
         return tuple(chunk for chunk in self.chunks if chunk.stage == stage)
 
+    def embedding_ranks(self, pipeline: Sequence[int]) -> list[int]:
+        """Return, of the ranks of one pipeline, those that share the word embedding: the first, and that of MTP layers.
+
+        Without MTP layers it is the last one, where the output layer may be the same matrix.
+        """
+        mtp = next((chunk.stage for chunk in self.chunks if chunk.mtp_layers), self.pp - 1)
+        return [pipeline[stage] for stage in dict.fromkeys((0, mtp))]
+
     def expert_less_stages(self, shape: ModelShape) -> tuple[int, ...]:
         """Return the stages whose ranks own no routed expert: dense layers, embedding or loss only."""
         owning = (chunk for chunk in self.chunks if chunk.mtp_layers or any(map(shape.is_moe_layer, chunk.layers)))

@@ -91,6 +91,11 @@ class LoraConfig:
         require_distinct("model.lora.targets", self.targets)
 
 
+def recompute_on(stage: int, recompute: Recompute, recompute_stages: int | None) -> Recompute:
+    """Return what of ``model.recompute`` and ``model.recompute_stages`` holds on a pipeline stage."""
+    return recompute if recompute_stages is None or stage < recompute_stages else Recompute.none
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """The weights to start from, how they are run, and which of them are trained."""
@@ -105,6 +110,9 @@ class ModelConfig:
     recompute: Recompute = Recompute.none
     """``selective``: what is between an attention's latents and its output projection, and the inside of every
     feed-forward, experts included; ``full``: whole layers."""
+    recompute_stages: int | None = None
+    """Pipeline stages, counted from the first, that recompute; those behind them hold fewer microbatches and keep
+    everything. None: all stages recompute."""
     expert_bias_update_rate: float | None = None
     """How far the router's selection bias of each expert moves against its load after every step (arXiv:2408.15664);
     DeepSeek-V3 was pre-trained with 0.001. None keeps the bias as loaded."""
@@ -119,9 +127,19 @@ class ModelConfig:
     published: str | None = None
     """Name of the published model this is for, by which a job is planned before ``load`` exists; None: unknown."""
 
+    def recompute_on(self, stage: int) -> Recompute:
+        """Return what the ranks of a pipeline stage compute again."""
+        return recompute_on(stage, self.recompute, self.recompute_stages)
+
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
         require_at_least("model", self, 0, "aux_loss_coefficient", "mtp_loss_weight")
+        require_at_least("model", self, 1, "recompute_stages")
+        require(
+            self.recompute_stages is None or self.recompute is not Recompute.none,
+            f"model.recompute_stages is {self.recompute_stages}, which has no effect while model.recompute is none. "
+            "Remove it, or set model.recompute.",
+        )
         wanted = "above 0, or null to keep the bias as loaded"
         require_each("model", self, ["expert_bias_update_rate"], lambda rate: 0 < rate < math.inf, wanted)
         require_distinct("model.frozen", self.frozen)
@@ -160,7 +178,8 @@ class LayoutConfig:
     etp: int = 1
     """Tensor parallel inside one expert."""
     pipeline: str | None = None
-    """Layers of every chunk, as ``Et|(tt|)*29tmL``; None spreads them evenly."""
+    """Layers of every chunk, as ``Et|(tt|)*29tmL``; None spreads them evenly. The MTP layers (m) are in the chunk
+    of the loss (L) or in the one before it."""
     first_stage_layers: int | None = None
     """Decoder layers of stage 0, where the others share the rest evenly; None is an even share."""
     last_stage_layers: int | None = None

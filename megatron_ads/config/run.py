@@ -55,6 +55,11 @@ def validate_run(config: RunConfig, world: int, shape: ModelShape | None = None)
         "evaluate on. Set data.validation_rows, or train.evaluate_every to null.",
     )
     layout = config.layout.runtime(world)
+    require(
+        (stages := config.model.recompute_stages) is None or stages < layout.pp,
+        f"model.recompute_stages is {stages}, but layout.pp is {layout.pp}: no stage would keep everything. Remove it, "
+        "or set a smaller number.",
+    )
     _check_batch(config, layout)
     if shape is not None:
         _check_model(config, layout, shape)

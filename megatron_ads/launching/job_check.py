@@ -201,7 +201,7 @@ def _disk(config: SftConfig, ranks: int | None, shape: ModelShape | None) -> str
     plan = make_plan(job, CARDS["cpu"])
     kept = len(complete_checkpoints(Path(config.checkpoint.dir)))
     # A checkpoint is written before the oldest is deleted.
-    checkpoints = plan.checkpoint_bytes * max(1, config.checkpoint.save_total_limit + 1 - kept)
+    checkpoints = plan.checkpoint.bytes * max(1, config.checkpoint.save_total_limit + 1 - kept)
     files = math.lcm(job.layout.tp, job.layout.ep * job.layout.etp)
     element = 2 if config.model.precision is Precision.bf16 else 4
     export = sum(stage.parameters for stage in plan.stages) * files * element
@@ -215,7 +215,7 @@ def _disk(config: SftConfig, ranks: int | None, shape: ModelShape | None) -> str
         if free < size:
             raise CheckpointError(
                 f"{there} has {readable_bytes(free)} free, but {readable_bytes(size)} are needed: a checkpoint is "
-                f"{readable_bytes(plan.checkpoint_bytes)} (checkpoint.save_total_limit = "
+                f"{readable_bytes(plan.checkpoint.bytes)} (checkpoint.save_total_limit = "
                 f"{config.checkpoint.save_total_limit}, {kept} there, one more while it is "
                 f"written) and the export {readable_bytes(export)}. Free some, lower "
                 "checkpoint.save_total_limit, or choose other folders with checkpoint.dir and log.dir."

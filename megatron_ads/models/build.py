@@ -27,8 +27,8 @@ def build_chunks(
     Megatron's process groups must exist and agree with ``layout``. The weights are allocated, on the GPU where
     there is one, and hold nothing yet: ``models.weights`` fills them.
     """
-    config = megatron_config(shape, layout, placement, settings)
     stage = parallel_state.get_pipeline_model_parallel_rank()
+    config = megatron_config(shape, layout, placement, settings.on_stage(stage))
     return [_build(shape, config, chunk, settings) for chunk in placement.stage_chunks(stage)]
 
 

@@ -76,7 +76,7 @@ def target_of(canonical: str) -> LoraTarget | None:
 def part_of(name: str, shape: ModelShape) -> FrozenPart | None:
     """Return what of ``model.frozen`` a canonical parameter belongs to; a norm belongs to what follows it.
 
-    None is the norm before a mixture of experts, which belongs to router and experts alike and always trains.
+    None is the norm before a mixture of experts, which belongs to router and experts alike.
     """
     for words, part in (
         (("mtp.",), FrozenPart.mtp),
@@ -90,6 +90,18 @@ def part_of(name: str, shape: ModelShape) -> FrozenPart | None:
         if any(word in name for word in words):
             return part
     return None if shape.is_moe_layer(int(name.split(".")[2])) else FrozenPart.dense
+
+
+def frozen_parts(model: ModelConfig, shape: ModelShape) -> frozenset[FrozenPart | None]:
+    """Return what a job keeps as loaded: ``model.frozen``, and MTP layers that are not run.
+
+    The norm before a mixture of experts (None) is kept where router and all experts are.
+    """
+    frozen: set[FrozenPart | None] = set(model.frozen)
+    fed = {FrozenPart.router, FrozenPart.experts} | ({FrozenPart.shared_experts} if shape.shared_ffn_size else set())
+    if fed <= frozen:
+        frozen.add(None)
+    return frozenset(frozen if model.mtp_loss_weight else frozen | {FrozenPart.mtp})
 
 
 def parameters_by_part(shape: ModelShape) -> Counter[FrozenPart | None]:
@@ -110,5 +122,5 @@ def trained_parameters(settings: ModelConfig, shape: ModelShape) -> tuple[int, i
     lora = Lora.of(settings)
     if lora is not None:
         return lora.parameters(shape), counts.total()
-    frozen = set(settings.frozen) | (set() if settings.mtp_loss_weight else {FrozenPart.mtp})
+    frozen = frozen_parts(settings, shape)
     return sum(count for part, count in counts.items() if part not in frozen), counts.total()

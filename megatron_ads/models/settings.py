@@ -1,10 +1,10 @@
 """How one model is run and trained, apart from its shape and its layout. Importable without torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 from conversion.layer_specs import LayerSpec
-from megatron_ads.config.model import LayerSpecChoice, ModelConfig, Precision, Recompute
+from megatron_ads.config.model import LayerSpecChoice, ModelConfig, Precision, Recompute, recompute_on
 from megatron_ads.errors import ConfigError
 
 
@@ -15,6 +15,8 @@ class ModelSettings:
     spec: LayerSpec
     precision: Precision = Precision.fp32
     recompute: Recompute = Recompute.none
+    recompute_stages: int | None = None
+    """Pipeline stages, from the first, that recompute; None: all."""
     expert_bias_update_rate: float = 0.0
     """Step of the aux-loss-free balancing of each expert's selection bias (arXiv:2408.15664); 0 keeps it as loaded."""
     aux_loss_coefficient: float = 0.0
@@ -30,11 +32,17 @@ class ModelSettings:
             spec=resolve_layer_spec(model.layer_spec),
             precision=model.precision,
             recompute=model.recompute,
+            recompute_stages=model.recompute_stages,
             expert_bias_update_rate=model.expert_bias_update_rate or 0.0,
             aux_loss_coefficient=model.aux_loss_coefficient,
             mtp_loss_weight=model.mtp_loss_weight,
             deterministic=deterministic,
         )
+
+    def on_stage(self, stage: int) -> "ModelSettings":
+        """Return what holds on the ranks of a pipeline stage."""
+        recompute = recompute_on(stage, self.recompute, self.recompute_stages)
+        return replace(self, recompute=recompute, recompute_stages=None)
 
 
 def resolve_layer_spec(choice: LayerSpecChoice) -> LayerSpec:

@@ -154,9 +154,9 @@ def _require_expressible(
             f"layout.cp is {layout.cp}, but only Transformer Engine's attention spans several ranks. "
             "Set layout.cp to 1, or install transformer-engine and set model.layer_spec to te."
         )
-    if any(chunk.mtp_layers and not chunk.has_loss for chunk in placement.chunks):
+    if any(chunk.mtp_layers for chunk in placement.chunks[:-2]):
         raise ConfigError(
-            f"layout.pipeline {placement.string!r} puts the MTP layers (m) on another chunk than the loss (L). "
-            "They share the output layer: write mL together."
+            f"layout.pipeline {placement.string!r} puts the MTP layers (m) more than one chunk before the loss (L). "
+            "Write mL together, or m|L."
         )
     shape.require_megatron_routing()

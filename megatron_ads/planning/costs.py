@@ -103,14 +103,14 @@ def chunk_flops(job: PlannedJob, chunk: Chunk) -> TokenFlops:
         run_layers(job, [chunk]),
         outputs=outputs(job, chunk),
         seq_length=job.seq_length,
-        recompute=job.model.recompute,
+        recompute=job.model.recompute_on(chunk.stage),
         lora=job.lora,
     )
 
 
 def outputs(job: PlannedJob, chunk: Chunk) -> int:
     """Return how many losses a chunk computes: the model's and those of its MTP layers."""
-    return chunk.has_loss + (len(chunk.mtp_layers) if job.trains_mtp else 0)
+    return chunk.has_loss * (1 + (job.shape.mtp_layers if job.trains_mtp else 0))
 
 
 def run_layers(job: PlannedJob, chunks: Iterable[Chunk]) -> list[int]:
@@ -162,6 +162,15 @@ def stage_traffic(job: PlannedJob, stage: int, card: Card) -> tuple[GroupTraffic
     return tuple(found)
 
 
+def communicators(job: PlannedJob, stage: int) -> int:
+    """Return in how many process groups of several ranks a rank of a stage communicates."""
+    sizes = job.layout
+    axes = (sizes.world, sizes.pp, sizes.dp * sizes.cp, sizes.tp, sizes.cp, sizes.ep, sizes.edp, sizes.etp)
+    shared_embedding = sizes.pp > 1 and job.shape.mtp_layers > 0
+    holds_it = any(chunk.needs_embedding for chunk in job.placement.stage_chunks(stage))
+    return sum(size > 1 for size in axes) + (shared_embedding and holds_it)
+
+
 def message_bytes(job: PlannedJob) -> int:
     """Return the size of one message between neighbouring chunks: the hidden state of a microbatch on one rank."""
     return job.tokens_per_rank * job.shape.hidden_size * job.element_bytes
@@ -170,22 +179,29 @@ def message_bytes(job: PlannedJob) -> int:
 def dispatch_bytes(job: PlannedJob, chunk: Chunk) -> int:
     """Return what a rank sends for one microbatch, forward and backward: tokens to experts and back, each way."""
     layers = sum(map(job.shape.is_moe_layer, run_layers(job, [chunk])))
-    passes = 2 if job.model.recompute is Recompute.none else 3
+    passes = 2 if job.model.recompute_on(chunk.stage) is Recompute.none else 3
     away = (job.layout.ep - 1) / job.layout.ep
     return int(layers * 2 * passes * job.shape.experts_per_token * message_bytes(job) * away)
+
+
+_GATHERED = {Recompute.none: (7, 3, 2), Recompute.selective: (9, 4, 2), Recompute.full: (10, 4, 3)}
+"""All-gathers and reduce-scatters of a layer for one microbatch: of the hidden state, of the latents of queries, keys
+and values, and of the keys' rotated channels; as Megatron-Core 0.16.1 makes them."""
 
 
 def tensor_bytes(job: PlannedJob, chunk: Chunk) -> int:
     """Return what a rank sends for one microbatch under sequence parallelism (arXiv:2205.05198, section 4.2.2).
 
-    Attention and each dense or shared feed-forward gather their input and scatter their output, forward and backward,
-    and gather the input once more for the weight gradient.
+    A feed-forward gathers its input and scatters its output, forward and backward, and gathers the input once more for
+    the weight gradient. Attention gathers its latents instead of its input.
     """
-    sizes = job.layout
-    layers = len(run_layers(job, [chunk]))
-    passes = 5 if job.model.recompute is Recompute.none else 7
-    hidden = job.tokens_per_microbatch // sizes.cp * job.shape.hidden_size * job.element_bytes
-    return int(2 * layers * passes * hidden * (sizes.tp - 1) / sizes.tp)
+    shape, sizes = job.shape, job.layout
+    hidden, latents, rotated = _GATHERED[job.model.recompute_on(chunk.stage)]
+    width = hidden * shape.hidden_size + rotated * shape.qk_rope_head_dim
+    width += latents * ((shape.q_lora_rank or shape.hidden_size) + shape.kv_lora_rank)
+    outside = (3 * outputs(job, chunk) + 2 * chunk.has_embedding) * shape.hidden_size
+    sent = len(run_layers(job, [chunk])) * width + outside
+    return int(sent * job.tokens_per_microbatch // sizes.cp * job.element_bytes * (sizes.tp - 1) / sizes.tp)
 
 
 def _replica_bytes(job: PlannedJob, stage: int, *, expert: bool) -> int:

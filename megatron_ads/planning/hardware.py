@@ -17,6 +17,7 @@ class Card:
     flops_per_second: float
     """Dense BF16 peak (FP32 on a CPU)."""
     memory_bytes: int
+    """What a process can allocate, the driver's own share taken off."""
     memory_bytes_per_second: float
     node_bytes_per_second: float
     """To the cards of the same node."""
@@ -26,19 +27,34 @@ class Card:
     efficiency: float = 0.4
     link_efficiency: float = 0.7
     """Share of a link's rate that large collectives reach; an assumption."""
-    reserved_bytes: int = 2_500_000_000
-    """CUDA context about 0.5 GB, NCCL's channels about 1 GB over the groups of such a job, fragments; an assumption."""
+    context_bytes: int = 700_000_000
+    """CUDA context and the workspaces of its libraries; an assumption."""
+    communicator_bytes: int = 300_000_000
+    """NCCL's channels and buffers for one process group of several ranks; an assumption."""
+    fragments: float = 0.02
+    """Share of the memory that lies unused between the allocator's blocks; an assumption."""
+    host_bytes_per_second: float = 10e9
+    """From one card to the memory of its host; an assumption."""
+    writer_bytes_per_second: float = 1.5e9
+    """What one rank's writer reaches, checksum included; an assumption."""
     storage_bytes_per_second: float = 2e9
     """What one node writes to shared storage; an assumption."""
     source: str
+
+    def reserved_bytes(self, communicators: int) -> int:
+        """Return what is taken whatever the model: context, process groups, fragments."""
+        groups = communicators * self.communicator_bytes
+        return self.context_bytes + groups + int(self.fragments * self.memory_bytes)
 
 
 CARDS = {
     card.name: card
     for card in (
-        Card(name="h100", flops_per_second=989e12, memory_bytes=80 * 10**9, memory_bytes_per_second=3.35e12,
+        # An H100 80GB shows 81,559 MiB, of which a process gets 85.0e9 bytes.
+        Card(name="h100", flops_per_second=989e12, memory_bytes=85 * 10**9, memory_bytes_per_second=3.35e12,
              node_bytes_per_second=450e9, source="NVIDIA H100 SXM5 data sheet; one 400 Gb/s port per card"),
-        Card(name="h200", flops_per_second=989e12, memory_bytes=141 * 10**9, memory_bytes_per_second=4.8e12,
+        # An H200 shows 143,771 MiB; of the other cards the memory is the data sheet's.
+        Card(name="h200", flops_per_second=989e12, memory_bytes=149 * 10**9, memory_bytes_per_second=4.8e12,
              node_bytes_per_second=450e9, source="NVIDIA H200 SXM data sheet; one 400 Gb/s port per card"),
         # A seventh of an H100's arithmetic with the same memory rate: closer to its peak.
         Card(name="h20", flops_per_second=148e12, memory_bytes=96 * 10**9, memory_bytes_per_second=4e12,
@@ -50,9 +66,9 @@ CARDS = {
         Card(name="a100", flops_per_second=312e12, memory_bytes=80 * 10**9, memory_bytes_per_second=2.04e12,
              node_bytes_per_second=300e9, network_bytes_per_second=25e9, efficiency=0.45,
              source="NVIDIA A100 80GB SXM data sheet; one 200 Gb/s port per card"),
-        # Reserved: a Python process that imported torch, transformers and Megatron-Core.
+        # Context: a Python process that imported torch, transformers and Megatron-Core.
         Card(name="cpu", flops_per_second=50e9, memory_bytes=4 * 10**9, memory_bytes_per_second=10e9,
-             node_bytes_per_second=1e9, network_bytes_per_second=1e9, efficiency=0.5, reserved_bytes=700_000_000,
+             node_bytes_per_second=1e9, network_bytes_per_second=1e9, efficiency=0.5, communicator_bytes=0, fragments=0,
              source="one process on a server core: an order of magnitude; calibrate it"),
     )
 }  # fmt: skip

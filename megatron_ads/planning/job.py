@@ -14,10 +14,12 @@ from megatron_ads.config.recipes import load_recipe
 from megatron_ads.config.run import SftConfig, validate
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, PipelinePlacement
-from megatron_ads.models.parts import Lora
+from megatron_ads.models.parts import Lora, frozen_parts
 
 _PLANNED = ("layout", "data", "train", "optim")
 """Sections that a plan reads; of the model, everything but its weights."""
+ROUTING_IMBALANCE = 1.5
+"""Tokens that the busiest rank of an expert-parallel group may get, over the mean: memory is set aside for them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +40,8 @@ class PlannedJob:
     lora: Lora | None = None
     """Adapters that are trained instead of the weights."""
     deterministic: bool = False
+    routing_imbalance: float = ROUTING_IMBALANCE
+    """Tokens of the busiest rank of an expert-parallel group over the mean."""
 
     @property
     def shards(self) -> ShardsLayout:
@@ -52,6 +56,11 @@ class PlannedJob:
     def tokens_per_rank(self) -> int:
         """Tokens of one microbatch whose activations one rank keeps."""
         return self.tokens_per_microbatch // (self.layout.tp * self.layout.cp)
+
+    @property
+    def expert_tokens(self) -> float:
+        """Tokens that the busiest rank's experts run, over those of balanced routing."""
+        return min(self.routing_imbalance, float(self.layout.ep))
 
     @property
     def element_bytes(self) -> int:
@@ -78,7 +87,7 @@ class PlannedJob:
         """Whether parameters of ``part`` have gradients and optimizer state; a ``LoraTarget`` is its adapters."""
         if self.lora is not None:
             return isinstance(part, LoraTarget)
-        return part not in self.model.frozen and (part is not FrozenPart.mtp or self.model.mtp_loss_weight > 0)
+        return part not in frozen_parts(self.model, self.shape)
 
 
 def planned_shape(model: str | None, config: SftConfig) -> ModelShape:

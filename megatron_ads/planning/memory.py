@@ -5,7 +5,8 @@ microbatches, and optimizer state that Megatron's distributed optimizer divides 
 with BF16 weights an FP32 copy too. ``schedule`` says how many microbatches are held.
 
 Activations are listed as autograd keeps them in the layers of ``models``, tensor by tensor; a test compares the sums.
-Routing is taken to be balanced, so every rank runs ``experts_per_token`` tokens per token of its own.
+A rank's experts run ``experts_per_token`` tokens per token of its own, times ``expert_tokens`` of the job: memory is
+set aside for unbalanced routing.
 
     b bytes of an element (2 or 4), h hidden, a heads, q/c ranks of the query/key-value projections, n/r/v head widths
     (no position, position, value), f/g/u inner widths of a dense feed-forward/an expert/the shared experts,
@@ -22,6 +23,7 @@ from conversion.names import layer_parameters
 from megatron_ads.config.model import FrozenPart, Precision, Recompute
 from megatron_ads.layout import Chunk
 from megatron_ads.models.flops import KEPT_BY_SELECTIVE
+from megatron_ads.planning.checkpoint import state_bytes
 from megatron_ads.planning.costs import largest_tensor, outputs, run_layers, stage_weights, total
 from megatron_ads.planning.job import PlannedJob
 from megatron_ads.planning.schedule import peak_held, stage_order
@@ -37,6 +39,7 @@ class ActivationModel:
     def __init__(self, job: PlannedJob, *, gpu: bool) -> None:
         """Choose the kernels that the models of this project run on such a machine; they differ in what they keep."""
         self.shape, self.lora, self.element_bytes = job.shape, job.lora, job.element_bytes
+        self._expert_runs = job.shape.experts_per_token * job.expert_tokens
         self._sample_length, self._etp = job.seq_length, job.layout.etp
         # Keeps output and one number per row; else probabilities are kept (short FP32 samples on a CPU).
         self._flash_attention = gpu or job.model.precision is Precision.bf16 or job.seq_length > _LONGEST_BLOCKED
@@ -75,7 +78,7 @@ class ActivationModel:
         widths = [2 * h]
         for layer in layers:
             if self.shape.is_moe_layer(layer):
-                widths.append(self.shape.experts_per_token * (3 * self.shape.expert_ffn_size + h) + h)
+                widths.append(int(self._expert_runs * (3 * self.shape.expert_ffn_size + h)) + h)
             else:
                 widths.append(3 * self.shape.dense_ffn_size + h)
         return b * max(widths)
@@ -123,7 +126,7 @@ class ActivationModel:
             return b * shape.hidden_size + self._swiglu(shape.dense_ffn_size)
         k, h, g = shape.experts_per_token, shape.hidden_size, shape.expert_ffn_size
         # h to the router and the shared experts; dispatched copies of h, one inner pass for each; unfused experts
-        routed = k * (self._etp * b * h + 5 * b * g + 8)
+        routed = int(self._expert_runs * (self._etp * b * h + 5 * b * g + 8))
         router = 10 * shape.num_experts + 24 * k + 24  # FP32 scores, masks of every expert, indices of the chosen ones
         return b * h + self._swiglu(shape.shared_ffn_size) + routed + router
 
@@ -155,6 +158,7 @@ class RankMemory:
 
     @property
     def peak(self) -> int:
+        """A save takes nothing on top: it copies what training holds between two steps to the host, piece by piece."""
         return max(self.training, self.loading + self.reserved)
 
 
@@ -163,7 +167,7 @@ def stage_memory(job: PlannedJob, stage: int, *, gpu: bool, reserved_bytes: int 
     weights = stage_weights(job, stage)
     trained = [weight for weight in weights if job.trains(weight.part)]
     dense, expert = total(trained, expert=False), total(trained, expert=True)
-    state = 12 if job.model.precision is Precision.bf16 else 8
+    state = state_bytes(job)
     model = ActivationModel(job, gpu=gpu)
     kept = [job.tokens_per_rank * _kept_by_chunk(job, chunk, model) for chunk in job.placement.stage_chunks(stage)]
     return RankMemory(
@@ -180,15 +184,16 @@ def stage_memory(job: PlannedJob, stage: int, *, gpu: bool, reserved_bytes: int 
 
 def _kept_by_chunk(job: PlannedJob, chunk: Chunk, model: ActivationModel) -> int:
     """Return the bytes a token leaves in a chunk; the loss is counted with the buffers, it goes as it comes."""
-    kept = sum(model.layer(layer, job.model.recompute) for layer in chunk.layers)
+    recompute = job.model.recompute_on(chunk.stage)
+    kept = sum(model.layer(layer, recompute) for layer in chunk.layers)
     if job.trains_mtp:
         for layer in chunk.mtp_layers:
-            kept += model.mtp(job.model.recompute)
-            if job.model.recompute is not Recompute.full:
-                kept += model.layer(job.shape.num_layers + layer, job.model.recompute)
+            kept += model.mtp(recompute)
+            if recompute is not Recompute.full:
+                kept += model.layer(job.shape.num_layers + layer, recompute)
     if chunk.has_loss:
-        return kept + outputs(job, chunk) * (model.head() - model.logits())
-    return kept + model.element_bytes * job.shape.hidden_size  # the output that was sent on
+        kept += outputs(job, chunk) * (model.head() - model.logits())
+    return kept  # not the output that was sent on: it is deallocated, the next stage has it
 
 
 def _buffers(job: PlannedJob, stage: int, model: ActivationModel) -> int:
@@ -202,6 +207,7 @@ def _buffers(job: PlannedJob, stage: int, model: ActivationModel) -> int:
         weight = logits * job.shape.hidden_size // job.layout.tp if job.trains(FrozenPart.output) else 0
         loss = job.tokens_per_rank * (outputs(job, last) * model.logits() + gradient) + weight
     layers = run_layers(job, chunks)
-    again = (model.layer(layer, Recompute.none) - model.layer(layer, job.model.recompute) for layer in layers)
+    recompute = job.model.recompute_on(stage)
+    again = (model.layer(layer, Recompute.none) - model.layer(layer, recompute) for layer in layers)
     weight_gradient = model.element_bytes * largest_tensor(job, stage)
     return max(loss, job.tokens_per_rank * (max(again, default=0) + model.widest_gradients(layers)) + weight_gradient)

@@ -8,13 +8,13 @@ from statistics import median
 
 from omegaconf import OmegaConf
 
-from megatron_ads.config.model import Precision
 from megatron_ads.config.recipe_errors import current_settings
 from megatron_ads.config.run import SftConfig
 from megatron_ads.errors import ConfigError
-from megatron_ads.layout import Chunk, ParallelLayout, place_layers
+from megatron_ads.layout import Chunk
 from megatron_ads.models.flops import flops_per_token
 from megatron_ads.planning import costs
+from megatron_ads.planning.checkpoint import CheckpointCosts, checkpoint_costs
 from megatron_ads.planning.hardware import Card
 from megatron_ads.planning.job import PlannedJob, job_of, planned_shape
 from megatron_ads.planning.memory import RankMemory, stage_memory
@@ -131,6 +131,17 @@ class Plan:
         )
 
     @property
+    def accumulation_seconds(self) -> float:
+        """Adding every microbatch's weight gradients to the FP32 ones of the step, on the stage with the most of them.
+
+        A gradient is written and read, what it is added to read and written. Not added to the step: the efficiency that
+        is assumed stands for all that a stage does.
+        """
+        trained = max(stage.memory.gradients // 4 for stage in self.stages)
+        moved = trained * (2 * self.job.element_bytes + 8)
+        return self.job.microbatches * moved / self.card.memory_bytes_per_second
+
+    @property
     def step_seconds(self) -> float:
         return self.timeline.seconds + self.update_seconds
 
@@ -151,23 +162,10 @@ class Plan:
         """Model arithmetic over the peak of all cards."""
         return self.model_flops_per_second / (self.card.flops_per_second * self.job.layout.world)
 
-    @property
-    def checkpoint_bytes(self) -> int:
-        """A training checkpoint: weights and optimizer state, each once; of adapters these alone."""
-        job, alone = self.job, ParallelLayout(world=1)
-        state = 12 if job.model.precision is Precision.bf16 else 8
-        whole = replace(job, layout=alone, placement=place_layers(job.shape, alone))
-        return sum(
-            weight.elements * (job.element_bytes + (state if job.trains(weight.part) else 0))
-            for weight in costs.stage_weights(whole, 0)
-            if job.lora is None or job.trains(weight.part)
-        )
-
-    @property
-    def checkpoint_seconds(self) -> float:
-        """Writing it from all nodes at once."""
-        nodes = -(-self.job.layout.world // self.card.cards_per_node)
-        return self.checkpoint_bytes / (nodes * self.card.storage_bytes_per_second)
+    @cached_property
+    def checkpoint(self) -> CheckpointCosts:
+        """One training checkpoint."""
+        return checkpoint_costs(self.job, self.card, [stage.weights for stage in self.stages])
 
 
 def make_plan(job: PlannedJob, card: Card) -> Plan:
@@ -183,7 +181,12 @@ def make_plan(job: PlannedJob, card: Card) -> Plan:
                 stage=stage,
                 chunks=chunks,
                 weights=costs.stage_weights(job, stage),
-                memory=stage_memory(job, stage, gpu=card.name != "cpu", reserved_bytes=card.reserved_bytes),
+                memory=stage_memory(
+                    job,
+                    stage,
+                    gpu=card.name != "cpu",
+                    reserved_bytes=card.reserved_bytes(costs.communicators(job, stage)),
+                ),
                 traffic=costs.stage_traffic(job, stage, card),
                 flops_per_step=tokens * per_token,
             )

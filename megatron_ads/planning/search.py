@@ -25,17 +25,10 @@ class SearchResult:
     """Layouts that are possible at all."""
     best: tuple[Plan, ...]
     """What fits, fastest first."""
+    expert_less: tuple[Plan, ...]
+    """The same, of those whose first stage owns no routed expert."""
     nearest: Plan | None
     """Where nothing fits: the one that lacks the least."""
-
-
-def interleaved(job: PlannedJob, vpp: int) -> PlannedJob | None:
-    """Return the same job with ``vpp`` virtual chunks a stage; None where that is impossible."""
-    sizes = job.layout
-    found = _arrangement(job, pp=sizes.pp, tp=sizes.tp, vpp=vpp, ep=sizes.ep)
-    if found is None or sizes.cp > 1 or sizes.etp > 1:
-        return None
-    return _rearranged(job, *found, job.micro_batch_size, job.model.recompute)
 
 
 def search(job: PlannedJob, card: Card, *, keep: int = 10) -> SearchResult:
@@ -49,8 +42,44 @@ def search(job: PlannedJob, card: Card, *, keep: int = 10) -> SearchResult:
         elif nearest is None or plan.spare_bytes > nearest.spare_bytes:
             nearest = plan
     fitting.sort(key=_quick_step_seconds)
-    best = sorted(fitting[: 4 * keep], key=lambda plan: plan.step_seconds)[:keep]
-    return SearchResult(tried=tried, best=tuple(best), nearest=None if best else nearest)
+    return SearchResult(
+        tried=tried,
+        best=_fastest(fitting[: 4 * keep], keep),
+        expert_less=_fastest([plan for plan in fitting if 0 in plan.expert_less_stages][:keep], keep // 3),
+        nearest=None if fitting else nearest,
+    )
+
+
+def _fastest(plans: list[Plan], keep: int) -> tuple[Plan, ...]:
+    best = list[Plan]()
+    for plan in sorted(map(_keeping, sorted(plans, key=ranking_seconds)[:keep]), key=ranking_seconds):
+        if all(plan.job != other.job for other in best):
+            best.append(plan)
+    return tuple(best)
+
+
+def ranking_seconds(plan: Plan) -> float:
+    """Return the step with the adding up of weight gradients on top, which small microbatches do more often.
+
+    The efficiency that the step assumes is the same for all arrangements, and would favour many small ones.
+    """
+    return plan.step_seconds + plan.accumulation_seconds
+
+
+def _keeping(plan: Plan) -> Plan:
+    """Return the plan in which as many of the last stages as there is memory for keep everything.
+
+    They hold fewer microbatches than those in front of them, unless there are several chunks a stage.
+    """
+    job = plan.job
+    if job.layout.vpp > 1 or job.model.recompute is Recompute.none:
+        return plan
+    for stages in range(job.layout.pp - 1, 0, -1):
+        kept = make_plan(replace(job, model=replace(job.model, recompute_stages=stages)), plan.card)
+        if not kept.fits:
+            break
+        plan = kept
+    return plan
 
 
 def _quick_step_seconds(plan: Plan) -> float:
@@ -63,55 +92,70 @@ def _quick_step_seconds(plan: Plan) -> float:
         for stage in plan.stages
     )
     work = sizes.vpp * plan.job.microbatches
-    return busiest * (work + sizes.pp - 1) / work + plan.update_seconds
+    return busiest * (work + sizes.pp - 1) / work + plan.update_seconds + plan.accumulation_seconds
 
 
 def _candidates(job: PlannedJob, card: Card) -> Iterator[PlannedJob]:
     sizes, experts = _divisors(job.layout.world), _divisors(job.shape.num_experts)
     for pp, tp, vpp, ep in product(sizes, _TENSOR_SIZES, _VIRTUAL_CHUNKS, experts):
-        found = _arrangement(job, pp=pp, tp=tp, vpp=vpp, ep=ep)
-        if found is None or tp > card.cards_per_node:
+        if tp > card.cards_per_node:
             continue
-        for micro_batch_size, recompute in product(_MICRO_BATCHES, Recompute):
-            candidate = _rearranged(job, *found, micro_batch_size, recompute)
-            if candidate is not None and candidate != job:
-                yield candidate
+        for layout, placement in arrangements(job, pp=pp, tp=tp, vpp=vpp, ep=ep):
+            for micro_batch_size, recompute in product(_MICRO_BATCHES, Recompute):
+                candidate = rearranged(job, layout, placement, micro_batch_size, recompute)
+                if candidate is not None and candidate != job:
+                    yield candidate
 
 
 def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def _arrangement(
+def arrangements(
     job: PlannedJob, *, pp: int, tp: int, vpp: int, ep: int
-) -> tuple[ParallelLayout, PipelinePlacement] | None:
+) -> list[tuple[ParallelLayout, PipelinePlacement]]:
+    """Return the ways to lay a job's layers over these sizes that are worth trying; none where they do not fit."""
     shape = job.shape
     if pp * vpp > shape.num_layers + shape.mtp_layers or (vpp > 1 and pp == 1) or (pp == 1 and shape.mtp_layers > 1):
-        return None
-    try:
-        layout = ParallelLayout(world=job.layout.world, pp=pp, tp=tp, vpp=vpp, ep=ep)
-        layout.check_model(shape)
-        return layout, place_layers(shape, layout, pipeline=even_pipeline(shape, pp * vpp))
-    except ConfigError:
-        return None
+        return []
+    found = []
+    for pipeline in pipelines(shape, pp * vpp, trains_mtp=job.trains_mtp):
+        try:
+            layout = ParallelLayout(world=job.layout.world, pp=pp, tp=tp, vpp=vpp, ep=ep)
+            layout.check_model(shape)
+            found.append((layout, place_layers(shape, layout, pipeline=pipeline)))
+        except ConfigError:
+            continue
+    return found
 
 
-def even_pipeline(shape: ModelShape, chunks: int) -> str:
-    """Return a pipeline string with equal chunks; the loss and each MTP layer count as a layer where there is room.
+def pipelines(shape: ModelShape, chunks: int, *, trains_mtp: bool) -> list[str]:
+    """Return pipeline strings with equal chunks, but for the last one: the loss takes the place of some layers.
 
-    What does not divide evenly goes to the first chunks, whose dense layers are smaller.
+    An output layer is about as much work as a layer; each trained MTP layer passes one more and is a layer itself. It
+    can also have the chunk before the last. What does not divide evenly goes to the first chunks, whose dense layers
+    own no routed experts.
     """
-    for beside_layers in (shape.mtp_layers + 1, shape.mtp_layers, 0):
-        share, extra = divmod(shape.num_layers + beside_layers, chunks)
-        if share >= beside_layers:
-            break
+    mtp, heads = "m" * shape.mtp_layers, 1 + shape.mtp_layers * trains_mtp
+    rooms = range(heads + shape.mtp_layers * trains_mtp + 1)
+    ways = [(_even_counts(shape.num_layers, chunks, room), "L") for room in rooms]
+    if trains_mtp and chunks > 2:
+        ways.append((_even_counts(shape.num_layers, chunks - 1, shape.mtp_layers), "|L"))
+    strings = ("E" + "|".join("t" * count for count in counts) + mtp + end for counts, end in ways if counts)
+    return list(dict.fromkeys(strings))
+
+
+def _even_counts(layers: int, chunks: int, room: int) -> list[int]:
+    """Return the layers of every chunk where the last has room for ``room`` more; none where they leave it too few."""
+    share, extra = divmod(layers + room, chunks)
+    if share < room:
+        return []
     counts = [share + (chunk < extra) for chunk in range(chunks)]
-    counts[-1] -= beside_layers
-    pieces = ["t" * count for count in counts]
-    return "E" + "|".join(pieces) + "m" * shape.mtp_layers + "L"
+    counts[-1] -= room
+    return counts
 
 
-def _rearranged(
+def rearranged(
     job: PlannedJob, layout: ParallelLayout, placement: PipelinePlacement, micro_batch_size: int, recompute: Recompute
 ) -> PlannedJob | None:
     """Return the same step (model, rows, everything trained) under another layout; None if it cannot be divided so."""
@@ -126,5 +170,5 @@ def _rearranged(
         placement=placement,
         micro_batch_size=micro_batch_size,
         microbatches=microbatches,
-        model=replace(job.model, recompute=recompute),
+        model=replace(job.model, recompute=recompute, recompute_stages=None),
     )

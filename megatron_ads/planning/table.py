@@ -1,6 +1,7 @@
 """A plan as lines for a terminal or a log of 120 columns, as a page, and as values for programs."""
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
@@ -9,9 +10,10 @@ from megatron_ads.config.model import LoraTarget
 from megatron_ads.layout import describe_ranks
 from megatron_ads.models.parts import parameters_by_part
 from megatron_ads.planning.hardware import Card
-from megatron_ads.planning.plan import Plan, StagePlan, make_plan
+from megatron_ads.planning.plan import Plan, StagePlan
 from megatron_ads.planning.schedule import ideal_bubble
-from megatron_ads.planning.search import SearchResult, interleaved
+from megatron_ads.planning.search import SearchResult
+from megatron_ads.planning.switches import Switch
 from megatron_ads.reporting.page import render, text_table
 
 _COLUMNS = 120
@@ -22,7 +24,7 @@ def plan_lines(plan: Plan) -> list[str]:
     """Return what the terminal shows. Stages that are equal in all they show share a line."""
     wrap = textwrap.TextWrapper(_COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False).wrap
     summary = [piece for line in summary_lines(plan) for piece in wrap(line)]
-    return [_title(plan), "", *_stage_table(plan), "", *summary]
+    return [*wrap(_title(plan)), "", *_stage_table(plan), "", *summary]
 
 
 def _title(plan: Plan) -> str:
@@ -34,7 +36,7 @@ def _title(plan: Plan) -> str:
     )
     return (
         f"{sizes.world} x {plan.card.name} of {plan.card.memory_bytes / 1e9:g} GB: {axes or 'one rank'}; "
-        f"{job.model.precision.value}, recompute {job.model.recompute.value}, {job.microbatches} microbatches of "
+        f"{job.model.precision.value}, recompute {_recomputation(plan)}, {job.microbatches} microbatches of "
         f"{job.micro_batch_size} x {job.seq_length} tokens per replica"
     )
 
@@ -69,7 +71,6 @@ def summary_lines(plan: Plan) -> list[str]:
     """Return what there is to say below the table of stages."""
     job, sizes = plan.job, plan.job.layout
     traffic = [group for stage in plan.stages for group in stage.traffic if group.bytes_per_step]
-    twin_job = interleaved(job, 2) if sizes.vpp == 1 and sizes.pp > 1 else None
     text = render(
         "planning/summary.txt.jinja",
         plan=plan,
@@ -85,9 +86,6 @@ def summary_lines(plan: Plan) -> list[str]:
             max((group for group in traffic if group.group == name), key=lambda group: group.bytes_per_step)
             for name in dict.fromkeys(group.group for group in traffic)
         ],
-        twin=make_plan(twin_job, plan.card) if twin_job else None,
-        twin_pipeline=_shortened(twin_job.placement.string) if twin_job else "",
-        twin_ideal=ideal_bubble(sizes.pp, 2, job.microbatches),
     )
     return text.splitlines()
 
@@ -111,7 +109,18 @@ def search_lines(result: SearchResult, card: Card) -> list[str]:
             f"search: none of {result.tried} arrangements fits {card.memory_bytes / 1e9:g} GB; the nearest, "
             f"{_arrangement(result.nearest)}, lacks {missing:.2f} GB"
         ]
-    head = ("arrangement", "pipeline", "peak GB", "bubble", "step s", "tokens/s", "of peak")
+    lines = [
+        f"search: {result.tried} arrangements tried; fastest of those that fit, by the step and the adding up of "
+        "weight gradients:",
+        *_ranked(result.best),
+    ]
+    if result.expert_less:
+        lines += ["", "fastest without routed experts on the first stage:", *_ranked(result.expert_less)]
+    return lines
+
+
+def _ranked(plans: Sequence[Plan]) -> list[str]:
+    head = ("arrangement", "pipeline", "peak GB", "bubble", "step s", "grads s", "tokens/s", "of peak")
     rows = [
         (
             _arrangement(plan),
@@ -119,21 +128,25 @@ def search_lines(result: SearchResult, card: Card) -> list[str]:
             f"{plan.fullest.memory.peak / 1e9:.1f}",
             f"{plan.timeline.bubble:.1%}",
             f"{plan.step_seconds:.1f}",
+            f"{plan.accumulation_seconds:.1f}",
             f"{plan.tokens_per_second:,.0f}",
             f"{plan.model_flops_utilization:.1%}",
         )
-        for plan in result.best
+        for plan in plans
     ]
-    return [
-        f"search: {result.tried} arrangements tried; fastest of those that fit:",
-        *text_table(rows, head, left=["arrangement", "pipeline"], width=_COLUMNS),
-    ]
+    return text_table(rows, head, left=["arrangement", "pipeline"], width=_COLUMNS)
 
 
 def _arrangement(plan: Plan) -> str:
     job, sizes = plan.job, plan.job.layout
     names = [f"{name}{getattr(sizes, name)}" for name in ("pp", "vpp", "tp", "ep")]
-    return f"{' '.join(names)} micro {job.micro_batch_size} {job.model.recompute.value}"
+    return f"{' '.join(names)} micro {job.micro_batch_size} {_recomputation(plan)}"
+
+
+def _recomputation(plan: Plan) -> str:
+    """Such as ``selective`` or, where the last stages keep everything, ``selective to 26``."""
+    model = plan.job.model
+    return model.recompute.value + ("" if model.recompute_stages is None else f" to {model.recompute_stages - 1}")
 
 
 def _shortened(pipeline: str) -> str:
@@ -143,11 +156,30 @@ def _shortened(pipeline: str) -> str:
     return "".join(f"({piece}|)*{count}" if count > 1 else f"{piece}|" for piece, count in runs) + pieces[-1]
 
 
-def search_values(result: SearchResult) -> dict[str, Any]:
+def switch_lines(plan: Plan, found: Sequence[Switch]) -> list[str]:
+    rows = [("as it is", plan), *((switch.setting, switch.plan) for switch in found)]
+    head = ("one setting changed", "pipeline", "peak GB", "bubble", "step s", "gain")
+    cells = [
+        (
+            setting,
+            _shortened(each.job.placement.string),
+            f"{each.fullest.memory.peak / 1e9:.1f}" + ("" if each.fits else " over"),
+            f"{each.timeline.bubble:.1%}",
+            f"{each.step_seconds:.2f}",
+            f"{plan.step_seconds / each.step_seconds - 1:+.1%}",
+        )
+        for setting, each in rows
+    ]
+    return text_table(cells, head, left=["one setting changed", "pipeline"], width=_COLUMNS)
+
+
+def search_values(result: SearchResult, found: Sequence[Switch]) -> dict[str, Any]:
     return {
         "tried": result.tried,
         "best": [_brief(plan) for plan in result.best],
+        "expert_less": [_brief(plan) for plan in result.expert_less],
         "nearest": _brief(result.nearest) if result.nearest else None,
+        "switches": [{"setting": switch.setting, **_brief(switch.plan)} for switch in found],
     }
 
 
@@ -158,10 +190,13 @@ def _brief(plan: Plan) -> dict[str, Any]:
         "pipeline": plan.job.placement.string,
         "micro_batch_size": plan.job.micro_batch_size,
         "recompute": plan.job.model.recompute.value,
+        "recompute_stages": plan.job.model.recompute_stages,
+        "mtp_loss_weight": plan.job.model.mtp_loss_weight,
         "peak_bytes": plan.fullest.memory.peak,
         "spare_bytes": plan.spare_bytes,
         "bubble": plan.timeline.bubble,
         "step_seconds": plan.step_seconds,
+        "accumulation_seconds": plan.accumulation_seconds,
         "tokens_per_second": plan.tokens_per_second,
         "model_flops_utilization": plan.model_flops_utilization,
     }
@@ -177,8 +212,8 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "ideal_bubble": ideal_bubble(plan.job.layout.pp, plan.job.layout.vpp, plan.job.microbatches),
         "expert_less_stages": list(plan.expert_less_stages),
         "imbalance": plan.imbalance,
-        "checkpoint_bytes": plan.checkpoint_bytes,
-        "checkpoint_seconds": plan.checkpoint_seconds,
+        "routing_imbalance": plan.job.routing_imbalance,
+        "checkpoint": asdict(plan.checkpoint) | {"seconds": plan.checkpoint.seconds},
         "stages": [
             {
                 "stage": stage.stage,

@@ -1,6 +1,6 @@
 """Build one rank's part of a fine-tuning job: the model, the optimizer over it and the learning rate schedule."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from megatron_ads.config.model import FrozenPart, ModelConfig
 from megatron_ads.config.training import OptimConfig, TrainConfig
 from megatron_ads.models.build import build_chunks, wrap_precision
 from megatron_ads.models.lora import add_adapters, begin_gradients_at_embedding, initialise_adapters
-from megatron_ads.models.parts import Lora, part_of, trained_parameters
+from megatron_ads.models.parts import Lora, frozen_parts, part_of, trained_parameters
 from megatron_ads.models.settings import ModelSettings
 from megatron_ads.models.weights import load_weights, named_weights
 from megatron_ads.observability.log import get_logger
@@ -66,7 +66,7 @@ def build_model(
     load_weights(models, source, settings.spec)
     lora = Lora.of(model)
     if lora is None:
-        freeze(models, model.frozen, shards.shape, settings.spec)
+        freeze(models, frozen_parts(model, shards.shape), shards.shape, settings.spec)
     else:
         add_adapters(models, lora, shards.shape, settings.spec)
         initialise_adapters(models, train.seed)
@@ -100,9 +100,10 @@ def wrap_chunks(models: Sequence[GPTModel], *, overlap: bool) -> list[Distribute
     return chunks
 
 
-def freeze(chunks: Sequence[GPTModel], parts: Iterable[FrozenPart], shape: ModelShape, spec: LayerSpec) -> None:
-    """Stop training the parameters of ``parts``. Call it before the gradient buffers are made."""
-    frozen = set(parts)
+def freeze(
+    chunks: Sequence[GPTModel], frozen: Collection[FrozenPart | None], shape: ModelShape, spec: LayerSpec
+) -> None:
+    """Stop training the parameters of some parts. Call it before the gradient buffers are made."""
     for weight in named_weights(chunks, spec):
         if part_of(weight.canonical[0], shape) in frozen and isinstance(weight.tensor, torch.nn.Parameter):
             weight.tensor.requires_grad_(False)

@@ -73,7 +73,12 @@ def join(config: RunConfig, source: WeightSource, shards: ShardsLayout) -> Itera
     """
     timeout = config.runtime.timeout_seconds
     set_threads(config.runtime.threads)
-    process_groups.start(shards.layout, timeout_seconds=timeout, create_gloo_process_groups=False)
+    process_groups.start(
+        shards.layout,
+        timeout_seconds=timeout,
+        embedding_ranks=shards.placement.embedding_ranks,
+        create_gloo_process_groups=False,
+    )
     activity = Activity(on_gpu=device().type == "cuda")
     rank = dist.get_rank()
     hangs = HangWatch(

@@ -65,15 +65,15 @@ def rows(vocabulary: int, *, seed: int = 1) -> list[dict[str, Any]]:
 
 def build(job: Job) -> tuple[list[Any], Any, LayerSpec]:
     """Start the groups of the job and return loaded chunks, the model's shape and its layer spec."""
-    process_groups.start(job.layout, timeout_seconds=60)
+    source = open_source(job.folder)
+    placement = place_layers(source.shape, job.layout, pipeline=job.pipeline)
+    process_groups.start(job.layout, timeout_seconds=60, embedding_ranks=placement.embedding_ranks)
     from megatron_ads.models.build import build_chunks
     from megatron_ads.models.settings import ModelSettings
     from megatron_ads.models.weights import load_weights
 
     seed_everything(1)
-    source = open_source(job.folder)
     settings = ModelSettings(**{"spec": LayerSpec.GROUPED} | job.settings)
-    placement = place_layers(source.shape, job.layout, pipeline=job.pipeline)
     chunks = build_chunks(source.shape, job.layout, placement, settings)
     load_weights(chunks, source, settings.spec)
     for name, value in job.config_changes.items():

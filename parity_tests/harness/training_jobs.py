@@ -70,7 +70,12 @@ def start(recipe: Recipe) -> tuple[Any, Any, WeightSource]:
 
     config, source = recipe.config(), open_source(recipe.folder)
     shards = lay_out(source.shape, config.layout, world_size())
-    process_groups.start(shards.layout, timeout_seconds=recipe.timeout_seconds, create_gloo_process_groups=False)
+    process_groups.start(
+        shards.layout,
+        timeout_seconds=recipe.timeout_seconds,
+        embedding_ranks=shards.placement.embedding_ranks,
+        create_gloo_process_groups=False,
+    )
     seed_everything(1)
     model = build_model(config.model, config.optim, config.train, source, shards, stub_experts=recipe.stub_experts)
     return model, shards, source

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_group_chosen_on_the_command_line_arrives() -> None:
-    config = quickstart("layout=pp31_vpp2_ep8", "data=esci", "optim=adamw_constant")
+    config = quickstart("layout=pp31_tp2_vpp2_ep8", "data=esci", "optim=adamw_constant")
     assert (config.layout.pp, config.layout.vpp, config.layout.pipeline) == (31, 2, "Et|(t|)*60mL")
     assert [source.kind for source in config.data.sources] == [SourceKind.esci]
     assert config.optim.schedule is Schedule.constant
@@ -192,8 +192,8 @@ def test_a_wrong_file_is_refused_with_its_path_and_the_remedy(tmp_path: Path, te
 
 
 def test_the_layout_alone_can_be_read_from_a_recipe_with_open_settings() -> None:
-    layout = load_layout("sft/deepseek_r1_671b_248gpu", ["layout.tp=2"])
-    assert (layout.pp, layout.ep, layout.tp, layout.last_stage_layers) == (31, 8, 2, 1)
+    layout = load_layout("sft/deepseek_r1_671b_248gpu", ["layout.tp=1"])
+    assert (layout.pp, layout.ep, layout.tp, layout.pipeline) == (31, 8, 1, "Ett|(tt|)*29tmL")
     with pytest.raises(ConfigError, match=r"layout\.piplin is not a setting; did you mean layout\.pipeline\?"):
         load_layout("sft/quickstart", ["layout.piplin=2"])
 

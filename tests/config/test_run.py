@@ -73,6 +73,14 @@ from tests.config.quickstart import published, quickstart
         (["model.expert_bias_update_rate=0"], r"expert_bias_update_rate is 0\.0; it must be above 0, or null"),
         (["model.mtp_loss_weight=-0.1"], r"model\.mtp_loss_weight is -0\.1; it must be at least 0"),
         (["model.frozen=[mtp]", "model.mtp_loss_weight=0"], r"model\.frozen lists mtp, which has no effect"),
+        (
+            ["model.recompute_stages=1"],
+            r"model\.recompute_stages is 1, which has no effect while model\.recompute is none",
+        ),
+        (
+            ["model.recompute=full", "model.recompute_stages=2"],
+            r"model\.recompute_stages is 2, but layout\.pp is 2: no stage would keep everything",
+        ),
         (["model.frozen=[router,router]"], r"model\.frozen lists router more than once"),
         (["model.lora.rank=0"], r"model\.lora\.rank is 0; it must be at least 1"),
         (["model.lora={rank: 4, alpha: 0}"], r"model\.lora\.alpha is 0\.0; it must be above 0"),

@@ -21,6 +21,8 @@ OPEN = {
     "sft/small": ["model.load=runs/shallow"],
     "sft/deepseek_r1_671b_248gpu": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/deepseek_r1_lora": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
+    "sft/deepseek_r1_671b_248gpu_mtp": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
+    "sft/deepseek_r1_671b_248gpu_mtp_only": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/deepseek_r1_671b_248gpu_vpp2": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/deepseek_r1_671b_256h100": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/deepseek_r1_671b_32xh20": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
@@ -49,7 +51,7 @@ def test_the_r1_recipes_fit_r1(name: str) -> None:
     config = load_recipe(name, OPEN[name])
     validate(config, 248, published("deepseek_r1"))
     layout = config.layout.runtime(248)
-    assert (layout.dp, config.train.microbatches(layout)) == (8, 62)  # 496 rows / (1 row * 8 replicas)
+    assert (layout.dp, config.train.microbatches(layout)) == (4, 124)  # 496 rows / (1 row * 4 replicas)
 
 
 @pytest.mark.parametrize("preset", [demo_model.Preset.tiny, demo_model.Preset.small])
@@ -62,10 +64,15 @@ def test_the_quickstart_fits_the_demo_models_and_leaves_stage_0_without_experts(
     assert placement.expert_less_stages(shape) == (0,)
 
 
-def test_the_two_r1_recipes_differ_in_the_layout_and_the_folders_only() -> None:
-    plain, twin = (load_recipe(name, OPEN[name]) for name in sorted(OPEN) if "248gpu" in name)
-    different = [field.name for field in fields(SftConfig) if getattr(plain, field.name) != getattr(twin, field.name)]
-    assert different == ["layout", "checkpoint", "log"]
+@pytest.mark.parametrize(
+    ("twin", "others"),
+    [("_vpp2", ["model", "layout"]), ("_mtp", ["model", "layout"]), ("_mtp_only", ["model"])],
+)
+def test_r1_recipes_differ_in_the_layout_what_is_trained_and_the_folders_only(twin: str, others: list[str]) -> None:
+    name = "sft/deepseek_r1_671b_248gpu"
+    plain, other = (load_recipe(each, OPEN[each]) for each in (name, name + twin))
+    different = [field.name for field in fields(SftConfig) if getattr(plain, field.name) != getattr(other, field.name)]
+    assert different == [*others, "checkpoint", "log"]
 
 
 def test_the_general_mix_is_the_simulator_and_one_source_more() -> None:
@@ -89,7 +96,7 @@ PARTS = sorted(file for file in recipes_folder().glob("*/*.yaml") if file.parent
 
 def test_every_file_of_the_recipes_starts_with_its_instructions() -> None:
     files = sorted(recipes_folder().rglob("*.yaml"))
-    assert len(files) == len(PARTS) + len(OPEN) + len(shipped_recipes("cook")) == 36
+    assert len(files) == len(PARTS) + len(OPEN) + len(shipped_recipes("cook")) == 40
     assert [file for file in files if not file.read_text().startswith("# ")] == []
 
 

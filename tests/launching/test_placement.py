@@ -53,7 +53,7 @@ def test_the_last_stage_holds_one_layer_the_mtp_layer_and_the_loss() -> None:
     last = report_of(r1(), task(RANKS - 1))
     assert (last.at.pp, last.at.ep, last.layers, last.mtp_layers, last.has_loss) == (30, 7, (60,), (0,), True)
     assert last.experts == tuple(range(224, 256))  # the last eighth of 256
-    assert last.file == "pp30-tp0-ep07.safetensors"
+    assert last.file == "pp30-tp1-ep07.safetensors"
     first = report_of(r1(), task(0))
     assert (first.layers, first.experts, first.has_embedding, first.file) == (
         (0, 1), (), True, "pp00-tp0-ep00.safetensors",
@@ -100,7 +100,7 @@ def _disagreement(found: Reports) -> Reports:
         (_twice, "reported more than once: rank 5"),
         (
             _twice,
-            "weights are not held by as many ranks as they should be: embedding.word_embeddings.weight (17 of 16)",
+            "weights are not held by as many ranks as they should be: embedding.word_embeddings.weight (8.5 of 8)",
         ),
         (_other_layers, "n3: rank 16 has layers (2, 3), but the recipe says (4, 5) on this node"),
         (_other_experts, "n2: rank 8 has experts (32, 33, "),
@@ -121,7 +121,7 @@ def test_a_task_that_slurm_put_elsewhere_says_so() -> None:
 
 
 def test_a_missing_shard_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "pp00-tp0-ep01.safetensors").touch()
+    (tmp_path / "pp00-tp1-ep01.safetensors").touch()
     assert report_of(r1(), task(1), tmp_path).problems == ()
     (problem,) = report_of(r1(), task(2), tmp_path).problems
     assert f"rank 2 needs {tmp_path}/pp00-tp0-ep02.safetensors" in problem
@@ -147,7 +147,7 @@ def test_what_runs_once_a_task_or_node_does_not_load_torch(module: str) -> None:
 def test_a_task_prints_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "megatron_ads.launching.placement", "--recipe", RECIPE]
     right = subprocess.run(command, env=os.environ | task(17), capture_output=True, text=True, timeout=60, check=True)
-    assert json.loads(right.stdout)["file"] == "pp02-tp0-ep01.safetensors"
+    assert json.loads(right.stdout)["file"] == "pp02-tp1-ep01.safetensors"
     wrong = subprocess.run(
         command, env=os.environ | task(17, nodes=30), capture_output=True, text=True, timeout=60, check=False
     )

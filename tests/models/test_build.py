@@ -114,9 +114,9 @@ _ALONE = ParallelLayout(world=1)
         ({"layout": _ALONE, "experts_per_token": 4}, "4 / 4"),
         ({"layout": _ALONE, "normalize_expert_weights": False}, "norm_topk_prob is False"),
         ({"layout": ParallelLayout(world=2, pp=2), "pipeline": "Etttt|mL"}, None),
-        ({"layout": ParallelLayout(world=3, pp=3), "pipeline": "Ettt|tm|L"}, "write mL together"),
+        ({"layout": ParallelLayout(world=4, pp=4), "pipeline": "Ettt|tm||L"}, "Write mL together, or m|L"),
     ],
-    ids=["context parallel", "group scores", "no normalisation", "fine", "MTP apart from the loss"],
+    ids=["context parallel", "group scores", "no normalisation", "fine", "MTP far from the loss"],
 )
 def test_what_megatron_computes_differently_is_refused(
     folder: Path, refused: dict[str, Any], message: str | None

@@ -27,6 +27,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 PIPELINES = {
     "dense-only first stage": "Ett|t|t|mL",
     "everything in the middle": "E||tttt|mL",
+    "MTP layer on a stage of its own": "Ett|tt|m|L",
 }
 SETTINGS = {"expert_bias_update_rate": 0.001, "mtp_loss_weight": 0.3}
 

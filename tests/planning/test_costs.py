@@ -5,20 +5,29 @@ import pytest
 from megatron_ads.config.model import FrozenPart, LoraConfig, LoraTarget
 from megatron_ads.models.parts import parameters_by_part
 from megatron_ads.planning.costs import stage_weights, total
+from megatron_ads.planning.job import load_job
 from megatron_ads.planning.memory import stage_memory
 from tests.planning.jobs import r1_job, small_job
 
 
-# Built for real by Megatron-Core 0.16.1 under pp 31 x ep 8: billions on one rank of each stage.
+# Built for real by Megatron-Core 0.16.1 under pp 31 x ep 8, without and with tp 2: billions on one rank of each stage.
 @pytest.mark.parametrize(
-    ("stage", "billions"), [(0, "2.0936"), (1, "2.2258"), (2, "3.2846"), (29, "3.2846"), (30, "5.2407")]
+    ("stage", "billions", "halved"),
+    [
+        (0, "2.0936", "1.0620"),
+        (1, "2.2258", "1.8336"),
+        (2, "3.2846", "3.0686"),
+        (29, "3.2846", "3.0686"),
+        (30, "5.2407", "4.0466"),
+    ],
 )
-def test_r1_stages_hold_what_megatron_builds(stage: int, billions: str) -> None:
-    assert f"{total(stage_weights(r1_job(), stage)) / 1e9:.4f}" == billions
+def test_r1_stages_hold_what_megatron_builds(stage: int, billions: str, halved: str) -> None:
+    for job, expected in ((r1_job("layout=pp31_ep8"), billions), (r1_job(), halved)):
+        assert f"{total(stage_weights(job, stage)) / 1e9:.4f}" == expected
 
 
 def test_the_stages_of_r1_add_up_to_the_whole_model_and_a_second_embedding() -> None:
-    job = r1_job()
+    job = r1_job("layout=pp31_ep8")
     held = sum(
         weight.elements * (job.layout.ep if weight.expert else 1)
         for stage in range(31)
@@ -75,6 +84,14 @@ def test_layers_of_mtp_have_adapters_if_they_are_run() -> None:
 
 def test_untrained_mtp_and_frozen_parts_are_not_trained() -> None:
     job = small_job(mtp_loss_weight=0, others={"frozen": [FrozenPart.experts]})
-    untrained = {part for part in FrozenPart if not job.trains(part)}
+    untrained = {part for part in (*FrozenPart, None) if not job.trains(part)}
     assert untrained == {FrozenPart.experts, FrozenPart.mtp}
     assert not job.trains_experts
+
+
+def test_the_norm_before_experts_is_kept_where_all_it_feeds_is() -> None:
+    alone = load_job("sft/deepseek_r1_671b_248gpu_mtp_only")
+    weights = [weight for stage in range(31) for weight in stage_weights(alone, stage)]
+    assert {weight.part for weight in weights if alone.trains(weight.part)} == {FrozenPart.mtp}
+    fed = [FrozenPart.router, FrozenPart.experts]
+    assert small_job(others={"frozen": fed}).trains(None)  # the shared experts are fed by it too

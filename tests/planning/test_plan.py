@@ -17,7 +17,8 @@ from megatron_ads.planning.costs import chunk_flops, stage_traffic
 from megatron_ads.planning.hardware import CARDS, card_named
 from megatron_ads.planning.job import PlannedJob, load_job
 from megatron_ads.planning.plan import calibrated, make_plan
-from megatron_ads.planning.search import even_pipeline, interleaved, search
+from megatron_ads.planning.search import pipelines, ranking_seconds, search
+from megatron_ads.planning.switches import switches
 from megatron_ads.planning.table import plan_page
 from tests.planning.jobs import r1_job, small_job
 
@@ -31,6 +32,9 @@ H100 = card_named("h100")
     ("recipe", "card", "ranks"),
     [
         ("deepseek_r1_671b_248gpu", "h100", 248),
+        ("deepseek_r1_671b_248gpu_vpp2", "h100", 248),
+        ("deepseek_r1_671b_248gpu_mtp", "h100", 248),
+        ("deepseek_r1_671b_248gpu_mtp_only", "h100", 248),
         ("deepseek_r1_671b_256h100", "h100", 256),
         ("deepseek_r1_671b_32xh20", "h20", 256),
         ("deepseek_r1_lora", "h100", 32),
@@ -46,22 +50,42 @@ def test_a_recipe_for_a_real_machine_fits_it(recipe: str, card: str, ranks: int)
     assert f"# Ranks: {ranks}" in (recipes_folder() / "sft" / f"{recipe}.yaml").read_text()
 
 
-def test_the_published_layout_leaves_stage_0_without_experts_and_vpp_2_does_not() -> None:
-    plan = make_plan(r1_job(), H100)
-    twin_job = interleaved(plan.job, 2)
-    assert twin_job is not None
-    twin = make_plan(twin_job, H100)
-    assert (plan.expert_less_stages, twin.expert_less_stages) == ((0,), ())
-    assert twin_job.placement.string == "Et|" + "t|" * 60 + "mL"
-    assert twin.timeline.bubble < plan.timeline.bubble
-    assert twin.fullest.memory.peak > plan.fullest.memory.peak  # more microbatches in flight
+FORMER = ("layout=pp31_ep8", "model.mtp_loss_weight=0.1", "model.recompute=full", "model.recompute_stages=null")
+"""The R1 job with attention on single ranks and MTP trained beside layer 60."""
 
 
-def test_the_last_stage_of_r1_is_the_bottleneck() -> None:
-    plan = make_plan(r1_job(), H100)
+def test_the_r1_recipe_is_twice_as_fast_as_with_mtp_beside_layer_60_and_leaves_6_gb_of_80() -> None:
+    plan, former = (make_plan(r1_job(*overrides), H100) for overrides in ((), FORMER))
+    assert plan.expert_less_stages == former.expert_less_stages == (0,)
+    assert plan.job.tokens_per_step == former.job.tokens_per_step == 496 * 4096
+    assert former.step_seconds > 2 * plan.step_seconds
+    assert plan.fullest.memory.peak < 74e9 < former.fullest.memory.peak
+
+
+def test_virtual_chunks_are_faster_still_with_experts_everywhere() -> None:
+    plan, twin = (make_plan(load_job(f"sft/deepseek_r1_671b_248gpu{end}"), H100) for end in ("", "_vpp2"))
+    assert twin.expert_less_stages == ()
+    assert twin.step_seconds < plan.step_seconds
+    assert twin.fullest.memory.peak < 74e9
+
+
+def test_a_last_stage_that_trains_mtp_is_the_bottleneck_and_less_so_where_it_has_no_other_layer() -> None:
+    former = make_plan(r1_job(*FORMER), H100)
     # Two passes through the output layer, an MTP layer and a layer against two layers.
-    assert max(plan.stages, key=lambda stage: stage.flops_per_step).stage == 30
-    assert plan.imbalance > 1.8
+    assert max(former.stages, key=lambda stage: stage.flops_per_step).stage == 30
+    assert former.imbalance > 1.8
+    moved = make_plan(load_job("sft/deepseek_r1_671b_248gpu_mtp"), H100)
+    assert moved.expert_less_stages == (0,)
+    assert moved.imbalance < 1.6
+
+
+@pytest.mark.parametrize(("stages", "kept"), [(None, 0), (29, 2), (1, 30)])
+def test_stages_that_keep_everything_compute_nothing_again(stages: int | None, kept: int) -> None:
+    job = r1_job(f"model.recompute_stages={stages or 'null'}")
+    again = [
+        sum(chunk_flops(job, each).recomputed for each in job.placement.stage_chunks(stage)) for stage in range(31)
+    ]
+    assert [stage for stage in range(31) if not again[stage]] == list(range(31 - kept, 31))
 
 
 # ---- arithmetic ----
@@ -116,30 +140,61 @@ def test_groups_that_leave_the_node_are_told_apart() -> None:
 # ---- search ----
 
 
+@pytest.mark.parametrize("trains_mtp", [False, True])
 @pytest.mark.parametrize("chunks", [1, 2, 16, 31, 32, 62])
-def test_even_pipelines_place_every_layer(chunks: int) -> None:
+def test_pipelines_to_try_place_every_layer(chunks: int, trains_mtp: bool) -> None:
     shape = r1_job().shape
     layout = ParallelLayout(world=chunks, pp=chunks)
-    placement = place_layers(shape, layout, pipeline=even_pipeline(shape, chunks))
-    counts = [len(chunk.layers) for chunk in placement.chunks]
-    assert sum(counts) == 61
-    assert max(counts[:-1] or counts) - min(counts[:-1] or counts) <= 1
+    found = pipelines(shape, chunks, trains_mtp=trains_mtp)
+    assert found
+    for pipeline in found:
+        placement = place_layers(shape, layout, pipeline=pipeline)
+        counts = [len(chunk.layers) for chunk in placement.chunks]
+        assert sum(counts) == 61
+        equal = counts[:-2] or [0]
+        assert max(equal) - min(equal) <= 1
+
+
+def test_the_pipelines_of_the_r1_recipes_are_among_those_that_are_tried() -> None:
+    shape = r1_job().shape
+    for end in ("", "_vpp2", "_mtp"):
+        job = load_job(f"sft/deepseek_r1_671b_248gpu{end}")
+        assert job.placement.string in pipelines(shape, 31 * job.layout.vpp, trains_mtp=job.trains_mtp)
+
+
+def test_one_setting_at_a_time_says_what_it_buys() -> None:
+    plan = make_plan(small_job(world=4, pp=2, ep=2, pipeline="Ett|ttmL", microbatches=8), CARDS["cpu"])
+    found = {switch.setting: switch.plan for switch in switches(plan)}
+    assert set(found) == {
+        "model.mtp_loss_weight=0",
+        "3 layers on stage 0",
+        "1 layer on stage 0",
+        "layout.vpp=2",
+        "layout.tp=2",
+        "model.recompute=selective",
+        "model.recompute=full",
+    }
+    assert (
+        found["model.mtp_loss_weight=0"].step_seconds < plan.step_seconds < found["model.recompute=full"].step_seconds
+    )
+    assert found["3 layers on stage 0"].job.placement.string == "Ettt|tmL"
 
 
 def test_a_search_ranks_what_fits_by_speed_and_is_not_slower_than_the_recipe() -> None:
     job = small_job(world=4, pp=2, ep=2, pipeline="Ett|ttmL", microbatches=8)
-    card = replace(CARDS["cpu"], reserved_bytes=0)
+    card = replace(CARDS["cpu"], context_bytes=0)
     found = search(job, card)
-    steps = [plan.step_seconds for plan in found.best]
+    seconds = [ranking_seconds(plan) for plan in found.best]
     assert found.tried > 20
-    assert steps == sorted(steps)
-    assert steps[0] <= make_plan(job, card).step_seconds
+    assert seconds == sorted(seconds)
+    assert seconds[0] <= ranking_seconds(make_plan(job, card))
     assert {plan.job.tokens_per_step for plan in found.best} == {job.tokens_per_step}
-    assert all(plan.fits for plan in found.best)
+    assert all(plan.fits for plan in (*found.best, *found.expert_less))
+    assert {plan.expert_less_stages[:1] for plan in found.expert_less} == {(0,)}
 
 
 def test_a_search_without_success_says_by_how_much() -> None:
-    found = search(small_job(), replace(CARDS["cpu"], memory_bytes=1_000_000, reserved_bytes=0))
+    found = search(small_job(), replace(CARDS["cpu"], memory_bytes=1_000_000, context_bytes=0))
     assert found.best == ()
     assert found.nearest is not None
     assert found.nearest.spare_bytes < 0
@@ -184,12 +239,8 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     ("overrides", "gpus", "message"),
     [
         (["layout.ep=7"], None, "256 routed experts cannot be spread evenly over layout.ep = 7"),
-        (["layout.pp=30", "layout.last_stage_layers=null"], None, "61 decoder layers = 61, which 30 chunks"),
-        (
-            ["layout.pipeline='Ettt||(tt|)*28ttmL'", "layout.last_stage_layers=null"],
-            None,
-            "leaves chunk 1 .stage 1. wi",
-        ),
+        (["layout.pp=30", "layout.pipeline=null"], None, "61 decoder layers = 61, which 30 chunks"),
+        (["layout.pipeline='Ettt||(tt|)*28ttmL'"], None, "leaves chunk 1 .stage 1. wi"),
         ([], 247, "does not divide the 247 ranks"),
         ([], 0, "--gpus is 0"),
     ],
@@ -217,21 +268,39 @@ def test_the_command_prints_the_plan_and_says_by_exit_status_whether_it_fits(
     assert main(["plan", "--recipe", "sft/deepseek_r1_671b_248gpu", "--html", str(page)]) == 0
     printed = capsys.readouterr().out
     for expected in (
-        "2.0936",
-        "2.2258",
-        "3.2846",
-        "5.2407",
+        "1.0620",
+        "1.8336",
+        "3.0686",
+        "4.0466",
         "fits:",
         "no routed experts on stage 0: ranks 0-7",
-        "vpp 2",
+        "1.5 times their",
     ):
         assert expected in printed
     assert max(map(len, printed.splitlines())) <= 120
     assert "\x1b" not in printed  # no colour in a log
     html = page.read_text()
-    assert html.count("<rect") == 248 + 31 * 62 * 2  # every rank, and both passes of every microbatch on every stage
+    assert html.count("<rect") == 248 + 31 * 124 * 2  # every rank, and both passes of every microbatch on every stage
     assert main(["plan", "--recipe", "sft/deepseek_r1_671b_248gpu", "--gpu-memory", "64GB"]) == 1
-    assert "DOES NOT FIT by 14.96 GB" in capsys.readouterr().out
+    assert "DOES NOT FIT by 8.04 GB" in capsys.readouterr().out
+
+
+def test_the_command_searches_and_says_what_one_setting_buys(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--recipe", "sft/moonlight_16b_8gpu", "--search"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    for expected in ("arrangements tried; fastest of those that fit", "one setting changed", "model.recompute=none"):
+        assert expected in printed
+    assert max(map(len, printed.splitlines())) <= 120
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["search"]
+    assert found["best"][0]["recompute"] == "none"
+    assert "layout.tp=2" in [switch["setting"] for switch in found["switches"]]
+
+
+def test_routing_better_than_balanced_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--recipe", "sft/moonlight_16b_8gpu", "--routing-imbalance", "0.9"]) == 2
+    assert "--routing-imbalance is 0.9; it must be at least 1" in capsys.readouterr().err
 
 
 def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
