@@ -40,7 +40,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
     package_dir={"": "."},
     packages=[
         *find_packages(include=["megatron_ads", "megatron_ads.*", "conversion", "conversion.*"]),
@@ -57,8 +57,8 @@ setup(
         "huggingface-hub>=1.31",
         "hydra-core>=1.3.2",
         "jinja2>=3.1",
-        # 0.17 and later need Python 3.12 and are not tested yet.
-        "megatron-core>=0.16,<0.17",
+        # 0.17 and later need Python 3.12; what differs is in megatron_ads/runtime/megatron_version.py.
+        "megatron-core>=0.16,<0.20",
         # Compiles the FP8 loops of the conversion.
         "numba>=0.61",
         "numpy>=1.26",
@@ -86,6 +86,7 @@ setup(
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -26,6 +26,8 @@ class LayerSpec(StrEnum):
     TE = "te"
 
 
+_INNER_MTP_LAYER = ".mtp_model_layer.", ".transformer_layer."
+"""Name since megatron-core 0.17, and the older one, which checkpoints keep."""
 _DECODER_LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
 _LOCAL_EXPERT = re.compile(r"(.*\.mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12])\.weight")
 _GROUPED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.weight([12])")
@@ -53,7 +55,7 @@ def canonical_names(parameter: str, *, spec: LayerSpec, first_layer: int, local_
     Raises:
         ConversionError: If an expert number is outside ``local_experts``.
     """
-    name = parameter
+    name = parameter.replace(*_INNER_MTP_LAYER)
     if match := _DECODER_LAYER.fullmatch(name):
         name = f"{match[1]}{int(match[2]) + first_layer}{match[3]}"
     if spec is LayerSpec.LOCAL and (match := _LOCAL_EXPERT.fullmatch(name)):

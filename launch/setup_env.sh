@@ -5,7 +5,7 @@
 #
 # Settings, all optional, from the environment:
 #   MEGATRON_ADS_VENV         where the environment is made                     (default: .venv next to setup.py)
-#   MEGATRON_ADS_PYTHON       the Python to make it with, 3.11 or newer         (default: the first one found)
+#   MEGATRON_ADS_PYTHON       the Python to make it with, 3.11 to 3.13           (default: the first one found)
 #   MEGATRON_ADS_TORCH_INDEX  package index to take torch from, such as https://download.pytorch.org/whl/cpu
 #                             for the small build without CUDA                  (default: pip's own)
 #
@@ -31,7 +31,7 @@ _die() { # status, message
 _say() { printf 'set-up: %s\n' "$1"; }
 
 _is_suitable_python() {
-    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1
 }
 
 _find_python() {
@@ -39,7 +39,7 @@ _find_python() {
     if [[ -n "${MEGATRON_ADS_PYTHON:-}" ]]; then
         _is_suitable_python "$MEGATRON_ADS_PYTHON" || _die 3 "MEGATRON_ADS_PYTHON is $MEGATRON_ADS_PYTHON ($(
             _version_of "$MEGATRON_ADS_PYTHON"
-        )), but Python 3.11 or newer is needed; set it to one, or leave it unset."
+        )), but Python 3.11 to 3.13 is needed; set it to one, or leave it unset."
         printf '%s\n' "$MEGATRON_ADS_PYTHON"
         return
     fi
@@ -49,7 +49,7 @@ _find_python() {
             return
         fi
     done
-    _die 3 "Python 3.11 or newer is needed, but python3 is $(_version_of python3); install it (Debian: apt-get install python3.11 python3.11-venv) or name one in MEGATRON_ADS_PYTHON."
+    _die 3 "Python 3.11 to 3.13 is needed, but python3 is $(_version_of python3); install it (Debian: apt-get install python3.11 python3.11-venv) or name one in MEGATRON_ADS_PYTHON."
 }
 
 _version_of() {

@@ -196,10 +196,21 @@ def set_latent_norm_epsilon(model: torch.nn.Module) -> None:
                     module.eps = LATENT_NORM_EPSILON
 
 
-class LatentAttention(MLASelfAttention):
+class StatedProjections(MLASelfAttention):
+    """Megatron-Core's latent attention with the norms and projections of its spec, as until 0.18.
+
+    From 0.19 on, queries without a latent (V2-Lite, Moonlight) cannot be built with a norm for keys and values alone:
+    they get a norm of their own, which these models do not have, or are refused.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        return {name: getattr(submodules, name) for name in ("linear_q_proj", *_NORMALISING)}
+
+
+class LatentAttention(StatedProjections):
     """Megatron-Core's latent attention: its parameters and parallel linears, with a training pass of our own.
 
-    Differences from the stock torch layers of megatron-core 0.16.1:
+    Differences from the stock torch layers of megatron-core 0.16 to 0.19:
 
     - Values may be narrower than keys; the stock core attention cannot serve that.
     - The two down-projections are replicated over the tensor-parallel ranks. Stock, they are divided, and part of the

@@ -53,15 +53,13 @@ def _build(shape: ModelShape, config: MLATransformerConfig, chunk: Chunk, settin
 
 
 def _mark_weights(model: GPTModel) -> None:
-    """Say how each weight is divided and reduced; Megatron does so only when it initialises them, or never.
+    """Say how each weight is divided and reduced; Megatron before 0.18 does so only when it initialises them, or never.
 
     The gradient norm counts a weight without the mark of a part on the first tensor-parallel rank alone.
 
     ``allreduce = False`` is Megatron's mark for parameters reduced over the expert-data-parallel group. Megatron sets
     it with ep > 1 only; set always, optimizer and checkpoint have the same members under every layout, and etp
-    may differ from tp. Each rank of an expert group owns other weights than the rest, so none is a duplicate, also
-    where etp is 1: without ``tensor_model_parallel`` the gradient norm drops those on tensor-parallel ranks
-    above 0 (Megatron-LM #5916, fixed in 0.19).
+    may differ from tp. Each rank of an expert group owns other weights than the rest, so none is a duplicate.
     """
     for module in model.modules():
         dim = _PARTITIONED_DIM.get(type(module))

@@ -35,8 +35,13 @@ class GroupedExperts(MegatronModule):
     """``forward`` adds what the adapters compute; linears need a hook for that."""
 
     def __init__(
-        self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
     ) -> None:
+        """Allocate the weights; ``name``, which megatron-core 0.18 and later give every module, is not used."""
         super().__init__(config)
         self.num_local_experts = num_local_experts
         self.ep_group = pg_collection.ep
@@ -196,7 +201,7 @@ class ExpertLoad:
     def _count(self, router: TopKRouter, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
         # Without gradients it is an evaluation, or the first of two passes of a recomputed layer.
         if torch.is_grad_enabled():
-            self._tokens_LE[router.layer_number - 1] += output[1].sum(0)
+            self._tokens_LE[_layer_index(router)] += output[1].sum(0)
 
     def measure(self) -> float:
         """Return the busiest expert's tokens over the average expert's, averaged over layers; then start again.
@@ -210,3 +215,9 @@ class ExpertLoad:
         if not len(routed_LE):
             return 1.0
         return float((routed_LE.amax(1) / routed_LE.mean(1)).mean())
+
+
+def _layer_index(router: TopKRouter) -> int:
+    """Return the router's layer, counted from 0 over the whole model; megatron-core 0.17 counts MTP layers anew."""
+    before = router.config.num_layers if getattr(router, "is_mtp_layer", False) else 0
+    return int(before + router.layer_number - 1)

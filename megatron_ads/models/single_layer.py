@@ -66,7 +66,7 @@ class SingleLayer:
 
         ``embed`` turns tokens (S,) into (S, C). Token 0 follows the last token.
         """
-        output, _, _ = self._module(
+        output, *_ = self._module(
             input_ids=tokens_S[None],
             position_ids=torch.arange(len(tokens_S), device=tokens_S.device)[None],
             hidden_states=hidden_SC[:, None],

@@ -37,9 +37,12 @@ from torch.utils.checkpoint import checkpoint
 from conversion.layer_specs import LayerSpec
 from megatron_ads.architecture import ModelShape
 from megatron_ads.layout import Chunk
-from megatron_ads.models.attention import LatentAttention
+from megatron_ads.models.attention import LatentAttention, StatedProjections
 from megatron_ads.models.experts import GroupedExperts
 from megatron_ads.models.lora import named_adapters
+from megatron_ads.models.mtp_loss import add_mtp_losses
+from megatron_ads.models.spec_arguments import experts_of, feed_forward_of, mtp_submodules
+from megatron_ads.runtime.megatron_version import megatron_core_since
 
 LOSS_TOKENS = 1024
 """Tokens whose probabilities are held at a time in FP32: 0.5 GB of them with DeepSeek's vocabulary."""
@@ -58,16 +61,13 @@ def mtp_spec(shape: ModelShape, chunk: Chunk, spec: LayerSpec) -> mtp.MultiToken
     """Return the MTP layers of one chunk, or None where there are none."""
     if not chunk.mtp_layers:
         return None
-    norm = _norm(spec)
     layers = [
         ModuleSpec(
-            module=MultiTokenLayer,
-            submodules=mtp.MultiTokenPredictionLayerSubmodules(
-                enorm=norm,
-                hnorm=norm,
-                eh_proj=_te("TEColumnParallelLinear") if spec is LayerSpec.TE else ColumnParallelLinear,
-                transformer_layer=_layer(spec, has_experts=shape.is_moe_layer(shape.num_layers + layer)),
-                layer_norm=norm,
+            module=mtp.MultiTokenPredictionLayer if megatron_core_since("0.18") else MultiTokenLayer,
+            submodules=mtp_submodules(
+                norm=_norm(spec),
+                projection=_te("TEColumnParallelLinear") if spec is LayerSpec.TE else ColumnParallelLinear,
+                layer=_layer(spec, has_experts=shape.is_moe_layer(shape.num_layers + layer)),
             ),
         )
         for layer in chunk.mtp_layers
@@ -78,15 +78,18 @@ def mtp_spec(shape: ModelShape, chunk: Chunk, spec: LayerSpec) -> mtp.MultiToken
 def _layer(spec: LayerSpec, *, has_experts: bool) -> ModuleSpec:
     if spec is LayerSpec.TE:
         # Megatron reads only whether num_experts is None; how many there are is in the configuration.
-        return get_gpt_layer_with_transformer_engine_spec(
+        layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=1 if has_experts else None,
             moe_grouped_gemm=True,
             qk_layernorm=True,
             multi_latent_attention=True,
         )
-    experts = GroupedExperts if spec is LayerSpec.GROUPED else ModuleSpec(module=SequentialMLP, submodules=_LINEARS)
-    shared_experts = ModuleSpec(module=SharedExpertMLP, submodules=_LINEARS)
-    mixture = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared_experts))
+        layer.submodules.self_attention.module = StatedProjections
+        return layer
+    mixture = MoESubmodules(
+        experts=GroupedExperts if spec is LayerSpec.GROUPED else experts_of(SequentialMLP, _LINEARS),
+        shared_experts=experts_of(SharedExpertMLP, _LINEARS),
+    )
     attention = MLASelfAttentionSubmodules(
         linear_q_proj=ColumnParallelLinear,
         linear_q_down_proj=ColumnParallelLinear,
@@ -107,7 +110,7 @@ def _layer(spec: LayerSpec, *, has_experts: bool) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=mixture if has_experts else ModuleSpec(module=MLP, submodules=_LINEARS),
+            mlp=feed_forward_of(MoELayer, mixture) if has_experts else feed_forward_of(MLP, _LINEARS),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -171,7 +174,7 @@ class _Normalise(torch.autograd.Function):
 class DeepseekModel(GPTModel):
     """A ``GPTModel`` that runs its MTP layers only where they are trained.
 
-    Megatron-Core 0.16.1 runs them in every pass and so cannot return logits without labels. Here they run in
+    Megatron-Core runs them in every pass, and until 0.16 could not return logits without labels. Here they run in
     training passes with labels and a loss weight above 0; else they are only carried along.
     """
 
@@ -180,10 +183,17 @@ class DeepseekModel(GPTModel):
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **others: Any) -> Tensor:
         """Return the loss of each label ``(B, S)``, or the logits ``(B, S, vocabulary)`` without labels."""
-        if self.training and labels is not None and self.config.mtp_num_layers and self.config.mtp_loss_scaling_factor:
-            return super()._postprocess(hidden_states=hidden_states, labels=labels, **others)
+        trains_mtp = self.training and self.config.mtp_num_layers and self.config.mtp_loss_scaling_factor
+        packed = others["packed_seq_params"]
+        if trains_mtp and labels is not None and self.mtp_process:
+            inputs = {name: others[name] for name in ("input_ids", "position_ids", "attention_mask")}
+            hidden_states = self.mtp(
+                **inputs, hidden_states=hidden_states, packed_seq_params=packed, embedding=self.embedding
+            )
         if not self.post_process:
             return hidden_states
+        if trains_mtp and labels is not None:
+            hidden_states = add_mtp_losses(self, hidden_states, labels, others["loss_mask"], packed)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits_SBV, _ = self.output_layer(
             hidden_states, weight=weight, runtime_gather_output=others["runtime_gather_output"]
@@ -225,8 +235,8 @@ def loss_in_pieces(compute: Callable[[Tensor, Tensor], Tensor], labels_BS: Tenso
 class MultiTokenLayer(mtp.MultiTokenPredictionLayer):
     """Megatron-Core's layer, able to recompute its activations on packed rows.
 
-    megatron-core 0.16.1 passes the sample boundaries through autograd's ``save_for_backward``, which takes only
-    tensors, and dies with a TypeError.
+    Megatron-core 0.16 and 0.17 pass the sample boundaries through autograd's ``save_for_backward``, which takes only
+    tensors, and die with a TypeError.
     """
 
     def _checkpointed_forward(

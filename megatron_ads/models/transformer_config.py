@@ -12,6 +12,7 @@ from megatron_ads.config.model import Precision, Recompute
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, PipelinePlacement
 from megatron_ads.models.settings import ModelSettings
+from megatron_ads.runtime.megatron_version import megatron_core_since
 
 SELECTIVE_MODULES = ("mla_up_proj", "mlp", "moe")
 """What selective recomputation drops: everything between the attention's latents and its output projection (with
@@ -52,7 +53,7 @@ def megatron_config(
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         # Batched messages pair up wrongly where the next stage is also the previous one (pp 2 with virtual
-        # chunks): the job computes wrong numbers without an error, in megatron-core 0.16.1.
+        # chunks): the job computes wrong numbers without an error, in megatron-core 0.16 to 0.19.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         # After every batched message megatron-core 0.16.1 would wait for the device, for the sake of old versions of
@@ -126,9 +127,10 @@ def _feed_forward(shape: ModelShape, layout: ParallelLayout, settings: ModelSett
         "moe_router_enable_expert_bias": shape.has_expert_bias,
         "moe_router_bias_update_rate": settings.expert_bias_update_rate,
         "moe_router_load_balancing_type": "seq_aux_loss" if settings.aux_loss_coefficient else "none",
-        # Under calculate_per_token_loss, megatron-core 0.16.1 multiplies the balancing loss by the tokens of this rank,
-        # but the gradient is divided by those of the whole row: 1 / (tp * cp) of the loss would be left.
-        "moe_aux_loss_coeff": settings.aux_loss_coefficient * layout.tp * layout.cp,
+        # Under calculate_per_token_loss, megatron-core before 0.19 multiplies the balancing loss by the tokens of this
+        # rank, but the gradient is divided by those of the whole row: 1 / (tp * cp) of the loss would be left.
+        "moe_aux_loss_coeff": settings.aux_loss_coefficient
+        * (1 if megatron_core_since("0.19") else layout.tp * layout.cp),
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": settings.spec is not LayerSpec.LOCAL,

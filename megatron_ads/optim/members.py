@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce
 
@@ -83,11 +85,11 @@ class ShardedMember:
         """Whether this rank's copy is the one that counts in a norm.
 
         Tensor-parallel ranks repeat what is not divided among them, and the MTP stage repeats the embedding. Experts
-        are judged by the expert-tensor group: judged by the attention's, the experts of all but the first
-        tensor-parallel rank would be left out (Megatron-LM #5916, megatron-core below 0.19).
+        are judged by the expert-tensor group, as megatron-core 0.19 does: judged by the attention's, as before, the
+        experts of all but the first tensor-parallel rank would be left out (Megatron-LM #5916).
         """
-        divided = getattr(shard, "tensor_model_parallel", False)
-        return (divided or self._tensor_group.rank() == 0) and not getattr(shard, "shared", False)
+        repeated = not param_is_not_tensor_parallel_duplicate(shard, tp_group=self._tensor_group)
+        return not repeated and param_is_not_shared(shard)
 
 
 _PIECE = 1 << 18

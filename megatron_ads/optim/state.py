@@ -8,7 +8,7 @@ The moments lie in gradient-buffer buckets, divided over the replicas without re
 replica writes and reads what it holds, as rectangular pieces of the tensors in the checkpoint, which are views of the
 optimizer's memory: nothing is gathered or copied, and one piece at a time is on its way to or from the disk. Megatron's
 own format gathers whole buckets on one replica, and cuts the joined, unpadded buckets at padded offsets, which mixes up
-parameters as soon as there are two (Megatron-LM #5077, up to 0.19.0).
+parameters as soon as there are two (Megatron-LM #5077, 0.16 to 0.19.2).
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,12 +1,14 @@
 """Let Megatron-Core run where no CUDA device exists. Every change made to torch or Megatron for that is here.
 
-For megatron-core 0.16.1. Each patch says what fails without it; ``tests/runtime/test_cpu_compat.py`` runs the
-unpatched library and fails as soon as a patch is no longer needed. Where a CUDA device exists, only the two names are
-defined that Megatron-Core lacks without Transformer Engine, and where that is installed too, nothing is touched.
+For megatron-core 0.16 to 0.19. Each patch says what fails without it, and the versions that need it if not all do;
+``tests/runtime/test_cpu_compat.py`` runs the unpatched library and fails as soon as a patch is no longer needed. Where
+a CUDA device exists, only the two names are defined that Megatron-Core 0.16 lacks without Transformer Engine, and where
+that is installed too, or in a later version, nothing is touched.
 """
 
 import contextlib
 import importlib
+import logging
 import sys
 import types
 import warnings
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_ads.runtime.device import transformer_engine_fault
+from megatron_ads.runtime.megatron_version import megatron_core_since
 
 _CPU = torch.device("cpu")
 
@@ -30,9 +33,9 @@ MODULES_THAT_NAME_CUDA = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.rerun_state_machine",
     "megatron.core.tensor_parallel.data",
-    "megatron.core.transformer.moe.moe_utils",
     "megatron.core.transformer.utils",
     "megatron.core.utils",
+    *(() if megatron_core_since("0.18") else ("megatron.core.transformer.moe.moe_utils",)),
 )
 """Megatron modules that create tensors with ``device="cuda"``, or in pinned memory, in training and checkpointing."""
 
@@ -53,8 +56,9 @@ def install() -> None:
         return
     if torch.cuda.is_available():
         if transformer_engine_fault() is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # each module that it imports warns of the absence
+            with _quietly():  # each module that is imported warns of the absence
+                for name in _MODULES_THAT_WARN:
+                    importlib.import_module(name)
                 for patch in TRANSFORMER_ENGINE_PATCHES:
                     patch()
         _installed = True
@@ -63,8 +67,7 @@ def install() -> None:
         raise RuntimeError("cpu_compat.install() came after the first import of megatron.core; call it before.")
     for patch in TORCH_PATCHES:
         patch()
-    with _without_compilation(), _without_wandb(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _without_compilation(), _without_wandb(), _quietly():
         for name in (*MODULES_THAT_NAME_CUDA, *_MODULES_THAT_WARN):
             importlib.import_module(name)
         for patch in MEGATRON_PATCHES:
@@ -132,17 +135,15 @@ def set_rng_state_at_once() -> None:
 
 
 def define_te_general_gemm() -> None:
-    """The router tests ``te_general_gemm is not None``, a name that is missing without Transformer Engine."""
+    """0.16: the router tests ``te_general_gemm is not None``, a name that is missing without Transformer Engine."""
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    moe_utils.te_general_gemm = None
 
 
 def define_te_linear() -> None:
-    """Latent attention asks ``isinstance(linear_proj, TELinear)``: a mock object without Transformer Engine."""
+    """0.16: latent attention asks ``isinstance(linear_proj, TELinear)``: a mock object without Transformer Engine."""
     attention: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
-    if not isinstance(attention.TELinear, type):
-        attention.TELinear = type("TELinear", (), {"__doc__": "No module is one."})
+    attention.TELinear = type("TELinear", (), {"__doc__": "No module is one."})
 
 
 def give_all_to_all_its_splits_as_numbers() -> None:
@@ -162,7 +163,9 @@ TORCH_PATCHES: tuple[Callable[[], None], ...] = (
 )
 """Made before Megatron is imported."""
 
-TRANSFORMER_ENGINE_PATCHES: tuple[Callable[[], None], ...] = (define_te_general_gemm, define_te_linear)
+TRANSFORMER_ENGINE_PATCHES: tuple[Callable[[], None], ...] = (
+    () if megatron_core_since("0.17") else (define_te_general_gemm, define_te_linear)
+)
 """Made on Megatron's modules where Transformer Engine is absent, also with a CUDA device."""
 
 MEGATRON_PATCHES: tuple[Callable[[], None], ...] = (
@@ -183,6 +186,19 @@ def _without_compilation() -> Iterator[None]:
         yield
     finally:
         torch.compile = compile_
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Show no warnings, nor what torch logs of CUDA tools without a device when megatron-core 0.19 is imported."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 Every group has the job's timeout, so that no wait lasts for ever.
 """
 
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -21,14 +22,19 @@ RANK_ORDER = "tp-cp-ep-dp-pp"
 """Megatron's name for the rank order that ``ParallelLayout.coordinates`` describes."""
 
 _SILENCED = (
-    # torch 2.13 renamed collectives that megatron-core 0.16.1 calls by the old names.
+    # torch 2.13 renamed collectives that megatron-core (0.16 to 0.19) calls by the old names.
     (FutureWarning, r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated"),
-    # megatron-core 0.16.1 reads .grad of main parameters that are views; it sets them itself.
+    # megatron-core (0.16 to 0.19) reads .grad of main parameters that are views; it sets them itself.
     (UserWarning, r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed"),
-    # megatron-core 0.16.1 warns about the default of an option for CUDA graphs that are off.
-    (UserWarning, r"full scope is deprecated\. Use empty cuda_graph_scope"),
+    # megatron-core (0.16 to 0.19) warns about the default of an option for CUDA graphs that are off.
+    (UserWarning, r"full scope is deprecated\. Use empty cuda_graph_(scope|modules)"),
 )
 """Warnings of torch and Megatron-Core that a user of this project can do nothing about."""
+
+_SILENCED_LOGGERS = (
+    "megatron.core.models.gpt.gpt_model",  # since 0.19: GPTModel gets fixes only, new features are HybridModel's
+    "megatron.core.dist_checkpointing.strategies.common",  # 0.19: common.pt is read, and deprecated
+)
 
 EmbeddingRanks = Callable[[list[int]], list[int]]
 """Given the ranks of one pipeline group, those that hold a copy of the word embedding."""
@@ -137,6 +143,8 @@ def silence_upstream_warnings() -> None:
     """Hide what a user can do nothing about: once per step and rank, it would bury what matters."""
     for category, message in _SILENCED:
         warnings.filterwarnings("ignore", message, category)
+    for name in _SILENCED_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def wait_for_all(purpose: str, timeout_seconds: float) -> None:

@@ -59,7 +59,7 @@ class WrittenFile:
 class PlannedSave(TorchDistSaveShardedStrategy):
     """The torch_dist save strategy, up to the point where a file is written; ``writer`` does the rest.
 
-    Megatron's own strategy (megatron-core 0.16) starts processes for every save, so that training can continue
+    Megatron's own strategy (megatron-core 0.16 to 0.19) starts processes for every save, so that training can continue
     meanwhile. A fork of a process with CUDA or gloo threads can deadlock, and costs seconds.
 
     ``staged`` copies the tensors to the host first, so that training may change them before they are written.

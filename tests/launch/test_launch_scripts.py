@@ -17,7 +17,7 @@ COPIED = ("launch", "constraints.txt", "setup.py")
 # Answers the questions that setup_env.sh asks of a Python; writes down what pip is asked to do.
 STAND_IN_PYTHON = """#!/bin/sh
 case "$1 $2" in
-    "-c "*version_info*) test "$STAND_IN_VERSION" != 3.9.18 ;;
+    "-c "*version_info*) case "$STAND_IN_VERSION" in 3.1[123].*) ;; *) exit 1 ;; esac ;;
     "-c "*platform*) echo "$STAND_IN_VERSION" ;;
     "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/megatron-ads" ;;
     "-m pip") echo "pip $*" >>"$STAND_IN_CALLS"; sleep "${STAND_IN_PIP_SECONDS:-0}"
@@ -93,10 +93,11 @@ def assert_ends_in_one_line(result: subprocess.CompletedProcess[str], status: in
         assert part in result.stderr
 
 
-def test_a_wrong_python_ends_in_one_line_that_says_which_is_needed(machine: Machine) -> None:
-    machine.variables["STAND_IN_VERSION"] = "3.9.18"
+@pytest.mark.parametrize("version", ["3.9.18", "3.14.0"])
+def test_a_wrong_python_ends_in_one_line_that_says_which_is_needed(machine: Machine, version: str) -> None:
+    machine.variables["STAND_IN_VERSION"] = version
     result = machine.run("quickstart.sh")
-    assert_ends_in_one_line(result, 3, "3.11 or newer", "python3 is 3.9.18", "apt-get install python3.11")
+    assert_ends_in_one_line(result, 3, "3.11 to 3.13", f"python3 is {version}", "apt-get install python3.11")
     assert not (machine.project / ".venv").exists()
 
 
@@ -176,6 +177,21 @@ def test_an_index_for_torch_is_asked_for_torch_alone(machine: Machine) -> None:
     machine.variables["MEGATRON_ADS_TORCH_INDEX"] = "https://example.invalid/cpu"
     assert machine.run("setup_env.sh").returncode == 0
     assert ["example.invalid/cpu" in call for call in machine.pip_calls] == [True, False]
+
+
+def test_the_test_matrix_has_an_environment_of_its_own_and_passes_arguments_on(machine: Machine) -> None:
+    result = machine.run("test_matrix.sh", "tests/models/test_norm.py", "-x")
+    assert result.returncode == 0, result
+    assert (machine.project / ".venv-matrix").is_dir() and not (machine.project / ".venv").exists()
+    assert result.stdout.splitlines()[-1] == "python -m pytest -n 0 tests/models/test_norm.py -x"
+
+
+def test_the_test_matrix_ends_when_its_time_is_up(machine: Machine) -> None:
+    machine.variables["MEGATRON_ADS_MATRIX_SECONDS"] = "1"
+    slow = STAND_IN_PYTHON.replace('    *) echo "$(basename', '    "-m pytest") sleep 60 ;;\n    *) echo "$(basename')
+    for name in NAMES_LOOKED_FOR:
+        machine.stand_in(name, slow)
+    assert machine.run("test_matrix.sh").returncode == 124
 
 
 def test_an_environment_that_is_up_to_date_is_used_again(machine: Machine) -> None:

@@ -1,5 +1,6 @@
 """Grouped experts against Megatron-Core's sequential ones: values, gradients, checkpoints, speed."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,3 +203,17 @@ def test_checkpoints_of_grouped_and_sequential_experts_are_the_same(layout: Para
         assert ours["mlp.experts.experts.linear_fc1.weight"].shape == (EXPERTS, 2 * INNER, HIDDEN)
         for key, value in theirs.items():
             assert torch.equal(ours[key], value) if isinstance(value, Tensor) else ours[key] == value, key
+
+
+def _layers_of_routers() -> list[int]:
+    from megatron_ads.models.experts import _layer_index
+
+    config = SimpleNamespace(num_layers=4)
+    before_0_17 = SimpleNamespace(config=config, layer_number=5)
+    since = SimpleNamespace(config=config, layer_number=1, is_mtp_layer=True)
+    decoder = SimpleNamespace(config=config, layer_number=4, is_mtp_layer=False)
+    return [_layer_index(router) for router in (before_0_17, since, decoder)]
+
+
+def test_mtp_layers_come_after_the_decoder_however_megatron_core_numbers_them() -> None:
+    assert run_ranks(1, _layers_of_routers) == [[4, 4, 3]]

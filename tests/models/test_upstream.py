@@ -1,4 +1,7 @@
-"""What megatron-core 0.16.1 does wrong or not at all. Where a test here fails, a workaround in models/ can go."""
+"""What Megatron-Core does wrong or not at all, up to 0.19 or to the version that a test names.
+
+Where a test here fails, a workaround in models/ can go.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from megatron_ads.config.model import Recompute
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.device import seed_everything
+from megatron_ads.runtime.megatron_version import megatron_core_since
 from parity_tests.harness import model_jobs
 from parity_tests.harness.model_jobs import Job, own_slice, train_pass
 from parity_tests.harness.ranks import run_ranks
@@ -106,7 +110,7 @@ def _stock_failures(job: Job) -> dict[str, str]:
     from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
     row = model_jobs.rows(shape.vocab_size)[0]
-    failures = {}
+    failures = {"recompute": "", "logits": ""}
     model.mtp.layers[0].__class__ = MultiTokenPredictionLayer
     try:
         model(row["tokens"], row["positions"], None, labels=row["labels"], packed_seq_params=model_jobs.packed(row))
@@ -129,7 +133,10 @@ def _stock_failures(job: Job) -> dict[str, str]:
 def test_stock_modules_still_cannot_do_what_ours_are_for(folder: Path) -> None:
     settings = {"mtp_loss_weight": 0.3, "recompute": Recompute.full}
     (failures,) = run_ranks(1, _stock_failures, Job(folder=folder, settings=settings))
-    assert "save_for_backward can only save variables" in failures["recompute"]  # models/specs.py
-    assert "'NoneType' object has no attribute 'clone'" in failures["logits"]  # models/specs.py
+    recompute = "" if megatron_core_since("0.18") else "save_for_backward can only save variables"
+    assert recompute in failures["recompute"] and bool(recompute) == bool(failures["recompute"])  # models/specs.py
+    logits = "" if megatron_core_since("0.17") else "'NoneType' object has no attribute 'clone'"
+    assert logits in failures["logits"] and bool(logits) == bool(failures["logits"])  # models/specs.py
     assert "k_channels" in failures["attention"]  # models/attention.py
-    assert failures["marks"] == "absent"  # _mark_weights in models/build.py
+    marks = "present" if megatron_core_since("0.18") else "absent"
+    assert failures["marks"] == marks  # _mark_weights in models/build.py

@@ -24,8 +24,8 @@ FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 class FusedAdam(GroupStepAdamW):
     """As Transformer Engine's before 2.18 and apex's: one step count a group, and none for an empty group."""
 
-    def __init__(self, params: Any, *, lr: float, adam_w_mode: bool, **settings: Any) -> None:
-        assert adam_w_mode
+    def __init__(self, params: Any, *, lr: float, adam_w_mode: bool, capturable: bool = False, **settings: Any) -> None:
+        assert adam_w_mode and not capturable
         super().__init__(params, **settings)
         for group in self.param_groups:
             group["lr"] = lr

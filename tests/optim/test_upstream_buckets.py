@@ -79,7 +79,7 @@ def _changed(one_bucket: Saved, several: Saved, *, tolerance: float) -> list[str
     ]
 
 
-def test_megatron_core_0_16_saves_other_state_with_several_buckets() -> None:
+def test_megatron_core_saves_other_state_with_several_buckets() -> None:
     job = StockJob(layout=ParallelLayout(world=2, **LAYOUT))
     one_bucket = run_ranks(2, _stock, job)
     several = run_ranks(2, _stock, replace(job, bucket_size=SMALL_BUCKET))

@@ -1,6 +1,6 @@
 """What Megatron-Core's optimizer does on a rank without experts and between ep 1 and ep > 1, and what ours does.
 
-Each ``test_megatron_core_0_16_...`` fails once upstream is right: then what ours has in its place can go.
+Each ``test_megatron_core_...`` fails once upstream is right: then what ours has in its place can go.
 """
 
 from dataclasses import replace
@@ -49,7 +49,7 @@ def _stock_state_after_a_step(layout: ParallelLayout) -> str:
     return "saved"
 
 
-def test_megatron_core_0_16_asserts_at_the_first_save_of_a_rank_without_experts() -> None:
+def test_megatron_core_asserts_at_the_first_save_of_a_rank_without_experts() -> None:
     assert run_ranks(4, _stock_state_after_a_step, PP2_EP2) == ["AssertionError"] * 2 + ["saved"] * 2
 
 
@@ -82,7 +82,7 @@ def _stock_resume(job: StockJob) -> tuple[list[float], list[int | None], str]:
         return losses, counts, ""
 
 
-def test_megatron_core_0_16_loses_the_step_of_the_experts_when_rank_0_has_none(tmp_path: Path) -> None:
+def test_megatron_core_loses_the_step_of_the_experts_when_rank_0_has_none(tmp_path: Path) -> None:
     job = StockJob(layout=PP2_EP2, folder=tmp_path)
     straight = run_ranks(4, _stock_train_and_save, job)
     resumed = run_ranks(4, _stock_resume, job)
@@ -136,7 +136,7 @@ def _stock_load_into_a_stepped_optimizer(job: StockJob) -> str:
     return "loaded"
 
 
-def test_megatron_core_0_16_misses_a_step_when_it_loads_into_torch_adam(tmp_path: Path) -> None:
+def test_megatron_core_misses_a_step_when_it_loads_into_torch_adam(tmp_path: Path) -> None:
     job = StockJob(layout=EP2, folder=tmp_path, fused_adam=False)
     run_ranks(2, _stock_train_and_save, job)
     assert run_ranks(2, _stock_load_into_a_stepped_optimizer, job) == ["KeyError('step')"] * 2
@@ -174,7 +174,7 @@ def _stock_load(job: StockJob) -> str:
 
 
 @pytest.mark.parametrize("avoid_prefix", [False, True])
-def test_megatron_core_0_16_cannot_load_a_checkpoint_of_ep_2_with_ep_1(tmp_path: Path, avoid_prefix: bool) -> None:
+def test_megatron_core_cannot_load_a_checkpoint_of_ep_2_with_ep_1(tmp_path: Path, avoid_prefix: bool) -> None:
     job = StockJob(layout=EP2, folder=tmp_path, metadata=FORMAT | {"chained_optim_avoid_prefix": avoid_prefix})
     run_ranks(2, _stock_train_and_save, job)
     assert run_ranks(2, _stock_load, job) == ["loaded"] * 2

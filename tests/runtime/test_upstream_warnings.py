@@ -1,10 +1,14 @@
 """Each silenced warning is still given by the library, and is silenced."""
 
+import importlib
+import logging
 import warnings
+from inspect import getsource
 
 import torch
 
 from megatron_ads.runtime import process_groups
+from megatron_ads.runtime.megatron_version import megatron_core_since
 from parity_tests.harness.ranks import run_ranks
 
 
@@ -34,6 +38,19 @@ def test_each_warning_is_still_given() -> None:
             "full scope is deprecated. Use empty cuda_grap",
         ]
     ]
+
+
+def _unsilenced_loggers() -> list[str]:
+    process_groups.silence_upstream_warnings()
+    names = process_groups._SILENCED_LOGGERS
+    # each is still the name of a module that logs warnings, in the versions that do
+    modules = [importlib.import_module(name) for name in names]
+    assert not megatron_core_since("0.19") or all("DEPRECATED" in getsource(m).upper() for m in modules)
+    return [name for name in names if logging.getLogger(name).isEnabledFor(logging.WARNING)]
+
+
+def test_what_megatron_core_0_19_logs_of_its_plans_is_silenced() -> None:
+    assert run_ranks(1, _unsilenced_loggers) == [[]]
 
 
 def test_none_of_them_is_shown_once_silenced() -> None:
