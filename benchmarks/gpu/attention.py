@@ -4,7 +4,6 @@ Shape suffixes: H = heads, S = tokens.
 """
 
 from collections.abc import Sequence
-from inspect import signature
 from itertools import accumulate
 
 import torch
@@ -40,10 +39,10 @@ def _attention_form(record: Record, name: str, dtype: torch.dtype, lengths: Sequ
     grad = torch.randn(1, heads, sum(lengths), value_width, device=device()).to(dtype)
     boundaries = torch.tensor([0, *lengths], device=device()).cumsum(0).to(torch.int32) if packed else None
 
-    known = {"longest": max(lengths)} if packed and "longest" in signature(attend).parameters else {}
+    longest = max(lengths) if packed else None
 
     def run() -> list[Tensor]:
-        output = attend(q, k, v, scale=scale, boundaries=boundaries, **known)
+        output = attend(q, k, v, scale=scale, boundaries=boundaries, longest=longest)
         return [output, *torch.autograd.grad(output, (q, k, v), grad)]
 
     names = ("output", "gradient of queries", "gradient of keys", "gradient of values")

@@ -4,7 +4,6 @@ import os
 import shutil
 import tempfile
 import time
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +68,9 @@ def _save(record: Record, built: Built, folder: Path) -> None:
 
 
 def _save_in_background(record: Record, built: Built, folder: Path) -> None:
-    """Time how long a save that a thread writes holds up training, where there is such a save."""
+    """Time how long a save that a thread writes holds up training."""
     from megatron_ads.training.checkpoint import JobProgress, save_checkpoint
 
-    if "in_background" not in signature(save_checkpoint).parameters:
-        return
     keep: dict[str, Any] = {"side_files": None, "keep_last": 1, "in_background": True}
     progress = JobProgress(step=2, updates=built.optimizer.updates, data={})
     begin = time.monotonic()

@@ -104,7 +104,7 @@ def _without_longest(now: Any) -> Any:
     def attend(*heads: Tensor, scale: float, boundaries: Tensor | None = None, **_: Any) -> Any:
         return now(*heads, scale=scale, boundaries=boundaries)
 
-    return attend if "longest" in inspect.signature(now).parameters else now
+    return attend
 
 
 SWITCHES: dict[str, Switch] = {

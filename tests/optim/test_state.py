@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_ads.optim import state
+from megatron_ads.planning.checkpoint import PIECE_ELEMENTS
 from parity_tests.harness.ranks import run_ranks
 from parity_tests.harness.training_jobs import Recipe, run_steps, save, start
 from tests.models.checkpoints import V3, write_checkpoint
@@ -30,6 +31,10 @@ def test_blocks_cover_every_element_once_in_order_and_are_small(shape: tuple[int
             ]
             assert np.concatenate(cut).tolist() == list(range(begin, end))
             assert max(map(len, cut)) <= SMALL_PIECE
+
+
+def test_a_plan_counts_with_the_same_piece() -> None:
+    assert state.PIECE == PIECE_ELEMENTS
 
 
 def test_few_blocks_are_made_where_a_share_ends_within_rows() -> None:
