@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes the environment and runs all tests, with as many workers as the machine has cores, at most 8.
+# Makes the environment and runs all tests, with three workers for every two cores, at most 8: tests that start
+# processes wait for them much of the time.
 #
 #   ./launch/test.sh [pytest arguments]      such as: ./launch/test.sh -x tests/conversion
 #
@@ -13,11 +14,11 @@ here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=setup_env.sh
 source "$here/setup_env.sh"
 cd -- "$here/.."
-cores="$(nproc)"
-export PYTEST_XDIST_AUTO_NUM_WORKERS="${PYTEST_XDIST_AUTO_NUM_WORKERS:-$((cores < 8 ? cores : 8))}"
+workers=$((($(nproc) * 3 + 1) / 2))
+export PYTEST_XDIST_AUTO_NUM_WORKERS="${PYTEST_XDIST_AUTO_NUM_WORKERS:-$((workers < 8 ? workers : 8))}"
 # A worker that has no tests left takes over some of another's.
-workers=(-n auto --dist worksteal)
+spread=(-n auto --dist worksteal)
 for argument; do
-    [[ "$argument" != *.py* ]] || workers=(-n 0)
+    [[ "$argument" != *.py* ]] || spread=(-n 0)
 done
-exec "$MEGATRON_ADS_VENV/bin/python" -m pytest "${workers[@]}" "$@"
+exec "$MEGATRON_ADS_VENV/bin/python" -m pytest "${spread[@]}" "$@"

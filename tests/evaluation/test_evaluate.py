@@ -10,10 +10,11 @@ from megatron_ads.cli import main
 from megatron_ads.data.chat import load_tokenizer
 from megatron_ads.evaluation.evaluate import HeldOut, longest_answers
 from megatron_ads.rows import ChatRow, Message, Role
+from parity_tests.harness.real_job import FEW_ROWS
 from tests.data.tokenizers import V31, model_tokenizer, tokenizer_in
 from tests.inference.scripted_server import Record, Reply, scripted_server
 
-RECIPE = ["--recipe", "sft/quickstart", "data.validation_rows=6"]
+RECIPE = ["--recipe", "sft/quickstart", FEW_ROWS, "data.validation_rows=6"]
 
 
 def good(body: dict[str, Any], _: int) -> Reply:
@@ -23,7 +24,7 @@ def good(body: dict[str, Any], _: int) -> Reply:
 
 def _evaluate(server: Record, *arguments: str) -> int:
     common = ["evaluate", "--url", server.url, "--served-model", "m", "server.first_wait_seconds=0.01"]
-    return main([*common, *arguments, *RECIPE])
+    return main([*common, *RECIPE, *arguments])
 
 
 def _row(task: str, target: str) -> ChatRow:
@@ -179,7 +180,7 @@ def test_an_interrupted_evaluation_asks_only_for_what_it_has_no_answer_to(
 )
 def test_a_mistake_is_one_line(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["evaluate", "--url", "http://127.0.0.1:1/v1", "--served-model", "m"]
-    assert main([*common, *options.split(), *RECIPE]) == 2
+    assert main([*common, *RECIPE, *options.split()]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.observability.metrics import METRICS_FILE, read_metrics
+from parity_tests.harness.real_job import FEW_ROWS
 
 STEPS = 6
-SETTINGS = ("data.validation_rows=8", "checkpoint.save_every=2", "optim.warmup_steps=2", "train.evaluate_every=3")
+SETTINGS = (
+    FEW_ROWS, "data.validation_rows=8", "checkpoint.save_every=2", "optim.warmup_steps=2", "train.evaluate_every=3",
+)  # fmt: skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
