@@ -41,18 +41,19 @@ def refused_writes_named(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def exclusive(folder: Path, *, until: Callable[[], bool], timeout_seconds: float) -> Iterator[None]:
-    """Hold the right to prepare ``folder``, or wait until another process has done so.
+def exclusive(folder: Path, *, until: Callable[[], bool], timeout_seconds: float) -> Iterator[bool]:
+    """Hold the right to prepare ``folder``, or wait until another process has done so; yield whether it is held.
 
     Raises:
         DataError: If the other process holds it and nothing in the folder changes for ``timeout_seconds``.
     """
     with (folder / _LOCK).open("a+", encoding="utf-8") as file:
-        if _wait(file.fileno(), folder, until, timeout_seconds):
+        held = _wait(file.fileno(), folder, until, timeout_seconds)
+        if held:
             file.truncate(0)
             file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
             file.flush()
-        yield
+        yield held
 
 
 def _wait(descriptor: int, folder: Path, until: Callable[[], bool], timeout_seconds: float) -> bool:

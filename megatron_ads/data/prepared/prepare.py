@@ -116,8 +116,10 @@ def _prepare(
     manner = Manner(
         folder=folder, tokenizer=tokenizer, template_arguments=data.template_arguments, reasoning=data.reasoning
     )
-    with exclusive(folder, until=lambda: is_complete(folder), timeout_seconds=timeout_seconds):
+    with exclusive(folder, until=lambda: is_complete(folder), timeout_seconds=timeout_seconds) as held:
         if not is_complete(folder):
+            for leftover in folder.glob("rows-*.partial") if held else ():  # of one that was killed
+                leftover.unlink()
             _make(data, manner, contents, workers or len(os.sched_getaffinity(0)), on_advance)
     return folder
 

@@ -184,8 +184,10 @@ def test_an_interrupted_preparation_is_continued_and_never_looks_complete(
     assert not prepare.is_complete(folder)
     kept = {file.name: file.stat().st_ino for file in folder.glob("*.arrow*")}
     assert len(kept) == 8  # four portions and their reports, and nothing of the fifth
+    (folder / "rows-0-00004.arrow.1f.partial").touch()  # as a process that is killed leaves it
     found = prepared(data, tokenizer, tmp_path / "p")
     assert {name: (folder / name).stat().st_ino for name in kept} == kept
+    assert not list(folder.glob("*.partial"))
     training, _, _ = in_memory(data, tokenizer)
     assert as_lists(found.training[0].rows) == as_lists(training[0])
 
