@@ -103,6 +103,7 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world:
     }  # fmt: skip
     if group:
         dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+        dist.barrier()  # a rank that ended at once would break the connections that others are still making
     try:
         return function(*args)
     finally:
