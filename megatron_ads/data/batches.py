@@ -24,7 +24,7 @@ from megatron_ads.data.packed_batch import PackedBatch, PackedRow, pack_prefix
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.metrics.text import perplexities
 from megatron_ads.rows import FittingRows, TokenizedRow
-from megatron_ads.runtime.device import device
+from megatron_ads.runtime.device import device, use_own_device
 
 _ROWS_OF_A_PORTION = 1024
 
@@ -101,7 +101,7 @@ class BatchStream:
         self._seed, self._normalize, self._weights = seed, normalize, weights
         self._step: list[Draw] = []
         self._drawn = list(self._mixture.drawn)
-        self._thread = ThreadPoolExecutor(1, "batches")
+        self._thread = ThreadPoolExecutor(1, "batches", initializer=use_own_device)
         self._ahead: Future[DrawnStep] | None = None
 
     def next_step(self) -> list[PackedBatch]:

@@ -27,6 +27,12 @@ def on_device(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(device(), non_blocking=True)
 
 
+def use_own_device() -> None:
+    """Make ``device()`` that of this thread, which begins on the first GPU: even pinning memory takes room there."""
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+
+
 def backend() -> str:
     """Return the torch.distributed backend that serves ``device()``."""
     return "nccl" if torch.cuda.is_available() else "gloo"

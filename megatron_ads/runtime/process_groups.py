@@ -9,14 +9,13 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from megatron_ads.errors import ConfigError, TopologyError
 from megatron_ads.layout import ParallelLayout, describe_ranks, rank, world_size
 from megatron_ads.runtime import cpu_compat, host_syncs
-from megatron_ads.runtime.device import backend, device
+from megatron_ads.runtime.device import backend, device, use_own_device
 
 RANK_ORDER = "tp-cp-ep-dp-pp"
 """Megatron's name for the rank order that ``ParallelLayout.coordinates`` describes."""
@@ -113,8 +112,7 @@ def _join(world: int, timeout: timedelta) -> None:
             f"{' and '.join(missing)} not set for a job of {world} ranks. "
             "Start it with torchrun, or export the first machine's name and a free port of it."
         )
-    if device().type == "cuda":
-        torch.cuda.set_device(device())
+    use_own_device()
     # Without device_id: with it each of Megatron's groups, 1,460 in a job of 248 ranks, is split off the whole job's
     # NCCL communicator at once, a collective of all ranks (torch 2.13); NeMo-RL #3073 measured slower training besides.
     dist.init_process_group(backend(), timeout=timeout)

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from threading import current_thread
 
 import numpy as np
 import pytest
@@ -373,3 +374,15 @@ def test_an_error_while_drawing_ahead_is_raised_by_the_step_that_needs_it(monkey
     source._ahead = source._thread.submit(source._draw_step)
     with pytest.raises(ZeroDivisionError):
         source.next_step()
+
+
+def test_the_thread_that_draws_ahead_works_on_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch):
+    calls: list[tuple[str, object]] = []
+    monkeypatch.setattr("megatron_ads.runtime.device.device", lambda: torch.device("cuda", 3))
+    monkeypatch.setattr("megatron_ads.data.batches.device", lambda: torch.device("cuda", 3))
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: calls.append((current_thread().name, device)))
+    monkeypatch.setattr(PackedBatch, "pinned", lambda batch: batch)
+    source = stream()
+    source.next_step()
+    source.next_step()
+    assert calls == [("batches_0", torch.device("cuda", 3))]

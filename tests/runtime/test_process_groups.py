@@ -171,7 +171,7 @@ def test_ranks_wait_for_the_slowest_and_name_it_when_it_does_not_come() -> None:
 
 def test_groups_on_gpus_are_not_split_off_the_jobs_communicator(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, object]] = []
-    monkeypatch.setattr(process_groups, "device", lambda: torch.device("cuda", 3))
+    monkeypatch.setattr("megatron_ads.runtime.device.device", lambda: torch.device("cuda", 3))
     monkeypatch.setattr("torch.cuda.set_device", lambda device: calls.append({"set_device": device}))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: calls.append(options))
     monkeypatch.setattr(os, "environ", {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"})
