@@ -254,6 +254,19 @@ def test_a_source_that_gives_nothing_is_named(
         prepared(DataConfig(sources=[BUILTIN, own(file)], **settings), tokenizer, tmp_path / "p")
 
 
+@pytest.mark.parametrize(("per_group", "told"), [(None, 1), (6, 0)])
+def test_held_out_rows_of_few_groups_are_pointed_out_at_every_start(
+    per_group: int | None, told: int, tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_lines(tmp_path / "own.jsonl", [line(number, group=f"q{number % 30}") for number in range(1050)])
+    settings = {"validation_rows": 60, "validation_rows_per_group": per_group}
+    data = DataConfig(sources=[own(file)], seq_length=SEQ_LENGTH, **settings)
+    for start in (1, 2):
+        prepared(data, tokenizer, tmp_path / "p")
+        found = [record.message for record in caplog.records if "groups such as queries" in record.message]
+        assert len(found) == told * start
+
+
 def test_a_folder_that_cannot_be_written_is_named_in_one_line(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match=r"rows cannot be prepared in .*file/p: Not a directory\. Make room there"):
