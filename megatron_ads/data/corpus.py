@@ -105,7 +105,8 @@ def _split(rows: Sequence[ChatRow], config: DataConfig) -> RowSplit:
         return split_by_time(rows, validation_rows=config.validation_rows, seed=config.seed)
     per_group = config.validation_rows_per_group
     split = split_by_group(rows, validation_rows=config.validation_rows, seed=config.seed, max_per_group=per_group)
-    _report_few_groups(split)
+    held_out, training = (len(set(map(group_of, side))) for side in (split.validation, split.training))
+    report_few_groups(len(split.validation), held_out, training)
     return split
 
 
@@ -172,11 +173,10 @@ def report_faulty(count: int, first: FaultyRow, faults: Counter[RowFault], name:
     _warn("%s: rows that cannot be used: %s. %s", name, counts, example)
 
 
-def _report_few_groups(split: RowSplit) -> None:
-    """Log that the held-out rows are of few groups, where the others could give some."""
-    rows, groups = len(split.validation), len(set(map(group_of, split.validation)))
+def report_few_groups(rows: int, groups: int, training_groups: int) -> None:
+    """Log that the ``rows`` held out are of few groups, where the others could give some."""
     many_each = groups < _FEW_GROUPS and rows >= max(2 * _FEW_GROUPS, 4 * groups)
-    if many_each and len(set(map(group_of, split.training))) > _FEW_GROUPS:
+    if many_each and training_groups > _FEW_GROUPS:
         _warn(
             "the %d held-out rows are of %d groups such as queries, so scores say little about others. "
             "data.validation_rows_per_group=%d holds out more groups.",

@@ -13,7 +13,7 @@ from megatron_ads.config.data import DataConfig
 from megatron_ads.data.prepared.corpus_record import CorpusRecord
 from megatron_ads.data.prepared.prepare import Advance, LoggedAdvance, prepare
 from megatron_ads.data.prepared.selection import PreparedData, open_selection, select
-from megatron_ads.errors import DataError, MegatronAdsError
+from megatron_ads.errors import DataError, MegatronAdsError, one_line
 from megatron_ads.runtime.process_groups import job_store
 
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -30,7 +30,7 @@ def prepared_data(data: DataConfig, tokenizer: Path, directory: Path, *, by_task
             for makes no progress for ``data.prepare_timeout_seconds``.
     """
 
-    def make(on_advance: Callable[[Advance], None]) -> Path:
+    def make(on_advance: Callable[[Advance], None], on_wait: Callable[[int], None] = lambda portions: None) -> Path:
         corpus = prepare(
             data,
             tokenizer,
@@ -38,6 +38,7 @@ def prepared_data(data: DataConfig, tokenizer: Path, directory: Path, *, by_task
             workers=data.prepare_workers,
             timeout_seconds=data.prepare_timeout_seconds,
             on_advance=on_advance,
+            on_wait=on_wait,
         )
         CorpusRecord.read(corpus).tell(data.sources)
         return select(corpus, data, by_task=by_task, evaluate=evaluate)
@@ -49,20 +50,29 @@ def prepared_data(data: DataConfig, tokenizer: Path, directory: Path, *, by_task
     return open_selection(folder, data)
 
 
-def _once_a_node(make: Callable[[Callable[[Advance], None]], Path], *, timeout_seconds: float) -> Path:
+def _once_a_node(
+    make: Callable[[Callable[[Advance], None], Callable[[int], None]], Path], *, timeout_seconds: float
+) -> Path:
     store, node, progress = job_store("prepared data"), socket.gethostname(), LoggedAdvance()
     done, advanced = f"{node}/done", f"{node}/advanced"
     if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
 
         def show(advance: Advance) -> None:
             progress.show(advance)
-            store.set(advanced, str(advance.portions))
+            tell(advance.portions)
+
+        def tell(portions: int) -> None:  # of this node, or of another one that it waits for in a shared folder
+            store.set(advanced, str(portions))
 
         store.set(f"{node}/who", f"rank {dist.get_rank()}")
         try:
-            folder = make(show)
+            folder = make(show, tell)
         except MegatronAdsError as error:
             store.set(done, json.dumps({"error": str(error)}))
+            raise
+        except BaseException as error:  # the others would wait for hours
+            why = f"{type(error).__name__}: {one_line(error)}"
+            store.set(done, json.dumps({"error": f"rank {dist.get_rank()}, which prepares the rows, ended: {why}"}))
             raise
         store.set(done, json.dumps({"folder": str(folder)}))
         return folder

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +61,36 @@ def test_what_stops_the_first_rank_stops_the_second_with_the_same_message(
             rows_of(tmp_path, data)
         messages.append(str(error.value))
     assert messages[0] == messages[1]
+
+
+def test_the_second_rank_does_not_wait_for_a_first_one_that_ended_in_a_way_nobody_foresaw(
+    node: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("unforeseen")
+
+    monkeypatch.setattr(module, "prepare", fail)
+    node("0")
+    with pytest.raises(KeyError):
+        rows_of(tmp_path, DataConfig())
+    node("1")
+    with pytest.raises(DataError, match=r"rank 0, which prepares the rows, ended: KeyError: 'unforeseen'"):
+        rows_of(tmp_path, DataConfig(prepare_timeout_seconds=0.3))
+
+
+def test_waiting_for_another_node_that_makes_progress_is_progress(
+    node: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(*_: object, on_wait: Callable[[int], None], **__: object) -> None:
+        on_wait(7)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "prepare", wait)
+    store = module.job_store("prepared data")
+    node("0")
+    with pytest.raises(KeyboardInterrupt):
+        rows_of(tmp_path, DataConfig())
+    assert store.get(f"{socket.gethostname()}/advanced") == b"7"
 
 
 def test_a_first_rank_that_makes_no_progress_is_named(node: Callable[[str], None], tmp_path: Path) -> None:

@@ -41,14 +41,22 @@ def refused_writes_named(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def exclusive(folder: Path, *, until: Callable[[], bool], timeout_seconds: float) -> Iterator[bool]:
+def exclusive(
+    folder: Path,
+    *,
+    until: Callable[[], bool],
+    timeout_seconds: float,
+    on_change: Callable[[], None] = lambda: None,
+) -> Iterator[bool]:
     """Hold the right to prepare ``folder``, or wait until another process has done so; yield whether it is held.
+
+    ``on_change`` is called while waiting, whenever the other process has made progress.
 
     Raises:
         DataError: If the other process holds it and nothing in the folder changes for ``timeout_seconds``.
     """
     with (folder / _LOCK).open("a+", encoding="utf-8") as file:
-        held = _wait(file.fileno(), folder, until, timeout_seconds)
+        held = _wait(file.fileno(), folder, until, timeout_seconds, on_change)
         if held:
             file.truncate(0)
             file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
@@ -56,7 +64,9 @@ def exclusive(folder: Path, *, until: Callable[[], bool], timeout_seconds: float
         yield held
 
 
-def _wait(descriptor: int, folder: Path, until: Callable[[], bool], timeout_seconds: float) -> bool:
+def _wait(
+    descriptor: int, folder: Path, until: Callable[[], bool], timeout_seconds: float, on_change: Callable[[], None]
+) -> bool:
     """Return whether the lock is held; not, if the work is done or there are no locks here."""
     state, changed, told = -1.0, time.monotonic(), -_SECONDS_BETWEEN_LINES
     while not until():
@@ -70,6 +80,7 @@ def _wait(descriptor: int, folder: Path, until: Callable[[], bool], timeout_seco
         now = time.monotonic()
         if (latest := folder.stat().st_mtime) != state:  # changes with every file in it
             state, changed = latest, now
+            on_change()
         if now - told >= _SECONDS_BETWEEN_LINES:
             logger.warning("waiting for %s, which prepares %s", _holder(folder), folder)
             told = now

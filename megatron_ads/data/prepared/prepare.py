@@ -23,7 +23,14 @@ from megatron_ads.data.prepared.corpus_record import COMPLETE
 from megatron_ads.data.prepared.exclusive import exclusive, refused_writes_named
 from megatron_ads.data.prepared.file_content import BLOCK_BYTES, FileContent, contents_of
 from megatron_ads.data.prepared.merge import merge, merge_source
-from megatron_ads.data.prepared.portion import Manner, Portion, PortionReport, collected_warnings, make_portion
+from megatron_ads.data.prepared.portion import (
+    REPORT_SUFFIX,
+    Manner,
+    Portion,
+    PortionReport,
+    collected_warnings,
+    make_portion,
+)
 from megatron_ads.data.source_files import JSON_LINES, Part, Span, is_plain_text
 from megatron_ads.data.sources import divided, files_of, read_source
 from megatron_ads.observability.log import get_logger
@@ -81,6 +88,7 @@ def prepare(
     workers: int | None = None,
     timeout_seconds: float = 3600.0,
     on_advance: Callable[[Advance], None] = lambda advance: None,
+    on_wait: Callable[[int], None] = lambda portions: None,
 ) -> Path:
     """Return the folder of the prepared corpus below ``directory``; make it, or what is missing of it.
 
@@ -90,13 +98,14 @@ def prepare(
         directory: Created if absent; a folder of several corpora.
         workers: Processes; None: as many as there are cores for this one.
         timeout_seconds: How long to wait for another process that prepares the same corpus and makes no progress.
+        on_wait: Called while that process makes progress, with the number of portions that it has finished.
 
     Raises:
         DataError: If a source cannot be read, has no usable row, or a bad row and no file for it.
     """
     data.check()
     with refused_writes_named(directory):
-        return _prepare(data, tokenizer, directory, workers, timeout_seconds, on_advance)
+        return _prepare(data, tokenizer, directory, workers, timeout_seconds, on_advance, on_wait)
 
 
 def _prepare(
@@ -106,6 +115,7 @@ def _prepare(
     workers: int | None,
     timeout_seconds: float,
     on_advance: Callable[[Advance], None],
+    on_wait: Callable[[int], None],
 ) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     contents = _contents(data, directory)
@@ -116,7 +126,12 @@ def _prepare(
     manner = Manner(
         folder=folder, tokenizer=tokenizer, template_arguments=data.template_arguments, reasoning=data.reasoning
     )
-    with exclusive(folder, until=lambda: is_complete(folder), timeout_seconds=timeout_seconds) as held:
+    with exclusive(
+        folder,
+        until=lambda: is_complete(folder),
+        timeout_seconds=timeout_seconds,
+        on_change=lambda: on_wait(sum(1 for _ in folder.glob(f"rows-*{REPORT_SUFFIX}"))),
+    ) as held:
         if not is_complete(folder):
             for leftover in folder.glob("rows-*.partial") if held else ():  # of one that was killed
                 leftover.unlink()

@@ -20,7 +20,15 @@ import numpy as np
 
 from conversion.atomic_file import write_small
 from megatron_ads.config.data import DataConfig, SourceConfig, SplitBy
-from megatron_ads.data.corpus import TAKES_PART, LeftOut, codes_left_out, count_left_out, none_left, report_lost
+from megatron_ads.data.corpus import (
+    TAKES_PART,
+    LeftOut,
+    codes_left_out,
+    count_left_out,
+    none_left,
+    report_few_groups,
+    report_lost,
+)
 from megatron_ads.data.mixing import WeightedRows, content_of
 from megatron_ads.data.prepared.corpus_record import CorpusRecord
 from megatron_ads.data.prepared.exclusive import refused_writes_named
@@ -57,6 +65,11 @@ class Selection:
     held_out_left_out: dict[str, int]
     lost_tasks: list[str]
     """Those of which everything is held out."""
+    held_out_rows: int
+    """Before some of them are left out."""
+    held_out_groups: int
+    training_groups: int
+    """Groups such as queries; both 0 if rows are held out by time."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -114,6 +127,7 @@ def open_selection(folder: Path, data: DataConfig) -> PreparedData:
 
     training = [_weighted(part, data.sources[part.source], rows(part.file)) for part in found.parts]
     report_lost(set(found.lost_tasks), set())
+    report_few_groups(found.held_out_rows, found.held_out_groups, found.training_groups)
     return PreparedData(training, _counter(found.left_out), rows(_HELD_OUT), _counter(found.held_out_left_out))
 
 
@@ -207,12 +221,16 @@ def _write(rows: _Rows, folder: Path, *, by_task: Sequence[bool], evaluate: bool
     if evaluate:
         held_out, without_held_out = rows.taking_part(held_out, "held-out rows")
     _save(folder / _HELD_OUT, held_out)
+    groups, by_group = rows.files.keys("group"), rows.data.split_by is SplitBy.group
     trained, all_tasks = (set(rows.tasks[numbers].tolist()) for numbers in (split.training, rows.usable))
     record = Selection(
         parts=parts,
         left_out={str(reason): count for reason, count in left_out.items()},
         held_out_left_out={str(reason): count for reason, count in without_held_out.items()},
         lost_tasks=sorted(all_tasks - trained),
+        held_out_rows=len(split.validation),
+        held_out_groups=len(np.unique(groups[split.validation])) if by_group else 0,
+        training_groups=len(np.unique(groups[split.training])) if by_group else 0,
     )
     write_small(folder / _RECORD, json.dumps(asdict(record)))
 

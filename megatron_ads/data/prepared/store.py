@@ -9,6 +9,7 @@ Loss weights are not stored: they are 0 for the prompt and the row's weight from
 """
 
 import os
+import secrets
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
@@ -21,6 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from megatron_ads.data.split import KEY, KEY_BYTES
+from megatron_ads.errors import DataError, one_line
 from megatron_ads.rows import FittingRows, TokenizedRow
 
 _KEY_TYPE = pa.binary(KEY_BYTES)
@@ -58,7 +60,8 @@ class PortionWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._partial = path.with_name(f"{path.name}.{os.getpid():x}.partial")
+        # Not the process id alone: on two nodes, in containers above all, that is often the same.
+        self._partial = path.with_name(f"{path.name}.{os.getpid():x}-{secrets.token_hex(4)}.partial")
         self._file = pa.OSFile(str(self._partial), "wb")
         self._writer = pa.ipc.new_file(self._file, SCHEMA)
         self._columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
@@ -146,7 +149,6 @@ class RowFiles:
         sizes = [size for report in portions for size in report.batches]
         self._starts = [0, *accumulate(sizes)]
         self._open: dict[int, _Batch] = {}
-        self._readers: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -164,8 +166,8 @@ class RowFiles:
 
     def columns(self, name: str) -> Iterator[pa.Array]:
         """Yield one column of every batch, in order."""
-        for portion, batch in self._places:
-            yield self._reader(portion).get_batch(batch).column(name)
+        for index in range(len(self._places)):
+            yield self._stored(index).column(name)
 
     def keys(self, name: str) -> NDArray[np.bytes_]:
         """Return a column of digests, (N,)."""
@@ -196,15 +198,26 @@ class RowFiles:
             found += [names[code] for code in column.to_pylist()]
         return found
 
-    def _reader(self, portion: int) -> Any:
-        if portion not in self._readers:
-            file = pa.memory_map(str(self._folder / self._portions[portion].name))
-            self._readers[portion] = pa.ipc.open_file(file)
-        return self._readers[portion]
+    def _stored(self, index: int) -> pa.RecordBatch:
+        """Map a batch. Its file is not kept open, only mapped: a process may open fewer files than there are portions.
+
+        Raises:
+            DataError: If the file is gone or damaged.
+        """
+        portion, place = self._places[index]
+        file = self._folder / self._portions[portion].name
+        try:
+            with pa.memory_map(str(file)) as mapped:
+                return pa.ipc.open_file(mapped).get_batch(place)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(
+                f"prepared rows cannot be read: {one_line(error)}. If {file.parent} was deleted or damaged, delete "
+                "what is left of it and start the job again: the rows are prepared anew, and it continues from its "
+                "latest checkpoint."
+            ) from None
 
     def _batch(self, index: int) -> _Batch:
-        portion, place = self._places[index]
-        stored = self._reader(portion).get_batch(place)
+        stored = self._stored(index)
         tokens, ids = stored.column("tokens"), stored.column("id")
         _, id_offsets, id_bytes = ids.buffers()
         self._open[index] = batch = _Batch(

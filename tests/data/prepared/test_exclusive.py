@@ -25,12 +25,16 @@ def test_a_holder_without_progress_is_named_after_the_time_limit(
 
 def test_who_waits_goes_on_when_the_work_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SECONDS_BETWEEN_LOOKS", 0.0)
-    looks = iter([False, False, True])
+    looks, progress = iter([False, False, True]), []
     with (
-        exclusive(tmp_path, until=lambda: False, timeout_seconds=9),
-        exclusive(tmp_path, until=lambda: next(looks), timeout_seconds=9),
+        exclusive(tmp_path, until=lambda: False, timeout_seconds=9) as first,
+        exclusive(
+            tmp_path, until=lambda: next(looks), timeout_seconds=9, on_change=lambda: progress.append("")
+        ) as second,
     ):
+        assert (first, second) == (True, False)
         assert next(looks, None) is None
+    assert progress
 
 
 def test_a_file_system_without_locks_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,5 +42,6 @@ def test_a_file_system_without_locks_stops_nobody(tmp_path: Path, monkeypatch: p
         raise OSError("no locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with exclusive(tmp_path, until=lambda: False, timeout_seconds=0):
-        pass
+    for _ in range(2):  # at once
+        with exclusive(tmp_path, until=lambda: False, timeout_seconds=0) as held:
+            assert not held  # so that it removes nothing that another one writes

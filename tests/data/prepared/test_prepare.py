@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import resource
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -252,6 +255,43 @@ def test_a_source_that_gives_nothing_is_named(
     file = write_lines(tmp_path / "own.jsonl", [line(number, group="q") for number in range(300)])
     with pytest.raises(DataError, match=message):
         prepared(DataConfig(sources=[BUILTIN, own(file)], **settings), tokenizer, tmp_path / "p")
+
+
+def test_more_portions_than_the_process_may_open_are_prepared_and_read(tokenizer: Path, tmp_path: Path) -> None:
+    data = DataConfig(sources=[own(write_lines(tmp_path / "rows.jsonl", [line(n) for n in range(600)]))])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * in_use + 20, limits[1]))
+    try:
+        found = prepared(replace(data, seq_length=SEQ_LENGTH), tokenizer, tmp_path / "p")
+        assert len(list((tmp_path / "p").glob("*/*.arrow"))) > 2 * in_use + 20
+        kept = list(found.training[0].rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    training, _, _ = in_memory(replace(data, seq_length=SEQ_LENGTH), tokenizer)
+    assert as_lists(kept) == as_lists(training[0])
+
+
+def test_rows_that_are_deleted_while_they_are_used_are_named_in_one_line(tokenizer: Path, tmp_path: Path) -> None:
+    found = prepared(DataConfig(sources=[BUILTIN], seq_length=SEQ_LENGTH), tokenizer, tmp_path / "p")
+    first = found.training[0].rows[0]
+    shutil.rmtree(tmp_path / "p")
+    assert found.training[0].rows[0].tokens.tolist() == first.tokens.tolist()  # of a file that is open
+    with pytest.raises(DataError, match=r"cannot be read: .*rows-0-00004\.arrow.*\. If .* was deleted"):
+        found.training[0].rows[-1]
+
+
+@pytest.mark.parametrize(("per_group", "told"), [(None, 1), (6, 0)])
+def test_held_out_rows_of_few_groups_are_pointed_out_at_every_start(
+    per_group: int | None, told: int, tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_lines(tmp_path / "own.jsonl", [line(number, group=f"q{number % 30}") for number in range(1050)])
+    settings = {"validation_rows": 60, "validation_rows_per_group": per_group}
+    data = DataConfig(sources=[own(file)], seq_length=SEQ_LENGTH, **settings)
+    for start in (1, 2):
+        prepared(data, tokenizer, tmp_path / "p")
+        found = [record.message for record in caplog.records if "groups such as queries" in record.message]
+        assert len(found) == told * start
 
 
 def test_a_folder_that_cannot_be_written_is_named_in_one_line(tokenizer: Path, tmp_path: Path) -> None:
