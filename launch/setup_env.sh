@@ -5,7 +5,7 @@
 #
 # Settings, all optional, from the environment:
 #   MEGATRON_ADS_VENV         where the environment is made                     (default: .venv next to setup.py)
-#   MEGATRON_ADS_PYTHON       the Python to make it with, 3.11 to 3.13           (default: the first one found)
+#   MEGATRON_ADS_PYTHON       the Python to make it with, 3.11 to 3.13          (default: the first one found)
 #   MEGATRON_ADS_TORCH_INDEX  package index to take torch from, such as https://download.pytorch.org/whl/cpu
 #                             for the small build without CUDA                  (default: pip's own)
 #

@@ -156,10 +156,6 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
     return found
 
 
-_READ_AT_ONCE_BYTES = 64 << 20
-"""Files of so many are read by the check; larger ones by the job, once, or by `megatron-ads data prepare`."""
-
-
 def needs_gpu(config: SftConfig, environment: Mapping[str, str]) -> bool:
     """Whether ranks will use GPUs: there are some for them, or the recipe asks for layers that run nowhere else."""
     return config.model.layer_spec is LayerSpecChoice.te or wants_gpu(environment)
@@ -177,6 +173,10 @@ def _world(config: SftConfig, ranks: int | None) -> int:
     if ranks is not None and ranks < 1:
         raise ConfigError(f"The number of ranks is {ranks}; it must be at least 1.")
     return config.layout.fewest_ranks() if ranks is None else ranks
+
+
+_READ_AT_ONCE_BYTES = 64 << 20
+"""Files of so many are read by the check; larger ones by the job, once, or by `megatron-ads data prepare`."""
 
 
 def _data(config: SftConfig, tokenizer: Path | None) -> str:

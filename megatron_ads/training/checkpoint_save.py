@@ -29,23 +29,29 @@ logger = get_logger(__name__)
 
 SLOWEST_WRITER_SECONDS = 3600.0
 """For how long a rank that has written its file waits for the others: storage may be slow, and unevenly."""
+_ABANDONED_SECONDS = 30.0
+"""For how long the end of a job waits for the piece that is being written."""
 _END = "end"
 
 
 class PendingSave:
     """A checkpoint on its way to the disk; the same calls on every rank.
 
-    ``write`` writes this rank's file; ``complete`` is called on rank 0 with all files once they are written.
-    ``directory`` is named in errors.
+    ``write`` writes this rank's file, unless what it is given says that the save is abandoned; ``complete`` is called
+    on rank 0 with all files once they are written. ``directory`` is named in errors.
     """
 
     def __init__(
-        self, write: Callable[[], WrittenFile], complete: Callable[[list[WrittenFile]], None], directory: Path
+        self,
+        write: Callable[[Callable[[], bool]], WrittenFile],
+        complete: Callable[[list[WrittenFile]], None],
+        directory: Path,
     ) -> None:
         self._write, self._complete, self._directory = write, complete, directory
         self._store = job_store("checkpoint")
         self._error: Exception | None = None
-        # A daemon: at the end of a process that has failed nobody waits for it, as if it had been killed.
+        self._abandoned = threading.Event()
+        # A daemon: storage that has stalled must not keep a process that has failed from ending.
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
 
     def start(self, *, in_background: bool) -> None:
@@ -61,10 +67,12 @@ class PendingSave:
         told: dict[str, Any]
         try:
             with failed_writes_named(self._directory, rank=dist.get_rank()):
-                told = {"file": asdict(self._write())}
+                told = {"file": asdict(self._write(self._abandoned.is_set))}
         except Exception as error:  # noqa: BLE001 whatever it is, the others must not wait for this rank
             self._error, told = error, {"error": _words(error)}
             logger.error("a checkpoint could not be written: %s", told["error"])  # in a thread, long before ``wait``
+        if self._abandoned.is_set():
+            return
         self._store.set(str(dist.get_rank()), json.dumps(told))
         if dist.get_rank() == 0:
             self._store.set(_END, self._completed())
@@ -84,6 +92,15 @@ class PendingSave:
         if failure:
             raise CheckpointError(failure)
 
+    def abandon(self) -> None:
+        """Leave the checkpoint incomplete and end the thread: of a job that ends by an error; no collective.
+
+        A thread that were still inside torch when Python ends would abort the process, with a status of its own.
+        """
+        self._abandoned.set()
+        if self._thread.ident is not None:
+            self._thread.join(_ABANDONED_SECONDS)
+
     def _completed(self) -> str:
         """Wait for all files and complete the checkpoint; return what went wrong, in words, or nothing."""
         try:
@@ -102,6 +119,8 @@ class PendingSave:
         """Return what a rank has told, once it has."""
         started, pause = time.monotonic(), 0.01
         while not self._store.check([key]):
+            if self._abandoned.is_set():
+                raise CheckpointError("the job has ended before all ranks had written their files.")
             if time.monotonic() - started > SLOWEST_WRITER_SECONDS:
                 raise CheckpointError(
                     f"a checkpoint was not complete {SLOWEST_WRITER_SECONDS:.0f} s after this rank had written its "

@@ -7,7 +7,7 @@ complete), and the checksum is taken of what is written while it is written.
 
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+
+from megatron_ads.errors import CheckpointError
 
 Item = tuple[str, list[int] | None, int | None, int, int]
 """Key; offset of a part of a tensor, and its number; where in the file it is, and how many bytes."""
@@ -107,13 +109,19 @@ class RankWriter(FileSystemWriter):
         """Remember the index, on rank 0."""
         self._metadata = metadata
 
-    def write(self) -> WrittenFile:
-        """Write this rank's file and flush it to disk; any thread may, no rank needs another for it."""
+    def write(self, is_abandoned: Callable[[], bool] = lambda: False) -> WrittenFile:
+        """Write this rank's file and flush it to disk; any thread may, no rank needs another for it.
+
+        Raises:
+            CheckpointError: If the save is abandoned meanwhile.
+        """
         name = f"{cast(Any, self._plan.storage_data).prefix}0{DEFAULT_SUFFIX}"
         items: list[Item] = []
         with (Path(self.path) / name).open("wb") as raw:
             file = ChecksummedFile(raw)
             for item in sorted(self._plan.items, key=lambda item: item.type is not WriteItemType.BYTE_IO):
+                if is_abandoned():
+                    raise CheckpointError("the job has ended before it was written.")
                 start, data = file.bytes, self._planner.resolve_data(item)
                 if isinstance(data, Tensor):
                     torch.save(to_host(data.detach()), cast(BinaryIO, file))

@@ -1,6 +1,7 @@
 """Saves a job as it proceeds, and restores it from the latest complete checkpoint."""
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -8,7 +9,7 @@ from typing import Any, Protocol, Self
 import torch.distributed as dist
 
 from megatron_ads.config.training import CheckpointConfig
-from megatron_ads.errors import DivergedError
+from megatron_ads.errors import DivergedError, MegatronAdsError
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.observability.log import get_logger
 from megatron_ads.training import checkpoint
@@ -34,8 +35,8 @@ class DataPosition(Protocol):
 class Checkpointer:
     """What belongs into the checkpoints of a job, and where they are.
 
-    As a context, it waits at its end for a checkpoint that is still being written, unless the job ends by an error that
-    the other ranks may not know of.
+    As a context, it waits at its end for a checkpoint that is still being written; it abandons it if the job ends by an
+    error that the other ranks may not know of.
     """
 
     settings: CheckpointConfig
@@ -102,8 +103,13 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, DivergedError):  # raised on all ranks
+        if kind is None:
             self.wait()
+        elif issubclass(kind, DivergedError):  # raised on all ranks
+            with suppress(MegatronAdsError):  # logged already; how the job ends is that it has diverged
+                self.wait()
+        elif self._pending is not None:
+            self._pending.abandon()
 
     def _report_changes(self, before: dict[str, Any]) -> None:
         """Log the settings that differ from those under which a checkpoint was written; an older one has none."""

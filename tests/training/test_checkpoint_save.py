@@ -44,10 +44,10 @@ def _held_back(go_on: threading.Event, planners: list[weakref.ref]) -> Callable[
 
     write = RankWriter.write
 
-    def when_allowed(writer: Any) -> Any:
+    def when_allowed(writer: Any, *others: Any) -> Any:
         planners.append(weakref.ref(writer._planner))
         assert go_on.wait(60)
-        return write(writer)
+        return write(writer, *others)
 
     return when_allowed
 
@@ -162,7 +162,8 @@ def test_a_rank_that_could_not_write_ends_the_job_at_the_next_save_on_every_rank
 # Waited for
 
 
-def _ended(recipe: Recipe, error: type[Exception] | None) -> list[str]:
+def _ended(recipe: Recipe, error: type[Exception] | None) -> tuple[list[str], bool]:
+    """Return what a job that ends while its checkpoint is written leaves, and whether a thread still writes then."""
     from megatron_ads.training.checkpoint_writer import RankWriter
 
     model, shards, source = start(recipe)
@@ -177,7 +178,8 @@ def _ended(recipe: Recipe, error: type[Exception] | None) -> list[str]:
                     raise error("on purpose")
         except (DivergedError, KeyError):
             pass
-        return _names(recipe.checkpoints or Path())
+        writes = "checkpoint" in [thread.name for thread in threading.enumerate()]
+        return _names(recipe.checkpoints or Path()), writes
 
 
 @pytest.mark.parametrize(
@@ -188,7 +190,20 @@ def _ended(recipe: Recipe, error: type[Exception] | None) -> list[str]:
 def test_the_end_of_a_job_waits_unless_an_error_ended_one_rank(
     error: type[Exception] | None, left: str, recipe: Recipe
 ) -> None:
-    assert run_ranks(1, _ended, replace(recipe, layout={}), error) == [[left]]
+    assert run_ranks(1, _ended, replace(recipe, layout={}), error) == [([left], False)]
+
+
+def _diverged_with_a_failed_save() -> None:
+    from megatron_ads.training.checkpointer import Checkpointer
+
+    checkpointer = Checkpointer(settings=Mock(), model=Mock(), data=Mock(), layout=Mock(), side_files=None)
+    checkpointer._pending = Mock(**{"wait.side_effect": CheckpointError("the disk is full")})
+    with pytest.raises(DivergedError), checkpointer:
+        raise DivergedError("on purpose")
+
+
+def test_a_job_that_has_diverged_ends_as_such_even_if_its_checkpoint_could_not_be_written() -> None:
+    run_ranks(1, _diverged_with_a_failed_save)
 
 
 # Damaged between the write and the manifest
