@@ -1,5 +1,6 @@
 """The loss computed piece by piece, as on a GPU, is the loss and the gradient of all tokens at once, bit for bit."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -8,7 +9,7 @@ from megatron_ads.runtime import process_groups
 from parity_tests.harness.ranks import run_ranks
 
 
-def _losses_and_gradients(layout: ParallelLayout) -> list[tuple[Tensor, Tensor]]:
+def _losses_and_gradients(layout: ParallelLayout, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     process_groups.start(layout)
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
@@ -21,7 +22,7 @@ def _losses_and_gradients(layout: ParallelLayout) -> list[tuple[Tensor, Tensor]]
     found = []
     for compute in (whole, lambda labels, logits: specs.loss_in_pieces(whole, labels, logits)):
         generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(11, 1, 16, generator=generator).bfloat16().requires_grad_()
+        hidden = torch.randn(11, 1, 16, generator=generator).to(dtype).requires_grad_()
         labels = torch.randint(0, 16 * layout.tp, (1, 11), generator=generator)
         loss = compute(labels, hidden * 3)
         loss.backward(torch.rand(1, 11, generator=generator))
@@ -30,7 +31,9 @@ def _losses_and_gradients(layout: ParallelLayout) -> list[tuple[Tensor, Tensor]]
     return found
 
 
-def test_pieces_of_the_loss_are_the_loss() -> None:
-    for (loss, grad), (piecewise, piecewise_grad) in run_ranks(2, _losses_and_gradients, ParallelLayout(world=2, tp=2)):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_pieces_of_the_loss_are_the_loss(dtype: torch.dtype) -> None:
+    layout = ParallelLayout(world=2, tp=2)
+    for (loss, grad), (piecewise, piecewise_grad) in run_ranks(2, _losses_and_gradients, layout, dtype):
         assert loss.shape == (1, 11) and torch.equal(piecewise, loss)
         assert torch.equal(piecewise_grad, grad) and grad.ne(0).any()
