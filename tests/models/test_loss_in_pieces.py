@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_ads.layout import ParallelLayout
+from megatron_ads.planning import memory
 from megatron_ads.runtime import process_groups
 from parity_tests.harness.ranks import run_ranks
 
@@ -18,7 +19,9 @@ def _losses_and_gradients(layout: ParallelLayout, dtype: torch.dtype) -> list[tu
     def whole(labels_BS: Tensor, logits_SBV: Tensor) -> Tensor:
         return vocab_parallel_cross_entropy(logits_SBV.float(), labels_BS.t().contiguous()).t()
 
-    specs.LOSS_TOKENS = 4
+    assert specs.LOSS_TOKENS == memory.LOSS_TOKENS
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(specs, "LOSS_TOKENS", 4)
     found = []
     for compute in (whole, lambda labels, logits: specs.loss_in_pieces(whole, labels, logits)):
         generator = torch.Generator().manual_seed(0)
@@ -28,6 +31,7 @@ def _losses_and_gradients(layout: ParallelLayout, dtype: torch.dtype) -> list[tu
         loss.backward(torch.rand(1, 11, generator=generator))
         assert hidden.grad is not None
         found.append((loss.detach(), hidden.grad))
+    monkeypatch.undo()
     return found
 
 
