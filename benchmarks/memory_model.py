@@ -143,6 +143,7 @@ def planned_job(case: Case) -> PlannedJob:
         seq_length=SEQ_LENGTH,
         micro_batch_size=ROWS,
         microbatches=case.microbatches,
+        routing_imbalance=1.0,  # that of random weights; what a plan sets aside for more is not used
     )
 
 

@@ -9,17 +9,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.layers import why_not
+from benchmarks.gpu.layers import stack_that_fits
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.stacks import LAYOUT, STACKS, Built, build, one_rank
+from benchmarks.gpu.stacks import LAYOUT, Built, build, one_rank
 from benchmarks.gpu.timing import peak_bytes, wait
 
 
 def checkpoint(record: Record) -> None:
     """Save and load a stack with its optimizer: seconds, memory on the card and on the host while saving."""
-    stack = STACKS["checkpoint"].sized(tiny=record.dry_run)
-    if reason := why_not(stack):
-        record.skip(reason)
+    if (stack := stack_that_fits(record, "checkpoint")) is None:
         return
     one_rank()
     built = build(stack)

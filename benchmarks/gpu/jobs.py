@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.layers import why_not
+from benchmarks.gpu.layers import stack_that_fits
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.stacks import STACKS, build, one_rank
+from benchmarks.gpu.stacks import build, one_rank
 from benchmarks.gpu.timing import on_gpu
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
 from megatron_ads.launching.processes import JobError
@@ -82,9 +82,7 @@ def _exchange_objects(record: Record) -> None:
 
 def deterministic(record: Record) -> None:
     """Train twice in deterministic mode: equal bits, or the operations that have no deterministic kernel."""
-    stack = STACKS["deterministic"].sized(tiny=record.dry_run)
-    if reason := why_not(stack):
-        record.skip(reason)
+    if (stack := stack_that_fits(record, "deterministic")) is None:
         return
     runs = []
     for number in range(2):

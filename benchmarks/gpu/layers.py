@@ -28,9 +28,7 @@ RESERVED_BYTES = 3_000_000_000
 
 def train_stack(record: Record, name: str) -> None:
     """Train a stack for a few steps: time, share of the peak, memory against the planner's, waits, longest kernels."""
-    stack = STACKS[name].sized(tiny=record.dry_run)
-    if reason := why_not(stack):
-        record.skip(reason)
+    if (stack := stack_that_fits(record, name)) is None:
         return
     one_rank()
     from megatron_ads.models.experts import ExpertLoad
@@ -64,12 +62,16 @@ def often(record: Record) -> dict[str, int]:
     return {"repeats": 1, "warm_up": 0} if record.dry_run else {"repeats": 3, "warm_up": 2}
 
 
-def why_not(stack: Stack) -> str | None:
-    """Return why the stack cannot be run on this machine; None where it can."""
+def stack_that_fits(record: Record, name: str) -> Stack | None:
+    """Return the stack, small in a dry run; None, with the reason in ``record``, where the card cannot hold it."""
+    stack = STACKS[name].sized(tiny=record.dry_run)
     if not on_gpu():
-        return None
+        return stack
     wanted, held = planned_bytes(stack) + RESERVED_BYTES, torch.cuda.get_device_properties(device()).total_memory
-    return None if wanted < held else f"the plan is {wanted / 1e9:.0f} GB, the card has {held / 1e9:.0f} GB"
+    if wanted < held:
+        return stack
+    record.skip(f"the plan is {wanted / 1e9:.0f} GB, the card has {held / 1e9:.0f} GB")
+    return None
 
 
 def planned_bytes(stack: Stack) -> int:
@@ -134,9 +136,7 @@ def _peak_flops_per_second() -> float | None:
 
 def train_transformers(record: Record) -> None:
     """Time forward and backward passes of the same tokens in transformers and here, without and with recomputation."""
-    stack = STACKS["plain"].sized(tiny=record.dry_run)
-    if reason := why_not(stack):
-        record.skip(reason)
+    if (stack := stack_that_fits(record, "plain")) is None:
         return
     one_rank()  # before anything else imports Megatron-Core
     theirs: dict[Recompute, float] = {}

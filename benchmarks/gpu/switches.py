@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.gpu.layers import note_speed, often, why_not, with_fields
+from benchmarks.gpu.layers import note_speed, often, stack_that_fits, with_fields
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.stacks import STACKS, Built, build, one_rank
+from benchmarks.gpu.stacks import Built, build, one_rank
 from benchmarks.gpu.timing import host_waits, milliseconds, peak_bytes
 
 SETTINGS = (
@@ -27,9 +27,7 @@ Switch = Callable[[Built], AbstractContextManager[object]]
 
 def compare_switches(record: Record) -> None:
     """Time a step as training runs it, then with one thing undone at a time; what there is not is noted as such."""
-    stack = STACKS["switches"].sized(tiny=record.dry_run)
-    if reason := why_not(stack):
-        record.skip(reason)
+    if (stack := stack_that_fits(record, "switches")) is None:
         return
     one_rank()
     built = build(stack)

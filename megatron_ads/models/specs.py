@@ -225,8 +225,10 @@ def loss_in_pieces(compute: Callable[[Tensor, Tensor], Tensor], labels_BS: Tenso
     """Return what ``compute`` returns of all tokens, (B, S), without keeping FP32 probabilities of all logits.
 
     At 4096 tokens of DeepSeek's vocabulary they are 2.1 GB, once for each output layer. Here the backward pass computes
-    them again, piece by piece.
+    them again, piece by piece. Megatron-Core writes those of FP32 logits over the logits: such are taken whole.
     """
+    if logits_SBV.dtype is torch.float32:
+        return compute(labels_BS, logits_SBV)
     pieces = zip(labels_BS.split(LOSS_TOKENS, 1), logits_SBV.split(LOSS_TOKENS, 0), strict=True)
     losses = [checkpoint(compute, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
     return torch.cat(losses, dim=1)

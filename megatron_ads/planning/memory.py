@@ -31,6 +31,8 @@ from megatron_ads.planning.schedule import peak_held, stage_order
 _BLOCK = 128
 """Queries per block of ``models.attention.BlockedAttention``, which keeps its probabilities."""
 _LONGEST_BLOCKED = 1024
+LOSS_TOKENS = 1024
+"""Tokens of a piece of the loss; as ``megatron_ads.models.specs.LOSS_TOKENS``."""
 
 
 class ActivationModel:
@@ -45,6 +47,8 @@ class ActivationModel:
         self._flash_attention = gpu or job.model.precision is Precision.bf16 or job.seq_length > _LONGEST_BLOCKED
         # Keeps the gate and up projections only; else the factors of the product too.
         self._fused_swiglu = gpu
+        # Keeps the logits, and computes FP32 probabilities of a piece at a time; else those of all tokens are kept.
+        self.loss_in_pieces = gpu and job.model.precision is Precision.bf16
 
     def layer(self, layer: int, recompute: Recompute) -> int:
         """Return what one decoder layer keeps until its backward pass; its number counts MTP layers on."""
@@ -64,13 +68,13 @@ class ActivationModel:
         return 3 * self._norm(h) + (2 * b * h if self.lora is None else 0)
 
     def head(self) -> int:
-        """Return what one pass through final norm, output layer and loss keeps: b h, and FP32 probabilities."""
+        """Return what one pass through final norm, output layer and loss keeps: b h, and what the loss keeps."""
         h = self.shape.hidden_size
         return self._norm(h) + (self.element_bytes * h if self.lora is None else 0) + self.logits()
 
     def logits(self) -> int:
-        """Return the FP32 probabilities of the vocabulary that the loss keeps."""
-        return 4 * self.shape.vocab_size
+        """Return what the loss keeps of the vocabulary: FP32 probabilities, or logits where it is taken in pieces."""
+        return (self.element_bytes if self.loss_in_pieces else 4) * self.shape.vocab_size
 
     def widest_gradients(self, layers: list[int]) -> int:
         """Return the gradients alive at once in the widest place of a backward pass: a feed-forward's 3 widths."""
@@ -203,11 +207,12 @@ def _buffers(job: PlannedJob, stage: int, model: ActivationModel) -> int:
     chunks = job.placement.stage_chunks(stage)
     loss = 0
     if last := next((chunk for chunk in chunks if chunk.has_loss), None):
-        # All losses' probabilities, one gradient of logits, and the output layer's weight gradient if it is trained.
+        # What all losses keep, one gradient of logits, and the output layer's weight gradient if it is trained.
         logits = model.element_bytes * job.shape.vocab_size
         gradient = logits if job.model.precision is Precision.bf16 else 0
         weight = logits * job.shape.hidden_size // job.layout.tp if job.trains(FrozenPart.output) else 0
-        loss = job.tokens_per_rank * (outputs(job, last) * model.logits() + gradient) + weight
+        piece = min(job.tokens_per_microbatch, LOSS_TOKENS) * logits // job.layout.tp if model.loss_in_pieces else 0
+        loss = job.tokens_per_rank * (outputs(job, last) * model.logits() + gradient) + piece + weight
     layers = run_layers(job, chunks)
     recompute = job.model.recompute_on(stage)
     again = (model.layer(layer, Recompute.none) - model.layer(layer, recompute) for layer in layers)

@@ -113,6 +113,7 @@ def test_a_step_runs_in_small(name: str, figure: str) -> None:
     ((figures, findings, skipped),) = run_ranks(1, dry_run, function, process_group=False)
     assert (findings, skipped) == ([], None)
     assert figure in figures
+    assert [found for found in figures.values() if str(found).startswith("not there")] == []
 
 
 def test_all_steps_are_run_in_small_but_those_that_start_processes() -> None:

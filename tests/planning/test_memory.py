@@ -113,6 +113,16 @@ def test_moments_in_bf16_take_four_bytes_an_element_less() -> None:
     assert fp32.training - bf16.training == fp32.optimizer - bf16.optimizer
 
 
+def test_a_gpu_keeps_logits_and_the_probabilities_of_a_piece_of_the_loss() -> None:
+    overrides = ("model.mtp_loss_weight=0.1", "model.recompute=none", "model.recompute_stages=null")
+    job, vocabulary, tokens, hidden = r1_job("layout=pp31_ep8", *overrides), 129_280, 4096, 7168
+    gpu, cpu = (stage_memory(job, 30, gpu=gpu).buffers for gpu in (True, False))
+    # BF16: logits of the model and its MTP layer, the gradient of one, a piece, the weight gradient
+    assert gpu == 2 * vocabulary * (2 * tokens + tokens + 1024 + hidden)
+    # FP32 probabilities of both instead
+    assert cpu == gpu + (4 - 2) * vocabulary * 2 * tokens - 2 * vocabulary * 1024
+
+
 @pytest.mark.parametrize("stage", [0, 5, 30])
 def test_recomputing_more_keeps_less(stage: int) -> None:
     kept = [
