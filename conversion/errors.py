@@ -33,12 +33,23 @@ def naming_refusals(path: Path) -> Iterator[None]:
         ) from error
 
 
+def refuse_pipe(file: Path) -> None:
+    """Refuse what is neither a file nor a folder: opening a pipe would wait for someone to write into it.
+
+    Raises:
+        DamagedCheckpointError: If it is there, and is a pipe, a socket or a device.
+    """
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise DamagedCheckpointError(f"{file} is a pipe, a socket or a device. Put a regular file there.")
+
+
 def read_object(file: Path) -> dict[str, Any]:
     """Return the object in a file.
 
     Raises:
-        DamagedCheckpointError: If the file does not hold exactly one object.
+        DamagedCheckpointError: If it is no regular file, or does not hold exactly one object.
     """
+    refuse_pipe(file)
     data = file.read_bytes()
     try:
         found = json.loads(data.decode())

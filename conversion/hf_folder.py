@@ -6,7 +6,7 @@ Old and transformers-5 configs, one file or many.
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from conversion.carried import Carried, DerivedBuffer
-from conversion.errors import DamagedCheckpointError, read_object
+from conversion.errors import DamagedCheckpointError, read_object, refuse_pipe
 from conversion.fp8 import BLOCK, scale_shape
 from conversion.names import DERIVED_BUFFER, HfPart, Parameter, ParameterKind, hf_aliases, parameters, tensors_at_least
 from conversion.paths import inside
@@ -120,6 +120,30 @@ def open_hf_folder(path: Path) -> HfFolder:
     return folder
 
 
+def check_for_transformers(path: Path) -> None:
+    """Check what transformers would open, allocate and list because the files of a model of this family say so.
+
+    Less than what ``open_hf_folder`` asks for: MTP layers may be missing, experts fused, and the head tied.
+
+    Raises:
+        ConfigError: If ``config.json`` describes no model of this family.
+        ConversionError: If it describes one that is absurdly large.
+        DamagedCheckpointError: If a file is damaged or outside the folder, or tensors are too few or of another shape.
+    """
+    for file in path.iterdir():
+        refuse_pipe(file)
+    shape, (tensors, _) = shape_from_config(read_config(path), file=path / "config.json"), _read_tensors(path)
+    if shape.num_layers > len(tensors):
+        raise DamagedCheckpointError(
+            f"{path} holds {len(tensors)} tensors, too few for the num_hidden_layers = {shape.num_layers} of its "
+            "config.json. Copy the config and the files from the same revision."
+        )
+    for parameter in parameters(replace(shape, mtp_layers=0, tie_word_embeddings=False)).values():
+        for part in parameter.parts:
+            if part.name in tensors:
+                _check_shape(tensors[part.name], part)
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Return the parsed ``config.json`` of a checkpoint folder."""
     file = inside(path, "config.json", str(path))
@@ -133,7 +157,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]
         if not (path / SINGLE).exists():
             raise DamagedCheckpointError(f"{path} holds neither {INDEX} nor {SINGLE}. Copy the checkpoint again.")
         return read_header(inside(path, SINGLE, str(path))).tensors, (SINGLE,)
-    weight_map = read_object(path / INDEX).get("weight_map")
+    weight_map = read_object(inside(path, INDEX, str(path))).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise DamagedCheckpointError(f"{path / INDEX} has no weight_map from tensors to files. Copy it again.")
     files = tuple(dict.fromkeys(weight_map.values()))
@@ -219,13 +243,17 @@ def _cause_of_missing(shape: ModelShape, missing: Sequence[str]) -> str:
     return ""
 
 
-def _check_tensor(folder: HfFolder, part: HfPart, kind: ParameterKind) -> None:
-    stored, scales = folder.tensors[part.name], folder.tensors.get(part.name + SCALE_SUFFIX)
+def _check_shape(stored: StoredTensor, part: HfPart) -> None:
     if stored.shape != part.shape:
         raise DamagedCheckpointError(
             f"{part.name} in {stored.file} has shape {stored.shape}, but config.json gives {part.shape}. "
             "The config belongs to another model, or the file is damaged."
         )
+
+
+def _check_tensor(folder: HfFolder, part: HfPart, kind: ParameterKind) -> None:
+    stored, scales = folder.tensors[part.name], folder.tensors.get(part.name + SCALE_SUFFIX)
+    _check_shape(stored, part)
     if stored.dtype not in _VALUE_DTYPES:
         raise DamagedCheckpointError(
             f"{part.name} in {stored.file} is {stored.dtype}; weights are FP8, BF16, FP16 or FP32."

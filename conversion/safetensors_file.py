@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from conversion.errors import LFS_START, DamagedCheckpointError, copy_again
+from conversion.errors import LFS_START, DamagedCheckpointError, copy_again, refuse_pipe
 
 DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
@@ -123,6 +123,7 @@ def read_header(file: Path) -> SafetensorsHeader:
 
 
 def _read_json_header(file: Path) -> tuple[int, dict[str, Any], int]:
+    refuse_pipe(file)
     try:
         with file.open("rb") as handle:
             size = os.fstat(handle.fileno()).st_size

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import torch
 
-from conversion.errors import DamagedCheckpointError
+from conversion.errors import DamagedCheckpointError, refuse_pipe
 from conversion.safetensors_file import StoredTensor
 
 _METADATA_CLASSES = (
@@ -62,6 +62,7 @@ def read_metadata(file: Path) -> Any:
     """
     from torch.distributed.checkpoint.metadata import Metadata
 
+    refuse_pipe(file)
     with file.open("rb") as handle:
         try:
             found = _MetadataUnpickler(handle).load()

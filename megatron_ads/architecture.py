@@ -189,6 +189,8 @@ def read_model_shape(path: Path) -> ModelShape:
         ConfigError: If there is no such file, or it does not describe a supported model.
     """
     file = path / "config.json" if path.is_dir() else path
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise ConfigError(f"{file} is not a file. Give a Hugging Face checkpoint folder.")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -97,6 +97,8 @@ def make_bad(way: str, place: Path, *, suffix: str = "") -> Path:
         bad.write_text("x")
     elif way == "a folder":
         bad.mkdir()
+    elif way == "a pipe":  # whoever opens it waits until someone writes
+        os.mkfifo(bad)
     elif way == "noise":
         bad.write_bytes(bytes(range(256)))
     elif way == "forbidden":
@@ -195,8 +197,8 @@ DAMAGED = [
     [
         (line, name, way)
         for line, name in DAMAGED
-        for way in ("forbidden", "noise", "a folder")
-        if (line.split()[0], way) != ("verify", "noise")  # that damage is what it was asked for: status 1
+        for way in ("forbidden", "noise", "a folder", "a pipe")
+        if line.split()[0] != "verify" or way not in ("noise", "a pipe")  # that damage is what it looks for: status 1
     ],
 )
 def test_a_file_of_a_checkpoint_that_cannot_be_read_is_one_line(

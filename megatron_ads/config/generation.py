@@ -163,6 +163,7 @@ class EndpointConfig:
             self._check_url(section)
 
     def _check_limits(self, section: str) -> None:
+        require(self.model != "", f"{section}.model is empty. Name the model, or leave the setting out.")
         amounts = ("first_wait_seconds", "longest_wait_seconds", "input_price", "output_price", "max_cost")
         require_at_least(section, self, 0, *amounts)
         require_at_least(section, self, 1, "concurrency", "attempts")

@@ -135,7 +135,7 @@ def load_tokenizer(folder: Path, template_arguments: Mapping[str, Any] | None = 
 
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist. Give a checkpoint folder with a tokenizer.")
-    if not (folder / "tokenizer.json").exists():
+    if not (folder / "tokenizer.json").is_file():
         raise DataError(
             f"{folder} holds no tokenizer.json. Copy it from the checkpoint's repository; a tokenizer that is code "
             "(tokenization_*.py) must be converted to tokenizer.json first."

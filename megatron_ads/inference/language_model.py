@@ -37,8 +37,9 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"transformers cannot load {folder}: {error}") from None
+    # transformers raises TypeError, AttributeError, RuntimeError and others for settings and shapes it did not expect.
+    except Exception as error:
+        raise ConversionError(f"transformers cannot load {folder}: {error}") from error
     if missing := missing_weights(model, report):
         raise ConversionError(
             f"{folder} lacks {len(missing)} weights that the model needs, {missing[0]} among them; export it again."

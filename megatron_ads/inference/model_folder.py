@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from conversion.convert import to_hf
-from conversion.hf_folder import read_config
+from conversion.hf_folder import check_for_transformers, read_config
 from conversion.plan import folder_state
 from conversion.sources import open_source
 from conversion.to_hf import ExportDtype
@@ -31,8 +31,12 @@ def hugging_face_folder(model: Path) -> Iterator[Path]:
     Raises:
         ConversionError: If the folder is no checkpoint, is incomplete or damaged, or the export does not fit the disk.
     """
-    fp8_here = _is_hugging_face(model) and device().type == "cpu" and _is_fp8(model)
+    config = read_config(model) if (model / "config.json").exists() else {}
+    of_family = config.get("model_type") in MODEL_TYPES  # transformers takes care of any other
+    fp8_here = of_family and device().type == "cpu" and isinstance(config.get("quantization_config"), dict)
     if _is_hugging_face(model) and not fp8_here:
+        if of_family:
+            check_for_transformers(model)
         yield model
         return
     kind = open_source(model).kind
@@ -56,10 +60,3 @@ def tokenizer_folder(model: Path) -> Path:
 def _is_hugging_face(model: Path) -> bool:
     """Return whether a folder is to be used as it is; so is one that does not exist, for its user to complain of."""
     return not model.is_dir() or (model / "config.json").exists()
-
-
-def _is_fp8(model: Path) -> bool:
-    """Return whether a folder is a model of this family in FP8; transformers takes care of any other."""
-    config = read_config(model) if (model / "config.json").exists() else {}
-    quantization = config.get("quantization_config")
-    return isinstance(quantization, dict) and config.get("model_type") in MODEL_TYPES

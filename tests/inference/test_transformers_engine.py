@@ -3,6 +3,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +152,18 @@ def test_padding_is_on_the_left_and_masked() -> None:
 def test_a_folder_that_is_no_checkpoint_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="transformers cannot load"):
         _engine(tmp_path)
+
+
+@pytest.mark.parametrize("setting", [{"eos_token_id": [1, "x"]}, {"dtype": "float99"}, {"rope_theta": "1e4"}])
+def test_whatever_transformers_raises_for_an_odd_setting_is_a_clear_error(
+    random_model: Path, tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    config = json.loads((random_model / "config.json").read_text()) | setting
+    config.pop("rope_parameters", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(random_model / "model.safetensors")
+    with pytest.raises(ConversionError, match="transformers cannot load"):
+        load_model(tmp_path)
 
 
 def test_weights_that_are_missing_are_not_made_up(random_model: Path, tmp_path: Path) -> None:
