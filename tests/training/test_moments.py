@@ -27,10 +27,9 @@ def test_a_job_with_bf16_moments_continues_where_it_was_saved(tmp_path: Path) ->
     assert (resumed.loss, resumed.grad_norm) == (straight.loss[2:], straight.grad_norm[2:])
     for divided in run_ranks(2, resume_and_train, recipe(2, Precision.bf16)):
         assert divided.loss == pytest.approx(straight.loss[2:], rel=1e-5)
-    # The same state, updated without rounding it.
+    # From the same state; an update is of moments that are not rounded yet, so the first one is the same too.
     (widened,) = run_ranks(1, resume_and_train, recipe(2, Precision.fp32))
-    assert widened.loss[0] == straight.loss[2] and widened.loss[1] != straight.loss[3]
-    assert widened.loss == pytest.approx(straight.loss[2:], rel=1e-3)
+    assert widened.loss == straight.loss[2:]
     shutil.rmtree(tmp_path / "checkpoints")
     run_ranks(1, train_and_save, recipe(2, Precision.fp32))
     (rounded,) = run_ranks(1, resume_and_train, recipe(2, Precision.bf16))
