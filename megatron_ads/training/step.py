@@ -91,13 +91,20 @@ def run_pass(portions: Iterable[Sequence[PackedBatch]], chunks: Sequence[Any]) -
 
 
 def run_log_probabilities(
-    rows: Sequence[TokenizedRow], share: ReplicaShare, chunks: Sequence[Any], *, seq_length: int, packing: bool = True
+    rows: Sequence[TokenizedRow],
+    share: ReplicaShare,
+    chunks: Sequence[Any],
+    *,
+    seq_length: int,
+    packing: bool = True,
+    before_microbatch: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
     """Return log p of every label of every row, prompts included, under the current weights; nothing is updated.
 
     One FP32 tensor (N - 1,) a row of N tokens, in order, on the CPU, the same on every rank. What the vocabulary-
     parallel cross-entropy returns is -log p already: no rank ever holds the logits of its microbatch twice. Pass the
-    rows in portions that fit in memory: each rank holds one number for every label.
+    rows in portions that fit in memory: each rank holds one number for every label. ``before_microbatch`` is as in
+    ``run_step``.
 
     Raises:
         DataError: If a row is longer than ``seq_length``.
@@ -107,7 +114,9 @@ def run_log_probabilities(
     places = [np.arange(1 + start, 1 + end) for start, end in pairwise(ends)]
     batches = batches_of_all(rows, share, seq_length=seq_length, packing=packing, extra={"place": places})
     with _evaluating(chunks):
-        reports = _run_microbatches(batches, chunks, Loss(compute=_log_probabilities), forward_only=True)
+        reports = _run_microbatches(
+            batches, chunks, Loss(compute=_log_probabilities), forward_only=True, before_each=before_microbatch
+        )
     values = torch.zeros(1 + ends[-1], device=device())
     if _reports_loss():
         for report in reports:
