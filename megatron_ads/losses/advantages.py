@@ -23,8 +23,8 @@ def group_advantages(rewards_N: NDArray, group_N: NDArray, config: PolicyConfig)
         A_i = r_i - sum_{j != i} r_j / (G - 1)            ``leave_one_out``: RLOO, arXiv:2402.14740
             = G / (G - 1) (r_i - mean)                    and with ``norm_adv_by_std`` this, divided likewise
 
-    std is the unbiased one, with G - 1, and 1e-6 is verl's (``compute_grpo_outcome_advantage`` of 0.8.0.dev,
-    trainer/ppo/core_algos.py); TRL 1.10 has the same std and 1e-4. An answer whose reward is NaN is not in its group;
+    std is the unbiased one, with G - 1, and 1e-6 is verl's (``compute_grpo_outcome_advantage`` of 0.9.1,
+    trainer/ppo/core_algos.py); TRL 1.16 has the same std and 1e-4. An answer whose reward is NaN is not in its group;
     its advantage is 0. So are those of a group without variance, and that of a single answer, which verl gives its
     reward.
     """

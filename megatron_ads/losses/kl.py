@@ -20,7 +20,7 @@ from megatron_ads.config.rl import KlType
 def kl_estimate(log_p: Tensor, reference_log_p: Tensor, kind: KlType) -> Tensor:
     """Return an estimate of KL(pi || ref) in nats for each token, in the shape of ``log_p``, with its gradient.
 
-    k3 is limited to 10, where its gradient ends. Source: ``kl_penalty`` of verl 0.8.0.dev, trainer/ppo/core_algos.py,
+    k3 is limited to 10, where its gradient ends. Source: ``kl_penalty`` of verl 0.9.1, trainer/ppo/core_algos.py,
     and DeepSeekMath, arXiv:2402.03300, equation 4.
     """
     d = log_p - reference_log_p
@@ -38,6 +38,6 @@ def rewards_with_kl(rewards_N: NDArray, kl_N: NDArray, kl_coef: float) -> NDArra
     Args:
         kl_N: The sum of ``kl_estimate`` over the tokens of each answer.
 
-    Source: ``apply_kl_penalty`` of verl 0.8.0.dev, trainer/ppo/ray_trainer.py, summed over an answer.
+    Source: ``apply_kl_penalty`` of verl 0.9.1, trainer/ppo/ray_trainer.py, summed over an answer.
     """
     return rewards_N - kl_coef * kl_N

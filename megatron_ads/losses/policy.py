@@ -19,7 +19,7 @@ clip(x) = x limited to [1 - epsilon_low, 1 + epsilon_high], sg = without gradien
     icepop  w_t = r_t if 1/C_is <= r_t <= C_is, else 0      (the token still counts in C)
 
 KL_t is in kl.py, and only here if ``kl_in`` is loss. log rho_t is limited to [-20, 20].
-Source: ``compute_policy_loss_vanilla``, ``_gspo`` and ``_cispo`` of verl 0.8.0.dev, trainer/ppo/core_algos.py.
+Source: ``compute_policy_loss_vanilla``, ``_gspo`` and ``_cispo`` of verl 0.9.1, trainer/ppo/core_algos.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,8 +58,8 @@ def answer_weight(mode: LossAggregation, answer_tokens: int, max_new_tokens: int
         seq-mean-token-mean      1/N sum_i 1/|o_i|       sum_t l_it
         seq-mean-token-sum-norm  1/N sum_i 1/max_new_tokens sum_t l_it
 
-    with N the answers of the update that have a weight. The last is Dr. GRPO's (arXiv:2503.20783) as in TRL 1.10; verl
-    0.8.0.dev leaves out its 1/N.
+    with N the answers of the update that have a weight. Source: ``agg_loss`` of verl 0.9.1, trainer/ppo/core_algos.py,
+    with its normalisers of the global batch.
     """
     if mode is LossAggregation.seq_mean_token_sum:
         return float(answer_tokens)  # a batch divides it by as much
