@@ -10,7 +10,7 @@ A prompt is a list of messages, a completion a text. Columns are the facts of th
 further keyword arguments. A function without ``**`` is given what it names. It returns a number, or None for "not my
 task", for each answer; of what verl's functions return, ``score`` or the first value counts.
 
-Sources: TRL 0.25 ``GRPOTrainer`` (reward_funcs), verl 0.6 ``verl/utils/reward_score`` and ``NaiveRewardManager``.
+Sources: TRL's ``GRPOTrainer(reward_funcs=...)``; verl's ``NaiveRewardManager``, verl/workers/reward_manager/naive.py.
 """
 
 import importlib
@@ -70,7 +70,9 @@ class OwnFunction:
             arguments = {name: value for name, value in arguments.items() if name in self.accepts}
         found = self.function(**arguments, **self.settings)
         if self.is_verl:
-            found = found["score"] if isinstance(found, dict) else found[0] if isinstance(found, tuple) else found
+            found = (
+                found["score"] if isinstance(found, dict) else found[0] if isinstance(found, list | tuple) else found
+            )
         return outcomes_of([found] if self.unit is Unit.sample else list(found), len(rollouts))
 
     def _arguments(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:

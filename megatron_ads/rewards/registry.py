@@ -17,16 +17,24 @@ from numpy.typing import NDArray
 from megatron_ads.config.rl import RewardsConfig
 from megatron_ads.errors import ConfigError, DataError, one_line
 from megatron_ads.observability.log import get_logger
+from megatron_ads.rewards.advertiser_ranking import AdvertiserRanking
 from megatron_ads.rewards.label_agreement import LabelAgreement
+from megatron_ads.rewards.list_ranking import ListRanking
 from megatron_ads.rewards.own_function import is_own, require_there
+from megatron_ads.rewards.retrieval import Retrieval
 from megatron_ads.rewards.reward import Failure, Fault, Outcome, Reward, outcomes_of, units_of, with_settings
+from megatron_ads.rewards.semantic import Semantic
 from megatron_ads.rewards.worker import Worker
 from megatron_ads.rollouts import Rollout
 
 logger = get_logger(__name__)
 
 BUILT_IN: dict[str, type[Any]] = {
+    "advertiser_ranking": AdvertiserRanking,
     "label_agreement": LabelAgreement,
+    "list_ranking": ListRanking,
+    "retrieval": Retrieval,
+    "semantic": Semantic,
 }
 """Dataclasses that are rewards; their fields are the settings."""
 MAX_KILLS = 4
