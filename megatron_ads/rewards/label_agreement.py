@@ -1,23 +1,26 @@
-"""Reward of tasks with one label: full for the true one, less the farther away on a graded scale.
+"""Reward of tasks with labels: full for the true one, less the farther away on a graded scale.
 
 With truth i and answer j as places on a scale of L labels:
 
     exact    R_label = 1 if j = i, else 0
     ordinal  R_label = 1 - |i - j| / (L - 1)
 
-    R = R_label + w_format [answer can be read];  an answer that cannot be read has R_label = 0
+    R = R_label + w_format R_format
 
-The form of the format term is that of the advertiser paper's reward; the label term is ours.
+R_format is 1 for an answer that can be read; R is 0 for one that cannot. Where a row asks for three labels, R_label is
+their mean. The form of the format term is that of the advertiser paper's reward; the label term is ours.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import ClassVar
 
 from megatron_ads.errors import DataError
+from megatron_ads.metrics.ranking import same_name
 from megatron_ads.rewards.reward import Unit
 from megatron_ads.rollouts import Rollout
-from megatron_ads.rows import ChatRow
+from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks import ad_user_relevance, relevance
 from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.registry import TASKS, read_answer
@@ -27,6 +30,7 @@ SCALES: dict[str, tuple[str, ...]] = {
     ad_user_relevance.TASK: tuple(ad_user_relevance.Score),
 }
 """Labels of graded tasks, from the worst to the best."""
+_FLAGS = ("location", "quality")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,9 +42,10 @@ class LabelAgreement:
     ordinal: bool = True
     """Labels near the true one count in part, where the task has a scale."""
     format_weight: float = 0.2
-    """w_format, for an answer that can be read."""
+    """w_format."""
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """Return R of each; None for rows of other tasks."""
         return [self._value(rollout.row, rollout.text) for rollout in rollouts]
 
     def _value(self, row: ChatRow, text: str) -> float | None:
@@ -52,10 +57,14 @@ class LabelAgreement:
         answer = read_answer(row, text)
         if isinstance(answer, ReadFailure):
             return 0.0
-        return self.format_weight + self._agreement(row.task, row.label, label_of(answer))
+        shares = [self._agreement(row.task, row.label, label_of(answer))]
+        if isinstance(answer, relevance.RelevanceJudgement) and Fact.ground_truth in row.facts:
+            true_flags = {name: row.object_fact(Fact.ground_truth).get(name) for name in _FLAGS}
+            shares += [float(flag == getattr(answer, name)) for name, flag in true_flags.items() if flag is not None]
+        return fmean(shares) + self.format_weight
 
     def _agreement(self, task: str, truth: str, said: str) -> float:
         scale = SCALES.get(task, ())
         if not self.ordinal or truth not in scale:
-            return float(truth == said)
+            return float(same_name(truth) == same_name(said))
         return 1 - abs(scale.index(truth) - scale.index(said)) / (len(scale) - 1)
