@@ -134,12 +134,12 @@ class Session:
         *,
         name: str,
         updates_per_step: int = 1,
-        on_built: Callable[[TrainedModel], None] = lambda model: None,
+        before_load: Callable[[TrainedModel], None] = lambda model: None,
     ) -> Self:
         """Build the model, compare the ranks and start where the latest complete checkpoint ends; a collective.
 
-        ``data`` is saved with every checkpoint and restored from it; ``name`` is shown with the progress. ``on_built``
-        gets the model with the weights that the job began with.
+        ``data`` is saved with every checkpoint and restored from it; ``name`` is shown with the progress.
+        ``before_load`` is given the model while it has the weights of ``model.load``.
 
         Raises:
             MegatronAdsError: For anything the user can mend; the message says what and how.
@@ -147,8 +147,8 @@ class Session:
         source, shards = membership.source, membership.shards
         patience = config.runtime.load_timeout_seconds
         model = build_model(config.model, config.optim, config.train, source, shards, load_timeout_seconds=patience)
+        before_load(model)
         preflight(config, model.optimizer, shards)
-        on_built(model)
         checkpointer = Checkpointer(
             settings=config.checkpoint,
             model=model,
