@@ -31,7 +31,7 @@ from megatron_ads.training.policy_rows import minibatches, on_labels, overlong_p
 from megatron_ads.training.reference import ReferenceWeights
 from megatron_ads.training.rollout_dump import ScoredStep
 from megatron_ads.training.session import Session
-from megatron_ads.training.step import StepReport, run_log_probabilities, run_step
+from megatron_ads.training.step import StepReport, run_log_probabilities, run_log_probabilities_and_entropies, run_step
 
 _TOLERANCE = {Precision.fp32: 1e-4, Precision.bf16: 2e-2}
 """Of log-probabilities that must be equal, in nats, the mean over tokens: two passes over the same weights."""

@@ -50,7 +50,7 @@ def run(config: RlConfig, stop: StopRequest) -> ExitStatus:
             config.data, tokenizer, max_new_tokens=rollout.max_new_tokens, probe_rows=rollout.probe_rows
         )
         trains = rollout.mode is not RolloutMode.rollout_only
-        reference = ReferenceWeights() if trains and config.policy.kl_coef > 0 else None
+        needs_reference, reference = trains and config.policy.kl_coef > 0, list[ReferenceWeights]()
         with ExitStack() as opened:
             judge = opened.enter_context(_open_judge(config))
             position = Position(prompts.stream, RewardWeights(config.rewards))
@@ -61,7 +61,7 @@ def run(config: RlConfig, stop: StopRequest) -> ExitStatus:
                 stop,
                 name="RL",
                 updates_per_step=config.policy.minibatches if trains else 0,
-                on_built=reference.keep if reference is not None else lambda model: None,
+                before_load=lambda model: reference.append(ReferenceWeights(model)) if needs_reference else None,
             )
             opened.enter_context(closing(session.log))
             opened.enter_context(session.checkpointer)
@@ -74,13 +74,13 @@ def run(config: RlConfig, stop: StopRequest) -> ExitStatus:
                 prompts=prompts,
                 reward_weights=position.reward_weights,
                 answering=answering,
-                update=_update(config, session, reference) if trains else None,
+                update=_update(config, session, *reference) if trains else None,
             )
             stopped = train(job)
         return session.end(stopped=stopped, export=trains)
 
 
-def _update(config: RlConfig, session: Session, reference: ReferenceWeights | None) -> PolicyUpdate:
+def _update(config: RlConfig, session: Session, reference: ReferenceWeights | None = None) -> PolicyUpdate:
     share = share_of(config, session.membership.shards.layout)
     return PolicyUpdate(config=config, session=session, share=share, reference=reference)
 
