@@ -31,7 +31,7 @@ from megatron_ads.training.policy_rows import minibatches, on_labels, overlong_p
 from megatron_ads.training.reference import ReferenceWeights
 from megatron_ads.training.rollout_dump import ScoredStep
 from megatron_ads.training.session import Session
-from megatron_ads.training.step import StepReport, run_log_probabilities, run_log_probabilities_and_entropies, run_step
+from megatron_ads.training.step import StepReport, run_log_probabilities_and_entropies, run_step
 
 _TOLERANCE = {Precision.fp32: 1e-4, Precision.bf16: 2e-2}
 """Of log-probabilities that must be equal, in nats, the mean over tokens: two passes over the same weights."""
@@ -61,7 +61,7 @@ class PolicyUpdate:
         rows = [policy_row(rollout, self._loss_weight(found, place)) for place, rollout in enumerate(found.rollouts)]
         portions = minibatches(found.rollouts, self.config.policy.minibatches)
         engine = [np.array(rollout.log_probabilities, dtype=np.float32) for rollout in found.rollouts]
-        old = self._log_probabilities(rows, [*map(len, engine)], portions)
+        old, entropies = self._log_probabilities(rows, [*map(len, engine)], portions)
         reference = self._of_reference(rows, portions, old)
         rewards = self._adjusted(found, old, reference)
         values = {ENGINE: engine, OLD: old, REFERENCE: reference or old}
@@ -73,8 +73,11 @@ class PolicyUpdate:
             metrics.append(policy_metrics(self.config.policy, report.totals, report.per_sample, report.loss_tokens))
             if len(reports) == 1:
                 self._require_ratio_of_one(metrics[0])
-        gap = {"rollout/logprob_abs_diff": _mean_difference(engine, old)}
-        return _together(reports), _means(metrics) | gap
+        of_answers = {
+            "rollout/logprob_abs_diff": _mean_difference(engine, old),
+            "actor/entropy": float(np.concatenate(entropies).astype(np.float64).mean()),
+        }
+        return _together(reports), _means(metrics) | of_answers
 
     def _update(self, rows: Sequence[TokenizedRow], values: Mapping[str, Values]) -> StepReport:
         config, model = self.config, self.session.model
@@ -104,15 +107,15 @@ class PolicyUpdate:
 
     def _log_probabilities(
         self, rows: Sequence[TokenizedRow], lengths: Sequence[int], portions: Sequence[range]
-    ) -> Values:
-        """Return the model's log-probabilities of the answers, in the very batches that are trained on.
+    ) -> tuple[Values, Values]:
+        """Return the model's log-probabilities and entropies of the answers, in the very batches that are trained on.
 
         ``lengths`` are those of the answers, in tokens.
         """
         data, session = self.config.data, self.session
-        found: list[torch.Tensor] = []
+        found, entropies = list[torch.Tensor](), list[torch.Tensor]()
         for portion in portions:
-            found += run_log_probabilities(
+            log_p, entropy = run_log_probabilities_and_entropies(
                 rows[portion.start : portion.stop],
                 self.share,
                 session.model.chunks,
@@ -120,14 +123,19 @@ class PolicyUpdate:
                 packing=data.packing,
                 before_microbatch=session.membership.activity.moved,
             )
-        return [values.numpy()[-length:] for length, values in zip(lengths, found, strict=True)]
+            found, entropies = found + log_p, entropies + entropy
+        of_answers = [
+            [values.numpy()[-length:] for length, values in zip(lengths, each, strict=True)]
+            for each in (found, entropies)
+        ]
+        return of_answers[0], of_answers[1]
 
     def _of_reference(self, rows: Sequence[TokenizedRow], portions: Sequence[range], old: Values) -> Values | None:
         """Return what the initial weights say of the answers; at the first step, it must be what the policy says."""
         if self.reference is None:
             return None
         with self.reference.in_place():
-            found = self._log_probabilities(rows, [*map(len, old)], portions)
+            found, _ = self._log_probabilities(rows, [*map(len, old)], portions)
         if self.session.model.optimizer.updates == 0:
             difference, tolerance = _mean_difference(old, found), _TOLERANCE[self.config.model.precision]
             if not difference <= tolerance:
