@@ -70,17 +70,20 @@ class RolloutConfig:
     servers: list[EndpointConfig] = field(default_factory=list)
     """``servers``: one entry for each inference server."""
     reload_command: str | None = None
-    """``servers``: shell command that makes a server use new weights, with MODEL and URL in its environment; it returns
-    when the server answers again. None: vLLM's and SGLang's own requests to load weights from a folder."""
+    """``servers``: shell command that makes a server use new weights, with MODEL, URL and SERVED_MODEL in its
+    environment; it returns when the server answers again. None: vLLM's and SGLang's own requests to load weights from a
+    folder."""
+    server_wait_seconds: float = 600.0
+    """``servers``: longest wait for a server to use new weights, and for any to answer while all are lost."""
     max_staleness: int = 0
-    """``servers``: updates that the weights of an answer may be behind; 0 is on-policy."""
+    """``servers``: updates that the weights of an answer may be behind; only 0, on-policy, is there so far."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
         require_at_least("rollout", self, 2, "samples")
         require_at_least("rollout", self, 1, "max_new_tokens", "batch_size", "max_draws")
         require_at_least("rollout", self, 0, "overlong_buffer", "probe_rows", "max_staleness")
-        require_above("rollout", self, 0, "max_logprob_diff")
+        require_above("rollout", self, 0, "max_logprob_diff", "server_wait_seconds")
         has_buffer, shaped = self.overlong_buffer > 0, self.overlong is Overlong.shape
         require(
             has_buffer == shaped and self.overlong_buffer < self.max_new_tokens,
@@ -101,12 +104,17 @@ class RolloutConfig:
             f"rollout.servers has {len(self.servers)} entries and rollout.mode is {self.mode}. Mode servers needs at "
             "least one, with url and model; no other mode asks them.",
         )
-        for name, unused in (("reload_command", None), ("max_staleness", 0)):
+        for name, unused in (("reload_command", None), ("server_wait_seconds", 600.0)):
             require(
                 servers or getattr(self, name) == unused,
                 f"rollout.{name} is {getattr(self, name)}, which has no effect with rollout.mode {self.mode}. "
                 "Remove it.",
             )
+        require(
+            self.max_staleness == 0,
+            f"rollout.max_staleness is {self.max_staleness}: every step waits for its own rollouts so far, on-policy. "
+            "Set it to 0.",
+        )
         for index, server in enumerate(self.servers):
             section = f"rollout.servers[{index}]"
             require(server.model is not None, f"{section}.model is missing. Name the model as the server knows it.")
