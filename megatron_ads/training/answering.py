@@ -39,7 +39,7 @@ class Answering:
             ConversionError: On every rank, if that is too far.
         """
         self.engine.follow(self.session.model)
-        self.weights, difference = self.probe.mark(self.session.model, self.engine.engine)
+        self.weights, difference = self.probe.mark(self.session.model, self.engine.gap)
         return {} if self.probe.max_logprob_diff is None else {"rollout/probe_logprob_abs_diff": difference}
 
     def collect(self, step: int, times: PhaseTimes) -> ScoredStep:
@@ -50,7 +50,9 @@ class Answering:
         """Answer the held-out prompts greedily and return the rewards by name."""
         of = self.collector
         asking = Asking(samples=1, max_new_tokens=of.config.rollout.max_new_tokens, seed=None, weights=self.weights)
-        return of.judge.score(of.generator.answer(of.prompts.held_out, asking)).values
+        found = of.judge.score(of.generator.answer(of.prompts.held_out, asking)).values
+        of.generator.forget()
+        return found
 
 
 @contextmanager
@@ -63,7 +65,10 @@ def open_answering(
         MegatronAdsError: On every rank, if some rank cannot load the model or keep its rollouts.
     """
     of_job, folder = session.membership, Path(config.log.dir) / "rollouts"
-    with open_journal(folder) as journal, open_rollout_engine(config, of_job, tokenizer) as engine:
+    with (
+        open_journal(folder) as journal,
+        open_rollout_engine(config, of_job, tokenizer, updates=session.model.optimizer.updates) as engine,
+    ):
         generator = Generator(
             engine,
             prompts.rows,

@@ -154,6 +154,7 @@ def _step(job: RlJob) -> bool:
     metrics |= {"learning_rate": job.update.learning_rate}
     with times.measured("update"):
         report, of_update = job.update.run(found, weights)
+    activity.leave_step(session.step + 1)
     if job.answering is not None:
         with times.measured("sync"):
             metrics |= job.answering.follow()
