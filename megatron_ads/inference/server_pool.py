@@ -217,15 +217,16 @@ class ServerPool:
             self._load(server, stop)
             gap, restarted = self._gap(server), ", also after another restart"
         if not gap <= self._config.max_logprob_diff:
-            hint = (
-                "" if self._config.reload_command else " Set rollout.reload_command, which restarts a server on them."
-            )
-            raise WrongWeightsError(
-                f"the inference server at {server.url} differs from the trainer by {gap:.3g} nats a token on the "
-                f"probe{restarted} (rollout.max_logprob_diff is {self._config.max_logprob_diff:g}): it does not compute "
-                f"with the weights of {self._folder or 'this job'}.{hint}"
-            )
+            raise self._wrong(server, gap, restarted)
         return gap
+
+    def _wrong(self, server: Server, gap: float, restarted: str) -> WrongWeightsError:
+        hint = "" if self._config.reload_command else " Set rollout.reload_command, which restarts a server on them."
+        return WrongWeightsError(
+            f"the inference server at {server.url} differs from the trainer by {gap:.3g} nats a token on the probe"
+            f"{restarted} (rollout.max_logprob_diff is {self._config.max_logprob_diff:g}): it does not compute with the "
+            f"weights of {self._folder or 'this job'}.{hint}"
+        )
 
     def _gap(self, server: Server) -> float:
         assert self._probe is not None, "was given"
