@@ -224,8 +224,8 @@ class ServerPool:
         hint = "" if self._config.reload_command else " Set rollout.reload_command, which restarts a server on them."
         return WrongWeightsError(
             f"the inference server at {server.url} differs from the trainer by {gap:.3g} nats a token on the probe"
-            f"{restarted} (rollout.max_logprob_diff is {self._config.max_logprob_diff:g}): it does not compute with the "
-            f"weights of {self._folder or 'this job'}.{hint}"
+            f"{restarted} (rollout.max_logprob_diff is {self._config.max_logprob_diff:g}): it does not compute "
+            f"with the weights of {self._folder or 'this job'}.{hint}"
         )
 
     def _gap(self, server: Server) -> float:
