@@ -22,7 +22,7 @@ class TowersConfig:
     """Length of the vectors of users and items."""
     hidden: int = 128
     """Width of the hidden layer of each tower."""
-    epochs: int = 16
+    epochs: int = 10
     """Passes over the conversions."""
     batch_size: int = 256
     """Conversions in a batch; each is compared with the items of the others."""
@@ -45,8 +45,6 @@ class TowersConfig:
 class CrossConfig:
     """Ranker: DCN-v2 (arXiv:2008.13535) with a head for clicks and one for conversions after a click."""
 
-    dimensions: int = 32
-    """Length of the embeddings of history, query and item."""
     cross_layers: int = 2
     """Cross layers."""
     hidden: int = 128
@@ -55,14 +53,14 @@ class CrossConfig:
     """Passes over the impressions."""
     batch_size: int = 512
     """Impressions in a batch."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """Of Adam."""
     query_share: float = 0.7
     """Share of impressions that show their query in an epoch; the others know the history alone."""
 
     def check(self, section: str) -> None:
         """Refuse impossible values."""
-        require_at_least(section, self, 1, "dimensions", "cross_layers", "hidden", "epochs", "batch_size")
+        require_at_least(section, self, 1, "cross_layers", "hidden", "epochs", "batch_size")
         require_above(section, self, 0, "learning_rate")
         require_between(section, self, 0, 1, "query_share")
 

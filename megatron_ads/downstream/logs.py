@@ -15,9 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megatron_ads.data.bad_rows import BadRow, BadRowError
 from megatron_ads.data.event_tables import read_event
 from megatron_ads.data.table_fields import optional_text, text_of, time_of

@@ -79,7 +79,7 @@ def train_retriever(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            progress.update(loss=float(loss))
+            progress.update(loss=loss.item())
     return model.eval().requires_grad_(False)
 
 

@@ -32,7 +32,9 @@ def read_logs(folder: Path) -> Logs:
         DataError: As ``read_team_logs``.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder of logs. Name one that `megatron-ads data simulate` wrote, or yours.")
+        raise DataError(
+            f"{folder} is not a folder of logs. Name one that `megatron-ads data simulate` wrote, or yours."
+        )
     return read_simulated_logs(folder) if (folder / MANIFEST).is_file() else read_team_logs(folder)
 
 
@@ -45,9 +47,7 @@ def read_simulated_logs(folder: Path) -> Logs:
         queries=_numbered(folder, "query", ("text", "kind"), table="queries"),
     )
     events = read_rows(folder, "sessions", world.search, ("user", "time", "onsite", "query"))
-    events += read_rows(
-        folder, "conversions", world.conversion, ("user", "time", "kind", "advertiser", "attributed")
-    )
+    events += read_rows(folder, "conversions", world.conversion, ("user", "time", "kind", "advertiser", "attributed"))
     events += read_rows(folder, "visits", world.visit, ("user", "time", "kind", "advertiser"))
     shown = read_rows(folder, "impressions", world.impression, ("user", "time", "query", "ad", *_HAPPENED), _CHANCES)
     events += [click for _, click in shown if click is not None]
@@ -88,7 +88,9 @@ class _World:
         for ad in self.ads.values():
             titles[ad["advertiser"]].append(ad["title"])
         return [
-            Item(shop["name"], "\n".join([*self._sold(shop), shop["price_level"], shop["place"] or "", *titles[number]]))
+            Item(
+                shop["name"], "\n".join([*self._sold(shop), shop["price_level"], shop["place"] or "", *titles[number]])
+            )
             for number, shop in sorted(self.advertisers.items())
         ]
 
