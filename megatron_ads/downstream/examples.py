@@ -114,11 +114,8 @@ def _purchases(
 def _require_both(made: Examples, anchors: Sequence[float], purpose: str) -> None:
     clicks = [shown for _, shown in made.impressions if shown.clicked]
     conversions = sum(shown.converted for shown in clicks)
-    for what, count in (
-        ("purchases of items", len(made.purchases)),
-        ("clicks", len(clicks)),
-        ("conversions", conversions),
-    ):
+    found = {"purchases of items": len(made.purchases), "clicks": len(clicks), "conversions": conversions}
+    for what, count in found.items():
         if not count:
             raise DataError(
                 f"There are no {what} {purpose}: {len(made.histories)} histories end at "

@@ -118,10 +118,9 @@ def _pipeline(record: Mapping[str, Any], weights: bytes, folder: Path) -> Pipeli
         ranker = Ranker(config.ranker, config.retriever.dimensions)
     tensors = load(weights)
     for part, model in zip(_PARTS, (retriever, ranker), strict=True):
-        of_part = {
-            name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")
-        }
-        model.load_state_dict(of_part, assign=True)
+        prefix = f"{part}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        model.load_state_dict(own, assign=True)
         model.eval().requires_grad_(False)
     low, high = map(float, record["ctcvr_range"])
     return Pipeline(

@@ -33,7 +33,7 @@ def read_logs(folder: Path) -> Logs:
     """
     if not folder.is_dir():
         raise DataError(
-            f"{folder} is not a folder of logs. Name one that `megatron-ads data simulate` wrote, or yours."
+            f"{folder} is not a folder of logs. Name yours, or one that `megatron-ads data simulate` wrote."
         )
     return read_simulated_logs(folder) if (folder / MANIFEST).is_file() else read_team_logs(folder)
 
@@ -88,14 +88,13 @@ class _World:
         for ad in self.ads.values():
             titles[ad["advertiser"]].append(ad["title"])
         return [
-            Item(
-                shop["name"], "\n".join([*self._sold(shop), shop["price_level"], shop["place"] or "", *titles[number]])
-            )
+            Item(shop["name"], "\n".join([*self._traits(shop), *titles[number]]))
             for number, shop in sorted(self.advertisers.items())
         ]
 
-    def _sold(self, shop: Mapping[str, Any]) -> list[str]:
-        return [self.kinds[kind]["name"] for kind in shop["kinds"]]
+    def _traits(self, shop: Mapping[str, Any]) -> list[str]:
+        sold = [self.kinds[kind]["name"] for kind in shop["kinds"]]
+        return [trait for trait in (*sold, shop["price_level"], shop["place"]) if trait]
 
     def search(self, row: Cells) -> UserEvent:
         query = _row(self.queries, row, "query")

@@ -58,11 +58,8 @@ class Words:
 
 def _of_history(history: UserHistory, half_life_days: float) -> Iterator[Word]:
     about = history.demographics
-    for name, value in (
-        ("age", about.age),
-        ("gender", about.gender),
-        *(("state", word) for word in words_of(about.state)),
-    ):
+    states = [("state", word) for word in words_of(about.state)]
+    for name, value in (("age", about.age), ("gender", about.gender), *states):
         if value:
             yield f"{name}={value}", 1.0
     for event in history.events:
