@@ -14,7 +14,7 @@ from megatron_ads.downstream.examples import Examples, Purchase, held_out_exampl
 from megatron_ads.downstream.logs import Logs
 from megatron_ads.downstream.pipeline import Pipeline
 from megatron_ads.errors import DataError
-from megatron_ads.metrics.classification import auc
+from megatron_ads.metrics.classification import auc, average_precision
 from megatron_ads.metrics.intervals import ends, mean_interval, statistic_interval
 from megatron_ads.metrics.ranking import RECALLS, most_popular, ndcg_at, position_of, recall_at, recent_then_popular
 from megatron_ads.tasks.user_history import CONVERSIONS, UserHistory
@@ -116,19 +116,13 @@ def _own_rates(pipeline: Pipeline) -> NDArray[np.float64]:
     return rates
 
 
-def _average_precision(truth_N: NDArray[np.bool_], chance_N: NDArray[np.float64]) -> float | None:
-    from sklearn.metrics import average_precision_score  # here: its import takes seconds
-
-    return float(average_precision_score(truth_N, chance_N)) if truth_N.any() else None
-
-
 def _log_loss(truth_N: NDArray[np.bool_], chance_N: NDArray[np.float64]) -> float:
     clipped_N = chance_N.clip(1e-7, 1 - 1e-7)
     return float(-np.log(np.where(truth_N, clipped_N, 1 - clipped_N)).mean())
 
 
 Compute = Callable[[Any, Any], float | None]
-_SCORES: dict[str, Compute] = {"auc": auc, "pr_auc": _average_precision, "log_loss": _log_loss}
+_SCORES: dict[str, Compute] = {"auc": auc, "pr_auc": average_precision, "log_loss": _log_loss}
 
 
 def _with_interval(

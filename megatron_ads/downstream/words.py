@@ -102,12 +102,11 @@ def _event(fact: Mapping[str, Any]) -> Event:
 
 def _shown_events(shown: Mapping[str, Any]) -> Iterator[Event]:
     """Yield events that say what the sections of a prompt do; how old they are is not known."""
-    matched = {"kind": EventKind.matched_conversion, "days_ago": 0.0, "text": ""}
     for advertiser in shown.get(Section.past_advertisers, ()):
-        yield Event(**matched, advertiser=advertiser)
+        yield Event(kind=EventKind.matched_conversion, days_ago=0.0, text="", advertiser=advertiser)
     for section, field in ((Section.top_categories, "category"), (Section.top_brands, "brand")):
         for value in shown.get(section, ()):
-            yield Event(**{**matched, "kind": EventKind.offsite_url, field: value})
+            yield _event({"kind": EventKind.offsite_url, "days_ago": 0.0, "text": "", field: value})
     for section, kind in _SEARCHED.items():
         for text in shown.get(section, ()):
             yield Event(kind=kind, days_ago=0.0, text=text)
