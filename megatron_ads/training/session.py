@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -125,11 +125,19 @@ class Session:
 
     @classmethod
     def resumed(
-        cls, config: RunConfig, membership: Membership, data: DataPosition, stop: StopRequest, *, name: str
+        cls,
+        config: RunConfig,
+        membership: Membership,
+        data: DataPosition,
+        stop: StopRequest,
+        *,
+        name: str,
+        before_load: Callable[[TrainedModel], None] = lambda model: None,
     ) -> Self:
         """Build the model, compare the ranks and start where the latest complete checkpoint ends; a collective.
 
         ``data`` is saved with every checkpoint and restored from it; ``name`` is shown with the progress.
+        ``before_load`` is given the model while it has the weights of ``model.load``.
 
         Raises:
             MegatronAdsError: For anything the user can mend; the message says what and how.
@@ -137,6 +145,7 @@ class Session:
         source, shards = membership.source, membership.shards
         patience = config.runtime.load_timeout_seconds
         model = build_model(config.model, config.optim, config.train, source, shards, load_timeout_seconds=patience)
+        before_load(model)
         preflight(config, model.optimizer, shards)
         checkpointer = Checkpointer(
             settings=config.checkpoint,
