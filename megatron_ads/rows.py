@@ -188,15 +188,16 @@ class ChatRow:
 
     def shown_texts(self) -> list[str]:
         """Return the texts of the facts that the prompt shows, without the words around them."""
-        return [text for name in _SHOWN for text in _texts_of(self.facts.get(name))]
+        return [text for name in _SHOWN for text in texts_in(self.facts.get(name))]
 
 
-def _texts_of(value: JsonValue) -> Iterator[str]:
+def texts_in(value: JsonValue) -> Iterator[str]:
+    """Yield the texts of a fact, however deep they are, in order."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | Sequence):
         for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts_of(item)
+            yield from texts_in(item)
 
 
 @dataclass(frozen=True, slots=True)
