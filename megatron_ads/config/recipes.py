@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError, safe_load
 
 from megatron_ads.config.model import LayoutConfig
+from megatron_ads.config.preference import PreferenceConfig
 from megatron_ads.config.recipe_errors import explain
 from megatron_ads.config.rl import RlConfig
 from megatron_ads.config.run import RunConfig, SftConfig
@@ -27,7 +28,7 @@ _RAISED_BY_HYDRA = (ValueError, TypeError, KeyError, AttributeError, AssertionEr
 """What Hydra and OmegaConf stumble over in some overrides, such as ``optim=5``, or brackets without end."""
 
 
-JOBS: dict[str, type[RunConfig]] = {"sft": SftConfig, "rl": RlConfig}
+JOBS: dict[str, type[RunConfig]] = {"sft": SftConfig, "preference": PreferenceConfig, "rl": RlConfig}
 """The schema of each kind of training job; a recipe says its kind by ``base_KIND`` in its ``defaults``."""
 
 
