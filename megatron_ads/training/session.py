@@ -122,6 +122,7 @@ class Session:
     step: int
     """Steps done, those before the job was resumed included."""
     skips: SkippedUpdates
+    updates_per_step: int
 
     @classmethod
     def resumed(
@@ -132,6 +133,7 @@ class Session:
         stop: StopRequest,
         *,
         name: str,
+        updates_per_step: int = 1,
         before_load: Callable[[TrainedModel], None] = lambda model: None,
     ) -> Self:
         """Build the model, compare the ranks and start where the latest complete checkpoint ends; a collective.
@@ -159,22 +161,25 @@ class Session:
         process_groups.wait_for_all("load the checkpoint", patience)
         log = RunLog(config, model, shards, membership.peers, membership.activity, name=name, resume_step=step)
         skips = SkippedUpdates(maximum=max(1, min(config.train.max_skipped_updates, config.train.max_steps // 2)))
-        return cls(config, membership, model, checkpointer, log, stop, step, skips)
+        return cls(config, membership, model, checkpointer, log, stop, step, skips, updates_per_step)
 
     @property
     def is_finished(self) -> bool:
         """Whether the last step is done."""
         return self.step >= self.config.train.max_steps
 
-    def finish_step(self, report: StepReport, metrics: Mapping[str, float]) -> None:
-        """Count one training step and record it, with what its job knows of it besides; a collective.
+    def finish_step(self, report: StepReport | None, metrics: Mapping[str, float]) -> None:
+        """Count one step and record it, with what its job knows of it besides; a collective.
+
+        ``report`` is None if nothing was trained.
 
         Raises:
             DivergedError: On every rank, if too many consecutive updates were skipped.
         """
         self.step += 1
         self.log.step(self.step, report, metrics)
-        self.skips.observe(self.step, report)
+        if report is not None:
+            self.skips.observe(self.step, report)
 
     def is_due(self, every: int | None) -> bool:
         """Whether something that happens ``every`` so many steps happens now."""
@@ -194,17 +199,20 @@ class Session:
             require_finite(self.model.models)
             self.log.saved(self.step, self.checkpointer.save(self.step))
 
-    def end(self, *, stopped: bool) -> ExitStatus:
+    def end(self, *, stopped: bool, export: bool = True) -> ExitStatus:
         """Export the weights to ``<log.dir>/export`` unless stopped, and record how the job ended; a collective.
+
+        ``export`` is False where nothing was trained.
 
         Raises:
             DivergedError: If the weights are not all finite.
         """
         folder, of_job = Path(self.config.log.dir), self.membership
-        skipped = self.step - self.model.optimizer.updates
+        planned = self.step * self.updates_per_step
+        skipped = planned - self.model.optimizer.updates
         if skipped and dist.get_rank() == 0:
-            logger.warning("%d of %d steps skipped their update", skipped, self.step)
-        if not stopped:
+            logger.warning("%d of %d updates were skipped", skipped, planned)
+        if export and not stopped:
             require_finite(self.model.models)
             with failed_log_named(folder):
                 export_shards(folder / "export", self.model.models, self.model.spec, of_job.source, of_job.shards)

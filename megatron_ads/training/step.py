@@ -93,27 +93,48 @@ def run_pass(portions: Iterable[Sequence[PackedBatch]], chunks: Sequence[Any]) -
 
 
 def run_log_probabilities(
-    rows: Sequence[TokenizedRow], share: ReplicaShare, chunks: Sequence[Any], *, seq_length: int, packing: bool = True
+    rows: Sequence[TokenizedRow],
+    share: ReplicaShare,
+    chunks: Sequence[Any],
+    *,
+    seq_length: int,
+    packing: bool = True,
+    before_microbatch: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
     """Return log p of every label of every row, prompts included, under the current weights; nothing is updated.
 
     One FP32 tensor (N - 1,) a row of N tokens, in order, on the CPU, the same on every rank. What the vocabulary-
     parallel cross-entropy returns is -log p already: no rank ever holds the logits of its microbatch twice. Pass the
-    rows in portions that fit in memory: each rank holds one number for every label.
+    rows in portions that fit in memory: each rank holds one number for every label. ``before_microbatch`` is as in
+    ``run_step``.
 
     Raises:
         DataError: If a row is longer than ``seq_length``.
     """
-    return _values_of_labels(rows, share, chunks, seq_length=seq_length, packing=packing)[0]
+    return _values_of_labels(
+        rows, share, chunks, seq_length=seq_length, packing=packing, before_microbatch=before_microbatch
+    )[0]
 
 
 def run_log_probabilities_and_entropies(
-    rows: Sequence[TokenizedRow], share: ReplicaShare, chunks: Sequence[Any], *, seq_length: int, packing: bool = True
+    rows: Sequence[TokenizedRow],
+    share: ReplicaShare,
+    chunks: Sequence[Any],
+    *,
+    seq_length: int,
+    packing: bool = True,
+    before_microbatch: Callable[[], None] = lambda: None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return what ``run_log_probabilities`` does, and the entropy in nats of what was predicted for each label."""
     with _observed_entropies(chunks) as of_batches:
         log_p, entropies = _values_of_labels(
-            rows, share, chunks, seq_length=seq_length, packing=packing, entropies=of_batches
+            rows,
+            share,
+            chunks,
+            seq_length=seq_length,
+            packing=packing,
+            before_microbatch=before_microbatch,
+            entropies=of_batches,
         )
     return log_p, entropies
 
@@ -125,6 +146,7 @@ def _values_of_labels(
     *,
     seq_length: int,
     packing: bool,
+    before_microbatch: Callable[[], None],
     entropies: Sequence[Tensor] | None = None,
 ) -> list[list[Tensor]]:
     """Return log p of every label of every row; with ``entropies``, which the pass fills, those behind it."""
@@ -133,7 +155,9 @@ def _values_of_labels(
     places = [np.arange(1 + start, 1 + end) for start, end in pairwise(ends)]
     batches = batches_of_all(rows, share, seq_length=seq_length, packing=packing, extra={"place": places})
     with _evaluating(chunks):
-        reports = _run_microbatches(batches, chunks, Loss(compute=_log_probabilities), forward_only=True)
+        reports = _run_microbatches(
+            batches, chunks, Loss(compute=_log_probabilities), forward_only=True, before_each=before_microbatch
+        )
     values = torch.zeros(1 if entropies is None else 2, 1 + ends[-1], device=device())
     if _reports_loss():
         for number, report in enumerate(reports):
