@@ -29,10 +29,10 @@ class PreferenceLossConfig:
     beta: float = 0.1
     """How strongly the policy is held to the reference; lower lets it go further."""
     negatives: int = 3
-    """Rejected answers of each prompt, drawn by its id from those that its row has; a row with fewer uses all of its."""
+    """Rejected answers of each prompt, drawn by its id from those of its row; a row that has fewer uses all."""
     sft_weight: float = 0.0
-    """Weight of the mean negative log-probability of the chosen answers' tokens, added to the loss (TRL's ``rpo_alpha``,
-    arXiv:2404.19733); 0 is off."""
+    """Weight of the mean negative log-probability of the chosen answers' tokens, which is added to the loss (TRL's
+    ``rpo_alpha``, arXiv:2404.19733); 0 is off."""
     reference_steps: int = 50
     """Steps whose reference log-probabilities are computed together; each prompt's are computed once in a job. For as
     long the reference's weights are swapped in, of which each rank keeps a copy on the host; with LoRA the adapters are
@@ -67,6 +67,6 @@ def validate(config: PreferenceConfig, world: int, shape: ModelShape | None = No
     validate_run(config, world, shape)
     require(
         config.model.mtp_loss_weight == 0,
-        f"model.mtp_loss_weight is {config.model.mtp_loss_weight:g}: the MTP layer would be trained on rejected answers "
-        "as well. Set it to 0; its weights are carried along.",
+        f"model.mtp_loss_weight is {config.model.mtp_loss_weight:g}: the MTP layer would be trained on rejected "
+        "answers as well. Set it to 0; its weights are carried along.",
     )

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError, safe_load
 
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config import rl, run
+from megatron_ads.config import preference, rl, run
 from megatron_ads.config.model import LayoutConfig
 from megatron_ads.config.preference import PreferenceConfig
 from megatron_ads.config.recipe_errors import explain
@@ -108,6 +108,8 @@ def validate_job(config: RunConfig, world: int, shape: ModelShape | None = None)
     """Refuse a recipe of any kind that cannot run; as ``validate_run``."""
     if isinstance(config, RlConfig):
         rl.validate(config, world, shape)
+    elif isinstance(config, PreferenceConfig):
+        preference.validate(config, world, shape)
     else:
         assert isinstance(config, SftConfig)
         run.validate(config, world, shape)

@@ -10,6 +10,7 @@ Shape suffixes: N = answers of several sets, one set after the other, the chosen
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -17,15 +18,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_ads.config.data import DataConfig
+from megatron_ads.config.preference import PreferenceLossConfig
 from megatron_ads.data.batches import require_same_sequence
 from megatron_ads.data.chat import ChatTokenizer, tokenize_row
+from megatron_ads.data.corpus import read_corpus
 from megatron_ads.data.mixing import Mixture, WeightedRows, content_of, row_digest
+from megatron_ads.data.sources import describe_source
 from megatron_ads.errors import DataError
+from megatron_ads.layout import rank
 from megatron_ads.metrics.ranking import each_once, same_name
+from megatron_ads.observability.log import get_logger
 from megatron_ads.rows import ChatRow, Fact, Message, Role, TokenizedRow
 from megatron_ads.stable_random import stable_random
 from megatron_ads.tasks.advertiser_question import CHOOSE_ONE
 from megatron_ads.tasks.answer_format import ReadFailure, split_reasoning
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +54,16 @@ class Answers(NamedTuple):
     set_N: NDArray[np.int64]
     """Place of its set among these."""
     chosen_N: NDArray[np.bool_]
+    weight_S: NDArray[np.float64]
+    """Of each set."""
 
     @classmethod
     def of(cls, sets: Sequence[PreferenceSet]) -> "Answers":
         """Lay sets out one after the other."""
         sizes = [len(each.answers) for each in sets]
         chosen_N = np.concatenate([np.arange(size) == 0 for size in sizes])
-        return cls([row for each in sets for row in each.answers], np.repeat(np.arange(len(sets)), sizes), chosen_N)
+        set_N, weight_S = np.repeat(np.arange(len(sets)), sizes), np.array([each.weight for each in sets])
+        return cls([row for each in sets for row in each.answers], set_N, chosen_N, weight_S)
 
 
 def rejected_answers(row: ChatRow, count: int, *, seed: int) -> list[str]:
@@ -116,6 +128,14 @@ class ReferencedSets:
         """Nats over all tokens of each answer; NaN: not known."""
         self._reference_of = np.split(self.reference_N, ends[:-1])  # views
 
+    def answers_of(self, numbers: Sequence[int]) -> Answers:
+        """Return the answers of some sets."""
+        return Answers.of([self.sets[number] for number in numbers])
+
+    def are_known(self, numbers: Sequence[int]) -> bool:
+        """Whether there is a reference value for every answer of some sets."""
+        return not np.isnan(self.reference_of(numbers)).any()
+
     def reference_of(self, numbers: Sequence[int]) -> NDArray[np.float64]:
         """Return what is known of the answers of some sets, (N,)."""
         return np.concatenate([self._reference_of[number] for number in numbers])
@@ -160,7 +180,8 @@ class PreferenceStream:
     def state_dict(self) -> dict[str, Any]:
         """Return the current state, and of which sequence it is; independent of the layout."""
         of_sequence = {"rows": list(self._mixture.sizes), "contents": list(self._mixture.contents), "seed": self._seed}
-        reference = torch.from_numpy(self.sets.reference_N.copy())
+        known = np.flatnonzero(~np.isnan(self.sets.reference_N))  # Megatron-Core compares the ranks' states: no NaN
+        reference = {"answers": torch.from_numpy(known), "log_p": torch.from_numpy(self.sets.reference_N[known])}
         return {**self._mixture.state_dict(), **of_sequence, "reference": reference}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -171,25 +192,45 @@ class PreferenceStream:
         """
         require_same_sequence(self._mixture, self._seed, state)
         self._mixture.load_state_dict(state)
-        self.sets.reference_N[:] = state["reference"].numpy()
+        reference = state["reference"]
+        self.sets.reference_N[reference["answers"].numpy()] = reference["log_p"].numpy()
 
 
 def _content(sets: Sequence[PreferenceSet]) -> str:
-    return content_of(
-        row_digest(answer) + str(each.weight).encode() for each in sets for answer in each.answers
-    )
+    return content_of(row_digest(answer) + str(each.weight).encode() for each in sets for answer in each.answers)
 
 
-def require_sets(sets: Sequence[PreferenceSet], left_out: Counter[str], name: str, seq_length: int) -> None:
-    """Refuse a source of which no set is left.
+def open_preferences(
+    data: DataConfig, settings: PreferenceLossConfig, tokenizer: ChatTokenizer, *, per_step: int
+) -> tuple[PreferenceStream, ReferencedSets]:
+    """Return the endless steps of a recipe, ``per_step`` sets each, and its held-out sets.
+
+    Rows that tell no preference, or do not fit, are left out and counted.
 
     Raises:
-        DataError: With what the rows lack.
+        DataError: If a source cannot be read, or no set of it is left.
     """
+    corpus = read_corpus(data)
+    make = partial(
+        _sets_of, tokenizer=tokenizer, negatives=settings.negatives, seq_length=data.seq_length, seed=data.seed
+    )
+    sources = [
+        (make(rows, f"training rows of {describe_source(source)}"), source.weight, describe_source(source))
+        for rows, source in zip(corpus.training, corpus.sources, strict=True)
+    ]
+    held_out = make(corpus.validation, "held-out rows") if corpus.validation else []
+    return PreferenceStream(sources, per_step=per_step, seed=data.seed), ReferencedSets(held_out)
+
+
+def _sets_of(rows: Sequence[ChatRow], name: str, **settings: Any) -> list[PreferenceSet]:
+    sets, left_out = preference_sets(rows, **settings)
+    counts = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
     if not sets:
-        counts = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common()) or "there are none"
         raise DataError(
-            f"No row of {name} can be used as a preference: {counts}. Give rows of kind preference, rows with the fact "
-            f"rejected, or variant: choose_one of the next advertiser; raise data.seq_length = {seq_length} for longer "
-            "answers."
+            f"None of the {len(rows)} {name} can be used as a preference: {counts}. Rows of kind preference have "
+            "rejected answers, as have rows with the fact rejected and those of the next advertiser with variant: "
+            f"choose_one; longer answers need a higher data.seq_length = {settings['seq_length']}."
         )
+    if left_out and rank() == 0:
+        logger.warning("%s that are left out: %s", name, counts)
+    return sets
