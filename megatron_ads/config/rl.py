@@ -90,6 +90,11 @@ class RolloutConfig:
             f"rollout.overlong_buffer is {self.overlong_buffer} and rollout.overlong {self.overlong}: shape needs a "
             f"buffer from 1 to rollout.max_new_tokens - 1 = {self.max_new_tokens - 1}, and nothing else has one.",
         )
+        require(
+            not self.dynamic_sampling or self.max_draws > 1,
+            f"rollout.max_draws is {self.max_draws}, with which rollout.dynamic_sampling would draw nothing in place "
+            "of what it drops. Raise it, or leave dynamic_sampling out.",
+        )
         self._check_mode()
 
     def _check_mode(self) -> None:
@@ -292,6 +297,17 @@ def validate(config: RlConfig, world: int, shape: ModelShape | None = None) -> N
         config.train.global_batch_size % config.policy.minibatches == 0,
         f"train.global_batch_size = {config.train.global_batch_size} prompts do not divide into policy.minibatches = "
         f"{config.policy.minibatches}. Choose a multiple.",
+    )
+    changed = (config.model.expert_bias_update_rate, config.model.aux_loss_coefficient)
+    require(
+        config.rewards.combine is not Combine.popo or not any(changed),
+        f"rewards.combine is popo, whose passes for gradients do not go with model.expert_bias_update_rate = "
+        f"{changed[0]} and model.aux_loss_coefficient = {changed[1]}. Set them to null and 0, or choose popo_light.",
+    )
+    require(
+        config.rollout.mode is not RolloutMode.train_only or config.train.evaluate_every is None,
+        f"train.evaluate_every is {config.train.evaluate_every} and rollout.mode train_only, which answers nothing. "
+        "Set train.evaluate_every to null.",
     )
     require(
         config.rollout.max_new_tokens < config.data.seq_length,
