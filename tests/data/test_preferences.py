@@ -87,9 +87,8 @@ def test_sets_begin_with_the_chosen_answer_and_what_cannot_be_used_is_counted(tm
 
 def test_a_source_without_any_preference_is_refused(tmp_path: Path) -> None:
     data = DataConfig(sources=[SourceConfig(kind=SourceKind.builtin, rows=20)], seq_length=512)
-    with pytest.raises(
-        DataError, match="None of the 20 training rows of built-in query-ad pairs .* 20 without rejected"
-    ):
+    message = "None of the 20 training rows of built-in query-ad pairs can be used as a preference: 20 without rejected"
+    with pytest.raises(DataError, match=message):
         open_preferences(data, PreferenceLossConfig(), tokenizer_in(tmp_path), per_step=2)
 
 
