@@ -1,5 +1,6 @@
 """The policy as it answers: engines with the current weights, on all ranks, and what they are asked."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ads.config.rl import RlConfig
+from megatron_ads.config.rl import RlConfig, RolloutMode
 from megatron_ads.data.chat import ChatTokenizer
 from megatron_ads.training.collect import Collector, Judge
 from megatron_ads.training.generation import Asking, Generator, open_journal
@@ -39,7 +40,8 @@ class Answering:
             ConversionError: On every rank, if that is too far.
         """
         self.engine.follow(self.session.model)
-        self.weights, difference = self.probe.mark(self.session.model, self.engine.engine)
+        self.weights, difference = self.probe.mark(self.session.model, self.engine.gap)
+        self.engine.name_weights(self.weights)
         return {} if self.probe.max_logprob_diff is None else {"rollout/probe_logprob_abs_diff": difference}
 
     def collect(self, step: int, times: PhaseTimes) -> ScoredStep:
@@ -50,7 +52,9 @@ class Answering:
         """Answer the held-out prompts greedily and return the rewards by name."""
         of = self.collector
         asking = Asking(samples=1, max_new_tokens=of.config.rollout.max_new_tokens, seed=None, weights=self.weights)
-        return of.judge.score(of.generator.answer(of.prompts.held_out, asking)).values
+        found = of.judge.score(of.generator.answer(of.prompts.held_out, asking)).values
+        of.generator.forget()
+        return found
 
 
 @contextmanager
@@ -63,11 +67,15 @@ def open_answering(
         MegatronAdsError: On every rank, if some rank cannot load the model or keep its rollouts.
     """
     of_job, folder = session.membership, Path(config.log.dir) / "rollouts"
-    with open_journal(folder) as journal, open_rollout_engine(config, of_job, tokenizer) as engine:
+    with (
+        open_journal(folder) as journal,
+        open_rollout_engine(config, of_job, tokenizer, journal) as engine,
+    ):
         generator = Generator(
             engine,
             prompts.rows,
-            batch_size=config.rollout.batch_size,
+            # Servers take requests as they have room: one batch, so that none waits for another one's last answer.
+            batch_size=sys.maxsize if config.rollout.mode is RolloutMode.servers else config.rollout.batch_size,
             journal=journal,
             longest_wait_seconds=config.runtime.load_timeout_seconds,
             on_progress=of_job.activity.moved,

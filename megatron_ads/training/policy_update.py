@@ -5,14 +5,16 @@ Shape suffixes: N = rollouts of the step.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from megatron_ads.config.model import Precision
-from megatron_ads.config.rl import KlPlace, LossAggregation, Overlong, RlConfig
+from megatron_ads.config.rl import Combine, KlPlace, LossAggregation, Overlong, RlConfig
 from megatron_ads.data.batches import ReplicaShare, batches_of_all
+from megatron_ads.data.packed_batch import PackedBatch
 from megatron_ads.errors import ConversionError
 from megatron_ads.losses.advantages import group_advantages
 from megatron_ads.losses.kl import kl_estimate, rewards_with_kl
@@ -26,12 +28,14 @@ from megatron_ads.losses.policy import (
     policy_loss,
     policy_metrics,
 )
+from megatron_ads.losses.popo import inner_products
+from megatron_ads.rewards.weights import RewardWeights
 from megatron_ads.rows import TokenizedRow
 from megatron_ads.training.policy_rows import minibatches, on_labels, overlong_penalty, policy_row
 from megatron_ads.training.reference import ReferenceWeights
 from megatron_ads.training.rollout_dump import ScoredStep
 from megatron_ads.training.session import Session
-from megatron_ads.training.step import StepReport, run_log_probabilities_and_entropies, run_step
+from megatron_ads.training.step import StepReport, run_gradient_norm, run_log_probabilities_and_entropies, run_step
 
 _TOLERANCE = {Precision.fp32: 1e-4, Precision.bf16: 2e-2}
 """Of log-probabilities that must be equal, in nats, the mean over tokens: two passes over the same weights."""
@@ -50,10 +54,10 @@ class PolicyUpdate:
     reference: ReferenceWeights | None
     """Where ``policy.kl_coef`` is above 0."""
 
-    def run(self, found: ScoredStep, weights: Mapping[str, float]) -> tuple[StepReport, dict[str, float]]:
+    def run(self, found: ScoredStep, reward_weights: RewardWeights) -> tuple[StepReport, dict[str, float]]:
         """Update the weights ``policy.minibatches`` times; return what the step did, and its metrics by verl's names.
 
-        ``weights`` are those of the rewards.
+        With POPO, ``reward_weights`` follow the gradients first.
 
         Raises:
             ConversionError: On every rank, if log-probabilities differ that must be equal.
@@ -65,7 +69,10 @@ class PolicyUpdate:
         reference = self._of_reference(rows, portions, old)
         rewards = self._adjusted(found, old, reference)
         values = {ENGINE: engine, OLD: old, REFERENCE: reference or old}
-        values[ADVANTAGES] = self._advantages(found, rewards, weights)
+        if self.config.rewards.combine is Combine.popo:
+            norm_of = partial(self._gradient_norm, rows, values, found, rewards)
+            reward_weights.update(inner_products(list(rewards), norm_of))
+        values[ADVANTAGES] = self._advantages(found, rewards, reward_weights.current)
         reports, metrics = list[StepReport](), list[dict[str, float]]()
         for portion in portions:
             part = {name: each[portion.start : portion.stop] for name, each in values.items()}
@@ -79,18 +86,39 @@ class PolicyUpdate:
         }
         return _together(reports), _means(metrics) | of_answers
 
-    def _update(self, rows: Sequence[TokenizedRow], values: Mapping[str, Values]) -> StepReport:
-        config, model = self.config, self.session.model
-        batches = batches_of_all(
+    def _batches(self, rows: Sequence[TokenizedRow], values: Mapping[str, Values]) -> list[PackedBatch]:
+        return batches_of_all(
             rows,
             self.share,
-            seq_length=config.data.seq_length,
-            packing=config.data.packing,
-            normalize=normalize_of(config.policy.loss_agg_mode),
+            seq_length=self.config.data.seq_length,
+            packing=self.config.data.packing,
+            normalize=normalize_of(self.config.policy.loss_agg_mode),
             extra={name: [*map(on_labels, rows, of_answers)] for name, of_answers in values.items()},
         )
+
+    def _gradient_norm(
+        self,
+        rows: Sequence[TokenizedRow],
+        values: Mapping[str, Values],
+        found: ScoredStep,
+        rewards: Mapping[str, NDArray[np.float64]],
+        counted: frozenset[str],
+    ) -> float:
+        """Return the norm of the gradient of some rewards' objectives together, each with the weight 1 and no KL."""
+        weights = {name: float(name in counted) for name in rewards}
+        model = self.session.model
+        return run_gradient_norm(
+            self._batches(rows, {**values, ADVANTAGES: self._advantages(found, rewards, weights)}),
+            model.chunks,
+            model.optimizer,
+            loss=policy_loss(replace(self.config.policy, kl_coef=0.0)),
+            before_microbatch=self.session.membership.activity.moved,
+        )
+
+    def _update(self, rows: Sequence[TokenizedRow], values: Mapping[str, Values]) -> StepReport:
+        config, model = self.config, self.session.model
         return run_step(
-            batches,
+            self._batches(rows, values),
             model.chunks,
             model.optimizer,
             learning_rate=self.learning_rate,

@@ -144,8 +144,7 @@ def _step(job: RlJob) -> bool:
     activity.phase = f"rollouts of step {session.step + 1}"  # ranks generate for as long as they need
     found = job.rollouts_of(session.step + 1)
     job.reward_weights.observe(found.rewards, np.array([rollout.group for rollout in found.rollouts]))
-    weights = job.reward_weights.current
-    metrics = of_step(found, weights) | {f"reward_weight/{name}": weight for name, weight in weights.items()}
+    metrics = of_step(found, job.reward_weights.current)
     activity.enter_step(session.step + 1)  # from here to its end, this rank is expected to make progress
     if job.update is None:
         stops = _on_any_rank(session.stop.received is not None)
@@ -153,7 +152,9 @@ def _step(job: RlJob) -> bool:
         return stops
     metrics |= {"learning_rate": job.update.learning_rate}
     with times.measured("update"):
-        report, of_update = job.update.run(found, weights)
+        report, of_update = job.update.run(found, job.reward_weights)
+    metrics |= {f"reward_weight/{name}": weight for name, weight in job.reward_weights.current.items()}
+    activity.leave_step(session.step + 1)
     if job.answering is not None:
         with times.measured("sync"):
             metrics |= job.answering.follow()

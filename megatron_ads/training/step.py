@@ -80,6 +80,21 @@ def run_step(
     return _global_report(reports, batches, loss, stop_requested=stop_requested, update=update)
 
 
+def run_gradient_norm(
+    batches: Sequence[PackedBatch],
+    chunks: Sequence[Any],
+    optimizer: OptimizerChain,
+    *,
+    loss: Loss,
+    before_microbatch: Callable[[], None] = lambda: None,
+) -> float:
+    """Return the L2 norm of the gradient that ``run_step`` would update with; nothing is updated."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    _run_microbatches(batches, chunks, loss, forward_only=False, before_each=before_microbatch)
+    return optimizer.gradient_norm()
+
+
 def run_evaluation(batches: Sequence[PackedBatch], chunks: Sequence[Any], *, loss: Loss = CROSS_ENTROPY) -> StepReport:
     """Compute the loss of ``batches`` over the whole job; nothing is updated."""
     with _evaluating(chunks):

@@ -1,19 +1,20 @@
 """What engine and trainer say of a few fixed rows after each update: whether they hold the same weights, and which."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_ads.data.batches import ReplicaShare
 from megatron_ads.errors import ConversionError
-from megatron_ads.inference.engine import Engine
+from megatron_ads.inference.server_pool import Probe
 from megatron_ads.rows import TokenizedRow
 from megatron_ads.runtime.device import device
 from megatron_ads.training.build import TrainedModel
+from megatron_ads.training.checkpoint_errors import raised_on_all_ranks
 from megatron_ads.training.step import run_log_probabilities
 
 
@@ -27,22 +28,22 @@ class WeightProbe:
     max_logprob_diff: float | None
     """Largest difference in nats, the mean over target tokens; None: the engine is not asked."""
 
-    def mark(self, model: TrainedModel, engine: Engine | None) -> tuple[str, float]:
+    def mark(self, model: TrainedModel, gap: Callable[[Probe], float]) -> tuple[str, float]:
         """Return a name of the current weights, as ``Rollout.weights`` has it, and how far engines differ from them.
 
-        A collective. Two states of a job's weights have different names even after as many updates. The difference is
-        that of the rank where it is largest, 0 where no engine is asked.
+        A collective. Two states of a job's weights have different names even after as many updates. ``gap`` says how
+        far this rank's engine is; the difference is that of the worst rank, 0 where no engine is asked.
 
         Raises:
-            ConversionError: On every rank, if it is above ``max_logprob_diff``.
+            MegatronAdsError: On every rank, if it is above ``max_logprob_diff``, or an engine does not answer.
         """
         said = run_log_probabilities(self.rows, self.share, model.chunks, seq_length=self.seq_length)
         digest = hashlib.sha256(b"".join(values.numpy().tobytes() for values in said)).hexdigest()[:12]
         difference = 0.0
         if self.max_logprob_diff is not None:
-            targets = [row.loss_weights[1:] != 0 for row in self.rows]
-            wanted = np.concatenate([values.numpy()[target] for values, target in zip(said, targets, strict=True)])
-            difference = _largest(0.0 if engine is None else float(np.abs(self._asked(engine) - wanted).mean()))
+            with raised_on_all_ranks():
+                difference = gap(self._targets(said))
+            difference = _largest(difference)
             # Never of a difference that is not a number.
             if not difference <= self.max_logprob_diff:
                 raise ConversionError(
@@ -53,13 +54,16 @@ class WeightProbe:
                 )
         return f"{model.optimizer.updates}-{digest}", difference
 
-    def _asked(self, engine: Engine) -> np.ndarray:
+    def _targets(self, said: Sequence[Tensor]) -> Probe:
+        """Return prompts and targets, with what the trainer says of the targets."""
         starts = [len(row.tokens) - row.target_count for row in self.rows]
-        pairs = zip(self.rows, starts, strict=True)
-        prompts, targets = zip(
-            *((row.tokens[:at].tolist(), row.tokens[at:].tolist()) for row, at in pairs), strict=True
+        return Probe(
+            prompts=[row.tokens[:start].tolist() for row, start in zip(self.rows, starts, strict=True)],
+            answers=[row.tokens[start:].tolist() for row, start in zip(self.rows, starts, strict=True)],
+            log_probabilities=[
+                values[-row.target_count :].tolist() for row, values in zip(self.rows, said, strict=True)
+            ],
         )
-        return np.concatenate([np.array(values) for values in engine.log_probabilities(prompts, targets)])
 
 
 def _largest(value: float) -> float:
