@@ -183,7 +183,11 @@ class SourceConfig:
         )
         require(is_table or not self.values, f"{section}.values has no effect with kind {self.kind}. Remove it.")
         require(is_table or not self.columns, f"{section}.columns has no effect with kind {self.kind}. Remove it.")
-        require(not is_table or bool(self.columns), f"{section}.columns is missing; kind table needs to know them.")
+        require(
+            not is_table or bool(self.columns),
+            f"{section}.columns is missing; kind table needs to know them. `megatron-ads data preview --source "
+            f"{self.path or 'FILE'}` proposes them.",
+        )
         require(
             self.kind in _OF_FILES or self.rejected is None,
             f"{section}.rejected is {self.rejected!r}, which has no effect with kind {self.kind}. Remove it.",
