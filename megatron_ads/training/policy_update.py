@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_ads.config.model import Precision
-from megatron_ads.config.rl import KlPlace, LossAggregation, Overlong, RlConfig
+from megatron_ads.config.rl import Combine, KlPlace, LossAggregation, Overlong, RlConfig
 from megatron_ads.data.batches import ReplicaShare, batches_of_all
+from megatron_ads.data.packed_batch import PackedBatch
 from megatron_ads.errors import ConversionError
 from megatron_ads.losses.advantages import group_advantages
 from megatron_ads.losses.kl import kl_estimate, rewards_with_kl
@@ -26,9 +27,11 @@ from megatron_ads.losses.policy import (
     policy_loss,
     policy_metrics,
 )
+from megatron_ads.rewards.weights import RewardWeights
 from megatron_ads.rows import TokenizedRow
 from megatron_ads.training.policy_rows import minibatches, on_labels, overlong_penalty, policy_row
 from megatron_ads.training.reference import ReferenceWeights
+from megatron_ads.training.reward_gradients import reward_inner_products
 from megatron_ads.training.rollout_dump import ScoredStep
 from megatron_ads.training.session import Session
 from megatron_ads.training.step import StepReport, run_log_probabilities_and_entropies, run_step
@@ -50,10 +53,10 @@ class PolicyUpdate:
     reference: ReferenceWeights | None
     """Where ``policy.kl_coef`` is above 0."""
 
-    def run(self, found: ScoredStep, weights: Mapping[str, float]) -> tuple[StepReport, dict[str, float]]:
+    def run(self, found: ScoredStep, reward_weights: RewardWeights) -> tuple[StepReport, dict[str, float]]:
         """Update the weights ``policy.minibatches`` times; return what the step did, and its metrics by verl's names.
 
-        ``weights`` are those of the rewards.
+        With POPO, ``reward_weights`` follow the gradients first.
 
         Raises:
             ConversionError: On every rank, if log-probabilities differ that must be equal.
@@ -65,7 +68,9 @@ class PolicyUpdate:
         reference = self._of_reference(rows, portions, old)
         rewards = self._adjusted(found, old, reference)
         values = {ENGINE: engine, OLD: old, REFERENCE: reference or old}
-        values[ADVANTAGES] = self._advantages(found, rewards, weights)
+        products = self._inner_products(found, rows, values, rewards)
+        reward_weights.update(products)
+        values[ADVANTAGES] = self._advantages(found, rewards, reward_weights.current)
         reports, metrics = list[StepReport](), list[dict[str, float]]()
         for portion in portions:
             part = {name: each[portion.start : portion.stop] for name, each in values.items()}
@@ -77,24 +82,52 @@ class PolicyUpdate:
             "rollout/logprob_abs_diff": _mean_difference(engine, old),
             "actor/entropy": float(np.concatenate(entropies).astype(np.float64).mean()),
         }
-        return _together(reports), _means(metrics) | of_answers
+        of_rewards = {f"rewards/inner_product/{name}": product for name, product in products.items()}
+        return _together(reports), _means(metrics) | of_answers | of_rewards
 
-    def _update(self, rows: Sequence[TokenizedRow], values: Mapping[str, Values]) -> StepReport:
-        config, model = self.config, self.session.model
-        batches = batches_of_all(
+    def _inner_products(
+        self,
+        found: ScoredStep,
+        rows: Sequence[TokenizedRow],
+        values: Mapping[str, Values],
+        rewards: Mapping[str, NDArray[np.float64]],
+    ) -> dict[str, float]:
+        """Return POPO's I_k by reward; nothing where the rewards are combined otherwise."""
+        if self.config.rewards.combine is not Combine.popo:
+            return {}
+
+        def batches_of(name: str) -> list[PackedBatch]:
+            alone = self._advantages(found, {name: rewards[name]}, {name: 1.0})
+            return self._batches(rows, {**values, ADVANTAGES: alone})
+
+        session = self.session
+        return reward_inner_products(
+            [*rewards],
+            batches_of,
+            session.model,
+            policy_loss(self.config.policy),
+            before_microbatch=session.membership.activity.moved,
+        )
+
+    def _batches(self, rows: Sequence[TokenizedRow], values: Mapping[str, Values]) -> list[PackedBatch]:
+        """Return this rank's microbatches of an update on ``rows``."""
+        return batches_of_all(
             rows,
             self.share,
-            seq_length=config.data.seq_length,
-            packing=config.data.packing,
-            normalize=normalize_of(config.policy.loss_agg_mode),
+            seq_length=self.config.data.seq_length,
+            packing=self.config.data.packing,
+            normalize=normalize_of(self.config.policy.loss_agg_mode),
             extra={name: [*map(on_labels, rows, of_answers)] for name, of_answers in values.items()},
         )
+
+    def _update(self, rows: Sequence[TokenizedRow], values: Mapping[str, Values]) -> StepReport:
+        model = self.session.model
         return run_step(
-            batches,
+            self._batches(rows, values),
             model.chunks,
             model.optimizer,
             learning_rate=self.learning_rate,
-            loss=policy_loss(config.policy),
+            loss=policy_loss(self.config.policy),
             stop_requested=self.session.stop.received is not None,
             before_microbatch=self.session.membership.activity.moved,
         )

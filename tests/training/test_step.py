@@ -37,7 +37,7 @@ def samples() -> list[TokenizedRow]:
     return made
 
 
-def _share(layout: ParallelLayout) -> ReplicaShare:
+def share_of_rank(layout: ParallelLayout) -> ReplicaShare:
     from megatron_ads.layout import rank
 
     return ReplicaShare(4, 1, layout.coordinates(rank()).dp, layout.dp)
@@ -47,7 +47,7 @@ def _log_probabilities(recipe: Recipe) -> list[torch.Tensor]:
     from megatron_ads.training.step import run_log_probabilities
 
     model, shards, _ = start(recipe)
-    return run_log_probabilities(samples(), _share(shards.layout), model.chunks, seq_length=SEQ_LENGTH)
+    return run_log_probabilities(samples(), share_of_rank(shards.layout), model.chunks, seq_length=SEQ_LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def _step(recipe: Recipe) -> tuple[float, dict[str, float], list[float], float]:
     model, shards, _ = start(recipe)
     batches = batches_of_all(
         samples(),
-        _share(shards.layout),
+        share_of_rank(shards.layout),
         seq_length=SEQ_LENGTH,
         packing=True,
         extra={"advantage": _advantages()},
@@ -119,7 +119,7 @@ def _absent(recipe: Recipe, loss: Loss) -> str:
     from megatron_ads.training.step import run_evaluation
 
     model, shards, _ = start(recipe)
-    share = _share(shards.layout)
+    share = share_of_rank(shards.layout)
     extra = {"advantage": _advantages()}
     cut = batches_of_all(samples(), share, seq_length=SEQ_LENGTH, packing=True, extra=extra)
     with pytest.raises(ConfigError) as caught:
