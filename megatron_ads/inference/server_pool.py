@@ -68,8 +68,6 @@ class ServerPool:
         source: WeightSource,
         weights_dir: Path,
         journal: Journal | None = None,
-        *,
-        version: int = 0,
     ) -> None:
         """Prepare to ask; nothing is sent yet.
 
@@ -77,11 +75,10 @@ class ServerPool:
             config: The servers, and what is expected of them.
             source: What the job was loaded from: its config and tokenizer go with new weights.
             weights_dir: Where new weights are written; the servers read it under the same path.
-            journal: Keeps what was answered.
-            version: Updates that the weights of the servers have had.
+            journal: Keeps every answer, under the name of the weights.
         """
-        self.version = version
-        """Updates that the weights of the servers have had."""
+        self.version = 0
+        """Updates that the servers were given."""
         self._config, self._source, self._weights_dir = config, source, weights_dir.absolute()
         self._folder: Path | None = None
         self._probe: Probe | None = None
@@ -93,7 +90,7 @@ class ServerPool:
             concurrency=sum(server.concurrency for server in config.servers),
         )
         self._engine = OpenAIEngine(_NAME, together, journal, servers=self.servers)
-        self._name_weights()
+        self.name_weights("before any update")
 
     def generate(
         self, prompts: Sequence[Prompt], config: GenerationConfig, *, rules: "Sequence[Rules] | None" = None
@@ -124,7 +121,7 @@ class ServerPool:
             for _ in weights:  # they come out of a collective, in which other ranks would wait
                 pass
         self.version, self._folder, self._probe = self.version + 1, folder, None
-        self._name_weights()
+        self.name_weights(f"update {self.version}")
         self._load_everywhere()
         for old in self._weights_dir.glob("update-*"):
             if old != folder:
@@ -163,12 +160,13 @@ class ServerPool:
             raise DataError(f"no inference server scored the probe. {reasons} Start them, then the job again.")
         return max(gaps)
 
+    def name_weights(self, name: str) -> None:
+        """Say what the current weights are called: answers that a journal holds are found again under it."""
+        self.servers.state = name
+
     def close(self) -> None:
         """Close the connections."""
         self._engine.close()
-
-    def _name_weights(self) -> None:
-        self.servers.state = f"weights after {self.version} updates"
 
     def _load_everywhere(self) -> None:
         """Have all servers load the current folder; where none does, try again until ``server_wait_seconds`` passed."""
@@ -217,15 +215,16 @@ class ServerPool:
             self._load(server, stop)
             gap, restarted = self._gap(server), ", also after another restart"
         if not gap <= self._config.max_logprob_diff:
-            hint = (
-                "" if self._config.reload_command else " Set rollout.reload_command, which restarts a server on them."
-            )
-            raise WrongWeightsError(
-                f"the inference server at {server.url} differs from the trainer by {gap:.3g} nats a token on the "
-                f"probe{restarted} (rollout.max_logprob_diff is {self._config.max_logprob_diff:g}): it does not compute "
-                f"with the weights of {self._folder or 'this job'}.{hint}"
-            )
+            raise self._wrong(server, gap, restarted)
         return gap
+
+    def _wrong(self, server: Server, gap: float, restarted: str) -> WrongWeightsError:
+        hint = "" if self._config.reload_command else " Set rollout.reload_command, which restarts a server on them."
+        return WrongWeightsError(
+            f"the inference server at {server.url} differs from the trainer by {gap:.3g} nats a token on the probe"
+            f"{restarted} (rollout.max_logprob_diff is {self._config.max_logprob_diff:g}): it does not compute "
+            f"with the weights of {self._folder or 'this job'}.{hint}"
+        )
 
     def _gap(self, server: Server) -> float:
         assert self._probe is not None, "was given"

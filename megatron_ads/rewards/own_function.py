@@ -154,10 +154,10 @@ def _columns(rollout: Rollout) -> dict[str, Any]:
 def _as_verl(row: ChatRow, text: str) -> dict[str, Any]:
     """Return verl's arguments: the fields of a row in verl's form unchanged, of another what says the same."""
     facts: dict[str, Any] = {str(name): value for name, value in row.facts.items()}
-    truth = facts.get(Fact.ground_truth, row.label)
-    return {
-        "data_source": facts.get("data_source", row.task),
-        "solution_str": text,
-        "ground_truth": (facts.get("reward_model") or {}).get("ground_truth", truth),
-        "extra_info": facts["extra_info"] if "data_source" in facts else {**facts, "id": row.id, "label": row.label},
-    }
+    if "data_source" in facts:
+        truth, extra = (facts.get("reward_model") or {}).get("ground_truth"), facts.get("extra_info", {})
+    else:
+        truth = facts.pop(Fact.ground_truth, row.label)
+        extra = {**facts, "id": row.id, "label": row.label}
+    source = facts.get("data_source", row.task)
+    return {"data_source": source, "solution_str": text, "ground_truth": truth, "extra_info": extra}

@@ -130,7 +130,7 @@ def _own(worker: Worker, timeout_seconds: float) -> Judge:
     def judge(rollouts: Sequence[Rollout]) -> Iterator[list[Outcome]]:
         left, kills = timeout_seconds, 0
         lost = Failure(Fault.timed_out, f"the {timeout_seconds:g} s of a step were used up")
-        units = list(units_of(rollouts, worker.start()))
+        units = list(units_of(rollouts, worker.start())) if rollouts else []
         for place, unit in enumerate(units, 1):
             if left <= 0 or kills == MAX_KILLS:
                 yield [lost] * len(unit)

@@ -92,22 +92,21 @@ class Worker:
     def _exchange(self, request: object, seconds: float) -> Any:
         """Return the reply to a request, or why there is none; then the process is gone."""
         assert self._connection is not None, "started"
-        self._overdue = False
+        self._overdue, reply = False, None
         timer = threading.Timer(seconds, self._kill_overdue)
         timer.daemon = True
         timer.start()
-        try:
+        with suppress(EOFError, OSError, ValueError):  # ValueError: its children write to the connection too
             self._connection.send(request)
-            return json.loads(self._connection.recv_bytes())
-        except (EOFError, OSError, ValueError):  # ValueError: its children write to the connection too
-            timer.cancel()
-            overdue = self._overdue
-            self.close()
-            if overdue:
-                return Failure(Fault.timed_out, f"took longer than {seconds:.3g} s")
-            return Failure(Fault.died, "ended its process")
-        finally:
-            timer.cancel()
+            reply = json.loads(self._connection.recv_bytes())
+        timer.cancel()
+        timer.join()
+        if reply is not None and not self._overdue:
+            return reply
+        self.close()
+        if self._overdue:
+            return Failure(Fault.timed_out, f"took longer than {seconds:.3g} s")
+        return Failure(Fault.died, "ended its process")
 
     def _kill_overdue(self) -> None:
         self._overdue = True

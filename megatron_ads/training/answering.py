@@ -1,5 +1,6 @@
 """The policy as it answers: engines with the current weights, on all ranks, and what they are asked."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ads.config.rl import RlConfig
+from megatron_ads.config.rl import RlConfig, RolloutMode
 from megatron_ads.data.chat import ChatTokenizer
 from megatron_ads.training.collect import Collector, Judge
 from megatron_ads.training.generation import Asking, Generator, open_journal
@@ -40,6 +41,7 @@ class Answering:
         """
         self.engine.follow(self.session.model)
         self.weights, difference = self.probe.mark(self.session.model, self.engine.gap)
+        self.engine.name_weights(self.weights)
         return {} if self.probe.max_logprob_diff is None else {"rollout/probe_logprob_abs_diff": difference}
 
     def collect(self, step: int, times: PhaseTimes) -> ScoredStep:
@@ -67,12 +69,13 @@ def open_answering(
     of_job, folder = session.membership, Path(config.log.dir) / "rollouts"
     with (
         open_journal(folder) as journal,
-        open_rollout_engine(config, of_job, tokenizer, updates=session.model.optimizer.updates) as engine,
+        open_rollout_engine(config, of_job, tokenizer, journal) as engine,
     ):
         generator = Generator(
             engine,
             prompts.rows,
-            batch_size=config.rollout.batch_size,
+            # Servers take requests as they have room: one batch, so that none waits for another one's last answer.
+            batch_size=sys.maxsize if config.rollout.mode is RolloutMode.servers else config.rollout.batch_size,
             journal=journal,
             longest_wait_seconds=config.runtime.load_timeout_seconds,
             on_progress=of_job.activity.moved,

@@ -144,27 +144,22 @@ def _step(job: RlJob) -> bool:
     activity.phase = f"rollouts of step {session.step + 1}"  # ranks generate for as long as they need
     found = job.rollouts_of(session.step + 1)
     job.reward_weights.observe(found.rewards, np.array([rollout.group for rollout in found.rollouts]))
+    metrics = of_step(found, job.reward_weights.current)
     activity.enter_step(session.step + 1)  # from here to its end, this rank is expected to make progress
     if job.update is None:
         stops = _on_any_rank(session.stop.received is not None)
-        session.finish_step(None, _of_rollouts(job, found) | times.take())
+        session.finish_step(None, metrics | times.take())
         return stops
-    learning_rate = job.update.learning_rate
+    metrics |= {"learning_rate": job.update.learning_rate}
     with times.measured("update"):
         report, of_update = job.update.run(found, job.reward_weights)
+    metrics |= {f"reward_weight/{name}": weight for name, weight in job.reward_weights.current.items()}
     activity.leave_step(session.step + 1)
-    metrics = _of_rollouts(job, found) | {"learning_rate": learning_rate}
     if job.answering is not None:
         with times.measured("sync"):
             metrics |= job.answering.follow()
     session.finish_step(report, metrics | of_update | times.take())
     return report.stop_requested
-
-
-def _of_rollouts(job: RlJob, found: ScoredStep) -> dict[str, float]:
-    """Return the metrics of a step's rollouts, with the weights that their rewards had in its update."""
-    weights = job.reward_weights.current
-    return of_step(found, weights) | {f"reward_weight/{name}": weight for name, weight in weights.items()}
 
 
 def _evaluate(job: RlJob, answering: Answering) -> None:

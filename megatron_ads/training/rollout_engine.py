@@ -16,6 +16,7 @@ from megatron_ads.inference.language_model import load_model
 from megatron_ads.inference.model_folder import hugging_face_folder
 from megatron_ads.inference.server_pool import Probe, ServerPool
 from megatron_ads.inference.transformers_engine import TransformersEngine
+from megatron_ads.journal import Journal
 from megatron_ads.runtime.device import device
 from megatron_ads.runtime.process_groups import wait_for_all
 from megatron_ads.training.build import TrainedModel
@@ -62,14 +63,19 @@ class RolloutEngine:
             return self.engine.require_agreement(probe)
         return 0.0 if self.engine is None else probe.gap(self.engine.log_probabilities(probe.prompts, probe.answers))
 
+    def name_weights(self, name: str) -> None:
+        """Say what the engines' weights are called; servers' answers are kept under it."""
+        if isinstance(self.engine, ServerPool):
+            self.engine.name_weights(name)
+
 
 @contextmanager
 def open_rollout_engine(
-    config: RlConfig, membership: Membership, tokenizer: ChatTokenizer, *, updates: int
+    config: RlConfig, membership: Membership, tokenizer: ChatTokenizer, journal: Journal
 ) -> Iterator[RolloutEngine]:
     """Yield the engine of ``rollout.mode``; a collective. It holds the weights of ``model.load`` until it follows.
 
-    ``updates`` are those that the weights of the job have had. Servers are asked by rank 0 alone.
+    Servers are asked by rank 0 alone, which keeps every answer in its ``journal``.
 
     Raises:
         MegatronAdsError: On every rank, if some rank cannot load the model.
@@ -80,7 +86,7 @@ def open_rollout_engine(
     with raised_on_all_ranks():
         if by_servers and dist.get_rank() == 0:
             folder = Path(config.log.dir) / "rollouts" / "weights"
-            engine = ServerPool(config.rollout, membership.source, folder, version=updates)
+            engine = ServerPool(config.rollout, membership.source, folder, journal)
         elif not by_servers:
             engine = _colocated(config, tokenizer)
     sync = WeightSync(membership.shards, membership.source, destinations=ranks)
