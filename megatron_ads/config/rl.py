@@ -149,7 +149,8 @@ class Combine(StrEnum):
     fixed = "fixed"
     """By the weights of the recipe."""
     popo = "popo"
-    """By weights that follow the inner products of the rewards' gradients (Taiji, eq. 5-6)."""
+    """By weights that follow the inner products of the rewards' gradients (Taiji, eq. 5-6): one more forward and
+    backward pass a reward in each step, and on the host K - 1 gradients of K rewards."""
     popo_light = "popo_light"
     """By weights that follow the spread of each reward within its groups (Taiji, eq. 7)."""
 
@@ -180,6 +181,12 @@ class RewardsConfig:
             len(self.use) > 1 or self.combine is Combine.fixed,
             f"rewards.combine is {self.combine}, but rewards.use has a single reward. Remove it, or add a reward.",
         )
+        for name, unused in (("popo_step_size", 0.1), ("popo_temperature", 1.0)):
+            require(
+                self.combine is Combine.popo or getattr(self, name) == unused,
+                f"rewards.{name} is {getattr(self, name)}, which has no effect with rewards.combine {self.combine}. "
+                "Remove it, or set rewards.combine to popo.",
+            )
 
 
 class PolicyLoss(StrEnum):
@@ -302,12 +309,6 @@ def validate(config: RlConfig, world: int, shape: ModelShape | None = None) -> N
         f"train.global_batch_size = {config.train.global_batch_size} prompts do not divide into policy.minibatches = "
         f"{config.policy.minibatches}. Choose a multiple.",
     )
-    changed = (config.model.expert_bias_update_rate, config.model.aux_loss_coefficient)
-    require(
-        config.rewards.combine is not Combine.popo or not any(changed),
-        f"rewards.combine is popo, whose passes for gradients do not go with model.expert_bias_update_rate = "
-        f"{changed[0]} and model.aux_loss_coefficient = {changed[1]}. Set them to null and 0, or choose popo_light.",
-    )
     require(
         config.rollout.mode is not RolloutMode.train_only or config.train.evaluate_every is None,
         f"train.evaluate_every is {config.train.evaluate_every} and rollout.mode train_only, which answers nothing. "
@@ -317,6 +318,11 @@ def validate(config: RlConfig, world: int, shape: ModelShape | None = None) -> N
         config.rollout.max_new_tokens < config.data.seq_length,
         f"rollout.max_new_tokens = {config.rollout.max_new_tokens} leaves no room for a prompt in data.seq_length = "
         f"{config.data.seq_length}. Lower it, or raise data.seq_length.",
+    )
+    require(
+        config.rewards.combine is not Combine.popo or config.rollout.mode is not RolloutMode.rollout_only,
+        f"rewards.combine is popo and rollout.mode {config.rollout.mode}: POPO's weights follow the gradients of an "
+        "update, and nothing is trained. Set rewards.combine to fixed or popo_light.",
     )
     require(
         config.model.mtp_loss_weight == 0,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
 
 from megatron_ads.errors import TopologyError
 from megatron_ads.optim.members import ShardedMember
@@ -49,11 +50,14 @@ class OptimizerChain:
         return self.members[0].updates
 
     @torch.no_grad()
-    def gradient_norm(self) -> float:
-        """Return the global norm over all kinds of the gradients that ``finalize_model_grads`` left; a collective."""
+    def gradients(self) -> list[Tensor]:
+        """Return what ``finalize_model_grads`` left, as this rank's part of all gradients of the job; in FP32.
+
+        Over all ranks, each trained element is there once. Valid until the next backward pass.
+        """
         for member in self.members:
             member.prepare_gradients()
-        return float(sum(member.reduce_statistics()[0].item() for member in self.members)) ** 0.5
+        return [gradient for member in self.members for gradient in member.counted_gradients()]
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> UpdateReport:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from conversion.names import parameters
 from conversion.published_models import published_file, published_models
@@ -12,16 +13,58 @@ from megatron_ads.config import recipes
 from megatron_ads.config.data import SourceConfig, SourceKind
 from megatron_ads.config.model import FrozenPart, LoraTarget, ModelConfig, Precision
 from megatron_ads.config.preference import PreferenceConfig
-from megatron_ads.config.rl import RlConfig
+from megatron_ads.config.rl import Combine, RlConfig, RolloutMode
 from megatron_ads.config.run import RunConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, PipelinePlacement
 from megatron_ads.models.parts import Lora, frozen_parts
 
-_PLANNED = ("layout", "data", "train", "optim")
+_PLANNED = ("layout", "data", "train", "optim", "rollout", "rewards", "policy")
 """Sections that a plan reads; of the model, everything but its weights."""
 ROUTING_IMBALANCE = 1.5
 """Tokens that the busiest rank of an expert-parallel group may get, over the mean: memory is set aside for them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedRollouts:
+    """The answers of a step, and what is done with them."""
+
+    mode: RolloutMode
+    answers: int
+    max_new_tokens: int
+    batch_size: int
+    """Answers that one engine generates at once."""
+    updates: int
+    """Updates of a step; ``PlannedJob.microbatches`` are those of one."""
+    has_reference: bool
+    gradient_passes: int = 0
+    """POPO's, one for each reward."""
+
+    @classmethod
+    def of(cls, config: RlConfig) -> Self:
+        rollout, rewards = config.rollout, config.rewards
+        return cls(
+            mode=rollout.mode,
+            answers=config.train.global_batch_size * rollout.samples,
+            max_new_tokens=rollout.max_new_tokens,
+            batch_size=rollout.batch_size,
+            updates=config.policy.minibatches if rollout.mode is not RolloutMode.rollout_only else 0,
+            has_reference=config.policy.kl_coef > 0,
+            gradient_passes=len(rewards.use) if rewards.combine is Combine.popo else 0,
+        )
+
+    @property
+    def generates(self) -> bool:
+        return self.mode is not RolloutMode.train_only
+
+    @property
+    def colocated(self) -> bool:
+        """Whether the training processes generate."""
+        return self.mode in (RolloutMode.colocated, RolloutMode.rollout_only)
+
+    @property
+    def trains(self) -> bool:
+        return self.updates > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +87,8 @@ class PlannedJob:
     deterministic: bool = False
     routing_imbalance: float = ROUTING_IMBALANCE
     """Tokens of the busiest rank of an expert-parallel group over the mean."""
-    has_rollouts: bool = False
-    """Its steps generate answers too, which a plan leaves out."""
+    rollouts: PlannedRollouts | None = None
+    """What its steps do besides updating; None: nothing, it is no reinforcement learning."""
     moment_bytes: int = 4
     """Of one of the two moments of a trained element."""
 
@@ -168,7 +211,7 @@ def job_of(config: RunConfig, shape: ModelShape, ranks: int | None = None) -> Pl
         seq_length=config.data.seq_length,
         micro_batch_size=config.train.micro_batch_size,
         microbatches=_microbatches(config, layout),
-        has_rollouts=isinstance(config, RlConfig),
+        rollouts=PlannedRollouts.of(config) if isinstance(config, RlConfig) else None,
         lora=Lora.of(config.model),
         deterministic=config.train.deterministic,
         moment_bytes=2 if config.optim.moments is Precision.bf16 else 4,

@@ -18,6 +18,7 @@ from megatron_ads.planning.checkpoint import CheckpointCosts, checkpoint_costs
 from megatron_ads.planning.hardware import Card
 from megatron_ads.planning.job import PlannedJob, job_of, planned_shape
 from megatron_ads.planning.memory import RankMemory, stage_memory
+from megatron_ads.planning.rollout import RolloutCosts, rollout_costs
 from megatron_ads.planning.schedule import Timeline, play
 
 _MESSAGE_LATENCY_SECONDS = 20e-6
@@ -161,6 +162,13 @@ class Plan:
     def model_flops_utilization(self) -> float:
         """Model arithmetic over the peak of all cards."""
         return self.model_flops_per_second / (self.card.flops_per_second * self.job.layout.world)
+
+    @cached_property
+    def rollouts(self) -> RolloutCosts | None:
+        """A whole step of reinforcement learning; None for other jobs."""
+        return rollout_costs(
+            self.job, self.card, pipeline_seconds=self.timeline.seconds, update_seconds=self.update_seconds
+        )
 
     @cached_property
     def checkpoint(self) -> CheckpointCosts:

@@ -5,7 +5,6 @@ Shape suffixes: N = rollouts of the step.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -28,14 +27,14 @@ from megatron_ads.losses.policy import (
     policy_loss,
     policy_metrics,
 )
-from megatron_ads.losses.popo import inner_products
 from megatron_ads.rewards.weights import RewardWeights
 from megatron_ads.rows import TokenizedRow
 from megatron_ads.training.policy_rows import minibatches, on_labels, overlong_penalty, policy_row
 from megatron_ads.training.reference import ReferenceWeights
+from megatron_ads.training.reward_gradients import reward_inner_products
 from megatron_ads.training.rollout_dump import ScoredStep
 from megatron_ads.training.session import Session
-from megatron_ads.training.step import StepReport, run_gradient_norm, run_log_probabilities_and_entropies, run_step
+from megatron_ads.training.step import StepReport, run_log_probabilities_and_entropies, run_step
 
 _TOLERANCE = {Precision.fp32: 1e-4, Precision.bf16: 2e-2}
 """Of log-probabilities that must be equal, in nats, the mean over tokens: two passes over the same weights."""
@@ -69,9 +68,8 @@ class PolicyUpdate:
         reference = self._of_reference(rows, portions, old)
         rewards = self._adjusted(found, old, reference)
         values = {ENGINE: engine, OLD: old, REFERENCE: reference or old}
-        if self.config.rewards.combine is Combine.popo:
-            norm_of = partial(self._gradient_norm, rows, values, found, rewards)
-            reward_weights.update(inner_products(list(rewards), norm_of))
+        products = self._inner_products(found, rows, values, rewards)
+        reward_weights.update(products)
         values[ADVANTAGES] = self._advantages(found, rewards, reward_weights.current)
         reports, metrics = list[StepReport](), list[dict[str, float]]()
         for portion in portions:
@@ -84,9 +82,35 @@ class PolicyUpdate:
             "rollout/logprob_abs_diff": _mean_difference(engine, old),
             "actor/entropy": float(np.concatenate(entropies).astype(np.float64).mean()),
         }
-        return _together(reports), _means(metrics) | of_answers
+        of_rewards = {f"rewards/inner_product/{name}": product for name, product in products.items()}
+        return _together(reports), _means(metrics) | of_answers | of_rewards
+
+    def _inner_products(
+        self,
+        found: ScoredStep,
+        rows: Sequence[TokenizedRow],
+        values: Mapping[str, Values],
+        rewards: Mapping[str, NDArray[np.float64]],
+    ) -> dict[str, float]:
+        """Return POPO's I_k by reward; nothing where the rewards are combined otherwise."""
+        if self.config.rewards.combine is not Combine.popo:
+            return {}
+
+        def batches_of(name: str) -> list[PackedBatch]:
+            alone = self._advantages(found, {name: rewards[name]}, {name: 1.0})
+            return self._batches(rows, {**values, ADVANTAGES: alone})
+
+        session = self.session
+        return reward_inner_products(
+            [*rewards],
+            batches_of,
+            session.model,
+            policy_loss(self.config.policy),
+            before_microbatch=session.membership.activity.moved,
+        )
 
     def _batches(self, rows: Sequence[TokenizedRow], values: Mapping[str, Values]) -> list[PackedBatch]:
+        """Return this rank's microbatches of an update on ``rows``."""
         return batches_of_all(
             rows,
             self.share,
@@ -96,33 +120,14 @@ class PolicyUpdate:
             extra={name: [*map(on_labels, rows, of_answers)] for name, of_answers in values.items()},
         )
 
-    def _gradient_norm(
-        self,
-        rows: Sequence[TokenizedRow],
-        values: Mapping[str, Values],
-        found: ScoredStep,
-        rewards: Mapping[str, NDArray[np.float64]],
-        counted: frozenset[str],
-    ) -> float:
-        """Return the norm of the gradient of some rewards' objectives together, each with the weight 1 and no KL."""
-        weights = {name: float(name in counted) for name in rewards}
-        model = self.session.model
-        return run_gradient_norm(
-            self._batches(rows, {**values, ADVANTAGES: self._advantages(found, rewards, weights)}),
-            model.chunks,
-            model.optimizer,
-            loss=policy_loss(replace(self.config.policy, kl_coef=0.0)),
-            before_microbatch=self.session.membership.activity.moved,
-        )
-
     def _update(self, rows: Sequence[TokenizedRow], values: Mapping[str, Values]) -> StepReport:
-        config, model = self.config, self.session.model
+        model = self.session.model
         return run_step(
             self._batches(rows, values),
             model.chunks,
             model.optimizer,
             learning_rate=self.learning_rate,
-            loss=policy_loss(config.policy),
+            loss=policy_loss(self.config.policy),
             stop_requested=self.session.stop.received is not None,
             before_microbatch=self.session.membership.activity.moved,
         )

@@ -80,19 +80,36 @@ def run_step(
     return _global_report(reports, batches, loss, stop_requested=stop_requested, update=update)
 
 
-def run_gradient_norm(
+def run_gradients(
     batches: Sequence[PackedBatch],
     chunks: Sequence[Any],
     optimizer: OptimizerChain,
     *,
     loss: Loss,
     before_microbatch: Callable[[], None] = lambda: None,
-) -> float:
-    """Return the L2 norm of the gradient that ``run_step`` would update with; nothing is updated."""
+) -> list[Tensor]:
+    """Return this rank's part of the gradients of ``batches``, as ``OptimizerChain.gradients`` does.
+
+    Nothing is updated, router biases neither. Arguments are as in ``run_step``.
+    """
+    with _router_biases_kept(chunks):
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        _run_microbatches(batches, chunks, loss, forward_only=False, before_each=before_microbatch)
+    return optimizer.gradients()
+
+
+@contextmanager
+def _router_biases_kept(chunks: Sequence[Any]) -> Iterator[None]:
+    """Have ``finalize_model_grads``, which updates them as well, move them by 0."""
+    rates = [chunk.config.moe_router_bias_update_rate for chunk in chunks]
     for chunk in chunks:
-        chunk.zero_grad_buffer()
-    _run_microbatches(batches, chunks, loss, forward_only=False, before_each=before_microbatch)
-    return optimizer.gradient_norm()
+        chunk.config.moe_router_bias_update_rate = 0.0
+    try:
+        yield
+    finally:
+        for chunk, rate in zip(chunks, rates, strict=True):
+            chunk.config.moe_router_bias_update_rate = rate
 
 
 def run_evaluation(batches: Sequence[PackedBatch], chunks: Sequence[Any], *, loss: Loss = CROSS_ENTROPY) -> StepReport:

@@ -7,6 +7,9 @@ from megatron_ads.config.rl import RlConfig, validate
 from megatron_ads.errors import ConfigError
 
 
+POPO = ("rewards.combine=popo", "rewards.use=[{name: a}, {name: b}]")
+
+
 def recipe(*overrides: str) -> RlConfig:
     config = load_job("rl/quickstart", ["model.load=runs/quickstart/export", *overrides])
     assert isinstance(config, RlConfig)
@@ -27,6 +30,11 @@ def recipe(*overrides: str) -> RlConfig:
         (["rewards.use=[]"], r"rewards\.use is empty"),
         (["rewards.use=[{name: a}, {name: a}]"], r"rewards\.use"),
         (["rewards.combine=popo"], r"rewards\.combine is popo, but rewards\.use has a single reward"),
+        (["rewards.popo_step_size=1"], r"popo_step_size is 1\.0, which has no effect with rewards\.combine fixed"),
+        (
+            [*POPO, "rollout.mode=rollout_only"],
+            r"combine is popo and rollout\.mode rollout_only: .* nothing is trained",
+        ),
         (["policy.minibatches=3"], r"global_batch_size = 8 prompts do not divide into policy\.minibatches = 3"),
         (["policy.kl_in=reward"], r"policy\.kl_in is reward, which has no effect while policy\.kl_coef is 0"),
         (["policy.loss=gspo", "policy.dual_clip=3"], r"policy\.dual_clip is 3\.0, which has no effect with .* gspo"),
@@ -39,5 +47,6 @@ def test_what_cannot_run_is_refused(overrides: list[str], message: str) -> None:
         validate(recipe(*overrides), 4)
 
 
-def test_the_shipped_one_is_accepted() -> None:
-    validate(recipe(), 4)
+@pytest.mark.parametrize("overrides", [(), (*POPO, "model.expert_bias_update_rate=0.001")])
+def test_the_shipped_one_is_accepted_and_with_popo(overrides: tuple[str, ...]) -> None:
+    validate(recipe(*overrides), 4)

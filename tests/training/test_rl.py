@@ -1,6 +1,7 @@
 """Real jobs of reinforcement learning: what they leave, how they continue, and what their modes do."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,12 +87,15 @@ def course(job: RealJob, *, after: int = 0) -> list[dict[str, float]]:
 def test_a_job_on_two_stages_with_shared_experts_leaves_metrics_rollouts_and_weights(whole: RealJob) -> None:
     steps = [record for record in whole.metrics() if "actor/pg_loss" in record]
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    odds = 1.0
     for record in steps:
         assert 0 < record["rollout/logprob_abs_diff"] < 1e-4 and record["rollout/probe_logprob_abs_diff"] < 1e-4
         assert record["rollout/answers"] == PROMPTS * SAMPLES and record["actor/entropy"] > 0
         assert 0 < record["critic/rewards/mean"] < record["critic/rewards/max"]
         weights = _reward_weights(record)
-        assert len(weights) == 2 and sum(weights) == pytest.approx(1) and weights[0] != weights[1]
+        products = [value for name, value in record.items() if name.startswith("rewards/inner_product/")]
+        odds *= math.exp(0.1 * (products[0] - products[1]))  # POPO: w_k <- w_k exp(eta I_k / mu), normalised
+        assert weights == [pytest.approx(odds / (1 + odds)), pytest.approx(1 / (1 + odds))] and products[0] != 0
         for phase in ("rollout", "reward", "update", "sync"):
             assert record[f"timing_s/{phase}"] > 0
     # Two updates a step: the first has the ratio 1, the second does not.
@@ -143,7 +147,13 @@ def test_one_rank_repeats_an_update_from_its_rollouts_as_the_job_made_it_and_its
 
 
 def test_rollouts_alone_train_nothing_and_export_nothing(folder: Path) -> None:
-    settings = ("rollout.mode=rollout_only", "train.max_steps=2", "policy.kl_coef=0", "checkpoint.save_every=null")
+    settings = (
+        "rollout.mode=rollout_only",
+        "rewards.combine=popo_light",
+        "train.max_steps=2",
+        "policy.kl_coef=0",
+        "checkpoint.save_every=null",
+    )
     only = job(folder, "only", *settings, ranks=2, layout={"pp": 1, "ep": 2})
     names = [json.loads(file.read_text().partition("\n")[0])["weights"] for file in _steps(only)]
     assert len(names) == 2 and names[0] == names[1] and names[0].startswith("0-")

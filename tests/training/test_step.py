@@ -37,7 +37,7 @@ def samples() -> list[TokenizedRow]:
     return made
 
 
-def _share(layout: ParallelLayout) -> ReplicaShare:
+def share_of_rank(layout: ParallelLayout) -> ReplicaShare:
     from megatron_ads.layout import rank
 
     return ReplicaShare(4, 1, layout.coordinates(rank()).dp, layout.dp)
@@ -47,7 +47,7 @@ def _log_probabilities(recipe: Recipe) -> tuple[list[torch.Tensor], list[torch.T
     from megatron_ads.training.step import run_log_probabilities, run_log_probabilities_and_entropies
 
     model, shards, _ = start(recipe)
-    share = _share(shards.layout)
+    share = share_of_rank(shards.layout)
     log_p, entropies = run_log_probabilities_and_entropies(samples(), share, model.chunks, seq_length=SEQ_LENGTH)
     alone = run_log_probabilities(samples(), share, model.chunks, seq_length=SEQ_LENGTH)
     assert all(torch.equal(*pair) for pair in zip(alone, log_p, strict=True))
@@ -117,7 +117,7 @@ def _step(recipe: Recipe) -> tuple[float, dict[str, float], list[float], float]:
     model, shards, _ = start(recipe)
     batches = batches_of_all(
         samples(),
-        _share(shards.layout),
+        share_of_rank(shards.layout),
         seq_length=SEQ_LENGTH,
         packing=True,
         extra={"advantage": _advantages()},
@@ -131,7 +131,7 @@ def _absent(recipe: Recipe, loss: Loss) -> str:
     from megatron_ads.training.step import run_evaluation
 
     model, shards, _ = start(recipe)
-    share = _share(shards.layout)
+    share = share_of_rank(shards.layout)
     extra = {"advantage": _advantages()}
     cut = batches_of_all(samples(), share, seq_length=SEQ_LENGTH, packing=True, extra=extra)
     with pytest.raises(ConfigError) as caught:
