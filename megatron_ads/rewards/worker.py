@@ -48,13 +48,14 @@ class Worker:
         """
         if self.is_running:
             return self._unit
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what it prints is no result of the job
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+                env={**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"},  # it ends without a flush
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is for the trainer, which ends it, with its children
             )

@@ -26,7 +26,7 @@ FUNCTIONS = """
 import math, os, subprocess, sys, time
 
 def lengths(prompts, completions, scale, **columns):
-    print("on stdout, where nobody looks")
+    print("for whoever debugs it")
     keys = sorted(columns)
     assert keys == ["completion_ids", "group", "id", "label", "price", "task"], keys
     assert columns["price"] == [3, 3, None] and columns["group"] == [0, 0, 1], columns
@@ -110,12 +110,16 @@ def acting(*texts: str) -> list[Rollout]:
     return answers(chat_row(), texts)
 
 
-def test_a_function_over_all_answers_is_given_columns(own: Callable[..., Rewards]) -> None:
+def test_a_function_over_all_answers_is_given_columns(
+    own: Callable[..., Rewards], capfd: pytest.CaptureFixture[str]
+) -> None:
     first, second = chat_row("a", facts={"price": 3}), chat_row("b", label="skip")
     rollouts = [*answers(first, ["1", "123"]), *answers(second, ["12"], group=1)]
     scores = own("lengths", {"scale": 0.5}).score(rollouts)
     assert column(scores)[:2] == [0.5, 1.5] and math.isnan(column(scores)[2])
     assert scores.faults == {}, "None is no fault"
+    printed = capfd.readouterr()
+    assert (printed.out, "for whoever debugs it" in printed.err) == ("", True), "what it prints is no result"
 
 
 def test_a_function_over_groups_loses_one_group_when_it_fails(own: Callable[..., Rewards]) -> None:
