@@ -16,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError, safe_load
 
+from megatron_ads.architecture import ModelShape
+from megatron_ads.config import rl, run
 from megatron_ads.config.model import LayoutConfig
 from megatron_ads.config.recipe_errors import explain
 from megatron_ads.config.rl import RlConfig
@@ -99,6 +101,15 @@ def recipe_kind(name_or_path: str) -> str:
 def load_job(name_or_path: str, overrides: Sequence[str] = (), *, sections: Collection[str] | None = None) -> RunConfig:
     """Compose a recipe of any kind of training job; as :func:`load_recipe`."""
     return _load(JOBS[kind := recipe_kind(name_or_path)], kind, name_or_path, overrides, sections)
+
+
+def validate_job(config: RunConfig, world: int, shape: ModelShape | None = None) -> None:
+    """Refuse a recipe of any kind that cannot run; as ``validate_run``."""
+    if isinstance(config, RlConfig):
+        rl.validate(config, world, shape)
+    else:
+        assert isinstance(config, SftConfig)
+        run.validate(config, world, shape)
 
 
 def load_recipe(

@@ -52,7 +52,7 @@ class RolloutConfig:
     max_new_tokens: int = 256
     """Longest answer, end token included."""
     batch_size: int = 64
-    """Answers that one engine generates at once."""
+    """Answers that one engine generates at once; of a server, its ``concurrency`` says how many it is asked for."""
     dynamic_sampling: bool = False
     """Replace groups whose answers all have the same reward by those of further prompts (DAPO, section 3.2)."""
     max_draws: int = 3
@@ -70,22 +70,30 @@ class RolloutConfig:
     servers: list[EndpointConfig] = field(default_factory=list)
     """``servers``: one entry for each inference server."""
     reload_command: str | None = None
-    """``servers``: shell command that makes a server use new weights, with MODEL and URL in its environment; it returns
-    when the server answers again. None: vLLM's and SGLang's own requests to load weights from a folder."""
+    """``servers``: shell command that makes a server use new weights, with MODEL, URL and SERVED_MODEL in its
+    environment; it returns when the server answers again. None: vLLM's and SGLang's own requests to load weights from a
+    folder."""
+    server_wait_seconds: float = 600.0
+    """``servers``: longest wait for a server to use new weights, and for any to answer while all are lost."""
     max_staleness: int = 0
-    """``servers``: updates that the weights of an answer may be behind; 0 is on-policy."""
+    """``servers``: updates that the weights of an answer may be behind; only 0, on-policy, is there so far."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
         require_at_least("rollout", self, 2, "samples")
         require_at_least("rollout", self, 1, "max_new_tokens", "batch_size", "max_draws")
         require_at_least("rollout", self, 0, "overlong_buffer", "probe_rows", "max_staleness")
-        require_above("rollout", self, 0, "max_logprob_diff")
+        require_above("rollout", self, 0, "max_logprob_diff", "server_wait_seconds")
         has_buffer, shaped = self.overlong_buffer > 0, self.overlong is Overlong.shape
         require(
             has_buffer == shaped and self.overlong_buffer < self.max_new_tokens,
             f"rollout.overlong_buffer is {self.overlong_buffer} and rollout.overlong {self.overlong}: shape needs a "
             f"buffer from 1 to rollout.max_new_tokens - 1 = {self.max_new_tokens - 1}, and nothing else has one.",
+        )
+        require(
+            not self.dynamic_sampling or self.max_draws > 1,
+            f"rollout.max_draws is {self.max_draws}, with which rollout.dynamic_sampling would draw nothing in place "
+            "of what it drops. Raise it, or leave dynamic_sampling out.",
         )
         self._check_mode()
 
@@ -101,12 +109,21 @@ class RolloutConfig:
             f"rollout.servers has {len(self.servers)} entries and rollout.mode is {self.mode}. Mode servers needs at "
             "least one, with url and model; no other mode asks them.",
         )
-        for name, unused in (("reload_command", None), ("max_staleness", 0)):
+        of_servers, of_others = (("reload_command", None), ("server_wait_seconds", 600.0)), (("batch_size", 64),)
+        for name, unused in of_others if servers else of_servers:
             require(
-                servers or getattr(self, name) == unused,
+                getattr(self, name) == unused,
                 f"rollout.{name} is {getattr(self, name)}, which has no effect with rollout.mode {self.mode}. "
                 "Remove it.",
             )
+        self._check_servers()
+
+    def _check_servers(self) -> None:
+        require(
+            self.max_staleness == 0,
+            f"rollout.max_staleness is {self.max_staleness}: every step waits for its own rollouts so far, on-policy. "
+            "Set it to 0.",
+        )
         for index, server in enumerate(self.servers):
             section = f"rollout.servers[{index}]"
             require(server.model is not None, f"{section}.model is missing. Name the model as the server knows it.")
@@ -280,6 +297,17 @@ def validate(config: RlConfig, world: int, shape: ModelShape | None = None) -> N
         config.train.global_batch_size % config.policy.minibatches == 0,
         f"train.global_batch_size = {config.train.global_batch_size} prompts do not divide into policy.minibatches = "
         f"{config.policy.minibatches}. Choose a multiple.",
+    )
+    changed = (config.model.expert_bias_update_rate, config.model.aux_loss_coefficient)
+    require(
+        config.rewards.combine is not Combine.popo or not any(changed),
+        f"rewards.combine is popo, whose passes for gradients do not go with model.expert_bias_update_rate = "
+        f"{changed[0]} and model.aux_loss_coefficient = {changed[1]}. Set them to null and 0, or choose popo_light.",
+    )
+    require(
+        config.rollout.mode is not RolloutMode.train_only or config.train.evaluate_every is None,
+        f"train.evaluate_every is {config.train.evaluate_every} and rollout.mode train_only, which answers nothing. "
+        "Set train.evaluate_every to null.",
     )
     require(
         config.rollout.max_new_tokens < config.data.seq_length,

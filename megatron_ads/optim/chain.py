@@ -49,6 +49,13 @@ class OptimizerChain:
         return self.members[0].updates
 
     @torch.no_grad()
+    def gradient_norm(self) -> float:
+        """Return the global norm over all kinds of the gradients that ``finalize_model_grads`` left; a collective."""
+        for member in self.members:
+            member.prepare_gradients()
+        return float(sum(member.reduce_statistics()[0].item() for member in self.members)) ** 0.5
+
+    @torch.no_grad()
     def step(self, learning_rate: float) -> UpdateReport:
         """Update the weights once from the gradients that ``finalize_model_grads`` left.
 

@@ -8,10 +8,11 @@ from conversion.names import parameters
 from conversion.published_models import published_file, published_models
 from conversion.rank_files import ShardsLayout
 from megatron_ads.architecture import ModelShape, read_model_shape
+from megatron_ads.config import recipes
 from megatron_ads.config.data import SourceConfig, SourceKind
 from megatron_ads.config.model import FrozenPart, LoraTarget, ModelConfig, Precision
-from megatron_ads.config.recipes import load_recipe
-from megatron_ads.config.run import SftConfig, validate
+from megatron_ads.config.rl import RlConfig
+from megatron_ads.config.run import RunConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, PipelinePlacement
 from megatron_ads.models.parts import Lora, frozen_parts
@@ -42,6 +43,8 @@ class PlannedJob:
     deterministic: bool = False
     routing_imbalance: float = ROUTING_IMBALANCE
     """Tokens of the busiest rank of an expert-parallel group over the mean."""
+    has_rollouts: bool = False
+    """Its steps generate answers too, which a plan leaves out."""
     moment_bytes: int = 4
     """Of one of the two moments of a trained element."""
 
@@ -92,7 +95,7 @@ class PlannedJob:
         return part not in frozen_parts(self.model, self.shape)
 
 
-def planned_shape(model: str | None, config: SftConfig) -> ModelShape:
+def planned_shape(model: str | None, config: RunConfig) -> ModelShape:
     """Return the shape of the model to plan for.
 
     Args:
@@ -129,13 +132,13 @@ def load_job(
     recipe: str, overrides: Sequence[str] = (), *, model: str | None = None, ranks: int | None = None
 ) -> PlannedJob:
     """Compose a recipe and lay it out over ``ranks`` (None: the fewest that its layout fits)."""
-    config = load_recipe(recipe, overrides, sections=_PLANNED)
+    config = recipes.load_job(recipe, overrides, sections=_PLANNED)
     if not config.data.sources:  # a recipe may leave them to the command line, and a plan does not depend on them
         config.data.sources = [SourceConfig(kind=SourceKind.jsonl, path="not given")]
     return job_of(config, planned_shape(model, config), ranks)
 
 
-def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> PlannedJob:
+def job_of(config: RunConfig, shape: ModelShape, ranks: int | None = None) -> PlannedJob:
     """Lay a composed recipe out over ``ranks`` (None: the fewest that its layout fits).
 
     Raises:
@@ -155,7 +158,7 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Pl
                 f"layout.pipeline {placement.string!r} leaves chunk {number} (stage {chunk.stage}) without any layer. "
                 "Move a layer there, or use fewer stages."
             )
-    validate(config, ranks, shape)
+    recipes.validate_job(config, ranks, shape)
     return PlannedJob(
         shape=shape,
         layout=layout,
@@ -163,8 +166,17 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Pl
         model=config.model,
         seq_length=config.data.seq_length,
         micro_batch_size=config.train.micro_batch_size,
-        microbatches=config.train.microbatches(layout),
+        microbatches=_microbatches(config, layout),
+        has_rollouts=isinstance(config, RlConfig),
         lora=Lora.of(config.model),
         deterministic=config.train.deterministic,
         moment_bytes=2 if config.optim.moments is Precision.bf16 else 4,
     )
+
+
+def _microbatches(config: RunConfig, layout: ParallelLayout) -> int:
+    """Return the microbatches of an update; of a policy, those of answers that are not packed."""
+    prompts = config.train.microbatches(layout)
+    if not isinstance(config, RlConfig):
+        return prompts
+    return -(-prompts * config.rollout.samples // config.policy.minibatches)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from enum import StrEnum
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_type_hints
 
 from megatron_ads.errors import ConfigError
 from megatron_ads.rollouts import Rollout, groups_of
@@ -96,17 +96,24 @@ def with_settings(kind: type[R], settings: Mapping[str, Any], section: str) -> R
     """Return a reward, a dataclass, with the settings of a recipe.
 
     Raises:
-        ConfigError: If it has no such setting (the nearest is offered), a value is of another type than the default, or
+        ConfigError: If it has no such setting (the nearest is offered), a text, number or switch is of another type, or
             the reward refuses it.
     """
-    known = {field.name: field.default for field in fields(kind) if field.init}  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
+    known = [field.name for field in fields(kind) if field.init]  # type: ignore[arg-type]
     for name, value in settings.items():
         if name not in known:
             near = get_close_matches(name, known, n=1)
             offer = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known) or 'none'}."
             raise ConfigError(f"{section}.settings has no {name!r}. {offer}")
-        wanted = type(known[name])
-        fits = isinstance(value, int | float) if wanted is float else isinstance(value, wanted)
-        if not fits or (isinstance(value, bool) and wanted is not bool):
-            raise ConfigError(f"{section}.settings.{name} is {value!r:.80}; it must be of type {wanted.__name__}.")
+        if not _fits(value, hints[name]):
+            raise ConfigError(f"{section}.settings.{name} is {value!r:.80}; it must be of type {hints[name].__name__}.")
     return kind(**settings)
+
+
+def _fits(value: object, wanted: Any) -> bool:
+    if wanted not in (bool, int, float, str):
+        return True
+    return isinstance(value, int | float if wanted is float else wanted) and (
+        wanted is bool or not isinstance(value, bool)
+    )

@@ -83,14 +83,18 @@ class RunLog:
         if dist.get_rank() == 0 and report.is_file():
             logger.info("the run so far, as a page: %s", report)
 
-    def step(self, step: int, report: StepReport, metrics: Mapping[str, float]) -> None:
-        """Record one training step, and what its job knows of it besides; a collective on the steps that are logged."""
+    def step(self, step: int, report: StepReport | None, metrics: Mapping[str, float]) -> None:
+        """Record one step, and what its job knows of it besides; a collective on the steps that are logged.
+
+        ``report`` is None if nothing was trained.
+        """
         ended = time.monotonic()
         seconds = ended - self._started
         if step % self._every == 0:
             ranks = self._times.measure(step, seconds)
-            self._write(step, self._step_metrics(report, seconds) | ranks | dict(metrics))
-        self._progress.update(1, loss=report.loss)
+            trained = {"step_seconds": seconds} if report is None else self._step_metrics(report, seconds)
+            self._write(step, trained | ranks | dict(metrics))
+        self._progress.update(1, **({} if report is None else {"loss": report.loss}))
         self._peers.report_step(step)
         self._activity.leave_step(step)
         self._restart_clock(step)

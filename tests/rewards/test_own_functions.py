@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -240,6 +241,14 @@ def test_a_function_of_a_module_may_return_an_array(
 
 def test_without_rollouts_there_is_nothing_to_ask(own: Callable[..., Rewards]) -> None:
     assert column(own("hang").score([])) == []
+
+
+def test_the_function_of_the_readme_works(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```\n(def brief.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "my_rewards.py").write_text(block)
+    function = load(f"{tmp_path / 'my_rewards.py'}:brief", {"longest": 4})
+    rollouts = answers(chat_row(task="query_generation"), ["eight123", "four"]) + answers(chat_row(), ["x"], group=1)
+    assert function.outcomes(rollouts) == [-1.0, 0.0, None]
 
 
 @pytest.mark.parametrize(
