@@ -39,6 +39,8 @@ OPEN = {
     "rl/quickstart": ["model.load=runs/quickstart/export"],
     "rl/relevance_grpo": ["model.load=runs/sft/export"],
     "rl/advertiser_grpo": ["model.load=runs/sft/export"],
+    "rl/downstream_reward": ["model.load=runs/sft/export"],
+    "rl/taiji_popo": ["model.load=runs/sft/export"],
 }
 
 
