@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from conversion.atomic_file import sync_folder, write_small
@@ -107,10 +108,14 @@ def load_pipeline(folder: Path) -> Pipeline:
         if record["digest"] != _digest(content) or content["weights_sha256"] != hashlib.sha256(weights).hexdigest():
             raise ValueError("its digest is another")
         return _pipeline(record, weights, folder)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except _DAMAGE as error:
         raise DataError(f"{folder} is damaged ({str(error)[:200]}). Copy it again, or train it again.") from None
+
+
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError, SafetensorError)
+"""What reading a damaged folder can raise; DataError is a ValueError."""
 
 
 def _digest(content: Mapping[str, Any]) -> str:
