@@ -44,9 +44,7 @@ def test_examples_end_at_the_anchor_and_know_the_search_shortly_before(tmp_path:
 
 def test_too_little_to_learn_from_is_said_with_what_there_is(tmp_path: Path) -> None:
     logs = read_logs(write_tables(tmp_path / "logs"))
-    with pytest.raises(
-        DataError, match=r"There are no purchases of items to learn from: 6 histories end at"
-    ):
+    with pytest.raises(DataError, match=r"There are no purchases of items to learn from: 6 histories end at"):
         training_examples(logs, settings("held_out=0.01", "answer_days=1"))
 
 
