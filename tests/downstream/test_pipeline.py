@@ -84,6 +84,7 @@ def test_a_loaded_pipeline_scores_as_the_trained_one(saved: Path, logs: Logs) ->
     users = one.users(histories, ["hotels", "", "shoes"])
     assert torch.equal(users, other.users(histories, ["hotels", "", "shoes"]))
     assert one.retrieve(users, 5).shape == (3, 5)
+    assert (one.chances(users, [0, 1, 2]).shape, one.chances(users[:0], []).shape) == ((3, 2), (0, 2))
     low, high = one.ctcvr_range
     assert 0 <= low < high <= 1
     assert [one.normalized_ctcvr(each) for each in (low, (low + high) / 2, high, 1.0)] == pytest.approx([0, 0.5, 1, 1])
