@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.timeout(3000),  # a start takes 30 s on two idle cores, and minutes on busy ones
 ]
 WITHIN = 1e-4
-"""Nats: FP32 on both sides, sums in another order; largest seen 2.9e-6."""
+"""Nats: FP32 on both sides, sums in another order."""
 PROMPTS = [[2 + (7 * row + 3 * place) % 1400 for place in range(4 + row)] for row in range(8)]
 GREEDY = GenerationConfig(max_new_tokens=12, log_probabilities=True)
 SAMPLED = GenerationConfig(method=Method.sampled, samples=8, max_new_tokens=96, log_probabilities=True, seed=3)
@@ -120,7 +120,7 @@ def test_a_server_killed_in_mid_rollout_is_restarted_and_nothing_finished_is_ask
         before: dict[str, object] = {}
 
         def kill() -> None:
-            wait_for(lambda: len(journal.records) >= 10, seconds=60)
+            wait_for(lambda: len(journal.records) >= 10, seconds=600)
             server.kill()
             before.update(journal.records)
 
