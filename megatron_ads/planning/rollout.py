@@ -18,7 +18,6 @@ from functools import lru_cache
 
 from conversion.names import ParameterKind, layer_parameters, outside_parameters
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config.rl import RolloutMode
 from megatron_ads.models.flops import token_flops
 from megatron_ads.planning import costs
 from megatron_ads.planning.hardware import Card
@@ -139,7 +138,7 @@ def _answering_seconds(job: PlannedJob, card: Card) -> float:
 def decoded_bytes(job: PlannedJob, rows: int) -> float:
     """Return the bytes of weights that one token of each of so many rows needs."""
     shape = job.shape
-    embedding, others, experts = _model_elements(shape)
+    _, others, experts = _model_elements(shape)
     chosen = 1 - (1 - shape.experts_per_token / shape.num_experts) ** rows
     return job.element_bytes * (others + chosen * experts)
 

@@ -6,7 +6,6 @@ from megatron_ads.config.recipes import load_job
 from megatron_ads.config.rl import RlConfig, validate
 from megatron_ads.errors import ConfigError
 
-
 POPO = ("rewards.combine=popo", "rewards.use=[{name: a}, {name: b}]")
 
 
@@ -33,7 +32,7 @@ def recipe(*overrides: str) -> RlConfig:
         (["rewards.popo_step_size=1"], r"popo_step_size is 1\.0, which has no effect with rewards\.combine fixed"),
         (
             [*POPO, "rollout.mode=rollout_only"],
-            r"combine is popo and rollout\.mode rollout_only: .* nothing is trained",
+            r"popo and rollout\.mode rollout_only: .* nothing is trained",
         ),
         (["policy.minibatches=3"], r"global_batch_size = 8 prompts do not divide into policy\.minibatches = 3"),
         (["policy.kl_in=reward"], r"policy\.kl_in is reward, which has no effect while policy\.kl_coef is 0"),
