@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from megatron_ads.config.rl import RlConfig
 from megatron_ads.journal import digest_of
 from megatron_ads.losses.advantages import without_variance
+from megatron_ads.observability.log import get_logger
 from megatron_ads.rewards.registry import Rewards, Scores
 from megatron_ads.rollouts import Rollout, groups_of
 from megatron_ads.runtime.process_groups import wait_for_all
@@ -21,6 +22,8 @@ from megatron_ads.training.generation import Asking, Generator
 from megatron_ads.training.phase_times import PhaseTimes
 from megatron_ads.training.prompts import Prompt, Prompts
 from megatron_ads.training.rollout_dump import ScoredStep, read_header, read_step, step_file, write_step
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,8 @@ class Collector:
             return None
         with raised_on_all_ranks():
             found = read_step(file, self.prompts.rows)
+        if dist.get_rank() == 0:
+            logger.info("the rollouts of %s were finished before; they are not generated again", file.name)
         self.prompts.stream.load_state_dict(read_header(file)["prompts"])
         return found
 

@@ -16,6 +16,7 @@ from megatron_ads.config.generation import GenerationConfig, Method
 from megatron_ads.errors import as_refusals
 from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.journal import Journal, digest_of
+from megatron_ads.observability.log import get_logger
 from megatron_ads.rollouts import Rollout
 from megatron_ads.rows import ChatRow
 from megatron_ads.runtime.process_groups import wait_for_all
@@ -23,6 +24,8 @@ from megatron_ads.stable_random import key_of
 from megatron_ads.training.checkpoint_errors import raised_on_all_ranks
 from megatron_ads.training.prompts import Prompt
 from megatron_ads.training.rollout_engine import RolloutEngine
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,7 @@ class Generator:
         if self._journal is not None:
             before = self._journal.read(key, lambda record: list(record["rollouts"]))
             if before is not None:
+                logger.info("a chunk of %d answers was finished before; it is not generated again", len(before))
                 return before
         assert self._engine.engine is not None
         answers = self._engine.engine.generate([prompt.tokens for prompt in asked], how)

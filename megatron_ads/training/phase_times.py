@@ -1,7 +1,7 @@
 """How long the phases of a step take, by verl's metric names."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +11,7 @@ class PhaseTimes:
     rank's."""
 
     def __init__(self) -> None:
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def measured(self, phase: str) -> Iterator[None]:
