@@ -4,7 +4,7 @@ One step: prompts are drawn and answered by the current weights, the answers are
 and the engines get the new weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ads.config.rl import RlConfig, RolloutMode, validate
+from megatron_ads.observability.log import get_logger
 from megatron_ads.rewards.registry import open_rewards
 from megatron_ads.rewards.weights import RewardWeights
 from megatron_ads.runtime.device import device
@@ -34,6 +35,8 @@ from megatron_ads.training.rollout_metrics import of_rewards, of_step
 from megatron_ads.training.session import Membership, Session, join, start_from
 from megatron_ads.training.stopping import StopRequest
 from megatron_ads.training.streams import tokenizer_of
+
+logger = get_logger(__name__)
 
 
 def run(config: RlConfig, stop: StopRequest) -> ExitStatus:
@@ -136,6 +139,18 @@ class RlJob:
             names = [reward.name for reward in self.config.rewards.use]
             return read_recorded(Path(self.config.rollout.dump or ""), step, self.prompts.rows, names)
 
+    def warn_of_nothing_to_learn(self, metrics: Mapping[str, float]) -> None:
+        """Say so where every answer of a step is worth as much as the others to its prompt."""
+        flat = metrics["rollout/groups_without_variance"] == self.config.train.global_batch_size
+        if flat and self.update is not None and dist.get_rank() == 0:
+            logger.warning(
+                "step %d teaches nothing: the answers to each of its %d prompts are all worth the same (mean reward "
+                "%.4g). If that goes on, begin with weights that get some of them right, or take other prompts or rewards",
+                self.session.step + 1,
+                self.config.train.global_batch_size,
+                metrics.get("critic/rewards/mean", float("nan")),
+            )
+
 
 def train(job: RlJob) -> bool:
     """Step until the last step, or until some rank is asked to stop; return whether it was stopped."""
@@ -157,6 +172,7 @@ def _step(job: RlJob) -> bool:
     found = job.rollouts_of(session.step + 1)
     job.reward_weights.observe(found.rewards, np.array([rollout.group for rollout in found.rollouts]))
     metrics = of_step(found, job.reward_weights.current)
+    job.warn_of_nothing_to_learn(metrics)
     activity.enter_step(session.step + 1)  # from here to its end, this rank is expected to make progress
     if job.update is None:
         stops = _on_any_rank(session.stop.received is not None)

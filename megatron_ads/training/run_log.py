@@ -36,6 +36,9 @@ from megatron_ads.training.step import StepReport
 
 logger = get_logger(__name__)
 
+_REWARD = "critic/rewards/mean"
+"""What tells of a policy's progress, next to the loss."""
+
 
 class RunLog:
     """Rank 0 writes; the other ranks take part in the measurements that are collective."""
@@ -94,7 +97,10 @@ class RunLog:
             ranks = self._times.measure(step, seconds)
             trained = {"step_seconds": seconds} if report is None else self._step_metrics(report, seconds)
             self._write(step, trained | ranks | dict(metrics))
-        self._progress.update(1, **({} if report is None else {"loss": report.loss}))
+        shown = {} if report is None else {"loss": report.loss}
+        if _REWARD in metrics:
+            shown["reward"] = metrics[_REWARD]
+        self._progress.update(1, **shown)
         self._peers.report_step(step)
         self._activity.leave_step(step)
         self._restart_clock(step)
