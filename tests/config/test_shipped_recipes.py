@@ -39,7 +39,6 @@ OPEN = {
     "rl/quickstart": ["model.load=runs/quickstart/export"],
     "rl/relevance_grpo": ["model.load=runs/sft/export"],
     "rl/advertiser_grpo": ["model.load=runs/sft/export"],
-    "rl/taiji_popo": ["model.load=runs/sft/export"],
     "rl/deepseek_v2_lite_8gpu": ["model.load=V2", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "rl/deepseek_r1_671b": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "preference/sdpo": ["model.load=runs/sft/export"],
