@@ -78,7 +78,7 @@ class Pipeline:
 
     def chances(self, user_NC: Tensor, item_N: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:
         """Return (N, 2): P(click) and P(click and conversion) of one item for each user."""
-        chosen_NC = self.item_JC[torch.as_tensor(item_N)]
+        chosen_NC = self.item_JC[torch.as_tensor(item_N, dtype=torch.long)]  # of an empty list too
         return self.ranker.chances(user_NC, chosen_NC).numpy().astype(np.float64)
 
     def normalized_ctcvr(self, ctcvr: float) -> float:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from conversion.atomic_file import sync_folder, write_small
 from megatron_ads.config.downstream import load_downstream
+from megatron_ads.disk import make_writable_folder
 from megatron_ads.downstream.logs import Item
 from megatron_ads.downstream.pipeline import ItemCounts, Pipeline
 from megatron_ads.downstream.ranker import Ranker
@@ -30,13 +32,18 @@ _PARTS = ("retriever", "ranker")
 
 
 def require_new(out: Path) -> None:
-    """Refuse a folder that holds something.
+    """Refuse a folder that holds something, or cannot be written: before the work whose result it is to hold.
 
     Raises:
-        ConfigError: If it does, or is no folder.
+        ConfigError: If it holds something, or is no folder.
+        OSError: If it cannot be written.
     """
-    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+    there = os.path.lexists(out)
+    if there and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder. Choose another one, or remove it.")
+    make_writable_folder(out)
+    if not there:
+        out.rmdir()
 
 
 def save_pipeline(pipeline: Pipeline, out: Path, *, trained_on: Mapping[str, Any]) -> str:
@@ -50,7 +57,7 @@ def save_pipeline(pipeline: Pipeline, out: Path, *, trained_on: Mapping[str, Any
     Raises:
         ConfigError: If the folder holds something.
     """
-    require_new(out)
+    require_new(out)  # once more: it took a while
     tensors = {
         f"{part}.{name}": tensor.contiguous()
         for part in _PARTS
@@ -101,10 +108,14 @@ def load_pipeline(folder: Path) -> Pipeline:
         if record["digest"] != _digest(content) or content["weights_sha256"] != hashlib.sha256(weights).hexdigest():
             raise ValueError("its digest is another")
         return _pipeline(record, weights, folder)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except _DAMAGE as error:
         raise DataError(f"{folder} is damaged ({str(error)[:200]}). Copy it again, or train it again.") from None
+
+
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError, SafetensorError)
+"""What reading a damaged folder can raise; DataError is a ValueError."""
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -3,7 +3,8 @@
     R(B) = g(M_with - M_base)      g(x) = x, tanh(scale x) or sign(x)
 
     M = recall@k or NDCG@k of the item that each row says is the true one, or
-        ctr: the mean probability of a click on the k items retrieved, by the ranker, which does not see the answer
+        ctr: the mean probability of a click on the k items retrieved, by the ranker, which does not see the answer.
+        On the simulator even true advertisers lower it, as users click on much that they do not buy: prefer the others
 
 Answers are put in as lines of the query (``inject: query``), or the items they name go before all others
 (``inject: filter``, as the advertiser paper's retrieval filter). One that cannot be read changes nothing.

@@ -9,7 +9,7 @@ from megatron_ads.config.downstream import DownstreamConfig, load_downstream
 from megatron_ads.data.simulator.folder import Scale, write_logs
 from megatron_ads.data.simulator.world import draw_world
 
-SETTINGS = ("retriever.epochs=6", "ranker.epochs=2", "held_out=0.4", "buckets=4096")
+SETTINGS = ("retriever.epochs=6", "ranker.epochs=4", "held_out=0.25", "buckets=4096")
 
 
 def write_simulated(folder: Path, *, users: int) -> Path:
