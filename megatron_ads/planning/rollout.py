@@ -18,7 +18,6 @@ from functools import lru_cache
 
 from conversion.names import ParameterKind, layer_parameters, outside_parameters
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config.rl import RolloutMode
 from megatron_ads.models.flops import token_flops
 from megatron_ads.planning import costs
 from megatron_ads.planning.hardware import Card
@@ -99,28 +98,32 @@ def rollout_costs(
     rl = job.rollouts
     if rl is None:
         return None
-    trained = [
-        [weight for weight in costs.stage_weights(job, stage) if job.trains(weight.part)]
-        for stage in range(job.layout.pp)
-    ]
-    dense, expert = ([costs.total(each, expert=kind) for each in trained] for kind in (False, True))
-    replicas, expert_replicas = job.layout.dp * job.layout.cp, job.layout.edp
-    own = (-(-d // replicas) - (-e // expert_replicas) for d, e in zip(dense, expert, strict=True))
-    has_copy = rl.has_reference and job.lora is None
     flops = [costs.chunk_flops(job, chunk) for chunk in job.placement.chunks]
     forward = sum(each.forward for each in flops)
     share = forward / sum(each.forward + each.backward + each.recomputed for each in flops)
     passes = share * (1 + rl.has_reference) + rl.gradient_passes
+    trained, own = _most_trained(job)
     return RolloutCosts(
         engine=engine_memory(job),
-        reference_host_bytes=job.element_bytes * max(map(costs.total, trained)) if has_copy else 0,
-        popo_host_bytes=4 * max(rl.gradient_passes - 1, 0) * max(own),
+        reference_host_bytes=job.element_bytes * trained if rl.has_reference and job.lora is None else 0,
+        popo_host_bytes=4 * max(rl.gradient_passes - 1, 0) * own,
         generated_tokens=rl.answers * rl.max_new_tokens if rl.generates else 0,
         rollout_seconds=_answering_seconds(job, card) if rl.colocated else None,
         passes_seconds=rl.updates * pipeline_seconds * passes,
         update_seconds=rl.updates * (pipeline_seconds + update_seconds),
         sync_seconds=_sync_seconds(job, card),
     )
+
+
+def _most_trained(job: PlannedJob) -> tuple[int, int]:
+    """Return the most elements that a rank trains, and the most that it updates, each replica its share."""
+    trained, own = [], []
+    for stage in range(job.layout.pp):
+        weights = [weight for weight in costs.stage_weights(job, stage) if job.trains(weight.part)]
+        dense, expert = (costs.total(weights, expert=kind) for kind in (False, True))
+        trained.append(dense + expert)
+        own.append(-(-dense // (job.layout.dp * job.layout.cp)) - (-expert // job.layout.edp))
+    return max(trained), max(own)
 
 
 def _answering_seconds(job: PlannedJob, card: Card) -> float:
@@ -139,7 +142,7 @@ def _answering_seconds(job: PlannedJob, card: Card) -> float:
 def decoded_bytes(job: PlannedJob, rows: int) -> float:
     """Return the bytes of weights that one token of each of so many rows needs."""
     shape = job.shape
-    embedding, others, experts = _model_elements(shape)
+    _, others, experts = _model_elements(shape)
     chosen = 1 - (1 - shape.experts_per_token / shape.num_experts) ** rows
     return job.element_bytes * (others + chosen * experts)
 
