@@ -78,6 +78,8 @@ class Fact(StrEnum):
     """The true answer: in ads tasks an object with the fields of the task's answer, else whatever the data have."""
     reasoning = "reasoning"
     """Text: the reasoning of the target; empty or missing without any."""
+    rejected = "rejected"
+    """Texts: answers to the same prompt that are worse than the target."""
     best_answers = "best_answers"
     """Texts, as labels are written, the likeliest first: what somebody would say who knows how the data were drawn."""
 
@@ -102,7 +104,7 @@ def _is_object(value: object) -> bool:
 
 
 _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys((Fact.pool, Fact.candidates, Fact.keywords), ("a list of texts", _are_texts)),
+    **dict.fromkeys((Fact.pool, Fact.candidates, Fact.keywords, Fact.rejected), ("a list of texts", _are_texts)),
     **dict.fromkeys((Fact.demographics, Fact.ground_truth), ("an object", _is_object)),
     Fact.best_answers: ("a list of at least one text", lambda value: _are_texts(value) and bool(value)),
     Fact.ad: ("an object of texts", lambda value: _is_object(value) and all(map(_is_text, value.values()))),

@@ -22,6 +22,7 @@ class SourceKind(StrEnum):
     jsonl = "jsonl"
     table = "table"
     verl = "verl"
+    preference = "preference"
 
 
 class SplitBy(StrEnum):
@@ -83,7 +84,7 @@ class HistoryConfig:
 
 
 _NEXT_BRAND_TASKS = (AdsTask.next_advertiser, AdsTask.user_profile)
-_OF_FILES = (SourceKind.jsonl, SourceKind.table, SourceKind.verl)
+_OF_FILES = (SourceKind.jsonl, SourceKind.table, SourceKind.verl, SourceKind.preference)
 _TASKS_OF_USERS = (*_NEXT_BRAND_TASKS, AdsTask.ad_user_relevance, AdsTask.next_advertiser_ranking)
 
 
@@ -95,10 +96,11 @@ class SourceConfig:
     """``builtin``: generated query-ad pairs; ``simulator``: rows of any task from a simulated ads business; ``esci``:
     public query-product pairs; ``next_brand``: public purchases; ``gsm8k``: school mathematics, for the general mix;
     ``jsonl``: chat rows in a file; ``table``: a JSONL, Parquet or CSV file with columns of your own; ``verl``: a
-    Parquet or JSONL file with verl's five columns, where a row may be a prompt alone."""
+    Parquet or JSONL file with verl's five columns, where a row may be a prompt alone; ``preference``: a Parquet or
+    JSONL file of prompts with a chosen answer and rejected ones."""
     path: str | None = None
-    """File or folder, for ``jsonl``, ``table`` and ``verl`` also a glob of parts, compressed or not; None for
-    ``builtin`` and ``simulator``, and for public data below the folder that ``MEGATRON_ADS_DATA`` names."""
+    """File or folder, for ``jsonl``, ``table``, ``verl`` and ``preference`` also a glob of parts, compressed or not;
+    None for ``builtin`` and ``simulator``, and for public data below the folder that ``MEGATRON_ADS_DATA`` names."""
     task: AdsTask | None = None
     """What rows of ``simulator``, ``next_brand`` and ``table`` ask for. Without it ``next_brand`` asks for the next
     advertiser, and rows of ``table`` have a prompt and a target already."""
@@ -127,8 +129,8 @@ class SourceConfig:
     event_columns: dict[str, str] = field(default_factory=dict)
     """Which column of ``events`` holds user, time, event and so on."""
     rejected: str | None = None
-    """``table``, ``jsonl`` and ``verl``: file that rows which cannot be used are written to, with the reason; None: the
-    first one ends the run."""
+    """``table``, ``jsonl``, ``verl`` and ``preference``: file that rows which cannot be used are written to, with the
+    reason; None: the first one ends the run."""
     weight: float = 1.0
     """Share of the rows drawn from this source, relative to the other sources' weights."""
     rows: int | None = None
@@ -181,7 +183,11 @@ class SourceConfig:
         )
         require(is_table or not self.values, f"{section}.values has no effect with kind {self.kind}. Remove it.")
         require(is_table or not self.columns, f"{section}.columns has no effect with kind {self.kind}. Remove it.")
-        require(not is_table or bool(self.columns), f"{section}.columns is missing; kind table needs to know them.")
+        require(
+            not is_table or bool(self.columns),
+            f"{section}.columns is missing; kind table needs to know them. `megatron-ads data preview --source "
+            f"{self.path or 'FILE'}` proposes them.",
+        )
         require(
             self.kind in _OF_FILES or self.rejected is None,
             f"{section}.rejected is {self.rejected!r}, which has no effect with kind {self.kind}. Remove it.",

@@ -17,8 +17,9 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError, safe_load
 
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config import rl, run
+from megatron_ads.config import preference, rl, run
 from megatron_ads.config.model import LayoutConfig
+from megatron_ads.config.preference import PreferenceConfig
 from megatron_ads.config.recipe_errors import explain
 from megatron_ads.config.rl import RlConfig
 from megatron_ads.config.run import RunConfig, SftConfig
@@ -29,7 +30,7 @@ _RAISED_BY_HYDRA = (ValueError, TypeError, KeyError, AttributeError, AssertionEr
 """What Hydra and OmegaConf stumble over in some overrides, such as ``optim=5``, or brackets without end."""
 
 
-JOBS: dict[str, type[RunConfig]] = {"sft": SftConfig, "rl": RlConfig}
+JOBS: dict[str, type[RunConfig]] = {"sft": SftConfig, "preference": PreferenceConfig, "rl": RlConfig}
 """The schema of each kind of training job; a recipe says its kind by ``base_KIND`` in its ``defaults``."""
 
 
@@ -107,6 +108,8 @@ def validate_job(config: RunConfig, world: int, shape: ModelShape | None = None)
     """Refuse a recipe of any kind that cannot run; as ``validate_run``."""
     if isinstance(config, RlConfig):
         rl.validate(config, world, shape)
+    elif isinstance(config, PreferenceConfig):
+        preference.validate(config, world, shape)
     else:
         assert isinstance(config, SftConfig)
         run.validate(config, world, shape)

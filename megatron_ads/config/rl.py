@@ -188,9 +188,10 @@ class PolicyLoss(StrEnum):
     grpo = "grpo"
     """The ratio of each token (arXiv:2402.03300)."""
     gspo = "gspo"
-    """The ratio of each answer, its geometric mean over tokens (arXiv:2507.18071)."""
+    """The ratio of each answer, its geometric mean over tokens (arXiv:2507.18071), with ``loss_agg_mode``
+    seq-mean-token-mean there."""
     cispo = "cispo"
-    """The weight of each token's log-probability (arXiv:2506.13585)."""
+    """The weight of each token's log-probability (arXiv:2506.13585, where ``clip_ratio_low`` is 1: no lower bound)."""
 
 
 class LossAggregation(StrEnum):
@@ -207,8 +208,11 @@ class KlType(StrEnum):
     """Estimators of KL(pi || ref) from one token (http://joschu.net/blog/kl-approx.html)."""
 
     k1 = "k1"
+    """Unbiased, for the reward: as part of the loss its gradient is 0 in expectation."""
     k2 = "k2"
+    """Biased, but its gradient is that of KL(pi || ref)."""
     k3 = "k3"
+    """Unbiased and never negative; its gradient is that of KL(ref || pi)."""
 
 
 class KlPlace(StrEnum):

@@ -182,7 +182,9 @@ def _check(args: argparse.Namespace) -> None:
         if given is not None and given < least:
             raise ConfigError(f"--{option.replace('_', '-')} is {given}; it must be at least {least}.")
     if args.overrides and args.recipe is None:
-        raise ConfigError(f"{args.overrides[0]!r} has no effect without --recipe. Name the recipe that it changes.")
+        given = args.overrides[0]
+        hint = "Name the recipe that it changes." if "=" in given else f"Did you mean --source {given}?"
+        raise ConfigError(f"{given!r} has no effect without --recipe. {hint}")
 
 
 def _proposal(args: argparse.Namespace) -> "Proposal | None":

@@ -12,6 +12,7 @@ from megatron_ads.data.bad_rows import RowReader
 from megatron_ads.data.event_tables import ANSWER_DAYS, event_rows, histories_of, read_anchors
 from megatron_ads.data.jsonl import jsonl_reader, jsonl_rows
 from megatron_ads.data.own_tables import Users, table_reader, table_rows
+from megatron_ads.data.preference_rows import preference_reader, preference_rows
 from megatron_ads.data.public_data import ESCI_FILE, GSM8K_FILE, esci_rows, gsm8k_rows, locate
 from megatron_ads.data.simulator import simulated_rows
 from megatron_ads.data.source_files import JSON_LINES, TABLES, Part, parts_of
@@ -59,6 +60,8 @@ def divided(source: SourceConfig) -> RowReader[Any] | None:
         return jsonl_reader(Path(source.path))
     if source.kind is SourceKind.verl:
         return verl_reader(Path(source.path))
+    if source.kind is SourceKind.preference:
+        return preference_reader(Path(source.path))
     if source.kind is not SourceKind.table:
         return None
     users = Users(view_of=view_chooser(source.history))
@@ -87,6 +90,8 @@ def _read_own(source: SourceConfig, seed: int) -> list[ChatRow]:
         return jsonl_rows(path, limit=limit, rejected=rejected)
     if source.kind is SourceKind.verl:
         return verl_rows(path, limit=limit, rejected=rejected)
+    if source.kind is SourceKind.preference:
+        return preference_rows(path, limit=limit, rejected=rejected)
     view_of = view_chooser(source.history)
     settings: dict[str, Any] = {"columns": source.columns, "limit": limit, "rejected": rejected}
     if source.anchor_dates:
@@ -125,6 +130,7 @@ _READERS: dict[SourceKind, Callable[[SourceConfig, int], list[ChatRow]]] = {
     SourceKind.jsonl: _read_own,
     SourceKind.table: _read_own,
     SourceKind.verl: _read_own,
+    SourceKind.preference: _read_own,
 }
 
 
@@ -140,5 +146,6 @@ def describe_source(source: SourceConfig) -> str:
         SourceKind.table: f"own rows, {source.task or 'chat'} ({path})",
         SourceKind.jsonl: f"chat rows ({path})",
         SourceKind.verl: f"rows in verl's form ({path})",
+        SourceKind.preference: f"preferences ({path})",
     }[source.kind]
     return described if source.variant is None else f"{described}, asked as {source.variant}"

@@ -72,7 +72,8 @@ class Servers:
         """Return the answer of the first server that gives one.
 
         Raises:
-            Unanswered: If ``attempts`` failed, those at servers that are not there not counted, or ``stop`` was set.
+            Unanswered: If ``attempts`` a server failed, those at servers that are not there not counted, or ``stop``
+                was set.
             DataError: If all servers were lost for too long.
             ConfigError: If the key, the address or the model's name of a server is wrong.
         """
@@ -88,7 +89,8 @@ class Servers:
                 failures += error.failures
                 why = str(error)
                 server.needs_weights |= Failure.not_connected in error.failures
-                if len(failures) - failures.count(Failure.not_connected) >= server.config.attempts:
+                tried = len(failures) - failures.count(Failure.not_connected)
+                if tried >= server.config.attempts * len(self.servers):
                     raise Unanswered(str(error), tuple(failures)) from None
             finally:
                 self._give_back(server, why, began)

@@ -4,6 +4,7 @@ Shape suffixes: N = answers of the step; G = answers of one group that have a re
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from megatron_ads.config.rl import PolicyConfig
 _EPSILON = 1e-6
 
 
-def group_advantages(rewards_N: NDArray, group_N: NDArray, config: PolicyConfig) -> NDArray[np.float64]:
+def group_advantages(rewards_N: NDArray[Any], group_N: NDArray[Any], config: PolicyConfig) -> NDArray[np.float64]:
     """Return A_i of each answer, (N,).
 
     With mean and std of the G rewards of a group:
@@ -42,16 +43,16 @@ def group_advantages(rewards_N: NDArray, group_N: NDArray, config: PolicyConfig)
     return advantages_N
 
 
-def without_variance(rewards_N: NDArray, group_N: NDArray) -> list[int]:
+def without_variance(rewards_N: NDArray[Any], group_N: NDArray[Any]) -> list[int]:
     """Return the numbers of the groups that teach nothing, ascending: all rewards equal, or fewer than two of them."""
     return [group for group, members in _groups(rewards_N, group_N) if not _varies(rewards_N[members])]
 
 
-def _groups(rewards_N: NDArray, group_N: NDArray) -> Iterator[tuple[int, NDArray]]:
+def _groups(rewards_N: NDArray[Any], group_N: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
     """Yield each group's number, and the places of its answers that have a reward."""
     for group in np.unique(group_N):
         yield int(group), np.flatnonzero((group_N == group) & ~np.isnan(rewards_N))
 
 
-def _varies(rewards_G: NDArray) -> bool:
+def _varies(rewards_G: NDArray[Any]) -> bool:
     return len(rewards_G) > 1 and bool(rewards_G.min() < rewards_G.max())

@@ -20,7 +20,7 @@ def token_entropy(logits_TV: Tensor, group: ProcessGroup | None = None) -> Tenso
         group: The tensor-parallel ranks, which all call this; each gets the same result.
     """
     entropies = []
-    for part in logits_TV.split(_TOKENS_AT_ONCE):
+    for part in torch.split(logits_TV, _TOKENS_AT_ONCE):
         largest_T = part.amax(-1).float()
         if group is not None:
             dist.all_reduce(largest_T, dist.ReduceOp.MAX, group)

@@ -10,6 +10,8 @@ With d = log pi(o_t) - log ref(o_t) of a token o_t drawn from pi:
 In the reward no gradient is taken, and k1 and k3 are both unbiased there.
 """
 
+from typing import Any
+
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -32,7 +34,7 @@ def kl_estimate(log_p: Tensor, reference_log_p: Tensor, kind: KlType) -> Tensor:
     return (torch.exp(-d) + d - 1).clamp(max=10)
 
 
-def rewards_with_kl(rewards_N: NDArray, kl_N: NDArray, kl_coef: float) -> NDArray:
+def rewards_with_kl(rewards_N: NDArray[Any], kl_N: NDArray[Any], kl_coef: float) -> NDArray[Any]:
     """Return R_i = r_i - beta sum_t KL_it, to be compared within groups afterwards; (N,). NaN stays NaN.
 
     Args:

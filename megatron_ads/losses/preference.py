@@ -22,6 +22,7 @@ Shape suffixes: N = answers of the update, each a sample of its batches; S = its
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ Floats = NDArray[np.float64]
 
 
 def preference_coefficients(
-    policy_logp_N: Floats, reference_logp_N: Floats, set_N: NDArray, chosen_N: NDArray, beta: float
+    policy_logp_N: Floats, reference_logp_N: Floats, set_N: NDArray[Any], chosen_N: NDArray[Any], beta: float
 ) -> tuple[Floats, Floats]:
     """Return L of each set, (S,), sets by ascending number, and c_i of each answer, (N,).
 
@@ -68,7 +69,7 @@ def preference_coefficients(
 
 
 def preference_metrics(
-    policy_logp_N: Floats, reference_logp_N: Floats, set_N: NDArray, chosen_N: NDArray, beta: float
+    policy_logp_N: Floats, reference_logp_N: Floats, set_N: NDArray[Any], chosen_N: NDArray[Any], beta: float
 ) -> dict[str, float]:
     """Return TRL's metrics, means over sets: the answers' implicit rewards s_i, and how often s_p is the highest.
 
@@ -84,7 +85,7 @@ def preference_metrics(
 
 
 def preference_values(
-    rows: Sequence[TokenizedRow], loss_S: Floats, coefficient_N: Floats, set_N: NDArray, chosen_N: NDArray
+    rows: Sequence[TokenizedRow], loss_S: Floats, coefficient_N: Floats, set_N: NDArray[Any], chosen_N: NDArray[Any]
 ) -> dict[str, list[NDArray[np.float32]]]:
     """Return the ``extra`` of the update's batches: the same numbers at every label of an answer.
 

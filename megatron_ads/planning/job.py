@@ -11,6 +11,7 @@ from megatron_ads.architecture import ModelShape, read_model_shape
 from megatron_ads.config import recipes
 from megatron_ads.config.data import SourceConfig, SourceKind
 from megatron_ads.config.model import FrozenPart, LoraTarget, ModelConfig, Precision
+from megatron_ads.config.preference import PreferenceConfig
 from megatron_ads.config.rl import RlConfig
 from megatron_ads.config.run import RunConfig
 from megatron_ads.errors import ConfigError
@@ -175,8 +176,10 @@ def job_of(config: RunConfig, shape: ModelShape, ranks: int | None = None) -> Pl
 
 
 def _microbatches(config: RunConfig, layout: ParallelLayout) -> int:
-    """Return the microbatches of an update; of a policy, those of answers that are not packed."""
+    """Return the microbatches of an update; of a policy or preferences, those of answers that are not packed."""
     prompts = config.train.microbatches(layout)
+    if isinstance(config, PreferenceConfig):
+        return prompts * (1 + config.preference.negatives)
     if not isinstance(config, RlConfig):
         return prompts
     return -(-prompts * config.rollout.samples // config.policy.minibatches)

@@ -214,10 +214,9 @@ def calibrated(card: Card, run: Path, model: str | None = None) -> Card:
     speeds = speeds or [row["model_flops_per_second"] for row in rows if "model_flops_per_second" in row][1:]
     if not speeds:
         raise ConfigError(f"--calibrate {run / 'metrics.jsonl'} has fewer than two steps with tflops_per_gpu.")
-    if "rollout" in described["recipe"]:
+    if {"rollout", "preference"} & described["recipe"].keys():
         raise ConfigError(
-            f"--calibrate {run} is a job of reinforcement learning, whose steps generate besides. Give the log folder "
-            "of a fine-tuning run."
+            f"--calibrate {run} is no fine-tuning run: its steps do more than an update. Give the log folder of one."
         )
     measured = float(median(speeds))
     config = OmegaConf.to_object(

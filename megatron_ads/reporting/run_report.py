@@ -148,6 +148,8 @@ def course_charts(metrics: Metrics) -> list[Chart]:
     shown = (
         ("grad_norm", "gradient norm", "Before clipping."),
         ("learning_rate", "learning rate", "As the updates used it."),
+        ("rewards/margins", "margin", "Reward of the chosen answer less that of the best rejected one."),
+        ("rewards/accuracies", "accuracy", "Share of prompts whose chosen answer has the highest reward."),
         ("response_length/mean", "answer, tokens", "Mean of the step's answers."),
         ("actor/entropy", "entropy, nats", "Mean over the answers' tokens."),
         ("actor/kl_loss", "KL, nats", "Estimate of the distance from the reference."),

@@ -18,6 +18,8 @@ from megatron_ads.config.rl import RewardsConfig
 from megatron_ads.errors import ConfigError, DataError, one_line
 from megatron_ads.observability.log import get_logger
 from megatron_ads.rewards.advertiser_ranking import AdvertiserRanking
+from megatron_ads.rewards.ctcvr import Ctcvr
+from megatron_ads.rewards.downstream import DownstreamBatch
 from megatron_ads.rewards.label_agreement import LabelAgreement
 from megatron_ads.rewards.list_ranking import ListRanking
 from megatron_ads.rewards.own_function import is_own, require_there
@@ -31,6 +33,8 @@ logger = get_logger(__name__)
 
 BUILT_IN: dict[str, type[Any]] = {
     "advertiser_ranking": AdvertiserRanking,
+    "ctcvr": Ctcvr,
+    "downstream_batch": DownstreamBatch,
     "label_agreement": LabelAgreement,
     "list_ranking": ListRanking,
     "retrieval": Retrieval,

@@ -8,6 +8,7 @@
 import argparse
 import sys
 
+from megatron_ads.config.preference import PreferenceConfig
 from megatron_ads.config.recipes import load_job
 from megatron_ads.config.rl import RlConfig
 from megatron_ads.config.run import RunConfig, SftConfig
@@ -78,6 +79,10 @@ def _run_job(config: RunConfig, stop: StopRequest) -> ExitStatus:
         from megatron_ads.training import rl
 
         return rl.run(config, stop)
+    if isinstance(config, PreferenceConfig):
+        from megatron_ads.training import preference
+
+        return preference.run(config, stop)
     from megatron_ads.training import sft
 
     assert isinstance(config, SftConfig)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ads.config.rl import Overlong, RlConfig, RolloutConfig
+from megatron_ads.config.rl import Overlong, RolloutConfig
+from megatron_ads.config.run import RunConfig
 from megatron_ads.data.batches import ReplicaShare
 from megatron_ads.layout import ParallelLayout, rank
 from megatron_ads.rollouts import Rollout
@@ -45,7 +46,7 @@ def on_labels(row: TokenizedRow, of_answer: NDArray[np.float32]) -> NDArray[np.f
     return values
 
 
-def share_of(config: RlConfig, layout: ParallelLayout) -> ReplicaShare:
+def share_of(config: RunConfig, layout: ParallelLayout) -> ReplicaShare:
     """Return how rows are divided among the replicas: as few at once as the pipeline allows, so that few are empty."""
     rows = config.train.micro_batch_size * layout.dp * (layout.pp if layout.vpp > 1 else 1)
     return ReplicaShare(

@@ -22,6 +22,7 @@ from megatron_ads.runtime.device import device
 from megatron_ads.runtime.garbage import collected_together
 from megatron_ads.runtime.health.rank_record import ExitStatus
 from megatron_ads.training.answering import Answering, open_answering
+from megatron_ads.training.build import TrainedModel
 from megatron_ads.training.checkpoint_errors import raised_on_all_ranks
 from megatron_ads.training.collect import Judge
 from megatron_ads.training.phase_times import PhaseTimes
@@ -31,7 +32,7 @@ from megatron_ads.training.prompts import Prompts, PromptStream, open_prompts
 from megatron_ads.training.reference import ReferenceWeights
 from megatron_ads.training.rollout_dump import ScoredStep, read_recorded
 from megatron_ads.training.rollout_metrics import of_rewards, of_step
-from megatron_ads.training.session import Session, join, start_from
+from megatron_ads.training.session import Membership, Session, join, start_from
 from megatron_ads.training.stopping import StopRequest
 from megatron_ads.training.streams import tokenizer_of
 
@@ -52,20 +53,10 @@ def run(config: RlConfig, stop: StopRequest) -> ExitStatus:
         prompts = open_prompts(
             config.data, tokenizer, max_new_tokens=rollout.max_new_tokens, probe_rows=rollout.probe_rows
         )
-        trains = rollout.mode is not RolloutMode.rollout_only
-        needs_reference, reference = trains and config.policy.kl_coef > 0, list[ReferenceWeights]()
         with ExitStack() as opened:
             judge = opened.enter_context(_open_judge(config))
             position = Position(prompts.stream, RewardWeights(config.rewards))
-            session = Session.resumed(
-                config,
-                membership,
-                position,
-                stop,
-                name="RL",
-                updates_per_step=config.policy.minibatches if trains else 0,
-                before_load=lambda model: reference.append(ReferenceWeights(model)) if needs_reference else None,
-            )
+            session, update = _begin(config, membership, position, stop)
             opened.enter_context(closing(session.log))
             opened.enter_context(session.checkpointer)
             answering = None
@@ -77,15 +68,36 @@ def run(config: RlConfig, stop: StopRequest) -> ExitStatus:
                 prompts=prompts,
                 reward_weights=position.reward_weights,
                 answering=answering,
-                update=_update(config, session, *reference) if trains else None,
+                update=update,
             )
             stopped = train(job)
-        return session.end(stopped=stopped, export=trains)
+        return session.end(stopped=stopped, export=update is not None)
 
 
-def _update(config: RlConfig, session: Session, reference: ReferenceWeights | None = None) -> PolicyUpdate:
-    share = share_of(config, session.membership.shards.layout)
-    return PolicyUpdate(config=config, session=session, share=share, reference=reference)
+def _begin(
+    config: RlConfig, membership: Membership, position: "Position", stop: StopRequest
+) -> tuple[Session, PolicyUpdate | None]:
+    """Start or continue the session; return what updates its weights too, None if nothing is trained."""
+    trains = config.rollout.mode is not RolloutMode.rollout_only
+    reference = list[ReferenceWeights]()
+
+    def keep(model: TrainedModel) -> None:
+        if trains and config.policy.kl_coef > 0:
+            reference.append(ReferenceWeights(model))
+
+    session = Session.resumed(
+        config,
+        membership,
+        position,
+        stop,
+        name="RL",
+        updates_per_step=config.policy.minibatches if trains else 0,
+        before_load=keep,
+    )
+    if not trains:
+        return session, None
+    share = share_of(config, membership.shards.layout)
+    return session, PolicyUpdate(config=config, session=session, share=share, reference=next(iter(reference), None))
 
 
 @dataclass(frozen=True, slots=True)

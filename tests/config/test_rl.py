@@ -6,6 +6,9 @@ from megatron_ads.config.recipes import load_job
 from megatron_ads.config.rl import RlConfig, validate
 from megatron_ads.errors import ConfigError
 
+SERVER = "{url: 'http://a:1/v1', model: policy}"
+SERVERS = ("rollout.mode=servers", f"rollout.servers=[{SERVER}]")
+
 
 def recipe(*overrides: str) -> RlConfig:
     config = load_job("rl/quickstart", ["model.load=runs/quickstart/export", *overrides])
@@ -22,6 +25,12 @@ def recipe(*overrides: str) -> RlConfig:
         (["rollout.mode=train_only"], r"rollout\.dump is None and rollout\.mode train_only"),
         (["rollout.dump=folder"], r"rollout\.dump is folder and rollout\.mode colocated"),
         (["rollout.mode=servers"], r"rollout\.servers has 0 entries and rollout\.mode is servers"),
+        ([*SERVERS, "rollout.max_staleness=1"], r"rollout\.max_staleness is 1: every step waits .* Set it to 0\."),
+        ([*SERVERS, "rollout.batch_size=8"], r"rollout\.batch_size is 8, which has no effect with .* servers"),
+        (["rollout.server_wait_seconds=9"], r"rollout\.server_wait_seconds is 9\.0, which has no .* colocated"),
+        (["rollout.reload_command=date"], r"rollout\.reload_command is date, which has no effect"),
+        (["rollout.mode=servers", f"rollout.servers=[{SERVER}, {SERVER}]"], r"rollout\.servers lists http://a:1/v1"),
+        (["rollout.mode=servers", "rollout.servers=[{url: 'http://b/v1'}]"], r"servers\[0\]\.model is missing"),
         (["rollout.mode=train_only", "rollout.dump=d"], r"evaluate_every is 10.* train_only, which answers nothing"),
         (["rollout.dynamic_sampling=true", "rollout.max_draws=1"], r"rollout\.max_draws is 1.* would draw nothing"),
         (["rewards.use=[]"], r"rewards\.use is empty"),
@@ -39,5 +48,6 @@ def test_what_cannot_run_is_refused(overrides: list[str], message: str) -> None:
         validate(recipe(*overrides), 4)
 
 
-def test_the_shipped_one_is_accepted() -> None:
+def test_the_shipped_one_is_accepted_on_servers_too() -> None:
     validate(recipe(), 4)
+    validate(recipe(*SERVERS, "rollout.reload_command=restart", "rollout.server_wait_seconds=60"), 4)

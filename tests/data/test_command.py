@@ -111,6 +111,7 @@ def test_every_source_of_a_recipe_has_its_share_of_the_sample(capsys: pytest.Cap
         (["--task", "user_profile", "--rows", "-1"], "--rows is -1; it must be at least 0"),
         (["--task", "user_profile", "--seq-length", "1"], "--seq-length is 1; it must be at least 2"),
         (["--task", "user_profile", "data.seed=1"], "'data.seed=1' has no effect without --recipe"),
+        (["pairs.csv"], "'pairs.csv' has no effect without --recipe. Did you mean --source pairs.csv?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 
 from megatron_ads.config.generation import GenerationConfig
-from megatron_ads.config.rl import Overlong, RolloutConfig
+from megatron_ads.config.recipes import load_job
+from megatron_ads.config.rl import Overlong, RlConfig, RolloutConfig
 from megatron_ads.errors import DataError
 from megatron_ads.inference.engine import Completion, Finish
+from megatron_ads.rewards.registry import Scores
 from megatron_ads.rollouts import Rollout
 from megatron_ads.rows import ChatRow, Message, Role
-from megatron_ads.training.generation import Chunk, cut
+from megatron_ads.training.collect import Collector
+from megatron_ads.training.generation import Asking, Chunk, cut
+from megatron_ads.training.phase_times import PhaseTimes
 from megatron_ads.training.policy_rows import minibatches, on_labels, overlong_penalty, policy_row
-from megatron_ads.training.prompts import Prompt, PromptStream
+from megatron_ads.training.prompts import Prompt, Prompts, PromptStream
 from megatron_ads.training.rollout_dump import ScoredStep, read_header, read_recorded, step_file, write_step
 from megatron_ads.training.rollout_metrics import combined
 from parity_tests.harness.ranks import run_ranks
@@ -157,3 +161,47 @@ def test_the_penalty_of_length_rises_over_the_buffer_to_1() -> None:
 def test_rewards_are_weighted_and_summed_over_those_that_an_answer_has() -> None:
     rewards = {"one": np.array([1.0, np.nan, np.nan]), "two": np.array([0.5, 0.25, np.nan])}
     np.testing.assert_array_equal(combined(rewards, {"one": 2.0, "two": 4.0}), [4.0, 1.0, np.nan])
+
+
+class Fakes:
+    """A generator and a judge in one: prompts named by a capital letter have answers that differ in their reward."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    def answer(self, prompts: Sequence[Prompt], asking: Asking) -> list[Rollout]:
+        self.asked.append([each.row.id for each in prompts])
+        return [rollout(group, name=each.row.id) for group, each in enumerate(prompts) for _ in range(asking.samples)]
+
+    def score(self, rollouts: Sequence[Rollout]) -> Scores:
+        values = [float(place % 2) if each.row.id.isupper() else 0.5 for place, each in enumerate(rollouts)]
+        return Scores(values={"one": np.array(values)}, faults=Counter())
+
+
+@pytest.mark.parametrize(
+    ("names", "draws", "used"),
+    [
+        ("ABCD", 1, "ABCD"),
+        ("AbCdEFgh", 2, "ACEF"),  # b and d are replaced
+        ("Abcdefghijklmn", 3, "Abcd"),  # after 3 draws, what was drawn first fills the step
+    ],
+)
+def test_groups_that_teach_nothing_are_replaced_and_the_step_is_never_smaller(
+    names: str, draws: int, used: str, tmp_path: Path
+) -> None:
+    config = load_job("rl/quickstart", ["model.load=x", "train.global_batch_size=4", "rollout.dynamic_sampling=true"])
+    assert isinstance(config, RlConfig)
+    fakes, waiting = Fakes(), [prompt(name) for name in names]
+
+    class InOrder:
+        def draw(self, count: int) -> list[Prompt]:
+            taken, waiting[:] = waiting[:count], waiting[count:]
+            return taken
+
+    prompts = Prompts(stream=InOrder(), held_out=[], probe=[], rows={})  # type: ignore[arg-type]
+    collector = Collector(config=config, prompts=prompts, generator=fakes, judge=fakes, folder=tmp_path)  # type: ignore[arg-type]
+    found = collector._draw(1, "0-a", PhaseTimes())
+    assert [each.row.id for each in found.rollouts[::8]] == list(used)
+    assert [each.group for each in found.rollouts] == [group for group in range(4) for _ in range(8)]
+    assert (found.draws, found.generated) == (draws, 8 * sum(map(len, fakes.asked)))
+    assert len(found.rewards["one"]) == 32
