@@ -145,8 +145,7 @@ class RlJob:
         if flat and self.update is not None and dist.get_rank() == 0:
             logger.warning(
                 "step %d teaches nothing: the answers to each of its %d prompts are all worth the same (mean reward "
-                "%.4g). If that goes on, begin with weights that get some of them right, or take other prompts or "
-                "rewards",
+                "%.4g). If that goes on, begin with weights that get some right, or take other prompts or rewards",
                 self.session.step + 1,
                 self.config.train.global_batch_size,
                 metrics.get("critic/rewards/mean", float("nan")),
