@@ -84,7 +84,9 @@ class DownstreamConfig:
     buckets: int = 8192
     """Numbers that words are hashed to."""
     retriever: TowersConfig = field(default_factory=TowersConfig)
+    """What finds items."""
     ranker: CrossConfig = field(default_factory=CrossConfig)
+    """What judges pairs of user and item."""
 
     def check(self) -> None:
         """Refuse impossible values.

@@ -11,6 +11,7 @@ Source: the hashing trick, arXiv:0902.2206, by scikit-learn's ``FeatureHasher`` 
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from sklearn.preprocessing import normalize
 from torch import Tensor
 
 from megatron_ads.downstream.logs import Item
+from megatron_ads.errors import DataError
 from megatron_ads.metrics.ranking import same_name
 from megatron_ads.metrics.text import words_of
 from megatron_ads.rows import ChatRow, Fact
@@ -85,28 +87,43 @@ def _of_item(item: Item) -> Iterator[Word]:
 
 
 def history_of(row: ChatRow) -> UserHistory:
-    """Return what a row's facts say of its user: all events, or of a row without them what its prompt shows."""
-    about = row.facts.get(Fact.demographics)
-    known = Demographics(**about) if isinstance(about, Mapping) else Demographics()  # type: ignore[arg-type]
-    events = row.facts.get(Fact.events)
+    """Return what a row's facts say of its user: all events, or of a row without them what its prompt shows.
+
+    Raises:
+        DataError: If an event has no kind, text or age in days, or a value is of another type.
+    """
+    about, events = row.facts.get(Fact.demographics), row.facts.get(Fact.events)
+    known = {name: str(about[name]) for name in _ABOUT if name in about} if isinstance(about, Mapping) else {}
     if isinstance(events, list):
-        return UserHistory(user_id=row.group, events=tuple(map(_event, events)), demographics=known)
-    shown = row.facts.get(Fact.history)
-    made = tuple(_shown_events(shown)) if isinstance(shown, Mapping) else ()
-    return UserHistory(user_id=row.group, events=made, demographics=known)
+        made = tuple(_event(fact, row.id) for fact in events)
+    else:
+        shown = row.facts.get(Fact.history)
+        made = tuple(_shown_events(shown)) if isinstance(shown, Mapping) else ()
+    return UserHistory(user_id=row.group, events=made, demographics=Demographics(**known))
 
 
-def _event(fact: Mapping[str, Any]) -> Event:
-    return Event(**{**fact, "kind": EventKind(fact["kind"])})
+_ABOUT = tuple(field.name for field in fields(Demographics))
+_TEXTS = ("category", "brand", "advertiser")
+
+
+def _event(fact: Any, row_id: str) -> Event:
+    try:
+        texts = {name: str(fact[name]) for name in _TEXTS if name in fact}
+        return Event(kind=EventKind(fact["kind"]), days_ago=float(fact["days_ago"]), text=str(fact["text"]), **texts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"row {row_id!r}: {fact!r:.80} is no event ({error}). It needs kind, text and days_ago."
+        ) from None
 
 
 def _shown_events(shown: Mapping[str, Any]) -> Iterator[Event]:
     """Yield events that say what the sections of a prompt do; how old they are is not known."""
     for advertiser in shown.get(Section.past_advertisers, ()):
         yield Event(kind=EventKind.matched_conversion, days_ago=0.0, text="", advertiser=advertiser)
-    for section, field in ((Section.top_categories, "category"), (Section.top_brands, "brand")):
-        for value in shown.get(section, ()):
-            yield _event({"kind": EventKind.offsite_url, "days_ago": 0.0, "text": "", field: value})
+    for category in shown.get(Section.top_categories, ()):
+        yield Event(kind=EventKind.offsite_url, days_ago=0.0, text="", category=category)
+    for brand in shown.get(Section.top_brands, ()):
+        yield Event(kind=EventKind.offsite_url, days_ago=0.0, text="", brand=brand)
     for section, kind in _SEARCHED.items():
         for text in shown.get(section, ()):
             yield Event(kind=kind, days_ago=0.0, text=text)
