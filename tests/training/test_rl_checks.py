@@ -18,9 +18,6 @@ from parity_tests.harness.ranks import run_ranks
 
 def _marked(gap: float, said: float) -> tuple[str, float] | str:
     """Mark weights of which the trainer says ``said`` of a target, and the engine ``gap`` more."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
     row = TokenizedRow("a", "task", np.array([5, 6, 7], dtype=np.int32), np.array([0, 0, 1], dtype=np.float32))
     probe = weight_probe.WeightProbe(rows=[row], share=None, seq_length=8, max_logprob_diff=0.05)  # type: ignore[arg-type]
     model: Any = SimpleNamespace(chunks=[], optimizer=SimpleNamespace(updates=3))

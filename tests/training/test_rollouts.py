@@ -78,13 +78,9 @@ class Counting:
 
 def _answers(folder: Path, *, fails: bool, weights: str) -> tuple[list[Rollout] | str, int]:
     """Ask two ranks for 2 answers to 6 prompts, 2 at a time: 6 chunks, 3 each."""
-    import torch.distributed as dist
-
     from megatron_ads.training.generation import Asking, Generator, open_journal
     from megatron_ads.training.rollout_engine import RolloutEngine
 
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
     prompts, engine = [prompt(name) for name in "abcdef"], Counting(fails)
     with open_journal(folder) as journal:
         generator = Generator(
