@@ -60,6 +60,10 @@ METRICS = {
     "critic/rewards/min": ("1", "the smallest of them"),
     "critic/rewards/{reward}/mean": ("1", "mean of one reward, over the answers that it judges"),
     "reward_weight/{reward}": ("1", "what the reward's advantages are multiplied by"),
+    "reward_inner_product/{reward}": (
+        "1",
+        "of its gradient with the sum of all rewards' gradients (rewards.combine: popo)",
+    ),
     "validation/reward": ("1", "mean weighted sum of the rewards of greedy answers to the held-out prompts"),
     "validation/reward/{reward}/mean": ("1", "mean of one reward of those answers"),
     "response_length/mean": ("tokens", "length of the answers, end token included"),

@@ -82,7 +82,7 @@ class PolicyUpdate:
             "rollout/logprob_abs_diff": _mean_difference(engine, old),
             "actor/entropy": float(np.concatenate(entropies).astype(np.float64).mean()),
         }
-        of_rewards = {f"rewards/inner_product/{name}": product for name, product in products.items()}
+        of_rewards = {f"reward_inner_product/{name}": product for name, product in products.items()}
         return _together(reports), _means(metrics) | of_answers | of_rewards
 
     def _inner_products(

@@ -93,7 +93,7 @@ def test_a_job_on_two_stages_with_shared_experts_leaves_metrics_rollouts_and_wei
         assert record["rollout/answers"] == PROMPTS * SAMPLES and record["actor/entropy"] > 0
         assert 0 < record["critic/rewards/mean"] < record["critic/rewards/max"]
         weights = _reward_weights(record)
-        products = [value for name, value in record.items() if name.startswith("rewards/inner_product/")]
+        products = [value for name, value in record.items() if name.startswith("reward_inner_product/")]
         odds *= math.exp(0.1 * (products[0] - products[1]))  # POPO: w_k <- w_k exp(eta I_k / mu), normalised
         assert weights == [pytest.approx(odds / (1 + odds)), pytest.approx(1 / (1 + odds))] and products[0] != 0
         for phase in ("rollout", "reward", "update", "sync"):
