@@ -199,7 +199,8 @@ class RuntimeConfig:
     straggler_steps: int = 5
     """For how many consecutive logged steps it must."""
     load_timeout_seconds: int = 3600
-    """How long ranks wait for the slowest of them to read the weights, or a checkpoint to resume from."""
+    """How long ranks wait for the slowest of them to read the weights, or a checkpoint to resume from; in reinforcement
+    learning also to generate its answers, compute the rewards or give an engine new weights."""
     gc_interval: int | None = 10
     """Steps between collections of Python's garbage, by all ranks at the same step: each that collects at a moment of
     its own keeps the others waiting. None leaves it to Python."""
