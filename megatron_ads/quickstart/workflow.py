@@ -118,7 +118,7 @@ def make_plan(
     fp8 = ("--dtype", "fp8", "--reference", folder.start)
     build = _StageBuilder(folder, ["--recipe", RECIPE, *_about(overrides, "data")], asdict(config.data))
     stage, convert, judge, commands = build.stage, build.convert, build.judge, build.commands
-    stages = (
+    stages: tuple[Stage, ...] = (
         stage("demo-model", "make a small random DeepSeek-V3-family checkpoint in FP8",
               ["demo-model", folder.start, "--preset", Preset.tiny, "--fp8"], [folder.start], settings=identity),
         convert("to-shards", "convert it to shards, one file per rank", "demo-model", folder.start, folder.shards,
