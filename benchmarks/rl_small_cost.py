@@ -18,10 +18,12 @@ def compared(model: Path, recipe: str, settings: Sequence[str]) -> dict[str, Any
     """Return the median seconds of each, in this process; the rollouts are one batch of the recipe's."""
     from megatron_ads.config.recipes import load_job
     from megatron_ads.config.rl import RlConfig
+    from megatron_ads.inference.model_folder import hugging_face_folder
 
     config = load_job(recipe, [f"model.load={model}", *settings])
     assert isinstance(config, RlConfig)
-    return {**_generation(model, config), **_new_weights(model)}
+    with hugging_face_folder(model) as folder:
+        return {**_generation(folder, config), **_new_weights(folder)}
 
 
 def _generation(model: Path, config: "RlConfig") -> dict[str, Any]:

@@ -52,9 +52,7 @@ class Answering:
         """Answer the held-out prompts greedily and return the rewards by name."""
         of = self.collector
         asking = Asking(samples=1, max_new_tokens=of.config.rollout.max_new_tokens, seed=None, weights=self.weights)
-        found = of.judge.score(of.generator.answer(of.prompts.held_out, asking)).values
-        of.generator.forget()
-        return found
+        return of.judge.score(of.generator.answer(of.prompts.held_out, asking)).values
 
 
 @contextmanager
@@ -90,3 +88,5 @@ def open_answering(
         answering = Answering(session, engine, probe, collector)
         answering.follow()
         yield answering
+        if session.is_finished:
+            generator.forget()

@@ -77,7 +77,7 @@ class Collector:
             with raised_on_all_ranks(), failed_log_named(self.folder):
                 if dist.get_rank() == 0:
                     write_step(file, found, header | {"prompts": self.prompts.stream.state_dict()})
-        self.generator.forget()
+            self.generator.forget()  # not before: what was generated of a later step than those on file is still there
         return found
 
     def _header(self, step: int, weights: str) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def test_statuses_and_silence_of_the_ranks_are_found(tmp_path: Path) -> None:
     killed.statuses = (lost, [ExitStatus.DONE] * 4)
     assert "rank 1 (stage 0) has gone" in run_case(KILL, killed, whole, 1.0)
     killed.statuses = (lost,)
-    with pytest.raises(BrokenPromiseError, match=r"no rank said: rank 2 \(stage 1\) has gone"):
+    with pytest.raises(BrokenPromiseError, match="no rank said: rank 2"):
         run_case(replace(KILL, rank=2), _with(killed, [lost[0], lost[0], lost[1], lost[0]]), whole, 1.0)
     with pytest.raises(BrokenPromiseError, match="exit statuses"):
         run_case(KILL, _with(killed, [ExitStatus.DONE] * 4), whole, 1.0)
