@@ -94,13 +94,14 @@ def test_a_short_run_averages_what_it_has() -> None:
 
 
 def test_reinforcement_learning_has_its_reward_curve_and_its_figure(tmp_path: Path) -> None:
-    of_rl = [{"step": step, "critic/rewards/mean": step / 20} for step in range(1, 21)]
+    of_rl: list[dict[str, Any]] = [{"step": step, "critic/rewards/mean": step / 20} for step in range(1, 21)]
+    of_rl.append({"step": 20, "validation/reward": 0.625})
     facts = _facts(tmp_path, of_rl=of_rl)
     # The means of 1..10 and of 11..20, each over 20.
     assert (facts["rl"]["reward_first"], facts["rl"]["reward_last"]) == pytest.approx((0.275, 0.775))
     text = page(facts, _metrics(200), of_rl)
     assert "<h2>Reinforcement learning</h2>" in text and "0.28 → 0.78" in text
-    assert "balanced accuracy afterwards: 0.90" in text and "each step: 0.05 at 1" in text
+    assert "balanced accuracy afterwards: 0.90" in text and "held-out prompts: 0.625 at 20" in text
     assert "Reinforcement learning" not in page(_facts(tmp_path), _metrics(200))
 
 
