@@ -124,9 +124,7 @@ def on_one_rank(folder: Path) -> list[dict[str, float]]:
     return run_ranks(1, _recorded, Recipe(folder=folder))[0]
 
 
-@pytest.mark.parametrize(
-    ("world", "layout"), [(2, {}), (2, {"pp": 2}), (4, {"pp": 2, "ep": 2})], ids=["dp2", "pp2", "pp2-ep2"]
-)
+@pytest.mark.parametrize(("world", "layout"), [(2, {}), (4, {"pp": 2, "ep": 2})], ids=["dp2", "pp2-ep2"])
 def test_steps_and_evaluations_do_not_depend_on_the_layout(
     world: int, layout: dict[str, int], folder: Path, on_one_rank: list[dict[str, float]]
 ) -> None:
