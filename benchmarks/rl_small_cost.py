@@ -37,7 +37,7 @@ def _generation(model: Path, config: "RlConfig") -> dict[str, Any]:
     from megatron_ads.data.chat import load_tokenizer
     from megatron_ads.inference.language_model import load_model
     from megatron_ads.inference.transformers_engine import TransformersEngine
-    from megatron_ads.training.prompts import open_prompts
+    from megatron_ads.training.rollout.prompts import open_prompts
 
     tokenizer, loaded = load_tokenizer(model), load_model(model, torch.float32)
     limit, samples, pad = config.rollout.max_new_tokens, config.rollout.samples, tokenizer.end_token_id

@@ -32,7 +32,7 @@ from megatron_ads.rows import TokenizedRow
 from megatron_ads.training.policy_rows import minibatches, on_labels, overlong_penalty, policy_row
 from megatron_ads.training.reference import ReferenceWeights
 from megatron_ads.training.reward_gradients import reward_inner_products
-from megatron_ads.training.rollout_dump import ScoredStep
+from megatron_ads.training.rollout.dump import ScoredStep
 from megatron_ads.training.session import Session
 from megatron_ads.training.step import StepReport, run_log_probabilities_and_entropies, run_step
 

@@ -11,8 +11,8 @@ import torch
 from megatron_ads.config.recipes import load_job
 from megatron_ads.errors import ConversionError
 from megatron_ads.rows import TokenizedRow
-from megatron_ads.training import weight_probe
 from megatron_ads.training.policy_update import PolicyUpdate
+from megatron_ads.training.rollout import probe as weight_probe
 from parity_tests.harness.ranks import run_ranks
 
 

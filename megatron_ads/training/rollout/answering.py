@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from megatron_ads.config.rl import RlConfig, RolloutMode
 from megatron_ads.data.chat import ChatTokenizer
-from megatron_ads.training.collect import Collector, Judge
-from megatron_ads.training.generation import Asking, Generator, open_journal
 from megatron_ads.training.phase_times import PhaseTimes
 from megatron_ads.training.policy_rows import share_of
-from megatron_ads.training.prompts import Prompts
-from megatron_ads.training.rollout_dump import ScoredStep
-from megatron_ads.training.rollout_engine import RolloutEngine, open_rollout_engine
+from megatron_ads.training.rollout.collect import Collector, Judge
+from megatron_ads.training.rollout.dump import ScoredStep
+from megatron_ads.training.rollout.engine import RolloutEngine, open_rollout_engine
+from megatron_ads.training.rollout.generation import Asking, Generator, open_journal
+from megatron_ads.training.rollout.probe import WeightProbe
+from megatron_ads.training.rollout.prompts import Prompts
 from megatron_ads.training.session import Session
-from megatron_ads.training.weight_probe import WeightProbe
 
 
 @dataclass(slots=True)

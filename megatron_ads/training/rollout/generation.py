@@ -22,8 +22,8 @@ from megatron_ads.rows import ChatRow
 from megatron_ads.runtime.process_groups import wait_for_all
 from megatron_ads.stable_random import key_of
 from megatron_ads.training.checkpoint_errors import raised_on_all_ranks
-from megatron_ads.training.prompts import Prompt
-from megatron_ads.training.rollout_engine import RolloutEngine
+from megatron_ads.training.rollout.engine import RolloutEngine
+from megatron_ads.training.rollout.prompts import Prompt
 
 logger = get_logger(__name__)
 

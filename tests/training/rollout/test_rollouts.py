@@ -15,13 +15,13 @@ from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.rewards.registry import Scores
 from megatron_ads.rollouts import Rollout
 from megatron_ads.rows import ChatRow, Message, Role
-from megatron_ads.training.collect import Collector
-from megatron_ads.training.generation import Asking, Chunk, cut
 from megatron_ads.training.phase_times import PhaseTimes
 from megatron_ads.training.policy_rows import minibatches, on_labels, overlong_penalty, policy_row
-from megatron_ads.training.prompts import Prompt, Prompts, PromptStream
-from megatron_ads.training.rollout_dump import ScoredStep, read_header, read_recorded, step_file, write_step
-from megatron_ads.training.rollout_metrics import combined
+from megatron_ads.training.rollout.collect import Collector
+from megatron_ads.training.rollout.dump import ScoredStep, read_header, read_recorded, step_file, write_step
+from megatron_ads.training.rollout.generation import Asking, Chunk, cut
+from megatron_ads.training.rollout.metrics import combined
+from megatron_ads.training.rollout.prompts import Prompt, Prompts, PromptStream
 from parity_tests.harness.ranks import run_ranks
 
 
@@ -78,8 +78,8 @@ class Counting:
 
 def _answers(folder: Path, *, fails: bool, weights: str) -> tuple[list[Rollout] | str, int]:
     """Ask two ranks for 2 answers to 6 prompts, 2 at a time: 6 chunks, 3 each."""
-    from megatron_ads.training.generation import Asking, Generator, open_journal
-    from megatron_ads.training.rollout_engine import RolloutEngine
+    from megatron_ads.training.rollout.engine import RolloutEngine
+    from megatron_ads.training.rollout.generation import Asking, Generator, open_journal
 
     prompts, engine = [prompt(name) for name in "abcdef"], Counting(fails)
     with open_journal(folder) as journal:

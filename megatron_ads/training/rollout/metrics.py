@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ads.losses.advantages import without_variance
-from megatron_ads.training.rollout_dump import ScoredStep
+from megatron_ads.training.rollout.dump import ScoredStep
 
 
 def of_step(found: ScoredStep, weights: Mapping[str, float]) -> dict[str, float]:
