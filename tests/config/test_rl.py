@@ -32,7 +32,7 @@ def recipe(*overrides: str) -> RlConfig:
         (["rollout.reload_command=date"], r"rollout\.reload_command is date, which has no effect"),
         (["rollout.mode=servers", f"rollout.servers=[{SERVER}, {SERVER}]"], r"rollout\.servers lists http://a:1/v1"),
         (["rollout.mode=servers", "rollout.servers=[{url: 'http://b/v1'}]"], r"servers\[0\]\.model is missing"),
-        (["rollout.mode=train_only", "rollout.dump=d"], r"evaluate_every is 10.* train_only, which answers nothing"),
+        (["rollout.mode=train_only", "rollout.dump=d"], r"evaluate_every is 25.* train_only, which answers nothing"),
         (["rollout.dynamic_sampling=true", "rollout.max_draws=1"], r"rollout\.max_draws is 1.* would draw nothing"),
         (["rewards.use=[]"], r"rewards\.use is empty"),
         (["rewards.use=[{name: a}, {name: a}]"], r"rewards\.use"),
