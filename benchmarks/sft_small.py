@@ -132,7 +132,7 @@ def _stages(
         title="make a random checkpoint",
         settings={"command": make, "code": own_code_digest()},
         outputs=[model],
-        run=partial(_run_command, make, out, "model"),
+        run=partial(run_command, make, out, "model"),
     )
     # Settings of the data decide over what is held out, which the texts must not show.
     of_data = [setting for setting in arguments.overrides if setting.startswith("data")]
@@ -144,18 +144,18 @@ def _stages(
         title="write the texts to learn from",
         settings={"sections": sections, "code": own_code_digest()},
         outputs=[texts],
-        run=partial(_write_texts, texts, sections),
+        run=partial(write_texts, texts, sections),
     )
     learn = [
         f"model.load={model}", f"log.dir={language}", "data=jsonl", "data.seq_length=512", "data.validation_rows=200",
         f"data.sources=[{{kind: jsonl, path: {texts}}}]", "loss.normalize=token", "optim.min_learning_rate=4.0e-4",
         f"train.max_steps={arguments.text_steps}",
     ]  # fmt: skip
-    yield _train_stage("language", "learn the language", learn, out, arguments.ranks, after=["model", "texts"])
+    yield train_stage("language", "learn the language", learn, out, arguments.ranks, after=["model", "texts"])
     for name, variant in chosen.items():
         run = out / name
         settings = [f"model.load={language / 'export'}", f"log.dir={run}", *variant.train, *arguments.overrides]
-        yield _train_stage(name, f"fine-tune: {variant.about}", settings, out, arguments.ranks, after=["language"])
+        yield train_stage(name, f"fine-tune: {variant.about}", settings, out, arguments.ranks, after=["language"])
         yield Stage(
             name=f"{name}-scores",
             title="answer the held-out rows",
@@ -167,28 +167,37 @@ def _stages(
         )
 
 
-def _train_stage(
-    name: str, title: str, settings: Sequence[str], out: Path, ranks: int, *, after: Sequence[str]
+def train_stage(
+    name: str,
+    title: str,
+    settings: Sequence[str],
+    out: Path,
+    ranks: int,
+    *,
+    after: Sequence[str],
+    recipe: str = RECIPE,
 ) -> Stage:
-    from megatron_ads.config.recipes import load_recipe
+    """Return the stage that runs a recipe; it writes to ``out/name``, which ``log.dir`` must name."""
+    from megatron_ads.config.recipes import load_job
     from megatron_ads.launching.processes import MetricsFollower
 
-    steps = load_recipe(RECIPE, settings).train.max_steps
+    steps = load_job(recipe, settings).train.max_steps
 
     def run() -> dict[str, Any]:
         with MetricsFollower(out / name, steps, name) as follow:
-            _run_command(["train", "--recipe", RECIPE, "--ranks", str(ranks), *settings], out, name, follow)
+            run_command(["train", "--recipe", recipe, "--ranks", str(ranks), *settings], out, name, follow)
         return {"steps": steps}
 
     return Stage(
-        name=name, title=title, settings={"settings": list(settings), "ranks": ranks}, after=after,
+        name=name, title=title, settings={"recipe": recipe, "settings": list(settings), "ranks": ranks}, after=after,
         outputs=[out / name], resumable=True, run=run,
     )  # fmt: skip
 
 
-def _run_command(
+def run_command(
     command: Sequence[str], out: Path, name: str, while_running: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
+    """Run `megatron-ads` with ``command`` in a process of its own, its lines going to ``out/logs/name.log``."""
     from megatron_ads.launching.processes import run_job
 
     log = out / "logs" / f"{name}.log"
@@ -196,7 +205,7 @@ def _run_command(
     return {}
 
 
-def _write_texts(file: Path, sections: Sequence[Sequence[str]]) -> dict[str, Any]:
+def write_texts(file: Path, sections: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Write the prompt of every training row of some data sections, and general rows whole, as texts to say."""
     from conversion.atomic_file import write_small
     from megatron_ads.config.recipes import load_recipe

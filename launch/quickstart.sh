@@ -2,10 +2,11 @@
 # The main job in small, on any machine: makes the environment, then a small random DeepSeek-V3-family checkpoint,
 # converts it, fine-tunes it on 4 processes, exports it and compares it with transformers. Takes minutes.
 #
-#   ./launch/quickstart.sh [--out DIR] [--steps N] [...]
+#   ./launch/quickstart.sh [--out DIR] [--steps N] [--rl N] [...]
 #
 #   --out DIR    where everything is written      (default: runs/quickstart)
 #   --steps N    optimizer steps of the fine-tuning
+#   --rl N       then N steps of reinforcement learning (GRPO)
 #   ...          the other options of "megatron-ads quickstart"; after the set-up, --help lists them all
 #
 # With MEGATRON_ADS_DATA naming a folder with esci_us/pairs.jsonl, real query-product pairs are used; otherwise rows

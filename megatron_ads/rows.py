@@ -78,6 +78,8 @@ class Fact(StrEnum):
     """The true answer: in ads tasks an object with the fields of the task's answer, else whatever the data have."""
     reasoning = "reasoning"
     """Text: the reasoning of the target; empty or missing without any."""
+    rejected = "rejected"
+    """Texts: answers to the same prompt that are worse than the target."""
     best_answers = "best_answers"
     """Texts, as labels are written, the likeliest first: what somebody would say who knows how the data were drawn."""
 
@@ -102,7 +104,7 @@ def _is_object(value: object) -> bool:
 
 
 _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys((Fact.pool, Fact.candidates, Fact.keywords), ("a list of texts", _are_texts)),
+    **dict.fromkeys((Fact.pool, Fact.candidates, Fact.keywords, Fact.rejected), ("a list of texts", _are_texts)),
     **dict.fromkeys((Fact.demographics, Fact.ground_truth), ("an object", _is_object)),
     Fact.best_answers: ("a list of at least one text", lambda value: _are_texts(value) and bool(value)),
     Fact.ad: ("an object of texts", lambda value: _is_object(value) and all(map(_is_text, value.values()))),
@@ -188,15 +190,16 @@ class ChatRow:
 
     def shown_texts(self) -> list[str]:
         """Return the texts of the facts that the prompt shows, without the words around them."""
-        return [text for name in _SHOWN for text in _texts_of(self.facts.get(name))]
+        return [text for name in _SHOWN for text in texts_in(self.facts.get(name))]
 
 
-def _texts_of(value: JsonValue) -> Iterator[str]:
+def texts_in(value: JsonValue) -> Iterator[str]:
+    """Yield the texts of a fact, however deep they are, in order."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | Sequence):
         for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts_of(item)
+            yield from texts_in(item)
 
 
 @dataclass(frozen=True, slots=True)

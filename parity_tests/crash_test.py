@@ -197,7 +197,7 @@ def run_repetitions(
     ``overrides`` are settings of the jobs that are killed, and not of the undisturbed one.
     """
     _import_what_ranks_need()
-    model = _write_model_elsewhere(root / "model")
+    model = write_model_elsewhere(root / "model")
     undisturbed = RealJob(model=model, root=root / "undisturbed", longest_wait=longest_wait)
     save_seconds = run_undisturbed(undisturbed)
     _say(f"undisturbed: {STEPS} steps, losses {undisturbed.losses()[1]:.4f} to {undisturbed.losses()[STEPS]:.4f}")
@@ -222,7 +222,8 @@ def _import_what_ranks_need() -> None:
     import_module("megatron_ads.training.sft")
 
 
-def _write_model_elsewhere(folder: Path) -> Path:
+def write_model_elsewhere(folder: Path) -> Path:
+    """Write the small model in a process of its own, which leaves no threads here; return its folder."""
     code = "import sys; from parity_tests.harness.real_job import write_small_model; write_small_model(sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, str(folder.absolute())], check=True, cwd=ROOT)
     return folder

@@ -37,6 +37,10 @@ FOLDERS_READ = [
     "parity --hf BAD --out NEW",
     "parity --hf MODEL --megatron BAD --out NEW",
 ]
+LOGS_READ = [
+    "downstream train --logs BAD --out NEW",
+    "downstream evaluate --logs NEW --pipeline BAD",
+]
 FILES_READ = [
     "convert to-megatron MODEL NEW --recipe BAD",
     "plan --recipe BAD --model MODEL",
@@ -62,6 +66,7 @@ FOLDERS_WRITTEN = [
     f"train {JOB.replace('NEW', 'BAD')} model.load=MODEL",
     f"check {JOB} checkpoint.dir=BAD model.load=MODEL",
     "data simulate --out BAD --users 100",
+    "downstream train --logs MODEL --out BAD",
     f"{COOK} --out BAD",
     "parity --hf MODEL --out BAD --tokens 8",
     "quickstart --out BAD",
@@ -166,7 +171,11 @@ def _content(place: Path) -> set[Path]:
 
 
 CASES = [
-    *((line, way, "") for line in FOLDERS_READ for way in (*READ_WRONGLY, "a file", "noise", "forbidden folder")),
+    *(
+        (line, way, "")
+        for line in [*FOLDERS_READ, *LOGS_READ]
+        for way in (*READ_WRONGLY, "a file", "noise", "forbidden folder")
+    ),
     *((line, way, ".jsonl") for line in FILES_READ for way in (*READ_WRONGLY, "a folder", "noise")),
     *((line, way, "") for line in FOLDERS_WRITTEN for way in (*WRITTEN_WRONGLY, "a file")),
     *((line, way, ".html") for line in FILES_WRITTEN for way in (*WRITTEN_WRONGLY, "a folder", "missing folder")),

@@ -34,9 +34,12 @@ ROOMS = (
     "megatron_ads.runtime",
     "megatron_ads.metrics",
     "megatron_ads.rows",  # the records that tasks make and data turns into batches
+    "megatron_ads.rollouts",
     "megatron_ads.tasks",
     "megatron_ads.data",
+    "megatron_ads.downstream",  # rewards put answers into it
     "megatron_ads.losses",
+    "megatron_ads.rewards",
     "megatron_ads.models",
     "megatron_ads.optim",
     "megatron_ads.inference",

@@ -21,6 +21,8 @@ class SourceKind(StrEnum):
     gsm8k = "gsm8k"
     jsonl = "jsonl"
     table = "table"
+    verl = "verl"
+    preference = "preference"
 
 
 class SplitBy(StrEnum):
@@ -82,6 +84,7 @@ class HistoryConfig:
 
 
 _NEXT_BRAND_TASKS = (AdsTask.next_advertiser, AdsTask.user_profile)
+_OF_FILES = (SourceKind.jsonl, SourceKind.table, SourceKind.verl, SourceKind.preference)
 _TASKS_OF_USERS = (*_NEXT_BRAND_TASKS, AdsTask.ad_user_relevance, AdsTask.next_advertiser_ranking)
 
 
@@ -92,10 +95,12 @@ class SourceConfig:
     kind: SourceKind = MISSING
     """``builtin``: generated query-ad pairs; ``simulator``: rows of any task from a simulated ads business; ``esci``:
     public query-product pairs; ``next_brand``: public purchases; ``gsm8k``: school mathematics, for the general mix;
-    ``jsonl``: chat rows in a file; ``table``: a JSONL, Parquet or CSV file with columns of your own."""
+    ``jsonl``: chat rows in a file; ``table``: a JSONL, Parquet or CSV file with columns of your own; ``verl``: a
+    Parquet or JSONL file with verl's five columns, where a row may be a prompt alone; ``preference``: a Parquet or
+    JSONL file of prompts with a chosen answer and rejected ones."""
     path: str | None = None
-    """File or folder, for ``jsonl`` and ``table`` also a glob of parts, compressed or not; None for ``builtin`` and
-    ``simulator``, and for public data below the folder that ``MEGATRON_ADS_DATA`` names."""
+    """File or folder, for ``jsonl``, ``table``, ``verl`` and ``preference`` also a glob of parts, compressed or not;
+    None for ``builtin`` and ``simulator``, and for public data below the folder that ``MEGATRON_ADS_DATA`` names."""
     task: AdsTask | None = None
     """What rows of ``simulator``, ``next_brand`` and ``table`` ask for. Without it ``next_brand`` asks for the next
     advertiser, and rows of ``table`` have a prompt and a target already."""
@@ -124,8 +129,8 @@ class SourceConfig:
     event_columns: dict[str, str] = field(default_factory=dict)
     """Which column of ``events`` holds user, time, event and so on."""
     rejected: str | None = None
-    """``table`` and ``jsonl``: file that rows which cannot be used are written to, with the reason; None: the first one
-    ends the run."""
+    """``table``, ``jsonl``, ``verl`` and ``preference``: file that rows which cannot be used are written to, with the
+    reason; None: the first one ends the run."""
     weight: float = 1.0
     """Share of the rows drawn from this source, relative to the other sources' weights."""
     rows: int | None = None
@@ -146,7 +151,7 @@ class SourceConfig:
         require_at_least(section, self, 1, "rows")
         self.history.check(f"{section}.history")
         require(
-            self.path is not None or self.kind not in (SourceKind.jsonl, SourceKind.table),
+            self.path is not None or self.kind not in _OF_FILES,
             f"{section}.path is missing; kind {self.kind} reads a file of rows.",
         )
         require(
@@ -184,7 +189,7 @@ class SourceConfig:
             f"{self.path or 'FILE'}` proposes them.",
         )
         require(
-            is_table or self.kind is SourceKind.jsonl or self.rejected is None,
+            self.kind in _OF_FILES or self.rejected is None,
             f"{section}.rejected is {self.rejected!r}, which has no effect with kind {self.kind}. Remove it.",
         )
 

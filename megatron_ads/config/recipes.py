@@ -7,21 +7,31 @@ import difflib
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
-from yaml import YAMLError
+from yaml import YAMLError, safe_load
 
+from megatron_ads.architecture import ModelShape
+from megatron_ads.config import preference, rl, run
 from megatron_ads.config.model import LayoutConfig
+from megatron_ads.config.preference import PreferenceConfig
 from megatron_ads.config.recipe_errors import explain
-from megatron_ads.config.run import SftConfig
+from megatron_ads.config.rl import RlConfig
+from megatron_ads.config.run import RunConfig, SftConfig
 from megatron_ads.errors import ConfigError
 
+_Job = TypeVar("_Job", bound=RunConfig)
 _RAISED_BY_HYDRA = (ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError, OverflowError)
 """What Hydra and OmegaConf stumble over in some overrides, such as ``optim=5``, or brackets without end."""
+
+
+JOBS: dict[str, type[RunConfig]] = {"sft": SftConfig, "preference": PreferenceConfig, "rl": RlConfig}
+"""The schema of each kind of training job; a recipe says its kind by ``base_KIND`` in its ``defaults``."""
 
 
 def recipes_folder() -> Path:
@@ -57,17 +67,58 @@ def locate_recipe(name_or_path: str, kind: str = "sft") -> tuple[Path, str, list
         quoted = str(shipped).replace("'", "\\'")
         return path.parent, path.stem, [f"hydra.searchpath=['file://{quoted}']"]
     if not (shipped / f"{name_or_path}.yaml").is_file():
-        names = shipped_recipes(kind)
+        names = [name for each in (JOBS if kind in JOBS else [kind]) for name in shipped_recipes(each)]
         near = difflib.get_close_matches(name_or_path, names, n=1, cutoff=0.4)
         hint = f"Did you mean {near[0]}?" if near else f"Shipped: {', '.join(names)}."
         raise ConfigError(f"There is no recipe {name_or_path!r}. {hint} A recipe of your own is given as FILE.yaml.")
     return shipped, name_or_path, []
 
 
+def recipe_kind(name_or_path: str) -> str:
+    """Return which of ``JOBS`` a recipe describes, as its ``defaults`` say, or those of the recipe it begins with.
+
+    Raises:
+        ConfigError: If there is no such recipe.
+    """
+    folder, name, _ = locate_recipe(name_or_path)
+    waiting, seen = [folder / f"{name}.yaml"], set[Path]()
+    while waiting:
+        if (file := waiting.pop(0)) in seen or not file.is_file():
+            continue
+        seen.add(file)
+        try:
+            content = safe_load(file.read_text(encoding="utf-8"))
+        except (YAMLError, UnicodeError, OSError):  # composing it says what is wrong
+            break
+        entries = content.get("defaults") if isinstance(content, dict) else None
+        for entry in entries if isinstance(entries, list) else ():
+            if isinstance(entry, str) and (kind := entry.removeprefix("/").removeprefix("base_")) in JOBS:
+                return kind
+            if isinstance(entry, str):
+                waiting += [file.parent / f"{entry}.yaml", recipes_folder() / f"{entry.removeprefix('/')}.yaml"]
+    return "sft"
+
+
+def load_job(name_or_path: str, overrides: Sequence[str] = (), *, sections: Collection[str] | None = None) -> RunConfig:
+    """Compose a recipe of any kind of training job; as :func:`load_recipe`."""
+    return _load(JOBS[kind := recipe_kind(name_or_path)], kind, name_or_path, overrides, sections)
+
+
+def validate_job(config: RunConfig, world: int, shape: ModelShape | None = None) -> None:
+    """Refuse a recipe of any kind that cannot run; as ``validate_run``."""
+    if isinstance(config, RlConfig):
+        rl.validate(config, world, shape)
+    elif isinstance(config, PreferenceConfig):
+        preference.validate(config, world, shape)
+    else:
+        assert isinstance(config, SftConfig)
+        run.validate(config, world, shape)
+
+
 def load_recipe(
     name_or_path: str, overrides: Sequence[str] = (), *, sections: Collection[str] | None = None
 ) -> SftConfig:
-    """Compose a recipe with Hydra and return it as plain dataclasses, not yet validated against a world size.
+    """Compose a fine-tuning recipe with Hydra and return it as plain dataclasses, not yet validated.
 
     Args:
         name_or_path: A shipped recipe such as ``sft/quickstart``, or a YAML file of one's own.
@@ -76,10 +127,18 @@ def load_recipe(
             ``"not set"`` or 0 then. None: all.
 
     Raises:
-        ConfigError: If there is no such recipe, a key is unknown (the nearest known one is named), a value has
-            the wrong type, or a required one is missing.
+        ConfigError: If there is no such recipe, it is of another kind, a key is unknown (the nearest known one is
+            named), a value has the wrong type, or a required one is missing.
     """
-    composed = compose_onto(SftConfig, "sft", name_or_path, overrides)
+    if (kind := recipe_kind(name_or_path)) != "sft":
+        raise ConfigError(f"{name_or_path} is a recipe of kind {kind}; one of kind sft is needed here.")
+    return _load(SftConfig, "sft", name_or_path, overrides, sections)
+
+
+def _load(
+    schema: type[_Job], kind: str, name_or_path: str, overrides: Sequence[str], sections: Collection[str] | None
+) -> _Job:
+    composed = compose_onto(schema, kind, name_or_path, overrides)
     missing = sorted(OmegaConf.missing_keys(composed))
     if demanded := [key for key in missing if sections is None or key.split(".")[0] in sections]:
         raise ConfigError(
@@ -91,12 +150,12 @@ def load_recipe(
         except ValidationError:  # a number
             OmegaConf.update(composed, key, 0)
     config = OmegaConf.to_object(composed)
-    assert isinstance(config, SftConfig)  # to_object instantiates the schema composed onto
+    assert isinstance(config, schema)  # to_object instantiates the schema composed onto
     _require_paths(config)
     return config
 
 
-def _require_paths(config: SftConfig) -> None:
+def _require_paths(config: RunConfig) -> None:
     """Refuse paths as an unset variable makes them: ``log.dir=$RUN`` and ``log.dir=$RUN/logs`` with ``RUN`` empty.
 
     Raises:
@@ -127,7 +186,8 @@ def load_layout(name_or_path: str, overrides: Sequence[str] = ()) -> LayoutConfi
     Raises:
         ConfigError: As :func:`load_recipe`, but for missing settings.
     """
-    layout = OmegaConf.to_object(compose_onto(SftConfig, "sft", name_or_path, overrides).layout)
+    kind = recipe_kind(name_or_path)
+    layout = OmegaConf.to_object(compose_onto(JOBS[kind], kind, name_or_path, overrides).layout)
     assert isinstance(layout, LayoutConfig)
     return layout
 
@@ -153,6 +213,6 @@ def compose_onto(schema: type, kind: str, name_or_path: str, overrides: Sequence
     return merged
 
 
-def recipe_yaml(config: SftConfig) -> str:
-    """Return the resolved recipe as YAML, which :func:`load_recipe` reads back to an equal one."""
+def recipe_yaml(config: RunConfig) -> str:
+    """Return the resolved recipe as YAML, which :func:`load_job` reads back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -76,7 +76,7 @@ class TrainConfig:
     max_steps: int = MISSING
     """Optimizer steps of the whole run, over all resumptions."""
     global_batch_size: int = 8
-    """Rows of ``data.seq_length`` tokens per step, over all ranks."""
+    """Rows of ``data.seq_length`` tokens per step, over all ranks; of a job of reinforcement learning, prompts."""
     micro_batch_size: int = 1
     """Rows one rank runs forward and backward at a time."""
     seed: int = 0
@@ -199,7 +199,8 @@ class RuntimeConfig:
     straggler_steps: int = 5
     """For how many consecutive logged steps it must."""
     load_timeout_seconds: int = 3600
-    """How long ranks wait for the slowest of them to read the weights, or a checkpoint to resume from."""
+    """How long ranks wait for the slowest of them to read the weights, or a checkpoint to resume from; in reinforcement
+    learning also to generate its answers, compute the rewards or give an engine new weights."""
     gc_interval: int | None = 10
     """Steps between collections of Python's garbage, by all ranks at the same step: each that collects at a moment of
     its own keeps the others waiting. None leaves it to Python."""

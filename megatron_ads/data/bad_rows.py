@@ -38,6 +38,8 @@ class BadRow(StrEnum):
     """A field that needs text has none, or the cell is missing."""
     no_target = "no_target"
     """A conversation that does not go from a question to the assistant's answer."""
+    no_preference = "no_preference"
+    """No answer is rejected, the chosen one is, or they answer different prompts."""
     unknown_field = "unknown_field"
     wrong_type = "wrong_type"
     """A number where text is needed, or the other way round."""

@@ -206,13 +206,7 @@ class BatchStream:
         Raises:
             DataError: If it belongs to other rows or another seed, or only one of the two has instance weights.
         """
-        for name, here in self._identity(state).items():
-            if state[name] != here:
-                raise DataError(
-                    f"The checkpoint was made with data of {_difference(name, state[name], here)}: the order of "
-                    "samples cannot continue. Use the same files, tokenizer and data settings, in the same order of "
-                    "sources, or start anew with another checkpoint.dir."
-                )
+        require_same_sequence(self._mixture, self._seed, state)
         if ("weights" in state) != (self._weights is not None):
             raise DataError(
                 f"The checkpoint was made with{'' if 'weights' in state else 'out'} instance weights, this job is the "
@@ -224,14 +218,25 @@ class BatchStream:
         if self._weights is not None:
             self._weights.load_state_dict(state["weights"])
 
-    def _identity(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return of which sequence this is, as ``state`` says it: older ones have other digests, or none."""
-        identity: dict[str, Any] = {"rows": list(self._mixture.sizes), "seed": self._seed}
-        if "contents" in state:
-            identity["contents"] = list(self._mixture.contents)
-        elif "digests" in state and state["rows"] == identity["rows"]:
-            identity["digests"] = list(self._mixture.older_digests)
-        return identity
+
+def require_same_sequence(mixture: Mixture, seed: int, state: Mapping[str, Any]) -> None:
+    """Refuse to continue where ``state`` was taken, if it is of other rows or another seed.
+
+    Raises:
+        DataError: Saying which differ.
+    """
+    identity: dict[str, Any] = {"rows": list(mixture.sizes), "seed": seed}
+    if "contents" in state:
+        identity["contents"] = list(mixture.contents)
+    elif "digests" in state and state["rows"] == identity["rows"]:  # older checkpoints have other digests, or none
+        identity["digests"] = list(mixture.older_digests)
+    for name, here in identity.items():
+        if state[name] != here:
+            raise DataError(
+                f"The checkpoint was made with data of {_difference(name, state[name], here)}: the order of samples "
+                "cannot continue. Use the same files, tokenizer and data settings, in the same order of sources, or "
+                "start anew with another checkpoint.dir."
+            )
 
 
 def _difference(name: str, before: Any, here: Any) -> str:

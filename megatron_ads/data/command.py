@@ -229,10 +229,10 @@ def _read_rows(args: argparse.Namespace, data: DataConfig) -> "tuple[str, list[C
 
 def _data(args: argparse.Namespace) -> DataConfig:
     """Return the recipe's data section, or one with the source that the options name."""
-    from megatron_ads.config.recipes import load_recipe
+    from megatron_ads.config.recipes import load_job
 
     if args.recipe is not None:
-        data = load_recipe(args.recipe, args.overrides, sections=["data"]).data
+        data = load_job(args.recipe, args.overrides, sections=["data"]).data
         data.check()
         return data
     if args.source is None:

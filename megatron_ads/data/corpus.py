@@ -129,7 +129,10 @@ def answers_alone(rows: Sequence[ChatRow]) -> list[ChatRow]:
 
     def shortened(row: ChatRow) -> ChatRow:
         target = Message(Role.assistant, without_reasoning(row.target))
-        return replace(row, messages=(*row.prompt, target), facts={**row.facts, Fact.reasoning: ""})
+        facts = {**row.facts, Fact.reasoning: ""}
+        if Fact.rejected in facts:
+            facts[Fact.rejected] = [without_reasoning(answer) for answer in row.list_fact(Fact.rejected)]
+        return replace(row, messages=(*row.prompt, target), facts=facts)
 
     return [shortened(row) if row.task in TASKS else row for row in rows]
 

@@ -149,7 +149,7 @@ def _read_logs(
         if cells is None:
             return None
         given = {part: optional_text(cells, part) for part in ("age", "gender", "state")}
-        return text_of(cells, "user"), _read_event(cells), {part: value for part, value in given.items() if value}
+        return text_of(cells, "user"), read_event(cells), {part: value for part, value in given.items() if value}
 
     for user, event, given in bad.usable(parts_of(path), lambda part: read_table(part, mapping.needed), read):
         logs[user].append(event)
@@ -162,7 +162,12 @@ def _date(anchor: float) -> str:
     return describe_time(anchor).removesuffix("+00:00").removesuffix("T00:00:00")
 
 
-def _read_event(cells: Cells) -> LoggedEvent:
+def read_event(cells: Cells) -> LoggedEvent:
+    """Return the event that the fields of one line describe.
+
+    Raises:
+        BadRowError: If one is missing or of another type.
+    """
     kind, advertiser = EventKind(one_of(cells, "event", tuple(EventKind))), optional_text(cells, "advertiser")
     text = optional_text(cells, "text")
     if kind in CONVERSIONS:  # its advertiser alone is enough

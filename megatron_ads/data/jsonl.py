@@ -10,15 +10,7 @@ One object a line:
 ``messages`` is required and ends with the assistant's target; the rest has defaults. ``facts`` are those of
 ``megatron_ads.rows.Fact``; a row of an ads task without them has those that its texts tell.
 
-Rows in the form of verl are read too:
-
-    {"data_source": "query_ad_relevance", "prompt": [{"role": "user", "content": "..."}], "ability": "ads",
-     "reward_model": {"style": "rule", "ground_truth": {"label": "Good"}},
-     "extra_info": {"answer": "<think>...</think><Label>Good</Label>", "query": "..."}}
-
-``prompt`` may be a text. The target is ``extra_info.answer``, or else ``ground_truth`` if that is a text; the task is
-``ability`` where it is an ads task, or else ``data_source``. ``extra_info`` holds facts, and may hold id, group, label
-and weight. A ``ground_truth`` that is no text is the fact of that name; one that is, with an answer given, the label.
+Rows in the form of verl are read too, as ``verl_form`` has it.
 """
 
 import json
@@ -30,16 +22,14 @@ from typing import Any, BinaryIO
 
 from megatron_ads.data.bad_rows import BadRow, BadRowError, Made, RowReader, usable_rows, usable_weight
 from megatron_ads.data.source_files import JSON_LINES, RowOrigin, Span, open_text, parts_of
+from megatron_ads.data.verl_form import VERL_FIELDS, from_verl, object_in, text_in
 from megatron_ads.errors import DataError
-from megatron_ads.rows import ChatRow, Fact, Message, Role, wrong_fact
+from megatron_ads.rows import ChatRow, Message, Role, wrong_fact
 from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.text_rows import facts_of_text_row
 
 MAX_LINE_BYTES = 10_000_000
 _KEYS = frozenset({"id", "task", "messages", "weight", "group", "label", "facts"})
-_VERL_KEYS = frozenset({"data_source", "prompt", "ability", "reward_model", "extra_info"})
-_ROW_KEYS = frozenset({"id", "weight", "group", "label"})
-"""Of ``extra_info`` in verl's form: fields of the row, not facts."""
 
 
 def read_records(file: Path, read: Callable[[int, dict[str, Any]], Made]) -> Iterator[Made]:
@@ -189,15 +179,15 @@ def parse_row(fields: Mapping[str, Any], *, default_id: str) -> ChatRow:
     Raises:
         BadRowError: Naming the field, its value and what is expected.
     """
-    if "messages" not in fields and fields.keys() & _VERL_KEYS:
-        fields = _from_verl(fields)
+    if "messages" not in fields and fields.keys() & set(VERL_FIELDS):
+        fields = from_verl(fields)
     if unknown := sorted(fields.keys() - _KEYS):
         raise BadRowError(BadRow.unknown_field, f"unknown field {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}.")
     weight = usable_weight(fields.get("weight", 1.0))
     label = fields.get("label")
     if label is not None and not isinstance(label, str):
         raise BadRowError(BadRow.wrong_type, f"label is {label!r}; it must be text or null.")
-    task, facts = _text(fields, "task", "chat"), _object(fields, "facts")
+    task, facts = text_in(fields, "task", "chat"), object_in(fields, "facts")
     if not task.isprintable():
         raise BadRowError(
             BadRow.unusable_text, f"task is {task!r:.80}; it must be a name on one line that can be shown."
@@ -205,55 +195,14 @@ def parse_row(fields: Mapping[str, Any], *, default_id: str) -> ChatRow:
     if task in TASKS and (wrong := wrong_fact(facts)):
         raise BadRowError(BadRow.wrong_type, wrong)
     return ChatRow(
-        id=_text(fields, "id", default_id),
+        id=text_in(fields, "id", default_id),
         task=task,
         messages=_parse_messages(fields.get("messages")),
         weight=weight,
-        group=_text(fields, "group", ""),
+        group=text_in(fields, "group", ""),
         label=label,
         facts=facts,
     )
-
-
-def _from_verl(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return verl's fields as this project's."""
-    if unknown := sorted(fields.keys() - _VERL_KEYS):
-        known = ", ".join(sorted(_VERL_KEYS))
-        raise BadRowError(BadRow.unknown_field, f"unknown field {unknown[0]!r}; known in verl's form: {known}.")
-    extra, truth = _object(fields, "extra_info"), _object(fields, "reward_model").get("ground_truth")
-    prompt, answer = fields.get("prompt"), extra.get("answer")
-    target = truth if answer is None else answer
-    if not isinstance(target, str):
-        raise _no_target("neither extra_info.answer nor reward_model.ground_truth is the target, a text.")
-    if isinstance(prompt, str):
-        prompt = [{"role": str(Role.user), "content": prompt}]
-    if isinstance(prompt, list):
-        prompt = [*prompt, {"role": str(Role.assistant), "content": target}]
-    ability = _text(fields, "ability", "")
-    task = ability if ability in TASKS else _text(fields, "data_source", "chat")
-    left_out = {*_ROW_KEYS, "answer"}  # and nulls, which fill what other rows of a Parquet file have
-    facts = {name: value for name, value in extra.items() if name not in left_out and value is not None}
-    if truth is not None and not (isinstance(truth, str) and task in TASKS):
-        facts[Fact.ground_truth] = truth
-    label = {"label": truth} if isinstance(truth, str) and answer is not None else {}
-    given = {name: extra[name] for name in _ROW_KEYS & extra.keys()}
-    return {"task": task, "messages": prompt, "facts": facts} | label | given
-
-
-def _object(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
-    value = fields.get(name) or {}
-    if not isinstance(value, dict):
-        raise BadRowError(BadRow.wrong_type, f"{name} is {value!r:.80}; it must be an object.")
-    return value
-
-
-def _text(fields: Mapping[str, Any], name: str, default: str) -> str:
-    value = fields.get(name, default)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise BadRowError(BadRow.wrong_type, f"{name} is {value!r}; it must be text.")
-    return value
 
 
 def _parse_messages(value: Any) -> tuple[Message, ...]:

@@ -12,11 +12,13 @@ from megatron_ads.data.bad_rows import RowReader
 from megatron_ads.data.event_tables import ANSWER_DAYS, event_rows, histories_of, read_anchors
 from megatron_ads.data.jsonl import jsonl_reader, jsonl_rows
 from megatron_ads.data.own_tables import Users, table_reader, table_rows
+from megatron_ads.data.preference_rows import preference_reader, preference_rows
 from megatron_ads.data.public_data import ESCI_FILE, GSM8K_FILE, esci_rows, gsm8k_rows, locate
 from megatron_ads.data.simulator import simulated_rows
 from megatron_ads.data.source_files import JSON_LINES, TABLES, Part, parts_of
 from megatron_ads.data.split import group_of
 from megatron_ads.data.user_features import view_chooser
+from megatron_ads.data.verl_rows import verl_reader, verl_rows
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.variants import ask_as
 
@@ -56,6 +58,10 @@ def divided(source: SourceConfig) -> RowReader[Any] | None:
         return None
     if source.kind is SourceKind.jsonl:
         return jsonl_reader(Path(source.path))
+    if source.kind is SourceKind.verl:
+        return verl_reader(Path(source.path))
+    if source.kind is SourceKind.preference:
+        return preference_reader(Path(source.path))
     if source.kind is not SourceKind.table:
         return None
     users = Users(view_of=view_chooser(source.history))
@@ -82,6 +88,10 @@ def _read_own(source: SourceConfig, seed: int) -> list[ChatRow]:
     rejected = None if source.rejected is None else Path(source.rejected)
     if source.kind is SourceKind.jsonl:
         return jsonl_rows(path, limit=limit, rejected=rejected)
+    if source.kind is SourceKind.verl:
+        return verl_rows(path, limit=limit, rejected=rejected)
+    if source.kind is SourceKind.preference:
+        return preference_rows(path, limit=limit, rejected=rejected)
     view_of = view_chooser(source.history)
     settings: dict[str, Any] = {"columns": source.columns, "limit": limit, "rejected": rejected}
     if source.anchor_dates:
@@ -119,6 +129,8 @@ _READERS: dict[SourceKind, Callable[[SourceConfig, int], list[ChatRow]]] = {
     SourceKind.next_brand: _read_next_brand,
     SourceKind.jsonl: _read_own,
     SourceKind.table: _read_own,
+    SourceKind.verl: _read_own,
+    SourceKind.preference: _read_own,
 }
 
 
@@ -133,5 +145,7 @@ def describe_source(source: SourceConfig) -> str:
         SourceKind.next_brand: f"office purchases, {source.task or AdsTask.next_advertiser} ({path})",
         SourceKind.table: f"own rows, {source.task or 'chat'} ({path})",
         SourceKind.jsonl: f"chat rows ({path})",
+        SourceKind.verl: f"rows in verl's form ({path})",
+        SourceKind.preference: f"preferences ({path})",
     }[source.kind]
     return described if source.variant is None else f"{described}, asked as {source.variant}"

@@ -8,7 +8,7 @@ from typing import Any
 from conversion.atomic_file import write_small
 from megatron_ads.config.data import DataConfig
 from megatron_ads.config.generation import EndpointConfig, GenerationConfig, Method
-from megatron_ads.config.recipes import load_recipe
+from megatron_ads.config.recipes import load_job
 from megatron_ads.data.chat import ChatTokenizer
 from megatron_ads.data.corpus import read_corpus
 from megatron_ads.disk import require_writable
@@ -70,7 +70,7 @@ def evaluate(model: Path | EndpointConfig, request: EvaluationRequest) -> dict[s
         ConversionError: If transformers cannot load the model.
     """
     _require_possible(request)
-    data = load_recipe(request.recipe, request.overrides, sections=["data"]).data
+    data = load_job(request.recipe, request.overrides, sections=["data"]).data
     rows = held_out(data)
     advertisers = read_names(request.names_file) if request.names_file else names_trained_on(rows.training)
     if request.how.method is Method.constrained_beam:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import httpx2
 
 from megatron_ads.config.generation import EndpointConfig
-from megatron_ads.errors import ConfigError
+from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.inference.client import Request, Unanswered
 from megatron_ads.inference.engine import Completion, Failure, Finish
 from megatron_ads.observability.log import get_logger
@@ -117,6 +117,19 @@ class Endpoint:
                 start = max(now, self._next_start)
                 self._next_start = start + self._seconds_apart
             stop.wait(start - now)
+
+    def control(self, name: str, body: Mapping[str, Any], *, seconds: float) -> tuple[int, str]:
+        """Send a request of the server's own, which are beside ``/v1``; return its status and what it says.
+
+        Raises:
+            DataError: If the server is not there, or does not answer in ``seconds``.
+        """
+        url = f"{self._url.removesuffix('/v1')}/{name}"
+        try:
+            response = self._http.post(url, json=dict(body), timeout=seconds)
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, UnicodeError) as error:
+            raise DataError(f"{url} does not answer ({type(error).__name__} {error}). Start the server.") from None
+        return response.status_code, self._without_key(response.text)
 
     def close(self) -> None:
         """Close the connections."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_ads.inference.beam_rules import Rules
+    from megatron_ads.inference.servers import Servers
 
 _SEEDS = 2**31
 """Seeds are below, for servers that keep them in 32 bits."""
@@ -33,14 +34,22 @@ _SEEDS = 2**31
 class OpenAIEngine:
     """A model behind a server. Completions that a journal holds are not asked for again."""
 
-    def __init__(self, name: str, config: EndpointConfig, journal: Journal | None = None) -> None:
-        """Prepare to ask; nothing is sent yet. ``name`` is the section of ``config`` in a recipe.
+    def __init__(
+        self, name: str, config: EndpointConfig, journal: Journal | None = None, *, servers: "Servers | None" = None
+    ) -> None:
+        """Prepare to ask; nothing is sent yet.
+
+        Args:
+            name: The section of ``config`` in a recipe.
+            config: How patiently to ask, and whom.
+            journal: Keeps what was answered.
+            servers: Asked instead of the one at ``config.url``.
 
         Raises:
             ConfigError: If the environment variable that should hold the key is not set.
         """
         self._name, self._config = name, config
-        self._endpoint = Endpoint(name, config)
+        self._endpoint = servers or Endpoint(name, config)
         self.client = Client(name, config, self._endpoint, journal)
 
     def generate(

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import LayerSpecChoice, Precision
-from megatron_ads.config.recipes import load_recipe
-from megatron_ads.config.run import SftConfig, require_trainable, validate
+from megatron_ads.config.recipes import load_job, validate_job
+from megatron_ads.config.rl import RlConfig
+from megatron_ads.config.run import RunConfig, require_trainable
 from megatron_ads.disk import existing, free_bytes, readable_bytes
 from megatron_ads.errors import CheckpointError, ConfigError, DataError, MegatronAdsError, as_refusals, one_line
 from megatron_ads.launching.environment import core_warnings
@@ -84,7 +85,7 @@ def check_job_and_node(
     found = check_job(recipe, overrides, ranks)
     here = python_problems(sys.version_info[:2]) + rendezvous_problems(os.environ, rendezvous_seconds)
     try:
-        config = load_recipe(recipe, overrides)
+        config = load_job(recipe, overrides)
     except MegatronAdsError:
         pass  # already among the problems of check_job
     else:
@@ -128,7 +129,7 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
     """Check everything that is the same on every node; ``ranks`` are the job's, None for the fewest of the layout."""
     found = JobCheck()
     with found.collecting_problems("recipe"):
-        config = load_recipe(recipe, overrides)
+        config = load_job(recipe, overrides)
     if found.problems:
         return found
     found.passed.append(f"recipe: {recipe} composes")
@@ -150,26 +151,28 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
         "trackers": partial(_trackers, config),
         "folders": partial(_folders, config),
     }
+    if isinstance(config, RlConfig):
+        checks["rewards"] = partial(_rewards, config)
     for name, check in checks.items():
         with found.collecting_problems(name):
             found.passed.append(f"{name}: {check()}")
     return found
 
 
-def needs_gpu(config: SftConfig, environment: Mapping[str, str]) -> bool:
+def needs_gpu(config: RunConfig, environment: Mapping[str, str]) -> bool:
     """Whether ranks will use GPUs: there are some for them, or the recipe asks for layers that run nowhere else."""
     return config.model.layer_spec is LayerSpecChoice.te or wants_gpu(environment)
 
 
-def _layout(config: SftConfig, ranks: int | None, shape: ModelShape | None) -> str:
+def _layout(config: RunConfig, ranks: int | None, shape: ModelShape | None) -> str:
     world = _world(config, ranks)
-    validate(config, world, shape)
+    validate_job(config, world, shape)
     layout = config.layout.runtime(world)
     require_trainable(layout, shape)
     return f"{world} ranks: pp {layout.pp} x dp {layout.dp} x tp {layout.tp}, experts over {layout.ep}"
 
 
-def _world(config: SftConfig, ranks: int | None) -> int:
+def _world(config: RunConfig, ranks: int | None) -> int:
     if ranks is not None and ranks < 1:
         raise ConfigError(f"The number of ranks is {ranks}; it must be at least 1.")
     return config.layout.fewest_ranks() if ranks is None else ranks
@@ -179,7 +182,7 @@ _READ_AT_ONCE_BYTES = 64 << 20
 """Files of so many are read by the check; larger ones by the job, once, or by `megatron-ads data prepare`."""
 
 
-def _data(config: SftConfig, tokenizer: Path | None) -> str:
+def _data(config: RunConfig, tokenizer: Path | None) -> str:
     sources = config.data.sources
     paths = [path for source in sources for path in (source.path, source.events) if path is not None]
     if absent := [path for path in paths if not Path(path).exists() and not glob(path, recursive=True)]:
@@ -203,7 +206,14 @@ def _data(config: SftConfig, tokenizer: Path | None) -> str:
     return f"{where}; {record.rows:,} rows, {record.tokens:,} tokens are prepared in {found}"
 
 
-def _checkpoint(config: SftConfig) -> str:
+def _rewards(config: RlConfig) -> str:
+    from megatron_ads.rewards.registry import open_rewards  # imports numpy
+
+    open_rewards(config.rewards).close()
+    return ", ".join(reward.name for reward in config.rewards.use)
+
+
+def _checkpoint(config: RunConfig) -> str:
     folder = starting_point(
         Path(config.checkpoint.dir), resume=config.checkpoint.resume, last_step=config.train.max_steps
     )
@@ -213,17 +223,17 @@ def _checkpoint(config: SftConfig) -> str:
     return f"{folder} is complete; the job continues from step {read_manifest(folder)['step']}"
 
 
-def _folders(config: SftConfig) -> str:
+def _folders(config: RunConfig) -> str:
     require_free(folders_of(config), os.environ)
     return "no other job holds log.dir and checkpoint.dir"
 
 
-def _trackers(config: SftConfig) -> str:
+def _trackers(config: RunConfig) -> str:
     require_installed(config.log.trackers)
     return ", ".join(config.log.trackers) or "none wanted"
 
 
-def _disk(config: SftConfig, ranks: int | None, shape: ModelShape | None) -> str:
+def _disk(config: RunConfig, ranks: int | None, shape: ModelShape | None) -> str:
     if shape is None:
         return "not checked without weights"
     job = job_of(config, shape, _world(config, ranks))

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ads.config.recipes import load_recipe
-from megatron_ads.config.run import SftConfig
+from megatron_ads.config import recipes
+from megatron_ads.config.run import RunConfig
 from megatron_ads.errors import ConfigError, MegatronAdsError, one_line
 from megatron_ads.launching.attempts import (
     ATTEMPT,
@@ -79,7 +79,7 @@ def _run(allocation: Allocation, recipe: str, overrides: list[str], notice: Stop
         for problem in problems:
             say(problem)
         return ExitStatus.USER_ERROR
-    with hold(folders_of(load_recipe(recipe, overrides)), os.environ):
+    with hold(folders_of(recipes.load_job(recipe, overrides)), os.environ):
         attempt = Attempt.begin(allocation, recipe, overrides)
         check = attempt.check_nodes()
         say_nodes(check)
@@ -158,7 +158,7 @@ class Attempt:
     allocation: Allocation
     recipe: str
     overrides: Sequence[str]
-    config: SftConfig
+    config: RunConfig
     folder: Path
 
     @classmethod
@@ -170,7 +170,7 @@ class Attempt:
         """
         from conversion.atomic_file import write_small  # imports torch, which the check of the placement does without
 
-        config = load_recipe(recipe, overrides)
+        config = recipes.load_job(recipe, overrides)
         folder = Path(config.log.dir) / "slurm" / allocation.job / f"attempt-{allocation.restarts}"
         step = checkpoint_step(Path(config.checkpoint.dir))
         before = fruitless_attempts(folder.parent, step)

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_ads.config.recipes import load_recipe
+from megatron_ads.config.recipes import load_job
 from megatron_ads.errors import ConfigError
 
 SWEEP_VARIABLE = "MEGATRON_ADS_SWEEP"
@@ -40,9 +40,9 @@ def sweep_overrides(
         line = shlex.split(text)
     except ValueError as error:
         raise ConfigError(f"The sweep {file} holds {text!r} for element {index}: {error}. Fix this line.") from None
-    before = load_recipe(recipe, [*overrides, *line])
+    before = load_job(recipe, [*overrides, *line])
     own = [*line, f"log.dir={before.log.dir}/sweep-{index}"]
-    if load_recipe(recipe, [*overrides, *own]).checkpoint.dir == before.checkpoint.dir:
+    if load_job(recipe, [*overrides, *own]).checkpoint.dir == before.checkpoint.dir:
         raise ConfigError(
             f"checkpoint.dir is {before.checkpoint.dir} for every element of the array. Set it to "
             "'${log.dir}/checkpoints', or to a folder of its own in each line of the sweep."

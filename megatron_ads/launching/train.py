@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from megatron_ads.config.recipes import load_recipe
-from megatron_ads.config.run import SftConfig
+from megatron_ads.config.recipes import load_job
+from megatron_ads.config.run import RunConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.launching.attempts import describe_failure, judge
 from megatron_ads.launching.environment import NodePart, rank_variables
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     Returns 0 when every step is done, 75 when a signal stopped the job after a saved step (the same command continues
     from there), 2 when the user has to fix something first, 77 when it has diverged, 1 when it failed.
     """
-    config = load_recipe(args.recipe, args.overrides)
+    config = load_job(args.recipe, args.overrides)
     part = NodePart.of(os.environ, args.ranks, config.layout.fewest_ranks())
     found = check_job_and_node(args.recipe, args.overrides, part.ranks, part.ranks_here)
     for line in (*found.warnings, *found.problems[:-1]):
@@ -79,7 +79,7 @@ def torchrun_command(part: NodePart, module: str, arguments: Sequence[str]) -> l
     ]
 
 
-def _environment(config: SftConfig, part: NodePart, records: Path) -> dict[str, str]:
+def _environment(config: RunConfig, part: NodePart, records: Path) -> dict[str, str]:
     threads = config.runtime.threads or max(1, len(os.sched_getaffinity(0)) // part.ranks_here)
     return {
         **os.environ,
@@ -92,7 +92,7 @@ def _environment(config: SftConfig, part: NodePart, records: Path) -> dict[str, 
     }
 
 
-def _report(config: SftConfig, part: NodePart, records: Path, failed: bool) -> ExitStatus:
+def _report(config: RunConfig, part: NodePart, records: Path, failed: bool) -> ExitStatus:
     """Print what went wrong on this node, the first failure first, and return the exit status."""
     starts = sorted(records.glob("restart-*"))
     ended = read_records(starts[-1]) if starts else []

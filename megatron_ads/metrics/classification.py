@@ -19,6 +19,7 @@ with O_ij the rows of truth i and prediction j, and E_ij what independent draws 
 Scores and probabilities:
 
     AUC = P(score of a positive > score of a negative) + P(equal) / 2
+    PR-AUC = sum over distinct scores, from the highest, of precision * recall gained
     ECE = sum over bins of (share of rows) * |mean probability - share of positives|
 
 An answer that cannot be read is wrong whatever the truth is: in a view it counts as neither prediction, on a scale as
@@ -151,6 +152,19 @@ def auc(truths: Sequence[bool], scores: Sequence[float]) -> float | None:
     positive, negative = score_N[truth_N], np.sort(score_N[~truth_N])
     below = sum(int(np.searchsorted(negative, positive, side=side).sum()) for side in ("left", "right"))
     return _ratio(below, 2 * len(positive) * len(negative))
+
+
+def average_precision(truths: Sequence[bool], scores: Sequence[float]) -> float | None:
+    """Return the area under the precision-recall curve, as a step function; None without a positive.
+
+    The sum over distinct scores, from the highest, of precision times the recall that is gained, as scikit-learn's.
+    """
+    score_N = np.asarray(scores, dtype=np.float64)
+    order = np.argsort(-score_N, kind="stable")
+    score_N, truth_N = score_N[order], np.asarray(truths, dtype=bool)[order]
+    last_of_score = np.append(score_N[1:] != score_N[:-1], [True])
+    hits, rows = np.cumsum(truth_N)[last_of_score], np.flatnonzero(last_of_score) + 1
+    return float((hits / rows * np.diff(hits, prepend=0)).sum() / hits[-1]) if truth_N.any() else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,8 @@ class Adapter(torch.nn.Module):
         super().__init__()
         self.weights = tuple(weights)
         self.scale = lora.scale
+        self.enabled = True
+        """Switched off, the model computes what it does without adapters."""
         first = weights[0]
         self.split = first.split
         self._is_expert = first.expert is not None
@@ -95,6 +97,8 @@ class Adapter(torch.nn.Module):
             x: The linear's input, as this rank has it: (..., I).
             ends_E: For a stack of experts: behind which token of (T, I) each expert's tokens end.
         """
+        if not self.enabled:
+            return output
         a_NRI = self._whole_gradient(self.a_NRI, self._a_is_divided)
         b_NOR = self._whole_gradient(self.b_NPOR, self._b_is_divided).flatten(1, 2)
         if ends_E is not None:

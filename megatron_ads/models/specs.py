@@ -180,6 +180,9 @@ class DeepseekModel(GPTModel):
 
     trains_adapters = False
     """Low-rank adapters are trained and nothing else; some chunks may have none."""
+    on_logits: Callable[[Tensor], None] | None = None
+    """Called with this rank's logits (S, B, V / tp) of each pass with labels, before the loss is computed: that may
+    overwrite them."""
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **others: Any) -> Tensor:
         """Return the loss of each label ``(B, S)``, or the logits ``(B, S, vocabulary)`` without labels."""
@@ -200,6 +203,8 @@ class DeepseekModel(GPTModel):
         )
         if labels is None:
             return logits_SBV.transpose(0, 1).contiguous()
+        if self.on_logits is not None:
+            self.on_logits(logits_SBV)
         return self.compute_language_model_loss(labels, logits_SBV)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:

@@ -44,11 +44,62 @@ METRICS = {
     "slowest_rank": ("rank", "whose own work, without waiting for others, lags most behind its pipeline stage"),
     "slowest_rank_seconds": ("s", "own work of that rank in this step"),
     "slowest_rank_over_median": ("1", "the same over the median of the other ranks of its stage"),
+    "rewards/chosen": ("1", "beta times the log-ratio of policy to reference of the chosen answers, mean over prompts"),
+    "rewards/rejected": ("1", "the same of the rejected answers"),
+    "rewards/margins": ("1", "reward of the chosen answer less that of the best rejected one"),
+    "rewards/accuracies": ("0 to 1", "share of prompts whose chosen answer has the highest reward"),
+    "logps/chosen": ("nats", "mean log-probability of the chosen answers, all tokens together"),
+    "logps/rejected": ("nats", "the same of the rejected answers"),
+    "nll_loss": ("nats/token", "mean over the chosen answers, each the mean over its tokens (preference.sft_weight)"),
+    "validation_rewards/{name}": ("1", "rewards/* of the held-out prompts"),
+    "validation_logps/{name}": ("nats", "logps/* of the held-out prompts"),
+    "validation_nll_loss": ("nats/token", "nll_loss of the held-out prompts"),
+    "reference_seconds": ("s", "computing log-probabilities under the reference, for steps to come"),
+    "critic/rewards/mean": ("1", "mean over the answers of the step of their rewards, weighted and summed"),
+    "critic/rewards/max": ("1", "the largest of them"),
+    "critic/rewards/min": ("1", "the smallest of them"),
+    "critic/rewards/{reward}/mean": ("1", "mean of one reward, over the answers that it judges"),
+    "reward_weight/{reward}": ("1", "what the reward's advantages are multiplied by"),
+    "reward_inner_product/{reward}": (
+        "1",
+        "of its gradient with the sum of all rewards' gradients (rewards.combine: popo)",
+    ),
+    "validation/reward": ("1", "mean weighted sum of the rewards of greedy answers to the held-out prompts"),
+    "validation/reward/{reward}/mean": ("1", "mean of one reward of those answers"),
+    "response_length/mean": ("tokens", "length of the answers, end token included"),
+    "response_length/max": ("tokens", "length of the longest answer"),
+    "response_length/clip_ratio": ("1", "share of answers that were cut off at rollout.max_new_tokens"),
+    "prompt_length/mean": ("tokens", "length of the prompts"),
+    "rollout/groups_without_variance": (
+        "groups",
+        "whose answers are all worth the same, so that they teach nothing",
+    ),
+    "rollout/draws": ("1", "how often prompts were drawn for the step (rollout.dynamic_sampling)"),
+    "rollout/answers": ("answers", "generated for the step, those of replaced groups included"),
+    "rollout/faults/{reward}": ("answers", "without this reward because something went wrong, by REWARD/FAULT"),
+    "rollout/logprob_abs_diff": (
+        "nats/token",
+        "mean absolute difference between engine and trainer over the answers",
+    ),
+    "rollout/probe_logprob_abs_diff": ("nats/token", "the same over fixed rows after the update, of the worst rank"),
+    "actor/pg_loss": ("1", "policy loss, without the KL term"),
+    "actor/pg_clipfrac": ("1", "share of answer tokens whose ratio is clipped"),
+    "actor/pg_clipfrac_lower": ("1", "share of answer tokens that policy.dual_clip bounds"),
+    "actor/ppo_kl": ("nats/token", "estimate of the KL divergence from the policy that answered"),
+    "actor/ratio": ("1", "mean ratio of the policy to the one that answered"),
+    "actor/max_ratio": ("1", "largest ratio"),
+    "actor/kl_loss": ("nats/token", "estimate of the KL divergence from the reference"),
+    "actor/importance_weight": ("1", "mean correction for the engine's numbers (policy.importance_sampling)"),
+    "actor/entropy": ("nats/token", "mean entropy of the policy over the answers' tokens"),
+    "timing_s/rollout": ("s", "generating the answers, the slowest rank's"),
+    "timing_s/reward": ("s", "computing the rewards"),
+    "timing_s/update": ("s", "log-probabilities, backward passes and updates"),
+    "timing_s/sync": ("s", "giving the engines the new weights, and comparing them"),
     "max_memory_allocated": ("bytes", "peak of the fullest rank: CUDA allocator, or resident memory on a CPU"),
 }
 """Every name that ``MetricsWriter.write`` accepts (``{task}`` is an ads task or data source), its unit and meaning."""
 
-_NAMES = re.compile("|".join(re.escape(name).replace(r"\{task\}", ".+") for name in METRICS))
+_NAMES = re.compile("|".join(re.sub(r"\\{\w+\\}", ".+", re.escape(name)) for name in METRICS))
 
 
 class MetricsWriter:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
 
 from megatron_ads.errors import TopologyError
 from megatron_ads.optim.members import ShardedMember
@@ -47,6 +48,16 @@ class OptimizerChain:
     def updates(self) -> int:
         """Updates taken so far."""
         return self.members[0].updates
+
+    @torch.no_grad()
+    def gradients(self) -> list[Tensor]:
+        """Return what ``finalize_model_grads`` left, as this rank's part of all gradients of the job; in FP32.
+
+        Over all ranks, each trained element is there once. Valid until the next backward pass.
+        """
+        for member in self.members:
+            member.prepare_gradients()
+        return [gradient for member in self.members for gradient in member.counted_gradients()]
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> UpdateReport:

@@ -58,9 +58,13 @@ class ShardedMember:
 
     def reduce_statistics(self) -> Tensor:
         """Return ``gradient_statistics`` of all gradients of this kind in the job; one all-reduce over all ranks."""
-        statistics = gradient_statistics([grad for shard, grad in self._gradients() if self._counts(shard)])
+        statistics = gradient_statistics(self.counted_gradients())
         all_reduce(statistics)
         return statistics
+
+    def counted_gradients(self) -> list[Tensor]:
+        """Return this rank's gradients, without those that another rank counts; over all ranks, each element once."""
+        return [grad for shard, grad in self._gradients() if self._counts(shard)]
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply this rank's gradients, to clip them."""

@@ -33,6 +33,10 @@ class StubOptimizer:
         all_reduce(statistics)
         return statistics
 
+    def counted_gradients(self) -> list[Tensor]:
+        """Return none."""
+        return []
+
     def scale_gradients(self, factor: float) -> None:
         """Nothing to scale, and no collective elsewhere."""
 

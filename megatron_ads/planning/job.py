@@ -3,23 +3,68 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from conversion.names import parameters
 from conversion.published_models import published_file, published_models
 from conversion.rank_files import ShardsLayout
 from megatron_ads.architecture import ModelShape, read_model_shape
+from megatron_ads.config import recipes
 from megatron_ads.config.data import SourceConfig, SourceKind
 from megatron_ads.config.model import FrozenPart, LoraTarget, ModelConfig, Precision
-from megatron_ads.config.recipes import load_recipe
-from megatron_ads.config.run import SftConfig, validate
+from megatron_ads.config.preference import PreferenceConfig
+from megatron_ads.config.rl import Combine, RlConfig, RolloutMode
+from megatron_ads.config.run import RunConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, PipelinePlacement
 from megatron_ads.models.parts import Lora, frozen_parts
 
-_PLANNED = ("layout", "data", "train", "optim")
+_PLANNED = ("layout", "data", "train", "optim", "rollout", "rewards", "policy")
 """Sections that a plan reads; of the model, everything but its weights."""
 ROUTING_IMBALANCE = 1.5
 """Tokens that the busiest rank of an expert-parallel group may get, over the mean: memory is set aside for them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedRollouts:
+    """The answers of a step, and what is done with them."""
+
+    mode: RolloutMode
+    answers: int
+    max_new_tokens: int
+    batch_size: int
+    """Answers that one engine generates at once."""
+    updates: int
+    """Updates of a step; ``PlannedJob.microbatches`` are those of one."""
+    has_reference: bool
+    gradient_passes: int = 0
+    """POPO's, one for each reward."""
+
+    @classmethod
+    def of(cls, config: RlConfig) -> Self:
+        rollout, rewards = config.rollout, config.rewards
+        return cls(
+            mode=rollout.mode,
+            answers=config.train.global_batch_size * rollout.samples,
+            max_new_tokens=rollout.max_new_tokens,
+            batch_size=rollout.batch_size,
+            updates=config.policy.minibatches if rollout.mode is not RolloutMode.rollout_only else 0,
+            has_reference=config.policy.kl_coef > 0,
+            gradient_passes=len(rewards.use) if rewards.combine is Combine.popo else 0,
+        )
+
+    @property
+    def generates(self) -> bool:
+        return self.mode is not RolloutMode.train_only
+
+    @property
+    def colocated(self) -> bool:
+        """Whether the training processes generate."""
+        return self.mode in (RolloutMode.colocated, RolloutMode.rollout_only)
+
+    @property
+    def trains(self) -> bool:
+        return self.updates > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +87,8 @@ class PlannedJob:
     deterministic: bool = False
     routing_imbalance: float = ROUTING_IMBALANCE
     """Tokens of the busiest rank of an expert-parallel group over the mean."""
+    rollouts: PlannedRollouts | None = None
+    """What its steps do besides updating; None: nothing, it is no reinforcement learning."""
     moment_bytes: int = 4
     """Of one of the two moments of a trained element."""
 
@@ -92,7 +139,7 @@ class PlannedJob:
         return part not in frozen_parts(self.model, self.shape)
 
 
-def planned_shape(model: str | None, config: SftConfig) -> ModelShape:
+def planned_shape(model: str | None, config: RunConfig) -> ModelShape:
     """Return the shape of the model to plan for.
 
     Args:
@@ -129,13 +176,13 @@ def load_job(
     recipe: str, overrides: Sequence[str] = (), *, model: str | None = None, ranks: int | None = None
 ) -> PlannedJob:
     """Compose a recipe and lay it out over ``ranks`` (None: the fewest that its layout fits)."""
-    config = load_recipe(recipe, overrides, sections=_PLANNED)
+    config = recipes.load_job(recipe, overrides, sections=_PLANNED)
     if not config.data.sources:  # a recipe may leave them to the command line, and a plan does not depend on them
         config.data.sources = [SourceConfig(kind=SourceKind.jsonl, path="not given")]
     return job_of(config, planned_shape(model, config), ranks)
 
 
-def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> PlannedJob:
+def job_of(config: RunConfig, shape: ModelShape, ranks: int | None = None) -> PlannedJob:
     """Lay a composed recipe out over ``ranks`` (None: the fewest that its layout fits).
 
     Raises:
@@ -155,7 +202,7 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Pl
                 f"layout.pipeline {placement.string!r} leaves chunk {number} (stage {chunk.stage}) without any layer. "
                 "Move a layer there, or use fewer stages."
             )
-    validate(config, ranks, shape)
+    recipes.validate_job(config, ranks, shape)
     return PlannedJob(
         shape=shape,
         layout=layout,
@@ -163,8 +210,19 @@ def job_of(config: SftConfig, shape: ModelShape, ranks: int | None = None) -> Pl
         model=config.model,
         seq_length=config.data.seq_length,
         micro_batch_size=config.train.micro_batch_size,
-        microbatches=config.train.microbatches(layout),
+        microbatches=_microbatches(config, layout),
+        rollouts=PlannedRollouts.of(config) if isinstance(config, RlConfig) else None,
         lora=Lora.of(config.model),
         deterministic=config.train.deterministic,
         moment_bytes=2 if config.optim.moments is Precision.bf16 else 4,
     )
+
+
+def _microbatches(config: RunConfig, layout: ParallelLayout) -> int:
+    """Return the microbatches of an update; of a policy or preferences, those of answers that are not packed."""
+    prompts = config.train.microbatches(layout)
+    if isinstance(config, PreferenceConfig):
+        return prompts * (1 + config.preference.negatives)
+    if not isinstance(config, RlConfig):
+        return prompts
+    return -(-prompts * config.rollout.samples // config.policy.minibatches)

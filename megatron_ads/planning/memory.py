@@ -26,6 +26,7 @@ from megatron_ads.models.flops import KEPT_BY_SELECTIVE
 from megatron_ads.planning.checkpoint import state_bytes
 from megatron_ads.planning.costs import largest_tensor, outputs, run_layers, stage_weights, total
 from megatron_ads.planning.job import PlannedJob
+from megatron_ads.planning.rollout import engine_memory
 from megatron_ads.planning.schedule import peak_held, stage_order
 
 _BLOCK = 128
@@ -154,16 +155,25 @@ class RankMemory:
     """Peak while the gradient buffers are made: weights are moved into them, so a part exists twice."""
     reserved: int
     """Taken by the driver, communication buffers and the allocator, whatever the model."""
+    engine: int = 0
+    """Weights of the engine that generates in the same process."""
+    answering: int = 0
+    """The wider of its cache while it generates, and of what it receives new weights in."""
+
+    @property
+    def kept(self) -> int:
+        """What is there between two steps."""
+        return self.weights + self.gradients + self.optimizer + self.reserved + self.engine
 
     @property
     def training(self) -> int:
-        """The worst moment of a step."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers + self.reserved
+        """The worst moment of an update."""
+        return self.kept + self.activations + self.buffers
 
     @property
     def peak(self) -> int:
         """A save takes nothing on top: it copies what training holds between two steps to the host, piece by piece."""
-        return max(self.training, self.loading + self.reserved)
+        return max(self.training, self.kept + self.answering, self.loading + self.reserved)
 
 
 def stage_memory(job: PlannedJob, stage: int, *, gpu: bool, reserved_bytes: int = 0) -> RankMemory:
@@ -172,7 +182,7 @@ def stage_memory(job: PlannedJob, stage: int, *, gpu: bool, reserved_bytes: int 
     trained = [weight for weight in weights if job.trains(weight.part)]
     dense, expert = total(trained, expert=False), total(trained, expert=True)
     state = state_bytes(job)
-    model = ActivationModel(job, gpu=gpu)
+    model, engine = ActivationModel(job, gpu=gpu), engine_memory(job)
     kept = [job.tokens_per_rank * _kept_by_chunk(job, chunk, model) for chunk in job.placement.stage_chunks(stage)]
     return RankMemory(
         weights=element * total(weights),
@@ -183,6 +193,8 @@ def stage_memory(job: PlannedJob, stage: int, *, gpu: bool, reserved_bytes: int 
         # Weights of a kind are moved into one buffer after its gradients are allocated: dense first, then experts.
         loading=element * total(weights) + max((4 + element) * dense, 4 * dense + (4 + element) * expert),
         reserved=reserved_bytes,
+        engine=engine.weights,
+        answering=max(engine.cache, engine.message),
     )
 
 

@@ -18,6 +18,7 @@ from megatron_ads.planning.checkpoint import CheckpointCosts, checkpoint_costs
 from megatron_ads.planning.hardware import Card
 from megatron_ads.planning.job import PlannedJob, job_of, planned_shape
 from megatron_ads.planning.memory import RankMemory, stage_memory
+from megatron_ads.planning.rollout import RolloutCosts, rollout_costs
 from megatron_ads.planning.schedule import Timeline, play
 
 _MESSAGE_LATENCY_SECONDS = 20e-6
@@ -163,6 +164,13 @@ class Plan:
         return self.model_flops_per_second / (self.card.flops_per_second * self.job.layout.world)
 
     @cached_property
+    def rollouts(self) -> RolloutCosts | None:
+        """A whole step of reinforcement learning; None for other jobs."""
+        return rollout_costs(
+            self.job, self.card, pipeline_seconds=self.timeline.seconds, update_seconds=self.update_seconds
+        )
+
+    @cached_property
     def checkpoint(self) -> CheckpointCosts:
         """One training checkpoint."""
         return checkpoint_costs(self.job, self.card, [stage.weights for stage in self.stages])
@@ -214,6 +222,10 @@ def calibrated(card: Card, run: Path, model: str | None = None) -> Card:
     speeds = speeds or [row["model_flops_per_second"] for row in rows if "model_flops_per_second" in row][1:]
     if not speeds:
         raise ConfigError(f"--calibrate {run / 'metrics.jsonl'} has fewer than two steps with tflops_per_gpu.")
+    if {"rollout", "preference"} & described["recipe"].keys():
+        raise ConfigError(
+            f"--calibrate {run} is no fine-tuning run: its steps do more than an update. Give the log folder of one."
+        )
     measured = float(median(speeds))
     config = OmegaConf.to_object(
         OmegaConf.merge(OmegaConf.structured(SftConfig), current_settings(described["recipe"]))

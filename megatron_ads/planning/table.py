@@ -202,6 +202,13 @@ def _brief(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _rollout_values(plan: Plan) -> dict[str, Any] | None:
+    found = plan.rollouts
+    if found is None:
+        return None
+    return asdict(found) | {"bound_by": found.bound_by, "estimated_step_seconds": found.step_seconds}
+
+
 def plan_values(plan: Plan) -> dict[str, Any]:
     """Return a plan for programs; bytes, seconds and counts, nothing rounded."""
     return {
@@ -213,6 +220,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "expert_less_stages": list(plan.expert_less_stages),
         "imbalance": plan.imbalance,
         "routing_imbalance": plan.job.routing_imbalance,
+        "rollouts": _rollout_values(plan),
         "checkpoint": asdict(plan.checkpoint) | {"seconds": plan.checkpoint.seconds},
         "stages": [
             {

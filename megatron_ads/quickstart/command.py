@@ -1,6 +1,6 @@
 """`megatron-ads quickstart`: run the whole path on this machine, from a checkpoint to a better checkpoint.
 
-    megatron-ads quickstart [--out DIR] [--steps N] [key=value ...]
+    megatron-ads quickstart [--out DIR] [--steps N] [--rl N] [key=value ...]
 
 Makes a small random DeepSeek-V3-family checkpoint, converts it to shards for pp 2 x ep 2, fine-tunes it on 4
 processes, exports it to Hugging Face format, compares it with the Megatron model in transformers, and writes
@@ -24,6 +24,7 @@ PAIRS = Path("esci_us") / "pairs.jsonl"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything it writes")
     parser.add_argument("--steps", type=int, help="optimizer steps of the fine-tuning (default: the recipe's)")
+    parser.add_argument("--rl", type=int, metavar="N", help="then N steps of reinforcement learning (default: none)")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's, as data.seed=1"
     )
@@ -44,13 +45,13 @@ def run(args: argparse.Namespace) -> int:
     steps = [] if args.steps is None else [f"train.max_steps={args.steps}"]
     overrides = [f"data={data['source']}", *steps, *args.overrides]
     identity = {"code": own_code_digest(), "versions": machine["versions"], "data": data}
-    plan = make_plan(folder, overrides=overrides, identity=identity)
+    plan = make_plan(folder, overrides=overrides, identity=identity, rl_steps=args.rl)
     opening = f"quickstart: on {data['description']}; everything goes to {folder.root}"
     with termination_as_interrupt():
         records = run_stages(plan.stages, folder.root, plan.commands, opening=opening)
-    metrics = read_metrics(folder.run)
-    facts = content.gather_facts(folder, plan, records, metrics, data=data, provenance=machine)
-    write_report(folder.root, content.page(facts, metrics), facts)
+    metrics, of_rl = read_metrics(folder.run), [] if args.rl is None else read_metrics(folder.rl_run)
+    facts = content.gather_facts(folder, plan, records, metrics, data=data, provenance=machine, of_rl=of_rl)
+    write_report(folder.root, content.page(facts, metrics, of_rl), facts)
     print("\n".join(["", *content.summary_lines(facts), "", f"report: {folder.report_html}"]))
     return 0 if facts["parity"]["passed"] and facts["fp8_export"]["equal"] else 1
 

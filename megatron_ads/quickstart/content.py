@@ -12,7 +12,7 @@ from megatron_ads.progress import readable_duration
 from megatron_ads.quickstart.stages import StageRecord
 from megatron_ads.quickstart.workflow import QuickstartFolder, QuickstartPlan
 from megatron_ads.reporting.page import fixed, render, short, text_table, tiny
-from megatron_ads.reporting.run_report import course_charts, loss_chart
+from megatron_ads.reporting.run_report import course_charts, loss_chart, reward_charts
 from megatron_ads.tasks.relevance import TASK
 
 Facts = Mapping[str, Any]
@@ -28,8 +28,12 @@ def gather_facts(
     *,
     data: Mapping[str, Any],
     provenance: Mapping[str, Any],
+    of_rl: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Return everything the report says, as JSON values; ``provenance`` is of the function of that name."""
+    """Return everything the report says, as JSON values; ``provenance`` is of the function of that name.
+
+    ``of_rl`` are the metrics of the reinforcement learning, if there was any.
+    """
     return {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": dict(data),
@@ -40,6 +44,7 @@ def gather_facts(
             "after": records["evaluate-after"].result["tasks"][TASK],
             "after_fp8": records["evaluate-fp8"].result["tasks"][TASK],
         },
+        "rl": rl_facts(of_rl, records["evaluate-rl"].result["tasks"][TASK]) if of_rl else None,
         "parity": {**records["compare-logits"].result, "limit": LIMIT},
         "examples": examples(folder.answers("after")),
         "fp8_export": records["verify-fp8"].result,
@@ -70,6 +75,13 @@ def training_facts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def rl_facts(rows: Sequence[Mapping[str, Any]], evaluation: Facts) -> dict[str, Any]:
+    """Summarise reinforcement learning: mean reward at both ends, as of the loss, and the evaluation afterwards."""
+    rewards = [row["critic/rewards/mean"] for row in rows if row.get("critic/rewards/mean") is not None]
+    ends = {"reward_first": mean(rewards[:_ENDS]), "reward_last": mean(rewards[-_ENDS:])}
+    return {"steps": len(rewards), **ends, "evaluation": dict(evaluation)}
+
+
 def examples(answers: Path) -> list[dict[str, Any]]:
     """Return the first answer to a row of each label, as the evaluation wrote them."""
     rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
@@ -87,13 +99,14 @@ class Figure(NamedTuple):
     """``good``, ``bad`` or empty: how the number is marked."""
 
 
-def page(facts: Facts, metrics: Sequence[Mapping[str, Any]]) -> str:
+def page(facts: Facts, metrics: Sequence[Mapping[str, Any]], of_rl: Sequence[Mapping[str, Any]] = ()) -> str:
     seconds = [*((stage["title"], stage["seconds"]) for stage in facts["stages"]), ("together", facts["seconds"])]
     return render(
         "quickstart/report.html.jinja",
         facts=facts,
         figures=_figures(facts),
         loss=loss_chart(metrics),
+        rewards=reward_charts(of_rl),
         course=course_charts(metrics),
         scores=_scores(facts["evaluation"]),
         examples=[(example["prompt"], example["expected"], example["text"]) for example in facts["examples"]],
@@ -133,6 +146,7 @@ def _figures(facts: Facts) -> list[Figure]:
             f"bad against the rest, unseen queries; always the commonest label: {fixed(baseline, 2)}",
             "good" if improved else "",
         ),
+        *_rl_figures(facts["rl"]),
         Figure(
             "logit difference",
             tiny(float(f"{parity['max_abs_difference']:.1e}")),
@@ -147,6 +161,15 @@ def _figures(facts: Facts) -> list[Figure]:
         ),
         Figure("time", readable_duration(facts["seconds"]), "all stages, set-up not counted"),
     ]
+
+
+def _rl_figures(rl: Facts | None) -> list[Figure]:
+    if rl is None:
+        return []
+    reward = f"{rl['reward_first']:.2f} → {rl['reward_last']:.2f}"
+    accuracy = fixed(_balanced_accuracy(rl["evaluation"]), 2)
+    note = f"of sampled answers, at both ends of {rl['steps']} steps; balanced accuracy afterwards: {accuracy}"
+    return [Figure("reward", reward, note)]
 
 
 def _scores(evaluation: Facts) -> list[list[str]]:

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.architecture import shape_from_config
+from megatron_ads.config import rl
 from megatron_ads.config.model import LayoutConfig
-from megatron_ads.config.recipes import load_recipe, recipe_yaml
+from megatron_ads.config.recipes import load_job, load_recipe, recipe_yaml
 from megatron_ads.config.run import SftConfig, validate
 from megatron_ads.demo_model import CONFIGS, Preset
 from megatron_ads.launching.processes import JobError, MetricsFollower, run_job
 from megatron_ads.quickstart.stages import Stage
 from megatron_ads.runtime.health.rank_record import ExitStatus
 
-RECIPE = "sft/quickstart"
+RECIPE, RL_RECIPE = "sft/quickstart", "rl/quickstart"
 
 
 class QuickstartFolder:
@@ -32,10 +33,11 @@ class QuickstartFolder:
         self.run, self.trained_shards = root / "run", root / "run" / "export"
         self.tuned, self.tuned_fp8 = root / "tuned", root / "tuned-fp8"
         self.tuned_fp8_bf16 = root / "tuned-fp8-bf16"
+        self.rl_run = root / "rl"
         self.report_html, self.report_json = root / "report.html", root / "report.json"
 
     def answers(self, model: str) -> Path:
-        """What a model wrote for every held-out row: ``before``, ``after`` or ``after-fp8``."""
+        """What a model wrote for every held-out row: ``before``, ``after``, ``after-fp8`` or ``after-rl``."""
         return self.root / f"answers-{model}.jsonl"
 
     def log(self, stage: str) -> Path:
@@ -98,13 +100,16 @@ class _StageBuilder:
         return self.stage(name, title, words, [answers], settings=self._data, after=[after])
 
 
-def make_plan(folder: QuickstartFolder, *, overrides: Sequence[str], identity: Mapping[str, Any]) -> QuickstartPlan:
+def make_plan(
+    folder: QuickstartFolder, *, overrides: Sequence[str], identity: Mapping[str, Any], rl_steps: int | None = None
+) -> QuickstartPlan:
     """Lay out the stages.
 
     Args:
         folder: Where everything goes.
         overrides: Settings that replace the recipe's, ``train.max_steps=100``.
         identity: JSON values outside the recipe that decide the result: code and data digests, versions.
+        rl_steps: Steps of reinforcement learning afterwards; None is none.
     """
     paths = [f"model.load={folder.shards}", f"log.dir={folder.run}"]
     config = load_recipe(RECIPE, [*overrides, *paths])
@@ -113,7 +118,7 @@ def make_plan(folder: QuickstartFolder, *, overrides: Sequence[str], identity: M
     fp8 = ("--dtype", "fp8", "--reference", folder.start)
     build = _StageBuilder(folder, ["--recipe", RECIPE, *_about(overrides, "data")], asdict(config.data))
     stage, convert, judge, commands = build.stage, build.convert, build.judge, build.commands
-    stages = (
+    stages: tuple[Stage, ...] = (
         stage("demo-model", "make a small random DeepSeek-V3-family checkpoint in FP8",
               ["demo-model", folder.start, "--preset", Preset.tiny, "--fp8"], [folder.start], settings=identity),
         convert("to-shards", "convert it to shards, one file per rank", "demo-model", folder.start, folder.shards,
@@ -123,7 +128,8 @@ def make_plan(folder: QuickstartFolder, *, overrides: Sequence[str], identity: M
         judge("evaluate-before", "let it judge the held-out rows", "to-bf16", folder.start_bf16, "before"),
         stage("train", f"fine-tune it for {config.train.max_steps} steps",
               ["train", "--recipe", RECIPE, *overrides, *paths], [folder.run], after=["to-shards"], resumable=True,
-              settings={"recipe": recipe_yaml(config)}, run=lambda: _train(commands["train"], folder, config)),
+              settings={"recipe": recipe_yaml(config)},
+              run=lambda: _train(commands["train"], folder, folder.run, config.train.max_steps)),
         convert("export", "export it to Hugging Face format", "train", folder.trained_shards, folder.tuned),
         stage("compare-logits", "compare the export in transformers with the Megatron model",
               ["compare-logits", folder.trained_shards, folder.tuned, "--json"], after=["export"],
@@ -137,7 +143,30 @@ def make_plan(folder: QuickstartFolder, *, overrides: Sequence[str], identity: M
         judge("evaluate-fp8", "let the FP8 export judge the held-out rows", "read-fp8", folder.tuned_fp8_bf16,
               "after-fp8"),
     )  # fmt: skip
+    if rl_steps is not None:
+        rows = [f"data.validation_rows={config.data.validation_rows}", *_about(overrides, "data")]
+        stages += _rl_stages(build, folder, [*_about(overrides, "layout"), *rows], rl_steps)
     return QuickstartPlan(stages, commands, config)
+
+
+def _rl_stages(
+    build: _StageBuilder, folder: QuickstartFolder, settings: Sequence[str], steps: int
+) -> tuple[Stage, ...]:
+    """Continue with the fine-tuned shards; the rows held out must be the same, or they would be trained on."""
+    settings = [
+        *settings, f"train.max_steps={steps}", f"train.evaluate_every={steps}",
+        f"model.load={folder.trained_shards}", f"log.dir={folder.rl_run}",
+    ]  # fmt: skip
+    config = load_job(RL_RECIPE, settings)
+    assert isinstance(config, rl.RlConfig)
+    rl.validate(config, config.layout.fewest_ranks(), shape_from_config(CONFIGS[Preset.tiny]))
+    command = ["train", "--recipe", RL_RECIPE, *settings]
+    return (
+        build.stage("train-rl", f"reinforce it for {steps} steps", command, [folder.rl_run], after=["train"],
+                    resumable=True, settings={"recipe": recipe_yaml(config)},
+                    run=lambda: _train(build.commands["train-rl"], folder, folder.rl_run, steps)),
+        build.judge("evaluate-rl", "let it judge the held-out rows", "train-rl", folder.rl_run / "export", "after-rl"),
+    )  # fmt: skip
 
 
 def _about(overrides: Sequence[str], section: str) -> list[str]:
@@ -183,12 +212,12 @@ def _last_json(log: Path) -> Mapping[str, Any]:
     return next((json.loads(line) for line in reversed(lines) if line.startswith("{")), {})
 
 
-def _train(command: Sequence[str], folder: QuickstartFolder, config: SftConfig) -> Mapping[str, Any]:
+def _train(command: Sequence[str], folder: QuickstartFolder, run: Path, steps: int) -> Mapping[str, Any]:
     arguments = [sys.executable, "-m", "megatron_ads.cli", *command[1:]]
-    with MetricsFollower(folder.run, config.train.max_steps, "fine-tuning") as follow:
-        status = run_job(
-            arguments, folder.log("train"), accepted=(ExitStatus.DONE, ExitStatus.STOPPED), while_running=follow
-        )
+    name, log = ("reinforcement", "train-rl") if run == folder.rl_run else ("fine-tuning", "train")
+    with MetricsFollower(run, steps, name) as follow:
+        accepted = (ExitStatus.DONE, ExitStatus.STOPPED)
+        status = run_job(arguments, folder.log(log), accepted=accepted, while_running=follow)
     if status == ExitStatus.STOPPED:
-        raise JobError("the fine-tuning was asked to stop, and saved; start again to continue.")
+        raise JobError(f"the {name} was asked to stop, and saved; start again to continue.")
     return {}

@@ -31,6 +31,8 @@ _BY_TASK = {
 }
 """Metrics that have one chart with a line for each task: label and caption."""
 
+_REWARD, _HELD_OUT_REWARD = "critic/rewards/mean", "validation/reward"
+
 Metrics = Sequence[Mapping[str, Any]]
 
 
@@ -53,8 +55,10 @@ def run_page(folder: Path) -> str:
         done=max((row["step"] for row in metrics), default=0),
         steps=current_settings(run["recipe"])["train"]["max_steps"],
         losses={"loss": _values(metrics, "loss"), "held-out loss": _values(metrics, "validation_loss")},
+        worth={"reward": _values(metrics, _REWARD), "held-out reward": _values(metrics, _HELD_OUT_REWARD)},
         medians={label: median(values) for label, name in speeds.items() if (values := _values(metrics, name))},
         loss=loss_chart(metrics),
+        rewards=reward_charts(metrics),
         tasks=[_task_chart(metrics, name) for name in _BY_TASK if _tasks_with(metrics, name)],
         weights=[_weights(metrics, task) for task in _tasks_with(metrics, "instance_weight_p50")],
         course=course_charts(metrics),
@@ -82,7 +86,37 @@ def loss_chart(metrics: Metrics) -> Chart:
         "What is minimised: the mean over the target tokens, or samples, of a step, with the samples' weights applied; "
         "smoothed with a half-life of 3 steps."
     )
-    return Chart(line_chart(series, x_label="step", y_label="loss, nats", y_logarithmic=True), caption)
+    logarithmic = not _values(metrics, _REWARD)  # a policy's loss has either sign
+    return Chart(line_chart(series, x_label="step", y_label="loss, nats", y_logarithmic=logarithmic), caption)
+
+
+def reward_charts(metrics: Metrics) -> list[Chart]:
+    """Draw what answers are worth, and what each of several rewards counts; nothing for a job without rewards."""
+    rewards = _points(metrics, _REWARD)
+    if not rewards:
+        return []
+    series = [
+        Series(name="each step", points=rewards, style="faint"),
+        Series(name="smoothed", points=smooth(rewards, 3)),
+        Series(name="held-out prompts", points=_points(metrics, _HELD_OUT_REWARD), style="dots", color=2),
+    ]
+    caption = (
+        "Mean over answers of their rewards, weighted and summed: sampled answers of each step, smoothed with a "
+        "half-life of 3 steps, and greedy ones to held-out prompts."
+    )
+    several = (("critic/rewards", "reward", "Mean of each."), ("reward_weight", "weight", "What each counts."))
+    lines = [_reward_lines(metrics, *each) for each in several if len(_tasks_with(metrics, "reward_weight")) > 1]
+    return [Chart(line_chart(series, x_label="step", y_label="reward"), caption), *lines]
+
+
+def _reward_lines(metrics: Metrics, prefix: str, label: str, caption: str) -> Chart:
+    """Draw a line for each reward."""
+    suffix = "/mean" if prefix == "critic/rewards" else ""
+    series = [
+        Series(name=name, points=_points(metrics, f"{prefix}/{name}{suffix}"), color=index % COLORS + 1)
+        for index, name in enumerate(_tasks_with(metrics, "reward_weight"))
+    ]
+    return Chart(line_chart(series, x_label="step", y_label=label), caption)
 
 
 def _tasks_with(metrics: Metrics, name: str) -> list[str]:
@@ -114,6 +148,12 @@ def course_charts(metrics: Metrics) -> list[Chart]:
     shown = (
         ("grad_norm", "gradient norm", "Before clipping."),
         ("learning_rate", "learning rate", "As the updates used it."),
+        ("rewards/margins", "margin", "Reward of the chosen answer less that of the best rejected one."),
+        ("rewards/accuracies", "accuracy", "Share of prompts whose chosen answer has the highest reward."),
+        ("response_length/mean", "answer, tokens", "Mean of the step's answers."),
+        ("actor/entropy", "entropy, nats", "Mean over the answers' tokens."),
+        ("actor/kl_loss", "KL, nats", "Estimate of the distance from the reference."),
+        ("rollout/logprob_abs_diff", "difference, nats", "Between engine and trainer, over the answers."),
         ("tokens_per_second", "tokens/s", "Whole job, prompts included."),
         ("expert_load_max_over_mean", "busiest / mean expert", "Averaged over the MoE layers; 1 is even."),
     )

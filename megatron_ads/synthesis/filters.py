@@ -25,19 +25,18 @@ rows, before anything is asked. Ours, as the paper names the aims only (AdNanny,
     repeated    it has the words of another query of the row
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
-from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ads.config.generation import AnsweringConfig
 from megatron_ads.config.synthesis import PerplexityConfig, RejectConfig
-from megatron_ads.errors import ConfigError
 from megatron_ads.inference.client import Client
 from megatron_ads.inference.engine import Completion, Finish
+from megatron_ads.metrics.encoder import Embed, sentence_encoder
 from megatron_ads.metrics.text import fit_embedding, is_narrower, mean_similarities, near_duplicates, words_of
 from megatron_ads.rows import ChatRow, Role
 from megatron_ads.synthesis.candidates import Candidate, Removed, by_row, passing
@@ -45,9 +44,6 @@ from megatron_ads.synthesis.prompts import answer_of, chat_request, drawn, quest
 from megatron_ads.tasks.answer_format import CLOSE, Unreadable, read_parts
 from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.query_generation import Queries, keyword_of, subject_of
-
-Embed = Callable[[Sequence[str]], NDArray[np.float64]]
-"""One vector of length 1 (0 for a text without known words) per text, (N, D)."""
 
 MOST_FITTED = 5000
 """Texts that TF-IDF is fitted on at most; the first ones."""
@@ -58,28 +54,7 @@ def embedder(config: RejectConfig, texts: Sequence[str], *, dimensions: int = 64
     """Return what turns texts into vectors: TF-IDF fitted on ``texts``, or the model that the recipe names."""
     if config.embedding is None:
         return fit_embedding(list(texts[:MOST_FITTED]), dimensions=dimensions).embed
-    model = load_encoder(config.embedding)
-    return lambda sentences: np.asarray(model.encode(list(sentences), normalize_embeddings=True), dtype=np.float64)
-
-
-@lru_cache(maxsize=1)
-def load_encoder(name: str) -> Any:
-    """Return a sentence-transformers model.
-
-    Raises:
-        ConfigError: If sentence-transformers is not installed or cannot load it.
-    """
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise ConfigError(
-            f"reject.embedding is {name!r}, but sentence-transformers is not installed. Install it (pip install "
-            "sentence-transformers), or set reject.embedding to null for TF-IDF."
-        ) from None
-    try:
-        return SentenceTransformer(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"reject.embedding is {name!r}, which cannot be loaded: {error}") from None
+    return sentence_encoder(config.embedding, "reject.embedding")
 
 
 def remove_disagreeing(candidates: Sequence[Candidate], embed: Embed, config: RejectConfig) -> None:

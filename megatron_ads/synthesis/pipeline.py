@@ -19,13 +19,13 @@ from megatron_ads.errors import DataError
 from megatron_ads.inference.client import Answerer, Client
 from megatron_ads.inference.endpoint import Endpoint
 from megatron_ads.journal import Journal
+from megatron_ads.metrics.encoder import sentence_encoder
 from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.synthesis.candidates import Candidate, Removed, ask_teacher, by_row, passing
 from megatron_ads.synthesis.filters import (
     TOPICS,
     Scorer,
     embedder,
-    load_encoder,
     query_fault,
     remove_disagreeing,
     remove_rejected,
@@ -83,7 +83,7 @@ def open_models(config: SynthesisConfig) -> Iterator[SynthesisModels]:
     """
     out = Path(config.out)
     if config.reject.embedding is not None:
-        load_encoder(config.reject.embedding)  # before anything is paid for
+        sentence_encoder(config.reject.embedding, "reject.embedding")  # before anything is paid for
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

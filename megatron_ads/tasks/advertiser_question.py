@@ -23,6 +23,7 @@ from megatron_ads.tasks.prompts import LABELS, Template, example, filled
 from megatron_ads.tasks.user_history import render_history, shown_history
 
 CANDIDATES = 20
+_OF_ITS_QUESTION = (Fact.pool, Fact.rejected, Fact.best_answers)
 CHOOSE_ONE = "choose_one"
 CHOOSE_ONE_TEMPLATE = Template(
     task=CHOOSE_ONE,
@@ -59,9 +60,9 @@ def asked_anew(
 ) -> ChatRow:
     """Return another question over the record of ``row``, whose weight, group and time it keeps.
 
-    ``facts`` are added to those of ``row``, without the pool and the best answers; for the rest see ``example``.
+    ``facts`` are added to those of ``row``, without those of its own question alone; for the rest see ``example``.
     """
-    known = {name: value for name, value in row.facts.items() if name not in (Fact.pool, Fact.best_answers)}
+    known = {name: value for name, value in row.facts.items() if name not in _OF_ITS_QUESTION}
     facts = {**known, **(facts or {})}
     new = example(row_id, template, shown, truth, answer, facts=facts, group=row.group, label=label, task=task)
     return replace(new, weight=row.weight, time=row.time)

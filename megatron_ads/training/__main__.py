@@ -8,7 +8,10 @@
 import argparse
 import sys
 
-from megatron_ads.config.recipes import load_recipe
+from megatron_ads.config.preference import PreferenceConfig
+from megatron_ads.config.recipes import load_job
+from megatron_ads.config.rl import RlConfig
+from megatron_ads.config.run import RunConfig, SftConfig
 from megatron_ads.errors import DivergedError, MegatronAdsError
 from megatron_ads.layout import rank
 from megatron_ads.observability.log import get_logger, start_logging
@@ -27,7 +30,7 @@ logger = get_logger(__name__)
 
 def main() -> int:
     """Run one rank; return its exit status."""
-    parser = argparse.ArgumentParser(prog="megatron_ads.training", description="Run one rank of a fine-tuning job.")
+    parser = argparse.ArgumentParser(prog="megatron_ads.training", description="Run one rank of a training job.")
     parser.add_argument("--recipe", required=True, metavar="R", help="a name under recipes/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
@@ -59,16 +62,31 @@ def _run(args: argparse.Namespace, stop: StopRequest) -> tuple[ExitStatus, str]:
     cpu_compat.install()  # before anything imports Megatron-Core
     process_groups.silence_upstream_warnings()
     from megatron_ads.runtime.health.activity import CommunicationError
-    from megatron_ads.training.sft import run
 
     try:
-        return run(load_recipe(args.recipe, args.overrides), stop), ""
+        return _run_job(load_job(args.recipe, args.overrides), stop), ""
     except CommunicationError as error:  # not the user's: the next attempt may succeed
         return ExitStatus.PEER_LOST, str(error)
     except DivergedError as error:
         return ExitStatus.DIVERGED, str(error)
     except MegatronAdsError as error:
         return ExitStatus.USER_ERROR, str(error)
+
+
+def _run_job(config: RunConfig, stop: StopRequest) -> ExitStatus:
+    """Run a job of any kind; what the others need is not imported."""
+    if isinstance(config, RlConfig):
+        from megatron_ads.training import rl
+
+        return rl.run(config, stop)
+    if isinstance(config, PreferenceConfig):
+        from megatron_ads.training import preference
+
+        return preference.run(config, stop)
+    from megatron_ads.training import sft
+
+    assert isinstance(config, SftConfig)
+    return sft.run(config, stop)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ from megatron_ads.training.step import StepReport
 
 logger = get_logger(__name__)
 
+_REWARD = "critic/rewards/mean"
+"""What tells of a policy's progress, next to the loss."""
+
 
 class RunLog:
     """Rank 0 writes; the other ranks take part in the measurements that are collective."""
@@ -83,14 +86,21 @@ class RunLog:
         if dist.get_rank() == 0 and report.is_file():
             logger.info("the run so far, as a page: %s", report)
 
-    def step(self, step: int, report: StepReport, metrics: Mapping[str, float]) -> None:
-        """Record one training step, and what its job knows of it besides; a collective on the steps that are logged."""
+    def step(self, step: int, report: StepReport | None, metrics: Mapping[str, float]) -> None:
+        """Record one step, and what its job knows of it besides; a collective on the steps that are logged.
+
+        ``report`` is None if nothing was trained.
+        """
         ended = time.monotonic()
         seconds = ended - self._started
         if step % self._every == 0:
             ranks = self._times.measure(step, seconds)
-            self._write(step, self._step_metrics(report, seconds) | ranks | dict(metrics))
-        self._progress.update(1, loss=report.loss)
+            trained = {"step_seconds": seconds} if report is None else self._step_metrics(report, seconds)
+            self._write(step, trained | ranks | dict(metrics))
+        shown = {} if report is None else {"loss": report.loss}
+        if _REWARD in metrics:
+            shown["reward"] = metrics[_REWARD]
+        self._progress.update(1, **shown)
         self._peers.report_step(step)
         self._activity.leave_step(step)
         self._restart_clock(step)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,14 +122,24 @@ class Session:
     step: int
     """Steps done, those before the job was resumed included."""
     skips: SkippedUpdates
+    updates_per_step: int
 
     @classmethod
     def resumed(
-        cls, config: RunConfig, membership: Membership, data: DataPosition, stop: StopRequest, *, name: str
+        cls,
+        config: RunConfig,
+        membership: Membership,
+        data: DataPosition,
+        stop: StopRequest,
+        *,
+        name: str,
+        updates_per_step: int = 1,
+        before_load: Callable[[TrainedModel], None] = lambda model: None,
     ) -> Self:
         """Build the model, compare the ranks and start where the latest complete checkpoint ends; a collective.
 
         ``data`` is saved with every checkpoint and restored from it; ``name`` is shown with the progress.
+        ``before_load`` is given the model while it has the weights of ``model.load``.
 
         Raises:
             MegatronAdsError: For anything the user can mend; the message says what and how.
@@ -137,6 +147,7 @@ class Session:
         source, shards = membership.source, membership.shards
         patience = config.runtime.load_timeout_seconds
         model = build_model(config.model, config.optim, config.train, source, shards, load_timeout_seconds=patience)
+        before_load(model)
         preflight(config, model.optimizer, shards)
         checkpointer = Checkpointer(
             settings=config.checkpoint,
@@ -150,22 +161,25 @@ class Session:
         process_groups.wait_for_all("load the checkpoint", patience)
         log = RunLog(config, model, shards, membership.peers, membership.activity, name=name, resume_step=step)
         skips = SkippedUpdates(maximum=max(1, min(config.train.max_skipped_updates, config.train.max_steps // 2)))
-        return cls(config, membership, model, checkpointer, log, stop, step, skips)
+        return cls(config, membership, model, checkpointer, log, stop, step, skips, updates_per_step)
 
     @property
     def is_finished(self) -> bool:
         """Whether the last step is done."""
         return self.step >= self.config.train.max_steps
 
-    def finish_step(self, report: StepReport, metrics: Mapping[str, float]) -> None:
-        """Count one training step and record it, with what its job knows of it besides; a collective.
+    def finish_step(self, report: StepReport | None, metrics: Mapping[str, float]) -> None:
+        """Count one step and record it, with what its job knows of it besides; a collective.
+
+        ``report`` is None if nothing was trained.
 
         Raises:
             DivergedError: On every rank, if too many consecutive updates were skipped.
         """
         self.step += 1
         self.log.step(self.step, report, metrics)
-        self.skips.observe(self.step, report)
+        if report is not None:
+            self.skips.observe(self.step, report)
 
     def is_due(self, every: int | None) -> bool:
         """Whether something that happens ``every`` so many steps happens now."""
@@ -185,17 +199,20 @@ class Session:
             require_finite(self.model.models)
             self.log.saved(self.step, self.checkpointer.save(self.step))
 
-    def end(self, *, stopped: bool) -> ExitStatus:
+    def end(self, *, stopped: bool, export: bool = True) -> ExitStatus:
         """Export the weights to ``<log.dir>/export`` unless stopped, and record how the job ended; a collective.
+
+        ``export`` is False where nothing was trained.
 
         Raises:
             DivergedError: If the weights are not all finite.
         """
         folder, of_job = Path(self.config.log.dir), self.membership
-        skipped = self.step - self.model.optimizer.updates
+        planned = self.step * self.updates_per_step
+        skipped = planned - self.model.optimizer.updates
         if skipped and dist.get_rank() == 0:
-            logger.warning("%d of %d steps skipped their update", skipped, self.step)
-        if not stopped:
+            logger.warning("%d of %d updates were skipped", skipped, planned)
+        if export and not stopped:
             require_finite(self.model.models)
             with failed_log_named(folder):
                 export_shards(folder / "export", self.model.models, self.model.spec, of_job.source, of_job.shards)

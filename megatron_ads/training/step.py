@@ -21,7 +21,9 @@ from torch import Tensor
 from megatron_ads.data.batches import ReplicaShare, batches_of_all
 from megatron_ads.data.packed_batch import PackedBatch
 from megatron_ads.errors import ConfigError
+from megatron_ads.losses.entropy import token_entropy
 from megatron_ads.losses.loss import CROSS_ENTROPY, SAMPLE_LOSSES, STEP_TOTALS, Loss, LossValues, TokenValues
+from megatron_ads.models.specs import DeepseekModel
 from megatron_ads.optim.chain import OptimizerChain, UpdateReport
 from megatron_ads.rows import TokenizedRow
 from megatron_ads.runtime.device import device, on_device
@@ -78,6 +80,38 @@ def run_step(
     return _global_report(reports, batches, loss, stop_requested=stop_requested, update=update)
 
 
+def run_gradients(
+    batches: Sequence[PackedBatch],
+    chunks: Sequence[Any],
+    optimizer: OptimizerChain,
+    *,
+    loss: Loss,
+    before_microbatch: Callable[[], None] = lambda: None,
+) -> list[Tensor]:
+    """Return this rank's part of the gradients of ``batches``, as ``OptimizerChain.gradients`` does.
+
+    Nothing is updated, router biases neither. Arguments are as in ``run_step``.
+    """
+    with _router_biases_kept(chunks):
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        _run_microbatches(batches, chunks, loss, forward_only=False, before_each=before_microbatch)
+    return optimizer.gradients()
+
+
+@contextmanager
+def _router_biases_kept(chunks: Sequence[Any]) -> Iterator[None]:
+    """Have ``finalize_model_grads``, which updates them as well, move them by 0."""
+    rates = [chunk.config.moe_router_bias_update_rate for chunk in chunks]
+    for chunk in chunks:
+        chunk.config.moe_router_bias_update_rate = 0.0
+    try:
+        yield
+    finally:
+        for chunk, rate in zip(chunks, rates, strict=True):
+            chunk.config.moe_router_bias_update_rate = rate
+
+
 def run_evaluation(batches: Sequence[PackedBatch], chunks: Sequence[Any], *, loss: Loss = CROSS_ENTROPY) -> StepReport:
     """Compute the loss of ``batches`` over the whole job; nothing is updated."""
     with _evaluating(chunks):
@@ -91,29 +125,93 @@ def run_pass(portions: Iterable[Sequence[PackedBatch]], chunks: Sequence[Any]) -
 
 
 def run_log_probabilities(
-    rows: Sequence[TokenizedRow], share: ReplicaShare, chunks: Sequence[Any], *, seq_length: int, packing: bool = True
+    rows: Sequence[TokenizedRow],
+    share: ReplicaShare,
+    chunks: Sequence[Any],
+    *,
+    seq_length: int,
+    packing: bool = True,
+    before_microbatch: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
     """Return log p of every label of every row, prompts included, under the current weights; nothing is updated.
 
     One FP32 tensor (N - 1,) a row of N tokens, in order, on the CPU, the same on every rank. What the vocabulary-
     parallel cross-entropy returns is -log p already: no rank ever holds the logits of its microbatch twice. Pass the
-    rows in portions that fit in memory: each rank holds one number for every label.
+    rows in portions that fit in memory: each rank holds one number for every label. ``before_microbatch`` is as in
+    ``run_step``.
 
     Raises:
         DataError: If a row is longer than ``seq_length``.
     """
+    return _values_of_labels(
+        rows, share, chunks, seq_length=seq_length, packing=packing, before_microbatch=before_microbatch
+    )[0]
+
+
+def run_log_probabilities_and_entropies(
+    rows: Sequence[TokenizedRow],
+    share: ReplicaShare,
+    chunks: Sequence[Any],
+    *,
+    seq_length: int,
+    packing: bool = True,
+    before_microbatch: Callable[[], None] = lambda: None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what ``run_log_probabilities`` does, and the entropy in nats of what was predicted for each label."""
+    with _observed_entropies(chunks) as of_batches:
+        log_p, entropies = _values_of_labels(
+            rows,
+            share,
+            chunks,
+            seq_length=seq_length,
+            packing=packing,
+            before_microbatch=before_microbatch,
+            entropies=of_batches,
+        )
+    return log_p, entropies
+
+
+def _values_of_labels(
+    rows: Sequence[TokenizedRow],
+    share: ReplicaShare,
+    chunks: Sequence[Any],
+    *,
+    seq_length: int,
+    packing: bool,
+    before_microbatch: Callable[[], None],
+    entropies: Sequence[Tensor] | None = None,
+) -> list[list[Tensor]]:
+    """Return log p of every label of every row; with ``entropies``, which the pass fills, those behind it."""
     ends = [0, *accumulate(row.predictions for row in rows)]
     # 0 is where padding goes.
     places = [np.arange(1 + start, 1 + end) for start, end in pairwise(ends)]
     batches = batches_of_all(rows, share, seq_length=seq_length, packing=packing, extra={"place": places})
     with _evaluating(chunks):
-        reports = _run_microbatches(batches, chunks, Loss(compute=_log_probabilities), forward_only=True)
-    values = torch.zeros(1 + ends[-1], device=device())
+        reports = _run_microbatches(
+            batches, chunks, Loss(compute=_log_probabilities), forward_only=True, before_each=before_microbatch
+        )
+    values = torch.zeros(1 if entropies is None else 2, 1 + ends[-1], device=device())
     if _reports_loss():
-        for report in reports:
-            values[report["place"]] = report["log_p"]
+        for number, report in enumerate(reports):
+            values[0, report["place"]] = report["log_p"]
+            if entropies is not None:
+                values[1, report["place"]] = entropies[number]
     dist.all_reduce(values)
-    return list(values[1:].cpu().split([row.predictions for row in rows]))
+    lengths = [row.predictions for row in rows]
+    return [list(each[1:].split(lengths)) for each in values.cpu()]
+
+
+@contextmanager
+def _observed_entropies(chunks: Sequence[Any]) -> Iterator[list[Tensor]]:
+    """Yield a list that gets the entropies (T,) of each microbatch, on the ranks of the last stage."""
+    found: list[Tensor] = []
+    group = parallel_state.get_tensor_model_parallel_group()
+    models = [module for chunk in chunks for module in chunk.modules() if isinstance(module, DeepseekModel)]
+    for model in models:
+        model.on_logits = lambda logits_SBV: found.append(token_entropy(logits_SBV.flatten(0, 1), group))
+    yield found
+    for model in models:
+        model.on_logits = None
 
 
 def _log_probabilities(values: TokenValues) -> LossValues:

@@ -35,6 +35,7 @@ class RealJob:
 
     model: Path
     root: Path
+    recipe: str = "sft/quickstart"
     ranks: int = 4
     layout: dict[str, int] = field(default_factory=lambda: {"pp": 2, "ep": 2, "first_stage_layers": 2})
     """By default stage 0 has dense layers only."""
@@ -56,7 +57,7 @@ class RealJob:
         layout = {"first_stage_layers": "null"} | self.layout
         return [
             "--recipe",
-            "sft/quickstart",
+            self.recipe,
             f"model.load={self.model}",
             f"log.dir={self.root}",
             "log.tensorboard=false",

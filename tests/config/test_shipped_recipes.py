@@ -10,7 +10,15 @@ import yaml
 
 from megatron_ads import demo_model
 from megatron_ads.architecture import shape_from_config
-from megatron_ads.config.recipes import load_recipe, recipe_yaml, recipes_folder, shipped_recipes
+from megatron_ads.config.recipes import (
+    JOBS,
+    load_job,
+    load_recipe,
+    recipe_yaml,
+    recipes_folder,
+    shipped_recipes,
+    validate_job,
+)
 from megatron_ads.config.run import SftConfig, validate
 from megatron_ads.errors import ConfigError
 from tests.config.quickstart import published, quickstart
@@ -28,22 +36,30 @@ OPEN = {
     "sft/deepseek_r1_671b_32xh20": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/deepseek_v2_lite_8gpu": ["model.load=V2", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/moonlight_16b_8gpu": ["model.load=M", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
+    "rl/quickstart": ["model.load=runs/quickstart/export"],
+    "rl/relevance_grpo": ["model.load=runs/sft/export"],
+    "rl/advertiser_grpo": ["model.load=runs/sft/export"],
+    "rl/deepseek_v2_lite_8gpu": ["model.load=V2", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
+    "rl/deepseek_r1_671b": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
+    "preference/sdpo": ["model.load=runs/sft/export"],
+    "rl/downstream_reward": ["model.load=runs/sft/export"],
+    "rl/taiji_popo": ["model.load=runs/sft/export"],
 }
 
 
 def test_every_shipped_recipe_is_covered_here() -> None:
-    assert set(shipped_recipes()) == set(OPEN)
+    assert {name for kind in JOBS for name in shipped_recipes(kind)} == set(OPEN)
 
 
 @pytest.mark.parametrize("name", sorted(OPEN))
 def test_a_shipped_recipe_validates_on_the_ranks_its_head_comment_names_and_not_on_one_less(name: str) -> None:
-    config = load_recipe(name, OPEN[name])
+    config = load_job(name, OPEN[name])
     head = (recipes_folder() / f"{name}.yaml").read_text()
     ranks = int(re.search(r"^# Ranks: (\d+)", head, re.MULTILINE)[1])  # type: ignore[index]
-    validate(config, ranks)
+    validate_job(config, ranks)
     if ranks > 1:
         with pytest.raises(ConfigError, match=f"does not divide the {ranks - 1} ranks"):
-            validate(config, ranks - 1)
+            validate_job(config, ranks - 1)
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(OPEN) if "248gpu" in name])
@@ -91,12 +107,12 @@ def _mentioned(composed: dict[str, Any], declared: dict[str, Any]) -> dict[str, 
     }
 
 
-PARTS = sorted(file for file in recipes_folder().glob("*/*.yaml") if file.parent.name not in ("sft", "cook"))
+PARTS = sorted(file for file in recipes_folder().glob("*/*.yaml") if file.parent.name not in (*JOBS, "cook"))
 
 
 def test_every_file_of_the_recipes_starts_with_its_instructions() -> None:
     files = sorted(recipes_folder().rglob("*.yaml"))
-    assert len(files) == len(PARTS) + len(OPEN) + len(shipped_recipes("cook")) == 40
+    assert len(files) == len(PARTS) + len(OPEN) + len(shipped_recipes("cook")) == 48
     assert [file for file in files if not file.read_text().startswith("# ")] == []
 
 

@@ -278,7 +278,8 @@ def test_rows_in_the_form_of_verl_are_read(tmp_path: Path) -> None:
     assert (judged.facts["query"], judged.facts["index"], judged.facts["ground_truth"]["label"]) == ("shoes", 7, "Good")
     assert judged.facts["reasoning"] == "So." and "ad" not in judged.facts
     assert (solved.task, solved.prompt[0].content, solved.label) == ("openai/gsm8k", "How many?", "72")
-    assert solved.facts == {"question": "How many?", "split": "train", "ground_truth": "72"}
+    told = {"data_source": "openai/gsm8k", "ability": "math", "reward_model": number, "extra_info": school}
+    assert solved.facts == {"question": "How many?", "split": "train", "ground_truth": "72", **told}
     assert (bought.task, bought.target, bought.facts["ground_truth"]) == (
         "next_advertiser", "Acme", {"advertiser": "Acme"},
     )  # fmt: skip

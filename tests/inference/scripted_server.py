@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,6 +35,9 @@ class Reply:
 Script = Callable[[dict[str, Any], int], Reply]
 """Takes a request's body and how often that body came before."""
 
+Controls = Mapping[str, Callable[[dict[str, Any]], Reply]]
+"""Requests beside the protocol that the server knows, by path."""
+
 
 @dataclass(slots=True)
 class Record:
@@ -42,6 +45,8 @@ class Record:
 
     url: str
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    controls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    """Paths and bodies of the requests beside the protocol."""
     headers: list[dict[str, str]] = field(default_factory=list)
     answered: Counter[str] = field(default_factory=Counter)
     """Completions sent, by body."""
@@ -51,13 +56,18 @@ class Record:
 
 
 @contextmanager
-def scripted_server(script: Script) -> Iterator[Record]:
-    """Run the server until the block ends."""
+def scripted_server(script: Script, *, port: int = 0, controls: Controls | None = None) -> Iterator[Record]:
+    """Run the server until the block ends; port 0 is any that is free."""
     seen: Counter[str] = Counter()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if not self.path.startswith("/v1/"):
+                record.controls.append((self.path, body))
+                unknown = Reply(status=404)
+                self._send((controls or {}).get(self.path, lambda _: unknown)(body))
+                return
             name = json.dumps(body, sort_keys=True)
             with record.lock:
                 times, seen[name] = seen[name], seen[name] + 1
@@ -92,7 +102,7 @@ def scripted_server(script: Script) -> Iterator[Record]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     record = Record(url=f"http://127.0.0.1:{server.server_port}/v1")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})

@@ -1,5 +1,6 @@
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from megatron_ads.quickstart.content import gather_facts, page, summary_lines, t
 from megatron_ads.quickstart.stages import Stage, StageRecord
 from megatron_ads.quickstart.workflow import QuickstartFolder, QuickstartPlan
 
-NAMES = ("demo-model", "evaluate-before", "train", "compare-logits", "evaluate-after", "verify-fp8", "evaluate-fp8")
+NAMES = ("demo-model", "evaluate-before", "train", "compare-logits", "evaluate-after", "verify-fp8", "evaluate-fp8",
+         "evaluate-rl")  # fmt: skip
 
 
 def _metrics(steps: int) -> list[dict[str, Any]]:
@@ -46,11 +48,14 @@ def _evaluation(balanced: float | None) -> dict[str, Any]:
     return {"rows": 256, "seconds": 9.0, "tasks": {"query_ad_relevance": scores}}
 
 
-def _facts(folder: Path, *, difference: float = 1.4e-6, after: float | None = 0.81) -> dict[str, Any]:
+def _facts(
+    folder: Path, *, difference: float = 1.4e-6, after: float | None = 0.81, of_rl: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     results: dict[str, dict[str, Any]] = {
         "evaluate-before": _evaluation(0.0),
         "evaluate-after": _evaluation(after),
         "evaluate-fp8": _evaluation(after),
+        "evaluate-rl": _evaluation(0.9),
         "verify-fp8": {"equal": True, "compared": 256},
         "compare-logits": {"max_abs_difference": difference, "tokens": 256, "passed": difference < 1e-5},
     }
@@ -67,7 +72,8 @@ def _facts(folder: Path, *, difference: float = 1.4e-6, after: float | None = 0.
     }
     data = {"source": "simulated_pairs", "description": "query-ad pairs of a simulated ads business"}
     plan = QuickstartPlan(tuple(stages), {}, SftConfig())
-    facts = gather_facts(QuickstartFolder(folder), plan, records, _metrics(200), data=data, provenance=provenance)
+    told = {"data": data, "provenance": provenance, "of_rl": of_rl}
+    facts = gather_facts(QuickstartFolder(folder), plan, records, _metrics(200), **told)
     facts["layout"] |= {"pp": 2, "ep": 2}
     return facts
 
@@ -85,6 +91,18 @@ def test_a_short_run_averages_what_it_has() -> None:
     row = {"tokens_per_second": 1.0, "tflops_per_gpu": 1.0, "step_seconds": 1.0}
     facts = training_facts([{"step": 1, "loss": 3.0, **row}, {"step": 2, "loss": 1.0, **row}])
     assert (facts["loss_first"], facts["loss_last"], facts["loss_averaged_over_steps"]) == (2.0, 2.0, 2)
+
+
+def test_reinforcement_learning_has_its_reward_curve_and_its_figure(tmp_path: Path) -> None:
+    of_rl: list[dict[str, Any]] = [{"step": step, "critic/rewards/mean": step / 20} for step in range(1, 21)]
+    of_rl.append({"step": 20, "validation/reward": 0.625})
+    facts = _facts(tmp_path, of_rl=of_rl)
+    # The means of 1..10 and of 11..20, each over 20.
+    assert (facts["rl"]["reward_first"], facts["rl"]["reward_last"]) == pytest.approx((0.275, 0.775))
+    text = page(facts, _metrics(200), of_rl)
+    assert "<h2>Reinforcement learning</h2>" in text and "0.28 → 0.78" in text
+    assert "balanced accuracy afterwards: 0.90" in text and "held-out prompts: 0.625 at 20" in text
+    assert "Reinforcement learning" not in page(_facts(tmp_path), _metrics(200))
 
 
 def test_the_facts_are_standard_json(tmp_path: Path) -> None:

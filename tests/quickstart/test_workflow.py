@@ -84,6 +84,20 @@ def test_the_commands_printed_are_the_ones_a_user_can_type(tmp_path: Path, capsy
     assert evaluation.endswith("data=simulated_pairs")  # the training's settings are not its business
 
 
+def test_reinforcement_learning_begins_with_the_fine_tuned_shards_and_holds_the_same_rows_out(
+    tmp_path: Path,
+) -> None:
+    overrides = ["data=simulated_pairs", "data.seed=3", "train.max_steps=17"]
+    plan = make_plan(QuickstartFolder(tmp_path), overrides=overrides, identity={}, rl_steps=5)
+    assert [stage.name for stage in plan.stages] == [*BEFORE, *TRAINED, "train-rl", "evaluate-rl"]
+    assert " ".join(plan.commands["train-rl"]) == (
+        "megatron-ads train --recipe rl/quickstart data.validation_rows=256 data=simulated_pairs data.seed=3 "
+        f"train.max_steps=5 train.evaluate_every=5 model.load={tmp_path}/run/export log.dir={tmp_path}/rl"
+    )
+    with pytest.raises(ConfigError, match=r"train\.max_steps is 0"):
+        make_plan(QuickstartFolder(tmp_path), overrides=["data=simulated_pairs"], identity={}, rl_steps=0)
+
+
 def test_an_impossible_setting_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.max_steps"):
         _plan(tmp_path, "train.stepz=7")

@@ -33,6 +33,17 @@ def test_shares_and_weights_of_every_task_are_curves(tmp_path: Path) -> None:
     assert "<c>" not in page
 
 
+def test_the_rewards_of_a_policy_are_curves_and_its_loss_may_be_negative(tmp_path: Path) -> None:
+    rewards = {"critic/rewards/mean": 0.25, "critic/rewards/rank/mean": 0.5, "critic/rewards/fit/mean": 0.125}
+    weights = {"reward_weight/rank": 0.75, "reward_weight/fit": 0.375}
+    page = page_of(tmp_path, {"step": 1, "loss": -0.5, **rewards, **weights}, {"step": 1, "validation/reward": 0.625})
+    for shown in ("0.250 → 0.250", "held-out prompts: 0.625 at 1", "rank: 0.5 at 1", "fit: 0.375 at 1"):
+        assert shown in page
+    assert "-0.500 → -0.500" in page and "Reinforcement learning" in page
+    page = page_of(tmp_path, {"step": 1, "loss": 0.5})
+    assert "Reward" not in page and "Fine-tuning" in page
+
+
 def test_a_run_goes_on_where_its_report_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_run_report(tmp_path)
     assert "report.html could not be written: " in caplog.text and "no run has written metrics there" in caplog.text

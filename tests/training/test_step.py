@@ -1,4 +1,4 @@
-"""A step with another objective, and log-probabilities of every label, under several layouts."""
+"""A step with another objective, and log-probabilities and entropies of every label, under several layouts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,17 +37,21 @@ def samples() -> list[TokenizedRow]:
     return made
 
 
-def _share(layout: ParallelLayout) -> ReplicaShare:
+def share_of_rank(layout: ParallelLayout) -> ReplicaShare:
     from megatron_ads.layout import rank
 
     return ReplicaShare(4, 1, layout.coordinates(rank()).dp, layout.dp)
 
 
-def _log_probabilities(recipe: Recipe) -> list[torch.Tensor]:
-    from megatron_ads.training.step import run_log_probabilities
+def _log_probabilities(recipe: Recipe) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    from megatron_ads.training.step import run_log_probabilities, run_log_probabilities_and_entropies
 
     model, shards, _ = start(recipe)
-    return run_log_probabilities(samples(), _share(shards.layout), model.chunks, seq_length=SEQ_LENGTH)
+    share = share_of_rank(shards.layout)
+    log_p, entropies = run_log_probabilities_and_entropies(samples(), share, model.chunks, seq_length=SEQ_LENGTH)
+    alone = run_log_probabilities(samples(), share, model.chunks, seq_length=SEQ_LENGTH)
+    assert all(torch.equal(*pair) for pair in zip(alone, log_p, strict=True))
+    return log_p, entropies
 
 
 @pytest.fixture(scope="module")
@@ -57,28 +61,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path) -> Sequence[torch.Tensor]:
-    """Computed by transformers, row by row."""
+def distributions(folder: Path) -> Sequence[torch.Tensor]:
+    """log p of every next token, (labels, vocabulary), computed by transformers row by row."""
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
     found = []
     for row in samples():
         tokens = torch.from_numpy(row.tokens).long()[None]
         with torch.no_grad():
-            log_p = model(tokens).logits[0, :-1].float().log_softmax(-1)
-        found.append(log_p.gather(1, tokens[0, 1:, None])[:, 0])
+            found.append(model(tokens).logits[0, :-1].float().log_softmax(-1))
     return found
+
+
+@pytest.fixture(scope="module")
+def expected(distributions: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    labels = [torch.from_numpy(row.tokens[1:]).long() for row in samples()]
+    return [log_p.gather(1, each[:, None])[:, 0] for log_p, each in zip(distributions, labels, strict=True)]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_rank_gets_the_log_probability_of_every_label_as_transformers_computes_it(
-    name: str, folder: Path, expected: Sequence[torch.Tensor]
+    name: str, folder: Path, expected: Sequence[torch.Tensor], distributions: Sequence[torch.Tensor]
 ) -> None:
     world, layout = LAYOUTS[name]
-    for found in run_ranks(world, _log_probabilities, Recipe(folder=folder, layout=layout)):
+    for found, entropies in run_ranks(world, _log_probabilities, Recipe(folder=folder, layout=layout)):
         assert [len(values) for values in found] == [row.predictions for row in samples()]
         for values, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(values, wanted, rtol=1e-5, atol=2e-5)
         assert not torch.allclose(found[0][:4], expected[1], atol=1e-2)  # the negative twin: another row's
+        for values, log_p in zip(entropies, distributions, strict=True):
+            torch.testing.assert_close(values, -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=2e-5)
+        assert not torch.allclose(entropies[0][:4], entropies[1], atol=1e-3)
 
 
 def _advantage_weighted(values: TokenValues) -> LossValues:
@@ -105,7 +117,7 @@ def _step(recipe: Recipe) -> tuple[float, dict[str, float], list[float], float]:
     model, shards, _ = start(recipe)
     batches = batches_of_all(
         samples(),
-        _share(shards.layout),
+        share_of_rank(shards.layout),
         seq_length=SEQ_LENGTH,
         packing=True,
         extra={"advantage": _advantages()},
@@ -119,7 +131,7 @@ def _absent(recipe: Recipe, loss: Loss) -> str:
     from megatron_ads.training.step import run_evaluation
 
     model, shards, _ = start(recipe)
-    share = _share(shards.layout)
+    share = share_of_rank(shards.layout)
     extra = {"advantage": _advantages()}
     cut = batches_of_all(samples(), share, seq_length=SEQ_LENGTH, packing=True, extra=extra)
     with pytest.raises(ConfigError) as caught:

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_ads.cli import main
@@ -126,6 +128,22 @@ def test_tables_are_read_part_by_part_and_held_out_by_time(tokenizer: Path, tmp_
     training, held_out, _ = in_memory(data, tokenizer)
     assert as_lists(found.training[0].rows) == as_lists(training[0])
     assert as_lists(found.held_out) == as_lists(held_out)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_files_made_for_verl_are_read_in_pieces(form: str, tokenizer: Path, tmp_path: Path) -> None:
+    rows = [
+        {"data_source": "mine", "prompt": line(n)["messages"][:1], "reward_model": {"ground_truth": f"{n}"}}
+        for n in range(90)
+    ]
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    if form == "parquet":
+        file = tmp_path / "rows.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    data = DataConfig(sources=[SourceConfig(kind=SourceKind.verl, path=str(file))], seq_length=SEQ_LENGTH)
+    training, _, _ = in_memory(data, tokenizer)
+    assert len(training[0]) == 90
+    assert as_lists(prepared(data, tokenizer, tmp_path / "prepared").training[0].rows) == as_lists(training[0])
 
 
 def bad_lines() -> list[bytes]:

@@ -1,0 +1,250 @@
+"""Zero-shot, fine-tuned, then reinforced: what each step gains on a small model, on a CPU, and what it costs.
+
+    python -m benchmarks.rl_small --out DIR [--track advertiser|relevance] [--seeds 3] [--sft-steps N] [--rl-steps N]
+
+For each seed a random checkpoint is made and taken along the path; after each step it answers the same held-out rows
+greedily. The tracks:
+
+    advertiser   20 advertisers and 5 interests in XML, `sft/small` then `rl/advertiser_grpo`; recall@20. A model that
+                 only knows the language (trained on the texts of the prompts, no answer) is the zero-shot one. The
+                 simulator's rows have no reasoning, as the paper found it of no use there.
+    relevance    query and ad, `sft/quickstart` then `rl/quickstart`; balanced accuracy; with and without reasoning. The
+                 cheaper one: the random model itself is the zero-shot one.
+
+Each stage is done once; the same command continues where it was interrupted. DIR/results.md has the tables,
+DIR/results.json every number, DIR/STAGE/report.html the curves. The seed decides the first weights, the order of
+rows and the draws; the held-out rows are the same for all.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rl_small_table import tables
+from benchmarks.sft_small import run_command, train_stage, write_texts
+from megatron_ads.cli import exit_status
+from megatron_ads.errors import ConfigError
+from megatron_ads.observability.provenance import own_code_digest, provenance
+from megatron_ads.quickstart.stages import Stage, StageRecord
+
+SOURCE = "[{{kind: simulator, task: {task}, rows: {rows}}}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """One task, and the recipes that lead to it."""
+
+    task: str
+    preset: str
+    sft: str
+    rl: str
+    data: tuple[str, ...]
+    """Settings of both recipes: the rows, and which of them are held out."""
+    reasoning: tuple[str, ...]
+    """Ways to go along the path; the first alone unless more are asked for."""
+    of_sft: tuple[str, ...] = ()
+    of_rl: tuple[str, ...] = ()
+    reads_first: bool = False
+    """Whether the model learns the language before it is fine-tuned."""
+
+
+TRACKS = {
+    "advertiser": Track(
+        task="next_advertiser_ranking",
+        preset="shallow",
+        sft="sft/small",
+        rl="rl/advertiser_grpo",
+        data=("data.seq_length=768", f"data.sources={SOURCE.format(task='next_advertiser_ranking', rows=20000)}"),
+        reasoning=("none",),
+        of_sft=("data=simulator",),
+        reads_first=True,
+    ),
+    "relevance": Track(
+        task="query_ad_relevance",
+        preset="tiny",
+        sft="sft/quickstart",
+        rl="rl/quickstart",
+        data=(f"data.sources={SOURCE.format(task='query_ad_relevance', rows=12000)}", "layout=pp1_ep1"),
+        reasoning=("with", "without"),
+        of_sft=("model.mtp_loss_weight=0",),
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is not complete yet, and write and print the tables."""
+    return exit_status("benchmarks.rl_small", partial(_run, _parse(argv)))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from conversion.atomic_file import write_small
+    from megatron_ads.launching.processes import termination_as_interrupt
+    from megatron_ads.quickstart.stages import run_stages
+
+    out, track = arguments.out.resolve(), TRACKS[arguments.track]
+    path = _Path(out, track, arguments)
+    ways = track.reasoning if arguments.reasoning == "both" else (arguments.reasoning or track.reasoning[0],)
+    if unknown := [way for way in ways if way not in track.reasoning]:
+        raise ConfigError(f"--reasoning is {unknown[0]}, which --track {arguments.track} does not have. Leave it out.")
+    stages = [stage for seed in range(arguments.seeds) for stage in path.stages(seed, ways)]
+    with termination_as_interrupt():
+        records = run_stages(stages, out, {})
+    results = {way: [path.results(seed, way, records) for seed in range(arguments.seeds)] for way in ways}
+    report = {**provenance(), "track": arguments.track, "ranks": arguments.ranks, "reasoning": results}
+    text = tables(results)
+    write_small(out / "results.json", json.dumps(report, indent=1) + "\n")
+    write_small(out / "results.md", text)
+    print(f"\n{text}\n{out / 'results.json'}")
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for everything it writes")
+    parser.add_argument("--track", choices=list(TRACKS), default="advertiser")
+    parser.add_argument("--reasoning", choices=["with", "without", "both"], help="relevance (default: with)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of the whole path (default 3)")
+    parser.add_argument("--ranks", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: 2)")
+    parser.add_argument("--text-steps", type=int, default=800, help="advertiser: steps on the texts (default 800)")
+    parser.add_argument("--sft-steps", type=int, default=1600, help="steps of the fine-tuning (default 1600)")
+    parser.add_argument("--rl-steps", type=int, default=100, help="steps of GRPO (default 100)")
+    parser.add_argument("--held-out", type=int, default=256, help="rows to answer (default 256)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the GRPO: rollout.samples=4")
+    return parser.parse_intermixed_args(argv)
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """From a random checkpoint to a reinforced one."""
+
+    out: Path
+    track: Track
+    arguments: argparse.Namespace
+
+    def stages(self, seed: int, ways: Sequence[str]) -> Iterator[Stage]:
+        """Yield the stages of one seed."""
+        model = f"model-{seed}"
+        make = [
+            "demo-model",
+            str(self.out / model),
+            "--preset",
+            self.track.preset,
+            "--dtype",
+            "fp32",
+            "--seed",
+            str(seed),
+        ]
+        yield Stage(
+            name=model, title=f"seed {seed}: make a random checkpoint", outputs=[self.out / model],
+            settings={"command": make, "code": own_code_digest()}, run=partial(run_command, make, self.out, model),
+        )  # fmt: skip
+        start, folder = model, self.out / model
+        if self.track.reads_first:
+            start = f"language-{seed}"
+            folder = self.out / start / "export"
+            yield from self._language(start, seed, after=model)
+        for way in ways:
+            data = self._data(way)
+            yield self._score(f"zero-{way}-{seed}", folder, data, after=start)
+            sft, rl = f"sft-{way}-{seed}", f"grpo-{way}-{seed}"
+            settings = [*self.track.of_sft, *data, f"train.max_steps={self.arguments.sft_steps}"]
+            yield self._train(sft, self.track.sft, folder, seed, settings, after=start)
+            yield self._score(f"{sft}-scores", self.out / sft / "export", data, after=sft)
+            settings = [*data, f"train.max_steps={self.arguments.rl_steps}", *self.arguments.overrides]
+            yield self._train(rl, self.track.rl, self.out / sft / "export", seed, settings, after=sft)
+            yield self._score(f"{rl}-scores", self.out / rl / "export", data, after=rl)
+            if seed == 0:
+                yield self._cost(f"cost-{way}", self.out / sft / "export", data, after=sft)
+
+    def _data(self, way: str) -> list[str]:
+        reasoning = ["data.reasoning=false"] if way == "without" else []
+        return [*self.track.data, f"data.validation_rows={self.arguments.held_out}", *reasoning]
+
+    def _language(self, name: str, seed: int, *, after: str) -> Iterator[Stage]:
+        texts, section = self.out / "texts.jsonl", ["data=simulator", *self._data("none")]
+        if seed == 0:
+            yield Stage(
+                name="texts", title="write the texts to learn from", outputs=[texts],
+                settings={"section": section, "code": own_code_digest()}, run=partial(write_texts, texts, [section]),
+            )  # fmt: skip
+        learn = [
+            "data=jsonl", "data.seq_length=768", "data.validation_rows=200", "loss.normalize=token",
+            f"data.sources=[{{kind: jsonl, path: {texts}}}]", "optim.min_learning_rate=4.0e-4",
+            f"train.max_steps={self.arguments.text_steps}",
+        ]  # fmt: skip
+        yield self._train(name, self.track.sft, self.out / after, seed, learn, after=after, reads="texts")
+
+    def _train(
+        self, name: str, recipe: str, model: Path, seed: int, settings: Sequence[str], *, after: str, reads: str = ""
+    ) -> Stage:
+        own = [f"model.load={model}", f"log.dir={self.out / name}", f"train.seed={seed}", *settings]
+        needs = [after, reads] if reads else [after]
+        return train_stage(name, name, own, self.out, self.arguments.ranks, after=needs, recipe=recipe)
+
+    def _score(self, name: str, model: Path, data: Sequence[str], *, after: str) -> Stage:
+        answers = self.out / f"{name}.jsonl"
+        run = partial(_evaluate, self.track, model, [*self.track.of_sft, *data], answers)
+        return Stage(
+            name=name, title=name, settings={"data": list(data)}, after=[after], outputs=[answers], resumable=True,
+            run=run,
+        )  # fmt: skip
+
+    def _cost(self, name: str, model: Path, data: Sequence[str], *, after: str) -> Stage:
+        from benchmarks.rl_small_cost import compared
+
+        settings = [*data, *self.arguments.overrides]
+        run = partial(compared, model, self.track.rl, settings)
+        return Stage(name=name, title=name, settings={"settings": settings}, after=[after], outputs=[], run=run)
+
+    def results(self, seed: int, way: str, records: Mapping[str, StageRecord]) -> dict[str, Any]:
+        """Return the scores and the seconds of one seed."""
+        from megatron_ads.observability.metrics import read_metrics
+
+        rl = self.out / f"grpo-{way}-{seed}"
+        names = {
+            "zero-shot": f"zero-{way}-{seed}",
+            "SFT": f"sft-{way}-{seed}-scores",
+            "SFT + GRPO": f"{rl.name}-scores",
+        }
+        steps = [row for row in read_metrics(rl) if "timing_s/rollout" in row]
+        phases = {name: [row[name] for row in steps] for name in steps[0] if name.startswith("timing_s/")}
+        return {
+            "scores": {about: records[name].result for about, name in names.items()},
+            "step_seconds": [row["step_seconds"] for row in steps],
+            "phases": phases,
+            "reward": [row.get("critic/rewards/mean") for row in steps],
+            "cost": records[f"cost-{way}"].result if seed == 0 else None,
+        }
+
+
+def _evaluate(track: Track, model: Path, overrides: Sequence[str], answers: Path) -> dict[str, Any]:
+    """Return the headline of the track, with the interval of resampled groups, beside what the baselines get."""
+    from megatron_ads.evaluation.evaluate import EvaluationRequest, evaluate
+
+    request = EvaluationRequest(recipe=track.sft, overrides=overrides, batch_size=64, answers_file=answers)
+    scores = evaluate(model, request)["tasks"][track.task]
+    if "ranking" not in scores:
+        view = scores["views"]["fair"]
+        beside = [name for name in ("baseline", "text_baseline", "reachable") if name in view]
+        return {
+            "name": "balanced accuracy", "value": view["model"]["balanced_accuracy"],
+            "interval": view["balanced_accuracy_95"], "readable": scores["readable_share"],
+            "lines": {name: view[name]["balanced_accuracy"] for name in beside},
+        }  # fmt: skip
+    methods = scores["ranking"]["methods"]
+    return {
+        "name": "recall@20", "value": methods["model"]["recall@20"], "interval": methods["model"].get("recall@20_95"),
+        "readable": scores["readable_share"],
+        "lines": {name: values["recall@20"] for name, values in methods.items() if name != "model"},
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main())

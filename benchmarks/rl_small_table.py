@@ -1,0 +1,65 @@
+"""The tables of ``benchmarks.rl_small``: what each step of the path reaches, and what a step of GRPO costs."""
+
+from collections.abc import Mapping, Sequence
+from statistics import mean, median
+from typing import Any
+
+Runs = Mapping[str, Sequence[Mapping[str, Any]]]
+"""By reasoning, one for each seed."""
+
+
+def tables(runs: Runs) -> str:
+    """Return both tables as Markdown."""
+    return f"{_scores(runs)}\n{_costs(runs)}"
+
+
+def _scores(runs: Runs) -> str:
+    first = next(iter(runs.values()))[0]["scores"]["zero-shot"]
+    rows = [["", "reasoning", f"{first['name']}, mean of seeds", "each seed, and 95 % of resampled groups", "readable"]]
+    for way, seeds in runs.items():
+        for about in seeds[0]["scores"]:
+            found = [seed["scores"][about] for seed in seeds]
+            each = ", ".join(f"{_shown(one['value'])}{_range(one['interval'])}" for one in found)
+            readable = mean(one["readable"] for one in found)
+            rows.append([about, way, _shown(mean(one["value"] or 0.0 for one in found)), each, f"{readable:.2f}"])
+    rows += [[line, "", _shown(value), "", ""] for line, value in first["lines"].items()]
+    return _markdown(rows)
+
+
+def _costs(runs: Runs) -> str:
+    rows = [["of a step of GRPO", *runs]]
+    phases = next(iter(runs.values()))[0]["phases"]
+    seconds = {way: {name: [s for seed in seeds for s in seed["phases"][name]] for name in phases}
+               for way, seeds in runs.items()}  # fmt: skip
+    rows += [[f"{name}, s", *(_spread(of[name]) for of in seconds.values())] for name in phases]
+    costs = [seeds[0]["cost"] for seeds in runs.values()]
+    rows += [
+        ["rollouts, tokens/s", *(f"{_tokens(cost) / cost['rollout_seconds']:.0f}" for cost in costs)],
+        ["transformers.generate, tokens/s", *(f"{_tokens(cost) / cost['generate_seconds']:.0f}" for cost in costs)],
+        ["their ratio", *(f"{cost['generate_seconds'] / cost['rollout_seconds']:.2f}" for cost in costs)],
+        ["weights into the engine, s", *(f"{cost['update_weights_seconds']:.4f}" for cost in costs)],
+        ["copy of the same bytes, s", *(f"{cost['copy_seconds']:.4f}" for cost in costs)],
+        ["their ratio", *(f"{cost['update_weights_seconds'] / cost['copy_seconds']:.2f}" for cost in costs)],
+    ]
+    return _markdown(rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def _tokens(cost: Mapping[str, Any]) -> float:
+    return float(cost["answers"] * cost["tokens_per_answer"])
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *body))
+
+
+def _range(interval: Sequence[float] | None) -> str:
+    return f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,331 @@
+"""``rollout``, ``rewards`` and ``policy``: what reinforcement learning has besides the sections of every job.
+
+Settings have the names that verl and TRL users know. Importing it needs no torch.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from omegaconf import MISSING
+
+from megatron_ads.architecture import ModelShape
+from megatron_ads.config.generation import EndpointConfig
+from megatron_ads.config.run import RunConfig, validate_run
+from megatron_ads.errors import require, require_above, require_at_least, require_distinct
+
+
+class RolloutMode(StrEnum):
+    """Who generates, and who trains."""
+
+    colocated = "colocated"
+    """Every rank generates with transformers, then trains."""
+    servers = "servers"
+    """Inference servers generate."""
+    rollout_only = "rollout_only"
+    """Generates and scores with the weights of ``model.load``; nothing is trained."""
+    train_only = "train_only"
+    """Trains on the rollouts in ``rollout.dump``; nothing is generated."""
+
+
+class Overlong(StrEnum):
+    """What becomes of an answer that was cut off at ``rollout.max_new_tokens``."""
+
+    keep = "keep"
+    mask = "mask"
+    """It counts in its group's mean reward, but not in the loss (DAPO, arXiv:2503.14476, section 3.4)."""
+    shape = "shape"
+    """Its reward falls linearly over the last ``rollout.overlong_buffer`` tokens, to 1 less (DAPO, eq. 13)."""
+
+
+@dataclass(kw_only=True, slots=True)  # not frozen, here and below: Hydra merges into it
+class RolloutConfig:
+    """Answers of the policy to prompts. A step has ``train.global_batch_size`` prompts, each with ``samples`` answers.
+
+    They are drawn at temperature 1 from all tokens, as the policy gradient assumes.
+    """
+
+    mode: RolloutMode = RolloutMode.colocated
+    """Who generates, and who trains."""
+    samples: int = 8
+    """G, the answers to each prompt: one group."""
+    max_new_tokens: int = 256
+    """Longest answer, end token included."""
+    batch_size: int = 64
+    """Answers that one engine generates at once; of a server, its ``concurrency`` says how many it is asked for."""
+    dynamic_sampling: bool = False
+    """Replace groups whose answers all have the same reward by those of further prompts (DAPO, section 3.2)."""
+    max_draws: int = 3
+    """``dynamic_sampling``: how often prompts are drawn for one step at most; then groups without variance fill it."""
+    overlong: Overlong = Overlong.keep
+    """What becomes of an answer that was cut off."""
+    overlong_buffer: int = 0
+    """``shape``: tokens below ``max_new_tokens`` over which the reward falls."""
+    dump: str | None = None
+    """``train_only``: a folder of rollouts that another job wrote, ``<log.dir>/rollouts``."""
+    probe_rows: int = 4
+    """Prompts whose targets are scored by engine and trainer after each update; 0 is none."""
+    max_logprob_diff: float = 0.05
+    """A job ends whose engine and trainer differ by more on the probe, in nats, the mean over its tokens."""
+    servers: list[EndpointConfig] = field(default_factory=list)
+    """``servers``: one entry for each inference server."""
+    reload_command: str | None = None
+    """``servers``: shell command that makes a server use new weights, with MODEL, URL and SERVED_MODEL in its
+    environment; it returns when the server answers again. None: vLLM's and SGLang's own requests to load weights from a
+    folder."""
+    server_wait_seconds: float = 600.0
+    """``servers``: longest wait for a server to use new weights, and for any to answer while all are lost."""
+    max_staleness: int = 0
+    """``servers``: updates that the weights of an answer may be behind; only 0, on-policy, is there so far."""
+
+    def check(self) -> None:
+        """Refuse values that are impossible whatever the other sections say."""
+        require_at_least("rollout", self, 2, "samples")
+        require_at_least("rollout", self, 1, "max_new_tokens", "batch_size", "max_draws")
+        require_at_least("rollout", self, 0, "overlong_buffer", "probe_rows", "max_staleness")
+        require_above("rollout", self, 0, "max_logprob_diff", "server_wait_seconds")
+        has_buffer, shaped = self.overlong_buffer > 0, self.overlong is Overlong.shape
+        require(
+            has_buffer == shaped and self.overlong_buffer < self.max_new_tokens,
+            f"rollout.overlong_buffer is {self.overlong_buffer} and rollout.overlong {self.overlong}: shape needs a "
+            f"buffer from 1 to rollout.max_new_tokens - 1 = {self.max_new_tokens - 1}, and nothing else has one.",
+        )
+        require(
+            not self.dynamic_sampling or self.max_draws > 1,
+            f"rollout.max_draws is {self.max_draws}, with which rollout.dynamic_sampling would draw nothing in place "
+            "of what it drops. Raise it, or leave dynamic_sampling out.",
+        )
+        self._check_mode()
+
+    def _check_mode(self) -> None:
+        train_only, servers = self.mode is RolloutMode.train_only, self.mode is RolloutMode.servers
+        require(
+            (self.dump is not None) == train_only,
+            f"rollout.dump is {self.dump} and rollout.mode {self.mode}. train_only needs the folder, no other mode "
+            "reads one.",
+        )
+        require(
+            bool(self.servers) == servers,
+            f"rollout.servers has {len(self.servers)} entries and rollout.mode is {self.mode}. Mode servers needs at "
+            "least one, with url and model; no other mode asks them.",
+        )
+        of_servers, of_others = (("reload_command", None), ("server_wait_seconds", 600.0)), (("batch_size", 64),)
+        for name, unused in of_others if servers else of_servers:
+            require(
+                getattr(self, name) == unused,
+                f"rollout.{name} is {getattr(self, name)}, which has no effect with rollout.mode {self.mode}. "
+                "Remove it.",
+            )
+        self._check_servers()
+
+    def _check_servers(self) -> None:
+        require(
+            self.max_staleness == 0,
+            f"rollout.max_staleness is {self.max_staleness}: every step waits for its own rollouts so far, on-policy. "
+            "Set it to 0.",
+        )
+        for index, server in enumerate(self.servers):
+            section = f"rollout.servers[{index}]"
+            require(server.model is not None, f"{section}.model is missing. Name the model as the server knows it.")
+            server.check(section)
+        require_distinct("rollout.servers", [server.url or "" for server in self.servers])
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardConfig:
+    """One reward."""
+
+    name: str = MISSING
+    """A built-in reward of ``megatron_ads/rewards/registry.py``, or ``module:function`` of one's own."""
+    weight: float = 1.0
+    """w_k; with POPO and POPO-light its start, normalised."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the reward besides the rollouts, such as ``{k: 20}``."""
+
+
+class Combine(StrEnum):
+    """How the advantages of several rewards become one, A = sum_k w_k A_k."""
+
+    fixed = "fixed"
+    """By the weights of the recipe."""
+    popo = "popo"
+    """By weights that follow the inner products of the rewards' gradients (Taiji, eq. 5-6): one more forward and
+    backward pass a reward in each step, and on the host K - 1 gradients of K rewards."""
+    popo_light = "popo_light"
+    """By weights that follow the spread of each reward within its groups (Taiji, eq. 7)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardsConfig:
+    """What answers are worth."""
+
+    use: list[RewardConfig] = MISSING
+    """The rewards; each is normalised within its groups before they are combined."""
+    combine: Combine = Combine.fixed
+    """How several become one."""
+    popo_step_size: float = 0.1
+    """``popo``: eta."""
+    popo_temperature: float = 1.0
+    """``popo``: mu."""
+    timeout_seconds: float = 60.0
+    """Longest computation of one reward for the rollouts of one step; what has no value then counts as failed."""
+
+    def check(self) -> None:
+        """Refuse values that are impossible whatever the other sections say."""
+        require(bool(self.use), "rewards.use is empty. Name at least one reward, such as {name: label_agreement}.")
+        require_distinct("rewards.use", [reward.name for reward in self.use])
+        require_above("rewards", self, 0, "popo_step_size", "popo_temperature", "timeout_seconds")
+        for index, reward in enumerate(self.use):
+            require_above(f"rewards.use[{index}]", reward, 0, "weight")
+        require(
+            len(self.use) > 1 or self.combine is Combine.fixed,
+            f"rewards.combine is {self.combine}, but rewards.use has a single reward. Remove it, or add a reward.",
+        )
+        for name, unused in (("popo_step_size", 0.1), ("popo_temperature", 1.0)):
+            require(
+                self.combine is Combine.popo or getattr(self, name) == unused,
+                f"rewards.{name} is {getattr(self, name)}, which has no effect with rewards.combine {self.combine}. "
+                "Remove it, or set rewards.combine to popo.",
+            )
+
+
+class PolicyLoss(StrEnum):
+    """What is clipped."""
+
+    grpo = "grpo"
+    """The ratio of each token (arXiv:2402.03300)."""
+    gspo = "gspo"
+    """The ratio of each answer, its geometric mean over tokens (arXiv:2507.18071), with ``loss_agg_mode``
+    seq-mean-token-mean there."""
+    cispo = "cispo"
+    """The weight of each token's log-probability (arXiv:2506.13585, where ``clip_ratio_low`` is 1: no lower bound)."""
+
+
+class LossAggregation(StrEnum):
+    """How the tokens of a step become one loss, over all replicas and microbatches; verl's names."""
+
+    token_mean = "token-mean"
+    seq_mean_token_sum = "seq-mean-token-sum"
+    seq_mean_token_mean = "seq-mean-token-mean"
+    seq_mean_token_sum_norm = "seq-mean-token-sum-norm"
+    """The sum over tokens divided by ``rollout.max_new_tokens`` (Dr. GRPO, arXiv:2503.20783)."""
+
+
+class KlType(StrEnum):
+    """Estimators of KL(pi || ref) from one token (http://joschu.net/blog/kl-approx.html)."""
+
+    k1 = "k1"
+    """Unbiased, for the reward: as part of the loss its gradient is 0 in expectation."""
+    k2 = "k2"
+    """Biased, but its gradient is that of KL(pi || ref)."""
+    k3 = "k3"
+    """Unbiased and never negative; its gradient is that of KL(ref || pi)."""
+
+
+class KlPlace(StrEnum):
+    """What the KL term is part of."""
+
+    loss = "loss"
+    reward = "reward"
+
+
+class ImportanceSampling(StrEnum):
+    """How the difference between the engine's and the trainer's log-probabilities is corrected."""
+
+    none = "none"
+    tis = "tis"
+    """Weigh each token by min(pi_trainer / pi_engine, ``importance_cap``)."""
+    icepop = "icepop"
+    """The same, but tokens outside [1 / ``importance_cap``, ``importance_cap``] do not count."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PolicyConfig:
+    """The update; formulas in ``megatron_ads/losses/policy.py`` and ``advantages.py``."""
+
+    loss: PolicyLoss = PolicyLoss.grpo
+    """What is clipped."""
+    loss_agg_mode: LossAggregation = LossAggregation.token_mean
+    """How the tokens of a step become one loss."""
+    clip_ratio_low: float = 0.2
+    """epsilon_low: ratios below 1 - epsilon_low are clipped."""
+    clip_ratio_high: float = 0.2
+    """epsilon_high: ratios above 1 + epsilon_high are clipped; 0.28 is DAPO's."""
+    dual_clip: float | None = None
+    """Bound of the ratio where the advantage is negative, above 1 (arXiv:1912.09729); None is off."""
+    norm_adv_by_std: bool = True
+    """Divide advantages by the standard deviation of their group's rewards."""
+    leave_one_out: bool = False
+    """Compare each answer with the mean of the others of its group (RLOO) instead of all."""
+    kl_coef: float = 0.0
+    """beta, the weight of KL(pi || ref); 0 needs no reference."""
+    kl_loss_type: KlType = KlType.k3
+    """Estimator of the KL term."""
+    kl_in: KlPlace = KlPlace.loss
+    """What the KL term is part of."""
+    importance_sampling: ImportanceSampling = ImportanceSampling.none
+    """Correction for engines whose numbers differ from the trainer's."""
+    importance_cap: float = 2.0
+    """Bound of that correction."""
+    minibatches: int = 1
+    """Updates per step, each on as many of its groups."""
+
+    def check(self) -> None:
+        """Refuse values that are impossible whatever the other sections say."""
+        require_above("policy", self, 0, "clip_ratio_low", "clip_ratio_high")
+        require_above("policy", self, 1, "dual_clip", "importance_cap")
+        require_at_least("policy", self, 0, "kl_coef")
+        require_at_least("policy", self, 1, "minibatches")
+        require(
+            self.dual_clip is None or self.loss is PolicyLoss.grpo,
+            f"policy.dual_clip is {self.dual_clip}, which has no effect with policy.loss {self.loss}. Remove it.",
+        )
+        require(
+            self.kl_coef > 0 or self.kl_in is KlPlace.loss,
+            f"policy.kl_in is {self.kl_in}, which has no effect while policy.kl_coef is 0. Remove it.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class RlConfig(RunConfig):
+    """A whole job of reinforcement learning."""
+
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+
+
+def validate(config: RlConfig, world: int, shape: ModelShape | None = None) -> None:
+    """Refuse a recipe that cannot run, or that holds settings without effect; as ``validate_run``.
+
+    Raises:
+        ConfigError: Naming the settings, their values and what to change.
+    """
+    for section in (config.rollout, config.rewards, config.policy):
+        section.check()
+    validate_run(config, world, shape)
+    require(
+        config.train.global_batch_size % config.policy.minibatches == 0,
+        f"train.global_batch_size = {config.train.global_batch_size} prompts do not divide into policy.minibatches = "
+        f"{config.policy.minibatches}. Choose a multiple.",
+    )
+    require(
+        config.rollout.mode is not RolloutMode.train_only or config.train.evaluate_every is None,
+        f"train.evaluate_every is {config.train.evaluate_every} and rollout.mode train_only, which answers nothing. "
+        "Set train.evaluate_every to null.",
+    )
+    require(
+        config.rollout.max_new_tokens < config.data.seq_length,
+        f"rollout.max_new_tokens = {config.rollout.max_new_tokens} leaves no room for a prompt in data.seq_length = "
+        f"{config.data.seq_length}. Lower it, or raise data.seq_length.",
+    )
+    require(
+        config.rewards.combine is not Combine.popo or config.rollout.mode is not RolloutMode.rollout_only,
+        f"rewards.combine is popo and rollout.mode {config.rollout.mode}: POPO's weights follow the gradients of an "
+        "update, and nothing is trained. Set rewards.combine to fixed or popo_light.",
+    )
+    require(
+        config.model.mtp_loss_weight == 0,
+        f"model.mtp_loss_weight is {config.model.mtp_loss_weight:g}: the MTP layer is not trained by reinforcement "
+        "learning. Set it to 0; its weights are carried along.",
+    )

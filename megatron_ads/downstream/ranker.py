@@ -1,0 +1,87 @@
+"""Ranker: how likely a user clicks on an item, and converts after the click, by a deep and cross network.
+
+    x_0     = [u, v, u * v, u . v / sqrt(C)]          u, v: vectors of user, with or without query, and item
+    x_{l+1} = x_0 * (W_l x_l + c_l) + x_l             cross layers
+    logits  = w . [x_L, MLP(x_0)]                     of a click, and of a conversion given a click
+    CTCVR   = P(click) P(conversion | click)
+
+    loss = BCE(click) over impressions + BCE(conversion | click) over clicked ones, each a mean
+
+Source: DCN-v2, arXiv:2008.13535, eq. 1 and the parallel structure of figure 1. Vectors are the retriever's (ours: with
+embeddings of its own the ranker orders held-out impressions worse).
+
+Shape suffixes: N = pairs of user and item, C = length of the retriever's vectors.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megatron_ads.config.downstream import CrossConfig
+from megatron_ads.downstream.examples import Examples
+from megatron_ads.downstream.logs import Item
+from megatron_ads.downstream.retriever import Retriever
+from megatron_ads.downstream.words import Words, take
+from megatron_ads.progress import Progress
+
+
+class Ranker(nn.Module):
+    """The network."""
+
+    def __init__(self, config: CrossConfig, dimensions: int) -> None:
+        """Take ``dimensions``, the length C of the retriever's vectors."""
+        super().__init__()
+        inputs, hidden = 3 * dimensions + 1, config.hidden
+        self.cross = nn.ModuleList(nn.Linear(inputs, inputs) for _ in range(config.cross_layers))
+        self.deep = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
+        self.heads = nn.Linear(inputs + hidden, 2)
+
+    def forward(self, user_NC: Tensor, item_NC: Tensor) -> Tensor:
+        """Return (N, 2): the logits of a click, and of a conversion given a click."""
+        product_NC = user_NC * item_NC
+        score_N1 = product_NC.sum(dim=1, keepdim=True) / product_NC.shape[1] ** 0.5
+        first = torch.cat([user_NC, item_NC, product_NC, score_N1], dim=1)
+        crossed = first
+        for layer in self.cross:
+            crossed = first * layer(crossed) + crossed
+        logits: Tensor = self.heads(torch.cat([crossed, self.deep(first)], dim=1))
+        return logits
+
+    def chances(self, user_NC: Tensor, item_NC: Tensor) -> Tensor:
+        """Return (N, 2): P(click), and CTCVR = P(click and conversion)."""
+        click_N, conversion_N = torch.sigmoid(self(user_NC, item_NC)).unbind(dim=1)
+        return torch.stack([click_N, click_N * conversion_N], dim=1)
+
+
+def train_ranker(
+    examples: Examples, items: list[Item], words: Words, retriever: Retriever, config: CrossConfig, *, seed: int
+) -> Ranker:
+    """Return a ranker trained on impressions; bit-equal for the same arguments on one CPU thread."""
+    torch.manual_seed(seed)
+    item_JC = retriever.items(words.items(items))
+    model, draw = Ranker(config, item_JC.shape[1]), np.random.default_rng([seed, 2])
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    shown = [each for _, each in examples.impressions]
+    history_N = np.array([number for number, _ in examples.impressions])
+    item_N = np.array([each.item for each in shown])
+    happened_N2 = torch.tensor([(each.clicked, each.clicked and each.converted) for each in shown]).float()
+    histories, queries = words.histories(examples.histories), words.queries(each.query for each in shown)
+    steps = config.epochs * -(-len(shown) // config.batch_size)
+    with Progress(steps, description="training the ranker") as progress:
+        for _ in range(config.epochs):
+            searched = draw.random(len(shown)) < config.query_share
+            for batch in np.array_split(draw.permutation(len(shown)), steps // config.epochs):
+                query = take(queries, batch, searched[batch])
+                user_NC = retriever.users(take(histories, history_N[batch]), query)
+                loss = _loss(model(user_NC, item_JC[item_N[batch]]), happened_N2[batch])
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                progress.update(loss=loss.item())
+    return model.eval().requires_grad_(False)
+
+
+def _loss(logits_N2: Tensor, happened_N2: Tensor) -> Tensor:
+    each_N2 = nn.functional.binary_cross_entropy_with_logits(logits_N2, happened_N2, reduction="none")
+    clicked_N = happened_N2[:, 0]
+    return each_N2[:, 0].mean() + (each_N2[:, 1] * clicked_N).sum() / clicked_N.sum().clamp(min=1)

@@ -1,0 +1,152 @@
+"""Reward of a batch of answers: how much they improve a frozen pipeline that they are put into.
+
+    R(B) = g(M_with - M_base)      g(x) = x, tanh(scale x) or sign(x)
+
+    M = recall@k or NDCG@k of the item that each row says is the true one, or
+        ctr: the mean probability of a click on the k items retrieved, by the ranker, which does not see the answer.
+        On the simulator the true advertisers lowered it, where they raised recall and NDCG: prefer those
+
+Answers are put in as lines of the query (``inject: query``), or the items they name go before all others
+(``inject: filter``, as the advertiser paper's retrieval filter). One that cannot be read changes nothing.
+
+Every answer of a batch is worth the same. Batch i holds the i-th answer to each prompt (ours): were it all answers of a
+step, those to one prompt would never differ, and a group's advantages be 0. ``per_sample`` takes each answer for a
+batch of its own.
+
+Source: AdNanny, section 4.3.1, eq. 8; tanh and sign are ours, for differences of any size.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from statistics import fmean
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from megatron_ads.downstream.pipeline import Pipeline
+from megatron_ads.downstream.words import history_of
+from megatron_ads.errors import require
+from megatron_ads.metrics.ranking import ndcg_at, recall_at
+from megatron_ads.rewards.frozen_pipeline import named_items, open_pipeline, query_of, texts_of_answer, true_item
+from megatron_ads.rewards.reward import Unit
+from megatron_ads.rollouts import Rollout, groups_of
+
+
+class Metric(StrEnum):
+    """M."""
+
+    recall = "recall"
+    ndcg = "ndcg"
+    ctr = "ctr"
+
+
+class Inject(StrEnum):
+    """Where answers go."""
+
+    query = "query"
+    filter = "filter"
+
+
+class Transform(StrEnum):
+    """g."""
+
+    identity = "identity"
+    tanh = "tanh"
+    sign = "sign"
+
+
+@dataclass(kw_only=True, slots=True)
+class DownstreamBatch:
+    """Judges rows whose true item the pipeline has; with ``ctr`` all rows."""
+
+    unit: ClassVar[Unit] = Unit.batch
+
+    pipeline: str = ""
+    """Folder of a frozen pipeline."""
+    metric: str = "recall"
+    """``recall``, ``ndcg`` or ``ctr``."""
+    k: int = 20
+    """Items retrieved."""
+    inject: str = "query"
+    """``query`` or ``filter``."""
+    g: str = "identity"
+    """``identity``, ``tanh`` or ``sign``."""
+    scale: float = 1.0
+    """Of the difference, in ``tanh``."""
+    per_sample: bool = False
+    """Reward each answer by what it alone changes."""
+
+    _pipeline: Pipeline = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check the settings and load the pipeline."""
+        for name, choices in (("metric", Metric), ("inject", Inject), ("g", Transform)):
+            value = getattr(self, name)
+            require(value in list(choices), f"downstream_batch has {name} = {value!r}; known: {', '.join(choices)}.")
+        require(self.k > 0, f"downstream_batch has k = {self.k}; it must be at least 1.")
+        require(self.scale > 0, f"downstream_batch has scale = {self.scale}; it must be above 0.")
+        require(
+            self.scale == 1 or self.g == Transform.tanh,
+            f"downstream_batch has scale = {self.scale}, which has no effect with g {self.g}. Remove it.",
+        )
+        self._pipeline = open_pipeline(self.pipeline, "downstream_batch")
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """Return the reward of each answer; None for rows that are not judged."""
+        batch_N = [place for group in groups_of(rollouts) for place in range(len(group))]
+        judged = [number for number, rollout in enumerate(rollouts) if self._judges(rollout)]
+        changes = dict(zip(judged, self._changes([rollouts[number] for number in judged]), strict=True))
+        if self.per_sample:
+            worth_N = {number: self._transformed(change) for number, change in changes.items()}
+            return [worth_N.get(number) for number in range(len(rollouts))]
+        of_batch: dict[int, list[float]] = defaultdict(list)
+        for number, change in changes.items():
+            of_batch[batch_N[number]].append(change)
+        worth = {batch: self._transformed(fmean(found)) for batch, found in of_batch.items()}
+        return [worth[batch] if number in changes else None for number, batch in enumerate(batch_N)]
+
+    def _judges(self, rollout: Rollout) -> bool:
+        return self.metric == Metric.ctr or true_item(rollout.row, self._pipeline) is not None
+
+    def _transformed(self, change: float) -> float:
+        if self.g == Transform.tanh:
+            return math.tanh(self.scale * change)
+        return float(np.sign(change)) if self.g == Transform.sign else change
+
+    def _changes(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """Return what each answer alone adds to the metric of its row."""
+        if not rollouts:
+            return []
+        histories = [history_of(rollout.row) for rollout in rollouts]
+        base_queries = [query_of(rollout.row) for rollout in rollouts]
+        base_NC = self._pipeline.users(histories, base_queries)
+        base_NK = self._pipeline.retrieve(base_NC, self.k).tolist()
+        if self.inject == Inject.query:
+            added = [texts_of_answer(rollout.row, rollout.text) for rollout in rollouts]
+            queries = ["\n".join([base, *lines]) for base, lines in zip(base_queries, added, strict=True)]
+            with_NK = self._pipeline.retrieve(self._pipeline.users(histories, queries), self.k).tolist()
+        else:
+            named = [named_items(rollout.row, rollout.text, self._pipeline) for rollout in rollouts]
+            with_NK = [list(dict.fromkeys([*one, *two]))[: len(two)] for one, two in zip(named, base_NK, strict=True)]
+        measure = self._click_rates if self.metric == Metric.ctr else self._found
+        before, after = (measure(rollouts, base_NC, items_NK) for items_NK in (base_NK, with_NK))
+        return [new - old for new, old in zip(after, before, strict=True)]
+
+    def _found(self, rollouts: Sequence[Rollout], _: Tensor, items_NK: Sequence[list[int]]) -> list[float]:
+        """Return recall@k or NDCG@k of each row, which has one true item."""
+        score = recall_at if self.metric == Metric.recall else ndcg_at
+        truths = [true_item(rollout.row, self._pipeline) for rollout in rollouts]
+        pairs = zip(truths, items_NK, strict=True)
+        positions = [items.index(truth) + 1 if truth in items else None for truth, items in pairs]
+        return [score([position], self.k) or 0.0 for position in positions]
+
+    def _click_rates(self, _: Sequence[Rollout], user_NC: Tensor, items_NK: Sequence[list[int]]) -> list[float]:
+        """Return the mean probability of a click on the items retrieved for each user."""
+        shown = len(items_NK[0])
+        chances = self._pipeline.chances(user_NC.repeat_interleave(shown, dim=0), np.array(items_NK).ravel())
+        means: list[float] = chances[:, 0].reshape(-1, shown).mean(axis=1).tolist()
+        return means

@@ -1,0 +1,172 @@
+"""The rewards of a recipe: built-in ones by name, and a team's own functions, each kept from harming a run.
+
+What raises, is no finite number or takes too long loses the values of the unit that it happened to, is counted, and
+told in one line a step. The run ends only where a reward is left without any value because of that.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_ads.config.rl import RewardsConfig
+from megatron_ads.errors import ConfigError, DataError, one_line
+from megatron_ads.observability.log import get_logger
+from megatron_ads.rewards.advertiser_ranking import AdvertiserRanking
+from megatron_ads.rewards.ctcvr import Ctcvr
+from megatron_ads.rewards.downstream import DownstreamBatch
+from megatron_ads.rewards.label_agreement import LabelAgreement
+from megatron_ads.rewards.list_ranking import ListRanking
+from megatron_ads.rewards.own_function import is_own, require_there
+from megatron_ads.rewards.retrieval import Retrieval
+from megatron_ads.rewards.reward import Failure, Fault, Outcome, Reward, outcomes_of, units_of, with_settings
+from megatron_ads.rewards.semantic import Semantic
+from megatron_ads.rewards.worker import Worker
+from megatron_ads.rollouts import Rollout
+
+logger = get_logger(__name__)
+
+BUILT_IN: dict[str, type[Any]] = {
+    "advertiser_ranking": AdvertiserRanking,
+    "ctcvr": Ctcvr,
+    "downstream_batch": DownstreamBatch,
+    "label_agreement": LabelAgreement,
+    "list_ranking": ListRanking,
+    "retrieval": Retrieval,
+    "semantic": Semantic,
+}
+"""Dataclasses that are rewards; their fields are the settings."""
+MAX_KILLS = 4
+"""How often the process of a function may be lost in one step; what is then left has no value."""
+
+Judge = Callable[[Sequence[Rollout]], Iterator[list[Outcome]]]
+"""Takes the rollouts of a step and yields the outcomes of one unit after another."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """What rollouts are worth."""
+
+    values: dict[str, NDArray[np.float64]]
+    """(N,) by reward; NaN where there is none."""
+    faults: Counter[str]
+    """Rollouts without a value because something went wrong, by ``REWARD/FAULT``."""
+
+
+class Rewards:
+    """The rewards of a recipe."""
+
+    def __init__(self, judges: Mapping[str, Judge], workers: Sequence[Worker]) -> None:
+        """Take what computes each reward, by name, and the processes among them."""
+        self._judges, self._workers = judges, workers
+
+    def score(self, rollouts: Sequence[Rollout]) -> Scores:
+        """Return what rollouts are worth; those of one prompt must be consecutive.
+
+        Raises:
+            ConfigError: If a function of one's own cannot be imported or called.
+            DataError: If a reward failed for all rollouts that it judges.
+        """
+        faults: Counter[str] = Counter()
+        outcomes = {
+            name: [each for of_unit in judge(rollouts) for each in of_unit] for name, judge in self._judges.items()
+        }
+        for name, found in outcomes.items():
+            faults += _report(name, found)
+        return Scores(values={name: np.array([*map(_value, found)]) for name, found in outcomes.items()}, faults=faults)
+
+    def close(self) -> None:
+        """End the processes of own functions."""
+        for worker in self._workers:
+            worker.close()
+
+
+def open_rewards(config: RewardsConfig) -> Rewards:
+    """Return the rewards of a recipe. Processes of own functions start with the first rollouts.
+
+    Raises:
+        ConfigError: If one is not known, or has no such setting.
+    """
+    judges: dict[str, Judge] = {}
+    workers = []
+    for place, reward in enumerate(config.use):
+        section = f"rewards.use[{place}]"
+        if is_own(reward.name):
+            require_there(reward.name, section)
+            workers.append(worker := Worker(reward.name, reward.settings))
+            judges[reward.name] = _own(worker, config.timeout_seconds)
+        else:
+            judges[reward.name] = _built_in(with_settings(_kind_of(reward.name, section), reward.settings, section))
+    return Rewards(judges, workers)
+
+
+def _kind_of(name: str, section: str) -> type[Any]:
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    near = get_close_matches(name, BUILT_IN, n=1)
+    offer = f"Did you mean {near[0]}?" if near else f"Built in are {', '.join(BUILT_IN)}."
+    raise ConfigError(f"{section}.name is {name!r}. {offer} A function of one's own is module:function.")
+
+
+def _built_in(reward: Reward) -> Judge:
+    def judge(rollouts: Sequence[Rollout]) -> Iterator[list[Outcome]]:
+        for unit in units_of(rollouts, reward.unit):
+            try:
+                yield outcomes_of(reward(unit), len(unit))
+            except DataError as error:
+                yield [Failure(Fault.raised, one_line(error))] * len(unit)
+
+    return judge
+
+
+def _own(worker: Worker, timeout_seconds: float) -> Judge:
+    """Return what asks a process, in ``timeout_seconds`` for all units together, imports not counted.
+
+    A unit that others follow may take half of the time that is left: of equally long ones none then takes too much, and
+    one that hangs leaves time for the others.
+    """
+
+    def judge(rollouts: Sequence[Rollout]) -> Iterator[list[Outcome]]:
+        left, kills = timeout_seconds, 0
+        lost = Failure(Fault.timed_out, f"the {timeout_seconds:g} s of a step were used up")
+        units = list(units_of(rollouts, worker.start())) if rollouts else []
+        for place, unit in enumerate(units, 1):
+            if left <= 0 or kills == MAX_KILLS:
+                yield [lost] * len(unit)
+                continue
+            worker.start()
+            began = time.monotonic()
+            found = worker.ask(unit, left / 2 if place < len(units) else left)
+            left -= time.monotonic() - began
+            if not worker.is_running and isinstance(found[0], Failure):
+                kills, lost = kills + 1, found[0]
+            yield found
+
+    return judge
+
+
+def _value(outcome: Outcome) -> float:
+    return outcome if isinstance(outcome, float) else np.nan
+
+
+def _report(name: str, outcomes: Sequence[Outcome]) -> Counter[str]:
+    """Log what failed in one line, and return how many rollouts each fault cost.
+
+    Raises:
+        DataError: If nothing else is left.
+    """
+    failures = [each for each in outcomes if isinstance(each, Failure)]
+    if not failures:
+        return Counter()
+    counts = Counter(failure.fault for failure in failures)
+    named = ", ".join(f"{count} {fault}" for fault, count in counts.most_common())
+    told = f"The reward {name} failed for {len(failures)} of {len(outcomes)} rollouts ({named}; {failures[0].text})"
+    if not any(isinstance(each, float) for each in outcomes):
+        raise DataError(f"{told} and has a value for none. Correct it, or its settings.")
+    logger.warning("%s.", told)
+    return Counter({f"{name}/{fault}": count for fault, count in counts.items()})

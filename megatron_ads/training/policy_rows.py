@@ -1,0 +1,57 @@
+"""Rollouts as rows of a batch: prompt and answer, with loss on the answer, and how they are divided.
+
+Per label a row carries its advantage and the log-probabilities of the policies that it is compared with, 0 at the
+prompt's labels.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_ads.config.rl import Overlong, RolloutConfig
+from megatron_ads.config.run import RunConfig
+from megatron_ads.data.batches import ReplicaShare
+from megatron_ads.layout import ParallelLayout, rank
+from megatron_ads.rollouts import Rollout
+from megatron_ads.rows import TokenizedRow
+
+
+def policy_row(rollout: Rollout, weight: float) -> TokenizedRow:
+    """Return prompt and answer with ``weight`` on each token of the answer."""
+    tokens = np.array([*rollout.prompt_tokens, *rollout.answer_tokens], dtype=np.int32)
+    weights = np.zeros(len(tokens), dtype=np.float32)
+    weights[len(rollout.prompt_tokens) :] = weight
+    return TokenizedRow(rollout.row.id, rollout.row.task, tokens, weights)
+
+
+def minibatches(rollouts: Sequence[Rollout], count: int) -> list[range]:
+    """Return the places of the rollouts of each update: as many consecutive groups each."""
+    groups = rollouts[-1].group + 1
+    ends = np.searchsorted([rollout.group for rollout in rollouts], np.arange(1, count + 1) * groups // count)
+    return [range(start, end) for start, end in zip([0, *ends.tolist()], ends.tolist(), strict=False)]
+
+
+def overlong_penalty(config: RolloutConfig, answer_tokens: int) -> float:
+    """Return what is taken off the reward of an answer of so many tokens: 0 to 1 over the buffer (DAPO, eq. 13)."""
+    if config.overlong is not Overlong.shape:
+        return 0.0
+    return max(0.0, (answer_tokens - (config.max_new_tokens - config.overlong_buffer)) / config.overlong_buffer)
+
+
+def on_labels(row: TokenizedRow, of_answer: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return a number for each label of a row, given those of its answer."""
+    values = np.zeros(row.predictions, dtype=np.float32)
+    values[row.predictions - len(of_answer) :] = of_answer
+    return values
+
+
+def share_of(config: RunConfig, layout: ParallelLayout) -> ReplicaShare:
+    """Return how rows are divided among the replicas: as few at once as the pipeline allows, so that few are empty."""
+    rows = config.train.micro_batch_size * layout.dp * (layout.pp if layout.vpp > 1 else 1)
+    return ReplicaShare(
+        global_batch_size=rows,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=layout.coordinates(rank()).dp,
+        dp_size=layout.dp,
+    )

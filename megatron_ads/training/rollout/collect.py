@@ -1,0 +1,147 @@
+"""What a step is trained on: prompts drawn, answered and judged until there are enough groups that teach something."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from megatron_ads.config.rl import RlConfig
+from megatron_ads.journal import digest_of
+from megatron_ads.losses.advantages import without_variance
+from megatron_ads.observability.log import get_logger
+from megatron_ads.rewards.registry import Rewards, Scores
+from megatron_ads.rollouts import Rollout, groups_of
+from megatron_ads.runtime.process_groups import wait_for_all
+from megatron_ads.training.checkpoint_errors import failed_log_named, raised_on_all_ranks
+from megatron_ads.training.phase_times import PhaseTimes
+from megatron_ads.training.rollout.dump import ScoredStep, read_header, read_step, step_file, write_step
+from megatron_ads.training.rollout.generation import Asking, Generator
+from megatron_ads.training.rollout.prompts import Prompt, Prompts
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Rank 0 computes the rewards, all ranks get them."""
+
+    rewards: Rewards | None
+    """None but on rank 0."""
+    longest_wait_seconds: float
+
+    def score(self, rollouts: Sequence[Rollout]) -> Scores:
+        """Return what rollouts are worth; a collective.
+
+        Raises:
+            MegatronAdsError: On every rank, if a reward failed for all of them.
+        """
+        found: list[Scores | None] = [None]
+        with raised_on_all_ranks():
+            try:
+                if self.rewards is not None:
+                    found = [self.rewards.score(rollouts)]
+            finally:
+                wait_for_all("compute the rewards", self.longest_wait_seconds)
+        dist.broadcast_object_list(found, src=0)
+        assert found[0] is not None
+        return found[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collector:
+    """Everything that makes the rollouts of a step; the same on every rank."""
+
+    config: RlConfig
+    prompts: Prompts
+    generator: Generator
+    judge: Judge
+    folder: Path
+
+    def collect(self, step: int, weights: str, times: PhaseTimes) -> ScoredStep:
+        """Return the rollouts of ``step`` by the current ``weights``, on every rank; a collective.
+
+        They are written to the folder. What a job wrote there that was then resumed from an earlier step is taken, if
+        it was made by the same weights for the same prompts.
+
+        Raises:
+            MegatronAdsError: On every rank, for anything the user can mend.
+        """
+        file, header = step_file(self.folder, step), self._header(step, weights)
+        if (found := self._finished(file, header)) is None:
+            found = self._draw(step, weights, times)
+            with raised_on_all_ranks(), failed_log_named(self.folder):
+                if dist.get_rank() == 0:
+                    write_step(file, found, header | {"prompts": self.prompts.stream.state_dict()})
+            self.generator.forget()  # not before: what was generated of a later step than those on file is still there
+        return found
+
+    def _header(self, step: int, weights: str) -> dict[str, Any]:
+        made_by = [asdict(self.config.rollout), asdict(self.config.rewards), self.config.train.global_batch_size]
+        before = self.prompts.stream.state_dict()
+        return {"step": step, "weights": weights, "made_by": digest_of([made_by, self.config.train.seed, before])}
+
+    def _finished(self, file: Path, header: dict[str, Any]) -> ScoredStep | None:
+        answer = [dist.get_rank() == 0 and header.items() <= read_header(file).items()]
+        dist.broadcast_object_list(answer, src=0)
+        if not answer[0]:
+            return None
+        with raised_on_all_ranks():
+            found = read_step(file, self.prompts.rows)
+        if dist.get_rank() == 0:
+            logger.info("the rollouts of %s were finished before; they are not generated again", file.name)
+        self.prompts.stream.load_state_dict(read_header(file)["prompts"])
+        return found
+
+    def _draw(self, step: int, weights: str, times: PhaseTimes) -> ScoredStep:
+        """Draw until enough groups have different rewards, or ``max_draws`` times; the others fill the step then."""
+        rollout, wanted = self.config.rollout, self.config.train.global_batch_size
+        kept, flat, faults, generated = list[_Group](), list[_Group](), Counter[str](), 0
+        draws = 0
+        while len(kept) < wanted and draws < (rollout.max_draws if rollout.dynamic_sampling else 1):
+            draws += 1
+            prompts = self.prompts.stream.draw(wanted - len(kept))
+            groups, found = self._answer(prompts, (self.config.train.seed, step, draws), weights, times)
+            faults, generated = faults + found.faults, generated + sum(len(group.rollouts) for group in groups)
+            for group in groups:
+                (flat if rollout.dynamic_sampling and group.is_flat else kept).append(group)
+        used = [*kept, *flat][:wanted]
+        return ScoredStep(
+            rollouts=[replace(each, group=number) for number, group in enumerate(used) for each in group.rollouts],
+            rewards={name: np.concatenate([group.rewards[name] for group in used]) for name in used[0].rewards},
+            faults=faults,
+            draws=draws,
+            generated=generated,
+        )
+
+    def _answer(
+        self, prompts: Sequence[Prompt], seed: tuple[int, ...], weights: str, times: PhaseTimes
+    ) -> tuple[list["_Group"], Scores]:
+        rollout = self.config.rollout
+        asking = Asking(samples=rollout.samples, max_new_tokens=rollout.max_new_tokens, seed=seed, weights=weights)
+        with times.measured("rollout"):
+            rollouts = self.generator.answer(prompts, asking)
+        with times.measured("reward"):
+            scores = self.judge.score(rollouts)
+        groups, start = list[_Group](), 0
+        for members in groups_of(rollouts):
+            end = start + len(members)
+            groups.append(_Group(members, {name: values[start:end] for name, values in scores.values.items()}))
+            start = end
+        return groups, scores
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    rollouts: Sequence[Rollout]
+    rewards: dict[str, NDArray[np.float64]]
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether no reward tells its answers apart."""
+        alike = np.zeros(len(self.rollouts), dtype=np.int64)
+        return all(without_variance(values, alike) for values in self.rewards.values())

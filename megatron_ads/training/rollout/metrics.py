@@ -1,0 +1,51 @@
+"""What the rollouts of a step were like, by verl's metric names."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_ads.losses.advantages import without_variance
+from megatron_ads.training.rollout.dump import ScoredStep
+
+
+def of_step(found: ScoredStep, weights: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics of a step's rollouts; ``weights`` are those of the rewards."""
+    lengths = [len(rollout.answer_tokens) for rollout in found.rollouts]
+    group_N = np.array([rollout.group for rollout in found.rollouts])
+    together_N = combined(found.rewards, weights)
+    with_reward = together_N[~np.isnan(together_N)]
+    return {
+        **of_rewards("critic/rewards", found.rewards, weights),
+        **(
+            {"critic/rewards/max": with_reward.max(), "critic/rewards/min": with_reward.min()}
+            if len(with_reward)
+            else {}
+        ),
+        "response_length/mean": float(np.mean(lengths)),
+        "response_length/max": float(max(lengths)),
+        "response_length/clip_ratio": float(np.mean([rollout.cut_off for rollout in found.rollouts])),
+        "prompt_length/mean": float(np.mean([len(rollout.prompt_tokens) for rollout in found.rollouts])),
+        "rollout/groups_without_variance": float(len(without_variance(together_N, group_N))),
+        "rollout/draws": float(found.draws),
+        "rollout/answers": float(found.generated),
+        **{f"rollout/faults/{name}": float(count) for name, count in found.faults.items()},
+    }
+
+
+def of_rewards(name: str, rewards: Mapping[str, NDArray[np.float64]], weights: Mapping[str, float]) -> dict[str, float]:
+    """Return the mean of the weighted sum, ``NAME/mean``, and of each reward; without those that have no value."""
+    means = {"mean": combined(rewards, weights), **{f"{each}/mean": values_N for each, values_N in rewards.items()}}
+    return {
+        f"{name}/{each}": float(np.nanmean(values_N))
+        for each, values_N in means.items()
+        if not np.isnan(values_N).all()
+    }
+
+
+def combined(rewards: Mapping[str, NDArray[np.float64]], weights: Mapping[str, float]) -> NDArray[np.float64]:
+    """Return sum_k w_k r_k over the rewards that an answer has, (N,); NaN where it has none."""
+    values_KN = np.array([weights[name] * values_N for name, values_N in rewards.items()])
+    sums_N: NDArray[np.float64] = np.nansum(values_KN, axis=0)
+    sums_N[np.isnan(values_KN).all(axis=0)] = np.nan
+    return sums_N

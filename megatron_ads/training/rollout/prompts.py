@@ -1,0 +1,150 @@
+"""The prompts of a reinforcement learning job: the rows they come from, and the endless order of their drawing.
+
+Order and shares of sources are those of fine-tuning on the same rows, a prompt in place of a packed sample.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_ads.config.data import DataConfig
+from megatron_ads.data.chat import ChatTokenizer, opened_by, render_prompt, tokenize_row
+from megatron_ads.data.corpus import read_corpus
+from megatron_ads.data.mixing import Mixture, WeightedRows
+from megatron_ads.data.sources import describe_source
+from megatron_ads.errors import DataError
+from megatron_ads.layout import rank
+from megatron_ads.observability.log import get_logger
+from megatron_ads.rows import ChatRow, TokenizedRow
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """What the policy answers."""
+
+    row: ChatRow
+    tokens: tuple[int, ...]
+    opened: str
+    """What the chat template has written of the answer already, such as ``<think>``."""
+
+
+class PromptStream:
+    """The endless sequence of prompts; its state is one count per source, the same on every rank."""
+
+    def __init__(self, sources: Sequence[Sequence[Prompt]], names: Sequence[str], weights: Sequence[float], seed: int):
+        """Start at the first prompt.
+
+        Raises:
+            DataError: If a source has no prompt.
+        """
+        self._prompts = [prompt for source in sources for prompt in source]
+        named = zip(sources, names, weights, strict=True)
+        weighted = [WeightedRows([*map(_as_row, source)], weight, name) for source, name, weight in named]
+        self._mixture, self._seed = Mixture(weighted, seed=seed), seed
+
+    def draw(self, count: int) -> list[Prompt]:
+        """Return the next prompts."""
+        return [self._prompts[self._mixture.draw().number] for _ in range(count)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the current state, and of which sequence it is."""
+        return {**self._mixture.state_dict(), "contents": list(self._mixture.contents), "seed": self._seed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state`` was taken.
+
+        Raises:
+            DataError: If it belongs to other prompts or another seed.
+        """
+        if (state["contents"], state["seed"]) != (list(self._mixture.contents), self._seed):
+            raise DataError(
+                f"The checkpoint was made with other prompts, or with data.seed {state['seed']} (here {self._seed}): "
+                "their order cannot continue. Use the same files, tokenizer and data settings, or start anew with "
+                "another checkpoint.dir."
+            )
+        self._mixture.load_state_dict(state)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompts:
+    """All prompts of a job."""
+
+    stream: PromptStream
+    held_out: list[Prompt]
+    """Answered in evaluations."""
+    probe: list[TokenizedRow]
+    """Rows with their targets, whose log-probabilities tell weights apart; never empty."""
+    rows: dict[str, ChatRow]
+    """Every row that has a prompt, by its id."""
+
+
+def open_prompts(data: DataConfig, tokenizer: ChatTokenizer, *, max_new_tokens: int, probe_rows: int) -> Prompts:
+    """Read the rows of a recipe and render their prompts.
+
+    Prompts that leave no room for ``max_new_tokens`` in ``data.seq_length`` are left out and counted.
+
+    Raises:
+        DataError: If a source cannot be read or has no prompt left, or two rows have the same id.
+    """
+    corpus = read_corpus(data)
+    longest = data.seq_length - max_new_tokens
+    training = [_fitting(rows, tokenizer, longest) for rows in corpus.training]
+    held_out = _fitting(corpus.validation, tokenizer, longest)
+    kept = [prompt for source in (*training, held_out) for prompt in source]
+    rows = sum(map(len, corpus.training), len(corpus.validation))
+    if len(kept) < rows and rank() == 0:
+        logger.warning(
+            "%d of %d prompts are left out: they have more than data.seq_length - rollout.max_new_tokens = %d - %d = "
+            "%d tokens, or a weight of 0",
+            *(rows - len(kept), rows, data.seq_length, max_new_tokens, longest),
+        )
+    stream = PromptStream(
+        training, [*map(describe_source, corpus.sources)], [source.weight for source in corpus.sources], data.seed
+    )
+    by_id = {prompt.row.id: prompt.row for prompt in kept}
+    if len(by_id) < len(kept):
+        ids = [prompt.row.id for prompt in kept]
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise DataError(f"Two rows have the id {twice!r}; rollouts name rows by it. Give each row an id of its own.")
+    return Prompts(
+        stream=stream,
+        held_out=held_out,
+        probe=_probe([prompt.row for prompt in held_out + training[0]], tokenizer, probe_rows, data.seq_length),
+        rows=by_id,
+    )
+
+
+def _fitting(rows: Sequence[ChatRow], tokenizer: ChatTokenizer, longest: int) -> list[Prompt]:
+    prompts = [_prompt(row, tokenizer) for row in rows if row.weight]
+    return [prompt for prompt in prompts if len(prompt.tokens) <= longest]
+
+
+def _prompt(row: ChatRow, tokenizer: ChatTokenizer) -> Prompt:
+    try:
+        text = render_prompt(row.prompt, tokenizer)
+    except DataError as error:
+        raise DataError(f"Row {row.id!r}: {error}") from None
+    return Prompt(row=row, tokens=tuple(tokenizer.encode(text)), opened=opened_by(text))
+
+
+def _as_row(prompt: Prompt) -> TokenizedRow:
+    tokens = np.array(prompt.tokens, dtype=np.int32)
+    return TokenizedRow(prompt.row.id, prompt.row.task, tokens, np.zeros(len(tokens), dtype=np.float32))
+
+
+def _probe(rows: Sequence[ChatRow], tokenizer: ChatTokenizer, count: int, seq_length: int) -> list[TokenizedRow]:
+    """Return the first rows that fit with their targets; one at least, as rollouts are marked by what is said of it."""
+    found: list[TokenizedRow] = []
+    for row in rows:
+        tokenized = tokenize_row(row, tokenizer)
+        if tokenized.predictions <= seq_length:
+            found.append(tokenized)
+        if len(found) == max(count, 1):
+            break
+    if not found:
+        raise DataError(f"No row fits into data.seq_length = {seq_length} with its target. Raise it.")
+    return found

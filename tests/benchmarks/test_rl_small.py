@@ -1,0 +1,38 @@
+"""The benchmark of reinforcement learning: its tables, and one line where it is asked for what it does not have."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.rl_small import main
+from benchmarks.rl_small_table import tables
+
+
+def seed(value: float, *, cost: dict[str, float] | None = None) -> dict[str, Any]:
+    def scored(gain: float) -> dict[str, Any]:
+        return {"name": "recall@20", "value": value + gain, "interval": [0.1, 0.9], "readable": 0.5, "lines": {}}
+
+    scores = {"zero-shot": scored(0.0) | {"lines": {"popular": 0.452}}, "SFT": scored(0.25), "SFT + GRPO": scored(0.5)}
+    return {"scores": scores, "phases": {"timing_s/rollout": [1.0, 2.0, 6.0]}, "cost": cost}
+
+
+def test_the_table_has_the_mean_of_the_seeds_next_to_each_and_the_baselines() -> None:
+    cost = {
+        "answers": 4, "tokens_per_answer": 50, "rollout_seconds": 2.0, "generate_seconds": 5.0,
+        "update_weights_seconds": 0.03, "copy_seconds": 0.01,
+    }  # fmt: skip
+    text = tables({"with": [seed(0.0, cost=cost), seed(0.125)]})
+    assert "| SFT + GRPO | with | 0.562 | 0.500 (0.100 to 0.900), 0.625 (0.100 to 0.900) | 0.50 |" in text
+    assert "| popular |  | 0.452 |" in text
+    assert "| timing_s/rollout, s | 2.00 (1.00 to 6.00) |" in text
+    # 4 x 50 tokens in 2 s and in 5 s.
+    assert "| rollouts, tokens/s | 100 |" in text and "| transformers.generate, tokens/s | 40 |" in text
+    assert "| their ratio | 2.50 |" in text and "| their ratio | 3.00 |" in text
+
+
+def test_reasoning_that_the_rows_do_not_have_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--out", str(tmp_path), "--reasoning", "with"]) == 2
+    assert capsys.readouterr().err == (
+        "benchmarks.rl_small: --reasoning is with, which --track advertiser does not have. Leave it out.\n"
+    )

@@ -1,0 +1,138 @@
+"""Several servers asked as one: by free capacity, around a lost one, until all are lost for too long."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from megatron_ads.config.generation import EndpointConfig
+from megatron_ads.errors import ConfigError, DataError
+from megatron_ads.inference.client import Client, Request, Unanswered
+from megatron_ads.inference.engine import Completion, Failure
+from megatron_ads.inference.servers import Server, Servers
+from tests.inference.scripted_server import Reply, Script, scripted_server
+
+REQUESTS = [Request(body={"model": "any", "prompt": [number]}) for number in range(12)]
+
+
+def said(delay_seconds: float = 0.0) -> Script:
+    return lambda body, _: Reply(content=f"to {body['prompt'][0]}", delay_seconds=delay_seconds)
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return int(place.getsockname()[1])
+
+
+def servers_at(
+    *urls: str, wait_seconds: float = 10.0, renew: Callable[..., None] = lambda *_: None, **changes: Any
+) -> Servers:
+    values: dict[str, Any] = {"first_wait_seconds": 0.02, "longest_wait_seconds": 0.05, "attempts": 3, "concurrency": 2}
+    configs = [EndpointConfig(model=f"m{place}", url=url, **(values | changes)) for place, url in enumerate(urls)]
+    each = [Server(f"rollout.servers[{place}]", config) for place, config in enumerate(configs)]
+    return Servers(each, wait_seconds=wait_seconds, renew=renew)
+
+
+def ask(servers: Servers, requests: list[Request] = REQUESTS) -> list[Completion | None]:
+    config = EndpointConfig(model="m", url="all", concurrency=4)
+    return Client("servers", config, servers, None).ask(requests, total=len(requests), description="asking")
+
+
+def texts(answers: list[Completion | None]) -> list[str]:
+    return [answer.text if answer else "" for answer in answers]
+
+
+ALL = [f"to {number}" for number in range(12)]
+
+
+def test_requests_go_where_capacity_is_free_each_under_the_name_its_server_knows() -> None:
+    others_answered = threading.Event()
+
+    def fast_says(body: dict[str, Any], _: int) -> Reply:
+        if len(fast.bodies) == 10:
+            others_answered.set()
+        return said()(body, 0)
+
+    def slow_says(body: dict[str, Any], _: int) -> Reply:
+        assert others_answered.wait(timeout=30)
+        return said()(body, 0)
+
+    with scripted_server(slow_says) as slow, scripted_server(fast_says) as fast:
+        assert texts(ask(servers_at(slow.url, fast.url))) == ALL
+        assert (len(slow.bodies), len(fast.bodies), slow.most_at_a_time) == (2, 10, 2)
+        assert {body["model"] for body in slow.bodies} == {"m0"}
+        assert {body["model"] for body in fast.bodies} == {"m1"}
+
+
+@pytest.mark.parametrize("status", [0, 500], ids=["hangs_up", "fails"])
+def test_the_requests_of_a_lost_server_go_to_the_others(status: int) -> None:
+    def dies(body: dict[str, Any], _: int) -> Reply:
+        return said(0.02)(body, 0) if len(dying.bodies) <= 2 else Reply(status=status)
+
+    with scripted_server(dies) as dying, scripted_server(said(0.02)) as other:
+        servers = servers_at(dying.url, other.url, attempts=20)  # one request may be the one that tries again
+        assert texts(ask(servers)) == ALL
+        assert servers.losses == 1
+        assert sum(dying.answered.values()) == 2
+        assert sum(other.answered.values()) == 10
+
+
+def test_requests_wait_for_the_return_of_the_only_server_which_gets_the_current_weights_first() -> None:
+    port, renewed = free_port(), list[str]()
+    servers = servers_at(f"http://127.0.0.1:{port}/v1", renew=lambda server, _: renewed.append(server.url))
+    found: list[Completion | None] = []
+    asking = threading.Thread(target=lambda: found.extend(ask(servers)))
+    asking.start()
+    time.sleep(0.3)
+    with scripted_server(said(), port=port):
+        asking.join(timeout=10)
+    assert texts(found) == ALL
+    assert set(renewed) == {f"http://127.0.0.1:{port}/v1"}
+    assert servers.servers[0].lost_because is None
+
+
+def test_a_server_that_cannot_be_given_the_weights_gets_no_request() -> None:
+    def renew(server: Server, _: threading.Event) -> None:
+        raise DataError("it does not take them.")
+
+    with scripted_server(said()) as stale, scripted_server(said(0.02)) as other:
+        servers = servers_at(stale.url, other.url, renew=renew)
+        servers.lose(servers.servers[0], "was away")
+        assert texts(ask(servers)) == ALL
+        assert stale.bodies == []
+        assert servers.servers[0].lost_because == "it does not take them."
+
+
+def test_all_servers_lost_is_one_error_that_names_each_after_a_bounded_wait() -> None:
+    urls = [f"http://127.0.0.1:{free_port()}/v1" for _ in range(2)]
+    started = time.monotonic()
+    with pytest.raises(
+        DataError, match=r"no inference server answered for 0\.3 s .*refused.*Start the servers"
+    ) as error:
+        ask(servers_at(*urls, wait_seconds=0.3))
+    assert 0.3 <= time.monotonic() - started < 5
+    assert all(url in str(error.value) for url in urls)
+
+
+def test_a_request_that_fails_everywhere_is_given_up_after_its_attempts() -> None:
+    def script(body: dict[str, Any], _: int) -> Reply:
+        return Reply(status=500, content="no") if body["prompt"] == [3] else said()(body, 0)
+
+    with scripted_server(script) as one, scripted_server(script) as other:
+        servers = servers_at(one.url, other.url)
+        assert texts(ask(servers)) == [text if text != "to 3" else "" for text in ALL]
+        with pytest.raises(Unanswered, match="HTTP 500") as error:
+            servers.answer(REQUESTS[3], threading.Event())
+        assert error.value.failures == (Failure.server_error,) * 3 * 2  # attempts, servers
+
+
+def test_a_wrong_name_of_a_model_is_an_error_that_names_the_entry() -> None:
+    with (
+        scripted_server(lambda *_: Reply(status=404, content="no such model")) as server,
+        pytest.raises(ConfigError, match=r"rollout\.servers\[0\]\.model = 'm0'"),
+    ):
+        ask(servers_at(server.url))

@@ -1,0 +1,33 @@
+"""A step's rollouts are drawn once: what is kept of them, and until when."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch.distributed as dist
+
+from megatron_ads.config.rl import RlConfig
+from megatron_ads.training.phase_times import PhaseTimes
+from megatron_ads.training.rollout import collect
+from megatron_ads.training.rollout.collect import Collector
+from megatron_ads.training.rollout.dump import ScoredStep
+
+
+@pytest.mark.parametrize("on_file", [True, False])
+def test_the_journal_of_a_later_step_outlives_the_steps_that_are_taken_from_file(
+    monkeypatch: pytest.MonkeyPatch, on_file: bool
+) -> None:
+    found = ScoredStep(rollouts=[], rewards={})
+    monkeypatch.setattr(Collector, "_finished", lambda *_: found if on_file else None)
+    monkeypatch.setattr(Collector, "_draw", lambda *_: found)
+    monkeypatch.setattr(collect, "raised_on_all_ranks", nullcontext)
+    monkeypatch.setattr(collect, "write_step", Mock())
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    prompts, generator = Mock(), Mock()
+    prompts.stream.state_dict.return_value = {}
+    collector = Collector(
+        config=RlConfig(), prompts=prompts, generator=generator, judge=Mock(), folder=Path("rollouts")
+    )
+    assert collector.collect(3, "2-abc", PhaseTimes()) is found
+    assert generator.forget.call_count == (0 if on_file else 1)

@@ -1,0 +1,110 @@
+"""The checks of ``parity_tests.rl_faults`` find what they are there to find."""
+
+import json
+import os
+import random
+import signal
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_ads.journal import Journal
+from megatron_ads.runtime.health.rank_record import ExitStatus
+from megatron_ads.training.phase_times import PhaseTimes
+from parity_tests.crash_test import BrokenPromiseError
+from parity_tests.harness.inflicted import Fault, inflicted
+from parity_tests.rl_faults import FAULTS, STEPS, Case, RlJob, check_continued, check_counted, draw, run_case
+
+KILL = Case("kill-update", rank=1, phase="update", step=3, share=0.5)
+
+
+class FinishedJob(RlJob):
+    """A job whose runs have come and gone, with ``statuses`` in turn."""
+
+    statuses: tuple[list[int], ...] = ([ExitStatus.DONE] * 4,)
+
+    def run(self, fault: Fault | None = None) -> list[int]:
+        first, *rest = self.statuses
+        self.statuses = tuple(rest)
+        return first
+
+
+def job(root: Path, *, loss: float = 1.0, weights: bytes = b"w", reward: float | None = 0.5, counted: int = 0) -> RlJob:
+    made = FinishedJob(model=root / "model", root=root)
+    for name in ("rollouts", "export"):
+        (root / name).mkdir(parents=True)
+    lines = [{"step": step, "loss": loss, "rollout/faults/r/raised": counted} for step in range(1, STEPS + 1)]
+    (root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step in range(1, STEPS + 1):
+        text = "{}\n" + json.dumps({"rewards": {"r": reward}}) + "\n"
+        (root / "rollouts" / f"step-{step:06d}.jsonl").write_text(text)
+    (root / "export" / "pp00.safetensors").write_bytes(weights)
+    made.beside("generated.txt").write_text("a\nb\n")
+    made.log(0).write_text("rank 1 (stage 0) has gone (killed, or its machine lost), after step 2\n")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"loss": 1.0000000000000002}, "losses"), ({"reward": 0.25}, "rollouts"), ({"weights": b"v"}, "exported weights")],
+)
+def test_another_end_is_found(tmp_path: Path, changed: dict[str, float], said: str) -> None:
+    check_continued(job(tmp_path / "same"), job(tmp_path / "whole"))
+    with pytest.raises(BrokenPromiseError, match=f"the {said} differ"):
+        check_continued(job(tmp_path / "other", **changed), job(tmp_path / "undisturbed"))  # type: ignore[arg-type]
+
+
+def test_a_chunk_that_was_generated_twice_is_found(tmp_path: Path) -> None:
+    again = job(tmp_path / "again")
+    again.beside("generated.txt").write_text("a\nb\na\n")
+    with pytest.raises(BrokenPromiseError, match="1 finished chunks were generated again"):
+        check_continued(again, job(tmp_path / "whole"))
+
+
+def test_statuses_and_silence_of_the_ranks_are_found(tmp_path: Path) -> None:
+    lost = [ExitStatus.PEER_LOST, -signal.SIGKILL, ExitStatus.PEER_LOST, ExitStatus.PEER_LOST]
+    killed, whole = job(tmp_path / "killed"), job(tmp_path / "whole")
+    assert isinstance(killed, FinishedJob)
+    killed.statuses = (lost, [ExitStatus.DONE] * 4)
+    assert "rank 1 (stage 0) has gone" in run_case(KILL, killed, whole, 1.0)
+    killed.statuses = (lost,)
+    with pytest.raises(BrokenPromiseError, match="no rank said: rank 2"):
+        run_case(replace(KILL, rank=2), _with(killed, [lost[0], lost[0], lost[1], lost[0]]), whole, 1.0)
+    with pytest.raises(BrokenPromiseError, match="exit statuses"):
+        run_case(KILL, _with(killed, [ExitStatus.DONE] * 4), whole, 1.0)
+
+
+def _with(made: FinishedJob, statuses: list[int]) -> FinishedJob:
+    made.statuses = (statuses,)
+    return made
+
+
+def test_faults_that_are_not_counted_are_found(tmp_path: Path) -> None:
+    case, done = Case("reward-fails-for-some", 0, "reward", 1, 0.0), [ExitStatus.DONE] * 4
+    assert "4 faults counted" in check_counted(case, job(tmp_path / "counted", reward=None, counted=1), done)
+    with pytest.raises(BrokenPromiseError, match="step 1 has 1 answers without a reward, 0 counted"):
+        check_counted(case, job(tmp_path / "uncounted", reward=None), done)
+
+
+def test_a_fault_strikes_once_in_its_rank_phase_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    struck: Counter[str] = Counter()
+    times, monkeypatched = PhaseTimes(), monkeypatch.setitem(os.environ, "RANK", "2")
+    assert monkeypatched is None
+    fault = Fault(rank=2, phase="sync", step=2, delay_seconds=60, strike=lambda: struck.update(["now"]))
+    with inflicted(fault, tmp_path / "generated.txt"), Journal(tmp_path / "journal") as journal:
+        for phase, so_far in (("sync", 0), ("update", 0), ("sync", 1), ("sync", 1)):
+            with times.measured(phase):
+                pass
+            assert struck["now"] == so_far  # its delay is longer than the phase: at the end of it
+        journal.add("key", {})
+    assert (tmp_path / "generated.txt").read_text() == "key\n"
+
+
+def test_every_fault_is_drawn_for_a_rank_and_step_that_it_can_meet() -> None:
+    generator = random.Random(0)
+    for name in FAULTS:
+        cases = [draw(name, generator) for _ in range(40)]
+        assert {case.rank for case in cases} == ({0} if name.startswith("reward") else {0, 1, 2, 3})
+        assert max(case.step for case in cases) == (STEPS - 1 if name == "sigterm" else STEPS)
