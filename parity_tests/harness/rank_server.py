@@ -67,6 +67,7 @@ def main() -> None:
 def _live_as_rank(rank: int, world: int, address: str, folder: Path) -> NoReturn:
     """Answer calls in a fresh fork until the other end hangs up."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.setpgid(0, 0)  # with what it starts: Megatron-Core's own save leaves a process that would outlive it
     log = os.open(folder / f"output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)

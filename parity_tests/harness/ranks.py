@@ -140,11 +140,11 @@ class _Ranks:
         return [results[rank] for rank in range(len(self._ranks))]
 
     def kill(self) -> None:
-        """End the ranks at once and forget their files."""
+        """End the ranks and what they have started at once, and forget their files."""
         for rank in self._ranks:
             if rank.status is None:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(rank.pid, signal.SIGKILL)
+                    os.killpg(rank.pid, signal.SIGKILL)
         for rank in self._ranks:
             with contextlib.suppress(RuntimeError):
                 rank.wait()
