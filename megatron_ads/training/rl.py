@@ -23,14 +23,13 @@ from megatron_ads.runtime.garbage import collected_together
 from megatron_ads.runtime.health.rank_record import ExitStatus
 from megatron_ads.training.build import TrainedModel
 from megatron_ads.training.checkpoint_errors import raised_on_all_ranks
-from megatron_ads.training.phase_times import PhaseTimes
 from megatron_ads.training.policy_rows import share_of
 from megatron_ads.training.policy_update import PolicyUpdate
 from megatron_ads.training.reference import ReferenceWeights
 from megatron_ads.training.rollout.answering import Answering, open_answering
 from megatron_ads.training.rollout.collect import Judge
 from megatron_ads.training.rollout.dump import ScoredStep, read_recorded
-from megatron_ads.training.rollout.metrics import of_rewards, of_step
+from megatron_ads.training.rollout.metrics import PhaseTimes, of_rewards, of_step
 from megatron_ads.training.rollout.prompts import Prompts, PromptStream, open_prompts
 from megatron_ads.training.session import Membership, Session, join, start_from
 from megatron_ads.training.stopping import StopRequest

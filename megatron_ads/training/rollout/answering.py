@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from megatron_ads.config.rl import RlConfig, RolloutMode
 from megatron_ads.data.chat import ChatTokenizer
-from megatron_ads.training.phase_times import PhaseTimes
 from megatron_ads.training.policy_rows import share_of
 from megatron_ads.training.rollout.collect import Collector, Judge
 from megatron_ads.training.rollout.dump import ScoredStep
 from megatron_ads.training.rollout.engine import RolloutEngine, open_rollout_engine
 from megatron_ads.training.rollout.generation import Asking, Generator, open_journal
+from megatron_ads.training.rollout.metrics import PhaseTimes
 from megatron_ads.training.rollout.probe import WeightProbe
 from megatron_ads.training.rollout.prompts import Prompts
 from megatron_ads.training.session import Session

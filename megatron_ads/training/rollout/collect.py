@@ -18,9 +18,9 @@ from megatron_ads.rewards.registry import Rewards, Scores
 from megatron_ads.rollouts import Rollout, groups_of
 from megatron_ads.runtime.process_groups import wait_for_all
 from megatron_ads.training.checkpoint_errors import failed_log_named, raised_on_all_ranks
-from megatron_ads.training.phase_times import PhaseTimes
 from megatron_ads.training.rollout.dump import ScoredStep, read_header, read_step, step_file, write_step
 from megatron_ads.training.rollout.generation import Asking, Generator
+from megatron_ads.training.rollout.metrics import PhaseTimes
 from megatron_ads.training.rollout.prompts import Prompt, Prompts
 
 logger = get_logger(__name__)

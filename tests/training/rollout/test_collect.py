@@ -8,10 +8,10 @@ import pytest
 import torch.distributed as dist
 
 from megatron_ads.config.rl import RlConfig
-from megatron_ads.training.phase_times import PhaseTimes
 from megatron_ads.training.rollout import collect
 from megatron_ads.training.rollout.collect import Collector
 from megatron_ads.training.rollout.dump import ScoredStep
+from megatron_ads.training.rollout.metrics import PhaseTimes
 
 
 @pytest.mark.parametrize("on_file", [True, False])

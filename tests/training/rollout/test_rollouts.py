@@ -15,12 +15,11 @@ from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.rewards.registry import Scores
 from megatron_ads.rollouts import Rollout
 from megatron_ads.rows import ChatRow, Message, Role
-from megatron_ads.training.phase_times import PhaseTimes
 from megatron_ads.training.policy_rows import minibatches, on_labels, overlong_penalty, policy_row
 from megatron_ads.training.rollout.collect import Collector
 from megatron_ads.training.rollout.dump import ScoredStep, read_header, read_recorded, step_file, write_step
 from megatron_ads.training.rollout.generation import Asking, Chunk, cut
-from megatron_ads.training.rollout.metrics import combined
+from megatron_ads.training.rollout.metrics import PhaseTimes, combined
 from megatron_ads.training.rollout.prompts import Prompt, Prompts, PromptStream
 from parity_tests.harness.ranks import run_ranks
 
