@@ -27,7 +27,7 @@ from megatron_ads.training.policy_rows import share_of
 from megatron_ads.training.policy_update import PolicyUpdate
 from megatron_ads.training.reference import ReferenceWeights
 from megatron_ads.training.rollout.answering import Answering, open_answering
-from megatron_ads.training.rollout.collect import Judge
+from megatron_ads.training.rollout.collect import JobRewards
 from megatron_ads.training.rollout.dump import ScoredStep, read_recorded
 from megatron_ads.training.rollout.metrics import PhaseTimes, of_rewards, of_step
 from megatron_ads.training.rollout.prompts import Prompts, PromptStream, open_prompts
@@ -53,14 +53,14 @@ def run(config: RlConfig, stop: StopRequest) -> ExitStatus:
             config.data, tokenizer, max_new_tokens=rollout.max_new_tokens, probe_rows=rollout.probe_rows
         )
         with ExitStack() as opened:
-            judge = opened.enter_context(_open_judge(config))
+            rewards = opened.enter_context(_open_rewards(config))
             position = Position(prompts.stream, RewardWeights(config.rewards))
             session, update = _begin(config, membership, position, stop)
             opened.enter_context(closing(session.log))
             opened.enter_context(session.checkpointer)
             answering = None
             if rollout.mode is not RolloutMode.train_only:
-                answering = opened.enter_context(open_answering(config, session, prompts, judge, tokenizer))
+                answering = opened.enter_context(open_answering(config, session, prompts, rewards, tokenizer))
             job = RlJob(
                 config=config,
                 session=session,
@@ -199,7 +199,7 @@ def _evaluate(job: RlJob, answering: Answering) -> None:
 
 
 @contextmanager
-def _open_judge(config: RlConfig) -> Iterator[Judge]:
+def _open_rewards(config: RlConfig) -> Iterator[JobRewards]:
     """Yield the rewards of a recipe; a collective.
 
     Raises:
@@ -210,7 +210,7 @@ def _open_judge(config: RlConfig) -> Iterator[Judge]:
     with ExitStack() as opened:
         if rewards is not None:
             opened.enter_context(closing(rewards))
-        yield Judge(rewards, config.runtime.load_timeout_seconds)
+        yield JobRewards(rewards, config.runtime.load_timeout_seconds)
 
 
 def _on_any_rank(holds: bool) -> bool:

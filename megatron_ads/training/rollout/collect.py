@@ -19,15 +19,15 @@ from megatron_ads.rollouts import Rollout, groups_of
 from megatron_ads.runtime.process_groups import wait_for_all
 from megatron_ads.training.checkpoint_errors import failed_log_named, raised_on_all_ranks
 from megatron_ads.training.rollout.dump import ScoredStep, read_header, read_step, step_file, write_step
-from megatron_ads.training.rollout.generation import Asking, Generator
+from megatron_ads.training.rollout.generation import AnswerSettings, Generator
 from megatron_ads.training.rollout.metrics import PhaseTimes
-from megatron_ads.training.rollout.prompts import Prompt, Prompts
+from megatron_ads.training.rollout.prompts import PolicyPrompt, Prompts
 
 logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Judge:
+class JobRewards:
     """Rank 0 computes the rewards, all ranks get them."""
 
     rewards: Rewards | None
@@ -59,7 +59,7 @@ class Collector:
     config: RlConfig
     prompts: Prompts
     generator: Generator
-    judge: Judge
+    rewards: JobRewards
     folder: Path
 
     def collect(self, step: int, weights: str, times: PhaseTimes) -> ScoredStep:
@@ -119,14 +119,16 @@ class Collector:
         )
 
     def _answer(
-        self, prompts: Sequence[Prompt], seed: tuple[int, ...], weights: str, times: PhaseTimes
+        self, prompts: Sequence[PolicyPrompt], seed: tuple[int, ...], weights: str, times: PhaseTimes
     ) -> tuple[list["_Group"], Scores]:
         rollout = self.config.rollout
-        asking = Asking(samples=rollout.samples, max_new_tokens=rollout.max_new_tokens, seed=seed, weights=weights)
+        settings = AnswerSettings(
+            samples=rollout.samples, max_new_tokens=rollout.max_new_tokens, seed=seed, weights=weights
+        )
         with times.measured("rollout"):
-            rollouts = self.generator.answer(prompts, asking)
+            rollouts = self.generator.answer(prompts, settings)
         with times.measured("reward"):
-            scores = self.judge.score(rollouts)
+            scores = self.rewards.score(rollouts)
         groups, start = list[_Group](), 0
         for members in groups_of(rollouts):
             end = start + len(members)

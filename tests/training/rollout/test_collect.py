@@ -27,7 +27,7 @@ def test_the_journal_of_a_later_step_outlives_the_steps_that_are_taken_from_file
     prompts, generator = Mock(), Mock()
     prompts.stream.state_dict.return_value = {}
     collector = Collector(
-        config=RlConfig(), prompts=prompts, generator=generator, judge=Mock(), folder=Path("rollouts")
+        config=RlConfig(), prompts=prompts, generator=generator, rewards=Mock(), folder=Path("rollouts")
     )
     assert collector.collect(3, "2-abc", PhaseTimes()) is found
     assert generator.forget.call_count == (0 if on_file else 1)

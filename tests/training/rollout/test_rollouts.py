@@ -18,15 +18,15 @@ from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.training.policy_rows import minibatches, on_labels, overlong_penalty, policy_row
 from megatron_ads.training.rollout.collect import Collector
 from megatron_ads.training.rollout.dump import ScoredStep, read_header, read_recorded, step_file, write_step
-from megatron_ads.training.rollout.generation import Asking, Chunk, cut
+from megatron_ads.training.rollout.generation import AnswerChunk, AnswerSettings, cut
 from megatron_ads.training.rollout.metrics import PhaseTimes, combined
-from megatron_ads.training.rollout.prompts import Prompt, Prompts, PromptStream
+from megatron_ads.training.rollout.prompts import PolicyPrompt, Prompts, PromptStream
 from parity_tests.harness.ranks import run_ranks
 
 
-def prompt(name: str) -> Prompt:
+def prompt(name: str) -> PolicyPrompt:
     row = ChatRow(name, "task", (Message(Role.user, name), Message(Role.assistant, "yes")))
-    return Prompt(row=row, tokens=(1, 2, ord(name[0])), opened="")
+    return PolicyPrompt(row=row, tokens=(1, 2, ord(name[0])), opened="")
 
 
 def rollout(group: int, answer: Sequence[int] = (7, 8), *, name: str = "a") -> Rollout:
@@ -43,8 +43,8 @@ def rollout(group: int, answer: Sequence[int] = (7, 8), *, name: str = "a") -> R
 
 
 def test_groups_stay_whole_where_they_fit_and_no_chunk_is_larger_than_allowed() -> None:
-    assert cut(5, 4, 8) == [Chunk(range(2), 4), Chunk(range(2, 4), 4), Chunk(range(4, 5), 4)]
-    assert cut(2, 5, 2) == [Chunk(range(n, n + 1), part) for n in (0, 1) for part in (2, 2, 1)]
+    assert cut(5, 4, 8) == [AnswerChunk(range(2), 4), AnswerChunk(range(2, 4), 4), AnswerChunk(range(4, 5), 4)]
+    assert cut(2, 5, 2) == [AnswerChunk(range(n, n + 1), part) for n in (0, 1) for part in (2, 2, 1)]
 
 
 def test_prompts_continue_where_the_state_was_taken_and_only_among_the_same_prompts() -> None:
@@ -78,7 +78,7 @@ class Counting:
 def _answers(folder: Path, *, fails: bool, weights: str) -> tuple[list[Rollout] | str, int]:
     """Ask two ranks for 2 answers to 6 prompts, 2 at a time: 6 chunks, 3 each."""
     from megatron_ads.training.rollout.engine import RolloutEngine
-    from megatron_ads.training.rollout.generation import Asking, Generator, open_journal
+    from megatron_ads.training.rollout.generation import AnswerSettings, Generator, open_journal
 
     prompts, engine = [prompt(name) for name in "abcdef"], Counting(fails)
     with open_journal(folder) as journal:
@@ -90,9 +90,10 @@ def _answers(folder: Path, *, fails: bool, weights: str) -> tuple[list[Rollout] 
             longest_wait_seconds=20,
             on_progress=lambda: None,
         )
+        settings = AnswerSettings(samples=2, max_new_tokens=4, seed=(0, 1, 1), weights=weights)
         try:
-            found = generator.answer(prompts, Asking(samples=2, max_new_tokens=4, seed=(0, 1, 1), weights=weights))
-        except Exception as error:  # noqa: BLE001
+            found = generator.answer(prompts, settings)
+        except DataError as error:
             return str(error), engine.calls
     return found, engine.calls
 
@@ -164,9 +165,9 @@ class Fakes:
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
 
-    def answer(self, prompts: Sequence[Prompt], asking: Asking) -> list[Rollout]:
+    def answer(self, prompts: Sequence[PolicyPrompt], settings: AnswerSettings) -> list[Rollout]:
         self.asked.append([each.row.id for each in prompts])
-        return [rollout(group, name=each.row.id) for group, each in enumerate(prompts) for _ in range(asking.samples)]
+        return [rollout(group, name=each.row.id) for group, each in enumerate(prompts) for _ in range(settings.samples)]
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         values = [float(place % 2) if each.row.id.isupper() else 0.5 for place, each in enumerate(rollouts)]
@@ -189,12 +190,12 @@ def test_groups_that_teach_nothing_are_replaced_and_the_step_is_never_smaller(
     fakes, waiting = Fakes(), [prompt(name) for name in names]
 
     class InOrder:
-        def draw(self, count: int) -> list[Prompt]:
+        def draw(self, count: int) -> list[PolicyPrompt]:
             taken, waiting[:] = waiting[:count], waiting[count:]
             return taken
 
     prompts = Prompts(stream=InOrder(), held_out=[], probe=[], rows={})  # type: ignore[arg-type]
-    collector = Collector(config=config, prompts=prompts, generator=fakes, judge=fakes, folder=tmp_path)  # type: ignore[arg-type]
+    collector = Collector(config=config, prompts=prompts, generator=fakes, rewards=fakes, folder=tmp_path)  # type: ignore[arg-type]
     found = collector._draw(1, "0-a", PhaseTimes())
     assert [each.row.id for each in found.rollouts[::8]] == list(used)
     assert [each.group for each in found.rollouts] == [group for group in range(4) for _ in range(8)]
