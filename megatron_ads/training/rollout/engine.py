@@ -48,9 +48,9 @@ class RolloutEngine:
             try:
                 if self.engine is not None:
                     self.engine.update_weights(weights)
-                for _ in weights:
-                    pass
             finally:
+                for _ in weights:  # a collective: where one rank left it, the others would wait in it
+                    pass
                 wait_for_all("give their engines new weights", self.longest_wait_seconds)
 
     def gap(self, probe: Probe) -> float:
