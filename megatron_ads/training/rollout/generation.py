@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ads.config.generation import GenerationConfig, Method
-from megatron_ads.errors import as_refusals
+from megatron_ads.errors import DataError, as_refusals
 from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.journal import Journal, digest_of
 from megatron_ads.observability.log import get_logger
@@ -143,7 +143,16 @@ class Generator:
 
 
 def _rollout(prompt: PolicyPrompt, group: int, completion: Completion, settings: AnswerSettings) -> Rollout:
-    assert completion.token_ids is not None and completion.log_probabilities is not None, "both were asked for"
+    """Return an answer as a rollout.
+
+    Raises:
+        DataError: If there is none.
+    """
+    if not completion.token_ids or completion.log_probabilities is None:  # a server called the prompt impossible
+        raise DataError(
+            f"Row {prompt.row.id!r} has no answer ({completion.finish}: {completion.text}). Give the server room for "
+            "data.seq_length tokens (vLLM: --max-model-len), or leave the row out."
+        )
     return Rollout(
         row=prompt.row,
         group=group,

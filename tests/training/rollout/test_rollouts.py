@@ -18,7 +18,7 @@ from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.training.policy_rows import minibatches, on_labels, overlong_penalty, policy_row
 from megatron_ads.training.rollout.collect import Collector
 from megatron_ads.training.rollout.dump import ScoredStep, read_header, read_recorded, step_file, write_step
-from megatron_ads.training.rollout.generation import AnswerChunk, AnswerSettings, cut
+from megatron_ads.training.rollout.generation import AnswerChunk, AnswerSettings, _rollout, cut
 from megatron_ads.training.rollout.metrics import PhaseTimes, combined
 from megatron_ads.training.rollout.prompts import PolicyPrompt, Prompts, PromptStream
 from parity_tests.harness.ranks import run_ranks
@@ -115,6 +115,15 @@ def test_chunks_that_were_finished_are_not_generated_again_by_the_same_weights(t
         assert [each.row.id for each in rollouts] == [name for name in "abcdef" for _ in range(2)]  # type: ignore[union-attr]
         seeds = {each.answer_tokens[0] for each in rollouts}  # type: ignore[union-attr]
         assert len(seeds) == 6  # every chunk has its own
+
+
+def test_a_prompt_that_a_server_refuses_ends_the_job_with_the_row_and_the_reason() -> None:
+    settings = AnswerSettings(samples=2, max_new_tokens=4, seed=None, weights="0-abc")
+    refused = Completion(text="HTTP 400: 900 tokens are too many", finish=Finish.refused)
+    empty = Completion(text="", token_ids=(), log_probabilities=())
+    for completion, said in ((refused, r"refused: HTTP 400: 900 tokens"), (empty, "ended")):
+        with pytest.raises(DataError, match=rf"Row .a. has no answer \({said}.*--max-model-len"):
+            _rollout(prompt("a"), 0, completion, settings)
 
 
 def test_a_step_s_file_holds_what_was_written(tmp_path: Path) -> None:
