@@ -79,11 +79,11 @@ class Generator:
         rows: dict[str, ChatRow],
         *,
         batch_size: int,
-        journal: Journal | None,
+        journal: Journal,
         longest_wait_seconds: float,
         on_progress: Callable[[], None],
     ) -> None:
-        """Take this rank's engine and journal (None: what is finished is not kept).
+        """Take this rank's engine and journal.
 
         ``longest_wait_seconds`` is how long the first rank to finish waits for the last; ``on_progress`` is called
         after each chunk.
@@ -110,8 +110,7 @@ class Generator:
         gathered: list[list[tuple[int, list[dict[str, Any]]]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, own)
         records = dict(pair for pairs in gathered for pair in pairs)
-        found = [Rollout.from_record(record, self._rows) for number, _ in chunks for record in records[number]]
-        return sorted(found, key=lambda rollout: rollout.group)
+        return [Rollout.from_record(record, self._rows) for number, _ in chunks for record in records[number]]
 
     def _records(
         self, number: int, chunk: AnswerChunk, prompts: Sequence[PolicyPrompt], settings: AnswerSettings
@@ -120,11 +119,9 @@ class Generator:
         asked = [prompts[place] for place in chunk.prompts]
         how = settings.generation(number, chunk.samples)
         key = digest_of([settings.weights, number, [prompt.tokens for prompt in asked], asdict(how)])
-        if self._journal is not None:
-            before = self._journal.read(key, lambda record: list(record["rollouts"]))
-            if before is not None:
-                logger.info("a chunk of %d answers was finished before; it is not generated again", len(before))
-                return before
+        if (before := self._journal.read(key, lambda record: list(record["rollouts"]))) is not None:
+            logger.info("a chunk of %d answers was finished before; it is not generated again", len(before))
+            return before
         assert self._engine.engine is not None
         answers = self._engine.engine.generate([prompt.tokens for prompt in asked], how)
         records = [
@@ -132,14 +129,12 @@ class Generator:
             for place, completions in zip(chunk.prompts, answers, strict=True)
             for completion in completions
         ]
-        if self._journal is not None:
-            self._journal.add(key, {"rollouts": records})
+        self._journal.add(key, {"rollouts": records})
         return records
 
     def forget(self) -> None:
         """Empty the journal: what it holds is kept elsewhere."""
-        if self._journal is not None:
-            self._journal.clear()
+        self._journal.clear()
 
 
 def _rollout(prompt: PolicyPrompt, group: int, completion: Completion, settings: AnswerSettings) -> Rollout:
