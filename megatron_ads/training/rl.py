@@ -153,12 +153,13 @@ class RlJob:
 
 def train(job: RlJob) -> bool:
     """Step until the last step, or until some rank is asked to stop; return whether it was stopped."""
-    session, stopped = job.session, False
+    session, answering, stopped = job.session, job.answering, False
+    evaluate_every = job.config.train.evaluate_every if job.prompts.held_out else None  # all may be too long
     with collected_together(session.config.runtime.gc_interval) as collect_garbage:
         while not (stopped or session.is_finished):
             stopped = _step(job)
-            if job.answering is not None and session.is_due(session.config.train.evaluate_every):
-                _evaluate(job, job.answering)
+            if answering is not None and session.is_due(evaluate_every):
+                _evaluate(job, answering)
             session.save_if_due(stopped=stopped)
             collect_garbage(session.step)
     return stopped
