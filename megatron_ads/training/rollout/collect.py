@@ -16,8 +16,7 @@ from megatron_ads.losses.advantages import without_variance
 from megatron_ads.observability.log import get_logger
 from megatron_ads.rewards.registry import Rewards, Scores
 from megatron_ads.rollouts import Rollout, groups_of
-from megatron_ads.runtime.process_groups import wait_for_all
-from megatron_ads.training.checkpoint_errors import failed_log_named, raised_on_all_ranks
+from megatron_ads.training.checkpoint_errors import failed_log_named, raised_on_all_ranks, raised_once_all_are_done
 from megatron_ads.training.rollout.dump import ScoredStep, read_header, read_step, step_file, write_step
 from megatron_ads.training.rollout.generation import AnswerSettings, Generator
 from megatron_ads.training.rollout.metrics import PhaseTimes
@@ -41,12 +40,9 @@ class JobRewards:
             MegatronAdsError: On every rank, if a reward failed for all of them.
         """
         found: list[Scores | None] = [None]
-        with raised_on_all_ranks():
-            try:
-                if self.rewards is not None:
-                    found = [self.rewards.score(rollouts)]
-            finally:
-                wait_for_all("compute the rewards", self.longest_wait_seconds)
+        with raised_once_all_are_done("compute the rewards", self.longest_wait_seconds):
+            if self.rewards is not None:
+                found = [self.rewards.score(rollouts)]
         dist.broadcast_object_list(found, src=0)
         assert found[0] is not None
         return found[0]

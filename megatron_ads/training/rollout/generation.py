@@ -19,9 +19,8 @@ from megatron_ads.journal import Journal, digest_of
 from megatron_ads.observability.log import get_logger
 from megatron_ads.rollouts import Rollout
 from megatron_ads.rows import ChatRow
-from megatron_ads.runtime.process_groups import wait_for_all
 from megatron_ads.stable_random import key_of
-from megatron_ads.training.checkpoint_errors import raised_on_all_ranks
+from megatron_ads.training.checkpoint_errors import raised_on_all_ranks, raised_once_all_are_done
 from megatron_ads.training.rollout.engine import RolloutEngine
 from megatron_ads.training.rollout.prompts import PolicyPrompt
 
@@ -99,14 +98,11 @@ class Generator:
         """
         chunks = list(enumerate(cut(len(prompts), settings.samples, self._batch_size)))
         ranks, own = self._engine.ranks, list[tuple[int, list[dict[str, Any]]]]()
-        with raised_on_all_ranks():
-            try:
-                for number, chunk in chunks:
-                    if ranks[number % len(ranks)] == dist.get_rank():
-                        own.append((number, self._records(number, chunk, prompts, settings)))
-                        self._on_progress()
-            finally:
-                wait_for_all("generate their answers", self._patience)
+        with raised_once_all_are_done("generate their answers", self._patience):
+            for number, chunk in chunks:
+                if ranks[number % len(ranks)] == dist.get_rank():
+                    own.append((number, self._records(number, chunk, prompts, settings)))
+                    self._on_progress()
         gathered: list[list[tuple[int, list[dict[str, Any]]]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, own)
         records = dict(pair for pairs in gathered for pair in pairs)
