@@ -23,7 +23,6 @@ from megatron_ads.runtime.garbage import collected_together
 from megatron_ads.runtime.health.rank_record import ExitStatus
 from megatron_ads.training.build import TrainedModel
 from megatron_ads.training.checkpoint_errors import raised_on_all_ranks
-from megatron_ads.training.policy_rows import share_of
 from megatron_ads.training.policy_update import PolicyUpdate
 from megatron_ads.training.reference import ReferenceWeights
 from megatron_ads.training.rollout.answering import Answering, open_answering
@@ -33,7 +32,7 @@ from megatron_ads.training.rollout.metrics import PhaseTimes, of_rewards, of_ste
 from megatron_ads.training.rollout.prompts import Prompts, PromptStream, open_prompts
 from megatron_ads.training.session import Membership, Session, join, start_from
 from megatron_ads.training.stopping import StopRequest
-from megatron_ads.training.streams import tokenizer_of
+from megatron_ads.training.streams import share_of, tokenizer_of
 
 logger = get_logger(__name__)
 

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from megatron_ads.config.rl import RlConfig, RolloutMode
 from megatron_ads.data.chat import ChatTokenizer
-from megatron_ads.training.policy_rows import share_of
 from megatron_ads.training.rollout.collect import Collector, JobRewards
 from megatron_ads.training.rollout.dump import ScoredStep
 from megatron_ads.training.rollout.engine import RolloutEngine, open_rollout_engine
@@ -20,6 +19,7 @@ from megatron_ads.training.rollout.metrics import PhaseTimes
 from megatron_ads.training.rollout.probe import WeightProbe
 from megatron_ads.training.rollout.prompts import Prompts
 from megatron_ads.training.session import Session
+from megatron_ads.training.streams import share_of
 
 
 @dataclass(slots=True)
