@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ads.config.data import DataConfig
+from megatron_ads.data.batches import require_same_sequence
 from megatron_ads.data.chat import ChatTokenizer, opened_by, render_prompt, tokenize_row
 from megatron_ads.data.corpus import read_corpus
 from megatron_ads.data.mixing import Mixture, WeightedRows
@@ -54,7 +55,8 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the current state, and of which sequence it is."""
-        return {**self._mixture.state_dict(), "contents": list(self._mixture.contents), "seed": self._seed}
+        of_sequence = {"rows": list(self._mixture.sizes), "contents": list(self._mixture.contents), "seed": self._seed}
+        return {**self._mixture.state_dict(), **of_sequence}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state`` was taken.
@@ -62,12 +64,7 @@ class PromptStream:
         Raises:
             DataError: If it belongs to other prompts or another seed.
         """
-        if (state["contents"], state["seed"]) != (list(self._mixture.contents), self._seed):
-            raise DataError(
-                f"The checkpoint was made with other prompts, or with data.seed {state['seed']} (here {self._seed}): "
-                "their order cannot continue. Use the same files, tokenizer and data settings, or start anew with "
-                "another checkpoint.dir."
-            )
+        require_same_sequence(self._mixture, self._seed, state)
         self._mixture.load_state_dict(state)
 
 

@@ -56,8 +56,11 @@ def test_prompts_continue_where_the_state_was_taken_and_only_among_the_same_prom
     other.load_state_dict(one.state_dict())
     assert one.draw(9) == other.draw(9)
     assert len({each.row.id for each in first}) == 5
-    for different in (stream("abcdefh"), stream("abcdefg", seed=4)):
-        with pytest.raises(DataError, match=r"other prompts, or with data\.seed 3"):
+    for different, said in (
+        (stream("abcdefh"), "other content in source 0"),
+        (stream("abcdefg", seed=4), "seed 3, this job has 4"),
+    ):
+        with pytest.raises(DataError, match=said):
             different.load_state_dict(one.state_dict())
 
 
