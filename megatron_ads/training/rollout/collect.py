@@ -82,15 +82,16 @@ class Collector:
         return {"step": step, "weights": weights, "made_by": digest_of([made_by, self.config.train.seed, before])}
 
     def _finished(self, file: Path, header: dict[str, Any]) -> ScoredStep | None:
-        answer = [dist.get_rank() == 0 and header.items() <= read_header(file).items()]
-        dist.broadcast_object_list(answer, src=0)
-        if not answer[0]:
+        there = read_header(file) if dist.get_rank() == 0 else {}
+        prompts = [there["prompts"] if header.items() <= there.items() else None]
+        dist.broadcast_object_list(prompts, src=0)
+        if prompts[0] is None:
             return None
         with raised_on_all_ranks():
             found = read_step(file, self.prompts.rows)
         if dist.get_rank() == 0:
             logger.info("the rollouts of %s were finished before; they are not generated again", file.name)
-        self.prompts.stream.load_state_dict(read_header(file)["prompts"])
+        self.prompts.stream.load_state_dict(prompts[0])
         return found
 
     def _draw(self, step: int, weights: str, times: PhaseTimes) -> ScoredStep:
