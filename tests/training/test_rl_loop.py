@@ -31,7 +31,9 @@ def test_a_job_is_evaluated_when_it_is_due_if_it_has_held_out_prompts(
     monkeypatch: pytest.MonkeyPatch, held_out: list[str], times: int
 ) -> None:
     config = load_job("rl/quickstart", ["model.load=x", "train.max_steps=5", "train.evaluate_every=2"])
-    session = Mock(config=config, step=0, is_finished=False, is_due=lambda every: every and session.step % every == 0)
+    session: Any = Mock(
+        config=config, step=0, is_finished=False, is_due=lambda every: every and session.step % every == 0
+    )
     evaluate = Mock()
 
     def step(job: object) -> bool:
