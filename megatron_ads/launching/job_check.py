@@ -145,6 +145,7 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
         found.passed.append(f"tokenizer: {tokens} tokens for an embedding of {shape.vocab_size} rows")
     checks: dict[str, Callable[[], str]] = {
         "layout": partial(_layout, config, ranks, shape),
+        "settings": partial(_settings, config, ranks, shape),
         "data": partial(_data, config, None if shape is None else source.side_folder),
         "checkpoint": partial(_checkpoint, config),
         "disk": partial(_disk, config, ranks, shape),
@@ -166,10 +167,18 @@ def needs_gpu(config: RunConfig, environment: Mapping[str, str]) -> bool:
 
 def _layout(config: RunConfig, ranks: int | None, shape: ModelShape | None) -> str:
     world = _world(config, ranks)
-    validate_job(config, world, shape)
+    config.layout.check()
     layout = config.layout.runtime(world)
     require_trainable(layout, shape)
+    if shape is not None:
+        config.layout.placement(shape, layout)
+        layout.check_model(shape)
     return f"{world} ranks: pp {layout.pp} x dp {layout.dp} x tp {layout.tp}, experts over {layout.ep}"
+
+
+def _settings(config: RunConfig, ranks: int | None, shape: ModelShape | None) -> str:
+    validate_job(config, _world(config, ranks), shape)
+    return "they fit each other"
 
 
 def _world(config: RunConfig, ranks: int | None) -> int:

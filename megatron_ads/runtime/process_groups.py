@@ -35,6 +35,9 @@ _SILENCED_LOGGERS = (
     "megatron.core.dist_checkpointing.strategies.common",  # 0.19: common.pt is read, and deprecated
 )
 
+_USES = "uses of rank {}"
+"""Key of how often a rank has used a part of the job's store."""
+
 EmbeddingRanks = Callable[[list[int]], list[int]]
 """Given the ranks of one pipeline group, those that hold a copy of the word embedding."""
 
@@ -157,18 +160,20 @@ def wait_for_all(purpose: str, timeout_seconds: float) -> None:
     Raises:
         TopologyError: On every rank that waits, naming those that have not come in time.
     """
-    store, world = job_store(purpose), dist.get_world_size()
-    store.set(f"rank {dist.get_rank()}", "here")
-    if store.add("here", 1) == world:
-        store.set("all", "here")
+    world = dist.get_world_size()
+    store, uses = _part_of_store(purpose)
+    if store.add(f"here/{uses}", 1) == world:
+        store.set(f"all/{uses}", "here")
+        for key in ("here", "all"):  # all have left the use before; rank 0 has the whole store in its memory
+            store.delete_key(f"{key}/{uses - 1}")
     try:
-        store.wait(["all"], timedelta(seconds=timeout_seconds))
+        store.wait([f"all/{uses}"], timedelta(seconds=timeout_seconds))
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         lost = isinstance(error, dist.DistNetworkError)  # rank 0 holds the store
-        missing = [0] if lost else [rank for rank in range(world) if not store.check([f"rank {rank}"])]
+        missing = [0] if lost else [rank for rank in range(world) if store.add(_USES.format(rank), 0) < uses]
         raise TopologyError(
             f"{describe_ranks(missing)} of {world} did not {purpose} within {timeout_seconds:g} s "
-            "(runtime.load_timeout_seconds). Look at the log of the first of them; raise the limit if storage is slow."
+            "(runtime.load_timeout_seconds). Look at the log of the first of them; raise the limit if it is only slow."
         ) from error
 
 
@@ -177,6 +182,11 @@ def job_store(purpose: str) -> Store:
 
     Only ``purpose`` uses it; it is new at each use as long as every rank makes the same.
     """
-    store = dist.distributed_c10d._get_default_store()
-    uses = store.add(f"megatron-ads/{purpose}/uses of rank {dist.get_rank()}", 1)
-    return PrefixStore(f"megatron-ads/{purpose}/{uses}", store)
+    store, uses = _part_of_store(purpose)
+    return PrefixStore(str(uses), store)
+
+
+def _part_of_store(purpose: str) -> tuple[Store, int]:
+    """Return what all uses for a purpose share, and how many this rank has made, this one included."""
+    store = PrefixStore(f"megatron-ads/{purpose}", dist.distributed_c10d._get_default_store())
+    return store, store.add(_USES.format(dist.get_rank()), 1)

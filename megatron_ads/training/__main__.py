@@ -47,7 +47,7 @@ def main() -> int:
     with StopRequest() as stop:  # before the imports, which take seconds: a signal during them must not be lost
         try:
             status, message = _run(args, stop)
-        except BaseException as error:
+        except BaseException as error:  # whatever ends the rank: without a record it would seem to have been killed
             write_record(rank(), ExitStatus.CRASHED, last_lines(error))
             raise
     if message:

@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from conversion.torch_dist_pickle import read_metadata
 from megatron_ads.disk import free_bytes, readable_bytes
-from megatron_ads.errors import CheckpointError, DiskFullError, MegatronAdsError
+from megatron_ads.errors import CheckpointError, DiskFullError, MegatronAdsError, TopologyError
+from megatron_ads.runtime.process_groups import wait_for_all
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.EFBIG}
 _TORCH_SHORT_WRITE = "unexpected pos"
@@ -43,6 +44,26 @@ def raised_on_all_ranks() -> Iterator[None]:
         raise found
     if raised := [message for message in messages if message is not None]:
         raise CheckpointError(raised[0])
+
+
+@contextlib.contextmanager
+def raised_once_all_are_done(purpose: str, timeout_seconds: float) -> Iterator[None]:
+    """Do as ``raised_on_all_ranks``, around what may take ranks longer than a communication may last.
+
+    Arguments are those of ``wait_for_all``.
+
+    Raises:
+        MegatronAdsError: As there.
+        TopologyError: If a rank is not done in time.
+    """
+    with raised_on_all_ranks():
+        try:
+            yield
+        except MegatronAdsError:
+            with contextlib.suppress(TopologyError):  # this rank's own error says more
+                wait_for_all(purpose, timeout_seconds)
+            raise
+        wait_for_all(purpose, timeout_seconds)
 
 
 @contextlib.contextmanager

@@ -10,9 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ads.config.rl import Overlong, RolloutConfig
-from megatron_ads.config.run import RunConfig
-from megatron_ads.data.batches import ReplicaShare
-from megatron_ads.layout import ParallelLayout, rank
 from megatron_ads.rollouts import Rollout
 from megatron_ads.rows import TokenizedRow
 
@@ -44,14 +41,3 @@ def on_labels(row: TokenizedRow, of_answer: NDArray[np.float32]) -> NDArray[np.f
     values = np.zeros(row.predictions, dtype=np.float32)
     values[row.predictions - len(of_answer) :] = of_answer
     return values
-
-
-def share_of(config: RunConfig, layout: ParallelLayout) -> ReplicaShare:
-    """Return how rows are divided among the replicas: as few at once as the pipeline allows, so that few are empty."""
-    rows = config.train.micro_batch_size * layout.dp * (layout.pp if layout.vpp > 1 else 1)
-    return ReplicaShare(
-        global_batch_size=rows,
-        micro_batch_size=config.train.micro_batch_size,
-        dp_rank=layout.coordinates(rank()).dp,
-        dp_size=layout.dp,
-    )

@@ -29,12 +29,11 @@ from megatron_ads.losses.preference import (
 )
 from megatron_ads.runtime.garbage import collected_together
 from megatron_ads.runtime.health.rank_record import ExitStatus
-from megatron_ads.training.policy_rows import share_of
 from megatron_ads.training.reference import ReferenceWeights
 from megatron_ads.training.session import Session, join, start_from
 from megatron_ads.training.step import StepReport, run_log_probabilities, run_step
 from megatron_ads.training.stopping import StopRequest
-from megatron_ads.training.streams import tokenizer_of
+from megatron_ads.training.streams import share_of, tokenizer_of
 
 _TOLERANCE = {Precision.fp32: 1e-4, Precision.bf16: 2e-2}
 """Of the first loss, in nats: two passes over the same weights."""

@@ -23,18 +23,16 @@ from megatron_ads.runtime.garbage import collected_together
 from megatron_ads.runtime.health.rank_record import ExitStatus
 from megatron_ads.training.build import TrainedModel
 from megatron_ads.training.checkpoint_errors import raised_on_all_ranks
-from megatron_ads.training.phase_times import PhaseTimes
-from megatron_ads.training.policy_rows import share_of
 from megatron_ads.training.policy_update import PolicyUpdate
 from megatron_ads.training.reference import ReferenceWeights
 from megatron_ads.training.rollout.answering import Answering, open_answering
-from megatron_ads.training.rollout.collect import Judge
+from megatron_ads.training.rollout.collect import JobRewards
 from megatron_ads.training.rollout.dump import ScoredStep, read_recorded
-from megatron_ads.training.rollout.metrics import of_rewards, of_step
+from megatron_ads.training.rollout.metrics import PhaseTimes, of_rewards, of_step
 from megatron_ads.training.rollout.prompts import Prompts, PromptStream, open_prompts
 from megatron_ads.training.session import Membership, Session, join, start_from
 from megatron_ads.training.stopping import StopRequest
-from megatron_ads.training.streams import tokenizer_of
+from megatron_ads.training.streams import share_of, tokenizer_of
 
 logger = get_logger(__name__)
 
@@ -54,14 +52,14 @@ def run(config: RlConfig, stop: StopRequest) -> ExitStatus:
             config.data, tokenizer, max_new_tokens=rollout.max_new_tokens, probe_rows=rollout.probe_rows
         )
         with ExitStack() as opened:
-            judge = opened.enter_context(_open_judge(config))
+            rewards = opened.enter_context(_open_rewards(config))
             position = Position(prompts.stream, RewardWeights(config.rewards))
             session, update = _begin(config, membership, position, stop)
             opened.enter_context(closing(session.log))
             opened.enter_context(session.checkpointer)
             answering = None
             if rollout.mode is not RolloutMode.train_only:
-                answering = opened.enter_context(open_answering(config, session, prompts, judge, tokenizer))
+                answering = opened.enter_context(open_answering(config, session, prompts, rewards, tokenizer))
             job = RlJob(
                 config=config,
                 session=session,
@@ -154,12 +152,13 @@ class RlJob:
 
 def train(job: RlJob) -> bool:
     """Step until the last step, or until some rank is asked to stop; return whether it was stopped."""
-    session, stopped = job.session, False
+    session, answering, stopped = job.session, job.answering, False
+    evaluate_every = job.config.train.evaluate_every if job.prompts.held_out else None  # all may be too long
     with collected_together(session.config.runtime.gc_interval) as collect_garbage:
         while not (stopped or session.is_finished):
             stopped = _step(job)
-            if job.answering is not None and session.is_due(session.config.train.evaluate_every):
-                _evaluate(job, job.answering)
+            if answering is not None and session.is_due(evaluate_every):
+                _evaluate(job, answering)
             session.save_if_due(stopped=stopped)
             collect_garbage(session.step)
     return stopped
@@ -200,7 +199,7 @@ def _evaluate(job: RlJob, answering: Answering) -> None:
 
 
 @contextmanager
-def _open_judge(config: RlConfig) -> Iterator[Judge]:
+def _open_rewards(config: RlConfig) -> Iterator[JobRewards]:
     """Yield the rewards of a recipe; a collective.
 
     Raises:
@@ -211,7 +210,7 @@ def _open_judge(config: RlConfig) -> Iterator[Judge]:
     with ExitStack() as opened:
         if rewards is not None:
             opened.enter_context(closing(rewards))
-        yield Judge(rewards, config.runtime.load_timeout_seconds)
+        yield JobRewards(rewards, config.runtime.load_timeout_seconds)
 
 
 def _on_any_rank(holds: bool) -> bool:

@@ -210,7 +210,7 @@ class Session:
         folder, of_job = Path(self.config.log.dir), self.membership
         planned = self.step * self.updates_per_step
         skipped = planned - self.model.optimizer.updates
-        if skipped and dist.get_rank() == 0:
+        if skipped > 0 and dist.get_rank() == 0:  # below 0: fewer updates are planned now than before the job continued
             logger.warning("%d of %d updates were skipped", skipped, planned)
         if export and not stopped:
             require_finite(self.model.models)

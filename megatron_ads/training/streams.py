@@ -7,6 +7,7 @@ from typing import Any
 
 from conversion.sources import WeightSource
 from megatron_ads.config.data import DataConfig
+from megatron_ads.config.run import RunConfig
 from megatron_ads.config.training import LossConfig, ReweightConfig, TrainConfig
 from megatron_ads.data.adaptive_weights import InstanceWeights
 from megatron_ads.data.batches import BatchStream, HeldOut, ReplicaShare, batches_of_all
@@ -72,6 +73,17 @@ def open_streams(
         held_out, share, seq_length=data.seq_length, packing=data.packing, normalize=loss.normalize
     )
     return stream, HeldOut(held_out, validation)
+
+
+def share_of(config: RunConfig, layout: ParallelLayout) -> ReplicaShare:
+    """Return how rows are divided among the replicas: as few at once as the pipeline allows, so that few are empty."""
+    rows = config.train.micro_batch_size * layout.dp * (layout.pp if layout.vpp > 1 else 1)
+    return ReplicaShare(
+        global_batch_size=rows,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=layout.coordinates(rank()).dp,
+        dp_size=layout.dp,
+    )
 
 
 def tokenizer_of(source: WeightSource, template_arguments: Mapping[str, Any] | None = None) -> ChatTokenizer:

@@ -15,7 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 from megatron_ads.journal import Journal
-from megatron_ads.training.phase_times import PhaseTimes
+from megatron_ads.training.rollout.metrics import PhaseTimes
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ def test_a_job_that_can_start_has_no_problem(words: list[str]) -> None:
     found = check_job("sft/quickstart", words, 4)
     assert found.problems == []
     assert [line.split(":")[0] for line in found.passed] == [
-        "recipe", "weights", "tokenizer", "layout", "data", "checkpoint", "disk", "trackers", "folders",
+        "recipe", "weights", "tokenizer", "layout", "settings", "data", "checkpoint", "disk", "trackers", "folders",
     ]  # fmt: skip
     assert "4 ranks: pp 2 x dp 2 x tp 1, experts over 2" in found.passed[3]
 
@@ -79,6 +79,14 @@ def test_a_tracker_that_is_not_installed_is_a_problem(words: list[str], monkeypa
 def test_context_parallelism_is_planned_but_not_trained_with(words: list[str]) -> None:
     (problem,) = check_job("sft/quickstart", [*words, "layout.cp=2"], 4).problems
     assert problem.startswith("layout: layout.cp is 2: the training step does not cut rows")
+
+
+def test_a_problem_is_named_by_the_check_that_found_it(words: list[str]) -> None:
+    wrong = [*words, "rollout.samples=1"]
+    (problem,) = check_job("rl/quickstart", wrong, 4).problems
+    assert problem.startswith("settings: rollout.samples is 1")
+    layout, settings = check_job("rl/quickstart", [*wrong, "layout.cp=2"], 4).problems
+    assert layout.startswith("layout: layout.cp is 2") and settings.startswith("settings: rollout.samples is 1")
 
 
 def test_all_problems_are_found_at_once(words: list[str], tmp_path: Path) -> None:

@@ -169,6 +169,22 @@ def test_ranks_wait_for_the_slowest_and_name_it_when_it_does_not_come() -> None:
         assert second.startswith("rank 2 of 3 did not load the weights within 1 s (runtime.load_timeout_seconds).")
 
 
+def _keys_after_each_wait() -> list[int]:
+    process_groups.start(ParallelLayout(world=2))
+    found = []
+    for _ in range(3):
+        process_groups.wait_for_all("compute the rewards", 20)
+        dist.barrier()  # whoever came last has tidied up
+        found.append(dist.distributed_c10d._get_default_store().num_keys())
+        dist.barrier()
+    return found
+
+
+def test_waits_at_every_step_do_not_fill_the_store() -> None:
+    for first, second, third in run_ranks(2, _keys_after_each_wait):
+        assert first == second == third
+
+
 def test_groups_on_gpus_are_not_split_off_the_jobs_communicator(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, object]] = []
     monkeypatch.setattr("megatron_ads.runtime.device.device", lambda: torch.device("cuda", 3))

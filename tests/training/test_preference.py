@@ -80,9 +80,9 @@ class FakeSession:
 
 
 def _job(recipe: Recipe, *, per_step: int = 2) -> Any:
-    from megatron_ads.training.policy_rows import share_of
     from megatron_ads.training.preference import PreferenceJob
     from megatron_ads.training.reference import ReferenceWeights
+    from megatron_ads.training.streams import share_of
 
     model, shards, _ = start(recipe)
     given = recipe.config()

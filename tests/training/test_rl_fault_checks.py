@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ads.journal import Journal
 from megatron_ads.runtime.health.rank_record import ExitStatus
-from megatron_ads.training.phase_times import PhaseTimes
+from megatron_ads.training.rollout.metrics import PhaseTimes
 from parity_tests.crash_test import BrokenPromiseError
 from parity_tests.harness.inflicted import Fault, inflicted
 from parity_tests.rl_faults import FAULTS, STEPS, Case, RlJob, check_continued, check_counted, draw, run_case

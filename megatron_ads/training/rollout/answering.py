@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from megatron_ads.config.rl import RlConfig, RolloutMode
 from megatron_ads.data.chat import ChatTokenizer
-from megatron_ads.training.phase_times import PhaseTimes
-from megatron_ads.training.policy_rows import share_of
-from megatron_ads.training.rollout.collect import Collector, Judge
+from megatron_ads.training.rollout.collect import Collector, JobRewards
 from megatron_ads.training.rollout.dump import ScoredStep
 from megatron_ads.training.rollout.engine import RolloutEngine, open_rollout_engine
-from megatron_ads.training.rollout.generation import Asking, Generator, open_journal
+from megatron_ads.training.rollout.generation import AnswerSettings, Generator, open_journal
+from megatron_ads.training.rollout.metrics import PhaseTimes
 from megatron_ads.training.rollout.probe import WeightProbe
 from megatron_ads.training.rollout.prompts import Prompts
 from megatron_ads.training.session import Session
+from megatron_ads.training.streams import share_of
 
 
 @dataclass(slots=True)
@@ -51,13 +51,14 @@ class Answering:
     def judge_held_out(self) -> dict[str, NDArray[np.float64]]:
         """Answer the held-out prompts greedily and return the rewards by name."""
         of = self.collector
-        asking = Asking(samples=1, max_new_tokens=of.config.rollout.max_new_tokens, seed=None, weights=self.weights)
-        return of.judge.score(of.generator.answer(of.prompts.held_out, asking)).values
+        longest = of.config.rollout.max_new_tokens
+        settings = AnswerSettings(samples=1, max_new_tokens=longest, seed=None, weights=self.weights)
+        return of.rewards.score(of.generator.answer(of.prompts.held_out, settings)).values
 
 
 @contextmanager
 def open_answering(
-    config: RlConfig, session: Session, prompts: Prompts, judge: Judge, tokenizer: ChatTokenizer
+    config: RlConfig, session: Session, prompts: Prompts, rewards: JobRewards, tokenizer: ChatTokenizer
 ) -> Iterator[Answering]:
     """Yield engines that hold the session's weights; a collective.
 
@@ -84,7 +85,7 @@ def open_answering(
             seq_length=config.data.seq_length,
             max_logprob_diff=config.rollout.max_logprob_diff if config.rollout.probe_rows else None,
         )
-        collector = Collector(config=config, prompts=prompts, generator=generator, judge=judge, folder=folder)
+        collector = Collector(config=config, prompts=prompts, generator=generator, rewards=rewards, folder=folder)
         answering = Answering(session, engine, probe, collector)
         answering.follow()
         yield answering

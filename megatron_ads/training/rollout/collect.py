@@ -16,18 +16,17 @@ from megatron_ads.losses.advantages import without_variance
 from megatron_ads.observability.log import get_logger
 from megatron_ads.rewards.registry import Rewards, Scores
 from megatron_ads.rollouts import Rollout, groups_of
-from megatron_ads.runtime.process_groups import wait_for_all
-from megatron_ads.training.checkpoint_errors import failed_log_named, raised_on_all_ranks
-from megatron_ads.training.phase_times import PhaseTimes
+from megatron_ads.training.checkpoint_errors import failed_log_named, raised_on_all_ranks, raised_once_all_are_done
 from megatron_ads.training.rollout.dump import ScoredStep, read_header, read_step, step_file, write_step
-from megatron_ads.training.rollout.generation import Asking, Generator
-from megatron_ads.training.rollout.prompts import Prompt, Prompts
+from megatron_ads.training.rollout.generation import AnswerSettings, Generator
+from megatron_ads.training.rollout.metrics import PhaseTimes
+from megatron_ads.training.rollout.prompts import PolicyPrompt, Prompts
 
 logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Judge:
+class JobRewards:
     """Rank 0 computes the rewards, all ranks get them."""
 
     rewards: Rewards | None
@@ -41,12 +40,9 @@ class Judge:
             MegatronAdsError: On every rank, if a reward failed for all of them.
         """
         found: list[Scores | None] = [None]
-        with raised_on_all_ranks():
-            try:
-                if self.rewards is not None:
-                    found = [self.rewards.score(rollouts)]
-            finally:
-                wait_for_all("compute the rewards", self.longest_wait_seconds)
+        with raised_once_all_are_done("compute the rewards", self.longest_wait_seconds):
+            if self.rewards is not None:
+                found = [self.rewards.score(rollouts)]
         dist.broadcast_object_list(found, src=0)
         assert found[0] is not None
         return found[0]
@@ -59,7 +55,7 @@ class Collector:
     config: RlConfig
     prompts: Prompts
     generator: Generator
-    judge: Judge
+    rewards: JobRewards
     folder: Path
 
     def collect(self, step: int, weights: str, times: PhaseTimes) -> ScoredStep:
@@ -86,15 +82,16 @@ class Collector:
         return {"step": step, "weights": weights, "made_by": digest_of([made_by, self.config.train.seed, before])}
 
     def _finished(self, file: Path, header: dict[str, Any]) -> ScoredStep | None:
-        answer = [dist.get_rank() == 0 and header.items() <= read_header(file).items()]
-        dist.broadcast_object_list(answer, src=0)
-        if not answer[0]:
+        there = read_header(file) if dist.get_rank() == 0 else {}
+        prompts = [there["prompts"] if header.items() <= there.items() else None]
+        dist.broadcast_object_list(prompts, src=0)
+        if prompts[0] is None:
             return None
         with raised_on_all_ranks():
             found = read_step(file, self.prompts.rows)
         if dist.get_rank() == 0:
             logger.info("the rollouts of %s were finished before; they are not generated again", file.name)
-        self.prompts.stream.load_state_dict(read_header(file)["prompts"])
+        self.prompts.stream.load_state_dict(prompts[0])
         return found
 
     def _draw(self, step: int, weights: str, times: PhaseTimes) -> ScoredStep:
@@ -119,14 +116,16 @@ class Collector:
         )
 
     def _answer(
-        self, prompts: Sequence[Prompt], seed: tuple[int, ...], weights: str, times: PhaseTimes
+        self, prompts: Sequence[PolicyPrompt], seed: tuple[int, ...], weights: str, times: PhaseTimes
     ) -> tuple[list["_Group"], Scores]:
         rollout = self.config.rollout
-        asking = Asking(samples=rollout.samples, max_new_tokens=rollout.max_new_tokens, seed=seed, weights=weights)
+        settings = AnswerSettings(
+            samples=rollout.samples, max_new_tokens=rollout.max_new_tokens, seed=seed, weights=weights
+        )
         with times.measured("rollout"):
-            rollouts = self.generator.answer(prompts, asking)
+            rollouts = self.generator.answer(prompts, settings)
         with times.measured("reward"):
-            scores = self.judge.score(rollouts)
+            scores = self.rewards.score(rollouts)
         groups, start = list[_Group](), 0
         for members in groups_of(rollouts):
             end = start + len(members)

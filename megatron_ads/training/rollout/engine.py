@@ -18,9 +18,8 @@ from megatron_ads.inference.server_pool import Probe, ServerPool
 from megatron_ads.inference.transformers_engine import TransformersEngine
 from megatron_ads.journal import Journal
 from megatron_ads.runtime.device import device
-from megatron_ads.runtime.process_groups import wait_for_all
 from megatron_ads.training.build import TrainedModel
-from megatron_ads.training.checkpoint_errors import raised_on_all_ranks
+from megatron_ads.training.checkpoint_errors import raised_on_all_ranks, raised_once_all_are_done
 from megatron_ads.training.session import Membership
 from megatron_ads.training.weight_sync import WeightSync
 
@@ -44,14 +43,13 @@ class RolloutEngine:
             MegatronAdsError: On every rank, if an engine does not take them.
         """
         weights = self.sync.tensors(model.models, model.spec)
-        with raised_on_all_ranks():
+        with raised_once_all_are_done("give their engines new weights", self.longest_wait_seconds):
             try:
                 if self.engine is not None:
                     self.engine.update_weights(weights)
-                for _ in weights:
-                    pass
             finally:
-                wait_for_all("give their engines new weights", self.longest_wait_seconds)
+                for _ in weights:  # a collective: where one rank left it, the others would wait in it
+                    pass
 
     def gap(self, probe: Probe) -> float:
         """Return the mean difference in nats between this rank's engine, or the worst server, and a probe.

@@ -13,23 +13,22 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ads.config.generation import GenerationConfig, Method
-from megatron_ads.errors import as_refusals
+from megatron_ads.errors import DataError, as_refusals
 from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.journal import Journal, digest_of
 from megatron_ads.observability.log import get_logger
 from megatron_ads.rollouts import Rollout
 from megatron_ads.rows import ChatRow
-from megatron_ads.runtime.process_groups import wait_for_all
 from megatron_ads.stable_random import key_of
-from megatron_ads.training.checkpoint_errors import raised_on_all_ranks
+from megatron_ads.training.checkpoint_errors import raised_on_all_ranks, raised_once_all_are_done
 from megatron_ads.training.rollout.engine import RolloutEngine
-from megatron_ads.training.rollout.prompts import Prompt
+from megatron_ads.training.rollout.prompts import PolicyPrompt
 
 logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class AnswerChunk:
     """Answers that one engine generates at once."""
 
     prompts: range
@@ -38,17 +37,17 @@ class Chunk:
     """Answers to each."""
 
 
-def cut(prompts: int, samples: int, batch_size: int) -> list[Chunk]:
+def cut(prompts: int, samples: int, batch_size: int) -> list[AnswerChunk]:
     """Return chunks of at most ``batch_size`` answers; a group is only cut if it is larger than that."""
     if samples <= batch_size:
         whole = batch_size // samples
-        return [Chunk(range(start, min(start + whole, prompts)), samples) for start in range(0, prompts, whole)]
+        return [AnswerChunk(range(start, min(start + whole, prompts)), samples) for start in range(0, prompts, whole)]
     parts = [min(batch_size, samples - start) for start in range(0, samples, batch_size)]
-    return [Chunk(range(number, number + 1), part) for number in range(prompts) for part in parts]
+    return [AnswerChunk(range(number, number + 1), part) for number in range(prompts) for part in parts]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asking:
+class AnswerSettings:
     """How the prompts of one draw are answered."""
 
     samples: int
@@ -79,11 +78,11 @@ class Generator:
         rows: dict[str, ChatRow],
         *,
         batch_size: int,
-        journal: Journal | None,
+        journal: Journal,
         longest_wait_seconds: float,
         on_progress: Callable[[], None],
     ) -> None:
-        """Take this rank's engine and journal (None: what is finished is not kept).
+        """Take this rank's engine and journal.
 
         ``longest_wait_seconds`` is how long the first rank to finish waits for the last; ``on_progress`` is called
         after each chunk.
@@ -91,57 +90,60 @@ class Generator:
         self._engine, self._rows, self._batch_size, self._journal = engine, rows, batch_size, journal
         self._patience, self._on_progress = longest_wait_seconds, on_progress
 
-    def answer(self, prompts: Sequence[Prompt], asking: Asking) -> list[Rollout]:
+    def answer(self, prompts: Sequence[PolicyPrompt], settings: AnswerSettings) -> list[Rollout]:
         """Return the answers to every prompt, in order, on every rank; a collective.
 
         Raises:
             MegatronAdsError: On every rank, if some rank cannot generate or keep its answers.
         """
-        chunks = list(enumerate(cut(len(prompts), asking.samples, self._batch_size)))
+        chunks = list(enumerate(cut(len(prompts), settings.samples, self._batch_size)))
         ranks, own = self._engine.ranks, list[tuple[int, list[dict[str, Any]]]]()
-        with raised_on_all_ranks():
-            try:
-                for number, chunk in chunks:
-                    if ranks[number % len(ranks)] == dist.get_rank():
-                        own.append((number, self._records(number, chunk, prompts, asking)))
-                        self._on_progress()
-            finally:
-                wait_for_all("generate their answers", self._patience)
+        with raised_once_all_are_done("generate their answers", self._patience):
+            for number, chunk in chunks:
+                if ranks[number % len(ranks)] == dist.get_rank():
+                    own.append((number, self._records(number, chunk, prompts, settings)))
+                    self._on_progress()
         gathered: list[list[tuple[int, list[dict[str, Any]]]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, own)
         records = dict(pair for pairs in gathered for pair in pairs)
-        found = [Rollout.from_record(record, self._rows) for number, _ in chunks for record in records[number]]
-        return sorted(found, key=lambda rollout: rollout.group)
+        return [Rollout.from_record(record, self._rows) for number, _ in chunks for record in records[number]]
 
-    def _records(self, number: int, chunk: Chunk, prompts: Sequence[Prompt], asking: Asking) -> list[dict[str, Any]]:
+    def _records(
+        self, number: int, chunk: AnswerChunk, prompts: Sequence[PolicyPrompt], settings: AnswerSettings
+    ) -> list[dict[str, Any]]:
         """Return the rollouts of one chunk as records, generated now or before."""
         asked = [prompts[place] for place in chunk.prompts]
-        how = asking.generation(number, chunk.samples)
-        key = digest_of([asking.weights, number, [prompt.tokens for prompt in asked], asdict(how)])
-        if self._journal is not None:
-            before = self._journal.read(key, lambda record: list(record["rollouts"]))
-            if before is not None:
-                logger.info("a chunk of %d answers was finished before; it is not generated again", len(before))
-                return before
+        how = settings.generation(number, chunk.samples)
+        key = digest_of([settings.weights, number, [prompt.tokens for prompt in asked], asdict(how)])
+        if (before := self._journal.read(key, lambda record: list(record["rollouts"]))) is not None:
+            logger.info("a chunk of %d answers was finished before; it is not generated again", len(before))
+            return before
         assert self._engine.engine is not None
         answers = self._engine.engine.generate([prompt.tokens for prompt in asked], how)
         records = [
-            _rollout(prompts[place], place, completion, asking).as_record()
+            _rollout(prompts[place], place, completion, settings).as_record()
             for place, completions in zip(chunk.prompts, answers, strict=True)
             for completion in completions
         ]
-        if self._journal is not None:
-            self._journal.add(key, {"rollouts": records})
+        self._journal.add(key, {"rollouts": records})
         return records
 
     def forget(self) -> None:
         """Empty the journal: what it holds is kept elsewhere."""
-        if self._journal is not None:
-            self._journal.clear()
+        self._journal.clear()
 
 
-def _rollout(prompt: Prompt, group: int, completion: Completion, asking: Asking) -> Rollout:
-    assert completion.token_ids is not None and completion.log_probabilities is not None, "both were asked for"
+def _rollout(prompt: PolicyPrompt, group: int, completion: Completion, settings: AnswerSettings) -> Rollout:
+    """Return an answer as a rollout.
+
+    Raises:
+        DataError: If there is none.
+    """
+    if not completion.token_ids or completion.log_probabilities is None:  # a server called the prompt impossible
+        raise DataError(
+            f"Row {prompt.row.id!r} has no answer ({completion.finish}: {completion.text}). Give the server room for "
+            "data.seq_length tokens (vLLM: --max-model-len), or leave the row out."
+        )
     return Rollout(
         row=prompt.row,
         group=group,
@@ -150,7 +152,7 @@ def _rollout(prompt: Prompt, group: int, completion: Completion, asking: Asking)
         text=prompt.opened + completion.text,
         cut_off=completion.finish is Finish.cut_off,
         log_probabilities=completion.log_probabilities,
-        weights=asking.weights,
+        weights=settings.weights,
     )
 
 

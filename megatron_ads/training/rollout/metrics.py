@@ -1,6 +1,9 @@
-"""What the rollouts of a step were like, by verl's metric names."""
+"""The metrics of a step, by verl's names: what its rollouts were like, and how long its phases took."""
 
-from collections.abc import Mapping
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,3 +52,24 @@ def combined(rewards: Mapping[str, NDArray[np.float64]], weights: Mapping[str, f
     sums_N: NDArray[np.float64] = np.nansum(values_KN, axis=0)
     sums_N[np.isnan(values_KN).all(axis=0)] = np.nan
     return sums_N
+
+
+class PhaseTimes:
+    """Seconds of each phase since they were last taken; a phase that ends with a collective is as long as the slowest
+    rank's."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def measured(self, phase: str) -> Iterator[None]:
+        """Add the time inside the context to a phase."""
+        started = time.monotonic()
+        yield
+        self._seconds[phase] += time.monotonic() - started
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds by metric name, and begin anew."""
+        taken = {f"timing_s/{phase}": seconds for phase, seconds in self._seconds.items()}
+        self._seconds.clear()
+        return taken

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ads.config.data import DataConfig
+from megatron_ads.data.batches import require_same_sequence
 from megatron_ads.data.chat import ChatTokenizer, opened_by, render_prompt, tokenize_row
 from megatron_ads.data.corpus import read_corpus
 from megatron_ads.data.mixing import Mixture, WeightedRows
@@ -23,7 +24,7 @@ logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prompt:
+class PolicyPrompt:
     """What the policy answers."""
 
     row: ChatRow
@@ -35,7 +36,9 @@ class Prompt:
 class PromptStream:
     """The endless sequence of prompts; its state is one count per source, the same on every rank."""
 
-    def __init__(self, sources: Sequence[Sequence[Prompt]], names: Sequence[str], weights: Sequence[float], seed: int):
+    def __init__(
+        self, sources: Sequence[Sequence[PolicyPrompt]], names: Sequence[str], weights: Sequence[float], seed: int
+    ) -> None:
         """Start at the first prompt.
 
         Raises:
@@ -46,13 +49,14 @@ class PromptStream:
         weighted = [WeightedRows([*map(_as_row, source)], weight, name) for source, name, weight in named]
         self._mixture, self._seed = Mixture(weighted, seed=seed), seed
 
-    def draw(self, count: int) -> list[Prompt]:
+    def draw(self, count: int) -> list[PolicyPrompt]:
         """Return the next prompts."""
         return [self._prompts[self._mixture.draw().number] for _ in range(count)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the current state, and of which sequence it is."""
-        return {**self._mixture.state_dict(), "contents": list(self._mixture.contents), "seed": self._seed}
+        of_sequence = {"rows": list(self._mixture.sizes), "contents": list(self._mixture.contents), "seed": self._seed}
+        return {**self._mixture.state_dict(), **of_sequence}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state`` was taken.
@@ -60,12 +64,7 @@ class PromptStream:
         Raises:
             DataError: If it belongs to other prompts or another seed.
         """
-        if (state["contents"], state["seed"]) != (list(self._mixture.contents), self._seed):
-            raise DataError(
-                f"The checkpoint was made with other prompts, or with data.seed {state['seed']} (here {self._seed}): "
-                "their order cannot continue. Use the same files, tokenizer and data settings, or start anew with "
-                "another checkpoint.dir."
-            )
+        require_same_sequence(self._mixture, self._seed, state)
         self._mixture.load_state_dict(state)
 
 
@@ -74,7 +73,7 @@ class Prompts:
     """All prompts of a job."""
 
     stream: PromptStream
-    held_out: list[Prompt]
+    held_out: list[PolicyPrompt]
     """Answered in evaluations."""
     probe: list[TokenizedRow]
     """Rows with their targets, whose log-probabilities tell weights apart; never empty."""
@@ -118,20 +117,20 @@ def open_prompts(data: DataConfig, tokenizer: ChatTokenizer, *, max_new_tokens: 
     )
 
 
-def _fitting(rows: Sequence[ChatRow], tokenizer: ChatTokenizer, longest: int) -> list[Prompt]:
+def _fitting(rows: Sequence[ChatRow], tokenizer: ChatTokenizer, longest: int) -> list[PolicyPrompt]:
     prompts = [_prompt(row, tokenizer) for row in rows if row.weight]
     return [prompt for prompt in prompts if len(prompt.tokens) <= longest]
 
 
-def _prompt(row: ChatRow, tokenizer: ChatTokenizer) -> Prompt:
+def _prompt(row: ChatRow, tokenizer: ChatTokenizer) -> PolicyPrompt:
     try:
         text = render_prompt(row.prompt, tokenizer)
     except DataError as error:
         raise DataError(f"Row {row.id!r}: {error}") from None
-    return Prompt(row=row, tokens=tuple(tokenizer.encode(text)), opened=opened_by(text))
+    return PolicyPrompt(row=row, tokens=tuple(tokenizer.encode(text)), opened=opened_by(text))
 
 
-def _as_row(prompt: Prompt) -> TokenizedRow:
+def _as_row(prompt: PolicyPrompt) -> TokenizedRow:
     tokens = np.array(prompt.tokens, dtype=np.int32)
     return TokenizedRow(prompt.row.id, prompt.row.task, tokens, np.zeros(len(tokens), dtype=np.float32))
 

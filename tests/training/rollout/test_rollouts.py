@@ -15,19 +15,18 @@ from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.rewards.registry import Scores
 from megatron_ads.rollouts import Rollout
 from megatron_ads.rows import ChatRow, Message, Role
-from megatron_ads.training.phase_times import PhaseTimes
 from megatron_ads.training.policy_rows import minibatches, on_labels, overlong_penalty, policy_row
 from megatron_ads.training.rollout.collect import Collector
 from megatron_ads.training.rollout.dump import ScoredStep, read_header, read_recorded, step_file, write_step
-from megatron_ads.training.rollout.generation import Asking, Chunk, cut
-from megatron_ads.training.rollout.metrics import combined
-from megatron_ads.training.rollout.prompts import Prompt, Prompts, PromptStream
+from megatron_ads.training.rollout.generation import AnswerChunk, AnswerSettings, _rollout, cut
+from megatron_ads.training.rollout.metrics import PhaseTimes, combined
+from megatron_ads.training.rollout.prompts import PolicyPrompt, Prompts, PromptStream
 from parity_tests.harness.ranks import run_ranks
 
 
-def prompt(name: str) -> Prompt:
+def prompt(name: str) -> PolicyPrompt:
     row = ChatRow(name, "task", (Message(Role.user, name), Message(Role.assistant, "yes")))
-    return Prompt(row=row, tokens=(1, 2, ord(name[0])), opened="")
+    return PolicyPrompt(row=row, tokens=(1, 2, ord(name[0])), opened="")
 
 
 def rollout(group: int, answer: Sequence[int] = (7, 8), *, name: str = "a") -> Rollout:
@@ -44,8 +43,8 @@ def rollout(group: int, answer: Sequence[int] = (7, 8), *, name: str = "a") -> R
 
 
 def test_groups_stay_whole_where_they_fit_and_no_chunk_is_larger_than_allowed() -> None:
-    assert cut(5, 4, 8) == [Chunk(range(2), 4), Chunk(range(2, 4), 4), Chunk(range(4, 5), 4)]
-    assert cut(2, 5, 2) == [Chunk(range(n, n + 1), part) for n in (0, 1) for part in (2, 2, 1)]
+    assert cut(5, 4, 8) == [AnswerChunk(range(2), 4), AnswerChunk(range(2, 4), 4), AnswerChunk(range(4, 5), 4)]
+    assert cut(2, 5, 2) == [AnswerChunk(range(n, n + 1), part) for n in (0, 1) for part in (2, 2, 1)]
 
 
 def test_prompts_continue_where_the_state_was_taken_and_only_among_the_same_prompts() -> None:
@@ -57,8 +56,11 @@ def test_prompts_continue_where_the_state_was_taken_and_only_among_the_same_prom
     other.load_state_dict(one.state_dict())
     assert one.draw(9) == other.draw(9)
     assert len({each.row.id for each in first}) == 5
-    for different in (stream("abcdefh"), stream("abcdefg", seed=4)):
-        with pytest.raises(DataError, match=r"other prompts, or with data\.seed 3"):
+    for different, said in (
+        (stream("abcdefh"), "other content in source 0"),
+        (stream("abcdefg", seed=4), "seed 3, this job has 4"),
+    ):
+        with pytest.raises(DataError, match=said):
             different.load_state_dict(one.state_dict())
 
 
@@ -79,7 +81,7 @@ class Counting:
 def _answers(folder: Path, *, fails: bool, weights: str) -> tuple[list[Rollout] | str, int]:
     """Ask two ranks for 2 answers to 6 prompts, 2 at a time: 6 chunks, 3 each."""
     from megatron_ads.training.rollout.engine import RolloutEngine
-    from megatron_ads.training.rollout.generation import Asking, Generator, open_journal
+    from megatron_ads.training.rollout.generation import AnswerSettings, Generator, open_journal
 
     prompts, engine = [prompt(name) for name in "abcdef"], Counting(fails)
     with open_journal(folder) as journal:
@@ -91,9 +93,10 @@ def _answers(folder: Path, *, fails: bool, weights: str) -> tuple[list[Rollout] 
             longest_wait_seconds=20,
             on_progress=lambda: None,
         )
+        settings = AnswerSettings(samples=2, max_new_tokens=4, seed=(0, 1, 1), weights=weights)
         try:
-            found = generator.answer(prompts, Asking(samples=2, max_new_tokens=4, seed=(0, 1, 1), weights=weights))
-        except Exception as error:  # noqa: BLE001
+            found = generator.answer(prompts, settings)
+        except DataError as error:
             return str(error), engine.calls
     return found, engine.calls
 
@@ -115,6 +118,15 @@ def test_chunks_that_were_finished_are_not_generated_again_by_the_same_weights(t
         assert [each.row.id for each in rollouts] == [name for name in "abcdef" for _ in range(2)]  # type: ignore[union-attr]
         seeds = {each.answer_tokens[0] for each in rollouts}  # type: ignore[union-attr]
         assert len(seeds) == 6  # every chunk has its own
+
+
+def test_a_prompt_that_a_server_refuses_ends_the_job_with_the_row_and_the_reason() -> None:
+    settings = AnswerSettings(samples=2, max_new_tokens=4, seed=None, weights="0-abc")
+    refused = Completion(text="HTTP 400: 900 tokens are too many", finish=Finish.refused)
+    empty = Completion(text="", token_ids=(), log_probabilities=())
+    for completion, said in ((refused, r"refused: HTTP 400: 900 tokens"), (empty, "ended")):
+        with pytest.raises(DataError, match=rf"Row .a. has no answer \({said}.*--max-model-len"):
+            _rollout(prompt("a"), 0, completion, settings)
 
 
 def test_a_step_s_file_holds_what_was_written(tmp_path: Path) -> None:
@@ -165,9 +177,9 @@ class Fakes:
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
 
-    def answer(self, prompts: Sequence[Prompt], asking: Asking) -> list[Rollout]:
+    def answer(self, prompts: Sequence[PolicyPrompt], settings: AnswerSettings) -> list[Rollout]:
         self.asked.append([each.row.id for each in prompts])
-        return [rollout(group, name=each.row.id) for group, each in enumerate(prompts) for _ in range(asking.samples)]
+        return [rollout(group, name=each.row.id) for group, each in enumerate(prompts) for _ in range(settings.samples)]
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         values = [float(place % 2) if each.row.id.isupper() else 0.5 for place, each in enumerate(rollouts)]
@@ -190,12 +202,12 @@ def test_groups_that_teach_nothing_are_replaced_and_the_step_is_never_smaller(
     fakes, waiting = Fakes(), [prompt(name) for name in names]
 
     class InOrder:
-        def draw(self, count: int) -> list[Prompt]:
+        def draw(self, count: int) -> list[PolicyPrompt]:
             taken, waiting[:] = waiting[:count], waiting[count:]
             return taken
 
     prompts = Prompts(stream=InOrder(), held_out=[], probe=[], rows={})  # type: ignore[arg-type]
-    collector = Collector(config=config, prompts=prompts, generator=fakes, judge=fakes, folder=tmp_path)  # type: ignore[arg-type]
+    collector = Collector(config=config, prompts=prompts, generator=fakes, rewards=fakes, folder=tmp_path)  # type: ignore[arg-type]
     found = collector._draw(1, "0-a", PhaseTimes())
     assert [each.row.id for each in found.rollouts[::8]] == list(used)
     assert [each.group for each in found.rollouts] == [group for group in range(4) for _ in range(8)]

@@ -1,0 +1,47 @@
+"""The loop of reinforcement learning: what it says of a step that cannot teach anything, and when it evaluates."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import Mock
+
+import pytest
+import torch.distributed as dist
+
+from megatron_ads.config.recipes import load_job
+from megatron_ads.training import rl
+from megatron_ads.training.rl import RlJob
+
+
+@pytest.mark.parametrize(("flat", "trains", "said"), [(8, True, True), (7, True, False), (8, False, False)])
+def test_a_step_whose_answers_are_all_worth_the_same_is_named(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, flat: int, trains: bool, said: bool
+) -> None:
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    train = SimpleNamespace(global_batch_size=8)
+    job: Any = SimpleNamespace(
+        config=SimpleNamespace(train=train), session=SimpleNamespace(step=4), update=object() if trains else None
+    )
+    metrics = {"rollout/groups_without_variance": float(flat), "critic/rewards/mean": 0.0}
+    RlJob.warn_of_nothing_to_learn(cast(RlJob, job), metrics)
+    assert ("step 5 teaches nothing: the answers to each of its 8 prompts" in caplog.text) is said
+
+
+@pytest.mark.parametrize(("held_out", "times"), [(["prompt"], 2), ([], 0)])
+def test_a_job_is_evaluated_when_it_is_due_if_it_has_held_out_prompts(
+    monkeypatch: pytest.MonkeyPatch, held_out: list[str], times: int
+) -> None:
+    config = load_job("rl/quickstart", ["model.load=x", "train.max_steps=5", "train.evaluate_every=2"])
+    session: Any = Mock(
+        config=config, step=0, is_finished=False, is_due=lambda every: every and session.step % every == 0
+    )
+    evaluate = Mock()
+
+    def step(job: object) -> bool:
+        session.step += 1
+        session.is_finished = session.step == 5
+        return False
+
+    monkeypatch.setattr(rl, "_step", step)
+    monkeypatch.setattr(rl, "_evaluate", evaluate)
+    assert not rl.train(Mock(config=config, session=session, prompts=Mock(held_out=held_out)))
+    assert evaluate.call_count == times
