@@ -1,7 +1,7 @@
 """The rewards of a recipe: built-in ones by name, and a team's own functions, each kept from harming a run.
 
-What raises, is no finite number or takes too long loses the values of the unit that it happened to, is counted, and
-told in one line a step. The run ends only where a reward is left without any value because of that.
+What raises or is no finite number, and a function that takes too long, loses the values of the unit that it happened to,
+is counted, and told in one line a step. The run ends only where a reward is left without any value because of that.
 """
 
 import time
@@ -22,7 +22,7 @@ from megatron_ads.rewards.ctcvr import Ctcvr
 from megatron_ads.rewards.downstream import DownstreamBatch
 from megatron_ads.rewards.label_agreement import LabelAgreement
 from megatron_ads.rewards.list_ranking import ListRanking
-from megatron_ads.rewards.own_function import is_own, require_there
+from megatron_ads.rewards.own_function import require_there
 from megatron_ads.rewards.retrieval import Retrieval
 from megatron_ads.rewards.reward import Fault, Outcome, Reward, RewardFailure, outcomes_of, units_of, with_settings
 from megatron_ads.rewards.semantic import Semantic
@@ -96,7 +96,7 @@ def open_rewards(config: RewardsConfig) -> Rewards:
     workers = []
     for place, reward in enumerate(config.use):
         section = f"rewards.use[{place}]"
-        if is_own(reward.name):
+        if reward.is_own:
             require_there(reward.name, section)
             workers.append(worker := Worker(reward.name, reward.settings))
             judges[reward.name] = _own(worker, config.timeout_seconds)
