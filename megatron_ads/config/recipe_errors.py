@@ -53,9 +53,7 @@ def current_settings(recipe: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def explain(
-    error: BaseException, *, schema: type, recipe: str, kinds: Mapping[str, type] | None = None
-) -> ConfigError:
+def explain(error: BaseException, *, schema: type, recipe: str, kinds: Mapping[str, type] | None = None) -> ConfigError:
     """Return the ConfigError that stands for ``error``, raised while ``recipe`` was composed onto ``schema``.
 
     Args:

@@ -1,7 +1,8 @@
 """The rewards of a recipe: built-in ones by name, and a team's own functions, each kept from harming a run.
 
-What raises or is no finite number, and a function that takes too long, loses the values of the unit that it happened to,
-is counted, and told in one line a step. The run ends only where a reward is left without any value because of that.
+What raises or is no finite number, or a function that takes too long, loses the values of the unit that it happened
+to, is counted, and told in one line a step. The run ends only where a reward is left without any value because of
+that.
 """
 
 import time

@@ -71,7 +71,7 @@ class RewardWeights:
             return
         scale = self._config.popo_step_size / self._config.popo_temperature
         exponents = {name: scale * inner_products[name] for name in self._current}
-        # The largest cancels, so that nothing overflows; a weight that rounding has made 0 stays 0, and does not set it.
+        # The largest cancels: nothing overflows. A weight that rounding has made 0 stays 0, and does not set it.
         largest = max(exponents[name] for name, weight in self._current.items() if weight)
         self._current = _normalised(
             {name: weight * math.exp(min(exponents[name] - largest, 0.0)) for name, weight in self._current.items()}
