@@ -9,7 +9,7 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
 
@@ -53,8 +53,12 @@ def current_settings(recipe: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def explain(error: BaseException, *, schema: type, recipe: str) -> ConfigError:
-    """Return the ConfigError that stands for ``error``, raised while ``recipe`` was composed onto ``schema``."""
+def explain(error: BaseException, *, schema: type, recipe: str, kinds: Mapping[str, type] | None = None) -> ConfigError:
+    """Return the ConfigError that stands for ``error``, raised while ``recipe`` was composed onto ``schema``.
+
+    Args:
+        kinds: The schemas of all kinds of job; what only another one has is named so.
+    """
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:
@@ -62,7 +66,7 @@ def explain(error: BaseException, *, schema: type, recipe: str) -> ConfigError:
         cause = cause.__cause__ or cause.__context__
     for cause in causes:
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-            return ConfigError(f"{recipe}: {_explain_key(cause, schema)}")
+            return ConfigError(f"{recipe}: {_explain_key(cause, schema, kinds or {})}")
         if isinstance(cause, OverflowError) and (key := re.search(r"full_key: (\S+)", str(cause))):
             return ConfigError(f"{recipe}: {key[1]} is a whole number too large for a setting of this kind.")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -76,11 +80,11 @@ def explain(error: BaseException, *, schema: type, recipe: str) -> ConfigError:
     return ConfigError(f"{recipe}: {' '.join(str(error).split()) or type(error).__name__}")
 
 
-def _explain_key(error: OmegaConfBaseException, schema: type) -> str:
+def _explain_key(error: OmegaConfBaseException, schema: type, kinds: Mapping[str, type]) -> str:
     path = _full_path(error, schema)
     expected = field_type(schema, path)
     if expected is None:
-        return _unknown_key(schema, path)
+        return _unknown_key(schema, path, kinds)
     if "does not support deletion" in str(error.msg):
         return f"{path} cannot be removed; set it to another value, or to null."
     reason = " ".join(str(error.msg).split(" full_key:")[0].split())
@@ -147,20 +151,23 @@ def _explain_replaced_section(schema: type, section: str, value: str) -> str:
     return f"{value} is given where a {section} belongs."
 
 
-def _unknown_key(schema: type, path: str) -> str:
+def _unknown_key(schema: type, path: str, kinds: Mapping[str, type]) -> str:
     """Return the sentence for a key that the schema lacks, with its new name or the nearest one that it has."""
     if new := RENAMED.get(_INDEX.sub("[]", path)):
         return f"{path} is called {new}."
     section, _, key = path.rpartition(".")
     holder: Any = field_type(schema, section) if section else schema
     if not _is_section(holder):
-        return _unknown_key(schema, section) if section else f"{path} is not a setting."
+        return _unknown_key(schema, section, kinds) if section else f"{path} is not a setting."
     siblings = [field.name for field in dataclasses.fields(holder)]
     prefix = f"{section}." if section else ""
     leaves = [
         name.removesuffix("[]") for name, kind in _settings(schema) if name.endswith("[]") or not _is_section(kind)
     ]
     elsewhere = [name for name in leaves if name.rpartition(".")[2] == key and "[]" not in name]
+    if of := [kind for kind, other in kinds.items() if not section and field_type(other, key)]:
+        hint = f"Did you mean {elsewhere[0]}?" if elsewhere else "Remove it, or take such a recipe."
+        return f"{path} is a section of recipes of kind {' or '.join(of)}, and this is none. {hint}"
     near = [prefix + name for name in difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)]
     if found := elsewhere or near:
         return f"{path} is not a setting; did you mean {found[0]}?"

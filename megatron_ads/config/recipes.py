@@ -6,8 +6,9 @@ No unknown key or wrong type reaches the code.
 import difflib
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -75,28 +76,46 @@ def locate_recipe(name_or_path: str, kind: str = "sft") -> tuple[Path, str, list
 
 
 def recipe_kind(name_or_path: str) -> str:
-    """Return which of ``JOBS`` a recipe describes, as its ``defaults`` say, or those of the recipe it begins with.
+    """Return which of ``JOBS`` a recipe describes.
+
+    Its ``defaults`` say so, or those of the recipe it begins with; of a resolved one, which has none, its sections.
 
     Raises:
         ConfigError: If there is no such recipe.
     """
     folder, name, _ = locate_recipe(name_or_path)
-    waiting, seen = [folder / f"{name}.yaml"], set[Path]()
+    file = folder / f"{name}.yaml"
+    return _kind_by_defaults(file) or _kind_by_sections(file) or "sft"
+
+
+def _kind_by_defaults(recipe: Path) -> str | None:
+    kinds = {f"base_{kind}": kind for kind in JOBS}
+    waiting, seen = [recipe], set[Path]()
     while waiting:
         if (file := waiting.pop(0)) in seen or not file.is_file():
             continue
         seen.add(file)
-        try:
-            content = safe_load(file.read_text(encoding="utf-8"))
-        except (YAMLError, UnicodeError, OSError):  # composing it says what is wrong
-            break
-        entries = content.get("defaults") if isinstance(content, dict) else None
+        entries = _content(file).get("defaults")
         for entry in entries if isinstance(entries, list) else ():
-            if isinstance(entry, str) and (kind := entry.removeprefix("/").removeprefix("base_")) in JOBS:
+            if isinstance(entry, str) and (kind := kinds.get(entry.removeprefix("/"))):
                 return kind
             if isinstance(entry, str):
                 waiting += [file.parent / f"{entry}.yaml", recipes_folder() / f"{entry.removeprefix('/')}.yaml"]
-    return "sft"
+    return None
+
+
+def _kind_by_sections(recipe: Path) -> str | None:
+    shared = {field.name for field in fields(RunConfig)}
+    own = {kind: {field.name for field in fields(schema)} - shared for kind, schema in JOBS.items()}
+    return next((kind for kind, names in own.items() if names & _content(recipe).keys()), None)
+
+
+def _content(file: Path) -> dict[str, Any]:
+    try:
+        content = safe_load(file.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeError, OSError):  # composing it says what is wrong
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def load_job(name_or_path: str, overrides: Sequence[str] = (), *, sections: Collection[str] | None = None) -> RunConfig:
@@ -208,7 +227,7 @@ def compose_onto(schema: type, kind: str, name_or_path: str, overrides: Sequence
         # Merged once more from plain values: an override such as +train.stepz=1 may extend the composed config.
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(composed, resolve=True))
     except (HydraException, OmegaConfBaseException, YAMLError, *_RAISED_BY_HYDRA) as error:
-        raise explain(error, schema=schema, recipe=name_or_path) from None
+        raise explain(error, schema=schema, recipe=name_or_path, kinds=JOBS) from None
     assert isinstance(merged, DictConfig)
     return merged
 

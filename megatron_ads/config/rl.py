@@ -95,6 +95,10 @@ class RolloutConfig:
             f"rollout.max_draws is {self.max_draws}, with which rollout.dynamic_sampling would draw nothing in place "
             "of what it drops. Raise it, or leave dynamic_sampling out.",
         )
+        require(
+            self.dynamic_sampling or self.max_draws == 3,
+            f"rollout.max_draws is {self.max_draws}, which has no effect without rollout.dynamic_sampling. Remove it.",
+        )
         self._check_mode()
 
     def _check_mode(self) -> None:
@@ -136,11 +140,17 @@ class RewardConfig:
     """One reward."""
 
     name: str = MISSING
-    """A built-in reward of ``megatron_ads/rewards/registry.py``, or ``module:function`` of one's own."""
+    """A built-in reward of ``megatron_ads/rewards/registry.py``; or a function of one's own, ``module:function`` or
+    ``path/to/file.py:function``."""
     weight: float = 1.0
     """w_k; with POPO and POPO-light its start, normalised."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the reward besides the rollouts, such as ``{k: 20}``."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a function of one's own."""
+        return ":" in self.name
 
 
 class Combine(StrEnum):
@@ -168,7 +178,8 @@ class RewardsConfig:
     popo_temperature: float = 1.0
     """``popo``: mu."""
     timeout_seconds: float = 60.0
-    """Longest computation of one reward for the rollouts of one step; what has no value then counts as failed."""
+    """Longest computation of a function of one's own for the rollouts of one step; what has no value then counts as
+    failed. Built-in rewards have no limit of their own: other ranks wait for ``runtime.load_timeout_seconds``."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
@@ -177,6 +188,10 @@ class RewardsConfig:
         require_above("rewards", self, 0, "popo_step_size", "popo_temperature", "timeout_seconds")
         for index, reward in enumerate(self.use):
             require_above(f"rewards.use[{index}]", reward, 0, "weight")
+        require(
+            self.timeout_seconds == 60 or any(reward.is_own for reward in self.use),
+            f"rewards.timeout_seconds is {self.timeout_seconds:g}, which has no effect on built-in rewards. Remove it.",
+        )
         require(
             len(self.use) > 1 or self.combine is Combine.fixed,
             f"rewards.combine is {self.combine}, but rewards.use has a single reward. Remove it, or add a reward.",
@@ -196,13 +211,16 @@ class PolicyLoss(StrEnum):
     """The ratio of each token (arXiv:2402.03300)."""
     gspo = "gspo"
     """The ratio of each answer, its geometric mean over tokens (arXiv:2507.18071), with ``loss_agg_mode``
-    seq-mean-token-mean there."""
+    seq_mean_token_mean there."""
     cispo = "cispo"
     """The weight of each token's log-probability (arXiv:2506.13585, where ``clip_ratio_low`` is 1: no lower bound)."""
 
 
 class LossAggregation(StrEnum):
-    """How the tokens of a step become one loss, over all replicas and microbatches; verl's names."""
+    """How the tokens of a step become one loss, over all replicas and microbatches.
+
+    verl's names; a recipe writes them with _ in place of -.
+    """
 
     token_mean = "token-mean"
     seq_mean_token_sum = "seq-mean-token-sum"
@@ -276,14 +294,15 @@ class PolicyConfig:
         require_above("policy", self, 1, "dual_clip", "importance_cap")
         require_at_least("policy", self, 0, "kl_coef")
         require_at_least("policy", self, 1, "minibatches")
-        require(
-            self.dual_clip is None or self.loss is PolicyLoss.grpo,
-            f"policy.dual_clip is {self.dual_clip}, which has no effect with policy.loss {self.loss}. Remove it.",
-        )
-        require(
-            self.kl_coef > 0 or self.kl_in is KlPlace.loss,
-            f"policy.kl_in is {self.kl_in}, which has no effect while policy.kl_coef is 0. Remove it.",
-        )
+        no_kl, uncorrected = self.kl_coef == 0, self.importance_sampling is ImportanceSampling.none
+        for name, unused, idle, why in (
+            ("dual_clip", None, self.loss is not PolicyLoss.grpo, f"with policy.loss {self.loss}"),
+            ("kl_in", KlPlace.loss, no_kl, "while policy.kl_coef is 0"),
+            ("kl_loss_type", KlType.k3, no_kl, "while policy.kl_coef is 0"),
+            ("importance_cap", 2.0, uncorrected, "while policy.importance_sampling is none"),
+        ):
+            value = getattr(self, name)
+            require(not idle or value == unused, f"policy.{name} is {value}, which has no effect {why}. Remove it.")
 
 
 @dataclass(kw_only=True, slots=True)

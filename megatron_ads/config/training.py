@@ -76,7 +76,8 @@ class TrainConfig:
     max_steps: int = MISSING
     """Optimizer steps of the whole run, over all resumptions."""
     global_batch_size: int = 8
-    """Rows of ``data.seq_length`` tokens per step, over all ranks; of a job of reinforcement learning, prompts."""
+    """Rows of ``data.seq_length`` tokens per step, over all ranks; in reinforcement learning and preference training,
+    prompts."""
     micro_batch_size: int = 1
     """Rows one rank runs forward and backward at a time."""
     seed: int = 0

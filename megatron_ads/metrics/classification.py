@@ -159,12 +159,14 @@ def average_precision(truths: Sequence[bool], scores: Sequence[float]) -> float 
 
     The sum over distinct scores, from the highest, of precision times the recall that is gained, as scikit-learn's.
     """
-    score_N = np.asarray(scores, dtype=np.float64)
+    truth_N, score_N = np.asarray(truths, dtype=bool), np.asarray(scores, dtype=np.float64)
+    if not truth_N.any():
+        return None
     order = np.argsort(-score_N, kind="stable")
-    score_N, truth_N = score_N[order], np.asarray(truths, dtype=bool)[order]
+    score_N, truth_N = score_N[order], truth_N[order]
     last_of_score = np.append(score_N[1:] != score_N[:-1], [True])
     hits, rows = np.cumsum(truth_N)[last_of_score], np.flatnonzero(last_of_score) + 1
-    return float((hits / rows * np.diff(hits, prepend=0)).sum() / hits[-1]) if truth_N.any() else None
+    return float((hits / rows * np.diff(hits, prepend=0)).sum() / hits[-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ def _silence() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class RouterScores:
     """What a router saw and did, (T, E)."""
 
     weights_TE: Tensor
@@ -95,13 +95,13 @@ class ReferenceLayer:
         )
         return norm("norm", self.decode(joined))
 
-    def watch_router(self, watch: Callable[[Scores], None]) -> None:
+    def watch_router(self, watch: Callable[[RouterScores], None]) -> None:
         """Have ``watch`` called after every pass of a layer with experts."""
 
         def hook(_module: Any, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
             logits_TE, weights_TK, experts_TK = output
             weights_TE = torch.zeros_like(logits_TE, dtype=torch.float32).scatter(1, experts_TK, weights_TK.float())
-            watch(Scores(weights_TE, logits_TE.float()))
+            watch(RouterScores(weights_TE, logits_TE.float()))
 
         router = getattr(self._model.model.layers[0].mlp, "gate", None)
         if router is not None:

@@ -18,7 +18,7 @@ from conversion.sources import WeightSource
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.models.settings import ModelSettings
 from megatron_ads.models.single_layer import SingleLayer, build_norm
-from megatron_ads.parity.reference import Reference, ReferenceLayer, Scores
+from megatron_ads.parity.reference import Reference, ReferenceLayer, RouterScores
 from megatron_ads.parity.verdict import Comparison, LayerKind, LayerResult, Limits, LogitResult, RouterResult
 from megatron_ads.runtime.device import device
 
@@ -99,8 +99,9 @@ class Stream:
         )
         return result, their_output, our_output
 
-    def _run_theirs(self, layer: int, tokens: Rows, inputs: Rows) -> tuple[Rows, list[Scores]]:
-        module, scores = self._reference.layer(layer), list[Scores]()  # freed on return: one layer is held at a time
+    def _run_theirs(self, layer: int, tokens: Rows, inputs: Rows) -> tuple[Rows, list[RouterScores]]:
+        module = self._reference.layer(layer)  # freed on return: one layer is held at a time
+        scores: list[RouterScores] = []
         module.watch_router(scores.append)
         return self._run(module, layer, tokens, inputs, self._reference.embed), scores
 
@@ -125,7 +126,7 @@ class Stream:
             return [module.decode(row) for row in inputs]
         return [module.predict(ids, row, embed) for ids, row in zip(tokens, inputs, strict=True)]
 
-    def _compare_routing(self, layer: int, weights: Rows, scores: list[Scores]) -> tuple[RouterResult, Tensor]:
+    def _compare_routing(self, layer: int, weights: Rows, scores: list[RouterScores]) -> tuple[RouterResult, Tensor]:
         """Return how the routers compare, and which tokens (T,) go to the same experts on both sides."""
         ours_TE, theirs_TE = torch.cat(weights), _weights(scores)
         ranked_TE = self._ranked(layer, torch.cat([one.logits_TE for one in scores]))
@@ -176,7 +177,7 @@ class Stream:
         )
 
 
-def _weights(scores: list[Scores]) -> Tensor:
+def _weights(scores: list[RouterScores]) -> Tensor:
     return torch.cat([one.weights_TE for one in scores])
 
 

@@ -36,7 +36,7 @@ from megatron_ads.rewards.reward import Unit
 from megatron_ads.rollouts import Rollout, groups_of
 
 
-class Metric(StrEnum):
+class PipelineMetric(StrEnum):
     """M."""
 
     recall = "recall"
@@ -84,7 +84,7 @@ class DownstreamBatch:
 
     def __post_init__(self) -> None:
         """Check the settings and load the pipeline."""
-        for name, choices in (("metric", Metric), ("inject", Inject), ("g", Transform)):
+        for name, choices in (("metric", PipelineMetric), ("inject", Inject), ("g", Transform)):
             value = getattr(self, name)
             require(value in list(choices), f"downstream_batch has {name} = {value!r}; known: {', '.join(choices)}.")
         require(self.k > 0, f"downstream_batch has k = {self.k}; it must be at least 1.")
@@ -110,7 +110,7 @@ class DownstreamBatch:
         return [worth[batch] if number in changes else None for number, batch in enumerate(batch_N)]
 
     def _judges(self, rollout: Rollout) -> bool:
-        return self.metric == Metric.ctr or true_item(rollout.row, self._pipeline) is not None
+        return self.metric == PipelineMetric.ctr or true_item(rollout.row, self._pipeline) is not None
 
     def _transformed(self, change: float) -> float:
         if self.g == Transform.tanh:
@@ -132,13 +132,13 @@ class DownstreamBatch:
         else:
             named = [named_items(rollout.row, rollout.text, self._pipeline) for rollout in rollouts]
             with_NK = [list(dict.fromkeys([*one, *two]))[: len(two)] for one, two in zip(named, base_NK, strict=True)]
-        measure = self._click_rates if self.metric == Metric.ctr else self._found
+        measure = self._click_rates if self.metric == PipelineMetric.ctr else self._found
         before, after = (measure(rollouts, base_NC, items_NK) for items_NK in (base_NK, with_NK))
         return [new - old for new, old in zip(after, before, strict=True)]
 
     def _found(self, rollouts: Sequence[Rollout], _: Tensor, items_NK: Sequence[list[int]]) -> list[float]:
         """Return recall@k or NDCG@k of each row, which has one true item."""
-        score = recall_at if self.metric == Metric.recall else ndcg_at
+        score = recall_at if self.metric == PipelineMetric.recall else ndcg_at
         truths = [true_item(rollout.row, self._pipeline) for rollout in rollouts]
         pairs = zip(truths, items_NK, strict=True)
         positions = [items.index(truth) + 1 if truth in items else None for truth, items in pairs]

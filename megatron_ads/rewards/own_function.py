@@ -28,11 +28,6 @@ from megatron_ads.rollouts import Rollout
 from megatron_ads.rows import ChatRow, Fact
 
 
-def is_own(name: str) -> bool:
-    """Return whether a reward's name is that of a function."""
-    return ":" in name
-
-
 def require_there(name: str, section: str) -> None:
     """Refuse a function whose file or package does not exist; nothing of it is run.
 

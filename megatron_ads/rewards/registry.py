@@ -1,7 +1,8 @@
 """The rewards of a recipe: built-in ones by name, and a team's own functions, each kept from harming a run.
 
-What raises, is no finite number or takes too long loses the values of the unit that it happened to, is counted, and
-told in one line a step. The run ends only where a reward is left without any value because of that.
+What raises or is no finite number, or a function that takes too long, loses the values of the unit that it happened
+to, is counted, and told in one line a step. The run ends only where a reward is left without any value because of
+that.
 """
 
 import time
@@ -22,9 +23,9 @@ from megatron_ads.rewards.ctcvr import Ctcvr
 from megatron_ads.rewards.downstream import DownstreamBatch
 from megatron_ads.rewards.label_agreement import LabelAgreement
 from megatron_ads.rewards.list_ranking import ListRanking
-from megatron_ads.rewards.own_function import is_own, require_there
+from megatron_ads.rewards.own_function import require_there
 from megatron_ads.rewards.retrieval import Retrieval
-from megatron_ads.rewards.reward import Failure, Fault, Outcome, Reward, outcomes_of, units_of, with_settings
+from megatron_ads.rewards.reward import Fault, Outcome, Reward, RewardFailure, outcomes_of, units_of, with_settings
 from megatron_ads.rewards.semantic import Semantic
 from megatron_ads.rewards.worker import Worker
 from megatron_ads.rollouts import Rollout
@@ -44,7 +45,7 @@ BUILT_IN: dict[str, type[Any]] = {
 MAX_KILLS = 4
 """How often the process of a function may be lost in one step; what is then left has no value."""
 
-Judge = Callable[[Sequence[Rollout]], Iterator[list[Outcome]]]
+Scoring = Callable[[Sequence[Rollout]], Iterator[list[Outcome]]]
 """Takes the rollouts of a step and yields the outcomes of one unit after another."""
 
 
@@ -61,7 +62,7 @@ class Scores:
 class Rewards:
     """The rewards of a recipe."""
 
-    def __init__(self, judges: Mapping[str, Judge], workers: Sequence[Worker]) -> None:
+    def __init__(self, judges: Mapping[str, Scoring], workers: Sequence[Worker]) -> None:
         """Take what computes each reward, by name, and the processes among them."""
         self._judges, self._workers = judges, workers
 
@@ -92,11 +93,11 @@ def open_rewards(config: RewardsConfig) -> Rewards:
     Raises:
         ConfigError: If one is not known, or has no such setting.
     """
-    judges: dict[str, Judge] = {}
+    judges: dict[str, Scoring] = {}
     workers = []
     for place, reward in enumerate(config.use):
         section = f"rewards.use[{place}]"
-        if is_own(reward.name):
+        if reward.is_own:
             require_there(reward.name, section)
             workers.append(worker := Worker(reward.name, reward.settings))
             judges[reward.name] = _own(worker, config.timeout_seconds)
@@ -113,18 +114,18 @@ def _kind_of(name: str, section: str) -> type[Any]:
     raise ConfigError(f"{section}.name is {name!r}. {offer} A function of one's own is module:function.")
 
 
-def _built_in(reward: Reward) -> Judge:
+def _built_in(reward: Reward) -> Scoring:
     def judge(rollouts: Sequence[Rollout]) -> Iterator[list[Outcome]]:
         for unit in units_of(rollouts, reward.unit):
             try:
                 yield outcomes_of(reward(unit), len(unit))
             except DataError as error:
-                yield [Failure(Fault.raised, one_line(error))] * len(unit)
+                yield [RewardFailure(Fault.raised, one_line(error))] * len(unit)
 
     return judge
 
 
-def _own(worker: Worker, timeout_seconds: float) -> Judge:
+def _own(worker: Worker, timeout_seconds: float) -> Scoring:
     """Return what asks a process, in ``timeout_seconds`` for all units together, imports not counted.
 
     A unit that others follow may take half of the time that is left: of equally long ones none then takes too much, and
@@ -133,7 +134,7 @@ def _own(worker: Worker, timeout_seconds: float) -> Judge:
 
     def judge(rollouts: Sequence[Rollout]) -> Iterator[list[Outcome]]:
         left, kills = timeout_seconds, 0
-        lost = Failure(Fault.timed_out, f"the {timeout_seconds:g} s of a step were used up")
+        lost = RewardFailure(Fault.timed_out, f"the {timeout_seconds:g} s of a step were used up")
         units = list(units_of(rollouts, worker.start())) if rollouts else []
         for place, unit in enumerate(units, 1):
             if left <= 0 or kills == MAX_KILLS:
@@ -143,7 +144,7 @@ def _own(worker: Worker, timeout_seconds: float) -> Judge:
             began = time.monotonic()
             found = worker.ask(unit, left / 2 if place < len(units) else left)
             left -= time.monotonic() - began
-            if not worker.is_running and isinstance(found[0], Failure):
+            if not worker.is_running and isinstance(found[0], RewardFailure):
                 kills, lost = kills + 1, found[0]
             yield found
 
@@ -160,7 +161,7 @@ def _report(name: str, outcomes: Sequence[Outcome]) -> Counter[str]:
     Raises:
         DataError: If nothing else is left.
     """
-    failures = [each for each in outcomes if isinstance(each, Failure)]
+    failures = [each for each in outcomes if isinstance(each, RewardFailure)]
     if not failures:
         return Counter()
     counts = Counter(failure.fault for failure in failures)

@@ -37,7 +37,7 @@ Search = Callable[[str, int], Sequence[int]]
 """Takes a query and k; returns the numbers of the best documents, the best first."""
 
 
-class Metric(StrEnum):
+class RetrievalMetric(StrEnum):
     """What a search is worth."""
 
     ndcg = "ndcg"
@@ -80,7 +80,7 @@ class Retrieval:
 
     def __post_init__(self) -> None:
         """Index the corpus."""
-        for name, choices in (("metric", Metric), ("index", Index)):
+        for name, choices in (("metric", RetrievalMetric), ("index", Index)):
             value = getattr(self, name)
             require(value in list(choices), f"retrieval has {name} = {value!r}; known: {', '.join(choices)}.")
         require(self.k > 0, f"retrieval has k = {self.k}; it must be at least 1.")
@@ -123,7 +123,7 @@ class Retrieval:
 
     def _found(self, query: str, relevant: set[int]) -> float:
         ranks = [rank for rank, number in enumerate(self._search(query, self.k), 1) if number in relevant]
-        if self.metric == Metric.recall:
+        if self.metric == RetrievalMetric.recall:
             return len(ranks) / len(relevant)
         return _gain(ranks) / _gain(range(1, min(self.k, len(relevant)) + 1))
 

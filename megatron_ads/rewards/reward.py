@@ -38,7 +38,7 @@ class Fault(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class RewardFailure:
     """What went wrong."""
 
     fault: Fault
@@ -46,7 +46,7 @@ class Failure:
     """In one line."""
 
 
-Outcome = float | Failure | None
+Outcome = float | RewardFailure | None
 """Of one rollout; None: its row is not one that the reward judges."""
 
 
@@ -75,7 +75,7 @@ def units_of(rollouts: Sequence[Rollout], unit: Unit) -> Iterable[Sequence[Rollo
 def outcomes_of(values: Sequence[Any], count: int) -> list[Outcome]:
     """Return what a reward made of the ``count`` rollouts of one unit, everything that is no finite number named."""
     if len(values) != count:
-        return [Failure(Fault.wrong_length, f"{len(values)} values for {count} rollouts")] * count
+        return [RewardFailure(Fault.wrong_length, f"{len(values)} values for {count} rollouts")] * count
     return [_outcome(value) for value in values]
 
 
@@ -89,7 +89,7 @@ def _outcome(value: Any) -> Outcome:
     if math.isfinite(number):
         return number
     is_number = isinstance(value, int | float) or hasattr(value, "dtype")
-    return Failure(Fault.not_finite if is_number else Fault.wrong_type, f"{value!r:.80} is no finite number")
+    return RewardFailure(Fault.not_finite if is_number else Fault.wrong_type, f"{value!r:.80} is no finite number")
 
 
 def with_settings(kind: type[R], settings: Mapping[str, Any], section: str) -> R:

@@ -9,6 +9,7 @@ on nothing but its group, and so not on how a job is laid out or where it was re
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
@@ -26,6 +27,8 @@ _MOST_WORDS_OF_A_GROUP = 512
 @dataclass(kw_only=True, slots=True)
 class Semantic:
     """Judges rows of every task; what is compared is the answer without its reasoning and markup."""
+
+    unit: ClassVar[Unit] = Unit.group
 
     model: str = ""
     """A model of sentence-transformers, by name or folder; empty: TF-IDF."""
@@ -51,13 +54,8 @@ class Semantic:
             texts = [text for (text,) in read_documents(self.texts, [self.text_column], "semantic's setting texts")]
             self._embed = fit_embedding(texts, dimensions=self.dimensions).embed
 
-    @property
-    def unit(self) -> Unit:
-        """All together, unless the embedding is a group's own."""
-        return Unit.group if self._embed is None else Unit.batch
-
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Return R of each."""
+        """Return R of each answer to one prompt."""
         said = [said_text(rollout.row, rollout.text) for rollout in rollouts]
         true = [true_text(rollout.row) for rollout in rollouts]
         embed = self._embed

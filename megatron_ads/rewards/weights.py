@@ -71,9 +71,10 @@ class RewardWeights:
             return
         scale = self._config.popo_step_size / self._config.popo_temperature
         exponents = {name: scale * inner_products[name] for name in self._current}
-        largest = max(exponents.values())  # cancels, and nothing overflows
+        # The largest cancels: nothing overflows. A weight that rounding has made 0 stays 0, and does not set it.
+        largest = max(exponents[name] for name, weight in self._current.items() if weight)
         self._current = _normalised(
-            {name: weight * math.exp(exponents[name] - largest) for name, weight in self._current.items()}
+            {name: weight * math.exp(min(exponents[name] - largest, 0.0)) for name, weight in self._current.items()}
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_ads.errors import ConfigError, one_line
 from megatron_ads.rewards.own_function import load
-from megatron_ads.rewards.reward import Failure, Fault, Outcome, Unit
+from megatron_ads.rewards.reward import Fault, Outcome, RewardFailure, Unit
 from megatron_ads.rollouts import Rollout
 
 START_SECONDS = 300.0
@@ -61,7 +61,7 @@ class Worker:
             )
         self._connection = Connection(ours.detach())
         reply = self._exchange((self._name, self._settings), START_SECONDS)
-        if isinstance(reply, Failure):
+        if isinstance(reply, RewardFailure):
             raise ConfigError(f"The reward {self._name} {reply.text} while it was imported. Correct its code.")
         if "error" in reply:
             self.close()
@@ -77,9 +77,9 @@ class Worker:
     def ask(self, rollouts: Sequence[Rollout], seconds: float) -> list[Outcome]:
         """Return what the function makes of one unit of rollouts; if that takes longer, the process is killed."""
         reply = self._exchange(rollouts, seconds)
-        if isinstance(reply, Failure):
+        if isinstance(reply, RewardFailure):
             return [reply] * len(rollouts)
-        return [Failure(Fault(value[0]), value[1]) if isinstance(value, list) else value for value in reply]
+        return [RewardFailure(Fault(value[0]), value[1]) if isinstance(value, list) else value for value in reply]
 
     def close(self) -> None:
         """Kill the process and what it started."""
@@ -106,8 +106,8 @@ class Worker:
             return reply
         self.close()
         if self._overdue:
-            return Failure(Fault.timed_out, f"took longer than {seconds:.3g} s")
-        return Failure(Fault.died, "ended its process")
+            return RewardFailure(Fault.timed_out, f"took longer than {seconds:.3g} s")
+        return RewardFailure(Fault.died, "ended its process")
 
     def _kill_overdue(self) -> None:
         self._overdue = True
@@ -143,8 +143,8 @@ def main(connection: Connection, parent: int) -> None:
             try:
                 found = function.outcomes(rollouts)
             except (Exception, SystemExit) as error:  # noqa: BLE001  # it may raise whatever it likes
-                found = [Failure(Fault.raised, f"{type(error).__name__}: {one_line(error)}")] * len(rollouts)
-            say([[value.fault, value.text] if isinstance(value, Failure) else value for value in found])
+                found = [RewardFailure(Fault.raised, f"{type(error).__name__}: {one_line(error)}")] * len(rollouts)
+            say([[value.fault, value.text] if isinstance(value, RewardFailure) else value for value in found])
 
 
 def _end_with(parent: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 from conversion.layer_specs import LayerSpec
 from megatron_ads.config.data import SourceKind
 from megatron_ads.config.model import LayerSpecChoice
-from megatron_ads.config.recipes import JOBS, load_layout, load_recipe, recipe_yaml, recipes_folder
+from megatron_ads.config.recipes import JOBS, load_job, load_layout, load_recipe, recipe_yaml, recipes_folder
 from megatron_ads.config.run import SftConfig
 from megatron_ads.config.training import Schedule
 from megatron_ads.errors import ConfigError
@@ -57,6 +57,13 @@ def test_the_written_recipe_reads_back_to_an_equal_one(tmp_path: Path) -> None:
     assert load_recipe(str(file)) == config
 
 
+@pytest.mark.parametrize("name", ["preference/sdpo", "rl/taiji_popo"])
+def test_the_written_recipe_of_another_kind_is_known_by_its_sections(name: str, tmp_path: Path) -> None:
+    config, file = load_job(name, ["model.load=x"]), tmp_path / "resolved.yaml"
+    file.write_text(recipe_yaml(config))
+    assert load_job(str(file)) == config
+
+
 def test_every_setting_is_described_below_it() -> None:
     files = sorted((ROOT / "megatron_ads" / "config").glob("*.py"))
     classes = [node for file in files for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
@@ -86,6 +93,8 @@ def test_the_layer_specs_of_a_recipe_are_auto_and_those_of_the_conversion() -> N
         ("+train.stepz=3", r"train\.stepz is not a setting; did you mean train\.max_steps\?"),
         ("max_steps=3", r"max_steps is not a setting; did you mean train\.max_steps\?"),
         ("trian.max_steps=3", r"trian is not a setting; did you mean train\?"),
+        ("rollout.samples=4", r"rollout is a section of recipes of kind rl, and this is none\. Remove it, or take"),
+        ("+preference.beta=1", r"preference is a section of recipes of kind preference, and this is none"),
         ("+model.zzz=1", r"model\.zzz is not a setting\. Known: model\.load, model\.layer_spec"),
         ("data.sources=[{kind: builtin, weigth: 2}]", r"data\.sources\[\]\.weigth is not .* data\.sources\[\]\.weight"),
         (
@@ -178,6 +187,7 @@ def test_other_paths_are_free(value: str) -> None:
     [
         ("trian: {max_steps: 3}", r"trian is not a setting; did you mean train\?"),
         ("train: {stepz: 3}", r"train\.stepz is not a setting; did you mean train\.max_steps\?"),
+        ("rewards: {use: [{name: a}]}", "of kind rl"),
         ("train: {max_steps: soon}", r"train\.max_steps must be a whole number: Value 'soon'"),
         ("train: 3", r"train is 3; it must be a section with max_steps, global"),
         ("data: {sources: [{kind: jsonl, file: a}]}", r"data\.sources\[\]\.file is not a setting"),

@@ -1,5 +1,7 @@
 """Recipes of reinforcement learning: what is impossible, or would have no effect, is refused with the numbers."""
 
+import re
+
 import pytest
 
 from megatron_ads.config.recipes import load_job
@@ -27,24 +29,18 @@ def recipe(*overrides: str) -> RlConfig:
         (["rollout.dump=folder"], r"rollout\.dump is folder and rollout\.mode colocated"),
         (["rollout.mode=servers"], r"rollout\.servers has 0 entries and rollout\.mode is servers"),
         ([*SERVERS, "rollout.max_staleness=1"], r"rollout\.max_staleness is 1: every step waits .* Set it to 0\."),
-        ([*SERVERS, "rollout.batch_size=8"], r"rollout\.batch_size is 8, which has no effect with .* servers"),
-        (["rollout.server_wait_seconds=9"], r"rollout\.server_wait_seconds is 9\.0, which has no .* colocated"),
-        (["rollout.reload_command=date"], r"rollout\.reload_command is date, which has no effect"),
         (["rollout.mode=servers", f"rollout.servers=[{SERVER}, {SERVER}]"], r"rollout\.servers lists http://a:1/v1"),
         (["rollout.mode=servers", "rollout.servers=[{url: 'http://b/v1'}]"], r"servers\[0\]\.model is missing"),
         (["rollout.mode=train_only", "rollout.dump=d"], r"evaluate_every is 25.* train_only, which answers nothing"),
         (["rollout.dynamic_sampling=true", "rollout.max_draws=1"], r"rollout\.max_draws is 1.* would draw nothing"),
         (["rewards.use=[]"], r"rewards\.use is empty"),
-        (["rewards.use=[{name: a}, {name: a}]"], r"rewards\.use"),
+        (["rewards.use=[{name: a}, {name: a}]"], r"rewards\.use lists a"),
         (["rewards.combine=popo"], r"rewards\.combine is popo, but rewards\.use has a single reward"),
-        (["rewards.popo_step_size=1"], r"popo_step_size is 1\.0, which has no effect with rewards\.combine fixed"),
         (
             [*POPO, "rollout.mode=rollout_only"],
             r"popo and rollout\.mode rollout_only: .* nothing is trained",
         ),
         (["policy.minibatches=3"], r"global_batch_size = 8 prompts do not divide into policy\.minibatches = 3"),
-        (["policy.kl_in=reward"], r"policy\.kl_in is reward, which has no effect while policy\.kl_coef is 0"),
-        (["policy.loss=gspo", "policy.dual_clip=3"], r"policy\.dual_clip is 3\.0, which has no effect with .* gspo"),
         (["model.mtp_loss_weight=0.1"], r"mtp_loss_weight is 0\.1: the MTP layer is not trained"),
         (["model.load=x", "layout.pp=3"], r"does not divide the 4 ranks"),
     ],
@@ -54,11 +50,31 @@ def test_what_cannot_run_is_refused(overrides: list[str], message: str) -> None:
         validate(recipe(*overrides), 4)
 
 
-@pytest.mark.parametrize("overrides", [(), (*POPO, "model.expert_bias_update_rate=0.001")])
-def test_the_shipped_one_is_accepted_and_with_popo(overrides: tuple[str, ...]) -> None:
-    validate(recipe(*overrides), 4)
+@pytest.mark.parametrize(
+    ("where", "elsewhere", "setting"),
+    [
+        ([*POPO, "model.expert_bias_update_rate=0.001"], [], "rewards.popo_step_size=1"),
+        ([*POPO], [], "rewards.popo_temperature=2"),
+        (["rewards.use=[{name: 'my_module:score'}]"], [], "rewards.timeout_seconds=9"),
+        ([*SERVERS], [], "rollout.reload_command=restart"),
+        ([*SERVERS], [], "rollout.server_wait_seconds=60"),
+        ([], [*SERVERS], "rollout.batch_size=8"),
+        (["rollout.dynamic_sampling=true"], [], "rollout.max_draws=2"),
+        ([], ["policy.loss=gspo"], "policy.dual_clip=3"),
+        (["policy.kl_coef=0.1"], [], "policy.kl_in=reward"),
+        (["policy.kl_coef=0.1"], [], "policy.kl_loss_type=k2"),
+        (["policy.importance_sampling=tis"], [], "policy.importance_cap=3"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_setting_is_accepted_where_it_has_an_effect_alone(
+    where: list[str], elsewhere: list[str], setting: str
+) -> None:
+    validate(recipe(*where, setting), 4)
+    with pytest.raises(ConfigError, match=rf"{re.escape(setting.partition('=')[0])} is .*, which has no effect"):
+        validate(recipe(*elsewhere, setting), 4)
 
 
-def test_the_shipped_one_is_accepted_on_servers_too() -> None:
-    validate(recipe(), 4)
-    validate(recipe(*SERVERS, "rollout.reload_command=restart", "rollout.server_wait_seconds=60"), 4)
+def test_a_section_of_fine_tuning_is_named_with_the_setting_that_may_be_meant() -> None:
+    with pytest.raises(ConfigError, match=r"loss is a section of recipes of kind sft.* Did you mean policy\.loss\?"):
+        recipe("loss=gspo")

@@ -101,9 +101,10 @@ LAYOUTS = {"dp2": (2, {}), "pp2-ep2, no experts on stage 0": (4, {"pp": 2, "ep":
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_updates_do_not_depend_on_the_layout(name: str, folder: Path, alone: Found) -> None:
     world, layout = LAYOUTS[name]
+    # FP32 in another order: norms are up to 2e-6 apart after an update.
     for found in run_ranks(world, _updates, Recipe(folder=folder, layout=layout)):
         assert found.losses == pytest.approx(alone.losses, rel=1e-5)
-        assert found.norms == pytest.approx(alone.norms, rel=1e-4)
+        assert found.norms == pytest.approx(alone.norms, rel=1e-5)
         assert found.set_losses == pytest.approx(alone.set_losses, rel=1e-5)
         for metrics, expected in zip(found.metrics, alone.metrics, strict=True):
             assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)

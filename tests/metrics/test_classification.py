@@ -5,6 +5,7 @@ import random
 
 import pytest
 from sklearn.metrics import (
+    average_precision_score,
     balanced_accuracy_score,
     cohen_kappa_score,
     f1_score,
@@ -18,6 +19,7 @@ from megatron_ads.metrics.classification import (
     DefectView,
     accuracy,
     auc,
+    average_precision,
     balanced_accuracy_interval,
     binary_metrics,
     calibration_bins,
@@ -217,15 +219,22 @@ def test_auc_counts_ordered_pairs_and_half_of_the_ties():
     assert auc(ARE_POSITIVE, SCORES) == 2.5 / 4
 
 
-def test_auc_agrees_with_scikit_learn():
+def test_average_precision_adds_the_recall_that_each_score_gains():
+    # 0.9: precision 1, recall 0 -> 1/2. 0.8: no gain. Both of 0.4 at once: precision 2/4, recall 1/2 -> 1.
+    assert average_precision(ARE_POSITIVE, SCORES) == 1 / 2 + 1 / 2 * 2 / 4
+
+
+def test_areas_agree_with_scikit_learn():
     draw = random.Random(0)
     truths = [draw.random() < 0.3 for _ in range(400)]
     scores = [round(min(max(draw.gauss(0.6 if truth else 0.4, 0.2), 0.01), 0.99), 2) for truth in truths]
     assert auc(truths, scores) == pytest.approx(roc_auc_score(truths, scores))
+    assert average_precision(truths, scores) == pytest.approx(average_precision_score(truths, scores))
 
 
 def test_what_has_one_class_only_is_undefined():
     assert auc([True, True], [0.1, 0.2]) is None
+    assert average_precision([False, False], [0.1, 0.2]) is average_precision([], []) is None
     assert calibration_error([], []) is None
 
 

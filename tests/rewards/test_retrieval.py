@@ -71,8 +71,12 @@ def test_without_a_corpus_the_ads_of_the_simulated_business_are_searched() -> No
     rows = [example.row for example in simulated_examples(AdsTask.query_generation, 40, seed=3)]
     with_ad = [row for row in rows if Fact.ad in row.facts]
     assert len(with_ad) > 10
-    found = values("retrieval", [each for row in with_ad for each in answers(row, [row.target])], {"seed": 3, "k": 50})
-    assert sum(found) / len(found) > 0.05, "true queries find their ads"
+    settings = {"seed": 3, "k": 50}
+    found = values("retrieval", [each for row in with_ad for each in answers(row, [row.target])], settings)
+    assert sum(found) / len(found) > 0.2, "true queries find their ads"  # 0.41; those of other rows 0.02
+    pairs = zip(with_ad, [*with_ad[1:], with_ad[0]], strict=True)
+    wrong = values("retrieval", [each for row, next_row in pairs for each in answers(row, [next_row.target])], settings)
+    assert sum(wrong) / len(wrong) < 0.1
     other = values("retrieval", answers(chat_row(facts={Fact.ad: SHOES.as_fact()}), ["shoes"]) + answers(
         with_ad[0], [with_ad[0].target], group=1), {"seed": 3})  # fmt: skip
     assert math.isnan(other[0]), "no ad of the simulated business"

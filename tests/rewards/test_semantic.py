@@ -67,7 +67,11 @@ def test_a_model_needs_sentence_transformers() -> None:
         rewards("semantic", {"model": "gte"})
 
 
-def test_a_row_without_a_true_text_is_named() -> None:
+@pytest.mark.parametrize("is_fitted", [False, True])
+def test_a_row_without_a_true_text_is_named_and_costs_its_answers_alone(is_fitted: bool, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "red shoes"}\n{"text": "blue hat"}\n')
+    settings = {"texts": str(tmp_path / "texts.jsonl")} if is_fitted else {}
     row = chat_row(target="<think>x")
-    scores = rewards("semantic").score(answers(row, ["a"]) + answers(ROW, ["red shoes"], group=1))
+    scores = rewards("semantic", settings).score(answers(row, ["a"]) + answers(ROW, ["red shoes"], group=1))
     assert math.isnan(scores.values["semantic"][0]) and scores.faults == {"semantic/raised": 1}
+    assert scores.values["semantic"][1] == pytest.approx(1.0)

@@ -51,6 +51,9 @@ def test_popo_is_not_upset_by_large_or_undefined_inner_products() -> None:
     before = popo.current
     popo.update({"r0": NAN, "r1": 1.0})
     assert popo.current == before
+    popo.update({"r0": 0.0, "r1": 1e6})  # e^-1e5 is 0
+    popo.update({"r0": 1e6, "r1": 0.0})
+    assert popo.current == {"r0": 0.0, "r1": 1.0}
 
 
 def test_popo_light_is_the_coefficient_of_variation_within_groups() -> None:
@@ -58,6 +61,7 @@ def test_popo_light_is_the_coefficient_of_variation_within_groups() -> None:
     # r0: groups (0, 2) and (1, 3): sigma 1 and 1, mu 1 and 2: 1 / 1.5.  Over all values sigma would be 1.118.
     # r1: groups (4, 4) and (2, 6): sigma 0 and 2, mu 4 and 4: 1 / 4.
     light.observe({"r0": np.array([0.0, 2.0, 1.0, 3.0]), "r1": np.array([4.0, 4.0, 2.0, 6.0])}, [0, 0, 1, 1])
+    # Without epsilon, which is a millionth of the means.
     assert light.current == pytest.approx({"r0": (2 / 3) / (2 / 3 + 1 / 4), "r1": (1 / 4) / (2 / 3 + 1 / 4)}, rel=1e-5)
     light.update({"r0": 100.0, "r1": 0.0})
     assert light.current["r0"] == pytest.approx(8 / 11, rel=1e-5)
