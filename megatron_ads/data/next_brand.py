@@ -28,7 +28,7 @@ _MAX_TITLE_CHARACTERS = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class Product:
     """One product."""
 
     title: str
@@ -38,18 +38,18 @@ class Item:
     """Its codes as one text."""
 
 
-def read_items(file: Path) -> dict[int, Item]:
+def read_items(file: Path) -> dict[int, Product]:
     """Return the items by number.
 
     Raises:
         DataError: With the row number, for the first record that cannot be used.
     """
 
-    def read(_: int, record: Mapping[str, Any]) -> tuple[int, Item]:
+    def read(_: int, record: Mapping[str, Any]) -> tuple[int, Product]:
         number, title, codes = record.get("item_id"), record.get("title"), record.get("sid")
         if not isinstance(number, int) or not isinstance(title, str) or not isinstance(codes, list):
             raise DataError("item_id, title or sid is missing or of another type.")
-        return number, Item(title.strip(), (record.get("brand") or "").strip(), "".join(map(str, codes)))
+        return number, Product(title.strip(), (record.get("brand") or "").strip(), "".join(map(str, codes)))
 
     items = dict(read_records(file, read))
     if not items:
@@ -83,7 +83,7 @@ def next_brand_rows(
     return some_rows(file, rows, limit, what="user with purchases on two days")
 
 
-def _read_event(event: Any, items: Mapping[int, Item]) -> LoggedEvent:
+def _read_event(event: Any, items: Mapping[int, Product]) -> LoggedEvent:
     if not isinstance(event, dict) or not isinstance(event.get("t"), int) or event.get("item_id") not in items:
         raise DataError(f"an event is {event!r:.80}; it needs a time t and the item_id of a known item.")
     item = items[event["item_id"]]

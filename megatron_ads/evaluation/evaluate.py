@@ -27,7 +27,7 @@ MARGIN = 1.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOut:
+class HeldOutRows:
     """The rows of a recipe that an evaluation needs."""
 
     tasks: list[ChatRow]
@@ -125,7 +125,7 @@ def _require_possible(request: EvaluationRequest) -> None:
     require_writable(*files)
 
 
-def held_out(data: DataConfig) -> HeldOut:
+def held_out(data: DataConfig) -> HeldOutRows:
     """Read the rows of a recipe's ``data`` section.
 
     Raises:
@@ -134,14 +134,14 @@ def held_out(data: DataConfig) -> HeldOut:
     corpus = read_corpus(data)
     if not corpus.validation:
         raise DataError("the recipe holds no rows out; raise data.validation_rows.")
-    return HeldOut(
+    return HeldOutRows(
         tasks=[row for row in corpus.validation if row.task in TASKS],
         general=[row for row in corpus.validation if row.task not in TASKS],
         training=[row for rows in corpus.training for row in rows],
     )
 
 
-def _require_names(rows: HeldOut, advertisers: AdvertiserNames) -> None:
+def _require_names(rows: HeldOutRows, advertisers: AdvertiserNames) -> None:
     """Refuse constrained beams where no row is answered with a name."""
     if all(valid_names(row, advertisers) is None for row in rows.tasks):
         held = [*rows.tasks, *rows.general]
@@ -152,7 +152,7 @@ def _require_names(rows: HeldOut, advertisers: AdvertiserNames) -> None:
         )
 
 
-def longest_answers(tokenizer: ChatTokenizer | None, rows: HeldOut, given: int | None) -> dict[str, int]:
+def longest_answers(tokenizer: ChatTokenizer | None, rows: HeldOutRows, given: int | None) -> dict[str, int]:
     """Return the limit of each task in tokens: ``given``, or what the model was taught to say there and ``MARGIN``.
 
     Raises:

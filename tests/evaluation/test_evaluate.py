@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ads.cli import main
 from megatron_ads.data.chat import load_tokenizer
-from megatron_ads.evaluation.evaluate import HeldOut, longest_answers
+from megatron_ads.evaluation.evaluate import HeldOutRows, longest_answers
 from megatron_ads.rows import ChatRow, Message, Role
 from parity_tests.harness.real_job import FEW_ROWS
 from tests.data.tokenizers import V31, model_tokenizer, tokenizer_in
@@ -36,7 +36,7 @@ def test_an_answer_may_be_a_quarter_longer_than_the_longest_of_its_task_that_was
     tokenizer = load_tokenizer(tmp_path)
     asked = [_row("a", "x"), _row("b", "x"), _row("held out only", "x")]
     training = [_row("a", "red"), _row("a", "red and blue and green"), _row("b", "red"), _row("c", "red " * 100)]
-    rows = HeldOut(tasks=asked[:2], general=asked[2:], training=training)
+    rows = HeldOutRows(tasks=asked[:2], general=asked[2:], training=training)
     lengths = {task: len(tokenizer.encode(text)) for task, text in (("a", "red and blue and green"), ("b", "red"))}
     lengths["held out only"] = len(tokenizer.encode("red " * 100))
     expected = {task: round(1.25 * length) + 1 for task, length in lengths.items()}
