@@ -55,7 +55,7 @@ class TransformersEngine:
         self._model, self._tokenizer = model, tokenizer
         self._end_token = end_token
         self._pad_token = end_token if pad_token is None else pad_token
-        self._update: "WeightUpdate | None" = None
+        self._update: WeightUpdate | None = None
 
     @property
     def longest_text(self) -> int:

@@ -132,11 +132,12 @@ def test_a_plan_of_fine_tuning_has_no_rollouts(capsys: pytest.CaptureFixture[str
 
 
 def test_a_draw_may_be_repeated_and_what_trains_nothing_has_no_reference(capsys: pytest.CaptureFixture[str]) -> None:
-    found = [
-        load_job("rl/relevance_grpo", ["policy.kl_coef=0.1", f"rollout.mode={mode}"]).rollouts
-        for mode in (RolloutMode.colocated, RolloutMode.rollout_only)
-    ]
+    recipe, settings = "rl/deepseek_v2_lite_8gpu", ["policy.kl_coef=0.1", "rollout.dynamic_sampling=true"]
+    modes = [f"rollout.mode={mode}" for mode in (RolloutMode.colocated, RolloutMode.rollout_only)]
+    found = [load_job(recipe, [*settings, mode]).rollouts for mode in modes]
     assert [(each.has_reference, each.draws) for each in found if each] == [(True, 3), (False, 3)]
-    assert main(["plan", "--recipe", "rl/relevance_grpo", "rollout.mode=rollout_only", "policy.kl_coef=0.1"]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
+    assert main(["plan", "--recipe", recipe, *settings, modes[1]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    printed = " ".join(" ".join(lines).split())
     assert "reference: none, nothing is trained" in printed and "tokens a draw of prompts, of at most 3 in" in printed
+    assert max(map(len, lines)) <= 120
