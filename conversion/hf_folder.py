@@ -3,9 +3,10 @@
 Old and transformers-5 configs, one file or many.
 """
 
+import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from conversion.atomic_file import write_small
 from conversion.carried import Carried, DerivedBuffer
 from conversion.errors import DamagedCheckpointError, read_object, refuse_pipe
 from conversion.fp8 import BLOCK, scale_shape
@@ -150,6 +152,12 @@ def read_config(path: Path) -> dict[str, Any]:
     if not file.exists():
         raise ConversionError(f"{file} does not exist: {path} is not a Hugging Face checkpoint folder.")
     return read_object(file)
+
+
+def write_index(folder: Path, file_of: Mapping[str, str], nbytes: int) -> None:
+    """Write the index of a checkpoint in several files: the file of each tensor, and the bytes of all."""
+    index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(file_of.items()))}
+    write_small(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:

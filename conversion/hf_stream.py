@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from conversion.atomic_file import PARTIAL_SUFFIX, PreallocatedFile, sync_folder, tensor_bytes, write_small
+from conversion.atomic_file import PARTIAL_SUFFIX, sync_folder, write_small
 from conversion.carried import copy_side_files
-from conversion.hf_folder import INDEX
-from conversion.safetensors_file import HeaderEntry, build_header, header_order
+from conversion.errors import naming_refusals
+from conversion.hf_folder import write_index
+from conversion.safetensors_file import write_tensors
 from conversion.sources import WeightSource
 from conversion.to_hf import true_config
 
@@ -29,18 +30,19 @@ def write_hf_folder(
 
     Raises:
         DiskFullError: If they do not fit; what was written is removed.
+        ConversionError: If the folder cannot be written for another reason.
     """
     partial = target.with_name(target.name + PARTIAL_SUFFIX)
-    for old in (partial, target):
-        shutil.rmtree(old, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _write_into(partial, chain(weights, _derived(source)), source, shard_bytes)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    partial.rename(target)
-    sync_folder(target.parent)
+    with naming_refusals(target):
+        for old in (partial, target):
+            shutil.rmtree(old, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            _write_into(partial, chain(weights, _derived(source)), source, shard_bytes)
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        sync_folder(target.parent)
 
 
 def _write_into(folder: Path, weights: Iterable[tuple[str, Tensor]], source: WeightSource, shard_bytes: int) -> None:
@@ -48,12 +50,11 @@ def _write_into(folder: Path, weights: Iterable[tuple[str, Tensor]], source: Wei
     file_of: dict[str, str] = {}
     for number, tensors in enumerate(_in_shards(weights, shard_bytes), 1):
         file = f"model-{number:05d}.safetensors"
-        _write_file(folder / file, tensors)
+        write_tensors(folder / file, tensors)
         stored |= {name: (tensor.dtype, tensor.nbytes) for name, tensor in tensors.items()}
         file_of |= dict.fromkeys(tensors, file)
     copy_side_files(source.side_folder, folder, skip=("config.json",))
-    index = {"metadata": {"total_size": sum(nbytes for _, nbytes in stored.values())}, "weight_map": file_of}
-    write_small(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    write_index(folder, file_of, sum(nbytes for _, nbytes in stored.values()))
     write_small(folder / "config.json", json.dumps(true_config(source.config, stored), indent=2) + "\n")
 
 
@@ -68,16 +69,6 @@ def _in_shards(weights: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Itera
         filled += tensor.nbytes
     if shard:
         yield shard
-
-
-def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
-    entries = header_order([HeaderEntry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()])
-    header = build_header(entries, {"format": "pt"})
-    with PreallocatedFile(path, len(header) + sum(entry.nbytes for entry in entries)) as file:
-        end = file.write_at(0, header)
-        for entry in entries:
-            end = file.write_at(end, tensor_bytes(tensors[entry.name]))
-        file.commit()
 
 
 def _derived(source: WeightSource) -> Iterator[tuple[str, Tensor]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from conversion.atomic_file import FileRecord, PreallocatedFile, tensor_bytes
 from conversion.errors import LFS_START, DamagedCheckpointError, copy_again, refuse_pipe
 
 DTYPES: dict[str, torch.dtype] = {
@@ -206,3 +207,18 @@ def build_header(entries: Sequence[HeaderEntry], metadata: Mapping[str, str]) ->
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the reference implementation aligns the data to 8 bytes
     return len(text).to_bytes(8, "little") + text
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord:
+    """Write a file of these tensors, which are on the host; it appears when it is complete.
+
+    Raises:
+        DiskFullError: If they do not fit.
+    """
+    entries = header_order([HeaderEntry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()])
+    header = build_header(entries, {"format": "pt"})
+    with PreallocatedFile(path, len(header) + sum(entry.nbytes for entry in entries)) as file:
+        end = file.write_at(0, header)
+        for entry in entries:
+            end = file.write_at(end, tensor_bytes(tensors[entry.name]))
+        return file.commit()

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from conversion.atomic_file import FileRecord, PreallocatedFile, tensor_bytes, write_small
+from conversion.atomic_file import FileRecord, write_small
 from conversion.carried import SIDE_FOLDER, Carried, DerivedBuffer, copy_side_files, find_side_files
 from conversion.errors import DamagedCheckpointError, read_object
 from conversion.names import Parameter, Split, parameters, tensors_at_least
 from conversion.paths import inside
 from conversion.rank_files import RankFile, ShardsLayout
 from conversion.regions import Region, StoredMatrix, slice_rectangles
-from conversion.safetensors_file import CODES, HeaderEntry, StoredTensor, build_header, header_order, read_header
+from conversion.safetensors_file import CODES, StoredTensor, read_header, write_tensors
 from megatron_ads import __version__
 from megatron_ads.architecture import ModelShape, shape_from_config
 from megatron_ads.errors import ConversionError
@@ -92,14 +92,8 @@ def write_rank_file(
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise ConversionError(f"{name} for {file.name} has shape {tuple(tensors[name].shape)}, not {shape}.")
-    entries = header_order([HeaderEntry(name, tensors[name].dtype, shape) for name, shape in expected.items()])
-    header = build_header(entries, {"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
-    with PreallocatedFile(folder / file.name, len(header) + sum(entry.nbytes for entry in entries)) as out:
-        position = out.write_at(0, header)
-        for entry in entries:
-            position = out.write_at(position, tensor_bytes(tensors[entry.name]))
-        return out.commit()
+    return write_tensors(folder / file.name, tensors)
 
 
 def write_manifest(

@@ -13,7 +13,7 @@ import torch
 
 from conversion.atomic_file import write_small
 from conversion.fp8 import scale_shape
-from conversion.hf_folder import INDEX, SCALE_SUFFIX
+from conversion.hf_folder import SCALE_SUFFIX, write_index
 from conversion.names import ParameterKind, hf_aliases, parameters
 from conversion.plan import offsets
 from conversion.published_models import published_config
@@ -50,8 +50,7 @@ def write_sparse(folder: Path, config: dict[str, Any] = R1_CONFIG, *, files: int
         _write_hole(folder / name, header, nbytes)
         weight_map |= {entry.name: name for entry in group}
     write_small(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    index = {"metadata": {"total_size": nbytes_of_all}, "weight_map": dict(sorted(weight_map.items()))}
-    write_small(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    write_index(folder, weight_map, nbytes_of_all)
 
 
 def stored_entries(config: dict[str, Any]) -> list[tuple[HeaderEntry, ...]]:

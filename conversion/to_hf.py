@@ -14,7 +14,7 @@ from conversion.atomic_file import FileRecord, write_small
 from conversion.carried import DerivedBuffer, copy_side_files
 from conversion.errors import read_object
 from conversion.fp8 import BLOCK, scale_shape
-from conversion.hf_folder import INDEX, SCALE_SUFFIX, SINGLE, HfFolder
+from conversion.hf_folder import INDEX, SCALE_SUFFIX, SINGLE, HfFolder, write_index
 from conversion.names import DERIVED_BUFFER, HfPart, Parameter, ParameterKind, parameters
 from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state, in_groups, offsets
 from conversion.regions import Region, View, part_rectangles
@@ -118,9 +118,7 @@ class HfTarget:
         if len(records) == 1:
             return
         stored = list(planned_tensors(plan))
-        total, weight_map = sum(nbytes for *_, nbytes in stored), sorted((name, file) for file, name, *_ in stored)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(weight_map)}
-        write_small(plan.target / INDEX, json.dumps(index, indent=2) + "\n")
+        write_index(plan.target, {name: file for file, name, *_ in stored}, sum(nbytes for *_, nbytes in stored))
 
 
 def hf_tensors(source: WeightSource, dtype: ExportDtype, aliases: Mapping[str, str]) -> list[HfTensor]:

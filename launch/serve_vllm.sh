@@ -14,7 +14,8 @@
 #                                --max-num-seqs 16)
 #   SERVED_MODEL                 name that the server knows the model by        (default: policy)
 #
-# Exit status: 0 it answers, 2 wrong arguments, 3 no environment, 4 it ended or did not answer in time.
+# Exit status: 0 it answers, 2 wrong arguments, 3 no environment, 4 it ended, did not answer in time, or another server
+# has the port.
 
 set -euo pipefail
 
@@ -53,6 +54,11 @@ stop() { # the server and its workers, which outlive it when it is killed: one s
     rm -f -- "$pid_file"
 }
 
+answers() { # the first line of what /health says
+    timeout 5 bash -c 'exec 3<>"/dev/tcp/127.0.0.1/$0" && printf "GET /health HTTP/1.0\r\n\r\n" >&3 && head -n 1 <&3' \
+        "$port" 2>/dev/null | grep -q ' 200 '
+}
+
 [[ -n "$model" && "$port" =~ ^[0-9]+$ ]] || die 2 "a model's folder and a port are needed: serve_vllm.sh MODEL PORT."
 if [[ "$model" == --stop ]]; then
     stop
@@ -62,6 +68,8 @@ fi
 [[ -f "$model/config.json" ]] || die 2 "$model is no Hugging Face folder: it has no config.json."
 mkdir -p -- "$run"
 stop
+# Its answers would be taken for those of the server that is started, which cannot have the port.
+if answers; then die 4 "another server answers on port $port; end it, or choose another port."; fi
 
 # The CPU build's MLA kernel takes few head sizes: without it MLA is computed as ordinary attention. Development mode
 # has the requests that load weights from a folder. Without an address vLLM picks a network interface of its own.
@@ -72,11 +80,6 @@ setsid "$vllm/bin/vllm" serve "$model" --host 127.0.0.1 --port "$port" --served-
     --generation-config vllm --dtype float32 --enforce-eager "${arguments[@]}" >"$log" 2>&1 </dev/null &
 pid=$!
 printf '%s\n%s\n' "$pid" "$(started_at "$pid")" >"$pid_file"
-
-answers() { # the first line of what /health says
-    timeout 5 bash -c 'exec 3<>"/dev/tcp/127.0.0.1/$0" && printf "GET /health HTTP/1.0\r\n\r\n" >&3 && head -n 1 <&3' \
-        "$port" 2>/dev/null | grep -q ' 200 '
-}
 
 until answers; do
     kill -0 "$pid" 2>/dev/null || die 4 "the server on $model ended: $(tail -n 1 -- "$log") (more in $log)."

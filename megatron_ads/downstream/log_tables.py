@@ -56,7 +56,9 @@ def flag_of(cells: Cells, name: str) -> bool:
         BadRowError: If it is neither.
     """
     cell = cells.get(name)
-    word = str(int(cell) if isinstance(cell, bool | float) else cell).strip().lower()
+    if isinstance(cell, bool) or (isinstance(cell, float) and cell.is_integer()):
+        cell = int(cell)
+    word = str(cell).strip().lower()
     if word not in ("0", "1", "true", "false"):
         raise BadRowError(BadRow.wrong_type, f"{name} is {cell!r:.40}; it must be true, false, 1 or 0.")
     return word in ("1", "true")

@@ -26,6 +26,7 @@ logger = get_logger(__name__)
 _TRY_AGAIN = frozenset({408, 409, 425, 429})
 _HOPELESS = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})
 """No request would fare better: the key, the address or the model's name is wrong."""
+_NOT_CONNECTED = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, httpx2.InvalidURL, UnicodeError)
 _MAX_ANSWER_BYTES = 32 << 20
 _MAX_ERROR_BYTES = 1 << 16
 _SHOWN_CHARACTERS = 200
@@ -139,11 +140,11 @@ class Endpoint:
         """Send a request and return what comes of it."""
         try:
             status, retry_after, body = self._send(url, data)
+        except _NOT_CONNECTED as error:
+            raise _TryAgain(Failure.not_connected, str(error) or type(error).__name__) from None
         except (TimeoutError, httpx2.TimeoutException):
             why = f"no answer in {self._config.timeout_seconds:g} s"
             raise _TryAgain(Failure.timed_out, why) from None
-        except (httpx2.ConnectError, httpx2.ProxyError, httpx2.InvalidURL, UnicodeError) as error:
-            raise _TryAgain(Failure.not_connected, str(error)) from None
         except (httpx2.HTTPError, OSError) as error:
             raise _TryAgain(Failure.broken_connection, f"{type(error).__name__} {error}".strip()) from None
         if status < 300:

@@ -41,7 +41,7 @@ class Failure(StrEnum):
     server_error = "server_error"
     timed_out = "timed_out"
     not_connected = "not_connected"
-    """No such host, nobody listens, or no encrypted connection."""
+    """No such host, nobody listens or says so in time, or no encrypted connection."""
     broken_connection = "broken_connection"
     no_completion = "no_completion"
     """What came is no JSON, or not of the protocol's form."""

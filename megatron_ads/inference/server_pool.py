@@ -113,6 +113,7 @@ class ServerPool:
             DataError: If no server took them.
             ConfigError: If a server cannot be asked to, and there is no ``rollout.reload_command``.
             DiskFullError: If they do not fit the disk.
+            ConversionError: If the folder cannot be written for another reason.
         """
         folder = self._weights_dir / f"update-{self.version + 1:06d}"
         try:
@@ -126,14 +127,6 @@ class ServerPool:
         for old in self._weights_dir.glob("update-*"):
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
-
-    def probe(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> dict[str, list[list[float]]]:
-        """Return the log-probabilities of all answers as every server that is there says them, by its address."""
-        return {
-            server.url: self._scores(server, prompts, answers)
-            for server in self.servers.servers
-            if not server.needs_weights
-        }
 
     def require_agreement(self, probe: Probe) -> float:
         """Return the largest gap between a server and the trainer, in nats; servers that come back are held to it too.

@@ -78,28 +78,28 @@ class Servers:
             ConfigError: If the key, the address or the model's name of a server is wrong.
         """
         started, failures = time.monotonic(), list[Failure]()
-        while (server := self._take(stop)) is not None:
-            began, why = time.monotonic(), None
+        while (taken := self._take(stop)) is not None:
+            (server, is_stale), began, why, away = taken, time.monotonic(), None, False
             try:
-                self._bring_up_to_date(server, stop)
+                if is_stale:
+                    self._bring_up_to_date(server, stop)
                 body = {**request.body, "model": server.config.model}
                 answer = server.endpoint.answer(replace(request, body=body), stop)
                 return replace(answer, seconds=time.monotonic() - started, failures=tuple(failures))
             except Unanswered as error:
                 failures += error.failures
-                why = str(error)
-                server.needs_weights |= Failure.not_connected in error.failures
+                why, away = str(error), Failure.not_connected in error.failures
                 tried = len(failures) - failures.count(Failure.not_connected)
                 if tried >= server.config.attempts * len(self.servers):
                     raise Unanswered(str(error), tuple(failures)) from None
             finally:
-                self._give_back(server, why, began)
+                self._give_back(server, why, began, away=away)
         raise Unanswered("the run was stopped.", tuple(failures))
 
     def lose(self, server: Server, why: str) -> None:
         """Note that a server is not there, or has not the current weights, until it can be given them."""
-        server.needs_weights = True
         with self._changed:
+            server.needs_weights = True
             self._note_loss(server, why, time.monotonic())
 
     def close(self) -> None:
@@ -107,15 +107,18 @@ class Servers:
         for server in self.servers:
             server.endpoint.close()
 
-    def _take(self, stop: threading.Event) -> Server | None:
-        """Wait for free capacity and take a place of the server with most of it; None: ``stop`` was set."""
+    def _take(self, stop: threading.Event) -> tuple[Server, bool] | None:
+        """Wait for free capacity and take a place of the server with most of it; None: ``stop`` was set.
+
+        Also return whether it needs the weights first: it is lost then, and nobody else has a place of it.
+        """
         with self._changed:
             while not stop.is_set():
                 now = time.monotonic()
                 best = max(self.servers, key=lambda server: server.free_share(now))
                 if best.free_share(now) > 0:
                     best.in_flight += 1
-                    return best
+                    return best, best.needs_weights
                 self._require_hope(now)
                 self._changed.wait(0.1)  # a rest may end meanwhile
         return None
@@ -131,16 +134,16 @@ class Servers:
             )
 
     def _bring_up_to_date(self, server: Server, stop: threading.Event) -> None:
-        if server.needs_weights:
-            try:
-                self._renew(server, stop)
-            except DataError as error:
-                raise Unanswered(str(error), (Failure.not_connected,)) from None
-            server.needs_weights = False
+        try:
+            self._renew(server, stop)
+        except DataError as error:
+            raise Unanswered(str(error), (Failure.not_connected,)) from None
+        server.needs_weights = False
 
-    def _give_back(self, server: Server, why: str | None, began: float) -> None:
+    def _give_back(self, server: Server, why: str | None, began: float, *, away: bool) -> None:
         with self._changed:
             server.in_flight -= 1
+            server.needs_weights |= away
             if why is not None:
                 self._note_loss(server, why, began)
             elif server.lost_because is not None and began >= server.lost_at:

@@ -9,7 +9,7 @@ Shape suffixes: R = running rows, V = vocabulary.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -23,6 +23,9 @@ from megatron_ads.inference.beam_search import RowSearch, search_beams
 from megatron_ads.inference.engine import Completion, Finish, Prompt, UnsupportedError
 from megatron_ads.inference.language_model import RunningRows, load_model, log_probabilities
 from megatron_ads.rows import Message
+
+if TYPE_CHECKING:
+    from megatron_ads.inference.weight_update import WeightUpdate
 
 
 @dataclass(slots=True)
@@ -52,6 +55,7 @@ class TransformersEngine:
         self._model, self._tokenizer = model, tokenizer
         self._end_token = end_token
         self._pad_token = end_token if pad_token is None else pad_token
+        self._update: WeightUpdate | None = None
 
     @property
     def longest_text(self) -> int:
@@ -90,17 +94,18 @@ class TransformersEngine:
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Replace all weights in place; refused by versions of transformers that store them in an unknown way."""
         try:  # it needs parts of transformers that are not its interface, and nothing else here does
-            from megatron_ads.inference.weight_update import replace_weights
+            from megatron_ads.inference.weight_update import WeightUpdate
         except ImportError as error:
             raise UnsupportedError(
                 f"weights cannot be replaced in a model of transformers {transformers.__version__} ({error}). Install "
                 "the version in constraints.txt, or load the new weights from a folder."
             ) from None
-        replace_weights(self._model, weights)
+        self._update = self._update or WeightUpdate(self._model)
+        self._update.replace(weights)
 
     def close(self) -> None:
         """Let go of the model."""
-        self._model = None
+        self._model = self._update = None
 
     def tokens_of(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids."""

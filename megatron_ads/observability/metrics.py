@@ -82,6 +82,7 @@ METRICS = {
         "mean absolute difference between engine and trainer over the answers",
     ),
     "rollout/probe_logprob_abs_diff": ("nats/token", "the same over fixed rows after the update, of the worst rank"),
+    "rollout/server_losses": ("1", "how often an inference server was lost, since the job started"),
     "actor/pg_loss": ("1", "policy loss, without the KL term"),
     "actor/pg_clipfrac": ("1", "share of answer tokens whose ratio is clipped"),
     "actor/pg_clipfrac_lower": ("1", "share of answer tokens that policy.dual_clip bounds"),

@@ -37,19 +37,23 @@ class PlannedRollouts:
     updates: int
     """Updates of a step; ``PlannedJob.microbatches`` are those of one."""
     has_reference: bool
+    draws: int = 1
+    """How often prompts may be drawn for one step, each time at most as many as the step has."""
     gradient_passes: int = 0
     """POPO's, one for each reward."""
 
     @classmethod
     def of(cls, config: RlConfig) -> Self:
         rollout, rewards = config.rollout, config.rewards
+        trains = rollout.mode is not RolloutMode.rollout_only
         return cls(
             mode=rollout.mode,
             answers=config.train.global_batch_size * rollout.samples,
             max_new_tokens=rollout.max_new_tokens,
             batch_size=rollout.batch_size,
-            updates=config.policy.minibatches if rollout.mode is not RolloutMode.rollout_only else 0,
-            has_reference=config.policy.kl_coef > 0,
+            updates=config.policy.minibatches if trains else 0,
+            has_reference=trains and config.policy.kl_coef > 0,
+            draws=rollout.max_draws if rollout.dynamic_sampling else 1,
             gradient_passes=len(rewards.use) if rewards.combine is Combine.popo else 0,
         )
 

@@ -9,7 +9,8 @@ of a batch takes as long as reading what it needs does, the least that is possib
     cache = R (tokens so far) layers (latent + rotated key) b
 
 Every prompt fills what an answer leaves of ``data.seq_length``, and every answer is as long as it may be: real steps
-are shorter. What servers take is theirs.
+are shorter. Answers are those of one draw of prompts; ``rollout.dynamic_sampling`` may take more. What servers take is
+theirs.
 """
 
 import math
@@ -61,7 +62,7 @@ class RolloutCosts:
     popo_host_bytes: int
     """Of the rank with most: gradients that wait for those of the other rewards."""
     generated_tokens: int
-    """Most that a step can generate."""
+    """Most that a draw of prompts generates."""
     rollout_seconds: float | None
     """None: on servers, or read from a dump."""
     passes_seconds: float

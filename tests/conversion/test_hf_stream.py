@@ -12,7 +12,7 @@ from torch import Tensor
 from conversion.hf_folder import open_hf_folder
 from conversion.hf_stream import write_hf_folder
 from conversion.sources import WeightSource, open_source
-from megatron_ads.errors import DiskFullError
+from megatron_ads.errors import ConversionError, DiskFullError
 from parity_tests.harness.hf_checkpoints import EDGE, random_tensors, to_fp8, write_hf
 
 LIMIT = 40_000
@@ -59,3 +59,9 @@ def test_an_interrupted_stream_leaves_neither_a_folder_nor_a_part_of_one(
     with pytest.raises(DiskFullError):
         write_hf_folder(tmp_path / "new", until_full(), source, shard_bytes=LIMIT)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(source: WeightSource, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConversionError, match=r"file/new.* cannot be read or written \(Not a directory\)"):
+        write_hf_folder(tmp_path / "file" / "new", iter([]), source)

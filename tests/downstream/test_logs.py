@@ -59,6 +59,7 @@ def changed(table: str, row: int, **cells: Any) -> dict[str, list[dict[str, Any]
     [
         (changed("impressions", 1, item="Nobody"), "impressions.jsonl, row 2: item is 'Nobody', which the table items"),
         (changed("impressions", 0, clicked="maybe"), "impressions.jsonl, row 1: clicked is 'maybe'; it must be true"),
+        (changed("impressions", 0, clicked=0.5), "impressions.jsonl, row 1: clicked is 0.5; it must be true"),
         (changed("events", 3, event="bought"), "events.jsonl, row 4: event is 'bought'; known: onsite_search"),
         (changed("events", 2, time="soon"), "events.jsonl, row 3: time is 'soon'"),
         (changed("items", 1, item=""), "items.jsonl, row 2: item is ''"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2
 import pytest
 
 from megatron_ads.config.generation import AnsweringConfig
@@ -199,6 +200,17 @@ def test_a_server_that_is_not_there_is_tried_again_and_named(host: str) -> None:
     with pytest.raises(Unanswered, match=rf"{re.escape(url)}.*attempt 4 of 4: ") as caught:
         Endpoint("teacher", settings(url)).answer(Request(body={}), threading.Event())
     assert caught.value.failures == (Failure.not_connected,) * 4
+
+
+def test_a_host_that_takes_no_connection_in_time_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: object, **__: object) -> None:
+        raise httpx2.ConnectTimeout("timed out")
+
+    endpoint = Endpoint("teacher", settings("http://127.0.0.1:9/v1", attempts=1))
+    monkeypatch.setattr(endpoint._http, "stream", silent)
+    with pytest.raises(Unanswered, match="timed out") as caught:
+        endpoint.answer(Request(body={}), threading.Event())
+    assert caught.value.failures == (Failure.not_connected,)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 302])

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -136,3 +137,27 @@ def test_a_wrong_name_of_a_model_is_an_error_that_names_the_entry() -> None:
         pytest.raises(ConfigError, match=r"rollout\.servers\[0\]\.model = 'm0'"),
     ):
         ask(servers_at(server.url))
+
+
+def test_a_server_needs_the_weights_from_the_moment_it_is_lost_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise several of its places would be taken meanwhile, and each would bring it the weights."""
+    servers, asked, fails = servers_at("http://127.0.0.1:9/v1"), threading.Event(), threading.Event()
+    (server,), stop = servers.servers, threading.Event()
+
+    def answer(*_: object) -> Completion:
+        asked.set()
+        assert fails.wait(timeout=30)
+        stop.set()
+        raise Unanswered("refused.", (Failure.not_connected,))
+
+    monkeypatch.setattr(server.endpoint, "answer", answer)
+    with ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(servers.answer, REQUESTS[0], stop)
+        assert asked.wait(timeout=30)
+        with servers._changed:  # as another thread holds it that takes a place
+            fails.set()
+            time.sleep(0.1)
+            assert (server.needs_weights, server.lost_because) == (False, None)
+        with pytest.raises(Unanswered):
+            answered.result(timeout=30)
+    assert (server.needs_weights, server.lost_because) == (True, "refused.")

@@ -84,6 +84,14 @@ def test_a_server_is_replaced_by_what_a_job_asks_for_and_ended_with_its_workers(
         place.said()
 
 
+def test_a_server_that_was_started_otherwise_is_not_taken_for_the_new_one(place: Place) -> None:
+    elsewhere = {"MEGATRON_ADS_VLLM_RUN": str(place.folder / "elsewhere")}
+    assert place.run(str(place.folder / "one"), str(place.port), **elsewhere).returncode == 0
+    done = place.run(str(place.folder / "other"), str(place.port))
+    assert place.run("--stop", str(place.port), **elsewhere).returncode == 0
+    assert done.returncode == 4 and f"another server answers on port {place.port}" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "status", "said"),
     [

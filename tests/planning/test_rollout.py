@@ -129,3 +129,15 @@ def test_a_recipe_for_a_real_machine_fits_it_and_says_what_bounds_a_step(
 def test_a_plan_of_fine_tuning_has_no_rollouts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--recipe", "sft/moonlight_16b_8gpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rollouts"] is None
+
+
+def test_a_draw_may_be_repeated_and_what_trains_nothing_has_no_reference(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, settings = "rl/deepseek_v2_lite_8gpu", ["policy.kl_coef=0.1", "rollout.dynamic_sampling=true"]
+    modes = [f"rollout.mode={mode}" for mode in (RolloutMode.colocated, RolloutMode.rollout_only)]
+    found = [load_job(recipe, [*settings, mode]).rollouts for mode in modes]
+    assert [(each.has_reference, each.draws) for each in found if each] == [(True, 3), (False, 3)]
+    assert main(["plan", "--recipe", recipe, *settings, modes[1]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    printed = " ".join(" ".join(lines).split())
+    assert "reference: none, nothing is trained" in printed and "tokens a draw of prompts, of at most 3 in" in printed
+    assert max(map(len, lines)) <= 120

@@ -34,7 +34,7 @@ class Answering:
     """Name of the weights that the engines hold."""
 
     def follow(self) -> dict[str, float]:
-        """Give the engines the weights that are trained; return how far they are from the trainer's.
+        """Give the engines the weights that are trained; return metrics, such as how far they differ from it.
 
         Raises:
             ConversionError: On every rank, if that is too far.
@@ -42,7 +42,8 @@ class Answering:
         self.engine.follow(self.session.model)
         self.weights, difference = self.probe.mark(self.session.model, self.engine.gap)
         self.engine.name_weights(self.weights)
-        return {} if self.probe.max_logprob_diff is None else {"rollout/probe_logprob_abs_diff": difference}
+        of_probe = {} if self.probe.max_logprob_diff is None else {"rollout/probe_logprob_abs_diff": difference}
+        return of_probe | self.engine.metrics()
 
     def collect(self, step: int, times: PhaseTimes) -> ScoredStep:
         """Return the rollouts of a step, as ``Collector`` does."""

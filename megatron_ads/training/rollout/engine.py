@@ -54,12 +54,23 @@ class RolloutEngine:
     def gap(self, probe: Probe) -> float:
         """Return the mean difference in nats between this rank's engine, or the worst server, and a probe.
 
+        A collective: while a server is restarted, no rank waits in a communication.
+
         Raises:
             DataError: If no server answers, or one has the wrong weights.
         """
-        if isinstance(self.engine, ServerPool):
-            return self.engine.require_agreement(probe)
-        return 0.0 if self.engine is None else probe.gap(self.engine.log_probabilities(probe.prompts, probe.answers))
+        try:
+            if isinstance(self.engine, ServerPool):
+                return self.engine.require_agreement(probe)
+            if self.engine is None:
+                return 0.0
+            return probe.gap(self.engine.log_probabilities(probe.prompts, probe.answers))
+        finally:
+            wait_for_all("compare their engines with the trainer", self.longest_wait_seconds)
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the rank that asks servers has to say of them."""
+        return {"rollout/server_losses": self.engine.servers.losses} if isinstance(self.engine, ServerPool) else {}
 
     def name_weights(self, name: str) -> None:
         """Say what the engines' weights are called; servers' answers are kept under it."""
