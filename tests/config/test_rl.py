@@ -2,8 +2,9 @@
 
 import pytest
 
+from megatron_ads.config.generation import EndpointConfig
 from megatron_ads.config.recipes import load_job
-from megatron_ads.config.rl import RlConfig, validate
+from megatron_ads.config.rl import Combine, RlConfig, validate
 from megatron_ads.errors import ConfigError
 
 POPO = ("rewards.combine=popo", "rewards.use=[{name: a}, {name: b}]")
@@ -56,9 +57,13 @@ def test_what_cannot_run_is_refused(overrides: list[str], message: str) -> None:
 
 @pytest.mark.parametrize("overrides", [(), (*POPO, "model.expert_bias_update_rate=0.001")])
 def test_the_shipped_one_is_accepted_and_with_popo(overrides: tuple[str, ...]) -> None:
-    validate(recipe(*overrides), 4)
+    config = recipe(*overrides)
+    validate(config, 4)
+    assert config.rewards.combine == (Combine.popo if overrides else Combine.fixed)
 
 
 def test_the_shipped_one_is_accepted_on_servers_too() -> None:
-    validate(recipe(), 4)
-    validate(recipe(*SERVERS, "rollout.reload_command=restart", "rollout.server_wait_seconds=60"), 4)
+    config = recipe(*SERVERS, "rollout.reload_command=restart", "rollout.server_wait_seconds=60")
+    validate(config, 4)
+    assert config.rollout.servers == [EndpointConfig(url="http://a:1/v1", model="policy")]
+    assert (config.rollout.reload_command, config.rollout.server_wait_seconds) == ("restart", 60)
