@@ -314,9 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if any(held.values()) else 1
 
 
-def run_all(
-    root: Path, held: dict[str, list[bool]], times: int, generator: random.Random, longest_wait: float
-) -> None:
+def run_all(root: Path, held: dict[str, list[bool]], times: int, generator: random.Random, longest_wait: float) -> None:
     """Add to each fault of ``held`` whether everything held, each time; the folders of what held are removed."""
     _import_what_ranks_need()
     model = write_model_elsewhere(root / "model")
