@@ -17,7 +17,6 @@ rows and the draws; the held-out rows are the same for all.
 """
 
 import argparse
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rl_small_table import tables
-from benchmarks.sft_small import run_command, train_stage, write_texts
+from benchmarks.sft_small import run_command, run_path, train_stage, write_results, write_texts
 from megatron_ads.cli import exit_status
 from megatron_ads.errors import ConfigError
-from megatron_ads.observability.provenance import own_code_digest, provenance
+from megatron_ads.observability.provenance import own_code_digest
 from megatron_ads.quickstart.stages import Stage, StageRecord
 
 SOURCE = "[{{kind: simulator, task: {task}, rows: {rows}}}]"
@@ -48,7 +47,6 @@ class Track:
     reasoning: tuple[str, ...]
     """Ways to go along the path; the first alone unless more are asked for."""
     of_sft: tuple[str, ...] = ()
-    of_rl: tuple[str, ...] = ()
     reads_first: bool = False
     """Whether the model learns the language before it is fine-tuned."""
 
@@ -82,24 +80,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from conversion.atomic_file import write_small
-    from megatron_ads.launching.processes import termination_as_interrupt
-    from megatron_ads.quickstart.stages import run_stages
-
     out, track = arguments.out.resolve(), TRACKS[arguments.track]
     path = _Path(out, track, arguments)
     ways = track.reasoning if arguments.reasoning == "both" else (arguments.reasoning or track.reasoning[0],)
     if unknown := [way for way in ways if way not in track.reasoning]:
         raise ConfigError(f"--reasoning is {unknown[0]}, which --track {arguments.track} does not have. Leave it out.")
     stages = [stage for seed in range(arguments.seeds) for stage in path.stages(seed, ways)]
-    with termination_as_interrupt():
-        records = run_stages(stages, out, {})
+    records = run_path(stages, out)
     results = {way: [path.results(seed, way, records) for seed in range(arguments.seeds)] for way in ways}
-    report = {**provenance(), "track": arguments.track, "ranks": arguments.ranks, "reasoning": results}
-    text = tables(results)
-    write_small(out / "results.json", json.dumps(report, indent=1) + "\n")
-    write_small(out / "results.md", text)
-    print(f"\n{text}\n{out / 'results.json'}")
+    report = {"track": arguments.track, "ranks": arguments.ranks, "reasoning": results}
+    write_results(out, report, tables(results))
     return 0
 
 

@@ -76,10 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from conversion.atomic_file import write_small
-    from megatron_ads.launching.processes import termination_as_interrupt
-    from megatron_ads.quickstart.stages import run_stages
-
     variants = _variants(arguments.data)
     names = arguments.variant or list(variants)
     if unknown := [name for name in names if name not in variants]:
@@ -87,15 +83,27 @@ def _run(arguments: argparse.Namespace) -> int:
     chosen = {name: variants[name] for name in names}
     out = arguments.out.resolve()
     stages = list(_stages(out, chosen, variants, arguments))
+    results = _results(chosen, run_path(stages, out))
+    write_results(out, {"ranks": arguments.ranks, "variants": results}, table(results))
+    return 0
+
+
+def run_path(stages: Sequence[Stage], out: Path) -> dict[str, StageRecord]:
+    """Run the stages that are not complete yet; SIGTERM ends them as Ctrl-C does."""
+    from megatron_ads.launching.processes import termination_as_interrupt
+    from megatron_ads.quickstart.stages import run_stages
+
     with termination_as_interrupt():
-        records = run_stages(stages, out, {})
-    results = _results(chosen, records)
-    text = table(results)
-    report = {**provenance(), "ranks": arguments.ranks, "variants": results}
-    write_small(out / "results.json", json.dumps(report, indent=1) + "\n")
+        return run_stages(stages, out, {})
+
+
+def write_results(out: Path, report: Mapping[str, Any], text: str) -> None:
+    """Write ``report``, with what it was measured on, and the tables ``text``, and print them."""
+    from conversion.atomic_file import write_small
+
+    write_small(out / "results.json", json.dumps({**provenance(), **report}, indent=1) + "\n")
     write_small(out / "results.md", text)
     print(f"\n{text}\n{out / 'results.json'}")
-    return 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

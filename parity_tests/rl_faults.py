@@ -17,7 +17,8 @@ In all cases but the last the same command is then given again, and it must hold
 - losses, rollouts with their rewards, and exported weights equal those of the undisturbed job, byte for byte
 - no answer that was finished before is generated again, as counted by what each rank put on disk
 
-Exit status: 0 all of it held each time, 1 something did not (the run's folder is kept and named).
+What each fault came to is printed at the end, also of a run that is interrupted. Exit status: 0 all of it held each
+time, 1 something did not (the run's folder is kept and named) or no fault could be inflicted, 130 interrupted.
 """
 
 import argparse
@@ -38,7 +39,9 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from megatron_ads.launching.processes import termination_as_interrupt
 from megatron_ads.runtime.health.rank_record import ExitStatus
+from megatron_ads.runtime.health.report import TEXT_FILE
 from parity_tests.crash_test import BrokenPromiseError, check_checkpoints, write_model_elsewhere
 from parity_tests.harness.inflicted import Fault, fill_disk, inflicted, signal_oneself
 from parity_tests.harness.real_job import RealJob
@@ -111,14 +114,23 @@ class RlJob(RealJob):
 
     def run(self, fault: Fault | None = None) -> list[int]:
         """Run it until all ranks have ended; return their statuses."""
-        with inflicted(fault, self.beside("generated.txt")):
-            self.start_ranks(forked=True)
         try:
+            with inflicted(fault, self.beside("generated.txt")):
+                self.start_ranks(forked=True)
             return self.wait(self.longest_wait)
         except subprocess.TimeoutExpired:
-            raise BrokenPromiseError(f"a rank still ran after {self.longest_wait:.0f} s") from None
+            running = [rank for rank, process in enumerate(self.processes) if process.poll() is None]
+            raise BrokenPromiseError(f"ranks {running} still ran after {self.longest_wait:.0f} s") from None
         finally:
             self.kill()
+
+    def last_words(self) -> str:
+        """Return which rank waited for what, as the report of a hang has it; without one each log's last line."""
+        if (report := self.root / TEXT_FILE).exists():
+            return report.read_text().splitlines()[0]
+        ends = {rank: self.log(rank).read_text(errors="replace").splitlines()[-1:] for rank in range(self.ranks)
+                if self.log(rank).exists()}  # fmt: skip
+        return "; ".join(f"rank {rank}: {line}" for rank, lines in ends.items() for line in lines)
 
     def rollouts(self) -> dict[str, bytes]:
         """Return the rollouts of each step, with their rewards."""
@@ -280,20 +292,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="folder to work in (default: a temporary one, removed unless broken)")
     args = parser.parse_args(argv)
+    if args.out is not None and args.out.exists() and any(args.out.iterdir()):
+        parser.error(f"--out {args.out} is not empty. Name another folder.")
     root = (args.out or Path(tempfile.mkdtemp(prefix="rl-faults-"))).absolute()
-    held = run_all(root, args.fault or list(FAULTS), args.times, random.Random(args.seed), args.longest_wait)
-    for name, outcomes in held.items():
-        _say(f"{name}: {sum(outcomes)} of {len(outcomes)} held" if outcomes else f"{name}: not run")
-    whole = all(all(outcomes) for outcomes in held.values())
-    if args.out is None and whole:
+    held: dict[str, list[bool]] = {name: [] for name in args.fault or FAULTS}
+    interrupted = False
+    try:
+        with termination_as_interrupt():
+            run_all(root, held, args.times, random.Random(args.seed), args.longest_wait)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:  # whatever ended it
+        for name, outcomes in held.items():
+            _say(f"{name}: {sum(outcomes)} of {len(outcomes)} held, {args.times - len(outcomes)} not run")
+    if not all(all(outcomes) for outcomes in held.values()):
+        return 1
+    if args.out is None:
         shutil.rmtree(root)
-    return 0 if whole else 1
+    if interrupted:
+        return 130
+    return 0 if any(held.values()) else 1
 
 
-def run_all(
-    root: Path, names: Sequence[str], times: int, generator: random.Random, longest_wait: float
-) -> dict[str, list[bool]]:
-    """Return by fault whether everything held, each time; the folders of what held are removed."""
+def run_all(root: Path, held: dict[str, list[bool]], times: int, generator: random.Random, longest_wait: float) -> None:
+    """Add to each fault of ``held`` whether everything held, each time; the folders of what held are removed."""
     _import_what_ranks_need()
     model = write_model_elsewhere(root / "model")
     undisturbed = RlJob(model=model, root=root / "undisturbed", longest_wait=longest_wait)
@@ -301,9 +323,8 @@ def run_all(
         raise SystemExit(f"exit statuses {statuses} of the undisturbed job:\n{undisturbed.logs()}")
     losses = undisturbed.losses()
     _say(f"undisturbed: {STEPS} steps, losses {losses[1]:.4f} to {losses[STEPS]:.4f}")
-    held: dict[str, list[bool]] = {name: [] for name in names}
     for number in range(times):  # in turn, so that an interrupted run has tried each
-        for name in names:
+        for name in held:
             case = draw(name, generator)
             job = RlJob(model=model, root=root / f"{name}-{number}", longest_wait=longest_wait)
             job.switch.unlink(missing_ok=True)
@@ -314,13 +335,12 @@ def run_all(
                 _say(f"{case}: not run, {error}")
                 continue
             except BrokenPromiseError as error:
-                told = f"BROKEN: {error}; see {job.root}"
+                told = f"BROKEN: {error} ({job.last_words()}); see {job.root} and {job.beside('')}"
             held[name].append(not told.startswith("BROKEN"))
             _say(f"{number + 1}/{times} {case}: {told}")
             if held[name][-1]:
                 shutil.rmtree(job.root)
                 shutil.rmtree(job.beside(""))
-    return held
 
 
 def _seconds(job: RlJob, phase: str) -> float:

@@ -119,9 +119,10 @@ class RealJob:
         """Return the exit status of every process.
 
         Raises:
-            subprocess.TimeoutExpired: If one still runs.
+            subprocess.TimeoutExpired: If one still runs after ``timeout`` seconds.
         """
-        statuses = [process.wait(timeout) for process in self.processes]
+        deadline = time.monotonic() + timeout
+        statuses = [process.wait(max(0.0, deadline - time.monotonic())) for process in self.processes]
         self.processes.clear()
         return statuses
 

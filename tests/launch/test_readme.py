@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from megatron_ads.cli import build_parser
-from megatron_ads.config.run import SftConfig
+from megatron_ads.config.recipes import JOBS, load_job
 
 PROJECT = Path(__file__).parents[2]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -29,8 +29,14 @@ def test_the_readme_holds_commands() -> None:
 
 @pytest.mark.parametrize("line", _commands())
 def test_each_command_is_one_the_program_accepts(line: str) -> None:
-    arguments = shlex.split(line)[1:]
+    arguments = shlex.split(line, comments=True)[1:]
     assert callable(build_parser(arguments[0]).parse_args(arguments).run)
+
+
+@pytest.mark.parametrize("line", [line for line in _commands() if line.startswith("megatron-ads train ")])
+def test_each_recipe_has_the_settings_that_it_is_given(line: str) -> None:
+    args = build_parser("train").parse_args(shlex.split(line, comments=True)[1:])
+    assert load_job(args.recipe, args.overrides).model.load in line
 
 
 def test_every_path_it_names_exists() -> None:
@@ -40,13 +46,13 @@ def test_every_path_it_names_exists() -> None:
 
 
 def test_every_recipe_it_names_exists() -> None:
-    named = set(re.findall(r"(?:--recipe |`)(sft/\w+)", README))
-    assert len(named) >= 3
+    named = set(re.findall(r"(?:--recipe |`)((?:sft|preference|rl|cook)/\w+)", README))
+    assert {name.split("/")[0] for name in named} == {"sft", "preference", "rl", "cook"}
     assert [name for name in named if not (PROJECT / "recipes" / f"{name}.yaml").exists()] == []
 
 
 def test_every_setting_it_names_exists() -> None:
-    settings = set(_settings(SftConfig))
+    settings = {name for job in JOBS.values() for name in _settings(job)}
     sections = "|".join(name for name in settings if "." not in name)
     named = set(re.findall(rf"`((?:{sections})\.\w+(?:\.\w+)?)[`=]", README))
     assert len(named) >= 40

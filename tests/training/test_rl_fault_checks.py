@@ -7,12 +7,14 @@ import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_ads.journal import Journal
 from megatron_ads.runtime.health.rank_record import ExitStatus
 from megatron_ads.training.rollout.metrics import PhaseTimes
+from parity_tests import rl_faults
 from parity_tests.crash_test import BrokenPromiseError
 from parity_tests.harness.inflicted import Fault, inflicted
 from parity_tests.rl_faults import FAULTS, STEPS, Case, RlJob, check_continued, check_counted, draw, run_case
@@ -86,6 +88,45 @@ def test_faults_that_are_not_counted_are_found(tmp_path: Path) -> None:
     assert "4 faults counted" in check_counted(case, job(tmp_path / "counted", reward=None, counted=1), done)
     with pytest.raises(BrokenPromiseError, match="step 1 has 1 answers without a reward, 0 counted"):
         check_counted(case, job(tmp_path / "uncounted", reward=None), done)
+
+
+def test_ranks_that_end_wrongly_say_what_they_waited_for(tmp_path: Path) -> None:
+    hung = job(tmp_path / "hung")
+    hung.log(2).write_text("step 1\nstep 2\n")
+    said = "rank 0: rank 1 (stage 0) has gone (killed, or its machine lost), after step 2; rank 2: step 2"
+    assert hung.last_words() == said
+    (hung.root / "hang.txt").write_text("the job hangs: rank 3 (stage 1) does not answer\n  rank 0 has waited\n")
+    assert hung.last_words() == "the job hangs: rank 3 (stage 1) does not answer"
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "interrupted", "status", "told"),
+    [
+        ([True, True, True], False, 0, "sigterm: 3 of 3 held, 0 not run"),
+        ([True, True], True, 130, "sigterm: 2 of 2 held, 1 not run"),
+        ([True, False], True, 1, "sigterm: 1 of 2 held, 1 not run"),
+        ([], False, 1, "sigterm: 0 of 0 held, 3 not run"),
+    ],
+    ids=["held", "interrupted", "broken", "none_run"],
+)
+def test_what_was_run_is_told_however_it_ends(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    outcomes: list[bool],
+    interrupted: bool,
+    status: int,
+    told: str,
+) -> None:
+    def run_all(root: Path, held: dict[str, list[bool]], *others: Any) -> None:
+        held["sigterm"] += outcomes
+        if interrupted:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(rl_faults, "run_all", run_all)
+    arguments = ["--fault", "sigterm", "--fault", "disk-full", "--times", "3", "--out", str(tmp_path / "out")]
+    assert rl_faults.main(arguments) == status
+    assert capsys.readouterr().out.splitlines() == [told, "disk-full: 0 of 0 held, 3 not run"]
 
 
 def test_a_fault_strikes_once_in_its_rank_phase_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,16 +57,14 @@ class RolloutEngine:
         A collective: while a server is restarted, no rank waits in a communication.
 
         Raises:
-            DataError: If no server answers, or one has the wrong weights.
+            DataError: On every rank, if no server answers, or one has the wrong weights.
         """
-        try:
+        with raised_once_all_are_done("compare their engines with the trainer", self.longest_wait_seconds):
             if isinstance(self.engine, ServerPool):
                 return self.engine.require_agreement(probe)
             if self.engine is None:
                 return 0.0
             return probe.gap(self.engine.log_probabilities(probe.prompts, probe.answers))
-        finally:
-            wait_for_all("compare their engines with the trainer", self.longest_wait_seconds)
 
     def metrics(self) -> dict[str, float]:
         """Return what the rank that asks servers has to say of them."""
