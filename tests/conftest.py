@@ -8,7 +8,10 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 import pytest
 
+from megatron_ads.runtime import cpu_compat
 from parity_tests.harness import ranks
+
+cpu_compat.install()  # before a test file imports Megatron-Core
 
 
 def pytest_configure(config: pytest.Config) -> None:

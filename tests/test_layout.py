@@ -10,7 +10,6 @@ from conversion.published_models import published_file
 from megatron_ads.architecture import ModelShape, read_model_shape
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import Coordinates, ParallelLayout, expand_pipeline, place_layers
-from megatron_ads.runtime import cpu_compat
 
 R1 = read_model_shape(published_file("deepseek_r1"))
 
@@ -68,7 +67,6 @@ def expected_group(layout: ParallelLayout, rank: int, axis: str) -> list[int]:
 
 def megatron_groups(layout: ParallelLayout, rank: int) -> dict[str, list[int]]:
     """Return the members of every group that Megatron-Core builds for ``rank``, without any process started."""
-    cpu_compat.install()
     import torch.distributed as dist
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -211,7 +209,6 @@ STRINGS = [
 
 def expand_with_megatron(pipeline: str) -> list[str] | None:
     """Return Megatron-Core's reading of a string, one string per chunk; None where it refuses it."""
-    cpu_compat.install()
     from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
@@ -245,7 +242,6 @@ def test_spaces_are_ignored_although_megatron_refuses_them() -> None:
 
 
 def accepted_by_megatron(pipeline: str, *, pp: int, num_layers: int, mtp_layers: int) -> bool:
-    cpu_compat.install()
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
     try:
@@ -319,7 +315,6 @@ def layers_of(pipeline: str, *, pp: int, num_layers: int, mtp_layers: int = 0) -
 def test_layers_and_stages_are_those_megatron_would_build(
     pipeline: str, pp: int, num_layers: int, mtp_layers: int
 ) -> None:
-    cpu_compat.install()
     from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 

@@ -7,11 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ads.runtime import cpu_compat
-
-cpu_compat.install()
-
-from megatron_ads.models.attention import (  # noqa: E402 - after Megatron-Core can be imported
+from megatron_ads.models.attention import (
     BLOCK,
     LONGEST_BLOCKED,
     _attend_varlen,

@@ -15,7 +15,7 @@ from megatron_ads.config.model import LayerSpecChoice, ModelConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.models.settings import ModelSettings, resolve_layer_spec
-from megatron_ads.runtime import cpu_compat, process_groups
+from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.device import seed_everything
 from parity_tests.harness import model_jobs
 from parity_tests.harness.model_jobs import Job
@@ -99,7 +99,6 @@ def test_the_ranks_of_a_layout_hold_every_weight_of_the_checkpoint(folder: Path)
 
 
 def _config(folder: Path, layout: ParallelLayout, *, pipeline: str | None = None, **changes: Any) -> Any:
-    cpu_compat.install()
     from megatron_ads.models.transformer_config import megatron_config
 
     shape = replace(open_source(folder).shape, **changes)
@@ -202,7 +201,6 @@ def test_a_model_of_meta_tensors_allocates_nothing_on_a_gpu(folder: Path, monkey
 
 
 def test_linears_with_fused_weight_gradients_use_them_where_they_have_buffers() -> None:
-    cpu_compat.install()
     from megatron_ads.models.build import fuse_weight_gradients
 
     def linear(*, trained: bool) -> torch.nn.Module:

@@ -5,11 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from megatron_ads.runtime import cpu_compat
-
-cpu_compat.install()
-
-from megatron_ads.models.specs import RMSNorm  # noqa: E402 - after Megatron-Core can be imported
+from megatron_ads.models.specs import RMSNorm
 
 
 class _Config:

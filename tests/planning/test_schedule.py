@@ -44,9 +44,6 @@ def test_the_first_of_three_stages_runs_two_ahead() -> None:
 @pytest.mark.parametrize("vpp", [2, 3])
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_the_interleaved_order_is_megatrons(stage: int, vpp: int) -> None:
-    from megatron_ads.runtime import cpu_compat
-
-    cpu_compat.install()
     from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
     pp, microbatches = 4, 8

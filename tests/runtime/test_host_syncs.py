@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_ads.runtime import cpu_compat, host_syncs
+from megatron_ads.runtime import host_syncs
 
-cpu_compat.install()
 host_syncs.install()
 
 

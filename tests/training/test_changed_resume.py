@@ -7,12 +7,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from megatron_ads.runtime import cpu_compat
+from megatron_ads.training.checkpointer import Checkpointer
 from parity_tests.harness.real_job import RealJob, write_small_model
-
-cpu_compat.install()  # before anything imports Megatron-Core
-
-from megatron_ads.training.checkpointer import Checkpointer  # noqa: E402 - after Megatron-Core can be imported
 
 
 def _write(file: Path, word: str) -> None:

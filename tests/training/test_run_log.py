@@ -14,18 +14,11 @@ from megatron_ads.config.model import Precision
 from megatron_ads.config.training import RuntimeConfig
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.observability.log import start_logging
-from megatron_ads.runtime import cpu_compat
 from megatron_ads.runtime.health.activity import Activity, observed
+from megatron_ads.training.run_log import RankTimes, _peak_flops_per_second
 from parity_tests.harness.ranks import run_ranks
 from parity_tests.harness.training_jobs import Recipe, batches, start
 from tests.models.checkpoints import V3, write_checkpoint
-
-cpu_compat.install()  # before anything imports Megatron-Core
-
-from megatron_ads.training.run_log import (  # noqa: E402 - after Megatron-Core can be imported
-    RankTimes,
-    _peak_flops_per_second,
-)
 
 STEPS = 4
 EACH = 0.3
