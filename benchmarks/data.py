@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 import psutil
 
 from megatron_ads.observability.provenance import provenance
+from megatron_ads.runtime.device import process_memory_bytes
 
 WORDS = (
     "running", "shoes", "marathon", "query", "seller", "page", "click", "price", "compare", "insurance", "laptop",
@@ -207,7 +207,7 @@ def start(folder: Path, file: Path) -> dict[str, Any]:
         "draw_ms_per_100": statistics.median(milliseconds[-MEDIAN_OF:]),
         "first_draw_ms_per_100": statistics.median(milliseconds[:MEDIAN_OF]),
         "draw_ms_per_100_most": max(milliseconds),
-        "rank_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "rank_bytes": process_memory_bytes("VmHWM"),
         "drawing_seconds": time.monotonic() - drawing,
     }
 

@@ -26,6 +26,7 @@ from megatron_ads.demo_model import CONFIGS, Preset
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.observability.provenance import provenance
 from megatron_ads.planning.job import PlannedJob
+from megatron_ads.runtime.device import process_memory_bytes
 
 CONFIG: dict[str, Any] = CONFIGS[Preset.tiny] | {
     "vocab_size": 4096,
@@ -156,12 +157,12 @@ def _train(case: Case) -> int:
     device.seed_everything(0)
     step = _build(job)  # imports everything; builds when called
     _warm_up()
-    before = _status_bytes("VmRSS")
+    before = process_memory_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # restarts VmHWM
     run = step()
     for _ in range(STEPS):
         run()
-    peak = _status_bytes("VmHWM") - before
+    peak = process_memory_bytes("VmHWM") - before
     process_groups.stop()
     return peak
 
@@ -220,12 +221,6 @@ def _warm_up() -> None:
         (scores.sum() + inner.square().mean()).backward()
         torch.distributed.all_reduce(weight.grad)
         optimizer.step()
-
-
-def _status_bytes(name: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    fields = dict(line.split(":", 1) for line in status.splitlines())
-    return int(fields[name].split()[0]) * 1024
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from benchmarks.gpu.layers import stack_that_fits
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.stacks import LAYOUT, Built, build, one_rank
 from benchmarks.gpu.timing import peak_bytes, wait
+from megatron_ads.runtime.device import process_memory_bytes
 
 
 def checkpoint(record: Record) -> None:
@@ -48,7 +49,7 @@ def _save(record: Record, built: Built, folder: Path) -> None:
         lambda: save_checkpoint(folder, built.chunks, built.optimizer, progress, LAYOUT, side_files=None, keep_last=1)
     )
     seconds = time.monotonic() - begin
-    on_host = _status_bytes("VmHWM") - host_before
+    on_host = process_memory_bytes("VmHWM") - host_before
     files = [file for file in folder.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     begin = time.monotonic()
@@ -104,9 +105,4 @@ def _load(record: Record, built: Built, folder: Path) -> None:
 def _restart_host_peak() -> int:
     """Let the kernel count the highest resident memory anew; return what it is now."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    return process_memory_bytes("VmRSS")

@@ -5,7 +5,6 @@ memory: neither weights nor the other ranks are needed. What is built is what tr
 """
 
 import math
-import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from megatron_ads.models.parts import part_of
 from megatron_ads.models.settings import ModelSettings
 from megatron_ads.planning.job import PlannedJob
 from megatron_ads.runtime import process_groups
+from megatron_ads.runtime.device import process_memory_bytes
 from megatron_ads.runtime.preflight import Groups, Record, check_records
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def build_ranks(job: PlannedJob, *, every_rank: bool = False, shards: Path | Non
         shards=None if shards is None else str(shards),
         faults=tuple(faults),
         seconds=time.monotonic() - started,
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_bytes=process_memory_bytes("VmHWM"),
     )
 
 

@@ -5,9 +5,9 @@ One CUDA device where there is one, else the CPU with its share of the cores.
 
 import os
 import random
-import resource
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import numpy
 import torch
@@ -62,7 +62,16 @@ def peak_memory_bytes() -> int:
     """Return the most memory held so far: by CUDA tensors where there is a device, else by the whole process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return process_memory_bytes("VmHWM")
+
+
+def process_memory_bytes(field: Literal["VmHWM", "VmRSS"]) -> int:
+    """Return the most memory that this process had in RAM since it began (``VmHWM``), or what it has now (Linux).
+
+    ``ru_maxrss`` would take over that of the process which started this one.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def free_memory_bytes() -> int:

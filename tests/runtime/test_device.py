@@ -2,6 +2,8 @@
 
 import os
 import random
+import subprocess
+import sys
 
 import numpy
 import pytest
@@ -49,6 +51,13 @@ def test_peak_memory_counts_what_was_written(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     block = torch.ones(1 << 28, dtype=torch.uint8)  # 256 MiB
     assert block.nbytes < device.peak_memory_bytes() < 1 << 40
+
+
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one() -> None:
+    block = torch.ones(1 << 30, dtype=torch.uint8)
+    said = "from megatron_ads.runtime.device import process_memory_bytes; print(process_memory_bytes('VmHWM'))"
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, timeout=60, check=True)
+    assert 1 << 24 < int(done.stdout) < block.nbytes
 
 
 # ---- random streams, shared by ranks ----
