@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_ads.config.generation import GenerationConfig
 from megatron_ads.errors import ConversionError
+from megatron_ads.inference import weight_update
 from megatron_ads.inference.engine import UnsupportedError
 from megatron_ads.inference.language_model import load_model
 from megatron_ads.inference.transformers_engine import TransformersEngine
@@ -77,6 +78,15 @@ def test_weights_that_are_missing_or_unknown_are_named(random_model: Path, other
         engine_on(random_model).update_weights(iter([("model.layers.0.unknown", torch.ones(1))]))
     with pytest.raises(ConversionError, match=r"norm\.weight has the shape \(1,\), and the engine's \(32,\)"):
         engine_on(random_model).update_weights(iter([("model.norm.weight", torch.ones(1))]))
+
+
+def test_a_tensor_without_a_place_of_its_own_is_refused(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reversed_rows(_: object, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: numbers.flip(0) for name, numbers in state.items()}
+
+    monkeypatch.setattr(weight_update, "revert_weight_conversion", reversed_rows)
+    with pytest.raises(UnsupportedError, match=r"embed_tokens\.weight has no place of its own"):
+        engine_on(random_model).update_weights(iter([]))
 
 
 def test_a_transformers_whose_inside_is_not_known_is_refused_by_an_update_only(
