@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from megatron_ads.config.rl import RlConfig
@@ -27,7 +27,7 @@ def compared(model: Path, recipe: str, settings: Sequence[str]) -> dict[str, Any
 
 
 def _generation(model: Path, config: "RlConfig") -> dict[str, Any]:
-    """Generate the same prompts twice, the most probable tokens, so that both generate the same ones.
+    """Answer the prompts of one batch, each ``rollout.samples`` times, and say how alike the most probable answers are.
 
     No token ends an answer, so that the batch stays whole: what is compared is the speed of a token.
     """
@@ -35,39 +35,45 @@ def _generation(model: Path, config: "RlConfig") -> dict[str, Any]:
 
     from megatron_ads.config.generation import GenerationConfig, Method
     from megatron_ads.data.chat import load_tokenizer
-    from megatron_ads.inference.language_model import load_model
+    from megatron_ads.inference.language_model import left_padded, load_model
     from megatron_ads.inference.transformers_engine import TransformersEngine
     from megatron_ads.training.rollout.prompts import open_prompts
 
     tokenizer, loaded = load_tokenizer(model), load_model(model, torch.float32)
     limit, samples, pad = config.rollout.max_new_tokens, config.rollout.samples, tokenizer.end_token_id
     stream = open_prompts(config.data, tokenizer, max_new_tokens=limit, probe_rows=1).stream
-    drawn = stream.draw(max(1, config.rollout.batch_size // samples))
-    asked = [one.tokens for one in drawn for _ in range(samples)]
+    asked = [one.tokens for one in stream.draw(max(1, config.rollout.batch_size // samples))]
     engine = TransformersEngine(loaded, end_token=loaded.config.vocab_size, pad_token=pad, tokenizer=tokenizer)
-    how = GenerationConfig(method=Method.greedy, max_new_tokens=limit, log_probabilities=True)
-    ids, mask = _padded(asked, pad)
-    ours, theirs = _in_turn(
-        lambda: [one[0].token_ids for one in engine.generate(asked, how)],
-        lambda: loaded.generate(
-            ids, attention_mask=mask, do_sample=False, max_new_tokens=limit, min_new_tokens=limit, eos_token_id=None,
-            pad_token_id=pad,
-        )[:, ids.shape[1] :].tolist(),
-    )  # fmt: skip
-    pairs = [
-        pair for mine, other in zip(ours.value, theirs.value, strict=True) for pair in zip(mine, other, strict=True)
-    ]
+    ids, mask = left_padded(asked, pad)
+
+    def ours(how: GenerationConfig) -> list[list[int]]:
+        return [list(one.token_ids or ()) for answers in engine.generate(asked, how) for one in answers]
+
+    def theirs(**how: Any) -> list[list[int]]:
+        made = loaded.generate(
+            ids, attention_mask=mask, max_new_tokens=limit, min_new_tokens=limit, eos_token_id=None, pad_token_id=pad,
+            **how,
+        )  # fmt: skip
+        return cast(list[list[int]], made[:, ids.shape[1] :].tolist())
+
+    drawn = GenerationConfig(method=Method.sampled, samples=samples, max_new_tokens=limit, log_probabilities=True)
+    ours_drawn, theirs_drawn = _in_turn(
+        lambda: ours(drawn), lambda: theirs(do_sample=True, top_k=0, num_return_sequences=samples)
+    )
+    likeliest = zip(ours(GenerationConfig(max_new_tokens=limit)), theirs(do_sample=False), strict=True)
+    pairs = [pair for mine, other in likeliest for pair in zip(mine, other, strict=True)]
     return {
-        "answers": len(asked),
+        "answers": len(asked) * samples,
         "tokens_per_answer": limit,
-        "rollout_seconds": ours.seconds,
-        "generate_seconds": theirs.seconds,
+        "prompt_tokens": sum(map(len, asked)) / len(asked),
+        "rollout_seconds": ours_drawn.seconds,
+        "generate_seconds": theirs_drawn.seconds,
         "same_tokens": sum(mine == other for mine, other in pairs) / len(pairs),
     }
 
 
 def _new_weights(model: Path) -> dict[str, Any]:
-    """Give an engine all weights, and copy as many bytes, in as many tensors as the engine has."""
+    """Give an engine all weights, and copy the same tensors."""
     import torch
     from safetensors.torch import load_file
 
@@ -76,24 +82,16 @@ def _new_weights(model: Path) -> dict[str, Any]:
 
     loaded = load_model(model, torch.float32)
     engine = TransformersEngine(loaded, end_token=0)
-    published = [pair for file in sorted(model.glob("*.safetensors")) for pair in load_file(file).items()]
-    held = [tensor.clone() for tensor in loaded.state_dict().values()]
-    new = [tensor.clone() for tensor in held]
+    left_out = f"layers.{loaded.config.num_hidden_layers}."  # the MTP layer, which only the trainer has
+    files = sorted(model.glob("*.safetensors"))
+    published = [pair for file in files for pair in load_file(file).items() if left_out not in pair[0]]
+    held = [tensor.clone() for _, tensor in published]
     given, copied = _in_turn(
         lambda: engine.update_weights(iter(published)),
-        lambda: [old.copy_(tensor) for old, tensor in zip(held, new, strict=True)] and None,
+        lambda: [old.copy_(tensor) for old, (_, tensor) in zip(held, published, strict=True)] and None,
     )
     nbytes = sum(tensor.nbytes for tensor in held)
     return {"update_weights_seconds": given.seconds, "copy_seconds": copied.seconds, "bytes": nbytes}
-
-
-def _padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Any, Any]:
-    import torch
-
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask
 
 
 @dataclass(slots=True)

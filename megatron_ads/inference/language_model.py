@@ -98,9 +98,9 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_token: int) -> tuple[Tenso
 
 
 class RunningRows:
-    """Rows that are being written, and what the model remembers of them."""
+    """Rows that are being written, and what the model remembers of them: ``samples`` consecutive ones a prompt."""
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_token: int) -> None:
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_token: int, *, samples: int = 1) -> None:
         self._model = model
         self._cache = DynamicCache(config=model.config)
         tokens_BS, self._mask_RS = (tensor.to(model.device) for tensor in left_padded(prompts, pad_token))
@@ -108,6 +108,10 @@ class RunningRows:
         positions_BS = (self._mask_RS.cumsum(1) - 1).clamp(min=0)
         self.logits_RV = self._read(tokens_BS, positions_BS)
         """What the model thinks of the next token of every row, in FP32."""
+        if samples > 1:  # a prompt is read once, however often it is continued
+            self._cache.batch_repeat_interleave(samples)
+            self._mask_RS = self._mask_RS.repeat_interleave(samples, 0)
+            self.logits_RV = self.logits_RV.repeat_interleave(samples, 0)
 
     def go_on(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """Go on with ``rows``, numbers of running rows in any order, a token each; the others are left."""

@@ -78,12 +78,14 @@ class TransformersEngine:
         if config.method in BEAM_METHODS:
             return self._beams(tokens, config, limit, rules)
         samples = config.samples if config.method is Method.sampled else 1
-        repeated = [prompt for prompt in tokens for _ in range(samples)]
-        written = [
-            self._completion(one.tokens, one.ended, len(prompt), one.log_probabilities)
-            for one, prompt in zip(self._continue(repeated, config, limit), repeated, strict=True)
+        written = self._continue(tokens, samples, config, limit)
+        return [
+            [
+                self._completion(one.tokens, one.ended, len(prompt), one.log_probabilities)
+                for one in written[number * samples : (number + 1) * samples]
+            ]
+            for number, prompt in enumerate(tokens)
         ]
-        return [written[start : start + samples] for start in range(0, len(written), samples)]
 
     def log_probabilities(
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
@@ -115,12 +117,14 @@ class TransformersEngine:
         return list(cast(Sequence[int], prompt))
 
     @torch.inference_mode()
-    def _continue(self, prompts: Sequence[Sequence[int]], config: GenerationConfig, limit: int) -> list[_Written]:
-        """Continue every prompt, greedily or sampled, until it ends or has ``limit`` tokens."""
+    def _continue(
+        self, prompts: Sequence[Sequence[int]], samples: int, config: GenerationConfig, limit: int
+    ) -> list[_Written]:
+        """Continue every prompt ``samples`` times, greedily or sampled, until it ends or has ``limit`` tokens."""
         chance = torch.Generator(self._model.device).manual_seed(config.seed % 2**63)
-        rows = RunningRows(self._model, prompts, self._pad_token)
-        written = [_Written() for _ in prompts]
-        running = list(range(len(prompts)))
+        rows = RunningRows(self._model, prompts, self._pad_token, samples=samples)
+        written = [_Written() for _ in range(len(prompts) * samples)]
+        running = list(range(len(written)))
         for step in range(limit):
             chosen_R = next_tokens(rows.logits_RV, config, chance)
             chosen = chosen_R.tolist()
@@ -199,7 +203,10 @@ def next_tokens(logits_RV: Tensor, config: GenerationConfig, chance: torch.Gener
     """Return the next token of every row, (R,): the most probable one, or one drawn."""
     if config.method is not Method.sampled:
         return logits_RV.argmax(-1)
-    shares_RV, tokens_RV = (logits_RV / config.temperature).softmax(-1).sort(descending=True)
+    shares_RV = (logits_RV / config.temperature).softmax(-1)
+    if config.top_p >= 1:
+        return shares_RV.multinomial(1, generator=chance)[:, 0]
+    shares_RV, tokens_RV = shares_RV.sort(descending=True)
     # The most probable token stays whatever top_p is: before it there is nothing.
     before_RV = shares_RV.cumsum(-1) - shares_RV
     places_R1 = shares_RV.masked_fill(before_RV >= config.top_p, 0.0).multinomial(1, generator=chance)

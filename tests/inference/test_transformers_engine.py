@@ -80,6 +80,14 @@ def test_log_probabilities_of_what_was_generated_are_those_of_a_forward_pass_ove
             assert one.log_probabilities == pytest.approx(expected, abs=LOG_PROBABILITIES)
 
 
+def test_a_prompt_is_read_once_for_all_its_samples(random_model: Path) -> None:
+    engine, read = _engine(random_model), list[tuple[int, ...]]()
+    engine._model.model.embed_tokens.register_forward_hook(lambda _, tokens, __: read.append(tuple(tokens[0].shape)))
+    engine.generate(PROMPTS, GenerationConfig(method=Method.sampled, samples=4, max_new_tokens=2))
+    assert read[0] == (len(PROMPTS), max(map(len, PROMPTS)))
+    assert read[1][0] > len(PROMPTS) and read[1][1] == 1
+
+
 def test_they_are_left_out_where_nobody_asks(random_model: Path) -> None:
     ((completion,),) = _engine(random_model).generate([[5]], _limit(2))
     assert completion.log_probabilities is None
