@@ -44,6 +44,7 @@ OPEN = {
     "preference/sdpo": ["model.load=runs/sft/export"],
     "rl/downstream_reward": ["model.load=runs/sft/export"],
     "rl/taiji_popo": ["model.load=runs/sft/export"],
+    "rl/recr1_query": ["model.load=runs/sft/export"],
 }
 
 
@@ -112,7 +113,7 @@ PARTS = sorted(file for file in recipes_folder().glob("*/*.yaml") if file.parent
 
 def test_every_file_of_the_recipes_starts_with_its_instructions() -> None:
     files = sorted(recipes_folder().rglob("*.yaml"))
-    assert len(files) == len(PARTS) + len(OPEN) + len(shipped_recipes("cook")) == 48
+    assert len(files) == len(PARTS) + len(OPEN) + len(shipped_recipes("cook")) == 49
     assert [file for file in files if not file.read_text().startswith("# ")] == []
 
 
