@@ -57,11 +57,11 @@ class Reward(Protocol):
     def unit(self) -> Unit:
         """What it is given at once."""
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> Sequence[float | None]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> Sequence[Outcome]:
         """Return one value for each rollout of one unit; None where the row is not one that it judges.
 
         Raises:
-            DataError: If a row lacks what is needed to judge its answers.
+            DataError: If a row lacks what is needed to judge its answers, and the unit has no other row.
         """
 
 
@@ -80,8 +80,8 @@ def outcomes_of(values: Sequence[Any], count: int) -> list[Outcome]:
 
 
 def _outcome(value: Any) -> Outcome:
-    if value is None:
-        return None
+    if value is None or isinstance(value, RewardFailure):
+        return value
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
