@@ -32,7 +32,7 @@ from megatron_ads.downstream.words import history_of
 from megatron_ads.errors import DataError, one_line, require
 from megatron_ads.metrics.ranking import ndcg_at, recall_at
 from megatron_ads.rewards.frozen_pipeline import named_items, open_pipeline, query_of, texts_of_answer, true_item
-from megatron_ads.rewards.reward import Fault, Outcome, RewardFailure, Unit
+from megatron_ads.rewards.reward import Fault, Outcome, RewardFailure, Unit, refuse_idle
 from megatron_ads.rollouts import Rollout, groups_of
 from megatron_ads.tasks.user_history import UserHistory
 
@@ -90,10 +90,7 @@ class DownstreamBatch:
             require(value in list(choices), f"downstream_batch has {name} = {value!r}; known: {', '.join(choices)}.")
         require(self.k > 0, f"downstream_batch has k = {self.k}; it must be at least 1.")
         require(self.scale > 0, f"downstream_batch has scale = {self.scale}; it must be above 0.")
-        require(
-            self.scale == 1 or self.g == Transform.tanh,
-            f"downstream_batch has scale = {self.scale}, which has no effect with g {self.g}. Remove it.",
-        )
+        refuse_idle("downstream_batch", self, "scale", idle=self.g != Transform.tanh, why=f"with g {self.g}")
         self._pipeline = open_pipeline(self.pipeline, "downstream_batch")
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Outcome]:

@@ -111,6 +111,19 @@ def with_settings(kind: type[R], settings: Mapping[str, Any], section: str) -> R
     return kind(**settings)
 
 
+def refuse_idle(name: str, reward: Any, *settings: str, idle: bool, why: str) -> None:
+    """Refuse settings of a reward, a dataclass, that are not as by default although they are ``idle``.
+
+    Raises:
+        ConfigError: Naming the reward, the setting and ``why`` it has no effect.
+    """
+    defaults = {field.name: field.default for field in fields(reward)}
+    for setting in settings if idle else ():
+        value = getattr(reward, setting)
+        if value != defaults[setting]:
+            raise ConfigError(f"{name} has {setting} = {value!r}, which has no effect {why}. Remove it.")
+
+
 def _fits(value: object, wanted: Any) -> bool:
     if wanted not in (bool, int, float, str):
         return True

@@ -116,7 +116,10 @@ def test_the_recipe_rewards_every_row_and_true_queries_more_than_titles_and_quer
         ({"metric": "mrr"}, "metric = 'mrr'; known: ndcg, recall"),
         ({"index": "faiss"}, "index = 'faiss'; known: bm25, dense"),
         ({"k": 0}, "k = 0"),
-        ({"model": "gte"}, "model 'gte', which has no effect with index bm25"),
+        ({"model": "gte"}, "retrieval has model = 'gte', which has no effect with index bm25. Remove it"),
+        ({"id_column": "asin"}, "id_column = 'asin', which has no effect without corpus"),
+        ({"text_column": "title"}, "text_column = 'title', which has no effect without corpus"),
+        ({"corpus": "x.jsonl", "seed": 3}, "seed = 3, which has no effect with a corpus"),
         ({"corpus": "nowhere.jsonl"}, "retrieval's setting corpus cannot be read"),
     ],
 )
@@ -126,6 +129,8 @@ def test_settings_that_cannot_be_used_are_named(settings: dict[str, object], mes
 
 
 def test_a_corpus_without_the_column_is_named(corpus: dict[str, object], tmp_path: Path) -> None:
-    (tmp_path / "table.csv").write_text("name,text\na,b\n")
+    (tmp_path / "table.csv").write_text("name,text\nred shoes,b\n")
+    settings = {"corpus": str(tmp_path / "table.csv"), "id_column": "text", "text_column": "name", "relevant": "wanted"}
+    assert values("retrieval", answers(chat_row(facts={"wanted": "b"}), ["shoes"]), settings) == [1.0]
     with pytest.raises(ConfigError, match="has no column 'id'"):
         rewards("retrieval", {"corpus": str(tmp_path / "table.csv")})
