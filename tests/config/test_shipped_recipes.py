@@ -10,6 +10,7 @@ import yaml
 
 from megatron_ads import demo_model
 from megatron_ads.architecture import shape_from_config
+from megatron_ads.cli import build_parser
 from megatron_ads.config.recipes import (
     JOBS,
     load_job,
@@ -36,7 +37,7 @@ OPEN = {
     "sft/deepseek_r1_671b_32xh20": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/deepseek_v2_lite_8gpu": ["model.load=V2", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/moonlight_16b_8gpu": ["model.load=M", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
-    "rl/quickstart": ["model.load=runs/quickstart/export"],
+    "rl/quickstart": ["model.load=runs/sft-quickstart/export"],
     "rl/relevance_grpo": ["model.load=runs/sft/export"],
     "rl/advertiser_grpo": ["model.load=runs/sft/export"],
     "rl/deepseek_v2_lite_8gpu": ["model.load=V2", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
@@ -90,6 +91,12 @@ def test_r1_recipes_differ_in_the_layout_what_is_trained_and_the_folders_only(tw
     plain, other = (load_recipe(each, OPEN[each]) for each in (name, name + twin))
     different = [field.name for field in fields(SftConfig) if getattr(plain, field.name) != getattr(other, field.name)]
     assert different == [*others, "checkpoint", "log"]
+
+
+def test_every_job_has_a_folder_of_its_own_and_none_that_of_the_quickstart() -> None:
+    folders = [load_job(name, OPEN[name]).log.dir for name in OPEN]
+    folders.append(str(build_parser("quickstart").parse_args(["quickstart"]).out))  # each has its report.html
+    assert [folder for folder in folders if folders.count(folder) > 1] == []
 
 
 def test_the_general_mix_is_the_simulator_and_one_source_more() -> None:
