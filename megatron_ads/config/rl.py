@@ -257,6 +257,17 @@ class ImportanceSampling(StrEnum):
     """The same, but tokens outside [1 / ``importance_cap``, ``importance_cap``] do not count."""
 
 
+class RouterReplay(StrEnum):
+    """Whose choices of experts an update repeats; verl's names."""
+
+    disabled = "disabled"
+    """Nobody's: the current router chooses."""
+    R2 = "R2"
+    """Those of the trainer's pass for old log-probabilities (Routing Replay, arXiv:2507.18071, section 5.3)."""
+    R3 = "R3"
+    """Those of the rollout (arXiv:2510.11370), which no engine here returns: refused."""
+
+
 @dataclass(kw_only=True, slots=True)
 class PolicyConfig:
     """The update; formulas in ``megatron_ads/losses/policy.py`` and ``advantages.py``."""
@@ -287,6 +298,11 @@ class PolicyConfig:
     """Bound of that correction."""
     minibatches: int = 1
     """Updates per step, each on as many of its groups."""
+    router_replay: RouterReplay = RouterReplay.disabled
+    """Whose choices of experts an update repeats, so that its ratios follow from the weights alone. The gates are those
+    of the current router, which gets its gradients. The load that metrics show and ``model.expert_bias_update_rate``
+    follows is that of the repeated choices; ``model.aux_loss_coefficient`` weighs what the current router would
+    choose."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
@@ -294,12 +310,19 @@ class PolicyConfig:
         require_above("policy", self, 1, "dual_clip", "importance_cap")
         require_at_least("policy", self, 0, "kl_coef")
         require_at_least("policy", self, 1, "minibatches")
+        require(
+            self.router_replay is not RouterReplay.R3,
+            "policy.router_replay is R3, but no engine here returns which experts it chose. Set it to R2, the choices "
+            "of the trainer's own pass over the answers.",
+        )
         no_kl, uncorrected = self.kl_coef == 0, self.importance_sampling is ImportanceSampling.none
         for name, unused, idle, why in (
             ("dual_clip", None, self.loss is not PolicyLoss.grpo, f"with policy.loss {self.loss}"),
             ("kl_in", KlPlace.loss, no_kl, "while policy.kl_coef is 0"),
             ("kl_loss_type", KlType.k3, no_kl, "while policy.kl_coef is 0"),
             ("importance_cap", 2.0, uncorrected, "while policy.importance_sampling is none"),
+            # The only update has the weights of the pass before it, and so its choices.
+            ("router_replay", RouterReplay.disabled, self.minibatches == 1, "while policy.minibatches is 1"),
         ):
             value = getattr(self, name)
             require(not idle or value == unused, f"policy.{name} is {value}, which has no effect {why}. Remove it.")

@@ -8,7 +8,7 @@ Shape suffixes: B = rows of a microbatch, S = tokens of a row.
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,9 @@ from megatron_ads.config.training import Normalize
 from megatron_ads.rows import TokenizedRow
 
 PADDING_TOKEN = 0
+
+PLACE = "place"
+"""Name in ``PackedBatch.extra`` of what ``places`` returns."""
 
 PackedRow = Sequence[int]
 """The samples of one row, in order: each by its number in its step (or in a pass over all rows)."""
@@ -143,6 +146,12 @@ class PackedBatch:
             name: value.pin_memory() for name, value in values.items() if isinstance(value, Tensor)
         }
         return replace(self, **pinned, extra={name: values_BS.pin_memory() for name, values_BS in self.extra.items()})
+
+
+def places(rows: Sequence[TokenizedRow]) -> list[NDArray[np.int64]]:
+    """Return of each row the places of its labels among those of all rows, counted from 1: 0 is where padding goes."""
+    ends = accumulate((row.predictions for row in rows), initial=1)
+    return [np.arange(start, end) for start, end in pairwise(ends)]
 
 
 def pack(lengths: Sequence[int], *, capacity: int, rows: int) -> list[list[int]] | None:

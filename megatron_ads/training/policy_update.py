@@ -4,6 +4,7 @@ Shape suffixes: N = rollouts of the step.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_ads.config.model import Precision
-from megatron_ads.config.rl import Combine, KlPlace, LossAggregation, Overlong, RlConfig
+from megatron_ads.config.rl import Combine, KlPlace, LossAggregation, Overlong, RlConfig, RouterReplay
 from megatron_ads.data.batches import ReplicaShare, batches_of_all
-from megatron_ads.data.packed_batch import PackedBatch
+from megatron_ads.data.packed_batch import PLACE, PackedBatch, places
 from megatron_ads.errors import ConversionError
 from megatron_ads.losses.advantages import group_advantages
 from megatron_ads.losses.kl import kl_estimate, rewards_with_kl
@@ -33,8 +34,9 @@ from megatron_ads.training.policy_rows import minibatches, on_labels, overlong_p
 from megatron_ads.training.reference import ReferenceWeights
 from megatron_ads.training.reward_gradients import reward_inner_products
 from megatron_ads.training.rollout.dump import ScoredStep
+from megatron_ads.training.router_replay import ExpertChoices
 from megatron_ads.training.session import Session
-from megatron_ads.training.step import StepReport, run_log_probabilities_and_entropies, run_step
+from megatron_ads.training.step import Routing, StepReport, run_log_probabilities_and_entropies, run_step
 
 _TOLERANCE = {Precision.fp32: 1e-4, Precision.bf16: 2e-2}
 """Of log-probabilities that must be equal, in nats, the mean over tokens: two passes over the same weights."""
@@ -64,7 +66,8 @@ class PolicyUpdate:
         rows = [policy_row(rollout, self._loss_weight(found, place)) for place, rollout in enumerate(found.rollouts)]
         portions = minibatches(found.rollouts, self.config.policy.minibatches)
         engine = [np.array(rollout.log_probabilities, dtype=np.float32) for rollout in found.rollouts]
-        old, entropies = self._log_probabilities(rows, [*map(len, engine)], portions)
+        records, replays = self._routings(rows, portions)
+        old, entropies = self._log_probabilities(rows, [*map(len, engine)], portions, records)
         reference = self._of_reference(rows, portions, old)
         rewards = self._adjusted(found, old, reference)
         values = {ENGINE: engine, OLD: old, REFERENCE: reference or old}
@@ -72,9 +75,9 @@ class PolicyUpdate:
         reward_weights.update(products)
         values[ADVANTAGES] = self._advantages(found, rewards, reward_weights.current)
         reports, metrics = list[StepReport](), list[dict[str, float]]()
-        for portion in portions:
+        for portion, replay in zip(portions, replays, strict=True):
             part = {name: each[portion.start : portion.stop] for name, each in values.items()}
-            reports.append(report := self._update(rows[portion.start : portion.stop], part))
+            reports.append(report := self._update(rows[portion.start : portion.stop], part, replay))
             metrics.append(policy_metrics(self.config.policy, report.totals, report.per_sample, report.loss_tokens))
             if len(reports) == 1:
                 self._require_ratio_of_one(metrics[0])
@@ -84,6 +87,16 @@ class PolicyUpdate:
         }
         of_rewards = {f"reward_inner_product/{name}": product for name, product in products.items()}
         return _together(reports), _means(metrics) | of_answers | of_rewards
+
+    def _routings(
+        self, rows: Sequence[TokenizedRow], portions: Sequence[range]
+    ) -> tuple[Sequence[Routing], Sequence[Routing]]:
+        """Return how tokens are routed in the pass over each portion, and in the update on it."""
+        if self.config.policy.router_replay is RouterReplay.disabled:
+            return [nullcontext] * len(portions), [nullcontext] * len(portions)
+        models = self.session.model.models
+        choices = [ExpertChoices(models, rows[portion.start : portion.stop]) for portion in portions]
+        return [each.recorded for each in choices], [each.replayed for each in choices]
 
     def _inner_products(
         self,
@@ -117,10 +130,11 @@ class PolicyUpdate:
             seq_length=self.config.data.seq_length,
             packing=self.config.data.packing,
             normalize=normalize_of(self.config.policy.loss_agg_mode),
-            extra={name: [*map(on_labels, rows, of_answers)] for name, of_answers in values.items()},
+            extra={PLACE: places(rows)}
+            | {name: [*map(on_labels, rows, of_answers)] for name, of_answers in values.items()},
         )
 
-    def _update(self, rows: Sequence[TokenizedRow], values: Mapping[str, Values]) -> StepReport:
+    def _update(self, rows: Sequence[TokenizedRow], values: Mapping[str, Values], routing: Routing) -> StepReport:
         model = self.session.model
         return run_step(
             self._batches(rows, values),
@@ -130,6 +144,7 @@ class PolicyUpdate:
             loss=policy_loss(self.config.policy),
             stop_requested=self.session.stop.received is not None,
             before_microbatch=self.session.membership.activity.moved,
+            routing=routing,
         )
 
     @property
@@ -139,15 +154,19 @@ class PolicyUpdate:
         return model.schedule.at(model.optimizer.updates // self.config.policy.minibatches)
 
     def _log_probabilities(
-        self, rows: Sequence[TokenizedRow], lengths: Sequence[int], portions: Sequence[range]
+        self,
+        rows: Sequence[TokenizedRow],
+        lengths: Sequence[int],
+        portions: Sequence[range],
+        routings: Sequence[Routing] = (),
     ) -> tuple[Values, Values]:
         """Return the model's log-probabilities and entropies of the answers, in the very batches that are trained on.
 
-        ``lengths`` are those of the answers, in tokens.
+        ``lengths`` are those of the answers, in tokens; without ``routings``, one for each portion, the router chooses.
         """
         data, session = self.config.data, self.session
         found, entropies = list[torch.Tensor](), list[torch.Tensor]()
-        for portion in portions:
+        for portion, routing in zip(portions, routings or [nullcontext] * len(portions), strict=True):
             log_p, entropy = run_log_probabilities_and_entropies(
                 rows[portion.start : portion.stop],
                 self.share,
@@ -155,6 +174,7 @@ class PolicyUpdate:
                 seq_length=data.seq_length,
                 packing=data.packing,
                 before_microbatch=session.membership.activity.moved,
+                routing=routing,
             )
             found, entropies = found + log_p, entropies + entropy
         of_answers = [

@@ -4,13 +4,11 @@ Shape suffixes: T = tokens of one microbatch, all its rows laid end to end (Mega
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -19,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ads.data.batches import ReplicaShare, batches_of_all
-from megatron_ads.data.packed_batch import PackedBatch
+from megatron_ads.data.packed_batch import PLACE, PackedBatch, places
 from megatron_ads.errors import ConfigError
 from megatron_ads.losses.entropy import token_entropy
 from megatron_ads.losses.loss import CROSS_ENTROPY, SAMPLE_LOSSES, STEP_TOTALS, Loss, LossValues, TokenValues
@@ -29,6 +27,9 @@ from megatron_ads.rows import TokenizedRow
 from megatron_ads.runtime.device import device, on_device
 
 LossReport = dict[str, Tensor]
+
+Routing = Callable[[Sequence[PackedBatch]], AbstractContextManager[Any]]
+"""Given the microbatches of a pass, the context it runs in; ``training.router_replay`` has some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ def run_step(
     loss: Loss = CROSS_ENTROPY,
     stop_requested: bool = False,
     before_microbatch: Callable[[], None] = lambda: None,
+    routing: Routing = nullcontext,
 ) -> StepReport:
     """Accumulate the gradients of this rank's ``batches``, then update the weights once.
 
@@ -75,7 +77,8 @@ def run_step(
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    reports = _run_microbatches(batches, chunks, loss, forward_only=False, before_each=before_microbatch)
+    with routing(batches):
+        reports = _run_microbatches(batches, chunks, loss, forward_only=False, before_each=before_microbatch)
     update = optimizer.step(learning_rate)
     return _global_report(reports, batches, loss, stop_requested=stop_requested, update=update)
 
@@ -156,6 +159,7 @@ def run_log_probabilities_and_entropies(
     seq_length: int,
     packing: bool = True,
     before_microbatch: Callable[[], None] = lambda: None,
+    routing: Routing = nullcontext,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return what ``run_log_probabilities`` does, and the entropy in nats of what was predicted for each label."""
     with _observed_entropies(chunks) as of_batches:
@@ -166,6 +170,7 @@ def run_log_probabilities_and_entropies(
             seq_length=seq_length,
             packing=packing,
             before_microbatch=before_microbatch,
+            routing=routing,
             entropies=of_batches,
         )
     return log_p, entropies
@@ -179,25 +184,23 @@ def _values_of_labels(
     seq_length: int,
     packing: bool,
     before_microbatch: Callable[[], None],
+    routing: Routing = nullcontext,
     entropies: Sequence[Tensor] | None = None,
 ) -> list[list[Tensor]]:
     """Return log p of every label of every row; with ``entropies``, which the pass fills, those behind it."""
-    ends = [0, *accumulate(row.predictions for row in rows)]
-    # 0 is where padding goes.
-    places = [np.arange(1 + start, 1 + end) for start, end in pairwise(ends)]
-    batches = batches_of_all(rows, share, seq_length=seq_length, packing=packing, extra={"place": places})
-    with _evaluating(chunks):
+    batches = batches_of_all(rows, share, seq_length=seq_length, packing=packing, extra={PLACE: places(rows)})
+    with _evaluating(chunks), routing(batches):
         reports = _run_microbatches(
             batches, chunks, Loss(compute=_log_probabilities), forward_only=True, before_each=before_microbatch
         )
-    values = torch.zeros(1 if entropies is None else 2, 1 + ends[-1], device=device())
+    lengths = [row.predictions for row in rows]
+    values = torch.zeros(1 if entropies is None else 2, 1 + sum(lengths), device=device())
     if _reports_loss():
         for number, report in enumerate(reports):
-            values[0, report["place"]] = report["log_p"]
+            values[0, report[PLACE]] = report["log_p"]
             if entropies is not None:
-                values[1, report["place"]] = entropies[number]
+                values[1, report[PLACE]] = entropies[number]
     dist.all_reduce(values)
-    lengths = [row.predictions for row in rows]
     return [list(each[1:].split(lengths)) for each in values.cpu()]
 
 
@@ -217,8 +220,8 @@ def _observed_entropies(chunks: Sequence[Any]) -> Iterator[list[Tensor]]:
 def _log_probabilities(values: TokenValues) -> LossValues:
     """Return log p of each label, and where it belongs."""
     log_p_T = -values.negative_log_p_T.detach().float().view(-1)
-    place_T = values.extra["place"].view(-1)
-    return LossValues(sum=log_p_T.new_zeros(()), count=1, report={"log_p": log_p_T, "place": place_T})
+    place_T = values.extra[PLACE].view(-1)
+    return LossValues(sum=log_p_T.new_zeros(()), count=1, report={"log_p": log_p_T, PLACE: place_T})
 
 
 @contextmanager

@@ -41,6 +41,7 @@ def recipe(*overrides: str) -> RlConfig:
             r"popo and rollout\.mode rollout_only: .* nothing is trained",
         ),
         (["policy.minibatches=3"], r"global_batch_size = 8 prompts do not divide into policy\.minibatches = 3"),
+        (["policy.router_replay=R3"], r"router_replay is R3, but no engine .* Set it to R2"),
         (["model.mtp_loss_weight=0.1"], r"mtp_loss_weight is 0\.1: the MTP layer is not trained"),
         (["model.load=x", "layout.pp=3"], r"does not divide the 4 ranks"),
     ],
@@ -64,6 +65,7 @@ def test_what_cannot_run_is_refused(overrides: list[str], message: str) -> None:
         (["policy.kl_coef=0.1"], [], "policy.kl_in=reward"),
         (["policy.kl_coef=0.1"], [], "policy.kl_loss_type=k2"),
         (["policy.importance_sampling=tis"], [], "policy.importance_cap=3"),
+        (["policy.minibatches=2"], [], "policy.router_replay=R2"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -52,6 +52,7 @@ def job(folder: Path, name: str, *overrides: str, ranks: int = 4, layout: dict[s
             "rollout.max_new_tokens=12",
             "rollout.batch_size=8",
             "policy.minibatches=2",
+            "policy.router_replay=R2",
             "policy.kl_coef=0.05",
             "optim.warmup_steps=0",
             "optim.learning_rate=1e-3",
