@@ -76,7 +76,9 @@ class RolloutConfig:
     server_wait_seconds: float = 600.0
     """``servers``: longest wait for a server to use new weights, and for any to answer while all are lost."""
     max_staleness: int = 0
-    """``servers``: updates that the weights of an answer may be behind; only 0, on-policy, is there so far."""
+    """``servers``: steps that the weights of an answer may be behind those that it is trained with; 0 is on-policy.
+    Above 0, servers generate while the trainer updates. Servers get new weights once a step, however many
+    ``policy.minibatches`` it has."""
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
@@ -113,7 +115,8 @@ class RolloutConfig:
             f"rollout.servers has {len(self.servers)} entries and rollout.mode is {self.mode}. Mode servers needs at "
             "least one, with url and model; no other mode asks them.",
         )
-        of_servers, of_others = (("reload_command", None), ("server_wait_seconds", 600.0)), (("batch_size", 64),)
+        of_servers = (("reload_command", None), ("server_wait_seconds", 600.0), ("max_staleness", 0))
+        of_others = (("batch_size", 64),)
         for name, unused in of_others if servers else of_servers:
             require(
                 getattr(self, name) == unused,
@@ -123,11 +126,6 @@ class RolloutConfig:
         self._check_servers()
 
     def _check_servers(self) -> None:
-        require(
-            self.max_staleness == 0,
-            f"rollout.max_staleness is {self.max_staleness}: every step waits for its own rollouts so far, on-policy. "
-            "Set it to 0.",
-        )
         for index, server in enumerate(self.servers):
             section = f"rollout.servers[{index}]"
             require(server.model is not None, f"{section}.model is missing. Name the model as the server knows it.")

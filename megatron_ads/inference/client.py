@@ -119,6 +119,12 @@ class Client:
         self._counted: set[str] = set()
         self._consecutive_give_ups = 0
         self._found_empty = False
+        self._stopped, self._stop_asking = False, threading.Event()
+
+    def stop(self) -> None:
+        """Ask nothing more, for ever, and have another thread that asks give up; for the end of a job."""
+        self._stopped = True
+        self._stop_asking.set()
 
     def ask(self, requests: Iterable[Request], *, total: int, description: str) -> list[Completion | None]:
         """Return the answer to each request, in order; None where there is none after all attempts.
@@ -134,6 +140,9 @@ class Client:
         found: dict[str, Completion] = {}
         waiting: dict[Future[Completion], str] = {}
         stop, started = threading.Event(), time.monotonic()
+        self._stop_asking = stop
+        if self._stopped:
+            stop.set()
         with (
             Progress(total, description=description, unit="request") as progress,
             ThreadPoolExecutor(self._config.concurrency) as pool,

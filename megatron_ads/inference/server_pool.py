@@ -157,6 +157,10 @@ class ServerPool:
         """Say what the current weights are called: answers that a journal holds are found again under it."""
         self.servers.state = name
 
+    def stop(self) -> None:
+        """Ask nothing more, for ever; other threads that generate or score raise once requests in flight are over."""
+        self._engine.client.stop()
+
     def close(self) -> None:
         """Close the connections."""
         self._engine.close()

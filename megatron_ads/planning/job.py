@@ -41,6 +41,8 @@ class PlannedRollouts:
     """How often prompts may be drawn for one step, each time at most as many as the step has."""
     gradient_passes: int = 0
     """POPO's, one for each reward."""
+    overlap: bool = False
+    """Servers generate while the trainer updates."""
 
     @classmethod
     def of(cls, config: RlConfig) -> Self:
@@ -55,6 +57,7 @@ class PlannedRollouts:
             has_reference=trains and config.policy.kl_coef > 0,
             draws=rollout.max_draws if rollout.dynamic_sampling else 1,
             gradient_passes=len(rewards.use) if rewards.combine is Combine.popo else 0,
+            overlap=rollout.max_staleness > 0,
         )
 
     @property

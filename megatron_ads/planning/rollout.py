@@ -70,6 +70,8 @@ class RolloutCosts:
     update_seconds: float
     sync_seconds: float
     """0 where nothing follows the training."""
+    overlapped_seconds: float
+    """Of a step, those in which answers to later ones are generated (``rollout.max_staleness`` above 0)."""
 
     @property
     def parts(self) -> dict[str, float]:
@@ -84,7 +86,8 @@ class RolloutCosts:
 
     @property
     def step_seconds(self) -> float:
-        return sum(self.parts.values())
+        """With rollouts R, passes and updates U, and sync S: max(R, U) + S where R and U overlap, else R + U + S."""
+        return sum(self.parts.values()) - min(self.rollout_seconds or 0.0, self.overlapped_seconds)
 
 
 def rollout_costs(
@@ -103,6 +106,8 @@ def rollout_costs(
     forward = sum(each.forward for each in flops)
     share = forward / sum(each.forward + each.backward + each.recomputed for each in flops)
     passes = share * (1 + rl.has_reference) + rl.gradient_passes
+    passes_seconds = rl.updates * pipeline_seconds * passes
+    updates_seconds = rl.updates * (pipeline_seconds + update_seconds)
     trained, own = _most_trained(job)
     return RolloutCosts(
         engine=engine_memory(job),
@@ -110,8 +115,9 @@ def rollout_costs(
         popo_host_bytes=4 * max(rl.gradient_passes - 1, 0) * own,
         generated_tokens=rl.answers * rl.max_new_tokens if rl.generates else 0,
         rollout_seconds=_answering_seconds(job, card) if rl.colocated else None,
-        passes_seconds=rl.updates * pipeline_seconds * passes,
-        update_seconds=rl.updates * (pipeline_seconds + update_seconds),
+        passes_seconds=passes_seconds,
+        update_seconds=updates_seconds,
+        overlapped_seconds=passes_seconds + updates_seconds if rl.overlap else 0.0,
         sync_seconds=_sync_seconds(job, card),
     )
 

@@ -1,7 +1,7 @@
 """Reinforcement learning: what every rank does, from joining the job to exported weights.
 
 One step: prompts are drawn and answered by the current weights, the answers are judged, the policy is updated on them,
-and the engines get the new weights.
+and the engines get the new weights. With ``rollout.max_staleness`` the answers of later steps are generated meanwhile.
 """
 
 from collections.abc import Iterator, Mapping
@@ -53,13 +53,15 @@ def run(config: RlConfig, stop: StopRequest) -> ExitStatus:
         )
         with ExitStack() as opened:
             rewards = opened.enter_context(_open_rewards(config))
-            position = Position(prompts.stream, RewardWeights(config.rewards))
+            position = Position(prompts.stream, RewardWeights(config.rewards), [])
             session, update = _begin(config, membership, position, stop)
             opened.enter_context(closing(session.log))
             opened.enter_context(session.checkpointer)
             answering = None
             if rollout.mode is not RolloutMode.train_only:
-                answering = opened.enter_context(open_answering(config, session, prompts, rewards, tokenizer))
+                answering = opened.enter_context(
+                    open_answering(config, session, prompts, rewards, tokenizer, position.weights)
+                )
             job = RlJob(
                 config=config,
                 session=session,
@@ -100,19 +102,27 @@ def _begin(
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a job is in its prompts, and how much each reward counts by now."""
+    """Where a job is in its prompts, how much each reward counts by now, and what the latest weights are called."""
 
     stream: PromptStream
+    """Behind the steps that are done, however many are generated."""
     reward_weights: RewardWeights
+    weights: list[str]
+    """As in ``Answering``: rollouts on file are used if they are by one of them."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        return {"prompts": self.stream.state_dict(), "reward_weights": self.reward_weights.state_dict()}
+        return {
+            "prompts": self.stream.state_dict(),
+            "reward_weights": self.reward_weights.state_dict(),
+            "weights": list(self.weights),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was taken."""
         self.stream.load_state_dict(state["prompts"])
         self.reward_weights.load_state_dict(state["reward_weights"])
+        self.weights[:] = state.get("weights", [])  # older checkpoints have none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,6 +181,8 @@ def _step(job: RlJob) -> bool:
     found = job.rollouts_of(session.step + 1)
     job.reward_weights.observe(found.rewards, np.array([rollout.group for rollout in found.rollouts]))
     metrics = of_step(found, job.reward_weights.current)
+    if job.answering is not None:
+        metrics |= job.answering.staleness(found)
     job.warn_of_nothing_to_learn(metrics)
     activity.enter_step(session.step + 1)  # from here to its end, this rank is expected to make progress
     if job.update is None:
@@ -183,6 +195,7 @@ def _step(job: RlJob) -> bool:
     metrics |= {f"reward_weight/{name}": weight for name, weight in job.reward_weights.current.items()}
     activity.leave_step(session.step + 1)
     if job.answering is not None:
+        job.answering.rest(session.step + 2, times)
         with times.measured("sync"):
             metrics |= job.answering.follow()
     session.finish_step(report, metrics | of_update | times.take())

@@ -1,6 +1,7 @@
 """Plans of reinforcement learning: numbers worked out by hand for a small model, and the shipped recipes."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -85,6 +86,23 @@ def test_servers_take_weights_through_rank_0_and_storage_and_no_memory_of_the_ca
     assert costs.rollout_seconds is None and "rollouts" not in costs.parts
     assert costs.sync_seconds == pytest.approx(size / 1e6 + size / 1e6 + size / 4e6)  # sent, written, read
     assert stage_memory(job, 0, gpu=False) == stage_memory(replace(job, rollouts=None), 0, gpu=False)
+
+
+@pytest.mark.parametrize(("overlap", "seconds"), [(False, (202, 302)), (True, (102, 200))])
+def test_a_step_takes_the_longer_of_rollouts_and_updates_where_they_overlap(
+    overlap: bool, seconds: tuple[int, int]
+) -> None:
+    costs = costs_of(job_with(replace(ROLLOUTS, mode=RolloutMode.servers, overlap=overlap)))
+    assert costs.passes_seconds + costs.update_seconds == pytest.approx(102)
+    costs = replace(costs, sync_seconds=0.0)
+    for rollouts, wanted in zip((100.0, 200.0), seconds, strict=True):
+        assert replace(costs, rollout_seconds=rollouts).step_seconds == pytest.approx(wanted)
+
+
+def test_a_plan_says_what_part_of_the_servers_time_does_not_lengthen_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--recipe", "rl/deepseek_r1_671b", "rollout.max_staleness=1"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"on servers, whose time is not planned; \d+\.\d s of it overlap with passes and updates", printed)
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,18 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 from megatron_ads.config.rl import RlConfig, RolloutMode
 from megatron_ads.data.chat import ChatTokenizer
+from megatron_ads.training.checkpoint_errors import raised_once_all_are_done
+from megatron_ads.training.rollout.background import BackgroundRollouts, MadeStep
 from megatron_ads.training.rollout.collect import Collector, JobRewards
 from megatron_ads.training.rollout.dump import ScoredStep
 from megatron_ads.training.rollout.engine import RolloutEngine, open_rollout_engine
@@ -30,8 +33,10 @@ class Answering:
     engine: RolloutEngine
     probe: WeightProbe
     collector: Collector
-    weights: str = ""
-    """Name of the weights that the engines hold."""
+    weights: list[str]
+    """Names of the latest ``rollout.max_staleness`` + 1 versions of the weights; the engines hold the last."""
+    background: BackgroundRollouts | None
+    """On the rank that generates while the trainer updates."""
 
     def follow(self) -> dict[str, float]:
         """Give the engines the weights that are trained; return metrics, such as how far they differ from it.
@@ -40,28 +45,74 @@ class Answering:
             ConversionError: On every rank, if that is too far.
         """
         self.engine.follow(self.session.model)
-        self.weights, difference = self.probe.mark(self.session.model, self.engine.gap)
-        self.engine.name_weights(self.weights)
+        name, difference = self.probe.mark(self.session.model, self.engine.gap)
+        if [name] != self.weights[-1:]:  # after a skipped update, and in a job that continues, they are the same
+            self.weights.append(name)
+        del self.weights[: -1 - self._max_staleness]
+        self.engine.name_weights(name)
         of_probe = {} if self.probe.max_logprob_diff is None else {"rollout/probe_logprob_abs_diff": difference}
         return of_probe | self.engine.metrics()
 
     def collect(self, step: int, times: PhaseTimes) -> ScoredStep:
-        """Return the rollouts of a step, as ``Collector`` does."""
-        return self.collector.collect(step, self.weights, times)
+        """Return the rollouts of a step, as ``Collector`` does; behind it the next are made in the background."""
+        if not self._max_staleness:
+            return self.collector.collect(step, self.weights[-1], times)
+        made, stream = list[MadeStep | None]([None]), self.collector.prompts.stream
+        with times.measured("wait"), raised_once_all_are_done("generate their answers", self._patience):
+            if self.background is not None:
+                made = [self.background.take(step, self.weights, stream.state_dict())]
+        dist.broadcast_object_list(made, src=0)
+        assert made[0] is not None, "rank 0 has it"
+        stream.load_state_dict(made[0].prompts)
+        times.add(made[0].seconds)
+        return made[0].found
+
+    def rest(self, step: int, times: PhaseTimes) -> None:
+        """Return when nothing is generated in the background, and the rollouts of ``step`` are, or have failed.
+
+        Raises:
+            MegatronAdsError: On every rank, if that takes longer than it may.
+        """
+        if self._max_staleness:
+            with times.measured("wait"), raised_once_all_are_done("generate their answers", self._patience):
+                if self.background is not None:
+                    self.background.rest(step)
+
+    def staleness(self, found: ScoredStep) -> dict[str, float]:
+        """Return how many updates, as the engines were given them, the weights of answers are behind."""
+        if not self._max_staleness:
+            return {}
+        behind = [len(self.weights) - 1 - self.weights.index(rollout.weights) for rollout in found.rollouts]
+        return {"rollout/staleness/mean": float(np.mean(behind)), "rollout/staleness/max": float(max(behind))}
 
     def judge_held_out(self) -> dict[str, NDArray[np.float64]]:
         """Answer the held-out prompts greedily and return the rewards by name."""
         of = self.collector
         longest = of.config.rollout.max_new_tokens
-        settings = AnswerSettings(samples=1, max_new_tokens=longest, seed=None, weights=self.weights)
+        settings = AnswerSettings(samples=1, max_new_tokens=longest, seed=None, weights=self.weights[-1])
         return of.rewards.score(of.generator.answer(of.prompts.held_out, settings)).values
+
+    @property
+    def _max_staleness(self) -> int:
+        return self.collector.config.rollout.max_staleness
+
+    @property
+    def _patience(self) -> float:
+        return self.collector.config.runtime.load_timeout_seconds
 
 
 @contextmanager
 def open_answering(
-    config: RlConfig, session: Session, prompts: Prompts, rewards: JobRewards, tokenizer: ChatTokenizer
+    config: RlConfig,
+    session: Session,
+    prompts: Prompts,
+    rewards: JobRewards,
+    tokenizer: ChatTokenizer,
+    weights: list[str],
 ) -> Iterator[Answering]:
     """Yield engines that hold the session's weights; a collective.
+
+    ``weights`` are the names of earlier versions, as in ``Answering``, which are kept up to date there.
 
     Raises:
         MegatronAdsError: On every rank, if some rank cannot load the model or keep its rollouts.
@@ -87,8 +138,18 @@ def open_answering(
             max_logprob_diff=config.rollout.max_logprob_diff if config.rollout.probe_rows else None,
         )
         collector = Collector(config=config, prompts=prompts, generator=generator, rewards=rewards, folder=folder)
-        answering = Answering(session, engine, probe, collector)
-        answering.follow()
-        yield answering
+        background = None
+        if config.rollout.max_staleness and dist.get_rank() == 0:
+            background = BackgroundRollouts(
+                collector.make,
+                max_staleness=config.rollout.max_staleness,
+                last_step=config.train.max_steps,
+                longest_wait_seconds=config.runtime.load_timeout_seconds,
+                stop=engine.stop,
+            )
+        with nullcontext() if background is None else closing(background):
+            answering = Answering(session, engine, probe, collector, weights, background)
+            answering.follow()
+            yield answering
         if session.is_finished:
             generator.forget()

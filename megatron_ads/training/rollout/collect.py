@@ -1,7 +1,7 @@
 """What a step is trained on: prompts drawn, answered and judged until there are enough groups that teach something."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from megatron_ads.observability.log import get_logger
 from megatron_ads.rewards.registry import Rewards, Scores
 from megatron_ads.rollouts import Rollout, groups_of
 from megatron_ads.training.checkpoint_errors import failed_log_named, raised_on_all_ranks, raised_once_all_are_done
+from megatron_ads.training.rollout.background import MadeStep
 from megatron_ads.training.rollout.dump import ScoredStep, read_header, read_step, step_file, write_step
 from megatron_ads.training.rollout.generation import AnswerSettings, Generator
 from megatron_ads.training.rollout.metrics import PhaseTimes
-from megatron_ads.training.rollout.prompts import PolicyPrompt, Prompts
+from megatron_ads.training.rollout.prompts import PolicyPrompt, Prompts, PromptStream
 
 logger = get_logger(__name__)
 
@@ -47,6 +48,11 @@ class JobRewards:
         assert found[0] is not None
         return found[0]
 
+    def score_alone(self, rollouts: Sequence[Rollout]) -> Scores:
+        """Return the same on rank 0, without the others."""
+        assert self.rewards is not None, "this is rank 0"
+        return self.rewards.score(rollouts)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Collector:
@@ -67,19 +73,39 @@ class Collector:
         Raises:
             MegatronAdsError: On every rank, for anything the user can mend.
         """
-        file, header = step_file(self.folder, step), self._header(step, weights)
+        stream = self.prompts.stream
+        file, header = step_file(self.folder, step), self._header(step, weights, stream.state_dict())
         if (found := self._finished(file, header)) is None:
-            found = self._draw(step, weights, times)
+            found = self._draw(step, stream, weights, times)
             with raised_on_all_ranks(), failed_log_named(self.folder):
                 if dist.get_rank() == 0:
-                    write_step(file, found, header | {"prompts": self.prompts.stream.state_dict()})
+                    write_step(file, found, header | {"prompts": stream.state_dict()})
             self.generator.forget()  # not before: what was generated of a later step than those on file is still there
         return found
 
-    def _header(self, step: int, weights: str) -> dict[str, Any]:
+    def make(self, step: int, weights: Sequence[str], prompts: Mapping[str, Any]) -> MadeStep:
+        """Do the same on rank 0 alone, in a thread of its own: with any of ``weights`` on file, or else the last.
+
+        The prompts of the job stay where they are.
+
+        Raises:
+            MegatronAdsError: For anything the user can mend.
+        """
+        file, stream, times = step_file(self.folder, step), self.prompts.stream.at(prompts), PhaseTimes()
+        there, headers = read_header(file), [self._header(step, name, prompts) for name in weights]
+        if any(header.items() <= there.items() for header in headers):
+            _say_finished(file)
+            return MadeStep(found=read_step(file, self.prompts.rows), prompts=there["prompts"])
+        found = self._draw(step, stream, weights[-1], times, alone=True)
+        behind = stream.state_dict()
+        with failed_log_named(self.folder):
+            write_step(file, found, headers[-1] | {"prompts": behind})
+        self.generator.forget()
+        return MadeStep(found=found, prompts=behind, seconds=times.seconds)
+
+    def _header(self, step: int, weights: str, prompts: Mapping[str, Any]) -> dict[str, Any]:
         made_by = [asdict(self.config.rollout), asdict(self.config.rewards), self.config.train.global_batch_size]
-        before = self.prompts.stream.state_dict()
-        return {"step": step, "weights": weights, "made_by": digest_of([made_by, self.config.train.seed, before])}
+        return {"step": step, "weights": weights, "made_by": digest_of([made_by, self.config.train.seed, prompts])}
 
     def _finished(self, file: Path, header: dict[str, Any]) -> ScoredStep | None:
         there = read_header(file) if dist.get_rank() == 0 else {}
@@ -90,19 +116,21 @@ class Collector:
         with raised_on_all_ranks():
             found = read_step(file, self.prompts.rows)
         if dist.get_rank() == 0:
-            logger.info("the rollouts of %s were finished before; they are not generated again", file.name)
+            _say_finished(file)
         self.prompts.stream.load_state_dict(prompts[0])
         return found
 
-    def _draw(self, step: int, weights: str, times: PhaseTimes) -> ScoredStep:
+    def _draw(
+        self, step: int, stream: PromptStream, weights: str, times: PhaseTimes, *, alone: bool = False
+    ) -> ScoredStep:
         """Draw until enough groups have different rewards, or ``max_draws`` times; the others fill the step then."""
         rollout, wanted = self.config.rollout, self.config.train.global_batch_size
         kept, flat, faults, generated = list[_Group](), list[_Group](), Counter[str](), 0
         draws = 0
         while len(kept) < wanted and draws < (rollout.max_draws if rollout.dynamic_sampling else 1):
             draws += 1
-            prompts = self.prompts.stream.draw(wanted - len(kept))
-            groups, found = self._answer(prompts, (self.config.train.seed, step, draws), weights, times)
+            prompts, seed = stream.draw(wanted - len(kept)), (self.config.train.seed, step, draws)
+            groups, found = self._answer(prompts, seed, weights, times, alone=alone)
             faults, generated = faults + found.faults, generated + sum(len(group.rollouts) for group in groups)
             for group in groups:
                 (flat if rollout.dynamic_sampling and group.is_flat else kept).append(group)
@@ -116,22 +144,27 @@ class Collector:
         )
 
     def _answer(
-        self, prompts: Sequence[PolicyPrompt], seed: tuple[int, ...], weights: str, times: PhaseTimes
+        self, prompts: Sequence[PolicyPrompt], seed: tuple[int, ...], weights: str, times: PhaseTimes, *, alone: bool
     ) -> tuple[list["_Group"], Scores]:
         rollout = self.config.rollout
         settings = AnswerSettings(
             samples=rollout.samples, max_new_tokens=rollout.max_new_tokens, seed=seed, weights=weights
         )
         with times.measured("rollout"):
-            rollouts = self.generator.answer(prompts, settings)
+            answer = self.generator.answer_alone if alone else self.generator.answer
+            rollouts = answer(prompts, settings)
         with times.measured("reward"):
-            scores = self.rewards.score(rollouts)
+            scores = (self.rewards.score_alone if alone else self.rewards.score)(rollouts)
         groups, start = list[_Group](), 0
         for members in groups_of(rollouts):
             end = start + len(members)
             groups.append(_Group(members, {name: values[start:end] for name, values in scores.values.items()}))
             start = end
         return groups, scores
+
+
+def _say_finished(file: Path) -> None:
+    logger.info("the rollouts of %s were finished before; they are not generated again", file.name)
 
 
 @dataclass(frozen=True, slots=True)

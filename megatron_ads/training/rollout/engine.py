@@ -70,6 +70,11 @@ class RolloutEngine:
         """Return what the rank that asks servers has to say of them."""
         return {"rollout/server_losses": self.engine.servers.losses} if isinstance(self.engine, ServerPool) else {}
 
+    def stop(self) -> None:
+        """Have servers be asked nothing more, from any thread: what waits for them raises."""
+        if isinstance(self.engine, ServerPool):
+            self.engine.stop()
+
     def name_weights(self, name: str) -> None:
         """Say what the engines' weights are called; servers' answers are kept under it."""
         if isinstance(self.engine, ServerPool):

@@ -108,6 +108,12 @@ class Generator:
         records = dict(pair for pairs in gathered for pair in pairs)
         return [Rollout.from_record(record, self._rows) for number, _ in chunks for record in records[number]]
 
+    def answer_alone(self, prompts: Sequence[PolicyPrompt], settings: AnswerSettings) -> list[Rollout]:
+        """Return the same on the only rank that generates, without the others."""
+        chunks = enumerate(cut(len(prompts), settings.samples, self._batch_size))
+        records = [self._records(number, chunk, prompts, settings) for number, chunk in chunks]
+        return [Rollout.from_record(record, self._rows) for of_chunk in records for record in of_chunk]
+
     def _records(
         self, number: int, chunk: AnswerChunk, prompts: Sequence[PolicyPrompt], settings: AnswerSettings
     ) -> list[dict[str, Any]]:

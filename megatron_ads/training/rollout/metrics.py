@@ -61,6 +61,16 @@ class PhaseTimes:
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds by phase."""
+        return dict(self._seconds)
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add what was measured elsewhere, by phase."""
+        for phase, taken in seconds.items():
+            self._seconds[phase] += taken
+
     @contextmanager
     def measured(self, phase: str) -> Iterator[None]:
         """Add the time inside the context to a phase."""

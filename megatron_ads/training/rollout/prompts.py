@@ -4,8 +4,9 @@ Order and shares of sources are those of fine-tuning on the same rows, a prompt 
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -52,6 +53,13 @@ class PromptStream:
     def draw(self, count: int) -> list[PolicyPrompt]:
         """Return the next prompts."""
         return [self._prompts[self._mixture.draw().number] for _ in range(count)]
+
+    def at(self, state: Mapping[str, Any]) -> Self:
+        """Return another stream of the same prompts, which is where ``state`` was taken."""
+        other = copy(self)
+        other._mixture = copy(self._mixture)  # whose state is replaced, not changed, by what follows
+        other.load_state_dict(state)
+        return other
 
     def state_dict(self) -> dict[str, Any]:
         """Return the current state, and of which sequence it is."""

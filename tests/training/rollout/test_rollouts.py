@@ -208,7 +208,7 @@ def test_groups_that_teach_nothing_are_replaced_and_the_step_is_never_smaller(
 
     prompts = Prompts(stream=InOrder(), held_out=[], probe=[], rows={})  # type: ignore[arg-type]
     collector = Collector(config=config, prompts=prompts, generator=fakes, rewards=fakes, folder=tmp_path)  # type: ignore[arg-type]
-    found = collector._draw(1, "0-a", PhaseTimes())
+    found = collector._draw(1, prompts.stream, "0-a", PhaseTimes())
     assert [each.row.id for each in found.rollouts[::8]] == list(used)
     assert [each.group for each in found.rollouts] == [group for group in range(4) for _ in range(8)]
     assert (found.draws, found.generated) == (draws, 8 * sum(map(len, fakes.asked)))
