@@ -98,7 +98,7 @@ def history_of(row: ChatRow) -> UserHistory:
         made = tuple(_event(fact, row.id) for fact in events)
     else:
         shown = row.facts.get(Fact.history)
-        made = tuple(_shown_events(shown)) if isinstance(shown, Mapping) else ()
+        made = tuple(_shown_events(shown, row.id)) if isinstance(shown, Mapping) else ()
     return UserHistory(user_id=row.group, events=made, demographics=Demographics(**known))
 
 
@@ -116,16 +116,23 @@ def _event(fact: Any, row_id: str) -> Event:
         ) from None
 
 
-def _shown_events(shown: Mapping[str, Any]) -> Iterator[Event]:
+def _shown_events(shown: Mapping[str, Any], row_id: str) -> Iterator[Event]:
     """Yield events that say what the sections of a prompt do; how old they are is not known."""
-    for advertiser in shown.get(Section.past_advertisers, ()):
+
+    def texts(section: Section) -> Sequence[str]:
+        values: Sequence[str] = shown.get(section, ())
+        if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
+            raise DataError(f"row {row_id!r}: its history has {section} = {values!r:.80}; it must be a list of texts.")
+        return values
+
+    for advertiser in texts(Section.past_advertisers):
         yield Event(kind=EventKind.matched_conversion, days_ago=0.0, text="", advertiser=advertiser)
-    for category in shown.get(Section.top_categories, ()):
+    for category in texts(Section.top_categories):
         yield Event(kind=EventKind.offsite_url, days_ago=0.0, text="", category=category)
-    for brand in shown.get(Section.top_brands, ()):
+    for brand in texts(Section.top_brands):
         yield Event(kind=EventKind.offsite_url, days_ago=0.0, text="", brand=brand)
     for section, kind in _SEARCHED.items():
-        for text in shown.get(section, ()):
+        for text in texts(section):
             yield Event(kind=kind, days_ago=0.0, text=text)
 
 

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -122,15 +123,32 @@ class Endpoint:
     def control(self, name: str, body: Mapping[str, Any], *, seconds: float) -> tuple[int, str]:
         """Send a request of the server's own, which are beside ``/v1``; return its status and what it says.
 
+        Args:
+            name: Its path.
+            body: JSON values.
+            seconds: Longest wait for the whole answer.
+
         Raises:
-            DataError: If the server is not there, or does not answer in ``seconds``.
+            DataError: If the server is not there, or has not answered by then.
         """
         url = f"{self._url.removesuffix('/v1')}/{name}"
+        reply: Future[tuple[int, str | None, bytes]] = Future()
+
+        def send() -> None:
+            try:
+                reply.set_result(self._send(url, json.dumps(dict(body)).encode(), seconds))
+            except Exception as error:  # noqa: BLE001  # raised by the thread that waits
+                reply.set_exception(error)
+
+        # In a thread of its own: a timeout of httpx2's is one of each read, and none of a name that is looked up.
+        threading.Thread(target=send, name=f"control {url}", daemon=True).start()
         try:
-            response = self._http.post(url, json=dict(body), timeout=seconds)
-        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, UnicodeError) as error:
+            status, _, said = reply.result(timeout=seconds)
+        except (TimeoutError, httpx2.TimeoutException):
+            raise DataError(f"{url} does not answer in {seconds:g} s. Look into the server's log.") from None
+        except (_TryAgain, httpx2.HTTPError, httpx2.InvalidURL, OSError, UnicodeError) as error:
             raise DataError(f"{url} does not answer ({type(error).__name__} {error}). Start the server.") from None
-        return response.status_code, self._without_key(response.text)
+        return status, self._without_key(said.decode(errors="replace"))
 
     def close(self) -> None:
         """Close the connections."""
@@ -139,7 +157,7 @@ class Endpoint:
     def _ask_once(self, url: str, data: bytes) -> Completion:
         """Send a request and return what comes of it."""
         try:
-            status, retry_after, body = self._send(url, data)
+            status, retry_after, body = self._send(url, data, self._config.timeout_seconds)
         except _NOT_CONNECTED as error:
             raise _TryAgain(Failure.not_connected, str(error) or type(error).__name__) from None
         except (TimeoutError, httpx2.TimeoutException):
@@ -161,12 +179,12 @@ class Endpoint:
             )
         return Completion(text=said, finish=Finish.refused)
 
-    def _send(self, url: str, data: bytes) -> tuple[int, str | None, bytes]:
+    def _send(self, url: str, data: bytes, seconds: float) -> tuple[int, str | None, bytes]:
         """Return status, Retry-After and body, of an error its beginning; a server that drips is not waited for."""
-        deadline = time.monotonic() + self._config.timeout_seconds
+        deadline = time.monotonic() + seconds
         blocks: list[bytes] = []
         size = 0
-        with self._http.stream("POST", url, content=data) as response:
+        with self._http.stream("POST", url, content=data, timeout=seconds) as response:
             failed = response.status_code >= 300
             try:
                 for block in response.iter_raw():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +13,8 @@ Embed = Callable[[Sequence[str]], NDArray[np.float64]]
 """One vector of length 1 (0 for a text without known words) per text, (N, D)."""
 
 
-@lru_cache(maxsize=1)
 def sentence_encoder(name: str, setting: str) -> Embed:
-    """Return a model's embedding.
+    """Return a model's embedding. The latest model is kept, and loaded again only if its content is another.
 
     Args:
         name: Of a model on the hub, or its folder.
@@ -24,14 +24,32 @@ def sentence_encoder(name: str, setting: str) -> Embed:
         ConfigError: If sentence-transformers is not installed or cannot load it.
     """
     try:
-        from sentence_transformers import SentenceTransformer
+        return _load(name, _content_of(name))
     except ImportError:
         raise ConfigError(
             f"{setting} is {name!r}, but sentence-transformers is not installed. Install it (pip install "
             f"sentence-transformers), or leave {setting} out for TF-IDF."
         ) from None
-    try:
-        model = SentenceTransformer(name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{setting} is {name!r}, which cannot be loaded: {error}") from None
+
+
+@lru_cache(maxsize=1)
+def _load(name: str, content: tuple[str, ...]) -> Embed:
+    """Return a model's embedding; ``content`` tells models apart that have the same name at different times."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(name)
     return lambda texts: np.asarray(model.encode(list(texts), normalize_embeddings=True), dtype=np.float64)
+
+
+def _content_of(name: str) -> tuple[str, ...]:
+    """Return what changes with a model's weights: of a folder its files as they are, of the hub the revision here."""
+    folder = Path(name)
+    if folder.is_dir():
+        files = sorted(file for file in folder.resolve().rglob("*") if file.is_file())
+        return tuple(f"{file} {(stat := file.stat()).st_size} {stat.st_mtime_ns}" for file in files)
+    from huggingface_hub import try_to_load_from_cache  # here, as models are few and it takes a while
+
+    on_hub = name if "/" in name else f"sentence-transformers/{name}"
+    return (str(try_to_load_from_cache(on_hub, "modules.json")),)  # a file below snapshots/REVISION, or None

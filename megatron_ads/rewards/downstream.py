@@ -18,7 +18,7 @@ Source: AdNanny, section 4.3.1, eq. 8; tanh and sign are ours, for differences o
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from statistics import fmean
@@ -29,11 +29,12 @@ from torch import Tensor
 
 from megatron_ads.downstream.pipeline import Pipeline
 from megatron_ads.downstream.words import history_of
-from megatron_ads.errors import require
+from megatron_ads.errors import DataError, one_line, require
 from megatron_ads.metrics.ranking import ndcg_at, recall_at
 from megatron_ads.rewards.frozen_pipeline import named_items, open_pipeline, query_of, texts_of_answer, true_item
-from megatron_ads.rewards.reward import Unit
+from megatron_ads.rewards.reward import Fault, Outcome, RewardFailure, Unit, refuse_idle
 from megatron_ads.rollouts import Rollout, groups_of
+from megatron_ads.tasks.user_history import UserHistory
 
 
 class PipelineMetric(StrEnum):
@@ -89,25 +90,36 @@ class DownstreamBatch:
             require(value in list(choices), f"downstream_batch has {name} = {value!r}; known: {', '.join(choices)}.")
         require(self.k > 0, f"downstream_batch has k = {self.k}; it must be at least 1.")
         require(self.scale > 0, f"downstream_batch has scale = {self.scale}; it must be above 0.")
-        require(
-            self.scale == 1 or self.g == Transform.tanh,
-            f"downstream_batch has scale = {self.scale}, which has no effect with g {self.g}. Remove it.",
-        )
+        refuse_idle("downstream_batch", self, "scale", idle=self.g != Transform.tanh, why=f"with g {self.g}")
         self._pipeline = open_pipeline(self.pipeline, "downstream_batch")
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
         """Return the reward of each answer; None for rows that are not judged."""
-        batch_N = [place for group in groups_of(rollouts) for place in range(len(group))]
-        judged = [number for number, rollout in enumerate(rollouts) if self._judges(rollout)]
-        changes = dict(zip(judged, self._changes([rollouts[number] for number in judged]), strict=True))
+        histories, failures = self._histories(rollouts)
+        changes = self._changes([rollouts[number] for number in histories], [*histories.values()])
+        worth = self._worth(rollouts, dict(zip(histories, changes, strict=True)))
+        return [failures.get(number, worth.get(number)) for number in range(len(rollouts))]
+
+    def _histories(self, rollouts: Sequence[Rollout]) -> tuple[dict[int, UserHistory], dict[int, RewardFailure]]:
+        """Return, by number of a rollout that is judged, its user's history, or why its row does not tell it."""
+        histories, failures = dict[int, UserHistory](), dict[int, RewardFailure]()
+        for number, rollout in enumerate(rollouts):
+            try:
+                if self._judges(rollout):
+                    histories[number] = history_of(rollout.row)
+            except DataError as error:  # the other rows of the step are judged all the same
+                failures[number] = RewardFailure(Fault.raised, one_line(error))
+        return histories, failures
+
+    def _worth(self, rollouts: Sequence[Rollout], changes: Mapping[int, float]) -> dict[int, float]:
+        """Return what answers are worth, given by number what each alone adds."""
         if self.per_sample:
-            worth_N = {number: self._transformed(change) for number, change in changes.items()}
-            return [worth_N.get(number) for number in range(len(rollouts))]
+            return {number: self._transformed(change) for number, change in changes.items()}
+        batch_N = [place for group in groups_of(rollouts) for place in range(len(group))]
         of_batch: dict[int, list[float]] = defaultdict(list)
         for number, change in changes.items():
             of_batch[batch_N[number]].append(change)
-        worth = {batch: self._transformed(fmean(found)) for batch, found in of_batch.items()}
-        return [worth[batch] if number in changes else None for number, batch in enumerate(batch_N)]
+        return {number: self._transformed(fmean(of_batch[batch_N[number]])) for number in changes}
 
     def _judges(self, rollout: Rollout) -> bool:
         return self.metric == PipelineMetric.ctr or true_item(rollout.row, self._pipeline) is not None
@@ -117,11 +129,10 @@ class DownstreamBatch:
             return math.tanh(self.scale * change)
         return float(np.sign(change)) if self.g == Transform.sign else change
 
-    def _changes(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """Return what each answer alone adds to the metric of its row."""
+    def _changes(self, rollouts: Sequence[Rollout], histories: Sequence[UserHistory]) -> list[float]:
+        """Return what each answer alone adds to the metric of its row, given the history of its user."""
         if not rollouts:
             return []
-        histories = [history_of(rollout.row) for rollout in rollouts]
         base_queries = [query_of(rollout.row) for rollout in rollouts]
         base_NC = self._pipeline.users(histories, base_queries)
         base_NK = self._pipeline.retrieve(base_NC, self.k).tolist()

@@ -22,12 +22,12 @@ import numpy as np
 
 from megatron_ads.data.simulator.text_examples import shown_ad
 from megatron_ads.data.simulator.world import draw_world
-from megatron_ads.errors import ConfigError, DataError, require
+from megatron_ads.errors import DataError, require
 from megatron_ads.metrics.encoder import Embed, sentence_encoder
 from megatron_ads.metrics.text import LexicalMatcher, fit_embedding
 from megatron_ads.rewards.answers import said_text
 from megatron_ads.rewards.documents import read_documents
-from megatron_ads.rewards.reward import Unit
+from megatron_ads.rewards.reward import Unit, refuse_idle
 from megatron_ads.rollouts import Rollout
 from megatron_ads.rows import ChatRow, JsonValue
 from megatron_ads.tasks import query_generation
@@ -62,6 +62,7 @@ class Retrieval:
     seed: int = 0
     """Of the simulated business, as ``data.seed``."""
     id_column: str = "id"
+    """Of ``corpus``, as ``text_column``."""
     text_column: str = "text"
     relevant: str = "ad"
     """Fact with the ids of a row's documents: a text, a list of texts, or an ad, whose id is its title."""
@@ -84,8 +85,9 @@ class Retrieval:
             value = getattr(self, name)
             require(value in list(choices), f"retrieval has {name} = {value!r}; known: {', '.join(choices)}.")
         require(self.k > 0, f"retrieval has k = {self.k}; it must be at least 1.")
-        if self.model and self.index != Index.dense:
-            raise ConfigError(f"retrieval has model {self.model!r}, which has no effect with index {self.index}.")
+        refuse_idle("retrieval", self, "model", idle=self.index != Index.dense, why=f"with index {self.index}")
+        refuse_idle("retrieval", self, "id_column", "text_column", idle=not self.corpus, why="without corpus")
+        refuse_idle("retrieval", self, "seed", idle=bool(self.corpus), why="with a corpus")
         documents = self._documents()
         for number, (name, _) in enumerate(documents):
             self._numbers.setdefault(name, []).append(number)

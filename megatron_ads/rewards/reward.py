@@ -57,11 +57,11 @@ class Reward(Protocol):
     def unit(self) -> Unit:
         """What it is given at once."""
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> Sequence[float | None]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> Sequence[Outcome]:
         """Return one value for each rollout of one unit; None where the row is not one that it judges.
 
         Raises:
-            DataError: If a row lacks what is needed to judge its answers.
+            DataError: If a row lacks what is needed to judge its answers, and the unit has no other row.
         """
 
 
@@ -80,8 +80,8 @@ def outcomes_of(values: Sequence[Any], count: int) -> list[Outcome]:
 
 
 def _outcome(value: Any) -> Outcome:
-    if value is None:
-        return None
+    if value is None or isinstance(value, RewardFailure):
+        return value
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
@@ -109,6 +109,19 @@ def with_settings(kind: type[R], settings: Mapping[str, Any], section: str) -> R
         if not _fits(value, hints[name]):
             raise ConfigError(f"{section}.settings.{name} is {value!r:.80}; it must be of type {hints[name].__name__}.")
     return kind(**settings)
+
+
+def refuse_idle(name: str, reward: Any, *settings: str, idle: bool, why: str) -> None:
+    """Refuse settings of a reward, a dataclass, that are not as by default although they are ``idle``.
+
+    Raises:
+        ConfigError: Naming the reward, the setting and ``why`` it has no effect.
+    """
+    defaults = {field.name: field.default for field in fields(reward)}
+    for setting in settings if idle else ():
+        value = getattr(reward, setting)
+        if value != defaults[setting]:
+            raise ConfigError(f"{name} has {setting} = {value!r}, which has no effect {why}. Remove it.")
 
 
 def _fits(value: object, wanted: Any) -> bool:

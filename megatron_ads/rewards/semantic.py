@@ -18,7 +18,7 @@ from megatron_ads.metrics.encoder import Embed, sentence_encoder
 from megatron_ads.metrics.text import fit_embedding
 from megatron_ads.rewards.answers import said_text, true_text
 from megatron_ads.rewards.documents import read_documents
-from megatron_ads.rewards.reward import Unit
+from megatron_ads.rewards.reward import Unit, refuse_idle
 from megatron_ads.rollouts import Rollout
 
 _MOST_WORDS_OF_A_GROUP = 512
@@ -47,6 +47,8 @@ class Semantic:
             not (self.model and self.texts),
             f"semantic has model {self.model!r} and texts {self.texts!r}, which only TF-IDF is fitted to. Remove one.",
         )
+        refuse_idle("semantic", self, "text_column", idle=not self.texts, why="without texts")
+        refuse_idle("semantic", self, "dimensions", idle=bool(self.model), why="with a model")
         require(self.dimensions > 0, f"semantic has dimensions = {self.dimensions}; it must be at least 1.")
         if self.model:
             self._embed = sentence_encoder(self.model, "semantic's setting model")

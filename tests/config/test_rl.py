@@ -14,7 +14,7 @@ SERVERS = ("rollout.mode=servers", f"rollout.servers=[{SERVER}]")
 
 
 def recipe(*overrides: str) -> RlConfig:
-    config = load_job("rl/quickstart", ["model.load=runs/quickstart/export", *overrides])
+    config = load_job("rl/quickstart", ["model.load=runs/sft-quickstart/export", *overrides])
     assert isinstance(config, RlConfig)
     return config
 

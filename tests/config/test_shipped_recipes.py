@@ -10,6 +10,7 @@ import yaml
 
 from megatron_ads import demo_model
 from megatron_ads.architecture import shape_from_config
+from megatron_ads.cli import build_parser
 from megatron_ads.config.recipes import (
     JOBS,
     load_job,
@@ -36,7 +37,7 @@ OPEN = {
     "sft/deepseek_r1_671b_32xh20": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/deepseek_v2_lite_8gpu": ["model.load=V2", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/moonlight_16b_8gpu": ["model.load=M", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
-    "rl/quickstart": ["model.load=runs/quickstart/export"],
+    "rl/quickstart": ["model.load=runs/sft-quickstart/export"],
     "rl/relevance_grpo": ["model.load=runs/sft/export"],
     "rl/advertiser_grpo": ["model.load=runs/sft/export"],
     "rl/deepseek_v2_lite_8gpu": ["model.load=V2", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
@@ -44,6 +45,7 @@ OPEN = {
     "preference/sdpo": ["model.load=runs/sft/export"],
     "rl/downstream_reward": ["model.load=runs/sft/export"],
     "rl/taiji_popo": ["model.load=runs/sft/export"],
+    "rl/recr1_query": ["model.load=runs/sft/export"],
 }
 
 
@@ -91,6 +93,12 @@ def test_r1_recipes_differ_in_the_layout_what_is_trained_and_the_folders_only(tw
     assert different == [*others, "checkpoint", "log"]
 
 
+def test_every_job_has_a_folder_of_its_own_and_none_that_of_the_quickstart() -> None:
+    folders = [load_job(name, OPEN[name]).log.dir for name in OPEN]
+    folders.append(str(build_parser("quickstart").parse_args(["quickstart"]).out))  # each has its report.html
+    assert [folder for folder in folders if folders.count(folder) > 1] == []
+
+
 def test_the_general_mix_is_the_simulator_and_one_source_more() -> None:
     # Hydra replaces lists and does not lengthen them, so one file repeats the other.
     plain, general = (quickstart(f"data={name}").data for name in ("simulator", "simulator_general"))
@@ -112,7 +120,7 @@ PARTS = sorted(file for file in recipes_folder().glob("*/*.yaml") if file.parent
 
 def test_every_file_of_the_recipes_starts_with_its_instructions() -> None:
     files = sorted(recipes_folder().rglob("*.yaml"))
-    assert len(files) == len(PARTS) + len(OPEN) + len(shipped_recipes("cook")) == 48
+    assert len(files) == len(PARTS) + len(OPEN) + len(shipped_recipes("cook")) == 49
     assert [file for file in files if not file.read_text().startswith("# ")] == []
 
 

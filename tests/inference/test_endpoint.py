@@ -1,12 +1,15 @@
 """A server that is busy, breaks, is slow or says no: what is asked again, how often, and what ends the run."""
 
+import contextlib
 import itertools
 import json
 import logging
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -219,6 +222,31 @@ def test_what_no_request_can_get_past_ends_the_run_at_once(status: int) -> None:
         with pytest.raises(ConfigError, match=rf"HTTP {status}.*teacher\.url, teacher\.model = 'scripted'"):
             ask(server)
         assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"], ids=["head", "body"])
+def test_a_request_of_the_server_s_own_ends_in_time_though_a_byte_comes_now_and_then(head: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        over = threading.Event()
+
+        def drip() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):  # the client no longer waits
+                for byte in itertools.chain([head], itertools.repeat(b"H")):
+                    connection.sendall(byte)
+                    if over.wait(0.05):
+                        return
+
+        dripping = pool.submit(drip)
+        endpoint = Endpoint("servers", settings(f"http://127.0.0.1:{server.getsockname()[1]}/v1"))
+        began = time.monotonic()
+        try:
+            with pytest.raises(DataError, match=r"/reset does not answer in 0\.3 s"):
+                endpoint.control("reset", {}, seconds=0.3)
+            assert time.monotonic() - began < 2
+        finally:
+            over.set()
+        dripping.result(timeout=10)
 
 
 def test_the_status_of_an_error_counts_though_its_text_breaks_off() -> None:

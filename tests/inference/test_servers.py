@@ -131,12 +131,16 @@ def test_a_request_that_fails_everywhere_is_given_up_after_its_attempts() -> Non
         assert error.value.failures == (Failure.server_error,) * 3 * 2  # attempts, servers
 
 
-def test_a_wrong_name_of_a_model_is_an_error_that_names_the_entry() -> None:
-    with (
-        scripted_server(lambda *_: Reply(status=404, content="no such model")) as server,
-        pytest.raises(ConfigError, match=r"rollout\.servers\[0\]\.model = 'm0'"),
-    ):
-        ask(servers_at(server.url))
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_wrong_name_of_a_model_is_an_error_that_names_the_entry(wrong: int) -> None:
+    def knows_another(*_: object) -> Reply:
+        return Reply(status=404, content="no such model")
+
+    scripts = [knows_another if place == wrong else said() for place in range(2)]
+    with scripted_server(scripts[0]) as first, scripted_server(scripts[1]) as second:
+        message = rf"rollout\.servers\[{wrong}\]\.model = 'm{wrong}'"
+        with pytest.raises(ConfigError, match=message):
+            ask(servers_at(first.url, second.url))
 
 
 def test_a_server_needs_the_weights_from_the_moment_it_is_lost_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import pytest
 from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.rewards import frozen_pipeline
 from megatron_ads.rollouts import Rollout
-from megatron_ads.rows import ChatRow, Fact
+from megatron_ads.rows import ChatRow, Fact, JsonValue
 from megatron_ads.tasks import next_advertiser, query_generation
 from megatron_ads.tasks.query_generation import GeneratedQuery, KeywordBrief
 from megatron_ads.tasks.user_history import UserHistory
 from tests.rewards.frozen import by_hand
-from tests.rewards.rollouts import answers, chat_row, values
+from tests.rewards.rollouts import answers, chat_row, rewards, values
 
 HAND = {"pipeline": "by hand"}
 
@@ -93,6 +94,24 @@ def test_rows_without_a_true_item_are_left_to_other_rewards() -> None:
     found = values("downstream_batch", rollouts, HAND | {"k": 2})
     assert found[:4] == [0.5, 0.0, 0.5, 0.0]
     assert all(map(math.isnan, found[4:]))
+
+
+@pytest.mark.parametrize("settings", [{}, {"per_sample": True}, {"metric": "ctr"}], ids=str)
+@pytest.mark.parametrize(
+    "facts", [{Fact.events: [{"kind": "click"}]}, {Fact.history: {"clicks": 5}}, {Fact.history: {"top_brands": [1]}}]
+)
+def test_a_row_whose_history_cannot_be_read_costs_its_own_answers_alone(
+    facts: dict[str, JsonValue], settings: dict[str, Any]
+) -> None:
+    broken = user_row("Blue", "broken")
+    others = {name: value for name, value in broken.facts.items() if name != Fact.events}
+    broken = replace(broken, facts=others | facts)
+    for one in two_prompts()[:2], two_prompts()[2:]:
+        rollouts = [*answers(broken, ["Crown", "Dune"], group=9), *one]
+        scores = rewards("downstream_batch", HAND | {"k": 2} | settings).score(rollouts)
+        found = scores.values["downstream_batch"].tolist()
+        assert scores.faults == {"downstream_batch/raised": 2} and all(map(math.isnan, found[:2]))
+        assert found[2:] == values("downstream_batch", one, HAND | {"k": 2} | settings), "as if it were not there"
 
 
 def test_ctcvr_is_normalised_over_the_table_and_unknown_names_are_worth_nothing() -> None:

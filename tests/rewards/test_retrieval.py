@@ -4,11 +4,17 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_ads.config.data import AdsTask
+from megatron_ads.config.recipes import load_job
+from megatron_ads.config.rl import RlConfig
 from megatron_ads.data.simulator.simulated_rows import simulated_examples
+from megatron_ads.data.sources import read_source
 from megatron_ads.errors import ConfigError
+from megatron_ads.rewards.registry import open_rewards
+from megatron_ads.rollouts import Rollout
 from megatron_ads.rows import Fact
 from megatron_ads.tasks import query_generation
 from megatron_ads.tasks.query_generation import GeneratedQuery, KeywordBrief
@@ -82,13 +88,38 @@ def test_without_a_corpus_the_ads_of_the_simulated_business_are_searched() -> No
     assert math.isnan(other[0]), "no ad of the simulated business"
 
 
+def test_the_recipe_rewards_every_row_and_true_queries_more_than_titles_and_queries_for_others() -> None:
+    recipe = load_job("rl/recr1_query", ["model.load=x", "data.seed=3"])
+    assert isinstance(recipe, RlConfig)
+    (source,) = recipe.data.sources
+    source.rows = 60
+    rows = read_source(source, seed=recipe.data.seed)
+    form = "<think>So.</think><Query>{}</Query><Reason>r</Reason>"
+    rollouts: list[Rollout] = []
+    for group, (row, other) in enumerate(zip(rows, [*rows[1:], rows[0]], strict=True)):
+        title = ad["title"] if isinstance(ad := row.facts.get(Fact.ad), dict) else "no ad"
+        rollouts += answers(row, [row.target, form.format(title), other.target], group=group)
+    scores = open_rewards(recipe.rewards).score(rollouts)
+    assert not scores.faults, "the ads of the corpus are those of the rows, whatever data.seed is"
+    found, near = (scores.values[name].reshape(-1, 3) for name in ("retrieval", "semantic"))
+    with_ad = ~np.isnan(found[:, 0])
+    assert 20 < with_ad.sum() < 40
+    true, title, other = found[with_ad].mean(axis=0)  # 0.32, 1, 0.01 over many
+    assert 0.2 < true < title == 1 and other < 0.1
+    true, title, other = near.mean(axis=0)  # 1, 0.1, 0.2 over many
+    assert true == pytest.approx(1) and max(title, other) < 0.5, "what is found best is not natural"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"metric": "mrr"}, "metric = 'mrr'; known: ndcg, recall"),
         ({"index": "faiss"}, "index = 'faiss'; known: bm25, dense"),
         ({"k": 0}, "k = 0"),
-        ({"model": "gte"}, "model 'gte', which has no effect with index bm25"),
+        ({"model": "gte"}, "retrieval has model = 'gte', which has no effect with index bm25. Remove it"),
+        ({"id_column": "asin"}, "id_column = 'asin', which has no effect without corpus"),
+        ({"text_column": "title"}, "text_column = 'title', which has no effect without corpus"),
+        ({"corpus": "x.jsonl", "seed": 3}, "seed = 3, which has no effect with a corpus"),
         ({"corpus": "nowhere.jsonl"}, "retrieval's setting corpus cannot be read"),
     ],
 )
@@ -98,6 +129,8 @@ def test_settings_that_cannot_be_used_are_named(settings: dict[str, object], mes
 
 
 def test_a_corpus_without_the_column_is_named(corpus: dict[str, object], tmp_path: Path) -> None:
-    (tmp_path / "table.csv").write_text("name,text\na,b\n")
+    (tmp_path / "table.csv").write_text("name,text\nred shoes,b\n")
+    settings = {"corpus": str(tmp_path / "table.csv"), "id_column": "text", "text_column": "name", "relevant": "wanted"}
+    assert values("retrieval", answers(chat_row(facts={"wanted": "b"}), ["shoes"]), settings) == [1.0]
     with pytest.raises(ConfigError, match="has no column 'id'"):
         rewards("retrieval", {"corpus": str(tmp_path / "table.csv")})

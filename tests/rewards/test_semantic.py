@@ -53,6 +53,8 @@ def test_an_embedding_fitted_to_a_file_makes_synonyms_alike(tmp_path: Path) -> N
     [
         ({"texts": "nowhere.jsonl"}, "semantic's setting texts cannot be read: nowhere.jsonl is not a file"),
         ({"texts": "x", "model": "y"}, "Remove one"),
+        ({"text_column": "title"}, "semantic has text_column = 'title', which has no effect without texts. Remove it"),
+        ({"model": "gte", "dimensions": 8}, "dimensions = 8, which has no effect with a model"),
         ({"dimensions": 0}, "dimensions = 0"),
     ],
 )
