@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rl_small_pipeline import make_pipeline, pipeline_scores, reward_of
+from benchmarks.rl_small_pipeline import gain, make_pipeline, pipeline_scores, reward_of
 from benchmarks.rl_small_table import tables
 from benchmarks.sft_small import run_command, run_path, train_stage, write_results, write_texts
 from megatron_ads.cli import exit_status
@@ -86,7 +86,7 @@ TRACKS = {
         preset="shallow",
         sft="sft/small",
         rl="rl/advertiser_grpo",
-        data=("data=next_brand", "data.seq_length=512"),
+        data=("data=next_brand", "data.seq_length=512", "data.sources=[{kind: next_brand}]"),
         reasoning=("none",),
         of_rl=("rewards.use=[{name: list_ranking}]", "rollout.max_new_tokens=24"),
         method=Method.constrained_beam,
@@ -243,8 +243,10 @@ class _Path:
         }
         steps = [row for row in read_metrics(rl) if "timing_s/rollout" in row]
         phases = {name: [row[name] for row in steps] for name in steps[0] if name.startswith("timing_s/")}
+        scores = {about: records[name].result for about, name in names.items()}
         return {
-            "scores": {about: records[name].result for about, name in names.items()},
+            "scores": scores,
+            "gain": gain(scores["SFT"], scores["SFT + GRPO"]),
             "step_seconds": [row["step_seconds"] for row in steps],
             "phases": phases,
             "reward": [row.get("critic/rewards/mean") for row in steps],

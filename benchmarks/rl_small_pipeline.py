@@ -45,6 +45,16 @@ def pipeline_scores(answers_file: Path, rows: Sequence["ChatRow"], folder: Path)
     }
 
 
+def gain(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the mean difference on the same rows with its interval; None for scores without values of rows."""
+    from megatron_ads.metrics.intervals import ends, mean_interval
+
+    if "of_rows" not in before:
+        return None
+    differences = [new - old for old, new in zip(before["of_rows"], after["of_rows"], strict=True)]
+    return {"value": sum(differences) / len(differences), "interval": ends(mean_interval(differences))}
+
+
 def _found(pipeline: "Pipeline", rows: Sequence["ChatRow"], texts: Mapping[str, str]) -> list[float]:
     """Return for each row whether its true item is among K that are retrieved with what ``texts`` has for its id."""
     from megatron_ads.downstream.words import history_of
