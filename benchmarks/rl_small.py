@@ -1,6 +1,6 @@
 """Zero-shot, fine-tuned, then reinforced: what each step gains on a small model, on a CPU, and what it costs.
 
-    python -m benchmarks.rl_small --out DIR [--track advertiser|relevance] [--seeds 3] [--sft-steps N] [--rl-steps N]
+    python -m benchmarks.rl_small --out DIR [--track NAME] [--seeds 3] [--sft-steps N] [--rl-steps N]
 
 For each seed a random checkpoint is made and taken along the path; after each step it answers the same held-out rows
 greedily. The tracks:
@@ -10,6 +10,10 @@ greedily. The tracks:
                  simulator's rows have no reasoning, as the paper found it of no use there.
     relevance    query and ad, `sft/quickstart` then `rl/quickstart`; balanced accuracy; with and without reasoning. The
                  cheaper one: the random model itself is the zero-shot one.
+    brand        the brand that a buyer of office products takes next, of `MEGATRON_ADS_DATA`; recall@20 of beams that
+                 spell brands; the language first, `sft/small`, then GRPO with the list-ranking reward.
+    downstream   the next advertiser goes into the queries of a frozen pipeline; its recall@20, which is also the reward
+                 of `rl/downstream_reward`; the language first, then `sft/small`.
 
 Each stage is done once; the same command continues where it was interrupted. DIR/results.md has the tables,
 DIR/results.json every number, DIR/STAGE/report.html the curves. The seed decides the first weights, the order of
@@ -24,14 +28,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.rl_small_pipeline import gain, make_pipeline, pipeline_scores, reward_of
 from benchmarks.rl_small_table import tables
 from benchmarks.sft_small import run_command, run_path, train_stage, write_results, write_texts
 from megatron_ads.cli import exit_status
+from megatron_ads.config.generation import GenerationConfig, Method
 from megatron_ads.errors import ConfigError
 from megatron_ads.observability.provenance import own_code_digest
 from megatron_ads.quickstart.stages import Stage, StageRecord
 
-SOURCE = "[{{kind: simulator, task: {task}, rows: {rows}}}]"
+SOURCE = "data.sources=[{{kind: simulator, task: {task}, rows: {rows}}}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +53,13 @@ class Track:
     reasoning: tuple[str, ...]
     """Ways to go along the path; the first alone unless more are asked for."""
     of_sft: tuple[str, ...] = ()
-    reads_first: bool = False
+    of_rl: tuple[str, ...] = ()
+    method: Method = Method.greedy
+    """How held-out rows are answered."""
+    reads_first: bool = True
     """Whether the model learns the language before it is fine-tuned."""
+    pipeline: bool = False
+    """Whether answers are rewarded and scored by what a frozen pipeline retrieves with them."""
 
 
 TRACKS = {
@@ -57,19 +68,38 @@ TRACKS = {
         preset="shallow",
         sft="sft/small",
         rl="rl/advertiser_grpo",
-        data=("data.seq_length=768", f"data.sources={SOURCE.format(task='next_advertiser_ranking', rows=20000)}"),
+        data=("data=simulator", "data.seq_length=768", SOURCE.format(task="next_advertiser_ranking", rows=20000)),
         reasoning=("none",),
-        of_sft=("data=simulator",),
-        reads_first=True,
     ),
     "relevance": Track(
         task="query_ad_relevance",
         preset="tiny",
         sft="sft/quickstart",
         rl="rl/quickstart",
-        data=(f"data.sources={SOURCE.format(task='query_ad_relevance', rows=12000)}", "layout=pp1_ep1"),
+        data=(SOURCE.format(task="query_ad_relevance", rows=12000), "layout=pp1_ep1"),
         reasoning=("with", "without"),
         of_sft=("model.mtp_loss_weight=0",),
+        reads_first=False,
+    ),
+    "brand": Track(
+        task="next_advertiser",
+        preset="shallow",
+        sft="sft/small",
+        rl="rl/advertiser_grpo",
+        data=("data=next_brand", "data.seq_length=512", "data.sources=[{kind: next_brand}]"),
+        reasoning=("none",),
+        of_rl=("rewards.use=[{name: list_ranking}]", "rollout.max_new_tokens=24"),
+        method=Method.constrained_beam,
+    ),
+    "downstream": Track(
+        task="next_advertiser",
+        preset="shallow",
+        sft="sft/small",
+        rl="rl/downstream_reward",
+        data=("data=simulator", "data.seq_length=512", SOURCE.format(task="next_advertiser", rows=20000)),
+        reasoning=("none",),
+        of_rl=("layout=pp1_ep1",),
+        pipeline=True,
     ),
 }
 
@@ -134,6 +164,11 @@ class _Path:
             settings={"command": make, "code": own_code_digest()}, run=partial(run_command, make, self.out, model),
         )  # fmt: skip
         start, folder = model, self.out / model
+        if self.track.pipeline and seed == 0:
+            yield Stage(
+                name="pipeline", title="train the pipeline", outputs=[self.out / "pipeline"],
+                settings={"code": own_code_digest()}, run=partial(make_pipeline, self.out),
+            )  # fmt: skip
         if self.track.reads_first:
             start = f"language-{seed}"
             folder = self.out / start / "export"
@@ -145,7 +180,7 @@ class _Path:
             settings = [*self.track.of_sft, *data, f"train.max_steps={self.arguments.sft_steps}"]
             yield self._train(sft, self.track.sft, folder, seed, settings, after=start)
             yield self._score(f"{sft}-scores", self.out / sft / "export", data, after=sft)
-            settings = [*data, f"train.max_steps={self.arguments.rl_steps}", *self.arguments.overrides]
+            settings = [*data, *self._of_rl(), f"train.max_steps={self.arguments.rl_steps}"]
             yield self._train(rl, self.track.rl, self.out / sft / "export", seed, settings, after=sft)
             yield self._score(f"{rl}-scores", self.out / rl / "export", data, after=rl)
             if seed == 0:
@@ -155,8 +190,12 @@ class _Path:
         reasoning = ["data.reasoning=false"] if way == "without" else []
         return [*self.track.data, f"data.validation_rows={self.arguments.held_out}", *reasoning]
 
+    def _of_rl(self) -> list[str]:
+        rewards = [reward_of(self.out / "pipeline")] if self.track.pipeline else []
+        return [*self.track.of_rl, *rewards, *self.arguments.overrides]
+
     def _language(self, name: str, seed: int, *, after: str) -> Iterator[Stage]:
-        texts, section = self.out / "texts.jsonl", ["data=simulator", *self._data("none")]
+        texts, section = self.out / "texts.jsonl", self._data("none")
         if seed == 0:
             yield Stage(
                 name="texts", title="write the texts to learn from", outputs=[texts],
@@ -178,16 +217,17 @@ class _Path:
 
     def _score(self, name: str, model: Path, data: Sequence[str], *, after: str) -> Stage:
         answers = self.out / f"{name}.jsonl"
-        run = partial(_evaluate, self.track, model, [*self.track.of_sft, *data], answers)
+        pipeline = self.out / "pipeline" if self.track.pipeline else None
+        run = partial(_evaluate, self.track, model, [*self.track.of_sft, *data], answers, pipeline)
         return Stage(
-            name=name, title=name, settings={"data": list(data)}, after=[after], outputs=[answers], resumable=True,
-            run=run,
+            name=name, title=name, settings={"data": list(data)}, after=[after, *(["pipeline"] if pipeline else [])],
+            outputs=[answers], resumable=True, run=run,
         )  # fmt: skip
 
     def _cost(self, name: str, model: Path, data: Sequence[str], *, after: str) -> Stage:
         from benchmarks.rl_small_cost import compared
 
-        settings = [*data, *self.arguments.overrides]
+        settings = [*data, *self._of_rl()]
         run = partial(compared, model, self.track.rl, settings)
         return Stage(name=name, title=name, settings={"settings": settings}, after=[after], outputs=[], run=run)
 
@@ -203,8 +243,10 @@ class _Path:
         }
         steps = [row for row in read_metrics(rl) if "timing_s/rollout" in row]
         phases = {name: [row[name] for row in steps] for name in steps[0] if name.startswith("timing_s/")}
+        scores = {about: records[name].result for about, name in names.items()}
         return {
-            "scores": {about: records[name].result for about, name in names.items()},
+            "scores": scores,
+            "gain": gain(scores["SFT"], scores["SFT + GRPO"]),
             "step_seconds": [row["step_seconds"] for row in steps],
             "phases": phases,
             "reward": [row.get("critic/rewards/mean") for row in steps],
@@ -212,12 +254,19 @@ class _Path:
         }
 
 
-def _evaluate(track: Track, model: Path, overrides: Sequence[str], answers: Path) -> dict[str, Any]:
+def _evaluate(
+    track: Track, model: Path, overrides: Sequence[str], answers: Path, pipeline: Path | None
+) -> dict[str, Any]:
     """Return the headline of the track, with the interval of resampled groups, beside what the baselines get."""
-    from megatron_ads.evaluation.evaluate import EvaluationRequest, evaluate
+    from megatron_ads.config.recipes import load_job
+    from megatron_ads.evaluation.evaluate import EvaluationRequest, evaluate, held_out
 
-    request = EvaluationRequest(recipe=track.sft, overrides=overrides, batch_size=64, answers_file=answers)
+    how = GenerationConfig(method=track.method)
+    request = EvaluationRequest(recipe=track.sft, overrides=overrides, batch_size=64, answers_file=answers, how=how)
     scores = evaluate(model, request)["tasks"][track.task]
+    if pipeline:
+        rows = held_out(load_job(track.sft, overrides, sections=["data"]).data).tasks
+        return {**pipeline_scores(answers, rows, pipeline), "readable": scores["readable_share"]}
     if "ranking" not in scores:
         view = scores["views"]["fair"]
         beside = [name for name in ("baseline", "text_baseline", "reachable") if name in view]

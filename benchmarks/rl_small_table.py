@@ -22,6 +22,9 @@ def _scores(runs: Runs) -> str:
             each = ", ".join(f"{_shown(one['value'])}{_range(one['interval'])}" for one in found)
             readable = mean(one["readable"] for one in found)
             rows.append([about, way, _shown(mean(one["value"] or 0.0 for one in found)), each, f"{readable:.2f}"])
+        if gains := [seed["gain"] for seed in seeds if seed.get("gain")]:
+            each = ", ".join(f"{one['value']:+.3f}{_range(one['interval'])}" for one in gains)
+            rows.append(["what GRPO adds, row by row", way, f"{mean(one['value'] for one in gains):+.3f}", each, ""])
     rows += [[line, "", _shown(value), "", ""] for line, value in first["lines"].items()]
     return _markdown(rows)
 

@@ -226,7 +226,9 @@ def write_texts(file: Path, sections: Sequence[Sequence[str]]) -> dict[str, Any]
     for row in rows:
         text = "\n".join(message.content for message in (row.prompt if row.task in TASKS else row.messages))
         messages = [{"role": "user", "content": "Text:"}, {"role": "assistant", "content": text}]
-        lines.append(json.dumps({"id": f"text-{row.id}", "task": "language", "messages": messages}))
+        # All ask the same, by which rows are otherwise held out together.
+        of_row = {"id": f"text-{row.id}", "group": row.group or row.id}
+        lines.append(json.dumps({**of_row, "task": "language", "messages": messages}))
     write_small(file, "\n".join(lines) + "\n")
     return {"rows": len(rows)}
 

@@ -5,8 +5,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.rl_small import main
+from benchmarks.rl_small import TRACKS, main
+from benchmarks.rl_small_pipeline import gain, reward_of
 from benchmarks.rl_small_table import tables
+from megatron_ads.config.recipes import load_job
+from megatron_ads.config.rl import RlConfig
+from megatron_ads.config.run import SftConfig
 
 
 def seed(value: float, *, cost: dict[str, float] | None = None) -> dict[str, Any]:
@@ -17,18 +21,41 @@ def seed(value: float, *, cost: dict[str, float] | None = None) -> dict[str, Any
     return {"scores": scores, "phases": {"timing_s/rollout": [1.0, 2.0, 6.0]}, "cost": cost}
 
 
+COST = {
+    "answers": 4, "tokens_per_answer": 50, "rollout_seconds": 2.0, "generate_seconds": 5.0,
+    "update_weights_seconds": 0.03, "copy_seconds": 0.01,
+}  # fmt: skip
+
+
 def test_the_table_has_the_mean_of_the_seeds_next_to_each_and_the_baselines() -> None:
-    cost = {
-        "answers": 4, "tokens_per_answer": 50, "rollout_seconds": 2.0, "generate_seconds": 5.0,
-        "update_weights_seconds": 0.03, "copy_seconds": 0.01,
-    }  # fmt: skip
-    text = tables({"with": [seed(0.0, cost=cost), seed(0.125)]})
+    text = tables({"with": [seed(0.0, cost=COST), seed(0.125)]})
     assert "| SFT + GRPO | with | 0.562 | 0.500 (0.100 to 0.900), 0.625 (0.100 to 0.900) | 0.50 |" in text
     assert "| popular |  | 0.452 |" in text
     assert "| timing_s/rollout, s | 2.00 (1.00 to 6.00) |" in text
     # 4 x 50 tokens in 2 s and in 5 s.
     assert "| rollouts, tokens/s | 100 |" in text and "| transformers.generate, tokens/s | 40 |" in text
     assert "| their ratio | 2.50 |" in text and "| their ratio | 3.00 |" in text
+
+
+def test_what_is_gained_is_a_mean_of_differences_of_rows_with_their_interval() -> None:
+    found = gain({"of_rows": [0.0, 1.0] * 50}, {"of_rows": [1.0, 1.0] * 50})
+    assert found is not None and found["value"] == 0.5 and found["interval"] == pytest.approx([0.4, 0.6], abs=0.02)
+    assert "| what GRPO adds, row by row | with | +0.500 |" in tables(
+        {"with": [seed(0.0, cost=COST) | {"gain": found}]}
+    )
+    assert gain({}, {}) is None
+
+
+@pytest.mark.parametrize("name", list(TRACKS))
+def test_the_recipes_of_a_track_take_its_settings(name: str, tmp_path: Path) -> None:
+    track = TRACKS[name]
+    reward = [reward_of(tmp_path)] if track.pipeline else []
+    own = ["model.load=x", "data.validation_rows=64", *track.data]
+    fine_tuned = load_job(track.sft, [*own, *track.of_sft])
+    reinforced = load_job(track.rl, [*own, *track.of_rl, *reward])
+    assert isinstance(fine_tuned, SftConfig) and isinstance(reinforced, RlConfig)
+    assert fine_tuned.data.sources == reinforced.data.sources
+    assert fine_tuned.data.split_by == reinforced.data.split_by
 
 
 def test_reasoning_that_the_rows_do_not_have_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.sft_small import main
+from benchmarks.sft_small import main, write_texts
+from megatron_ads.config.recipes import load_job
+from megatron_ads.data.corpus import read_corpus
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300
@@ -40,3 +42,11 @@ def test_a_termination_is_an_interruption_in_one_line(tmp_path: Path) -> None:
     assert process.returncode == 130, said
     assert said.splitlines()[-1] == "benchmarks.sft_small: interrupted"
     assert "Traceback" not in said
+
+
+def test_the_texts_to_learn_from_can_be_held_out(tmp_path: Path) -> None:
+    rows = "data.sources=[{kind: simulator, task: next_advertiser, rows: 64}]"
+    write_texts(tmp_path / "texts.jsonl", [["data=simulator", rows, "data.validation_rows=8"]])
+    texts = f"data.sources=[{{kind: jsonl, path: {tmp_path / 'texts.jsonl'}}}]"
+    corpus = read_corpus(load_job("sft/small", ["data=jsonl", texts, "data.validation_rows=8"], sections=["data"]).data)
+    assert len(corpus.validation) >= 8 and sum(map(len, corpus.training)) > 32
