@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self, TextIO
+from typing import Any, BinaryIO, Self, TextIO
 
 from megatron_ads.errors import MegatronAdsError
 from megatron_ads.observability.metrics import METRICS_FILE, read_metrics
@@ -46,26 +46,46 @@ def run_job(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         start = output.tell()
+        with _job(command, output, environment or {}) as job:
+            while job.poll() is None:
+                while_running()
+                time.sleep(POLL_SECONDS)
+            while_running()
+    if job.returncode not in accepted:
+        raise JobError(f"{_complaint(log, start)} (exit status {job.returncode}; the whole log is {log}).")
+    return job.returncode
+
+
+@contextmanager
+def _job(
+    command: Sequence[str], output: BinaryIO, environment: Mapping[str, str]
+) -> "Iterator[subprocess.Popen[bytes]]":
+    """Start ``command`` in a session of its own; it is ended with the block."""
+    # Python forgets an interruption that comes while it forks: it is held back until the job can be ended.
+    held_before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+
+    def prepare() -> None:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        signal.pthread_sigmask(signal.SIG_SETMASK, held_before)
+
+    job = None
+    try:
         job = subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, **environment},
             start_new_session=True,
             close_fds=False,  # what this process marked inheritable, the folder's lock, is the job's too
-            preexec_fn=lambda: ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+            preexec_fn=prepare,
         )
-        try:
-            while job.poll() is None:
-                while_running()
-                time.sleep(POLL_SECONDS)
-            while_running()
-        finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held_before)
+        yield job
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held_before)
+        if job is not None:
             _end(job)
-    if job.returncode not in accepted:
-        raise JobError(f"{_complaint(log, start)} (exit status {job.returncode}; the whole log is {log}).")
-    return job.returncode
 
 
 class MetricsFollower:

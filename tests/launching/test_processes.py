@@ -152,3 +152,18 @@ def test_the_children_of_a_process_are_found() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         assert child.pid in children(os.getpid())
         child.communicate()
+
+
+def test_a_termination_while_the_job_is_started_ends_it(tmp_path: Path) -> None:
+    code = f"""
+import os, pathlib, signal
+from megatron_ads.launching.processes import run_job, termination_as_interrupt
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
+try:
+    with termination_as_interrupt():
+        run_job(["sleep", "60"], pathlib.Path({str(tmp_path / "log")!r}))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run(_python(code), capture_output=True, text=True, timeout=50, check=False)
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
