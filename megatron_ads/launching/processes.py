@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -135,22 +136,36 @@ def _complaint(log: Path, start: int) -> str:
 def wait_passing_signals_on(job: "subprocess.Popen[bytes]") -> int:
     """Wait for torchrun; pass signals that ask for a stop on to its ranks.
 
-    Not to torchrun: it would kill the ranks 30 s later, which is too short for a large checkpoint. Ctrl-C reaches the
-    ranks without help.
+    Not to torchrun, which would kill the ranks 30 s later: too short for a large checkpoint. That is what a second
+    Ctrl-C does.
+
+    Raises:
+        KeyboardInterrupt: If a signal came while there were no ranks; torchrun has ended.
     """
+    received, without_ranks = list[int](), False
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        if number != signal.SIGINT:
-            for pid in children(job.pid) or [job.pid]:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, number)
+        nonlocal without_ranks
+        received.append(number)
+        interrupts, ranks = received.count(signal.SIGINT), children(job.pid)
+        without_ranks |= not ranks
+        if received == [signal.SIGINT] and ranks:
+            print("megatron-ads: stops after this step, with a checkpoint; Ctrl-C again ends it now", file=sys.stderr)
+        if not ranks or interrupts > 1:
+            ranks, number = [job.pid], signal.SIGTERM
+        for pid in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
-        return job.wait()
+        status = job.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if without_ranks:
+        raise KeyboardInterrupt
+    return status
 
 
 def children(pid: int) -> list[int]:

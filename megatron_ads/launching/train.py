@@ -74,7 +74,7 @@ def torchrun_command(part: NodePart, module: str, arguments: Sequence[str]) -> l
         ]
     return [
         *(sys.executable, "-m", "megatron_ads.launching.torchrun", *meeting, f"--nproc-per-node={part.ranks_here}"),
-        *(f"--max-restarts={part.max_restarts}", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"),
+        *(f"--max-restarts={part.max_restarts}", "--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT,SIGUSR1"),
         *("--module", module, *arguments),
     ]
 
