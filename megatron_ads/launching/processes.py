@@ -55,7 +55,7 @@ def run_job(
             env={**os.environ, **(environment or {})},
             start_new_session=True,
             close_fds=False,  # what this process marked inheritable, the folder's lock, is the job's too
-            preexec_fn=lambda: ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+            preexec_fn=_terminate_with_parent,
         )
         try:
             while job.poll() is None:
@@ -131,6 +131,19 @@ def _complaint(log: Path, start: int) -> str:
     patterns = (r"\bERROR (?!.*elastic)(.*)", r"megatron-ads: (.*)", r"((?:\w+\.)*\w*(?:Error|Exception)\b: .*)")
     found = (match[1] for pattern in patterns for line in lines if (match := re.search(pattern, line)))
     return next(found, lines[-1] if lines else "it printed nothing").rstrip(".")
+
+
+def start_torchrun(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """Start torchrun with everything that is inheritable, the lock on the folders included.
+
+    When this process is killed, torchrun gets SIGTERM: the ranks have 30 s to save.
+    """
+    return subprocess.Popen(command, env=environment, close_fds=False, preexec_fn=_terminate_with_parent)
+
+
+def _terminate_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def wait_passing_signals_on(job: "subprocess.Popen[bytes]") -> int:

@@ -77,14 +77,16 @@ time.sleep(60)
     assert saved.read_text() == "yes"
 
 
-def test_a_job_does_not_outlive_a_killed_driver(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", ["run_job([{job}], Path({log}))", "start_torchrun([{job}], os.environ).wait()"])
+def test_a_job_does_not_outlive_a_killed_driver(tmp_path: Path, start: str) -> None:
     pid_file = tmp_path / "pid"
     job = f"import os, pathlib, time; pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    call = start.format(job=f"sys.executable, '-c', {job!r}", log=repr(str(tmp_path / "job.log")))
     driver = f"""
-import sys
+import os, sys
 from pathlib import Path
-from megatron_ads.launching.processes import run_job
-run_job([sys.executable, "-c", {job!r}], Path({str(tmp_path / "job.log")!r}))
+from megatron_ads.launching.processes import run_job, start_torchrun
+{call}
 """
     with subprocess.Popen(_python(driver), start_new_session=True) as process:
         pid = int(_wait_for(pid_file))
