@@ -183,7 +183,9 @@ class RejectedRows:
             logger.info("%s: %d rows left out by the source's setting values", self.file, self.left_out)
             counts = f"{counts}, {self.left_out} left out by the setting values"
         if not used:
-            raise DataError(f"{self.file} holds no usable row; not used: {counts}.")
+            if counts == "none":
+                raise DataError(f"{self.file} has no rows. Write at least one.")
+            raise DataError(f"{self.file} holds no usable row; not used: {counts}. Correct them, or leave it out.")
 
 
 def usable_rows(reader: RowReader[Read], *, rejected: Path | None, limit: int | None) -> list[ChatRow]:

@@ -76,11 +76,12 @@ def from_preference(fields: Mapping[str, Any]) -> dict[str, Any]:
     before, chosen = _answer(fields.get("chosen"), "chosen")
     given = fields.get("rejected")
     several = isinstance(given, list) and not any(isinstance(item, dict) for item in given)
-    others = [_answer(item, "rejected") for item in (given if isinstance(given, list) and several else [given])]
+    rejected = given if isinstance(given, list) and several else [] if given is None else [given]
+    others = [_answer(item, "rejected") for item in rejected]
     texts = [text for _, text in others]
     if not texts or chosen in texts:
         what = "has the chosen answer among its rejected ones" if texts else "has no rejected answer"
-        raise BadRowError(BadRow.no_preference, f"{what}. Correct or remove it.")
+        raise BadRowError(BadRow.no_preference, f"{what}.")
     if any(turns != before for turns, _ in others):
         message = "chosen and rejected do not continue the same messages. Give each the same ones, or a prompt."
         raise BadRowError(BadRow.no_preference, message)

@@ -48,8 +48,9 @@ def from_verl(fields: Mapping[str, Any], *, needs_target: bool = True) -> dict[s
     target = _target(answer, truth, needed=needs_target)
     if isinstance(prompt, str):
         prompt = [{"role": str(Role.user), "content": prompt}]
-    if isinstance(prompt, list):
-        prompt = [*prompt, {"role": str(Role.assistant), "content": target}]
+    if not isinstance(prompt, list) or not prompt:
+        raise BadRowError(BadRow.wrong_type, f"prompt is {prompt!r:.80}; it must be text, or messages.")
+    prompt = [*prompt, {"role": str(Role.assistant), "content": target}]
     ability = text_in(fields, "ability", "")
     task = ability if ability in TASKS else text_in(fields, "data_source", "chat")
     left_out = {*ROW_FIELDS, "answer"}  # and nulls, which fill what other rows of a Parquet file have

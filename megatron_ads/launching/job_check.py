@@ -154,6 +154,8 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
     }
     if isinstance(config, RlConfig):
         checks["rewards"] = partial(_rewards, config)
+        if config.rollout.dump is not None:
+            checks["rollouts"] = partial(_rollouts, Path(config.rollout.dump), config.train.max_steps)
     for name, check in checks.items():
         with found.collecting_problems(name):
             found.passed.append(f"{name}: {check()}")
@@ -220,6 +222,13 @@ def _rewards(config: RlConfig) -> str:
 
     open_rewards(config.rewards).close()
     return ", ".join(reward.name for reward in config.rewards.use)
+
+
+def _rollouts(folder: Path, steps: int) -> str:
+    from megatron_ads.training.rollout.dump import recorded_file  # imports numpy
+
+    recorded_file(folder, steps)
+    return f"{folder} has those of {steps} steps"
 
 
 def _checkpoint(config: RunConfig) -> str:

@@ -5,9 +5,11 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO, Self, TextIO
@@ -61,14 +63,7 @@ def _job(
     command: Sequence[str], output: BinaryIO, environment: Mapping[str, str]
 ) -> "Iterator[subprocess.Popen[bytes]]":
     """Start ``command`` in a session of its own; it is ended with the block."""
-    # Python forgets an interruption that comes while it forks: it is held back until the job can be ended.
-    held_before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-
-    def prepare() -> None:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        signal.pthread_sigmask(signal.SIG_SETMASK, held_before)
-
-    job = None
+    held_before, job = _hold_interruptions(), None
     try:
         job = subprocess.Popen(
             command,
@@ -78,7 +73,7 @@ def _job(
             env={**os.environ, **environment},
             start_new_session=True,
             close_fds=False,  # what this process marked inheritable, the folder's lock, is the job's too
-            preexec_fn=prepare,
+            preexec_fn=partial(_begin_child, held_before),
         )
         signal.pthread_sigmask(signal.SIG_SETMASK, held_before)
         yield job
@@ -152,25 +147,63 @@ def _complaint(log: Path, start: int) -> str:
     return next(found, lines[-1] if lines else "it printed nothing").rstrip(".")
 
 
+def start_torchrun(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """Start torchrun with everything that is inheritable, the lock on the folders included.
+
+    When this process is killed, torchrun gets SIGTERM: the ranks have 30 s to save.
+    """
+    held_before = _hold_interruptions()
+    try:
+        begin = partial(_begin_child, held_before)
+        return subprocess.Popen(command, env=environment, close_fds=False, preexec_fn=begin)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held_before)
+
+
+def _hold_interruptions() -> set[signal.Signals]:
+    """Hold interruptions back, which Python forgets if they come while it forks; return what was held before."""
+    return set(map(signal.Signals, signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))))
+
+
+def _begin_child(held_before: set[signal.Signals]) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_SETMASK, held_before)
+
+
 def wait_passing_signals_on(job: "subprocess.Popen[bytes]") -> int:
     """Wait for torchrun; pass signals that ask for a stop on to its ranks.
 
-    Not to torchrun: it would kill the ranks 30 s later, which is too short for a large checkpoint. Ctrl-C reaches the
-    ranks without help.
+    Not to torchrun, which would kill the ranks 30 s later: too short for a large checkpoint. That is what a second
+    Ctrl-C does.
+
+    Raises:
+        KeyboardInterrupt: If a signal came while there were no ranks; torchrun has ended.
     """
+    received, without_ranks = list[int](), False
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        if number != signal.SIGINT:
-            for pid in children(job.pid) or [job.pid]:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, number)
+        nonlocal without_ranks
+        received.append(number)
+        interrupts, ranks = received.count(signal.SIGINT), children(job.pid)
+        without_ranks |= not ranks
+        if received == [signal.SIGINT] and ranks:
+            print("megatron-ads: stops after this step, with a checkpoint; Ctrl-C again ends it now", file=sys.stderr)
+        if not ranks or interrupts > 1:
+            ranks, number = [job.pid], signal.SIGTERM
+        for pid in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
-        return job.wait()
+        status = job.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if without_ranks:
+        raise KeyboardInterrupt
+    return status
 
 
 def children(pid: int) -> list[int]:

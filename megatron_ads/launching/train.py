@@ -11,7 +11,6 @@ Under Slurm, submit launch/slurm.sbatch instead.
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ from megatron_ads.errors import ConfigError
 from megatron_ads.launching.attempts import describe_failure, judge
 from megatron_ads.launching.environment import NodePart, rank_variables
 from megatron_ads.launching.job_check import add_job_arguments, check_job_and_node
-from megatron_ads.launching.processes import wait_passing_signals_on
+from megatron_ads.launching.processes import start_torchrun, wait_passing_signals_on
 from megatron_ads.runtime.health.rank_record import FOLDER_VARIABLE, ExitStatus, read_records
 from megatron_ads.training.folder_lock import folders_of, hold
 from megatron_ads.training.stopping import clear_outcome, read_outcome
@@ -56,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
         records.mkdir(parents=True)
         if part.node == 0:
             clear_outcome(Path(config.log.dir))
-        # torchrun inherits the lock on the folders: the job may outlive this process.
-        with subprocess.Popen(command, env=_environment(config, part, records), close_fds=False) as job:
+        with start_torchrun(command, _environment(config, part, records)) as job:
             failed = wait_passing_signals_on(job) != 0
         return _report(config, part, records, failed)
 
@@ -74,7 +72,7 @@ def torchrun_command(part: NodePart, module: str, arguments: Sequence[str]) -> l
         ]
     return [
         *(sys.executable, "-m", "megatron_ads.launching.torchrun", *meeting, f"--nproc-per-node={part.ranks_here}"),
-        *(f"--max-restarts={part.max_restarts}", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"),
+        *(f"--max-restarts={part.max_restarts}", "--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT,SIGUSR1"),
         *("--module", module, *arguments),
     ]
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -135,6 +136,7 @@ class MetricsWriter:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # seconds of imports that a run without it is spared
 
+            _keep_quiet_what_tensorboard_raises_again()
             self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -166,6 +168,17 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _keep_quiet_what_tensorboard_raises_again() -> None:
+    """Print no traceback of its thread when a disk is full: the next call raises the error."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            before(args)
+
+    threading.excepthook = hook
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -55,12 +55,20 @@ class OwnFunction:
     unit: Unit
     accepts: frozenset[str] | None
     """Its parameters; None: any."""
+    needs: tuple[str, ...]
+    """Those that have no default."""
     settings: Mapping[str, Any]
     is_verl: bool
 
     def outcomes(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
-        """Return what it makes of one unit of rollouts; raise what it raises."""
+        """Return what it makes of one unit of rollouts; raise what it raises.
+
+        Raises:
+            LookupError: If it needs a column that the rows do not have.
+        """
         arguments = self._arguments(rollouts)
+        if missing := [name for name in self.needs if name not in arguments and name not in self.settings]:
+            raise LookupError(f"it needs {missing[0]}, and the rows have {', '.join(sorted(arguments))}")
         if self.accepts is not None:
             arguments = {name: value for name, value in arguments.items() if name in self.accepts}
         found = self.function(**arguments, **self.settings)
@@ -107,10 +115,14 @@ def load(name: str, settings: Mapping[str, Any]) -> OwnFunction:
     return OwnFunction(
         function=function,
         unit=_unit(name, parameters),
+        needs=tuple(name for name, each in parameters.items() if each.default is each.empty and each.kind in _NAMED),
         accepts=None if open_ended and "solution_str" not in parameters else frozenset(parameters),
         settings=settings,
         is_verl="solution_str" in parameters,
     )
+
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def _module(where: str) -> Any:

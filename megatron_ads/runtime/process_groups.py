@@ -23,6 +23,9 @@ RANK_ORDER = "tp-cp-ep-dp-pp"
 _SILENCED = (
     # torch 2.13 renamed collectives that megatron-core (0.16 to 0.19) calls by the old names.
     (FutureWarning, r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated"),
+    # megatron-core (0.16 to 0.19) reads checkpoints by names that torch 2.13 has replaced.
+    (FutureWarning, r"`load_state_dict` is deprecated and will be removed in future versions"),
+    (FutureWarning, r"Please use DTensor instead and we are deprecating ShardedTensor"),
     # megatron-core (0.16 to 0.19) reads .grad of main parameters that are views; it sets them itself.
     (UserWarning, r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed"),
     # megatron-core (0.16 to 0.19) warns about the default of an option for CUDA graphs that are off.

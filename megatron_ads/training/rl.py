@@ -147,17 +147,28 @@ class RlJob:
             names = [reward.name for reward in self.config.rewards.use]
             return read_recorded(Path(self.config.rollout.dump or ""), step, self.prompts.rows, names)
 
-    def warn_of_nothing_to_learn(self, metrics: Mapping[str, float]) -> None:
-        """Say so where every answer of a step is worth as much as the others to its prompt."""
-        flat = metrics["rollout/groups_without_variance"] == self.config.train.global_batch_size
-        if flat and self.update is not None and dist.get_rank() == 0:
+    def warn_of_nothing_to_learn(self, found: ScoredStep, metrics: Mapping[str, float]) -> None:
+        """Say so where every answer of a step is worth as much as the others to its prompt, or none is judged."""
+        prompts = self.config.train.global_batch_size
+        flat = metrics["rollout/groups_without_variance"] == prompts
+        if not flat or self.update is None or dist.get_rank() != 0:
+            return
+        if (mean := metrics.get("critic/rewards/mean")) is None:
+            tasks = ", ".join(sorted({rollout.row.task for rollout in found.rollouts}))
             logger.warning(
-                "step %d teaches nothing: the answers to each of its %d prompts are all worth the same (mean reward "
-                "%.4g). If that goes on, begin with weights that get some right, or take other prompts or rewards",
+                "step %d teaches nothing: no reward in rewards.use judges answers to its prompts, of task %s. Name one "
+                "that does, or other rows in data.sources",
                 self.session.step + 1,
-                self.config.train.global_batch_size,
-                metrics.get("critic/rewards/mean", float("nan")),
+                tasks,
             )
+            return
+        logger.warning(
+            "step %d teaches nothing: the answers to each of its %d prompts are all worth the same (mean reward "
+            "%.4g). If that goes on, begin with weights that get some right, or take other prompts or rewards",
+            self.session.step + 1,
+            prompts,
+            mean,
+        )
 
 
 def train(job: RlJob) -> bool:
@@ -183,7 +194,7 @@ def _step(job: RlJob) -> bool:
     metrics = of_step(found, job.reward_weights.current)
     if job.answering is not None:
         metrics |= job.answering.staleness(found)
-    job.warn_of_nothing_to_learn(metrics)
+    job.warn_of_nothing_to_learn(found, metrics)
     activity.enter_step(session.step + 1)  # from here to its end, this rank is expected to make progress
     if job.update is None:
         stops = _on_any_rank(session.stop.received is not None)

@@ -169,7 +169,7 @@ def test_a_huge_line_is_refused_without_reading_it_all(tmp_path: Path, monkeypat
 def test_a_missing_or_empty_file_is_named(tmp_path: Path):
     with pytest.raises(DataError, match="is not a file"):
         jsonl_rows(tmp_path / "absent.jsonl")
-    with pytest.raises(DataError, match="holds no usable row"):
+    with pytest.raises(DataError, match="has no rows"):
         jsonl_rows(write(tmp_path))
 
 
@@ -289,7 +289,7 @@ def test_rows_in_the_form_of_verl_are_read(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"extra_info": {}}, "neither extra_info.answer nor reward_model.ground_truth is the target"),
-        ({"prompt": 3}, "messages must be a list"),
+        ({"prompt": 3}, "prompt is 3; it must be text, or messages"),
         ({"rewards": 1}, "unknown field 'rewards'; known in verl's form: ability"),
         ({"extra_info": ["x"]}, "extra_info is .*; it must be an object"),
     ],

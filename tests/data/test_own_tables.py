@@ -199,7 +199,7 @@ def test_files_that_cannot_be_read_at_all_are_named(tmp_path: Path) -> None:
         ("rows.xlsx", b"x", "ends in '.xlsx'; known: .jsonl, .parquet, .csv, .tsv"),
         ("rows.parquet", b"not parquet", "is no Parquet file"),
         ("empty.csv", b"", "cannot be read as CSV"),
-        ("empty.jsonl", b"", "holds no usable row"),
+        ("empty.jsonl", b"", "has no rows"),
     ):
         if content is not None:
             (tmp_path / name).write_bytes(content)

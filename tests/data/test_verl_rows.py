@@ -90,6 +90,12 @@ def test_rows_that_cannot_be_used_are_named_and_written_aside(tmp_path: Path) ->
     assert json.loads((tmp_path / "aside.jsonl").read_text())["row"] == 1
 
 
+@pytest.mark.parametrize("prompt", [None, [], 7])
+def test_a_row_without_a_prompt_is_told_of_the_field_that_it_lacks(tmp_path: Path, prompt: Any) -> None:
+    with pytest.raises(DataError, match=r"row 1: wrong_type: prompt is (None|\[\]|7); it must be text, or messages"):
+        verl_rows(jsonl(tmp_path, [{**ROWS[0], "prompt": prompt}]))
+
+
 def test_they_are_a_source_of_a_recipe(tmp_path: Path) -> None:
     file = parquet(tmp_path, ROWS)
     source = SourceConfig(kind=SourceKind.verl, path=str(file))

@@ -89,6 +89,19 @@ def test_a_problem_is_named_by_the_check_that_found_it(words: list[str]) -> None
     assert layout.startswith("layout: layout.cp is 2") and settings.startswith("settings: rollout.samples is 1")
 
 
+def test_rollouts_of_fewer_steps_than_are_to_be_trained_are_found_before_the_job(
+    words: list[str], tmp_path: Path
+) -> None:
+    recorded = [*words, "model.mtp_loss_weight=0", "rollout.mode=train_only", f"rollout.dump={tmp_path}"]
+    recorded += ["train.evaluate_every=null", "train.max_steps=2"]
+    (tmp_path / "step-000001.jsonl").write_text("")
+    (problem,) = check_job("rl/quickstart", recorded, 4).problems
+    assert problem.startswith(f"rollouts: {tmp_path} (rollout.dump) has no step-000002.jsonl. Name the folder")
+    (tmp_path / "step-000002.jsonl").write_text("")
+    found = check_job("rl/quickstart", recorded, 4)
+    assert found.problems == [] and f"rollouts: {tmp_path} has those of 2 steps" in found.passed
+
+
 def test_all_problems_are_found_at_once(words: list[str], tmp_path: Path) -> None:
     _checkpoint(tmp_path / "run" / "checkpoints" / "step-00000004", listed_bytes=6)
     wrong = [*words, f"model.load={tmp_path}/none", "data.sources=[{kind: jsonl, path: none.jsonl}]"]

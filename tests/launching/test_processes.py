@@ -4,12 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from megatron_ads.launching.processes import JobError, MetricsFollower, children, run_job
+from megatron_ads.launching.processes import (
+    JobError,
+    MetricsFollower,
+    children,
+    run_job,
+    wait_passing_signals_on,
+)
 from megatron_ads.observability.metrics import METRICS_FILE
 
 
@@ -69,14 +77,16 @@ time.sleep(60)
     assert saved.read_text() == "yes"
 
 
-def test_a_job_does_not_outlive_a_killed_driver(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", ["run_job([{job}], Path({log}))", "start_torchrun([{job}], os.environ).wait()"])
+def test_a_job_does_not_outlive_a_killed_driver(tmp_path: Path, start: str) -> None:
     pid_file = tmp_path / "pid"
     job = f"import os, pathlib, time; pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    call = start.format(job=f"sys.executable, '-c', {job!r}", log=repr(str(tmp_path / "job.log")))
     driver = f"""
-import sys
+import os, sys
 from pathlib import Path
-from megatron_ads.launching.processes import run_job
-run_job([sys.executable, "-c", {job!r}], Path({str(tmp_path / "job.log")!r}))
+from megatron_ads.launching.processes import run_job, start_torchrun
+{call}
 """
     with subprocess.Popen(_python(driver), start_new_session=True) as process:
         pid = int(_wait_for(pid_file))
@@ -167,3 +177,74 @@ except KeyboardInterrupt:
 """
     done = subprocess.run(_python(code), capture_output=True, text=True, timeout=50, check=False)
     assert (done.stdout, done.stderr) == ("interrupted\n", "")
+
+
+_RANK = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: pathlib.Path(sys.argv[1]).write_text("stopped") and os._exit(0))
+pathlib.Path(sys.argv[1]).write_text("started")
+time.sleep(60)
+"""
+"""Stops when it is asked to."""
+
+
+def _interrupted_torchrun(tmp_path: Path, *, interrupts: int, rank: str) -> tuple[int, str]:
+    """Run ``rank`` under torchrun, press Ctrl-C as a terminal sends it; return torchrun's status and stderr."""
+    (tmp_path / "rank.py").write_text(rank)
+    words = ["--standalone", "--nproc-per-node=1", "--signals-to-handle=SIGTERM", "rank.py", "said"]
+    command = [sys.executable, "-m", "megatron_ads.launching.torchrun", *words]
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # one that comes too late does not end the tests
+    try:
+        with (
+            (tmp_path / "log").open("wb") as log,
+            subprocess.Popen(command, cwd=tmp_path, stderr=log, env={**os.environ, "PYTHONPATH": os.getcwd()}) as job,
+            ThreadPoolExecutor() as pool,
+        ):
+
+            def press() -> None:
+                _wait_for(tmp_path / "said")
+                for _ in range(interrupts):
+                    os.kill(job.pid, signal.SIGINT)  # it reaches every process of the terminal
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.5)
+
+            pool.submit(press)
+            status = wait_passing_signals_on(job)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return status, (tmp_path / "log").read_text()
+
+
+def test_a_rank_may_take_its_time_to_stop_after_the_first_interruption(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _interrupted_torchrun(tmp_path, interrupts=1, rank=_RANK) == (0, "")
+    assert (tmp_path / "said").read_text() == "stopped"
+    assert "Ctrl-C again" in capsys.readouterr().err
+
+
+def test_a_second_interruption_ends_the_ranks_without_a_traceback(tmp_path: Path) -> None:
+    status, log = _interrupted_torchrun(tmp_path, interrupts=2, rank=_RANK.replace("os._exit(0)", "None"))
+    assert status == 0 and "Traceback" not in log
+
+
+def test_a_failed_rank_has_the_only_traceback(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text("raise SystemExit(3)")
+    words = ["--standalone", "--nproc-per-node=1", "rank.py"]
+    command = [sys.executable, "-m", "megatron_ads.launching.torchrun", *words]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+def test_an_interruption_before_there_are_ranks_ends_torchrun() -> None:
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        with subprocess.Popen(_python("input()"), stdin=subprocess.PIPE) as job:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                wait_passing_signals_on(job)
+            assert job.returncode == -signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,6 +1,10 @@
+import errno
 import json
 import math
 import re
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -97,3 +101,23 @@ def test_a_folder_that_cannot_be_written_names_the_setting(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"log\.dir .*file"):
         MetricsWriter(tmp_path / "file" / "run", tensorboard=False)
+
+
+def test_a_full_disk_is_told_once_and_not_by_tensorboards_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.summary.writer import record_writer
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # pytest's own prints nothing
+    writer = MetricsWriter(tmp_path)
+    monkeypatch.setattr(record_writer.RecordWriter, "write", fail)
+    with pytest.raises(OSError, match="No space left"):
+        for step in range(1000):
+            writer.write(step, {"loss": 1.0})
+            time.sleep(0.01)
+    with suppress(OSError):
+        writer.close()
+    assert "Exception in thread" not in capfd.readouterr().err

@@ -80,6 +80,9 @@ def verl_unchanged(data_source, solution_str, ground_truth, extra_info, expected
 
 def nothing(text):
     return 1.0
+
+def dear(completions, price, colour, limit=3):
+    return [1.0] * len(completions)
 """
 
 
@@ -120,6 +123,14 @@ def test_a_function_over_all_answers_is_given_columns(
     assert scores.faults == {}, "None is no fault"
     printed = capfd.readouterr()
     assert (printed.out, "for whoever debugs it" in printed.err) == ("", True), "what it prints is no result"
+
+
+def test_a_function_that_needs_a_column_that_is_not_there_is_told_of_the_others(own: Callable[..., Rewards]) -> None:
+    rollouts = answers(chat_row("a", facts={"price": 3}), ["1", "2"])
+    there = "completion_ids, completions, group, id, label, price, prompts, task"
+    with pytest.raises(DataError, match=rf"2 raised; LookupError: it needs colour, and the rows have {there}\)"):
+        own("dear").score(rollouts)
+    assert column(own("dear", {"colour": "red"}).score(rollouts)) == [1.0, 1.0]
 
 
 def test_a_function_over_groups_loses_one_group_when_it_fails(own: Callable[..., Rewards]) -> None:

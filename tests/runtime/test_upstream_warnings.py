@@ -3,9 +3,13 @@
 import importlib
 import logging
 import warnings
+from contextlib import suppress
 from inspect import getsource
 
 import torch
+from torch.distributed import checkpoint
+from torch.distributed._shard import sharded_tensor
+from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 
 from megatron_ads.runtime import process_groups
 from megatron_ads.runtime.megatron_version import megatron_core_since
@@ -26,13 +30,18 @@ def _warnings(silenced: bool) -> list[str]:
         dist_reduce_scatter_func(torch.empty(2), torch.ones(2))
         _zero_grad_group_helper([torch.ones(2, requires_grad=True)[:1]], set_to_none=True)
         TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+        with suppress(AttributeError):  # warned of before it looks at what it is given
+            checkpoint.load_state_dict({}, None)  # type: ignore[arg-type]
+        sharded_tensor.empty(ChunkShardingSpec(0, ["rank:0/cpu"]), 2).size()
     return sorted({str(warning.message)[:45] for warning in shown})
 
 
 def test_each_warning_is_still_given() -> None:
     assert run_ranks(1, _warnings, False) == [
         [
+            "Please use DTensor instead and we are depreca",
             "The .grad attribute of a Tensor that is not a",
+            "`load_state_dict` is deprecated and will be r",
             "`torch.distributed.all_gather_into_tensor` is",
             "`torch.distributed.reduce_scatter_tensor` is ",
             "full scope is deprecated. Use empty cuda_grap",

@@ -10,20 +10,40 @@ import torch.distributed as dist
 from megatron_ads.config.recipes import load_job
 from megatron_ads.training import rl
 from megatron_ads.training.rl import RlJob
+from megatron_ads.training.rollout.dump import ScoredStep
+
+SAME, UNJUDGED = (
+    "the answers to each of its 8 prompts are all worth the same",
+    "no reward in rewards.use judges answers",
+)
 
 
-@pytest.mark.parametrize(("flat", "trains", "said"), [(8, True, True), (7, True, False), (8, False, False)])
+@pytest.mark.parametrize(
+    ("flat", "trains", "mean", "said"),
+    [
+        (8, True, {"critic/rewards/mean": 0.0}, f"step 5 teaches nothing: {SAME}"),
+        (8, True, {}, f"step 5 teaches nothing: {UNJUDGED} to its prompts, of task chat, query_ad_relevance. Name one"),
+        (7, True, {"critic/rewards/mean": 0.0}, ""),
+        (8, False, {}, ""),
+    ],
+)
 def test_a_step_whose_answers_are_all_worth_the_same_is_named(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, flat: int, trains: bool, said: bool
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    flat: int,
+    trains: bool,
+    mean: dict[str, float],
+    said: str,
 ) -> None:
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     train = SimpleNamespace(global_batch_size=8)
     job: Any = SimpleNamespace(
         config=SimpleNamespace(train=train), session=SimpleNamespace(step=4), update=object() if trains else None
     )
-    metrics = {"rollout/groups_without_variance": float(flat), "critic/rewards/mean": 0.0}
-    RlJob.warn_of_nothing_to_learn(cast(RlJob, job), metrics)
-    assert ("step 5 teaches nothing: the answers to each of its 8 prompts" in caplog.text) is said
+    rollouts: Any = [SimpleNamespace(row=SimpleNamespace(task=task)) for task in ("query_ad_relevance", "chat")]
+    found = ScoredStep(rollouts=rollouts, rewards={})
+    RlJob.warn_of_nothing_to_learn(cast(RlJob, job), found, mean | {"rollout/groups_without_variance": float(flat)})
+    assert said in caplog.text and bool(said) is bool(caplog.text)
 
 
 @pytest.mark.parametrize(("held_out", "times"), [(["prompt"], 2), ([], 0)])

@@ -91,11 +91,11 @@ def read_step(file: Path, rows: Mapping[str, ChatRow]) -> ScoredStep:
         raise DataError(f"{file} cannot be read as the rollouts of a step ({error}). Make them again.") from None
 
 
-def read_recorded(folder: Path, step: int, rows: Mapping[str, ChatRow], rewards: Sequence[str]) -> ScoredStep:
-    """Return a step of another job's rollouts, with the named rewards.
+def recorded_file(folder: Path, step: int) -> Path:
+    """Return the file of a step of another job.
 
     Raises:
-        DataError: If there is none, it is damaged, of other rows, or without one of the rewards.
+        DataError: If there is none.
     """
     file = step_file(folder, step)
     if not file.is_file():
@@ -103,6 +103,16 @@ def read_recorded(folder: Path, step: int, rows: Mapping[str, ChatRow], rewards:
             f"{folder} (rollout.dump) has no {file.name}. Name the folder <log.dir>/rollouts of a job of as many "
             "steps, or lower train.max_steps."
         )
+    return file
+
+
+def read_recorded(folder: Path, step: int, rows: Mapping[str, ChatRow], rewards: Sequence[str]) -> ScoredStep:
+    """Return a step of another job's rollouts, with the named rewards.
+
+    Raises:
+        DataError: If there is none, it is damaged, of other rows, or without one of the rewards.
+    """
+    file = recorded_file(folder, step)
     found = read_step(file, rows)
     if missing := [name for name in rewards if name not in found.rewards]:
         raise DataError(

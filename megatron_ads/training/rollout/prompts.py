@@ -100,6 +100,13 @@ def open_prompts(data: DataConfig, tokenizer: ChatTokenizer, *, max_new_tokens: 
     corpus = read_corpus(data)
     longest = data.seq_length - max_new_tokens
     training = [_fitting(rows, tokenizer, longest) for rows in corpus.training]
+    for source, of_source, prompts in zip(corpus.sources, corpus.training, training, strict=True):
+        if of_source and not prompts:
+            raise DataError(
+                f"None of the {len(of_source)} prompts of {describe_source(source)} has at most data.seq_length - "
+                f"rollout.max_new_tokens = {data.seq_length} - {max_new_tokens} = {longest} tokens and a weight above "
+                "0. Raise data.seq_length, or lower rollout.max_new_tokens."
+            )
     held_out = _fitting(corpus.validation, tokenizer, longest)
     kept = [prompt for source in (*training, held_out) for prompt in source]
     rows = sum(map(len, corpus.training), len(corpus.validation))
