@@ -22,8 +22,8 @@ def reward_of(pipeline: Path) -> str:
 
 def make_pipeline(out: Path) -> dict[str, Any]:
     """Simulate logs, and train a retriever and a ranker on them, in ``out/pipeline``."""
-    run_command(["data", "simulate", "--out", str(out / "logs"), "--rows", "0"], out, "simulate")
-    train = ["downstream", "train", "--logs", str(out / "logs"), "--out", str(out / "pipeline")]
+    run_command(["data", "simulate", "--out", str(out / "simulated"), "--rows", "0"], out, "simulate")
+    train = ["downstream", "train", "--logs", str(out / "simulated"), "--out", str(out / "pipeline")]
     return run_command(train, out, "pipeline")
 
 
