@@ -42,7 +42,7 @@ class Overlong(StrEnum):
 class RolloutConfig:
     """Answers of the policy to prompts. A step has ``train.global_batch_size`` prompts, each with ``samples`` answers.
 
-    They are drawn at temperature 1 from all tokens, as the policy gradient assumes.
+    They are drawn at temperature 1, and from all tokens, as the policy gradient assumes, but for ``valid_names``.
     """
 
     mode: RolloutMode = RolloutMode.colocated
@@ -53,6 +53,11 @@ class RolloutConfig:
     """Longest answer, end token included."""
     batch_size: int = 64
     """Answers that one engine generates at once; of a server, its ``concurrency`` says how many it is asked for."""
+    valid_names: bool = False
+    """Answer rows of ``next_advertiser`` and ``choose_one``, held-out ones too, with nothing but valid names, those of
+    the training rows or the row's candidates, without reasoning. Each token is drawn among those that some name goes on
+    with. Log-probabilities and the update are of the policy over all tokens, as in MiniOneRec's trainer (ReRe): what
+    only the names forced counts as well. Not for ``servers`` and ``train_only``."""
     dynamic_sampling: bool = False
     """Replace groups whose answers all have the same reward by those of further prompts (DAPO, section 3.2)."""
     max_draws: int = 3
@@ -114,6 +119,11 @@ class RolloutConfig:
             bool(self.servers) == servers,
             f"rollout.servers has {len(self.servers)} entries and rollout.mode is {self.mode}. Mode servers needs at "
             "least one, with url and model; no other mode asks them.",
+        )
+        require(
+            not self.valid_names or self.mode in (RolloutMode.colocated, RolloutMode.rollout_only),
+            f"rollout.valid_names is {self.valid_names}, which has no effect with rollout.mode {self.mode}: it is the "
+            "ranks' own engines that can be kept to valid names. Remove it, or set rollout.mode to colocated.",
         )
         of_servers = (("reload_command", None), ("server_wait_seconds", 600.0), ("max_staleness", 0))
         of_others = (("batch_size", 64),)

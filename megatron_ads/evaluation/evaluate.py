@@ -16,9 +16,9 @@ from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.evaluated_model import open_model
 from megatron_ads.evaluation.generate import Asking
-from megatron_ads.evaluation.name_answers import AdvertiserNames, names_trained_on, read_names, valid_names
 from megatron_ads.evaluation.page import evaluation_page
 from megatron_ads.evaluation.task_scores import task_scores
+from megatron_ads.inference.name_answers import AdvertiserNames, names_trained_on, read_names, valid_names
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.registry import TASKS
 

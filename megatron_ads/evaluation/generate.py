@@ -9,9 +9,9 @@ from typing import Any
 from megatron_ads.config.generation import GenerationConfig, Method
 from megatron_ads.data.chat import ChatTokenizer, opened_by, render_prompt
 from megatron_ads.evaluation.answer_records import Answer, AnswerBeam, AnswerJournal
-from megatron_ads.evaluation.name_answers import NO_NAMES, AdvertiserNames, CollaborativeModel, NameForms, valid_names
 from megatron_ads.inference.beam_rules import NameTrie, ValidNames
 from megatron_ads.inference.engine import Completion, Engine, Finish
+from megatron_ads.inference.name_answers import NO_NAMES, AdvertiserNames, CollaborativeModel, NameForms, valid_names
 from megatron_ads.inference.openai_engine import OpenAIEngine
 from megatron_ads.observability.log import get_logger
 from megatron_ads.progress import Progress

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_ads.data.split import group_of
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.label_scores import best_answers
-from megatron_ads.evaluation.name_answers import AdvertiserNames, NearestNames, bought_from
+from megatron_ads.inference.name_answers import AdvertiserNames, NearestNames, bought_from
 from megatron_ads.metrics import ranking as rank_metrics
 from megatron_ads.metrics.intervals import ends, mean_interval
 from megatron_ads.metrics.ranking import RECALLS, ndcg_at, position_of, recall_at, same_name

@@ -7,9 +7,9 @@ from typing import Any
 from megatron_ads.data.split import group_of
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.label_scores import relevance_scores, score_views
-from megatron_ads.evaluation.name_answers import AdvertiserNames, names_trained_on
 from megatron_ads.evaluation.query_scores import query_scores
 from megatron_ads.evaluation.ranking_scores import ranking_scores
+from megatron_ads.inference.name_answers import AdvertiserNames, names_trained_on
 from megatron_ads.metrics.intervals import ends, statistic_interval
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.answer_format import ReadFailure, split_reasoning

@@ -1,4 +1,4 @@
-"""What a beam may go on with, and how much that counts: any token, or tokens of valid names.
+"""What an answer may go on with, and how much that counts for a beam: any token, or tokens of valid names.
 
     gain(token) = (1 - a) log p_model(token | written) + a log [ P(written, token) / P(written) ]
 
@@ -37,6 +37,10 @@ class Node:
     """What may follow; nothing behind a whole name."""
     children: tuple["Node", ...]
 
+    def child(self, token: int) -> "Node":
+        """Return what has been written with one of ``tokens_C`` more."""
+        return self.children[int(np.searchsorted(self.tokens_C, token))]
+
 
 @dataclass(frozen=True, slots=True)
 class NameTrie:
@@ -52,7 +56,7 @@ class NameTrie:
         """Return the name with these tokens, the end token included."""
         node = self.root
         for token in tokens:
-            node = node.children[int(np.searchsorted(node.tokens_C, token))]
+            node = node.child(token)
         return self.names[node.first]
 
 
@@ -169,3 +173,16 @@ class ValidNames:
 
 Rules = AnyToken | ValidNames
 """What may be written in one row."""
+
+
+def only_valid(logits_RV: Tensor, nodes: Sequence[Node | None]) -> Tensor:
+    """Return the logits of rows, -inf for what no valid name goes on with behind the row's node; None is any token."""
+    if not any(nodes):
+        return logits_RV
+    of_names = [(row, node.tokens_C) for row, node in enumerate(nodes) if node is not None]
+    rows_C = np.repeat([row for row, _ in of_names], [len(tokens_C) for _, tokens_C in of_names])
+    tokens_C = np.concatenate([tokens_C for _, tokens_C in of_names])
+    device = logits_RV.device
+    valid_RV = torch.tensor([node is None for node in nodes], device=device)[:, None].repeat(1, logits_RV.size(1))
+    valid_RV[torch.from_numpy(rows_C).to(device), torch.from_numpy(tokens_C).to(device)] = True
+    return logits_RV.masked_fill(~valid_RV, float("-inf"))

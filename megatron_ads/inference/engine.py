@@ -113,7 +113,7 @@ class Engine(Protocol):
         Args:
             prompts: Token ids or conversations; those of one call may be one batch.
             config: How.
-            rules: What each completion may say, for constrained beams; as many as prompts.
+            rules: What each completion may say; as many as prompts. Constrained beams need them.
 
         Raises:
             UnsupportedError: If the engine cannot generate so.

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_ads.config.generation import BEAM_METHODS, GenerationConfig, Method
 from megatron_ads.data.chat import ChatTokenizer, load_tokenizer, render_prompt
 from megatron_ads.errors import ConfigError
-from megatron_ads.inference.beam_rules import AnyToken, Rules
+from megatron_ads.inference.beam_rules import AnyToken, Node, Rules, only_valid
 from megatron_ads.inference.beam_search import RowSearch, search_beams
 from megatron_ads.inference.engine import Completion, Finish, Prompt, UnsupportedError
 from megatron_ads.inference.language_model import RunningRows, load_model, log_probabilities
@@ -36,6 +36,13 @@ class _Written:
     """Without the end token."""
     log_probabilities: list[float] = field(default_factory=list)
     ended: bool = False
+    node: Node | None = None
+    """Where that is among the valid names; None: anything may be said."""
+
+    def add(self, token: int) -> None:
+        """Go on with a token that is not the end token."""
+        self.tokens.append(token)
+        self.node = self.node and self.node.child(token)
 
 
 class TransformersEngine:
@@ -67,6 +74,8 @@ class TransformersEngine:
     ) -> list[list[Completion]]:
         """Return the samples or beams of every prompt; beams always have their log-probabilities.
 
+        Rules hold for every method: the most probable, or the drawn, of the tokens that they leave is written.
+
         Raises:
             ConfigError: If constrained beams have no rules.
             DataError: If the chat template refuses a conversation.
@@ -78,7 +87,7 @@ class TransformersEngine:
         if config.method in BEAM_METHODS:
             return self._beams(tokens, config, limit, rules)
         samples = config.samples if config.method is Method.sampled else 1
-        written = self._continue(tokens, samples, config, limit)
+        written = self._continue(tokens, samples, config, limit, rules)
         return [
             [
                 self._completion(one.tokens, one.ended, len(prompt), one.log_probabilities)
@@ -118,20 +127,27 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _continue(
-        self, prompts: Sequence[Sequence[int]], samples: int, config: GenerationConfig, limit: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        samples: int,
+        config: GenerationConfig,
+        limit: int,
+        rules: Sequence[Rules] | None,
     ) -> list[_Written]:
         """Continue every prompt ``samples`` times, greedily or sampled, until it ends or has ``limit`` tokens."""
         chance = torch.Generator(self._model.device).manual_seed(config.seed % 2**63)
         rows = RunningRows(self._model, prompts, self._pad_token, samples=samples)
-        written = [_Written() for _ in range(len(prompts) * samples)]
+        starts = [of_row.start for of_row in rules] if rules else [None] * len(prompts)
+        written = [_Written(node=start) for start in starts for _ in range(samples)]
         running = list(range(len(written)))
         for step in range(limit):
-            chosen_R = next_tokens(rows.logits_RV, config, chance)
+            logits_RV = only_valid(rows.logits_RV, [written[number].node for number in running])
+            chosen_R = next_tokens(logits_RV, config, chance)
             chosen = chosen_R.tolist()
             for number, token in zip(running, chosen, strict=True):
                 written[number].ended = token == self._end_token
                 if not written[number].ended:
-                    written[number].tokens.append(token)
+                    written[number].add(token)
             if config.log_probabilities:
                 found_R = rows.logits_RV.log_softmax(-1).gather(1, chosen_R[:, None])[:, 0]
                 for number, value in zip(running, found_R.tolist(), strict=True):

@@ -7,6 +7,8 @@ search returns them:
     R_i = -(1 / log2(i + 2)) / sum_j (1 / log2(j + 2)), j = 0..G-1  if it is not, but another of the group is
     R_i = 0                                                         if none is
 
+With ``rollout.valid_names`` every answer is an item that there is.
+
 Source: ReRe's ranking reward as MiniOneRec (github.com/AkaliKong/MiniOneRec, rl.py: ndcg_rule_reward and rule_reward,
 here in one) computes it, where the place of a beam is its rank.
 """

@@ -49,7 +49,11 @@ def run(config: RlConfig, stop: StopRequest) -> ExitStatus:
         # Broken rows and unknown rewards are reported before the weights are read.
         rollout, tokenizer = config.rollout, tokenizer_of(source, config.data.template_arguments)
         prompts = open_prompts(
-            config.data, tokenizer, max_new_tokens=rollout.max_new_tokens, probe_rows=rollout.probe_rows
+            config.data,
+            tokenizer,
+            max_new_tokens=rollout.max_new_tokens,
+            probe_rows=rollout.probe_rows,
+            valid_names=rollout.valid_names,
         )
         with ExitStack() as opened:
             rewards = opened.enter_context(_open_rewards(config))

@@ -61,6 +61,8 @@ def test_what_cannot_run_is_refused(overrides: list[str], message: str) -> None:
         ([*SERVERS], [], "rollout.server_wait_seconds=60"),
         ([*SERVERS], [], "rollout.max_staleness=1"),
         ([], [*SERVERS], "rollout.batch_size=8"),
+        (["rollout.mode=rollout_only"], [*SERVERS], "rollout.valid_names=true"),
+        ([], ["rollout.mode=train_only", "rollout.dump=d", "train.evaluate_every=null"], "rollout.valid_names=true"),
         (["rollout.dynamic_sampling=true"], [], "rollout.max_draws=2"),
         ([], ["policy.loss=gspo"], "policy.dual_clip=3"),
         (["policy.kl_coef=0.1"], [], "policy.kl_in=reward"),

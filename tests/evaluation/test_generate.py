@@ -14,8 +14,8 @@ from megatron_ads.errors import DataError
 from megatron_ads.evaluation import generate
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.generate import Asking, RowAsker, answer_rows
-from megatron_ads.evaluation.name_answers import MAX_NAME_TOKENS, AdvertiserNames, NameForms
 from megatron_ads.inference.engine import Completion
+from megatron_ads.inference.name_answers import MAX_NAME_TOKENS, AdvertiserNames, NameForms
 from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.tasks import next_advertiser, relevance
 from megatron_ads.tasks.answer_format import render_reasoned

@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_ads.evaluation.answer_records import Answer, AnswerBeam
-from megatron_ads.evaluation.name_answers import AdvertiserNames, names_trained_on
 from megatron_ads.evaluation.ranking_scores import advertiser_rankings, ranking_scores
+from megatron_ads.inference.name_answers import AdvertiserNames, names_trained_on
 from megatron_ads.rows import Fact
 from megatron_ads.tasks import next_advertiser
 from megatron_ads.tasks.answer_format import render_reasoned

@@ -12,9 +12,9 @@ from megatron_ads.config.generation import AnsweringConfig, GenerationConfig, Le
 from megatron_ads.config.synthesis import Style
 from megatron_ads.evaluation.answer_records import fingerprint
 from megatron_ads.evaluation.generate import Asking
-from megatron_ads.evaluation.name_answers import AdvertiserNames
 from megatron_ads.inference.client import Client
 from megatron_ads.inference.engine import Completion, Failure, Finish
+from megatron_ads.inference.name_answers import AdvertiserNames
 from megatron_ads.journal import digest_of
 from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.synthesis.candidates import Candidate

@@ -12,6 +12,7 @@ from transformers import DeepseekV3ForCausalLM
 
 from megatron_ads.config.generation import GenerationConfig, Method
 from megatron_ads.errors import ConfigError, ConversionError
+from megatron_ads.inference.beam_rules import AnyToken, ValidNames, build_trie
 from megatron_ads.inference.engine import Finish
 from megatron_ads.inference.language_model import left_padded, load_model
 from megatron_ads.inference.transformers_engine import TransformersEngine
@@ -124,6 +125,43 @@ def test_top_p_draws_from_the_fewest_tokens_that_hold_it(random_model: Path) -> 
     assert 1 < needed < 20  # or nothing could be left out, or chosen from
     shares = _first_token_shares(random_model, GenerationConfig(method=Method.sampled, top_p=0.5), 1000)
     assert set(shares) == set(tokens[:needed].tolist())
+
+
+NAMES = build_trie({"ab": [5, 6], "abc": [5, 6, 7], "b": [9], "cd": [20, 21]}, END)
+FIRST = [5, 9, 20]
+
+
+def test_by_rules_only_valid_names_are_drawn_as_often_as_the_model_says_among_them(random_model: Path) -> None:
+    engine, draws = _engine(random_model), 2000
+    how = GenerationConfig(method=Method.sampled, samples=draws, seed=7, max_new_tokens=4, log_probabilities=True)
+    free, named = engine.generate([[3, 1], [5, 6, 7]], how, rules=[AnyToken(1), ValidNames(NAMES)])
+    assert len({one.token_ids for one in free}) > 100  # the rules of one row are not those of another
+    assert {NAMES.name_of(one.token_ids or ()) for one in named} == set(NAMES.names)
+    assert all(one.finish is Finish.ended for one in named)
+    model = DeepseekV3ForCausalLM.from_pretrained(random_model).eval()
+    with torch.inference_mode():
+        expected = model(torch.tensor([[5, 6, 7]])).logits[0, -1, FIRST].softmax(-1).tolist()
+    drawn = Counter((one.token_ids or ())[0] for one in named)
+    for token, probability in zip(FIRST, expected, strict=True):
+        deviation = math.sqrt(probability * (1 - probability) / draws)
+        assert drawn[token] / draws == pytest.approx(probability, abs=5 * deviation + 1e-3)
+    for one in {one.token_ids: one for one in named}.values():  # over all tokens, not among the valid ones
+        (known,) = engine.log_probabilities([[5, 6, 7]], [one.token_ids or ()])
+        assert one.log_probabilities == pytest.approx(known, abs=LOG_PROBABILITIES)
+
+
+def test_by_rules_greedy_decoding_takes_the_most_probable_valid_token_each_time(random_model: Path) -> None:
+    engine = _engine(random_model)
+    model = DeepseekV3ForCausalLM.from_pretrained(random_model).eval()
+    prompts = [[5, 6, 7], [9], [8, 8]]
+    for prompt, (one,) in zip(prompts, engine.generate(prompts, _limit(4), rules=[ValidNames(NAMES)] * 3), strict=True):
+        tokens, node = list[int](), NAMES.root
+        while node.children:
+            with torch.inference_mode():
+                logits_C = model(torch.tensor([[*prompt, *tokens]])).logits[0, -1, node.tokens_C]
+            tokens.append(int(node.tokens_C[int(logits_C.argmax())]))
+            node = node.child(tokens[-1])
+        assert one.token_ids == tuple(tokens)
 
 
 def test_a_draw_is_repeated_by_its_seed_and_leaves_the_callers_random_state_alone(random_model: Path) -> None:

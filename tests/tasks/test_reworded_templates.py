@@ -8,8 +8,8 @@ from megatron_ads.config.data import AdsTask, RowVariant
 from megatron_ads.config.synthesis import RejectConfig
 from megatron_ads.data.simulator.simulated_rows import simulated_examples
 from megatron_ads.evaluation.answer_records import Answer
-from megatron_ads.evaluation.name_answers import CollaborativeModel, names_trained_on, valid_names
 from megatron_ads.evaluation.task_scores import task_scores
+from megatron_ads.inference.name_answers import CollaborativeModel, names_trained_on, valid_names
 from megatron_ads.rows import ChatRow
 from megatron_ads.synthesis.candidates import details_in
 from megatron_ads.synthesis.filters import embedder, query_fault, topic_of

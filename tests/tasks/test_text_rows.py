@@ -6,7 +6,7 @@ import pytest
 
 from megatron_ads.config.data import RowVariant
 from megatron_ads.errors import DataError
-from megatron_ads.evaluation.name_answers import bought_from, names_trained_on
+from megatron_ads.inference.name_answers import bought_from, names_trained_on
 from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.tasks import next_advertiser
 from megatron_ads.tasks.text_rows import facts_of_text_row

@@ -161,6 +161,41 @@ def test_rollouts_alone_train_nothing_and_export_nothing(folder: Path) -> None:
     assert not (only.root / "export").exists() and not any("loss" in record for record in only.metrics())
 
 
+def test_answers_are_valid_names_in_training_and_in_evaluation_with_the_policys_own_log_probabilities(
+    folder: Path,
+) -> None:
+    (folder / "empty_block.py").write_text(
+        "def written(completions, task, **columns):\n"
+        "    named = [None if name != 'next_advertiser' else text for text, name in zip(completions, task)]\n"
+        "    return [text and float(text.startswith('<think></think>')) for text in named]\n"
+    )
+    written = f"{folder / 'empty_block.py'}:written"
+    settings = (
+        "rollout.valid_names=true",
+        "rollout.max_new_tokens=48",
+        "data.seq_length=512",
+        "data.sources=[{kind: simulator, task: next_advertiser, rows: 40}, {kind: simulator, task: query_ad_relevance, "
+        "rows: 40}]",
+        "data.validation_rows=8",
+        "train.evaluate_every=1",
+        "train.max_steps=2",
+        "rewards.combine=fixed",
+        f"rewards.use=[{{name: '{folder / 'reward.py'}:some'}}, {{name: '{written}'}}]",
+        "policy.kl_coef=0",
+        "checkpoint.save_every=null",
+    )
+    named = job(folder, "named", *settings, ranks=1, layout={"pp": 1, "ep": 1})
+    answers = [json.loads(line) for file in _steps(named) for line in file.read_text().splitlines()[1:]]
+    of_names = [answer for answer in answers if answer["rewards"][written] is not None]
+    assert {answer["rewards"][written] for answer in of_names} == {1.0}
+    assert 0 < len(of_names) < len(answers) and not any(answer["cut_off"] for answer in of_names)
+    assert len({answer["text"] for answer in of_names}) > 4
+    judged = [record for record in named.metrics() if "validation/reward" in record]
+    assert [record[f"validation/reward/{written}/mean"] for record in judged] == [1.0, 1.0]
+    for record in named.metrics():
+        assert "actor/pg_loss" not in record or 0 < record["rollout/logprob_abs_diff"] < 1e-4
+
+
 def _reward_weights(record: dict[str, float]) -> list[float]:
     return [value for name, value in record.items() if name.startswith("reward_weight/")]
 

@@ -130,6 +130,7 @@ def open_answering(
             journal=journal,
             longest_wait_seconds=config.runtime.load_timeout_seconds,
             on_progress=of_job.activity.moved,
+            names=prompts.names,
         )
         probe = WeightProbe(
             rows=prompts.probe,

@@ -22,6 +22,7 @@ from megatron_ads.rows import ChatRow
 from megatron_ads.stable_random import key_of
 from megatron_ads.training.checkpoint_errors import raised_on_all_ranks, raised_once_all_are_done
 from megatron_ads.training.rollout.engine import RolloutEngine
+from megatron_ads.training.rollout.name_rules import NameRules
 from megatron_ads.training.rollout.prompts import PolicyPrompt
 
 logger = get_logger(__name__)
@@ -81,14 +82,15 @@ class Generator:
         journal: Journal,
         longest_wait_seconds: float,
         on_progress: Callable[[], None],
+        names: NameRules | None = None,
     ) -> None:
         """Take this rank's engine and journal.
 
         ``longest_wait_seconds`` is how long the first rank to finish waits for the last; ``on_progress`` is called
-        after each chunk.
+        after each chunk; ``names`` are what may be answered, None anything.
         """
         self._engine, self._rows, self._batch_size, self._journal = engine, rows, batch_size, journal
-        self._patience, self._on_progress = longest_wait_seconds, on_progress
+        self._patience, self._on_progress, self._names = longest_wait_seconds, on_progress, names
 
     def answer(self, prompts: Sequence[PolicyPrompt], settings: AnswerSettings) -> list[Rollout]:
         """Return the answers to every prompt, in order, on every rank; a collective.
@@ -120,12 +122,17 @@ class Generator:
         """Return the rollouts of one chunk as records, generated now or before."""
         asked = [prompts[place] for place in chunk.prompts]
         how = settings.generation(number, chunk.samples)
-        key = digest_of([settings.weights, number, [prompt.tokens for prompt in asked], asdict(how)])
+        made_by = [settings.weights, number, [prompt.tokens for prompt in asked], asdict(how)]
+        if self._names is not None:
+            made_by.append([self._names.key(prompt.row) for prompt in asked])
+        key = digest_of(made_by)
         if (before := self._journal.read(key, lambda record: list(record["rollouts"]))) is not None:
             logger.info("a chunk of %d answers was finished before; it is not generated again", len(before))
             return before
         assert self._engine.engine is not None
-        answers = self._engine.engine.generate([prompt.tokens for prompt in asked], how)
+        names = self._names
+        rules = None if names is None else [names.rules(prompt.row, prompt.opened) for prompt in asked]
+        answers = self._engine.engine.generate([prompt.tokens for prompt in asked], how, rules=rules)
         records = [
             _rollout(prompts[place], place, completion, settings).as_record()
             for place, completions in zip(chunk.prompts, answers, strict=True)

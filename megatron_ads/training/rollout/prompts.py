@@ -6,6 +6,7 @@ Order and shares of sources are those of fine-tuning on the same rows, a prompt 
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Self
 
 import numpy as np
@@ -17,9 +18,11 @@ from megatron_ads.data.corpus import read_corpus
 from megatron_ads.data.mixing import Mixture, WeightedRows
 from megatron_ads.data.sources import describe_source
 from megatron_ads.errors import DataError
+from megatron_ads.inference.name_answers import names_trained_on
 from megatron_ads.layout import rank
 from megatron_ads.observability.log import get_logger
 from megatron_ads.rows import ChatRow, TokenizedRow
+from megatron_ads.training.rollout.name_rules import NameRules
 
 logger = get_logger(__name__)
 
@@ -87,15 +90,21 @@ class Prompts:
     """Rows with their targets, whose log-probabilities tell weights apart; never empty."""
     rows: dict[str, ChatRow]
     """Every row that has a prompt, by its id."""
+    names: NameRules | None = None
+    """What may be answered, with ``rollout.valid_names``."""
 
 
-def open_prompts(data: DataConfig, tokenizer: ChatTokenizer, *, max_new_tokens: int, probe_rows: int) -> Prompts:
+def open_prompts(
+    data: DataConfig, tokenizer: ChatTokenizer, *, max_new_tokens: int, probe_rows: int, valid_names: bool = False
+) -> Prompts:
     """Read the rows of a recipe and render their prompts.
 
     Prompts that leave no room for ``max_new_tokens`` in ``data.seq_length`` are left out and counted.
 
     Raises:
-        DataError: If a source cannot be read or has no prompt left, or two rows have the same id.
+        DataError: If a source cannot be read or has no prompt left, two rows have the same id, or there are no valid
+            names, or one that is too long.
+        ConfigError: If ``valid_names`` has no effect.
     """
     corpus = read_corpus(data)
     longest = data.seq_length - max_new_tokens
@@ -124,11 +133,16 @@ def open_prompts(data: DataConfig, tokenizer: ChatTokenizer, *, max_new_tokens: 
         ids = [prompt.row.id for prompt in kept]
         twice = next(name for name in ids if ids.count(name) > 1)
         raise DataError(f"Two rows have the id {twice!r}; rollouts name rows by it. Give each row an id of its own.")
+    names = None
+    if valid_names:
+        names = NameRules(names_trained_on(chain.from_iterable(corpus.training)), tokenizer)
+        names.check([(prompt.row, prompt.opened) for prompt in kept], max_new_tokens)
     return Prompts(
         stream=stream,
         held_out=held_out,
         probe=_probe([prompt.row for prompt in held_out + training[0]], tokenizer, probe_rows, data.seq_length),
         rows=by_id,
+        names=names,
     )
 
 

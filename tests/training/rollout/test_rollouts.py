@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ class Counting:
     def __init__(self, fails: bool) -> None:
         self.calls, self.fails = 0, fails
 
-    def generate(self, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[Completion]]:
+    def generate(self, prompts: Sequence[Sequence[int]], config: GenerationConfig, **_: Any) -> list[list[Completion]]:
         self.calls += 1
         if self.fails and self.calls == 2:
             raise DataError("the engine is lost")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ads.errors import DataError
-from megatron_ads.evaluation.name_answers import (
+from megatron_ads.inference.name_answers import (
     CollaborativeModel,
     NearestNames,
     bought_from,

@@ -13,8 +13,9 @@ needs no model and finds names that are spelt a little differently.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,8 @@ class AdvertiserNames:
 NO_NAMES = AdvertiserNames((), "nowhere")
 MAX_NAME_TOKENS = 256
 """Of a valid name: beams write it a token at a time, so that one long name holds up every row."""
+MAX_TRIES = 256
+"""Kept: rows with candidates of their own have one each."""
 
 
 def read_names(file: Path) -> AdvertiserNames:
@@ -95,7 +98,7 @@ class NameForms:
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         """Take the model's tokenizer."""
         self._tokenizer = tokenizer
-        self._tries: dict[tuple[tuple[str, ...], str], NameTrie] = {}
+        self._kept = lru_cache(MAX_TRIES)(self._trie)
 
     def text(self, name: str) -> str:
         """Return the whole answer with a name."""
@@ -115,23 +118,35 @@ class NameForms:
         Raises:
             DataError: If there are none, one has more than ``MAX_NAME_TOKENS``, or two are the same tokens.
         """
-        key = (tuple(names), opened)
-        if key not in self._tries:
-            # Encoded with what comes before, as in training, where it may change how a name begins.
-            before, end = self.before(opened), self._tokenizer.before_end
-            whole = {name: self._tokenizer.encode(self._text(name, opened) + end) for name in names}
-            for name, tokens in whole.items():
-                if tokens[: len(before)] != before:
-                    raise DataError(f"the tokenizer joins the end of the reasoning with the beginning of {name!r}.")
-            behind = {name: tokens[len(before) :] for name, tokens in whole.items()}
-            longest = max(behind, key=lambda name: len(behind[name]), default="")
-            if behind and len(behind[longest]) > MAX_NAME_TOKENS:
-                raise DataError(
-                    f"the valid name {longest[:_SHOWN_CHARACTERS]!r}... has {len(behind[longest]):,} tokens, and beams "
-                    f"write names of at most {MAX_NAME_TOKENS}; shorten it, or leave it out of --names."
-                )
-            self._tries[key] = build_trie(behind, self._tokenizer.end_token_id)
-        return self._tries[key]
+        return self._kept(tuple(names), opened, False)
+
+    def answers(self, names: Sequence[str], opened: str) -> NameTrie:
+        """Return the whole answers, what comes before the name included.
+
+        Raises:
+            DataError: If there are none, or two are the same tokens.
+        """
+        return self._kept(tuple(names), opened, True)
+
+    def _trie(self, names: tuple[str, ...], opened: str, whole: bool) -> NameTrie:
+        # Encoded with what comes before, as in training, where it may change how a name begins.
+        end = self._tokenizer.before_end
+        answers = {name: self._tokenizer.encode(self._text(name, opened) + end) for name in names}
+        return build_trie(answers if whole else self._behind(answers, opened), self._tokenizer.end_token_id)
+
+    def _behind(self, answers: Mapping[str, list[int]], opened: str) -> dict[str, list[int]]:
+        before = self.before(opened)
+        for name, tokens in answers.items():
+            if tokens[: len(before)] != before:
+                raise DataError(f"the tokenizer joins the end of the reasoning with the beginning of {name!r}.")
+        behind = {name: tokens[len(before) :] for name, tokens in answers.items()}
+        longest = max(behind, key=lambda name: len(behind[name]), default="")
+        if behind and len(behind[longest]) > MAX_NAME_TOKENS:
+            raise DataError(
+                f"the valid name {longest[:_SHOWN_CHARACTERS]!r}... has {len(behind[longest]):,} tokens, and beams "
+                f"write names of at most {MAX_NAME_TOKENS}; shorten it, or leave it out of --names."
+            )
+        return behind
 
     def _text(self, name: str, opened: str) -> str:
         return self._tokenizer.as_answer(render_reasoned("", name)).removeprefix(opened)
