@@ -44,7 +44,8 @@ class WeightUpdate:
             ConversionError: If a name is unknown, a shape differs, or weights are missing. The model then holds a
                 mixture of old and new weights.
         """
-        missing = set(self._places)
+        # What has no values, such as shared experts where there are none, no checkpoint need have.
+        missing = {name for name, place in self._places.items() if place.numel()}
         for name, tensor in weights:
             place = self._places.get(name)
             if place is None:

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from conversion.hf_folder import open_hf_folder
 from megatron_ads.config.generation import GenerationConfig
+from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
 from megatron_ads.errors import ConversionError
 from megatron_ads.inference import weight_update
 from megatron_ads.inference.engine import UnsupportedError
@@ -65,6 +67,18 @@ def test_another_dtype_is_converted_and_mtp_layers_are_left_out(random_model: Pa
     ):
         assert found != wanted
         assert found == pytest.approx(wanted, abs=0.05)  # BF16 keeps 8 bits
+
+
+def test_a_model_without_shared_experts_needs_none(tmp_path: Path) -> None:
+    write_demo_model(tmp_path / "model", CONFIGS[Preset.tiny] | {"n_shared_experts": 0, "torch_dtype": "float32"})
+    weights = {name: tensor.read() for name, tensor in open_hf_folder(tmp_path / "model").tensors.items()}
+    assert not any("shared_experts" in name for name in weights)
+    engine = engine_on(tmp_path / "model")
+    before = engine.log_probabilities(PROMPTS, ANSWERS)
+    engine.update_weights((name, 2 * tensor) for name, tensor in weights.items())
+    assert engine.log_probabilities(PROMPTS, ANSWERS) != before
+    engine.update_weights(iter(weights.items()))
+    assert engine.log_probabilities(PROMPTS, ANSWERS) == before
 
 
 def test_weights_that_are_missing_or_unknown_are_named(random_model: Path, other_model: Path) -> None:
