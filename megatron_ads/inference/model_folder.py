@@ -25,26 +25,29 @@ def model_state(model: Path) -> str:
 
 
 @contextmanager
-def hugging_face_folder(model: Path) -> Iterator[Path]:
+def hugging_face_folder(model: Path, *, takes_weights: bool = False) -> Iterator[Path]:
     """Yield ``model``, or an export of it, which is deleted afterwards: of Megatron's, and on a CPU of FP8 as BF16.
+
+    With ``takes_weights``, FP8 becomes BF16 everywhere: a model loaded in FP8 has no place for the weights of a job.
 
     Raises:
         ConversionError: If the folder is no checkpoint, is incomplete or damaged, or the export does not fit the disk.
     """
     config = read_config(model) if (model / "config.json").exists() else {}
     of_family = config.get("model_type") in MODEL_TYPES  # transformers takes care of any other
-    fp8_here = of_family and device().type == "cpu" and isinstance(config.get("quantization_config"), dict)
-    if _is_hugging_face(model) and not fp8_here:
+    unfit = takes_weights or device().type == "cpu"  # transformers runs FP8 on a GPU only
+    fp8_unfit = unfit and of_family and isinstance(config.get("quantization_config"), dict)
+    if _is_hugging_face(model) and not fp8_unfit:
         if of_family:
             check_for_transformers(model)
         yield model
         return
     kind = open_source(model).kind
     with tempfile.TemporaryDirectory(prefix="megatron-ads-export-") as folder:
-        what = f"{kind}{', in FP8, which transformers runs on a GPU only' if fp8_here else ''}"
+        what = f"{kind}{', in FP8, which is needed as BF16' if fp8_unfit else ''}"
         logger.info("%s is a %s: exporting it to %s for as long as it is used (TMPDIR moves it).", model, what, folder)
         target = Path(folder) / "model"
-        to_hf(model, target, dtype=ExportDtype.BF16 if fp8_here else ExportDtype.STORED)
+        to_hf(model, target, dtype=ExportDtype.BF16 if fp8_unfit else ExportDtype.STORED)
         yield target
 
 

@@ -110,6 +110,6 @@ def open_rollout_engine(
 def _colocated(config: RlConfig, tokenizer: ChatTokenizer) -> TransformersEngine:
     """Return the whole model on this rank's device, in the number format that is trained; on a CPU in FP32."""
     exact = config.model.precision is Precision.fp32 or device().type == "cpu"
-    with hugging_face_folder(Path(config.model.load)) as folder:
+    with hugging_face_folder(Path(config.model.load), takes_weights=True) as folder:
         model = load_model(folder, torch.float32 if exact else torch.bfloat16)
     return TransformersEngine(model, end_token=tokenizer.end_token_id, tokenizer=tokenizer)

@@ -1,13 +1,20 @@
 """What goes wrong with one rank's engine ends the job on every rank, and leaves none in a collective."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from conversion.convert import to_hf
+from conversion.hf_folder import open_hf_folder
+from conversion.to_hf import ExportDtype
+from megatron_ads.config.recipes import load_job
+from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
 from megatron_ads.errors import DataError, MegatronAdsError
 from megatron_ads.inference.engine import Engine
 from megatron_ads.inference.server_pool import Probe, ServerPool
@@ -52,6 +59,21 @@ def _not_probed() -> tuple[str, dict[str, float]]:
     with pytest.raises(MegatronAdsError) as caught:
         engine.gap(Probe([[5]], [[1]], [[-0.5]]))
     return str(caught.value), engine.metrics()
+
+
+def test_an_engine_beside_the_trainer_takes_weights_though_its_checkpoint_is_in_fp8_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_ads.inference import model_folder
+    from megatron_ads.training.rollout.engine import _colocated
+
+    write_demo_model(tmp_path / "fp8", CONFIGS[Preset.tiny], fp8=True)
+    monkeypatch.setattr(model_folder, "device", lambda: torch.device("cuda"))
+    config: Any = load_job("rl/quickstart", [f"model.load={tmp_path / 'fp8'}"])
+    engine = _colocated(config, Mock(end_token_id=1))
+    to_hf(tmp_path / "fp8", tmp_path / "bf16", dtype=ExportDtype.BF16)
+    stored = open_hf_folder(tmp_path / "bf16").tensors
+    engine.update_weights((name, tensor.read()) for name, tensor in stored.items())
 
 
 def test_weights_that_one_engine_does_not_take_end_the_job_on_every_rank() -> None:
