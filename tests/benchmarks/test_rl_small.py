@@ -1,13 +1,14 @@
 """The benchmark of reinforcement learning: its tables, and one line where it is asked for what it does not have."""
 
 import json
+import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.rl_small import _Path, main
+from benchmarks.rl_small import _parse, _Path, main
 from benchmarks.rl_small_pipeline import gain, reward_of
 from benchmarks.rl_small_table import tables
 from benchmarks.rl_small_tracks import TRACKS
@@ -84,3 +85,16 @@ def test_reasoning_that_the_rows_do_not_have_is_refused(tmp_path: Path, capsys: 
     assert capsys.readouterr().err == (
         "benchmarks.rl_small: --reasoning is with, which --track advertiser does not have. Leave it out.\n"
     )
+
+
+def test_the_commands_of_the_readme_are_those_of_the_kept_results() -> None:
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    lines = (benchmarks / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line)[3:] for line in lines if line.startswith("python -m benchmarks.rl_small ")]
+    kept = {file.stem.removeprefix("rl_small_"): json.loads(file.read_text(encoding="utf-8"))
+            for file in (benchmarks / "results").glob("rl_small_*.json")}  # fmt: skip
+    assert len(commands) == len(kept) == 3
+    for command in commands:
+        asked = {name: value for name, value in vars(_parse(command)).items() if name not in ("out", "reasoning")}
+        asked["ranks"] = 2  # of the machine of these results; the default is this machine's
+        assert {name: kept[asked["track"]][name] for name in asked} == asked
