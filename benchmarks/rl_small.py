@@ -16,7 +16,7 @@ greedily. The tracks:
                  of `rl/downstream_reward`; the language first, then `sft/small`.
 
 Each stage is done once; the same command continues where it was interrupted. DIR/results.md has the tables,
-DIR/results.json every number, DIR/STAGE/report.html the curves. The seed decides the first weights, the order of
+DIR/results.json their numbers, DIR/STAGE/report.html the curves. The seed decides the first weights, the order of
 rows and the draws; the held-out rows are the same for all.
 """
 
@@ -28,80 +28,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rl_small_pipeline import gain, make_pipeline, pipeline_scores, reward_of
+from benchmarks.rl_small_pipeline import gain, make_pipeline, reward_of
 from benchmarks.rl_small_table import tables
+from benchmarks.rl_small_tracks import TRACKS, Track, evaluated
 from benchmarks.sft_small import run_command, run_path, train_stage, write_results, write_texts
 from megatron_ads.cli import exit_status
-from megatron_ads.config.generation import GenerationConfig, Method
 from megatron_ads.errors import ConfigError
 from megatron_ads.observability.provenance import own_code_digest
 from megatron_ads.quickstart.stages import Stage, StageRecord
-
-SOURCE = "data.sources=[{{kind: simulator, task: {task}, rows: {rows}}}]"
-
-
-@dataclass(frozen=True, slots=True)
-class Track:
-    """One task, and the recipes that lead to it."""
-
-    task: str
-    preset: str
-    sft: str
-    rl: str
-    data: tuple[str, ...]
-    """Settings of both recipes: the rows, and which of them are held out."""
-    reasoning: tuple[str, ...]
-    """Ways to go along the path; the first alone unless more are asked for."""
-    of_sft: tuple[str, ...] = ()
-    of_rl: tuple[str, ...] = ()
-    method: Method = Method.greedy
-    """How held-out rows are answered."""
-    reads_first: bool = True
-    """Whether the model learns the language before it is fine-tuned."""
-    pipeline: bool = False
-    """Whether answers are rewarded and scored by what a frozen pipeline retrieves with them."""
-
-
-TRACKS = {
-    "advertiser": Track(
-        task="next_advertiser_ranking",
-        preset="shallow",
-        sft="sft/small",
-        rl="rl/advertiser_grpo",
-        data=("data=simulator", "data.seq_length=768", SOURCE.format(task="next_advertiser_ranking", rows=20000)),
-        reasoning=("none",),
-    ),
-    "relevance": Track(
-        task="query_ad_relevance",
-        preset="tiny",
-        sft="sft/quickstart",
-        rl="rl/quickstart",
-        data=(SOURCE.format(task="query_ad_relevance", rows=12000), "layout=pp1_ep1"),
-        reasoning=("with", "without"),
-        of_sft=("model.mtp_loss_weight=0",),
-        reads_first=False,
-    ),
-    "brand": Track(
-        task="next_advertiser",
-        preset="shallow",
-        sft="sft/small",
-        rl="rl/advertiser_grpo",
-        data=("data=next_brand", "data.seq_length=512", "data.sources=[{kind: next_brand}]"),
-        reasoning=("none",),
-        of_rl=("rewards.use=[{name: list_ranking}]", "rollout.max_new_tokens=24"),
-        method=Method.constrained_beam,
-    ),
-    "downstream": Track(
-        task="next_advertiser",
-        preset="shallow",
-        sft="sft/small",
-        rl="rl/downstream_reward",
-        data=("data=simulator", "data.seq_length=512", SOURCE.format(task="next_advertiser", rows=20000)),
-        reasoning=("none",),
-        of_rl=("layout=pp1_ep1",),
-        pipeline=True,
-    ),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,8 +52,8 @@ def _run(arguments: argparse.Namespace) -> int:
     stages = [stage for seed in range(arguments.seeds) for stage in path.stages(seed, ways)]
     records = run_path(stages, out)
     results = {way: [path.results(seed, way, records) for seed in range(arguments.seeds)] for way in ways}
-    report = {"track": arguments.track, "ranks": arguments.ranks, "reasoning": results}
-    write_results(out, report, tables(results))
+    sizes = {name: value for name, value in vars(arguments).items() if name not in ("out", "reasoning")}
+    write_results(out, {**sizes, "reasoning": results}, tables(results))
     return 0
 
 
@@ -130,7 +64,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--reasoning", choices=["with", "without", "both"], help="relevance (default: with)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of the whole path (default 3)")
     parser.add_argument("--ranks", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: 2)")
-    parser.add_argument("--text-steps", type=int, default=800, help="advertiser: steps on the texts (default 800)")
+    parser.add_argument("--text-steps", type=int, default=800, help="on the texts; not of relevance (default 800)")
     parser.add_argument("--sft-steps", type=int, default=1600, help="steps of the fine-tuning (default 1600)")
     parser.add_argument("--rl-steps", type=int, default=100, help="steps of GRPO (default 100)")
     parser.add_argument("--held-out", type=int, default=256, help="rows to answer (default 256)")
@@ -218,7 +152,7 @@ class _Path:
     def _score(self, name: str, model: Path, data: Sequence[str], *, after: str) -> Stage:
         answers = self.out / f"{name}.jsonl"
         pipeline = self.out / "pipeline" if self.track.pipeline else None
-        run = partial(_evaluate, self.track, model, [*self.track.of_sft, *data], answers, pipeline)
+        run = partial(evaluated, self.track, model, [*self.track.of_sft, *data], answers, pipeline)
         return Stage(
             name=name, title=name, settings={"data": list(data)}, after=[after, *(["pipeline"] if pipeline else [])],
             outputs=[answers], resumable=True, run=run,
@@ -243,44 +177,16 @@ class _Path:
         }
         steps = [row for row in read_metrics(rl) if "timing_s/rollout" in row]
         phases = {name: [row[name] for row in steps] for name in steps[0] if name.startswith("timing_s/")}
-        scores = {about: records[name].result for about, name in names.items()}
+        scores = {about: dict(records[name].result) for about, name in names.items()}
+        of_rows = {about: found.pop("of_rows", None) for about, found in scores.items()}
         return {
             "scores": scores,
-            "gain": gain(scores["SFT"], scores["SFT + GRPO"]),
+            "gain": gain(of_rows["SFT"], of_rows["SFT + GRPO"]),
             "step_seconds": [row["step_seconds"] for row in steps],
             "phases": phases,
             "reward": [row.get("critic/rewards/mean") for row in steps],
             "cost": records[f"cost-{way}"].result if seed == 0 else None,
         }
-
-
-def _evaluate(
-    track: Track, model: Path, overrides: Sequence[str], answers: Path, pipeline: Path | None
-) -> dict[str, Any]:
-    """Return the headline of the track, with the interval of resampled groups, beside what the baselines get."""
-    from megatron_ads.config.recipes import load_job
-    from megatron_ads.evaluation.evaluate import EvaluationRequest, evaluate, held_out
-
-    how = GenerationConfig(method=track.method)
-    request = EvaluationRequest(recipe=track.sft, overrides=overrides, batch_size=64, answers_file=answers, how=how)
-    scores = evaluate(model, request)["tasks"][track.task]
-    if pipeline:
-        rows = held_out(load_job(track.sft, overrides, sections=["data"]).data).tasks
-        return {**pipeline_scores(answers, rows, pipeline), "readable": scores["readable_share"]}
-    if "ranking" not in scores:
-        view = scores["views"]["fair"]
-        beside = [name for name in ("baseline", "text_baseline", "reachable") if name in view]
-        return {
-            "name": "balanced accuracy", "value": view["model"]["balanced_accuracy"],
-            "interval": view["balanced_accuracy_95"], "readable": scores["readable_share"],
-            "lines": {name: view[name]["balanced_accuracy"] for name in beside},
-        }  # fmt: skip
-    methods = scores["ranking"]["methods"]
-    return {
-        "name": "recall@20", "value": methods["model"]["recall@20"], "interval": methods["model"].get("recall@20_95"),
-        "readable": scores["readable_share"],
-        "lines": {name: values["recall@20"] for name, values in methods.items() if name != "model"},
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

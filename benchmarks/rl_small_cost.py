@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from megatron_ads.config.rl import RlConfig
+    from megatron_ads.data.chat import ChatTokenizer
 
 REPETITIONS = 5
 """In turn, so that a change of the machine's load meets both."""
@@ -37,12 +38,10 @@ def _generation(model: Path, config: "RlConfig") -> dict[str, Any]:
     from megatron_ads.data.chat import load_tokenizer
     from megatron_ads.inference.language_model import left_padded, load_model
     from megatron_ads.inference.transformers_engine import TransformersEngine
-    from megatron_ads.training.rollout.prompts import open_prompts
 
     tokenizer, loaded = load_tokenizer(model), load_model(model, torch.float32)
     limit, samples, pad = config.rollout.max_new_tokens, config.rollout.samples, tokenizer.end_token_id
-    stream = open_prompts(config.data, tokenizer, max_new_tokens=limit, probe_rows=1).stream
-    asked = [one.tokens for one in stream.draw(max(1, config.rollout.batch_size // samples))]
+    asked = _prompts(config, tokenizer)
     engine = TransformersEngine(loaded, end_token=loaded.config.vocab_size, pad_token=pad, tokenizer=tokenizer)
     ids, mask = left_padded(asked, pad)
 
@@ -60,16 +59,29 @@ def _generation(model: Path, config: "RlConfig") -> dict[str, Any]:
     ours_drawn, theirs_drawn = _in_turn(
         lambda: ours(drawn), lambda: theirs(do_sample=True, top_k=0, num_return_sequences=samples)
     )
-    likeliest = zip(ours(GenerationConfig(max_new_tokens=limit)), theirs(do_sample=False), strict=True)
-    pairs = [pair for mine, other in likeliest for pair in zip(mine, other, strict=True)]
     return {
         "answers": len(asked) * samples,
         "tokens_per_answer": limit,
         "prompt_tokens": sum(map(len, asked)) / len(asked),
         "rollout_seconds": ours_drawn.seconds,
         "generate_seconds": theirs_drawn.seconds,
-        "same_tokens": sum(mine == other for mine, other in pairs) / len(pairs),
+        "same_tokens": _share_of_same(ours(GenerationConfig(max_new_tokens=limit)), theirs(do_sample=False)),
     }
+
+
+def _prompts(config: "RlConfig", tokenizer: "ChatTokenizer") -> list[tuple[int, ...]]:
+    """Return the prompts of one batch of answers."""
+    from megatron_ads.training.rollout.prompts import open_prompts
+
+    limit, batch = config.rollout.max_new_tokens, max(1, config.rollout.batch_size // config.rollout.samples)
+    stream = open_prompts(config.data, tokenizer, max_new_tokens=limit, probe_rows=1).stream
+    return [one.tokens for one in stream.draw(batch)]
+
+
+def _share_of_same(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
+    both = zip(ours, theirs, strict=True)
+    pairs = [pair for mine, other in both for pair in zip(mine, other, strict=True)]
+    return sum(mine == other for mine, other in pairs) / len(pairs)
 
 
 def _new_weights(model: Path) -> dict[str, Any]:

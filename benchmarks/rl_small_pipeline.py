@@ -28,7 +28,10 @@ def make_pipeline(out: Path) -> dict[str, Any]:
 
 
 def pipeline_scores(answers_file: Path, rows: Sequence["ChatRow"], folder: Path) -> dict[str, Any]:
-    """Return recall@K of a pipeline with the answers to held-out rows in its queries, and what is beside it."""
+    """Return recall@K of a pipeline with the answers to held-out rows in its queries, and what is beside it.
+
+    ``of_rows`` has the value of each row, for the difference to another model's.
+    """
     from megatron_ads.downstream.pipeline_folder import load_pipeline
     from megatron_ads.metrics.intervals import ends, mean_interval
 
@@ -45,13 +48,13 @@ def pipeline_scores(answers_file: Path, rows: Sequence["ChatRow"], folder: Path)
     }
 
 
-def gain(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the mean difference on the same rows with its interval; None for scores without values of rows."""
+def gain(before: Sequence[float] | None, after: Sequence[float] | None) -> dict[str, Any] | None:
+    """Return the mean difference of the same rows' values with its interval; None without values of rows."""
     from megatron_ads.metrics.intervals import ends, mean_interval
 
-    if "of_rows" not in before:
+    if before is None or after is None:
         return None
-    differences = [new - old for old, new in zip(before["of_rows"], after["of_rows"], strict=True)]
+    differences = [new - old for old, new in zip(before, after, strict=True)]
     return {"value": sum(differences) / len(differences), "interval": ends(mean_interval(differences))}
 
 

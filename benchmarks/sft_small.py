@@ -136,24 +136,18 @@ def _stages(
     model, texts, language = out / "model", out / "texts.jsonl", out / "language"
     make = ["demo-model", str(model), "--preset", "shallow", "--dtype", "fp32"]
     yield Stage(
-        name="model",
-        title="make a random checkpoint",
-        settings={"command": make, "code": own_code_digest()},
-        outputs=[model],
-        run=partial(run_command, make, out, "model"),
-    )
+        name="model", title="make a random checkpoint", settings={"command": make, "code": own_code_digest()},
+        outputs=[model], run=partial(run_command, make, out, "model"),
+    )  # fmt: skip
     # Settings of the data decide over what is held out, which the texts must not show.
     of_data = [setting for setting in arguments.overrides if setting.startswith("data")]
     sections = sorted(
         {(*variant.evaluate, *of_data) for variant in variants.values() if "data.reasoning=false" not in variant.train}
     )
     yield Stage(
-        name="texts",
-        title="write the texts to learn from",
-        settings={"sections": sections, "code": own_code_digest()},
-        outputs=[texts],
-        run=partial(write_texts, texts, sections),
-    )
+        name="texts", title="write the texts to learn from", outputs=[texts],
+        settings={"sections": sections, "code": own_code_digest()}, run=partial(write_texts, texts, sections),
+    )  # fmt: skip
     learn = [
         f"model.load={model}", f"log.dir={language}", "data=jsonl", "data.seq_length=512", "data.validation_rows=200",
         f"data.sources=[{{kind: jsonl, path: {texts}}}]", "loss.normalize=token", "optim.min_learning_rate=4.0e-4",

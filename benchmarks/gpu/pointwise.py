@@ -1,9 +1,11 @@
 """Norms, rotations, activations and the loss at DeepSeek-R1's widths, next to what torch and Megatron-Core have."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.stacks import STACKS, Stack, one_rank
@@ -40,40 +42,29 @@ def _pointwise_work(stack: Stack, tiny: bool) -> dict[str, tuple[Differentiated,
     from megatron_ads.models.attention import make_heads
     from megatron_ads.models.specs import RMSNorm
 
-    functional, shape = torch.nn.functional, stack.shape
-    tokens, hidden = 64 if tiny else 4096, shape.hidden_size
-    x, gate_up = _leaf(tokens, hidden), _leaf(8 * tokens, 2 * shape.expert_ffn_size)
+    shape, tokens = stack.shape, 64 if tiny else 4096
+    x, gate_up = _leaf(tokens, shape.hidden_size), _leaf(8 * tokens, 2 * shape.expert_ffn_size)
     routing = torch.rand(8 * tokens, 1, device=device()).requires_grad_()
-    norm = RMSNorm(stack.megatron_config(), hidden, 1e-6)
+    norm = RMSNorm(stack.megatron_config(), shape.hidden_size, 1e-6)
     logits, labels = _leaf(tokens, 1, shape.vocab_size), torch.randint(shape.vocab_size, (tokens, 1), device=device())
     query, key = _leaf(tokens, 1, shape.num_heads, shape.qk_head_dim), _leaf(tokens, 1, shape.qk_rope_head_dim)
     key_value = _leaf(tokens, 1, shape.num_heads, shape.qk_nope_head_dim + shape.v_head_dim)
     angles = torch.rand(tokens, 1, shape.qk_rope_head_dim // 2, device=device())
     turns = torch.polar(torch.ones_like(angles), angles)
 
-    def swiglu(gate_up: Tensor, routing: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return (functional.silu(gate) * up * routing).to(gate_up.dtype)
-
     def heads(query: Tensor, key_value: Tensor, key: Tensor) -> Tensor:
         return torch.cat([part.flatten() for part in make_heads(query, key_value, key, turns)])
 
-    def cross_entropy(logits: Tensor) -> Tensor:
-        return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(-1, 1)
-
-    def torch_norm(x: Tensor, weight: Tensor) -> Tensor:
-        return functional.rms_norm(x, (hidden,), weight, 1e-6)
-
-    ends, loss = (gate_up, routing), (logits,)
+    ends, loss, cross_entropy = (gate_up, routing), (logits,), partial(_cross_entropy, labels=labels)
     return {
-        "RMSNorm": (_with_gradients(norm, (x,)), _in_fp32(lambda x: torch_norm(x, norm.weight.float()), (x,))),
-        "RMSNorm of torch": (_with_gradients(lambda x: torch_norm(x, norm.weight), (x,)), None),
+        "RMSNorm": (_with_gradients(norm, (x,)), _in_fp32(lambda x: _torch_norm(x, norm.weight.float()), (x,))),
+        "RMSNorm of torch": (_with_gradients(lambda x: _torch_norm(x, norm.weight), (x,)), None),
         "heads with rotation": (
             _with_gradients(heads, (query, key_value, key)), _in_fp32(heads, (query, key_value, key)),
         ),
-        "SwiGLU of the experts, eager": (_with_gradients(swiglu, ends), _in_fp32(swiglu, ends)),
+        "SwiGLU of the experts, eager": (_with_gradients(_swiglu, ends), _in_fp32(_swiglu, ends)),
         "SwiGLU of the experts, Megatron-Core": (
-            _with_gradients(lambda x, w: weighted_bias_swiglu_impl(x, None, w), ends), _in_fp32(swiglu, ends),
+            _with_gradients(lambda x, w: weighted_bias_swiglu_impl(x, None, w), ends), _in_fp32(_swiglu, ends),
         ),
         "cross entropy, Megatron-Core": (
             _with_gradients(lambda x: vocab_parallel_cross_entropy(x.float(), labels), loss),
@@ -81,6 +72,19 @@ def _pointwise_work(stack: Stack, tiny: bool) -> dict[str, tuple[Differentiated,
         ),
         "cross entropy of torch": (_with_gradients(cross_entropy, loss), None),
     }  # fmt: skip
+
+
+def _swiglu(gate_up: Tensor, routing: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (functional.silu(gate) * up * routing).to(gate_up.dtype)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(-1, 1)
+
+
+def _torch_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return functional.rms_norm(x, weight.shape, weight, 1e-6)
 
 
 def _leaf(*shape: int) -> Tensor:

@@ -5,6 +5,7 @@ input (``fork RANK WORLD ADDRESS FOLDER``, answered with the process id) and rep
 die with it, and it ends when its standard input closes, so that nothing outlives the test session, however that ends.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -60,8 +61,16 @@ def main() -> None:
             rank, world, address, folder = arguments
             answer = os.fork() or _live_as_rank(int(rank), int(world), address, Path(folder))
         else:
-            answer = os.waitstatus_to_exitcode(os.waitpid(int(arguments[0]), 0)[1])
+            answer = _end_of_rank(int(arguments[0]))
         print(answer, file=answers, flush=True)
+
+
+def _end_of_rank(pid: int) -> int:
+    """Wait until a rank has ended, end what it has started, and return its exit status."""
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # until it is waited for, its group's number is nobody else's
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def _live_as_rank(rank: int, world: int, address: str, folder: Path) -> NoReturn:

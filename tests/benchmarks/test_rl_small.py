@@ -1,16 +1,21 @@
 """The benchmark of reinforcement learning: its tables, and one line where it is asked for what it does not have."""
 
+import json
+import shlex
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.rl_small import TRACKS, main
+from benchmarks.rl_small import _parse, _Path, main
 from benchmarks.rl_small_pipeline import gain, reward_of
 from benchmarks.rl_small_table import tables
+from benchmarks.rl_small_tracks import TRACKS
 from megatron_ads.config.recipes import load_job
 from megatron_ads.config.rl import RlConfig
 from megatron_ads.config.run import SftConfig
+from megatron_ads.quickstart.stages import StageRecord
 
 
 def seed(value: float, *, cost: dict[str, float] | None = None) -> dict[str, Any]:
@@ -38,12 +43,29 @@ def test_the_table_has_the_mean_of_the_seeds_next_to_each_and_the_baselines() ->
 
 
 def test_what_is_gained_is_a_mean_of_differences_of_rows_with_their_interval() -> None:
-    found = gain({"of_rows": [0.0, 1.0] * 50}, {"of_rows": [1.0, 1.0] * 50})
+    found = gain([0.0, 1.0] * 50, [1.0, 1.0] * 50)
     assert found is not None and found["value"] == 0.5 and found["interval"] == pytest.approx([0.4, 0.6], abs=0.02)
     assert "| what GRPO adds, row by row | with | +0.500 |" in tables(
         {"with": [seed(0.0, cost=COST) | {"gain": found}]}
     )
-    assert gain({}, {}) is None
+    assert gain(None, None) is None
+
+
+def test_results_have_the_gain_of_the_rows_and_not_the_rows(tmp_path: Path) -> None:
+    (tmp_path / "grpo-none-0").mkdir()
+    step = {"step": 1, "step_seconds": 3.0, "timing_s/rollout": 1.0, "critic/rewards/mean": 0.25}
+    (tmp_path / "grpo-none-0" / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+    found = {
+        "zero-none-0": {"value": 0.0, "of_rows": [0.0, 0.0]},
+        "sft-none-0-scores": {"value": 0.5, "of_rows": [1.0, 0.0]},
+        "grpo-none-0-scores": {"value": 1.0, "of_rows": [1.0, 1.0]},
+        "cost-none": {},
+    }
+    records = {name: StageRecord(fingerprint="", seconds=1.0, result=result) for name, result in found.items()}
+    results = _Path(tmp_path, TRACKS["downstream"], Namespace()).results(0, "none", records)
+    assert results["scores"] == {"zero-shot": {"value": 0.0}, "SFT": {"value": 0.5}, "SFT + GRPO": {"value": 1.0}}
+    assert results["gain"]["value"] == 0.5 and results["phases"] == {"timing_s/rollout": [1.0]}
+    assert found["sft-none-0-scores"]["of_rows"] == [1.0, 0.0]  # of the stage's record, which is read again
 
 
 @pytest.mark.parametrize("name", list(TRACKS))
@@ -63,3 +85,16 @@ def test_reasoning_that_the_rows_do_not_have_is_refused(tmp_path: Path, capsys: 
     assert capsys.readouterr().err == (
         "benchmarks.rl_small: --reasoning is with, which --track advertiser does not have. Leave it out.\n"
     )
+
+
+def test_the_commands_of_the_readme_are_those_of_the_kept_results() -> None:
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    lines = (benchmarks / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line)[3:] for line in lines if line.startswith("python -m benchmarks.rl_small ")]
+    kept = {file.stem.removeprefix("rl_small_"): json.loads(file.read_text(encoding="utf-8"))
+            for file in (benchmarks / "results").glob("rl_small_*.json")}  # fmt: skip
+    assert len(commands) == len(kept) == 3
+    for command in commands:
+        asked = {name: value for name, value in vars(_parse(command)).items() if name not in ("out", "reasoning")}
+        asked["ranks"] = 2  # of the machine of these results; the default is this machine's
+        assert {name: kept[asked["track"]][name] for name in asked} == asked

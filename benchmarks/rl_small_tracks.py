@@ -1,0 +1,96 @@
+"""The tracks of ``benchmarks.rl_small``: a task, the recipes that lead to it, and what its held-out rows are worth."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rl_small_pipeline import pipeline_scores
+from megatron_ads.config.generation import GenerationConfig, Method
+
+SOURCE = "data.sources=[{{kind: simulator, task: {task}, rows: {rows}}}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """One task, and the recipes that lead to it."""
+
+    task: str
+    rl: str
+    data: tuple[str, ...]
+    """Settings of both recipes: the rows, and which of them are held out."""
+    sft: str = "sft/small"
+    preset: str = "shallow"
+    """Shape of the random checkpoint."""
+    reasoning: tuple[str, ...] = ("none",)
+    """Ways to go along the path; the first alone unless more are asked for."""
+    of_sft: tuple[str, ...] = ()
+    of_rl: tuple[str, ...] = ()
+    method: Method = Method.greedy
+    """How held-out rows are answered."""
+    reads_first: bool = True
+    """Whether the model learns the language before it is fine-tuned."""
+    pipeline: bool = False
+    """Whether answers are rewarded and scored by what a frozen pipeline retrieves with them."""
+
+
+TRACKS = {
+    "advertiser": Track(
+        task="next_advertiser_ranking",
+        rl="rl/advertiser_grpo",
+        data=("data=simulator", "data.seq_length=768", SOURCE.format(task="next_advertiser_ranking", rows=20000)),
+    ),
+    "relevance": Track(
+        task="query_ad_relevance",
+        rl="rl/quickstart",
+        data=(SOURCE.format(task="query_ad_relevance", rows=12000), "layout=pp1_ep1"),
+        sft="sft/quickstart",
+        preset="tiny",
+        reasoning=("with", "without"),
+        of_sft=("model.mtp_loss_weight=0",),
+        reads_first=False,
+    ),
+    "brand": Track(
+        task="next_advertiser",
+        rl="rl/advertiser_grpo",
+        data=("data=next_brand", "data.seq_length=512", "data.sources=[{kind: next_brand}]"),
+        of_rl=("rewards.use=[{name: list_ranking}]", "rollout.max_new_tokens=24"),
+        method=Method.constrained_beam,
+    ),
+    "downstream": Track(
+        task="next_advertiser",
+        rl="rl/downstream_reward",
+        data=("data=simulator", "data.seq_length=512", SOURCE.format(task="next_advertiser", rows=20000)),
+        of_rl=("layout=pp1_ep1",),
+        pipeline=True,
+    ),
+}
+
+
+def evaluated(
+    track: Track, model: Path, overrides: Sequence[str], answers: Path, pipeline: Path | None
+) -> dict[str, Any]:
+    """Return the headline of the track, with the interval of resampled groups, beside what the baselines get."""
+    from megatron_ads.config.recipes import load_job
+    from megatron_ads.evaluation.evaluate import EvaluationRequest, evaluate, held_out
+
+    how = GenerationConfig(method=track.method)
+    request = EvaluationRequest(recipe=track.sft, overrides=overrides, batch_size=64, answers_file=answers, how=how)
+    scores = evaluate(model, request)["tasks"][track.task]
+    if pipeline:
+        rows = held_out(load_job(track.sft, overrides, sections=["data"]).data).tasks
+        return {**pipeline_scores(answers, rows, pipeline), "readable": scores["readable_share"]}
+    if "ranking" not in scores:
+        view = scores["views"]["fair"]
+        beside = [name for name in ("baseline", "text_baseline", "reachable") if name in view]
+        return {
+            "name": "balanced accuracy", "value": view["model"]["balanced_accuracy"],
+            "interval": view["balanced_accuracy_95"], "readable": scores["readable_share"],
+            "lines": {name: view[name]["balanced_accuracy"] for name in beside},
+        }  # fmt: skip
+    methods = scores["ranking"]["methods"]
+    return {
+        "name": "recall@20", "value": methods["model"]["recall@20"], "interval": methods["model"].get("recall@20_95"),
+        "readable": scores["readable_share"],
+        "lines": {name: values["recall@20"] for name, values in methods.items() if name != "model"},
+    }  # fmt: skip
