@@ -47,7 +47,7 @@ _TIME_ZONES = ("/etc/localtime", "/usr/share/zoneinfo")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What one program may use. Bytes are bytes, not multiples of 1000 or 1024."""
+    """What one program may use."""
 
     seconds: float = 10.0
     """By the clock, from its first line on."""
@@ -217,9 +217,10 @@ class _Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # its group has no other member
-        self._process.wait(_END_SECONDS)
+        if self._process.returncode is None:  # else its number may be another's by now
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(_END_SECONDS)
         for descriptor in self._pipes:
             os.close(descriptor)
 
@@ -258,8 +259,8 @@ class _Run:
                 if b"\n" in self._report:
                     self._require_confined()
                     self._started = now
-            elif (spent := now - self._started) > self._limits.seconds and not ended:
-                self._stopped = Verdict.timed_out, f"not at its end after {spent:.1f} s"
+            elif now > self._started + self._limits.seconds and not ended:
+                self._stopped = Verdict.timed_out, f"not at its end after {self._limits.seconds:g} s"
             if now > looked + _LOOK_SECONDS:
                 looked = now
                 self._look()
