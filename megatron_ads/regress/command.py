@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     chosen(args.benchmark)
     server = _server(args)
     require_lm_eval()
+    for source in (args.base, args.tokenizer or args.tuned):
+        _require_known(str(source))
     make_writable_folder(args.out)
     asking = _asking(args)
     base = _scores_of(args.base, asking, args.out / "base.json")
@@ -86,6 +88,15 @@ def run(args: argparse.Namespace) -> int:
     write(args.out, report)
     print(json.dumps(report) if args.json else summary(report, args.out))
     return 0 if report["passed"] else 1
+
+
+def _require_known(source: str) -> None:
+    """Refuse what is no checkpoint before the other one is asked for hours; a server is asked when it is due."""
+    from megatron_ads.data.chat import load_tokenizer
+    from megatron_ads.inference.model_folder import tokenizer_folder
+
+    if not source.startswith(_SERVER) and not Path(source).is_file():
+        load_tokenizer(tokenizer_folder(Path(source)))
 
 
 def _asking(args: argparse.Namespace) -> "Asking":
