@@ -98,6 +98,8 @@ class SourceConfig:
     ``jsonl``: chat rows in a file; ``table``: a JSONL, Parquet or CSV file with columns of your own; ``verl``: a
     Parquet or JSONL file with verl's five columns, where a row may be a prompt alone; ``preference``: a Parquet or
     JSONL file of prompts with a chosen answer and rejected ones."""
+    name: str | None = None
+    """What results call the source, where several have rows of one task; None: its file's name, or its kind."""
     path: str | None = None
     """File or folder, for ``jsonl``, ``table``, ``verl`` and ``preference`` also a glob of parts, compressed or not;
     None for ``builtin`` and ``simulator``, and for public data below the folder that ``MEGATRON_ADS_DATA`` names."""

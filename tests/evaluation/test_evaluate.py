@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ads.cli import main
 from megatron_ads.data.chat import load_tokenizer
-from megatron_ads.evaluation.evaluate import EvaluationRows, longest_answers
+from megatron_ads.evaluation.held_out_rows import EvaluationRows, longest_answers
 from megatron_ads.rows import ChatRow, Message, Role
 from parity_tests.harness.real_job import FEW_ROWS
 from tests.data.tokenizers import V31, model_tokenizer, tokenizer_in
@@ -192,7 +192,9 @@ def test_a_model_is_a_folder_or_a_server(capsys: pytest.CaptureFixture[str]) -> 
     for option in ("--served-model=m", "--tokenizer=d", "--api-key-env=K", "server.concurrency=2"):
         assert main(["evaluate", "--model", "unused", option, *RECIPE]) == 2
         assert f"{option.split('=')[0]}" in capsys.readouterr().err
-    for wrong in (["--model", "a", "--url", "http://h/v1"], []):
-        with pytest.raises(SystemExit) as status:
-            main(["evaluate", *wrong, *RECIPE])
-        assert status.value.code == 2
+    with pytest.raises(SystemExit) as status:
+        main(["evaluate", "--model", "a", "--url", "http://h/v1", *RECIPE])
+    assert status.value.code == 2
+    capsys.readouterr()
+    assert main(["evaluate", *RECIPE]) == 2
+    assert "evaluate needs --model DIR, --url URL, or --answers FILE" in capsys.readouterr().err

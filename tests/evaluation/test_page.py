@@ -59,11 +59,12 @@ def test_a_name_in_other_letters_is_the_same_label() -> None:
     assert (truths, given, pairs) == (["Acme"], ["Acme", "Bolt"], {("Acme", "Acme"): 1, ("Acme", "Bolt"): 1})
 
 
-def test_failures_are_sampled_by_kind() -> None:
+def test_answers_are_sampled_by_kind_and_the_right_ones_come_last() -> None:
     found = samples(judge(JUDGED), most=1)
     assert [(kind, count, len(chosen)) for kind, count, chosen in found] == [
         ("not read: unclosed_reasoning", 2, 1),
         ("read, and wrong", 1, 1),
+        ("right", 2, 1),
     ]
     assert found[0][2][0].answer is JUDGED[3]
 
@@ -143,7 +144,7 @@ def test_the_page_needs_nothing_else_and_shows_text_as_text() -> None:
     assert "&lt;b&gt;bold&lt;/b&gt; ad" in page
     assert "<b>" not in page
     assert "Evaluation of &lt;m&gt;" in page
-    assert not re.search(r"""(src|href)\s*=|<script|@import|url\(""", page)
+    assert not re.search(r"""src\s*=|href\s*="[^#]|<script|@import|url\(""", page)
 
 
 def test_answers_names_and_paths_cannot_become_markup() -> None:
