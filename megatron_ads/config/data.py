@@ -146,6 +146,12 @@ class SourceConfig:
         """The dates that divide an event log; none for other sources."""
         return self.anchors if self.anchor is None else [self.anchor]
 
+    @property
+    def shows_users(self) -> bool:
+        """Whether its prompts show users' histories, on which ``history`` decides."""
+        by_task = self.kind in (SourceKind.table, SourceKind.simulator) and self.task in _TASKS_OF_USERS
+        return by_task or self.kind is SourceKind.next_brand
+
     def check(self, section: str) -> None:
         """Refuse impossible values; ``section`` is where this source stands in the recipe."""
         wanted = "above 0. Remove the source to leave it out"
@@ -165,22 +171,20 @@ class SourceConfig:
 
     def _check_effects(self, section: str) -> None:
         """Refuse settings that this kind of source does not read."""
-        is_table, shows_users = self.kind is SourceKind.table, self.kind is SourceKind.next_brand
-        shows_users = shows_users or (is_table and self.task in _TASKS_OF_USERS)
+        is_table = self.kind is SourceKind.table
         self._check_anchors(section)
-        self._check_events(section, may_have=is_table and shows_users and not self.anchor_dates)
+        self._check_events(section, may_have=is_table and self.shows_users and not self.anchor_dates)
         if self.kind is SourceKind.simulator:
             require(
                 self.task is not None, f"{section}.task is missing; kind simulator needs one of {', '.join(AdsTask)}."
             )
-            shows_users = self.task in _TASKS_OF_USERS
         else:
             require(
-                self.task is None or is_table or (shows_users and self.task in _NEXT_BRAND_TASKS),
+                self.task is None or is_table or (self.shows_users and self.task in _NEXT_BRAND_TASKS),
                 f"{section}.task is {self.task}, which has no effect with kind {self.kind}. Remove it.",
             )
         require(
-            shows_users or self.history == HistoryConfig(),
+            self.shows_users or self.history == HistoryConfig(),
             f"{section}.history has no effect: these rows show no user's history. Remove it.",
         )
         require(is_table or not self.values, f"{section}.values has no effect with kind {self.kind}. Remove it.")

@@ -54,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--merge-sources", action="store_true", help="score rows of a task together, whatever sources they are of"
     )
+    parser.add_argument(
+        "--pipeline", type=Path, metavar="DIR", help="frozen pipeline of `downstream train`: CTCVR of what answers name"
+    )
+    parser.add_argument(
+        "--ablate-history", action="store_true",
+        help="answer again without each section of users' histories: what every section is worth",
+    )  # fmt: skip
     parser.add_argument("--html", type=Path, metavar="FILE", help="write scores and answers there, as a page")
     parser.add_argument(
         "--batch-size", type=int, help=f"sequences at once (default {DEFAULT_BATCH_SIZE}); --url has server.concurrency"
@@ -104,8 +111,9 @@ def _add_decoding_arguments(group: "argparse._ArgumentGroup") -> None:
 def run(args: argparse.Namespace) -> int:
     # They import torch and transformers: keep --help instant.
     from megatron_ads.evaluation.dataset_tables import text_tables
-    from megatron_ads.evaluation.evaluate import EvaluationRequest, evaluate
+    from megatron_ads.evaluation.evaluate import evaluate
     from megatron_ads.evaluation.given_answers import GivenAnswers
+    from megatron_ads.evaluation.request import EvaluationRequest
 
     start_logging()
     how = _generation(args)
@@ -129,6 +137,8 @@ def run(args: argparse.Namespace) -> int:
         tokenizer_folder=args.tokenizer,
         compare_file=args.compare,
         allow_missing=args.allow_missing,
+        pipeline_folder=args.pipeline,
+        ablate_history=args.ablate_history,
         merge_sources=args.merge_sources,
     )
     scores = evaluate(model, request)
@@ -160,8 +170,17 @@ def _given_answers(args: argparse.Namespace, overrides: Sequence[str]) -> "Given
         raise ConfigError(
             "evaluate needs --model DIR, --url URL, or --answers FILE with answers that were made elsewhere. Take one."
         )
-    options = ("decode", *_DECODING, "batch_size", "max_new_tokens", "served_model", "api_key_env", "tokenizer")
-    given = [f"--{name.replace('_', '-')}" for name in options if vars(args)[name] is not None]
+    options = (
+        "decode",
+        *_DECODING,
+        "batch_size",
+        "max_new_tokens",
+        "served_model",
+        "api_key_env",
+        "tokenizer",
+        "ablate_history",
+    )
+    given = [f"--{name.replace('_', '-')}" for name in options if vars(args)[name] not in (None, False)]
     if useless := [*given, *overrides]:
         raise ConfigError(
             f"{useless[0]} has no effect with --answers alone, which are only scored. Leave it out, or take --model or "

@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ads.data.split import group_of
+from megatron_ads.downstream.pipeline import Pipeline
 from megatron_ads.errors import DataError
 from megatron_ads.evaluation.answer_records import Answer
+from megatron_ads.evaluation.ctcvr_scores import ctcvr_by_rows
 from megatron_ads.evaluation.datasets import dataset_names
 from megatron_ads.evaluation.ranking_scores import LONGEST, found_by_rows
 from megatron_ads.metrics.intervals import ends, mean_interval, percentile_interval, resampled_rows
@@ -49,6 +51,7 @@ def add_comparisons(
     compared: Sequence[Answer],
     *,
     name: str,
+    pipeline: Pipeline | None = None,
 ) -> None:
     """Add to the scores of each dataset a ``comparison`` with another model.
 
@@ -61,6 +64,7 @@ def add_comparisons(
         answers: Of the model.
         compared: Of the other, to the same rows in the same order.
         name: What results call the other model.
+        pipeline: CTCVR is compared too.
     """
     datasets = defaultdict(list)
     for number, dataset in enumerate(dataset_names([answer.row for answer in answers])):
@@ -69,6 +73,8 @@ def add_comparisons(
         ours, others = ([of[number] for number in numbers] for of in (answers, compared))
         names = scores[dataset].get("ranking", {}).get("valid_names", LONGEST)
         metrics = deltas(ours, others, wanted=min(LONGEST, names))
+        if pipeline and "ctcvr" in scores[dataset]:
+            metrics["ctcvr"] = _mean_delta(ours, *(ctcvr_by_rows(of, pipeline) for of in (ours, others)))
         scores[dataset]["comparison"] = {"with": name, "metrics": metrics, "scores": compared_scores[dataset]}
 
 
@@ -79,19 +85,11 @@ def deltas(
 
     ``wanted`` is the length of a whole ranking.
     """
-    groups = [group_of(answer.row) for answer in answers]
     if task_named(answers[0].row.task).scoring is Scoring.rankings:
         ours, others = (found_by_rows(of, wanted) for of in (answers, compared))
-        return {
-            name: _delta(
-                mean(ours[name]), mean(others[name]),
-                ends(mean_interval(_less(ours[name], others[name]), groups=groups)),
-            )
-            for name in ours
-            if name in others
-        }  # fmt: skip
+        return {name: _mean_delta(answers, ours[name], others[name]) for name in ours if name in others}
     score, score_other = _headlines(answers), _headlines(compared)
-    everything = np.arange(len(answers))
+    everything, groups = np.arange(len(answers)), [group_of(answer.row) for answer in answers]
     values, other_values = score(everything), score_other(everything)
     drawn: dict[str, list[float]] = defaultdict(list)
     for rows in resampled_rows(len(answers), groups=groups, resamples=_RESAMPLES):
@@ -123,8 +121,11 @@ def _headlines(answers: Sequence[Answer]) -> Callable[[NDArray[np.int64]], Value
     return score
 
 
-def _less(values: Sequence[float], others: Sequence[float]) -> list[float]:
-    return [value - other for value, other in zip(values, others, strict=True)]
+def _mean_delta(answers: Sequence[Answer], values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+    """Return the difference of two means over the same rows."""
+    apart = [value - other for value, other in zip(values, others, strict=True)]
+    interval = mean_interval(apart, groups=[group_of(answer.row) for answer in answers])
+    return _delta(mean(values), mean(others), ends(interval))
 
 
 def _delta(value: float | None, other: float | None, interval: list[float] | None) -> dict[str, Any]:

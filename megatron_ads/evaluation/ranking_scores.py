@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_ads.data.split import group_of
 from megatron_ads.evaluation.answer_records import Answer
+from megatron_ads.evaluation.category_scores import categories_of_names, category_scores
 from megatron_ads.evaluation.label_scores import best_answers
 from megatron_ads.inference.name_answers import AdvertiserNames, NearestNames, bought_from
 from megatron_ads.metrics import ranking as rank_metrics
@@ -20,6 +21,8 @@ from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks import next_advertiser
 
 LONGEST = max(RECALLS)
+_NEAREST = max(rank_metrics.HIT_RATES)
+_GROUNDED = "model, nearest names"
 _RESAMPLES = 1000
 
 
@@ -48,7 +51,8 @@ def ranking_scores(
     """Return the scores of the model's rankings and of the baselines, as JSON values; what is undefined is None.
 
     Labels of ``training`` say what is popular; where somebody gave the valid names, baselines name no others.
-    ``ground`` also ranks the valid names that are nearest to the model's first one, valid or not.
+    ``ground`` also ranks the 100 valid names that are nearest to the model's first one, valid or not: where names are
+    titles of items, its hit rates are Taiji's of titles. Where events tell categories, there are accuracies of them.
     """
     rows = [answer.row for answer in answers]
     model = advertiser_rankings(answers)
@@ -58,17 +62,20 @@ def ranking_scores(
         labels = [label for label in labels if same_name(label) in known]
     asked_for = longest_ranking(answers)
     depth = max(LONGEST, asked_for)
-    others = {}
+    others = _without_a_model(rows, rank_metrics.most_popular(labels, depth), advertisers, depth)
+    wanted = min(LONGEST, len(known))
+    methods = {"model": _judged(rows, model, longest=asked_for, wanted=wanted)}
+    rankings = {"model": model, **others}
     if ground and advertisers.names:
         first = [ranking[0] if ranking else "" for ranking in model]
-        others["model, nearest names"] = NearestNames(advertisers.names).rank(first, LONGEST)
-    others |= _without_a_model(rows, rank_metrics.most_popular(labels, depth), advertisers, depth)
-    wanted = min(LONGEST, len(known))
+        rankings[_GROUNDED] = NearestNames(advertisers.names).rank(first, _NEAREST)
+        methods[_GROUNDED] = _judged(rows, rankings[_GROUNDED], longest=max(LONGEST, min(_NEAREST, len(known))))
+    methods |= {name: _judged(rows, ranked, longest=depth) for name, ranked in others.items()}
+    categories = categories_of_names([*rows, *training])
+    for name, scores in methods.items():
+        scores |= category_scores(rows, rankings[name], categories)
     return {
-        "methods": {
-            "model": _judged(rows, model, longest=asked_for, wanted=wanted),
-            **{name: _judged(rows, rankings, longest=depth) for name, rankings in others.items()},
-        },
+        "methods": methods,
         "valid_rate": rank_metrics.valid_rate(model, advertisers.names),
         "distinct_rate": rank_metrics.distinct_rate(model),
         "valid_names": len(advertisers.names),

@@ -67,7 +67,9 @@ def score_tables(scores: Mapping[str, Any]) -> list[ScoreTable]:
     comparison = scores.get("comparison")
     rankings = [_ranking_table(scores["ranking"], comparison)] if "ranking" in scores else []
     compared = [_comparison_table(comparison)] if comparison and comparison["metrics"] else []
-    return [own, *rankings, *compared, *paper_tables(scores)]
+    ctcvr = [_ctcvr_table(scores["ctcvr"], comparison)] if "ctcvr" in scores else []
+    ablation = [_ablation_table(scores["ablation"])] if "ablation" in scores else []
+    return [own, *rankings, *compared, *ctcvr, *ablation, *paper_tables(scores)]
 
 
 def _relevance_table(scores: Mapping[str, Any]) -> ScoreTable:
@@ -126,6 +128,36 @@ def _ranking_table(ranking: Mapping[str, Any], comparison: Mapping[str, Any] | N
         f"{ranking['truth_is_valid']:.1%} of the rows."
     )
     return ScoreTable("Rankings, with 95 % of resampled users in brackets", ["method", *names], rows, note)
+
+
+def _ablation_table(ablation: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> ScoreTable:
+    """Return the sections as the paper has them: what is lost most first, by the recall at 5 where there is one."""
+    some = next(iter(ablation.values()))
+    leading = "recall@5" if "recall@5" in some else next(iter(some))
+    ordered = sorted(ablation.items(), key=lambda of: of[1][leading]["delta"] or 0.0)
+    rows = [["everything", *(fixed(some[name]["full"], 4) for name in some)]]
+    rows += [
+        [
+            f"without {section}",
+            *(f"{signed(of[name]['delta'], 4)} {_signed_range(of[name]['delta_95'], 4)}".strip() for name in some),
+        ]
+        for section, of in ordered
+    ]
+    note = "Below everything: Delta to it, with 95 % of resampled groups in brackets."
+    return ScoreTable("Advertiser paper, table 4: without a section of the history", ["", *some], rows, note)
+
+
+def _ctcvr_table(ctcvr: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> ScoreTable:
+    rows = [
+        ["model", f"{fixed(ctcvr['model'], 6)} {_range(ctcvr['model_95'], 6)}", fixed(ctcvr["named_share"])],
+        ["true answers", fixed(ctcvr["truth"], 6), fixed(ctcvr["truth_named_share"])],
+    ]
+    if comparison:
+        delta, other = comparison["metrics"]["ctcvr"], comparison["scores"]["ctcvr"]
+        rows.insert(0, [comparison["with"], fixed(other["model"], 6), fixed(other["named_share"])])
+        between = f"{signed(delta['delta'], 6)} {_signed_range(delta['delta_95'], 6)}"
+        rows.insert(2, ["Delta", between, signed(ctcvr["named_share"] - other["named_share"])])
+    return ScoreTable("Taiji, table 1: CTCVR by the frozen ranker", ["", "CTCVR", "answers that name an item"], rows)
 
 
 def _comparison_table(comparison: Mapping[str, Any]) -> ScoreTable:
@@ -239,5 +271,5 @@ def _signed_range(interval: Sequence[float] | None, digits: int = 3) -> str:
     return f"({signed(interval[0], digits)} to {signed(interval[1], digits)})" if interval else ""
 
 
-def _range(interval: Sequence[float] | None) -> str:
-    return f"({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+def _range(interval: Sequence[float] | None, digits: int = 3) -> str:
+    return f"({fixed(interval[0], digits)} to {fixed(interval[1], digits)})" if interval else ""

@@ -6,7 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_ads.data.split import group_of
+from megatron_ads.downstream.pipeline import Pipeline
 from megatron_ads.evaluation.answer_records import Answer, ended_share
+from megatron_ads.evaluation.ctcvr_scores import ctcvr_scores
 from megatron_ads.evaluation.datasets import dataset_names
 from megatron_ads.evaluation.label_scores import relevance_scores, score_views
 from megatron_ads.evaluation.query_scores import query_scores
@@ -30,6 +32,7 @@ def task_scores(
     advertisers: AdvertiserNames | None = None,
     *,
     ground: bool = False,
+    pipeline: Pipeline | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return the scores of each dataset as JSON values, by ``dataset_names``; what is undefined is None.
 
@@ -45,15 +48,20 @@ def task_scores(
         training: Rows trained on, from which baselines learn: those of the same source, where it has any.
         advertisers: Valid names; None: those in ``training``.
         ground: Also judge the valid names nearest to the advertiser that an answer names.
+        pipeline: Its ranker says the CTCVR of the items that answers name.
     """
     datasets: dict[str, list[Answer]] = defaultdict(list)
     for answer, name in zip(answers, dataset_names([answer.row for answer in answers]), strict=True):
         datasets[name].append(answer)
     names = advertisers or names_trained_on(training)
-    return {
+    scores = {
         name: _dataset_scores(datasets[name], _beside(datasets[name], training), names, ground=ground)
         for name in sorted(datasets)
     }
+    for name, of_dataset in scores.items():
+        if pipeline and (ctcvr := ctcvr_scores(datasets[name], pipeline)):
+            of_dataset["ctcvr"] = ctcvr
+    return scores
 
 
 def _beside(answers: Sequence[Answer], training: Sequence[ChatRow]) -> list[ChatRow]:
