@@ -3,13 +3,21 @@
     megatron-ads evaluate --model runs/tuned --recipe sft/quickstart
     megatron-ads evaluate --model runs/tuned --recipe sft/quickstart data=esci --answers answers.jsonl --json
     megatron-ads evaluate --model runs/tuned --recipe sft/quickstart data=next_brand --decode constrained-beam
+    megatron-ads evaluate --model runs/tuned --recipe sft/quickstart data=next_brand --decode sampled --samples 20
+    megatron-ads evaluate --model runs/tuned --recipe sft/quickstart data=next_brand --ablate-history
+    megatron-ads evaluate --answers tuned.jsonl --compare baseline.jsonl --recipe sft/quickstart --html page.html
     megatron-ads evaluate --url http://localhost:8000/v1 --served-model NAME --tokenizer DIR --recipe sft/quickstart
     megatron-ads evaluate --url https://HOST/v1 --served-model NAME --api-key-env KEY --recipe sft/quickstart \\
       --max-new-tokens 300 server.concurrency=16 server.input_price=0.5 server.output_price=2 server.max_cost=5
 
-The held-out rows are those the recipe's training leaves out: same data section, same seed. With --answers, the same
-command continues where it was interrupted. A Megatron checkpoint (shards, torch_dist, a training checkpoint) is
-exported to a temporary folder first.
+The held-out rows are those the recipe's training leaves out: same data section, same seed. Sources have their names in
+the results, and two of one task are not added up without --merge-sources. With --model or --url, --answers FILE is
+written, and the same command continues where it was interrupted. A Megatron checkpoint (shards, torch_dist, a training
+checkpoint) is exported to a temporary folder first.
+
+--answers FILE alone scores what was answered elsewhere: a JSON object a line with the id of a held-out row and the text
+of its answer; no model is loaded, and the file is only read. --compare FILE is of the same form, another model's: the
+tables then have its line, and Delta, what the evaluated model has more, with the interval of a paired bootstrap.
 
 With --url a server that speaks the OpenAI protocol answers, greedily or sampled. It gets conversations, which its own
 chat template renders. With --tokenizer it gets the tokens that training would render, and the perplexity of general

@@ -73,15 +73,15 @@ def score_tables(scores: Mapping[str, Any]) -> list[ScoreTable]:
 
 
 def _relevance_table(scores: Mapping[str, Any]) -> ScoreTable:
+    baseline = f"{fixed(scores['baseline_accuracy'])} (always {scores['baseline_label']})"
     rows = [
-        ["accuracy over all labels", fixed(scores["accuracy"]), fixed(scores["baseline_accuracy"])],
+        ["accuracy over all labels", fixed(scores["accuracy"]), baseline],
         *([name, fixed(value), ""] for name, value in scores["formats"].items()),
         ["answers that could be read", fixed(scores["readable_share"]), ""],
         ["answers that the model ended", fixed(scores["ended_share"]), ""],
     ]
-    head = ["", "model", f"baseline (always {scores['baseline_label']})"]
     note = _not_read(scores["unreadable_because"], scores)
-    return ScoreTable(RELEVANCE, head, rows, note, _size(scores, f"{scores['queries']} queries"))
+    return ScoreTable(RELEVANCE, ["", "model", "baseline"], rows, note, _size(scores, f"{scores['queries']} queries"))
 
 
 def _size(scores: Mapping[str, Any], groups: str) -> str:

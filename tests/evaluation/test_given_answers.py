@@ -113,7 +113,7 @@ def test_they_are_scored_without_a_model_and_the_file_stays_as_it_is(
         ("--answers FILE --html FILE", "FILE cannot be written: answers are read from it. Name another file."),
         ("--model FILE --answers OTHER --compare OTHER", "OTHER cannot be written: answers are read from it"),
         ("--model FILE --allow-missing", "--allow-missing has no effect without --compare"),
-        ("--answers ABSENT", "ABSENT is no file of answers. Check its path; answers are made"),
+        ("--answers ABSENT", "ABSENT is no file of answers. Check its path; --model or --url makes answers."),
     ],
 )
 def test_an_option_that_cannot_be_followed_is_one_clear_line(

@@ -158,6 +158,31 @@ def test_answers_names_and_paths_cannot_become_markup() -> None:
     }  # fmt: skip
     page = evaluation_page(scores, answers, title=f"Evaluation of runs/{script}", about=f"data.path={script}.")
     assert "<script" not in page
-    for shown in ("Evaluation of runs/", "data.path=", "<td>", '<div class="name">'):
+    for shown in ("Evaluation of runs/", "data.path=", '<td data-name="answer">', '<div class="name">'):
         assert f"{shown}&lt;script&gt;" in page
     assert page.count("</td>") == page.count("<td")
+
+
+def test_the_contents_lead_to_every_part_and_beams_are_there_on_request() -> None:
+    page = _page()
+    places = re.findall(r'href="#([^"]+)"', page)
+    assert places[0] == "t1"
+    assert len(places) == len(set(places)) == 7  # two tasks; confusion and answers of both, calibration of one
+    for place in places:
+        assert page.count(f'id="{place}"') == 1
+    assert page.count("<details>") == 3
+    assert "<li>&lt;think&gt;&lt;/think&gt;B <small>log-probability -2.30, score -2.30</small></li>" in page  # log 0.1
+
+
+def test_a_cell_of_the_confusion_is_as_dark_as_its_share_of_the_row() -> None:
+    page = _page()
+    # Of two bad ads one was called bad, rightly, and one good.
+    assert '<td class="number right" style="--share: 0.500">1</td>' in page
+    assert '<td class="number" style="--share: 0.500">1</td>' in page
+
+
+def test_a_phone_shows_it_at_its_own_width_and_scrolls_tables_alone() -> None:
+    page = _page()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert page.count("<table") == page.count('<div class="scroll"><table')
+    assert not re.search(r"^td [^}]*overflow-wrap: anywhere", page, re.MULTILINE)  # it would part names in the middle
