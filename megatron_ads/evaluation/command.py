@@ -53,22 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--answers", type=Path, metavar="FILE",
         help="with --model or --url: write every answer there, as JSON lines; alone: score the answers in it",
     )  # fmt: skip
-    parser.add_argument(
-        "--compare", type=Path, metavar="FILE", help="another model's answers to the same rows: Delta and its interval"
-    )
-    parser.add_argument(
-        "--allow-missing", action="store_true", help="leave out rows without an answer in --answers alone, or --compare"
-    )
-    parser.add_argument(
-        "--merge-sources", action="store_true", help="score rows of a task together, whatever sources they are of"
-    )
-    parser.add_argument(
-        "--pipeline", type=Path, metavar="DIR", help="frozen pipeline of `downstream train`: CTCVR of what answers name"
-    )
-    parser.add_argument(
-        "--ablate-history", action="store_true",
-        help="answer again without each section of users' histories: what every section is worth",
-    )  # fmt: skip
+    _add_scoring_arguments(parser)
     parser.add_argument("--html", type=Path, metavar="FILE", help="write scores and answers there, as a page")
     parser.add_argument(
         "--batch-size", type=int, help=f"sequences at once (default {DEFAULT_BATCH_SIZE}); --url has server.concurrency"
@@ -87,6 +72,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's, or server.NAME=VALUE"
     )
+
+
+def _add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="another model's answers to the same rows: Delta and its interval"
+    )
+    parser.add_argument(
+        "--allow-missing", action="store_true", help="leave out rows without an answer in --answers alone, or --compare"
+    )
+    parser.add_argument(
+        "--merge-sources", action="store_true", help="score rows of a task together, whatever sources they are of"
+    )
+    parser.add_argument(
+        "--pipeline", type=Path, metavar="DIR", help="frozen pipeline of `downstream train`: CTCVR of what answers name"
+    )
+    parser.add_argument(
+        "--ablate-history", action="store_true",
+        help="answer again without each section of users' histories: what every section is worth",
+    )  # fmt: skip
 
 
 def _add_decoding_arguments(group: "argparse._ArgumentGroup") -> None:

@@ -4,7 +4,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_ads.evaluation.score_tables import ScoreTable, score_tables
+from megatron_ads.evaluation.score_tables import score_tables
+from megatron_ads.evaluation.table_form import ScoreTable
 from megatron_ads.reporting.page import text_table
 
 

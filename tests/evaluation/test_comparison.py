@@ -12,7 +12,7 @@ from megatron_ads.errors import DataError
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.comparison import add_comparisons, deltas, on_the_same_rows
 from megatron_ads.evaluation.dataset_tables import task_tables
-from megatron_ads.evaluation.score_tables import ScoreTable
+from megatron_ads.evaluation.table_form import ScoreTable
 from megatron_ads.evaluation.task_scores import task_scores
 from megatron_ads.tasks import relevance
 from megatron_ads.tasks.prompts import Ad

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.dataset_tables import text_tables
-from megatron_ads.evaluation.score_tables import ScoreTable, paper_tables
+from megatron_ads.evaluation.paper_tables import paper_tables
+from megatron_ads.evaluation.table_form import ScoreTable
 from megatron_ads.evaluation.task_scores import task_scores
 from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.tasks import ad_user_relevance, model_comparison, next_advertiser, relevance
