@@ -18,10 +18,12 @@ from megatron_ads.downstream.pipeline import Pipeline
 from megatron_ads.errors import DataError
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.ctcvr_scores import ctcvr_by_rows
-from megatron_ads.evaluation.datasets import dataset_names
+from megatron_ads.evaluation.datasets import dataset_names, rows_beside
+from megatron_ads.evaluation.query_scores import query_values
 from megatron_ads.evaluation.ranking_scores import LONGEST, found_by_rows
 from megatron_ads.metrics.intervals import ends, mean_interval, percentile_interval, resampled_rows
 from megatron_ads.metrics.ranking import mean
+from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.registry import Scoring, read_answer, task_named
 
 _RESAMPLES = 500
@@ -29,6 +31,8 @@ _BESIDE_HEADLINES = ("accuracy", "auc")
 
 Values = Mapping[str, float | None]
 """By the name of the metric."""
+Score = Callable[[NDArray[np.int64]], Values]
+"""Takes the numbers of some rows, which may repeat."""
 
 
 def on_the_same_rows(answers: Sequence[Answer], compared: Sequence[Answer]) -> tuple[list[Answer], list[Answer]]:
@@ -51,6 +55,7 @@ def add_comparisons(
     compared: Sequence[Answer],
     *,
     name: str,
+    training: Sequence[ChatRow] = (),
     pipeline: Pipeline | None = None,
 ) -> None:
     """Add to the scores of each dataset a ``comparison`` with another model.
@@ -64,6 +69,7 @@ def add_comparisons(
         answers: Of the model.
         compared: Of the other, to the same rows in the same order.
         name: What results call the other model.
+        training: Rows trained on, by which generated queries are judged.
         pipeline: CTCVR is compared too.
     """
     datasets = defaultdict(list)
@@ -73,6 +79,9 @@ def add_comparisons(
         ours, others = ([of[number] for number in numbers] for of in (answers, compared))
         names = scores[dataset].get("ranking", {}).get("valid_names", LONGEST)
         metrics = deltas(ours, others, wanted=min(LONGEST, names))
+        if task_named(ours[0].row.task).scoring is Scoring.queries:
+            beside = rows_beside(ours, training)
+            metrics |= _resampled(ours, query_values(ours, beside), query_values(others, beside))
         if pipeline and "ctcvr" in scores[dataset]:
             metrics["ctcvr"] = _mean_delta(ours, *(ctcvr_by_rows(of, pipeline) for of in (ours, others)))
         scores[dataset]["comparison"] = {"with": name, "metrics": metrics, "scores": compared_scores[dataset]}
@@ -88,7 +97,11 @@ def deltas(
     if task_named(answers[0].row.task).scoring is Scoring.rankings:
         ours, others = (found_by_rows(of, wanted) for of in (answers, compared))
         return {name: _mean_delta(answers, ours[name], others[name]) for name in ours if name in others}
-    score, score_other = _headlines(answers), _headlines(compared)
+    return _resampled(answers, _headlines(answers), _headlines(compared))
+
+
+def _resampled(answers: Sequence[Answer], score: Score, score_other: Score) -> dict[str, dict[str, Any]]:
+    """Return the difference of what two models score, on all rows and on the same resamples of groups."""
     everything, groups = np.arange(len(answers)), [group_of(answer.row) for answer in answers]
     values, other_values = score(everything), score_other(everything)
     drawn: dict[str, list[float]] = defaultdict(list)
@@ -104,7 +117,7 @@ def deltas(
     }
 
 
-def _headlines(answers: Sequence[Answer]) -> Callable[[NDArray[np.int64]], Values]:
+def _headlines(answers: Sequence[Answer]) -> Score:
     """Return what computes the headline metrics of some of the answers, given their numbers; each is read once."""
     rows = [answer.row for answer in answers]
     task = task_named(rows[0].task)

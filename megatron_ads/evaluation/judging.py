@@ -66,7 +66,15 @@ class Judging:
         answers, compared = on_the_same_rows(answers, self.compared)
         found = self._scores(answers)
         beside = self._scores(compared)
-        add_comparisons(found, beside, answers, compared, name=self.compared_name, pipeline=self.pipeline)
+        add_comparisons(
+            found,
+            beside,
+            answers,
+            compared,
+            name=self.compared_name,
+            training=self.rows.training,
+            pipeline=self.pipeline,
+        )
         return found, answers
 
     def _scores(self, answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:

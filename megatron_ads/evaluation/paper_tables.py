@@ -14,6 +14,7 @@ from megatron_ads.evaluation.table_form import (
     percent_range,
     points,
     signed,
+    signed_points,
     signed_range,
 )
 from megatron_ads.reporting.page import fixed
@@ -93,7 +94,11 @@ def _query_table(generated: Mapping[str, Any], comparison: Mapping[str, Any] | N
         rows.append([name, *shares, str(line["queries"])])
     if comparison:
         own, other = lines["model"], lines[comparison["with"]]
-        apart = [points(own[field], other[field]) for field in _QUERIES.values()]
+        metrics = comparison["metrics"]
+        apart = [
+            f"{points(own[field], other[field])} {signed_points(metrics[field]['delta_95'])}".strip()
+            for field in _QUERIES.values()
+        ]
         rows.insert(2, ["Delta", *apart, f"{own['queries'] - other['queries']:+d}"])
     note = (
         "Relevance is judged by a frozen TF-IDF model, which tells true queries of training rows from those of other "

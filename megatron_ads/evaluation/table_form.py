@@ -61,6 +61,11 @@ def signed_range(interval: Sequence[float] | None, digits: int = 3) -> str:
     return f"({signed(interval[0], digits)} to {signed(interval[1], digits)})" if interval else ""
 
 
+def signed_points(interval: Sequence[float] | None) -> str:
+    """Write the interval of a difference of shares in brackets, in percentage points; nothing without one."""
+    return signed_range(interval and [100 * end for end in interval], 2)
+
+
 def interval_range(interval: Sequence[float] | None, digits: int = 3) -> str:
     """Write an interval in brackets; nothing without one."""
     return f"({fixed(interval[0], digits)} to {fixed(interval[1], digits)})" if interval else ""

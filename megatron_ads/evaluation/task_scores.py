@@ -9,7 +9,7 @@ from megatron_ads.data.split import group_of
 from megatron_ads.downstream.pipeline import Pipeline
 from megatron_ads.evaluation.answer_records import Answer, ended_share
 from megatron_ads.evaluation.ctcvr_scores import ctcvr_scores
-from megatron_ads.evaluation.datasets import dataset_names
+from megatron_ads.evaluation.datasets import dataset_names, rows_beside
 from megatron_ads.evaluation.label_scores import relevance_scores, score_views
 from megatron_ads.evaluation.query_scores import query_scores
 from megatron_ads.evaluation.ranking_scores import ranking_scores
@@ -55,20 +55,13 @@ def task_scores(
         datasets[name].append(answer)
     names = advertisers or names_trained_on(training)
     scores = {
-        name: _dataset_scores(datasets[name], _beside(datasets[name], training), names, ground=ground)
+        name: _dataset_scores(datasets[name], rows_beside(datasets[name], training), names, ground=ground)
         for name in sorted(datasets)
     }
     for name, of_dataset in scores.items():
         if pipeline and (ctcvr := ctcvr_scores(datasets[name], pipeline)):
             of_dataset["ctcvr"] = ctcvr
     return scores
-
-
-def _beside(answers: Sequence[Answer], training: Sequence[ChatRow]) -> list[ChatRow]:
-    """Return the training rows of the task, those of the same sources if there are any."""
-    sources = {answer.row.source for answer in answers}
-    of_task = [row for row in training if row.task == answers[0].row.task]
-    return [row for row in of_task if row.source in sources] or of_task
 
 
 def _dataset_scores(

@@ -14,8 +14,10 @@ from megatron_ads.evaluation.comparison import add_comparisons, deltas, on_the_s
 from megatron_ads.evaluation.dataset_tables import task_tables
 from megatron_ads.evaluation.table_form import ScoreTable
 from megatron_ads.evaluation.task_scores import task_scores
-from megatron_ads.tasks import relevance
+from megatron_ads.rows import ChatRow
+from megatron_ads.tasks import query_generation, relevance
 from megatron_ads.tasks.prompts import Ad
+from megatron_ads.tasks.query_generation import GeneratedQuery, KeywordBrief
 from megatron_ads.tasks.relevance import Label
 from tests.evaluation.advertiser_rows import name_row
 
@@ -97,6 +99,29 @@ def test_rankings_have_a_delta_line() -> None:
     rows = _table(tables, "Rankings").rows
     assert [row[0] for row in rows[:3]] == ["before", "model", "Delta"]
     assert rows[2][1].startswith("+0.750 (")
+
+
+def test_generated_queries_have_deltas_of_table_6_with_intervals() -> None:
+    def row(keyword: str, query: str) -> ChatRow:
+        brief = KeywordBrief(keyword, Ad(title=f"{keyword} shop"))
+        return query_generation.chat_row(keyword, brief, [GeneratedQuery(query, "why")], "because")
+
+    keywords = ["running shoes", "coffee brewer", "garden chair", "dog treats"]
+    training = [row(keyword, f"cheap {keyword}") for keyword in keywords]
+    answers = [Answer(one, one.target, True) for one in training]
+    off = row("x", "cheap coffee brewer").target
+    others = [replace(answer, text=off if number % 2 == 0 else answer.text) for number, answer in enumerate(answers)]
+    scores = task_scores(answers, training)
+    add_comparisons(scores, task_scores(others, training), answers, others, name="r1", training=training)
+    relevance_delta = scores["query_generation"]["comparison"]["metrics"]["relevance"]
+    # All queries are of their keyword; of the other model's, the first and the third are of coffee brewers.
+    assert (relevance_delta["model"], relevance_delta["compared"], relevance_delta["delta"]) == (1.0, 0.5, 0.5)
+    low, high = relevance_delta["delta_95"]
+    assert 0 <= low < 0.5 < high <= 1
+    (tables,) = task_tables(scores).values()
+    delta = _table(tables, "AdNanny, table 6").rows[2]
+    assert delta[0] == "Delta"
+    assert delta[1] == f"+50.00 ({100 * low:+.2f} to {100 * high:+.2f})"
 
 
 def test_models_are_compared_on_the_rows_that_both_answered() -> None:
