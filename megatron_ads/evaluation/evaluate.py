@@ -19,6 +19,9 @@ from megatron_ads.evaluation.held_out_rows import longest_answers
 from megatron_ads.evaluation.judging import Judging
 from megatron_ads.evaluation.page import evaluation_page
 from megatron_ads.evaluation.request import EvaluationRequest
+from megatron_ads.observability.log import get_logger
+
+logger = get_logger(__name__)
 
 
 def evaluate(model: Path | EndpointConfig | GivenAnswers, request: EvaluationRequest) -> dict[str, Any]:
@@ -40,6 +43,8 @@ def evaluate(model: Path | EndpointConfig | GivenAnswers, request: EvaluationReq
     if isinstance(model, GivenAnswers):
         given = read_given_answers(model.file, judging.rows.tasks, allow_missing=request.allow_missing)
         scores, answers = _scores(judging, given, seconds=None)
+        if unread := len(judging.rows.general):
+            logger.warning("The perplexity of %d general rows is not measured: no model is asked.", unread)
     else:
         scores, answers = _asked(model, data, judging, request)
     scores["decoding"] = None if isinstance(model, GivenAnswers) else str(request.how.method)

@@ -85,11 +85,16 @@ def _read_line(
         raise DataError(f"text is {fields.get('text')!r:.80}; it must be the answer to the row, a text.")
     if not isinstance(fields.get("ended"), bool | None):
         raise DataError(f"ended is {fields['ended']!r:.80}; it must be true or false.")
-    told = {of: fields[of] for of in ("task", "source") if fields.get(of)}
-    found = [row for row in numbers.get(name, ()) if all(getattr(rows[row], of) == told[of] for of in told)]
+    found = [row for row in numbers.get(name, ()) if _may_be_to(rows[row], fields)]
     if len(found) > 1:
         raise DataError(f"{len(found)} held-out rows have the id {name!r:.80}. Add their task, or their source.")
     return _Line(number, found[0] if found else None, name, fields)
+
+
+def _may_be_to(row: ChatRow, fields: Mapping[str, Any]) -> bool:
+    """Return whether a line names no other task or source than a row's, as far as it is known."""
+    told = ((fields.get("task"), row.task), (fields.get("source"), row.source))
+    return all(not said or not true or said == true for said, true in told)
 
 
 def _require_known(file: Path, lines: Sequence[_Line], rows: Sequence[ChatRow]) -> None:

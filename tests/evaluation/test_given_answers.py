@@ -75,6 +75,13 @@ def test_rows_of_one_id_are_told_apart_by_their_source(tmp_path: Path) -> None:
     assert [answer.text for answer in read_given_answers(_file(tmp_path, *lines), rows)] == ["east", "west"]
 
 
+def test_answers_that_name_their_source_are_those_of_merged_sources_too(tmp_path: Path) -> None:
+    file = _file(tmp_path, {"id": "0", "text": "a", "source": "west", "task": "next_advertiser"})
+    assert [answer.text for answer in read_given_answers(file, ROWS[:1])] == ["a"]
+    with pytest.raises(DataError, match="answers 1 rows that the recipe does not hold out"):
+        read_given_answers(file, [replace(ROWS[0], source="east")])
+
+
 RECIPE = ["--recipe", "sft/quickstart", "data.sources=[{kind: builtin, rows: 60}]", "data.validation_rows=6"]
 
 
