@@ -290,6 +290,13 @@ class DataConfig:
             f"{', '.join(repeated)} is the rejected file of several of data.sources, each of which would replace it. "
             "Name a file for each.",
         )
+        names = Counter(source.name for source in self.sources if source.name is not None)
+        same = [name for name, count in names.items() if count > 1]
+        require(
+            not same,
+            f"{', '.join(same)} is the name of several of data.sources, which results would not tell apart. Name each "
+            "differently.",
+        )
         require_at_least("data", self, 2, "seq_length")
         require_at_least("data", self, 0, "seed", "validation_rows")
         require_at_least("data", self, 1, "prepare_workers")

@@ -1,6 +1,5 @@
 """The sources a recipe can name under ``data.sources``, read into chat rows."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
@@ -21,7 +20,6 @@ from megatron_ads.data.source_files import JSON_LINES, TABLES, Part, parts_of
 from megatron_ads.data.split import group_of
 from megatron_ads.data.user_features import view_chooser
 from megatron_ads.data.verl_rows import verl_reader, verl_rows
-from megatron_ads.errors import DataError
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.user_history import FULL_VIEW
 from megatron_ads.tasks.variants import ask_as
@@ -149,14 +147,8 @@ def without_section(source: SourceConfig, section: str) -> SourceConfig:
 
 
 def source_names(sources: Sequence[SourceConfig]) -> list[str]:
-    """Return what results call each source: its name, its file's without the ending, or its kind, numbered if needed.
-
-    Raises:
-        DataError: If two were given the same name.
-    """
-    given = Counter(source.name for source in sources if source.name is not None)
-    if repeated := [name for name, times in given.items() if times > 1]:
-        raise DataError(f"{given[repeated[0]]} of data.sources are named {repeated[0]!r}. Name each differently.")
+    """Return what results call each source: its name, its file's or its kind, numbered where that is not enough."""
+    given = {source.name for source in sources if source.name is not None}
     names: list[str] = []
     for source in sources:
         plain = source.name or (Path(source.path).name.split(".")[0] if source.path else "") or str(source.kind)

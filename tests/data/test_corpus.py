@@ -9,7 +9,7 @@ import pytest
 from megatron_ads.config.data import DataConfig, RowVariant, SourceConfig, SourceKind
 from megatron_ads.data.corpus import LeftOut, read_corpus, tokenize
 from megatron_ads.data.sources import describe_source, read_source, source_names
-from megatron_ads.errors import DataError
+from megatron_ads.errors import ConfigError, DataError
 from tests.data.tokenizers import tokenizer_in
 
 BUILTIN = SourceConfig(kind=SourceKind.builtin, rows=300)
@@ -207,5 +207,5 @@ def test_sources_without_a_name_are_called_by_file_or_kind_and_numbered():
     named = [SourceConfig(kind=SourceKind.jsonl, path="in/a.jsonl.gz"), SourceConfig(kind=SourceKind.jsonl, path="a")]
     given = [SourceConfig(kind=SourceKind.simulator), SourceConfig(kind=SourceKind.esci, name="a 2")]
     assert source_names([*named, *given]) == ["a", "a 3", "simulator", "a 2"]
-    with pytest.raises(DataError, match=r"2 of data\.sources are named 'x'\. Name each differently"):
-        source_names([replace(source, name="x") for source in given])
+    with pytest.raises(ConfigError, match=r"x is the name of several of data\.sources"):
+        DataConfig(sources=[replace(source, name="x") for source in (BUILTIN, BUILTIN)]).check()
