@@ -99,7 +99,7 @@ def run_cases(
             records[case.name] = record = _finished(journal, case, out, quick=quick, about=about)
             judged = _judged(record, baselines)
             if any(verdict.failed for verdict in judged) and "first" not in record:
-                print(f"[{number}/{len(cases)}] {case.name}: slower, is measured again", flush=True)
+                print(f"[{number}/{len(cases)}] {case.name}: is measured again", flush=True)
                 again = {**_run_case(case, out, quick=quick, about=about), "first": record["found"]}
                 if not again["error"]:
                     journal.add(case.name, again)
