@@ -111,11 +111,12 @@ def _products_before_each_step() -> Iterator[list[float]]:
 
     cpu_compat.install()
     from megatron_ads.training import rl
+    from megatron_ads.training.rollout.metrics import PhaseTimes
 
     torch.set_num_threads(1)
     left, right = torch.randn(2, _PRODUCT_SIZE, _PRODUCT_SIZE)
     timed = clocked(lambda: [torch.mm(left, right) for _ in range(_PRODUCTS)])
-    seconds, step, measured = list[float](), rl._step, rl.PhaseTimes.measured
+    seconds, step, measured = list[float](), rl._step, PhaseTimes.measured
 
     def after_products(job: Any) -> bool:
         seconds.append(timed())
@@ -128,7 +129,7 @@ def _products_before_each_step() -> Iterator[list[float]]:
             yield
         times.add({phase: waited - seconds_in_queue()})
 
-    with patch.object(rl, "_step", after_products), patch.object(rl.PhaseTimes, "measured", without_queue):
+    with patch.object(rl, "_step", after_products), patch.object(PhaseTimes, "measured", without_queue):
         yield seconds
 
 

@@ -25,7 +25,7 @@ class Effort:
     @property
     def seconds(self) -> float:
         """For how long works are measured in turn, after which no further round begins."""
-        return 20.0 if self.quick else 90.0
+        return 12.0 if self.quick else 90.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
