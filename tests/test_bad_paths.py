@@ -11,10 +11,12 @@ import pytest
 from megatron_ads import cli
 from megatron_ads.demo_model import write_demo_model
 from parity_tests.harness.family import MEMBERS
+from tests.regress.learned_questions import write_questions
 
 ROWS = "data.sources=[{kind: builtin, rows: 60}] data.validation_rows=4"
 JOB = f"--recipe sft/quickstart --ranks 4 log.dir=NEW {ROWS}"
 EVALUATE = f"evaluate --recipe sft/quickstart --max-new-tokens 2 {ROWS}"
+REGRESS = "regress --data DATA --benchmark mmlu_stem --limit 1"
 COOK = "data cook --recipe cook/simulated teacher.url=http://localhost:9/v1 teacher.model=x"
 
 FOLDERS_READ = [
@@ -36,6 +38,9 @@ FOLDERS_READ = [
     f"{EVALUATE} --url http://localhost:9/v1 --served-model x --tokenizer BAD",
     "parity --hf BAD --out NEW",
     "parity --hf MODEL --megatron BAD --out NEW",
+    f"{REGRESS} --base BAD --tuned MODEL --out NEW",
+    f"{REGRESS} --base MODEL --tuned BAD --out NEW",
+    f"{REGRESS} --base MODEL --tuned http://localhost:9/v1 --served-model x --tokenizer BAD --out NEW",
 ]
 LOGS_READ = [
     "downstream train --logs BAD --out NEW",
@@ -54,6 +59,8 @@ FILES_READ = [
     f"{EVALUATE.replace('sft/quickstart', 'BAD')} --model MODEL",
     f"{EVALUATE.replace('kind: builtin, rows: 60', 'kind: jsonl, path: BAD')} --model MODEL",
     f"{EVALUATE} --model MODEL --names BAD",
+    f"evaluate --recipe sft/quickstart {ROWS} --answers BAD",
+    f"{EVALUATE} --model MODEL --compare BAD",
     "parity --hf MODEL --prompts BAD --out NEW",
     "quickstart --out NEW data.sources=[{kind: jsonl, path: BAD}]",
 ]
@@ -70,6 +77,7 @@ FOLDERS_WRITTEN = [
     f"{COOK} --out BAD",
     "parity --hf MODEL --out BAD --tokens 8",
     "quickstart --out BAD",
+    f"{REGRESS} --base MODEL --tuned MODEL --out BAD",
 ]
 FILES_WRITTEN = [
     "plan --recipe sft/quickstart --model MODEL --html BAD",
@@ -84,6 +92,7 @@ WRITTEN_WRONGLY = ("loop", "below a file", "long name", "below a forbidden folde
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("paths") / "model"
+    write_questions(folder.parent / "data", count=1)
     write_demo_model(folder, MEMBERS["Moonlight-16B-A3B"].config)
     return folder
 
@@ -139,8 +148,8 @@ def test_permissions_hold_in_these_tests(tmp_path: Path) -> None:
 
 
 def refusal(line: str, bad: Path, model: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """Run a command line in which BAD, MODEL and NEW stand for paths; return the one line that it prints last."""
-    names = {"BAD": str(bad), "MODEL": str(model), "NEW": str(place / "new")}
+    """Run a command line in which BAD, MODEL, DATA and NEW stand for paths; return the one line that it prints last."""
+    names = {"BAD": str(bad), "MODEL": str(model), "DATA": str(model.parent / "data"), "NEW": str(place / "new")}
     words = _joined(line.split())
     for name, path in names.items():
         words = [word.replace(name, path) for word in words]

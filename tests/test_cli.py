@@ -33,6 +33,7 @@ COMMAND_LINES = [
     ["train"],
     ["compare-logits"],
     ["evaluate"],
+    ["regress"],
     ["downstream"],
     ["downstream", "train"],
     ["downstream", "evaluate"],

@@ -71,6 +71,8 @@ class GenerationConfig:
     or in an evaluation what the task's training targets suggest."""
     log_probabilities: bool = False
     """Ask for the log-probability of every generated token: the model's own, at temperature 1 without ``top_p``."""
+    stop: list[str] = field(default_factory=list)
+    """``greedy``, ``sampled``: a completion ends in front of any of these texts, as if the model had ended it there."""
 
     def check(self, section: str = "generation") -> None:
         """Refuse impossible values, and values that have no effect; ``section`` is its name in the recipe.
@@ -78,7 +80,9 @@ class GenerationConfig:
         Raises:
             ConfigError: Naming the setting and its value.
         """
-        changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        defaults = GenerationConfig()
+        names = [field.name for field in fields(self)]
+        changed = [name for name in names if getattr(self, name) != getattr(defaults, name)]
         self.check_as(lambda name: f"{section}.{name}", changed)
 
     def check_as(self, named: Callable[[str], str], given: Collection[str]) -> None:
@@ -110,6 +114,7 @@ _BELONGS_TO = {
     **dict.fromkeys(("temperature", "top_p", "seed", "samples"), (Method.sampled,)),
     **dict.fromkeys(("beams", "length"), BEAM_METHODS),
     "collaborative": (Method.constrained_beam,),
+    "stop": (Method.greedy, Method.sampled),
 }
 
 

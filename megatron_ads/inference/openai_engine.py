@@ -186,6 +186,8 @@ def request_body(
     }
     if config.max_new_tokens is not None:
         body[endpoint.token_limit_field] = config.max_new_tokens
+    if config.stop:
+        body["stop"] = list(config.stop)
     if endpoint.template_arguments and "messages" in asked:
         body["chat_template_kwargs"] = dict(endpoint.template_arguments)
     return body | {"seed": seed}

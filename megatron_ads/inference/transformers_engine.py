@@ -36,6 +36,9 @@ class _Written:
     """Without the end token."""
     log_probabilities: list[float] = field(default_factory=list)
     ended: bool = False
+    """With the end token."""
+    stopped: bool = False
+    """Where a text of ``GenerationConfig.stop`` came."""
     node: Node | None = None
     """Where that is among the valid names; None: anything may be said."""
 
@@ -90,7 +93,7 @@ class TransformersEngine:
         written = self._continue(tokens, samples, config, limit, rules)
         return [
             [
-                self._completion(one.tokens, one.ended, len(prompt), one.log_probabilities)
+                self._completion(one.tokens, one.ended, len(prompt), one.log_probabilities, stop=config.stop)
                 for one in written[number * samples : (number + 1) * samples]
             ]
             for number, prompt in enumerate(tokens)
@@ -148,16 +151,26 @@ class TransformersEngine:
                 written[number].ended = token == self._end_token
                 if not written[number].ended:
                     written[number].add(token)
+                    written[number].stopped = self._has_stopped(written[number].tokens, config.stop)
             if config.log_probabilities:
                 found_R = rows.logits_RV.log_softmax(-1).gather(1, chosen_R[:, None])[:, 0]
                 for number, value in zip(running, found_R.tolist(), strict=True):
                     written[number].log_probabilities.append(value)
-            going_on = [place for place, number in enumerate(running) if not written[number].ended]
+            going_on = [
+                place for place, number in enumerate(running) if not (written[number].ended or written[number].stopped)
+            ]
             running = [running[place] for place in going_on]
             if not running or step == limit - 1:
                 break
             rows.go_on(going_on, [chosen[place] for place in going_on])
         return written
+
+    def _has_stopped(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
+        if not stop or self._tokenizer is None:
+            return False
+        # A token can be part of a character only, hence some more than the longest text can have.
+        end = self._tokenizer.decode(list(tokens[-4 - max(map(len, stop)) :]))
+        return any(text in end for text in stop)
 
     def _beams(
         self, prompts: Sequence[Sequence[int]], config: GenerationConfig, limit: int, rules: Sequence[Rules] | None
@@ -190,12 +203,15 @@ class TransformersEngine:
         prompt_tokens: int,
         log_probabilities: Sequence[float],
         score: float | None = None,
+        stop: Sequence[str] = (),
     ) -> Completion:
-        """Return what was said, without the end token, as a completion."""
+        """Return what was said, without the end token, or what it was stopped at, as a completion."""
         tokens = (*said, self._end_token) if ended else tuple(said)
+        whole = self._tokenizer.decode(list(said)) if self._tokenizer else ""
+        text = before_any(whole, stop)
         return Completion(
-            text=self._tokenizer.decode(list(said)) if self._tokenizer else "",
-            finish=Finish.ended if ended else Finish.cut_off,
+            text=text,
+            finish=Finish.ended if ended or text != whole else Finish.cut_off,
             token_ids=tokens,
             log_probabilities=tuple(log_probabilities) or None,
             score=score,
@@ -213,6 +229,12 @@ def open_engine(folder: Path, *, dtype: torch.dtype | None = None) -> Transforme
     """
     tokenizer = load_tokenizer(folder)
     return TransformersEngine(load_model(folder, dtype), end_token=tokenizer.end_token_id, tokenizer=tokenizer)
+
+
+def before_any(text: str, stop: Sequence[str]) -> str:
+    """Return ``text`` up to where the first of some texts begins."""
+    places = [place for one in stop if (place := text.find(one)) >= 0]
+    return text[: min(places)] if places else text
 
 
 def next_tokens(logits_RV: Tensor, config: GenerationConfig, chance: torch.Generator) -> Tensor:

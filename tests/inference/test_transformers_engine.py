@@ -15,7 +15,9 @@ from megatron_ads.errors import ConfigError, ConversionError
 from megatron_ads.inference.beam_rules import AnyToken, ValidNames, build_trie
 from megatron_ads.inference.engine import Finish
 from megatron_ads.inference.language_model import left_padded, load_model
-from megatron_ads.inference.transformers_engine import TransformersEngine
+from megatron_ads.inference.transformers_engine import TransformersEngine, open_engine
+from megatron_ads.rows import Message, Role
+from tests.inference.tiny_model import write_tiny_model
 
 END, PAD = 31, 0
 PROMPTS = ([5, 6, 7], [9], [3, 1, 4, 1, 5], [8, 8])
@@ -219,3 +221,17 @@ def test_weights_that_are_missing_are_not_made_up(random_model: Path, tmp_path: 
     (tmp_path / "config.json").write_text((random_model / "config.json").read_text())
     with pytest.raises(ConversionError, match=r"lacks 1 weights .* model\.norm\.weight"):
         _engine(tmp_path)
+
+
+def test_a_completion_ends_in_front_of_a_text_to_stop_at(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path)
+    engine = open_engine(folder)
+    prompt = engine.tokens_of([Message(Role.user, "a question")])
+    ((whole,),) = engine.generate([prompt], _limit(24))
+    assert whole.finish is Finish.cut_off
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    assert len(stop) == 3
+    stopped_at = GenerationConfig(max_new_tokens=24, stop=["never written", stop])
+    ((stopped,),) = engine.generate([prompt], stopped_at)
+    assert (stopped.text, stopped.finish) == (whole.text[: whole.text.index(stop)], Finish.ended)
+    assert stopped.answer_tokens < whole.answer_tokens
