@@ -172,7 +172,7 @@ def busy_core() -> Iterator[None]:
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(
     os.environ.get("MEGATRON_ADS_BUSY_CORE") != "1",
-    reason="keeps a core busy for minutes: MEGATRON_ADS_BUSY_CORE=1 ./launch/test.sh tests/benchmarks/test_speed_run.py",
+    reason="keeps a core busy: MEGATRON_ADS_BUSY_CORE=1 ./launch/test.sh tests/benchmarks/test_speed_run.py",
 )
 def test_a_sleep_in_the_training_step_is_found_while_a_core_is_busy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
