@@ -10,6 +10,9 @@ Both models answer the questions of AdNanny's table 8, by lm-eval's tasks, greed
 and, for each model, a score and an answer for every question: base.json can be the --base of later releases. What was
 answered before an interruption is not asked again. Programs that a model writes run in a sandbox without network.
 
+A server must take prompts in token ids and tell their log-probabilities, as vLLM does, and have room for prompts with
+their examples (some 2,500 tokens) and for answers.
+
 Questions come from the hub, or from DIR/NAME/test.jsonl with --data DIR (default: MEGATRON_ADS_DATA).
 
 Exit status: 0 no benchmark fell by more than the margin beyond noise, 1 one did, or --same found another answer, 2 the
