@@ -1,0 +1,194 @@
+"""The parts of every release check, quick or full; ``full_parts.py`` has those that take longer."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from parity_tests.release import results
+from parity_tests.release.part import Findings, Part, Step
+from parity_tests.release.request import Request
+
+QUICK_TESTS = (
+    "conversion", "launching/test_placement.py", "launching/test_attempts.py", "losses", "metrics", "models", "optim",
+    "regress", "test_imports.py",
+)  # fmt: skip
+"""What a quick check tests: weights and their way in and out, the arithmetic of a step, the benchmarks' gate. Eight
+minutes on two cores."""
+QUICK_QUESTIONS, FULL_QUESTIONS = 8, 100
+"""Of each public benchmark. With a checkpoint of one's own a full check asks them all."""
+_ROWS = {True: 32, False: 256}
+_FREE_MEMORY_SHARE = 0.8
+_BENCHMARKS = ("gsm8k", "humaneval", "mmlu_stem")
+_CLI = (sys.executable, "-m", "megatron_ads.cli")
+_PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
+_MINUTE = 60.0
+
+
+def parallel_pytest() -> tuple[str, ...]:
+    """Return a command that runs tests with three workers for two cores, at most 8, as launch/test.sh does."""
+    workers = min(8, (len(os.sched_getaffinity(0)) * 3 + 1) // 2)
+    return (*_PYTEST, "-n", str(workers), "--dist", "worksteal")
+
+
+def tests(request: Request) -> Part:
+    """Return the part that runs the tests."""
+    chosen = [f"tests/{name}" for name in QUICK_TESTS] if request.quick else ["tests"]
+    report = request.out / "tests" / "report.xml"
+    command = (*parallel_pytest(), f"--junitxml={report}", *chosen)
+    others = f"all tests but {', '.join(chosen)}: --quick leaves them out; ./launch/test.sh runs all"
+    return Part(
+        name="tests",
+        title="every piece does what it says",
+        steps=(Step("pytest", command, (30 if request.quick else 180) * _MINUTE),),
+        read=lambda folder: results.of_junit(folder / "report.xml"),
+        left_out=(others,) if request.quick else (),
+    )
+
+
+def ladder(request: Request) -> Part:
+    """Return the part that climbs the parity ladder on small models."""
+    folder = request.out / "parity"
+    command = (*parallel_pytest(), f"--junitxml={folder / 'report.xml'}", "parity_tests")
+
+    def read(folder: Path) -> Findings:
+        rungs = results.of_junit(folder / "report.xml", results.rung_of)
+        return Findings([*rungs.figures, *results.of_recorded_figures(folder / "figures.jsonl")], rungs.left_out)
+
+    return Part(
+        name="parity",
+        title="the trainer computes what transformers computes",
+        steps=(Step("pytest", command, (30 if request.quick else 120) * _MINUTE),),
+        read=read,
+        environment={"PARITY_FIGURES": str(folder / "figures.jsonl")},
+        left_out=("rung 10 (61 layers on 31 processes): --quick leaves it out",) if request.quick else (),
+    )
+
+
+def checkpoint_parity(request: Request) -> Part:
+    """Return the part that compares the checkpoint itself, layer by layer."""
+    part = {"name": "checkpoint-parity", "title": "rungs 1, 2, 3, 4, 6 and 11 on the checkpoint, layer by layer"}
+    if request.hf is None:
+        return Part(**part, why_not="no checkpoint was named (--hf DIR); the ladder ran on small models")
+    command = (*_CLI, "parity", "--hf", str(request.hf), "--out", str(request.out / "checkpoint-parity"))
+    command += ("--tokens", "64") if request.quick else ()
+    return Part(
+        **part,
+        steps=(Step("parity", command, (60 if request.quick else 24 * 60) * _MINUTE),),
+        read=lambda folder: results.of_checkpoint_parity(folder / "parity.json"),
+    )
+
+
+def conversion(request: Request) -> Part:
+    """Return the part that converts to Megatron, on to another layout, and back."""
+    folder, limit = request.out / "conversion", (10 if request.hf is None else 24 * 60) * _MINUTE
+    first, second, back, model = folder / "first", folder / "second", request.round_trip, request.model
+    work = ("--json", "--workers", str(min(8, len(os.sched_getaffinity(0)))))
+    fp8 = ("--dtype", "fp8", "--reference", str(model)) if request.is_fp8 else ()
+    convert = (*_CLI, "convert")
+    commands = {
+        "to-first": (
+            *convert, "to-megatron", str(model), str(first), "--pp", "2", "--ep", "2", "--first-stage-layers", "1",
+            *work,
+        ),
+        "to-second": (*convert, "to-megatron", str(first), str(second), "--tp", "2", "--etp", "2", *work),
+        "back": (*convert, "to-hf", str(second), str(back), *fp8, *work),
+        **{f"verify-{one.name}": (*_CLI, "verify", str(model), str(one), *work) for one in (first, second, back)},
+    }  # fmt: skip
+    if request.hf is None:
+        commands = {"demo-model": (*_CLI, "demo-model", str(model)), **commands}
+    layouts = {"first": "pp 2 x ep 2, one layer on stage 0", "second": "tp 2 x etp 2", "back": "Hugging Face again"}
+    return Part(
+        name="conversion",
+        title=f"{request.hf or 'a small random checkpoint'} to two layouts and back, bit for bit",
+        steps=tuple(Step(name, command, limit) for name, command in commands.items()),
+        read=lambda folder: Findings(
+            [results.of_verify(folder / f"verify-{name}.log", words) for name, words in layouts.items()]
+        ),
+        scratch=("first", "second"),
+    )
+
+
+def regress(request: Request) -> Part:
+    """Return the part that asks public questions before and after the round trip."""
+    part = {"name": "regress", "title": "public benchmarks, before and after the round trip: the same answers"}
+    names = [name for name in _BENCHMARKS if request.data and (request.data / name / "test.jsonl").is_file()]
+    if not names:
+        return Part(**part, why_not="MEGATRON_ADS_DATA names no folder with gsm8k, humaneval or mmlu_stem")
+    if why_not := _why_it_cannot_answer(request):
+        return Part(**part, why_not=why_not)
+    if importlib.util.find_spec("lm_eval") is None:
+        return Part(**part, why_not="lm-eval is not installed; pip install 'megatron-ads[regress]'")
+    limit = QUICK_QUESTIONS if request.quick else None if request.hf else FULL_QUESTIONS
+    command = (
+        *_CLI, "regress", "--base", str(request.model), "--tuned", str(request.round_trip), "--same",
+        "--data", str(request.data), "--out", str(request.out / "regress"), "--benchmark", *names,
+        *(("--limit", str(limit)) if limit else ()),
+        # A random model never ends its answers.
+        *(("--max-new-tokens", "32") if request.hf is None else ()),
+    )  # fmt: skip
+    return Part(
+        **part,
+        steps=(Step("regress", command, (20 if request.hf is None else 24 * 60) * _MINUTE),),
+        read=lambda folder: results.of_regress(folder / "regress.json"),
+        after=("conversion",),
+        continues=True,
+        left_out=(f"all but the first {limit} questions of each benchmark",) if limit else (),
+    )
+
+
+def ads(request: Request) -> Part:
+    """Return the part that asks ads questions before and after the round trip."""
+    part = {"name": "ads", "title": "ads tasks, before and after the round trip: the same answers"}
+    if why_not := _why_it_cannot_answer(request):
+        return Part(**part, why_not=why_not)
+    folder = request.out / "ads"
+    recipe = ("--recipe", "sft/quickstart", "data=builtin", f"data.validation_rows={_ROWS[request.quick]}", "--json")
+    files = {name: folder / f"{name}.jsonl" for name in ("before", "after")}
+    commands = {
+        name: (*_CLI, "evaluate", "--model", str(model), "--answers", str(files[name]), *recipe)
+        for name, model in (("before", request.model), ("after", request.round_trip))
+    }
+    commands["compare"] = (
+        *_CLI, "evaluate", "--answers", str(files["after"]), "--compare", str(files["before"]),
+        "--html", str(folder / "answers.html"), *recipe,
+    )  # fmt: skip
+    return Part(
+        **part,
+        steps=tuple(Step(name, command, 20 * _MINUTE) for name, command in commands.items()),
+        read=lambda folder: Findings(
+            [
+                *results.of_equal_answers(files["before"], files["after"]),
+                *results.of_deltas(folder / "compare.log"),
+            ]
+        ),
+        after=("conversion",),
+        continues=True,
+    )
+
+
+def speed(request: Request) -> Part:
+    """Return the part that measures how fast everything is next to its reference."""
+    folder = request.out / "speed"
+    command = (sys.executable, "-m", "benchmarks.run", "--out", str(folder), *(("--quick",) if request.quick else ()))
+    return Part(
+        name="speed",
+        title="nothing has become slower next to its reference",
+        steps=(Step("benchmarks.run", command, (45 if request.quick else 240) * _MINUTE),),
+        read=lambda folder: results.of_speed(folder / "speed.json"),
+        continues=True,
+        left_out=("full sizes: --quick takes small ones",) if request.quick else (),
+    )
+
+
+def _why_it_cannot_answer(request: Request) -> str:
+    """Say why the checkpoint cannot be asked in a process of this machine; empty if it can."""
+    from megatron_ads.runtime.device import free_memory_bytes
+
+    free = free_memory_bytes()
+    if request.weight_bytes <= _FREE_MEMORY_SHARE * free:
+        return ""
+    return (
+        f"{request.hf} has {request.weight_bytes / 1e9:.0f} GB of weights, and {free / 1e9:.0f} GB of memory are free: "
+        "serve it, and take --tuned URL (regress) or --url (evaluate)"
+    )
