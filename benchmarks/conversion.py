@@ -111,12 +111,13 @@ def copy(source: Path, target: Path, *, written: int, workers: int) -> float:
     start = time.perf_counter()
     with ProcessPoolExecutor(workers) as pool:
         files = sorted(source.glob("*.safetensors"))
-        for _ in pool.map(partial(_copy_file, target=target, ratio=ratio), files, timeout=LIMIT_SECONDS):
+        for _ in pool.map(partial(copy_file, target=target, ratio=ratio), files, timeout=LIMIT_SECONDS):
             pass
     return time.perf_counter() - start
 
 
-def _copy_file(file: Path, *, target: Path, ratio: float) -> None:
+def copy_file(file: Path, *, target: Path, ratio: float) -> None:
+    """Read a file, write ``ratio`` times as many bytes into the folder ``target``, and flush them."""
     buffer = bytearray(BLOCK_BYTES)
     with file.open("rb", buffering=0) as handle, (target / file.name).open("wb", buffering=0) as out:
         read = written = 0
@@ -128,9 +129,14 @@ def _copy_file(file: Path, *, target: Path, ratio: float) -> None:
 
 
 def _prepare(source: Path, target: Path) -> None:
-    """Remove an earlier target, and forget cached pages of the source, so that they are read from the disk."""
+    """Remove an earlier target, and forget cached pages of the source."""
     shutil.rmtree(target, ignore_errors=True)
-    for path in source.glob("*.safetensors"):
+    forget_files(source)
+
+
+def forget_files(folder: Path) -> None:
+    """Drop the cached pages of all files of a folder, so that they are read from the disk."""
+    for path in (path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

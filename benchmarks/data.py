@@ -114,7 +114,7 @@ def measure(file: Path, rows: int, folder: Path, workers: int) -> dict[str, Any]
     """Prepare a file of rows and start on it."""
     speeds = [tokenizer_speed(file, workers)]
     started = time.monotonic()
-    prepared, usage = _prepare(file, folder, workers)
+    prepared, usage = prepare(file, folder, workers)
     seconds = time.monotonic() - started
     speeds.append(tokenizer_speed(file, workers))
     alone, alone_cpu = (statistics.mean(each) for each in zip(*speeds, strict=True))
@@ -164,8 +164,8 @@ def tokenizer_speed(file: Path, processes: int) -> tuple[float, float]:
     return sum(rows for rows, _ in found), statistics.mean(rows for _, rows in found)
 
 
-def _prepare(file: Path, folder: Path, workers: int) -> tuple[dict[str, Any], dict[str, float]]:
-    """Run the command; return what it prints, and what its processes use: the most memory of one, and CPU seconds."""
+def prepare(file: Path, folder: Path, workers: int) -> tuple[dict[str, Any], dict[str, float]]:
+    """Run `data prepare`; return what it prints, and what it uses: the most memory of a process, and CPU seconds."""
     command = [sys.executable, "-m", "megatron_ads.cli", "data", "prepare", "--recipe", "sft/quickstart"]
     command += [f"--tokenizer={tokenizer_folder()}", f"--workers={workers}", "--json"]
     command += [f"data.sources=[{{kind: jsonl, path: {file}}}]", f"data.prepared_dir={folder / 'prepared'}"]
@@ -197,16 +197,18 @@ def start(folder: Path, file: Path) -> dict[str, Any]:
     stream = BatchStream(rows.training, share, seq_length=SEQ_LENGTH, packing=True, seed=0)
     rows_seconds = time.monotonic() - began
     drawing = time.monotonic()
-    milliseconds = []
+    milliseconds, filled = [], []
     for _ in range(STEPS):
         step_began = time.thread_time()  # of the thread that draws, which others of a busy machine do not add to
         step = stream._draw_step()
         milliseconds.append((time.thread_time() - step_began) * 1e3 / len(step.draws) * 100)
+        filled += [batch.token_count / batch.tokens_BS.numel() for batch in step.batches]
     return {
         "rows_seconds": rows_seconds,
         "draw_ms_per_100": statistics.median(milliseconds[-MEDIAN_OF:]),
         "first_draw_ms_per_100": statistics.median(milliseconds[:MEDIAN_OF]),
         "draw_ms_per_100_most": max(milliseconds),
+        "filled": statistics.mean(filled),
         "rank_bytes": process_memory_bytes("VmHWM"),
         "drawing_seconds": time.monotonic() - drawing,
     }

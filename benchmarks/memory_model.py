@@ -155,7 +155,7 @@ def _train(case: Case) -> int:
 
     process_groups.start(job.layout)
     device.seed_everything(0)
-    step = _build(job)  # imports everything; builds when called
+    step = build_step(job)  # imports everything; builds when called
     _warm_up()
     before = process_memory_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # restarts VmHWM
@@ -167,7 +167,7 @@ def _train(case: Case) -> int:
     return peak
 
 
-def _build(job: PlannedJob) -> Any:
+def build_step(job: PlannedJob) -> Any:
     import torch
 
     from megatron_ads.config.training import OptimConfig

@@ -1,11 +1,12 @@
 """Rollouts against ``transformers.generate`` on the same prompts, and new weights against a copy of the same bytes."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, cast
+
+from benchmarks.speed.measure import clocked, in_turn
 
 if TYPE_CHECKING:
     from megatron_ads.config.rl import RlConfig
@@ -17,28 +18,48 @@ REPETITIONS = 5
 
 def compared(model: Path, recipe: str, settings: Sequence[str]) -> dict[str, Any]:
     """Return the median seconds of each, in this process; the rollouts are one batch of the recipe's."""
-    from megatron_ads.config.recipes import load_job
-    from megatron_ads.config.rl import RlConfig
     from megatron_ads.inference.model_folder import hugging_face_folder
 
-    config = load_job(recipe, [f"model.load={model}", *settings])
-    assert isinstance(config, RlConfig)
     with hugging_face_folder(model) as folder:
-        return {**_generation(folder, config), **_new_weights(folder)}
+        generation, weights = generation_of(folder, recipe, settings), weight_update_of(folder)
+        of_rollouts = _medians({"rollout": generation.ours, "generate": generation.theirs})
+        of_weights = _medians({"update_weights": weights.update, "copy": weights.copy})
+        return {**generation.facts, **of_rollouts, "same_tokens": generation.same_tokens(), **of_weights,
+                "bytes": weights.nbytes}  # fmt: skip
 
 
-def _generation(model: Path, config: "RlConfig") -> dict[str, Any]:
-    """Answer the prompts of one batch, each ``rollout.samples`` times, and say how alike the most probable answers are.
+def _medians(works: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    timed = {f"{name}_seconds": clocked(work) for name, work in works.items()}
+    return {name: median(taken) for name, taken in in_turn(timed, seconds=0, least=REPETITIONS).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Sampled answers to the prompts of one batch, by our engine and by transformers."""
+
+    ours: Callable[[], Any]
+    theirs: Callable[[], Any]
+    same_tokens: Callable[[], float]
+    """Says how alike the most probable answers of both are."""
+    facts: Mapping[str, Any]
+
+
+def generation_of(model: Path, recipe: str, settings: Sequence[str]) -> Generation:
+    """Return what answers the prompts of one batch, each ``rollout.samples`` times.
 
     No token ends an answer, so that the batch stays whole: what is compared is the speed of a token.
     """
     import torch
 
     from megatron_ads.config.generation import GenerationConfig, Method
+    from megatron_ads.config.recipes import load_job
+    from megatron_ads.config.rl import RlConfig
     from megatron_ads.data.chat import load_tokenizer
     from megatron_ads.inference.language_model import left_padded, load_model
     from megatron_ads.inference.transformers_engine import TransformersEngine
 
+    config = load_job(recipe, [f"model.load={model}", *settings])
+    assert isinstance(config, RlConfig)
     tokenizer, loaded = load_tokenizer(model), load_model(model, torch.float32)
     limit, samples, pad = config.rollout.max_new_tokens, config.rollout.samples, tokenizer.end_token_id
     asked = _prompts(config, tokenizer)
@@ -56,17 +77,16 @@ def _generation(model: Path, config: "RlConfig") -> dict[str, Any]:
         return cast(list[list[int]], made[:, ids.shape[1] :].tolist())
 
     drawn = GenerationConfig(method=Method.sampled, samples=samples, max_new_tokens=limit, log_probabilities=True)
-    ours_drawn, theirs_drawn = _in_turn(
-        lambda: ours(drawn), lambda: theirs(do_sample=True, top_k=0, num_return_sequences=samples)
+    return Generation(
+        ours=lambda: ours(drawn),
+        theirs=lambda: theirs(do_sample=True, top_k=0, num_return_sequences=samples),
+        same_tokens=lambda: _share_of_same(ours(GenerationConfig(max_new_tokens=limit)), theirs(do_sample=False)),
+        facts={
+            "answers": len(asked) * samples,
+            "tokens_per_answer": limit,
+            "prompt_tokens": sum(map(len, asked)) / len(asked),
+        },
     )
-    return {
-        "answers": len(asked) * samples,
-        "tokens_per_answer": limit,
-        "prompt_tokens": sum(map(len, asked)) / len(asked),
-        "rollout_seconds": ours_drawn.seconds,
-        "generate_seconds": theirs_drawn.seconds,
-        "same_tokens": _share_of_same(ours(GenerationConfig(max_new_tokens=limit)), theirs(do_sample=False)),
-    }
 
 
 def _prompts(config: "RlConfig", tokenizer: "ChatTokenizer") -> list[tuple[int, ...]]:
@@ -84,8 +104,17 @@ def _share_of_same(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]
     return sum(mine == other for mine, other in pairs) / len(pairs)
 
 
-def _new_weights(model: Path) -> dict[str, Any]:
-    """Give an engine all weights, and copy the same tensors."""
+@dataclass(frozen=True, slots=True)
+class WeightUpdate:
+    """All weights of a model, given to an engine, and copied."""
+
+    update: Callable[[], Any]
+    copy: Callable[[], Any]
+    nbytes: int
+
+
+def weight_update_of(model: Path) -> WeightUpdate:
+    """Return what gives an engine all weights, and what copies the same tensors."""
     import torch
     from safetensors.torch import load_file
 
@@ -98,29 +127,8 @@ def _new_weights(model: Path) -> dict[str, Any]:
     files = sorted(model.glob("*.safetensors"))
     published = [pair for file in files for pair in load_file(file).items() if left_out not in pair[0]]
     held = [tensor.clone() for _, tensor in published]
-    given, copied = _in_turn(
-        lambda: engine.update_weights(iter(published)),
-        lambda: [old.copy_(tensor) for old, (_, tensor) in zip(held, published, strict=True)] and None,
+    return WeightUpdate(
+        update=lambda: engine.update_weights(iter(published)),
+        copy=lambda: [old.copy_(tensor) for old, (_, tensor) in zip(held, published, strict=True)],
+        nbytes=sum(tensor.nbytes for tensor in held),
     )
-    nbytes = sum(tensor.nbytes for tensor in held)
-    return {"update_weights_seconds": given.seconds, "copy_seconds": copied.seconds, "bytes": nbytes}
-
-
-@dataclass(slots=True)
-class _Timed:
-    work: Callable[[], Any]
-    value: Any = None
-    seconds: float = 0.0
-
-
-def _in_turn(*works: Callable[[], Any]) -> list[_Timed]:
-    """Return what each returns and its median seconds, after one repetition that does not count."""
-    timed, seconds = [_Timed(work) for work in works], [list[float]() for _ in works]
-    for _ in range(REPETITIONS + 1):
-        for one, kept in zip(timed, seconds, strict=True):
-            began = time.monotonic()
-            one.value = one.work()
-            kept.append(time.monotonic() - began)
-    for one, kept in zip(timed, seconds, strict=True):
-        one.seconds = median(kept[1:])
-    return timed

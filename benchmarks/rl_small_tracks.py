@@ -72,7 +72,9 @@ def evaluated(
 ) -> dict[str, Any]:
     """Return the headline of the track, with the interval of resampled groups, beside what the baselines get."""
     from megatron_ads.config.recipes import load_job
-    from megatron_ads.evaluation.evaluate import EvaluationRequest, evaluate, held_out
+    from megatron_ads.evaluation.evaluate import evaluate
+    from megatron_ads.evaluation.held_out_rows import held_out
+    from megatron_ads.evaluation.request import EvaluationRequest
 
     how = GenerationConfig(method=track.method)
     request = EvaluationRequest(recipe=track.sft, overrides=overrides, batch_size=64, answers_file=answers, how=how)

@@ -229,7 +229,8 @@ def write_texts(file: Path, sections: Sequence[Sequence[str]]) -> dict[str, Any]
 
 def _evaluate(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
     from megatron_ads.config.generation import GenerationConfig, Method
-    from megatron_ads.evaluation.evaluate import EvaluationRequest, evaluate
+    from megatron_ads.evaluation.evaluate import evaluate
+    from megatron_ads.evaluation.request import EvaluationRequest
 
     request = EvaluationRequest(
         recipe=RECIPE,

@@ -15,11 +15,11 @@ import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed.measure import clocked, in_turn
 from megatron_ads.observability.provenance import provenance
 
 CONFIG: dict[str, Any] = {
@@ -77,11 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if abs(ours - theirs) > LOSS_TOLERANCE * abs(theirs):
             print(f"{name}: the first losses differ, {ours:.7f} and {theirs:.7f}; not timed", file=sys.stderr)
             return 1
-        seconds = _time_alternately(steps, arguments.rounds)
+        sides = {side: clocked(step) for side, step in zip(SIDES, steps, strict=True)}
+        seconds = in_turn(sides, seconds=0, least=arguments.rounds, warm_up=2)
         ratio = statistics.median(seconds["transformers"]) / statistics.median(seconds["megatron_ads"])
-        sides = {side: _figures(times, tokens=sum(BATCHES[name])) for side, times in seconds.items()}
-        report["batches"][name] = {"parameters": parameters, "samples": BATCHES[name], **sides, "ratio": ratio}
-        for side, figures in sides.items():
+        found = {side: _figures(times, tokens=sum(BATCHES[name])) for side, times in seconds.items()}
+        report["batches"][name] = {"parameters": parameters, "samples": BATCHES[name], **found, "ratio": ratio}
+        for side, figures in found.items():
             milliseconds, speed = figures["median_seconds"] * 1e3, figures["tokens_per_second"]
             print(f"{name:6} {side:13} {milliseconds:8.1f} ms/step {speed:8.0f} tokens/s")
         print(f"{name:6} ratio {ratio:.2f}", flush=True)
@@ -92,8 +93,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _build(threads: int) -> dict[str, tuple[tuple[Step, Step], int]]:
     """Return, for each batch, our step and theirs on equal models, and the number of parameters."""
+    start_one_rank(threads)
+    built = {}
+    for name, lengths in BATCHES.items():
+        model, samples = random_model(CONFIG), random_samples(lengths)
+        steps = (our_step(build_ours(model), [packed(samples)]), transformers_step(model, samples))
+        built[name] = (steps, sum(parameter.numel() for parameter in model.parameters()))
+    return built
+
+
+def start_one_rank(threads: int) -> None:
+    """Begin a job of this process alone, with the same random numbers each time."""
     import torch
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     from megatron_ads.layout import ParallelLayout
     from megatron_ads.runtime import device, process_groups
@@ -101,36 +112,48 @@ def _build(threads: int) -> dict[str, tuple[tuple[Step, Step], int]]:
     torch.set_num_threads(threads)
     process_groups.start(ParallelLayout(world=1))
     device.seed_everything(0)
-    built = {}
-    for name, lengths in BATCHES.items():
-        model = DeepseekV3ForCausalLM(DeepseekV3Config(**CONFIG)).float().train()
-        samples = [torch.randint(1, CONFIG["vocab_size"], (length,)) for length in lengths]
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            steps = (our_step(Path(folder), samples), transformers_step(model, samples))
-        built[name] = (steps, sum(parameter.numel() for parameter in model.parameters()))
-    return built
 
 
-def our_step(folder: Path, samples: Sequence[Any]) -> Step:
-    """Build the project's training step for a checkpoint and a fixed batch."""
+def random_model(config: Mapping[str, Any]) -> Any:
+    """Return a model of transformers with random weights, in FP32, ready to be trained."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**config)).float().train()
+
+
+def random_samples(lengths: Sequence[int]) -> list[Any]:
+    """Return samples of random tokens of ``CONFIG``'s vocabulary."""
+    import torch
+
+    return [torch.randint(1, CONFIG["vocab_size"], (length,)) for length in lengths]
+
+
+def build_ours(model: Any, layer_spec: str = "grouped") -> Any:
+    """Return the project's model and optimizer with the weights of a model of transformers."""
     from conversion.rank_files import ShardsLayout
     from conversion.sources import open_source
     from megatron_ads.config.model import LayerSpecChoice, ModelConfig, Precision
     from megatron_ads.config.training import OptimConfig, TrainConfig
     from megatron_ads.layout import ParallelLayout, place_layers
     from megatron_ads.training.build import build_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        source, layout = open_source(Path(folder)), ParallelLayout(world=1)
+        shards = ShardsLayout(shape=source.shape, layout=layout, placement=place_layers(source.shape, layout))
+        settings = ModelConfig(load=folder, layer_spec=LayerSpecChoice(layer_spec), precision=Precision.fp32)
+        optim = OptimConfig(learning_rate=LEARNING_RATE)
+        return build_model(settings, optim, TrainConfig(max_steps=1), source, shards)
+
+
+def our_step(trained: Any, batches: Sequence[Any]) -> Step:
+    """Return the project's training step on fixed microbatches."""
     from megatron_ads.training.step import run_step
 
-    source, layout = open_source(folder), ParallelLayout(world=1)
-    shards = ShardsLayout(shape=source.shape, layout=layout, placement=place_layers(source.shape, layout))
-    model = ModelConfig(load=str(folder), layer_spec=LayerSpecChoice.grouped, precision=Precision.fp32)
-    trained = build_model(model, OptimConfig(learning_rate=LEARNING_RATE), TrainConfig(max_steps=1), source, shards)
-    batch = _packed(samples)
-    return lambda: run_step([batch], trained.chunks, trained.optimizer, learning_rate=LEARNING_RATE).loss
+    return lambda: run_step(batches, trained.chunks, trained.optimizer, learning_rate=LEARNING_RATE).loss
 
 
-def _packed(samples: Sequence[Any]) -> Any:
+def packed(samples: Sequence[Any]) -> Any:
     """Return the batch in our form: samples end to end, labels shifted, the last token of a sample without one."""
     import torch
 
@@ -165,18 +188,6 @@ def transformers_step(model: Any, samples: Sequence[Any]) -> Step:
         return float(loss.detach())
 
     return step
-
-
-def _time_alternately(steps: tuple[Step, Step], rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    timed = list(zip(SIDES, steps, strict=True))
-    for number in range(rounds + 2):
-        for side, step in timed if number % 2 else reversed(timed):
-            begin = time.perf_counter()
-            step()
-            if number >= 2:  # the first two warm caches and allocators
-                seconds[side].append(time.perf_counter() - begin)
-    return seconds
 
 
 def _figures(seconds: Sequence[float], *, tokens: int) -> dict[str, Any]:

@@ -144,6 +144,8 @@ class ChatRow:
     """When what the target tells happened, in seconds since 1970, for splits by time; None where it has no time."""
     facts: Facts = field(default_factory=dict, hash=False)
     """What the prompt was rendered from, and the true answer: metrics, rewards and variants read these, not texts."""
+    source: str = field(default="", compare=False)
+    """Name of the source that it is of, by which results tell datasets apart; empty: unknown. No part of the row."""
 
     @property
     def prompt(self) -> tuple[Message, ...]:

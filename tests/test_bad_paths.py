@@ -59,6 +59,8 @@ FILES_READ = [
     f"{EVALUATE.replace('sft/quickstart', 'BAD')} --model MODEL",
     f"{EVALUATE.replace('kind: builtin, rows: 60', 'kind: jsonl, path: BAD')} --model MODEL",
     f"{EVALUATE} --model MODEL --names BAD",
+    f"evaluate --recipe sft/quickstart {ROWS} --answers BAD",
+    f"{EVALUATE} --model MODEL --compare BAD",
     "parity --hf MODEL --prompts BAD --out NEW",
     "quickstart --out NEW data.sources=[{kind: jsonl, path: BAD}]",
 ]

@@ -13,23 +13,18 @@ Exit status: 0 every step passed or was skipped, 1 one did not, 2 there is no GP
 
 import argparse
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bounded_process import run_bounded
 from benchmarks.gpu.record import Found, Record, read_record
 
-_ROOT = Path(__file__).resolve().parents[2]
-_GRACE_SECONDS = 5.0
-"""How long a step may take to end after SIGTERM: torchrun then ends its ranks."""
 _LEAST_SECONDS = 5.0
 """A step is not started with less time than this left."""
 _DRY_RUN_PATIENCE = 4
@@ -141,55 +136,18 @@ def _run_step(step: Step, out: Path, *, seconds: float, dry_run: bool) -> dict[s
     file, log = out / "step.partial", out / "log.txt"
     file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu", "--run", step.function, str(file.resolve())]
-    began = time.monotonic()
-    with log.open("ab") as output:
-        output.write(f"\n===== {step.name}\n".encode())
-        output.flush()
-        begin = output.tell()
-        process = subprocess.Popen(
-            [*command, *(["--dry-run"] if dry_run else [])],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=_ROOT,
-            start_new_session=True,
-        )
-        exit_status = _wait(process, seconds)
+    command += ["--dry-run"] if dry_run else []
+    how = run_bounded(command, log, name=step.name, seconds=seconds)
     found = asdict(read_record(file))
     file.unlink(missing_ok=True)
-    ended = {"step": step.name, "status": "passed", "seconds": round(time.monotonic() - began, 1)}
-    if exit_status is None:
-        ended |= {"status": "timed out", "error": f"was not done after {seconds:.0f} s"}
-    elif exit_status:
-        ended |= {"status": "failed", "error": f"exit status {exit_status}: {_last_line(log, begin)}"}
+    ended = {"step": step.name, "status": "passed", "seconds": round(how.seconds, 1)}
+    if how.error:
+        ended |= {"status": "timed out" if how.exit_status is None else "failed", "error": how.error}
     elif found["findings"]:
         ended["status"] = "findings"
     elif found["skipped"]:
         ended["status"] = "skipped"
     return ended | found
-
-
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    """Return the exit status, or None if the process had to be ended; none of its session is left either way."""
-    status: int | None = None
-    try:
-        status = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_SECONDS)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return status
-
-
-def _last_line(log: Path, begin: int) -> str:
-    with log.open("rb") as handle:
-        handle.seek(begin)
-        lines = handle.read().decode(errors="replace").strip().splitlines()
-    return lines[-1][:300] if lines else "it printed nothing"
 
 
 def table(results: Sequence[Mapping[str, Any]], *, dry_run: bool) -> str:

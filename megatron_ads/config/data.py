@@ -98,6 +98,8 @@ class SourceConfig:
     ``jsonl``: chat rows in a file; ``table``: a JSONL, Parquet or CSV file with columns of your own; ``verl``: a
     Parquet or JSONL file with verl's five columns, where a row may be a prompt alone; ``preference``: a Parquet or
     JSONL file of prompts with a chosen answer and rejected ones."""
+    name: str | None = None
+    """What results call the source, where several have rows of one task; None: its file's name, or its kind."""
     path: str | None = None
     """File or folder, for ``jsonl``, ``table``, ``verl`` and ``preference`` also a glob of parts, compressed or not;
     None for ``builtin`` and ``simulator``, and for public data below the folder that ``MEGATRON_ADS_DATA`` names."""
@@ -144,6 +146,12 @@ class SourceConfig:
         """The dates that divide an event log; none for other sources."""
         return self.anchors if self.anchor is None else [self.anchor]
 
+    @property
+    def shows_users(self) -> bool:
+        """Whether its prompts show users' histories, on which ``history`` decides."""
+        by_task = self.kind in (SourceKind.table, SourceKind.simulator) and self.task in _TASKS_OF_USERS
+        return by_task or self.kind is SourceKind.next_brand
+
     def check(self, section: str) -> None:
         """Refuse impossible values; ``section`` is where this source stands in the recipe."""
         wanted = "above 0. Remove the source to leave it out"
@@ -163,22 +171,20 @@ class SourceConfig:
 
     def _check_effects(self, section: str) -> None:
         """Refuse settings that this kind of source does not read."""
-        is_table, shows_users = self.kind is SourceKind.table, self.kind is SourceKind.next_brand
-        shows_users = shows_users or (is_table and self.task in _TASKS_OF_USERS)
+        is_table = self.kind is SourceKind.table
         self._check_anchors(section)
-        self._check_events(section, may_have=is_table and shows_users and not self.anchor_dates)
+        self._check_events(section, may_have=is_table and self.shows_users and not self.anchor_dates)
         if self.kind is SourceKind.simulator:
             require(
                 self.task is not None, f"{section}.task is missing; kind simulator needs one of {', '.join(AdsTask)}."
             )
-            shows_users = self.task in _TASKS_OF_USERS
         else:
             require(
-                self.task is None or is_table or (shows_users and self.task in _NEXT_BRAND_TASKS),
+                self.task is None or is_table or (self.shows_users and self.task in _NEXT_BRAND_TASKS),
                 f"{section}.task is {self.task}, which has no effect with kind {self.kind}. Remove it.",
             )
         require(
-            shows_users or self.history == HistoryConfig(),
+            self.shows_users or self.history == HistoryConfig(),
             f"{section}.history has no effect: these rows show no user's history. Remove it.",
         )
         require(is_table or not self.values, f"{section}.values has no effect with kind {self.kind}. Remove it.")
@@ -283,6 +289,13 @@ class DataConfig:
             not repeated,
             f"{', '.join(repeated)} is the rejected file of several of data.sources, each of which would replace it. "
             "Name a file for each.",
+        )
+        names = Counter(source.name for source in self.sources if source.name is not None)
+        same = [name for name, count in names.items() if count > 1]
+        require(
+            not same,
+            f"{', '.join(same)} is the name of several of data.sources, which results would not tell apart. Name each "
+            "differently.",
         )
         require_at_least("data", self, 2, "seq_length")
         require_at_least("data", self, 0, "seed", "validation_rows")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_ads.config.data import DataConfig, SourceConfig, SplitBy
 from megatron_ads.data.chat import ChatTokenizer, tokenize_row
-from megatron_ads.data.sources import describe_source, read_source
+from megatron_ads.data.sources import describe_source, read_source, source_names
 from megatron_ads.data.split import Repeats, RowSplit, count_repeats, group_of, split_by_group, split_by_time
 from megatron_ads.errors import DataError
 from megatron_ads.layout import rank
@@ -71,7 +71,7 @@ class Corpus:
 def read_corpus(config: DataConfig) -> Corpus:
     """Read all sources and hold validation rows out, by group or by time over all sources together.
 
-    Rows that cannot be used are counted in a warning.
+    Each row has the name of its source. Rows that cannot be used are counted in a warning.
 
     Raises:
         ConfigError: If a setting of the section is impossible.
@@ -85,6 +85,10 @@ def read_corpus(config: DataConfig) -> Corpus:
         facts = {fact for row in found.rows if row.task in TASKS for fact in row.facts}
         report_misspelt({row.task for row in found.rows}, facts, name)
     sources = [found.rows if config.reasoning else answers_alone(found.rows) for found in checked]
+    sources = [
+        [replace(row, source=name) for row in rows]
+        for rows, name in zip(sources, source_names(config.sources), strict=True)
+    ]
     everything = [row for rows in sources for row in rows]
     repeats = count_repeats(everything)
     report_notes(notes_on(everything, repeats), repeats)

@@ -1,7 +1,8 @@
 """The sources a recipe can name under ``data.sources``, read into chat rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron_ads.data.split import group_of
 from megatron_ads.data.user_features import view_chooser
 from megatron_ads.data.verl_rows import verl_reader, verl_rows
 from megatron_ads.rows import ChatRow
+from megatron_ads.tasks.user_history import FULL_VIEW
 from megatron_ads.tasks.variants import ask_as
 
 
@@ -71,14 +73,14 @@ def divided(source: SourceConfig) -> RowReader[Any] | None:
 def _read_simulator(source: SourceConfig, seed: int) -> list[ChatRow]:
     assert source.task is not None, "checked with the recipe"
     count = simulated_rows.DEFAULT_ROWS if source.rows is None else source.rows
-    view_of = view_chooser(source.history, simulated_rows.DEFAULT_VIEW)
+    view_of = view_chooser(source.history, _VIEWS[source.kind])
     return [
         example.row for example in simulated_rows.simulated_examples(source.task, count, seed=seed, view_of=view_of)
     ]
 
 
 def _read_next_brand(source: SourceConfig, seed: int) -> list[ChatRow]:
-    task, view_of = source.task or AdsTask.next_advertiser, view_chooser(source.history, next_brand.DEFAULT_VIEW)
+    task, view_of = source.task or AdsTask.next_advertiser, view_chooser(source.history, _VIEWS[source.kind])
     return next_brand.next_brand_rows(_public_file(source), task, view_of=view_of, limit=source.rows)
 
 
@@ -112,6 +114,8 @@ def _read_own(source: SourceConfig, seed: int) -> list[ChatRow]:
     return table_rows(path, task=source.task, users=users, **settings)
 
 
+_VIEWS = {SourceKind.simulator: simulated_rows.DEFAULT_VIEW, SourceKind.next_brand: next_brand.DEFAULT_VIEW}
+"""How much of a history prompts show where a recipe leaves it open; those of other kinds show all."""
 _PUBLIC = {SourceKind.esci: ESCI_FILE, SourceKind.gsm8k: GSM8K_FILE, SourceKind.next_brand: next_brand.FILE}
 
 
@@ -132,6 +136,26 @@ _READERS: dict[SourceKind, Callable[[SourceConfig, int], list[ChatRow]]] = {
     SourceKind.verl: _read_own,
     SourceKind.preference: _read_own,
 }
+
+
+def without_section(source: SourceConfig, section: str) -> SourceConfig:
+    """Return a source whose prompts leave one more section of the users' histories out."""
+    left_out = source.history.without
+    if left_out is None:
+        left_out = sorted(_VIEWS.get(source.kind, FULL_VIEW).without)
+    return replace(source, history=replace(source.history, without=[*left_out, section]))
+
+
+def source_names(sources: Sequence[SourceConfig]) -> list[str]:
+    """Return what results call each source: its name, its file's or its kind, numbered where that is not enough."""
+    given = {source.name for source in sources if source.name is not None}
+    names: list[str] = []
+    for source in sources:
+        plain = source.name or (Path(source.path).name.split(".")[0] if source.path else "") or str(source.kind)
+        taken = {*names, *given} - {source.name}
+        numbered = (f"{plain} {number}" for number in count(2))
+        names.append(plain if plain not in taken else next(name for name in numbered if name not in taken))
+    return names
 
 
 def describe_source(source: SourceConfig) -> str:

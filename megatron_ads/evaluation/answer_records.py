@@ -31,7 +31,9 @@ class AnswerBeam:
     log_probability: float
     """The model's, in nats; of a valid name: given that the answer is one, without reasoning."""
     score: float
-    """What beams are ordered by."""
+    """What beams are ordered by; of samples, the share that says the same."""
+    samples: int | None = None
+    """How many samples say the same; None: a beam of a search."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +43,10 @@ class Answer:
     row: ChatRow
     text: str
     """Special tokens are left out."""
-    ended: bool
-    """The model ended the answer itself; False: it was cut off at the limit."""
+    ended: bool | None
+    """The model ended the answer itself; False: it was cut off at the limit; None: who made the answer did not say."""
     beams: tuple[AnswerBeam, ...] = ()
-    """Where there are beams: the best, whose text this answer has, and the others in order."""
+    """Where there are beams, or several samples: the best, whose text this answer has, and the others in order."""
 
 
 def write_answers(file: Path, answers: Sequence[Answer]) -> None:
@@ -54,7 +56,8 @@ def write_answers(file: Path, answers: Sequence[Answer]) -> None:
         row = answer.row
         said: dict[str, Any] = {"id": row.id, "task": row.task, "prompt": row.prompt[-1].content, "target": row.target}
         said |= {"expected": row.label, "ended": answer.ended, "text": answer.text}
-        beams = {"beams": [asdict(beam) for beam in answer.beams]} if answer.beams else {}
+        said |= {"source": row.source} if row.source else {}
+        beams = {"beams": list(map(_described, answer.beams))} if answer.beams else {}
         lines.append(json.dumps(said | beams, ensure_ascii=False) + "\n")
     text = "".join(lines)
     if file.exists() and file.read_bytes() != text.encode():
@@ -63,6 +66,16 @@ def write_answers(file: Path, answers: Sequence[Answer]) -> None:
         file.rename(kept)
         logger.warning("%s held other answers; they are kept as %s.", file, kept)
     write_small(file, text)
+
+
+def _described(beam: AnswerBeam) -> dict[str, Any]:
+    return {name: value for name, value in asdict(beam).items() if value is not None}
+
+
+def ended_share(answers: Sequence[Answer]) -> float | None:
+    """Return the share of answers that the model ended itself; None where it is not known of all."""
+    ended = [answer.ended for answer in answers if answer.ended is not None]
+    return sum(ended) / len(ended) if len(ended) == len(answers) else None
 
 
 def fingerprint(model: Path, rows: Sequence[ChatRow], settings: Mapping[str, Any]) -> dict[str, str]:

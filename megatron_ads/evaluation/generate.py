@@ -9,10 +9,12 @@ from typing import Any
 from megatron_ads.config.generation import GenerationConfig, Method
 from megatron_ads.data.chat import ChatTokenizer, opened_by, render_prompt
 from megatron_ads.evaluation.answer_records import Answer, AnswerBeam, AnswerJournal
+from megatron_ads.evaluation.sampled_answers import ranked_samples
 from megatron_ads.inference.beam_rules import NameTrie, ValidNames
 from megatron_ads.inference.engine import Completion, Engine, Finish
 from megatron_ads.inference.name_answers import NO_NAMES, AdvertiserNames, CollaborativeModel, NameForms, valid_names
 from megatron_ads.inference.openai_engine import OpenAIEngine
+from megatron_ads.metrics.text import MAX_EXPONENT
 from megatron_ads.observability.log import get_logger
 from megatron_ads.progress import Progress
 from megatron_ads.rows import ChatRow
@@ -47,6 +49,7 @@ class Asking:
             "trained_on": [[row.label, row.prompt[-1].content] for row in self.training]
             if self.how.collaborative
             else None,
+            **({"samples": self.how.samples} if self.how.samples > 1 else {}),
         }
 
 
@@ -107,7 +110,7 @@ class RowAsker:
             rows = [number for number, row in enumerate(self.rows) if row.task == task]
             rows.sort(key=lambda number: len(self._tokens[number]))
             with_beams = self._answers_by_name(rows[0]) or how.method is Method.beam
-            width = max(1, size // how.beams) if with_beams else size
+            width = max(1, size // (how.beams if with_beams else how.samples))
             found += [rows[start : start + width] for start in range(0, len(rows), width)]
         return found
 
@@ -122,6 +125,7 @@ class RowAsker:
             method=Method.greedy if how.method is Method.constrained_beam else how.method,
             seed=int.from_bytes(seed[:8], "big"),
             max_new_tokens=self._asking.max_new_tokens[self.rows[batch[0]].task],
+            log_probabilities=how.samples > 1,
         )
         found = self._engine().generate([self._tokens[number] for number in batch], config)
         return [
@@ -167,7 +171,9 @@ class RowAsker:
             for one, text in zip(completions, texts, strict=True)
             if one.score is not None
         )
-        return Answer(self.rows[number], texts[0], completions[0].finish is Finish.ended, beams)
+        if beams:
+            return Answer(self.rows[number], texts[0], completions[0].finish is Finish.ended, beams)
+        return _one_answer(self.rows[number], completions, texts)
 
 
 def answer_from_server(
@@ -193,15 +199,30 @@ def answer_from_server(
                 tokenizer.encode(text) if tokenizer else rows[number].prompt
                 for number, text in zip(numbers, texts, strict=True)
             ],
-            replace(asking.how, max_new_tokens=asking.max_new_tokens[task]),
+            replace(asking.how, max_new_tokens=asking.max_new_tokens[task], log_probabilities=asking.how.samples > 1),
             description=f"answering, {task}",
             needs_words=True,
         )
-        for number, text, (said,) in zip(numbers, texts, found, strict=True):
-            answers[number] = Answer(rows[number], _with_reasoning(text, said), said.finish is Finish.ended)
-        if refused := [said.text for (said,) in found if said.finish is Finish.refused]:
-            logger.warning("%d of %d rows of %s have no answer (%s).", len(refused), len(found), task, refused[0])
+        for number, text, samples in zip(numbers, texts, found, strict=True):
+            answers[number] = _one_answer(rows[number], samples, [_with_reasoning(text, said) for said in samples])
+        silent = [of_row for of_row in found if all(said.finish is Finish.refused for said in of_row)]
+        if silent:
+            why = silent[0][0].text
+            logger.warning("%d of %d rows of %s have no answer (%s).", len(silent), len(found), task, why)
     return [answers[number] for number in range(len(rows))]
+
+
+def _one_answer(row: ChatRow, completions: Sequence[Completion], texts: Sequence[str]) -> Answer:
+    """Return the only completion, or of several samples what most say, with the others as beams."""
+    if len(completions) == 1:
+        return Answer(row, texts[0], completions[0].finish is Finish.ended)
+    beams = ranked_samples(row, texts, [_log_probability(one) for one in completions])
+    return Answer(row, beams[0].text, completions[texts.index(beams[0].text)].finish is Finish.ended, beams)
+
+
+def _log_probability(completion: Completion) -> float:
+    """Return that of the whole completion; of one that a server refused, a probability of 0 as far as JSON has it."""
+    return -MAX_EXPONENT if completion.log_probabilities is None else completion.log_probability
 
 
 def _with_reasoning(prompt: str, said: Completion) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_ads.data.split import group_of
 from megatron_ads.errors import DataError
-from megatron_ads.evaluation.answer_records import Answer
+from megatron_ads.evaluation.answer_records import Answer, ended_share
 from megatron_ads.metrics.classification import (
     DefectView,
     balanced_accuracy_interval,
@@ -140,7 +140,7 @@ def relevance_scores(answers: Sequence[Answer], *, training: Sequence[ChatRow]) 
         "baseline_accuracy": _share([truth == guess for truth, guess in zip(truths, lines["baseline"], strict=True)]),
         "baseline_label": lines["baseline"][0],
         "readable_share": _share([guess is not None for guess in predictions]),
-        "ended_share": _share([answer.ended for answer in answers]),
+        "ended_share": ended_share(answers),
         "unreadable_because": dict(failures.most_common()),
         "label_counts": dict(Counter(truths)),
         "views": {

@@ -13,7 +13,8 @@ All are over the queries that could be read, with bootstrap intervals over keywo
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ from numpy.typing import NDArray
 from megatron_ads.data.split import group_of
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.metrics import text
-from megatron_ads.metrics.intervals import ends, mean_interval, statistic_interval
+from megatron_ads.metrics.intervals import ends, percentile_interval, resampled_rows
+from megatron_ads.metrics.ranking import mean
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.ground_truth import ground_truth, readable
 from megatron_ads.tasks.query_generation import Queries, keyword_of, subject_of
@@ -33,8 +35,6 @@ _FIRST = 10
 _MOST_FITTED = 4000
 _MAX_WORDS = 1024
 _COMMON = 0.1
-_Measured = list[tuple[float, str]]
-"""A value and its keyword, whose values are resampled together."""
 
 
 def query_scores(answers: Sequence[Answer], training: Sequence[ChatRow]) -> dict[str, Any]:
@@ -47,25 +47,36 @@ def query_scores(answers: Sequence[Answer], training: Sequence[ChatRow]) -> dict
         training: Rows of the same task; what is frozen is fitted to them. Without any, to the targets of ``answers``.
     """
     rows = [answer.row for answer in answers]
-    fitted = list(training)[:_MOST_FITTED] or rows
-    judge = TopicJudge(fitted)
-    history = _history(fitted)
-    frequent = [word for word, _ in Counter(history).most_common()]
-    given = [readable(read_answer(answer.row, answer.text)) for answer in answers]
+    measure = _Measure(rows, training)
+    frequent = [word for word, _ in Counter(measure.history).most_common()]
     true = [ground_truth(row, Queries).texts for row in rows]
     lines: dict[str, Sequence[Sequence[str]]] = {
-        "model": [queries.texts if queries else () for queries in given],
+        "model": _given(answers),
         "keyword and a frequent word": [
             [f"{keyword_of(row)} {word}" for word in frequent[: len(queries)]]
             for row, queries in zip(rows, true, strict=True)
         ],
         "true queries": true,
     }
-    matcher = text.LexicalMatcher([subject_of(row) for row in rows])
+    groups = list(map(group_of, rows))
     return {
-        "judge_balanced_accuracy": judge.balanced_accuracy,
-        "lines": {name: _line(rows, queries, judge, matcher, history) for name, queries in lines.items()},
+        "judge_balanced_accuracy": measure.judge.balanced_accuracy,
+        "lines": {name: measure.line(measure.of(queries), groups) for name, queries in lines.items()},
     }
+
+
+def query_values(
+    answers: Sequence[Answer], training: Sequence[ChatRow]
+) -> Callable[[NDArray[np.int64]], dict[str, float | None]]:
+    """Return what computes the columns of table 6 for some of the answers, given their numbers; as ``query_scores``."""
+    measure = _Measure([answer.row for answer in answers], training)
+    measured = measure.of(_given(answers))
+    return lambda numbers: measure.values([measured[number] for number in numbers.tolist()])
+
+
+def _given(answers: Sequence[Answer]) -> list[Sequence[str]]:
+    given = [readable(read_answer(answer.row, answer.text)) for answer in answers]
+    return [queries.texts if queries else () for queries in given]
 
 
 class TopicJudge:
@@ -114,39 +125,60 @@ def _history(rows: Sequence[ChatRow]) -> list[str]:
     return [word for _, word in added if keywords_with[word] >= wanted]
 
 
-def _line(
-    rows: Sequence[ChatRow],
-    queries_of_rows: Sequence[Sequence[str]],
-    judge: TopicJudge,
-    matcher: text.LexicalMatcher,
-    history: Sequence[str],
-) -> dict[str, Any]:
-    attributes = set(history)
-    on_topic: _Measured = []
-    apart: _Measured = []
-    missed: _Measured = []
-    added = []
-    groups = [group_of(row) for row in rows]
-    for place, (row, group, queries) in enumerate(zip(rows, groups, queries_of_rows, strict=True)):
-        if queries:
-            cosines = judge.similarities(queries, subject_of(row))
-            on_topic += [(float(cosine >= judge.threshold), group) for cosine in cosines]
-        if (distance := text.mean_pairwise_distance(judge.embedding.embed(queries))) is not None:
-            apart.append((distance, group))
-        missed += [(float(place not in matcher.best(query, _FIRST)), group) for query in queries]
-        words = [word for query in queries for word in _added(query, keyword_of(row))]
-        added.append([word for word in words if word in attributes])
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """The queries of one row."""
 
-    def ratio(chosen: Sequence[int] | NDArray[np.int64]) -> float | None:
-        return text.click_attribute_ratio([word for place in chosen for word in added[place]], history)
+    on_topic: list[bool]
+    distance: float | None
+    missed: list[bool]
+    attributes: list[str]
 
-    between = statistic_interval(ratio, len(rows), groups=groups, resamples=_RESAMPLES)
-    scores: dict[str, Any] = {"queries": len(missed)}
-    for name, measured in (("relevance", on_topic), ("diversity", apart), ("difficulty", missed)):
-        values, keywords = [value for value, _ in measured], [keyword for _, keyword in measured]
-        scores[name] = sum(values) / len(values) if values else None
-        scores[f"{name}_95"] = ends(mean_interval(values, groups=keywords, resamples=_RESAMPLES))
-    return {**scores, "click_attribute_ratio": ratio(range(len(rows))), "click_attribute_ratio_95": ends(between)}
+
+class _Measure:
+    """What is fitted once and measures the queries of any model to the same rows."""
+
+    def __init__(self, rows: Sequence[ChatRow], training: Sequence[ChatRow]) -> None:
+        fitted = list(training)[:_MOST_FITTED] or rows
+        self.judge, self.history = TopicJudge(fitted), _history(fitted)
+        self._rows, self._matcher = rows, text.LexicalMatcher([subject_of(row) for row in rows])
+
+    def of(self, queries_of_rows: Sequence[Sequence[str]]) -> list[_Measured]:
+        """Measure the queries of each row."""
+        known, measured = set(self.history), []
+        for place, (row, queries) in enumerate(zip(self._rows, queries_of_rows, strict=True)):
+            cosines = self.judge.similarities(queries, subject_of(row)) if queries else ()
+            words = [word for query in queries for word in _added(query, keyword_of(row))]
+            measured.append(
+                _Measured(
+                    on_topic=[bool(cosine >= self.judge.threshold) for cosine in cosines],
+                    distance=text.mean_pairwise_distance(self.judge.embedding.embed(queries)),
+                    missed=[place not in self._matcher.best(query, _FIRST) for query in queries],
+                    attributes=[word for word in words if word in known],
+                )
+            )
+        return measured
+
+    def values(self, measured: Sequence[_Measured]) -> dict[str, float | None]:
+        """Return the columns of the table over the queries of some rows."""
+        return {
+            "relevance": mean([float(each) for of_row in measured for each in of_row.on_topic]),
+            "diversity": mean([of_row.distance for of_row in measured if of_row.distance is not None]),
+            "difficulty": mean([float(each) for of_row in measured for each in of_row.missed]),
+            "click_attribute_ratio": text.click_attribute_ratio(
+                [word for of_row in measured for word in of_row.attributes], self.history
+            ),
+        }
+
+    def line(self, measured: Sequence[_Measured], groups: Sequence[str]) -> dict[str, Any]:
+        """Return a line of the table, with a bootstrap interval over keywords for each column."""
+        values = self.values(measured)
+        drawn: dict[str, list[float]] = {name: [] for name in values}
+        for numbers in resampled_rows(len(measured), groups=groups, resamples=_RESAMPLES):
+            for name, value in self.values([measured[number] for number in numbers.tolist()]).items():
+                drawn[name] += [] if value is None else [value]
+        between = {f"{name}_95": ends(percentile_interval(np.asarray(drawn[name]))) for name in values}
+        return {"queries": sum(len(of_row.missed) for of_row in measured), **values, **between}
 
 
 def _added(query: str, keyword: str) -> list[str]:

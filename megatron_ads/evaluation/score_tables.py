@@ -1,77 +1,39 @@
-"""Scores as tables, for terminal and page alike: what was measured, rankings, and the papers' own column for column."""
+"""Scores of one dataset as tables, for terminal and page alike: what was measured, rankings, and another model's."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from megatron_ads.reporting.page import fixed, text_table
+from megatron_ads.evaluation.paper_tables import paper_tables
+from megatron_ads.evaluation.table_form import ScoreTable, counted, interval_range, signed, signed_range
+from megatron_ads.reporting.page import fixed
 
-_NO_INTERVAL = "Too few groups, or one class alone: no interval of the BACC."
 RELEVANCE = "query_ad_relevance"
 
-_RELEVANCE = {
-    "Model DR": "model_defect_rate", "BACC": "balanced_accuracy", "Acc": "accuracy", "PosAcc": "positive_accuracy",
-    "PosPrec": "positive_precision", "NegAcc": "negative_accuracy", "NegPrec": "negative_precision",
-    "PosF1": "positive_f1", "NegF1": "negative_f1",
-}  # fmt: skip
-_USERS = {
-    "Model RR": "model_defect_rate", "BACC": "balanced_accuracy", "Acc": "accuracy", "PosAcc": "positive_accuracy",
-    "NegAcc": "negative_accuracy", "AUC": "auc",
-}  # fmt: skip
-_QUERIES = {
-    "Relevance": "relevance", "Diversity": "diversity", "Difficulty": "difficulty",
-    "Click Attr. Ratio": "click_attribute_ratio",
-}  # fmt: skip
-_VIEWS = {
-    "bad": "1: query-ad relevance, bad is a defect",
-    "fair": "2: query-ad relevance, bad and fair are defects",
-    "location": "3: location",
-    "quality": "4: ad quality",
-}
-_LINES = {
-    "model": "model", "baseline": "most frequent label", "text_baseline": "TF-IDF, logistic regression",
-    "reachable": "best reachable",
-}  # fmt: skip
 
-
-@dataclass(frozen=True, slots=True)
-class ScoreTable:
-    """One table; the first column names what a line is of."""
-
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-    note: str = ""
-
-
-def text_tables(scores: Mapping[str, Any]) -> str:
-    """Return all tables as text, those of a task under one another."""
-    parts = [f"{scores['rows']} held-out rows answered, {scores['seconds']:.0f} s"]
-    for task, of_task in scores["tasks"].items():
-        for table in score_tables(task, of_task):
-            note = [f"  {table.note}"] if table.note else []
-            parts.append("\n".join([table.title, *text_table(table.rows, table.head, left=table.head), *note]))
-    for domain, of_domain in scores["general"].items():
-        parts.append(f"{domain}: perplexity {of_domain['perplexity']:.3f} of the targets of {of_domain['rows']} rows")
-    return "\n\n".join(parts)
-
-
-def score_tables(task: str, scores: Mapping[str, Any]) -> list[ScoreTable]:
-    """Return all tables of a task: its own, that of its rankings if it has them, and those of the papers."""
-    own = _relevance_table(scores) if task == RELEVANCE else _metrics_table(scores)
-    rankings = [_ranking_table(scores["ranking"])] if "ranking" in scores else []
-    return [own, *rankings, *paper_tables(task, scores)]
+def score_tables(scores: Mapping[str, Any]) -> list[ScoreTable]:
+    """Return all tables of a dataset: its own, rankings and a comparison if there are any, and those of the papers."""
+    own = _relevance_table(scores) if scores["task"] == RELEVANCE else _metrics_table(scores)
+    comparison = scores.get("comparison")
+    rankings = [_ranking_table(scores["ranking"], comparison)] if "ranking" in scores else []
+    compared = [_comparison_table(comparison)] if comparison and comparison["metrics"] else []
+    return [own, *rankings, *compared, *paper_tables(scores)]
 
 
 def _relevance_table(scores: Mapping[str, Any]) -> ScoreTable:
+    baseline = f"{fixed(scores['baseline_accuracy'])} (always {scores['baseline_label']})"
     rows = [
-        ["accuracy over all labels", fixed(scores["accuracy"]), fixed(scores["baseline_accuracy"])],
+        ["accuracy over all labels", fixed(scores["accuracy"]), baseline],
+        *([name, fixed(value), ""] for name, value in scores["formats"].items()),
         ["answers that could be read", fixed(scores["readable_share"]), ""],
         ["answers that the model ended", fixed(scores["ended_share"]), ""],
     ]
-    head = ["", "model", f"baseline (always {scores['baseline_label']})"]
-    title = f"{RELEVANCE}: {scores['rows']} rows of {scores['queries']} queries"
-    return ScoreTable(title, head, rows, _not_read(scores["unreadable_because"], scores))
+    note = _not_read(scores["unreadable_because"], scores)
+    return ScoreTable(RELEVANCE, ["", "model", "baseline"], rows, note, _size(scores, f"{scores['queries']} queries"))
+
+
+def _size(scores: Mapping[str, Any], groups: str) -> str:
+    dataset = f"{scores['dataset']}, " if scores["dataset"] else ""
+    return f"{dataset}{scores['rows']} rows of {groups}"
 
 
 def _metrics_table(scores: Mapping[str, Any]) -> ScoreTable:
@@ -83,25 +45,32 @@ def _metrics_table(scores: Mapping[str, Any]) -> ScoreTable:
     values["answers that could be read"] = scores["readable_share"]
     values["answers that the model ended"] = scores["ended_share"]
     rows = [
-        [name, fixed(value), _range(scores["headline_95"]) if name == leading else ""] for name, value in values.items()
+        [name, fixed(value), interval_range(scores["headline_95"]) if name == leading else ""]
+        for name, value in values.items()
     ]
-    title = f"{scores['task']}: {scores['rows']} rows of {scores['groups']} groups"
-    return ScoreTable(title, ["", "model", "95 % of resampled groups"], rows, _not_read(scores["failures"], scores))
+    head = ["", "model", "95 % of resampled groups"]
+    note = _not_read(scores["failures"], scores)
+    return ScoreTable(scores["task"], head, rows, note, _size(scores, f"{scores['groups']} groups"))
 
 
 def _not_read(failures: Mapping[str, int], scores: Mapping[str, Any]) -> str:
     more = scores["right_but_for_case"]
     hint = f" {more} more would be right if case did not count." if more else ""
-    return f"Not read: {_counts(failures.items())}.{hint}" if failures else ""
+    return f"Not read: {counted(failures.items())}.{hint}" if failures else ""
 
 
-def _ranking_table(ranking: Mapping[str, Any]) -> ScoreTable:
-    methods = ranking["methods"]
+def _ranking_table(ranking: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> ScoreTable:
+    methods = dict(ranking["methods"])
+    if comparison:
+        methods = {comparison["with"]: comparison["scores"]["ranking"]["methods"]["model"], **methods}
     names = [name for name in dict.fromkeys(name for of in methods.values() for name in of) if not name.endswith("_95")]
     rows = [
-        [method, *(f"{fixed(values.get(name))} {_range(values.get(f'{name}_95'))}".strip() for name in names)]
+        [method, *(f"{fixed(values.get(name))} {interval_range(values.get(f'{name}_95'))}".strip() for name in names)]
         for method, values in methods.items()
     ]
+    if comparison:
+        deltas = [comparison["metrics"].get(name, {}) for name in names]
+        rows.insert(2, ["Delta", *(f"{signed(of.get('delta'))} {signed_range(of.get('delta_95'))}" for of in deltas)])
     note = (
         f"Rankings are of {ranking['valid_names']} names from {ranking['names_from']}; the true one is among them in "
         f"{ranking['truth_is_valid']:.1%} of the rows."
@@ -109,80 +78,13 @@ def _ranking_table(ranking: Mapping[str, Any]) -> ScoreTable:
     return ScoreTable("Rankings, with 95 % of resampled users in brackets", ["method", *names], rows, note)
 
 
-def paper_tables(task: str, scores: Mapping[str, Any]) -> list[ScoreTable]:
-    """Return the tables that the papers have of a task, none if they have none; shares are per cent, as theirs."""
-    if "views" in scores and task == "ad_user_relevance":
-        return [_view_table("AdNanny, table 5: ad-user relevance", "RR", scores["views"]["bad"], _USERS)]
-    if "views" in scores:
-        return [
-            _view_table(f"AdNanny, table {_VIEWS[name]}", "DR", view, _RELEVANCE)
-            for name, view in scores["views"].items()
-        ]
-    if "generated" in scores:
-        return [_query_table(scores["generated"])]
-    return [_replacement_table(scores["replacement"])] if "replacement" in scores else []
-
-
-def _view_table(title: str, rate: str, view: Mapping[str, Any], columns: Mapping[str, str]) -> ScoreTable:
+def _comparison_table(comparison: Mapping[str, Any]) -> ScoreTable:
     rows = [
-        [shown_as, *(_percent(view[line].get(field)) for field in columns.values())]
-        for line, shown_as in _LINES.items()
-        if line in view
-    ]
-    truth = f"{rate} {_percent(view['model']['defect_rate'])} of {view['model']['rows']} rows"
-    between = _percent_range(view["balanced_accuracy_95"])
-    note = f"95 % of resamples have a BACC of the model from {between}." if between else _NO_INTERVAL
-    return ScoreTable(f"{title} ({truth})", ["", *columns], rows, note)
-
-
-def _query_table(generated: Mapping[str, Any]) -> ScoreTable:
-    rows = []
-    for name, line in generated["lines"].items():
-        shares = []
-        for field in _QUERIES.values():
-            between = _percent_range(line[f"{field}_95"])
-            shares.append(_percent(line[field]) + (f" ({between})" if between else ""))
-        rows.append([name, *shares, str(line["queries"])])
-    note = (
-        "Relevance is judged by a frozen TF-IDF model, which tells true queries of training rows from those of other "
-        f"keywords with a balanced accuracy of {_percent(generated['judge_balanced_accuracy'])}. In brackets: 95 % of "
-        "resampled keywords."
-    )
-    return ScoreTable("AdNanny, table 6: query generation", ["", *_QUERIES, "queries"], rows, note)
-
-
-def _replacement_table(replacement: Mapping[str, Any]) -> ScoreTable:
-    lines: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "advice": lambda report: str(report["advice"]),
-        "comparisons": lambda report: str(report["comparisons"]),
-        "not read": lambda report: _counts(report["failures"].items()),
-        "verdicts": lambda report: _counts(report["verdicts"].items()),
-        "net share of better": _net_share,
-        "risks": lambda report: _counts(report["risks"].items()),
-        "strengths": lambda report: _counts(report["strengths"]),
-        "weaknesses": lambda report: _counts(report["weaknesses"]),
-    }
-    rows = [[name, show(replacement["model"]), show(replacement["truth"])] for name, show in lines.items()]
-    return ScoreTable("Replacement report: all comparisons together", ["", "model", "true answers"], rows)
-
-
-def _net_share(report: Mapping[str, Any]) -> str:
-    interval = report["net_share_95"]
-    between = f" ({100 * interval['low']:+.2f} to {100 * interval['high']:+.2f})" if interval else ""
-    return "–" if report["net_share"] is None else f"{100 * report['net_share']:+.2f}{between}"
-
-
-def _counts(counts: Iterable[tuple[str, int]]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts) or "none"
-
-
-def _percent(share: float | None) -> str:
-    return fixed(None if share is None else 100 * share, 2)
-
-
-def _percent_range(interval: Sequence[float] | None) -> str:
-    return f"{_percent(interval[0])} to {_percent(interval[1])}" if interval else ""
-
-
-def _range(interval: Sequence[float] | None) -> str:
-    return f"({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+        [
+            name, fixed(of["compared"], 4), fixed(of["model"], 4), signed(of["delta"], 4),
+            "–" if of["relative"] is None else f"{100 * of['relative']:+.2f} %", signed_range(of["delta_95"], 4),
+        ]
+        for name, of in comparison["metrics"].items()
+    ]  # fmt: skip
+    head = ["", comparison["with"], "model", "Delta", "relative", "95 % of resampled groups"]
+    return ScoreTable(f"Compared with {comparison['with']}", head, rows)

@@ -1,16 +1,21 @@
 """From answers to numbers, task by task: metrics, an interval of the leading one, and what a baseline gets."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from megatron_ads.data.split import group_of
-from megatron_ads.evaluation.answer_records import Answer
+from megatron_ads.downstream.pipeline import Pipeline
+from megatron_ads.evaluation.answer_records import Answer, ended_share
+from megatron_ads.evaluation.ctcvr_scores import ctcvr_scores
+from megatron_ads.evaluation.datasets import dataset_names, rows_beside
 from megatron_ads.evaluation.label_scores import relevance_scores, score_views
 from megatron_ads.evaluation.query_scores import query_scores
 from megatron_ads.evaluation.ranking_scores import ranking_scores
 from megatron_ads.inference.name_answers import AdvertiserNames, names_trained_on
 from megatron_ads.metrics.intervals import ends, statistic_interval
+from megatron_ads.metrics.text import format_rates
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks.answer_format import ReadFailure, split_reasoning
 from megatron_ads.tasks.ground_truth import ground_truth
@@ -27,8 +32,11 @@ def task_scores(
     advertisers: AdvertiserNames | None = None,
     *,
     ground: bool = False,
+    pipeline: Pipeline | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Return the scores of each task as JSON values; what is undefined is None.
+    """Return the scores of each dataset as JSON values, by ``dataset_names``; what is undefined is None.
+
+    Each has its ``task`` and, where it is known, ``dataset``: the name of the source of the rows.
 
     Query-ad relevance has a form of its own (``relevance_scores``), with the binary views of the papers' tables. Other
     tasks have one form and, where a paper has more on them, ``views``, ``ranking``, ``generated`` or ``replacement``,
@@ -37,29 +45,45 @@ def task_scores(
 
     Args:
         answers: Of any tasks.
-        training: Rows trained on, from which baselines learn.
+        training: Rows trained on, from which baselines learn: those of the same source, where it has any.
         advertisers: Valid names; None: those in ``training``.
         ground: Also judge the valid names nearest to the advertiser that an answer names.
+        pipeline: Its ranker says the CTCVR of the items that answers name.
     """
-    scores: dict[str, dict[str, Any]] = {}
-    for task in sorted({answer.row.task for answer in answers}):
-        of_task = [answer for answer in answers if answer.row.task == task]
-        trained_on = [row for row in training if row.task == task]
-        scores[task] = {"right_but_for_case": sum(map(_is_right_but_for_case, of_task))}
-        if task_named(task).scoring is Scoring.labels:
-            scores[task] |= relevance_scores(of_task, training=trained_on)
-            continue
-        scores[task] |= _scores(of_task)
-        match task_named(task).scoring:
-            case Scoring.user_views:
-                scores[task]["views"] = score_views(of_task, training=trained_on)
-            case Scoring.rankings:
-                names = advertisers or names_trained_on(training)
-                scores[task]["ranking"] = ranking_scores(of_task, training, names, ground=ground)
-            case Scoring.queries:
-                scores[task]["generated"] = query_scores(of_task, trained_on)
-            case Scoring.replacement:
-                scores[task]["replacement"] = _replacement_scores(of_task)
+    datasets: dict[str, list[Answer]] = defaultdict(list)
+    for answer, name in zip(answers, dataset_names([answer.row for answer in answers]), strict=True):
+        datasets[name].append(answer)
+    names = advertisers or names_trained_on(training)
+    scores = {
+        name: _dataset_scores(datasets[name], rows_beside(datasets[name], training), names, ground=ground)
+        for name in sorted(datasets)
+    }
+    for name, of_dataset in scores.items():
+        if pipeline and (ctcvr := ctcvr_scores(datasets[name], pipeline)):
+            of_dataset["ctcvr"] = ctcvr
+    return scores
+
+
+def _dataset_scores(
+    answers: Sequence[Answer], training: Sequence[ChatRow], names: AdvertiserNames, *, ground: bool
+) -> dict[str, Any]:
+    sources = {answer.row.source for answer in answers} - {""}
+    task = task_named(answers[0].row.task)
+    scores: dict[str, Any] = {"task": task.name, "dataset": min(sources) if len(sources) == 1 else None}
+    scores["right_but_for_case"] = sum(map(_is_right_but_for_case, answers))
+    if task.scoring is Scoring.labels:
+        formats = format_rates([answer.text for answer in answers])
+        return {**scores, **relevance_scores(answers, training=training), "formats": formats}
+    scores |= _scores(answers)
+    match task.scoring:
+        case Scoring.user_views:
+            scores["views"] = score_views(answers, training=training)
+        case Scoring.rankings:
+            scores["ranking"] = ranking_scores(answers, training, names, ground=ground)
+        case Scoring.queries:
+            scores["generated"] = query_scores(answers, training)
+        case Scoring.replacement:
+            scores["replacement"] = _replacement_scores(answers)
     return scores
 
 
@@ -98,5 +122,5 @@ def _scores(answers: Sequence[Answer]) -> dict[str, Any]:
         **asdict(scores),
         "groups": len(set(groups)),
         "headline_95": ends(interval),
-        "ended_share": sum(answer.ended for answer in answers) / len(answers),
+        "ended_share": ended_share(answers),
     }

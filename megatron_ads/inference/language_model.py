@@ -73,21 +73,27 @@ def log_probabilities(
 
     Each answer and what comes before it has at least one token; shorter texts are padded from the left.
     """
-    texts = [[*before, *answer] for before, answer in zip(befores, answers, strict=True)]
-    if not texts:
+    if not answers:
         return []
-    tokens_BS, mask_BS = (tensor.to(model.device) for tensor in left_padded(texts, pad_token))
-    longest = max(map(len, answers))
-    # All answers end in the last column, so logits are made for the last columns only, not for the whole prompt.
+    # The last token of an answer need not be read. Where only that one differs, as between the letters of a question
+    # with choices, the text is read once.
+    reads = [(*before, *answer[:-1]) for before, answer in zip(befores, answers, strict=True)]
+    places = {read: place for place, read in enumerate(dict.fromkeys(reads))}
+    tokens_BS, mask_BS = (tensor.to(model.device) for tensor in left_padded([*places], pad_token))
+    # All texts end in the last column, so logits are made for the last columns only, not for the whole prompt.
     logits_BSV = model(
         tokens_BS,
         attention_mask=mask_BS,
         position_ids=(mask_BS.cumsum(1) - 1).clamp(min=0),
-        logits_to_keep=longest + 1,
+        logits_to_keep=max(map(len, answers)),
         use_cache=False,
-    ).logits[:, :-1]
-    said_BS = logits_BSV.float().log_softmax(-1).gather(2, tokens_BS[:, -longest:, None])[..., 0]
-    return [row[longest - len(answer) :] for row, answer in zip(said_BS.tolist(), answers, strict=True)]
+    ).logits
+    chances_BSV = logits_BSV.float().log_softmax(-1)
+    found = []
+    for read, answer in zip(reads, answers, strict=True):
+        said_S1 = torch.tensor(answer, device=model.device)[:, None]
+        found.append(chances_BSV[places[read], -len(answer) :].gather(1, said_S1)[:, 0].tolist())
+    return found
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token: int) -> tuple[Tensor, Tensor]:

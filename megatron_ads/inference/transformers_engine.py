@@ -27,6 +27,9 @@ from megatron_ads.rows import Message
 if TYPE_CHECKING:
     from megatron_ads.inference.weight_update import WeightUpdate
 
+_HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+"""What tokens that do not make a whole character are decoded to."""
+
 
 @dataclass(slots=True)
 class _Written:
@@ -209,9 +212,12 @@ class TransformersEngine:
         tokens = (*said, self._end_token) if ended else tuple(said)
         whole = self._tokenizer.decode(list(said)) if self._tokenizer else ""
         text = before_any(whole, stop)
+        ended_here = ended or text != whole
+        if not ended_here:
+            text = text.rstrip(_HALF_A_CHARACTER)  # at the limit; vLLM leaves it out as well
         return Completion(
             text=text,
-            finish=Finish.ended if ended or text != whole else Finish.cut_off,
+            finish=Finish.ended if ended_here else Finish.cut_off,
             token_ids=tokens,
             log_probabilities=tuple(log_probabilities) or None,
             score=score,

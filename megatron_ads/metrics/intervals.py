@@ -7,7 +7,7 @@ have none.
 Shape suffixes: N = rows, G = groups, R = resamples, K = columns.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,18 +73,22 @@ def statistic_interval(
     Returns:
         None if the statistic was undefined in every resample, or there are fewer than ``LEAST_GROUPS``.
     """
+    found = [statistic(drawn) for drawn in resampled_rows(rows, groups=groups, resamples=resamples, seed=seed)]
+    return percentile_interval(np.asarray([value for value in found if value is not None]))
+
+
+def resampled_rows(
+    rows: int, *, groups: Sequence[Hashable] | None = None, resamples: int = 500, seed: int = 0
+) -> Iterator[NDArray[np.int64]]:
+    """Yield the numbers of the rows of each resample, with repetitions; nothing with too few groups."""
     if rows == 0:
-        return None
+        return
     numbers = _numbered(groups or range(rows))
     members = [np.flatnonzero(numbers == number) for number in range(int(numbers.max()) + 1)]
     draw = np.random.default_rng(seed)
-    values = []
     for _ in range(resamples if len(members) >= LEAST_GROUPS else 0):
         chosen = draw.integers(len(members), size=len(members))
-        value = statistic(np.concatenate([members[number] for number in chosen]))
-        if value is not None:
-            values.append(value)
-    return percentile_interval(np.asarray(values))
+        yield np.concatenate([members[number] for number in chosen])
 
 
 def ends(interval: Interval | None) -> list[float] | None:

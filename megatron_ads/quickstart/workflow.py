@@ -96,7 +96,7 @@ class _StageBuilder:
 
     def judge(self, name: str, title: str, after: str, model: Path, when: str) -> Stage:
         answers = self._folder.answers(when)
-        words = ["evaluate", "--model", model, "--answers", answers, "--json", *self._held_out]
+        words = ["evaluate", "--model", model, "--answers", answers, "--merge-sources", "--json", *self._held_out]
         return self.stage(name, title, words, [answers], settings=self._data, after=[after])
 
 

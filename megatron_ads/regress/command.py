@@ -31,7 +31,7 @@ from megatron_ads.config.generation import EndpointConfig, load_endpoint
 from megatron_ads.disk import make_writable_folder
 from megatron_ads.errors import ConfigError
 from megatron_ads.observability.log import start_logging
-from megatron_ads.regress.suite import SUITE, chosen
+from megatron_ads.regress.suite import SUITE, Kind, chosen
 
 if TYPE_CHECKING:
     from megatron_ads.regress.ask_model import Asking
@@ -78,11 +78,14 @@ def run(args: argparse.Namespace) -> int:
     from megatron_ads.regress.ask_model import require_server
     from megatron_ads.regress.harness_tasks import require_lm_eval
     from megatron_ads.regress.report import report_of, summary, write
+    from megatron_ads.regress.sandbox import require_sandbox
 
     start_logging()
-    chosen(args.benchmark)
+    benchmarks = chosen(args.benchmark)
     server = _server(args)
     require_lm_eval()
+    if any(benchmark.kind is Kind.program for benchmark in benchmarks):
+        require_sandbox()
     for source in (args.base, args.tokenizer or args.tuned):
         _require_known(str(source))
     make_writable_folder(args.out)

@@ -14,6 +14,7 @@ from lm_eval.api.model import TemplateLM
 
 from megatron_ads.config.generation import GenerationConfig
 from megatron_ads.data.chat import ChatTokenizer, opened_by, render_prompt
+from megatron_ads.errors import DataError
 from megatron_ads.inference.engine import Completion, Engine, Finish, UnsupportedError
 from megatron_ads.journal import Journal, digest_of
 from megatron_ads.progress import Progress
@@ -92,7 +93,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return [(found[one], False) for one in asked]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Return what comes behind the reasoning of each answer, up to where the task stops it."""
+        """Return what comes behind the reasoning of each answer, up to where the task stops it.
+
+        Raises:
+            DataError: If a server calls a question impossible: a table without it could not be compared.
+        """
         prompts = [request.args[0] for request in requests]
         tokens = [self._prompt_tokens(prompt) for prompt in prompts]
         stops = [() if self._how.chat else tuple(request.args[1].get("until", ())) for request in requests]
@@ -102,6 +107,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             asked = [(one, ()) for one, of_one in zip(tokens, stops, strict=True) if of_one == stop]
             written = self._answered(asked, "answering", self._write(config), Completion.from_record, str(config))
             found |= {(one, stop): completion for (one, _), completion in written.items()}
+        _require_none_refused(list(found.values()))
         return [
             self._answer(prompt, found[one, stop]) for prompt, one, stop in zip(prompts, tokens, stops, strict=True)
         ]
@@ -148,10 +154,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def _answer(self, prompt: str, said: Completion) -> str:
         """Return what lm-eval reads the answer from."""
-        text = "" if said.finish is Finish.refused else said.text
-        if self._how.chat:
-            text = opened_by(prompt) + text
+        text = (opened_by(prompt) if self._how.chat else "") + said.text
         in_reasoning = OPEN in text and CLOSE not in text
         if in_reasoning or said.finish is not Finish.ended:
             self.unfinished.add(prompt)
         return "" if in_reasoning else text.rpartition(CLOSE)[2]
+
+
+def _require_none_refused(answers: Sequence[Completion]) -> None:
+    if refused := [answer.text for answer in answers if answer.finish is Finish.refused]:
+        raise DataError(
+            f"the server refuses {len(refused)} of {len(answers)} questions ({refused[0]}). Start it with a longer "
+            "context (vLLM: --max-model-len), or leave the benchmark out; what was answered is kept."
+        )

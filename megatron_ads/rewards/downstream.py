@@ -7,7 +7,8 @@
         On the simulator the true advertisers lowered it, where they raised recall and NDCG: prefer those
 
 Answers are put in as lines of the query (``inject: query``), or the items they name go before all others
-(``inject: filter``, as the advertiser paper's retrieval filter). One that cannot be read changes nothing.
+(``inject: filter``, as the advertiser paper's retrieval filter). One that cannot be read changes nothing; without
+``unreadable_penalty`` (ours) a policy whose answers do more harm than good learned to write no other.
 
 Every answer of a batch is worth the same. Batch i holds the i-th answer to each prompt (ours): were it all answers of a
 step, those to one prompt would never differ, and a group's advantages be 0. ``per_sample`` takes each answer for a
@@ -31,7 +32,14 @@ from megatron_ads.downstream.pipeline import Pipeline
 from megatron_ads.downstream.words import history_of
 from megatron_ads.errors import DataError, one_line, require
 from megatron_ads.metrics.ranking import ndcg_at, recall_at
-from megatron_ads.rewards.frozen_pipeline import named_items, open_pipeline, query_of, texts_of_answer, true_item
+from megatron_ads.rewards.frozen_pipeline import (
+    can_be_read,
+    named_items,
+    open_pipeline,
+    query_of,
+    texts_of_answer,
+    true_item,
+)
 from megatron_ads.rewards.reward import Fault, Outcome, RewardFailure, Unit, refuse_idle
 from megatron_ads.rollouts import Rollout, groups_of
 from megatron_ads.tasks.user_history import UserHistory
@@ -80,6 +88,8 @@ class DownstreamBatch:
     """Of the difference, in ``tanh``."""
     per_sample: bool = False
     """Reward each answer by what it alone changes."""
+    unreadable_penalty: float = 0.0
+    """Taken off the reward of an answer that cannot be read; with ``g`` identity, 1 is what the truth adds at most."""
 
     _pipeline: Pipeline = field(init=False)
 
@@ -89,6 +99,10 @@ class DownstreamBatch:
             value = getattr(self, name)
             require(value in list(choices), f"downstream_batch has {name} = {value!r}; known: {', '.join(choices)}.")
         require(self.k > 0, f"downstream_batch has k = {self.k}; it must be at least 1.")
+        require(
+            self.unreadable_penalty >= 0,
+            f"downstream_batch has unreadable_penalty = {self.unreadable_penalty}; it must be at least 0.",
+        )
         require(self.scale > 0, f"downstream_batch has scale = {self.scale}; it must be above 0.")
         refuse_idle("downstream_batch", self, "scale", idle=self.g != Transform.tanh, why=f"with g {self.g}")
         self._pipeline = open_pipeline(self.pipeline, "downstream_batch")
@@ -98,6 +112,9 @@ class DownstreamBatch:
         histories, failures = self._histories(rollouts)
         changes = self._changes([rollouts[number] for number in histories], [*histories.values()])
         worth = self._worth(rollouts, dict(zip(histories, changes, strict=True)))
+        for number in worth:
+            if not can_be_read(rollouts[number].row, rollouts[number].text):
+                worth[number] -= self.unreadable_penalty
         return [failures.get(number, worth.get(number)) for number in range(len(rollouts))]
 
     def _histories(self, rollouts: Sequence[Rollout]) -> tuple[dict[int, UserHistory], dict[int, RewardFailure]]:

@@ -35,6 +35,11 @@ def names_items(row: ChatRow) -> bool:
     return row.task in TASKS and TASKS[row.task].answer in (Prediction, Ranking)
 
 
+def can_be_read(row: ChatRow, text: str) -> bool:
+    """Return whether an answer has its task's form; of rows of no known task every one has."""
+    return row.task not in TASKS or not isinstance(read_answer(row, text), ReadFailure)
+
+
 def named_items(row: ChatRow, text: str, pipeline: Pipeline) -> list[int]:
     """Return the numbers of the items that an answer names, in its order, each once; unknown names are left out."""
     answer = read_answer(row, text) if names_items(row) else None

@@ -8,8 +8,8 @@ import pytest
 
 from megatron_ads.config.data import DataConfig, RowVariant, SourceConfig, SourceKind
 from megatron_ads.data.corpus import LeftOut, read_corpus, tokenize
-from megatron_ads.data.sources import describe_source, read_source
-from megatron_ads.errors import DataError
+from megatron_ads.data.sources import describe_source, read_source, source_names
+from megatron_ads.errors import ConfigError, DataError
 from tests.data.tokenizers import tokenizer_in
 
 BUILTIN = SourceConfig(kind=SourceKind.builtin, rows=300)
@@ -194,3 +194,18 @@ def test_sources_are_described_for_people(tmp_path: Path, monkeypatch: pytest.Mo
         "ESCI query-product pairs (/data/esci_us/pairs.jsonl)"
     )
     assert describe_source(own_rows(tmp_path / "own.jsonl", ["q"])) == f"chat rows ({tmp_path}/own.jsonl)"
+
+
+def test_each_row_has_the_name_of_its_source_which_is_no_part_of_it(tmp_path: Path):
+    own = own_rows(tmp_path / "queries.jsonl", ["a", "b"])
+    corpus = read_corpus(DataConfig(sources=[BUILTIN, replace(own, name="shop"), replace(own, path=own.path)]))
+    assert [{row.source for row in rows} for rows in corpus.training] == [{"builtin"}, {"shop"}, {"queries"}]
+    assert corpus.training[1] == corpus.training[2]
+
+
+def test_sources_without_a_name_are_called_by_file_or_kind_and_numbered():
+    named = [SourceConfig(kind=SourceKind.jsonl, path="in/a.jsonl.gz"), SourceConfig(kind=SourceKind.jsonl, path="a")]
+    given = [SourceConfig(kind=SourceKind.simulator), SourceConfig(kind=SourceKind.esci, name="a 2")]
+    assert source_names([*named, *given]) == ["a", "a 3", "simulator", "a 2"]
+    with pytest.raises(ConfigError, match=r"x is the name of several of data\.sources"):
+        DataConfig(sources=[replace(source, name="x") for source in (BUILTIN, BUILTIN)]).check()

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ads.cli import main
 from megatron_ads.data.chat import load_tokenizer
-from megatron_ads.evaluation.evaluate import EvaluationRows, longest_answers
+from megatron_ads.evaluation.held_out_rows import EvaluationRows, longest_answers
 from megatron_ads.rows import ChatRow, Message, Role
 from parity_tests.harness.real_job import FEW_ROWS
 from tests.data.tokenizers import V31, model_tokenizer, tokenizer_in
@@ -192,7 +192,45 @@ def test_a_model_is_a_folder_or_a_server(capsys: pytest.CaptureFixture[str]) -> 
     for option in ("--served-model=m", "--tokenizer=d", "--api-key-env=K", "server.concurrency=2"):
         assert main(["evaluate", "--model", "unused", option, *RECIPE]) == 2
         assert f"{option.split('=')[0]}" in capsys.readouterr().err
-    for wrong in (["--model", "a", "--url", "http://h/v1"], []):
-        with pytest.raises(SystemExit) as status:
-            main(["evaluate", *wrong, *RECIPE])
-        assert status.value.code == 2
+    with pytest.raises(SystemExit) as status:
+        main(["evaluate", "--model", "a", "--url", "http://h/v1", *RECIPE])
+    assert status.value.code == 2
+    capsys.readouterr()
+    assert main(["evaluate", *RECIPE]) == 2
+    assert "evaluate needs --model DIR, --url URL, or --answers FILE" in capsys.readouterr().err
+
+
+def _some_name(body: dict[str, Any], _: int) -> Reply:
+    """Draw one of three names by the request's seed."""
+    said = ["Acme", "Bolt", "Cord"][body["seed"] % 3]
+    return Reply(content=said, choice={"logprobs": {"content": [{"token": said, "logprob": -1.5}]}})
+
+
+def test_several_samples_of_a_server_are_ranked_and_each_is_a_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "answers.jsonl"
+    names = "data.sources=[{kind: simulator, task: next_advertiser, rows: 40}]"
+    with scripted_server(_some_name) as server:
+        arguments = [
+            "--answers",
+            str(file),
+            "--max-new-tokens",
+            "5",
+            "--decode",
+            "sampled",
+            "--samples",
+            "20",
+            "--json",
+        ]
+        assert _evaluate(server, "data=simulator", *arguments, names, "data.validation_rows=2") == 0
+    assert len(server.bodies) == 40
+    assert len({(str(body["messages"]), body["seed"]) for body in server.bodies}) == 40
+    assert all(body["logprobs"] is True for body in server.bodies)
+    ranking = json.loads(capsys.readouterr().out)["tasks"]["next_advertiser"]["ranking"]
+    assert "recall@20" in ranking["methods"]["model"]
+    for line in map(json.loads, file.read_text().splitlines()):
+        counts = [beam["samples"] for beam in line["beams"]]
+        assert sum(counts) == 20
+        assert counts == sorted(counts, reverse=True)
+        assert {beam["text"] for beam in line["beams"]} <= {"Acme", "Bolt", "Cord"}

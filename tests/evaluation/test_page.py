@@ -59,11 +59,12 @@ def test_a_name_in_other_letters_is_the_same_label() -> None:
     assert (truths, given, pairs) == (["Acme"], ["Acme", "Bolt"], {("Acme", "Acme"): 1, ("Acme", "Bolt"): 1})
 
 
-def test_failures_are_sampled_by_kind() -> None:
+def test_answers_are_sampled_by_kind_and_the_right_ones_come_last() -> None:
     found = samples(judge(JUDGED), most=1)
     assert [(kind, count, len(chosen)) for kind, count, chosen in found] == [
         ("not read: unclosed_reasoning", 2, 1),
         ("read, and wrong", 1, 1),
+        ("right", 2, 1),
     ]
     assert found[0][2][0].answer is JUDGED[3]
 
@@ -143,7 +144,7 @@ def test_the_page_needs_nothing_else_and_shows_text_as_text() -> None:
     assert "&lt;b&gt;bold&lt;/b&gt; ad" in page
     assert "<b>" not in page
     assert "Evaluation of &lt;m&gt;" in page
-    assert not re.search(r"""(src|href)\s*=|<script|@import|url\(""", page)
+    assert not re.search(r"""src\s*=|href\s*="[^#]|<script|@import|url\(""", page)
 
 
 def test_answers_names_and_paths_cannot_become_markup() -> None:
@@ -157,6 +158,31 @@ def test_answers_names_and_paths_cannot_become_markup() -> None:
     }  # fmt: skip
     page = evaluation_page(scores, answers, title=f"Evaluation of runs/{script}", about=f"data.path={script}.")
     assert "<script" not in page
-    for shown in ("Evaluation of runs/", "data.path=", "<td>", '<div class="name">'):
+    for shown in ("Evaluation of runs/", "data.path=", '<td data-name="answer">', '<div class="name">'):
         assert f"{shown}&lt;script&gt;" in page
     assert page.count("</td>") == page.count("<td")
+
+
+def test_the_contents_lead_to_every_part_and_beams_are_there_on_request() -> None:
+    page = _page()
+    places = re.findall(r'href="#([^"]+)"', page)
+    assert places[0] == "t1"
+    assert len(places) == len(set(places)) == 7  # two tasks; confusion and answers of both, calibration of one
+    for place in places:
+        assert page.count(f'id="{place}"') == 1
+    assert page.count("<details>") == 3
+    assert "<li>&lt;think&gt;&lt;/think&gt;B <small>log-probability -2.30, score -2.30</small></li>" in page  # log 0.1
+
+
+def test_a_cell_of_the_confusion_is_as_dark_as_its_share_of_the_row() -> None:
+    page = _page()
+    # Of two bad ads one was called bad, rightly, and one good.
+    assert '<td class="number right" style="--share: 0.500">1</td>' in page
+    assert '<td class="number" style="--share: 0.500">1</td>' in page
+
+
+def test_a_phone_shows_it_at_its_own_width_and_scrolls_tables_alone() -> None:
+    page = _page()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert page.count("<table") == page.count('<div class="scroll"><table')
+    assert not re.search(r"^td [^}]*overflow-wrap: anywhere", page, re.MULTILINE)  # it would part names in the middle

@@ -3,7 +3,9 @@
 from dataclasses import replace
 
 from megatron_ads.evaluation.answer_records import Answer
-from megatron_ads.evaluation.score_tables import ScoreTable, paper_tables, text_tables
+from megatron_ads.evaluation.dataset_tables import text_tables
+from megatron_ads.evaluation.paper_tables import paper_tables
+from megatron_ads.evaluation.table_form import ScoreTable
 from megatron_ads.evaluation.task_scores import task_scores
 from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.tasks import ad_user_relevance, model_comparison, next_advertiser, relevance
@@ -16,8 +18,8 @@ NO_REASONING = "<think></think>"
 
 
 def _tables(answers: list[Answer], training: list[ChatRow]) -> list[ScoreTable]:
-    ((task, scores),) = task_scores(answers, training).items()
-    return paper_tables(task, scores)
+    (scores,) = task_scores(answers, training).values()
+    return paper_tables(scores)
 
 
 def _three(row_id: str, location: Flag, said: Flag) -> Answer:
@@ -127,4 +129,4 @@ def test_text_for_the_terminal_has_the_tables_in_columns() -> None:
 
 
 def test_a_task_without_a_table_in_the_papers_has_none() -> None:
-    assert paper_tables(next_advertiser.TASK, {"metrics": {}}) == []
+    assert paper_tables({"task": next_advertiser.TASK, "metrics": {}}) == []

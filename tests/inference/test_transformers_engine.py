@@ -235,3 +235,16 @@ def test_a_completion_ends_in_front_of_a_text_to_stop_at(tmp_path: Path) -> None
     ((stopped,),) = engine.generate([prompt], stopped_at)
     assert (stopped.text, stopped.finish) == (whole.text[: whole.text.index(stop)], Finish.ended)
     assert stopped.answer_tokens < whole.answer_tokens
+
+
+def test_a_text_that_answers_share_is_read_once(random_model: Path) -> None:
+    engine, read = _engine(random_model), list[tuple[int, ...]]()
+    alone = [engine.log_probabilities([prompt], [answer])[0] for prompt, answer in CHOICES]
+    engine._model.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape)))
+    together = engine.log_probabilities([prompt for prompt, _ in CHOICES], [answer for _, answer in CHOICES])
+    for one, other in zip(together, alone, strict=True):
+        assert one == pytest.approx(other, abs=LOG_PROBABILITIES)
+    assert read == [(3, 4)], "three letters behind one prompt, and two other texts; no last token"
+
+
+CHOICES = [([5, 6, 7], [1]), ([5, 6, 7], [2]), ([5, 6, 7], [3]), ([5, 6, 7], [4, 2]), ([9], [8, 1])]

@@ -1,11 +1,15 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_ads.cli import main
+from megatron_ads.data.public_data import DATA_ROOT
+from megatron_ads.errors import ConfigError
 from megatron_ads.inference.transformers_engine import TransformersEngine
+from megatron_ads.regress import sandbox
 from tests.regress.learned_questions import QUESTIONS, scale_expert, write_learned_model, write_questions
 
 
@@ -81,6 +85,37 @@ def test_the_first_questions_can_be_taken_alone(model: Path, data: Path, tmp_pat
     assert regress(model, model, data, tmp_path, "--limit", "5") == 0
     (benchmark,) = json.loads((tmp_path / "base.json").read_text())["benchmarks"]
     assert [item["question"] for item in benchmark["items"]] == [f"mmlu_stem_questions:{number}" for number in range(5)]
+
+
+REAL = Path(os.environ.get(DATA_ROOT, ""))
+
+
+@pytest.mark.skipif(
+    not (os.environ.get(DATA_ROOT) and all((REAL / name).is_dir() for name in ("gsm8k", "humaneval", "mmlu_stem"))),
+    reason=f"{DATA_ROOT} names no folder with gsm8k, humaneval and mmlu_stem",
+)
+def test_the_real_questions_are_asked_without_a_network(model: Path, tmp_path: Path) -> None:
+    # "--benchmark" again takes the place of the first one.
+    sizes = ["--limit", "3", "--max-new-tokens", "8"]
+    names = ["--benchmark", "gsm8k", "humaneval", "mmlu_stem"]
+    assert regress(model, model, REAL, tmp_path, *sizes, "--same", *names) == 0
+    report = json.loads((tmp_path / "regress.json").read_text())
+    assert [(line["name"], line["questions"]) for line in report["benchmarks"]] == [
+        ("gsm8k", 3), ("humaneval", 3), ("mmlu_stem", 3),
+    ]  # fmt: skip
+    assert report["benchmarks"][0]["unfinished"] == [3, 3]  # no answer fits eight tokens
+
+
+def test_programs_are_not_asked_for_where_they_cannot_be_confined(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise ConfigError("this machine cannot confine a program.")
+
+    monkeypatch.setattr(sandbox, "require_sandbox", refuse)
+    assert regress(model, model, data, tmp_path / "out", "--benchmark", "humaneval") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "megatron-ads: this machine cannot confine a program."
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

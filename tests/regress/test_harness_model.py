@@ -7,6 +7,7 @@ import pytest
 
 from megatron_ads.config.generation import GenerationConfig
 from megatron_ads.data.chat import ChatTokenizer
+from megatron_ads.errors import DataError
 from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.journal import Journal
 from megatron_ads.regress.harness_model import HarnessModel, Speaking
@@ -50,7 +51,6 @@ def asked(*args: Any) -> Any:
         ("The answer is 42.", Finish.ended, "The answer is 42.", True),
         ("<think>6 x 7 is 41, no", Finish.cut_off, "", False),
         ("<think>6 x 7</think>The answer", Finish.cut_off, "The answer", False),
-        ("too long a prompt", Finish.refused, "", False),
     ],
 )
 def test_reasoning_is_left_out_and_what_did_not_end_is_counted(
@@ -61,6 +61,15 @@ def test_reasoning_is_left_out_and_what_did_not_end_is_counted(
         prompt = model.apply_chat_template([{"role": "user", "content": "How much is 6 x 7?"}])
         assert model.generate_until([asked(prompt, {"until": ["The"]})]) == [answer]
         assert (prompt in model.unfinished) == (not finished)
+
+
+def test_questions_that_a_server_refuses_are_not_counted_as_wrong(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    refused = Completion(text="maximum context length is 512", finish=Finish.refused)
+    with Journal(tmp_path / "journal") as journal:
+        model = harness(Scripted(Completion(text="42"), refused), tokenizer, journal)
+        prompts = [model.apply_chat_template([{"role": "user", "content": text}]) for text in ("6 x 7?", "6 x 8?")]
+        with pytest.raises(DataError, match=r"refuses 1 of 2 questions \(maximum context length is 512\)"):
+            model.generate_until([asked(prompt, {}) for prompt in prompts])
 
 
 def test_reasoning_that_the_template_opens_is_left_out_too(tmp_path: Path) -> None:

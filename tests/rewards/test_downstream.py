@@ -54,6 +54,9 @@ def two_prompts() -> list[Rollout]:
         # recall@2 without: 0 and 0. First answers: Crown is found, Dune is not: mean change 1/2; second ones: 0.
         ({"k": 2}, [0.5, 0.0, 0.5, 0.0]),
         ({"k": 2, "per_sample": True}, [1.0, 0.0, 0.0, 0.0]),
+        # "two\nlines" cannot be read.
+        ({"k": 2, "per_sample": True, "unreadable_penalty": 0.4}, [1.0, 0.0, 0.0, -0.4]),
+        ({"k": 2, "unreadable_penalty": 0.4}, [0.5, 0.0, 0.5, -0.4]),
         ({"k": 2, "g": "sign"}, [1.0, 0.0, 1.0, 0.0]),
         ({"k": 2, "g": "tanh", "scale": 3.0}, [math.tanh(1.5), 0.0, math.tanh(1.5), 0.0]),
         # Crown from place 3 to 1: 1 - 1/log2(4) = 1/2. Dune stays at 4 in all: 0.

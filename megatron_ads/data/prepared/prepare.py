@@ -164,7 +164,7 @@ def is_complete(folder: Path) -> bool:
 def _key(data: DataConfig, tokenizer: Path, contents: Mapping[Path, FileContent]) -> str:
     sources = []
     for source in data.sources:
-        own = asdict(source) | {"path": None, "events": None, "weight": None, "keep_share": None}
+        own = asdict(source) | {"name": None, "path": None, "events": None, "weight": None, "keep_share": None}
         if divided(source) is not None:  # what is rejected is written at every start
             own["rejected"] = source.rejected is not None
         sources.append([own, [[part.name, contents[part.file].sha256] for part in files_of(source)]])
