@@ -75,9 +75,12 @@ if answers; then die 4 "another server answers on port $port; end it, or choose 
 # has the requests that load weights from a folder. Without an address vLLM picks a network interface of its own.
 export VLLM_MLA_DISABLE=1 VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" VLLM_SERVER_DEV_MODE=1
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME=lo
+# The compiled rotary embedding of 0.32.0 is wrong on a CPU where a model has plain RoPE (no rope_scaling): answers of
+# other weights, and other ones each time.
+rotary='{"custom_ops": ["-rotary_embedding"]}'
 read -ra arguments <<<"${MEGATRON_ADS_VLLM_ARGUMENTS:---max-model-len 512 --max-num-seqs 16}"
 setsid "$vllm/bin/vllm" serve "$model" --host 127.0.0.1 --port "$port" --served-model-name "${SERVED_MODEL:-policy}" \
-    --generation-config vllm --dtype float32 --enforce-eager "${arguments[@]}" >"$log" 2>&1 </dev/null &
+    --generation-config vllm --dtype float32 --enforce-eager --compilation-config "$rotary" "${arguments[@]}" >"$log" 2>&1 </dev/null &
 pid=$!
 printf '%s\n%s\n' "$pid" "$(started_at "$pid")" >"$pid_file"
 

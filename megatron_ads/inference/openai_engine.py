@@ -101,7 +101,10 @@ class OpenAIEngine:
         found = []
         for completion, answer in zip(self._ask(requests, "reading"), answers, strict=True):
             if completion.finish is Finish.refused:
-                raise DataError(f"the {self._name} cannot read a text: {completion.text}")
+                raise DataError(
+                    f"the {self._name} cannot read a text ({completion.text}). If it is too long, start the server "
+                    "with a longer context, such as vLLM's --max-model-len."
+                )
             if completion.prompt_log_probabilities is None:
                 self._lacks("the log-probabilities of a prompt (prompt_logprobs)")
             found.append(list(completion.prompt_log_probabilities[-len(answer) :]))

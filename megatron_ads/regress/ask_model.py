@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ads.config.generation import EndpointConfig
+from megatron_ads.config.generation import EndpointConfig, GenerationConfig
 from megatron_ads.data.chat import load_tokenizer
 from megatron_ads.evaluation.answer_records import open_journal
 from megatron_ads.inference.engine import Engine
@@ -87,7 +87,27 @@ def ask_model(model: Path | EndpointConfig, asking: Asking, file: Path) -> Model
         provenance=provenance(),
     )
     scores.write(file)
+    if served:  # by the next run, other weights may be behind the same name and address
+        journal.delete()
     return scores
+
+
+def require_server(server: EndpointConfig, asking: Asking) -> None:
+    """Ask a server for as little as possible of each kind, before anything is asked that takes hours.
+
+    Raises:
+        ConfigError: If the address, the key or the model's name is wrong.
+        UnsupportedError: If it does not tell log-probabilities of prompts, or the tokens that it writes.
+        DataError: If it does not answer.
+    """
+    assert asking.tokenizer_folder is not None, "the command line asks for it"
+    token = load_tokenizer(asking.tokenizer_folder).end_token_id
+    kinds = {benchmark.kind for benchmark in asking.benchmarks}
+    with closing(OpenAIEngine("server", server)) as engine:
+        if Kind.choice in kinds:
+            engine.log_probabilities([[token]], [[token]])
+        if kinds - {Kind.choice}:
+            engine.generate([[token]], GenerationConfig(max_new_tokens=1))
 
 
 def _folder(model: Path | EndpointConfig, asking: Asking, opened: ExitStack) -> Path:

@@ -10,8 +10,9 @@ Both models answer the questions of AdNanny's table 8, by lm-eval's tasks, greed
 and, for each model, a score and an answer for every question: base.json can be the --base of later releases. What was
 answered before an interruption is not asked again. Programs that a model writes run in a sandbox without network.
 
-A server must take prompts in token ids and tell their log-probabilities, as vLLM does, and have room for prompts with
-their examples (some 2,500 tokens) and for answers.
+A server must continue token ids, return token ids and tell log-probabilities of prompts, as vLLM does; its context must
+hold a prompt and --max-new-tokens. Once its scores are written its answers are forgotten: the next run asks again, as
+other weights may be at the same address by then.
 
 Questions come from the hub, or from DIR/NAME/test.jsonl with --data DIR (default: MEGATRON_ADS_DATA).
 
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask both models, compare them, and write what was found."""
+    from megatron_ads.regress.ask_model import require_server
     from megatron_ads.regress.harness_tasks import require_lm_eval
     from megatron_ads.regress.report import report_of, summary, write
     from megatron_ads.regress.sandbox import require_sandbox
@@ -88,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
         _require_known(str(source))
     make_writable_folder(args.out)
     asking = _asking(args)
+    if server:
+        require_server(server, asking)
     base = _scores_of(args.base, asking, args.out / "base.json")
     tuned = _scores_of(server or args.tuned, asking, args.out / "tuned.json")
     report = report_of(base, tuned, margin=args.margin, same=args.same)
@@ -97,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _require_known(source: str) -> None:
-    """Refuse what is no checkpoint before the other one is asked for hours; a server is asked when it is due."""
+    """Refuse what is no checkpoint before the other one is asked for hours."""
     from megatron_ads.data.chat import load_tokenizer
     from megatron_ads.inference.model_folder import tokenizer_folder
 

@@ -67,8 +67,8 @@ def write_learned_model(folder: Path, rows: list[dict[str, Any]], *, steps: int 
     return folder
 
 
-def scale_expert(source: Path, target: Path, *, factor: float) -> Path:
-    """Write ``source`` with all weights of one expert of the first layer multiplied by ``factor``."""
+def scale_expert(source: Path, target: Path, *, factor: float, layer: int = 0) -> Path:
+    """Write ``source`` with all weights of one expert of ``layer`` multiplied by ``factor``."""
     from safetensors.torch import load_file, save_file
 
     target.mkdir()
@@ -76,7 +76,7 @@ def scale_expert(source: Path, target: Path, *, factor: float) -> Path:
         (target / file.name).write_bytes(file.read_bytes())
     weights = load_file(target / "model.safetensors")
     for name, tensor in weights.items():
-        if name.startswith("model.layers.0.mlp.experts.1."):
+        if name.startswith(f"model.layers.{layer}.mlp.experts.1."):
             tensor *= factor
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     return target
