@@ -19,6 +19,7 @@ JUNIT = """<testsuites><testsuite>
 <failure message="assert 1 == 2&#10;more"/></testcase>
 <testcase classname="tests.losses.test_grpo" name="test_c" time="0.25"><skipped message="no GPU"/></testcase>
 <testcase classname="tests.losses.test_grpo" name="test_d" time="0.75"/>
+<testcase classname="" name="tests.losses.test_upstream" time="0"><skipped message="collection skipped"/></testcase>
 </testsuite></testsuites>"""
 
 
@@ -81,11 +82,13 @@ def test_a_report_of_pytest_has_a_figure_for_each_folder(tmp_path: Path) -> None
     file.write_text(JUNIT)
     found = results.of_junit(file)
     assert [(one.name, one.value, one.passed) for one in found.figures] == [
-        ("tests/losses", "1 passed, 1 skipped", True),
+        ("tests/losses", "1 passed, 2 skipped", True),
         ("tests/optim", "1 passed, 1 failed", False),
     ]
     assert "test_b: assert 1 == 2" in found.figures[1].note
-    assert found.left_out == ["tests/losses, 1 skipped: no GPU"]
+    assert sorted(found.left_out) == ["tests/losses, 1 skipped: collection skipped", "tests/losses, 1 skipped: no GPU"]
+    figures = results.of_junit(file, results.rung_of).figures  # another way to group them
+    assert [one.name for one in figures] == ["losses", "optim"]
 
 
 def test_rungs_are_named_by_their_number() -> None:
