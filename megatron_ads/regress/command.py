@@ -5,10 +5,12 @@
     megatron-ads regress --base runs/r1/base.json --tuned runs/ads/export --out runs/regress
     megatron-ads regress --base HF --tuned ROUND_TRIP --same --benchmark gsm8k --limit 100 --out runs/conversion
     megatron-ads regress --base A --tuned B --data /data/benchmarks --benchmark gsm8k humaneval mmlu_stem --out runs/r
+    megatron-ads regress --base A --tuned B --history benchmarks/baselines/regress.jsonl --out runs/regress
 
 Both models answer the questions of AdNanny's table 8, by lm-eval's tasks, greedily. Writes regress.html, regress.json
 and, for each model, a score and an answer for every question: base.json can be the --base of later releases. What was
-answered before an interruption is not asked again. Programs that a model writes run in a sandbox without network.
+answered before an interruption is not asked again. Programs that a model writes run in a sandbox without network. With
+--history the page has the scores of all releases in that file as curves.
 
 A server must continue token ids, return token ids and tell log-probabilities of prompts, as vLLM does; its context must
 hold a prompt and --max-new-tokens. Once its scores are written its answers are forgotten: the next run asks again, as
@@ -65,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=positive, metavar="N", help="longest answer (default 16384 in chat, else 1024)"
     )
     parser.add_argument("--batch-size", type=positive, default=16, help="questions at once (default 16)")
+    parser.add_argument(
+        "--history", type=Path, metavar="FILE", help="add this comparison to a file of all releases, and show them"
+    )
     parser.add_argument("--json", action="store_true", help="print regress.json instead of the table")
     server = parser.add_argument_group("server (--tuned http://...)")
     server.add_argument("--served-model", metavar="NAME", help="name the server knows the model by")
@@ -77,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     """Ask both models, compare them, and write what was found."""
     from megatron_ads.regress.ask_model import require_server
     from megatron_ads.regress.harness_tasks import require_lm_eval
+    from megatron_ads.regress.history import add_release, read_history
     from megatron_ads.regress.report import report_of, summary, write
     from megatron_ads.regress.sandbox import require_sandbox
 
@@ -89,13 +95,16 @@ def run(args: argparse.Namespace) -> int:
     for source in (args.base, args.tokenizer or args.tuned):
         _require_known(str(source))
     make_writable_folder(args.out)
+    releases = read_history(args.history) if args.history else []
     asking = _asking(args)
     if server:
         require_server(server, asking)
     base = _scores_of(args.base, asking, args.out / "base.json")
     tuned = _scores_of(server or args.tuned, asking, args.out / "tuned.json")
     report = report_of(base, tuned, margin=args.margin, same=args.same)
-    write(args.out, report)
+    if args.history:
+        releases = add_release(args.history, report, releases)
+    write(args.out, report, releases)
     print(json.dumps(report) if args.json else summary(report, args.out))
     return 0 if report["passed"] else 1
 

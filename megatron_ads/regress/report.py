@@ -1,11 +1,13 @@
 """What a release manager reads: the table of AdNanny's table 8 with errors, the gate, and answers that changed."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from conversion.atomic_file import write_small
+from megatron_ads.regress import history
 from megatron_ads.regress.compare import Comparison, average, compare, noise_of
 from megatron_ads.regress.model_scores import ModelScores
 from megatron_ads.reporting.page import fixed, render, text_table
@@ -101,10 +103,8 @@ def summary(report: Mapping[str, Any], out: Path) -> str:
     return "\n".join([*table, "", f"{word}: {verdict(report)}", f"{out / 'regress.html'}"])
 
 
-def write(out: Path, report: Mapping[str, Any]) -> None:
-    """Write ``regress.json`` and ``regress.html``."""
-    import json
-
+def write(out: Path, report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write ``regress.json`` and ``regress.html``, with the releases of a history."""
     write_small(out / "regress.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     page = render(
         "regress/regress.html.jinja",
@@ -113,6 +113,9 @@ def write(out: Path, report: Mapping[str, Any]) -> None:
         head=HEAD,
         verdict=verdict(report),
         facts=_facts(report),
+        releases=history.rows_of(releases),
+        releases_head=history.HEAD,
+        chart=history.chart_of(releases),
     )
     write_small(out / "regress.html", page)
 

@@ -49,12 +49,15 @@ def test_a_copy_passes_and_one_scaled_expert_is_caught(
     planted = scale_expert(model, tmp_path / "planted", factor=8.0)
     capsys.readouterr()
     # The scores of the base need not be made again.
-    assert regress(tmp_path / "same" / "base.json", planted, data, tmp_path / "fallen") == 1
+    history = ["--history", str(tmp_path / "history.jsonl")]
+    assert regress(model, tmp_path / "copy", data, tmp_path / "same", "--same", *history) == 0
+    assert regress(tmp_path / "same" / "base.json", planted, data, tmp_path / "fallen", *history) == 1
     out = capsys.readouterr().out
     assert "FAILED: mmlu_stem fell by more than 1 points beyond noise" in out
     page = (tmp_path / "fallen" / "regress.html").read_text()
     assert "FAILED" in page
     assert "mmlu_stem" in page
+    assert "<h2>Releases</h2>" in page and str(tmp_path / "copy") in page and "<svg" in page
 
 
 def test_what_was_answered_is_not_asked_again(
