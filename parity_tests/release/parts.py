@@ -5,6 +5,9 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_ads.errors import ConfigError
+from megatron_ads.regress.harness_tasks import local_files
+from megatron_ads.regress.sandbox import require_sandbox
 from parity_tests.release import results
 from parity_tests.release.part import Findings, Part, Step
 from parity_tests.release.request import Request
@@ -112,9 +115,14 @@ def conversion(request: Request) -> Part:
 def regress(request: Request) -> Part:
     """Return the part that asks public questions before and after the round trip."""
     part = {"name": "regress", "title": "public benchmarks, before and after the round trip: the same answers"}
-    names = [name for name in _BENCHMARKS if request.data and (request.data / name / "test.jsonl").is_file()]
+    names = [name for name in _BENCHMARKS if request.data and "test" in local_files(request.data / name)]
+    left_out = []
+    if "humaneval" in names and (why_not := _why_no_programs()):
+        names.remove("humaneval")
+        left_out.append(f"humaneval: {why_not}")
     if not names:
-        return Part(**part, why_not="MEGATRON_ADS_DATA names no folder with gsm8k, humaneval or mmlu_stem")
+        found_none = "MEGATRON_ADS_DATA names no folder with gsm8k, humaneval or mmlu_stem"
+        return Part(**part, why_not="; ".join(left_out) or found_none)
     if why_not := _why_it_cannot_answer(request):
         return Part(**part, why_not=why_not)
     if importlib.util.find_spec("lm_eval") is None:
@@ -133,7 +141,7 @@ def regress(request: Request) -> Part:
         read=lambda folder: results.of_regress(folder / "regress.json"),
         after=("conversion",),
         continues=True,
-        left_out=(f"all but the first {limit} questions of each benchmark",) if limit else (),
+        left_out=(*left_out, *([f"all but the first {limit} questions of each benchmark"] if limit else [])),
     )
 
 
@@ -179,6 +187,15 @@ def speed(request: Request) -> Part:
         continues=True,
         left_out=("full sizes: --quick takes small ones",) if request.quick else (),
     )
+
+
+def _why_no_programs() -> str:
+    """Say why programs that a model writes cannot be run here; empty if they can."""
+    try:
+        require_sandbox()
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def _why_it_cannot_answer(request: Request) -> str:
