@@ -2,10 +2,10 @@
 
     python -m benchmarks.labelling --out DIR [--rows 1000000]
 
-The rows are a table of query-ad pairs; the engine is an object of this process that returns the same readable answer to
-every prompt: what is left is reading, asking, parsing and writing. Next to it, in the same run: the same lines parsed as
-JSON and nothing else, which no job over them can be faster than. Memory is the peak of this process and of the one that
-reads.
+The rows are a table of query-ad pairs; the engine is an object of this process that gives every prompt the same
+readable answer: what is left is reading, asking, parsing and writing. Next to it, in the same run: the same lines
+parsed as JSON and nothing else, which no job over them can be faster than. Memory is the peak of this process and of
+the one that reads.
 """
 
 import argparse

@@ -9,35 +9,43 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from megatron_ads.config.labelling import LabelConfig
-from megatron_ads.errors import ConfigError, DataError
+from megatron_ads.errors import ConfigError, DataError, MegatronAdsError, one_line
+
+if TYPE_CHECKING:
+    from megatron_ads.labelling.labeller import Labeller
 
 
 class EpochActor:
-    """One actor: a labeller, and the job's folder."""
+    """One actor: a labeller, and the job's folder. What goes wrong is told, so that the other epochs go on."""
 
     def __init__(self, settings: str, out: str) -> None:
-        """Open the model; ``settings`` is the job's recipe as JSON."""
-        from megatron_ads.labelling.labeller import open_labeller
-        from megatron_ads.labelling.question_store import QuestionStore
-
+        """Take the job's recipe as JSON, and its folder."""
         merged = OmegaConf.merge(OmegaConf.structured(LabelConfig), json.loads(settings))
         config = OmegaConf.to_object(merged)
         assert isinstance(config, LabelConfig)
+        self._config, self._out = config, Path(out)
         self._stack = ExitStack()
-        self._labeller = self._stack.enter_context(open_labeller(config))
-        self._out, self._store = Path(out), QuestionStore(Path(out), config)
+        self._labeller: Labeller | None = None
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Label one epoch."""
+        """Label one epoch, and return how many rows it has, or why it failed."""
         from megatron_ads.labelling.job import label_epoch
+        from megatron_ads.labelling.labeller import open_labeller
+        from megatron_ads.labelling.question_store import QuestionStore
 
         epoch = int(record["epoch"])
-        return {"epoch": epoch, "rows": label_epoch(self._out, self._store, epoch, self._labeller)}
+        try:
+            if self._labeller is None:
+                self._labeller = self._stack.enter_context(open_labeller(self._config))
+            store = QuestionStore(self._out, self._config)
+            return {"epoch": epoch, "rows": label_epoch(self._out, store, epoch, self._labeller), "failure": ""}
+        except MegatronAdsError as error:
+            return {"epoch": epoch, "rows": 0, "failure": one_line(error)}
 
 
 def label_on_ray(out: Path, config: LabelConfig, epochs: Sequence[int]) -> None:
@@ -45,7 +53,7 @@ def label_on_ray(out: Path, config: LabelConfig, epochs: Sequence[int]) -> None:
 
     Raises:
         ConfigError: If Ray is not installed.
-        DataError: If an epoch could not be labelled; the others are kept.
+        DataError: If epochs could not be labelled; the others are kept.
     """
     try:
         import ray
@@ -64,11 +72,12 @@ def label_on_ray(out: Path, config: LabelConfig, epochs: Sequence[int]) -> None:
         done = asked.map(
             EpochActor,
             fn_constructor_args=(json.dumps(asdict(config)), str(out.absolute())),
-            concurrency=min(config.ray.workers, len(epochs)),
+            compute=ray.data.ActorPoolStrategy(size=min(config.ray.workers, len(epochs))),
         )
-        done.materialize()
+        failed = [record for record in done.take_all() if record["failure"]]
     except RayError as error:
-        cause = getattr(error, "cause", None) or error
-        raise DataError(f"an epoch could not be labelled ({cause}). Start again: finished epochs are kept.") from None
+        raise DataError(f"Ray ended the job ({one_line(error)}). Start again: finished epochs are kept.") from None
     finally:
         ray.shutdown()
+    if failed:
+        raise DataError(f"{len(failed)} of {len(epochs)} epochs are not labelled, the first as {failed[0]['failure']}")

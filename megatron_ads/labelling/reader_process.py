@@ -2,7 +2,7 @@
 
 import multiprocessing
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -64,9 +64,14 @@ class _Reader:
         self._process.start()
         theirs.close()
         for _ in range(EPOCHS_AHEAD):
-            self._ours.send("go on")
+            self._ask()
         while (said := self._next()) is not None:
             yield said
+            self._ask()
+
+    def _ask(self) -> None:
+        assert self._ours is not None
+        with suppress(OSError):  # it has read everything and is gone; what it said is still to be received
             self._ours.send("go on")
 
     def _next(self) -> int | None:
@@ -76,7 +81,7 @@ class _Reader:
                 break
         try:
             kind, value = self._ours.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise DataError(
                 "the process that reads the rows ended without a word (killed, or out of memory). Start again: labels "
                 "that are there are kept."
