@@ -12,6 +12,8 @@ EXTRAS = {
     "serve": ["transformers[serving]>=5.17"],
     # Public benchmarks before and after (megatron-ads regress). Its tasks are pinned: another version is refused.
     "regress": ["lm-eval==0.4.13"],
+    # Batch labelling on a cluster (label, runner=ray).
+    "ray": ["ray[data]>=2.50"],
     # Experiment trackers (log.trackers), next to the TensorBoard and JSONL files that every run writes.
     "track": ["mlflow-skinny>=3.0", "trackio>=0.43", "wandb>=0.20"],
     "dev": [

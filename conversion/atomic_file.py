@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-
-import torch
+from typing import TYPE_CHECKING
 
 from conversion.direct_writer import DirectWriter
 from megatron_ads.errors import DiskFullError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTIAL_SUFFIX = ".partial"
 _READ_BACK_BYTES = 1 << 22
@@ -163,8 +165,10 @@ def start_writing_out(descriptor: int) -> None:
         sync_file_range(ctypes.c_int(descriptor), whole_file, whole_file, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+def tensor_bytes(tensor: "Tensor") -> memoryview:
     """Return the bytes of a tensor, row-major, without copying if it is contiguous."""
+    import torch  # takes seconds, and most files here hold no tensors
+
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 

@@ -54,6 +54,7 @@ COMMANDS = (
     Command("compare-logits", "run one model in transformers and in Megatron", "megatron_ads.parity.compare_logits"),
     Command("evaluate", "have a model answer held-out rows and score them", "megatron_ads.evaluation.command"),
     Command("regress", "compare public benchmarks before and after fine-tuning", "megatron_ads.regress.command"),
+    Command("label", "have a model label rows in bulk", "megatron_ads.labelling.command"),
     Command("downstream", "train and score the frozen pipeline that rewards use", "megatron_ads.downstream.command"),
     Command("parity", "compare a checkpoint in transformers and in Megatron-Core", "megatron_ads.parity.command"),
     Command("quickstart", "run the whole path on this machine", "megatron_ads.quickstart.command"),

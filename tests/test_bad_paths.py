@@ -17,6 +17,7 @@ ROWS = "data.sources=[{kind: builtin, rows: 60}] data.validation_rows=4"
 JOB = f"--recipe sft/quickstart --ranks 4 log.dir=NEW {ROWS}"
 EVALUATE = f"evaluate --recipe sft/quickstart --max-new-tokens 2 {ROWS}"
 REGRESS = "regress --data DATA --benchmark mmlu_stem --limit 1"
+LABEL = "label --recipe label/relevance sources=[{kind: builtin, rows: 4}]"
 COOK = "data cook --recipe cook/simulated teacher.url=http://localhost:9/v1 teacher.model=x"
 
 FOLDERS_READ = [
@@ -32,6 +33,8 @@ FOLDERS_READ = [
     f"train {JOB} model.load=BAD",
     "data preview --task query_ad_relevance --tokenizer BAD",
     "data cook --recipe cook/simulated --out NEW teacher.kind=local teacher.model=BAD",
+    f"{LABEL} --out NEW model.kind=local model.url=null model.max_tokens=2 model.model=BAD",
+    f"{LABEL} --out NEW model.model=x previous=[BAD]",
     "compare-logits BAD MODEL",
     "compare-logits MODEL BAD",
     f"{EVALUATE} --model BAD",
@@ -56,6 +59,8 @@ FILES_READ = [
     "data preview --source BAD",
     "data preview --recipe BAD",
     "data cook --recipe BAD --out NEW",
+    "label --recipe BAD --out NEW",
+    "label --recipe label/relevance --out NEW model.model=x sources=[{kind: jsonl, path: BAD}]",
     f"{EVALUATE.replace('sft/quickstart', 'BAD')} --model MODEL",
     f"{EVALUATE.replace('kind: builtin, rows: 60', 'kind: jsonl, path: BAD')} --model MODEL",
     f"{EVALUATE} --model MODEL --names BAD",
@@ -75,6 +80,7 @@ FOLDERS_WRITTEN = [
     "data simulate --out BAD --users 100",
     "downstream train --logs MODEL --out BAD",
     f"{COOK} --out BAD",
+    f"{LABEL} --out BAD model.model=x",
     "parity --hf MODEL --out BAD --tokens 8",
     "quickstart --out BAD",
     f"{REGRESS} --base MODEL --tuned MODEL --out BAD",

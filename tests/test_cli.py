@@ -34,6 +34,7 @@ COMMAND_LINES = [
     ["compare-logits"],
     ["evaluate"],
     ["regress"],
+    ["label"],
     ["downstream"],
     ["downstream", "train"],
     ["downstream", "evaluate"],

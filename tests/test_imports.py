@@ -48,6 +48,7 @@ ROOMS = (
     "megatron_ads.launching",
     "megatron_ads.evaluation",
     "megatron_ads.regress",
+    "megatron_ads.labelling",
     "megatron_ads.synthesis",  # its command is found by name
     "megatron_ads.demo_model",
     "megatron_ads.parity",

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
+from conversion.atomic_file import write_small
 from megatron_ads.data.source_files import Part, RowOrigin, Span
 from megatron_ads.errors import DataError
 from megatron_ads.layout import rank
@@ -173,8 +174,6 @@ class RejectedRows:
         """
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.counts.items())) or "none"
         if self.aside is not None and rank() == 0:
-            from conversion.atomic_file import write_small  # imports torch
-
             self.aside.parent.mkdir(parents=True, exist_ok=True)
             write_small(self.aside, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.records))
             if self.counts:

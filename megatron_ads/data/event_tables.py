@@ -28,6 +28,7 @@ from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.observability.log import get_logger
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks import next_advertiser
+from megatron_ads.tasks.answer_format import NOTHING
 from megatron_ads.tasks.user_history import CONVERSIONS, Demographics, EventKind, UserHistory
 
 logger = get_logger(__name__)
@@ -70,6 +71,7 @@ def event_rows(
     values: Mapping[str, Mapping[Any, Any]] | None = None,
     rejected: Path | None = None,
     limit: int | None = None,
+    answered: bool = True,
 ) -> list[ChatRow]:
     """Return a next-advertiser row for every user and anchor with a history and a conversion after it.
 
@@ -84,6 +86,8 @@ def event_rows(
         answer_days: How long after an anchor the conversion may be.
         values: Field -> value -> what it stands for, such as an event of your own; None leaves such lines out.
         rejected: Where to write lines that cannot be used; None: the first one is an error.
+        limit: Most rows; None: all.
+        answered: Rows without it only ask, and need no later conversion.
 
     Raises:
         ConfigError: If a field is unknown or missing, or a value stands for nothing known.
@@ -100,23 +104,28 @@ def event_rows(
             answers = [event for event in answers if 0 <= event.time - anchor < answer_days * SECONDS_PER_DAY]
             if not history.events:
                 without["without history"] += 1
-            elif not answers:
+            elif answered and not answers:
                 without["without a later conversion"] += 1
             else:
-                first = min(answers, key=lambda event: event.time)
                 request = next_advertiser.AdvertiserRequest(history)
                 name = f"next-{user}" if len(anchors) == 1 else f"next-{user}-{_date(anchor)}"
-                row = next_advertiser.chat_row(name, request, first.advertiser, view=view_of(history))
-                rows.append(replace(row, time=first.time))
+                if answered:
+                    first = min(answers, key=lambda event: event.time)
+                    advertiser, told = first.advertiser, first.time
+                else:
+                    advertiser, told = NOTHING, anchor
+                row = next_advertiser.chat_row(name, request, advertiser, view=view_of(history))
+                rows.append(replace(row, time=told))
     if without:
         reasons = ", ".join(f"{count} {why}" for why, count in sorted(without.items()))
         logger.warning("%s: users that give no row: %s", path, reasons)
     if not rows[:limit]:
         times = [event.time for log in logs.values() for event in log]
+        wanted = f" and a conversion with an advertiser in the {answer_days:g} days from it" if answered else ""
         raise DataError(
             f"{path}: none of the {len(logs)} users has events before the anchor "
-            f"{', '.join(map(describe_time, anchors[:3]))} and a conversion with an advertiser in the {answer_days:g} "
-            f"days from it; the events are from {describe_time(min(times))} to {describe_time(max(times))}. "
+            f"{', '.join(map(describe_time, anchors[:3]))}{wanted}; "
+            f"the events are from {describe_time(min(times))} to {describe_time(max(times))}. "
             "Choose another anchor."
         )
     return rows[:limit]

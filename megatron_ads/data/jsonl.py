@@ -25,6 +25,7 @@ from megatron_ads.data.source_files import JSON_LINES, RowOrigin, Span, open_tex
 from megatron_ads.data.verl_form import VERL_FIELDS, from_verl, object_in, text_in
 from megatron_ads.errors import DataError
 from megatron_ads.rows import ChatRow, Message, Role, wrong_fact
+from megatron_ads.tasks.answer_format import NOTHING
 from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.text_rows import facts_of_text_row
 
@@ -154,10 +155,12 @@ def jsonl_rows(path: Path, *, limit: int | None = None, rejected: Path | None = 
     return usable_rows(jsonl_reader(path), rejected=rejected, limit=limit)
 
 
-def jsonl_reader(path: Path) -> RowReader[dict[str, Any]]:
-    """Return how the rows of ``jsonl_rows`` are read."""
+def jsonl_reader(path: Path, *, answered: bool = True) -> RowReader[dict[str, Any]]:
+    """Return how the rows of ``jsonl_rows`` are read. Without ``answered``, conversations may end with a question."""
 
     def make(origin: RowOrigin, fields: dict[str, Any]) -> ChatRow:
+        if not answered:
+            fields = _with_target(fields)
         return facts_of_text_row(parse_row(fields, default_id=origin.row_id))
 
     return RowReader(
@@ -166,6 +169,18 @@ def jsonl_reader(path: Path) -> RowReader[dict[str, Any]]:
         read=lambda part, span: read_lines(part.file, span=span),
         make=make,
     )
+
+
+def _with_target(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a row whose conversation ends with an answer, which says nothing where there was none."""
+    if "messages" not in fields and fields.keys() & set(VERL_FIELDS):
+        return from_verl(fields, needs_target=False)
+    messages = fields.get("messages")
+    if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
+        return fields
+    if messages[-1].get("role") == Role.assistant:
+        return fields
+    return {**fields, "messages": [*messages, {"role": str(Role.assistant), "content": NOTHING}]}
 
 
 def is_chat_row(fields: Mapping[str, Any]) -> bool:

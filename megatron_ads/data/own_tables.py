@@ -14,7 +14,7 @@ from megatron_ads.config.data import AdsTask
 from megatron_ads.data.bad_rows import BadRow, BadRowError, RowReader, usable_rows, usable_weight
 from megatron_ads.data.source_files import RowOrigin, parts_of
 from megatron_ads.data.table_fields import FieldMapping, one_of, optional_text, text_of, texts_of, time_of
-from megatron_ads.data.table_files import Cells, read_table
+from megatron_ads.data.table_files import Cell, Cells, read_table
 from megatron_ads.data.user_features import ViewChooser
 from megatron_ads.errors import DataError
 from megatron_ads.rows import ChatRow, Message, Role
@@ -73,6 +73,8 @@ class Form:
     """From a row's id, its fields and what gives its user."""
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """What fields that hold a label may be."""
+    answer: Mapping[str, Cell] = field(default_factory=dict)
+    """Fields that the answer is made from, with what stands for them in rows that only ask."""
 
 
 def table_rows(
@@ -110,18 +112,22 @@ def table_reader(
     task: AdsTask | None,
     values: Mapping[str, Mapping[Any, Any]] | None,
     users: Users | None,
+    answered: bool = True,
 ) -> RowReader[Cells]:
-    """Return how the rows of ``table_rows`` are read; the arguments are as there."""
+    """Return how the rows of ``table_rows`` are read; the arguments are as there.
+
+    Without ``answered``, columns for the answer are neither needed nor read, and rows have the answers of their form.
+    """
     form = FORMS[task]
-    mapping = FieldMapping.of(
-        columns, values or {}, required=form.required, optional=form.optional, choices=form.choices
-    )
+    mapping, needed = _mapping(form, columns, values or {}, answered=answered), form.required
+    stand_ins = {} if answered else form.answer
 
     def make(origin: RowOrigin, by_column: Cells) -> ChatRow | None:
         cells = mapping.cells(by_column)
         if cells is None:
             return None
-        for name in form.required:
+        cells = {**cells, **stand_ins}
+        for name in needed:
             if cells[name] is None:
                 message = f"{name} is None; it must be text that is not empty. Its column is {columns[name]!r}."
                 raise BadRowError(BadRow.empty_text, message)
@@ -140,6 +146,22 @@ def table_reader(
         parts=parts_of(path),
         read=lambda part, span: read_table(part, mapping.needed, span),
         make=make,
+    )
+
+
+def _mapping(
+    form: Form, columns: Mapping[str, str], values: Mapping[str, Mapping[Any, Any]], *, answered: bool
+) -> FieldMapping:
+    if answered:
+        return FieldMapping.of(columns, values, required=form.required, optional=form.optional, choices=form.choices)
+    FieldMapping.of(columns, {}, required=(), optional=(*form.required, *form.optional), choices={})  # no other names
+    asking = {name: column for name, column in columns.items() if name not in form.answer}
+    return FieldMapping.of(
+        asking,
+        {name: meanings for name, meanings in values.items() if name not in form.answer},
+        required=[name for name in form.required if name not in form.answer],
+        optional=[name for name in form.optional if name not in form.answer],
+        choices=form.choices,
     )
 
 
@@ -237,55 +259,79 @@ def _chat_row(row_id: str, cells: Cells, users: Users) -> ChatRow:
 
 
 _LABELS = {"label": tuple(Label), "location": tuple(Flag), "quality": tuple(Flag)}
+_ANY = "-"
+"""Stands for a text of an answer that nobody reads."""
+QUERIES_WANTED = 5
+"""What rows of query_generation without an answer ask for."""
 
 FORMS: dict[AdsTask | None, Form] = {
     None: Form(
-        required=("prompt", "target"), optional=("id", "task", "group", "label", "weight", "time"), make=_chat_row
+        required=("prompt", "target"),
+        optional=("id", "task", "group", "label", "weight", "time"),
+        make=_chat_row,
+        answer={"target": _ANY, "label": None, "weight": None},
     ),
     AdsTask.query_ad_relevance: Form(
         required=("query", "title", "label"),
         optional=("id", *_AD, "reasoning", "location", "quality", "time"),
         make=_pair_row,
         choices=_LABELS,
+        answer={"label": str(Label.bad), "location": None, "quality": None, "reasoning": None},
     ),
     AdsTask.query_ad_three_labels: Form(
         required=("query", "title", "label", "location", "quality"),
         optional=(*_EVERY_ROW, *_AD),
         make=_pair_row,
         choices=_LABELS,
+        answer={"label": str(Label.bad), "location": str(Flag.bad), "quality": str(Flag.bad), "reasoning": None},
     ),
     AdsTask.ad_user_relevance: Form(
         required=("user", "title", "score"),
         optional=(*_EVERY_ROW, *_AD, *_USER),
         make=_score_row,
         choices={"score": tuple(Score)},
+        answer={"score": str(next(iter(Score))), "reasoning": None},
     ),
     AdsTask.query_generation: Form(
-        required=("keyword", "queries", "reasons"), optional=(*_EVERY_ROW, "title", *_AD), make=_queries_row
+        required=("keyword", "queries", "reasons"),
+        optional=(*_EVERY_ROW, "title", *_AD),
+        make=_queries_row,
+        answer={"queries": [_ANY] * QUERIES_WANTED, "reasons": [_ANY] * QUERIES_WANTED, "reasoning": None},
     ),
     AdsTask.next_advertiser: Form(
-        required=("user", "advertiser"), optional=(*_EVERY_ROW, "pool", *_USER), make=_next_row
+        required=("user", "advertiser"),
+        optional=(*_EVERY_ROW, "pool", *_USER),
+        make=_next_row,
+        answer={"advertiser": _ANY, "reasoning": None},
     ),
     AdsTask.next_advertiser_ranking: Form(
         required=("user", "advertiser", "advertisers"),
         optional=(*_EVERY_ROW, "interests", "pool", *_USER),
         make=_next_row,
+        answer={"advertiser": _ANY, "advertisers": [_ANY], "interests": None, "reasoning": None},
     ),
     AdsTask.user_profile: Form(
         required=("user", "summary"),
         optional=(*_EVERY_ROW, "interests", "intents", "constraints", "avoid", *_USER),
         make=_profile_row,
+        answer={"summary": _ANY, **dict.fromkeys(("interests", "intents", "constraints", "avoid", "reasoning"))},
     ),
     AdsTask.model_comparison: Form(
         required=("request", "current", "new", "risk", "verdict"),
         optional=(*_EVERY_ROW, "strengths", "weaknesses"),
         make=_comparison_row,
         choices={"risk": tuple(Risk), "verdict": tuple(Verdict)},
+        answer={
+            "risk": str(next(iter(Risk))),
+            "verdict": str(next(iter(Verdict))),
+            **dict.fromkeys(("strengths", "weaknesses", "reasoning")),
+        },
     ),
     AdsTask.ad_rewriting: Form(
         required=("title", "new_title", "new_text", "rationale"),
         optional=(*_EVERY_ROW, *_AD, "keywords", "goal", "new_keywords"),
         make=_rewriting_row,
+        answer={**dict.fromkeys(("new_title", "new_text", "rationale"), _ANY), "new_keywords": None, "reasoning": None},
     ),
 }
 """What can be read from a table with one row an example."""

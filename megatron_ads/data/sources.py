@@ -51,23 +51,48 @@ def files_of(source: SourceConfig) -> list[Part]:
     return [part for path in paths for part in parts_of(Path(path), forms)]
 
 
-def divided(source: SourceConfig) -> RowReader[Any] | None:
-    """Return how a source is read whose files can be read in pieces; None for one that needs all its rows at once."""
-    needs_all = (
-        source.variant is not None or source.rows is not None or source.anchor_dates or source.events is not None
-    )
-    if needs_all or source.path is None:
+def divided(source: SourceConfig, *, answered: bool = True) -> RowReader[Any] | None:
+    """Return how a source is read whose files can be read in pieces; None for one that needs all its rows at once.
+
+    Without ``answered``, rows need no answer; what they have in its place says nothing.
+    """
+    needs_all = source.variant is not None or source.rows is not None or source.anchor_dates
+    if needs_all or source.path is None or (answered and source.events is not None):
         return None
     if source.kind is SourceKind.jsonl:
-        return jsonl_reader(Path(source.path))
+        return jsonl_reader(Path(source.path), answered=answered)
     if source.kind is SourceKind.verl:
         return verl_reader(Path(source.path))
     if source.kind is SourceKind.preference:
         return preference_reader(Path(source.path))
     if source.kind is not SourceKind.table:
         return None
+    return table_reader(
+        Path(source.path),
+        columns=source.columns,
+        task=source.task,
+        values=_values(source)[0],
+        users=_users(source),
+        answered=answered,
+    )
+
+
+def _values(source: SourceConfig) -> tuple[dict[str, dict[Any, Any]], dict[str, dict[Any, Any]]]:
+    """Return what values of the rows, and of their log of events, stand for."""
+    of_events = {name: values for name, values in source.values.items() if name in source.event_columns}
+    return {name: values for name, values in source.values.items() if name not in of_events}, of_events
+
+
+def _users(source: SourceConfig) -> Users:
+    """Return what gives the users of a table's rows: the rows themselves, and a log of events where there is one."""
     users = Users(view_of=view_chooser(source.history))
-    return table_reader(Path(source.path), columns=source.columns, task=source.task, values=source.values, users=users)
+    if source.events is None:
+        return users
+    aside = None if source.rejected is None else Path(f"{source.rejected}.events")
+    history_of = histories_of(
+        Path(source.events), columns=source.event_columns, values=_values(source)[1], rejected=aside
+    )
+    return replace(users, history_of=history_of)
 
 
 def _read_simulator(source: SourceConfig, seed: int) -> list[ChatRow]:
@@ -100,17 +125,7 @@ def _read_own(source: SourceConfig, seed: int) -> list[ChatRow]:
         anchors = read_anchors(source.anchor_dates, source.anchor_spacing_days)
         settings |= {"answer_days": source.answer_days or ANSWER_DAYS, "values": source.values}
         return event_rows(path, anchors=anchors, view_of=view_of, **settings)
-    of_events = {name: values for name, values in source.values.items() if name in source.event_columns}
-    settings["values"] = {name: values for name, values in source.values.items() if name not in of_events}
-    users = Users(view_of=view_of)
-    if source.events is not None:
-        aside = None if source.rejected is None else Path(f"{source.rejected}.events")
-        users = replace(
-            users,
-            history_of=histories_of(
-                Path(source.events), columns=source.event_columns, values=of_events, rejected=aside
-            ),
-        )
+    settings["values"], users = _values(source)[0], _users(source)
     return table_rows(path, task=source.task, users=users, **settings)
 
 

@@ -16,14 +16,15 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from megatron_ads.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ class AnyToken:
         """Take the number of beams; each may end at once, so that as many again must be at hand."""
         self._most = 2 * beams
 
-    def candidates(self, states: Sequence[Any], log_probabilities_KV: Tensor) -> Candidates:
+    def candidates(self, states: Sequence[Any], log_probabilities_KV: "Tensor") -> Candidates:
         beams, vocabulary = log_probabilities_KV.shape
         most = min(self._most, vocabulary)
         values_KC, tokens_KC = log_probabilities_KV.topk(most, dim=1)
@@ -146,10 +147,12 @@ class ValidNames:
         chances_N = np.ones(len(trie.names)) if chances is None else np.asarray(chances, dtype=np.float64)
         self._up_to = np.concatenate([[0.0], np.cumsum(chances_N)])
 
-    def candidates(self, states: Sequence[Node], log_probabilities_KV: Tensor) -> Candidates:
+    def candidates(self, states: Sequence[Node], log_probabilities_KV: "Tensor") -> Candidates:
         counts = np.asarray([len(node.tokens_C) for node in states])
         beams_C = np.repeat(np.arange(len(states)), counts)
         tokens_C = np.concatenate([node.tokens_C for node in states])
+        import torch  # takes seconds, and names are also written without it
+
         chosen = log_probabilities_KV[torch.from_numpy(beams_C), torch.from_numpy(tokens_C)]
         values_C = chosen.double().cpu().numpy()
         children = [child for node in states for child in node.children]
@@ -175,13 +178,15 @@ Rules = AnyToken | ValidNames
 """What may be written in one row."""
 
 
-def only_valid(logits_RV: Tensor, nodes: Sequence[Node | None]) -> Tensor:
+def only_valid(logits_RV: "Tensor", nodes: Sequence[Node | None]) -> "Tensor":
     """Return the logits of rows, -inf for what no valid name goes on with behind the row's node; None is any token."""
     if not any(nodes):
         return logits_RV
     of_names = [(row, node.tokens_C) for row, node in enumerate(nodes) if node is not None]
     rows_C = np.repeat([row for row, _ in of_names], [len(tokens_C) for _, tokens_C in of_names])
     tokens_C = np.concatenate([tokens_C for _, tokens_C in of_names])
+    import torch
+
     device = logits_RV.device
     valid_RV = torch.tensor([node is None for node in nodes], device=device)[:, None].repeat(1, logits_RV.size(1))
     valid_RV[torch.from_numpy(rows_C).to(device), torch.from_numpy(tokens_C).to(device)] = True

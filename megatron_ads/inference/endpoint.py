@@ -229,6 +229,7 @@ class Endpoint:
             values = [token["logprob"] for token in content]
         if of_prompt is not None:  # vLLM's; before the first token there is nothing
             of_prompt = [next(iter(entry.values()))["logprob"] for entry in of_prompt[1:] if entry is not None]
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         return Completion(
             text=self._without_key(text),
             finish=Finish.withheld if withheld else ended,
@@ -236,6 +237,7 @@ class Endpoint:
             log_probabilities=_tuple_of(float, values),
             prompt_log_probabilities=_tuple_of(float, of_prompt),
             prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            cached_tokens=None if cached is None else int(cached),
             answer_tokens=int(usage.get("completion_tokens") or 0),
         )
 

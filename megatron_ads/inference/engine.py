@@ -71,6 +71,8 @@ class Completion:
     score: float | None = None
     """Of a beam: what beams are ordered by."""
     prompt_tokens: int = 0
+    cached_tokens: int | None = None
+    """Of the prompt's tokens, those that the server had in its prefix cache; None: it does not say."""
     answer_tokens: int = 0
     seconds: float = 0.0
     """From sending the request to its answer, waits between attempts included."""

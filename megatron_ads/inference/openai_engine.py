@@ -35,7 +35,13 @@ class OpenAIEngine:
     """A model behind a server. Completions that a journal holds are not asked for again."""
 
     def __init__(
-        self, name: str, config: EndpointConfig, journal: Journal | None = None, *, servers: "Servers | None" = None
+        self,
+        name: str,
+        config: EndpointConfig,
+        journal: Journal | None = None,
+        *,
+        servers: "Servers | None" = None,
+        also_sent: Mapping[str, Any] | None = None,
     ) -> None:
         """Prepare to ask; nothing is sent yet.
 
@@ -44,11 +50,12 @@ class OpenAIEngine:
             config: How patiently to ask, and whom.
             journal: Keeps what was answered.
             servers: Asked instead of the one at ``config.url``.
+            also_sent: Fields of the server's own that go with every request, such as ``priority``.
 
         Raises:
             ConfigError: If the environment variable that should hold the key is not set.
         """
-        self._name, self._config = name, config
+        self._name, self._config, self._also_sent = name, config, dict(also_sent or {})
         self._endpoint = servers or Endpoint(name, config)
         self.client = Client(name, config, self._endpoint, journal)
 
@@ -134,6 +141,7 @@ class OpenAIEngine:
         body = request_body(asked, self._config, config, seed=drawn if sampled else 0) | (
             logprobs if config.log_probabilities else {}
         )
+        body |= self._also_sent
         return Request(body=body, candidate=number if sampled else 0)
 
     def _ask(self, requests: Sequence[Request], description: str) -> list[Completion]:

@@ -51,7 +51,12 @@ class Servers:
     """Answers requests by any of the servers; any number of threads may ask."""
 
     def __init__(
-        self, servers: Sequence[Server], *, wait_seconds: float, renew: Callable[[Server, threading.Event], None]
+        self,
+        servers: Sequence[Server],
+        *,
+        wait_seconds: float,
+        renew: Callable[[Server, threading.Event], None] = lambda server, stop: None,
+        section: str = "rollout",
     ) -> None:
         """Take the servers.
 
@@ -59,13 +64,14 @@ class Servers:
             servers: At least one.
             wait_seconds: How long all may be lost.
             renew: Brings the current weights to a server that was away. Raises DataError where it cannot.
+            section: Where ``server_wait_seconds`` is set in the recipe.
         """
         self.servers = servers
         self.state = ""
         """The weights that they hold; answers by other weights are other answers."""
         self.losses = 0
         """How often one was lost."""
-        self._wait_seconds, self._renew = wait_seconds, renew
+        self._wait_seconds, self._renew, self._section = wait_seconds, renew, section
         self._changed = threading.Condition()
 
     def answer(self, request: Request, stop: threading.Event) -> Completion:
@@ -129,7 +135,8 @@ class Servers:
         if now - max(server.lost_at for server in self.servers) > self._wait_seconds:
             reasons = " ".join(f"{server.url}: {server.lost_because}" for server in self.servers)
             raise DataError(
-                f"no inference server answered for {self._wait_seconds:g} s (rollout.server_wait_seconds). {reasons} "
+                f"no inference server answered for {self._wait_seconds:g} s ({self._section}.server_wait_seconds). "
+                f"{reasons} "
                 "Start the servers, then the job again: answers that are there are kept."
             )
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from conversion.atomic_file import write_small
 from megatron_ads.config import recipes
 from megatron_ads.config.run import RunConfig
 from megatron_ads.errors import ConfigError, MegatronAdsError, one_line
@@ -168,8 +169,6 @@ class Attempt:
         Raises:
             ConfigError: If the recipe cannot be composed, or the job makes no progress.
         """
-        from conversion.atomic_file import write_small  # imports torch, which the check of the placement does without
-
         config = recipes.load_job(recipe, overrides)
         folder = Path(config.log.dir) / "slurm" / allocation.job / f"attempt-{allocation.restarts}"
         step = checkpoint_step(Path(config.checkpoint.dir))

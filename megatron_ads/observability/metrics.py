@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from conversion.atomic_file import write_small
 from megatron_ads.errors import ConfigError
 from megatron_ads.observability.trackers import TrackedRuns
 
@@ -124,8 +125,6 @@ class MetricsWriter:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if (file := directory / METRICS_FILE).exists():
-                from conversion.atomic_file import write_small  # imports torch, which reading metrics does not need
-
                 kept = [json.dumps(values) + "\n" for values in read_metrics(file) if values["step"] <= resume_step]
                 write_small(file, "".join(kept))  # replaced at once, so that a kill loses nothing
             self._lines = file.open("a", encoding="utf-8")

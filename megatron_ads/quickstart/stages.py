@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from conversion.atomic_file import write_small
 from megatron_ads.errors import ConfigError
 from megatron_ads.progress import readable_duration
 
@@ -97,8 +98,6 @@ def _record_file(folder: Path, name: str) -> Path:
 
 def _run(stage: Stage, folder: Path, fingerprint: str, heading: str, command: Sequence[str] | None) -> StageRecord:
     """Run a stage, from what an interrupted run with the same fingerprint left if it can continue."""
-    from conversion.atomic_file import write_small  # imports torch: keep --help instant
-
     started = folder / RECORDS / f"{stage.name}.started"
     interrupted = started.exists() and started.read_text(encoding="utf-8") == fingerprint
     resuming = stage.resumable and interrupted and any(map(Path.exists, stage.outputs))

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from conversion.atomic_file import write_small
 from megatron_ads.progress import readable_duration
 
 
@@ -27,8 +28,6 @@ def render(template: str, **values: Any) -> str:
 
 def write_report(folder: Path, page: str, values: Mapping[str, Any]) -> None:
     """Write ``report.html`` and ``report.json``, each whole or not at all."""
-    from conversion.atomic_file import write_small  # imports torch, which a page does not need
-
     write_small(folder / "report.json", json.dumps(values, indent=2, allow_nan=False) + "\n")
     write_small(folder / "report.html", page)
 

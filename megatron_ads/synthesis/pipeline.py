@@ -10,6 +10,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from conversion.atomic_file import write_small
 from megatron_ads.config.data import SourceConfig, SourceKind
 from megatron_ads.config.generation import AnsweringConfig, ModelKind
 from megatron_ads.config.synthesis import SynthesisConfig
@@ -255,6 +256,4 @@ def synthesized_row(candidate: Candidate) -> ChatRow:
 
 
 def _write(file: Path, rows: Sequence[ChatRow]) -> None:
-    from conversion.atomic_file import write_small  # imports torch
-
     write_small(file, "".join(json.dumps(row.as_dict(), ensure_ascii=False) + "\n" for row in rows))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from conversion.atomic_file import write_small
 from megatron_ads.config.generation import AnsweringConfig
 from megatron_ads.config.synthesis import SynthesisConfig, synthesis_recipe_yaml
 from megatron_ads.inference.client import Client
@@ -25,8 +26,6 @@ _REASONS_SHOWN = 8
 
 def write_report(result: SynthesisResult, models: SynthesisModels, config: SynthesisConfig) -> dict[str, Any]:
     """Write report.json, report.md and the resolved recipe next to the corpus; return what report.json holds."""
-    from conversion.atomic_file import write_small  # imports torch
-
     out = Path(config.out)
     report = as_report(result, models, config)
     write_small(out / RECIPE_FILE, synthesis_recipe_yaml(config))

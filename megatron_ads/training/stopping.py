@@ -7,6 +7,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
+from conversion.atomic_file import write_small
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -48,8 +50,6 @@ def clear_outcome(directory: Path) -> None:
 
 def write_outcome(directory: Path, outcome: Outcome, step: int) -> None:
     """Record the end; one rank does."""
-    from conversion.atomic_file import write_small  # imports torch, which the launcher does without
-
     write_small(directory / OUTCOME_FILE, json.dumps({"outcome": outcome, "step": step}))
 
 

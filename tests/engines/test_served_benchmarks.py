@@ -1,12 +1,14 @@
-"""`evaluate` and `regress` of a checkpoint behind vLLM: its answers, scores and tables are those of the folder.
+"""`evaluate`, `label` and `regress` of a checkpoint behind vLLM: its answers and scores are those of the folder.
 
 ./tests/engines/run.sh        installs vLLM where it is missing, and runs these tests
 """
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from megatron_ads.regress.sandbox import run_program
 from parity_tests.harness.ranks import free_port
 from tests.engines.answering_model import PROGRAMS, SUMS, write_answering_model, write_benchmarks
 from tests.engines.vllm_server import VllmServer, why_not
+from tests.labelling.jobs import labels_in
 from tests.regress.learned_questions import QUESTIONS, prompt_of, scale_expert
 
 pytestmark = [
@@ -58,7 +61,9 @@ def model(tmp_path_factory: pytest.TempPathFactory, data: Path, rows: list[str])
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmServer]:
-    monkeypatch.setenv("MEGATRON_ADS_VLLM_ARGUMENTS", "--max-model-len 4096 --max-num-seqs 16")
+    monkeypatch.setenv(
+        "MEGATRON_ADS_VLLM_ARGUMENTS", "--max-model-len 4096 --max-num-seqs 16 --enable-prompt-tokens-details"
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     one = VllmServer(free_port())
@@ -134,3 +139,37 @@ def test_evaluate_gets_the_folders_answers_and_scores_from_a_server(
     assert of_server["perplexity"] == pytest.approx(general["perplexity"], rel=WITHIN)
     assert by_conversations.pop("general") == {}  # needs the tokenizer
     assert by_tokens == by_conversations == folder
+
+
+def test_label_gets_the_folders_labels_from_a_server_that_is_killed_and_started_again(
+    server: VllmServer, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def labelled(name: str, *settings: str) -> list[dict[str, Any]]:
+        own = ["sources=[{kind: simulator, task: query_ad_relevance, rows: 60}]", "rows_per_epoch=20", "draws=1"]
+        own += ["log_probabilities=true", "model.max_tokens=80", "model.concurrency=16", *settings]
+        assert main(["label", "--recipe", "label/relevance", "--out", str(tmp_path / name), *own]) == 0
+        return labels_in(tmp_path / name)
+
+    folder = labelled("folder", "model.kind=local", "model.url=null", f"model.model={model}")
+    server.start(model)
+
+    def kill_and_start() -> None:
+        while not (tmp_path / "served" / "labels" / "000000.parquet").exists():
+            time.sleep(0.1)
+        server.kill()
+        server.start(model)
+
+    violence = Thread(target=kill_and_start)
+    violence.start()
+    url = f"model.url={server.config.url}"
+    served = labelled("served", url, "model.model=policy", f"model.tokenizer={model}", "model.longest_wait_seconds=2")
+    violence.join()
+    assert len(folder) == 60 and sum(row["label"] is not None for row in folder) > 30
+    said = ("row", "id", "label", "text", "failure", "finish", "answer_tokens")
+    assert [[row[name] for name in said] for row in served] == [[row[name] for name in said] for row in folder]
+    for theirs, ours in zip(served, folder, strict=True):
+        assert theirs["log_probability"] == pytest.approx(ours["log_probability"], abs=WITHIN)
+    report = json.loads((tmp_path / "served" / "report.json").read_text())
+    assert report["cost"]["cached_share"] is not None  # what it is depends on the build
+    with capsys.disabled():
+        print(f"rows/s {report['cost']['rows_per_second']}, cached {report['cost']['cached_share']}")

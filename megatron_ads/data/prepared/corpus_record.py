@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from conversion.atomic_file import sync_folder, write_small
 from megatron_ads.config.data import SourceConfig
 from megatron_ads.data.bad_rows import Rejected, RejectedRows
 from megatron_ads.data.corpus import notes, report_faulty, report_misspelt, report_notes
@@ -97,8 +98,6 @@ class CorpusRecord:
 
     def write(self, folder: Path, excluded: Numbers) -> None:
         """Write the record last, which makes the corpus complete; ``excluded``: rows in the files that are not used."""
-        from conversion.atomic_file import sync_folder, write_small  # imports torch
-
         np.save(folder / _EXCLUDED, excluded)
         with (folder / _EXCLUDED).open("rb+") as file:
             os.fsync(file.fileno())

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from conversion.atomic_file import write_small
 from megatron_ads.errors import DataError
 
 BLOCK_BYTES = 8 << 20
@@ -57,8 +58,6 @@ def contents_of(files: Sequence[Path], memory: Path) -> dict[Path, FileContent]:
         if time.time() - status.st_mtime > _TOO_RECENT_SECONDS:
             entries[name] = entry
     if any(known.get(name) != entry for name, entry in entries.items()):
-        from conversion.atomic_file import write_small  # imports torch
-
         write_small(memory, json.dumps(known | entries))
     return found
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from conversion.atomic_file import write_small
 from megatron_ads.config.data import SourceConfig
 from megatron_ads.data.bad_rows import BadRowError, Rejected
 from megatron_ads.data.chat import ChatTokenizer, load_tokenizer, tokenize_row
@@ -100,8 +101,6 @@ def make_portion(portion: Portion, advance: Any, *, manner: Manner) -> PortionRe
     Raises:
         DataError: If a file cannot be read, or, without a file for rejected rows, some row cannot be used.
     """
-    from conversion.atomic_file import write_small  # imports torch
-
     report_file = manner.folder / f"{portion.name}{REPORT_SUFFIX}"
     if (found := PortionReport.read(report_file)) is not None:
         return found

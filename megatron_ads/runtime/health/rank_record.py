@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from conversion.atomic_file import write_small
 from megatron_ads.errors import ConfigError
 
 FOLDER_VARIABLE = "MEGATRON_ADS_RANK_RECORDS"
@@ -98,8 +99,6 @@ def write_record(rank: int, status: ExitStatus, message: str = "") -> None:
     folder = own_folder()
     if folder is None or (file := _file(folder, rank)).exists():
         return
-    from conversion.atomic_file import write_small  # imports torch, which the reader does without
-
     file.parent.mkdir(parents=True, exist_ok=True)
     _room(folder, rank).unlink(missing_ok=True)
     record = RankRecord(rank=rank, host=socket.gethostname(), status=status, message=message, ended=time.time())

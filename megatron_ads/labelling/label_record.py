@@ -1,0 +1,151 @@
+"""What became of one row: its label, or why it has none; a line of the Parquet files in DIR/labels.
+
+The label's log-probability is that of its tokens, given all that was written before them.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import pyarrow as pa
+
+from megatron_ads.inference.engine import Completion, Finish
+from megatron_ads.labelling.question_store import Question
+from megatron_ads.rows import Fact
+from megatron_ads.tasks.answer_format import CLOSE, ReadFailure, split_reasoning
+from megatron_ads.tasks.ground_truth import truth_facts
+from megatron_ads.tasks.registry import TASKS
+
+OF_QUESTION = ("row", "source", "id", "task", "user", "digest")
+"""What a label has of its question."""
+TOO_LONG = "prompt_too_long"
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()), ("source", pa.int32()), ("id", pa.string()), ("task", pa.string()),
+        ("user", pa.string()), ("label", pa.string()), ("answer", pa.string()), ("reasoning", pa.string()),
+        ("text", pa.string()), ("log_probability", pa.float64()), ("failure", pa.string()), ("finish", pa.string()),
+        ("draws", pa.int32()), ("prompt_tokens", pa.int32()), ("cached_tokens", pa.int32()),
+        ("answer_tokens", pa.int32()), ("seconds", pa.float32()), ("digest", pa.binary(16)),
+    ]
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Label:
+    """One row of the result. Tokens and seconds are those of all its draws."""
+
+    row: int
+    source: int
+    id: str
+    task: str
+    user: str
+    digest: bytes
+    label: str | None = None
+    """In the task's own words; None: the task's answers are longer, or it could not be read."""
+    answer: str | None = None
+    """All that the answer says, as a JSON object by the names of the task's record, without the reasoning."""
+    reasoning: str | None = None
+    text: str | None = None
+    """What the model wrote."""
+    log_probability: float | None = None
+    """Of the label, in nats."""
+    failure: str | None = None
+    """Why there is no label: a failure of reading, of asking, or of the row itself."""
+    finish: str | None = None
+    draws: int = 0
+    """How often the model was asked; 0: never, or the row shares the answer of an equal one."""
+    prompt_tokens: int = 0
+    cached_tokens: int | None = None
+    answer_tokens: int = 0
+    seconds: float = 0.0
+
+
+def as_table(labels: Sequence[Label]) -> pa.Table:
+    """Return labels as a table of ``SCHEMA``."""
+    return pa.table({part.name: [getattr(one, part.name) for one in labels] for part in fields(Label)}, SCHEMA)
+
+
+def read_label(
+    question: Question,
+    text: str,
+    completions: Sequence[Completion],
+    *,
+    reasoning_required: bool,
+    decode: Callable[[Sequence[int]], str] | None = None,
+) -> Label:
+    """Return what the last of a row's completions says.
+
+    Args:
+        question: What was asked.
+        text: What the last completion comes to, with what the prompt has opened.
+        completions: All draws so far.
+        reasoning_required: Whether an answer without reasoning is none, in tasks that reason.
+        decode: Turns token ids into text, for the label's log-probability.
+    """
+    last = completions[-1]
+    cached = [one.cached_tokens for one in completions if one.cached_tokens is not None]
+    common: dict[str, Any] = {name: getattr(question, name) for name in OF_QUESTION} | {
+        "text": text,
+        "finish": str(last.finish),
+        "draws": len(completions),
+        "prompt_tokens": sum(one.prompt_tokens for one in completions),
+        "cached_tokens": sum(cached) if cached else None,
+        "answer_tokens": sum(one.answer_tokens for one in completions),
+        "seconds": sum(one.seconds for one in completions),
+    }
+    if last.finish in (Finish.refused, Finish.withheld):
+        return Label(**common, failure=str(last.finish))
+    said = _read(question.task, text, reasoning_required=reasoning_required)
+    if isinstance(said, ReadFailure):
+        return Label(**common, failure=str(said))
+    label, answer, reasoning = said
+    found = label_log_probability(last, label, decode) if label is not None and decode is not None else None
+    return Label(**common, label=label, answer=answer, reasoning=reasoning, log_probability=found)
+
+
+def _read(task: str, text: str, *, reasoning_required: bool) -> tuple[str | None, str, str] | ReadFailure:
+    """Return label, answer as JSON, and reasoning; of a task that nothing is known of, the answer is a text."""
+    if task not in TASKS:
+        parts = split_reasoning(text, required=False)
+        if isinstance(parts, ReadFailure):
+            return parts
+        if not parts.answer:
+            return ReadFailure.empty
+        return None, json.dumps(parts.answer, ensure_ascii=False), parts.reasoning
+    known = TASKS[task]
+    said = known.parse(text, reasoning_required=reasoning_required and known.reasons)
+    if isinstance(said, ReadFailure):
+        return said
+    facts = truth_facts(said)
+    label = None if known.label_of is None else known.label_of(said)
+    return label, json.dumps(facts[Fact.ground_truth], ensure_ascii=False), str(facts[Fact.reasoning])
+
+
+def label_log_probability(completion: Completion, label: str, decode: Callable[[Sequence[int]], str]) -> float | None:
+    """Return log P(label | what is before it), in nats: of the tokens that its characters are in.
+
+    The label is where it first stands behind the reasoning. None: the server reported no tokens.
+    """
+    tokens, values = completion.token_ids, completion.log_probabilities
+    if tokens is None or values is None:
+        return None
+    text = completion.text
+    start = text.find(label, text.rfind(CLOSE) + 1)
+    if start < 0:
+        return None
+    first = _tokens_before(tokens, start, decode)
+    last = _tokens_before(tokens, start + len(label) - 1, decode)
+    return float(sum(values[first : last + 1]))
+
+
+def _tokens_before(tokens: Sequence[int], character: int, decode: Callable[[Sequence[int]], str]) -> int:
+    """Return the place of the token that holds a character of the text, by bisection over the texts of prefixes."""
+    low, high = 0, len(tokens) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if len(decode(tokens[: middle + 1])) > character:
+            high = middle
+        else:
+            low = middle + 1
+    return low

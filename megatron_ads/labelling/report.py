@@ -1,0 +1,220 @@
+"""What a job came to: counts, costs in the columns of AdNanny's table 10, labels, drift against the last job, failures.
+
+Everything is computed from the files of labels, which are read one after another.
+"""
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from megatron_ads.config.labelling import LabelConfig
+from megatron_ads.labelling.parquet_files import metadata_of
+from megatron_ads.labelling.question_store import LABELS, QuestionStore
+from megatron_ads.reporting.page import fixed, render, text_table, write_report
+
+_SAMPLES = 5
+_SHOWN_CHARACTERS = 300
+_MOST_LABELS = 20
+_OTHERS = "all others"
+COST_HEAD = ("model", "input tokens", "output tokens", "price, 1/s", "rows/s", "cost of 1M rows", "cost ratio")
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sums over all epochs."""
+
+    rows: int = 0
+    asked: int = 0
+    """Rows that the model was asked about."""
+    draws: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    cached_tokens: int | None = None
+    seconds: float = 0.0
+    """Spent on epochs of which nothing had been answered before, by whoever labelled them."""
+    timed_rows: int = 0
+    started: float = math.inf
+    finished: float = 0.0
+    labels: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    """By task."""
+    failures: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    of_tasks: Counter[str] = field(default_factory=Counter)
+    samples: dict[str, list[dict[str, str]]] = field(default_factory=lambda: defaultdict(list))
+    """Of failures."""
+    log_probabilities: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
+    """By task: sum and count."""
+
+
+def report_of(config: LabelConfig) -> dict[str, Any]:
+    """Return what a job's folder holds, as JSON values."""
+    out = Path(config.out)
+    totals = totals_of(out)
+    read = QuestionStore(out, config).read_so_far()
+    before = totals_of(Path(config.previous[-1])).labels if config.previous else {}
+    counts = {name: count for name, count in read.counts.items() if name != "read" and count}
+    failed = sum(each.total() for each in totals.failures.values())
+    return {
+        "model": config.model.model,
+        "reasoning": config.reasoning,
+        "out": str(out),
+        "rows_read": read.counts["read"],
+        "not_asked": counts,
+        "rows": totals.rows,
+        "labelled": totals.rows - failed,
+        "failed": failed,
+        "tasks": {task: _of_task(task, totals, before.get(task)) for task in sorted(totals.of_tasks)},
+        "samples": dict(sorted(totals.samples.items())),
+        "cost": _cost(config, totals),
+    }
+
+
+def totals_of(folder: Path) -> Totals:
+    """Return the sums over the labels of a job."""
+    totals = Totals()
+    for file in sorted((folder / LABELS).glob("[0-9]*.parquet")):
+        _add(totals, file)
+    return totals
+
+
+def _add(totals: Totals, file: Path) -> None:
+    about = metadata_of(file)
+    seconds, finished = float(about["seconds"]), float(about["finished_at"])
+    for record in _records(file):
+        task, failure = record["task"], record["failure"]
+        totals.rows += 1
+        totals.of_tasks[task] += 1
+        totals.asked += record["draws"] > 0
+        totals.draws += record["draws"]
+        totals.prompt_tokens += record["prompt_tokens"]
+        totals.answer_tokens += record["answer_tokens"]
+        if record["cached_tokens"] is not None:
+            totals.cached_tokens = (totals.cached_tokens or 0) + record["cached_tokens"]
+        if failure is not None:
+            totals.failures[task][failure] += 1
+            if len(totals.samples[failure]) < _SAMPLES:
+                shown = {name: record[name] or "" for name in ("id", "task", "text")}
+                totals.samples[failure].append({name: text[:_SHOWN_CHARACTERS] for name, text in shown.items()})
+        elif record["label"] is not None:
+            totals.labels[task][record["label"]] += 1
+        if record["log_probability"] is not None:
+            both = totals.log_probabilities[task]
+            both[0], both[1] = both[0] + record["log_probability"], both[1] + 1
+    if about["answered_before"] == "0":
+        totals.seconds += seconds
+        totals.timed_rows += pq.read_metadata(file).num_rows
+        totals.started = min(totals.started, finished - seconds)
+        totals.finished = max(totals.finished, finished)
+
+
+_NEEDED = (
+    "id", "task", "label", "text", "failure", "draws", "prompt_tokens", "cached_tokens", "answer_tokens",
+    "log_probability",
+)  # fmt: skip
+
+
+def _records(file: Path) -> Iterator[dict[str, Any]]:
+    for batch in pq.ParquetFile(file).iter_batches(columns=list(_NEEDED)):
+        yield from batch.to_pylist()
+
+
+def _of_task(task: str, totals: Totals, before: Counter[str] | None) -> dict[str, Any]:
+    labels, failures = totals.labels[task], totals.failures[task]
+    sum_of, count = totals.log_probabilities[task]
+    return {
+        "rows": totals.of_tasks[task],
+        "labels": _most(labels),
+        "failures": dict(failures.most_common()),
+        "mean_log_probability": sum_of / count if count else None,
+        "before": _most(before) if before else None,
+        "drift": population_stability(labels, before) if before and labels else None,
+    }
+
+
+def _most(counts: Counter[str]) -> dict[str, int]:
+    shown = dict(counts.most_common(_MOST_LABELS))
+    rest = counts.total() - sum(shown.values())
+    return shown | ({_OTHERS: rest} if rest else {})
+
+
+def population_stability(now: Mapping[str, int], before: Mapping[str, int]) -> float:
+    """Return the population stability index of two distributions of labels: sum of (p - q) ln(p / q).
+
+    A label that one of them lacks counts as half a row there. Below 0.1 is commonly called stable, above 0.25 a shift.
+    """
+    names = sorted({*now, *before})
+
+    def shares(counts: Mapping[str, int]) -> list[float]:
+        given = [counts.get(name, 0) or 0.5 for name in names]
+        return [count / sum(given) for count in given]
+
+    return sum((p - q) * math.log(p / q) for p, q in zip(shares(now), shares(before), strict=True))
+
+
+def _cost(config: LabelConfig, totals: Totals) -> dict[str, Any]:
+    """Return the columns of AdNanny's table 10, and what is beside it; None where it is not known."""
+    asked = totals.asked
+    # Epochs that overlap, as on Ray, are timed from the first start to the last end.
+    seconds = min(totals.seconds, totals.finished - totals.started) if totals.timed_rows else 0.0
+    rate = totals.timed_rows / seconds if seconds else None
+    price = None if config.gpus is None else config.gpus * (config.gpu_price_per_second or 0.0)
+    million = None if price is None or rate is None else 1e6 / rate * price
+    model = config.model
+    if million is None and model.input_price is not None and model.output_price is not None and totals.rows:
+        tokens = totals.prompt_tokens * model.input_price + totals.answer_tokens * model.output_price
+        million = tokens / totals.rows
+    return {
+        "input_tokens": totals.prompt_tokens / asked if asked else None,
+        "output_tokens": totals.answer_tokens / asked if asked else None,
+        "price_per_second": price,
+        "rows_per_second": rate,
+        "million_rows": million,
+        "ratio": None if million is None or not config.baseline_cost else million / config.baseline_cost,
+        "asked": asked,
+        "draws": totals.draws,
+        "cached_share": None
+        if totals.cached_tokens is None or not totals.prompt_tokens
+        else totals.cached_tokens / totals.prompt_tokens,
+    }
+
+
+def cost_row(report: Mapping[str, Any]) -> list[str]:
+    """Return the line under ``COST_HEAD``."""
+    cost, kind = report["cost"], "label + reasoning" if report["reasoning"] else "label only"
+    numbers = ("input_tokens", "output_tokens", "price_per_second", "rows_per_second", "million_rows", "ratio")
+    digits = (0, 0, 4, 2, 2, 2)
+    return [
+        f"{report['model']} ({kind})",
+        *(fixed(cost[name], places) for name, places in zip(numbers, digits, strict=True)),
+    ]
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """Return what is printed."""
+    spared = "".join(f"; {count:,} {reason}" for reason, count in report["not_asked"].items())
+    lines = [
+        f"{report['rows_read']:,} rows read{spared}",
+        f"{report['rows']:,} rows: {report['labelled']:,} labelled, {report['failed']:,} failed",
+    ]
+    for task, found in report["tasks"].items():
+        shares = ", ".join(f"{label} {count:,}" for label, count in found["labels"].items())
+        failures = ", ".join(f"{reason} {count:,}" for reason, count in found["failures"].items())
+        drift = "" if found["drift"] is None else f"; drift (PSI) {found['drift']:.3f}"
+        lines.append(f"{task or 'unknown task'}: {shares or 'no single labels'}{drift}")
+        lines += [f"  not labelled: {failures}"] if failures else []
+    cached = report["cost"]["cached_share"]
+    share = "not reported" if cached is None else f"{cached:.1%}"
+    lines.append(f"prompt tokens from the server's prefix cache: {share}")
+    lines += text_table([cost_row(report)], COST_HEAD, left=["model"])
+    return "\n".join([*lines, f"{report['out']}/report.html"])
+
+
+def write(report: Mapping[str, Any]) -> None:
+    """Write ``report.json`` and ``report.html``."""
+    page = render("labelling/report.html.jinja", report=report, cost=cost_row(report), cost_head=COST_HEAD)
+    write_report(Path(report["out"]), page, json.loads(json.dumps(report)))

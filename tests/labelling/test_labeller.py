@@ -1,0 +1,71 @@
+"""Labels by a checkpoint in this process, with and without reasoning, kept batch by batch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ads.config.generation import GenerationConfig
+from megatron_ads.config.labelling import LabelConfig
+from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
+from megatron_ads.inference.engine import Completion
+from megatron_ads.inference.journalled_engine import JournalledEngine
+from megatron_ads.journal import Journal
+from megatron_ads.labelling.job import run_job
+from tests.labelling.jobs import labels_in, recipe, write_pairs
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "demo"
+    write_demo_model(folder, CONFIGS[Preset.tiny] | {"torch_dtype": "float32"})
+    return folder
+
+
+def _job(folder: Path, model: Path, *overrides: str) -> LabelConfig:
+    pairs = write_pairs(folder / "pairs.jsonl", 3)
+    own = ("model.kind=local", f"model.model={model}", "model.max_tokens=4", "draws=2")
+    return recipe(folder, pairs, *own, *overrides)
+
+
+def test_a_checkpoint_labels_with_and_without_reasoning(model: Path, tmp_path: Path) -> None:
+    config = _job(tmp_path, model, "log_probabilities=true")
+    run_job(config)
+    labels = labels_in(Path(config.out))
+    assert len(labels) == 3 and all(row["draws"] == 2 and row["answer_tokens"] <= 8 for row in labels)
+    assert all(row["failure"] for row in labels)  # its weights are random
+    alone = _job(tmp_path, model, "reasoning=false", "max_prompt_tokens=60")
+    alone.out = str(tmp_path / "alone")
+    run_job(alone)
+    assert all(row["text"].startswith("<think></think>") for row in labels_in(Path(alone.out)))
+    short = _job(tmp_path, model, "max_prompt_tokens=5")
+    short.out = str(tmp_path / "short")
+    run_job(short)
+    assert {row["failure"] for row in labels_in(Path(short.out))} == {"prompt_too_long"}
+
+
+class _Counted:
+    """An engine of this process that counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Any]] = []
+
+    def generate(
+        self, prompts: Sequence[Any], config: GenerationConfig, *, rules: Any = None
+    ) -> list[list[Completion]]:
+        self.batches.append(list(prompts))
+        return [[Completion(text=f"{list(prompt)} {config.seed}")] for prompt in prompts]
+
+
+def test_what_is_in_the_journal_is_not_generated_again(tmp_path: Path) -> None:
+    engine, how = _Counted(), GenerationConfig()
+    with Journal(tmp_path / "j") as journal:
+        first = JournalledEngine(engine, journal, batch_size=2).generate([[1], [2], [3]], how)  # type: ignore[arg-type]
+    assert engine.batches == [[[1], [2]], [[3]]]
+    with Journal(tmp_path / "j") as journal:
+        again = JournalledEngine(engine, journal, batch_size=2)  # type: ignore[arg-type]
+        assert again.generate([[1], [4], [3]], how)[::2] == first[::2]
+        assert engine.batches[2:] == [[[4]]]
+        assert again.generate([[1]], GenerationConfig(max_new_tokens=7))[0][0].text == "[1] 0"
+    assert engine.batches[3:] == [[[1]]]
