@@ -170,6 +170,11 @@ class LabelConfig:
             self.runner is RunnerKind.local or self.model.kind is ModelKind.endpoint,
             "runner is ray, which needs servers (model.kind endpoint): a checkpoint answers in this process alone.",
         )
+        require(
+            self.runner is RunnerKind.local or self.model.max_cost is None,
+            f"model.max_cost is {self.model.max_cost}, which has no effect with runner ray: its workers do not know of "
+            "one another's cost. Remove it.",
+        )
 
     def _check_tokenizer(self) -> None:
         has_tokenizer = self.model.tokenizer is not None or self.model.kind is ModelKind.local

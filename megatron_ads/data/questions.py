@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_ads.config.data import SourceConfig, SourceKind
@@ -13,11 +14,13 @@ from megatron_ads.data.event_tables import ANSWER_DAYS, event_rows, read_anchors
 from megatron_ads.data.source_files import Part, RowOrigin, open_text
 from megatron_ads.data.sources import divided, read_source
 from megatron_ads.data.user_features import view_chooser
+from megatron_ads.data.verl_form import VERL_FIELDS
 from megatron_ads.errors import require
 from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.tasks.answer_format import NOTHING
 
-_OF_ANSWERS = (Fact.ground_truth, Fact.reasoning, Fact.rejected, Fact.best_answers)
+_OF_ANSWERS = (Fact.ground_truth, Fact.reasoning, Fact.rejected, Fact.best_answers, *VERL_FIELDS)
+"""Facts that tell an answer; verl's fields are there as they came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +81,13 @@ def count_rows(source: SourceConfig) -> int:
 
 
 def _rows_of_part(part: Part) -> int:
-    if part.form in (".parquet", ".pq"):
-        return int(pq.read_metadata(part.file).num_rows)
-    with open_text(part.file) as lines:
-        return sum(block.count(b"\n") for block in iter(lambda: lines.read(1 << 20), b""))
+    try:
+        if part.form in (".parquet", ".pq"):
+            return int(pq.read_metadata(part.file).num_rows)
+        with open_text(part.file) as lines:
+            return sum(block.count(b"\n") for block in iter(lambda: lines.read(1 << 20), b""))
+    except (pa.ArrowException, OSError):  # whoever reads its rows says what is wrong
+        return 0
 
 
 def _all_rows(source: SourceConfig, seed: int) -> Iterator[ChatRow]:
