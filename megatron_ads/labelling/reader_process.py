@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -66,7 +67,9 @@ class _Reader:
         context = multiprocessing.get_context("spawn")
         self._ours, theirs = context.Pipe()
         self._process = context.Process(target=_read, args=(self._config, theirs), daemon=True, name="reader")
-        # Ctrl-C goes to all processes of a terminal; this one is ended by whoever started it, without a traceback.
+        # Ctrl-C goes to all processes of a terminal; this one is ended by whoever started it, without a traceback. The
+        # tracker comes first: where it has to be started, it unblocks the signal again.
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()
