@@ -1,6 +1,6 @@
 """Rows that ask, of any source, read one by one from any row on: their answers, if they have any, are left out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -67,9 +67,16 @@ def questions(
                 raise content
             row = reader.make(origin, content)
         except BadRowError as error:
-            yield BadQuestion(origin.row_id, str(error.reason), str(error))
+            yield BadQuestion(_id_of(source, content) or origin.row_id, str(error.reason), str(error))
         else:
             yield None if row is None else _without_answer(row)
+
+
+def _id_of(source: SourceConfig, content: object) -> str:
+    """Return the id of a row that cannot be used; empty where it has none, or that cannot be used either."""
+    column = source.columns.get("id") if source.kind is SourceKind.table else "id"
+    given = content.get(column) if isinstance(content, Mapping) and column is not None else None
+    return str(given).strip() if isinstance(given, str | int) and not isinstance(given, bool) else ""
 
 
 def count_rows(source: SourceConfig) -> int:

@@ -25,7 +25,7 @@ def ending_soon(longest_wait_seconds: float = LONGEST_WAIT_SECONDS) -> Iterator[
 
     def end() -> NoReturn:
         if inside:
-            print("megatron-ads: interrupted", file=sys.stderr, flush=True)
+            sys.stderr.write("megatron-ads: interrupted\n")
         os._exit(INTERRUPTED)
 
     def interrupt(number: int, frame: FrameType | None) -> None:

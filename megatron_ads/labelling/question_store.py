@@ -29,6 +29,8 @@ from megatron_ads.tasks.registry import TASKS
 
 QUESTIONS, LABELS = "questions", "labels"
 _COMPLETE = "complete.json"
+_ALL_BAD = 100
+"""If so many rows of a source cannot be asked from its first on, it is its settings that are wrong."""
 _SCHEMA = pa.schema(
     [
         ("row", pa.int64()), ("source", pa.int32()), ("id", pa.string()), ("task", pa.string()),
@@ -161,7 +163,7 @@ class QuestionStore:
 
         Raises:
             ConfigError: If a source has a setting that has no effect here.
-            DataError: If a source cannot be read, or an earlier job's labels.
+            DataError: If a source cannot be read, none of its rows can be asked, or earlier labels are damaged.
         """
         so_far = self.read_so_far()
         if self.all_read() is not None or stop_after == 0:
@@ -186,12 +188,18 @@ class QuestionStore:
         selection, config = Selection(self._config.select), self._config
         left = [number for number in range(len(config.sources)) if number not in so_far.finished]
         for number in sorted(left, key=lambda number: config.priorities.get(str(config.sources[number].task), 0)):
-            source, name = config.sources[number], f"sources[{number}]"
+            source, name, bad = config.sources[number], f"sources[{number}]", 0
             for place, row in enumerate(
                 questions(source, name, seed=config.seed, first=so_far.rows[number]), so_far.rows[number]
             ):
                 so_far.rows[number] += 1
                 so_far.counts["read"] += 1
+                bad = bad + 1 if isinstance(row, BadQuestion) and bad == place else -1
+                if isinstance(row, BadQuestion) and bad == _ALL_BAD:
+                    raise DataError(
+                        f"{name}: none of its first {bad} rows can be asked, the last as {row.reason}: {row.message} "
+                        "Correct the source's settings."
+                    )
                 if isinstance(row, BadQuestion):
                     yield Question(
                         row=place, source=number, id=row.id, task=str(source.task or ""), messages=(),

@@ -16,6 +16,7 @@ from megatron_ads.labelling.parquet_files import remove_partial
 from megatron_ads.labelling.question_store import QUESTIONS, QuestionStore
 
 EPOCHS_AHEAD = 4
+EPOCHS_READ_HERE = 1
 _SECONDS_BETWEEN_LOOKS = 5.0
 _NAMED = {"ConfigError": ConfigError, "DataError": DataError}
 
@@ -24,7 +25,7 @@ _NAMED = {"ConfigError": ConfigError, "DataError": DataError}
 def reading(config: LabelConfig, store: QuestionStore, *, known: Sequence[int]) -> Iterator[Iterator[int]]:
     """Yield the epochs to be labelled, in order: those that are on disk, then those that are read meanwhile.
 
-    The first one is read here, so that a small job waits for no process to start.
+    The first of those is read here, so that a small job waits for no process to start.
     """
     with _Reader(config) as reader:
         yield _epochs(store, known, reader)
@@ -33,7 +34,7 @@ def reading(config: LabelConfig, store: QuestionStore, *, known: Sequence[int]) 
 def _epochs(store: QuestionStore, known: Sequence[int], reader: "_Reader") -> Iterator[int]:
     yield from known
     if store.all_read() is None:
-        yield from store.read_epochs(stop_after=1)
+        yield from store.read_epochs(stop_after=EPOCHS_READ_HERE)
     if store.all_read() is None:
         yield from reader.epochs()
 

@@ -21,6 +21,7 @@ from megatron_ads.reporting.page import fixed, render, text_table, write_report
 
 _SAMPLES = 5
 _SHOWN_CHARACTERS = 300
+_LINE_CHARACTERS = 160
 _MOST_LABELS = 20
 _OTHERS = "all others"
 COST_HEAD = ("model", "input tokens", "output tokens", "price, 1/s", "rows/s", "cost of 1M rows", "cost ratio")
@@ -225,21 +226,22 @@ def cost_row(report: Mapping[str, Any]) -> list[str]:
 
 def summary(report: Mapping[str, Any]) -> str:
     """Return what is printed."""
-    spared = "".join(f"; {count:,} {reason}" for reason, count in report["not_asked"].items())
-    lines = [
-        f"{report['rows_read']:,} rows read{spared}",
-        f"{report['rows']:,} rows: {report['labelled']:,} labelled, {report['failed']:,} failed",
-    ]
+    not_asked = "".join(f", {count:,} {reason}" for reason, count in report["not_asked"].items())
+    failed = f", {report['failed']:,} failed" if report["failed"] else ""
+    lines = [f"{report['rows_read']:,} rows read{not_asked}", f"{report['labelled']:,} labelled{failed}"]
     for task, found in report["tasks"].items():
-        shares = ", ".join(f"{label} {count:,}" for label, count in found["labels"].items())
-        failures = ", ".join(f"{reason} {count:,}" for reason, count in found["failures"].items())
+        total = sum(found["labels"].values())
+        shares = ", ".join(f"{label} {count / total:.1%}" for label, count in found["labels"].items())
         drift = "" if found["drift"] is None else f"; drift (PSI) {found['drift']:.3f}"
-        lines.append(f"{task or 'unknown task'}: {shares or 'no single labels'}{drift}")
-        lines += [f"  not labelled: {failures}"] if failures else []
-    cached = report["cost"]["cached_share"]
-    share = "not reported" if cached is None else f"{cached:.1%}"
-    lines.append(f"prompt tokens from the server's prefix cache: {share}")
-    lines += text_table([cost_row(report)], COST_HEAD, left=["model"])
+        lines.append(f"{task or 'task unknown'}: {found['rows']:,} rows{': ' if shares else ''}{shares}{drift}")
+        for reason, count in found["failures"].items():
+            first = next((one for one in report["samples"].get(reason, ()) if one["task"] == task), None)
+            example = "" if first is None else f", such as {first['id']}: {first['text']}"
+            lines.append(f"  {reason} {count:,}{example}"[:_LINE_CHARACTERS].replace("\n", " "))
+    if report["cost"]["asked"]:
+        lines += text_table([cost_row(report)], COST_HEAD, left=["model"])
+    if (cached := report["cost"]["cached_share"]) is not None:
+        lines.append(f"{cached:.1%} of the prompts' tokens came from the server's prefix cache")
     return "\n".join([*lines, f"{report['out']}/report.html"])
 
 
