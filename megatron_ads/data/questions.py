@@ -38,7 +38,8 @@ def questions(
     """Yield every row of a source, in order; None for one that the source's ``values`` leave out.
 
     Args:
-        source: Its tables need no columns for the answer, and its logs of events no conversion after the anchor.
+        source: Its tables need no columns for the answer, and its logs of events no conversion after the anchor. Its
+            ``rows`` limit those of files that are read, whatever becomes of them.
         section: Its name in the recipe.
         seed: Of generated rows.
         first: How many rows to pass over.

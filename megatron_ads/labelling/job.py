@@ -3,7 +3,7 @@
 DIR/labels/000012.parquet    one file an epoch, whole or absent: the result
 DIR/questions/               rows that wait for their labels; empty at the end but for how many were read
 DIR/journals/000012.jsonl    what was answered of an epoch that is being labelled
-DIR/job.json                 what decides the labels; the same job continues, another one is refused
+DIR/job.json                 what decides the labels: ``job_identity``
 DIR/report.html, .json       what came out
 """
 

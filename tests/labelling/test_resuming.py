@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron_ads.labelling import reader_process
 from megatron_ads.labelling.job import run_job
 from megatron_ads.labelling.parquet_files import write_table
 from megatron_ads.labelling.question_store import QuestionStore
+from megatron_ads.labelling.ray_runner import EpochActor
 from megatron_ads.labelling.report import report_of
 from tests.inference.scripted_server import Reply, scripted_server
 from tests.labelling.jobs import answer, good_answer, labels_in, number_in, recipe, write_pairs
@@ -222,3 +224,19 @@ def test_a_job_ends_soon_and_leaves_no_process(how: str, tmp_path: Path) -> None
             assert said.splitlines()[-1] == "megatron-ads: interrupted" and "Traceback" not in said
     assert not list((tmp_path / "o" / "labels").glob("*.partial"))
     shutil.rmtree(tmp_path / "o")
+
+
+def test_an_actor_labels_one_epoch_and_tells_what_goes_wrong(tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 7)
+    with scripted_server(lambda body, times: answer(body, times) if is_up else Reply(status=404)) as server:
+        is_up = True
+        config = recipe(tmp_path, pairs, f"model.url={server.url}", "rows_per_epoch=3")
+        store = QuestionStore(Path(config.out), config)
+        (Path(config.out) / "journals").mkdir()
+        assert list(store.read_epochs()) == [0, 1, 2]
+        actor = EpochActor(json.dumps(asdict(config)))
+        assert actor({"epoch": 1}) == {"epoch": 1, "rows": 3, "failure": ""}
+        assert actor({"epoch": 1}) == {"epoch": 1, "rows": 0, "failure": ""}  # told twice, as after a lost answer
+        is_up = False
+        assert "404" in actor({"epoch": 0})["failure"] and store.waiting() == [0, 2]
+    assert [row["row"] for row in labels_in(Path(config.out))] == [3, 4, 5]
