@@ -66,7 +66,7 @@ class Progress:
     def _line(self, elapsed_seconds: float) -> str:
         counted = max(self._done - self._initial, 1)
         seconds_per_step = elapsed_seconds / counted
-        done, total, rate = f"{self._done}", f"{self._total}", f"{seconds_per_step:.2f} s/{self._unit}"
+        done, total, rate = f"{self._done}", f"{self._total}", self._rate(counted / max(elapsed_seconds, 1e-9))
         if self._unit == "B":
             done, total = f"{self._done / 1e9:.2f}", f"{self._total / 1e9:.2f} GB"
             rate = f"{counted / max(elapsed_seconds, 1e-9) / 1e9:.2f} GB/s"
@@ -77,6 +77,11 @@ class Progress:
         if left and elapsed_seconds >= LINE_INTERVAL_SECONDS and counted >= self._least:
             parts.append(f"about {readable_duration(left * seconds_per_step)} left")
         return ", ".join(parts)
+
+    def _rate(self, per_second: float) -> str:
+        if per_second > 1:
+            return f"{per_second:.0f} {self._unit}s/s" if per_second >= 100 else f"{per_second:.3g} {self._unit}s/s"
+        return f"{1 / per_second:.2f} s/{self._unit}"
 
     @property
     def seconds(self) -> float:

@@ -59,6 +59,23 @@ def test_bytes_are_counted_in_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(log.getvalue().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("each", "seconds", "rate"),
+    [
+        (1, 90, "90.00 s/row"), (1, 1, "1.00 s/row"), (5, 2, "2.5 rows/s"), (1000, 3, "333 rows/s"),
+        (123456, 1, "123456 rows/s"),
+    ],
+)  # fmt: skip
+def test_rates_above_one_a_second_are_told_a_second(
+    each: int, seconds: float, rate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, seconds])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    log = io.StringIO()
+    Progress(10**9, stream=log, unit="row").update(each)
+    assert log.getvalue().strip().split(", ")[1] == rate
+
+
 def test_a_terminal_gets_a_bar() -> None:
     terminal = Terminal()
     with Progress(2, description="sft", stream=terminal) as bar:

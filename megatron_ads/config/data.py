@@ -218,7 +218,7 @@ class SourceConfig:
     def _check_anchors(self, section: str) -> None:
         """Refuse anchors that contradict one another, or that nothing reads."""
         may_have = self.kind is SourceKind.table and self.task is AdsTask.next_advertiser
-        is_log = may_have and not ("advertiser" in self.columns and "event" not in self.columns)
+        is_log = may_have and "event" in self.columns
         given = ", ".join(self.anchor_dates) or None
         require(
             (may_have or given is None) and (given is not None or not is_log),

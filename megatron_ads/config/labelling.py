@@ -128,8 +128,8 @@ class LabelConfig:
     select: SelectionConfig = field(default_factory=SelectionConfig)
     """Whose rows are labelled."""
     previous: list[str] = field(default_factory=list)
-    """Folders of earlier jobs: rows that they labelled, and whose prompt has not changed since, are spared. Drift is
-    told against the last one."""
+    """Folders of earlier jobs: rows that they labelled, or the jobs before them that they name themselves, are spared
+    where their prompt has not changed since. Drift is told against the last one."""
     max_prompt_tokens: int | None = None
     """Longer prompts are not asked, and counted as failures; needs a tokenizer. None: what the server takes."""
     gpus: int | None = None
@@ -169,6 +169,11 @@ class LabelConfig:
         require(
             self.runner is RunnerKind.local or self.model.kind is ModelKind.endpoint,
             "runner is ray, which needs servers (model.kind endpoint): a checkpoint answers in this process alone.",
+        )
+        require(
+            self.runner is RunnerKind.local or self.model.max_cost is None,
+            f"model.max_cost is {self.model.max_cost}, which has no effect with runner ray: its workers do not know of "
+            "one another's cost. Remove it.",
         )
 
     def _check_tokenizer(self) -> None:

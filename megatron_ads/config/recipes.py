@@ -219,8 +219,9 @@ def compose_onto(schema: type, kind: str, name_or_path: str, overrides: Sequence
     """
     ConfigStore.instance().store(name=f"base_{kind}", node=schema)
     folder, name, search = locate_recipe(name_or_path, kind)
-    # The keys of this mapping are those of a checkpoint's template, which Hydra takes for misspelt without the signs.
-    overrides = [f"++{item}" if re.match(r"[\w.]+\.template_arguments[.=]", item) else item for item in overrides]
+    # The keys of these mappings are a template's, or tasks, which Hydra takes for misspelt without the signs.
+    free = re.compile(r"([\w.]+\.template_arguments|priorities)[.=]")
+    overrides = [f"++{item}" if free.match(item) else item for item in overrides]
     try:
         with initialize_config_dir(config_dir=str(folder), version_base=None):
             composed = compose(config_name=name, overrides=[*search, *overrides])

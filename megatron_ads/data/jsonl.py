@@ -172,15 +172,15 @@ def jsonl_reader(path: Path, *, answered: bool = True) -> RowReader[dict[str, An
 
 
 def _with_target(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return a row whose conversation ends with an answer, which says nothing where there was none."""
+    """Return a row whose conversation ends with an answer that says nothing, whatever the row has there."""
+    fields = {name: value for name, value in fields.items() if name not in ("label", "weight")}
     if "messages" not in fields and fields.keys() & set(VERL_FIELDS):
         return from_verl(fields, needs_target=False)
     messages = fields.get("messages")
     if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
         return fields
-    if messages[-1].get("role") == Role.assistant:
-        return fields
-    return {**fields, "messages": [*messages, {"role": str(Role.assistant), "content": NOTHING}]}
+    asking = messages[:-1] if messages[-1].get("role") == Role.assistant else messages
+    return {**fields, "messages": [*asking, {"role": str(Role.assistant), "content": NOTHING}]}
 
 
 def is_chat_row(fields: Mapping[str, Any]) -> bool:

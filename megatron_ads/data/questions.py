@@ -1,10 +1,11 @@
 """Rows that ask, of any source, read one by one from any row on: their answers, if they have any, are left out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_ads.config.data import SourceConfig, SourceKind
@@ -13,11 +14,13 @@ from megatron_ads.data.event_tables import ANSWER_DAYS, event_rows, read_anchors
 from megatron_ads.data.source_files import Part, RowOrigin, open_text
 from megatron_ads.data.sources import divided, read_source
 from megatron_ads.data.user_features import view_chooser
+from megatron_ads.data.verl_form import VERL_FIELDS
 from megatron_ads.errors import require
 from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.tasks.answer_format import NOTHING
 
-_OF_ANSWERS = (Fact.ground_truth, Fact.reasoning, Fact.rejected, Fact.best_answers)
+_OF_ANSWERS = (Fact.ground_truth, Fact.reasoning, Fact.rejected, Fact.best_answers, *VERL_FIELDS)
+"""Facts that tell an answer; verl's fields are there as they came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,8 @@ def questions(
     """Yield every row of a source, in order; None for one that the source's ``values`` leave out.
 
     Args:
-        source: Its tables need no columns for the answer, and its logs of events no conversion after the anchor.
+        source: Its tables need no columns for the answer, and its logs of events no conversion after the anchor. Its
+            ``rows`` limit those of files that are read, whatever becomes of them.
         section: Its name in the recipe.
         seed: Of generated rows.
         first: How many rows to pass over.
@@ -64,9 +68,16 @@ def questions(
                 raise content
             row = reader.make(origin, content)
         except BadRowError as error:
-            yield BadQuestion(origin.row_id, str(error.reason), str(error))
+            yield BadQuestion(_id_of(source, content) or origin.row_id, str(error.reason), str(error))
         else:
             yield None if row is None else _without_answer(row)
+
+
+def _id_of(source: SourceConfig, content: object) -> str:
+    """Return the id of a row that cannot be used; empty where it has none, or that cannot be used either."""
+    column = source.columns.get("id") if source.kind is SourceKind.table else "id"
+    given = content.get(column) if isinstance(content, Mapping) and column is not None else None
+    return str(given).strip() if isinstance(given, str | int) and not isinstance(given, bool) else ""
 
 
 def count_rows(source: SourceConfig) -> int:
@@ -78,10 +89,13 @@ def count_rows(source: SourceConfig) -> int:
 
 
 def _rows_of_part(part: Part) -> int:
-    if part.form in (".parquet", ".pq"):
-        return int(pq.read_metadata(part.file).num_rows)
-    with open_text(part.file) as lines:
-        return sum(block.count(b"\n") for block in iter(lambda: lines.read(1 << 20), b""))
+    try:
+        if part.form in (".parquet", ".pq"):
+            return int(pq.read_metadata(part.file).num_rows)
+        with open_text(part.file) as lines:
+            return sum(block.count(b"\n") for block in iter(lambda: lines.read(1 << 20), b""))
+    except (pa.ArrowException, OSError):  # whoever reads its rows says what is wrong
+        return 0
 
 
 def _all_rows(source: SourceConfig, seed: int) -> Iterator[ChatRow]:

@@ -95,7 +95,8 @@ class Usage:
     @property
     def answered(self) -> int:
         """Requests with an answer that is no refusal."""
-        return self.finishes.total() - self.finishes[str(Finish.refused)]
+        none = self.finishes[str(Finish.refused)] + self.finishes[str(Finish.unanswered)]
+        return self.finishes.total() - none
 
     @property
     def requests_per_second(self) -> float | None:
@@ -112,9 +113,20 @@ class Usage:
 class Client:
     """Asks one model, and never what the journal knows already."""
 
-    def __init__(self, name: str, config: EndpointConfig, answerer: Answerer, journal: Journal | None) -> None:
-        """Ask ``answerer``; ``name`` is the model's section in the recipe; without a journal nothing is kept."""
-        self.usage = Usage()
+    def __init__(
+        self,
+        name: str,
+        config: EndpointConfig,
+        answerer: Answerer,
+        journal: Journal | None,
+        *,
+        usage: Usage | None = None,
+    ) -> None:
+        """Ask ``answerer``; ``name`` is the model's section in the recipe; without a journal nothing is kept.
+
+        ``usage`` is counted on; None begins with nothing.
+        """
+        self.usage = usage or Usage()
         self._name, self._config, self._answerer, self._journal = name, config, answerer, journal
         self._counted: set[str] = set()
         self._consecutive_give_ups = 0

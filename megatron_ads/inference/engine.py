@@ -32,6 +32,8 @@ class Finish(StrEnum):
     """A content filter of the server's, or the model itself, declined."""
     refused = "refused"
     """The server calls the request impossible, such as one that is too long. It costs nothing and is not kept."""
+    unanswered = "unanswered"
+    """The server answered others, and this one at no attempt. It is not kept."""
 
 
 class Failure(StrEnum):
@@ -82,7 +84,7 @@ class Completion:
     @property
     def is_empty(self) -> bool:
         """Return whether it says nothing, or ended behind its reasoning, and nobody declined to answer."""
-        if self.finish in (Finish.withheld, Finish.refused):
+        if self.finish in (Finish.withheld, Finish.refused, Finish.unanswered):
             return False
         return not (self.text.rpartition(CLOSE)[2] if self.finish is Finish.ended else self.text).strip()
 

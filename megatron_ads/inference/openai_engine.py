@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from megatron_ads.config.generation import BEAM_METHODS, EndpointConfig, GenerationConfig, Method
 from megatron_ads.errors import DataError
-from megatron_ads.inference.client import Client, Request
+from megatron_ads.inference.client import Client, Request, Usage
 from megatron_ads.inference.endpoint import Endpoint
 from megatron_ads.inference.engine import Completion, Finish, Prompt, UnsupportedError
 from megatron_ads.journal import Journal, digest_of
@@ -42,6 +42,8 @@ class OpenAIEngine:
         *,
         servers: "Servers | None" = None,
         also_sent: Mapping[str, Any] | None = None,
+        usage: Usage | None = None,
+        goes_on: bool = False,
     ) -> None:
         """Prepare to ask; nothing is sent yet.
 
@@ -51,13 +53,18 @@ class OpenAIEngine:
             journal: Keeps what was answered.
             servers: Asked instead of the one at ``config.url``.
             also_sent: Fields of the server's own that go with every request, such as ``priority``.
+            usage: What was asked of the model before, to count on; with it, costs and refusals are those of a job of
+                several engines.
+            goes_on: A request without an answer after all attempts has an unanswered completion, as long as the server
+                answers others, in place of ending the call with an error.
 
         Raises:
             ConfigError: If the environment variable that should hold the key is not set.
         """
         self._name, self._config, self._also_sent = name, config, dict(also_sent or {})
+        self._goes_on = goes_on
         self._endpoint = servers or Endpoint(name, config)
-        self.client = Client(name, config, self._endpoint, journal)
+        self.client = Client(name, config, self._endpoint, journal, usage=usage)
 
     def generate(
         self,
@@ -145,8 +152,13 @@ class OpenAIEngine:
         return Request(body=body, candidate=number if sampled else 0)
 
     def _ask(self, requests: Sequence[Request], description: str) -> list[Completion]:
+        usage = self.client.usage
+        before = usage.gave_up - usage.gave_up_empty
         answers = self.client.ask(requests, total=len(requests), description=description)
-        if self.client.usage.gave_up > self.client.usage.gave_up_empty:
+        if self._goes_on and usage.answered:
+            why = f"no answer after {self._config.attempts} attempts"
+            return [answer or Completion(text=why, finish=Finish.unanswered) for answer in answers]
+        if usage.gave_up - usage.gave_up_empty > before:
             raise DataError(
                 f"{answers.count(None)} of {len(requests)} requests to the {self._name} have no answer after "
                 f"{self._config.attempts} attempts each. Start again when {self._config.url} works: {self.client.kept}."
@@ -155,7 +167,7 @@ class OpenAIEngine:
         return [answer or empty for answer in answers]
 
     def _require_reported(self, completion: Completion, config: GenerationConfig, prompt: Prompt) -> None:
-        if completion.finish in (Finish.refused, Finish.withheld):
+        if completion.finish in (Finish.refused, Finish.withheld, Finish.unanswered):
             return
         if config.log_probabilities and completion.log_probabilities is None:
             self._lacks("log-probabilities (logprobs)")

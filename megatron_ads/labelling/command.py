@@ -13,6 +13,8 @@ and answers are kept, and no row is labelled twice. With previous, rows are spar
 that have not changed since. DIR/report.html has throughput, tokens and cost, labels and their drift, and failures with
 samples. All settings: megatron_ads/config/labelling.py.
 
+Ctrl-C and SIGTERM end the job within seconds; a second one at once.
+
 Exit status: 0 done, 2 the request could not be carried out, 130 interrupted."""
 
 import argparse
@@ -37,10 +39,12 @@ def run(args: argparse.Namespace) -> int:
     start_logging()
     config = load_label_recipe(args.recipe, args.overrides, out=args.out)
 
+    from megatron_ads.labelling.interruption import ending_soon
     from megatron_ads.labelling.job import run_job  # imports pyarrow: keep --help instant
     from megatron_ads.labelling.report import report_of, summary, write
 
-    run_job(config)
+    with ending_soon():
+        run_job(config)
     report = report_of(config)
     write(report)
     print(json.dumps(report, ensure_ascii=False) if args.json else summary(report))

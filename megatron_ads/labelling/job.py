@@ -3,41 +3,30 @@
 DIR/labels/000012.parquet    one file an epoch, whole or absent: the result
 DIR/questions/               rows that wait for their labels; empty at the end but for how many were read
 DIR/journals/000012.jsonl    what was answered of an epoch that is being labelled
-DIR/job.json                 what decides the labels; the same job continues, another one is refused
+DIR/job.json                 what decides the labels: ``job_identity``
 DIR/report.html, .json       what came out
 """
 
 import fcntl
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
-from conversion.atomic_file import write_small
 from megatron_ads.config.labelling import LabelConfig, RunnerKind
 from megatron_ads.data.questions import count_rows
-from megatron_ads.data.sources import files_of
 from megatron_ads.errors import DataError
 from megatron_ads.journal import Journal
+from megatron_ads.labelling.job_identity import require_same_job, tell_of_previous
 from megatron_ads.labelling.label_record import as_table
 from megatron_ads.labelling.labeller import Labeller, open_labeller
 from megatron_ads.labelling.parquet_files import metadata_of, write_table
-from megatron_ads.labelling.question_store import QuestionStore, by_priority
+from megatron_ads.labelling.question_store import QuestionStore
 from megatron_ads.labelling.reader_process import reading
 from megatron_ads.progress import Progress
 
 OpenModel = Callable[[LabelConfig], AbstractContextManager[Labeller]]
-JOURNALS, JOB, LOCK = "journals", "job.json", "job.lock"
-_MAY_CHANGE = frozenset(
-    [
-        "out", "draws", "gpus", "gpu_price_per_second", "baseline_cost", "runner", "ray", "previous", "priorities",
-    ]
-)  # fmt: skip
-"""Settings that change nothing about the labels that are there."""
-_OF_MODEL = ("model", "temperature", "top_p", "max_tokens", "template_arguments")
-"""Of the model's settings, those that decide what it says; where it is, and how patiently it is asked, may change."""
+JOURNALS, LOCK = "journals", "job.lock"
 
 
 def run_job(config: LabelConfig, open_model: OpenModel = open_labeller) -> None:
@@ -51,12 +40,10 @@ def run_job(config: LabelConfig, open_model: OpenModel = open_labeller) -> None:
         ConfigError: If a setting cannot work, or no request can succeed.
         DataError: If a source cannot be read, the folder is another job's or in use, or the engine stopped answering.
     """
-    out, config = Path(config.out), by_priority(config)
+    out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
-        _require_same_job(out, config)
-        store = QuestionStore(out, config)
-        (out / JOURNALS).mkdir(exist_ok=True)
+        store = _open_store(out, config)
         if config.runner is RunnerKind.ray:
             from megatron_ads.labelling.ray_runner import label_on_ray  # Ray is an extra
 
@@ -65,6 +52,22 @@ def run_job(config: LabelConfig, open_model: OpenModel = open_labeller) -> None:
             label_on_ray(out, config, store.waiting())
             return
         _label_here(out, config, store, open_model)
+
+
+def _open_store(out: Path, config: LabelConfig) -> QuestionStore:
+    """Return what was read so far, if that was for this job, in order again after whatever ended the last start."""
+    store, journals = QuestionStore(out, config), out / JOURNALS
+    journals.mkdir(exist_ok=True)
+    has_answers = store.is_labelled or any(file.stat().st_size for file in journals.iterdir())
+    if not require_same_job(out, config, has_answers=has_answers):
+        store.clear()
+    store.require_whole()
+    for file in journals.glob("*.jsonl"):
+        if store.labels_file(int(file.stem)).exists():
+            file.unlink()
+    if store.all_read() is None:
+        tell_of_previous(config)
+    return store
 
 
 def _label_here(out: Path, config: LabelConfig, store: QuestionStore, open_model: OpenModel) -> None:
@@ -82,8 +85,14 @@ def _label_here(out: Path, config: LabelConfig, store: QuestionStore, open_model
 
 
 def label_epoch(out: Path, store: QuestionStore, epoch: int, labeller: Labeller) -> int:
-    """Label the rows of an epoch that waits, and return how many they are; its labels appear when all are there."""
+    """Label the rows of an epoch that waits, and return how many they are; its labels appear when all are there.
+
+    An epoch that has its labels, as where a runner repeats what it thinks has failed, is left alone.
+    """
     started = time.monotonic()
+    if store.labels_file(epoch).exists():
+        store.file(epoch).unlink(missing_ok=True)
+        return 0
     file = out / JOURNALS / f"{epoch:06d}.jsonl"
     questions = store.questions_of(epoch)
     with Journal(file) as journal:
@@ -96,7 +105,7 @@ def label_epoch(out: Path, store: QuestionStore, epoch: int, labeller: Labeller)
             "finished_at": repr(time.time()),
         }
         write_table(store.labels_file(epoch), as_table(labels), about)
-        store.file(epoch).unlink()
+        store.file(epoch).unlink(missing_ok=True)
         journal.delete()
     return len(labels)
 
@@ -110,29 +119,3 @@ def _locked(out: Path) -> Iterator[None]:
             said = f"another process labels in {out}. Wait for it, stop it, or choose another --out."
             raise DataError(said) from None
         yield
-
-
-def _require_same_job(out: Path, config: LabelConfig) -> None:
-    """Write down what job a folder is of, or refuse to mix the labels of two.
-
-    Raises:
-        DataError: If it is of another job.
-    """
-    settings = {name: value for name, value in asdict(config).items() if name not in _MAY_CHANGE}
-    settings["model"] = {name: settings["model"][name] for name in _OF_MODEL}
-    settings["files"] = [
-        [part.name, part.file.stat().st_size, part.file.stat().st_mtime_ns]
-        for source in config.sources
-        for part in (files_of(source) if source.path is not None else [])
-    ]
-    job = json.loads(json.dumps(settings))
-    file = out / JOB
-    if not file.exists():
-        write_small(file, json.dumps(job, indent=2) + "\n")
-        return
-    before = json.loads(file.read_bytes())
-    if changed := sorted(name for name in {**job, **before} if job.get(name) != before.get(name)):
-        raise DataError(
-            f"{out} holds the labels of another job: {', '.join(changed)} changed. Choose another --out; with "
-            f"'previous=[{out}]' rows that have a label are spared."
-        )

@@ -13,13 +13,23 @@ import pyarrow as pa
 from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.labelling.question_store import Question
 from megatron_ads.rows import Fact
-from megatron_ads.tasks.answer_format import CLOSE, ReadFailure, split_reasoning
+from megatron_ads.tasks.answer_format import (
+    CLOSE,
+    OPEN,
+    ReadFailure,
+    place_in_element,
+    place_of_answer,
+    split_reasoning,
+)
 from megatron_ads.tasks.ground_truth import truth_facts
 from megatron_ads.tasks.registry import TASKS
 
 OF_QUESTION = ("row", "source", "id", "task", "user", "digest")
 """What a label has of its question."""
-TOO_LONG = "prompt_too_long"
+TOO_LONG, REFUSED_BY_TEMPLATE = "prompt_too_long", "refused_by_template"
+NO_ANSWER = (Finish.refused, Finish.withheld, Finish.unanswered)
+"""Nothing in such a completion is the model's answer."""
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 SCHEMA = pa.schema(
     [
         ("row", pa.int64()), ("source", pa.int32()), ("id", pa.string()), ("task", pa.string()),
@@ -47,7 +57,7 @@ class Label:
     """All that the answer says, as a JSON object by the names of the task's record, without the reasoning."""
     reasoning: str | None = None
     text: str | None = None
-    """What the model wrote."""
+    """What the model wrote, or why nothing could be asked or answered."""
     log_probability: float | None = None
     """Of the label, in nats."""
     failure: str | None = None
@@ -68,9 +78,9 @@ def as_table(labels: Sequence[Label]) -> pa.Table:
 
 def read_label(
     question: Question,
-    text: str,
     completions: Sequence[Completion],
     *,
+    opened: str = "",
     reasoning_required: bool,
     decode: Callable[[Sequence[int]], str] | None = None,
 ) -> Label:
@@ -78,12 +88,12 @@ def read_label(
 
     Args:
         question: What was asked.
-        text: What the last completion comes to, with what the prompt has opened.
         completions: All draws so far.
+        opened: What of the answer stands in front of a completion.
         reasoning_required: Whether an answer without reasoning is none, in tasks that reason.
         decode: Turns token ids into text, for the label's log-probability.
     """
-    last = completions[-1]
+    last, text = completions[-1], opened + completions[-1].text
     cached = [one.cached_tokens for one in completions if one.cached_tokens is not None]
     common: dict[str, Any] = {name: getattr(question, name) for name in OF_QUESTION} | {
         "text": text,
@@ -94,13 +104,15 @@ def read_label(
         "answer_tokens": sum(one.answer_tokens for one in completions),
         "seconds": sum(one.seconds for one in completions),
     }
-    if last.finish in (Finish.refused, Finish.withheld):
+    if last.finish in NO_ANSWER:
         return Label(**common, failure=str(last.finish))
     said = _read(question.task, text, reasoning_required=reasoning_required)
     if isinstance(said, ReadFailure):
         return Label(**common, failure=str(said))
     label, answer, reasoning = said
-    found = label_log_probability(last, label, decode) if label is not None and decode is not None else None
+    found = None
+    if label is not None and decode is not None:
+        found = label_log_probability(last, label, TASKS[question.task].label_in, opened=opened, decode=decode)
     return Label(**common, label=label, answer=answer, reasoning=reasoning, log_probability=found)
 
 
@@ -122,29 +134,49 @@ def _read(task: str, text: str, *, reasoning_required: bool) -> tuple[str | None
     return label, json.dumps(facts[Fact.ground_truth], ensure_ascii=False), str(facts[Fact.reasoning])
 
 
-def label_log_probability(completion: Completion, label: str, decode: Callable[[Sequence[int]], str]) -> float | None:
+def label_log_probability(
+    completion: Completion,
+    label: str,
+    label_in: str | None,
+    *,
+    opened: str = "",
+    decode: Callable[[Sequence[int]], str],
+) -> float | None:
     """Return log P(label | what is before it), in nats: of the tokens that its characters are in.
 
-    The label is where it first stands behind the reasoning. None: the server reported no tokens.
+    Args:
+        completion: An answer that was read.
+        label: What it says.
+        label_in: Name of the element that the label stands in, behind the reasoning; None: it begins the answer.
+        opened: What of the answer stands in front of the completion.
+        decode: Turns token ids into text.
+
+    Returns:
+        None if the server reported no tokens, or they are not those of the answer.
     """
     tokens, values = completion.token_ids, completion.log_probabilities
     if tokens is None or values is None:
         return None
-    text = completion.text
-    start = text.find(label, text.rfind(CLOSE) + 1)
-    if start < 0:
+    text = opened + decode(tokens)
+    start: int | None = place_of_answer(text) if CLOSE in text or OPEN not in text else None
+    if start is not None and label_in is not None:
+        place = place_in_element(label_in, text[start:])
+        start = None if place is None else start + place
+    start = -1 if start is None else text.find(label, start)
+    if start < len(opened):
         return None
-    first = _tokens_before(tokens, start, decode)
-    last = _tokens_before(tokens, start + len(label) - 1, decode)
+    first = _token_with(tokens, start - len(opened), decode)
+    last = _token_with(tokens, start - len(opened) + len(label) - 1, decode)
     return float(sum(values[first : last + 1]))
 
 
-def _tokens_before(tokens: Sequence[int], character: int, decode: Callable[[Sequence[int]], str]) -> int:
-    """Return the place of the token that holds a character of the text, by bisection over the texts of prefixes."""
+def _token_with(tokens: Sequence[int], character: int, decode: Callable[[Sequence[int]], str]) -> int:
+    """Return the place of the token that ends a character of the text, by bisection over the texts of prefixes."""
     low, high = 0, len(tokens) - 1
     while low < high:
         middle = (low + high) // 2
-        if len(decode(tokens[: middle + 1])) > character:
+        # The first bytes of a character decode to replacement characters, one or several.
+        if len(decode(tokens[: middle + 1]).rstrip(_INCOMPLETE)) > character:
             high = middle
         else:
             low = middle + 1

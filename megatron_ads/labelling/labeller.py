@@ -13,18 +13,26 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+
 from megatron_ads.config.generation import ModelKind
 from megatron_ads.config.labelling import LabelConfig
 from megatron_ads.data.chat import ChatTokenizer, load_tokenizer, opened_by, render_prompt
+from megatron_ads.errors import DataError, one_line
+from megatron_ads.inference.client import Usage
 from megatron_ads.inference.engine import Completion, Engine, Finish, Prompt
 from megatron_ads.inference.journalled_engine import JournalledEngine
 from megatron_ads.inference.name_answers import NameForms
 from megatron_ads.inference.openai_engine import OpenAIEngine
 from megatron_ads.inference.servers import Server, Servers
 from megatron_ads.journal import Journal
-from megatron_ads.labelling.label_record import OF_QUESTION, TOO_LONG, Label, read_label
-from megatron_ads.labelling.question_store import Question
+from megatron_ads.labelling.label_record import OF_QUESTION, REFUSED_BY_TEMPLATE, TOO_LONG, Label, read_label
+from megatron_ads.labelling.parquet_files import epoch_files, read_table
+from megatron_ads.labelling.question_store import LABELS, Question
+from megatron_ads.observability.log import get_logger
 from megatron_ads.tasks.answer_format import CLOSE, OPEN
+
+logger = get_logger(__name__)
 
 OpenEngine = Callable[[Journal, int], Engine]
 """Gives what answers the rows of one epoch and one priority; what it has answered before is in the journal."""
@@ -48,6 +56,7 @@ class Labeller:
     def __init__(self, config: LabelConfig, open_engine: OpenEngine, tokenizer: ChatTokenizer | None) -> None:
         """Take the job, what answers, and the model's tokenizer; None: conversations are sent as they are."""
         self._config, self._open_engine, self._tokenizer = config, open_engine, tokenizer
+        self._told = False
         self._forms = None if tokenizer is None else NameForms(tokenizer)
         self._decode = None if tokenizer is None or not config.log_probabilities else self._text_of
 
@@ -64,7 +73,7 @@ class Labeller:
             if question.fault is None:
                 same[question.digest].append(number)
             else:
-                found[number] = _unasked(question, question.fault)
+                found[number] = _unasked(question, question.fault, question.why)
         asked = [self._asked(questions[numbers[0]]) for numbers in same.values()]
         unasked = [one for one in asked if isinstance(one, Label)]
         for label in chain(unasked, self._answered([one for one in asked if isinstance(one, _Asked)], journal)):
@@ -74,17 +83,23 @@ class Labeller:
 
     def _asked(self, question: Question) -> _Asked | Label:
         if self._tokenizer is None:
-            text = "\n".join(message.content for message in question.messages)
+            text = "\n".join(f"{message.role}: {message.content}" for message in question.messages)
             return _Asked(question=question, prompt=question.messages, text=text)
         assert self._forms is not None, "there with the tokenizer"
-        text = render_prompt(question.messages, self._tokenizer)
+        try:
+            text = render_prompt(question.messages, self._tokenizer)
+        except DataError as error:
+            if not self._told:
+                self._told = True
+                logger.warning("row %s: %s Such rows are counted as failures.", question.id, one_line(error))
+            return _unasked(question, REFUSED_BY_TEMPLATE, str(error))
         opened = opened_by(text)
         tokens = self._tokenizer.encode(text)
         if not self._config.reasoning:
             tokens, opened = [*tokens, *self._forms.before(opened)], OPEN + CLOSE
         limit = self._config.max_prompt_tokens
         if limit is not None and len(tokens) > limit:
-            return _unasked(question, TOO_LONG)
+            return _unasked(question, TOO_LONG, f"the prompt has {len(tokens):,} tokens")
         return _Asked(question=question, prompt=tokens, text=text, opened=opened)
 
     def _answered(self, asked: Sequence[_Asked], journal: Journal) -> Iterator[Label]:
@@ -106,7 +121,8 @@ class Labeller:
             for one, (completion,) in zip(asked, completions, strict=True):
                 drawn[one.question.digest].append(completion)
                 label = self._read(one, drawn[one.question.digest])
-                hopeless = completion.finish is Finish.refused or draw + 1 == self._config.draws
+                never = completion.finish in (Finish.refused, Finish.unanswered)
+                hopeless = never or draw + 1 == self._config.draws
                 if label.failure is None or hopeless:
                     yield label
                 else:
@@ -120,8 +136,8 @@ class Labeller:
         hidden = self._tokenizer is None and CLOSE in said and OPEN not in said
         return read_label(
             asked.question,
-            (OPEN if hidden else asked.opened) + said,
             completions,
+            opened=OPEN if hidden else asked.opened,
             reasoning_required=self._config.reasoning,
             decode=self._decode,
         )
@@ -131,8 +147,8 @@ class Labeller:
         return self._tokenizer.decode(list(tokens))
 
 
-def _unasked(question: Question, why: str) -> Label:
-    return Label(**{name: getattr(question, name) for name in OF_QUESTION}, failure=why)
+def _unasked(question: Question, failure: str, why: str | None) -> Label:
+    return Label(**{name: getattr(question, name) for name in OF_QUESTION}, failure=failure, text=why)
 
 
 def _shared(label: Label, question: Question) -> Label:
@@ -141,6 +157,18 @@ def _shared(label: Label, question: Question) -> Label:
         return label
     own: dict[str, Any] = {name: getattr(question, name) for name in OF_QUESTION}
     return replace(label, **own, draws=0, prompt_tokens=0, answer_tokens=0, cached_tokens=None, seconds=0.0)
+
+
+def usage_in(out: Path) -> Usage:
+    """Return what the finished epochs of a job took, which counts for ``max_cost`` and says that the server works."""
+    usage = Usage()
+    for file in epoch_files(out / LABELS):
+        columns = read_table(file, ["prompt_tokens", "answer_tokens", "finish"])
+        usage.prompt_tokens += pc.sum(columns["prompt_tokens"]).as_py() or 0
+        usage.answer_tokens += pc.sum(columns["answer_tokens"]).as_py() or 0
+        for counted in pc.value_counts(columns["finish"].drop_null()).to_pylist():
+            usage.finishes[counted["values"]] += counted["counts"]
+    return usage
 
 
 @contextmanager
@@ -168,11 +196,12 @@ def open_labeller(config: LabelConfig) -> Iterator[Labeller]:
         addresses = model.servers or [model.url or ""]
         each = [Server("model", model.of_server(address)) for address in addresses]
         servers = stack.enter_context(closing(Servers(each, wait_seconds=model.server_wait_seconds, section="model")))
+        usage = usage_in(Path(config.out))
         together = replace(model, url=", ".join(addresses), servers=[], concurrency=model.concurrency * len(addresses))
 
         def open_served(journal: Journal, priority: int) -> Engine:
             also = {"priority": priority} if model.send_priority else None
-            return OpenAIEngine("model", together, journal, servers=servers, also_sent=also)
+            return OpenAIEngine("model", together, journal, servers=servers, also_sent=also, usage=usage, goes_on=True)
 
         folder_given = None if model.tokenizer is None else Path(model.tokenizer)
         served = load_tokenizer(folder_given, model.template_arguments) if folder_given else None

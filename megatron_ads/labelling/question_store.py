@@ -9,30 +9,33 @@ An epoch's file also says how far its sources have been read, so that a job that
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from conversion.atomic_file import write_small
 from megatron_ads.config.labelling import LabelConfig
 from megatron_ads.data.questions import BadQuestion, questions
 from megatron_ads.errors import DataError
-from megatron_ads.labelling.parquet_files import metadata_of, write_table
+from megatron_ads.labelling.job_identity import with_their_previous
+from megatron_ads.labelling.parquet_files import epoch_files, metadata_of, read_table, remove_partial, write_table
 from megatron_ads.labelling.selection import Labelled, Selection
 from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.stable_random import stable_key
+from megatron_ads.tasks.registry import TASKS
 
 QUESTIONS, LABELS = "questions", "labels"
 _COMPLETE = "complete.json"
+_ALL_BAD = 100
+"""If so many rows of a source cannot be asked from its first on, it is its settings that are wrong."""
 _SCHEMA = pa.schema(
     [
         ("row", pa.int64()), ("source", pa.int32()), ("id", pa.string()), ("task", pa.string()),
         ("user", pa.string()), ("roles", pa.list_(pa.string())), ("contents", pa.list_(pa.string())),
-        ("digest", pa.binary(16)), ("fault", pa.string()),
+        ("digest", pa.binary(16)), ("fault", pa.string()), ("why", pa.string()),
     ]
 )  # fmt: skip
 
@@ -50,33 +53,35 @@ class Question:
     """Its user's id; empty: it is about none."""
     messages: tuple[Message, ...]
     digest: bytes
-    """Of task and messages: a row that asks the same, whenever and under whatever id, has the same."""
+    """Of task and messages, the wording of the task's instruction left out: a row that asks the same, whenever and
+    under whatever id, has the same."""
     fault: str | None = None
-    """Why it cannot be asked."""
+    """Why it cannot be asked: the kind of reason."""
+    why: str | None = None
+    """And the reason itself."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ReadSoFar:
     """How far the sources have been read."""
 
-    source: int = 0
-    """The one that is being read."""
-    row: int = 0
-    """The next one of it."""
+    rows: list[int]
+    """Of each source, how many of its rows were passed."""
+    finished: list[int] = field(default_factory=list)
+    """Sources that were read to their ends."""
     epochs: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     """Rows read and rows not asked, by reason."""
 
     def as_json(self) -> str:
         """Return it as a text."""
-        fields = {"source": self.source, "row": self.row, "epochs": self.epochs, "counts": dict(self.counts)}
-        return json.dumps(fields)
+        return json.dumps({part.name: getattr(self, part.name) for part in fields(self)})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         """Return what ``as_json`` wrote."""
-        fields = json.loads(text)
-        return cls(**{**fields, "counts": Counter(fields["counts"])})
+        given = json.loads(text)
+        return cls(**{**given, "counts": Counter(given["counts"])})
 
 
 class QuestionStore:
@@ -98,25 +103,50 @@ class QuestionStore:
 
     def waiting(self) -> list[int]:
         """Return the epochs that are read and not labelled, in order; what labelled epochs left is removed."""
-        numbers = sorted(int(file.stem) for file in self._of_epochs.glob("[0-9]*.parquet"))
+        numbers = [int(file.stem) for file in epoch_files(self._of_epochs)]
         for number in numbers:
             if self.labels_file(number).exists():
-                self.file(number).unlink()
+                self.file(number).unlink(missing_ok=True)
         return [number for number in numbers if not self.labels_file(number).exists()]
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether some epoch has its labels."""
+        return bool(epoch_files(self._labels))
+
+    def require_whole(self) -> None:
+        """Refuse a folder out of which an epoch was taken: its rows would be lost; and tidy up behind a killed job.
+
+        Raises:
+            DataError: If there are neither questions nor labels of an epoch that was read.
+        """
+        for folder in (self._of_epochs, self._labels):
+            remove_partial(folder)
+        there = {int(file.stem) for folder in (self._of_epochs, self._labels) for file in epoch_files(folder)}
+        if lost := sorted(set(range(self.read_so_far().epochs)) - there):
+            raise DataError(
+                f"{self.labels_file(lost[0])} is missing. Restore it, or label into a new --out with "
+                f"'previous=[{self._folder}]', which labels its rows again."
+            )
+
+    def clear(self) -> None:
+        """Forget what was read."""
+        for file in [self._of_epochs / _COMPLETE, *epoch_files(self._of_epochs)]:
+            file.unlink(missing_ok=True)
 
     def read_so_far(self) -> ReadSoFar:
         """Return how far the sources have been read into epochs."""
         if (complete := self.all_read()) is not None:
             return complete
-        files = [file for folder in (self._of_epochs, self._labels) for file in folder.glob("[0-9]*.parquet")]
-        if not files:
-            return ReadSoFar()
-        return ReadSoFar.from_json(metadata_of(max(files, key=lambda file: file.stem))["read"])
+        last = [files[-1] for folder in (self._of_epochs, self._labels) if (files := epoch_files(folder))]
+        if not last:
+            return ReadSoFar(rows=[0] * len(self._config.sources))
+        return ReadSoFar.from_json(metadata_of(max(last, key=lambda file: int(file.stem)))["read"])
 
     def rows_passed(self, epoch: int | None = None) -> int:
         """Return how many rows of the sources were read up to the end of an epoch; None: of the last labelled one."""
         if epoch is None:
-            epoch = max((int(file.stem) for file in self._labels.glob("[0-9]*.parquet")), default=-1)
+            epoch = max((int(file.stem) for file in epoch_files(self._labels)), default=-1)
         found = [file for file in (self.labels_file(epoch), self.file(epoch)) if epoch >= 0 and file.exists()]
         return ReadSoFar.from_json(metadata_of(found[0])["read"]).counts["read"] if found else 0
 
@@ -133,12 +163,12 @@ class QuestionStore:
 
         Raises:
             ConfigError: If a source has a setting that has no effect here.
-            DataError: If a source cannot be read, or an earlier job's labels.
+            DataError: If a source cannot be read, none of its rows can be asked, or earlier labels are damaged.
         """
         so_far = self.read_so_far()
         if self.all_read() is not None or stop_after == 0:
             return
-        labelled = Labelled.of([Path(folder) / LABELS for folder in self._config.previous])
+        labelled = Labelled.of([folder / LABELS for folder in with_their_previous(self._config.previous)])
         first, asked, new = so_far.epochs, self._asked(so_far), list[Question]()
         while batch := list(islice(asked, self._config.rows_per_epoch - len(new))):
             known = labelled.known([question.digest for question in batch])
@@ -156,15 +186,24 @@ class QuestionStore:
     def _asked(self, so_far: ReadSoFar) -> Iterator[Question]:
         """Yield the rows that are to be asked, from where ``so_far`` is, which is kept up to date."""
         selection, config = Selection(self._config.select), self._config
-        for number in range(so_far.source, len(config.sources)):
-            source, name = config.sources[number], f"sources[{number}]"
-            for row in questions(source, name, seed=config.seed, first=so_far.row):
-                place, so_far.row = so_far.row, so_far.row + 1
+        left = [number for number in range(len(config.sources)) if number not in so_far.finished]
+        for number in sorted(left, key=lambda number: config.priorities.get(str(config.sources[number].task), 0)):
+            source, name, bad = config.sources[number], f"sources[{number}]", 0
+            for place, row in enumerate(
+                questions(source, name, seed=config.seed, first=so_far.rows[number]), so_far.rows[number]
+            ):
+                so_far.rows[number] += 1
                 so_far.counts["read"] += 1
+                bad = bad + 1 if isinstance(row, BadQuestion) and bad == place else -1
+                if isinstance(row, BadQuestion) and bad == _ALL_BAD:
+                    raise DataError(
+                        f"{name}: none of its first {bad} rows can be asked, the last as {row.reason}: {row.message} "
+                        "Correct the source's settings."
+                    )
                 if isinstance(row, BadQuestion):
                     yield Question(
                         row=place, source=number, id=row.id, task=str(source.task or ""), messages=(),
-                        digest=stable_key(number, place)[:16], fault=row.reason,
+                        digest=stable_key(number, place)[:16], fault=row.reason, why=row.message,
                     )  # fmt: skip
                 elif row is None:
                     so_far.counts["left out"] += 1
@@ -172,13 +211,13 @@ class QuestionStore:
                     so_far.counts[reason] += 1
                 else:
                     yield _question(row, number, place)
-            so_far.source, so_far.row = number + 1, 0
+            so_far.finished.append(number)
 
     def _write(self, asked: Sequence[Question], so_far: ReadSoFar) -> int:
         epoch, so_far.epochs = so_far.epochs, so_far.epochs + 1
         columns: dict[str, list[Any]] = {
             name: [getattr(one, name) for one in asked]
-            for name in ("row", "source", "id", "task", "user", "digest", "fault")
+            for name in ("row", "source", "id", "task", "user", "digest", "fault", "why")
         }
         columns["roles"] = [[str(message.role) for message in one.messages] for one in asked]
         columns["contents"] = [[message.content for message in one.messages] for one in asked]
@@ -191,22 +230,12 @@ class QuestionStore:
         Raises:
             DataError: If its file is damaged.
         """
-        try:
-            columns = pq.read_table(self.file(epoch)).to_pydict()
-        except (OSError, pa.ArrowInvalid) as error:
-            said = f"{self.file(epoch)} cannot be read ({error}). Begin the job again in a new folder."
-            raise DataError(said) from None
+        columns = read_table(self.file(epoch)).to_pydict()
         roles, contents = columns.pop("roles"), columns.pop("contents")
         return [
             Question(**dict(zip(columns, values, strict=True)), messages=_messages(*said))
             for values, said in zip(zip(*columns.values(), strict=True), zip(roles, contents, strict=True), strict=True)
         ]
-
-
-def by_priority(config: LabelConfig) -> LabelConfig:
-    """Return a job whose sources are in the order of their tasks' priorities."""
-    sources = sorted(config.sources, key=lambda source: config.priorities.get(str(source.task), 0))
-    return replace(config, sources=sources)
 
 
 _ROLES = {str(role): role for role in Role}
@@ -216,9 +245,23 @@ def _messages(roles: Sequence[str], contents: Sequence[str]) -> tuple[Message, .
     return tuple(Message(_ROLES[role], content) for role, content in zip(roles, contents, strict=True))
 
 
+_WORDINGS = {
+    wording: template.name
+    for task in TASKS.values()
+    for template in task.templates
+    for wording in template.instructions()
+}
+"""Of one instruction, a row's id picks the wording; that of a row without one changes when others come before it."""
+
+
+def _without_wording(content: str) -> str:
+    instruction, mark, shown = content.partition("\n")
+    return f"{_WORDINGS.get(instruction, instruction)}{mark}{shown}"
+
+
 def _question(row: ChatRow, source: int, place: int) -> Question:
     user = row.facts.get(Fact.user)
-    said = [part for message in row.prompt for part in (message.role, message.content)]
+    said = [part for message in row.prompt for part in (message.role, _without_wording(message.content))]
     return Question(
         row=place,
         source=source,

@@ -7,7 +7,7 @@ checkpoints add nothing to that. The folder must be one that all nodes see.
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 class EpochActor:
     """One actor: a labeller, and the job's folder. What goes wrong is told, so that the other epochs go on."""
 
-    def __init__(self, settings: str, out: str) -> None:
-        """Take the job's recipe as JSON, and its folder."""
+    def __init__(self, settings: str) -> None:
+        """Take the job's recipe as JSON."""
         merged = OmegaConf.merge(OmegaConf.structured(LabelConfig), json.loads(settings))
         config = OmegaConf.to_object(merged)
         assert isinstance(config, LabelConfig)
-        self._config, self._out = config, Path(out)
+        self._config, self._out = config, Path(config.out)
         self._stack = ExitStack()
         self._labeller: Labeller | None = None
 
@@ -71,7 +71,7 @@ def label_on_ray(out: Path, config: LabelConfig, epochs: Sequence[int]) -> None:
         asked = ray.data.from_items([{"epoch": epoch} for epoch in epochs], override_num_blocks=len(epochs))
         done = asked.map(
             EpochActor,
-            fn_constructor_args=(json.dumps(asdict(config)), str(out.absolute())),
+            fn_constructor_args=(json.dumps(asdict(replace(config, out=str(out.absolute())))),),
             compute=ray.data.ActorPoolStrategy(size=min(config.ray.workers, len(epochs))),
         )
         failed = [record for record in done.take_all() if record["failure"]]

@@ -6,20 +6,22 @@ Everything is computed from the files of labels, which are read one after anothe
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from megatron_ads.config.labelling import LabelConfig
-from megatron_ads.labelling.parquet_files import metadata_of
+from megatron_ads.labelling.parquet_files import epoch_files, metadata_of, read_table
 from megatron_ads.labelling.question_store import LABELS, QuestionStore
 from megatron_ads.reporting.page import fixed, render, text_table, write_report
 
 _SAMPLES = 5
 _SHOWN_CHARACTERS = 300
+_LINE_CHARACTERS = 160
 _MOST_LABELS = 20
 _OTHERS = "all others"
 COST_HEAD = ("model", "input tokens", "output tokens", "price, 1/s", "rows/s", "cost of 1M rows", "cost ratio")
@@ -75,52 +77,80 @@ def report_of(config: LabelConfig) -> dict[str, Any]:
 
 
 def totals_of(folder: Path) -> Totals:
-    """Return the sums over the labels of a job."""
+    """Return the sums over the labels of a job.
+
+    Raises:
+        DataError: If a file is damaged.
+    """
     totals = Totals()
-    for file in sorted((folder / LABELS).glob("[0-9]*.parquet")):
+    for file in epoch_files(folder / LABELS):
         _add(totals, file)
     return totals
 
 
+_SUMMED = (
+    "task", "label", "failure", "draws", "prompt_tokens", "cached_tokens", "answer_tokens", "log_probability",
+)  # fmt: skip
+
+
 def _add(totals: Totals, file: Path) -> None:
-    about = metadata_of(file)
-    seconds, finished = float(about["seconds"]), float(about["finished_at"])
-    for record in _records(file):
-        task, failure = record["task"], record["failure"]
-        totals.rows += 1
-        totals.of_tasks[task] += 1
-        totals.asked += record["draws"] > 0
-        totals.draws += record["draws"]
-        totals.prompt_tokens += record["prompt_tokens"]
-        totals.answer_tokens += record["answer_tokens"]
-        if record["cached_tokens"] is not None:
-            totals.cached_tokens = (totals.cached_tokens or 0) + record["cached_tokens"]
-        if failure is not None:
-            totals.failures[task][failure] += 1
-            if len(totals.samples[failure]) < _SAMPLES:
-                shown = {name: record[name] or "" for name in ("id", "task", "text")}
-                totals.samples[failure].append({name: text[:_SHOWN_CHARACTERS] for name, text in shown.items()})
-        elif record["label"] is not None:
-            totals.labels[task][record["label"]] += 1
-        if record["log_probability"] is not None:
-            both = totals.log_probabilities[task]
-            both[0], both[1] = both[0] + record["log_probability"], both[1] + 1
+    table, about = read_table(file, _SUMMED), metadata_of(file)
+    totals.rows += table.num_rows
+    totals.asked += _sum(pc.greater(table["draws"], 0))
+    totals.draws += _sum(table["draws"])
+    totals.prompt_tokens += _sum(table["prompt_tokens"])
+    totals.answer_tokens += _sum(table["answer_tokens"])
+    if table["cached_tokens"].null_count < table.num_rows:
+        totals.cached_tokens = (totals.cached_tokens or 0) + _sum(table["cached_tokens"])
+    read = table.filter(pc.is_null(table["failure"]))
+    for task, failure, count in _counts(table.filter(pc.is_valid(table["failure"])), "failure"):
+        totals.failures[task][failure] += count
+    for task, label, count in _counts(read.filter(pc.is_valid(read["label"])), "label"):
+        totals.labels[task][label] += count
+    by_task = table.group_by("task").aggregate([([], "count_all"), *((_LOG, how) for how in ("sum", "count"))])
+    for task, rows, summed, count in zip(*(by_task[name].to_pylist() for name in _BY_TASK), strict=True):
+        totals.of_tasks[task] += rows
+        both = totals.log_probabilities[task]
+        both[0], both[1] = both[0] + (summed or 0.0), both[1] + count
+    _sample(totals, file, set(pc.unique(table["failure"]).to_pylist()) - {None})
     if about["answered_before"] == "0":
+        seconds, finished = float(about["seconds"]), float(about["finished_at"])
         totals.seconds += seconds
-        totals.timed_rows += pq.read_metadata(file).num_rows
+        totals.timed_rows += table.num_rows
         totals.started = min(totals.started, finished - seconds)
         totals.finished = max(totals.finished, finished)
 
 
-_NEEDED = (
-    "id", "task", "label", "text", "failure", "draws", "prompt_tokens", "cached_tokens", "answer_tokens",
-    "log_probability",
-)  # fmt: skip
+_LOG = "log_probability"
+_BY_TASK = ("task", "count_all", f"{_LOG}_sum", f"{_LOG}_count")
 
 
-def _records(file: Path) -> Iterator[dict[str, Any]]:
-    for batch in pq.ParquetFile(file).iter_batches(columns=list(_NEEDED)):
-        yield from batch.to_pylist()
+def _sum(column: Any) -> int:
+    return int(pc.sum(column).as_py() or 0)
+
+
+def _counts(table: pa.Table, name: str) -> Iterator[tuple[str, str, int]]:
+    counted = table.group_by(["task", name]).aggregate([([], "count_all")])
+    yield from zip(*(counted[each].to_pylist() for each in ("task", name, "count_all")), strict=True)
+
+
+def _sample(totals: Totals, file: Path, failures: Collection[str]) -> None:
+    """Keep the first rows of each kind of failure."""
+    wanted = {failure for failure in failures if len(totals.samples[failure]) < _SAMPLES}
+    if not wanted:
+        return
+    table = read_table(file, ["id", "task", "text", "failure"])
+    for record in table.filter(pc.is_in(table["failure"], pa.array(sorted(wanted)))).to_pylist():
+        found = totals.samples[record["failure"]]
+        if len(found) < _SAMPLES:
+            shown = {name: record[name] or "" for name in ("id", "task", "text")}
+            found.append({name: _shown(text) for name, text in shown.items()})
+
+
+def _shown(text: str) -> str:
+    """Return a text, of a long one both ends: how an answer ends tells why it cannot be read."""
+    half = _SHOWN_CHARACTERS // 2
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
 
 
 def _of_task(task: str, totals: Totals, before: Counter[str] | None) -> dict[str, Any]:
@@ -196,21 +226,22 @@ def cost_row(report: Mapping[str, Any]) -> list[str]:
 
 def summary(report: Mapping[str, Any]) -> str:
     """Return what is printed."""
-    spared = "".join(f"; {count:,} {reason}" for reason, count in report["not_asked"].items())
-    lines = [
-        f"{report['rows_read']:,} rows read{spared}",
-        f"{report['rows']:,} rows: {report['labelled']:,} labelled, {report['failed']:,} failed",
-    ]
+    not_asked = "".join(f", {count:,} {reason}" for reason, count in report["not_asked"].items())
+    failed = f", {report['failed']:,} failed" if report["failed"] else ""
+    lines = [f"{report['rows_read']:,} rows read{not_asked}", f"{report['labelled']:,} labelled{failed}"]
     for task, found in report["tasks"].items():
-        shares = ", ".join(f"{label} {count:,}" for label, count in found["labels"].items())
-        failures = ", ".join(f"{reason} {count:,}" for reason, count in found["failures"].items())
+        total = sum(found["labels"].values())
+        shares = ", ".join(f"{label} {count / total:.1%}" for label, count in found["labels"].items())
         drift = "" if found["drift"] is None else f"; drift (PSI) {found['drift']:.3f}"
-        lines.append(f"{task or 'unknown task'}: {shares or 'no single labels'}{drift}")
-        lines += [f"  not labelled: {failures}"] if failures else []
-    cached = report["cost"]["cached_share"]
-    share = "not reported" if cached is None else f"{cached:.1%}"
-    lines.append(f"prompt tokens from the server's prefix cache: {share}")
-    lines += text_table([cost_row(report)], COST_HEAD, left=["model"])
+        lines.append(f"{task or 'task unknown'}: {found['rows']:,} rows{': ' if shares else ''}{shares}{drift}")
+        for reason, count in found["failures"].items():
+            first = next((one for one in report["samples"].get(reason, ()) if one["task"] == task), None)
+            example = "" if first is None else f", such as {first['id']}: {first['text']}"
+            lines.append(f"  {reason} {count:,}{example}"[:_LINE_CHARACTERS].replace("\n", " "))
+    if report["cost"]["asked"]:
+        lines += text_table([cost_row(report)], COST_HEAD, left=["model"])
+    if (cached := report["cost"]["cached_share"]) is not None:
+        lines.append(f"{cached:.1%} of the prompts' tokens came from the server's prefix cache")
     return "\n".join([*lines, f"{report['out']}/report.html"])
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from megatron_ads.config.labelling import SelectionConfig
 from megatron_ads.errors import DataError
+from megatron_ads.labelling.parquet_files import epoch_files, read_table
 from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks.user_history import CONVERSIONS
 
@@ -65,20 +64,12 @@ class Labelled:
         """Read the labels of earlier jobs; rows that have none, as the answer could not be read, are not among them.
 
         Raises:
-            DataError: If a folder has none, or one cannot be read.
+            DataError: If one cannot be read.
         """
         found: list[NDArray[np.bytes_]] = []
         for folder in folders:
-            files = sorted(folder.glob("[0-9]*.parquet"))
-            if not files:
-                raise DataError(f"{folder} holds no labels. Correct previous, which names folders of earlier jobs.")
-            for file in files:
-                try:
-                    table = pq.read_table(file, columns=["digest", "failure"])
-                except (OSError, pa.ArrowInvalid) as error:
-                    raise DataError(
-                        f"{file} cannot be read ({error}). Remove its job's folder from previous."
-                    ) from None
+            for file in epoch_files(folder):
+                table = read_table(file, ["digest", "failure"])
                 read = table.filter(table["failure"].is_null())["digest"]
                 found.append(_as_array(read.to_pylist()))
         return cls(np.unique(np.concatenate(found)) if found else _as_array([]))

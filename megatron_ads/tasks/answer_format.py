@@ -123,6 +123,16 @@ def read_elements(text: str) -> list[tuple[str, str]] | None:
     return found
 
 
+def place_in_element(name: str, text: str) -> int | None:
+    """Return where the text of the first element of a name begins, elements in the text of others left out."""
+    position = 0
+    while match := _ELEMENT.match(text, position):
+        if match[1] == name:
+            return match.start(2)
+        position = match.end()
+    return None
+
+
 def read_only(name: str, text: str) -> str:
     """Return the text of the one element that must be there, with nothing around it.
 
@@ -266,6 +276,12 @@ def split_reasoning(text: str, *, required: bool = True) -> Reasoned | ReadFailu
     if required and not reasoning.strip():
         return ReadFailure.no_reasoning
     return Reasoned(reasoning.strip(), answer.strip())
+
+
+def place_of_answer(text: str) -> int:
+    """Return where the answer begins in a text that ``split_reasoning`` can read: behind the reasoning, if any."""
+    start = len(text) - len(text.lstrip())
+    return text.index(CLOSE, start) + len(CLOSE) if text.startswith(OPEN, start) else start
 
 
 class Parser(Protocol[A_co]):

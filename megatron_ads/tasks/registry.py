@@ -57,6 +57,8 @@ class Task:
     """Takes rows and what ``parse`` made of the answers to them."""
     label_of: Callable[[Any], str] | None = None
     """The label of an answer that was read; None: a row's label, if any, is not part of its target."""
+    label_in: str | None = None
+    """Name of the element that the label stands in, at its beginning; None: at that of the answer, if there is one."""
     headline: tuple[str, ...]
     """Metric in [0, 1] that stands for the task, as in adaptive task weights; the first that is defined."""
     reasons: bool = True
@@ -91,6 +93,7 @@ TASKS = {
             scoring=Scoring.labels,
             metrics=relevance.metrics,
             label_of=lambda answer: str(answer.label),
+            label_in="Label",
             headline=("bad/balanced_accuracy", "accuracy"),
         ),
         Task(
@@ -102,6 +105,7 @@ TASKS = {
             scoring=Scoring.user_views,
             metrics=ad_user_relevance.metrics,
             label_of=lambda answer: str(answer.score),
+            label_in="Score",
             headline=("bad/balanced_accuracy", "accuracy"),
         ),
         Task(
@@ -155,6 +159,7 @@ TASKS = {
             scoring=Scoring.replacement,
             metrics=model_comparison.metrics,
             label_of=lambda answer: str(answer.verdict),
+            label_in="Verdict",
             headline=("verdict/macro_recall",),
         ),
         Task(
@@ -174,6 +179,7 @@ TASKS = {
             answer=variants.YesNoAnswer,
             metrics=variants.yes_no_metrics,
             label_of=lambda answer: str(answer.answer),
+            label_in="Answer",
             headline=("balanced_accuracy", "accuracy"),
             reasons=False,
         ),
@@ -196,6 +202,7 @@ TASKS = {
             answer=advertiser_question.Order,
             metrics=advertiser_question.list_ranking_metrics,
             label_of=lambda answer: str(answer.numbers[0]),
+            label_in="Ranking",
             headline=("ndcg@5",),
             reasons=False,
         ),

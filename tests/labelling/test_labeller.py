@@ -8,11 +8,15 @@ import pytest
 
 from megatron_ads.config.generation import GenerationConfig
 from megatron_ads.config.labelling import LabelConfig
+from megatron_ads.data.chat import load_tokenizer
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
 from megatron_ads.inference.engine import Completion
 from megatron_ads.inference.journalled_engine import JournalledEngine
 from megatron_ads.journal import Journal
 from megatron_ads.labelling.job import run_job
+from megatron_ads.labelling.labeller import Labeller
+from megatron_ads.labelling.question_store import Question
+from megatron_ads.rows import Message, Role
 from tests.labelling.jobs import labels_in, recipe, write_pairs
 
 
@@ -69,3 +73,57 @@ def test_what_is_in_the_journal_is_not_generated_again(tmp_path: Path) -> None:
         assert engine.batches[2:] == [[[4]]]
         assert again.generate([[1]], GenerationConfig(max_new_tokens=7))[0][0].text == "[1] 0"
     assert engine.batches[3:] == [[[1]]]
+
+
+class _Recorded:
+    """An engine that notes its prompts and gives one label."""
+
+    def __init__(self) -> None:
+        self.prompts: list[list[int]] = []
+
+    def generate(
+        self, prompts: Sequence[Any], config: GenerationConfig, *, rules: Any = None
+    ) -> list[list[Completion]]:
+        self.prompts += [list(prompt) for prompt in prompts]
+        return [[Completion(text="<Label>Good</Label>")] for _ in prompts]
+
+
+def _questions(*contents: str) -> list[Question]:
+    return [
+        Question(
+            row=number, source=0, id=f"q{number}", task="query_ad_relevance", digest=bytes([number] * 16),
+            messages=(Message(Role.user, content),),
+        )
+        for number, content in enumerate(contents)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ["", "<think>", "<think>\n", "<think></think>", "<think>\n\n</think>\n\n"])
+def test_for_the_label_alone_the_reasoning_is_closed_whatever_the_template_writes(
+    end: str, model: Path, tmp_path: Path
+) -> None:
+    tokenizer, engine = load_tokenizer(model), _Recorded()
+    tokenizer.fast.chat_template = "{{ messages[0]['content'] }}|" + end.replace("\n", "{{ '\\n' }}")
+    config = _job(tmp_path, model, "reasoning=false")
+    with Journal(tmp_path / "j") as journal:
+        labeller = Labeller(config, lambda journal, priority: engine, tokenizer)  # type: ignore[arg-type,return-value]
+        (label,) = labeller.label(_questions("Is it?"), journal)
+    (prompt,) = engine.prompts
+    shown = tokenizer.fast.decode(prompt, skip_special_tokens=False)
+    assert "".join(shown.split()) == "Isit?|<think></think>"
+    assert (label.label, label.text) == ("Good", "<think></think><Label>Good</Label>")
+
+
+def test_a_row_that_the_chat_template_refuses_is_counted(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer, engine = load_tokenizer(model), _Recorded()
+    text = "{{ messages[0]['content'] }}"
+    tokenizer.fast.chat_template = (
+        f"{{% if 'odd' in messages[0]['content'] %}}{{{{ raise_exception('no') }}}}{{% endif %}}{text}"
+    )
+    with Journal(tmp_path / "j") as journal:
+        labeller = Labeller(_job(tmp_path, model), lambda journal, priority: engine, tokenizer)  # type: ignore[arg-type,return-value]
+        odd, even = labeller.label(_questions("an odd one", "an even one"), journal)
+    assert (odd.failure, odd.draws) == ("refused_by_template", 0) and len(engine.prompts) == 2  # two draws of the other
+    assert even.failure == "no_reasoning" and "row q0: " in caplog.text
