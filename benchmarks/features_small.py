@@ -1,6 +1,6 @@
 """What a model's answers are worth as features of a conversion model, on the simulator, on a CPU.
 
-    python -m benchmarks.features_small --out DIR [--answers best noisy random model] [--users 10000] [--seeds 3]
+    python -m benchmarks.features_small --out DIR [--answers best noisy random model] [--users 20000] [--seeds 3]
 
 Logs are simulated and a pipeline is trained on them; rows about its users at its anchors are answered; features are
 made of the answers; rankers are trained with and without them, and judged on users held out. Who answers:
@@ -48,8 +48,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for everything it writes")
     parser.add_argument("--answers", nargs="+", choices=[*STAND_INS, MODEL], default=[*STAND_INS, MODEL])
-    parser.add_argument("--users", type=int, default=10_000, metavar="N", help="people in the logs (default 10000)")
-    parser.add_argument("--apart", type=float, default=0.4, help="share to fine-tune on (default 0.4)")
+    parser.add_argument("--users", type=int, default=20_000, metavar="N", help="people in the logs (default 20000)")
+    parser.add_argument("--apart", type=float, default=0.3, help="share to fine-tune on (default 0.3)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="rankers of a line (default 3)")
     parser.add_argument("--ranks", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: 2)")
     parser.add_argument("--text-steps", type=int, default=400, help="on the texts (default 400)")
@@ -79,6 +79,7 @@ class FeaturePath:
         simulated = ["data", "simulate", "--out", str(self.out / "simulated"), "--users", str(self.arguments.users)]
         yield self._command("simulated", "simulate logs", [*simulated, "--rows", "0"], ["simulated"])
         train = ["downstream", "train", "--logs", str(self.out / "simulated"), "--out", str(self.out / "pipeline")]
+        train += ["held_out=0.5"]  # conversions are few: half of the users make intervals narrow
         yield self._command("pipeline", "train a pipeline", train, ["pipeline"], after=["simulated"])
         rows = [*self._downstream("rows"), "--out", str(self.out / "rows.jsonl"), "history.max_entries=3"]
         rows += ["--labelled", str(self.out / "train.jsonl"), "--apart", str(self.arguments.apart)]

@@ -39,16 +39,32 @@ def _lines(results: Results, part: str, title: str) -> str:
         (base, plain), *lines = found["ranking"][part]["lines"].items()
         if len(rows) == 1:
             rows.append(["", base, *(f"{plain[target][metric]['value']:.4f}" for target, metric in _SHOWN)])
+        if len(rows) == 2 and (best := found["ranking"][part]["reachable"]):
+            rows.append(["", "best reachable", *(f"{best[target][metric]:.4f}" for target, metric in _SHOWN)])
         rows += [[who, name, *(_change(line[target][metric]) for target, metric in _SHOWN)] for name, line in lines]
     return _markdown(rows)
 
 
 def _channel(results: Results, part: str, title: str) -> str:
-    rows = [["answers of", title, "recall@20", "change", "clicked", "survival", "new", "items", "effective items"]]
+    rows = [
+        [
+            "answers of",
+            title,
+            "recall@20",
+            "change",
+            "clicked",
+            "survival",
+            "repeated",
+            "new",
+            "items",
+            "effective items",
+        ]
+    ]
     for who, found in results.items():
         for name, line in found["retrieval"][part].items():
             low, high = line["change_interval"]
-            shown = ["–" if line[key] is None else f"{line[key]:.3f}" for key in ("clicked", "survival", "new_share")]
+            parts = [line[key] for key in ("clicked", "survival", "repeated_share", "new_share")]
+            shown = ["–" if value is None else f"{value:.3f}" for value in parts]
             change = f"{line['change']:+.3f} ({low:.3f} to {high:.3f})"
             tail = [str(line["different_items"]), f"{line['effective_items']:.1f}"]
             rows.append([who, name, f"{line['recall']:.3f}", change, *shown, *tail])

@@ -52,7 +52,7 @@ def set_apart(user: str, config: DownstreamConfig, share: float) -> bool:
 def question_rows(
     logs: Logs, config: DownstreamConfig, task: AdsTask, view_of: ViewChooser, *, apart: float = 0.0
 ) -> Iterator[ChatRow]:
-    """Yield a row without an answer for each history of the examples, training users first.
+    """Yield a row without an answer for each history that an example is made of, training users first.
 
     Args:
         logs: What the pipeline was trained on.
@@ -65,7 +65,9 @@ def question_rows(
         DataError: As ``training_examples``.
     """
     for examples, share in ((training_examples(logs, config), apart), (held_out_examples(logs, config), 0.0)):
-        for history, anchor in zip(examples.histories, examples.anchors, strict=True):
+        followed = {number for number, _ in examples.impressions} | {each.history for each in examples.purchases}
+        for number in sorted(followed):
+            history, anchor = examples.histories[number], examples.anchors[number]
             if not set_apart(history.user_id, config, share):
                 yield _question(ASKED[task](_row_id(task, history, anchor), history, view_of(history)), anchor)
 

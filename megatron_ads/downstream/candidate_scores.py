@@ -5,7 +5,7 @@ For each user held out, of those with features, with k candidates of which at mo
     bought      share of users whose first purchase is among the candidates (recall@k), and its change, paired
     clicked     of the items that a user clicked on, the share among the channel's candidates, averaged over users
     survival    share of the channel's candidates that are among the k / 4 best by CTCVR of all candidates
-    new, items, effective   as in ``candidates``, after de-duplication
+    repeated, new, items, effective   as in ``candidates``, after de-duplication
 
 The objectives are those of the advertiser paper, 4.5.1; the paper names survival and engagement without a formula, so
 these are ours.
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ads.config.downstream import Objective
-from megatron_ads.downstream.candidates import diversity, merged, targeted
+from megatron_ads.downstream.candidates import Merged, diversity, merged, targeted
 from megatron_ads.downstream.examples import Examples, Place, held_out_examples, training_examples
 from megatron_ads.downstream.features import UserFeatures
 from megatron_ads.downstream.logs import Logs
@@ -113,31 +113,30 @@ class _Asked:
         words, main_NJ = self.pipeline.words, self.main_NJ.tolist()
         histories = words.histories(self.examples.histories[number] for number in self.numbers)
         user_NC = tower.users(histories, words.queries([""] * len(self.numbers)))
-        channel = targeted((user_NC @ tower.items(words.items(self.pipeline.items)).T).numpy(), self.predicted, quota)
+        channel = targeted((user_NC @ tower.items(words.items(self.pipeline.items)).T).numpy(), self.predicted)
         together = [merged(main, own, k=K, quota=quota) for main, own in zip(main_NJ, channel, strict=True)]
-        main_NK = [main[:K] for main in main_NJ]
-        hits = [float(truth in found) for truth, found in zip(self.bought, together, strict=True)]
-        before = [float(truth in found) for truth, found in zip(self.bought, main_NK, strict=True)]
+        hits = [float(truth in found.all) for truth, found in zip(self.bought, together, strict=True)]
+        before = [float(truth in main[:K]) for truth, main in zip(self.bought, main_NJ, strict=True)]
         changes = [after - earlier for after, earlier in zip(hits, before, strict=True)]
-        engaged = [
-            len(those & set(own)) / len(those) for those, own in zip(self.clicked, channel, strict=True) if those
-        ]
+        pairs = zip(self.clicked, together, strict=True)
+        engaged = [len(those & set(found.channel)) / len(those) for those, found in pairs if those]
         return {
             "recall": float(np.mean(hits)),
             "recall_interval": ends(mean_interval(hits)),
             "change": float(np.mean(changes)),
             "change_interval": ends(mean_interval(changes)),
             "clicked": float(np.mean(engaged)) if engaged else None,
-            "survival": self._survival(together, channel),
-            **asdict(diversity(together, main_NK, channel, items=len(self.pipeline.items))),
+            "survival": self._survival(together),
+            **asdict(diversity(together, main_NJ, k=K)),
         }
 
-    def _survival(self, together: Sequence[Sequence[int]], channel: Sequence[Sequence[int]]) -> float | None:
+    def _survival(self, together: Sequence[Merged]) -> float | None:
         histories = [self.examples.histories[number] for number in self.numbers]
         user_NC = self.pipeline.users(histories, [""] * len(histories))
         given = survived = 0
-        for user_C, candidates, own in zip(user_NC, together, channel, strict=True):
-            chances_K2 = self.pipeline.chances(user_C.expand(len(candidates), -1), candidates)
-            best = top_k(chances_K2[None, :, 1].astype(np.float32), len(candidates) // _SURVIVORS)[0]
-            given, survived = given + len(own), survived + len({candidates[place] for place in best} & set(own))
+        for user_C, found in zip(user_NC, together, strict=True):
+            chances_K2 = self.pipeline.chances(user_C.expand(len(found.all), -1), found.all)
+            best = top_k(chances_K2[None, :, 1].astype(np.float32), len(found.all) // _SURVIVORS)[0]
+            chosen = {found.all[place] for place in best}
+            given, survived = given + len(found.channel), survived + len(chosen.intersection(found.channel))
         return survived / given if given else None

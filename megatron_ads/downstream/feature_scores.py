@@ -12,11 +12,12 @@ interval is of a paired bootstrap over users and seeds together, so that it cove
 
 Long-tail users are the third with the shortest histories (ours; Taiji has no number).
 
-Shape suffixes: N = impressions, V = lines, S = seeds, R = resamples, M = metrics.
+Shape suffixes: N = impressions, H = histories, V = lines, S = seeds, R = resamples, M = metrics of each target in turn,
+T = targets.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,13 @@ from megatron_ads.downstream.feature_fields import FeatureFields, Part
 from megatron_ads.downstream.features import UserFeatures
 from megatron_ads.downstream.logs import Logs
 from megatron_ads.downstream.pipeline import Pipeline, one_thread
-from megatron_ads.downstream.ranker import train_ranker
+from megatron_ads.downstream.ranker import Shown, train_ranker
 from megatron_ads.errors import DataError
-from megatron_ads.metrics.classification import auc, average_precision, log_loss
-from megatron_ads.metrics.intervals import ends, percentile_interval, resampled_rows
+from megatron_ads.metrics.intervals import ends, percentile_interval, resampled_counts
+from megatron_ads.metrics.weighted_scores import METRICS, SortedRows
 from megatron_ads.progress import Progress
 
-BASE = "without"
+BASE = "without features"
 PREDICTED = frozenset({Part.predicted})
 INTRA, CROSS, BOTH = PREDICTED | {Part.codes}, frozenset({Part.similar}), frozenset(Part)
 _RESAMPLES = 200
@@ -61,9 +62,6 @@ LINES: Mapping[str, Line] = {
 }
 TARGETS = ("click", "conversion", "ctcvr")
 """A click; a conversion after a click, of clicked impressions; both together."""
-METRICS: Mapping[str, Callable[[Any, Any], float | None]] = {
-    "loss": log_loss, "auc": auc, "pr_auc": average_precision,
-}  # fmt: skip
 
 
 def feature_scores(
@@ -80,13 +78,16 @@ def feature_scores(
     learned = _with_features(training_examples(logs, pipeline.config), features, pipeline, "to learn from")
     judged = _with_features(held_out_examples(logs, pipeline.config), features, pipeline, "to evaluate on")
     with Progress(len(LINES) * seeds, description="training rankers", unit="ranker") as progress:
-        chances = {}
+        chances: dict[str, list[Numbers]] = {}
         for name, line in LINES.items():
-            chances[name] = [_chances(pipeline, learned, judged, line, seed, progress) for seed in range(seeds)]
+            chances[name] = []
+            for seed in range(seeds):
+                chances[name].append(_chances(pipeline, learned, judged, line, seed))
+                progress.update()
     short = _long_tail(judged)
     return {
         "seeds": seeds,
-        "users": {"learned": len(learned.users), "judged": len(judged.users)},
+        "users": {"learned": len(set(learned.users)), "judged": len(set(judged.users))},
         "impressions": {"learned": len(learned.examples.impressions), "judged": len(judged.examples.impressions)},
         "all": _changes(judged, chances, np.ones(len(short), dtype=bool)),
         "long_tail": _changes(judged, chances, short),
@@ -95,62 +96,67 @@ def feature_scores(
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """Examples with features."""
+    """Impressions after histories that have features."""
 
     examples: Examples
+    shown: Shown
     fields: FeatureFields
 
     @property
-    def users(self) -> set[str]:
-        return {shown.user for _, shown in self.examples.impressions}
+    def users(self) -> list[str]:
+        """Of each impression."""
+        return [shown.user for _, shown in self.examples.impressions]
 
 
 def _with_features(
     examples: Examples, features: Mapping[Place, UserFeatures], pipeline: Pipeline, purpose: str
 ) -> _Known:
-    """Return the impressions after histories that have features."""
-    found = [features.get(place) for place in examples.places]
-    shown = [(number, each) for number, each in examples.impressions if found[number] is not None]
-    clicked = [each for _, each in shown if each.clicked]
-    if not any(each.converted for each in clicked) or all(each.converted for each in clicked):
+    """Return the impressions after histories that have features, and these histories alone."""
+    places = examples.places
+    kept = sorted({number for number, _ in examples.impressions if places[number] in features})
+    places_of = {number: place for place, number in enumerate(kept)}
+    chosen = Examples(
+        histories=[examples.histories[number] for number in kept],
+        anchors=[examples.anchors[number] for number in kept],
+        impressions=[(places_of[number], each) for number, each in examples.impressions if number in places_of],
+    )
+    clicked = [each for _, each in chosen.impressions if each.clicked]
+    if len({each.converted for each in clicked}) < 2:
         raise DataError(
-            f"Of {len(examples.histories)} histories {purpose}, {len(found) - found.count(None)} have features, and "
-            f"{len(shown)} impressions follow these, with {len(clicked)} clicks: too few to tell conversions. Make "
-            "features of the rows that `megatron-ads downstream rows` wrote for this pipeline."
+            f"Of {len(places)} histories {purpose}, {len(kept)} have features and impressions after them, with "
+            f"{len(clicked)} clicks: too few to tell conversions. Make features of the rows that `megatron-ads "
+            "downstream rows` wrote for this pipeline."
         )
-    blank = [UserFeatures(user=user, anchor=anchor) for user, anchor in examples.places]
-    known = [one or empty for one, empty in zip(found, blank, strict=True)]
-    chosen, buckets = replace(examples, impressions=shown), pipeline.config.buckets
-    return _Known(chosen, FeatureFields(chosen, known, pipeline.items, buckets=buckets))
+    fields = FeatureFields(
+        chosen, [features[places[number]] for number in kept], pipeline.items, buckets=pipeline.config.buckets
+    )
+    return _Known(chosen, Shown.of(chosen, pipeline.words), fields)
 
 
 def _whose(known: Examples, line: Line, seed: int) -> NDArray[np.int64]:
     """Return whose features each history has: its own, or those of a history drawn from the same anchor's."""
-    whose_H, draw = np.arange(len(known.histories)), np.random.default_rng([seed, 3])
+    whose_H, anchor_H, draw = np.arange(len(known.histories)), np.array(known.anchors), np.random.default_rng([seed, 3])
     if line.of_others:
-        shown = sorted({number for number, _ in known.impressions})  # others may have no features
         for anchor in sorted(set(known.anchors)):
-            here = [number for number in shown if known.anchors[number] == anchor]
+            here = np.flatnonzero(anchor_H == anchor)
             whose_H[here] = draw.permutation(here)
     return whose_H
 
 
-def _chances(pipeline: Pipeline, learned: _Known, judged: _Known, line: Line, seed: int, progress: Progress) -> Numbers:
+def _chances(pipeline: Pipeline, learned: _Known, judged: _Known, line: Line, seed: int) -> Numbers:
     """Return (N, 2), P(click) and P(click and conversion), of a ranker trained for a line."""
-    seed = pipeline.config.seed + seed
-    fields = [known.fields.of(line.parts, _whose(known.examples, line, seed)) for known in (learned, judged)]
+    seed, towers = pipeline.config.seed + seed, pipeline.retriever
+    of_learned, of_judged = (
+        known.fields.of(line.parts, _whose(known.examples, line, seed)) for known in (learned, judged)
+    )
     with one_thread():
         ranker = train_ranker(
-            learned.examples, pipeline.items, pipeline.words, pipeline.retriever, pipeline.config.ranker, seed=seed,
-            fields=fields[0],
-        )  # fmt: skip
-        shown = judged.examples.impressions
-        histories = [judged.examples.histories[number] for number, _ in shown]
-        user_NC = pipeline.users(histories, [each.query for _, each in shown])
-        item_NC = pipeline.item_JC[[each.item for _, each in shown]]
-        everything = np.arange(len(shown))
-        chance_N2: Numbers = ranker.chances(user_NC, item_NC, [field.of(everything) for field in fields[1]]).numpy()
-    progress.update()
+            learned.shown, pipeline.item_JC, towers, pipeline.config.ranker, seed=seed, fields=of_learned
+        )
+        everything = np.arange(len(judged.shown.item_N))
+        user_NC = judged.shown.users(towers, everything, np.ones(len(everything), dtype=bool))
+        bags = [field.of(everything) for field in of_judged]
+        chance_N2: Numbers = ranker.chances(user_NC, pipeline.item_JC[judged.shown.item_N], bags).numpy()
     return chance_N2.astype(np.float64)
 
 
@@ -163,22 +169,32 @@ def _long_tail(known: _Known) -> NDArray[np.bool_]:
 
 def _changes(known: _Known, chances: Mapping[str, Sequence[Numbers]], chosen_N: NDArray[np.bool_]) -> dict[str, Any]:
     """Return the metrics of every line over some impressions, with the change and its interval."""
-    shown = [each for (_, each), counts in zip(known.examples.impressions, chosen_N, strict=True) if counts]
-    chance_VSN2 = np.array([[of_seed[chosen_N] for of_seed in of_line] for of_line in chances.values()])
-    happened_N2 = np.array([(each.clicked, each.clicked and each.converted) for each in shown])
-    users = [each.user for each in shown]
-    whole_VSM = _measured(chance_VSN2, happened_N2, np.arange(len(shown)))
-    resampled = [
-        _measured(chance_VSN2, happened_N2, rows)
-        for rows in resampled_rows(len(shown), groups=users, resamples=_RESAMPLES)
-    ]
+    happened_N2 = known.shown.happened_N2.numpy()[chosen_N].astype(bool)
+    users = [user for user, counts in zip(known.users, chosen_N, strict=True) if counts]
+    reachable = _reachable(known, chosen_N, happened_N2)
+    rows_VST = [[_sorted(chance_N2[chosen_N], happened_N2) for chance_N2 in of_line] for of_line in chances.values()]
+
+    def measured(weight_N: NDArray[np.int64]) -> Numbers:
+        """Return (V, S, M), the metrics of each target in turn."""
+        of_target = (weight_N, weight_N[happened_N2[:, 0]], weight_N)
+        return np.array([
+            [np.concatenate([rows.metrics(weights) for rows, weights in zip(rows_T, of_target, strict=True)])
+             for rows_T in rows_ST]
+            for rows_ST in rows_VST
+        ])  # fmt: skip
+
+    whole_VSM = measured(np.ones(len(users), dtype=np.int64))
     draw, seeds = np.random.default_rng(1), whole_VSM.shape[1]
-    mean_RVM = np.array([each_VSM[:, draw.integers(seeds, size=seeds)].mean(axis=1) for each_VSM in resampled])
+    mean_RVM = np.array([
+        measured(weight_N)[:, draw.integers(seeds, size=seeds)].mean(axis=1)
+        for weight_N in resampled_counts(users, resamples=_RESAMPLES)
+    ]).reshape(-1, *whole_VSM[:, 0].shape)  # fmt: skip
     mean_VM = whole_VSM.mean(axis=1)
     return {
         "users": len(set(users)),
-        "impressions": len(shown),
+        "impressions": len(users),
         "conversions": int(happened_N2[:, 1].sum()),
+        "reachable": reachable,
         "lines": {
             name: _line(mean_VM[number], mean_VM[0], mean_RVM[:, number], mean_RVM[:, 0])
             for number, name in enumerate(chances)
@@ -186,19 +202,27 @@ def _changes(known: _Known, chances: Mapping[str, Sequence[Numbers]], chosen_N: 
     }
 
 
-def _measured(chance_VSN2: Numbers, happened_N2: NDArray[np.bool_], rows: NDArray[np.int64]) -> Numbers:
-    """Return (V, S, M), the metrics of each target in turn over some rows; NaN where one is undefined."""
-    clicked = rows[happened_N2[rows, 0]]
-    clicked_N2 = happened_N2[clicked]
-    truths = (happened_N2[rows, 0], clicked_N2[:, 1], happened_N2[rows, 1])
-    found = np.full((*chance_VSN2.shape[:2], len(TARGETS) * len(METRICS)), np.nan)
-    for place in np.ndindex(found.shape[:2]):
-        chance_N2 = chance_VSN2[place]
-        given_N = chance_N2[clicked, 1] / chance_N2[clicked, 0].clip(1e-12)
-        scored = zip(truths, (chance_N2[rows, 0], given_N, chance_N2[rows, 1]), strict=True)
-        values = [compute(truth_N, score_N) for truth_N, score_N in scored for compute in METRICS.values()]
-        found[place] = [np.nan if value is None else value for value in values]
-    return found
+def _reachable(known: _Known, chosen_N: NDArray[np.bool_], happened_N2: NDArray[np.bool_]) -> dict[str, Any] | None:
+    """Return the metrics of the true probabilities, where a simulation knows them."""
+    true_N = [shown.chances for (_, shown), counts in zip(known.examples.impressions, chosen_N, strict=True) if counts]
+    if any(chances is None for chances in true_N):
+        return None
+    rows_T = _sorted(np.array(true_N, dtype=np.float64), happened_N2)
+    return {
+        target: dict(zip(METRICS, rows.metrics(np.ones(rows.count)).tolist(), strict=True))
+        for target, rows in zip(TARGETS, rows_T, strict=True)
+    }
+
+
+def _sorted(chance_N2: Numbers, happened_N2: NDArray[np.bool_]) -> list[SortedRows]:
+    """Return the rows of each target, sorted."""
+    clicked_N = happened_N2[:, 0]
+    given = chance_N2[clicked_N, 1] / chance_N2[clicked_N, 0].clip(1e-12)
+    return [
+        SortedRows(clicked_N, chance_N2[:, 0]),
+        SortedRows(happened_N2[clicked_N, 1], given),
+        SortedRows(happened_N2[:, 1], chance_N2[:, 1]),
+    ]
 
 
 def _line(value_M: Numbers, base_M: Numbers, value_RM: Numbers, base_RM: Numbers) -> dict[str, Any]:

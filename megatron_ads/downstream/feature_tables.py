@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_ads.downstream.feature_scores import BASE, METRICS, TARGETS
+from megatron_ads.downstream.feature_scores import BASE, TARGETS
+from megatron_ads.metrics.weighted_scores import METRICS
 from megatron_ads.reporting.page import fixed, text_table
 
 _TABLE_5 = ("predicted", "predicted, of other users")
@@ -22,7 +23,9 @@ def _ranking(scores: Mapping[str, Any]) -> Iterator[str]:
         f"{shown['judged']} impressions held out; {scores['seeds']} rankers a line"
     )
     everyone = scores["all"]["lines"]
-    yield from _block("without features", _values(everyone[BASE]))
+    reachable = scores["all"]["reachable"]
+    best = {target: {name: {"value": value} for name, value in of.items()} for target, of in (reachable or {}).items()}
+    yield from _block("values", [*_values(BASE, everyone[BASE]), *(_values("best reachable", best) if best else [])])
     yield from _block("advertiser paper, table 5: predicted advertisers and interests", _changes(everyone, _TABLE_5))
     yield from _block("Taiji, ablation: all users", _changes(everyone, _ABLATION))
     tail = scores["long_tail"]
@@ -37,8 +40,12 @@ def _block(title: str, rows: Sequence[Sequence[str]]) -> list[str]:
 _NAMES = {"loss": "loss", "auc": "AUC", "pr_auc": "PR-AUC"}
 
 
-def _values(line: Mapping[str, Any]) -> list[list[str]]:
-    return [["", target, *(fixed(line[target][metric]["value"], 4) for metric in METRICS)] for target in TARGETS]
+def _values(name: str, line: Mapping[str, Any]) -> list[list[str]]:
+    names = [name, *[""] * (len(TARGETS) - 1)]
+    return [
+        [shown, target, *(fixed(line[target][metric]["value"], 4) for metric in METRICS)]
+        for shown, target in zip(names, TARGETS, strict=True)
+    ]
 
 
 def _changes(lines: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
@@ -61,7 +68,7 @@ def _percent(value: float | None) -> str:
 
 def _retrieval(scores: Mapping[str, Any]) -> Iterator[str]:
     yield f"retrieval: {scores['users']} users who bought something, {scores['k']} candidates each"
-    head = ["", f"recall@{scores['k']}", "change", "clicked", "survival", "new", "items", "effective"]
+    head = ["", f"recall@{scores['k']}", "change", "clicked", "survival", "repeated", "new", "items", "effective"]
     own = [[f"quota {quota}", *_candidates(line)] for quota, line in scores["quotas"].items()]
     yield from ["", "predicted advertisers beside the main retrieval", *text_table(own, head, left=[""])]
     trained = [[objective, *_candidates(line)] for objective, line in scores["objectives"].items()]
@@ -74,7 +81,7 @@ def _candidates(line: Mapping[str, Any]) -> list[str]:
     return [
         fixed(line["recall"]),
         f"{line['change']:+.3f} [{fixed(low)}, {fixed(high)}]",
-        *(fixed(line[name]) for name in ("clicked", "survival", "new_share")),
+        *(fixed(line[name]) for name in ("clicked", "survival", "repeated_share", "new_share")),
         str(line["different_items"]),
         fixed(line["effective_items"], 1),
     ]

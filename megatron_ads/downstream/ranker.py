@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from megatron_ads.config.downstream import CrossConfig
 from megatron_ads.downstream.examples import Examples
-from megatron_ads.downstream.logs import Item
 from megatron_ads.downstream.retriever import Retriever
 from megatron_ads.downstream.words import Bags, Words, take
 from megatron_ads.progress import Progress
@@ -45,6 +44,37 @@ class Field:
     def of(self, chosen: NDArray[np.int64]) -> csr_matrix:
         """Return the bags of some pairs."""
         return take(self.bags, self.row_N[chosen])
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """N impressions as a ranker learns from them: what is made of texts, once."""
+
+    histories: csr_matrix
+    queries: csr_matrix
+    """Of each impression."""
+    history_N: NDArray[np.int64]
+    """Row of ``histories`` that each impression has."""
+    item_N: NDArray[np.int64]
+    happened_N2: Tensor
+    """Whether it was clicked on, and whether a conversion followed the click."""
+
+    @classmethod
+    def of(cls, examples: Examples, words: Words) -> "Shown":
+        """Return the impressions of some examples."""
+        shown = [each for _, each in examples.impressions]
+        return cls(
+            histories=words.histories(examples.histories),
+            queries=words.queries(each.query for each in shown),
+            history_N=np.array([number for number, _ in examples.impressions], dtype=np.int64),
+            item_N=np.array([each.item for each in shown], dtype=np.int64),
+            happened_N2=torch.tensor([(each.clicked, each.clicked and each.converted) for each in shown]).float(),
+        )
+
+    def users(self, retriever: Retriever, chosen: NDArray[np.int64], searched: NDArray[np.bool_]) -> Tensor:
+        """Return the vectors of the users of some impressions, with the query where it is ``searched`` for."""
+        query = take(self.queries, chosen, searched)
+        return retriever.users(take(self.histories, self.history_N[chosen]), query)
 
 
 class Ranker(nn.Module):
@@ -78,38 +108,31 @@ class Ranker(nn.Module):
 
 
 def train_ranker(
-    examples: Examples,
-    items: list[Item],
-    words: Words,
-    retriever: Retriever,
-    config: CrossConfig,
-    *,
-    seed: int,
-    fields: Sequence[Field] = (),
+    shown: Shown, item_JC: Tensor, retriever: Retriever, config: CrossConfig, *, seed: int, fields: Sequence[Field] = ()
 ) -> Ranker:
     """Return a ranker trained on impressions; bit-equal for the same arguments on one CPU thread.
 
-    ``fields`` are further features of the impressions, in their order.
+    Args:
+        shown: The impressions.
+        item_JC: Vectors of all items.
+        retriever: Whose vectors of users are taken; it is not trained.
+        config: Settings.
+        seed: Of first weights and order.
+        fields: Further features of the impressions, in their order.
     """
     torch.manual_seed(seed)
-    item_JC = retriever.items(words.items(items))
     model = Ranker(config, item_JC.shape[1], buckets=[field.bags.shape[1] for field in fields])
     draw = np.random.default_rng([seed, 2])
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    shown = [each for _, each in examples.impressions]
-    history_N = np.array([number for number, _ in examples.impressions])
-    item_N = np.array([each.item for each in shown])
-    happened_N2 = torch.tensor([(each.clicked, each.clicked and each.converted) for each in shown]).float()
-    histories, queries = words.histories(examples.histories), words.queries(each.query for each in shown)
-    steps = config.epochs * -(-len(shown) // config.batch_size)
+    count = len(shown.item_N)
+    steps = config.epochs * -(-count // config.batch_size)
     with Progress(steps, description="training the ranker") as progress:
         for _ in range(config.epochs):
-            searched = draw.random(len(shown)) < config.query_share
-            for batch in np.array_split(draw.permutation(len(shown)), steps // config.epochs):
-                query = take(queries, batch, searched[batch])
-                user_NC = retriever.users(take(histories, history_N[batch]), query)
-                logits_N2 = model(user_NC, item_JC[item_N[batch]], [field.of(batch) for field in fields])
-                loss = _loss(logits_N2, happened_N2[batch])
+            searched = draw.random(count) < config.query_share
+            for batch in np.array_split(draw.permutation(count), steps // config.epochs):
+                user_NC = shown.users(retriever, batch, searched[batch])
+                logits_N2 = model(user_NC, item_JC[shown.item_N[batch]], [field.of(batch) for field in fields])
+                loss = _loss(logits_N2, shown.happened_N2[batch])
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_ads.config.downstream import Objective
-from megatron_ads.downstream.candidates import diversity, merged, targeted
+from megatron_ads.downstream.candidates import Merged, diversity, merged, targeted
 from megatron_ads.downstream.examples import Examples, Purchase
 from megatron_ads.downstream.logs import Impression, read_team_logs
 from megatron_ads.downstream.retriever import positives_of
@@ -17,26 +17,26 @@ from tests.downstream.logs import TABLES, write_tables
 
 def test_the_filter_keeps_predicted_items_and_the_towers_order_them() -> None:
     scores = np.array([[0.1, 0.9, 0.5, 0.7], [0.4, 0.3, 0.2, 0.1]], dtype=np.float32)
-    assert targeted(scores, [[0, 3, 2], []], 2) == [[3, 2], []]
-    assert targeted(scores, [[0, 3, 2], [3]], 5) == [[3, 2, 0], [3]]
-    assert targeted(scores, [[0], [3]], 0) == [[], []]
+    assert targeted(scores, [[0, 3, 2], []]) == [[3, 2, 0], []]
 
 
-def test_the_channel_has_its_quota_behind_the_main_retrieval_and_each_item_comes_once() -> None:
+def test_the_channel_fills_its_quota_behind_the_main_retrieval_and_each_item_comes_once() -> None:
     main = [0, 1, 2, 3, 4, 5]
-    assert merged(main, [9, 8, 7], k=4, quota=0) == [0, 1, 2, 3]
-    assert merged(main, [9, 8, 7], k=4, quota=2) == [0, 1, 9, 8]
-    # 1 is there already, so that main's next one follows 9; without any predicted, main fills the quota.
-    assert merged(main, [1, 9, 8], k=4, quota=2) == [0, 1, 9, 2]
-    assert merged(main, [], k=4, quota=2) == [0, 1, 2, 3]
-    assert merged(main, [9, 8, 7, 6], k=4, quota=4) == [9, 8, 7, 6]
+    assert merged(main, [9, 8, 7], k=4, quota=0) == Merged([0, 1, 2, 3], [], 0)
+    assert merged(main, [9, 8, 7], k=4, quota=2) == Merged([0, 1, 9, 8], [9, 8], 0)
+    # 1 is there already, so that 8 follows 9; main's third is given by the channel; without any, main fills the quota.
+    assert merged(main, [1, 9, 8], k=4, quota=2) == Merged([0, 1, 9, 8], [9, 8], 1)
+    assert merged(main, [2], k=4, quota=2) == Merged([0, 1, 2, 3], [2], 0)
+    assert merged(main, [], k=4, quota=2) == Merged([0, 1, 2, 3], [], 0)
+    assert merged(main, [9, 8, 7, 6], k=4, quota=4) == Merged([9, 8, 7, 6], [9, 8, 7, 6], 0)
 
 
 def test_diversity_counts_what_the_main_retrieval_lacks_and_how_evenly_items_come() -> None:
-    # Of 3 candidates of the channel, main has 1. Items 0 and 1 are candidates once, item 2 twice: shares 1/4, 1/4, 1/2,
-    # entropy 1.5 bits, so 2^1.5 = 2.83 items.
-    found = diversity([[0, 2], [1, 2]], [[0, 1], [1, 2]], [[2], [2, 3]], items=5)
-    assert found.new_share == pytest.approx(2 / 3)
+    # k is 2. The channel gives 2 to the first user, whom main gives 0 and 1, and 1 to the second, whom main gives 2 and
+    # 1: one of two is new. It wanted to repeat one. Items 0, 1, 2 are candidates once, once, twice: entropy 1.5 bits.
+    candidates = [Merged([0, 2], [2], 0), Merged([2, 1], [1], 1)]
+    found = diversity(candidates, [[0, 1, 2], [2, 1, 0]], k=2)
+    assert (found.new_share, found.repeated_share) == (pytest.approx(1 / 2), pytest.approx(1 / 3))
     assert found.different_items == 3 and found.effective_items == pytest.approx(2**1.5)
 
 
