@@ -146,6 +146,7 @@ class FeaturePath:
         )
         scores = self.out / f"scores-{name}.json"
         judge = [*self._downstream("evaluate"), "--features", str(features), "--seeds", str(self.arguments.seeds)]
+        judge += ["--objectives"] if name == self.arguments.answers[0] else []
         yield Stage(
             name=f"scores-{name}", title=f"judge features of {name}", after=[f"features-{name}"], outputs=[scores],
             settings={"command": judge, "code": own_code_digest()},

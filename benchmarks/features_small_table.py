@@ -18,8 +18,28 @@ def tables(results: Results) -> str:
         f"{judged['conversions']} conversions; {first['seeds']} rankers a line, trained on "
         f"{first['impressions']['learned']} impressions.\n"
     )
-    parts = [head, _recalls(results), _lines(results, "all", "all users"), _lines(results, "long_tail", "long tail")]
+    parts = [
+        head,
+        _verdicts(results),
+        _recalls(results),
+        _lines(results, "all", "all users"),
+        _lines(results, "long_tail", "long tail"),
+    ]
     return "\n".join([*parts, _channel(results, "quotas", "quota"), _channel(results, "objectives", "objective")])
+
+
+def _verdicts(results: Results) -> str:
+    """Return whether predicted advertisers and interests lift PR-AUC of ctcvr, and those of other users do not."""
+    lines = []
+    for who, found in results.items():
+        of_line = found["ranking"]["all"]["lines"]
+        lows = [of_line[name]["ctcvr"]["pr_auc"]["relative_interval"][0] > 0 for name in _JUDGED]
+        said = [f"{name}: {'a lift' if lifts else 'no lift'}" for name, lifts in zip(_JUDGED, lows, strict=True)]
+        lines.append(f"- PR-AUC of ctcvr, answers of {who}: {'; '.join(said)}.")
+    return "\n".join([*lines, ""])
+
+
+_JUDGED = ("predicted", "predicted, of other users")
 
 
 def _recalls(results: Results) -> str:

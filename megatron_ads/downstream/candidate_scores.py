@@ -36,32 +36,38 @@ _SURVIVORS = 4
 """One in so many candidates survives."""
 
 
-def candidate_scores(pipeline: Pipeline, logs: Logs, features: Mapping[Place, UserFeatures]) -> dict[str, Any]:
-    """Return the scores of every quota, and of every objective at one quota, as JSON values.
+def candidate_scores(
+    pipeline: Pipeline, logs: Logs, features: Mapping[Place, UserFeatures], *, objectives: bool
+) -> dict[str, Any]:
+    """Return the scores of every quota and, if asked for, of every objective at one quota, as JSON values.
 
     Raises:
         DataError: If no user held out has features and bought something.
     """
     asked = _Asked.prepare(pipeline, held_out_examples(logs, pipeline.config), features)
-    learned = training_examples(logs, pipeline.config)
-    towers = {}
-    for objective in Objective:
-        config = replace(pipeline.config.retriever, objective=objective)
-        same = objective is pipeline.config.retriever.objective
-        with one_thread():
-            towers[objective] = (
-                pipeline.retriever
-                if same
-                else train_retriever(learned, pipeline.items, pipeline.words, config, seed=pipeline.config.seed)
-            )
-    own = towers[pipeline.config.retriever.objective]
+    trained = _towers(pipeline, logs) if objectives else {}
     return {
         "k": K,
         "users": len(asked.numbers),
-        "quotas": {str(quota): asked.scores(own, quota) for quota in QUOTAS},
+        "quotas": {str(quota): asked.scores(pipeline.retriever, quota) for quota in QUOTAS},
         "objective_quota": OBJECTIVE_QUOTA,
-        "objectives": {str(name): asked.scores(tower, OBJECTIVE_QUOTA) for name, tower in towers.items()},
+        "objectives": {str(name): asked.scores(tower, OBJECTIVE_QUOTA) for name, tower in trained.items()},
     }
+
+
+def _towers(pipeline: Pipeline, logs: Logs) -> dict[Objective, Retriever]:
+    """Return towers trained for each objective; the pipeline's own where it is theirs."""
+    found, own = {}, pipeline.config.retriever
+    learned = training_examples(logs, pipeline.config)
+    for objective in Objective:
+        config = replace(own, objective=objective)
+        with one_thread():
+            found[objective] = (
+                pipeline.retriever
+                if objective is own.objective
+                else train_retriever(learned, pipeline.items, pipeline.words, config, seed=pipeline.config.seed)
+            )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

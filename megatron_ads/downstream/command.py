@@ -60,7 +60,8 @@ of clicks, and of clicks followed by a conversion (ctcvr). Brackets hold bootstr
 With --features, what `downstream features` wrote, it says instead what these are worth: to the ranker, trained with and
 without them from the same seeds (the advertiser paper's table 5; Taiji's features within and across users, for all and
 for users with short histories; and the features of other users, which must change nothing), and to retrieval, where
-predicted advertisers are a filter before the two towers. Brackets hold paired intervals."""
+predicted advertisers are a filter before the two towers; --objectives adds towers trained for conversions, for clicks
+weighted by the duration of the visit, and for impressions. Brackets hold paired intervals."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--pipeline", type=Path, required=True, metavar="DIR", help="folder that train wrote")
     evaluate.add_argument("--features", type=Path, metavar="FILE", help="say what these features are worth")
     evaluate.add_argument("--seeds", type=int, default=3, metavar="N", help="rankers of a line (default 3); --features")
+    evaluate.add_argument(
+        "--objectives", action="store_true", help="--features: train the channel's towers for each objective, too"
+    )
     evaluate.set_defaults(run_downstream=_evaluate)
     add_rows_arguments(_command(commands, "rows", "write rows whose answers become features", ROWS))
     add_features_arguments(_command(commands, "features", "turn answers into features", FEATURES))

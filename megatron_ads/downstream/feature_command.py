@@ -171,7 +171,7 @@ def run_feature_evaluation(args: argparse.Namespace) -> int:
     scores = {
         "digest": pipeline.digest,
         "ranking": feature_scores(pipeline, logs, features, seeds=args.seeds),
-        "retrieval": candidate_scores(pipeline, logs, features),
+        "retrieval": candidate_scores(pipeline, logs, features, objectives=args.objectives),
     }
     print(json.dumps(scores) if args.json else "\n".join(feature_tables(scores)))
     return 0

@@ -71,6 +71,8 @@ def _retrieval(scores: Mapping[str, Any]) -> Iterator[str]:
     head = ["", f"recall@{scores['k']}", "change", "clicked", "survival", "repeated", "new", "items", "effective"]
     own = [[f"quota {quota}", *_candidates(line)] for quota, line in scores["quotas"].items()]
     yield from ["", "predicted advertisers beside the main retrieval", *text_table(own, head, left=[""])]
+    if not scores["objectives"]:
+        return
     trained = [[objective, *_candidates(line)] for objective, line in scores["objectives"].items()]
     title = f"objective of the channel's two towers (advertiser paper, 4.5.1), quota {scores['objective_quota']}"
     yield from ["", title, *text_table(trained, head, left=[""])]

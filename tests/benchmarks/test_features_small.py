@@ -50,7 +50,8 @@ def test_tables_have_each_line_and_what_is_reachable() -> None:
     metrics = {name: score(0.25) for name in ("loss", "auc", "pr_auc")}
     line = dict.fromkeys(("click", "conversion", "ctcvr"), metrics)
     reachable = {target: {"loss": 0.1, "auc": 0.9, "pr_auc": 0.5} for target in line}
-    lines = {"without features": line, "predicted": line}
+    lifted = {**line, "ctcvr": {**metrics, "pr_auc": {**score(0.25), "relative_interval": [0.01, 0.03]}}}
+    lines = {"without features": line, "predicted": lifted, "predicted, of other users": line}
     part = {"lines": lines, "conversions": 7, "impressions": 90, "reachable": reachable}
     channel = {
         "recall": 0.5, "change": 0.25, "change_interval": [0.125, 0.375], "clicked": None, "survival": 0.5,
@@ -61,6 +62,7 @@ def test_tables_have_each_line_and_what_is_reachable() -> None:
     recall = {"recall@1": 0.1, "recall@5": 0.2, "recall@20": 0.3}
     text = tables({"best": {"ranking": ranking, "retrieval": retrieval, "recall": recall, "minutes": 3.0}})
     assert "| best | predicted | +1.25% (-0.50 to +3.00) |" in text
+    assert "answers of best: predicted: a lift; predicted, of other users: no lift." in text
     assert text.count("|  | best reachable | 0.5000 | 0.5000 | 0.5000 | 0.1000 | 0.9000 |") == 2
     assert "| best | 5 | 0.500 | +0.250 (0.125 to 0.375) | – | 0.500 | 0.500 | 0.750 | 12 | 8.5 |" in text
     assert "4 users held out with 90 impressions and 7 conversions; 2 rankers a line" in text

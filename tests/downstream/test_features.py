@@ -251,7 +251,7 @@ def test_the_commands_lead_from_logs_to_tables(
     assert cli.main(["downstream", "features", *given, *make, "--json", "bits=4"]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["rows"] == printed["with_advertisers"] == len(asked) > 200
-    judge = ["downstream", "evaluate", *given, "--features", files["features.parquet"], "--seeds", "1"]
+    judge = ["downstream", "evaluate", *given, "--features", files["features.parquet"], "--seeds", "1", "--objectives"]
     assert cli.main(judge) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in ("table 5", "PR-AUC", "long-tail", "across users", "quota 5", "impressions"))
