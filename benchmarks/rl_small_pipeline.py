@@ -61,7 +61,8 @@ def gain(before: Sequence[float] | None, after: Sequence[float] | None) -> dict[
 def _found(pipeline: "Pipeline", rows: Sequence["ChatRow"], texts: Mapping[str, str]) -> list[float]:
     """Return for each row whether its true item is among K that are retrieved with what ``texts`` has for its id."""
     from megatron_ads.downstream.words import history_of
-    from megatron_ads.rewards.frozen_pipeline import query_of, texts_of_answer, true_item
+    from megatron_ads.rewards.frozen_pipeline import query_of, true_item
+    from megatron_ads.tasks.answer_texts import texts_of_answer
 
     added = [texts_of_answer(row, texts[row.id]) if row.id in texts else [] for row in rows]
     queries = ["\n".join([query_of(row), *lines]) for row, lines in zip(rows, added, strict=True)]

@@ -48,6 +48,8 @@ FOLDERS_READ = [
 LOGS_READ = [
     "downstream train --logs BAD --out NEW",
     "downstream evaluate --logs NEW --pipeline BAD",
+    "downstream rows --logs NEW --pipeline BAD --out NEW",
+    "downstream features --logs NEW --pipeline BAD --rows NEW --answers NEW --out NEW",
 ]
 FILES_READ = [
     "convert to-megatron MODEL NEW --recipe BAD",
@@ -66,6 +68,8 @@ FILES_READ = [
     f"{EVALUATE} --model MODEL --names BAD",
     f"evaluate --recipe sft/quickstart {ROWS} --answers BAD",
     f"{EVALUATE} --model MODEL --compare BAD",
+    "downstream features --logs NEW --pipeline NEW --rows BAD --answers NEW --out NEW",
+    "downstream evaluate --logs NEW --pipeline NEW --features BAD",
     "parity --hf MODEL --prompts BAD --out NEW",
     "quickstart --out NEW data.sources=[{kind: jsonl, path: BAD}]",
 ]
@@ -89,6 +93,8 @@ FILES_WRITTEN = [
     "plan --recipe sft/quickstart --model MODEL --html BAD",
     f"{EVALUATE} --model MODEL --answers BAD",
     f"{EVALUATE} --model MODEL --html BAD",
+    "downstream rows --logs NEW --pipeline NEW --out BAD",
+    "downstream features --logs NEW --pipeline NEW --rows NEW --answers NEW --out BAD",
 ]
 
 READ_WRONGLY = ("missing", "loop", "below a file", "long name", "forbidden")

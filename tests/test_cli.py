@@ -38,6 +38,8 @@ COMMAND_LINES = [
     ["downstream"],
     ["downstream", "train"],
     ["downstream", "evaluate"],
+    ["downstream", "rows"],
+    ["downstream", "features"],
     ["parity"],
     ["plan"],
     ["quickstart"],

@@ -1,35 +1,52 @@
-"""The settings of `downstream train`: how the frozen pipeline is cut from logs, and how its two models are trained.
+"""The settings of the frozen pipeline: how it is cut from logs, how its two models are trained, how features are made.
 
 Importing this module needs no torch.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from megatron_ads.config.data import HistoryConfig
 from megatron_ads.config.recipe_errors import explain
 from megatron_ads.errors import require_above, require_at_least, require_between
+
+
+class Objective(StrEnum):
+    """What the retriever takes for a good item (advertiser paper, 4.5.1)."""
+
+    conversions = "conversions"
+    """What was bought."""
+    clicks = "clicks"
+    """What was clicked on; a click counts by the logarithm of how long the visit lasted."""
+    impressions = "impressions"
+    """What was shown."""
 
 
 @dataclass(kw_only=True, slots=True)  # not frozen, here and below: OmegaConf merges into it
 class TowersConfig:
     """Retriever: two towers."""
 
+    objective: Objective = Objective.conversions
+    """What is learned from: ``conversions``, ``clicks`` or ``impressions``."""
+
     dimensions: int = 64
     """Length of the vectors of users and items."""
     hidden: int = 128
     """Width of the hidden layer of each tower."""
     epochs: int = 10
-    """Passes over the conversions."""
+    """Passes over the examples."""
     batch_size: int = 256
-    """Conversions in a batch; each is compared with the items of the others."""
+    """Examples in a batch; each is compared with the items of the others."""
     learning_rate: float = 3e-3
     """Of Adam."""
     query_share: float = 0.5
-    """Share of examples that show the search before the conversion; the others know the history alone."""
+    """Share of examples that show the search before them; the others know the history alone."""
     name_share: float = 0.2
     """Share of examples whose query is the item's own name: people search for names, and answers give them."""
 
@@ -103,8 +120,52 @@ class DownstreamConfig:
         require_between("downstream", self, 0.01, 0.99, "held_out")
 
 
+@dataclass(kw_only=True, slots=True)
+class RowsConfig:
+    """How the rows look that `downstream rows` writes."""
+
+    history: HistoryConfig = field(default_factory=HistoryConfig)
+    """How much of a user's history a prompt shows."""
+
+    def check(self) -> None:
+        """Refuse impossible values.
+
+        Raises:
+            ConfigError: Naming the setting.
+        """
+        self.history.check("history")
+
+
+@dataclass(kw_only=True, slots=True)
+class FeatureConfig:
+    """How answers become features, in `downstream features`."""
+
+    encoder: str | None = None
+    """Model of sentence-transformers that embeds answers, a name on the hub or a folder; None: TF-IDF."""
+    dimensions: int = 64
+    """Length of the vectors of TF-IDF."""
+    parts: int = 8
+    """Product-quantised codes of an answer: each is of one part of its vector."""
+    bits: int = 6
+    """Of a code, which is below 2^bits."""
+    events: int = 100
+    """Most recent events of the most similar user."""
+    seed: int = 0
+    """Of the first centroids of the codes."""
+
+    def check(self) -> None:
+        """Refuse impossible values.
+
+        Raises:
+            ConfigError: Naming the setting.
+        """
+        require_at_least("features", self, 1, "dimensions", "parts", "events")
+        require_between("features", self, 1, 16, "bits")
+        require_at_least("features", self, 0, "seed")
+
+
 def load_downstream(settings: object, source: str) -> DownstreamConfig:
-    """Return checked settings.
+    """Return checked settings of a pipeline.
 
     Args:
         settings: Overrides such as ``retriever.epochs=8``, or the object that a pipeline's folder has.
@@ -113,13 +174,30 @@ def load_downstream(settings: object, source: str) -> DownstreamConfig:
     Raises:
         ConfigError: If a setting is unknown (the nearest known one is named), has the wrong type or is impossible.
     """
+    return _load(DownstreamConfig, settings, source)
+
+
+def load_features(settings: object, source: str) -> FeatureConfig:
+    """Return checked settings of features; arguments and errors as of ``load_downstream``."""
+    return _load(FeatureConfig, settings, source)
+
+
+def load_rows(settings: object, source: str) -> RowsConfig:
+    """Return checked settings of rows; arguments and errors as of ``load_downstream``."""
+    return _load(RowsConfig, settings, source)
+
+
+Config = TypeVar("Config", DownstreamConfig, RowsConfig, FeatureConfig)
+
+
+def _load(schema: type[Config], settings: object, source: str) -> Config:
     try:
         given = OmegaConf.from_dotlist(list(settings)) if isinstance(settings, Sequence) else settings
-        merged = OmegaConf.merge(OmegaConf.structured(DownstreamConfig), given)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise explain(error, schema=DownstreamConfig, recipe=source) from None
+        raise explain(error, schema=schema, recipe=source) from None
     assert isinstance(merged, DictConfig)
     config = OmegaConf.to_object(merged)
-    assert isinstance(config, DownstreamConfig)
+    assert isinstance(config, schema)
     config.check()
     return config

@@ -1,11 +1,16 @@
-"""`megatron-ads downstream`: a small ads pipeline, trained once and frozen, that rewards put answers into.
+"""`megatron-ads downstream`: a small ads pipeline, trained once, and what a model's answers are worth to it.
 
     megatron-ads data simulate --out simulated --users 10000 --rows 0
     megatron-ads downstream train --logs simulated --out runs/downstream
     megatron-ads downstream evaluate --pipeline runs/downstream --logs simulated
+    megatron-ads downstream rows --pipeline runs/downstream --logs simulated --out rows.jsonl
+    megatron-ads downstream features --pipeline runs/downstream --logs simulated --rows rows.jsonl \\
+      --answers answers.jsonl --out features.parquet
+    megatron-ads downstream evaluate --pipeline runs/downstream --logs simulated --features features.parquet
 
 A two-tower retriever finds the items a user will buy, from the history and, where there is one, a query; a ranker
-(DCN-v2) says how likely a user clicks on an item and converts after it.
+(DCN-v2) says how likely a user clicks on an item and converts after it. Rewards put answers into it, frozen; features
+made of answers are learned from by a ranker of their own.
 """
 
 import argparse
@@ -13,6 +18,14 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+
+from megatron_ads.downstream.feature_command import (
+    FEATURES,
+    ROWS,
+    add_features_arguments,
+    add_rows_arguments,
+    run_feature_evaluation,
+)
 
 Subparsers = Any  # argparse names its type argparse._SubParsersAction
 
@@ -26,10 +39,11 @@ _TRAIN = """Train a retriever and a ranker on logs and write them into a new fol
 
     items        item, text
     events       user, time, event, text; optional: advertiser, category, brand, age, gender, state
-    impressions  user, time, item, clicked, converted; optional: query
+    impressions  user, time, item, clicked, converted; optional: query, seconds
 
 item is what an answer names; event is onsite_search, offsite_search, click, page_view, offsite_url,
-attributed_conversion or matched_conversion, and a conversion is with the item that advertiser names.
+attributed_conversion or matched_conversion, and a conversion is with the item that advertiser names. seconds is how
+long who clicked stayed there; retriever.objective=clicks counts clicks by it.
 
 Nothing is learned from a share of the users (held_out), nor from the last answer_days. The same logs and settings give
 the same weights, bit by bit. Settings are described in megatron_ads/config/downstream.py."""
@@ -38,9 +52,16 @@ _EVALUATE = """Score a frozen pipeline on the users and days that it did not lea
 
     megatron-ads downstream evaluate --pipeline runs/downstream --logs simulated
     megatron-ads downstream evaluate --pipeline runs/downstream --logs simulated --json
+    megatron-ads downstream evaluate --pipeline runs/downstream --logs simulated --features features.parquet --seeds 5
 
 Retrieval: recall@k and NDCG@k of the first purchase. Ranking: AUC, area under the precision-recall curve and log-loss
-of clicks, and of clicks followed by a conversion (ctcvr). Brackets hold bootstrap 95 % intervals over users."""
+of clicks, and of clicks followed by a conversion (ctcvr). Brackets hold bootstrap 95 % intervals over users.
+
+With --features, what `downstream features` wrote, it says instead what these are worth: to the ranker, trained with and
+without them from the same seeds (the advertiser paper's table 5; Taiji's features within and across users, for all and
+for users with short histories; and the features of other users, which must change nothing), and to retrieval, where
+predicted advertisers are a filter before the two towers; --objectives adds towers trained for conversions, for clicks
+weighted by the duration of the visit, and for impressions. Brackets hold paired intervals."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.set_defaults(run_downstream=_train)
     evaluate = _command(commands, "evaluate", "score a pipeline on held-out users", _EVALUATE)
     evaluate.add_argument("--pipeline", type=Path, required=True, metavar="DIR", help="folder that train wrote")
+    evaluate.add_argument("--features", type=Path, metavar="FILE", help="say what these features are worth")
+    evaluate.add_argument("--seeds", type=int, default=3, metavar="N", help="rankers of a line (default 3); --features")
+    evaluate.add_argument(
+        "--objectives", action="store_true", help="--features: train the channel's towers for each objective, too"
+    )
     evaluate.set_defaults(run_downstream=_evaluate)
+    add_rows_arguments(_command(commands, "rows", "write rows whose answers become features", ROWS))
+    add_features_arguments(_command(commands, "features", "turn answers into features", FEATURES))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -101,6 +129,8 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    if args.features is not None:
+        return run_feature_evaluation(args)
     from megatron_ads.downstream.evaluate import evaluate_pipeline  # imports torch: keep --help instant
     from megatron_ads.downstream.pipeline_folder import load_pipeline
     from megatron_ads.downstream.simulated_logs import read_logs

@@ -14,7 +14,7 @@ from megatron_ads.downstream.examples import Examples, Purchase, held_out_exampl
 from megatron_ads.downstream.logs import Logs
 from megatron_ads.downstream.pipeline import Pipeline
 from megatron_ads.errors import DataError
-from megatron_ads.metrics.classification import auc, average_precision
+from megatron_ads.metrics.classification import auc, average_precision, log_loss
 from megatron_ads.metrics.intervals import ends, mean_interval, statistic_interval
 from megatron_ads.metrics.ranking import RECALLS, most_popular, ndcg_at, position_of, recall_at, recent_then_popular
 from megatron_ads.tasks.user_history import CONVERSIONS, UserHistory
@@ -31,12 +31,7 @@ def evaluate_pipeline(pipeline: Pipeline, logs: Logs) -> dict[str, Any]:
     Raises:
         DataError: If the logs have other items, or too few held-out users.
     """
-    names = [item.name for item in pipeline.items]
-    if [item.name for item in logs.items] != names:
-        raise DataError(
-            f"The logs have {len(logs.items)} items, which are not the {len(names)} of the pipeline in its order. "
-            "Evaluate on the logs that it was trained on."
-        )
+    require_items(pipeline, logs)
     examples = held_out_examples(logs, pipeline.config)
     first: dict[int, Purchase] = {}
     for purchase in examples.purchases:
@@ -48,6 +43,20 @@ def evaluate_pipeline(pipeline: Pipeline, logs: Logs) -> dict[str, Any]:
         "retrieval": _retrieval(pipeline, examples, list(first.values())),
         "ranking": _ranking(pipeline, examples),
     }
+
+
+def require_items(pipeline: Pipeline, logs: Logs) -> None:
+    """Refuse logs with other items than those of a pipeline.
+
+    Raises:
+        DataError: If they have.
+    """
+    names = [item.name for item in pipeline.items]
+    if [item.name for item in logs.items] != names:
+        raise DataError(
+            f"The logs have {len(logs.items)} items, which are not the {len(names)} of the pipeline in its order. "
+            "Name the logs that it was trained on."
+        )
 
 
 def _retrieval(pipeline: Pipeline, examples: Examples, purchases: Sequence[Purchase]) -> dict[str, dict[str, Score]]:
@@ -116,13 +125,8 @@ def _own_rates(pipeline: Pipeline) -> NDArray[np.float64]:
     return rates
 
 
-def _log_loss(truth_N: NDArray[np.bool_], chance_N: NDArray[np.float64]) -> float:
-    clipped_N = chance_N.clip(1e-7, 1 - 1e-7)
-    return float(-np.log(np.where(truth_N, clipped_N, 1 - clipped_N)).mean())
-
-
 Compute = Callable[[Any, Any], float | None]
-_SCORES: dict[str, Compute] = {"auc": auc, "pr_auc": average_precision, "log_loss": _log_loss}
+_SCORES: dict[str, Compute] = {"auc": auc, "pr_auc": average_precision, "log_loss": log_loss}
 
 
 def _with_interval(

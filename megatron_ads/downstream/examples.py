@@ -32,15 +32,31 @@ class Purchase:
     """What the user searched for shortly before; empty if nothing."""
 
 
+Place = tuple[str, int]
+"""A user and an anchor, in whole seconds since 1970: what features are found by."""
+
+
 @dataclass(slots=True)
 class Examples:
     """Histories, and what followed each within ``answer_days``."""
 
     histories: list[UserHistory] = field(default_factory=list)
+    anchors: list[float] = field(default_factory=list)
+    """When each history ends, in seconds since 1970."""
     purchases: list[Purchase] = field(default_factory=list)
     """In order of time for each history."""
     impressions: list[tuple[int, Impression]] = field(default_factory=list)
     """With the number of a history."""
+
+    @property
+    def places(self) -> list[Place]:
+        """The user and the anchor of each history."""
+        return [place_at(one.user_id, anchor) for one, anchor in zip(self.histories, self.anchors, strict=True)]
+
+
+def place_at(user: str, anchor: float) -> Place:
+    """Return what the features of a user at an anchor are found by."""
+    return user, round(anchor)
 
 
 def held_out(user: str, config: DownstreamConfig) -> bool:
@@ -85,6 +101,7 @@ def _examples(
             if history.events:
                 number_of[user, anchor] = len(made.histories)
                 made.histories.append(history)
+                made.anchors.append(anchor)
                 found = _purchases(logs.events[user], anchor, numbers, config)
                 made.purchases += [Purchase(len(made.histories) - 1, item, query) for item, query in found]
         first, end = (bisect_left(logs.impressions, time, key=lambda each: each.time) for time in _ends(anchor, config))

@@ -1,5 +1,6 @@
 """One table of a folder of logs, read row by row; what is wrong with a row is told with its file and number."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -62,3 +63,21 @@ def flag_of(cells: Cells, name: str) -> bool:
     if word not in ("0", "1", "true", "false"):
         raise BadRowError(BadRow.wrong_type, f"{name} is {cell!r:.40}; it must be true, false, 1 or 0.")
     return word in ("1", "true")
+
+
+def seconds_of(cells: Cells) -> float | None:
+    """Return how long a visit lasted; None where nothing is said.
+
+    Raises:
+        BadRowError: If it is no number, or below 0.
+    """
+    cell = cells.get("seconds")
+    if cell is None or cell == "":
+        return None
+    try:
+        seconds = float(str(cell))
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise BadRowError(BadRow.wrong_type, f"seconds is {cell!r:.40}; it must be a number of seconds, 0 or more.")
+    return seconds

@@ -4,10 +4,11 @@ A team's folder holds three tables, each a Parquet, JSONL, CSV or TSV file (``it
 
     items        item, text
     events       user, time, event, text; optional: advertiser, category, brand, age, gender, state
-    impressions  user, time, item, clicked, converted; optional: query
+    impressions  user, time, item, clicked, converted; optional: query, seconds
 
 ``item`` is what an answer names. Events are those of the source kind ``table``: ``event`` is a kind of
-``tasks.user_history``, and a conversion is with the item that ``advertiser`` names.
+``tasks.user_history``, and a conversion is with the item that ``advertiser`` names. ``seconds`` is how long who clicked
+stayed there.
 """
 
 from collections import defaultdict
@@ -20,7 +21,7 @@ from megatron_ads.data.event_tables import read_event
 from megatron_ads.data.table_fields import optional_text, text_of, time_of
 from megatron_ads.data.table_files import Cells
 from megatron_ads.data.user_features import SECONDS_PER_DAY, LoggedEvent
-from megatron_ads.downstream.log_tables import flag_of, read_rows
+from megatron_ads.downstream.log_tables import flag_of, read_rows, seconds_of
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.ranking import same_name
 from megatron_ads.tasks.user_history import Demographics
@@ -50,6 +51,8 @@ class Impression:
     """What was searched for; empty where nothing was."""
     clicked: bool
     converted: bool
+    seconds: float | None = None
+    """How long who clicked stayed on the page behind it; None where it is not known."""
     chances: tuple[float, float] | None = None
     """The true probabilities of a click, and of a conversion through it, where a simulation knows them."""
 
@@ -118,11 +121,14 @@ def read_team_logs(folder: Path) -> Logs:
             query=optional_text(cells, "query"),
             clicked=flag_of(cells, "clicked"),
             converted=flag_of(cells, "converted"),
+            seconds=seconds_of(cells),
         )
 
     more = ("advertiser", "category", "brand", *_ABOUT)
     events = read_rows(folder, "events", event, ("user", "time", "event", "text"), more)
-    shown = read_rows(folder, "impressions", impression, ("user", "time", "item", "clicked", "converted"), ("query",))
+    shown = read_rows(
+        folder, "impressions", impression, ("user", "time", "item", "clicked", "converted"), ("query", "seconds")
+    )
     return make_logs(items, events, {user: Demographics(**known) for user, known in about.items()}, shown)
 
 

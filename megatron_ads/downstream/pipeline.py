@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_ads.config.downstream import DownstreamConfig
 from megatron_ads.downstream.examples import Examples, training_examples
 from megatron_ads.downstream.logs import Item, Logs, item_numbers
-from megatron_ads.downstream.ranker import Ranker, train_ranker
+from megatron_ads.downstream.ranker import Ranker, Shown, train_ranker
 from megatron_ads.downstream.retriever import Retriever, top_k, train_retriever
 from megatron_ads.downstream.words import Words
 from megatron_ads.metrics.ranking import same_name
@@ -97,8 +97,9 @@ def train_pipeline(logs: Logs, config: DownstreamConfig) -> Pipeline:
     items = list(logs.items)
     with one_thread():
         retriever = train_retriever(examples, items, words, config.retriever, seed=config.seed)
-        ranker = train_ranker(examples, items, words, retriever, config.ranker, seed=config.seed)
-        table = _score_table(examples, words, retriever, ranker, retriever.items(words.items(items)))
+        item_JC = retriever.items(words.items(items))
+        ranker = train_ranker(Shown.of(examples, words), item_JC, retriever, config.ranker, seed=config.seed)
+        table = _score_table(examples, words, retriever, ranker, item_JC)
     return Pipeline(
         config=config,
         items=items,

@@ -15,7 +15,7 @@ from megatron_ads.data.simulator.histories import SHOPPER
 from megatron_ads.data.table_fields import text_of, time_of
 from megatron_ads.data.table_files import Cells
 from megatron_ads.data.user_features import LoggedEvent
-from megatron_ads.downstream.log_tables import flag_of, read_rows
+from megatron_ads.downstream.log_tables import flag_of, read_rows, seconds_of
 from megatron_ads.downstream.logs import Impression, Item, Logs, make_logs, read_team_logs
 from megatron_ads.errors import DataError
 from megatron_ads.tasks.user_history import Demographics, EventKind
@@ -49,7 +49,7 @@ def read_simulated_logs(folder: Path) -> Logs:
     events = read_rows(folder, "sessions", world.search, ("user", "time", "onsite", "query"))
     events += read_rows(folder, "conversions", world.conversion, ("user", "time", "kind", "advertiser", "attributed"))
     events += read_rows(folder, "visits", world.visit, ("user", "time", "kind", "advertiser"))
-    shown = read_rows(folder, "impressions", world.impression, ("user", "time", "query", "ad", *_HAPPENED), _CHANCES)
+    shown = read_rows(folder, "impressions", world.impression, ("user", "time", "query", "ad", *_HAPPENED), _MORE)
     events += [click for _, click in shown if click is not None]
     about = dict(read_rows(folder, "users", _about, ("user", "age", "gender", "place", "price_level")))
     return make_logs(world.items(), events, about, [impression for impression, _ in shown])
@@ -57,6 +57,7 @@ def read_simulated_logs(folder: Path) -> Logs:
 
 _HAPPENED = ("clicked", "converted")
 _CHANCES = ("click_chance", "conversion_chance")
+_MORE = ("seconds", *_CHANCES)
 
 
 def _numbered(folder: Path, number: str, columns: tuple[str, ...], *, table: str | None = None) -> Numbered:
@@ -129,6 +130,7 @@ class _World:
             query=query["text"],
             clicked=flag_of(row, "clicked"),
             converted=flag_of(row, "converted"),
+            seconds=seconds_of(row),
             chances=(chances[0], chances[1]) if len(chances) == len(_CHANCES) else None,
         )
         category, text = self.kinds[ad["kind"]]["name"], ad["title"]

@@ -169,6 +169,12 @@ def average_precision(truths: Sequence[bool], scores: Sequence[float]) -> float 
     return float((hits / rows * np.diff(hits, prepend=0)).sum() / hits[-1])
 
 
+def log_loss(truths: Sequence[bool], probabilities: Sequence[float]) -> float | None:
+    """Return the mean of -log p of what happened, in nats, p being at least 1e-7; None without rows."""
+    truth_N, p_N = np.asarray(truths, dtype=bool), np.asarray(probabilities, dtype=np.float64).clip(1e-7, 1 - 1e-7)
+    return float(-np.log(np.where(truth_N, p_N, 1 - p_N)).mean()) if len(truth_N) else None
+
+
 @dataclass(frozen=True, slots=True)
 class Bin:
     """Rows whose probability lies in one range."""

@@ -91,6 +91,15 @@ def resampled_rows(
         yield np.concatenate([members[number] for number in chosen])
 
 
+def resampled_counts(groups: Sequence[Hashable], *, resamples: int, seed: int = 0) -> Iterator[NDArray[np.int64]]:
+    """Yield how often each row is in each resample; rows of one group are drawn together; nothing with too few."""
+    numbers = _numbered(groups)
+    clusters = len(set(groups))
+    draw = np.random.default_rng(seed)
+    for _ in range(resamples if clusters >= LEAST_GROUPS else 0):
+        yield draw.multinomial(clusters, np.full(clusters, 1 / clusters))[numbers]
+
+
 def ends(interval: Interval | None) -> list[float] | None:
     """Return the interval as a JSON value."""
     return None if interval is None else [interval.low, interval.high]

@@ -1,20 +1,12 @@
-"""What an answer says without its form, and whether it is the true one: what several rewards compare."""
+"""The true answer in texts, and whether an answer is the true one: what several rewards compare."""
 
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.ranking import same_name
 from megatron_ads.rows import ChatRow, Fact, JsonValue, texts_in
-from megatron_ads.tasks.answer_format import ReadFailure, split_reasoning
-from megatron_ads.tasks.ground_truth import agrees, truth_facts
+from megatron_ads.tasks.answer_format import ReadFailure
+from megatron_ads.tasks.answer_texts import said_text
+from megatron_ads.tasks.ground_truth import agrees
 from megatron_ads.tasks.registry import TASKS, read_answer
-
-
-def said_text(row: ChatRow, text: str) -> str:
-    """Return the texts of an answer, without reasoning and, in ads tasks, without markup; empty if it is unreadable."""
-    if row.task not in TASKS:
-        parts = split_reasoning(text, required=False)
-        return "" if isinstance(parts, ReadFailure) else parts.answer
-    answer = read_answer(row, text)
-    return "" if isinstance(answer, ReadFailure) else _joined(truth_facts(answer)[Fact.ground_truth])
 
 
 def true_text(row: ChatRow) -> str:

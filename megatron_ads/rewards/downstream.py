@@ -37,11 +37,11 @@ from megatron_ads.rewards.frozen_pipeline import (
     named_items,
     open_pipeline,
     query_of,
-    texts_of_answer,
     true_item,
 )
 from megatron_ads.rewards.reward import Fault, Outcome, RewardFailure, Unit, refuse_idle
 from megatron_ads.rollouts import Rollout, groups_of
+from megatron_ads.tasks.answer_texts import texts_of_answer
 from megatron_ads.tasks.user_history import UserHistory
 
 

@@ -1,4 +1,4 @@
-"""What rewards put into a frozen downstream pipeline: the texts of an answer, and the items that it names."""
+"""What rewards put into a frozen downstream pipeline: a row's own query, and the items that an answer names."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,13 +6,10 @@ from pathlib import Path
 from megatron_ads.downstream.pipeline import Pipeline
 from megatron_ads.downstream.pipeline_folder import load_pipeline
 from megatron_ads.errors import require
-from megatron_ads.rewards.answers import said_text
 from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.next_advertiser import Prediction, Ranking
-from megatron_ads.tasks.query_generation import Queries
 from megatron_ads.tasks.registry import TASKS, read_answer
-from megatron_ads.tasks.user_profile import Profile
 
 
 def open_pipeline(path: str, reward: str) -> Pipeline:
@@ -56,21 +53,6 @@ def query_of(row: ChatRow) -> str:
     """Return what the pipeline is asked without an answer: the row's query or keyword, empty if it has none."""
     asked = next((row.facts[name] for name in (Fact.query, Fact.keyword) if name in row.facts), "")
     return str(asked)
-
-
-def texts_of_answer(row: ChatRow, text: str) -> list[str]:
-    """Return the lines that an answer adds to the query, the most important first; none if it cannot be read."""
-    answer = read_answer(row, text) if row.task in TASKS else None
-    if isinstance(answer, ReadFailure):
-        return []
-    if isinstance(answer, Ranking):
-        return [*answer.advertisers, *answer.interests]
-    if isinstance(answer, Queries):
-        return list(answer.texts)
-    if isinstance(answer, Profile):  # what the user avoids is no query
-        return [*answer.intents, *answer.interests, *answer.constraints, answer.summary]
-    said = said_text(row, text)
-    return [said] if said else []
 
 
 def true_item(row: ChatRow, pipeline: Pipeline) -> int | None:

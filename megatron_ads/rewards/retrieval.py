@@ -25,12 +25,12 @@ from megatron_ads.data.simulator.world import draw_world
 from megatron_ads.errors import DataError, require
 from megatron_ads.metrics.encoder import Embed, sentence_encoder
 from megatron_ads.metrics.text import LexicalMatcher, fit_embedding
-from megatron_ads.rewards.answers import said_text
 from megatron_ads.rewards.documents import read_documents
 from megatron_ads.rewards.reward import Unit, refuse_idle
 from megatron_ads.rollouts import Rollout
 from megatron_ads.rows import ChatRow, JsonValue
 from megatron_ads.tasks import query_generation
+from megatron_ads.tasks.answer_texts import said_text
 from megatron_ads.tasks.registry import read_answer
 
 Search = Callable[[str, int], Sequence[int]]

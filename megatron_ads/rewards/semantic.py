@@ -16,10 +16,11 @@ import numpy as np
 from megatron_ads.errors import require
 from megatron_ads.metrics.encoder import Embed, sentence_encoder
 from megatron_ads.metrics.text import fit_embedding
-from megatron_ads.rewards.answers import said_text, true_text
+from megatron_ads.rewards.answers import true_text
 from megatron_ads.rewards.documents import read_documents
 from megatron_ads.rewards.reward import Unit, refuse_idle
 from megatron_ads.rollouts import Rollout
+from megatron_ads.tasks.answer_texts import said_text
 
 _MOST_WORDS_OF_A_GROUP = 512
 

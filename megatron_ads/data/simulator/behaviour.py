@@ -11,6 +11,8 @@ probability of every click and conversion:
     P(converted | shown) = e / SLOTS * p(a) * offer(d) / P(shown)
     P(clicked | shown)   = P(converted | shown) + (1 - P(converted | shown)) * curiosity(d)
 
+    stays, seconds = log-normal around STAY_CONVERTED, or around STAY * curiosity(d) / CURIOSITY after a mere click
+
 where a is the advertiser of d; offer(d) = 1 / ADS_PER_OFFER for an ad of the needed kind and 0 for others; q is the
 probability that the advertiser converted with runs ads of the kind: a conversion with one that does not is never
 attributed.
@@ -109,6 +111,8 @@ _CURIOSITY_CLOSE, _CURIOSITY_OTHER = 0.4, 0.1
 """Factors for ads of the kind that can stand in for the needed one, and of any other."""
 _CURIOSITY_PRICE, _CURIOSITY_SPAM = 0.5, 0.3
 """Factors for ads of the other price level, and for spam."""
+_STAY, _STAY_CONVERTED, _STAY_SPREAD = 60.0, 180.0, 0.8
+"""Median seconds on the page behind a click, without and with a conversion, and the standard deviation of their log."""
 
 
 class ResultsPage:
@@ -132,12 +136,14 @@ class ResultsPage:
         converted = winning & (wanted_ad[place] >= 0)
         ad = np.where(converted, wanted_ad[place], auctioned)
         chance, curious = self._conversion_chance(shown, ad), self._curiosity(shown, ad)
+        clicked = converted | (draw.random(len(ad)) < curious)
         return {
             **shown.columns("query"),
             "slot": slot,
             "ad": ad,
-            "clicked": converted | (draw.random(len(ad)) < curious),
+            "clicked": clicked,
             "converted": converted,
+            "seconds": np.where(clicked, _stay(converted, curious, draw.spawn(1)[0]), 0),
             "click_chance": chance + (1 - chance) * curious,
             "conversion_chance": chance,
         }
@@ -168,6 +174,13 @@ class ResultsPage:
         return curious
 
 
+def _stay(converted: NDArray[np.bool_], curious: NDArray[np.float64], draw: np.random.Generator) -> NDArray[np.int64]:
+    """Return how many seconds each visitor would stay, at least 1; ``draw`` is of its own, so that all else is kept."""
+    median = np.where(converted, _STAY_CONVERTED, _STAY * curious / _CURIOSITY)
+    seconds: NDArray[np.float64] = median * draw.lognormal(sigma=_STAY_SPREAD, size=len(median))
+    return np.maximum(seconds.round(), 1).astype(np.int64)
+
+
 ONSITE = 0.6
 VISIT = 0.6
 """Share of the sessions elsewhere that leave a visit to a shop."""
@@ -187,7 +200,7 @@ class Behaviour:
     sessions: Columns
     """user, day, minute, onsite, query, kind"""
     impressions: Columns
-    """user, day, minute, slot, query, ad, clicked, converted, click_chance, conversion_chance"""
+    """user, day, minute, slot, query, ad, clicked, converted, seconds, click_chance, conversion_chance"""
     conversions: Columns
     """user, day, minute, kind, advertiser, attributed, ad (-1 if not attributed)"""
     visits: Columns

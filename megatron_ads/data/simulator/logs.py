@@ -1,7 +1,8 @@
 """The tables of the simulated logs, written piece by piece as Parquet or JSON lines in bounded memory.
 
 Users, advertisers, ads and queries are named by numbers, with their texts in tables of their own. ``click_chance`` and
-``conversion_chance`` are the true probabilities, for comparison: no model may be given them.
+``conversion_chance`` are the true probabilities, for comparison: no model may be given them. ``seconds`` is how long
+who clicked stayed on the page behind an ad.
 """
 
 import json
@@ -33,7 +34,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     "sessions": pa.schema([*_EVENT, ("onsite", pa.bool_()), ("query", pa.int32()), ("kind", pa.int32())]),
     "impressions": pa.schema([
         *_EVENT, ("query", pa.int32()), ("slot", pa.int8()), ("ad", pa.int32()), ("clicked", pa.bool_()),
-        ("converted", pa.bool_()), ("click_chance", pa.float32()), ("conversion_chance", pa.float32()),
+        ("converted", pa.bool_()), ("seconds", pa.int32()), ("click_chance", pa.float32()),
+        ("conversion_chance", pa.float32()),
     ]),
     "conversions": pa.schema([
         *_EVENT, ("kind", pa.int32()), ("advertiser", pa.int32()), ("attributed", pa.bool_()), ("ad", pa.int32()),
