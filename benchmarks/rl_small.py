@@ -12,8 +12,8 @@ greedily. The tracks:
                  cheaper one: the random model itself is the zero-shot one.
     brand        the brand that a buyer of office products takes next, of `MEGATRON_ADS_DATA`; recall@20 of beams that
                  spell brands; the language first, `sft/small`, then GRPO with the list-ranking reward.
-    downstream   the next advertiser goes into the queries of a frozen pipeline; its recall@20, which is also the reward
-                 of `rl/downstream_reward`; the language first, then `sft/small`.
+    downstream   the next advertiser goes into the queries of a frozen pipeline; its recall@20, rewarded by what each
+                 answer changes of NDCG@100; the language first, then `sft/small`, then `rl/downstream_reward`.
 
 Each stage is done once; the same command continues where it was interrupted. DIR/results.md has the tables,
 DIR/results.json their numbers, DIR/STAGE/report.html the curves. The seed decides the first weights, the order of
@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.rl_small_pipeline import gain, make_pipeline, reward_of
@@ -53,7 +54,8 @@ def _run(arguments: argparse.Namespace) -> int:
     records = run_path(stages, out)
     results = {way: [path.results(seed, way, records) for seed in range(arguments.seeds)] for way in ways}
     sizes = {name: value for name, value in vars(arguments).items() if name not in ("out", "reasoning")}
-    write_results(out, {**sizes, "reasoning": results}, tables(results))
+    gains = {way: path.gain_of_seeds(arguments.seeds, way, records) for way in ways}
+    write_results(out, {**sizes, "reasoning": results, "gain_of_seeds": gains}, tables(results, gains))
     return 0
 
 
@@ -164,6 +166,17 @@ class _Path:
         settings = [*data, *self._of_rl()]
         run = partial(compared, model, self.track.rl, settings)
         return Stage(name=name, title=name, settings={"settings": settings}, after=[after], outputs=[], run=run)
+
+    def gain_of_seeds(self, seeds: int, way: str, records: Mapping[str, StageRecord]) -> dict[str, Any] | None:
+        """Return what GRPO adds to the mean of the seeds of each row; None for tracks without values of rows."""
+        of_rows = {
+            about: [records[f"{about}-{way}-{seed}-scores"].result.get("of_rows") for seed in range(seeds)]
+            for about in ("sft", "grpo")
+        }
+        if any(values is None for each in of_rows.values() for values in each):
+            return None
+        before, after = ([mean(row) for row in zip(*each, strict=True)] for each in of_rows.values())
+        return gain(before, after)
 
     def results(self, seed: int, way: str, records: Mapping[str, StageRecord]) -> dict[str, Any]:
         """Return the scores and the seconds of one seed."""

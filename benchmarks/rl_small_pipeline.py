@@ -15,8 +15,12 @@ K = 20
 
 
 def reward_of(pipeline: Path) -> str:
-    """Return the setting that rewards each answer by what it alone changes in ``pipeline``."""
-    settings = f"{{pipeline: {pipeline}, metric: recall, k: {K}, per_sample: true}}"
+    """Return the setting that rewards each answer by what it alone changes in ``pipeline``.
+
+    NDCG of five times K items tells the answers of nearly every prompt apart; recall@K, which is what is scored, is the
+    same for most of them. Without the penalty GRPO learns answers that cannot be read: they change nothing.
+    """
+    settings = f"{{pipeline: {pipeline}, metric: ndcg, k: {5 * K}, per_sample: true, unreadable_penalty: 0.5}}"
     return f"rewards.use=[{{name: downstream_batch, settings: {settings}}}]"
 
 

@@ -8,12 +8,12 @@ Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 """By reasoning, one for each seed."""
 
 
-def tables(runs: Runs) -> str:
-    """Return both tables as Markdown."""
-    return f"{_scores(runs)}\n{_costs(runs)}"
+def tables(runs: Runs, gains: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """Return both tables as Markdown; ``gains`` has what GRPO adds over all seeds, by reasoning."""
+    return f"{_scores(runs, gains)}\n{_costs(runs)}"
 
 
-def _scores(runs: Runs) -> str:
+def _scores(runs: Runs, gains_of_seeds: Mapping[str, Mapping[str, Any] | None]) -> str:
     first = next(iter(runs.values()))[0]["scores"]["zero-shot"]
     rows = [["", "reasoning", f"{first['name']}, mean of seeds", "each seed, and 95 % of resampled groups", "readable"]]
     for way, seeds in runs.items():
@@ -24,7 +24,9 @@ def _scores(runs: Runs) -> str:
             rows.append([about, way, _shown(mean(one["value"] or 0.0 for one in found)), each, f"{readable:.2f}"])
         if gains := [seed["gain"] for seed in seeds if seed.get("gain")]:
             each = ", ".join(f"{one['value']:+.3f}{_range(one['interval'])}" for one in gains)
-            rows.append(["what GRPO adds, row by row", way, f"{mean(one['value'] for one in gains):+.3f}", each, ""])
+            all_seeds = gains_of_seeds.get(way)
+            whole = f"{all_seeds['value']:+.3f}{_range(all_seeds['interval'])}" if all_seeds else ""
+            rows.append(["what GRPO adds, row by row", way, whole, each, ""])
     rows += [[line, "", _shown(value), "", ""] for line, value in first["lines"].items()]
     return _markdown(rows)
 
