@@ -218,7 +218,9 @@ class SourceConfig:
     def _check_anchors(self, section: str) -> None:
         """Refuse anchors that contradict one another, or that nothing reads."""
         may_have = self.kind is SourceKind.table and self.task is AdsTask.next_advertiser
-        is_log = may_have and "event" in self.columns
+        # Rows that only ask have no advertiser either, but tell what their user did, or where that is logged.
+        tells_nothing = self.columns.keys() <= {"id", "user", "time"} and self.events is None
+        is_log = may_have and ("event" in self.columns or tells_nothing)
         given = ", ".join(self.anchor_dates) or None
         require(
             (may_have or given is None) and (given is not None or not is_log),

@@ -11,6 +11,7 @@ import yaml
 from megatron_ads import demo_model
 from megatron_ads.architecture import shape_from_config
 from megatron_ads.cli import build_parser
+from megatron_ads.config.labelling import load_label_recipe
 from megatron_ads.config.recipes import (
     JOBS,
     load_job,
@@ -115,12 +116,14 @@ def _mentioned(composed: dict[str, Any], declared: dict[str, Any]) -> dict[str, 
     }
 
 
-PARTS = sorted(file for file in recipes_folder().glob("*/*.yaml") if file.parent.name not in (*JOBS, "cook"))
+OTHER_COMMANDS = ("cook", "label")
+PARTS = sorted(file for file in recipes_folder().glob("*/*.yaml") if file.parent.name not in (*JOBS, *OTHER_COMMANDS))
 
 
 def test_every_file_of_the_recipes_starts_with_its_instructions() -> None:
     files = sorted(recipes_folder().rglob("*.yaml"))
-    assert len(files) == len(PARTS) + len(OPEN) + len(shipped_recipes("cook")) == 49
+    of_others = sum(len(shipped_recipes(command)) for command in OTHER_COMMANDS)
+    assert len(files) == len(PARTS) + len(OPEN) + of_others == 51
     assert [file for file in files if not file.read_text().startswith("# ")] == []
 
 
@@ -142,3 +145,11 @@ def test_every_setting_of_a_recipe_part_arrives(tmp_path: Path, part: Path) -> N
         pairs = zip(composed["sources"], values["sources"], strict=True)
         composed["sources"] = [_mentioned(source, declared) for source, declared in pairs]
     assert {key: composed[key] for key in values} == values
+
+
+@pytest.mark.parametrize("recipe", shipped_recipes("label"))
+def test_every_recipe_of_labels_composes_and_says_which_model_is_needed(recipe: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.model is null"):
+        load_label_recipe(recipe)
+    config = load_label_recipe(recipe, ["model.model=m", "priorities={chat: 1}"])
+    assert config.sources and config.priorities == {"chat": 1}
