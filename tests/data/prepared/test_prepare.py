@@ -276,13 +276,14 @@ def test_a_source_that_gives_nothing_is_named(
 
 
 def test_more_portions_than_the_process_may_open_are_prepared_and_read(tokenizer: Path, tmp_path: Path) -> None:
-    data = DataConfig(sources=[own(write_lines(tmp_path / "rows.jsonl", [line(n) for n in range(600)]))])
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    in_use = len(os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * in_use + 20, limits[1]))
+    most = 2 * len(os.listdir("/proc/self/fd")) + 20  # tests that came before may have left some open
+    rows = [line(n) for n in range(max(600, 5 * most))]
+    data = DataConfig(sources=[own(write_lines(tmp_path / "rows.jsonl", rows))])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, limits[1]))
     try:
         found = prepared(replace(data, seq_length=SEQ_LENGTH), tokenizer, tmp_path / "p")
-        assert len(list((tmp_path / "p").glob("*/*.arrow"))) > 2 * in_use + 20
+        assert len(list((tmp_path / "p").glob("*/*.arrow"))) > most
         kept = list(found.training[0].rows)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
