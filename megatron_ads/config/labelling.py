@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
 from megatron_ads.config.data import SourceConfig
 from megatron_ads.config.generation import AnsweringConfig, EndpointConfig, GenerationConfig, Method, ModelKind
-from megatron_ads.config.recipes import compose_onto
-from megatron_ads.errors import ConfigError, require, require_above, require_at_least, require_distinct
+from megatron_ads.config.recipes import load_recipe_of
+from megatron_ads.errors import require, require_above, require_at_least, require_distinct
 
 
 class RunnerKind(StrEnum):
@@ -210,14 +210,6 @@ def load_label_recipe(name_or_path: str, overrides: Sequence[str] = (), *, out: 
         ConfigError: If there is no such recipe, a key is unknown (the nearest known one is named), a value has the
             wrong type or is impossible, or a required one is missing.
     """
-    composed = compose_onto(LabelConfig, "label", name_or_path, overrides)
-    if out is not None:
-        composed.out = out
-    if missing := sorted(OmegaConf.missing_keys(composed)):
-        raise ConfigError(
-            f"{name_or_path}: {', '.join(missing)} must be set, in the recipe or on the command line as KEY=VALUE."
-        )
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, LabelConfig)  # to_object instantiates the schema composed onto
+    config = load_recipe_of(LabelConfig, "label", name_or_path, overrides, out=out)
     config.check()
     return config

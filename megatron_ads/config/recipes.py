@@ -27,6 +27,7 @@ from megatron_ads.config.run import RunConfig, SftConfig
 from megatron_ads.errors import ConfigError
 
 _Job = TypeVar("_Job", bound=RunConfig)
+_Recipe = TypeVar("_Recipe")
 _RAISED_BY_HYDRA = (ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError, OverflowError)
 """What Hydra and OmegaConf stumble over in some overrides, such as ``optim=5``, or brackets without end."""
 
@@ -231,6 +232,34 @@ def compose_onto(schema: type, kind: str, name_or_path: str, overrides: Sequence
         raise explain(error, schema=schema, recipe=name_or_path, kinds=JOBS) from None
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def load_recipe_of(
+    schema: type[_Recipe], kind: str, name_or_path: str, overrides: Sequence[str] = (), *, out: str | None = None
+) -> _Recipe:
+    """Compose a recipe that is no training job and return it as plain dataclasses, not checked yet.
+
+    Args:
+        schema: A dataclass with the setting ``out``.
+        kind: Folder below ``recipes/``; recipes name the schema as ``base_KIND``.
+        name_or_path: A shipped recipe such as ``label/relevance``, or a YAML file of one's own.
+        overrides: Hydra overrides, ``model.url=http://host:8000/v1``.
+        out: Replaces the recipe's ``out``, whatever characters it has; None leaves it.
+
+    Raises:
+        ConfigError: If there is no such recipe, a key is unknown (the nearest known one is named), a value has the
+            wrong type, or a required one is missing.
+    """
+    composed = compose_onto(schema, kind, name_or_path, overrides)
+    if out is not None:
+        composed.out = out
+    if missing := sorted(OmegaConf.missing_keys(composed)):
+        raise ConfigError(
+            f"{name_or_path}: {', '.join(missing)} must be set, in the recipe or on the command line as KEY=VALUE."
+        )
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, schema)  # to_object instantiates the schema composed onto
+    return config
 
 
 def recipe_yaml(config: RunConfig) -> str:

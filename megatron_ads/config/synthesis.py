@@ -12,8 +12,8 @@ from omegaconf import MISSING, OmegaConf
 
 from megatron_ads.config.data import SourceConfig
 from megatron_ads.config.generation import AnsweringConfig
-from megatron_ads.config.recipes import compose_onto
-from megatron_ads.errors import ConfigError, require, require_at_least, require_between, require_distinct
+from megatron_ads.config.recipes import load_recipe_of
+from megatron_ads.errors import require, require_at_least, require_between, require_distinct
 
 
 class Style(StrEnum):
@@ -198,15 +198,7 @@ def load_synthesis_recipe(
         ConfigError: If there is no such recipe, a key is unknown (the nearest known one is named), a value has the
             wrong type or is impossible, or a required one is missing.
     """
-    composed = compose_onto(SynthesisConfig, "cook", name_or_path, overrides)
-    if out is not None:
-        composed.out = out
-    if missing := sorted(OmegaConf.missing_keys(composed)):
-        raise ConfigError(
-            f"{name_or_path}: {', '.join(missing)} must be set, in the recipe or on the command line as KEY=VALUE."
-        )
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, SynthesisConfig)  # to_object instantiates the schema composed onto
+    config = load_recipe_of(SynthesisConfig, "cook", name_or_path, overrides, out=out)
     config.check()
     return config
 
