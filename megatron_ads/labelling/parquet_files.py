@@ -1,17 +1,13 @@
 """Parquet files that appear under their names when they are complete, with facts about them in their metadata."""
 
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from conversion.atomic_file import naming_full_disk
+from conversion.atomic_file import PARTIAL_SUFFIX, write_small
 from megatron_ads.errors import DataError, one_line
-
-PARTIAL = ".partial"
 
 
 def write_table(file: Path, table: pa.Table, about: Mapping[str, str]) -> None:
@@ -21,20 +17,9 @@ def write_table(file: Path, table: pa.Table, about: Mapping[str, str]) -> None:
         DiskFullError: If there is no room.
     """
     metadata = {**(table.schema.metadata or {}), **{name: text.encode() for name, text in about.items()}}
-    partial = file.with_name(f"{file.name}.{os.getpid():x}-{secrets.token_hex(4)}{PARTIAL}")
-    try:
-        with naming_full_disk(file), partial.open("wb") as stream:
-            pq.write_table(table.replace_schema_metadata(metadata), stream, compression="zstd")
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    written = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata(metadata), written, compression="zstd")
+    write_small(file, written.getvalue().to_pybytes())
 
 
 def epoch_files(folder: Path) -> list[Path]:
@@ -70,7 +55,7 @@ def metadata_of(file: Path) -> dict[str, str]:
 
 def remove_partial(folder: Path) -> None:
     """Remove what writers that were killed have left in a folder that nobody writes to."""
-    for file in folder.glob(f"*{PARTIAL}"):
+    for file in folder.glob(f"*{PARTIAL_SUFFIX}"):
         file.unlink(missing_ok=True)
 
 
