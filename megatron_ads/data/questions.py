@@ -58,7 +58,7 @@ def questions(
         )
     reader = divided(replace(source, rows=None), answered=False)
     if reader is None:
-        yield from map(_without_answer, islice(_all_rows(source, seed), first, None))
+        yield from map(without_answer, islice(_all_rows(source, seed), first, None))
         return
     contents = ((part, number, content) for part in reader.parts for number, content in reader.read(part, None))
     for part, number, content in islice(contents, first, source.rows):
@@ -70,7 +70,7 @@ def questions(
         except BadRowError as error:
             yield BadQuestion(_id_of(source, content) or origin.row_id, str(error.reason), str(error))
         else:
-            yield None if row is None else _without_answer(row)
+            yield None if row is None else without_answer(row)
 
 
 def _id_of(source: SourceConfig, content: object) -> str:
@@ -115,6 +115,7 @@ def _all_rows(source: SourceConfig, seed: int) -> Iterator[ChatRow]:
     return iter(rows)
 
 
-def _without_answer(row: ChatRow) -> ChatRow:
+def without_answer(row: ChatRow) -> ChatRow:
+    """Return a row whose target says nothing, and whose facts tell no answer."""
     facts = {name: value for name, value in row.facts.items() if name not in _OF_ANSWERS}
     return replace(row, messages=(*row.prompt, Message(Role.assistant, NOTHING)), label=None, facts=facts)

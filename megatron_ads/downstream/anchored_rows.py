@@ -12,12 +12,13 @@ from dataclasses import replace
 
 from megatron_ads.config.data import AdsTask
 from megatron_ads.config.downstream import DownstreamConfig
+from megatron_ads.data.questions import without_answer
 from megatron_ads.data.table_fields import describe_time
 from megatron_ads.data.user_features import ViewChooser
 from megatron_ads.downstream.examples import Examples, Purchase, held_out_examples, training_examples
 from megatron_ads.downstream.logs import Logs
 from megatron_ads.errors import DataError
-from megatron_ads.rows import ChatRow, Fact, Message, Role
+from megatron_ads.rows import ChatRow, Fact
 from megatron_ads.stable_random import stable_integer
 from megatron_ads.tasks import next_advertiser
 from megatron_ads.tasks.answer_format import NOTHING
@@ -26,7 +27,6 @@ from megatron_ads.tasks.user_history import HistoryView, UserHistory
 
 ANCHOR = "anchor"
 """Fact: when the history of a row's user ends, as ``describe_time`` writes it."""
-_OF_ANSWERS = (Fact.ground_truth, Fact.reasoning)
 
 
 def _name_alone(row_id: str, history: UserHistory, view: HistoryView) -> ChatRow:
@@ -69,7 +69,8 @@ def question_rows(
         for number in sorted(followed):
             history, anchor = examples.histories[number], examples.anchors[number]
             if not set_apart(history.user_id, config, share):
-                yield _question(ASKED[task](_row_id(task, history, anchor), history, view_of(history)), anchor)
+                row = ASKED[task](_row_id(task, history, anchor), history, view_of(history))
+                yield _anchored(without_answer(row), anchor)
 
 
 def labelled_rows(logs: Logs, config: DownstreamConfig, view_of: ViewChooser, *, apart: float) -> Iterator[ChatRow]:
@@ -104,10 +105,3 @@ def _anchored(row: ChatRow, anchor: float) -> ChatRow:
     """Return a row that says its anchor; the prompt shows what counts of the events, which are left out."""
     facts = {name: value for name, value in row.facts.items() if name != Fact.events}
     return replace(row, facts={**facts, ANCHOR: describe_time(anchor)})
-
-
-def _question(row: ChatRow, anchor: float) -> ChatRow:
-    """Return a row whose target says nothing, as rows that only ask have it."""
-    anchored = _anchored(row, anchor)
-    facts = {name: value for name, value in anchored.facts.items() if name not in _OF_ANSWERS}
-    return replace(anchored, messages=(*row.prompt, Message(Role.assistant, NOTHING)), label=None, facts=facts)
