@@ -17,7 +17,7 @@ from megatron_ads.config.recipe_errors import explain
 from megatron_ads.errors import require_above, require_at_least, require_between
 
 
-class Objective(StrEnum):
+class RetrieverObjective(StrEnum):
     """What the retriever takes for a good item (advertiser paper, 4.5.1)."""
 
     conversions = "conversions"
@@ -32,7 +32,7 @@ class Objective(StrEnum):
 class TowersConfig:
     """Retriever: two towers."""
 
-    objective: Objective = Objective.conversions
+    objective: RetrieverObjective = RetrieverObjective.conversions
     """What is learned from: ``conversions``, ``clicks`` or ``impressions``."""
 
     dimensions: int = 64

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ads.config.downstream import Objective
+from megatron_ads.config.downstream import RetrieverObjective
 from megatron_ads.downstream.candidates import Merged, diversity, merged, targeted
 from megatron_ads.downstream.examples import Examples, Place, held_out_examples, training_examples
 from megatron_ads.downstream.features import UserFeatures
@@ -55,11 +55,11 @@ def candidate_scores(
     }
 
 
-def _towers(pipeline: Pipeline, logs: Logs) -> dict[Objective, Retriever]:
+def _towers(pipeline: Pipeline, logs: Logs) -> dict[RetrieverObjective, Retriever]:
     """Return towers trained for each objective; the pipeline's own where it is theirs."""
     found, own = {}, pipeline.config.retriever
     learned = training_examples(logs, pipeline.config)
-    for objective in Objective:
+    for objective in RetrieverObjective:
         config = replace(own, objective=objective)
         with one_thread():
             found[objective] = (

@@ -29,7 +29,7 @@ from megatron_ads.downstream.words import Word
 from megatron_ads.metrics.ranking import same_name
 
 
-class Part(StrEnum):
+class FeatureGroup(StrEnum):
     """Features that are tried with and without."""
 
     predicted = "predicted"
@@ -52,24 +52,24 @@ class FeatureFields:
         """Take examples, the features of each of their histories, and how many words are told apart."""
         self._history_N = np.array([number for number, _ in examples.impressions], dtype=np.int64)
         self._names = [same_name(items[shown.item].name) for _, shown in examples.impressions]
-        self._bags = [(part, _hashed([words_of(one) for one in features], buckets)) for part, words_of in _OF_USER]
-        self._said = [(part, [said_of(one) for one in features], values) for part, said_of, values in _OF_ITEM]
+        self._bags = [(group, _hashed([words_of(one) for one in features], buckets)) for group, words_of in _OF_USER]
+        self._said = [(group, [said_of(one) for one in features], values) for group, said_of, values in _OF_ITEM]
 
-    def of(self, parts: frozenset[Part], whose_H: NDArray[np.int64]) -> list[Field]:
-        """Return the fields of the impressions, in their order; fields of other parts are empty everywhere.
+    def of(self, groups: frozenset[FeatureGroup], whose_H: NDArray[np.int64]) -> list[Field]:
+        """Return the fields of the impressions, in their order; fields of other groups are empty everywhere.
 
         Args:
-            parts: Which features are used.
+            groups: Which features are used.
             whose_H: Number of the history whose features each history has: its own, or another for comparison.
         """
         whose_N = whose_H[self._history_N]
         fields = [
-            Field(bags if part in parts else csr_matrix(bags.shape, dtype=bags.dtype), whose_N)
-            for part, bags in self._bags
+            Field(bags if group in groups else csr_matrix(bags.shape, dtype=bags.dtype), whose_N)
+            for group, bags in self._bags
         ]
-        for part, said, values in self._said:
+        for group, said, values in self._said:
             found = [values] * len(whose_N)
-            if part in parts:
+            if group in groups:
                 found = [said[whose].get(name, values - 1) for whose, name in zip(whose_N, self._names, strict=True)]
             one_word_each = csr_matrix(np.eye(values + 1, values, dtype=np.float32))  # the last row has none
             fields.append(Field(one_word_each, np.array(found, dtype=np.int64)))
@@ -104,10 +104,10 @@ def _events(one: UserFeatures) -> list[Word]:
 
 
 _OF_USER = (
-    (Part.predicted, _advertisers),
-    (Part.predicted, _interests),
-    (Part.codes, _codes),
-    (Part.similar, _events),
+    (FeatureGroup.predicted, _advertisers),
+    (FeatureGroup.predicted, _interests),
+    (FeatureGroup.codes, _codes),
+    (FeatureGroup.similar, _events),
 )
 
 
@@ -127,8 +127,8 @@ def _theirs(one: UserFeatures) -> dict[str, int]:
     return found
 
 
-_OF_ITEM: tuple[tuple[Part, Callable[[UserFeatures], dict[str, int]], int], ...] = (
-    (Part.predicted, _places, len(_PLACES) + 2),
-    (Part.similar, _theirs, 3),
+_OF_ITEM: tuple[tuple[FeatureGroup, Callable[[UserFeatures], dict[str, int]], int], ...] = (
+    (FeatureGroup.predicted, _places, len(_PLACES) + 2),
+    (FeatureGroup.similar, _theirs, 3),
 )
 """What a feature says of an item, by name, as a number below the last one, which stands for names that it lacks."""

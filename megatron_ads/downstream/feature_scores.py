@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ads.downstream.examples import Examples, Place, held_out_examples, training_examples
-from megatron_ads.downstream.feature_fields import FeatureFields, Part
+from megatron_ads.downstream.feature_fields import FeatureFields, FeatureGroup
 from megatron_ads.downstream.features import UserFeatures
 from megatron_ads.downstream.logs import Logs
 from megatron_ads.downstream.pipeline import Pipeline, one_thread
@@ -35,8 +35,8 @@ from megatron_ads.metrics.weighted_scores import METRICS, SortedRows
 from megatron_ads.progress import Progress
 
 BASE = "without features"
-PREDICTED = frozenset({Part.predicted})
-INTRA, CROSS, BOTH = PREDICTED | {Part.codes}, frozenset({Part.similar}), frozenset(Part)
+PREDICTED = frozenset({FeatureGroup.predicted})
+INTRA, CROSS, BOTH = PREDICTED | {FeatureGroup.codes}, frozenset({FeatureGroup.similar}), frozenset(FeatureGroup)
 _RESAMPLES = 200
 _LONG_TAIL = 1 / 3
 Numbers = NDArray[np.float64]
@@ -46,7 +46,7 @@ Numbers = NDArray[np.float64]
 class Line:
     """One way to use features."""
 
-    parts: frozenset[Part]
+    groups: frozenset[FeatureGroup]
     of_others: bool = False
     """The features are those of another user."""
 
@@ -147,7 +147,7 @@ def _chances(pipeline: Pipeline, learned: _Known, judged: _Known, line: Line, se
     """Return (N, 2), P(click) and P(click and conversion), of a ranker trained for a line."""
     seed, towers = pipeline.config.seed + seed, pipeline.retriever
     of_learned, of_judged = (
-        known.fields.of(line.parts, _whose(known.examples, line, seed)) for known in (learned, judged)
+        known.fields.of(line.groups, _whose(known.examples, line, seed)) for known in (learned, judged)
     )
     with one_thread():
         ranker = train_ranker(

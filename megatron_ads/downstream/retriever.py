@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 
-from megatron_ads.config.downstream import Objective, TowersConfig
+from megatron_ads.config.downstream import RetrieverObjective, TowersConfig
 from megatron_ads.downstream.examples import Examples
 from megatron_ads.downstream.logs import Item
 from megatron_ads.downstream.words import Bags, Words, take
@@ -76,20 +76,22 @@ class Positives:
     weight_E: NDArray[np.float32]
 
 
-def positives_of(examples: Examples, objective: Objective) -> Positives:
+def positives_of(examples: Examples, objective: RetrieverObjective) -> Positives:
     """Return what a retriever with an objective learns from.
 
     Raises:
         DataError: If there is none, or no click says how long the visit lasted.
     """
     weights: list[float | None]
-    if objective is Objective.conversions:
+    if objective is RetrieverObjective.conversions:
         found = [(each.history, each.item, each.query) for each in examples.purchases]
         weights = [1.0] * len(found)
     else:
-        wanted = [one for one in examples.impressions if objective is Objective.impressions or one[1].clicked]
+        wanted = [one for one in examples.impressions if objective is RetrieverObjective.impressions or one[1].clicked]
         found = [(number, shown.item, shown.query) for number, shown in wanted]
-        weights = [1.0 if objective is Objective.impressions else _weight(shown.seconds) for _, shown in wanted]
+        weights = [
+            1.0 if objective is RetrieverObjective.impressions else _weight(shown.seconds) for _, shown in wanted
+        ]
     known = [weight for weight in weights if weight is not None]
     if sum(known) <= 0:
         raise DataError(

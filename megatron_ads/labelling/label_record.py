@@ -42,7 +42,7 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Label:
+class LabelRecord:
     """One row of the result. Tokens and seconds are those of all its draws."""
 
     row: int
@@ -71,9 +71,9 @@ class Label:
     seconds: float = 0.0
 
 
-def as_table(labels: Sequence[Label]) -> pa.Table:
+def as_table(labels: Sequence[LabelRecord]) -> pa.Table:
     """Return labels as a table of ``SCHEMA``."""
-    return pa.table({part.name: [getattr(one, part.name) for one in labels] for part in fields(Label)}, SCHEMA)
+    return pa.table({part.name: [getattr(one, part.name) for one in labels] for part in fields(LabelRecord)}, SCHEMA)
 
 
 def read_label(
@@ -83,7 +83,7 @@ def read_label(
     opened: str = "",
     reasoning_required: bool,
     decode: Callable[[Sequence[int]], str] | None = None,
-) -> Label:
+) -> LabelRecord:
     """Return what the last of a row's completions says.
 
     Args:
@@ -105,15 +105,15 @@ def read_label(
         "seconds": sum(one.seconds for one in completions),
     }
     if last.finish in NO_ANSWER:
-        return Label(**common, failure=str(last.finish))
+        return LabelRecord(**common, failure=str(last.finish))
     said = _read(question.task, text, reasoning_required=reasoning_required)
     if isinstance(said, ReadFailure):
-        return Label(**common, failure=str(said))
+        return LabelRecord(**common, failure=str(said))
     label, answer, reasoning = said
     found = None
     if label is not None and decode is not None:
         found = label_log_probability(last, label, TASKS[question.task].label_in, opened=opened, decode=decode)
-    return Label(**common, label=label, answer=answer, reasoning=reasoning, log_probability=found)
+    return LabelRecord(**common, label=label, answer=answer, reasoning=reasoning, log_probability=found)
 
 
 def _read(task: str, text: str, *, reasoning_required: bool) -> tuple[str | None, str, str] | ReadFailure:

@@ -26,7 +26,7 @@ from megatron_ads.inference.name_answers import NameForms
 from megatron_ads.inference.openai_engine import OpenAIEngine
 from megatron_ads.inference.servers import Server, Servers
 from megatron_ads.journal import Journal
-from megatron_ads.labelling.label_record import OF_QUESTION, REFUSED_BY_TEMPLATE, TOO_LONG, Label, read_label
+from megatron_ads.labelling.label_record import OF_QUESTION, REFUSED_BY_TEMPLATE, TOO_LONG, LabelRecord, read_label
 from megatron_ads.labelling.parquet_files import epoch_files, read_table
 from megatron_ads.labelling.question_store import LABELS, Question
 from megatron_ads.observability.log import get_logger
@@ -60,14 +60,14 @@ class Labeller:
         self._forms = None if tokenizer is None else NameForms(tokenizer)
         self._decode = None if tokenizer is None or not config.log_probabilities else self._text_of
 
-    def label(self, questions: Sequence[Question], journal: Journal) -> list[Label]:
+    def label(self, questions: Sequence[Question], journal: Journal) -> list[LabelRecord]:
         """Return what became of each question, in order.
 
         Raises:
             ConfigError: If no request can succeed, such as with a wrong key.
             DataError: If the engine stopped answering; what it has answered is in the journal.
         """
-        found: dict[int, Label] = {}
+        found: dict[int, LabelRecord] = {}
         same: dict[bytes, list[int]] = defaultdict(list)
         for number, question in enumerate(questions):
             if question.fault is None:
@@ -75,13 +75,13 @@ class Labeller:
             else:
                 found[number] = _unasked(question, question.fault, question.why)
         asked = [self._asked(questions[numbers[0]]) for numbers in same.values()]
-        unasked = [one for one in asked if isinstance(one, Label)]
+        unasked = [one for one in asked if isinstance(one, LabelRecord)]
         for label in chain(unasked, self._answered([one for one in asked if isinstance(one, _Asked)], journal)):
             for number in same[label.digest]:
                 found[number] = _shared(label, questions[number])
         return [found[number] for number in range(len(questions))]
 
-    def _asked(self, question: Question) -> _Asked | Label:
+    def _asked(self, question: Question) -> _Asked | LabelRecord:
         if self._tokenizer is None:
             text = "\n".join(f"{message.role}: {message.content}" for message in question.messages)
             return _Asked(question=question, prompt=question.messages, text=text)
@@ -102,7 +102,7 @@ class Labeller:
             return _unasked(question, TOO_LONG, f"the prompt has {len(tokens):,} tokens")
         return _Asked(question=question, prompt=tokens, text=text, opened=opened)
 
-    def _answered(self, asked: Sequence[_Asked], journal: Journal) -> Iterator[Label]:
+    def _answered(self, asked: Sequence[_Asked], journal: Journal) -> Iterator[LabelRecord]:
         priorities: dict[int, list[_Asked]] = defaultdict(list)
         for one in asked:
             priorities[self._config.priorities.get(one.question.task, 0)].append(one)
@@ -111,7 +111,7 @@ class Labeller:
             of_priority.sort(key=lambda one: (one.question.task, one.text))
             yield from self._until_readable(engine, of_priority)
 
-    def _until_readable(self, engine: Engine, asked: Sequence[_Asked]) -> Iterator[Label]:
+    def _until_readable(self, engine: Engine, asked: Sequence[_Asked]) -> Iterator[LabelRecord]:
         """Yield the label of every question: that of its first answer that can be read, or of its last one."""
         drawn: dict[bytes, list[Completion]] = defaultdict(list)
         for draw in range(self._config.draws):
@@ -130,7 +130,7 @@ class Labeller:
             if not (asked := again):
                 return
 
-    def _read(self, asked: _Asked, completions: Sequence[Completion]) -> Label:
+    def _read(self, asked: _Asked, completions: Sequence[Completion]) -> LabelRecord:
         said = completions[-1].text
         # A server whose chat template opens the reasoning returns only where it is closed.
         hidden = self._tokenizer is None and CLOSE in said and OPEN not in said
@@ -147,11 +147,11 @@ class Labeller:
         return self._tokenizer.decode(list(tokens))
 
 
-def _unasked(question: Question, failure: str, why: str | None) -> Label:
-    return Label(**{name: getattr(question, name) for name in OF_QUESTION}, failure=failure, text=why)
+def _unasked(question: Question, failure: str, why: str | None) -> LabelRecord:
+    return LabelRecord(**{name: getattr(question, name) for name in OF_QUESTION}, failure=failure, text=why)
 
 
-def _shared(label: Label, question: Question) -> Label:
+def _shared(label: LabelRecord, question: Question) -> LabelRecord:
     """Return a label for a row that asks the same as the one that was asked, which alone has the cost."""
     if (label.source, label.row) == (question.source, question.row):
         return label

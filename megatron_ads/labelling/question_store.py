@@ -22,7 +22,7 @@ from megatron_ads.data.questions import BadQuestion, questions
 from megatron_ads.errors import DataError
 from megatron_ads.labelling.job_identity import with_their_previous
 from megatron_ads.labelling.parquet_files import epoch_files, metadata_of, read_table, remove_partial, write_table
-from megatron_ads.labelling.selection import Labelled, Selection
+from megatron_ads.labelling.selection import Labelled, UserSelection
 from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.stable_random import stable_key
 from megatron_ads.tasks.registry import TASKS
@@ -185,7 +185,7 @@ class QuestionStore:
 
     def _asked(self, so_far: ReadSoFar) -> Iterator[Question]:
         """Yield the rows that are to be asked, from where ``so_far`` is, which is kept up to date."""
-        selection, config = Selection(self._config.select), self._config
+        selection, config = UserSelection(self._config.select), self._config
         left = [number for number in range(len(config.sources)) if number not in so_far.finished]
         for number in sorted(left, key=lambda number: config.priorities.get(str(config.sources[number].task), 0)):
             source, name, bad = config.sources[number], f"sources[{number}]", 0

@@ -19,7 +19,7 @@ from megatron_ads.tasks.user_history import CONVERSIONS
 _CONVERSIONS = frozenset(map(str, CONVERSIONS))
 
 
-class Selection:
+class UserSelection:
     """Who is labelled."""
 
     def __init__(self, config: SelectionConfig) -> None:

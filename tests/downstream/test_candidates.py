@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ads.config.downstream import Objective
+from megatron_ads.config.downstream import RetrieverObjective
 from megatron_ads.downstream.candidates import Merged, diversity, merged, targeted
 from megatron_ads.downstream.examples import Examples, Purchase
 from megatron_ads.downstream.logs import Impression, read_team_logs
@@ -60,14 +60,14 @@ EXAMPLES = Examples(
 @pytest.mark.parametrize(
     ("objective", "items", "weights"),
     [
-        (Objective.conversions, [3], [1.0]),
-        (Objective.impressions, [0, 1, 2, 4], [1.0] * 4),
+        (RetrieverObjective.conversions, [3], [1.0]),
+        (RetrieverObjective.impressions, [0, 1, 2, 4], [1.0] * 4),
         # log(1 + seconds) of both visits; one of unknown length counts as their mean.
-        (Objective.clicks, [1, 2, 4], [2.0, 4.0, 3.0]),
+        (RetrieverObjective.clicks, [1, 2, 4], [2.0, 4.0, 3.0]),
     ],
 )
 def test_each_objective_has_its_examples_and_weights(
-    objective: Objective, items: list[int], weights: list[float]
+    objective: RetrieverObjective, items: list[int], weights: list[float]
 ) -> None:
     found = positives_of(EXAMPLES, objective)
     assert found.item_E.tolist() == items
@@ -78,7 +78,7 @@ def test_each_objective_has_its_examples_and_weights(
 def test_clicks_without_durations_are_refused_where_they_are_learned_from() -> None:
     unknown = replace(EXAMPLES, impressions=[(0, shown(1, clicked=True))])
     with pytest.raises(DataError, match=r"objective is clicks, .* Clicks need the column seconds"):
-        positives_of(unknown, Objective.clicks)
+        positives_of(unknown, RetrieverObjective.clicks)
 
 
 def test_a_teams_durations_are_read_and_checked(tmp_path: Path) -> None:
