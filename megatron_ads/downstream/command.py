@@ -26,6 +26,7 @@ from megatron_ads.downstream.feature_command import (
     add_rows_arguments,
     run_feature_evaluation,
 )
+from megatron_ads.errors import require
 
 Subparsers = Any  # argparse names its type argparse._SubParsersAction
 
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate = _command(commands, "evaluate", "score a pipeline on held-out users", _EVALUATE)
     evaluate.add_argument("--pipeline", type=Path, required=True, metavar="DIR", help="folder that train wrote")
     evaluate.add_argument("--features", type=Path, metavar="FILE", help="say what these features are worth")
-    evaluate.add_argument("--seeds", type=int, default=3, metavar="N", help="rankers of a line (default 3); --features")
+    evaluate.add_argument("--seeds", type=int, metavar="N", help="rankers of a line (default 3); --features")
     evaluate.add_argument(
         "--objectives", action="store_true", help="--features: train the channel's towers for each objective, too"
     )
@@ -131,6 +132,11 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     if args.features is not None:
         return run_feature_evaluation(args)
+    require(
+        args.seeds is None and not args.objectives,
+        f"{'--seeds' if args.seeds is not None else '--objectives'} has no effect without --features FILE. Leave it "
+        "out, or name the features.",
+    )
     from megatron_ads.downstream.evaluate import evaluate_pipeline  # imports torch: keep --help instant
     from megatron_ads.downstream.pipeline_folder import load_pipeline
     from megatron_ads.downstream.simulated_logs import read_logs

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from megatron_ads.downstream.logs import Logs
     from megatron_ads.downstream.pipeline import Pipeline
 
+_SEEDS = 3
+
 ROWS = """Write the rows that a model answers so that the pipeline can have its answers as features.
 
     megatron-ads downstream rows --pipeline runs/downstream --logs simulated --out rows.jsonl
@@ -166,11 +168,12 @@ def run_feature_evaluation(args: argparse.Namespace) -> int:
     from megatron_ads.errors import require_at_least
 
     require_at_least("downstream evaluate", args, 1, "seeds")
+    seeds = _SEEDS if args.seeds is None else args.seeds
     features = read_features(args.features)
     pipeline, logs = opened(args)
     scores = {
         "digest": pipeline.digest,
-        "ranking": feature_scores(pipeline, logs, features, seeds=args.seeds),
+        "ranking": feature_scores(pipeline, logs, features, seeds=seeds),
         "retrieval": candidate_scores(pipeline, logs, features, objectives=args.objectives),
     }
     print(json.dumps(scores) if args.json else "\n".join(feature_tables(scores)))

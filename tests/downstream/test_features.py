@@ -31,6 +31,7 @@ from megatron_ads.downstream.user_answers import UserAnswer, read_user_answers
 from megatron_ads.errors import DataError
 from megatron_ads.tasks.user_history import FULL_VIEW, EventKind
 from tests.downstream.logs import settings, write_simulated
+from tests.inference.scripted_server import Reply, scripted_server
 
 
 @pytest.fixture(scope="module")
@@ -251,12 +252,23 @@ def test_the_commands_lead_from_logs_to_tables(
     assert cli.main(["downstream", "features", *given, *make, "--json", "bits=4"]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["rows"] == printed["with_advertisers"] == len(asked) > 200
+    with scripted_server(lambda body, times: Reply(content=draw.choice(names))) as server:
+        source = f"sources=[{{kind: jsonl, path: {files['rows.jsonl']}}}]"
+        ask = ["select.active_days=null", "select.conversion_days=null", f"model.url={server.url}", "model.model=any"]
+        label = ["label", "--recipe", "label/next_advertiser", "--out", str(tmp_path / "labels"), source, *ask]
+        assert cli.main(label) == 0
+    make[3] = str(tmp_path / "labels" / "labels")
+    assert cli.main(["downstream", "features", *given, *make, "--json", "bits=4"]) == 0
+    labelled = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert labelled["rows"] == labelled["with_advertisers"] == len(asked)
     judge = ["downstream", "evaluate", *given, "--features", files["features.parquet"], "--seeds", "1", "--objectives"]
     assert cli.main(judge) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in ("table 5", "PR-AUC", "long-tail", "across users", "quota 5", "impressions"))
     assert cli.main(["downstream", "rows", *given, "--out", files["rows.jsonl"], "--apart", "0.3"]) == 2
     assert "--labelled FILE and --apart SHARE go together" in capsys.readouterr().err
+    assert cli.main(["downstream", "evaluate", *given, "--objectives"]) == 2
+    assert "--objectives has no effect without --features FILE" in capsys.readouterr().err
 
 
 def quickly_trained(folder: Path, overrides: Sequence[str]) -> Pipeline:
