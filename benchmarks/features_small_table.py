@@ -1,7 +1,9 @@
 """The tables of ``benchmarks.features_small``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from benchmarks.rl_small_table import markdown
 
 _NAMES = {"loss": "loss", "auc": "AUC", "pr_auc": "PR-AUC"}
 _SHOWN = [(target, "pr_auc") for target in ("click", "conversion", "ctcvr")] + [("ctcvr", "loss"), ("ctcvr", "auc")]
@@ -49,7 +51,7 @@ def _recalls(results: Results) -> str:
         [who, *(f"{found['recall'][name]:.3f}" for name in names), f"{found['minutes']:.1f}"]
         for who, found in results.items()
     ]
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def _lines(results: Results, part: str, title: str) -> str:
@@ -62,24 +64,12 @@ def _lines(results: Results, part: str, title: str) -> str:
         if len(rows) == 2 and (best := found["ranking"][part]["reachable"]):
             rows.append(["", "best reachable", *(f"{best[target][metric]:.4f}" for target, metric in _SHOWN)])
         rows += [[who, name, *(_change(line[target][metric]) for target, metric in _SHOWN)] for name, line in lines]
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def _channel(results: Results, part: str, title: str) -> str:
-    rows = [
-        [
-            "answers of",
-            title,
-            "recall@20",
-            "change",
-            "clicked",
-            "survival",
-            "repeated",
-            "new",
-            "items",
-            "effective items",
-        ]
-    ]
+    measured = ("recall@20", "change", "clicked", "survival", "repeated", "new", "items", "effective items")
+    rows = [["answers of", title, *measured]]
     for who, found in results.items():
         for name, line in found["retrieval"][part].items():
             low, high = line["change_interval"]
@@ -88,14 +78,9 @@ def _channel(results: Results, part: str, title: str) -> str:
             change = f"{line['change']:+.3f} ({low:.3f} to {high:.3f})"
             tail = [str(line["different_items"]), f"{line['effective_items']:.1f}"]
             rows.append([who, name, f"{line['recall']:.3f}", change, *shown, *tail])
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def _change(score: Mapping[str, Any]) -> str:
     low, high = score["relative_interval"]
     return f"{100 * score['relative']:+.2f}% ({100 * low:+.2f} to {100 * high:+.2f})"
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:], ""])

@@ -28,7 +28,7 @@ def _scores(runs: Runs, gains_of_seeds: Mapping[str, Mapping[str, Any] | None]) 
             whole = f"{all_seeds['value']:+.3f}{_range(all_seeds['interval'])}" if all_seeds else ""
             rows.append(["what GRPO adds, row by row", way, whole, each, ""])
     rows += [[line, "", _shown(value), "", ""] for line, value in first["lines"].items()]
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def _costs(runs: Runs) -> str:
@@ -46,7 +46,7 @@ def _costs(runs: Runs) -> str:
         ["copy of the same bytes, s", *(f"{cost['copy_seconds']:.4f}" for cost in costs)],
         ["their ratio", *(f"{cost['update_weights_seconds'] / cost['copy_seconds']:.2f}" for cost in costs)],
     ]
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -57,7 +57,8 @@ def _tokens(cost: Mapping[str, Any]) -> float:
     return float(cost["answers"] * cost["tokens_per_answer"])
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table; the first row is its head."""
     head, *body = rows
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *body))
 
