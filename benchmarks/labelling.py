@@ -3,9 +3,9 @@
     python -m benchmarks.labelling --out DIR [--rows 1000000]
 
 The rows are a table of query-ad pairs; the engine is an object of this process that gives every prompt the same
-readable answer: what is left is reading, asking, parsing and writing. Next to it, in the same run: the same lines
-parsed as JSON and nothing else, which no job over them can be faster than. Memory is the peak of this process and of
-the one that reads.
+readable answer: what is left is reading, asking, parsing and writing, and the journal, which is on disk after every 64
+answers. Next to it, in the same run: the same lines parsed as JSON and nothing else, which no job over them can be
+faster than. Memory is the peak of this process and of the one that reads.
 """
 
 import argparse
@@ -22,17 +22,19 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from benchmarks.sft_small import write_results
 from megatron_ads.cli import exit_status
 from megatron_ads.config.generation import GenerationConfig
 from megatron_ads.config.labelling import LabelConfig, load_label_recipe
-from megatron_ads.inference.engine import Completion
+from megatron_ads.inference.engine import Completion, Engine
+from megatron_ads.journal import Journal
 
 _WORDS = ("running", "shoes", "leather", "sofa", "garden", "hose", "winter", "coat", "phone", "case", "coffee", "maker")
 _ANSWER = "<think>The ad offers what the query asks for.</think><Label>Good</Label>"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and write ``DIR/labelling.json``."""
+    """Measure, print, and write ``DIR/results.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="empty or absent folder")
     parser.add_argument("--rows", type=int, default=1_000_000, metavar="N", help="rows to label (default 1,000,000)")
@@ -68,8 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "peak_bytes": _peak(resource.RUSAGE_SELF),
         "peak_bytes_of_the_reader": _peak(resource.RUSAGE_CHILDREN),
     }
-    (arguments.out / "labelling.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print("\n".join(f"{name:<28}{value:>16,.1f}" for name, value in found.items()))
+    write_results(arguments.out, found, "".join(f"| {name} | {value:,.1f} |\n" for name, value in found.items()))
     return 0 if labelled == arguments.rows else 1
 
 
@@ -101,9 +102,13 @@ class _Immediate:
 
 @contextmanager
 def _open_immediate(config: LabelConfig) -> Iterator[Any]:
+    from megatron_ads.inference.journalled_engine import JournalledEngine
     from megatron_ads.labelling.labeller import Labeller
 
-    yield Labeller(config, lambda journal, priority: _Immediate(), None)  # type: ignore[arg-type,return-value]
+    def open_engine(journal: Journal, priority: int) -> Engine:
+        return JournalledEngine(_Immediate(), journal, batch_size=config.model.batch_size)  # type: ignore[arg-type]
+
+    yield Labeller(config, open_engine, None)
 
 
 if __name__ == "__main__":
