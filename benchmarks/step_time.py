@@ -1,12 +1,15 @@
 """Time a training step of one process against transformers: same model, weights, samples and threads.
 
     python -m benchmarks.step_time [--rounds 15] [--threads 2] [--out step_time.json]
+    python -m benchmarks.step_time --profile [--threads 1]
 
 Two batches of 1024 tokens: ``full`` has four samples of 256 tokens; ``mixed`` has samples of many lengths, as
 fine-tuning data does, which transformers pads to the longest and this project packs. Ours is the project's own step:
 Megatron-Core model with grouped experts, gradient buffers, optimizer chain. The other side is
 ``DeepseekV3ForCausalLM`` as transformers builds it, with ``torch.optim.AdamW``. Steps alternate, so that a machine that
-speeds up or slows down does so for both. The first losses must agree, or nothing is timed.
+speeds up or slows down does so for both. The first losses must agree, or nothing is timed. ``--profile`` says instead
+where our step on full rows spends its time: in matrix products and attention kernels, in passes over the flat buffers
+of all weights and gradients (the optimizer, and collectives of one rank, which gloo carries out as copies), elsewhere.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import os
 import statistics
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,8 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each side (default 15)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side (default 2)")
     parser.add_argument("--out", type=Path, help="file to write the figures to, as JSON")
+    parser.add_argument("--profile", action="store_true", help="say where our step spends its time, and end")
     arguments = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # read when torch is imported
+    if arguments.profile:
+        _print_profile(arguments.threads, arguments.rounds)
+        return 0
     circumstances = {**provenance(), "load": os.getloadavg()[0]}
     report = {"threads": arguments.threads, "rounds": arguments.rounds, **circumstances, "batches": {}}
     for name, (steps, parameters) in _build(arguments.threads).items():
@@ -100,6 +108,41 @@ def _build(threads: int) -> dict[str, tuple[tuple[Step, Step], int]]:
         steps = (our_step(build_ours(model), [packed(samples)]), transformers_step(model, samples))
         built[name] = (steps, sum(parameter.numel() for parameter in model.parameters()))
     return built
+
+
+_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm")
+_OVER_WEIGHTS = ("_fused_adamw", "linalg_vector_norm", "dot")
+_FLAT = 1_000_000
+"""Elements from which a tensor of one dimension is a buffer of all weights or gradients."""
+
+
+def _print_profile(threads: int, rounds: int) -> None:
+    """Print how many milliseconds of a step go to each kind of operation, by torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    start_one_rank(threads)
+    step = our_step(build_ours(random_model(CONFIG)), [packed(random_samples(BATCHES["full"]))])
+    for _ in range(2):
+        step()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        for _ in range(rounds):
+            step()
+    kinds: Counter[str] = Counter()
+    for event in profiled.key_averages(group_by_input_shape=True):
+        kinds[_kind(event.key, event.input_shapes)] += event.self_cpu_time_total / 1e3 / rounds
+    total = kinds.total()
+    for kind, milliseconds in [*kinds.most_common(12), ("all", total)]:
+        print(f"{kind:<44}{milliseconds:9.1f} ms{milliseconds / total:8.1%}")
+
+
+def _kind(name: str, shapes: Sequence[Any]) -> str:
+    operation = name.removeprefix("aten::").removesuffix("_")
+    flat = any(len(shape) == 1 and isinstance(shape[0], int) and shape[0] >= _FLAT for shape in shapes)
+    if operation in _PRODUCTS or "scaled_dot_product" in operation:
+        return "matrix products and attention kernels"
+    if operation in _OVER_WEIGHTS or flat or name.startswith("c10d::"):
+        return "passes over all weights and gradients"
+    return name
 
 
 def start_one_rank(threads: int) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -198,9 +199,9 @@ def test_killed_jobs_and_a_server_that_goes_away_lose_nothing_and_repeat_nothing
     assert len(set(asked)) == ROWS and len(asked) - ROWS <= 3 * 4
 
 
-def _wait_for(happened: "object", process: "subprocess.Popen[bytes]") -> None:
+def _wait_for(happened: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
     end = time.monotonic() + 60
-    while not happened():  # type: ignore[operator]
+    while not happened():
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
 
