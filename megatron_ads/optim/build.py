@@ -14,6 +14,7 @@ from megatron_ads.config.training import OptimConfig
 from megatron_ads.optim.adam import make_adam
 from megatron_ads.optim.chain import OptimizerChain, OptimizerMember
 from megatron_ads.optim.members import DENSE, EXPERT, ShardedMember
+from megatron_ads.optim.one_rank import skip_collectives_of_one
 from megatron_ads.optim.stub import StubOptimizer
 from megatron_ads.runtime.device import device
 
@@ -38,10 +39,12 @@ def wrap_for_training(
         bucket_size=bucket_size,
         check_for_nan_in_grad=False,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    skip_collectives_of_one(wrapped)
+    return wrapped
 
 
 def build_optimizer(
