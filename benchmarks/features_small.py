@@ -50,6 +50,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--answers", nargs="+", choices=[*STAND_INS, MODEL], default=[*STAND_INS, MODEL])
     parser.add_argument("--users", type=int, default=20_000, metavar="N", help="people in the logs (default 20000)")
     parser.add_argument("--apart", type=float, default=0.3, help="share to fine-tune on (default 0.3)")
+    entries = "events of a kind in a prompt (default 3)"
+    parser.add_argument("--history-entries", type=int, default=3, metavar="N", help=entries)
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="rankers of a line (default 3)")
     parser.add_argument("--ranks", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: 2)")
     parser.add_argument("--text-steps", type=int, default=400, help="on the texts (default 400)")
@@ -81,7 +83,8 @@ class FeaturePath:
         train = ["downstream", "train", "--logs", str(self.out / "simulated"), "--out", str(self.out / "pipeline")]
         train += ["held_out=0.5"]  # conversions are few: half of the users make intervals narrow
         yield self._command("pipeline", "train a pipeline", train, ["pipeline"], after=["simulated"])
-        rows = [*self._downstream("rows"), "--out", str(self.out / "rows.jsonl"), "history.max_entries=3"]
+        rows = [*self._downstream("rows"), "--out", str(self.out / "rows.jsonl")]
+        rows += [f"history.max_entries={self.arguments.history_entries}"]
         rows += ["--labelled", str(self.out / "train.jsonl"), "--apart", str(self.arguments.apart)]
         yield self._command("rows", "write rows", rows, ["rows.jsonl", "train.jsonl"], after=["pipeline"])
         for name in self.arguments.answers:
