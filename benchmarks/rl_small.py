@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     out, track = arguments.out.resolve(), TRACKS[arguments.track]
-    path = _Path(out, track, arguments)
+    path = RlPath(out, track, arguments)
     ways = track.reasoning if arguments.reasoning == "both" else (arguments.reasoning or track.reasoning[0],)
     if unknown := [way for way in ways if way not in track.reasoning]:
         raise ConfigError(f"--reasoning is {unknown[0]}, which --track {arguments.track} does not have. Leave it out.")
@@ -75,7 +75,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 @dataclass(frozen=True, slots=True)
-class _Path:
+class RlPath:
     """From a random checkpoint to a reinforced one."""
 
     out: Path
@@ -84,37 +84,14 @@ class _Path:
 
     def stages(self, seed: int, ways: Sequence[str]) -> Iterator[Stage]:
         """Yield the stages of one seed."""
-        model = f"model-{seed}"
-        make = [
-            "demo-model",
-            str(self.out / model),
-            "--preset",
-            self.track.preset,
-            "--dtype",
-            "fp32",
-            "--seed",
-            str(seed),
-        ]
-        yield Stage(
-            name=model, title=f"seed {seed}: make a random checkpoint", outputs=[self.out / model],
-            settings={"command": make, "code": own_code_digest()}, run=partial(run_command, make, self.out, model),
-        )  # fmt: skip
-        start, folder = model, self.out / model
-        if self.track.pipeline and seed == 0:
-            yield Stage(
-                name="pipeline", title="train the pipeline", outputs=[self.out / "pipeline"],
-                settings={"code": own_code_digest()}, run=partial(make_pipeline, self.out),
-            )  # fmt: skip
-        if self.track.reads_first:
-            start = f"language-{seed}"
-            folder = self.out / start / "export"
-            yield from self._language(start, seed, after=model)
+        yield from self.before_tuning(seed)
+        start, folder = self._start(seed)
         for way in ways:
-            data = self._data(way)
+            data = self.data(way)
             yield self._score(f"zero-{way}-{seed}", folder, data, after=start)
-            sft, rl = f"sft-{way}-{seed}", f"grpo-{way}-{seed}"
-            settings = [*self.track.of_sft, *data, f"train.max_steps={self.arguments.sft_steps}"]
-            yield self._train(sft, self.track.sft, folder, seed, settings, after=start)
+            tuning = self.tuning(seed, way)
+            sft, rl = tuning.name, f"grpo-{way}-{seed}"
+            yield tuning
             yield self._score(f"{sft}-scores", self.out / sft / "export", data, after=sft)
             settings = [*data, *self._of_rl(), f"train.max_steps={self.arguments.rl_steps}"]
             yield self._train(rl, self.track.rl, self.out / sft / "export", seed, settings, after=sft)
@@ -122,7 +99,37 @@ class _Path:
             if seed == 0:
                 yield self._cost(f"cost-{way}", self.out / sft / "export", data, after=sft)
 
-    def _data(self, way: str) -> list[str]:
+    def before_tuning(self, seed: int) -> Iterator[Stage]:
+        """Yield the stages that make the model to fine-tune, and the pipeline."""
+        model = f"model-{seed}"
+        make = ["demo-model", str(self.out / model), "--preset", self.track.preset]
+        make += ["--dtype", "fp32", "--seed", str(seed)]
+        yield Stage(
+            name=model, title=f"seed {seed}: make a random checkpoint", outputs=[self.out / model],
+            settings={"command": make, "code": own_code_digest()}, run=partial(run_command, make, self.out, model),
+        )  # fmt: skip
+        if self.track.pipeline and seed == 0:
+            yield Stage(
+                name="pipeline", title="train the pipeline", outputs=[self.out / "pipeline"],
+                settings={"code": own_code_digest()}, run=partial(make_pipeline, self.out),
+            )  # fmt: skip
+        if self.track.reads_first:
+            yield from self._language(f"language-{seed}", seed, after=model)
+
+    def _start(self, seed: int) -> tuple[str, Path]:
+        """Return the stage whose model is fine-tuned, and the model."""
+        if self.track.reads_first:
+            return f"language-{seed}", self.out / f"language-{seed}" / "export"
+        return f"model-{seed}", self.out / f"model-{seed}"
+
+    def tuning(self, seed: int, way: str) -> Stage:
+        """Return the fine-tuning; its model is in ``sft-WAY-SEED/export``."""
+        settings = [*self.track.of_sft, *self.data(way), f"train.max_steps={self.arguments.sft_steps}"]
+        start, folder = self._start(seed)
+        return self._train(f"sft-{way}-{seed}", self.track.sft, folder, seed, settings, after=start)
+
+    def data(self, way: str) -> list[str]:
+        """Return the settings of the rows."""
         reasoning = ["data.reasoning=false"] if way == "without" else []
         return [*self.track.data, f"data.validation_rows={self.arguments.held_out}", *reasoning]
 
@@ -131,7 +138,7 @@ class _Path:
         return [*self.track.of_rl, *rewards, *self.arguments.overrides]
 
     def _language(self, name: str, seed: int, *, after: str) -> Iterator[Stage]:
-        texts, section = self.out / "texts.jsonl", self._data("none")
+        texts, section = self.out / "texts.jsonl", self.data("none")
         if seed == 0:
             yield Stage(
                 name="texts", title="write the texts to learn from", outputs=[texts],

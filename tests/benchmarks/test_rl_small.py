@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.rl_small import _parse, _Path, main
+from benchmarks.rl_small import RlPath, _parse, main
 from benchmarks.rl_small_pipeline import gain, reward_of
 from benchmarks.rl_small_table import tables
 from benchmarks.rl_small_tracks import TRACKS
@@ -61,9 +61,9 @@ def test_results_have_the_gain_of_the_rows_and_not_the_rows(tmp_path: Path) -> N
         "cost-none": {},
     }
     records = {name: StageRecord(fingerprint="", seconds=1.0, result=result) for name, result in found.items()}
-    results = _Path(tmp_path, TRACKS["downstream"], Namespace()).results(0, "none", records)
+    results = RlPath(tmp_path, TRACKS["downstream"], Namespace()).results(0, "none", records)
     assert results["scores"] == {"zero-shot": {"value": 0.0}, "SFT": {"value": 0.5}, "SFT + GRPO": {"value": 1.0}}
-    whole = _Path(tmp_path, TRACKS["downstream"], Namespace()).gain_of_seeds(1, "none", records)
+    whole = RlPath(tmp_path, TRACKS["downstream"], Namespace()).gain_of_seeds(1, "none", records)
     assert whole is not None and whole["value"] == 0.5
     assert results["gain"]["value"] == 0.5 and results["phases"] == {"timing_s/rollout": [1.0]}
     assert found["sft-none-0-scores"]["of_rows"] == [1.0, 0.0]  # of the stage's record, which is read again
