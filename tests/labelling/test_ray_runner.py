@@ -9,7 +9,7 @@ from megatron_ads.labelling.job import run_job
 from tests.inference.scripted_server import Reply, scripted_server
 from tests.labelling.jobs import LABELS, answer, labels_in, recipe, write_pairs
 
-pytest.importorskip("ray.data", reason="Ray is not installed; pip install 'megatron-ads[ray]' (0.6 GB) runs this test")
+pytest.importorskip("ray.data", reason="Ray is not installed; pip install 'megatron-ads[ray]' (0.25 GB) runs this test")
 
 
 @pytest.mark.timeout(300)
