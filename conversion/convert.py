@@ -165,15 +165,15 @@ def check_coverage(plan: ConversionPlan, source: WeightSource) -> None:
     Raises:
         ConversionError: If they do not; the plan is wrong, and nothing has been written.
     """
-    pieces: dict[str, set[Rectangle]] = {}
+    pieces: dict[str, dict[int | None, set[Rectangle]]] = {}
     for file in plan.files:
         for item in file.items:
             for view in item.views:
-                pieces.setdefault(view.parameter, set()).add(view.rectangle)
+                pieces.setdefault(view.parameter, {}).setdefault(view.part, set()).add(view.rectangle)
     for name in source.names():
-        rectangles, full = pieces.pop(name, set()), whole(source.parameter(name).shape)
-        covered = sum(rectangle.rows * rectangle.columns for rectangle in rectangles)
-        overlap = any(one.overlap(other) for one, other in combinations(rectangles, 2))
+        parts, full = pieces.pop(name, {}).values(), whole(source.parameter(name).shape)
+        covered = sum(rectangle.rows * rectangle.columns for rectangles in parts for rectangle in rectangles)
+        overlap = any(one.overlap(other) for rectangles in parts for one, other in combinations(rectangles, 2))
         if overlap or covered != full.rows * full.columns:
             raise ConversionError(
                 f"The plan writes {covered} of the {full.rows * full.columns} elements of {name}"

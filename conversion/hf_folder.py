@@ -18,9 +18,17 @@ from conversion.atomic_file import write_small
 from conversion.carried import Carried, DerivedBuffer
 from conversion.errors import DamagedCheckpointError, read_object, refuse_pipe
 from conversion.fp8 import BLOCK, scale_shape
-from conversion.names import DERIVED_BUFFER, HfPart, Parameter, ParameterKind, hf_aliases, parameters, tensors_at_least
+from conversion.names import (
+    DERIVED_BUFFER,
+    HfPart,
+    Parameter,
+    ParameterKind,
+    parameters,
+    possible_aliases,
+    tensors_at_least,
+)
 from conversion.paths import inside
-from conversion.regions import Region, StoredMatrix, part_rectangles
+from conversion.regions import Region, StoredMatrix, part_pieces
 from conversion.safetensors_file import StoredTensor, read_header
 from megatron_ads.architecture import ModelShape, fp8_blocks, shape_from_config
 from megatron_ads.errors import ConversionError
@@ -62,7 +70,10 @@ class HfFolder:
 
     def regions(self, parameter: Parameter) -> tuple[Region, ...]:
         """Return what a canonical parameter is made of."""
-        return tuple(Region(covers, self.matrix(part.name)) for part, covers in part_rectangles(parameter))
+        matrices = {part.name: self.matrix(part.name) for part in parameter.parts}
+        return tuple(
+            Region(piece.at, matrices[piece.part.name], piece.row, piece.column) for piece in part_pieces(parameter)
+        )
 
     def weight_files(self) -> tuple[Path, ...]:
         """Return every safetensors file."""
@@ -71,7 +82,7 @@ class HfFolder:
     @cached_property
     def aliases(self) -> dict[str, str]:
         """The repeats that are stored: HF name -> canonical name."""
-        return {name: canonical for name, canonical in hf_aliases(self.shape).items() if name in self.tensors}
+        return {name: canonical for name, canonical in possible_aliases(self.shape).items() if name in self.tensors}
 
     @cached_property
     def derived(self) -> tuple[str, ...]:
@@ -112,10 +123,10 @@ def open_hf_folder(path: Path) -> HfFolder:
         for part in parameter.parts:
             _check_tensor(folder, part, parameter.kind)
     for name in folder.derived:
-        if math.prod(tensors[name].shape) != shape.qk_rope_head_dim // 2:
+        if math.prod(tensors[name].shape) != shape.attention.rotary_dim // 2:
             raise DamagedCheckpointError(
-                f"{name} in {tensors[name].file} has shape {tensors[name].shape}, but qk_rope_head_dim / 2 is "
-                f"{shape.qk_rope_head_dim // 2}. Copy the file again."
+                f"{name} in {tensors[name].file} has shape {tensors[name].shape}, but half the rotary channels are "
+                f"{shape.attention.rotary_dim // 2}. Copy the file again."
             )
     for alias, canonical in folder.aliases.items():
         _check_tensor(folder, HfPart(alias, parameters(folder.shape)[canonical].shape), ParameterKind.PLAIN)
@@ -305,8 +316,9 @@ def layer_tensors(folder: HfFolder, layer: int) -> LayerTensors:
 
 
 def outside_tensors(folder: HfFolder) -> dict[str, torch.Tensor]:
-    """Read the ``embedding``, the final ``norm`` and the output ``head``."""
-    return {word: stored_values(folder, name) for name, word in _OUTSIDE_WORDS.items()}
+    """Read the ``embedding``, the final ``norm`` and the output ``head``, which may be the embedding."""
+    found = {word: stored_values(folder, name) for name, word in _OUTSIDE_WORDS.items() if name in folder.tensors}
+    return {"head": found["embedding"]} | found
 
 
 def stored_values(folder: HfFolder, name: str) -> torch.Tensor:

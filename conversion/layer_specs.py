@@ -36,6 +36,7 @@ _EXPERT = re.compile(r"(.+\.mlp\.experts)\.(linear_fc[12])\.weight\d+")
 _LINEAR = re.compile(r"(.+\.(?:linear_\w+|eh_proj))\.weight\d*")
 _FURTHER_TE_MODULES = re.compile(r"(.+(?:_layernorm|enorm|hnorm))\.weight")
 FUSED_NORMS = (
+    (".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight"),
     (".self_attention.linear_q_up_proj.layer_norm_weight", ".self_attention.q_layernorm.weight"),
     (".self_attention.linear_kv_up_proj.layer_norm_weight", ".self_attention.kv_layernorm.weight"),
     (".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight"),

@@ -125,7 +125,7 @@ def _chunk_holds(shape: ModelShape, chunk: Chunk, parameter: Parameter) -> bool:
 
 
 def _outside_owned(shape: ModelShape, stage: tuple[Chunk, ...]) -> Iterator[Parameter]:
-    embedding, final_norm, output_layer = outside_parameters(shape)
+    embedding, final_norm, *output_layer = outside_parameters(shape)
     has_loss = any(chunk.has_loss for chunk in stage)
     if any(chunk.needs_embedding for chunk in stage):
         yield embedding
@@ -133,7 +133,7 @@ def _outside_owned(shape: ModelShape, stage: tuple[Chunk, ...]) -> Iterator[Para
     if any(shape.num_layers - 1 in chunk.layers for chunk in stage) if shape.mtp_layers else has_loss:
         yield final_norm
     if has_loss:
-        yield output_layer
+        yield from output_layer
 
 
 @dataclass(frozen=True, slots=True)

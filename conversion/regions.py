@@ -109,11 +109,26 @@ class View:
     parameter: str
     regions: tuple[Region, ...]
     rectangle: Rectangle
+    part: int | None = None
+    """Number of the Hugging Face tensor in whose coordinates regions and rectangle are; None: the parameter's."""
 
     @classmethod
     def of(cls, parameter: str, regions: Sequence[Region], rectangle: Rectangle) -> "View":
         """Return a view that holds only those of a parameter's regions that the rectangle needs."""
         return cls(parameter, tuple(region for region in regions if rectangle.overlap(region.covers)), rectangle)
+
+    @classmethod
+    def of_part(cls, parameter: Parameter, regions: Sequence[Region], part: int) -> "View":
+        """Return a view of all of one Hugging Face tensor of a parameter that consists of ``regions``."""
+        tensor = parameter.parts[part]
+        found = (
+            _in_part(region, piece)
+            for piece in part_pieces(parameter)
+            if piece.part == tensor
+            for region in regions
+            if piece.at.overlap(region.covers)
+        )
+        return cls(parameter.name, tuple(found), whole(tensor.shape), part)
 
 
 def whole(shape: Sequence[int]) -> Rectangle:
@@ -123,12 +138,47 @@ def whole(shape: Sequence[int]) -> Rectangle:
     return Rectangle(0, 0, 1, shape[0])
 
 
-def part_rectangles(parameter: Parameter) -> Iterator[tuple[HfPart, Rectangle]]:
-    """Yield the Hugging Face tensors of a parameter and the rectangle of it that each one is."""
-    row = 0
-    for part in parameter.parts:
-        yield part, replace(whole(part.shape), row=row)
-        row += whole(part.shape).rows
+@dataclass(frozen=True, slots=True)
+class PartPiece:
+    """Consecutive rows of one Hugging Face tensor, which are a rectangle of the parameter."""
+
+    part: HfPart
+    at: Rectangle
+    """Where in the parameter they are."""
+    row: int
+    """Where in the part they begin ..."""
+    column: int
+    """... which for a vector, a matrix of one row, is a column."""
+
+
+def part_pieces(parameter: Parameter) -> Iterator[PartPiece]:
+    """Yield the pieces of Hugging Face tensors that make up a parameter, in its order.
+
+    Each part is one piece; of parameters that are stacked group by group, each group of each part is.
+    """
+    position, vector = 0, len(parameter.shape) == 1
+    for group in range(parameter.groups):
+        for part in parameter.parts:
+            length = part.shape[0] // parameter.groups
+            shape = whole((length, *part.shape[1:]))
+            if vector:
+                yield PartPiece(part, replace(shape, column=position), 0, group * length)
+            else:
+                yield PartPiece(part, replace(shape, row=position), group * length, 0)
+            position += length
+
+
+def _in_part(region: Region, piece: PartPiece) -> Region:
+    """Return what of a region is in a piece, in the coordinates of the Hugging Face tensor."""
+    common = piece.at.overlap(region.covers)
+    assert common is not None
+    row, column = common.row - piece.at.row + piece.row, common.column - piece.at.column + piece.column
+    return Region(
+        Rectangle(row, column, common.rows, common.columns),
+        region.stored,
+        row=region.row + common.row - region.covers.row,
+        column=region.column + common.column - region.covers.column,
+    )
 
 
 def value_dtype(regions: Sequence[Region]) -> torch.dtype:
@@ -174,6 +224,8 @@ def slice_rectangles(parameter: Parameter, rank: int, size: int) -> tuple[Rectan
     """
     full = whole(parameter.shape)
     sliced = whole(slice_shape(parameter, size))
+    if parameter.split is Split.ROWS and len(parameter.shape) == 1:
+        return (Rectangle(0, rank * sliced.columns if size > 1 else 0, 1, sliced.columns),)
     if parameter.split is Split.ROWS:
         return (Rectangle(rank * sliced.rows if size > 1 else 0, 0, sliced.rows, full.columns),)
     if parameter.split is Split.COLUMNS:

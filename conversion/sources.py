@@ -14,7 +14,7 @@ from conversion.carried import DerivedBuffer, SideFiles, find_side_files
 from conversion.errors import DamagedCheckpointError, naming_refusals, read_object
 from conversion.hf_folder import INDEX, SINGLE, HfFolder, open_hf_folder
 from conversion.journal import JOURNAL
-from conversion.names import Parameter, ParameterKind, hf_aliases, parameters
+from conversion.names import Parameter, ParameterKind, parameters, possible_aliases
 from conversion.regions import Region, bands, fill, slice_rectangles, value_dtype
 from conversion.shards import FORMAT, MANIFEST, ShardsFolder, open_shards
 from conversion.torch_dist_folder import METADATA, TorchDistFolder, open_torch_dist
@@ -127,7 +127,7 @@ def open_source(path: Path) -> WeightSource:
     with naming_refusals(path):
         kind = _recognised(path)
         folder = _OPEN[kind](path)
-        carried, repeats = folder.carried, hf_aliases(folder.shape).items()
+        carried, repeats = folder.carried, possible_aliases(folder.shape).items()
         return WeightSource(
             path=path,
             kind=kind,

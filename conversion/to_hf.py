@@ -17,7 +17,7 @@ from conversion.fp8 import BLOCK, scale_shape
 from conversion.hf_folder import INDEX, SCALE_SUFFIX, SINGLE, HfFolder, write_index
 from conversion.names import DERIVED_BUFFER, HfPart, Parameter, ParameterKind, parameters
 from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state, in_groups, offsets
-from conversion.regions import Region, View, part_rectangles
+from conversion.regions import Region, View
 from conversion.safetensors_file import DTYPES, HeaderEntry, header_order
 from conversion.sources import WeightSource, stored_dtype
 from megatron_ads.architecture import Fp8Blocks, fp8_blocks
@@ -45,7 +45,7 @@ class ExportDtype(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HfTensor:
-    """One tensor of the export, with the rectangle of a canonical parameter that it is."""
+    """One tensor of the export, with what of a canonical parameter it is."""
 
     name: str
     shape: tuple[int, ...]
@@ -130,8 +130,8 @@ def hf_tensors(source: WeightSource, dtype: ExportDtype, aliases: Mapping[str, s
     for parameter in (*model.values(), *repeats):
         regions = source.regions(parameter.name)
         stored = _dtype(parameter, regions, dtype)
-        for part, rectangle in part_rectangles(parameter):
-            view = View.of(parameter.name, regions, rectangle)
+        for number, part in enumerate(parameter.parts):
+            view = View.of_part(parameter, regions, number)
             found.append(HfTensor(part.name, part.shape, stored, view, blocks))
     return sorted(found, key=lambda tensor: _reading_order(tensor.name))
 

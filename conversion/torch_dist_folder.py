@@ -9,7 +9,7 @@ from typing import Any
 from conversion.carried import SIDE_FOLDER, Carried
 from conversion.errors import DamagedCheckpointError, read_object
 from conversion.layer_specs import KeyedTensor, LayerSpec, keyed_tensors
-from conversion.names import Parameter, hf_aliases, parameters
+from conversion.names import EMBEDDING, OUTPUT_LAYER, Parameter, hf_aliases, parameters
 from conversion.paths import inside
 from conversion.regions import Rectangle, Region, StoredMatrix, whole
 from conversion.safetensors_file import StoredTensor
@@ -31,7 +31,7 @@ class TorchDistFolder:
     shape: ModelShape
     side_folder: Path
     carried: Carried
-    """All repeated tensors and nothing else, in a checkpoint that Megatron-Core wrote."""
+    """All repeats of a published checkpoint and nothing else, where Megatron-Core wrote it."""
     pieces: Mapping[str, tuple[Region, ...]]
     """The stored pieces of every canonical parameter."""
 
@@ -114,7 +114,7 @@ def _locate(path: Path, tensor: KeyedTensor, metadata: Any) -> dict[str, tuple[R
             "Megatron-Core that names it otherwise."
         )
     # Megatron pads the vocabulary; rows beyond it hold nothing.
-    padded = tensor.key in ("embedding.word_embeddings.weight", "output_layer.weight")
+    padded = tensor.key in (EMBEDDING, OUTPUT_LAYER)
     size = tuple(stored.size)
     if size[1:] != tensor.shape[1:] or not (size[0] == tensor.shape[0] or (padded and size[0] > tensor.shape[0])):
         raise DamagedCheckpointError(f"{tensor.key} in {path} has shape {size}, but its config gives {tensor.shape}.")

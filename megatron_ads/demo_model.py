@@ -1,10 +1,12 @@
-"""Write a small random DeepSeek-V3-family checkpoint with tokenizer, in the form DeepSeek publishes, to try things on.
+"""Write a small random checkpoint with tokenizer, in the form its family is published, to try things on.
 
-    megatron-ads demo-model OUT [--preset tiny|shallow|small] [--dtype bf16|fp32] [--fp8] [--seed N]
+    megatron-ads demo-model OUT [--preset tiny|shallow|small|dense] [--dtype bf16|fp32] [--fp8] [--seed N]
     megatron-ads demo-model OUT --preset deepseek-r1 --sparse
 
 ``tiny`` learns one task on two CPU cores within minutes, and has layers enough for every layout; ``shallow`` has fewer
-layers and wider latents, and learns several tasks sooner; ``small`` is about ten times as large.
+layers and wider latents, and learns several tasks sooner; ``small`` is about ten times as large. These are mixtures of
+experts of the DeepSeek-V3 family.
+``dense`` is of another family: a small Qwen2, as DeepSeek-R1-Distill-Qwen-7B is a large one.
 ``deepseek-r1`` has every name, shape and file of the 671B checkpoint in sparse files that take next to no disk space.
 The same preset, number format and seed give the same bytes.
 """
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
 
     from megatron_ads.architecture import ModelShape
 
-EMBEDDING = "embedding.word_embeddings.weight"
-"""Its canonical name."""
 BYTES_PER_FILE = 4 * 2**20
 """Small enough that the checkpoint has several files and an index, as a large one has."""
 
@@ -40,6 +40,7 @@ class Preset(StrEnum):
     tiny = "tiny"
     shallow = "shallow"
     small = "small"
+    dense = "dense"
     deepseek_r1 = "deepseek-r1"
 
 
@@ -92,9 +93,32 @@ _SMALL = _TINY | {
     "q_lora_rank": 192,
     "initializer_range": 0.03,
 }
-CONFIGS: Mapping[Preset, dict[str, Any]] = {Preset.tiny: _TINY, Preset.shallow: _SHALLOW, Preset.small: _SMALL}
+_DENSE = published_config("deepseek_r1_distill_qwen_7b") | {
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "hidden_size": 128,
+    "initializer_range": 0.05,
+    "intermediate_size": 384,
+    "max_position_embeddings": 16384,
+    "max_window_layers": 4,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1536,
+}
+CONFIGS: Mapping[Preset, dict[str, Any]] = {
+    Preset.tiny: _TINY,
+    Preset.shallow: _SHALLOW,
+    Preset.small: _SMALL,
+    Preset.dense: _DENSE,
+}
 """``config.json`` of each preset that has values."""
-EMBEDDING_SPREADS: Mapping[Preset, float] = {Preset.tiny: 1.0, Preset.shallow: 0.1, Preset.small: 1.0}
+EMBEDDING_SPREADS: Mapping[Preset, float] = {
+    Preset.tiny: 1.0,
+    Preset.shallow: 0.1,
+    Preset.small: 1.0,
+    Preset.dense: 1.0,
+}
 """Standard deviation of the embeddings of each preset.
 
 1 is torch's own default: what the layers add is then small in comparison, and rounding grows less on its way through
@@ -152,7 +176,7 @@ def write_demo_model(
 
     Args:
         out: Must be empty or absent.
-        config: A ``config.json`` of this family; ``torch_dtype`` decides the number format.
+        config: A ``config.json`` of any supported model; ``torch_dtype`` decides the number format.
         fp8: Store projections inside layers in FP8 with block scales.
         embedding_spread: Standard deviation of the embeddings; that of other weights is the config's.
 
@@ -198,7 +222,7 @@ def _draw_tensors(
 
     from conversion.fp8 import quantize
     from conversion.hf_folder import SCALE_SUFFIX
-    from conversion.names import Parameter, ParameterKind, hf_aliases, parameters
+    from conversion.names import EMBEDDING, Parameter, ParameterKind, hf_aliases, parameters
 
     dtype: torch.dtype = getattr(torch, torch_dtype)
 
@@ -208,6 +232,8 @@ def _draw_tensors(
         if parameter.kind is ParameterKind.ROUTER_BIAS:
             return noise * 0.01
         spread = embedding_spread if parameter.name == EMBEDDING else shape.initializer_range
+        if name.endswith(".bias"):
+            return noise * 0.1
         return 1 + noise * 0.02 if len(size) == 1 else noise * spread
 
     for parameter in parameters(shape).values():

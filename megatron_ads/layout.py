@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Self
 
-from megatron_ads.architecture import ModelShape
+from megatron_ads.architecture import GroupedQueryShape, ModelShape
 from megatron_ads.errors import ConfigError
 
 
@@ -122,6 +122,7 @@ class ParallelLayout:
         """
         for what, number, name in (
             ("attention heads", shape.num_heads, "tp"),
+            ("query groups", shape.attention.num_groups if isinstance(shape.attention, GroupedQueryShape) else 0, "tp"),
             ("vocabulary entries", shape.vocab_size, "tp"),
             ("dense feed-forward columns", shape.dense_ffn_size, "tp"),
             ("shared-expert columns", shape.shared_ffn_size, "tp"),
@@ -150,11 +151,13 @@ class Chunk:
     """Final norm, output layer and loss are here."""
     mtp_layers: tuple[int, ...] = ()
     """MTP layers, numbered from 0 among themselves."""
+    has_tied_output: bool = False
+    """The output layer is here, and it is the word embedding."""
 
     @property
     def needs_embedding(self) -> bool:
-        """Whether the word embedding is stored here: the first chunk, and any with MTP layers."""
-        return self.has_embedding or bool(self.mtp_layers)
+        """Whether the word embedding is stored here: the first chunk, any with MTP layers, and a tied output layer."""
+        return self.has_embedding or bool(self.mtp_layers) or self.has_tied_output
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -267,6 +270,7 @@ def place_layers(
             has_embedding="E" in piece,
             has_loss="L" in piece,
             mtp_layers=tuple(range(piece.count("m"))),
+            has_tied_output=shape.tie_word_embeddings and "L" in piece,
         )
         for index, piece in enumerate(pieces)
     )

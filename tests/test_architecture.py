@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 from conversion.published_models import published_file, published_models
-from megatron_ads.architecture import Fp8Blocks, YarnShape, fp8_blocks, read_model_shape, shape_from_config
+from megatron_ads.architecture import (
+    Fp8Blocks,
+    LatentAttentionShape,
+    YarnShape,
+    fp8_blocks,
+    read_model_shape,
+    shape_from_config,
+)
 from megatron_ads.errors import ConfigError
 from tests.published import CONFIGS, published
 
@@ -21,9 +28,9 @@ from tests.published import CONFIGS, published
 
 def test_every_published_config_is_read() -> None:
     files = [*CONFIGS.glob("*.json"), *map(published_file, published_models())]
-    assert len(files) == 5
+    assert len(files) == 7
     for file in files:
-        assert read_model_shape(file).num_layers in (27, 61)
+        assert read_model_shape(file).num_layers in (27, 28, 32, 61)
 
 
 def test_r1_has_the_numbers_of_its_paper() -> None:
@@ -31,12 +38,15 @@ def test_r1_has_the_numbers_of_its_paper() -> None:
     # 1 shared and 256 routed experts of width 2048, 8 per token from at most 4 of 8 nodes, one MTP layer.
     shape = shape_from_config(published("deepseek_r1"))
     assert (shape.num_layers, shape.hidden_size, shape.num_heads, shape.first_dense_layers) == (61, 7168, 128, 3)
-    assert (shape.kv_lora_rank, shape.q_lora_rank, shape.qk_head_dim, shape.v_head_dim) == (512, 1536, 192, 128)
+    attention = shape.attention
+    assert isinstance(attention, LatentAttentionShape)
+    assert (attention.kv_lora_rank, attention.q_lora_rank) == (512, 1536)
+    assert (attention.qk_head_dim, attention.v_head_dim) == (192, 128)
     assert (shape.num_shared_experts, shape.num_experts, shape.expert_ffn_size) == (1, 256, 2048)
     assert (shape.experts_per_token, shape.groups_per_token, shape.num_expert_groups) == (8, 4, 8)
     assert (shape.score_function, shape.has_expert_bias, shape.experts_scored_per_group) == ("sigmoid", True, 2)
     assert (shape.routed_scaling_factor, shape.normalize_expert_weights, shape.mtp_layers) == (2.5, True, 1)
-    assert shape.yarn == YarnShape(factor=40.0, original_max_positions=4096, mscale=1.0, mscale_all_dim=1.0)
+    assert shape.rope_scaling == YarnShape(factor=40.0, original_max_positions=4096, mscale=1.0, mscale_all_dim=1.0)
     assert [layer for layer in range(62) if not shape.is_moe_layer(layer)] == [0, 1, 2]
 
 
@@ -59,11 +69,12 @@ def test_what_the_installed_transformers_writes_is_read(name: str) -> None:
 
 def test_v2_lite_routes_by_softmax_without_groups_and_has_no_query_rank() -> None:
     shape = shape_from_config(published("deepseek_v2_lite"))
-    assert (shape.q_lora_rank, shape.score_function, shape.has_expert_bias) == (None, "softmax", False)
+    assert isinstance(shape.attention, LatentAttentionShape)
+    assert (shape.attention.q_lora_rank, shape.score_function, shape.has_expert_bias) == (None, "softmax", False)
     assert (shape.num_expert_groups, shape.groups_per_token, shape.shared_ffn_size) == (1, 1, 2816)
     assert (shape.normalize_expert_weights, shape.mtp_layers) == (False, 0)
-    assert shape.yarn is not None
-    assert shape.yarn.mscale == 0.707
+    assert isinstance(shape.rope_scaling, YarnShape)
+    assert shape.rope_scaling.mscale == 0.707
 
 
 def test_greedy_routing_ignores_groups_and_group_limited_routing_keeps_them() -> None:
@@ -76,14 +87,20 @@ def test_greedy_routing_ignores_groups_and_group_limited_routing_keeps_them() ->
 
 def test_moonlight_has_no_position_scaling() -> None:
     shape = shape_from_config(published("moonlight_16b_a3b"))
-    assert (shape.yarn, shape.rope_theta, shape.rms_norm_eps, shape.max_positions) == (None, 50000.0, 1e-5, 8192)
-    assert (shape.q_lora_rank, shape.has_expert_bias, shape.routed_scaling_factor) == (None, True, 2.446)
+    assert (shape.rope_scaling, shape.rope_theta, shape.rms_norm_eps, shape.max_positions) == (
+        None,
+        50000.0,
+        1e-5,
+        8192,
+    )
+    assert isinstance(shape.attention, LatentAttentionShape)
+    assert (shape.attention.q_lora_rank, shape.has_expert_bias, shape.routed_scaling_factor) == (None, True, 2.446)
 
 
 def test_kimi_k2_turns_every_dimension_at_one_rotation() -> None:
     shape = shape_from_config(published("kimi_k2_instruct"))
-    assert shape.yarn is not None
-    assert (shape.yarn.beta_fast, shape.yarn.beta_slow, shape.yarn.factor) == (1.0, 1.0, 32.0)
+    assert isinstance(shape.rope_scaling, YarnShape)
+    assert (shape.rope_scaling.beta_fast, shape.rope_scaling.beta_slow, shape.rope_scaling.factor) == (1.0, 1.0, 32.0)
     assert (shape.num_heads, shape.num_experts, shape.first_dense_layers, shape.mtp_layers) == (64, 384, 1, 0)
 
 
@@ -91,7 +108,7 @@ def test_a_default_rope_section_is_no_scaling() -> None:
     config = published(
         "deepseek_r1", rope_scaling=..., rope_theta=..., rope_parameters={"rope_type": "default", "rope_theta": 5e5}
     )
-    assert (shape_from_config(config).rope_theta, shape_from_config(config).yarn) == (5e5, None)
+    assert (shape_from_config(config).rope_theta, shape_from_config(config).rope_scaling) == (5e5, None)
 
 
 def test_a_folder_is_read_by_the_config_in_it(tmp_path: Path) -> None:
@@ -108,7 +125,7 @@ UNSUPPORTED = [
     ({"moe_layer_freq": 2}, r"moe_layer_freq is 2, but .*only 1"),
     ({"attention_dropout": 0.1}, r"attention_dropout is 0\.1"),
     ({"rope_interleave": False}, r"rope_interleave is False"),
-    ({"model_type": "llama"}, r"model_type is 'llama'; supported: deepseek_v3, kimi_k2, deepseek_v2"),
+    ({"model_type": "qwen3"}, r"model_type is 'qwen3'; supported: deepseek_v3, kimi_k2, deepseek_v2, qwen2, llama"),
     ({"model_type": "deepseek_v32"}, r"model_type is 'deepseek_v32'; supported"),
     ({"scoring_func": "softmax"}, r"scoring_func is 'softmax', but .*only 'sigmoid'"),
     ({"topk_method": "greedy"}, r"topk_method is 'greedy'; supported: noaux_tc"),
@@ -156,7 +173,7 @@ YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
 
 def test_mscales_that_all_implementations_understand_alike_are_read() -> None:
     for mscales in ({}, {"mscale": 1.0}, {"mscale": 0.707, "mscale_all_dim": 0.9}):
-        assert shape_from_config(published("deepseek_r1", rope_scaling=YARN | mscales)).yarn is not None
+        assert shape_from_config(published("deepseek_r1", rope_scaling=YARN | mscales)).rope_scaling is not None
 
 
 @pytest.mark.parametrize(
@@ -233,7 +250,12 @@ def test_every_field_of_the_shape_follows_the_config() -> None:
         "tie_word_embeddings": True,
     }  # fmt: skip
     before, after = shape_from_config(published("deepseek_r1")), shape_from_config(published("deepseek_r1", **changes))
-    unchanged = [field.name for field in fields(before) if getattr(before, field.name) == getattr(after, field.name)]
+    unchanged = [
+        field.name
+        for a, b in ((before, after), (before.attention, after.attention))
+        for field in fields(a)
+        if getattr(a, field.name) == getattr(b, field.name)
+    ]
     assert unchanged == ["score_function", "has_expert_bias"]  # decided by the model type; V2 has the other values
 
 

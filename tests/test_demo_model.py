@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from conversion import sparse_r1
 from conversion.hf_folder import open_hf_folder
 from conversion.names import ParameterKind, hf_aliases, parameters
-from megatron_ads.architecture import read_model_shape
+from megatron_ads.architecture import LatentAttentionShape, YarnShape, read_model_shape
 from megatron_ads.cli import main
 from megatron_ads.data.chat import load_tokenizer
 from megatron_ads.demo_model import CONFIGS, EMBEDDING_SPREADS, Preset
@@ -36,8 +36,9 @@ def test_it_has_every_part_of_the_family(demo: Path):
     assert shape.num_layers >= 6 and shape.first_dense_layers == 2 and shape.mtp_layers == 1
     assert shape.num_experts >= 16 and shape.num_shared_experts == 1
     assert 1 < shape.groups_per_token < shape.num_expert_groups
-    assert shape.q_lora_rank is not None and shape.has_expert_bias
-    assert shape.yarn is not None and shape.yarn.mscale_all_dim == 1.0
+    assert isinstance(shape.attention, LatentAttentionShape)
+    assert shape.attention.q_lora_rank is not None and shape.has_expert_bias
+    assert isinstance(shape.rope_scaling, YarnShape) and shape.rope_scaling.mscale_all_dim == 1.0
 
 
 def test_files_are_those_of_a_published_checkpoint(demo: Path):

@@ -20,6 +20,7 @@ FOUNDATION = (
     "megatron_ads.json_fields",
     "megatron_ads.journal",
     "megatron_ads.stable_random",
+    "megatron_ads.model_shape",
     "megatron_ads.architecture",
     "megatron_ads.layout",
     "megatron_ads.config",

@@ -39,6 +39,7 @@ def _pointwise_work(stack: Stack, tiny: bool) -> dict[str, tuple[Differentiated,
     from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+    from megatron_ads.architecture import LatentAttentionShape
     from megatron_ads.models.attention import make_heads
     from megatron_ads.models.specs import RMSNorm
 
@@ -47,9 +48,11 @@ def _pointwise_work(stack: Stack, tiny: bool) -> dict[str, tuple[Differentiated,
     routing = torch.rand(8 * tokens, 1, device=device()).requires_grad_()
     norm = RMSNorm(stack.megatron_config(), shape.hidden_size, 1e-6)
     logits, labels = _leaf(tokens, 1, shape.vocab_size), torch.randint(shape.vocab_size, (tokens, 1), device=device())
-    query, key = _leaf(tokens, 1, shape.num_heads, shape.qk_head_dim), _leaf(tokens, 1, shape.qk_rope_head_dim)
-    key_value = _leaf(tokens, 1, shape.num_heads, shape.qk_nope_head_dim + shape.v_head_dim)
-    angles = torch.rand(tokens, 1, shape.qk_rope_head_dim // 2, device=device())
+    widths = shape.attention
+    assert isinstance(widths, LatentAttentionShape)
+    query, key = _leaf(tokens, 1, shape.num_heads, widths.qk_head_dim), _leaf(tokens, 1, widths.qk_rope_head_dim)
+    key_value = _leaf(tokens, 1, shape.num_heads, widths.qk_nope_head_dim + widths.v_head_dim)
+    angles = torch.rand(tokens, 1, widths.qk_rope_head_dim // 2, device=device())
     turns = torch.polar(torch.ones_like(angles), angles)
 
     def heads(query: Tensor, key_value: Tensor, key: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ads.architecture import ModelShape
+from megatron_ads.architecture import GroupedQueryShape, ModelShape
 from megatron_ads.layout import Chunk, ParallelLayout, PipelinePlacement
 from megatron_ads.models.attention import set_latent_norm_epsilon
+from megatron_ads.models.grouped_query import rotary_frequencies
 from megatron_ads.models.settings import ModelSettings
-from megatron_ads.models.specs import DeepseekModel, decoder_spec, mtp_spec
+from megatron_ads.models.specs import DecoderModel, decoder_spec, mtp_spec
 from megatron_ads.models.transformer_config import megatron_config
 
 _PARTITIONED_DIM = {layers.ColumnParallelLinear: 0, layers.RowParallelLinear: 1, layers.VocabParallelEmbedding: 0}
@@ -32,8 +33,8 @@ def build_chunks(
     return [_build(shape, config, chunk, settings) for chunk in placement.stage_chunks(stage)]
 
 
-def _build(shape: ModelShape, config: MLATransformerConfig, chunk: Chunk, settings: ModelSettings) -> GPTModel:
-    model = DeepseekModel(
+def _build(shape: ModelShape, config: TransformerConfig, chunk: Chunk, settings: ModelSettings) -> GPTModel:
+    model = DecoderModel(
         config,
         decoder_spec(shape, chunk, settings.spec),
         vocab_size=shape.vocab_size,
@@ -46,6 +47,8 @@ def _build(shape: ModelShape, config: MLATransformerConfig, chunk: Chunk, settin
         vp_stage=chunk.virtual if config.virtual_pipeline_model_parallel_size else None,
     )
     set_latent_norm_epsilon(model)
+    if isinstance(shape.attention, GroupedQueryShape):
+        model.rotary_pos_emb.inv_freq = rotary_frequencies(shape)
     _mark_weights(model)
     if chunk.mtp_layers and not settings.mtp_loss_weight:
         model.mtp.requires_grad_(False)

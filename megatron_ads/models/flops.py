@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from conversion.names import layer_parameters
-from megatron_ads.architecture import ModelShape
+from megatron_ads.architecture import GroupedQueryShape, LatentAttentionShape, ModelShape
 from megatron_ads.config.model import Recompute
 from megatron_ads.models.parts import Lora
 
-KEPT_BY_SELECTIVE = ("linear_q_down_proj", "linear_kv_down_proj", "self_attention.linear_proj", "eh_proj")
-"""Projections that selective recomputation does not run again."""
+KEPT_BY_SELECTIVE = {
+    LatentAttentionShape: ("linear_q_down_proj", "linear_kv_down_proj", "self_attention.linear_proj", "eh_proj"),
+    GroupedQueryShape: (".self_attention.",),
+}
+"""Projections that selective recomputation does not run again, by the kind of attention; see ``SELECTIVE_MODULES``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +70,10 @@ def token_flops(
         adapters += in_layer[1]
         kept += in_layer[2]
         # 2 operations for each channel of the key and of the value, for (S + 1) / 2 keys.
-        scores += (seq_length + 1) * shape.num_heads * (shape.qk_head_dim + shape.v_head_dim)
+        scores += (seq_length + 1) * shape.num_heads * (shape.attention.qk_head_dim + shape.attention.v_head_dim)
     inside = weights + adapters + scores
+    if isinstance(shape.attention, GroupedQueryShape):
+        kept += scores
     forward = inside + output
     recomputed = {Recompute.none: 0, Recompute.selective: inside - kept, Recompute.full: inside}[recompute]
     return TokenFlops(forward, 2 * forward - (0 if lora is None else weights + output), recomputed)
@@ -87,6 +92,6 @@ def _layer_flops(shape: ModelShape, layer: int, lora: Lora | None) -> tuple[int,
         adapter = 0 if lora is None else 2 * runs * lora.elements(parameter)
         weights += product
         adapters += adapter
-        if any(name in parameter.name for name in KEPT_BY_SELECTIVE):
+        if any(name in parameter.name for name in KEPT_BY_SELECTIVE[type(shape.attention)]):
             kept += product + adapter
     return weights, adapters, kept

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from conversion.names import Parameter, ParameterKind, parameters, slice_shape
+from conversion.names import Parameter, ParameterKind, Split, parameters, slice_shape
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import FrozenPart, LoraTarget, ModelConfig
 
@@ -64,7 +64,7 @@ class Lora:
         has the same rows of either. A weight divided by rows has a whole A, one divided by columns a whole B.
         """
         rows, columns = slice_shape(parameter, size)
-        parts = len(parameter.parts)
+        parts = 2 if parameter.split is Split.GATE_UP else 1
         return (self.rank, columns), (parts, rows // parts, self.rank)
 
 

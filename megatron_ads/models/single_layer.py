@@ -8,13 +8,15 @@ from collections.abc import Callable
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from conversion.layer_specs import canonical_names
 from conversion.sources import WeightSource
+from megatron_ads.architecture import GroupedQueryShape
 from megatron_ads.layout import Chunk, ParallelLayout, place_layers
 from megatron_ads.models.attention import set_latent_norm_epsilon
+from megatron_ads.models.grouped_query import rotary_angles
 from megatron_ads.models.settings import ModelSettings
 from megatron_ads.models.specs import RMSNorm, decoder_spec, mtp_spec
 from megatron_ads.models.transformer_config import megatron_config
@@ -33,7 +35,7 @@ class SingleLayer:
     @torch.no_grad()
     def __init__(self, source: WeightSource, layer: int, settings: ModelSettings) -> None:
         """Build the layer and fill it."""
-        shape = source.shape
+        self._shape = shape = source.shape
         self.config = _config(source, settings)
         mtp = layer - shape.num_layers
         self.is_mtp = mtp >= 0
@@ -57,7 +59,10 @@ class SingleLayer:
 
     @torch.no_grad()
     def decode(self, hidden_SC: Tensor) -> Tensor:
-        output, _ = self._module(hidden_states=hidden_SC[:, None], attention_mask=None)
+        positions: dict[str, Tensor] = {}
+        if isinstance(self._shape.attention, GroupedQueryShape):  # latent attention makes its own
+            positions = {"rotary_pos_emb": rotary_angles(self._shape, len(hidden_SC), hidden_SC.device)}
+        output, _ = self._module(hidden_states=hidden_SC[:, None], attention_mask=None, **positions)
         return output[:, 0]
 
     @torch.no_grad()
@@ -90,6 +95,6 @@ def build_norm(source: WeightSource, name: str, settings: ModelSettings) -> RMSN
     return norm
 
 
-def _config(source: WeightSource, settings: ModelSettings) -> MLATransformerConfig:
+def _config(source: WeightSource, settings: ModelSettings) -> TransformerConfig:
     layout = ParallelLayout(world=1)
     return megatron_config(source.shape, layout, place_layers(source.shape, layout), settings)

@@ -18,6 +18,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import multi_token_prediction as mtp
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -35,10 +36,11 @@ from torch.nn.functional import rms_norm
 from torch.utils.checkpoint import checkpoint
 
 from conversion.layer_specs import LayerSpec
-from megatron_ads.architecture import ModelShape
+from megatron_ads.architecture import GroupedQueryShape, LatentAttentionShape, ModelShape
 from megatron_ads.layout import Chunk
 from megatron_ads.models.attention import LatentAttention, StatedProjections
 from megatron_ads.models.experts import GroupedExperts
+from megatron_ads.models.grouped_query import BiasedOutputProjection, GroupedQueryAttention
 from megatron_ads.models.lora import named_adapters
 from megatron_ads.models.mtp_loss import add_mtp_losses
 from megatron_ads.models.spec_arguments import experts_of, feed_forward_of, mtp_submodules
@@ -52,7 +54,7 @@ _LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallel
 def decoder_spec(shape: ModelShape, chunk: Chunk, spec: LayerSpec) -> TransformerBlockSubmodules:
     """Return the decoder layers of one chunk, and the norm behind the last layer of the model."""
     return TransformerBlockSubmodules(
-        layer_specs=[_layer(spec, has_experts=shape.is_moe_layer(layer)) for layer in chunk.layers],
+        layer_specs=[_layer(shape, spec, has_experts=shape.is_moe_layer(layer)) for layer in chunk.layers],
         layer_norm=_norm(spec),
     )
 
@@ -67,7 +69,7 @@ def mtp_spec(shape: ModelShape, chunk: Chunk, spec: LayerSpec) -> mtp.MultiToken
             submodules=mtp_submodules(
                 norm=_norm(spec),
                 projection=_te("TEColumnParallelLinear") if spec is LayerSpec.TE else ColumnParallelLinear,
-                layer=_layer(spec, has_experts=shape.is_moe_layer(shape.num_layers + layer)),
+                layer=_layer(shape, spec, has_experts=shape.is_moe_layer(shape.num_layers + layer)),
             ),
         )
         for layer in chunk.mtp_layers
@@ -75,22 +77,46 @@ def mtp_spec(shape: ModelShape, chunk: Chunk, spec: LayerSpec) -> mtp.MultiToken
     return mtp.MultiTokenPredictionBlockSubmodules(layer_specs=layers)
 
 
-def _layer(spec: LayerSpec, *, has_experts: bool) -> ModuleSpec:
+def _layer(shape: ModelShape, spec: LayerSpec, *, has_experts: bool) -> ModuleSpec:
     if spec is LayerSpec.TE:
+        latent = isinstance(shape.attention, LatentAttentionShape)
         # Megatron reads only whether num_experts is None; how many there are is in the configuration.
         layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=1 if has_experts else None,
             moe_grouped_gemm=True,
-            qk_layernorm=True,
-            multi_latent_attention=True,
+            qk_layernorm=latent,
+            multi_latent_attention=latent,
         )
-        layer.submodules.self_attention.module = StatedProjections
+        if latent:
+            layer.submodules.self_attention.module = StatedProjections
         return layer
     mixture = MoESubmodules(
         experts=GroupedExperts if spec is LayerSpec.GROUPED else experts_of(SequentialMLP, _LINEARS),
         shared_experts=experts_of(SharedExpertMLP, _LINEARS),
     )
-    attention = MLASelfAttentionSubmodules(
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=_attention(shape.attention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=feed_forward_of(MoELayer, mixture) if has_experts else feed_forward_of(MLP, _LINEARS),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _attention(attention: LatentAttentionShape | GroupedQueryShape) -> ModuleSpec:
+    causal = {"attn_mask_type": AttnMaskType.causal}
+    if isinstance(attention, GroupedQueryShape):
+        projections = SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=IdentityOp,
+            linear_proj=BiasedOutputProjection if attention.output_bias else RowParallelLinear,
+        )
+        return ModuleSpec(module=GroupedQueryAttention, params=causal, submodules=projections)
+    latent = MLASelfAttentionSubmodules(
         linear_q_proj=ColumnParallelLinear,
         linear_q_down_proj=ColumnParallelLinear,
         linear_q_up_proj=ColumnParallelLinear,
@@ -101,19 +127,7 @@ def _layer(spec: LayerSpec, *, has_experts: bool) -> ModuleSpec:
         q_layernorm=RMSNorm,
         kv_layernorm=RMSNorm,
     )
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=LatentAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=feed_forward_of(MoELayer, mixture) if has_experts else feed_forward_of(MLP, _LINEARS),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
+    return ModuleSpec(module=LatentAttention, params=causal, submodules=latent)
 
 
 def _norm(spec: LayerSpec) -> Any:
@@ -171,7 +185,7 @@ class _Normalise(torch.autograd.Function):
         return torch.addcmul(inner, normal, mean, value=-1).mul_(scale).to(x.dtype), weight_grad, None
 
 
-class DeepseekModel(GPTModel):
+class DecoderModel(GPTModel):
     """A ``GPTModel`` that runs its MTP layers only where they are trained.
 
     Megatron-Core runs them in every pass, and until 0.16 could not return logits without labels. Here they run in

@@ -1,33 +1,27 @@
-"""The Megatron-Core configuration of a DeepSeek-family model under a parallel layout."""
+"""The Megatron-Core configuration of a model under a parallel layout."""
 
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from conversion.layer_specs import LayerSpec
-from megatron_ads.architecture import ModelShape
+from megatron_ads.architecture import GroupedQueryShape, LatentAttentionShape, ModelShape, YarnShape
 from megatron_ads.config.model import Precision, Recompute
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, PipelinePlacement
 from megatron_ads.models.settings import ModelSettings
 from megatron_ads.runtime.megatron_version import megatron_core_since
 
-SELECTIVE_MODULES = ("mla_up_proj", "mlp", "moe")
-"""What selective recomputation drops: everything between the attention's latents and its output projection (with
-Transformer Engine: the up-projected queries, keys and values), and the inside of every feed-forward."""
-
-_RECOMPUTATION: dict[Recompute, dict[str, Any]] = {
-    Recompute.none: {},
-    Recompute.selective: {"recompute_granularity": "selective", "recompute_modules": list(SELECTIVE_MODULES)},
-    Recompute.full: {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
+SELECTIVE_MODULES = {LatentAttentionShape: ("mla_up_proj", "mlp", "moe"), GroupedQueryShape: ("mlp",)}
+"""What selective recomputation drops: the inside of every feed-forward, and with latent attention everything between
+its latents and its output projection (with Transformer Engine: the up-projected queries, keys and values)."""
 
 
 def megatron_config(
     shape: ModelShape, layout: ParallelLayout, placement: PipelinePlacement, settings: ModelSettings
-) -> MLATransformerConfig:
+) -> TransformerConfig:
     """Describe the model to Megatron-Core.
 
     Weights are allocated and not initialised: they are always loaded (``models.weights``). The loss is a sum over
@@ -39,11 +33,12 @@ def megatron_config(
     _require_expressible(shape, layout, placement, settings)
     dtype = torch.bfloat16 if settings.precision is Precision.bf16 else torch.float32
     interleaved = layout.vpp > 1
-    return MLATransformerConfig(
+    kind = MLATransformerConfig if isinstance(shape.attention, LatentAttentionShape) else TransformerConfig
+    return kind(
         **_attention(shape),
         **_feed_forward(shape, layout, settings),
         **_kernels(shape, settings),
-        **_RECOMPUTATION[settings.recompute],
+        **_recomputation(shape, settings.recompute),
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.tp > 1,
         context_parallel_size=layout.cp,
@@ -76,9 +71,22 @@ def megatron_config(
 
 
 def _attention(shape: ModelShape) -> dict[str, Any]:
-    yarn = shape.yarn
+    attention = shape.attention
+    of_kind = _latent(shape, attention) if isinstance(attention, LatentAttentionShape) else _grouped_query(attention)
+    return of_kind | {
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_heads,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.rms_norm_eps,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+
+
+def _latent(shape: ModelShape, attention: LatentAttentionShape) -> dict[str, Any]:
+    yarn = shape.rope_scaling
     positions: dict[str, Any] = {"rope_type": "rope", "rotary_scaling_factor": 1.0}
-    if yarn is not None:
+    if isinstance(yarn, YarnShape):
         positions = {
             "rope_type": "yarn",
             "rotary_scaling_factor": yarn.factor,
@@ -86,20 +94,31 @@ def _attention(shape: ModelShape) -> dict[str, Any]:
             **{name: getattr(yarn, name) for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")},
         }
     return positions | {
-        "hidden_size": shape.hidden_size,
-        "num_attention_heads": shape.num_heads,
-        "q_lora_rank": shape.q_lora_rank,
-        "kv_lora_rank": shape.kv_lora_rank,
-        "qk_head_dim": shape.qk_nope_head_dim,
-        "qk_pos_emb_head_dim": shape.qk_rope_head_dim,
-        "v_head_dim": shape.v_head_dim,
+        "q_lora_rank": attention.q_lora_rank,
+        "kv_lora_rank": attention.kv_lora_rank,
+        "qk_head_dim": attention.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": attention.qk_rope_head_dim,
+        "v_head_dim": attention.v_head_dim,
         "rotary_base": shape.rope_theta,
         "qk_layernorm": True,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": shape.rms_norm_eps,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
     }
+
+
+def _grouped_query(attention: GroupedQueryShape) -> dict[str, Any]:
+    return {
+        "num_query_groups": attention.num_groups,
+        "kv_channels": attention.head_dim,
+        "add_qkv_bias": attention.qkv_bias,
+    }
+
+
+def _recomputation(shape: ModelShape, recompute: Recompute) -> dict[str, Any]:
+    if recompute is Recompute.none:
+        return {}
+    if recompute is Recompute.selective:
+        modules = SELECTIVE_MODULES[type(shape.attention)]
+        return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 def _feed_forward(shape: ModelShape, layout: ParallelLayout, settings: ModelSettings) -> dict[str, Any]:
@@ -145,7 +164,10 @@ def _kernels(shape: ModelShape, settings: ModelSettings) -> dict[str, Any]:
         "use_cpu_initialization": not on_gpu or torch.empty(0).is_meta,
         "bias_activation_fusion": on_gpu,
         "bias_dropout_fusion": on_gpu,
-        "apply_rope_fusion": on_gpu and with_te and shape.yarn is not None and find_spec("triton") is not None,
+        "apply_rope_fusion": on_gpu
+        and with_te
+        and isinstance(shape.rope_scaling, YarnShape)
+        and find_spec("triton") is not None,
         "moe_permute_fusion": on_gpu and with_te,
         # Megatron-Core's own linears, the output layer among them, need a CUDA extension for it that only apex builds;
         # ``models.build.fuse_weight_gradients`` sets it on Transformer Engine's.
@@ -169,5 +191,10 @@ def _require_expressible(
         raise ConfigError(
             f"layout.pipeline {placement.string!r} puts the MTP layers (m) more than one chunk before the loss (L). "
             "Write mL together, or m|L."
+        )
+    if settings.spec is LayerSpec.TE and isinstance(shape.attention, GroupedQueryShape) and shape.attention.output_bias:
+        raise ConfigError(
+            "attention_bias is true in config.json: with Transformer Engine's layers the projection of the attention's "
+            "outputs has no bias. Set model.layer_spec to grouped."
         )
     shape.require_megatron_routing()

@@ -10,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from conversion.layer_specs import LayerSpec, canonical_names
+from conversion.names import EMBEDDING, OUTPUT_LAYER
 from conversion.sources import WeightSource
 from megatron_ads.errors import ConversionError
 
@@ -45,6 +46,8 @@ def named_weights(chunks: Sequence[GPTModel], spec: LayerSpec) -> Iterator[Named
         experts = range(first_expert, first_expert + count)
         for name, tensor in model_tensors(chunk):
             canonical = canonical_names(name, spec=spec, first_layer=first_layer, local_experts=experts)
+            if name == OUTPUT_LAYER and chunk.share_embeddings_and_output_weights:
+                canonical = (EMBEDDING,)  # its copy on the last of several stages
             yield NamedWeight(name, canonical, tensor, ".mlp.experts." in name)
 
 

@@ -17,6 +17,10 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 from transformers import logging as transformers_logging
 
@@ -24,10 +28,15 @@ from conversion.hf_folder import HfFolder, LayerTensors, layer_tensors, outside_
 from megatron_ads.errors import ConversionError
 from megatron_ads.inference.language_model import missing_weights, transformers_config
 
-_CLASSES = {"deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM)}
+_CLASSES = {
+    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
 _V3 = (DeepseekV3Config, DeepseekV3ForCausalLM)  # kimi_k2 has the same architecture
 _OF_THE_WHOLE_MODEL = (
     "architectures", "auto_map", "quantization_config", "torch_dtype", "dtype", "transformers_version",
+    "layer_types",  # one for each layer, and all are the same
     "model_type",  # transformers finds how to fuse the experts by that of its own class
 )  # fmt: skip
 
@@ -137,8 +146,9 @@ class Reference:
         tensors = layer_tensors(self._folder, layer)
         config = {name: value for name, value in self._folder.config.items() if name not in _OF_THE_WHOLE_MODEL}
         config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-        dense = not self._folder.shape.is_moe_layer(layer)
-        config |= {"num_hidden_layers": 1, "first_k_dense_replace": int(dense), "vocab_size": 1}
+        config |= {"num_hidden_layers": 1, "vocab_size": 1}
+        if self._folder.shape.num_experts:
+            config["first_k_dense_replace"] = int(not self._folder.shape.is_moe_layer(layer))
         config_class, model_class = _CLASSES.get(self._folder.shape.model_type, _V3)
         model, report = model_class.from_pretrained(
             None,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, kl_div, linear, log_softmax
 
 from conversion.hf_folder import HfFolder, stored_values
-from conversion.names import Parameter, Split, layer_parameters
+from conversion.names import Parameter, Split, layer_parameters, output_layer_name
 from conversion.sources import WeightSource
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.models.settings import ModelSettings
@@ -154,7 +154,7 @@ class Stream:
         return logits_TE.sigmoid() + self._source.read(f"{prefix}.mlp.router.expert_bias").to(logits_TE.device)
 
     def _compare_logits(self, theirs: Rows, ours: Rows) -> LogitResult:
-        head = self._source.read("output_layer.weight").to(self._device, self._dtype)
+        head = self._source.read(output_layer_name(self._source.shape)).to(self._device, self._dtype)
         by_position = torch.zeros(max(len(row) for row in theirs))
         divergences, agreeing = [], 0
         for their_SC, our_SC in zip(theirs, ours, strict=True):
@@ -205,7 +205,8 @@ def changed_parameters(
     for parameter in parameters:
         size = layout.tp if parameter.expert is None else layout.etp
         slices = [source.read(parameter.name, rank=rank, size=size) for rank in range(size)]
-        stored = torch.cat([stored_values(folder, part.name) for part in parameter.parts])
+        whole = [stored_values(folder, part.name) for part in parameter.parts]
+        stored = torch.cat([one.chunk(parameter.groups)[group] for group in range(parameter.groups) for one in whole])
         if parameter.split is Split.REPLICATED:
             ours = slices[0]
         elif parameter.split is Split.GATE_UP:

@@ -155,14 +155,11 @@ def rungs(names: RungResult, comparison: Comparison, outside: Sequence[str], lim
     mtp = [one for one in comparison.layers if one.kind is LayerKind.MTP]
     changed = [*outside, *(name for one in comparison.layers for name in one.changed_tensors)]
     first = f"{len(changed)} parameters differ, first {changed[0]}" if changed else "every bit comes back"
-    routers = [one.router for one in decoder if one.router is not None]
-    weight = max(one.weight_difference for one in routers)
-    choices = f"{_choices(routers)}; weights of equal choices differ by {weight:.1e} at most"
     found = [
         names,
         RungResult(rung=2, name="round trip", passed=not changed, detail=first),
         _logits(decoder, comparison.logits, limits),
-        RungResult(rung=4, name="router", passed=limits.allows(routers), detail=choices),
+        _router(decoder, limits),
         _mtp(mtp, limits),
         *(RungResult(rung=number, name=name, passed=None, detail=why) for number, name, why in NOT_HERE),
     ]
@@ -191,6 +188,15 @@ def _logits(layers: Sequence[LayerResult], logits: LogitResult, limits: Limits) 
 def _choices(routers: Sequence[RouterResult]) -> str:
     tokens, rerouted = sum(one.tokens for one in routers), sum(one.rerouted for one in routers)
     return f"{rerouted} of {tokens} choices differ, {sum(one.near_ties for one in routers)} more at near ties"
+
+
+def _router(layers: Sequence[LayerResult], limits: Limits) -> RungResult:
+    routers = [one.router for one in layers if one.router is not None]
+    if not routers:
+        return RungResult(rung=4, name="router", passed=None, detail="the model has no experts")
+    weight = max(one.weight_difference for one in routers)
+    choices = f"{_choices(routers)}; weights of equal choices differ by {weight:.1e} at most"
+    return RungResult(rung=4, name="router", passed=limits.allows(routers), detail=choices)
 
 
 def _mtp(layers: Sequence[LayerResult], limits: Limits) -> RungResult:

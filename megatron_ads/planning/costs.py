@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from conversion.names import Parameter, ParameterKind, layer_parameters, outside_parameters, slice_shape
-from megatron_ads.architecture import ModelShape
+from megatron_ads.architecture import GroupedQueryShape, ModelShape
 from megatron_ads.config.model import FrozenPart, LoraTarget, Recompute
 from megatron_ads.layout import Chunk
 from megatron_ads.models.flops import TokenFlops, token_flops
@@ -35,7 +35,7 @@ class Weights:
 def stage_weights(job: PlannedJob, stage: int) -> tuple[Weights, ...]:
     """Return what each rank of a pipeline stage holds; router biases are buffers, not parameters."""
     shape, sizes = job.shape, job.layout
-    embedding, final_norm, output = outside_parameters(shape)
+    embedding, final_norm, *output = outside_parameters(shape)
     found: list[Weights] = []
     for chunk in job.placement.stage_chunks(stage):
         if chunk.needs_embedding:
@@ -46,7 +46,7 @@ def stage_weights(job: PlannedJob, stage: int) -> tuple[Weights, ...]:
             kind = shape.num_layers if layer >= shape.num_layers else first
             found += _layer_weights(shape, kind, sizes.tp, sizes.ep, sizes.etp, job.lora)
         if chunk.has_loss:
-            found.append(Weights(FrozenPart.output, False, _elements(output, sizes.tp)))
+            found += [Weights(FrozenPart.output, False, _elements(weight, sizes.tp)) for weight in output]
         holds_last_layer = shape.num_layers - 1 in chunk.layers
         if holds_last_layer if shape.mtp_layers else chunk.has_loss:
             found.append(Weights(FrozenPart.output, False, _elements(final_norm, sizes.tp)))
@@ -166,7 +166,7 @@ def communicators(job: PlannedJob, stage: int) -> int:
     """Return in how many process groups of several ranks a rank of a stage communicates."""
     sizes = job.layout
     axes = (sizes.world, sizes.pp, sizes.dp * sizes.cp, sizes.tp, sizes.cp, sizes.ep, sizes.edp, sizes.etp)
-    shared_embedding = sizes.pp > 1 and job.shape.mtp_layers > 0
+    shared_embedding = sizes.pp > 1 and (job.shape.mtp_layers > 0 or job.shape.tie_word_embeddings)
     holds_it = any(chunk.needs_embedding for chunk in job.placement.stage_chunks(stage))
     return sum(size > 1 for size in axes) + (shared_embedding and holds_it)
 
@@ -185,20 +185,26 @@ def dispatch_bytes(job: PlannedJob, chunk: Chunk) -> int:
 
 
 _GATHERED = {Recompute.none: (7, 3, 2), Recompute.selective: (9, 4, 2), Recompute.full: (10, 4, 3)}
-"""All-gathers and reduce-scatters of a layer for one microbatch: of the hidden state, of the latents of queries, keys
-and values, and of the keys' rotated channels; as Megatron-Core 0.16.1 makes them."""
+"""All-gathers and reduce-scatters of a layer with latent attention for one microbatch: of the hidden state, of the
+latents of queries, keys and values, and of the keys' rotated channels; as Megatron-Core 0.16.1 makes them."""
+_GATHERED_HIDDEN = {Recompute.none: 10, Recompute.selective: 12, Recompute.full: 14}
+"""Those of the hidden state of a layer with grouped-query attention, which has no others."""
 
 
 def tensor_bytes(job: PlannedJob, chunk: Chunk) -> int:
     """Return what a rank sends for one microbatch under sequence parallelism (arXiv:2205.05198, section 4.2.2).
 
     A feed-forward gathers its input and scatters its output, forward and backward, and gathers the input once more for
-    the weight gradient. Attention gathers its latents instead of its input.
+    the weight gradient. So does grouped-query attention; latent attention gathers its latents instead of its input.
     """
-    shape, sizes = job.shape, job.layout
-    hidden, latents, rotated = _GATHERED[job.model.recompute_on(chunk.stage)]
-    width = hidden * shape.hidden_size + rotated * shape.qk_rope_head_dim
-    width += latents * ((shape.q_lora_rank or shape.hidden_size) + shape.kv_lora_rank)
+    shape, sizes, attention = job.shape, job.layout, job.shape.attention
+    recompute = job.model.recompute_on(chunk.stage)
+    if isinstance(attention, GroupedQueryShape):
+        width = _GATHERED_HIDDEN[recompute] * shape.hidden_size
+    else:
+        hidden, latents, rotated = _GATHERED[recompute]
+        width = hidden * shape.hidden_size + rotated * attention.qk_rope_head_dim
+        width += latents * ((attention.q_lora_rank or shape.hidden_size) + attention.kv_lora_rank)
     outside = (3 * outputs(job, chunk) + 2 * chunk.has_embedding) * shape.hidden_size
     sent = len(run_layers(job, [chunk])) * width + outside
     return int(sent * job.tokens_per_microbatch // sizes.cp * job.element_bytes * (sizes.tp - 1) / sizes.tp)

@@ -20,6 +20,7 @@ projections without adapters are counted too, although nothing keeps them: with 
 from dataclasses import dataclass
 
 from conversion.names import layer_parameters
+from megatron_ads.architecture import GroupedQueryShape
 from megatron_ads.config.model import FrozenPart, Precision, Recompute
 from megatron_ads.layout import Chunk
 from megatron_ads.models.flops import KEPT_BY_SELECTIVE
@@ -56,9 +57,11 @@ class ActivationModel:
         h, b = self.shape.hidden_size, self.element_bytes
         if recompute is Recompute.full:
             return b * h
-        kept = 2 * self._norm(h) + self._latents() + b * self.shape.num_heads * self.shape.v_head_dim
+        attention = self.shape.attention
+        kept = 2 * self._norm(h) + self._before_heads() + b * self.shape.num_heads * attention.v_head_dim
         if recompute is Recompute.selective:
-            return kept + b * h + self._beside(layer, *KEPT_BY_SELECTIVE)
+            heads = self._heads() if isinstance(attention, GroupedQueryShape) else 0
+            return kept + heads + b * h + self._beside(layer, *KEPT_BY_SELECTIVE[type(attention)])
         return kept + self._heads() + self._feed_forward(self.shape.is_moe_layer(layer)) + self._beside(layer)
 
     def mtp(self, recompute: Recompute) -> int:
@@ -103,27 +106,32 @@ class ActivationModel:
     def _norm(self, width: int) -> int:
         return self.element_bytes * width + 4
 
-    def _latents(self) -> int:
-        """h to the down-projections, the latent norms, their outputs, and the rotation of every position."""
-        shape, b = self.shape, self.element_bytes
-        query = 0
-        if shape.q_lora_rank is not None:
-            query = self._norm(shape.q_lora_rank) + b * shape.q_lora_rank
+    def _before_heads(self) -> int:
+        """h to the first projections, and the rotation of every position.
+
+        Of latent attention also the latent norms and their outputs.
+        """
+        attention, b = self.shape.attention, self.element_bytes
+        kept = b * self.shape.hidden_size + 4 * attention.rotary_dim
+        if isinstance(attention, GroupedQueryShape):
+            return kept
+        if attention.q_lora_rank is not None:
+            kept += self._norm(attention.q_lora_rank) + b * attention.q_lora_rank
         # The norm's input is part of the down-projection's output, which holds the positions' channels too.
-        key = self._norm(shape.kv_lora_rank + shape.qk_rope_head_dim) + b * shape.kv_lora_rank
-        return b * shape.hidden_size + query + key + 4 * shape.qk_rope_head_dim
+        return kept + self._norm(attention.kv_lora_rank + attention.qk_rope_head_dim) + b * attention.kv_lora_rank
 
     def _heads(self) -> int:
         """Queries, keys, values and output of every head, and what the kernel keeps of the scores.
 
-        A flash kernel takes values as wide as keys and keeps one FP32 number per query.
+        A flash kernel takes values as wide as keys and keeps one FP32 number per query. Keys and values that a group
+        of query heads shares are repeated for each of them.
         """
-        shape, b = self.shape, self.element_bytes
-        width = shape.qk_head_dim
+        attention, heads, b = self.shape.attention, self.shape.num_heads, self.element_bytes
+        width = attention.qk_head_dim
         if self._flash_attention:
-            return shape.num_heads * (4 * b * width + 4)
+            return heads * (4 * b * width + 4)
         seen = min(self._sample_length, self._sample_length / 2 + _BLOCK / 2)
-        return int(shape.num_heads * (2 * b * width + 2 * b * shape.v_head_dim + b * seen))
+        return int(heads * (2 * b * width + 2 * b * attention.v_head_dim + b * seen))
 
     def _feed_forward(self, moe: bool) -> int:
         shape, b = self.shape, self.element_bytes

@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def expert_less_stages(self) -> tuple[int, ...]:
-        return self.job.placement.expert_less_stages(self.job.shape)
+        return self.job.placement.expert_less_stages(self.job.shape) if self.job.shape.num_experts else ()
 
     @property
     def imbalance(self) -> float:

@@ -6,7 +6,7 @@ of a batch takes as long as reading what it needs does, the least that is possib
 
     bytes = b (weights outside routed experts and embedding + routed experts that some row chooses) + cache
     chosen experts of a layer = E (1 - (1 - k / E)^R)       for R rows under balanced routing
-    cache = R (tokens so far) layers (latent + rotated key) b
+    cache = R (tokens so far) layers (latent + rotated key, or all keys and values) b
 
 Every prompt fills what an answer leaves of ``data.seq_length``, and every answer is as long as it may be: real steps
 are shorter. Answers are those of one draw of prompts; ``rollout.dynamic_sampling`` may take more. What servers take is
@@ -34,7 +34,7 @@ class EngineMemory:
 
     weights: int = 0
     cache: int = 0
-    """Latents and rotated keys of one batch, at its end."""
+    """Latents and rotated keys, or keys and values, of one batch, at its end."""
     message: int = 0
     """A bucket of new weights, and its largest parameter put together."""
 
@@ -150,7 +150,7 @@ def decoded_bytes(job: PlannedJob, rows: int) -> float:
     """Return the bytes of weights that one token of each of so many rows needs."""
     shape = job.shape
     _, others, experts = _model_elements(shape)
-    chosen = 1 - (1 - shape.experts_per_token / shape.num_experts) ** rows
+    chosen = 1 - (1 - shape.experts_per_token / max(shape.num_experts, 1)) ** rows
     return job.element_bytes * (others + chosen * experts)
 
 
@@ -180,13 +180,18 @@ def _rows(job: PlannedJob) -> int:
 
 def _cached_bytes(job: PlannedJob) -> int:
     """Return what the engine remembers of one token."""
-    return job.element_bytes * job.shape.num_layers * (job.shape.kv_lora_rank + job.shape.qk_rope_head_dim)
+    return job.element_bytes * job.shape.num_layers * job.shape.attention.cached_width
 
 
 @lru_cache(maxsize=16)
 def _model_elements(shape: ModelShape) -> tuple[int, int, int]:
-    """Return the parameters of embedding, all others, and routed experts, as transformers loads them: without MTP."""
+    """Return the parameters of embedding, all others, and routed experts, as transformers loads them: without MTP.
+
+    An embedding that is the output layer too belongs to the others: every token needs all of it.
+    """
     embedding, *outside = (math.prod(each.shape) for each in outside_parameters(shape))
+    if shape.tie_word_embeddings:
+        embedding, outside = 0, [embedding, *outside]
     others, experts = sum(outside), 0
     for layer in range(shape.num_layers):
         for parameter in layer_parameters(shape, layer):

@@ -96,7 +96,7 @@ def _quick_step_seconds(plan: Plan) -> float:
 
 
 def _candidates(job: PlannedJob, card: Card) -> Iterator[PlannedJob]:
-    sizes, experts = _divisors(job.layout.world), _divisors(job.shape.num_experts)
+    sizes, experts = _divisors(job.layout.world), _divisors(max(job.shape.num_experts, 1))
     for pp, tp, vpp, ep in product(sizes, _TENSOR_SIZES, _VIRTUAL_CHUNKS, experts):
         if tp > card.cards_per_node:
             continue

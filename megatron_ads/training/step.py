@@ -21,7 +21,7 @@ from megatron_ads.data.packed_batch import PLACE, PackedBatch, places
 from megatron_ads.errors import ConfigError
 from megatron_ads.losses.entropy import token_entropy
 from megatron_ads.losses.loss import CROSS_ENTROPY, SAMPLE_LOSSES, STEP_TOTALS, Loss, LossValues, TokenValues
-from megatron_ads.models.specs import DeepseekModel
+from megatron_ads.models.specs import DecoderModel
 from megatron_ads.optim.chain import OptimizerChain, UpdateReport
 from megatron_ads.rows import TokenizedRow
 from megatron_ads.runtime.device import device, on_device
@@ -209,7 +209,7 @@ def _observed_entropies(chunks: Sequence[Any]) -> Iterator[list[Tensor]]:
     """Yield a list that gets the entropies (T,) of each microbatch, on the ranks of the last stage."""
     found: list[Tensor] = []
     group = parallel_state.get_tensor_model_parallel_group()
-    models = [module for chunk in chunks for module in chunk.modules() if isinstance(module, DeepseekModel)]
+    models = [module for chunk in chunks for module in chunk.modules() if isinstance(module, DecoderModel)]
     for model in models:
         model.on_logits = lambda logits_SBV: found.append(token_entropy(logits_SBV.flatten(0, 1), group))
     yield found

@@ -293,7 +293,7 @@ def test_a_finite_value_that_an_export_cannot_hold_is_refused(tmp_path, dtype):
 def test_rotary_frequencies_of_another_size_are_refused(tmp_path):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     folder = rewritten(bf16_checkpoint(tmp_path / "hf"), lambda tensors: tensors.update({name: torch.ones(1000)}))
-    with pytest.raises(DamagedCheckpointError, match=r"shape \(1000,\), but qk_rope_head_dim / 2 is 2"):
+    with pytest.raises(DamagedCheckpointError, match=r"shape \(1000,\), but half the rotary channels are 2"):
         open_source(folder)
 
 

@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 from conversion.published_models import published_file
-from megatron_ads.architecture import ModelShape, read_model_shape
-from megatron_ads.config.model import LoraConfig, LoraTarget, ModelConfig
-from megatron_ads.models.flops import flops_per_token
+from megatron_ads.architecture import GroupedQueryShape, LatentAttentionShape, ModelShape, read_model_shape
+from megatron_ads.config.model import LoraConfig, LoraTarget, ModelConfig, Recompute
+from megatron_ads.models.flops import flops_per_token, token_flops
 from megatron_ads.models.parts import Lora
 
+ATTENTION = LatentAttentionShape(q_lora_rank=3, kv_lora_rank=2, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=2)
 TINY = ModelShape(
     model_type="deepseek_v3",
     vocab_size=10,
@@ -16,11 +17,7 @@ TINY = ModelShape(
     num_heads=2,
     dense_ffn_size=6,
     first_dense_layers=1,
-    q_lora_rank=3,
-    kv_lora_rank=2,
-    qk_nope_head_dim=2,
-    qk_rope_head_dim=2,
-    v_head_dim=2,
+    attention=ATTENTION,
     num_experts=8,
     num_shared_experts=1,
     expert_ffn_size=5,
@@ -32,7 +29,7 @@ TINY = ModelShape(
     normalize_expert_weights=True,
     routed_scaling_factor=1.0,
     rope_theta=10000.0,
-    yarn=None,
+    rope_scaling=None,
     max_positions=64,
     rms_norm_eps=1e-6,
     mtp_layers=1,
@@ -68,7 +65,28 @@ def test_adapters_spare_the_gradients_of_the_weights() -> None:
 
 def test_a_full_rank_query_is_one_product() -> None:
     # 4 * (2 * 4) = 32 in place of 36, in both layers
-    assert flops_per_token(TINY, 7) - flops_per_token(replace(TINY, q_lora_rank=None), 7) == 3 * 2 * 2 * 4
+    full_rank = replace(TINY, attention=replace(ATTENTION, q_lora_rank=None))
+    assert flops_per_token(TINY, 7) - flops_per_token(full_rank, 7) == 3 * 2 * 2 * 4
+
+
+GROUPED_QUERY = replace(
+    TINY,
+    attention=GroupedQueryShape(num_groups=1, head_dim=2, qkv_bias=True, output_bias=False),
+    first_dense_layers=2,
+    num_experts=0,
+    mtp_layers=0,
+)
+
+
+def test_a_dense_model_with_grouped_queries_counted_by_hand() -> None:
+    # queries 4*(2*2) = 16, one key and one value head 4*2 each, output 4*4 = 16; scores and values at 7 tokens: 4 keys
+    # on average * 2 query heads * (2 + 2) = 32; together 80 a layer; biases are no products
+    assert flops_per_token(GROUPED_QUERY, 7) == 3 * 2 * (2 * (80 + 3 * 4 * 6) + 4 * 10)
+
+
+def test_selective_recomputation_of_grouped_query_attention_repeats_the_feed_forwards() -> None:
+    flops = token_flops(GROUPED_QUERY, range(2), outputs=1, seq_length=7, recompute=Recompute.selective)
+    assert flops.recomputed == 2 * 2 * (3 * 4 * 6)
 
 
 def test_671b_activates_37_billion_parameters() -> None:
