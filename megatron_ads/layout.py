@@ -133,6 +133,11 @@ class ParallelLayout:
                     f"The model's {number} {what} cannot be cut into layout.{name} = {getattr(self, name)} equal "
                     f"parts. Choose a divisor of {number}."
                 )
+        for name in ("ep", "etp") if not shape.num_experts else ():
+            if getattr(self, name) > 1:
+                raise ConfigError(
+                    f"layout.{name} is {getattr(self, name)}, but the model has no routed experts. Set it to 1."
+                )
         self.local_experts(shape.num_experts, 0)
 
 

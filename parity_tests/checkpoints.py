@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from parity_tests.harness.dense_checkpoints import LLAMA as LLAMA_FIELDS
+from parity_tests.harness.dense_checkpoints import QWEN2 as QWEN2_FIELDS
 from parity_tests.harness.hf_checkpoints import V2_LITE as V2_LITE_FIELDS
 from parity_tests.harness.hf_checkpoints import V3 as V3_FIELDS
 from parity_tests.harness.hf_checkpoints import hf_shapes
@@ -71,7 +73,24 @@ MOONLIGHT: dict[str, Any] = {key: value for key, value in V3.items() if key != "
     "num_nextn_predict_layers": 0,
 }
 """Moonlight-16B-A3B: no groups, no YaRN, and norms whose epsilon differs from that of the latent norms."""
-FAMILIES = {"v3": V3, "v2-lite": V2_LITE, "moonlight": MOONLIGHT}
+MIXTURES = {"v3": V3, "v2-lite": V2_LITE, "moonlight": MOONLIGHT}
+
+_DENSE_WIDTHS: dict[str, Any] = {"vocab_size": 160, "hidden_size": 64, "intermediate_size": 96}
+QWEN2: dict[str, Any] = QWEN2_FIELDS | _DENSE_WIDTHS
+"""Qwen2.5 and what is distilled into it: biases of queries, keys and values, four query heads a key-value head."""
+LLAMA: dict[str, Any] = LLAMA_FIELDS | _DENSE_WIDTHS
+"""Llama 3.1: positions scaled by 8 beyond the original context."""
+DENSE = {
+    "qwen2": QWEN2,
+    "qwen2-tied": QWEN2 | {"tie_word_embeddings": True},
+    "llama": LLAMA,
+    "llama-tied": LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 4},
+}
+"""With a head of their own, as the models of 7 B and more, and tied to the embedding, as the smaller ones.
+
+The last one also has the four biases that Llama's config may ask for, and as many key heads as query heads.
+"""
+FAMILIES = MIXTURES | DENSE
 
 SMALL_V3 = V3 | {"n_routed_experts": 64}
 """For the rungs that run many passes: a quarter of the experts, everything else the same."""
@@ -80,7 +99,8 @@ SMALL_V3 = V3 | {"n_routed_experts": 64}
 def write_checkpoint(folder: Path, config: dict[str, Any], *, seed: int = 0) -> Path:
     """Write an FP32 checkpoint of ``config``; the repeats of the MTP layer equal what they repeat."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: _draw(name, shape, generator) for name, shape in hf_shapes(config).items()}
+    embedding = 0.1 if config["tie_word_embeddings"] else 0.02
+    tensors = {name: _draw(name, shape, generator, embedding) for name, shape in hf_shapes(config).items()}
     for name in tensors:
         if "layers" in name and name.endswith("embed_tokens.weight"):
             tensors[name] = tensors["model.embed_tokens.weight"].clone()
@@ -89,12 +109,12 @@ def write_checkpoint(folder: Path, config: dict[str, Any], *, seed: int = 0) -> 
     return _write(folder, config, tensors)
 
 
-def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator, embedding: float) -> Tensor:
     noise = torch.randn(shape, generator=generator)
     if len(shape) == 1 and "norm" in name:
         return 1 + 0.1 * noise
-    # The published models' embedding is small, so that the epsilon of the first norm is felt.
-    return noise * (0.02 if "embed_tokens" in name else 0.1)
+    # The published models' embedding is small, so that the epsilon of the first norm is felt; not where it is the head.
+    return noise * (embedding if "embed_tokens" in name else 0.1)
 
 
 def altered_copy(

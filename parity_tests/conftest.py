@@ -18,7 +18,7 @@ from parity_tests.harness import ranks
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return the folder of a family's checkpoint by name: ``v3``, ``v2-lite``, ``moonlight`` or ``small-v3``."""
+    """Return the folder of a family's checkpoint by name: one of ``FAMILIES``, or ``small-v3``."""
     root = tmp_path_factory.mktemp("checkpoints")
     return cache(lambda name: write_checkpoint(root / name, {**FAMILIES, "small-v3": SMALL_V3}[name]))
 

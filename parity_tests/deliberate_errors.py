@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from parity_tests.checkpoints import V3, altered_copy
+from parity_tests.checkpoints import QWEN2, V3, altered_copy
 
 
 @contextmanager
@@ -188,6 +188,28 @@ def _in_halves(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _stack_by_projection(tensors: Tensors) -> Tensors:
+    """Store queries, keys and values so that our side, which joins them by query group, gets them one after the other.
+
+    That is what a conversion makes that knows only how gate and up are joined.
+    """
+    groups, wrong = QWEN2["num_key_value_heads"], dict(tensors)
+    for query in [name for name in tensors if ".q_proj." in name]:
+        names = [query.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
+        stacked = torch.cat([tensors[name] for name in names]).unflatten(0, (groups, -1))
+        sizes = [tensors[name].size(0) // groups for name in names]
+        parts = stacked.split(sizes, dim=1)
+        wrong |= {name: part.flatten(0, 1) for name, part in zip(names, parts, strict=True)}
+    return wrong
+
+
+def _without_biases(tensors: Tensors) -> Tensors:
+    return {name: torch.zeros_like(t) if name.endswith(".bias") else t for name, t in tensors.items()}
+
+
+STACKED_BY_PROJECTION = CheckpointError(weights=_stack_by_projection)
+BIASES_LEFT_OUT = CheckpointError(weights=_without_biases)
+LLAMA3_LEFT_OUT = CheckpointError(config={"rope_scaling": None})
 MSCALE_LEFT_OUT = CheckpointError(config={"rope_scaling": V3["rope_scaling"] | {"mscale_all_dim": 0.0}})
 YARN_LEFT_OUT = CheckpointError(config={"rope_scaling": None})
 GROUP_LIMITS_OFF = CheckpointError(config={"n_group": 1, "topk_group": 1})

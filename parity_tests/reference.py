@@ -73,8 +73,15 @@ def gradients(
     found = {}
     for name, parameter in parameters(shape).items():
         if not name.startswith("mtp.") and not name.endswith("expert_bias"):
-            found[name] = torch.cat([hf_view(model, part.name, grad=True) for part in parameter.parts]).float().cpu()
+            views = [hf_view(model, part.name, grad=True) for part in parameter.parts]
+            found[name] = by_group(views, parameter.groups).float().cpu()
     return float(total.detach()), found
+
+
+def by_group(tensors: Sequence[Tensor], groups: int) -> Tensor:
+    """Stack tensors on dim 0, each cut into ``groups`` pieces: the first pieces of all, then the second ones."""
+    pieces = [tensor.unflatten(0, (groups, -1)) for tensor in tensors]
+    return torch.cat(pieces, dim=1).flatten(0, 1)
 
 
 def on_device(row: dict[str, Any], machine: Machine) -> dict[str, Any]:

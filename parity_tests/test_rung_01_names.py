@@ -89,6 +89,12 @@ def test_the_other_families_are_filled_once(checkpoint: Checkpoint, family: str)
     _compare(checkpoint(family), ParallelLayout.smallest(pp=2, ep=2), None, LayerSpec.GROUPED)
 
 
+@pytest.mark.parametrize("spec", SPECS[1:])
+@pytest.mark.parametrize("family", ["qwen2", "qwen2-tied", "llama"])
+def test_dense_models_are_filled_once(checkpoint: Checkpoint, family: str, spec: LayerSpec) -> None:
+    _compare(checkpoint(family), ParallelLayout.smallest(pp=2, vpp=2, tp=2), None, spec)
+
+
 def test_61_layers_on_31_stages_with_a_first_stage_without_experts_are_filled_once(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "deep", DEEP)
     layout = ParallelLayout.smallest(pp=31, ep=8)

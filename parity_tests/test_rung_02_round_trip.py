@@ -21,7 +21,7 @@ from conversion.to_reference import reference_target
 from megatron_ads.config.model import LayoutConfig
 from megatron_ads.layout import ParallelLayout
 from parity_tests import jobs
-from parity_tests.checkpoints import FAMILIES
+from parity_tests.checkpoints import DENSE, MIXTURES
 from parity_tests.harness.hf_checkpoints import fp8_checkpoint
 from parity_tests.harness.ranks import run_ranks
 from parity_tests.jobs import PATIENCE, Job
@@ -34,6 +34,7 @@ LAYOUTS = {
     "etp2 pp4": LayoutConfig(tp=2, etp=2, pp=4),
     "vpp2": LayoutConfig(pp=2, vpp=2),
 }
+DENSE_LAYOUTS = {"tp2 pp2": LayoutConfig(tp=2, pp=2)}
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -52,23 +53,34 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_hf_to_shards_to_hf_keeps_every_bit(
-    checkpoint: Checkpoint, tmp_path: Path, family: str, layout: LayoutConfig
-) -> None:
-    to_shards(checkpoint(family), tmp_path / "shards", layout)
+CASES = [
+    *((family, name) for family in MIXTURES for name in LAYOUTS),
+    *((family, name) for family in DENSE for name in ("one file", "tp2 pp2")),
+]
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_hf_to_shards_to_hf_keeps_every_bit(checkpoint: Checkpoint, tmp_path: Path, family: str, name: str) -> None:
+    to_shards(checkpoint(family), tmp_path / "shards", (LAYOUTS | DENSE_LAYOUTS)[name])
     to_hf(tmp_path / "shards", tmp_path / "back")
     before = _tensors(checkpoint(family))
     assert _differing(before, _tensors(tmp_path / "back")) == []
     record(2, f"{family}: tensors equal bit for bit", len(before))
 
 
-@pytest.mark.parametrize("layout", [{"world": 1}, {"world": 4, "pp": 2, "ep": 2}, {"world": 2, "tp": 2, "etp": 2}])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("small-v3", {"world": 1}),
+        ("small-v3", {"world": 4, "pp": 2, "ep": 2}),
+        ("small-v3", {"world": 2, "tp": 2, "etp": 2}),
+        ("qwen2-tied", {"world": 4, "pp": 2, "tp": 2}),
+    ],
+)
 def test_hf_to_a_built_model_to_hf_keeps_every_bit(
-    checkpoint: Checkpoint, tmp_path: Path, layout: dict[str, int]
+    checkpoint: Checkpoint, tmp_path: Path, family: str, layout: dict[str, int]
 ) -> None:
-    job = Job(folder=checkpoint("small-v3"), layout=ParallelLayout(**layout))
+    job = Job(folder=checkpoint(family), layout=ParallelLayout(**layout))
     run_ranks(job.layout.world, jobs.load_and_export, job, tmp_path / "shards", timeout=PATIENCE)
     to_hf(tmp_path / "shards", tmp_path / "back")
     assert _differing(_tensors(job.folder), _tensors(tmp_path / "back")) == []
@@ -131,3 +143,14 @@ def test_gate_and_up_joined_in_the_wrong_order_are_seen(checkpoint: Checkpoint, 
     rows = [_tensors(folder)[part.name] for part in swapped.parts]
     assert not torch.equal(source.read(name), torch.cat(rows))
     assert torch.equal(source.read(name), torch.cat(rows[::-1]))
+
+
+def test_queries_keys_and_values_joined_one_after_the_other_are_seen(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("qwen2")
+    tensors, source = _tensors(folder), open_source(folder)
+    for kind in ("weight", "bias"):
+        parts = [tensors[f"model.layers.1.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+        read = source.read(f"decoder.layers.1.self_attention.linear_qkv.{kind}")
+        groups = [part.chunk(2) for part in parts]  # two key-value heads
+        assert torch.equal(read, torch.cat([part[group] for group in (0, 1) for part in groups]))
+        assert not torch.equal(read, torch.cat(parts))

@@ -15,14 +15,17 @@ from torch import Tensor
 
 from conversion.layer_specs import LayerSpec
 from parity_tests import jobs, reference
-from parity_tests.checkpoints import BEYOND_CONTEXT, FAMILIES
+from parity_tests.checkpoints import BEYOND_CONTEXT, DENSE, FAMILIES, MIXTURES
 from parity_tests.deliberate_errors import (
+    BIASES_LEFT_OUT,
     EPSILON_CHANGED,
     GATE_AND_UP_SWAPPED,
     GROUP_LIMITS_OFF,
     INTERLEAVING_FLIPPED,
+    LLAMA3_LEFT_OUT,
     MSCALE_LEFT_OUT,
     SCALING_ROUNDED,
+    STACKED_BY_PROJECTION,
     YARN_LEFT_OUT,
     CheckpointError,
 )
@@ -44,6 +47,9 @@ SMALL_ERRORS: dict[str, tuple[str, CheckpointError]] = {
     "gate and up swapped": ("v2-lite", GATE_AND_UP_SWAPPED),
     "rope interleaving flipped": ("v3", INTERLEAVING_FLIPPED),
     "routing scale rounded to BF16": ("moonlight", SCALING_ROUNDED),
+    "queries, keys and values one after the other": ("qwen2", STACKED_BY_PROJECTION),
+    "biases left out": ("llama-tied", BIASES_LEFT_OUT),
+    "Llama 3.1's scaling left out": ("llama", LLAMA3_LEFT_OUT),
 }
 
 
@@ -62,9 +68,14 @@ def theirs(checkpoint: Checkpoint) -> Theirs:
     return cache(lambda family, machine: reference.forward(checkpoint(family), TOKENS_BS, machine))
 
 
+FAMILIES_AND_SPECS = [
+    *((family, spec) for family in MIXTURES for spec in (LayerSpec.LOCAL, LayerSpec.GROUPED)),
+    *((family, LayerSpec.GROUPED) for family in DENSE),  # without experts the two are the same modules
+]
+
+
 @pytest.mark.parametrize("machine", FP32, ids=str)
-@pytest.mark.parametrize("spec", [LayerSpec.LOCAL, LayerSpec.GROUPED])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "spec"), FAMILIES_AND_SPECS)
 def test_logits_equal_those_of_transformers(
     checkpoint: Checkpoint, theirs: Theirs, family: str, spec: LayerSpec, machine: Machine
 ) -> None:

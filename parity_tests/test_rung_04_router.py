@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parity_tests import jobs, reference
-from parity_tests.checkpoints import BEYOND_CONTEXT, FAMILIES, V3, altered_copy
+from parity_tests.checkpoints import BEYOND_CONTEXT, MIXTURES, V3, altered_copy
 from parity_tests.deliberate_errors import GROUP_LIMITS_OFF, SCALING_ROUNDED
 from parity_tests.machines import BF16, CPU_FP32, FP32, Machine
 from parity_tests.passes import Routing, noise_ratio
@@ -49,7 +49,7 @@ def theirs(checkpoint: Checkpoint) -> Theirs:
 
 
 @pytest.mark.parametrize("machine", FP32, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_every_token_goes_to_the_same_experts_with_the_same_weights(
     checkpoint: Checkpoint, theirs: Theirs, family: str, machine: Machine
 ) -> None:
@@ -78,7 +78,7 @@ def _noise(ours: list[Routing], right: list[Routing], exact: list[Routing]) -> t
 
 
 @pytest.mark.parametrize("machine", BF16, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_bf16_disturbs_the_router_no_more_than_in_transformers(
     checkpoint: Checkpoint, theirs: Theirs, family: str, machine: Machine
 ) -> None:

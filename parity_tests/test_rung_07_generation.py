@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from parity_tests import jobs, reference
+from parity_tests.checkpoints import altered_copy
 from parity_tests.deliberate_errors import GATE_AND_UP_SWAPPED, INTERLEAVING_FLIPPED, MSCALE_LEFT_OUT, CheckpointError
 from parity_tests.machines import BF16, CPU_FP32, FP32, Machine
 from parity_tests.tolerances import BF16_TOKEN_MARGIN, record
@@ -91,3 +92,19 @@ def test_the_least_of_the_errors_is_seen_in_bf16_tokens(
 ) -> None:
     ours = _ours(MSCALE_LEFT_OUT.write(checkpoint("small-v3"), tmp_path / "wrong"), machine)
     assert float(_margins(checkpoint("small-v3"), ours).mean()) > BF16_TOKEN_MARGIN.value
+
+
+def _wide_embedding(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Draw embeddings of order 1, or else a dense model repeats one token."""
+    return {name: 20 * tensor if "embed_tokens" in name else tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("machine", FP32, ids=str)
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_greedy_tokens_of_dense_models_are_the_same(
+    checkpoint: Checkpoint, tmp_path: Path, family: str, machine: Machine
+) -> None:
+    folder = altered_copy(checkpoint(family), tmp_path / "wide", weights=_wide_embedding)
+    right = reference.greedy_tokens(folder, PROMPT, COUNT, machine, use_cache=True)
+    assert _ours(folder, machine) == right
+    assert len(set(right)) > 5

@@ -37,6 +37,13 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str | None]] = {
     "pp2 vpp2": ({"world": 2, "pp": 2, "vpp": 2}, None),
     "stage without layers": ({"world": 4, "pp": 4}, "E|tt|tt|mL"),
 }
+DENSE_LAYOUTS: dict[str, dict[str, Any]] = {
+    "qwen2": {"world": 2, "tp": 2},
+    "qwen2-tied": {"world": 8, "tp": 2, "pp": 2},
+    "llama": {"world": 2, "pp": 2, "vpp": 2},
+    "llama-tied": {"world": 4, "tp": 2, "pp": 2},
+}
+"""Of dense families: whole query groups a rank, biases divided and not, the copy of a tied output layer."""
 BF16_LAYOUTS = [
     pytest.param("tp2 pp2 ep2 etp1", CPU_BF16, id=f"tp2 pp2 ep2 etp1-{CPU_BF16}"),
     *(pytest.param(name, CUDA_BF16, marks=CUDA_MARKS, id=f"{name}-{CUDA_BF16}") for name in LAYOUTS),
@@ -57,16 +64,15 @@ class OneProcess:
 Alone = Callable[[Machine], OneProcess]
 
 
+def _on_one_process(job: Job, machine: Machine) -> OneProcess:
+    (grads,), logits = machine.run(1, jobs.gradients, job), machine.run(1, jobs.pipeline_logits, job)
+    return OneProcess(job, grads, _gathered(job.layout, logits))
+
+
 @pytest.fixture(scope="module")
 def alone(checkpoint: Callable[[str], Path]) -> Alone:
     """Run the job on one process of a machine, once."""
-
-    def run(machine: Machine) -> OneProcess:
-        job = machine.job(checkpoint("small-v3"), **SETTINGS)
-        (grads,), logits = machine.run(1, jobs.gradients, job), machine.run(1, jobs.pipeline_logits, job)
-        return OneProcess(job, grads, _gathered(job.layout, logits))
-
-    return cache(run)
+    return cache(lambda machine: _on_one_process(machine.job(checkpoint("small-v3"), **SETTINGS), machine))
 
 
 def _on(job: Job, name: str) -> Job:
@@ -110,6 +116,27 @@ def _gathered(layout: ParallelLayout, results: list[list[Tensor]]) -> Tensor:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_logits_loss_and_gradients_are_those_of_one_process(alone: Alone, name: str, machine: Machine) -> None:
     job, right = _on(alone(machine).job, name), alone(machine)
+    results = _require_equal(job, right, name, machine)
+    if machine is CPU_FP32:  # every token goes to the same experts
+        biases = list(right.grads.expert_bias.values())
+        assert all(
+            any(torch.equal(bias, one) for one in biases) for rank in results for bias in rank.expert_bias.values()
+        )
+        assert {round(rank.load, 6) for rank in results} == {round(right.grads.load, 6)}
+
+
+@pytest.mark.parametrize("machine", FP32, ids=str)
+@pytest.mark.parametrize("family", DENSE_LAYOUTS)
+def test_a_dense_model_computes_under_a_layout_what_it_does_on_one_process(
+    checkpoint: Callable[[str], Path], family: str, machine: Machine
+) -> None:
+    right = _on_one_process(machine.job(checkpoint(family)), machine)
+    layout = ParallelLayout(**DENSE_LAYOUTS[family])
+    _require_equal(replace(right.job, layout=layout), right, f"{family} {DENSE_LAYOUTS[family]}", machine)
+
+
+def _require_equal(job: Job, right: OneProcess, name: str, machine: Machine) -> list[PassResult]:
+    """Compare loss, gradients and logits of a layout with those of one process; return what each rank saw."""
     results = machine.run(job.layout.world, jobs.gradients, job, timeout=PATIENCE)
     loss = abs(_loss(job.layout, results) / right.grads.loss_sum - 1)
     gradient, where = _gradient_difference(job.layout, results, right.grads)
@@ -121,12 +148,7 @@ def test_logits_loss_and_gradients_are_those_of_one_process(alone: Alone, name: 
     assert loss < LAYOUT_LOSS.value
     assert gradient < LAYOUT_GRADIENTS.value, f"{where} is off by {gradient:.1e} of its largest value"
     assert logits < LAYOUT_LOGITS.value
-    if machine is CPU_FP32:  # every token goes to the same experts
-        biases = list(right.grads.expert_bias.values())
-        assert all(
-            any(torch.equal(bias, one) for one in biases) for rank in results for bias in rank.expert_bias.values()
-        )
-        assert {round(rank.load, 6) for rank in results} == {round(right.grads.load, 6)}
+    return results
 
 
 def test_a_missing_reduction_is_seen(alone: Alone) -> None:

@@ -141,3 +141,15 @@ def test_a_model_trained_on_shuffled_labels_misses_the_area(
     pairs = draw_pairs(STEPS * PAIRS_PER_STEP, seed=1).shuffled_labels(torch.Generator().manual_seed(5))
     ours = _ours(replace(task, steps=_steps(pairs)[:10]))
     assert abs(_area(ours) - _area(their_task(CPU_FP32))) > AUC.value
+
+
+@pytest.mark.parametrize("machine", FP32, ids=str)
+def test_the_loss_curves_of_a_dense_model_with_a_tied_head_are_the_same(
+    checkpoint: Callable[[str], Path], machine: Machine
+) -> None:
+    training = Training(folder=checkpoint("qwen2-tied"), steps=language_steps(25, 160))
+    ours, theirs = _ours(training, machine), train_theirs(training, machine)
+    difference, step = _curve_difference(ours, theirs)
+    record(9, "dense, tied: largest relative difference of the loss in 25 steps", difference, TRAINING_LOSS, machine)
+    assert difference < TRAINING_LOSS.value, f"step {step}: {ours.losses[step]} against {theirs.losses[step]}"
+    assert abs(ours.losses[-1] / ours.losses[0] - 1) > 10 * TRAINING_LOSS.value  # the weights did move

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_ads.config.model import Precision
 from parity_tests import jobs
-from parity_tests.deliberate_errors import GATE_AND_UP_SWAPPED
+from parity_tests.deliberate_errors import GATE_AND_UP_SWAPPED, STACKED_BY_PROJECTION
 from parity_tests.harness.hf_checkpoints import fp8_checkpoint
 from parity_tests.machines import BF16, CPU_FP32, FP32, Machine
 from parity_tests.tolerances import STREAMED_DIVERGENCE, STREAMED_LAYER, STREAMED_LAYER_BF16, record
@@ -53,6 +53,23 @@ def test_an_fp8_checkpoint_and_its_shards_pass_in_bf16(tmp_path: Path, machine: 
     worst = max(layer["difference"] for layer in report["layers"])
     record(11, "FP8 checkpoint: worst layer given the same input", worst, STREAMED_LAYER_BF16, machine)
     assert status == 0, report["rungs"]
+
+
+@pytest.mark.parametrize("family", ["qwen2-tied", "llama"])
+def test_a_dense_checkpoint_passes(checkpoint: Checkpoint, tmp_path: Path, family: str) -> None:
+    status, report = _parity(tmp_path, "--hf", str(checkpoint(family)), "--layout", "tp=2,pp=2")
+    worst = max(layer["difference"] for layer in report["layers"])
+    record(11, f"{family}: worst layer given the same input", worst, STREAMED_LAYER)
+    assert (status, worst < STREAMED_LAYER.value) == (0, True)
+    assert [rung for rung, passed in _verdicts(report).items() if passed] == [1, 2, 3]
+    assert (tmp_path / "parity.html").read_text().count("<svg") == 2
+
+
+def test_query_groups_in_the_wrong_place_fail_rungs_2_and_3(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    wrong = STACKED_BY_PROJECTION.write(checkpoint("qwen2"), tmp_path / "wrong")
+    status, report = _parity(tmp_path / "out", "--hf", str(checkpoint("qwen2")), "--megatron", str(wrong))
+    assert status == 1
+    assert {rung for rung, passed in _verdicts(report).items() if passed is False} == {2, 3}
 
 
 def test_values_in_the_wrong_place_fail_rungs_2_and_3_and_name_the_layer(

@@ -1,4 +1,4 @@
-"""Small random Hugging Face checkpoints of the DeepSeek-V3 family, written with torch and safetensors alone."""
+"""Small random Hugging Face checkpoints, written with torch and safetensors alone; the DeepSeek family's configs."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from parity_tests.harness.dense_checkpoints import dense_shapes, is_dense
 from parity_tests.harness.fp8_reference import quantize
 
 V3: dict[str, Any] = {
@@ -85,6 +86,8 @@ EDGE: dict[str, Any] = V3 | {
 
 def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return every HF tensor of a config with its shape, repeats included, written down apart from the product."""
+    if is_dense(config):
+        return dense_shapes(config)
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
     kv, q = config["kv_lora_rank"], config["q_lora_rank"]
