@@ -178,7 +178,8 @@ def write_demo_model(
         out: Must be empty or absent.
         config: A ``config.json`` of any supported model; ``torch_dtype`` decides the number format.
         fp8: Store projections inside layers in FP8 with block scales.
-        embedding_spread: Standard deviation of the embeddings; that of other weights is the config's.
+        embedding_spread: Standard deviation of the embeddings; that of other weights is the config's, and of
+            embeddings that are the output layer too.
 
     Returns:
         The number of parameters, repeated tensors not counted.
@@ -231,7 +232,8 @@ def _draw_tensors(
         noise = torch.randn(size, generator=generator)
         if parameter.kind is ParameterKind.ROUTER_BIAS:
             return noise * 0.01
-        spread = embedding_spread if parameter.name == EMBEDDING else shape.initializer_range
+        is_input = parameter.name == EMBEDDING and not shape.tie_word_embeddings
+        spread = embedding_spread if is_input else shape.initializer_range
         if name.endswith(".bias"):
             return noise * 0.1
         return 1 + noise * 0.02 if len(size) == 1 else noise * spread

@@ -1,4 +1,4 @@
-"""Every published model of the family in small: its own ``config.json`` with other widths, in the form it is published.
+"""Every published model in small: its own ``config.json`` with other widths, in the form it is published.
 
 :func:`run_every_command` takes one of them through all commands of ``megatron-ads``, in this process.
 """
@@ -37,6 +37,16 @@ _SMALL: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+_SMALL_DENSE: dict[str, Any] = {
+    "vocab_size": 768,
+    "hidden_size": 160,
+    "intermediate_size": 288,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 _KIMI_K2 = Path(__file__).parents[2] / "tests" / "fixtures" / "configs" / "kimi_k2_instruct.json"
 
 
@@ -45,8 +55,13 @@ class Member:
     """One published model."""
 
     config: dict[str, Any]
-    fp8: bool = True
+    fp8: bool = False
     power_of_two_scales: bool = False
+
+    @property
+    def split(self) -> tuple[str, int]:
+        """Sizes to convert it for: its experts are divided, or where it has none its query groups."""
+        return ("--ep", 2) if "n_routed_experts" in self.config else ("--tp", 2)
 
 
 def _small(published: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -57,13 +72,18 @@ def _small(published: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 MEMBERS = {
-    "DeepSeek-V2-Lite": Member(_small(published_config("deepseek_v2_lite")), fp8=False),
-    "DeepSeek-V3": Member(_small(published_config("deepseek_r1")), fp8=False),  # as others publish it, in BF16
-    "DeepSeek-R1-0528": Member(_small(published_config("deepseek_r1"))),
-    "DeepSeek-V3.1": Member(_small(published_config("deepseek_r1")), power_of_two_scales=True),
-    "Moonlight-16B-A3B": Member(_small(published_config("moonlight_16b_a3b")), fp8=False),
-    "Kimi-K2": Member(_small(json.loads(_KIMI_K2.read_text()))),
-    "no shared experts": Member(_small(published_config("deepseek_r1"), n_shared_experts=0), fp8=False),
+    "DeepSeek-V2-Lite": Member(_small(published_config("deepseek_v2_lite"))),
+    "DeepSeek-V3": Member(_small(published_config("deepseek_r1"))),  # as others publish it, in BF16
+    "DeepSeek-R1-0528": Member(_small(published_config("deepseek_r1")), fp8=True),
+    "DeepSeek-V3.1": Member(_small(published_config("deepseek_r1")), fp8=True, power_of_two_scales=True),
+    "Moonlight-16B-A3B": Member(_small(published_config("moonlight_16b_a3b"))),
+    "Kimi-K2": Member(_small(json.loads(_KIMI_K2.read_text())), fp8=True),
+    "no shared experts": Member(_small(published_config("deepseek_r1"), n_shared_experts=0)),
+    "R1-Distill-Qwen-7B": Member(published_config("deepseek_r1_distill_qwen_7b") | _SMALL_DENSE),
+    # Its published siblings of 1 B and 3 B tie their heads to the embedding.
+    "R1-Distill-Llama-8B, tied": Member(
+        published_config("deepseek_r1_distill_llama_8b") | _SMALL_DENSE | {"tie_word_embeddings": True}
+    ),
 }
 """V3, R1 and V3.1 have one structure; what is published differs in the number format."""
 
@@ -111,7 +131,7 @@ def run_every_command(name: str, root: Path) -> list[Outcome]:
 def _run_every_command(member: Member, root: Path) -> Iterator[Outcome]:
     folder, shards, run, tuned = (root / name for name in ("published", "shards", "run", "tuned"))
     write_member(folder, member)
-    yield command("convert", "to-megatron", folder, shards, "--ep", 2)
+    yield command("convert", "to-megatron", folder, shards, *member.split)
     yield command("verify", folder, shards)
     yield command("parity", "--hf", folder, "--megatron", shards, "--tokens", 24, "--out", root / "parity")
     yield command("compare-logits", shards, folder, "--tokens", 24)
