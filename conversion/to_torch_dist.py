@@ -32,6 +32,7 @@ _FILE_BYTES = 4 << 30
 _ARCHIVE_BYTES = 4096
 """More than ``torch.save`` adds to any chunk."""
 _COMMON = "common.pt"
+"""Says to Megatron-Core that each layer has keys of its own, where it would stack layers that are all of a kind."""
 _BACKEND = "metadata.json"
 
 
@@ -89,7 +90,7 @@ class TorchDistTarget:
         carried = {"aliases": list(self.source.aliases), "derived": derived, "side_files": plan.side_files[0].names}
         write_small(plan.target / CARRIED, json.dumps(carried))
         common = io.BytesIO()
-        torch.save({"content_metadata": {}}, common)
+        torch.save({"content_metadata": {"non_homogeneous_layers": True}}, common)
         write_small(plan.target / _COMMON, common.getvalue())
         write_small(plan.target / _BACKEND, json.dumps(BACKEND))
 

@@ -67,6 +67,8 @@ def megatron_config(
         perform_initialization=False,
         deterministic_mode=settings.deterministic,
         init_method_std=shape.initializer_range,
+        # Layers of one kind would be stacked in checkpoints; those of mixtures are numbered, and so are all here.
+        hetereogenous_dist_checkpoint=True,
     )
 
 
