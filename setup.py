@@ -43,7 +43,7 @@ EXTRAS = {
 setup(
     name="megatron-ads",
     version="0.1.0",
-    description="Fine-tune DeepSeek-style mixture-of-experts checkpoints on ads tasks with Megatron-Core.",
+    description="Fine-tune DeepSeek-style mixture-of-experts and dense checkpoints on ads tasks with Megatron-Core.",
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -30,7 +30,7 @@ from conversion.names import (
 from conversion.paths import inside
 from conversion.regions import Region, StoredMatrix, part_pieces
 from conversion.safetensors_file import StoredTensor, read_header
-from megatron_ads.architecture import ModelShape, fp8_blocks, shape_from_config
+from megatron_ads.architecture import GroupedQueryShape, ModelShape, fp8_blocks, shape_from_config
 from megatron_ads.errors import ConversionError
 
 INDEX = "model.safetensors.index.json"
@@ -235,11 +235,11 @@ _CAUSES = {
     r"^base_model\.|\.lora_|\.base_layer\.": "These are names of PEFT: save what merge_and_unload() returns.",
     r"(^|\.)language_model\.|^(vision|visual|multi_modal)": "This is a multimodal checkpoint: save its language model "
     "on its own, under the names model.* and lm_head.weight.",
-    r"^(layers|embed_tokens|norm)\.": "These are names of the model inside DeepseekV3ForCausalLM: save the outer one.",
+    r"^(layers|embed_tokens|norm)\.": "These are names of a model without its head: save the outer one.",
     r"^(module|_orig_mod|model\.model)\.": "These are names of a wrapped model: save the model inside the wrapper.",
     r"\.(weight_scale|input_scale|weight_packed|qweight|qzeros|scales|absmax)$": "It was quantized by another tool: "
     "only BF16, FP16, FP32 and FP8 with one weight_scale_inv per block are read. Convert from the original.",
-    r"_proj\.bias$": "Its projections have biases, which no model of this family has.",
+    r"_proj\.bias$": "Its projections have biases: only those of Qwen2, and of Llama with attention_bias, are known.",
     r"\.self_attn\.indexer\.": "It belongs to the sparse attention of DeepSeek-V3.2, which is not supported.",
 }
 """Names of tensors that the family does not have, and what they tell about the checkpoint."""
@@ -252,6 +252,8 @@ def _likely_cause(names: Iterable[str]) -> str:
 
 def _cause_of_missing(shape: ModelShape, missing: Sequence[str]) -> str:
     if missing == ["lm_head.weight"]:
+        if isinstance(shape.attention, GroupedQueryShape):
+            return "If its head is tied to the embedding, set tie_word_embeddings to true in config.json."
         return (
             "Its head seems to be tied to the embedding: store a copy of model.embed_tokens.weight as lm_head.weight."
         )

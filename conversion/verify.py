@@ -1,7 +1,7 @@
 """Compare two checkpoints of any formats: every parameter, copy and bit, and what each says of itself."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -124,10 +124,11 @@ def verify(a: Path, b: Path, *, tolerance: float = 0.0, workers: int = 1, progre
 
 
 def _structural_differences(a: WeightSource, b: WeightSource) -> Iterator[Difference]:
-    shape_a, shape_b = asdict(a.shape), asdict(b.shape)
-    for field, value in shape_a.items():
-        if value != shape_b[field]:
-            yield Difference(name=field, kind=DifferenceKind.CONFIG, detail=f"{value} in A, {shape_b[field]} in B")
+    shape_a, shape_b = a.shape.numbers(), b.shape.numbers()
+    for field in shape_a | shape_b:
+        value, other = shape_a.get(field), shape_b.get(field)
+        if value != other:
+            yield Difference(name=field, kind=DifferenceKind.CONFIG, detail=f"{value} in A, {other} in B")
     names_a, names_b = [*a.names(), *a.aliases], [*b.names(), *b.aliases]
     for kind, here, there in ((DifferenceKind.MISSING, names_a, names_b), (DifferenceKind.EXTRA, names_b, names_a)):
         absent = set(there)

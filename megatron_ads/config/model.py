@@ -57,7 +57,7 @@ class LoraTarget(StrEnum):
     """Linears that low-rank adapters can stand beside; layers of MTP have the same ones, where they are trained."""
 
     attention = "attention"
-    """All five projections of latent attention, four where queries have no low rank."""
+    """All five projections of latent attention, four where queries have no low rank; both of grouped-query attention."""
     dense = "dense"
     """Feed-forward of the dense layers."""
     shared_experts = "shared_experts"
@@ -108,8 +108,8 @@ class ModelConfig:
     precision: Precision = Precision.bf16
     """``bf16`` computes in BF16 and keeps gradients and optimizer state in FP32."""
     recompute: Recompute = Recompute.none
-    """``selective``: what is between an attention's latents and its output projection, and the inside of every
-    feed-forward, experts included; ``full``: whole layers."""
+    """``selective``: the inside of every feed-forward, experts included, and what is between a latent attention's
+    latents and its output projection; ``full``: whole layers."""
     recompute_stages: int | None = None
     """Pipeline stages, counted from the first, that recompute; those behind them hold fewer microbatches and keep
     everything. None: all stages recompute."""

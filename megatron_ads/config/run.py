@@ -116,7 +116,13 @@ def _check_model(config: RunConfig, layout: ParallelLayout, shape: ModelShape) -
         f"model.expert_bias_update_rate is {config.model.expert_bias_update_rate}, but the model's router has no "
         "selection bias. Set it to null.",
     )
-    sizes = {"dense": shape.first_dense_layers, "shared_experts": shape.shared_ffn_size, "experts": shape.num_experts}
+    require(
+        shape.num_experts > 0 or config.model.aux_loss_coefficient == 0,
+        f"model.aux_loss_coefficient is {config.model.aux_loss_coefficient:g}, but the model has no experts to "
+        "balance. Set it to 0.",
+    )
+    sizes = {"dense": shape.first_dense_layers, "shared_experts": shape.shared_ffn_size}
+    sizes |= {"experts": shape.num_experts, "router": shape.num_experts}
     # All targets together mean those that the model has.
     targets = config.model.lora.targets if set(config.model.lora.targets) != set(LoraTarget) else []
     for setting, parts in (("model.frozen", config.model.frozen), ("model.lora.targets", targets)):

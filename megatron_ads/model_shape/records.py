@@ -1,6 +1,7 @@
 """What a model looks like: every number that decides its tensors and its arithmetic, whatever said so."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from megatron_ads.errors import require
 
@@ -217,6 +218,13 @@ class ModelShape:
         Source: DeepSeek-V3 (arXiv:2412.19437) section 2.1.2; DeepSeek-V2 (arXiv:2405.04434) section 2.2.2.
         """
         return 2 if self.has_expert_bias else 1
+
+    def numbers(self) -> dict[str, Any]:
+        """Return every field by name, those of the attention and of the position scaling beside the others."""
+        flat: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            flat |= value if isinstance(value, dict) else {name: value}
+        return flat
 
     def require_megatron_routing(self) -> None:
         """Refuse routing that Megatron-Core 0.16's ``topk_routing_with_score_function`` computes differently.

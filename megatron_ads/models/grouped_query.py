@@ -65,15 +65,15 @@ class GroupedQueryAttention(SelfAttention):
             rotary_pos_emb: Angles of the positions of a sample, (S or more, 1, 1, D).
         """
         mixed, _ = self.linear_qkv(hidden_SBC)
-        turns_SP = _turns(rotary_pos_emb[:, 0, 0], mixed.size(0), packed_seq_params)
+        turns_2SP = _turns(rotary_pos_emb[:, 0, 0], mixed.size(0), packed_seq_params)
         groups, width = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         mixed_SBGxD = mixed.unflatten(-1, (groups, -1, width))
         # Of each group its query heads, its key head and its value head.
         query, key, value = mixed_SBGxD[..., :-2, :], mixed_SBGxD[..., -2:-1, :], mixed_SBGxD[..., -1:, :]
         heads = self.num_attention_heads_per_partition // groups
         output_BHSD = attend(
-            _as_heads(_turn_halves(query, turns_SP)),
-            _as_heads(_turn_halves(key, turns_SP).expand(-1, -1, -1, heads, -1)),
+            _as_heads(_turn_halves(query, turns_2SP)),
+            _as_heads(_turn_halves(key, turns_2SP).expand(-1, -1, -1, heads, -1)),
             _as_heads(value.expand(-1, -1, -1, heads, -1)),
             scale=width**-0.5,
             boundaries=packed_seq_params.cu_seqlens_q if packed_seq_params is not None else None,
@@ -88,21 +88,25 @@ def _as_heads(x_SBGhD: Tensor) -> Tensor:
     return x_SBGhD.permute(1, 2, 3, 0, 4).flatten(1, 2).contiguous()
 
 
-def _turn_halves(x_SBGhD: Tensor, turns_SP: Tensor) -> Tensor:
-    """Multiply channel p and channel p + D / 2, as one complex number in FP32, by the turn of their position."""
+def _turn_halves(x_SBGhD: Tensor, turns_2SP: Tensor) -> Tensor:
+    """Turn the plane of channel p and channel p + D / 2 by the angle of their position, in FP32.
+
+    In real numbers: torch's complex ones would keep a copy of their parts for the backward pass.
+    """
+    cosine, sine = turns_2SP[:, :, None, None, None]
     first, second = x_SBGhD.float().chunk(2, dim=-1)
-    turned = torch.complex(first, second) * turns_SP[:, None, None, None]
-    return torch.cat([turned.real, turned.imag], dim=-1).to(x_SBGhD.dtype)
+    turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    return turned.to(x_SBGhD.dtype)
 
 
 def _turns(angles_SD: Tensor, tokens: int, packed: PackedSeqParams | None) -> Tensor:
-    """Return the complex factor of each token's position and pair of channels, (S, P)."""
+    """Return cosine and sine of each token's position and pair of channels, (2, S, P)."""
     angles_SP = angles_SD[:, : angles_SD.size(-1) // 2].float()
-    turns_SP = torch.polar(torch.ones_like(angles_SP), angles_SP)
+    turns_2SP = torch.stack([angles_SP.cos(), angles_SP.sin()])
     if packed is None:
-        return turns_SP[:tokens]
+        return turns_2SP[:, :tokens]
     starts = packed.cu_seqlens_q[:-1].repeat_interleave(packed.cu_seqlens_q.diff(), output_size=tokens)
-    return turns_SP[torch.arange(tokens, device=angles_SD.device) - starts]
+    return turns_2SP[:, torch.arange(tokens, device=angles_SD.device) - starts]
 
 
 class BiasedOutputProjection(RowParallelLinear):

@@ -29,10 +29,9 @@ def plan_lines(plan: Plan) -> list[str]:
 
 def _title(plan: Plan) -> str:
     job, sizes = plan.job, plan.job.layout
+    of_experts = ("ep", "edp", "etp") if job.shape.num_experts else ()
     axes = " x ".join(
-        f"{name} {size}"
-        for name in ("pp", "vpp", "dp", "cp", "tp", "ep", "edp", "etp")
-        if (size := getattr(sizes, name)) > 1
+        f"{name} {size}" for name in ("pp", "vpp", "dp", "cp", "tp", *of_experts) if (size := getattr(sizes, name)) > 1
     )
     return (
         f"{sizes.world} x {plan.card.name} of {plan.card.memory_bytes / 1e9:g} GB: {axes or 'one rank'}; "

@@ -37,6 +37,7 @@ OPEN = {
     "sft/deepseek_r1_671b_256h100": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/deepseek_r1_671b_32xh20": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/deepseek_v2_lite_8gpu": ["model.load=V2", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
+    "sft/deepseek_r1_distill_qwen_7b_8gpu": ["model.load=Q", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/moonlight_16b_8gpu": ["model.load=M", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "rl/quickstart": ["model.load=runs/sft-quickstart/export"],
     "rl/relevance_grpo": ["model.load=runs/sft/export"],
@@ -123,7 +124,7 @@ PARTS = sorted(file for file in recipes_folder().glob("*/*.yaml") if file.parent
 def test_every_file_of_the_recipes_starts_with_its_instructions() -> None:
     files = sorted(recipes_folder().rglob("*.yaml"))
     of_others = sum(len(shipped_recipes(command)) for command in OTHER_COMMANDS)
-    assert len(files) == len(PARTS) + len(OPEN) + of_others == 51
+    assert len(files) == len(PARTS) + len(OPEN) + of_others == 54
     assert [file for file in files if not file.read_text().startswith("# ")] == []
 
 

@@ -37,6 +37,16 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 512,
     "num_nextn_predict_layers": 1,
 }
+DENSE: dict[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 SEQ_LENGTH = 256
 
 
@@ -50,11 +60,13 @@ def small_job(
     world: int = 1,
     lora: LoraConfig | None = None,
     others: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] = SMALL,
     **sizes: int,
 ) -> PlannedJob:
     """Return a job of a four-layer model, two of them dense, with an MTP layer; ``others`` are of the model section."""
-    shape = shape_from_config(SMALL)
+    shape = shape_from_config(config)
     layout = ParallelLayout(world=world, **sizes)
+    mtp_loss_weight *= bool(shape.mtp_layers)
     run = {"precision": precision, "recompute": recompute, "mtp_loss_weight": mtp_loss_weight}
     model = ModelConfig(**run | {"lora": lora or LoraConfig()} | dict(others or {}))
     return PlannedJob(

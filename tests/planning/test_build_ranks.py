@@ -101,6 +101,7 @@ def test_all_stages_of_r1_in_seconds_and_little_memory() -> None:
         "deepseek_r1_lora",
         "deepseek_v2_lite_8gpu",
         "moonlight_16b_8gpu",
+        "deepseek_r1_distill_qwen_7b_8gpu",
     ],
 )
 def test_the_other_recipes_for_real_machines_build_ranks(recipe: str) -> None:

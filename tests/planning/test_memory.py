@@ -9,7 +9,7 @@ import torch
 from megatron_ads.config.model import LoraConfig, Precision, Recompute
 from megatron_ads.planning.job import PlannedJob
 from megatron_ads.planning.memory import ActivationModel, stage_memory
-from tests.planning.jobs import SEQ_LENGTH, r1_job, small_job
+from tests.planning.jobs import DENSE, SEQ_LENGTH, r1_job, small_job
 
 TOLERANCE = 0.005
 """Of the bytes kept: masks and counts of a few bytes a token are not in the sums."""
@@ -18,7 +18,10 @@ TOLERANCE = 0.005
 def predicted(job: PlannedJob) -> int:
     """Return the bytes per token of one pass through the whole model."""
     model = ActivationModel(job, gpu=False)
-    layers = sum(model.layer(layer, job.model.recompute) for layer in range(job.shape.num_layers + 1))
+    count = job.shape.num_layers + job.shape.mtp_layers
+    layers = sum(model.layer(layer, job.model.recompute) for layer in range(count))
+    if not job.shape.mtp_layers:
+        return layers + model.head()
     # The final norm stands before the loss of the main model; the MTP layer has one of its own.
     return layers + model.mtp(job.model.recompute) + 2 * model.head() - 4 - model.element_bytes * 256
 
@@ -93,6 +96,19 @@ def test_the_sums_are_what_autograd_keeps(precision: Precision, recompute: Recom
     assert predicted(job) == pytest.approx(kept, rel=TOLERANCE)
     # The tolerance can fail: one hidden state less in each of the five layers is outside it.
     assert predicted(job) - 5 * 2 * 256 != pytest.approx(kept, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=16)], ids=["weights", "adapters"])
+@pytest.mark.parametrize(
+    ("precision", "recompute"),
+    [(Precision.fp32, Recompute.none), (Precision.bf16, Recompute.none), (Precision.bf16, Recompute.selective)],
+    ids=str,
+)
+def test_so_are_those_of_a_dense_model(precision: Precision, recompute: Recompute, lora: LoraConfig | None) -> None:
+    job = small_job(precision=precision, recompute=recompute, lora=lora, config=DENSE)
+    kept = kept_by_autograd(job)
+    assert predicted(job) == pytest.approx(kept, rel=TOLERANCE)
+    assert predicted(job) - 4 * 2 * 256 != pytest.approx(kept, rel=TOLERANCE)
 
 
 def test_memory_by_kind_of_one_stage_of_r1() -> None:

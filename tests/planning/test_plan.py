@@ -50,6 +50,20 @@ def test_a_recipe_for_a_real_machine_fits_it(recipe: str, card: str, ranks: int)
     assert f"# Ranks: {ranks}" in (recipes_folder() / "sft" / f"{recipe}.yaml").read_text()
 
 
+def test_the_dense_recipe_fits_a_node_of_8_and_has_the_arithmetic_of_its_model() -> None:
+    recipe = "sft/deepseek_r1_distill_qwen_7b_8gpu"
+    plan = make_plan(load_job(recipe, ranks=8), card_named("h100"))
+    assert plan.fits
+    assert (plan.expert_less_stages, plan.job.layout.dp, plan.job.layout.tp) == ((), 4, 2)
+    # 7,615,616,512 parameters less the embedding's 152,064 * 3584, 2 operations each; times 3 for the backward pass.
+    # Scores: 4097 / 2 keys on average * 28 layers * 28 heads * (128 + 128) channels, 2 operations each, times 3.
+    vectors = 28 * (3584 + 2 * 512 + 2 * 3584) + 3584  # biases of queries, keys and values, and norms: no products
+    products = 7_615_616_512 - 152_064 * 3584 - vectors
+    assert sum_over_chunks(plan.job) == 3 * (2 * products + 4097 * 28 * 28 * 256)
+    # 16 bytes a parameter, 12 of them divided by 4 replicas, on half of the model: 9 bytes * 3.8 B, and activations.
+    assert 34e9 < plan.stages[0].memory.peak < 55e9
+
+
 FORMER = ("layout=pp31_ep8", "model.mtp_loss_weight=0.1", "model.recompute=full", "model.recompute_stages=null")
 """The R1 job with attention on single ranks and MTP trained beside layer 60."""
 
@@ -252,7 +266,9 @@ def test_a_wrong_layout_gets_one_clear_error(overrides: list[str], gpus: int | N
 
 
 def test_a_recipe_without_a_model_says_how_to_name_one() -> None:
-    with pytest.raises(ConfigError, match="deepseek_r1, deepseek_v2_lite, moonlight_16b_a3b"):
+    with pytest.raises(
+        ConfigError, match="deepseek_r1_distill_llama_8b, deepseek_r1_distill_qwen_7b, deepseek_v2_lite"
+    ):
         load_job("sft/quickstart")
     with pytest.raises(ConfigError, match="There is no model 'gpt'"):
         load_job("sft/quickstart", model="gpt")

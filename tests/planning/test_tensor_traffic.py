@@ -13,11 +13,13 @@ from megatron_ads.config.model import ModelConfig, Precision, Recompute
 from megatron_ads.layout import ParallelLayout, place_layers
 from megatron_ads.planning.costs import tensor_bytes
 from megatron_ads.planning.job import PlannedJob
+from parity_tests.harness.dense_checkpoints import QWEN2
 from parity_tests.harness.model_jobs import ROW_TOKENS, SEGMENTS, Job, train_pass
 from parity_tests.harness.ranks import run_ranks
 from tests.models.checkpoints import V3, write_checkpoint
 
 TP2 = ParallelLayout(world=2, tp=2, ep=2)
+TP2_DENSE = ParallelLayout(world=2, tp=2)
 
 
 def _gathered_and_scattered(job: Job) -> int:
@@ -41,15 +43,18 @@ def _gathered_and_scattered(job: Job) -> int:
 
 
 @pytest.mark.parametrize("recompute", Recompute)
-def test_tensor_parallel_ranks_send_what_is_planned(recompute: Recompute, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "v3", V3)
+@pytest.mark.parametrize(("config", "layout"), [(V3, TP2), (QWEN2, TP2_DENSE)], ids=["v3", "qwen2"])
+def test_tensor_parallel_ranks_send_what_is_planned(
+    config: dict[str, Any], layout: ParallelLayout, recompute: Recompute, tmp_path: Path
+) -> None:
+    folder = write_checkpoint(tmp_path / "model", config)
     settings = {"recompute": recompute, "mtp_loss_weight": 0.0}
-    seen = run_ranks(2, _gathered_and_scattered, Job(folder=folder, layout=TP2, settings=settings))
+    seen = run_ranks(2, _gathered_and_scattered, Job(folder=folder, layout=layout, settings=settings))
     shape = read_model_shape(folder)
     planned = PlannedJob(
         shape=shape,
-        layout=TP2,
-        placement=place_layers(shape, TP2),
+        layout=layout,
+        placement=place_layers(shape, layout),
         model=ModelConfig(precision=Precision.fp32, **settings),
         seq_length=ROW_TOKENS,
         micro_batch_size=1,
