@@ -168,6 +168,14 @@ def part_pieces(parameter: Parameter) -> Iterator[PartPiece]:
             position += length
 
 
+def part_values(parameter: Parameter, values: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name and values of every Hugging Face tensor of a whole parameter: views, or copies where it has groups."""
+    rows = [part.shape[0] // parameter.groups for part in parameter.parts]
+    pieces = values.view(parameter.groups, -1, *values.shape[1:]).split(rows, dim=1)
+    for part, piece in zip(parameter.parts, pieces, strict=True):
+        yield part.name, piece.flatten(0, 1)
+
+
 def _in_part(region: Region, piece: PartPiece) -> Region:
     """Return what of a region is in a piece, in the coordinates of the Hugging Face tensor."""
     common = piece.at.overlap(region.covers)

@@ -57,7 +57,7 @@ class LoraTarget(StrEnum):
     """Linears that low-rank adapters can stand beside; layers of MTP have the same ones, where they are trained."""
 
     attention = "attention"
-    """All five projections of latent attention, four where queries have no low rank; both of grouped-query attention."""
+    """All projections: five of latent attention, four where queries have no low rank; two of grouped-query attention."""
     dense = "dense"
     """Feed-forward of the dense layers."""
     shared_experts = "shared_experts"

@@ -20,7 +20,7 @@ from torch import Tensor
 from conversion.layer_specs import LayerSpec
 from conversion.names import Parameter, ParameterKind, parameters
 from conversion.rank_files import OwnedSlice, ShardsLayout
-from conversion.regions import slice_rectangles
+from conversion.regions import part_values, slice_rectangles
 from conversion.sources import WeightSource
 from megatron_ads.errors import ConfigError
 from megatron_ads.runtime import process_groups
@@ -83,10 +83,7 @@ class WeightSync:
         dtype = next(models[0].parameters()).dtype
         for bucket in self._buckets(dtype):
             for parameter, whole in self._exchange(bucket, own, dtype):
-                row = 0
-                for part in parameter.parts:
-                    yield part.name, whole[row : row + part.shape[0]]
-                    row += part.shape[0]
+                yield from part_values(parameter, whole)
                 for alias in self._repeats.get(parameter.name, ()):
                     yield alias, whole
 

@@ -11,6 +11,7 @@ from conversion.names import parameters
 from conversion.sources import open_source
 from megatron_ads.config.model import LoraConfig
 from megatron_ads.errors import ConfigError
+from parity_tests.checkpoints import DENSE
 from parity_tests.harness.ranks import run_ranks
 from parity_tests.harness.training_jobs import Recipe, start
 from tests.models.checkpoints import V2_LITE, V3, write_checkpoint
@@ -52,6 +53,16 @@ def test_a_model_without_low_rank_queries_comes_out_whole(tmp_path: Path) -> Non
     stored = open_source(folder).container.tensors  # type: ignore[attr-defined]
     (tensors,) = run_ranks(1, _collect, Recipe(folder=folder), (0,))
     assert tensors.keys() == stored.keys()
+
+
+def test_joined_queries_keys_and_values_and_a_tied_head_come_out_as_stored(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "tied", DENSE["qwen2-tied"])
+    stored = open_source(folder).container.tensors  # type: ignore[attr-defined]
+    recipe = Recipe(folder=folder, layout={"pp": 2, "tp": 2})
+    tensors = run_ranks(4, _collect, recipe, (2,))[2]
+    assert tensors.keys() == stored.keys()
+    for hf_name, tensor in tensors.items():
+        assert torch.equal(tensor, stored[hf_name].read()), hf_name
 
 
 def _group_timeouts(recipe: Recipe) -> set[float]:
