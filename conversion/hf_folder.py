@@ -225,7 +225,8 @@ def _check_names(folder: HfFolder) -> None:
         what.append(f"holds {len(extra)} tensors that its config.json has no place for, first {extra[0]}")
     cause = _likely_cause(extra) or _cause_of_missing(shape, missing)
     if extra and not cause:
-        cause = "Check num_hidden_layers, n_routed_experts and num_nextn_predict_layers in config.json."
+        counts = ("num_hidden_layers", "n_routed_experts and num_nextn_predict_layers")
+        cause = f"Check {', '.join(counts if shape.num_experts else counts[:1])} in config.json."
     raise DamagedCheckpointError(f"{folder.path} {', and '.join(what)}. {cause or 'Copy the missing files.'}")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_ads.errors import ConfigError, require
 from megatron_ads.json_fields import JsonFields
-from megatron_ads.model_shape.deepseek import read_deepseek
+from megatron_ads.model_shape.deepseek import DEEPSEEK_TYPES, read_deepseek
 from megatron_ads.model_shape.dense import read_llama, read_qwen2
 from megatron_ads.model_shape.records import (
     GroupedQueryShape,
@@ -23,6 +23,7 @@ from megatron_ads.model_shape.records import (
 )
 
 __all__ = [
+    "DEEPSEEK_TYPES",
     "MODEL_TYPES",
     "Fp8Blocks",
     "GroupedQueryShape",
@@ -36,9 +37,7 @@ __all__ = [
 ]
 
 _READERS: dict[str, Callable[[JsonFields], ModelShape]] = {
-    "deepseek_v3": read_deepseek,
-    "kimi_k2": read_deepseek,
-    "deepseek_v2": read_deepseek,
+    **dict.fromkeys(DEEPSEEK_TYPES, read_deepseek),
     "qwen2": read_qwen2,
     "llama": read_llama,
 }

@@ -72,6 +72,14 @@ class JsonFields:
             raise ConfigError(f"{self._prefix}{name} is {value!r}; supported: {', '.join(options)}.")
         return value
 
+    def texts(self, name: str) -> list[str]:
+        """Return a list of texts; empty where it is missing."""
+        values: list[Any] = self._get(name, [], (list,), "a list of texts")
+        for value in values:
+            if not isinstance(value, str):
+                raise ConfigError(f"{self._prefix}{name} holds {str(value)[:40]!r}; it must be a list of texts.")
+        return values
+
     def section(self, name: str) -> "JsonFields | None":
         """Return the object in a field, or None where it is missing."""
         value = self._get(name, None, (Mapping,), "an object")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from conversion import sparse_r1
 from conversion.hf_folder import open_hf_folder
 from conversion.names import ParameterKind, hf_aliases, parameters
-from megatron_ads.architecture import LatentAttentionShape, YarnShape, read_model_shape
+from megatron_ads.architecture import GroupedQueryShape, LatentAttentionShape, YarnShape, read_model_shape
 from megatron_ads.cli import main
 from megatron_ads.data.chat import load_tokenizer
 from megatron_ads.demo_model import CONFIGS, EMBEDDING_SPREADS, Preset
@@ -132,6 +132,20 @@ def test_transformers_loads_it_and_its_tokenizer(demo: Path):
     assert bool(logits.isfinite().all())
     # Nothing is learned yet: the next token is nearly anyone's guess, log(1536) = 7.3 nats.
     assert logits.float().log_softmax(-1).max() < -4
+
+
+def test_the_dense_one_is_loaded_by_transformers_and_has_the_same_tokenizer(demo: Path, tmp_path: Path):
+    from transformers import AutoModelForCausalLM
+
+    dense = make(tmp_path / "dense", "--preset", "dense")
+    model, report = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+    assert (dense / "tokenizer.json").read_bytes() == (demo / "tokenizer.json").read_bytes()
+    shape = read_model_shape(dense)
+    assert isinstance(shape.attention, GroupedQueryShape) and shape.attention.num_groups == 2 and not shape.num_experts
+    biases = [tensor for name, tensor in tensors_of(dense).items() if name.endswith(".bias")]
+    assert len(biases) == 3 * shape.num_layers and all(bool((bias != 0).all()) for bias in biases)
 
 
 def test_special_tokens_have_the_ids_that_config_json_names(demo: Path):

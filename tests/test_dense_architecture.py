@@ -72,7 +72,8 @@ LLAMA3 = published(LLAMA)["rope_scaling"]
     ("name", "changes", "message"),
     [
         (QWEN, {"use_sliding_window": True, "max_window_layers": 21}, "from max_window_layers = 21 on .*not supported"),
-        (QWEN, {"layer_types": ["sliding_attention"] * 28}, "layer_types is .*every layer sees all tokens"),
+        (QWEN, {"layer_types": ["sliding_attention"] * 28}, "layer_types has 'sliding_attention', but"),
+        (QWEN, {"layer_types": [None]}, "layer_types holds 'None'; it must be a list of texts"),
         (QWEN, {"use_mrope": True}, "use_mrope is True"),
         (QWEN, {"attention_bias": False}, "attention_bias is False, but the projections of Qwen2"),
         (QWEN, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"type is 'yarn'; supported: default, llama3"),

@@ -57,7 +57,7 @@ class LoraTarget(StrEnum):
     """Linears that low-rank adapters can stand beside; layers of MTP have the same ones, where they are trained."""
 
     attention = "attention"
-    """All projections: five of latent attention, four where queries have no low rank; two of grouped-query attention."""
+    """All projections: of latent attention five, or four where queries have no low rank; of grouped queries two."""
     dense = "dense"
     """Feed-forward of the dense layers."""
     shared_experts = "shared_experts"

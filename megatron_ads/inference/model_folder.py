@@ -10,7 +10,7 @@ from conversion.hf_folder import check_for_transformers, read_config
 from conversion.plan import folder_state
 from conversion.sources import open_source
 from conversion.to_hf import ExportDtype
-from megatron_ads.architecture import MODEL_TYPES
+from megatron_ads.architecture import DEEPSEEK_TYPES, MODEL_TYPES
 from megatron_ads.observability.log import get_logger
 from megatron_ads.runtime.device import device
 
@@ -34,11 +34,11 @@ def hugging_face_folder(model: Path, *, takes_weights: bool = False) -> Iterator
         ConversionError: If the folder is no checkpoint, is incomplete or damaged, or the export does not fit the disk.
     """
     config = read_config(model) if (model / "config.json").exists() else {}
-    of_family = config.get("model_type") in MODEL_TYPES  # transformers takes care of any other
+    model_type = config.get("model_type")
     unfit = takes_weights or device().type == "cpu"  # transformers runs FP8 on a GPU only
-    fp8_unfit = unfit and of_family and isinstance(config.get("quantization_config"), dict)
+    fp8_unfit = unfit and model_type in MODEL_TYPES and isinstance(config.get("quantization_config"), dict)
     if _is_hugging_face(model) and not fp8_unfit:
-        if of_family:
+        if model_type in DEEPSEEK_TYPES:  # transformers runs more Qwen2 and Llama models than are trained here
             check_for_transformers(model)
         yield model
         return

@@ -6,11 +6,11 @@ from megatron_ads.json_fields import JsonFields
 from megatron_ads.model_shape.records import LatentAttentionShape, ModelShape
 from megatron_ads.model_shape.rope import read_rope, read_yarn
 
-_MODEL_TYPES = ("deepseek_v3", "kimi_k2", "deepseek_v2")
+DEEPSEEK_TYPES = ("deepseek_v3", "kimi_k2", "deepseek_v2")
 
 
 def read_deepseek(fields: JsonFields) -> ModelShape:
-    model_type = fields.choice("model_type", _MODEL_TYPES)
+    model_type = fields.choice("model_type", DEEPSEEK_TYPES)
     fields.require_present("q_lora_rank", "Set it to null for a full-rank query projection.")
     rope_theta, yarn = read_rope(fields, {"yarn": read_yarn})
     attention = LatentAttentionShape(

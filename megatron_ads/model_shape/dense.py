@@ -1,6 +1,6 @@
 """The ``config.json`` of dense models with grouped-query attention: Qwen2 and Llama."""
 
-from megatron_ads.errors import require
+from megatron_ads.errors import ConfigError, require
 from megatron_ads.json_fields import JsonFields
 from megatron_ads.model_shape.records import GroupedQueryShape, ModelShape
 from megatron_ads.model_shape.rope import read_llama3, read_rope
@@ -61,5 +61,8 @@ def _read_dense(fields: JsonFields, model_type: str, *, qkv_bias: bool, output_b
     fields.expect("mlp_bias", False, "the feed-forward layers have no biases")
     fields.expect("attention_dropout", 0.0, "fine-tuning runs without dropout")
     fields.expect("hidden_act", "silu", "the feed-forward layers are SwiGLU")
-    fields.expect("layer_types", ["full_attention"] * layers, "every layer sees all tokens before")
+    if other := sorted(set(fields.texts("layer_types")) - {"full_attention"}):
+        raise ConfigError(
+            f"layer_types has {other[0]!r}, but every layer sees all tokens before: only 'full_attention' is supported."
+        )
     return shape

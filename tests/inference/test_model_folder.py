@@ -36,6 +36,20 @@ def test_shards_are_exported_for_as_long_as_they_are_needed(folder: Path, tmp_pa
     assert not used.exists()
 
 
+def test_dense_models_that_only_transformers_runs_are_used_in_place(tmp_path: Path) -> None:
+    write_demo_model(tmp_path / "dense", CONFIGS[Preset.dense])
+    _change(tmp_path / "dense/config.json", rope_scaling={"type": "yarn", "factor": 4.0})
+    with hugging_face_folder(tmp_path / "dense") as used:
+        assert used == tmp_path / "dense"
+
+
+def test_a_dense_model_in_fp8_is_exported_on_a_cpu(tmp_path: Path) -> None:
+    write_demo_model(tmp_path / "dense", CONFIGS[Preset.dense], fp8=True)
+    with hugging_face_folder(tmp_path / "dense", takes_weights=True) as used:
+        assert used != tmp_path / "dense"
+        assert "quantization_config" not in json.loads((used / "config.json").read_text())
+
+
 def _change(file: Path, **changes: Any) -> None:
     content = json.loads(file.read_text())
     file.unlink()  # it may be a link to the undamaged one

@@ -74,7 +74,7 @@ def test_checkpoint_export_and_hugging_face_folder_hold_the_same_model(
 VARIANTS: dict[str, dict[str, Any]] = {
     "adapters": {"lora": LoraConfig(rank=4, alpha=8)},
     "frozen embedding": {"frozen": [FrozenPart.embedding, FrozenPart.attention]},
-    "selective": {"recompute": Recompute.selective},
+    "selective, bf16": {"recompute": Recompute.selective, "precision": "bf16"},
     "full": {"recompute": Recompute.full},
 }
 
@@ -83,6 +83,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_losses_do_not_depend_on_the_layout(folder: Path, name: str) -> None:
     recipe = Recipe(folder=folder, model=VARIANTS[name], steps=3)
     (alone,) = run_ranks(1, train, recipe)
+    tolerance = 2e-3 if "precision" in recipe.model else 1e-5
     for losses in run_ranks(4, train, replace(recipe, layout=LAYOUT)):
-        assert losses.loss == pytest.approx(alone.loss, rel=1e-5)
-        assert losses.grad_norm == pytest.approx(alone.grad_norm, rel=1e-4)
+        assert losses.loss == pytest.approx(alone.loss, rel=tolerance)
+        assert losses.grad_norm == pytest.approx(alone.grad_norm, rel=10 * tolerance)
