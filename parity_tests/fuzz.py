@@ -52,6 +52,7 @@ _MODEL = MEMBERS["DeepSeek-R1-0528"].config | {
     "intermediate_size": 64,
     "moe_intermediate_size": 16,
 }
+_DENSE = MEMBERS["R1-Distill-Llama-8B, tied"].config | {"num_hidden_layers": 2}
 
 
 class Hang(BaseException):
@@ -333,7 +334,7 @@ def _plan(place: Place, given: list[str]) -> int:
 
 
 BORDERS: dict[str, Border] = {
-    "config": config, "headers": headers, "jsonl": jsonl, "tables": tables, "recipes": recipes,
+    "config": config, "dense": config, "headers": headers, "jsonl": jsonl, "tables": tables, "recipes": recipes,
 }  # fmt: skip
 
 
@@ -349,7 +350,7 @@ def fuzz(name: str, inputs: int, seed: int = 0, first: int = 0) -> Found:
     found = Found()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         place = Place(Path(folder))
-        write_demo_model(place.source, _MODEL, fp8=True)
+        write_demo_model(place.source, _DENSE if name == "dense" else _MODEL, fp8=True)
         (place.root / "outside").mkdir()
         (place.root / "outside" / "x").write_text("stays")
         (place.root / "here").mkdir()

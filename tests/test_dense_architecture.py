@@ -78,6 +78,7 @@ LLAMA3 = published(LLAMA)["rope_scaling"]
         (QWEN, {"attention_bias": False}, "attention_bias is False, but the projections of Qwen2"),
         (QWEN, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"type is 'yarn'; supported: default, llama3"),
         (QWEN, {"num_key_value_heads": 5}, "num_key_value_heads = 5 does not divide num_attention_heads = 28"),
+        (QWEN, {"num_key_value_heads": ...}, "num_key_value_heads is missing"),
         (QWEN, {"hidden_size": 3585}, "num_attention_heads = 28 does not divide hidden_size = 3585"),
         (QWEN, {"head_dim": 127}, "head_dim is 127; .*must be even"),
         (QWEN, {"qk_norm": True}, "qk_norm = True is not a known field"),

@@ -8,6 +8,7 @@ from megatron_ads.model_shape.rope import read_llama3, read_rope
 
 def read_qwen2(fields: JsonFields) -> ModelShape:
     """Read Qwen2, Qwen2.5 and what is distilled into them; their queries, keys and values have biases."""
+    fields.require_present("num_key_value_heads", "It decides how many query heads share a key and a value.")
     fields.expect("attention_bias", True, "the projections of Qwen2 to queries, keys and values have biases")
     shape = _read_dense(fields, "qwen2", qkv_bias=True, output_bias=False)
     fields.expect("use_mrope", False, "positions are those of text")

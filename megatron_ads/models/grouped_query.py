@@ -30,7 +30,7 @@ def rotary_frequencies(shape: ModelShape) -> Tensor:
     if shape.rope_scaling is None:
         return frequency_P
     scaling = shape.rope_scaling
-    assert isinstance(scaling, Llama3Shape)  # what ``architecture.dense`` reads
+    assert isinstance(scaling, Llama3Shape)  # what ``model_shape.dense`` reads
     wavelength_P = 2 * math.pi / frequency_P
     low, high, context = scaling.low_frequency_factor, scaling.high_frequency_factor, scaling.original_max_positions
     # 1 where a pair turns ``high`` times or more over the original context, 0 where it turns ``low`` times or less.

@@ -52,7 +52,7 @@ def _key_value_gradient(folder: Path, layout: ParallelLayout, stock: bool) -> Te
 
     shape = open_source(folder).shape
     config = megatron_config(shape, layout, place_layers(shape, layout), ModelSettings(spec=LayerSpec.LOCAL))
-    spec = specs._layer(LayerSpec.LOCAL, has_experts=False).submodules.self_attention
+    spec = specs._layer(shape, LayerSpec.LOCAL, has_experts=False).submodules.self_attention
     if stock:
         spec.module, spec.submodules.core_attention = MLASelfAttention, Core
         assert spec.submodules.linear_kv_down_proj is ColumnParallelLinear
