@@ -137,6 +137,9 @@ def test_interleaving_asks_for_microbatches_in_groups_of_the_stages() -> None:
         validate(quickstart(*even, "train.global_batch_size=6"), 4)
 
 
+DENSE = "deepseek_r1_distill_qwen_7b"
+
+
 @pytest.mark.parametrize(
     ("model", "overrides", "message"),
     [
@@ -163,6 +166,9 @@ def test_interleaving_asks_for_microbatches_in_groups_of_the_stages() -> None:
             ["model.expert_bias_update_rate=0.001"],
             r"expert_bias_update_rate is 0\.001, but the model's router has no selection bias",
         ),
+        (DENSE, ["model.aux_loss_coefficient=0.1"], r"aux_loss_coefficient is 0\.1, but the model has no experts"),
+        (DENSE, ["model.frozen=[router]"], r"model\.frozen lists router, which the model does not"),
+        (DENSE, ["layout.ep=2"], r"layout\.ep is 2, but the model has no routed experts"),
     ],
 )
 def test_a_recipe_that_does_not_fit_the_model_is_refused(model: str, overrides: list[str], message: str) -> None:
