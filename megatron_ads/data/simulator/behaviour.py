@@ -106,7 +106,7 @@ SLOTS = 4
 ATTRIBUTED = 0.6
 """Share of the conversions of a session on our site that go through one of the ads shown, where there is one."""
 _EVENT = CONVERSION * ATTRIBUTED / SLOTS
-_CURIOSITY = 0.15
+CURIOSITY = 0.15
 _CURIOSITY_CLOSE, _CURIOSITY_OTHER = 0.4, 0.1
 """Factors for ads of the kind that can stand in for the needed one, and of any other."""
 _CURIOSITY_PRICE, _CURIOSITY_SPAM = 0.5, 0.3
@@ -123,7 +123,6 @@ class ResultsPage:
         self._auction = InverseTable(world.auction_KD)
         facts = np.array([(ad.advertiser, ad.kind, ad.price, ad.text) for ad in world.ads])
         self._advertiser_D, self._kind_D, self._price_D, self._text_D = facts.T
-        self._close_K = np.array([close_kind(kind) for kind in range(len(world.auction_KD))])
         self._anyone_without_K = (world.first_ad_AK < 0).T @ world.popularity_A
 
     def show(self, sessions: Sessions, wanted_ad: NDArray[np.int64], draw: np.random.Generator) -> Columns:
@@ -165,18 +164,35 @@ class ResultsPage:
 
     def _curiosity(self, shown: Sessions, ad: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the probability of a click that leads to no conversion."""
-        kind = self._kind_D[ad]
-        close = np.where(self._close_K[shown.kind] == kind, _CURIOSITY_CLOSE, _CURIOSITY_OTHER)
-        related = np.where(kind == shown.kind, 1.0, close)
-        price = np.where(self._price_D[ad] == shown.price, 1.0, _CURIOSITY_PRICE)
-        text = np.where(self._text_D[ad] == SPAM, _CURIOSITY_SPAM, 1.0)
-        curious: NDArray[np.float64] = _CURIOSITY * related * price * text
-        return curious
+        return curiosity(shown.kind, shown.price, self._kind_D[ad], self._price_D[ad], self._text_D[ad])
+
+
+def curiosity(
+    needed: NDArray[np.int64],
+    level: NDArray[np.int64],
+    kind: NDArray[np.int64],
+    price: NDArray[np.int64],
+    text: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """Return the probability of a click on an ad for its own sake, at most ``CURIOSITY``; all arrays are alike.
+
+    Args:
+        needed: Kind that the user needs.
+        level: The user's price level.
+        kind: What the ad offers.
+        price: Its price level.
+        text: ``CLEAN``, ``MISSPELT`` or ``SPAM``.
+    """
+    close = np.where(close_kind(needed) == kind, _CURIOSITY_CLOSE, _CURIOSITY_OTHER)
+    related = np.where(kind == needed, 1.0, close)
+    same_level = np.where(price == level, 1.0, _CURIOSITY_PRICE)
+    curious: NDArray[np.float64] = CURIOSITY * related * same_level * np.where(text == SPAM, _CURIOSITY_SPAM, 1.0)
+    return curious
 
 
 def _stay(converted: NDArray[np.bool_], curious: NDArray[np.float64], draw: np.random.Generator) -> NDArray[np.int64]:
     """Return how many seconds each visitor would stay, at least 1; ``draw`` is of its own, so that all else is kept."""
-    median = np.where(converted, _STAY_CONVERTED, _STAY * curious / _CURIOSITY)
+    median = np.where(converted, _STAY_CONVERTED, _STAY * curious / CURIOSITY)
     seconds: NDArray[np.float64] = median * draw.lognormal(sigma=_STAY_SPREAD, size=len(median))
     return np.maximum(seconds.round(), 1).astype(np.int64)
 

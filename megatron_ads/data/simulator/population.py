@@ -131,6 +131,13 @@ def next_advertiser(moment: Moment, world: World, *, window_days: int) -> NDArra
     return chance_UA
 
 
+def next_advertiser_for(moment: Moment, world: World, need_U: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return (U, A): the probability of each advertiser to be converted with by users who need these kinds."""
+    need_UK = np.eye(moment.interest_UK.shape[1])[need_U]
+    drawn = replace(moment, need_U=np.full_like(need_U, NOBODY), interest_UK=need_UK)
+    return next_advertiser(drawn, world, window_days=1)
+
+
 def same_need(activity_U: NDArray[np.float64], *, window_days: int) -> NDArray[np.float64]:
     """Return the probability that the need never changed until the next conversion, given one within the window.
 

@@ -4,6 +4,7 @@ Letters of array shapes: K kinds, A advertisers, D ads, P price levels.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,8 +82,11 @@ def department_of(kind: int) -> int:
     return kind // vocabulary.KINDS_PER_DEPARTMENT
 
 
-def close_kind(kind: int) -> int:
-    """Return the kind that can stand in for this one."""
+Kinds = TypeVar("Kinds", int, NDArray[np.int64])
+
+
+def close_kind(kind: Kinds) -> Kinds:
+    """Return the kind that can stand in for this one, of an array of each."""
     return kind ^ 1
 
 
