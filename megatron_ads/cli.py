@@ -56,6 +56,7 @@ COMMANDS = (
     Command("regress", "compare public benchmarks before and after fine-tuning", "megatron_ads.regress.command"),
     Command("label", "have a model label rows in bulk", "megatron_ads.labelling.command"),
     Command("downstream", "train and score the frozen pipeline that rewards use", "megatron_ads.downstream.command"),
+    Command("users", "let simulated users try recommenders", "megatron_ads.user_simulation.command"),
     Command("parity", "compare a checkpoint in transformers and in Megatron-Core", "megatron_ads.parity.command"),
     Command("quickstart", "run the whole path on this machine", "megatron_ads.quickstart.command"),
 )

@@ -18,6 +18,7 @@ JOB = f"--recipe sft/quickstart --ranks 4 log.dir=NEW {ROWS}"
 EVALUATE = f"evaluate --recipe sft/quickstart --max-new-tokens 2 {ROWS}"
 REGRESS = "regress --data DATA --benchmark mmlu_stem --limit 1"
 LABEL = "label --recipe label/relevance sources=[{kind: builtin, rows: 4}]"
+BROWSE = "users browse --recipe users/browse"
 COOK = "data cook --recipe cook/simulated teacher.url=http://localhost:9/v1 teacher.model=x"
 
 FOLDERS_READ = [
@@ -35,6 +36,7 @@ FOLDERS_READ = [
     "data cook --recipe cook/simulated --out NEW teacher.kind=local teacher.model=BAD",
     f"{LABEL} --out NEW model.kind=local model.url=null model.max_tokens=2 model.model=BAD",
     f"{LABEL} --out NEW model.model=x previous=[BAD]",
+    f"{BROWSE} --out NEW model.kind=local model.model=BAD",
     "compare-logits BAD MODEL",
     "compare-logits MODEL BAD",
     f"{EVALUATE} --model BAD",
@@ -47,6 +49,7 @@ FOLDERS_READ = [
 ]
 LOGS_READ = [
     "downstream train --logs BAD --out NEW",
+    f"{BROWSE} --out NEW world.logs=BAD",
     "downstream evaluate --logs NEW --pipeline BAD",
     "downstream rows --logs NEW --pipeline BAD --out NEW",
     "downstream features --logs NEW --pipeline BAD --rows NEW --answers NEW --out NEW",
@@ -62,6 +65,7 @@ FILES_READ = [
     "data preview --recipe BAD",
     "data cook --recipe BAD --out NEW",
     "label --recipe BAD --out NEW",
+    "users browse --recipe BAD --out NEW",
     "label --recipe label/relevance --out NEW model.model=x sources=[{kind: jsonl, path: BAD}]",
     f"{EVALUATE.replace('sft/quickstart', 'BAD')} --model MODEL",
     f"{EVALUATE.replace('kind: builtin, rows: 60', 'kind: jsonl, path: BAD')} --model MODEL",
@@ -84,6 +88,7 @@ FOLDERS_WRITTEN = [
     "data simulate --out BAD --users 100",
     "downstream train --logs MODEL --out BAD",
     f"{COOK} --out BAD",
+    f"{BROWSE} --out BAD",
     f"{LABEL} --out BAD model.model=x",
     "parity --hf MODEL --out BAD --tokens 8",
     "quickstart --out BAD",

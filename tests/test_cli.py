@@ -40,6 +40,8 @@ COMMAND_LINES = [
     ["downstream", "evaluate"],
     ["downstream", "rows"],
     ["downstream", "features"],
+    ["users"],
+    ["users", "browse"],
     ["parity"],
     ["plan"],
     ["quickstart"],

@@ -51,6 +51,7 @@ ROOMS = (
     "megatron_ads.regress",
     "megatron_ads.labelling",
     "megatron_ads.synthesis",  # its command is found by name
+    "megatron_ads.user_simulation",
     "megatron_ads.demo_model",
     "megatron_ads.parity",
     "megatron_ads.quickstart",
