@@ -221,6 +221,8 @@ class ConverseConfig:
     """Most advertisers of one recommendation."""
     calls: int = 2
     """Most calls of the retriever before each turn."""
+    history: bool = False
+    """Whether the retriever has the user's history, too; without, it knows what is said in the conversation alone."""
     model: PlayerConfig = field(default_factory=PlayerConfig)
     """The assistant's model; ``model.model: null``: fixed rules talk."""
 

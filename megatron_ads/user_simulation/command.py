@@ -40,10 +40,24 @@ recommender "answers" is a language model's answers to rows of `megatron-ads dow
 Settings: megatron_ads/config/user_simulation.py."""
 
 
+_CONVERSE = """Let users talk to an assistant that searches, asks back, recommends and explains (Chat-Rec).
+
+    megatron-ads users converse --recipe users/converse --out runs/converse
+    megatron-ads users converse --recipe users/converse --out runs/converse history=true turns=8
+    megatron-ads users converse --recipe users/converse --out runs/converse simulated=100 \\
+      model.url=http://localhost:8000/v1 model.model=NAME
+
+Success at each turn: was the user shown the advertiser that it will buy from? Of assistants by fixed rules, with and
+without questions, of the model where one is named, and in closed form of who knows all about the user. A model calls
+the retriever of the frozen pipeline; it can neither call anything else nor show what was not found.
+Settings: megatron_ads/config/user_simulation.py."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommands."""
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add(commands, "browse", "pages of ads of several recommenders", _BROWSE)
+    _add(commands, "converse", "recommendation in a conversation of several turns", _CONVERSE)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,9 +91,12 @@ class _Act:
 
 def _acts() -> dict[str, _Act]:
     from megatron_ads.config import user_simulation as config
-    from megatron_ads.user_simulation import browse_run  # import numpy and torch: keep --help instant
+    from megatron_ads.user_simulation import browse_run, converse_run  # import numpy and torch: keep --help instant
 
-    return {"browse": _Act(config.BrowseConfig, browse_run.run_browse, browse_run.browse_pages)}
+    return {
+        "browse": _Act(config.BrowseConfig, browse_run.run_browse, browse_run.browse_pages),
+        "converse": _Act(config.ConverseConfig, converse_run.run_converse, converse_run.converse_pages),
+    }
 
 
 def _add(commands: Subparsers, name: str, summary: str, description: str) -> None:
