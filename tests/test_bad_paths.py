@@ -66,6 +66,7 @@ FILES_READ = [
     "data cook --recipe BAD --out NEW",
     "label --recipe BAD --out NEW",
     "users browse --recipe BAD --out NEW",
+    "users agents --recipe BAD --out NEW",
     "users converse --recipe BAD --out NEW",
     "label --recipe label/relevance --out NEW model.model=x sources=[{kind: jsonl, path: BAD}]",
     f"{EVALUATE.replace('sft/quickstart', 'BAD')} --model MODEL",

@@ -42,6 +42,7 @@ COMMAND_LINES = [
     ["downstream", "features"],
     ["users"],
     ["users", "browse"],
+    ["users", "agents"],
     ["users", "converse"],
     ["parity"],
     ["plan"],

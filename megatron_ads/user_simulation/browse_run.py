@@ -11,7 +11,7 @@ from megatron_ads.user_simulation.business import Business, open_business
 from megatron_ads.user_simulation.figures import FIGURES, TRUTHS, Measured, agreement, averages, measure, true_values
 from megatron_ads.user_simulation.language_users import LanguageUsers
 from megatron_ads.user_simulation.players import Player, open_player
-from megatron_ads.user_simulation.recommenders import best_ranking, rankings
+from megatron_ads.user_simulation.recommenders import RankerSettings, best_ranking, rankings
 from megatron_ads.user_simulation.reports import Pages, Table, scored
 from megatron_ads.user_simulation.scripted_users import ScriptedUsers, expected_wants
 
@@ -29,8 +29,9 @@ def run_browse(config: BrowseConfig) -> dict[str, Any]:
     out = Path(config.out)
     with open_player(config.model, out, seed=config.seed) as player:  # first: it is refused before anything is trained
         business = open_business(config.world, out, simulated=config.simulated)
-        ranked = rankings(business, config)
-        ranked[BEST] = best_ranking(business, min(config.pages * config.page_size, len(business.past.items)))
+        settings = RankerSettings(seed=config.seed, factors=config.factors, answers=config.answers)
+        everything = {**rankings(business, config.recommenders, settings), BEST: best_ranking(business)}
+        ranked = {name: ranking[:, : config.pages * config.page_size] for name, ranking in everything.items()}
         server = AdServer(business.world, config.seed)
         ads = {name: server.ads(business.users.names, ranking) for name, ranking in ranked.items()}
         users = _users(business, config, player)

@@ -22,15 +22,16 @@ from megatron_ads.data.simulator.histories import LABEL_DAYS, draw_pieces
 from megatron_ads.data.simulator.logs import START
 from megatron_ads.data.simulator.population import Moment, next_advertiser
 from megatron_ads.data.simulator.world import World, draw_world
-from megatron_ads.data.user_features import SECONDS_PER_DAY, compile_history
+from megatron_ads.data.user_features import SECONDS_PER_DAY, LoggedEvent, compile_history
 from megatron_ads.downstream.evaluate import require_items
 from megatron_ads.downstream.examples import held_out, last_anchor
-from megatron_ads.downstream.logs import Logs
+from megatron_ads.downstream.logs import Logs, item_numbers
 from megatron_ads.downstream.pipeline import Pipeline, train_pipeline
 from megatron_ads.downstream.pipeline_folder import load_pipeline, save_pipeline
 from megatron_ads.downstream.simulated_logs import read_logs
 from megatron_ads.errors import DataError
-from megatron_ads.tasks.user_history import UserHistory
+from megatron_ads.metrics.ranking import same_name
+from megatron_ads.tasks.user_history import CONVERSIONS, UserHistory
 
 LOGS, PIPELINE = "logs", "pipeline"
 
@@ -64,12 +65,20 @@ class Business:
     users: LatentUsers
     histories: Sequence[UserHistory]
     """Of each user, at the anchor, from ``past``."""
+    next_bought: Sequence[int | None]
+    """The first advertiser that each user bought from after the anchor, to judge by alone; None: none in the logs."""
     learned_from: Sequence[str]
     """Users of the logs that recommenders may learn from: none that is simulated."""
 
 
-def open_business(config: SimulatedWorldConfig, out: Path, *, simulated: int) -> Business:
+def open_business(config: SimulatedWorldConfig, out: Path, *, simulated: int, buying: bool = False) -> Business:
     """Return the business of a recipe; what it names no folder for is made below ``out``, once.
+
+    Args:
+        config: The recipe's section.
+        out: Folder of what is made.
+        simulated: How many users, the first of those held out.
+        buying: Only users who bought something before the anchor and after it.
 
     Raises:
         ConfigError: If a folder cannot be written.
@@ -91,10 +100,14 @@ def open_business(config: SimulatedWorldConfig, out: Path, *, simulated: int) ->
     )
     known = sorted((user for user, log in past.events.items() if log), key=lambda user: int(user.removeprefix("user-")))
     apart = [user for user in known if held_out(user, pipeline.config)]
+    later = _first_bought(logs, anchor)
+    if buying:
+        apart = [user for user in apart if user in later and any(map(_is_purchase, past.events[user]))]
     if len(apart) < simulated:
         raise DataError(
-            f"simulated is {simulated}, and {len(apart)} users are held out with a history. Simulate fewer, or give "
-            "more users or a larger held_out."
+            f"simulated is {simulated}, and {len(apart)} users are held out with a history"
+            f"{', a purchase and a later one' if buying else ''}. Simulate fewer, or give more users or a larger "
+            "held_out."
         )
     names = apart[:simulated]
     return Business(
@@ -106,8 +119,23 @@ def open_business(config: SimulatedWorldConfig, out: Path, *, simulated: int) ->
         histories=[
             compile_history(name, past.events[name], anchor=anchor, demographics=past.about.get(name)) for name in names
         ],
+        next_bought=[later.get(name) for name in names],
         learned_from=[user for user in known if not held_out(user, pipeline.config)],
     )
+
+
+def _is_purchase(event: LoggedEvent) -> bool:
+    return event.kind in CONVERSIONS
+
+
+def _first_bought(logs: Logs, anchor: float) -> dict[str, int]:
+    """Return the number of the first advertiser that a user bought from after the anchor, by user."""
+    numbers, found = item_numbers(logs.items), dict[str, int]()
+    for user, log in logs.events.items():
+        for event in log:
+            if event.time >= anchor and _is_purchase(event):
+                found.setdefault(user, numbers[same_name(event.advertiser)])
+    return found
 
 
 def _own_logs(config: SimulatedWorldConfig, out: Path) -> Path:

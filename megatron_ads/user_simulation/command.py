@@ -40,6 +40,18 @@ recommender "answers" is a language model's answers to rows of `megatron-ads dow
 Settings: megatron_ads/config/user_simulation.py."""
 
 
+_AGENTS = """Let agents of users and advertisers learn from purchases by reflection, and rank the next one (AgentCF).
+
+    megatron-ads users agents --recipe users/agents --out runs/agents
+    megatron-ads users agents --recipe users/agents --out runs/agents simulated=50 purchases=6
+    megatron-ads users agents --recipe users/agents --out runs/agents simulated=50 \\
+      model.url=http://localhost:8000/v1 model.model=NAME
+
+A user's agent chooses between the advertiser that the user bought from and another one; if it is wrong, the memories
+of the user and of both advertisers are updated. NDCG of the next purchase among candidates, before any lesson and after
+all, beside recommenders on the same candidates. Without a model, memories count traits: rules, not language.
+Settings: megatron_ads/config/user_simulation.py."""
+
 _CONVERSE = """Let users talk to an assistant that searches, asks back, recommends and explains (Chat-Rec).
 
     megatron-ads users converse --recipe users/converse --out runs/converse
@@ -57,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommands."""
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add(commands, "browse", "pages of ads of several recommenders", _BROWSE)
+    _add(commands, "agents", "agents with memories that reflect on their mistakes", _AGENTS)
     _add(commands, "converse", "recommendation in a conversation of several turns", _CONVERSE)
 
 
@@ -91,10 +104,15 @@ class _Act:
 
 def _acts() -> dict[str, _Act]:
     from megatron_ads.config import user_simulation as config
-    from megatron_ads.user_simulation import browse_run, converse_run  # import numpy and torch: keep --help instant
+    from megatron_ads.user_simulation import (
+        agents_run,
+        browse_run,
+        converse_run,
+    )  # import numpy and torch: keep --help instant
 
     return {
         "browse": _Act(config.BrowseConfig, browse_run.run_browse, browse_run.browse_pages),
+        "agents": _Act(config.AgentsConfig, agents_run.run_agents, agents_run.agents_pages),
         "converse": _Act(config.ConverseConfig, converse_run.run_converse, converse_run.converse_pages),
     }
 

@@ -32,7 +32,7 @@ from megatron_ads.user_simulation.recommenders import Ranking
 
 FIGURES = ("view_ratio", "clicks", "click_ratio", "exit_page", "satisfaction")
 TRUTHS = ("utility", "next_conversion")
-_RESAMPLES = 500
+_RESAMPLES, _TAU_RESAMPLES = 500, 200
 
 
 def rank_biased_weights(config: BrowseConfig, places: int) -> NDArray[np.float64]:
@@ -135,7 +135,7 @@ def agreement(measured: Measured, names: Sequence[str], truth: str) -> dict[str,
     for figure in FIGURES:
         value_NU = np.stack([measured.by_recommender[name][figure] for name in names])
         drawn = [
-            tau for rows in resampled_rows(truth_NU.shape[1], resamples=_RESAMPLES)
+            tau for rows in resampled_rows(truth_NU.shape[1], resamples=_TAU_RESAMPLES)
             if (tau := _tau(value_NU[:, rows], truth_NU[:, rows])[0]) is not None
         ]  # fmt: skip
         tau, p_value = _tau(value_NU, truth_NU)

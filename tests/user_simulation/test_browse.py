@@ -8,15 +8,21 @@ import numpy as np
 import pytest
 
 from megatron_ads.cli import main
-from megatron_ads.config.user_simulation import BrowseConfig, RecommenderKind, SimulatedWorldConfig, load_users_recipe
+from megatron_ads.config.user_simulation import (
+    AnswersConfig,
+    BrowseConfig,
+    RecommenderKind,
+    SimulatedWorldConfig,
+    load_users_recipe,
+)
 from megatron_ads.data.simulator.population import next_advertiser
 from megatron_ads.downstream.examples import held_out
 from megatron_ads.errors import DataError
-from megatron_ads.user_simulation.browse_run import BEST, run_browse
+from megatron_ads.user_simulation.browse_run import BEST
 from megatron_ads.user_simulation.browsing import AdServer, PageAnswer, Visit, browse
 from megatron_ads.user_simulation.business import Business, open_business
 from megatron_ads.user_simulation.figures import FIGURES, agreement, expected_ndcg, measure, rank_biased_weights
-from megatron_ads.user_simulation.recommenders import rankings
+from megatron_ads.user_simulation.recommenders import RankerSettings, rankings
 from megatron_ads.user_simulation.scripted_users import ScriptedUsers, draw_needs, expected_wants, wants
 
 USERS = 250
@@ -35,12 +41,12 @@ def config() -> BrowseConfig:
 def test_scripted_users_order_recommenders_as_the_truth_does(
     given: list[str], out: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chosen = "recommenders=[random,popular,factors,two_towers]"
+    chosen = "recommenders=[random,popular,two_towers]"
     command = ["users", "browse", "--recipe", "users/browse", "--out", out, f"simulated={USERS}", chosen, *given]
     assert main([*command, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     of_each = report["recommenders"]
-    assert list(of_each) == ["random", "popular", "factors", "two_towers", BEST]
+    assert list(of_each) == ["random", "popular", "two_towers", BEST]
     for truth in ("utility", "next_conversion"):
         assert report["agreement"][truth]["clicks"]["tau"] == 1.0
         assert report["agreement"][truth]["satisfaction"]["tau"] == 1.0
@@ -76,12 +82,11 @@ def test_the_people_drawn_once_more_are_those_of_the_logs(business: Business) ->
 
 
 def test_recommenders_give_different_lists_of_everything_once(business: Business, config: BrowseConfig) -> None:
-    ranked = rankings(business, config)
+    ranked = rankings(business, config.recommenders, RankerSettings(seed=0))
     assert set(ranked) == {str(kind) for kind in RecommenderKind} - {"answers"}
     for name, ranking in ranked.items():
-        assert ranking.shape == (USERS, 30), name
-        assert all(len(set(own)) == 30 for own in ranking.tolist()), name
-    again = rankings(business, config)
+        assert all(sorted(own) == list(range(120)) for own in ranking.tolist()), name
+    again = rankings(business, config.recommenders, RankerSettings(seed=0))
     assert all((ranked[name] == again[name]).all() for name in ranked)
     assert (ranked["diluted"][:, 0] == ranked["two_towers"][:, 0]).all()
 
@@ -107,8 +112,9 @@ def test_what_is_true_is_as_written() -> None:
 def test_a_user_does_not_depend_on_who_recommends_and_impatient_ones_leave_early(
     business: Business, config: BrowseConfig
 ) -> None:
-    server, ranked = AdServer(business.world, 0), rankings(business, config)
-    ads = server.ads(business.users.names, ranked["two_towers"])
+    server, settings = AdServer(business.world, 0), RankerSettings(seed=0)
+    ranked = rankings(business, [RecommenderKind.two_towers], settings)
+    ads = server.ads(business.users.names, ranked["two_towers"][:, :30])
 
     def pages_of(settings: BrowseConfig) -> list[list[PageAnswer]]:
         users = ScriptedUsers(business.world, business.users, settings)
@@ -165,15 +171,13 @@ def test_what_does_not_belong_together_is_refused(
         open_business(world, tmp_path, simulated=5000)
     small = SimulatedWorldConfig(users=60, days=15)
     (tmp_path / "logs").symlink_to(str(world.logs))
-    with pytest.raises(DataError, match=r"users=1000.*users=60.*Choose another --out"):
+    with pytest.raises(DataError, match=r"users=700.*users=60.*Choose another --out"):
         open_business(small, tmp_path, simulated=10)
     with pytest.raises(DataError, match="is no simulation"):
         open_business(replace(world, logs=str(world.pipeline)), tmp_path, simulated=10)
 
 
-def test_answers_of_a_model_are_a_recommender(
-    business: Business, world: SimulatedWorldConfig, given: list[str], tmp_path: Path
-) -> None:
+def test_answers_of_a_model_are_a_recommender(business: Business, world: SimulatedWorldConfig, tmp_path: Path) -> None:
     rows, answers = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
     wrote = ["downstream", "rows", "--logs", str(world.logs), "--pipeline", str(world.pipeline), "--out", str(rows)]
     assert main(wrote) == 0
@@ -184,15 +188,11 @@ def test_answers_of_a_model_are_a_recommender(
     }
     said = [{"id": row["id"], "text": best.get(row["facts"]["user"], "nobody")} for row in asked]
     answers.write_text("".join(json.dumps(one) + "\n" for one in said))
-    settings = [
-        *given, f"simulated={USERS}", "recommenders=[popular,answers]", f"answers.rows='{rows}'",
-        f"answers.file='{answers}'",
-    ]  # fmt: skip
-    report = run_browse(load_users_recipe(BrowseConfig, "users/browse", settings, out=str(tmp_path)))
-    of_each = report["recommenders"]
-    assert of_each["answers"]["next_conversion"]["value"] > of_each["popular"]["next_conversion"]["value"] + 0.1
-    assert of_each["answers"]["clicks"]["value"] > of_each["popular"]["clicks"]["value"]
-    strangers = [{"id": row["id"], "text": "nobody"} for row in asked]
-    answers.write_text("".join(json.dumps(one) + "\n" for one in strangers))
+    settings = RankerSettings(seed=0, answers=AnswersConfig(rows=str(rows), file=str(answers)))
+    ranking = rankings(business, [RecommenderKind.answers], settings)["answers"]
+    assert ranking.shape == (USERS, 120)
+    with_row = [name in {row["facts"]["user"] for row in asked} for name in business.users.names]
+    assert (ranking[with_row, 0] == business.users.chance_UA[with_row].argmax(axis=1)).all() and sum(with_row) > 100
+    answers.write_text("".join(json.dumps({"id": row["id"], "text": "nobody"}) + "\n" for row in asked))
     with pytest.raises(DataError, match="names no known advertiser for any of the"):
-        run_browse(load_users_recipe(BrowseConfig, "users/browse", settings, out=str(tmp_path)))
+        rankings(business, [RecommenderKind.answers], settings)

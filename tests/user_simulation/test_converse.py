@@ -26,7 +26,7 @@ from megatron_ads.user_simulation.talking_users import TalkingUsers, Topic
 from tests.inference.scripted_server import Reply, scripted_server
 from tests.user_simulation.players import assistant
 
-USERS = 120
+USERS = 60
 
 
 def recipe(given: list[str], out: Path, *overrides: str) -> ConverseConfig:
@@ -47,7 +47,7 @@ def users(business: Business) -> TalkingUsers:
 def test_asking_pays_where_nothing_is_known_of_the_user(
     given: list[str], out: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["users", "converse", "--recipe", "users/converse", "--out", out, "simulated=300", *given, "--json"]
+    command = ["users", "converse", "--recipe", "users/converse", "--out", out, "simulated=250", *given, "--json"]
     assert main(command) == 0
     report = json.loads(capsys.readouterr().out)
     assert list(report["assistants"]) == [OPENING, LISTENING, ASKING, BEST]

@@ -16,7 +16,7 @@ from tests.inference.scripted_server import Reply, scripted_server
 from tests.inference.tiny_model import write_tiny_model
 from tests.user_simulation.players import browsing_user
 
-USERS = 40
+USERS = 30
 
 
 def recipe(given: list[str], out: Path, *overrides: str) -> BrowseConfig:
