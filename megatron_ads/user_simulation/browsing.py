@@ -44,6 +44,10 @@ class Visit:
     answers: list[PageAnswer] = field(default_factory=list)
     """To each page."""
 
+    def until(self, page: int) -> "Visit":
+        """Return the visit as it was when a page, from 0, was shown."""
+        return Visit(self.recommender, self.user, self.shown[: page + 1], self.answers[:page])
+
 
 class BrowsingUsers(Protocol):
     """Who plays the users."""

@@ -4,6 +4,7 @@ It plays the same people as the scripted users, with the same needs: what it is 
 Source: Agent4Rec (arXiv:2310.10108), whose agents have a profile, a memory of the visit, and act page by page.
 """
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -89,6 +90,17 @@ def read_page_answer(said: Completion, ads: int) -> PageAnswer:
         leaves=found["leaves"],
         satisfaction=found["satisfaction"],
     )
+
+
+def write_page_answer(answer: PageAnswer) -> str:
+    """Return what a model would have to say for its user to do this."""
+    said = {
+        "looks": [place + 1 for place in answer.looked],
+        "clicks": [place + 1 for place in answer.clicked],
+        "satisfaction": answer.satisfaction,
+        "leaves": answer.leaves,
+    }
+    return json.dumps(said)
 
 
 class LanguageUsers:

@@ -12,6 +12,7 @@ import pytest
 from megatron_ads.cli import build_parser
 from megatron_ads.config.labelling import LabelConfig
 from megatron_ads.config.recipes import JOBS, load_job
+from megatron_ads.config.user_simulation import AgentsConfig, BrowseConfig, ConverseConfig
 
 PROJECT = Path(__file__).parents[2]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -47,13 +48,13 @@ def test_every_path_it_names_exists() -> None:
 
 
 def test_every_recipe_it_names_exists() -> None:
-    named = set(re.findall(r"(?:--recipe |`)((?:sft|preference|rl|cook|label)/\w+)", README))
-    assert {name.split("/")[0] for name in named} == {"sft", "preference", "rl", "cook", "label"}
+    named = set(re.findall(r"(?:--recipe |`)((?:sft|preference|rl|cook|label|users)/\w+)", README))
+    assert {name.split("/")[0] for name in named} == {"sft", "preference", "rl", "cook", "label", "users"}
     assert [name for name in named if not (PROJECT / "recipes" / f"{name}.yaml").exists()] == []
 
 
 def test_every_setting_it_names_exists() -> None:
-    settings = {name for job in (*JOBS.values(), LabelConfig) for name in _settings(job)}
+    settings = {name for job in (*JOBS.values(), LabelConfig, BrowseConfig, AgentsConfig, ConverseConfig) for name in _settings(job)}
     sections = "|".join(name for name in settings if "." not in name)
     named = set(re.findall(rf"`((?:{sections})\.\w+(?:\.\w+)?)[`=]", README))
     assert len(named) >= 40
