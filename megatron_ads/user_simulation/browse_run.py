@@ -1,5 +1,6 @@
 """`users browse` from start to end: recommenders, visits, five figures and how far they agree with the truth."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def _report(measured: Measured, config: BrowseConfig, player: Player | None) -> 
         "page_size": config.page_size,
         "recommenders": averages(measured),
         "agreement": {truth: agreement(measured, names, truth) for truth in TRUTHS},
-        "unreadable": dict(measured.unreadable),
+        "unreadable": {name: dict(reasons) for name, reasons in measured.unreadable.items()},
         "usage": player.usage() if player is not None else None,
     }
 
@@ -86,11 +87,15 @@ def browse_pages(report: Mapping[str, Any]) -> Pages:
         for truth, of_truth in report["agreement"].items()
         for figure, found in of_truth.items()
     ]  # fmt: skip
-    unreadable = sum(report["unreadable"].values())
+    unreadable = sum((Counter(reasons) for reasons in report["unreadable"].values()), Counter())
     visits = report["users"] * len(report["recommenders"])
     notes = ["Brackets hold bootstrap 95 % intervals over users."]
     if report["usage"] is not None:
-        notes.append(f"{unreadable:,} of {visits:,} visits ended with an answer of the model that cannot be read.")
+        why = "".join(f", {reason} {count:,}" for reason, count in unreadable.most_common())
+        ended = (
+            f"{unreadable.total():,} of {visits:,} visits ended with an answer of the model that cannot be read{why}."
+        )
+        notes.append(ended)
     return Pages(
         title="Recommenders, browsed by simulated users",
         lead=f"{report['users']} users, played by {report['played_by']}, with at most {report['pages']} pages of "

@@ -9,7 +9,7 @@
 Users are of the simulated ads business, whose truth is known. Without a model, fixed rules play every part, and the
 report says so; with model.model=NAME a language model does, behind any OpenAI-compatible server or, with
 model.kind=local model.model=FOLDER, a checkpoint in this process. Its answers are on disk as they come: the same
-command continues an interrupted simulation, and asks nothing twice.
+command continues an interrupted simulation, and asks nothing twice. Ctrl-C and SIGTERM end it within seconds.
 
 Exit status: 0 done, 2 the request could not be carried out, 130 interrupted."""
 
@@ -83,9 +83,12 @@ def run(args: argparse.Namespace) -> int:
     recipe = config.load_users_recipe(act.schema, args.recipe, args.overrides, out=args.out)
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
-    report = act.simulate(recipe)
 
+    from megatron_ads.labelling.interruption import ending_soon
     from megatron_ads.user_simulation.reports import as_text, write
+
+    with ending_soon():
+        report = act.simulate(recipe)
 
     pages = act.pages(report)
     write(out, report, pages, config.users_recipe_yaml(recipe))

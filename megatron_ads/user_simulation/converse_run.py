@@ -50,10 +50,11 @@ def run_converse(config: ConverseConfig) -> dict[str, Any]:
         }
         if player is not None:
             assistants[str(config.model.model)] = LanguageAssistant(player, business.past.items, config)
-        lines = {}
-        for name, assistant in assistants.items():
-            talks = converse(assistant, users, retriever, config.simulated, config, name=name)
-            lines[name] = _line(talks, config)
+        talks = {
+            name: converse(assistant, users, retriever, config.simulated, config, name=name)
+            for name, assistant in assistants.items()
+        }
+        lines = {name: _line(own, talks[OPENING], config) for name, own in talks.items()}
         lines[BEST] = _best(users, config)
         return {
             "users": config.simulated, "turns": config.turns, "shown": config.shown, "history": config.history,
@@ -61,7 +62,8 @@ def run_converse(config: ConverseConfig) -> dict[str, Any]:
         }  # fmt: skip
 
 
-def _line(talks: Sequence[Conversation], config: ConverseConfig) -> dict[str, Any]:
+def _line(talks: Sequence[Conversation], without: Sequence[Conversation], config: ConverseConfig) -> dict[str, Any]:
+    """Return the scores of an assistant; ``without`` are the same users' conversations with one that never listens."""
     searches = [sum(isinstance(step, Search) for step in one.steps) for one in talks]
     questions = [sum(isinstance(step, Question) for step in one.steps) for one in talks]
     return {
@@ -69,6 +71,12 @@ def _line(talks: Sequence[Conversation], config: ConverseConfig) -> dict[str, An
             _scored([float(one.success is not None and one.success <= turn) for one in talks])
             for turn in range(1, config.turns + 1)
         ],
+        "change": _scored(
+            [
+                float(one.success is not None) - float(other.success is not None)
+                for one, other in zip(talks, without, strict=True)
+            ]
+        ),
         "searches": float(np.mean(searches)),
         "questions": float(np.mean(questions)),
         "failures": dict(Counter(one.failure for one in talks if one.failure is not None).most_common()),
@@ -82,7 +90,7 @@ def _best(users: TalkingUsers, config: ConverseConfig) -> dict[str, Any]:
         "success": [
             _scored(highest[:, : turn * config.shown].sum(axis=1).tolist()) for turn in range(1, config.turns + 1)
         ],
-        "searches": None, "questions": None, "failures": {},
+        "change": None, "searches": None, "questions": None, "failures": {},
     }  # fmt: skip
 
 
@@ -90,24 +98,23 @@ def _scored(values: Sequence[float]) -> dict[str, Any]:
     return {"value": float(np.mean(values)), "interval": ends(mean_interval(values, resamples=_RESAMPLES))}
 
 
+_FAILED = "Conversations that an assistant ended by what cannot be carried out"
+
+
 def converse_pages(report: Mapping[str, Any]) -> Pages:
     """Return what people read of a report."""
     lines = report["assistants"]
-    rows = [
-        [name, *(scored(turn) for turn in line["success"]), fixed(line["searches"], 1), fixed(line["questions"], 1)]
-        for name, line in lines.items()
-    ]
-    head = ["assistant", *(f"success@{turn}" for turn in range(1, report["turns"] + 1)), "searches", "questions"]
+    turns = [f"success@{turn}" for turn in range(1, report["turns"] + 1)]
     failed = [[name, why, f"{count:,}"] for name, line in lines.items() for why, count in line["failures"].items()]
-    tables = [Table("Success at each turn", head, rows)]
-    if failed:
-        tables.append(
-            Table(
-                "Conversations that an assistant ended by what cannot be carried out",
-                ["assistant", "why", "count"],
-                failed,
-            )
+    tables = [
+        Table(
+            "Success at each turn",
+            ["assistant", *turns, "change", "searches", "questions"],
+            [[name, *_cells(line)] for name, line in lines.items()],
         )
+    ]
+    if failed:
+        tables.append(Table(_FAILED, ["assistant", "why", "count"], failed))
     knows = "the user's history and what is said" if report["history"] else "what is said in the conversation alone"
     return Pages(
         title="Conversations with simulated users",
@@ -116,7 +123,13 @@ def converse_pages(report: Mapping[str, Any]) -> Pages:
         tables=tables,
         notes=[
             "success@t: conversations in which the user was shown the advertiser that it will buy from by turn t. "
-            "Brackets hold bootstrap 95 % intervals over users. Explanations are not judged.",
+            f"Change: at the last turn, against {OPENING!r}, paired by user. Brackets hold bootstrap 95 % intervals "
+            "over users. Explanations are not judged.",
             f"{BEST}: expected, in closed form, for who knows every user's need, loyalty and price level.",
         ],
     )
+
+
+def _cells(line: Mapping[str, Any]) -> list[str]:
+    change = fixed(None) if line["change"] is None else scored(line["change"])
+    return [*map(scored, line["success"]), change, fixed(line["searches"], 1), fixed(line["questions"], 1)]

@@ -17,6 +17,7 @@ who clicks reads on, which it knows nothing of. The second is the expected NDCG 
 drawn by the world's p(a); it knows nothing of how users read.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,8 +76,8 @@ class Measured:
 
     by_recommender: Mapping[str, Mapping[str, NDArray[np.float64]]]
     """Each figure and truth, (U,); NaN where a user said nothing that could be read."""
-    unreadable: Mapping[str, int]
-    """Visits that ended with an answer that could not be read."""
+    unreadable: Mapping[str, Mapping[str, int]]
+    """Visits of each recommender that ended with an answer that could not be read, by the reason."""
 
 
 def measure(visits: Sequence[Visit], truths: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> Measured:
@@ -85,9 +86,10 @@ def measure(visits: Sequence[Visit], truths: Mapping[str, Mapping[str, NDArray[n
         name: {figure: np.full(len(of_one["utility"]), np.nan) for figure in FIGURES} | dict(of_one)
         for name, of_one in truths.items()
     }
-    unreadable = dict.fromkeys(truths, 0)
+    unreadable: dict[str, Counter[str]] = {name: Counter() for name in truths}
     for visit in visits:
-        unreadable[visit.recommender] += visit.answers[-1].unreadable is not None
+        if (reason := visit.answers[-1].unreadable) is not None:
+            unreadable[visit.recommender][reason] += 1
         for figure, value in _of_visit(visit).items():
             found[visit.recommender][figure][visit.user] = value
     return Measured(found, unreadable)

@@ -41,11 +41,17 @@ def score(value: float | None) -> dict[str, Any]:
 def test_tables_have_each_recommender_and_tau() -> None:
     taus = {figure: {"tau": 0.5, "interval": [0.25, 1.0], "p_value": None} for figure in FIGURES}
     browse = {
-        "users": 9, "played_by": "scripted rules", "pages": 6, "page_size": 5, "unreadable": {"popular": 0, BEST: 0},
+        "users": 9, "played_by": "scripted rules", "pages": 6, "page_size": 5, "unreadable": {"popular": {}, BEST: {}},
         "usage": None, "agreement": dict.fromkeys(TRUTHS, taus),
         "recommenders": {name: dict.fromkeys((*FIGURES, *TRUTHS), score(2.0)) for name in ("popular", BEST)},
     }  # fmt: skip
-    line = {"success": [score(0.5), score(0.75)], "searches": 1.5, "questions": None, "failures": {}}
+    line = {
+        "success": [score(0.5), score(0.75)],
+        "change": score(0.25),
+        "searches": 1.5,
+        "questions": None,
+        "failures": {},
+    }
     talk = {"users": 9, "turns": 2, "shown": 3, "history": True, "assistants": {"rules": line}}
     agents = {
         "users": 9, "candidates": 10, "played_by": "fixed rules", "change": score(0.25), "unreadable_reflections": 0,
@@ -57,5 +63,5 @@ def test_tables_have_each_recommender_and_tau() -> None:
     )
     assert "| browse-noise-0.2 | 0.50 [0.25, 1.00] |" in text
     assert text.count("| popular | 2.000 [1.900, 2.100] | 2.00 [1.90, 2.10] |") == 1
-    assert "| rules | 0.500 [0.400, 0.600] | 0.750 [0.650, 0.850] | 1.5 | – |" in text
+    assert "| rules | 0.500 [0.400, 0.600] | 0.750 [0.650, 0.850] | 0.250 [0.150, 0.350] | 1.5 | – |" in text
     assert "| 1 | 0.500 [0.400, 0.600] | 9 | 4 | 0 |" in text

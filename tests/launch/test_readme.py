@@ -54,7 +54,11 @@ def test_every_recipe_it_names_exists() -> None:
 
 
 def test_every_setting_it_names_exists() -> None:
-    settings = {name for job in (*JOBS.values(), LabelConfig, BrowseConfig, AgentsConfig, ConverseConfig) for name in _settings(job)}
+    settings = {
+        name
+        for job in (*JOBS.values(), LabelConfig, BrowseConfig, AgentsConfig, ConverseConfig)
+        for name in _settings(job)
+    }
     sections = "|".join(name for name in settings if "." not in name)
     named = set(re.findall(rf"`((?:{sections})\.\w+(?:\.\w+)?)[`=]", README))
     assert len(named) >= 40

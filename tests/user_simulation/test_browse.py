@@ -150,7 +150,7 @@ def test_figures_of_a_visit_and_of_one_that_cannot_be_read() -> None:
     ]
     visits.append(Visit("r", 2, [(7, 8, 9)], [lost]))
     measured = measure(visits, {"r": {"utility": np.zeros(3), "next_conversion": np.zeros(3)}})
-    assert dict(measured.unreadable) == {"r": 2}
+    assert measured.unreadable == {"r": {"no_json": 2}}
     found = {figure: measured.by_recommender["r"][figure].tolist() for figure in FIGURES}
     for figure, value in (
         ("view_ratio", 2 / 3),

@@ -56,6 +56,8 @@ def test_asking_pays_where_nothing_is_known_of_the_user(
     assert rates[ASKING][0] == 0.0 and rates[ASKING][4] > rates[OPENING][4]
     assert all(rates[BEST][turn] > rates[name][turn] for name in (OPENING, LISTENING, ASKING) for turn in range(5))
     assert report["assistants"][ASKING]["questions"] == 1.0
+    assert report["assistants"][OPENING]["change"]["value"] == 0.0
+    assert report["assistants"][ASKING]["change"]["value"] == pytest.approx(rates[ASKING][4] - rates[OPENING][4])
 
 
 def test_a_model_talks_through_the_retriever_and_is_asked_once(given: list[str], tmp_path: Path) -> None:
