@@ -36,10 +36,8 @@ from megatron_ads.quickstart.stages import Stage, StageRecord
 PARTS = ("browse", "noise", "converse", "agents", "model")
 NOISES = {
     "no noise": ["user.noise=0"],
-    "noise 0.2": ["user.noise=0.2"],
     "noise 0.5": ["user.noise=0.5"],
     "patience 1": ["user.patience=1"],
-    "patience 10": ["user.patience=10"],
 }
 _PAGE_SIZE, _PAGES = 4, 3
 """Of a model: its prompts are long, and it reads each page anew."""
@@ -62,8 +60,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", type=Path, metavar="FOLDER", help="checkpoint that plays users (default: one is made)"
     )
-    parser.add_argument("--played", type=int, default=100, metavar="N", help="users that a model plays (default 100)")
-    parser.add_argument("--steps", type=int, default=600, help="of the fine-tuning of the model (default 600)")
+    parser.add_argument("--played", type=int, default=50, metavar="N", help="users that a model plays (default 50)")
+    parser.add_argument("--steps", type=int, default=600, help="of teaching the model (default 600)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of the fine-tuning (default 1)")
     return parser.parse_args(argv)
 
@@ -110,10 +108,10 @@ class UsersPath:
             elif part == "agents":
                 yield part, "agents", "agents", [f"simulated={self.arguments.simulated // 2}"]
             else:
-                few = [f"simulated={self.arguments.played}", f"pages={_PAGES}", f"page_size={_PAGE_SIZE}"]
+                few = [f"simulated={self.arguments.played}", f"pages={_PAGES}", f"page_size={_PAGE_SIZE}", _FEW]
                 yield part, "browse-same-users", "browse", few
                 model = self.arguments.model or self.out / "taught" / "export"
-                yield part, "browse-model", "browse", [*few, "model.kind=local", f"model.model={model}", _TOKENS]
+                yield part, "browse-model", "browse", [*few, "model.kind=local", f"model.model={model}", *_SAMPLED]
 
     def _users(self, part: str, name: str, act: str, settings: Sequence[str]) -> Stage:
         folder = self.out / "runs" / name
@@ -161,8 +159,9 @@ class UsersPath:
         return {"runs": found, "teaching_minutes": records["taught"].seconds / 60 if "taught" in records else None}
 
 
-_TOKENS = "model.max_tokens=64"
-_ROWS = 6000
+_SAMPLED = ("model.max_tokens=96", "model.temperature=1", "model.top_p=1")
+"""Who is taught what people may do decides as they do by drawing: the likeliest is hardly ever a click."""
+_FEW = "recommenders=[random,popular,factors,two_towers]"
 
 
 def _report(command: Sequence[str]) -> dict[str, Any]:
@@ -176,7 +175,7 @@ def _report(command: Sequence[str]) -> dict[str, Any]:
     return {}
 
 
-def write_rows(file: Path, folder: Path, *, people: int = 3000, rows: int = _ROWS) -> dict[str, Any]:
+def write_rows(file: Path, folder: Path, *, people: int = 1500, rows: int = 3000) -> dict[str, Any]:
     """Write pages and what scripted users do on them, as chat rows, of another world than what is measured."""
     from conversion.atomic_file import write_small
     from megatron_ads.config.user_simulation import BrowseConfig, RecommenderKind, SimulatedWorldConfig
@@ -186,7 +185,7 @@ def write_rows(file: Path, folder: Path, *, people: int = 3000, rows: int = _ROW
     from megatron_ads.user_simulation.recommenders import RankerSettings, best_ranking, rankings
     from megatron_ads.user_simulation.scripted_users import ScriptedUsers
 
-    world, count = SimulatedWorldConfig(seed=1, users=people, held_out=0.5), people // 4
+    world, count = SimulatedWorldConfig(seed=1, users=people, held_out=0.5), people * 2 // 5
     config = BrowseConfig(simulated=count, pages=_PAGES, page_size=_PAGE_SIZE, world=world)
     config.user.noise = 0.0
     business = open_business(world, folder, simulated=count)

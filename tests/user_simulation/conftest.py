@@ -15,8 +15,8 @@ from tests.downstream.logs import settings
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> SimulatedWorldConfig:
     folder = tmp_path_factory.mktemp("business")
-    write_simulation(folder / "logs", Scale(users=700, days=35))
-    pipeline = train_pipeline(read_logs(folder / "logs"), settings("held_out=0.4", "ranker.epochs=1"))
+    write_simulation(folder / "logs", Scale(users=500, days=30))
+    pipeline = train_pipeline(read_logs(folder / "logs"), settings("held_out=0.5", "ranker.epochs=1"))
     save_pipeline(pipeline, folder / "pipeline", trained_on={})
     return SimulatedWorldConfig(logs=str(folder / "logs"), pipeline=str(folder / "pipeline"))
 

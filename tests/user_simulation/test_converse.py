@@ -47,7 +47,7 @@ def users(business: Business) -> TalkingUsers:
 def test_asking_pays_where_nothing_is_known_of_the_user(
     given: list[str], out: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["users", "converse", "--recipe", "users/converse", "--out", out, "simulated=250", *given, "--json"]
+    command = ["users", "converse", "--recipe", "users/converse", "--out", out, "simulated=200", *given, "--json"]
     assert main(command) == 0
     report = json.loads(capsys.readouterr().out)
     assert list(report["assistants"]) == [OPENING, LISTENING, ASKING, BEST]
