@@ -56,6 +56,7 @@ COMMANDS = (
     Command("regress", "compare public benchmarks before and after fine-tuning", "megatron_ads.regress.command"),
     Command("label", "have a model label rows in bulk", "megatron_ads.labelling.command"),
     Command("downstream", "train and score the frozen pipeline that rewards use", "megatron_ads.downstream.command"),
+    Command("sid", "give items semantic IDs: codes of their embeddings", "megatron_ads.semantic_ids.command"),
     Command("parity", "compare a checkpoint in transformers and in Megatron-Core", "megatron_ads.parity.command"),
     Command("quickstart", "run the whole path on this machine", "megatron_ads.quickstart.command"),
 )
