@@ -27,7 +27,7 @@ from conversion.names import parameters
 from conversion.plan import ConversionPlan, Copied, Item, NewRows, OutputFile, folder_state
 from conversion.safetensors_file import HeaderEntry, SafetensorsHeader, StoredTensor, build_header, read_header
 from conversion.sources import WeightSource
-from megatron_ads.errors import ConversionError, require, require_at_least
+from megatron_ads.errors import ConfigError, ConversionError, require, require_at_least
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 ADDED_TOKEN_IDS = "added_token_ids"
@@ -60,6 +60,23 @@ class Growth:
 def read_tokens(file: Path) -> tuple[str, ...]:
     """Return the tokens in a file, one a line."""
     return tuple(line for line in file.read_text(encoding="utf-8").splitlines() if line)
+
+
+def added_token_ids(source: WeightSource) -> range:
+    """Return the ids of the tokens that the vocabulary of a checkpoint, of any format, was grown by last.
+
+    Raises:
+        ConfigError: If its config names none.
+    """
+    found = source.config.get(ADDED_TOKEN_IDS)
+    if isinstance(found, list) and len(found) == 2 and all(type(number) is int for number in found):
+        first, end = found
+        if 0 <= first < end <= source.shape.vocab_size:
+            return range(first, end)
+    raise ConfigError(
+        f"model.train_only is new_tokens, but {ADDED_TOKEN_IDS} in the config of {source.path} is {found!r}: it names "
+        "no new tokens. Add some with `megatron-ads convert grow-vocabulary`, or remove model.train_only."
+    )
 
 
 @dataclass(frozen=True)

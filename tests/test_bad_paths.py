@@ -88,6 +88,7 @@ FOLDERS_WRITTEN = [
     f"check {JOB} checkpoint.dir=BAD model.load=MODEL",
     "data simulate --out BAD --users 100",
     "downstream train --logs MODEL --out BAD",
+    "sid fit --items MODEL --text title --out BAD",
     f"{COOK} --out BAD",
     f"{LABEL} --out BAD model.model=x",
     "parity --hf MODEL --out BAD --tokens 8",

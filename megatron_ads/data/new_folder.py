@@ -11,7 +11,7 @@ from megatron_ads.errors import ConfigError
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder to write into; it is renamed to ``out`` if nothing fails.
+    """Yield a folder to write into; it is renamed to ``out`` if nothing fails, and else removed.
 
     Raises:
         ConfigError: If ``out`` holds something, or is no folder.
@@ -21,7 +21,10 @@ def new_folder(out: Path) -> Iterator[Path]:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
-    if out.exists():
-        out.rmdir()
-    os.rename(partial, out)
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()
+        os.rename(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -33,6 +33,7 @@ Written to --out:
     codebook.safetensors, codebook.json   the codebook; its version is a digest of its content
     tokens.txt                            a token for every code, which `convert grow-vocabulary` adds to a model
     items.parquet                         item, semantic_id (text), codes (numbers), text
+    semantic_ids.txt                      every ID, for `evaluate --names`
     alignment.jsonl                       rows from ID to text and from text to ID, to train the new tokens on
     report.json                           collisions, use of the codes, perplexity, reconstruction error
 

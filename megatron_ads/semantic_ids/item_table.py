@@ -17,6 +17,8 @@ from megatron_ads.stable_random import stable_integer
 from megatron_ads.tasks.semantic_id import text_of
 
 ALIGNMENT = "alignment.jsonl"
+NAMES = "semantic_ids.txt"
+"""Every ID, one a line: what may be answered."""
 ALIGNMENT_TASK = "semantic_id_alignment"
 """No ads task: evaluations report its perplexity."""
 _TO_TEXT = ("What is {id}?", "Describe the item {id}.", "Which item has the semantic ID {id}?")
@@ -33,9 +35,10 @@ class KnownItems:
 
 def write_item_table(folder: Path, codes: Mapping[str, Codes], texts: Mapping[str, str], *, version: str) -> None:
     """Write the table and, of items with a text, the rows of ``alignment_rows`` into a folder that exists."""
+    known = list(map(text_of, codes.values()))
     columns = {
         ITEM: list(codes),
-        SEMANTIC_ID: list(map(text_of, codes.values())),
+        SEMANTIC_ID: known,
         CODES: list(map(list, codes.values())),
         TEXT: [texts[name] for name in codes],
     }
@@ -45,6 +48,7 @@ def write_item_table(folder: Path, codes: Mapping[str, Codes], texts: Mapping[st
     )
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, schema=schema), sink)
+    write_small(folder / NAMES, "".join(f"{each}\n" for each in known))
     write_small(folder / TABLE, memoryview(sink.getvalue()).tobytes())
     lines = (json.dumps(row.as_dict(), ensure_ascii=False) for row in alignment_rows(codes, texts))
     write_small(folder / ALIGNMENT, "".join(f"{line}\n" for line in lines))

@@ -8,6 +8,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 
+from conversion.grow_vocabulary import added_token_ids
 from conversion.layer_specs import LayerSpec
 from conversion.rank_files import ShardsLayout
 from conversion.sources import WeightSource
@@ -26,7 +27,7 @@ from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.runtime.device import device
 from megatron_ads.runtime.process_groups import wait_for_all
 from megatron_ads.training.adapter_record import AdapterRecord
-from megatron_ads.training.new_tokens import new_token_ids, train_rows_alone
+from megatron_ads.training.new_tokens import train_rows_alone
 
 logger = get_logger(__name__)
 
@@ -71,7 +72,7 @@ def build_model(
     load_weights(models, source, settings.spec)
     wait_for_all("load the weights", load_timeout_seconds)
     lora = Lora.of(model)
-    new_tokens = new_token_ids(source) if model.train_only is TrainOnly.new_tokens else range(0)
+    new_tokens = added_token_ids(source) if model.train_only is TrainOnly.new_tokens else range(0)
     if lora is None:
         freeze(models, model, shards.shape, settings.spec)
     else:

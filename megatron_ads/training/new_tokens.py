@@ -14,30 +14,8 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from conversion.layer_specs import LayerSpec
-from conversion.sources import WeightSource
-from megatron_ads.errors import ConfigError
 from megatron_ads.models.parts import TOKEN_TABLES
 from megatron_ads.models.weights import named_weights
-
-_FIELD = "added_token_ids"
-"""Of ``config.json``, as ``conversion.grow_vocabulary`` writes it."""
-
-
-def new_token_ids(source: WeightSource) -> range:
-    """Return the ids of the tokens that the vocabulary was grown by last.
-
-    Raises:
-        ConfigError: If the checkpoint's config names none.
-    """
-    found = source.config.get(_FIELD)
-    if isinstance(found, list) and len(found) == 2 and all(type(number) is int for number in found):
-        first, end = found
-        if 0 <= first < end <= source.shape.vocab_size:
-            return range(first, end)
-    raise ConfigError(
-        f"model.train_only is new_tokens, but {_FIELD} in the config of {source.path} is {found!r}: it names no new "
-        "tokens. Add some with `megatron-ads convert grow-vocabulary`, or remove model.train_only."
-    )
 
 
 def train_rows_alone(models: Sequence[GPTModel], ids: range, spec: LayerSpec) -> None:

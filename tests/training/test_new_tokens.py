@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conversion.grow_vocabulary import added_token_ids
 from conversion.sources import WeightSource, open_source
 from megatron_ads.config.model import FrozenPart, LoraConfig, ModelConfig, TrainOnly
 from megatron_ads.config.run import validate
@@ -53,11 +54,9 @@ def test_only_the_rows_of_new_tokens_change(name: str, folder: Path, tmp_path: P
 
 
 def test_a_checkpoint_without_new_tokens_is_refused(tmp_path: Path) -> None:
-    from megatron_ads.training.new_tokens import new_token_ids
-
     plain = open_source(write_checkpoint(tmp_path / "v3", V3))
     with pytest.raises(ConfigError, match=r"added_token_ids in the config .* is None: it names no new tokens"):
-        new_token_ids(plain)
+        added_token_ids(plain)
 
 
 @pytest.mark.parametrize(
