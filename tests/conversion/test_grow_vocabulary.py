@@ -13,6 +13,7 @@ from conversion.grow_vocabulary import GrownTarget, Growth, read_tokens
 from conversion.journal import open_journal
 from conversion.sources import open_source
 from conversion.verify import verify
+from megatron_ads.cli import main
 from megatron_ads.config.model import LayoutConfig
 from megatron_ads.errors import ConfigError, ConversionError
 from parity_tests.harness.hf_checkpoints import to_fp8, write_hf
@@ -180,6 +181,19 @@ def test_a_checkpoint_without_tokenizer_json_is_refused(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "v3", V3)
     with pytest.raises(ConversionError, match=r"holds no tokenizer\.json"):
         grow(folder, tmp_path / "new", tokens=1)
+
+
+def test_the_command_takes_the_tokens_of_a_codebook(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sid").mkdir()
+    (tmp_path / "sid" / "tokens.txt").write_text("<sid_0_0>\n<sid_0_1>\n")
+    command = ["convert", "grow-vocabulary", source, tmp_path / "grown", "--sid", tmp_path / "sid", "--json"]
+    assert main([*map(str, command), "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["files"] == 2
+    assert not (tmp_path / "grown").exists()
+    assert main(list(map(str, command))) == 0
+    assert json.loads((tmp_path / "grown" / "config.json").read_text())["added_token_ids"] == [WORDS, WORDS + 2]
 
 
 def test_a_file_of_tokens_has_one_a_line(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_ads.config.data import RowVariant
+from megatron_ads.data.questions import without_answer
 from megatron_ads.errors import DataError
 from megatron_ads.inference.name_answers import AdvertiserNames, names_trained_on, read_names, valid_names
 from megatron_ads.rows import Fact
@@ -58,6 +59,14 @@ def test_an_answer_is_one_semantic_id():
         ItemPrediction(SHOES, ""),
     ]
     assert next_item.metrics([row] * 4, answers) == {"recall@1": 0.5}
+
+
+def test_a_row_that_only_asks_does_not_tell_the_item():
+    (row,) = ask_as([row_with_items("r")], RowVariant.next_item)
+    for told in (row, row_with_items("r")):
+        assert SHOES in repr(told)
+        assert SHOES not in repr(without_answer(told)) and "'shoes'" not in repr(without_answer(told))
+        assert SOCKS in repr(without_answer(told))
 
 
 def test_items_are_the_valid_answers_and_no_advertisers(tmp_path):
