@@ -37,6 +37,8 @@ from megatron_ads.observability.provenance import own_code_digest
 from megatron_ads.quickstart.stages import Stage, StageRecord
 
 ARMS = ("text", "sid", "item")
+_GENERAL = "general-"
+"""Before the name of the stage whose general ability is measured."""
 _ROWS = ("data.seq_length=512",)
 
 
@@ -104,12 +106,12 @@ class SidPath:
 
     def results(self, records: Mapping[str, StageRecord]) -> dict[str, Any]:
         """Return what was measured, by arm and by phase."""
-        general = {name.removeprefix("general-"): record.result for name, record in records.items()}
+        general = [name.removeprefix(_GENERAL) for name in records if name.startswith(_GENERAL)]
         return {
             "codebook": json.loads((self.out / "sid" / "report.json").read_text()) if "sid" in records else None,
             "rows": records["rows"].result,
             "arms": {arm: records[f"scores-{arm}"].result for arm in self.arguments.arms},
-            "general": {name: result["general"] for name, result in general.items() if "general" in result},
+            "general": {stage: records[_GENERAL + stage].result["general"] for stage in general},
             "minutes": {name: record.seconds / 60 for name, record in records.items()},
         }
 
@@ -254,7 +256,7 @@ class SidPath:
         file = Path(os.environ.get("MEGATRON_ADS_DATA", "")) / "gsm8k" / "test.jsonl"  # no phase trains on it
         settings = [*_ROWS, f"data.sources=[{{kind: gsm8k, path: {file}}}]", "data.validation_rows=400"]
         return Stage(
-            name=f"general-{stage}", title=f"general ability after {stage}", after=[stage], settings={"data": settings},
+            name=_GENERAL + stage, title=f"general ability after {stage}", after=[stage], settings={"data": settings},
             outputs=[self.out / f"general-{stage}.json"], run=partial(self._perplexity, stage, settings),
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ from benchmarks.sid_small_rows import IDS, ITEM, TEXT, write_training_rows
 from benchmarks.sid_small_table import tables
 from megatron_ads.config.recipes import load_job
 from megatron_ads.data.corpus import read_corpus
-from megatron_ads.quickstart.stages import Stage
+from megatron_ads.quickstart.stages import Stage, StageRecord
 from tests.semantic_ids.tables import simulated_ids
 
 
@@ -101,3 +101,14 @@ def test_tables_have_each_arm_its_difference_and_each_phase() -> None:
     assert "| text alone | 0.250 (0.200 to 0.300) | 0.250 (0.200 to 0.300) | 0.250 (0.200 to 0.300) | 40 |" in text
     assert "minus text alone | +0.050 (+0.010 to +0.090, +25.0%)" in text
     assert "| phase1 | 3.75 |" in text
+
+
+def test_results_tell_general_ability_from_the_scores_of_arms(tmp_path: Path) -> None:
+    general = {"gsm8k": {"rows": 4, "perplexity": 3.5}}
+    scores = {"tasks": {}, "general": {}}
+    results = {"rows": {"rows": {}}, "general-language": {"general": general}, "scores-text": scores}
+    records = {name: StageRecord("", 60.0, result) for name, result in results.items()}
+    found = SidPath(tmp_path, parse(["--out", str(tmp_path), "--arms", "text"])).results(records)
+    assert found["general"] == {"language": general}
+    assert found["arms"] == {"text": scores}
+    assert found["minutes"]["rows"] == 1.0
