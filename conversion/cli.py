@@ -36,6 +36,14 @@ examples:
 DeepSeek-R1 takes 1.37 TB in BF16 and 0.69 TB in FP8. With --reference, tensors that training did not change keep the
 published codes and scales, byte for byte.
 """
+_GROW_EXAMPLES = """\
+examples:
+  megatron-ads convert grow-vocabulary DeepSeek-R1 R1-sid --sid runs/sid
+  megatron-ads convert grow-vocabulary DeepSeek-R1 R1-more --tokens tokens.txt --pad-to-multiple-of 256
+
+Files without embedding and output layer are copied byte for byte, FP8 included. Logits of the old tokens do not change.
+model.train_only=new_tokens then trains the new rows alone. Memory does not grow with the model.
+"""
 _VERIFY_EXAMPLES = """\
 examples:
   megatron-ads verify DeepSeek-R1 r1-shards --workers 8
@@ -52,8 +60,8 @@ _LAYOUT_SETTINGS = (*(axis for axis, _ in _LAYOUT_OPTIONS), "pipeline", "first_s
 
 
 def add_convert_commands(subparsers: Subparsers) -> None:
-    """Mount ``convert to-megatron`` and ``convert to-hf``."""
-    summary = "Convert checkpoints between Hugging Face and Megatron-Core."
+    """Mount ``convert to-megatron``, ``to-hf`` and ``grow-vocabulary``."""
+    summary = "Convert checkpoints between Hugging Face and Megatron-Core, or add tokens to one."
     convert = subparsers.add_parser("convert", help=summary, description=summary)
     directions = convert.add_subparsers(required=True, metavar="DIRECTION")
     to_megatron = _add_command(
@@ -85,6 +93,24 @@ def add_convert_commands(subparsers: Subparsers) -> None:
     to_hf.add_argument("--dtype", choices=("stored", "fp32", "bf16", "fp8"), default="stored", help="default: stored")
     to_hf.add_argument("--reference", metavar="HF_DIR", help="keep this checkpoint's bytes where values are unchanged")
     to_hf.add_argument("--max-shard-size", type=parse_bytes, help="largest file (default 5GB)")
+    grow = _add_command(
+        directions,
+        "grow-vocabulary",
+        _grow_vocabulary,
+        summary="Add tokens to a Hugging Face checkpoint: tokenizer, embedding and output layer.",
+        examples=_GROW_EXAMPLES,
+    )
+    _add_folders(grow, "Hugging Face folder or hub id")
+    tokens = grow.add_mutually_exclusive_group(required=True)
+    tokens.add_argument("--tokens", type=Path, metavar="FILE", help="a token a line")
+    tokens.add_argument("--sid", type=Path, metavar="DIR", help="a token for each code of what `sid fit` wrote")
+    grow.add_argument(
+        "--pad-to-multiple-of", type=positive, default=128, metavar="N", help="rows of the vocabulary (default 128)"
+    )
+    grow.add_argument(
+        "--noise", type=_tolerance, default=0.1, metavar="X", help="on new rows, in standard deviations (default 0.1)"
+    )
+    grow.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
 
 
 def add_verify_command(subparsers: Subparsers) -> None:
@@ -178,6 +204,15 @@ def _to_hf(args: argparse.Namespace) -> int:
     _refuse(args, ("max_shard_size",), "the files are those of --reference")
     source = open_source(local_folder(args.source))
     return _carry_out(args, reference_target(source, args.target, local_folder(args.reference), dtype))
+
+
+def _grow_vocabulary(args: argparse.Namespace) -> int:
+    from conversion.grow_vocabulary import GrownTarget, Growth, read_tokens
+    from conversion.sources import local_folder, open_source
+
+    tokens = read_tokens(args.tokens or args.sid / "tokens.txt")
+    growth = Growth(tokens=tokens, pad_to_multiple_of=args.pad_to_multiple_of, noise=args.noise, seed=args.seed)
+    return _carry_out(args, GrownTarget(open_source(local_folder(args.source)), args.target, growth))
 
 
 def _refuse(args: argparse.Namespace, settings: Sequence[str], reason: str) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from conversion.atomic_file import FileRecord, PreallocatedFile
 from conversion.encode import append_saved, write_quantized, write_values
 from conversion.errors import naming_refusals
+from conversion.grow_vocabulary import GrownTarget
 from conversion.journal import open_journal
+from conversion.new_rows import copy_bytes, write_new_rows
 from conversion.paths import inside
-from conversion.plan import ConversionPlan, OutputFile, Quantized, Values, Verbatim, folder_state
+from conversion.plan import ConversionPlan, Copied, NewRows, OutputFile, Quantized, Values, Verbatim, folder_state
 from conversion.rank_files import ShardsLayout
 from conversion.regions import Rectangle, whole
 from conversion.sources import WeightSource, open_source
@@ -51,7 +53,7 @@ class ConversionReport:
     """Files that seem to belong to the checkpoint and could not be carried, each with the reason."""
 
 
-Target = HfTarget | ReferenceTarget | ShardsTarget | TorchDistTarget
+Target = HfTarget | ReferenceTarget | ShardsTarget | TorchDistTarget | GrownTarget
 """A format that a checkpoint can be written in: planned from headers alone, then prepared and, last, finished."""
 
 
@@ -64,7 +66,8 @@ def convert(target: Target, how: Execution | None = None) -> ConversionReport:
     """
     with naming_refusals(target.source.path):
         plan = target.plan()
-        check_coverage(plan, target.source)
+        if not isinstance(target, GrownTarget):  # which copies bytes, whatever parameters they are of
+            check_coverage(plan, target.source)
         check_aliases(target.source)
     with naming_refusals(plan.target):
         return _execute(target, plan, how or Execution())
@@ -143,6 +146,10 @@ def _write_output_file(folder: Path, file: OutputFile, advance: Advance) -> tupl
                     requantized[item.name] = error
             elif isinstance(item, Verbatim):
                 out.write_at(item.offset, item.data)
+            elif isinstance(item, Copied):
+                copy_bytes(out, item, advance)
+            elif isinstance(item, NewRows):
+                write_new_rows(out, item, advance)
             else:
                 end = append_saved(out, item, position, advance)
                 extents.append((position, end - position))

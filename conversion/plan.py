@@ -18,7 +18,7 @@ from conversion.carried import SideFiles
 from conversion.errors import naming_refusals
 from conversion.fp8 import BLOCK
 from conversion.regions import BAND_ELEMENTS, StoredMatrix, View
-from conversion.safetensors_file import HeaderEntry, build_header
+from conversion.safetensors_file import HeaderEntry, StoredTensor, build_header
 from megatron_ads.disk import existing, free_bytes
 
 _T = TypeVar("_T")
@@ -76,6 +76,39 @@ class Verbatim:
 
 
 @dataclass(frozen=True, slots=True)
+class Copied:
+    """Write bytes of a file of the source as they are."""
+
+    name: str
+    offset: int
+    file: Path
+    at: int
+    """Where they begin there."""
+    nbytes: int
+    views: tuple[View, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NewRows:
+    """Write rows ``first`` to ``end`` (exclusive) that tokens of a grown vocabulary begin with."""
+
+    name: str
+    offset: int
+    dtype: torch.dtype
+    parameter: str
+    """Canonical name, which decides the random numbers."""
+    first: int
+    end: int
+    like: StoredTensor
+    old: int
+    """Their mean and spread are those of the first ``old`` rows of ``like``."""
+    noise: float
+    """Times the standard deviation of a column."""
+    seed: int
+    views: tuple[View, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SavedChunk:
     """Append a rectangle of a tensor as ``torch.save`` writes it, for torch_dist."""
 
@@ -96,7 +129,7 @@ class SavedObject:
     views: tuple[View, ...] = ()
 
 
-Item = Values | Quantized | Verbatim | SavedChunk | SavedObject
+Item = Values | Quantized | Verbatim | Copied | NewRows | SavedChunk | SavedObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +182,12 @@ class ConversionPlan:
 
     @property
     def digest(self) -> str:
-        """Identity of what is to be written: names, headers and sizes."""
+        """Identity of what is to be written: names, headers and sizes, and how new rows are drawn."""
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(f"{file.name} {file.nbytes} {len(file.items)} ".encode() + file.header)
+            drawn = [(item.noise, item.seed, item.first, item.end) for item in file.items if isinstance(item, NewRows)]
+            digest.update(repr(drawn).encode() if drawn else b"")
         return digest.hexdigest()
 
 
@@ -236,7 +271,8 @@ def dry_run(plan: ConversionPlan, *, workers: int) -> DryRun:
         file.flush()
         os.fsync(file.fileno())
         speed = _PROBE_BYTES / (time.perf_counter() - start)
-    widest = max(view.rectangle.columns for file in plan.files for item in file.items for view in item.views)
+    views = (view for file in plan.files for item in file.items for view in item.views)
+    widest = max((view.rectangle.columns for view in views), default=0)
     return DryRun(
         files=len(plan.files),
         tensors=plan.tensor_count,

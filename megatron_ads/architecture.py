@@ -127,8 +127,8 @@ def fp8_blocks(config: Mapping[str, Any]) -> Fp8Blocks | None:
 
 # Fields that say nothing about tensors or arithmetic of a forward pass: bookkeeping of transformers and of training.
 _HARMLESS = frozenset((
-    "_attn_implementation", "_name_or_path", "architectures", "auto_map", "aux_loss_alpha", "bos_token_id",
-    "dtype", "eos_token_id", "ep_size", "id2label", "is_decoder", "is_encoder_decoder", "label2id",
+    "_attn_implementation", "_name_or_path", "added_token_ids", "architectures", "auto_map", "aux_loss_alpha",
+    "bos_token_id", "dtype", "eos_token_id", "ep_size", "id2label", "is_decoder", "is_encoder_decoder", "label2id",
     "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp",
     "problem_type", "quantization_config", "return_dict", "router_aux_loss_coef", "seq_aux", "tokenizer_class",
     "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",

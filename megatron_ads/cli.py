@@ -57,6 +57,7 @@ COMMANDS = (
     Command("label", "have a model label rows in bulk", "megatron_ads.labelling.command"),
     Command("downstream", "train and score the frozen pipeline that rewards use", "megatron_ads.downstream.command"),
     Command("users", "let simulated users try recommenders", "megatron_ads.user_simulation.command"),
+    Command("sid", "give items semantic IDs: codes of their embeddings", "megatron_ads.semantic_ids.command"),
     Command("parity", "compare a checkpoint in transformers and in Megatron-Core", "megatron_ads.parity.command"),
     Command("quickstart", "run the whole path on this machine", "megatron_ads.quickstart.command"),
 )

@@ -47,8 +47,8 @@ class Fact(StrEnum):
     demographics = "demographics"
     """Object: age, gender, state; unknown ones are left out."""
     events = "events"
-    """List of objects, everything known of the user: kind, days_ago, text, category, brand, advertiser, semantic_id;
-    empty ones are left out."""
+    """List of objects, everything known of the user: kind, days_ago, text, category, brand, advertiser, semantic_id,
+    item_id; empty ones are left out."""
     history = "history"
     """Object: the entries that the prompt shows of each section of the history, newest or most frequent first."""
     pool = "pool"
@@ -68,6 +68,9 @@ class Fact(StrEnum):
     """Text: what two systems answered; ``current`` and ``new`` are their outputs."""
     current = "current"
     new = "new"
+    next_item = "next_item"
+    """Text: id of the item that the user converts with next; ``next_semantic_id`` is its semantic ID."""
+    next_semantic_id = "next_semantic_id"
     question = "question"
     """Text: the question of a general row."""
     text = "text"

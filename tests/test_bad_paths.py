@@ -26,6 +26,8 @@ FOLDERS_READ = [
     "convert to-megatron BAD NEW --dry-run",
     "convert to-hf BAD NEW",
     "convert to-hf MODEL NEW --reference BAD",
+    "convert grow-vocabulary BAD NEW --tokens NEW",
+    "convert grow-vocabulary MODEL NEW --sid BAD",
     "verify BAD MODEL",
     "verify MODEL BAD",
     "plan --recipe sft/quickstart --model BAD",
@@ -50,12 +52,15 @@ FOLDERS_READ = [
 LOGS_READ = [
     "downstream train --logs BAD --out NEW",
     f"{BROWSE} --out NEW world.logs=BAD",
+    "sid encode --codebook BAD --items NEW --text title --out NEW",
     "downstream evaluate --logs NEW --pipeline BAD",
     "downstream rows --logs NEW --pipeline BAD --out NEW",
     "downstream features --logs NEW --pipeline BAD --rows NEW --answers NEW --out NEW",
 ]
 FILES_READ = [
     "convert to-megatron MODEL NEW --recipe BAD",
+    "convert grow-vocabulary MODEL NEW --tokens BAD",
+    "sid fit --items BAD --text title --out NEW codes=2",
     "plan --recipe BAD --model MODEL",
     "check --recipe BAD model.load=MODEL",
     "train --recipe BAD model.load=MODEL",
@@ -89,6 +94,7 @@ FOLDERS_WRITTEN = [
     f"check {JOB} checkpoint.dir=BAD model.load=MODEL",
     "data simulate --out BAD --users 100",
     "downstream train --logs MODEL --out BAD",
+    "sid fit --items MODEL --text title --out BAD",
     f"{COOK} --out BAD",
     f"{BROWSE} --out BAD",
     f"{LABEL} --out BAD model.model=x",

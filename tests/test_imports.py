@@ -38,6 +38,7 @@ ROOMS = (
     "megatron_ads.rollouts",
     "megatron_ads.tasks",
     "megatron_ads.data",
+    "megatron_ads.semantic_ids",
     "megatron_ads.downstream",  # rewards put answers into it
     "megatron_ads.losses",
     "megatron_ads.rewards",

@@ -60,6 +60,9 @@ class RowVariant(StrEnum):
     list_ranking = "list_ranking"
     several_forms = "several_forms"
     """The name and the three above, drawn by the row's id."""
+    next_item = "next_item"
+    """The semantic ID of the item converted with; rows of the next advertiser whose item has one by
+    ``history.semantic_ids``."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,8 +76,11 @@ class HistoryConfig:
     max_entries: int | None = None
     """Most entries of a section; None is the source's own number."""
     max_tokens: int | None = None
-    """Sections are shortened until the history takes about so many tokens, counted as words and signs; None is no
-    limit."""
+    """Sections are shortened until the history takes about so many tokens, counted as words and signs, semantic IDs
+    aside; None is no limit."""
+    semantic_ids: str | None = None
+    """Folder that ``megatron-ads sid`` wrote: the section semantic_ids shows the IDs of recent items, and nothing else
+    changes; None: those that the rows have themselves, if any."""
 
     def check(self, section: str) -> None:
         """Refuse impossible values; ``section`` is where this stands in the recipe."""
@@ -108,7 +114,7 @@ class SourceConfig:
     advertiser, and rows of ``table`` have a prompt and a target already."""
     variant: RowVariant | None = None
     """Ask the rows another way: ``yes_no``, ``choose_one`` (of 20), ``list_ranking`` (of 20) or ``several_forms``,
-    which mixes these with the plain question; None: as their task has it."""
+    which mixes these with the plain question, or for the item (``next_item``); None: as their task has it."""
     history: HistoryConfig = field(default_factory=HistoryConfig)
     """How much of a user's history the prompts show, where they show any."""
     columns: dict[str, str] = field(default_factory=dict)

@@ -3,17 +3,11 @@
 Importing this module needs no torch.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeVar
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from megatron_ads.config.data import HistoryConfig
-from megatron_ads.config.recipe_errors import explain
+from megatron_ads.config.settings import load_settings
 from megatron_ads.errors import require_above, require_at_least, require_between
 
 
@@ -174,30 +168,14 @@ def load_downstream(settings: object, source: str) -> DownstreamConfig:
     Raises:
         ConfigError: If a setting is unknown (the nearest known one is named), has the wrong type or is impossible.
     """
-    return _load(DownstreamConfig, settings, source)
+    return load_settings(DownstreamConfig, settings, source)
 
 
 def load_features(settings: object, source: str) -> FeatureConfig:
     """Return checked settings of features; arguments and errors as of ``load_downstream``."""
-    return _load(FeatureConfig, settings, source)
+    return load_settings(FeatureConfig, settings, source)
 
 
 def load_rows(settings: object, source: str) -> RowsConfig:
     """Return checked settings of rows; arguments and errors as of ``load_downstream``."""
-    return _load(RowsConfig, settings, source)
-
-
-Config = TypeVar("Config", DownstreamConfig, RowsConfig, FeatureConfig)
-
-
-def _load(schema: type[Config], settings: object, source: str) -> Config:
-    try:
-        given = OmegaConf.from_dotlist(list(settings)) if isinstance(settings, Sequence) else settings
-        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise explain(error, schema=schema, recipe=source) from None
-    assert isinstance(merged, DictConfig)
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, schema)
-    config.check()
-    return config
+    return load_settings(RowsConfig, settings, source)

@@ -53,6 +53,13 @@ class FrozenPart(StrEnum):
     """Final norm and output layer."""
 
 
+class TrainOnly(StrEnum):
+    """The only weights that are trained."""
+
+    new_tokens = "new_tokens"
+    """Rows of embedding and output layer of the tokens that ``convert grow-vocabulary`` added last."""
+
+
 class LoraTarget(StrEnum):
     """Linears that low-rank adapters can stand beside; layers of MTP have the same ones, where they are trained."""
 
@@ -122,6 +129,9 @@ class ModelConfig:
     """Weight of the multi-token-prediction loss; 0 keeps the MTP layers as loaded and does not run them."""
     frozen: list[FrozenPart] = field(default_factory=list)
     """Parts that are not trained; empty trains everything."""
+    train_only: TrainOnly | None = None
+    """``new_tokens``: rows of the tokens that ``convert grow-vocabulary`` added, everything else kept to the bit; None
+    trains everything but ``frozen``."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters that are trained instead of the weights: ``{rank: 16, alpha: 32, targets: [attention]}``."""
     published: str | None = None
@@ -149,6 +159,7 @@ class ModelConfig:
             "loaded. Remove mtp.",
         )
         self.lora.check()
+        self._check_train_only()
         require(
             self.lora.rank is None or not self.frozen,
             f"model.frozen lists {', '.join(self.frozen)}, but with model.lora every weight is frozen. Remove it; "
@@ -158,6 +169,20 @@ class ModelConfig:
             self.lora.rank is None or self.expert_bias_update_rate is None,
             f"model.expert_bias_update_rate is {self.expert_bias_update_rate}, but model.lora keeps the routers as "
             "loaded. Set it to null.",
+        )
+
+    def _check_train_only(self) -> None:
+        """Refuse settings that contradict ``train_only``."""
+        for name, absent in (("frozen", []), ("expert_bias_update_rate", None)):
+            require(
+                self.train_only is None or getattr(self, name) == absent,
+                f"model.{name} is {getattr(self, name)}, but model.train_only = {self.train_only} keeps "
+                "everything else as loaded already. Remove one of the two.",
+            )
+        require(
+            self.train_only is None or self.lora.rank is None,
+            f"model.train_only is {self.train_only} and model.lora.rank is {self.lora.rank}: adapters keep embedding "
+            "and output layer as loaded. Remove one of the two.",
         )
 
 

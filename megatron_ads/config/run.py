@@ -54,6 +54,11 @@ def validate_run(config: RunConfig, world: int, shape: ModelShape | None = None)
         f"train.evaluate_every is {config.train.evaluate_every}, but data.validation_rows is 0: there is nothing to "
         "evaluate on. Set data.validation_rows, or train.evaluate_every to null.",
     )
+    require(
+        config.model.train_only is None or config.optim.weight_decay == 0,
+        f"optim.weight_decay is {config.optim.weight_decay:g}, which would change the rows that model.train_only = "
+        f"{config.model.train_only} keeps. Set it to 0.",
+    )
     layout = config.layout.runtime(world)
     require(
         (stages := config.model.recompute_stages) is None or stages < layout.pp,

@@ -35,7 +35,7 @@ logger = get_logger(__name__)
 
 ANSWER_DAYS = 30.0
 REQUIRED = ("user", "time", "event")
-OPTIONAL = ("text", "advertiser", "category", "brand", "semantic_id", "age", "gender", "state")
+OPTIONAL = ("text", "advertiser", "category", "brand", "semantic_id", "item_id", "age", "gender", "state")
 CHOICES = {"event": tuple(EventKind)}
 
 
@@ -111,10 +111,10 @@ def event_rows(
                 name = f"next-{user}" if len(anchors) == 1 else f"next-{user}-{_date(anchor)}"
                 if answered:
                     first = min(answers, key=lambda event: event.time)
-                    advertiser, told = first.advertiser, first.time
+                    advertiser, told, item = first.advertiser, first.time, first.item_id
                 else:
-                    advertiser, told = NOTHING, anchor
-                row = next_advertiser.chat_row(name, request, advertiser, view=view_of(history))
+                    advertiser, told, item = NOTHING, anchor, ""
+                row = next_advertiser.chat_row(name, request, advertiser, item=item, view=view_of(history))
                 rows.append(replace(row, time=told))
     if without:
         reasons = ", ".join(f"{count} {why}" for why, count in sorted(without.items()))
@@ -189,4 +189,5 @@ def read_event(cells: Cells) -> LoggedEvent:
         category=optional_text(cells, "category"),
         brand=optional_text(cells, "brand"),
         semantic_id=optional_text(cells, "semantic_id"),
+        item_id=optional_text(cells, "item_id"),
     )

@@ -76,9 +76,9 @@ def next_brand_rows(
 
     rows = (
         # A user's history only grows, so its length tells the rows of a user apart.
-        replace(make(f"{kind}-brand-{user}-{len(history.events)}", history, brand, view_of(history)), time=time)
+        replace(make(f"{kind}-brand-{user}-{len(history.events)}", history, target, view_of(history)), time=target.time)
         for user, events in read_records(file, read)
-        for time, history, brand in _targets(user, events)
+        for target, history in _targets(user, events)
     )
     return some_rows(file, rows, limit, what="user with purchases on two days")
 
@@ -94,23 +94,25 @@ def _read_event(event: Any, items: Mapping[int, Product]) -> LoggedEvent:
         brand=item.brand,
         advertiser=item.brand,
         semantic_id=item.semantic_id,
+        item_id=str(event["item_id"]),
     )
 
 
-def _targets(user_id: str, events: list[LoggedEvent]) -> Iterator[tuple[float, UserHistory, str]]:
-    """Yield the time of a target, what was known before it, and its brand; a purchase of no brand is no target."""
+def _targets(user_id: str, events: list[LoggedEvent]) -> Iterator[tuple[LoggedEvent, UserHistory]]:
+    """Yield each target with what was known before it; a purchase of no brand is no target."""
     days = sorted({event.time for event in events})
     for time in days[1:]:
-        brand = next((event.advertiser for event in events if event.time == time and event.advertiser), None)
-        if brand is not None:
-            yield time, compile_history(user_id, events, anchor=time), brand
+        target = next((event for event in events if event.time == time and event.advertiser), None)
+        if target is not None:
+            yield target, compile_history(user_id, events, anchor=time)
 
 
-def _next_brand_row(row_id: str, history: UserHistory, brand: str, view: HistoryView) -> ChatRow:
-    return next_advertiser.chat_row(row_id, next_advertiser.AdvertiserRequest(history), brand, view=view)
+def _next_brand_row(row_id: str, history: UserHistory, target: LoggedEvent, view: HistoryView) -> ChatRow:
+    request = next_advertiser.AdvertiserRequest(history)
+    return next_advertiser.chat_row(row_id, request, target.advertiser, item=target.item_id, view=view)
 
 
-def _profile_row(row_id: str, history: UserHistory, _: str, view: HistoryView) -> ChatRow:
+def _profile_row(row_id: str, history: UserHistory, _: LoggedEvent, view: HistoryView) -> ChatRow:
     brands = [brand for brand, _ in Counter(event.brand for event in history.events if event.brand).most_common(3)]
     most = brands[0] if brands else "no known brand"
     profile = user_profile.Profile(

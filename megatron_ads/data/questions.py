@@ -19,7 +19,10 @@ from megatron_ads.errors import require
 from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.tasks.answer_format import NOTHING
 
-_OF_ANSWERS = (Fact.ground_truth, Fact.reasoning, Fact.rejected, Fact.best_answers, *VERL_FIELDS)
+_OF_ANSWERS = (
+    Fact.ground_truth, Fact.reasoning, Fact.rejected, Fact.best_answers, Fact.next_item, Fact.next_semantic_id,
+    *VERL_FIELDS,
+)  # fmt: skip
 """Facts that tell an answer; verl's fields are there as they came."""
 
 

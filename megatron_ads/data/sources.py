@@ -15,6 +15,7 @@ from megatron_ads.data.jsonl import jsonl_reader, jsonl_rows
 from megatron_ads.data.own_tables import Users, table_reader, table_rows
 from megatron_ads.data.preference_rows import preference_reader, preference_rows
 from megatron_ads.data.public_data import ESCI_FILE, GSM8K_FILE, esci_rows, gsm8k_rows, locate
+from megatron_ads.data.semantic_id_table import TABLE
 from megatron_ads.data.simulator import simulated_rows
 from megatron_ads.data.source_files import JSON_LINES, TABLES, Part, parts_of
 from megatron_ads.data.split import group_of
@@ -44,11 +45,13 @@ def files_of(source: SourceConfig) -> list[Part]:
     Raises:
         DataError: If there are none where its path says.
     """
+    known = source.history.semantic_ids
+    of_items = [] if known is None else parts_of(Path(known) / TABLE)
     if source.kind in _PUBLIC:
-        return parts_of(_public_file(source))
+        return [*parts_of(_public_file(source)), *of_items]
     forms = JSON_LINES if source.kind is SourceKind.jsonl else TABLES
     paths = [path for path in (source.path, source.events) if path is not None]
-    return [part for path in paths for part in parts_of(Path(path), forms)]
+    return [*(part for path in paths for part in parts_of(Path(path), forms)), *of_items]
 
 
 def divided(source: SourceConfig, *, answered: bool = True) -> RowReader[Any] | None:

@@ -11,8 +11,10 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from megatron_ads.config.data import HistoryConfig
+from megatron_ads.data.semantic_id_table import read_semantic_ids
 from megatron_ads.errors import ConfigError
 from megatron_ads.tasks.user_history import (
     FULL_VIEW,
@@ -44,6 +46,7 @@ class LoggedEvent:
     brand: str = ""
     advertiser: str = ""
     semantic_id: str = ""
+    item_id: str = ""
 
 
 def compile_history(
@@ -59,6 +62,7 @@ def compile_history(
             brand=event.brand,
             advertiser=event.advertiser,
             semantic_id=event.semantic_id,
+            item_id=event.item_id,
         )
         for event in log
         if event.time < anchor
@@ -71,6 +75,7 @@ def history_view(config: HistoryConfig, default: HistoryView = FULL_VIEW) -> His
 
     Raises:
         ConfigError: If there is no such section.
+        DataError: If there is no such table of semantic IDs.
     """
 
     def section(name: str) -> Section:
@@ -80,10 +85,13 @@ def history_view(config: HistoryConfig, default: HistoryView = FULL_VIEW) -> His
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ConfigError(f"history names the section {name!r}; known: {', '.join(Section)}.{hint}")
 
+    semantic_ids = read_semantic_ids(Path(config.semantic_ids)) if config.semantic_ids is not None else {}
+    left_out = default.without - {Section.semantic_ids} if semantic_ids else default.without
     return HistoryView(
-        without=default.without if config.without is None else frozenset(map(section, config.without)),
+        without=left_out if config.without is None else frozenset(map(section, config.without)),
         window_days={**default.window_days, **{section(name): days for name, days in config.window_days.items()}},
         max_entries=default.max_entries if config.max_entries is None else config.max_entries,
+        semantic_ids=semantic_ids,
     )
 
 
@@ -98,16 +106,17 @@ def fitting_view(
     """Return the widest narrowing of ``view`` with which ``render_history`` takes at most ``max_tokens``.
 
     First all sections are allowed ever fewer entries, so that the longest give their oldest ones first; once each is
-    down to one, whole sections go, the last one first.
+    down to one, whole sections go, the last one first. Semantic IDs are not counted: with and without them, the other
+    sections are the same.
     """
-    narrowed = view
+    narrowed = replace(view, without=view.without | {Section.semantic_ids})
     while count_tokens(render_history(shown := sections(history, narrowed))) > max_tokens and shown:
         longest = max(len(entries) for entries in shown.values())
         if longest > 1:
             narrowed = replace(narrowed, max_entries=longest - 1)
         else:
             narrowed = replace(narrowed, without=narrowed.without | {list(shown)[-1]})
-    return narrowed
+    return replace(narrowed, without=narrowed.without - ({Section.semantic_ids} - view.without))
 
 
 def view_chooser(config: HistoryConfig, default: HistoryView = FULL_VIEW) -> ViewChooser:
@@ -115,6 +124,7 @@ def view_chooser(config: HistoryConfig, default: HistoryView = FULL_VIEW) -> Vie
 
     Raises:
         ConfigError: If there is no such section.
+        DataError: If there is no such table of semantic IDs.
     """
     view, max_tokens = history_view(config, default), config.max_tokens
     if max_tokens is None:

@@ -40,6 +40,7 @@ class Asking:
     def settings(self) -> dict[str, Any]:
         """Return what answers depend on besides the model and the rows, as JSON values."""
         # Journals are found by a digest of these: no name and no default may change.
+        items = self.advertisers.items if self.how.method is Method.constrained_beam else ()
         names = ("method", "temperature", "top_p", "seed", "beams", "length", "collaborative")
         return {
             **{name: getattr(self.how, name) for name in names},
@@ -50,6 +51,7 @@ class Asking:
             if self.how.collaborative
             else None,
             **({"samples": self.how.samples} if self.how.samples > 1 else {}),
+            **({"items": items} if items else {}),
         }
 
 

@@ -13,12 +13,12 @@ from megatron_ads.data.split import group_of
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.category_scores import categories_of_names, category_scores
 from megatron_ads.evaluation.label_scores import best_answers
-from megatron_ads.inference.name_answers import AdvertiserNames, NearestNames, bought_from
+from megatron_ads.inference.name_answers import AdvertiserNames, NearestNames, bought_from, recent_items
 from megatron_ads.metrics import ranking as rank_metrics
 from megatron_ads.metrics.intervals import ends, mean_interval
 from megatron_ads.metrics.ranking import RECALLS, ndcg_at, position_of, recall_at, same_name
 from megatron_ads.rows import ChatRow, Fact
-from megatron_ads.tasks import next_advertiser
+from megatron_ads.tasks import next_advertiser, next_item
 
 LONGEST = max(RECALLS)
 _NEAREST = max(rank_metrics.HIT_RATES)
@@ -95,8 +95,11 @@ def _without_a_model(
 
 
 def _recent(row: ChatRow, advertisers: AdvertiserNames) -> Sequence[str]:
-    """Return whom a user bought from, as far as they exist; names that a prompt's text tells are no proof of that."""
-    past = bought_from(row)
+    """Return whom a user bought from, as far as they exist; names that a prompt's text tells are no proof of that.
+
+    Of rows that are answered with an item, the recent items.
+    """
+    past = recent_items(row) if row.task == next_item.TASK else bought_from(row)
     if not advertisers.given and Fact.read_from_prompt not in row.facts:
         return past
     known = {same_name(name) for name in advertisers.names}

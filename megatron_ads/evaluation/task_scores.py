@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_ads.data.split import group_of
@@ -17,6 +17,7 @@ from megatron_ads.inference.name_answers import AdvertiserNames, names_trained_o
 from megatron_ads.metrics.intervals import ends, statistic_interval
 from megatron_ads.metrics.text import format_rates
 from megatron_ads.rows import ChatRow
+from megatron_ads.tasks import next_item
 from megatron_ads.tasks.answer_format import ReadFailure, split_reasoning
 from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.model_comparison import Assessment, replacement_report
@@ -79,7 +80,8 @@ def _dataset_scores(
         case Scoring.user_views:
             scores["views"] = score_views(answers, training=training)
         case Scoring.rankings:
-            scores["ranking"] = ranking_scores(answers, training, names, ground=ground)
+            known = replace(names, names=names.items) if task.name == next_item.TASK else names
+            scores["ranking"] = ranking_scores(answers, training, known, ground=ground)
         case Scoring.queries:
             scores["generated"] = query_scores(answers, training)
         case Scoring.replacement:

@@ -27,8 +27,9 @@ from megatron_ads.inference.beam_rules import NameTrie, build_trie
 from megatron_ads.metrics.ranking import each_once, same_name
 from megatron_ads.metrics.text import fit_embedding
 from megatron_ads.rows import ChatRow, Fact
-from megatron_ads.tasks import advertiser_question, next_advertiser
+from megatron_ads.tasks import advertiser_question, next_advertiser, next_item
 from megatron_ads.tasks.answer_format import render_reasoned
+from megatron_ads.tasks.semantic_id import is_semantic_id
 from megatron_ads.tasks.user_history import Section, shown_history
 
 _SHOWN_CHARACTERS = 40
@@ -45,6 +46,8 @@ class AdvertiserNames:
     """Where they come from, for people."""
     given: bool = False
     """Somebody listed them: nothing else exists, for baselines neither."""
+    items: tuple[str, ...] = ()
+    """Semantic IDs of the items there are, which answer ``next_item``."""
 
 
 NO_NAMES = AdvertiserNames((), "nowhere")
@@ -55,7 +58,7 @@ MAX_TRIES = 256
 
 
 def read_names(file: Path) -> AdvertiserNames:
-    """Read one name a line; empty lines are left out.
+    """Read one name a line; empty lines are left out, and semantic IDs are items.
 
     Raises:
         DataError: If the file cannot be read or holds no name.
@@ -69,15 +72,20 @@ def read_names(file: Path) -> AdvertiserNames:
         problem = "is not UTF-8 text"
     if problem:
         raise DataError(f"{file} {problem}; --names takes a file with a name a line.")
-    return AdvertiserNames(names, str(file), given=True)
+    items = tuple(filter(is_semantic_id, names))
+    others = tuple(name for name in names if not is_semantic_id(name))
+    return AdvertiserNames(others, str(file), given=True, items=items)
 
 
 def names_trained_on(training: Iterable[ChatRow]) -> AdvertiserNames:
     """Return whom training rows name: as the truth, or in their facts as somebody that a user bought from."""
-    of_task = [row for row in training if row.task in _ADVERTISER_TASKS]
+    rows = list(training)
+    of_task = [row for row in rows if row.task in _ADVERTISER_TASKS]
     labels = [row.label for row in of_task if row.label is not None]
     past = [name for row in of_task if Fact.read_from_prompt not in row.facts for name in bought_from(row)]
-    return AdvertiserNames(each_once([*labels, *past]), "the training rows")
+    of_items = [row for row in rows if row.task == next_item.TASK and row.label is not None]
+    items = (known for row in of_items for known in (row.label or "", *recent_items(row)))
+    return AdvertiserNames(each_once([*labels, *past]), "the training rows", items=tuple(dict.fromkeys(items)))
 
 
 def bought_from(row: ChatRow) -> tuple[str, ...]:
@@ -85,10 +93,17 @@ def bought_from(row: ChatRow) -> tuple[str, ...]:
     return shown_history(row).get(Section.past_advertisers, ()) if Fact.history in row.facts else ()
 
 
+def recent_items(row: ChatRow) -> tuple[str, ...]:
+    """Return the semantic IDs that a row shows, the most recent first."""
+    return shown_history(row).get(Section.semantic_ids, ()) if Fact.history in row.facts else ()
+
+
 def valid_names(row: ChatRow, advertisers: AdvertiserNames) -> tuple[str, ...] | None:
     """Return the names that a row may be answered with; None if its task is not answered with a name."""
     if row.task == next_advertiser.TASK:
         return advertisers.names
+    if row.task == next_item.TASK:
+        return advertisers.items
     return each_once(row.list_fact(Fact.candidates)) if row.task == advertiser_question.CHOOSE_ONE else None
 
 

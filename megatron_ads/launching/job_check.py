@@ -135,12 +135,16 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
     found.passed.append(f"recipe: {recipe} composes")
     shape: ModelShape | None = None
     with found.collecting_problems("weights"):
-        from conversion.sources import open_source  # imports torch
+        from conversion.grow_vocabulary import added_token_ids  # imports torch, as the next two do
+        from conversion.sources import open_source
         from megatron_ads.training.streams import tokenizer_of
 
         source = open_source(Path(config.model.load))
         shape, size = source.shape, readable_bytes(sum(file.stat().st_size for file in source.files()))
         found.passed.append(f"weights: {config.model.load} is a {source.kind.value} of {size}")
+        if config.model.train_only is not None:
+            added = added_token_ids(source)
+            found.passed.append(f"new tokens: {len(added)}, from {added.start} on")
         tokens = tokenizer_of(source, config.data.template_arguments).size
         found.passed.append(f"tokenizer: {tokens} tokens for an embedding of {shape.vocab_size} rows")
     checks: dict[str, Callable[[], str]] = {

@@ -65,18 +65,23 @@ def words_of(text: str) -> list[str]:
 
 def fit_embedding(texts: Sequence[str], *, dimensions: int = 64, max_words: int = 2048) -> TextEmbedding:
     """Fit on ``texts``; the ``max_words`` words that most texts have count, the others are ignored."""
-    from sklearn.feature_extraction.text import CountVectorizer  # here: the import takes seconds
-
     texts_with = Counter(word for text in texts for word in set(words_of(text)))
     chosen = sorted(texts_with, key=lambda word: (-texts_with[word], word))[:max_words]
     # "" is no word: texts without any get vectors of zeros, where scikit-learn would refuse an empty vocabulary.
     chosen = chosen or [""]
-    counter = CountVectorizer(analyzer=words_of, vocabulary=chosen)
+    counter = word_counter(chosen)
     weights_W = np.log((1 + len(texts)) / (1 + np.asarray([texts_with[word] for word in chosen]))) + 1
     scaled_NW = _unit(counter.transform(texts).toarray() * weights_W)
     values_W, vectors_WW = np.linalg.eigh(scaled_NW.T @ scaled_NW)
     leading = np.argsort(-values_W)[:dimensions]
     return TextEmbedding(counter, weights_W, axes_WD=vectors_WW[:, leading])
+
+
+def word_counter(words: Sequence[str]) -> Any:
+    """Return what counts these words in texts, in this order, as ``TextEmbedding`` needs it."""
+    from sklearn.feature_extraction.text import CountVectorizer  # here: the import takes seconds
+
+    return CountVectorizer(analyzer=words_of, vocabulary=list(words))
 
 
 def mean_similarities(vectors_ND: NDArray[np.float64]) -> NDArray[np.float64]:

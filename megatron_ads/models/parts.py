@@ -13,6 +13,8 @@ from conversion.names import Parameter, ParameterKind, Split, parameters, slice_
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import FrozenPart, LoraTarget, ModelConfig
 
+TOKEN_TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Canonical parameters with a row for each token; models whose head is the embedding have the first alone."""
 _TARGETS = (
     (r".+\.self_attention\.linear_\w+\.weight", LoraTarget.attention),
     (r".+\.mlp\.linear_fc[12]\.weight", LoraTarget.dense),
@@ -92,11 +94,20 @@ def part_of(name: str, shape: ModelShape) -> FrozenPart | None:
     return None if shape.is_moe_layer(int(name.split(".")[2])) else FrozenPart.dense
 
 
+def is_trained(name: str, model: ModelConfig, shape: ModelShape) -> bool:
+    """Return whether a canonical parameter, or with ``model.train_only`` some of its rows, is trained."""
+    if model.train_only is not None:
+        return name in TOKEN_TABLES
+    return part_of(name, shape) not in frozen_parts(model, shape)
+
+
 def frozen_parts(model: ModelConfig, shape: ModelShape) -> frozenset[FrozenPart | None]:
-    """Return what a job keeps as loaded: ``model.frozen``, and MTP layers that are not run.
+    """Return the parts of which a job keeps everything as loaded: ``model.frozen``, and MTP layers that are not run.
 
     The norm before a mixture of experts (None) is kept where router and all experts are.
     """
+    if model.train_only is not None:
+        return frozenset({*FrozenPart, None} - {FrozenPart.embedding, FrozenPart.output})
     frozen: set[FrozenPart | None] = set(model.frozen)
     fed = {FrozenPart.router, FrozenPart.experts} | ({FrozenPart.shared_experts} if shape.shared_ffn_size else set())
     if fed <= frozen:
@@ -116,9 +127,18 @@ def parameters_by_part(shape: ModelShape) -> Counter[FrozenPart | None]:
     return counts
 
 
-def trained_parameters(settings: ModelConfig, shape: ModelShape) -> tuple[int, int]:
-    """Return how many parameters a job trains, and how many its model has without adapters."""
+def trained_parameters(settings: ModelConfig, shape: ModelShape, new_tokens: int = 0) -> tuple[int, int]:
+    """Return how many parameters a job trains, and how many its model has without adapters.
+
+    Args:
+        settings: Which are trained.
+        shape: Of the model.
+        new_tokens: Rows that ``model.train_only`` trains.
+    """
     counts = parameters_by_part(shape)
+    if settings.train_only is not None:
+        tables = sum(name in TOKEN_TABLES for name in parameters(shape))
+        return new_tokens * tables * shape.hidden_size, counts.total()
     lora = Lora.of(settings)
     if lora is not None:
         return lora.parameters(shape), counts.total()

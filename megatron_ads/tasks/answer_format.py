@@ -61,6 +61,8 @@ class ReadFailure(StrEnum):
     text_around_answer = "text_around_answer"
 
     # Names and rankings
+    no_semantic_id = "no_semantic_id"
+    """Something else than one semantic ID."""
     no_advertiser = "no_advertiser"
     """Nothing after the reasoning, or an empty list."""
     several_lines = "several_lines"

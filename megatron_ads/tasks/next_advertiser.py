@@ -4,7 +4,7 @@ Source: the advertiser paper, sections 3.2 and 3.3; its listings of the prompts 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
@@ -89,17 +89,25 @@ class Ranking:
 
 
 def chat_row(
-    row_id: str, request: AdvertiserRequest, advertiser: str, reasoning: str = "", *, view: HistoryView = FULL_VIEW
+    row_id: str,
+    request: AdvertiserRequest,
+    advertiser: str,
+    reasoning: str = "",
+    *,
+    item: str = "",
+    view: HistoryView = FULL_VIEW,
 ) -> ChatRow:
     """Return one example of the free-text form; rows of one user stay on one side of any split.
 
-    The paper found reasoning of no use here.
+    The paper found reasoning of no use here. ``item`` is what the user converts with, where that is known.
 
     Raises:
         DataError: If the name is empty.
     """
     truth, answer = Prediction(advertiser, reasoning), filled("the advertiser", advertiser)
-    return _example(row_id, TEMPLATE, request, truth, answer, advertiser, view)
+    row = _example(row_id, TEMPLATE, request, truth, answer, advertiser, view)
+    known = {Fact.next_item: item, Fact.next_semantic_id: view.semantic_ids.get(item, "")}
+    return replace(row, facts={**row.facts, **{name: value for name, value in known.items() if value}})
 
 
 def ranking_row(

@@ -9,6 +9,7 @@ from megatron_ads.tasks import (
     ad_user_relevance,
     advertiser_question,
     next_advertiser,
+    next_item,
     user_profile,
     variants,
 )
@@ -19,11 +20,13 @@ from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.user_history import HEADINGS, NOTHING_KNOWN, SEPARATOR
 
 _ONE_LINE = frozenset({*HEADINGS, Fact.pool, Fact.keywords, Fact.queries_wanted})
-_OF_PROMPTS = frozenset(Fact) - {Fact.ground_truth, Fact.reasoning, Fact.rejected, Fact.best_answers}
+_OF_ANSWERS = {Fact.ground_truth, Fact.reasoning, Fact.rejected, Fact.best_answers}
+_OF_PROMPTS = frozenset(Fact) - _OF_ANSWERS - {Fact.next_item, Fact.next_semantic_id}
 _TEXTS = (Fact.query, Fact.keyword, Fact.goal, Fact.request, Fact.current, Fact.new, Fact.advertiser)
 _ABOUT_USERS = frozenset({
     ad_user_relevance.TASK, next_advertiser.TASK, next_advertiser.RANKING_TASK, user_profile.TASK, variants.YES_NO,
     advertiser_question.CHOOSE_ONE, advertiser_question.LIST_RANKING,
+    next_item.TASK,
 })  # fmt: skip
 
 

@@ -42,6 +42,8 @@ class Event:
     advertiser: str = ""
     semantic_id: str = ""
     """Codes of the item, as one text."""
+    item_id: str = ""
+    """Id of the item, by which a table of semantic IDs has it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +114,12 @@ class HistoryView:
     """Events of a section that are older are not shown; a section not named here has no limit."""
     max_entries: int = 10
     """Most entries of a section; the oldest are left out, of the top lists the rarest."""
+    semantic_ids: Mapping[str, str] = field(default_factory=dict)
+    """Semantic ID of each item, by its id; empty: those that the events have themselves."""
+
+    def semantic_id_of(self, event: Event) -> str:
+        """Return the semantic ID of an event's item; empty if it has none."""
+        return self.semantic_ids.get(event.item_id, "") if self.semantic_ids else event.semantic_id
 
 
 FULL_VIEW = HistoryView()
@@ -175,7 +183,7 @@ def _entries(
         case Section.top_brands:
             return _most_frequent(event.brand for event in recent)
         case Section.semantic_ids:
-            return [event.semantic_id for event in recent if event.semantic_id]
+            return [known for event in recent if (known := view.semantic_id_of(event))]
         case _:
             return [
                 f"{event.text} ({event.advertiser})" if event.kind in CONVERSIONS and event.advertiser else event.text

@@ -15,6 +15,7 @@ from enum import StrEnum
 from megatron_ads.config.data import RowVariant
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.classification import DefectView, binary_metrics
+from megatron_ads.observability.log import get_logger
 from megatron_ads.rows import ChatRow, Fact, Facts
 from megatron_ads.tasks import ad_user_relevance, next_advertiser, relevance
 from megatron_ads.tasks.advertiser_question import (
@@ -27,8 +28,11 @@ from megatron_ads.tasks.advertiser_question import (
 )
 from megatron_ads.tasks.answer_format import ReadFailure, element, read_choice, read_only, strict_parser
 from megatron_ads.tasks.ground_truth import Metrics, ground_truth, judged
+from megatron_ads.tasks.next_item import next_item_row
 from megatron_ads.tasks.prompts import Template, ad_of, filled, line
 from megatron_ads.tasks.user_history import render_history, shown_history
+
+logger = get_logger(__name__)
 
 YES_NO = "yes_no"
 
@@ -146,14 +150,29 @@ def several_forms_row(row: ChatRow, row_id: str, pool: Sequence[str]) -> ChatRow
 def ask_as(rows: Sequence[ChatRow], variant: RowVariant) -> list[ChatRow]:
     """Return every row asked as ``variant``; ids get the variant's name, so that both can be in one corpus.
 
-    Other candidates are the true advertisers of the other rows.
+    Other candidates are the true advertisers of the other rows. Rows whose next item has no semantic ID cannot be asked
+    for it and are left out; how many is logged.
 
     Raises:
         DataError: If a row is of a task that the variant does not apply to, not in its task's own form, or there are
             too few advertisers to choose from.
     """
+    if variant is RowVariant.next_item:
+        return _next_items(rows)
     pool = sorted({row.label for row in rows if row.task == next_advertiser.TASK and row.label})
     return [_ask(row, variant, pool) for row in rows]
+
+
+def _next_items(rows: Sequence[ChatRow]) -> list[ChatRow]:
+    known = [row for row in rows if Fact.next_semantic_id in row.facts]
+    if not known:
+        raise DataError(
+            f"none of {len(rows)} rows says which item with a semantic ID is the next. {RowVariant.next_item} needs "
+            "rows of next_advertiser with items, and history.semantic_ids: a folder of `megatron-ads sid`."
+        )
+    if left_out := len(rows) - len(known):
+        logger.warning("%d of %d rows are left out: their next item has no semantic ID", left_out, len(rows))
+    return [next_item_row(row, f"{row.id}/{RowVariant.next_item}") for row in known]
 
 
 def _ask(row: ChatRow, variant: RowVariant, pool: Sequence[str]) -> ChatRow:

@@ -1,6 +1,6 @@
 """Build one rank's part of a fine-tuning job: the model, the optimizer over it and the learning rate schedule."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,15 +8,16 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 
+from conversion.grow_vocabulary import added_token_ids
 from conversion.layer_specs import LayerSpec
 from conversion.rank_files import ShardsLayout
 from conversion.sources import WeightSource
 from megatron_ads.architecture import ModelShape
-from megatron_ads.config.model import FrozenPart, ModelConfig
+from megatron_ads.config.model import FrozenPart, ModelConfig, TrainOnly
 from megatron_ads.config.training import OptimConfig, TrainConfig
 from megatron_ads.models.build import build_chunks, fuse_weight_gradients, wrap_precision
 from megatron_ads.models.lora import add_adapters, begin_gradients_at_embedding, initialise_adapters
-from megatron_ads.models.parts import Lora, frozen_parts, part_of, trained_parameters
+from megatron_ads.models.parts import Lora, is_trained, trained_parameters
 from megatron_ads.models.settings import ModelSettings
 from megatron_ads.models.weights import load_weights, named_weights
 from megatron_ads.observability.log import get_logger
@@ -26,6 +27,7 @@ from megatron_ads.optim.chain import OptimizerChain
 from megatron_ads.runtime.device import device
 from megatron_ads.runtime.process_groups import wait_for_all
 from megatron_ads.training.adapter_record import AdapterRecord
+from megatron_ads.training.new_tokens import train_rows_alone
 
 logger = get_logger(__name__)
 
@@ -62,7 +64,7 @@ def build_model(
 
     Raises:
         TopologyError: Naming the ranks that took longer than that.
-        ConfigError: If Megatron-Core cannot express the model or the layout.
+        ConfigError: If Megatron-Core cannot express the model or the layout, or there are no new tokens to train.
         ConversionError: If the weights do not fit the model.
     """
     settings = ModelSettings.of(model, deterministic=train.deterministic)
@@ -70,14 +72,17 @@ def build_model(
     load_weights(models, source, settings.spec)
     wait_for_all("load the weights", load_timeout_seconds)
     lora = Lora.of(model)
+    new_tokens = added_token_ids(source) if model.train_only is TrainOnly.new_tokens else range(0)
     if lora is None:
-        freeze(models, frozen_parts(model, shards.shape), shards.shape, settings.spec)
+        freeze(models, model, shards.shape, settings.spec)
     else:
         add_adapters(models, lora, shards.shape, settings.spec)
         initialise_adapters(models, train.seed)
-    trained, weights = trained_parameters(model, shards.shape)
+    trained, weights = trained_parameters(model, shards.shape, len(new_tokens))
     logger.info("trains %s parameters; the model has %s", f"{trained:,}", f"{weights:,}")
     chunks = wrap_chunks(models, overlap=device().type == "cuda")
+    if new_tokens:
+        train_rows_alone(models, new_tokens, settings.spec)
     has_experts = trains_experts_anywhere(chunks)
     optimizer = build_optimizer(
         chunks, optim, settings.precision, has_expert_member=has_experts, stub_experts=stub_experts
@@ -106,13 +111,11 @@ def wrap_chunks(models: Sequence[GPTModel], *, overlap: bool) -> list[Distribute
     return chunks
 
 
-def freeze(
-    chunks: Sequence[GPTModel], frozen: Collection[FrozenPart | None], shape: ModelShape, spec: LayerSpec
-) -> None:
-    """Stop training the parameters of some parts. Call it before the gradient buffers are made."""
+def freeze(chunks: Sequence[GPTModel], model: ModelConfig, shape: ModelShape, spec: LayerSpec) -> None:
+    """Stop training the parameters that a job keeps as loaded. Call it before the gradient buffers are made."""
     for weight in named_weights(chunks, spec):
-        if part_of(weight.canonical[0], shape) in frozen and isinstance(weight.tensor, torch.nn.Parameter):
+        if isinstance(weight.tensor, torch.nn.Parameter) and not is_trained(weight.canonical[0], model, shape):
             weight.tensor.requires_grad_(False)
-    if FrozenPart.embedding in frozen:
+    if FrozenPart.embedding in model.frozen:
         for chunk in chunks:
             begin_gradients_at_embedding(chunk)

@@ -29,6 +29,9 @@ OPEN = {
     # What a shipped recipe leaves to the user.
     "sft/quickstart": ["model.load=runs/demo"],
     "sft/small": ["model.load=runs/shallow"],
+    "sft/sid_new_tokens": ["model.load=runs/grown"],
+    "sft/sid_mixed": ["model.load=runs/sid_new_tokens/export"],
+    "sft/sid_next_advertiser": ["model.load=runs/sid_mixed/export"],
     "sft/deepseek_r1_671b_248gpu": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/deepseek_r1_lora": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],
     "sft/deepseek_r1_671b_248gpu_mtp": ["model.load=R1", "data.sources=[{kind: jsonl, path: rows.jsonl}]"],

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_ads.data.next_brand import DEFAULT_VIEW, FILE, next_brand_rows, re
 from megatron_ads.data.public_data import DATA_ROOT
 from megatron_ads.data.user_features import view_chooser
 from megatron_ads.errors import DataError
+from megatron_ads.rows import Fact
 
 ITEMS: list[dict[str, Any]] = [
     {"item_id": number, "title": f"Thing {number}", "brand": brand, "sid": ["<a_1>", f"<b_{number}>"]}
@@ -106,3 +108,16 @@ def test_the_real_purchases_are_read_without_a_faulty_row(task: AdsTask) -> None
     assert max(row.time for row in corpus.training[0]) < min(row.time for row in corpus.validation)
     rows = [*corpus.training[0], *corpus.validation]
     assert len({row.id for row in rows}) == len(rows)
+
+
+def test_ids_of_a_table_are_shown_in_place_of_the_files_own_and_tell_the_next_item(tmp_path: Path) -> None:
+    file = write(tmp_path, user("u", (1, 0), (2, 3), (3, 1)))
+    table = {"0": "<sid_0_1>", "1": "<sid_0_2>"}  # of item 3 nothing is known
+    plain, rows = (
+        next_brand_rows(file, AdsTask.next_advertiser, view_of=lambda _, view=view: view)
+        for view in (DEFAULT_VIEW, replace(DEFAULT_VIEW, without=frozenset(), semantic_ids=table))
+    )
+    for before, after in zip(plain, rows, strict=True):
+        assert after.messages[0].content == f"{before.messages[0].content}\nRecent items: <sid_0_1>"
+    assert [row.facts.get(Fact.next_item) for row in rows] == ["3", "1"]
+    assert [row.facts.get(Fact.next_semantic_id) for row in rows] == [None, "<sid_0_2>"]

@@ -1,5 +1,7 @@
 """What a prompt shows of a user: nothing from after the anchor, the sections and windows asked for, within limits."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_ads.config.data import HistoryConfig
@@ -99,3 +101,17 @@ def test_the_chooser_narrows_long_histories_only() -> None:
     short = compile_history("u", LOG[:1], anchor=ANCHOR)
     assert choose(short) == FULL_VIEW
     assert choose(history()) != FULL_VIEW
+
+
+def test_semantic_ids_leave_the_words_of_a_limited_prompt_alone() -> None:
+    events = tuple(replace(event, item_id=str(number)) for number, event in enumerate(history().events))
+    user = replace(history(), events=events)
+    known = {str(number): f"<sid_0_{number}>" for number in range(len(events))}
+    plain = replace(FULL_VIEW, without=frozenset({Section.semantic_ids}))
+    for most in (8, 20, 40):
+        with_ids, without = (
+            sections(user, fitting_view(user, view, max_tokens=most))
+            for view in (replace(FULL_VIEW, semantic_ids=known), plain)
+        )
+        assert with_ids.pop(Section.semantic_ids)
+        assert with_ids == without

@@ -2,17 +2,19 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from megatron_ads.config.data import DataConfig, RowVariant, SourceConfig, SourceKind
+from megatron_ads.config.data import DataConfig, HistoryConfig, RowVariant, SourceConfig, SourceKind
 from megatron_ads.data.corpus import read_corpus
 from megatron_ads.evaluation.answer_records import Answer
 from megatron_ads.evaluation.page import judge
 from megatron_ads.evaluation.task_scores import task_scores
 from megatron_ads.tasks.registry import TASKS, score_answers
 from tests.data.test_disjoint_sources import SOURCES
+from tests.semantic_ids.tables import simulated_ids
 
 
 def own_chat(folder: Path) -> SourceConfig:
@@ -33,10 +35,14 @@ def own_chat(folder: Path) -> SourceConfig:
     return SourceConfig(kind=SourceKind.jsonl, path=str(file))
 
 
-ALL = SOURCES | {"own chat": own_chat} | {
-    variant: lambda folder, variant=variant: replace(SOURCES["simulator next_advertiser"](folder), variant=variant)
-    for variant in RowVariant
-}  # fmt: skip
+def asked_as(variant: RowVariant, folder: Path) -> SourceConfig:
+    """Return simulated rows of the next advertiser, asked as a variant; items have semantic IDs where it needs them."""
+    known = str(simulated_ids(folder / "sid")) if variant is RowVariant.next_item else None
+    source = SOURCES["simulator next_advertiser"](folder)
+    return replace(source, variant=variant, history=HistoryConfig(semantic_ids=known))
+
+
+ALL = SOURCES | {"own chat": own_chat} | {variant: partial(asked_as, variant) for variant in RowVariant}
 
 
 @pytest.mark.parametrize("reasoning", [True, False])

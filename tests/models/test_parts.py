@@ -6,8 +6,8 @@ import pytest
 
 from conversion.names import parameters
 from megatron_ads.architecture import shape_from_config
-from megatron_ads.config.model import FrozenPart, LoraConfig, LoraTarget, ModelConfig
-from megatron_ads.models.parts import parameters_by_part, part_of, trained_parameters
+from megatron_ads.config.model import FrozenPart, LoraConfig, LoraTarget, ModelConfig, TrainOnly
+from megatron_ads.models.parts import frozen_parts, is_trained, parameters_by_part, part_of, trained_parameters
 from parity_tests.harness.ranks import run_ranks
 from parity_tests.harness.training_jobs import Recipe, start
 from tests.models.checkpoints import V3, write_checkpoint
@@ -59,6 +59,14 @@ def test_what_is_counted_is_what_is_trained(settings: dict[str, Any], tmp_path_f
     trained, weights = trained_parameters(ModelConfig(**settings), SHAPE)
     assert run_ranks(1, _built, Recipe(folder=folder, model=settings)) == [trained]
     assert (trained < weights) == (settings != {"mtp_loss_weight": 0.1})
+
+
+def test_of_new_tokens_the_rows_count_in_embedding_and_output_layer() -> None:
+    settings = ModelConfig(train_only=TrainOnly.new_tokens)
+    assert trained_parameters(settings, SHAPE, 10) == (2 * 10 * 64, trained_parameters(ModelConfig(), SHAPE)[1])
+    trained = {name for name in parameters(SHAPE) if is_trained(name, settings, SHAPE)}
+    assert trained == {"embedding.word_embeddings.weight", "output_layer.weight"}
+    assert {FrozenPart.embedding, FrozenPart.output}.isdisjoint(frozen_parts(settings, SHAPE))
 
 
 def test_r1_has_the_published_number_of_parameters() -> None:

@@ -1,5 +1,7 @@
 """One worked example of every task, and of every other form: the tests of all of them start from these."""
 
+from dataclasses import replace
+
 from megatron_ads.rows import ChatRow
 from megatron_ads.tasks import (
     ad_rewriting,
@@ -7,13 +9,14 @@ from megatron_ads.tasks import (
     advertiser_question,
     model_comparison,
     next_advertiser,
+    next_item,
     query_generation,
     relevance,
     user_profile,
     variants,
 )
 from megatron_ads.tasks.prompts import Ad
-from megatron_ads.tasks.user_history import Demographics, Event, EventKind, UserHistory
+from megatron_ads.tasks.user_history import Demographics, Event, EventKind, HistoryView, UserHistory
 
 HOTEL = Ad(title="Luxury 5-star hotel in central Paris", description="Premium suites.", seller="www.examplehotel.com")
 SHOES = Ad(title="Lightweight running shoes for new runners", description="Comfortable and cushioned.")
@@ -70,6 +73,14 @@ def question_about(row_id: str, advertiser: str, reasoning: str = "") -> tuple[C
     return next_advertiser.chat_row(row_id, REQUEST, advertiser, reasoning), row_id, POOL
 
 
+def row_with_items(row_id: str) -> ChatRow:
+    """Return the question for the runner's next advertiser, with semantic IDs: of the item sold and of those before."""
+    events = (*RUNNER.events, Event(kind=EventKind.click, days_ago=4, text="red socks", item_id="socks"))
+    view = HistoryView(semantic_ids={"socks": "<sid_0_1><sid_1_2>", "shoes": "<sid_0_1><sid_1_4>"})
+    request = next_advertiser.AdvertiserRequest(replace(RUNNER, events=events))
+    return next_advertiser.chat_row(row_id, request, "Shop 7", item="shoes", view=view)
+
+
 def query_ad_row(label: relevance.Label) -> ChatRow:
     """Return the hotel for a query, with a label of choice."""
     return relevance.chat_row("a1", "cheap hotel in Paris", HOTEL, label, "The price differs.")
@@ -106,4 +117,5 @@ def rows_of_all_tasks() -> list[ChatRow]:
         variants.advertiser_row(*question_about("h3", "Shop 7")),
         advertiser_question.choose_one_row(*question_about("i1", "Shop 7")),
         advertiser_question.list_ranking_row(*question_about("j1", "Shop 7")),
+        next_item.next_item_row(row_with_items("k1"), "k1"),
     ]

@@ -20,7 +20,7 @@ each_task = pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: tas
 
 def test_there_is_an_example_of_every_task():
     assert {row.task for row in ROWS} == set(TASKS)
-    assert len(TASKS) == 11
+    assert len(TASKS) == 12
 
 
 @each_row
@@ -89,6 +89,7 @@ VERSIONS = {
     "yes_no/ad_user/1": "61ef3aec4dc8",
     "yes_no/advertiser/1": "df494956fb3f",
     "choose_one/1": "078e16e60ac7",
+    "next_item/1": "c499831f3b4d",
     "list_ranking/1": "fad2928e6045",
 }
 """What the wordings of each version hash to. Rows were made with them: a change of wording is a new version."""

@@ -29,7 +29,12 @@ def rows_of_everything() -> list[ChatRow]:
     asked = [
         *ask_as(drawn[AdsTask.query_ad_relevance], RowVariant.yes_no),
         *ask_as(drawn[AdsTask.ad_user_relevance], RowVariant.yes_no),
-        *(row for variant in RowVariant for row in ask_as(drawn[AdsTask.next_advertiser], variant)),
+        *(
+            row
+            for variant in RowVariant
+            if variant is not RowVariant.next_item  # which the example is of
+            for row in ask_as(drawn[AdsTask.next_advertiser], variant)
+        ),
     ]
     return [*rows_of_all_tasks(), *(row for rows in drawn.values() for row in rows), *asked]
 

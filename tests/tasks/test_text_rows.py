@@ -15,7 +15,9 @@ from megatron_ads.tasks.variants import ask_as
 from tests.tasks.examples import rows_of_all_tasks
 
 ROWS = {row.id: row for row in rows_of_all_tasks()}
-NOT_SHOWN = {Fact.user, Fact.events, Fact.demographics, Fact.best_answers}
+NOT_SHOWN = {
+    Fact.user, Fact.events, Fact.demographics, Fact.best_answers, Fact.next_item, Fact.next_semantic_id
+}  # fmt: skip
 
 
 def told(row: ChatRow, prompt: str | None = None) -> ChatRow:

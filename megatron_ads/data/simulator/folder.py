@@ -2,15 +2,15 @@
 
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megatron_ads.config.data import AdsTask
+from megatron_ads.data.new_folder import new_folder
 from megatron_ads.data.simulator.histories import LABEL_DAYS, draw_pieces
 from megatron_ads.data.simulator.judging import Example, reachable_recall
 from megatron_ads.data.simulator.logs import SCHEMAS, START, TableFormat, TableWriter, still_tables, tables_of
@@ -55,7 +55,7 @@ def write_simulation(
             "hold the answers. Simulate more days, or write rows of other tasks."
         )
     world = draw_world(scale.seed, advertisers=scale.advertisers)
-    with _new_folder(out) as partial:
+    with new_folder(out) as partial:
         manifest: dict[str, Any] = {
             **asdict(scale),
             "first_day": START.date().isoformat(),
@@ -81,20 +81,6 @@ def _write(path: Path, lines: Iterable[str]) -> None:
         file.writelines(f"{line}\n" for line in lines)
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder to write into; it is renamed to ``out`` if nothing fails."""
-    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an empty folder. Choose another one, or remove it.")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    if out.exists():
-        out.rmdir()
-    os.rename(partial, out)
 
 
 def write_logs(folder: Path, world: World, scale: Scale, *, form: TableFormat = TableFormat.parquet) -> dict[str, int]:

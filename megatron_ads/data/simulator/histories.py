@@ -71,6 +71,8 @@ class SimulatedUser:
     history: UserHistory
     next_advertiser: int | None
     """The first advertiser converted with after the anchor day; None if there was none within the simulated days."""
+    next_item: str
+    """What was bought there; empty without one."""
     chance_A: NDArray[np.float64]
     """How likely each advertiser is to be the next one, as far as the history can tell."""
 
@@ -94,7 +96,7 @@ def read_users(world: World, piece: Behaviour, *, anchor: int) -> Iterator[Simul
     clicks_of = by_user(shown, (shown["day"] <= anchor) & shown["clicked"], "ad")
     bought_of = by_user(bought, bought["day"] <= anchor, "kind", "advertiser", "attributed")
     visits_of = by_user(visits, visits["day"] <= anchor, "kind", "advertiser")
-    later_of = by_user(bought, bought["day"] > anchor, "advertiser")
+    later_of = by_user(bought, bought["day"] > anchor, "advertiser", "kind")
     for number in range(count):
         if not searches_of[number]:
             continue
@@ -113,8 +115,13 @@ def read_users(world: World, piece: Behaviour, *, anchor: int) -> Iterator[Simul
             bought_from=frozenset(advertiser for _, _, advertiser, _ in bought_of[number]),
             history=UserHistory(user_id=f"user-{people.first_user + number}", events=tuple(events), demographics=who),
             next_advertiser=later_of[number][0][1] if later_of[number] else None,
+            next_item=_bought_item(world, *later_of[number][0][1:]) if later_of[number] else "",
             chance_A=chance_UA[number],
         )
+
+
+def _bought_item(world: World, advertiser: int, kind: int) -> str:
+    return item_of(advertiser, sold_kind(world, advertiser, kind))
 
 
 def _events(world: World, searches: Logged, clicks: Logged, bought: Logged, visits: Logged) -> Iterator[Event]:
@@ -137,13 +144,29 @@ def _events(world: World, searches: Logged, clicks: Logged, bought: Logged, visi
             category=KINDS[ad.kind].name,
             brand=world.brand_names[ad.brand],
             advertiser=world.advertisers[ad.advertiser].name,
+            item_id=item_of(ad.advertiser, ad.kind),
         )
     for days_ago, kind, advertiser, attributed in bought:
         shop = world.advertisers[advertiser]
-        sold = KINDS[kind if kind in shop.kinds else shop.kinds[0]].name
+        number = sold_kind(world, advertiser, kind)
+        sold, item = KINDS[number].name, item_of(advertiser, number)
         how = EventKind.attributed_conversion if attributed else EventKind.matched_conversion
-        yield Event(kind=how, days_ago=days_ago, text=sold, category=sold, advertiser=shop.name)
+        yield Event(kind=how, days_ago=days_ago, text=sold, category=sold, advertiser=shop.name, item_id=item)
     for days_ago, kind, advertiser in visits:
         shop, sold = world.advertisers[advertiser], KINDS[kind].name
         url = f"{shop.domain}/{sold.replace(' ', '-')}"
-        yield Event(kind=EventKind.offsite_url, days_ago=days_ago, text=url, category=sold, advertiser=shop.name)
+        item = item_of(advertiser, kind)
+        yield Event(
+            kind=EventKind.offsite_url, days_ago=days_ago, text=url, category=sold, advertiser=shop.name, item_id=item
+        )
+
+
+def item_of(advertiser: int, kind: int) -> str:
+    """Return the id of what an advertiser sells of a kind, as the table ``items`` of a simulation has it."""
+    return f"{advertiser}-{kind}"
+
+
+def sold_kind(world: World, advertiser: int, kind: int) -> int:
+    """Return what somebody bought from an advertiser who looked for a kind: that, or the advertiser's main kind."""
+    kinds = world.advertisers[advertiser].kinds
+    return kind if kind in kinds else kinds[0]

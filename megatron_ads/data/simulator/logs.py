@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_ads.data.simulator.behaviour import EVENT_TABLES, MINUTES, Behaviour, Columns
+from megatron_ads.data.simulator.histories import item_of
 from megatron_ads.data.simulator.vocabulary import AGES, DEPARTMENTS, GENDERS, KINDS, PLACES, PRICES, wanted_by
-from megatron_ads.data.simulator.world import World, department_of
+from megatron_ads.data.simulator.world import Advertiser, World, department_of
 
 START = datetime(2025, 1, 6, tzinfo=UTC)
 """Midnight that day 0 begins with."""
@@ -91,8 +92,20 @@ def still_tables(world: World) -> dict[str, pa.Table]:
             {"query": number, "text": text, "kind": wanted_by(number, world.brands_of_kind).kind}
             for number, text in enumerate(world.queries)
         ],
+        "items": [
+            {"item": item_of(number, kind), "advertiser": number, "kind": kind, "text": _item_text(shop, kind)}
+            for number, shop in enumerate(world.advertisers)
+            for kind in shop.kinds
+        ],
     }  # fmt: skip
     return {name: pa.Table.from_pylist(table) for name, table in rows.items()}
+
+
+def _item_text(shop: Advertiser, kind: int) -> str:
+    """Return what is known of what a shop sells of a kind, some of which no prompt about its buyers says."""
+    place = "everywhere" if shop.place is None else f"in {PLACES[shop.place]}"
+    parts = (KINDS[kind].name, DEPARTMENTS[department_of(kind)].name, shop.name, f"{PRICES[shop.price]} price", place)
+    return "; ".join(parts)
 
 
 class TableFormat(StrEnum):

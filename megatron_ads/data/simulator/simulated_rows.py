@@ -87,7 +87,7 @@ def next_advertiser_examples(
                 f"simulated-ranking-{name}", request, best, interests, label=label, view=view
             )
         else:
-            row = advertiser_task.chat_row(f"simulated-next-{name}", request, label, view=view)
+            row = advertiser_task.chat_row(f"simulated-next-{name}", request, label, item=user.next_item, view=view)
         yield Example(row, best, tuple(user.chance_A[order].tolist()))
 
 

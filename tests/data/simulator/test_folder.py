@@ -27,7 +27,7 @@ def test_every_table_is_written_and_counted(tmp_path: Path) -> None:
     manifest = json.loads((out / "manifest.json").read_text())
     files = {file.stem: pq.read_table(file).num_rows for file in out.glob("*.parquet")}
     assert files == manifest["rows_of_tables"]
-    assert {"users", "advertisers", "ads", "queries", "kinds", *SCHEMAS} == files.keys()
+    assert {"users", "advertisers", "ads", "queries", "kinds", "items", *SCHEMAS} == files.keys()
     assert files["users"] == manifest["users"] == 50
     assert not list(tmp_path.glob("*.partial"))
 
