@@ -107,7 +107,7 @@ def test_results_tell_general_ability_from_the_scores_of_arms(tmp_path: Path) ->
     general = {"gsm8k": {"rows": 4, "perplexity": 3.5}}
     scores = {"tasks": {}, "general": {}}
     results = {"rows": {"rows": {}}, "general-language": {"general": general}, "scores-text": scores}
-    records = {name: StageRecord("", 60.0, result) for name, result in results.items()}
+    records = {name: StageRecord(fingerprint="", seconds=60.0, result=result) for name, result in results.items()}
     found = SidPath(tmp_path, parse(["--out", str(tmp_path), "--arms", "text"])).results(records)
     assert found["general"] == {"language": general}
     assert found["arms"] == {"text": scores}
