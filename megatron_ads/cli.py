@@ -55,6 +55,7 @@ COMMANDS = (
     Command("evaluate", "have a model answer held-out rows and score them", "megatron_ads.evaluation.command"),
     Command("regress", "compare public benchmarks before and after fine-tuning", "megatron_ads.regress.command"),
     Command("label", "have a model label rows in bulk", "megatron_ads.labelling.command"),
+    Command("distill", "fine-tune a smaller model on a teacher's answers", "megatron_ads.distillation.command"),
     Command("downstream", "train and score the frozen pipeline that rewards use", "megatron_ads.downstream.command"),
     Command("parity", "compare a checkpoint in transformers and in Megatron-Core", "megatron_ads.parity.command"),
     Command("quickstart", "run the whole path on this machine", "megatron_ads.quickstart.command"),

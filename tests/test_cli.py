@@ -35,6 +35,7 @@ COMMAND_LINES = [
     ["evaluate"],
     ["regress"],
     ["label"],
+    ["distill"],
     ["downstream"],
     ["downstream", "train"],
     ["downstream", "evaluate"],

@@ -10,6 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from megatron_ads.cli import build_parser
+from megatron_ads.config.distillation import DistillConfig
 from megatron_ads.config.labelling import LabelConfig
 from megatron_ads.config.recipes import JOBS, load_job
 
@@ -47,13 +48,13 @@ def test_every_path_it_names_exists() -> None:
 
 
 def test_every_recipe_it_names_exists() -> None:
-    named = set(re.findall(r"(?:--recipe |`)((?:sft|preference|rl|cook|label)/\w+)", README))
-    assert {name.split("/")[0] for name in named} == {"sft", "preference", "rl", "cook", "label"}
+    named = set(re.findall(r"(?:--recipe |`)((?:sft|preference|rl|cook|label|distill)/\w+)", README))
+    assert {name.split("/")[0] for name in named} == {"sft", "preference", "rl", "cook", "label", "distill"}
     assert [name for name in named if not (PROJECT / "recipes" / f"{name}.yaml").exists()] == []
 
 
 def test_every_setting_it_names_exists() -> None:
-    settings = {name for job in (*JOBS.values(), LabelConfig) for name in _settings(job)}
+    settings = {name for job in (*JOBS.values(), LabelConfig, DistillConfig) for name in _settings(job)}
     sections = "|".join(name for name in settings if "." not in name)
     named = set(re.findall(rf"`((?:{sections})\.\w+(?:\.\w+)?)[`=]", README))
     assert len(named) >= 40
