@@ -21,8 +21,8 @@ LABEL = "label --recipe label/relevance sources=[{kind: builtin, rows: 4}]"
 COOK = "data cook --recipe cook/simulated teacher.url=http://localhost:9/v1 teacher.model=x"
 DISTILL = (
     "distill --recipe distill/simulated teacher.url=http://localhost:9/v1 teacher.model=x "
-    "teacher.server_wait_seconds=1 teacher.attempts=1 quality.min_probability=0 judged.recipe=sft/quickstart judged.settings=[] "
-    "sources=[{kind: builtin, rows: 4}]"
+    "teacher.server_wait_seconds=1 teacher.attempts=1 quality.min_probability=0 judged.settings=[] "
+    "judged.recipe=sft/quickstart sources=[{kind: builtin, rows: 4}]"
 )
 
 FOLDERS_READ = [

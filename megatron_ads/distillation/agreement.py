@@ -1,11 +1,12 @@
 """How often a student says what its teacher says, on rows that neither was trained on.
 
 Over the rows with a label in the teacher's answer. A student's answer that cannot be read does not agree. Intervals are
-bootstrapped over groups, such as queries and users.
+bootstrapped over groups, such as queries and users; those of a difference between students pair their answers.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ads.data.split import group_of
@@ -16,6 +17,14 @@ from megatron_ads.tasks.answer_format import ReadFailure
 from megatron_ads.tasks.registry import TASKS, read_answer
 
 
+@dataclass(slots=True)
+class _OfTask:
+    """The rows of one task with a label by the teacher."""
+
+    agrees: list[float] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+
+
 def agreement(student: Sequence[Answer], teacher: Sequence[Answer]) -> dict[str, dict[str, Any]]:
     """Return for each task with labels the share of rows with the teacher's label, as JSON values.
 
@@ -23,22 +32,41 @@ def agreement(student: Sequence[Answer], teacher: Sequence[Answer]) -> dict[str,
         student: Its answers to the same rows in the same order as the teacher's.
         teacher: The teacher's.
     """
-    same: dict[str, list[float]] = defaultdict(list)
-    groups: dict[str, list[str]] = defaultdict(list)
+    return {
+        task: {
+            "rows": len(rows.agrees),
+            "agreement": sum(rows.agrees) / len(rows.agrees),
+            "agreement_95": ends(mean_interval(rows.agrees, groups=rows.groups)),
+        }
+        for task, rows in _by_task(student, teacher).items()
+    }
+
+
+def agreement_gain(
+    student: Sequence[Answer], other: Sequence[Answer], teacher: Sequence[Answer]
+) -> dict[str, dict[str, Any]]:
+    """Return for each task with labels by how much more often one student agrees than another one, as JSON values."""
+    found = {}
+    others = _by_task(other, teacher)
+    for task, rows in _by_task(student, teacher).items():
+        more = [own - its for own, its in zip(rows.agrees, others[task].agrees, strict=True)]
+        found[task] = {
+            "delta": sum(more) / len(more),
+            "delta_95": ends(mean_interval(more, groups=rows.groups)),
+        }
+    return found
+
+
+def _by_task(student: Sequence[Answer], teacher: Sequence[Answer]) -> dict[str, _OfTask]:
+    found: dict[str, _OfTask] = defaultdict(_OfTask)
     for own, other in zip(student, teacher, strict=True):
         if (wanted := label_said(other)) is None:
             continue
         said = label_said(own)
-        same[own.row.task].append(float(said is not None and same_name(said) == same_name(wanted)))
-        groups[own.row.task].append(group_of(own.row))
-    return {
-        task: {
-            "rows": len(values),
-            "agreement": sum(values) / len(values),
-            "agreement_95": ends(mean_interval(values, groups=groups[task])),
-        }
-        for task, values in sorted(same.items())
-    }
+        rows = found[own.row.task]
+        rows.agrees.append(float(said is not None and same_name(said) == same_name(wanted)))
+        rows.groups.append(group_of(own.row))
+    return dict(sorted(found.items()))
 
 
 def label_said(answer: Answer) -> str | None:

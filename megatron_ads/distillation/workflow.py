@@ -24,16 +24,18 @@ from megatron_ads.config.distillation import DistillConfig, Student
 from megatron_ads.config.generation import EndpointConfig, ModelKind
 from megatron_ads.config.recipes import load_job, validate_job
 from megatron_ads.data.sources import files_of
+from megatron_ads.distillation.agreement import agreement_gain
 from megatron_ads.distillation.corpus import rows_file, write_corpus
-from megatron_ads.distillation.questions import write_questions
+from megatron_ads.distillation.questions import judged_rows, write_questions
 from megatron_ads.evaluation.evaluate import evaluate
+from megatron_ads.evaluation.given_answers import GivenAnswers, read_given_answers
 from megatron_ads.evaluation.request import EvaluationRequest
 from megatron_ads.labelling.job import run_job
 from megatron_ads.labelling.report import report_of, summary, write
 from megatron_ads.quickstart.job_stages import train_stage
 from megatron_ads.quickstart.stages import Stage
 
-TEACHER = "teacher"
+TEACHER, DIFFERENCE = "teacher", "difference"
 
 
 def stages(config: DistillConfig) -> Iterator[Stage]:
@@ -70,6 +72,11 @@ def stages(config: DistillConfig) -> Iterator[Stage]:
         )  # fmt: skip
         yield _training(config, out, student)
         yield _judging(config, student, out / student / "export", judged, after=[student, f"{TEACHER}-scores"])
+    if set(config.students) == set(Student):
+        yield Stage(
+            name=DIFFERENCE, title="compare the students", settings={"data": judged}, outputs=[],
+            after=[f"{student}-scores" for student in Student], run=partial(_difference, config, out),
+        )  # fmt: skip
 
 
 def _state(sources: list[SourceConfig]) -> list[dict[str, Any]]:
@@ -161,6 +168,25 @@ def _judging(
         name=f"{name}-scores", title=f"judge: {'the teacher' if name == TEACHER else f'the student {name}'}",
         settings=settings, after=after, outputs=[answers], resumable=True, run=judge,
     )  # fmt: skip
+
+
+def _difference(config: DistillConfig, out: Path) -> dict[str, Any]:
+    """Return by dataset and metric what quality control adds, ``evaluation.comparison``, and to the agreement."""
+    request = EvaluationRequest(
+        recipe=config.judged.recipe,
+        overrides=config.judged_settings,
+        batch_size=config.judged.batch_size,
+        compare_file=judged_file(out, Student.unchecked),
+    )
+    scores = evaluate(GivenAnswers(file=judged_file(out, Student.checked)), request)
+    rows = judged_rows(config).tasks
+    checked, unchecked, teacher = (
+        read_given_answers(judged_file(out, name), rows) for name in (Student.checked, Student.unchecked, TEACHER)
+    )
+    return {
+        "metrics": {dataset: found["comparison"]["metrics"] for dataset, found in scores["tasks"].items()},
+        "agreement": agreement_gain(checked, unchecked, teacher),
+    }
 
 
 def judged_file(out: Path, name: str) -> Path:
