@@ -92,6 +92,10 @@ class DistillPath:
         """Settings of what the teacher learns from, which hold the judged rows out."""
         return [*_rows_of(self.taught), f"data.validation_rows={self.arguments.judged}"]
 
+    @property
+    def _validation(self) -> str:
+        return f"data.validation_rows={min(100, self.arguments.rows // 4)}"
+
     def stages(self) -> Iterator[Stage]:
         """Yield the stages."""
         yield self._stage("rows", "write rows", [self.taught, self.untaught], self._write_rows)
@@ -103,7 +107,7 @@ class DistillPath:
         if self.arguments.student is None:
             yield from self._speaker("student-start", STUDENT)
         yield self._distilled()
-        of_rows = [*_rows_of(self.untaught), "data.validation_rows=100"]
+        of_rows = [*_rows_of(self.untaught), self._validation]
         yield self._training("truth", "fine-tune a student on true answers", self._student_start, of_rows, "student")
         yield self._stage(
             "truth-scores", "judge it", [self.out / "truth.jsonl"], self._judge_truth, after=["truth", "distilled"]
@@ -118,7 +122,7 @@ class DistillPath:
     def _speaker(self, name: str, differs: Mapping[str, int]) -> Iterator[Stage]:
         """Yield the stages of a random model that learns the language of the prompts."""
         yield self._stage(name, f"make random weights: {name}", [self.out / name], lambda: self._make(name, differs))
-        texts = [*_rows_of(self.out / "texts.jsonl"), "data.validation_rows=100", "loss.normalize=token"]
+        texts = [*_rows_of(self.out / "texts.jsonl"), self._validation, "loss.normalize=token"]
         after = [name, "texts"]
         yield self._training(f"{name}-language", "learn the language", name, texts, "text", after=after, exported=False)
 
@@ -180,7 +184,8 @@ class DistillPath:
             f"sources=[{{kind: jsonl, path: {self.untaught}}}]", "teacher.kind=local", "teacher.url=null",
             f"teacher.model={self._start_of('teacher')}", f"teacher.max_tokens={self.arguments.longest}",
             f"student.load={start}", f"student.ranks={self.arguments.ranks}",
-            f"student.settings={json.dumps(self._steps('student'))}", f"judged.settings={json.dumps(self.judged)}",
+            self._validation.replace("data", "student"), f"student.settings={json.dumps(self._steps('student'))}",
+            f"judged.settings={json.dumps(self.judged)}",
             f"judged.max_new_tokens={self.arguments.longest}", *self.arguments.overrides,
         ]  # fmt: skip
         return Stage(
