@@ -22,13 +22,15 @@ Exit status: 0 done, 2 the request could not be carried out, 130 interrupted."""
 
 import argparse
 import json
+import sys
+from contextlib import nullcontext, redirect_stdout
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--recipe", required=True, metavar="R", help="a shipped recipe, distill/simulated, or a file")
     parser.add_argument("--out", metavar="DIR", help="folder of everything it writes (default: the recipe's out)")
-    parser.add_argument("--json", action="store_true", help="print the report as one line of JSON, after the progress")
+    parser.add_argument("--json", action="store_true", help="print the report as one line of JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
 
 
@@ -49,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_ads.quickstart.stages import run_stages
 
     out = Path(config.out).resolve()
-    with termination_as_interrupt():
+    progress = redirect_stdout(sys.stderr) if args.json else nullcontext()
+    with termination_as_interrupt(), progress:
         records = run_stages(list(stages(config)), out, {})
     report = report_on(config, records)
     write_report(out, text_of(report), json.dumps(report, ensure_ascii=False, indent=1) + "\n")

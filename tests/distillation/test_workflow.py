@@ -57,11 +57,12 @@ def test_a_student_learns_from_what_passes_and_is_judged_beside_its_teacher(
         words = [*given, f"teacher.url={server.url}"]
         command = ["distill", "--recipe", "distill/simulated", "--out", str(out), "--json", *words]
         assert cli.main(command) == 0
-        report = json.loads(capsys.readouterr().out.splitlines()[-1])
+        (printed,) = capsys.readouterr().out.splitlines()
+        report = json.loads(printed)
         asked = len(server.bodies)
         assert cli.main(command) == 0  # all is complete
         assert len(server.bodies) == asked
-    assert "was complete already" in capsys.readouterr().out
+    assert "was complete already" in capsys.readouterr().err
     config = load_distill_recipe("distill/simulated", words, out=str(out))
     questions, judged = jsonl_rows(out / "questions.jsonl"), judged_rows(config).tasks
     assert len(questions) == report["asked"]["rows"] and report["asked"]["left_out"][JUDGED] == 60 - len(questions) > 0
