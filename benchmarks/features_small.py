@@ -29,9 +29,10 @@ from typing import Any
 
 from benchmarks.features_small_answers import answer, recall, stand_in
 from benchmarks.features_small_table import tables
-from benchmarks.sft_small import run_command, run_path, train_stage, write_results
+from benchmarks.sft_small import run_path, write_results
 from megatron_ads.cli import exit_status
 from megatron_ads.observability.provenance import own_code_digest
+from megatron_ads.quickstart.job_stages import run_command, train_stage
 from megatron_ads.quickstart.stages import Stage, StageRecord
 
 STAND_INS = ("best", "noisy", "random")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.rl_small_table import markdown
+from megatron_ads.reporting.markdown import markdown
 
 _NAMES = {"loss": "loss", "auc": "AUC", "pr_auc": "PR-AUC"}
 _SHOWN = [(target, "pr_auc") for target in ("click", "conversion", "ctcvr")] + [("ctcvr", "loss"), ("ctcvr", "auc")]

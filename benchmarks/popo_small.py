@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.rl_small import RlPath
 from benchmarks.rl_small_pipeline import gain
-from benchmarks.rl_small_table import markdown
 from benchmarks.rl_small_tracks import TRACKS
-from benchmarks.sft_small import run_path, train_stage, write_results
+from benchmarks.sft_small import run_path, write_results
 from megatron_ads.cli import exit_status
+from megatron_ads.quickstart.job_stages import train_stage
 from megatron_ads.quickstart.stages import Stage, StageRecord
+from megatron_ads.reporting.markdown import markdown
 
 if TYPE_CHECKING:
     from megatron_ads.rollouts import Rollout

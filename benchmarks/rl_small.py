@@ -32,10 +32,11 @@ from typing import Any
 from benchmarks.rl_small_pipeline import gain, make_pipeline, reward_of
 from benchmarks.rl_small_table import tables
 from benchmarks.rl_small_tracks import TRACKS, Track, evaluated
-from benchmarks.sft_small import run_command, run_path, train_stage, write_results, write_texts
+from benchmarks.sft_small import run_path, write_results, write_texts
 from megatron_ads.cli import exit_status
 from megatron_ads.errors import ConfigError
 from megatron_ads.observability.provenance import own_code_digest
+from megatron_ads.quickstart.job_stages import run_command, train_stage
 from megatron_ads.quickstart.stages import Stage, StageRecord
 
 

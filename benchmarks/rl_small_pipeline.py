@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.sft_small import run_command
+from megatron_ads.quickstart.job_stages import run_command
 
 if TYPE_CHECKING:
     from megatron_ads.downstream.pipeline import Pipeline

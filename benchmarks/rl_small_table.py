@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
+from megatron_ads.reporting.markdown import markdown
+
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 """By reasoning, one for each seed."""
 
@@ -55,12 +57,6 @@ def _spread(values: Sequence[float]) -> str:
 
 def _tokens(cost: Mapping[str, Any]) -> float:
     return float(cost["answers"] * cost["tokens_per_answer"])
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return a table; the first row is its head."""
-    head, *body = rows
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *body))
 
 
 def _range(interval: Sequence[float] | None) -> str:

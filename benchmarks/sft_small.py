@@ -16,7 +16,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from benchmarks.sft_small_table import table
 from megatron_ads.cli import exit_status
 from megatron_ads.errors import ConfigError
 from megatron_ads.observability.provenance import own_code_digest, provenance
+from megatron_ads.quickstart.job_stages import run_command, train_stage
 from megatron_ads.quickstart.stages import Stage, StageRecord
 
 RECIPE = "sft/small"
@@ -153,11 +154,14 @@ def _stages(
         f"data.sources=[{{kind: jsonl, path: {texts}}}]", "loss.normalize=token", "optim.min_learning_rate=4.0e-4",
         f"train.max_steps={arguments.text_steps}",
     ]  # fmt: skip
-    yield train_stage("language", "learn the language", learn, out, arguments.ranks, after=["model", "texts"])
+    yield train_stage(
+        "language", "learn the language", learn, out, arguments.ranks, after=["model", "texts"], recipe=RECIPE
+    )
     for name, variant in chosen.items():
         run = out / name
         settings = [f"model.load={language / 'export'}", f"log.dir={run}", *variant.train, *arguments.overrides]
-        yield train_stage(name, f"fine-tune: {variant.about}", settings, out, arguments.ranks, after=["language"])
+        title = f"fine-tune: {variant.about}"
+        yield train_stage(name, title, settings, out, arguments.ranks, after=["language"], recipe=RECIPE)
         yield Stage(
             name=f"{name}-scores",
             title="answer the held-out rows",
@@ -167,44 +171,6 @@ def _stages(
             resumable=True,
             run=partial(_evaluate, run, [*variant.evaluate, *arguments.overrides]),
         )
-
-
-def train_stage(
-    name: str,
-    title: str,
-    settings: Sequence[str],
-    out: Path,
-    ranks: int,
-    *,
-    after: Sequence[str],
-    recipe: str = RECIPE,
-) -> Stage:
-    """Return the stage that runs a recipe; it writes to ``out/name``, which ``log.dir`` must name."""
-    from megatron_ads.config.recipes import load_job
-    from megatron_ads.launching.processes import MetricsFollower
-
-    steps = load_job(recipe, settings).train.max_steps
-
-    def run() -> dict[str, Any]:
-        with MetricsFollower(out / name, steps, name) as follow:
-            run_command(["train", "--recipe", recipe, "--ranks", str(ranks), *settings], out, name, follow)
-        return {"steps": steps}
-
-    return Stage(
-        name=name, title=title, settings={"recipe": recipe, "settings": list(settings), "ranks": ranks}, after=after,
-        outputs=[out / name], resumable=True, run=run,
-    )  # fmt: skip
-
-
-def run_command(
-    command: Sequence[str], out: Path, name: str, while_running: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
-    """Run `megatron-ads` with ``command`` in a process of its own, its lines going to ``out/logs/name.log``."""
-    from megatron_ads.launching.processes import run_job
-
-    log = out / "logs" / f"{name}.log"
-    run_job([sys.executable, "-m", "megatron_ads.cli", *command], log, while_running=while_running)
-    return {}
 
 
 def write_texts(file: Path, sections: Sequence[Sequence[str]]) -> dict[str, Any]:

@@ -28,12 +28,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sft_small import run_command, run_path, train_stage, write_results, write_texts
+from benchmarks.sft_small import run_path, write_results, write_texts
 from benchmarks.sid_small_rows import IDS, ITEM, TEXT, write_training_rows
 from benchmarks.sid_small_table import tables
 from megatron_ads.cli import exit_status
 from megatron_ads.errors import ConfigError
 from megatron_ads.observability.provenance import own_code_digest
+from megatron_ads.quickstart.job_stages import run_command, train_stage
 from megatron_ads.quickstart.stages import Stage, StageRecord
 
 ARMS = ("text", "sid", "item")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.rl_small_table import markdown
+from megatron_ads.reporting.markdown import markdown
 
 _CUTS = ("recall@1", "recall@5", "recall@20")
 _ABOUT = {"text": "text alone", "sid": "text and semantic IDs", "item": "next item by its ID"}

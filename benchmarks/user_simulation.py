@@ -27,10 +27,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sft_small import run_command, run_path, train_stage, write_results
+from benchmarks.sft_small import run_path, write_results
 from benchmarks.user_simulation_table import tables
 from megatron_ads.cli import exit_status
 from megatron_ads.observability.provenance import own_code_digest
+from megatron_ads.quickstart.job_stages import run_command, train_stage
 from megatron_ads.quickstart.stages import Stage, StageRecord
 
 PARTS = ("browse", "noise", "converse", "agents", "model")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.rl_small_table import markdown
+from megatron_ads.reporting.markdown import markdown
 from megatron_ads.user_simulation.agents_run import agents_pages
 from megatron_ads.user_simulation.browse_run import browse_pages
 from megatron_ads.user_simulation.converse_run import converse_pages

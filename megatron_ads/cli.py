@@ -55,6 +55,7 @@ COMMANDS = (
     Command("evaluate", "have a model answer held-out rows and score them", "megatron_ads.evaluation.command"),
     Command("regress", "compare public benchmarks before and after fine-tuning", "megatron_ads.regress.command"),
     Command("label", "have a model label rows in bulk", "megatron_ads.labelling.command"),
+    Command("distill", "fine-tune a smaller model on a teacher's answers", "megatron_ads.distillation.command"),
     Command("downstream", "train and score the frozen pipeline that rewards use", "megatron_ads.downstream.command"),
     Command("users", "let simulated users try recommenders", "megatron_ads.user_simulation.command"),
     Command("sid", "give items semantic IDs: codes of their embeddings", "megatron_ads.semantic_ids.command"),

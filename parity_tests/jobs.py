@@ -48,12 +48,17 @@ def forward(job: Job, tokens_BS: Tensor, prepare: Callable[[Any], None] | None =
     layers: list[Tensor] = []
     routing: list[Routing] = []
     for layer in model.decoder.layers:
-        layer.register_forward_hook(lambda _m, _i, output: layers.append(output[0].transpose(0, 1).float().cpu()))
+        layer.register_forward_hook(lambda _m, _i, output: layers.append(_rows_first(output[0])))
         if hasattr(layer.mlp, "router"):
             layer.mlp.router.register_forward_hook(lambda _m, _i, output: routing.append(_routing(output, tokens_BS)))
     with torch.no_grad():
         logits = wrapped(*_inputs(tokens_BS), None)
     return Pass(logits.float().cpu(), layers, routing)
+
+
+def _rows_first(output_SBC: Tensor) -> Tensor:
+    """Return a layer's output (B, S, C); Megatron has some say that they have a gradient, whatever ``no_grad`` says."""
+    return output_SBC.detach().transpose(0, 1).float().cpu()
 
 
 def _build_one(job: Job) -> tuple[Any, Any]:

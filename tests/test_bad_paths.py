@@ -20,6 +20,11 @@ REGRESS = "regress --data DATA --benchmark mmlu_stem --limit 1"
 LABEL = "label --recipe label/relevance sources=[{kind: builtin, rows: 4}]"
 BROWSE = "users browse --recipe users/browse"
 COOK = "data cook --recipe cook/simulated teacher.url=http://localhost:9/v1 teacher.model=x"
+DISTILL = (
+    "distill --recipe distill/simulated teacher.url=http://localhost:9/v1 teacher.model=x "
+    "teacher.server_wait_seconds=1 teacher.attempts=1 quality.min_probability=0 judged.settings=[] "
+    "judged.recipe=sft/quickstart sources=[{kind: builtin, rows: 4}]"
+)
 
 FOLDERS_READ = [
     "convert to-megatron BAD NEW",
@@ -39,6 +44,7 @@ FOLDERS_READ = [
     f"{LABEL} --out NEW model.kind=local model.url=null model.max_tokens=2 model.model=BAD",
     f"{LABEL} --out NEW model.model=x previous=[BAD]",
     f"{BROWSE} --out NEW model.kind=local model.model=BAD",
+    f"{DISTILL} --out NEW student.load=BAD",
     "compare-logits BAD MODEL",
     "compare-logits MODEL BAD",
     f"{EVALUATE} --model BAD",
@@ -74,6 +80,8 @@ FILES_READ = [
     "users agents --recipe BAD --out NEW",
     "users converse --recipe BAD --out NEW",
     "label --recipe label/relevance --out NEW model.model=x sources=[{kind: jsonl, path: BAD}]",
+    "distill --recipe BAD --out NEW",
+    f"{DISTILL.replace('kind: builtin, rows: 4', 'kind: jsonl, path: BAD')} --out NEW student.load=MODEL",
     f"{EVALUATE.replace('sft/quickstart', 'BAD')} --model MODEL",
     f"{EVALUATE.replace('kind: builtin, rows: 60', 'kind: jsonl, path: BAD')} --model MODEL",
     f"{EVALUATE} --model MODEL --names BAD",
@@ -98,6 +106,7 @@ FOLDERS_WRITTEN = [
     f"{COOK} --out BAD",
     f"{BROWSE} --out BAD",
     f"{LABEL} --out BAD model.model=x",
+    f"{DISTILL} --out BAD student.load=MODEL",
     "parity --hf MODEL --out BAD --tokens 8",
     "quickstart --out BAD",
     f"{REGRESS} --base MODEL --tuned MODEL --out BAD",

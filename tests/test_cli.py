@@ -36,6 +36,7 @@ COMMAND_LINES = [
     ["evaluate"],
     ["regress"],
     ["label"],
+    ["distill"],
     ["downstream"],
     ["downstream", "train"],
     ["downstream", "evaluate"],

@@ -56,6 +56,7 @@ ROOMS = (
     "megatron_ads.demo_model",
     "megatron_ads.parity",
     "megatron_ads.quickstart",
+    "megatron_ads.distillation",  # in the stages of the quickstart
 )
 MAY_IMPORT_MEGATRON = {f"megatron_ads.{name}" for name in ("runtime", "models", "optim", "training", "planning")}
 FOUNDATION_NEEDS = {"hydra", "omegaconf", "yaml"}

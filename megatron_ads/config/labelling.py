@@ -119,6 +119,9 @@ class LabelConfig:
     """How often a row is asked at most, until its answer can be read; from the second time on the answer is drawn."""
     draw_temperature: float = 0.7
     """Of those further draws."""
+    first_draw: int = 0
+    """Number of a row's first draw: a job that begins with ``draws``, or a multiple, gets other answers to the rows of
+    one that begins with 0."""
     log_probabilities: bool = False
     """Keep how probable the label was. Of a server, this needs ``model.tokenizer``."""
     rows_per_epoch: int = 10_000
@@ -154,7 +157,7 @@ class LabelConfig:
         require(bool(self.sources), "sources is empty. Name one: 'sources=[{kind: table, path: FILE, ...}]'.")
         for index, source in enumerate(self.sources):
             source.check(f"sources[{index}]")
-        require_at_least("recipe", self, 0, "seed", "gpu_price_per_second", "baseline_cost")
+        require_at_least("recipe", self, 0, "seed", "first_draw", "gpu_price_per_second", "baseline_cost")
         require_at_least("recipe", self, 1, "draws", "rows_per_epoch", "max_prompt_tokens", "gpus")
         require_above("recipe", self, 0, "draw_temperature")
         require(self.model.model is not None, "model.model is null. Name the model, or the checkpoint folder.")
@@ -191,6 +194,7 @@ class LabelConfig:
 
     def generation(self, draw: int) -> GenerationConfig:
         """Return how a row is asked for the ``draw``-th time, from 0 on."""
+        draw += self.first_draw
         first = self.model.generation(self.seed)
         if draw:
             again = replace(first, method=Method.sampled, temperature=self.draw_temperature)

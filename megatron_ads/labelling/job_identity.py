@@ -103,6 +103,8 @@ def tell_of_previous(config: LabelConfig) -> None:
 def _settings(config: LabelConfig) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(config).items() if name not in _MAY_CHANGE}
     settings["model"] = {name: settings["model"][name] for name in _OF_MODEL}
+    if not settings["first_draw"]:  # jobs of all draws need not name it
+        del settings["first_draw"]
     settings["files"] = [
         [part.name, part.file.stat().st_size, part.file.stat().st_mtime_ns]
         for source in config.sources

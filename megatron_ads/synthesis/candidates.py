@@ -164,13 +164,29 @@ def _read_text(candidate: Candidate, details: frozenset[str], config: RejectConf
         candidate.remove(Removed.label_differs, parts.answer)
         return
     candidate.reasoning = parts.reasoning
-    words = words_of(candidate.reasoning)
     if told := _TELLS.search(candidate.reasoning):
         candidate.remove(Removed.tells_the_answer_was_given, told[0])
-    elif len(words) < config.min_words:
-        candidate.remove(Removed.too_short, measured=f"{len(words)} words")
-    elif (mentioned := len(details & set(words))) < min(config.min_details, len(details)):
-        candidate.remove(Removed.boilerplate, measured=f"{mentioned} of {len(details)} details")
+    elif says_little := lack_of_content(
+        candidate.reasoning, details, min_words=config.min_words, min_details=config.min_details
+    ):
+        why, measured = says_little
+        candidate.remove(why, measured=measured)
+
+
+def lack_of_content(
+    reasoning: str, details: frozenset[str], *, min_words: int, min_details: int
+) -> tuple[Removed, str] | None:
+    """Return what reasoning lacks, and that in numbers: it is ``too_short``, or ``boilerplate``; None if it is neither.
+
+    Args:
+        details: Of the row, as ``details_in`` tells them; all must be mentioned where there are fewer than asked for.
+    """
+    words = words_of(reasoning)
+    if len(words) < min_words:
+        return Removed.too_short, f"{len(words)} words"
+    if (mentioned := len(details & set(words))) < min(min_details, len(details)):
+        return Removed.boilerplate, f"{mentioned} of {len(details)} details"
+    return None
 
 
 def _weighty(row: ChatRow) -> frozenset[str]:

@@ -177,6 +177,14 @@ def topic_of(row: ChatRow) -> str:
     return f"{keyword_of(row)}\n{subject_of(row)}"
 
 
+def query_faults(rows: Sequence[ChatRow], config: RejectConfig) -> list[QueryFault | None]:
+    """Return what is wrong with the queries of each row, in an embedding of the topics and queries of all."""
+    queries = [" ".join(ground_truth(row, Queries).texts) for row in rows]
+    texts = [text for row, said in zip(rows, queries, strict=True) for text in (topic_of(row), said)]
+    embed = embedder(config, texts, dimensions=TOPICS)
+    return [query_fault(row, embed, min_similarity=config.query_similarity) for row in rows]
+
+
 def query_fault(row: ChatRow, embed: Embed, *, min_similarity: float) -> QueryFault | None:
     """Return what is wrong with the queries of a row; None if nothing is."""
     queries, topic, keyword = ground_truth(row, Queries).texts, topic_of(row), keyword_of(row)

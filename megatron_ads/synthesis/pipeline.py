@@ -24,19 +24,16 @@ from megatron_ads.metrics.encoder import sentence_encoder
 from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.synthesis.candidates import Candidate, Removed, ask_teacher, by_row, passing
 from megatron_ads.synthesis.filters import (
-    TOPICS,
     Scorer,
     embedder,
-    query_fault,
+    query_faults,
     remove_disagreeing,
     remove_rejected,
     remove_unlikely,
-    topic_of,
 )
 from megatron_ads.synthesis.golden import GoldenResult, check_template
 from megatron_ads.synthesis.prompts import drawn, templates_of
 from megatron_ads.tasks import query_generation
-from megatron_ads.tasks.ground_truth import ground_truth
 from megatron_ads.tasks.registry import TASKS, task_named
 from megatron_ads.tasks.row_checks import check_rows
 
@@ -179,10 +176,7 @@ def _read_rows(config: SynthesisConfig) -> tuple[SynthesisResult, dict[str, list
 def _keep_good_queries(tasks: dict[str, list[ChatRow]], left_out: Counter[str], config: SynthesisConfig) -> None:
     """Take rows whose queries break the rules out of ``tasks``."""
     rows = tasks.pop(query_generation.TASK)
-    queries = [" ".join(ground_truth(row, query_generation.Queries).texts) for row in rows]
-    texts = [text for row, said in zip(rows, queries, strict=True) for text in (topic_of(row), said)]
-    embed = embedder(config.reject, texts, dimensions=TOPICS)
-    faults = [query_fault(row, embed, min_similarity=config.reject.query_similarity) for row in rows]
+    faults = query_faults(rows, config.reject)
     left_out.update(str(fault) for fault in faults if fault)
     if good := [row for row, fault in zip(rows, faults, strict=True) if fault is None]:
         tasks[query_generation.TASK] = good

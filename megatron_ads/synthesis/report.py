@@ -1,7 +1,6 @@
 """What a run did, for machines (report.json) and people (report.md): counts and samples of each filter's removals."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
@@ -9,19 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from conversion.atomic_file import write_small
 from megatron_ads.config.generation import AnsweringConfig
 from megatron_ads.config.synthesis import SynthesisConfig, synthesis_recipe_yaml
 from megatron_ads.inference.client import Client
-from megatron_ads.synthesis.candidates import Candidate, Removed, by_row, passing
+from megatron_ads.synthesis.candidates import Removed, by_row, passing
 from megatron_ads.synthesis.pipeline import SynthesisModels, SynthesisResult
-from megatron_ads.synthesis.prompts import drawn, question_of
+from megatron_ads.synthesis.removals import counts, removals, render, samples_of
 
 JSON_FILE, TEXT_FILE, RECIPE_FILE = "report.json", "report.md", "recipe.yaml"
-_SHOWN_CHARACTERS = 600
-_REASONS_SHOWN = 8
 
 
 def write_report(result: SynthesisResult, models: SynthesisModels, config: SynthesisConfig) -> dict[str, Any]:
@@ -48,7 +44,7 @@ def as_report(result: SynthesisResult, models: SynthesisModels, config: Synthesi
         },
         "golden": [
             {field.name: getattr(checked, field.name) for field in fields(checked)}
-            | {"failed": _samples(checked.failed, config)}
+            | {"failed": samples_of(checked.failed, config.samples, config.seed)}
             for checked in result.golden
         ],
         "models": {
@@ -60,7 +56,7 @@ def as_report(result: SynthesisResult, models: SynthesisModels, config: Synthesi
             if client is not None
         },
         "candidates": len(result.candidates),
-        "filters": _filters(result.candidates, config),
+        "filters": removals(result.candidates, Removed, samples=config.samples, seed=config.seed),
         "similarity": _quantiles([item.similarity for item in result.candidates if item.similarity is not None]),
         "perplexity": {
             "threshold": result.threshold,
@@ -70,7 +66,7 @@ def as_report(result: SynthesisResult, models: SynthesisModels, config: Synthesi
         "kept_by_task": dict(sorted(Counter(candidate.row.task for candidate in kept).items())),
         "rows_by_kept_candidates": {str(number): survivors[number] for number in sorted(survivors)},
         "corpus": result.written,
-        "samples_of_kept": _samples(kept, config),
+        "samples_of_kept": samples_of(kept, config.samples, config.seed),
     }
 
 
@@ -79,40 +75,6 @@ def _usage(client: Client, config: AnsweringConfig) -> dict[str, Any]:
     counted = {field.name: getattr(client.usage, field.name) for field in fields(client.usage)}
     derived = {"requests_per_second": client.usage.requests_per_second, "cost": client.usage.cost(config)}
     return {"model": config.model, "url": config.url, **counted, **derived}
-
-
-def _filters(candidates: Sequence[Candidate], config: SynthesisConfig) -> list[dict[str, Any]]:
-    """Return, in the order of the filters, how many candidates came to each and how many it removed."""
-    entered = len(candidates)
-    found = []
-    for why in Removed:
-        gone = [candidate for candidate in candidates if candidate.removed is why]
-        found.append(
-            {
-                "filter": str(why),
-                "entered": entered,
-                "removed": len(gone),
-                "reasons": dict(Counter(item.reason for item in gone if item.reason).most_common(_REASONS_SHOWN)),
-                "samples": _samples(gone, config),
-            }
-        )
-        entered -= len(gone)
-    return found
-
-
-def _samples(candidates: Sequence[Candidate], config: SynthesisConfig) -> list[dict[str, Any]]:
-    chosen = sorted(candidates, key=lambda item: drawn(config.seed, "report", item.name))[: config.samples]
-    return [
-        {
-            "id": candidate.name,
-            "task": candidate.row.task,
-            "reason": candidate.reason,
-            "measured": candidate.measured,
-            "question": question_of(candidate.row)[:_SHOWN_CHARACTERS],
-            "text": candidate.text[:_SHOWN_CHARACTERS],
-        }
-        for candidate in chosen
-    ]
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -124,25 +86,17 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
 
 def render_report(report: dict[str, Any]) -> str:
     """Return the report for people, as Markdown."""
-    templates = Environment(
-        loader=PackageLoader(__package__, "."),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    templates.filters |= {"counts": _counts, "one_line": _one_line, "plain": _plain}
-    return templates.get_template("report.md.jinja").render(report=report, summary=summary_lines(report))
+    return render("report.md.jinja", report=report, summary=summary_lines(report))
 
 
 def summary_lines(report: dict[str, Any]) -> list[str]:
     """Return the numbers that matter, for a terminal too."""
     rows = report["rows"]
     asked = sum(rows["asked_about"].values())
-    lines = [f"{rows['read']:,} rows read, {asked:,} asked about; left out: {_counts(rows['left_out'])}."]
+    lines = [f"{rows['read']:,} rows read, {asked:,} asked about; left out: {counts(rows['left_out'])}."]
     lines += [_model_line(name, used) for name, used in report["models"].items()]
     removed = {found["filter"]: found["removed"] for found in report["filters"] if found["removed"]}
-    lines.append(f"{report['candidates']:,} candidates, {report['kept']:,} kept; removed: {_counts(removed)}.")
+    lines.append(f"{report['candidates']:,} candidates, {report['kept']:,} kept; removed: {counts(removed)}.")
     if report["perplexity"]["threshold"] is not None:
         lines.append(f"Perplexity of the answer: kept below R = {report['perplexity']['threshold']:.4g}.")
     if survivors := report["rows_by_kept_candidates"]:
@@ -150,7 +104,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"Candidates kept of a row: {numbers}.")
     failed = [result for result in report["golden"] if not result["passed"]]
     if failed:
-        why = "; ".join(f"{result['task']} ({_counts(result['failures'])})" for result in failed)
+        why = "; ".join(f"{result['task']} ({counts(result['failures'])})" for result in failed)
         lines.append(
             f"The golden check failed for {why}: rows whose templates all failed were not asked about. "
             "Look at the failures in report.md, then give other templates, or lower golden.pass_rate or "
@@ -168,19 +122,6 @@ def _model_line(name: str, used: dict[str, Any]) -> str:
     cost = "" if used["cost"] is None else f", cost {used['cost']:.4g}"
     return (
         f"The {name} ({used['model']}): {used['asked']:,} requests answered{rate}, {used['from_journal']:,} before, "
-        f"{used['gave_up']:,} without answer; failed attempts: {_counts(used['failures'])}; "
+        f"{used['gave_up']:,} without answer; failed attempts: {counts(used['failures'])}; "
         f"{used['prompt_tokens']:,} prompt and {used['answer_tokens']:,} answer tokens{cost}."
     )
-
-
-def _counts(counts: dict[str, int], none: str = "none") -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or none
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:_SHOWN_CHARACTERS]
-
-
-def _plain(text: str) -> str:
-    """Escape what Markdown, and HTML within it, would take for markup: the text comes from data or a model."""
-    return re.sub(r"[\\`*<>&|\[\]]", r"\\\g<0>", text)

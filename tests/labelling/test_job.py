@@ -121,6 +121,9 @@ def test_a_folder_of_another_job_is_refused(tmp_path: Path) -> None:
         assert len(server.bodies) == 2
         with pytest.raises(DataError, match=r"labels of another job: reasoning changed"):
             run_job(recipe(tmp_path, pairs, f"model.url={server.url}", "reasoning=false", "model.tokenizer=x"))
+        assert "first_draw" not in (tmp_path / "out" / "job.json").read_text()  # 0 is what jobs have always done
+        with pytest.raises(DataError, match=r"labels of another job: first_draw changed"):
+            run_job(recipe(tmp_path, pairs, f"model.url={server.url}", "first_draw=3"))
         write_pairs(pairs, 3)
         with pytest.raises(DataError, match=r"labels of another job: files changed"):
             run_job(recipe(tmp_path, pairs, f"model.url={server.url}"))

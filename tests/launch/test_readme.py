@@ -10,6 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from megatron_ads.cli import build_parser
+from megatron_ads.config.distillation import DistillConfig
 from megatron_ads.config.labelling import LabelConfig
 from megatron_ads.config.recipes import JOBS, load_job
 from megatron_ads.config.user_simulation import AgentsConfig, BrowseConfig, ConverseConfig
@@ -48,15 +49,15 @@ def test_every_path_it_names_exists() -> None:
 
 
 def test_every_recipe_it_names_exists() -> None:
-    named = set(re.findall(r"(?:--recipe |`)((?:sft|preference|rl|cook|label|users)/\w+)", README))
-    assert {name.split("/")[0] for name in named} == {"sft", "preference", "rl", "cook", "label", "users"}
+    named = set(re.findall(r"(?:--recipe |`)((?:sft|preference|rl|cook|label|users|distill)/\w+)", README))
+    assert {name.split("/")[0] for name in named} == {"sft", "preference", "rl", "cook", "label", "users", "distill"}
     assert [name for name in named if not (PROJECT / "recipes" / f"{name}.yaml").exists()] == []
 
 
 def test_every_setting_it_names_exists() -> None:
     settings = {
         name
-        for job in (*JOBS.values(), LabelConfig, BrowseConfig, AgentsConfig, ConverseConfig)
+        for job in (*JOBS.values(), LabelConfig, DistillConfig, BrowseConfig, AgentsConfig, ConverseConfig)
         for name in _settings(job)
     }
     sections = "|".join(name for name in settings if "." not in name)

@@ -1,0 +1,95 @@
+"""From a teacher's answers to a student and a report, with a real server, a real training and a real evaluation."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ads import cli
+from megatron_ads.config.distillation import Student, load_distill_recipe
+from megatron_ads.data.jsonl import jsonl_rows
+from megatron_ads.data.split import group_of
+from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
+from megatron_ads.distillation.corpus import write_corpus
+from megatron_ads.distillation.questions import JUDGED, judged_rows
+from tests.inference.scripted_server import Reply, scripted_server
+
+PAIRS = "[{kind: builtin, rows: 60}]"
+STEPS = 2
+
+
+def answer(body: dict[str, Any], times: int) -> Reply:
+    """Answer well; every fifth prompt without a word of its own, every seventh in a form that cannot be read."""
+    asked = body["messages"][-1]["content"]
+    number = sum(map(ord, asked))
+    if number % 7 == 0:
+        return Reply(content="<Label>Perhaps</Label>")
+    said = "that is what one may want of such a thing" if number % 5 == 0 else " ".join(asked.split()[-30:])
+    return Reply(content=f"<think>{said.replace('<', '')}</think><Label>{('Bad', 'Good')[number % 2]}</Label>")
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> list[str]:
+    write_demo_model(tmp_path / "small", CONFIGS[Preset.tiny])
+    settings = [
+        "layout=pp1_ep1", f"train.max_steps={STEPS}", "train.global_batch_size=2", "train.micro_batch_size=1",
+        "train.evaluate_every=2", "optim.warmup_steps=0", "log.tensorboard=false",
+    ]  # fmt: skip
+    judged = [f"data.sources={PAIRS}", "data.validation_rows=4"]
+    return [
+        f"sources={PAIRS}", "students=[checked]", f"student.load='{tmp_path / 'small'}'", "student.validation_rows=4",
+        "student.recipe=sft/quickstart", f"student.settings={json.dumps(settings)}", "draws=2", "teacher.model=any",
+        "teacher.concurrency=4",
+        f"judged.settings={json.dumps(judged)}", "judged.recipe=sft/quickstart", "judged.max_new_tokens=4",
+        "quality.min_probability=0", "quality.min_words=3", "attempts=1",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_student_learns_from_what_passes_and_is_judged_beside_its_teacher(
+    tmp_path: Path, given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with scripted_server(answer) as server:
+        words = [*given, f"teacher.url={server.url}"]
+        command = ["distill", "--recipe", "distill/simulated", "--out", str(out), "--json", *words]
+        assert cli.main(command) == 0
+        (printed,) = capsys.readouterr().out.splitlines()
+        report = json.loads(printed)
+        asked = len(server.bodies)
+        assert cli.main(command) == 0  # all is complete
+        assert len(server.bodies) == asked
+    assert "was complete already" in capsys.readouterr().err
+    config = load_distill_recipe("distill/simulated", words, out=str(out))
+    questions, judged = jsonl_rows(out / "questions.jsonl"), judged_rows(config).tasks
+    assert len(questions) == report["asked"]["rows"] and report["asked"]["left_out"][JUDGED] == 60 - len(questions) > 0
+    assert not {group_of(row) for row in questions} & {group_of(row) for row in judged}
+
+    kept = jsonl_rows(out / "rows" / "checked.jsonl")
+    found = report["models"]["checked"]["rows"]
+    assert found["kept"] == len(kept) == len(questions) - sum(found["removed"].values())
+    assert {"unreadable", "boilerplate"} <= found["removed"].keys()
+    assert "### Removed by boilerplate" in (out / "rows" / "checked.md").read_text()
+    everything = write_corpus(config, out / "questions.jsonl", Student.unchecked)
+    assert everything["kept"] == len(questions) - found["removed"]["unreadable"] > len(kept)
+    assert Counter(row.label for row in kept).keys() == {"Bad", "Good"}
+
+    assert (out / "checked" / "export" / "manifest.json").exists()
+    teacher, student = (report["models"][name] for name in ("teacher", "checked"))
+    assert student["agreement"]["query_ad_relevance"]["agreement"] == 0  # after two steps it writes nothing readable
+    assert teacher["scores"]["tasks"]["query_ad_relevance"]["readable_share"] > 0.5
+    text = (out / "report.md").read_text()
+    assert "| query_ad_relevance | checked | bad/balanced_accuracy |" in text
+
+
+def test_a_student_that_cannot_be_trained_is_refused_before_the_teacher_is_asked(
+    tmp_path: Path, given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with scripted_server(answer) as server:
+        words = [*given, f"teacher.url={server.url}", "student.settings=['train.max_steps=2', 'optim.warmup_steps=3']"]
+        assert cli.main(["distill", "--recipe", "distill/simulated", "--out", str(tmp_path / "out"), *words]) == 2
+        assert not server.bodies
+    assert "optim.warmup_steps = 3 is more than train.max_steps = 2" in capsys.readouterr().err
