@@ -1,12 +1,12 @@
 """`megatron-ads quickstart`: run the whole path on this machine, from a checkpoint to a better checkpoint.
 
-    megatron-ads quickstart [--out DIR] [--steps N] [--rl N] [key=value ...]
+    megatron-ads quickstart [--out DIR] [--preset tiny|dense] [--steps N] [--rl N] [key=value ...]
 
-Makes a small random DeepSeek-V3-family checkpoint, converts it to shards for pp 2 x ep 2, fine-tunes it on 4
-processes, exports it to Hugging Face format, compares it with the Megatron model in transformers, and writes
-report.html and report.json. Started again, it continues where it was interrupted; a changed setting redoes what
-depends on it. With MEGATRON_ADS_DATA naming a folder with esci_us/pairs.jsonl, the rows are real query-product
-pairs; otherwise they are those of a simulated ads business.
+Makes a small random checkpoint, of the DeepSeek-V3 family (tiny) or a Qwen2 without experts (dense), converts it to
+shards for pp 2 x ep 2 (dense: pp 2 x tp 2), fine-tunes it on 4 processes, exports it to Hugging Face format, compares
+it with the Megatron model in transformers, and writes report.html and report.json. Started again, it continues where
+it was interrupted; a changed setting redoes what depends on it. With MEGATRON_ADS_DATA naming a folder with
+esci_us/pairs.jsonl, the rows are real query-product pairs; otherwise they are those of a simulated ads business.
 """
 
 import argparse
@@ -23,6 +23,9 @@ PAIRS = Path("esci_us") / "pairs.jsonl"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything it writes")
+    parser.add_argument(
+        "--preset", choices=["tiny", "dense"], default="tiny", help="what it begins with (default tiny)"
+    )
     parser.add_argument("--steps", type=int, help="optimizer steps of the fine-tuning (default: the recipe's)")
     parser.add_argument("--rl", type=int, metavar="N", help="then N steps of reinforcement learning (default: none)")
     parser.add_argument(
@@ -32,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Bring every stage to completion and report; return 1 if an export differs from what was trained."""
+    from megatron_ads.demo_model import Preset
     from megatron_ads.launching.processes import termination_as_interrupt
     from megatron_ads.observability.metrics import read_metrics
     from megatron_ads.observability.provenance import own_code_digest, provenance
@@ -45,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     steps = [] if args.steps is None else [f"train.max_steps={args.steps}"]
     overrides = [f"data={data['source']}", *steps, *args.overrides]
     identity = {"code": own_code_digest(), "versions": machine["versions"], "data": data}
-    plan = make_plan(folder, overrides=overrides, identity=identity, rl_steps=args.rl)
+    preset = Preset(args.preset)
+    plan = make_plan(folder, overrides=overrides, identity=identity, rl_steps=args.rl, preset=preset)
     opening = f"quickstart: on {data['description']}; everything goes to {folder.root}"
     with termination_as_interrupt():
         records = run_stages(plan.stages, folder.root, plan.commands, opening=opening)

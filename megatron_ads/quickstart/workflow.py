@@ -24,6 +24,21 @@ from megatron_ads.runtime.health.rank_record import ExitStatus
 RECIPE, RL_RECIPE = "sft/quickstart", "rl/quickstart"
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A checkpoint that the quickstart can begin with, and what the recipes need for it."""
+
+    family: str
+    settings: tuple[str, ...] = ()
+
+
+_WITHOUT_EXPERTS = ("layout.tp=2", "layout.ep=1", "layout.first_stage_layers=null", "model.mtp_loss_weight=0")
+STARTS: Mapping[Preset, Start] = {
+    Preset.tiny: Start("DeepSeek-V3-family"),
+    Preset.dense: Start("Qwen2", _WITHOUT_EXPERTS),
+}
+
+
 class QuickstartFolder:
     """Paths below ``root``, which ``described`` explains; nothing is created here."""
 
@@ -101,7 +116,12 @@ class _StageBuilder:
 
 
 def make_plan(
-    folder: QuickstartFolder, *, overrides: Sequence[str], identity: Mapping[str, Any], rl_steps: int | None = None
+    folder: QuickstartFolder,
+    *,
+    overrides: Sequence[str],
+    identity: Mapping[str, Any],
+    rl_steps: int | None = None,
+    preset: Preset = Preset.tiny,
 ) -> QuickstartPlan:
     """Lay out the stages.
 
@@ -110,17 +130,21 @@ def make_plan(
         overrides: Settings that replace the recipe's, ``train.max_steps=100``.
         identity: JSON values outside the recipe that decide the result: code and data digests, versions.
         rl_steps: Steps of reinforcement learning afterwards; None is none.
+        preset: Which checkpoint it begins with, one of ``STARTS``.
     """
+    start = STARTS[preset]
+    overrides = [*start.settings, *overrides]
     paths = [f"model.load={folder.shards}", f"log.dir={folder.run}"]
     config = load_recipe(RECIPE, [*overrides, *paths])
-    validate(config, config.layout.fewest_ranks(), shape_from_config(CONFIGS[Preset.tiny]))
+    validate(config, config.layout.fewest_ranks(), shape_from_config(CONFIGS[preset]))
     sizes = _sizes(config.layout) if _about(overrides, "layout") else ["--recipe", RECIPE]
     fp8 = ("--dtype", "fp8", "--reference", folder.start)
     build = _StageBuilder(folder, ["--recipe", RECIPE, *_about(overrides, "data")], asdict(config.data))
     stage, convert, judge, commands = build.stage, build.convert, build.judge, build.commands
     stages: tuple[Stage, ...] = (
-        stage("demo-model", "make a small random DeepSeek-V3-family checkpoint in FP8",
-              ["demo-model", folder.start, "--preset", Preset.tiny, "--fp8"], [folder.start], settings=identity),
+        stage("demo-model", f"make a small random {start.family} checkpoint in FP8",
+              ["demo-model", folder.start, "--preset", preset, "--fp8"], [folder.start],
+              settings={**identity, "preset": preset}),
         convert("to-shards", "convert it to shards, one file per rank", "demo-model", folder.start, folder.shards,
                 *sizes, to="to-megatron", settings=asdict(config.layout)),
         convert("to-bf16", "write it in BF16 as well, for transformers on a CPU", "to-shards", folder.shards,
@@ -145,12 +169,12 @@ def make_plan(
     )  # fmt: skip
     if rl_steps is not None:
         rows = [f"data.validation_rows={config.data.validation_rows}", *_about(overrides, "data")]
-        stages += _rl_stages(build, folder, [*_about(overrides, "layout"), *rows], rl_steps)
+        stages += _rl_stages(build, folder, preset, [*_about(overrides, "layout"), *rows], rl_steps)
     return QuickstartPlan(stages, commands, config)
 
 
 def _rl_stages(
-    build: _StageBuilder, folder: QuickstartFolder, settings: Sequence[str], steps: int
+    build: _StageBuilder, folder: QuickstartFolder, preset: Preset, settings: Sequence[str], steps: int
 ) -> tuple[Stage, ...]:
     """Continue with the fine-tuned shards; the rows held out must be the same, or they would be trained on."""
     settings = [
@@ -159,7 +183,7 @@ def _rl_stages(
     ]  # fmt: skip
     config = load_job(RL_RECIPE, settings)
     assert isinstance(config, rl.RlConfig)
-    rl.validate(config, config.layout.fewest_ranks(), shape_from_config(CONFIGS[Preset.tiny]))
+    rl.validate(config, config.layout.fewest_ranks(), shape_from_config(CONFIGS[preset]))
     command = ["train", "--recipe", RL_RECIPE, *settings]
     return (
         build.stage("train-rl", f"reinforce it for {steps} steps", command, [folder.rl_run], after=["train"],

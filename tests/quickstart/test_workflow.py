@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ads.demo_model import Preset
 from megatron_ads.errors import ConfigError
 from megatron_ads.quickstart import command
 from megatron_ads.quickstart.stages import Stage, run_stages
@@ -82,6 +83,22 @@ def test_the_commands_printed_are_the_ones_a_user_can_type(tmp_path: Path, capsy
     )
     (evaluation,) = [line for line in out.splitlines() if "evaluate" in line and "answers-after.jsonl" in line]
     assert evaluation.endswith("data=simulated_pairs")  # the training's settings are not its business
+
+
+def test_a_dense_checkpoint_goes_the_same_way_without_experts(tmp_path: Path) -> None:
+    plan = make_plan(
+        QuickstartFolder(tmp_path), overrides=["data=simulated_pairs"], identity={}, rl_steps=5, preset=Preset.dense
+    )
+    assert [stage.name for stage in plan.stages] == [*BEFORE, *TRAINED, "train-rl", "evaluate-rl"]
+    assert plan.stages[0].title == "make a small random Qwen2 checkpoint in FP8"
+    assert plan.commands["to-shards"][-4:] == ["--tp", "2", "--pp", "2"]
+    assert "layout.ep=1" in plan.commands["train"] and "layout.ep=1" in plan.commands["train-rl"]
+
+
+def test_another_preset_starts_from_another_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _what_runs(_plan(tmp_path), tmp_path, capsys) == BEFORE + TRAINED
+    dense = make_plan(QuickstartFolder(tmp_path), overrides=["data=simulated_pairs"], identity={}, preset=Preset.dense)
+    assert _what_runs(dense, tmp_path, capsys) == BEFORE + TRAINED
 
 
 def test_reinforcement_learning_begins_with_the_fine_tuned_shards_and_holds_the_same_rows_out(
