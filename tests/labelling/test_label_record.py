@@ -10,9 +10,12 @@ from megatron_ads.data.sources import read_source
 from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.labelling.label_record import label_log_probability, read_label
 from megatron_ads.labelling.question_store import Question
-from megatron_ads.rows import Message, Role
+from megatron_ads.rows import ChatRow, Message, Role
+from megatron_ads.tasks import next_item
 from megatron_ads.tasks.answer_format import place_in_element, place_of_answer
 from megatron_ads.tasks.registry import TASKS
+from megatron_ads.tasks.variants import ask_as
+from tests.tasks.examples import row_with_items
 
 PIECES = ["<think>", "It is ", "Good", "</think>", "<Label>", "Go", "od", "</Label>", "é"]
 
@@ -76,13 +79,7 @@ def test_a_label_behind_a_letter_of_several_tokens_has_its_own() -> None:
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.label_of])
 def test_every_task_says_where_its_label_stands(name: str) -> None:
-    if name in {str(task) for task in AdsTask}:
-        row = read_source(SourceConfig(kind=SourceKind.simulator, task=AdsTask(name), rows=1), seed=0)[0]
-    else:
-        source = SourceConfig(
-            kind=SourceKind.simulator, task=AdsTask.next_advertiser, rows=60, variant=RowVariant(name)
-        )
-        row = read_source(source, seed=0)[0]
+    row = _row_of(name)
     assert row.task == name and row.label
     place = place_of_answer(row.target)
     if (element := TASKS[name].label_in) is not None:
@@ -117,3 +114,13 @@ def test_an_answer_of_a_task_of_ones_own_is_a_text() -> None:
     assert (label.label, label.answer, label.reasoning, label.failure) == (None, '"whatever it is"', "so", None)
     nothing = Completion(text="<think>so</think>")
     assert read_label(_question("my_task"), [nothing], reasoning_required=True).failure == "empty"
+
+
+def _row_of(task: str) -> ChatRow:
+    """Return a row of a task; of one that is asked of other rows, made from them."""
+    if task in {str(one) for one in AdsTask}:
+        return read_source(SourceConfig(kind=SourceKind.simulator, task=AdsTask(task), rows=1), seed=0)[0]
+    if task == next_item.TASK:  # the simulator's rows have no semantic IDs
+        return ask_as([row_with_items("r")], RowVariant.next_item)[0]
+    source = SourceConfig(kind=SourceKind.simulator, task=AdsTask.next_advertiser, rows=60, variant=RowVariant(task))
+    return read_source(source, seed=0)[0]
