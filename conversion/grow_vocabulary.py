@@ -23,7 +23,7 @@ from conversion.atomic_file import FileRecord, write_small
 from conversion.carried import copy_side_files, find_side_files
 from conversion.errors import DamagedCheckpointError, read_object
 from conversion.hf_folder import INDEX, HfFolder, write_index
-from conversion.names import parameters
+from conversion.names import TOKEN_TABLES, parameters
 from conversion.plan import ConversionPlan, Copied, Item, NewRows, OutputFile, folder_state
 from conversion.safetensors_file import HeaderEntry, SafetensorsHeader, StoredTensor, build_header, read_header
 from conversion.sources import WeightSource
@@ -32,8 +32,6 @@ from megatron_ads.errors import ConfigError, ConversionError, require, require_a
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 ADDED_TOKEN_IDS = "added_token_ids"
 """Field of ``config.json``."""
-_OF_TOKENS = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""Canonical parameters with a row for each token, as far as a model has them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,7 +171,7 @@ class GrownTarget:
     def _growing(self) -> dict[str, str]:
         """Return the stored tensors with a row for each token: Hugging Face name -> canonical name."""
         own = {
-            name: parameters(self.source.shape)[name] for name in _OF_TOKENS if name in parameters(self.source.shape)
+            name: parameters(self.source.shape)[name] for name in TOKEN_TABLES if name in parameters(self.source.shape)
         }
         growing = {part.name: name for name, parameter in own.items() for part in parameter.parts}
         return growing | {alias: name for alias, name in self.folder.aliases.items() if name in own}

@@ -92,6 +92,8 @@ _LAYER = "{layer}"  # replaced by the layer's prefix on either side
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
+TOKEN_TABLES = (EMBEDDING, OUTPUT_LAYER)
+"""Parameters with a row for each token; models whose head is the embedding have the first alone."""
 OUTSIDE = (
     Rule(EMBEDDING, ("model.embed_tokens.weight",), ("vocab", "hidden"), Split.ROWS),
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",)),

@@ -9,12 +9,10 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from conversion.names import Parameter, ParameterKind, Split, parameters, slice_shape
+from conversion.names import TOKEN_TABLES, Parameter, ParameterKind, Split, parameters, slice_shape
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import FrozenPart, LoraTarget, ModelConfig
 
-TOKEN_TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""Canonical parameters with a row for each token; models whose head is the embedding have the first alone."""
 _TARGETS = (
     (r".+\.self_attention\.linear_\w+\.weight", LoraTarget.attention),
     (r".+\.mlp\.linear_fc[12]\.weight", LoraTarget.dense),

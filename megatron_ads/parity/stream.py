@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, kl_div, linear, log_softmax
 
 from conversion.hf_folder import HfFolder, stored_values
-from conversion.names import Parameter, Split, layer_parameters, output_layer_name
+from conversion.names import EMBEDDING, Parameter, Split, layer_parameters, output_layer_name
 from conversion.sources import WeightSource
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.models.settings import ModelSettings
@@ -67,9 +67,7 @@ class Stream:
         return Comparison(tuple(results), logits)
 
     def _embed(self, tokens_S: Tensor) -> Tensor:
-        return embedding(tokens_S.cpu(), self._source.read("embedding.word_embeddings.weight")).to(
-            self._device, self._dtype
-        )
+        return embedding(tokens_S.cpu(), self._source.read(EMBEDDING)).to(self._device, self._dtype)
 
     def _layer(
         self, layer: int, tokens: Rows, theirs: Rows, ours: Rows, layout: ParallelLayout

@@ -14,7 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from conversion.layer_specs import LayerSpec
-from megatron_ads.models.parts import TOKEN_TABLES
+from conversion.names import TOKEN_TABLES
 from megatron_ads.models.weights import named_weights
 
 

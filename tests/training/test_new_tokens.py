@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from conversion.grow_vocabulary import added_token_ids
+from conversion.names import TOKEN_TABLES
 from conversion.sources import WeightSource, open_source
 from megatron_ads.config.model import FrozenPart, LoraConfig, ModelConfig, TrainOnly
 from megatron_ads.config.run import validate
 from megatron_ads.errors import ConfigError
-from megatron_ads.models.parts import TOKEN_TABLES
 from parity_tests.harness.ranks import run_ranks
 from parity_tests.harness.training_jobs import Recipe, train_and_export
 from tests.conversion.growing import WORDS, grow, write_tokenizer
