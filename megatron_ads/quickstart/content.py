@@ -36,6 +36,7 @@ def gather_facts(
     """
     return {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "family": plan.family,
         "data": dict(data),
         "layout": {name: getattr(plan.config.layout, name) for name in ("tp", "cp", "pp", "vpp", "ep", "etp")},
         "training": training_facts(metrics),

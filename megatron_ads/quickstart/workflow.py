@@ -88,6 +88,8 @@ class QuickstartPlan:
     """The command line of each stage, as a user types it: ``megatron-ads convert ...``."""
     config: SftConfig
     """The resolved recipe of the fine-tuning."""
+    family: str
+    """Of the checkpoint that it begins with."""
 
 
 class _StageBuilder:
@@ -170,7 +172,7 @@ def make_plan(
     if rl_steps is not None:
         rows = [f"data.validation_rows={config.data.validation_rows}", *_about(overrides, "data")]
         stages += _rl_stages(build, folder, preset, [*_about(overrides, "layout"), *rows], rl_steps)
-    return QuickstartPlan(stages, commands, config)
+    return QuickstartPlan(stages, commands, config, start.family)
 
 
 def _rl_stages(

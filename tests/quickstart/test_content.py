@@ -71,7 +71,7 @@ def _facts(
         "revision": "abc-dirty",
     }
     data = {"source": "simulated_pairs", "description": "query-ad pairs of a simulated ads business"}
-    plan = QuickstartPlan(tuple(stages), {}, SftConfig())
+    plan = QuickstartPlan(tuple(stages), {}, SftConfig(), "Qwen2")
     told = {"data": data, "provenance": provenance, "of_rl": of_rl}
     facts = gather_facts(QuickstartFolder(folder), plan, records, _metrics(200), **told)
     facts["layout"] |= {"pp": 2, "ep": 2}
@@ -112,6 +112,7 @@ def test_the_facts_are_standard_json(tmp_path: Path) -> None:
 def test_the_page_tells_data_machine_versions_and_revision(tmp_path: Path) -> None:
     text = page(_facts(tmp_path), _metrics(200))
     for part in (
+        "A small random Qwen2 checkpoint",
         "simulated ads business",
         "Some CPU &lt;1&gt;, 2 cores, 24 GiB",
         "torch 2.13.0",
