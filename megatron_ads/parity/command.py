@@ -74,11 +74,10 @@ def require_same_model(reference: "ModelShape", ours: "ModelShape", *, hf: objec
     from megatron_ads.errors import ConversionError
 
     if reference != ours:
-        a, b = reference.numbers(), ours.numbers()
-        name = next(name for name in a | b if a.get(name) != b.get(name))
+        name, (expected, found) = next(iter(reference.differences(ours).items()))
         raise ConversionError(
-            f"{megatron} is another model than {hf}: {name} is {b.get(name)} instead of {a.get(name)}. Give "
-            "checkpoints of one model."
+            f"{megatron} is another model than {hf}: {name} is {found} instead of {expected}. Give checkpoints of one "
+            "model."
         )
 
 
