@@ -237,5 +237,6 @@ def check_aliases(source: WeightSource) -> None:
         if _compare_values(pair, repeat, original, tolerance=0) is not None:
             raise DamagedCheckpointError(
                 f"{alias} in {folder.tensors[alias].file} differs from {canonical}, which it should repeat: "
-                "Megatron-Core stores them once. The checkpoint was changed after training, or is not of this family."
+                "Megatron-Core stores them once. The checkpoint was changed after training, or its model has two "
+                "tensors there."
             )

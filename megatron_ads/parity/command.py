@@ -1,4 +1,4 @@
-"""Check that Megatron-Core computes what transformers computes, on any checkpoint of the DeepSeek-V3 family.
+"""Check that Megatron-Core computes what transformers computes, on a checkpoint of any supported model.
 
 The weights of one layer at a time are in memory, and the activations of all prompts: a model larger than memory is
 checked on one machine. Writes parity.json and parity.html.
