@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from conversion.rank_files import ShardsLayout
     from megatron_ads.architecture import ModelShape
-    from megatron_ads.parity.verdict import Comparison, RungResult
+    from megatron_ads.parity.verdict import RungResult, StreamResult
 
 _SIZES = ("tp", "pp", "vpp", "ep", "etp")
 
@@ -120,7 +120,7 @@ def _layout(shape: "ModelShape", text: str) -> "ShardsLayout":
 
 def _stream(
     number_format: str, prompts: "list[Tensor]", source: Any, reference: Any, layout: "ShardsLayout", limits: Any
-) -> "tuple[Comparison, list[str]]":
+) -> "tuple[StreamResult, list[str]]":
     """Return the comparison of the layers, and the parameters outside of them that are not the stored bits."""
     import torch
 
@@ -212,7 +212,7 @@ def _facts(args: argparse.Namespace, layout: "ShardsLayout", seconds: float) -> 
 
 
 def _write(
-    folder: Path, results: "list[RungResult]", comparison: "Comparison", limits: Any, facts: dict[str, Any]
+    folder: Path, results: "list[RungResult]", comparison: "StreamResult", limits: Any, facts: dict[str, Any]
 ) -> dict[str, Any]:
     from megatron_ads.parity.verdict import render
 

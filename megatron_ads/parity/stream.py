@@ -20,7 +20,7 @@ from megatron_ads.layout import ParallelLayout
 from megatron_ads.models.settings import ModelSettings
 from megatron_ads.models.single_layer import SingleLayer, build_norm
 from megatron_ads.parity.reference import Reference, ReferenceLayer, RouterScores
-from megatron_ads.parity.verdict import Comparison, LayerKind, LayerResult, Limits, LogitResult, RouterResult
+from megatron_ads.parity.verdict import LayerKind, LayerResult, Limits, LogitResult, RouterResult, StreamResult
 from megatron_ads.runtime.device import device
 
 Rows = list[Tensor]
@@ -42,7 +42,7 @@ class Stream:
 
     def compare(
         self, prompts: Sequence[Tensor], layout: ParallelLayout, advance: Callable[[LayerResult], None]
-    ) -> Comparison:
+    ) -> StreamResult:
         """Take token rows (S,), of any lengths, through all layers; ``advance`` receives each one's result.
 
         The slices of ``layout`` are cut and joined again.
@@ -65,7 +65,7 @@ class Stream:
         logits = self._compare_logits(theirs, ours)
         for layer in range(shape.num_layers, shape.num_layers + shape.mtp_layers):
             theirs, ours = add(layer, theirs, ours)
-        return Comparison(tuple(results), logits)
+        return StreamResult(tuple(results), logits)
 
     def _embed(self, tokens_S: Tensor) -> Tensor:
         return embedding(tokens_S.cpu(), self._source.read(EMBEDDING)).to(self._device, self._dtype)
