@@ -1,1 +1,1 @@
-"""Hugging Face <-> Megatron-Core conversion of DeepSeek-V3-family checkpoints, with torch and safetensors only."""
+"""Hugging Face <-> Megatron-Core conversion of checkpoints, with torch and safetensors only."""

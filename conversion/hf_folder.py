@@ -109,7 +109,7 @@ def open_hf_folder(path: Path) -> HfFolder:
     """Read all headers of a checkpoint folder and check them against its ``config.json``.
 
     Raises:
-        ConfigError: If ``config.json`` describes no model of this family.
+        ConfigError: If ``config.json`` describes no supported model.
         ConversionError: If there is no ``config.json``.
         DamagedCheckpointError: If a tensor is missing, unknown, of another shape than the config says, FP8 without
             scales, or indexed in a file that does not hold it or is not in the folder; if there are two checkpoints.
@@ -134,12 +134,12 @@ def open_hf_folder(path: Path) -> HfFolder:
 
 
 def check_for_transformers(path: Path) -> None:
-    """Check what transformers would open, allocate and list because the files of a model of this family say so.
+    """Check what transformers would open, allocate and list because the files of a supported model say so.
 
     Less than what ``open_hf_folder`` asks for: MTP layers may be missing, experts fused, and the head tied.
 
     Raises:
-        ConfigError: If ``config.json`` describes no model of this family.
+        ConfigError: If ``config.json`` describes no supported model.
         ConversionError: If it describes one that is absurdly large.
         DamagedCheckpointError: If a file is damaged or outside the folder, or tensors are too few or of another shape.
     """
@@ -209,9 +209,8 @@ def _check_names(folder: HfFolder) -> None:
     shape, found = folder.shape, folder.tensors.keys()
     if tensors_at_least(shape) > len(found):
         raise DamagedCheckpointError(
-            f"{folder.path} holds {len(found)} tensors, too few for the num_hidden_layers = {shape.num_layers}, "
-            f"n_routed_experts = {shape.num_experts} and num_nextn_predict_layers = {shape.mtp_layers} of its "
-            f"config.json. {_likely_cause(found) or 'Copy the config and the files from the same revision.'}"
+            f"{folder.path} holds {len(found)} tensors, too few for the {_counts(shape)} of its config.json. "
+            f"{_likely_cause(found) or 'Copy the config and the files from the same revision.'}"
         )
     expected = {part.name for parameter in parameters(shape).values() for part in parameter.parts}
     known = expected | set(folder.aliases) | set(folder.derived)
@@ -225,9 +224,16 @@ def _check_names(folder: HfFolder) -> None:
         what.append(f"holds {len(extra)} tensors that its config.json has no place for, first {extra[0]}")
     cause = _likely_cause(extra) or _cause_of_missing(shape, missing)
     if extra and not cause:
-        counts = ("num_hidden_layers", "n_routed_experts and num_nextn_predict_layers")
-        cause = f"Check {', '.join(counts if shape.num_experts else counts[:1])} in config.json."
+        cause = f"Check {_counts(shape)} in config.json."
     raise DamagedCheckpointError(f"{folder.path} {', and '.join(what)}. {cause or 'Copy the missing files.'}")
+
+
+def _counts(shape: ModelShape) -> str:
+    """Return the fields of ``config.json`` that say how many tensors there are, with their values."""
+    layers = f"num_hidden_layers = {shape.num_layers}"
+    if not shape.num_experts:
+        return layers
+    return f"{layers}, n_routed_experts = {shape.num_experts} and num_nextn_predict_layers = {shape.mtp_layers}"
 
 
 _CAUSES = {
@@ -243,7 +249,7 @@ _CAUSES = {
     r"_proj\.bias$": "Its projections have biases: only those of Qwen2, and of Llama with attention_bias, are known.",
     r"\.self_attn\.indexer\.": "It belongs to the sparse attention of DeepSeek-V3.2, which is not supported.",
 }
-"""Names of tensors that the family does not have, and what they tell about the checkpoint."""
+"""Names of tensors that no supported model has, and what they tell about the checkpoint."""
 
 
 def _likely_cause(names: Iterable[str]) -> str:

@@ -47,8 +47,8 @@ class ParameterKind(StrEnum):
 class Rule:
     """One Megatron parameter and the HF tensors it is stacked from on dim 0, in order.
 
-    ``dims`` is the shape of each of those HF tensors, in the words of :func:`dimensions`; its first word where they
-    have other numbers of rows is one word for each.
+    ``dims`` is the shape of each of those HF tensors, in the words of :func:`dimensions`. Where they differ in their
+    rows, a tuple of words, one for each tensor, stands first.
     """
 
     megatron: str

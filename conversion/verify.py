@@ -124,11 +124,8 @@ def verify(a: Path, b: Path, *, tolerance: float = 0.0, workers: int = 1, progre
 
 
 def _structural_differences(a: WeightSource, b: WeightSource) -> Iterator[Difference]:
-    shape_a, shape_b = a.shape.numbers(), b.shape.numbers()
-    for field in shape_a | shape_b:
-        value, other = shape_a.get(field), shape_b.get(field)
-        if value != other:
-            yield Difference(name=field, kind=DifferenceKind.CONFIG, detail=f"{value} in A, {other} in B")
+    for field, (value, other) in a.shape.differences(b.shape).items():
+        yield Difference(name=field, kind=DifferenceKind.CONFIG, detail=f"{value} in A, {other} in B")
     names_a, names_b = [*a.names(), *a.aliases], [*b.names(), *b.aliases]
     for kind, here, there in ((DifferenceKind.MISSING, names_a, names_b), (DifferenceKind.EXTRA, names_b, names_a)):
         absent = set(there)
@@ -240,5 +237,6 @@ def check_aliases(source: WeightSource) -> None:
         if _compare_values(pair, repeat, original, tolerance=0) is not None:
             raise DamagedCheckpointError(
                 f"{alias} in {folder.tensors[alias].file} differs from {canonical}, which it should repeat: "
-                "Megatron-Core stores them once. The checkpoint was changed after training, or is not of this family."
+                "Megatron-Core stores them once. The checkpoint was changed after training, or its model has two "
+                "tensors there."
             )

@@ -67,7 +67,7 @@ COMMANDS = (
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """Return the parser with every command listed and ``chosen`` complete."""
     parser = argparse.ArgumentParser(
-        prog="megatron-ads", description="Fine-tune DeepSeek-style mixture-of-experts models on ads tasks."
+        prog="megatron-ads", description="Fine-tune DeepSeek-style mixture-of-experts and dense models on ads tasks."
     )
     parser.add_argument("--version", action="version", version=f"megatron-ads {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")

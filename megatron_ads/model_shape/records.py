@@ -219,12 +219,14 @@ class ModelShape:
         """
         return 2 if self.has_expert_bias else 1
 
-    def numbers(self) -> dict[str, Any]:
-        """Return every field by name, those of the attention and of the position scaling beside the others."""
-        flat: dict[str, Any] = {}
-        for name, value in asdict(self).items():
-            flat |= value if isinstance(value, dict) else {name: value}
-        return flat
+    def differences(self, other: "ModelShape") -> dict[str, tuple[Any, Any]]:
+        """Return the fields in which two models differ, with both values; None where one has no such field.
+
+        Those of the attention and of the position scaling stand beside the others.
+        """
+        mine, theirs = _flat(self), _flat(other)
+        both = {name: (mine.get(name), theirs.get(name)) for name in mine | theirs}
+        return {name: pair for name, pair in both.items() if pair[0] != pair[1]}
 
     def require_megatron_routing(self) -> None:
         """Refuse routing that Megatron-Core 0.16's ``topk_routing_with_score_function`` computes differently.
@@ -251,3 +253,10 @@ class ModelShape:
     def is_moe_layer(self, layer: int) -> bool:
         """Whether ``layer`` (global, MTP layers counted on from ``num_layers``) has routed experts."""
         return layer >= self.first_dense_layers
+
+
+def _flat(shape: ModelShape) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in asdict(shape).items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat

@@ -71,6 +71,13 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, scale: float, boun
     return output_SHD[..., : value.size(-1)].transpose(0, 1).unsqueeze(0)
 
 
+def positions_in_samples(packed: PackedSeqParams, tokens: int) -> Tensor:
+    """Return the position of each token of a packed row in its own sample, (S,)."""
+    boundaries = packed.cu_seqlens_q
+    starts = boundaries[:-1].repeat_interleave(boundaries.diff(), output_size=tokens)
+    return torch.arange(tokens, device=boundaries.device) - starts
+
+
 class BlockedAttention(torch.autograd.Function):
     """Causal attention in matrix products over blocks of queries, each against the keys that it may see.
 
@@ -286,5 +293,4 @@ class LatentAttention(StatedProjections):
             self._turns = torch.polar(torch.full_like(angles, magnitude), angles).to(device)
         if packed is None:
             return self._turns[:tokens]
-        starts = packed.cu_seqlens_q[:-1].repeat_interleave(packed.cu_seqlens_q.diff(), output_size=tokens)
-        return self._turns[torch.arange(tokens, device=device) - starts]
+        return self._turns[positions_in_samples(packed, tokens)]

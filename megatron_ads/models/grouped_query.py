@@ -14,7 +14,7 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from megatron_ads.architecture import Llama3Shape, ModelShape
-from megatron_ads.models.attention import attend
+from megatron_ads.models.attention import attend, positions_in_samples
 
 
 def rotary_frequencies(shape: ModelShape) -> Tensor:
@@ -105,8 +105,7 @@ def _turns(angles_SD: Tensor, tokens: int, packed: PackedSeqParams | None) -> Te
     turns_2SP = torch.stack([angles_SP.cos(), angles_SP.sin()])
     if packed is None:
         return turns_2SP[:, :tokens]
-    starts = packed.cu_seqlens_q[:-1].repeat_interleave(packed.cu_seqlens_q.diff(), output_size=tokens)
-    return turns_2SP[:, torch.arange(tokens, device=angles_SD.device) - starts]
+    return turns_2SP[:, positions_in_samples(packed, tokens)]
 
 
 class BiasedOutputProjection(RowParallelLinear):

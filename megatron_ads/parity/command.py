@@ -1,4 +1,4 @@
-"""Check that Megatron-Core computes what transformers computes, on any checkpoint of the DeepSeek-V3 family.
+"""Check that Megatron-Core computes what transformers computes, on a checkpoint of any supported model.
 
 The weights of one layer at a time are in memory, and the activations of all prompts: a model larger than memory is
 checked on one machine. Writes parity.json and parity.html.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from conversion.rank_files import ShardsLayout
     from megatron_ads.architecture import ModelShape
-    from megatron_ads.parity.verdict import Comparison, RungResult
+    from megatron_ads.parity.verdict import RungResult, StreamResult
 
 _SIZES = ("tp", "pp", "vpp", "ep", "etp")
 
@@ -74,11 +74,10 @@ def require_same_model(reference: "ModelShape", ours: "ModelShape", *, hf: objec
     from megatron_ads.errors import ConversionError
 
     if reference != ours:
-        a, b = reference.numbers(), ours.numbers()
-        name = next(name for name in a | b if a.get(name) != b.get(name))
+        name, (expected, found) = next(iter(reference.differences(ours).items()))
         raise ConversionError(
-            f"{megatron} is another model than {hf}: {name} is {b.get(name)} instead of {a.get(name)}. Give "
-            "checkpoints of one model."
+            f"{megatron} is another model than {hf}: {name} is {found} instead of {expected}. Give checkpoints of one "
+            "model."
         )
 
 
@@ -121,7 +120,7 @@ def _layout(shape: "ModelShape", text: str) -> "ShardsLayout":
 
 def _stream(
     number_format: str, prompts: "list[Tensor]", source: Any, reference: Any, layout: "ShardsLayout", limits: Any
-) -> "tuple[Comparison, list[str]]":
+) -> "tuple[StreamResult, list[str]]":
     """Return the comparison of the layers, and the parameters outside of them that are not the stored bits."""
     import torch
 
@@ -213,7 +212,7 @@ def _facts(args: argparse.Namespace, layout: "ShardsLayout", seconds: float) -> 
 
 
 def _write(
-    folder: Path, results: "list[RungResult]", comparison: "Comparison", limits: Any, facts: dict[str, Any]
+    folder: Path, results: "list[RungResult]", comparison: "StreamResult", limits: Any, facts: dict[str, Any]
 ) -> dict[str, Any]:
     from megatron_ads.parity.verdict import render
 

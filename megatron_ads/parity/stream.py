@@ -14,12 +14,13 @@ from torch.nn.functional import embedding, kl_div, linear, log_softmax
 
 from conversion.hf_folder import HfFolder, stored_values
 from conversion.names import EMBEDDING, Parameter, Split, layer_parameters, output_layer_name
+from conversion.regions import part_values
 from conversion.sources import WeightSource
 from megatron_ads.layout import ParallelLayout
 from megatron_ads.models.settings import ModelSettings
 from megatron_ads.models.single_layer import SingleLayer, build_norm
 from megatron_ads.parity.reference import Reference, ReferenceLayer, RouterScores
-from megatron_ads.parity.verdict import Comparison, LayerKind, LayerResult, Limits, LogitResult, RouterResult
+from megatron_ads.parity.verdict import LayerKind, LayerResult, Limits, LogitResult, RouterResult, StreamResult
 from megatron_ads.runtime.device import device
 
 Rows = list[Tensor]
@@ -41,7 +42,7 @@ class Stream:
 
     def compare(
         self, prompts: Sequence[Tensor], layout: ParallelLayout, advance: Callable[[LayerResult], None]
-    ) -> Comparison:
+    ) -> StreamResult:
         """Take token rows (S,), of any lengths, through all layers; ``advance`` receives each one's result.
 
         The slices of ``layout`` are cut and joined again.
@@ -64,7 +65,7 @@ class Stream:
         logits = self._compare_logits(theirs, ours)
         for layer in range(shape.num_layers, shape.num_layers + shape.mtp_layers):
             theirs, ours = add(layer, theirs, ours)
-        return Comparison(tuple(results), logits)
+        return StreamResult(tuple(results), logits)
 
     def _embed(self, tokens_S: Tensor) -> Tensor:
         return embedding(tokens_S.cpu(), self._source.read(EMBEDDING)).to(self._device, self._dtype)
@@ -203,17 +204,18 @@ def changed_parameters(
     for parameter in parameters:
         size = layout.tp if parameter.expert is None else layout.etp
         slices = [source.read(parameter.name, rank=rank, size=size) for rank in range(size)]
-        whole = [stored_values(folder, part.name) for part in parameter.parts]
-        stored = torch.cat([one.chunk(parameter.groups)[group] for group in range(parameter.groups) for one in whole])
         if parameter.split is Split.REPLICATED:
             ours = slices[0]
         elif parameter.split is Split.GATE_UP:
             ours = torch.cat([one.chunk(2)[side] for side in (0, 1) for one in slices])
         else:
             ours = torch.cat(slices, dim=1 if parameter.split is Split.COLUMNS else 0)
-        if ours.dtype != stored.dtype:  # a router bias that is stored narrower than FP32 is compared by value
-            same = torch.equal(ours.float(), stored.float())
-        else:
-            same = torch.equal(ours.contiguous().view(torch.uint8), stored.contiguous().view(torch.uint8))
-        if not same:
+        parts = part_values(parameter, ours)
+        if not all(_same_bits(values, stored_values(folder, name)) for name, values in parts):
             yield parameter.name
+
+
+def _same_bits(ours: Tensor, stored: Tensor) -> bool:
+    if ours.dtype != stored.dtype:  # a router bias that is stored narrower than FP32 is compared by value
+        return torch.equal(ours.float(), stored.float())
+    return torch.equal(ours.contiguous().view(torch.uint8), stored.contiguous().view(torch.uint8))

@@ -90,7 +90,7 @@ class RungResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class StreamResult:
     """Everything measured by streaming once through the layers."""
 
     layers: tuple[LayerResult, ...]
@@ -149,7 +149,7 @@ def names_rung(source: WeightSource, layout: ShardsLayout) -> RungResult:
     return RungResult(rung=1, name="names", passed=passed, detail=detail)
 
 
-def rungs(names: RungResult, comparison: Comparison, outside: Sequence[str], limits: Limits) -> list[RungResult]:
+def rungs(names: RungResult, comparison: StreamResult, outside: Sequence[str], limits: Limits) -> list[RungResult]:
     """Return every rung in order; those that do not fit a checkpoint check have no verdict."""
     decoder = [one for one in comparison.layers if one.kind is not LayerKind.MTP]
     mtp = [one for one in comparison.layers if one.kind is LayerKind.MTP]
@@ -216,7 +216,7 @@ _VERDICTS = {True: "passed", False: "FAILED", None: "not run"}
 
 
 def render(
-    title: str, results: Sequence[RungResult], comparison: Comparison, limits: Limits, facts: Mapping[str, Any]
+    title: str, results: Sequence[RungResult], comparison: StreamResult, limits: Limits, facts: Mapping[str, Any]
 ) -> str:
     """Return the page. ``facts`` are the rows of its last table."""
     layers, logits = comparison.layers, comparison.logits

@@ -25,7 +25,7 @@ FALSE_ALARMS = 0.001
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
+class ScoreChange:
     """One benchmark, before and after. Shares are from 0 to 1, changes in points."""
 
     name: str
@@ -57,7 +57,7 @@ def noise_of(benchmarks: int) -> float:
     return NormalDist().inv_cdf(1 - FALSE_ALARMS / benchmarks)
 
 
-def compare(base: ModelScores, tuned: ModelScores) -> list[Comparison]:
+def compare(base: ModelScores, tuned: ModelScores) -> list[ScoreChange]:
     """Return a comparison for each benchmark that both were asked.
 
     Raises:
@@ -76,7 +76,7 @@ def compare(base: ModelScores, tuned: ModelScores) -> list[Comparison]:
     return [_of_benchmark(of_base[one.name], one) for one in common]
 
 
-def _of_benchmark(base: BenchmarkScores, tuned: BenchmarkScores) -> Comparison:
+def _of_benchmark(base: BenchmarkScores, tuned: BenchmarkScores) -> ScoreChange:
     if base.settings != tuned.settings:
         raise DataError(
             f"{base.name} was asked with {dict(base.settings)} and with {dict(tuned.settings)}. Run it again."
@@ -84,7 +84,7 @@ def _of_benchmark(base: BenchmarkScores, tuned: BenchmarkScores) -> Comparison:
     pairs = _paired(base, tuned)
     differences = [after.score - before.score for before, after in pairs]
     count = len(pairs)
-    return Comparison(
+    return ScoreChange(
         name=base.name,
         questions=count,
         base=fmean(before.score for before, _ in pairs),
@@ -124,11 +124,11 @@ def mcnemar(differences: Sequence[float]) -> float | None:
     return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
-def average(lines: Sequence[Comparison]) -> Comparison:
+def average(lines: Sequence[ScoreChange]) -> ScoreChange:
     """Return the line of the average, in which every benchmark counts the same."""
     errors = [line.error for line in lines if line.error is not None]
     count = len(lines)
-    return Comparison(
+    return ScoreChange(
         name="average",
         questions=sum(line.questions for line in lines),
         base=fmean(line.base for line in lines),

@@ -8,7 +8,7 @@ from typing import Any
 
 from conversion.atomic_file import write_small
 from megatron_ads.regress import history
-from megatron_ads.regress.compare import Comparison, average, compare, noise_of
+from megatron_ads.regress.compare import ScoreChange, average, compare, noise_of
 from megatron_ads.regress.model_scores import ModelScores
 from megatron_ads.reporting.page import fixed, render, text_table
 
@@ -62,7 +62,7 @@ def report_of(base: ModelScores, tuned: ModelScores, *, margin: float, same: boo
     }
 
 
-def _values(line: Comparison, passed: bool) -> dict[str, Any]:
+def _values(line: ScoreChange, passed: bool) -> dict[str, Any]:
     return {**asdict(line), "relative": line.relative, "passed": passed}
 
 

@@ -46,7 +46,7 @@ _TIME_ZONES = ("/etc/localtime", "/usr/share/zoneinfo")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
+class ProgramLimits:
     """What one program may use."""
 
     seconds: float = 10.0
@@ -88,7 +88,7 @@ class Outcome:
     """By the clock, from its first line on."""
 
 
-_DEFAULT = Limits()
+_DEFAULT = ProgramLimits()
 _BY_SIGNAL: Mapping[int, Verdict] = {
     signal.SIGXCPU: Verdict.timed_out,
     signal.SIGSYS: Verdict.refused,
@@ -96,7 +96,7 @@ _BY_SIGNAL: Mapping[int, Verdict] = {
 }
 
 
-def run_programs(sources: Sequence[str], limits: Limits = _DEFAULT, workers: int | None = None) -> list[Outcome]:
+def run_programs(sources: Sequence[str], limits: ProgramLimits = _DEFAULT, workers: int | None = None) -> list[Outcome]:
     """Run programs side by side, by default one a core; outcomes are in the order of the programs.
 
     Raises:
@@ -106,7 +106,7 @@ def run_programs(sources: Sequence[str], limits: Limits = _DEFAULT, workers: int
         return list(pool.map(partial(run_program, limits=limits), sources))
 
 
-def run_program(source: str, limits: Limits = _DEFAULT) -> Outcome:
+def run_program(source: str, limits: ProgramLimits = _DEFAULT) -> Outcome:
     """Run one program to its last line, confined; whatever it does, it is gone when this returns.
 
     Raises:
@@ -156,7 +156,7 @@ def _cannot_confine(reason: str) -> str:
 # ---- one run ----
 
 
-def _confinement(folder: Path, limits: Limits) -> Mapping[str, object]:
+def _confinement(folder: Path, limits: ProgramLimits) -> Mapping[str, object]:
     """Return what the child needs in order to confine itself, as JSON values.
 
     Raises:
@@ -184,7 +184,7 @@ def _confinement(folder: Path, limits: Limits) -> Mapping[str, object]:
 class _Run:
     """The process of one program, with what it has said so far; gone, with its pipes, at the end of the context."""
 
-    def __init__(self, request: int, folder: Path, limits: Limits) -> None:
+    def __init__(self, request: int, folder: Path, limits: ProgramLimits) -> None:
         """Start the process; ``request`` is the descriptor it reads its orders from."""
         self._folder, self._limits = folder, limits
         self._output, self._report = bytearray(), bytearray()

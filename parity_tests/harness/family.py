@@ -173,7 +173,7 @@ def command(*words: object) -> Outcome:
                 status = train()
             else:
                 status = cli.main(arguments)
-        except Exception:  # noqa: BLE001 - the test shows it with its command
+        except Exception:  # noqa: BLE001 - a process ends here: as the interpreter does, print the traceback, status 1
             status = 1
             traceback.print_exc()
     return Outcome(" ".join(arguments), status, output.getvalue(), errors.getvalue())

@@ -170,6 +170,12 @@ def test_a_tensor_too_few_is_named(config: dict, name: str, tmp_path: Path) -> N
         open_source(write_hf(tmp_path / "hf", config, tensors))
 
 
+def test_a_tensor_too_many_points_at_the_layers_and_not_at_experts(tmp_path: Path) -> None:
+    tensors = random_tensors(QWEN2, torch.bfloat16) | {"model.layers.4.mlp.up_proj.weight": torch.zeros(48, 32)}
+    with pytest.raises(DamagedCheckpointError, match=r"layers\.4.*\. Check num_hidden_layers = 4 in config\.json\."):
+        open_source(write_hf(tmp_path / "hf", QWEN2, tensors))
+
+
 def test_biases_that_the_config_does_not_ask_for_are_named(tmp_path: Path) -> None:
     tensors = random_tensors(LLAMA | {"attention_bias": True}, torch.bfloat16)
     with pytest.raises(DamagedCheckpointError, match="attention_bias"):

@@ -1,4 +1,4 @@
-"""Every command of `megatron-ads` on every published model of the family, in small."""
+"""Every command of `megatron-ads` on every published model, in small."""
 
 from pathlib import Path
 

@@ -7,12 +7,12 @@ import pytest
 from megatron_ads.config.model import Precision
 from megatron_ads.parity.verdict import (
     LIMITS,
-    Comparison,
     LayerKind,
     LayerResult,
     LogitResult,
     RouterResult,
     RungResult,
+    StreamResult,
     first_departure,
     render,
     rungs,
@@ -41,7 +41,7 @@ LOGITS = LogitResult(
 def _passed(
     *layers: LayerResult, logits: LogitResult = LOGITS, outside: tuple[str, ...] = ()
 ) -> dict[int, bool | None]:
-    results = rungs(NAMES, Comparison(layers, logits), outside, LIMIT)
+    results = rungs(NAMES, StreamResult(layers, logits), outside, LIMIT)
     return {one.rung: one.passed for one in results}
 
 
@@ -58,7 +58,7 @@ def test_changed_bits_fail_the_round_trip_alone() -> None:
 
 def test_the_first_layer_beyond_the_limit_is_named() -> None:
     wrong = replace(EXPERTS, difference=1e-3)
-    results = rungs(NAMES, Comparison((LAYER, wrong, replace(wrong, layer=7)), LOGITS), (), LIMIT)
+    results = rungs(NAMES, StreamResult((LAYER, wrong, replace(wrong, layer=7)), LOGITS), (), LIMIT)
     assert results[2].detail.startswith("layer 1 departs first, by 1.0e-03 of its size")
     assert first_departure([LAYER, EXPERTS], LIMIT) is None
 
@@ -97,7 +97,7 @@ def test_tokens_of_the_mtp_layer_sent_elsewhere_fail_its_rung() -> None:
 
 # ---- the page ----
 
-COMPARISON = Comparison((LAYER, EXPERTS, MTP), LOGITS)
+COMPARISON = StreamResult((LAYER, EXPERTS, MTP), LOGITS)
 
 
 def _page(passed: bool | None) -> str:
@@ -130,7 +130,7 @@ def test_paths_prompts_and_details_cannot_become_markup() -> None:
     layer = replace(LAYER, kind=script)
     results = [RungResult(rung=3, name=script, passed=True, detail=f"worst layer {script}")]
     facts = {"command": f"megatron-ads parity --hf {script}", script: script}
-    page = render(f"Parity of {script}", results, Comparison((layer,), LOGITS), LIMITS[Precision.fp32], facts)
+    page = render(f"Parity of {script}", results, StreamResult((layer,), LOGITS), LIMITS[Precision.fp32], facts)
     assert "<script" not in page
     for shown in ("Parity of ", "worst layer ", "parity --hf ", "<td>"):
         assert f"{shown}&lt;script&gt;" in page

@@ -19,7 +19,7 @@ import pytest
 
 from megatron_ads.errors import ConfigError
 from megatron_ads.regress import sandbox
-from megatron_ads.regress.sandbox import Limits, Outcome, Verdict, require_sandbox, run_program
+from megatron_ads.regress.sandbox import Outcome, ProgramLimits, Verdict, require_sandbox, run_program
 from megatron_ads.regress.sandbox_filter import ALLOWED
 from tests.regress.forbidden_calls import FORBIDDEN, number_here
 
@@ -39,7 +39,7 @@ def folder() -> Iterator[Path]:
 
 
 def run(source: str, **limits: float) -> Outcome:
-    return run_program(source, Limits(**{"seconds": 20.0} | limits))
+    return run_program(source, ProgramLimits(**{"seconds": 20.0} | limits))
 
 
 ATTEMPT = """
@@ -273,7 +273,8 @@ def test_a_program_of_roots_runs_as_another_user() -> None:
 def test_a_program_ends_when_the_process_that_watches_it_is_killed(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     driver = (
-        "from megatron_ads.regress.sandbox import *; run_program('import time; time.sleep(100)', Limits(seconds=100))"
+        "from megatron_ads.regress.sandbox import *\n"
+        "run_program('import time; time.sleep(100)', ProgramLimits(seconds=100))"
     )
     with subprocess.Popen([sys.executable, "-c", driver], env=environment) as watcher:
         deadline = time.monotonic() + 60

@@ -4,13 +4,13 @@ import time
 
 import pytest
 
-from megatron_ads.regress.sandbox import Limits, Outcome, Verdict, run_program, run_programs
+from megatron_ads.regress.sandbox import Outcome, ProgramLimits, Verdict, run_program, run_programs
 
 pytestmark = pytest.mark.usefixtures("sandboxed")
 
 
 def run(source: str, **limits: float) -> Outcome:
-    return run_program(source, Limits(**{"seconds": 20.0} | limits))
+    return run_program(source, ProgramLimits(**{"seconds": 20.0} | limits))
 
 
 # ---- what it uses ----
