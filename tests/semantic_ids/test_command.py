@@ -116,6 +116,16 @@ def test_a_text_column_that_no_item_has_is_refused(tmp_path: Path, capsys: pytes
     assert "no column 'brnd'; it has brand, item_id, title, vector. Did you mean 'brand'?" in capsys.readouterr().err
 
 
+def test_earlier_ids_from_a_folder_without_a_table_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = write_items(tmp_path / "items.jsonl", range(40))
+    fit(capsys, items, tmp_path / "sid", "quantizer=rqkmeans")
+    encode = ["sid", "encode", "--codebook", tmp_path / "sid", "--items", items, "--text", "title"]
+    assert main([*map(str, encode), "--previous", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
+    assert "has no items.parquet: it is no folder of semantic IDs" in capsys.readouterr().err
+
+
 def test_a_table_of_another_codebook_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     items = write_items(tmp_path / "items.jsonl", range(40))
     for seed in (0, 1):
