@@ -32,7 +32,7 @@ from benchmarks.features_small_table import tables
 from benchmarks.sft_small import run_path, write_results
 from megatron_ads.cli import exit_status
 from megatron_ads.observability.provenance import own_code_digest
-from megatron_ads.quickstart.job_stages import run_command, train_stage
+from megatron_ads.quickstart.job_stages import command_stage, train_stage
 from megatron_ads.quickstart.stages import Stage, StageRecord
 
 STAND_INS = ("best", "noisy", "random")
@@ -80,14 +80,14 @@ class FeaturePath:
     def stages(self) -> Iterator[Stage]:
         """Yield the stages."""
         simulated = ["data", "simulate", "--out", str(self.out / "simulated"), "--users", str(self.arguments.users)]
-        yield self._command("simulated", "simulate logs", [*simulated, "--rows", "0"], ["simulated"])
+        yield self._command("simulated", "simulate logs", [*simulated, "--rows", "0"], "simulated")
         train = ["downstream", "train", "--logs", str(self.out / "simulated"), "--out", str(self.out / "pipeline")]
         train += ["held_out=0.5"]  # conversions are few: half of the users make intervals narrow
-        yield self._command("pipeline", "train a pipeline", train, ["pipeline"], after=["simulated"])
+        yield self._command("pipeline", "train a pipeline", train, "pipeline", after=["simulated"])
         rows = [*self._downstream("rows"), "--out", str(self.out / "rows.jsonl")]
         rows += [f"history.max_entries={self.arguments.history_entries}"]
         rows += ["--labelled", str(self.out / "train.jsonl"), "--apart", str(self.arguments.apart)]
-        yield self._command("rows", "write rows", rows, ["rows.jsonl", "train.jsonl"], after=["pipeline"])
+        yield self._command("rows", "write rows", rows, "rows.jsonl", "train.jsonl", after=["pipeline"])
         for name in self.arguments.answers:
             yield from self._model() if name == MODEL else [self._stand_in(name)]
             yield from self._measured(name)
@@ -96,12 +96,9 @@ class FeaturePath:
         return ["downstream", command, "--pipeline", str(self.out / "pipeline"), "--logs", str(self.out / "simulated")]
 
     def _command(
-        self, name: str, title: str, command: Sequence[str], outputs: Sequence[str], *, after: Sequence[str] = ()
+        self, name: str, title: str, command: Sequence[str], *outputs: str, after: Sequence[str] = ()
     ) -> Stage:
-        return Stage(
-            name=name, title=title, settings={"command": list(command), "code": own_code_digest()}, after=after,
-            outputs=[self.out / output for output in outputs], run=partial(run_command, command, self.out, name),
-        )  # fmt: skip
+        return command_stage(name, title, command, self.out, outputs, after=after)
 
     def _stand_in(self, name: str) -> Stage:
         answers = self.out / f"answers-{name}.jsonl"
@@ -115,7 +112,7 @@ class FeaturePath:
 
         model, texts, train = self.out / "shallow", self.out / "texts.jsonl", self.out / "train.jsonl"
         make = ["demo-model", str(model), "--preset", "shallow", "--dtype", "fp32"]
-        yield self._command("shallow", "make a random checkpoint", make, ["shallow"])
+        yield self._command("shallow", "make a random checkpoint", make, "shallow")
         section = ["data=jsonl", "data.validation_rows=100", f"data.sources=[{{kind: jsonl, path: {train}}}]"]
         yield Stage(
             name="texts", title="write the texts to learn from", settings={"code": own_code_digest()}, after=["rows"],
@@ -146,7 +143,7 @@ class FeaturePath:
         make = [*self._downstream("features"), "--rows", str(self.out / "rows.jsonl"), "--answers", str(answers)]
         make += ["--out", str(features)]
         yield self._command(
-            f"features-{name}", f"make features of {name}", make, [features.name], after=[f"answers-{name}"]
+            f"features-{name}", f"make features of {name}", make, features.name, after=[f"answers-{name}"]
         )
         scores = self.out / f"scores-{name}.json"
         judge = [*self._downstream("evaluate"), "--features", str(features), "--seeds", str(self.arguments.seeds)]

@@ -36,7 +36,7 @@ from benchmarks.sft_small import run_path, write_results, write_texts
 from megatron_ads.cli import exit_status
 from megatron_ads.errors import ConfigError
 from megatron_ads.observability.provenance import own_code_digest
-from megatron_ads.quickstart.job_stages import run_command, train_stage
+from megatron_ads.quickstart.job_stages import command_stage, train_stage
 from megatron_ads.quickstart.stages import Stage, StageRecord
 
 
@@ -105,10 +105,7 @@ class RlPath:
         model = f"model-{seed}"
         make = ["demo-model", str(self.out / model), "--preset", self.track.preset]
         make += ["--dtype", "fp32", "--seed", str(seed)]
-        yield Stage(
-            name=model, title=f"seed {seed}: make a random checkpoint", outputs=[self.out / model],
-            settings={"command": make, "code": own_code_digest()}, run=partial(run_command, make, self.out, model),
-        )  # fmt: skip
+        yield command_stage(model, f"seed {seed}: make a random checkpoint", make, self.out, [model])
         if self.track.pipeline and seed == 0:
             yield Stage(
                 name="pipeline", title="train the pipeline", outputs=[self.out / "pipeline"],

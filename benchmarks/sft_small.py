@@ -26,7 +26,7 @@ from benchmarks.sft_small_table import table
 from megatron_ads.cli import exit_status
 from megatron_ads.errors import ConfigError
 from megatron_ads.observability.provenance import own_code_digest, provenance
-from megatron_ads.quickstart.job_stages import run_command, train_stage
+from megatron_ads.quickstart.job_stages import command_stage, train_stage
 from megatron_ads.quickstart.stages import Stage, StageRecord
 
 RECIPE = "sft/small"
@@ -136,10 +136,7 @@ def _stages(
 ) -> Iterator[Stage]:
     model, texts, language = out / "model", out / "texts.jsonl", out / "language"
     make = ["demo-model", str(model), "--preset", "shallow", "--dtype", "fp32"]
-    yield Stage(
-        name="model", title="make a random checkpoint", settings={"command": make, "code": own_code_digest()},
-        outputs=[model], run=partial(run_command, make, out, "model"),
-    )  # fmt: skip
+    yield command_stage("model", "make a random checkpoint", make, out, ["model"])
     # Settings of the data decide over what is held out, which the texts must not show.
     of_data = [setting for setting in arguments.overrides if setting.startswith("data")]
     sections = sorted(

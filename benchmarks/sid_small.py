@@ -34,7 +34,7 @@ from benchmarks.sid_small_table import tables
 from megatron_ads.cli import exit_status
 from megatron_ads.errors import ConfigError
 from megatron_ads.observability.provenance import own_code_digest
-from megatron_ads.quickstart.job_stages import run_command, train_stage
+from megatron_ads.quickstart.job_stages import command_stage, train_stage
 from megatron_ads.quickstart.stages import Stage, StageRecord
 
 ARMS = ("text", "sid", "item")
@@ -95,7 +95,7 @@ class SidPath:
 
     def stages(self) -> Iterator[Stage]:
         """Yield the stages."""
-        if {"sid", "item"} & set(self.arguments.arms):
+        if "sid" in self.arguments.arms:
             yield from self._semantic_ids()
         yield from self._base()
         if "text" in self.arguments.arms:
@@ -121,17 +121,16 @@ class SidPath:
         columns, after = ["--id", "item_id", "--text", "title", "--text", "brand"], []
         if self.arguments.data == "simulator":
             simulate = ["data", "simulate", "--out", str(self.out / "simulated"), "--users", "100", "--rows", "0"]
-            yield self._command("simulated", "simulate items", simulate, ["simulated"])
+            yield self._command("simulated", "simulate items", simulate, "simulated")
             items = self.out / "simulated" / "items.parquet"
             columns, after = ["--id", "item", "--text", "text"], ["simulated"]
         sizes = [f"{name}={getattr(self.arguments, name)}" for name in ("quantizer", "levels", "codes")]
         fit = ["sid", "fit", "--items", str(items), *columns, "--out", str(self.out / "sid"), *sizes]
-        yield self._command("sid", "give items semantic IDs", [*fit, "disambiguation_codes=128"], ["sid"], after=after)
+        yield self._command("sid", "give items semantic IDs", [*fit, "disambiguation_codes=128"], "sid", after=after)
 
     def _base(self) -> Iterator[Stage]:
-        views = {TEXT: self._held_out(TEXT)}
-        with_ids = bool({"sid", "item"} & set(self.arguments.arms))
-        views |= {view: self._held_out(view) for view in (IDS, ITEM) if with_ids}
+        with_ids = "sid" in self.arguments.arms
+        views = {view: self._held_out(view) for view in ((TEXT, IDS, ITEM) if with_ids else (TEXT,))}
         yield Stage(
             name="rows", title="write the rows to train on", settings={"views": views, "code": own_code_digest()},
             outputs=[self._rows(view) for view in views], after=["sid"] if with_ids else [],
@@ -139,7 +138,7 @@ class SidPath:
         )  # fmt: skip
         model, texts = self.out / "model", self.out / "texts.jsonl"
         make = ["demo-model", str(model), "--preset", "shallow", "--dtype", "fp32"]
-        yield self._command("model", "make a random checkpoint", make, ["model"])
+        yield self._command("model", "make a random checkpoint", make, "model")
         section = self._mixed([self._source(TEXT), self._math])
         yield Stage(
             name="texts", title="write the texts to learn from", outputs=[texts], after=["rows"],
@@ -162,9 +161,9 @@ class SidPath:
     def _sid_arm(self) -> Iterator[Stage]:
         hf = self.out / "language-hf"
         export = ["convert", "to-hf", str(self.out / "language" / "export"), str(hf)]
-        yield self._command("language-hf", "export the language", export, [hf.name], after=["language"])
+        yield self._command("language-hf", "export the language", export, hf.name, after=["language"])
         grow = ["convert", "grow-vocabulary", str(hf), str(self.out / "grown"), "--sid", str(self.out / "sid")]
-        yield self._command("grown", "add tokens", grow, ["grown"], after=["language-hf", "sid"])
+        yield self._command("grown", "add tokens", grow, "grown", after=["language-hf", "sid"])
         alignment = f"{{kind: jsonl, path: {self.out / 'sid' / 'alignment.jsonl'}, weight: 2}}"
         grown, steps = self.out / "grown", self.arguments.phase1_steps
         phase1 = self._mixed([alignment])
@@ -272,12 +271,9 @@ class SidPath:
         return {"general": found["general"]}
 
     def _command(
-        self, name: str, title: str, command: Sequence[str], outputs: Sequence[str], *, after: Sequence[str] = ()
+        self, name: str, title: str, command: Sequence[str], *outputs: str, after: Sequence[str] = ()
     ) -> Stage:
-        return Stage(
-            name=name, title=title, settings={"command": list(command), "code": own_code_digest()}, after=after,
-            outputs=[self.out / output for output in outputs], run=partial(run_command, command, self.out, name),
-        )  # fmt: skip
+        return command_stage(name, title, command, self.out, outputs, after=after)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_ads.config.data import RowVariant
 from megatron_ads.errors import DataError
 from megatron_ads.rows import ChatRow, Fact
 
@@ -40,7 +41,7 @@ def write_training_rows(out: Path, sections: Mapping[str, Sequence[str]]) -> dic
 
 def _record(row: ChatRow) -> str:
     """Return what a row is about, whatever it asks."""
-    return row.id.removesuffix("/next_item")
+    return row.id.removesuffix(f"/{RowVariant.next_item}")
 
 
 def _write(file: Path, rows: Iterable[ChatRow]) -> None:

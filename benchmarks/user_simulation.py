@@ -31,7 +31,7 @@ from benchmarks.sft_small import run_path, write_results
 from benchmarks.user_simulation_table import tables
 from megatron_ads.cli import exit_status
 from megatron_ads.observability.provenance import own_code_digest
-from megatron_ads.quickstart.job_stages import run_command, train_stage
+from megatron_ads.quickstart.job_stages import command_stage, train_stage
 from megatron_ads.quickstart.stages import Stage, StageRecord
 
 PARTS = ("browse", "noise", "converse", "agents", "model")
@@ -125,12 +125,9 @@ class UsersPath:
         )  # fmt: skip
 
     def _command(
-        self, name: str, title: str, command: Sequence[str], output: str, *, after: Sequence[str] = ()
+        self, name: str, title: str, command: Sequence[str], *outputs: str, after: Sequence[str] = ()
     ) -> Stage:
-        return Stage(
-            name=name, title=title, settings={"command": list(command), "code": own_code_digest()}, after=after,
-            outputs=[self.out / output], run=partial(run_command, command, self.out, name),
-        )  # fmt: skip
+        return command_stage(name, title, command, self.out, outputs, after=after)
 
     def _model(self) -> Iterator[Stage]:
         rows, model = self.out / "taught.jsonl", self.out / "shallow"

@@ -11,7 +11,6 @@ apart before they are trained, is ours.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -170,11 +169,9 @@ class GrownTarget:
     @cached_property
     def _growing(self) -> dict[str, str]:
         """Return the stored tensors with a row for each token: Hugging Face name -> canonical name."""
-        own = {
-            name: parameters(self.source.shape)[name] for name in TOKEN_TABLES if name in parameters(self.source.shape)
-        }
-        growing = {part.name: name for name, parameter in own.items() for part in parameter.parts}
-        return growing | {alias: name for alias, name in self.folder.aliases.items() if name in own}
+        known = parameters(self.source.shape)
+        growing = {part.name: name for name in TOKEN_TABLES if name in known for part in known[name].parts}
+        return growing | {alias: name for alias, name in self.folder.aliases.items() if name in TOKEN_TABLES}
 
     def _plan_file(self, file: str) -> OutputFile:
         path = self.folder.path / file
@@ -248,16 +245,11 @@ class GrownTarget:
     def finish(self, plan: ConversionPlan, records: tuple[FileRecord, ...]) -> None:
         """Write the index, if the source has one."""
         if (self.folder.path / INDEX).exists():
-            stored = {name: (file.name, tensor) for file in self._files(plan) for name, tensor in _tensors(file)}
-            file_of = {name: file for name, (file, _) in stored.items()}
-            write_index(plan.target, file_of, sum(tensor.nbytes for _, tensor in stored.values()))
-
-    def _files(self, plan: ConversionPlan) -> Sequence[Path]:
-        return [plan.target / file.name for file in plan.files]
-
-
-def _tensors(file: Path) -> list[tuple[str, StoredTensor]]:
-    return list(read_header(file).tensors.items())
+            stored = {file.name: read_header(plan.target / file.name).tensors for file in plan.files}
+            file_of = {name: file for file, tensors in stored.items() for name in tensors}
+            write_index(
+                plan.target, file_of, sum(each.nbytes for tensors in stored.values() for each in tensors.values())
+            )
 
 
 def _entry(token: str) -> dict[str, Any]:

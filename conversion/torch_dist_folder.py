@@ -9,7 +9,7 @@ from typing import Any
 from conversion.carried import SIDE_FOLDER, Carried
 from conversion.errors import DamagedCheckpointError, read_object
 from conversion.layer_specs import KeyedTensor, LayerSpec, keyed_tensors
-from conversion.names import EMBEDDING, OUTPUT_LAYER, Parameter, hf_aliases, parameters
+from conversion.names import TOKEN_TABLES, Parameter, hf_aliases, parameters
 from conversion.paths import inside
 from conversion.regions import Rectangle, Region, StoredMatrix, whole
 from conversion.safetensors_file import StoredTensor
@@ -114,7 +114,7 @@ def _locate(path: Path, tensor: KeyedTensor, metadata: Any) -> dict[str, tuple[R
             "Megatron-Core that names it otherwise."
         )
     # Megatron pads the vocabulary; rows beyond it hold nothing.
-    padded = tensor.key in (EMBEDDING, OUTPUT_LAYER)
+    padded = tensor.key in TOKEN_TABLES
     size = tuple(stored.size)
     if size[1:] != tensor.shape[1:] or not (size[0] == tensor.shape[0] or (padded and size[0] > tensor.shape[0])):
         raise DamagedCheckpointError(f"{tensor.key} in {path} has shape {size}, but its config gives {tensor.shape}.")

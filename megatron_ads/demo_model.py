@@ -14,8 +14,6 @@ The same preset, number format and seed give the same bytes.
 import argparse
 import json
 import math
-import os
-import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
@@ -190,25 +188,18 @@ def write_demo_model(
     from conversion.names import parameters
     from megatron_ads.architecture import shape_from_config
     from megatron_ads.data.demo_tokenizer import write_tokenizer
+    from megatron_ads.data.new_folder import new_folder
 
-    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):  # a link to nowhere is something too
-        raise ConfigError(f"{out} exists and is not an empty folder. Choose another one, or remove it.")
-    shape = shape_from_config(config)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    written = dict(config)
+    shape, written = shape_from_config(config), dict(config)
     if fp8:
         from conversion.to_hf import FP8_CONFIG
 
         written["quantization_config"] = FP8_CONFIG
-    for name, content in (("config.json", written), ("generation_config.json", _GENERATION_CONFIG)):
-        (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    write_tokenizer(partial, config["vocab_size"])
-    _write_weights(partial, _draw_tensors(shape, config["torch_dtype"], fp8, seed, embedding_spread))
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    with new_folder(out) as folder:
+        for name, content in (("config.json", written), ("generation_config.json", _GENERATION_CONFIG)):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_tokenizer(folder, config["vocab_size"])
+        _write_weights(folder, _draw_tensors(shape, config["torch_dtype"], fp8, seed, embedding_spread))
     return sum(math.prod(parameter.shape) for parameter in parameters(shape).values())
 
 

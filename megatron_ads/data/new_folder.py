@@ -6,7 +6,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from conversion.atomic_file import sync_folder
+from megatron_ads.disk import make_writable_folder
 from megatron_ads.errors import ConfigError
+
+
+def require_new(out: Path) -> None:
+    """Refuse a folder that holds something, or cannot be written: before the work whose result it is to hold.
+
+    Raises:
+        ConfigError: If it holds something, or is no folder.
+        OSError: If it cannot be written.
+    """
+    there = os.path.lexists(out)  # a link to nowhere is something too
+    if there and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder. Choose another one, or remove it.")
+    make_writable_folder(out)
+    if not there:
+        out.rmdir()
 
 
 @contextmanager
@@ -15,16 +32,18 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Raises:
         ConfigError: If ``out`` holds something, or is no folder.
+        OSError: If it cannot be written.
     """
-    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an empty folder. Choose another one, or remove it.")
+    require_new(out)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     try:
         yield partial
+        sync_folder(partial)
         if out.exists():
             out.rmdir()
         os.rename(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    sync_folder(out.absolute().parent)

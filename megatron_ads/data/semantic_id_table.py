@@ -1,6 +1,6 @@
 """Tables of semantic IDs, as ``megatron-ads sid`` writes them: which item has which ID."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,20 +22,29 @@ def read_semantic_ids(folder: Path) -> Mapping[str, str]:
     Raises:
         DataError: If the folder has no such table.
     """
-    file = folder / TABLE
-    if not file.is_file():
+    status = _table_in(folder).stat()
+    return _read(folder, (status.st_size, status.st_mtime_ns))
+
+
+def read_columns(folder: Path, columns: Sequence[str]) -> pa.Table:
+    """Return columns of a folder's table, with its metadata; errors as of ``read_semantic_ids``."""
+    file = _table_in(folder)
+    try:
+        return pq.read_table(file, columns=list(columns))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read ({one_line(error)}). Make it again: megatron-ads sid encode.") from None
+
+
+def _table_in(folder: Path) -> Path:
+    if not (folder / TABLE).is_file():
         raise DataError(
             f"{folder} has no {TABLE}: it is no folder of semantic IDs. Make one: megatron-ads sid fit, or sid encode."
         )
-    status = file.stat()
-    return _read(file, (status.st_size, status.st_mtime_ns))
+    return folder / TABLE
 
 
 @lru_cache(maxsize=2)
-def _read(file: Path, state: tuple[int, int]) -> Mapping[str, str]:
-    """Return a table's IDs; ``state`` tells apart what a file held at different times."""
-    try:
-        table = pq.read_table(file, columns=[ITEM, SEMANTIC_ID])
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise DataError(f"{file} cannot be read ({one_line(error)}). Make it again: megatron-ads sid encode.") from None
+def _read(folder: Path, state: tuple[int, int]) -> Mapping[str, str]:
+    """Return the IDs of a table; ``state`` tells apart what it held at different times."""
+    table = read_columns(folder, [ITEM, SEMANTIC_ID])
     return dict(zip(table[ITEM].to_pylist(), table[SEMANTIC_ID].to_pylist(), strict=True))

@@ -101,8 +101,9 @@ def _command(commands: Subparsers, name: str, summary: str, description: str) ->
 
 def _train(args: argparse.Namespace) -> int:
     from megatron_ads.config.downstream import load_downstream
+    from megatron_ads.data.new_folder import require_new
     from megatron_ads.downstream.pipeline import train_pipeline  # imports torch: keep --help instant
-    from megatron_ads.downstream.pipeline_folder import require_new, save_pipeline
+    from megatron_ads.downstream.pipeline_folder import save_pipeline
     from megatron_ads.downstream.simulated_logs import read_logs
 
     started, config = time.monotonic(), load_downstream(args.overrides, "downstream train")

@@ -5,9 +5,6 @@ The digest names the content: settings, items, counts, range and weights. Nothin
 
 import hashlib
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,33 +14,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from conversion.atomic_file import sync_folder, write_small
+from conversion.atomic_file import write_small
 from megatron_ads.config.downstream import load_downstream
-from megatron_ads.disk import make_writable_folder
+from megatron_ads.data.new_folder import new_folder
 from megatron_ads.downstream.logs import Item
 from megatron_ads.downstream.pipeline import ItemCounts, Pipeline
 from megatron_ads.downstream.ranker import Ranker
 from megatron_ads.downstream.retriever import Retriever
-from megatron_ads.errors import ConfigError, DataError
+from megatron_ads.errors import DataError
 
 WEIGHTS, RECORD = "model.safetensors", "pipeline.json"
 _VERSION = 1
 _PARTS = ("retriever", "ranker")
-
-
-def require_new(out: Path) -> None:
-    """Refuse a folder that holds something, or cannot be written: before the work whose result it is to hold.
-
-    Raises:
-        ConfigError: If it holds something, or is no folder.
-        OSError: If it cannot be written.
-    """
-    there = os.path.lexists(out)
-    if there and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an empty folder. Choose another one, or remove it.")
-    make_writable_folder(out)
-    if not there:
-        out.rmdir()
 
 
 def save_pipeline(pipeline: Pipeline, out: Path, *, trained_on: Mapping[str, Any]) -> str:
@@ -57,7 +39,6 @@ def save_pipeline(pipeline: Pipeline, out: Path, *, trained_on: Mapping[str, Any
     Raises:
         ConfigError: If the folder holds something.
     """
-    require_new(out)  # once more: it took a while
     tensors = {
         f"{part}.{name}": tensor.contiguous()
         for part in _PARTS
@@ -73,18 +54,9 @@ def save_pipeline(pipeline: Pipeline, out: Path, *, trained_on: Mapping[str, Any
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     record = {"digest": _digest(content), **content, "trained_on": trained_on}
-    partial = out.with_name(f"{out.name}.{secrets.token_hex(4)}.partial")
-    partial.mkdir(parents=True)
-    try:
-        write_small(partial / WEIGHTS, weights)
-        write_small(partial / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        sync_folder(partial)
-        if out.exists():
-            out.rmdir()
-        os.rename(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    sync_folder(out.absolute().parent)
+    with new_folder(out) as folder:
+        write_small(folder / WEIGHTS, weights)
+        write_small(folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return str(record["digest"])
 
 

@@ -2,11 +2,13 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_ads.config.recipes import load_job
 from megatron_ads.launching.processes import MetricsFollower, run_job
+from megatron_ads.observability.provenance import own_code_digest
 from megatron_ads.quickstart.stages import Stage
 
 
@@ -31,6 +33,16 @@ def train_stage(
     return Stage(
         name=name, title=title, settings={"recipe": recipe, "settings": list(settings), "ranks": ranks}, after=after,
         outputs=[out / name], resumable=True, run=run,
+    )  # fmt: skip
+
+
+def command_stage(
+    name: str, title: str, command: Sequence[str], out: Path, outputs: Sequence[str], *, after: Sequence[str] = ()
+) -> Stage:
+    """Return the stage that runs `megatron-ads` with ``command``; ``outputs`` are below ``out``."""
+    return Stage(
+        name=name, title=title, settings={"command": list(command), "code": own_code_digest()}, after=after,
+        outputs=[out / output for output in outputs], run=partial(run_command, command, out, name),
     )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from conversion.atomic_file import write_small
-from megatron_ads.data.semantic_id_table import CODES, ITEM, SEMANTIC_ID, TABLE, TEXT, VERSION
-from megatron_ads.errors import DataError, one_line
+from megatron_ads.data.semantic_id_table import CODES, ITEM, SEMANTIC_ID, TABLE, TEXT, VERSION, read_columns
+from megatron_ads.errors import DataError
 from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.semantic_ids.disambiguation import Codes
 from megatron_ads.stable_random import stable_integer
@@ -35,10 +35,10 @@ class KnownItems:
 
 def write_item_table(folder: Path, codes: Mapping[str, Codes], texts: Mapping[str, str], *, version: str) -> None:
     """Write the table and, of items with a text, the rows of ``alignment_rows`` into a folder that exists."""
-    known = list(map(text_of, codes.values()))
+    semantic_ids = list(map(text_of, codes.values()))
     columns = {
         ITEM: list(codes),
-        SEMANTIC_ID: known,
+        SEMANTIC_ID: semantic_ids,
         CODES: list(map(list, codes.values())),
         TEXT: [texts[name] for name in codes],
     }
@@ -48,7 +48,7 @@ def write_item_table(folder: Path, codes: Mapping[str, Codes], texts: Mapping[st
     )
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, schema=schema), sink)
-    write_small(folder / NAMES, "".join(f"{each}\n" for each in known))
+    write_small(folder / NAMES, "".join(f"{each}\n" for each in semantic_ids))
     write_small(folder / TABLE, memoryview(sink.getvalue()).tobytes())
     lines = (json.dumps(row.as_dict(), ensure_ascii=False) for row in alignment_rows(codes, texts))
     write_small(folder / ALIGNMENT, "".join(f"{line}\n" for line in lines))
@@ -75,10 +75,7 @@ def read_known_items(folder: Path, *, version: str) -> KnownItems:
     Raises:
         DataError: If there is none, or it is of another codebook.
     """
-    try:
-        table = pq.read_table(folder / TABLE, columns=[ITEM, CODES, TEXT])
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder / TABLE} cannot be read ({one_line(error)}). Name a folder of sid encode.") from None
+    table = read_columns(folder, [ITEM, CODES, TEXT])
     found = (table.schema.metadata or {}).get(VERSION, b"none").decode()
     if found != version:
         raise DataError(f"{folder / TABLE} is of the codebook {found}, not of {version}. Encode with that one.")

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ads.data.bad_rows import BadRowError
-from megatron_ads.data.source_files import parts_of
+from megatron_ads.data.source_files import parts_of, require_columns
 from megatron_ads.data.table_fields import text_of
-from megatron_ads.data.table_files import Cell, read_table
+from megatron_ads.data.table_files import Cell, column_types, read_table
 from megatron_ads.errors import DataError
 
 Vectors = NDArray[np.float32]
@@ -46,8 +46,9 @@ def read_items(path: Path, *, id_column: str, text_columns: Sequence[str], vecto
     column = None if vectors is None or vectors.endswith(".npy") else vectors
     needed = list(dict.fromkeys([id_column, *text_columns, *([column] if column else [])]))
     ids: dict[str, None] = {}
-    texts, found = [], []
-    for part in parts_of(path):
+    texts, found, unseen = [], [], set(text_columns)
+    parts = parts_of(path)
+    for part in parts:
         for number, cells in read_table(part, needed):
             try:
                 if isinstance(cells, BadRowError):
@@ -56,13 +57,17 @@ def read_items(path: Path, *, id_column: str, text_columns: Sequence[str], vecto
                 if name in ids:
                     raise DataError(f"{id_column} {name!r} is there twice.")
                 ids[name] = None
-                texts.append(SEPARATOR.join(text for each in text_columns if (text := _text(cells[each]))))
+                words = {each: text for each in text_columns if (text := _text(cells[each]))}
+                texts.append(SEPARATOR.join(words.values()))
+                unseen -= words.keys()
                 if column is not None:
                     found.append(_vector(cells[column], column))
             except DataError as error:
                 raise DataError(f"{part.file}, row {number}: {error}") from None
     if not ids:
         raise DataError(f"{path} holds no items.")
+    if unseen:  # in JSONL a column that is nowhere reads like an empty one
+        require_columns(path, sorted({name for part in parts for name in column_types(part, len(ids))}), sorted(unseen))
     vector_ND = _stacked(found, path) if column else None if vectors is None else _stored(Path(vectors), len(ids))
     return Items(ids=tuple(ids), texts=tuple(texts), vector_ND=vector_ND)
 

@@ -16,6 +16,7 @@ from conversion.verify import verify
 from megatron_ads.cli import main
 from megatron_ads.config.model import LayoutConfig
 from megatron_ads.errors import ConfigError, ConversionError
+from parity_tests.harness.dense_checkpoints import QWEN2
 from parity_tests.harness.hf_checkpoints import to_fp8, write_hf
 from tests.conversion.growing import WORDS, grow, write_tokenizer
 from tests.models.checkpoints import V3, write_checkpoint
@@ -26,6 +27,7 @@ TABLES = {
     f"model.layers.{V3['num_hidden_layers']}.embed_tokens.weight",
     f"model.layers.{V3['num_hidden_layers']}.shared_head.head.weight",
 }
+TIED = {"tie_word_embeddings": True, "vocab_size": V3["vocab_size"]}
 TOKENS = 20
 END = WORDS + TOKENS
 
@@ -75,7 +77,7 @@ def test_new_rows_lie_around_the_mean_of_the_old_ones_and_fillers_on_it(grown: P
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         table = stored(grown)[name].double()
         old, new, fill = table[:WORDS], table[WORDS:END], table[END:]
-        assert torch.allclose(fill, old.mean(0).expand_as(fill), atol=1e-7)
+        torch.testing.assert_close(fill, old.mean(0).expand_as(fill), rtol=2**-23, atol=0.0)  # rounded to FP32
         apart = (new - old.mean(0)) / old.std(0, correction=0)
         assert apart.std().item() == pytest.approx(0.1, rel=0.1)  # of 20 x 64 normal numbers, times noise = 0.1
         assert len(torch.unique(new, dim=0)) == TOKENS
@@ -113,6 +115,23 @@ def test_the_logits_of_the_old_tokens_are_the_same_to_the_bit(source: Path, grow
     )
     assert torch.equal(before[..., :WORDS], after[..., :WORDS])
     assert not torch.equal(before[..., WORDS:], after[..., WORDS : before.size(-1)])
+
+
+@pytest.mark.parametrize("stored_head", [False, True], ids=["embedding alone", "head stored too"])
+def test_a_head_that_is_the_embedding_grows_with_it(tmp_path: Path, stored_head: bool) -> None:
+    source = write_tokenizer(write_checkpoint(tmp_path / "tied", QWEN2 | TIED))
+    tensors = load_file(source / "model.safetensors")
+    if stored_head:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    grow(source, tmp_path / "grown", tokens=TOKENS)
+    after = stored(tmp_path / "grown")
+    assert after.keys() == tensors.keys()
+    for name in TABLES & after.keys():
+        assert torch.equal(after[name][:WORDS], tensors[name][:WORDS])
+        assert torch.equal(after[name], after["model.embed_tokens.weight"])
+    to_shards(tmp_path / "grown", tmp_path / "shards", LayoutConfig(tp=2))
+    assert verify(tmp_path / "grown", tmp_path / "shards").equal
 
 
 def test_rows_that_are_of_no_token_are_used_first(source: Path, tmp_path: Path) -> None:

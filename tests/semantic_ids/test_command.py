@@ -109,6 +109,23 @@ def test_alignment_rows_lead_from_id_to_text_and_back(tmp_path: Path, capsys: py
     assert "ink ink; b0" in to_id.prompt[0].content
 
 
+def test_a_text_column_that_no_item_has_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    items = write_items(tmp_path / "items.jsonl", range(40))
+    command = ["sid", "fit", "--items", items, "--text", "title", "--text", "brnd", "--out", tmp_path / "sid", *SIZES]
+    assert main(list(map(str, command))) == 2
+    assert "no column 'brnd'; it has brand, item_id, title, vector. Did you mean 'brand'?" in capsys.readouterr().err
+
+
+def test_earlier_ids_from_a_folder_without_a_table_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = write_items(tmp_path / "items.jsonl", range(40))
+    fit(capsys, items, tmp_path / "sid", "quantizer=rqkmeans")
+    encode = ["sid", "encode", "--codebook", tmp_path / "sid", "--items", items, "--text", "title"]
+    assert main([*map(str, encode), "--previous", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
+    assert "has no items.parquet: it is no folder of semantic IDs" in capsys.readouterr().err
+
+
 def test_a_table_of_another_codebook_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     items = write_items(tmp_path / "items.jsonl", range(40))
     for seed in (0, 1):
