@@ -14,8 +14,8 @@ from megatron_ads.user_simulation.assistants import LanguageAssistant, RulesAssi
 from megatron_ads.user_simulation.business import open_business
 from megatron_ads.user_simulation.conversations import (
     Assistant,
+    ClarifyingQuestion,
     Conversation,
-    Question,
     Search,
     converse,
     pipeline_retriever,
@@ -65,7 +65,7 @@ def run_converse(config: ConverseConfig) -> dict[str, Any]:
 def _line(talks: Sequence[Conversation], without: Sequence[Conversation], config: ConverseConfig) -> dict[str, Any]:
     """Return the scores of an assistant; ``without`` are the same users' conversations with one that never listens."""
     searches = [sum(isinstance(step, Search) for step in one.steps) for one in talks]
-    questions = [sum(isinstance(step, Question) for step in one.steps) for one in talks]
+    questions = [sum(isinstance(step, ClarifyingQuestion) for step in one.steps) for one in talks]
     return {
         "success": [
             _scored([float(one.success is not None and one.success <= turn) for one in talks])
@@ -79,7 +79,7 @@ def _line(talks: Sequence[Conversation], without: Sequence[Conversation], config
         ),
         "searches": float(np.mean(searches)),
         "questions": float(np.mean(questions)),
-        "failures": dict(Counter(one.failure for one in talks if one.failure is not None).most_common()),
+        "failures": dict(Counter(one.breakdown for one in talks if one.breakdown is not None).most_common()),
     }
 
 

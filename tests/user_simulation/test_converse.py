@@ -12,9 +12,9 @@ from megatron_ads.inference.engine import Completion
 from megatron_ads.user_simulation.assistants import LanguageAssistant, RulesAssistant
 from megatron_ads.user_simulation.business import Business, open_business
 from megatron_ads.user_simulation.conversations import (
+    Breakdown,
+    ClarifyingQuestion,
     Conversation,
-    Failure,
-    Question,
     Recommendation,
     Said,
     Search,
@@ -125,11 +125,11 @@ def test_a_model_can_do_nothing_else(said: str, why: str, business: Business, gi
         said = said.replace(f'"{letter}"', json.dumps(items[number].name))
     said = said.replace("NOT FOUND", items[9].name).replace("SHOWN", items[4].name)
     reader = LanguageAssistant(None, items, recipe(given, tmp_path))  # type: ignore[arg-type]
-    assert reader.read(one, Completion(text=said)) == Failure(why)
+    assert reader.read(one, Completion(text=said)) == Breakdown(why)
     good = json.dumps({"recommend": [items[2].name, items[0].name], "why": "They are near."})
     assert reader.read(one, Completion(text=good)) == Recommendation((2, 0), "They are near.")
     asked = '{"ask": "How much?", "about": "price"}'
-    assert reader.read(one, Completion(text=asked)) == Question(Topic.price, "How much?")
+    assert reader.read(one, Completion(text=asked)) == ClarifyingQuestion(Topic.price, "How much?")
 
 
 def test_users_answer_as_they_are_and_say_what_is_wrong(business: Business, users: TalkingUsers) -> None:
