@@ -21,7 +21,7 @@ from megatron_ads.user_simulation.conversations import (
 )
 from megatron_ads.user_simulation.model_answers import UnreadableError, list_of, one_of, read_object, text
 from megatron_ads.user_simulation.players import Player
-from megatron_ads.user_simulation.talking_users import Topic
+from megatron_ads.user_simulation.talking_users import WRONG_PRICE, Topic
 
 _LONGEST_TEXT = 600
 _TRAITS = 4
@@ -64,7 +64,7 @@ class RulesAssistant:
         return Search(" ".join([_text_of(one.steps[0]), *dict.fromkeys(heard)]))
 
 
-_COMPLAINTS = {"too expensive": "cheap", "too cheap": "premium"}
+_COMPLAINTS = dict(zip(WRONG_PRICE, ("cheap", "premium"), strict=True))
 """What is searched for after a complaint."""
 
 
