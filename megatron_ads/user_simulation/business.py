@@ -81,11 +81,9 @@ def open_business(config: SimulatedWorldConfig, out: Path, *, simulated: int, bu
     )
     known = _numbered([user for user, log in past.events.items() if log], scale, logs_folder)
     later = _first_bought(logs, anchor)
-    apart = [
-        user for user in known
-        if held_out(user, pipeline.config)
-        and not (buying and (user not in later or not any(map(_is_purchase, past.events[user]))))
-    ]  # fmt: skip
+    apart = [user for user in known if held_out(user, pipeline.config)]
+    if buying:
+        apart = [user for user in apart if user in later and any(map(_is_purchase, past.events[user]))]
     if len(apart) < simulated:
         raise DataError(
             f"simulated is {simulated}, and {len(apart)} users are held out with a history"
