@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from megatron_ads.reporting.markdown import markdown
+
 Scores = Mapping[str, Any]
 Cell = Callable[[Scores], str]
 
@@ -33,8 +35,7 @@ def _table(variants: Mapping[str, Any]) -> str:
     lines = dict.fromkeys(line for _, _, more in columns for line in more)
     rows += [[line, "", *(more.get(line, "") for _, _, more in columns)] for line in lines]
     head = ["", "minutes", *(name for name, _, _ in columns)]
-    ruler = ["---", *["---:"] * (len(head) - 1)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ruler, *rows))
+    return markdown([head, *rows], numbers=True)
 
 
 def _columns(scores: Scores) -> list[tuple[str, Cell, dict[str, str]]]:

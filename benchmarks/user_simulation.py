@@ -149,9 +149,9 @@ class UsersPath:
     def results(self, records: Mapping[str, StageRecord]) -> dict[str, Any]:
         """Return what every run reported, and the minutes that it took."""
         found = {}
-        for _, name, act, _ in self._runs():
+        for _, name, _, _ in self._runs():
             report = json.loads((self.out / "runs" / name / "report.json").read_text(encoding="utf-8"))
-            if "played_by" in report and act == "browse" and name == "browse-model":
+            if name == "browse-model":
                 report["played_by"] = "a model"  # its folder is a path of this machine
             found[name] = {**report, "minutes": records[name].seconds / 60}
         return {"runs": found, "teaching_minutes": records["taught"].seconds / 60 if "taught" in records else None}

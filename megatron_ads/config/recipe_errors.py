@@ -167,7 +167,8 @@ def _unknown_key(schema: type, path: str, kinds: Mapping[str, type]) -> str:
     elsewhere = [name for name in leaves if name.rpartition(".")[2] == key and "[]" not in name]
     if of := [kind for kind, other in kinds.items() if not section and field_type(other, key)]:
         hint = f"Did you mean {elsewhere[0]}?" if elsewhere else "Remove it, or take such a recipe."
-        return f"{path} is a section of recipes of kind {' or '.join(of)}, and this is none. {hint}"
+        what = "section" if _is_section(field_type(kinds[of[0]], key)) else "setting"
+        return f"{path} is a {what} of recipes of kind {' or '.join(of)}, and this is none. {hint}"
     near = [prefix + name for name in difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)]
     if found := elsewhere or near:
         return f"{path} is not a setting; did you mean {found[0]}?"

@@ -5,7 +5,7 @@ No unknown key or wrong type reaches the code.
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,11 +86,12 @@ def recipe_kind(name_or_path: str) -> str:
     """
     folder, name, _ = locate_recipe(name_or_path)
     file = folder / f"{name}.yaml"
-    return _kind_by_defaults(file) or _kind_by_sections(file) or "sft"
+    kind = _kind_by_defaults(file)
+    return kind if kind in JOBS else _kind_by_sections(file) or "sft"
 
 
 def _kind_by_defaults(recipe: Path) -> str | None:
-    kinds = {f"base_{kind}": kind for kind in JOBS}
+    """Return the KIND of the ``base_KIND`` that a recipe begins with, of a job or of anything else."""
     waiting, seen = [recipe], set[Path]()
     while waiting:
         if (file := waiting.pop(0)) in seen or not file.is_file():
@@ -98,8 +99,8 @@ def _kind_by_defaults(recipe: Path) -> str | None:
         seen.add(file)
         entries = _content(file).get("defaults")
         for entry in entries if isinstance(entries, list) else ():
-            if isinstance(entry, str) and (kind := kinds.get(entry.removeprefix("/"))):
-                return kind
+            if isinstance(entry, str) and (base := re.fullmatch(r"/?base_(\w+)", entry)):
+                return base[1]
             if isinstance(entry, str):
                 waiting += [file.parent / f"{entry}.yaml", recipes_folder() / f"{entry.removeprefix('/')}.yaml"]
     return None
@@ -212,14 +213,35 @@ def load_layout(name_or_path: str, overrides: Sequence[str] = ()) -> LayoutConfi
     return layout
 
 
-def compose_onto(schema: type, kind: str, name_or_path: str, overrides: Sequence[str]) -> DictConfig:
-    """Return a recipe of one kind, ``recipes/KIND/``, composed onto the schema, which it names as ``base_KIND``.
+def compose_onto(
+    schema: type,
+    kind: str,
+    name_or_path: str,
+    overrides: Sequence[str],
+    *,
+    shipped_in: str | None = None,
+    kinds: Mapping[str, type] = JOBS,
+) -> DictConfig:
+    """Return a recipe of one kind composed onto the schema, which it names as ``base_KIND``.
+
+    Args:
+        schema: What recipes of this kind hold.
+        kind: Its name.
+        name_or_path: A shipped recipe, or a file.
+        overrides: Hydra overrides.
+        shipped_in: Folder below ``recipes/``; None: that of the kind's name.
+        kinds: The schemas of the kinds that it may be mistaken for.
 
     Raises:
-        ConfigError: If there is no such recipe, a key is unknown, or a value has the wrong type.
+        ConfigError: If there is no such recipe, it is of another kind, a key is unknown, or a value has the wrong type.
     """
     ConfigStore.instance().store(name=f"base_{kind}", node=schema)
-    folder, name, search = locate_recipe(name_or_path, kind)
+    folder, name, search = locate_recipe(name_or_path, shipped_in or kind)
+    if (found := _kind_by_defaults(folder / f"{name}.yaml")) not in (None, kind):
+        raise ConfigError(
+            f"{name_or_path} is a recipe of kind {found}; one of kind {kind}, which begins with /base_{kind}, is "
+            "needed here."
+        )
     # The keys of these mappings are a template's, or tasks, which Hydra takes for misspelt without the signs.
     free = re.compile(r"([\w.]+\.template_arguments|priorities)[.=]")
     overrides = [f"++{item}" if free.match(item) else item for item in overrides]
@@ -229,28 +251,37 @@ def compose_onto(schema: type, kind: str, name_or_path: str, overrides: Sequence
         # Merged once more from plain values: an override such as +train.stepz=1 may extend the composed config.
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(composed, resolve=True))
     except (HydraException, OmegaConfBaseException, YAMLError, *_RAISED_BY_HYDRA) as error:
-        raise explain(error, schema=schema, recipe=name_or_path, kinds=JOBS) from None
+        raise explain(error, schema=schema, recipe=name_or_path, kinds=kinds) from None
     assert isinstance(merged, DictConfig)
     return merged
 
 
 def load_recipe_of(
-    schema: type[_Recipe], kind: str, name_or_path: str, overrides: Sequence[str] = (), *, out: str | None = None
+    schema: type[_Recipe],
+    kind: str,
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    *,
+    out: str | None = None,
+    shipped_in: str | None = None,
+    kinds: Mapping[str, type] = JOBS,
 ) -> _Recipe:
     """Compose a recipe that is no training job and return it as plain dataclasses, not checked yet.
 
     Args:
         schema: A dataclass with the setting ``out``.
-        kind: Folder below ``recipes/``; recipes name the schema as ``base_KIND``.
+        kind: Recipes name the schema as ``base_KIND``.
         name_or_path: A shipped recipe such as ``label/relevance``, or a YAML file of one's own.
         overrides: Hydra overrides, ``model.url=http://host:8000/v1``.
         out: Replaces the recipe's ``out``, whatever characters it has; None leaves it.
+        shipped_in: As for :func:`compose_onto`; so is the next.
+        kinds: The schemas of the kinds that it may be mistaken for.
 
     Raises:
-        ConfigError: If there is no such recipe, a key is unknown (the nearest known one is named), a value has the
-            wrong type, or a required one is missing.
+        ConfigError: If there is no such recipe, it is of another kind, a key is unknown (the nearest known one is
+            named), a value has the wrong type, or a required one is missing.
     """
-    composed = compose_onto(schema, kind, name_or_path, overrides)
+    composed = compose_onto(schema, kind, name_or_path, overrides, shipped_in=shipped_in, kinds=kinds)
     if out is not None:
         composed.out = out
     if missing := sorted(OmegaConf.missing_keys(composed)):

@@ -122,15 +122,36 @@ class ScriptedUserConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class BrowseConfig:
-    """Users browse pages of ads of several recommenders (Agent4Rec)."""
+class UsersConfig:
+    """What every simulation of users has, whatever they do."""
 
-    out: str = "runs/users-browse"
+    out: str = "runs/users"
     """Folder of everything that is written."""
     seed: int = 0
-    """Of users' decisions and of what is drawn evenly."""
+    """Of users' decisions, and of all else that is drawn."""
     world: SimulatedWorldConfig = field(default_factory=SimulatedWorldConfig)
     """The simulated business."""
+    simulated: int = 100
+    """Users that act."""
+    model: PlayerConfig = field(default_factory=PlayerConfig)
+    """The model that plays a part; ``model.model: null``: fixed rules play it."""
+
+    def check(self) -> None:
+        """Refuse impossible values.
+
+        Raises:
+            ConfigError: Naming the setting.
+        """
+        self.world.check("world")
+        self.model.check("model")
+        require_at_least("recipe", self, 0, "seed")
+        require_at_least("recipe", self, 1, "simulated")
+
+
+@dataclass(kw_only=True, slots=True)
+class BrowseConfig(UsersConfig):
+    """Users, whom the model plays, browse pages of ads of several recommenders (Agent4Rec)."""
+
     simulated: int = 500
     """Users that browse, each with every recommender."""
     pages: int = 6
@@ -147,72 +168,41 @@ class BrowseConfig:
     """What ``answers`` recommends."""
     user: ScriptedUserConfig = field(default_factory=ScriptedUserConfig)
     """Scripted users."""
-    model: PlayerConfig = field(default_factory=PlayerConfig)
-    """The model that plays the users; ``model.model: null``: scripted users browse."""
 
     def check(self) -> None:
-        """Refuse impossible values.
-
-        Raises:
-            ConfigError: Naming the setting.
-        """
-        self.world.check("world")
+        """Refuse impossible values, as every simulation does."""
+        UsersConfig.check(self)
         self.user.check("user")
-        self.model.check("model")
-        require_at_least("browse", self, 0, "seed")
-        require_at_least("browse", self, 1, "simulated", "pages", "page_size", "factors")
-        require_between("browse", self, 1, 50, "pages")
-        require_between("browse", self, 1, 50, "page_size")
+        require_at_least("recipe", self, 1, "factors")
+        require_between("recipe", self, 1, 50, "pages", "page_size")
         require(bool(self.recommenders), f"recommenders is empty. Name some of {', '.join(RecommenderKind)}.")
         require_distinct("recommenders", self.recommenders)
         self.answers.check("answers", RecommenderKind.answers in self.recommenders)
 
 
 @dataclass(kw_only=True, slots=True)
-class AgentsConfig:
-    """Agents of users and advertisers whose memories are updated by reflection (AgentCF)."""
+class AgentsConfig(UsersConfig):
+    """Agents of users and advertisers, which the model plays, update their memories by reflection (AgentCF)."""
 
-    out: str = "runs/users-agents"
-    """Folder of everything that is written."""
-    seed: int = 0
-    """Of negatives and of the order in which two advertisers are shown."""
-    world: SimulatedWorldConfig = field(default_factory=SimulatedWorldConfig)
-    """The simulated business."""
-    simulated: int = 100
-    """Users that have an agent."""
     purchases: int = 4
     """Latest purchases of each user that agents learn from, the oldest first."""
     candidates: int = 10
     """Advertisers ranked at the end, the next one bought from among them."""
     memory_characters: int = 600
     """Longest memory; what a reflection writes beyond it is cut off."""
-    model: PlayerConfig = field(default_factory=PlayerConfig)
-    """The model that plays the agents; ``model.model: null``: fixed rules play them."""
 
     def check(self) -> None:
-        """Refuse impossible values.
-
-        Raises:
-            ConfigError: Naming the setting.
-        """
-        self.world.check("world")
-        self.model.check("model")
-        require_at_least("agents", self, 0, "seed")
-        require_at_least("agents", self, 1, "simulated", "purchases")
-        require_between("agents", self, 2, 50, "candidates")
-        require_between("agents", self, 50, 10_000, "memory_characters")
+        """Refuse impossible values, as every simulation does."""
+        UsersConfig.check(self)
+        require_at_least("recipe", self, 1, "purchases")
+        require_between("recipe", self, 2, 50, "candidates")
+        require_between("recipe", self, 50, 10_000, "memory_characters")
 
 
 @dataclass(kw_only=True, slots=True)
-class ConverseConfig:
-    """An assistant recommends advertisers in a conversation of several turns (ChatRec)."""
+class ConverseConfig(UsersConfig):
+    """An assistant, which the model plays, recommends advertisers in a conversation of several turns (Chat-Rec)."""
 
-    out: str = "runs/users-converse"
-    """Folder of everything that is written."""
-    seed: int = 0
-    """Of users' needs and of how they word them."""
-    world: SimulatedWorldConfig = field(default_factory=SimulatedWorldConfig)
-    """The simulated business."""
     simulated: int = 300
     """Users that talk, one conversation each."""
     turns: int = 5
@@ -223,25 +213,18 @@ class ConverseConfig:
     """Most calls of the retriever before each turn."""
     history: bool = False
     """Whether the retriever has the user's history, too; without, it knows what is said in the conversation alone."""
-    model: PlayerConfig = field(default_factory=PlayerConfig)
-    """The assistant's model; ``model.model: null``: fixed rules talk."""
 
     def check(self) -> None:
-        """Refuse impossible values.
-
-        Raises:
-            ConfigError: Naming the setting.
-        """
-        self.world.check("world")
-        self.model.check("model")
-        require_at_least("converse", self, 0, "seed")
-        require_at_least("converse", self, 1, "simulated")
-        require_between("converse", self, 1, 20, "turns")
-        require_between("converse", self, 1, 20, "shown")
-        require_between("converse", self, 1, 5, "calls")
+        """Refuse impossible values, as every simulation does."""
+        UsersConfig.check(self)
+        require_between("recipe", self, 1, 20, "turns", "shown")
+        require_between("recipe", self, 1, 5, "calls")
 
 
-UsersRecipe = TypeVar("UsersRecipe", BrowseConfig, AgentsConfig, ConverseConfig)
+SIMULATIONS: dict[str, type[UsersConfig]] = {"browse": BrowseConfig, "agents": AgentsConfig, "converse": ConverseConfig}
+"""The schema of each subcommand; a recipe says its subcommand by ``base_SUBCOMMAND`` in its ``defaults``."""
+
+UsersRecipe = TypeVar("UsersRecipe", bound=UsersConfig)
 
 
 def load_users_recipe(
@@ -250,20 +233,21 @@ def load_users_recipe(
     """Compose a recipe of `users` with Hydra and return it as plain dataclasses, checked.
 
     Args:
-        schema: What the subcommand takes; recipes of all three name it as ``base_users``.
+        schema: One of ``SIMULATIONS``.
         name_or_path: A shipped recipe such as ``users/browse``, or a YAML file of one's own.
         overrides: Hydra overrides, ``simulated=1000``.
         out: Replaces the recipe's ``out``; None leaves it.
 
     Raises:
-        ConfigError: If there is no such recipe, a key is unknown (the nearest known one is named), or a value has the
-            wrong type or is impossible.
+        ConfigError: If there is no such recipe, it is of another subcommand, a key is unknown (the nearest known one is
+            named), or a value has the wrong type or is impossible.
     """
-    config = load_recipe_of(schema, "users", name_or_path, overrides, out=out)
+    kind = next(name for name, each in SIMULATIONS.items() if each is schema)
+    config = load_recipe_of(schema, kind, name_or_path, overrides, out=out, shipped_in="users", kinds=SIMULATIONS)
     config.check()
     return config
 
 
-def users_recipe_yaml(config: BrowseConfig | AgentsConfig | ConverseConfig) -> str:
+def users_recipe_yaml(config: UsersConfig) -> str:
     """Return the resolved recipe as YAML, which :func:`load_users_recipe` reads back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

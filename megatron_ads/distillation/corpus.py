@@ -9,9 +9,9 @@ from typing import Any
 
 from conversion.atomic_file import write_small
 from megatron_ads.config.distillation import DistillConfig, Student
-from megatron_ads.distillation.lessons import Lesson, Unfit, read_lessons
 from megatron_ads.distillation.quality import control, passing
 from megatron_ads.distillation.questions import JUDGED, write_rows
+from megatron_ads.distillation.teacher_answers import TeacherAnswer, Unfit, read_teacher_answers
 from megatron_ads.errors import DataError
 from megatron_ads.stable_random import stable_key
 from megatron_ads.synthesis.removals import counts, removals, render, samples_of
@@ -29,12 +29,12 @@ def write_corpus(config: DistillConfig, questions_file: Path, student: Student) 
         DataError: If the teacher's answers cannot be read, or none is left.
     """
     left_out = Counter[str]()
-    lessons = read_lessons(config, questions_file, left_out)
+    answers = read_teacher_answers(config, questions_file, left_out)
     if student is Student.checked:
-        control(lessons, config)
-    report = report_on(lessons, config, student) | {"left_out": left_out[JUDGED]}
-    file, kept = rows_file(Path(config.out), student), passing(lessons)
-    ordered = sorted((lesson.row for lesson in kept), key=lambda row: stable_key(config.seed, "order", row.id))
+        control(answers, config)
+    report = report_on(answers, config, student) | {"left_out": left_out[JUDGED]}
+    file, kept = rows_file(Path(config.out), student), passing(answers)
+    ordered = sorted((answer.row for answer in kept), key=lambda row: stable_key(config.seed, "order", row.id))
     write_rows(file, ordered)
     write_small(file.with_suffix(".json"), json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     text = render("removals.md.jinja", filters=report["filters"])
@@ -43,33 +43,33 @@ def write_corpus(config: DistillConfig, questions_file: Path, student: Student) 
     )
     if not kept:
         raise DataError(
-            f"none of the teacher's {len(lessons):,} answers is left for the student {student}: "
+            f"none of the teacher's {len(answers):,} answers is left for the student {student}: "
             f"{counts(_removed(report))}. {file.with_suffix('.md')} has samples; lower the rules in quality."
         )
     return report
 
 
-def report_on(lessons: Sequence[Lesson], config: DistillConfig, student: Student) -> dict[str, Any]:
+def report_on(answers: Sequence[TeacherAnswer], config: DistillConfig, student: Student) -> dict[str, Any]:
     """Return what was kept and removed, as JSON values."""
-    kept = passing(lessons)
+    kept = passing(answers)
     return {
         "student": str(student),
         "quality": asdict(config.quality) if student is Student.checked else None,
-        "answers": len(lessons),
+        "answers": len(answers),
         "kept": len(kept),
-        "kept_by_task": dict(sorted(Counter(lesson.row.task for lesson in kept).items())),
-        "labels": {"answered": _labels(lessons), "kept": _labels(kept)},
-        "filters": removals(lessons, Unfit, samples=config.samples, seed=config.seed),
+        "kept_by_task": dict(sorted(Counter(answer.row.task for answer in kept).items())),
+        "labels": {"answered": _labels(answers), "kept": _labels(kept)},
+        "filters": removals(answers, Unfit, samples=config.samples, seed=config.seed),
         "samples_of_kept": samples_of(kept, config.samples, config.seed),
     }
 
 
-def _labels(lessons: Sequence[Lesson]) -> dict[str, dict[str, int]]:
+def _labels(answers: Sequence[TeacherAnswer]) -> dict[str, dict[str, int]]:
     """Return how often each label was given, by task; names are too many to count."""
     found: dict[str, Counter[str]] = {}
-    for lesson in lessons:
-        if lesson.row.label is not None:
-            found.setdefault(lesson.row.task, Counter())[lesson.row.label] += 1
+    for answer in answers:
+        if answer.row.label is not None:
+            found.setdefault(answer.row.task, Counter())[answer.row.label] += 1
     return {task: dict(labels.most_common(10)) for task, labels in sorted(found.items())}
 
 

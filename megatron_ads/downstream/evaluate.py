@@ -15,7 +15,7 @@ from megatron_ads.downstream.logs import Logs
 from megatron_ads.downstream.pipeline import Pipeline
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.classification import auc, average_precision, log_loss
-from megatron_ads.metrics.intervals import ends, mean_interval, statistic_interval
+from megatron_ads.metrics.intervals import ends, mean_and_interval, statistic_interval
 from megatron_ads.metrics.ranking import RECALLS, most_popular, ndcg_at, position_of, recall_at, recent_then_popular
 from megatron_ads.tasks.user_history import CONVERSIONS, UserHistory
 
@@ -88,10 +88,7 @@ def _retrieval_scores(truths: Sequence[str], rankings: Sequence[Sequence[str]]) 
     positions = [position_of(truth, ranking) for truth, ranking in zip(truths, rankings, strict=True)]
     measured = {f"recall@{k}": [recall_at([each], k) or 0.0 for each in positions] for k in RECALLS}
     measured[f"ndcg@{NDCG_AT}"] = [ndcg_at([each], NDCG_AT) or 0.0 for each in positions]
-    return {
-        name: {"value": float(np.mean(values)), "interval": ends(mean_interval(values))}
-        for name, values in measured.items()
-    }
+    return {name: mean_and_interval(values) for name, values in measured.items()}
 
 
 def _ranking(pipeline: Pipeline, examples: Examples) -> dict[str, dict[str, Score]]:

@@ -21,7 +21,7 @@ from megatron_ads.errors import ConfigError, DataError
 from megatron_ads.inference.client import Request, Unanswered
 from megatron_ads.inference.engine import Completion, Failure, Finish
 from megatron_ads.observability.log import get_logger
-from megatron_ads.tasks.answer_format import CLOSE, OPEN
+from megatron_ads.tasks.answer_format import CLOSE, OPEN, whole_characters
 
 logger = get_logger(__name__)
 _TRY_AGAIN = frozenset({408, 409, 425, 429})
@@ -221,8 +221,7 @@ class Endpoint:
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         if isinstance(reasoning, str) and reasoning:
             text = f"{OPEN}{reasoning}{CLOSE if text or ended is Finish.ended else ''}{text}"
-        # Half a surrogate pair, which JSON can hold and no file can, becomes U+FFFD.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = whole_characters(text)
         logprobs, of_prompt = choice.get("logprobs") or {}, choice.get("prompt_logprobs")
         values = logprobs.get("token_logprobs")  # of a completion; a chat completion has ``content``
         if (content := logprobs.get("content")) is not None:

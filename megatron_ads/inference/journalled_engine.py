@@ -3,10 +3,11 @@
 Servers need none: their client keeps each answer as it comes.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_ads.config.generation import GenerationConfig
+from megatron_ads.config.generation import GenerationConfig, Method
 from megatron_ads.inference.engine import Completion, Engine, Prompt
 from megatron_ads.journal import Journal, digest_of
 from megatron_ads.rows import Message
@@ -27,24 +28,27 @@ class JournalledEngine:
     def generate(
         self, prompts: Sequence[Prompt], config: GenerationConfig, *, rules: "Sequence[Rules] | None" = None
     ) -> list[list[Completion]]:
-        """Return the completions of every prompt; rules are not kept apart, and must be the same for equal prompts."""
-        how = digest_of({name: getattr(config, name) for name in config.__slots__})
-        found: dict[int, list[Completion]] = {}
-        keys = [digest_of([how, _plain(prompt)]) for prompt in prompts]
+        """Return the completions of every prompt; equal prompts have the same ones, unless they are sampled.
+
+        Rules are not kept apart, and must be the same for equal prompts.
+        """
+        keys = _keys(prompts, config)
+        found: dict[str, list[Completion]] = {}
+        left: dict[str, int] = {}
         for number, key in enumerate(keys):
             if (known := self._journal.read(key, _completions)) is not None:
-                found[number] = known
-        left = [number for number in range(len(prompts)) if number not in found]
-        for start in range(0, len(left), self._batch_size):
-            batch = left[start : start + self._batch_size]
+                found[key] = known
+            else:
+                left.setdefault(key, number)
+        numbers = list(left.values())
+        for start in range(0, len(numbers), self._batch_size):
+            batch = numbers[start : start + self._batch_size]
             chosen = None if rules is None else [rules[number] for number in batch]
             said = self._engine.generate([prompts[number] for number in batch], config, rules=chosen)
-            self._journal.add_all(
-                {keys[number]: {"said": [one.as_record() for one in of_one]}
-                 for number, of_one in zip(batch, said, strict=True)}
-            )  # fmt: skip
-            found |= dict(zip(batch, said, strict=True))
-        return [found[number] for number in range(len(prompts))]
+            new = {keys[number]: of_one for number, of_one in zip(batch, said, strict=True)}
+            self._journal.add_all({key: {"said": [one.as_record() for one in of_one]} for key, of_one in new.items()})
+            found |= new
+        return [found[key] for key in keys]
 
     def log_probabilities(
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
@@ -58,6 +62,18 @@ class JournalledEngine:
 
     def close(self) -> None:
         """Leave the engine open: it is whoever's who opened it."""
+
+
+def _keys(prompts: Sequence[Prompt], config: GenerationConfig) -> list[str]:
+    """Return what the completions of each prompt are found by; sampled, they depend on how often it came before."""
+    how = digest_of({name: getattr(config, name) for name in config.__slots__})
+    times: Counter[str] = Counter()
+    keys = []
+    for prompt in prompts:
+        key = digest_of([how, _plain(prompt)])
+        number, times[key] = times[key], times[key] + 1
+        keys.append(digest_of([key, number]) if number and config.method is Method.sampled else key)
+    return keys
 
 
 def _plain(prompt: Prompt) -> list[Any]:

@@ -9,6 +9,7 @@ Shape suffixes: N = rows, G = groups, R = resamples, K = columns.
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,6 +99,12 @@ def resampled_counts(groups: Sequence[Hashable], *, resamples: int, seed: int = 
     draw = np.random.default_rng(seed)
     for _ in range(resamples if clusters >= LEAST_GROUPS else 0):
         yield draw.multinomial(clusters, np.full(clusters, 1 / clusters))[numbers]
+
+
+def mean_and_interval(values: Sequence[float], *, resamples: int = 2000) -> dict[str, Any]:
+    """Return the mean over rows, ``value``, and its ``interval``, as JSON values; None where there is none."""
+    interval = ends(mean_interval(values, resamples=resamples))
+    return {"value": float(np.mean(values)) if values else None, "interval": interval}
 
 
 def ends(interval: Interval | None) -> list[float] | None:

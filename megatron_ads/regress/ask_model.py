@@ -31,7 +31,7 @@ LONGEST_IN_CHAT, LONGEST_IN_TEXT = 16384, 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asking:
+class BenchmarkRequest:
     """What a model is asked, and how."""
 
     benchmarks: Sequence[Benchmark]
@@ -48,7 +48,7 @@ class Asking:
     """Of a model behind a server."""
 
 
-def ask_model(model: Path | EndpointConfig, asking: Asking, file: Path) -> ModelScores:
+def ask_model(model: Path | EndpointConfig, request: BenchmarkRequest, file: Path) -> ModelScores:
     """Return the scores of a model, and write them to ``file``; continues where an earlier run stopped.
 
     Raises:
@@ -61,10 +61,10 @@ def ask_model(model: Path | EndpointConfig, asking: Asking, file: Path) -> Model
 
     served = isinstance(model, EndpointConfig)
     with ExitStack() as opened:
-        folder = _folder(model, asking, opened)
+        folder = _folder(model, request, opened)
         tokenizer = load_tokenizer(folder)
-        chat = bool(tokenizer.fast.chat_template) if asking.chat is None else asking.chat
-        loaded = [load_benchmark(benchmark, asking.data, chat=chat) for benchmark in asking.benchmarks]
+        chat = bool(tokenizer.fast.chat_template) if request.chat is None else request.chat
+        loaded = [load_benchmark(benchmark, request.data, chat=chat) for benchmark in request.benchmarks]
         state = f"{model.model} at {model.url}" if isinstance(model, EndpointConfig) else model_state(model)
         journal = opened.enter_context(open_journal(file, {"the model": state}))
         engine = opened.enter_context(closing(_engine(model, folder, journal)))
@@ -73,16 +73,16 @@ def ask_model(model: Path | EndpointConfig, asking: Asking, file: Path) -> Model
             ours = [one for one in loaded if (one.benchmark.kind is Kind.choice) == plain]
             how = Speaking(
                 chat=chat and not plain,
-                max_new_tokens=asking.max_new_tokens or (LONGEST_IN_CHAT if chat else LONGEST_IN_TEXT),
-                batch_size=None if served else asking.batch_size,
+                max_new_tokens=request.max_new_tokens or (LONGEST_IN_CHAT if chat else LONGEST_IN_TEXT),
+                batch_size=None if served else request.batch_size,
             )
             if ours:
                 harness = HarnessModel(engine, tokenizer, journal, how)
-                found |= _scores(harness, ours, how.chat, asking.limit)
+                found |= _scores(harness, ours, how.chat, request.limit)
     scores = ModelScores(
         model=str(model.model if isinstance(model, EndpointConfig) else model),
         chat=chat,
-        limit=asking.limit,
+        limit=request.limit,
         benchmarks=tuple(found[one.benchmark.name] for one in loaded),
         provenance=provenance(),
     )
@@ -92,7 +92,7 @@ def ask_model(model: Path | EndpointConfig, asking: Asking, file: Path) -> Model
     return scores
 
 
-def require_server(server: EndpointConfig, asking: Asking) -> None:
+def require_server(server: EndpointConfig, request: BenchmarkRequest) -> None:
     """Ask a server for as little as possible of each kind, before anything is asked that takes hours.
 
     Raises:
@@ -100,9 +100,9 @@ def require_server(server: EndpointConfig, asking: Asking) -> None:
         UnsupportedError: If it does not tell log-probabilities of prompts, or the tokens that it writes.
         DataError: If it does not answer.
     """
-    assert asking.tokenizer_folder is not None, "the command line asks for it"
-    token = load_tokenizer(asking.tokenizer_folder).end_token_id
-    kinds = {benchmark.kind for benchmark in asking.benchmarks}
+    assert request.tokenizer_folder is not None, "the command line asks for it"
+    token = load_tokenizer(request.tokenizer_folder).end_token_id
+    kinds = {benchmark.kind for benchmark in request.benchmarks}
     with closing(OpenAIEngine("server", server)) as engine:
         if Kind.choice in kinds:
             engine.log_probabilities([[token]], [[token]])
@@ -110,12 +110,12 @@ def require_server(server: EndpointConfig, asking: Asking) -> None:
             engine.generate([[token]], GenerationConfig(max_new_tokens=1))
 
 
-def _folder(model: Path | EndpointConfig, asking: Asking, opened: ExitStack) -> Path:
+def _folder(model: Path | EndpointConfig, request: BenchmarkRequest, opened: ExitStack) -> Path:
     """Return the folder that has the tokenizer, and the weights if no server has them."""
     if not isinstance(model, EndpointConfig):
         return opened.enter_context(hugging_face_folder(model))
-    assert asking.tokenizer_folder is not None, "the command line asks for it"
-    return asking.tokenizer_folder
+    assert request.tokenizer_folder is not None, "the command line asks for it"
+    return request.tokenizer_folder
 
 
 def _engine(model: Path | EndpointConfig, folder: Path, journal: Journal) -> Engine:

@@ -36,7 +36,7 @@ from megatron_ads.observability.log import start_logging
 from megatron_ads.regress.suite import SUITE, Kind, chosen
 
 if TYPE_CHECKING:
-    from megatron_ads.regress.ask_model import Asking
+    from megatron_ads.regress.ask_model import BenchmarkRequest
     from megatron_ads.regress.model_scores import ModelScores
 
 _SERVER = ("http://", "https://")
@@ -96,11 +96,11 @@ def run(args: argparse.Namespace) -> int:
         _require_known(str(source))
     make_writable_folder(args.out)
     releases = read_history(args.history) if args.history else []
-    asking = _asking(args)
+    request = _request(args)
     if server:
-        require_server(server, asking)
-    base = _scores_of(args.base, asking, args.out / "base.json")
-    tuned = _scores_of(server or args.tuned, asking, args.out / "tuned.json")
+        require_server(server, request)
+    base = _scores_of(args.base, request, args.out / "base.json")
+    tuned = _scores_of(server or args.tuned, request, args.out / "tuned.json")
     report = report_of(base, tuned, margin=args.margin, same=args.same)
     if args.history:
         releases = add_release(args.history, report, releases)
@@ -118,13 +118,13 @@ def _require_known(source: str) -> None:
         load_tokenizer(tokenizer_folder(Path(source)))
 
 
-def _asking(args: argparse.Namespace) -> "Asking":
-    from megatron_ads.regress.ask_model import Asking
+def _request(args: argparse.Namespace) -> "BenchmarkRequest":
+    from megatron_ads.regress.ask_model import BenchmarkRequest
 
     data = args.data or (Path(os.environ["MEGATRON_ADS_DATA"]) if os.environ.get("MEGATRON_ADS_DATA") else None)
     if data is not None and not data.is_dir():
         raise ConfigError(f"--data: there is no folder {data}. Name one with a folder for each benchmark.")
-    return Asking(
+    return BenchmarkRequest(
         benchmarks=chosen(args.benchmark),
         data=data,
         limit=args.limit,
@@ -152,10 +152,10 @@ def _server(args: argparse.Namespace) -> EndpointConfig | None:
     return load_endpoint("server", {name: value for name, value in given.items() if value}, args.overrides)
 
 
-def _scores_of(source: "str | EndpointConfig", asking: "Asking", file: Path) -> "ModelScores":
+def _scores_of(source: "str | EndpointConfig", request: "BenchmarkRequest", file: Path) -> "ModelScores":
     from megatron_ads.regress.ask_model import ask_model
     from megatron_ads.regress.model_scores import ModelScores
 
     if isinstance(source, str) and Path(source).is_file():
         return ModelScores.read(Path(source))
-    return ask_model(Path(source) if isinstance(source, str) else source, asking, file)
+    return ask_model(Path(source) if isinstance(source, str) else source, request, file)

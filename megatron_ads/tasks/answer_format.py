@@ -99,6 +99,11 @@ class Unreadable(Exception):
         self.failure = failure
 
 
+def whole_characters(text: str) -> str:
+    """Return a text in which half a surrogate pair, which JSON can hold and no file can, is U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def element(name: str, text: str) -> str:
     """Return one element.
 

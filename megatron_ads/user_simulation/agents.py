@@ -81,6 +81,8 @@ def rounds_of(business: Business, config: AgentsConfig) -> list[list[Lesson]]:
         log = business.past.events[name]
         known = {numbers.get(same_name(event.advertiser)) for event in log}
         weight_A = np.array([0.0 if number in known else share for number, share in enumerate(share_A)])
+        if not weight_A.any():
+            continue  # who knows every advertiser cannot choose one not bought from
         bought = [numbers[same_name(event.advertiser)] for event in log if event.kind in CONVERSIONS]
         for number, advertiser in enumerate(bought[-config.purchases :]):
             other = int(draw.choice(len(weight_A), p=weight_A / weight_A.sum()))

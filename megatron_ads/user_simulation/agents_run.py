@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 
 from megatron_ads.config.user_simulation import AgentsConfig, RecommenderKind
-from megatron_ads.metrics.intervals import ends, mean_interval
 from megatron_ads.metrics.ranking import ndcg_at
 from megatron_ads.user_simulation.agents import Agents, Exam, exams_of, learn, rounds_of
 from megatron_ads.user_simulation.business import open_business
 from megatron_ads.user_simulation.language_agents import LanguageAgents
 from megatron_ads.user_simulation.players import open_player
 from megatron_ads.user_simulation.recommenders import RankerSettings, Ranking, best_ranking, rankings
-from megatron_ads.user_simulation.reports import Pages, Table, scored
+from megatron_ads.user_simulation.reports import Pages, Table, score_of, scored
 from megatron_ads.user_simulation.rule_agents import RuleAgents
 
 BEFORE, AFTER, BEST = "agents, before any lesson", "agents, after reflection", "best reachable"
@@ -23,7 +22,6 @@ _BASELINES = (
     RecommenderKind.random, RecommenderKind.popular, RecommenderKind.recent, RecommenderKind.factors,
     RecommenderKind.two_towers,
 )  # fmt: skip
-_RESAMPLES = 500
 
 
 def run_agents(config: AgentsConfig) -> dict[str, Any]:
@@ -50,9 +48,9 @@ def run_agents(config: AgentsConfig) -> dict[str, Any]:
             "candidates": len(exams[0].candidates),
             "played_by": config.model.model or "fixed rules",
             "lines": lines,
-            "change": _scored(np.subtract(_ndcg(exams, after, NDCGS[-1]), _ndcg(exams, before, NDCGS[-1])).tolist()),
+            "change": score_of(np.subtract(_ndcg(exams, after, NDCGS[-1]), _ndcg(exams, before, NDCGS[-1])).tolist()),
             "rounds": [
-                {"right": _scored([float(right) for right in each.right]), "lessons": len(each.right) + each.unreadable,
+                {"right": score_of(list(map(float, each.right))), "lessons": len(each.right) + each.unreadable,
                  "mistakes": each.right.count(False), "unreadable": each.unreadable}
                 for each in seen
             ],
@@ -74,14 +72,9 @@ def _ndcg(exams: Sequence[Exam], ranked: Sequence[tuple[int, ...] | None], k: in
 
 def _line(exams: Sequence[Exam], ranked: Sequence[tuple[int, ...] | None]) -> dict[str, Any]:
     return {
-        **{f"ndcg@{k}": _scored(_ndcg(exams, ranked, k)) for k in NDCGS},
+        **{f"ndcg@{k}": score_of(_ndcg(exams, ranked, k)) for k in NDCGS},
         "unreadable": sum(own is None for own in ranked),
     }
-
-
-def _scored(values: Sequence[float]) -> dict[str, Any]:
-    interval = mean_interval(values, resamples=_RESAMPLES)
-    return {"value": float(np.mean(values)) if values else None, "interval": ends(interval)}
 
 
 def agents_pages(report: Mapping[str, Any]) -> Pages:

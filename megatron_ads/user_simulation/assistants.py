@@ -11,9 +11,9 @@ from megatron_ads.inference.engine import Completion
 from megatron_ads.rows import Message, Role
 from megatron_ads.user_simulation.conversations import (
     Act,
+    Breakdown,
+    ClarifyingQuestion,
     Conversation,
-    Failure,
-    Question,
     Recommendation,
     Said,
     Search,
@@ -21,7 +21,7 @@ from megatron_ads.user_simulation.conversations import (
 )
 from megatron_ads.user_simulation.model_answers import UnreadableError, list_of, one_of, read_object, text
 from megatron_ads.user_simulation.players import Player
-from megatron_ads.user_simulation.talking_users import Topic
+from megatron_ads.user_simulation.talking_users import WRONG_PRICE, Topic
 
 _LONGEST_TEXT = 600
 _TRAITS = 4
@@ -56,7 +56,7 @@ class RulesAssistant:
 
     def _act(self, one: Conversation) -> Act:
         if (topic := self.asks.get(one.turns + 1)) is not None:
-            return Question(topic, QUESTIONS[topic])
+            return ClarifyingQuestion(topic, QUESTIONS[topic])
         last = one.steps[-1]
         if isinstance(last, Search):
             return Recommendation(last.found[: self.shown], "These fit best what you said.")
@@ -64,14 +64,14 @@ class RulesAssistant:
         return Search(" ".join([_text_of(one.steps[0]), *dict.fromkeys(heard)]))
 
 
-_COMPLAINTS = {"too expensive": "cheap", "too cheap": "premium"}
+_COMPLAINTS = dict(zip(WRONG_PRICE, ("cheap", "premium"), strict=True))
 """What is searched for after a complaint."""
 
 
 def _heard(one: Conversation) -> Iterator[str]:
     """Yield what to search for besides the opening."""
     for before, step in pairwise(one.steps):
-        if isinstance(step, Said) and isinstance(before, Question):
+        if isinstance(step, Said) and isinstance(before, ClarifyingQuestion):
             yield step.text
         elif isinstance(step, Said):
             yield from (word for complaint, word in _COMPLAINTS.items() if complaint in step.text)
@@ -116,11 +116,11 @@ class LanguageAssistant:
             case Search(query=query, found=found):
                 listed = "\n".join(map(self._described, found)) or "nothing"
                 return [_own({"call": _SEARCH, "query": query}), Message(Role.user, f"Found:\n{listed}")]
-            case Question(about=about, text=asked):
+            case ClarifyingQuestion(about=about, text=asked):
                 return [_own({"ask": asked, "about": str(about)})]
             case Recommendation(shown=shown, why=why):
                 return [_own({"recommend": [self._items[number].name for number in shown], "why": why})]
-            case Failure(why=why):
+            case Breakdown(why=why):
                 raise AssertionError(f"over after {why}")
 
     def _described(self, number: int) -> str:
@@ -141,11 +141,11 @@ class LanguageAssistant:
         try:
             found = read_object(said, forms)
         except UnreadableError as error:
-            return Failure(str(error))
+            return Breakdown(str(error))
         if "call" in found:
             return Search(found["query"])
         if "ask" in found:
-            return Question(Topic(found["about"]), found["ask"])
+            return ClarifyingQuestion(Topic(found["about"]), found["ask"])
         return Recommendation(tuple(self._numbers[name] for name in found["recommend"]), found["why"])
 
 

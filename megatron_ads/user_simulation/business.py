@@ -2,25 +2,19 @@
 
 Users are simulated at the last anchor of the pipeline. Recommenders have the logs before it, in which nothing was
 learned of these users; the simulation has their true interests, needs and loyalty, drawn once more from the seed.
-
-Letters of array shapes: U users, K kinds, A advertisers.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from megatron_ads.config.downstream import DownstreamConfig
 from megatron_ads.config.user_simulation import SimulatedWorldConfig
 from megatron_ads.data.simulator.folder import MANIFEST, Scale, write_simulation
-from megatron_ads.data.simulator.histories import LABEL_DAYS, draw_pieces
 from megatron_ads.data.simulator.logs import START
-from megatron_ads.data.simulator.population import Moment, next_advertiser
 from megatron_ads.data.simulator.world import World, draw_world
 from megatron_ads.data.user_features import SECONDS_PER_DAY, LoggedEvent, compile_history
 from megatron_ads.downstream.evaluate import require_items
@@ -32,24 +26,11 @@ from megatron_ads.downstream.simulated_logs import read_logs
 from megatron_ads.errors import DataError
 from megatron_ads.metrics.ranking import same_name
 from megatron_ads.tasks.user_history import CONVERSIONS, UserHistory
+from megatron_ads.user_simulation.latent_users import LatentUsers, draw_latent_users
 
 LOGS, PIPELINE = "logs", "pipeline"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LatentUsers:
-    """U users at the anchor, as they truly are; no recommender is given any of it."""
-
-    names: Sequence[str]
-    """What logs call them."""
-    moment: Moment
-    """With the true interests and activity."""
-    place_U: NDArray[np.int64]
-    chance_UA: NDArray[np.float64]
-    """True probability of each advertiser to be converted with next, in closed form."""
-
-    def __len__(self) -> int:
-        return len(self.names)
+_USER = re.compile("user-(0|[1-9][0-9]{0,17})")
+_AGAIN = "Simulate again."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,18 +70,18 @@ def open_business(config: SimulatedWorldConfig, out: Path, *, simulated: int, bu
     scale, logs = _scale_of(logs_folder), read_logs(logs_folder)
     pipeline = _pipeline(config, out, logs)
     require_items(pipeline, logs)
-    world = draw_world(scale.seed, advertisers=scale.advertisers)
-    if [item.name for item in logs.items] != [shop.name for shop in world.advertisers]:
-        raise DataError(f"{logs_folder}: its advertisers are not those that its manifest's seed draws. Simulate again.")
-    anchor = last_anchor(logs, pipeline.config)
+    world, anchor = _world_of(logs_folder, scale, logs), last_anchor(logs, pipeline.config)
+    days = round((anchor - START.timestamp()) / SECONDS_PER_DAY)
+    if not 0 < days <= scale.days:
+        raise DataError(f"{logs_folder}: its manifest has {scale.days} days, and users act after {days}. {_AGAIN}")
     past = replace(
         logs,
         events={user: [event for event in log if event.time < anchor] for user, log in logs.events.items()},
         impressions=[each for each in logs.impressions if each.time < anchor],
     )
-    known = sorted((user for user, log in past.events.items() if log), key=lambda user: int(user.removeprefix("user-")))
-    apart = [user for user in known if held_out(user, pipeline.config)]
+    known = _numbered([user for user, log in past.events.items() if log], scale, logs_folder)
     later = _first_bought(logs, anchor)
+    apart = [user for user in known if held_out(user, pipeline.config)]
     if buying:
         apart = [user for user in apart if user in later and any(map(_is_purchase, past.events[user]))]
     if len(apart) < simulated:
@@ -115,13 +96,33 @@ def open_business(config: SimulatedWorldConfig, out: Path, *, simulated: int, bu
         past=past,
         anchor=anchor,
         pipeline=pipeline,
-        users=_latent_users(world, scale, names, days=round((anchor - START.timestamp()) / SECONDS_PER_DAY)),
+        users=draw_latent_users(world, scale, {name: known[name] for name in names}, days=days),
         histories=[
             compile_history(name, past.events[name], anchor=anchor, demographics=past.about.get(name)) for name in names
         ],
         next_bought=[later.get(name) for name in names],
         learned_from=[user for user in known if not held_out(user, pipeline.config)],
     )
+
+
+def _world_of(folder: Path, scale: Scale, logs: Logs) -> World:
+    """Return the world that the seed of some logs draws, which must have their advertisers."""
+    if scale.advertisers == len(logs.items):
+        world = draw_world(scale.seed, advertisers=scale.advertisers)
+        if [item.name for item in logs.items] == [shop.name for shop in world.advertisers]:
+            return world
+    raise DataError(f"{folder}: its advertisers are not those that its manifest's seed draws. {_AGAIN}")
+
+
+def _numbered(users: Iterable[str], scale: Scale, folder: Path) -> dict[str, int]:
+    """Return the users with their numbers in the simulation, which rise."""
+    found: dict[str, int] = {}
+    for user in users:
+        match = _USER.fullmatch(user)
+        if match is None or int(match[1]) >= scale.users:
+            raise DataError(f"{folder}: {user!r:.40} is none of the {scale.users} users of its manifest. {_AGAIN}")
+        found[user] = int(match[1])
+    return dict(sorted(found.items(), key=itemgetter(1)))
 
 
 def _is_purchase(event: LoggedEvent) -> bool:
@@ -152,7 +153,10 @@ def _own_logs(config: SimulatedWorldConfig, out: Path) -> Path:
 def _scale_of(folder: Path) -> Scale:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return Scale(**{field.name: manifest[field.name] for field in fields(Scale)})
+        numbers = {field.name: manifest[field.name] for field in fields(Scale)}
+        if not all(type(number) is int and number >= 0 for number in numbers.values()):
+            raise ValueError(f"{numbers}")
+        return Scale(**numbers)
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder} is no simulation ({str(error)[:100]}): users are simulated where the truth is known. Name a "
@@ -173,35 +177,3 @@ def _pipeline(config: SimulatedWorldConfig, out: Path, logs: Logs) -> Pipeline:
             f"{config.held_out}). Choose another --out, or remove the folder."
         )
     return pipeline
-
-
-def _latent_users(world: World, scale: Scale, names: Sequence[str], *, days: int) -> LatentUsers:
-    """Draw the users once more, up to the anchor: what happens later is not drawn."""
-    wanted = np.array([int(name.removeprefix("user-")) for name in names])
-    parts: list[Moment] = []
-    places: list[NDArray[np.int64]] = []
-    for piece in draw_pieces(world, users=scale.users, days=days, anchor=days - 1):
-        assert piece.true is not None, "the anchor is one of the days"
-        first, count = piece.people.first_user, len(piece.people.age_U)
-        rows = wanted[(wanted >= first) & (wanted < first + count)] - first
-        parts.append(_rows(piece.true, rows))
-        places.append(piece.people.place_U[rows])
-    moment = _joined(parts)
-    return LatentUsers(
-        names=names,
-        moment=moment,
-        place_U=np.concatenate(places),
-        chance_UA=next_advertiser(moment, world, window_days=LABEL_DAYS),
-    )
-
-
-def _rows(moment: Moment, rows: NDArray[np.int64]) -> Moment:
-    values = {field.name: getattr(moment, field.name) for field in fields(moment)}
-    chosen: dict[str, Any] = {name: value[rows] for name, value in values.items() if isinstance(value, np.ndarray)}
-    return replace(moment, **chosen)
-
-
-def _joined(parts: Sequence[Moment]) -> Moment:
-    arrays = [field.name for field in fields(Moment) if isinstance(getattr(parts[0], field.name), np.ndarray)]
-    joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays}
-    return replace(parts[0], **joined)

@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_ads.observability.log import start_logging
 
     start_logging()
-    act = _acts()[args.act]
-    recipe = config.load_users_recipe(act.schema, args.recipe, args.overrides, out=args.out)
+    simulation = _simulations()[args.simulation]
+    recipe = config.load_users_recipe(config.SIMULATIONS[args.simulation], args.recipe, args.overrides, out=args.out)
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -88,35 +88,30 @@ def run(args: argparse.Namespace) -> int:
     from megatron_ads.user_simulation.reports import as_text, write
 
     with ending_soon():
-        report = act.simulate(recipe)
+        report = simulation.run(recipe)
 
-    pages = act.pages(report)
+    pages = simulation.pages(report)
     write(out, report, pages, config.users_recipe_yaml(recipe))
     print(json.dumps(report) if args.json else f"{as_text(pages)}\n{out}/report.html")
     return 0
 
 
 @dataclass(frozen=True, slots=True)
-class _Act:
-    """One thing that users do."""
+class _Simulation:
+    """What one subcommand does."""
 
-    schema: Any
-    simulate: Callable[[Any], dict[str, Any]]
+    run: Callable[[Any], dict[str, Any]]
     pages: "Callable[[Any], Pages]"
 
 
-def _acts() -> dict[str, _Act]:
-    from megatron_ads.config import user_simulation as config
-    from megatron_ads.user_simulation import (
-        agents_run,
-        browse_run,
-        converse_run,
-    )  # import numpy and torch: keep --help instant
+def _simulations() -> dict[str, _Simulation]:
+    # They import numpy and torch, without which --help is instant.
+    from megatron_ads.user_simulation import agents_run, browse_run, converse_run
 
     return {
-        "browse": _Act(config.BrowseConfig, browse_run.run_browse, browse_run.browse_pages),
-        "agents": _Act(config.AgentsConfig, agents_run.run_agents, agents_run.agents_pages),
-        "converse": _Act(config.ConverseConfig, converse_run.run_converse, converse_run.converse_pages),
+        "browse": _Simulation(browse_run.run_browse, browse_run.browse_pages),
+        "agents": _Simulation(agents_run.run_agents, agents_run.agents_pages),
+        "converse": _Simulation(converse_run.run_converse, converse_run.converse_pages),
     }
 
 
@@ -130,4 +125,4 @@ def _add(commands: Subparsers, name: str, summary: str, description: str) -> Non
     parser.add_argument("--out", metavar="DIR", help="folder of everything it writes (default: the recipe's out)")
     parser.add_argument("--json", action="store_true", help="print the report as one line of JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
-    parser.set_defaults(act=name)
+    parser.set_defaults(simulation=name)

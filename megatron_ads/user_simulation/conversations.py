@@ -30,7 +30,7 @@ class Search:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ClarifyingQuestion:
     """Asks the user back."""
 
     about: Topic
@@ -53,13 +53,13 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class Breakdown:
     """The assistant did nothing that can be carried out: the conversation is over."""
 
     why: str
 
 
-Act = Search | Question | Recommendation | Failure
+Act = Search | ClarifyingQuestion | Recommendation | Breakdown
 Step = Act | Said
 
 
@@ -97,10 +97,10 @@ class Conversation:
         return everything - self.recommended
 
     @property
-    def failure(self) -> str | None:
+    def breakdown(self) -> str | None:
         """Return why the assistant could not go on, if so."""
         last = self.steps[-1]
-        return last.why if isinstance(last, Failure) else None
+        return last.why if isinstance(last, Breakdown) else None
 
 
 class Assistant(Protocol):
@@ -142,7 +142,7 @@ def converse(
 
 
 def _is_over(one: Conversation, config: ConverseConfig) -> bool:
-    return one.success is not None or one.turns >= config.turns or one.failure is not None
+    return one.success is not None or one.turns >= config.turns or one.breakdown is not None
 
 
 def _carry_out(one: Conversation, act: Act, users: TalkingUsers, retriever: Retriever, config: ConverseConfig) -> None:
@@ -150,10 +150,10 @@ def _carry_out(one: Conversation, act: Act, users: TalkingUsers, retriever: Retr
     match act:
         case Search(query=query):
             if one.calls >= config.calls:
-                one.steps.append(Failure("too_many_calls"))
+                one.steps.append(Breakdown("too_many_calls"))
             else:
                 one.steps.append(Search(query, retriever(one.user, query, one.recommended)))
-        case Question(about=about):
+        case ClarifyingQuestion(about=about):
             one.turns += 1
             one.steps += [act, Said(users.answer(one.user, about))]
         case Recommendation(shown=shown):
@@ -161,5 +161,5 @@ def _carry_out(one: Conversation, act: Act, users: TalkingUsers, retriever: Retr
             accepted, text = users.reply(one.user, shown)
             one.steps += [act, Said(text)]
             one.success = one.turns if accepted else None
-        case Failure():
+        case Breakdown():
             one.steps.append(act)

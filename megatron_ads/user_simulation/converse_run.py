@@ -8,27 +8,25 @@ from typing import Any
 import numpy as np
 
 from megatron_ads.config.user_simulation import ConverseConfig
-from megatron_ads.metrics.intervals import ends, mean_interval
 from megatron_ads.reporting.page import fixed
 from megatron_ads.user_simulation.assistants import LanguageAssistant, RulesAssistant
 from megatron_ads.user_simulation.business import open_business
 from megatron_ads.user_simulation.conversations import (
     Assistant,
+    ClarifyingQuestion,
     Conversation,
-    Question,
     Search,
     converse,
     pipeline_retriever,
 )
 from megatron_ads.user_simulation.players import open_player
-from megatron_ads.user_simulation.reports import Pages, Table, scored
+from megatron_ads.user_simulation.reports import Pages, Table, score_of, scored
 from megatron_ads.user_simulation.talking_users import TalkingUsers, Topic
 
 BEST = "best reachable"
 """What somebody reaches who knows each user's need, loyalty and price level, asks nothing, and shows the likeliest."""
 OPENING, LISTENING, ASKING = "rules: search the opening", "rules: and listen", "rules: ask first, and listen"
 _ASKS = {1: Topic.shop}
-_RESAMPLES = 500
 
 
 def run_converse(config: ConverseConfig) -> dict[str, Any]:
@@ -65,13 +63,13 @@ def run_converse(config: ConverseConfig) -> dict[str, Any]:
 def _line(talks: Sequence[Conversation], without: Sequence[Conversation], config: ConverseConfig) -> dict[str, Any]:
     """Return the scores of an assistant; ``without`` are the same users' conversations with one that never listens."""
     searches = [sum(isinstance(step, Search) for step in one.steps) for one in talks]
-    questions = [sum(isinstance(step, Question) for step in one.steps) for one in talks]
+    questions = [sum(isinstance(step, ClarifyingQuestion) for step in one.steps) for one in talks]
     return {
         "success": [
-            _scored([float(one.success is not None and one.success <= turn) for one in talks])
+            score_of([float(one.success is not None and one.success <= turn) for one in talks])
             for turn in range(1, config.turns + 1)
         ],
-        "change": _scored(
+        "change": score_of(
             [
                 float(one.success is not None) - float(other.success is not None)
                 for one, other in zip(talks, without, strict=True)
@@ -79,7 +77,7 @@ def _line(talks: Sequence[Conversation], without: Sequence[Conversation], config
         ),
         "searches": float(np.mean(searches)),
         "questions": float(np.mean(questions)),
-        "failures": dict(Counter(one.failure for one in talks if one.failure is not None).most_common()),
+        "failures": dict(Counter(one.breakdown for one in talks if one.breakdown is not None).most_common()),
     }
 
 
@@ -88,14 +86,10 @@ def _best(users: TalkingUsers, config: ConverseConfig) -> dict[str, Any]:
     highest = -np.sort(-users.chance_UA, axis=1)
     return {
         "success": [
-            _scored(highest[:, : turn * config.shown].sum(axis=1).tolist()) for turn in range(1, config.turns + 1)
+            score_of(highest[:, : turn * config.shown].sum(axis=1).tolist()) for turn in range(1, config.turns + 1)
         ],
         "change": None, "searches": None, "questions": None, "failures": {},
     }  # fmt: skip
-
-
-def _scored(values: Sequence[float]) -> dict[str, Any]:
-    return {"value": float(np.mean(values)), "interval": ends(mean_interval(values, resamples=_RESAMPLES))}
 
 
 _FAILED = "Conversations that an assistant ended by what cannot be carried out"

@@ -27,13 +27,14 @@ from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
 from megatron_ads.config.user_simulation import BrowseConfig
-from megatron_ads.metrics.intervals import ends, mean_interval, percentile_interval, resampled_rows
+from megatron_ads.metrics.intervals import ends, percentile_interval, resampled_rows
 from megatron_ads.user_simulation.browsing import Visit
 from megatron_ads.user_simulation.recommenders import Ranking
+from megatron_ads.user_simulation.reports import score_of
 
 FIGURES = ("view_ratio", "clicks", "click_ratio", "exit_page", "satisfaction")
 TRUTHS = ("utility", "next_conversion")
-_RESAMPLES, _TAU_RESAMPLES = 500, 200
+_TAU_RESAMPLES = 200
 
 
 def rank_biased_weights(config: BrowseConfig, places: int) -> NDArray[np.float64]:
@@ -122,8 +123,7 @@ def averages(measured: Measured) -> dict[str, dict[str, Any]]:
 
 def _average(value_U: NDArray[np.float64]) -> dict[str, Any]:
     known = value_U[~np.isnan(value_U)].tolist()
-    interval = mean_interval(known, resamples=_RESAMPLES) if known else None
-    return {"value": float(np.mean(known)) if known else None, "interval": ends(interval), "users": len(known)}
+    return {**score_of(known), "users": len(known)}
 
 
 def agreement(measured: Measured, names: Sequence[str], truth: str) -> dict[str, dict[str, Any]]:

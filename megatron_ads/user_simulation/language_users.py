@@ -11,13 +11,12 @@ import numpy as np
 
 from megatron_ads.config.user_simulation import BrowseConfig
 from megatron_ads.data.simulator.histories import SHOPPER
-from megatron_ads.data.simulator.population import NOBODY, loyalty_weights
 from megatron_ads.data.simulator.vocabulary import KINDS, PLACES, PRICES
 from megatron_ads.data.simulator.world import World
 from megatron_ads.inference.engine import Completion
 from megatron_ads.rows import Message, Role
 from megatron_ads.user_simulation.browsing import SATISFACTIONS, PageAnswer, Visit
-from megatron_ads.user_simulation.business import LatentUsers
+from megatron_ads.user_simulation.latent_users import LatentUsers
 from megatron_ads.user_simulation.model_answers import UnreadableError, flag, list_of, read_object, whole_number
 from megatron_ads.user_simulation.players import Player
 
@@ -33,16 +32,14 @@ _FORM = (
 def personas(world: World, users: LatentUsers, need_U: Sequence[int]) -> list[str]:
     """Return what a model is told of each user that it plays."""
     moment = users.moment
-    share_UM = loyalty_weights(moment.recent_UM, moment.day - moment.recent_day_UM)
     found = []
     for user, need in enumerate(need_U):
         who = f"{SHOPPER[PRICES[int(moment.price_U[user])]]} in {PLACES[int(users.place_U[user])]}"
         interests = [KINDS[kind].name for kind in np.argsort(-moment.interest_UK[user], kind="stable")[:_INTERESTS]]
-        ordered = moment.recent_UM[user][np.argsort(-share_UM[user], kind="stable")]
-        shops = dict.fromkeys(world.advertisers[number].name for number in ordered if number != NOBODY)
+        shops = [world.advertisers[number].name for number in users.latest_advertisers(user, _SHOPS)]
         lines = [f"User: a {who}.", f"Needs today: {KINDS[int(need)].name}.", f"Often needs: {', '.join(interests)}."]
         if shops:
-            lines.append(f"Bought lately from: {', '.join(list(shops)[:_SHOPS])}.")
+            lines.append(f"Bought lately from: {', '.join(shops)}.")
         found.append("\n".join(lines))
     return found
 

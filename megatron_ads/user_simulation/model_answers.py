@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from megatron_ads.inference.engine import Completion, Finish
-from megatron_ads.tasks.answer_format import CLOSE, OPEN
+from megatron_ads.tasks.answer_format import CLOSE, OPEN, whole_characters
 
 _LONGEST = 20_000
 """Characters of an answer, which bounds what reading it can cost."""
@@ -78,12 +78,12 @@ def flag(value: Any) -> bool:
 
 
 def text(longest: int) -> Reader:
-    """Return what reads a text that is not empty."""
+    """Return what reads a text that is not empty, and puts it on one line of whole characters."""
 
     def read(value: Any) -> str:
         if not isinstance(value, str) or not value.strip() or len(value) > longest:
             raise UnreadableError("no_text")
-        return value.strip()
+        return " ".join(whole_characters(value).split())
 
     return read
 

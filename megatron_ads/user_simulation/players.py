@@ -5,13 +5,14 @@ What it says is text of a stranger: it is read by ``model_answers`` or not at al
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_ads.config.generation import GenerationConfig, ModelKind
 from megatron_ads.config.user_simulation import PlayerConfig
 from megatron_ads.data.chat import ChatTokenizer, load_tokenizer, render_prompt
+from megatron_ads.errors import require
 from megatron_ads.inference.engine import Completion, Engine, Finish
 from megatron_ads.inference.journalled_engine import JournalledEngine
 from megatron_ads.inference.openai_engine import OpenAIEngine
@@ -30,8 +31,8 @@ class Player:
     longest_prompt: int | None = None
     """Tokens beyond which nothing is asked."""
     asked: int = 0
-    prompt_tokens: int = field(default=0)
-    answer_tokens: int = field(default=0)
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
 
     def say(self, conversations: Sequence[Sequence[Message]]) -> list[Completion]:
         """Return what the model says next in each conversation; one too long has a refused completion.
@@ -67,7 +68,7 @@ def open_player(config: PlayerConfig, out: Path, *, seed: int) -> Iterator[Playe
     """Yield the model of a recipe, its journal in ``out``; None where the recipe names none.
 
     Raises:
-        ConfigError: If a key is missing.
+        ConfigError: If a key is missing, or an answer may be as long as all that the model can read.
         ConversionError: If a folder is no checkpoint.
         DataError: If a folder has no tokenizer, or another process has the journal open.
     """
@@ -88,5 +89,10 @@ def open_player(config: PlayerConfig, out: Path, *, seed: int) -> Iterator[Playe
         folder = stack.enter_context(hugging_face_folder(Path(config.model)))
         engine = stack.enter_context(closing(open_engine(folder)))
         longest = engine.longest_text - config.max_tokens
+        require(
+            longest > 0,
+            f"model.max_tokens is {config.max_tokens}, and {config.model} reads {engine.longest_text} tokens, the "
+            "answer's among them. Lower it.",
+        )
         tokenizer = load_tokenizer(folder, config.template_arguments)
         yield Player(JournalledEngine(engine, journal, batch_size=config.batch_size), how, tokenizer, longest)

@@ -1,12 +1,13 @@
 """Reports of `users`: numbers for machines, and the same as tables for the terminal, for Markdown and for a page."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from conversion.atomic_file import write_small
+from megatron_ads.metrics.intervals import mean_and_interval
+from megatron_ads.reporting.markdown import markdown
 from megatron_ads.reporting.page import fixed, render, text_table, write_report
 
 
@@ -29,6 +30,14 @@ class Pages:
     notes: Sequence[str] = ()
 
 
+_RESAMPLES = 500
+
+
+def score_of(values: Sequence[float]) -> dict[str, Any]:
+    """Return the mean over users, ``value``, and its bootstrap ``interval``, as JSON values."""
+    return mean_and_interval(values, resamples=_RESAMPLES)
+
+
 def scored(score: Mapping[str, Any], digits: int = 3) -> str:
     """Write ``value`` and, where there is one, ``interval``."""
     if score["interval"] is None:
@@ -49,17 +58,12 @@ def as_markdown(pages: Pages) -> str:
     """Return the report as Markdown."""
     parts = [f"# {pages.title}", pages.lead]
     for table in pages.tables:
-        lines = [list(table.head), ["---", *["---:"] * (len(table.head) - 1)], *table.rows]
-        parts += [f"## {table.title}", "\n".join(f"| {' | '.join(_plain(cell) for cell in row)} |" for row in lines)]
+        parts += [f"## {table.title}", markdown([table.head, *table.rows], numbers=True).rstrip()]
     return "\n\n".join([*parts, *pages.notes]) + "\n"
-
-
-def _plain(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
 
 
 def write(out: Path, report: Mapping[str, Any], pages: Pages, recipe: str) -> None:
     """Write report.json, report.md, report.html and the resolved recipe."""
     write_small(out / "recipe.yaml", recipe)
     write_small(out / "report.md", as_markdown(pages))
-    write_report(out, render("user_simulation/report.html.jinja", pages=pages), json.loads(json.dumps(report)))
+    write_report(out, render("user_simulation/report.html.jinja", pages=pages), report)

@@ -27,7 +27,7 @@ from megatron_ads.data.simulator.behaviour import CURIOSITY, curiosity
 from megatron_ads.data.simulator.population import NOBODY, PERSISTENCE, Moment, next_advertiser_for
 from megatron_ads.data.simulator.world import World
 from megatron_ads.user_simulation.browsing import SATISFACTIONS, PageAnswer, Visit
-from megatron_ads.user_simulation.business import LatentUsers
+from megatron_ads.user_simulation.latent_users import LatentUsers
 
 WILLING, OTHER_OFFER, GLANCE = 0.6, 0.5, 0.5
 MOST = WILLING + (1 - WILLING) * CURIOSITY

@@ -12,10 +12,10 @@ from enum import StrEnum
 
 import numpy as np
 
-from megatron_ads.data.simulator.population import NOBODY, loyalty_weights, next_advertiser_for
+from megatron_ads.data.simulator.population import next_advertiser_for
 from megatron_ads.data.simulator.vocabulary import KINDS, PLACES, PRICES_ASKED, WORDINGS
 from megatron_ads.data.simulator.world import World
-from megatron_ads.user_simulation.business import LatentUsers
+from megatron_ads.user_simulation.latent_users import LatentUsers
 from megatron_ads.user_simulation.scripted_users import draw_needs
 
 
@@ -32,7 +32,7 @@ class Topic(StrEnum):
     """Where it bought before."""
 
 
-_WRONG_PRICE = ("That is too expensive for me.", "That is too cheap for me.")
+WRONG_PRICE = ("That is too expensive for me.", "That is too cheap for me.")
 """By the user's price level."""
 _SHOPS = 2
 
@@ -65,7 +65,8 @@ class TalkingUsers:
             case Topic.place:
                 return f"I live in {PLACES[int(self._users.place_U[user])]}."
             case Topic.shop:
-                shops = self._shops(user)
+                numbers = self._users.latest_advertisers(user, _SHOPS)
+                shops = [self._world.advertisers[number].name for number in numbers]
                 return f"I bought from {' and '.join(shops)} lately." if shops else "I have not bought anything lately."
 
     def reply(self, user: int, shown: Sequence[int]) -> tuple[bool, str]:
@@ -77,18 +78,8 @@ class TalkingUsers:
             return False, f"None of these sells what I need: {self._asked_as(user)}."
         level = int(self._users.moment.price_U[user])
         if not any(shop.price == level for shop in shops):
-            return False, f"None of these. {_WRONG_PRICE[level]}"
+            return False, f"None of these. {WRONG_PRICE[level]}"
         return False, "None of these."
 
     def _asked_as(self, user: int) -> str:
         return KINDS[int(self.need_U[user])].asked_as[int(self._wording_U[user])]
-
-    def _shops(self, user: int) -> list[str]:
-        """Return the shops of most loyalty, the first first."""
-        moment = self._users.moment
-        recent_M = moment.recent_UM[user]
-        share_1M = loyalty_weights(recent_M[None], moment.day - moment.recent_day_UM[user][None])
-        ordered = recent_M[np.argsort(-share_1M[0], kind="stable")].tolist()
-        return list(dict.fromkeys(self._world.advertisers[number].name for number in ordered if number != NOBODY))[
-            :_SHOPS
-        ]

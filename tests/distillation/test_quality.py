@@ -11,8 +11,15 @@ from megatron_ads.config.distillation import DistillConfig, QualityConfig
 from megatron_ads.data.questions import without_answer
 from megatron_ads.data.simulator.simulated_rows import simulated_examples
 from megatron_ads.data.user_features import view_chooser
-from megatron_ads.distillation.lessons import FurtherDraw, Lesson, Unfit, answered_with, asked_lesson, given_lesson
 from megatron_ads.distillation.quality import control, passing
+from megatron_ads.distillation.teacher_answers import (
+    FurtherDraw,
+    TeacherAnswer,
+    Unfit,
+    answer_from_labels,
+    answer_from_row,
+    answered_with,
+)
 from megatron_ads.rows import ChatRow, Fact, Message, Role
 
 OFF = {"min_words": 0, "min_details": 0, "min_probability": 0.0, "min_agreement": 0.0, "min_similarity": 0.0}
@@ -27,17 +34,17 @@ def question(number: int, title: str = "sturdy alpine boots") -> ChatRow:
     return ChatRow(id=f"r{number}", task="query_ad_relevance", messages=messages, facts=facts)
 
 
-def lesson(number: int, text: str = GOOD, **more: object) -> Lesson:
-    made = Lesson(answered_with(question(number), text), text)
+def answer(number: int, text: str = GOOD, **more: object) -> TeacherAnswer:
+    made = TeacherAnswer(answered_with(question(number), text), text)
     for name, value in more.items():
         setattr(made, name, value)
     return made
 
 
-def controlled(lessons: Sequence[Lesson], **rules: object) -> list[Unfit | None]:
+def controlled(answers: Sequence[TeacherAnswer], **rules: object) -> list[Unfit | None]:
     quality = QualityConfig(**{**OFF, "queries": False, "repeats": False, **rules})  # type: ignore[arg-type]
-    control(lessons, DistillConfig(out="unused", quality=quality))
-    return [one.removed for one in lessons]
+    control(answers, DistillConfig(out="unused", quality=quality))
+    return [one.removed for one in answers]
 
 
 def test_an_answer_becomes_target_label_and_facts_of_its_row() -> None:
@@ -46,31 +53,31 @@ def test_an_answer_becomes_target_label_and_facts_of_its_row() -> None:
     assert row.facts[Fact.reasoning] == "sturdy alpine boots are walked in"
     assert row.facts[Fact.ground_truth] == {"label": "Good", "location": None, "quality": None}
     assert row.facts[Fact.query] == "hiking shoes 1"
-    assert given_lesson(row).removed is None
-    wrong = given_lesson(replace(row, label="Bad"))
+    assert answer_from_row(row).removed is None
+    wrong = answer_from_row(replace(row, label="Bad"))
     assert (wrong.removed, wrong.reason) == (Unfit.unreadable, "'Bad', but the target says 'Good'")
 
 
-def test_labels_become_lessons_and_failures_are_counted_by_their_reason() -> None:
+def test_labels_become_teacher_answers_and_failures_are_counted_by_their_reason() -> None:
     said = {"text": GOOD, "failure": None, "label": "Good", "reasoning": "r", "log_probability": -0.5}
     failed = {"text": "so", "failure": "no_reasoning", "label": None, "reasoning": None, "log_probability": None}
-    good = asked_lesson(question(1), said, [failed, said])
+    good = answer_from_labels(question(1), said, [failed, said])
     assert (good.log_probability, good.removed) == (-0.5, None)
     assert good.further == (FurtherDraw(None, ""), FurtherDraw("Good", "r"))
-    bad = asked_lesson(question(2), failed, [said])
+    bad = answer_from_labels(question(2), failed, [said])
     assert (bad.removed, bad.reason, bad.text) == (Unfit.unreadable, "no_reasoning", "so")
 
 
 def test_reasoning_must_say_something_about_its_row() -> None:
     vague = "<think>this is what one may want</think><Label>Good</Label>"
     telling = "<think>number 101 is what one may want</think><Label>Good</Label>"  # all else is in most of the inputs
-    rows = [lesson(101, telling), lesson(102, "<think>fine</think><Label>Good</Label>"), lesson(103, vague)]
+    rows = [answer(101, telling), answer(102, "<think>fine</think><Label>Good</Label>"), answer(103, vague)]
     assert controlled(rows, min_words=3, min_details=1) == [None, Unfit.too_short, Unfit.boilerplate]
     assert rows[1].measured == "1 words"
 
 
 def test_a_label_that_its_teacher_finds_improbable_is_removed() -> None:
-    rows = [lesson(1, log_probability=math.log(0.75)), lesson(2, log_probability=math.log(0.5)), lesson(3)]
+    rows = [answer(1, log_probability=math.log(0.75)), answer(2, log_probability=math.log(0.5)), answer(3)]
     rows[1].log_probability = math.log(0.49)
     assert controlled(rows, min_probability=0.5) == [None, Unfit.improbable, None]
     assert (rows[1].reason, rows[1].measured) == ("label Good", "P 0.49")
@@ -87,21 +94,21 @@ def test_a_label_that_its_teacher_finds_improbable_is_removed() -> None:
 )
 def test_further_draws_must_agree(labels: list[str | None], removed: Unfit | None) -> None:
     further = tuple(FurtherDraw(label, "so") for label in labels)
-    assert controlled([lesson(1, further=further)], min_agreement=0.5) == [removed]
+    assert controlled([answer(1, further=further)], min_agreement=0.5) == [removed]
 
 
 def test_reasoning_unlike_that_of_further_draws_is_removed() -> None:
     alike = (FurtherDraw("Good", "sturdy alpine boots are what one walks in"),)
     apart = (FurtherDraw("Good", "kettles boil water"),)
-    rows = [lesson(1, further=alike), lesson(2, further=apart), lesson(3, further=(FurtherDraw(None, ""),))]
+    rows = [answer(1, further=alike), answer(2, further=apart), answer(3, further=(FurtherDraw(None, ""),))]
     assert controlled(rows, min_similarity=0.1) == [None, Unfit.unlike_the_others, None]
 
 
 def test_rows_with_the_words_of_an_earlier_one_are_removed() -> None:
-    again = lesson(2)
+    again = answer(2)
     facts = {**again.row.facts, Fact.query: "1 SHOES, hiking"}
     again.row = replace(again.row, facts=facts)
-    rows = [lesson(1), again, lesson(3)]
+    rows = [answer(1), again, answer(3)]
     assert controlled(rows, repeats=True) == [None, Unfit.repeats_a_row, None]
     assert again.measured == "as row r1"
 
@@ -109,15 +116,15 @@ def test_rows_with_the_words_of_an_earlier_one_are_removed() -> None:
 def test_queries_against_the_rules_are_removed() -> None:
     view_of = view_chooser(HistoryConfig())
     rows = [each.row for each in simulated_examples(AdsTask.query_generation, 200, seed=0, view_of=view_of)]
-    lessons = [Lesson(answered_with(without_answer(row), row.target), row.target) for row in rows]
+    answers = [TeacherAnswer(answered_with(without_answer(row), row.target), row.target) for row in rows]
     keyword = str(rows[0].facts[Fact.keyword])
     broad = f"<think>so</think><Query>{keyword}</Query><Reason>it is the keyword</Reason>"
-    lessons[0] = Lesson(answered_with(without_answer(rows[0]), broad), broad)
-    assert controlled(lessons, queries=True)[0] is Unfit.broader_query
-    assert len(passing(lessons)) > 0.9 * len(rows)
+    answers[0] = TeacherAnswer(answered_with(without_answer(rows[0]), broad), broad)
+    assert controlled(answers, queries=True)[0] is Unfit.broader_query
+    assert len(passing(answers)) > 0.9 * len(rows)
 
 
 def test_what_cannot_be_read_is_under_no_further_rule() -> None:
-    failed = lesson(1)
+    failed = answer(1)
     failed.remove(Unfit.unreadable, "empty")
-    assert controlled([failed, lesson(2)], min_words=100) == [Unfit.unreadable, Unfit.too_short]
+    assert controlled([failed, answer(2)], min_words=100) == [Unfit.unreadable, Unfit.too_short]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ads.config.generation import GenerationConfig
+from megatron_ads.config.generation import GenerationConfig, Method
 from megatron_ads.config.labelling import LabelConfig
 from megatron_ads.data.chat import load_tokenizer
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
@@ -73,6 +73,30 @@ def test_what_is_in_the_journal_is_not_generated_again(tmp_path: Path) -> None:
         assert engine.batches[2:] == [[[4]]]
         assert again.generate([[1]], GenerationConfig(max_new_tokens=7))[0][0].text == "[1] 0"
     assert engine.batches[3:] == [[[1]]]
+
+
+class _Drawn:
+    """An engine that never says the same twice."""
+
+    def __init__(self) -> None:
+        self.said = 0
+
+    def generate(
+        self, prompts: Sequence[Any], config: GenerationConfig, *, rules: Any = None
+    ) -> list[list[Completion]]:
+        self.said += len(prompts)
+        return [[Completion(text=str(self.said - place))] for place in range(len(prompts))]
+
+
+@pytest.mark.parametrize(("method", "asked"), [(Method.sampled, 3), (Method.greedy, 2)])
+def test_equal_prompts_are_drawn_apart_and_found_again(method: Method, asked: int, tmp_path: Path) -> None:
+    engine, how = _Drawn(), GenerationConfig(method=method)
+    with Journal(tmp_path / "j") as journal:
+        said = JournalledEngine(engine, journal, batch_size=2).generate([[1], [2], [1]], how)  # type: ignore[arg-type]
+    assert engine.said == asked == len({one.text for (one,) in said})
+    with Journal(tmp_path / "j") as journal:
+        again = JournalledEngine(engine, journal, batch_size=2).generate([[1], [2], [1]], how)  # type: ignore[arg-type]
+    assert (again, engine.said) == (said, asked)
 
 
 class _Recorded:

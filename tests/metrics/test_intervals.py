@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_ads.metrics.classification import balanced_accuracy_interval
-from megatron_ads.metrics.intervals import mean_interval, statistic_interval
+from megatron_ads.metrics.intervals import mean_and_interval, mean_interval, statistic_interval
 from megatron_ads.tasks.relevance import BAD_VIEW
 
 
@@ -48,6 +48,7 @@ def test_a_statistic_may_be_undefined_in_some_resamples_but_not_in_all():
     assert only_where_first is not None and only_where_first.low == 1.0
     assert statistic_interval(lambda rows: None, 3) is None
     assert mean_interval([]) is None
+    assert mean_and_interval([]) == {"value": None, "interval": None}
     assert statistic_interval(lambda rows: 1.0, 0) is None
 
 

@@ -79,6 +79,7 @@ def test_the_people_drawn_once_more_are_those_of_the_logs(business: Business) ->
         bought = [event.advertiser for event in business.past.events[name] if event.kind.endswith("conversion")]
         recent = [number for number in moment.recent_UM[row].tolist() if number >= 0]
         assert recent == [numbers[advertiser] for advertiser in reversed(bought)][:8]
+        assert business.users.latest_advertisers(row, 3) == list(dict.fromkeys(recent))[:3]
 
 
 def test_recommenders_give_different_lists_of_everything_once(business: Business, config: BrowseConfig) -> None:
@@ -175,6 +176,31 @@ def test_what_does_not_belong_together_is_refused(
         open_business(small, tmp_path, simulated=10)
     with pytest.raises(DataError, match="is no simulation"):
         open_business(replace(world, logs=str(world.pipeline)), tmp_path, simulated=10)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"users": 40}, "'user-.*' is none of the 40 users of its manifest. Simulate again"),
+        ({"users": "500"}, "is no simulation"),
+        ({"seed": -1}, "is no simulation"),
+        ({"days": 20}, "its manifest has 20 days, and users act after 23"),
+        ({"advertisers": 10**12}, "its advertisers are not those that its manifest's seed draws"),
+        ({"seed": 1}, "its advertisers are not those that its manifest's seed draws"),
+    ],
+)
+def test_a_manifest_that_is_not_that_of_its_logs_is_refused(
+    changed: dict[str, object], message: str, world: SimulatedWorldConfig, tmp_path: Path
+) -> None:
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    for file in Path(str(world.logs)).iterdir():
+        (folder / file.name).symlink_to(file)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").write_text(json.dumps(manifest | changed))
+    with pytest.raises(DataError, match=message):
+        open_business(replace(world, logs=str(folder)), tmp_path, simulated=10)
 
 
 def test_answers_of_a_model_are_a_recommender(business: Business, world: SimulatedWorldConfig, tmp_path: Path) -> None:

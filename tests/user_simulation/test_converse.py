@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,16 +13,17 @@ from megatron_ads.inference.engine import Completion
 from megatron_ads.user_simulation.assistants import LanguageAssistant, RulesAssistant
 from megatron_ads.user_simulation.business import Business, open_business
 from megatron_ads.user_simulation.conversations import (
+    Breakdown,
+    ClarifyingQuestion,
     Conversation,
-    Failure,
-    Question,
     Recommendation,
     Said,
     Search,
     converse,
     pipeline_retriever,
 )
-from megatron_ads.user_simulation.converse_run import ASKING, BEST, LISTENING, OPENING, run_converse
+from megatron_ads.user_simulation.converse_run import ASKING, BEST, LISTENING, OPENING, converse_pages, run_converse
+from megatron_ads.user_simulation.reports import write
 from megatron_ads.user_simulation.talking_users import TalkingUsers, Topic
 from tests.inference.scripted_server import Reply, scripted_server
 from tests.user_simulation.players import assistant
@@ -71,6 +73,24 @@ def test_a_model_talks_through_the_retriever_and_is_asked_once(given: list[str],
     assert line["success"][4]["value"] > report["assistants"][OPENING]["success"][1]["value"]
     roles = [message["role"] for message in max((body["messages"] for body in server.bodies), key=len)]
     assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+
+
+def test_half_characters_in_what_a_model_says_end_no_conversation(given: list[str], tmp_path: Path) -> None:
+    def halves(body: dict[str, Any], times: int) -> Reply:
+        said = assistant(body, times).content.replace("hm", "\udca9")
+        for words, more in (("You said", r"\ud83d"), ("Where did", "\ud83d"), ("I am looking for", r"\udca9")):
+            said = said.replace(words, f"{words} {more}")  # as JSON writes it, and as it is
+        return Reply(content=said)
+
+    with scripted_server(halves) as server:
+        report = run_converse(recipe(given, tmp_path, "model.model=m", f"model.url='{server.url}'", "simulated=5"))
+        asked = len(server.bodies)
+        again = run_converse(recipe(given, tmp_path, "model.model=m", f"model.url='{server.url}'", "simulated=5"))
+        assert again == report and len(server.bodies) == asked
+    assert report["assistants"]["m"]["failures"] == {}
+    spoken = [message["content"] for body in server.bodies for message in body["messages"]]
+    assert sum("\ufffd" in text for text in spoken) > 10 and "".join(spoken).encode()
+    write(tmp_path, report, converse_pages(report), "")
 
 
 def test_a_model_that_only_searches_is_stopped(given: list[str], tmp_path: Path) -> None:
@@ -125,11 +145,11 @@ def test_a_model_can_do_nothing_else(said: str, why: str, business: Business, gi
         said = said.replace(f'"{letter}"', json.dumps(items[number].name))
     said = said.replace("NOT FOUND", items[9].name).replace("SHOWN", items[4].name)
     reader = LanguageAssistant(None, items, recipe(given, tmp_path))  # type: ignore[arg-type]
-    assert reader.read(one, Completion(text=said)) == Failure(why)
+    assert reader.read(one, Completion(text=said)) == Breakdown(why)
     good = json.dumps({"recommend": [items[2].name, items[0].name], "why": "They are near."})
     assert reader.read(one, Completion(text=good)) == Recommendation((2, 0), "They are near.")
     asked = '{"ask": "How much?", "about": "price"}'
-    assert reader.read(one, Completion(text=asked)) == Question(Topic.price, "How much?")
+    assert reader.read(one, Completion(text=asked)) == ClarifyingQuestion(Topic.price, "How much?")
 
 
 def test_users_answer_as_they_are_and_say_what_is_wrong(business: Business, users: TalkingUsers) -> None:

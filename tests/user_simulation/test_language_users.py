@@ -79,6 +79,13 @@ def test_a_checkpoint_in_this_process_plays_through_its_own_journal(given: list[
     assert journal.read_text().splitlines() == lines
 
 
+def test_a_model_that_can_read_no_prompt_is_refused_before_anything_is_simulated(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    local = ["model.kind=local", f"model.model='{model}'", "model.max_tokens=100000"]
+    with pytest.raises(ConfigError, match=r"model\.max_tokens is 100000, and .* reads \d+ tokens"):
+        run_browse(load_users_recipe(BrowseConfig, "users/browse", local, out=str(tmp_path)))
+
+
 def test_a_model_is_told_who_it_is_and_what_it_did(given: list[str], tmp_path: Path) -> None:
     config = recipe(given, tmp_path)
     business = open_business(config.world, tmp_path, simulated=USERS)

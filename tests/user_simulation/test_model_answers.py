@@ -68,6 +68,22 @@ def test_what_was_cut_off_or_never_said_is_unreadable() -> None:
         flag(1)
 
 
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        (r"caf\ud83d", "caf\ufffd"),
+        (r"\udca9x", "\ufffdx"),
+        (r"\ud83d\ude00", "\U0001f600"),
+        ("raw \ud800", "raw \ufffd"),
+        (r"a\n\n2. b\u2028c", "a 2. b c"),
+    ],
+)
+def test_a_text_is_one_line_of_whole_characters(said: str, read: str) -> None:
+    found = read_object(Completion(text=f'{{"q": "{said}"}}'), [{"q": text(99)}])["q"]
+    assert found == read
+    found.encode()
+
+
 def test_a_page_is_read_from_1_and_clicks_need_a_look() -> None:
     page = read_page_answer(Completion(text='{"looks": [3, 1], "clicks": [3], "satisfaction": 4, "leaves": false}'), 3)
     assert (page.looked, page.clicked, page.leaves, page.satisfaction, page.unreadable) == (

@@ -53,7 +53,7 @@ class FurtherDraw:
 
 
 @dataclass(slots=True)
-class Lesson:
+class TeacherAnswer:
     """One row and the teacher's answer, on its way through quality control."""
 
     row: ChatRow
@@ -82,7 +82,7 @@ class Lesson:
         self.removed, self.reason, self.measured = why, reason, measured
 
 
-def read_lessons(config: DistillConfig, questions_file: Path, left_out: Counter[str]) -> list[Lesson]:
+def read_teacher_answers(config: DistillConfig, questions_file: Path, left_out: Counter[str]) -> list[TeacherAnswer]:
     """Return all rows with the teacher's answers, those asked before those that had one.
 
     Args:
@@ -93,15 +93,15 @@ def read_lessons(config: DistillConfig, questions_file: Path, left_out: Counter[
     Raises:
         DataError: If labels are missing or damaged, or two rows have one id.
     """
-    lessons = list(_asked(config, questions_file)) if config.sources else []
-    lessons += map(given_lesson, answered_rows(config, left_out))
-    repeated = [name for name, count in Counter(lesson.name for lesson in lessons).items() if count > 1]
+    answers = list(_asked(config, questions_file)) if config.sources else []
+    answers += map(answer_from_row, answered_rows(config, left_out))
+    repeated = [name for name, count in Counter(answer.name for answer in answers).items() if count > 1]
     if repeated:
         raise DataError(f"id {repeated[0]!r} is that of a row in sources and of one in answered. Ids must differ.")
-    return lessons
+    return answers
 
 
-def _asked(config: DistillConfig, questions_file: Path) -> Iterator[Lesson]:
+def _asked(config: DistillConfig, questions_file: Path) -> Iterator[TeacherAnswer]:
     draws = [_labels_of(Path(config.label_job(questions_file, draw).out)) for draw in range(config.draws)]
     for number, question in enumerate(read_questions(questions_file)):
         first, *others = (labels.get(number) for labels in draws)
@@ -109,7 +109,7 @@ def _asked(config: DistillConfig, questions_file: Path) -> Iterator[Lesson]:
             raise DataError(
                 f"row {question.id!r} has no line in {config.out}/answers. Restore it, or choose another --out."
             )
-        yield asked_lesson(question, first, [other for other in others if other is not None])
+        yield answer_from_labels(question, first, [other for other in others if other is not None])
 
 
 def _labels_of(job: Path) -> dict[int, dict[str, Any]]:
@@ -118,25 +118,25 @@ def _labels_of(job: Path) -> dict[int, dict[str, Any]]:
     return {line["row"]: line for table in tables for line in table.to_pylist()}
 
 
-def asked_lesson(question: ChatRow, first: Mapping[str, Any], others: list[dict[str, Any]]) -> Lesson:
+def answer_from_labels(question: ChatRow, first: Mapping[str, Any], others: list[dict[str, Any]]) -> TeacherAnswer:
     """Return what a row became, from lines of labels: that of the answer to learn from, and those of further draws."""
     further = tuple(FurtherDraw(other["label"], other["reasoning"] or "") for other in others)
     text = first["text"] or ""
     if first["failure"] is not None:
-        lesson = Lesson(question, text)
-        lesson.remove(Unfit.unreadable, first["failure"])
-        return lesson
-    lesson = given_lesson(answered_with(question, text))
-    lesson.text, lesson.log_probability, lesson.further = text, first["log_probability"], further
-    return lesson
+        answer = TeacherAnswer(question, text)
+        answer.remove(Unfit.unreadable, first["failure"])
+        return answer
+    answer = answer_from_row(answered_with(question, text))
+    answer.text, answer.log_probability, answer.further = text, first["log_probability"], further
+    return answer
 
 
-def given_lesson(row: ChatRow) -> Lesson:
+def answer_from_row(row: ChatRow) -> TeacherAnswer:
     """Return a row that has the teacher's answer; removed if that cannot be read."""
-    lesson = Lesson(row, row.target)
+    answer = TeacherAnswer(row, row.target)
     if fault := fault_of(row):
-        lesson.remove(Unfit.unreadable, fault.reason or str(fault.fault))
-    return lesson
+        answer.remove(Unfit.unreadable, fault.reason or str(fault.fault))
+    return answer
 
 
 def answered_with(question: ChatRow, text: str) -> ChatRow:
