@@ -1,7 +1,7 @@
 """What a student learns from: the teacher's answers, under quality control or all that can be read, and a report."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +13,16 @@ from megatron_ads.distillation.quality import control, passing
 from megatron_ads.distillation.questions import JUDGED, write_rows
 from megatron_ads.distillation.teacher_answers import TeacherAnswer, Unfit, read_teacher_answers
 from megatron_ads.errors import DataError
+from megatron_ads.observability.log import get_logger
 from megatron_ads.stable_random import stable_key
 from megatron_ads.synthesis.removals import counts, removals, render, samples_of
+
+logger = get_logger(__name__)
+
+_ONE_SIDED = 0.5
+"""Quality control is one-sided where a label is kept less than half as often as the labels of its task together."""
+_FEW = 20
+"""Answers of a label from which on that is told."""
 
 
 def rows_file(out: Path, student: Student) -> Path:
@@ -41,6 +49,8 @@ def write_corpus(config: DistillConfig, questions_file: Path, student: Student) 
     write_small(
         file.with_suffix(".md"), "\n".join([f"# Rows of the student {student}", "", *_summary(report), "", text])
     )
+    for warning in report["one_sided"]:
+        logger.warning("%s. %s has samples of what each rule removed", warning, file.with_suffix(".md"))
     if not kept:
         raise DataError(
             f"none of the teacher's {len(answers):,} answers is left for the student {student}: "
@@ -59,6 +69,7 @@ def report_on(answers: Sequence[TeacherAnswer], config: DistillConfig, student: 
         "kept": len(kept),
         "kept_by_task": dict(sorted(Counter(answer.row.task for answer in kept).items())),
         "labels": {"answered": _labels(answers), "kept": _labels(kept)},
+        "one_sided": one_sided(answers),
         "filters": removals(answers, Unfit, samples=config.samples, seed=config.seed),
         "samples_of_kept": samples_of(kept, config.samples, config.seed),
     }
@@ -66,11 +77,31 @@ def report_on(answers: Sequence[TeacherAnswer], config: DistillConfig, student: 
 
 def _labels(answers: Sequence[TeacherAnswer]) -> dict[str, dict[str, int]]:
     """Return how often each label was given, by task; names are too many to count."""
-    found: dict[str, Counter[str]] = {}
+    return {task: dict(labels.most_common(10)) for task, labels in sorted(_label_counts(answers).items())}
+
+
+def _label_counts(answers: Sequence[TeacherAnswer]) -> defaultdict[str, Counter[str]]:
+    found: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for answer in answers:
         if answer.row.label is not None:
-            found.setdefault(answer.row.task, Counter())[answer.row.label] += 1
-    return {task: dict(labels.most_common(10)) for task, labels in sorted(found.items())}
+            found[answer.row.task][answer.row.label] += 1
+    return found
+
+
+def one_sided(answers: Sequence[TeacherAnswer]) -> list[str]:
+    """Return a sentence for each label of which quality control keeps much less than of its task's other labels.
+
+    Rules that remove what is short, or mentions little, take one label before others where its reasons are brief.
+    """
+    given, kept = _label_counts(answers), _label_counts(passing(answers))
+    found = []
+    for task, labels in given.items():
+        share = kept[task].total() / labels.total()
+        for label, count in labels.items():
+            of_label = kept[task][label] / count
+            if count >= _FEW and of_label < _ONE_SIDED * share:
+                found.append(f"of {task}, {of_label:.0%} of label {label} is kept, and {share:.0%} of all labels")
+    return found
 
 
 def _removed(report: dict[str, Any]) -> dict[str, int]:
@@ -84,4 +115,4 @@ def _summary(report: dict[str, Any]) -> list[str]:
     ]
     for task, kept in report["labels"]["kept"].items():
         lines.append(f"Labels of {task}: {counts(kept)}; before: {counts(report['labels']['answered'][task])}.")
-    return lines
+    return [*lines, *(f"**One-sided**: {warning}." for warning in report["one_sided"])]

@@ -11,6 +11,7 @@ from megatron_ads.config.distillation import DistillConfig, QualityConfig
 from megatron_ads.data.questions import without_answer
 from megatron_ads.data.simulator.simulated_rows import simulated_examples
 from megatron_ads.data.user_features import view_chooser
+from megatron_ads.distillation.corpus import one_sided
 from megatron_ads.distillation.quality import control, passing
 from megatron_ads.distillation.teacher_answers import (
     FurtherDraw,
@@ -128,3 +129,14 @@ def test_what_cannot_be_read_is_under_no_further_rule() -> None:
     failed = answer(1)
     failed.remove(Unfit.unreadable, "empty")
     assert controlled([failed, answer(2)], min_words=100) == [Unfit.unreadable, Unfit.too_short]
+
+
+def test_rules_that_take_one_label_before_others_are_named() -> None:
+    good = [answer(number) for number in range(40)]
+    bad = [answer(number, "<think>spam</think><Label>Bad</Label>") for number in range(40, 80)]
+    control([*good, *bad[:20]], DistillConfig(out="unused", quality=QualityConfig(**{**OFF, "min_words": 3})))  # type: ignore[arg-type]
+    assert one_sided([*good, *bad[20:]]) == []  # of these nothing is removed
+    assert one_sided([*good, *bad]) == []  # half of Bad is kept, of all labels three in four
+    told = "of query_ad_relevance, 0% of label Bad is kept, and 67% of all labels"
+    assert one_sided([*good, *bad[:20]]) == [told]
+    assert one_sided([*good, *bad[:19]]) == []  # too few to tell
