@@ -112,7 +112,5 @@ def test_a_teacher_alone_needs_one_answer_to_a_prompt() -> None:
 
 
 def test_a_teacher_renders_no_conversation() -> None:
-    with pytest.raises(
-        ConfigError, match=r"template_arguments is .*thinking.*, which has no effect on a teacher"
-    ):
+    with pytest.raises(ConfigError, match=r"template_arguments is .*thinking.*, which has no effect on a teacher"):
         validate(recipe(*SERVED, "teacher.template_arguments={thinking: true}"), 4)

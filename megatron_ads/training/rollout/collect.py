@@ -142,8 +142,8 @@ class Collector:
         rollouts = [replace(each, group=number) for number, group in enumerate(used) for each in group.rollouts]
         if self.teacher is not None:
             with times.measured("teacher"):
-                taught = self.teacher.teach(rollouts, alone=alone)
-            rollouts, faults = taught.rollouts, faults + taught.faults
+                rollouts, lost = self.teacher.teach(rollouts, alone=alone)
+            faults += lost
         return ScoredStep(
             rollouts=rollouts,
             rewards={name: np.concatenate([group.rewards[name] for group in used]) for name in used[0].rewards},

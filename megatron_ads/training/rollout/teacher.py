@@ -33,10 +33,11 @@ Read = Callable[[Sequence[Rollout]], list[Sequence[float] | RewardFailure]]
 """Takes rollouts and returns the log-probabilities of each answer's tokens, or why there are none."""
 
 
-class TaughtRollouts(NamedTuple):
-    """Rollouts with what the teacher says of them."""
+class TeacherScores(NamedTuple):
+    """What the teacher says of rollouts."""
 
-    rollouts: list[Rollout]
+    values: list[tuple[float, ...] | None]
+    """Log-probabilities of each rollout's answer, in nats; None where there are none."""
     faults: Counter[str]
     """Rollouts of which it says nothing because something went wrong, by ``teacher/FAULT``."""
 
@@ -49,19 +50,18 @@ class Teacher:
     stop: Callable[[], None] = lambda: None
     """Has the teacher be asked nothing more, from any thread."""
 
-    def teach(self, rollouts: Sequence[Rollout]) -> TaughtRollouts:
-        """Return the rollouts with the teacher's log-probabilities.
+    def score(self, rollouts: Sequence[Rollout]) -> TeacherScores:
+        """Return what the teacher says of rollouts.
 
         Raises:
             DataError: If it failed for all, or its server is lost.
         """
         found = [_checked(*pair) for pair in zip(self.read(rollouts), rollouts, strict=True)]
         faults = report_failures("teacher", found)
-        taught = [
-            rollout if isinstance(values, RewardFailure) else replace(rollout, teacher_log_probabilities=values)
-            for rollout, values in zip(rollouts, found, strict=True)
-        ]
-        return TaughtRollouts(taught, Counter({f"teacher/{fault}": count for fault, count in faults.items()}))
+        return TeacherScores(
+            values=[None if isinstance(values, RewardFailure) else values for values in found],
+            faults=Counter({f"teacher/{fault}": count for fault, count in faults.items()}),
+        )
 
 
 def _checked(values: Sequence[float] | RewardFailure, rollout: Rollout) -> tuple[float, ...] | RewardFailure:
@@ -82,21 +82,32 @@ class JobTeacher:
     """None but on rank 0."""
     longest_wait_seconds: float
 
-    def teach(self, rollouts: Sequence[Rollout], *, alone: bool = False) -> TaughtRollouts:
-        """Return the rollouts with the teacher's log-probabilities; a collective, unless rank 0 calls it ``alone``.
+    def teach(self, rollouts: Sequence[Rollout], *, alone: bool = False) -> tuple[list[Rollout], Counter[str]]:
+        """Return rollouts with the teacher's log-probabilities, and the faults; a collective, unless ``alone``.
+
+        Rank 0 may call it ``alone``, without the others.
 
         Raises:
             MegatronAdsError: On every rank, if the teacher failed for all of them, or its server is lost.
         """
         if alone:
             assert self.teacher is not None, "this is rank 0"
-            return self.teacher.teach(rollouts)
-        found: list[TaughtRollouts | None] = [None]
+            scores = self.teacher.score(rollouts)
+        else:
+            scores = self._scored_by_rank_0(rollouts)
+        taught = [
+            replace(rollout, teacher_log_probabilities=values)
+            for rollout, values in zip(rollouts, scores.values, strict=True)
+        ]
+        return taught, scores.faults
+
+    def _scored_by_rank_0(self, rollouts: Sequence[Rollout]) -> TeacherScores:
+        found: list[TeacherScores | None] = [None]
         with raised_once_all_are_done("ask the teacher", self.longest_wait_seconds):
             if self.teacher is not None:
-                found = [self.teacher.teach(rollouts)]
+                found = [self.teacher.score(rollouts)]
         dist.broadcast_object_list(found, src=0)
-        assert found[0] is not None
+        assert found[0] is not None, "rank 0 has it"
         return found[0]
 
     def stop(self) -> None:
