@@ -26,17 +26,20 @@ class Rollout:
     """The engine's, in nats, of each token of the answer."""
     weights: str
     """By which weights it was made: how many updates they had, and a digest of what they say of the probe."""
+    teacher_log_probabilities: tuple[float, ...] | None = None
+    """The teacher's, in nats, of each token of the answer; None: there is no teacher, or it failed for this one."""
 
     def as_record(self) -> dict[str, Any]:
-        """Return JSON values for a journal; the row by its id."""
+        """Return JSON values for a journal; the row by its id, and nothing of a teacher where it says nothing."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"row": self.row.id}
+        return {name: value for name, value in values.items() if value is not None} | {"row": self.row.id}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], rows: Mapping[str, ChatRow]) -> "Rollout":
         """Return what ``as_record`` wrote, with its row from those of the job."""
-        tuples = ("prompt_tokens", "answer_tokens", "log_probabilities")
-        values: dict[str, Any] = {**record, **{name: tuple(record[name]) for name in tuples}}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list | tuple) else value for name, value in record.items()
+        }
         return cls(**values | {"row": rows[record["row"]]})
 
 

@@ -1,6 +1,7 @@
-"""``rollout``, ``rewards`` and ``policy``: what reinforcement learning has besides the sections of every job.
+"""``rollout``, ``rewards``, ``policy``: what reinforcement learning has besides the sections of every job.
 
-Settings have the names that verl and TRL users know. Importing it needs no torch.
+A fourth, ``teacher``, is in ``teacher.py``. Settings have the names that verl and TRL users know. Importing it needs no
+torch.
 """
 
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from omegaconf import MISSING
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.generation import EndpointConfig
 from megatron_ads.config.run import RunConfig, validate_run
+from megatron_ads.config.teacher import TeacherConfig
 from megatron_ads.errors import require, require_above, require_at_least, require_distinct
 
 
@@ -48,7 +50,7 @@ class RolloutConfig:
     mode: RolloutMode = RolloutMode.colocated
     """Who generates, and who trains."""
     samples: int = 8
-    """G, the answers to each prompt: one group."""
+    """G, the answers to each prompt: one group. At least 2, as rewards are compared within it; 1 without rewards."""
     max_new_tokens: int = 256
     """Longest answer, end token included."""
     batch_size: int = 64
@@ -87,8 +89,7 @@ class RolloutConfig:
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
-        require_at_least("rollout", self, 2, "samples")
-        require_at_least("rollout", self, 1, "max_new_tokens", "batch_size", "max_draws")
+        require_at_least("rollout", self, 1, "samples", "max_new_tokens", "batch_size", "max_draws")
         require_at_least("rollout", self, 0, "overlong_buffer", "probe_rows", "max_staleness")
         require_above("rollout", self, 0, "max_logprob_diff", "server_wait_seconds")
         has_buffer, shaped = self.overlong_buffer > 0, self.overlong is Overlong.shape
@@ -178,7 +179,8 @@ class RewardsConfig:
     """What answers are worth."""
 
     use: list[RewardConfig] = MISSING
-    """The rewards; each is normalised within its groups before they are combined."""
+    """The rewards; each is normalised within its groups before they are combined. Empty: a ``teacher`` alone says what
+    answers are worth."""
     combine: Combine = Combine.fixed
     """How several become one."""
     popo_step_size: float = 0.1
@@ -191,7 +193,6 @@ class RewardsConfig:
 
     def check(self) -> None:
         """Refuse values that are impossible whatever the other sections say."""
-        require(bool(self.use), "rewards.use is empty. Name at least one reward, such as {name: label_agreement}.")
         require_distinct("rewards.use", [reward.name for reward in self.use])
         require_above("rewards", self, 0, "popo_step_size", "popo_temperature", "timeout_seconds")
         for index, reward in enumerate(self.use):
@@ -202,7 +203,8 @@ class RewardsConfig:
         )
         require(
             len(self.use) > 1 or self.combine is Combine.fixed,
-            f"rewards.combine is {self.combine}, but rewards.use has a single reward. Remove it, or add a reward.",
+            f"rewards.combine is {self.combine}, but rewards.use has {'a single reward' if self.use else 'no reward'}. "
+            "Remove it, or add a reward.",
         )
         for name, unused in (("popo_step_size", 0.1), ("popo_temperature", 1.0)):
             require(
@@ -343,6 +345,7 @@ class RlConfig(RunConfig):
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
 
 
 def validate(config: RlConfig, world: int, shape: ModelShape | None = None) -> None:
@@ -351,9 +354,10 @@ def validate(config: RlConfig, world: int, shape: ModelShape | None = None) -> N
     Raises:
         ConfigError: Naming the settings, their values and what to change.
     """
-    for section in (config.rollout, config.rewards, config.policy):
+    for section in (config.rollout, config.rewards, config.policy, config.teacher):
         section.check()
     validate_run(config, world, shape)
+    _check_what_judges(config)
     require(
         config.train.global_batch_size % config.policy.minibatches == 0,
         f"train.global_batch_size = {config.train.global_batch_size} prompts do not divide into policy.minibatches = "
@@ -379,3 +383,28 @@ def validate(config: RlConfig, world: int, shape: ModelShape | None = None) -> N
         f"model.mtp_loss_weight is {config.model.mtp_loss_weight:g}: the MTP layer is not trained by reinforcement "
         "learning. Set it to 0; its weights are carried along.",
     )
+
+
+def _check_what_judges(config: RlConfig) -> None:
+    """Refuse a job that neither rewards nor a teacher judge, and without rewards all that is about them."""
+    rollout, policy = config.rollout, config.policy
+    if config.rewards.use:
+        require_at_least("rollout", rollout, 2, "samples")
+        return
+    require(
+        config.teacher.is_there,
+        "rewards.use is empty, and teacher.model is null. Name at least one reward, such as {name: label_agreement}, "
+        "or a teacher.",
+    )
+    for setting, value, *idle in (
+        ("rollout.dynamic_sampling", rollout.dynamic_sampling, False),
+        ("rollout.overlong", rollout.overlong, Overlong.keep, Overlong.mask),
+        ("policy.norm_adv_by_std", policy.norm_adv_by_std, True),
+        ("policy.leave_one_out", policy.leave_one_out, False),
+        ("policy.kl_in", policy.kl_in, KlPlace.loss),
+        ("train.evaluate_every", config.train.evaluate_every, None),
+    ):
+        require(
+            value in idle,
+            f"{setting} is {value}, which has no effect while rewards.use is empty. Remove it, or name a reward.",
+        )

@@ -98,7 +98,26 @@ class OpenAIEngine:
 
         Raises:
             UnsupportedError: If the server does not report log-probabilities of prompts.
-            DataError: If requests have no answer after all attempts.
+            DataError: If requests have no answer after all attempts, or one is refused.
+        """
+        found = []
+        for completion, answer in zip(self.read(prompts, answers), answers, strict=True):
+            if completion.prompt_log_probabilities is None:
+                raise DataError(
+                    f"the {self._name} cannot read a text ({completion.text}). If it is too long, start the server "
+                    "with a longer context, such as vLLM's --max-model-len."
+                )
+            found.append(list(completion.prompt_log_probabilities[-len(answer) :]))
+        return found
+
+    def read(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Completion]:
+        """Return a completion for each prompt with its answer, whose ``prompt_log_probabilities`` are those of both.
+
+        Where these are None, the completion is a refused or an unanswered one, and says why.
+
+        Raises:
+            UnsupportedError: If the server does not report them.
+            DataError: As ``generate``.
         """
         requests = [
             Request(
@@ -112,16 +131,11 @@ class OpenAIEngine:
             )
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        found = []
-        for completion, answer in zip(self._ask(requests, "reading"), answers, strict=True):
-            if completion.finish is Finish.refused:
-                raise DataError(
-                    f"the {self._name} cannot read a text ({completion.text}). If it is too long, start the server "
-                    "with a longer context, such as vLLM's --max-model-len."
-                )
-            if completion.prompt_log_probabilities is None:
+        found = self._ask(requests, "reading")
+        for completion in found:
+            failed = completion.finish in (Finish.refused, Finish.unanswered)
+            if completion.prompt_log_probabilities is None and not failed:
                 self._lacks("the log-probabilities of a prompt (prompt_logprobs)")
-            found.append(list(completion.prompt_log_probabilities[-len(answer) :]))
         return found
 
     def update_weights(self, weights: "Iterator[tuple[str, Tensor]]") -> NoReturn:

@@ -75,6 +75,11 @@ class TransformersEngine:
         """How many tokens of prompt and completion the model has positions for."""
         return int(getattr(self._model.config, "max_position_embeddings", 2**31))
 
+    @property
+    def vocabulary_size(self) -> int:
+        """One more than the highest token id that the model can read."""
+        return int(self._model.get_input_embeddings().num_embeddings)
+
     def generate(
         self, prompts: Sequence[Prompt], config: GenerationConfig, *, rules: Sequence[Rules] | None = None
     ) -> list[list[Completion]]:

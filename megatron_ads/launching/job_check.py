@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from glob import glob
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_ads.architecture import ModelShape
 from megatron_ads.config.model import LayerSpecChoice, Precision
 from megatron_ads.config.recipes import load_job, validate_job
-from megatron_ads.config.rl import RlConfig
+from megatron_ads.config.rl import RlConfig, RolloutMode
 from megatron_ads.config.run import RunConfig, require_trainable
 from megatron_ads.disk import existing, free_bytes, readable_bytes
 from megatron_ads.errors import CheckpointError, ConfigError, DataError, MegatronAdsError, as_refusals, one_line
@@ -41,6 +42,9 @@ from megatron_ads.planning.job import job_of
 from megatron_ads.planning.plan import make_plan
 from megatron_ads.training.checkpoint_folder import complete_checkpoints, read_manifest, starting_point, verify_sizes
 from megatron_ads.training.folder_lock import folders_of, require_free
+
+if TYPE_CHECKING:
+    from conversion.sources import WeightSource
 
 RENDEZVOUS_SECONDS = 20.0
 """How long `check` waits for node 0; `train`, which may be started on other nodes first, waits longer."""
@@ -158,6 +162,8 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
     }
     if isinstance(config, RlConfig):
         checks["rewards"] = partial(_rewards, config)
+        if config.teacher.is_there and config.rollout.mode is not RolloutMode.train_only and shape is not None:
+            checks["teacher"] = partial(_teacher, config, source)
         if config.rollout.dump is not None:
             checks["rollouts"] = partial(_rollouts, Path(config.rollout.dump), config.train.max_steps)
     for name, check in checks.items():
@@ -225,7 +231,15 @@ def _rewards(config: RlConfig) -> str:
     from megatron_ads.rewards.registry import open_rewards  # imports numpy
 
     open_rewards(config.rewards).close()
-    return ", ".join(reward.name for reward in config.rewards.use)
+    return ", ".join(reward.name for reward in config.rewards.use) or "none; the teacher judges"
+
+
+def _teacher(config: RlConfig, source: "WeightSource") -> str:
+    from megatron_ads.training.rollout.teacher import require_same_tokens  # imports torch
+    from megatron_ads.training.streams import tokenizer_of
+
+    require_same_tokens(config.teacher, tokenizer_of(source, config.data.template_arguments))
+    return f"{config.teacher.model} has the tokens of the policy"
 
 
 def _rollouts(folder: Path, steps: int) -> str:

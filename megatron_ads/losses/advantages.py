@@ -1,9 +1,9 @@
-"""Advantages: how much better an answer is than the other answers to its prompt.
+"""Advantages: how much better an answer is than the other answers to its prompt, or a token is to a teacher.
 
-Shape suffixes: N = answers of the step; G = answers of one group that have a reward.
+Shape suffixes: N = answers of the step; G = answers of one group that have a reward; T = tokens of one answer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,34 @@ def group_advantages(rewards_N: NDArray[Any], group_N: NDArray[Any], config: Pol
             differences_G /= rewards_G.std(ddof=1) + _EPSILON
         advantages_N[members] = differences_G
     return advantages_N
+
+
+def teacher_advantages(
+    teacher_log_p_T: Sequence[float] | None, old_log_p_T: NDArray[np.float32], kl_coef: float
+) -> NDArray[np.float32]:
+    """Return A_t of each token of an answer, (T,), by a teacher; 0 where it has said nothing.
+
+    With pi_T the teacher, and pi_old the policy that answered:
+
+        A_t = beta (log pi_T(o_t | o_<t) - log pi_old(o_t | o_<t))
+
+    The gradient of -sum_t A_t log pi(o_t) is then, in expectation over o_t and at pi = pi_old, that of
+
+        beta sum_t KL(pi(. | o_<t) || pi_T(. | o_<t))
+
+    at the policy's own prefixes: generalised knowledge distillation on the student's answers alone (lambda = 1) by the
+    reverse KL (arXiv:2306.13649, section 3). As there, no gradient goes through the drawing of the prefixes, that is,
+    a token is not charged with the divergence of those behind it, as it is in MiniLLM (arXiv:2306.08543, equation 2).
+    Source: "On-Policy Distillation", thinkingmachines.ai/blog/on-policy-distillation.
+
+    Args:
+        teacher_log_p_T: log pi_T, in nats; None: there is no teacher, or it failed for this answer.
+        old_log_p_T: log pi_old, in nats.
+        kl_coef: beta.
+    """
+    if teacher_log_p_T is None:
+        return np.zeros_like(old_log_p_T)
+    return np.float32(kl_coef) * (np.array(teacher_log_p_T, dtype=np.float32) - old_log_p_T)
 
 
 def without_variance(rewards_N: NDArray[Any], group_N: NDArray[Any]) -> list[int]:

@@ -78,7 +78,14 @@ METRICS = {
     ),
     "rollout/draws": ("1", "how often prompts were drawn for the step (rollout.dynamic_sampling)"),
     "rollout/answers": ("answers", "generated for the step, those of replaced groups included"),
-    "rollout/faults/{reward}": ("answers", "without this reward because something went wrong, by REWARD/FAULT"),
+    "rollout/faults/{reward}": (
+        "answers",
+        "without this reward because something went wrong, by REWARD/FAULT; of a teacher, teacher/FAULT",
+    ),
+    "teacher/reverse_kl": (
+        "nats/token",
+        "estimate of KL(policy || teacher), mean over the answers' tokens; falls as the policy learns",
+    ),
     "rollout/logprob_abs_diff": (
         "nats/token",
         "mean absolute difference between engine and trainer over the answers",
@@ -101,6 +108,7 @@ METRICS = {
     "actor/entropy": ("nats/token", "mean entropy of the policy over the answers' tokens"),
     "timing_s/rollout": ("s", "generating the answers, the slowest rank's"),
     "timing_s/reward": ("s", "computing the rewards"),
+    "timing_s/teacher": ("s", "asking the teacher how probable the answers are to it"),
     "timing_s/wait": ("s", "waiting for answers that are generated during updates (rollout.max_staleness)"),
     "timing_s/update": ("s", "log-probabilities, backward passes and updates"),
     "timing_s/sync": ("s", "giving the engines the new weights, and comparing them"),

@@ -31,7 +31,7 @@ _BY_TASK = {
 }
 """Metrics that have one chart with a line for each task: label and caption."""
 
-_REWARD, _HELD_OUT_REWARD = "critic/rewards/mean", "validation/reward"
+_REWARD, _HELD_OUT_REWARD, _TEACHER = "critic/rewards/mean", "validation/reward", "teacher/reverse_kl"
 
 Metrics = Sequence[Mapping[str, Any]]
 
@@ -55,10 +55,15 @@ def run_page(folder: Path) -> str:
         done=max((row["step"] for row in metrics), default=0),
         steps=current_settings(run["recipe"])["train"]["max_steps"],
         losses={"loss": _values(metrics, "loss"), "held-out loss": _values(metrics, "validation_loss")},
-        worth={"reward": _values(metrics, _REWARD), "held-out reward": _values(metrics, _HELD_OUT_REWARD)},
+        worth={
+            "reward": _values(metrics, _REWARD),
+            "held-out reward": _values(metrics, _HELD_OUT_REWARD),
+            "reverse KL": _values(metrics, _TEACHER),
+        },
         medians={label: median(values) for label, name in speeds.items() if (values := _values(metrics, name))},
         loss=loss_chart(metrics),
         rewards=reward_charts(metrics),
+        teacher=_teacher_charts(metrics),
         tasks=[_task_chart(metrics, name) for name in _BY_TASK if _tasks_with(metrics, name)],
         weights=[_weights(metrics, task) for task in _tasks_with(metrics, "instance_weight_p50")],
         course=course_charts(metrics),
@@ -86,7 +91,7 @@ def loss_chart(metrics: Metrics) -> Chart:
         "What is minimised: the mean over the target tokens, or samples, of a step, with the samples' weights applied; "
         "smoothed with a half-life of 3 steps."
     )
-    logarithmic = not _values(metrics, _REWARD)  # a policy's loss has either sign
+    logarithmic = not (_values(metrics, _REWARD) or _values(metrics, _TEACHER))  # a policy's loss has either sign
     return Chart(line_chart(series, x_label="step", y_label="loss, nats", y_logarithmic=logarithmic), caption)
 
 
@@ -107,6 +112,21 @@ def reward_charts(metrics: Metrics) -> list[Chart]:
     several = (("critic/rewards", "reward", "Mean of each."), ("reward_weight", "weight", "What each counts."))
     lines = [_reward_lines(metrics, *each) for each in several if len(_tasks_with(metrics, "reward_weight")) > 1]
     return [Chart(line_chart(series, x_label="step", y_label="reward"), caption), *lines]
+
+
+def _teacher_charts(metrics: Metrics) -> list[Chart]:
+    """Draw how far a policy is from its teacher; nothing for a job without one."""
+    if not (points := _points(metrics, _TEACHER)):
+        return []
+    series = [
+        Series(name="each step", points=points, style="faint"),
+        Series(name="smoothed", points=smooth(points, 3)),
+    ]
+    caption = (
+        "Reverse KL: the log-probability of the policy's own tokens less the teacher's, mean over those of a step; "
+        "smoothed with a half-life of 3 steps."
+    )
+    return [Chart(line_chart(series, x_label="step", y_label="reverse KL, nats"), caption)]
 
 
 def _reward_lines(metrics: Metrics, prefix: str, label: str, caption: str) -> Chart:

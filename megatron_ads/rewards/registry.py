@@ -78,7 +78,8 @@ class Rewards:
             name: [each for of_unit in judge(rollouts) for each in of_unit] for name, judge in self._judges.items()
         }
         for name, found in outcomes.items():
-            faults += _report(name, found)
+            failures = report_failures(f"reward {name}", found)
+            faults += Counter({f"{name}/{fault}": count for fault, count in failures.items()})
         return Scores(values={name: np.array([*map(_value, found)]) for name, found in outcomes.items()}, faults=faults)
 
     def close(self) -> None:
@@ -155,8 +156,8 @@ def _value(outcome: Outcome) -> float:
     return outcome if isinstance(outcome, float) else np.nan
 
 
-def _report(name: str, outcomes: Sequence[Outcome]) -> Counter[str]:
-    """Log what failed in one line, and return how many rollouts each fault cost.
+def report_failures(judge: str, outcomes: Sequence[object]) -> Counter[Fault]:
+    """Log in one line what of a judge's outcomes failed, and return how many rollouts each fault cost.
 
     Raises:
         DataError: If nothing else is left.
@@ -166,8 +167,8 @@ def _report(name: str, outcomes: Sequence[Outcome]) -> Counter[str]:
         return Counter()
     counts = Counter(failure.fault for failure in failures)
     named = ", ".join(f"{count} {fault}" for fault, count in counts.most_common())
-    told = f"The reward {name} failed for {len(failures)} of {len(outcomes)} rollouts ({named}; {failures[0].text})"
-    if not any(isinstance(each, float) for each in outcomes):
+    told = f"The {judge} failed for {len(failures)} of {len(outcomes)} rollouts ({named}; {failures[0].text})"
+    if all(each is None or isinstance(each, RewardFailure) for each in outcomes):
         raise DataError(f"{told} and has a value for none. Correct it, or its settings.")
     logger.warning("%s.", told)
-    return Counter({f"{name}/{fault}": count for fault, count in counts.items()})
+    return counts

@@ -31,10 +31,14 @@ class Fault(StrEnum):
     wrong_type = "wrong_type"
     """Something that is no number."""
     wrong_length = "wrong_length"
-    """Not one value for each rollout."""
+    """Not one value for each rollout; of a teacher, for each token."""
     timed_out = "timed_out"
     died = "died"
     """The process that computes it ended: a crash, or no memory."""
+    refused = "refused"
+    """A teacher cannot read it, such as a text that is too long."""
+    unanswered = "unanswered"
+    """A teacher's server answered others, and this one at no attempt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from megatron_ads.config.rl import Combine, KlPlace, LossAggregation, Overlong, 
 from megatron_ads.data.batches import ReplicaShare, batches_of_all
 from megatron_ads.data.packed_batch import PLACE, PackedBatch, places
 from megatron_ads.errors import ConversionError
-from megatron_ads.losses.advantages import group_advantages
+from megatron_ads.losses.advantages import group_advantages, teacher_advantages
 from megatron_ads.losses.kl import kl_estimate, rewards_with_kl
 from megatron_ads.losses.policy import (
     ADVANTAGES,
@@ -73,7 +73,12 @@ class PolicyUpdate:
         values = {ENGINE: engine, OLD: old, REFERENCE: reference or old}
         products = self._inner_products(found, rows, values, rewards)
         reward_weights.update(products)
-        values[ADVANTAGES] = self._advantages(found, rewards, reward_weights.current)
+        values[ADVANTAGES] = [
+            of_rewards + of_teacher
+            for of_rewards, of_teacher in zip(
+                self._advantages(found, rewards, reward_weights.current), self._of_teacher(found, old), strict=True
+            )
+        ]
         reports, metrics = list[StepReport](), list[dict[str, float]]()
         for portion, replay in zip(portions, replays, strict=True):
             part = {name: each[portion.start : portion.stop] for name, each in values.items()}
@@ -85,8 +90,8 @@ class PolicyUpdate:
             "rollout/logprob_abs_diff": _mean_difference(engine, old),
             "actor/entropy": float(np.concatenate(entropies).astype(np.float64).mean()),
         }
-        of_rewards = {f"reward_inner_product/{name}": product for name, product in products.items()}
-        return _together(reports), _means(metrics) | of_answers | of_rewards
+        of_products = {f"reward_inner_product/{name}": product for name, product in products.items()}
+        return _together(reports), _means(metrics) | of_answers | of_products
 
     def _routings(
         self, rows: Sequence[TokenizedRow], portions: Sequence[range]
@@ -234,20 +239,28 @@ class PolicyUpdate:
     ) -> Values:
         """Return A = sum_k w_k A_k of each answer, at each of its tokens."""
         group_N = np.array([rollout.group for rollout in found.rollouts])
-        advantages_N = sum(
-            weights[name] * group_advantages(values_N, group_N, self.config.policy)
-            for name, values_N in rewards.items()
-        )
+        advantages_N = np.zeros(len(group_N))
+        for name, values_N in rewards.items():
+            advantages_N += weights[name] * group_advantages(values_N, group_N, self.config.policy)
         return [
             np.full(len(rollout.answer_tokens), value, dtype=np.float32)
-            for rollout, value in zip(found.rollouts, np.asarray(advantages_N), strict=True)
+            for rollout, value in zip(found.rollouts, advantages_N, strict=True)
+        ]
+
+    def _of_teacher(self, found: ScoredStep, old: Values) -> Values:
+        """Return what the teacher adds to the advantage of each token; 0 without one."""
+        coefficient = self.config.teacher.kl_coef
+        return [
+            teacher_advantages(rollout.teacher_log_probabilities, log_p, coefficient)
+            for rollout, log_p in zip(found.rollouts, old, strict=True)
         ]
 
     def _loss_weight(self, found: ScoredStep, place: int) -> float:
-        """Return the weight of each token of an answer; 0 for one that is masked, or that no reward has judged."""
+        """Return the weight of each token of an answer; 0 for one that is masked, or that nothing has judged."""
         rollout, settings = found.rollouts[place], self.config.rollout
         masked = settings.overlong is Overlong.mask and rollout.cut_off
-        if masked or all(np.isnan(values_N[place]) for values_N in found.rewards.values()):
+        rewarded = any(not np.isnan(values_N[place]) for values_N in found.rewards.values())
+        if masked or not (rewarded or rollout.teacher_log_probabilities is not None):
             return 0.0
         mode: LossAggregation = self.config.policy.loss_agg_mode
         return rollout.row.weight * answer_weight(mode, len(rollout.answer_tokens), settings.max_new_tokens)

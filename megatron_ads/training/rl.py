@@ -1,7 +1,8 @@
 """Reinforcement learning: what every rank does, from joining the job to exported weights.
 
-One step: prompts are drawn and answered by the current weights, the answers are judged, the policy is updated on them,
-and the engines get the new weights. With ``rollout.max_staleness`` the answers of later steps are generated meanwhile.
+One step: prompts are drawn and answered by the current weights, the answers are judged by rewards, by a teacher or by
+both, the policy is updated on them, and the engines get the new weights. With ``rollout.max_staleness`` the answers of
+later steps are generated meanwhile.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ from megatron_ads.training.rollout.collect import JobRewards
 from megatron_ads.training.rollout.dump import ScoredStep, read_recorded
 from megatron_ads.training.rollout.metrics import PhaseTimes, of_rewards, of_step
 from megatron_ads.training.rollout.prompts import Prompts, PromptStream, open_prompts
+from megatron_ads.training.rollout.teacher import open_job_teacher
 from megatron_ads.training.session import Membership, Session, join, start_from
 from megatron_ads.training.stopping import StopRequest
 from megatron_ads.training.streams import share_of, tokenizer_of
@@ -57,6 +59,7 @@ def run(config: RlConfig, stop: StopRequest) -> ExitStatus:
         )
         with ExitStack() as opened:
             rewards = opened.enter_context(_open_rewards(config))
+            teacher = opened.enter_context(open_job_teacher(config, tokenizer))
             position = Position(prompts.stream, RewardWeights(config.rewards), [])
             session, update = _begin(config, membership, position, stop)
             opened.enter_context(closing(session.log))
@@ -64,7 +67,7 @@ def run(config: RlConfig, stop: StopRequest) -> ExitStatus:
             answering = None
             if rollout.mode is not RolloutMode.train_only:
                 answering = opened.enter_context(
-                    open_answering(config, session, prompts, rewards, tokenizer, position.weights)
+                    open_answering(config, session, prompts, rewards, teacher, tokenizer, position.weights)
                 )
             job = RlJob(
                 config=config,
@@ -149,12 +152,16 @@ class RlJob:
             return self.answering.collect(step, self.times)
         with raised_on_all_ranks():
             names = [reward.name for reward in self.config.rewards.use]
-            return read_recorded(Path(self.config.rollout.dump or ""), step, self.prompts.rows, names)
+            folder, by_teacher = Path(self.config.rollout.dump or ""), self.config.teacher.is_there
+            return read_recorded(folder, step, self.prompts.rows, names, by_teacher=by_teacher)
 
     def warn_of_nothing_to_learn(self, found: ScoredStep, metrics: Mapping[str, float]) -> None:
-        """Say so where every answer of a step is worth as much as the others to its prompt, or none is judged."""
+        """Say so where every answer of a step is worth as much as the others to its prompt, or none is judged.
+
+        A teacher tells tokens apart all the same.
+        """
         prompts = self.config.train.global_batch_size
-        flat = metrics["rollout/groups_without_variance"] == prompts
+        flat = metrics.get("rollout/groups_without_variance") == prompts and not self.config.teacher.is_there
         if not flat or self.update is None or dist.get_rank() != 0:
             return
         if (mean := metrics.get("critic/rewards/mean")) is None:

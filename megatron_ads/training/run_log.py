@@ -36,8 +36,8 @@ from megatron_ads.training.step import StepReport
 
 logger = get_logger(__name__)
 
-_REWARD = "critic/rewards/mean"
-"""What tells of a policy's progress, next to the loss."""
+_PROGRESS = {"critic/rewards/mean": "reward", "teacher/reverse_kl": "reverse_kl"}
+"""What tells of a policy's progress, next to the loss, and what it is called there."""
 
 
 class RunLog:
@@ -98,8 +98,7 @@ class RunLog:
             trained = {"step_seconds": seconds} if report is None else self._step_metrics(report, seconds)
             self._write(step, trained | ranks | dict(metrics))
         shown = {} if report is None else {"loss": report.loss}
-        if _REWARD in metrics:
-            shown["reward"] = metrics[_REWARD]
+        shown |= {called: metrics[name] for name, called in _PROGRESS.items() if name in metrics}
         self._progress.update(1, **shown)
         self._peers.report_step(step)
         self._activity.leave_step(step)

@@ -10,6 +10,9 @@ from megatron_ads.errors import ConfigError
 
 POPO = ("rewards.combine=popo", "rewards.use=[{name: a}, {name: b}]")
 SERVER = "{url: 'http://a:1/v1', model: policy}"
+TEACHER = ("teacher.kind=local", "teacher.model=t")
+ALONE = (*TEACHER, "rewards.use=[]", "train.evaluate_every=null")
+SERVED = ("teacher.model=t", "teacher.url='http://a:1/v1'", "teacher.tokenizer=d")
 SERVERS = ("rollout.mode=servers", f"rollout.servers=[{SERVER}]")
 
 
@@ -33,7 +36,14 @@ def recipe(*overrides: str) -> RlConfig:
         (["rollout.mode=servers", "rollout.servers=[{url: 'http://b/v1'}]"], r"servers\[0\]\.model is missing"),
         (["rollout.mode=train_only", "rollout.dump=d"], r"evaluate_every is 25.* train_only, which answers nothing"),
         (["rollout.dynamic_sampling=true", "rollout.max_draws=1"], r"rollout\.max_draws is 1.* would draw nothing"),
-        (["rewards.use=[]"], r"rewards\.use is empty"),
+        (["rewards.use=[]"], r"rewards\.use is empty, and teacher\.model is null\. Name at least one reward"),
+        ([*TEACHER, "rollout.samples=1"], r"rollout\.samples is 1; it must be at least 2"),
+        ([*ALONE, "rollout.samples=0"], r"rollout\.samples is 0; it must be at least 1"),
+        ([*ALONE, "rewards.combine=popo"], r"rewards\.combine is popo, but rewards\.use has no reward"),
+        ([*TEACHER, "teacher.kl_coef=0"], r"teacher\.kl_coef is 0\.0; it must be above 0"),
+        ([*TEACHER, "teacher.batch_size=0"], r"teacher\.batch_size is 0; it must be at least 1"),
+        (["teacher.model=t"], r"teacher\.url is missing; kind endpoint needs one"),
+        (["teacher.model=t", "teacher.url='http://a:1/v1'"], r"teacher\.tokenizer is null\. Name the folder"),
         (["rewards.use=[{name: a}, {name: a}]"], r"rewards\.use lists a"),
         (["rewards.combine=popo"], r"rewards\.combine is popo, but rewards\.use has a single reward"),
         (
@@ -69,6 +79,17 @@ def test_what_cannot_run_is_refused(overrides: list[str], message: str) -> None:
         (["policy.kl_coef=0.1"], [], "policy.kl_loss_type=k2"),
         (["policy.importance_sampling=tis"], [], "policy.importance_cap=3"),
         (["policy.minibatches=2"], [], "policy.router_replay=R2"),
+        ([], [*ALONE], "policy.norm_adv_by_std=false"),
+        ([], [*ALONE], "policy.leave_one_out=true"),
+        ([], [*ALONE], "rollout.dynamic_sampling=true"),
+        (["policy.kl_coef=0.1"], [*ALONE, "policy.kl_coef=0.1"], "policy.kl_in=reward"),
+        ([], [*ALONE], "train.evaluate_every=5"),
+        (["rollout.overlong_buffer=8"], [*ALONE, "rollout.overlong_buffer=8"], "rollout.overlong=shape"),
+        ([*TEACHER], [], "teacher.kl_coef=2"),
+        ([*TEACHER], [*SERVED], "teacher.batch_size=8"),
+        ([*SERVED], [*TEACHER], "teacher.attempts=9"),
+        ([*SERVED], [*TEACHER], "teacher.server_wait_seconds=9"),
+        ([*SERVED], [], "teacher.concurrency=9"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -83,3 +104,13 @@ def test_a_setting_is_accepted_where_it_has_an_effect_alone(
 def test_a_section_of_fine_tuning_is_named_with_the_setting_that_may_be_meant() -> None:
     with pytest.raises(ConfigError, match=r"loss is a section of recipes of kind sft.* Did you mean policy\.loss\?"):
         recipe("loss=gspo")
+
+
+def test_a_teacher_alone_needs_one_answer_to_a_prompt() -> None:
+    validate(recipe(*ALONE, "rollout.samples=1", "rollout.overlong=mask"), 4)
+    validate(recipe(*ALONE, "rollout.mode=train_only", "rollout.dump=d"), 4)
+
+
+def test_a_teacher_renders_no_conversation() -> None:
+    with pytest.raises(ConfigError, match=r"template_arguments is .*thinking.*, which has no effect on a teacher"):
+        validate(recipe(*SERVED, "teacher.template_arguments={thinking: true}"), 4)

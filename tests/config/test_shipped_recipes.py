@@ -51,6 +51,7 @@ OPEN = {
     "rl/downstream_reward": ["model.load=runs/sft/export"],
     "rl/taiji_popo": ["model.load=runs/sft/export"],
     "rl/recr1_query": ["model.load=runs/sft/export"],
+    "rl/on_policy_distillation": ["model.load=runs/small/export", "teacher.model=runs/sft-quickstart/export"],
 }
 
 
@@ -127,7 +128,7 @@ PARTS = sorted(file for file in recipes_folder().glob("*/*.yaml") if file.parent
 def test_every_file_of_the_recipes_starts_with_its_instructions() -> None:
     files = sorted(recipes_folder().rglob("*.yaml"))
     of_others = sum(len(shipped_recipes(command)) for command in OTHER_COMMANDS)
-    assert len(files) == len(PARTS) + len(OPEN) + of_others == 64
+    assert len(files) == len(PARTS) + len(OPEN) + of_others == 65
     assert [file for file in files if not file.read_text().startswith("# ")] == []
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -100,6 +101,21 @@ def test_rollouts_of_fewer_steps_than_are_to_be_trained_are_found_before_the_job
     (tmp_path / "step-000002.jsonl").write_text("")
     found = check_job("rl/quickstart", recorded, 4)
     assert found.problems == [] and f"rollouts: {tmp_path} has those of 2 steps" in found.passed
+
+
+def test_a_teacher_with_other_tokens_is_found_before_the_job(words: list[str], model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "teacher"
+    shutil.copytree(model, other)
+    taught = [*words, "layout.first_stage_layers=null", f"teacher.model={other}"]
+    found = check_job("rl/on_policy_distillation", taught, 1)
+    assert found.problems == [] and f"teacher: {other} has the tokens of the policy" in found.passed
+    assert "rewards: none; the teacher judges" in found.passed
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    (problem,) = check_job("rl/on_policy_distillation", taught, 1).problems
+    assert problem.startswith(f"teacher: the tokenizer of the teacher, {other}, differs in 2 of the policy's")
 
 
 def test_all_problems_are_found_at_once(words: list[str], tmp_path: Path) -> None:

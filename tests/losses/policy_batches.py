@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_ads.config.rl import PolicyConfig
@@ -25,7 +26,8 @@ class Answer:
     old: Tensor
     reference: Tensor
     engine: Tensor
-    advantage: float
+    advantage: float | NDArray[np.float32]
+    """Of all of its tokens, or of each."""
     counts: bool = True
 
 
@@ -58,7 +60,10 @@ def batches(
 ) -> list[TokenValues]:
     """Return each microbatch, as ``training.step`` hands it to a loss; ``rows`` says which answers each row has."""
     extra = {
-        ADVANTAGES: [np.full(PROMPT_LABELS + len(each.log_p), each.advantage, np.float32) for each in answers],
+        ADVANTAGES: [
+            np.pad(np.full(len(each.log_p), each.advantage, np.float32), (PROMPT_LABELS, 0), mode="edge")
+            for each in answers
+        ],
         OLD: [_with_prompt(each.old).numpy() for each in answers],
         REFERENCE: [_with_prompt(each.reference).numpy() for each in answers],
         ENGINE: [_with_prompt(each.engine).numpy() for each in answers],

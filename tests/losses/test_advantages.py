@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_ads.config.rl import PolicyConfig
-from megatron_ads.losses.advantages import group_advantages, without_variance
+from megatron_ads.losses.advantages import group_advantages, teacher_advantages, without_variance
 
 NAN = float("nan")
 
@@ -46,3 +46,12 @@ def test_what_has_no_reward_is_in_no_group_and_equal_rewards_teach_nothing(leave
 
 def test_groups_without_variance_are_named() -> None:
     assert without_variance(REWARDS, GROUPS) == [2, 4, 5]
+
+
+def test_a_token_is_worth_what_the_teacher_finds_it_likelier_than_the_policy_does() -> None:
+    # log p_teacher - log p_student: ln 0.5 - ln 0.25 = ln 2; ln 0.1 - ln 0.8 = -ln 8; 0 where both say 0.9. Times 0.5.
+    teacher, old = np.log([0.5, 0.1, 0.9]), np.log([0.25, 0.8, 0.9]).astype(np.float32)
+    found = teacher_advantages(teacher.tolist(), old, 0.5)
+    assert found.dtype == np.float32
+    assert found.tolist() == pytest.approx([0.3465736, -1.0397208, 0.0], rel=1e-6, abs=1e-7)
+    assert teacher_advantages(None, old, 0.5).tolist() == [0, 0, 0]

@@ -1,5 +1,6 @@
 """Policy losses: numbers worked out by hand, a plain autograd reference, and nothing depends on the microbatches."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_ads.config.rl import ImportanceSampling, KlPlace, KlType, LossAggregation, PolicyConfig, PolicyLoss
+from megatron_ads.losses.advantages import teacher_advantages
 from megatron_ads.losses.policy import policy_loss, policy_metrics
 from tests.losses.policy_batches import MAX_NEW_TOKENS, Answer, batches, random_answers, update
 
@@ -201,6 +203,35 @@ def test_value_and_gradient_are_those_of_a_plain_reference_in_any_microbatches(
         assert not found.gradients[1].any()
         for gradient, expected in zip(found.gradients[:1] + found.gradients[2:], gradients, strict=True):
             torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_teacher_s_advantages_give_the_gradient_of_the_reverse_kl_at_the_policy_s_own_prefixes() -> None:
+    # All answers of two tokens over a vocabulary of three, each as often as the policy writes it: the expectation of
+    # the estimator. Autograd through beta (KL of the first token + sum_v sg(pi(v)) KL of the second behind v).
+    beta, draw = 0.7, torch.Generator().manual_seed(3)
+    first, second = (torch.randn(*shape, generator=draw).requires_grad_() for shape in ((3,), (3, 3)))
+    teacher_first, teacher_second = (torch.randn(*shape, generator=draw).log_softmax(-1) for shape in ((3,), (3, 3)))
+    log_first, log_second = first.log_softmax(-1), second.log_softmax(-1)
+    divergences = (log_second.exp() * (log_second - teacher_second)).sum(-1)
+    divergence = (log_first.exp() * (log_first - teacher_first)).sum() + log_first.exp().detach() @ divergences
+    wanted = torch.autograd.grad(beta * divergence, [first, second], retain_graph=True)
+
+    answers, shares = [], []
+    for v, w in itertools.product(range(3), repeat=2):
+        log_p = torch.stack([log_first[v], log_second[v, w]])
+        teacher = [teacher_first[v].item(), teacher_second[v, w].item()]
+        advantage = teacher_advantages(teacher, log_p.detach().numpy(), beta)
+        answers.append(Answer(log_p, *[log_p.detach()] * 3, advantage))
+        shares.append(log_p.detach().sum().exp())
+    config = PolicyConfig(loss_agg_mode=LossAggregation.seq_mean_token_sum)
+    found = update(answers, config, batches(answers, config, rows=[[[*range(9)]]], seq_length=40))
+    # The loss is the mean over 9 answers; here each counts by its probability.
+    expected = sum(
+        9 * share * (gradient @ answer.log_p)
+        for share, gradient, answer in zip(shares, found.gradients, answers, strict=True)
+    )
+    for gradient, exact in zip(torch.autograd.grad(expected, [first, second]), wanted, strict=True):
+        torch.testing.assert_close(gradient, exact, rtol=1e-5, atol=1e-6)
 
 
 def test_a_loss_announces_what_it_reports() -> None:

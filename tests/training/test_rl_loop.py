@@ -8,6 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_ads.config.recipes import load_job
+from megatron_ads.config.teacher import TeacherConfig
 from megatron_ads.training import rl
 from megatron_ads.training.rl import RlJob
 from megatron_ads.training.rollout.dump import ScoredStep
@@ -19,12 +20,13 @@ SAME, UNJUDGED = (
 
 
 @pytest.mark.parametrize(
-    ("flat", "trains", "mean", "said"),
+    ("flat", "trains", "teacher", "mean", "said"),
     [
-        (8, True, {"critic/rewards/mean": 0.0}, f"step 5 teaches nothing: {SAME}"),
-        (8, True, {}, f"step 5 teaches nothing: {UNJUDGED} to its prompts, of task chat, query_ad_relevance. Name one"),
-        (7, True, {"critic/rewards/mean": 0.0}, ""),
-        (8, False, {}, ""),
+        (8, True, None, {"critic/rewards/mean": 0.0}, f"step 5 teaches nothing: {SAME}"),
+        (8, True, None, {}, f"step 5 teaches nothing: {UNJUDGED} to its prompts, of task chat, query_ad_relevance. Na"),
+        (7, True, None, {"critic/rewards/mean": 0.0}, ""),
+        (8, False, None, {}, ""),
+        (8, True, "m", {"critic/rewards/mean": 0.0}, ""),
     ],
 )
 def test_a_step_whose_answers_are_all_worth_the_same_is_named(
@@ -32,14 +34,13 @@ def test_a_step_whose_answers_are_all_worth_the_same_is_named(
     monkeypatch: pytest.MonkeyPatch,
     flat: int,
     trains: bool,
+    teacher: str | None,
     mean: dict[str, float],
     said: str,
 ) -> None:
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    train = SimpleNamespace(global_batch_size=8)
-    job: Any = SimpleNamespace(
-        config=SimpleNamespace(train=train), session=SimpleNamespace(step=4), update=object() if trains else None
-    )
+    config = SimpleNamespace(train=SimpleNamespace(global_batch_size=8), teacher=TeacherConfig(model=teacher))
+    job: Any = SimpleNamespace(config=config, session=SimpleNamespace(step=4), update=object() if trains else None)
     rollouts: Any = [SimpleNamespace(row=SimpleNamespace(task=task)) for task in ("query_ad_relevance", "chat")]
     found = ScoredStep(rollouts=rollouts, rewards={})
     RlJob.warn_of_nothing_to_learn(cast(RlJob, job), found, mean | {"rollout/groups_without_variance": float(flat)})

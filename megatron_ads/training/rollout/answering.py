@@ -21,6 +21,7 @@ from megatron_ads.training.rollout.generation import AnswerSettings, Generator, 
 from megatron_ads.training.rollout.metrics import PhaseTimes
 from megatron_ads.training.rollout.probe import WeightProbe
 from megatron_ads.training.rollout.prompts import Prompts
+from megatron_ads.training.rollout.teacher import JobTeacher
 from megatron_ads.training.session import Session
 from megatron_ads.training.streams import share_of
 
@@ -107,6 +108,7 @@ def open_answering(
     session: Session,
     prompts: Prompts,
     rewards: JobRewards,
+    teacher: JobTeacher | None,
     tokenizer: ChatTokenizer,
     weights: list[str],
 ) -> Iterator[Answering]:
@@ -138,7 +140,15 @@ def open_answering(
             seq_length=config.data.seq_length,
             max_logprob_diff=config.rollout.max_logprob_diff if config.rollout.probe_rows else None,
         )
-        collector = Collector(config=config, prompts=prompts, generator=generator, rewards=rewards, folder=folder)
+        collector = Collector(
+            config=config, prompts=prompts, generator=generator, rewards=rewards, folder=folder, teacher=teacher
+        )
+
+        def stop() -> None:
+            engine.stop()
+            if teacher is not None:
+                teacher.stop()
+
         background = None
         if config.rollout.max_staleness and dist.get_rank() == 0:
             background = BackgroundRollouts(
@@ -146,7 +156,7 @@ def open_answering(
                 max_staleness=config.rollout.max_staleness,
                 last_step=config.train.max_steps,
                 longest_wait_seconds=config.runtime.load_timeout_seconds,
-                stop=engine.stop,
+                stop=stop,
             )
         with nullcontext() if background is None else closing(background):
             answering = Answering(session, engine, probe, collector, weights, background)

@@ -22,6 +22,7 @@ from megatron_ads.training.rollout.dump import ScoredStep, read_header, read_ste
 from megatron_ads.training.rollout.generation import AnswerSettings, Generator
 from megatron_ads.training.rollout.metrics import PhaseTimes
 from megatron_ads.training.rollout.prompts import PolicyPrompt, Prompts, PromptStream
+from megatron_ads.training.rollout.teacher import JobTeacher
 
 logger = get_logger(__name__)
 
@@ -63,6 +64,7 @@ class Collector:
     generator: Generator
     rewards: JobRewards
     folder: Path
+    teacher: JobTeacher | None = None
 
     def collect(self, step: int, weights: str, times: PhaseTimes) -> ScoredStep:
         """Return the rollouts of ``step`` by the current ``weights``, on every rank; a collective.
@@ -105,6 +107,8 @@ class Collector:
 
     def _header(self, step: int, weights: str, prompts: Mapping[str, Any]) -> dict[str, Any]:
         made_by = [asdict(self.config.rollout), asdict(self.config.rewards), self.config.train.global_batch_size]
+        if (teacher := self.config.teacher).is_there:
+            made_by.append([teacher.kind, teacher.model])
         return {"step": step, "weights": weights, "made_by": digest_of([made_by, self.config.train.seed, prompts])}
 
     def _finished(self, file: Path, header: dict[str, Any]) -> ScoredStep | None:
@@ -135,8 +139,13 @@ class Collector:
             for group in groups:
                 (flat if rollout.dynamic_sampling and group.is_flat else kept).append(group)
         used = [*kept, *flat][:wanted]
+        rollouts = [replace(each, group=number) for number, group in enumerate(used) for each in group.rollouts]
+        if self.teacher is not None:
+            with times.measured("teacher"):
+                rollouts, lost = self.teacher.teach(rollouts, alone=alone)
+            faults += lost
         return ScoredStep(
-            rollouts=[replace(each, group=number) for number, group in enumerate(used) for each in group.rollouts],
+            rollouts=rollouts,
             rewards={name: np.concatenate([group.rewards[name] for group in used]) for name in used[0].rewards},
             faults=faults,
             draws=draws,

@@ -106,11 +106,13 @@ def recorded_file(folder: Path, step: int) -> Path:
     return file
 
 
-def read_recorded(folder: Path, step: int, rows: Mapping[str, ChatRow], rewards: Sequence[str]) -> ScoredStep:
-    """Return a step of another job's rollouts, with the named rewards.
+def read_recorded(
+    folder: Path, step: int, rows: Mapping[str, ChatRow], rewards: Sequence[str], *, by_teacher: bool = False
+) -> ScoredStep:
+    """Return a step of another job's rollouts, with the named rewards, and what its teacher said if that is wanted.
 
     Raises:
-        DataError: If there is none, it is damaged, of other rows, or without one of the rewards.
+        DataError: If there is none, it is damaged, of other rows, or without one of the rewards or the teacher.
     """
     file = recorded_file(folder, step)
     found = read_step(file, rows)
@@ -118,4 +120,14 @@ def read_recorded(folder: Path, step: int, rows: Mapping[str, ChatRow], rewards:
         raise DataError(
             f"{file} has no reward {', '.join(missing)} (rewards.use), only {', '.join(found.rewards)}. Use those."
         )
-    return replace(found, rewards={name: found.rewards[name] for name in rewards})
+    if by_teacher and all(rollout.teacher_log_probabilities is None for rollout in found.rollouts):
+        raise DataError(f"{file} has nothing of a teacher, and teacher.model names one. Use rollouts of a job with it.")
+    return replace(
+        found,
+        rewards={name: found.rewards[name] for name in rewards},
+        rollouts=found.rollouts if by_teacher else [_untaught(rollout) for rollout in found.rollouts],
+    )
+
+
+def _untaught(rollout: Rollout) -> Rollout:
+    return replace(rollout, teacher_log_probabilities=None)

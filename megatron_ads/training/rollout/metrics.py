@@ -2,38 +2,54 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ads.losses.advantages import without_variance
+from megatron_ads.rollouts import Rollout
 from megatron_ads.training.rollout.dump import ScoredStep
 
 
 def of_step(found: ScoredStep, weights: Mapping[str, float]) -> dict[str, float]:
     """Return the metrics of a step's rollouts; ``weights`` are those of the rewards."""
     lengths = [len(rollout.answer_tokens) for rollout in found.rollouts]
-    group_N = np.array([rollout.group for rollout in found.rollouts])
-    together_N = combined(found.rewards, weights)
-    with_reward = together_N[~np.isnan(together_N)]
     return {
-        **of_rewards("critic/rewards", found.rewards, weights),
-        **(
-            {"critic/rewards/max": with_reward.max(), "critic/rewards/min": with_reward.min()}
-            if len(with_reward)
-            else {}
-        ),
+        **(_of_groups(found, weights) if found.rewards else {}),
+        **_of_teacher(found.rollouts),
         "response_length/mean": float(np.mean(lengths)),
         "response_length/max": float(max(lengths)),
         "response_length/clip_ratio": float(np.mean([rollout.cut_off for rollout in found.rollouts])),
         "prompt_length/mean": float(np.mean([len(rollout.prompt_tokens) for rollout in found.rollouts])),
-        "rollout/groups_without_variance": float(len(without_variance(together_N, group_N))),
         "rollout/draws": float(found.draws),
         "rollout/answers": float(found.generated),
         **{f"rollout/faults/{name}": float(count) for name, count in found.faults.items()},
     }
+
+
+def _of_groups(found: ScoredStep, weights: Mapping[str, float]) -> dict[str, float]:
+    group_N = np.array([rollout.group for rollout in found.rollouts])
+    together_N = combined(found.rewards, weights)
+    with_reward = together_N[~np.isnan(together_N)]
+    ends = {"max": with_reward.max(), "min": with_reward.min()} if len(with_reward) else {}
+    return {
+        **of_rewards("critic/rewards", found.rewards, weights),
+        **{f"critic/rewards/{end}": value for end, value in ends.items()},
+        "rollout/groups_without_variance": float(len(without_variance(together_N, group_N))),
+    }
+
+
+def _of_teacher(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Return the estimate of KL(policy that answered || teacher), 1/T sum_t log pi(o_t) - log pi_T(o_t)."""
+    differences = [
+        own - other
+        for rollout in rollouts
+        if rollout.teacher_log_probabilities is not None
+        for own, other in zip(rollout.log_probabilities, rollout.teacher_log_probabilities, strict=True)
+    ]
+    return {"teacher/reverse_kl": float(np.mean(differences))} if differences else {}
 
 
 def of_rewards(name: str, rewards: Mapping[str, NDArray[np.float64]], weights: Mapping[str, float]) -> dict[str, float]:

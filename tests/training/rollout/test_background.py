@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from megatron_ads.config.recipes import load_job
 from megatron_ads.config.rl import RlConfig, RolloutConfig, RolloutMode
 from megatron_ads.errors import DataError, MegatronAdsError
 from megatron_ads.inference.server_pool import ServerPool
+from megatron_ads.rewards.reward import RewardFailure
+from megatron_ads.rollouts import Rollout
 from megatron_ads.training.rollout.background import BackgroundRollouts, MadeStep
 from megatron_ads.training.rollout.collect import Collector
 from megatron_ads.training.rollout.dump import ScoredStep, read_header, step_file
 from megatron_ads.training.rollout.prompts import Prompts, PromptStream
+from megatron_ads.training.rollout.teacher import JobTeacher, Teacher
 from parity_tests.harness.ranks import run_ranks
 from tests.inference.scripted_server import Reply, scripted_server
 from tests.training.rollout.test_rollouts import Fakes, prompt, rollout
@@ -209,6 +213,29 @@ def test_a_step_on_file_is_taken_if_any_of_the_latest_weights_made_it(tmp_path: 
     assert len(fakes.asked) == asked and fakes.forgotten == 1
     collector.make(1, ["w2", "w3"], position)
     assert len(fakes.asked) > asked and read_header(step_file(tmp_path, 1))["weights"] == "w3"
+
+
+def test_rank_0_asks_the_teacher_of_a_step_s_answers_alone_and_another_teacher_s_step_is_not_taken(
+    tmp_path: Path,
+) -> None:
+    asked = list[int]()
+
+    def read(rollouts: Sequence[Rollout]) -> list[Sequence[float] | RewardFailure]:
+        asked.append(len(rollouts))
+        return [[-0.5] * len(each.answer_tokens) for each in rollouts]
+
+    fakes = Alone()
+    collector = replace(collector_in(tmp_path, fakes), teacher=JobTeacher(Teacher(read=read), 20))
+    collector.config.teacher.model = "one"
+    position = collector.prompts.stream.state_dict()
+    made = collector.make(1, ["w0"], position)
+    assert [each.teacher_log_probabilities for each in made.found.rollouts] == [(-0.5, -0.5)] * 4
+    assert asked == [4] and made.found.generated > 4, "not of those that were replaced"
+    assert made.seconds.keys() == {"rollout", "reward", "teacher"}
+    assert collector.make(1, ["w0"], position).found.rollouts == made.found.rollouts and asked == [4]
+    collector.config.teacher.model = "other"
+    collector.make(1, ["w0"], position)
+    assert asked == [4, 4]
 
 
 def _times() -> Any:
