@@ -1,6 +1,6 @@
 """What a smaller model learns from a larger one's answers, with and without data quality control, on a CPU.
 
-    python -m benchmarks.distill_small --out DIR [--student DIR] [--rows 2000] [--sft-steps 2600] [key=value ...]
+    python -m benchmarks.distill_small --out DIR [--student DIR] [--rows N] [--sft-steps N] [key=value ...]
 
 The teacher is a small model of the family: random weights, the language of the prompts, then the recipe `sft/small` on
 the true answers to query-ad relevance and query generation. The student has about a quarter of its weights, apart
@@ -49,13 +49,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for everything it writes")
     parser.add_argument("--student", type=Path, metavar="DIR", help="checkpoint that the student starts from")
     parser.add_argument(
-        "--rows", type=int, default=4000, metavar="N", help="of each task, for teacher and student each (default 4000)"
+        "--rows", type=int, default=2000, metavar="N", help="of each task, for teacher and student each (default 2000)"
     )
     parser.add_argument("--judged", type=int, default=800, metavar="N", help="rows held out (default 800)")
     parser.add_argument("--ranks", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: 2)")
-    parser.add_argument("--text-steps", type=int, default=800, metavar="N", help="on the texts (default 800)")
-    parser.add_argument("--sft-steps", type=int, default=2600, metavar="N", help="of the teacher (default 2600)")
-    parser.add_argument("--student-steps", type=int, default=1600, metavar="N", help="of students (default 1600)")
+    parser.add_argument("--text-steps", type=int, default=400, metavar="N", help="on the texts (default 400)")
+    parser.add_argument("--sft-steps", type=int, default=1400, metavar="N", help="of the teacher (default 1400)")
+    parser.add_argument("--student-steps", type=int, default=800, metavar="N", help="of students (default 800)")
     parser.add_argument("--longest", type=int, default=256, metavar="N", help="tokens of an answer (default 256)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of `distill`: draws=5")
     return parser.parse_intermixed_args(argv)

@@ -29,7 +29,7 @@ def test_the_shipped_recipe_needs_a_teacher_and_a_student_and_nothing_else(tmp_p
     [
         ("sources=[]", "sources and answered are both empty"),
         ("teacher.model=null", r"teacher\.model is null\. Name the model"),
-        ("draws=1", r"quality\.min_agreement is 0\.5, which has no effect with draws = 1"),
+        ("draws=1", r"quality\.min_agreement is 1, which has no effect with draws = 1"),
         (
             "teacher.tokenizer=null",
             r"min_probability is 0\.5, which needs the tokenizer.*set quality\.min_probability=0",

@@ -45,7 +45,7 @@ def given(tmp_path: Path) -> list[str]:
         "student.recipe=sft/quickstart", f"student.settings={json.dumps(settings)}", "draws=2", "teacher.model=any",
         "teacher.concurrency=4",
         f"judged.settings={json.dumps(judged)}", "judged.recipe=sft/quickstart", "judged.max_new_tokens=4",
-        "quality.min_probability=0", "quality.min_words=3", "attempts=1",
+        "quality.min_probability=0", "quality.min_words=3", "quality.min_details=2", "attempts=1",
     ]  # fmt: skip
 
 

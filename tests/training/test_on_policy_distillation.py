@@ -42,6 +42,8 @@ def job(folder: Path, name: str, *overrides: str, ranks: int = 2, steps: int = S
         steps=steps,
         timeout_seconds=120,
         overrides=[
+            "data.sources=[{kind: simulator, task: query_ad_relevance, rows: 240}]",
+            "data.validation_rows=8",
             f"train.global_batch_size={PROMPTS}",
             "rollout.max_new_tokens=12",
             "rollout.batch_size=16",
