@@ -216,6 +216,7 @@ class DistillPath:
     def results(self, records: Mapping[str, StageRecord]) -> dict[str, Any]:
         """Return the report of `distill`, with the student of true answers and the sizes of both models."""
         report = json.loads((self.out / "distilled" / "report.json").read_text(encoding="utf-8"))
+        del report["out"]  # a path of this machine
         truth, taught = records["truth-scores"].result, sum(records["rows"].result["untaught"].values())
         report["models"][TRUTH] = {
             **truth, "minutes": records["truth"].seconds / 60,
