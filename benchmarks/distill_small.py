@@ -191,7 +191,8 @@ class DistillPath:
         return Stage(
             name="distilled", title="distill the teacher", settings={"command": command}, resumable=True,
             after=["teacher", *([self._student_start] if self._student_start else [])],
-            outputs=[self.out / "distilled"], run=partial(run_command, command, self.out, "distilled"),
+            # Of a changed recipe, `distill` itself knows what stays; it keeps the teacher's answers.
+            outputs=[self.out / "distilled" / "report.json"], run=partial(run_command, command, self.out, "distilled"),
         )  # fmt: skip
 
     def _judge_truth(self) -> dict[str, Any]:
