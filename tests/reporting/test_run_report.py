@@ -41,7 +41,7 @@ def test_the_rewards_of_a_policy_are_curves_and_its_loss_may_be_negative(tmp_pat
         assert shown in page
     assert "-0.500 → -0.500" in page and "Reinforcement learning" in page
     page = page_of(tmp_path, {"step": 1, "loss": -0.5, "teacher/reverse_kl": 0.75})
-    assert "Reward" not in page and "each step: 0.75 at 1" in page and "Reinforcement learning" in page
+    assert "Reward" not in page and "smoothed: 0.75 at 1" in page and "Reinforcement learning" in page
     page = page_of(tmp_path, {"step": 1, "loss": 0.5})
     assert "Reward" not in page and "Teacher" not in page and "Fine-tuning" in page
 
