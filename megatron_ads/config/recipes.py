@@ -99,10 +99,13 @@ def _kind_by_defaults(recipe: Path) -> str | None:
         seen.add(file)
         entries = _content(file).get("defaults")
         for entry in entries if isinstance(entries, list) else ():
-            if isinstance(entry, str) and (base := re.fullmatch(r"/?base_(\w+)", entry)):
+            if not isinstance(entry, str):
+                continue
+            beside, shipped = file.parent / f"{entry}.yaml", recipes_folder() / f"{entry.removeprefix('/')}.yaml"
+            if found := [each for each in (beside, shipped) if each.is_file()]:
+                waiting += found  # a file of one's own may be called base_team, too
+            elif base := re.fullmatch(r"/?base_(\w+)", entry):
                 return base[1]
-            if isinstance(entry, str):
-                waiting += [file.parent / f"{entry}.yaml", recipes_folder() / f"{entry.removeprefix('/')}.yaml"]
     return None
 
 

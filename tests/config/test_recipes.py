@@ -11,6 +11,7 @@ from conversion.layer_specs import LayerSpec
 from megatron_ads.config.data import SourceKind
 from megatron_ads.config.model import LayerSpecChoice
 from megatron_ads.config.recipes import JOBS, load_job, load_layout, load_recipe, recipe_yaml, recipes_folder
+from megatron_ads.config.rl import RlConfig
 from megatron_ads.config.run import SftConfig
 from megatron_ads.config.training import Schedule
 from megatron_ads.errors import ConfigError
@@ -200,6 +201,16 @@ def test_a_wrong_file_is_refused_with_its_path_and_the_remedy(tmp_path: Path, te
         own.write_text(f"{defaults}{text}\n")
         with pytest.raises(ConfigError, match=rf"mine\.yaml.*{message}"):
             load_recipe(str(own))
+
+
+def test_a_part_of_ones_own_may_be_called_base(tmp_path: Path) -> None:
+    (tmp_path / "base_team.yaml").write_text(
+        "# @package _global_\ndefaults: [/rl/quickstart, _self_]\nrollout: {samples: 5}\n"
+    )
+    own = tmp_path / "mine.yaml"
+    own.write_text("defaults: [base_team, _self_]\n")
+    config = load_job(str(own), ["model.load=m"])
+    assert isinstance(config, RlConfig) and config.rollout.samples == 5
 
 
 def test_the_layout_alone_can_be_read_from_a_recipe_with_open_settings() -> None:
