@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
+from megatron_ads.runtime.health.rank_record import ExitStatus
 from parity_tests.harness.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +45,7 @@ class RealJob:
     timeout_seconds: int = 40
     overrides: list[str] = field(default_factory=list)
     """Further settings, ``reweight.tasks=true``; they win over those above."""
-    longest_wait: float = 180.0
+    longest_wait: float = 240.0
     """Seconds that starting or finishing may take."""
     processes: list["subprocess.Popen[bytes] | ForkedRank"] = field(default_factory=list)
 
@@ -125,6 +126,21 @@ class RealJob:
         statuses = [process.wait(max(0.0, deadline - time.monotonic())) for process in self.processes]
         self.processes.clear()
         return statuses
+
+    def run_to_end(self, *, forked: bool = False) -> None:
+        """Start every rank and wait until all are done; what still runs then is killed.
+
+        Raises:
+            AssertionError: If a rank ends otherwise, with all that the job has logged.
+            subprocess.TimeoutExpired: If one still runs after ``longest_wait`` seconds.
+        """
+        self.start_ranks(forked=forked)
+        try:
+            statuses = self.wait(self.longest_wait)
+        finally:
+            self.kill()
+        if statuses != [ExitStatus.DONE] * self.ranks:
+            raise AssertionError(f"exit statuses {statuses}:\n{self.logs()}")
 
     def rank_pid(self, rank: int) -> int | None:
         """Return the process id of a rank, also below the launcher; None if it is not there yet, or any more."""

@@ -106,9 +106,11 @@ def test_a_section_of_fine_tuning_is_named_with_the_setting_that_may_be_meant() 
         recipe("loss=gspo")
 
 
-def test_a_teacher_alone_needs_one_answer_to_a_prompt() -> None:
+def test_a_teacher_alone_needs_one_answer_to_a_prompt_and_rewards_need_two() -> None:
     validate(recipe(*ALONE, "rollout.samples=1", "rollout.overlong=mask"), 4)
     validate(recipe(*ALONE, "rollout.mode=train_only", "rollout.dump=d"), 4)
+    with pytest.raises(ConfigError, match=r"rollout\.samples is 1; it must be at least 2"):
+        validate(recipe(*TEACHER, "rollout.samples=1"), 4)
 
 
 def test_a_teacher_renders_no_conversation() -> None:
