@@ -223,6 +223,10 @@ class DistillPath:
             **truth, "minutes": records["truth"].seconds / 60,
             "rows": {"answers": taught, "kept": taught, "kept_by_task": {}, "removed": {}},
         }  # fmt: skip
+        rows = self.out / "distilled" / "rows"
+        report["right_labels"] = {
+            file.stem: right_labels(file, self.untaught) for file in sorted(rows.glob("*.jsonl"))
+        }  # fmt: skip
         made = {
             name: records[name].result["parameters"] for name in ("teacher-start", "student-start") if name in records
         }
@@ -230,6 +234,15 @@ class DistillPath:
         given = {name: str(value) for name, value in vars(self.arguments).items() if name != "out"}
         interrupted = any(record.resumed for record in records.values())
         return {**report, "arguments": given, "parameters": made, "minutes": minutes, "interrupted": interrupted}
+
+
+def right_labels(answered: Path, truth: Path) -> dict[str, float]:
+    """Return how many rows have a label, and which share of these labels is the true one."""
+    from megatron_ads.data.jsonl import jsonl_rows
+
+    labels = {row.id: row.label for row in jsonl_rows(truth)}
+    right = [row.label == labels[row.id] for row in jsonl_rows(answered) if row.label is not None]
+    return {"rows": len(right), "right": sum(right) / len(right) if right else 0.0}
 
 
 def _rows_of(file: Path) -> list[str]:

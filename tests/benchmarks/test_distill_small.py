@@ -1,16 +1,18 @@
 """The benchmark of distillation: stages build on earlier ones, and nobody is judged on what anybody learned from."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.distill_small import TASKS, DistillPath, parse, tables
+from benchmarks.distill_small import TASKS, DistillPath, parse, right_labels, tables
 from megatron_ads.config.distillation import load_distill_recipe
 from megatron_ads.config.recipes import load_job
 from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.split import group_of
+from megatron_ads.distillation.questions import write_rows
 from megatron_ads.evaluation.held_out_rows import held_out
 
 
@@ -43,6 +45,15 @@ def test_no_judged_row_is_learned_from(tmp_path: Path) -> None:
     groups = [set(map(group_of, rows)) for rows in (judged.tasks, judged.training, others)]
     assert len(judged.tasks) >= 10 and all(groups)
     assert not groups[0] & groups[1] and not (groups[0] | groups[1]) & groups[2]
+
+
+def test_labels_are_right_where_they_are_those_of_the_true_rows(tmp_path: Path) -> None:
+    small = path(tmp_path)
+    small._write_rows()
+    labelled = [row for row in jsonl_rows(small.untaught) if row.label is not None]
+    flipped = [replace(row, label="Bad" if row.label != "Bad" else "Good") for row in labelled[:6]]
+    write_rows(tmp_path / "said.jsonl", [*flipped, *labelled[6:24]])
+    assert right_labels(tmp_path / "said.jsonl", small.untaught) == {"rows": 24, "right": 0.75}
 
 
 def test_tables_have_a_line_for_each_model(tmp_path: Path) -> None:

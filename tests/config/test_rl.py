@@ -37,7 +37,6 @@ def recipe(*overrides: str) -> RlConfig:
         (["rollout.mode=train_only", "rollout.dump=d"], r"evaluate_every is 25.* train_only, which answers nothing"),
         (["rollout.dynamic_sampling=true", "rollout.max_draws=1"], r"rollout\.max_draws is 1.* would draw nothing"),
         (["rewards.use=[]"], r"rewards\.use is empty, and teacher\.model is null\. Name at least one reward"),
-        ([*TEACHER, "rollout.samples=1"], r"rollout\.samples is 1; it must be at least 2"),
         ([*ALONE, "rollout.samples=0"], r"rollout\.samples is 0; it must be at least 1"),
         ([*ALONE, "rewards.combine=popo"], r"rewards\.combine is popo, but rewards\.use has no reward"),
         ([*TEACHER, "teacher.kl_coef=0"], r"teacher\.kl_coef is 0\.0; it must be above 0"),
