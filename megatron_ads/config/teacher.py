@@ -35,7 +35,8 @@ class TeacherConfig(EndpointConfig):
         """Refuse impossible values, and values that have no effect; ``section`` is its name in the recipe."""
         if not self.is_there:
             every = [field.name for field in fields(self)]
-            self._require_defaults(section, every, f"without {section}.model, which names the teacher")
+            why = f"while {section}.model is null"
+            self._require_defaults(section, every, why, remedy=f"Name the teacher by {section}.model, or remove it.")
             return
         self._check_limits(section)
         require_above(section, self, 0, "kl_coef", "server_wait_seconds")
@@ -54,11 +55,11 @@ class TeacherConfig(EndpointConfig):
             "ids that the policy's gives them.",
         )
 
-    def _require_defaults(self, section: str, names: Sequence[str], why: str) -> None:
+    def _require_defaults(self, section: str, names: Sequence[str], why: str, *, remedy: str = "Remove it.") -> None:
         defaults = TeacherConfig()
         for name in names:
             value = getattr(self, name)
             require(
                 value == getattr(defaults, name),
-                f"{section}.{name} is {value!r}, which has no effect {why}. Remove it.",
+                f"{section}.{name} is {value}, which has no effect {why}. {remedy}",
             )
