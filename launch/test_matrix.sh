@@ -25,4 +25,4 @@ export MEGATRON_ADS_PYTHON MEGATRON_ADS_VENV="${MEGATRON_ADS_VENV:-${here%/*}/.v
 (source "$here/setup_env.sh") # before the time limit: the first set-up downloads several GB
 "$MEGATRON_ADS_VENV/bin/python" -c 'import sys; from importlib.metadata import version as of
 print("python", sys.version.split()[0], *(f"{name} {of(name)}" for name in ("megatron-core", "torch", "transformers")))'
-exec timeout --kill-after=30 "${MEGATRON_ADS_MATRIX_SECONDS:-5400}" "$here/test.sh" "$@"
+exec timeout --kill-after=30 "${MEGATRON_ADS_MATRIX_SECONDS:-5400}" "$here/test.sh" -m "" "$@"

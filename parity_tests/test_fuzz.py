@@ -13,6 +13,7 @@ from parity_tests.damaged_inputs import BORDERS, Command, Place, damage_json
 from parity_tests.harness.ranks import run_ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("border", BORDERS)
 def test_forty_inputs_end_in_a_result_or_in_one_line(border: str) -> None:
     (found,) = run_ranks(1, fuzz.fuzz, border, 40, process_group=False, timeout=250)

@@ -98,6 +98,7 @@ def test_dense_models_are_filled_once(checkpoint: Checkpoint, family: str, spec:
     assert _faults(checkpoint(family), ParallelLayout.smallest(pp=2, vpp=2, tp=2), None, spec) == []
 
 
+@pytest.mark.slow
 def test_61_layers_on_31_stages_with_a_first_stage_without_experts_are_filled_once(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "deep", DEEP)
     layout = ParallelLayout.smallest(pp=31, ep=8)

@@ -22,13 +22,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files whose tests wait for other processes first, slow ones before all.
+    """Put files whose tests wait for other processes first, the long ones before all.
 
     Workers of pytest-xdist begin with a part of this order each, and take over from each other's ends: so ranks and
     single processes share the cores, and the last tests are short ones.
     """
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path not in slow, not _starts_ranks(item)))
+    first = {item.path for item in items if item.get_closest_marker("first")}
+    items.sort(key=lambda item: (item.path not in first, not _starts_ranks(item)))
 
 
 def _starts_ranks(item: pytest.Item) -> bool:

@@ -211,6 +211,7 @@ class ForkedRank:
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))  # not pytest's
             os.environ |= environment
             sys.argv = ["megatron_ads.training", *arguments]
             os._exit(_run_rank())

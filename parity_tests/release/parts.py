@@ -39,7 +39,7 @@ def tests(request: Request) -> Part:
     chosen = [f"tests/{name}" for name in QUICK_TESTS] if request.quick else ["tests"]
     report = request.out / "tests" / "report.xml"
     command = (*parallel_pytest(), f"--junitxml={report}", *chosen)
-    others = f"all tests but {', '.join(chosen)}: --quick leaves them out; ./launch/test.sh runs all"
+    others = f"all tests but {', '.join(chosen)}: --quick leaves them out; ./launch/test.sh and test_slow.sh run all"
     return Part(
         name="tests",
         title="every piece does what it says",

@@ -252,6 +252,7 @@ def test_without_a_gpu_and_of_an_unknown_step_there_is_one_line(capsys: pytest.C
     assert no_gpu.endswith("Give --dry-run to run the steps on tiny sizes here.")
 
 
+@pytest.mark.slow
 def test_the_script_runs_a_step_in_small(tmp_path: Path) -> None:
     command = [str(ROOT / "benchmarks" / "gpu.sh"), "--dry-run", "--step", "facts", "--out", str(tmp_path / "out")]
     environment = os.environ | {"MEGATRON_ADS_VENV": sys.prefix}

@@ -103,6 +103,7 @@ def test_what_is_slower_twice_is_named_and_what_was_slow_once_is_not(
     assert (tmp_path / "slow-runs").read_text() == "xx"
 
 
+@pytest.mark.slow
 def test_a_case_that_dies_or_hangs_fails_and_stops_no_other(tmp_path: Path) -> None:
     cases = [case("dies"), case("hangs", seconds=15), case("even")]
     report = run_cases(cases, tmp_path, quick=True, baselines={}, about=ABOUT)

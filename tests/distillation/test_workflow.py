@@ -49,7 +49,7 @@ def given(tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.first
 @pytest.mark.timeout(600)
 def test_a_student_learns_from_what_passes_and_is_judged_beside_its_teacher(
     tmp_path: Path, given: list[str], capsys: pytest.CaptureFixture[str]

@@ -140,6 +140,7 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line(machine: Machine) -> N
     assert_ends_in_one_line(machine.run("setup_env.sh"), 4, "cannot be written", "MEGATRON_ADS_VENV")
 
 
+@pytest.mark.slow
 def test_a_broken_download_ends_in_one_line_and_is_done_again(machine: Machine) -> None:
     # The real Python and the real pip, with a package index where nobody listens.
     machine.variables |= {
@@ -183,7 +184,7 @@ def test_the_test_matrix_has_an_environment_of_its_own_and_passes_arguments_on(m
     result = machine.run("test_matrix.sh", "tests/models/test_norm.py", "-x")
     assert result.returncode == 0, result
     assert (machine.project / ".venv-matrix").is_dir() and not (machine.project / ".venv").exists()
-    assert result.stdout.splitlines()[-1] == "python -m pytest -n 0 tests/models/test_norm.py -x"
+    assert result.stdout.splitlines()[-1] == "python -m pytest -n 0 -m  tests/models/test_norm.py -x"
 
 
 def test_the_test_matrix_ends_when_its_time_is_up(machine: Machine) -> None:
@@ -247,8 +248,9 @@ def test_the_scripts_pass_their_arguments_on(machine: Machine) -> None:
     assert machine.run("quickstart.sh", "--out", "a b", "--steps", "3").stdout.splitlines()[-1] == (
         "megatron-ads quickstart --out a b --steps 3"
     )
-    workers = "-n auto --dist worksteal"
-    assert machine.run("test.sh", "-x", "tests/launch").stdout == f"python -m pytest {workers} -x tests/launch\n"
+    shared = "python -m pytest -n auto --dist worksteal -m not slow"
+    assert machine.run("test.sh", "-x", "tests/launch").stdout == f"{shared} -x tests/launch\n"
+    assert machine.run("test_slow.sh", "-x").stdout == f"{shared} -m slow -x\n"
     assert machine.run("test.sh", "tests/test_cli.py").stdout == "python -m pytest -n 0 tests/test_cli.py\n"
 
 

@@ -49,6 +49,7 @@ def _stock_state_after_a_step(layout: ParallelLayout) -> str:
     return "saved"
 
 
+@pytest.mark.slow
 def test_megatron_core_asserts_at_the_first_save_of_a_rank_without_experts() -> None:
     assert run_ranks(4, _stock_state_after_a_step, PP2_EP2) == ["AssertionError"] * 2 + ["saved"] * 2
 
@@ -82,6 +83,7 @@ def _stock_resume(job: StockJob) -> tuple[list[float], list[int | None], str]:
         return losses, counts, ""
 
 
+@pytest.mark.slow
 def test_megatron_core_loses_the_step_of_the_experts_when_rank_0_has_none(tmp_path: Path) -> None:
     job = StockJob(layout=PP2_EP2, folder=tmp_path)
     straight = run_ranks(4, _stock_train_and_save, job)
@@ -136,6 +138,7 @@ def _stock_load_into_a_stepped_optimizer(job: StockJob) -> str:
     return "loaded"
 
 
+@pytest.mark.slow
 def test_megatron_core_misses_a_step_when_it_loads_into_torch_adam(tmp_path: Path) -> None:
     job = StockJob(layout=EP2, folder=tmp_path, fused_adam=False)
     run_ranks(2, _stock_train_and_save, job)
@@ -173,6 +176,7 @@ def _stock_load(job: StockJob) -> str:
     return "loaded"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("avoid_prefix", [False, True])
 def test_megatron_core_cannot_load_a_checkpoint_of_ep_2_with_ep_1(tmp_path: Path, avoid_prefix: bool) -> None:
     job = StockJob(layout=EP2, folder=tmp_path, metadata=FORMAT | {"chained_optim_avoid_prefix": avoid_prefix})

@@ -18,7 +18,7 @@ SETTINGS = (
     FEW_ROWS, "data.validation_rows=8", "checkpoint.save_every=2", "optim.warmup_steps=2", "train.evaluate_every=3",
 )  # fmt: skip
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.first, pytest.mark.timeout(900)]
 
 
 def _start(folder: Path) -> "subprocess.Popen[str]":

@@ -167,6 +167,7 @@ def patched() -> dict[str, str]:
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", list(_ALL_CASES))
 def test_unpatched_megatron_still_fails(case: str, unpatched: dict[str, str]) -> None:
     assert case in unpatched, "upstream runs this without help; remove the patch"

@@ -35,8 +35,8 @@ def _sources(tmp_path: Path, *weights: float) -> str:
 
 
 def _run(job: RealJob) -> tuple[int, str]:
-    job.log("launcher").unlink(missing_ok=True)
-    job.start_launcher()
+    job.log(0).unlink(missing_ok=True)
+    job.start_ranks(forked=True)
     (status,) = job.wait(150)
     return status, job.logs()
 

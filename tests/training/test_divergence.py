@@ -62,6 +62,7 @@ def job(tmp_path: Path) -> Iterator[RealJob]:
         yield job
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "steps", "saved"),
     [

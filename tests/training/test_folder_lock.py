@@ -209,6 +209,7 @@ def jobs(tmp_path: Path) -> Iterator[list[RealJob]]:
         job.kill()
 
 
+@pytest.mark.slow
 def test_a_second_job_in_a_folder_is_refused_at_once_and_the_first_never_hears_of_it(
     jobs: list[RealJob], tmp_path: Path
 ) -> None:
@@ -222,7 +223,7 @@ def test_a_second_job_in_a_folder_is_refused_at_once_and_the_first_never_hears_o
     partial = run / "checkpoints" / ".step-00003000.partial"
     partial.mkdir(parents=True)  # as if the first were saving
     launched.start_launcher()
-    bare.start_ranks()
+    bare.start_ranks(forked=True)
     assert launched.wait(100) == bare.wait(100) == [2], launched.logs() + bare.logs()
     for other in (launched, bare):
         assert f"log.dir {run} is in use by another job: process {first.processes[0].pid} on " in other.logs()

@@ -68,6 +68,7 @@ def job(disk: Path, tmp_path: Path) -> Iterator[RealJob]:
         yield job
 
 
+@pytest.mark.slow
 def test_a_job_whose_log_disk_fills_names_it_and_is_not_started_again(job: RealJob, disk: Path, tmp_path: Path) -> None:
     job.overrides += [f"checkpoint.dir={tmp_path / 'checkpoints'}"]
     job.log = lambda who: tmp_path / f"output-{who}.txt"  # type: ignore[method-assign]

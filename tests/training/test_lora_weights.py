@@ -209,11 +209,7 @@ def test_a_job_of_adapters_that_is_taken_up_again_exports_what_one_in_a_piece_do
     whole = RealJob(root=tmp_path / "whole", steps=4, **settings)
     begun, taken_up = (RealJob(root=tmp_path / "parts", steps=steps, **settings) for steps in (2, 4))
     for job in (whole, begun, taken_up):
-        job.start_ranks()
-        try:
-            assert job.wait(job.longest_wait) == [0]
-        finally:
-            job.kill()
+        job.run_to_end(forked=True)
     # Begun anew, the second would have been refused: it would have saved step 2 once more.
     assert taken_up.complete() == ["step-00000002", "step-00000004"]
     assert taken_up.losses() == whole.losses()

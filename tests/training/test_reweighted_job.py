@@ -58,7 +58,7 @@ def run(folder: Path, root: Path) -> RealJob:
             "reweight.tasks=true",
         ],
     )
-    job.run_to_end()
+    job.run_to_end(forked=True)
     return job
 
 

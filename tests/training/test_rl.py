@@ -10,7 +10,7 @@ import pytest
 
 from parity_tests.harness.real_job import RealJob, write_small_model
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.first
 
 STEPS, SAVED, PROMPTS, SAMPLES = 4, 2, 4, 4
 MEASURED_TIME = ("seconds", "per_second", "slowest_rank", "max_memory_allocated", "tflops_per_gpu", "timing_s")

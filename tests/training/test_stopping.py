@@ -42,8 +42,9 @@ def _last_step_saved(job: RealJob) -> int:
     return last
 
 
+@pytest.mark.slow
 def test_sigusr1_to_one_rank_and_sigterm_to_the_launcher_save_and_stop_the_job(job: RealJob) -> None:
-    job.start_ranks()
+    job.start_ranks(forked=True)
     _wait_for_a_step_after(job, 0)
     job.processes[1].send_signal(signal.SIGUSR1)
     assert job.wait(60) == [ExitStatus.STOPPED] * 2

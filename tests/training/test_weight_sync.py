@@ -73,6 +73,7 @@ def _group_timeouts(recipe: Recipe) -> set[float]:
     _, shards, source = start(recipe)
     before = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
     group = WeightSync(shards, source, destinations=(1, 3))._group
+    dist.barrier()  # a rank that ended at once would break the connection that the other is still making
     members = [] if dist.get_rank() not in (1, 3) else [group._get_backend(torch.device("cpu")).options._timeout]
     return {timeout.total_seconds() for timeout in (before, *members)}
 
