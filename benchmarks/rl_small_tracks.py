@@ -54,7 +54,7 @@ TRACKS = {
         task="next_advertiser",
         rl="rl/advertiser_grpo",
         data=("data=next_brand", "data.seq_length=512", "data.sources=[{kind: next_brand}]"),
-        of_rl=("rewards.use=[{name: list_ranking}]", "rollout.max_new_tokens=24"),
+        of_rl=("rewards.use=[{name: list_ranking}]", "rollout.valid_names=true", "rollout.max_new_tokens=24"),
         method=Method.constrained_beam,
     ),
     "downstream": Track(

@@ -240,6 +240,7 @@ class SidPath:
         from megatron_ads.evaluation.evaluate import evaluate
         from megatron_ads.evaluation.request import EvaluationRequest
 
+        names = self.out / "sid" / "semantic_ids.txt"
         request = EvaluationRequest(
             recipe="sft/sid_next_advertiser",
             overrides=settings,
@@ -247,9 +248,13 @@ class SidPath:
             answers_file=self.out / f"answers-{arm}.jsonl",
             how=GenerationConfig(method=Method.constrained_beam),
             compare_file=self.out / f"answers-{other}.jsonl" if other else None,
-            names_file=self.out / "sid" / "semantic_ids.txt" if arm == ITEM else None,
+            names_file=names if arm == ITEM else None,
         )
-        return evaluate(self.out / f"tuned-{arm}" / "export", request)
+        found = evaluate(self.out / f"tuned-{arm}" / "export", request)
+        if arm == ITEM:
+            (scores,) = found["tasks"].values()
+            scores["ranking"]["names_from"] = str(names.relative_to(self.out))  # not where it lies on this machine
+        return found
 
     def _general(self, stage: str) -> Stage:
         """Return the stage that measures the perplexity of held-out general rows after another stage."""
