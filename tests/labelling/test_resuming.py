@@ -62,7 +62,8 @@ def test_a_job_killed_around_the_labels_of_an_epoch_asks_nothing_twice(
                 patched.setattr(labelling_job.Journal, "delete", killed)
             run_job(config)
         assert (out / "labels" / "000000.parquet").exists() == (moment != "before the labels")
-        (out / "questions" / "000007.parquet.1-ab.partial").write_bytes(b"half")
+        for folder in ("questions", "labels"):
+            (out / folder / "000007.parquet.1-ab.partial").write_bytes(b"half")
         run_job(config)
         assert len(server.bodies) == 12
     assert [row["row"] for row in labels_in(out)] == list(range(12))
