@@ -7,11 +7,22 @@ from typing import Any
 from megatron_ads.errors import ConfigError
 
 _FOLDER = Path(__file__).parent / "published"
+_OWNERS = ("deepseek-ai", "moonshotai")
 
 
 def published_models() -> tuple[str, ...]:
     """Return the names of the models whose published ``config.json`` is shipped."""
     return tuple(sorted(file.stem for file in _FOLDER.glob("*.json")))
+
+
+def published_name(model: str) -> str | None:
+    """Return the short name of a model that is given by it or by its name on the hub, with or without its owner.
+
+    ``deepseek-ai/DeepSeek-R1`` is ``deepseek_r1``. None: no such model is shipped.
+    """
+    owner, slash, name = model.rpartition("/")
+    short = name.lower().replace("-", "_")
+    return short if short in published_models() and (not slash or owner in _OWNERS) else None
 
 
 def published_file(name: str) -> Path:

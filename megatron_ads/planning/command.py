@@ -36,7 +36,7 @@ from megatron_ads.planning.table import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", required=True, metavar="R", help="a name under recipes/, or a YAML file")
-    parser.add_argument("--model", metavar="M", help="a published model's name, or a folder with a config.json")
+    parser.add_argument("--model", metavar="M", help="a folder with a config.json, or a published model: DeepSeek-R1")
     parser.add_argument("--gpus", type=int, metavar="N", help="ranks (default: the fewest the recipe's layout needs)")
     parser.add_argument("--gpu", default=DEFAULT_CARD, help=f"the card: {', '.join(CARDS)} (default {DEFAULT_CARD})")
     parser.add_argument("--gpu-memory", type=parse_bytes, metavar="SIZE", help="memory of a card (default: its own)")

@@ -6,23 +6,49 @@ from pathlib import Path
 from typing import Self
 
 from conversion.names import parameters
-from conversion.published_models import published_file, published_models
+from conversion.published_models import published_file, published_models, published_name
 from conversion.rank_files import ShardsLayout
 from megatron_ads.architecture import ModelShape, read_model_shape
 from megatron_ads.config import recipes
 from megatron_ads.config.data import SourceConfig, SourceKind
+from megatron_ads.config.generation import ModelKind
 from megatron_ads.config.model import FrozenPart, LoraTarget, ModelConfig, Precision
 from megatron_ads.config.preference import PreferenceConfig
 from megatron_ads.config.rl import Combine, RlConfig, RolloutMode
 from megatron_ads.config.run import RunConfig
+from megatron_ads.config.teacher import TeacherConfig
 from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, PipelinePlacement
 from megatron_ads.models.parts import Lora, frozen_parts
 
-_PLANNED = ("layout", "data", "train", "optim", "rollout", "rewards", "policy")
+_PLANNED = ("layout", "data", "train", "optim", "rollout", "rewards", "policy", "teacher")
 """Sections that a plan reads; of the model, everything but its weights."""
 ROUTING_IMBALANCE = 1.5
 """Tokens that the busiest rank of an expert-parallel group may get, over the mean: memory is set aside for them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedTeacher:
+    """The teacher of on-policy distillation."""
+
+    served: bool
+    """By a server, which takes nothing of the cards."""
+    nbytes: int = 0
+    """Of the checkpoint that rank 0 runs, as it is stored; 0: there is none yet."""
+    shape: ModelShape | None = None
+    """Of that checkpoint; None: it has no ``config.json``, or one that only transformers knows."""
+
+    @classmethod
+    def of(cls, config: TeacherConfig) -> Self:
+        if config.kind is not ModelKind.local:
+            return cls(served=True)
+        folder = Path(config.model or "")
+        try:
+            shape = read_model_shape(folder)
+        except ConfigError:
+            shape = None
+        nbytes = sum(file.stat().st_size for file in folder.rglob("*.safetensors") if file.is_file())
+        return cls(served=False, nbytes=nbytes, shape=shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +69,13 @@ class PlannedRollouts:
     """POPO's, one for each reward."""
     overlap: bool = False
     """Servers generate while the trainer updates."""
+    teacher: PlannedTeacher | None = None
 
     @classmethod
     def of(cls, config: RlConfig) -> Self:
         rollout, rewards = config.rollout, config.rewards
         trains = rollout.mode is not RolloutMode.rollout_only
+        teaches = config.teacher.is_there and rollout.mode is not RolloutMode.train_only  # a dump has what it said
         return cls(
             mode=rollout.mode,
             answers=config.train.global_batch_size * rollout.samples,
@@ -58,6 +86,7 @@ class PlannedRollouts:
             draws=rollout.max_draws if rollout.dynamic_sampling else 1,
             gradient_passes=len(rewards.use) if rewards.combine is Combine.popo else 0,
             overlap=rollout.max_staleness > 0,
+            teacher=PlannedTeacher.of(config.teacher) if teaches else None,
         )
 
     @property
@@ -150,8 +179,9 @@ def planned_shape(model: str | None, config: RunConfig) -> ModelShape:
     """Return the shape of the model to plan for.
 
     Args:
-        model: Name of a published model, or a ``config.json`` or the folder that holds it. None: the checkpoint that
-            ``model.load`` names, where it exists, else the published model that ``model.published`` names.
+        model: A ``config.json`` or the folder that holds it, or a published model by its short name or that of its
+            repository. None: the checkpoint that ``model.load`` names, where it exists, else the published model that
+            ``model.published`` names.
 
     Raises:
         ConfigError: If there is no such model.
@@ -164,19 +194,19 @@ def planned_shape(model: str | None, config: RunConfig) -> ModelShape:
 
         return open_source(load).shape
     name = model or config.model.published
-    if name in published_models():
-        return read_model_shape(published_file(name))
     if name is None:
         raise ConfigError(
             "The recipe does not say which model it is for, and there is no checkpoint yet. Give --model NAME "
             f"({', '.join(published_models())}) or --model FOLDER, or set model.load to a checkpoint that exists."
         )
-    if not Path(name).exists():
+    if Path(name).exists() and name not in published_models():
+        return read_model_shape(Path(name))
+    if (published := published_name(name)) is None:
         raise ConfigError(
             f"There is no model {name!r}: neither a published one ({', '.join(published_models())}) nor a folder or "
             "config.json."
         )
-    return read_model_shape(Path(name))
+    return read_model_shape(published_file(published))
 
 
 def load_job(

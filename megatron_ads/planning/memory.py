@@ -27,7 +27,7 @@ from megatron_ads.models.flops import KEPT_BY_SELECTIVE
 from megatron_ads.planning.checkpoint import state_bytes
 from megatron_ads.planning.costs import largest_tensor, outputs, run_layers, stage_weights, total
 from megatron_ads.planning.job import PlannedJob
-from megatron_ads.planning.rollout import engine_memory
+from megatron_ads.planning.rollout import engine_memory, teacher_bytes
 from megatron_ads.planning.schedule import peak_held, stage_order
 
 _BLOCK = 128
@@ -167,11 +167,13 @@ class RankMemory:
     """Weights of the engine that generates in the same process."""
     answering: int = 0
     """The wider of its cache while it generates, and of what it receives new weights in."""
+    teacher: int = 0
+    """Weights of a teacher; rank 0 alone has them, of all ranks of its stage."""
 
     @property
     def kept(self) -> int:
         """What is there between two steps."""
-        return self.weights + self.gradients + self.optimizer + self.reserved + self.engine
+        return self.weights + self.gradients + self.optimizer + self.reserved + self.engine + self.teacher
 
     @property
     def training(self) -> int:
@@ -203,6 +205,7 @@ def stage_memory(job: PlannedJob, stage: int, *, gpu: bool, reserved_bytes: int 
         reserved=reserved_bytes,
         engine=engine.weights,
         answering=max(engine.cache, engine.message),
+        teacher=teacher_bytes(job) if stage == 0 else 0,
     )
 
 

@@ -52,6 +52,11 @@ def engine_memory(job: PlannedJob) -> EngineMemory:
     )
 
 
+def teacher_bytes(job: PlannedJob) -> int:
+    """Return the weights of a teacher on the card of rank 0."""
+    return job.rollouts.teacher.nbytes if job.rollouts is not None and job.rollouts.teacher is not None else 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutCosts:
     """One step of reinforcement learning; seconds are estimates."""
@@ -65,6 +70,8 @@ class RolloutCosts:
     """Most that a draw of prompts generates."""
     rollout_seconds: float | None
     """None: on servers, or read from a dump."""
+    teacher_seconds: float | None
+    """Rank 0 reads all answers with it, while the others wait; None: there is none, or its time is not planned."""
     passes_seconds: float
     """Log-probabilities of the policy and its reference, and POPO's gradients."""
     update_seconds: float
@@ -76,8 +83,9 @@ class RolloutCosts:
     @property
     def parts(self) -> dict[str, float]:
         """Seconds of what a step consists of, without the rewards."""
-        rollout = {} if self.rollout_seconds is None else {"rollouts": self.rollout_seconds}
-        return rollout | {"passes": self.passes_seconds, "updates": self.update_seconds, "sync": self.sync_seconds}
+        perhaps = {"rollouts": self.rollout_seconds, "teacher": self.teacher_seconds}
+        known = {name: seconds for name, seconds in perhaps.items() if seconds is not None}
+        return known | {"passes": self.passes_seconds, "updates": self.update_seconds, "sync": self.sync_seconds}
 
     @property
     def bound_by(self) -> str:
@@ -115,6 +123,7 @@ def rollout_costs(
         popo_host_bytes=4 * max(rl.gradient_passes - 1, 0) * own,
         generated_tokens=rl.answers * rl.max_new_tokens if rl.generates else 0,
         rollout_seconds=_answering_seconds(job, card) if rl.colocated else None,
+        teacher_seconds=_teacher_seconds(job, card),
         passes_seconds=passes_seconds,
         update_seconds=updates_seconds,
         overlapped_seconds=passes_seconds + updates_seconds if rl.overlap else 0.0,
@@ -144,6 +153,15 @@ def _answering_seconds(job: PlannedJob, card: Card) -> float:
     batches = -(-own // rows)
     cached = rows * (prompt + rl.max_new_tokens / 2) * _cached_bytes(job)  # on average over an answer
     return reading + batches * rl.max_new_tokens * (decoded_bytes(job, rows) + cached) / card.memory_bytes_per_second
+
+
+def _teacher_seconds(job: PlannedJob, card: Card) -> float | None:
+    """Return how long rank 0 takes to read every answer behind its prompt with the teacher."""
+    rl = job.rollouts
+    if rl is None or rl.teacher is None or (shape := rl.teacher.shape) is None:
+        return None
+    flops = token_flops(shape, range(shape.num_layers), outputs=1, seq_length=job.seq_length).forward
+    return rl.answers * job.seq_length * flops / (card.flops_per_second * card.efficiency)
 
 
 def decoded_bytes(job: PlannedJob, rows: int) -> float:

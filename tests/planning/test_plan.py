@@ -1,11 +1,13 @@
 """Plans of the shipped recipes: what fits, what a step takes, what is sent, and which mistakes are refused."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from conversion.published_models import published_file
 from megatron_ads.cli import main
 from megatron_ads.config.model import Recompute
 from megatron_ads.config.recipes import load_recipe, recipes_folder
@@ -270,8 +272,24 @@ def test_a_recipe_without_a_model_says_how_to_name_one() -> None:
         ConfigError, match="deepseek_r1_distill_llama_8b, deepseek_r1_distill_qwen_7b, deepseek_v2_lite"
     ):
         load_job("sft/quickstart")
-    with pytest.raises(ConfigError, match="There is no model 'gpt'"):
-        load_job("sft/quickstart", model="gpt")
+    for model in ("gpt", "runs/DeepSeek-R1", "deepseek-ai/gpt"):
+        with pytest.raises(ConfigError, match=f"There is no model '{model}'"):
+            load_job("sft/quickstart", model=model)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2_lite", "DeepSeek-V2-Lite", "deepseek-ai/DeepSeek-V2-Lite"])
+def test_a_published_model_is_known_by_its_name_on_the_hub(name: str) -> None:
+    assert load_job("sft/quickstart", ["model.mtp_loss_weight=0"], model=name).shape.num_layers == 27
+
+
+def test_a_folder_is_taken_before_a_model_of_the_hub_that_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "DeepSeek-R1"
+    folder.mkdir()
+    shutil.copy(published_file("moonlight_16b_a3b"), folder / "config.json")
+    assert load_job("sft/quickstart", ["model.mtp_loss_weight=0"], model="DeepSeek-R1").shape.vocab_size == 163_840
 
 
 # ---- the command ----

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,12 +11,14 @@ from megatron_ads.cli import main
 from megatron_ads.config.model import LoraConfig
 from megatron_ads.config.recipes import recipes_folder
 from megatron_ads.config.rl import RolloutMode
+from megatron_ads.demo_model import write_demo_model
+from megatron_ads.models.flops import flops_per_token
 from megatron_ads.planning.hardware import CARDS, card_named
 from megatron_ads.planning.job import PlannedJob, PlannedRollouts, load_job
 from megatron_ads.planning.memory import stage_memory
 from megatron_ads.planning.plan import make_plan
 from megatron_ads.planning.rollout import BUCKET_BYTES, RolloutCosts, decoded_bytes, engine_memory, rollout_costs
-from tests.planning.jobs import small_job
+from tests.planning.jobs import SMALL, small_job
 
 # Of the small model: attention and norms 128,112 a layer, dense feed-forward 294,912, an expert 73,728, a router 2,048.
 EMBEDDING = 1000 * 256
@@ -142,6 +145,44 @@ def test_a_recipe_for_a_real_machine_fits_it_and_says_what_bounds_a_step(
     assert ("engine: on every card 31.41 GB" in printed) == (recipe == "deepseek_v2_lite_8gpu")
     assert main(["plan", "--recipe", f"rl/{recipe}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rollouts"]["bound_by"] == bound
+
+
+def test_a_teacher_is_on_the_card_of_rank_0_which_reads_all_answers_alone(tmp_path: Path) -> None:
+    settings = ["train.global_batch_size=8", "train.micro_batch_size=2", f"teacher.model={tmp_path}"]
+    write_demo_model(tmp_path, SMALL | {"torch_dtype": "float32"})
+    job = load_job("rl/on_policy_distillation", settings, model=str(tmp_path), ranks=2)
+    without = replace(job, rollouts=replace(job.rollouts, teacher=None)) if job.rollouts else job
+    nbytes = sum(file.stat().st_size for file in tmp_path.glob("model*.safetensors"))
+    with_it, beside = stage_memory(job, 0, gpu=True), stage_memory(without, 0, gpu=True)
+    assert with_it.teacher == nbytes > 4 * (EMBEDDING + OTHERS + EXPERTS), "the MTP layer's are in the file, too"
+    assert with_it.training - beside.training == with_it.kept - beside.kept == nbytes
+    plan, plan_without = make_plan(job, CARDS["h100"]), make_plan(without, CARDS["h100"])
+    assert plan.rollouts is not None and plan_without.rollouts is not None
+    reading = 8 * 512 * flops_per_token(job.shape, 512) / 3  # a forward pass is a third of a step
+    rate = plan.card.flops_per_second * plan.card.efficiency
+    assert plan.rollouts.parts["teacher"] == pytest.approx(reading / rate)
+    gained = plan.rollouts.step_seconds - plan_without.rollouts.step_seconds
+    assert gained == pytest.approx(reading / rate)
+    assert "teacher" not in plan_without.rollouts.parts
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["teacher.model=NOWHERE"], "teacher: there is no checkpoint yet; what it takes of the card of rank 0 is not"),
+        (
+            ["teacher.kind=endpoint", "teacher.url=http://x/v1", "teacher.model=m", "teacher.tokenizer=t"],
+            "teacher: a server, whose time is not planned",
+        ),
+        (["teacher.model=NOWHERE", "rollout.mode=train_only", "rollout.dump=runs/dump"], None),
+    ],
+)
+def test_what_is_not_known_of_a_teacher_is_said(
+    settings: list[str], line: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["plan", "--recipe", "rl/on_policy_distillation", "--model", "deepseek_v2_lite", *settings])
+    told = [each for each in capsys.readouterr().out.splitlines() if each.startswith("teacher: ")]
+    assert [each.startswith(line) for each in told] == [True] if line else not told
 
 
 def test_a_plan_of_fine_tuning_has_no_rollouts(capsys: pytest.CaptureFixture[str]) -> None:
