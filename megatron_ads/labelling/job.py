@@ -8,7 +8,6 @@ DIR/report.html, .json       what came out
 """
 
 import fcntl
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -16,17 +15,14 @@ from pathlib import Path
 from megatron_ads.config.labelling import LabelConfig, RunnerKind
 from megatron_ads.data.questions import count_rows
 from megatron_ads.errors import DataError
-from megatron_ads.journal import Journal
 from megatron_ads.labelling.job_identity import require_same_job, tell_of_previous
-from megatron_ads.labelling.label_record import as_table
-from megatron_ads.labelling.labeller import Labeller, open_labeller
-from megatron_ads.labelling.parquet_files import metadata_of, write_table
+from megatron_ads.labelling.labeller import Labeller, label_epoch, open_labeller
 from megatron_ads.labelling.question_store import QuestionStore
 from megatron_ads.labelling.reader_process import reading
 from megatron_ads.progress import Progress
 
 OpenModel = Callable[[LabelConfig], AbstractContextManager[Labeller]]
-JOURNALS, LOCK = "journals", "job.lock"
+LOCK = "job.lock"
 
 
 def run_job(config: LabelConfig, open_model: OpenModel = open_labeller) -> None:
@@ -56,13 +52,12 @@ def run_job(config: LabelConfig, open_model: OpenModel = open_labeller) -> None:
 
 def _open_store(out: Path, config: LabelConfig) -> QuestionStore:
     """Return what was read so far, if that was for this job, in order again after whatever ended the last start."""
-    store, journals = QuestionStore(out, config), out / JOURNALS
-    journals.mkdir(exist_ok=True)
-    has_answers = store.is_labelled or any(file.stat().st_size for file in journals.iterdir())
+    store = QuestionStore(out, config)
+    has_answers = store.is_labelled or any(file.stat().st_size for file in store.journals.iterdir())
     if not require_same_job(out, config, has_answers=has_answers):
         store.clear()
     store.require_whole()
-    for file in journals.glob("*.jsonl"):
+    for file in store.journals.glob("*.jsonl"):
         if store.labels_file(int(file.stem)).exists():
             file.unlink()
     if store.all_read() is None:
@@ -80,34 +75,8 @@ def _label_here(out: Path, config: LabelConfig, store: QuestionStore, open_model
         for epoch in epochs:
             labeller = labeller or stack.enter_context(open_model(config))
             passed = store.rows_passed(epoch) - store.rows_passed(epoch - 1)
-            label_epoch(out, store, epoch, labeller)
+            label_epoch(store, epoch, labeller)
             progress.update(passed)
-
-
-def label_epoch(out: Path, store: QuestionStore, epoch: int, labeller: Labeller) -> int:
-    """Label the rows of an epoch that waits, and return how many they are; its labels appear when all are there.
-
-    An epoch that has its labels, as where a runner repeats what it thinks has failed, is left alone.
-    """
-    started = time.monotonic()
-    if store.labels_file(epoch).exists():
-        store.file(epoch).unlink(missing_ok=True)
-        return 0
-    file = out / JOURNALS / f"{epoch:06d}.jsonl"
-    questions = store.questions_of(epoch)
-    with Journal(file) as journal:
-        before = len(journal.records)
-        labels = labeller.label(questions, journal)
-        about = {
-            **metadata_of(store.file(epoch)),
-            "seconds": repr(time.monotonic() - started),
-            "answered_before": str(before),
-            "finished_at": repr(time.time()),
-        }
-        write_table(store.labels_file(epoch), as_table(labels), about)
-        store.file(epoch).unlink(missing_ok=True)
-        journal.delete()
-    return len(labels)
 
 
 @contextmanager

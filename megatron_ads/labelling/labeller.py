@@ -4,6 +4,7 @@ Prompts go out in the order of their texts, task by task: those that begin alike
 prefix cache of a server needs.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -26,9 +27,16 @@ from megatron_ads.inference.name_answers import NameForms
 from megatron_ads.inference.openai_engine import OpenAIEngine
 from megatron_ads.inference.servers import Server, Servers
 from megatron_ads.journal import Journal
-from megatron_ads.labelling.label_record import OF_QUESTION, REFUSED_BY_TEMPLATE, TOO_LONG, LabelRecord, read_label
-from megatron_ads.labelling.parquet_files import epoch_files, read_table
-from megatron_ads.labelling.question_store import LABELS, Question
+from megatron_ads.labelling.label_record import (
+    OF_QUESTION,
+    REFUSED_BY_TEMPLATE,
+    TOO_LONG,
+    LabelRecord,
+    as_table,
+    read_label,
+)
+from megatron_ads.labelling.parquet_files import epoch_files, metadata_of, read_table, write_table
+from megatron_ads.labelling.question_store import LABELS, Question, QuestionStore
 from megatron_ads.observability.log import get_logger
 from megatron_ads.tasks.answer_format import CLOSE, OPEN
 
@@ -157,6 +165,31 @@ def _shared(label: LabelRecord, question: Question) -> LabelRecord:
         return label
     own: dict[str, Any] = {name: getattr(question, name) for name in OF_QUESTION}
     return replace(label, **own, draws=0, prompt_tokens=0, answer_tokens=0, cached_tokens=None, seconds=0.0)
+
+
+def label_epoch(store: QuestionStore, epoch: int, labeller: Labeller) -> int:
+    """Label the rows of an epoch that waits, and return how many they are; its labels appear when all are there.
+
+    An epoch that has its labels, as where a runner repeats what it thinks has failed, is left alone.
+    """
+    started = time.monotonic()
+    if store.labels_file(epoch).exists():
+        store.file(epoch).unlink(missing_ok=True)
+        return 0
+    questions = store.questions_of(epoch)
+    with Journal(store.journal_file(epoch)) as journal:
+        before = len(journal.records)
+        labels = labeller.label(questions, journal)
+        about = {
+            **metadata_of(store.file(epoch)),
+            "seconds": repr(time.monotonic() - started),
+            "answered_before": str(before),
+            "finished_at": repr(time.time()),
+        }
+        write_table(store.labels_file(epoch), as_table(labels), about)
+        store.file(epoch).unlink(missing_ok=True)
+        journal.delete()
+    return len(labels)
 
 
 def usage_in(out: Path) -> Usage:

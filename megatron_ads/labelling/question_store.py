@@ -27,7 +27,7 @@ from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.stable_random import stable_key
 from megatron_ads.tasks.registry import TASKS
 
-QUESTIONS, LABELS = "questions", "labels"
+QUESTIONS, LABELS, JOURNALS = "questions", "labels", "journals"
 _COMPLETE = "complete.json"
 _ALL_BAD = 100
 """If so many rows of a source cannot be asked from its first on, it is its settings that are wrong."""
@@ -89,8 +89,8 @@ class QuestionStore:
 
     def __init__(self, folder: Path, config: LabelConfig) -> None:
         self._folder, self._config = folder, config
-        self._of_epochs, self._labels = folder / QUESTIONS, folder / LABELS
-        for each in (self._of_epochs, self._labels):
+        self._of_epochs, self._labels, self.journals = folder / QUESTIONS, folder / LABELS, folder / JOURNALS
+        for each in (self._of_epochs, self._labels, self.journals):
             each.mkdir(parents=True, exist_ok=True)
 
     def file(self, epoch: int) -> Path:
@@ -100,6 +100,10 @@ class QuestionStore:
     def labels_file(self, epoch: int) -> Path:
         """Return where the labels of an epoch are."""
         return self._labels / f"{epoch:06d}.parquet"
+
+    def journal_file(self, epoch: int) -> Path:
+        """Return where the answers are that an epoch has so far, while it is being labelled."""
+        return self.journals / f"{epoch:06d}.jsonl"
 
     def waiting(self) -> list[int]:
         """Return the epochs that are read and not labelled, in order; what labelled epochs left is removed."""

@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from megatron_ads.config.labelling import LabelConfig
 from megatron_ads.errors import ConfigError, DataError, MegatronAdsError, one_line
-
-if TYPE_CHECKING:
-    from megatron_ads.labelling.labeller import Labeller
+from megatron_ads.labelling.labeller import Labeller, label_epoch, open_labeller
+from megatron_ads.labelling.question_store import QuestionStore
 
 
 class EpochActor:
@@ -28,22 +27,18 @@ class EpochActor:
         merged = OmegaConf.merge(OmegaConf.structured(LabelConfig), json.loads(settings))
         config = OmegaConf.to_object(merged)
         assert isinstance(config, LabelConfig)
-        self._config, self._out = config, Path(config.out)
+        self._config = config
         self._stack = ExitStack()
         self._labeller: Labeller | None = None
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """Label one epoch, and return how many rows it has, or why it failed."""
-        from megatron_ads.labelling.job import label_epoch
-        from megatron_ads.labelling.labeller import open_labeller
-        from megatron_ads.labelling.question_store import QuestionStore
-
         epoch = int(record["epoch"])
         try:
             if self._labeller is None:
                 self._labeller = self._stack.enter_context(open_labeller(self._config))
-            store = QuestionStore(self._out, self._config)
-            return {"epoch": epoch, "rows": label_epoch(self._out, store, epoch, self._labeller), "failure": ""}
+            store = QuestionStore(Path(self._config.out), self._config)
+            return {"epoch": epoch, "rows": label_epoch(store, epoch, self._labeller), "failure": ""}
         except MegatronAdsError as error:
             return {"epoch": epoch, "rows": 0, "failure": one_line(error)}
 

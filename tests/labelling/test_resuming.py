@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_ads.errors import ConfigError, DataError
-from megatron_ads.labelling import job as labelling_job
+from megatron_ads.labelling import labeller as labelling
 from megatron_ads.labelling import reader_process
 from megatron_ads.labelling.job import run_job
 from megatron_ads.labelling.parquet_files import write_table
@@ -55,11 +55,11 @@ def test_a_job_killed_around_the_labels_of_an_epoch_asks_nothing_twice(
         out = Path(config.out)
         with monkeypatch.context() as patched, pytest.raises(_KilledError):
             if moment == "before the labels":
-                patched.setattr(labelling_job, "write_table", killed)
+                patched.setattr(labelling, "write_table", killed)
             elif moment == "behind the labels":
-                patched.setattr(labelling_job, "write_table", written)
+                patched.setattr(labelling, "write_table", written)
             else:
-                patched.setattr(labelling_job.Journal, "delete", killed)
+                patched.setattr(labelling.Journal, "delete", killed)
             run_job(config)
         assert (out / "labels" / "000000.parquet").exists() == (moment != "before the labels")
         for folder in ("questions", "labels"):
@@ -77,8 +77,8 @@ def test_an_epoch_that_has_its_labels_is_not_labelled_again(tmp_path: Path) -> N
         config = recipe(tmp_path, pairs, f"model.url={server.url}")
         run_job(config)
         out = Path(config.out)
-        with labelling_job.open_labeller(config) as labeller:
-            assert labelling_job.label_epoch(out, QuestionStore(out, config), 0, labeller) == 0
+        with labelling.open_labeller(config) as labeller:
+            assert labelling.label_epoch(QuestionStore(out, config), 0, labeller) == 0
         assert len(server.bodies) == 3
 
 
@@ -233,7 +233,6 @@ def test_an_actor_labels_one_epoch_and_tells_what_goes_wrong(tmp_path: Path) -> 
         is_up = True
         config = recipe(tmp_path, pairs, f"model.url={server.url}", "rows_per_epoch=3")
         store = QuestionStore(Path(config.out), config)
-        (Path(config.out) / "journals").mkdir()
         assert list(store.read_epochs()) == [0, 1, 2]
         actor = EpochActor(json.dumps(asdict(config)))
         assert actor({"epoch": 1}) == {"epoch": 1, "rows": 3, "failure": ""}
