@@ -3,7 +3,7 @@
 Importing this module needs neither torch nor transformers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -81,11 +81,43 @@ class StudentConfig:
         """Refuse impossible values."""
         require_at_least("student", self, 0, "validation_rows")
         require_at_least("student", self, 1, "ranks")
-        for setting in self.settings:
-            require(
-                setting.lstrip("+~").partition("=")[0] not in ("model.load", "log.dir"),
-                f"student.settings has {setting!r}, which is decided already: by student.load and out. Remove it.",
-            )
+        _require_own("student", self.settings, ("model.load", "log.dir"))
+
+
+@dataclass(kw_only=True, slots=True)
+class OnPolicyConfig:
+    """On-policy distillation of the first student, once it is fine-tuned: it answers the prompts of its rows itself.
+
+    It learns from how probable its answers are to the teacher.
+    """
+
+    steps: int = 0
+    """Of it; 0 is none."""
+    recipe: str = "rl/on_policy_distillation"
+    """A recipe of reinforcement learning: a shipped name or a file."""
+    settings: list[str] = field(default_factory=list)
+    """Settings that replace the recipe's, ``[rollout.max_new_tokens=256]``; rows, teacher, ``model.load`` and
+    ``log.dir`` are given already."""
+
+    def check(self) -> None:
+        """Refuse impossible values, and those that have no effect."""
+        require_at_least("on_policy", self, 0, "steps")
+        require(
+            self.steps > 0 or not self.settings,
+            f"on_policy.settings is {self.settings}, which has no effect while on_policy.steps is 0. Raise that, or "
+            "remove it.",
+        )
+        _require_own("on_policy", self.settings, ("model.load", "log.dir", "train.max_steps"))
+
+
+def _require_own(section: str, settings: Sequence[str], given: Collection[str]) -> None:
+    """Refuse settings of a job that are decided already."""
+    for setting in settings:
+        require(
+            setting.lstrip("+~").partition("=")[0] not in given,
+            f"{section}.settings has {setting!r}, which is decided already, by other settings of the recipe. Remove "
+            "it.",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -133,6 +165,8 @@ class DistillConfig:
     """Those that are trained and judged."""
     student: StudentConfig = field(default_factory=StudentConfig)
     """The smaller model."""
+    on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
+    """What the first student learns on top."""
     judged: JudgedRowsConfig = field(default_factory=JudgedRowsConfig)
     """What all are compared on."""
     samples: int = 3
@@ -168,6 +202,7 @@ class DistillConfig:
             "model. Name its folder in teacher.tokenizer, or set quality.min_probability=0.",
         )
         self.student.check()
+        self.on_policy.check()
         self.judged.check()
         if self.sources:
             self.label_job(Path("questions.jsonl"), 0).check()

@@ -7,14 +7,17 @@
     megatron-ads distill --recipe distill/simulated --out runs/distilled 'sources=[]' \
       'answered=[{kind: jsonl, path: runs/cooked/train.jsonl}]' draws=1 quality.min_agreement=0 \
       quality.min_similarity=0 ...
+    megatron-ads distill --recipe distill/simulated ... on_policy.steps=100   # then from its own answers
 
 The teacher answers the rows of `sources`, several times where `draws` is above 1; or rows that have its answer already
 are taken as they are (`answered`). Quality control removes answers whose reasoning says little about its row, whose
 label is improbable or differs from that of further draws, queries against the rules, and rows that repeat another;
 DIR/rows/checked.md has what each rule removed, with samples. The students `checked` and `unchecked` are fine-tuned from
 the same checkpoint with the same settings. Teacher and students answer the rows that the recipe `judged` holds out;
-those are never among what the teacher is asked. DIR/report.md has how often students agree with the teacher, true
-scores, and AdNanny's table 6. All settings: megatron_ads/config/distillation.py.
+those are never among what the teacher is asked. With on_policy.steps the first student then answers prompts itself and
+learns from how probable its answers are to the teacher, by the reverse KL; it is judged again. DIR/report.md has how
+often students agree with the teacher, true scores, and AdNanny's table 6. All settings:
+megatron_ads/config/distillation.py.
 
 Interrupted, the same command continues; a changed setting redoes what depends on it, but never the teacher's answers.
 

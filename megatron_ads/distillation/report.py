@@ -11,7 +11,13 @@ from typing import Any
 from megatron_ads.config.distillation import DistillConfig, Student
 from megatron_ads.distillation.agreement import agreement
 from megatron_ads.distillation.questions import judged_rows
-from megatron_ads.distillation.workflow import DIFFERENCE, TEACHER, judged_file
+from megatron_ads.distillation.workflow import (
+    DIFFERENCE,
+    ON_POLICY,
+    ON_POLICY_DIFFERENCE,
+    TEACHER,
+    judged_file,
+)
 from megatron_ads.evaluation.given_answers import read_given_answers
 from megatron_ads.quickstart.stages import StageRecord
 from megatron_ads.reporting.markdown import markdown
@@ -32,19 +38,23 @@ def report_on(config: DistillConfig, records: Mapping[str, StageRecord]) -> dict
     """
     out = Path(config.out)
     rows = judged_rows(config).tasks
-    said = {name: read_given_answers(judged_file(out, name), rows) for name in (TEACHER, *config.students)}
+    students = [*config.students, *([ON_POLICY] if config.on_policy.steps else [])]
+    said = {name: read_given_answers(judged_file(out, name), rows) for name in (TEACHER, *students)}
     models: dict[str, Any] = {}
     for name, answers in said.items():
         models[str(name)] = {
             "agreement": {} if name == TEACHER else agreement(answers, said[TEACHER]),
-            "rows": None if name == TEACHER else _rows(records[f"{name}-rows"].result),
+            "rows": _rows(records[f"{name}-rows"].result) if name in config.students else None,
             "minutes": _minutes(records, name),
             "scores": records[f"{name}-scores"].result,
         }
     asked = records["questions"].result if "questions" in records else None
-    difference = records[DIFFERENCE].result if DIFFERENCE in records else None
+    difference, on_policy = (
+        records[name].result if name in records else None for name in (DIFFERENCE, ON_POLICY_DIFFERENCE)
+    )
     return {
         "out": config.out, "asked": asked, "judged_rows": len(rows), "models": models, "difference": difference,
+        "on_policy_difference": None if on_policy is None else {"of": config.students[0], **on_policy},
     }  # fmt: skip
 
 
@@ -66,8 +76,13 @@ def text_of(report: Report) -> str:
     parts = ["# Distillation", _corpora(report), "Against the true answers, and with the teacher:", _scores(report)]
     if generated := _queries(report):
         parts += ["Query generation (AdNanny, table 6), with 95 % of resampled keywords:", generated]
-    if report["difference"]:
-        parts += ["What quality control adds, on the same rows, with 95 % of a paired bootstrap:", _difference(report)]
+    paired = "on the same rows, with 95 % of a paired bootstrap:"
+    models = report["models"]
+    if found := report["difference"]:
+        table = _difference(models, found, Student.checked, Student.unchecked)
+        parts += [f"What quality control adds, {paired}", table]
+    if found := report["on_policy_difference"]:
+        parts += [f"What on-policy distillation adds, {paired}", _difference(models, found, ON_POLICY, found["of"])]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -116,16 +131,14 @@ def _queries(report: Report) -> str:
     return markdown(table) if len(table) > 1 else ""
 
 
-def _difference(report: Report) -> str:
-    table = [["dataset", "metric", "unchecked", "checked", "difference"]]
-    for dataset, metrics in report["difference"]["metrics"].items():
+def _difference(models: Mapping[str, Any], difference: Mapping[str, Any], name: str, other: str) -> str:
+    table = [["dataset", "metric", other, name, "difference"]]
+    for dataset, metrics in difference["metrics"].items():
         for name, of in metrics.items():
             apart = f"{_signed(of['delta'])}{_signed_between(of['delta_95'])}"
             table.append([dataset, name, _shown(of["compared"]), _shown(of["model"]), apart])
-    for task, of in report["difference"]["agreement"].items():
-        values = [
-            report["models"][name]["agreement"][task]["agreement"] for name in (Student.unchecked, Student.checked)
-        ]
+    for task, of in difference["agreement"].items():
+        values = [models[each]["agreement"][task]["agreement"] for each in (other, name)]
         apart = f"{_signed(of['delta'])}{_signed_between(of['delta_95'])}"
         table.append([task, "agreement with the teacher", *map(_shown, values), apart])
     return markdown(table)

@@ -4,6 +4,7 @@
     OUT/answers/0, 1, ...       its answers: the jobs of `label`, the first of which is learned from
     OUT/rows/STUDENT.jsonl      rows of a student, with reports of what was removed (.md, .json)
     OUT/STUDENT/                its fine-tuning, with curves and ``export/``
+    OUT/on_policy/              the on-policy distillation of the first student, where it has steps
     OUT/judged/NAME.jsonl       answers of teacher and students to the rows that are judged
     OUT/report.md, report.json  how near the students come
 
@@ -11,8 +12,8 @@ The teacher's answers are what costs most: no changed setting removes them. A jo
 another's.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,12 @@ from conversion.sources import open_source
 from megatron_ads.config.data import SourceConfig
 from megatron_ads.config.distillation import DistillConfig, Student
 from megatron_ads.config.generation import EndpointConfig, ModelKind
+from megatron_ads.config.labelling import LabellerConfig
 from megatron_ads.config.recipes import load_job, validate_job
+from megatron_ads.config.rl import RlConfig
+from megatron_ads.config.run import RunConfig
+from megatron_ads.config.teacher import TeacherConfig
+from megatron_ads.data.chat import load_tokenizer
 from megatron_ads.data.sources import files_of
 from megatron_ads.distillation.agreement import agreement_gain
 from megatron_ads.distillation.corpus import rows_file, write_corpus
@@ -30,12 +36,14 @@ from megatron_ads.distillation.questions import judged_rows, write_questions
 from megatron_ads.evaluation.evaluate import evaluate
 from megatron_ads.evaluation.given_answers import GivenAnswers, read_given_answers
 from megatron_ads.evaluation.request import EvaluationRequest
+from megatron_ads.inference.model_folder import tokenizer_folder
 from megatron_ads.labelling.job import run_job
 from megatron_ads.labelling.report import report_of, summary, write
 from megatron_ads.quickstart.job_stages import train_stage
 from megatron_ads.quickstart.stages import Stage
+from megatron_ads.training.rollout.teacher import require_same_tokens
 
-TEACHER, DIFFERENCE = "teacher", "difference"
+TEACHER, ON_POLICY, DIFFERENCE, ON_POLICY_DIFFERENCE = "teacher", "on_policy", "difference", "on-policy-difference"
 
 
 def stages(config: DistillConfig) -> Iterator[Stage]:
@@ -73,10 +81,14 @@ def stages(config: DistillConfig) -> Iterator[Stage]:
         yield _training(config, out, student)
         yield _judging(config, student, out / student / "export", judged, after=[student, f"{TEACHER}-scores"])
     if set(config.students) == set(Student):
-        yield Stage(
-            name=DIFFERENCE, title="compare the students", settings={"data": judged}, outputs=[],
-            after=[f"{student}-scores" for student in Student], run=partial(_difference, config, out),
+        yield _comparison(config, DIFFERENCE, Student.checked, Student.unchecked, judged)
+    if config.on_policy.steps:
+        first = config.students[0]
+        yield _on_policy(config, out, first)
+        yield _judging(
+            config, ON_POLICY, out / ON_POLICY / "export", judged, after=[ON_POLICY, f"{TEACHER}-scores"]
         )  # fmt: skip
+        yield _comparison(config, ON_POLICY_DIFFERENCE, ON_POLICY, first, judged)
 
 
 def _state(sources: list[SourceConfig]) -> list[dict[str, Any]]:
@@ -117,20 +129,59 @@ _DECIDES = ("model", "temperature", "top_p", "max_tokens", "template_arguments")
 
 def _training(config: DistillConfig, out: Path, student: Student) -> Stage:
     settings = [
-        "data=jsonl", f"data.sources=[{{kind: jsonl, path: {_quoted(rows_file(out, student))}}}]",
-        f"data.validation_rows={config.student.validation_rows}", f"data.reasoning={str(config.reasoning).lower()}",
-        *config.student.settings,
+        *_rows_of(config, out, student), *config.student.settings,
         f"model.load={_quoted(Path(config.student.load).resolve())}", f"log.dir={_quoted(out / student)}",
     ]  # fmt: skip
-    shape = open_source(Path(config.student.load)).shape
-    validate_job(load_job(config.student.recipe, settings), config.student.ranks, shape)  # before the teacher is paid
+    _require_possible(config, config.student.recipe, settings)
     title, recipe = f"fine-tune the student {student}", config.student.recipe
     return train_stage(student, title, settings, out, config.student.ranks, after=[f"{student}-rows"], recipe=recipe)
 
 
-def _quoted(path: Path) -> str:
-    """Return a path as an override of Hydra takes it, whatever characters it has."""
-    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
+def _rows_of(config: DistillConfig, out: Path, student: Student) -> list[str]:
+    """Return the settings of a job that learns a student's rows."""
+    return [
+        "data=jsonl", f"data.sources=[{{kind: jsonl, path: {_quoted(rows_file(out, student))}}}]",
+        f"data.validation_rows={config.student.validation_rows}", f"data.reasoning={str(config.reasoning).lower()}",
+    ]  # fmt: skip
+
+
+def _require_possible(config: DistillConfig, recipe: str, settings: Sequence[str]) -> RunConfig:
+    """Return the composed job of a student; refuse one that cannot run before the teacher is paid."""
+    job = load_job(recipe, settings)
+    validate_job(job, config.student.ranks, open_source(Path(config.student.load)).shape)
+    return job
+
+
+def _on_policy(config: DistillConfig, out: Path, student: Student) -> Stage:
+    """Return the stage in which a fine-tuned student learns from what the teacher makes of its own answers."""
+    settings = [
+        *_rows_of(config, out, student), *_teacher_settings(config.teacher), *config.on_policy.settings,
+        f"train.max_steps={config.on_policy.steps}",
+        f"model.load={_quoted(out / student / 'export')}", f"log.dir={_quoted(out / ON_POLICY)}",
+    ]  # fmt: skip
+    job = _require_possible(config, config.on_policy.recipe, settings)
+    assert isinstance(job, RlConfig), "no other kind has a teacher"
+    require_same_tokens(job.teacher, load_tokenizer(tokenizer_folder(Path(config.student.load))))
+    title, recipe = f"let the student {student} answer, and the teacher judge", config.on_policy.recipe
+    return train_stage(ON_POLICY, title, settings, out, config.student.ranks, after=[student], recipe=recipe)
+
+
+def _teacher_settings(teacher: LabellerConfig) -> list[str]:
+    """Return the teacher as an on-policy job names it, which reads answers and needs no settings of answering."""
+    names = ["kind", "model"]
+    if teacher.kind is ModelKind.endpoint:
+        of_both = {field.name for field in fields(TeacherConfig)} & {field.name for field in fields(LabellerConfig)}
+        names += sorted(of_both - {*names, "batch_size", "template_arguments"})
+        teacher = replace(teacher, url=[*teacher.servers, teacher.url][0])
+    defaults = TeacherConfig()
+    values = {name: getattr(teacher, name) for name in names}
+    changed = {name: value for name, value in values.items() if name == "kind" or value != getattr(defaults, name)}
+    return [f"teacher.{name}={_quoted(value) if isinstance(value, str) else value}" for name, value in changed.items()]
+
+
+def _quoted(text: str | Path) -> str:
+    """Return a text as an override of Hydra takes it, whatever characters it has."""
+    escaped = str(text).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
 
 
@@ -170,22 +221,29 @@ def _judging(
     )  # fmt: skip
 
 
-def _difference(config: DistillConfig, out: Path) -> dict[str, Any]:
-    """Return by dataset and metric what quality control adds, ``evaluation.comparison``, and to the agreement."""
+def _comparison(config: DistillConfig, stage: str, name: str, other: str, data: Mapping[str, Any]) -> Stage:
+    """Return the stage that compares what two students answered."""
+    return Stage(
+        name=stage, title=f"compare the students {name} and {other}", settings={"data": data}, outputs=[],
+        after=[f"{name}-scores", f"{other}-scores"], run=partial(_difference, config, name, other),
+    )  # fmt: skip
+
+
+def _difference(config: DistillConfig, name: str, other: str) -> dict[str, Any]:
+    """Return by dataset and metric what one student has over another, ``evaluation.comparison``, and the agreement."""
+    out = Path(config.out).resolve()
     request = EvaluationRequest(
         recipe=config.judged.recipe,
         overrides=config.judged_settings,
         batch_size=config.judged.batch_size,
-        compare_file=judged_file(out, Student.unchecked),
+        compare_file=judged_file(out, other),
     )
-    scores = evaluate(GivenAnswers(file=judged_file(out, Student.checked)), request)
+    scores = evaluate(GivenAnswers(file=judged_file(out, name)), request)
     rows = judged_rows(config).tasks
-    checked, unchecked, teacher = (
-        read_given_answers(judged_file(out, name), rows) for name in (Student.checked, Student.unchecked, TEACHER)
-    )
+    own, others, teacher = (read_given_answers(judged_file(out, each), rows) for each in (name, other, TEACHER))
     return {
         "metrics": {dataset: found["comparison"]["metrics"] for dataset, found in scores["tasks"].items()},
-        "agreement": agreement_gain(checked, unchecked, teacher),
+        "agreement": agreement_gain(own, others, teacher),
     }
 
 

@@ -71,6 +71,7 @@ def test_tables_have_a_line_for_each_model(tmp_path: Path) -> None:
     delta = {"model": 0.5, "compared": 0.25, "delta": 0.25, "delta_95": [0.125, 0.375]}
     difference = {"metrics": {"query_generation": {"relevance": delta}}, "agreement": {}}
     report = {"models": models, "difference": difference, "parameters": {"student-start": 1234}}
+    report["on_policy_difference"] = None
     text = tables(json.loads(json.dumps(report)))
     assert "| student-start | 1,234 |" in text
     assert "| checked | 20 | 10 | improbable 10 | 1.5 |" in text

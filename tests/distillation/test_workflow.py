@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 
+from conversion.sources import open_source
 from megatron_ads import cli
 from megatron_ads.config.distillation import Student, load_distill_recipe
+from megatron_ads.config.recipes import load_job
+from megatron_ads.data.corpus import read_corpus
 from megatron_ads.data.jsonl import jsonl_rows
 from megatron_ads.data.split import group_of
 from megatron_ads.demo_model import CONFIGS, Preset, write_demo_model
 from megatron_ads.distillation.corpus import write_corpus
-from megatron_ads.distillation.questions import JUDGED, judged_rows
+from megatron_ads.distillation.questions import JUDGED, judged_rows, write_rows
+from megatron_ads.observability.metrics import read_metrics
 from tests.inference.scripted_server import Reply, scripted_server
 
 PAIRS = "[{kind: builtin, rows: 60}]"
@@ -85,6 +89,49 @@ def test_a_student_learns_from_what_passes_and_is_judged_beside_its_teacher(
     assert teacher["scores"]["tasks"]["query_ad_relevance"]["readable_share"] > 0.5
     text = (out / "report.md").read_text()
     assert "| query_ad_relevance | checked | bad/balanced_accuracy |" in text
+
+
+@pytest.mark.timeout(600)
+def test_a_student_learns_from_its_own_answers_and_is_judged_again(
+    tmp_path: Path, given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, rows = tmp_path / "out", tmp_path / "answered.jsonl"
+    settings = [f"data.sources={PAIRS}", "data.validation_rows=4"]
+    (*training,) = read_corpus(load_job("sft/quickstart", settings, sections=["data"]).data).training
+    write_rows(rows, [row for of_source in training for row in of_source])
+    write_demo_model(tmp_path / "teacher", SMALL, seed=1)
+    own = ["rollout.max_new_tokens=4", "train.global_batch_size=2", "train.micro_batch_size=1", "data.seq_length=256"]
+    words = [
+        *given, "teacher.kind=local", "teacher.url=null", f"teacher.model='{tmp_path / 'teacher'}'",
+        "teacher.concurrency=8", "sources=[]", f"answered=[{{kind: jsonl, path: '{rows}'}}]", "draws=1",
+        "quality.min_agreement=0", "quality.min_similarity=0", "quality.min_words=0", "quality.min_details=0",
+        "on_policy.steps=1", f"on_policy.settings={json.dumps(own)}",
+    ]  # fmt: skip
+    assert cli.main(["distill", "--recipe", "distill/simulated", "--out", str(out), "--json", *words]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (step,) = (row for row in read_metrics(out / "on_policy") if "teacher/reverse_kl" in row)
+    assert step["teacher/reverse_kl"] != 0
+    before, after = (open_source(out / name / "export") for name in ("checked", "on_policy"))
+    assert (before.read("output_layer.weight") != after.read("output_layer.weight")).any()
+    assert report["models"].keys() == {"teacher", "checked", "on_policy"}
+    assert report["on_policy_difference"]["of"] == "checked" and report["difference"] is None
+    assert "| dataset | metric | checked | on_policy | difference |" in (out / "report.md").read_text()
+
+
+def test_a_teacher_with_other_tokens_is_refused_before_it_is_asked(
+    tmp_path: Path, given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_demo_model(tmp_path / "teacher", SMALL)
+    file = tmp_path / "teacher" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content))
+    with scripted_server(answer) as server:
+        words = [*given, f"teacher.url={server.url}", f"teacher.tokenizer='{file.parent}'", "on_policy.steps=1"]
+        assert cli.main(["distill", "--recipe", "distill/simulated", "--out", str(tmp_path / "out"), *words]) == 2
+        assert not server.bodies
+    assert "On-policy distillation compares tokens: choose a teacher with the policy's" in capsys.readouterr().err
 
 
 def test_a_student_that_cannot_be_trained_is_refused_before_the_teacher_is_asked(
