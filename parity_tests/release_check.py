@@ -68,7 +68,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def all_parts(request: Request) -> list[Part]:
     """Return the parts in the order they are run: the quick ones first."""
     makers = (
-        parts.tests, parts.ladder, parts.checkpoint_parity, parts.conversion, parts.regress, parts.ads, parts.speed
+        parts.tests, parts.ladder, parts.checkpoint_parity, parts.conversion, parts.dense_conversion, parts.regress,
+        parts.ads, parts.speed,
     )  # fmt: skip
     return [*(make(request) for make in makers), *full_parts(request)]
 

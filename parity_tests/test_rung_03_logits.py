@@ -15,7 +15,7 @@ from torch import Tensor
 
 from conversion.layer_specs import LayerSpec
 from parity_tests import jobs, reference
-from parity_tests.checkpoints import BEYOND_CONTEXT, DENSE, FAMILIES, MIXTURES
+from parity_tests.checkpoints import BEYOND_CONTEXT, DENSE, FAMILIES, MIXTURES, altered_copy
 from parity_tests.deliberate_errors import (
     BIASES_LEFT_OUT,
     EPSILON_CHANGED,
@@ -29,6 +29,7 @@ from parity_tests.deliberate_errors import (
     YARN_LEFT_OUT,
     CheckpointError,
 )
+from parity_tests.harness.growing import WORDS, grow, write_tokenizer
 from parity_tests.machines import BF16, CPU_FP32, FP32, Machine
 from parity_tests.passes import Pass, first_departure, mean_kl, noise_ratio
 from parity_tests.tolerances import BF16_KL, BF16_NOISE, LAYER, LOGITS, record
@@ -84,6 +85,22 @@ def test_logits_equal_those_of_transformers(
     record(3, f"{family}, {spec}: largest logit difference", difference, LOGITS, machine)
     assert difference < LOGITS.value, first_departure(ours.layers, right.layers)
     assert first_departure(ours.layers, right.layers) is None
+
+
+@pytest.mark.parametrize("family", ["v3", "qwen2-tied"])
+def test_logits_of_a_grown_vocabulary_equal_those_of_transformers(
+    checkpoint: Checkpoint, tmp_path: Path, family: str
+) -> None:
+    small = write_tokenizer(altered_copy(checkpoint(family), tmp_path / "small"))
+    grow(small, tmp_path / "grown", tokens=50)
+    end = WORDS + 50
+    tokens_BS = TOKENS_BS + end - VOCABULARY  # up to the last new one
+    (ours,) = CPU_FP32.run(1, jobs.forward, CPU_FP32.job(tmp_path / "grown"), tokens_BS)
+    right = reference.forward(tmp_path / "grown", tokens_BS, CPU_FP32)
+    assert tokens_BS.max() == end - 1 and ours.logits.shape[-1] == 176, "a multiple of 8 that holds 170"
+    difference = _largest(ours.logits, right.logits)
+    record(3, f"{family}, a grown vocabulary: largest logit difference", difference, LOGITS, CPU_FP32)
+    assert difference < LOGITS.value, first_departure(ours.layers, right.layers)
 
 
 @pytest.mark.parametrize("name", SMALL_ERRORS)

@@ -134,9 +134,9 @@ def _queries(report: Report) -> str:
 def _difference(models: Mapping[str, Any], difference: Mapping[str, Any], name: str, other: str) -> str:
     table = [["dataset", "metric", other, name, "difference"]]
     for dataset, metrics in difference["metrics"].items():
-        for name, of in metrics.items():
+        for metric, of in metrics.items():
             apart = f"{_signed(of['delta'])}{_signed_between(of['delta_95'])}"
-            table.append([dataset, name, _shown(of["compared"]), _shown(of["model"]), apart])
+            table.append([dataset, metric, _shown(of["compared"]), _shown(of["model"]), apart])
     for task, of in difference["agreement"].items():
         values = [models[each]["agreement"][task]["agreement"] for each in (other, name)]
         apart = f"{_signed(of['delta'])}{_signed_between(of['delta_95'])}"

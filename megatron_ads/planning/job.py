@@ -1,5 +1,6 @@
 """What is planned: a recipe, the model it is for and the ranks it runs on, without any weights."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,21 +35,32 @@ class PlannedTeacher:
     served: bool
     """By a server, which takes nothing of the cards."""
     nbytes: int = 0
-    """Of the checkpoint that rank 0 runs, as it is stored; 0: there is none yet."""
+    """Of the weights that rank 0 loads, in the format they are stored in; 0: there is no checkpoint yet."""
     shape: ModelShape | None = None
-    """Of that checkpoint; None: it has no ``config.json``, or one that only transformers knows."""
+    """Of that checkpoint; None: only transformers knows its kind."""
 
     @classmethod
     def of(cls, config: TeacherConfig) -> Self:
-        if config.kind is not ModelKind.local:
-            return cls(served=True)
+        """Return what a plan needs of the teacher.
+
+        Raises:
+            ConversionError: If its folder is no checkpoint.
+        """
         folder = Path(config.model or "")
+        if config.kind is not ModelKind.local or not folder.exists():
+            return cls(served=config.kind is not ModelKind.local)
+        if not (folder / "config.json").is_file():
+            from conversion.sources import open_source  # imports torch, as in planned_shape
+
+            source = open_source(folder)
+            each = parameters(source.shape).items()
+            nbytes = sum(math.prod(parameter.shape) * source.dtype(name).itemsize for name, parameter in each)
+            return cls(served=False, nbytes=nbytes, shape=source.shape)
         try:
             shape = read_model_shape(folder)
         except ConfigError:
             shape = None
-        nbytes = sum(file.stat().st_size for file in folder.rglob("*.safetensors") if file.is_file())
-        return cls(served=False, nbytes=nbytes, shape=shape)
+        return cls(served=False, nbytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")), shape=shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -183,7 +183,7 @@ class RankMemory:
     @property
     def peak(self) -> int:
         """A save takes nothing on top: it copies what training holds between two steps to the host, piece by piece."""
-        return max(self.training, self.kept + self.answering, self.loading + self.reserved)
+        return max(self.training, self.kept + self.answering, self.loading + self.teacher + self.reserved)
 
 
 def stage_memory(job: PlannedJob, stage: int, *, gpu: bool, reserved_bytes: int = 0) -> RankMemory:

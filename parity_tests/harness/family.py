@@ -47,6 +47,7 @@ _SMALL_DENSE: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+_TIED = {"tie_word_embeddings": True}
 _KIMI_K2 = Path(__file__).parents[2] / "tests" / "fixtures" / "configs" / "kimi_k2_instruct.json"
 
 
@@ -80,9 +81,12 @@ MEMBERS = {
     "Kimi-K2": Member(_small(json.loads(_KIMI_K2.read_text())), fp8=True),
     "no shared experts": Member(_small(published_config("deepseek_r1"), n_shared_experts=0)),
     "R1-Distill-Qwen-7B": Member(published_config("deepseek_r1_distill_qwen_7b") | _SMALL_DENSE),
-    # Its published siblings of 1 B and 3 B tie their heads to the embedding.
-    "R1-Distill-Llama-8B, tied": Member(
-        published_config("deepseek_r1_distill_llama_8b") | _SMALL_DENSE | {"tie_word_embeddings": True}
+    # Their published siblings of up to 3 B tie their heads to the embedding.
+    "Qwen2.5, tied": Member(published_config("deepseek_r1_distill_qwen_7b") | _SMALL_DENSE | _TIED),
+    "R1-Distill-Llama-8B": Member(published_config("deepseek_r1_distill_llama_8b") | _SMALL_DENSE),
+    "R1-Distill-Llama-8B, tied": Member(published_config("deepseek_r1_distill_llama_8b") | _SMALL_DENSE | _TIED),
+    "Llama with biases": Member(
+        published_config("deepseek_r1_distill_llama_8b") | _SMALL_DENSE | {"attention_bias": True}
     ),
 }
 """V3, R1 and V3.1 have one structure; what is published differs in the number format."""

@@ -3,8 +3,10 @@
 import importlib.util
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from megatron_ads.demo_model import Preset
 from megatron_ads.errors import ConfigError
 from megatron_ads.regress.harness_tasks import local_files
 from megatron_ads.regress.sandbox import require_sandbox
@@ -20,6 +22,11 @@ QUICK_TESTS = (
 minutes on two cores."""
 QUICK_QUESTIONS, FULL_QUESTIONS = 8, 100
 """Of each public benchmark. With a checkpoint of one's own a full check asks them all."""
+_LAYOUTS = {
+    "pp 2 x ep 2, one layer on stage 0": ("--pp", "2", "--ep", "2", "--first-stage-layers", "1"),
+    "tp 2 x etp 2": ("--tp", "2", "--etp", "2"),
+}
+_DENSE_LAYOUTS = {"pp 2 x tp 2": ("--pp", "2", "--tp", "2"), "tp 2": ("--tp", "2")}
 _ROWS = {True: 32, False: 256}
 _FREE_MEMORY_SHARE = 0.8
 _BENCHMARKS = ("gsm8k", "humaneval", "mmlu_stem")
@@ -84,29 +91,45 @@ def checkpoint_parity(request: Request) -> Part:
 
 def conversion(request: Request) -> Part:
     """Return the part that converts to Megatron, on to another layout, and back."""
-    folder, limit = request.out / "conversion", (10 if request.hf is None else 24 * 60) * _MINUTE
-    first, second, back, model = folder / "first", folder / "second", request.round_trip, request.model
+    preset = Preset.tiny if request.hf is None else None
+    return _round_trip("conversion", request, request.model, preset, dense=request.is_dense, fp8=request.is_fp8)
+
+
+def dense_conversion(request: Request) -> Part:
+    """Return the part that does the same with a model without experts, where another one is checked."""
+    model = request.out / "dense-conversion" / "model"
+    part = _round_trip("dense-conversion", request, model, Preset.dense, dense=True, fp8=False)
+    if request.hf is not None:
+        return replace(part, steps=(), why_not="--hf names the checkpoint that is converted")
+    return part
+
+
+def _round_trip(name: str, request: Request, model: Path, preset: Preset | None, *, dense: bool, fp8: bool) -> Part:
+    """Return the part that takes a checkpoint to two layouts and back, a small random one where ``preset`` is given."""
+    folder, limit = request.out / name, (10 if preset else 24 * 60) * _MINUTE
+    first, second, back = folder / "first", folder / "second", folder / request.round_trip.name
     work = ("--json", "--workers", str(min(8, len(os.sched_getaffinity(0)))))
-    fp8 = ("--dtype", "fp8", "--reference", str(model)) if request.is_fp8 else ()
-    convert = (*_CLI, "convert")
+    as_stored = ("--dtype", "fp8", "--reference", str(model)) if fp8 else ()
+    convert, layouts = (*_CLI, "convert"), _DENSE_LAYOUTS if dense else _LAYOUTS
+    (of_first, of_second), words = layouts.values(), [*layouts, "Hugging Face again"]
     commands = {
-        "to-first": (
-            *convert, "to-megatron", str(model), str(first), "--pp", "2", "--ep", "2", "--first-stage-layers", "1",
-            *work,
-        ),
-        "to-second": (*convert, "to-megatron", str(first), str(second), "--tp", "2", "--etp", "2", *work),
-        "back": (*convert, "to-hf", str(second), str(back), *fp8, *work),
+        "to-first": (*convert, "to-megatron", str(model), str(first), *of_first, *work),
+        "to-second": (*convert, "to-megatron", str(first), str(second), *of_second, *work),
+        "back": (*convert, "to-hf", str(second), str(back), *as_stored, *work),
         **{f"verify-{one.name}": (*_CLI, "verify", str(model), str(one), *work) for one in (first, second, back)},
-    }  # fmt: skip
-    if request.hf is None:
-        commands = {"demo-model": (*_CLI, "demo-model", str(model)), **commands}
-    layouts = {"first": "pp 2 x ep 2, one layer on stage 0", "second": "tp 2 x etp 2", "back": "Hugging Face again"}
+    }
+    if preset:
+        commands = {"demo-model": (*_CLI, "demo-model", str(model), "--preset", preset), **commands}
+    what = f"a small random {'Qwen2' if dense else 'DeepSeek-V3'}" if preset else request.hf
     return Part(
-        name="conversion",
-        title=f"{request.hf or 'a small random checkpoint'} to two layouts and back, bit for bit",
+        name=name,
+        title=f"{what} to two layouts and back, bit for bit",
         steps=tuple(Step(name, command, limit) for name, command in commands.items()),
         read=lambda folder: Findings(
-            [results.of_verify(folder / f"verify-{name}.log", words) for name, words in layouts.items()]
+            [
+                results.of_verify(folder / f"verify-{one.name}.log", word)
+                for one, word in zip((first, second, back), words, strict=True)
+            ]
         ),
         scratch=("first", "second"),
     )

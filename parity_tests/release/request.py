@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from megatron_ads.architecture import read_model_shape
 from megatron_ads.errors import ConfigError
 
 
@@ -39,6 +40,15 @@ class Request:
     def is_fp8(self) -> bool:
         """Return whether ``hf`` is stored in FP8."""
         return self.hf is not None and "quantization_config" in _config(self.hf)
+
+    @cached_property
+    def is_dense(self) -> bool:
+        """Return whether ``hf`` is a model without routed experts.
+
+        Raises:
+            ConfigError: If it is none of the supported models.
+        """
+        return self.hf is not None and read_model_shape(self.hf).num_experts == 0
 
 
 def read_request(hf: Path | None, *, quick: bool, out: Path) -> Request:

@@ -65,13 +65,15 @@ def test_tables_have_a_line_for_each_model(tmp_path: Path) -> None:
             "readable_share": 1.0, "generated": {"lines": {"model": line}},
         }  # fmt: skip
         rows = {"answers": 20, "kept": 10, "removed": {"improbable": 10}}
-        return {"rows": rows, "minutes": 1.5, "agreement": {}, "scores": {"tasks": {"query_generation": scores}}}
+        agrees = {"query_ad_relevance": {"agreement": value, "agreement_95": None}}
+        return {"rows": rows, "minutes": 1.5, "agreement": agrees, "scores": {"tasks": {"query_generation": scores}}}
 
-    models = {"teacher": model(0.5) | {"rows": None}, "checked": model(0.5), "true answers": model(0.75)}
+    models = {"teacher": model(0.5) | {"rows": None}, "checked": model(0.5), "unchecked": model(0.25)}
+    models |= {"true answers": model(0.75), "on_policy": model(0.625) | {"rows": None}}
     delta = {"model": 0.5, "compared": 0.25, "delta": 0.25, "delta_95": [0.125, 0.375]}
-    difference = {"metrics": {"query_generation": {"relevance": delta}}, "agreement": {}}
+    difference = {"metrics": {"query_generation": {"relevance": delta}}, "agreement": {"query_ad_relevance": delta}}
     report = {"models": models, "difference": difference, "parameters": {"student-start": 1234}}
-    report["on_policy_difference"] = None
+    report["on_policy_difference"] = {"of": "checked", **difference}
     text = tables(json.loads(json.dumps(report)))
     assert "| student-start | 1,234 |" in text
     assert "| checked | 20 | 10 | improbable 10 | 1.5 |" in text
@@ -79,3 +81,6 @@ def test_tables_have_a_line_for_each_model(tmp_path: Path) -> None:
     share = "75.00 (62.50 to 87.50)"
     assert f"| true answers | {share} | {share} | {share} | {share} | 7 |" in text
     assert "| query_generation | relevance | 0.250 | 0.500 | +0.250 (+0.125 to +0.375) |" in text
+    agrees = "| query_ad_relevance | agreement with the teacher |"
+    assert f"{agrees} 0.250 | 0.500 | +0.250 (+0.125 to +0.375) |" in text
+    assert f"{agrees} 0.500 | 0.625 | +0.250 (+0.125 to +0.375) |" in text

@@ -17,8 +17,8 @@ from megatron_ads.cli import main
 from megatron_ads.config.model import LayoutConfig
 from megatron_ads.errors import ConfigError, ConversionError
 from parity_tests.harness.dense_checkpoints import QWEN2
+from parity_tests.harness.growing import WORDS, grow, write_tokenizer
 from parity_tests.harness.hf_checkpoints import to_fp8, write_hf
-from tests.conversion.growing import WORDS, grow, write_tokenizer
 from tests.models.checkpoints import V3, write_checkpoint
 
 TABLES = {

@@ -7,18 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from conversion.convert import to_shards
 from megatron_ads.cli import main
-from megatron_ads.config.model import LoraConfig
+from megatron_ads.config.generation import ModelKind
+from megatron_ads.config.model import LayoutConfig, LoraConfig
 from megatron_ads.config.recipes import recipes_folder
 from megatron_ads.config.rl import RolloutMode
+from megatron_ads.config.teacher import TeacherConfig
 from megatron_ads.demo_model import write_demo_model
 from megatron_ads.models.flops import flops_per_token
 from megatron_ads.planning.hardware import CARDS, card_named
-from megatron_ads.planning.job import PlannedJob, PlannedRollouts, load_job
+from megatron_ads.planning.job import PlannedJob, PlannedRollouts, PlannedTeacher, load_job
 from megatron_ads.planning.memory import stage_memory
 from megatron_ads.planning.plan import make_plan
 from megatron_ads.planning.rollout import BUCKET_BYTES, RolloutCosts, decoded_bytes, engine_memory, rollout_costs
-from tests.planning.jobs import SMALL, small_job
+from tests.planning.jobs import DENSE, SMALL, small_job
 
 # Of the small model: attention and norms 128,112 a layer, dense feed-forward 294,912, an expert 73,728, a router 2,048.
 EMBEDDING = 1000 * 256
@@ -156,6 +159,8 @@ def test_a_teacher_is_on_the_card_of_rank_0_which_reads_all_answers_alone(tmp_pa
     with_it, beside = stage_memory(job, 0, gpu=True), stage_memory(without, 0, gpu=True)
     assert with_it.teacher == nbytes > 4 * (EMBEDDING + OTHERS + EXPERTS), "the MTP layer's are in the file, too"
     assert with_it.training - beside.training == with_it.kept - beside.kept == nbytes
+    loading = replace(with_it, loading=10 * with_it.training)
+    assert loading.peak == loading.loading + loading.reserved + nbytes, "the teacher is opened before weights are read"
     plan, plan_without = make_plan(job, CARDS["h100"]), make_plan(without, CARDS["h100"])
     assert plan.rollouts is not None and plan_without.rollouts is not None
     reading = 8 * 512 * flops_per_token(job.shape, 512) / 3  # a forward pass is a third of a step
@@ -164,6 +169,18 @@ def test_a_teacher_is_on_the_card_of_rank_0_which_reads_all_answers_alone(tmp_pa
     gained = plan.rollouts.step_seconds - plan_without.rollouts.step_seconds
     assert gained == pytest.approx(reading / rate)
     assert "teacher" not in plan_without.rollouts.parts
+
+
+def test_a_teacher_of_any_format_is_planned_as_the_model_that_rank_0_loads(tmp_path: Path) -> None:
+    write_demo_model(tmp_path / "hf", DENSE | {"torch_dtype": "float32"})
+    to_shards(tmp_path / "hf", tmp_path / "shards", LayoutConfig(tp=2))
+    stored, divided = (
+        PlannedTeacher.of(TeacherConfig(kind=ModelKind.local, model=str(tmp_path / name))) for name in ("hf", "shards")
+    )
+    weights = [file.stat().st_size for file in (tmp_path / "hf").glob("*.safetensors")]
+    assert stored.nbytes == sum(weights) and stored.shape == divided.shape is not None
+    # Files have headers, too; what both ranks have is counted once.
+    assert 0 < stored.nbytes - divided.nbytes < 0.01 * stored.nbytes
 
 
 @pytest.mark.parametrize(

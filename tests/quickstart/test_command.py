@@ -21,11 +21,11 @@ SETTINGS = (
 pytestmark = [pytest.mark.first, pytest.mark.timeout(900)]
 
 
-def _start(folder: Path) -> "subprocess.Popen[str]":
+def _start(folder: Path, *words: str) -> "subprocess.Popen[str]":
     environment = {name: value for name, value in os.environ.items() if name != "MEGATRON_ADS_DATA"}
     command = [sys.executable, "-m", "megatron_ads.cli", "quickstart", "--out", str(folder), "--steps", str(STEPS)]
     return subprocess.Popen(
-        [*command, *SETTINGS],
+        [*command, *words, *SETTINGS],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -63,6 +63,15 @@ def test_it_goes_on_where_it_was_interrupted_and_then_is_complete(tmp_path: Path
     assert status == 0
     assert "was complete already" in again
     assert "$ megatron-ads" not in again
+
+
+@pytest.mark.slow
+def test_a_dense_model_goes_the_same_way_at_pp_2_tp_2(tmp_path: Path) -> None:
+    status, out, err = _finish(_start(tmp_path / "out", "--preset", "dense"))
+    assert status == 0, (out, err)
+    layout = json.loads((tmp_path / "out" / "run" / "run.json").read_text())["recipe"]["layout"]
+    assert (layout["pp"], layout["tp"]) == (2, 2)
+    _check_report(tmp_path / "out")
 
 
 def _check_report(folder: Path) -> None:

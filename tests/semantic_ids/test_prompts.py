@@ -5,7 +5,7 @@ import pytest
 from megatron_ads.data.chat import ChatTokenizer, load_tokenizer, tokenize_row
 from megatron_ads.inference.name_answers import NameForms
 from megatron_ads.rows import ChatRow, Message, Role
-from tests.conversion.growing import WORDS, grow, write_tokenizer
+from parity_tests.harness.growing import WORDS, grow, write_tokenizer
 from tests.models.checkpoints import V3, write_checkpoint
 
 

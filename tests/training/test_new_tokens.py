@@ -11,9 +11,9 @@ from conversion.sources import WeightSource, open_source
 from megatron_ads.config.model import FrozenPart, LoraConfig, ModelConfig, TrainOnly
 from megatron_ads.config.run import validate
 from megatron_ads.errors import ConfigError
+from parity_tests.harness.growing import WORDS, grow, write_tokenizer
 from parity_tests.harness.ranks import run_ranks
 from parity_tests.harness.training_jobs import Recipe, train_and_export
-from tests.conversion.growing import WORDS, grow, write_tokenizer
 from tests.models.checkpoints import V3, write_checkpoint
 
 TOKENS = 60  # of 184 rows, so that with tp 2 the first rank has old rows alone, and those of the second are divided
