@@ -16,7 +16,7 @@ from parity_tests.release.request import Request
 
 QUICK_TESTS = (
     "conversion", "launching/test_placement.py", "launching/test_attempts.py", "losses", "metrics", "models", "optim",
-    "regress", "test_imports.py",
+    "regress", "semantic_ids", "training/test_dense.py", "training/test_new_tokens.py", "test_imports.py",
 )  # fmt: skip
 """What a quick check tests: weights and their way in and out, the arithmetic of a step, the benchmarks' gate. Eight
 minutes on two cores."""

@@ -1,4 +1,4 @@
-"""Dense models with a tied head train, save, resume and export under layouts as mixtures of experts do."""
+"""Dense models, with tied heads and with heads of their own, train, save, resume and export under layouts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +18,9 @@ STEPS = 2
 LAYOUT = {"pp": 2, "tp": 2}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model") / "qwen2-tied", DENSE["qwen2-tied"])
+@pytest.fixture(scope="module", params=["qwen2-tied", "llama"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model") / request.param, DENSE[request.param])
 
 
 def _train_save_export_train(recipe: Recipe, export: Path) -> Losses:
@@ -65,9 +65,10 @@ def test_checkpoint_export_and_hugging_face_folder_hold_the_same_model(
     to_hf(export, tmp_path / "hf")
     for other in (checkpoint, tmp_path / "hf"):
         assert verify(export, other).differences == ()
-    assert "lm_head.weight" not in open_source(tmp_path / "hf").container.tensors  # type: ignore[union-attr]
+    exported, tied = open_source(tmp_path / "hf"), recipe.folder.name == "qwen2-tied"
+    assert ("lm_head.weight" in exported.container.tensors) == (not tied)  # type: ignore[union-attr]
     copies = open_source(export).replicas("embedding.word_embeddings.weight")
-    assert len(copies) == 2  # on the first and on the last stage
+    assert len(copies) == 1 + tied  # on the first stage, and where it is the head on the last one, too
     assert verify(export, recipe.folder).differences  # it was trained
 
 
