@@ -197,7 +197,7 @@ class ServerPool:
             load_by_command(self._config.reload_command, server.config, self._folder, seconds=seconds, stop=stop)
 
     def _renew(self, server: Server, stop: threading.Event) -> None:
-        """Bring the current weights to a server that was away, and check them."""
+        """Bring the current weights to a server that may have been restarted, and check them."""
         if self._folder is not None:
             self._load(server, stop)
             if self._probe is not None:

@@ -24,7 +24,7 @@ class Server:
         self.url = config.url or ""
         self.endpoint = Endpoint(section, replace(config, attempts=1))  # another attempt may be another server's
         self.needs_weights = False
-        """It was away, and may have come back with the weights that it was started on."""
+        """It may have been restarted, and compute with the weights that it was started on."""
         self.in_flight = 0
         self.lost_because: str | None = None
         """Why its last request failed; None: it did not."""
@@ -63,7 +63,7 @@ class Servers:
         Args:
             servers: At least one.
             wait_seconds: How long all may be lost.
-            renew: Brings the current weights to a server that was away. Raises DataError where it cannot.
+            renew: Brings the current weights to a server that may be a restarted one. Raises DataError where it cannot.
             section: Where ``server_wait_seconds`` is set in the recipe.
         """
         self.servers = servers
@@ -85,7 +85,7 @@ class Servers:
         """
         started, failures = time.monotonic(), list[Failure]()
         while (taken := self._take(stop)) is not None:
-            (server, is_stale), began, why, away = taken, time.monotonic(), None, False
+            (server, is_stale), began, why, restarted = taken, time.monotonic(), None, False
             try:
                 if is_stale:
                     self._bring_up_to_date(server, stop)
@@ -94,12 +94,12 @@ class Servers:
                 return replace(answer, seconds=time.monotonic() - started, failures=tuple(failures))
             except Unanswered as error:
                 failures += error.failures
-                why, away = str(error), Failure.not_connected in error.failures
+                why, restarted = str(error), _may_be_restarted(error.failures)
                 tried = len(failures) - failures.count(Failure.not_connected)
                 if tried >= server.config.attempts * len(self.servers):
                     raise Unanswered(str(error), tuple(failures)) from None
             finally:
-                self._give_back(server, why, began, away=away)
+                self._give_back(server, why, began, restarted=restarted)
         raise Unanswered("the run was stopped.", tuple(failures))
 
     def lose(self, server: Server, why: str) -> None:
@@ -147,10 +147,10 @@ class Servers:
             raise Unanswered(str(error), (Failure.not_connected,)) from None
         server.needs_weights = False
 
-    def _give_back(self, server: Server, why: str | None, began: float, *, away: bool) -> None:
+    def _give_back(self, server: Server, why: str | None, began: float, *, restarted: bool) -> None:
         with self._changed:
             server.in_flight -= 1
-            server.needs_weights |= away
+            server.needs_weights |= restarted
             if why is not None:
                 self._note_loss(server, why, began)
             elif server.lost_because is not None and began >= server.lost_at:
@@ -164,3 +164,11 @@ class Servers:
             logger.warning(
                 "%s is lost (%s) Its requests go to the other servers, or wait while there is none.", server.url, why
             )
+
+
+def _may_be_restarted(failures: Sequence[Failure]) -> bool:
+    """Whether a server that failed so may come back with other weights; one that is only busy does not.
+
+    A proxy answers for a server that restarts, with 502 or a page of its own, or keeps the request until it times out.
+    """
+    return any(failure is not Failure.rate_limited for failure in failures)

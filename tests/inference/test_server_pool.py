@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,24 @@ class Loaded:
             known = [{str(token): {"logprob": -float(token) * self.update}} for token in body["prompt"][1:]]
             choice["prompt_logprobs"] = [None, *known]
         return Reply(content="said", choice=choice)
+
+
+class BehindProxy(Loaded):
+    """A server that is restarted at one request, which its proxy answers."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.is_restarted = False
+        self.answered_by: list[int] = []
+        """The update that each answer was made by."""
+        super().__init__(stack)
+
+    def script(self, body: dict[str, Any], times: int) -> Reply:
+        if self.is_restarted:
+            self.is_restarted, self.update = False, 0
+            return Reply(status=503)
+        if "seed" in body:
+            self.answered_by.append(self.update)
+        return super().script(body, times)
 
 
 def pool_of(servers: list[Loaded], source: WeightSource, folder: Path, **changes: Any) -> ServerPool:
@@ -204,6 +223,22 @@ def test_a_server_that_was_away_for_an_update_gets_the_weights_before_its_next_r
         time.sleep(0.05)
         pool.generate([[number] for number in range(20)], SAMPLED)
         assert back.bodies and gone.update == 1
+
+
+def test_a_server_that_was_restarted_behind_a_proxy_gets_the_weights_before_its_next_request(
+    source: WeightSource, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        server = BehindProxy(stack)
+        pool = pool_of([server], source, tmp_path)
+        pool.update_weights(weights_of(source))
+        assert pool.require_agreement(probe(1)) == 0
+        server.is_restarted = True
+        pool.generate([[5]], replace(SAMPLED, samples=1))
+        assert (server.answered_by, pool.servers.losses) == ([1], 1)
+        loads = [path for path, _ in server.server.controls if path == "/collective_rpc"]
+        assert len(loads) == 2
+        assert pool.require_agreement(probe(1)) == 0
 
 
 def test_answers_by_other_weights_are_asked_for_again(source: WeightSource, tmp_path: Path) -> None:

@@ -96,6 +96,34 @@ def test_requests_wait_for_the_return_of_the_only_server_which_gets_the_current_
     assert servers.servers[0].lost_because is None
 
 
+@pytest.mark.parametrize(
+    ("reply", "renewals"),
+    [
+        (Reply(status=502), 1),
+        (Reply(status=503), 1),
+        (Reply(status=0), 1),
+        (Reply(delay_seconds=3.0), 1),
+        (Reply(raw=b"<html>starting</html>"), 1),
+        (Reply(status=429), 0),
+    ],
+    ids=["bad_gateway", "unavailable", "hangs_up", "times_out", "page_of_a_proxy", "busy"],
+)
+def test_a_server_gets_the_current_weights_after_every_loss_but_a_rate_limit(reply: Reply, renewals: int) -> None:
+    """Behind a proxy it is always there, also while it is restarted on other weights."""
+    events = list[str]()
+
+    def script(body: dict[str, Any], times: int) -> Reply:
+        events.append("asked")
+        return said()(body, 0) if times else reply
+
+    with scripted_server(script) as server:
+        servers = servers_at(server.url, renew=lambda *_: events.append("renewed"), timeout_seconds=1.5)
+        assert texts(ask(servers, REQUESTS[:1])) == ALL[:1]
+        assert texts([servers.answer(Request(body=REQUESTS[0].body), threading.Event())]) == ALL[:1]
+    assert events == ["asked", *["renewed"] * renewals, "asked", "asked"]
+    assert (servers.losses, servers.servers[0].needs_weights) == (1, False)
+
+
 def test_a_server_that_cannot_be_given_the_weights_gets_no_request() -> None:
     def renew(server: Server, _: threading.Event) -> None:
         raise DataError("it does not take them.")
