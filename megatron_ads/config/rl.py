@@ -73,7 +73,10 @@ class RolloutConfig:
     probe_rows: int = 4
     """Prompts whose targets are scored by engine and trainer after each update; 0 is none."""
     max_logprob_diff: float = 0.05
-    """A job ends whose engine and trainer differ by more on the probe, in nats, the mean over its tokens."""
+    """A job ends whose engine and trainer differ by more, in nats, the mean over the tokens of the probe, or of those
+    answers of a step that are by the current weights. Answers by older ones (``max_staleness``) are not held to it, nor
+    are those of ``train_only``, where it is not known which made them. Raise it for engines in another number format,
+    such as FP8, with ``policy.importance_sampling``."""
     servers: list[EndpointConfig] = field(default_factory=list)
     """``servers``: one entry for each inference server."""
     reload_command: str | None = None

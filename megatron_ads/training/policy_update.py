@@ -55,10 +55,13 @@ class PolicyUpdate:
     reference: ReferenceWeights | None
     """Where ``policy.kl_coef`` is above 0."""
 
-    def run(self, found: ScoredStep, reward_weights: RewardWeights) -> tuple[StepReport, dict[str, float]]:
+    def run(
+        self, found: ScoredStep, reward_weights: RewardWeights, *, weights: str | None
+    ) -> tuple[StepReport, dict[str, float]]:
         """Update the weights ``policy.minibatches`` times; return what the step did, and its metrics by verl's names.
 
-        With POPO, ``reward_weights`` follow the gradients first.
+        With POPO, ``reward_weights`` follow the gradients first. ``weights`` is the name of the current ones, as
+        ``Rollout.weights`` has it; None where a job cannot know by which its rollouts were made.
 
         Raises:
             ConversionError: On every rank, if log-probabilities differ that must be equal.
@@ -68,6 +71,7 @@ class PolicyUpdate:
         engine = [np.array(rollout.log_probabilities, dtype=np.float32) for rollout in found.rollouts]
         records, replays = self._routings(rows, portions)
         old, entropies = self._log_probabilities(rows, [*map(len, engine)], portions, records)
+        self._require_agreement(found, engine, old, weights)
         reference = self._of_reference(rows, portions, old)
         rewards = self._adjusted(found, old, reference)
         values = {ENGINE: engine, OLD: old, REFERENCE: reference or old}
@@ -203,6 +207,24 @@ class PolicyUpdate:
                     "Set train.deterministic, or look for what is random in the model."
                 )
         return found
+
+    def _require_agreement(self, found: ScoredStep, engine: Values, old: Values, weights: str | None) -> None:
+        """Refuse answers by the current weights of which the engine says something else than the trainer.
+
+        Those by older weights differ in any case.
+        """
+        current = [place for place, rollout in enumerate(found.rollouts) if rollout.weights == weights]
+        if not current:
+            return
+        difference = _mean_difference([engine[place] for place in current], [old[place] for place in current])
+        # Never of a difference that is not a number.
+        if not difference <= self.config.rollout.max_logprob_diff:
+            raise ConversionError(
+                f"at step {self.session.step + 1}, engine and trainer differ by {difference:.4g} nats a token on the "
+                f"answers, above rollout.max_logprob_diff = {self.config.rollout.max_logprob_diff:g}: the engine does "
+                "not hold the trained weights, or computes something else. Compare their number formats; if such a "
+                "difference is to be expected, raise the limit and set policy.importance_sampling, which corrects it."
+            )
 
     def _require_ratio_of_one(self, metrics: Mapping[str, float]) -> None:
         """Refuse a first update whose pass over the answers differs from the one before it."""

@@ -146,6 +146,11 @@ class RlJob:
     """None: nothing is trained."""
     times: PhaseTimes = field(default_factory=PhaseTimes)
 
+    @property
+    def weights(self) -> str | None:
+        """Name of the current weights; None in a job without engines, whose names another job gave."""
+        return self.answering.weights[-1] if self.answering is not None else None
+
     def rollouts_of(self, step: int) -> ScoredStep:
         """Return what a step is trained on, on every rank; a collective."""
         if self.answering is not None:
@@ -213,7 +218,7 @@ def _step(job: RlJob) -> bool:
         return stops
     metrics |= {"learning_rate": job.update.learning_rate}
     with times.measured("update"):
-        report, of_update = job.update.run(found, job.reward_weights)
+        report, of_update = job.update.run(found, job.reward_weights, weights=job.weights)
     metrics |= {f"reward_weight/{name}": weight for name, weight in job.reward_weights.current.items()}
     activity.leave_step(session.step + 1)
     if job.answering is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ads.runtime.health.rank_record import ExitStatus
 from parity_tests.harness.real_job import RealJob, write_small_model
 
 pytestmark = pytest.mark.first
@@ -34,9 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def job(folder: Path, name: str, *overrides: str, ranks: int = 4, layout: dict[str, int] | None = None) -> RealJob:
-    """Run a job to its end from whatever checkpoint it has; by default pp 2 x ep 2, stage 0 without experts."""
-    one = RealJob(
+def prepared(folder: Path, name: str, *overrides: str, ranks: int = 4, layout: dict[str, int] | None = None) -> RealJob:
+    """Return a job that is not started; by default pp 2 x ep 2, stage 0 without experts."""
+    return RealJob(
         recipe="rl/quickstart",
         model=folder / "model",
         root=folder / name,
@@ -61,6 +62,11 @@ def job(folder: Path, name: str, *overrides: str, ranks: int = 4, layout: dict[s
             *overrides,
         ],
     )
+
+
+def job(folder: Path, name: str, *overrides: str, ranks: int = 4, layout: dict[str, int] | None = None) -> RealJob:
+    """Run a job to its end from whatever checkpoint it has."""
+    one = prepared(folder, name, *overrides, ranks=ranks, layout=layout)
     one.run_to_end(forked=True)
     return one
 
@@ -140,6 +146,19 @@ def test_one_rank_repeats_an_update_from_its_rollouts_as_the_job_made_it_and_its
             for name in ("loss", "grad_norm", "actor/ppo_kl", "actor/kl_loss", "actor/entropy"):
                 assert here[name] == pytest.approx(there[name], rel=1e-4, abs=1e-6), (here["step"], name)
             assert _reward_weights(here) == pytest.approx(_reward_weights(there), rel=1e-4)
+
+
+def test_answers_of_which_engine_and_trainer_differ_end_the_job_on_every_rank(folder: Path) -> None:
+    limit = ("rollout.probe_rows=0", "rollout.max_logprob_diff=1e-12")  # FP32 is no nearer than 1e-8
+    one = prepared(folder, "differs", *limit, ranks=2, layout={"pp": 1, "ep": 2})
+    one.start_ranks(forked=True)
+    try:
+        assert one.wait(one.longest_wait) == [ExitStatus.USER_ERROR] * 2, one.logs()
+    finally:
+        one.kill()
+    for rank in range(2):
+        assert "at step 1, engine and trainer differ by " in one.log(rank).read_text()
+    assert not any("loss" in record for record in one.metrics())
 
 
 def test_rollouts_alone_train_nothing_and_export_nothing(folder: Path) -> None:

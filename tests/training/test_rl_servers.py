@@ -70,6 +70,7 @@ def job(folder: Path, name: str, url: str, *overrides: str) -> RealJob:
             "rollout.mode=servers",
             f"rollout.servers=[{{url: '{url}', model: m}}]",
             "rollout.probe_rows=0",
+            "rollout.max_logprob_diff=100",  # what the server says is no policy's
             f"train.global_batch_size={PROMPTS}",
             f"rollout.samples={SAMPLES}",
             "rollout.max_new_tokens=12",

@@ -179,7 +179,7 @@ def test_each_update_repeats_what_was_recorded_of_its_own_rows(
     monkeypatch.setattr(policy_update.PolicyUpdate, "_batches", Mock())
     rewards = {"label_agreement": np.arange(4.0)}
     found = ScoredStep(rollouts=[*map(_told, range(4))], rewards=rewards)
-    update.run(found, Mock(current={"label_agreement": 1.0}))
+    update.run(found, Mock(current={"label_agreement": 1.0}), weights=None)
     names = [each.__name__ for each in (*passes[:2], *updates)]
     assert names == [routed[0]] * 2 + [routed[1]] * 2
     assert passes[2:] == [nullcontext] * 2, "the reference routes for itself"
