@@ -69,7 +69,8 @@ class RolloutConfig:
     overlong_buffer: int = 0
     """``shape``: tokens below ``max_new_tokens`` over which the reward falls."""
     dump: str | None = None
-    """``train_only``: a folder of rollouts that another job wrote, ``<log.dir>/rollouts``."""
+    """``train_only``: a folder of rollouts that another job wrote, ``<log.dir>/rollouts``, with the same ``samples``,
+    ``max_new_tokens`` and ``train.global_batch_size``."""
     probe_rows: int = 4
     """Prompts whose targets are scored by engine and trainer after each update; 0 is none."""
     max_logprob_diff: float = 0.05

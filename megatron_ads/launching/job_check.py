@@ -165,7 +165,7 @@ def check_job(recipe: str, overrides: Sequence[str], ranks: int | None) -> JobCh
         if config.teacher.is_there and config.rollout.mode is not RolloutMode.train_only and shape is not None:
             checks["teacher"] = partial(_teacher, config, source)
         if config.rollout.dump is not None:
-            checks["rollouts"] = partial(_rollouts, Path(config.rollout.dump), config.train.max_steps)
+            checks["rollouts"] = partial(_rollouts, config, Path(config.rollout.dump))
     for name, check in checks.items():
         with found.collecting_problems(name):
             found.passed.append(f"{name}: {check()}")
@@ -242,11 +242,18 @@ def _teacher(config: RlConfig, source: "WeightSource") -> str:
     return f"{config.teacher.model} has the tokens of the policy"
 
 
-def _rollouts(folder: Path, steps: int) -> str:
-    from megatron_ads.training.rollout.dump import recorded_file  # imports numpy
+def _rollouts(config: RlConfig, folder: Path) -> str:
+    from megatron_ads.training.rollout.dump import (  # imports numpy
+        recorded_file,
+        recorded_settings,
+        require_settings,
+        step_settings,
+    )
 
-    recorded_file(folder, steps)
-    return f"{folder} has those of {steps} steps"
+    file = recorded_file(folder, config.train.max_steps)
+    there, here = recorded_settings(file), step_settings(config)
+    require_settings(file, there, {name: here[name] for name in here if name in there})  # older files tell when read
+    return f"{folder} has those of {config.train.max_steps} steps"
 
 
 def _checkpoint(config: RunConfig) -> str:

@@ -28,7 +28,7 @@ from megatron_ads.training.policy_update import PolicyUpdate
 from megatron_ads.training.reference import ReferenceWeights
 from megatron_ads.training.rollout.answering import Answering, open_answering
 from megatron_ads.training.rollout.collect import JobRewards
-from megatron_ads.training.rollout.dump import ScoredStep, read_recorded
+from megatron_ads.training.rollout.dump import ScoredStep, read_recorded, step_settings
 from megatron_ads.training.rollout.metrics import PhaseTimes, of_rewards, of_step
 from megatron_ads.training.rollout.prompts import Prompts, PromptStream, open_prompts
 from megatron_ads.training.rollout.teacher import open_job_teacher
@@ -158,7 +158,8 @@ class RlJob:
         with raised_on_all_ranks():
             names = [reward.name for reward in self.config.rewards.use]
             folder, by_teacher = Path(self.config.rollout.dump or ""), self.config.teacher.is_there
-            return read_recorded(folder, step, self.prompts.rows, names, by_teacher=by_teacher)
+            settings = step_settings(self.config)
+            return read_recorded(folder, step, self.prompts.rows, names, settings, by_teacher=by_teacher)
 
     def warn_of_nothing_to_learn(self, found: ScoredStep, metrics: Mapping[str, float]) -> None:
         """Say so where every answer of a step is worth as much as the others to its prompt, or none is judged.

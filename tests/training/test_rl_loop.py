@@ -1,17 +1,22 @@
 """The loop of reinforcement learning: what it says of a step that cannot teach anything, and when it evaluates."""
 
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 
 from megatron_ads.config.recipes import load_job
 from megatron_ads.config.teacher import TeacherConfig
+from megatron_ads.errors import DataError
 from megatron_ads.training import rl
 from megatron_ads.training.rl import RlJob
-from megatron_ads.training.rollout.dump import ScoredStep
+from megatron_ads.training.rollout.dump import ScoredStep, step_file, step_settings, write_step
+from tests.training.rollout.test_rollouts import rollout
 
 SAME, UNJUDGED = (
     "the answers to each of its 8 prompts are all worth the same",
@@ -66,3 +71,27 @@ def test_a_job_is_evaluated_when_it_is_due_if_it_has_held_out_prompts(
     monkeypatch.setattr(rl, "_evaluate", evaluate)
     assert not rl.train(Mock(config=config, session=session, prompts=Mock(held_out=held_out)))
     assert evaluate.call_count == times
+
+
+@pytest.mark.parametrize("setting", ["train.global_batch_size=8", "rollout.samples=4", "rollout.max_new_tokens=32"])
+def test_a_job_trains_only_on_rollouts_that_were_made_with_its_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: str
+) -> None:
+    words = ["model.load=x", "rollout.mode=train_only", f"rollout.dump={tmp_path}", "train.global_batch_size=4"]
+    words += ["rollout.samples=2", "rollout.max_new_tokens=16"]
+    config: Any = load_job("rl/quickstart", words)
+    answers = [rollout(group) for group in range(4) for _ in range(2)]
+    found = ScoredStep(rollouts=answers, rewards={"label_agreement": np.arange(8.0)})
+    write_step(step_file(tmp_path, 1), found, {"settings": step_settings(config)})
+    monkeypatch.setattr(rl, "raised_on_all_ranks", nullcontext)
+
+    def taken(config: Any) -> ScoredStep:
+        prompts: Any = Mock(rows={"a": answers[0].row})
+        job = RlJob(
+            config=config, session=Mock(), prompts=prompts, reward_weights=Mock(), answering=None, update=Mock()
+        )
+        return job.rollouts_of(1)
+
+    assert taken(config).rollouts == answers
+    with pytest.raises(DataError, match=rf"was made with {setting.partition('=')[0]} = \d+, and this job has "):
+        taken(load_job("rl/quickstart", [*words, setting]))

@@ -18,7 +18,7 @@ from megatron_ads.rewards.registry import Rewards, Scores
 from megatron_ads.rollouts import Rollout, groups_of
 from megatron_ads.training.checkpoint_errors import failed_log_named, raised_on_all_ranks, raised_once_all_are_done
 from megatron_ads.training.rollout.background import MadeStep
-from megatron_ads.training.rollout.dump import ScoredStep, read_header, read_step, step_file, write_step
+from megatron_ads.training.rollout.dump import ScoredStep, read_header, read_step, step_file, step_settings, write_step
 from megatron_ads.training.rollout.generation import AnswerSettings, Generator
 from megatron_ads.training.rollout.metrics import PhaseTimes
 from megatron_ads.training.rollout.prompts import PolicyPrompt, Prompts, PromptStream
@@ -81,7 +81,7 @@ class Collector:
             found = self._draw(step, stream, weights, times)
             with raised_on_all_ranks(), failed_log_named(self.folder):
                 if dist.get_rank() == 0:
-                    write_step(file, found, header | {"prompts": stream.state_dict()})
+                    self._write(file, found, header, stream.state_dict())
             self.generator.forget()  # not before: what was generated of a later step than those on file is still there
         return found
 
@@ -101,7 +101,7 @@ class Collector:
         found = self._draw(step, stream, weights[-1], times, alone=True)
         behind = stream.state_dict()
         with failed_log_named(self.folder):
-            write_step(file, found, headers[-1] | {"prompts": behind})
+            self._write(file, found, headers[-1], behind)
         self.generator.forget()
         return MadeStep(found=found, prompts=behind, seconds=times.seconds)
 
@@ -110,6 +110,9 @@ class Collector:
         if (teacher := self.config.teacher).is_there:
             made_by.append([teacher.kind, teacher.model])
         return {"step": step, "weights": weights, "made_by": digest_of([made_by, self.config.train.seed, prompts])}
+
+    def _write(self, file: Path, found: ScoredStep, header: dict[str, Any], prompts: Mapping[str, Any]) -> None:
+        write_step(file, found, header | {"prompts": prompts, "settings": step_settings(self.config)})
 
     def _finished(self, file: Path, header: dict[str, Any]) -> ScoredStep | None:
         there = read_header(file) if dist.get_rank() == 0 else {}

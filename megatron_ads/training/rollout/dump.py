@@ -15,9 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conversion.atomic_file import write_small
+from megatron_ads.config.rl import RlConfig
 from megatron_ads.errors import DataError
 from megatron_ads.rollouts import Rollout
 from megatron_ads.rows import ChatRow
+
+_LONGEST = "rollout.max_new_tokens"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,15 +39,24 @@ class ScoredStep:
     """Answers, those of groups that were replaced included."""
 
 
+def step_settings(config: RlConfig) -> dict[str, int]:
+    """Return the settings that say how large a step is and what its loss is scaled by, by their names in a recipe."""
+    return {
+        "train.global_batch_size": config.train.global_batch_size,
+        "rollout.samples": config.rollout.samples,
+        _LONGEST: config.rollout.max_new_tokens,
+    }
+
+
 def step_file(folder: Path, step: int) -> Path:
     """Return where a step's rollouts are written."""
     return folder / f"step-{step:06d}.jsonl"
 
 
 def write_step(file: Path, found: ScoredStep, header: Mapping[str, Any]) -> None:
-    """Write a step at once and whole; ``header`` is what else its first line has."""
-    numbers = {"draws": found.draws, "generated": found.generated, "faults": dict(found.faults)}
-    lines: list[Mapping[str, Any]] = [{**header, **numbers}]
+    """Write a step at once and whole; ``header`` is what else its first line has, ``settings`` among it."""
+    numbers = {"rollouts": len(found.rollouts), "draws": found.draws, "generated": found.generated}
+    lines: list[Mapping[str, Any]] = [{**header, **numbers, "faults": dict(found.faults)}]
     for place, rollout in enumerate(found.rollouts):
         values = {name: float(values[place]) for name, values in found.rewards.items()}
         lines.append(rollout.as_record() | {"rewards": {n: None if np.isnan(v) else v for n, v in values.items()}})
@@ -65,10 +77,15 @@ def read_step(file: Path, rows: Mapping[str, ChatRow]) -> ScoredStep:
     """Return what ``write_step`` wrote.
 
     Raises:
-        DataError: If it is damaged, or has answers to rows that are not there.
+        DataError: If it is damaged or cut, or has answers to rows that are not there.
     """
     try:
         header, *records = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        if len(records) != (written := _rollouts_written(header, records)):
+            raise DataError(
+                f"{file} has {len(records)} of the {written} rollouts that were written to it. Copy it again, or "
+                "delete it and have the job that wrote it make it again."
+            )
         rewards = [record.pop("rewards") for record in records]
         if missing := [record["row"] for record in records if record["row"] not in rows]:
             raise DataError(
@@ -91,6 +108,19 @@ def read_step(file: Path, rows: Mapping[str, ChatRow]) -> ScoredStep:
         raise DataError(f"{file} cannot be read as the rollouts of a step ({error}). Make them again.") from None
 
 
+def _rollouts_written(header: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many rollouts a file had when it was written.
+
+    Older files do not say, but where prompts were drawn once, all answers are there, and groups are of one size.
+    """
+    if "rollouts" in header:
+        return int(header["rollouts"])
+    if header["draws"] == 1:
+        return int(header["generated"])
+    sizes = Counter(record["group"] for record in records)
+    return len(sizes) * max(sizes.values())
+
+
 def recorded_file(folder: Path, step: int) -> Path:
     """Return the file of a step of another job.
 
@@ -107,15 +137,25 @@ def recorded_file(folder: Path, step: int) -> Path:
 
 
 def read_recorded(
-    folder: Path, step: int, rows: Mapping[str, ChatRow], rewards: Sequence[str], *, by_teacher: bool = False
+    folder: Path,
+    step: int,
+    rows: Mapping[str, ChatRow],
+    rewards: Sequence[str],
+    settings: Mapping[str, int],
+    *,
+    by_teacher: bool = False,
 ) -> ScoredStep:
     """Return a step of another job's rollouts, with the named rewards, and what its teacher said if that is wanted.
 
+    ``settings`` are the ``step_settings`` of this job.
+
     Raises:
-        DataError: If there is none, it is damaged, of other rows, or without one of the rewards or the teacher.
+        DataError: If there is none, it is damaged or cut, of other rows, made with other settings, or without one of
+            the rewards or the teacher.
     """
     file = recorded_file(folder, step)
     found = read_step(file, rows)
+    require_settings(file, _settings_of(file, found.rollouts), settings)
     if missing := [name for name in rewards if name not in found.rewards]:
         raise DataError(
             f"{file} has no reward {', '.join(missing)} (rewards.use), only {', '.join(found.rewards)}. Use those."
@@ -127,6 +167,43 @@ def read_recorded(
         rewards={name: found.rewards[name] for name in rewards},
         rollouts=found.rollouts if by_teacher else [_untaught(rollout) for rollout in found.rollouts],
     )
+
+
+def recorded_settings(file: Path) -> dict[str, int]:
+    """Return the ``step_settings`` that a file names in its first line; older files name none."""
+    return dict(read_header(file).get("settings", {}))
+
+
+def require_settings(file: Path, there: Mapping[str, int], here: Mapping[str, int]) -> None:
+    """Refuse rollouts that were made with other settings than those of this job, or do not tell.
+
+    Raises:
+        DataError: Naming the first that differs, and both values.
+    """
+    for name, value in here.items():
+        if name not in there:
+            raise DataError(
+                f'{file} does not tell with which {name} it was made. Add "settings": {{"{name}": N}} to its first '
+                "line, or make it again."
+            )
+        if there[name] != value:
+            raise DataError(
+                f"{file} was made with {name} = {there[name]}, and this job has {value}. Set it to {there[name]}, or "
+                "name the rollouts of another job in rollout.dump."
+            )
+
+
+def _settings_of(file: Path, rollouts: Sequence[Rollout]) -> dict[str, int]:
+    """Return the ``step_settings`` of rollouts: groups as they are there, the rest as the file names it.
+
+    Older files show how long answers could be only where one was cut off.
+    """
+    sizes = Counter(rollout.group for rollout in rollouts)
+    of_groups = {"train.global_batch_size": len(sizes), "rollout.samples": max(sizes.values())}
+    there = recorded_settings(file) | of_groups
+    if cut_off := [len(rollout.answer_tokens) for rollout in rollouts if rollout.cut_off]:
+        there.setdefault(_LONGEST, max(cut_off))
+    return there
 
 
 def _untaught(rollout: Rollout) -> Rollout:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_ads.config.rl import RlConfig
 from megatron_ads.training.rollout import collect
 from megatron_ads.training.rollout.collect import Collector
-from megatron_ads.training.rollout.dump import ScoredStep
+from megatron_ads.training.rollout.dump import ScoredStep, read_header, step_file
 from megatron_ads.training.rollout.metrics import PhaseTimes
 from tests.training.rollout.test_rollouts import rollout
 
@@ -47,4 +47,6 @@ def test_a_step_is_taken_from_file_if_the_same_weights_made_it(monkeypatch: pyte
     collector = Collector(config=RlConfig(), prompts=prompts, generator=Mock(), rewards=Mock(), folder=tmp_path)
     for weights, place in (("2-abc", 0), ("2-abc", 0), ("2-abd", 1)):
         assert collector.collect(3, weights, PhaseTimes()).rollouts == drawn[place].rollouts
+    there = read_header(step_file(tmp_path, 3))
+    assert there["rollouts"] == 1 and there["settings"]["rollout.max_new_tokens"] == 256
     prompts.stream.load_state_dict.assert_called_once_with({"drawn": [4]})

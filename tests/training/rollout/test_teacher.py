@@ -106,13 +106,14 @@ def test_a_teacher_must_have_the_tokens_of_the_policy_under_the_same_ids_and_may
 
 def test_a_step_on_file_has_what_the_teacher_said_and_gives_it_to_jobs_with_a_teacher(tmp_path: Path) -> None:
     taught, _ = taught_by_server(script, [rollout(0, (7, 8)), rollout(1, (9,))])
-    file = step_file(tmp_path, 1)
-    write_step(file, ScoredStep(rollouts=taught, rewards={}, faults=Counter({"teacher/refused": 1})), {"step": 1})
+    file, settings = step_file(tmp_path, 1), {"rollout.samples": 1}
+    header = {"step": 1, "settings": settings}
+    write_step(file, ScoredStep(rollouts=taught, rewards={}, faults=Counter({"teacher/refused": 1})), header)
     rows = {each.row.id: each.row for each in taught}
-    assert read_recorded(tmp_path, 1, rows, [], by_teacher=True).rollouts == taught
-    untaught = read_recorded(tmp_path, 1, rows, []).rollouts
+    assert read_recorded(tmp_path, 1, rows, [], settings, by_teacher=True).rollouts == taught
+    untaught = read_recorded(tmp_path, 1, rows, [], settings).rollouts
     assert untaught == [rollout(0, (7, 8)), rollout(1, (9,))]
-    write_step(file, ScoredStep(rollouts=untaught, rewards={}), {"step": 1})
+    write_step(file, ScoredStep(rollouts=untaught, rewards={}), header)
     assert "teacher" not in file.read_text()
     with pytest.raises(DataError, match=r"step-000001\.jsonl has nothing of a teacher, and teacher\.model names one"):
-        read_recorded(tmp_path, 1, rows, [], by_teacher=True)
+        read_recorded(tmp_path, 1, rows, [], settings, by_teacher=True)
