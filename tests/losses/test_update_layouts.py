@@ -1,6 +1,7 @@
 """The same updates by policy and preference losses under every layout."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,24 @@ import torch
 from megatron_ads.config.rl import ImportanceSampling, LossAggregation, PolicyConfig, PolicyLoss
 from megatron_ads.config.training import Normalize
 from megatron_ads.data.batches import ReplicaShare, batches_of_all
-from megatron_ads.losses.policy import ADVANTAGES, ENGINE, OLD, REFERENCE, normalize_of, policy_loss, policy_metrics
+from megatron_ads.data.packed_batch import PackedBatch
+from megatron_ads.losses.policy import (
+    ADVANTAGES,
+    ENGINE,
+    OLD,
+    REFERENCE,
+    answer_weight,
+    normalize_of,
+    policy_loss,
+    policy_metrics,
+)
 from megatron_ads.losses.preference import PREFERENCE, preference_coefficients, preference_values
 from megatron_ads.rows import TokenizedRow
 from parity_tests.harness.ranks import run_ranks
 from parity_tests.harness.training_jobs import Recipe, start
 from tests.models.checkpoints import V3, write_checkpoint
 
-SEQ_LENGTH, PROMPT = 24, 3
+SEQ_LENGTH, PROMPT, MAX_NEW_TOKENS = 24, 3, 20
 POLICY = PolicyConfig(
     loss=PolicyLoss.gspo,
     loss_agg_mode=LossAggregation.seq_mean_token_mean,
@@ -30,14 +41,26 @@ POLICY = PolicyConfig(
 SETS, CHOSEN = np.array([0, 0, 0, 1, 1, 2, 2, 2]), np.array([0, 1, 0, 1, 0, 0, 0, 1])
 
 
-def rows() -> list[TokenizedRow]:
-    """Return eight answers of many lengths behind prompts of three tokens."""
+def rows(mode: LossAggregation = POLICY.loss_agg_mode) -> list[TokenizedRow]:
+    """Return eight answers of many lengths behind prompts of three tokens, weighed for ``mode``."""
     draw, made = np.random.default_rng(5), []
     for number, length in enumerate((9, 5, 17, 4, 12, 20, 7, 6)):
-        weights = np.ones(length, dtype=np.float32)
+        weights = np.full(length, answer_weight(mode, length - PROMPT, MAX_NEW_TOKENS), dtype=np.float32)
         weights[:PROMPT] = 0
         made.append(TokenizedRow(f"r{number}", "test", draw.integers(1, 128, length).astype(np.int32), weights))
     return made
+
+
+@dataclass(frozen=True, slots=True)
+class ModeUpdate:
+    """Loss and gradient norm of a GRPO update with one way to take the mean."""
+
+    normalizer_here: int
+    """This replica's part of what the sum of the losses is divided by."""
+    whole: tuple[float, float]
+    """As a job has them."""
+    of_replicas: tuple[float, float]
+    """If each replica divided by its own normaliser, and the mean over replicas were taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +71,32 @@ class Found:
     norms: list[float]
     metrics: list[dict[str, float]]
     set_losses: list[float]
+    modes: dict[LossAggregation, ModeUpdate]
+
+
+def _mode_updates(model: Any, share: ReplicaShare, extra: Any) -> dict[LossAggregation, ModeUpdate]:
+    """Compute the update of every mode on the same weights, which stay as they are."""
+    from megatron_ads.training.step import run_step
+
+    def cut(mode: LossAggregation, dp_rank: int) -> list[PackedBatch]:
+        mine, normalize = replace(share, dp_rank=dp_rank), normalize_of(mode)
+        return batches_of_all(rows(mode), mine, seq_length=SEQ_LENGTH, packing=True, normalize=normalize, extra=extra)
+
+    def run(mode: LossAggregation, batches: Sequence[PackedBatch]) -> tuple[float, float]:
+        loss = policy_loss(PolicyConfig(loss_agg_mode=mode))
+        report = run_step(batches, model.chunks, model.optimizer, learning_rate=0.0, loss=loss)
+        assert report.update is not None
+        return report.loss, report.update.grad_norm
+
+    found = {}
+    for mode in LossAggregation:
+        replicas = [cut(mode, dp_rank) for dp_rank in range(share.dp_size)]
+        normalizers, here = [sum(batch.normalizer for batch in each) for each in replicas], share.dp_rank
+        # What is divided by the sum C of all C_r is weighed so that 1/C sum_r becomes 1/dp sum_r 1/C_r.
+        factor = sum(normalizers) / (share.dp_size * normalizers[here])
+        own = [replace(batch, mask_BS=batch.mask_BS * factor) for batch in replicas[here]]
+        found[mode] = ModeUpdate(normalizers[here], run(mode, replicas[here]), run(mode, own))
+    return found
 
 
 def _updates(recipe: Recipe) -> Found:
@@ -80,7 +129,9 @@ def _updates(recipe: Recipe) -> Found:
         loss_S, coefficient_N = preference_coefficients(summed, reference, SETS, CHOSEN, 0.5)
         run(PREFERENCE, Normalize.sample, preference_values(samples, loss_S, coefficient_N, SETS, CHOSEN))
         set_losses.append(float(loss_S.mean()))
-    return Found([each.loss for each in reports], [each.update.grad_norm for each in reports], metrics, set_losses)
+    modes = _mode_updates(model, share, extra)  # the weights have moved since ``old``: ratios are not 1
+    norms = [each.update.grad_norm for each in reports]
+    return Found([each.loss for each in reports], norms, metrics, set_losses, modes)
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +149,36 @@ def alone(folder: Path) -> Found:
 LAYOUTS = {"dp2": (2, {}), "pp2-ep2, no experts on stage 0": (4, {"pp": 2, "ep": 2})}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_updates_do_not_depend_on_the_layout(name: str, folder: Path, alone: Found) -> None:
-    world, layout = LAYOUTS[name]
+@pytest.fixture(scope="module", params=LAYOUTS)
+def ranks(request: pytest.FixtureRequest, folder: Path) -> list[Found]:
+    """What each rank of a layout saw; one job runs all updates, as starting ranks takes longer than they do."""
+    world, layout = LAYOUTS[request.param]
+    return run_ranks(world, _updates, Recipe(folder=folder, layout=layout))
+
+
+def test_updates_do_not_depend_on_the_layout(ranks: list[Found], alone: Found) -> None:
     # FP32 in another order: norms are up to 2e-6 apart after an update.
-    for found in run_ranks(world, _updates, Recipe(folder=folder, layout=layout)):
+    for found in ranks:
         assert found.losses == pytest.approx(alone.losses, rel=1e-5)
         assert found.norms == pytest.approx(alone.norms, rel=1e-5)
         assert found.set_losses == pytest.approx(alone.set_losses, rel=1e-5)
         for metrics, expected in zip(found.metrics, alone.metrics, strict=True):
             assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", LossAggregation)
+def test_every_mean_is_over_all_replicas_whatever_each_of_them_has(
+    mode: LossAggregation, ranks: list[Found], alone: Found
+) -> None:
+    updates, wanted = [found.modes[mode] for found in ranks], alone.modes[mode].whole
+    # Six of the eight answers are in the rows of one replica: 36 tokens and 20, without prompts.
+    parts = {36, 20} if mode is LossAggregation.token_mean else {6, 2}
+    assert {update.normalizer_here for update in updates} == parts
+    for update in updates:
+        assert update.whole == pytest.approx(wanted, rel=1e-5)
+        # The negative twin, in its loss as in its gradients.
+        for own, whole in zip(update.of_replicas, wanted, strict=True):
+            assert own != pytest.approx(whole, rel=1e-3)
 
 
 def test_the_ratio_is_one_before_the_first_update_and_clipped_after_it(alone: Found) -> None:
