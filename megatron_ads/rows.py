@@ -83,6 +83,8 @@ class Fact(StrEnum):
     """Text: the reasoning of the target; empty or missing without any."""
     rejected = "rejected"
     """Texts: answers to the same prompt that are worse than the target."""
+    prompt_alone = "prompt_alone"
+    """True: the row came without an answer, for rewards; its target stands in for one, and is not checked."""
     best_answers = "best_answers"
     """Texts, as labels are written, the likeliest first: what somebody would say who knows how the data were drawn."""
 
@@ -116,7 +118,7 @@ _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     Fact.events: ("a list of objects", lambda value: isinstance(value, list) and all(map(_is_object, value))),
     Fact.queries_wanted: ("a whole number", lambda value: type(value) is int),
-    Fact.read_from_prompt: ("true or false", lambda value: type(value) is bool),
+    **dict.fromkeys((Fact.read_from_prompt, Fact.prompt_alone), ("true or false", lambda value: type(value) is bool)),
 }  # fmt: skip
 """What the facts of an ads task are; those not named here are texts."""
 

@@ -20,8 +20,8 @@ from megatron_ads.rows import ChatRow, Fact, Message, Role
 from megatron_ads.tasks.answer_format import NOTHING
 
 _OF_ANSWERS = (
-    Fact.ground_truth, Fact.reasoning, Fact.rejected, Fact.best_answers, Fact.next_item, Fact.next_semantic_id,
-    *VERL_FIELDS,
+    Fact.ground_truth, Fact.reasoning, Fact.rejected, Fact.best_answers, Fact.prompt_alone, Fact.next_item,
+    Fact.next_semantic_id, *VERL_FIELDS,
 )  # fmt: skip
 """Facts that tell an answer; verl's fields are there as they came."""
 

@@ -125,11 +125,19 @@ def ranking_row(
     Raises:
         DataError: If a name is empty.
     """
+    truth, answer = Ranking(tuple(advertisers), tuple(interests), reasoning), ranking_answer(advertisers, interests)
+    return _example(row_id, RANKING_TEMPLATE, request, truth, answer, label, view)
+
+
+def ranking_answer(advertisers: Sequence[str], interests: Sequence[str]) -> str:
+    """Return the XML form of a ranking.
+
+    Raises:
+        DataError: If a name is empty.
+    """
     names = "".join(f"<advertiser>{escape(filled('an advertiser', name))}</advertiser>" for name in advertisers)
     tags = "".join(f"<interest>{escape(filled('an interest', text))}</interest>" for text in interests)
-    answer = f"<prediction><advertisers>{names}</advertisers><interests>{tags}</interests></prediction>"
-    truth = Ranking(tuple(advertisers), tuple(interests), reasoning)
-    return _example(row_id, RANKING_TEMPLATE, request, truth, answer, label, view)
+    return f"<prediction><advertisers>{names}</advertisers><interests>{tags}</interests></prediction>"
 
 
 def _example(

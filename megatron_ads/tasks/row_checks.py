@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from megatron_ads.errors import DataError
 from megatron_ads.metrics.ranking import same_name
 from megatron_ads.rows import ChatRow, Fact, Role
 from megatron_ads.tasks.answer_format import ReadFailure
-from megatron_ads.tasks.ground_truth import agrees, truth_facts
-from megatron_ads.tasks.registry import TASKS, read_answer
+from megatron_ads.tasks.ground_truth import agrees, ground_truth, truth_facts
+from megatron_ads.tasks.registry import TASKS, Task, read_answer
 
 
 class RowFault(StrEnum):
@@ -26,6 +27,8 @@ class RowFault(StrEnum):
     """The target is no answer of the task: the task's parser says why, an unknown label or one off the scale."""
     label_differs = "label_differs"
     """The row's label is not the one in its target."""
+    unreadable_ground_truth = "unreadable_ground_truth"
+    """A row without an answer of its own whose ground truth tells no label of the task."""
     ground_truth_differs = "ground_truth_differs"
     """The answer among the row's facts is not the one in its target."""
 
@@ -83,6 +86,8 @@ def _examined(row: ChatRow) -> FaultyRow | str | None:
     task = TASKS.get(row.task)
     if task is None:
         return None
+    if row.facts.get(Fact.prompt_alone):
+        return _label_of_truth(row, task)
     answer = read_answer(row, row.target)
     if isinstance(answer, ReadFailure):
         return FaultyRow(row.id, row.task, RowFault.unreadable_target, str(answer))
@@ -94,4 +99,18 @@ def _examined(row: ChatRow) -> FaultyRow | str | None:
         known, said = (facts[Fact.ground_truth] for facts in (row.facts, truth_facts(answer)))
         reason = f"{known!r:.80}, but the target says {said!r:.80}"
         return FaultyRow(row.id, row.task, RowFault.ground_truth_differs, reason)
+    return label
+
+
+def _label_of_truth(row: ChatRow, task: Task) -> FaultyRow | str | None:
+    """Return as ``_examined``, for a row whose target stands in for an answer: its ground truth is all it has."""
+    if task.label_of is None or Fact.ground_truth not in row.facts:
+        return None
+    try:
+        label = task.label_of(ground_truth(row, task.answer))
+    except DataError as error:
+        return FaultyRow(row.id, row.task, RowFault.unreadable_ground_truth, str(error))
+    if row.label is not None and same_name(label) != same_name(row.label):
+        reason = f"{row.label!r}, but the ground truth says {label!r}"
+        return FaultyRow(row.id, row.task, RowFault.label_differs, reason)
     return label

@@ -20,7 +20,7 @@ from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.user_history import HEADINGS, NOTHING_KNOWN, SEPARATOR
 
 _ONE_LINE = frozenset({*HEADINGS, Fact.pool, Fact.keywords, Fact.queries_wanted})
-_OF_ANSWERS = {Fact.ground_truth, Fact.reasoning, Fact.rejected, Fact.best_answers}
+_OF_ANSWERS = {Fact.ground_truth, Fact.reasoning, Fact.rejected, Fact.best_answers, Fact.prompt_alone}
 _OF_PROMPTS = frozenset(Fact) - _OF_ANSWERS - {Fact.next_item, Fact.next_semantic_id}
 _TEXTS = (Fact.query, Fact.keyword, Fact.goal, Fact.request, Fact.current, Fact.new, Fact.advertiser)
 _ABOUT_USERS = frozenset({
@@ -34,14 +34,16 @@ def facts_of_text_row(row: ChatRow) -> ChatRow:
     """Return a row of an ads task with the facts that its texts tell; facts that it has stay, and so do other rows.
 
     A prompt in the form of the task's templates is taken apart, unless the row has facts of its prompt. Any other is
-    the fact ``text``, besides the lines that look like those of a template. An unreadable target tells no answer.
-    No name that may be answered is taken from a prompt: an entry with the separator in it has come apart there.
+    the fact ``text``, besides the lines that look like those of a template. A target that is unreadable, or stands in
+    for one, tells no answer. No name that may be answered is taken from a prompt: an entry with the separator in it has
+    come apart there.
     """
     task = TASKS.get(row.task)
     if task is None or not row.messages:
         return row
     answer = task.parse(row.target, reasoning_required=False)
-    truth: Facts = {} if isinstance(answer, ReadFailure) else truth_facts(answer)
+    told = not (isinstance(answer, ReadFailure) or row.facts.get(Fact.prompt_alone))
+    truth: Facts = truth_facts(answer) if told else {}
     prompt: Facts = {} if row.facts.keys() & _OF_PROMPTS else _facts_of_prompt(row)
     return replace(row, facts={**prompt, **truth, **row.facts})
 

@@ -14,7 +14,10 @@ from megatron_ads.data.corpus import read_corpus
 from megatron_ads.data.sources import describe_source, divided, files_of, read_source
 from megatron_ads.data.verl_rows import verl_rows
 from megatron_ads.errors import ConfigError, DataError
-from megatron_ads.rows import ChatRow
+from megatron_ads.rows import ChatRow, Fact
+from megatron_ads.tasks.next_advertiser import ranking_answer
+from megatron_ads.tasks.row_checks import RowFault, check_rows
+from tests.rewards.rollouts import answers, values
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -94,6 +97,115 @@ def test_rows_that_cannot_be_used_are_named_and_written_aside(tmp_path: Path) ->
 def test_a_row_without_a_prompt_is_told_of_the_field_that_it_lacks(tmp_path: Path, prompt: Any) -> None:
     with pytest.raises(DataError, match=r"row 1: wrong_type: prompt is (None|\[\]|7); it must be text, or messages"):
         verl_rows(jsonl(tmp_path, [{**ROWS[0], "prompt": prompt}]))
+
+
+def ads_row(task: str, truth: Any = None, **extra: Any) -> dict[str, Any]:
+    """Return a row of an ads task without an answer."""
+    rule = {"style": "rule"} | ({} if truth is None else {"ground_truth": truth})
+    return {"data_source": task, "prompt": "Which?", "ability": "ads", "reward_model": rule, "extra_info": extra}
+
+
+def read_one(folder: Path, row: dict[str, Any], write: Any = jsonl) -> ChatRow:
+    """Return a row as a job has it, read and checked."""
+    (read,) = check_rows(verl_rows(write(folder, [row]))).rows
+    return read
+
+
+@pytest.mark.parametrize("write", [parquet, jsonl])
+@pytest.mark.parametrize(
+    ("task", "truth", "label"),
+    [
+        ("query_ad_relevance", "Good", "Good"),
+        ("query_ad_relevance", {"label": "Good"}, "Good"),
+        ("query_ad_relevance", {"label": "Good", "location": "Bad", "quality": "Good"}, "Good"),
+        ("query_ad_relevance", "<think>So.</think><Label>Good</Label>", "Good"),
+        ("ad_user_relevance", 3, "3"),
+        ("ad_user_relevance", {"score": "3"}, "3"),
+        ("next_advertiser", "Acme", "Acme"),
+        ("next_advertiser", {"advertiser": "Acme"}, "Acme"),
+        ("next_advertiser_ranking", "Acme & Sons", "Acme & Sons"),
+        ("user_profile", {"interests": ["running"]}, None),
+        ("query_generation", {"queries": ["red shoes"]}, None),
+        ("query_ad_relevance", None, None),
+        ("next_advertiser", None, None),
+    ],
+    ids=str,
+)
+def test_a_row_of_an_ads_task_needs_no_answer(
+    task: str, truth: Any, label: str | None, write: Any, tmp_path: Path
+) -> None:
+    row = read_one(tmp_path, ads_row(task, truth, index=0), write)
+    assert (row.task, row.label, row.facts["reward_model"].get("ground_truth")) == (task, label, truth)
+    assert (row.facts.get(Fact.prompt_alone) is True) == (truth is None or isinstance(truth, dict))
+
+
+def test_a_ground_truth_is_what_the_tasks_own_rewards_compare_answers_with(tmp_path: Path) -> None:
+    for truth in ("Good", {"label": "Good"}):
+        row = read_one(tmp_path, ads_row("query_ad_relevance", truth))
+        given = answers(row, [f"<Label>{label}</Label>" for label in ("Good", "Fair", "Bad")])
+        assert values("label_agreement", given) == pytest.approx([1.2, 0.7, 0.2])
+    row = read_one(tmp_path, ads_row("next_advertiser_ranking", "Acme"))
+    given = answers(row, [ranking_answer(names, []) for names in (["Acme", "Other"], ["Other", "Acme"], ["Other"])])
+    first, second, absent = values("advertiser_ranking", given)
+    assert first > second > absent
+
+
+@pytest.mark.parametrize(
+    ("truth", "extra", "fault"),
+    [
+        ("Excellent", {}, RowFault.unreadable_target),
+        ({"label": "Excellent"}, {}, RowFault.unreadable_ground_truth),
+        ({"score": 3}, {}, RowFault.unreadable_ground_truth),
+        ({"label": "Good"}, {"label": "Bad"}, RowFault.label_differs),
+        ("Good", {"label": "Bad"}, RowFault.label_differs),
+    ],
+    ids=str,
+)
+def test_a_ground_truth_that_is_no_label_of_the_task_is_a_fault(
+    truth: Any, extra: dict[str, Any], fault: RowFault, tmp_path: Path
+) -> None:
+    checked = check_rows(verl_rows(jsonl(tmp_path, [ads_row("query_ad_relevance", truth, **extra)])))
+    assert [row.fault for row in checked.faulty] == [fault]
+
+
+@pytest.mark.parametrize("task", ["mine", "query_ad_relevance"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"label": 0.5},
+        {"label": True},
+        {"weight": "heavy"},
+        {"weight": True},
+        {"group": {}},
+        {"id": ["a"]},
+        {"answer": 5},
+        {"query": 5, "ad": "a text", "user": 7},
+    ],
+    ids=str,
+)
+def test_what_extra_info_holds_of_other_types_is_carried_along(
+    extra: dict[str, Any], task: str, tmp_path: Path
+) -> None:
+    row = read_one(tmp_path, ads_row(task, "Good", **extra))
+    assert row.facts["extra_info"] == extra
+    assert (row.id, row.weight, row.group) == ("rows.jsonl-1", 1.0, "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward_model": "rule"}, "reward_model is 'rule'; it must be an object"),
+        ({"extra_info": [1]}, r"extra_info is \[1\]; it must be an object"),
+        ({"ability": 0.5}, "ability is 0.5; it must be text"),
+        ({"data_source": ["a"]}, r"data_source is \['a'\]; it must be text"),
+        ({"extra_info": {"weight": -1}}, "weight is -1; it must be a number that FP32 has"),
+        ({"reward_model": {"ground_truth": ["Good"]}}, "the fact ground_truth is .*; it must be an object"),
+    ],
+    ids=str,
+)
+def test_a_field_of_another_type_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"row 1: wrong_type: {message}"):
+        verl_rows(jsonl(tmp_path, [ads_row("query_ad_relevance", "Good") | changes]))
 
 
 def test_they_are_a_source_of_a_recipe(tmp_path: Path) -> None:
