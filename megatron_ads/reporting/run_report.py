@@ -1,6 +1,7 @@
 """The report of one training run: its curves and circumstances, from what the run wrote, as one HTML page."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -32,6 +33,7 @@ _BY_TASK = {
 """Metrics that have one chart with a line for each task: label and caption."""
 
 _REWARD, _HELD_OUT_REWARD, _TEACHER = "critic/rewards/mean", "validation/reward", "teacher/reverse_kl"
+_FAULTS, _SERVER_LOSSES = "rollout/faults/", "rollout/server_losses"
 
 Metrics = Sequence[Mapping[str, Any]]
 
@@ -64,6 +66,7 @@ def run_page(folder: Path) -> str:
         loss=loss_chart(metrics),
         rewards=reward_charts(metrics),
         teacher=_teacher_charts(metrics),
+        faults=fault_rows(metrics),
         tasks=[_task_chart(metrics, name) for name in _BY_TASK if _tasks_with(metrics, name)],
         weights=[_weights(metrics, task) for task in _tasks_with(metrics, "instance_weight_p50")],
         course=course_charts(metrics),
@@ -127,6 +130,22 @@ def _teacher_charts(metrics: Metrics) -> list[Chart]:
         "smoothed with a half-life of 3 steps."
     )
     return [Chart(line_chart(series, x_label="step", y_label="reverse KL, nats"), caption)]
+
+
+def fault_rows(metrics: Metrics) -> list[tuple[str, int, int, int]]:
+    """Return each fault of the logged steps, how often it happened, in how many steps, and the last of these."""
+    counts: dict[str, Counter[int]] = {}
+    lost_before = 0.0
+    for row in metrics:
+        found = {name.removeprefix(_FAULTS): row[name] for name in row if name.startswith(_FAULTS)}
+        if _SERVER_LOSSES in row:
+            lost = row[_SERVER_LOSSES]  # since the job started: a job that continues counts from 0 again
+            found["inference server lost"] = lost - lost_before if lost >= lost_before else lost
+            lost_before = lost
+        for name, count in found.items():
+            if count:
+                counts.setdefault(name, Counter())[row["step"]] += int(count)
+    return [(name, steps.total(), len(steps), max(steps)) for name, steps in sorted(counts.items())]
 
 
 def _reward_lines(metrics: Metrics, prefix: str, label: str, caption: str) -> Chart:

@@ -46,6 +46,34 @@ def test_the_rewards_of_a_policy_are_curves_and_its_loss_may_be_negative(tmp_pat
     assert "Reward" not in page and "Teacher" not in page and "Fine-tuning" in page
 
 
+def test_faults_and_lost_servers_are_counted(tmp_path: Path) -> None:
+    raised, unanswered, lost = (
+        "rollout/faults/brief/raised",
+        "rollout/faults/teacher/unanswered",
+        "rollout/server_losses",
+    )
+    page = page_of(
+        tmp_path,
+        {"step": 1, "loss": 0.5, raised: 2, lost: 0},
+        {"step": 2, "loss": 0.5, raised: 1, unanswered: 4, lost: 2},
+        {"step": 3, "loss": 0.5, lost: 2},
+        {"step": 4, "loss": 0.5, lost: 1},  # of a job that continued: 1 more
+    )
+    assert "<h2>Faults</h2>" in page
+    for fault, count, steps, last in (
+        ("brief/raised", 3, 2, 2),
+        ("teacher/unanswered", 4, 1, 2),
+        ("inference server lost", 3, 2, 4),
+    ):
+        numbers = "".join(f'<td class="number">{number}</td>' for number in (count, steps, last))
+        assert f"<tr><td>{fault}</td>{numbers}</tr>" in page
+
+
+def test_a_run_without_faults_does_not_speak_of_them(tmp_path: Path) -> None:
+    page = page_of(tmp_path, {"step": 1, "loss": 0.5, "rollout/faults/brief/raised": 0, "rollout/server_losses": 0})
+    assert "Faults" not in page and "server" not in page
+
+
 def test_a_run_goes_on_where_its_report_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_run_report(tmp_path)
     assert "report.html could not be written: " in caplog.text and "no run has written metrics there" in caplog.text
