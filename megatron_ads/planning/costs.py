@@ -58,6 +58,22 @@ def total(weights: Iterable[Weights], *, expert: bool | None = None) -> int:
     return sum(weight.elements for weight in weights if expert is None or weight.expert is expert)
 
 
+def most_trained(job: PlannedJob) -> tuple[int, int]:
+    """Return the most elements that a rank trains, and the most that it updates, each replica its share."""
+    trained, own = [], []
+    for stage in range(job.layout.pp):
+        weights = [weight for weight in stage_weights(job, stage) if job.trains(weight.part)]
+        dense, expert = (total(weights, expert=kind) for kind in (False, True))
+        trained.append(dense + expert)
+        own.append(-(-dense // (job.layout.dp * job.layout.cp)) - (-expert // job.layout.edp))
+    return max(trained), max(own)
+
+
+def reference_bytes(job: PlannedJob) -> int:
+    """Return the most that a rank keeps of a reference: what it trains; with adapters, which are switched off, 0."""
+    return job.element_bytes * most_trained(job)[0] if job.lora is None else 0
+
+
 def largest_tensor(job: PlannedJob, stage: int) -> int:
     """Return the elements of the largest trained parameter on a rank: stacked experts, or a vocabulary matrix."""
     shape, sizes = job.shape, job.layout
@@ -106,6 +122,12 @@ def chunk_flops(job: PlannedJob, chunk: Chunk) -> TokenFlops:
         recompute=job.model.recompute_on(chunk.stage),
         lora=job.lora,
     )
+
+
+def forward_share(job: PlannedJob) -> float:
+    """Return the arithmetic of forward passes over that of whole microbatches."""
+    flops = [chunk_flops(job, chunk) for chunk in job.placement.chunks]
+    return sum(each.forward for each in flops) / sum(each.forward + each.backward + each.recomputed for each in flops)
 
 
 def outputs(job: PlannedJob, chunk: Chunk) -> int:

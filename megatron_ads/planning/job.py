@@ -22,7 +22,7 @@ from megatron_ads.errors import ConfigError
 from megatron_ads.layout import ParallelLayout, PipelinePlacement
 from megatron_ads.models.parts import Lora, frozen_parts
 
-_PLANNED = ("layout", "data", "train", "optim", "rollout", "rewards", "policy", "teacher")
+_PLANNED = ("layout", "data", "train", "optim", "rollout", "rewards", "policy", "teacher", "preference")
 """Sections that a plan reads; of the model, everything but its weights."""
 ROUTING_IMBALANCE = 1.5
 """Tokens that the busiest rank of an expert-parallel group may get, over the mean: memory is set aside for them."""
@@ -137,6 +137,8 @@ class PlannedJob:
     """Tokens of the busiest rank of an expert-parallel group over the mean."""
     rollouts: PlannedRollouts | None = None
     """What its steps do besides updating; None: nothing, it is no reinforcement learning."""
+    has_preferences: bool = False
+    """Its steps compare answers, by log-probabilities of the policy and of a reference."""
     moment_bytes: int = 4
     """Of one of the two moments of a trained element."""
 
@@ -261,6 +263,7 @@ def job_of(config: RunConfig, shape: ModelShape, ranks: int | None = None) -> Pl
         micro_batch_size=config.train.micro_batch_size,
         microbatches=_microbatches(config, layout),
         rollouts=PlannedRollouts.of(config) if isinstance(config, RlConfig) else None,
+        has_preferences=isinstance(config, PreferenceConfig),
         lora=Lora.of(config.model),
         deterministic=config.train.deterministic,
         moment_bytes=2 if config.optim.moments is Precision.bf16 else 4,

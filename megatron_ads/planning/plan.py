@@ -18,6 +18,7 @@ from megatron_ads.planning.checkpoint import CheckpointCosts, checkpoint_costs
 from megatron_ads.planning.hardware import Card
 from megatron_ads.planning.job import PlannedJob, job_of, planned_shape
 from megatron_ads.planning.memory import RankMemory, stage_memory
+from megatron_ads.planning.preference import PreferenceCosts, preference_costs
 from megatron_ads.planning.rollout import RolloutCosts, rollout_costs
 from megatron_ads.planning.schedule import Timeline, play
 
@@ -169,6 +170,11 @@ class Plan:
         return rollout_costs(
             self.job, self.card, pipeline_seconds=self.timeline.seconds, update_seconds=self.update_seconds
         )
+
+    @cached_property
+    def preference(self) -> PreferenceCosts | None:
+        """A whole step of preference training; None for other jobs."""
+        return preference_costs(self.job, pipeline_seconds=self.timeline.seconds, update_seconds=self.update_seconds)
 
     @cached_property
     def checkpoint(self) -> CheckpointCosts:

@@ -110,17 +110,13 @@ def rollout_costs(
     rl = job.rollouts
     if rl is None:
         return None
-    flops = [costs.chunk_flops(job, chunk) for chunk in job.placement.chunks]
-    forward = sum(each.forward for each in flops)
-    share = forward / sum(each.forward + each.backward + each.recomputed for each in flops)
-    passes = share * (1 + rl.has_reference) + rl.gradient_passes
+    passes = costs.forward_share(job) * (1 + rl.has_reference) + rl.gradient_passes
     passes_seconds = rl.updates * pipeline_seconds * passes
     updates_seconds = rl.updates * (pipeline_seconds + update_seconds)
-    trained, own = _most_trained(job)
     return RolloutCosts(
         engine=engine_memory(job),
-        reference_host_bytes=job.element_bytes * trained if rl.has_reference and job.lora is None else 0,
-        popo_host_bytes=4 * max(rl.gradient_passes - 1, 0) * own,
+        reference_host_bytes=costs.reference_bytes(job) if rl.has_reference else 0,
+        popo_host_bytes=4 * max(rl.gradient_passes - 1, 0) * costs.most_trained(job)[1],
         generated_tokens=rl.answers * rl.max_new_tokens if rl.generates else 0,
         rollout_seconds=_answering_seconds(job, card) if rl.colocated else None,
         teacher_seconds=_teacher_seconds(job, card),
@@ -129,17 +125,6 @@ def rollout_costs(
         overlapped_seconds=passes_seconds + updates_seconds if rl.overlap else 0.0,
         sync_seconds=_sync_seconds(job, card),
     )
-
-
-def _most_trained(job: PlannedJob) -> tuple[int, int]:
-    """Return the most elements that a rank trains, and the most that it updates, each replica its share."""
-    trained, own = [], []
-    for stage in range(job.layout.pp):
-        weights = [weight for weight in costs.stage_weights(job, stage) if job.trains(weight.part)]
-        dense, expert = (costs.total(weights, expert=kind) for kind in (False, True))
-        trained.append(dense + expert)
-        own.append(-(-dense // (job.layout.dp * job.layout.cp)) - (-expert // job.layout.edp))
-    return max(trained), max(own)
 
 
 def _answering_seconds(job: PlannedJob, card: Card) -> float:

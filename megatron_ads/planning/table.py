@@ -11,6 +11,8 @@ from megatron_ads.layout import describe_ranks
 from megatron_ads.models.parts import parameters_by_part
 from megatron_ads.planning.hardware import Card
 from megatron_ads.planning.plan import Plan, StagePlan
+from megatron_ads.planning.preference import PreferenceCosts
+from megatron_ads.planning.rollout import RolloutCosts
 from megatron_ads.planning.schedule import ideal_bubble
 from megatron_ads.planning.search import SearchResult
 from megatron_ads.planning.switches import Switch
@@ -201,8 +203,7 @@ def _brief(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _rollout_values(plan: Plan) -> dict[str, Any] | None:
-    found = plan.rollouts
+def _step_values(found: RolloutCosts | PreferenceCosts | None) -> dict[str, Any] | None:
     if found is None:
         return None
     return asdict(found) | {"bound_by": found.bound_by, "estimated_step_seconds": found.step_seconds}
@@ -219,7 +220,8 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "expert_less_stages": list(plan.expert_less_stages),
         "imbalance": plan.imbalance,
         "routing_imbalance": plan.job.routing_imbalance,
-        "rollouts": _rollout_values(plan),
+        "rollouts": _step_values(plan.rollouts),
+        "preference": _step_values(plan.preference),
         "checkpoint": asdict(plan.checkpoint) | {"seconds": plan.checkpoint.seconds},
         "stages": [
             {
