@@ -54,6 +54,15 @@ def test_every_recipe_it_names_exists() -> None:
     assert [name for name in named if not (PROJECT / "recipes" / f"{name}.yaml").exists()] == []
 
 
+def test_it_names_every_recipe_of_reinforcement_learning_and_preferences() -> None:
+    table = README.split("| recipe | for |")[1].split("\n\n")[0]
+    recipes = [
+        f"{kind}/{file.stem}" for kind in ("rl", "preference") for file in (PROJECT / "recipes" / kind).glob("*.yaml")
+    ]
+    assert len(recipes) >= 10
+    assert sorted(re.findall(r"`((?:rl|preference)/\w+)`", table)) == sorted(recipes)
+
+
 def test_every_setting_it_names_exists() -> None:
     settings = {
         name
