@@ -1,23 +1,16 @@
 """The rewards of a recipe: built-in ones by name, and a team's own functions, each kept from harming a run.
 
 What raises or is no finite number, or a function that takes too long, loses the values of the unit that it happened
-to, is counted, and told in one line a step. The run ends only where a reward is left without any value because of
-that.
+to, and is counted. ``failures.py`` says how that is told, and where it ends the run.
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megatron_ads.config.rl import RewardsConfig
 from megatron_ads.errors import ConfigError, DataError, one_line
-from megatron_ads.observability.log import get_logger
 from megatron_ads.rewards.advertiser_ranking import AdvertiserRanking
 from megatron_ads.rewards.ctcvr import Ctcvr
 from megatron_ads.rewards.downstream import DownstreamBatch
@@ -26,11 +19,10 @@ from megatron_ads.rewards.list_ranking import ListRanking
 from megatron_ads.rewards.own_function import require_there
 from megatron_ads.rewards.retrieval import Retrieval
 from megatron_ads.rewards.reward import Fault, Outcome, Reward, RewardFailure, outcomes_of, units_of, with_settings
+from megatron_ads.rewards.scores import Scores, scores_of
 from megatron_ads.rewards.semantic import Semantic
 from megatron_ads.rewards.worker import Worker
 from megatron_ads.rollouts import Rollout
-
-logger = get_logger(__name__)
 
 BUILT_IN: dict[str, type[Any]] = {
     "advertiser_ranking": AdvertiserRanking,
@@ -49,16 +41,6 @@ Scoring = Callable[[Sequence[Rollout]], Iterator[list[Outcome]]]
 """Takes the rollouts of a step and yields the outcomes of one unit after another."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scores:
-    """What rollouts are worth."""
-
-    values: dict[str, NDArray[np.float64]]
-    """(N,) by reward; NaN where there is none."""
-    faults: Counter[str]
-    """Rollouts without a value because something went wrong, by ``REWARD/FAULT``."""
-
-
 class Rewards:
     """The rewards of a recipe."""
 
@@ -71,16 +53,10 @@ class Rewards:
 
         Raises:
             ConfigError: If a function of one's own cannot be imported or called.
-            DataError: If a reward failed for all rollouts that it judges.
         """
-        faults: Counter[str] = Counter()
-        outcomes = {
-            name: [each for of_unit in judge(rollouts) for each in of_unit] for name, judge in self._judges.items()
-        }
-        for name, found in outcomes.items():
-            failures = report_failures(f"reward {name}", found)
-            faults += Counter({f"{name}/{fault}": count for fault, count in failures.items()})
-        return Scores(values={name: np.array([*map(_value, found)]) for name, found in outcomes.items()}, faults=faults)
+        return scores_of(
+            {name: [each for of_unit in judge(rollouts) for each in of_unit] for name, judge in self._judges.items()}
+        )
 
     def close(self) -> None:
         """End the processes of own functions."""
@@ -150,25 +126,3 @@ def _own(worker: Worker, timeout_seconds: float) -> Scoring:
             yield found
 
     return judge
-
-
-def _value(outcome: Outcome) -> float:
-    return outcome if isinstance(outcome, float) else np.nan
-
-
-def report_failures(judge: str, outcomes: Sequence[object]) -> Counter[Fault]:
-    """Log in one line what of a judge's outcomes failed, and return how many rollouts each fault cost.
-
-    Raises:
-        DataError: If nothing else is left.
-    """
-    failures = [each for each in outcomes if isinstance(each, RewardFailure)]
-    if not failures:
-        return Counter()
-    counts = Counter(failure.fault for failure in failures)
-    named = ", ".join(f"{count} {fault}" for fault, count in counts.most_common())
-    told = f"The {judge} failed for {len(failures)} of {len(outcomes)} rollouts ({named}; {failures[0].text})"
-    if all(each is None or isinstance(each, RewardFailure) for each in outcomes):
-        raise DataError(f"{told} and has a value for none. Correct it, or its settings.")
-    logger.warning("%s.", told)
-    return counts

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_ads.config.rl import RlConfig, RolloutMode, validate
 from megatron_ads.observability.log import get_logger
+from megatron_ads.rewards.failures import RewardHistory
 from megatron_ads.rewards.registry import open_rewards
 from megatron_ads.rewards.weights import RewardWeights
 from megatron_ads.runtime.device import device
@@ -60,7 +61,7 @@ def run(config: RlConfig, stop: StopRequest) -> ExitStatus:
         with ExitStack() as opened:
             rewards = opened.enter_context(_open_rewards(config))
             teacher = opened.enter_context(open_job_teacher(config, tokenizer))
-            position = Position(prompts.stream, RewardWeights(config.rewards), [])
+            position = Position(prompts.stream, RewardWeights(config.rewards), [], rewards.history)
             session, update = _begin(config, membership, position, stop)
             opened.enter_context(closing(session.log))
             opened.enter_context(session.checkpointer)
@@ -74,6 +75,7 @@ def run(config: RlConfig, stop: StopRequest) -> ExitStatus:
                 session=session,
                 prompts=prompts,
                 reward_weights=position.reward_weights,
+                reward_history=rewards.history,
                 answering=answering,
                 update=update,
             )
@@ -109,13 +111,15 @@ def _begin(
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a job is in its prompts, how much each reward counts by now, and what the latest weights are called."""
+    """Where a job is in its prompts, how much each reward counts by now, what the latest weights are called, and which
+    rewards have had values."""
 
     stream: PromptStream
     """Behind the steps that are done, however many are generated."""
     reward_weights: RewardWeights
     weights: list[str]
     """As in ``Answering``: rollouts on file are used if they are by one of them."""
+    reward_history: RewardHistory
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -123,13 +127,15 @@ class Position:
             "prompts": self.stream.state_dict(),
             "reward_weights": self.reward_weights.state_dict(),
             "weights": list(self.weights),
+            "reward_history": self.reward_history.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was taken."""
         self.stream.load_state_dict(state["prompts"])
         self.reward_weights.load_state_dict(state["reward_weights"])
-        self.weights[:] = state.get("weights", [])  # older checkpoints have none
+        self.weights[:] = state.get("weights", [])  # older checkpoints have none, here and below
+        self.reward_history.load_state_dict(state.get("reward_history", []))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +146,7 @@ class RlJob:
     session: Session
     prompts: Prompts
     reward_weights: RewardWeights
+    reward_history: RewardHistory
     answering: Answering | None
     """None: rollouts are read from ``rollout.dump``."""
     update: PolicyUpdate | None
@@ -207,6 +214,7 @@ def _step(job: RlJob) -> bool:
     session, times, activity = job.session, job.times, job.session.membership.activity
     activity.phase = f"rollouts of step {session.step + 1}"  # ranks generate for as long as they need
     found = job.rollouts_of(session.step + 1)
+    job.reward_history.observe(found.rewards)  # also of a step from file
     job.reward_weights.observe(found.rewards, np.array([rollout.group for rollout in found.rollouts]))
     metrics = of_step(found, job.reward_weights.current)
     if job.answering is not None:

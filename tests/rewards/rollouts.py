@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_ads.config.rl import RewardConfig, RewardsConfig
 from megatron_ads.rewards.registry import Rewards, open_rewards
+from megatron_ads.rewards.scores import Scores
 from megatron_ads.rollouts import Rollout
 from megatron_ads.rows import ChatRow, Message, Role
 
@@ -40,3 +41,8 @@ def values(name: str, rollouts: Sequence[Rollout], settings: Mapping[str, Any] |
     """Return the values of a built-in reward."""
     found: list[float] = rewards(name, settings).score(rollouts).values[name].tolist()
     return found
+
+
+def failures(scores: Scores) -> list[str]:
+    """Return what failed, and why, of each rollout without a value because of that."""
+    return [f"{each.fault}: {each.text}" for found in scores.failures.values() for each in found.values()]

@@ -11,8 +11,11 @@ import pytest
 import torch.distributed as dist
 
 from megatron_ads.config.recipes import load_job
+from megatron_ads.config.rl import RewardConfig, RewardsConfig
 from megatron_ads.config.teacher import TeacherConfig
 from megatron_ads.errors import DataError
+from megatron_ads.rewards.failures import RewardHistory
+from megatron_ads.rewards.weights import RewardWeights
 from megatron_ads.training import rl
 from megatron_ads.training.rl import RlJob
 from megatron_ads.training.rollout.dump import ScoredStep, step_file, step_settings, write_step
@@ -50,6 +53,19 @@ def test_a_step_whose_answers_are_all_worth_the_same_is_named(
     found = ScoredStep(rollouts=rollouts, rewards={})
     RlJob.warn_of_nothing_to_learn(cast(RlJob, job), found, mean | {"rollout/groups_without_variance": float(flat)})
     assert said in caplog.text and bool(said) is bool(caplog.text)
+
+
+def test_a_checkpoint_keeps_which_rewards_have_had_values() -> None:
+    def position() -> rl.Position:
+        weights = RewardWeights(RewardsConfig(use=[RewardConfig(name="one")]))
+        return rl.Position(Mock(**{"state_dict.return_value": {}}), weights, ["3-abc"], RewardHistory())
+
+    before, after, older = position(), position(), position()
+    before.reward_history.observe({"one": np.array([0.5, np.nan]), "two": np.array([np.nan, np.nan])})
+    after.load_state_dict(before.state_dict())
+    assert after.reward_history.state_dict() == ["one"]
+    older.load_state_dict({name: value for name, value in before.state_dict().items() if name != "reward_history"})
+    assert older.reward_history.state_dict() == []
 
 
 @pytest.mark.parametrize(("held_out", "times"), [(["prompt"], 2), ([], 0)])

@@ -87,11 +87,13 @@ class Answering:
         return {"rollout/staleness/mean": float(np.mean(behind)), "rollout/staleness/max": float(max(behind))}
 
     def judge_held_out(self) -> dict[str, NDArray[np.float64]]:
-        """Answer the held-out prompts greedily and return the rewards by name."""
+        """Answer the held-out prompts greedily and return the rewards by name; what fails is told, and ends no run."""
         of = self.collector
         longest = of.config.rollout.max_new_tokens
         settings = AnswerSettings(samples=1, max_new_tokens=longest, seed=None, weights=self.weights[-1])
-        return of.rewards.score(of.generator.answer(of.prompts.held_out, settings)).values
+        scores = of.rewards.score(of.generator.answer(of.prompts.held_out, settings))
+        of.rewards.tell(scores)
+        return scores.values
 
     @property
     def _max_staleness(self) -> int:

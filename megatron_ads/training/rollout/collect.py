@@ -1,8 +1,7 @@
 """What a step is trained on: prompts drawn, answered and judged until there are enough groups that teach something."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ from megatron_ads.config.rl import RlConfig
 from megatron_ads.journal import digest_of
 from megatron_ads.losses.advantages import without_variance
 from megatron_ads.observability.log import get_logger
-from megatron_ads.rewards.registry import Rewards, Scores
+from megatron_ads.rewards.failures import RewardHistory, log_failures
+from megatron_ads.rewards.registry import Rewards
+from megatron_ads.rewards.scores import Scores, joined
 from megatron_ads.rollouts import Rollout, groups_of
 from megatron_ads.training.checkpoint_errors import failed_log_named, raised_on_all_ranks, raised_once_all_are_done
 from megatron_ads.training.rollout.background import MadeStep
@@ -34,12 +35,13 @@ class JobRewards:
     rewards: Rewards | None
     """None but on rank 0."""
     longest_wait_seconds: float
+    history: RewardHistory = field(default_factory=RewardHistory)
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         """Return what rollouts are worth; a collective.
 
         Raises:
-            MegatronAdsError: On every rank, if a reward failed for all of them.
+            MegatronAdsError: On every rank, if a function of one's own cannot be imported or called.
         """
         found: list[Scores | None] = [None]
         with raised_once_all_are_done("compute the rewards", self.longest_wait_seconds):
@@ -53,6 +55,20 @@ class JobRewards:
         """Return the same on rank 0, without the others."""
         assert self.rewards is not None, "this is rank 0"
         return self.rewards.score(rollouts)
+
+    def tell(self, scores: Scores) -> None:
+        """Log what failed, on rank 0."""
+        if self.rewards is not None:
+            log_failures(scores)
+
+    def conclude(self, rollouts: Sequence[Rollout], scores: Scores) -> None:
+        """Log what failed for the answers of a step, those of all its draws, or end the run because of it.
+
+        Raises:
+            DataError: On every rank that has the scores, by the rules of ``rewards/failures.py``.
+        """
+        self.history.require_values(rollouts, scores)
+        self.tell(scores)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,18 +146,24 @@ class Collector:
     def _draw(
         self, step: int, stream: PromptStream, weights: str, times: PhaseTimes, *, alone: bool = False
     ) -> ScoredStep:
-        """Draw until enough groups have different rewards, or ``max_draws`` times; the others fill the step then."""
+        """Draw until enough groups have different rewards, or ``max_draws`` times; the others fill the step then.
+
+        Whether rewards fail for so much that the run ends is decided over all draws.
+        """
         rollout, wanted = self.config.rollout, self.config.train.global_batch_size
-        kept, flat, faults, generated = list[_Group](), list[_Group](), Counter[str](), 0
+        kept, flat, answered, scored = list[_Group](), list[_Group](), list[Rollout](), list[Scores]()
         draws = 0
         while len(kept) < wanted and draws < (rollout.max_draws if rollout.dynamic_sampling else 1):
             draws += 1
             prompts, seed = stream.draw(wanted - len(kept)), (self.config.train.seed, step, draws)
             groups, found = self._answer(prompts, seed, weights, times, alone=alone)
-            faults, generated = faults + found.faults, generated + sum(len(group.rollouts) for group in groups)
+            answered += [each for group in groups for each in group.rollouts]
+            scored.append(found)
             for group in groups:
                 (flat if rollout.dynamic_sampling and group.is_flat else kept).append(group)
-        used = [*kept, *flat][:wanted]
+        scores = joined(scored)
+        self.rewards.conclude(answered, scores)
+        used, faults = [*kept, *flat][:wanted], scores.faults
         rollouts = [replace(each, group=number) for number, group in enumerate(used) for each in group.rollouts]
         if self.teacher is not None:
             with times.measured("teacher"):
@@ -152,7 +174,7 @@ class Collector:
             rewards={name: np.concatenate([group.rewards[name] for group in used]) for name in used[0].rewards},
             faults=faults,
             draws=draws,
-            generated=generated,
+            generated=len(answered),
         )
 
     def _answer(

@@ -18,16 +18,19 @@ from megatron_ads.config.generation import ModelKind
 from megatron_ads.config.rl import RlConfig, RolloutMode
 from megatron_ads.config.teacher import TeacherConfig
 from megatron_ads.data.chat import ChatTokenizer, load_tokenizer
-from megatron_ads.errors import ConfigError, require
+from megatron_ads.errors import ConfigError, DataError, require
 from megatron_ads.inference.engine import Finish
 from megatron_ads.inference.model_folder import hugging_face_folder, tokenizer_folder
 from megatron_ads.inference.openai_engine import OpenAIEngine
 from megatron_ads.inference.servers import Server, Servers
 from megatron_ads.inference.transformers_engine import TransformersEngine, open_engine
-from megatron_ads.rewards.registry import report_failures
+from megatron_ads.observability.log import get_logger
+from megatron_ads.rewards.failures import counts_of, described
 from megatron_ads.rewards.reward import Fault, RewardFailure
 from megatron_ads.rollouts import Rollout
 from megatron_ads.training.checkpoint_errors import raised_once_all_are_done
+
+logger = get_logger(__name__)
 
 Read = Callable[[Sequence[Rollout]], list[Sequence[float] | RewardFailure]]
 """Takes rollouts and returns the log-probabilities of each answer's tokens, or why there are none."""
@@ -57,10 +60,15 @@ class Teacher:
             DataError: If it failed for all, or its server is lost.
         """
         found = [_checked(*pair) for pair in zip(self.read(rollouts), rollouts, strict=True)]
-        faults = report_failures("teacher", found)
+        failures = [values for values in found if isinstance(values, RewardFailure)]
+        if failures:
+            told = described("teacher", failures, len(found))
+            if len(failures) == len(found):
+                raise DataError(f"{told} and has a value for none. Correct it, or its settings.")
+            logger.warning("%s.", told)
         return TeacherScores(
             values=[None if isinstance(values, RewardFailure) else values for values in found],
-            faults=Counter({f"teacher/{fault}": count for fault, count in faults.items()}),
+            faults=Counter({f"teacher/{fault}": count for fault, count in counts_of(failures).items()}),
         )
 
 

@@ -1,19 +1,29 @@
 """A step's rollouts are drawn once: what is kept of them, and until when."""
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 
+from megatron_ads.config.recipes import load_job
 from megatron_ads.config.rl import RlConfig
+from megatron_ads.errors import DataError
+from megatron_ads.rewards.registry import Rewards
+from megatron_ads.rewards.reward import Fault, Outcome, RewardFailure
+from megatron_ads.rollouts import Rollout
 from megatron_ads.training.rollout import collect
-from megatron_ads.training.rollout.collect import Collector
+from megatron_ads.training.rollout.collect import Collector, JobRewards
 from megatron_ads.training.rollout.dump import ScoredStep, read_header, step_file
+from megatron_ads.training.rollout.generation import AnswerSettings
 from megatron_ads.training.rollout.metrics import PhaseTimes
-from tests.training.rollout.test_rollouts import rollout
+from megatron_ads.training.rollout.prompts import PolicyPrompt
+from tests.training.rollout.test_rollouts import prompt, rollout
 
 
 @pytest.mark.parametrize("on_file", [True, False])
@@ -50,3 +60,57 @@ def test_a_step_is_taken_from_file_if_the_same_weights_made_it(monkeypatch: pyte
     there = read_header(step_file(tmp_path, 3))
     assert there["rollouts"] == 1 and there["settings"]["rollout.max_new_tokens"] == 256
     prompts.stream.load_state_dict.assert_called_once_with({"drawn": [4]})
+
+
+class Answers:
+    """A generator whose answers say the name of their row, and how often prompts were drawn."""
+
+    draws = 0
+
+    def answer_alone(self, prompts: Sequence[PolicyPrompt], settings: AnswerSettings) -> list[Rollout]:
+        self.draws += 1
+        return [
+            replace(rollout(group, name=each.row.id), text=f"{each.row.id}{self.draws}{place}")
+            for group, each in enumerate(prompts)
+            for place in range(settings.samples)
+        ]
+
+
+class InOrder:
+    """Prompts named by letters."""
+
+    def __init__(self, names: str) -> None:
+        self.waiting = [prompt(name) for name in names]
+
+    def draw(self, count: int) -> list[PolicyPrompt]:
+        taken, self.waiting = self.waiting[:count], self.waiting[count:]
+        return taken
+
+
+def drawn(judge: Callable[[str], Outcome], *settings: str, names: str = "abcdef") -> ScoredStep:
+    """Return a step of two prompts with two answers each, replaced where they are worth the same."""
+    sizes = ["train.global_batch_size=2", "rollout.samples=2", "rollout.dynamic_sampling=true"]
+    config = load_job("rl/quickstart", ["model.load=x", *sizes, *settings])
+    assert isinstance(config, RlConfig)
+    rewards = Rewards({"one": lambda rollouts: iter([[judge(each.text) for each in rollouts]])}, [])
+    prompts: Any = Mock(stream=InOrder(names))
+    generator: Any = Answers()
+    collector = Collector(
+        config=config, prompts=prompts, generator=generator, rewards=JobRewards(rewards, 20), folder=Path()
+    )
+    return collector._draw(1, prompts.stream, "0-a", PhaseTimes(), alone=True)
+
+
+def test_failures_of_a_step_are_judged_over_all_its_draws(caplog: pytest.LogCaptureFixture) -> None:
+    failed = RewardFailure(Fault.raised, "ValueError: no good")
+
+    def judge(text: str) -> Outcome:
+        return {"a10": 0.0, "a11": 1.0, "b10": 0.5, "b11": 0.5}.get(text, failed)
+
+    found = drawn(judge)
+    assert [each.row.id for each in found.rollouts] == ["a", "a", "b", "b"] and found.draws == 3
+    assert found.faults == {"one/raised": 4} and found.generated == 8
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line == "The reward one failed for 4 of 8 rollouts (4 raised; ValueError: no good)."
+    with pytest.raises(DataError, match=r"failed for 12 of 12 rollouts .* has a value for none"):
+        drawn(lambda _: failed)

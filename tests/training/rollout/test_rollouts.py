@@ -15,7 +15,7 @@ from megatron_ads.config.recipes import load_job
 from megatron_ads.config.rl import Overlong, RlConfig, RolloutConfig
 from megatron_ads.errors import DataError
 from megatron_ads.inference.engine import Completion, Finish
-from megatron_ads.rewards.registry import Scores
+from megatron_ads.rewards.scores import Scores
 from megatron_ads.rollouts import Rollout
 from megatron_ads.rows import ChatRow, Message, Role
 from megatron_ads.training.policy_rows import minibatches, on_labels, overlong_penalty, policy_row
@@ -257,7 +257,10 @@ class Fakes:
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         values = [float(place % 2) if each.row.id.isupper() else 0.5 for place, each in enumerate(rollouts)]
-        return Scores(values={"one": np.array(values)}, faults=Counter())
+        return Scores(values={"one": np.array(values)})
+
+    def conclude(self, *_: object) -> None:
+        pass
 
 
 @pytest.mark.parametrize(
