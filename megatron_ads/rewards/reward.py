@@ -64,6 +64,8 @@ class Reward(Protocol):
     def __call__(self, rollouts: Sequence[Rollout]) -> Sequence[Outcome]:
         """Return one value for each rollout of one unit; None where the row is not one that it judges.
 
+        Whatever else it raises is a mistake of its own, and counted in the same way.
+
         Raises:
             DataError: If a row lacks what is needed to judge its answers, and the unit has no other row.
         """
