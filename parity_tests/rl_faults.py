@@ -57,11 +57,12 @@ def worth(text):
     return sum(map(ord, text)) % 7 / 7
 def score(prompt, completion, **columns):
     what = SWITCH.read_text() if SWITCH.exists() else ""
-    if what == "raise" or what == "raise-for-some" and worth(completion) > 0.5:
+    found = worth(completion[0]["content"])
+    if what == "raise" or what == "raise-for-some" and found > 0.5:
         raise RuntimeError("this answer cannot be judged")
     while what == "hang":
         time.sleep(1)
-    return worth(completion)
+    return found
 """
 """A random model's answers deserve nothing; this one tells them apart all the same."""
 

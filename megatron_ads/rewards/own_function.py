@@ -5,10 +5,12 @@
     def f(prompt, completion, **columns)            one answer
     def compute_score(data_source, solution_str, ground_truth, extra_info)      verl's form: one answer
 
-A prompt is a list of messages, a completion a text. Columns are the facts of the rows, with id, task, label, ``group``
-(number of the prompt) and TRL's ``completion_ids``; a row that lacks a fact has None. Settings of the recipe are
-further keyword arguments. A function without ``**`` is given what it names. It returns a number, or None for "not my
-task", for each answer; of what verl's functions return, ``score`` or the first value counts.
+As in TRL where prompts are conversations, a prompt is a list of messages, and a completion one with a single message:
+``[{"role": "assistant", "content": TEXT}]``; verl's ``solution_str`` is a text. Columns are the facts of the rows, with
+id, task, label, ``group`` (number of the prompt) and TRL's ``completion_ids``; a row that lacks a fact has None.
+Settings of the recipe are further keyword arguments. A function without ``**`` is given what it names. It returns a
+number, or None for "not my task", for each answer; of what verl's functions return, ``score`` or the first value
+counts.
 
 Sources: TRL's ``GRPOTrainer(reward_funcs=...)``; verl's ``NaiveRewardManager``, verl/workers/reward_manager/naive.py.
 """
@@ -83,15 +85,16 @@ class OwnFunction:
         if self.is_verl:
             return _as_verl(first.row, first.text)
         ids = [list(rollout.answer_tokens) for rollout in rollouts]
-        texts = [rollout.text for rollout in rollouts]
+        completions = [_completion(rollout.text) for rollout in rollouts]
         if self.unit is Unit.sample:
-            return {**_columns(first), "prompt": _prompt(first.row), "completion": texts[0], "completion_ids": ids[0]}
+            sample = {"completion": completions[0], "completion_ids": ids[0]}
+            return {**_columns(first), "prompt": _prompt(first.row), **sample}
         if self.unit is Unit.group:
-            return {**_columns(first), "prompt": _prompt(first.row), "completions": texts, "completion_ids": ids}
+            return {**_columns(first), "prompt": _prompt(first.row), "completions": completions, "completion_ids": ids}
         rows = [_columns(rollout) for rollout in rollouts]
         columns = {name: [row.get(name) for row in rows] for name in {name: None for row in rows for name in row}}
         prompts = [_prompt(rollout.row) for rollout in rollouts]
-        return {**columns, "prompts": prompts, "completions": texts, "completion_ids": ids}
+        return {**columns, "prompts": prompts, "completions": completions, "completion_ids": ids}
 
 
 def load(name: str, settings: Mapping[str, Any]) -> OwnFunction:
@@ -150,6 +153,10 @@ def _unit(name: str, parameters: Mapping[str, Any]) -> Unit:
 
 def _prompt(row: ChatRow) -> list[dict[str, Any]]:
     return [message.as_dict() for message in row.prompt]
+
+
+def _completion(text: str) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": text}]
 
 
 def _columns(rollout: Rollout) -> dict[str, Any]:

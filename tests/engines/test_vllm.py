@@ -138,7 +138,8 @@ def test_a_server_killed_in_mid_rollout_is_restarted_and_nothing_finished_is_ask
 def test_grpo_steps_on_a_server_that_is_killed_in_mid_rollout(server: VllmServer, model: Path, tmp_path: Path) -> None:
     reward = tmp_path / "reward.py"
     reward.write_text(
-        "def some(completions, **columns):\n    return [sum(map(ord, text)) % 7 / 7 for text in completions]\n"
+        "def some(completions, **columns):\n"
+        "    return [sum(map(ord, message['content'])) % 7 / 7 for [message] in completions]\n"
     )
     job = RealJob(
         recipe="rl/quickstart",

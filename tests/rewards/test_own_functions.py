@@ -24,7 +24,7 @@ from tests.rewards.rollouts import answers, chat_row, failures, rewards
 
 ROOT = Path(__file__).parents[2]
 FUNCTIONS = """
-import math, os, subprocess, sys, time
+import math, os, re, subprocess, sys, time
 
 def lengths(prompts, completions, scale, **columns):
     print("for whoever debugs it")
@@ -32,13 +32,18 @@ def lengths(prompts, completions, scale, **columns):
     assert keys == ["completion_ids", "group", "id", "label", "price", "task"], keys
     assert columns["price"] == [3, 3, None] and columns["group"] == [0, 0, 1], columns
     assert prompts[0] == [{"role": "user", "content": "Question a?"}], prompts
-    return [None if label == "skip" else scale * len(text) for text, label in zip(completions, columns["label"])]
+    texts = [message["content"] for [message] in completions]
+    return [None if label == "skip" else scale * len(text) for text, label in zip(texts, columns["label"])]
 
 def best_of_group(prompt, completions, price):
     assert isinstance(price, int) and prompt[0]["content"].startswith("Question"), (prompt, price)
-    return [price * (len(text) == max(map(len, completions))) for text in completions] + [0] * ("x" in completions)
+    texts = [completion[0]["content"] for completion in completions]
+    return [price * (len(text) == max(map(len, texts))) for text in texts] + [0] * ("x" in texts)
 
 def act(completion):
+    [message] = completion
+    assert message["role"] == "assistant", message
+    completion = message["content"]
     if completion == "raise":
         raise ValueError("no good")
     if completion == "loop":
@@ -66,7 +71,7 @@ def hang_with_child(completions, pids):
 
 def of_arrays(completions):
     import numpy
-    return numpy.array([len(text) for text in completions], dtype=numpy.float32)
+    return numpy.array([len(completion[0]["content"]) for completion in completions], dtype=numpy.float32)
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, bonus=0.0):
     if data_source == "dict":
@@ -78,6 +83,10 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, bonu
 
 def verl_unchanged(data_source, solution_str, ground_truth, extra_info, expected):
     return float([data_source, ground_truth, extra_info] == expected[solution_str])
+
+def format_reward(completions, **kwargs):  # as those of TRL
+    contents = [completion[0]["content"] for completion in completions]
+    return [1.0 if re.match("<think>.*</think>", content) else 0.0 for content in contents]
 
 def nothing(text):
     return 1.0
@@ -142,6 +151,10 @@ def test_a_function_over_groups_loses_one_group_when_it_fails(own: Callable[...,
     )
     assert [column(scores)[place] for place in (0, 1, 4)] == [0.0, 3.0, 3.0]
     assert faults(scores) == {"wrong_length": 2}
+
+
+def test_functions_of_trl_for_conversations_work_unchanged(own: Callable[..., Rewards]) -> None:
+    assert column(own("format_reward").score(acting("<think>So.</think>yes", "yes"))) == [1.0, 0.0]
 
 
 def test_a_function_in_the_form_of_verl(own: Callable[..., Rewards]) -> None:

@@ -18,11 +18,11 @@ MEASURED_TIME = ("seconds", "per_second", "slowest_rank", "max_memory_allocated"
 """In names of metrics that tell of the machine, not of the training."""
 REWARDS = """
 def some(completions, **columns):
-    return [sum(map(ord, text)) % 7 / 7 for text in completions]
+    return [sum(map(ord, message["content"])) % 7 / 7 for [message] in completions]
 
 
 def longer(completions, **columns):
-    return [len(text) / 100 for text in completions]
+    return [len(message["content"]) / 100 for [message] in completions]
 """
 """A random model's answers deserve nothing; these tell them apart all the same."""
 
@@ -180,7 +180,8 @@ def test_answers_are_valid_names_in_training_and_in_evaluation_with_the_policys_
 ) -> None:
     (folder / "empty_block.py").write_text(
         "def written(completions, task, **columns):\n"
-        "    named = [None if name != 'next_advertiser' else text for text, name in zip(completions, task)]\n"
+        "    texts = [completion[0]['content'] for completion in completions]\n"
+        "    named = [None if name != 'next_advertiser' else text for text, name in zip(texts, task)]\n"
         "    return [text and float(text.startswith('<think></think>')) for text in named]\n"
     )
     written = f"{folder / 'empty_block.py'}:written"
