@@ -35,9 +35,11 @@ class Overlong(StrEnum):
 
     keep = "keep"
     mask = "mask"
-    """It counts in its group's mean reward, but not in the loss (DAPO, arXiv:2503.14476, section 3.4)."""
+    """It counts in its group's mean reward, but not in the loss (DAPO, arXiv:2503.14476, section 3.4); a group of
+    nothing else teaches nothing."""
     shape = "shape"
-    """Its reward falls linearly over the last ``rollout.overlong_buffer`` tokens, to 1 less (DAPO, eq. 13)."""
+    """Its reward falls linearly over the last ``rollout.overlong_buffer`` tokens, to 1 less (DAPO, eq. 13): for the
+    update, ``dynamic_sampling``, metrics and POPO-light, but neither in files of rollouts nor in evaluation."""
 
 
 @dataclass(kw_only=True, slots=True)  # not frozen, here and below: Hydra merges into it
@@ -61,7 +63,8 @@ class RolloutConfig:
     with. Log-probabilities and the update are of the policy over all tokens, as in MiniOneRec's trainer (ReRe): what
     only the names forced counts as well. Not for ``servers`` and ``train_only``."""
     dynamic_sampling: bool = False
-    """Replace groups whose answers all have the same reward by those of further prompts (DAPO, section 3.2)."""
+    """Replace groups that teach nothing, as their answers all have the same reward, by those of further prompts (DAPO,
+    section 3.2)."""
     max_draws: int = 3
     """``dynamic_sampling``: how often prompts are drawn for one step at most; then groups without variance fill it."""
     overlong: Overlong = Overlong.keep

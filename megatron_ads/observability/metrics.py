@@ -57,7 +57,10 @@ METRICS = {
     "validation_logps/{name}": ("nats", "logps/* of the held-out prompts"),
     "validation_nll_loss": ("nats/token", "nll_loss of the held-out prompts"),
     "reference_seconds": ("s", "computing log-probabilities under the reference, for steps to come"),
-    "critic/rewards/mean": ("1", "mean over the answers of the step of their rewards, weighted and summed"),
+    "critic/rewards/mean": (
+        "1",
+        "mean over the answers of the step of their rewards, shaped (rollout.overlong), weighted and summed",
+    ),
     "critic/rewards/max": ("1", "the largest of them"),
     "critic/rewards/min": ("1", "the smallest of them"),
     "critic/rewards/{reward}/mean": ("1", "mean of one reward, over the answers that it judges"),
@@ -74,7 +77,7 @@ METRICS = {
     "prompt_length/mean": ("tokens", "length of the prompts"),
     "rollout/groups_without_variance": (
         "groups",
-        "whose answers are all worth the same, so that they teach nothing",
+        "whose answers are all worth the same, or all masked (rollout.overlong), so that they teach nothing",
     ),
     "rollout/draws": ("1", "how often prompts were drawn for the step (rollout.dynamic_sampling)"),
     "rollout/answers": ("answers", "generated for the step, those of replaced groups included"),

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ads.config.rl import Overlong, RolloutConfig
 from megatron_ads.rollouts import Rollout
 from megatron_ads.rows import TokenizedRow
 
@@ -27,13 +26,6 @@ def minibatches(rollouts: Sequence[Rollout], count: int) -> list[range]:
     groups = rollouts[-1].group + 1
     ends = np.searchsorted([rollout.group for rollout in rollouts], np.arange(1, count + 1) * groups // count)
     return [range(start, end) for start, end in zip([0, *ends.tolist()], ends.tolist(), strict=False)]
-
-
-def overlong_penalty(config: RolloutConfig, answer_tokens: int) -> float:
-    """Return what is taken off the reward of an answer of so many tokens: 0 to 1 over the buffer (DAPO, eq. 13)."""
-    if config.overlong is not Overlong.shape:
-        return 0.0
-    return max(0.0, (answer_tokens - (config.max_new_tokens - config.overlong_buffer)) / config.overlong_buffer)
 
 
 def on_labels(row: TokenizedRow, of_answer: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_ads.config.model import Precision
-from megatron_ads.config.rl import Combine, KlPlace, LossAggregation, Overlong, RlConfig, RouterReplay
+from megatron_ads.config.rl import Combine, KlPlace, LossAggregation, RlConfig, RouterReplay
 from megatron_ads.data.batches import ReplicaShare, batches_of_all
 from megatron_ads.data.packed_batch import PLACE, PackedBatch, places
 from megatron_ads.errors import ConversionError
@@ -30,10 +30,11 @@ from megatron_ads.losses.policy import (
 )
 from megatron_ads.rewards.weights import RewardWeights
 from megatron_ads.rows import TokenizedRow
-from megatron_ads.training.policy_rows import minibatches, on_labels, overlong_penalty, policy_row
+from megatron_ads.training.policy_rows import minibatches, on_labels, policy_row
 from megatron_ads.training.reference import ReferenceWeights
 from megatron_ads.training.reward_gradients import reward_inner_products
 from megatron_ads.training.rollout.dump import ScoredStep
+from megatron_ads.training.rollout.overlong import is_masked
 from megatron_ads.training.router_replay import ExpertChoices
 from megatron_ads.training.session import Session
 from megatron_ads.training.step import Routing, StepReport, run_log_probabilities_and_entropies, run_step
@@ -60,8 +61,9 @@ class PolicyUpdate:
     ) -> tuple[StepReport, dict[str, float]]:
         """Update the weights ``policy.minibatches`` times; return what the step did, and its metrics by verl's names.
 
-        With POPO, ``reward_weights`` follow the gradients first. ``weights`` is the name of the current ones, as
-        ``Rollout.weights`` has it; None where a job cannot know by which its rollouts were made.
+        With POPO, ``reward_weights`` follow the gradients first. The rewards are those that the recipe has shaped.
+        ``weights`` is the name of the current ones, as ``Rollout.weights`` has it; None where a job cannot know by
+        which its rollouts were made.
 
         Raises:
             ConversionError: On every rank, if log-probabilities differ that must be equal.
@@ -73,7 +75,7 @@ class PolicyUpdate:
         old, entropies = self._log_probabilities(rows, [*map(len, engine)], portions, records)
         self._require_agreement(found, engine, old, weights)
         reference = self._of_reference(rows, portions, old)
-        rewards = self._adjusted(found, old, reference)
+        rewards = self._with_kl(found, old, reference)
         values = {ENGINE: engine, OLD: old, REFERENCE: reference or old}
         products = self._inner_products(found, rows, values, rewards)
         reward_weights.update(products)
@@ -238,12 +240,11 @@ class PolicyUpdate:
                 "train.deterministic, or look for what is random in the model."
             )
 
-    def _adjusted(self, found: ScoredStep, old: Values, reference: Values | None) -> dict[str, NDArray[np.float64]]:
-        """Return the rewards with what the recipe takes off: for length, and for the distance to the reference."""
-        policy, rollout = self.config.policy, self.config.rollout
-        penalty_N = np.array([overlong_penalty(rollout, len(each.answer_tokens)) for each in found.rollouts])
+    def _with_kl(self, found: ScoredStep, old: Values, reference: Values | None) -> dict[str, NDArray[np.float64]]:
+        """Return the rewards, less the distance to the reference where the recipe takes that off."""
+        policy = self.config.policy
         if reference is None or policy.kl_in is not KlPlace.reward:
-            return {name: values_N - penalty_N for name, values_N in found.rewards.items()}
+            return found.rewards
         pairs = zip(old, reference, strict=True)
         kl_N = np.array(
             [
@@ -251,10 +252,7 @@ class PolicyUpdate:
                 for p, ref in pairs
             ]
         )
-        return {
-            name: rewards_with_kl(values_N - penalty_N, kl_N, policy.kl_coef)
-            for name, values_N in found.rewards.items()
-        }
+        return {name: rewards_with_kl(values_N, kl_N, policy.kl_coef) for name, values_N in found.rewards.items()}
 
     def _advantages(
         self, found: ScoredStep, rewards: Mapping[str, NDArray[np.float64]], weights: Mapping[str, float]
@@ -280,9 +278,8 @@ class PolicyUpdate:
     def _loss_weight(self, found: ScoredStep, place: int) -> float:
         """Return the weight of each token of an answer; 0 for one that is masked, or that nothing has judged."""
         rollout, settings = found.rollouts[place], self.config.rollout
-        masked = settings.overlong is Overlong.mask and rollout.cut_off
         rewarded = any(not np.isnan(values_N[place]) for values_N in found.rewards.values())
-        if masked or not (rewarded or rollout.teacher_log_probabilities is not None):
+        if is_masked(rollout, settings) or not (rewarded or rollout.teacher_log_probabilities is not None):
             return 0.0
         mode: LossAggregation = self.config.policy.loss_agg_mode
         return rollout.row.weight * answer_weight(mode, len(rollout.answer_tokens), settings.max_new_tokens)

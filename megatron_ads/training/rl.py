@@ -7,7 +7,7 @@ later steps are generated meanwhile.
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from megatron_ads.training.rollout.answering import Answering, open_answering
 from megatron_ads.training.rollout.collect import JobRewards
 from megatron_ads.training.rollout.dump import ScoredStep, read_recorded, step_settings
 from megatron_ads.training.rollout.metrics import PhaseTimes, of_rewards, of_step
+from megatron_ads.training.rollout.overlong import is_masked, shaped
 from megatron_ads.training.rollout.prompts import Prompts, PromptStream, open_prompts
 from megatron_ads.training.rollout.teacher import open_job_teacher
 from megatron_ads.training.session import Membership, Session, join, start_from
@@ -159,7 +160,11 @@ class RlJob:
         return self.answering.weights[-1] if self.answering is not None else None
 
     def rollouts_of(self, step: int) -> ScoredStep:
-        """Return what a step is trained on, on every rank; a collective."""
+        """Return what a step is trained on, its rewards shaped, on every rank; a collective."""
+        found = self._rewarded(step)
+        return replace(found, rewards=shaped(found.rewards, found.rollouts, self.config.rollout))
+
+    def _rewarded(self, step: int) -> ScoredStep:
         if self.answering is not None:
             return self.answering.collect(step, self.times)
         with raised_on_all_ranks():
@@ -184,6 +189,13 @@ class RlJob:
                 "that does, or other rows in data.sources",
                 self.session.step + 1,
                 tasks,
+            )
+            return
+        if all(is_masked(rollout, self.config.rollout) for rollout in found.rollouts):
+            logger.warning(
+                "step %d teaches nothing: all its answers were cut off, and rollout.overlong is mask. Raise "
+                "rollout.max_new_tokens, or begin with weights that answer in less",
+                self.session.step + 1,
             )
             return
         logger.warning(
@@ -216,7 +228,7 @@ def _step(job: RlJob) -> bool:
     found = job.rollouts_of(session.step + 1)
     job.reward_history.observe(found.rewards)  # also of a step from file
     job.reward_weights.observe(found.rewards, np.array([rollout.group for rollout in found.rollouts]))
-    metrics = of_step(found, job.reward_weights.current)
+    metrics = of_step(found, job.reward_weights.current, job.config.rollout)
     if job.answering is not None:
         metrics |= job.answering.staleness(found)
     job.warn_of_nothing_to_learn(found, metrics)

@@ -86,7 +86,7 @@ def _updated(
     update = policy_update.PolicyUpdate(
         config=config, session=session, share=ReplicaShare(2, 1, 0, 1), reference=reference
     )
-    return update.run(found, Mock(current=dict.fromkeys(found.rewards, 1.0)))
+    return update.run(found, Mock(current=dict.fromkeys(found.rewards, 1.0)), weights=None)
 
 
 # The rewards 1, 0, 0 of one group, whose second answer, of three tokens, was cut off; the others have two and one. The

@@ -9,9 +9,8 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megatron_ads.config.rl import RlConfig
+from megatron_ads.config.rl import RlConfig, RolloutConfig
 from megatron_ads.journal import digest_of
-from megatron_ads.losses.advantages import without_variance
 from megatron_ads.observability.log import get_logger
 from megatron_ads.rewards.failures import RewardHistory, log_failures
 from megatron_ads.rewards.registry import Rewards
@@ -22,6 +21,7 @@ from megatron_ads.training.rollout.background import MadeStep
 from megatron_ads.training.rollout.dump import ScoredStep, read_header, read_step, step_file, step_settings, write_step
 from megatron_ads.training.rollout.generation import AnswerSettings, Generator
 from megatron_ads.training.rollout.metrics import PhaseTimes
+from megatron_ads.training.rollout.overlong import groups_that_teach_nothing, shaped
 from megatron_ads.training.rollout.prompts import PolicyPrompt, Prompts, PromptStream
 from megatron_ads.training.rollout.teacher import JobTeacher
 
@@ -160,7 +160,7 @@ class Collector:
             answered += [each for group in groups for each in group.rollouts]
             scored.append(found)
             for group in groups:
-                (flat if rollout.dynamic_sampling and group.is_flat else kept).append(group)
+                (flat if rollout.dynamic_sampling and group.is_flat(rollout) else kept).append(group)
         scores = joined(scored)
         self.rewards.conclude(answered, scores)
         used, faults = [*kept, *flat][:wanted], scores.faults
@@ -206,8 +206,7 @@ class _Group:
     rollouts: Sequence[Rollout]
     rewards: dict[str, NDArray[np.float64]]
 
-    @property
-    def is_flat(self) -> bool:
-        """Whether no reward tells its answers apart."""
-        alike = np.zeros(len(self.rollouts), dtype=np.int64)
-        return all(without_variance(values, alike) for values in self.rewards.values())
+    def is_flat(self, config: RolloutConfig) -> bool:
+        """Return whether no reward has an update learn from its answers."""
+        rewards = shaped(self.rewards, self.rollouts, config)
+        return all(groups_that_teach_nothing(values, self.rollouts, config) for values in rewards.values())

@@ -8,16 +8,17 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ads.losses.advantages import without_variance
+from megatron_ads.config.rl import RolloutConfig
 from megatron_ads.rollouts import Rollout
 from megatron_ads.training.rollout.dump import ScoredStep
+from megatron_ads.training.rollout.overlong import groups_that_teach_nothing
 
 
-def of_step(found: ScoredStep, weights: Mapping[str, float]) -> dict[str, float]:
-    """Return the metrics of a step's rollouts; ``weights`` are those of the rewards."""
+def of_step(found: ScoredStep, weights: Mapping[str, float], config: RolloutConfig) -> dict[str, float]:
+    """Return the metrics of a step's rollouts with shaped rewards; ``weights`` are those of the rewards."""
     lengths = [len(rollout.answer_tokens) for rollout in found.rollouts]
     return {
-        **(_of_groups(found, weights) if found.rewards else {}),
+        **(_of_groups(found, weights, config) if found.rewards else {}),
         **_of_teacher(found.rollouts),
         "response_length/mean": float(np.mean(lengths)),
         "response_length/max": float(max(lengths)),
@@ -29,15 +30,14 @@ def of_step(found: ScoredStep, weights: Mapping[str, float]) -> dict[str, float]
     }
 
 
-def _of_groups(found: ScoredStep, weights: Mapping[str, float]) -> dict[str, float]:
-    group_N = np.array([rollout.group for rollout in found.rollouts])
+def _of_groups(found: ScoredStep, weights: Mapping[str, float], config: RolloutConfig) -> dict[str, float]:
     together_N = combined(found.rewards, weights)
     with_reward = together_N[~np.isnan(together_N)]
     ends = {"max": with_reward.max(), "min": with_reward.min()} if len(with_reward) else {}
     return {
         **of_rewards("critic/rewards", found.rewards, weights),
         **{f"critic/rewards/{end}": value for end, value in ends.items()},
-        "rollout/groups_without_variance": float(len(without_variance(together_N, group_N))),
+        "rollout/groups_without_variance": float(len(groups_that_teach_nothing(together_N, found.rollouts, config))),
     }
 
 

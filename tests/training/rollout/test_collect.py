@@ -63,17 +63,25 @@ def test_a_step_is_taken_from_file_if_the_same_weights_made_it(monkeypatch: pyte
 
 
 class Answers:
-    """A generator whose answers say the name of their row, and how often prompts were drawn."""
+    """A generator whose answers say the name of their row, how often prompts were drawn, and which it is.
+
+    Those to a prompt named by a capital letter are cut off, but for the first, which is half as long; those to Z too.
+    """
 
     draws = 0
 
     def answer_alone(self, prompts: Sequence[PolicyPrompt], settings: AnswerSettings) -> list[Rollout]:
         self.draws += 1
         return [
-            replace(rollout(group, name=each.row.id), text=f"{each.row.id}{self.draws}{place}")
+            self._answer(each.row.id, group, place, settings.max_new_tokens)
             for group, each in enumerate(prompts)
             for place in range(settings.samples)
         ]
+
+    def _answer(self, name: str, group: int, place: int, longest: int) -> Rollout:
+        cut_off = name.isupper() and (place > 0 or name == "Z")
+        tokens = longest if cut_off else longest // 2
+        return replace(rollout(group, range(tokens), name=name), text=f"{name}{self.draws}{place}", cut_off=cut_off)
 
 
 class InOrder:
@@ -114,3 +122,29 @@ def test_failures_of_a_step_are_judged_over_all_its_draws(caplog: pytest.LogCapt
     assert line == "The reward one failed for 4 of 8 rollouts (4 raised; ValueError: no good)."
     with pytest.raises(DataError, match=r"failed for 12 of 12 rollouts .* has a value for none"):
         drawn(lambda _: failed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "judge", "used"),
+    [
+        # Answers worth the same differ in length; those worth 1 more if they are cut off no more, and b is replaced.
+        (["rollout.overlong=shape", "rollout.overlong_buffer=4"], lambda text: 1.0, "AC"),
+        (["rollout.overlong=shape", "rollout.overlong_buffer=4"], lambda text: float(text[2]), "bd"),
+        (["rollout.overlong=mask"], lambda text: float(text[2]), "Ab"),
+        ([], lambda text: float(text[2]), "Ab"),
+    ],
+    ids=["only shaped", "shaped away", "masked in part", "kept"],
+)
+def test_dynamic_sampling_sees_what_the_update_sees(
+    settings: list[str], judge: Callable[[str], Outcome], used: str
+) -> None:
+    found = drawn(judge, "rollout.max_new_tokens=8", *settings, names="AbCdEfGh")
+    assert [each.row.id for each in found.rollouts[::2]] == list(used)
+    values = [judge(f"{each.row.id}1{place % 2}") for place, each in enumerate(found.rollouts)]
+    assert found.rewards["one"].tolist() == values, "as they were computed"
+
+
+def test_groups_of_masked_answers_alone_are_replaced() -> None:
+    for overlong, used in (("mask", "AB"), ("keep", "AZ")):
+        found = drawn(lambda text: float(text[2]), f"rollout.overlong={overlong}", names="AZBC")
+        assert [each.row.id for each in found.rollouts[::2]] == list(used)

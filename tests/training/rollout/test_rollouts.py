@@ -12,13 +12,13 @@ import pytest
 
 from megatron_ads.config.generation import GenerationConfig
 from megatron_ads.config.recipes import load_job
-from megatron_ads.config.rl import Overlong, RlConfig, RolloutConfig
+from megatron_ads.config.rl import RlConfig
 from megatron_ads.errors import DataError
 from megatron_ads.inference.engine import Completion, Finish
 from megatron_ads.rewards.scores import Scores
 from megatron_ads.rollouts import Rollout
 from megatron_ads.rows import ChatRow, Message, Role
-from megatron_ads.training.policy_rows import minibatches, on_labels, overlong_penalty, policy_row
+from megatron_ads.training.policy_rows import minibatches, on_labels, policy_row
 from megatron_ads.training.rollout.collect import Collector
 from megatron_ads.training.rollout.dump import ScoredStep, read_header, read_recorded, step_file, write_step
 from megatron_ads.training.rollout.generation import AnswerChunk, AnswerSettings, _rollout, cut
@@ -232,12 +232,6 @@ def test_minibatches_have_whole_groups_and_equally_many() -> None:
     rollouts = [rollout(group) for group in (0, 0, 1, 1, 1, 2, 3, 3)]
     assert minibatches(rollouts, 2) == [range(5), range(5, 8)]
     assert minibatches(rollouts, 1) == [range(8)]
-
-
-def test_the_penalty_of_length_rises_over_the_buffer_to_1() -> None:
-    shaped = RolloutConfig(max_new_tokens=100, overlong=Overlong.shape, overlong_buffer=20)
-    assert [overlong_penalty(shaped, length) for length in (10, 80, 85, 100)] == [0, 0, 0.25, 1]
-    assert overlong_penalty(RolloutConfig(max_new_tokens=100), 100) == 0
 
 
 def test_rewards_are_weighted_and_summed_over_those_that_an_answer_has() -> None:

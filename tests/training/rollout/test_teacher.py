@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_ads.config.generation import ModelKind
+from megatron_ads.config.rl import RolloutConfig
 from megatron_ads.config.teacher import TeacherConfig
 from megatron_ads.data.chat import load_tokenizer
 from megatron_ads.errors import ConfigError, DataError
@@ -59,7 +60,7 @@ def test_answers_that_the_teacher_fails_for_are_counted_told_and_left_to_the_oth
     assert faults == {"teacher/refused": 1, "teacher/unanswered": 1, "teacher/not_finite": 1}
     assert "The teacher failed for 3 of 5 rollouts (1 refused, 1 unanswered, 1 not_finite; HTTP 400" in caplog.text
     # The policy said -0.7, -0.8 and -0.8 of the tokens that the teacher said -0.875, -1 and -1 of.
-    metrics = of_step(ScoredStep(rollouts=found, rewards={}, faults=faults), {})
+    metrics = of_step(ScoredStep(rollouts=found, rewards={}, faults=faults), {}, RolloutConfig())
     assert metrics["teacher/reverse_kl"] == pytest.approx((0.175 + 0.2 + 0.2) / 3)
     assert metrics["rollout/faults/teacher/unanswered"] == 1
     assert not any(name.startswith("critic/") for name in metrics)
