@@ -54,41 +54,51 @@ def stages(config: DistillConfig) -> Iterator[Stage]:
         ConversionError: If the student starts from no checkpoint.
         DataError: If a source has no file.
     """
-    out = Path(config.out).resolve()
-    questions = out / "questions.jsonl"
     data = load_job(config.judged.recipe, config.judged_settings, sections=["data"]).data
     judged = {**asdict(data), "sources": _state(data.sources)}
-    asked: list[str] = []
-    if config.sources:
-        yield Stage(
-            name="questions", title="write the rows that the teacher is asked", outputs=[questions],
-            settings={"sources": _state(config.sources), "judged": judged, "seed": config.seed},
-            run=partial(write_questions, config, questions),
-        )  # fmt: skip
-        asked = [f"answers-{draw}" for draw in range(config.draws)]
-        for draw in range(config.draws):
-            yield _answers(config, questions, draw)
+    out = Path(config.out).resolve()
+    questions = out / "questions.jsonl"
+    asking = [*_asking(config, questions, judged)] if config.sources else []
+    yield from asking
     yield _judging(config, TEACHER, _teacher(config), judged, after=[])
     for student in config.students:
-        yield Stage(
-            name=f"{student}-rows", title=f"rows of the student {student}", after=asked,
-            outputs=[rows_file(out, student)], run=partial(write_corpus, config, questions, student),
-            settings={
-                "answered": _state(config.answered), "judged": judged if config.answered else None, "seed": config.seed,
-                "quality": asdict(config.quality) if student is Student.checked else None, "samples": config.samples,
-            },
-        )  # fmt: skip
-        yield _training(config, out, student)
-        yield _judging(config, student, out / student / "export", judged, after=[student, f"{TEACHER}-scores"])
+        asked = [stage.name for stage in asking[1:]]
+        yield from _learning(config, questions, student, judged, after=asked)
     if set(config.students) == set(Student):
         yield _comparison(config, DIFFERENCE, Student.checked, Student.unchecked, judged)
     if config.on_policy.steps:
         first = config.students[0]
         yield _on_policy(config, out, first)
-        yield _judging(
-            config, ON_POLICY, out / ON_POLICY / "export", judged, after=[ON_POLICY, f"{TEACHER}-scores"]
-        )  # fmt: skip
+        yield _judging(config, ON_POLICY, out / ON_POLICY / "export", judged, after=[ON_POLICY, f"{TEACHER}-scores"])
         yield _comparison(config, ON_POLICY_DIFFERENCE, ON_POLICY, first, judged)
+
+
+def _asking(config: DistillConfig, questions: Path, judged: Mapping[str, Any]) -> Iterator[Stage]:
+    """Yield the stages that ask the teacher: what, and once for each draw."""
+    yield Stage(
+        name="questions", title="write the rows that the teacher is asked", outputs=[questions],
+        settings={"sources": _state(config.sources), "judged": judged, "seed": config.seed},
+        run=partial(write_questions, config, questions),
+    )  # fmt: skip
+    for draw in range(config.draws):
+        yield _answers(config, questions, draw)
+
+
+def _learning(
+    config: DistillConfig, questions: Path, student: Student, judged: Mapping[str, Any], *, after: Sequence[str]
+) -> Iterator[Stage]:
+    """Yield the stages of a student: its rows, its fine-tuning and what that is worth."""
+    out = Path(config.out).resolve()
+    yield Stage(
+        name=f"{student}-rows", title=f"rows of the student {student}", after=after,
+        outputs=[rows_file(out, student)], run=partial(write_corpus, config, questions, student),
+        settings={
+            "answered": _state(config.answered), "judged": judged if config.answered else None, "seed": config.seed,
+            "quality": asdict(config.quality) if student is Student.checked else None, "samples": config.samples,
+        },
+    )  # fmt: skip
+    yield _training(config, out, student)
+    yield _judging(config, student, out / student / "export", judged, after=[student, f"{TEACHER}-scores"])
 
 
 def _state(sources: list[SourceConfig]) -> list[dict[str, Any]]:
