@@ -1,6 +1,7 @@
 """The release check: parts that pass, fail, hang or leave nothing, what is not run again, page and exit status."""
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from conversion.published_models import published_file
 from parity_tests import release_check
-from parity_tests.release import results
+from parity_tests.release import parts, results
 from parity_tests.release.part import Figure, Findings, Outcome, Part, PartResult, Step, run_part
 from parity_tests.release.run_parts import run_parts
 
@@ -124,6 +126,16 @@ def test_every_part_says_what_it_runs_or_why_not(tmp_path: Path, monkeypatch: py
         parts = release_check.all_parts(request)
         assert len({one.name for one in parts}) == len(parts) >= 13
         assert all(bool(one.steps) != bool(one.why_not) for one in parts)
+
+
+@pytest.mark.parametrize(("name", "divided"), [("deepseek_v2_lite", "--ep"), ("deepseek_r1_distill_qwen_7b", "--tp")])
+def test_a_checkpoint_is_converted_to_layouts_that_its_kind_has(tmp_path: Path, name: str, divided: str) -> None:
+    shutil.copy(published_file(name), tmp_path / "config.json")
+    request = release_check.read_request(tmp_path, quick=True, out=tmp_path / "out")
+    conversion, dense = parts.conversion(request), parts.dense_conversion(request)
+    to_first = conversion.steps[0].command
+    assert to_first[to_first.index("--pp") + 2] == divided and str(tmp_path) in to_first
+    assert dense.why_not == "--hf names the checkpoint that is converted"
 
 
 def test_a_result_is_read_as_it_was_written() -> None:
