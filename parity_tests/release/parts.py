@@ -18,8 +18,8 @@ QUICK_TESTS = (
     "conversion", "launching/test_placement.py", "launching/test_attempts.py", "losses", "metrics", "models", "optim",
     "regress", "semantic_ids", "training/test_dense.py", "training/test_new_tokens.py", "test_imports.py",
 )  # fmt: skip
-"""What a quick check tests: weights and their way in and out, the arithmetic of a step, the benchmarks' gate. Eight
-minutes on two cores."""
+"""What a quick check tests: weights and their way in and out, the arithmetic of a step, dense models, new tokens, the
+benchmarks' gate. Four minutes on two cores."""
 QUICK_QUESTIONS, FULL_QUESTIONS = 8, 100
 """Of each public benchmark. With a checkpoint of one's own a full check asks them all."""
 _LAYOUTS = {
