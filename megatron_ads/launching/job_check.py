@@ -243,16 +243,9 @@ def _teacher(config: RlConfig, source: "WeightSource") -> str:
 
 
 def _rollouts(config: RlConfig, folder: Path) -> str:
-    from megatron_ads.training.rollout.dump import (  # imports numpy
-        recorded_file,
-        recorded_settings,
-        require_settings,
-        step_settings,
-    )
+    from megatron_ads.training.rollout.dump import recorded_file, require_settings, step_settings  # imports numpy
 
-    file = recorded_file(folder, config.train.max_steps)
-    there, here = recorded_settings(file), step_settings(config)
-    require_settings(file, there, {name: here[name] for name in here if name in there})  # older files tell when read
+    require_settings(recorded_file(folder, config.train.max_steps), step_settings(config))
     return f"{folder} has those of {config.train.max_steps} steps"
 
 

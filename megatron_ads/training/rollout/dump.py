@@ -20,8 +20,6 @@ from megatron_ads.errors import DataError
 from megatron_ads.rollouts import Rollout
 from megatron_ads.rows import ChatRow
 
-_LONGEST = "rollout.max_new_tokens"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredStep:
@@ -44,7 +42,7 @@ def step_settings(config: RlConfig) -> dict[str, int]:
     return {
         "train.global_batch_size": config.train.global_batch_size,
         "rollout.samples": config.rollout.samples,
-        _LONGEST: config.rollout.max_new_tokens,
+        "rollout.max_new_tokens": config.rollout.max_new_tokens,
     }
 
 
@@ -81,10 +79,10 @@ def read_step(file: Path, rows: Mapping[str, ChatRow]) -> ScoredStep:
     """
     try:
         header, *records = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-        if len(records) != (written := _rollouts_written(header, records)):
+        if len(records) != header["rollouts"]:
             raise DataError(
-                f"{file} has {len(records)} of the {written} rollouts that were written to it. Copy it again, or "
-                "delete it and have the job that wrote it make it again."
+                f"{file} has {len(records)} of the {header['rollouts']} rollouts that were written to it. Copy it "
+                "again, or delete it and have the job that wrote it make it again."
             )
         rewards = [record.pop("rewards") for record in records]
         if missing := [record["row"] for record in records if record["row"] not in rows]:
@@ -106,19 +104,6 @@ def read_step(file: Path, rows: Mapping[str, ChatRow]) -> ScoredStep:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{file} cannot be read as the rollouts of a step ({error}). Make them again.") from None
-
-
-def _rollouts_written(header: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> int:
-    """Return how many rollouts a file had when it was written.
-
-    Older files do not say, but where prompts were drawn once, all answers are there, and groups are of one size.
-    """
-    if "rollouts" in header:
-        return int(header["rollouts"])
-    if header["draws"] == 1:
-        return int(header["generated"])
-    sizes = Counter(record["group"] for record in records)
-    return len(sizes) * max(sizes.values())
 
 
 def recorded_file(folder: Path, step: int) -> Path:
@@ -155,7 +140,7 @@ def read_recorded(
     """
     file = recorded_file(folder, step)
     found = read_step(file, rows)
-    require_settings(file, _settings_of(file, found.rollouts), settings)
+    require_settings(file, settings)
     if missing := [name for name in rewards if name not in found.rewards]:
         raise DataError(
             f"{file} has no reward {', '.join(missing)} (rewards.use), only {', '.join(found.rewards)}. Use those."
@@ -169,41 +154,21 @@ def read_recorded(
     )
 
 
-def recorded_settings(file: Path) -> dict[str, int]:
-    """Return the ``step_settings`` that a file names in its first line; older files name none."""
-    return dict(read_header(file).get("settings", {}))
-
-
-def require_settings(file: Path, there: Mapping[str, int], here: Mapping[str, int]) -> None:
-    """Refuse rollouts that were made with other settings than those of this job, or do not tell.
+def require_settings(file: Path, settings: Mapping[str, int]) -> None:
+    """Refuse a file of rollouts that were made with other ``step_settings`` than those of this job.
 
     Raises:
-        DataError: Naming the first that differs, and both values.
+        DataError: Naming the first that differs, and both values; or if the file names none.
     """
-    for name, value in here.items():
-        if name not in there:
+    there = read_header(file).get("settings")
+    if not isinstance(there, dict):
+        raise DataError(f"{file} does not say with which settings it was made. Make it again.")
+    for name, value in settings.items():
+        if there.get(name) != value:
             raise DataError(
-                f'{file} does not tell with which {name} it was made. Add "settings": {{"{name}": N}} to its first '
-                "line, or make it again."
+                f"{file} was made with {name} = {there.get(name)}, and this job has {value}. Set it to "
+                f"{there.get(name)}, or name the rollouts of another job in rollout.dump."
             )
-        if there[name] != value:
-            raise DataError(
-                f"{file} was made with {name} = {there[name]}, and this job has {value}. Set it to {there[name]}, or "
-                "name the rollouts of another job in rollout.dump."
-            )
-
-
-def _settings_of(file: Path, rollouts: Sequence[Rollout]) -> dict[str, int]:
-    """Return the ``step_settings`` of rollouts: groups as they are there, the rest as the file names it.
-
-    Older files show how long answers could be only where one was cut off.
-    """
-    sizes = Counter(rollout.group for rollout in rollouts)
-    of_groups = {"train.global_batch_size": len(sizes), "rollout.samples": max(sizes.values())}
-    there = recorded_settings(file) | of_groups
-    if cut_off := [len(rollout.answer_tokens) for rollout in rollouts if rollout.cut_off]:
-        there.setdefault(_LONGEST, max(cut_off))
-    return there
 
 
 def _untaught(rollout: Rollout) -> Rollout:

@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,31 +152,16 @@ def test_a_step_s_file_holds_what_was_written(tmp_path: Path) -> None:
         read_recorded(tmp_path, 8, rows, ["one"], MADE_WITH)
 
 
-def _write_two_groups(folder: Path, header: Mapping[str, Any], **counts: int) -> dict[str, ChatRow]:
-    """Write the first step, two answers to each of two prompts, the longest cut off; return the rows of the prompts."""
-    longest = replace(rollout(1, (7, 8, 9, 9), name="b"), cut_off=True)
-    rollouts = [rollout(0), rollout(0, (9,)), longest, rollout(1, name="b")]
-    found = ScoredStep(rollouts=rollouts, rewards={"one": np.arange(4.0)}, **counts)
-    write_step(step_file(folder, 1), found, header)
+def _write_two_groups(folder: Path, header: Mapping[str, Any]) -> dict[str, ChatRow]:
+    """Write the first step, two answers to each of two prompts; return the rows of the prompts."""
+    rollouts = [rollout(0), rollout(0, (9,)), rollout(1, (7, 8, 9, 9), name="b"), rollout(1, name="b")]
+    write_step(step_file(folder, 1), ScoredStep(rollouts=rollouts, rewards={"one": np.arange(4.0)}), header)
     return {each.row.id: each.row for each in rollouts}
 
 
-def _write_as_older(folder: Path, **counts: int) -> dict[str, ChatRow]:
-    """Do the same in the form of files whose first line has neither the settings nor the number of rollouts."""
-    rows, file = _write_two_groups(folder, {}, **counts), step_file(folder, 1)
-    first, rest = file.read_text().split("\n", 1)
-    file.write_text(first.replace('"rollouts": 4, ', "") + "\n" + rest)
-    assert "rollouts" not in read_header(file)
-    return rows
-
-
-@pytest.mark.parametrize("older", [False, True], ids=["as written now", "older"])
 @pytest.mark.parametrize("setting", MADE_WITH)
-def test_rollouts_that_were_made_with_other_settings_are_refused(tmp_path: Path, setting: str, older: bool) -> None:
-    if older:
-        rows = _write_as_older(tmp_path, generated=4)
-    else:
-        rows = _write_two_groups(tmp_path, {"settings": MADE_WITH})
+def test_rollouts_that_were_made_with_other_settings_are_refused(tmp_path: Path, setting: str) -> None:
+    rows = _write_two_groups(tmp_path, {"settings": MADE_WITH})
     assert len(read_recorded(tmp_path, 1, rows, ["one"], MADE_WITH).rollouts) == 4
     there, here = MADE_WITH[setting], 2 * MADE_WITH[setting]
     said = rf"step-000001\.jsonl was made with {setting} = {there}, and this job has {here}\. Set it to {there}, or"
@@ -185,38 +169,18 @@ def test_rollouts_that_were_made_with_other_settings_are_refused(tmp_path: Path,
         read_recorded(tmp_path, 1, rows, ["one"], MADE_WITH | {setting: here})
 
 
-def test_an_older_file_without_an_answer_that_was_cut_off_does_not_tell_how_long_answers_could_be(
-    tmp_path: Path,
-) -> None:
-    answers = [rollout(group) for group in (0, 0, 1, 1)]
-    write_step(step_file(tmp_path, 1), ScoredStep(rollouts=answers, rewards={"one": np.arange(4.0)}), {})
-    rows = {"a": answers[0].row}
-    with pytest.raises(
-        DataError, match=r"with which rollout\.max_new_tokens it was made\. Add \"settings\": \{\"rollout"
-    ):
+def test_rollouts_that_do_not_say_with_which_settings_they_were_made_are_refused(tmp_path: Path) -> None:
+    rows = _write_two_groups(tmp_path, {})
+    with pytest.raises(DataError, match=r"step-000001\.jsonl does not say with which settings it was made\. Make it"):
         read_recorded(tmp_path, 1, rows, ["one"], MADE_WITH)
-    added = {"settings": {"rollout.max_new_tokens": 4}}
-    write_step(step_file(tmp_path, 1), ScoredStep(rollouts=answers, rewards={"one": np.arange(4.0)}), added)
-    assert read_recorded(tmp_path, 1, rows, ["one"], MADE_WITH).rollouts == answers
 
 
 @pytest.mark.parametrize("lines", [1, 3, 4])
-@pytest.mark.parametrize("counts", [None, {"generated": 4}, {"draws": 2, "generated": 8}], ids=str)
-def test_a_file_that_is_cut_is_never_taken_for_a_whole_step(
-    tmp_path: Path, lines: int, counts: dict[str, int] | None
-) -> None:
-    if counts is None:
-        rows = _write_two_groups(tmp_path, {"settings": MADE_WITH})
-    else:
-        rows = _write_as_older(tmp_path, **counts)
+def test_a_file_that_is_cut_is_never_taken_for_a_whole_step(tmp_path: Path, lines: int) -> None:
+    rows = _write_two_groups(tmp_path, {"settings": MADE_WITH})
     file = step_file(tmp_path, 1)
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:lines]))
-    if counts is None or counts["generated"] == 4:
-        said = f"has {lines - 1} of the 4 rollouts that were written to it. Copy it again, or delete it"
-    elif lines == 1:
-        said = "cannot be read as the rollouts of a step"
-    else:  # of several draws, only whole groups show what is missing
-        said = {3: "was made with train.global_batch_size = 1", 4: "has 3 of the 4 rollouts"}[lines]
+    said = f"has {lines - 1} of the 4 rollouts that were written to it. Copy it again, or delete it"
     with pytest.raises(DataError, match=re.escape(said)):
         read_recorded(tmp_path, 1, rows, ["one"], MADE_WITH)
 
