@@ -167,8 +167,8 @@ class Servers:
 
 
 def _may_be_restarted(failures: Sequence[Failure]) -> bool:
-    """Whether a server that failed so may come back with other weights; one that is only busy does not.
+    """Whether a server that failed so may come back with other weights; one that is busy, or said nothing, does not.
 
     A proxy answers for a server that restarts, with 502 or a page of its own, or keeps the request until it times out.
     """
-    return any(failure is not Failure.rate_limited for failure in failures)
+    return not {Failure.rate_limited, Failure.empty_answer}.issuperset(failures)
