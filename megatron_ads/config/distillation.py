@@ -81,7 +81,7 @@ class StudentConfig:
         """Refuse impossible values."""
         require_at_least("student", self, 0, "validation_rows")
         require_at_least("student", self, 1, "ranks")
-        _require_own("student", self.settings, ("model.load", "log.dir"))
+        _refuse_decided("student", self.settings, ("model.load", "log.dir"))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -107,10 +107,10 @@ class OnPolicyConfig:
             f"on_policy.settings is {self.settings}, which has no effect while on_policy.steps is 0. Raise that, or "
             "remove it.",
         )
-        _require_own("on_policy", self.settings, ("model.load", "log.dir", "train.max_steps"))
+        _refuse_decided("on_policy", self.settings, ("model.load", "log.dir", "train.max_steps"))
 
 
-def _require_own(section: str, settings: Sequence[str], given: Collection[str]) -> None:
+def _refuse_decided(section: str, settings: Sequence[str], given: Collection[str]) -> None:
     """Refuse settings of a job that are decided already."""
     for setting in settings:
         require(

@@ -58,12 +58,12 @@ def stages(config: DistillConfig) -> Iterator[Stage]:
     judged = {**asdict(data), "sources": _state(data.sources)}
     out = Path(config.out).resolve()
     questions = out / "questions.jsonl"
-    asking = [*_asking(config, questions, judged)] if config.sources else []
-    yield from asking
+    of_teacher = [*_teacher_stages(config, questions, judged)] if config.sources else []
+    yield from of_teacher
     yield _judging(config, TEACHER, _teacher(config), judged, after=[])
+    answered = [stage.name for stage in of_teacher[1:]]
     for student in config.students:
-        asked = [stage.name for stage in asking[1:]]
-        yield from _learning(config, questions, student, judged, after=asked)
+        yield from _student_stages(config, questions, student, judged, after=answered)
     if set(config.students) == set(Student):
         yield _comparison(config, DIFFERENCE, Student.checked, Student.unchecked, judged)
     if config.on_policy.steps:
@@ -73,8 +73,8 @@ def stages(config: DistillConfig) -> Iterator[Stage]:
         yield _comparison(config, ON_POLICY_DIFFERENCE, ON_POLICY, first, judged)
 
 
-def _asking(config: DistillConfig, questions: Path, judged: Mapping[str, Any]) -> Iterator[Stage]:
-    """Yield the stages that ask the teacher: what, and once for each draw."""
+def _teacher_stages(config: DistillConfig, questions: Path, judged: Mapping[str, Any]) -> Iterator[Stage]:
+    """Yield the stages of the teacher: the questions, and its answers, once for each draw."""
     yield Stage(
         name="questions", title="write the rows that the teacher is asked", outputs=[questions],
         settings={"sources": _state(config.sources), "judged": judged, "seed": config.seed},
@@ -84,7 +84,7 @@ def _asking(config: DistillConfig, questions: Path, judged: Mapping[str, Any]) -
         yield _answers(config, questions, draw)
 
 
-def _learning(
+def _student_stages(
     config: DistillConfig, questions: Path, student: Student, judged: Mapping[str, Any], *, after: Sequence[str]
 ) -> Iterator[Stage]:
     """Yield the stages of a student: its rows, its fine-tuning and what that is worth."""

@@ -44,14 +44,14 @@ def candidate_scores(
     Raises:
         DataError: If no user held out has features and bought something.
     """
-    asked = _Asked.prepare(pipeline, held_out_examples(logs, pipeline.config), features)
+    buyers = _Buyers.prepare(pipeline, held_out_examples(logs, pipeline.config), features)
     trained = _towers(pipeline, logs) if objectives else {}
     return {
         "k": K,
-        "users": len(asked.numbers),
-        "quotas": {str(quota): asked.scores(pipeline.retriever, quota) for quota in QUOTAS},
+        "users": len(buyers.numbers),
+        "quotas": {str(quota): buyers.scores(pipeline.retriever, quota) for quota in QUOTAS},
         "objective_quota": OBJECTIVE_QUOTA,
-        "objectives": {str(name): asked.scores(tower, OBJECTIVE_QUOTA) for name, tower in trained.items()},
+        "objectives": {str(name): buyers.scores(tower, OBJECTIVE_QUOTA) for name, tower in trained.items()},
     }
 
 
@@ -71,7 +71,7 @@ def _towers(pipeline: Pipeline, logs: Logs) -> dict[RetrieverObjective, Retrieve
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Asked:
+class _Buyers:
     """Users held out who bought something and have features."""
 
     pipeline: Pipeline
@@ -87,7 +87,7 @@ class _Asked:
     """All items, the main retrieval's best first."""
 
     @classmethod
-    def prepare(cls, pipeline: Pipeline, examples: Examples, features: Mapping[Place, UserFeatures]) -> "_Asked":
+    def prepare(cls, pipeline: Pipeline, examples: Examples, features: Mapping[Place, UserFeatures]) -> "_Buyers":
         first: dict[int, int] = {}
         for purchase in examples.purchases:
             first.setdefault(purchase.history, purchase.item)

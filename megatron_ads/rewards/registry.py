@@ -98,7 +98,7 @@ def _built_in(reward: Reward) -> Scoring:
                 yield outcomes_of(reward(unit), len(unit))
             except DataError as error:
                 yield [RewardFailure(Fault.raised, one_line(error))] * len(unit)
-            except Exception as error:  # noqa: BLE001  # a mistake in it is no reason to lose the job either
+            except Exception as error:  # noqa: BLE001  # nothing that a reward raises may end the job
                 yield [RewardFailure(Fault.raised, f"{type(error).__name__}: {one_line(error)}")] * len(unit)
 
     return judge
