@@ -16,7 +16,7 @@ from megatron_ads.config.labelling import LabelConfig, RunnerKind
 from megatron_ads.data.questions import count_rows
 from megatron_ads.errors import DataError
 from megatron_ads.labelling.job_identity import require_same_job, tell_of_previous
-from megatron_ads.labelling.labeller import Labeller, label_epoch, open_labeller
+from megatron_ads.labelling.labeller import Labeller, open_labeller
 from megatron_ads.labelling.question_store import QuestionStore
 from megatron_ads.labelling.reader_process import reading
 from megatron_ads.progress import Progress
@@ -75,7 +75,7 @@ def _label_here(out: Path, config: LabelConfig, store: QuestionStore, open_model
         for epoch in epochs:
             labeller = labeller or stack.enter_context(open_model(config))
             passed = store.rows_passed(epoch) - store.rows_passed(epoch - 1)
-            label_epoch(store, epoch, labeller)
+            labeller.label_epoch(store, epoch)
             progress.update(passed)
 
 

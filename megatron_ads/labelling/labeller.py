@@ -68,6 +68,30 @@ class Labeller:
         self._forms = None if tokenizer is None else NameForms(tokenizer)
         self._decode = None if tokenizer is None or not config.log_probabilities else self._text_of
 
+    def label_epoch(self, store: QuestionStore, epoch: int) -> int:
+        """Label the rows of an epoch that waits, and return how many they are; its labels appear when all are there.
+
+        An epoch that has its labels, as where a runner repeats what it thinks has failed, is left alone.
+        """
+        started = time.monotonic()
+        if store.labels_file(epoch).exists():
+            store.file(epoch).unlink(missing_ok=True)
+            return 0
+        questions = store.questions_of(epoch)
+        with Journal(store.journal_file(epoch)) as journal:
+            before = len(journal.records)
+            labels = self.label(questions, journal)
+            about = {
+                **metadata_of(store.file(epoch)),
+                "seconds": repr(time.monotonic() - started),
+                "answered_before": str(before),
+                "finished_at": repr(time.time()),
+            }
+            write_table(store.labels_file(epoch), as_table(labels), about)
+            store.file(epoch).unlink(missing_ok=True)
+            journal.delete()
+        return len(labels)
+
     def label(self, questions: Sequence[Question], journal: Journal) -> list[LabelRecord]:
         """Return what became of each question, in order.
 
@@ -165,31 +189,6 @@ def _shared(label: LabelRecord, question: Question) -> LabelRecord:
         return label
     own: dict[str, Any] = {name: getattr(question, name) for name in OF_QUESTION}
     return replace(label, **own, draws=0, prompt_tokens=0, answer_tokens=0, cached_tokens=None, seconds=0.0)
-
-
-def label_epoch(store: QuestionStore, epoch: int, labeller: Labeller) -> int:
-    """Label the rows of an epoch that waits, and return how many they are; its labels appear when all are there.
-
-    An epoch that has its labels, as where a runner repeats what it thinks has failed, is left alone.
-    """
-    started = time.monotonic()
-    if store.labels_file(epoch).exists():
-        store.file(epoch).unlink(missing_ok=True)
-        return 0
-    questions = store.questions_of(epoch)
-    with Journal(store.journal_file(epoch)) as journal:
-        before = len(journal.records)
-        labels = labeller.label(questions, journal)
-        about = {
-            **metadata_of(store.file(epoch)),
-            "seconds": repr(time.monotonic() - started),
-            "answered_before": str(before),
-            "finished_at": repr(time.time()),
-        }
-        write_table(store.labels_file(epoch), as_table(labels), about)
-        store.file(epoch).unlink(missing_ok=True)
-        journal.delete()
-    return len(labels)
 
 
 def usage_in(out: Path) -> Usage:

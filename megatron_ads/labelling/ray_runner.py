@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from megatron_ads.config.labelling import LabelConfig
 from megatron_ads.errors import ConfigError, DataError, MegatronAdsError, one_line
-from megatron_ads.labelling.labeller import Labeller, label_epoch, open_labeller
+from megatron_ads.labelling.labeller import Labeller, open_labeller
 from megatron_ads.labelling.question_store import QuestionStore
 
 
@@ -38,7 +38,7 @@ class EpochActor:
             if self._labeller is None:
                 self._labeller = self._stack.enter_context(open_labeller(self._config))
             store = QuestionStore(Path(self._config.out), self._config)
-            return {"epoch": epoch, "rows": label_epoch(store, epoch, self._labeller), "failure": ""}
+            return {"epoch": epoch, "rows": self._labeller.label_epoch(store, epoch), "failure": ""}
         except MegatronAdsError as error:
             return {"epoch": epoch, "rows": 0, "failure": one_line(error)}
 

@@ -78,7 +78,7 @@ def test_an_epoch_that_has_its_labels_is_not_labelled_again(tmp_path: Path) -> N
         run_job(config)
         out = Path(config.out)
         with labelling.open_labeller(config) as labeller:
-            assert labelling.label_epoch(QuestionStore(out, config), 0, labeller) == 0
+            assert labeller.label_epoch(QuestionStore(out, config), 0) == 0
         assert len(server.bodies) == 3
 
 
