@@ -89,6 +89,11 @@ class Fact(StrEnum):
     """Texts, as labels are written, the likeliest first: what somebody would say who knows how the data were drawn."""
 
 
+FACTS_OF_ANSWERS = frozenset({
+    Fact.ground_truth, Fact.reasoning, Fact.rejected, Fact.best_answers, Fact.prompt_alone, Fact.next_item,
+    Fact.next_semantic_id,
+})  # fmt: skip
+"""Facts of a row's answer; all others are of its prompt."""
 _SHOWN = (
     Fact.text, Fact.query, Fact.keyword, Fact.goal, Fact.request, Fact.current, Fact.new, Fact.history, Fact.ad,
     Fact.keywords, Fact.pool, Fact.candidates, Fact.advertiser,

@@ -16,13 +16,10 @@ from megatron_ads.data.sources import divided, read_source
 from megatron_ads.data.user_features import view_chooser
 from megatron_ads.data.verl_form import VERL_FIELDS
 from megatron_ads.errors import require
-from megatron_ads.rows import ChatRow, Fact, Message, Role
+from megatron_ads.rows import FACTS_OF_ANSWERS, ChatRow, Message, Role
 from megatron_ads.tasks.answer_format import NOTHING
 
-_OF_ANSWERS = (
-    Fact.ground_truth, Fact.reasoning, Fact.rejected, Fact.best_answers, Fact.prompt_alone, Fact.next_item,
-    Fact.next_semantic_id, *VERL_FIELDS,
-)  # fmt: skip
+_OF_ANSWERS = FACTS_OF_ANSWERS.union(VERL_FIELDS)
 """Facts that tell an answer; verl's fields are there as they came."""
 
 

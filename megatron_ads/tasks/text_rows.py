@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from megatron_ads.rows import ChatRow, Fact, Facts, JsonValue
+from megatron_ads.rows import FACTS_OF_ANSWERS, ChatRow, Fact, Facts, JsonValue
 from megatron_ads.tasks import (
     ad_rewriting,
     ad_user_relevance,
@@ -20,8 +20,7 @@ from megatron_ads.tasks.registry import TASKS
 from megatron_ads.tasks.user_history import HEADINGS, NOTHING_KNOWN, SEPARATOR
 
 _ONE_LINE = frozenset({*HEADINGS, Fact.pool, Fact.keywords, Fact.queries_wanted})
-_OF_ANSWERS = {Fact.ground_truth, Fact.reasoning, Fact.rejected, Fact.best_answers, Fact.prompt_alone}
-_OF_PROMPTS = frozenset(Fact) - _OF_ANSWERS - {Fact.next_item, Fact.next_semantic_id}
+_OF_PROMPTS = frozenset(Fact) - FACTS_OF_ANSWERS
 _TEXTS = (Fact.query, Fact.keyword, Fact.goal, Fact.request, Fact.current, Fact.new, Fact.advertiser)
 _ABOUT_USERS = frozenset({
     ad_user_relevance.TASK, next_advertiser.TASK, next_advertiser.RANKING_TASK, user_profile.TASK, variants.YES_NO,
