@@ -65,11 +65,14 @@ def _striking(fault: Fault | None) -> Iterator[None]:
     if fault is None:
         yield
         return
-    first = Lock()
+    struck, only_once = False, Lock()
 
-    def strike() -> None:
-        if first.acquire(blocking=False):
-            fault.strike()
+    def strike() -> None:  # whoever comes second waits until it has happened
+        nonlocal struck
+        with only_once:
+            if not struck:
+                struck = True
+                fault.strike()
 
     timer = Timer(fault.delay_seconds, strike)
     timer.daemon = True

@@ -7,6 +7,8 @@ import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from time import sleep
 from typing import Any
 
 import pytest
@@ -141,6 +143,24 @@ def test_a_fault_strikes_once_in_its_rank_phase_and_step(tmp_path: Path, monkeyp
             assert struck["now"] == so_far  # its delay is longer than the phase: at the end of it
         journal.add("key", {})
     assert (tmp_path / "generated.txt").read_text() == "key\n"
+
+
+def test_a_phase_does_not_end_while_its_fault_is_still_happening(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    begun, happened = Event(), Event()
+
+    def fill_slowly() -> None:
+        begun.set()
+        sleep(0.3)
+        happened.set()
+
+    fault = Fault(rank=0, phase="sync", step=1, delay_seconds=0.01, strike=fill_slowly)
+    with inflicted(fault, tmp_path / "generated.txt"):
+        with PhaseTimes().measured("sync"):
+            assert begun.wait(10) and not happened.is_set()
+        assert happened.is_set()
 
 
 def test_every_fault_is_drawn_for_a_rank_and_step_that_it_can_meet() -> None:
