@@ -3,11 +3,12 @@
     python -m benchmarks.rl_small --out DIR [--track NAME] [--seeds 3] [--sft-steps N] [--rl-steps N]
 
 For each seed a random checkpoint is made and taken along the path; after each step it answers the same held-out rows
-greedily. The tracks:
+greedily, where nothing else is said. The tracks:
 
-    advertiser   20 advertisers and 5 interests in XML, `sft/small` then `rl/advertiser_grpo`; recall@20. A model that
-                 only knows the language (trained on the texts of the prompts, no answer) is the zero-shot one. The
-                 simulator's rows have no reasoning, as the paper found it of no use there.
+    advertiser   20 advertisers and 5 interests in XML, `sft/small` then `rl/advertiser_grpo`; recall@20 of sampled
+                 answers. A model that only knows the language and the form (texts of prompts, lists of 1 to 20 names
+                 drawn evenly) is the zero-shot one. Fine-tuning is on what logs tell: the true advertiser alone, and in
+                 front of 0 to 19 popular ones. There is no reasoning: the paper found it of no use there.
     relevance    query and ad, `sft/quickstart` then `rl/quickstart`; balanced accuracy; with and without reasoning. The
                  cheaper one: the random model itself is the zero-shot one.
     brand        the brand that a buyer of office products takes next, of `MEGATRON_ADS_DATA`; recall@20 of beams that
@@ -122,7 +123,8 @@ class RlPath:
 
     def tuning(self, seed: int, way: str) -> Stage:
         """Return the fine-tuning; its model is in ``sft-WAY-SEED/export``."""
-        settings = [*self.track.of_sft, *self.data(way), f"train.max_steps={self.arguments.sft_steps}"]
+        rows = self._files("singles", "lists") if self.track.single else self.data(way)
+        settings = [*self.track.of_sft, *rows, f"train.max_steps={self.arguments.sft_steps}"]
         start, folder = self._start(seed)
         return self._train(f"sft-{way}-{seed}", self.track.sft, folder, seed, settings, after=start)
 
@@ -136,18 +138,35 @@ class RlPath:
         return [*self.track.of_rl, *rewards, *self.arguments.overrides]
 
     def _language(self, name: str, seed: int, *, after: str) -> Iterator[Stage]:
-        texts, section = self.out / "texts.jsonl", self.data("none")
+        section = self.data("none")
         if seed == 0:
+            texts = self.out / "texts.jsonl"
             yield Stage(
                 name="texts", title="write the texts to learn from", outputs=[texts],
                 settings={"section": section, "code": own_code_digest()}, run=partial(write_texts, texts, [section]),
             )  # fmt: skip
+            if self.track.single:
+                yield self._rows_of_logs(section)
         learn = [
-            "data=jsonl", "data.seq_length=768", "data.validation_rows=200", "loss.normalize=token",
-            f"data.sources=[{{kind: jsonl, path: {texts}}}]", "optim.min_learning_rate=4.0e-4",
-            f"train.max_steps={self.arguments.text_steps}",
+            *self._files("texts", *(["forms"] if self.track.single else [])), "loss.normalize=token",
+            "optim.min_learning_rate=4.0e-4", f"train.max_steps={self.arguments.text_steps}",
         ]  # fmt: skip
         yield self._train(name, self.track.sft, self.out / after, seed, learn, after=after, reads="texts")
+
+    def _rows_of_logs(self, section: Sequence[str]) -> Stage:
+        from benchmarks.rl_small_rows import write_rows_of_logs
+
+        return Stage(
+            name="rows", title="write the rows that logs tell", after=["texts"],
+            outputs=[self.out / f"{name}.jsonl" for name in ("forms", "singles", "lists")],
+            settings={"section": section, "code": own_code_digest()},
+            run=partial(write_rows_of_logs, self.out, section, self.track.single),
+        )  # fmt: skip
+
+    def _files(self, *names: str) -> list[str]:
+        """Return the settings of rows in files of this run."""
+        sources = ", ".join(f"{{kind: jsonl, path: {self.out / name}.jsonl}}" for name in names)
+        return ["data=jsonl", "data.seq_length=768", "data.validation_rows=200", f"data.sources=[{sources}]"]
 
     def _train(
         self, name: str, recipe: str, model: Path, seed: int, settings: Sequence[str], *, after: str, reads: str = ""

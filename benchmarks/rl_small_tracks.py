@@ -1,12 +1,16 @@
 """The tracks of ``benchmarks.rl_small``: a task, the recipes that lead to it, and what its held-out rows are worth."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.rl_small_pipeline import pipeline_scores
 from megatron_ads.config.generation import GenerationConfig, Method
+
+if TYPE_CHECKING:
+    from megatron_ads.evaluation.answer_records import Answer
 
 SOURCE = "data.sources=[{{kind: simulator, task: {task}, rows: {rows}}}]"
 
@@ -30,6 +34,8 @@ class Track:
     """How held-out rows are answered."""
     reads_first: bool = True
     """Whether the model learns the language before it is fine-tuned."""
+    single: tuple[str, ...] = ()
+    """Settings of rows that ask for one advertiser, where fine-tuning is on what logs tell (``rl_small_rows``)."""
     pipeline: bool = False
     """Whether answers are rewarded and scored by what a frozen pipeline retrieves with them."""
 
@@ -38,7 +44,9 @@ TRACKS = {
     "advertiser": Track(
         task="next_advertiser_ranking",
         rl="rl/advertiser_grpo",
-        data=("data=simulator", "data.seq_length=768", SOURCE.format(task="next_advertiser_ranking", rows=20000)),
+        data=("data=simulator", "data.seq_length=1024", SOURCE.format(task="next_advertiser_ranking", rows=20000)),
+        single=("data=simulator", SOURCE.format(task="next_advertiser", rows=20000)),
+        method=Method.sampled,
     ),
     "relevance": Track(
         task="query_ad_relevance",
@@ -73,26 +81,36 @@ def evaluated(
     """Return the headline of the track, with the interval of resampled groups, beside what the baselines get."""
     from megatron_ads.config.recipes import load_job
     from megatron_ads.evaluation.evaluate import evaluate
+    from megatron_ads.evaluation.given_answers import read_given_answers
     from megatron_ads.evaluation.held_out_rows import held_out
     from megatron_ads.evaluation.request import EvaluationRequest
 
     how = GenerationConfig(method=track.method)
     request = EvaluationRequest(recipe=track.sft, overrides=overrides, batch_size=64, answers_file=answers, how=how)
     scores = evaluate(model, request)["tasks"][track.task]
+    rows = held_out(load_job(track.sft, overrides, sections=["data"]).data).tasks
     if pipeline:
-        rows = held_out(load_job(track.sft, overrides, sections=["data"]).data).tasks
         return {**pipeline_scores(answers, rows, pipeline), "readable": scores["readable_share"]}
-    if "ranking" not in scores:
-        view = scores["views"]["fair"]
-        beside = [name for name in ("baseline", "text_baseline", "reachable") if name in view]
-        return {
-            "name": "balanced accuracy", "value": view["model"]["balanced_accuracy"],
-            "interval": view["balanced_accuracy_95"], "readable": scores["readable_share"],
-            "lines": {name: view[name]["balanced_accuracy"] for name in beside},
-        }  # fmt: skip
+    if "ranking" in scores:
+        return _of_rankings(scores, read_given_answers(answers, rows))
+    view = scores["views"]["fair"]
+    beside = [name for name in ("baseline", "text_baseline", "reachable") if name in view]
+    return {
+        "name": "balanced accuracy", "value": view["model"]["balanced_accuracy"],
+        "interval": view["balanced_accuracy_95"], "readable": scores["readable_share"],
+        "lines": {name: view[name]["balanced_accuracy"] for name in beside},
+    }  # fmt: skip
+
+
+def _of_rankings(scores: Mapping[str, Any], answers: Sequence["Answer"]) -> dict[str, Any]:
+    """Return recall@20, of each row too; ``beside`` has what else the paper's table 3 has, and the names of a list."""
+    from megatron_ads.evaluation.ranking_scores import advertiser_rankings, found_by_rows
+
     methods = scores["ranking"]["methods"]
+    beside = {name: methods["model"][name] for name in ("recall@1", "recall@5")}
     return {
         "name": "recall@20", "value": methods["model"]["recall@20"], "interval": methods["model"].get("recall@20_95"),
-        "readable": scores["readable_share"],
+        "readable": scores["readable_share"], "of_rows": found_by_rows(answers)["recall@20"],
+        "beside": {**beside, "names": mean(len(ranking) for ranking in advertiser_rankings(answers))},
         "lines": {name: values["recall@20"] for name, values in methods.items() if name != "model"},
     }  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import shlex
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,22 @@ import pytest
 
 from benchmarks.rl_small import RlPath, _parse, main
 from benchmarks.rl_small_pipeline import gain, reward_of
+from benchmarks.rl_small_rows import write_rows_of_logs
 from benchmarks.rl_small_table import tables
 from benchmarks.rl_small_tracks import TRACKS
 from megatron_ads.config.recipes import load_job
 from megatron_ads.config.rl import RlConfig
 from megatron_ads.config.run import SftConfig
+from megatron_ads.evaluation.held_out_rows import held_out as held_out_rows
 from megatron_ads.quickstart.stages import StageRecord
+from megatron_ads.tasks.next_advertiser import Ranking, parse_ranking
 
 
 def seed(value: float, *, cost: dict[str, float] | None = None) -> dict[str, Any]:
     def scored(gain: float) -> dict[str, Any]:
-        return {"name": "recall@20", "value": value + gain, "interval": [0.1, 0.9], "readable": 0.5, "lines": {}}
+        beside = {"recall@1": gain, "names": 20 * gain}
+        scores = {"name": "recall@20", "value": value + gain, "interval": [0.1, 0.9], "readable": 0.5, "beside": beside}
+        return scores | {"lines": {}}
 
     scores = {"zero-shot": scored(0.0) | {"lines": {"popular": 0.452}}, "SFT": scored(0.25), "SFT + GRPO": scored(0.5)}
     return {"scores": scores, "phases": {"timing_s/rollout": [1.0, 2.0, 6.0]}, "cost": cost}
@@ -34,7 +40,10 @@ COST = {
 
 def test_the_table_has_the_mean_of_the_seeds_next_to_each_and_the_baselines() -> None:
     text = tables({"with": [seed(0.0, cost=COST), seed(0.125)]}, {"with": None})
-    assert "| SFT + GRPO | with | 0.562 | 0.500 (0.100 to 0.900), 0.625 (0.100 to 0.900) | 0.50 |" in text
+    assert (
+        "| SFT + GRPO | with | 0.562 | 0.500 (0.100 to 0.900), 0.625 (0.100 to 0.900) | 0.50 | recall@1 0.5, names 10 |"
+        in text
+    )
     assert "| popular |  | 0.452 |" in text
     assert "| timing_s/rollout, s | 2.00 (1.00 to 6.00) |" in text
     # 4 x 50 tokens in 2 s and in 5 s.
@@ -79,6 +88,31 @@ def test_the_recipes_of_a_track_take_its_settings(name: str, tmp_path: Path) -> 
     assert isinstance(fine_tuned, SftConfig) and isinstance(reinforced, RlConfig)
     assert fine_tuned.data.sources == reinforced.data.sources
     assert fine_tuned.data.split_by == reinforced.data.split_by
+
+
+def test_logs_tell_the_true_advertiser_of_users_that_are_not_held_out(tmp_path: Path) -> None:
+    task = "data.sources=[{{kind: simulator, task: {}, rows: 300}}]".format
+    ranking = ["data=simulator", task("next_advertiser_ranking"), "data.validation_rows=64"]
+    write_rows_of_logs(tmp_path, ranking, ["data=simulator", task("next_advertiser")])
+    forms, singles, lists = ([*map(json.loads, (tmp_path / f"{name}.jsonl").read_text().splitlines())]
+                             for name in ("forms", "singles", "lists"))  # fmt: skip
+    held_out = {row.group for row in held_out_rows(load_job("sft/small", ranking, sections=["data"]).data).tasks}
+    assert len(held_out) == 64 and not held_out & {row["group"] for row in (*forms, *singles, *lists)}
+    true = {row["group"]: row["messages"][-1]["content"].removeprefix("<think></think>") for row in singles}
+    named = {row["group"]: advertisers_in(row["messages"][-1]["content"]) for row in lists}
+    assert named.keys() == true.keys() and all(names[0] == true[user] for user, names in named.items())
+    assert all(len({*names}) == len(names) for names in named.values())
+    assert {len(names) for names in named.values()} == {*range(1, 21)}
+    evenly = [advertisers_in(row["messages"][-1]["content"]) for row in forms]
+    # Whoever is popular is in front of few lists of even draws, but behind many names that are drawn by popularity.
+    popular, _ = Counter(true.values()).most_common(1)[0]
+    assert sum(popular in names[1:] for names in named.values()) > 1.5 * sum(popular in names[1:] for names in evenly)
+
+
+def advertisers_in(answer: str) -> list[str]:
+    found = parse_ranking(answer, reasoning_required=False)
+    assert isinstance(found, Ranking)
+    return [*found.advertisers]
 
 
 def test_reasoning_that_the_rows_do_not_have_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
