@@ -50,6 +50,8 @@ CONFIG: dict[str, Any] = {
     "num_nextn_predict_layers": 0,
 }
 """18 M parameters: six layers, the last four with 16 experts, routed as in DeepSeek-V3."""
+LARGER_CONFIG = {**CONFIG, "num_hidden_layers": 18, "n_routed_experts": 32}
+"""110 M parameters, where weights are moved."""
 LEARNING_RATE = 1e-4
 SIDES = ("megatron_ads", "transformers")
 LOSS_TOLERANCE = 1e-5

@@ -59,6 +59,42 @@ def _repeated(work: Callable[[], object]) -> Callable[[], object]:
     return lambda: [work() for _ in range(_REPEATS)]
 
 
+def weight_sync(effort: Effort) -> Iterator[Comparison]:
+    """Bring all weights of a trained model to an engine of the same process, next to a copy of the same tensors."""
+    import torch
+
+    from benchmarks.step_time import CONFIG, LARGER_CONFIG, build_ours, random_model, start_one_rank
+
+    start_one_rank(threads=1)
+    from conversion.rank_files import ShardsLayout
+    from conversion.sources import open_source
+    from megatron_ads.inference.transformers_engine import TransformersEngine
+    from megatron_ads.layout import ParallelLayout, place_layers
+    from megatron_ads.training.weight_sync import WeightSync
+
+    followed = random_model(CONFIG if effort.quick else LARGER_CONFIG)
+    trained, engine = build_ours(followed), TransformersEngine(followed.eval(), end_token=0)
+    followed.save_pretrained(effort.folder / "model")
+    source, layout = open_source(effort.folder / "model"), ParallelLayout(world=1)
+    shards = ShardsLayout(shape=source.shape, layout=layout, placement=place_layers(source.shape, layout))
+    sync = WeightSync(shards, source)
+    tensors = [parameter.data for parameter in followed.parameters()]
+    held, size = [tensor.clone() for tensor in tensors], sum(tensor.nbytes for tensor in tensors)
+    works = {
+        "sync": lambda: engine.update_weights(sync.tensors(trained.models, trained.spec)),
+        "copy": lambda: torch._foreach_copy_(held, tensors),
+    }
+    found = in_turn({name: clocked(_repeated(work)) for name, work in works.items()}, seconds=effort.seconds / 2)
+    yield Comparison(
+        name="sync/one-rank",
+        work=f"{_REPEATS} times new weights for an engine: {size / 1e6:.0f} MB in {len(tensors)} tensors",
+        reference="copies of the same tensors",
+        work_seconds=found["sync"],
+        reference_seconds=found["copy"],
+        figures={"bytes": size},
+    )
+
+
 def grpo(effort: Effort) -> Iterator[Comparison]:
     """Run a job of GRPO on one rank; its own timing of each part, next to matrix products before each step."""
     steps = 8 if effort.quick else 30

@@ -37,6 +37,7 @@ CASES = (
     Case("checkpoint", "saved and loaded, next to its bytes written and read", "benchmarks.speed.disk:checkpoint"),
     Case("data", "rows prepared next to the tokenizer alone; how full rows are", "benchmarks.speed.rows:data"),
     Case("generation", "rollouts next to transformers' generate", "benchmarks.speed.answers:generation"),
+    Case("sync", "new weights for an engine next to a copy of them", "benchmarks.speed.answers:weight_sync"),
     Case("grpo", "parts of a GRPO step next to matrix products", "benchmarks.speed.answers:grpo"),
     Case("growth", "growing models and rows next to small ones", "benchmarks.speed.training:growth"),
     Case("growth-ranks", "steps on more ranks next to matrix products on as many", "benchmarks.speed.ranks:growth"),

@@ -65,10 +65,20 @@ def _weights(folder: Path) -> list[Path]:
 
 def checkpoint(effort: Effort) -> Iterator[Comparison]:
     """Save and load a checkpoint with its optimizer, next to its bytes written and read."""
-    from benchmarks.step_time import BATCHES, build_ours, our_step, packed, random_model, random_samples, start_one_rank
+    from benchmarks.step_time import (
+        BATCHES,
+        CONFIG,
+        LARGER_CONFIG,
+        build_ours,
+        our_step,
+        packed,
+        random_model,
+        random_samples,
+        start_one_rank,
+    )
 
     start_one_rank(threads=1)
-    trained = build_ours(random_model(_config(effort)))
+    trained = build_ours(random_model(CONFIG if effort.quick else LARGER_CONFIG))
     our_step(trained, [packed(random_samples(BATCHES["mixed"]))])()
     folder = effort.folder / "checkpoints"
     save = _saving(trained, folder)
@@ -95,12 +105,6 @@ def checkpoint(effort: Effort) -> Iterator[Comparison]:
             tolerance=_TOLERANCE,
             figures={"bytes": size},
         )
-
-
-def _config(effort: Effort) -> dict[str, Any]:
-    from benchmarks.step_time import CONFIG
-
-    return CONFIG if effort.quick else {**CONFIG, "num_hidden_layers": 18, "n_routed_experts": 32}
 
 
 def _saving(trained: Any, folder: Path) -> Callable[[], None]:

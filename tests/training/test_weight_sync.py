@@ -1,5 +1,6 @@
 """Tensors of a running job under their Hugging Face names, on the ranks that feed an engine, and what that takes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -63,6 +64,24 @@ def test_joined_queries_keys_and_values_and_a_tied_head_come_out_as_stored(tmp_p
     assert tensors.keys() == stored.keys()
     for hf_name, tensor in tensors.items():
         assert torch.equal(tensor, stored[hf_name].read()), hf_name
+
+
+def _share_read_in_place(recipe: Recipe, destinations: tuple[int, ...]) -> float:
+    from megatron_ads.training.weight_sync import WeightSync
+
+    model, shards, source = start(recipe)
+    own = {tensor.untyped_storage().data_ptr()
+           for tensor in [*model.models[0].parameters(), *model.models[0].buffers()]}  # fmt: skip
+    found = list(WeightSync(shards, source, destinations=destinations).tensors(model.models, model.spec))
+    return sum(tensor.untyped_storage().data_ptr() in own for _, tensor in found) / max(1, len(found))
+
+
+def test_a_single_destination_reads_what_it_owns_where_it_is(tmp_path: Path) -> None:
+    recipe = Recipe(folder=write_checkpoint(tmp_path / "v3", V3))
+    assert run_ranks(1, _share_read_in_place, recipe, (0,)) == [1.0]
+    alone, other = run_ranks(2, _share_read_in_place, replace(recipe, layout={"pp": 2}), (0,))
+    assert 0 < alone < 1 and other == 0
+    assert run_ranks(2, _share_read_in_place, replace(recipe, layout={"pp": 2}), (0, 1)) == [0.0, 0.0]
 
 
 def _group_timeouts(recipe: Recipe) -> set[float]:
