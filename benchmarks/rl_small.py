@@ -147,11 +147,12 @@ class RlPath:
             )  # fmt: skip
             if self.track.single:
                 yield self._rows_of_logs(section)
+        files, written = (["texts", "forms"], "rows") if self.track.single else (["texts"], "texts")
         learn = [
-            *self._files("texts", *(["forms"] if self.track.single else [])), "loss.normalize=token",
-            "optim.min_learning_rate=4.0e-4", f"train.max_steps={self.arguments.text_steps}",
+            *self._files(*files), "loss.normalize=token", "optim.min_learning_rate=4.0e-4",
+            f"train.max_steps={self.arguments.text_steps}",
         ]  # fmt: skip
-        yield self._train(name, self.track.sft, self.out / after, seed, learn, after=after, reads="texts")
+        yield self._train(name, self.track.sft, self.out / after, seed, learn, after=after, reads=written)
 
     def _rows_of_logs(self, section: Sequence[str]) -> Stage:
         from benchmarks.rl_small_rows import write_rows_of_logs

@@ -17,31 +17,15 @@ def tables(runs: Runs, gains: Mapping[str, Mapping[str, Any] | None]) -> str:
 
 def _scores(runs: Runs, gains_of_seeds: Mapping[str, Mapping[str, Any] | None]) -> str:
     first = next(iter(runs.values()))[0]["scores"]["zero-shot"]
-    rows = [
-        [
-            "",
-            "reasoning",
-            f"{first['name']}, mean of seeds",
-            "each seed, and 95 % of resampled groups",
-            "readable",
-            "beside",
-        ]
-    ]
+    head = ["", "reasoning", f"{first['name']}, mean of seeds", "each seed, and 95 % of resampled groups"]
+    rows = [[*head, "readable", "beside"]]
     for way, seeds in runs.items():
         for about in seeds[0]["scores"]:
             found = [seed["scores"][about] for seed in seeds]
             each = ", ".join(f"{_shown(one['value'])}{_range(one['interval'])}" for one in found)
             readable = mean(one["readable"] for one in found)
-            rows.append(
-                [
-                    about,
-                    way,
-                    _shown(mean(one["value"] or 0.0 for one in found)),
-                    each,
-                    f"{readable:.2f}",
-                    _beside(found),
-                ]
-            )
+            value = _shown(mean(one["value"] or 0.0 for one in found))
+            rows.append([about, way, value, each, f"{readable:.2f}", _beside(found)])
         if gains := [seed["gain"] for seed in seeds if seed.get("gain")]:
             each = ", ".join(f"{one['value']:+.3f}{_range(one['interval'])}" for one in gains)
             all_seeds = gains_of_seeds.get(way)
