@@ -31,15 +31,16 @@ from megatron_ads.runtime.device import device
 from megatron_ads.training.export import LiveWeight, live_weights
 
 DEFAULT_BUCKET_BYTES = 1 << 30
-HOST_BUCKET_BYTES = 1 << 22
+HOST_BUCKET_BYTES = 1 << 24
 """Without a GPU: the host's allocator uses memory of this size again, but maps larger blocks anew, page by page, which
 takes several times as long as a copy."""
 
 Slices = Sequence[tuple[Parameter, Sequence[OwnedSlice]]]
+"""Parameters, each with the parts that ranks own of it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class WeightMessage:
     """What one owner sends at once."""
 
     owner: int
@@ -52,7 +53,7 @@ class Bucket:
     """Consecutive parameters, and the messages that bring them."""
 
     slices: Slices
-    messages: Sequence[Message]
+    messages: Sequence[WeightMessage]
 
     @classmethod
     def of(cls, slices: Slices, dtype: torch.dtype) -> Self:
@@ -62,7 +63,7 @@ class Bucket:
             for piece in of_parameter:
                 pieces[piece.owner, _dtype(parameter, dtype) is not dtype].append((parameter, piece))
         messages = [
-            Message(owner, torch.float32 if in_fp32 else dtype, pieces[owner, in_fp32])
+            WeightMessage(owner, torch.float32 if in_fp32 else dtype, pieces[owner, in_fp32])
             for owner, in_fp32 in sorted(pieces)
         ]
         return cls(slices, messages)
@@ -151,7 +152,7 @@ class WeightSync:
                     _assemble(parameter, [(piece, received.pop((parameter.name, piece.index))) for piece in slices]),
                 )
 
-    def _deliver(self, message: Message, own: Mapping[str, LiveWeight]) -> dict[tuple[str, int], Tensor]:
+    def _deliver(self, message: WeightMessage, own: Mapping[str, LiveWeight]) -> dict[tuple[str, int], Tensor]:
         """Bring one owner's slices to the destinations, through the first of them where it is none itself."""
         rank, owner = dist.get_rank(), message.owner
         root = owner if owner in self._destinations else self._destinations[0]
