@@ -7,8 +7,7 @@ import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from threading import Event
-from time import sleep
+from threading import Event, Timer
 from typing import Any
 
 import pytest
@@ -149,17 +148,18 @@ def test_a_phase_does_not_end_while_its_fault_is_still_happening(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "0")
-    begun, happened = Event(), Event()
+    begun, may_end, happened = Event(), Event(), Event()
 
     def fill_slowly() -> None:
         begun.set()
-        sleep(0.3)
+        assert may_end.wait(10)
         happened.set()
 
     fault = Fault(rank=0, phase="sync", step=1, delay_seconds=0.01, strike=fill_slowly)
     with inflicted(fault, tmp_path / "generated.txt"):
         with PhaseTimes().measured("sync"):
             assert begun.wait(10) and not happened.is_set()
+            Timer(0.2, may_end.set).start()
         assert happened.is_set()
 
 
