@@ -58,7 +58,7 @@ _RANK_ENVIRONMENT = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
+class MeasuredLayout:
     """One layout to train and to plan."""
 
     world: int = 1
@@ -70,13 +70,13 @@ class Case:
 
 
 CASES = {
-    "pp1": Case(),
-    "pp1 full": Case(recompute=Recompute.full),
-    "pp1 bf16 selective": Case(precision=Precision.bf16, recompute=Recompute.selective),
-    "dp2 ep2": Case(world=2, layout={"ep": 2}),
-    "pp2 ep2": Case(world=4, layout={"pp": 2, "ep": 2}, pipeline="Ettt|tttmL"),
-    "pp4": Case(world=4, layout={"pp": 4}, pipeline="Ett|tt|tt|mL"),
-    "pp2 vpp2": Case(world=2, layout={"pp": 2, "vpp": 2}, pipeline="Ett|tt|t|tmL"),
+    "pp1": MeasuredLayout(),
+    "pp1 full": MeasuredLayout(recompute=Recompute.full),
+    "pp1 bf16 selective": MeasuredLayout(precision=Precision.bf16, recompute=Recompute.selective),
+    "dp2 ep2": MeasuredLayout(world=2, layout={"ep": 2}),
+    "pp2 ep2": MeasuredLayout(world=4, layout={"pp": 2, "ep": 2}, pipeline="Ettt|tttmL"),
+    "pp4": MeasuredLayout(world=4, layout={"pp": 4}, pipeline="Ett|tt|tt|mL"),
+    "pp2 vpp2": MeasuredLayout(world=2, layout={"pp": 2, "vpp": 2}, pipeline="Ett|tt|t|tmL"),
 }
 
 
@@ -130,7 +130,7 @@ def run_case(name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def planned_job(case: Case) -> PlannedJob:
+def planned_job(case: MeasuredLayout) -> PlannedJob:
     """Return the case as the planner sees it."""
     shape = shape_from_config(CONFIG)
     layout = ParallelLayout(world=case.world, **case.layout)
@@ -148,7 +148,7 @@ def planned_job(case: Case) -> PlannedJob:
     )
 
 
-def _train(case: Case) -> int:
+def _train(case: MeasuredLayout) -> int:
     """As one rank: build, train two steps, and return the peak above the resident memory at the start."""
     job = planned_job(case)
     from megatron_ads.runtime import device, process_groups

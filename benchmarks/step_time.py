@@ -175,20 +175,26 @@ def random_samples(lengths: Sequence[int]) -> list[Any]:
 
 def build_ours(model: Any, layer_spec: str = "grouped") -> Any:
     """Return the project's model and optimizer with the weights of a model of transformers."""
-    from conversion.rank_files import ShardsLayout
-    from conversion.sources import open_source
     from megatron_ads.config.model import LayerSpecChoice, ModelConfig, Precision
     from megatron_ads.config.training import OptimConfig, TrainConfig
-    from megatron_ads.layout import ParallelLayout, place_layers
     from megatron_ads.training.build import build_model
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        source, layout = open_source(Path(folder)), ParallelLayout(world=1)
-        shards = ShardsLayout(shape=source.shape, layout=layout, placement=place_layers(source.shape, layout))
+        source, shards = on_one_rank(Path(folder))
         settings = ModelConfig(load=folder, layer_spec=LayerSpecChoice(layer_spec), precision=Precision.fp32)
         optim = OptimConfig(learning_rate=LEARNING_RATE)
         return build_model(settings, optim, TrainConfig(max_steps=1), source, shards)
+
+
+def on_one_rank(folder: Path) -> tuple[Any, Any]:
+    """Return a checkpoint as a source of weights, and what one rank holds of it."""
+    from conversion.rank_files import ShardsLayout
+    from conversion.sources import open_source
+    from megatron_ads.layout import ParallelLayout, place_layers
+
+    source, layout = open_source(folder), ParallelLayout(world=1)
+    return source, ShardsLayout(shape=source.shape, layout=layout, placement=place_layers(source.shape, layout))
 
 
 def our_step(trained: Any, batches: Sequence[Any]) -> Step:

@@ -63,20 +63,16 @@ def weight_sync(effort: Effort) -> Iterator[Comparison]:
     """Bring all weights of a trained model to an engine of the same process, next to a copy of the same tensors."""
     import torch
 
-    from benchmarks.step_time import CONFIG, LARGER_CONFIG, build_ours, random_model, start_one_rank
+    from benchmarks import step_time
 
-    start_one_rank(threads=1)
-    from conversion.rank_files import ShardsLayout
-    from conversion.sources import open_source
+    step_time.start_one_rank(threads=1)
     from megatron_ads.inference.transformers_engine import TransformersEngine
-    from megatron_ads.layout import ParallelLayout, place_layers
     from megatron_ads.training.weight_sync import WeightSync
 
-    followed = random_model(CONFIG if effort.quick else LARGER_CONFIG)
-    trained, engine = build_ours(followed), TransformersEngine(followed.eval(), end_token=0)
+    followed = step_time.random_model(step_time.CONFIG if effort.quick else step_time.LARGER_CONFIG)
+    trained, engine = step_time.build_ours(followed), TransformersEngine(followed.eval(), end_token=0)
     followed.save_pretrained(effort.folder / "model")
-    source, layout = open_source(effort.folder / "model"), ParallelLayout(world=1)
-    shards = ShardsLayout(shape=source.shape, layout=layout, placement=place_layers(source.shape, layout))
+    source, shards = step_time.on_one_rank(effort.folder / "model")
     sync = WeightSync(shards, source)
     tensors = [parameter.data for parameter in followed.parameters()]
     held, size = [tensor.clone() for tensor in tensors], sum(tensor.nbytes for tensor in tensors)

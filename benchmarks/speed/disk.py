@@ -65,21 +65,14 @@ def _weights(folder: Path) -> list[Path]:
 
 def checkpoint(effort: Effort) -> Iterator[Comparison]:
     """Save and load a checkpoint with its optimizer, next to its bytes written and read."""
-    from benchmarks.step_time import (
-        BATCHES,
-        CONFIG,
-        LARGER_CONFIG,
-        build_ours,
-        our_step,
-        packed,
-        random_model,
-        random_samples,
-        start_one_rank,
-    )
+    from benchmarks import step_time
 
-    start_one_rank(threads=1)
-    trained = build_ours(random_model(CONFIG if effort.quick else LARGER_CONFIG))
-    our_step(trained, [packed(random_samples(BATCHES["mixed"]))])()
+    step_time.start_one_rank(threads=1)
+    trained = step_time.build_ours(
+        step_time.random_model(step_time.CONFIG if effort.quick else step_time.LARGER_CONFIG)
+    )
+    samples = step_time.random_samples(step_time.BATCHES["mixed"])
+    step_time.our_step(trained, [step_time.packed(samples)])()
     folder = effort.folder / "checkpoints"
     save = _saving(trained, folder)
     save()

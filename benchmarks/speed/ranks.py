@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, Self
 
 from benchmarks.bounded_process import ROOT
-from benchmarks.memory_model import Case as Layout
+from benchmarks.memory_model import MeasuredLayout
 from benchmarks.speed.measure import Comparison, Effort, Timed, in_turn
 
 _PRODUCT_SIZE, _PRODUCTS = 512, 40
@@ -25,7 +25,7 @@ _END_SECONDS = 20
 class RankJob:
     """The processes of one job; as a context, it ends them."""
 
-    def __init__(self, layout: Layout, tokens: int) -> None:
+    def __init__(self, layout: MeasuredLayout, tokens: int) -> None:
         """Start them, with microbatches of so many tokens; they build their part of the model meanwhile."""
         from parity_tests.harness.ranks import free_port
 
@@ -52,7 +52,7 @@ class RankJob:
         return lambda: self.run(word)
 
 
-def _start(rank: int, layout: Layout, tokens: int, port: str) -> "subprocess.Popen[str]":
+def _start(rank: int, layout: MeasuredLayout, tokens: int, port: str) -> "subprocess.Popen[str]":
     fields = {"world": layout.world, "layout": layout.layout, "pipeline": layout.pipeline}
     given = json.dumps({**fields, "microbatches": layout.microbatches})
     addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": str(layout.world)}
@@ -74,10 +74,10 @@ def vpp(effort: Effort) -> Iterator[Comparison]:
     """Time the steps of a pipeline of two stages, next to the same with two virtual stages on each rank."""
     microbatches = 4 if effort.quick else 8
     layouts = {
-        "vpp2": Layout(
+        "vpp2": MeasuredLayout(
             world=2, layout={"pp": 2, "vpp": 2}, pipeline="Ett|tt|t|tmL", microbatches=microbatches
         ),
-        "pp2": Layout(world=2, layout={"pp": 2}, pipeline="Ettt|tttmL", microbatches=microbatches),
+        "pp2": MeasuredLayout(world=2, layout={"pp": 2}, pipeline="Ettt|tttmL", microbatches=microbatches),
     }  # fmt: skip
     tokens = _tokens(effort)
     with ExitStack() as opened:
@@ -97,7 +97,7 @@ def growth(effort: Effort) -> Iterator[Comparison]:
     """Time the steps of jobs of more and more replicas, each on as many tokens, next to products on as many ranks."""
     counts: Sequence[int] = (1, 2) if effort.quick else (1, 2, 4)
     for count in counts:
-        with RankJob(Layout(world=count, microbatches=1), _tokens(effort)) as job:
+        with RankJob(MeasuredLayout(world=count, microbatches=1), _tokens(effort)) as job:
             works = {word: job.timed(word) for word in ("step", "products")}
             found = in_turn(works, seconds=effort.seconds)
         yield Comparison(
@@ -126,7 +126,7 @@ def _serve(given: dict[str, Any], tokens: int) -> None:
     from megatron_ads.runtime import device, process_groups
 
     torch.set_num_threads(1)
-    job = replace(planned_job(Layout(**given)), seq_length=tokens, micro_batch_size=1)
+    job = replace(planned_job(MeasuredLayout(**given)), seq_length=tokens, micro_batch_size=1)
     process_groups.start(job.layout)
     device.seed_everything(0)
     left, right = torch.randn(2, _PRODUCT_SIZE, _PRODUCT_SIZE)
