@@ -123,7 +123,7 @@ class RlPath:
 
     def tuning(self, seed: int, way: str) -> Stage:
         """Return the fine-tuning; its model is in ``sft-WAY-SEED/export``."""
-        rows = self._files("singles", "lists") if self.track.single else self.data(way)
+        rows = self._files("singles", "lists") if self.track.single_advertiser else self.data(way)
         settings = [*self.track.of_sft, *rows, f"train.max_steps={self.arguments.sft_steps}"]
         start, folder = self._start(seed)
         return self._train(f"sft-{way}-{seed}", self.track.sft, folder, seed, settings, after=start)
@@ -145,9 +145,9 @@ class RlPath:
                 name="texts", title="write the texts to learn from", outputs=[texts],
                 settings={"section": section, "code": own_code_digest()}, run=partial(write_texts, texts, [section]),
             )  # fmt: skip
-            if self.track.single:
+            if self.track.single_advertiser:
                 yield self._rows_of_logs(section)
-        files, written = (["texts", "forms"], "rows") if self.track.single else (["texts"], "texts")
+        files, written = (["texts", "forms"], "rows") if self.track.single_advertiser else (["texts"], "texts")
         learn = [
             *self._files(*files), "loss.normalize=token", "optim.min_learning_rate=4.0e-4",
             f"train.max_steps={self.arguments.text_steps}",
@@ -161,7 +161,7 @@ class RlPath:
             name="rows", title="write the rows that logs tell", after=["texts"],
             outputs=[self.out / f"{name}.jsonl" for name in ("forms", "singles", "lists")],
             settings={"section": section, "code": own_code_digest()},
-            run=partial(write_rows_of_logs, self.out, section, self.track.single),
+            run=partial(write_rows_of_logs, self.out, section, self.track.single_advertiser),
         )  # fmt: skip
 
     def _files(self, *names: str) -> list[str]:
@@ -217,14 +217,21 @@ class RlPath:
         phases = {name: [row[name] for row in steps] for name in steps[0] if name.startswith("timing_s/")}
         scores = {about: dict(records[name].result) for about, name in names.items()}
         of_rows = {about: found.pop("of_rows", None) for about, found in scores.items()}
+        before, after = (self.out / f"{names[about]}.jsonl" for about in ("SFT", "SFT + GRPO"))
         return {
             "scores": scores,
             "gain": gain(of_rows["SFT"], of_rows["SFT + GRPO"]),
+            "by_length": self._by_length(before, after),
             "step_seconds": [row["step_seconds"] for row in steps],
             "phases": phases,
             "reward": [row.get("critic/rewards/mean") for row in steps],
             "cost": records[f"cost-{way}"].result if seed == 0 else None,
         }
+
+    def _by_length(self, before: Path, after: Path) -> dict[str, float]:
+        from benchmarks.rl_small_lists import recalls_by_length
+
+        return recalls_by_length(before, after, self.out / "singles.jsonl") if self.track.single_advertiser else {}
 
 
 if __name__ == "__main__":

@@ -31,6 +31,9 @@ def _scores(runs: Runs, gains_of_seeds: Mapping[str, Mapping[str, Any] | None]) 
             all_seeds = gains_of_seeds.get(way)
             whole = f"{all_seeds['value']:+.3f}{_range(all_seeds['interval'])}" if all_seeds else ""
             rows.append(["what GRPO adds, row by row", way, whole, each, "", ""])
+        for about in seeds[0].get("by_length", {}):
+            values = [seed["by_length"][about] for seed in seeds]
+            rows.append([about, way, _shown(mean(values)), ", ".join(map(_shown, values)), "", ""])
     rows += [[line, "", _shown(value), "", "", ""] for line, value in first["lines"].items()]
     return markdown(rows)
 

@@ -34,7 +34,7 @@ class Track:
     """How held-out rows are answered."""
     reads_first: bool = True
     """Whether the model learns the language before it is fine-tuned."""
-    single: tuple[str, ...] = ()
+    single_advertiser: tuple[str, ...] = ()
     """Settings of rows that ask for one advertiser, where fine-tuning is on what logs tell (``rl_small_rows``)."""
     pipeline: bool = False
     """Whether answers are rewarded and scored by what a frozen pipeline retrieves with them."""
@@ -45,7 +45,7 @@ TRACKS = {
         task="next_advertiser_ranking",
         rl="rl/advertiser_grpo",
         data=("data=simulator", "data.seq_length=1024", SOURCE.format(task="next_advertiser_ranking", rows=20000)),
-        single=("data=simulator", SOURCE.format(task="next_advertiser", rows=20000)),
+        single_advertiser=("data=simulator", SOURCE.format(task="next_advertiser", rows=20000)),
         method=Method.sampled,
     ),
     "relevance": Track(
@@ -88,11 +88,15 @@ def evaluated(
     how = GenerationConfig(method=track.method)
     request = EvaluationRequest(recipe=track.sft, overrides=overrides, batch_size=64, answers_file=answers, how=how)
     scores = evaluate(model, request)["tasks"][track.task]
+    if not pipeline and "ranking" not in scores:
+        return _of_labels(scores)
     rows = held_out(load_job(track.sft, overrides, sections=["data"]).data).tasks
     if pipeline:
         return {**pipeline_scores(answers, rows, pipeline), "readable": scores["readable_share"]}
-    if "ranking" in scores:
-        return _of_rankings(scores, read_given_answers(answers, rows))
+    return _of_rankings(scores, read_given_answers(answers, rows))
+
+
+def _of_labels(scores: Mapping[str, Any]) -> dict[str, Any]:
     view = scores["views"]["fair"]
     beside = [name for name in ("baseline", "text_baseline", "reachable") if name in view]
     return {

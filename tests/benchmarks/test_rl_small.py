@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.rl_small import RlPath, _parse, main
+from benchmarks.rl_small_lists import recalls_by_length
 from benchmarks.rl_small_pipeline import gain, reward_of
 from benchmarks.rl_small_rows import write_rows_of_logs
 from benchmarks.rl_small_table import tables
@@ -19,7 +20,7 @@ from megatron_ads.config.rl import RlConfig
 from megatron_ads.config.run import SftConfig
 from megatron_ads.evaluation.held_out_rows import held_out as held_out_rows
 from megatron_ads.quickstart.stages import StageRecord
-from megatron_ads.tasks.next_advertiser import Ranking, parse_ranking
+from megatron_ads.tasks.next_advertiser import Ranking, parse_ranking, ranking_answer
 
 
 def seed(value: float, *, cost: dict[str, float] | None = None) -> dict[str, Any]:
@@ -104,9 +105,29 @@ def test_logs_tell_the_true_advertiser_of_users_that_are_not_held_out(tmp_path: 
     assert all(len({*names}) == len(names) for names in named.values())
     assert {len(names) for names in named.values()} == {*range(1, 21)}
     evenly = [advertisers_in(row["messages"][-1]["content"]) for row in forms]
-    # Whoever is popular is in front of few lists of even draws, but behind many names that are drawn by popularity.
+    # Of 120 names an even draw has each in one of six lists of 20; one that is popular is drawn more often.
     popular, _ = Counter(true.values()).most_common(1)[0]
     assert sum(popular in names[1:] for names in named.values()) > 1.5 * sum(popular in names[1:] for names in evenly)
+
+
+def test_what_is_gained_by_longer_lists_is_told_apart(tmp_path: Path) -> None:
+    def answers(name: str, lists: list[list[str]]) -> Path:
+        texts = [f"<think></think>{ranking_answer(names, ['tea'])}" for names in lists]
+        lines = [json.dumps({"expected": "true", "text": text}) + "\n" for text in (*texts, "nothing")]
+        (tmp_path / name).write_text("".join(lines))
+        return tmp_path / name
+
+    popular = [json.dumps({"label": label}) + "\n" for label in ("true", "true", "other")]
+    (tmp_path / "singles.jsonl").write_text("".join(popular))
+    before = answers("before", [["a", "a"], ["true"], [f"n{number}" for number in range(20)]])
+    after = answers("after", [["a", "true"], ["b", "true"], ["true"]])
+    assert recalls_by_length(before, after, tmp_path / "singles.jsonl") == {
+        # Of four rows: the third has the true name at the first place; two are cut in front of it.
+        "SFT + GRPO, cut to the length of SFT's": 0.25,
+        # The unreadable answer and the short list are filled up, the list of 20 has no room.
+        "SFT, filled up with popular names": 0.75,
+        "SFT + GRPO, filled up with popular names": 1.0,
+    }
 
 
 def advertisers_in(answer: str) -> list[str]:
