@@ -170,6 +170,9 @@ def part_pieces(parameter: Parameter) -> Iterator[PartPiece]:
 
 def part_values(parameter: Parameter, values: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield name and values of every Hugging Face tensor of a whole parameter: views, or copies where it has groups."""
+    if len(parameter.parts) == parameter.groups == 1:  # nearly all of them
+        yield parameter.parts[0].name, values
+        return
     rows = [part.shape[0] // parameter.groups for part in parameter.parts]
     pieces = torch.split(values.view(parameter.groups, -1, *values.shape[1:]), rows, dim=1)
     for part, piece in zip(parameter.parts, pieces, strict=True):

@@ -158,12 +158,12 @@ class WeightSync:
         root = owner if owner in self._destinations else self._destinations[0]
         if rank != owner and rank not in self._destinations:
             return {}
-        shapes = [torch.Size(self._shards.slice_shape(parameter)) for parameter, _ in message.pieces]
         if self._destinations == [owner]:
             return {
-                (parameter.name, piece.index): own[parameter.name].current().to(message.dtype).view(shape)
-                for shape, (parameter, piece) in zip(shapes, message.pieces, strict=True)
+                (parameter.name, piece.index): own[parameter.name].current().to(message.dtype)
+                for parameter, piece in message.pieces
             }
+        shapes = [torch.Size(self._shards.slice_shape(parameter)) for parameter, _ in message.pieces]
         values = torch.empty(sum(shape.numel() for shape in shapes), dtype=message.dtype, device=device())
         parts = [
             part.view(shape)
